@@ -1,0 +1,1624 @@
+"""gotunnel, the wire: everything that an agent and a gateway say to each other.
+
+A visit, from left to right, once the agent has registered ``app.example.com``:
+
+    visitor            gateway                                agent           target
+       |                  |<==== TLS, then yamux: one session ===|               |
+       |                  |<---- stream 1, the control stream ---|               |
+       |                  |      {"type":"register", ...}        |               |
+       |                  |----- {"type":"ack","ok":true} ------>|               |
+       |-- https:// ----->|                                      |               |
+       |                  |----- SYN, stream 2 ----------------->|               |
+       |                  |----- 01 000f app.example.com ------->|-- connect --->|
+       |                  |<---- ACK, stream 2 ------------------|               |
+       |                  |===== the request's bytes ===========>|==============>|
+       |<== answer =======|<==== the answer's bytes =============|<==============|
+       |                  |----- FIN --------------------------->|-- close ----->|
+
+The agent dials, so it is the yamux client and its streams have odd numbers: only one, the control
+stream. The gateway opens a data stream for each visit (or takes one that an earlier visit left in
+good order); their numbers are even. A data stream starts with the data header, which names the
+hostname, and carries raw bytes from then on. Every 15 seconds the gateway asks
+``{"type":"ping"}`` on the control stream, and the agent answers with a pong.
+
+This file is meant to be read from top to bottom:
+
+    pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
+               Bytes in, events and frames out; no clock, nothing that waits.
+    a banner
+    impure     Duplex (a connection that two threads may share), Session and Stream (a Mux
+               that is driven by threads), relay (bytes both ways until both ends are done).
+
+Threads in the impure half:
+
+    thread          how many                 started by        ends when
+    demultiplexer   one a session            Session.start     the session ends
+    relay           one a running relay      relay             both directions are done
+    callers         any                      -                 a call returns; the session's end
+                                                               wakes every one that waits
+
+Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519 for the token in
+``register``, RFC 1123 for hostnames. Where we differ from the specification, the text says "we".
+"""
+
+import collections
+import json
+import re
+import struct
+from typing import NamedTuple
+
+__version__ = "0.1.0"
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+class ProtocolError(Exception):
+    """The peer broke a rule of the wire; the session or connection is over."""
+
+
+class SessionClosed(ConnectionError):
+    """The session has ended, or takes no new streams; the text says why."""
+
+
+class StreamReset(ConnectionError):
+    """The peer, or this side, gave the stream up with RST.
+
+    ``code`` is what some peers put beside a RST, 0 if they put nothing.
+    """
+
+    def __init__(self, text="the peer reset the stream", code=0):
+        super().__init__(text)
+        self.code = code
+
+
+class TokenInvalid(Exception):
+    """A token does not prove what its bearer says; the text is for the gateway's log only."""
+
+
+class Refused(Exception):
+    """The gateway said no to a registration, in the words of the exception."""
+
+
+# Frames (yamux spec, "Framing") ------------------------------------------------------------------
+
+VERSION = 0
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+NORMAL, PROTOCOL_ERROR, INTERNAL_ERROR = range(3)  # go away codes
+
+HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
+HEADER_SIZE = HEADER.size
+MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
+
+
+class Header(NamedTuple):
+    """The 12 bytes before every frame.
+
+    ``length`` counts the payload bytes that follow in a DATA frame; nothing follows the others.
+    It is credit in bytes in WINDOW_UPDATE, an opaque echo in PING, a code in GO_AWAY.
+    """
+
+    type: int
+    flags: int
+    stream_id: int
+    length: int
+
+    def encode(self) -> bytes:
+        return HEADER.pack(VERSION, *self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Header":
+        """Read a header; raises ProtocolError for a version or a type that yamux does not have."""
+        version, *rest = HEADER.unpack(data)
+        if version != VERSION:
+            raise ProtocolError(f"frame version {version}, expected {VERSION}")
+        if rest[0] > GO_AWAY:
+            raise ProtocolError(f"frame type {rest[0]}, expected 0 to {GO_AWAY}")
+        return cls(*rest)
+
+
+# Mux: the rules ----------------------------------------------------------------------------------
+
+INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
+OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
+ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
+MAX_STREAMS = 1024  # streams of the peer at a time; with the initial window 256 MiB, if all are full
+SEND_BUFFER = 256 * 1024  # bytes of a stream that wait for the line; more would only add memory
+MAX_REPLIES = 8192  # pongs and resets that wait for the line: one read brings 5461 pings at most
+FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data: fewer headers
+FRAME_SHARED = 16 * 1024  # ... when others wait too: what delays them is short
+LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
+
+
+class Opened(NamedTuple):
+    """The peer opened a stream. Answer it with accept() or reset()."""
+
+    stream_id: int
+
+
+class Received(NamedTuple):
+    """Payload of a stream. Say consumed() when it has been used, or the peer runs out of window."""
+
+    stream_id: int
+    payload: bytes
+
+
+class Finished(NamedTuple):
+    """The peer half-closed the stream: what was received is all there is."""
+
+    stream_id: int
+
+
+class WasReset(NamedTuple):
+    """The stream is gone, both ways, by the peer's doing."""
+
+    stream_id: int
+    code: int
+    reason: str
+
+
+class Writable(NamedTuple):
+    """room() of the stream may have grown."""
+
+    stream_id: int
+
+
+class Answered(NamedTuple):
+    """A stream that we opened was answered for the first time: may_open may be true again."""
+
+    stream_id: int
+
+
+class Ponged(NamedTuple):
+    """An answer to a ping; the values that come need not be those that were sent."""
+
+    value: int
+
+
+class GoneAway(NamedTuple):
+    """The peer accepts no more streams. With a code other than NORMAL the session is over."""
+
+    code: int
+
+
+class _Flow:
+    """What Mux knows of one stream."""
+
+    __slots__ = ("id", "may_send", "may_receive", "owed", "queue", "queued", "in_rotation",
+                 "finishing", "sent_fin", "got_fin", "alive")  # fmt: skip
+
+    def __init__(self, stream_id, may_receive):
+        self.id = stream_id
+        self.may_send = INITIAL_WINDOW  # bytes the peer still permits; debited when queued
+        self.may_receive = may_receive  # bytes we still permit
+        self.owed = 0  # bytes used here, for which the peer has no credit yet
+        self.queue = collections.deque()  # payload that waits for the line
+        self.queued = 0  # bytes in it
+        self.in_rotation = False
+        self.finishing = False  # a FIN waits behind the queue, or was sent
+        self.sent_fin = False
+        self.got_fin = False
+        self.alive = True
+
+
+class Mux:
+    """All the rules of yamux for one session, for either role.
+
+    Bytes of the peer go into receive(), which returns events; what is to be sent comes out of
+    pull(). There is one promise: whatever bytes come, receive() raises ProtocolError or nothing.
+    After a ProtocolError the session is over; go_away() and pull() still work, to say so.
+
+    Not for two threads at once: the caller holds a lock around every call.
+    """
+
+    def __init__(self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS):
+        """``window`` bytes are what a stream may have on its way to us; ``max_streams`` is how
+        many streams the peer may have open at a time."""
+        if not INITIAL_WINDOW <= window <= MAX_UINT32:
+            raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_UINT32}")
+        self._window = window
+        self._max_streams = max_streams
+        self._parity = 0 if client else 1  # of the ids that the peer may use
+        self._next_id = 1 if client else 2
+        self._flows = {}  # stream id: _Flow
+        self._unanswered = set()  # ids that we opened and the peer has not answered
+        self._unaccepted = set()  # ids that the peer opened and we have not accepted
+        self._inbound = 0  # streams in _flows that the peer opened
+        self._overran = False  # a stream has exceeded its window once
+        self.we_left = False  # go_away() was called
+        self.peer_left = False  # the peer sent GO_AWAY
+        self.strays = 0  # frames for streams that nobody knows
+
+        # What came: half a header, or a body of which some bytes are missing.
+        self._partial = b""
+        self._body_left = 0
+        self._body_flow = None  # None: nobody wants it
+        self._body_ends = False  # FIN stands on this frame
+
+        # What goes, in this order. A stream's SYN is among the first, so nothing overtakes it.
+        self._replies = collections.deque()  # headers: pongs, pings, go away
+        self._control = collections.deque()  # headers: SYN, ACK, RST
+        self._updates = {}  # stream id: credit, merged until it is sent
+        self._rotation = collections.deque()  # flows with payload or a FIN to send, in turns
+
+    # From the peer
+
+    def receive(self, data: bytes) -> list:
+        """Take bytes of the peer, in any pieces; return the events that they cause."""
+        events = []
+        at, end = 0, len(data)
+        while at < end:
+            if self._body_left:
+                piece = data[at : at + self._body_left]
+                at += len(piece)
+                self._take_payload(piece, events)
+            elif self._partial or end - at < HEADER_SIZE:
+                missing = HEADER_SIZE - len(self._partial)
+                self._partial += data[at : at + missing]
+                at += missing
+                if len(self._partial) == HEADER_SIZE:
+                    header, self._partial = self._partial, b""
+                    self._take_header(Header.decode(header), events)
+            else:
+                header = Header.decode(data[at : at + HEADER_SIZE])
+                at += HEADER_SIZE
+                self._take_header(header, events)
+        return events
+
+    def _take_payload(self, piece, events):
+        self._body_left -= len(piece)
+        flow = self._body_flow
+        if flow is None or not flow.alive:
+            return
+        events.append(Received(flow.id, piece))
+        if self._body_ends and not self._body_left:
+            self._peer_finished(flow, events)
+
+    def _take_header(self, header, events):
+        if header.type == DATA:
+            self._take_data(header, events)
+        elif header.type == WINDOW_UPDATE:
+            self._take_window_update(header, events)
+        elif header.type == PING:
+            self._take_ping(header, events)
+        else:
+            self.peer_left = True
+            events.append(GoneAway(header.length))
+
+    def _take_data(self, header, events):
+        length = header.length
+        if length > self._window:
+            raise ProtocolError(f"{length} bytes in a frame, our windows are {self._window}")
+        flow = self._stream_of(header, events)
+        self._body_left, self._body_flow, self._body_ends = length, None, False
+        if flow is None or flow.got_fin:
+            return  # the stream is over: what comes late is dropped, and not worth an answer
+        if length > flow.may_receive:
+            self._overrun(flow, length, events)
+            return
+        flow.may_receive -= length
+        if length:
+            self._body_flow, self._body_ends = flow, bool(header.flags & FIN)
+        elif header.flags & FIN:
+            self._peer_finished(flow, events)
+
+    def _take_window_update(self, header, events):
+        flow = self._stream_of(header, events)
+        if flow is None:
+            return
+        if header.length:
+            flow.may_send += header.length
+            if flow.may_send > MAX_UINT32:
+                raise ProtocolError(f"stream {flow.id}: a window above {MAX_UINT32}")
+            events.append(Writable(flow.id))
+        if header.flags & FIN and not flow.got_fin:
+            self._peer_finished(flow, events)
+
+    def _take_ping(self, header, events):
+        if header.flags & SYN:
+            self._reply(self._replies, Header(PING, ACK, 0, header.length))
+        elif header.flags & ACK:
+            events.append(Ponged(header.length))
+
+    def _stream_of(self, header, events):
+        """Do what SYN, ACK and RST say; return the stream, or None if nobody knows it (now)."""
+        stream_id, flags = header.stream_id, header.flags
+        if flags & SYN:
+            self._peer_opens(header, events)
+        flow = self._flows.get(stream_id)
+        if flow is None:
+            # Late frames of a stream that we forgot. Answering with RST would be wrong: the peer
+            # may have closed it too, and two such peers would answer each other for ever.
+            self.strays += 1
+            return None
+        # Any frame is an answer: a Go peer whose FIN crosses our SYN never sends ACK.
+        if stream_id in self._unanswered:
+            self._unanswered.discard(stream_id)
+            events.append(Answered(stream_id))
+        if flags & RST:
+            self._forget(flow)
+            code = header.length if header.type == WINDOW_UPDATE else 0
+            events.append(WasReset(stream_id, code, "the peer reset the stream"))
+            return None
+        return flow
+
+    def _peer_opens(self, header, events):
+        stream_id = header.stream_id
+        if stream_id == 0 or stream_id % 2 != self._parity:
+            whose = "even" if self._parity == 0 else "odd"
+            raise ProtocolError(f"the peer opened stream {stream_id}, its ids are {whose}")
+        if stream_id in self._flows:
+            raise ProtocolError(f"the peer opened stream {stream_id}, which is open")
+        if header.flags & RST:
+            return
+        too_long = header.type == DATA and header.length > INITIAL_WINDOW
+        full = self._inbound >= self._max_streams or len(self._unaccepted) >= ACCEPT_BACKLOG
+        if self.we_left or full or too_long or len(self._control) >= MAX_REPLIES:
+            self._reply(self._control, Header(WINDOW_UPDATE, RST, stream_id, 0))
+            return
+        self._flows[stream_id] = _Flow(stream_id, INITIAL_WINDOW)
+        self._unaccepted.add(stream_id)
+        self._inbound += 1
+        events.append(Opened(stream_id))
+
+    def _peer_finished(self, flow, events):
+        flow.got_fin = True
+        self._updates.pop(flow.id, None)  # nothing more will come: it needs no credit
+        events.append(Finished(flow.id))
+        if flow.sent_fin:
+            self._forget(flow)
+
+    def _overrun(self, flow, length, events):
+        """More than the window permits. Once it costs the stream, twice the session: a Go peer
+        whose write timed out sends those bytes all the same, and does not count them."""
+        text = f"stream {flow.id}: {length} bytes came, {flow.may_receive} were permitted"
+        if self._overran:
+            raise ProtocolError(text)
+        self._overran = True
+        self.reset(flow.id)
+        events.append(WasReset(flow.id, 0, text))
+
+    def _reply(self, queue, header):
+        if len(self._replies) + len(self._control) >= MAX_REPLIES:
+            raise ProtocolError(f"the peer does not read its {MAX_REPLIES} answers")
+        queue.append(header.encode())
+
+    # From us
+
+    @property
+    def may_open(self) -> bool:
+        """Whether open() would stay within the opens that the peer has not answered."""
+        return len(self._unanswered) < OPEN_BACKLOG
+
+    def open(self) -> int:
+        """Open a stream and return its id; raises SessionClosed if there can be no more."""
+        if self.we_left or self.peer_left:
+            raise SessionClosed("the session takes no new streams")
+        stream_id = self._next_id
+        if stream_id > LAST_ID:
+            raise SessionClosed("the session has used up its stream ids")
+        self._next_id += 2
+        self._flows[stream_id] = _Flow(stream_id, self._window)
+        self._unanswered.add(stream_id)
+        extra = self._window - INITIAL_WINDOW
+        self._control.append(Header(WINDOW_UPDATE, SYN, stream_id, extra).encode())
+        return stream_id
+
+    def accept(self, stream_id):
+        """Accept a stream that the peer opened: its ACK goes out, with our whole window."""
+        if stream_id in self._unaccepted:
+            self._unaccepted.discard(stream_id)
+            extra = self._window - INITIAL_WINDOW
+            self._flows[stream_id].may_receive += extra
+            self._control.append(Header(WINDOW_UPDATE, ACK, stream_id, extra).encode())
+
+    def room(self, stream_id) -> int:
+        """Bytes that send() takes now; 0 once the stream is over or finished by us."""
+        flow = self._flows.get(stream_id)
+        if flow is None or flow.finishing:
+            return 0
+        return min(flow.may_send, SEND_BUFFER - flow.queued)
+
+    def send(self, stream_id, payload: bytes):
+        """Queue payload, at most room() bytes of it. The peer's window is debited here."""
+        if len(payload) > self.room(stream_id):
+            raise ValueError(f"{len(payload)} bytes for a room of {self.room(stream_id)}")
+        flow = self._flows[stream_id]
+        flow.may_send -= len(payload)
+        flow.queued += len(payload)
+        flow.queue.append(payload)
+        self._rotate(flow)
+
+    def finish(self, stream_id):
+        """Half-close: FIN goes out behind what is queued, and only once (a second one would end
+        a Go peer's session)."""
+        flow = self._flows.get(stream_id)
+        if flow is not None and not flow.finishing:
+            flow.finishing = True
+            self._rotate(flow)
+
+    def reset(self, stream_id):
+        """Give the stream up: RST goes out, what was queued does not."""
+        flow = self._flows.get(stream_id)
+        if flow is not None:
+            self._forget(flow)
+            self._control.append(Header(WINDOW_UPDATE, RST, stream_id, 0).encode())
+
+    def consumed(self, stream_id, count) -> bool:
+        """Say that ``count`` received bytes have been used; True if that queued a frame.
+
+        Credit goes back in halves of a window: smaller amounts would cost a frame each.
+        """
+        flow = self._flows.get(stream_id)
+        if flow is None or flow.got_fin:
+            return False
+        flow.owed += count
+        if flow.owed < self._window // 2:
+            return False
+        flow.may_receive += flow.owed
+        self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
+        flow.owed = 0
+        return True
+
+    def ping(self, value):
+        """Ask the peer for a Ponged event with this value (an unsigned 32-bit number)."""
+        self._replies.append(Header(PING, SYN, 0, value).encode())
+
+    def go_away(self, code=NORMAL):
+        """Announce that we accept no more streams; any other code than NORMAL ends the session."""
+        self.we_left = True
+        self._replies.append(Header(GO_AWAY, 0, 0, code).encode())
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that are not over yet, of both sides."""
+        return len(self._flows)
+
+    def pull(self, limit) -> tuple:
+        """Take what is to be sent now: (bytes, ids of the streams whose payload is among them).
+
+        About ``limit`` bytes, b"" if there is nothing. Control first, so that a pong never waits
+        behind payload; then the streams in turns.
+        """
+        parts, size, served = [], 0, []
+        for queue in (self._replies, self._control):
+            while queue and size < limit:
+                parts.append(queue.popleft())
+                size += HEADER_SIZE
+        while self._updates and size < limit:
+            stream_id, credit = self._updates.popitem()
+            parts.append(Header(WINDOW_UPDATE, 0, stream_id, credit).encode())
+            size += HEADER_SIZE
+        while self._rotation and size < limit:
+            flow = self._rotation.popleft()
+            flow.in_rotation = False
+            if not flow.alive:
+                continue
+            if flow.queued:
+                size += self._pull_frame(flow, FRAME_SHARED if self._rotation else FRAME_ALONE, parts)
+                served.append(flow.id)
+            if flow.queued:
+                self._rotate(flow)
+            elif flow.finishing:
+                parts.append(Header(WINDOW_UPDATE, FIN, flow.id, 0).encode())
+                size += HEADER_SIZE
+                flow.sent_fin = True
+                if flow.got_fin:
+                    self._forget(flow)
+        return b"".join(parts), served
+
+    def _pull_frame(self, flow, most, parts):
+        """Move one DATA frame to ``parts``: small writes that waited together leave together."""
+        length = min(flow.queued, most)
+        parts.append(Header(DATA, 0, flow.id, length).encode())
+        left = length
+        while left:
+            payload = flow.queue.popleft()
+            if len(payload) > left:
+                payload = memoryview(payload)
+                flow.queue.appendleft(payload[left:])
+                payload = payload[:left]
+            parts.append(payload)
+            left -= len(payload)
+        flow.queued -= length
+        return HEADER_SIZE + length
+
+    def _rotate(self, flow):
+        if not flow.in_rotation:
+            flow.in_rotation = True
+            self._rotation.append(flow)
+
+    def _forget(self, flow):
+        """The one place where a stream leaves the tables."""
+        flow.alive = False
+        flow.queue.clear()
+        flow.queued = 0
+        del self._flows[flow.id]
+        self._unanswered.discard(flow.id)
+        self._unaccepted.discard(flow.id)
+        self._updates.pop(flow.id, None)
+        if flow.id % 2 == self._parity:
+            self._inbound -= 1
+
+
+# Control messages --------------------------------------------------------------------------------
+
+MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
+HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
+
+
+class Register(NamedTuple):
+    """Agent to gateway, once: who I am and what I serve.
+
+    ``routes`` maps hostname to target (the gateway only counts on the hostnames), ``modes``
+    hostname to "http" or "tcp"; a hostname without a mode is "http". ``features`` are the
+    extensions that the agent knows.
+    """
+
+    token: str
+    routes: dict
+    modes: dict
+    features: tuple = ()
+
+
+class Ack(NamedTuple):
+    """Gateway to agent, once: registered, or ``error`` says why not.
+
+    ``features`` are those of the agent's that the gateway will use.
+    """
+
+    ok: bool
+    error: str = ""
+    features: tuple = ()
+
+
+class Ping(NamedTuple):
+    """Gateway to agent: are you there? ``ts`` is wall-clock milliseconds."""
+
+    ts: int
+
+
+class Pong(NamedTuple):
+    """Agent to gateway: I am."""
+
+    ts: int
+
+
+def encode_message(message) -> bytes:
+    """Write a control message as Go's json.Encoder does: one object, one newline.
+
+    Empty extensions are left out, so a peer that knows none sees none.
+    """
+    fields = {"type": type(message).__name__.lower()}
+    for name, value in message._asdict().items():
+        if name == "features" and not value or name == "error" and not value:
+            continue
+        fields[name] = value
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def decode_message(data: bytes):
+    """Read one JSON object into its message; raises ProtocolError for anything else."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ProtocolError("a control message that is not JSON") from None
+    if not isinstance(fields, dict):
+        raise ProtocolError("a control message that is not a JSON object")
+    kind = fields.get("type")
+    if kind == "register":
+        return Register(
+            token=_text(fields, "token") or _text(fields, "auth_token"),
+            routes=_text_map(fields, "routes"),
+            modes=_text_map(fields, "modes"),
+            features=_text_list(fields, "features"),
+        )
+    if kind == "ack":
+        if not isinstance(fields.get("ok"), bool):
+            raise ProtocolError('an "ack" whose "ok" is neither true nor false')
+        return Ack(fields["ok"], _text(fields, "error"), _text_list(fields, "features"))
+    if kind in ("ping", "pong"):
+        ts = fields.get("ts", 0)
+        if not isinstance(ts, (int, float)):
+            raise ProtocolError(f'a "{kind}" whose "ts" is not a number')
+        return (Ping if kind == "ping" else Pong)(ts)
+    raise ProtocolError("a control message of unknown type")
+
+
+def _text(fields, name):
+    value = fields.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ProtocolError(f'"{name}" is not a text')
+    return value
+
+
+def _text_map(fields, name):
+    value = fields.get(name)
+    if value is None:  # Go writes an empty map as null
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ProtocolError(f'"{name}" does not map texts to texts')
+    return value
+
+
+def _text_list(fields, name):
+    value = fields.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ProtocolError(f'"{name}" is not a list of texts')
+    return tuple(value)
+
+
+class MessageReader:
+    """Cuts a control stream into messages.
+
+    JSON says where an object ends, the newline does not: several may come in one read, one may
+    take many, with any white space around them. Each byte is looked at once.
+    """
+
+    _MARKS = re.compile(rb'["\\{}]')
+
+    def __init__(self):
+        self._buffer = bytearray()
+        self._at = 0  # what lies before it has been looked at
+        self._depth = 0  # braces that are open
+        self._in_text = False
+
+    def feed(self, data: bytes) -> list:
+        """Return the messages that ``data`` completes; raises ProtocolError."""
+        self._buffer += data
+        messages = []
+        while (end := self._object_end()) is not None:
+            if end > MESSAGE_LIMIT:
+                raise ProtocolError(f"a control message of more than {MESSAGE_LIMIT} bytes")
+            messages.append(decode_message(bytes(self._buffer[:end])))
+            del self._buffer[:end]
+            self._at = 0
+        if len(self._buffer) > MESSAGE_LIMIT:
+            raise ProtocolError(f"a control message of more than {MESSAGE_LIMIT} bytes")
+        return messages
+
+    def _object_end(self):
+        """Index behind the first complete object, or None if there is none yet."""
+        if self._depth == 0:
+            self._buffer = self._buffer.lstrip(b" \t\r\n")
+            if self._buffer[:1] not in (b"", b"{"):
+                raise ProtocolError("a control message that is not a JSON object")
+        while mark := self._MARKS.search(self._buffer, self._at):
+            at, self._at = mark.start(), mark.end()
+            if mark[0] == b'"':
+                self._in_text = not self._in_text
+            elif mark[0] == b"\\":
+                if self._at == len(self._buffer):  # what it escapes is still to come
+                    self._at = at
+                    return None
+                self._at += 1
+            elif not self._in_text:
+                self._depth += 1 if mark[0] == b"{" else -1
+                if self._depth == 0:
+                    return self._at
+        self._at = len(self._buffer)
+        return None
+
+
+# Hostnames and the data header -------------------------------------------------------------------
+
+DATA_HEADER = struct.Struct("!BH")  # version, length of the hostname that follows
+DATA_HEADER_VERSION = 1
+MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
+
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
+
+
+def normal_hostname(name: str) -> str:
+    """A hostname as it is compared: lower case, without a trailing dot."""
+    return name.lower().removesuffix(".")
+
+
+def valid_hostname(name: str) -> bool:
+    """Whether a name is made of labels of letters, digits and hyphens (RFC 1123 §2.1).
+
+    An IPv4 address is none: the last label of a name is never all digits.
+    """
+    labels = name.removesuffix(".").split(".")
+    return (
+        len(name) <= MAX_HOSTNAME
+        and all(_LABEL.fullmatch(label) for label in labels)
+        and not labels[-1].isdigit()
+    )
+
+
+def encode_data_header(hostname: str) -> bytes:
+    """The first bytes of a data stream: the hostname exactly as the agent registered it."""
+    name = hostname.encode()
+    return DATA_HEADER.pack(DATA_HEADER_VERSION, len(name)) + name
+
+
+def read_data_header(read_exactly) -> str:
+    """Read a data header with ``read_exactly(count) -> bytes`` and return its hostname.
+
+    A Go gateway writes the visitor's Host there, with any port and in any case. Raises
+    ProtocolError for another version or a name that is not UTF-8.
+    """
+    version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
+    if version != DATA_HEADER_VERSION:
+        raise ProtocolError(f"data header version {version}, expected {DATA_HEADER_VERSION}")
+    try:
+        return read_exactly(length).decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("a data header whose hostname is not UTF-8") from None
+
+
+# =================================================================================================
+# Above: bytes, events, frames. Below: threads and sockets.
+# =================================================================================================
+
+import contextlib  # noqa: E402 (the half above must not need what follows)
+import heapq  # noqa: E402
+import logging  # noqa: E402
+import selectors  # noqa: E402
+import socket  # noqa: E402
+import ssl  # noqa: E402
+import threading  # noqa: E402
+from time import monotonic  # noqa: E402
+
+log = logging.getLogger("gotunnel")
+
+
+class Deadline:
+    """One span of time for a job of several steps."""
+
+    def __init__(self, timeout):
+        """``timeout`` is in seconds; None means that the job may take for ever."""
+        self._at = None if timeout is None else monotonic() + timeout
+
+    def left(self):
+        """Seconds that are left, None for ever; raises TimeoutError when there are none."""
+        if self._at is None:
+            return None
+        left = self._at - monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+
+# Duplex: one connection, two threads -------------------------------------------------------------
+
+READ_SIZE = 64 * 1024  # bytes asked of the kernel at once: four TLS records
+NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
+
+# A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
+_WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class Duplex:
+    """A connection, plain or TLS, that one thread may read while another one writes.
+
+    OpenSSL forbids two threads in one TLS object at once, so TLS never touches the socket here:
+    it turns bytes into bytes between two memory buffers, under a lock that is never held while
+    something waits, and the socket, which does not mind two threads, is used outside of it.
+
+    The socket is non-blocking. receive(), send() and flush() do what can be done at once;
+    read() and write() wait. One reader and one writer at a time; stop() and reset() from any thread.
+    All of it raises OSError (ssl.SSLError is one) when the connection is broken.
+    """
+
+    def __init__(self, sock):
+        sock.setblocking(False)
+        # A family that has no such option (AF_UNIX) does not delay small packets either.
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = sock
+        self._unread = b""  # bytes that were given back, or came before TLS began
+        self._at_end = False  # the peer half-closed
+        self._tls = None  # an ssl.SSLObject between the two buffers
+        self._tls_in = self._tls_out = None
+        self._early = collections.deque()  # payload that TLS held when we said farewell
+        self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
+        self._send_lock = threading.Lock()  # guards _unsent, and the order of what is sent
+        self._unsent = b""  # bytes that the kernel did not take yet
+        self._finishing = False  # half-close the socket once they are gone
+        self._read_wait = self._write_wait = None  # selectors, made when first needed
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """Whether receive() has something although the socket may be silent."""
+        if self._unread or self._at_end:
+            return True
+        if self._tls is None:
+            return False
+        return bool(self._early or self._tls_in.pending or self._tls.pending())
+
+    # TLS
+
+    def start_tls(self, context, *, server_side, server_hostname=None):
+        """Begin TLS with what was received and given back; handshake() does the rest."""
+        self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls_in.write(self._unread)
+        self._unread = b""
+        self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
+
+    def handshake(self) -> bool:
+        """Go on with the handshake; False if the peer has to say something first.
+
+        Raises ssl.SSLError if it fails; the alert is on its way then.
+        """
+        while True:
+            try:
+                with self._tls_lock:
+                    self._tls.do_handshake()
+                return True
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self.flush()
+            if not self._fill():
+                return False
+
+    def handshake_within(self, timeout):
+        """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
+        deadline = Deadline(timeout)
+        while not self.handshake():
+            self.wait_readable(deadline.left())
+
+    def _fill(self):
+        """Move bytes from the socket to TLS; False if there are none now."""
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return False
+        with self._tls_lock:
+            if data:
+                self._tls_in.write(data)
+            else:
+                self._tls_in.write_eof()
+        return True
+
+    # Reading
+
+    def receive(self, size=READ_SIZE):
+        """Bytes that are here, b"" at the end, None if none have come."""
+        if self._unread:
+            data, self._unread = self._unread[:size], self._unread[size:]
+            return data
+        if self._at_end:
+            return b""
+        data = self._receive_plain(size) if self._tls is None else self._receive_tls(size)
+        if data == b"":
+            self._at_end = True
+        return data
+
+    def _receive_plain(self, size):
+        try:
+            return self._socket.recv(size)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def _receive_tls(self, size):
+        while True:
+            data = None
+            with self._tls_lock:
+                try:
+                    if self._early:
+                        data = self._early.popleft()
+                    elif self._tls_in.pending or self._tls_in.eof or self._tls.pending():
+                        data = self._tls.read(size)
+                except ssl.SSLWantReadError:
+                    pass
+                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                    # With or without a farewell: whoever must know that a message is whole has
+                    # its length, and many programs just close.
+                    data = b""
+                answers = self._tls_out.pending  # a key update wants one, also while we read
+            if answers:
+                self.flush()
+            if data is not None:
+                return data
+            if not self._fill():
+                return None
+
+    def read(self, size=READ_SIZE, timeout=None) -> bytes:
+        """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
+        deadline = Deadline(timeout)
+        while (data := self.receive(size)) is None:
+            self.wait_readable(deadline.left())
+        return data
+
+    def unread(self, data: bytes):
+        """Give bytes back: they are the first that are received next. Reader only."""
+        self._unread = data + self._unread
+
+    def wait_readable(self, timeout=None):
+        """Wait until the socket has bytes, or its end; raises TimeoutError."""
+        if self._read_wait is None:
+            self._read_wait = _WaitSelector()
+            self._read_wait.register(self._socket, selectors.EVENT_READ)
+        if not self._read_wait.select(timeout):
+            raise TimeoutError("the peer sent nothing in time")
+
+    # Writing
+
+    def send(self, data: bytes) -> bool:
+        """Hand bytes to the kernel; False if some did not fit: flush() until it says True."""
+        with self._send_lock:
+            if self._tls is not None:
+                with self._tls_lock:
+                    self._tls.write(data)
+                    data = self._tls_out.read()
+            self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+            return self._push()
+
+    def flush(self) -> bool:
+        """Go on sending; True once all is with the kernel."""
+        with self._send_lock:
+            if self._tls is not None and self._tls_out.pending:
+                with self._tls_lock:
+                    data = self._tls_out.read()
+                self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+            return self._push()
+
+    def _push(self):
+        """Caller holds the send lock."""
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent)
+            except (BlockingIOError, InterruptedError):
+                return False
+            if sent == len(self._unsent):
+                self._unsent = b""
+            else:
+                self._unsent = memoryview(self._unsent)[sent:]
+        if self._finishing:
+            self._finishing = False
+            self._socket.shutdown(socket.SHUT_WR)
+        return True
+
+    def write(self, data: bytes, timeout=None):
+        """Send all of it, waiting for the kernel. Raises TimeoutError if it takes none of it for
+        ``timeout`` seconds: the peer has stopped reading."""
+        done = self.send(data)
+        while not done:
+            self._wait_writable(timeout)
+            done = self.flush()
+
+    def _wait_writable(self, timeout):
+        if self._write_wait is None:
+            self._write_wait = _WaitSelector()
+            self._write_wait.register(self._socket, selectors.EVENT_WRITE)
+        if not self._write_wait.select(timeout):
+            raise TimeoutError("the peer has stopped reading")
+
+    # Ending
+
+    def finish(self, timeout=None):
+        """Half-close: no more bytes from us, the peer's may still come. Writer only."""
+        if self._tls is not None:
+            with self._tls_lock:
+                self._say_farewell()
+        with self._send_lock:
+            self._finishing = True
+        done = self.flush()
+        while not done:
+            self._wait_writable(timeout)
+            done = self.flush()
+
+    def _say_farewell(self):
+        """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
+
+        unwrap() also reads on for the peer's, and would eat payload that is in the buffer: so
+        that is taken out before.
+        """
+        with contextlib.suppress(OSError):  # nothing left, or nothing that can be read any more
+            while (self._tls_in.pending or self._tls.pending()) and (
+                data := self._tls.read(READ_SIZE)
+            ):
+                self._early.append(data)
+        with contextlib.suppress(OSError):  # always: the peer's farewell is not there yet
+            self._tls.unwrap()
+
+    def stop(self):
+        """End both directions: whoever reads or writes wakes up. What the kernel has taken still
+        goes out. Any thread; the owner still calls close()."""
+        with contextlib.suppress(OSError):  # ended already, which was the goal
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def reset(self):
+        """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
+        takes what it has got for all there was."""
+        with contextlib.suppress(OSError):  # closed already
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.stop()
+
+    def close(self):
+        """Close the socket. Only when no other thread is in here any more (see stop())."""
+        if self._tls is not None and not self._at_end:
+            # Without waiting: a farewell that does not fit now would only be a courtesy.
+            with contextlib.suppress(OSError):
+                with self._tls_lock:
+                    self._say_farewell()
+                self.flush()
+        for selector in (self._read_wait, self._write_wait):
+            if selector is not None:
+                selector.close()
+        with self._send_lock:  # a late sender must not find a descriptor that was given out anew
+            self._socket.close()
+
+
+# Session and Stream: a Mux driven by threads -----------------------------------------------------
+
+SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no longer than this
+READS_A_TURN = 8  # reads before the demultiplexer looks at its timers and its output again
+LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end before it is reset
+FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
+
+
+class Session:
+    """One multiplexed connection.
+
+    A demultiplexer thread (start()) reads, and hands each stream its bytes; it never waits for
+    a stream's reader, nor for the line. Who has something to send sends it: if somebody is at
+    it already, that one takes it along, and what the kernel does not take, the demultiplexer
+    sends later. Until start() is called, turn() does one round of its work, without waiting.
+
+    One lock guards the Mux and all streams; no I/O is done under it.
+    """
+
+    def __init__(self, duplex, *, client, name, window=INITIAL_WINDOW, max_streams=MAX_STREAMS):
+        """``name`` is for thread names and the log; the rest is as for Mux. Owns ``duplex``."""
+        self.name = name
+        self.ended = ""  # why the session is over; "" while it lives
+        self.on_leave = None  # called once, by the demultiplexer, when the peer sent GO_AWAY
+        self.on_end = None  # called once when the session is over, all streams dead
+        self._duplex = duplex
+        self._lock = threading.Lock()
+        self._mux = Mux(client=client, window=window, max_streams=max_streams)
+        self._streams = {}  # id: Stream
+        self._lingering = {}  # id: (monotonic deadline, Stream) of closed ones, oldest first
+        self._arrived = collections.deque()  # streams for accept()
+        self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
+        self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
+        self._sending = False  # somebody takes frames out of the Mux and sends them
+        self._jammed = False  # the kernel is full: the demultiplexer is that somebody
+        self._closing = None  # (reason, monotonic deadline) once close() was called
+        self._timers = []  # heap of (monotonic time, number, function)
+        self._timer_count = 0
+        self._thread = None
+        self._wake_send = self._wake_receive = None
+
+    # Streams
+
+    def open(self, first=b"", timeout=None) -> "Stream":
+        """Open a stream; ``first`` bytes, at most INITIAL_WINDOW, leave together with its SYN.
+
+        Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, SessionClosed.
+        """
+        deadline = Deadline(timeout)
+        with self._lock:
+            while not (self.ended or self._mux.may_open or self._mux.peer_left):
+                self._slot.wait(deadline.left())
+            self._check_alive()
+            stream = self._add_stream(self._mux.open())
+            if first:
+                self._mux.send(stream.id, first)
+        self._flush()
+        return stream
+
+    def accept(self, timeout=None) -> "Stream":
+        """The next stream that the peer opened; raises TimeoutError, SessionClosed."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            while not (self.ended or self._arrived):
+                self._arrival.wait(deadline.left())
+            self._check_alive()
+            stream = self._arrived.popleft()
+            self._mux.accept(stream.id)
+        self._flush()
+        return stream
+
+    @property
+    def arrived(self) -> bool:
+        """Whether accept() would return at once."""
+        return bool(self._arrived)
+
+    def _check_alive(self):
+        if self.ended:
+            raise SessionClosed(self.ended)
+
+    def _add_stream(self, stream_id):
+        stream = self._streams[stream_id] = Stream(self, stream_id)
+        return stream
+
+    # The demultiplexer
+
+    def start(self):
+        """Start the demultiplexer thread; it ends with the session."""
+        self._wake_receive, self._wake_send = socket.socketpair()
+        for end in (self._wake_receive, self._wake_send):
+            end.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name=f"demux {self.name}", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        reason = "internal error"
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._wake_receive, selectors.EVENT_READ)
+                selector.register(self._duplex, selectors.EVENT_READ)
+                reason = self._serve(selector)
+        except ProtocolError as error:
+            reason = f"protocol error: {error}"
+            self._tell_protocol_error()
+        except OSError as error:
+            reason = str(error)
+        except Exception:
+            log.exception("session %s ends by a defect", self.name)
+        finally:
+            self._end(reason)
+
+    def _serve(self, selector):
+        """Go round until the session is to be closed, and say why."""
+        writing = False
+        while True:
+            if self._jammed is not writing:
+                writing = self._jammed
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
+                selector.modify(self._duplex, events)
+            for key, _ in selector.select(self._next_timer()):
+                if key.fileobj is self._wake_receive:
+                    self._wake_receive.recv(4096)
+            self._run_timers()
+            if self._jammed and self._duplex.flush():
+                self._jammed = False
+                self._send_on()
+            self.turn()
+            if self._closing and (self._all_sent() or monotonic() >= self._closing[1]):
+                return self._closing[0]
+
+    def turn(self):
+        """Take what has come and answer it, without waiting. Raises ProtocolError, OSError.
+
+        Demultiplexer only; before start(), whoever holds the session.
+        """
+        for _ in range(READS_A_TURN):
+            data = self._duplex.receive()
+            if data is None:
+                break
+            if not data:
+                raise SessionClosed("the peer closed the connection")
+            with self._lock:
+                for event in self._mux.receive(data):
+                    self._on_event[type(event)](self, event)
+            self._flush()
+        else:
+            self._wake()  # there may be more, in places where the selector does not look
+        if self._mux.peer_left and self.on_leave is not None:
+            leave, self.on_leave = self.on_leave, None
+            leave()
+
+    def _wake(self):
+        if self._wake_send is not None:
+            # Full means that a wake-up is on its way; closed, that there is nobody to wake.
+            with contextlib.suppress(OSError):
+                self._wake_send.send(b"\0")
+
+    # What the Mux says; caller holds the lock
+
+    def _on_received(self, event):
+        stream = self._streams[event.stream_id]
+        if not stream._discarding:
+            stream._chunks.append(event.payload)
+            stream._readable.notify()
+
+    def _on_opened(self, event):
+        self._arrived.append(self._add_stream(event.stream_id))
+        self._arrival.notify()
+
+    def _on_finished(self, event):
+        stream = self._streams[event.stream_id]
+        stream._got_fin = True
+        stream._readable.notify()
+        self._drop_if_over(stream)
+
+    def _on_was_reset(self, event):
+        self._slot.notify()
+        stream = self._forget(event.stream_id)
+        if stream is not None:
+            with contextlib.suppress(ValueError):  # most have been accepted
+                self._arrived.remove(stream)
+            stream._die(StreamReset(event.reason, event.code))
+
+    def _on_writable(self, event):
+        if event.stream_id in self._streams:  # not if both sides have finished
+            self._streams[event.stream_id]._writable.notify()
+
+    def _on_answered(self, event):
+        self._slot.notify()
+
+    def _on_ponged(self, event):
+        pass  # nobody asked: liveness is the heartbeat's business, on the control stream
+
+    def _on_gone_away(self, event):
+        self._slot.notify_all()
+        if event.code != NORMAL:
+            raise SessionClosed(f"the peer ended the session with code {event.code}")
+
+    _on_event = {
+        Received: _on_received,
+        Opened: _on_opened,
+        Finished: _on_finished,
+        WasReset: _on_was_reset,
+        Writable: _on_writable,
+        Answered: _on_answered,
+        Ponged: _on_ponged,
+        GoneAway: _on_gone_away,
+    }
+
+    def _drop_if_over(self, stream):
+        """Both sides have said FIN: only the stream's reader still knows it."""
+        if stream._got_fin and stream._sent_fin:
+            self._forget(stream.id)
+            self._slot.notify()
+
+    def _forget(self, stream_id):
+        """Take a stream out of the tables; None if it was not there any more."""
+        self._lingering.pop(stream_id, None)
+        return self._streams.pop(stream_id, None)
+
+    # Sending
+
+    def _flush(self):
+        """Send what is queued, unless somebody is at it: that one takes it along."""
+        with self._lock:
+            if self._sending:
+                return
+            data, served = self._mux.pull(SEND_BATCH)
+            if not data:
+                return
+            self._sending = True
+        self._send_batches(data, served)
+
+    def _send_on(self):
+        """Go on after a jam. Demultiplexer only."""
+        with self._lock:
+            data, served = self._mux.pull(SEND_BATCH)
+            self._sending = bool(data)
+        self._send_batches(data, served)
+
+    def _send_batches(self, data, served):
+        """Send until there is nothing left, or the kernel is full. Caller is the sender."""
+        while data:
+            try:
+                done = self._duplex.send(data)
+            except OSError:
+                # The demultiplexer finds out too, and knows how to end.
+                self._duplex.reset()
+                return
+            if not done:
+                self._jammed = True
+                self._wake()
+            with self._lock:
+                for stream_id in served:
+                    if stream_id in self._streams:
+                        self._streams[stream_id]._writable.notify()
+                if not done:
+                    return
+                data, served = self._mux.pull(SEND_BATCH)
+                self._sending = bool(data)
+
+    # Timers
+
+    def call_later(self, delay, function):
+        """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.
+
+        The function must not wait for anything.
+        """
+        with self._lock:
+            self._timer_count += 1
+            heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
+        if threading.current_thread() is not self._thread:
+            self._wake()
+
+    def _next_timer(self):
+        with self._lock:
+            at = self._timers[0][0] if self._timers else None
+        if self._closing:
+            at = self._closing[1] if at is None else min(at, self._closing[1])
+        return None if at is None else max(0, at - monotonic())
+
+    def _run_timers(self):
+        while True:
+            with self._lock:
+                if not self._timers or self._timers[0][0] > monotonic():
+                    return
+                function = heapq.heappop(self._timers)[2]
+            function()
+
+    def _linger(self, stream):
+        """Reset a closed stream in LINGER_TIMEOUT, if the peer has not ended it by then."""
+        with self._lock:
+            if stream.id not in self._streams:
+                return
+            first = not self._lingering
+            self._lingering[stream.id] = (monotonic() + LINGER_TIMEOUT, stream)
+        if first:
+            self.call_later(LINGER_TIMEOUT, self._end_lingering)
+
+    def _end_lingering(self):
+        with self._lock:
+            late = [s for at, s in self._lingering.values() if at <= monotonic()]
+        for stream in late:
+            stream.reset()
+        with self._lock:
+            oldest = next(iter(self._lingering.values()), None)
+        if oldest is not None:
+            self.call_later(oldest[0] - monotonic(), self._end_lingering)
+
+    # The end
+
+    def leave(self):
+        """Tell the peer that we take no new streams; those that run go on."""
+        with self._lock:
+            if self.ended:
+                return
+            self._mux.go_away()
+        self._flush()
+
+    def close(self, reason="closed"):
+        """End the session when the line has taken what is queued, FLUSH_TIMEOUT at most.
+
+        Any thread. Does not wait: join() does.
+        """
+        with self._lock:
+            if self._closing is None:
+                self._closing = (reason, monotonic() + FLUSH_TIMEOUT)
+                if not self._mux.we_left:
+                    self._mux.go_away()
+        self._flush()
+        if self._thread is None:
+            self._end(reason)
+        self._wake()
+
+    def join(self, timeout=None):
+        """Wait until the demultiplexer has ended, if it was started."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _all_sent(self):
+        with self._lock:
+            return not self._sending
+
+    def _tell_protocol_error(self):
+        """Let GO_AWAY reach the peer: closing with unread input would make the kernel send a
+        RST, which overtakes it. So say it, half-close, and read on for a moment."""
+        with self._lock:
+            if self.ended:
+                return
+            self._mux.go_away(PROTOCOL_ERROR)
+            farewell, _ = self._mux.pull(HEADER_SIZE)
+        deadline = Deadline(FLUSH_TIMEOUT)
+        with contextlib.suppress(OSError):  # gone already, or not reading: it had its chance
+            self._duplex.write(farewell, timeout=FLUSH_TIMEOUT)
+            self._duplex.finish(timeout=FLUSH_TIMEOUT)
+            while self._duplex.read(timeout=deadline.left()):
+                pass
+
+    def _end(self, reason):
+        """Tear everything down, once."""
+        with self._lock:
+            if self.ended:
+                return
+            self.ended = reason or "closed"
+            streams = list(self._streams.values())
+            self._streams.clear()
+            self._arrived.clear()
+            for stream in streams:
+                stream._die(SessionClosed(self.ended))
+            self._arrival.notify_all()
+            self._slot.notify_all()
+            self._sending = True  # for good: a Mux without a line sends nothing
+            self._timers.clear()
+        self._duplex.close()
+        for end in (self._wake_receive, self._wake_send):
+            if end is not None:
+                end.close()
+        if self.on_end is not None:
+            self.on_end()
+
+
+class Stream:
+    """One two-way pipe of bytes within a session.
+
+    One thread may read while another one writes. Reading and writing raise StreamReset or
+    SessionClosed, both ConnectionErrors, once the stream or its session is gone.
+    """
+
+    __slots__ = ("id", "_session", "_lock", "_readable", "_writable", "_chunks", "_got_fin",
+                 "_sent_fin", "_discarding", "_error")  # fmt: skip
+
+    def __init__(self, session, stream_id):
+        self.id = stream_id
+        self._session = session
+        self._lock = session._lock  # guards all below
+        self._readable = threading.Condition(self._lock)
+        self._writable = threading.Condition(self._lock)
+        self._chunks = collections.deque()  # payload that nobody has read; its window bounds it
+        self._got_fin = False
+        self._sent_fin = False
+        self._discarding = False  # closed: what still comes is dropped
+        self._error = None
+
+    # Called by the session, which holds the lock
+
+    def _die(self, error):
+        self._error = error
+        self._readable.notify_all()
+        self._writable.notify_all()
+
+    def _check(self):
+        if self._error is not None:
+            # A new one each time: an exception that several threads raise mixes their tracebacks.
+            if isinstance(self._error, StreamReset):
+                raise StreamReset(str(self._error), self._error.code)
+            raise SessionClosed(str(self._error))
+
+    # For the two threads that use it
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing to read, nothing ended: fit to be kept for another visit."""
+        return not (self._chunks or self._got_fin or self._sent_fin or self._error)
+
+    def read(self, size=READ_SIZE, timeout=None) -> bytes:
+        """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError too."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            while not self._chunks:
+                if self._got_fin or self._discarding:
+                    return b""
+                self._check()
+                self._readable.wait(deadline.left())
+            if isinstance(self._error, StreamReset):
+                self._check()  # a reset means that what came is worth nothing
+            data = self._take_out(size)
+            credit = self._session._mux.consumed(self.id, len(data))
+        if credit:
+            self._session._flush()
+        return data
+
+    def _take_out(self, size):
+        chunk = self._chunks.popleft()
+        if len(chunk) >= size or not self._chunks:
+            if len(chunk) > size:
+                self._chunks.appendleft(chunk[size:])
+                chunk = chunk[:size]
+            return chunk
+        parts = [chunk]
+        size -= len(chunk)
+        while self._chunks and size:
+            chunk = self._chunks.popleft()
+            if len(chunk) > size:
+                self._chunks.appendleft(chunk[size:])
+                chunk = chunk[:size]
+            parts.append(chunk)
+            size -= len(chunk)
+        return b"".join(parts)
+
+    def read_exactly(self, count, timeout=None) -> bytes:
+        """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
+        deadline = Deadline(timeout)
+        parts = []
+        while count:
+            data = self.read(count, deadline.left())
+            if not data:
+                raise ProtocolError(f"the stream ended, {count} more bytes were expected")
+            parts.append(data)
+            count -= len(data)
+        return b"".join(parts)
+
+    def write(self, data: bytes, timeout=None):
+        """Send all of it, waiting for the peer's window. Raises TimeoutError if the peer permits
+        none of it for ``timeout`` seconds; what was committed before is sent all the same."""
+        while data:
+            data = self._write_some(data, timeout)
+
+    def _write_some(self, data, timeout):
+        """Commit what there is room for, and return the rest."""
+        session, mux = self._session, self._session._mux
+        deadline = Deadline(timeout)
+        with self._lock:
+            while True:
+                self._check()
+                if self._sent_fin:
+                    raise ValueError("written to a stream that is finished")
+                room = mux.room(self.id)
+                if room > 0:
+                    break
+                self._writable.wait(deadline.left())
+            if room >= len(data):
+                mux.send(self.id, data)
+                data = b""
+            else:
+                data = memoryview(data)
+                mux.send(self.id, data[:room])
+                data = data[room:]
+        session._flush()
+        return data
+
+    @property
+    def room(self) -> int:
+        """Bytes that write() would take without waiting."""
+        with self._lock:
+            return self._session._mux.room(self.id)
+
+    def finish(self, timeout=None):
+        """Half-close: no more bytes from us. Does not wait, whatever ``timeout`` (a Duplex does)."""
+        with self._lock:
+            self._finish()
+        self._session._flush()
+
+    def _finish(self):
+        if not self._sent_fin and self._error is None:
+            self._sent_fin = True
+            self._session._mux.finish(self.id)
+            self._session._drop_if_over(self)
+
+    def reset(self):
+        """Give the stream up, both ways; whoever reads or writes it wakes up."""
+        with self._lock:
+            if self._error is not None:
+                return
+            if self._session._forget(self.id) is not None:
+                self._session._mux.reset(self.id)
+                self._session._slot.notify()
+            self._chunks.clear()
+            self._die(StreamReset("the stream was reset"))
+        self._session._flush()
+
+    def close(self):
+        """Be done with it: FIN behind what was written, and nothing is read any more.
+
+        A peer that does not end its side too is reset after LINGER_TIMEOUT; not at once, since
+        a RST would cost it what it has received and not yet read.
+        """
+        with self._lock:
+            self._finish()
+            self._discarding = True
+            self._chunks.clear()
+            self._readable.notify_all()
+        self._session._flush()
+        self._session._linger(self)
+
+
+# relay -------------------------------------------------------------------------------------------
+
+
+def relay(left, right):
+    """Copy bytes both ways until both ends are done; a half-close is passed on.
+
+    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is reset: a stream
+    of bytes that was cut must not look complete. Neither is closed, that is their owner's.
+    Uses the calling thread for one direction and starts one for the other.
+    """
+    name = threading.current_thread().name
+    back = threading.Thread(target=pump, args=(right, left), name=f"{name} back", daemon=True)
+    back.start()
+    pump(left, right)
+    back.join()
+
+
+def pump(source, sink):
+    """Copy bytes one way, then half-close; reset both if either breaks."""
+    try:
+        while data := source.read():
+            sink.write(data)
+        sink.finish()
+    except (OSError, ValueError):  # ValueError: closed or finished by another thread
+        source.reset()
+        sink.reset()
