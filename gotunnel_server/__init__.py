@@ -1,0 +1,1 @@
+"""The gateway of gotunnel: the public side, where visitors and agents arrive."""

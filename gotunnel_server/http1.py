@@ -1,0 +1,605 @@
+"""HTTP/1.1 as values: heads, hostnames, hop-by-hop fields, body framing (RFC 9110, RFC 9112).
+
+Bytes come in, values go out; no socket, no clock, no thread. One message is read like this:
+
+    end = head_end(buffer)              -1: read more, then ask again
+    request = parse_request(buffer[:end])
+    name = hostname(request)            whose it is
+    body = request_body(request)        None, or a decoder to feed with what follows the head
+
+The law: whatever two readers could read differently is refused, because the gateway is one reader
+and the target behind it is another. A request that ends here for one and there for the other
+carries a second request that only one of them sees ("request smuggling", RFC 9112 §11.2). So a
+message has one length or none, lines end in CRLF and nothing else, and a name is a name.
+
+The promise: whatever bytes come, these functions raise Malformed or nothing.
+
+Text is latin-1 throughout, so each byte is one character and goes out as it came in.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+# Bytes of a head with its blank line, and of a trailer section: more than common targets take
+# (Tomcat 8 KiB, Node 16 KiB, nginx 32 KiB), so the target decides, and little for us to hold.
+HEAD_LIMIT = 65536
+# Fields in a head, or in a trailer section: browsers send 20, Apache takes 100.
+FIELD_LIMIT = 200
+# Bytes of a request target: RFC 9112 §3 asks for 8000 at least; nginx and Apache take this much.
+TARGET_LIMIT = 8192
+# Bytes of a chunk-size line. The size needs 16; the rest is room for extensions, which nobody uses.
+CHUNK_LINE_LIMIT = 4096
+# Characters of a hostname: 255 bytes on the DNS wire (RFC 1035 §2.3.4) are 253 in text.
+NAME_LIMIT = 253
+# Characters of the peer's text that an error message repeats: enough to find it, no more.
+SHOWN_LIMIT = 40
+
+_TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"             # RFC 9110 §5.6.2
+_TOKEN = re.compile(f"{_TCHAR}+")
+_TARGET = re.compile(r"[!-\"$-~]+")                 # visible ASCII without "#", the fragment
+_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
+_STATUS_LINE = re.compile(r"([^ ]+) ([1-5][0-9][0-9])(?: (.*))?")
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
+_AUTHORITY_FORM = re.compile(r"[^/?]+:[0-9]+")
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)(?::([0-9]{0,5}))?", re.ASCII)
+# One field line without the white space around its value. It is for text that _check_text has
+# seen: there nothing can fail after the colon, and "^" keeps a search from starting inside a line,
+# so a bad line costs its length once and not its length squared.
+_FIELD_LINE = re.compile(rf"^({_TCHAR}+):[ \t]*(.*[^ \t\r\n])?[ \t]*\r\n", re.MULTILINE)
+# 18 digits stay below 2**63, where other readers overflow.
+_CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
+# chunk-size and chunk-ext (RFC 9112 §7.1); 16 hex digits fill 64 bits, where other readers wrap.
+_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSION = rf"[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?"
+_CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*\r\n".encode("latin-1"))
+
+# What a head is made of besides its line ends: HTAB, visible ASCII, obs-text (RFC 9110 §5.5).
+_TEXT = bytes(byte for byte in range(256) if byte == 9 or byte >= 32 and byte != 127)
+_NOT_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+
+# Fields that concern one connection and end here (RFC 9110 §7.6.1).
+HOP_BY_HOP = frozenset({
+    "connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
+    # A length is framing too, and whoever sends the message on frames it anew.
+    "content-length",
+    # Between a visitor and its own proxy; a target has no business with those credentials.
+    "proxy-authenticate", "proxy-authorization",
+    # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
+    "http2-settings",
+})
+
+# Fields that a Connection field must not remove and a trailer must not bring: whom the message is
+# for, who sent it, what it is. All names starting with "x-forwarded-" belong here as well.
+ESSENTIAL = frozenset({
+    "host", "authorization", "cookie", "set-cookie", "origin", "referer", "forwarded", "x-real-ip",
+    "cache-control", "content-type", "content-encoding", "content-range",
+})
+
+# Further fields that have no meaning once the content has come (RFC 9110 §6.5.1).
+TOO_LATE = frozenset({
+    "trailer", "expect", "max-forwards", "pragma", "range", "if-match", "if-none-match",
+    "if-modified-since", "if-unmodified-since", "if-range", "age", "date", "expires", "location",
+    "retry-after", "vary", "warning", "www-authenticate",
+})
+
+
+class Malformed(Exception):
+    """The peer broke HTTP's rules; its connection is of no further use.
+
+    ``status`` is the answer to a request that is malformed. To an answer that is malformed, the
+    gateway's own answer is 502, whatever ``status`` says. The text is one sentence: what came and
+    what was expected.
+    """
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+class Fields:
+    """The fields of one message: ordered, spelled as they came, looked up in any case."""
+
+    def __init__(self, items: list[tuple[str, str]]):
+        self.items = items
+        self._values: dict[str, list[str]] = {}
+        for name, value in items:
+            self._values.setdefault(name.lower(), []).append(value)
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The value of the first field of that name."""
+        values = self._values.get(name.lower())
+        return values[0] if values else default
+
+    def all(self, name: str) -> list[str]:
+        """The values of all fields of that name, in order."""
+        return list(self._values.get(name.lower(), ()))
+
+    def tokens(self, name: str) -> list[str]:
+        """The members of a comma-separated list, over all its lines, in lower case.
+
+        Empty members are left out (RFC 9110 §5.6.1).
+        """
+        members = ",".join(self._values.get(name.lower(), ())).lower().split(",")
+        return [token for member in members if (token := member.strip(" \t"))]
+
+    def __contains__(self, name: str) -> bool:
+        return name.lower() in self._values
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __repr__(self) -> str:
+        return f"Fields({self.items!r})"
+
+
+class Request(NamedTuple):
+    """A request's head. ``target`` is the request target as it came, ``minor`` is 0 or 1."""
+    method: str
+    target: str
+    minor: int
+    fields: Fields
+
+
+class Response(NamedTuple):
+    """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1."""
+    status: int
+    reason: str
+    minor: int
+    fields: Fields
+
+
+# ---------------------------------------------------------------------------------------------
+# Heads
+# ---------------------------------------------------------------------------------------------
+
+def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
+    """The offset just past the blank line that ends the head, or -1 if it has not come yet.
+
+    ``start`` is how many bytes an earlier call has seen already, so that a head that trickles in
+    is searched once. Raises Malformed for a line that ends in a bare LF as soon as it is there
+    (its sender waits for an answer and sends no more), and when HEAD_LIMIT bytes hold no end.
+    """
+    end = buffer.find(b"\r\n\r\n", max(start - 3, 0), HEAD_LIMIT)
+    seen = end + 4 if end >= 0 else min(len(buffer), HEAD_LIMIT)
+    # Every LF from start on must be the second half of a CRLF, which may begin one byte earlier.
+    if buffer.count(b"\n", start, seen) != buffer.count(b"\r\n", max(start - 1, 0), seen):
+        raise Malformed(400, "a line ends in LF alone, expected CRLF")
+    if end >= 0:
+        return seen
+    if len(buffer) > HEAD_LIMIT:
+        if buffer.find(b"\r\n", 0, HEAD_LIMIT) < 0:
+            raise Malformed(414, f"first line of over {HEAD_LIMIT} bytes, expected a shorter one")
+        raise Malformed(431, f"no blank line in {HEAD_LIMIT} bytes, expected the fields to end")
+    return -1
+
+
+def parse_request(head: bytes) -> Request:
+    """Read a request's head, from its first byte to its blank line.
+
+    One empty line before it is skipped, as RFC 9112 §2.2 asks; a second one is refused. Raises
+    Malformed: 414 (target too long), 431 (fields too many or too large), 505 (not HTTP/1.0 or
+    HTTP/1.1), 400 (all else).
+    """
+    line, fields = _split_head(head.removeprefix(b"\r\n"))
+    words = line.split(" ")
+    if len(words) != 3:
+        raise Malformed(400, f"request line {_shown(line)}, expected method, target and version "
+                             "with one space between")
+    method, target, version = words
+    if not _TOKEN.fullmatch(method):
+        raise Malformed(400, f"method {_shown(method)}, expected a token")
+    minor = _minor(version)
+    if len(target) > TARGET_LIMIT:
+        raise Malformed(414, f"target of {len(target)} bytes, expected at most {TARGET_LIMIT}")
+    if not _TARGET.fullmatch(target):
+        raise Malformed(400, f"target {_shown(target)}, expected visible ASCII and no fragment")
+    _split_target(method, target)
+    return Request(method, target, minor, fields)
+
+
+def parse_response(head: bytes) -> Response:
+    """Read an answer's head, from its first byte to its blank line.
+
+    The reason may be missing, with the space before it or without. Raises Malformed.
+    """
+    line, fields = _split_head(head)
+    match = _STATUS_LINE.fullmatch(line)
+    if not match:
+        raise Malformed(400, f"status line {_shown(line)}, expected version, status 100 to 599 "
+                             "and reason")
+    version, status, reason = match.groups("")
+    return Response(int(status), reason, _minor(version), fields)
+
+
+def _split_head(head: bytes) -> tuple[str, Fields]:
+    """A head's first line, and its fields."""
+    if len(head) > HEAD_LIMIT:
+        raise Malformed(431, f"head of {len(head)} bytes, expected at most {HEAD_LIMIT}")
+    if not head.endswith(b"\r\n\r\n"):
+        raise Malformed(400, "head without a blank line at its end, expected CRLF CRLF")
+    line, _, block = _check_text(head[:-2]).partition("\r\n")
+    return line, _parse_fields(block)
+
+
+def _check_text(lines: bytes) -> str:
+    """Refuse control bytes, and CR and LF except as a pair; return the text."""
+    # All that is not text must be CRLFs: counted, since both counts run at memory speed.
+    if len(lines.translate(None, _TEXT)) != 2 * lines.count(b"\r\n"):
+        at = _NOT_TEXT.search(lines).start()
+        raise Malformed(400, f"byte 0x{lines[at]:02x} at offset {at}, expected text and CRLF")
+    return lines.decode("latin-1")
+
+
+def _parse_fields(block: str) -> Fields:
+    """The fields in a block of lines that _check_text has seen, each ended by CRLF."""
+    count = block.count("\n")
+    if count > FIELD_LIMIT:
+        raise Malformed(431, f"{count} fields, expected at most {FIELD_LIMIT}")
+    items = _FIELD_LINE.findall(block)
+    if len(items) != count:
+        raise _bad_field(next(line for line in block.split("\r\n")
+                              if not _FIELD_LINE.match(line + "\r\n")))
+    return Fields(items)
+
+
+def _bad_field(line: str) -> Malformed:
+    """What is wrong with a field line. Values are secrets and are not repeated."""
+    name, colon, _ = line.partition(":")
+    if not line:
+        return Malformed(400, "blank line among the fields, expected it at their end only")
+    if line[0] in " \t":
+        return Malformed(400, "field line starts with white space, expected a field name")
+    if not colon:
+        return Malformed(400, "field line without a colon, expected name, colon and value")
+    if name.rstrip(" \t") != name:
+        return Malformed(400, f"white space after field name {_shown(name)}, expected the colon")
+    return Malformed(400, f"field name {_shown(name)}, expected a token")
+
+
+def _minor(version: str) -> int:
+    if version == "HTTP/1.1":
+        return 1
+    if version == "HTTP/1.0":
+        return 0
+    raise Malformed(505 if _VERSION.fullmatch(version) else 400,
+                    f"version {_shown(version)}, expected HTTP/1.1 or HTTP/1.0")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_LIMIT else text[:SHOWN_LIMIT] + "...")
+
+
+# ---------------------------------------------------------------------------------------------
+# Whom a request is for, and who talks on
+# ---------------------------------------------------------------------------------------------
+
+def hostname(request: Request) -> str:
+    """The hostname the request is for: lower case, no port, no trailing dot.
+
+    It stands in Host, and in the target if that is in absolute-form or, for CONNECT, in
+    authority-form; where both name one, they must name the same (RFC 9112 §3.2). An IPv6 address
+    keeps its brackets. A request in HTTP/1.0 may name none: then it is "". Raises Malformed.
+    """
+    hosts = request.fields.all("host")
+    if len(hosts) > 1:
+        raise Malformed(400, f"{len(hosts)} Host fields, expected one")
+    if not hosts and request.minor > 0:
+        raise Malformed(400, "no Host field, expected one")
+    name = _name(hosts[0]) if hosts else ""
+    authority, _ = _split_target(request.method, request.target)
+    if authority is None:
+        return name
+    aimed = _name(authority)
+    if hosts and aimed != name:
+        raise Malformed(400, f"target for {_shown(aimed)} with Host {_shown(name)}, "
+                             "expected the same")
+    return aimed
+
+
+def origin_target(request: Request) -> str:
+    """The target as a target's own listener expects it: in origin-form, or "*".
+
+    Raises Malformed, 501, for CONNECT: it asks for a tunnel, there is no form to pass on.
+    """
+    _, target = _split_target(request.method, request.target)
+    if target is None:
+        raise Malformed(501, "method CONNECT, expected one that an http target can answer")
+    return target
+
+
+def keeps_alive(message: Request | Response) -> bool:
+    """Whether the sender will read or write a further message after this one (RFC 9112 §9.3).
+
+    An answer that ends when its connection does (UntilCloseBody) is the last one regardless.
+    """
+    options = message.fields.tokens("connection")
+    return "close" not in options and (message.minor > 0 or "keep-alive" in options)
+
+
+def end_to_end(fields: Fields, keep_upgrade: bool = False) -> list[tuple[str, str]]:
+    """The fields to pass on: all but HOP_BY_HOP and those that Connection names.
+
+    Trailer stays, as trailers are passed on. With ``keep_upgrade`` Upgrade stays too; the caller
+    writes its own Connection, and the length or coding of the body that it sends. A Connection
+    that names one of the ESSENTIAL fields is not obeyed there (it never may, RFC 9110 §7.6.1):
+    it would let a visitor take away what the target relies on.
+    """
+    dropped = set(HOP_BY_HOP)
+    dropped.update(name for name in fields.tokens("connection") if not _is_essential(name))
+    if keep_upgrade:
+        dropped.discard("upgrade")
+    return [(name, value) for name, value in fields if name.lower() not in dropped]
+
+
+def _is_essential(name: str) -> bool:
+    return name in ESSENTIAL or name.startswith("x-forwarded-")
+
+
+def _split_target(method: str, target: str) -> tuple[str | None, str | None]:
+    """A target's authority and its origin-form, None for the one that it has not (§3.2)."""
+    if method == "CONNECT":
+        if not _AUTHORITY_FORM.fullmatch(target):
+            raise Malformed(400, f"CONNECT to {_shown(target)}, expected host and port")
+        return target, None
+    if target.startswith("/") or target == "*" and method == "OPTIONS":
+        return None, target
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if not absolute:
+        raise Malformed(400, f"target {_shown(target)}, expected a path or an http URL")
+    authority, path, query = absolute.groups("")
+    if method == "OPTIONS" and not path and not query:
+        return authority, "*"                       # RFC 9112 §3.2.4
+    return authority, (path or "/") + query
+
+
+def _name(authority: str) -> str:
+    """The hostname in ``host[:port]``; the port may be empty (RFC 3986 §3.2.3), no userinfo."""
+    match = _AUTHORITY.fullmatch(authority)
+    if not match:
+        raise Malformed(400, f"host {_shown(authority)}, expected a hostname and perhaps a port")
+    name, port = match.groups("0")
+    if int(port or 0) > 65535:
+        raise Malformed(400, f"port {port}, expected at most 65535")
+    if name.startswith("["):
+        try:
+            ipaddress.IPv6Address(name[1:-1])
+        except ValueError:
+            raise Malformed(400, f"host {_shown(name)}, expected an IPv6 address") from None
+    name = name.lower().removesuffix(".")
+    if len(name) > NAME_LIMIT:
+        raise Malformed(400, f"host of {len(name)} characters, expected at most {NAME_LIMIT}")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------
+# Bodies
+# ---------------------------------------------------------------------------------------------
+
+class Body:
+    """A decoder for one message's body: bytes as they come in, payload out.
+
+    ``length``: payload bytes if known beforehand, else None.
+    ``complete``: the body has ended; true from the start for one of no bytes.
+    ``trailers``: fields that came after the payload, without those that must not come so late.
+    ``rest``: bytes that came after the end and belong to the next message; b"" before.
+    """
+
+    length: int | None = None
+
+    def __init__(self):
+        self.complete = False
+        self.trailers: list[tuple[str, str]] = []
+        self.rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take the next bytes, return the payload in them: pieces in order, none of them empty.
+
+        What comes after the end is added to ``rest``. Raises Malformed, after which the decoder
+        is of no further use.
+        """
+        raise NotImplementedError
+
+    def eof(self) -> None:
+        """Take note that no byte will come any more. Raises Malformed if that cuts it short."""
+        if not self.complete:
+            expected = "the last chunk" if self.length is None else f"{self.length} bytes"
+            raise Malformed(400, f"body cut short by end of connection, expected {expected}")
+
+
+class SizedBody(Body):
+    """A body of ``length`` bytes, as Content-Length said (RFC 9112 §6.2)."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.complete = length == 0
+        self._left = length
+
+    def feed(self, data: bytes) -> list[bytes]:
+        piece = data[:self._left]                   # the same object, not a copy, if it is all
+        self._left -= len(piece)
+        self.complete = self._left == 0
+        self.rest += data[len(piece):]
+        return [piece] if piece else []
+
+
+class UntilCloseBody(Body):
+    """An answer's body that ends where its connection does (RFC 9112 §6.3, case 8)."""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if self.complete:
+            self.rest += data
+            return []
+        return [data] if data else []
+
+    def eof(self) -> None:
+        self.complete = True
+
+
+class ChunkedBody(Body):
+    """A body in chunks, each with its size before it, and trailers (RFC 9112 §7.1).
+
+    The state is the method that reads on: _size_line, _payload, _payload_end, and round again;
+    after a size of 0, _trailers. Each takes data and an offset into it, and returns the offset
+    where the next one goes on. At most a line is held back, or the trailer section.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._read_on = self._size_line
+        self._held = bytearray()                    # of an unfinished line or trailer section
+        self._left = 0                              # payload bytes to come in this chunk
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if self.complete:
+            self.rest += data
+            return []
+        pieces: list[bytes] = []
+        at = 0
+        while at < len(data):
+            at = self._read_on(data, at, pieces)
+        return pieces
+
+    def _size_line(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        line, at = self._line(data, at, CHUNK_LINE_LIMIT)
+        if line:
+            match = _CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise Malformed(400, f"chunk line {_shown(line.decode('latin-1'))}, expected at "
+                                     "most 16 hex digits, extensions and CRLF")
+            self._left = int(match[1], 16)
+            self._read_on = self._payload
+            if self._left == 0:
+                self._read_on = self._trailers
+                # The CRLF just read: with it in front, a section without any trailer ends in
+                # the same blank line as every other.
+                self._held += b"\r\n"
+        return at
+
+    def _payload(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        piece = data[at:at + self._left]
+        pieces.append(piece)
+        self._left -= len(piece)
+        if self._left == 0:
+            self._read_on = self._payload_end
+        return at + len(piece)
+
+    def _payload_end(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        line, at = self._line(data, at, len(b"\r\n"))
+        if line:
+            if line != b"\r\n":
+                raise Malformed(400, f"{line!r} after a chunk, expected CRLF")
+            self._read_on = self._size_line
+        return at
+
+    def _trailers(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        searched = len(self._held)
+        self._held += data[at:]
+        end = head_end(self._held, searched)
+        if end >= 0:
+            text = _check_text(self._held[2:end - 2])
+            self.trailers = [(name, value) for name, value in _parse_fields(text)
+                             if not _comes_too_late(name.lower())]
+            self.rest = bytes(self._held[end:])
+            self.complete = True
+        return len(data)
+
+    def _line(self, data: bytes, at: int, limit: int) -> tuple[bytes, int]:
+        """A line of at most ``limit`` bytes with its LF, or b"" if more must come."""
+        room = at + limit - len(self._held)
+        end = data.find(b"\n", at, room) + 1
+        if end:
+            line = bytes(self._held) + data[at:end]
+            self._held.clear()
+            return line, end
+        self._held += data[at:room]
+        if len(self._held) == limit:
+            raise Malformed(400, f"no line end in {limit} bytes, expected CRLF")
+        return b"", len(data)
+
+
+def _comes_too_late(name: str) -> bool:
+    """Whether a trailer of that name is dropped: a target might take it for a field of the head."""
+    return name in HOP_BY_HOP or name in TOO_LATE or _is_essential(name)
+
+
+def request_body(request: Request) -> Body | None:
+    """The decoder for the request's body, None if it has none (RFC 9112 §6.3).
+
+    Content-Length: 0 is a body, complete from the start, so that it can be told from none.
+    Raises Malformed for any doubt about its length: 501 for a coding that is not chunked but
+    lies under it, else 400.
+    """
+    return _framed(request)
+
+
+def response_body(response: Response, method: str) -> Body | None:
+    """The decoder for the body of an answer to a ``method`` request, None if it has none.
+
+    That is so for HEAD, statuses 1xx, 204 and 304, and CONNECT's success. Their lengths are
+    still checked, as Content-Length may be passed on. If bytes follow where no body may, the
+    connection cannot be used again. Raises Malformed as request_body does.
+    """
+    body = _framed(response)
+    status = response.status
+    if method == "HEAD" or status < 200 or status in (204, 304):
+        return None
+    if method == "CONNECT" and status < 300:
+        return None
+    return UntilCloseBody() if body is None else body
+
+
+def _framed(message: Request | Response) -> SizedBody | ChunkedBody | None:
+    """The decoder that the message's own fields ask for, None if they say nothing."""
+    codings = message.fields.all("transfer-encoding")
+    lengths = message.fields.all("content-length")
+    if codings:
+        # RFC 9112 §6.1 and §6.3 let a reader pick one, or wait for the end: the readers differ.
+        if lengths:
+            raise Malformed(400, "Content-Length and Transfer-Encoding, expected one of them")
+        if message.minor == 0:
+            raise Malformed(400, "Transfer-Encoding in HTTP/1.0, expected Content-Length")
+        if len(codings) > 1 or codings[0].lower() != "chunked":
+            *under, last = message.fields.tokens("transfer-encoding") or [""]
+            known_shape = under and last == "chunked" and "chunked" not in under
+            raise Malformed(501 if known_shape else 400,
+                            f"Transfer-Encoding {_shown(', '.join(codings))}, expected chunked")
+        return ChunkedBody()
+    if lengths:
+        if len(lengths) > 1:
+            raise Malformed(400, f"{len(lengths)} Content-Length fields, expected one")
+        if not _CONTENT_LENGTH.fullmatch(lengths[0]):
+            raise Malformed(400, f"Content-Length {_shown(lengths[0])}, expected 1 to 18 digits")
+        return SizedBody(int(lengths[0]))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# The way out
+# ---------------------------------------------------------------------------------------------
+
+def encode_head(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A head from its first line to its blank line.
+
+    Raises ValueError if that would not be text in lines: no value can add a line of its own.
+    """
+    lines = [start_line, *[f"{name}: {value}" for name, value in fields], "", ""]
+    head = "\r\n".join(lines).encode("latin-1")
+    if len(head.translate(None, _TEXT)) != 2 * (len(lines) - 1):
+        raise ValueError(f"control character in a head that starts {start_line!r}")
+    return head
+
+
+def encode_chunk(data: bytes) -> bytes:
+    """One chunk; b"" for no data, as an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def encode_last_chunk(trailers: Iterable[tuple[str, str]] = ()) -> bytes:
+    """The chunk that ends a body, with the trailers behind it. Raises ValueError as encode_head."""
+    return encode_head("0", trailers)               # the same lines, a size instead of a start line
