@@ -1,0 +1,1 @@
+"""The agent: the private side of the tunnel."""

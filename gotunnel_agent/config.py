@@ -1,0 +1,395 @@
+"""The agent's configuration: a YAML file in, one frozen ``Config`` out.
+
+The file is a mapping with the keys in ``KEYS``; each item of ``tunnels`` is one with the keys in
+``TUNNEL_KEYS``. ``conf/agent.yaml`` explains them to the operator. Relative paths are relative to
+the working folder.
+
+Every value is taken as the text that was typed: ``jwt_secret: 012`` is those three characters, and
+no hostname turns into a number or a date on its way. What a number or a boolean is, is decided
+here, key by key.
+
+Whatever is wrong is a ``ConfigError``, one line that never shows a secret: the file, the key (items
+of a list count from 0), what came and what was expected.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import yaml
+
+from gotunnel import normal_hostname, valid_hostname
+
+KEYS = (
+    "tunnel_addr",
+    "skip_tls_verify",
+    "ca_file",
+    "jwt_secret",
+    "jwt_secret_file",
+    "token",
+    "token_file",
+    "jwt_issuer",
+    "jwt_expire_sec",
+    "log_level",
+    "tunnels",
+)
+TUNNEL_KEYS = ("hostname", "target", "mode")
+CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
+
+MODES = ("http", "tcp")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+# As in YAML 1.1; any case.
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unless quoted
+
+# A thousand tunnels take a tenth of this: it keeps a wrong path from filling the memory.
+MAX_FILE = 1024 * 1024
+
+MAX_PORT = 65535
+
+# Seconds. A token must outlast the way to the gateway and clocks that differ; one that is valid
+# for more than a year is a typing error.
+LEAST_EXPIRE = 60
+MOST_EXPIRE = 365 * 24 * 3600
+
+# Characters of a bad value that a message shows: enough for the longest hostname, and one line.
+MAX_SHOWN = 253
+
+
+class ConfigError(Exception):
+    """The agent cannot start like this; the message is one line for the operator."""
+
+
+class Tunnel(NamedTuple):
+    """One hostname and where its visits go. ``mode`` is one of MODES."""
+
+    hostname: str
+    target_host: str  # a hostname or an IP address, without brackets
+    target_port: int
+    mode: str
+
+    @property
+    def target(self) -> str:
+        """The target as "HOST:PORT", IPv6 in brackets."""
+        host = f"[{self.target_host}]" if ":" in self.target_host else self.target_host
+        return f"{host}:{self.target_port}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the operator decided, checked and complete.
+
+    Exactly one of ``jwt_secret`` and ``token`` is there, the other is None.
+    """
+
+    tunnel_host: str  # a hostname or an IP address, without brackets
+    tunnel_port: int
+    skip_tls_verify: bool
+    ca_file: str | None  # None: the CAs that the system trusts
+    jwt_secret: str | None = field(repr=False)
+    token: str | None = field(repr=False)
+    jwt_issuer: str
+    jwt_expire_sec: int  # how long a token is valid that the agent signs, in seconds
+    log_level: str  # one of LOG_LEVELS
+    tunnels: tuple[Tunnel, ...]
+
+    def routes(self) -> dict[str, str]:
+        """Hostname to target, as the register message names them."""
+        return {tunnel.hostname: tunnel.target for tunnel in self.tunnels}
+
+    def modes(self) -> dict[str, str]:
+        """Hostname to mode, as the register message names them."""
+        return {tunnel.hostname: tunnel.mode for tunnel in self.tunnels}
+
+
+def load(path: str | os.PathLike) -> Config:
+    """Read, check and complete the configuration in the file ``path``.
+
+    Raises ConfigError at the first thing that is wrong.
+    """
+    try:
+        return _config(_parse(_read_file(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{os.fspath(path)}: {error}") from None
+
+
+# --- The file ------------------------------------------------------------------------------------
+
+
+def _read_file(path: str | os.PathLike) -> str:
+    """The text of a small file, without the byte order mark that some editors put first."""
+    if os.path.isdir(path):
+        raise ConfigError("this is a folder, expected a file")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror}), expected a readable file") from None
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"the file is too long, expected at most {MAX_FILE} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML with every scalar as the text that was typed, None for no value, and no key twice.
+
+    Tags such as ``!!python/object`` mean nothing to it.
+    """
+
+    def construct_scalar(self, node):
+        if node.style is None and node.value in NULLS:  # style None: without quotes
+            return None
+        return super().construct_scalar(node)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
+            if key in mapping:
+                raise _at(key_node.start_mark, f"key {_shown(key)} came before, expected it once")
+            mapping[key] = self.construct_object(value_node, deep)
+        return mapping
+
+
+def _parse(text: str) -> object:
+    """The document in ``text``: mappings, lists, text and None."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        # Names out of the file are left out, '<token>' and '\t' stay: an unquoted secret that
+        # begins with * or ! would show.
+        problem = re.sub(r" '[^'<\\]{2,}'", "", problem)
+        raise _at(error.problem_mark or error.context_mark, f"not YAML, {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
+        raise ConfigError(
+            f"line {line}, column {column}: not YAML, an unprintable character"
+        ) from None
+    except RecursionError:
+        raise ConfigError("lists or mappings too deep in each other, expected two levels") from None
+
+
+def _at(mark: yaml.Mark, message: str) -> ConfigError:
+    return ConfigError(f"line {mark.line + 1}, column {mark.column + 1}: {message}")
+
+
+# --- The keys ------------------------------------------------------------------------------------
+
+
+def _config(document: object) -> Config:
+    if document is None:
+        raise ConfigError("the file is empty, expected tunnel_addr, a credential and tunnels")
+    if not isinstance(document, dict):
+        raise ConfigError(f"{_kind(document)} came, expected a mapping of keys to values")
+    _refuse_unknown_keys(document, KEYS, "")
+
+    tunnel_host, tunnel_port = _address(document, "tunnel_addr", "tunnel.example.com:9443")
+    jwt_secret, token = _credential(document)
+    skip_tls_verify = _boolean(document, "skip_tls_verify", False)
+    return Config(
+        tunnel_host=normal_hostname(tunnel_host),
+        tunnel_port=tunnel_port,
+        skip_tls_verify=skip_tls_verify,
+        ca_file=_ca_file(document, skip_tls_verify),
+        jwt_secret=jwt_secret,
+        token=token,
+        jwt_issuer=_text(document, "jwt_issuer", "text") if "jwt_issuer" in document else "",
+        jwt_expire_sec=_expire_sec(document),
+        log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
+        tunnels=_tunnels(document),
+    )
+
+
+def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
+    for key in mapping:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        raise ConfigError(f"{where}unknown key {_shown(key)}, {hint}")
+
+
+def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """The secret or the token, each read from its file if that is what was named."""
+    given = [key for key in CREDENTIAL_KEYS if key in document]
+    if len(given) != 1:
+        came = f"{' and '.join(given)} came" if given else "no credential"
+        raise ConfigError(f"{came}, expected exactly one of {', '.join(CREDENTIAL_KEYS)}")
+    (key,) = given
+    if key.endswith("_file"):
+        path = _text(document, key, "the path of a file")
+        try:
+            credential = _read_file(path).rstrip("\r\n")
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {_shown(path)}: {error}") from None
+    else:
+        credential = _text(document, key, "text", secret=True)
+    # A lone surrogate (YAML's "\ud800" makes one) has no bytes that could be sent or signed with.
+    if not credential.strip() or re.search("[\ud800-\udfff]", credential):
+        raise ConfigError(
+            f"{key}: no text came, expected the gateway's JWT_SECRET or a token that it accepts"
+        )
+    return (credential, None) if key.startswith("jwt_secret") else (None, credential)
+
+
+def _ca_file(document: Mapping[str, object], skip_tls_verify: bool) -> str | None:
+    if "ca_file" not in document:
+        return None
+    path = _text(document, "ca_file", "the path of a file")
+    if skip_tls_verify:
+        raise ConfigError("ca_file and skip_tls_verify: true came, expected only one of them")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        raise ConfigError(f"ca_file: {_shown(path)} came, expected a file that can be read")
+    return path
+
+
+def _expire_sec(document: Mapping[str, object]) -> int:
+    if "jwt_expire_sec" not in document:
+        return 3600
+    expected = f"seconds, a whole number from {LEAST_EXPIRE} to {MOST_EXPIRE}"
+    text = _text(document, "jwt_expire_sec", expected)
+    seconds = _whole_number(text)
+    if seconds is None or not LEAST_EXPIRE <= seconds <= MOST_EXPIRE:
+        raise ConfigError(f"jwt_expire_sec: {_shown(text)} came, expected {expected}")
+    return seconds
+
+
+def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
+    items = document.get("tunnels")
+    if not isinstance(items, list) or not items:
+        came = "an empty list" if items == [] else _kind(items)
+        raise ConfigError(f"tunnels: {came} came, expected a list with at least one tunnel")
+    tunnels: dict[str, Tunnel] = {}
+    for number, item in enumerate(items):
+        tunnel = _tunnel(item, f"tunnels[{number}]")
+        if tunnel.hostname in tunnels:
+            raise ConfigError(
+                f"tunnels[{number}].hostname: {tunnel.hostname!r} came before, expected it once"
+            )
+        tunnels[tunnel.hostname] = tunnel
+    return tuple(tunnels.values())
+
+
+def _tunnel(item: object, where: str) -> Tunnel:
+    if not isinstance(item, dict):
+        raise ConfigError(f"{where}: {_kind(item)} came, expected a mapping with hostname, target")
+    _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: ")
+
+    where += "."
+    expected = "a hostname such as app.example.com, without scheme or port"
+    text = _text(item, "hostname", expected, where)
+    if not valid_hostname(text):
+        raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}")
+    hostname = normal_hostname(text)
+    target_host, target_port = _address(item, "target", "127.0.0.1:8080", where)
+    return Tunnel(hostname, target_host, target_port, _choice(item, "mode", MODES, "http", where))
+
+
+# --- The kinds of value --------------------------------------------------------------------------
+
+
+def _text(
+    mapping: Mapping[str, object], key: str, expected: str, where: str = "", *, secret: bool = False
+) -> str:
+    """The text of a key that must be there. A secret may hold any character."""
+    if key not in mapping:
+        raise ConfigError(f"{where}{key}: missing, expected {expected}")
+    value = mapping[key]
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}{key}: {_kind(value)} came, expected {expected}")
+    if not secret and not value.isprintable():  # not shown: a missing quote may have drawn one in
+        raise ConfigError(
+            f"{where}{key}: a line break or unprintable character came, expected {expected}"
+        )
+    return value
+
+
+def _boolean(mapping: Mapping[str, object], key: str, default: bool) -> bool:
+    if key not in mapping:
+        return default
+    text = _text(mapping, key, "true or false")
+    if text.lower() not in BOOLEANS:
+        raise ConfigError(f"{key}: {_shown(text)} came, expected true or false")
+    return BOOLEANS[text.lower()]
+
+
+def _choice(
+    mapping: Mapping[str, object], key: str, choices: tuple[str, ...], default: str, where: str = ""
+) -> str:
+    if key not in mapping:
+        return default
+    expected = f"one of {', '.join(choices)}"
+    text = _text(mapping, key, expected, where)
+    if text.lower() not in choices:
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
+    return text.lower()
+
+
+def _address(
+    mapping: Mapping[str, object], key: str, example: str, where: str = ""
+) -> tuple[str, int]:
+    """Host and port of "HOST:PORT", an IPv6 address without its brackets."""
+    expected = f'"HOST:PORT" such as "{example}"'
+    text = _text(mapping, key, expected, where)
+
+    def refused(why: str) -> ConfigError:
+        return ConfigError(f"{where}{key}: {_shown(text)} {why}, expected {expected}")
+
+    if "/" in text or text.startswith("unix:"):
+        raise refused("has a scheme or a path; in this version it is only a host and a port")
+    host, colon, port = text.rpartition(":")
+    if port.endswith("]") or not colon and not text.isdigit() or not port:
+        raise refused("has no port")
+    if not host:
+        raise refused("has no host")
+    number = _whole_number(port)
+    if number is None or not 1 <= number <= MAX_PORT:
+        raise refused(f"has no port from 1 to {MAX_PORT}")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if not _is_ip_address(host, ipaddress.IPv6Address):
+            raise refused("has no IPv6 address in its brackets")
+    elif _is_ip_address(host, ipaddress.IPv6Address):
+        raise refused("has an IPv6 address without brackets")
+    elif not _is_ip_address(host, ipaddress.IPv4Address):
+        # Container networks know services by names with underscores, which no hostname has.
+        if not valid_hostname(host.replace("_", "x")):
+            raise refused("has a host that is neither a hostname nor an IP address")
+    return host, number
+
+
+def _is_ip_address(text: str, version: type) -> bool:
+    try:
+        version(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _whole_number(text: str) -> int | None:
+    # int() alone would take "1_000", " 7" and other scripts' digits too; nine are enough here.
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+
+def _kind(value: object) -> str:
+    """What a value is, in the reader's words."""
+    if value is None:
+        return "no value"
+    return {dict: "a mapping", list: "a list", str: "text"}[type(value)]
+
+
+def _shown(text: str) -> str:
+    """The text in quotes, on one line, cut if it is very long."""
+    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")

@@ -1,0 +1,419 @@
+"""The agent's configuration: what a file means, and the one line for each that is bad."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Tunnel, load
+
+EXAMPLE = Path(__file__).parent.parent / "conf" / "agent.yaml"
+
+SECRET = "correct-horse-battery-staple"
+ADDR = 'tunnel_addr: "tunnel.example.com:9443"\n'
+CREDENTIAL = f'jwt_secret: "{SECRET}"\n'
+TUNNELS = """\
+tunnels:
+  - hostname: "app.example.com"
+    target: "127.0.0.1:8080"
+"""
+MINIMAL = ADDR + CREDENTIAL + TUNNELS
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    """Relative paths, as in the messages, lead into a folder of this test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def loaded(text):
+    Path("agent.yaml").write_text(text, encoding="utf-8")
+    return load("agent.yaml")
+
+
+def refusal(content):
+    """The one line that refuses a file with this text or these bytes, without the path."""
+    Path("agent.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load("agent.yaml")
+    path, _, message = str(caught.value).partition(": ")
+    assert path == "agent.yaml"
+    assert "\n" not in message
+    assert SECRET not in message
+    return message
+
+
+def tunnel(**keys):
+    """A file with one tunnel of these keys, as they stand."""
+    lines = "".join(f"    {key}: {text}\n" for key, text in keys.items())
+    return f"{ADDR}{CREDENTIAL}tunnels:\n  -\n{lines}"
+
+
+# --- What a file means --------------------------------------------------------------------------
+
+
+def test_defaults():
+    assert loaded(MINIMAL) == Config(
+        tunnel_host="tunnel.example.com",
+        tunnel_port=9443,
+        skip_tls_verify=False,
+        ca_file=None,
+        jwt_secret=SECRET,
+        token=None,
+        jwt_issuer="",
+        jwt_expire_sec=3600,
+        log_level="info",
+        tunnels=(Tunnel("app.example.com", "127.0.0.1", 8080, "http"),),
+    )
+
+
+def test_every_key_that_stands_beside_the_others():
+    Path("ca.pem").write_text("")
+    assert loaded(
+        """
+        tunnel_addr: "[2001:db8::1]:443"
+        ca_file: ca.pem
+        token: a.b.c
+        jwt_issuer: mytunnel
+        jwt_expire_sec: 60
+        log_level: DEBUG
+        tunnels:
+          - {hostname: App.Example.com., target: web_1:80}
+          - {hostname: ssh.example.com, target: "[::1]:22", mode: TCP}
+        """
+    ) == Config(
+        tunnel_host="2001:db8::1",
+        tunnel_port=443,
+        skip_tls_verify=False,
+        ca_file="ca.pem",
+        jwt_secret=None,
+        token="a.b.c",
+        jwt_issuer="mytunnel",
+        jwt_expire_sec=60,
+        log_level="debug",
+        tunnels=(
+            Tunnel("app.example.com", "web_1", 80, "http"),
+            Tunnel("ssh.example.com", "::1", 22, "tcp"),
+        ),
+    )
+
+
+def test_routes_and_modes_are_those_of_the_register_message():
+    config = loaded(MINIMAL + "  - {hostname: SSH.example.com, target: '[::1]:22', mode: tcp}\n")
+    assert config.routes() == {"app.example.com": "127.0.0.1:8080", "ssh.example.com": "[::1]:22"}
+    assert config.modes() == {"app.example.com": "http", "ssh.example.com": "tcp"}
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded(MINIMAL).tunnel_port = 1
+
+
+@pytest.mark.parametrize("key", ["jwt_secret", "token"])
+def test_repr_holds_no_credential(key):
+    assert SECRET not in repr(loaded(f"{ADDR}{key}: {SECRET}\n{TUNNELS}"))
+
+
+@pytest.mark.parametrize("typed", ["012345678901234567", "2024-13-45", "1e5", "yes", "'null'"])
+def test_secret_is_the_text_that_was_typed(typed):
+    assert loaded(f"{ADDR}jwt_secret: {typed}\n{TUNNELS}").jwt_secret == typed.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [("true", True), ("yes", True), ("On", True), ("False", False), ("no", False), ("off", False)],
+)
+def test_booleans_of_yaml(typed, value):
+    assert loaded(f"{MINIMAL}skip_tls_verify: {typed}\n").skip_tls_verify is value
+
+
+def test_ca_file_stands_beside_a_skip_tls_verify_that_is_false():
+    Path("ca.pem").write_text("")
+    assert loaded(f"{MINIMAL}skip_tls_verify: false\nca_file: ca.pem\n").ca_file == "ca.pem"
+
+
+def test_byte_order_mark_and_anchors_are_taken():
+    assert loaded("\ufeff" + ADDR + CREDENTIAL + TUNNELS.replace('"127', '&local "127') + (
+        "  - {hostname: b.example.com, target: *local}\n"
+    )).routes()["b.example.com"] == "127.0.0.1:8080"
+
+
+def test_tags_run_nothing():
+    config = loaded(ADDR + "jwt_secret: !!python/object/apply:os.getcwd x\n" + TUNNELS)
+    assert config.jwt_secret == "x"
+
+
+# --- Credentials --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "secret", "token"),
+    [("jwt_secret_file", f" {SECRET} ", None), ("token_file", None, f" {SECRET} ")],
+)
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_credential_from_a_file_loses_only_its_line_ending(key, secret, token, ending):
+    Path("credential").write_bytes(f" {SECRET} {ending}".encode())
+    config = loaded(f"{ADDR}{key}: credential\n{TUNNELS}")
+    assert (config.jwt_secret, config.token) == (secret, token)
+
+
+@pytest.mark.parametrize("key", ["jwt_secret_file", "token_file"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "{key}: no text came"),
+        (b" \r\n", "{key}: no text came"),
+        (b"\xff\xfet\0", "{key}: 'credential': byte 0 is not UTF-8, expected UTF-8 text"),
+        (None, "{key}: 'credential': cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_credential_file_is_refused(key, content, expected):
+    if content is not None:
+        Path("credential").write_bytes(content)
+    message = refusal(f"{ADDR}{key}: credential\n{TUNNELS}")
+    assert message.startswith(expected.format(key=key))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("", "no credential, expected exactly one of jwt_secret, jwt_secret_file, token, token_f"),
+        (f"jwt_secret: {SECRET}\ntoken: {SECRET}\n", "jwt_secret and token came, expected exactly"),
+        ("jwt_secret: x\njwt_secret_file: x\n", "jwt_secret and jwt_secret_file came, expected"),
+        ('jwt_secret: ""\n', "jwt_secret: no text came, expected the gateway's JWT_SECRET"),
+        ('token: "  "\n', "token: no text came, expected the gateway's JWT_SECRET or a token"),
+        ("token:\n", "token: no value came, expected text"),
+        ("jwt_secret: ~\n", "jwt_secret: no value came, expected text"),
+        (f"jwt_secret: [{SECRET}]\n", "jwt_secret: a list came, expected text"),
+        (f"jwt_secret: {{{SECRET}: 1}}\n", "jwt_secret: a mapping came, expected text"),
+        (f'jwt_secret: "{SECRET}\\ud800"\n', "jwt_secret: no text came"),
+    ],
+)
+def test_exactly_one_credential_is_expected(lines, expected):
+    assert refusal(ADDR + lines + TUNNELS).startswith(expected)
+
+
+# --- Keys and values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINIMAL + "tunnel_adr: x\n", "unknown key 'tunnel_adr', did you mean 'tunnel_addr'?"),
+        (MINIMAL + "zzz: x\n", f"unknown key 'zzz', expected one of {', '.join(KEYS)}"),
+        (MINIMAL + "null: x\n", "unknown key 'null', expected one of"),
+        (MINIMAL + "    mod: tcp\n", "tunnels[0]: unknown key 'mod', did you mean 'mode'?"),
+        (MINIMAL + "    port: 1\n", "tunnels[0]: unknown key 'port', expected one of hostname, "),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
+    assert refusal(text).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("skip_tls_verify: maybe", "skip_tls_verify: 'maybe' came, expected true or false"),
+        ("skip_tls_verify: 1", "skip_tls_verify: '1' came, expected true or false"),
+        ("skip_tls_verify:", "skip_tls_verify: no value came, expected true or false"),
+        ("ca_file: none.pem", "ca_file: 'none.pem' came, expected a file that can be read"),
+        ("ca_file: .", "ca_file: '.' came, expected a file that can be read"),
+        ('ca_file: "a\\0b"', "ca_file: a line break or unprintable character came"),
+        ("jwt_issuer: [a]", "jwt_issuer: a list came, expected text"),
+        ("jwt_issuer: null", "jwt_issuer: no value came, expected text"),
+        ("jwt_expire_sec: 59", "jwt_expire_sec: '59' came, expected seconds, a whole number from"),
+        ("jwt_expire_sec: 31536001", "jwt_expire_sec: '31536001' came, expected seconds"),
+        ("jwt_expire_sec: 3600.0", "jwt_expire_sec: '3600.0' came, expected seconds"),
+        ("jwt_expire_sec: 1h", "jwt_expire_sec: '1h' came, expected seconds"),
+        ("jwt_expire_sec: true", "jwt_expire_sec: 'true' came, expected seconds"),
+        (f"jwt_expire_sec: {'9' * 5000}", "jwt_expire_sec: '999"),
+        ("log_level: verbose", "log_level: 'verbose' came, expected one of debug, info, warning, "),
+        ("log_level: {}", "log_level: a mapping came, expected one of debug, info, warning, error"),
+    ],
+)
+def test_bad_value_of_an_optional_key(line, expected):
+    assert refusal(f"{MINIMAL}{line}\n").startswith(expected)
+
+
+def test_very_long_value_is_cut():
+    assert len(refusal(f"{MINIMAL}log_level: {'x' * 100_000}\n")) < 400
+
+
+def test_ca_file_together_with_skip_tls_verify_is_refused():
+    Path("ca.pem").write_text("")
+    assert refusal(f"{MINIMAL}skip_tls_verify: yes\nca_file: ca.pem\n") == (
+        "ca_file and skip_tls_verify: true came, expected only one of them"
+    )
+
+
+# Each has a line for a tunnel's target, and the same for tunnel_addr.
+BAD_ADDRESSES = [
+    ("", "no value came"),
+    ("[a, b]", "a list came"),
+    ("8080", "'8080' has no host"),
+    ("':8080'", "':8080' has no host"),
+    ("localhost", "'localhost' has no port"),
+    ("'localhost:'", "'localhost:' has no port"),
+    ("'[::1]'", "'[::1]' has no port"),
+    ("localhost:http", "'localhost:http' has no port from 1 to 65535"),
+    ("localhost:0", "'localhost:0' has no port from 1 to 65535"),
+    ("localhost:65536", "'localhost:65536' has no port from 1 to 65535"),
+    ("localhost:-1", "'localhost:-1' has no port from 1 to 65535"),
+    ("'::1:8080'", "'::1:8080' has an IPv6 address without brackets"),
+    ("'[::g]:8080'", "'[::g]:8080' has no IPv6 address in its brackets"),
+    ("'[localhost]:80'", "'[localhost]:80' has no IPv6 address in its brackets"),
+    ("999.0.0.1:80", "'999.0.0.1:80' has a host that is neither a hostname nor an IP address"),
+    ("'a b:80'", "'a b:80' has a host that is neither a hostname nor an IP address"),
+    ("http://localhost:80", "'http://localhost:80' has a scheme or a path; in this version"),
+    ("https://localhost:80", "'https://localhost:80' has a scheme or a path; in this version"),
+    ("unix:/run/app.sock", "'unix:/run/app.sock' has a scheme or a path; in this version"),
+    ("/run/app.sock", "'/run/app.sock' has a scheme or a path; in this version"),
+]
+
+
+@pytest.mark.parametrize(("address", "expected"), BAD_ADDRESSES)
+def test_bad_target(address, expected):
+    message = refusal(tunnel(hostname="app.example.com", target=address))
+    assert message.startswith(f"tunnels[0].target: {expected}")
+    assert message.endswith('expected "HOST:PORT" such as "127.0.0.1:8080"')
+
+
+@pytest.mark.parametrize(("address", "expected"), BAD_ADDRESSES)
+def test_bad_tunnel_addr(address, expected):
+    message = refusal(f"tunnel_addr: {address}\n{CREDENTIAL}{TUNNELS}")
+    assert message.startswith(f"tunnel_addr: {expected}")
+    assert message.endswith('expected "HOST:PORT" such as "tunnel.example.com:9443"')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CREDENTIAL + TUNNELS, 'tunnel_addr: missing, expected "HOST:PORT"'),
+        (ADDR + CREDENTIAL, "tunnels: no value came, expected a list with at least one tunnel"),
+        (ADDR + CREDENTIAL + "tunnels:\n", "tunnels: no value came"),
+        (ADDR + CREDENTIAL + "tunnels: []\n", "tunnels: an empty list came"),
+        (ADDR + CREDENTIAL + "tunnels: {a: b}\n", "tunnels: a mapping came"),
+        (MINIMAL + "  - app.example.com\n", "tunnels[1]: text came, expected a mapping with"),
+        (MINIMAL + "  -\n", "tunnels[1]: no value came, expected a mapping with hostname, target"),
+        (tunnel(target="a:1"), "tunnels[0].hostname: missing, expected a hostname such as"),
+        (tunnel(hostname="a.example"), 'tunnels[0].target: missing, expected "HOST:PORT"'),
+        (
+            MINIMAL + "  - {hostname: APP.example.com., target: b:1}\n",
+            "tunnels[1].hostname: 'app.example.com' came before, expected it once",
+        ),
+        (
+            tunnel(hostname="a.example", target="b:1", mode="udp"),
+            "tunnels[0].mode: 'udp' came, expected one of http, tcp",
+        ),
+    ],
+)
+def test_bad_tunnels(text, expected):
+    assert refusal(text).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "hostname",
+    [
+        "https://app.example.com",
+        "app.example.com:443",
+        "'*.example.com'",
+        "-app.example.com",
+        "app..example.com",
+        "app.example.com..",
+        "192.0.2.1",
+        "12345",
+        "my_app.example.com",
+        "bücher.example",
+        "''",
+    ],
+)
+def test_bad_hostname(hostname):
+    assert refusal(tunnel(hostname=hostname, target="a:1")).startswith(
+        "tunnels[0].hostname: {!r} came".format(hostname.strip("'"))
+    )
+
+
+# --- Files that are none ------------------------------------------------------------------------
+
+
+def test_missing_file_is_refused():
+    with pytest.raises(ConfigError, match=r"^none\.yaml: cannot be read \(No such file or dir"):
+        load("none.yaml")
+
+
+def test_folder_is_refused(working_folder):
+    with pytest.raises(ConfigError, match="this is a folder, expected a file$"):
+        load(working_folder)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="this user may read everything")
+def test_unreadable_file_is_refused():
+    Path("agent.yaml").touch(mode=0)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        load("agent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "the file is empty, expected tunnel_addr"),
+        ("# only a comment\n", "the file is empty, expected tunnel_addr"),
+        ("just text\n", "text came, expected a mapping of keys to values"),
+        ("- a list\n", "a list came, expected a mapping of keys to values"),
+        (b"jwt_secret: \xe4\n", "byte 12 is not UTF-8, expected UTF-8 text"),
+        (b"#" * (1024 * 1024 + 1), "the file is too long, expected at most 1048576 bytes"),
+        ("a: b: c\n", "line 1, column 5: not YAML, mapping values are not allowed here"),
+        ("a: b\n\tc: d\n", "line 2, column 1: not YAML, while scanning for the next token, found "),
+        ("a: 1\nb: \x07\n", "line 2, column 4: not YAML, an unprintable character"),
+        ("--- a\n--- b\n", "line 2, column 1: not YAML, expected a single document in the stream"),
+        ("jwt_issuer: a\njwt_issuer: a\n", "line 2, column 1: key 'jwt_issuer' came before"),
+        ("tunnels:\n- mode: http\n  mode: tcp\n", "line 3, column 3: key 'mode' came before"),
+        ("? [a]\n: b\n", "line 1, column 3: a list or mapping as a key, expected text"),
+        ("&a [*a]\n", "line 1, column 1: not YAML, found unconstructable recursive node"),
+    ],
+)
+def test_file_that_is_no_configuration(content, expected):
+    assert refusal(content).startswith(expected)
+
+
+@pytest.mark.parametrize("typed", ["*horse", "!horse!x y", "'horse", '"horse', "|horse", "%horse"])
+def test_secret_that_is_no_yaml_is_not_shown(typed):
+    message = refusal(f"{ADDR}jwt_secret: {typed}\n{TUNNELS}")
+    assert message.startswith("line ") and "not YAML" in message and "horse" not in message
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
+def test_deep_nesting_is_refused(opening):
+    assert refusal(opening * 20_000).startswith("lists or mappings too deep in each other")
+
+
+def test_nested_aliases_neither_hang_nor_fill_the_message():
+    levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30))
+    assert refusal(f"l0: &l0 [x]\n{levels}").startswith("unknown key 'l0'")
+
+
+# --- The example --------------------------------------------------------------------------------
+
+
+def test_example_asks_for_the_secret_first():
+    with pytest.raises(ConfigError, match="jwt_secret: no text came"):
+        load(EXAMPLE)
+
+
+def test_example_with_a_secret_is_complete_and_shows_the_defaults_in_its_comments():
+    """With every commented default read, the configuration is the same."""
+    text = EXAMPLE.read_text(encoding="utf-8").replace('jwt_secret: ""', CREDENTIAL)
+    config = loaded(text)
+    assert config.modes() == {"app.example.com": "http", "ssh.example.com": "tcp"}
+    defaults = re.compile(r"(?m)^#(?=(skip_tls_verify|jwt_issuer|jwt_expire_sec|log_level): )")
+    uncommented, count = defaults.subn("", text)
+    assert count == 4
+    assert loaded(uncommented) == config
+
+
+def test_example_explains_every_key():
+    shown = set(re.findall(r"(?m)^[# -]*([a-z_]+):(?: |$)", EXAMPLE.read_text(encoding="utf-8")))
+    assert shown >= {*KEYS, *TUNNEL_KEYS}

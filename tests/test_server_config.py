@@ -1,0 +1,377 @@
+"""The gateway's configuration: where values come from, and the one line for each that is bad."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from gotunnel_server.config import Config, ConfigError, default_workers, load
+
+EXAMPLE = Path(__file__).parent.parent / "conf" / "server.env"
+
+SECRET = "correct-horse-battery-staple"
+MINIMAL = {
+    "GATEWAY_HOST": "gateway.example.com",
+    "TUNNEL_HOST": "tunnel.example.com",
+    "JWT_SECRET": SECRET,
+    "ACME_ENV": "local",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_working_folder(tmp_path, monkeypatch):
+    """No test sees an env file that it did not write."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+def config(**changes):
+    """The minimal configuration with changes; None unsets a variable."""
+    environ = {**MINIMAL, **changes}
+    return load(environ={name: text for name, text in environ.items() if text is not None})
+
+
+def refusal(env_file=None, **changes):
+    """The one line that refuses the minimal configuration with changes."""
+    environ = {**MINIMAL, **changes}
+    with pytest.raises(ConfigError) as caught:
+        load(env_file, {name: text for name, text in environ.items() if text is not None})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert SECRET not in message
+    return message
+
+
+# --- Defaults and sources -----------------------------------------------------------------------
+
+
+def test_defaults():
+    assert config() == Config(
+        gateway_host="gateway.example.com",
+        gateway_port=443,
+        tunnel_host="tunnel.example.com",
+        tunnel_port=9443,
+        dashboard_port=8080,
+        bind=(),
+        jwt_secret=SECRET,
+        jwt_issuer=None,
+        acme_cache=Path("cert-cache"),
+        local_ca=True,
+        cert_dir=None,
+        max_connections=10_000,
+        workers=default_workers(os.cpu_count() or 1),
+        max_hosts_per_agent=50,
+        header_timeout=10,
+        idle_timeout=120,
+        response_timeout=300,
+        drain_timeout=15,
+        log_level="info",
+        warnings=(),
+    )
+
+
+def test_config_is_frozen_and_its_repr_holds_no_secret():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().gateway_port = 1
+    assert SECRET not in repr(config())
+
+
+def test_environment_wins_over_env_file(tmp_path):
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("GATEWAY_PORT=1001\nTUNNEL_PORT=1002\n")
+    loaded = load(str(env_file), {**MINIMAL, "TUNNEL_PORT": "2002"})
+    assert (loaded.gateway_port, loaded.tunnel_port) == (1001, 2002)
+
+
+def test_empty_variable_counts_as_unset_and_does_not_hide_the_env_file(tmp_path):
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("GATEWAY_PORT=1001\nLOG_LEVEL=\n")
+    loaded = load(str(env_file), {**MINIMAL, "GATEWAY_PORT": "", "TUNNEL_PORT": "  "})
+    assert (loaded.gateway_port, loaded.tunnel_port, loaded.log_level) == (1001, 9443, "info")
+
+
+def test_dot_env_in_the_working_folder_is_read():
+    Path(".env").write_text("GATEWAY_PORT=1001\n")
+    assert config().gateway_port == 1001
+
+
+def test_named_env_file_replaces_dot_env(tmp_path):
+    Path(".env").write_text("GATEWAY_PORT=1001\n")
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("TUNNEL_PORT=1002\n")
+    loaded = load(str(env_file), MINIMAL)
+    assert (loaded.gateway_port, loaded.tunnel_port) == (443, 1002)
+
+
+def test_folder_named_dot_env_is_left_alone():
+    Path(".env").mkdir()
+    assert config().gateway_port == 443
+
+
+def test_env_file_syntax():
+    Path(".env").write_bytes(
+        b"\xef\xbb\xbf# a comment\r\n"
+        b"export GATEWAY_PORT=1001 # why\r\n"
+        b"JWT_ISSUER='a # b'\r\n"
+        b"LOG_LEVEL\r\n"
+        b"UNKNOWN=left alone\r\n"
+    )
+    loaded = config()
+    assert (loaded.gateway_port, loaded.jwt_issuer, loaded.log_level) == (1001, "a # b", "info")
+
+
+def test_dollar_in_the_env_file_is_not_expanded():
+    Path(".env").write_text("JWT_SECRET=${GATEWAY_HOST}-and-$more\n")
+    assert config(JWT_SECRET=None).jwt_secret == "${GATEWAY_HOST}-and-$more"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"GATEWAY_PORT=1\n\n\nGATEWAY_HOST gateway.example.com\n", "line 4: this is not NAME=val"),
+        (b'JWT_ISSUER="open\nGATEWAY_PORT=1\n', "line 1: this is not NAME=value"),
+        (b"JWT_SECRET=\xff\n", "is not UTF-8"),
+        (b"#" * (1024 * 1024 + 1), "is too long, expected at most 1048576 bytes"),
+    ],
+)
+def test_bad_env_file_is_refused(content, expected):
+    Path(".env").write_bytes(content)
+    message = refusal()
+    assert message.startswith("env file") and "'.env'" in message and expected in message
+
+
+def test_missing_named_env_file_is_refused(tmp_path):
+    assert "No such file" in refusal(env_file=str(tmp_path / "none.env"))
+
+
+def test_folder_as_named_env_file_is_refused(tmp_path):
+    assert "env file: cannot read" in refusal(env_file=str(tmp_path))
+
+
+def test_unclosed_quote_does_not_show_the_secret_it_drew_in():
+    Path(".env").write_text(f"LOG_LEVEL='info\nJWT_SECRET={SECRET}\nJWT_ISSUER='\n")
+    assert refusal().startswith("LOG_LEVEL holds a line break")
+
+
+# --- Secrets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_secret_from_a_file_loses_only_its_line_ending(tmp_path, ending):
+    path = tmp_path / "secret"
+    path.write_bytes(f" {SECRET} {ending}".encode())
+    assert config(JWT_SECRET=None, JWT_SECRET_FILE=str(path)).jwt_secret == f" {SECRET} "
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "JWT_SECRET_FILE: cannot read"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"\xff\xfes\0", "is not UTF-8"),
+        (b"s" * (1024 * 1024 + 1), "is too long"),
+    ],
+)
+def test_bad_secret_file_is_refused(tmp_path, content, expected):
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal(JWT_SECRET=None, JWT_SECRET_FILE=str(path))
+    assert expected in message and str(path) in message
+
+
+def test_secret_both_ways_is_refused():
+    assert "JWT_SECRET and JWT_SECRET_FILE are both set" in refusal(JWT_SECRET_FILE="anything")
+
+
+@pytest.mark.parametrize("secret", [None, "", "  "])
+def test_without_a_secret_the_gateway_does_not_start(secret):
+    assert refusal(JWT_SECRET=secret).startswith("JWT_SECRET is not set")
+
+
+def test_secret_that_is_not_utf8_is_refused():
+    assert refusal(JWT_SECRET="long enough, but \udcff") == (
+        "JWT_SECRET is not UTF-8, expected UTF-8 text: set another secret"
+    )
+
+
+@pytest.mark.parametrize(
+    ("secret", "weakness"),
+    [
+        ("supersecretjwtkey", "JWT_SECRET is well known"),
+        ("ChangeMe", "JWT_SECRET is well known"),
+        ("changeme", "JWT_SECRET is well known"),
+        ("fifteen-bytes-x", "JWT_SECRET is shorter than 16 bytes"),
+    ],
+)
+def test_weak_secret_is_a_warning_without_the_secret(secret, weakness):
+    (warning,) = config(JWT_SECRET=secret).warnings
+    assert warning.startswith(weakness) and secret not in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize("secret", ["sixteen-bytes-xx", "äöüäöüäö"])
+def test_secret_of_16_bytes_is_no_warning(secret):
+    assert config(JWT_SECRET=secret).warnings == ()
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "field", "value"),
+    [
+        ("GATEWAY_HOST", "Gateway.Example.COM.", "gateway_host", "gateway.example.com"),
+        ("GATEWAY_HOST", "localhost", "gateway_host", "localhost"),
+        ("TUNNEL_HOST", "Tunnel.Example.com", "tunnel_host", "tunnel.example.com"),
+        ("TUNNEL_HOST", "192.0.2.1", "tunnel_host", "192.0.2.1"),
+        ("TUNNEL_HOST", "2001:DB8:0::1", "tunnel_host", "2001:db8::1"),
+        ("GATEWAY_PORT", " 8443 ", "gateway_port", 8443),
+        ("GATEWAY_PORT", "65535", "gateway_port", 65535),
+        ("GATEWAY_PORT", "auto", "gateway_port", 0),
+        ("TUNNEL_PORT", "AUTO", "tunnel_port", 0),
+        ("DASHBOARD_PORT", "auto", "dashboard_port", 0),
+        ("DASHBOARD_PORT", "0", "dashboard_port", None),
+        ("BIND", "127.0.0.1", "bind", ("127.0.0.1",)),
+        ("BIND", "127.0.0.1, ::1,127.0.0.1", "bind", ("127.0.0.1", "::1")),
+        ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
+        ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
+        ("ACME_ENV", "LOCAL", "local_ca", True),
+        ("MAX_CONNECTIONS", "1", "max_connections", 1),
+        ("WORKERS", "1000000", "workers", 1_000_000),
+        ("MAX_HOSTS_PER_AGENT", "7", "max_hosts_per_agent", 7),
+        ("HEADER_TIMEOUT", "0.25", "header_timeout", 0.25),
+        ("IDLE_TIMEOUT", "86400", "idle_timeout", 86_400),
+        ("RESPONSE_TIMEOUT", "60", "response_timeout", 60),
+        ("DRAIN_TIMEOUT", "0", "drain_timeout", 0),
+        ("LOG_LEVEL", "Debug", "log_level", "debug"),
+    ],
+)
+def test_value_is_taken(variable, text, field, value):
+    assert getattr(config(**{variable: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("GATEWAY_HOST", "https://gateway.example.com", "expected a hostname"),
+        ("GATEWAY_HOST", "gateway.example.com:443", "expected a hostname"),
+        ("GATEWAY_HOST", "192.0.2.1", "expected a hostname"),
+        ("GATEWAY_HOST", "-gateway.example.com", "expected a hostname"),
+        ("GATEWAY_HOST", "bücher.example", "expected a hostname"),
+        ("TUNNEL_HOST", "[2001:db8::1]", "an IP address without brackets"),
+        ("TUNNEL_HOST", "256.0.0.1", "expected a hostname"),
+        ("TUNNEL_HOST", "tunnel.example.com:9443", "without scheme or port"),
+        ("GATEWAY_PORT", "0", "expected a port from 1 to 65535 or auto"),
+        ("GATEWAY_PORT", "65536", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "-1", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "https", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "9" * 5000, "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "٩٤٤٣", "expected a port from 1 to 65535 or auto"),
+        ("DASHBOARD_PORT", "off", "or 0 for off"),
+        ("BIND", "localhost", "expected IP addresses separated by commas"),
+        ("BIND", "127.0.0.1,", "expected IP addresses separated by commas"),
+        ("BIND", "127.0.0.1:80", "expected IP addresses separated by commas"),
+        ("MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
+        ("MAX_CONNECTIONS", "1000001", "expected a whole number from 1 to 1000000"),
+        ("WORKERS", "1_0", "expected a whole number from 1 to 1000000"),
+        ("MAX_HOSTS_PER_AGENT", "1.5", "expected a whole number from 1 to 1000000"),
+        ("HEADER_TIMEOUT", "0", "at most 86400, more than 0"),
+        ("HEADER_TIMEOUT", "0.000", "more than 0"),
+        ("HEADER_TIMEOUT", "10s", "expected seconds such as 10 or 2.5"),
+        ("IDLE_TIMEOUT", "inf", "expected seconds such as 10 or 2.5"),
+        ("RESPONSE_TIMEOUT", "nan", "expected seconds such as 10 or 2.5"),
+        ("RESPONSE_TIMEOUT", "86401", "at most 86400"),
+        ("DRAIN_TIMEOUT", "-1", "expected seconds such as 10"),
+        ("LOG_LEVEL", "verbose", "expected one of debug, info, warning, error"),
+        ("ACME_ENV", "prod", "expected one of production, staging, local"),
+    ],
+)
+def test_bad_value_is_named_shown_and_explained(variable, text, expected):
+    message = refusal(**{variable: text})
+    assert message.startswith(f"{variable} is {text!r}") and expected in message
+
+
+@pytest.mark.parametrize("variable", ["GATEWAY_HOST", "TUNNEL_HOST"])
+def test_required_variable_must_be_set(variable):
+    assert refusal(**{variable: None}).startswith(f"{variable} is not set, expected a hostname")
+
+
+@pytest.mark.parametrize(
+    ("ports", "expected"),
+    [
+        ({"TUNNEL_PORT": "443"}, "GATEWAY_PORT and TUNNEL_PORT are both 443"),
+        ({"DASHBOARD_PORT": "9443"}, "TUNNEL_PORT and DASHBOARD_PORT are both 9443"),
+        ({"GATEWAY_PORT": "8080"}, "GATEWAY_PORT and DASHBOARD_PORT are both 8080"),
+    ],
+)
+def test_equal_ports_are_refused(ports, expected):
+    assert expected in refusal(**ports)
+
+
+def test_ports_that_are_any_free_one_do_not_clash():
+    loaded = config(GATEWAY_PORT="auto", TUNNEL_PORT="auto", DASHBOARD_PORT="auto")
+    assert (loaded.gateway_port, loaded.tunnel_port, loaded.dashboard_port) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 128), (2, 128), (4, 256), (8, 512), (64, 512)])
+def test_workers_grow_with_the_cores_within_bounds(cores, workers):
+    assert default_workers(cores) == workers
+
+
+# --- Certificates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("acme_env", [None, "production", "staging"])
+def test_ordering_certificates_is_refused_in_this_version(acme_env):
+    message = refusal(ACME_ENV=acme_env)
+    assert message.startswith("ACME_ENV is") and "cannot order certificates yet" in message
+    assert "ACME_ENV=local" in message and "CERT_DIR" in message
+
+
+def test_ordering_certificates_is_refused_beside_a_folder_of_certificates(tmp_path):
+    assert "cannot order" in refusal(ACME_ENV="production", CERT_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize(("acme_env", "local_ca"), [(None, False), ("local", True)])
+def test_folder_of_certificates_stands_alone_or_beside_the_local_ca(tmp_path, acme_env, local_ca):
+    loaded = config(ACME_ENV=acme_env, CERT_DIR=str(tmp_path))
+    assert (loaded.cert_dir, loaded.local_ca) == (tmp_path, local_ca)
+
+
+@pytest.mark.parametrize("variable", ["CERT_DIR", "ACME_CACHE"])
+def test_file_in_place_of_a_folder_is_refused(tmp_path, variable):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert refusal(**{variable: str(path)}).startswith(f"{variable} is {str(path)!r}")
+
+
+def test_missing_folder_of_certificates_is_refused(tmp_path):
+    assert "expected a folder that exists" in refusal(CERT_DIR=str(tmp_path / "none"))
+
+
+# --- The example --------------------------------------------------------------------------------
+
+
+def test_example_asks_for_the_secret_first():
+    with pytest.raises(ConfigError, match="^JWT_SECRET is not set"):
+        load(str(EXAMPLE), {})
+
+
+def test_example_shows_the_defaults_in_its_comments(tmp_path):
+    """With every commented variable read, the configuration is the same."""
+    uncommented = tmp_path / "server.env"
+    uncommented.write_text(re.sub(r"(?m)^#(?=[A-Z_]+=)", "", EXAMPLE.read_text()))
+    environ = {"JWT_SECRET": SECRET, "CERT_DIR": str(tmp_path)}
+    loaded = load(str(EXAMPLE), environ)
+    assert load(str(uncommented), environ) == loaded
+    assert loaded == dataclasses.replace(config(), local_ca=False, cert_dir=tmp_path)
+
+
+def test_example_explains_every_variable():
+    shown = set(re.findall(r"(?m)^#?([A-Z_]+)=", EXAMPLE.read_text()))
+    fields = {field.name.upper() for field in dataclasses.fields(config())}
+    assert shown == fields - {"LOCAL_CA", "WARNINGS"} | {"ACME_ENV", "JWT_SECRET_FILE"}
