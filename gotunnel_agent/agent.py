@@ -1,0 +1,222 @@
+"""The agent's life: dial, register, serve until dropped, back off, again.
+
+Threads, besides the session's demultiplexer (see gotunnel.py):
+
+    thread     how many              does                                   ends when
+    agent      1                     the life above; answers pings          stop()
+    accept     1 a session           hands each new data stream a worker    the session ends
+    worker     at most MAX_STREAMS   one data stream: target.serve()        the stream ends
+"""
+
+import logging
+import random
+import socket
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic, time
+
+import jwt
+
+from gotunnel import (
+    HALF_CLOSE,
+    INITIAL_WINDOW,
+    MAX_STREAMS,
+    Ack,
+    Duplex,
+    MessageReader,
+    Ping,
+    Pong,
+    ProtocolError,
+    Refused,
+    Register,
+    Session,
+    SessionClosed,
+    encode_message,
+    normal_hostname,
+)
+
+from .target import serve
+
+log = logging.getLogger("gotunnel.agent")
+
+DIAL_TIMEOUT = 10  # seconds, for the connection and again for the TLS handshake
+ACK_TIMEOUT = 30  # seconds; a gateway may have to make certificates before it says yes
+SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: two were lost, the line is dead
+DRAIN_TIMEOUT = 10  # seconds that running visits have when the agent is told to stop
+
+FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
+MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
+RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
+REFUSED_DELAY = 15  # at least that, if the gateway said no: a person has to change something first
+HELD = 10  # seconds after which a session counts as one that worked
+
+
+class Agent:
+    """Keeps one gateway served until stop() is called. run() is the agent's thread."""
+
+    def __init__(self, config):
+        """``config`` is the frozen Config of config.load()."""
+        self._config = config
+        self._tunnels = {normal_hostname(tunnel.hostname): tunnel for tunnel in config.tunnels}
+        self._context = tls_context(config.ca_file, config.skip_tls_verify)
+        self._stopping = threading.Event()
+        self._session = None
+        self._idle = threading.Condition()  # _running fell to 0
+        self._running = 0  # data streams that have a worker
+
+    def run(self):
+        """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
+        failures = 0
+        with ThreadPoolExecutor(MAX_STREAMS, "stream") as workers:
+            while not self._stopping.is_set():
+                began = monotonic()
+                least, most = 0, MAX_DELAY
+                try:
+                    self._serve_session(workers)
+                except Refused as error:
+                    problem, least = f"the gateway refused: {error}", REFUSED_DELAY
+                except ConnectionRefusedError:
+                    problem, most = "nobody listens there", RESTART_DELAY
+                except ssl.SSLCertVerificationError as error:
+                    problem = f"its certificate is not to be trusted: {error.verify_message}"
+                except OSError as error:
+                    problem = error.strerror or str(error)
+                except ProtocolError as error:
+                    problem = f"it does not speak our protocol: {error}"
+                if self._stopping.is_set():
+                    break
+                failures = 1 if monotonic() - began >= HELD else failures + 1
+                delay = retry_delay(failures, least, most)
+                log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
+                self._stopping.wait(delay)
+
+    def stop(self):
+        """End the session when its visits are done, DRAIN_TIMEOUT at most. Any thread; waits."""
+        self._stopping.set()
+        session = self._session
+        if session is not None:
+            session.leave()
+            with self._idle:
+                self._idle.wait_for(lambda: not self._running or session.ended, DRAIN_TIMEOUT)
+            session.close("the agent stops")
+
+    @property
+    def _address(self):
+        return f"{self._config.tunnel_host}:{self._config.tunnel_port}"
+
+    # One session
+
+    def _serve_session(self, workers):
+        """Dial, register, and answer pings until the session is over."""
+        session = self._session = self._dial()
+        try:
+            if self._stopping.is_set():
+                return
+            session.start()
+            control = session.open(encode_message(self._registration()))
+            messages = _messages(control)
+            _expect_ack(next(messages))
+            log.info("%s: serving %s", self._address, ", ".join(self._tunnels))
+            accept = threading.Thread(
+                target=self._accept, args=(session, workers), name="accept", daemon=True
+            )
+            accept.start()
+            for message in messages:
+                if not isinstance(message, Ping):
+                    raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
+                control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
+        finally:
+            session.close("the agent ends the session")
+            session.join()
+
+    def _dial(self):
+        host, port = self._config.tunnel_host, self._config.tunnel_port
+        duplex = Duplex(socket.create_connection((host, port), DIAL_TIMEOUT))
+        try:
+            duplex.start_tls(self._context, server_side=False, server_hostname=host)
+            duplex.handshake_within(DIAL_TIMEOUT)
+        except BaseException:
+            duplex.close()
+            raise
+        return Session(duplex, client=True, name=self._address)
+
+    def _registration(self):
+        config = self._config
+        return Register(
+            token=config.token or make_token(
+                config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec
+            ),
+            routes=config.routes(),
+            modes=config.modes(),
+            features=(HALF_CLOSE,),
+        )
+
+    def _accept(self, session, workers):
+        while True:
+            try:
+                stream = session.accept()
+            except SessionClosed:
+                return
+            with self._idle:
+                self._running += 1
+            workers.submit(self._serve_stream, stream)
+
+    def _serve_stream(self, stream):
+        try:
+            serve(stream, self._tunnels.get)
+        except Exception:
+            log.exception("stream %d ends by a defect", stream.id)
+            stream.reset()
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
+
+
+def _messages(control):
+    """The gateway's messages, until it ends the session. Raises TimeoutError if it is silent."""
+    reader, timeout = MessageReader(), ACK_TIMEOUT
+    while True:
+        try:
+            data = control.read(timeout=timeout)
+        except TimeoutError:
+            raise TimeoutError(f"the gateway was silent for {timeout} s") from None
+        if not data:
+            raise SessionClosed("the gateway ended the session")
+        yield from reader.feed(data)
+        timeout = SILENCE_TIMEOUT
+
+
+def _expect_ack(message):
+    if not isinstance(message, Ack):
+        raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
+    if not message.ok:
+        raise Refused(message.error or "no reason given")
+
+
+def tls_context(ca_file, skip_verify):
+    """How to check the gateway: against the system's authorities, a file's, or (for trying
+    things out) not at all. Raises OSError if ``ca_file`` cannot be used."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def make_token(secret, issuer, lifetime) -> str:
+    """A JWT as Go agents send it: HS256, with iss, iat and exp. ``lifetime`` is in seconds."""
+    now = int(time())
+    return jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, secret, "HS256")
+
+
+def retry_delay(failures, least=0, most=MAX_DELAY, random=random.random) -> float:
+    """Seconds to wait after ``failures`` in a row, of which there is at least one.
+
+    Doubling, within ``least`` and ``most``, and never the same for two agents: those that a
+    gateway lost at one moment must not come back at one moment.
+    """
+    delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: long past any limit, short of overflow
+    return max(least, min(delay, most)) * (0.5 + random() / 2)

@@ -1,0 +1,251 @@
+"""One selector thread a port: accept, limit, watch idle connections, hand over.
+
+Waiting costs no worker here. A connection that waits for its peer is *parked* with its port's
+listener; when the peer sends something, or the time is up, it is handed to a worker, which does
+what can be done and parks it again, or closes it. So ownership moves, and a connection needs no
+lock: it is either in the listener's selector or in the hands of one worker.
+
+Any thread may call park(), forget() and stop(). Everything else happens in the listener's thread.
+
+What can be parked has:
+
+    duplex            the connection (gotunnel.Duplex)
+    ready()           the peer has sent something; called by a worker
+    expired()         the time is up; called by a worker
+    close()           the listener stops; called by its thread
+"""
+
+import errno
+import logging
+import selectors
+import socket
+import threading
+from collections import deque
+from time import monotonic
+
+log = logging.getLogger("gotunnel.listener")
+
+BACKLOG = 1024  # connections that the kernel holds for us while we are busy
+SWEEP = 1.0  # seconds between looks at the deadlines: they need not be met to the millisecond
+ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get their turn
+PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
+
+
+class PortError(Exception):
+    """A port cannot be listened on; one line for the operator."""
+
+
+def bind(setting, addresses, port) -> list:
+    """Listening sockets for a port (0: any free one) on the given IP addresses, () for all.
+
+    ``setting`` names the port in the error, PortError.
+    """
+    sockets = []
+    try:
+        for address in addresses or ("",):
+            sockets.append(_bind_one(address, port))
+            port = sockets[0].getsockname()[1]  # the same for all, if it was any free one
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise PortError(f"{setting} {port}{_on(address)}: {_reason(error)}") from None
+    return sockets
+
+
+def _bind_one(address, port):
+    if address:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+            )
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise  # only a machine without IPv6 is none of our business
+    return socket.create_server(("", port), backlog=BACKLOG)
+
+
+def _on(address):
+    return f" on {address}" if address else ""
+
+
+def _reason(error):
+    if error.errno == errno.EADDRINUSE:
+        return "in use, another program listens there; stop it or choose another port"
+    if error.errno == errno.EACCES:
+        return (
+            "no right to listen on a port below 1024; choose a higher one, "
+            "or grant the right (root, or the capability cap_net_bind_service)"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "not an address of this machine; correct BIND"
+    return error.strerror or str(error)
+
+
+class Listener:
+    """One port. start(), then stop(), which closes all that is parked."""
+
+    def __init__(self, name, sockets, welcome, submit, limit, first_timeout):
+        """``welcome(sock, address)`` makes something that can be parked out of an accepted
+        socket; ``submit(function)`` has a worker call it; ``limit`` is how many connections may
+        be open at a time; ``first_timeout`` is how many seconds the first byte may take.
+        """
+        self.name = name
+        self.port = sockets[0].getsockname()[1]
+        self._sockets = sockets
+        self._welcome = welcome
+        self._submit = submit
+        self._limit = limit
+        self._first_timeout = first_timeout
+        self._selector = selectors.DefaultSelector()
+        self._parked = {}  # connection: monotonic deadline
+        self._newly_parked = deque()  # (connection, deadline), by any thread
+        self._open = 0  # connections that were welcomed and not forgotten
+        self._open_lock = threading.Lock()  # guards _open
+        self._full = False  # said so in the log
+        self._resume_at = None  # accept again then; None: accepting
+        self._stopping = threading.Event()
+        self._wake_receive, self._wake_send = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name=f"listener {name}", daemon=True)
+
+    @property
+    def addresses(self) -> list:
+        """The addresses that it listens on, as getsockname() gives them."""
+        return [sock.getsockname() for sock in self._sockets]
+
+    def start(self):
+        for sock in self._sockets:
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ)
+        for end in (self._wake_receive, self._wake_send):
+            end.setblocking(False)
+        self._selector.register(self._wake_receive, selectors.EVENT_READ)
+        self._thread.start()
+
+    def stop(self):
+        """Stop accepting, close what is parked; waits for the thread. What workers have goes on,
+        and is closed as soon as it is parked."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for closable in (*self._sockets, self._selector, self._wake_receive, self._wake_send):
+            closable.close()
+
+    def park(self, connection, timeout):
+        """Watch a connection until its peer sends something, ``timeout`` seconds at most."""
+        if connection.duplex.pending:  # the selector sees the socket, not what was read from it
+            self._submit(connection.ready)
+            return
+        self._newly_parked.append((connection, monotonic() + timeout))
+        if self._stopping.is_set():
+            self._close_newly_parked()
+        else:
+            self._wake()
+
+    def forget(self):
+        """A connection that was welcomed here is closed: there is room for another."""
+        with self._open_lock:
+            self._open -= 1
+
+    def _wake(self):
+        try:
+            self._wake_send.send(b"\0")
+        except OSError:
+            pass  # full: a wake-up is on its way; closed: nobody is left to wake
+
+    # The listener's thread
+
+    def _run(self):
+        last_sweep = monotonic()
+        while not self._stopping.is_set():
+            busy = self._parked or self._resume_at is not None
+            for key, _ in self._selector.select(SWEEP if busy else None):
+                if key.data is not None:
+                    self._hand_over(key.data)
+                elif key.fileobj is self._wake_receive:
+                    self._wake_receive.recv(4096)
+                else:
+                    self._accept(key.fileobj)
+            self._take_newly_parked()
+            now = monotonic()
+            if now - last_sweep >= SWEEP:
+                last_sweep = now
+                self._sweep(now)
+        self._close_parked()
+
+    def _accept(self, listening):
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning("port %s: cannot accept: %s", self.name, error.strerror)
+                self._pause()
+                return
+            with self._open_lock:
+                room = self._open < self._limit
+                self._open += room
+            if room:
+                self._full = False
+                self._watch(self._welcome(sock, address), monotonic() + self._first_timeout)
+            else:
+                sock.close()
+                if not self._full:
+                    self._full = True
+                    log.warning("port %s: %d connections are open, further ones are closed",
+                                self.name, self._limit)  # fmt: skip
+
+    def _pause(self):
+        """Without a descriptor the socket would stay ready, and we would go round in circles."""
+        if self._resume_at is None:
+            self._resume_at = monotonic() + PAUSE
+            for sock in self._sockets:
+                self._selector.unregister(sock)
+
+    def _watch(self, connection, deadline):
+        try:
+            self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
+        except (OSError, ValueError):  # broken in the meantime: who owns it will find out
+            self._submit(connection.ready)
+            return
+        self._parked[connection] = deadline
+
+    def _take_newly_parked(self):
+        while self._newly_parked:
+            self._watch(*self._newly_parked.popleft())
+
+    def _unwatch(self, connection):
+        self._selector.unregister(connection.duplex)
+        del self._parked[connection]
+
+    def _hand_over(self, connection):
+        self._unwatch(connection)
+        self._submit(connection.ready)
+
+    def _sweep(self, now):
+        for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
+            self._unwatch(connection)
+            self._submit(connection.expired)
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            for sock in self._sockets:
+                self._selector.register(sock, selectors.EVENT_READ)
+
+    def _close_parked(self):
+        for connection in list(self._parked):
+            self._unwatch(connection)
+            connection.close()
+        self._close_newly_parked()
+
+    def _close_newly_parked(self):
+        """By the listener's thread as its last act, and by whoever still parks after that."""
+        while self._newly_parked:
+            try:
+                connection, _ = self._newly_parked.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            connection.close()

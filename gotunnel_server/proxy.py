@@ -1,0 +1,478 @@
+"""http mode: one request over one stream, the answer streamed back.
+
+`Handler` speaks HTTP/1.1 with one visitor; `Exchange` is one request and its answer. Heads are
+read by http1.py, because a gateway that reads a request otherwise than its target does is a hole;
+the rest of BaseHTTPRequestHandler is as its readers know it.
+
+The request's body and the answer flow at the same time: a body that has not come whole with its
+head gets a thread of its own (`upload`), so a target may answer before it has read everything.
+Nothing is held whole. What the target sends is passed on when it comes.
+
+Towards the agent a stream is never half-closed here: a Go agent closes its target when it sees a
+FIN, answer or not.
+"""
+
+import logging
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+
+from gotunnel import Deadline, SessionClosed
+
+from . import http1, pages
+from .http1 import Malformed
+from .pages import Page
+
+log = logging.getLogger("gotunnel.proxy")
+
+# Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these go
+# over a kept stream: its target may close it at the moment that the request is on its way.
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+# What we say about a visitor ourselves; every "x-forwarded-..." too. A visitor's own are dropped.
+FORWARDING = frozenset({"forwarded", "x-real-ip"})
+WATCH = 0.5  # seconds between looks at whether the visitor of a waiting request is still there
+LATE_BODY_TIMEOUT = 3  # seconds that a visitor has to stop sending once it has its answer
+
+
+class VisitorGone(Exception):
+    """The visitor has left; nobody is there to be answered."""
+
+
+class TargetFailed(Exception):
+    """There is no answer, or none that can be passed on; ``page`` says so to the visitor."""
+
+    def __init__(self, status, code, text):
+        super().__init__(text)
+        self.page = pages.error(status, code, text)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One visitor's connection, request by request.
+
+    ``site(handler)`` decides what a request gets: a Page, or a registry.Route to be asked.
+    Unlike its base it is not run by a server: whoever owns the connection calls head_came() when
+    bytes have come, and handle_one_request() when that says True.
+    """
+
+    protocol_version = "HTTP/1.1"
+    server_version = "gotunnel"
+    sys_version = ""  # what we run on is nobody's business
+
+    def __init__(self, duplex, address, *, site, scheme, sni, idle_timeout, response_timeout):
+        # Not super().__init__(): it would serve the connection to its end, in this thread.
+        self.connection = self.wfile = duplex
+        self.client_address = address
+        self.scheme = scheme  # "https" or "http"
+        self.sni = sni  # hostname of the TLS hello, None if there was none
+        self.idle_timeout = idle_timeout
+        self.response_timeout = response_timeout
+        self.close_connection = False
+        self.switched = None  # the stream that a 101 has turned the connection over to
+        self.request_head = None  # http1.Request
+        self.hostname = ""
+        self.body = None  # http1.Body of the request, None if it has none
+        self.upload = None  # the Upload that reads it, None if nobody does
+        self._site = site
+        self._buffer = b""  # of a head that is not whole
+        self._seen = 0  # bytes of it that hold no end
+
+    @property
+    def in_head(self) -> bool:
+        """Part of a head has come, and the rest is awaited."""
+        return bool(self._buffer)
+
+    def head_came(self) -> bool:
+        """Take what has come of the next head; True once it is whole. Does not wait.
+
+        Raises VisitorGone, Malformed, OSError.
+        """
+        while (end := http1.head_end(self._buffer, self._seen)) < 0:
+            self._seen = len(self._buffer)
+            data = self.connection.receive()
+            if data is None:
+                return False
+            if not data:
+                raise VisitorGone
+            self._buffer += data
+        self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
+        if rest:
+            self.connection.unread(rest)
+        self._buffer, self._seen = b"", 0
+        return True
+
+    def parse_request(self):
+        """Read the head that has come; raises Malformed."""
+        head = self.request_head = http1.parse_request(self.raw_requestline)
+        self.command, self.path, self.headers = head.method, head.target, head.fields
+        self.request_version = f"HTTP/1.{head.minor}"
+        self.hostname = http1.hostname(head) or self.sni or ""
+        self.body = http1.request_body(head)
+        self.close_connection = not http1.keeps_alive(head)
+
+    def handle_one_request(self):
+        """Answer the request whose head has come. Raises OSError when the connection broke."""
+        try:
+            self.parse_request()
+            answer = self._site(self)
+            if isinstance(answer, Page):
+                self.send_page(answer)
+            else:
+                Exchange(self, answer).run()
+        except Malformed as error:
+            self.send_page(pages.error(error.status, "malformed-request", f"{error}."), last=True)
+        except TargetFailed as failure:
+            log.info("%s %s: %s", self.hostname, self.command, failure)
+            self.send_page(failure.page)
+        finally:
+            if self.upload is not None:
+                self.upload.end()
+                self.upload = None
+
+    def send_page(self, page, *, last=False):
+        """Answer with a page of our own. With ``last``, or if the request brings a body that
+        nobody reads, the connection ends after it."""
+        if last or self.body is not None and not self.body.complete:
+            self.close_connection = True
+        fields = [
+            ("Content-Type", page.content_type),
+            ("Content-Length", str(len(page.body))),
+            ("Cache-Control", "no-store"),
+            ("Server", self.server_version),
+            ("Date", self.date_time_string()),
+            *page.fields,
+        ]
+        head = self.head(page.status, HTTPStatus(page.status).phrase, fields)
+        wants_body = self.request_head is None or self.request_head.method != "HEAD"
+        self.write(head + page.body if wants_body else head)
+
+    def head(self, status, reason, fields) -> bytes:
+        """The head of an answer, with what it says about the connection."""
+        if self.close_connection:
+            fields.append(("Connection", "close"))
+        elif self.request_head.minor == 0:
+            fields.append(("Connection", "keep-alive"))
+        return http1.encode_head(f"{self.protocol_version} {status} {reason}", fields)
+
+    def write(self, data):
+        self.connection.write(data, timeout=self.idle_timeout)
+
+    def visitor_has_left(self) -> bool:
+        """Whether the visitor closed the connection while it waits. Only while nobody reads it."""
+        if self.connection.pending:
+            return False
+        data = self.connection.receive()
+        if data:
+            self.connection.unread(data)  # the next request, sent early
+        return data == b""
+
+    def log_message(self, format, *args):
+        log.debug("%s: " + format, self.client_address[0], *args)
+
+
+class Upload:
+    """A request's body on its way from the visitor to a stream."""
+
+    def __init__(self, handler):
+        self._handler = handler
+        self._body = handler.body
+        self._stream = None
+        self._thread = None
+        self._wanted = True  # the target still reads
+        self.problem = None  # the Malformed, VisitorGone or OSError that ended it early
+        self.whole = False  # all of it has come from the visitor
+
+    def at_hand(self) -> bytes:
+        """What has come already, framed for the target."""
+        if self._body.complete:  # of no bytes
+            return self._take(b"")
+        data = self._handler.connection.receive()
+        if data == b"":
+            raise VisitorGone
+        return self._take(data) if data else b""
+
+    def start(self, stream):
+        """Send the rest to ``stream`` in a thread of its own, which join() waits for."""
+        self._stream = stream
+        if not self.whole:
+            self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
+            self._thread.start()
+
+    def _run(self):
+        handler = self._handler
+        try:
+            while not self.whole:
+                data = handler.connection.read(timeout=handler.idle_timeout)
+                if not data:
+                    raise VisitorGone
+                data = self._take(data)
+                if self._wanted:
+                    self._pass_on(data)
+        except (Malformed, VisitorGone, OSError) as error:
+            self.problem = error
+            self._stream.reset()  # wakes the worker, which waits for an answer
+
+    def _pass_on(self, data):
+        try:
+            if data:
+                self._stream.write(data, timeout=self._handler.response_timeout)
+        except OSError:
+            # The target has answered, or died; the worker knows. The visitor may still have to
+            # send all before it reads the answer.
+            self._wanted = False
+
+    def _take(self, data):
+        """Decode what came and frame it for the target; anew, since a target that reads a copied
+        frame otherwise than we do would see another request in it."""
+        body = self._body
+        pieces = body.feed(data) if data else []
+        if body.complete:
+            self.whole = True
+            if body.rest:
+                self._handler.connection.unread(body.rest)
+        if body.length is not None:
+            return b"".join(pieces)
+        data = b"".join(map(http1.encode_chunk, pieces))
+        return data + http1.encode_last_chunk(body.trailers) if body.complete else data
+
+    def end(self):
+        """Be done with it: the answer has been given, whether the body was wanted or not."""
+        self._wanted = False
+        if not self.whole and not self.problem:
+            # The visitor still sends. Let it see the end of the answer, and give it time to stop:
+            # closing at once could destroy what it has not read yet.
+            connection = self._handler.connection
+            self._handler.close_connection = True
+            try:
+                connection.finish(timeout=LATE_BODY_TIMEOUT)
+                self._thread.join(LATE_BODY_TIMEOUT)
+            except OSError:
+                pass  # it has left: all the better
+            if self._thread.is_alive():
+                connection.reset()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class Exchange:
+    """One request, asked of a route, and its answer."""
+
+    def __init__(self, handler, route):
+        self._handler = handler
+        self._request = handler.request_head
+        self._route = route
+        self._stream = None
+        self._head_sent = False  # of the final answer
+        if handler.body is not None:
+            handler.upload = Upload(handler)
+        self._upload = handler.upload
+        self._upgrade = (
+            self._upload is None
+            and "upgrade" in self._request.fields
+            and "upgrade" in self._request.fields.tokens("connection")
+        )
+
+    def run(self):
+        """Pass the request on and the answer back.
+
+        Raises TargetFailed if the visitor is to be told, OSError if the visitor's connection is
+        of no further use (it has left, or was broken because the answer was cut short).
+        """
+        try:
+            self._answer(self._ask())
+        except BaseException as error:
+            if self._stream is not None:
+                self._stream.reset()  # the target need not go on
+            if isinstance(error, VisitorGone):
+                raise ConnectionResetError("the visitor has left") from None
+            if isinstance(error, (TargetFailed, Malformed)) and self._head_sent:
+                # What was passed on must not look whole.
+                self._handler.connection.reset()
+                raise ConnectionAbortedError("the answer was cut short") from None
+            if isinstance(error, Malformed):
+                raise TargetFailed(502, "bad-answer", f"The answer is broken: {error}.") from None
+            raise
+
+    # Asking
+
+    def _ask(self):
+        """Send the request; return the first bytes of what is answered on self._stream."""
+        tunnel, route, head = self._route.tunnel, self._route, self._request_head()
+        timeout = self._handler.response_timeout
+        if self._upload is None and self._request.method in IDEMPOTENT:
+            while (stream := tunnel.take_idle(route)) is not None:
+                self._stream = stream
+                try:
+                    stream.write(head)
+                    if data := self._wait(timeout):
+                        return data
+                except ConnectionError:
+                    pass
+                stream.close()  # its target closed it meanwhile: once more, on another
+        first = self._upload.at_hand() if self._upload else b""
+        try:
+            self._stream = tunnel.open(route, head + first)
+        except SessionClosed:
+            raise TargetFailed(502, "agent-gone", f"The agent of {route.hostname} has gone.")
+        except TimeoutError:
+            raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
+        if self._upload:
+            self._upload.start(self._stream)
+        if data := self._next(timeout):
+            return data
+        raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
+
+    def _request_head(self):
+        handler, request = self._handler, self._request
+        fields = [
+            (name, value)
+            for name, value in http1.end_to_end(request.fields, self._upgrade)
+            if (lower := name.lower()) not in FORWARDING and not lower.startswith("x-forwarded-")
+        ]
+        host = request.fields.get("host")
+        if host is None:  # HTTP/1.0; the target hears HTTP/1.1, where it is required
+            host = handler.hostname
+            fields.append(("Host", host))
+        visitor = handler.client_address[0]
+        fields += [
+            ("X-Forwarded-For", visitor),
+            ("X-Forwarded-Proto", handler.scheme),
+            ("X-Forwarded-Host", host),
+            ("X-Real-IP", visitor),
+        ]
+        if self._upgrade:
+            fields.append(("Connection", "Upgrade"))
+        if handler.body is not None:
+            length = handler.body.length
+            if length is None:
+                fields.append(("Transfer-Encoding", "chunked"))
+            else:
+                fields.append(("Content-Length", str(length)))
+        target = http1.origin_target(request)
+        return http1.encode_head(f"{request.method} {target} HTTP/1.1", fields)
+
+    # Answering
+
+    def _wait(self, timeout=None):
+        """The next bytes of the answer, b"" at its end. Raises VisitorGone if nobody is left to
+        read it, TargetFailed if they take longer than ``timeout`` seconds, ConnectionError."""
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                return self._stream.read(timeout=WATCH)
+            except TimeoutError:
+                pass
+            if self._upload is None or self._upload.whole:
+                if self._handler.visitor_has_left():
+                    raise VisitorGone
+            try:
+                deadline.left()
+            except TimeoutError:
+                raise TargetFailed(504, "timed-out", "The service did not answer in time.")
+
+    def _next(self, timeout=None):
+        """As _wait(), where a broken stream cannot be helped any more."""
+        try:
+            return self._wait(timeout)
+        except ConnectionError as error:
+            problem = self._upload and self._upload.problem
+            if isinstance(problem, Malformed):
+                self._handler.close_connection = True
+                raise TargetFailed(problem.status, "malformed-request", f"{problem}.")
+            if problem:
+                raise VisitorGone
+            raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
+
+    def _answer(self, data):
+        """Pass on interim answers, then the final one."""
+        handler = self._handler
+        while True:
+            response, data = self._read_head(data)
+            if response.status >= 200:
+                break
+            if response.status == 101:
+                self._switch(response, data)
+                return
+            if self._request.minor == 1:  # HTTP/1.0 knows no interim answers
+                line = f"HTTP/1.1 {response.status} {response.reason}"
+                handler.write(http1.encode_head(line, http1.end_to_end(response.fields)))
+        body = http1.response_body(response, self._request.method)
+        head, encode = self._frame(response, body)
+        self._head_sent = True
+        if body is None:
+            handler.write(head)
+            rest = data
+        else:
+            self._pass_body(head, body, encode, data)
+            rest = body.rest
+        reusable = http1.keeps_alive(response) and not rest and (
+            not isinstance(body, http1.UntilCloseBody)
+        )
+        if reusable and (self._upload is None or self._upload.whole):
+            self._route.tunnel.keep_idle(self._route, self._stream)
+        else:
+            self._stream.close()
+
+    def _pass_body(self, head, body, encode, data):
+        """Send the head, and the body as it comes; a small answer leaves in one piece."""
+        out = [head]
+        while True:
+            if data:
+                out += map(encode, body.feed(data))
+            if body.complete:
+                break
+            if out:
+                self._handler.write(b"".join(out))
+                out = []
+            data = self._next()
+            if not data:
+                body.eof()
+        if encode is http1.encode_chunk:
+            out.append(http1.encode_last_chunk(body.trailers))
+        if out:
+            self._handler.write(b"".join(out))
+
+    def _read_head(self, data):
+        """One head of the answer, and the bytes behind it."""
+        seen = 0
+        while (end := http1.head_end(data, seen)) < 0:
+            seen = len(data)
+            more = self._next()
+            if not more:
+                raise TargetFailed(502, "no-answer", "The service's answer ends in its head.")
+            data += more
+        return http1.parse_response(data[:end]), data[end:]
+
+    def _frame(self, response, body):
+        """The head for the visitor, and how pieces of the body are to be encoded for it."""
+        handler = self._handler
+        fields = http1.end_to_end(response.fields)
+        encode = _as_it_is
+        if body is None:
+            length = response.fields.get("content-length")
+            if length is not None and response.status != 204:  # what HEAD and 304 do not send
+                fields.append(("Content-Length", length))
+        elif body.length is not None:
+            fields.append(("Content-Length", str(body.length)))
+        elif self._request.minor == 1:
+            fields.append(("Transfer-Encoding", "chunked"))
+            encode = http1.encode_chunk
+        else:
+            handler.close_connection = True  # HTTP/1.0: the end of the connection is the length
+        if self._upload is not None and not self._upload.whole:
+            # An early answer. Whether the rest of the body comes is not sure, so no request can
+            # follow it.
+            handler.close_connection = True
+        return handler.head(response.status, response.reason, fields), encode
+
+    def _switch(self, response, data):
+        """The connection now speaks something else (RFC 9110 §7.8)."""
+        if not self._upgrade:
+            raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
+        fields = http1.end_to_end(response.fields, keep_upgrade=True)
+        fields.append(("Connection", "Upgrade"))
+        self._handler.write(http1.encode_head(f"HTTP/1.1 101 {response.reason}", fields) + data)
+        self._handler.switched = self._stream
+
+
+def _as_it_is(piece):
+    return piece

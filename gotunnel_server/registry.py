@@ -1,0 +1,65 @@
+"""Who serves which hostname: the one place that knows."""
+
+import threading
+from typing import NamedTuple
+
+from gotunnel import normal_hostname
+
+
+class HostnameTaken(Exception):
+    """Another tunnel serves the hostname; ``hostname`` is which."""
+
+    def __init__(self, hostname):
+        super().__init__(f"host already registered: {hostname}")
+        self.hostname = hostname
+
+
+class Route(NamedTuple):
+    """What a hostname leads to.
+
+    ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
+    ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave.
+    """
+
+    hostname: str
+    mode: str
+    tunnel: object
+
+
+class Registry:
+    """Hostnames to routes. Any thread; no I/O."""
+
+    def __init__(self, reserved=()):
+        """``reserved`` hostnames are the gateway's own: no tunnel can have them."""
+        self._reserved = frozenset(map(normal_hostname, reserved))
+        self._lock = threading.Lock()  # held to change _routes; reading one entry needs none
+        self._routes = {}
+
+    def claim(self, routes):
+        """Take every hostname of ``routes`` (hostname to Route), or none of them.
+
+        Raises HostnameTaken, naming the first that is served or reserved.
+        """
+        with self._lock:
+            for hostname in routes:
+                if hostname in self._routes or hostname in self._reserved:
+                    raise HostnameTaken(hostname)
+            self._routes.update(routes)
+
+    def release(self, tunnel):
+        """Give back whatever ``tunnel`` has claimed."""
+        with self._lock:
+            self._routes = {
+                hostname: route
+                for hostname, route in self._routes.items()
+                if route.tunnel is not tunnel
+            }
+
+    def lookup(self, hostname):
+        """The Route of a hostname (lower case, no port, no trailing dot), or None."""
+        return self._routes.get(hostname)
+
+    def routes(self) -> dict:
+        """All there are, hostname to Route, as they are now."""
+        with self._lock:
+            return dict(self._routes)

@@ -1,0 +1,373 @@
+"""An agent's connection: TLS, registration, heartbeat, data streams, the end.
+
+Until it has registered, an agent is a stranger and costs no thread: its connection is parked with
+the port's listener, and a worker takes each step when there is something to read. Registered, it
+gets its demultiplexer thread, which also beats the heart.
+
+    stranger  --handshake, register-->  registered  --connection, pong or agent gone-->  closed
+        \\---------- refused: the text is sent, then the connection is half-closed -------/
+"""
+
+import logging
+import threading
+from collections import OrderedDict, deque
+from time import monotonic, time
+
+from gotunnel import (
+    HALF_CLOSE,
+    INITIAL_WINDOW,
+    Ack,
+    Duplex,
+    MessageReader,
+    Ping,
+    Pong,
+    ProtocolError,
+    Register,
+    Session,
+    SessionClosed,
+    TokenInvalid,
+    encode_data_header,
+    encode_message,
+    normal_hostname,
+    valid_hostname,
+)
+
+from .registry import HostnameTaken, Route
+
+log = logging.getLogger("gotunnel.tunnel")
+
+FEATURES = frozenset({HALF_CLOSE})  # extensions that we know
+REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
+PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
+PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
+PONG_TIMEOUT = 20  # seconds without a pong that end the session, as the Go gateway's
+BEAT = 5  # seconds between looks at the control stream
+OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
+IDLE_STREAMS = 64  # streams kept for the next visits of a hostname; each holds a target connection
+IDLE_STREAM_AGE = 30  # seconds that one is kept; a target that closes it earlier does no harm
+WINDOW = 4 * INITIAL_WINDOW  # what an agent may have on its way in a stream: 1 MiB fills 50 ms
+REFUSALS = 256  # remembered ones, so that each is logged once ...
+REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
+
+
+class _Refusal(Exception):
+    """We say no; the text is for the agent, ``detail`` for our log."""
+
+    def __init__(self, text, detail=""):
+        super().__init__(text)
+        self.detail = detail
+
+
+class Tunnels:
+    """All agents' connections of a gateway, and what they need."""
+
+    def __init__(self, *, context, credentials, registry, ensure_certificate, max_hosts):
+        """``context`` is the TLS context of the port. ``ensure_certificate(hostname)`` makes sure
+        that a hostname can be served, or returns False."""
+        self.context = context
+        self.credentials = credentials
+        self.registry = registry
+        self.ensure_certificate = ensure_certificate
+        self.max_hosts = max_hosts
+        self.listener = None  # set before it is started
+        self._tunnels = set()
+        self._lock = threading.Lock()  # guards _tunnels and _refusals
+        self._refusals = OrderedDict()  # (address, text): monotonic time
+
+    def welcome(self, sock, address):
+        """For the listener: an agent, or a stranger, has connected."""
+        tunnel = Tunnel(self, Duplex(sock), address)
+        with self._lock:
+            self._tunnels.add(tunnel)
+        return tunnel
+
+    def forget(self, tunnel):
+        with self._lock:
+            known = tunnel in self._tunnels
+            self._tunnels.discard(tunnel)
+        if known:
+            self.listener.forget()
+
+    def registered(self) -> list:
+        """The tunnels that serve hostnames now."""
+        with self._lock:
+            return [tunnel for tunnel in self._tunnels if tunnel.routes]
+
+    def close(self):
+        """End all sessions, and wait until they have ended."""
+        with self._lock:
+            tunnels = list(self._tunnels)
+        for tunnel in tunnels:
+            tunnel.end("the gateway stops")
+        for tunnel in tunnels:
+            tunnel.join()
+
+    def log_refusal(self, address, text, detail):
+        """Say why somebody was turned away, once: Go agents come back every two seconds."""
+        key, now = (address[0], text), monotonic()
+        with self._lock:
+            last = self._refusals.pop(key, None)
+            fresh = last is None or now - last > REFUSAL_MEMORY
+            self._refusals[key] = now if fresh else last
+            if len(self._refusals) > REFUSALS:
+                self._refusals.popitem(last=False)
+        log.log(logging.WARNING if fresh else logging.DEBUG, "agent at %s refused: %s%s",
+                address[0], text, f" ({detail})" if detail else "")  # fmt: skip
+
+
+class Tunnel:
+    """One agent's connection, from its first byte to its end. Parked with the listener at first."""
+
+    def __init__(self, tunnels, duplex, address):
+        self.duplex = duplex
+        self.address = address  # as accept() gave it
+        self.identity = None
+        self.since = None  # wall-clock seconds of the registration
+        self.routes = {}  # hostname: Route; empty unless registered
+        self.half_close = False  # the agent may be told that a visitor has half-closed
+        self._tunnels = tunnels
+        self._step = self._begin
+        self._deadline = None  # monotonic: registered by then
+        self._session = None
+        self._control = None
+        self._reader = MessageReader()
+        self._ping_at = self._pong_at = 0.0  # monotonic: next ping due, last pong
+        self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
+        self._idle_lock = threading.Lock()  # guards _idle and what is in it
+
+    def __repr__(self):
+        return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
+
+    # Stranger: steps, each of which parks when it has to wait
+
+    def ready(self):
+        """Worker: take the steps that can be taken."""
+        if self._deadline is None:
+            self._deadline = monotonic() + REGISTER_TIMEOUT
+        try:
+            while (step := self._step) is not None and step():
+                pass
+        except _Refusal as refusal:
+            self._refuse(str(refusal), refusal.detail)
+        except (OSError, ProtocolError) as error:
+            log.debug("agent at %s: %s", self.address[0], error)
+            self.close()
+        except Exception:
+            log.exception("agent at %s: a defect", self.address[0])
+            self.close()
+
+    def expired(self):
+        """Worker: it took too long."""
+        log.debug("agent at %s: not registered in %d s", self.address[0], REGISTER_TIMEOUT)
+        self.close()
+
+    def close(self):
+        """Drop the connection; whoever owns it now calls this."""
+        if self._session is not None:
+            self._session.close()
+        else:
+            self.duplex.close()
+        self._tunnels.forget(self)
+
+    def _park(self):
+        left = self._deadline - monotonic()
+        self._tunnels.listener.park(self, max(left, 0))
+        return False
+
+    def _begin(self):
+        self.duplex.start_tls(self._tunnels.context, server_side=True)
+        self._step = self._handshake
+        return True
+
+    def _handshake(self):
+        if not self.duplex.handshake():
+            return self._park()
+        # One stream: an agent opens the control stream and no other.
+        self._session = Session(
+            self.duplex, client=False, name=self.address[0], window=WINDOW, max_streams=1
+        )
+        self._step = self._read_registration
+        return True
+
+    def _read_registration(self):
+        self._session.turn()
+        if self._control is None and self._session.arrived:
+            self._control = self._session.accept()
+        message = self._control and next(iter(self._messages()), None)
+        if message is None:
+            return self._park()
+        if not isinstance(message, Register):
+            raise ProtocolError(f"a {type(message).__name__.lower()}, expected register")
+        self._step = None
+        self._register(message)
+        return False
+
+    def _messages(self):
+        """The control messages that are here."""
+        messages = []
+        try:
+            while data := self._control.read(timeout=0):
+                messages += self._reader.feed(data)
+        except TimeoutError:
+            return messages
+        if not messages:
+            raise SessionClosed("the agent ended the control stream")
+        return messages
+
+    # Registration
+
+    def _register(self, message):
+        try:
+            self.identity = self._tunnels.credentials.identify(message.token)
+        except TokenInvalid as error:
+            raise _Refusal("auth failed", str(error)) from None
+        routes = self._wanted_routes(message)
+        for hostname in routes:
+            if not self._tunnels.ensure_certificate(hostname):
+                log.warning("%s: there is no certificate for it, visitors are refused", hostname)
+        try:
+            self._tunnels.registry.claim(routes)
+        except HostnameTaken as taken:
+            raise _Refusal(str(taken)) from None
+        features = tuple(name for name in message.features if name in FEATURES)
+        self.half_close = HALF_CLOSE in features
+        self.since = time()
+        self.routes = routes
+        self._ping_at = monotonic() + PING_INTERVAL
+        self._pong_at = monotonic()
+        session = self._session
+        session.on_end = self._ended
+        session.on_leave = self._leaving
+        session.call_later(BEAT, self._beat)
+        # The ack is on its way before the demultiplexer reads on: a Go agent loses what comes in
+        # the same read.
+        self._control.write(encode_message(Ack(True, features=features)))
+        log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
+        session.start()
+
+    def _wanted_routes(self, message):
+        """What the agent asks for, hostname to Route; raises _Refusal."""
+        if not message.routes:
+            raise _Refusal("no routes")
+        if len(message.routes) > self._tunnels.max_hosts:
+            raise _Refusal(
+                f"too many hostnames: {len(message.routes)}, at most {self._tunnels.max_hosts}"
+            )
+        routes = {}
+        # Agents of a Go gateway register "name:port" too, which is all one to us. The shortest
+        # spelling, which is the plain one, comes first and stays.
+        for name in sorted(message.routes, key=len):
+            hostname, colon, port = name.partition(":")
+            if not valid_hostname(hostname) or (colon and not port.isdigit()):
+                raise _Refusal(f"invalid hostname: {name[:253]}")
+            mode = message.modes.get(name) or "http"
+            if mode not in ("http", "tcp"):
+                raise _Refusal(f"unknown mode of {name}: {mode[:20]}")
+            routes.setdefault(normal_hostname(hostname), Route(name, mode, self))
+        return routes
+
+    def _refuse(self, text, detail=""):
+        """Say no, and give the agent a moment to read it: closing at once could cost it that."""
+        self._tunnels.log_refusal(self.address, text, detail)
+        try:
+            self._control.write(encode_message(Ack(False, text)), timeout=0)
+            self.duplex.finish(timeout=0)
+        except OSError:
+            self.close()
+            return
+        self._step = self._part
+        self._deadline = monotonic() + PARTING_TIMEOUT
+        self._park()
+
+    def _part(self):
+        while data := self.duplex.receive():
+            pass
+        if data is None and monotonic() < self._deadline:
+            return self._park()
+        self.close()
+        return False
+
+    # Registered
+
+    def _beat(self):
+        """Demultiplexer: ping, and see that pongs come. Waits for nothing."""
+        now = monotonic()
+        try:
+            if any(isinstance(message, Pong) for message in self._messages()):
+                self._pong_at = now
+            if now - self._pong_at > PING_INTERVAL + PONG_TIMEOUT:
+                self._session.close(f"no pong in {PONG_TIMEOUT} s")
+                return
+            if now >= self._ping_at:
+                self._ping_at = now + PING_INTERVAL
+                self._control.write(encode_message(Ping(int(time() * 1000))), timeout=0)
+        except (OSError, ProtocolError) as error:
+            self._session.close(str(error))
+            return
+        self._drop_idle(older_than=now - IDLE_STREAM_AGE)
+        self._session.call_later(BEAT, self._beat)
+
+    def _leaving(self):
+        """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
+        runs goes on."""
+        log.info("agent at %s leaves", self.address[0])
+        self._tunnels.registry.release(self)
+        self._drop_idle()
+
+    def _ended(self):
+        """Whoever ends the session: give everything back."""
+        self._tunnels.registry.release(self)
+        self._drop_idle()
+        if self.routes:
+            log.info("agent at %s gone, with %s: %s",
+                     self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
+        self._tunnels.forget(self)
+
+    def end(self, reason):
+        """End the session; a stranger's connection is broken, which its worker or the listener
+        notices. Any thread."""
+        if self._session is not None:
+            self._session.close(reason)
+        else:
+            self.duplex.reset()
+
+    def join(self):
+        if self._session is not None:
+            self._session.join()
+
+    # Data streams, for visits
+
+    def open(self, route, first=b""):
+        """A new stream for a visit; ``first`` bytes go along. Raises SessionClosed, TimeoutError."""
+        header = encode_data_header(route.hostname)
+        return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+
+    def take_idle(self, route):
+        """A stream that an earlier visit left in good order, or None."""
+        while True:
+            with self._idle_lock:
+                kept = self._idle.get(route.hostname)
+                if not kept:
+                    return None
+                at, stream = kept.pop()
+            if monotonic() - at < IDLE_STREAM_AGE and stream.quiet:
+                return stream
+            stream.close()
+
+    def keep_idle(self, route, stream):
+        """Keep a stream whose last answer was complete for the next visit of that hostname."""
+        with self._idle_lock:
+            kept = self._idle.setdefault(route.hostname, deque())
+            if len(kept) < IDLE_STREAMS and stream.quiet:
+                kept.append((monotonic(), stream))
+                return
+        stream.close()
+
+    def _drop_idle(self, older_than=float("inf")):
+        late = []
+        with self._idle_lock:
+            for kept in self._idle.values():
+                while kept and kept[0][0] < older_than:
+                    late.append(kept.popleft()[1])
+        for stream in late:
+            stream.close()
