@@ -27,7 +27,8 @@ This file is meant to be read from top to bottom:
                Bytes in, events and frames out; no clock, nothing that waits.
     a banner
     impure     Duplex (a connection that two threads may share), Session and Stream (a Mux
-               that is driven by threads), relay (bytes both ways until both ends are done).
+               that is driven by threads), relay (bytes both ways until both ends are done);
+               last, what the two programs need of the process that they are.
 
 Threads in the impure half:
 
@@ -123,7 +124,7 @@ class Header(NamedTuple):
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
 OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
-MAX_STREAMS = 1024  # streams of the peer at a time; with the initial window 256 MiB, if all are full
+MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
 SEND_BUFFER = 256 * 1024  # bytes of a stream that wait for the line; more would only add memory
 MAX_REPLIES = 8192  # pongs and resets that wait for the line: one read brings 5461 pings at most
 FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data: fewer headers
@@ -496,7 +497,8 @@ class Mux:
             if not flow.alive:
                 continue
             if flow.queued:
-                size += self._pull_frame(flow, FRAME_SHARED if self._rotation else FRAME_ALONE, parts)
+                most = FRAME_SHARED if self._rotation else FRAME_ALONE
+                size += self._pull_frame(flow, most, parts)
                 served.append(flow.id)
             if flow.queued:
                 self._rotate(flow)
@@ -760,11 +762,19 @@ def read_data_header(read_exactly) -> str:
 import contextlib  # noqa: E402 (the half above must not need what follows)
 import heapq  # noqa: E402
 import logging  # noqa: E402
+import os  # noqa: E402
 import selectors  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
 import ssl  # noqa: E402
+import sys  # noqa: E402
 import threading  # noqa: E402
 from time import monotonic  # noqa: E402
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
 
 log = logging.getLogger("gotunnel")
 
@@ -803,7 +813,7 @@ class Duplex:
     something waits, and the socket, which does not mind two threads, is used outside of it.
 
     The socket is non-blocking. receive(), send() and flush() do what can be done at once;
-    read() and write() wait. One reader and one writer at a time; stop() and reset() from any thread.
+    read() and write() wait. One reader and one writer at a time; stop() and reset(): any thread.
     All of it raises OSError (ssl.SSLError is one) when the connection is broken.
     """
 
@@ -822,6 +832,7 @@ class Duplex:
         self._send_lock = threading.Lock()  # guards _unsent, and the order of what is sent
         self._unsent = b""  # bytes that the kernel did not take yet
         self._finishing = False  # half-close the socket once they are gone
+        self._finished = False  # finish() was called
         self._read_wait = self._write_wait = None  # selectors, made when first needed
 
     def fileno(self) -> int:
@@ -999,6 +1010,9 @@ class Duplex:
 
     def finish(self, timeout=None):
         """Half-close: no more bytes from us, the peer's may still come. Writer only."""
+        if self._finished:
+            return
+        self._finished = True
         if self._tls is not None:
             with self._tls_lock:
                 self._say_farewell()
@@ -1038,7 +1052,7 @@ class Duplex:
 
     def close(self):
         """Close the socket. Only when no other thread is in here any more (see stop())."""
-        if self._tls is not None and not self._at_end:
+        if self._tls is not None and not self._finished:
             # Without waiting: a farewell that does not fit now would only be a courtesy.
             with contextlib.suppress(OSError):
                 with self._tls_lock:
@@ -1558,7 +1572,7 @@ class Stream:
             return self._session._mux.room(self.id)
 
     def finish(self, timeout=None):
-        """Half-close: no more bytes from us. Does not wait, whatever ``timeout`` (a Duplex does)."""
+        """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:
             self._finish()
         self._session._flush()
@@ -1622,3 +1636,68 @@ def pump(source, sink):
     except (OSError, ValueError):  # ValueError: closed or finished by another thread
         source.reset()
         sink.reset()
+
+
+# The process -------------------------------------------------------------------------------------
+
+SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into something to wait for. Main thread only.
+
+    A handler could interrupt us while we hold any lock, so it must take none: the interpreter
+    writes a byte to a socket, which works wherever Python does. The second signal ends the
+    process at once, with status 1.
+    """
+
+    def __init__(self):
+        self._receive, self._send = socket.socketpair()
+        self._send.setblocking(False)
+        self._count = 0
+        signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self._count += 1
+        if self._count > 1:
+            os._exit(1)
+
+    def wait(self) -> int:
+        """Wait for a signal and return its number, or 0 if what after() runs has ended."""
+        return self._receive.recv(1)[0]
+
+    def after(self, function):
+        """Call ``function``; its end counts as a signal. Any thread."""
+        try:
+            function()
+        finally:
+            self._send.send(b"\0")
+
+
+def set_up_process(log_level):
+    """Log to standard error, from ``log_level`` (a name) on, and take what the system offers."""
+    logging.basicConfig(
+        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s"
+    )
+    logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
+    if resource is not None:
+        # Each connection is a descriptor, and the usual 1024 are soon used up.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # some systems promise more than they give
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def stay_on_one_cpu(choose):
+    """Keep all our threads on one CPU of a small machine; ``choose(cpus)`` says which.
+
+    Python's threads take turns anyway. On two CPUs each hand-over also wakes the other CPU, which
+    on a virtual machine costs more than the work that is handed over: measured with 32 visitors,
+    on one CPU a request takes half the CPU time (``tools/bench.py --row cpu``). On a larger
+    machine TLS, which needs no turn, can use the others.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cpus = os.sched_getaffinity(0)
+        if len(cpus) <= SMALL_MACHINE:
+            os.sched_setaffinity(0, {choose(cpus)})

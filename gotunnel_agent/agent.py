@@ -42,7 +42,7 @@ log = logging.getLogger("gotunnel.agent")
 
 DIAL_TIMEOUT = 10  # seconds, for the connection and again for the TLS handshake
 ACK_TIMEOUT = 30  # seconds; a gateway may have to make certificates before it says yes
-SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: two were lost, the line is dead
+SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: the line is dead
 DRAIN_TIMEOUT = 10  # seconds that running visits have when the agent is told to stop
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
@@ -52,11 +52,15 @@ REFUSED_DELAY = 15  # at least that, if the gateway said no: a person has to cha
 HELD = 10  # seconds after which a session counts as one that worked
 
 
+class CannotTrust(Exception):
+    """The CA file is of no use; one line for the operator."""
+
+
 class Agent:
     """Keeps one gateway served until stop() is called. run() is the agent's thread."""
 
     def __init__(self, config):
-        """``config`` is the frozen Config of config.load()."""
+        """``config`` is the frozen Config of config.load(). Raises CannotTrust."""
         self._config = config
         self._tunnels = {normal_hostname(tunnel.hostname): tunnel for tunnel in config.tunnels}
         self._context = tls_context(config.ca_file, config.skip_tls_verify)
@@ -197,8 +201,12 @@ def _expect_ack(message):
 
 def tls_context(ca_file, skip_verify):
     """How to check the gateway: against the system's authorities, a file's, or (for trying
-    things out) not at all. Raises OSError if ``ca_file`` cannot be used."""
-    context = ssl.create_default_context(cafile=ca_file)
+    things out) not at all. Raises CannotTrust if ``ca_file`` holds no certificates."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or error
+        raise CannotTrust(f"ca_file {ca_file}: {reason}, expected certificates as PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if skip_verify:
         context.check_hostname = False

@@ -5,15 +5,12 @@ Exit status: 0 after a signal, 2 if the configuration is wrong.
 
 import argparse
 import logging
-import os
-import signal
-import socket
 import sys
 import threading
 
-from gotunnel import __version__
+from gotunnel import Signals, __version__, set_up_process, stay_on_one_cpu
 
-from .agent import Agent
+from .agent import DIAL_TIMEOUT, Agent, CannotTrust
 from .config import ConfigError, load
 
 DESCRIPTION = """\
@@ -26,20 +23,20 @@ def main(arguments=None) -> int:
     options = parse(arguments)
     try:
         config = load(options.config)
-        set_up_logging(config.log_level)
+        set_up_process(config.log_level)
+        stay_on_one_cpu(max)  # a gateway on the same machine takes the other one
         agent = Agent(config)
-    except ConfigError as error:
+    except (ConfigError, CannotTrust) as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 2
     signals = Signals()
-    life = threading.Thread(target=signals.after, args=(agent.run,), name="agent")
+    life = threading.Thread(target=signals.after, args=(agent.run,), name="agent", daemon=True)
     life.start()
-    signals.wait()
-    if not life.is_alive():
-        return 1  # by a defect, of which the log has the traceback
+    if signals.wait() == 0:
+        return 1  # it ended by a defect, of which the log has the traceback
     logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
     agent.stop()
-    life.join()
+    life.join(DIAL_TIMEOUT)  # it may be dialling, which nothing can interrupt and nobody misses
     logging.getLogger("gotunnel").info("stopped")
     return 0
 
@@ -55,43 +52,3 @@ def parse(arguments):
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     return parser.parse_args(arguments)
-
-
-def set_up_logging(level):
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-    logging.raiseExceptions = False  # a closed terminal is no reason for a traceback
-
-
-class Signals:
-    """Turns SIGTERM and SIGINT into something to wait for. Main thread only.
-
-    A handler could interrupt us while we hold any lock, so it must take none: the interpreter
-    writes a byte to a socket, which works wherever Python does. The second signal ends the
-    process at once.
-    """
-
-    def __init__(self):
-        self._receive, self._send = socket.socketpair()
-        self._send.setblocking(False)
-        self._count = 0
-        signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number, frame):
-        self._count += 1
-        if self._count > 1:
-            os._exit(1)
-
-    def wait(self):
-        """Wait for a signal, or for the end of what after() runs."""
-        self._receive.recv(1)
-
-    def after(self, function):
-        """Call ``function``; its end counts as a signal."""
-        try:
-            function()
-        finally:
-            self._send.send(b"\0")

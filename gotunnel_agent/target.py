@@ -8,6 +8,7 @@ We never look into the bytes. The one thing that we say ourselves is a 502, in h
 target cannot be reached: the visitor then learns more than that the connection was closed.
 """
 
+import contextlib
 import logging
 import socket
 import threading
@@ -65,9 +66,22 @@ def exchange(stream, target):
     name = threading.current_thread().name
     answer = threading.Thread(target=_answer, args=(stream, target), name=f"{name} answer")
     answer.start()
-    pump(stream, target)
+    _ask(stream, target)
     target.stop()  # the gateway has what it wants: free the target, and the thread that reads it
     answer.join()
+
+
+def _ask(stream, target):
+    """Pass requests on until the stream ends. A target that takes no more of one may have
+    answered it already ("too large"), so what is left is dropped, and the answer is not."""
+    with contextlib.suppress(OSError):
+        while data := stream.read():
+            try:
+                target.write(data)
+            except OSError:
+                break
+        while stream.read():
+            pass
 
 
 def _answer(stream, target):
@@ -88,8 +102,6 @@ def refuse(stream, tunnel):
         "X-Gotunnel-Error: target-unreachable\r\n"
         "Connection: close\r\n\r\n"
     )
-    try:
+    with contextlib.suppress(OSError):  # the gateway does not want it any more
         stream.write(head.encode() + page, timeout=DIAL_TIMEOUT)
-    except OSError:
-        pass  # the gateway does not want it any more
     stream.close()

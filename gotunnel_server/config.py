@@ -59,6 +59,7 @@ MOST_WORKERS = 512
 # 16 bytes from a random source are 128 bits, out of reach.
 LEAST_SECRET = 16
 WELL_KNOWN_SECRETS = {
+    "to-try-things-out-only",  # conf/server.env
     "supersecretjwtkey",
     "your-256-bit-secret",
     "your-super-secret-key",

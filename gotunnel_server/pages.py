@@ -14,8 +14,8 @@ _FRAME = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-  body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 36em; margin: 15vh auto; padding: 0 1.5em;
-         color: #223; background: #fafafc }}
+  body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 36em; margin: 15vh auto;
+         padding: 0 1.5em; color: #223; background: #fafafc }}
   h1 {{ font-size: 1.5em; font-weight: 600 }}
   p.small {{ color: #778; font-size: .85em }}
   @media (prefers-color-scheme: dark) {{ body {{ color: #dde; background: #16181d }} }}

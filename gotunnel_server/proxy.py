@@ -12,6 +12,7 @@ Towards the agent a stream is never half-closed here: a Go agent closes its targ
 FIN, answer or not.
 """
 
+import contextlib
 import logging
 import threading
 from http import HTTPStatus
@@ -226,31 +227,39 @@ class Upload:
         body = self._body
         pieces = body.feed(data) if data else []
         if body.complete:
-            self.whole = True
             if body.rest:
                 self._handler.connection.unread(body.rest)
+            self.whole = True  # only now: from here on the worker may read the connection
         if body.length is not None:
             return b"".join(pieces)
         data = b"".join(map(http1.encode_chunk, pieces))
         return data + http1.encode_last_chunk(body.trailers) if body.complete else data
 
+    def sent(self) -> bool:
+        """Whether all of it is with the stream. Waits a moment: the answer can be quicker than
+        the thread that sent what is answered."""
+        if self.whole and self._thread is not None:
+            self._thread.join(WATCH)
+        return self.whole and (self._thread is None or not self._thread.is_alive())
+
     def end(self):
-        """Be done with it: the answer has been given, whether the body was wanted or not."""
+        """Be done with it: the answer has been given, whether the body was wanted or not. The
+        stream has been closed or reset, or all is sent."""
         self._wanted = False
+        if not self.whole:
+            self._handler.close_connection = True
+        if self._thread is None:
+            return
         if not self.whole and not self.problem:
             # The visitor still sends. Let it see the end of the answer, and give it time to stop:
             # closing at once could destroy what it has not read yet.
             connection = self._handler.connection
-            self._handler.close_connection = True
-            try:
+            with contextlib.suppress(OSError):  # it has left: all the better
                 connection.finish(timeout=LATE_BODY_TIMEOUT)
                 self._thread.join(LATE_BODY_TIMEOUT)
-            except OSError:
-                pass  # it has left: all the better
             if self._thread.is_alive():
                 connection.reset()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
 
 class Exchange:
@@ -267,8 +276,10 @@ class Exchange:
         self._upload = handler.upload
         self._upgrade = (
             self._upload is None
-            and "upgrade" in self._request.fields
             and "upgrade" in self._request.fields.tokens("connection")
+            # To h2c we could not follow, and through it a visitor could pass us by (RFC 9113 §3.1
+            # has given it up).
+            and self._request.fields.tokens("upgrade") not in ([], ["h2c"])
         )
 
     def run(self):
@@ -302,7 +313,7 @@ class Exchange:
             while (stream := tunnel.take_idle(route)) is not None:
                 self._stream = stream
                 try:
-                    stream.write(head)
+                    stream.write(head, timeout)
                     if data := self._wait(timeout):
                         return data
                 except ConnectionError:
@@ -407,7 +418,9 @@ class Exchange:
         reusable = http1.keeps_alive(response) and not rest and (
             not isinstance(body, http1.UntilCloseBody)
         )
-        if reusable and (self._upload is None or self._upload.whole):
+        if self._upload is not None and not self._upload.sent():
+            self._stream.reset()  # also wakes the upload, if the target has stopped reading it
+        elif reusable:
             self._route.tunnel.keep_idle(self._route, self._stream)
         else:
             self._stream.close()

@@ -310,8 +310,9 @@ class Tunnel:
     def _leaving(self):
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
-        log.info("agent at %s leaves", self.address[0])
+        log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
         self._tunnels.registry.release(self)
+        self.routes = {}
         self._drop_idle()
 
     def _ended(self):
@@ -338,7 +339,10 @@ class Tunnel:
     # Data streams, for visits
 
     def open(self, route, first=b""):
-        """A new stream for a visit; ``first`` bytes go along. Raises SessionClosed, TimeoutError."""
+        """A new stream for a visit; ``first`` bytes go along.
+
+        Raises SessionClosed, TimeoutError.
+        """
         header = encode_data_header(route.hostname)
         return self._session.open(header + first, timeout=OPEN_TIMEOUT)
 

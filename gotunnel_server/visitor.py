@@ -1,8 +1,8 @@
 """One visitor's connection: what is it, whose is it, http or tcp.
 
-    hello --> handshake --> tcp: relay                                      --> closed
-                        \\-> http: head --> one request (proxy.py) --> head ... --> parting --> closed
-                                                       \\-> 101: relay
+    hello --> handshake --> tcp: relay
+                        \\-> http: head --> request (proxy.py) --> head ... --> parting
+                                                          \\-> 101: relay
 
 Each step does what can be done with what has come; a step that has to wait parks the connection
 with the port's listener, so a visitor who is slow, silent or idle holds no worker. A relay has two
@@ -239,6 +239,9 @@ class Visitor:
         """Leave the worker: from here on the connection has threads of its own."""
         if not self._visitors.relays.acquire(blocking=False):
             log.warning("%s: refused, %d relays are running", self._sni, MAX_RELAYS)
+            if self._handler is not None:
+                self._handler.switched.reset()
+            self.duplex.reset()
             self.close()
             return False
         threading.Thread(
