@@ -13,6 +13,7 @@ import random
 import socket
 import ssl
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, time
 
@@ -50,6 +51,10 @@ MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its age
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
 REFUSED_DELAY = 15  # at least that, if the gateway said no: a person has to change something first
 HELD = 10  # seconds after which a session counts as one that worked
+
+
+# A short secret is the gateway's choice, and it says so at its start.
+warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class CannotTrust(Exception):

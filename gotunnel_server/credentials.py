@@ -4,6 +4,7 @@ One secret, shared with all agents, signs the tokens: HS256 and nothing else, so
 cannot choose how it is checked. It must say when it ends (``exp``).
 """
 
+import warnings
 from typing import NamedTuple
 
 import jwt
@@ -11,6 +12,10 @@ import jwt
 from gotunnel import TokenInvalid
 
 CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off; few small hosts keep better time
+
+
+# Secrets of less than 32 bytes are in use with Go gateways; at start we say so ourselves, once.
+warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class Identity(NamedTuple):

@@ -121,7 +121,10 @@ class Fields:
 
         Empty members are left out (RFC 9110 §5.6.1).
         """
-        members = ",".join(self._values.get(name.lower(), ())).lower().split(",")
+        values = self._values.get(name.lower())
+        if not values:  # most fields that are asked for are not there
+            return []
+        members = ",".join(values).lower().split(",")
         return [token for member in members if (token := member.strip(" \t"))]
 
     def __contains__(self, name: str) -> bool:
