@@ -547,6 +547,7 @@ class Mux:
 # Control messages --------------------------------------------------------------------------------
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
+MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 
 
@@ -603,9 +604,10 @@ def encode_message(message) -> bytes:
 def decode_message(data: bytes):
     """Read one JSON object into its message; raises ProtocolError for anything else."""
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ProtocolError("a control message that is not JSON") from None
+        fields = json.loads(data.decode())
+        json.dumps(fields, ensure_ascii=False).encode()  # an escaped half of a character is no text
+    except (ValueError, RecursionError):  # UnicodeError is a ValueError
+        raise ProtocolError("a control message that is not JSON in UTF-8") from None
     if not isinstance(fields, dict):
         raise ProtocolError("a control message that is not a JSON object")
     kind = fields.get("type")
@@ -622,8 +624,8 @@ def decode_message(data: bytes):
         return Ack(fields["ok"], _text(fields, "error"), _text_list(fields, "features"))
     if kind in ("ping", "pong"):
         ts = fields.get("ts", 0)
-        if not isinstance(ts, (int, float)):
-            raise ProtocolError(f'a "{kind}" whose "ts" is not a number')
+        if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either
+            raise ProtocolError(f'a "{kind}" whose "ts" is not a number of milliseconds')
         return (Ping if kind == "ping" else Pong)(ts)
     raise ProtocolError("a control message of unknown type")
 
@@ -779,6 +781,20 @@ except ImportError:  # not a Unix
 log = logging.getLogger("gotunnel")
 
 
+class NoThread(OSError):
+    """The system gives us no further thread."""
+
+
+def spawn(name, function, *arguments) -> threading.Thread:
+    """Start a thread, which does not keep the process alive. Raises NoThread."""
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NoThread(str(error)) from None
+    return thread
+
+
 class Deadline:
     """One span of time for a job of several steps."""
 
@@ -800,6 +816,11 @@ class Deadline:
 
 READ_SIZE = 64 * 1024  # bytes asked of the kernel at once: four TLS records
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
+
+# For contexts: OpenSSL 3 takes an end of TCP without TLS's farewell for an attack, and would send
+# an alert where half-closing clients wait for their answer. Whoever must know that a message is
+# whole has its length, and many programs just close.
+IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -833,6 +854,8 @@ class Duplex:
         self._unsent = b""  # bytes that the kernel did not take yet
         self._finishing = False  # half-close the socket once they are gone
         self._finished = False  # finish() was called
+        self._broken = False  # reset() was called
+        self._writer_waits = False
         self._read_wait = self._write_wait = None  # selectors, made when first needed
 
     def fileno(self) -> int:
@@ -896,6 +919,7 @@ class Duplex:
 
     def receive(self, size=READ_SIZE):
         """Bytes that are here, b"" at the end, None if none have come."""
+        self._check()
         if self._unread:
             data, self._unread = self._unread[:size], self._unread[size:]
             return data
@@ -919,17 +943,19 @@ class Duplex:
                 try:
                     if self._early:
                         data = self._early.popleft()
+                        if len(data) > size:
+                            self._early.appendleft(data[size:])
+                            data = data[:size]
                     elif self._tls_in.pending or self._tls_in.eof or self._tls.pending():
                         data = self._tls.read(size)
                 except ssl.SSLWantReadError:
                     pass
                 except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    # With or without a farewell: whoever must know that a message is whole has
-                    # its length, and many programs just close.
                     data = b""
                 answers = self._tls_out.pending  # a key update wants one, also while we read
             if answers:
-                self.flush()
+                with contextlib.suppress(OSError):  # the writer finds out by itself
+                    self.flush()
             if data is not None:
                 return data
             if not self._fill():
@@ -977,6 +1003,7 @@ class Duplex:
 
     def _push(self):
         """Caller holds the send lock."""
+        self._check()
         while self._unsent:
             try:
                 sent = self._socket.send(self._unsent)
@@ -1003,8 +1030,13 @@ class Duplex:
         if self._write_wait is None:
             self._write_wait = _WaitSelector()
             self._write_wait.register(self._socket, selectors.EVENT_WRITE)
-        if not self._write_wait.select(timeout):
-            raise TimeoutError("the peer has stopped reading")
+        self._writer_waits = True
+        try:
+            self._check()
+            if not self._write_wait.select(timeout):
+                raise TimeoutError("the peer has stopped reading")
+        finally:
+            self._writer_waits = False
 
     # Ending
 
@@ -1046,13 +1078,21 @@ class Duplex:
     def reset(self):
         """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
         takes what it has got for all there was."""
+        self._broken = True
         with contextlib.suppress(OSError):  # closed already
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-        self.stop()
+            # A FIN would look like an end, and shutting down the reading side sends none. It does
+            # not wake a writer; but one that waits does so behind bytes that a FIN does not pass.
+            how = socket.SHUT_RDWR if self._writer_waits else socket.SHUT_RD
+            self._socket.shutdown(how)
+
+    def _check(self):
+        if self._broken:
+            raise ConnectionResetError("the connection was reset on this side")
 
     def close(self):
         """Close the socket. Only when no other thread is in here any more (see stop())."""
-        if self._tls is not None and not self._finished:
+        if self._tls is not None and not self._finished and not self._broken:
             # Without waiting: a farewell that does not fit now would only be a courtesy.
             with contextlib.suppress(OSError):
                 with self._tls_lock:
@@ -1095,6 +1135,7 @@ class Session:
         self._mux = Mux(client=client, window=window, max_streams=max_streams)
         self._streams = {}  # id: Stream
         self._lingering = {}  # id: (monotonic deadline, Stream) of closed ones, oldest first
+        self._linger_timer = False  # one runs: one is enough for all of them
         self._arrived = collections.deque()  # streams for accept()
         self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
         self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
@@ -1103,6 +1144,7 @@ class Session:
         self._closing = None  # (reason, monotonic deadline) once close() was called
         self._timers = []  # heap of (monotonic time, number, function)
         self._timer_count = 0
+        self._farewells = []  # functions of streams that died, to be called without the lock
         self._thread = None
         self._wake_send = self._wake_receive = None
 
@@ -1115,7 +1157,8 @@ class Session:
         """
         deadline = Deadline(timeout)
         with self._lock:
-            while not (self.ended or self._mux.may_open or self._mux.peer_left):
+            mux = self._mux
+            while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
                 self._slot.wait(deadline.left())
             self._check_alive()
             stream = self._add_stream(self._mux.open())
@@ -1152,29 +1195,30 @@ class Session:
     # The demultiplexer
 
     def start(self):
-        """Start the demultiplexer thread; it ends with the session."""
+        """Start the demultiplexer thread; it ends with the session. Raises NoThread."""
         self._wake_receive, self._wake_send = socket.socketpair()
         for end in (self._wake_receive, self._wake_send):
             end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name=f"demux {self.name}", daemon=True)
-        self._thread.start()
+        self._wake()  # something may have come already, in places where the selector does not look
+        self._thread = spawn(f"demux {self.name}", self._run)
 
     def _run(self):
-        reason = "internal error"
+        reason, farewell = "internal error", None
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake_receive, selectors.EVENT_READ)
                 selector.register(self._duplex, selectors.EVENT_READ)
                 reason = self._serve(selector)
+                farewell = b""
         except ProtocolError as error:
             reason = f"protocol error: {error}"
-            self._tell_protocol_error()
+            farewell = Header(GO_AWAY, 0, 0, PROTOCOL_ERROR).encode()
         except OSError as error:
             reason = str(error)
         except Exception:
             log.exception("session %s ends by a defect", self.name)
         finally:
-            self._end(reason)
+            self._end(reason, farewell)
 
     def _serve(self, selector):
         """Go round until the session is to be closed, and say why."""
@@ -1210,6 +1254,8 @@ class Session:
                 for event in self._mux.receive(data):
                     self._on_event[type(event)](self, event)
             self._flush()
+            if self._farewells:
+                self._say_farewells()
         else:
             self._wake()  # there may be more, in places where the selector does not look
         if self._mux.peer_left and self.on_leave is not None:
@@ -1274,6 +1320,12 @@ class Session:
         GoneAway: _on_gone_away,
     }
 
+    def _say_farewells(self):
+        with self._lock:
+            functions, self._farewells = self._farewells, []
+        for function in functions:
+            function()
+
     def _drop_if_over(self, stream):
         """Both sides have said FIN: only the stream's reader still knows it."""
         if stream._got_fin and stream._sent_fin:
@@ -1311,8 +1363,8 @@ class Session:
             try:
                 done = self._duplex.send(data)
             except OSError:
-                # The demultiplexer finds out too, and knows how to end.
-                self._duplex.reset()
+                if not self.ended:
+                    self._duplex.reset()  # the demultiplexer finds out, and knows how to end
                 return
             if not done:
                 self._jammed = True
@@ -1324,7 +1376,9 @@ class Session:
                 if not done:
                     return
                 data, served = self._mux.pull(SEND_BATCH)
-                self._sending = bool(data)
+                self._sending = bool(data) or bool(self.ended)
+        if self._closing:
+            self._wake()  # the demultiplexer waits for us to be done
 
     # Timers
 
@@ -1357,11 +1411,11 @@ class Session:
     def _linger(self, stream):
         """Reset a closed stream in LINGER_TIMEOUT, if the peer has not ended it by then."""
         with self._lock:
-            if stream.id not in self._streams:
+            if not stream._is_known():
                 return
-            first = not self._lingering
             self._lingering[stream.id] = (monotonic() + LINGER_TIMEOUT, stream)
-        if first:
+            runs, self._linger_timer = self._linger_timer, True
+        if not runs:
             self.call_later(LINGER_TIMEOUT, self._end_lingering)
 
     def _end_lingering(self):
@@ -1371,6 +1425,7 @@ class Session:
             stream.reset()
         with self._lock:
             oldest = next(iter(self._lingering.values()), None)
+            self._linger_timer = oldest is not None
         if oldest is not None:
             self.call_later(oldest[0] - monotonic(), self._end_lingering)
 
@@ -1382,6 +1437,7 @@ class Session:
             if self.ended:
                 return
             self._mux.go_away()
+            self._slot.notify_all()
         self._flush()
 
     def close(self, reason="closed"):
@@ -1396,7 +1452,7 @@ class Session:
                     self._mux.go_away()
         self._flush()
         if self._thread is None:
-            self._end(reason)
+            self._end(reason, None)
         self._wake()
 
     def join(self, timeout=None):
@@ -1405,45 +1461,49 @@ class Session:
             self._thread.join(timeout)
 
     def _all_sent(self):
+        self._flush()  # what was queued and nobody has begun to send
         with self._lock:
             return not self._sending
 
-    def _tell_protocol_error(self):
-        """Let GO_AWAY reach the peer: closing with unread input would make the kernel send a
-        RST, which overtakes it. So say it, half-close, and read on for a moment."""
-        with self._lock:
-            if self.ended:
-                return
-            self._mux.go_away(PROTOCOL_ERROR)
-            farewell, _ = self._mux.pull(HEADER_SIZE)
-        deadline = Deadline(FLUSH_TIMEOUT)
-        with contextlib.suppress(OSError):  # gone already, or not reading: it had its chance
-            self._duplex.write(farewell, timeout=FLUSH_TIMEOUT)
-            self._duplex.finish(timeout=FLUSH_TIMEOUT)
-            while self._duplex.read(timeout=deadline.left()):
-                pass
+    def _end(self, reason, farewell):
+        """Tear everything down, once: first for those who wait, then for the peer.
 
-    def _end(self, reason):
-        """Tear everything down, once."""
+        ``farewell`` is a last frame, b"" for none; None if the connection is broken already.
+        """
         with self._lock:
             if self.ended:
                 return
             self.ended = reason or "closed"
             streams = list(self._streams.values())
             self._streams.clear()
+            self._lingering.clear()
             self._arrived.clear()
             for stream in streams:
                 stream._die(SessionClosed(self.ended))
             self._arrival.notify_all()
             self._slot.notify_all()
-            self._sending = True  # for good: a Mux without a line sends nothing
+            self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
+        self._say_farewells()
+        if farewell is not None:
+            self._hang_up(farewell)
         self._duplex.close()
         for end in (self._wake_receive, self._wake_send):
             if end is not None:
                 end.close()
         if self.on_end is not None:
             self.on_end()
+
+    def _hang_up(self, farewell):
+        """Half-close, and read on until the peer has hung up too. Closing with input unread, or
+        still to come, would make the kernel send a RST, which overtakes what we have said."""
+        deadline = Deadline(FLUSH_TIMEOUT)
+        with contextlib.suppress(OSError):  # gone already, or not reading: it had its chance
+            if farewell:
+                self._duplex.write(farewell, timeout=deadline.left())
+            self._duplex.finish(timeout=deadline.left())
+            while self._duplex.read(timeout=deadline.left()):
+                pass
 
 
 class Stream:
@@ -1454,7 +1514,7 @@ class Stream:
     """
 
     __slots__ = ("id", "_session", "_lock", "_readable", "_writable", "_chunks", "_got_fin",
-                 "_sent_fin", "_discarding", "_error")  # fmt: skip
+                 "_sent_fin", "_discarding", "_error", "_on_death")  # fmt: skip
 
     def __init__(self, session, stream_id):
         self.id = stream_id
@@ -1467,6 +1527,7 @@ class Stream:
         self._sent_fin = False
         self._discarding = False  # closed: what still comes is dropped
         self._error = None
+        self._on_death = None
 
     # Called by the session, which holds the lock
 
@@ -1474,6 +1535,8 @@ class Stream:
         self._error = error
         self._readable.notify_all()
         self._writable.notify_all()
+        if self._on_death is not None:
+            self._session._farewells.append(self._on_death)
 
     def _check(self):
         if self._error is not None:
@@ -1482,7 +1545,21 @@ class Stream:
                 raise StreamReset(str(self._error), self._error.code)
             raise SessionClosed(str(self._error))
 
+    def _is_known(self):
+        """Whether frames of its id are about it: once a stream is over, a peer that is not Go may
+        use the id again."""
+        return self._session._streams.get(self.id) is self
+
     # For the two threads that use it
+
+    def on_death(self, function):
+        """Have ``function`` called once if the stream is reset or its session ends; now, if that
+        has happened. It is for who waits for something else, and must not wait itself."""
+        with self._lock:
+            dead = self._error is not None
+            self._on_death = function
+        if dead:
+            function()
 
     @property
     def quiet(self) -> bool:
@@ -1501,7 +1578,7 @@ class Stream:
             if isinstance(self._error, StreamReset):
                 self._check()  # a reset means that what came is worth nothing
             data = self._take_out(size)
-            credit = self._session._mux.consumed(self.id, len(data))
+            credit = self._is_known() and self._session._mux.consumed(self.id, len(data))
         if credit:
             self._session._flush()
         return data
@@ -1580,6 +1657,7 @@ class Stream:
     def _finish(self):
         if not self._sent_fin and self._error is None:
             self._sent_fin = True
+            self._writable.notify_all()
             self._session._mux.finish(self.id)
             self._session._drop_if_over(self)
 
@@ -1588,12 +1666,14 @@ class Stream:
         with self._lock:
             if self._error is not None:
                 return
-            if self._session._forget(self.id) is not None:
+            if self._is_known():
+                self._session._forget(self.id)
                 self._session._mux.reset(self.id)
                 self._session._slot.notify()
             self._chunks.clear()
             self._die(StreamReset("the stream was reset"))
         self._session._flush()
+        self._session._say_farewells()
 
     def close(self):
         """Be done with it: FIN behind what was written, and nothing is read any more.
@@ -1616,13 +1696,15 @@ class Stream:
 def relay(left, right):
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
-    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is reset: a stream
-    of bytes that was cut must not look complete. Neither is closed, that is their owner's.
-    Uses the calling thread for one direction and starts one for the other.
+    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is
+    reset: bytes that were cut off must not look complete. Neither is closed, that is their owner's.
+    Uses the calling thread for one direction and starts one for the other; raises NoThread.
     """
-    name = threading.current_thread().name
-    back = threading.Thread(target=pump, args=(right, left), name=f"{name} back", daemon=True)
-    back.start()
+    for end, other in ((left, right), (right, left)):
+        if isinstance(end, Stream):
+            # Both directions may wait for the other end, and then nobody would see this one die.
+            end.on_death(other.reset)
+    back = spawn(f"{threading.current_thread().name} back", pump, right, left)
     pump(left, right)
     back.join()
 

@@ -21,7 +21,7 @@ import jwt
 
 from gotunnel import (
     HALF_CLOSE,
-    INITIAL_WINDOW,
+    IGNORE_UNEXPECTED_EOF,
     MAX_STREAMS,
     Ack,
     Duplex,
@@ -35,6 +35,7 @@ from gotunnel import (
     SessionClosed,
     encode_message,
     normal_hostname,
+    spawn,
 )
 
 from .target import serve
@@ -127,10 +128,7 @@ class Agent:
             messages = _messages(control)
             _expect_ack(next(messages))
             log.info("%s: serving %s", self._address, ", ".join(self._tunnels))
-            accept = threading.Thread(
-                target=self._accept, args=(session, workers), name="accept", daemon=True
-            )
-            accept.start()
+            spawn("accept", self._accept, session, workers)
             for message in messages:
                 if not isinstance(message, Ping):
                     raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
@@ -169,7 +167,10 @@ class Agent:
                 return
             with self._idle:
                 self._running += 1
-            workers.submit(self._serve_stream, stream)
+            try:
+                workers.submit(self._serve_stream, stream)
+            except RuntimeError as error:  # no thread to be had; a later one takes it up
+                log.error("stream %d has to wait: %s", stream.id, error)
 
     def _serve_stream(self, stream):
         try:
@@ -213,6 +214,7 @@ def tls_context(ca_file, skip_verify):
         reason = error.strerror or error
         raise CannotTrust(f"ca_file {ca_file}: {reason}, expected certificates as PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= IGNORE_UNEXPECTED_EOF
     if skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -13,7 +13,16 @@ import logging
 import socket
 import threading
 
-from gotunnel import Duplex, ProtocolError, normal_hostname, pump, read_data_header, relay
+from gotunnel import (
+    Duplex,
+    NoThread,
+    ProtocolError,
+    normal_hostname,
+    pump,
+    read_data_header,
+    relay,
+    spawn,
+)
 
 log = logging.getLogger("gotunnel.target")
 
@@ -49,6 +58,9 @@ def serve(stream, find_tunnel):
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     try:
         (exchange if tunnel.mode == "http" else relay)(stream, target)
+    except NoThread as error:
+        log.error("%s: %s", tunnel.hostname, error)
+        stream.reset()
     finally:
         target.close()
         stream.close()
@@ -63,9 +75,8 @@ def hostname_of(name: str) -> str:
 
 def exchange(stream, target):
     """Copy both ways until either side has ended."""
-    name = threading.current_thread().name
-    answer = threading.Thread(target=_answer, args=(stream, target), name=f"{name} answer")
-    answer.start()
+    stream.on_death(target.reset)  # both threads may wait for the target when that happens
+    answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target)
     _ask(stream, target)
     target.stop()  # the gateway has what it wants: free the target, and the thread that reads it
     answer.join()

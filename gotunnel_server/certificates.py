@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 from cryptography import x509
 
+from gotunnel import IGNORE_UNEXPECTED_EOF
+
 from .authority import RENEW_BEFORE, Authority, CertificateError, read_pair
 
 __all__ = ["CertificateError", "Certificates"]
@@ -193,7 +195,7 @@ class Certificates:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # A renegotiation costs us far more than whoever asks for it, and HTTP has no use for it.
         # Compression tells secrets by their length (CRIME).
-        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | IGNORE_UNEXPECTED_EOF
         # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
         if hasattr(context, "num_tickets"):     # not in every TLS library that Python is built on
             context.num_tickets = 1

@@ -49,11 +49,11 @@ MAX_TIMEOUT = 86_400
 SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 
 # A transfer holds a worker until the slower end is done, so many workers wait while few compute.
-# Below the least a handful of slow downloads would stop everyone on a small machine; beyond the
-# most the interpreter lock makes further threads cost more than they bring.
-WORKERS_PER_CORE = 64
-LEAST_WORKERS = 128
-MOST_WORKERS = 512
+# A thread that waits for a slow visitor or target costs some 50 kB and no time, so there may be
+# many: with few, a handful of slow downloads would stop everyone. They are made when needed.
+WORKERS_PER_CORE = 256
+LEAST_WORKERS = 512
+MOST_WORKERS = 2048
 
 # HS256 is as strong as its secret: one token overheard, and guessing needs no gateway any more.
 # 16 bytes from a random source are 128 bits, out of reach.

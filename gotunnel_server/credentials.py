@@ -44,7 +44,8 @@ class Credentials:
                 # An audience is not ours to judge: Go agents send none, and ours neither.
                 options={"require": ["exp"], "verify_aud": False},
             )
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+            # The last three: what a stranger puts into a token can be odder than PyJWT expects.
             raise TokenInvalid(str(error)) from None
         issuer = claims.get("iss", "")
         return Identity(issuer if isinstance(issuer, str) else "")

@@ -3,14 +3,15 @@
     thread                  how many                     ends when
     main                    1 (cli.py)                   a signal comes; it stops the gateway
     listener PORT           1 a port                     stop(), by a wake-up byte
-    worker                  at most WORKERS              its step is done
-    upload                  at most 1 a worker           the request's body has come, or is given up
+    step                    at most STEP_THREADS         the step is done; it waits for nobody
+    exchange                at most WORKERS              the request is answered
+    upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
-worker (visitor.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of its
-streams (gotunnel.py). Nobody else waits for anything.
+thread (visitor.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of its
+streams (gotunnel.py).
 """
 
 import logging
@@ -25,11 +26,13 @@ from .credentials import Credentials
 from .listener import Listener, bind
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
-from .visitor import Visitors, choose_site
+from .visitor import Exchanges, Visitors, choose_site
 
 log = logging.getLogger("gotunnel.gateway")
 
 ALPN = ("http/1.1",)
+STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
+DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 
@@ -44,7 +47,8 @@ class Gateway:
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
         self._ensure_own_certificates()
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
-        self._workers = ThreadPoolExecutor(config.workers, "worker")
+        self._steps = ThreadPoolExecutor(STEP_THREADS, "step")
+        self._pools = []
         self._listeners = []
         try:
             self._build_tunnels()
@@ -79,13 +83,25 @@ class Gateway:
             setting.removesuffix("_PORT").lower(),
             sockets,
             connections.welcome,
-            self._workers.submit,
+            self._submit,
             limit,
             first_timeout,
         )
         connections.listener = listener
         self._listeners.append(listener)
         return listener.port
+
+    def _submit(self, function):
+        """Have a step thread call ``function``."""
+        try:
+            self._steps.submit(function)
+        except RuntimeError as error:  # no thread to be had; one that we have takes it up
+            log.warning("a connection has to wait: %s", error)
+
+    def _exchanges(self, most):
+        exchanges = Exchanges(most)
+        self._pools.append(exchanges)
+        return exchanges
 
     def _build_tunnels(self):
         config = self._config
@@ -107,6 +123,7 @@ class Gateway:
             context=self._certificates.front(config.gateway_host),
             site=choose_site(self._registry.lookup, config.gateway_host),
             lookup=self._registry.lookup,
+            exchanges=self._exchanges(config.workers),
             config=config,
         )
         self.public_port = self._listen(
@@ -123,7 +140,11 @@ class Gateway:
             self.tunnels.registered, config.gateway_host, self.public_port, __version__
         )
         self._readers = Visitors(
-            context=None, site=site, lookup=self._registry.lookup, config=config
+            context=None,
+            site=site,
+            lookup=self._registry.lookup,
+            exchanges=self._exchanges(DASHBOARD_REQUESTS),
+            config=config,
         )
         self.dashboard_port = self._listen(
             "DASHBOARD_PORT", config.dashboard_port, self._readers,
@@ -157,7 +178,9 @@ class Gateway:
         if self._readers is not None:
             self._readers.drain(0)
         self.tunnels.close()
-        self._workers.shutdown()
+        self._steps.shutdown()
+        for exchanges in self._pools:
+            exchanges.stop()
         log.info("stopped")
 
     def _close_listeners(self):

@@ -136,6 +136,9 @@ class Listener:
 
     def park(self, connection, timeout):
         """Watch a connection until its peer sends something, ``timeout`` seconds at most."""
+        if timeout <= 0:  # also for a peer that always has just sent a byte
+            self._submit(connection.expired)
+            return
         if connection.duplex.pending:  # the selector sees the socket, not what was read from it
             self._submit(connection.ready)
             return

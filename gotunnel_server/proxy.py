@@ -14,11 +14,10 @@ FIN, answer or not.
 
 import contextlib
 import logging
-import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
-from gotunnel import Deadline, SessionClosed
+from gotunnel import Deadline, NoThread, SessionClosed, spawn
 
 from . import http1, pages
 from .http1 import Malformed
@@ -195,8 +194,7 @@ class Upload:
         """Send the rest to ``stream`` in a thread of its own, which join() waits for."""
         self._stream = stream
         if not self.whole:
-            self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
-            self._thread.start()
+            self._thread = spawn("upload", self._run)
 
     def _run(self):
         handler = self._handler
@@ -240,7 +238,9 @@ class Upload:
         the thread that sent what is answered."""
         if self.whole and self._thread is not None:
             self._thread.join(WATCH)
-        return self.whole and (self._thread is None or not self._thread.is_alive())
+        return self.whole and self._wanted and (
+            self._thread is None or not self._thread.is_alive()
+        )
 
     def end(self):
         """Be done with it: the answer has been given, whether the body was wanted or not. The
@@ -319,7 +319,10 @@ class Exchange:
                 except ConnectionError:
                     pass
                 stream.close()  # its target closed it meanwhile: once more, on another
-        first = self._upload.at_hand() if self._upload else b""
+        try:
+            first = self._upload.at_hand() if self._upload else b""
+        except Malformed as error:
+            raise self._bad_request(error) from None
         try:
             self._stream = tunnel.open(route, head + first)
         except SessionClosed:
@@ -327,7 +330,10 @@ class Exchange:
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
         if self._upload:
-            self._upload.start(self._stream)
+            try:
+                self._upload.start(self._stream)
+            except NoThread as error:
+                raise TargetFailed(503, "gateway-busy", f"The gateway has no room: {error}.")
         if data := self._next(timeout):
             return data
         raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
@@ -387,11 +393,14 @@ class Exchange:
         except ConnectionError as error:
             problem = self._upload and self._upload.problem
             if isinstance(problem, Malformed):
-                self._handler.close_connection = True
-                raise TargetFailed(problem.status, "malformed-request", f"{problem}.")
+                raise self._bad_request(problem)
             if problem:
                 raise VisitorGone
             raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
+
+    def _bad_request(self, malformed):
+        self._handler.close_connection = True
+        return TargetFailed(malformed.status, "malformed-request", f"{malformed}.")
 
     def _answer(self, data):
         """Pass on interim answers, then the final one."""
@@ -449,7 +458,7 @@ class Exchange:
         seen = 0
         while (end := http1.head_end(data, seen)) < 0:
             seen = len(data)
-            more = self._next()
+            more = self._next(self._handler.response_timeout)
             if not more:
                 raise TargetFailed(502, "no-answer", "The service's answer ends in its head.")
             data += more
@@ -458,7 +467,10 @@ class Exchange:
     def _frame(self, response, body):
         """The head for the visitor, and how pieces of the body are to be encoded for it."""
         handler = self._handler
-        fields = http1.end_to_end(response.fields)
+        wants_upgrade = response.status == 426  # "upgrade first": the field says to what
+        fields = http1.end_to_end(response.fields, keep_upgrade=wants_upgrade)
+        if wants_upgrade:
+            fields.append(("Connection", "Upgrade"))
         encode = _as_it_is
         if body is None:
             length = response.fields.get("content-length")

@@ -133,7 +133,8 @@ class Tunnel:
         self._reader = MessageReader()
         self._ping_at = self._pong_at = 0.0  # monotonic: next ping due, last pong
         self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
-        self._idle_lock = threading.Lock()  # guards _idle and what is in it
+        self._keeps_idle = True  # False once the agent leaves
+        self._idle_lock = threading.Lock()  # guards both, and what is in _idle
 
     def __repr__(self):
         return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
@@ -313,6 +314,8 @@ class Tunnel:
         log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
         self._tunnels.registry.release(self)
         self.routes = {}
+        with self._idle_lock:
+            self._keeps_idle = False
         self._drop_idle()
 
     def _ended(self):
@@ -362,7 +365,7 @@ class Tunnel:
         """Keep a stream whose last answer was complete for the next visit of that hostname."""
         with self._idle_lock:
             kept = self._idle.setdefault(route.hostname, deque())
-            if len(kept) < IDLE_STREAMS and stream.quiet:
+            if self._keeps_idle and len(kept) < IDLE_STREAMS and stream.quiet:
                 kept.append((monotonic(), stream))
                 return
         stream.close()

@@ -5,17 +5,19 @@
                                                           \\-> 101: relay
 
 Each step does what can be done with what has come; a step that has to wait parks the connection
-with the port's listener, so a visitor who is slow, silent or idle holds no worker. A relay has two
-threads of its own until it ends: MAX_RELAYS bounds those.
+with the port's listener, so a visitor who is slow, silent or idle holds no worker. What takes as
+long as visitor and target please, a request with its answer or a relay, runs in other threads, so
+it holds up nobody's steps: a request in one of WORKERS, a relay in two of its own.
 """
 
 import contextlib
 import logging
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
-from gotunnel import Duplex, SessionClosed, pump, relay
+from gotunnel import Duplex, NoThread, pump, relay, spawn
 
 from . import hello, pages
 from .http1 import Malformed
@@ -37,13 +39,15 @@ HELD_FIN_TIMEOUT = 30
 class Visitors:
     """All visitors of a port, and what they need."""
 
-    def __init__(self, *, context, site, lookup, config):
+    def __init__(self, *, context, site, lookup, exchanges, config):
         """``context``: the port's TLS context, None for a plain port. ``site``: see Handler.
-        ``lookup(hostname)``: its Route or None. ``config``: the gateway's, for its timeouts.
+        ``lookup(hostname)``: its Route or None. ``exchanges``: the Exchanges that serve requests.
+        ``config``: the gateway's, for its timeouts.
         """
         self.context = context
         self.site = site
         self.lookup = lookup
+        self.exchanges = exchanges
         self.header_timeout = config.header_timeout
         self.idle_timeout = config.idle_timeout
         self.response_timeout = config.response_timeout
@@ -80,6 +84,33 @@ class Visitors:
         return len(left)
 
 
+class Exchanges:
+    """The threads that serve requests, one each until its answer is given."""
+
+    def __init__(self, most):
+        self._room = threading.BoundedSemaphore(most)
+        self._executor = ThreadPoolExecutor(most, "exchange")
+
+    def start(self, function) -> bool:
+        """Have a thread call ``function``; False if all are busy."""
+        if not self._room.acquire(blocking=False):
+            return False
+        try:
+            self._executor.submit(self._run, function)
+        except RuntimeError:  # the system has no thread for us; one that we have takes it up
+            log.warning("a request has to wait for a thread")
+        return True
+
+    def _run(self, function):
+        try:
+            function()
+        finally:
+            self._room.release()
+
+    def stop(self):
+        self._executor.shutdown()
+
+
 class Visitor:
     """One connection. It belongs to one worker, or is parked; reset() is for any thread."""
 
@@ -93,11 +124,21 @@ class Visitor:
             self._step = self._begin_http
         else:
             self._step = self._read_hello
+        self._serving = False  # a thread of Exchanges has it
         self._buffer = b""  # of a hello that is not whole
         self._sni = None
 
     def ready(self):
         """Worker: take the steps that can be taken."""
+        self._serving = False
+        self._take_steps()
+
+    def _serve(self):
+        """Exchange thread: the request that has come, then what its visitor sends at once."""
+        self._serving = True
+        self._take_steps()
+
+    def _take_steps(self):
         try:
             while self._step():
                 pass
@@ -200,7 +241,13 @@ class Visitor:
                 return self._wait(visitors.header_timeout if handler.in_head else quiet)
         except Malformed as error:
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
-        return self._serve_request()
+        self._go_on(self._serve_request)
+        if self._serving:
+            return True
+        if not visitors.exchanges.start(self._serve):
+            text = "This gateway serves as many requests as it can at the moment."
+            return self._last_page(pages.error(503, "gateway-busy", text))
+        return False
 
     def _serve_request(self):
         handler = self._handler
@@ -244,15 +291,17 @@ class Visitor:
             self.duplex.reset()
             self.close()
             return False
-        threading.Thread(
-            target=self._run_relay, args=(visit, subject), name=f"relay {self._sni}", daemon=True
-        ).start()
+        try:
+            spawn(f"relay {self._sni}", self._run_relay, visit, subject)
+        except NoThread:
+            self._visitors.relays.release()
+            raise
         return False
 
     def _run_relay(self, visit, subject):
         try:
             visit(subject)
-        except (OSError, SessionClosed) as error:
+        except OSError as error:
             log.debug("%s: visitor at %s: %s", self._sni, self.address[0], error)
         except Exception:
             log.exception("visitor at %s: a defect", self.address[0])
@@ -278,13 +327,9 @@ class Visitor:
         """Copy both ways until either side has ended: no protocol that is upgraded to goes on
         with one direction, and nobody would ever close an idle half."""
         visitor_done = threading.Event()
-        back = threading.Thread(
-            target=self._copy_back,
-            args=(stream, visitor_done),
-            name=f"{threading.current_thread().name} back",
-            daemon=True,
-        )
-        back.start()
+        stream.on_death(self.duplex.reset)
+        name = f"{threading.current_thread().name} back"
+        back = spawn(name, self._copy_back, stream, visitor_done)
         pump(self.duplex, stream)
         visitor_done.set()
         stream.close()
@@ -302,8 +347,9 @@ def _relay_holding_fin(duplex, stream):
 
     When the visitor has half-closed, its FIN waits until the target has been silent for a while.
     """
-    back = _CountingPump(stream, duplex)
-    back.start()
+    stream.on_death(duplex.reset)
+    counted = _Counted(stream)
+    back = spawn(f"{threading.current_thread().name} back", pump, counted, duplex)
     try:
         while data := duplex.read():
             stream.write(data)
@@ -311,32 +357,25 @@ def _relay_holding_fin(duplex, stream):
         stream.reset()
         duplex.reset()
     count = None
-    while back.is_alive() and count != back.count:
-        count = back.count
+    while back.is_alive() and count != counted.count:
+        count = counted.count
         back.join(HELD_FIN_TIMEOUT)
     stream.finish()
     back.join()
 
 
-class _CountingPump(threading.Thread):
-    """pump() in a thread, which counts its bytes."""
+class _Counted:
+    """A stream as a pump's source, which counts what is read."""
 
-    def __init__(self, source, sink):
-        super().__init__(name=f"{threading.current_thread().name} back", daemon=True)
+    def __init__(self, stream):
         self.count = 0
-        self._source = source
-        self._sink = sink
-
-    def run(self):
-        pump(self, self._sink)
+        self._stream = stream
+        self.reset = stream.reset
 
     def read(self):
-        data = self._source.read()
+        data = self._stream.read()
         self.count += len(data)
         return data
-
-    def reset(self):
-        self._source.reset()
 
 
 def choose_site(lookup, gateway_host):
