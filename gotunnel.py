@@ -765,12 +765,14 @@ import contextlib  # noqa: E402 (the half above must not need what follows)
 import heapq  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import select  # noqa: E402
 import selectors  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import ssl  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from time import monotonic  # noqa: E402
 
 try:
@@ -779,6 +781,9 @@ except ImportError:  # not a Unix
     resource = None
 
 log = logging.getLogger("gotunnel")
+
+
+SHORTAGE_SILENCE = 60  # seconds between two complaints about a lack of threads
 
 
 class NoThread(OSError):
@@ -793,6 +798,24 @@ def spawn(name, function, *arguments) -> threading.Thread:
     except RuntimeError as error:
         raise NoThread(str(error)) from None
     return thread
+
+
+class Workers(ThreadPoolExecutor):
+    """A bounded pool of threads that outlives a shortage of them."""
+
+    def __init__(self, most, name):
+        super().__init__(most, name)
+        self._said_at = -SHORTAGE_SILENCE
+
+    def submit(self, function, *arguments):
+        try:
+            return super().submit(function, *arguments)
+        except RuntimeError as error:
+            # The system has no thread for us. The call is queued all the same, and taken up by
+            # one that we have.
+            if monotonic() - self._said_at >= SHORTAGE_SILENCE:
+                self._said_at = monotonic()
+                log.warning("work has to wait: %s", error)
 
 
 class Deadline:
@@ -817,6 +840,14 @@ class Deadline:
 READ_SIZE = 64 * 1024  # bytes asked of the kernel at once: four TLS records
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
 
+# When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
+# unanswered times are a no. Else a relay whose peer was unplugged would stay for ever.
+KEEPALIVE = [
+    (getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+    if hasattr(socket, name)
+]
+
 # For contexts: OpenSSL 3 takes an end of TCP without TLS's farewell for an attack, and would send
 # an alert where half-closing clients wait for their answer. Whoever must know that a message is
 # whole has its length, and many programs just close.
@@ -840,9 +871,12 @@ class Duplex:
 
     def __init__(self, sock):
         sock.setblocking(False)
-        # A family that has no such option (AF_UNIX) does not delay small packets either.
+        # A family that has no such options (AF_UNIX) does not need them either.
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = sock
         self._unread = b""  # bytes that were given back, or came before TLS began
         self._at_end = False  # the peer half-closed
@@ -869,6 +903,16 @@ class Duplex:
         if self._tls is None:
             return False
         return bool(self._early or self._tls_in.pending or self._tls.pending())
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has ended its side, also if bytes that nobody reads lie before that.
+        False where the system cannot tell (only Linux can)."""
+        if not hasattr(select, "POLLRDHUP"):
+            return False
+        look = select.poll()
+        look.register(self._socket, select.POLLRDHUP)
+        return bool(look.poll(0))
 
     # TLS
 
@@ -1272,7 +1316,9 @@ class Session:
 
     def _on_received(self, event):
         stream = self._streams[event.stream_id]
-        if not stream._discarding:
+        if stream._discarding:  # but let the peer get rid of it: it may read only after that
+            self._mux.consumed(stream.id, len(event.payload))
+        else:
             stream._chunks.append(event.payload)
             stream._readable.notify()
 
@@ -1684,6 +1730,8 @@ class Stream:
         with self._lock:
             self._finish()
             self._discarding = True
+            if self._is_known():
+                self._session._mux.consumed(self.id, sum(map(len, self._chunks)))
             self._chunks.clear()
             self._readable.notify_all()
         self._session._flush()
@@ -1756,6 +1804,14 @@ class Signals:
             function()
         finally:
             self._send.send(b"\0")
+
+
+def descriptor_limit() -> int:
+    """How many descriptors the process may have."""
+    if resource is None:
+        return MAX_UINT32
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_UINT32 if limit == resource.RLIM_INFINITY else limit
 
 
 def set_up_process(log_level):

@@ -14,7 +14,6 @@ import socket
 import ssl
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from time import monotonic, time
 
 import jwt
@@ -33,6 +32,7 @@ from gotunnel import (
     Register,
     Session,
     SessionClosed,
+    Workers,
     encode_message,
     normal_hostname,
     spawn,
@@ -78,7 +78,7 @@ class Agent:
     def run(self):
         """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
         failures = 0
-        with ThreadPoolExecutor(MAX_STREAMS, "stream") as workers:
+        with Workers(MAX_STREAMS, "stream") as workers:
             while not self._stopping.is_set():
                 began = monotonic()
                 least, most = 0, MAX_DELAY
@@ -167,10 +167,7 @@ class Agent:
                 return
             with self._idle:
                 self._running += 1
-            try:
-                workers.submit(self._serve_stream, stream)
-            except RuntimeError as error:  # no thread to be had; a later one takes it up
-                log.error("stream %d has to wait: %s", stream.id, error)
+            workers.submit(self._serve_stream, stream)
 
     def _serve_stream(self, stream):
         try:

@@ -15,9 +15,8 @@ streams (gotunnel.py).
 """
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 
-from gotunnel import __version__
+from gotunnel import Workers, __version__, descriptor_limit
 
 from . import dashboard
 from .authority import Authority, CertificateError
@@ -35,6 +34,9 @@ STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
+# Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
+# left is for files, listening sockets and the dashboard.
+VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 
 
 class Gateway:
@@ -47,7 +49,7 @@ class Gateway:
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
         self._ensure_own_certificates()
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
-        self._steps = ThreadPoolExecutor(STEP_THREADS, "step")
+        self._steps = Workers(STEP_THREADS, "step")
         self._pools = []
         self._listeners = []
         try:
@@ -83,20 +85,13 @@ class Gateway:
             setting.removesuffix("_PORT").lower(),
             sockets,
             connections.welcome,
-            self._submit,
+            self._steps.submit,
             limit,
             first_timeout,
         )
         connections.listener = listener
         self._listeners.append(listener)
         return listener.port
-
-    def _submit(self, function):
-        """Have a step thread call ``function``."""
-        try:
-            self._steps.submit(function)
-        except RuntimeError as error:  # no thread to be had; one that we have takes it up
-            log.warning("a connection has to wait: %s", error)
 
     def _exchanges(self, most):
         exchanges = Exchanges(most)
@@ -113,8 +108,9 @@ class Gateway:
             ensure_certificate=self._ensure_certificate,
             max_hosts=config.max_hosts_per_agent,
         )
+        limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listen(
-            "TUNNEL_PORT", config.tunnel_port, self.tunnels, AGENT_CONNECTIONS, REGISTER_TIMEOUT
+            "TUNNEL_PORT", config.tunnel_port, self.tunnels, limit, REGISTER_TIMEOUT
         )
 
     def _build_visitors(self):
@@ -126,10 +122,14 @@ class Gateway:
             exchanges=self._exchanges(config.workers),
             config=config,
         )
+        limit = min(config.max_connections, int(descriptor_limit() * VISITORS_SHARE))
+        if limit < config.max_connections:
+            log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
+                        "raise the limit (ulimit -n)",
+                        config.max_connections, descriptor_limit(), limit)  # fmt: skip
         self.public_port = self._listen(
-            "GATEWAY_PORT", config.gateway_port, self._visitors,
-            config.max_connections, config.header_timeout,
-        )  # fmt: skip
+            "GATEWAY_PORT", config.gateway_port, self._visitors, limit, config.header_timeout
+        )
 
     def _build_dashboard(self):
         config = self._config

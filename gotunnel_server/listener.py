@@ -193,7 +193,7 @@ class Listener:
                 room = self._open < self._limit
                 self._open += room
             if room:
-                self._full = False
+                self._full = self._full and self._open > self._limit // 2
                 self._watch(self._welcome(sock, address), monotonic() + self._first_timeout)
             else:
                 sock.close()

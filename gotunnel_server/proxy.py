@@ -58,12 +58,17 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "gotunnel"
     sys_version = ""  # what we run on is nobody's business
 
-    def __init__(self, duplex, address, *, site, scheme, sni, idle_timeout, response_timeout):
+    def __init__(
+        self, duplex, address, *,
+        site, scheme, sni, claim_relay, is_draining, idle_timeout, response_timeout,
+    ):  # fmt: skip
         # Not super().__init__(): it would serve the connection to its end, in this thread.
         self.connection = self.wfile = duplex
         self.client_address = address
         self.scheme = scheme  # "https" or "http"
         self.sni = sni  # hostname of the TLS hello, None if there was none
+        self.claim_relay = claim_relay  # whether the connection may become a relay
+        self.is_draining = is_draining  # whether this answer is to be the last one
         self.idle_timeout = idle_timeout
         self.response_timeout = response_timeout
         self.close_connection = False
@@ -147,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def head(self, status, reason, fields) -> bytes:
         """The head of an answer, with what it says about the connection."""
+        if self.is_draining():
+            self.close_connection = True
         if self.close_connection:
             fields.append(("Connection", "close"))
         elif self.request_head.minor == 0:
@@ -378,13 +385,18 @@ class Exchange:
                 return self._stream.read(timeout=WATCH)
             except TimeoutError:
                 pass
-            if self._upload is None or self._upload.whole:
-                if self._handler.visitor_has_left():
-                    raise VisitorGone
+            if self._visitor_has_left():
+                raise VisitorGone
             try:
                 deadline.left()
             except TimeoutError:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
+
+    def _visitor_has_left(self):
+        if self._upload is None or self._upload.whole:
+            return self._handler.visitor_has_left()
+        # The upload reads the connection, unless the target does not take what it has.
+        return self._handler.connection.hung_up
 
     def _next(self, timeout=None):
         """As _wait(), where a broken stream cannot be helped any more."""
@@ -493,6 +505,8 @@ class Exchange:
         """The connection now speaks something else (RFC 9110 §7.8)."""
         if not self._upgrade:
             raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
+        if not self._handler.claim_relay():
+            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
         fields = http1.end_to_end(response.fields, keep_upgrade=True)
         fields.append(("Connection", "Upgrade"))
         self._handler.write(http1.encode_head(f"HTTP/1.1 101 {response.reason}", fields) + data)

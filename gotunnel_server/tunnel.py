@@ -44,6 +44,7 @@ PONG_TIMEOUT = 20  # seconds without a pong that end the session, as the Go gate
 BEAT = 5  # seconds between looks at the control stream
 OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
 IDLE_STREAMS = 64  # streams kept for the next visits of a hostname; each holds a target connection
+ALL_IDLE_STREAMS = 256  # ... of all hostnames of an agent, which takes 1024 streams in all
 IDLE_STREAM_AGE = 30  # seconds that one is kept; a target that closes it earlier does no harm
 WINDOW = 4 * INITIAL_WINDOW  # what an agent may have on its way in a stream: 1 MiB fills 50 ms
 REFUSALS = 256  # remembered ones, so that each is logged once ...
@@ -133,8 +134,9 @@ class Tunnel:
         self._reader = MessageReader()
         self._ping_at = self._pong_at = 0.0  # monotonic: next ping due, last pong
         self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
+        self._idle_count = 0  # streams in it
         self._keeps_idle = True  # False once the agent leaves
-        self._idle_lock = threading.Lock()  # guards both, and what is in _idle
+        self._idle_lock = threading.Lock()  # guards these three
 
     def __repr__(self):
         return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
@@ -357,6 +359,7 @@ class Tunnel:
                 if not kept:
                     return None
                 at, stream = kept.pop()
+                self._idle_count -= 1
             if monotonic() - at < IDLE_STREAM_AGE and stream.quiet:
                 return stream
             stream.close()
@@ -365,8 +368,10 @@ class Tunnel:
         """Keep a stream whose last answer was complete for the next visit of that hostname."""
         with self._idle_lock:
             kept = self._idle.setdefault(route.hostname, deque())
-            if self._keeps_idle and len(kept) < IDLE_STREAMS and stream.quiet:
+            room = len(kept) < IDLE_STREAMS and self._idle_count < ALL_IDLE_STREAMS
+            if self._keeps_idle and room and stream.quiet:
                 kept.append((monotonic(), stream))
+                self._idle_count += 1
                 return
         stream.close()
 
@@ -376,5 +381,6 @@ class Tunnel:
             for kept in self._idle.values():
                 while kept and kept[0][0] < older_than:
                     late.append(kept.popleft()[1])
+            self._idle_count -= len(late)
         for stream in late:
             stream.close()

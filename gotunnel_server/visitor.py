@@ -14,10 +14,10 @@ import contextlib
 import logging
 import ssl
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from time import monotonic
 
-from gotunnel import Duplex, NoThread, pump, relay, spawn
+from gotunnel import Duplex, NoThread, Workers, pump, relay, spawn
 
 from . import hello, pages
 from .http1 import Malformed
@@ -53,7 +53,7 @@ class Visitors:
         self.response_timeout = config.response_timeout
         self.listener = None  # set before it is started
         self.draining = False  # answer what is asked already, then close
-        self.relays = threading.BoundedSemaphore(MAX_RELAYS)
+        self.relays = Room(MAX_RELAYS)
         self._visitors = set()
         self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
 
@@ -84,31 +84,41 @@ class Visitors:
         return len(left)
 
 
-class Exchanges:
-    """The threads that serve requests, one each until its answer is given."""
+class Room:
+    """Place for so many at a time, of which one address gets half: nobody takes it all."""
 
     def __init__(self, most):
-        self._room = threading.BoundedSemaphore(most)
-        self._executor = ThreadPoolExecutor(most, "exchange")
+        self._most = most
+        self._taken = 0
+        self._taken_by = Counter()  # address
+        self._lock = threading.Lock()  # guards both
 
-    def start(self, function) -> bool:
-        """Have a thread call ``function``; False if all are busy."""
-        if not self._room.acquire(blocking=False):
-            return False
-        try:
-            self._executor.submit(self._run, function)
-        except RuntimeError:  # the system has no thread for us; one that we have takes it up
-            log.warning("a request has to wait for a thread")
-        return True
+    def enter(self, address) -> bool:
+        """Take a place, if there is one."""
+        with self._lock:
+            share = max(self._most // 2, 1)
+            if self._taken >= self._most or self._taken_by[address] >= share:
+                return False
+            self._taken += 1
+            self._taken_by[address] += 1
+            return True
 
-    def _run(self, function):
-        try:
-            function()
-        finally:
-            self._room.release()
+    def leave(self, address):
+        with self._lock:
+            self._taken -= 1
+            self._taken_by[address] -= 1
+            if not self._taken_by[address]:
+                del self._taken_by[address]
 
-    def stop(self):
-        self._executor.shutdown()
+
+class Exchanges:
+    """The threads that serve requests, and the room for so many at a time."""
+
+    def __init__(self, most):
+        self.room = Room(most)
+        self._workers = Workers(most, "exchange")
+        self.start = self._workers.submit  # start(function)
+        self.stop = self._workers.shutdown
 
 
 class Visitor:
@@ -125,6 +135,7 @@ class Visitor:
         else:
             self._step = self._read_hello
         self._serving = False  # a thread of Exchanges has it
+        self._may_relay = False  # it is one of MAX_RELAYS
         self._buffer = b""  # of a hello that is not whole
         self._sni = None
 
@@ -167,6 +178,9 @@ class Visitor:
     def close(self):
         """Drop the connection; for who owns it."""
         self.duplex.close()
+        if self._may_relay:
+            self._may_relay = False
+            self._visitors.relays.leave(self.address[0])
         self._visitors.forget(self)
 
     def _wait(self, seconds):
@@ -212,6 +226,9 @@ class Visitor:
             return self._wait(self._visitors.header_timeout)
         route = self._sni and self._visitors.lookup(self._sni)
         if route and route.mode == "tcp":
+            if not self._claim_relay():
+                self.duplex.reset()  # not an empty but complete visit
+                raise ConnectionAbortedError("no room for another relay")
             return self._start_relay(self._visit_tcp, route)
         return self._go_on(self._begin_http)
 
@@ -225,6 +242,8 @@ class Visitor:
             site=visitors.site,
             scheme="http" if visitors.context is None else "https",
             sni=self._sni,
+            claim_relay=self._claim_relay,
+            is_draining=lambda: visitors.draining,
             idle_timeout=visitors.idle_timeout,
             response_timeout=visitors.response_timeout,
         )
@@ -241,32 +260,42 @@ class Visitor:
                 return self._wait(visitors.header_timeout if handler.in_head else quiet)
         except Malformed as error:
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
+        if not visitors.exchanges.room.enter(self.address[0]):
+            text = "This gateway serves as many requests as it can at the moment."
+            return self._last_page(pages.error(503, "gateway-busy", text))
         self._go_on(self._serve_request)
         if self._serving:
             return True
-        if not visitors.exchanges.start(self._serve):
-            text = "This gateway serves as many requests as it can at the moment."
-            return self._last_page(pages.error(503, "gateway-busy", text))
+        visitors.exchanges.start(self._serve)  # which has the connection from here on
         return False
 
     def _serve_request(self):
         handler = self._handler
-        handler.handle_one_request()
+        try:
+            handler.handle_one_request()
+        finally:
+            self._visitors.exchanges.room.leave(self.address[0])
         if handler.switched is not None:
-            return self._start_relay(self._visit_switched, handler.switched)
-        if handler.close_connection or self._visitors.draining:
+            try:
+                return self._start_relay(self._visit_switched, handler.switched)
+            except NoThread:
+                handler.switched.reset()
+                raise
+        if handler.close_connection:
             return self._part()
         return self._go_on(self._read_head)
 
     def _last_page(self, page):
         self._handler.request_head = None
+        self._handler.idle_timeout = 0  # it fits, or the visitor reads nothing: a step cannot wait
         self._handler.send_page(page, last=True)
         return self._part()
 
     def _part(self):
         """Half-close, and drop what still comes for a moment: closing a connection that has
         unread bytes makes the kernel send a RST, which can cost the visitor our answer."""
-        self.duplex.finish(timeout=PARTING_TIMEOUT)
+        with contextlib.suppress(TimeoutError):  # it reads nothing, and gets no farewell
+            self.duplex.finish(timeout=0)
         self._go_on(self._drop)
         self._deadline = monotonic() + PARTING_TIMEOUT
         return True
@@ -282,20 +311,17 @@ class Visitor:
 
     # tcp
 
+    def _claim_relay(self) -> bool:
+        """Whether the connection may become a relay; it counts as one from here on."""
+        self._may_relay = self._visitors.relays.enter(self.address[0])
+        if not self._may_relay:
+            log.warning("%s: visitor at %s refused, too many relays are running (%d at most, half "
+                        "of them an address)", self._sni, self.address[0], MAX_RELAYS)  # fmt: skip
+        return self._may_relay
+
     def _start_relay(self, visit, subject):
-        """Leave the worker: from here on the connection has threads of its own."""
-        if not self._visitors.relays.acquire(blocking=False):
-            log.warning("%s: refused, %d relays are running", self._sni, MAX_RELAYS)
-            if self._handler is not None:
-                self._handler.switched.reset()
-            self.duplex.reset()
-            self.close()
-            return False
-        try:
-            spawn(f"relay {self._sni}", self._run_relay, visit, subject)
-        except NoThread:
-            self._visitors.relays.release()
-            raise
+        """Go on in threads of its own."""
+        spawn(f"relay {self._sni}", self._run_relay, visit, subject)
         return False
 
     def _run_relay(self, visit, subject):
@@ -306,7 +332,6 @@ class Visitor:
         except Exception:
             log.exception("visitor at %s: a defect", self.address[0])
         finally:
-            self._visitors.relays.release()
             self.close()
 
     def _visit_tcp(self, route):
