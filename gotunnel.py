@@ -1375,6 +1375,7 @@ class Session:
     def _drop_if_over(self, stream):
         """Both sides have said FIN: only the stream's reader still knows it."""
         if stream._got_fin and stream._sent_fin:
+            stream._on_death = None  # it has ended well: nothing can cut it any more
             self._forget(stream.id)
             self._slot.notify()
 

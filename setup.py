@@ -1,0 +1,58 @@
+"""How gotunnel is installed:
+
+    pip install .              the agent
+    pip install '.[server]'    the agent and the gateway
+    pip install '.[test]'      what the tests need, too
+
+The three lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+AGENT = [
+    # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
+    # of it (CVE-2024-53861).
+    "PyJWT>=2.4,!=2.10.0",
+    # The first with wheels for Python 3.10.
+    "PyYAML>=6.0",
+]
+
+SERVER = [
+    # The first that knows not_valid_after_utc.
+    "cryptography>=42.0.0",
+    # The first that was made for Python 3.10, and the parser that we use is in its package.
+    "python-dotenv>=0.19.1",
+]
+
+TEST = [
+    # The first that also hears of a thread that dies late, after the test that started it.
+    "pytest>=8.4",
+    # Older ones were not tried with that pytest.
+    "pytest-timeout>=2.3.1",
+]
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "gotunnel.py").read_text("utf-8"), re.M)
+
+setup(
+    name="gotunnel",
+    version=VERSION[1],
+    description="A reverse tunnel: services behind NAT, on hostnames of your own, over HTTPS",
+    author="the gotunnel authors",
+    license="MIT",
+    python_requires=">=3.10",
+    py_modules=["gotunnel"],
+    packages=["gotunnel_agent", "gotunnel_server"],
+    package_data={"gotunnel_server": ["dashboard.html"]},
+    install_requires=AGENT,
+    extras_require={"server": SERVER, "test": SERVER + TEST},
+    entry_points={
+        "console_scripts": [
+            "gotunnel-agent = gotunnel_agent.__main__:main",
+            "gotunnel-server = gotunnel_server.__main__:main",
+        ]
+    },
+)

@@ -1,0 +1,42 @@
+"""What tests share: the local CA, targets, the Go ends, and a look at what a test leaves behind."""
+
+import subprocess
+import threading
+
+import pytest
+from support import ROOT, Origin, need, wait_until
+
+
+def pytest_configure(config):
+    """Leave slow tests out unless -m says what to run."""
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    """Each test ends with the threads that it began with."""
+    before = set(threading.enumerate())
+    yield
+    wait_until(lambda: set(threading.enumerate()) <= before, timeout=10)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """An ACME_CACHE for all gateways of the run, so that keys are made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def origin():
+    with Origin() as origin:
+        yield origin
+
+
+@pytest.fixture(scope="session")
+def gopeer(tmp_path_factory):
+    """The Go ends, built anew for each run: only Go's own cache, which can be shared, is kept."""
+    program = tmp_path_factory.mktemp("gopeer") / "gopeer"
+    command = [need("go"), "build", "-buildvcs=false", "-o", str(program), "."]
+    built = subprocess.run(command, cwd=ROOT / "tests" / "gopeer", capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return program

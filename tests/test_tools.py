@@ -1,0 +1,154 @@
+"""The tools, and what is installed: both must work on a machine that has nothing but Python."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import bootstrap
+import demo
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETUP = (ROOT / "setup.py").read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path, monkeypatch):
+    """Where the demo makes its folder, which must be gone again at the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["bootstrap.py", "demo.py", "test.py"])
+def test_an_old_python_can_parse_the_tool_and_so_say_that_it_is_too_old(name):
+    ast.parse((ROOT / "tools" / name).read_text("utf-8"), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 9, 18)])
+def test_an_old_python_is_refused_in_a_sentence(version):
+    with pytest.raises(bootstrap.CannotPrepare, match=r"Python 3\.\d, expected 3\.10 or newer"):
+        bootstrap.check_version(version)
+
+
+@pytest.mark.parametrize("version", [(3, 10, 0), (3, 14, 0)])
+def test_a_new_python_will_do(version):
+    bootstrap.check_version(version)
+
+
+def test_a_python_without_ensurepip_is_told_the_package_of_debian(monkeypatch):
+    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(bootstrap.CannotPrepare, match="apt install python3-venv"):
+        bootstrap.make_environment()
+
+
+def test_what_pip_says_last_is_shown_if_it_fails(tmp_path):
+    script = "import sys; print('retry\\n' * 9 + 'the reason'); sys.exit(1)"
+    with pytest.raises(bootstrap.CannotPrepare, match="problem:(\n    .*)*the reason\nadvice"):
+        bootstrap.run([sys.executable, "-c", script], "problem", "advice")
+
+
+def test_each_need_takes_its_lists_out_of_setup_py():
+    server, test = (bootstrap.requirements(SETUP, need) for need in ("server", "test"))
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in server]
+    assert names[:4] == ["PyJWT", "PyYAML", "cryptography", "python-dotenv"]
+    assert test[: len(server)] == server
+    assert any(requirement.startswith("pytest>=") for requirement in test)
+
+
+def test_a_changed_setup_py_is_installed_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(bootstrap, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(bootstrap, "SETUP", str(tmp_path / "setup.py"))
+    monkeypatch.setattr(bootstrap, "make_environment", lambda: done.append("made"))
+    monkeypatch.setattr(bootstrap, "pip_install", lambda python, needed: done.append(needed))
+
+    Path(bootstrap.SETUP).write_text('AGENT = ["one"]\nSERVER = ["two"]\n')
+    bootstrap.install("server")
+    bootstrap.install("server")
+    assert done == ["made", ["one", "two"]]
+
+    Path(bootstrap.SETUP).write_text('AGENT = ["one"]\nSERVER = ["three"]\n')
+    bootstrap.install("server")
+    assert done[2:] == [["one", "three"]]
+
+
+def test_the_demo_brings_the_page_back_and_leaves_nothing(capsys):
+    status = demo.show(demo.Demo(sys.executable), once=True)
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    assert "    200 OK\n" in shown
+    assert "    X-Forwarded-For: 127.0.0.1\n" in shown
+
+
+def test_the_demo_stays_up_until_it_is_stopped(capsys, monkeypatch):
+    show = demo.Demo(sys.executable)
+    monkeypatch.setattr(demo, "visit", lambda *arguments: show.stop())
+    status = demo.show(show, once=False)
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    assert "    curl --cacert " in shown
+
+
+def test_a_demo_that_brings_another_page_fails(capsys, monkeypatch):
+    visit = demo.visit
+    monkeypatch.setattr(demo, "visit", lambda port, ca, token: visit(port, ca, "another"))
+    assert demo.show(demo.Demo(sys.executable), once=True) == 1
+    assert "another page came back" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_ends_the_demo_with_its_last_lines(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "GATEWAY_HOST", "no hostname")
+    assert demo.show(demo.Demo(sys.executable), once=True) == 1
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert "the gateway ended by itself, status 2" in last[0]
+    assert "GATEWAY_HOST is 'no hostname'" in last[1]
+
+
+def test_a_process_that_stays_silent_ends_the_demo(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "START_TIMEOUT", 0)
+    assert demo.show(demo.Demo(sys.executable), once=True) == 1
+    assert "the site did not say" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # seconds: two builds, and packages from the network
+def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()  # the build leaves folders beside what it builds
+    for name in ("setup.py", "gotunnel.py", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("gotunnel_agent", "gotunnel_server"):
+        shutil.copytree(ROOT / name, source / name)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+
+    def pip(*arguments):
+        command = [programs / "python", "-m", "pip", "--disable-pip-version-check", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def ask(program):
+        done = subprocess.run(
+            [programs / program, "--version"], capture_output=True, text=True, cwd=tmp_path
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    pip("install", str(source))
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "gotunnel.py").read_text("utf-8"))[1]
+    assert ask("gotunnel-agent") == (0, f"gotunnel {version}\n", "")
+    assert "cryptography" not in pip("list")
+    status, _, error = ask("gotunnel-server")
+    assert status == 1
+    assert re.fullmatch(r"gotunnel-server: .* pip install 'gotunnel\[server\]'\n", error)
+
+    pip("install", f"{source}[server]")
+    assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")
+    page = programs.parent.glob("[Ll]ib/**/gotunnel_server/dashboard.html")
+    assert list(page)
