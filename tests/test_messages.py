@@ -1,0 +1,300 @@
+"""Control messages, the data header and hostnames, by bytes and row by row."""
+
+import json
+import random
+
+import pytest
+
+from gotunnel import (
+    HALF_CLOSE,
+    MESSAGE_LIMIT,
+    Ack,
+    MessageReader,
+    Ping,
+    Pong,
+    ProtocolError,
+    Register,
+    decode_message,
+    encode_data_header,
+    encode_message,
+    normal_hostname,
+    read_data_header,
+    valid_hostname,
+)
+
+# Both ways: what Go's json.Encoder writes for the same message, but for the order of its fields.
+WIRE = [
+    (
+        Register("t.o.k", {"app.example.com": "127.0.0.1:8080"}, {"app.example.com": "http"}),
+        b'{"type":"register","token":"t.o.k","routes":{"app.example.com":"127.0.0.1:8080"},'
+        b'"modes":{"app.example.com":"http"}}\n',
+    ),
+    (
+        Register("t", {}, {}, (HALF_CLOSE, "other")),
+        b'{"type":"register","token":"t","routes":{},"modes":{},"features":["half_close","other"]}\n',
+    ),
+    (Ack(True), b'{"type":"ack","ok":true}\n'),
+    (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
+    (Ack(False, "auth failed"), b'{"type":"ack","ok":false,"error":"auth failed"}\n'),
+    (Ping(1700000000123), b'{"type":"ping","ts":1700000000123}\n'),
+    (Pong(0), b'{"type":"pong","ts":0}\n'),
+]
+
+
+def exactly(message):
+    """A message with its kind: to Python it is only a tuple."""
+    return type(message), tuple(message)
+
+
+@pytest.mark.parametrize(("message", "data"), WIRE)
+def test_messages_both_ways(message, data):
+    assert encode_message(message) == data
+    assert exactly(decode_message(data)) == exactly(message)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"type":"register","auth_token":"old"}', Register("old", {}, {})),
+        (b'{"type":"register","token":"new","auth_token":"old"}', Register("new", {}, {})),
+        (b'{"type":"register","routes":null,"modes":null,"features":null}', Register("", {}, {})),
+        (b'{"type":"register","token":null,"auth_token":"x"}', Register("x", {}, {})),
+        (b'{"type":"ack","ok":true,"error":null,"unknown":[1]}', Ack(True)),
+        (b' {"ok" : false , "type":"ack"}\r\n', Ack(False)),
+        (b'{"type":"ping"}', Ping(0)),
+        (b'{"type":"pong","ts":1.5e3}', Pong(1500)),
+        (b'{"type":"register","token":"\\u00e4\xc3\xb6"}', Register("\u00e4\u00f6", {}, {})),
+    ],
+)
+def test_what_other_programs_may_leave_out_or_add(data, message):
+    assert exactly(decode_message(data)) == exactly(message)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "a control message that is not JSON in UTF-8"),
+        (b"{", "a control message that is not JSON in UTF-8"),
+        (b'{"type":"ping",}', "a control message that is not JSON in UTF-8"),
+        (b'{"type":"ping"} {}', "a control message that is not JSON in UTF-8"),
+        (b'{"type":"\xff"}', "a control message that is not JSON in UTF-8"),
+        (b"[" * 60_000 + b"]" * 60_000, "a control message that is not JSON in UTF-8"),
+        (b'["ping"]', "a control message that is not a JSON object"),
+        (b'"ping"', "a control message that is not a JSON object"),
+        (b"null", "a control message that is not a JSON object"),
+        (b"{}", "a control message of unknown type"),
+        (b'{"type":"hello"}', "a control message of unknown type"),
+        (b'{"type":["ping"]}', "a control message of unknown type"),
+        (b'{"type":"ack"}', 'an "ack" whose "ok" is neither true nor false'),
+        (b'{"type":"ack","ok":1}', 'an "ack" whose "ok" is neither true nor false'),
+        (b'{"type":"ack","ok":false,"error":5}', '"error" is not a text'),
+        (b'{"type":"ping","ts":"now"}', 'a "ping" whose "ts" is not a number of milliseconds'),
+        (b'{"type":"pong","ts":null}', 'a "pong" whose "ts" is not a number of milliseconds'),
+        (b'{"type":"register","token":7}', '"token" is not a text'),
+        (b'{"type":"register","token":"","auth_token":{}}', '"auth_token" is not a text'),
+        (b'{"type":"register","routes":["a"]}', '"routes" does not map texts to texts'),
+        (b'{"type":"register","routes":{"a":1}}', '"routes" does not map texts to texts'),
+        (b'{"type":"register","modes":{"a":null}}', '"modes" does not map texts to texts'),
+        (b'{"type":"register","features":{"a":"b"}}', '"features" is not a list of texts'),
+        (b'{"type":"register","features":[1]}', '"features" is not a list of texts'),
+    ],
+)
+def test_reject_messages(data, sentence):
+    with pytest.raises(ProtocolError) as caught:
+        decode_message(data)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_reject_times_that_json_does_not_have(number):
+    # Sent on in a pong, such a number would be something that no JSON reader takes.
+    with pytest.raises(ProtocolError):
+        decode_message(b'{"type":"ping","ts":%s}' % number.encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"type":"register","token":"\\ud800"}',
+        b'{"type":"register","routes":{"\\udfff":"a"}}',
+        b'{"type":"register","token":"\xed\xa0\x80"}',
+        '{"type":"ping","ts":1}'.encode("utf-16-le"),
+    ],
+    ids=["escaped", "in a key", "encoded", "utf-16"],
+)
+def test_reject_text_that_is_not_utf8(data):
+    # It would come out as a UnicodeEncodeError, wherever it is hashed, compared or logged later.
+    with pytest.raises(ProtocolError):
+        decode_message(data)
+
+
+# Cutting a control stream ------------------------------------------------------------------------
+
+STREAM = [
+    (b'{"type":"ping","ts":1}\n', Ping(1)),
+    (b' \r\n\t{"type":"pong","ts":2}', Pong(2)),
+    (b'{"type":"ack","ok":false,"error":"a } \\" { \\\\"}', Ack(False, 'a } " { \\')),
+    (b'\n{"type":"register","token":"\\\\\\"","routes":{"{":"}"},"modes":{"a":"}}"}}\n',
+     Register('\\"', {"{": "}"}, {"a": "}}"})),
+    (b'{"x":{"y":[{"z":"\\u007d"}]},"type":"ping","ts":3}\n\n', Ping(3)),
+]  # fmt: skip
+STREAM_BYTES = b"".join(data for data, _ in STREAM)
+STREAM_MESSAGES = [exactly(message) for _, message in STREAM]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11, 64, 1000])
+def test_reader_finds_messages_in_any_pieces(size):
+    reader, messages = MessageReader(), []
+    for at in range(0, len(STREAM_BYTES), size):
+        messages += reader.feed(STREAM_BYTES[at : at + size])
+    assert [exactly(message) for message in messages] == STREAM_MESSAGES
+
+
+def test_reader_gives_each_message_as_soon_as_it_is_whole():
+    reader = MessageReader()
+    data = b'{"type":"ping","ts":12}'
+    assert reader.feed(data[:-1]) == []
+    assert reader.feed(data[-1:]) == [Ping(12)]
+    assert reader.feed(b"\n") == []
+    assert reader.feed(b"") == []
+
+
+@pytest.mark.parametrize("data", [b"x", b"[1]", b"1", b'"a"', b'{"type":"ping"}x', b" }", b"\0{}"])
+def test_reader_refuses_what_cannot_become_an_object_at_once(data):
+    with pytest.raises(ProtocolError, match="^a control message that is not a JSON object$"):
+        MessageReader().feed(data)
+
+
+def sized(size):
+    """A ping of ``size`` bytes."""
+    start, end = b'{"type":"ping","x":"', b'"}'
+    return start + b"x" * (size - len(start) - len(end)) + end
+
+
+def test_reader_takes_a_message_of_the_limit():
+    assert MESSAGE_LIMIT == 65536
+    assert MessageReader().feed(sized(MESSAGE_LIMIT)) == [Ping(0)]
+    assert MessageReader().feed(b"\n" * MESSAGE_LIMIT + sized(MESSAGE_LIMIT) * 3) == [Ping(0)] * 3
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 1000])
+def test_reader_refuses_a_message_above_the_limit(pieces):
+    data, reader = sized(MESSAGE_LIMIT + 1), MessageReader()
+    size = len(data) // pieces
+    with pytest.raises(ProtocolError, match="^a control message of more than 65536 bytes$"):
+        for at in range(0, len(data), size):
+            reader.feed(data[at : at + size])
+
+
+def test_reader_refuses_a_message_that_never_ends_before_it_has_all_of_it():
+    reader = MessageReader()
+    reader.feed(b'{"x":"' + b"x" * (MESSAGE_LIMIT - 6))
+    with pytest.raises(ProtocolError, match="more than 65536 bytes"):
+        reader.feed(b"x")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_comes_the_reader_raises_protocol_error_or_nothing(seed):
+    rng = random.Random(seed)
+    for _ in range(300):
+        data = bytearray(STREAM_BYTES)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(3)] = rng.choice((b"", b'"', b"{", b"}", b"\\", b"\xff", b"0"))
+        reader = MessageReader()
+        try:
+            while data:
+                size = rng.randrange(1, 60)
+                for message in reader.feed(bytes(data[:size])):
+                    json.loads(encode_message(message))
+                del data[:size]
+        except ProtocolError:
+            pass
+
+
+# The data header ---------------------------------------------------------------------------------
+
+
+def reader_of(data):
+    """A read_exactly() over bytes."""
+    def read_exactly(count):
+        nonlocal data
+        assert len(data) >= count, "it reads more than there is"
+        piece, data = data[:count], data[count:]
+        return piece
+
+    return read_exactly
+
+
+HEADERS = [
+    ("app.example.com", "01 000f 6170702e6578616d706c652e636f6d"),
+    ("A.b:8443", "01 0008 412e623a38343433"),
+    ("", "01 0000"),
+    ("b\u00fccher.example", "01 000f 62c3bc636865722e6578616d706c65"),
+    ("x" * 300, "01 012c" + "78" * 300),
+]
+
+
+@pytest.mark.parametrize(("hostname", "text"), HEADERS)
+def test_data_header_both_ways(hostname, text):
+    assert encode_data_header(hostname) == bytes.fromhex(text)
+    assert read_data_header(reader_of(bytes.fromhex(text) + b"GET /")) == hostname
+
+
+def test_data_header_leaves_what_follows():
+    read_exactly = reader_of(encode_data_header("a.b") + b"rest")
+    assert read_data_header(read_exactly) == "a.b"
+    assert read_exactly(4) == b"rest"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("00 0001 61", "data header version 0, expected 1"),
+        ("02 0001 61", "data header version 2, expected 1"),
+        ("47 4554 20", "data header version 71, expected 1"),
+        ("01 0002 c328", "a data header whose hostname is not UTF-8"),
+    ],
+)
+def test_reject_data_headers(text, sentence):
+    with pytest.raises(ProtocolError) as caught:
+        read_data_header(reader_of(bytes.fromhex(text)))
+    assert str(caught.value) == sentence
+
+
+# Hostnames ---------------------------------------------------------------------------------------
+
+LABEL = "a" * 63
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a", "app.example.com", "APP.Example.COM", "app.example.com.", "xn--bcher-kva.example",
+        "1.example", "1a", "a-b.c--d", "localhost", "192.0.2.1.example", LABEL + ".com",
+        ".".join([LABEL] * 3 + ["a" * 61]),
+    ],
+)  # fmt: skip
+def test_valid_hostnames(name):
+    assert valid_hostname(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", ".", "..", "a..b", ".a", "a.b..", "-a", "a-", "a.-b", "a_b.c", "a b", "a.b:80", "*.a.b",
+        "a/b", "a\n", "a.b\n", "\na", "b\u00fccher.example", "\u212a.example", "a\u0661",
+        "192.0.2.1", "1", "a.1", "a.1.", "[::1]", "a@b", "a\0b", LABEL + "a.com",
+        ".".join([LABEL] * 3 + ["a" * 62]),
+    ],
+)  # fmt: skip
+def test_invalid_hostnames(name):
+    assert not valid_hostname(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "normal"),
+    [("a.b", "a.b"), ("A.B", "a.b"), ("a.b.", "a.b"), ("A.b..", "a.b."), (".", ""), ("", "")],
+)
+def test_normal_hostnames(name, normal):
+    assert normal_hostname(name) == normal
