@@ -1189,6 +1189,7 @@ class Session:
         self._timers = []  # heap of (monotonic time, number, function)
         self._timer_count = 0
         self._farewells = []  # functions of streams that died, to be called without the lock
+        self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
         self._wake_send = self._wake_receive = None
 
@@ -1239,12 +1240,28 @@ class Session:
     # The demultiplexer
 
     def start(self):
-        """Start the demultiplexer thread; it ends with the session. Raises NoThread."""
-        self._wake_receive, self._wake_send = socket.socketpair()
-        for end in (self._wake_receive, self._wake_send):
+        """Start the demultiplexer thread; it ends with the session.
+
+        Raises NoThread, and SessionClosed if close() was quicker.
+        """
+        pair = socket.socketpair()
+        for end in pair:
             end.setblocking(False)
+        with self._lock:
+            over = self.ended or self._closing
+            if not over:
+                self._wake_receive, self._wake_send = pair
+                self._started = True
+        if over:
+            for end in pair:
+                end.close()
+            raise SessionClosed("the session was closed before it started")
         self._wake()  # something may have come already, in places where the selector does not look
-        self._thread = spawn(f"demux {self.name}", self._run)
+        try:
+            self._thread = spawn(f"demux {self.name}", self._run)
+        except NoThread:
+            self._started = False
+            raise
 
     def _run(self):
         reason, farewell = "internal error", None
@@ -1497,10 +1514,12 @@ class Session:
                 self._closing = (reason, monotonic() + FLUSH_TIMEOUT)
                 if not self._mux.we_left:
                     self._mux.go_away()
+            started = self._started
         self._flush()
-        if self._thread is None:
+        if started:
+            self._wake()
+        else:
             self._end(reason, None)
-        self._wake()
 
     def join(self, timeout=None):
         """Wait until the demultiplexer has ended, if it was started."""

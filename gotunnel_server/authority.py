@@ -115,6 +115,10 @@ class Authority:
                 _write_certificate(certificate_file, certificate)
         return certificate_file, key_file
 
+    def hostnames(self) -> list[str]:
+        """What certificates were issued for, now or by an earlier gateway with this folder."""
+        return sorted(file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
+
     @contextlib.contextmanager
     def _folder_to_ourselves(self) -> Iterator[None]:
         """Keep other threads and processes out; what the disk refuses becomes CertificateError."""

@@ -68,6 +68,10 @@ class Gateway:
                     f"CERT_DIR {config.cert_dir}: no certificate for {name}, expected one in a "
                     "pair x.crt and x.key; add it, or set ACME_ENV=local to try things out"
                 )
+        # Those that an earlier gateway has left: until its agent is back, a hostname shows a page
+        # that says so, and no TLS error.
+        for name in self._authority.hostnames() if self._authority else ():
+            self._ensure_certificate(name)
 
     def _ensure_certificate(self, hostname) -> bool:
         try:

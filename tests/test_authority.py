@@ -271,3 +271,11 @@ def test_processes_that_start_first_at_once_share_one_ca_and_one_leaf(tmp_path):
     finally:
         for process in processes:
             process.communicate()
+
+
+def test_hostnames_are_those_that_were_issued_without_the_ca_itself(tmp_path):
+    authority = Authority(tmp_path)
+    assert authority.hostnames() == []
+    for name in ("b.test", "*.a.test"):
+        authority.issue(name)
+    assert Authority(tmp_path).hostnames() == ["*.a.test", "b.test"]

@@ -2,12 +2,9 @@
 
 import contextlib
 import hashlib
-import http.client
 import random
 import socket
 import ssl
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -803,3 +800,14 @@ def test_many_visitors_at_once_each_get_their_own_answers(gateway, origin, scrip
 
     with ThreadPoolExecutor(VISITORS) as pool:
         assert list(pool.map(visit, range(VISITORS))) == list(range(VISITORS))
+
+
+def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(
+    tmp_path, origin
+):
+    origin.serve(echo_path)
+    cache = tmp_path / "cache"
+    with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, http={APP: origin.port}):
+        assert gateway.get(APP)[0] == 200
+    with gateway_here(cache) as gateway:
+        assert gateway.get(APP)[0] == 502

@@ -495,16 +495,20 @@ def test_oc_flush_on_close_although_the_peer_talks():
     with raw_pair(tcp=True) as (peer, session):
         # Little room, so that most is still on our side of the line when the session closes.
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
-        stream = accepted(peer, session)
-        stream.write(noise(200_000))
-        stream.finish()
+        for stream in [accepted(peer, session, number) for number in (1, 3, 5)]:
+            stream.write(noise(200_000, stream.id))
+            stream.finish()
+        wait_until(lambda: not session._sending)  # the kernel has it all
         session.close()
-        received = b""
+        wait_until(lambda: session.ended)
+        received = {}
         while (got := peer.read()) is not None:
-            received += got[4]
+            received[got[2]] = received.get(got[2], b"") + got[4]
             with contextlib.suppress(ConnectionError):
                 peer.send(frame(PING, SYN, 0, 1))
-        assert digest(received) == digest(noise(200_000))
+        assert {number: digest(received[number]) for number in (1, 3, 5)} == {
+            number: digest(noise(200_000, number)) for number in (1, 3, 5)
+        }
 
 
 def test_finish_wakes_a_writer():
@@ -541,7 +545,8 @@ def test_after_close_what_comes_is_dropped():
 def test_after_close_the_peer_may_still_get_rid_of_what_it_has():
     with session_pair() as (client, server):
         stream, other = stream_pair(client, server)
-        stream.write(bytes(INITIAL_WINDOW))  # unread when the other end closes
+        stream.write(bytes(INITIAL_WINDOW))
+        wait_until(lambda: sum(map(len, other._chunks)) == INITIAL_WINDOW)  # and nobody reads it
         other.close()
         stream.write(bytes(4 * INITIAL_WINDOW), PATIENCE)
         stream.finish()
@@ -853,12 +858,17 @@ def test_ga_close_race(sessions):
 
 
 def test_ga_close_race_while_everybody_writes():
+    def write_on(stream):
+        while True:
+            stream.write(bytes(64 * 1024))
+
     for _ in range(20):
         with session_pair() as (client, server):
-            streams = [stream_pair(client, server) for _ in range(4)]
-            writing = [spawn(stream.write, bytes(8 * MIB)) for stream, _ in streams]
-            reading = [spawn(read_all, other) for _, other in streams]
-            wait_until(lambda: server._mux._updates or streams[0][1]._chunks)
+            pairs = [stream_pair(client, server) for _ in range(4)]
+            writing = [spawn(write_on, stream) for stream, _ in pairs]
+            for _, other in pairs:
+                other.read_exactly(2 * INITIAL_WINDOW, PATIENCE)
+            reading = [spawn(read_all, other) for _, other in pairs]
             client.close()
             for call in (*writing, *reading):
                 with pytest.raises(ConnectionError):
@@ -906,34 +916,33 @@ def test_ga_close_race_with_a_sender(monkeypatch):
         assert looked.entered.wait(PATIENCE)  # the demultiplexer has seen that somebody sends
         gate.open()
         writing.result(PATIENCE)
+        peer.socket.settimeout(SOON)
         assert [got[:3] for got in peer.read_to_end()] == [(DATA, 0, 1), (GO_AWAY, 0, 0)]
         peer.close()
         session.join(SOON)
         assert session.ended == "closed"
 
 
-def test_close_sends_what_another_thread_has_only_queued(monkeypatch):
+def test_close_sends_what_other_threads_have_only_queued(monkeypatch):
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         gate, flush = Gate(), session._flush
-        writer = []
 
         def slow_flush():
-            if threading.current_thread() in writer:
+            if threading.current_thread() is not session._thread:
                 gate.hold()
             flush()
 
-        def write():
-            writer.append(threading.current_thread())
-            stream.write(b"queued")
-
         monkeypatch.setattr(session, "_flush", slow_flush)
-        writing = spawn(write)
+        calls = [spawn(stream.write, b"queued")]
         assert gate.entered.wait(PATIENCE)
-        session.close()
+        calls.append(spawn(session.close))
+        wait_until(lambda: session._closing)
+        session._wake()  # the demultiplexer comes round before either has flushed
         kinds = [got[0] for got in peer.read_to_end()]
         gate.open()
-        writing.result(PATIENCE)
+        for call in calls:
+            call.result(PATIENCE)
         assert sorted(kinds) == [DATA, GO_AWAY]
 
 
