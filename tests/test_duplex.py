@@ -17,7 +17,6 @@ from wire import (  # noqa: F401 (fixtures)
     PATIENCE,
     duplex_pair,
     duplexes,
-    handshake_both,
     leaves_nothing,
     read_all,
     spawn,
@@ -27,7 +26,6 @@ from wire import (  # noqa: F401 (fixtures)
 )
 
 MIB = 1024 * 1024
-PLAIN = ["socketpair", "tcp"]
 SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once
 
 
@@ -368,7 +366,9 @@ def test_handshake_that_fails_tells_the_peer_why():
             failing.result(PATIENCE)
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 50_000])
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 50_000]
+)
 def test_handshake_with_something_else_is_an_ssl_error(garbage):
     with duplex_pair("tcp") as (raw, server):
         _, server_context = tls_contexts()
@@ -430,7 +430,9 @@ def relayed(transport="tcp", other="tcp"):
             done.result(PATIENCE)
 
 
-@pytest.mark.parametrize(("first", "second"), [("tcp", "tcp"), ("tls", "tcp"), ("tls", "tls reversed")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("tcp", "tcp"), ("tls", "tcp"), ("tls", "tls reversed")]
+)
 def test_relay_carries_both_ways_and_ends_when_both_have_ended(first, second):
     with relayed(first, second) as (left, right, done):
         calls = [spawn(read_all, left), spawn(read_all, right)]

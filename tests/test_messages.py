@@ -31,7 +31,8 @@ WIRE = [
     ),
     (
         Register("t", {}, {}, (HALF_CLOSE, "other")),
-        b'{"type":"register","token":"t","routes":{},"modes":{},"features":["half_close","other"]}\n',
+        b'{"type":"register","token":"t","routes":{},"modes":{},'
+        b'"features":["half_close","other"]}\n',
     ),
     (Ack(True), b'{"type":"ack","ok":true}\n'),
     (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
@@ -200,7 +201,8 @@ def test_whatever_comes_the_reader_raises_protocol_error_or_nothing(seed):
         data = bytearray(STREAM_BYTES)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(data))
-            data[at : at + rng.randrange(3)] = rng.choice((b"", b'"', b"{", b"}", b"\\", b"\xff", b"0"))
+            piece = rng.choice((b"", b'"', b"{", b"}", b"\\", b"\xff", b"0"))
+            data[at : at + rng.randrange(3)] = piece
         reader = MessageReader()
         try:
             while data:
