@@ -1,6 +1,7 @@
 """What an operator gets wrong: one line on standard error, and the status that says whose fault.
 
-Each kind of mistake once, made with the real programs; the tests of the two config.py have the rest.
+Each kind of mistake once, made with the real programs; the tests of the two config.py have the
+rest.
 """
 
 import os
