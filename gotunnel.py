@@ -880,6 +880,7 @@ class Duplex:
         self._socket = sock
         self._unread = b""  # bytes that were given back, or came before TLS began
         self._at_end = False  # the peer half-closed
+        self._tls_at_end = False  # ... which TLS has read, if perhaps nobody else
         self._tls = None  # an ssl.SSLObject between the two buffers
         self._tls_in = self._tls_out = None
         self._early = collections.deque()  # payload that TLS held when we said farewell
@@ -982,28 +983,39 @@ class Duplex:
 
     def _receive_tls(self, size):
         while True:
-            data = None
             with self._tls_lock:
-                try:
-                    if self._early:
-                        data = self._early.popleft()
-                        if len(data) > size:
-                            self._early.appendleft(data[size:])
-                            data = data[:size]
-                    elif self._tls_in.pending or self._tls_in.eof or self._tls.pending():
-                        data = self._tls.read(size)
-                except ssl.SSLWantReadError:
-                    pass
-                except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    data = b""
+                data = self._decrypt(size)
                 answers = self._tls_out.pending  # a key update wants one, also while we read
             if answers:
                 with contextlib.suppress(OSError):  # the writer finds out by itself
                     self.flush()
-            if data is not None:
+            if data or self._tls_at_end:
                 return data
             if not self._fill():
                 return None
+
+    def _decrypt(self, size):
+        """Up to ``size`` bytes of what is here, b"" if that is nothing. Caller holds the TLS lock.
+
+        TLS gives a record of 16 KiB at a time. Those that are here go together: whatever is done
+        with them costs as much for one as for four.
+        """
+        parts, left = [], size
+        try:
+            while left and (self._early or not self._tls_at_end):
+                data = self._early.popleft() if self._early else self._tls.read(left)
+                if not data:
+                    self._tls_at_end = True
+                elif len(data) > left:
+                    self._early.appendleft(data[left:])
+                    data = data[:left]
+                parts.append(data)
+                left -= len(data)
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
+            self._tls_at_end = True
+        return b"".join(parts)
 
     def read(self, size=READ_SIZE, timeout=None) -> bytes:
         """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
