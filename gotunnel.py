@@ -1516,16 +1516,16 @@ class Session:
             self._slot.notify_all()
         self._flush()
 
-    def close(self, reason="closed"):
+    def close(self, reason="closed", code=NORMAL):
         """End the session when the line has taken what is queued, FLUSH_TIMEOUT at most.
 
-        Any thread. Does not wait: join() does.
+        ``code`` is what GO_AWAY says. Any thread. Does not wait: join() does.
         """
         with self._lock:
             if self._closing is None:
                 self._closing = (reason, monotonic() + FLUSH_TIMEOUT)
                 if not self._mux.we_left:
-                    self._mux.go_away()
+                    self._mux.go_away(code)
             started = self._started
         self._flush()
         if started:

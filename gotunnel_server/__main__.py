@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(
         f"gotunnel-server: the package {error.name} is missing; "
-        "install what a gateway needs: pip install 'gotunnel[server]'"
+        "install what a gateway needs: pip install 'gotunnel[server]', "
+        "or in a checkout pip install '.[server]'"
     )
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from time import monotonic, time
 from gotunnel import (
     HALF_CLOSE,
     INITIAL_WINDOW,
+    INTERNAL_ERROR,
+    NORMAL,
+    PROTOCOL_ERROR,
     Ack,
     Duplex,
     MessageReader,
@@ -152,22 +155,25 @@ class Tunnel:
                 pass
         except _Refusal as refusal:
             self._refuse(str(refusal), refusal.detail)
-        except (OSError, ProtocolError) as error:
+        except ProtocolError as error:
+            log.debug("agent at %s: protocol error: %s", self.address[0], error)
+            self.close(PROTOCOL_ERROR)
+        except OSError as error:
             log.debug("agent at %s: %s", self.address[0], error)
             self.close()
         except Exception:
             log.exception("agent at %s: a defect", self.address[0])
-            self.close()
+            self.close(INTERNAL_ERROR)
 
     def expired(self):
         """Worker: it took too long."""
         log.debug("agent at %s: not registered in %d s", self.address[0], REGISTER_TIMEOUT)
         self.close()
 
-    def close(self):
-        """Drop the connection; whoever owns it now calls this."""
+    def close(self, code=NORMAL):
+        """Drop the connection; whoever owns it now calls this. ``code`` is GO_AWAY's."""
         if self._session is not None:
-            self._session.close()
+            self._session.close(code=code)
         else:
             self.duplex.close()
         self._tunnels.forget(self)

@@ -30,8 +30,10 @@ from support import (
 import gotunnel
 from gotunnel import (
     DATA,
+    GO_AWAY,
     HALF_CLOSE,
     INITIAL_WINDOW,
+    PROTOCOL_ERROR,
     Ack,
     Duplex,
     Header,
@@ -355,6 +357,12 @@ def test_garbage_ends_that_connection_and_no_other(gateway, neighbour, garbage, 
             stranger.read_to_end()
     neighbour()
     assert "a defect" not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_garbage_is_told_apart_from_a_plain_end(gateway):
+    with dial(gateway) as stranger:
+        stranger.send(GARBAGE["version of yamux"])
+        assert stranger.read_to_end().endswith(Header(GO_AWAY, 0, 0, PROTOCOL_ERROR).encode())
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x02\x01\x00"])

@@ -1,0 +1,70 @@
+"""What the two programs need of the process that they are: threads, CPUs, room."""
+
+import logging
+import os
+import threading
+
+import pytest
+
+import gotunnel
+from gotunnel import NoThread, Workers, spawn, stay_on_one_cpu
+from gotunnel_server.visitor import Room
+
+
+def no_more_threads(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_spawn_says_by_an_oserror_that_there_is_no_thread(monkeypatch):
+    no_more_threads(monkeypatch)
+    with pytest.raises(NoThread, match="can't start"):
+        spawn("never", print)
+
+
+def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
+    monkeypatch, caplog
+):
+    called = threading.Semaphore(0)
+    workers = Workers(2, "worker")
+    with monkeypatch.context() as shortage:
+        no_more_threads(shortage)
+        for _ in range(3):
+            workers.submit(called.release)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    workers.submit(called.release)
+    for _ in range(4):
+        assert called.acquire(timeout=10)
+    workers.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+@pytest.mark.parametrize(("cpus", "chosen"), [({0, 1}, {0}), ({3}, {3}), ({0, 1, 2}, None)])
+def test_process_stays_on_one_cpu_of_a_small_machine_only(monkeypatch, cpus, chosen):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: asked.append(chosen))
+    stay_on_one_cpu(min)
+    assert asked == ([chosen] if chosen else [])
+
+
+def test_process_may_have_as_many_descriptors_as_the_system_says():
+    assert gotunnel.descriptor_limit() > 2
+
+
+def test_room_is_for_so_many_of_whom_one_address_is_half():
+    room = Room(4)
+    assert [room.enter("a") for _ in range(3)] == [True, True, False]
+    assert [room.enter("b") for _ in range(3)] == [True, True, False]
+    assert not room.enter("c")
+    room.leave("a")
+    assert room.enter("c") and not room.enter("a")
+
+
+def test_room_for_one_is_for_anybody():
+    room = Room(1)
+    assert room.enter("a") and not room.enter("b")
+    room.leave("a")
+    assert room.enter("b")
