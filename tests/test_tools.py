@@ -146,7 +146,7 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
     assert "cryptography" not in pip("list")
     status, _, error = ask("gotunnel-server")
     assert status == 1
-    assert re.fullmatch(r"gotunnel-server: .* pip install 'gotunnel\[server\]'\n", error)
+    assert re.fullmatch(r"gotunnel-server: the package \w+ is missing; .* '\.\[server\]'\n", error)
 
     pip("install", f"{source}[server]")
     assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")
