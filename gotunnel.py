@@ -1863,9 +1863,9 @@ def stay_on_one_cpu(choose):
     """Keep all our threads on one CPU of a small machine; ``choose(cpus)`` says which.
 
     Python's threads take turns anyway. On two CPUs each hand-over also wakes the other CPU, which
-    on a virtual machine costs more than the work that is handed over: measured with 32 visitors,
-    on one CPU a request takes half the CPU time (``tools/bench.py --row cpu``). On a larger
-    machine TLS, which needs no turn, can use the others.
+    on a virtual machine can cost more than the work that is handed over: with 32 visitors a
+    request took half as much CPU time again on two, and a third fewer were served
+    (``tools/bench.py --row cpu``). On a larger machine TLS, which needs no turn, can use the rest.
     """
     if hasattr(os, "sched_setaffinity"):
         cpus = os.sched_getaffinity(0)

@@ -317,7 +317,9 @@ def test_ports_that_are_any_free_one_do_not_clash():
     assert (loaded.gateway_port, loaded.tunnel_port, loaded.dashboard_port) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 512), (2, 512), (4, 1024), (8, 2048), (64, 2048)])
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(1, 512), (2, 512), (4, 1024), (8, 2048), (64, 2048)]
+)
 def test_workers_grow_with_the_cores_within_bounds(cores, workers):
     assert default_workers(cores) == workers
 
