@@ -29,6 +29,7 @@ from support import (
 )
 
 from gotunnel_server import listener
+from gotunnel_server import visitor as visitor_module
 
 # Seconds within which a target must learn that its visitor has gone: the gateway looks twice a
 # second, and this machine may be busy.
@@ -811,3 +812,13 @@ def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(
         assert gateway.get(APP)[0] == 200
     with gateway_here(cache) as gateway:
         assert gateway.get(APP)[0] == 502
+
+
+def test_visitor_who_goes_on_sending_after_a_400_is_cut_off(gateway, monkeypatch):
+    monkeypatch.setattr(visitor_module, "PARTING_TIMEOUT", 0.1)
+    monkeypatch.setattr(listener, "SWEEP", 0.05)
+    with gateway.dial(APP) as endless:
+        endless.send(b"GET  / HTTP/1.1\r\n\r\n")
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            while True:
+                endless.send(bytes(MIB))
