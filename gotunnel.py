@@ -1720,12 +1720,6 @@ class Stream:
         session._flush()
         return data
 
-    @property
-    def room(self) -> int:
-        """Bytes that write() would take without waiting."""
-        with self._lock:
-            return self._session._mux.room(self.id)
-
     def finish(self, timeout=None):
         """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:

@@ -110,11 +110,6 @@ class Listener:
         self._wake_receive, self._wake_send = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"listener {name}", daemon=True)
 
-    @property
-    def addresses(self) -> list:
-        """The addresses that it listens on, as getsockname() gives them."""
-        return [sock.getsockname() for sock in self._sockets]
-
     def start(self):
         for sock in self._sockets:
             sock.setblocking(False)

@@ -196,7 +196,7 @@ def test_fc_sender_stops_and_goes_on():
         while len(received) < INITIAL_WINDOW:
             received += peer.read()[4]
         wait_for_waiter(stream._writable)
-        assert peer.barrier() == [] and stream.room == 0
+        assert peer.barrier() == [] and session._mux.room(stream.id) == 0
         peer.send(frame(WINDOW_UPDATE, 0, 1, 1000))
         received += peer.read()[4]
         assert received == data
