@@ -43,6 +43,7 @@ Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519
 """
 
 import collections
+import contextlib
 import json
 import re
 import struct
@@ -122,14 +123,24 @@ class Header(NamedTuple):
 # Mux: the rules ----------------------------------------------------------------------------------
 
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
+START_WINDOW = 4 * INITIAL_WINDOW  # where a peer that we know begins: 1 MiB fills 20 MB/s at 50 ms
+MAX_WINDOW = 32 * 1024 * 1024  # where windows stop to grow: 160 MB/s at 200 ms, more than we do
+SESSION_GROWTH = 128 * 1024 * 1024  # bytes by which all windows of a session may have grown
+MIN_ROUND_TRIP = 0.001  # seconds; below it, threads take longer than the line
+IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
 OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
 MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
 SEND_BUFFER = 256 * 1024  # bytes of a stream that wait for the line; more would only add memory
+SEND_QUEUE = 8 * 1024 * 1024  # ... of all streams; beyond it each may only have its next frame here
 MAX_REPLIES = 8192  # pongs and resets that wait for the line: one read brings 5461 pings at most
 FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data: fewer headers
 FRAME_SHARED = 16 * 1024  # ... when others wait too: what delays them is short
 LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
+KEEP_ALIVE = 10  # seconds between pings, and until a peer that sends nothing after one is gone
+RESETS = 128 * 1024  # streams that the peer may open and reset in one go, and how many more ...
+RESETS_A_SECOND = 2000  # ... in the long run: beyond it, it only wants us to work (CVE-2023-44487)
+SMALL = 1024  # bytes; what is smaller is joined, since an object costs more than it holds
 
 
 class Opened(NamedTuple):
@@ -171,12 +182,6 @@ class Answered(NamedTuple):
     stream_id: int
 
 
-class Ponged(NamedTuple):
-    """An answer to a ping; the values that come need not be those that were sent."""
-
-    value: int
-
-
 class GoneAway(NamedTuple):
     """The peer accepts no more streams. With a code other than NORMAL the session is over."""
 
@@ -186,14 +191,17 @@ class GoneAway(NamedTuple):
 class _Flow:
     """What Mux knows of one stream."""
 
-    __slots__ = ("id", "may_send", "may_receive", "owed", "queue", "queued", "in_rotation",
-                 "finishing", "sent_fin", "got_fin", "alive")  # fmt: skip
+    __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "since", "queue",
+                 "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "alive")  # fmt: skip
 
-    def __init__(self, stream_id, may_receive):
+    def __init__(self, stream_id, window):
         self.id = stream_id
         self.may_send = INITIAL_WINDOW  # bytes the peer still permits; debited when queued
-        self.may_receive = may_receive  # bytes we still permit
+        self.window = window  # bytes that may have come and not been used
+        self.grown = 0  # how many of them it did not begin with
+        self.may_receive = window  # bytes we still permit
         self.owed = 0  # bytes used here, for which the peer has no credit yet
+        self.since = None  # when credit was given last, or the first payload came
         self.queue = collections.deque()  # payload that waits for the line
         self.queued = 0  # bytes in it
         self.in_rotation = False
@@ -203,6 +211,50 @@ class _Flow:
         self.alive = True
 
 
+class Memory:
+    """What all sessions of a process may use for payload: one is shared by all of them.
+
+    ``buffered`` bytes are here, received and not used, or written and not sent. ``promised`` bytes
+    may come: by so much have windows grown. A process that holds as much as it may still works:
+    who needs more is told no, or pays with a stream.
+    """
+
+    def __init__(self, machine=1 << 32, lock=contextlib.nullcontext()):
+        """``machine`` is the bytes that the process could use if it had nothing else to do;
+        ``lock`` is needed if several threads share it."""
+        self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS, everything
+        self.buffered = 0
+        self.promised = 0
+        self._lock = lock
+
+    @property
+    def scarce(self) -> bool:
+        """Whether it is time to save."""
+        return self.buffered > self.limit // 2
+
+    @property
+    def full(self) -> bool:
+        return self.buffered > self.limit
+
+    def buffer(self, count):
+        """Count bytes that came into a buffer; negative, that left it."""
+        with self._lock:
+            self.buffered += count
+
+    def promise(self, count) -> bool:
+        """Let windows grow by ``count`` bytes, if that is not more than half of what is left."""
+        with self._lock:
+            if self.scarce or count > (self.limit // 2 - self.promised) // 2:
+                return False
+            self.promised += count
+            return True
+
+    def take_back(self, count):
+        """Say that windows have shrunk by so much, or are gone."""
+        with self._lock:
+            self.promised -= count
+
+
 class Mux:
     """All the rules of yamux for one session, for either role.
 
@@ -210,23 +262,35 @@ class Mux:
     pull(). There is one promise: whatever bytes come, receive() raises ProtocolError or nothing.
     After a ProtocolError the session is over; go_away() and pull() still work, to say so.
 
-    Not for two threads at once: the caller holds a lock around every call.
+    ``now`` is seconds of any clock that never goes back. Not for two threads at once: the caller
+    holds a lock around every call.
     """
 
-    def __init__(self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS):
-        """``window`` bytes are what a stream may have on its way to us; ``max_streams`` is how
-        many streams the peer may have open at a time."""
-        if not INITIAL_WINDOW <= window <= MAX_UINT32:
-            raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_UINT32}")
+    def __init__(
+        self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, memory=None
+    ):
+        """``window`` bytes are what a stream may have on its way to us at first; ``max_streams``
+        is how many streams the peer may have open at a time."""
+        if not INITIAL_WINDOW <= window <= MAX_WINDOW:
+            raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_WINDOW}")
         self._window = window
+        self._largest = window  # of all windows that there have been
+        self._grown = 0  # bytes by which windows are larger than they began
         self._max_streams = max_streams
+        self._memory = memory or Memory()
         self._parity = 0 if client else 1  # of the ids that the peer may use
         self._next_id = 1 if client else 2
         self._flows = {}  # stream id: _Flow
-        self._unanswered = set()  # ids that we opened and the peer has not answered
+        self._unanswered = {}  # ids that we opened and the peer has not answered: when we did
         self._unaccepted = set()  # ids that the peer opened and we have not accepted
         self._inbound = 0  # streams in _flows that the peer opened
         self._overran = False  # a stream has exceeded its window once
+        self._resets = 0  # streams that the peer opened and reset, less RESETS_A_SECOND
+        self._now = self._resets_at = 0.0
+        self._asked_at = None  # when the last ping was queued
+        self._asked = None  # its value, until it is answered
+        self._pings = 0  # how many there have been
+        self.round_trip = None  # seconds, the shortest from an open or ping to its answer, if any
         self.we_left = False  # go_away() was called
         self.peer_left = False  # the peer sent GO_AWAY
         self.strays = 0  # frames for streams that nobody knows
@@ -241,12 +305,14 @@ class Mux:
         self._replies = collections.deque()  # headers: pongs, pings, go away
         self._control = collections.deque()  # headers: SYN, ACK, RST
         self._updates = {}  # stream id: credit, merged until it is sent
+        self._queued = 0  # bytes of payload that wait, of all streams
         self._rotation = collections.deque()  # flows with payload or a FIN to send, in turns
 
     # From the peer
 
-    def receive(self, data: bytes) -> list:
+    def receive(self, data: bytes, now) -> list:
         """Take bytes of the peer, in any pieces; return the events that they cause."""
+        self._now = now
         events = []
         at, end = 0, len(data)
         while at < end:
@@ -282,15 +348,15 @@ class Mux:
         elif header.type == WINDOW_UPDATE:
             self._take_window_update(header, events)
         elif header.type == PING:
-            self._take_ping(header, events)
+            self._take_ping(header)
         else:
             self.peer_left = True
             events.append(GoneAway(header.length))
 
     def _take_data(self, header, events):
         length = header.length
-        if length > self._window:
-            raise ProtocolError(f"{length} bytes in a frame, our windows are {self._window}")
+        if length > self._largest:
+            raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
         flow = self._stream_of(header, events)
         self._body_left, self._body_flow, self._body_ends = length, None, False
         if flow is None or flow.got_fin:
@@ -301,6 +367,8 @@ class Mux:
         flow.may_receive -= length
         if length:
             self._body_flow, self._body_ends = flow, bool(header.flags & FIN)
+            if flow.since is None:
+                flow.since = self._now
         elif header.flags & FIN:
             self._peer_finished(flow, events)
 
@@ -316,11 +384,18 @@ class Mux:
         if header.flags & FIN and not flow.got_fin:
             self._peer_finished(flow, events)
 
-    def _take_ping(self, header, events):
+    def _take_ping(self, header):
         if header.flags & SYN:
             self._reply(self._replies, Header(PING, ACK, 0, header.length))
-        elif header.flags & ACK:
-            events.append(Ponged(header.length))
+        elif header.flags & ACK and header.length == self._asked:
+            self._measure(self._asked_at)
+            self._asked = None  # a second answer is none
+
+    def _measure(self, asked_at):
+        """Learn the round trip from a question that is answered now. The shortest is the line's
+        own: the others have waited, behind payload or for a CPU."""
+        took = self._now - asked_at
+        self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
     def _stream_of(self, header, events):
         """Do what SYN, ACK and RST say; return the stream, or None if nobody knows it (now)."""
@@ -335,10 +410,12 @@ class Mux:
             return None
         # Any frame is an answer: a Go peer whose FIN crosses our SYN never sends ACK.
         if stream_id in self._unanswered:
-            self._unanswered.discard(stream_id)
+            self._measure(self._unanswered.pop(stream_id))
             events.append(Answered(stream_id))
         if flags & RST:
             self._forget(flow)
+            if stream_id % 2 == self._parity:
+                self._count_reset()
             code = header.length if header.type == WINDOW_UPDATE else 0
             events.append(WasReset(stream_id, code, "the peer reset the stream"))
             return None
@@ -362,6 +439,12 @@ class Mux:
         self._unaccepted.add(stream_id)
         self._inbound += 1
         events.append(Opened(stream_id))
+
+    def _count_reset(self):
+        forgiven = RESETS_A_SECOND * (self._now - self._resets_at)
+        self._resets, self._resets_at = max(0, self._resets - forgiven) + 1, self._now
+        if self._resets > RESETS:
+            raise ProtocolError(f"the peer opened and reset {RESETS} streams in a moment")
 
     def _peer_finished(self, flow, events):
         flow.got_fin = True
@@ -392,7 +475,7 @@ class Mux:
         """Whether open() would stay within the opens that the peer has not answered."""
         return len(self._unanswered) < OPEN_BACKLOG
 
-    def open(self) -> int:
+    def open(self, now) -> int:
         """Open a stream and return its id; raises SessionClosed if there can be no more."""
         if self.we_left or self.peer_left:
             raise SessionClosed("the session takes no new streams")
@@ -400,9 +483,9 @@ class Mux:
         if stream_id > LAST_ID:
             raise SessionClosed("the session has used up its stream ids")
         self._next_id += 2
-        self._flows[stream_id] = _Flow(stream_id, self._window)
-        self._unanswered.add(stream_id)
-        extra = self._window - INITIAL_WINDOW
+        self._flows[stream_id] = _Flow(stream_id, self._first_window())
+        self._unanswered[stream_id] = now
+        extra = self._flows[stream_id].window - INITIAL_WINDOW
         self._control.append(Header(WINDOW_UPDATE, SYN, stream_id, extra).encode())
         return stream_id
 
@@ -410,16 +493,23 @@ class Mux:
         """Accept a stream that the peer opened: its ACK goes out, with our whole window."""
         if stream_id in self._unaccepted:
             self._unaccepted.discard(stream_id)
-            extra = self._window - INITIAL_WINDOW
-            self._flows[stream_id].may_receive += extra
+            flow = self._flows[stream_id]
+            extra = self._first_window() - INITIAL_WINDOW
+            flow.window += extra
+            flow.may_receive += extra
             self._control.append(Header(WINDOW_UPDATE, ACK, stream_id, extra).encode())
+
+    def _first_window(self):
+        return INITIAL_WINDOW if self._memory.scarce else self._window
 
     def room(self, stream_id) -> int:
         """Bytes that send() takes now; 0 once the stream is over or finished by us."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing:
             return 0
-        return min(flow.may_send, SEND_BUFFER - flow.queued)
+        crowded = self._queued >= SEND_QUEUE or self._memory.full
+        most = FRAME_SHARED if crowded else SEND_BUFFER
+        return max(0, min(flow.may_send, most - flow.queued))
 
     def send(self, stream_id, payload: bytes):
         """Queue payload, at most room() bytes of it. The peer's window is debited here."""
@@ -428,8 +518,13 @@ class Mux:
         flow = self._flows[stream_id]
         flow.may_send -= len(payload)
         flow.queued += len(payload)
-        flow.queue.append(payload)
+        put(flow.queue, payload)
+        self._count_queued(len(payload))
         self._rotate(flow)
+
+    def _count_queued(self, count):
+        self._queued += count
+        self._memory.buffer(count)
 
     def finish(self, stream_id):
         """Half-close: FIN goes out behind what is queued, and only once (a second one would end
@@ -446,25 +541,70 @@ class Mux:
             self._forget(flow)
             self._control.append(Header(WINDOW_UPDATE, RST, stream_id, 0).encode())
 
-    def consumed(self, stream_id, count) -> bool:
+    def consumed(self, stream_id, count, now) -> bool:
         """Say that ``count`` received bytes have been used; True if that queued a frame.
 
-        Credit goes back in halves of a window: smaller amounts would cost a frame each.
+        Credit goes back in halves of a window, of a large one in quarters: smaller amounts would
+        cost a frame each, larger ones would let the line run dry.
         """
         flow = self._flows.get(stream_id)
         if flow is None or flow.got_fin:
             return False
         flow.owed += count
-        if flow.owed < self._window // 2:
+        idle = flow.grown and now - flow.since > IDLE_WINDOW
+        if flow.owed < flow.window // (2 if flow.window <= START_WINDOW else 4) and not idle:
+            return False
+        self._fit_window(flow, now)
+        flow.since = now
+        if not flow.owed:
             return False
         flow.may_receive += flow.owed
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
         return True
 
-    def ping(self, value):
-        """Ask the peer for a Ponged event with this value (an unsigned 32-bit number)."""
-        self._replies.append(Header(PING, SYN, 0, value).encode())
+    def _fit_window(self, flow, now):
+        """Grow or shrink a window, before credit is given, as the use of the last one suggests.
+
+        It shrinks, by keeping credit back, if it is not needed: its bytes lie here and wait for a
+        slow reader, or hardly any come. Otherwise it doubles if half of it was used in less than
+        4 round trips, times its size in INITIAL_WINDOWs: then the line, and not the reader, is
+        what it waits for. (Both sizes cancel each other out. Without the second factor, which is
+        proposed for go-yamux in libp2p/go-yamux#137, windows on slower lines stop too early.)
+        """
+        used, took = flow.owed, now - flow.since
+        unread = flow.window - flow.may_receive - used
+        if unread > flow.window // 2 or took > IDLE_WINDOW:
+            less = min(used, flow.grown)
+            flow.owed -= less
+            self._grow(flow, -less)
+            self._memory.take_back(less)
+        elif unread <= flow.window // 4 and self.round_trip is not None:
+            more = min(flow.window, MAX_WINDOW - flow.window)
+            quick = took * INITIAL_WINDOW < 8 * max(self.round_trip, MIN_ROUND_TRIP) * used
+            # Half of what is left, so that there is always something for the next stream.
+            left = (SESSION_GROWTH - self._grown) // 2
+            if quick and 0 < more <= left and self._memory.promise(more):
+                flow.owed += more
+                self._grow(flow, more)
+
+    def _grow(self, flow, count):
+        flow.window += count
+        flow.grown += count
+        self._grown += count
+        self._largest = max(self._largest, flow.window)
+
+    def keep_alive(self, now):
+        """Ping the peer; to be called each KEEP_ALIVE seconds.
+
+        Raises SessionClosed if nothing at all came since the last time. Any byte is a sign of life:
+        a pong may have to wait behind much payload.
+        """
+        if self._asked_at is not None and self._now < self._asked_at:
+            raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, and no answer to a ping")
+        self._pings += 1
+        self._asked, self._asked_at = self._pings & MAX_UINT32, now
+        self._replies.append(Header(PING, SYN, 0, self._asked).encode())
 
     def go_away(self, code=NORMAL):
         """Announce that we accept no more streams; any other code than NORMAL ends the session."""
@@ -475,6 +615,20 @@ class Mux:
     def open_streams(self) -> int:
         """Streams that are not over yet, of both sides."""
         return len(self._flows)
+
+    def knows(self, stream_id) -> bool:
+        """Whether a stream is not over yet."""
+        return stream_id in self._flows
+
+    def window(self, stream_id) -> int:
+        """Bytes that the peer may have on their way in a stream; 0 once it is over."""
+        flow = self._flows.get(stream_id)
+        return 0 if flow is None else flow.window
+
+    def end(self):
+        """The session is over: forget all streams, and give their memory back."""
+        for flow in list(self._flows.values()):
+            self._forget(flow)
 
     def pull(self, limit) -> tuple:
         """Take what is to be sent now: (bytes, ids of the streams whose payload is among them).
@@ -524,6 +678,7 @@ class Mux:
             parts.append(payload)
             left -= len(payload)
         flow.queued -= length
+        self._count_queued(-length)
         return HEADER_SIZE + length
 
     def _rotate(self, flow):
@@ -535,13 +690,27 @@ class Mux:
         """The one place where a stream leaves the tables."""
         flow.alive = False
         flow.queue.clear()
+        self._count_queued(-flow.queued)
         flow.queued = 0
+        self._memory.take_back(flow.grown)
+        self._grown -= flow.grown
         del self._flows[flow.id]
-        self._unanswered.discard(flow.id)
+        self._unanswered.pop(flow.id, None)
         self._unaccepted.discard(flow.id)
         self._updates.pop(flow.id, None)
         if flow.id % 2 == self._parity:
             self._inbound -= 1
+
+
+def put(queue, payload):
+    """Append payload to a deque of pieces. Small ones are joined where they wait: each would be an
+    object that costs more than it holds, and a peer decides how small they are."""
+    if len(payload) >= SMALL or not queue:
+        queue.append(payload)
+    elif type(queue[-1]) is bytearray and len(queue[-1]) < FRAME_ALONE:
+        queue[-1] += payload
+    else:
+        queue.append(bytearray(payload))
 
 
 # Control messages --------------------------------------------------------------------------------
@@ -761,8 +930,7 @@ def read_data_header(read_exactly) -> str:
 # Above: bytes, events, frames. Below: threads and sockets.
 # =================================================================================================
 
-import contextlib  # noqa: E402 (the half above must not need what follows)
-import heapq  # noqa: E402
+import heapq  # noqa: E402 (the half above must not need what follows)
 import logging  # noqa: E402
 import os  # noqa: E402
 import select  # noqa: E402
@@ -848,6 +1016,11 @@ KEEPALIVE = [
     if hasattr(socket, name)
 ]
 
+# The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
+NOTSENT_LOWAT = getattr(
+    socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None
+)
+
 # For contexts: OpenSSL 3 takes an end of TCP without TLS's farewell for an attack, and would send
 # an alert where half-closing clients wait for their answer. Whoever must know that a message is
 # whole has its length, and many programs just close.
@@ -914,6 +1087,13 @@ class Duplex:
         look = select.poll()
         look.register(self._socket, select.POLLRDHUP)
         return bool(look.poll(0))
+
+    def limit_unsent(self, count):
+        """Let the kernel take no more than about ``count`` bytes that it cannot send at once, so
+        that what is urgent does not wait behind megabytes. For TCP, where the system can."""
+        if NOTSENT_LOWAT is not None:
+            with contextlib.suppress(OSError):  # AF_UNIX
+                self._socket.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, count)
 
     # TLS
 
@@ -1163,9 +1343,32 @@ class Duplex:
 
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
 
+
+def machine_memory() -> int:
+    """Bytes of memory that this process can have: the machine's, or its container's if that is
+    less; 1 GiB if nobody knows."""
+    sizes = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # not a Unix
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # "max": there is no limit
+            with open(path, encoding="ascii") as file:
+                sizes.append(int(file.read()))
+    return min(sizes, default=1 << 30)
+
+
+# What a container is allowed, in the two versions of Linux's control groups.
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
+
 SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no longer than this
 READS_A_TURN = 8  # reads before the demultiplexer looks at its timers and its output again
-LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end before it is reset
+UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
+LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end before it is reset,
+#   and an opened one for accept(): Go ends the session when an open is not answered in 75
+STALL_TIMEOUT = 300  # seconds that a peer may read nothing of a stream that we write ...
+HALF_CLOSED_STALL_TIMEOUT = 60  # ... if it has ended its own side: a Go peer will never read on
+BUFFER_FLOOR = START_WINDOW  # bytes that a session may hold in any case: others may be the hogs
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
@@ -1180,7 +1383,10 @@ class Session:
     One lock guards the Mux and all streams; no I/O is done under it.
     """
 
-    def __init__(self, duplex, *, client, name, window=INITIAL_WINDOW, max_streams=MAX_STREAMS):
+    def __init__(
+        self, duplex, *, client, name,
+        window=INITIAL_WINDOW, max_streams=MAX_STREAMS, memory=None,
+    ):  # fmt: skip
         """``name`` is for thread names and the log; the rest is as for Mux. Owns ``duplex``."""
         self.name = name
         self.ended = ""  # why the session is over; "" while it lives
@@ -1188,9 +1394,13 @@ class Session:
         self.on_end = None  # called once when the session is over, all streams dead
         self._duplex = duplex
         self._lock = threading.Lock()
-        self._mux = Mux(client=client, window=window, max_streams=max_streams)
+        self._memory = memory or PROCESS_MEMORY
+        self._mux = Mux(
+            client=client, window=window, max_streams=max_streams, memory=self._memory
+        )
         self._streams = {}  # id: Stream
-        self._lingering = {}  # id: (monotonic deadline, Stream) of closed ones, oldest first
+        self._unread = 0  # bytes that came for streams, and that nobody has read
+        self._lingering = {}  # id: (monotonic deadline, Stream) that are reset then, oldest first
         self._linger_timer = False  # one runs: one is enough for all of them
         self._arrived = collections.deque()  # streams for accept()
         self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
@@ -1218,7 +1428,7 @@ class Session:
             while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
                 self._slot.wait(deadline.left())
             self._check_alive()
-            stream = self._add_stream(self._mux.open())
+            stream = self._add_stream(self._mux.open(monotonic()))
             if first:
                 self._mux.send(stream.id, first)
         self._flush()
@@ -1232,6 +1442,7 @@ class Session:
                 self._arrival.wait(deadline.left())
             self._check_alive()
             stream = self._arrived.popleft()
+            self._lingering.pop(stream.id, None)
             self._mux.accept(stream.id)
         self._flush()
         return stream
@@ -1268,6 +1479,8 @@ class Session:
             for end in pair:
                 end.close()
             raise SessionClosed("the session was closed before it started")
+        self._duplex.limit_unsent(UNSENT)
+        self.call_later(KEEP_ALIVE, self._keep_alive)
         self._wake()  # something may have come already, in places where the selector does not look
         try:
             self._thread = spawn(f"demux {self.name}", self._run)
@@ -1304,11 +1517,11 @@ class Session:
             for key, _ in selector.select(self._next_timer()):
                 if key.fileobj is self._wake_receive:
                     self._wake_receive.recv(4096)
-            self._run_timers()
             if self._jammed and self._duplex.flush():
                 self._jammed = False
                 self._send_on()
             self.turn()
+            self._run_timers()  # after it: what came while we slept is a sign of life
             if self._closing and (self._all_sent() or monotonic() >= self._closing[1]):
                 return self._closing[0]
 
@@ -1324,7 +1537,7 @@ class Session:
             if not data:
                 raise SessionClosed("the peer closed the connection")
             with self._lock:
-                for event in self._mux.receive(data):
+                for event in self._mux.receive(data, monotonic()):
                     self._on_event[type(event)](self, event)
             self._flush()
             if self._farewells:
@@ -1341,32 +1554,56 @@ class Session:
             with contextlib.suppress(OSError):
                 self._wake_send.send(b"\0")
 
-    # What the Mux says; caller holds the lock
+    # What the Mux says; caller holds the lock. A stream may be gone since it said so (_make_room).
 
     def _on_received(self, event):
-        stream = self._streams[event.stream_id]
+        stream = self._streams.get(event.stream_id)
+        if stream is None:
+            return
         if stream._discarding:  # but let the peer get rid of it: it may read only after that
-            self._mux.consumed(stream.id, len(event.payload))
-        else:
-            stream._chunks.append(event.payload)
-            stream._readable.notify()
+            self._mux.consumed(stream.id, len(event.payload), monotonic())
+            return
+        put(stream._chunks, event.payload)
+        self._count_unread(stream, len(event.payload))
+        stream._readable.notify()
+        if self._unread > BUFFER_FLOOR:
+            self._make_room()
+
+    def _count_unread(self, stream, count):
+        stream._unread += count
+        if not self.ended:  # then all has been given back at once
+            self._unread += count
+            self._memory.buffer(count)
+
+    def _make_room(self):
+        """If there is too much that nobody reads, give up the stream that has most of it."""
+        if self._unread <= self._memory.limit // 2 and not self._memory.full:
+            return
+        worst = max(self._streams.values(), key=lambda stream: stream._unread)
+        log.warning("%s: stream %d is reset, %d bytes of it were not read and memory is short",
+                    self.name, worst.id, worst._unread)  # fmt: skip
+        self._give_up(worst, "the stream was reset: too much of it was not read")
 
     def _on_opened(self, event):
-        self._arrived.append(self._add_stream(event.stream_id))
+        if not self._mux.knows(event.stream_id):  # reset in the same breath
+            return
+        stream = self._add_stream(event.stream_id)
+        self._arrived.append(stream)
         self._arrival.notify()
+        self._reset_later(stream)
 
     def _on_finished(self, event):
-        stream = self._streams[event.stream_id]
-        stream._got_fin = True
-        stream._readable.notify()
-        self._drop_if_over(stream)
+        stream = self._streams.get(event.stream_id)
+        if stream is not None:
+            stream._got_fin = True
+            stream._readable.notify()
+            stream._writable.notify()  # it waits less long for such a peer
+            self._drop_if_over(stream)
 
     def _on_was_reset(self, event):
         self._slot.notify()
         stream = self._forget(event.stream_id)
         if stream is not None:
-            with contextlib.suppress(ValueError):  # most have been accepted
-                self._arrived.remove(stream)
             stream._die(StreamReset(event.reason, event.code))
 
     def _on_writable(self, event):
@@ -1375,9 +1612,6 @@ class Session:
 
     def _on_answered(self, event):
         self._slot.notify()
-
-    def _on_ponged(self, event):
-        pass  # nobody asked: liveness is the heartbeat's business, on the control stream
 
     def _on_gone_away(self, event):
         self._slot.notify_all()
@@ -1391,7 +1625,6 @@ class Session:
         WasReset: _on_was_reset,
         Writable: _on_writable,
         Answered: _on_answered,
-        Ponged: _on_ponged,
         GoneAway: _on_gone_away,
     }
 
@@ -1410,8 +1643,19 @@ class Session:
 
     def _forget(self, stream_id):
         """Take a stream out of the tables; None if it was not there any more."""
-        self._lingering.pop(stream_id, None)
-        return self._streams.pop(stream_id, None)
+        waits = self._lingering.pop(stream_id, None) is not None
+        stream = self._streams.pop(stream_id, None)
+        if waits and stream in self._arrived:
+            self._arrived.remove(stream)
+        return stream
+
+    def _give_up(self, stream, text):
+        """Reset a stream that is still known, if it is. Caller holds the lock."""
+        if stream._is_known():
+            self._forget(stream.id)
+            self._mux.reset(stream.id)
+            self._slot.notify()
+        stream._die(StreamReset(text))
 
     # Sending
 
@@ -1464,8 +1708,11 @@ class Session:
         The function must not wait for anything.
         """
         with self._lock:
-            self._timer_count += 1
-            heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
+            self._add_timer(delay, function)
+
+    def _add_timer(self, delay, function):
+        self._timer_count += 1
+        heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
         if threading.current_thread() is not self._thread:
             self._wake()
 
@@ -1484,15 +1731,14 @@ class Session:
                 function = heapq.heappop(self._timers)[2]
             function()
 
-    def _linger(self, stream):
-        """Reset a closed stream in LINGER_TIMEOUT, if the peer has not ended it by then."""
-        with self._lock:
-            if not stream._is_known():
-                return
+    def _reset_later(self, stream):
+        """Reset a stream in LINGER_TIMEOUT, unless it is over or accepted by then. Caller holds
+        the lock."""
+        if stream._is_known():
             self._lingering[stream.id] = (monotonic() + LINGER_TIMEOUT, stream)
-            runs, self._linger_timer = self._linger_timer, True
-        if not runs:
-            self.call_later(LINGER_TIMEOUT, self._end_lingering)
+            if not self._linger_timer:
+                self._linger_timer = True
+                self._add_timer(LINGER_TIMEOUT, self._end_lingering)
 
     def _end_lingering(self):
         with self._lock:
@@ -1504,6 +1750,13 @@ class Session:
             self._linger_timer = oldest is not None
         if oldest is not None:
             self.call_later(oldest[0] - monotonic(), self._end_lingering)
+
+    def _keep_alive(self):
+        """Demultiplexer: a peer that has vanished without a word is found out by silence."""
+        with self._lock:
+            self._mux.keep_alive(monotonic())
+        self._flush()
+        self.call_later(KEEP_ALIVE, self._keep_alive)
 
     # The end
 
@@ -1558,6 +1811,8 @@ class Session:
             self._arrived.clear()
             for stream in streams:
                 stream._die(SessionClosed(self.ended))
+            self._memory.buffer(-self._unread)
+            self._mux.end()
             self._arrival.notify_all()
             self._slot.notify_all()
             self._sending = True  # for good: nobody else sends any more
@@ -1591,8 +1846,8 @@ class Stream:
     SessionClosed, both ConnectionErrors, once the stream or its session is gone.
     """
 
-    __slots__ = ("id", "_session", "_lock", "_readable", "_writable", "_chunks", "_got_fin",
-                 "_sent_fin", "_discarding", "_error", "_on_death")  # fmt: skip
+    __slots__ = ("id", "_session", "_lock", "_readable", "_writable", "_chunks", "_unread",
+                 "_got_fin", "_sent_fin", "_discarding", "_error", "_on_death")  # fmt: skip
 
     def __init__(self, session, stream_id):
         self.id = stream_id
@@ -1601,6 +1856,7 @@ class Stream:
         self._readable = threading.Condition(self._lock)
         self._writable = threading.Condition(self._lock)
         self._chunks = collections.deque()  # payload that nobody has read; its window bounds it
+        self._unread = 0  # bytes in it
         self._got_fin = False
         self._sent_fin = False
         self._discarding = False  # closed: what still comes is dropped
@@ -1611,6 +1867,9 @@ class Stream:
 
     def _die(self, error):
         self._error = error
+        if isinstance(error, StreamReset) and self._chunks:  # then what came is worth nothing
+            self._drop_chunks()
+            self._got_fin = False
         self._readable.notify_all()
         self._writable.notify_all()
         if self._on_death is not None:
@@ -1622,6 +1881,10 @@ class Stream:
             if isinstance(self._error, StreamReset):
                 raise StreamReset(str(self._error), self._error.code)
             raise SessionClosed(str(self._error))
+
+    def _drop_chunks(self):
+        self._session._count_unread(self, -self._unread)
+        self._chunks.clear()
 
     def _is_known(self):
         """Whether frames of its id are about it: once a stream is over, a peer that is not Go may
@@ -1640,6 +1903,11 @@ class Stream:
             function()
 
     @property
+    def window(self) -> int:
+        """Bytes that the peer may have on their way to us; 0 once the stream is over."""
+        return self._session._mux.window(self.id) if self._is_known() else 0
+
+    @property
     def quiet(self) -> bool:
         """Nothing to read, nothing ended: fit to be kept for another visit."""
         return not (self._chunks or self._got_fin or self._sent_fin or self._error)
@@ -1653,23 +1921,16 @@ class Stream:
                     return b""
                 self._check()
                 self._readable.wait(deadline.left())
-            if isinstance(self._error, StreamReset):
-                self._check()  # a reset means that what came is worth nothing
             data = self._take_out(size)
-            credit = self._is_known() and self._session._mux.consumed(self.id, len(data))
+            self._session._count_unread(self, -len(data))
+            credit = self._consumed(len(data))
         if credit:
             self._session._flush()
         return data
 
     def _take_out(self, size):
-        chunk = self._chunks.popleft()
-        if len(chunk) >= size or not self._chunks:
-            if len(chunk) > size:
-                self._chunks.appendleft(chunk[size:])
-                chunk = chunk[:size]
-            return chunk
-        parts = [chunk]
-        size -= len(chunk)
+        """Up to ``size`` bytes of what is here, with one copy at most."""
+        parts = []
         while self._chunks and size:
             chunk = self._chunks.popleft()
             if len(chunk) > size:
@@ -1677,7 +1938,14 @@ class Stream:
                 chunk = chunk[:size]
             parts.append(chunk)
             size -= len(chunk)
+        if len(parts) == 1 and type(parts[0]) is bytes:
+            return parts[0]
         return b"".join(parts)
+
+    def _consumed(self, count):
+        if not self._is_known():
+            return False
+        return self._session._mux.consumed(self.id, count, monotonic())
 
     def read_exactly(self, count, timeout=None) -> bytes:
         """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
@@ -1693,14 +1961,28 @@ class Stream:
 
     def write(self, data: bytes, timeout=None):
         """Send all of it, waiting for the peer's window. Raises TimeoutError if the peer permits
-        none of it for ``timeout`` seconds; what was committed before is sent all the same."""
+        none of it for ``timeout`` seconds; what was committed before is sent all the same.
+
+        Without a timeout, a peer that does not read for STALL_TIMEOUT has the stream reset.
+        """
         while data:
-            data = self._write_some(data, timeout)
+            try:
+                data = self._write_some(data, timeout)
+            except TimeoutError:
+                if timeout is not None:
+                    raise
+                text = f"the stream was reset: the peer read nothing of it for {self._patience} s"
+                self.reset(text)
+                raise StreamReset(text) from None
+
+    @property
+    def _patience(self):
+        return HALF_CLOSED_STALL_TIMEOUT if self._got_fin else STALL_TIMEOUT
 
     def _write_some(self, data, timeout):
         """Commit what there is room for, and return the rest."""
         session, mux = self._session, self._session._mux
-        deadline = Deadline(timeout)
+        began = monotonic()
         with self._lock:
             while True:
                 self._check()
@@ -1709,7 +1991,10 @@ class Stream:
                 room = mux.room(self.id)
                 if room > 0:
                     break
-                self._writable.wait(deadline.left())
+                left = began + (self._patience if timeout is None else timeout) - monotonic()
+                if left <= 0:
+                    raise TimeoutError("timed out")
+                self._writable.wait(left)
             if room >= len(data):
                 mux.send(self.id, data)
                 data = b""
@@ -1733,17 +2018,12 @@ class Stream:
             self._session._mux.finish(self.id)
             self._session._drop_if_over(self)
 
-    def reset(self):
-        """Give the stream up, both ways; whoever reads or writes it wakes up."""
+    def reset(self, text="the stream was reset"):
+        """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why."""
         with self._lock:
             if self._error is not None:
                 return
-            if self._is_known():
-                self._session._forget(self.id)
-                self._session._mux.reset(self.id)
-                self._session._slot.notify()
-            self._chunks.clear()
-            self._die(StreamReset("the stream was reset"))
+            self._session._give_up(self, text)
         self._session._flush()
         self._session._say_farewells()
 
@@ -1756,12 +2036,11 @@ class Stream:
         with self._lock:
             self._finish()
             self._discarding = True
-            if self._is_known():
-                self._session._mux.consumed(self.id, sum(map(len, self._chunks)))
-            self._chunks.clear()
+            self._consumed(self._unread)
+            self._drop_chunks()
             self._readable.notify_all()
+            self._session._reset_later(self)
         self._session._flush()
-        self._session._linger(self)
 
 
 # relay -------------------------------------------------------------------------------------------

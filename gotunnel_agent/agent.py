@@ -22,6 +22,7 @@ from gotunnel import (
     HALF_CLOSE,
     IGNORE_UNEXPECTED_EOF,
     MAX_STREAMS,
+    START_WINDOW,
     Ack,
     Duplex,
     MessageReader,
@@ -146,7 +147,7 @@ class Agent:
         except BaseException:
             duplex.close()
             raise
-        return Session(duplex, client=True, name=self._address)
+        return Session(duplex, client=True, name=self._address, window=START_WINDOW)
 
     def _registration(self):
         config = self._config

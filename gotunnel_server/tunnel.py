@@ -15,10 +15,10 @@ from time import monotonic, time
 
 from gotunnel import (
     HALF_CLOSE,
-    INITIAL_WINDOW,
     INTERNAL_ERROR,
     NORMAL,
     PROTOCOL_ERROR,
+    START_WINDOW,
     Ack,
     Duplex,
     MessageReader,
@@ -49,7 +49,6 @@ OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens 
 IDLE_STREAMS = 64  # streams kept for the next visits of a hostname; each holds a target connection
 ALL_IDLE_STREAMS = 256  # ... of all hostnames of an agent, which takes 1024 streams in all
 IDLE_STREAM_AGE = 30  # seconds that one is kept; a target that closes it earlier does no harm
-WINDOW = 4 * INITIAL_WINDOW  # what an agent may have on its way in a stream: 1 MiB fills 50 ms
 REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
@@ -193,7 +192,7 @@ class Tunnel:
             return self._park()
         # One stream: an agent opens the control stream and no other.
         self._session = Session(
-            self.duplex, client=False, name=self.address[0], window=WINDOW, max_streams=1
+            self.duplex, client=False, name=self.address[0], window=START_WINDOW, max_streams=1
         )
         self._step = self._read_registration
         return True
@@ -374,7 +373,9 @@ class Tunnel:
         with self._idle_lock:
             kept = self._idle.setdefault(route.hostname, deque())
             room = len(kept) < IDLE_STREAMS and self._idle_count < ALL_IDLE_STREAMS
-            if self._keeps_idle and room and stream.quiet:
+            # A window that has grown is given back only by the end of its stream.
+            small = stream.window <= START_WINDOW
+            if self._keeps_idle and room and small and stream.quiet:
                 kept.append((monotonic(), stream))
                 self._idle_count += 1
                 return

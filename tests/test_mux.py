@@ -25,6 +25,7 @@ from gotunnel import (
     LAST_ID,
     MAX_REPLIES,
     MAX_UINT32,
+    MAX_WINDOW,
     OPEN_BACKLOG,
     PING,
     PROTOCOL_ERROR,
@@ -38,7 +39,6 @@ from gotunnel import (
     Header,
     Mux,
     Opened,
-    Ponged,
     ProtocolError,
     Received,
     SessionClosed,
@@ -60,8 +60,8 @@ class Events(list):
         ]
 
 
-def receive(mux, data):
-    return Events(mux.receive(data))
+def receive(mux, data, now=0.0):
+    return Events(mux.receive(data, now))
 
 
 def sent(mux):
@@ -81,7 +81,7 @@ def acceptor(**named):
 def opener(**named):
     """A Mux with stream 1, opened by itself and accepted by its peer."""
     mux = Mux(client=True, **named)
-    mux.open()
+    mux.open(0.0)
     receive(mux, frame(WINDOW_UPDATE, ACK, 1))
     sent(mux)
     return mux
@@ -235,7 +235,7 @@ def test_fr_bad_version_and_fr_bad_type(data, sentence):
 @pytest.mark.parametrize("length", [0xFFFFFFFF, INITIAL_WINDOW + 1])
 def test_fr_huge_length_is_refused_by_its_header(stream_id, length):
     mux = acceptor()  # it knows stream 1, not 3
-    with pytest.raises(ProtocolError, match=f"{length} bytes in a frame, our windows are 262144"):
+    with pytest.raises(ProtocolError, match=f"{length} bytes in a frame, our largest window is 262144"):
         receive(mux, frame(DATA, 0, stream_id, length))
 
 
@@ -283,7 +283,7 @@ def test_an_overrun_is_drained_and_the_second_one_ends_the_session():
 @pytest.mark.parametrize("answered", [True, False], ids=["fc_sender_stops", "fc_before_ack"])
 def test_a_sender_stops_at_the_window(answered):
     mux = Mux(client=True)
-    mux.open()
+    mux.open(0.0)
     sent(mux)
     if answered:
         receive(mux, frame(WINDOW_UPDATE, ACK, 1))
@@ -302,9 +302,9 @@ def test_a_sender_stops_at_the_window(answered):
 def test_fc_half_rule():
     mux = acceptor()
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    assert not mux.consumed(1, 131071)
+    assert not mux.consumed(1, 131071, 0.0)
     assert sent(mux) == []
-    assert mux.consumed(1, 1)
+    assert mux.consumed(1, 1, 0.0)
     assert sent(mux) == [(WINDOW_UPDATE, 0, 1, 131072, b"")]
     assert payload_of(receive(mux, frame(DATA, 0, 1, payload=bytes(131072)))) == bytes(131072)
 
@@ -313,7 +313,7 @@ def test_fc_merge_updates():
     mux, updates = acceptor(), []
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
     for _ in range(INITIAL_WINDOW // 64):
-        mux.consumed(1, 64)
+        mux.consumed(1, 64, 0.0)
         updates += sent(mux)
     assert [got[3] for got in updates] == [131072, 131072]
 
@@ -321,8 +321,8 @@ def test_fc_merge_updates():
 def test_fc_merge_updates_that_wait_for_the_line():
     mux = acceptor()
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    mux.consumed(1, 131072)
-    mux.consumed(1, 131072)
+    mux.consumed(1, 131072, 0.0)
+    mux.consumed(1, 131072, 0.0)
     assert sent(mux) == [(WINDOW_UPDATE, 0, 1, 262144, b"")]
 
 
@@ -335,7 +335,7 @@ def test_fc_syn_delta(kind):
 
 def test_fc_ack_delta():
     mux = Mux(client=True)
-    mux.open()
+    mux.open(0.0)
     assert receive(mux, frame(WINDOW_UPDATE, ACK, 1, 786432)) == [Answered(1), Writable(1)]
     total = 0
     while room := mux.room(1):
@@ -347,7 +347,7 @@ def test_fc_ack_delta():
 
 def test_fc_announce_in_syn_and_in_ack_once():
     mux = Mux(client=True, window=MIB)
-    mux.open()
+    mux.open(0.0)
     receive(mux, frame(WINDOW_UPDATE, SYN, 2))
     mux.accept(2)
     mux.accept(2)
@@ -355,8 +355,8 @@ def test_fc_announce_in_syn_and_in_ack_once():
     for stream_id in (1, 2):
         data = frame(DATA, 0, stream_id, payload=bytes(MIB))
         assert payload_of(receive(mux, data)) == bytes(MIB)
-        assert not mux.consumed(stream_id, MIB // 2 - 1)
-        assert mux.consumed(stream_id, 1)
+        assert not mux.consumed(stream_id, MIB // 2 - 1, 0.0)
+        assert mux.consumed(stream_id, 1, 0.0)
 
 
 def test_a_bigger_window_counts_only_from_the_ack_on():
@@ -366,9 +366,9 @@ def test_a_bigger_window_counts_only_from_the_ack_on():
     assert isinstance(receive(mux, frame(DATA, 0, 1, payload=b"x"))[0], WasReset)
 
 
-@pytest.mark.parametrize("window", [INITIAL_WINDOW - 1, MAX_UINT32 + 1, 0])
+@pytest.mark.parametrize("window", [INITIAL_WINDOW - 1, MAX_WINDOW + 1, 0])
 def test_reject_windows_that_yamux_cannot_have(window):
-    with pytest.raises(ValueError, match=f"window {window}, expected 262144 to 4294967295"):
+    with pytest.raises(ValueError, match=f"window {window}, expected 262144 to 33554432"):
         Mux(client=True, window=window)
 
 
@@ -400,7 +400,7 @@ def test_fc_delta_overflow():
 def test_fc_delta_overflow_in_the_first_frame(flags):
     mux = Mux(client=flags == ACK)
     if flags == ACK:
-        mux.open()
+        mux.open(0.0)
     with pytest.raises(ProtocolError, match="a window above"):
         receive(mux, frame(WINDOW_UPDATE, flags, 1, MAX_UINT32 - INITIAL_WINDOW + 1))
 
@@ -431,9 +431,9 @@ def test_fc_update_after_close():
 def test_credit_is_owed_to_nobody_whose_side_has_ended():
     mux = acceptor()
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    mux.consumed(1, 131072)  # queued, and then not worth a frame any more
+    mux.consumed(1, 131072, 0.0)  # queued, and then not worth a frame any more
     receive(mux, frame(WINDOW_UPDATE, FIN, 1))
-    assert not mux.consumed(1, 131072)
+    assert not mux.consumed(1, 131072, 0.0)
     assert sent(mux) == []
 
 
@@ -461,7 +461,7 @@ def test_room_is_bounded_by_what_waits_for_the_line():
 @pytest.mark.parametrize(("client", "ids"), [(True, [1, 3, 5]), (False, [2, 4, 6])])
 def test_oc_ids(client, ids):
     mux = Mux(client=client)
-    assert [mux.open() for _ in ids] == ids
+    assert [mux.open(0.0) for _ in ids] == ids
     assert [got[:3] for got in sent(mux)] == [(WINDOW_UPDATE, SYN, number) for number in ids]
 
 
@@ -485,7 +485,7 @@ def full_opener():
     """A Mux with as many unanswered opens as it may have."""
     mux = Mux(client=True)
     while mux.may_open:
-        mux.open()
+        mux.open(0.0)
     return mux
 
 
@@ -494,7 +494,7 @@ def test_oc_backlog_256():
     assert len(sent(mux)) == 256
     assert receive(mux, frame(WINDOW_UPDATE, ACK, 1)) == [Answered(1)]
     assert mux.may_open
-    mux.open()
+    mux.open(0.0)
     assert not mux.may_open
 
 
@@ -525,7 +525,7 @@ def test_oc_many_sequential():
     wire = Wire(random.Random(0))
     client, server = wire.ends
     for number in range(1, 20_001, 2):
-        assert client.may_open and client.open() == number
+        assert client.may_open and client.open(0.0) == number
         client.send(number, b"echo")
         client.finish(number)
         expected = [Opened(number), Received(number, b"echo"), Finished(number)]
@@ -557,7 +557,7 @@ def test_the_peer_may_have_max_streams_and_not_one_more():
     for number in (1, 3):
         assert receive(mux, frame(WINDOW_UPDATE, SYN, number)) == [Opened(number)]
         mux.accept(number)
-    mux.open()  # ours do not count
+    mux.open(0.0)  # ours do not count
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 5)) == []
     assert (WINDOW_UPDATE, RST, 5, 0, b"") in sent(mux)
     receive(mux, frame(WINDOW_UPDATE, RST, 1))
@@ -651,7 +651,7 @@ def test_credit_for_a_sender_that_has_finished_still_lets_its_queue_out():
     mux.finish(1)
     assert sent(mux)[0] == (DATA, 0, 1, 6, b"queued")
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    assert mux.consumed(1, INITIAL_WINDOW)  # half-closed: updates still go out
+    assert mux.consumed(1, INITIAL_WINDOW, 0.0)  # half-closed: updates still go out
     assert sent(mux) == [(WINDOW_UPDATE, 0, 1, INITIAL_WINDOW, b"")]
 
 
@@ -679,10 +679,10 @@ def test_oc_data_after_fin():
 def test_oc_ids_exhausted(client, last):
     mux = Mux(client=client)
     mux._next_id = last
-    assert mux.open() == last
+    assert mux.open(0.0) == last
     for _ in range(2):
         with pytest.raises(SessionClosed, match="the session has used up its stream ids"):
-            mux.open()
+            mux.open(0.0)
     assert mux.open_streams == 1 and len(mux._unanswered) == 1
     assert len(sent(mux)) == 1
 
@@ -705,11 +705,11 @@ def test_rs_no_reply():
     mux = acceptor()
     mux.send(1, b"queued")
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    mux.consumed(1, INITIAL_WINDOW)
+    mux.consumed(1, INITIAL_WINDOW, 0.0)
     receive(mux, frame(WINDOW_UPDATE, RST, 1))
     mux.finish(1)
     mux.reset(1)
-    assert not mux.consumed(1, 1)
+    assert not mux.consumed(1, 1, 0.0)
     assert mux.room(1) == 0
     assert sent(mux) == []
 
@@ -735,7 +735,7 @@ def test_rs_in_the_middle_of_a_payload():
 
 def test_rs_after_syn():
     mux = Mux(client=True)
-    mux.open()
+    mux.open(0.0)
     mux.send(1, b"first")
     mux.reset(1)
     assert sent(mux) == [(WINDOW_UPDATE, SYN, 1, 0, b""), (WINDOW_UPDATE, RST, 1, 0, b"")]
@@ -752,17 +752,62 @@ def test_ka_echo(value, flags, stream_id):
     assert sent(mux) == [(PING, ACK, 0, value, b"")]
 
 
+def ping(mux, now):
+    """Have a Mux ping; return the value that it wants back."""
+    mux.keep_alive(now)
+    ((kind, flags, stream_id, value, _),) = sent(mux)
+    assert (kind, flags, stream_id) == (PING, SYN, 0)
+    return value
+
+
 def test_ka_unsolicited():
     mux = Mux(client=True)
-    assert receive(mux, frame(PING, ACK, 0, 7) * 2) == [Ponged(7), Ponged(7)]
-    assert receive(mux, frame(PING, 0, 0, 7)) == []
+    assert receive(mux, frame(PING, ACK, 0, 7) * 2 + frame(PING, 0, 0, 7), now=1.0) == []
+    assert mux.round_trip is None
+    value = ping(mux, now=2.0)
+    wrong, right = frame(PING, ACK, 0, value ^ 1), frame(PING, ACK, 0, value)
+    assert receive(mux, wrong, now=2.5) == [] and mux.round_trip is None
+    assert receive(mux, right, now=3.0) == [] and mux.round_trip == 1.0
+    assert receive(mux, right, now=3.0) == [] and mux.round_trip == 1.0
     assert sent(mux) == []
 
 
-def test_ping_asks():
+def test_pings_have_values_of_their_own():
     mux = Mux(client=True)
-    mux.ping(MAX_UINT32)
-    assert sent(mux) == [(PING, SYN, 0, MAX_UINT32, b"")]
+    values = set()
+    for now in range(5):
+        values.add(ping(mux, now))
+        receive(mux, frame(PING, SYN, 0, 1), now)
+        sent(mux)
+    assert len(values) == 5
+
+
+def test_the_shortest_round_trip_counts_of_pings_and_of_opens():
+    mux = Mux(client=True)
+    receive(mux, frame(PING, ACK, 0, ping(mux, now=0.0)), now=0.5)
+    assert mux.round_trip == 0.5
+    receive(mux, frame(WINDOW_UPDATE, ACK, mux.open(1.0)), now=1.25)
+    assert mux.round_trip == 0.25
+    receive(mux, frame(WINDOW_UPDATE, ACK, mux.open(2.0)), now=9.0)
+    assert mux.round_trip == 0.25
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_ka_dead_peer_is_one_that_sends_nothing_after_a_ping(answered):
+    mux = Mux(client=True)
+    value = ping(mux, now=10.0)
+    if answered:
+        receive(mux, frame(PING, ACK, 0, value), now=10.1)
+        ping(mux, now=20.0)
+    with pytest.raises(SessionClosed, match="the peer sent nothing for 10 s"):
+        mux.keep_alive(30.0)
+
+
+def test_ka_data_is_life_even_without_a_pong():
+    mux = acceptor()
+    for now in range(0, 100, 10):
+        ping(mux, now)
+        receive(mux, frame(DATA, 0, 1, payload=b"x"), now + 0.1)
 
 
 # Go away -----------------------------------------------------------------------------------------
@@ -772,7 +817,7 @@ def test_ga_recv_normal():
     mux = opener()
     assert receive(mux, frame(GO_AWAY, 0, 0, 0)) == [GoneAway(0)]
     with pytest.raises(SessionClosed, match="the session takes no new streams"):
-        mux.open()
+        mux.open(0.0)
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 2)) == [Opened(2)]
     assert receive(mux, frame(DATA, 0, 1, payload=b"goes on")) == [Received(1, b"goes on")]
     assert mux.room(1) == INITIAL_WINDOW
@@ -792,7 +837,7 @@ def test_ga_sent():
     ]
     assert sent(mux) == [(WINDOW_UPDATE, RST, 3, 0, b"")]
     with pytest.raises(SessionClosed):
-        mux.open()
+        mux.open(0.0)
     mux.send(1, b"goes on")
     assert sent(mux) == [(DATA, 0, 1, 7, b"goes on")]
 
@@ -812,8 +857,8 @@ def test_pull_sends_answers_then_control_then_credit_then_payload():
     mux = acceptor()
     mux.send(1, b"payload")
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
-    mux.consumed(1, INITIAL_WINDOW)
-    mux.open()
+    mux.consumed(1, INITIAL_WINDOW, 0.0)
+    mux.open(0.0)
     receive(mux, frame(PING, SYN, 0, 3))
     assert [got[:3] for got in sent(mux)] == [
         (PING, ACK, 0), (WINDOW_UPDATE, SYN, 2), (WINDOW_UPDATE, 0, 1), (DATA, 0, 1),
@@ -823,7 +868,7 @@ def test_pull_sends_answers_then_control_then_credit_then_payload():
 def test_pull_takes_about_its_limit_and_loses_nothing():
     mux = Mux(client=True)
     for number in range(1, 41, 2):
-        mux.open()
+        mux.open(0.0)
         mux.send(number, bytes([number]) * 20_000)
     data = b""
     while piece := mux.pull(1000)[0]:
@@ -843,7 +888,7 @@ def test_pull_takes_about_its_limit_and_loses_nothing():
 def test_streams_take_turns_in_small_frames():
     mux = Mux(client=True)
     for number in (1, 3):
-        mux.open()
+        mux.open(0.0)
         mux.send(number, bytes(100_000))
     lengths = [(got[2], got[3]) for got in sent(mux)[2:]]
     assert lengths[:6] == [(1, FRAME_SHARED), (3, FRAME_SHARED)] * 3
@@ -876,7 +921,7 @@ def test_payload_is_cut_where_frames_end():
 def test_pull_says_whose_payload_it_took():
     mux = Mux(client=True)
     for _ in range(3):
-        mux.open()
+        mux.open(0.0)
     mux.send(1, b"a")
     mux.send(5, b"b")
     mux.finish(3)  # a FIN is no payload, and makes no room
@@ -952,7 +997,7 @@ def test_ho_dup_ack():
     mux = full_opener()
     acks = receive(mux, frame(WINDOW_UPDATE, ACK, 1) * 1000 + frame(WINDOW_UPDATE, ACK, 999))
     assert acks == [Answered(1)]
-    mux.open()
+    mux.open(0.0)
     assert not mux.may_open
 
 
@@ -987,7 +1032,7 @@ def random_move(rng, mux, known):
     move = rng.randrange(8)
     if move == 0 and mux.may_open:
         with contextlib.suppress(SessionClosed):
-            known.add(mux.open())
+            known.add(mux.open(0.0))
     elif move == 1:
         mux.accept(stream_id)
     elif move == 2 and mux.room(stream_id):
@@ -997,7 +1042,7 @@ def random_move(rng, mux, known):
     elif move == 4 and rng.random() < 0.2:
         mux.reset(stream_id)
     elif move == 5:
-        mux.consumed(stream_id, rng.randrange(5000))
+        mux.consumed(stream_id, rng.randrange(5000), 0.0)
     else:
         mux.pull(rng.choice((1, 1000, 100_000)))
 
@@ -1097,7 +1142,7 @@ class Model:
         if kind == "deliver":
             self.deliver(end)
         elif kind == "open" and mux.may_open:
-            self.start(mux.open(), end)
+            self.start(mux.open(0.0), end)
         elif kind == "accept" and self.waiting[end]:
             accepted = self.waiting[end].pop()
             mux.accept(accepted)
@@ -1117,7 +1162,7 @@ class Model:
             self.open[end].discard(stream_id)
 
     def consume(self, end, stream_id):
-        self.wire.ends[end].consumed(stream_id, self.unread[stream_id, 1 - end])
+        self.wire.ends[end].consumed(stream_id, self.unread[stream_id, 1 - end], 0.0)
         self.unread[stream_id, 1 - end] = 0
 
     def finish(self, end, stream_id):

@@ -300,7 +300,7 @@ class Wire:
         count = self._rng.randint(0, min(len(way), most or len(way)))
         piece = bytes(way[:count])
         del way[:count]
-        return self.ends[to].receive(piece)
+        return self.ends[to].receive(piece, 0.0)
 
     def settle(self):
         """Carry until nothing is on its way; returns the events of (client, server)."""
@@ -313,7 +313,7 @@ class Wire:
             for to in (0, 1):
                 piece = bytes(self._on_way[to])
                 self._on_way[to].clear()
-                events[to].extend(self.ends[to].receive(piece))
+                events[to].extend(self.ends[to].receive(piece, 0.0))
 
 
 def check_tables(mux):
@@ -322,7 +322,7 @@ def check_tables(mux):
     theirs = [number for number in flows if number % 2 == mux._parity]
     assert mux._inbound == len(theirs)
     assert mux._unaccepted <= set(theirs)
-    assert mux._unanswered <= set(flows) - set(theirs)
+    assert set(mux._unanswered) <= set(flows) - set(theirs)
     assert set(mux._updates) <= set(flows)
     for flow in flows.values():
         assert flow.alive
