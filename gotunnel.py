@@ -1005,7 +1005,9 @@ class Deadline:
 
 # Duplex: one connection, two threads -------------------------------------------------------------
 
-READ_SIZE = 64 * 1024  # bytes asked of the kernel at once: four TLS records
+READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one visit
+TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
+TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
 
 # When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
@@ -1118,27 +1120,17 @@ class Duplex:
                 pass
             finally:
                 self.flush()
-            if not self._fill():
+            data = self._receive_plain(READ_SIZE)
+            if data is None:
                 return False
+            with self._tls_lock:
+                self._tls_in.write(data) if data else self._tls_in.write_eof()
 
     def handshake_within(self, timeout):
         """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
         deadline = Deadline(timeout)
         while not self.handshake():
             self.wait_readable(deadline.left())
-
-    def _fill(self):
-        """Move bytes from the socket to TLS; False if there are none now."""
-        try:
-            data = self._socket.recv(READ_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return False
-        with self._tls_lock:
-            if data:
-                self._tls_in.write(data)
-            else:
-                self._tls_in.write_eof()
-        return True
 
     # Reading
 
@@ -1162,40 +1154,64 @@ class Duplex:
             return None
 
     def _receive_tls(self, size):
+        came = b""
         while True:
             with self._tls_lock:
-                data = self._decrypt(size)
+                data = self._decrypt(size, came)
                 answers = self._tls_out.pending  # a key update wants one, also while we read
             if answers:
                 with contextlib.suppress(OSError):  # the writer finds out by itself
                     self.flush()
             if data or self._tls_at_end:
                 return data
-            if not self._fill():
+            came = self._receive_plain(max(size, READ_SIZE))
+            if came is None:
                 return None
+            if not came:
+                with self._tls_lock:
+                    self._tls_in.write_eof()
 
-    def _decrypt(self, size):
-        """Up to ``size`` bytes of what is here, b"" if that is nothing. Caller holds the TLS lock.
+    def _decrypt(self, size, came):
+        """Up to ``size`` bytes of what is here and of what just ``came``, b"" if that is nothing.
+        Caller holds the TLS lock.
 
-        TLS gives a record of 16 KiB at a time. Those that are here go together: whatever is done
-        with them costs as much for one as for four.
+        TLS gives a record at a time. Those that are here go together: whatever is done with them
+        costs as much for one as for many. TLS is fed in pieces, since its buffer stays as large
+        as it once was.
         """
-        parts, left = [], size
-        try:
-            while left and (self._early or not self._tls_at_end):
-                data = self._early.popleft() if self._early else self._tls.read(left)
-                if not data:
-                    self._tls_at_end = True
-                elif len(data) > left:
+        parts, left, came = [], size, memoryview(came)
+        while left:
+            data = self._early.popleft() if self._early else self._next_record()
+            if data is None:
+                if not came:
+                    break
+                self._tls_in.write(came[:TLS_PIECE])
+                came = came[TLS_PIECE:]
+            elif not data:
+                self._tls_at_end = True
+                break
+            else:
+                if len(data) > left:
                     self._early.appendleft(data[left:])
                     data = data[:left]
                 parts.append(data)
                 left -= len(data)
+        if came:
+            self._tls_in.write(came)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _next_record(self):
+        """Payload of a record, None if there is no whole one, b"" at the end."""
+        if self._tls_at_end:
+            return b""
+        if not (self._tls_in.pending or self._tls_in.eof or self._tls.pending()):
+            return None  # which saves an exception
+        try:
+            return self._tls.read(TLS_RECORD)
         except ssl.SSLWantReadError:
-            pass
+            return None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
-            self._tls_at_end = True
-        return b"".join(parts)
+            return b""
 
     def read(self, size=READ_SIZE, timeout=None) -> bytes:
         """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
@@ -1362,7 +1378,8 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
 
 SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no longer than this
-READS_A_TURN = 8  # reads before the demultiplexer looks at its timers and its output again
+READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
+READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
 LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end before it is reset,
 #   and an opened one for accept(): Go ends the session when an open is not answered in 75
@@ -1531,7 +1548,7 @@ class Session:
         Demultiplexer only; before start(), whoever holds the session.
         """
         for _ in range(READS_A_TURN):
-            data = self._duplex.receive()
+            data = self._duplex.receive(READ_BATCH)
             if data is None:
                 break
             if not data:
@@ -1542,6 +1559,8 @@ class Session:
             self._flush()
             if self._farewells:
                 self._say_farewells()
+            if len(data) < READ_BATCH:
+                break  # that was all
         else:
             self._wake()  # there may be more, in places where the selector does not look
         if self._mux.peer_left and self.on_leave is not None:

@@ -1275,7 +1275,7 @@ GO_ROLES = pytest.mark.parametrize("go_role", ["server", "client"])
 
 
 @GO_ROLES
-def test_go_echoes_300_streams_at_once(gopeer, tmp_path, go_role):
+def test_ld_interop_go_echoes_300_streams_at_once(gopeer, tmp_path, go_role):
     with beside_go(gopeer, tmp_path, "echo", go_role=go_role) as (_, session):
         with ThreadPoolExecutor(300) as pool:
             jobs = [noise(1024, seed) for seed in range(300)]
@@ -1295,14 +1295,14 @@ def test_go_echoes_300_streams_at_once(gopeer, tmp_path, go_role):
 
 @GO_ROLES
 @pytest.mark.parametrize("window", [INITIAL_WINDOW, 4 * MIB])
-def test_go_echoes_16_mib(gopeer, tmp_path, go_role, window):
+def test_ld_interop_go_echoes_16_mib(gopeer, tmp_path, go_role, window):
     with beside_go(gopeer, tmp_path, "echo", go_role=go_role, window=window) as (_, session):
         data = noise(16 * MIB)
         assert digest(ask(session, data)) == digest(data)
 
 
 @GO_ROLES
-def test_go_echoes_2000_streams_one_after_another(gopeer, tmp_path, go_role):
+def test_ld_interop_go_echoes_2000_streams_one_after_another(gopeer, tmp_path, go_role):
     with beside_go(gopeer, tmp_path, "echo", go_role=go_role) as (_, session):
         for number in range(2000):
             stream = session.open(b"%d" % number, timeout=PATIENCE)
@@ -1314,7 +1314,7 @@ def test_go_echoes_2000_streams_one_after_another(gopeer, tmp_path, go_role):
 
 @GO_ROLES
 @pytest.mark.parametrize(("streams", "size"), [(300, 1024), (2, 16 * MIB)])
-def test_go_compares_our_echo(gopeer, tmp_path, go_role, streams, size):
+def test_ld_interop_go_compares_our_echo(gopeer, tmp_path, go_role, streams, size):
     arguments = ("-streams", str(streams), "-bytes", str(size))
     with beside_go(gopeer, tmp_path, "load", *arguments, go_role=go_role) as (go, session):
         with echoing(session, 300):
@@ -1323,7 +1323,7 @@ def test_go_compares_our_echo(gopeer, tmp_path, go_role, streams, size):
 
 
 @GO_ROLES
-def test_go_takes_a_reset_of_either_side(gopeer, tmp_path, go_role):
+def test_ld_interop_go_takes_a_reset_of_either_side(gopeer, tmp_path, go_role):
     with beside_go(gopeer, tmp_path, "echo", go_role=go_role) as (_, session):
         stream = session.open(b"cut", timeout=PATIENCE)
         assert stream.read(timeout=PATIENCE) == b"cut"
@@ -1332,7 +1332,7 @@ def test_go_takes_a_reset_of_either_side(gopeer, tmp_path, go_role):
 
 
 @GO_ROLES
-def test_go_hears_that_we_leave_and_finishes_what_runs(gopeer, tmp_path, go_role):
+def test_ld_interop_go_hears_that_we_leave_and_finishes_what_runs(gopeer, tmp_path, go_role):
     with beside_go(gopeer, tmp_path, "echo", go_role=go_role) as (_, session):
         stream = session.open(b"one", timeout=PATIENCE)
         session.leave()

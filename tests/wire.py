@@ -1,4 +1,5 @@
-"""Tools of the wire's tests: pairs of connections, a raw peer, two joined Muxes, leak checks.
+"""Tools of the wire's tests: pairs of connections, a raw peer, two joined Muxes, leak checks, work
+for streams.
 
 The fixtures are imported by name where they are used. Nothing here knows more of yamux than a
 header, so that a wrong rule in gotunnel.py is not repeated on the other side of a test.
@@ -7,25 +8,30 @@ header, so that a wrong rule in gotunnel.py is not repeated on the other side of
 import contextlib
 import functools
 import gc
+import hashlib
 import os
+import random
 import socket
 import ssl
 import struct
 import tempfile
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import gotunnel
-from gotunnel import Duplex, Mux, Session
+from gotunnel import Duplex, Mux, Session, SessionClosed
 from gotunnel_server.authority import Authority
 from support import running, wait_until
 
+MIB = 1024 * 1024
 PATIENCE = 10  # seconds until a test gives up on what takes milliseconds: a busy machine is slow
+SOON = 1  # seconds: much for a machine, little beside the timeouts of gotunnel
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length (yamux spec, "Framing")
 BARRIER = 0xBA441E44  # the value of a ping that no test sends otherwise
+NO_TABLES = (0, 0, 0, 0)  # tables() of a session that has no stream
 
 
 def wait_for_waiter(condition):
@@ -73,6 +79,15 @@ def nothing_left():
 def leaves_nothing():
     with nothing_left():
         yield
+
+
+def resident():
+    """Bytes of memory that this process occupies. Skips the test where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("only Linux tells how much memory is in use")
+    gc.collect()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # Connections -------------------------------------------------------------------------------------
@@ -137,30 +152,69 @@ def duplexes(request):
 
 
 def close_all(*sessions):
+    """End sessions, and see that they have forgotten their streams."""
     for session in sessions:
         session.close()
     for session in sessions:
         session.join(PATIENCE)
+        assert tables(session) == NO_TABLES
+
+
+@contextlib.contextmanager
+def sessions_over(left, right, **named):
+    """A yamux client and a yamux server, both started; ``named`` goes to both Sessions."""
+    client = Session(left, client=True, name="client", **named)
+    server = Session(right, client=False, name="server", **named)
+    client.start()
+    server.start()
+    try:
+        yield client, server
+    finally:
+        close_all(client, server)
 
 
 @contextlib.contextmanager
 def session_pair(transport="socketpair", **named):
-    """A yamux client and a yamux server, both started; ``named`` goes to both Sessions."""
-    with duplex_pair(transport) as (left, right):
-        client = Session(left, client=True, name="client", **named)
-        server = Session(right, client=False, name="server", **named)
-        client.start()
-        server.start()
-        try:
-            yield client, server
-        finally:
-            close_all(client, server)
+    """sessions_over() a transport."""
+    with duplex_pair(transport) as pair, sessions_over(*pair, **named) as sessions:
+        yield sessions
 
 
 @pytest.fixture(params=TRANSPORTS)
 def sessions(request):
     with session_pair(request.param) as pair:
         yield pair
+
+
+def tables(session):
+    """What a session remembers of streams: (streams, lingering, arrived, the Mux's flows)."""
+    return (len(session._streams), len(session._lingering), len(session._arrived),
+            session._mux.open_streams)  # fmt: skip
+
+
+@contextlib.contextmanager
+def long_line(gopeer, folder, *arguments):
+    """A connection that goes through gopeer's ``line``: two sockets, who dialled, who accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        to = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = (str(gopeer), "line", "-listen", "127.0.0.1:0", "-to", to, *arguments)
+        with running(*command, cwd=folder) as program:
+            port = int(program.wait_for(r"^listening 127\.0\.0\.1:(\d+)$")[1])
+            dialled = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            accepted, _ = listener.accept()
+            with dialled, accepted:
+                yield dialled, accepted
+
+
+# Work for streams --------------------------------------------------------------------------------
+
+
+def noise(size, seed=5):
+    return random.Random(seed).randbytes(size)
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def stream_pair(opener, acceptor):
@@ -176,10 +230,68 @@ def read_all(source):
     return b"".join(parts)
 
 
-def tables(session):
-    """What a session remembers of streams: (streams, lingering, arrived, the Mux's flows)."""
-    return (len(session._streams), len(session._lingering), len(session._arrived),
-            session._mux.open_streams)  # fmt: skip
+def send_all(stream, data, piece=50_000):
+    """Write in pieces, then half-close."""
+    for at in range(0, len(data), piece):
+        stream.write(data[at : at + piece], PATIENCE)
+    stream.finish()
+
+
+def send_over_and_over(stream, block, times):
+    """Write a block so many times, then half-close: much payload for little memory."""
+    for _ in range(times):
+        stream.write(block, PATIENCE)
+    stream.finish()
+
+
+def read_over_and_over(stream, block, whenever=lambda: None):
+    """Read to the end, calling ``whenever`` after each read; return how many bytes that were.
+
+    All of them must be those of the block, over and over.
+    """
+    endless, count = block * 2, 0
+    while data := stream.read(timeout=PATIENCE):
+        at = count % len(block)
+        assert data == endless[at : at + len(data)], f"other bytes than were sent, behind {count}"
+        count += len(data)
+        whenever()
+    return count
+
+
+def echo(stream):
+    """Send back what comes, then close. Ends quietly when the stream is cut."""
+    with contextlib.suppress(ConnectionError):
+        while data := stream.read():
+            stream.write(data)
+        stream.close()
+
+
+@contextlib.contextmanager
+def echoing(session, workers):
+    """Echo each stream that the peer opens, ``workers`` of them at a time, until it ends."""
+    with ThreadPoolExecutor(workers) as pool:
+
+        def accept_all():
+            with contextlib.suppress(SessionClosed):
+                while True:
+                    pool.submit(echo, session.accept())
+
+        accepting = spawn(accept_all)
+        try:
+            yield
+        finally:
+            session.close()
+            accepting.result(PATIENCE)
+
+
+def ask(session, data):
+    """Open a stream, send, and return what comes back to the end."""
+    stream = session.open(timeout=PATIENCE)
+    sending = spawn(send_all, stream, data)
+    answer = read_all(stream)
+    sending.result(PATIENCE)
+    stream.close()
+    return answer
 
 
 # Frames by hand ----------------------------------------------------------------------------------
@@ -265,9 +377,10 @@ class RawPeer:
 
 
 @contextlib.contextmanager
-def raw_pair(*, client=False, tcp=False, **named):
-    """A RawPeer and a started Session; ``client`` is the Session's role."""
-    ours, theirs = tcp_pair() if tcp else socket.socketpair()
+def raw_pair(*, client=False, tcp=True, sockets=None, **named):
+    """A RawPeer and a started Session; ``client`` is the Session's role. ``sockets`` are the
+    Session's end of a connection and the peer's, if there is one already."""
+    ours, theirs = sockets or (tcp_pair() if tcp else socket.socketpair())
     session = Session(Duplex(ours), client=client, name="tested", **named)
     session.start()
     peer = RawPeer(theirs)
@@ -276,6 +389,20 @@ def raw_pair(*, client=False, tcp=False, **named):
     finally:
         peer.close()
         close_all(session)
+
+
+def accepted(peer, session, stream_id=1):
+    """A stream that the raw peer has opened and the session has accepted."""
+    peer.send(frame(gotunnel.WINDOW_UPDATE, gotunnel.SYN, stream_id))
+    stream = session.accept(PATIENCE)
+    assert peer.read() == (gotunnel.WINDOW_UPDATE, gotunnel.ACK, stream_id, 0, b"")
+    return stream
+
+
+def narrow(peer, session):
+    """Leave the connection so little room that what is written waits on our side."""
+    for sock, option in ((peer.socket, socket.SO_RCVBUF), (session._duplex._socket, socket.SO_SNDBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 64 * 1024)
 
 
 # Two Muxes ---------------------------------------------------------------------------------------
@@ -289,20 +416,20 @@ class Wire:
         self.ends = (Mux(client=True, **named), Mux(client=False, **named))
         self._on_way = (bytearray(), bytearray())  # to the client, to the server
 
-    def carry(self, to, most=None):
+    def carry(self, to, now=0.0):
         """Let one end send, and give a random piece of what is on its way to the other end.
 
-        ``most`` is how many bytes at most. Returns the events.
+        Returns the events.
         """
         data, _ = self.ends[1 - to].pull(self._rng.choice((12, 100, 20_000, 200_000)))
         way = self._on_way[to]
         way += data
-        count = self._rng.randint(0, min(len(way), most or len(way)))
+        count = self._rng.randint(0, len(way))
         piece = bytes(way[:count])
         del way[:count]
-        return self.ends[to].receive(piece, 0.0)
+        return self.ends[to].receive(piece, now)
 
-    def settle(self):
+    def settle(self, now=0.0):
         """Carry until nothing is on its way; returns the events of (client, server)."""
         events = ([], [])
         while True:
@@ -313,7 +440,7 @@ class Wire:
             for to in (0, 1):
                 piece = bytes(self._on_way[to])
                 self._on_way[to].clear()
-                events[to].extend(self.ends[to].receive(piece, 0.0))
+                events[to].extend(self.ends[to].receive(piece, now))
 
 
 def check_tables(mux):

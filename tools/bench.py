@@ -1,4 +1,4 @@
-"""Measures the tunnel beside nginx, in one run on this machine.
+"""Measures the tunnel beside nginx, and its multiplexer beside Go's, in one run on this machine.
 
     python3 tools/bench.py                     all rows
     python3 tools/bench.py --row http --row download
@@ -6,13 +6,17 @@
 
 The target is nginx, on plain HTTP; `direct` is the same nginx asked over TLS without a tunnel. What
 can be compared between machines, and between two runs on a busy one, is the ratio of the two, and
-the CPU time that a request or a gigabyte costs gateway and agent. Needs nginx, wrk and curl.
+the CPU time that a request or a gigabyte costs gateway and agent. Needs nginx, wrk and curl; the
+row yamux needs none of them, but Go for a part of it.
 
     http        requests/s and 99th percentile, for 1, 32 and 128 visitors with kept connections
     visitors    new visitors/s, 16 at a time, one request each
     download    one download of 1 GiB, MB/s, and how much both processes grew meanwhile
     upload      one upload of 1 GiB
     cpu         32 visitors, with gateway and agent each on one CPU, and on all: which costs less
+    yamux       the multiplexer alone, over TLS: what a stream moves, also on long lines, how soon
+                an echo comes back, what an idle session costs, what short streams leave behind;
+                beside one TLS socket of Python's, and yamux in Go (which goes without TLS)
 """
 
 import argparse
@@ -24,6 +28,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import bootstrap
@@ -34,7 +39,15 @@ TUNNEL_HOST = LOOPBACK
 SECONDS = 5  # of load for each figure
 WARM_UP = 1
 SMALL, LARGE = 1024, 1 << 30  # bytes of the two files
-ROWS = ("http", "visitors", "download", "upload", "cpu")
+ROWS = ("http", "visitors", "download", "upload", "cpu", "yamux")
+
+# Of the row yamux.
+ENDS = os.path.join(bootstrap.ROOT, "tools", "bench_yamux.py")
+GOPEER = os.path.join(bootstrap.ROOT, "tests", "gopeer")
+ROUND_TRIPS = (50, 200)  # ms
+LONG = 4  # times as long on a long line, where a stream needs seconds to get up to speed
+GO_SECONDS = 1  # at most, for each figure of Go's: they come to rest sooner
+PATIENCE = 120  # seconds more than a figure takes, before it is given up
 
 NGINX = """
 worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
@@ -218,6 +231,131 @@ class Bench(Demo):
                     gateway_cpu=cpu[0], agent_cpu=cpu[1], cpu_per=unit, note=note)  # fmt: skip
 
 
+class Yamux:
+    """The multiplexer alone: a gateway end and an agent end (bench_yamux.py), new ones a figure."""
+
+    def __init__(self, python, seconds):
+        self._python = python
+        self._seconds = seconds
+        self._gopeer = None  # the program with the long line and the yardstick, if there is Go
+
+    def __enter__(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="gotunnel-bench-")
+        return self
+
+    def __exit__(self, *exception):
+        self._folder.cleanup()
+
+    def build_gopeer(self):
+        go = shutil.which("go")
+        if go is None:
+            say("Go is not installed: left out are the long lines, and what Go's yamux does")
+            return
+        program = os.path.join(self._folder.name, "gopeer")
+        command = [go, "build", "-buildvcs=false", "-o", program, "."]
+        built = subprocess.run(command, cwd=GOPEER, stderr=subprocess.PIPE, text=True)
+        if built.returncode != 0:
+            raise Failed(f"Go could not build {GOPEER}:\n{built.stderr}")
+        self._gopeer = program
+
+    # Measuring
+
+    def ends(self, figure, *, round_trip=0, times=1):
+        """Join two ends and return what the gateway end measures, ``times`` as long as usual.
+        ``round_trip`` is in ms."""
+        seconds = self._seconds * times
+        common = (figure, self._folder.name, str(seconds))
+        with contextlib.ExitStack() as running:
+            gateway = self._start(running, self._python, ENDS, "gateway", *common)
+            port = self._said(gateway, figure)
+            if round_trip:
+                line = self._start(
+                    running, self._gopeer, "line", "-listen", f"{LOOPBACK}:0",
+                    "-to", f"{LOOPBACK}:{port}", "-oneway", f"{round_trip / 2}ms",
+                )  # fmt: skip
+                port = self._said(line, figure).rpartition(":")[2]
+            self._start(running, self._python, ENDS, "agent", *common, port)
+            try:
+                measured, _ = gateway.communicate(timeout=seconds + PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"{figure}: measured nothing in {seconds + PATIENCE} s") from None
+            if gateway.returncode != 0:
+                raise Failed(f"{figure}: the gateway end has failed")
+            return json.loads(measured)
+
+    def _start(self, running, *command):
+        child = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": bootstrap.ROOT}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        running.enter_context(child)  # closes the pipe, and waits
+        running.callback(child.terminate)
+        return child
+
+    def _said(self, child, figure):
+        line = child.stdout.readline().strip()
+        if not line:
+            raise Failed(f"{figure}: an end, or the line, did not start")
+        return line
+
+    def go(self):
+        """What yamux in Go does; empty without Go."""
+        if self._gopeer is None:
+            return {}
+        command = [self._gopeer, "yardstick", "-seconds", str(min(GO_SECONDS, self._seconds))]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    # The row; yields dicts
+
+    def row(self):
+        tls = self.ends("tls")["rate"]
+        yield self.figures("one TLS socket, MB/s", tls)
+        near = self.ends("download")["rate"]
+        yield self.figures("one stream, MB/s", near, tls, "the TLS socket")
+        upload = self.ends("upload")["rate"]
+        yield self.figures("one stream to the agent, MB/s", upload, tls, "the TLS socket")
+        for size, rate in self.ends("small").items():
+            yield self.figures(f"{size} bytes a write, MB/s", rate, near, "one stream")
+        for round_trip in ROUND_TRIPS if self._gopeer else ():
+            near = self.ends("download")["rate"]  # anew: the machine may not be what it was
+            far = self.ends("download", round_trip=round_trip, times=LONG)
+            note = f"window {far['window'] / 1024:.0f} KiB" if far["window"] else ""
+            what = f"one stream, {round_trip} ms round trip, MB/s"
+            yield self.figures(what, far["rate"], near, "one stream", note)
+        yield from self._echoes()
+        yield from self._sizes()
+
+    def _echoes(self):
+        go = self.go()
+        ours, beside = self.ends("echo"), self.ends("beside")
+        for what, ours, name, note in (
+            ("echo, us", ours["echo"], "echo_us", ""),
+            ("open, echo, close, us", ours["alone"], "open_echo_close_us", ""),
+            ("echo beside 4 of bulk, us", beside["echo"], "echo_beside_bulk_us",
+             "p99 {:.1f} ms, bulk {:.0f} MB/s".format(beside["late"] / 1000, beside["rate"])),
+        ):  # fmt: skip
+            yield self.figures(what, ours, go.get(name), "Go", note)
+
+    def _sizes(self):
+        idle = self.ends("idle")
+        note = "{threads:.1f} threads, {descriptors:.1f} descriptors, {sessions} held".format(
+            **idle
+        )
+        yield self.figures("an idle session, kB", idle["kb"], note=note)
+        left = self.ends("leak")
+        for end in ("gateway", "agent"):
+            early, late = left["early"][end], left["late"][end]
+            note = "threads {} then {}, descriptors {} then {}".format(
+                *(size[name] for name in ("threads", "descriptors") for size in (early, late))
+            )
+            what = f"{end} after {left['streams']} streams, kB"
+            yield self.figures(what, late["kb"], early["kb"], "a tenth of them", note)
+
+    def figures(self, what, ours, beside=None, than="", note=""):
+        ratio = None if beside is None else ours / beside
+        return dict(what=what, ours=ours, beside=beside, ratio=ratio, than=than, note=note)
+
+
 def free_ports(count):
     """Ports that are free now; nginx cannot look for one itself."""
     with contextlib.ExitStack() as taken:
@@ -239,19 +377,23 @@ def main(arguments):
     )
     parser.add_argument("--row", action="append", choices=ROWS, help="only this one (repeatable)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS,
+        help="how long a figure of the row yamux takes (default: %(default)s); sessions and "
+        "streams that it counts are fewer if that is shorter",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    rows = options.row or ROWS
     kept = []
     try:
-        for program in ("nginx", "wrk", "curl"):
-            need(program)
-        with Bench(bootstrap.prepare("server")) as bench:
-            bench.set_up()
-            say(f"\n{'':38} tunnel    direct   ratio   CPU gateway + agent")
-            for name in options.row or ROWS:
-                for figures in getattr(bench, f"row_{name}")():
-                    kept.append(figures)
-                    say("{what:36}{tunnel:9.1f} {direct:9.1f}   {ratio:.3f}   {gateway_cpu:.3f} + "
-                        "{agent_cpu:.3f} s per {cpu_per}  {note}".format(**figures))  # fmt: skip
+        if set(rows) != {"yamux"}:
+            for program in ("nginx", "wrk", "curl"):
+                need(program)
+        python = bootstrap.prepare("server")
+        if set(rows) != {"yamux"}:
+            kept += show_tunnel(python, [name for name in rows if name != "yamux"])
+        if "yamux" in rows:
+            kept += show_yamux(python, options.seconds)
     except Failed as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
@@ -259,6 +401,35 @@ def main(arguments):
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(kept, file, indent=1)
     return 0
+
+
+def show_tunnel(python, rows):
+    """Print the figures of these rows as they come, and return them."""
+    kept = []
+    with Bench(python) as bench:
+        bench.set_up()
+        say(f"\n{'':38} tunnel    direct   ratio   CPU gateway + agent")
+        for name in rows:
+            for figures in getattr(bench, f"row_{name}")():
+                kept.append(figures)
+                say("{what:36}{tunnel:9.1f} {direct:9.1f}   {ratio:.3f}   {gateway_cpu:.3f} + "
+                    "{agent_cpu:.3f} s per {cpu_per}  {note}".format(**figures))  # fmt: skip
+    return kept
+
+
+def show_yamux(python, seconds):
+    """The same for the row yamux."""
+    kept = []
+    with Yamux(python, seconds) as yamux:
+        yamux.build_gopeer()
+        say(f"\n{'':40} ours    beside   ratio")
+        for figures in yamux.row():
+            kept.append(figures)
+            beside = f"{'-':>9}   {'-':5}"
+            if figures["beside"] is not None:
+                beside = "{beside:9.1f}   {ratio:.3f} of {than}".format(**figures)
+            say("{what:36}{ours:9.1f} {:30} {note}".format(beside, **figures).rstrip())
+    return kept
 
 
 def say(text):

@@ -1,10 +1,12 @@
 // Gopeer plays the Go ends that gotunnel must understand: an agent and a
 // gateway on hashicorp/yamux, with the habits of the Go program that hurt a
 // careless peer, and two bare yamux ends without TLS for the multiplexer
-// alone. It exists for the tests; nothing here is meant to be run in earnest.
+// alone. Beside them, for measuring: a long line, and what yamux in Go does on
+// the same machine. It exists for the tests and the bench; nothing here is
+// meant to be run in earnest.
 //
 // Reading order: wire.go (what goes over a stream), agent.go, gateway.go,
-// echo.go. Standard output carries the lines that a test waits for, standard
+// echo.go, line.go, yardstick.go. Standard output carries the lines that a test waits for, standard
 // error everything else, yamux's own log included. SIGTERM and SIGINT end the
 // process where it stands, as they end the Go program's agent.
 package main
@@ -16,7 +18,7 @@ import (
 	"strings"
 )
 
-const usage = `gopeer: the Go ends of the tunnel, for interoperability tests
+const usage = `gopeer: the Go ends of the tunnel, for interoperability tests and the bench
 
 gopeer agent -addr HOST:PORT -sni NAME -secret S -issuer I -route HOSTNAME=TARGET ...
     [-mode HOSTNAME=tcp ...] [-token-field token|auth_token] [-ca FILE | -insecure] [-retry 2s]
@@ -32,6 +34,15 @@ gopeer echo -listen ADDR -role server|client
 gopeer load -listen ADDR -role server|client -streams N -bytes B
   Takes one TCP connection, opens N streams at once, sends B bytes on each and compares the
   echo. Prints: listening ADDR, then ok N or the first error, and exits 0 or 1.
+
+gopeer line -listen ADDR -to ADDR -oneway 25ms [-rate BYTES_PER_SECOND]
+  A long line: relays TCP connections, whatever they carry, each direction that much later; only
+  connecting takes no time. -rate limits each direction of each connection, with about 64 KiB in
+  front of the limit. Prints: listening ADDR
+
+gopeer yardstick [-seconds 1]
+  Measures yamux in Go, client and server in this process, so many seconds a figure. Prints one
+  JSON object: echo_us, open_echo_close_us, echo_beside_bulk_us (medians), stream_mb_s
 `
 
 // exitUsage is the status for arguments that make no sense, as package flag uses it.
@@ -44,6 +55,7 @@ func main() {
 	}
 	commands := map[string]func(arguments []string) error{
 		"agent": runAgent, "gateway": runGateway, "echo": runEcho, "load": runLoad,
+		"line": runLine, "yardstick": runYardstick,
 	}
 	run, known := commands[command]
 	switch {
