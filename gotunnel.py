@@ -110,14 +110,14 @@ class Header(NamedTuple):
         return HEADER.pack(VERSION, *self)
 
     @classmethod
-    def decode(cls, data: bytes) -> "Header":
+    def decode(cls, data: bytes, at=0) -> "Header":
         """Read a header; raises ProtocolError for a version or a type that yamux does not have."""
-        version, *rest = HEADER.unpack(data)
+        version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
         if version != VERSION:
             raise ProtocolError(f"frame version {version}, expected {VERSION}")
-        if rest[0] > GO_AWAY:
-            raise ProtocolError(f"frame type {rest[0]}, expected 0 to {GO_AWAY}")
-        return cls(*rest)
+        if kind > GO_AWAY:
+            raise ProtocolError(f"frame type {kind}, expected 0 to {GO_AWAY}")
+        return cls(kind, flags, stream_id, length)
 
 
 # Mux: the rules ----------------------------------------------------------------------------------
@@ -212,11 +212,11 @@ class _Flow:
 
 
 class Memory:
-    """What all sessions of a process may use for payload: one is shared by all of them.
+    """What all sessions of a process may use for payload; each has an Account with it.
 
     ``buffered`` bytes are here, received and not used, or written and not sent. ``promised`` bytes
-    may come: by so much have windows grown. A process that holds as much as it may still works:
-    who needs more is told no, or pays with a stream.
+    may come: by so much have windows grown. If there is too much of either, nobody is served
+    badly who holds little: windows begin and stay small, and the hogs lose a stream.
     """
 
     def __init__(self, machine=1 << 32, lock=contextlib.nullcontext()):
@@ -225,7 +225,7 @@ class Memory:
         self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS, everything
         self.buffered = 0
         self.promised = 0
-        self._lock = lock
+        self.lock = lock
 
     @property
     def scarce(self) -> bool:
@@ -236,23 +236,53 @@ class Memory:
     def full(self) -> bool:
         return self.buffered > self.limit
 
-    def buffer(self, count):
+
+class Account:
+    """What one session holds of a Memory. Not for two threads at once."""
+
+    STEP = 64 * 1024  # bytes, up to which the Memory is not told: it has a lock, and many callers
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.promised = 0
+        self._held = self._told = 0
+        self._open = True
+
+    def hold(self, count):
         """Count bytes that came into a buffer; negative, that left it."""
-        with self._lock:
-            self.buffered += count
+        self._held += count
+        if not -self.STEP < self._held - self._told < self.STEP and self._open:
+            self._tell()
+
+    def _tell(self):
+        with self.memory.lock:
+            self.memory.buffered += self._held - self._told
+        self._told = self._held
 
     def promise(self, count) -> bool:
-        """Let windows grow by ``count`` bytes, if that is not more than half of what is left."""
-        with self._lock:
-            if self.scarce or count > (self.limit // 2 - self.promised) // 2:
+        """Let a window grow by ``count`` bytes, if that is at most half of what is left, for the
+        session and for all: so there is always something for the next one."""
+        memory = self.memory
+        with memory.lock:
+            left = min(SESSION_GROWTH - self.promised, memory.limit // 2 - memory.promised)
+            if memory.scarce or count > left // 2:
                 return False
-            self.promised += count
-            return True
+            memory.promised += count
+        self.promised += count
+        return True
 
     def take_back(self, count):
-        """Say that windows have shrunk by so much, or are gone."""
-        with self._lock:
-            self.promised -= count
+        """Say that a window has shrunk by so much, or is gone."""
+        with self.memory.lock:
+            self.memory.promised -= count
+        self.promised -= count
+
+    def close(self):
+        """Give everything back. What is still read of it later does not count."""
+        self.take_back(self.promised)
+        self._held = 0
+        self._tell()
+        self._open = False
 
 
 class Mux:
@@ -267,17 +297,17 @@ class Mux:
     """
 
     def __init__(
-        self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, memory=None
+        self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, account=None
     ):
         """``window`` bytes are what a stream may have on its way to us at first; ``max_streams``
-        is how many streams the peer may have open at a time."""
+        is how many streams the peer may have open at a time. ``account`` is the caller's to
+        close."""
         if not INITIAL_WINDOW <= window <= MAX_WINDOW:
             raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_WINDOW}")
         self._window = window
         self._largest = window  # of all windows that there have been
-        self._grown = 0  # bytes by which windows are larger than they began
         self._max_streams = max_streams
-        self._memory = memory or Memory()
+        self._account = account or Account(Memory())
         self._parity = 0 if client else 1  # of the ids that the peer may use
         self._next_id = 1 if client else 2
         self._flows = {}  # stream id: _Flow
@@ -328,7 +358,7 @@ class Mux:
                     header, self._partial = self._partial, b""
                     self._take_header(Header.decode(header), events)
             else:
-                header = Header.decode(data[at : at + HEADER_SIZE])
+                header = Header.decode(data, at)
                 at += HEADER_SIZE
                 self._take_header(header, events)
         return events
@@ -500,14 +530,14 @@ class Mux:
             self._control.append(Header(WINDOW_UPDATE, ACK, stream_id, extra).encode())
 
     def _first_window(self):
-        return INITIAL_WINDOW if self._memory.scarce else self._window
+        return INITIAL_WINDOW if self._account.memory.scarce else self._window
 
     def room(self, stream_id) -> int:
         """Bytes that send() takes now; 0 once the stream is over or finished by us."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing:
             return 0
-        crowded = self._queued >= SEND_QUEUE or self._memory.full
+        crowded = self._queued >= SEND_QUEUE or self._account.memory.full
         most = FRAME_SHARED if crowded else SEND_BUFFER
         return max(0, min(flow.may_send, most - flow.queued))
 
@@ -524,7 +554,7 @@ class Mux:
 
     def _count_queued(self, count):
         self._queued += count
-        self._memory.buffer(count)
+        self._account.hold(count)
 
     def finish(self, stream_id):
         """Half-close: FIN goes out behind what is queued, and only once (a second one would end
@@ -578,20 +608,17 @@ class Mux:
             less = min(used, flow.grown)
             flow.owed -= less
             self._grow(flow, -less)
-            self._memory.take_back(less)
+            self._account.take_back(less)
         elif unread <= flow.window // 4 and self.round_trip is not None:
             more = min(flow.window, MAX_WINDOW - flow.window)
             quick = took * INITIAL_WINDOW < 8 * max(self.round_trip, MIN_ROUND_TRIP) * used
-            # Half of what is left, so that there is always something for the next stream.
-            left = (SESSION_GROWTH - self._grown) // 2
-            if quick and 0 < more <= left and self._memory.promise(more):
+            if quick and more and self._account.promise(more):
                 flow.owed += more
                 self._grow(flow, more)
 
     def _grow(self, flow, count):
         flow.window += count
         flow.grown += count
-        self._grown += count
         self._largest = max(self._largest, flow.window)
 
     def keep_alive(self, now):
@@ -626,7 +653,7 @@ class Mux:
         return 0 if flow is None else flow.window
 
     def end(self):
-        """The session is over: forget all streams, and give their memory back."""
+        """Forget all streams: the session is over."""
         for flow in list(self._flows.values()):
             self._forget(flow)
 
@@ -692,8 +719,8 @@ class Mux:
         flow.queue.clear()
         self._count_queued(-flow.queued)
         flow.queued = 0
-        self._memory.take_back(flow.grown)
-        self._grown -= flow.grown
+        if flow.grown:
+            self._account.take_back(flow.grown)
         del self._flows[flow.id]
         self._unanswered.pop(flow.id, None)
         self._unaccepted.discard(flow.id)
@@ -1385,6 +1412,7 @@ LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end bef
 #   and an opened one for accept(): Go ends the session when an open is not answered in 75
 STALL_TIMEOUT = 300  # seconds that a peer may read nothing of a stream that we write ...
 HALF_CLOSED_STALL_TIMEOUT = 60  # ... if it has ended its own side: a Go peer will never read on
+NOTHING = (b"", ())  # a batch of frames
 BUFFER_FLOOR = START_WINDOW  # bytes that a session may hold in any case: others may be the hogs
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
@@ -1411,9 +1439,9 @@ class Session:
         self.on_end = None  # called once when the session is over, all streams dead
         self._duplex = duplex
         self._lock = threading.Lock()
-        self._memory = memory or PROCESS_MEMORY
+        self._account = Account(memory or PROCESS_MEMORY)
         self._mux = Mux(
-            client=client, window=window, max_streams=max_streams, memory=self._memory
+            client=client, window=window, max_streams=max_streams, account=self._account
         )
         self._streams = {}  # id: Stream
         self._unread = 0  # bytes that came for streams, and that nobody has read
@@ -1448,7 +1476,8 @@ class Session:
             stream = self._add_stream(self._mux.open(monotonic()))
             if first:
                 self._mux.send(stream.id, first)
-        self._flush()
+            batch = self._take_batch()
+        self._send(batch)
         return stream
 
     def accept(self, timeout=None) -> "Stream":
@@ -1461,7 +1490,8 @@ class Session:
             stream = self._arrived.popleft()
             self._lingering.pop(stream.id, None)
             self._mux.accept(stream.id)
-        self._flush()
+            batch = self._take_batch()
+        self._send(batch)
         return stream
 
     @property
@@ -1536,7 +1566,7 @@ class Session:
                     self._wake_receive.recv(4096)
             if self._jammed and self._duplex.flush():
                 self._jammed = False
-                self._send_on()
+                self._go_on()
             self.turn()
             self._run_timers()  # after it: what came while we slept is a sign of life
             if self._closing and (self._all_sent() or monotonic() >= self._closing[1]):
@@ -1556,7 +1586,8 @@ class Session:
             with self._lock:
                 for event in self._mux.receive(data, monotonic()):
                     self._on_event[type(event)](self, event)
-            self._flush()
+                batch = self._take_batch()
+            self._send(batch)
             if self._farewells:
                 self._say_farewells()
             if len(data) < READ_BATCH:
@@ -1590,13 +1621,13 @@ class Session:
 
     def _count_unread(self, stream, count):
         stream._unread += count
-        if not self.ended:  # then all has been given back at once
-            self._unread += count
-            self._memory.buffer(count)
+        self._unread += count
+        self._account.hold(count)
 
     def _make_room(self):
         """If there is too much that nobody reads, give up the stream that has most of it."""
-        if self._unread <= self._memory.limit // 2 and not self._memory.full:
+        memory = self._account.memory
+        if self._unread <= memory.limit // 2 and not memory.full:
             return
         worst = max(self._streams.values(), key=lambda stream: stream._unread)
         log.warning("%s: stream %d is reset, %d bytes of it were not read and memory is short",
@@ -1678,26 +1709,20 @@ class Session:
 
     # Sending
 
-    def _flush(self):
-        """Send what is queued, unless somebody is at it: that one takes it along."""
-        with self._lock:
-            if self._sending:
-                return
-            data, served = self._mux.pull(SEND_BATCH)
-            if not data:
-                return
-            self._sending = True
-        self._send_batches(data, served)
+    def _take_batch(self):
+        """What is to be sent now, b"" if that is nothing or somebody is at it: that one takes it
+        along. Caller holds the lock, and passes it to _send() without the lock."""
+        if self._sending:
+            return NOTHING
+        data, served = self._mux.pull(SEND_BATCH)
+        self._sending = bool(data)
+        return data, served
 
-    def _send_on(self):
-        """Go on after a jam. Demultiplexer only."""
-        with self._lock:
-            data, served = self._mux.pull(SEND_BATCH)
-            self._sending = bool(data)
-        self._send_batches(data, served)
-
-    def _send_batches(self, data, served):
-        """Send until there is nothing left, or the kernel is full. Caller is the sender."""
+    def _send(self, batch):
+        """Send a batch, and go on until there is nothing left, or the kernel is full."""
+        data, served = batch
+        if not data:
+            return
         while data:
             try:
                 done = self._duplex.send(data)
@@ -1718,6 +1743,20 @@ class Session:
                 self._sending = bool(data) or bool(self.ended)
         if self._closing:
             self._wake()  # the demultiplexer waits for us to be done
+
+    def _flush(self):
+        with self._lock:
+            batch = self._take_batch()
+        self._send(batch)
+
+    def _go_on(self):
+        """Send what came up during a jam. Demultiplexer only."""
+        with self._lock:
+            self._sending = bool(self.ended)
+            batch = self._take_batch()
+        self._send(batch)
+        if self._closing:
+            self._wake()
 
     # Timers
 
@@ -1830,8 +1869,8 @@ class Session:
             self._arrived.clear()
             for stream in streams:
                 stream._die(SessionClosed(self.ended))
-            self._memory.buffer(-self._unread)
             self._mux.end()
+            self._account.close()
             self._arrival.notify_all()
             self._slot.notify_all()
             self._sending = True  # for good: nobody else sends any more
@@ -1942,9 +1981,8 @@ class Stream:
                 self._readable.wait(deadline.left())
             data = self._take_out(size)
             self._session._count_unread(self, -len(data))
-            credit = self._consumed(len(data))
-        if credit:
-            self._session._flush()
+            batch = self._session._take_batch() if self._consumed(len(data)) else NOTHING
+        self._session._send(batch)
         return data
 
     def _take_out(self, size):
@@ -2021,14 +2059,16 @@ class Stream:
                 data = memoryview(data)
                 mux.send(self.id, data[:room])
                 data = data[room:]
-        session._flush()
+            batch = session._take_batch()
+        session._send(batch)
         return data
 
     def finish(self, timeout=None):
         """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:
             self._finish()
-        self._session._flush()
+            batch = self._session._take_batch()
+        self._session._send(batch)
 
     def _finish(self):
         if not self._sent_fin and self._error is None:
@@ -2059,7 +2099,8 @@ class Stream:
             self._drop_chunks()
             self._readable.notify_all()
             self._session._reset_later(self)
-        self._session._flush()
+            batch = self._session._take_batch()
+        self._session._send(batch)
 
 
 # relay -------------------------------------------------------------------------------------------

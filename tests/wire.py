@@ -372,6 +372,15 @@ class RawPeer:
             frames.append(got)
         return frames
 
+    def read_payload(self, count):
+        """So much payload out of DATA frames; nothing else may come."""
+        data = b""
+        while len(data) < count:
+            kind, _, _, _, payload = self.read()
+            assert kind == gotunnel.DATA
+            data += payload
+        return data
+
     def close(self):
         self.socket.close()
 
@@ -401,8 +410,8 @@ def accepted(peer, session, stream_id=1):
 
 def narrow(peer, session):
     """Leave the connection so little room that what is written waits on our side."""
-    for sock, option in ((peer.socket, socket.SO_RCVBUF), (session._duplex._socket, socket.SO_SNDBUF)):
-        sock.setsockopt(socket.SOL_SOCKET, option, 64 * 1024)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    session._duplex._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
 
 
 # Two Muxes ---------------------------------------------------------------------------------------
