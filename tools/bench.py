@@ -319,7 +319,7 @@ class Yamux:
         for round_trip in ROUND_TRIPS if self._gopeer else ():
             near = self.ends("download")["rate"]  # anew: the machine may not be what it was
             far = self.ends("download", round_trip=round_trip, times=LONG)
-            note = f"window {far['window'] / 1024:.0f} KiB" if far["window"] else ""
+            note = f"window {far['window'] / 1024:.0f} KiB"
             what = f"one stream, {round_trip} ms round trip, MB/s"
             yield self.figures(what, far["rate"], near, "one stream", note)
         yield from self._echoes()
@@ -327,10 +327,13 @@ class Yamux:
 
     def _echoes(self):
         go = self.go()
-        ours, beside = self.ends("echo"), self.ends("beside")
+        here, ours, beside = self.ends("here"), self.ends("echo"), self.ends("beside")
+        as_go = "both ends in one process, without TLS, as Go's"
         for what, ours, name, note in (
-            ("echo, us", ours["echo"], "echo_us", ""),
-            ("open, echo, close, us", ours["alone"], "open_echo_close_us", ""),
+            ("echo, us", here["echo"], "echo_us", as_go),
+            ("open, echo, close, us", here["alone"], "open_echo_close_us", as_go),
+            ("echo, us, two processes, TLS", ours["echo"], "echo_us", ""),
+            ("open, echo, close, us, the same", ours["alone"], "open_echo_close_us", ""),
             ("echo beside 4 of bulk, us", beside["echo"], "echo_beside_bulk_us",
              "p99 {:.1f} ms, bulk {:.0f} MB/s".format(beside["late"] / 1000, beside["rate"])),
         ):  # fmt: skip

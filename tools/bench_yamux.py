@@ -4,8 +4,8 @@
     bench_yamux.py agent   FIGURE FOLDER SECONDS PORT     ends when the gateway end does
 
 They are joined as a gateway and its agent are: TLS with a certificate of the local CA (in FOLDER),
-the agent dials and is yamux's client, the gateway opens the streams; each stays on the CPU that
-such a process takes. The gateway end measures. What it wants of a stream stands in the stream's
+the agent dials, is yamux's client and opens one stream, the gateway opens all others; each stays
+on the CPU that such a process takes. The gateway end measures. What it wants of a stream stands in the stream's
 first bytes, and the agent end does it: echo, send, count, or tell how large its process is.
 
 bench.py starts them with the repository on PYTHONPATH.
@@ -27,6 +27,7 @@ from time import monotonic, perf_counter
 from gotunnel import (
     MAX_STREAMS,
     READ_SIZE,
+    START_WINDOW,
     Duplex,
     Session,
     SessionClosed,
@@ -98,8 +99,8 @@ class Gateway:
         duplex = Duplex(sock)
         duplex.start_tls(self._context, server_side=True)
         duplex.handshake_within(TIMEOUT)
-        session = Session(duplex, client=False, name="agent", max_streams=1)
-        session.start()
+        session = start(duplex, client=False)
+        session.accept(TIMEOUT)
         return session
 
     @contextlib.contextmanager
@@ -137,7 +138,7 @@ class Gateway:
         stream = session.open(HEAD.pack(SEND, size))
         while (took := monotonic() - began) < self._seconds:
             count += len(stream.read(READ_SIZE, TIMEOUT))
-        window = getattr(stream, "window", None)
+        window = stream.window
         stream.reset()
         return dict(rate=count / took / 1e6, window=window)
 
@@ -162,6 +163,19 @@ class Gateway:
         with self._session() as session:
             echo = self._echo(session)
             alone = self._time(lambda: self._short_stream(session))
+        return dict(echo=statistics.median(echo), alone=statistics.median(alone))
+
+    def figure_here(self):
+        """The same with both ends in this process and without TLS, as the yardstick in Go."""
+        sock = socket.create_connection((HOST, self.port), TIMEOUT)
+        session = start(Duplex(self._listening.accept()[0]), client=False)
+        agent = start(Duplex(sock), client=True)
+        serving = spawn("agent", serve_session, agent)
+        try:
+            echo, alone = self._echo(session), self._time(lambda: self._short_stream(session))
+        finally:
+            session.close()
+            serving.join()
         return dict(echo=statistics.median(echo), alone=statistics.median(alone))
 
     def figure_beside(self):
@@ -274,7 +288,7 @@ def run_agent(options):
         count = 1 + count_for(IDLE_SESSIONS, options.seconds)
         for session in [dial(context, options.port) for _ in range(count)]:
             session.join()
-    else:
+    elif options.figure != "here":
         serve_session(dial(context, options.port))
 
 
@@ -282,7 +296,13 @@ def dial(context, port):
     duplex = Duplex(socket.create_connection((HOST, port), TIMEOUT))
     duplex.start_tls(context, server_side=False, server_hostname=HOST)
     duplex.handshake_within(TIMEOUT)
-    session = Session(duplex, client=True, name="gateway")
+    session = start(duplex, client=True)
+    session.open()  # in place of the control stream
+    return session
+
+
+def start(duplex, *, client):
+    session = Session(duplex, client=client, name="measured", window=START_WINDOW)
     session.start()
     return session
 
