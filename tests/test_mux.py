@@ -6,6 +6,7 @@ away, ``ho`` hostile peer. The peer in these tests is the server and the Mux the
 the rule needs it the other way round.
 """
 
+import collections
 import contextlib
 import random
 
@@ -33,10 +34,12 @@ from gotunnel import (
     SEND_BUFFER,
     SYN,
     WINDOW_UPDATE,
+    Account,
     Answered,
     Finished,
     GoneAway,
     Header,
+    Memory,
     Mux,
     Opened,
     ProtocolError,
@@ -453,6 +456,254 @@ def test_room_is_bounded_by_what_waits_for_the_line():
     data, served = mux.pull(1)
     assert served == [1]
     assert mux.room(1) == len(data) - HEADER_SIZE
+
+
+# Windows that grow -------------------------------------------------------------------------------
+
+ROUND_TRIP = 0.05  # seconds
+
+
+def reading(window=INITIAL_WINDOW, account=None):
+    """A Mux that knows its round trip, with stream 1 open to be read."""
+    mux = acceptor(window=window, account=account)
+    mux.round_trip = ROUND_TRIP
+    return mux
+
+
+def deliver(mux, count, now, stream_id=1):
+    """Have ``count`` bytes come, in frames that every window permits."""
+    while count:
+        size = min(count, INITIAL_WINDOW)
+        receive(mux, frame(DATA, 0, stream_id, payload=bytes(size)), now)
+        count -= size
+
+
+def credit(mux):
+    """What a Mux gives a stream: the sum of its updates."""
+    frames = sent(mux)
+    assert all(got[:3] == (WINDOW_UPDATE, 0, 1) for got in frames)
+    return sum(got[3] for got in frames)
+
+
+def grow(mux, window, stream_id=1):
+    """Read so much in so little time that a window grows to ``window``, or as far as it may."""
+    while mux.window(stream_id) < window:
+        before = mux.window(stream_id)
+        deliver(mux, before // 2, 0.0, stream_id)
+        mux.consumed(stream_id, before // 2, 0.0)
+        if mux.window(stream_id) == before:
+            break
+    return mux.window(stream_id)
+
+
+@pytest.mark.parametrize("window", [INITIAL_WINDOW, MIB])
+@pytest.mark.parametrize(("ratio", "grows"), [(0.99, True), (1.01, False)])
+def test_fc_autotune_doubles_a_window_of_which_half_is_used_in_time(window, ratio, grows):
+    mux = reading(window)
+    in_time = 4 * ROUND_TRIP * window / INITIAL_WINDOW
+    deliver(mux, window // 2, now=100.0)
+    assert mux.consumed(1, window // 2, 100.0 + in_time * ratio)
+    assert mux.window(1) == (2 * window if grows else window)
+    assert credit(mux) == window // 2 + (window if grows else 0)
+
+
+def test_fc_autotune_waits_until_a_round_trip_is_known():
+    mux = acceptor()
+    deliver(mux, INITIAL_WINDOW // 2, 0.0)
+    mux.consumed(1, INITIAL_WINDOW // 2, 0.0)
+    assert mux.window(1) == credit(mux) * 2 == INITIAL_WINDOW
+
+
+def test_fc_autotune_wants_a_reader_that_keeps_up():
+    mux = reading()
+    deliver(mux, INITIAL_WINDOW, 0.0)
+    mux.consumed(1, INITIAL_WINDOW // 2, 0.0)  # the other half is still unread
+    assert mux.window(1) == credit(mux) * 2 == INITIAL_WINDOW
+
+
+def test_fc_autotune_ends_at_the_largest_window_and_gives_credit_in_quarters():
+    mux = reading(MIB)
+    assert grow(mux, 2 * MAX_WINDOW) == MAX_WINDOW
+    assert credit(mux) > MAX_WINDOW - MIB
+    mux = reading(MIB)
+    grow(mux, 4 * MIB)
+    sent(mux)
+    deliver(mux, MIB, 9.0)
+    assert not mux.consumed(1, MIB - 1, 9.9)
+    assert mux.consumed(1, 1, 9.9)
+
+
+def test_a_grown_window_is_kept_to_the_byte():
+    mux = reading()
+    window = grow(mux, 4 * INITIAL_WINDOW)
+    whole = frame(DATA, 0, 1, payload=bytes(window))  # as Go sends them: as large as its credit
+    assert len(receive(mux, whole)) == 1
+    assert kinds(receive(mux, frame(DATA, 0, 1, payload=b"x"))) == [WasReset]
+
+
+def kinds(events):
+    return [type(event) for event in events]
+
+
+def test_a_slow_reader_gives_back_what_its_window_has_grown_by():
+    account = Account(Memory())
+    mux = reading(account=account)
+    window = grow(mux, 16 * INITIAL_WINDOW)
+    sent(mux)
+    assert account.promised == window - INITIAL_WINDOW
+    while mux.window(1) > MIB:
+        deliver(mux, mux._flows[1].may_receive, 0.0)  # more than it reads
+        before = mux.window(1)
+        assert not mux.consumed(1, before // 4, 0.0)
+        assert mux.window(1) == before - before // 4 == INITIAL_WINDOW + account.promised
+    assert sent(mux) == []
+    check_tables(mux)
+
+
+def test_a_stream_that_hardly_moves_gives_back_as_much_as_it_reads():
+    mux = reading()
+    window = grow(mux, 4 * INITIAL_WINDOW)
+    sent(mux)
+    deliver(mux, 1000, 0.0)
+    mux.consumed(1, 500, gotunnel.IDLE_WINDOW)  # in time
+    assert mux.window(1) == window
+    mux.consumed(1, 500, gotunnel.IDLE_WINDOW + 0.1)
+    assert (mux.window(1), credit(mux)) == (window - 1000, 0)
+
+
+def opened_streams(mux, count):
+    for number in range(1, 2 * count, 2):
+        receive(mux, frame(WINDOW_UPDATE, SYN, number))
+        mux.accept(number)
+    sent(mux)
+
+
+def test_streams_of_a_session_share_what_their_windows_may_grow_by():
+    account = Account(Memory())
+    mux = Mux(client=False, account=account)
+    mux.round_trip = ROUND_TRIP
+    opened_streams(mux, 50)
+    windows = [grow(mux, MAX_WINDOW, number) for number in range(1, 100, 2)]
+    assert account.promised == sum(windows) - 50 * INITIAL_WINDOW <= gotunnel.SESSION_GROWTH
+    assert windows == sorted(windows, reverse=True) and windows[0] == MAX_WINDOW
+    assert windows[9] > INITIAL_WINDOW  # the first ones did not take everything
+    for number in range(1, 100, 2):
+        receive(mux, frame(WINDOW_UPDATE, RST, number))
+    assert account.promised == account.memory.promised == 0
+
+
+def test_sessions_of_a_small_machine_share_what_their_windows_may_grow_by():
+    memory = Memory(512 * MIB)
+    windows = [grow(reading(account=Account(memory)), MAX_WINDOW) for _ in range(20)]
+    assert memory.promised == sum(windows) - 20 * INITIAL_WINDOW <= 64 * MIB
+    assert windows[0] == MAX_WINDOW and windows[4] > INITIAL_WINDOW
+
+
+@pytest.mark.parametrize("end", ["reset", "finish", "was reset", "end"])
+def test_what_a_window_has_grown_by_comes_back_with_the_end(end):
+    account = Account(Memory())
+    mux = reading(account=account)
+    grow(mux, MIB)
+    assert account.promised
+    if end == "reset":
+        mux.reset(1)
+    elif end == "finish":
+        mux.finish(1)
+        sent(mux)
+        receive(mux, frame(WINDOW_UPDATE, FIN, 1))
+    elif end == "was reset":
+        receive(mux, frame(WINDOW_UPDATE, RST, 1))
+    else:
+        mux.end()
+    assert account.promised == account.memory.promised == 0
+
+
+def test_windows_begin_small_and_stay_so_while_memory_is_scarce():
+    memory = Memory(512 * MIB)
+    other = Account(memory)
+    other.hold(65 * MIB)
+    mux = Mux(client=False, window=MIB, account=Account(memory))
+    mux.round_trip = ROUND_TRIP
+    receive(mux, frame(WINDOW_UPDATE, SYN, 1))
+    mux.accept(1)
+    assert sent(mux) == [(WINDOW_UPDATE, ACK, 1, 0, b"")]
+    assert grow(mux, MIB) == INITIAL_WINDOW
+    other.close()
+    assert grow(mux, MIB) == MIB
+
+
+# What payload takes ------------------------------------------------------------------------------
+
+
+def test_an_account_tells_the_memory_in_steps_and_the_rest_at_the_end():
+    memory = Memory()
+    account = Account(memory)
+    account.hold(Account.STEP - 1)
+    assert memory.buffered == 0
+    account.hold(1)
+    assert memory.buffered == Account.STEP
+    account.hold(-10)
+    account.close()
+    account.hold(-Account.STEP)  # a late reader
+    assert memory.buffered == 0
+
+
+def test_a_memory_is_scarce_from_half_of_its_limit_on_and_full_above_it():
+    memory = Memory(512 * MIB)
+    seen = []
+    for held in (64 * MIB, 64 * MIB + 1, 128 * MIB, 128 * MIB + 1):
+        memory.buffered = held
+        seen.append((memory.scarce, memory.full))
+    assert seen == [(False, False), (True, False), (True, False), (True, True)]
+
+
+def test_much_that_waits_for_the_line_leaves_each_stream_room_for_its_next_frame():
+    mux = Mux(client=True)
+    numbers = [mux.open(0.0) for _ in range(40)]
+    for number in numbers:
+        mux.send(number, bytes(mux.room(number)))
+    assert mux._queued == gotunnel.SEND_QUEUE + 8 * FRAME_SHARED
+    assert mux._account.memory.buffered == mux._queued
+    served = set()
+    while served != set(numbers):  # each gets its turn, and then room again
+        served.update(mux.pull(SEND_BUFFER)[1])
+    for number in numbers[-8:]:
+        assert 0 < mux.room(number) <= SEND_BUFFER
+    mux.end()
+    assert mux._queued == mux._account._held == 0
+
+
+def test_a_full_memory_leaves_each_stream_room_for_its_next_frame():
+    memory = Memory(512 * MIB)
+    memory.buffered = 129 * MIB
+    mux = Mux(client=True, account=Account(memory))
+    assert mux.room(mux.open(0.0)) == FRAME_SHARED
+
+
+def test_small_pieces_are_joined_where_they_wait():
+    queue = collections.deque()
+    pieces = [b"%d" % number for number in range(50_000)]
+    for piece in pieces:
+        gotunnel.put(queue, piece)
+    assert b"".join(queue) == b"".join(pieces)
+    assert len(queue) <= 2 + sum(map(len, pieces)) // FRAME_ALONE
+    gotunnel.put(queue, bytes(gotunnel.SMALL))  # worth an object of its own
+    assert len(queue[-1]) == gotunnel.SMALL
+
+
+def test_small_writes_that_wait_stay_whole_when_frames_are_cut_from_them():
+    mux = Mux(client=True)
+    number, other = mux.open(0.0), mux.open(0.0)
+    expected, came = b"", b""
+    for turn in range(100):
+        for piece in (b"a" * (turn + 1), b"b" * (3 * turn + 1), bytes(1500)):
+            mux.send(number, piece)
+            expected += piece
+        mux.send(other, b"a rival, so that frames are short")
+        if turn % 9 == 8:
+            came += b"".join(got[4] for got in split_frames(mux.pull(1)[0]) if got[2] == number)
+    came += b"".join(got[4] for got in sent(mux) if got[2] == number)
+    assert came == expected
 
 
 # Open and close ----------------------------------------------------------------------------------
