@@ -317,9 +317,11 @@ class Mux:
         self._overran = False  # a stream has exceeded its window once
         self._resets = 0  # streams that the peer opened and reset, less RESETS_A_SECOND
         self._now = self._resets_at = 0.0
+        self._watched_at = None  # when keep_alive() was called last
         self._asked_at = None  # when the last ping was queued
         self._asked = None  # its value, until it is answered
         self._pings = 0  # how many there have been
+        self._credited = False  # some stream was given credit
         self.round_trip = None  # seconds, the shortest from an open or ping to its answer, if any
         self.we_left = False  # go_away() was called
         self.peer_left = False  # the peer sent GO_AWAY
@@ -332,9 +334,10 @@ class Mux:
         self._body_ends = False  # FIN stands on this frame
 
         # What goes, in this order. A stream's SYN is among the first, so nothing overtakes it.
-        self._replies = collections.deque()  # headers: pongs, pings, go away
+        self._replies = collections.deque()  # headers: pongs, go away
         self._control = collections.deque()  # headers: SYN, ACK, RST
         self._updates = {}  # stream id: credit, merged until it is sent
+        self._question = b""  # a ping
         self._queued = 0  # bytes of payload that wait, of all streams
         self._rotation = collections.deque()  # flows with payload or a FIN to send, in turns
 
@@ -591,6 +594,9 @@ class Mux:
         flow.may_receive += flow.owed
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
+        if self.round_trip is None and self._credited and self._asked is None:
+            self._ask(now)  # who gets credit again and again may need a larger window
+        self._credited = True
         return True
 
     def _fit_window(self, flow, now):
@@ -627,11 +633,15 @@ class Mux:
         Raises SessionClosed if nothing at all came since the last time. Any byte is a sign of life:
         a pong may have to wait behind much payload.
         """
-        if self._asked_at is not None and self._now < self._asked_at:
+        if self._watched_at is not None and self._now < self._watched_at:
             raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, and no answer to a ping")
+        self._watched_at = now
+        self._ask(now)
+
+    def _ask(self, now):
         self._pings += 1
         self._asked, self._asked_at = self._pings & MAX_UINT32, now
-        self._replies.append(Header(PING, SYN, 0, self._asked).encode())
+        self._question = Header(PING, SYN, 0, self._asked).encode()
 
     def go_away(self, code=NORMAL):
         """Announce that we accept no more streams; any other code than NORMAL ends the session."""
@@ -672,6 +682,10 @@ class Mux:
             stream_id, credit = self._updates.popitem()
             parts.append(Header(WINDOW_UPDATE, 0, stream_id, credit).encode())
             size += HEADER_SIZE
+        if self._question and size < limit:
+            parts.append(self._question)
+            size += HEADER_SIZE
+            self._question = b""
         while self._rotation and size < limit:
             flow = self._rotation.popleft()
             flow.in_rotation = False
@@ -1869,6 +1883,7 @@ class Session:
             self._arrived.clear()
             for stream in streams:
                 stream._die(SessionClosed(self.ended))
+            strays = self._mux.strays
             self._mux.end()
             self._account.close()
             self._arrival.notify_all()
@@ -1876,6 +1891,8 @@ class Session:
             self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
         self._say_farewells()
+        if strays:
+            log.debug("%s: %d frames were for streams that nobody knew", self.name, strays)
         if farewell is not None:
             self._hang_up(farewell)
         self._duplex.close()
@@ -2043,6 +2060,8 @@ class Stream:
         with self._lock:
             while True:
                 self._check()
+                if session._closing:  # else its last frames might never be the last
+                    raise SessionClosed(session._closing[0])
                 if self._sent_fin:
                     raise ValueError("written to a stream that is finished")
                 room = mux.room(self.id)
@@ -2171,6 +2190,29 @@ class Signals:
             self._send.send(b"\0")
 
 
+LOG_PERIOD = 10  # seconds ...
+LOG_LINES = 100  # ... in which one place in our source may log so often
+
+
+class LogLimit(logging.Filter):
+    """Drops lines that come too often: peers and visitors cause most of them, and must not be
+    able to fill a disk. The next one of its kind says how many were dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self._kinds = {}  # place in the source: (monotonic beginning of its period, lines in it)
+
+    def filter(self, record):
+        place, now = (record.pathname, record.lineno), monotonic()
+        began, count = self._kinds.get(place, (now, 0))
+        if now - began >= LOG_PERIOD:
+            if count > LOG_LINES:
+                record.msg = f"{record.msg} ({count - LOG_LINES} more like it were dropped)"
+            began, count = now, 0
+        self._kinds[place] = (began, count + 1)
+        return count < LOG_LINES
+
+
 def descriptor_limit() -> int:
     """How many descriptors the process may have."""
     if resource is None:
@@ -2181,8 +2223,10 @@ def descriptor_limit() -> int:
 
 def set_up_process(log_level):
     """Log to standard error, from ``log_level`` (a name) on, and take what the system offers."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(LogLimit())
     logging.basicConfig(
-        stream=sys.stderr, level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s"
+        handlers=[handler], level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s"
     )
     logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
     if resource is not None:

@@ -318,7 +318,7 @@ def test_fc_merge_updates():
     for _ in range(INITIAL_WINDOW // 64):
         mux.consumed(1, 64, 0.0)
         updates += sent(mux)
-    assert [got[3] for got in updates] == [131072, 131072]
+    assert [got[3] for got in updates if got[0] == WINDOW_UPDATE] == [131072, 131072]
 
 
 def test_fc_merge_updates_that_wait_for_the_line():
@@ -326,7 +326,7 @@ def test_fc_merge_updates_that_wait_for_the_line():
     receive(mux, frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)))
     mux.consumed(1, 131072, 0.0)
     mux.consumed(1, 131072, 0.0)
-    assert sent(mux) == [(WINDOW_UPDATE, 0, 1, 262144, b"")]
+    assert sent(mux)[0] == (WINDOW_UPDATE, 0, 1, 262144, b"")
 
 
 @pytest.mark.parametrize("kind", [WINDOW_UPDATE, DATA])
@@ -512,6 +512,20 @@ def test_fc_autotune_waits_until_a_round_trip_is_known():
     deliver(mux, INITIAL_WINDOW // 2, 0.0)
     mux.consumed(1, INITIAL_WINDOW // 2, 0.0)
     assert mux.window(1) == credit(mux) * 2 == INITIAL_WINDOW
+
+
+def test_fc_autotune_asks_for_the_round_trip_when_credit_is_given_again():
+    mux = acceptor()
+    for now, expected in ((0.0, [WINDOW_UPDATE]), (1.0, [WINDOW_UPDATE, PING])):
+        deliver(mux, INITIAL_WINDOW // 2, now)
+        mux.consumed(1, INITIAL_WINDOW // 2, now)
+        frames = sent(mux)
+        assert [got[0] for got in frames] == expected
+    receive(mux, frame(PING, ACK, 0, frames[1][3]), now=1.5)
+    assert mux.round_trip == 0.5
+    deliver(mux, INITIAL_WINDOW // 2, 2.0)
+    mux.consumed(1, INITIAL_WINDOW // 2, 2.0)
+    assert [got[:4] for got in sent(mux)] == [(WINDOW_UPDATE, 0, 1, 3 * INITIAL_WINDOW // 2)]
 
 
 def test_fc_autotune_wants_a_reader_that_keeps_up():
@@ -1052,6 +1066,17 @@ def test_ka_dead_peer_is_one_that_sends_nothing_after_a_ping(answered):
         ping(mux, now=20.0)
     with pytest.raises(SessionClosed, match="the peer sent nothing for 10 s"):
         mux.keep_alive(30.0)
+
+
+def test_ka_a_ping_for_another_reason_takes_no_time_from_the_peer():
+    mux = acceptor()
+    receive(mux, frame(PING, ACK, 0, 0), now=0.0)
+    mux.keep_alive(0.0)
+    receive(mux, frame(WINDOW_UPDATE, 0, 1, 0), now=5.0)
+    mux._ask(9.99)
+    mux.keep_alive(10.0)
+    with pytest.raises(SessionClosed, match="the peer sent nothing"):
+        mux.keep_alive(20.0)
 
 
 def test_ka_data_is_life_even_without_a_pong():

@@ -54,6 +54,43 @@ def test_process_may_have_as_many_descriptors_as_the_system_says():
     assert gotunnel.descriptor_limit() > 2
 
 
+def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gotunnel, "monotonic", lambda: clock[0])
+    said = []
+    handler = logging.Handler()
+    handler.addFilter(gotunnel.LogLimit())
+    handler.emit = lambda record: said.append(record.getMessage())
+    log = logging.Logger("test")
+    log.addHandler(handler)
+
+    def complain(number):
+        log.warning("visitor %d is 100%% wrong", number)
+
+    for number in range(3 * gotunnel.LOG_LINES):
+        complain(number)
+    log.warning("another kind")
+    assert len(said) == gotunnel.LOG_LINES + 1 and said[-1] == "another kind"
+    clock[0] = gotunnel.LOG_PERIOD
+    for number in range(2):
+        complain(number)
+    assert said[-2:] == [
+        f"visitor 0 is 100% wrong ({2 * gotunnel.LOG_LINES} more like it were dropped)",
+        "visitor 1 is 100% wrong",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "memory"), [("max", 8), (str(5 << 20), 5), (str(1 << 62), 8)])
+def test_memory_is_the_machines_or_less_if_a_container_has_less(
+    monkeypatch, tmp_path, limit, memory
+):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2048, "SC_PAGE_SIZE": 4096}.get)
+    path = tmp_path / "memory.max"
+    path.write_text(limit + "\n")
+    monkeypatch.setattr(gotunnel, "CGROUP_LIMITS", (str(tmp_path / "missing"), str(path)))
+    assert gotunnel.machine_memory() == memory << 20
+
+
 def test_room_is_for_so_many_of_whom_one_address_is_half():
     room = Room(4)
     assert [room.enter("a") for _ in range(3)] == [True, True, False]

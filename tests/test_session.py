@@ -510,6 +510,138 @@ def test_oc_flush_on_close_although_the_peer_talks():
         }
 
 
+# Limits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_a_peer_that_never_reads_a_stream_has_it_reset(monkeypatch, half_closed):
+    patience = "HALF_CLOSED_STALL_TIMEOUT" if half_closed else "STALL_TIMEOUT"
+    monkeypatch.setattr(gotunnel, patience, 0.05)
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        if half_closed:
+            peer.send(frame(WINDOW_UPDATE, FIN, 1))
+            assert stream.read(timeout=PATIENCE) == b""
+        with pytest.raises(StreamReset, match="the peer read nothing of it for 0.05 s"):
+            stream.write(bytes(INITIAL_WINDOW + 1))
+        assert peer.barrier()[-1] == (WINDOW_UPDATE, RST, 1, 0, b"")
+        assert tables(session) == NO_TABLES
+
+
+def test_a_peer_that_half_closes_while_it_does_not_read_has_less_time(monkeypatch):
+    monkeypatch.setattr(gotunnel, "HALF_CLOSED_STALL_TIMEOUT", 0.05)
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        writing = spawn(stream.write, bytes(INITIAL_WINDOW + 1))
+        wait_for_waiter(stream._writable)
+        peer.send(frame(WINDOW_UPDATE, FIN, 1))
+        with pytest.raises(StreamReset, match="read nothing"):
+            writing.result(PATIENCE)
+
+
+def test_a_peer_that_reads_slowly_is_not_one_that_never_reads(monkeypatch):
+    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 1)
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        writing = spawn(stream.write, bytes(INITIAL_WINDOW + 30))
+        for _ in range(30):
+            wait_for_waiter(stream._writable)
+            peer.socket.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                while peer.read():
+                    pass
+            peer.socket.settimeout(PATIENCE)
+            peer.send(frame(WINDOW_UPDATE, 0, 1, 1))
+        writing.result(PATIENCE)
+
+
+def hoarded(peer, session, number, count=INITIAL_WINDOW):
+    """A stream of which ``count`` bytes have come and nobody reads any."""
+    stream = accepted(peer, session, number)
+    peer.send(frame(DATA, 0, number, payload=bytes(count)))
+    return stream
+
+
+def test_the_stream_that_reads_least_is_given_up_when_memory_is_short(caplog):
+    memory = gotunnel.Memory(16 * MIB)  # of which a session may have 2 MiB unread
+    with raw_pair(memory=memory) as (peer, session):
+        few = hoarded(peer, session, 1, 1000)
+        hogs = [hoarded(peer, session, number) for number in (3, 5, 7, 9, 11, 13, 15)]
+        peer.barrier()
+        assert not any(stream._error for stream in hogs)
+        hogs.append(hoarded(peer, session, 17))
+        peer.barrier()
+        (victim,) = [stream for stream in hogs if stream._error]
+        with pytest.raises(StreamReset, match="too much of it was not read"):
+            victim.read()
+        assert len(few.read_exactly(1000, PATIENCE)) == 1000
+        assert "262144 bytes of it were not read" in caplog.text
+    assert memory.buffered == 0
+
+
+def test_a_session_that_holds_little_keeps_it_although_others_hold_too_much():
+    memory = gotunnel.Memory(16 * MIB)
+    memory.buffered = 5 * MIB  # the limit is 4
+    with raw_pair(memory=memory) as (peer, session):
+        streams = [hoarded(peer, session, number) for number in (1, 3, 5, 7)]
+        peer.barrier()
+        assert [len(stream.read_exactly(INITIAL_WINDOW, PATIENCE)) for stream in streams] == (
+            4 * [INITIAL_WINDOW]
+        )
+
+
+@pytest.mark.parametrize("end", ["read", "close", "reset", "peer", "session", "both ends finished"])
+def test_what_was_not_read_is_counted_no_more_after_the_end(end):
+    memory = gotunnel.Memory()
+    with raw_pair(memory=memory) as (peer, session):
+        stream = hoarded(peer, session, 1)
+        peer.barrier()
+        assert session._account._held == stream._unread == INITIAL_WINDOW
+        if end == "read":
+            stream.read_exactly(INITIAL_WINDOW, PATIENCE)
+        elif end == "close":
+            stream.close()
+        elif end == "reset":
+            stream.reset()
+        elif end == "peer":
+            peer.send(frame(WINDOW_UPDATE, RST, 1))
+            peer.barrier()
+        elif end == "session":
+            peer.close()
+            session.join(PATIENCE)
+            assert len(stream.read_exactly(INITIAL_WINDOW, PATIENCE)) == INITIAL_WINDOW
+        else:
+            stream.finish()
+            peer.send(frame(WINDOW_UPDATE, FIN, 1))
+            peer.barrier()
+            assert tables(session) == NO_TABLES and session._account._held == INITIAL_WINDOW
+            stream.close()
+        assert session._account._held == 0 or session.ended
+    assert memory.buffered == 0
+
+
+def test_many_tiny_pieces_that_nobody_reads_cost_hardly_more_than_they_hold():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        peer.send(*[frame(DATA, 0, 1, payload=b"%03d" % (n % 1000)) for n in range(20_000)])
+        peer.barrier()
+        assert len(stream._chunks) <= 3
+        assert stream.read_exactly(60_000, PATIENCE) == b"".join(
+            b"%03d" % (n % 1000) for n in range(20_000)
+        )
+
+
+@pytest.mark.skipif(gotunnel.NOTSENT_LOWAT is None, reason="only Linux has the option")
+def test_the_kernel_takes_little_that_it_cannot_send_at_once():
+    with session_pair("tcp") as (client, server):
+        for session in (client, server):
+            option = (socket.IPPROTO_TCP, gotunnel.NOTSENT_LOWAT)
+            assert session._duplex._socket.getsockopt(*option) == gotunnel.UNSENT
+
+
+# Finish and close --------------------------------------------------------------------------------
+
+
 def test_finish_wakes_a_writer():
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)

@@ -86,7 +86,6 @@ def resident():
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("only Linux tells how much memory is in use")
-    gc.collect()
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -244,8 +243,8 @@ def send_over_and_over(stream, block, times):
     stream.finish()
 
 
-def read_over_and_over(stream, block, whenever=lambda: None):
-    """Read to the end, calling ``whenever`` after each read; return how many bytes that were.
+def read_over_and_over(stream, block, on_read=lambda count: None):
+    """Read to the end, and return how many bytes that were; ``on_read`` is told so after each read.
 
     All of them must be those of the block, over and over.
     """
@@ -254,7 +253,7 @@ def read_over_and_over(stream, block, whenever=lambda: None):
         at = count % len(block)
         assert data == endless[at : at + len(data)], f"other bytes than were sent, behind {count}"
         count += len(data)
-        whenever()
+        on_read(count)
     return count
 
 
