@@ -132,8 +132,8 @@ OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
 MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
 SEND_BUFFER = 256 * 1024  # bytes of a stream that wait for the line; more would only add memory
-SEND_QUEUE = 8 * 1024 * 1024  # ... of all streams; beyond it each may only have its next frame here
-MAX_REPLIES = 8192  # pongs and resets that wait for the line: one read brings 5461 pings at most
+SEND_QUEUE = 8 * 1024 * 1024  # ... of all streams: beyond it each may have its next frame here
+MAX_REPLIES = 32 * 1024  # pongs and resets that wait for the line: one read may cause 21845
 FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data: fewer headers
 FRAME_SHARED = 16 * 1024  # ... when others wait too: what delays them is short
 LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
@@ -192,7 +192,8 @@ class _Flow:
     """What Mux knows of one stream."""
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "since", "queue",
-                 "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "alive")  # fmt: skip
+                 "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "discarding",
+                 "alive")  # fmt: skip
 
     def __init__(self, stream_id, window):
         self.id = stream_id
@@ -208,6 +209,7 @@ class _Flow:
         self.finishing = False  # a FIN waits behind the queue, or was sent
         self.sent_fin = False
         self.got_fin = False
+        self.discarding = False  # nobody wants what comes
         self.alive = True
 
 
@@ -215,9 +217,12 @@ class Memory:
     """What all sessions of a process may use for payload; each has an Account with it.
 
     ``buffered`` bytes are here, received and not used, or written and not sent. ``promised`` bytes
-    may come: by so much have windows grown. If there is too much of either, nobody is served
-    badly who holds little: windows begin and stay small, and the hogs lose a stream.
+    may come: by so much have windows grown. When there is much of either, windows begin and stay
+    small; and no session may ever buffer more than is left for all others, so who holds little
+    does not suffer from who holds much.
     """
+
+    FLOOR = START_WINDOW  # bytes that a session may buffer in any case
 
     def __init__(self, machine=1 << 32, lock=contextlib.nullcontext()):
         """``machine`` is the bytes that the process could use if it had nothing else to do;
@@ -233,8 +238,10 @@ class Memory:
         return self.buffered > self.limit // 2
 
     @property
-    def full(self) -> bool:
-        return self.buffered > self.limit
+    def share(self) -> int:
+        """Bytes that one session may buffer now: half of all for the first, of the rest for the
+        second, and so on."""
+        return max(self.limit - self.buffered, self.FLOOR)
 
 
 class Account:
@@ -304,7 +311,7 @@ class Mux:
         close."""
         if not INITIAL_WINDOW <= window <= MAX_WINDOW:
             raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_WINDOW}")
-        self._window = window
+        self._window = window  # where those of further streams begin
         self._largest = window  # of all windows that there have been
         self._max_streams = max_streams
         self._account = account or Account(Memory())
@@ -371,7 +378,10 @@ class Mux:
         flow = self._body_flow
         if flow is None or not flow.alive:
             return
-        events.append(Received(flow.id, piece))
+        if flow.discarding:
+            self.consumed(flow.id, len(piece), self._now)
+        else:
+            events.append(Received(flow.id, piece))
         if self._body_ends and not self._body_left:
             self._peer_finished(flow, events)
 
@@ -503,6 +513,10 @@ class Mux:
 
     # From us
 
+    def widen(self, window):
+        """Have further streams begin with a larger window: the peer has shown who it is."""
+        self._window = self._largest = max(window, self._largest)
+
     @property
     def may_open(self) -> bool:
         """Whether open() would stay within the opens that the peer has not answered."""
@@ -540,7 +554,7 @@ class Mux:
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing:
             return 0
-        crowded = self._queued >= SEND_QUEUE or self._account.memory.full
+        crowded = self._queued >= min(SEND_QUEUE, self._account.memory.share)
         most = FRAME_SHARED if crowded else SEND_BUFFER
         return max(0, min(flow.may_send, most - flow.queued))
 
@@ -608,8 +622,7 @@ class Mux:
         what it waits for. (Both sizes cancel each other out. Without the second factor, which is
         proposed for go-yamux in libp2p/go-yamux#137, windows on slower lines stop too early.)
         """
-        used, took = flow.owed, now - flow.since
-        unread = flow.window - flow.may_receive - used
+        used, took, unread = flow.owed, now - flow.since, self._unread(flow)
         if unread > flow.window // 2 or took > IDLE_WINDOW:
             less = min(used, flow.grown)
             flow.owed -= less
@@ -622,10 +635,23 @@ class Mux:
                 flow.owed += more
                 self._grow(flow, more)
 
+    def _unread(self, flow):
+        """Bytes of a stream that have come and were not used."""
+        on_way = self._body_left if self._body_flow is flow else 0  # of a frame, permitted as a whole
+        return flow.window - flow.may_receive - flow.owed - on_way
+
     def _grow(self, flow, count):
         flow.window += count
         flow.grown += count
         self._largest = max(self._largest, flow.window)
+
+    def discard(self, stream_id, now):
+        """Use at once what has come of a stream, and what will: nobody wants it, but the peer may
+        read only after it has got rid of it."""
+        flow = self._flows.get(stream_id)
+        if flow is not None:
+            flow.discarding = True
+            self.consumed(stream_id, self._unread(flow), now)
 
     def keep_alive(self, now):
         """Ping the peer; to be called each KEEP_ALIVE seconds.
@@ -652,6 +678,11 @@ class Mux:
     def open_streams(self) -> int:
         """Streams that are not over yet, of both sides."""
         return len(self._flows)
+
+    def unsent(self, stream_id) -> bool:
+        """Whether payload or the FIN of a stream waits for the line."""
+        flow = self._flows.get(stream_id)
+        return flow is not None and (flow.queued > 0 or flow.finishing and not flow.sent_fin)
 
     def knows(self, stream_id) -> bool:
         """Whether a stream is not over yet."""
@@ -971,7 +1002,8 @@ def read_data_header(read_exactly) -> str:
 # Above: bytes, events, frames. Below: threads and sockets.
 # =================================================================================================
 
-import heapq  # noqa: E402 (the half above must not need what follows)
+import functools  # noqa: E402 (the half above must not need what follows)
+import heapq  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import select  # noqa: E402
@@ -1422,12 +1454,13 @@ SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no
 READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
-LINGER_TIMEOUT = 30  # seconds that a closed stream waits for the peer's end before it is reset,
-#   and an opened one for accept(): Go ends the session when an open is not answered in 75
+ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset: Go ends its session in 75
+LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go's: a RST would
+#   cost a Go peer what it has received and its visitor not yet read
+SWEEP = 5  # seconds between looks for such streams
 STALL_TIMEOUT = 300  # seconds that a peer may read nothing of a stream that we write ...
 HALF_CLOSED_STALL_TIMEOUT = 60  # ... if it has ended its own side: a Go peer will never read on
 NOTHING = (b"", ())  # a batch of frames
-BUFFER_FLOOR = START_WINDOW  # bytes that a session may hold in any case: others may be the hogs
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
@@ -1458,9 +1491,9 @@ class Session:
             client=client, window=window, max_streams=max_streams, account=self._account
         )
         self._streams = {}  # id: Stream
+        self._over = set()  # streams of which both sides have said FIN, and some is unread
         self._unread = 0  # bytes that came for streams, and that nobody has read
-        self._lingering = {}  # id: (monotonic deadline, Stream) that are reset then, oldest first
-        self._linger_timer = False  # one runs: one is enough for all of them
+        self._expiring = {}  # id: (monotonic deadline, Stream) that are reset then
         self._arrived = collections.deque()  # streams for accept()
         self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
         self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
@@ -1469,17 +1502,27 @@ class Session:
         self._closing = None  # (reason, monotonic deadline) once close() was called
         self._timers = []  # heap of (monotonic time, number, function)
         self._timer_count = 0
-        self._farewells = []  # functions of streams that died, to be called without the lock
+        self._farewells = []  # functions to be called without the lock, of streams that died
         self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
         self._wake_send = self._wake_receive = None
 
+    def widen(self, window):
+        """Have further streams begin with a larger window: the peer has shown who it is."""
+        with self._lock:
+            self._mux.widen(window)
+
+    @property
+    def jammed(self) -> bool:
+        """Whether the peer, or the line, does not take what we have to send."""
+        return self._jammed
+
     # Streams
 
     def open(self, first=b"", timeout=None) -> "Stream":
-        """Open a stream; ``first`` bytes, at most INITIAL_WINDOW, leave together with its SYN.
+        """Open a stream; ``first`` bytes leave together with its SYN, if there is room for them.
 
-        Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, SessionClosed.
+        Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, ConnectionError.
         """
         deadline = Deadline(timeout)
         with self._lock:
@@ -1488,10 +1531,17 @@ class Session:
                 self._slot.wait(deadline.left())
             self._check_alive()
             stream = self._add_stream(self._mux.open(monotonic()))
+            room = self._mux.room(stream.id)
             if first:
-                self._mux.send(stream.id, first)
+                self._mux.send(stream.id, first[:room])
             batch = self._take_batch()
         self._send(batch)
+        if len(first) > room:
+            try:
+                stream.write(first[room:], deadline.left())
+            except OSError:
+                stream.reset()
+                raise
         return stream
 
     def accept(self, timeout=None) -> "Stream":
@@ -1502,7 +1552,7 @@ class Session:
                 self._arrival.wait(deadline.left())
             self._check_alive()
             stream = self._arrived.popleft()
-            self._lingering.pop(stream.id, None)
+            self._expiring.pop(stream.id, None)
             self._mux.accept(stream.id)
             batch = self._take_batch()
         self._send(batch)
@@ -1542,6 +1592,7 @@ class Session:
             raise SessionClosed("the session was closed before it started")
         self._duplex.limit_unsent(UNSENT)
         self.call_later(KEEP_ALIVE, self._keep_alive)
+        self.call_later(SWEEP, self._sweep)
         self._wake()  # something may have come already, in places where the selector does not look
         try:
             self._thread = spawn(f"demux {self.name}", self._run)
@@ -1624,28 +1675,29 @@ class Session:
         stream = self._streams.get(event.stream_id)
         if stream is None:
             return
-        if stream._discarding:  # but let the peer get rid of it: it may read only after that
-            self._mux.consumed(stream.id, len(event.payload), monotonic())
-            return
         put(stream._chunks, event.payload)
         self._count_unread(stream, len(event.payload))
         stream._readable.notify()
-        if self._unread > BUFFER_FLOOR:
-            self._make_room()
+        self._make_room()
 
     def _count_unread(self, stream, count):
         stream._unread += count
         self._unread += count
         self._account.hold(count)
+        if not stream._unread and stream in self._over:
+            self._over.discard(stream)
+            stream._on_death = None  # it has ended well
 
     def _make_room(self):
         """If there is too much that nobody reads, give up the stream that has most of it."""
-        memory = self._account.memory
-        if self._unread <= memory.limit // 2 and not memory.full:
+        if self._unread <= self._account.memory.share:
             return
-        worst = max(self._streams.values(), key=lambda stream: stream._unread)
-        log.warning("%s: stream %d is reset, %d bytes of it were not read and memory is short",
-                    self.name, worst.id, worst._unread)  # fmt: skip
+        streams = [*self._streams.values(), *self._over]
+        worst = max(streams, key=lambda stream: stream._unread)
+        self._farewells.append(functools.partial(
+            log.warning, "%s: stream %d is reset, %d bytes of it were not read and memory is short",
+            self.name, worst.id, worst._unread,
+        ))  # fmt: skip
         self._give_up(worst, "the stream was reset: too much of it was not read")
 
     def _on_opened(self, event):
@@ -1654,7 +1706,7 @@ class Session:
         stream = self._add_stream(event.stream_id)
         self._arrived.append(stream)
         self._arrival.notify()
-        self._reset_later(stream)
+        self._expire(stream, ACCEPT_TIMEOUT)
 
     def _on_finished(self, event):
         stream = self._streams.get(event.stream_id)
@@ -1669,6 +1721,8 @@ class Session:
         stream = self._forget(event.stream_id)
         if stream is not None:
             stream._die(StreamReset(event.reason, event.code))
+            if not stream._got_fin:  # else it is whole
+                stream._cut()
 
     def _on_writable(self, event):
         if event.stream_id in self._streams:  # not if both sides have finished
@@ -1701,15 +1755,18 @@ class Session:
     def _drop_if_over(self, stream):
         """Both sides have said FIN: only the stream's reader still knows it."""
         if stream._got_fin and stream._sent_fin:
-            stream._on_death = None  # it has ended well: nothing can cut it any more
             self._forget(stream.id)
             self._slot.notify()
+            if stream._unread:
+                self._over.add(stream)
+            else:
+                stream._on_death = None
 
     def _forget(self, stream_id):
         """Take a stream out of the tables; None if it was not there any more."""
-        waits = self._lingering.pop(stream_id, None) is not None
+        expires = self._expiring.pop(stream_id, None) is not None
         stream = self._streams.pop(stream_id, None)
-        if waits and stream in self._arrived:
+        if expires and stream in self._arrived:
             self._arrived.remove(stream)
         return stream
 
@@ -1720,6 +1777,7 @@ class Session:
             self._mux.reset(stream.id)
             self._slot.notify()
         stream._die(StreamReset(text))
+        stream._cut()
 
     # Sending
 
@@ -1780,11 +1838,8 @@ class Session:
         The function must not wait for anything.
         """
         with self._lock:
-            self._add_timer(delay, function)
-
-    def _add_timer(self, delay, function):
-        self._timer_count += 1
-        heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
+            self._timer_count += 1
+            heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
         if threading.current_thread() is not self._thread:
             self._wake()
 
@@ -1803,25 +1858,25 @@ class Session:
                 function = heapq.heappop(self._timers)[2]
             function()
 
-    def _reset_later(self, stream):
-        """Reset a stream in LINGER_TIMEOUT, unless it is over or accepted by then. Caller holds
-        the lock."""
-        if stream._is_known():
-            self._lingering[stream.id] = (monotonic() + LINGER_TIMEOUT, stream)
-            if not self._linger_timer:
-                self._linger_timer = True
-                self._add_timer(LINGER_TIMEOUT, self._end_lingering)
+    def _expire(self, stream, timeout):
+        """Reset a stream in ``timeout`` seconds, or a little later, unless it is over or accepted
+        by then. Caller holds the lock."""
+        self._expiring[stream.id] = (monotonic() + timeout, stream)
 
-    def _end_lingering(self):
+    def _sweep(self):
+        """Demultiplexer: reset what has expired."""
         with self._lock:
-            late = [s for at, s in self._lingering.values() if at <= monotonic()]
-        for stream in late:
-            stream.reset()
-        with self._lock:
-            oldest = next(iter(self._lingering.values()), None)
-            self._linger_timer = oldest is not None
-        if oldest is not None:
-            self.call_later(oldest[0] - monotonic(), self._end_lingering)
+            for deadline, stream in list(self._expiring.values()):
+                if deadline > monotonic():
+                    pass
+                elif self._mux.unsent(stream.id):  # the line is slow, and the peer is not to blame
+                    self._expire(stream, LINGER_TIMEOUT)
+                else:
+                    self._give_up(stream, "the stream was reset: nobody ended it")
+            batch = self._take_batch()
+        self._send(batch)
+        self._say_farewells()
+        self.call_later(SWEEP, self._sweep)
 
     def _keep_alive(self):
         """Demultiplexer: a peer that has vanished without a word is found out by silence."""
@@ -1879,7 +1934,10 @@ class Session:
             self.ended = reason or "closed"
             streams = list(self._streams.values())
             self._streams.clear()
-            self._lingering.clear()
+            self._expiring.clear()
+            for stream in self._over:
+                stream._on_death = None  # it has ended well, although not all was read yet
+            self._over.clear()
             self._arrived.clear()
             for stream in streams:
                 stream._die(SessionClosed(self.ended))
@@ -1942,9 +2000,6 @@ class Stream:
 
     def _die(self, error):
         self._error = error
-        if isinstance(error, StreamReset) and self._chunks:  # then what came is worth nothing
-            self._drop_chunks()
-            self._got_fin = False
         self._readable.notify_all()
         self._writable.notify_all()
         if self._on_death is not None:
@@ -1956,6 +2011,12 @@ class Stream:
             if isinstance(self._error, StreamReset):
                 raise StreamReset(str(self._error), self._error.code)
             raise SessionClosed(str(self._error))
+
+    def _cut(self):
+        """It will not be read to its end, so what has come is worth nothing."""
+        if self._chunks:
+            self._drop_chunks()
+            self._got_fin = False
 
     def _drop_chunks(self):
         self._session._count_unread(self, -self._unread)
@@ -2114,10 +2175,11 @@ class Stream:
         with self._lock:
             self._finish()
             self._discarding = True
-            self._consumed(self._unread)
             self._drop_chunks()
+            if self._is_known():
+                self._session._mux.discard(self.id, monotonic())
+                self._session._expire(self, LINGER_TIMEOUT)
             self._readable.notify_all()
-            self._session._reset_later(self)
             batch = self._session._take_batch()
         self._session._send(batch)
 
@@ -2142,11 +2204,11 @@ def relay(left, right):
 
 
 def pump(source, sink):
-    """Copy bytes one way, then half-close; reset both if either breaks."""
+    """Copy bytes one way, then half-close; reset both if either breaks, or does not read on."""
     try:
         while data := source.read():
-            sink.write(data)
-        sink.finish()
+            sink.write(data, STALL_TIMEOUT)
+        sink.finish(STALL_TIMEOUT)
     except (OSError, ValueError):  # ValueError: closed or finished by another thread
         source.reset()
         sink.reset()

@@ -39,7 +39,7 @@ from gotunnel import (
     spawn,
 )
 
-from .target import serve
+from .target import Targets, serve
 
 log = logging.getLogger("gotunnel.agent")
 
@@ -75,6 +75,7 @@ class Agent:
         self._session = None
         self._idle = threading.Condition()  # _running fell to 0
         self._running = 0  # data streams that have a worker
+        self._targets = Targets()
 
     def run(self):
         """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
@@ -111,6 +112,7 @@ class Agent:
             with self._idle:
                 self._idle.wait_for(lambda: not self._running or session.ended, DRAIN_TIMEOUT)
             session.close("the agent stops")
+        self._targets.reset()
 
     @property
     def _address(self):
@@ -172,7 +174,7 @@ class Agent:
 
     def _serve_stream(self, stream):
         try:
-            serve(stream, self._tunnels.get)
+            serve(stream, self._tunnels.get, self._targets)
         except Exception:
             log.exception("stream %d ends by a defect", stream.id)
             stream.reset()

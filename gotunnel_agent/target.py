@@ -14,6 +14,7 @@ import socket
 import threading
 
 from gotunnel import (
+    STALL_TIMEOUT,
     Duplex,
     NoThread,
     ProtocolError,
@@ -32,10 +33,42 @@ DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down
 UNREACHABLE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
 
-def serve(stream, find_tunnel):
+class Targets:
+    """The connections to targets that are open now, so that an agent that stops can end them."""
+
+    def __init__(self):
+        self._open = set()
+        self._over = False  # reset() was called
+        self._lock = threading.Lock()  # guards both
+
+    @contextlib.contextmanager
+    def hold(self, target):
+        """Have a target, a Duplex, among them for the length of a block, and close it."""
+        with self._lock:
+            self._open.add(target)
+            over = self._over
+        try:
+            if over:
+                target.reset()
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(target)
+            target.close()
+
+    def reset(self):
+        """Break all of them, and those that come."""
+        with self._lock:
+            self._over = True
+            for target in self._open:
+                target.reset()
+
+
+def serve(stream, find_tunnel, targets):
     """Serve one data stream to its end. Raises nothing: what goes wrong is logged.
 
-    ``find_tunnel(hostname)`` gives the tunnel that the configuration has for a hostname, or None.
+    ``find_tunnel(hostname)`` gives the tunnel that the configuration has for a hostname, or None;
+    ``targets`` are the agent's.
     """
     try:
         name = read_data_header(lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT))
@@ -56,14 +89,14 @@ def serve(stream, find_tunnel):
         refuse(stream, tunnel)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
-    try:
-        (exchange if tunnel.mode == "http" else relay)(stream, target)
-    except NoThread as error:
-        log.error("%s: %s", tunnel.hostname, error)
-        stream.reset()
-    finally:
-        target.close()
-        stream.close()
+    with targets.hold(target):
+        try:
+            (exchange if tunnel.mode == "http" else relay)(stream, target)
+        except NoThread as error:
+            log.error("%s: %s", tunnel.hostname, error)
+            stream.reset()
+        finally:
+            stream.close()
 
 
 def hostname_of(name: str) -> str:
@@ -88,7 +121,7 @@ def _ask(stream, target):
     with contextlib.suppress(OSError):
         while data := stream.read():
             try:
-                target.write(data)
+                target.write(data, STALL_TIMEOUT)
             except OSError:
                 break
         while stream.read():

@@ -191,14 +191,14 @@ class Tunnel:
         if not self.duplex.handshake():
             return self._park()
         # One stream: an agent opens the control stream and no other.
-        self._session = Session(
-            self.duplex, client=False, name=self.address[0], window=START_WINDOW, max_streams=1
-        )
+        self._session = Session(self.duplex, client=False, name=self.address[0], max_streams=1)
         self._step = self._read_registration
         return True
 
     def _read_registration(self):
         self._session.turn()
+        if self._session.jammed:  # there is next to nothing that it has to read so far
+            raise ProtocolError("the agent does not read its answers")
         if self._control is None and self._session.arrived:
             self._control = self._session.accept()
         message = self._control and next(iter(self._messages()), None)
@@ -246,6 +246,7 @@ class Tunnel:
         session = self._session
         session.on_end = self._ended
         session.on_leave = self._leaving
+        session.widen(START_WINDOW)
         session.call_later(BEAT, self._beat)
         # The ack is on its way before the demultiplexer reads on: a Go agent loses what comes in
         # the same read.

@@ -375,6 +375,20 @@ def test_stop_lets_running_visits_finish(gateway, tmp_path, origin):
         assert not stopping.is_alive()
 
 
+def test_stop_ends_visits_whose_target_does_not_read(gateway, tmp_path, origin, monkeypatch):
+    monkeypatch.setattr(agent_module, "DRAIN_TIMEOUT", 0.1)
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}) as agent:
+        gateway.meet()
+        stream = gateway.open(RAW)
+        with origin.accept() as target:
+            target.finish()
+            assert stream.read(timeout=TIMEOUT) == b""
+            with contextlib.suppress(TimeoutError):  # until all buffers on the way are full
+                while True:
+                    stream.write(bytes(64 * 1024), timeout=1)
+            agent.stop()  # its threads have ended too, or the next line would fail
+
+
 # Real gateways -----------------------------------------------------------------------------------
 
 

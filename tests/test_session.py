@@ -386,7 +386,7 @@ def test_oc_out_of_order_keeps_old_and_new_apart(use):
             old.read_exactly(INITIAL_WINDOW, PATIENCE)
         else:
             getattr(old, use)()
-        assert peer.barrier() == [] and not session._lingering
+        assert peer.barrier() == [] and not session._expiring
         new.write(b"alive")
         assert peer.read() == (DATA, 0, 5, 5, b"alive")
 
@@ -442,6 +442,7 @@ def test_oc_fin_once(peer_first):
 
 def test_oc_close_linger_ends_a_peer_that_does_not(monkeypatch):
     monkeypatch.setattr(gotunnel, "LINGER_TIMEOUT", 0.05)
+    monkeypatch.setattr(gotunnel, "SWEEP", 0.01)
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         stream.write(b"earlier data")
@@ -455,8 +456,41 @@ def test_oc_close_linger_ends_a_peer_that_does_not(monkeypatch):
             stream.write(b"x")
 
 
+def test_oc_close_linger_begins_when_the_line_has_taken_everything(monkeypatch):
+    monkeypatch.setattr(gotunnel, "LINGER_TIMEOUT", 0.05)
+    monkeypatch.setattr(gotunnel, "SWEEP", 0.01)
+    numbers = range(1, 21, 2)
+    with raw_pair() as (peer, session):
+        for stream in [accepted(peer, session, number) for number in numbers]:
+            stream.write(noise(100_000, stream.id))
+            stream.close()
+        wait_until(lambda: session._jammed)
+        waiting = dict(session._expiring)
+        # Each that has not left is given its time anew, however often that has gone by.
+        wait_until(lambda: session._expiring and waiting.items().isdisjoint(session._expiring.items()))
+        received = dict.fromkeys(numbers, b"")
+        finished = set()
+        while finished != set(numbers):
+            _, flags, number, _, payload = peer.read()
+            received[number] += payload
+            if flags & FIN:
+                assert digest(received[number]) == digest(noise(100_000, number))
+                finished.add(number)
+
+
+def test_a_reset_behind_the_end_costs_nothing():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        peer.send(frame(DATA, FIN, 1, payload=b"all of it"), frame(WINDOW_UPDATE, RST, 1))
+        peer.barrier()
+        assert (stream.read(4), stream.read(), stream.read()) == (b"all ", b"of it", b"")
+        with pytest.raises(StreamReset):
+            stream.write(b"x")
+
+
 def test_oc_close_linger_looks_after_each_stream(monkeypatch):
     monkeypatch.setattr(gotunnel, "LINGER_TIMEOUT", 0.05)
+    monkeypatch.setattr(gotunnel, "SWEEP", 0.01)
     with raw_pair() as (peer, session):
         streams = [accepted(peer, session, number) for number in (1, 3, 5)]
         streams[0].close()
@@ -464,7 +498,7 @@ def test_oc_close_linger_looks_after_each_stream(monkeypatch):
         peer.send(frame(WINDOW_UPDATE, FIN, 1))
         headers = [peer.read()[:3] for _ in range(3)]
         assert [got[1:] for got in headers] == [(FIN, 1), (FIN, 3), (RST, 3)]
-        streams[2].close()  # the first timer has gone: this one needs its own
+        streams[2].close()  # later than the first ones
         assert [peer.read()[1:3] for _ in range(2)] == [(FIN, 5), (RST, 5)]
 
 
@@ -563,7 +597,7 @@ def hoarded(peer, session, number, count=INITIAL_WINDOW):
 
 
 def test_the_stream_that_reads_least_is_given_up_when_memory_is_short(caplog):
-    memory = gotunnel.Memory(16 * MIB)  # of which a session may have 2 MiB unread
+    memory = gotunnel.Memory(16 * MIB)  # of which the first session may have 2 MiB unread
     with raw_pair(memory=memory) as (peer, session):
         few = hoarded(peer, session, 1, 1000)
         hogs = [hoarded(peer, session, number) for number in (3, 5, 7, 9, 11, 13, 15)]
@@ -579,9 +613,65 @@ def test_the_stream_that_reads_least_is_given_up_when_memory_is_short(caplog):
     assert memory.buffered == 0
 
 
+def test_a_stream_that_both_sides_have_finished_is_given_up_like_any_other():
+    memory = gotunnel.Memory(8 * MIB)  # of which the first session may have 1 MiB unread
+    with raw_pair(memory=memory) as (peer, session):
+        over, told = hoarded(peer, session, 1), []
+        others = [hoarded(peer, session, number, INITIAL_WINDOW - 1) for number in (3, 5, 7)]
+        over.on_death(lambda: told.append("cut"))
+        over.finish()
+        peer.send(frame(WINDOW_UPDATE, FIN, 1))
+        peer.barrier()
+        assert tables(session)[0] == 3 and told == []
+        small = hoarded(peer, session, 9, 200_000)
+        peer.barrier()
+        assert told == ["cut"] and not any(stream._error for stream in (*others, small))
+        with pytest.raises(StreamReset, match="too much of it was not read"):
+            over.read()
+
+
+@pytest.mark.parametrize("how", ["read", "session"])
+def test_what_both_sides_have_finished_is_whole_also_when_the_session_ends_before_it_is_read(how):
+    with raw_pair() as (peer, session):
+        stream, told = accepted(peer, session), []
+        stream.on_death(lambda: told.append("cut"))
+        stream.finish()
+        peer.send(frame(DATA, FIN, 1, payload=b"all of it"))
+        peer.barrier()
+        if how == "session":
+            peer.close()
+            session.join(PATIENCE)
+        assert (stream.read(), stream.read()) == (b"all of it", b"")
+        stream.reset()  # as a relay does if its other end breaks
+        assert told == [] and not session._over
+
+
+def test_open_sends_what_there_is_no_room_for_later():
+    with raw_pair(client=True) as (peer, session):
+        first = noise(2 * INITIAL_WINDOW)
+        opening = spawn(session.open, first, PATIENCE)
+        assert peer.read() == (WINDOW_UPDATE, SYN, 1, 0, b"")
+        received = b""
+        while len(received) < len(first):
+            payload = peer.read()[4]
+            received += payload
+            peer.send(frame(WINDOW_UPDATE, 0, 1, len(payload)))
+        assert digest(received) == digest(first)
+        assert opening.result(PATIENCE).id == 1
+
+
+def test_open_that_cannot_send_what_it_should_leaves_no_stream(monkeypatch):
+    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 0.05)
+    with raw_pair(client=True) as (peer, session):
+        for timeout, error in ((None, StreamReset), (0.05, TimeoutError)):
+            with pytest.raises(error):
+                session.open(bytes(INITIAL_WINDOW + 1), timeout)
+        assert tables(session) == NO_TABLES
+
+
 def test_a_session_that_holds_little_keeps_it_although_others_hold_too_much():
     memory = gotunnel.Memory(16 * MIB)
-    memory.buffered = 5 * MIB  # the limit is 4
+    memory.buffered = 3 * MIB  # of 4
     with raw_pair(memory=memory) as (peer, session):
         streams = [hoarded(peer, session, number) for number in (1, 3, 5, 7)]
         peer.barrier()
@@ -1216,7 +1306,7 @@ def test_ho_ping_flood_ends_the_session(monkeypatch):
         assert len(session._mux._replies) <= gotunnel.MAX_REPLIES
         peer.close()
         session.join(PATIENCE)
-        assert "the peer does not read its 8192 answers" in session.ended
+        assert "the peer does not read its 32768 answers" in session.ended
 
 
 def test_ho_syn_rst_churn_does_not_clog_the_queue():

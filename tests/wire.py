@@ -187,7 +187,7 @@ def sessions(request):
 
 def tables(session):
     """What a session remembers of streams: (streams, lingering, arrived, the Mux's flows)."""
-    return (len(session._streams), len(session._lingering), len(session._arrived),
+    return (len(session._streams), len(session._expiring), len(session._arrived),
             session._mux.open_streams)  # fmt: skip
 
 
