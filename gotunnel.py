@@ -637,7 +637,8 @@ class Mux:
 
     def _unread(self, flow):
         """Bytes of a stream that have come and were not used."""
-        on_way = self._body_left if self._body_flow is flow else 0  # of a frame, permitted as a whole
+        # A frame is debited when its header has come.
+        on_way = self._body_left if self._body_flow is flow else 0
         return flow.window - flow.may_receive - flow.owed - on_way
 
     def _grow(self, flow, count):
@@ -660,7 +661,7 @@ class Mux:
         a pong may have to wait behind much payload.
         """
         if self._watched_at is not None and self._now < self._watched_at:
-            raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, and no answer to a ping")
+            raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, also no pong")
         self._watched_at = now
         self._ask(now)
 
@@ -1078,6 +1079,7 @@ class Deadline:
 
 # Duplex: one connection, two threads -------------------------------------------------------------
 
+STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
 READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one visit
 TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
 TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
@@ -1343,7 +1345,7 @@ class Duplex:
             self._socket.shutdown(socket.SHUT_WR)
         return True
 
-    def write(self, data: bytes, timeout=None):
+    def write(self, data: bytes, timeout=STALL_TIMEOUT):
         """Send all of it, waiting for the kernel. Raises TimeoutError if it takes none of it for
         ``timeout`` seconds: the peer has stopped reading."""
         done = self.send(data)
@@ -1365,7 +1367,7 @@ class Duplex:
 
     # Ending
 
-    def finish(self, timeout=None):
+    def finish(self, timeout=STALL_TIMEOUT):
         """Half-close: no more bytes from us, the peer's may still come. Writer only."""
         if self._finished:
             return
@@ -1433,6 +1435,10 @@ class Duplex:
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
 
 
+# What a container is allowed, in the two versions of Linux's control groups.
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def machine_memory() -> int:
     """Bytes of memory that this process can have: the machine's, or its container's if that is
     less; 1 GiB if nobody knows."""
@@ -1446,20 +1452,18 @@ def machine_memory() -> int:
     return min(sizes, default=1 << 30)
 
 
-# What a container is allowed, in the two versions of Linux's control groups.
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
 
 SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no longer than this
 READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
-ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset: Go ends its session in 75
-LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go's: a RST would
-#   cost a Go peer what it has received and its visitor not yet read
+ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
+LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
+# would cost a Go peer what it has received and its visitor has not yet read
 SWEEP = 5  # seconds between looks for such streams
-STALL_TIMEOUT = 300  # seconds that a peer may read nothing of a stream that we write ...
-HALF_CLOSED_STALL_TIMEOUT = 60  # ... if it has ended its own side: a Go peer will never read on
+HALF_CLOSED_STALL_TIMEOUT = 60  # STALL_TIMEOUT of a Stream whose peer has ended its own side: if
+# it is Go's, it will never read on
 NOTHING = (b"", ())  # a batch of frames
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
@@ -2207,8 +2211,8 @@ def pump(source, sink):
     """Copy bytes one way, then half-close; reset both if either breaks, or does not read on."""
     try:
         while data := source.read():
-            sink.write(data, STALL_TIMEOUT)
-        sink.finish(STALL_TIMEOUT)
+            sink.write(data)
+        sink.finish()
     except (OSError, ValueError):  # ValueError: closed or finished by another thread
         source.reset()
         sink.reset()
@@ -2288,7 +2292,9 @@ def set_up_process(log_level):
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(LogLimit())
     logging.basicConfig(
-        handlers=[handler], level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(message)s"
+        handlers=[handler],
+        level=log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
     )
     logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
     if resource is not None:

@@ -14,7 +14,6 @@ import socket
 import threading
 
 from gotunnel import (
-    STALL_TIMEOUT,
     Duplex,
     NoThread,
     ProtocolError,
@@ -121,7 +120,7 @@ def _ask(stream, target):
     with contextlib.suppress(OSError):
         while data := stream.read():
             try:
-                target.write(data, STALL_TIMEOUT)
+                target.write(data)
             except OSError:
                 break
         while stream.read():

@@ -237,7 +237,8 @@ def test_fr_bad_version_and_fr_bad_type(data, sentence):
 @pytest.mark.parametrize("length", [0xFFFFFFFF, INITIAL_WINDOW + 1])
 def test_fr_huge_length_is_refused_by_its_header(stream_id, length):
     mux = acceptor()  # it knows stream 1, not 3
-    with pytest.raises(ProtocolError, match=f"{length} bytes in a frame, our largest window is 262144"):
+    sentence = f"{length} bytes in a frame, our largest window is 262144"
+    with pytest.raises(ProtocolError, match=sentence):
         receive(mux, frame(DATA, 0, stream_id, length))
 
 

@@ -465,9 +465,9 @@ def test_oc_close_linger_begins_when_the_line_has_taken_everything(monkeypatch):
             stream.write(noise(100_000, stream.id))
             stream.close()
         wait_until(lambda: session._jammed)
-        waiting = dict(session._expiring)
+        first = dict(session._expiring).items()
         # Each that has not left is given its time anew, however often that has gone by.
-        wait_until(lambda: session._expiring and waiting.items().isdisjoint(session._expiring.items()))
+        wait_until(lambda: session._expiring and first.isdisjoint(session._expiring.items()))
         received = dict.fromkeys(numbers, b"")
         finished = set()
         while finished != set(numbers):

@@ -5,8 +5,9 @@
 
 They are joined as a gateway and its agent are: TLS with a certificate of the local CA (in FOLDER),
 the agent dials, is yamux's client and opens one stream, the gateway opens all others; each stays
-on the CPU that such a process takes. The gateway end measures. What it wants of a stream stands in the stream's
-first bytes, and the agent end does it: echo, send, count, or tell how large its process is.
+on the CPU that such a process takes. The gateway end measures. What it wants of a stream stands in
+the stream's first bytes, and the agent end does it: echo, send, count, or tell how large its
+process is.
 
 bench.py starts them with the repository on PYTHONPATH.
 """
