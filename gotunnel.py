@@ -126,7 +126,6 @@ INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Fl
 START_WINDOW = 4 * INITIAL_WINDOW  # where a peer that we know begins: 1 MiB fills 20 MB/s at 50 ms
 MAX_WINDOW = 32 * 1024 * 1024  # where windows stop to grow: 160 MB/s at 200 ms, more than we do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes by which all windows of a session may have grown
-MIN_ROUND_TRIP = 0.001  # seconds; below it, threads take longer than the line
 IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
 OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
@@ -618,9 +617,8 @@ class Mux:
 
         It shrinks, by keeping credit back, if it is not needed: its bytes lie here and wait for a
         slow reader, or hardly any come. Otherwise it doubles if half of it was used in less than
-        4 round trips, times its size in INITIAL_WINDOWs: then the line, and not the reader, is
-        what it waits for. (Both sizes cancel each other out. Without the second factor, which is
-        proposed for go-yamux in libp2p/go-yamux#137, windows on slower lines stop too early.)
+        two round trips, until it is four times what the line holds. More would only make the
+        queues longer that everything waits in.
         """
         used, took, unread = flow.owed, now - flow.since, self._unread(flow)
         if unread > flow.window // 2 or took > IDLE_WINDOW:
@@ -630,7 +628,7 @@ class Mux:
             self._account.take_back(less)
         elif unread <= flow.window // 4 and self.round_trip is not None:
             more = min(flow.window, MAX_WINDOW - flow.window)
-            quick = took * INITIAL_WINDOW < 8 * max(self.round_trip, MIN_ROUND_TRIP) * used
+            quick = took * (flow.window / 2) < 2 * self.round_trip * used
             if quick and more and self._account.promise(more):
                 flow.owed += more
                 self._grow(flow, more)

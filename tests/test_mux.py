@@ -500,7 +500,7 @@ def grow(mux, window, stream_id=1):
 @pytest.mark.parametrize(("ratio", "grows"), [(0.99, True), (1.01, False)])
 def test_fc_autotune_doubles_a_window_of_which_half_is_used_in_time(window, ratio, grows):
     mux = reading(window)
-    in_time = 4 * ROUND_TRIP * window / INITIAL_WINDOW
+    in_time = 2 * ROUND_TRIP
     deliver(mux, window // 2, now=100.0)
     assert mux.consumed(1, window // 2, 100.0 + in_time * ratio)
     assert mux.window(1) == (2 * window if grows else window)
@@ -523,8 +523,8 @@ def test_fc_autotune_asks_for_the_round_trip_when_credit_is_given_again():
         assert [got[0] for got in frames] == expected
     receive(mux, frame(PING, ACK, 0, frames[1][3]), now=1.5)
     assert mux.round_trip == 0.5
-    deliver(mux, INITIAL_WINDOW // 2, 2.0)
-    mux.consumed(1, INITIAL_WINDOW // 2, 2.0)
+    deliver(mux, INITIAL_WINDOW // 2, 1.5)
+    mux.consumed(1, INITIAL_WINDOW // 2, 1.5)
     assert [got[:4] for got in sent(mux)] == [(WINDOW_UPDATE, 0, 1, 3 * INITIAL_WINDOW // 2)]
 
 

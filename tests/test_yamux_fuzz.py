@@ -109,14 +109,16 @@ class Fuzzed:
         self.client = rng.random() < 0.5
         self.opens = rng.random() < 0.7  # who opens no stream learns the round trip by pings
         self.max_streams = rng.choice((4, 30))
-        window = rng.choice((INITIAL_WINDOW, 300_000, MIB))
+        self.window = rng.choice((INITIAL_WINDOW, 300_000, MIB))  # where ours begin
         self.account = Account(self.memory)
         self.mux = Mux(
-            client=self.client, window=window, max_streams=self.max_streams, account=self.account
-        )
+            client=self.client, window=self.window, max_streams=self.max_streams,
+            account=self.account,
+        )  # fmt: skip
         self.next_id = 2 if self.client else 1  # of the peer
         self.unread = {}  # stream id: bytes that were handed out and not consumed
         self.ours = set()  # ids of streams that we may use: accepted ones, and those we opened
+        self.discarded = set()  # ids of which we want nothing more
         self.finished = set()  # ids whose Finished has come
         self.own_control = 0  # frames that our user caused, at most, in the queues for control
         self.on_way = b""  # what the peer has sent and the Mux not got yet
@@ -213,7 +215,7 @@ class Fuzzed:
                 self.forget(number)
                 self.unread[number] = 0
             elif isinstance(event, Received):
-                assert event.payload and number not in self.finished
+                assert event.payload and number not in self.finished | self.discarded
                 self.unread[number] += len(event.payload)
             elif isinstance(event, Finished):
                 assert number in self.unread and number not in self.finished
@@ -226,8 +228,8 @@ class Fuzzed:
 
     def forget(self, number):
         self.unread.pop(number, None)
-        self.ours.discard(number)
-        self.finished.discard(number)
+        for numbers in (self.ours, self.discarded, self.finished):
+            numbers.discard(number)
 
     # Our user
 
@@ -258,6 +260,14 @@ class Fuzzed:
             mux.reset(number)
             self.own_control += 1
             self.forget(number)
+        elif move < 0.67:
+            mux.discard(number, self.now)
+            if number in self.unread:
+                self.unread[number] = 0
+                self.discarded.add(number)
+        elif move < 0.672:
+            self.window = max(self.window, rng.choice((400_000, MIB)))
+            mux.widen(self.window)
         elif move < 0.97:
             count = self.unread.get(number, 0)
             count = rng.choice((0, count, count, rng.randint(0, count)))
@@ -330,8 +340,8 @@ class Fuzzed:
         assert memory.promised <= min(gotunnel.SESSION_GROWTH, memory.limit // 2)
         assert set(self.finished) <= set(self.unread)
         for flow in flows:
-            assert INITIAL_WINDOW <= flow.window - flow.grown <= mux.window(flow.id)
-            assert flow.window <= gotunnel.MAX_WINDOW
+            assert INITIAL_WINDOW <= flow.window - flow.grown <= self.window
+            assert flow.window == mux.window(flow.id) <= gotunnel.MAX_WINDOW
             coming = mux._body_left if mux._body_flow is flow else 0
             held = flow.window - flow.may_receive - flow.owed - coming
             # What the peer has used of a window lies here, or on its way: no byte is lost.
