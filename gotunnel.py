@@ -139,6 +139,8 @@ LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
 KEEP_ALIVE = 10  # seconds between pings, and until a peer that sends nothing after one is gone
 RESETS = 128 * 1024  # streams that the peer may open and reset in one go, and how many more ...
 RESETS_A_SECOND = 2000  # ... in the long run: beyond it, it only wants us to work (CVE-2023-44487)
+DISCARD_LIMIT = 1 << 30  # bytes that a peer may send to a stream that was closed: Go's gateway
+# sends the whole of a request before it looks at the answer
 SMALL = 1024  # bytes; what is smaller is joined, since an object costs more than it holds
 
 
@@ -192,7 +194,7 @@ class _Flow:
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "since", "queue",
                  "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "discarding",
-                 "alive")  # fmt: skip
+                 "discarded", "alive")  # fmt: skip
 
     def __init__(self, stream_id, window):
         self.id = stream_id
@@ -209,6 +211,7 @@ class _Flow:
         self.sent_fin = False
         self.got_fin = False
         self.discarding = False  # nobody wants what comes
+        self.discarded = 0  # bytes of it that came
         self.alive = True
 
 
@@ -378,11 +381,19 @@ class Mux:
         if flow is None or not flow.alive:
             return
         if flow.discarding:
-            self.consumed(flow.id, len(piece), self._now)
+            self._discard(flow, len(piece), events)
         else:
             events.append(Received(flow.id, piece))
         if self._body_ends and not self._body_left:
             self._peer_finished(flow, events)
+
+    def _discard(self, flow, count, events):
+        flow.discarded += count
+        if flow.discarded <= DISCARD_LIMIT:
+            self.consumed(flow.id, count, self._now)
+        else:
+            self.reset(flow.id)
+            events.append(WasReset(flow.id, 0, "the peer would not end a stream that was closed"))
 
     def _take_header(self, header, events):
         if header.type == DATA:
@@ -514,7 +525,7 @@ class Mux:
 
     def widen(self, window):
         """Have further streams begin with a larger window: the peer has shown who it is."""
-        self._window = self._largest = max(window, self._largest)
+        self._window, self._largest = window, max(window, self._largest)
 
     @property
     def may_open(self) -> bool:
@@ -626,7 +637,7 @@ class Mux:
             flow.owed -= less
             self._grow(flow, -less)
             self._account.take_back(less)
-        elif unread <= flow.window // 4 and self.round_trip is not None:
+        elif unread <= flow.window // 4 and not flow.discarding and self.round_trip is not None:
             more = min(flow.window, MAX_WINDOW - flow.window)
             quick = took * (flow.window / 2) < 2 * self.round_trip * used
             if quick and more and self._account.promise(more):
@@ -1147,7 +1158,7 @@ class Duplex:
     @property
     def pending(self) -> bool:
         """Whether receive() has something although the socket may be silent."""
-        if self._unread or self._at_end:
+        if self._unread or self._at_end or self._tls_at_end:
             return True
         if self._tls is None:
             return False
@@ -1397,14 +1408,14 @@ class Duplex:
     def stop(self):
         """End both directions: whoever reads or writes wakes up. What the kernel has taken still
         goes out. Any thread; the owner still calls close()."""
-        with contextlib.suppress(OSError):  # ended already, which was the goal
+        with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def reset(self):
         """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
         takes what it has got for all there was."""
         self._broken = True
-        with contextlib.suppress(OSError):  # closed already
+        with contextlib.suppress(OSError), self._send_lock:  # closed already
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             # A FIN would look like an end, and shutting down the reading side sends none. It does
             # not wake a writer; but one that waits does so behind bytes that a FIN does not pass.
@@ -1452,7 +1463,7 @@ def machine_memory() -> int:
 
 PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
 
-SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits no longer than this
+SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits for them and UNSENT
 READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
@@ -1460,8 +1471,6 @@ ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's
 LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
 # would cost a Go peer what it has received and its visitor has not yet read
 SWEEP = 5  # seconds between looks for such streams
-HALF_CLOSED_STALL_TIMEOUT = 60  # STALL_TIMEOUT of a Stream whose peer has ended its own side: if
-# it is Go's, it will never read on
 NOTHING = (b"", ())  # a batch of frames
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
@@ -1485,7 +1494,8 @@ class Session:
         self.name = name
         self.ended = ""  # why the session is over; "" while it lives
         self.on_leave = None  # called once, by the demultiplexer, when the peer sent GO_AWAY
-        self.on_end = None  # called once when the session is over, all streams dead
+        self.on_end = None  # called once when the session is over, all streams dead ...
+        self.on_close = None  # ... and once when its connection is closed
         self._duplex = duplex
         self._lock = threading.Lock()
         self._account = Account(memory or PROCESS_MEMORY)
@@ -1493,7 +1503,7 @@ class Session:
             client=client, window=window, max_streams=max_streams, account=self._account
         )
         self._streams = {}  # id: Stream
-        self._over = set()  # streams of which both sides have said FIN, and some is unread
+        self._over = set()  # streams that came whole and are over, but not read to their end
         self._unread = 0  # bytes that came for streams, and that nobody has read
         self._expiring = {}  # id: (monotonic deadline, Stream) that are reset then
         self._arrived = collections.deque()  # streams for accept()
@@ -1657,7 +1667,7 @@ class Session:
             self._send(batch)
             if self._farewells:
                 self._say_farewells()
-            if len(data) < READ_BATCH:
+            if len(data) < READ_BATCH and not self._duplex.pending:
                 break  # that was all
         else:
             self._wake()  # there may be more, in places where the selector does not look
@@ -1666,10 +1676,10 @@ class Session:
             leave()
 
     def _wake(self):
-        if self._wake_send is not None:
-            # Full means that a wake-up is on its way; closed, that there is nobody to wake.
-            with contextlib.suppress(OSError):
-                self._wake_send.send(b"\0")
+        with self._lock:
+            if self._wake_send is not None:
+                with contextlib.suppress(BlockingIOError):  # full: one is on its way
+                    self._wake_send.send(b"\0")
 
     # What the Mux says; caller holds the lock. A stream may be gone since it said so (_make_room).
 
@@ -1715,16 +1725,22 @@ class Session:
         if stream is not None:
             stream._got_fin = True
             stream._readable.notify()
-            stream._writable.notify()  # it waits less long for such a peer
             self._drop_if_over(stream)
 
     def _on_was_reset(self, event):
         self._slot.notify()
+        unaccepted = event.stream_id in self._expiring
         stream = self._forget(event.stream_id)
-        if stream is not None:
-            stream._die(StreamReset(event.reason, event.code))
-            if not stream._got_fin:  # else it is whole
-                stream._cut()
+        if stream is None:
+            return
+        error = StreamReset(event.reason, event.code)
+        # If it came whole, its reader may take its time.
+        if stream._got_fin and stream._unread and not unaccepted:
+            stream._fail(error)
+            self._over.add(stream)
+        else:
+            stream._die(error)
+            stream._cut()
 
     def _on_writable(self, event):
         if event.stream_id in self._streams:  # not if both sides have finished
@@ -1804,6 +1820,9 @@ class Session:
                 if not self.ended:
                     self._duplex.reset()  # the demultiplexer finds out, and knows how to end
                 return
+            except BaseException:  # no memory, for example: what is lost here cannot be repaired
+                self._duplex.reset()
+                raise
             if not done:
                 self._jammed = True
                 self._wake()
@@ -1950,17 +1969,21 @@ class Session:
             self._slot.notify_all()
             self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
+            wakers = (self._wake_receive, self._wake_send)
+            self._wake_send = None
         self._say_farewells()
         if strays:
             log.debug("%s: %d frames were for streams that nobody knew", self.name, strays)
+        if self.on_end is not None:
+            self.on_end()
         if farewell is not None:
             self._hang_up(farewell)
         self._duplex.close()
-        for end in (self._wake_receive, self._wake_send):
+        for end in wakers:
             if end is not None:
                 end.close()
-        if self.on_end is not None:
-            self.on_end()
+        if self.on_close is not None:
+            self.on_close()
 
     def _hang_up(self, farewell):
         """Half-close, and read on until the peer has hung up too. Closing with input unread, or
@@ -2000,10 +2023,13 @@ class Stream:
 
     # Called by the session, which holds the lock
 
-    def _die(self, error):
+    def _fail(self, error):
         self._error = error
         self._readable.notify_all()
         self._writable.notify_all()
+
+    def _die(self, error):
+        self._fail(error)
         if self._on_death is not None:
             self._session._farewells.append(self._on_death)
 
@@ -2108,18 +2134,14 @@ class Stream:
             except TimeoutError:
                 if timeout is not None:
                     raise
-                text = f"the stream was reset: the peer read nothing of it for {self._patience} s"
+                text = f"the stream was reset: the peer read nothing of it for {STALL_TIMEOUT} s"
                 self.reset(text)
                 raise StreamReset(text) from None
-
-    @property
-    def _patience(self):
-        return HALF_CLOSED_STALL_TIMEOUT if self._got_fin else STALL_TIMEOUT
 
     def _write_some(self, data, timeout):
         """Commit what there is room for, and return the rest."""
         session, mux = self._session, self._session._mux
-        began = monotonic()
+        deadline = Deadline(STALL_TIMEOUT if timeout is None else timeout)
         with self._lock:
             while True:
                 self._check()
@@ -2130,10 +2152,7 @@ class Stream:
                 room = mux.room(self.id)
                 if room > 0:
                     break
-                left = began + (self._patience if timeout is None else timeout) - monotonic()
-                if left <= 0:
-                    raise TimeoutError("timed out")
-                self._writable.wait(left)
+                self._writable.wait(deadline.left())
             if room >= len(data):
                 mux.send(self.id, data)
                 data = b""
@@ -2145,7 +2164,7 @@ class Stream:
         session._send(batch)
         return data
 
-    def finish(self, timeout=None):
+    def finish(self):
         """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:
             self._finish()
@@ -2163,6 +2182,7 @@ class Stream:
         """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why."""
         with self._lock:
             if self._error is not None:
+                self._cut()
                 return
             self._session._give_up(self, text)
         self._session._flush()

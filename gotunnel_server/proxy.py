@@ -17,7 +17,7 @@ import logging
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
-from gotunnel import Deadline, NoThread, SessionClosed, spawn
+from gotunnel import Deadline, NoThread, spawn
 
 from . import http1, pages
 from .http1 import Malformed
@@ -332,7 +332,7 @@ class Exchange:
             raise self._bad_request(error) from None
         try:
             self._stream = tunnel.open(route, head + first)
-        except SessionClosed:
+        except ConnectionError:
             raise TargetFailed(502, "agent-gone", f"The agent of {route.hostname} has gone.")
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")

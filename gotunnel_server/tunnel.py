@@ -245,6 +245,7 @@ class Tunnel:
         self._pong_at = monotonic()
         session = self._session
         session.on_end = self._ended
+        session.on_close = lambda: self._tunnels.forget(self)
         session.on_leave = self._leaving
         session.widen(START_WINDOW)
         session.call_later(BEAT, self._beat)
@@ -332,7 +333,6 @@ class Tunnel:
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
                      self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
-        self._tunnels.forget(self)
 
     def end(self, reason):
         """End the session; a stranger's connection is broken, which its worker or the listener
@@ -351,7 +351,7 @@ class Tunnel:
     def open(self, route, first=b""):
         """A new stream for a visit; ``first`` bytes go along.
 
-        Raises SessionClosed, TimeoutError.
+        Raises ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname)
         return self._session.open(header + first, timeout=OPEN_TIMEOUT)

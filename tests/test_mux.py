@@ -952,6 +952,21 @@ def test_oc_data_after_fin():
     assert sent(mux) == [(DATA, 0, 1, 12, b"ours goes on")]
 
 
+def test_oc_close_linger_has_a_limit_of_bytes(monkeypatch):
+    monkeypatch.setattr(gotunnel, "DISCARD_LIMIT", 2 * INITIAL_WINDOW)
+    mux = acceptor()
+    mux.round_trip = 1.0
+    receive(mux, frame(DATA, 0, 1, payload=bytes(100)))
+    mux.finish(1)
+    mux.discard(1, 0.0)
+    for size in (INITIAL_WINDOW - 100, INITIAL_WINDOW // 2, INITIAL_WINDOW // 2):
+        assert receive(mux, frame(DATA, 0, 1, payload=bytes(size))) == []
+    assert sum(got[3] for got in sent(mux) if got[0] == WINDOW_UPDATE) == 2 * INITIAL_WINDOW
+    assert mux.window(1) == INITIAL_WINDOW  # for what nobody wants it does not grow
+    assert kinds(receive(mux, frame(DATA, 0, 1, payload=bytes(200)))) == [WasReset]
+    assert sent(mux) == [(WINDOW_UPDATE, RST, 1, 0, b"")]
+
+
 @pytest.mark.parametrize(("client", "last"), [(True, 0xFFFFFFFD), (False, 0xFFFFFFFC)])
 def test_oc_ids_exhausted(client, last):
     mux = Mux(client=client)

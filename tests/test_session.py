@@ -549,8 +549,7 @@ def test_oc_flush_on_close_although_the_peer_talks():
 
 @pytest.mark.parametrize("half_closed", [False, True])
 def test_a_peer_that_never_reads_a_stream_has_it_reset(monkeypatch, half_closed):
-    patience = "HALF_CLOSED_STALL_TIMEOUT" if half_closed else "STALL_TIMEOUT"
-    monkeypatch.setattr(gotunnel, patience, 0.05)
+    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 0.05)
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         if half_closed:
@@ -560,17 +559,6 @@ def test_a_peer_that_never_reads_a_stream_has_it_reset(monkeypatch, half_closed)
             stream.write(bytes(INITIAL_WINDOW + 1))
         assert peer.barrier()[-1] == (WINDOW_UPDATE, RST, 1, 0, b"")
         assert tables(session) == NO_TABLES
-
-
-def test_a_peer_that_half_closes_while_it_does_not_read_has_less_time(monkeypatch):
-    monkeypatch.setattr(gotunnel, "HALF_CLOSED_STALL_TIMEOUT", 0.05)
-    with raw_pair() as (peer, session):
-        stream = accepted(peer, session)
-        writing = spawn(stream.write, bytes(INITIAL_WINDOW + 1))
-        wait_for_waiter(stream._writable)
-        peer.send(frame(WINDOW_UPDATE, FIN, 1))
-        with pytest.raises(StreamReset, match="read nothing"):
-            writing.result(PATIENCE)
 
 
 def test_a_peer_that_reads_slowly_is_not_one_that_never_reads(monkeypatch):
@@ -628,6 +616,29 @@ def test_a_stream_that_both_sides_have_finished_is_given_up_like_any_other():
         assert told == ["cut"] and not any(stream._error for stream in (*others, small))
         with pytest.raises(StreamReset, match="too much of it was not read"):
             over.read()
+
+
+@pytest.mark.parametrize("how", ["read", "close", "reset"])
+def test_a_reset_behind_the_end_is_no_way_out_of_the_count(how):
+    memory = gotunnel.Memory(8 * MIB)  # of which the first session may have 1 MiB unread
+    with raw_pair(memory=memory) as (peer, session):
+        stream, told = hoarded(peer, session, 1), []
+        stream.on_death(lambda: told.append("cut"))
+        peer.send(frame(WINDOW_UPDATE, FIN, 1), frame(WINDOW_UPDATE, RST, 1))
+        peer.barrier()
+        assert told == [] and session._account._held == INITIAL_WINDOW
+        if how == "read":
+            assert len(read_all(stream)) == INITIAL_WINDOW
+        else:
+            getattr(stream, how)()
+        assert told == [] and session._account._held == 0 and not session._over
+        hogs = [hoarded(peer, session, number) for number in range(3, 11, 2)]
+        for number in (3, 5, 7, 9):
+            peer.send(frame(WINDOW_UPDATE, FIN, number), frame(WINDOW_UPDATE, RST, number))
+        small = hoarded(peer, session, 11, 100_000)
+        peer.barrier()
+        assert small._error is None
+        assert sum(stream._unread == 0 for stream in hogs) == 1
 
 
 @pytest.mark.parametrize("how", ["read", "session"])
@@ -708,6 +719,16 @@ def test_what_was_not_read_is_counted_no_more_after_the_end(end):
             stream.close()
         assert session._account._held == 0 or session.ended
     assert memory.buffered == 0
+
+
+def test_a_stream_that_was_reset_before_it_was_accepted_counts_no_more():
+    with raw_pair() as (peer, session):
+        for _ in range(10):
+            peer.send(frame(DATA, SYN | FIN, 1, payload=bytes(1000)))
+            peer.barrier()
+            peer.send(frame(WINDOW_UPDATE, RST, 1))
+            peer.barrier()
+        assert session._account._held == session._unread == 0 and tables(session) == NO_TABLES
 
 
 def test_many_tiny_pieces_that_nobody_reads_cost_hardly_more_than_they_hold():
@@ -1183,6 +1204,29 @@ def test_the_end_is_told_once_and_after_all_streams_are_dead():
         session.join(PATIENCE)
         session.close()
         assert seen == [("the peer closed the connection", True)]
+
+
+def test_the_end_is_told_before_the_peer_has_hung_up_and_the_close_after_it():
+    with raw_pair() as (peer, session):
+        ended, closed = threading.Event(), threading.Event()
+        session.on_end, session.on_close = ended.set, closed.set
+        session.close()
+        assert ended.wait(PATIENCE) and not closed.is_set()
+        peer.read_to_end()
+        peer.close()
+        assert closed.wait(PATIENCE)
+
+
+def test_tls_farewell_in_the_breath_of_the_last_frames_is_seen():
+    with duplex_pair("tls") as (left, right):
+        session = Session(left, client=True, name="tested")
+        session.start()
+        with right._tls_lock:  # a frame and the farewell in one segment, and TCP stays open
+            right._tls.write(frame(PING, SYN, 0, 1))
+            right._say_farewell()
+        right.flush()
+        session.join(PATIENCE)
+        assert session.ended == "the peer closed the connection"
 
 
 def test_close_from_the_demultiplexer_itself():
