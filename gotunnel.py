@@ -1463,10 +1463,11 @@ def machine_memory() -> int:
 
 PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
 
-SEND_BATCH = 128 * 1024  # bytes that go to TLS at once: what is urgent waits for them and UNSENT
+AHEAD_LEAST = 16 * 1024  # bytes that go to TLS at once, and that may lie in the kernel but are not
+AHEAD_MOST = 64 * 1024  # on the line yet: what is urgent waits for both. Few on slow lines.
+AHEAD_QUICK, AHEAD_SLOW = 0.01, 0.2  # seconds for so many bytes: could be more, should be fewer
 READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
-UNSENT = 128 * 1024  # bytes in the kernel that are not on the line yet: nothing overtakes them
 ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
 LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
 # would cost a Go peer what it has received and its visitor has not yet read
@@ -1510,7 +1511,9 @@ class Session:
         self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
         self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
         self._sending = False  # somebody takes frames out of the Mux and sends them
-        self._jammed = False  # the kernel is full: the demultiplexer is that somebody
+        self._jammed = False  # the kernel is full: the demultiplexer is that somebody ...
+        self._jammed_at = 0.0  # ... since then
+        self._ahead = AHEAD_LEAST  # bytes, see there
         self._closing = None  # (reason, monotonic deadline) once close() was called
         self._timers = []  # heap of (monotonic time, number, function)
         self._timer_count = 0
@@ -1602,7 +1605,7 @@ class Session:
             for end in pair:
                 end.close()
             raise SessionClosed("the session was closed before it started")
-        self._duplex.limit_unsent(UNSENT)
+        self._duplex.limit_unsent(self._ahead)
         self.call_later(KEEP_ALIVE, self._keep_alive)
         self.call_later(SWEEP, self._sweep)
         self._wake()  # something may have come already, in places where the selector does not look
@@ -1643,6 +1646,7 @@ class Session:
                     self._wake_receive.recv(4096)
             if self._jammed and self._duplex.flush():
                 self._jammed = False
+                self._pace(monotonic() - self._jammed_at)
                 self._go_on()
             self.turn()
             self._run_timers()  # after it: what came while we slept is a sign of life
@@ -1804,7 +1808,7 @@ class Session:
         along. Caller holds the lock, and passes it to _send() without the lock."""
         if self._sending:
             return NOTHING
-        data, served = self._mux.pull(SEND_BATCH)
+        data, served = self._mux.pull(self._ahead)
         self._sending = bool(data)
         return data, served
 
@@ -1824,18 +1828,31 @@ class Session:
                 self._duplex.reset()
                 raise
             if not done:
+                self._jammed_at = monotonic()
                 self._jammed = True
                 self._wake()
+            elif len(data) >= self._ahead:
+                self._pace(0)
             with self._lock:
                 for stream_id in served:
                     if stream_id in self._streams:
                         self._streams[stream_id]._writable.notify()
                 if not done:
                     return
-                data, served = self._mux.pull(SEND_BATCH)
+                data, served = self._mux.pull(self._ahead)
                 self._sending = bool(data) or bool(self.ended)
         if self._closing:
             self._wake()  # the demultiplexer waits for us to be done
+
+    def _pace(self, took):
+        """Fit _ahead to a line that ``took`` so many seconds for it. Sender only."""
+        if took < AHEAD_QUICK and self._ahead < AHEAD_MOST:
+            self._ahead *= 2
+        elif took > AHEAD_SLOW and self._ahead > AHEAD_LEAST:
+            self._ahead //= 2
+        else:
+            return
+        self._duplex.limit_unsent(self._ahead)
 
     def _flush(self):
         with self._lock:
