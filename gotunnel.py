@@ -249,7 +249,7 @@ class Memory:
 class Account:
     """What one session holds of a Memory. Not for two threads at once."""
 
-    STEP = 64 * 1024  # bytes, up to which the Memory is not told: it has a lock, and many callers
+    STEP = 256 * 1024  # bytes, up to which the Memory is not told: it has a lock, and many callers
 
     def __init__(self, memory):
         self.memory = memory
@@ -564,15 +564,21 @@ class Mux:
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing:
             return 0
-        crowded = self._queued >= min(SEND_QUEUE, self._account.memory.share)
-        most = FRAME_SHARED if crowded else SEND_BUFFER
+        most = FRAME_SHARED if self._crowded else SEND_BUFFER
         return max(0, min(flow.may_send, most - flow.queued))
+
+    @property
+    def _crowded(self):
+        """Whether so much waits for the line that a stream may only have its next frame here."""
+        if self._queued < Memory.FLOOR:
+            return False
+        return self._queued >= min(SEND_QUEUE, self._account.memory.share)
 
     def send(self, stream_id, payload: bytes):
         """Queue payload, at most room() bytes of it. The peer's window is debited here."""
-        if len(payload) > self.room(stream_id):
+        flow = self._flows.get(stream_id)
+        if flow is None or flow.finishing or len(payload) > flow.may_send:
             raise ValueError(f"{len(payload)} bytes for a room of {self.room(stream_id)}")
-        flow = self._flows[stream_id]
         flow.may_send -= len(payload)
         flow.queued += len(payload)
         put(flow.queue, payload)

@@ -28,7 +28,9 @@ from support import (
     wait_until,
 )
 
+from gotunnel import StreamReset
 from gotunnel_server import listener
+from gotunnel_server import tunnel as tunnel_module
 from gotunnel_server import visitor as visitor_module
 
 # Seconds within which a target must learn that its visitor has gone: the gateway looks twice a
@@ -490,6 +492,17 @@ def test_target_that_is_down_is_a_502(cache, tmp_path):
             assert response.status == 502
             assert response.getheader("X-Gotunnel-Error") == "target-unreachable"
             assert b"does not answer" in response.read()
+
+
+def test_stream_that_is_reset_before_its_request_is_out_is_a_502(gateway, origin, monkeypatch):
+    def reset(tunnel, route, first):
+        raise StreamReset
+
+    with gateway.dial(APP) as visitor:
+        monkeypatch.setattr(tunnel_module.Tunnel, "open", reset)
+        visitor.send(request("POST", body=b"x"))
+        head, _ = visitor.read_message()
+        assert head.startswith(b"HTTP/1.1 502 ") and b"X-Gotunnel-Error: agent-gone\r\n" in head
 
 
 def test_hostname_whose_agent_has_gone_is_a_502(cache, tmp_path, origin):

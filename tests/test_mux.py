@@ -686,7 +686,7 @@ def test_much_that_waits_for_the_line_leaves_each_stream_room_for_its_next_frame
     for number in numbers:
         mux.send(number, bytes(mux.room(number)))
     assert mux._queued == gotunnel.SEND_QUEUE + 8 * FRAME_SHARED
-    assert mux._account.memory.buffered == mux._queued
+    assert mux._account._held == mux._queued
     served = set()
     while served != set(numbers):  # each gets its turn, and then room again
         served.update(mux.pull(SEND_BUFFER)[1])
