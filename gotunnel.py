@@ -127,6 +127,7 @@ START_WINDOW = 4 * INITIAL_WINDOW  # where a peer that we know begins: 1 MiB fil
 MAX_WINDOW = 32 * 1024 * 1024  # where windows stop to grow: 160 MB/s at 200 ms, more than we do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes by which all windows of a session may have grown
 IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
+CREDIT = 1024 * 1024  # bytes that are given at once, at most
 OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
 MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
@@ -192,8 +193,8 @@ class GoneAway(NamedTuple):
 class _Flow:
     """What Mux knows of one stream."""
 
-    __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "since", "queue",
-                 "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "discarding",
+    __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "used", "since",
+                 "queue", "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "discarding",
                  "discarded", "alive")  # fmt: skip
 
     def __init__(self, stream_id, window):
@@ -203,7 +204,8 @@ class _Flow:
         self.grown = 0  # how many of them it did not begin with
         self.may_receive = window  # bytes we still permit
         self.owed = 0  # bytes used here, for which the peer has no credit yet
-        self.since = None  # when credit was given last, or the first payload came
+        self.used = 0  # bytes used here since ...
+        self.since = None  # ... half a window had been used, or the first payload came
         self.queue = collections.deque()  # payload that waits for the line
         self.queued = 0  # bytes in it
         self.in_rotation = False
@@ -607,18 +609,23 @@ class Mux:
     def consumed(self, stream_id, count, now) -> bool:
         """Say that ``count`` received bytes have been used; True if that queued a frame.
 
-        Credit goes back in halves of a window, of a large one in quarters: smaller amounts would
-        cost a frame each, larger ones would let the line run dry.
+        Credit goes back in halves of a window, at most CREDIT at once: smaller amounts would cost
+        a frame each, larger ones would let the line run dry.
         """
         flow = self._flows.get(stream_id)
         if flow is None or flow.got_fin:
             return False
         flow.owed += count
         idle = flow.grown and now - flow.since > IDLE_WINDOW
-        if flow.owed < flow.window // (2 if flow.window <= START_WINDOW else 4) and not idle:
+        flow.used += count
+        if flow.used >= flow.window // 2 or idle:
+            if not idle:
+                self._grow_window(flow, now)
+            flow.used, flow.since = 0, now
+        if flow.owed < min(flow.window // 2, CREDIT) and not idle:
             return False
-        self._fit_window(flow, now)
-        flow.since = now
+        if idle or self._unread(flow) > flow.window // 2:
+            self._shrink_window(flow)
         if not flow.owed:
             return False
         flow.may_receive += flow.owed
@@ -629,37 +636,34 @@ class Mux:
         self._credited = True
         return True
 
-    def _fit_window(self, flow, now):
-        """Grow or shrink a window, before credit is given, as the use of the last one suggests.
+    def _grow_window(self, flow, now):
+        """Double a window of which half was used in less than two round trips, if its reader keeps
+        up: so it ends at four times what the line holds. More would only make the queues longer
+        that everything waits in."""
+        if self.round_trip is None or now - flow.since >= 2 * self.round_trip:
+            return
+        more = min(flow.window, MAX_WINDOW - flow.window)
+        needed = more and not flow.discarding and self._unread(flow) <= flow.window // 4
+        if needed and self._account.promise(more):
+            flow.owed += more
+            flow.window += more
+            flow.grown += more
+            self._largest = max(self._largest, flow.window)
 
-        It shrinks, by keeping credit back, if it is not needed: its bytes lie here and wait for a
-        slow reader, or hardly any come. Otherwise it doubles if half of it was used in less than
-        two round trips, until it is four times what the line holds. More would only make the
-        queues longer that everything waits in.
-        """
-        used, took, unread = flow.owed, now - flow.since, self._unread(flow)
-        if unread > flow.window // 2 or took > IDLE_WINDOW:
-            less = min(used, flow.grown)
-            flow.owed -= less
-            self._grow(flow, -less)
-            self._account.take_back(less)
-        elif unread <= flow.window // 4 and not flow.discarding and self.round_trip is not None:
-            more = min(flow.window, MAX_WINDOW - flow.window)
-            quick = took * (flow.window / 2) < 2 * self.round_trip * used
-            if quick and more and self._account.promise(more):
-                flow.owed += more
-                self._grow(flow, more)
+    def _shrink_window(self, flow):
+        """Keep credit back: hardly any bytes come, or more than half of the window lies here and
+        waits for its reader."""
+        less = min(flow.owed, flow.grown)
+        flow.owed -= less
+        flow.window -= less
+        flow.grown -= less
+        self._account.take_back(less)
 
     def _unread(self, flow):
         """Bytes of a stream that have come and were not used."""
         # A frame is debited when its header has come.
         on_way = self._body_left if self._body_flow is flow else 0
         return flow.window - flow.may_receive - flow.owed - on_way
-
-    def _grow(self, flow, count):
-        flow.window += count
-        flow.grown += count
-        self._largest = max(self._largest, flow.window)
 
     def discard(self, stream_id, now):
         """Use at once what has come of a stream, and what will: nobody wants it, but the peer may
@@ -1700,7 +1704,8 @@ class Session:
         put(stream._chunks, event.payload)
         self._count_unread(stream, len(event.payload))
         stream._readable.notify()
-        self._make_room()
+        if self._unread > Memory.FLOOR:
+            self._make_room()
 
     def _count_unread(self, stream, count):
         stream._unread += count

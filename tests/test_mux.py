@@ -535,16 +535,16 @@ def test_fc_autotune_wants_a_reader_that_keeps_up():
     assert mux.window(1) == credit(mux) * 2 == INITIAL_WINDOW
 
 
-def test_fc_autotune_ends_at_the_largest_window_and_gives_credit_in_quarters():
+def test_fc_autotune_ends_at_the_largest_window_and_gives_no_more_than_so_much_credit_at_once():
     mux = reading(MIB)
     assert grow(mux, 2 * MAX_WINDOW) == MAX_WINDOW
     assert credit(mux) > MAX_WINDOW - MIB
     mux = reading(MIB)
-    grow(mux, 4 * MIB)
+    grow(mux, 8 * MIB)
     sent(mux)
     deliver(mux, MIB, 9.0)
-    assert not mux.consumed(1, MIB - 1, 9.9)
-    assert mux.consumed(1, 1, 9.9)
+    assert not mux.consumed(1, gotunnel.CREDIT - 1, 9.9)
+    assert mux.consumed(1, 1, 9.9) and credit(mux) == gotunnel.CREDIT
 
 
 def test_a_grown_window_is_kept_to_the_byte():
@@ -565,11 +565,11 @@ def test_a_slow_reader_gives_back_what_its_window_has_grown_by():
     window = grow(mux, 16 * INITIAL_WINDOW)
     sent(mux)
     assert account.promised == window - INITIAL_WINDOW
-    while mux.window(1) > MIB:
+    while mux.window(1) > 2 * gotunnel.CREDIT:
         deliver(mux, mux._flows[1].may_receive, 0.0)  # more than it reads
         before = mux.window(1)
-        assert not mux.consumed(1, before // 4, 0.0)
-        assert mux.window(1) == before - before // 4 == INITIAL_WINDOW + account.promised
+        assert not mux.consumed(1, gotunnel.CREDIT, 0.0)
+        assert mux.window(1) == before - gotunnel.CREDIT == INITIAL_WINDOW + account.promised
     assert sent(mux) == []
     check_tables(mux)
 
