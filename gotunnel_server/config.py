@@ -68,6 +68,9 @@ WELL_KNOWN_SECRETS = {
     "secret",
 }
 
+# IPv4 addresses as sockets for both families write them; the gateway writes them as IPv4.
+IPV4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ACME_ENVS = ("production", "staging", "local")
 
@@ -94,6 +97,7 @@ class Config:
     acme_cache: Path
     local_ca: bool  # certificates from a CA of our own, where cert_dir has none
     cert_dir: Path | None
+    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
     max_connections: int
     workers: int
     max_hosts_per_agent: int
@@ -131,6 +135,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
         local_ca=local_ca,
         cert_dir=cert_dir,
+        trusted_proxies=read.networks("TRUSTED_PROXIES"),
         max_connections=read.count("MAX_CONNECTIONS", 10_000),
         workers=read.count("WORKERS", default_workers(os.cpu_count() or 1)),
         max_hosts_per_agent=read.count("MAX_HOSTS_PER_AGENT", 50),
@@ -224,6 +229,21 @@ class _Variables:
                 "192.0.2.1,2001:db8::1: correct it, or unset it for all addresses"
             ) from None
         return tuple(dict.fromkeys(addresses))  # the same twice would be a port in use
+
+    def networks(self, name: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """Addresses and networks separated by commas or blanks, none if it is unset."""
+        text = self.text(name) or ""
+        networks = []
+        for part in text.replace(",", " ").split():
+            try:
+                networks.append(_as_ipv4(ipaddress.ip_network(part)))
+            except ValueError:  # also for 10.0.0.1/8: is the address meant, or the network?
+                raise ConfigError(
+                    f"{name} is {text!r}, expected IP addresses, and networks without host bits, "
+                    "separated by commas or blanks, such as 192.0.2.1, 10.0.0.0/8, 2001:db8::/32: "
+                    f"correct {part!r}"
+                ) from None
+        return tuple(networks)
 
     def port(self, name: str, default: int, expected: str = A_PORT) -> int:
         text = self.text(name)
@@ -357,6 +377,16 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _as_ipv4(
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
+) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """The network, in IPv4's form if it is one of mapped addresses."""
+    if network.version == 4 or not network.subnet_of(IPV4_MAPPED):
+        return network
+    first = network.network_address.ipv4_mapped
+    return ipaddress.IPv4Network((first, network.prefixlen - IPV4_MAPPED.prefixlen))
 
 
 def _whole_number(text: str) -> int | None:

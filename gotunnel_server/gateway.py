@@ -22,6 +22,7 @@ from . import dashboard
 from .authority import Authority, CertificateError
 from .certificates import Certificates
 from .credentials import Credentials
+from .forwarding import Proxies
 from .listener import Listener, bind
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
@@ -49,6 +50,7 @@ class Gateway:
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
         self._ensure_own_certificates()
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
+        self._proxies = Proxies(config.trusted_proxies)
         self._steps = Workers(STEP_THREADS, "step")
         self._pools = []
         self._listeners = []
@@ -98,7 +100,7 @@ class Gateway:
         return listener.port
 
     def _exchanges(self, most):
-        exchanges = Exchanges(most)
+        exchanges = Exchanges(most, self._proxies)
         self._pools.append(exchanges)
         return exchanges
 
@@ -124,6 +126,7 @@ class Gateway:
             site=choose_site(self._registry.lookup, config.gateway_host),
             lookup=self._registry.lookup,
             exchanges=self._exchanges(config.workers),
+            proxies=self._proxies,
             config=config,
         )
         limit = min(config.max_connections, int(descriptor_limit() * VISITORS_SHARE))
@@ -148,6 +151,7 @@ class Gateway:
             site=site,
             lookup=self._registry.lookup,
             exchanges=self._exchanges(DASHBOARD_REQUESTS),
+            proxies=self._proxies,
             config=config,
         )
         self.dashboard_port = self._listen(

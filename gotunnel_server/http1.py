@@ -330,13 +330,21 @@ def end_to_end(fields: Fields, keep_upgrade: bool = False) -> list[tuple[str, st
     Trailer stays, as trailers are passed on. With ``keep_upgrade`` Upgrade stays too; the caller
     writes its own Connection, and the length or coding of the body that it sends. A Connection
     that names one of the ESSENTIAL fields is not obeyed there (it never may, RFC 9110 §7.6.1):
-    it would let a visitor take away what the target relies on.
+    it would let a visitor take away what the target relies on. Names are compared as plain_name()
+    has them.
     """
     dropped = set(HOP_BY_HOP)
-    dropped.update(name for name in fields.tokens("connection") if not _is_essential(name))
+    dropped.update(name for option in fields.tokens("connection")
+                   if not _is_essential(name := plain_name(option)))
     if keep_upgrade:
         dropped.discard("upgrade")
-    return [(name, value) for name, value in fields if name.lower() not in dropped]
+    return [(name, value) for name, value in fields if plain_name(name) not in dropped]
+
+
+def plain_name(name: str) -> str:
+    """A field name as the loosest target reads it: in lower case, and with "-" for "_", since CGI
+    and its kin (WSGI, PHP) cannot tell Content_Length from Content-Length."""
+    return name.lower().replace("_", "-")
 
 
 def _is_essential(name: str) -> bool:
@@ -507,7 +515,7 @@ class ChunkedBody(Body):
         if end >= 0:
             text = _check_text(self._held[2:end - 2])
             self.trailers = [(name, value) for name, value in _parse_fields(text)
-                             if not _comes_too_late(name.lower())]
+                             if not _comes_too_late(plain_name(name))]
             self.rest = bytes(self._held[end:])
             self.complete = True
         return len(data)

@@ -28,6 +28,7 @@ log = logging.getLogger("gotunnel.listener")
 BACKLOG = 1024  # connections that the kernel holds for us while we are busy
 SWEEP = 1.0  # seconds between looks at the deadlines: they need not be met to the millisecond
 ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get their turn
+REFUSALS_SILENCE = 60  # seconds between two lines in the log that say how many were turned away
 PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
 
 
@@ -84,6 +85,13 @@ def _reason(error):
     return error.strerror or str(error)
 
 
+def _as_ipv4(address):
+    """A peer's address, where an IPv4 one is written as such, also by a socket for both families
+    (::ffff:192.0.2.1). Logs, limits and targets know it by one name."""
+    host = address[0].removeprefix("::ffff:")
+    return (host, *address[1:]) if "." in host else address
+
+
 class Listener:
     """One port. start(), then stop(), which closes all that is parked."""
 
@@ -104,7 +112,9 @@ class Listener:
         self._newly_parked = deque()  # (connection, deadline), by any thread
         self._open = 0  # connections that were welcomed and not forgotten
         self._open_lock = threading.Lock()  # guards _open
-        self._full = False  # said so in the log
+        self.refused = 0  # connections that found the port full, and were closed at once
+        self._refused_said = 0  # of them, those that the log knows of
+        self._said_at = -REFUSALS_SILENCE  # monotonic, of its last line about them
         self._resume_at = None  # accept again then; None: accepting
         self._stopping = threading.Event()
         self._wake_receive, self._wake_send = socket.socketpair()
@@ -188,14 +198,22 @@ class Listener:
                 room = self._open < self._limit
                 self._open += room
             if room:
-                self._full = self._full and self._open > self._limit // 2
-                self._watch(self._welcome(sock, address), monotonic() + self._first_timeout)
+                connection = self._welcome(sock, _as_ipv4(address))
+                self._watch(connection, monotonic() + self._first_timeout)
             else:
+                # Not even told so: that would take a handshake, which is the dearest part.
                 sock.close()
-                if not self._full:
-                    self._full = True
-                    log.warning("port %s: %d connections are open, further ones are closed",
-                                self.name, self._limit)  # fmt: skip
+                self.refused += 1
+                self._report_refused(monotonic())
+
+    def _report_refused(self, now):
+        """Log how many were turned away, now and then."""
+        count = self.refused - self._refused_said
+        if count and now - self._said_at >= REFUSALS_SILENCE:
+            self._refused_said, self._said_at = self.refused, now
+            log.warning("port %s: %d connections are open, as many as may be; %d more were closed "
+                        "at once, %d since the start",
+                        self.name, self._limit, count, self.refused)  # fmt: skip
 
     def _pause(self):
         """Without a descriptor the socket would stay ready, and we would go round in circles."""
@@ -225,6 +243,7 @@ class Listener:
         self._submit(connection.ready)
 
     def _sweep(self, now):
+        self._report_refused(now)
         for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
             self._unwatch(connection)
             self._submit(connection.expired)

@@ -1,9 +1,12 @@
 """The pages that the gateway answers with by itself: values, no I/O.
 
 Every error carries a code word in ``X-Gotunnel-Error``, so that a person at the other end of a
-log can tell our answer from the target's, and programs need not read the text.
+log can tell our answer from the target's, and programs need not read the text. A visitor whose
+``Accept`` prefers JSON gets an error as JSON.
 """
 
+import json
+import re
 from html import escape
 from http import HTTPStatus
 from typing import NamedTuple
@@ -27,20 +30,58 @@ _FRAME = """<!doctype html>
 """
 
 
+HTML, JSON = "text/html", "application/json"
+
+# A weight in Accept (RFC 9110 §12.4.2).
+_WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
+
+
 class Page(NamedTuple):
-    """A whole answer: ``body`` is sent as ``content_type``; ``fields`` go beside those two."""
+    """A whole answer: ``body`` is sent as ``content_type``; ``fields`` go beside those two.
+    ``as_json`` is the body for visitors that prefer JSON, None if there is no such form."""
 
     status: int
     body: bytes
-    content_type: str = "text/html; charset=utf-8"
+    content_type: str = f"{HTML}; charset=utf-8"
     fields: tuple = ()
+    as_json: bytes | None = None
 
 
 def error(status: int, code: str, text: str) -> Page:
-    """An error for a person, and its code word for a program. ``text`` is plain text."""
+    """An error for a person, and its code word for a program. ``text`` is plain text.
+
+    Its JSON is an object with "error" (the code word), "message" (the text) and "status".
+    """
     title = f"{int(status)} {HTTPStatus(status).phrase}"
     body = _FRAME.format(title=title, text=escape(text), footer=f"gotunnel: {code}")
-    return Page(status, body.encode(), fields=(("X-Gotunnel-Error", code),))
+    as_json = json.dumps({"error": code, "message": text, "status": int(status)}) + "\n"
+    return Page(
+        status, body.encode(), fields=(("X-Gotunnel-Error", code),), as_json=as_json.encode()
+    )
+
+
+def suited(page: Page, accept: list[str]) -> Page:
+    """The page in the form that a visitor prefers; ``accept``: the values of its Accept fields."""
+    if page.as_json is None or _preference(accept, JSON) <= _preference(accept, HTML):
+        return page
+    return page._replace(body=page.as_json, content_type=JSON)
+
+
+def _preference(accept, media_type) -> tuple:
+    """How much a type is wanted: its weight, then how exactly it was named (RFC 9110 §12.5.1).
+
+    Of the ranges that it falls in, the most exact one counts; one that cannot be read does not.
+    To be refused by name is no better than not to be named.
+    """
+    ranges = ("*/*", media_type.partition("/")[0] + "/*", media_type)  # ever more exact
+    best = (-1, 0.0)  # exactness, weight
+    for member in ",".join(accept).lower().split(","):
+        name, *parameters = (part.strip(" \t") for part in member.split(";"))
+        weights = [p.removeprefix("q=") for p in parameters if p.startswith("q=")] or ["1"]
+        if name in ranges and _WEIGHT.fullmatch(weights[0]):
+            best = max(best, (ranges.index(name), float(weights[0])))
+    exactness, weight = best
+    return (weight, exactness) if weight else (0.0, 0)
 
 
 def landing(hostname: str) -> Page:

@@ -17,9 +17,9 @@ import logging
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 
-from gotunnel import Deadline, NoThread, spawn
+from gotunnel import Deadline, NoThread, SessionClosed, spawn
 
-from . import http1, pages
+from . import forwarding, http1, pages
 from .http1 import Malformed
 from .pages import Page
 
@@ -28,8 +28,6 @@ log = logging.getLogger("gotunnel.proxy")
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these go
 # over a kept stream: its target may close it at the moment that the request is on its way.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# What we say about a visitor ourselves; every "x-forwarded-..." too. A visitor's own are dropped.
-FORWARDING = frozenset({"forwarded", "x-real-ip"})
 WATCH = 0.5  # seconds between looks at whether the visitor of a waiting request is still there
 LATE_BODY_TIMEOUT = 3  # seconds that a visitor has to stop sending once it has its answer
 
@@ -60,13 +58,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def __init__(
         self, duplex, address, *,
-        site, scheme, sni, claim_relay, is_draining, idle_timeout, response_timeout,
+        site, scheme, sni, proxies, claim_relay, is_draining, idle_timeout, response_timeout,
     ):  # fmt: skip
         # Not super().__init__(): it would serve the connection to its end, in this thread.
         self.connection = self.wfile = duplex
         self.client_address = address
         self.scheme = scheme  # "https" or "http"
         self.sni = sni  # hostname of the TLS hello, None if there was none
+        self.proxies = proxies  # forwarding.Proxies
         self.claim_relay = claim_relay  # whether the connection may become a relay
         self.is_draining = is_draining  # whether this answer is to be the last one
         self.idle_timeout = idle_timeout
@@ -99,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             if not data:
                 raise VisitorGone
             self._buffer += data
+            self.request_head = None  # that of an earlier request: what comes may be no head
         self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
         if rest:
             self.connection.unread(rest)
@@ -112,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = f"HTTP/1.{head.minor}"
         self.hostname = http1.hostname(head) or self.sni or ""
         self.body = http1.request_body(head)
-        self.close_connection = not http1.keeps_alive(head)
+        # What comes behind a CONNECT may be meant for its other end, and be no request.
+        self.close_connection = not http1.keeps_alive(head) or head.method == "CONNECT"
 
     def handle_one_request(self):
         """Answer the request whose head has come. Raises OSError when the connection broke."""
@@ -138,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         nobody reads, the connection ends after it."""
         if last or self.body is not None and not self.body.complete:
             self.close_connection = True
+        request = self.request_head
+        page = pages.suited(page, request.fields.all("accept") if request else [])
         fields = [
             ("Content-Type", page.content_type),
             ("Content-Length", str(len(page.body))),
@@ -147,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             *page.fields,
         ]
         head = self.head(page.status, HTTPStatus(page.status).phrase, fields)
-        wants_body = self.request_head is None or self.request_head.method != "HEAD"
+        wants_body = request is None or request.method != "HEAD"
         self.write(head + page.body if wants_body else head)
 
     def head(self, status, reason, fields) -> bytes:
@@ -166,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
     def visitor_has_left(self) -> bool:
         """Whether the visitor closed the connection while it waits. Only while nobody reads it."""
         if self.connection.pending:
-            return False
+            return self.connection.hung_up
         data = self.connection.receive()
         if data:
             self.connection.unread(data)  # the next request, sent early
@@ -281,12 +284,15 @@ class Exchange:
         if handler.body is not None:
             handler.upload = Upload(handler)
         self._upload = handler.upload
+        protocols = self._request.fields.tokens("upgrade")
         self._upgrade = (
-            self._upload is None
-            and "upgrade" in self._request.fields.tokens("connection")
+            protocols != []
             # To h2c we could not follow, and through it a visitor could pass us by (RFC 9113 §3.1
             # has given it up).
-            and self._request.fields.tokens("upgrade") not in ([], ["h2c"])
+            and "h2c" not in protocols
+            and "upgrade" in self._request.fields.tokens("connection")
+            and self._request.minor == 1  # RFC 9110 §7.8
+            and self._upload is None
         )
 
     def run(self):
@@ -317,7 +323,7 @@ class Exchange:
         tunnel, route, head = self._route.tunnel, self._route, self._request_head()
         timeout = self._handler.response_timeout
         if self._upload is None and self._request.method in IDEMPOTENT:
-            while (stream := tunnel.take_idle(route)) is not None:
+            if (stream := tunnel.take_idle(route)) is not None:
                 self._stream = stream
                 try:
                     stream.write(head, timeout)
@@ -333,7 +339,7 @@ class Exchange:
         try:
             self._stream = tunnel.open(route, head + first)
         except ConnectionError:
-            raise TargetFailed(502, "agent-gone", f"The agent of {route.hostname} has gone.")
+            raise self._agent_gone()
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
         if self._upload:
@@ -350,19 +356,18 @@ class Exchange:
         fields = [
             (name, value)
             for name, value in http1.end_to_end(request.fields, self._upgrade)
-            if (lower := name.lower()) not in FORWARDING and not lower.startswith("x-forwarded-")
+            if not forwarding.concerns(name)
         ]
         host = request.fields.get("host")
         if host is None:  # HTTP/1.0; the target hears HTTP/1.1, where it is required
             host = handler.hostname
             fields.append(("Host", host))
-        visitor = handler.client_address[0]
-        fields += [
-            ("X-Forwarded-For", visitor),
-            ("X-Forwarded-Proto", handler.scheme),
-            ("X-Forwarded-Host", host),
-            ("X-Real-IP", visitor),
-        ]
+        if self._route.host_header is not None:
+            fields = [(name, value) for name, value in fields if name.lower() != "host"]
+            fields.insert(0, ("Host", self._route.host_header))
+        fields += forwarding.fields(
+            request.fields, handler.client_address[0], handler.scheme, host, handler.proxies
+        )
         if self._upgrade:
             fields.append(("Connection", "Upgrade"))
         if handler.body is not None:
@@ -408,7 +413,12 @@ class Exchange:
                 raise self._bad_request(problem)
             if problem:
                 raise VisitorGone
+            if isinstance(error, SessionClosed):
+                raise self._agent_gone()
             raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
+
+    def _agent_gone(self):
+        return TargetFailed(502, "agent-gone", f"The agent of {self._route.hostname} has gone.")
 
     def _bad_request(self, malformed):
         self._handler.close_connection = True
@@ -417,6 +427,7 @@ class Exchange:
     def _answer(self, data):
         """Pass on interim answers, then the final one."""
         handler = self._handler
+        interim = 0  # bytes of heads before the final one, which together are held to the limit
         while True:
             response, data = self._read_head(data)
             if response.status >= 200:
@@ -424,9 +435,13 @@ class Exchange:
             if response.status == 101:
                 self._switch(response, data)
                 return
+            line = f"HTTP/1.1 {response.status} {response.reason}"
+            head = http1.encode_head(line, http1.end_to_end(response.fields))
+            interim += len(head)
+            if interim > http1.HEAD_LIMIT:
+                raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
             if self._request.minor == 1:  # HTTP/1.0 knows no interim answers
-                line = f"HTTP/1.1 {response.status} {response.reason}"
-                handler.write(http1.encode_head(line, http1.end_to_end(response.fields)))
+                handler.write(head)
         body = http1.response_body(response, self._request.method)
         head, encode = self._frame(response, body)
         self._head_sent = True
@@ -441,7 +456,9 @@ class Exchange:
         )
         if self._upload is not None and not self._upload.sent():
             self._stream.reset()  # also wakes the upload, if the target has stopped reading it
-        elif reusable:
+        elif reusable and self._upload is None:
+            # A target that reads no body where it expects none takes it for the next request, and
+            # would answer that one to whoever came next: streams that are kept saw no body.
             self._route.tunnel.keep_idle(self._route, self._stream)
         else:
             self._stream.close()

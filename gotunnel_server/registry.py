@@ -18,12 +18,14 @@ class Route(NamedTuple):
     """What a hostname leads to.
 
     ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
-    ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave.
+    ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave. ``host_header`` is the
+    Host that the target gets, None for the visitor's.
     """
 
     hostname: str
     mode: str
     tunnel: object
+    host_header: str | None = None
 
 
 class Registry:

@@ -39,21 +39,23 @@ HELD_FIN_TIMEOUT = 30
 class Visitors:
     """All visitors of a port, and what they need."""
 
-    def __init__(self, *, context, site, lookup, exchanges, config):
+    def __init__(self, *, context, site, lookup, exchanges, proxies, config):
         """``context``: the port's TLS context, None for a plain port. ``site``: see Handler.
         ``lookup(hostname)``: its Route or None. ``exchanges``: the Exchanges that serve requests.
-        ``config``: the gateway's, for its timeouts.
+        ``proxies``: the addresses that stand for many visitors, a forwarding.Proxies. ``config``:
+        the gateway's, for its timeouts.
         """
         self.context = context
         self.site = site
         self.lookup = lookup
         self.exchanges = exchanges
+        self.proxies = proxies
         self.header_timeout = config.header_timeout
         self.idle_timeout = config.idle_timeout
         self.response_timeout = config.response_timeout
         self.listener = None  # set before it is started
         self.draining = False  # answer what is asked already, then close
-        self.relays = Room(MAX_RELAYS)
+        self.relays = Room(MAX_RELAYS, proxies)
         self._visitors = set()
         self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
 
@@ -85,10 +87,12 @@ class Visitors:
 
 
 class Room:
-    """Place for so many at a time, of which one address gets half: nobody takes it all."""
+    """Place for so many at a time, of which one address gets half: nobody takes it all. Only an
+    address in ``unlimited`` may, as it stands for many visitors."""
 
-    def __init__(self, most):
+    def __init__(self, most, unlimited=()):
         self._most = most
+        self._unlimited = unlimited
         self._taken = 0
         self._taken_by = Counter()  # address
         self._lock = threading.Lock()  # guards both
@@ -96,8 +100,10 @@ class Room:
     def enter(self, address) -> bool:
         """Take a place, if there is one."""
         with self._lock:
+            if self._taken >= self._most:
+                return False
             share = max(self._most // 2, 1)
-            if self._taken >= self._most or self._taken_by[address] >= share:
+            if self._taken_by[address] >= share and address not in self._unlimited:
                 return False
             self._taken += 1
             self._taken_by[address] += 1
@@ -114,8 +120,8 @@ class Room:
 class Exchanges:
     """The threads that serve requests, and the room for so many at a time."""
 
-    def __init__(self, most):
-        self.room = Room(most)
+    def __init__(self, most, proxies):
+        self.room = Room(most, proxies)
         self._workers = Workers(most, "exchange")
         self.start = self._workers.submit  # start(function)
         self.stop = self._workers.shutdown
@@ -242,6 +248,7 @@ class Visitor:
             site=visitors.site,
             scheme="http" if visitors.context is None else "https",
             sni=self._sni,
+            proxies=visitors.proxies,
             claim_relay=self._claim_relay,
             is_draining=lambda: visitors.draining,
             idle_timeout=visitors.idle_timeout,
@@ -261,6 +268,8 @@ class Visitor:
         except Malformed as error:
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
         if not visitors.exchanges.room.enter(self.address[0]):
+            with contextlib.suppress(Malformed):  # busy is answer enough
+                handler.parse_request()  # HEAD and Accept say which form the page is to have
             text = "This gateway serves as many requests as it can at the moment."
             return self._last_page(pages.error(503, "gateway-busy", text))
         self._go_on(self._serve_request)
@@ -286,7 +295,6 @@ class Visitor:
         return self._go_on(self._read_head)
 
     def _last_page(self, page):
-        self._handler.request_head = None
         self._handler.idle_timeout = 0  # it fits, or the visitor reads nothing: a step cannot wait
         self._handler.send_page(page, last=True)
         return self._part()

@@ -18,8 +18,8 @@ SERVER = {
     "cli.py": {"gotunnel", "authority", "config", "gateway", "listener"},
     "config.py": {"gotunnel", "dotenv"},
     "gateway.py": {
-        "gotunnel", "authority", "certificates", "credentials", "dashboard", "listener",
-        "registry", "tunnel", "visitor",
+        "gotunnel", "authority", "certificates", "credentials", "dashboard", "forwarding",
+        "listener", "registry", "tunnel", "visitor",
     },
     "listener.py": set(),
     "hello.py": set(),
@@ -27,7 +27,8 @@ SERVER = {
     "credentials.py": {"gotunnel", "jwt"},
     "registry.py": {"gotunnel"},
     "visitor.py": {"gotunnel", "hello", "http1", "pages", "proxy"},
-    "proxy.py": {"gotunnel", "http1", "pages"},
+    "proxy.py": {"gotunnel", "forwarding", "http1", "pages"},
+    "forwarding.py": {"http1"},
     "http1.py": set(),
     "pages.py": set(),
     "certificates.py": {"gotunnel", "authority", "cryptography"},
@@ -49,7 +50,9 @@ HOUSE = {
 }
 
 # Bytes in, values out: nothing that waits.
-PURE = ["gotunnel_server/hello.py", "gotunnel_server/http1.py", "gotunnel_server/pages.py"]
+PURE = [
+    f"gotunnel_server/{name}.py" for name in ("forwarding", "hello", "http1", "pages")
+]
 IMPURE = {"socket", "ssl", "select", "selectors", "threading", "time", "logging"}
 
 BANNER = "# " + "=" * 97  # between the two halves of gotunnel.py

@@ -358,6 +358,13 @@ def test_end_to_end_drops_what_concerns_one_connection():
     assert http1.end_to_end(Fields(kept[:2] + hop + kept[2:])) == kept
 
 
+def test_end_to_end_takes_an_underscore_for_a_hyphen_where_it_drops():
+    """CGI and its kin do, and X_Own is another spelling of X-Own for them."""
+    fields = Fields([("Content_Length", "5"), ("TRANSFER_ENCODING", "chunked"), ("api_key", "1"),
+                     ("Connection", "X-Own, x_too"), ("X_Own", "2"), ("X-Too", "3")])
+    assert http1.end_to_end(fields) == [("api_key", "1")]
+
+
 def test_end_to_end_drops_what_connection_names():
     fields = Fields([("Connection", "X-One, x-two"), ("connection", "x-three"), ("X-One", "1"),
                      ("X-TWO", "2"), ("X-Three", "3"), ("X-Four", "4")])
@@ -621,7 +628,8 @@ def test_reject_trailers_without_end(split):
 
 @pytest.mark.parametrize("name", [
     "Content-Length", "Transfer-Encoding", "Host", "Trailer", "Authorization", "Content-Type",
-    "Cookie", "Set-Cookie", "Connection", "X-Forwarded-For", "TE", "Upgrade", "Expect", "Location"])
+    "Cookie", "Set-Cookie", "Connection", "X-Forwarded-For", "TE", "Upgrade", "Expect", "Location",
+    "Content_Length", "x_forwarded_for"])
 def test_trailers_that_come_too_late_are_dropped(name):
     body = http1.ChunkedBody()
     body.feed(f"0\r\nA: b\r\n{name}: 5\r\nC: d\r\n\r\n".encode())

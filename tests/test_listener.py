@@ -1,6 +1,7 @@
 """One port: accept, park, hand over, close. What is parked here is made up."""
 
 import contextlib
+import re
 import socket
 import threading
 
@@ -230,6 +231,24 @@ def test_one_too_many_is_closed_until_another_is_forgotten():
         port.listener.forget()
         port.meet()
         assert len(port.welcomed) == 3
+
+
+def test_those_turned_away_are_counted_and_logged_now_and_then(caplog):
+    with Port(limit=1) as port:
+        port.meet()
+        for _ in range(5):
+            assert port.visit().recv(1) == b""
+        assert lines_about_refusals(caplog) == [(1, 1)]  # at once, so that the operator sees it
+        port.listener._said_at -= listener.REFUSALS_SILENCE
+        wait_until(lambda: len(lines_about_refusals(caplog)) == 2)  # also when nobody comes
+        assert lines_about_refusals(caplog)[1] == (4, 5)
+        assert port.listener.refused == 5
+
+
+def lines_about_refusals(caplog):
+    """What each said: how many since the line before, how many since the start."""
+    found = (re.search(r"; (\d+) more .* (\d+) since", line) for line in caplog.messages)
+    return [(int(match[1]), int(match[2])) for match in found if match]
 
 
 def test_many_that_come_at_once_are_all_welcomed():

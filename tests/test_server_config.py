@@ -1,6 +1,7 @@
 """The gateway's configuration: where values come from, and the one line for each that is bad."""
 
 import dataclasses
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -45,6 +46,10 @@ def refusal(env_file=None, **changes):
     return message
 
 
+def networks(*texts):
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 # --- Defaults and sources -----------------------------------------------------------------------
 
 
@@ -61,6 +66,7 @@ def test_defaults():
         acme_cache=Path("cert-cache"),
         local_ca=True,
         cert_dir=None,
+        trusted_proxies=(),
         max_connections=10_000,
         workers=default_workers(os.cpu_count() or 1),
         max_hosts_per_agent=50,
@@ -240,6 +246,16 @@ def test_secret_of_16_bytes_is_no_warning(secret):
         ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
         ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
         ("ACME_ENV", "LOCAL", "local_ca", True),
+        ("TRUSTED_PROXIES", ",", "trusted_proxies", ()),
+        ("TRUSTED_PROXIES", "192.0.2.1", "trusted_proxies", networks("192.0.2.1/32")),
+        (
+            "TRUSTED_PROXIES", "10.0.0.0/8,2001:DB8::/32, ::1  192.0.2.1", "trusted_proxies",
+            networks("10.0.0.0/8", "2001:db8::/32", "::1/128", "192.0.2.1/32"),
+        ),
+        (
+            "TRUSTED_PROXIES", "::ffff:10.0.0.0/104 ::ffff:192.0.2.1", "trusted_proxies",
+            networks("10.0.0.0/8", "192.0.2.1/32"),
+        ),
         ("MAX_CONNECTIONS", "1", "max_connections", 1),
         ("WORKERS", "1000000", "workers", 1_000_000),
         ("MAX_HOSTS_PER_AGENT", "7", "max_hosts_per_agent", 7),
@@ -249,7 +265,7 @@ def test_secret_of_16_bytes_is_no_warning(secret):
         ("DRAIN_TIMEOUT", "0", "drain_timeout", 0),
         ("LOG_LEVEL", "Debug", "log_level", "debug"),
     ],
-)
+)  # fmt: skip
 def test_value_is_taken(variable, text, field, value):
     assert getattr(config(**{variable: text}), field) == value
 
@@ -275,6 +291,11 @@ def test_value_is_taken(variable, text, field, value):
         ("BIND", "localhost", "expected IP addresses separated by commas"),
         ("BIND", "127.0.0.1,", "expected IP addresses separated by commas"),
         ("BIND", "127.0.0.1:80", "expected IP addresses separated by commas"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, localhost", "correct 'localhost'"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8", "networks without host bits"),
+        ("TRUSTED_PROXIES", "10.0.0.0/33", "expected IP addresses, and networks"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8;192.0.2.1", "separated by commas or blanks"),
+        ("TRUSTED_PROXIES", "[::1]", "correct '[::1]'"),
         ("MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
         ("MAX_CONNECTIONS", "1000001", "expected a whole number from 1 to 1000000"),
         ("WORKERS", "1_0", "expected a whole number from 1 to 1000000"),

@@ -146,7 +146,9 @@ class Bench(Demo):
         trust = ["--cacert", self.ca_file] if way == "tunnel" else ["--insecure"]
         asked = [part.replace("{url}", self.urls[way]) for part in arguments]
         began = time.monotonic()
-        subprocess.run([need("curl"), "-sSf", "-o", os.devnull, *trust, *asked], check=True)
+        curl = subprocess.run([need("curl"), "-sSf", "-o", os.devnull, *trust, *asked])
+        if curl.returncode != 0:
+            raise Failed(f"{way}: curl ended with status {curl.returncode}")
         return LARGE / (time.monotonic() - began) / 1e6
 
     def cpu_seconds(self):
