@@ -44,6 +44,7 @@ Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519
 
 import collections
 import contextlib
+import ipaddress
 import json
 import re
 import struct
@@ -126,8 +127,8 @@ INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Fl
 START_WINDOW = 4 * INITIAL_WINDOW  # where a peer that we know begins: 1 MiB fills 20 MB/s at 50 ms
 MAX_WINDOW = 32 * 1024 * 1024  # where windows stop to grow: 160 MB/s at 200 ms, more than we do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes by which all windows of a session may have grown
-IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
 CREDIT = 1024 * 1024  # bytes that are given at once, at most
+IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
 OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
 ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
 MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
@@ -616,8 +617,8 @@ class Mux:
         if flow is None or flow.got_fin:
             return False
         flow.owed += count
-        idle = flow.grown and now - flow.since > IDLE_WINDOW
         flow.used += count
+        idle = flow.grown and now - flow.since > IDLE_WINDOW
         if flow.used >= flow.window // 2 or idle:
             if not idle:
                 self._grow_window(flow, now)
@@ -810,6 +811,7 @@ def put(queue, payload):
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
+HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
 
 
 class Register(NamedTuple):
@@ -817,13 +819,15 @@ class Register(NamedTuple):
 
     ``routes`` maps hostname to target (the gateway only counts on the hostnames), ``modes``
     hostname to "http" or "tcp"; a hostname without a mode is "http". ``features`` are the
-    extensions that the agent knows.
+    extensions that the agent knows. ``host_headers`` maps hostname to the Host that its target
+    gets instead of the visitor's (feature HOST_HEADER).
     """
 
     token: str
     routes: dict
     modes: dict
     features: tuple = ()
+    host_headers: dict = {}
 
 
 class Ack(NamedTuple):
@@ -849,6 +853,9 @@ class Pong(NamedTuple):
     ts: int
 
 
+LEFT_OUT_EMPTY = frozenset({"error", "features", "host_headers"})
+
+
 def encode_message(message) -> bytes:
     """Write a control message as Go's json.Encoder does: one object, one newline.
 
@@ -856,9 +863,8 @@ def encode_message(message) -> bytes:
     """
     fields = {"type": type(message).__name__.lower()}
     for name, value in message._asdict().items():
-        if name == "features" and not value or name == "error" and not value:
-            continue
-        fields[name] = value
+        if value or name not in LEFT_OUT_EMPTY:
+            fields[name] = value
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
@@ -878,6 +884,7 @@ def decode_message(data: bytes):
             routes=_text_map(fields, "routes"),
             modes=_text_map(fields, "modes"),
             features=_text_list(fields, "features"),
+            host_headers=_text_map(fields, "host_headers"),
         )
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
@@ -975,7 +982,10 @@ class MessageReader:
 DATA_HEADER = struct.Struct("!BH")  # version, length of the hostname that follows
 DATA_HEADER_VERSION = 1
 MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
+MAX_PORT = 65535
 
+# A name, or an IPv6 address in brackets (without a zone, which only its own machine knows).
+_HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
 
@@ -995,6 +1005,22 @@ def valid_hostname(name: str) -> bool:
         and all(_LABEL.fullmatch(label) for label in labels)
         and not labels[-1].isdigit()
     )
+
+
+def valid_host(text: str) -> bool:
+    """Whether a text may be the Host of a request (RFC 9110 §7.2): a hostname or an IP address,
+    IPv6 in brackets, and perhaps a port."""
+    match = _HOST.fullmatch(text)
+    if not match or not 1 <= int(match["port"] or 1) <= MAX_PORT:
+        return False
+    name = match["name"]
+    if valid_hostname(name):
+        return True
+    try:
+        ipaddress.IPv6Address(name[1:-1]) if name[0] == "[" else ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def encode_data_header(hostname: str) -> bytes:

@@ -39,7 +39,7 @@ from gotunnel import (
     spawn,
 )
 
-from .target import Targets, serve
+from .target import Route, Targets, serve
 
 log = logging.getLogger("gotunnel.agent")
 
@@ -69,8 +69,16 @@ class Agent:
     def __init__(self, config):
         """``config`` is the frozen Config of config.load(). Raises CannotTrust."""
         self._config = config
-        self._tunnels = {normal_hostname(tunnel.hostname): tunnel for tunnel in config.tunnels}
         self._context = tls_context(config.ca_file, config.skip_tls_verify)
+        # Tunnels that trust the same share a context: the system's authorities fill megabytes.
+        contexts = {
+            trust: trust and tls_context(*trust, "target_ca_file")
+            for trust in {_trust(tunnel.target) for tunnel in config.tunnels}
+        }
+        self._routes = {
+            normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
+            for tunnel in config.tunnels
+        }
         self._stopping = threading.Event()
         self._session = None
         self._idle = threading.Condition()  # _running fell to 0
@@ -129,8 +137,8 @@ class Agent:
             session.start()
             control = session.open(encode_message(self._registration()))
             messages = _messages(control)
-            _expect_ack(next(messages))
-            log.info("%s: serving %s", self._address, ", ".join(self._tunnels))
+            self._look_for_missing(_expect_ack(next(messages)).features)
+            log.info("%s: serving %s", self._address, ", ".join(self._routes))
             spawn("accept", self._accept, session, workers)
             for message in messages:
                 if not isinstance(message, Ping):
@@ -153,14 +161,26 @@ class Agent:
 
     def _registration(self):
         config = self._config
+        needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
         return Register(
             token=config.token or make_token(
                 config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec
             ),
             routes=config.routes(),
             modes=config.modes(),
-            features=(HALF_CLOSE,),
+            features=(HALF_CLOSE, *sorted(needs)),
+            host_headers=config.host_headers(),
         )
+
+    def _look_for_missing(self, features):
+        """Turn away the visits of tunnels that need more ``features`` than the gateway knows:
+        what it would serve is not what the operator wrote."""
+        for hostname, route in self._routes.items():
+            missing = ", ".join(name for name in route.tunnel.needs if name not in features)
+            self._routes[hostname] = route._replace(missing=missing)
+            if missing:
+                log.error("%s: not served: this gateway does not know %s; update it, or do without",
+                          hostname, missing)  # fmt: skip
 
     def _accept(self, session, workers):
         while True:
@@ -174,7 +194,7 @@ class Agent:
 
     def _serve_stream(self, stream):
         try:
-            serve(stream, self._tunnels.get, self._targets)
+            serve(stream, self._routes.get, self._targets)
         except Exception:
             log.exception("stream %d ends by a defect", stream.id)
             stream.reset()
@@ -203,16 +223,23 @@ def _expect_ack(message):
         raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
     if not message.ok:
         raise Refused(message.error or "no reason given")
+    return message
 
 
-def tls_context(ca_file, skip_verify):
-    """How to check the gateway: against the system's authorities, a file's, or (for trying
-    things out) not at all. Raises CannotTrust if ``ca_file`` holds no certificates."""
+def _trust(target):
+    """What a target's certificate is checked by, as for tls_context(); None without TLS."""
+    return (target.ca_file, target.skip_tls_verify) if target.tls else None
+
+
+def tls_context(ca_file, skip_verify, key="ca_file"):
+    """How to check a gateway or a target: against the system's authorities, a file's, or (for
+    trying things out) not at all. Raises CannotTrust if ``ca_file``, which the configuration
+    names under ``key``, holds no certificates."""
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or error
-        raise CannotTrust(f"ca_file {ca_file}: {reason}, expected certificates as PEM") from None
+        raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= IGNORE_UNEXPECTED_EOF
     if skip_verify:

@@ -16,13 +16,15 @@ import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+import socket
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import yaml
 
-from gotunnel import normal_hostname, valid_hostname
+from gotunnel import HOST_HEADER, MAX_PORT, normal_hostname, valid_host, valid_hostname
 
 KEYS = (
     "tunnel_addr",
@@ -37,7 +39,14 @@ KEYS = (
     "log_level",
     "tunnels",
 )
-TUNNEL_KEYS = ("hostname", "target", "mode")
+TUNNEL_KEYS = (
+    "hostname",
+    "target",
+    "target_ca_file",
+    "target_skip_tls_verify",
+    "mode",
+    "host_header",
+)
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 
 MODES = ("http", "tcp")
@@ -50,7 +59,8 @@ NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unle
 # A thousand tunnels take a tenth of this: it keeps a wrong path from filling the memory.
 MAX_FILE = 1024 * 1024
 
-MAX_PORT = 65535
+# Bytes of a unix socket's path: what the system's sockaddr_un holds, less the byte that ends it.
+MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 
 # Seconds. A token must outlast the way to the gateway and clocks that differ; one that is valid
 # for more than a year is a typing error.
@@ -65,19 +75,38 @@ class ConfigError(Exception):
     """The agent cannot start like this; the message is one line for the operator."""
 
 
+class Target(NamedTuple):
+    """Where visits go: a port of a host, perhaps with TLS, or a unix socket.
+
+    As text it is what the operator writes.
+    """
+
+    host: str = ""  # a hostname or an IP address, without brackets; "" for a unix socket
+    port: int = 0
+    path: str = ""  # of a unix socket; "" for a port
+    tls: bool = False
+    ca_file: str | None = None  # of the target's CA; None: those that the system trusts
+    skip_tls_verify: bool = False
+
+    def __str__(self):
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https://' if self.tls else ''}{host}:{self.port}"
+
+
 class Tunnel(NamedTuple):
     """One hostname and where its visits go. ``mode`` is one of MODES."""
 
     hostname: str
-    target_host: str  # a hostname or an IP address, without brackets
-    target_port: int
+    target: Target
     mode: str
+    host_header: str = ""  # the Host that the target gets; "": the visitor's
 
     @property
-    def target(self) -> str:
-        """The target as "HOST:PORT", IPv6 in brackets."""
-        host = f"[{self.target_host}]" if ":" in self.target_host else self.target_host
-        return f"{host}:{self.target_port}"
+    def needs(self) -> tuple[str, ...]:
+        """The features without which a gateway would serve it otherwise than it says here."""
+        return (HOST_HEADER,) if self.host_header else ()
 
 
 @dataclass(frozen=True)
@@ -100,11 +129,15 @@ class Config:
 
     def routes(self) -> dict[str, str]:
         """Hostname to target, as the register message names them."""
-        return {tunnel.hostname: tunnel.target for tunnel in self.tunnels}
+        return {tunnel.hostname: str(tunnel.target) for tunnel in self.tunnels}
 
     def modes(self) -> dict[str, str]:
         """Hostname to mode, as the register message names them."""
         return {tunnel.hostname: tunnel.mode for tunnel in self.tunnels}
+
+    def host_headers(self) -> dict[str, str]:
+        """Hostname to the Host of its own that its target gets, for the register message."""
+        return {t.hostname: t.host_header for t in self.tunnels if t.host_header}
 
 
 def load(path: str | os.PathLike) -> Config:
@@ -195,14 +228,14 @@ def _config(document: object) -> Config:
         raise ConfigError(f"{_kind(document)} came, expected a mapping of keys to values")
     _refuse_unknown_keys(document, KEYS, "")
 
-    tunnel_host, tunnel_port = _address(document, "tunnel_addr", "tunnel.example.com:9443")
+    tunnel_host, tunnel_port = _tunnel_addr(document)
     jwt_secret, token = _credential(document)
-    skip_tls_verify = _boolean(document, "skip_tls_verify", False)
+    ca_file, skip_tls_verify = _trust(document)
     return Config(
         tunnel_host=normal_hostname(tunnel_host),
         tunnel_port=tunnel_port,
         skip_tls_verify=skip_tls_verify,
-        ca_file=_ca_file(document, skip_tls_verify),
+        ca_file=ca_file,
         jwt_secret=jwt_secret,
         token=token,
         jwt_issuer=_text(document, "jwt_issuer", "text") if "jwt_issuer" in document else "",
@@ -219,6 +252,14 @@ def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], 
         near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
         raise ConfigError(f"{where}unknown key {_shown(key)}, {hint}")
+
+
+def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
+    expected = '"HOST:PORT" such as "tunnel.example.com:9443"'
+    text = _text(document, "tunnel_addr", expected)
+    return _host_and_port(
+        text, lambda why: ConfigError(f"tunnel_addr: {_shown(text)} {why}, expected {expected}")
+    )
 
 
 def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]:
@@ -244,15 +285,24 @@ def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]
     return (credential, None) if key.startswith("jwt_secret") else (None, credential)
 
 
-def _ca_file(document: Mapping[str, object], skip_tls_verify: bool) -> str | None:
-    if "ca_file" not in document:
-        return None
-    path = _text(document, "ca_file", "the path of a file")
-    if skip_tls_verify:
-        raise ConfigError("ca_file and skip_tls_verify: true came, expected only one of them")
+def _trust(
+    mapping: Mapping[str, object], prefix: str = "", where: str = ""
+) -> tuple[str | None, bool]:
+    """The two keys that say which certificates will do: ca_file and skip_tls_verify."""
+    ca_file, skip_tls_verify = f"{prefix}ca_file", f"{prefix}skip_tls_verify"
+    skip = _boolean(mapping, skip_tls_verify, False, where)
+    if ca_file not in mapping:
+        return None, skip
+    path = _text(mapping, ca_file, "the path of a file", where)
+    if skip:
+        raise ConfigError(
+            f"{where}{ca_file} and {skip_tls_verify}: true came, expected only one of them"
+        )
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise ConfigError(f"ca_file: {_shown(path)} came, expected a file that can be read")
-    return path
+        raise ConfigError(
+            f"{where}{ca_file}: {_shown(path)} came, expected a file that can be read"
+        )
+    return path, skip
 
 
 def _expire_sec(document: Mapping[str, object]) -> int:
@@ -293,8 +343,53 @@ def _tunnel(item: object, where: str) -> Tunnel:
     if not valid_hostname(text):
         raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}")
     hostname = normal_hostname(text)
-    target_host, target_port = _address(item, "target", "127.0.0.1:8080", where)
-    return Tunnel(hostname, target_host, target_port, _choice(item, "mode", MODES, "http", where))
+    mode = _choice(item, "mode", MODES, "http", where)
+    return Tunnel(hostname, _target(item, where), mode, _host_header(item, mode, where))
+
+
+def _target(item: Mapping[str, object], where: str) -> Target:
+    expected = '"HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
+    text = _text(item, "target", expected, where)
+
+    def refused(why: str) -> ConfigError:
+        return ConfigError(f"{where}target: {_shown(text)} {why}, expected {expected}")
+
+    scheme, slashes, address = text.partition("://")
+    tls = bool(slashes) and scheme.lower() == "https"
+    for key in ("target_ca_file", "target_skip_tls_verify"):
+        if key in item and not tls:
+            raise refused(f"has no TLS, and {key} came")
+    if text.startswith("unix:"):
+        return Target(path=_unix_path(text.removeprefix("unix:"), refused))
+    if not slashes:
+        address = text
+    elif scheme.lower() not in ("http", "https"):
+        raise refused("has an unknown scheme")
+    host, port = _host_and_port(address, refused)
+    ca_file, skip_tls_verify = _trust(item, "target_", where)
+    return Target(host, port, tls=tls, ca_file=ca_file, skip_tls_verify=skip_tls_verify)
+
+
+def _unix_path(path: str, refused: Callable[[str], ConfigError]) -> str:
+    if not hasattr(socket, "AF_UNIX"):
+        raise refused("is a unix socket, which Python does not have on this system")
+    if not path.startswith("/"):
+        raise refused("has no absolute path")
+    if len(path.encode()) > MAX_UNIX_PATH:
+        raise refused(f"has a path of more than {MAX_UNIX_PATH} bytes")
+    return path
+
+
+def _host_header(item: Mapping[str, object], mode: str, where: str) -> str:
+    if "host_header" not in item:
+        return ""
+    expected = "a hostname or an IP address, with or without a port"
+    text = _text(item, "host_header", expected, where)
+    if mode != "http":
+        raise ConfigError(f"{where}host_header: mode {mode} came, expected mode http beside it")
+    if not valid_host(text):
+        raise ConfigError(f"{where}host_header: {_shown(text)} came, expected {expected}")
+    return text
 
 
 # --- The kinds of value --------------------------------------------------------------------------
@@ -316,12 +411,12 @@ def _text(
     return value
 
 
-def _boolean(mapping: Mapping[str, object], key: str, default: bool) -> bool:
+def _boolean(mapping: Mapping[str, object], key: str, default: bool, where: str = "") -> bool:
     if key not in mapping:
         return default
-    text = _text(mapping, key, "true or false")
+    text = _text(mapping, key, "true or false", where)
     if text.lower() not in BOOLEANS:
-        raise ConfigError(f"{key}: {_shown(text)} came, expected true or false")
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected true or false")
     return BOOLEANS[text.lower()]
 
 
@@ -337,18 +432,13 @@ def _choice(
     return text.lower()
 
 
-def _address(
-    mapping: Mapping[str, object], key: str, example: str, where: str = ""
-) -> tuple[str, int]:
-    """Host and port of "HOST:PORT", an IPv6 address without its brackets."""
-    expected = f'"HOST:PORT" such as "{example}"'
-    text = _text(mapping, key, expected, where)
+def _host_and_port(text: str, refused: Callable[[str], ConfigError]) -> tuple[str, int]:
+    """Host and port of "HOST:PORT", an IPv6 address without its brackets.
 
-    def refused(why: str) -> ConfigError:
-        return ConfigError(f"{where}{key}: {_shown(text)} {why}, expected {expected}")
-
-    if "/" in text or text.startswith("unix:"):
-        raise refused("has a scheme or a path; in this version it is only a host and a port")
+    ``refused`` makes the error of a few words that say what is wrong with it.
+    """
+    if "/" in text:
+        raise refused("has a scheme or a path" if "://" in text else "has a path")
     host, colon, port = text.rpartition(":")
     if port.endswith("]") or not colon and not text.isdigit() or not port:
         raise refused("has no port")

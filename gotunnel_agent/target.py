@@ -1,19 +1,26 @@
 """One data stream at the agent: read whom it is for, dial that target, copy bytes.
 
+A target is a port, plain or with TLS, or a unix socket.
+
 In http mode the exchange is over as soon as either side is: the gateway ends a stream when it has
 its answer (a Go gateway says so with FIN), and a target that has closed its connection answers no
 more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it.
 
 We never look into the bytes. The one thing that we say ourselves is a 502, in http mode, when the
-target cannot be reached: the visitor then learns more than that the connection was closed.
+target cannot be reached: the visitor then learns more than that the connection was closed. What
+the operator has to change stands in our log.
 """
 
 import contextlib
 import logging
 import socket
+import ssl
+import struct
 import threading
+from typing import NamedTuple
 
 from gotunnel import (
+    Deadline,
     Duplex,
     NoThread,
     ProtocolError,
@@ -27,9 +34,50 @@ from gotunnel import (
 log = logging.getLogger("gotunnel.target")
 
 DATA_HEADER_TIMEOUT = 10  # seconds; it leaves the gateway together with the SYN
-DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down
+DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down; with its TLS
 
-UNREACHABLE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
+# Why a visit is turned away: code word (X-Gotunnel-Error) to what the visitor reads.
+UNREACHABLE = "target-unreachable"
+TIMED_OUT = "target-timed-out"
+UNTRUSTED = "target-untrusted"
+MISCONFIGURED = "target-misconfigured"
+REASONS = {
+    UNREACHABLE: "The service behind this address does not answer.",
+    TIMED_OUT: "The service behind this address does not answer in time.",
+    UNTRUSTED: "The service behind this address has a certificate that is not to be trusted.",
+    MISCONFIGURED: "The service behind this address needs more than this gateway can do.",
+}
+PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
+
+# What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
+ADVICE = {
+    9: "set this machine's clock",  # not yet valid
+    10: "renew it",  # has expired
+    62: "write a host in target that the certificate names",
+    64: "write a host in target that the certificate names",  # an IP address
+}
+OTHER_ADVICE = "name its CA in target_ca_file"
+
+
+class Unserved(Exception):
+    """There is no connection to a target; the text is for the log, ``code`` one of REASONS."""
+
+    def __init__(self, code, text):
+        super().__init__(text)
+        self.code = code
+
+
+class Route(NamedTuple):
+    """Where the visits of a hostname go.
+
+    ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
+    if it speaks no TLS. ``missing`` names the features that the gateway does not know and would
+    have to; visits are turned away.
+    """
+
+    tunnel: object
+    context: ssl.SSLContext | None = None
+    missing: str = ""
 
 
 class Targets:
@@ -63,11 +111,10 @@ class Targets:
                 target.reset()
 
 
-def serve(stream, find_tunnel, targets):
+def serve(stream, find_route, targets):
     """Serve one data stream to its end. Raises nothing: what goes wrong is logged.
 
-    ``find_tunnel(hostname)`` gives the tunnel that the configuration has for a hostname, or None;
-    ``targets`` are the agent's.
+    ``find_route(hostname)`` gives the Route of a hostname, or None; ``targets`` are the agent's.
     """
     try:
         name = read_data_header(lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT))
@@ -75,17 +122,20 @@ def serve(stream, find_tunnel, targets):
         log.warning("stream %d dropped: %s", stream.id, error)
         stream.reset()
         return
-    tunnel = find_tunnel(hostname_of(name))
-    if tunnel is None:
+    route = find_route(hostname_of(name))
+    if route is None:
         log.warning("stream %d dropped: no tunnel for %.253r", stream.id, name)
         stream.reset()
         return
+    tunnel = route.tunnel
+    if route.missing:  # which the log has said when the gateway did
+        refuse(stream, tunnel, MISCONFIGURED)
+        return
     try:
-        address = (tunnel.target_host, tunnel.target_port)
-        target = Duplex(socket.create_connection(address, DIAL_TIMEOUT))
-    except OSError as error:
-        log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error.strerror or error)
-        refuse(stream, tunnel)
+        target = dial(tunnel.target, route.context)
+    except Unserved as error:
+        log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
+        refuse(stream, tunnel, error.code)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     with targets.hold(target):
@@ -103,6 +153,81 @@ def hostname_of(name: str) -> str:
     a port behind it."""
     host, colon, port = name.rpartition(":")
     return normal_hostname(host if colon and port.isdigit() else name)
+
+
+def dial(target, context):
+    """Connect to a target of the configuration, with TLS if there is a ``context``.
+
+    Returns a Duplex. Raises Unserved, DIAL_TIMEOUT after the name was resolved at the latest.
+    """
+    try:
+        if target.path:
+            return Duplex(_connect_unix(target.path))
+        addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        deadline = Deadline(DIAL_TIMEOUT)
+        duplex = Duplex(_connect(addresses, deadline))
+        if context is not None:
+            _start_tls(duplex, context, target.host, deadline)
+        return duplex
+    except TimeoutError:
+        raise Unserved(TIMED_OUT, f"no answer in {DIAL_TIMEOUT} s") from None
+    except ssl.SSLCertVerificationError as error:
+        advice = ADVICE.get(error.verify_code, OTHER_ADVICE)
+        problem = error.verify_message.rstrip(".")
+        text = f"its certificate is not to be trusted ({problem}); {advice}"
+        raise Unserved(UNTRUSTED, text) from None
+    except ssl.SSLError as error:
+        text = f"the TLS handshake failed ({error.reason or error}); is it a port with TLS?"
+        raise Unserved(UNREACHABLE, text) from None
+    except OSError as error:
+        raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
+
+
+def _connect(addresses, deadline):
+    """A connection to the first of the ``addresses`` (getaddrinfo's) that takes it; none may use
+    up the time of those behind it."""
+    for left, address in zip(range(len(addresses), 0, -1), addresses):
+        try:
+            return _connect_one(*address, timeout=deadline.left() / left)
+        except OSError:
+            if left == 1:
+                raise
+
+
+def _connect_one(family, kind, protocol, name, address, *, timeout):
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connect_unix(path):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Not settimeout(): a socket that does not block is refused if the target's backlog is full.
+        timeval = struct.pack("ll", DIAL_TIMEOUT, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.connect(path)
+        return sock
+    except BlockingIOError:
+        sock.close()
+        raise TimeoutError("the backlog is full") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _start_tls(duplex, context, host, deadline):
+    try:
+        duplex.start_tls(context, server_side=False, server_hostname=normal_hostname(host))
+        duplex.handshake_within(deadline.left())
+    except BaseException:
+        duplex.close()
+        raise
 
 
 def exchange(stream, target):
@@ -132,17 +257,17 @@ def _answer(stream, target):
     stream.close()
 
 
-def refuse(stream, tunnel):
-    """Say that the target cannot be reached."""
+def refuse(stream, tunnel, code):
+    """Say that the visit cannot be served; ``code`` is one of REASONS."""
     if tunnel.mode != "http":
         stream.reset()
         return
-    page = UNREACHABLE.format("The service behind this address does not answer.").encode()
+    page = PAGE.format(REASONS[code]).encode()
     head = (
         "HTTP/1.1 502 Bad Gateway\r\n"
         "Content-Type: text/html; charset=utf-8\r\n"
         f"Content-Length: {len(page)}\r\n"
-        "X-Gotunnel-Error: target-unreachable\r\n"
+        f"X-Gotunnel-Error: {code}\r\n"
         "Connection: close\r\n\r\n"
     )
     with contextlib.suppress(OSError):  # the gateway does not want it any more

@@ -15,6 +15,7 @@ from time import monotonic, time
 
 from gotunnel import (
     HALF_CLOSE,
+    HOST_HEADER,
     INTERNAL_ERROR,
     NORMAL,
     PROTOCOL_ERROR,
@@ -32,6 +33,7 @@ from gotunnel import (
     encode_data_header,
     encode_message,
     normal_hostname,
+    valid_host,
     valid_hostname,
 )
 
@@ -39,7 +41,7 @@ from .registry import HostnameTaken, Route
 
 log = logging.getLogger("gotunnel.tunnel")
 
-FEATURES = frozenset({HALF_CLOSE})  # extensions that we know
+FEATURES = frozenset({HALF_CLOSE, HOST_HEADER})  # extensions that we know
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
@@ -59,6 +61,11 @@ class _Refusal(Exception):
     def __init__(self, text, detail=""):
         super().__init__(text)
         self.detail = detail
+
+
+def _on_one_line(text):
+    """A text of an agent's, for the log: what cannot be printed is escaped."""
+    return text.encode("unicode_escape").decode()
 
 
 class Tunnels:
@@ -263,17 +270,21 @@ class Tunnel:
             raise _Refusal(
                 f"too many hostnames: {len(message.routes)}, at most {self._tunnels.max_hosts}"
             )
+        host_headers = message.host_headers if HOST_HEADER in message.features else {}
         routes = {}
         # Agents of a Go gateway register "name:port" too, which is all one to us. The shortest
         # spelling, which is the plain one, comes first and stays.
         for name in sorted(message.routes, key=len):
             hostname, colon, port = name.partition(":")
             if not valid_hostname(hostname) or (colon and not port.isdigit()):
-                raise _Refusal(f"invalid hostname: {name[:253]}")
+                raise _Refusal(f"invalid hostname: {_on_one_line(name[:253])}")
             mode = message.modes.get(name) or "http"
             if mode not in ("http", "tcp"):
-                raise _Refusal(f"unknown mode of {name}: {mode[:20]}")
-            routes.setdefault(normal_hostname(hostname), Route(name, mode, self))
+                raise _Refusal(f"unknown mode of {name}: {_on_one_line(mode[:20])}")
+            host = host_headers.get(name)
+            if host is not None and not valid_host(host):
+                raise _Refusal(f"invalid host_header of {name}: {host[:253]!r}")
+            routes.setdefault(normal_hostname(hostname), Route(name, mode, self, host))
         return routes
 
     def _refuse(self, text, detail=""):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Tunnel, load
+from gotunnel import HOST_HEADER
+from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Target, Tunnel, load
 
 EXAMPLE = Path(__file__).parent.parent / "conf" / "agent.yaml"
 
@@ -66,7 +67,7 @@ def test_defaults():
         jwt_issuer="",
         jwt_expire_sec=3600,
         log_level="info",
-        tunnels=(Tunnel("app.example.com", "127.0.0.1", 8080, "http"),),
+        tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
     )
 
 
@@ -95,8 +96,8 @@ def test_every_key_that_stands_beside_the_others():
         jwt_expire_sec=60,
         log_level="debug",
         tunnels=(
-            Tunnel("app.example.com", "web_1", 80, "http"),
-            Tunnel("ssh.example.com", "::1", 22, "tcp"),
+            Tunnel("app.example.com", Target("web_1", 80), "http"),
+            Tunnel("ssh.example.com", Target("::1", 22), "tcp"),
         ),
     )
 
@@ -249,7 +250,7 @@ def test_ca_file_together_with_skip_tls_verify_is_refused():
     )
 
 
-# Each has a line for a tunnel's target, and the same for tunnel_addr.
+# Each is refused as a tunnel's target, and as tunnel_addr, with the same words.
 BAD_ADDRESSES = [
     ("", "no value came"),
     ("[a, b]", "a list came"),
@@ -267,10 +268,8 @@ BAD_ADDRESSES = [
     ("'[localhost]:80'", "'[localhost]:80' has no IPv6 address in its brackets"),
     ("999.0.0.1:80", "'999.0.0.1:80' has a host that is neither a hostname nor an IP address"),
     ("'a b:80'", "'a b:80' has a host that is neither a hostname nor an IP address"),
-    ("http://localhost:80", "'http://localhost:80' has a scheme or a path; in this version"),
-    ("https://localhost:80", "'https://localhost:80' has a scheme or a path; in this version"),
-    ("unix:/run/app.sock", "'unix:/run/app.sock' has a scheme or a path; in this version"),
-    ("/run/app.sock", "'/run/app.sock' has a scheme or a path; in this version"),
+    ("localhost:80/", "'localhost:80/' has a path"),
+    ("/run/app.sock", "'/run/app.sock' has a path"),
 ]
 
 
@@ -278,7 +277,119 @@ BAD_ADDRESSES = [
 def test_bad_target(address, expected):
     message = refusal(tunnel(hostname="app.example.com", target=address))
     assert message.startswith(f"tunnels[0].target: {expected}")
-    assert message.endswith('expected "HOST:PORT" such as "127.0.0.1:8080"')
+    assert message.endswith('expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"')
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("https://", "'https://' has no port"),
+        ("https://localhost", "'https://localhost' has no port"),
+        ("https://:443", "'https://:443' has no host"),
+        ("https://localhost:443/app", "'https://localhost:443/app' has a path"),
+        ("https://me@localhost:443", "'https://me@localhost:443' has a host that is neither"),
+        ("https://https://a:1", "'https://https://a:1' has a scheme or a path"),
+        ("ftp://localhost:21", "'ftp://localhost:21' has an unknown scheme"),
+        ("://localhost:21", "'://localhost:21' has an unknown scheme"),
+        ("'unix:'", "'unix:' has no absolute path"),
+        ("unix:app.sock", "'unix:app.sock' has no absolute path"),
+        (f"unix:/{'x' * 200}", f"'unix:/{'x' * 200}' has a path of more than 10"),
+    ],
+)
+def test_bad_target_with_a_scheme(target, expected):
+    message = refusal(tunnel(hostname="app.example.com", target=target))
+    assert message.startswith(f"tunnels[0].target: {expected}")
+    assert message.endswith('expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"')
+
+
+def test_unix_socket_is_refused_where_there_are_none(monkeypatch):
+    monkeypatch.delattr("socket.AF_UNIX", raising=False)
+    message = refusal(tunnel(hostname="app.example.com", target="unix:/run/app.sock"))
+    assert message.startswith("tunnels[0].target: 'unix:/run/app.sock' is a unix socket, which ")
+
+
+@pytest.mark.parametrize("mode", ["http", "tcp"])
+@pytest.mark.parametrize(
+    ("typed", "target", "text"),
+    [
+        ("http://localhost:80", Target("localhost", 80), "localhost:80"),
+        ("HTTP://[::1]:80", Target("::1", 80), "[::1]:80"),
+        ("https://web_1:443", Target("web_1", 443, tls=True), "https://web_1:443"),
+        ("https://[::1]:443", Target("::1", 443, tls=True), "https://[::1]:443"),
+        ("unix:/run/app.sock", Target(path="/run/app.sock"), "unix:/run/app.sock"),
+        ("'unix:/run/my app'", Target(path="/run/my app"), "unix:/run/my app"),
+    ],
+)
+def test_targets_of_all_kinds(mode, typed, target, text):
+    config = loaded(tunnel(hostname="a.example", target=typed, mode=mode))
+    assert config.tunnels[0].target == target
+    assert config.routes() == {"a.example": text}
+
+
+def test_trust_in_a_target_is_its_own():
+    Path("ca.pem").write_text("")
+    keys = {"hostname": "a.example", "target": "https://a:1"}
+    (named,) = loaded(tunnel(**keys, target_ca_file="ca.pem")).tunnels
+    assert named.target == Target("a", 1, tls=True, ca_file="ca.pem")
+    config = loaded(tunnel(**keys, target_skip_tls_verify="yes"))
+    assert config.tunnels[0].target == Target("a", 1, tls=True, skip_tls_verify=True)
+    assert (config.ca_file, config.skip_tls_verify) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"target": "https://a:1", "target_ca_file": "none.pem"},
+            "target_ca_file: 'none.pem' came, expected a file that can be read",
+        ),
+        (
+            {"target": "https://a:1", "target_skip_tls_verify": "maybe"},
+            "target_skip_tls_verify: 'maybe' came, expected true or false",
+        ),
+        (
+            {"target": "https://a:1", "target_ca_file": "x", "target_skip_tls_verify": "true"},
+            "target_ca_file and target_skip_tls_verify: true came, expected only one of them",
+        ),
+        (
+            {"target": "a:1", "target_ca_file": "x"},
+            "target: 'a:1' has no TLS, and target_ca_file came",
+        ),
+        (
+            {"target": "http://a:1", "target_skip_tls_verify": "false"},
+            "target: 'http://a:1' has no TLS, and target_skip_tls_verify came",
+        ),
+        (
+            {"target": "unix:/a", "target_ca_file": "x"},
+            "target: 'unix:/a' has no TLS, and target_ca_file came",
+        ),
+        (
+            {"target": "a:1", "host_header": "http://b"},
+            "host_header: 'http://b' came, expected a hostname or an IP address, with or without a",
+        ),
+        ({"target": "a:1", "host_header": "b:0"}, "host_header: 'b:0' came, expected a hostname"),
+        ({"target": "a:1", "host_header": ""}, "host_header: no value came, expected a hostname"),
+        ({"target": "a:1", "host_header": "''"}, "host_header: '' came, expected a hostname"),
+        (
+            {"target": "a:1", "host_header": '"b\\r\\nX: y"'},
+            "host_header: a line break or unprintable character came, expected a hostname",
+        ),
+        (
+            {"target": "a:1", "host_header": "b", "mode": "tcp"},
+            "host_header: mode tcp came, expected mode http beside it",
+        ),
+    ],
+)
+def test_bad_keys_of_a_tunnel(keys, expected):
+    message = refusal(tunnel(hostname="app.example.com", **keys))
+    assert message.startswith(f"tunnels[0].{expected}")
+
+
+def test_host_header_needs_a_gateway_that_knows_it():
+    more = "  - {hostname: b.example.com, target: b:1, host_header: 'intranet:8080'}\n"
+    config = loaded(MINIMAL + more)
+    assert config.host_headers() == {"b.example.com": "intranet:8080"}
+    assert [tunnel.needs for tunnel in config.tunnels] == [(), (HOST_HEADER,)]
 
 
 @pytest.mark.parametrize(("address", "expected"), BAD_ADDRESSES)

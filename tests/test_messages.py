@@ -7,6 +7,7 @@ import pytest
 
 from gotunnel import (
     HALF_CLOSE,
+    HOST_HEADER,
     MESSAGE_LIMIT,
     Ack,
     MessageReader,
@@ -19,6 +20,7 @@ from gotunnel import (
     encode_message,
     normal_hostname,
     read_data_header,
+    valid_host,
     valid_hostname,
 )
 
@@ -33,6 +35,11 @@ WIRE = [
         Register("t", {}, {}, (HALF_CLOSE, "other")),
         b'{"type":"register","token":"t","routes":{},"modes":{},'
         b'"features":["half_close","other"]}\n',
+    ),
+    (
+        Register("t", {}, {}, (HOST_HEADER,), {"app.example.com": "intranet:8080"}),
+        b'{"type":"register","token":"t","routes":{},"modes":{},"features":["host_header"],'
+        b'"host_headers":{"app.example.com":"intranet:8080"}}\n',
     ),
     (Ack(True), b'{"type":"ack","ok":true}\n'),
     (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
@@ -59,6 +66,7 @@ def test_messages_both_ways(message, data):
         (b'{"type":"register","auth_token":"old"}', Register("old", {}, {})),
         (b'{"type":"register","token":"new","auth_token":"old"}', Register("new", {}, {})),
         (b'{"type":"register","routes":null,"modes":null,"features":null}', Register("", {}, {})),
+        (b'{"type":"register","host_headers":null}', Register("", {}, {})),
         (b'{"type":"register","token":null,"auth_token":"x"}', Register("x", {}, {})),
         (b'{"type":"ack","ok":true,"error":null,"unknown":[1]}', Ack(True)),
         (b' {"ok" : false , "type":"ack"}\r\n', Ack(False)),
@@ -98,6 +106,7 @@ def test_what_other_programs_may_leave_out_or_add(data, message):
         (b'{"type":"register","modes":{"a":null}}', '"modes" does not map texts to texts'),
         (b'{"type":"register","features":{"a":"b"}}', '"features" is not a list of texts'),
         (b'{"type":"register","features":[1]}', '"features" is not a list of texts'),
+        (b'{"type":"register","host_headers":["a"]}', '"host_headers" does not map texts to texts'),
     ],
 )
 def test_reject_messages(data, sentence):
@@ -300,3 +309,27 @@ def test_invalid_hostnames(name):
 )
 def test_normal_hostnames(name, normal):
     assert normal_hostname(name) == normal
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "intranet", "app.example.com", "APP.example.com.", "app.example.com:8080", "a:1", "a:65535",
+        "192.0.2.1", "192.0.2.1:80", "[::1]", "[2001:db8::1]:8080", "[::ffff:192.0.2.1]:80",
+    ],
+)  # fmt: skip
+def test_valid_hosts(text):
+    assert valid_host(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ":", ":80", "a:", "a:0", "a:65536", "a:-1", "a:http", "a:80:80", "a:\u0661", "a b",
+        "a\n", "a:80\n", "a\r\nX: y", "http://a", "a/b", "user@a", "-a", "a_b", "*.a",
+        "999.0.0.1", "::1", "::1:80", "[::1", "::1]", "[a]", "[]", "[::1]80", "[::1]:", "[::g]",
+        "[fe80::1%eth0]", "b\u00fccher.example", LABEL + "a", "[192.0.2.1]",
+    ],
+)  # fmt: skip
+def test_invalid_hosts(text):
+    assert not valid_host(text)

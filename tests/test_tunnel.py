@@ -197,6 +197,8 @@ def test_bad_token_is_refused_in_two_words_and_claims_nothing(gateway, bad):
         (registration("no_name.localhost"), "invalid hostname: no_name.localhost"),
         (registration("*.localhost"), "invalid hostname: *.localhost"),
         (registration("127.0.0.1"), "invalid hostname: 127.0.0.1"),
+        (registration("a\nWARNING b"), "invalid hostname: a\\nWARNING b"),
+        (registration(APP, modes={APP: "\n"}), f"unknown mode of {APP}: \\n"),
         (registration(APP, modes={APP: "udp"}), f"unknown mode of {APP}: udp"),
         (registration(*(f"{n}.test" for n in range(51))), "too many hostnames: 51, at most 50"),
     ],
