@@ -32,6 +32,10 @@ TEST = [
     "pytest>=8.4",
     # Older ones were not tried with that pytest.
     "pytest-timeout>=2.3.1",
+    # A program to be tunnelled. The first whose blocking client can be told to use no proxy.
+    "websockets>=15.0",
+    # Another one. Older ones were not tried.
+    "flask>=3.0",
 ]
 
 ROOT = Path(__file__).parent
