@@ -6,10 +6,19 @@ import threading
 import pytest
 from support import ROOT, Origin, need, wait_until
 
+SLOW_TIMEOUT = 300  # seconds for a test that is marked slow
+
 
 def pytest_configure(config):
     """Leave slow tests out unless -m says what to run."""
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def pytest_collection_modifyitems(items):
+    """A slow test may take longer, on a machine that is slow itself."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 @pytest.fixture(autouse=True)
