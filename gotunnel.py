@@ -1051,6 +1051,7 @@ def read_data_header(read_exactly) -> str:
 import functools  # noqa: E402 (the half above must not need what follows)
 import heapq  # noqa: E402
 import logging  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import select  # noqa: E402
 import selectors  # noqa: E402
@@ -1547,12 +1548,14 @@ class Session:
         self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
         self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
         self._sending = False  # somebody takes frames out of the Mux and sends them
+        self._postponed = False  # a frame waits for another one, or until somebody waits to read
         self._jammed = False  # the kernel is full: the demultiplexer is that somebody ...
         self._jammed_at = 0.0  # ... since then
         self._ahead = AHEAD_LEAST  # bytes, see there
         self._closing = None  # (reason, monotonic deadline) once close() was called
         self._timers = []  # heap of (monotonic time, number, function)
         self._timer_count = 0
+        self._timer_at = math.inf  # monotonic time of the first one
         self._farewells = []  # functions to be called without the lock, of streams that died
         self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
@@ -1605,7 +1608,9 @@ class Session:
             stream = self._arrived.popleft()
             self._expiring.pop(stream.id, None)
             self._mux.accept(stream.id)
-            batch = self._take_batch()
+            # If the peer has asked something already, the ACK leaves with the answer to it.
+            self._postponed = stream._unread > 0
+            batch = NOTHING if self._postponed else self._take_batch()
         self._send(batch)
         return stream
 
@@ -1843,6 +1848,7 @@ class Session:
     def _take_batch(self):
         """What is to be sent now, b"" if that is nothing or somebody is at it: that one takes it
         along. Caller holds the lock, and passes it to _send() without the lock."""
+        self._postponed = False
         if self._sending:
             return NOTHING
         data, served = self._mux.pull(self._ahead)
@@ -1896,6 +1902,15 @@ class Session:
             batch = self._take_batch()
         self._send(batch)
 
+    def _send_postponed(self):
+        """Caller holds the lock, which is let go meanwhile."""
+        batch = self._take_batch()
+        self._lock.release()
+        try:
+            self._send(batch)
+        finally:
+            self._lock.acquire()
+
     def _go_on(self):
         """Send what came up during a jam. Demultiplexer only."""
         with self._lock:
@@ -1915,22 +1930,20 @@ class Session:
         with self._lock:
             self._timer_count += 1
             heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
+            self._timer_at = self._timers[0][0]
         if threading.current_thread() is not self._thread:
             self._wake()
 
     def _next_timer(self):
-        with self._lock:
-            at = self._timers[0][0] if self._timers else None
-        if self._closing:
-            at = self._closing[1] if at is None else min(at, self._closing[1])
-        return None if at is None else max(0, at - monotonic())
+        """Seconds until the next one, or until close() is out of patience."""
+        at = min(self._timer_at, self._closing[1]) if self._closing else self._timer_at
+        return max(0, at - monotonic()) if at < math.inf else None
 
     def _run_timers(self):
-        while True:
+        while self._timer_at <= monotonic():
             with self._lock:
-                if not self._timers or self._timers[0][0] > monotonic():
-                    return
                 function = heapq.heappop(self._timers)[2]
+                self._timer_at = self._timers[0][0] if self._timers else math.inf
             function()
 
     def _expire(self, stream, timeout):
@@ -2023,6 +2036,7 @@ class Session:
             self._slot.notify_all()
             self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
+            self._timer_at = math.inf
             wakers = (self._wake_receive, self._wake_send)
             self._wake_send = None
         self._say_farewells()
@@ -2138,7 +2152,10 @@ class Stream:
                 if self._got_fin or self._discarding:
                     return b""
                 self._check()
-                self._readable.wait(deadline.left())
+                if self._session._postponed:
+                    self._session._send_postponed()
+                else:
+                    self._readable.wait(deadline.left())
             data = self._take_out(size)
             self._session._count_unread(self, -len(data))
             batch = self._session._take_batch() if self._consumed(len(data)) else NOTHING

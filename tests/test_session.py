@@ -167,6 +167,41 @@ def test_a_stream_in_both_directions(sessions):
     wait_until(lambda: [tables(session) for session in sessions] == [NO_TABLES] * 2)
 
 
+def with_a_question(peer, session):
+    """A stream whose peer has sent something together with its SYN, accepted."""
+    peer.send(frame(DATA, SYN, 1, payload=b"question"))
+    stream = session.accept(PATIENCE)
+    assert stream._unread == 8
+    return stream
+
+
+def test_an_answer_takes_the_ack_along():
+    with raw_pair() as (peer, session):
+        stream = with_a_question(peer, session)
+        sent, send = [], session._duplex.send
+        session._duplex.send = lambda data: sent.append(data) or send(data)
+        assert stream.read() == b"question" and not sent
+        stream.write(b"answer")
+        assert sent == [frame(WINDOW_UPDATE, ACK, 1, 0) + frame(DATA, 0, 1, payload=b"answer")]
+
+
+def test_an_ack_without_an_answer_leaves_when_somebody_waits_to_read():
+    with raw_pair() as (peer, session):
+        stream = with_a_question(peer, session)
+        assert stream.read() == b"question"
+        reading = spawn(stream.read)
+        assert peer.read() == (WINDOW_UPDATE, ACK, 1, 0, b"")
+        peer.send(frame(WINDOW_UPDATE, FIN, 1))
+        assert reading.result(PATIENCE) == b""
+
+
+def test_an_ack_leaves_soon_if_nobody_writes_or_reads(monkeypatch):
+    monkeypatch.setattr(gotunnel, "SWEEP", 0.01)
+    with raw_pair() as (peer, session):
+        with_a_question(peer, session)
+        assert peer.read() == (WINDOW_UPDATE, ACK, 1, 0, b"")
+
+
 def test_what_is_said_first_leaves_together_with_the_open():
     with raw_pair(client=True) as (peer, session):
         session.open(b"first")

@@ -171,9 +171,10 @@ class Gateway:
         sock = socket.create_connection((HOST, self.port), TIMEOUT)
         session = start(Duplex(self._listening.accept()[0]), client=False)
         agent = start(Duplex(sock), client=True)
-        serving = spawn("agent", serve_session, agent)
+        serving = spawn("agent", serve_session, agent, serve_echo)
         try:
-            echo, alone = self._echo(session), self._time(lambda: self._short_stream(session))
+            echo = self._echo(session, b"")
+            alone = self._time(lambda: self._short_stream(session, b""))
         finally:
             session.close()
             serving.join()
@@ -197,8 +198,8 @@ class Gateway:
         late = sorted(echo)[int(len(echo) * 0.99)]
         return dict(echo=statistics.median(echo), late=late, rate=rate)
 
-    def _echo(self, session):
-        stream = session.open(HEAD.pack(ECHO, 0))
+    def _echo(self, session, head=HEAD.pack(ECHO, 0)):
+        stream = session.open(head)
 
         def exchange():
             stream.write(MESSAGE, TIMEOUT)
@@ -208,8 +209,8 @@ class Gateway:
         stream.close()
         return took
 
-    def _short_stream(self, session):
-        stream = session.open(HEAD.pack(ECHO, 0) + MESSAGE, TIMEOUT)
+    def _short_stream(self, session, head=HEAD.pack(ECHO, 0)):
+        stream = session.open(head + MESSAGE, TIMEOUT)
         stream.read_exactly(len(MESSAGE), TIMEOUT)
         stream.close()
 
@@ -317,11 +318,17 @@ def flood(context, port):
             tls.sendall(piece)
 
 
-def serve_session(session):
+def serve_session(session, serve=None):
     with Workers(MAX_STREAMS, "stream") as workers, contextlib.suppress(SessionClosed):
         while True:
-            workers.submit(serve_stream, session.accept())
+            workers.submit(serve or serve_stream, session.accept())
     session.join()
+
+
+def serve_echo(stream):
+    with contextlib.suppress(ConnectionError):
+        echo(stream, 0)
+        stream.close()
 
 
 def serve_stream(stream):
