@@ -44,6 +44,7 @@ from wire import (  # noqa: F401 (fixtures)
     echoing,
     frame,
     leaves_nothing,
+    narrow,
     noise,
     raw_pair,
     read_all,
@@ -185,7 +186,9 @@ def test_an_answer_takes_the_ack_along():
         assert sent == [frame(WINDOW_UPDATE, ACK, 1, 0) + frame(DATA, 0, 1, payload=b"answer")]
 
 
-def test_an_ack_without_an_answer_leaves_when_somebody_waits_to_read():
+def test_an_ack_without_an_answer_leaves_when_somebody_waits_to_read(monkeypatch):
+    for other in ("SWEEP", "KEEP_ALIVE"):  # which send it, too
+        monkeypatch.setattr(gotunnel, other, 3600)
     with raw_pair() as (peer, session):
         stream = with_a_question(peer, session)
         assert stream.read() == b"question"
@@ -1126,6 +1129,20 @@ def test_close_sends_what_another_thread_has_only_queued(monkeypatch):
         assert [got[0] for got in peer.read_to_end()] == [GO_AWAY]
         gate.open()
         closing.result(PATIENCE)
+
+
+def test_a_session_that_closes_takes_no_more_writes(monkeypatch):
+    monkeypatch.setattr(gotunnel, "FLUSH_TIMEOUT", PATIENCE)
+    with raw_pair() as (peer, session):
+        narrow(peer, session)
+        first, second = accepted(peer, session), accepted(peer, session, 3)
+        first.write(bytes(INITIAL_WINDOW))
+        wait_until(lambda: session._jammed)
+        session.close("enough")
+        with pytest.raises(SessionClosed, match="enough"):
+            second.write(b"x")
+        assert not session.ended  # the line still takes what was written before
+        peer.close()
 
 
 def test_close_before_start():
