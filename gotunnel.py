@@ -1560,6 +1560,7 @@ class Session:
         self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
         self._wake_send = self._wake_receive = None
+        self._wake_lock = threading.Lock()  # held to write to _wake_send, and to take it away
 
     def widen(self, window):
         """Have further streams begin with a larger window: the peer has shown who it is."""
@@ -1721,7 +1722,7 @@ class Session:
             leave()
 
     def _wake(self):
-        with self._lock:
+        with self._wake_lock:
             if self._wake_send is not None:
                 with contextlib.suppress(BlockingIOError):  # full: one is on its way
                     self._wake_send.send(b"\0")
@@ -2037,6 +2038,7 @@ class Session:
             self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
             self._timer_at = math.inf
+        with self._wake_lock:
             wakers = (self._wake_receive, self._wake_send)
             self._wake_send = None
         self._say_farewells()
