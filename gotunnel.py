@@ -355,14 +355,15 @@ class Mux:
 
     # From the peer
 
-    def receive(self, data: bytes, now) -> list:
-        """Take bytes of the peer, in any pieces; return the events that they cause."""
+    def receive(self, data, now) -> list:
+        """Take bytes of the peer, in any pieces and any buffer; return the events that they cause.
+        What they hold of ``data`` is copied out of it."""
         self._now = now
         events = []
         at, end = 0, len(data)
         while at < end:
             if self._body_left:
-                piece = data[at : at + self._body_left]
+                piece = bytes(data[at : at + self._body_left])
                 at += len(piece)
                 self._take_payload(piece, events)
             elif self._partial or end - at < HEADER_SIZE:
@@ -1129,6 +1130,8 @@ STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then 
 READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one visit
 TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
 TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
+READ_BATCH = 512 * 1024  # bytes asked of the kernel at once by a session: it carries many visits
+SCRATCHES = 4  # buffers kept for the next who receives, two for each that does so just now
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
 
 # When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
@@ -1151,6 +1154,27 @@ IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class _Scratch:
+    """A buffer of READ_BATCH bytes, lent for as long as a thread works and does not wait.
+
+    Received bytes pass through it: large ones that are made anew each time, only to be cut in
+    pieces, cost as much as their decryption.
+    """
+
+    _spare = []
+
+    def __enter__(self) -> memoryview:
+        try:
+            self._buffer = self._spare.pop()
+        except IndexError:
+            self._buffer = memoryview(bytearray(READ_BATCH))
+        return self._buffer
+
+    def __exit__(self, *_):
+        if len(self._spare) < SCRATCHES:
+            self._spare.append(self._buffer)
 
 
 class Duplex:
@@ -1256,17 +1280,31 @@ class Duplex:
     # Reading
 
     def receive(self, size=READ_SIZE):
-        """Bytes that are here, b"" at the end, None if none have come."""
+        """At most ``size`` bytes that are here, b"" at the end, None if none have come."""
+        if self._tls is None and not (self._unread or self._at_end):
+            self._check()
+            data = self._receive_plain(size)
+            self._at_end = data == b""
+            return data
+        with _Scratch() as buffer:
+            count = self.receive_into(buffer[: min(size, READ_BATCH)])
+            return None if count is None else bytes(buffer[:count])
+
+    def receive_into(self, view: memoryview):
+        """As receive(), into a buffer: how many bytes, 0 at the end, None if none have come."""
         self._check()
         if self._unread:
-            data, self._unread = self._unread[:size], self._unread[size:]
-            return data
+            count = min(len(self._unread), len(view))
+            view[:count], self._unread = self._unread[:count], self._unread[count:]
+            return count
         if self._at_end:
-            return b""
-        data = self._receive_plain(size) if self._tls is None else self._receive_tls(size)
-        if data == b"":
-            self._at_end = True
-        return data
+            return 0
+        if self._tls is not None:
+            count = self._receive_tls(view)
+        else:
+            count = self._receive_plain_into(view)
+        self._at_end = count == 0
+        return count
 
     def _receive_plain(self, size):
         try:
@@ -1274,65 +1312,67 @@ class Duplex:
         except (BlockingIOError, InterruptedError):
             return None
 
-    def _receive_tls(self, size):
-        came = b""
-        while True:
-            with self._tls_lock:
-                data = self._decrypt(size, came)
-                answers = self._tls_out.pending  # a key update wants one, also while we read
-            if answers:
-                with contextlib.suppress(OSError):  # the writer finds out by itself
-                    self.flush()
-            if data or self._tls_at_end:
-                return data
-            came = self._receive_plain(max(size, READ_SIZE))
-            if came is None:
-                return None
-            if not came:
-                with self._tls_lock:
-                    self._tls_in.write_eof()
+    def _receive_plain_into(self, view):
+        try:
+            return self._socket.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            return None
 
-    def _decrypt(self, size, came):
-        """Up to ``size`` bytes of what is here and of what just ``came``, b"" if that is nothing.
-        Caller holds the TLS lock.
+    def _receive_tls(self, view):
+        with _Scratch() as buffer:
+            came = buffer[:0]
+            while True:
+                with self._tls_lock:
+                    count = self._decrypt(came, view)
+                    answers = self._tls_out.pending  # a key update wants one, also while we read
+                if answers:
+                    with contextlib.suppress(OSError):  # the writer finds out by itself
+                        self.flush()
+                if count or self._tls_at_end:
+                    return count
+                count = self._receive_plain_into(buffer[: max(len(view), READ_SIZE)])
+                if count is None:
+                    return None
+                came = buffer[:count]
+                if not count:
+                    with self._tls_lock:
+                        self._tls_in.write_eof()
+
+    def _decrypt(self, came, view):
+        """Decrypt what is here and what just ``came`` into ``view``; returns how many bytes, 0 if
+        there was no whole record, or the end. Caller holds the TLS lock.
 
         TLS gives a record at a time. Those that are here go together: whatever is done with them
         costs as much for one as for many. TLS is fed in pieces, since its buffer stays as large
         as it once was.
         """
-        parts, left, came = [], size, memoryview(came)
-        while left:
-            data = self._early.popleft() if self._early else self._next_record()
-            if data is None:
-                if not came:
-                    break
-                self._tls_in.write(came[:TLS_PIECE])
-                came = came[TLS_PIECE:]
-            elif not data:
+        tls, tls_in, count, room = self._tls, self._tls_in, 0, len(view)
+        while self._early and count < room:
+            data = self._early.popleft()
+            if len(data) > room - count:
+                self._early.appendleft(data[room - count :])
+                data = data[: room - count]
+            view[count : count + len(data)] = data
+            count += len(data)
+        while count < room and not self._tls_at_end:
+            try:
+                while count < room and (tls_in.pending or tls_in.eof or tls.pending()):
+                    got = tls.read(TLS_RECORD, view[count:])
+                    if not got:
+                        self._tls_at_end = True
+                        break
+                    count += got
+            except ssl.SSLWantReadError:  # part of a record
+                pass
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
                 self._tls_at_end = True
+            if not came:
                 break
-            else:
-                if len(data) > left:
-                    self._early.appendleft(data[left:])
-                    data = data[:left]
-                parts.append(data)
-                left -= len(data)
+            tls_in.write(came[:TLS_PIECE])
+            came = came[TLS_PIECE:]
         if came:
-            self._tls_in.write(came)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _next_record(self):
-        """Payload of a record, None if there is no whole one, b"" at the end."""
-        if self._tls_at_end:
-            return b""
-        if not (self._tls_in.pending or self._tls_in.eof or self._tls.pending()):
-            return None  # which saves an exception
-        try:
-            return self._tls.read(TLS_RECORD)
-        except ssl.SSLWantReadError:
-            return None
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
-            return b""
+            tls_in.write(came)
+        return count
 
     def read(self, size=READ_SIZE, timeout=None) -> bytes:
         """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
@@ -1503,7 +1543,6 @@ PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
 AHEAD_LEAST = 16 * 1024  # bytes that go to TLS at once, and that may lie in the kernel but are not
 AHEAD_MOST = 64 * 1024  # on the line yet: what is urgent waits for both. Few on slow lines.
 AHEAD_QUICK, AHEAD_SLOW = 0.01, 0.2  # seconds for so many bytes: could be more, should be fewer
-READ_BATCH = 256 * 1024  # bytes asked of the kernel at once: a session carries many visits
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
 LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
@@ -1701,19 +1740,20 @@ class Session:
         Demultiplexer only; before start(), whoever holds the session.
         """
         for _ in range(READS_A_TURN):
-            data = self._duplex.receive(READ_BATCH)
-            if data is None:
-                break
-            if not data:
-                raise SessionClosed("the peer closed the connection")
-            with self._lock:
-                for event in self._mux.receive(data, monotonic()):
-                    self._on_event[type(event)](self, event)
-                batch = self._take_batch()
+            with _Scratch() as buffer:
+                count = self._duplex.receive_into(buffer)
+                if count is None:
+                    break
+                if not count:
+                    raise SessionClosed("the peer closed the connection")
+                with self._lock:
+                    for event in self._mux.receive(buffer[:count], monotonic()):
+                        self._on_event[type(event)](self, event)
+                    batch = self._take_batch()
             self._send(batch)
             if self._farewells:
                 self._say_farewells()
-            if len(data) < READ_BATCH and not self._duplex.pending:
+            if count < READ_BATCH and not self._duplex.pending:
                 break  # that was all
         else:
             self._wake()  # there may be more, in places where the selector does not look

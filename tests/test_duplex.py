@@ -64,6 +64,34 @@ def test_a_read_gives_no_more_than_asked_and_keeps_the_rest(duplexes):
     assert right.read(4, PATIENCE) == b"89"
 
 
+def test_a_buffer_is_filled_as_far_as_it_goes_and_the_rest_is_kept(duplexes):
+    left, right = duplexes
+    buffer = memoryview(bytearray(b"......"))
+    assert right.receive_into(buffer) is None
+    left.write(b"0123456789")
+    right.wait_readable(PATIENCE)
+    assert right.receive_into(buffer[:4]) == 4
+    right.unread(b"one ")
+    assert right.receive_into(buffer[:2]) == 2
+    assert right.receive_into(buffer[2:]) == 2
+    assert bytes(buffer) == b"one .."
+    assert right.receive_into(buffer) == 6
+    assert bytes(buffer) == b"456789"
+    left.finish(PATIENCE)
+    right.wait_readable(PATIENCE)
+    assert right.receive_into(buffer) == 0
+    assert right.receive_into(buffer) == 0
+
+
+def test_what_is_received_does_not_change_when_more_is(duplexes):
+    left, right = duplexes
+    left.write(b"first")
+    first = right.read(timeout=PATIENCE)
+    left.write(b"other")
+    assert right.read(timeout=PATIENCE) == b"other"
+    assert first == b"first"
+
+
 def test_pending_tells_what_the_socket_does_not():
     with duplex_pair("tls") as (left, right):
         left.write(b"0123456789")

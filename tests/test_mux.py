@@ -257,6 +257,17 @@ def test_fr_unknown_flags():
     assert receive(mux, frame(PING, 0xFFF0, 0, 5)) == []
 
 
+def test_payload_outlives_the_buffer_that_it_came_in():
+    mux = acceptor()
+    buffer = memoryview(bytearray(frame(DATA, 0, 1, payload=b"payload") + frame(PING, SYN, 0, 7)))
+    events = receive(mux, buffer[:-5])  # half a header is kept, too
+    tail = bytes(buffer[-5:])
+    buffer[:] = bytes(len(buffer))
+    assert payload_of(events) == b"payload"
+    assert receive(mux, tail) == []
+    assert sent(mux)[-1][:4] == (PING, ACK, 0, 7)
+
+
 # Flow control ------------------------------------------------------------------------------------
 
 
