@@ -1,5 +1,7 @@
 """The agent's command line: arguments, logging, signals, exit codes.
 
+`gotunnel-agent forward` is another program, in forward.py; __main__.py tells the two apart.
+
 Exit status: 0 after a signal, 2 if the configuration is wrong.
 """
 
@@ -16,6 +18,7 @@ from .config import ConfigError, load
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of its configuration
 from targets that it can reach. conf/agent.yaml explains each key."""
+EPILOG = "gotunnel-agent forward --help: the visitor's helper, for SSH and databases."
 
 
 def main(arguments=None) -> int:
@@ -44,6 +47,7 @@ def main(arguments=None) -> int:
 def parse(arguments):
     parser = argparse.ArgumentParser(
         "gotunnel-agent", description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
