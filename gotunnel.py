@@ -338,6 +338,7 @@ class Mux:
         self.we_left = False  # go_away() was called
         self.peer_left = False  # the peer sent GO_AWAY
         self.strays = 0  # frames for streams that nobody knows
+        self.refused = 0  # streams of the peer's that found no room
 
         # What came: half a header, or a body of which some bytes are missing.
         self._partial = b""
@@ -489,6 +490,7 @@ class Mux:
             return
         too_long = header.type == DATA and header.length > INITIAL_WINDOW
         full = self._inbound >= self._max_streams or len(self._unaccepted) >= ACCEPT_BACKLOG
+        self.refused += full
         if self.we_left or full or too_long or len(self._control) >= MAX_REPLIES:
             self._reply(self._control, Header(WINDOW_UPDATE, RST, stream_id, 0))
             return
@@ -813,6 +815,8 @@ MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hund
 MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
+PORTS = "ports"  # feature: the gateway opens public ports of their own for tcp hostnames
+VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visitor comes from
 
 
 class Register(NamedTuple):
@@ -821,7 +825,9 @@ class Register(NamedTuple):
     ``routes`` maps hostname to target (the gateway only counts on the hostnames), ``modes``
     hostname to "http" or "tcp"; a hostname without a mode is "http". ``features`` are the
     extensions that the agent knows. ``host_headers`` maps hostname to the Host that its target
-    gets instead of the visitor's (feature HOST_HEADER).
+    gets instead of the visitor's (feature HOST_HEADER). ``ports`` maps hostname to the public port
+    that it wants, as a text, or to ANY_PORT (feature PORTS). ``addressed`` are the hostnames whose
+    data headers are to name the visitor's address (feature VISITOR_ADDRESS).
     """
 
     token: str
@@ -829,17 +835,22 @@ class Register(NamedTuple):
     modes: dict
     features: tuple = ()
     host_headers: dict = {}
+    ports: dict = {}
+    addressed: tuple = ()
 
 
 class Ack(NamedTuple):
     """Gateway to agent, once: registered, or ``error`` says why not.
 
-    ``features`` are those of the agent's that the gateway will use.
+    ``features`` are those of the agent's that the gateway will use. ``ports`` maps hostname to the
+    public port that was opened for it, as a text; ``refused`` hostname to why it got none.
     """
 
     ok: bool
     error: str = ""
     features: tuple = ()
+    ports: dict = {}
+    refused: dict = {}
 
 
 class Ping(NamedTuple):
@@ -854,7 +865,8 @@ class Pong(NamedTuple):
     ts: int
 
 
-LEFT_OUT_EMPTY = frozenset({"error", "features", "host_headers"})
+ANY_PORT = "auto"  # any free one of those that agents may have
+LEFT_OUT_EMPTY = frozenset({"error", "features", "host_headers", "ports", "addressed", "refused"})
 
 
 def encode_message(message) -> bytes:
@@ -886,11 +898,19 @@ def decode_message(data: bytes):
             modes=_text_map(fields, "modes"),
             features=_text_list(fields, "features"),
             host_headers=_text_map(fields, "host_headers"),
+            ports=_text_map(fields, "ports"),
+            addressed=_text_list(fields, "addressed"),
         )
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
             raise ProtocolError('an "ack" whose "ok" is neither true nor false')
-        return Ack(fields["ok"], _text(fields, "error"), _text_list(fields, "features"))
+        return Ack(
+            ok=fields["ok"],
+            error=_text(fields, "error"),
+            features=_text_list(fields, "features"),
+            ports=_text_map(fields, "ports"),
+            refused=_text_map(fields, "refused"),
+        )
     if kind in ("ping", "pong"):
         ts = fields.get("ts", 0)
         if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either
@@ -980,8 +1000,9 @@ class MessageReader:
 
 # Hostnames and the data header -------------------------------------------------------------------
 
-DATA_HEADER = struct.Struct("!BH")  # version, length of the hostname that follows
-DATA_HEADER_VERSION = 1
+DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
+DATA_HEADER_PLAIN = 1  # version whose text is the hostname, the only one that Go peers know
+DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of the visitor and of the door
 MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
 MAX_PORT = 65535
 
@@ -1024,25 +1045,56 @@ def valid_host(text: str) -> bool:
     return True
 
 
-def encode_data_header(hostname: str) -> bytes:
-    """The first bytes of a data stream: the hostname exactly as the agent registered it."""
-    name = hostname.encode()
-    return DATA_HEADER.pack(DATA_HEADER_VERSION, len(name)) + name
+class Ends(NamedTuple):
+    """The two ends of a visitor's connection, each (IP address, port)."""
+
+    visitor: tuple
+    door: tuple
 
 
-def read_data_header(read_exactly) -> str:
-    """Read a data header with ``read_exactly(count) -> bytes`` and return its hostname.
+def encode_data_header(hostname: str, ends: Ends | None = None) -> bytes:
+    """The first bytes of a data stream: the hostname exactly as the agent registered it, and the
+    visitor's ``ends`` for an agent that has asked for them."""
+    if ends is None:
+        version, text = DATA_HEADER_PLAIN, hostname
+    else:
+        version = DATA_HEADER_ADDRESSED
+        text = " ".join(map(str, (hostname, *ends.visitor, *ends.door)))
+    text = text.encode()
+    return DATA_HEADER.pack(version, len(text)) + text
+
+
+def read_data_header(read_exactly) -> tuple:
+    """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, and its Ends
+    or None.
 
     A Go gateway writes the visitor's Host there, with any port and in any case. Raises
-    ProtocolError for another version or a name that is not UTF-8.
+    ProtocolError for another version or a text that is none.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
-    if version != DATA_HEADER_VERSION:
-        raise ProtocolError(f"data header version {version}, expected {DATA_HEADER_VERSION}")
+    if version not in (DATA_HEADER_PLAIN, DATA_HEADER_ADDRESSED):
+        raise ProtocolError(
+            f"data header version {version}, expected {DATA_HEADER_PLAIN} or "
+            f"{DATA_HEADER_ADDRESSED}"
+        )
     try:
-        return read_exactly(length).decode()
+        text = read_exactly(length).decode()
+        if version == DATA_HEADER_PLAIN:
+            return text, None
+        hostname, *addresses = text.split(" ")
+        visitor, visitor_port, door, door_port = addresses
+        return hostname, Ends(_end(visitor, visitor_port), _end(door, door_port))
     except UnicodeDecodeError:
         raise ProtocolError("a data header whose hostname is not UTF-8") from None
+    except ValueError:
+        raise ProtocolError("a data header that does not hold two addresses") from None
+
+
+def _end(address, port):
+    number = int(port)
+    if not 0 <= number <= MAX_PORT:
+        raise ValueError
+    return str(ipaddress.ip_address(address)), number
 
 
 # =================================================================================================
@@ -1240,6 +1292,11 @@ class Duplex:
         look = select.poll()
         look.register(self._socket, select.POLLRDHUP)
         return bool(look.poll(0))
+
+    @property
+    def local_address(self) -> tuple:
+        """Our own (IP address, port), as the peer knows it. For TCP."""
+        return self._socket.getsockname()[:2]
 
     def limit_unsent(self, count):
         """Let the kernel take no more than about ``count`` bytes that it cannot send at once, so
@@ -1790,6 +1847,7 @@ class Session:
         if stream is None:
             return
         put(stream._chunks, event.payload)
+        stream._silent = False
         self._count_unread(stream, len(event.payload))
         stream._readable.notify()
         if self._unread > Memory.FLOOR:
@@ -1837,6 +1895,7 @@ class Session:
         if stream is None:
             return
         error = StreamReset(event.reason, event.code)
+        stream.refused = stream._silent
         # If it came whole, its reader may take its time.
         if stream._got_fin and stream._unread and not unaccepted:
             stream._fail(error)
@@ -2019,8 +2078,12 @@ class Session:
                 else:
                     self._give_up(stream, "the stream was reset: nobody ended it")
             batch = self._take_batch()
+            refused, self._mux.refused = self._mux.refused, 0
         self._send(batch)
         self._say_farewells()
+        if refused:
+            log.warning("%s: streams refused: %d; as many as may be are open",
+                        self.name, refused)  # fmt: skip
         self.call_later(SWEEP, self._sweep)
 
     def _keep_alive(self):
@@ -2130,11 +2193,13 @@ class Stream:
     SessionClosed, both ConnectionErrors, once the stream or its session is gone.
     """
 
-    __slots__ = ("id", "_session", "_lock", "_readable", "_writable", "_chunks", "_unread",
+    __slots__ = ("id", "refused", "_silent", "_session", "_lock", "_readable", "_writable", "_chunks", "_unread",
                  "_got_fin", "_sent_fin", "_discarding", "_error", "_on_death")  # fmt: skip
 
     def __init__(self, session, stream_id):
         self.id = stream_id
+        self.refused = False  # the peer reset it, and has sent no byte
+        self._silent = True  # ... yet
         self._session = session
         self._lock = session._lock  # guards all below
         self._readable = threading.Condition(self._lock)

@@ -137,8 +137,9 @@ class Agent:
             session.start()
             control = session.open(encode_message(self._registration()))
             messages = _messages(control)
-            self._look_for_missing(_expect_ack(next(messages)).features)
-            log.info("%s: serving %s", self._address, ", ".join(self._routes))
+            self._take_answer(_expect_ack(next(messages)))
+            served = [name for name, route in self._routes.items() if not route.problem]
+            log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)
             for message in messages:
                 if not isinstance(message, Ping):
@@ -170,17 +171,26 @@ class Agent:
             modes=config.modes(),
             features=(HALF_CLOSE, *sorted(needs)),
             host_headers=config.host_headers(),
+            ports=config.ports(),
+            addressed=config.addressed(),
         )
 
-    def _look_for_missing(self, features):
-        """Turn away the visits of tunnels that need more ``features`` than the gateway knows:
-        what it would serve is not what the operator wrote."""
+    def _take_answer(self, ack):
+        """Turn away the visits of tunnels that the gateway cannot serve as they are written: what
+        it would serve is not what the operator wants."""
         for hostname, route in self._routes.items():
-            missing = ", ".join(name for name in route.tunnel.needs if name not in features)
-            self._routes[hostname] = route._replace(missing=missing)
+            tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
+            missing = [name for name in tunnel.needs if name not in ack.features]
             if missing:
-                log.error("%s: not served: this gateway does not know %s; update it, or do without",
-                          hostname, missing)  # fmt: skip
+                names = ", ".join(missing)
+                problem = f"this gateway does not know {names}; update it, or do without"
+            elif tunnel.port and not problem and hostname not in ack.ports:
+                problem = "the gateway has opened no port for it"
+            if problem:
+                log.error("%s: not served: %.500s", hostname, problem)
+            elif tunnel.port:
+                log.info("%s: on port %s of the gateway", hostname, ack.ports[hostname])
+            self._routes[hostname] = route._replace(problem=problem)
 
     def _accept(self, session, workers):
         while True:

@@ -24,7 +24,18 @@ from typing import NamedTuple
 
 import yaml
 
-from gotunnel import HOST_HEADER, MAX_PORT, normal_hostname, valid_host, valid_hostname
+from gotunnel import (
+    ANY_PORT,
+    HOST_HEADER,
+    MAX_PORT,
+    PORTS,
+    VISITOR_ADDRESS,
+    normal_hostname,
+    valid_host,
+    valid_hostname,
+)
+
+from .proxy_header import VERSIONS
 
 KEYS = (
     "tunnel_addr",
@@ -46,6 +57,9 @@ TUNNEL_KEYS = (
     "target_skip_tls_verify",
     "mode",
     "host_header",
+    "port",
+    "proxy_protocol",
+    "idle_timeout",
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 
@@ -66,6 +80,11 @@ MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 # for more than a year is a typing error.
 LEAST_EXPIRE = 60
 MOST_EXPIRE = 365 * 24 * 3600
+
+# Seconds. A visit that is silent for less is most likely just thinking; more than a month is a
+# typing error.
+LEAST_IDLE = 1
+MOST_IDLE = 31 * 24 * 3600
 
 # Characters of a bad value that a message shows: enough for the longest hostname, and one line.
 MAX_SHOWN = 253
@@ -102,11 +121,19 @@ class Tunnel(NamedTuple):
     target: Target
     mode: str
     host_header: str = ""  # the Host that the target gets; "": the visitor's
+    port: str = ""  # its own public port, ANY_PORT for any; "": none
+    proxy_protocol: str = ""  # version of the PROXY header that the target gets; "": none
+    idle_timeout: float | None = None  # seconds without a byte that end a visit in tcp mode
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The features without which a gateway would serve it otherwise than it says here."""
-        return (HOST_HEADER,) if self.host_header else ()
+        wanted = (
+            (HOST_HEADER, self.host_header),
+            (PORTS, self.port),
+            (VISITOR_ADDRESS, self.proxy_protocol),
+        )
+        return tuple(feature for feature, value in wanted if value)
 
 
 @dataclass(frozen=True)
@@ -138,6 +165,14 @@ class Config:
     def host_headers(self) -> dict[str, str]:
         """Hostname to the Host of its own that its target gets, for the register message."""
         return {t.hostname: t.host_header for t in self.tunnels if t.host_header}
+
+    def ports(self) -> dict[str, str]:
+        """Hostname to the public port that it wants, for the register message."""
+        return {t.hostname: t.port for t in self.tunnels if t.port}
+
+    def addressed(self) -> tuple[str, ...]:
+        """The hostnames whose targets hear the visitor's address, for the register message."""
+        return tuple(t.hostname for t in self.tunnels if t.proxy_protocol)
 
 
 def load(path: str | os.PathLike) -> Config:
@@ -344,7 +379,15 @@ def _tunnel(item: object, where: str) -> Tunnel:
         raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}")
     hostname = normal_hostname(text)
     mode = _choice(item, "mode", MODES, "http", where)
-    return Tunnel(hostname, _target(item, where), mode, _host_header(item, mode, where))
+    return Tunnel(
+        hostname,
+        _target(item, where),
+        mode,
+        host_header=_host_header(item, mode, where),
+        port=_port(item, mode, where),
+        proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
+        idle_timeout=_idle_timeout(item, mode, where),
+    )
 
 
 def _target(item: Mapping[str, object], where: str) -> Target:
@@ -390,6 +433,36 @@ def _host_header(item: Mapping[str, object], mode: str, where: str) -> str:
     if not valid_host(text):
         raise ConfigError(f"{where}host_header: {_shown(text)} came, expected {expected}")
     return text
+
+
+def _port(item: Mapping[str, object], mode: str, where: str) -> str:
+    if "port" not in item:
+        return ""
+    expected = f"a port from 1 to {MAX_PORT}, or {ANY_PORT}"
+    text = _text(item, "port", expected, where).lower()
+    _expect_tcp("port", mode, where)
+    number = _whole_number(text)
+    if text != ANY_PORT and (number is None or not 1 <= number <= MAX_PORT):
+        raise ConfigError(f"{where}port: {_shown(text)} came, expected {expected}")
+    return text if number is None else str(number)
+
+
+def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | None:
+    if "idle_timeout" not in item:
+        return None
+    expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
+    text = _text(item, "idle_timeout", expected, where)
+    _expect_tcp("idle_timeout", mode, where)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ConfigError(f"{where}idle_timeout: {_shown(text)} came, expected {expected}")
+    if not LEAST_IDLE <= float(text) <= MOST_IDLE:
+        raise ConfigError(f"{where}idle_timeout: {_shown(text)} came, expected {expected}")
+    return float(text)
+
+
+def _expect_tcp(key: str, mode: str, where: str) -> None:
+    if mode != "tcp":
+        raise ConfigError(f"{where}{key}: mode {mode} came, expected mode tcp beside it")
 
 
 # --- The kinds of value --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import socket
 import ssl
 import struct
 import threading
+from time import monotonic
 from typing import NamedTuple
 
 from gotunnel import (
@@ -30,6 +31,8 @@ from gotunnel import (
     relay,
     spawn,
 )
+
+from . import proxy_header
 
 log = logging.getLogger("gotunnel.target")
 
@@ -71,13 +74,13 @@ class Route(NamedTuple):
     """Where the visits of a hostname go.
 
     ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
-    if it speaks no TLS. ``missing`` names the features that the gateway does not know and would
-    have to; visits are turned away.
+    if it speaks no TLS. ``problem`` says why the gateway cannot serve it as the operator wants, ""
+    if it can; visits are turned away.
     """
 
     tunnel: object
     context: ssl.SSLContext | None = None
-    missing: str = ""
+    problem: str = ""
 
 
 class Targets:
@@ -117,9 +120,11 @@ def serve(stream, find_route, targets):
     ``find_route(hostname)`` gives the Route of a hostname, or None; ``targets`` are the agent's.
     """
     try:
-        name = read_data_header(lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT))
+        name, ends = read_data_header(lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT))
     except (OSError, ProtocolError) as error:
-        log.warning("stream %d dropped: %s", stream.id, error)
+        # A visitor that leaves at once is no news.
+        level = logging.DEBUG if isinstance(error, ConnectionError) else logging.WARNING
+        log.log(level, "stream %d dropped: %s", stream.id, error)
         stream.reset()
         return
     route = find_route(hostname_of(name))
@@ -128,11 +133,11 @@ def serve(stream, find_route, targets):
         stream.reset()
         return
     tunnel = route.tunnel
-    if route.missing:  # which the log has said when the gateway did
+    if route.problem:  # which the log has said when the gateway did
         refuse(stream, tunnel, MISCONFIGURED)
         return
     try:
-        target = dial(tunnel.target, route.context)
+        target = dial(tunnel.target, route.context, introduction(tunnel.proxy_protocol, ends))
     except Unserved as error:
         log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
         refuse(stream, tunnel, error.code)
@@ -140,7 +145,10 @@ def serve(stream, find_route, targets):
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     with targets.hold(target):
         try:
-            (exchange if tunnel.mode == "http" else relay)(stream, target)
+            if tunnel.mode == "http":
+                exchange(stream, target)
+            else:
+                relay(stream, target if tunnel.idle_timeout is None else Watched(target, tunnel))
         except NoThread as error:
             log.error("%s: %s", tunnel.hostname, error)
             stream.reset()
@@ -155,17 +163,28 @@ def hostname_of(name: str) -> str:
     return normal_hostname(host if colon and port.isdigit() else name)
 
 
-def dial(target, context):
-    """Connect to a target of the configuration, with TLS if there is a ``context``.
+def introduction(version, ends) -> bytes:
+    """What a target hears first: its visitor's address, by the PROXY protocol if there is a
+    ``version`` of it. Before TLS, as its specification says."""
+    if not version:
+        return b""
+    if ends is None:
+        return proxy_header.encode_unknown(version)
+    return proxy_header.encode(version, ends.visitor, ends.door)
+
+
+def dial(target, context, first=b""):
+    """Connect to a target of the configuration, and send it the ``first`` bytes; with TLS after
+    them if there is a ``context``.
 
     Returns a Duplex. Raises Unserved, DIAL_TIMEOUT after the name was resolved at the latest.
     """
     try:
         if target.path:
-            return Duplex(_connect_unix(target.path))
+            return _introduce(Duplex(_connect_unix(target.path)), first)
         addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
         deadline = Deadline(DIAL_TIMEOUT)
-        duplex = Duplex(_connect(addresses, deadline))
+        duplex = _introduce(Duplex(_connect(addresses, deadline)), first)
         if context is not None:
             _start_tls(duplex, context, target.host, deadline)
         return duplex
@@ -181,6 +200,15 @@ def dial(target, context):
         raise Unserved(UNREACHABLE, text) from None
     except OSError as error:
         raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
+
+
+def _introduce(duplex, first):
+    try:
+        duplex.send(first)  # some bytes, for which a new connection always has room
+        return duplex
+    except OSError:
+        duplex.close()
+        raise
 
 
 def _connect(addresses, deadline):
@@ -237,6 +265,32 @@ def exchange(stream, target):
     _ask(stream, target)
     target.stop()  # the gateway has what it wants: free the target, and the thread that reads it
     answer.join()
+
+
+class Watched:
+    """A target as an end of a relay that ends when nothing has passed for a while, either way."""
+
+    def __init__(self, duplex, tunnel):
+        self.finish, self.reset = duplex.finish, duplex.reset
+        self._duplex = duplex
+        self._tunnel = tunnel
+        self._moved_at = monotonic()
+
+    def read(self):
+        while True:
+            left = self._moved_at + self._tunnel.idle_timeout - monotonic()
+            if left <= 0:
+                log.info("%s: a visit ends, idle for %g s", self._tunnel.hostname,
+                         self._tunnel.idle_timeout)  # fmt: skip
+                raise TimeoutError("idle")
+            with contextlib.suppress(TimeoutError):
+                data = self._duplex.read(timeout=left)
+                self._moved_at = monotonic()
+                return data
+
+    def write(self, data):
+        self._duplex.write(data)
+        self._moved_at = monotonic()
 
 
 def _ask(stream, target):

@@ -97,6 +97,8 @@ class Config:
     acme_cache: Path
     local_ca: bool  # certificates from a CA of our own, where cert_dir has none
     cert_dir: Path | None
+    raw_tcp_host: str | None  # where plain bytes on the public port lead; None: nowhere
+    tcp_ports: tuple[range, ...]  # public ports that agents may ask for
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
     max_connections: int
     workers: int
@@ -135,6 +137,8 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
         local_ca=local_ca,
         cert_dir=cert_dir,
+        raw_tcp_host=read.hostname_or_none("RAW_TCP_HOST"),
+        tcp_ports=read.port_ranges("TCP_PORTS"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         max_connections=read.count("MAX_CONNECTIONS", 10_000),
         workers=read.count("WORKERS", default_workers(os.cpu_count() or 1)),
@@ -204,6 +208,9 @@ class _Variables:
             )
         return normal_hostname(text)
 
+    def hostname_or_none(self, name: str) -> str | None:
+        return None if self.text(name) is None else self.hostname(name)
+
     def hostname_or_ip(self, name: str) -> str:
         text = self._required(name, "a hostname such as tunnel.example.com, or an IP address")
         if valid_hostname(text):
@@ -255,6 +262,21 @@ class _Variables:
         if port is None or not 1 <= port <= MAX_PORT:
             raise ConfigError(f"{name} is {text!r}, expected {expected}")
         return port
+
+    def port_ranges(self, name: str) -> tuple[range, ...]:
+        """Ports and ranges of them, separated by commas or blanks, none if it is unset."""
+        ranges = []
+        for part in (self.text(name) or "").replace(",", " ").split():
+            first, dash, last = part.partition("-")
+            first, last = _whole_number(first), _whole_number(last if dash else first)
+            if first is None or last is None or not 1 <= first <= last <= MAX_PORT:
+                raise ConfigError(
+                    f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and ranges "
+                    f"of them, separated by commas or blanks, such as 2200-2299,5432: "
+                    f"correct {part!r}"
+                )
+            ranges.append(range(first, last + 1))
+        return tuple(ranges)
 
     def port_or_off(self, name: str, default: int) -> int | None:
         """As ``port``, and None for 0."""

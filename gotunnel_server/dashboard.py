@@ -16,7 +16,7 @@ PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 METHODS = ("GET", "HEAD")
 
 _TABLE = (
-    "<table>\n<tr><th>Hostname<th>Mode<th>Agent<th>Connected\n{}\n</table>"
+    "<table>\n<tr><th>Hostname<th>Mode<th>Agent<th>Connected<th>Failed\n{}\n</table>"
 )
 _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon as one is.</p>'
 
@@ -24,7 +24,8 @@ _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon 
 def choose_site(tunnels, gateway_host, public_port, version):
     """What a request to the dashboard's port gets: the ``site`` of a proxy.Handler.
 
-    ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``.
+    ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
+    ``failed``.
     """
 
     def site(handler):
@@ -44,7 +45,7 @@ def render(tunnels, gateway_host, public_port, version) -> str:
     """The page as HTML. Tunnels stand in the order in which they registered."""
     port = "" if public_port == 443 else f":{public_port}"
     rows = [
-        _row(hostname, route.mode, tunnel, port)
+        _row(hostname, route, tunnel, port)
         for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
         for hostname, route in sorted(tunnel.routes.items())
     ]
@@ -55,12 +56,16 @@ def render(tunnels, gateway_host, public_port, version) -> str:
     )
 
 
-def _row(hostname, mode, tunnel, port):
+def _row(hostname, route, tunnel, port):
     name = escape(hostname)
-    if mode == "http":
+    if route.mode == "http":
         name = f'<a href="https://{name}{port}/">{name}</a>'
+    if route.port is not None:
+        name += f" <small>port {route.port}</small>"
     agent = escape(tunnel.identity.issuer) or "–"
-    return f'<tr><td>{name}<td class="mode">{mode}<td>{agent}<td>{_ago(time() - tunnel.since)}'
+    since = _ago(time() - tunnel.since)
+    failed = tunnel.failed[route.hostname] or "–"
+    return f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'
 
 
 def _count(number, noun):

@@ -24,13 +24,16 @@ from .certificates import Certificates
 from .credentials import Credentials
 from .forwarding import Proxies
 from .listener import Listener, bind
+from .ports import Ports
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
-from .visitor import Exchanges, Visitors, choose_site
+from .visitor import MAX_RELAYS, SILENCE, Exchanges, PortDoor, Visitors, choose_site
 
 log = logging.getLogger("gotunnel.gateway")
 
-ALPN = ("http/1.1",)
+# A visitor that names protocols of its own may want one of them back: HTTP's, and PostgreSQL's
+# clients, which else refuse direct TLS.
+ALPN = ("http/1.1", "postgresql")
 STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
@@ -51,6 +54,7 @@ class Gateway:
         self._ensure_own_certificates()
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
         self._proxies = Proxies(config.trusted_proxies)
+        self._ports = Ports(config.tcp_ports, self._open_port)
         self._steps = Workers(STEP_THREADS, "step")
         self._pools = []
         self._listeners = []
@@ -86,6 +90,11 @@ class Gateway:
     # The ports
 
     def _listen(self, setting, port, connections, limit, first_timeout):
+        listener = self._listener(setting, port, connections, limit, first_timeout)
+        self._listeners.append(listener)
+        return listener.port
+
+    def _listener(self, setting, port, connections, limit, first_timeout):
         sockets = bind(setting, self._config.bind, port)
         listener = Listener(
             setting.removesuffix("_PORT").lower(),
@@ -96,8 +105,14 @@ class Gateway:
             first_timeout,
         )
         connections.listener = listener
-        self._listeners.append(listener)
-        return listener.port
+        return listener
+
+    def _open_port(self, port, route):
+        """A public port for an agent's tunnel: a running Listener. Raises PortError."""
+        door = PortDoor(self._visitors, route)
+        listener = self._listener("TCP_PORTS", port, door, MAX_RELAYS, 0)
+        listener.start()
+        return listener
 
     def _exchanges(self, most):
         exchanges = Exchanges(most, self._proxies)
@@ -111,6 +126,7 @@ class Gateway:
             context=self._certificates.front(config.tunnel_host, own.__contains__),
             credentials=Credentials(config.jwt_secret, config.jwt_issuer),
             registry=self._registry,
+            ports=self._ports,
             ensure_certificate=self._ensure_certificate,
             max_hosts=config.max_hosts_per_agent,
         )
@@ -123,8 +139,10 @@ class Gateway:
         config = self._config
         self._visitors = Visitors(
             context=self._certificates.front(config.gateway_host),
-            site=choose_site(self._registry.lookup, config.gateway_host),
-            lookup=self._registry.lookup,
+            site=choose_site(
+                self._registry.lookup, config.gateway_host, lambda: self.public_port
+            ),
+            registry=self._registry,
             exchanges=self._exchanges(config.workers),
             proxies=self._proxies,
             config=config,
@@ -134,8 +152,9 @@ class Gateway:
             log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
                         "raise the limit (ulimit -n)",
                         config.max_connections, descriptor_limit(), limit)  # fmt: skip
+        first_timeout = SILENCE if config.raw_tcp_host else config.header_timeout
         self.public_port = self._listen(
-            "GATEWAY_PORT", config.gateway_port, self._visitors, limit, config.header_timeout
+            "GATEWAY_PORT", config.gateway_port, self._visitors, limit, first_timeout
         )
 
     def _build_dashboard(self):
@@ -149,7 +168,7 @@ class Gateway:
         self._readers = Visitors(
             context=None,
             site=site,
-            lookup=self._registry.lookup,
+            registry=self._registry,
             exchanges=self._exchanges(DASHBOARD_REQUESTS),
             proxies=self._proxies,
             config=config,
@@ -177,6 +196,7 @@ class Gateway:
     def stop(self):
         """No new work; what runs may finish, DRAIN_TIMEOUT at most; then close."""
         self._visitors.draining = True
+        self._ports.close()
         for listener in self._listeners:
             listener.stop()
         left = self._visitors.drain(self._config.drain_timeout)

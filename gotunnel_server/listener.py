@@ -98,7 +98,8 @@ class Listener:
     def __init__(self, name, sockets, welcome, submit, limit, first_timeout):
         """``welcome(sock, address)`` makes something that can be parked out of an accepted
         socket; ``submit(function)`` has a worker call it; ``limit`` is how many connections may
-        be open at a time; ``first_timeout`` is how many seconds the first byte may take.
+        be open at a time; ``first_timeout`` is how many seconds the first byte may take: then
+        it is expired(), with 0 at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]
@@ -107,6 +108,8 @@ class Listener:
         self._submit = submit
         self._limit = limit
         self._first_timeout = first_timeout
+        # A short first wait is met to a third of it.
+        self._sweep_every = min(SWEEP, first_timeout / 3) if first_timeout else SWEEP
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline
         self._newly_parked = deque()  # (connection, deadline), by any thread
@@ -127,7 +130,11 @@ class Listener:
         for end in (self._wake_receive, self._wake_send):
             end.setblocking(False)
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no thread for us
+            self.stop()
+            raise PortError(f"port {self.port}: {error}") from None
 
     def stop(self):
         """Stop accepting, close what is parked; waits for the thread. What workers have goes on,
@@ -170,7 +177,7 @@ class Listener:
         last_sweep = monotonic()
         while not self._stopping.is_set():
             busy = self._parked or self._resume_at is not None
-            for key, _ in self._selector.select(SWEEP if busy else None):
+            for key, _ in self._selector.select(self._sweep_every if busy else None):
                 if key.data is not None:
                     self._hand_over(key.data)
                 elif key.fileobj is self._wake_receive:
@@ -179,7 +186,7 @@ class Listener:
                     self._accept(key.fileobj)
             self._take_newly_parked()
             now = monotonic()
-            if now - last_sweep >= SWEEP:
+            if now - last_sweep >= self._sweep_every:
                 last_sweep = now
                 self._sweep(now)
         self._close_parked()
@@ -199,7 +206,10 @@ class Listener:
                 self._open += room
             if room:
                 connection = self._welcome(sock, _as_ipv4(address))
-                self._watch(connection, monotonic() + self._first_timeout)
+                if self._first_timeout:
+                    self._watch(connection, monotonic() + self._first_timeout)
+                else:
+                    self._submit(connection.expired)
             else:
                 # Not even told so: that would take a handshake, which is the dearest part.
                 sock.close()

@@ -90,5 +90,15 @@ def landing(hostname: str) -> Page:
     return Page(200, _FRAME.format(title="gotunnel", text=text, footer="It works.").encode())
 
 
+def moved(url: str, method: str) -> Page:
+    """Send a visitor elsewhere, for good. A request with a body, or that changes something, comes
+    again as it was (RFC 9110 §15.4.9)."""
+    status = HTTPStatus(301 if method in ("GET", "HEAD") else 308)
+    link = f'<a href="{escape(url)}">{escape(url)}</a>'
+    title = f"{int(status)} {status.phrase}"
+    body = _FRAME.format(title=title, text=f"This page is at {link}.", footer="gotunnel")
+    return Page(int(status), body.encode(), fields=(("Location", url),))
+
+
 def no_tunnel(hostname: str) -> Page:
     return error(502, "no-tunnel", f"No agent serves {hostname} at the moment.")

@@ -16,8 +16,9 @@ import contextlib
 import logging
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
 
-from gotunnel import Deadline, NoThread, SessionClosed, spawn
+from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
 
 from . import forwarding, http1, pages
 from .http1 import Malformed
@@ -44,10 +45,17 @@ class TargetFailed(Exception):
         self.page = pages.error(status, code, text)
 
 
+class Connect(NamedTuple):
+    """The answer to a CONNECT that is granted: the connection becomes a visit in tcp mode."""
+
+    route: object
+
+
 class Handler(BaseHTTPRequestHandler):
     """One visitor's connection, request by request.
 
-    ``site(handler)`` decides what a request gets: a Page, or a registry.Route to be asked.
+    ``site(handler)`` decides what a request gets: a Page, a Connect, or a registry.Route to be
+    asked.
     Unlike its base it is not run by a server: whoever owns the connection calls head_came() when
     bytes have come, and handle_one_request() when that says True.
     """
@@ -71,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_timeout = idle_timeout
         self.response_timeout = response_timeout
         self.close_connection = False
-        self.switched = None  # the stream that a 101 has turned the connection over to
+        self.switched = None  # the stream that a 101 has turned the connection over to, or a Connect
         self.request_head = None  # http1.Request
         self.hostname = ""
         self.body = None  # http1.Body of the request, None if it has none
@@ -122,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             answer = self._site(self)
             if isinstance(answer, Page):
                 self.send_page(answer)
+            elif isinstance(answer, Connect):
+                self._connect(answer)
             else:
                 Exchange(self, answer).run()
         except Malformed as error:
@@ -133,6 +143,16 @@ class Handler(BaseHTTPRequestHandler):
             if self.upload is not None:
                 self.upload.end()
                 self.upload = None
+
+    def _connect(self, answer):
+        if not self.claim_relay():
+            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
+        self.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        self.switched = answer
+
+    def ends(self) -> Ends:
+        """The two ends of the visitor's connection, for a target that wants to know."""
+        return Ends(self.client_address[:2], self.connection.local_address)
 
     def send_page(self, page, *, last=False):
         """Answer with a page of our own. With ``last``, or if the request brings a body that
@@ -337,7 +357,7 @@ class Exchange:
         except Malformed as error:
             raise self._bad_request(error) from None
         try:
-            self._stream = tunnel.open(route, head + first)
+            self._stream = tunnel.open(route, self._handler.ends, head + first)
         except ConnectionError:
             raise self._agent_gone()
         except TimeoutError:

@@ -19,13 +19,18 @@ class Route(NamedTuple):
 
     ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
     ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave. ``host_header`` is the
-    Host that the target gets, None for the visitor's.
+    Host that the target gets, None for the visitor's. ``addressed``: the agent wants to hear the
+    visitor's address. ``target_port`` is the target's, ``port`` the public one that was opened for
+    it; None if there is none.
     """
 
     hostname: str
     mode: str
     tunnel: object
     host_header: str | None = None
+    addressed: bool = False
+    target_port: int | None = None
+    port: int | None = None
 
 
 class Registry:
@@ -48,6 +53,13 @@ class Registry:
                     raise HostnameTaken(hostname)
             self._routes.update(routes)
 
+    def update(self, routes):
+        """Put ``routes``, claimed before and still held, in the place of what they were."""
+        with self._lock:
+            for hostname, route in routes.items():
+                if hostname in self._routes and self._routes[hostname].tunnel is route.tunnel:
+                    self._routes[hostname] = route
+
     def release(self, tunnel):
         """Give back whatever ``tunnel`` has claimed."""
         with self._lock:
@@ -56,6 +68,11 @@ class Registry:
                 for hostname, route in self._routes.items()
                 if route.tunnel is not tunnel
             }
+
+    def only_tcp(self):
+        """The one Route in tcp mode; None if there is none, or more than one."""
+        routes = [route for route in self.routes().values() if route.mode == "tcp"]
+        return routes[0] if len(routes) == 1 else None
 
     def lookup(self, hostname):
         """The Route of a hostname (lower case, no port, no trailing dot), or None."""

@@ -10,7 +10,7 @@ gets its demultiplexer thread, which also beats the heart.
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from time import monotonic, time
 
 from gotunnel import (
@@ -18,6 +18,7 @@ from gotunnel import (
     HOST_HEADER,
     INTERNAL_ERROR,
     NORMAL,
+    PORTS,
     PROTOCOL_ERROR,
     START_WINDOW,
     Ack,
@@ -30,6 +31,7 @@ from gotunnel import (
     Session,
     SessionClosed,
     TokenInvalid,
+    VISITOR_ADDRESS,
     encode_data_header,
     encode_message,
     normal_hostname,
@@ -37,11 +39,12 @@ from gotunnel import (
     valid_hostname,
 )
 
+from .ports import PortRefused
 from .registry import HostnameTaken, Route
 
 log = logging.getLogger("gotunnel.tunnel")
 
-FEATURES = frozenset({HALF_CLOSE, HOST_HEADER})  # extensions that we know
+FEATURES = frozenset({HALF_CLOSE, HOST_HEADER, PORTS, VISITOR_ADDRESS})  # extensions that we know
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
@@ -68,15 +71,23 @@ def _on_one_line(text):
     return text.encode("unicode_escape").decode()
 
 
+def _port_of(target):
+    """The port of a target as agents write it, "HOST:PORT"; None if there is none."""
+    port = target.rpartition(":")[2]
+    return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else None
+
+
 class Tunnels:
     """All agents' connections of a gateway, and what they need."""
 
-    def __init__(self, *, context, credentials, registry, ensure_certificate, max_hosts):
-        """``context`` is the TLS context of the port. ``ensure_certificate(hostname)`` makes sure
-        that a hostname can be served, or returns False."""
+    def __init__(self, *, context, credentials, registry, ports, ensure_certificate, max_hosts):
+        """``context`` is the TLS context of the port. ``ports`` are the public ones for agents, a
+        ports.Ports. ``ensure_certificate(hostname)`` makes sure that a hostname can be served, or
+        returns False."""
         self.context = context
         self.credentials = credentials
         self.registry = registry
+        self.ports = ports
         self.ensure_certificate = ensure_certificate
         self.max_hosts = max_hosts
         self.listener = None  # set before it is started
@@ -135,6 +146,7 @@ class Tunnel:
         self.since = None  # wall-clock seconds of the registration
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
+        self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
         self._tunnels = tunnels
         self._step = self._begin
         self._deadline = None  # monotonic: registered by then
@@ -145,7 +157,7 @@ class Tunnel:
         self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
         self._idle_count = 0  # streams in it
         self._keeps_idle = True  # False once the agent leaves
-        self._idle_lock = threading.Lock()  # guards these three
+        self._idle_lock = threading.Lock()  # guards these three, and failed
 
     def __repr__(self):
         return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
@@ -247,6 +259,7 @@ class Tunnel:
         features = tuple(name for name in message.features if name in FEATURES)
         self.half_close = HALF_CLOSE in features
         self.since = time()
+        ports, refused = self._open_ports(message, routes) if PORTS in features else ({}, {})
         self.routes = routes
         self._ping_at = monotonic() + PING_INTERVAL
         self._pong_at = monotonic()
@@ -258,9 +271,33 @@ class Tunnel:
         session.call_later(BEAT, self._beat)
         # The ack is on its way before the demultiplexer reads on: a Go agent loses what comes in
         # the same read.
-        self._control.write(encode_message(Ack(True, features=features)))
+        ack = Ack(True, features=features, ports=ports, refused=refused)
+        self._control.write(encode_message(ack))
         log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
         session.start()
+
+    def _open_ports(self, message, routes):
+        """Open the public ports that the agent asks for. Returns hostname to port, and hostname to
+        why there is none; both spelled as they came."""
+        opened, refused = {}, {}
+        for name, wanted in message.ports.items():
+            hostname = normal_hostname(name)
+            route = routes.get(hostname)
+            try:
+                if route is None or route.mode != "tcp":
+                    raise PortRefused("a port is for a hostname in tcp mode")
+                port = self._tunnels.ports.open(wanted, route)
+            except PortRefused as error:
+                log.warning("agent at %s: %s gets no port: %s", self.address[0],
+                            _on_one_line(name[:253]), error)  # fmt: skip
+                refused[name] = str(error)
+                continue
+            log.info("agent at %s: port %d leads to %s", self.address[0], port, hostname)
+            routes[hostname] = route._replace(port=port)
+            opened[name] = str(port)
+        if opened:
+            self._tunnels.registry.update(routes)
+        return opened, refused
 
     def _wanted_routes(self, message):
         """What the agent asks for, hostname to Route; raises _Refusal."""
@@ -284,7 +321,12 @@ class Tunnel:
             host = host_headers.get(name)
             if host is not None and not valid_host(host):
                 raise _Refusal(f"invalid host_header of {name}: {host[:253]!r}")
-            routes.setdefault(normal_hostname(hostname), Route(name, mode, self, host))
+            route = Route(
+                name, mode, self, host,
+                addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
+                target_port=_port_of(message.routes[name]),
+            )  # fmt: skip
+            routes.setdefault(normal_hostname(hostname), route)
         return routes
 
     def _refuse(self, text, detail=""):
@@ -332,6 +374,7 @@ class Tunnel:
         runs goes on."""
         log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
         self._tunnels.registry.release(self)
+        self._tunnels.ports.release(self)
         self.routes = {}
         with self._idle_lock:
             self._keeps_idle = False
@@ -340,6 +383,7 @@ class Tunnel:
     def _ended(self):
         """Whoever ends the session: give everything back."""
         self._tunnels.registry.release(self)
+        self._tunnels.ports.release(self)
         self._drop_idle()
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
@@ -359,13 +403,19 @@ class Tunnel:
 
     # Data streams, for visits
 
-    def open(self, route, first=b""):
-        """A new stream for a visit; ``first`` bytes go along.
+    def open(self, route, ends, first=b""):
+        """A new stream for a visit; ``first`` bytes go along. ``ends()`` gives the visitor's, for
+        an agent that wants to know.
 
         Raises ConnectionError, TimeoutError.
         """
-        header = encode_data_header(route.hostname)
+        header = encode_data_header(route.hostname, ends() if route.addressed else None)
         return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+
+    def count_failed(self, route):
+        """A visit has come to nothing."""
+        with self._idle_lock:
+            self.failed[route.hostname] += 1
 
     def take_idle(self, route):
         """A stream that an earlier visit left in good order, or None."""
@@ -387,7 +437,9 @@ class Tunnel:
             room = len(kept) < IDLE_STREAMS and self._idle_count < ALL_IDLE_STREAMS
             # A window that has grown is given back only by the end of its stream.
             small = stream.window <= START_WINDOW
-            if self._keeps_idle and room and small and stream.quiet:
+            # An agent tells its target the visitor's address once, when it connects.
+            keeps = self._keeps_idle and not route.addressed
+            if keeps and room and small and stream.quiet:
                 kept.append((monotonic(), stream))
                 self._idle_count += 1
                 return

@@ -1,8 +1,11 @@
 """One visitor's connection: what is it, whose is it, http or tcp.
 
-    hello --> handshake --> tcp: relay
-                        \\-> http: head --> request (proxy.py) --> head ... --> parting
-                                                          \\-> 101: relay
+    first bytes --> TLS: handshake --> tcp: relay
+            |                      \\-> http: head --> request (proxy.py) --> head ... --> parting
+            |                                                     \\-> 101, CONNECT: relay
+            |-> PostgreSQL: answer, then TLS
+            |-> HTTP that is not encrypted: redirect
+            \\-> SSH, silence: relay
 
 Each step does what can be done with what has come; a step that has to wait parks the connection
 with the port's listener, so a visitor who is slow, silent or idle holds no worker. What takes as
@@ -17,16 +20,23 @@ import threading
 from collections import Counter
 from time import monotonic
 
-from gotunnel import Duplex, NoThread, Workers, pump, relay, spawn
+from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
 
-from . import hello, pages
+from . import doors, hello, http1, pages, proxy_header
 from .http1 import Malformed
-from .proxy import Handler, VisitorGone
+from .proxy import Connect, Handler, VisitorGone
 
 log = logging.getLogger("gotunnel.visitor")
 
-# Relays (tcp visits, WebSockets) at a time: two threads and some 150 kB each.
-MAX_RELAYS = 1000
+# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each. An address may have
+# half of them.
+MAX_RELAYS = 2048
+# Seconds after which a visitor that says nothing waits for the server's greeting, if RAW_TCP_HOST
+# says which server that is. Whoever speaks TLS or HTTP begins at once.
+SILENCE = 0.3
+# Seconds that a trusted proxy has for the header that names its visitor; with none it is taken for
+# the visitor itself.
+INTRODUCTION = 0.3
 # Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
 # that goes on at once, as most do, is spared the detour through the listener.
 LINGER = 0.005
@@ -39,15 +49,19 @@ HELD_FIN_TIMEOUT = 30
 class Visitors:
     """All visitors of a port, and what they need."""
 
-    def __init__(self, *, context, site, lookup, exchanges, proxies, config):
+    def __init__(self, *, context, site, registry, exchanges, proxies, config):
         """``context``: the port's TLS context, None for a plain port. ``site``: see Handler.
-        ``lookup(hostname)``: its Route or None. ``exchanges``: the Exchanges that serve requests.
+        ``registry`` knows the Routes. ``exchanges``: the Exchanges that serve requests.
         ``proxies``: the addresses that stand for many visitors, a forwarding.Proxies. ``config``:
-        the gateway's, for its timeouts.
+        the gateway's, for its timeouts and where plain bytes lead.
         """
         self.context = context
         self.site = site
-        self.lookup = lookup
+        self.lookup = registry.lookup
+        self.redirect = choose_redirect(registry.lookup, config.gateway_host)
+        self._only_tcp = registry.only_tcp
+        self.raw_host = config.raw_tcp_host
+        self._said = set()  # texts of say_once()
         self.exchanges = exchanges
         self.proxies = proxies
         self.header_timeout = config.header_timeout
@@ -61,7 +75,9 @@ class Visitors:
 
     def welcome(self, sock, address):
         """For the listener: a visitor has connected."""
-        visitor = Visitor(self, Duplex(sock), address)
+        return self.add(Visitor(self, Duplex(sock), address, self.listener))
+
+    def add(self, visitor):
         with self._gone:
             self._visitors.add(visitor)
         return visitor
@@ -72,7 +88,24 @@ class Visitors:
             self._visitors.discard(visitor)
             self._gone.notify_all()
         if known:
-            self.listener.forget()
+            visitor.listener.forget()
+
+    def raw_route(self, ssh=False):
+        """The Route of a visitor that does not say whom it wants, None if there is none for it.
+
+        An SSH server that is the only tcp hostname is what an SSH client means. Anything else, such
+        as a database, is shown without encryption only if the operator has said so.
+        """
+        if self.raw_host is not None:
+            route = self.lookup(self.raw_host)
+            return route if route is not None and route.mode == "tcp" else None
+        return self._only_tcp() if ssh else None
+
+    def say_once(self, text, *arguments):
+        """Log something of which the operator has to hear once, and not whenever a scanner comes
+        by."""
+        log.log(logging.DEBUG if text in self._said else logging.WARNING, text, *arguments)
+        self._said.add(text)
 
     def drain(self, timeout):
         """Wait until the visitors that are being served have gone; after ``timeout`` seconds,
@@ -117,6 +150,20 @@ class Room:
                 del self._taken_by[address]
 
 
+class PortDoor:
+    """A public port of its own, which leads to one Route."""
+
+    def __init__(self, visitors, route):
+        self.listener = None  # set before it is started
+        self._visitors = visitors
+        self._route = route
+
+    def welcome(self, sock, address):
+        """For the listener: a visitor has connected."""
+        visitor = Visitor(self._visitors, Duplex(sock), address, self.listener, self._route)
+        return self._visitors.add(visitor)
+
+
 class Exchanges:
     """The threads that serve requests, and the room for so many at a time."""
 
@@ -130,19 +177,25 @@ class Exchanges:
 class Visitor:
     """One connection. It belongs to one worker, or is parked; reset() is for any thread."""
 
-    def __init__(self, visitors, duplex, address):
+    def __init__(self, visitors, duplex, address, listener, route=None):
+        """``route`` is where the port leads, if that is known before a byte has come."""
         self.duplex = duplex
         self.address = address
+        self.listener = listener
         self._visitors = visitors
+        self._route = route
         self._handler = None
         self._deadline = None  # monotonic, of the step that waits
         if visitors.context is None:
             self._step = self._begin_http
+        elif address[0] in visitors.proxies:
+            self._step = self._read_introduction
         else:
-            self._step = self._read_hello
+            self._step = self._begin
         self._serving = False  # a thread of Exchanges has it
         self._may_relay = False  # it is one of MAX_RELAYS
-        self._buffer = b""  # of a hello that is not whole
+        self._buffer = b""  # first bytes that are not understood yet
+        self._asked_for_tls = False  # PostgreSQL's client has, and begins with it now
         self._sni = None
 
     def ready(self):
@@ -170,8 +223,17 @@ class Visitor:
             self.close()
 
     def expired(self):
-        """Worker: the visitor took too long."""
-        if self._step == self._read_head and self._handler.in_head:
+        """Worker: the visitor took too long, or as long as it takes to be sure that it waits."""
+        waits = not self._buffer and self._visitors.raw_host is not None
+        if self._step == self._read_introduction and self._deadline is None:
+            self.ready()  # its time begins now
+        elif self._step == self._read_introduction and not self._buffer:
+            self._step = self._listen_in_silence
+            self.ready()
+        elif self._step == self._begin and (waits or self._route is not None):
+            self._step = self._listen_in_silence
+            self.ready()
+        elif self._step == self._read_head and self._handler.in_head:
             self._step = self._time_out
             self.ready()
         else:
@@ -202,51 +264,142 @@ class Visitor:
             with contextlib.suppress(TimeoutError):
                 self.duplex.wait_readable(LINGER)
                 return True
-        self._visitors.listener.park(self, max(0, self._deadline - monotonic()))
+        self.listener.park(self, max(0, self._deadline - monotonic()))
         return False
 
     def _go_on(self, step):
         self._step, self._deadline = step, None
         return True
 
-    # TLS
+    # The first bytes
 
-    def _read_hello(self):
-        """Learn the hostname before the handshake: what is not TLS costs us none."""
+    def _receive(self):
+        """Add what has come to the buffer. From the first byte on, it is the head's time."""
         data = self.duplex.receive()
         if data == b"":
             raise VisitorGone
         if data is not None:
+            if not self._buffer:
+                self._deadline = None
             self._buffer += data
-            said = hello.parse(self._buffer)
-            if said is not None:
-                self._sni = said.server_name
-                self.duplex.unread(self._buffer)
-                self._buffer = b""
-                self.duplex.start_tls(self._visitors.context, server_side=True)
-                return self._go_on(self._handshake)
-        return self._wait(self._visitors.header_timeout)
+
+    def _read_introduction(self):
+        """A trusted proxy may name its visitor first (HAProxy's PROXY protocol)."""
+        self._receive()
+        if proxy_header.may_begin(self._buffer):
+            try:
+                found = proxy_header.parse(self._buffer)
+            except proxy_header.NotProxy as error:
+                log.warning("trusted proxy at %s: %s", self.address[0], error)
+                raise VisitorGone from None
+            if found is None:
+                return self._wait(self._head_timeout if self._buffer else INTRODUCTION)
+            size, source = found
+            self._buffer = self._buffer[size:]
+            self.address = source or self.address
+        return self._go_on(self._begin)
+
+    def _begin(self):
+        """Learn by which door the visitor comes, before anything that costs us much."""
+        if self._route is not None:
+            return self._begin_raw(self._route)
+        return self._read_first(SILENCE if self._visitors.raw_host else self._head_timeout)
+
+    def _read_first(self, timeout=None):
+        self._receive()
+        entered = self._enter()
+        if entered is not None:
+            return entered
+        return self._wait(self._head_timeout if self._buffer or not timeout else timeout)
+
+    @property
+    def _head_timeout(self):
+        return self._visitors.header_timeout
+
+    def _listen_in_silence(self):
+        """The visitor waits to be greeted, if there is a server that would do so."""
+        route = self._route or self._visitors.raw_route()
+        return self._go_on(self._read_first) if route is None else self._begin_raw(route)
+
+    def _enter(self):
+        """Go in by the door that the buffer names; None if more must come to tell, else what a
+        step returns."""
+        self._refuse_introduction(self._buffer)
+        knock = doors.knock(self._buffer)
+        if knock is None or proxy_header.may_begin(self._buffer):
+            return None
+        kind, size = knock
+        if self._asked_for_tls and (size or kind != doors.TLS):
+            raise hello.NotTLS("TLS was asked for and has not come")
+        if kind == doors.TLS:
+            return self._enter_tls()
+        if kind == doors.HTTP:
+            self._give_back()
+            return self._begin_http(self._visitors.redirect)
+        if kind in (doors.SSL_REQUEST, doors.GSS_REQUEST):
+            return self._answer_postgres(kind, size)
+        route = self._visitors.raw_route(ssh=kind == doors.SSH)
+        if route is None:
+            self._visitors.say_once(
+                "visitor at %s dropped: it speaks no TLS, and no tcp hostname is there for it "
+                "(RAW_TCP_HOST)", self.address[0],
+            )  # fmt: skip
+            raise VisitorGone
+        return self._begin_raw(route)
+
+    def _refuse_introduction(self, data):
+        """Only a trusted proxy may say who its visitor is, and only once."""
+        if proxy_header.begins(data):
+            self._visitors.say_once(
+                "visitor at %s dropped: it sent a PROXY header, and TRUSTED_PROXIES does not name "
+                "it", self.address[0],
+            )  # fmt: skip
+            raise ConnectionAbortedError("a PROXY header")
+
+    def _answer_postgres(self, kind, size):
+        # What came behind it came from somebody who wants it taken for encrypted bytes.
+        if len(self._buffer) > size:
+            raise ConnectionAbortedError("bytes between PostgreSQL's SSLRequest and TLS")
+        self._buffer = b""
+        self._asked_for_tls = kind == doors.SSL_REQUEST
+        self.duplex.write(doors.YES if self._asked_for_tls else doors.NO, timeout=0)
+        return self._go_on(self._begin)
+
+    def _give_back(self):
+        self.duplex.unread(self._buffer)
+        self._buffer = b""
+
+    # TLS
+
+    def _enter_tls(self):
+        """Learn the hostname before the handshake: a broken hello costs us none."""
+        said = hello.parse(self._buffer)
+        if said is None:
+            return None
+        self._sni = said.server_name
+        self._give_back()
+        self.duplex.start_tls(self._visitors.context, server_side=True)
+        return self._go_on(self._handshake)
 
     def _handshake(self):
         if not self.duplex.handshake():
-            return self._wait(self._visitors.header_timeout)
+            return self._wait(self._head_timeout)
         route = self._sni and self._visitors.lookup(self._sni)
         if route and route.mode == "tcp":
-            if not self._claim_relay():
-                self.duplex.reset()  # not an empty but complete visit
-                raise ConnectionAbortedError("no room for another relay")
-            return self._start_relay(self._visit_tcp, route)
+            return self._begin_raw(route)
         return self._go_on(self._begin_http)
 
     # http
 
-    def _begin_http(self):
+    def _begin_http(self, redirect=None):
+        """``redirect``: what to say instead of the port's site, to a visitor without TLS."""
         visitors = self._visitors
+        encrypted = visitors.context is not None and redirect is None
         self._handler = Handler(
             self.duplex,
             self.address,
-            site=visitors.site,
-            scheme="http" if visitors.context is None else "https",
+            site=redirect or visitors.site,
+            scheme="https" if encrypted else "http",
             sni=self._sni,
             proxies=visitors.proxies,
             claim_relay=self._claim_relay,
@@ -284,6 +437,8 @@ class Visitor:
             handler.handle_one_request()
         finally:
             self._visitors.exchanges.room.leave(self.address[0])
+        if isinstance(handler.switched, Connect):
+            return self._start_relay(self._visit_tcp, handler.switched.route)
         if handler.switched is not None:
             try:
                 return self._start_relay(self._visit_switched, handler.switched)
@@ -313,7 +468,7 @@ class Visitor:
         if self.duplex.receive() == b"":
             self.close()
         else:
-            self._visitors.listener.park(self, self._deadline - monotonic())
+            self.listener.park(self, self._deadline - monotonic())
         return False
 
     # tcp
@@ -322,20 +477,28 @@ class Visitor:
         """Whether the connection may become a relay; it counts as one from here on."""
         self._may_relay = self._visitors.relays.enter(self.address[0])
         if not self._may_relay:
-            log.warning("%s: visitor at %s refused, too many relays are running (%d at most, half "
-                        "of them an address)", self._sni, self.address[0], MAX_RELAYS)  # fmt: skip
+            log.warning("visitor at %s refused, too many relays are running (%d at most, half of "
+                        "them an address)", self.address[0], MAX_RELAYS)  # fmt: skip
         return self._may_relay
+
+    def _begin_raw(self, route):
+        """A visit in tcp mode: whatever has come and will come is the target's."""
+        if not self._claim_relay():
+            self.duplex.reset()  # not an empty but complete visit
+            raise ConnectionAbortedError("no room for another relay")
+        self._give_back()
+        return self._start_relay(self._visit_tcp, route)
 
     def _start_relay(self, visit, subject):
         """Go on in threads of its own."""
-        spawn(f"relay {self._sni}", self._run_relay, visit, subject)
+        spawn(f"relay {self._sni or self.address[0]}", self._run_relay, visit, subject)
         return False
 
     def _run_relay(self, visit, subject):
         try:
             visit(subject)
         except OSError as error:
-            log.debug("%s: visitor at %s: %s", self._sni, self.address[0], error)
+            log.debug("visitor at %s: %s", self.address[0], error)
         except Exception:
             log.exception("visitor at %s: a defect", self.address[0])
         finally:
@@ -343,17 +506,25 @@ class Visitor:
 
     def _visit_tcp(self, route):
         try:
-            stream = route.tunnel.open(route)
+            stream = route.tunnel.open(route, self._ends)
         except OSError:
             self.duplex.reset()  # refused: not an empty but complete visit
             raise
         try:
+            visitor = self.duplex if self._sni else _Guarded(self.duplex, self._refuse_introduction)
             if route.tunnel.half_close:
-                relay(self.duplex, stream)
+                relay(visitor, stream)
             else:
-                _relay_holding_fin(self.duplex, stream)
+                _relay_holding_fin(visitor, stream)
         finally:
             stream.close()
+            if stream.refused:
+                route.tunnel.count_failed(route)
+                log.info("%s: visitor at %s: the agent's target is down or refuses; its log says "
+                         "why", route.hostname, self.address[0])  # fmt: skip
+
+    def _ends(self):
+        return Ends(self.address[:2], self.duplex.local_address)
 
     def _visit_switched(self, stream):
         """Copy both ways until either side has ended: no protocol that is upgraded to goes on
@@ -396,6 +567,22 @@ def _relay_holding_fin(duplex, stream):
     back.join()
 
 
+class _Guarded:
+    """A visitor without TLS as an end of a relay, whose first bytes are looked at."""
+
+    def __init__(self, duplex, look):
+        """``look(data)`` raises OSError if they are not to be passed on."""
+        self.write, self.finish, self.reset = duplex.write, duplex.finish, duplex.reset
+        self._duplex = duplex
+        self._look = look
+
+    def read(self):
+        data = self._duplex.read()
+        self._look(data)
+        self.read = self._duplex.read
+        return data
+
+
 class _Counted:
     """A stream as a pump's source, which counts what is read."""
 
@@ -410,20 +597,23 @@ class _Counted:
         return data
 
 
-def choose_site(lookup, gateway_host):
+def choose_site(lookup, gateway_host, public_port):
     """What a request to the public port gets: the ``site`` of a Handler.
 
-    ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name.
+    ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name; ``public_port()``
+    is the port's number.
     """
 
     def site(handler):
         hostname = handler.hostname
+        if handler.command == "CONNECT" and handler.sni in (None, gateway_host):
+            return connect(hostname, handler.path)
         if handler.sni is not None and hostname != handler.sni:
             # The certificate that the visitor has seen says nothing about that name.
             text = f"This connection was opened for {handler.sni}, not for {hostname}."
             return pages.error(421, "misdirected", text)
         if handler.command == "CONNECT":
-            return pages.error(501, "no-connect", "This gateway is not a proxy.")
+            return connect(hostname, handler.path)
         if hostname == gateway_host:
             return pages.landing(gateway_host)
         route = lookup(hostname)
@@ -433,5 +623,38 @@ def choose_site(lookup, gateway_host):
             text = f"{hostname} does not speak HTTP. Connect to it by TLS, with its name as SNI."
             return pages.error(421, "not-http", text)
         return route
+
+    def connect(hostname, authority):
+        route = lookup(hostname)
+        if route is None:
+            return pages.no_tunnel(hostname)
+        if route.mode != "tcp":
+            text = f"{hostname} speaks HTTP; there is nothing else to connect to."
+            return pages.error(403, "not-tcp", text)
+        port = authority.rpartition(":")[2]
+        port = int(port) if port.isdigit() else 0
+        if port not in (route.target_port, route.port, public_port()):
+            text = f"Port {port} of {hostname} leads nowhere; its own is another."
+            return pages.error(403, "wrong-port", text)
+        return Connect(route)
+
+    return site
+
+
+def choose_redirect(lookup, gateway_host):
+    """What a request without TLS gets on a port with TLS: the way to https (the ``site`` of a
+    Handler). ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name."""
+
+    def site(handler):
+        hostname, request = handler.hostname, handler.request_head
+        route = lookup(hostname)
+        if handler.command == "CONNECT":
+            return pages.error(403, "no-tls", "This gateway connects only through TLS.")
+        if route is None and hostname != gateway_host:
+            return pages.no_tunnel(hostname)
+        if route is not None and route.mode != "http":
+            return pages.error(421, "not-http", f"{hostname} does not speak HTTP.")
+        host = request.fields.get("host", hostname).removesuffix(":443")
+        return pages.moved(f"https://{host}{http1.origin_target(request)}", request.method)
 
     return site

@@ -345,6 +345,7 @@ def sshd(folder):
         config.write_text(
             f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host_key\nPidFile none\n"
             f"AuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
+            "Subsystem sftp internal-sftp\n"
         )
         with running(program, "-D", "-e", "-f", str(config), cwd=folder) as server:
             server.wait_for("Server listening")

@@ -207,7 +207,7 @@ def test_exactly_one_credential_is_expected(lines, expected):
         (MINIMAL + "zzz: x\n", f"unknown key 'zzz', expected one of {', '.join(KEYS)}"),
         (MINIMAL + "null: x\n", "unknown key 'null', expected one of"),
         (MINIMAL + "    mod: tcp\n", "tunnels[0]: unknown key 'mod', did you mean 'mode'?"),
-        (MINIMAL + "    port: 1\n", "tunnels[0]: unknown key 'port', expected one of hostname, "),
+        (MINIMAL + "    zzz: 1\n", "tunnels[0]: unknown key 'zzz', expected one of hostname, "),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
@@ -526,3 +526,30 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
 def test_example_explains_every_key():
     shown = set(re.findall(r"(?m)^[# -]*([a-z_]+):(?: |$)", EXAMPLE.read_text(encoding="utf-8")))
     assert shown >= {*KEYS, *TUNNEL_KEYS}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINIMAL + "    port: 22\n", "tunnels[0].port: mode http came, expected mode tcp beside"),
+        (MINIMAL + "    mode: tcp\n    port: ssh\n", "tunnels[0].port: 'ssh' came, expected a port"),
+        (MINIMAL + "    mode: tcp\n    port: 0\n", "tunnels[0].port: '0' came, expected a port"),
+        (MINIMAL + "    mode: tcp\n    port: 65536\n", "from 1 to 65535, or auto"),
+        (MINIMAL + "    idle_timeout: 60\n", "tunnels[0].idle_timeout: mode http came"),
+        (MINIMAL + "    mode: tcp\n    idle_timeout: 0.5\n", "seconds, a number from 1 to 2678400"),
+        (MINIMAL + "    mode: tcp\n    idle_timeout: 1h\n", "tunnels[0].idle_timeout: '1h' came"),
+        (MINIMAL + "    proxy_protocol: v3\n", "'v3' came, expected one of v1, v2"),
+    ],
+)
+def test_what_a_tunnel_cannot_say_is_refused(text, expected):
+    assert expected in refusal(text)
+
+
+def test_what_a_tunnel_in_tcp_mode_may_say_more():
+    config = loaded(MINIMAL + "    mode: tcp\n    port: 022\n    idle_timeout: 90.5\n"
+                                         "    proxy_protocol: V2\n")  # fmt: skip
+    (tunnel,) = config.tunnels
+    assert (tunnel.port, tunnel.idle_timeout, tunnel.proxy_protocol) == ("22", 90.5, "v2")
+    assert tunnel.needs == ("ports", "visitor_address")
+    assert config.ports() == {tunnel.hostname: "22"}
+    assert config.addressed() == (tunnel.hostname,)

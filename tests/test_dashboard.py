@@ -1,5 +1,6 @@
 """The dashboard: what it shows, and to whom."""
 
+import collections
 import http.client
 from contextlib import closing
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from gotunnel_server.registry import Route
 
 def a_tunnel(issuer="", since=0.0, **modes):
     routes = {f"{name}.test": Route(f"{name}.test", mode, None) for name, mode in modes.items()}
-    return SimpleNamespace(routes=routes, identity=Identity(issuer), since=since)
+    return SimpleNamespace(
+        routes=routes, identity=Identity(issuer), since=since, failed=collections.Counter()
+    )
 
 
 def page(*tunnels, public_port=443):
@@ -32,6 +35,14 @@ def test_page_lists_hostnames_in_order_of_registration():
     assert text.index("a.test") < text.index("b.test") < text.index("c.test")
     assert '<a href="https://a.test/">' in text
     assert '<a href="https://b.test' not in text  # tcp: a browser cannot open it
+
+
+def test_page_shows_ports_and_visits_that_failed():
+    tunnel = a_tunnel(a="tcp", b="tcp")
+    tunnel.routes["a.test"] = tunnel.routes["a.test"]._replace(port=2222)
+    tunnel.failed["b.test"] = 17
+    text = page(tunnel)
+    assert "port 2222" in text and "<td>17" in text
 
 
 def test_links_carry_a_port_that_is_not_the_usual_one():

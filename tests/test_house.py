@@ -19,16 +19,19 @@ SERVER = {
     "config.py": {"gotunnel", "dotenv"},
     "gateway.py": {
         "gotunnel", "authority", "certificates", "credentials", "dashboard", "forwarding",
-        "listener", "registry", "tunnel", "visitor",
+        "listener", "ports", "registry", "tunnel", "visitor",
     },
     "listener.py": set(),
     "hello.py": set(),
-    "tunnel.py": {"gotunnel", "registry"},
+    "tunnel.py": {"gotunnel", "ports", "registry"},
     "credentials.py": {"gotunnel", "jwt"},
     "registry.py": {"gotunnel"},
-    "visitor.py": {"gotunnel", "hello", "http1", "pages", "proxy"},
+    "visitor.py": {"gotunnel", "doors", "hello", "http1", "pages", "proxy", "proxy_header"},
+    "doors.py": set(),
+    "ports.py": {"gotunnel", "listener"},
     "proxy.py": {"gotunnel", "forwarding", "http1", "pages"},
     "forwarding.py": {"http1"},
+    "proxy_header.py": set(),
     "http1.py": set(),
     "pages.py": set(),
     "certificates.py": {"gotunnel", "authority", "cryptography"},
@@ -37,11 +40,13 @@ SERVER = {
 }  # fmt: skip
 AGENT = {
     "__init__.py": set(),
-    "__main__.py": {"cli"},
+    "__main__.py": {"cli", "forward"},
     "cli.py": {"gotunnel", "agent", "config"},
-    "config.py": {"gotunnel", "yaml"},
+    "forward.py": {"gotunnel"},
+    "config.py": {"gotunnel", "proxy_header", "yaml"},
     "agent.py": {"gotunnel", "target", "jwt"},
-    "target.py": {"gotunnel"},
+    "target.py": {"gotunnel", "proxy_header"},
+    "proxy_header.py": set(),
 }
 HOUSE = {
     **WIRE,
@@ -51,7 +56,11 @@ HOUSE = {
 
 # Bytes in, values out: nothing that waits.
 PURE = [
-    f"gotunnel_server/{name}.py" for name in ("forwarding", "hello", "http1", "pages")
+    "gotunnel_agent/proxy_header.py",
+    *(
+        f"gotunnel_server/{name}.py"
+        for name in ("doors", "forwarding", "hello", "http1", "pages", "proxy_header")
+    ),
 ]
 IMPURE = {"socket", "ssl", "select", "selectors", "threading", "time", "logging"}
 

@@ -260,7 +260,7 @@ def test_refused_request_ends_its_connection_and_never_reaches_the_target(
 def test_connect_is_refused_and_what_follows_is_no_request(gateway, origin):
     with gateway.dial(APP) as visitor:
         visitor.send(head(HOST, first=b"CONNECT app.localhost:22 HTTP/1.1") + SMUGGLED)
-        assert error_of(visitor.read_message()[0]) == (501, "no-connect")
+        assert error_of(visitor.read_message()[0]) == (403, "not-tcp")
         assert visitor.read_to_end() == b""
     assert origin.was_left_alone()
 

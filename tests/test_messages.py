@@ -16,6 +16,7 @@ from gotunnel import (
     ProtocolError,
     Register,
     decode_message,
+    Ends,
     encode_data_header,
     encode_message,
     normal_hostname,
@@ -249,21 +250,35 @@ HEADERS = [
 @pytest.mark.parametrize(("hostname", "text"), HEADERS)
 def test_data_header_both_ways(hostname, text):
     assert encode_data_header(hostname) == bytes.fromhex(text)
-    assert read_data_header(reader_of(bytes.fromhex(text) + b"GET /")) == hostname
+    assert read_data_header(reader_of(bytes.fromhex(text) + b"GET /")) == (hostname, None)
+
+
+@pytest.mark.parametrize("visitor", ["192.0.2.1", "2001:db8::1"])
+def test_data_header_with_the_visitors_address_both_ways(visitor):
+    ends = Ends((visitor, 40000), ("198.51.100.7", 443))
+    data = encode_data_header("a.b", ends)
+    assert data[0] == 2
+    assert read_data_header(reader_of(data + b"rest")) == ("a.b", ends)
 
 
 def test_data_header_leaves_what_follows():
     read_exactly = reader_of(encode_data_header("a.b") + b"rest")
-    assert read_data_header(read_exactly) == "a.b"
+    assert read_data_header(read_exactly) == ("a.b", None)
     assert read_exactly(4) == b"rest"
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("00 0001 61", "data header version 0, expected 1"),
-        ("02 0001 61", "data header version 2, expected 1"),
-        ("47 4554 20", "data header version 71, expected 1"),
+        ("00 0001 61", "data header version 0, expected 1 or 2"),
+        ("03 0001 61", "data header version 3, expected 1 or 2"),
+        ("47 4554 20", "data header version 71, expected 1 or 2"),
+        ("02 0001 61", "a data header that does not hold two addresses"),
+        (f"02 0015 {b'a.b 1.2.3.4 5 1.2.3.4'.hex()}", "a data header that does not hold two addresses"),
+        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3.4 x'.hex()}", "a data header that does not hold two addresses"),
+        (f"02 001b {b'a.b 1.2.3.4 5 1.2.3.4 65536'.hex()}", "a data header that does not hold two addresses"),
+        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3 1234'[:23].hex()}", "a data header that does not hold two addresses"),
+        ("02 0002 c328", "a data header whose hostname is not UTF-8"),
         ("01 0002 c328", "a data header whose hostname is not UTF-8"),
     ],
 )

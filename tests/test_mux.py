@@ -848,8 +848,10 @@ def test_the_peer_may_have_max_streams_and_not_one_more():
     mux.open(0.0)  # ours do not count
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 5)) == []
     assert (WINDOW_UPDATE, RST, 5, 0, b"") in sent(mux)
+    assert mux.refused == 1
     receive(mux, frame(WINDOW_UPDATE, RST, 1))
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 7)) == [Opened(7)]
+    assert mux.refused == 1
 
 
 def test_oc_syn_fin():

@@ -121,7 +121,7 @@ MALFORMED = "malformed-request"
         (request("GET", "/", "Content-Length: 1, 1"), 400, MALFORMED),
         (request("GET", "/" + "x" * 8192), 414, MALFORMED),
         (request("GET", "/", *["A: b"] * 201), 431, MALFORMED),
-        (request("CONNECT", f"{APP}:443"), 501, "no-connect"),
+        (request("CONNECT", f"{APP}:443"), 502, "no-tunnel"),
     ],
 )
 @pytest.mark.parametrize("form", [pages.HTML, pages.JSON])

@@ -509,6 +509,18 @@ def hoarded(peer, session, number, count=INITIAL_WINDOW):
     return stream
 
 
+def test_streams_beyond_the_limit_are_refused_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(gotunnel, "SWEEP", 0.01)
+    with session_pair(max_streams=1) as (left, right):
+        first = left.open(b"x")
+        accepted = right.accept(PATIENCE)
+        with pytest.raises(StreamReset):
+            left.open(b"x").read(timeout=PATIENCE)
+        wait_until(lambda: "streams refused: 1; as many as may be are open" in caplog.text)
+        first.write(b"y")
+        assert accepted.read_exactly(2, PATIENCE) == b"xy"
+
+
 def test_the_stream_that_reads_least_is_given_up_when_memory_is_short(caplog):
     memory = gotunnel.Memory(16 * MIB)  # of which the first session may have 2 MiB unread
     with raw_pair(memory=memory) as (peer, session):

@@ -246,11 +246,13 @@ def test_ssh_runs_a_command_and_fetches_a_file(cache, tmp_path):
             assert digest(run(f"cat {shlex.quote(str(tmp_path / 'file'))}")) == digest(content)
 
 
-def test_tcp_hostname_gets_no_alpn_that_it_could_not_keep(gateway, origin):
-    """Whoever offers a protocol of its own, as a database driver does, is served all the same."""
+@pytest.mark.parametrize(("offered", "selected"), [("imap", None), ("postgresql", "postgresql")])
+def test_whoever_offers_a_protocol_of_its_own_is_served(gateway, origin, offered, selected):
+    """PostgreSQL's clients insist on an answer, by direct TLS."""
     context = tls_context(gateway.ca_file)
-    context.set_alpn_protocols(["postgresql"])
+    context.set_alpn_protocols([offered])
     visitor = dial_tls(gateway.public_port, RAW, context)
+    assert visitor.sock.selected_alpn_protocol() == selected
     with visitor, origin.accept() as target:
         visitor.send(b"x")
         assert target.read_exactly(1) == b"x"

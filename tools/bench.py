@@ -6,14 +6,18 @@
 
 The target is nginx, on plain HTTP; `direct` is the same nginx asked over TLS without a tunnel. What
 can be compared between machines, and between two runs on a busy one, is the ratio of the two, and
-the CPU time that a request or a gigabyte costs gateway and agent. Needs nginx, wrk and curl; the
-row yamux needs none of them, but Go for a part of it.
+the CPU time that a request or a gigabyte costs gateway and agent. Needs nginx, wrk and curl, the
+row tcp OpenSSH too; the row yamux needs none of them, but Go for a part of it.
 
     http        requests/s and 99th percentile, for 1, 32 and 128 visitors with kept connections
     visitors    new visitors/s, 16 at a time, one request each
     download    one download of 1 GiB, MB/s, and how much both processes grew meanwhile
     upload      one upload of 1 GiB
     cpu         32 visitors, with gateway and agent each on one CPU, and on all: which costs less
+    tcp         the same nginx through a tcp hostname, beside http mode (which is its `direct`, and
+                whose CPU time is told behind): requests/s of 32 visitors, 1 GiB each way; and scp
+                of 1 GiB through "gotunnel-agent forward", beside scp without a tunnel, with what
+                share of a core each process took: one that had nearly all of it was the limit
     yamux       the multiplexer alone, over TLS: what a stream moves, also on long lines, how soon
                 an echo comes back, what an idle session costs, what short streams leave behind;
                 beside one TLS socket of Python's, and yamux in Go (which goes without TLS)
@@ -24,22 +28,43 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 import bootstrap
 from demo import GATEWAY_HOST, LOOPBACK, Demo, Failed
 
-HOSTNAME = "localhost"  # what every resolver knows, since wrk takes the SNI from its URL
+HOSTNAME = "localhost"
+TCP_HOSTNAME, SSH_HOSTNAME = "tcp.localhost", "ssh.localhost"
 TUNNEL_HOST = LOOPBACK
 SECONDS = 5  # of load for each figure
 WARM_UP = 1
 SMALL, LARGE = 1024, 1 << 30  # bytes of the two files
-ROWS = ("http", "visitors", "download", "upload", "cpu", "yamux")
+ROWS = ("http", "visitors", "download", "upload", "cpu", "tcp", "yamux")
+
+# wrk takes the SNI from its URL; where that is, it shall not ask a resolver, which may not know.
+WRK_SCRIPT = f"""
+function wrk.resolve(host, service) wrk.addrs = wrk.lookup("{LOOPBACK}", service) end
+"""
+
+# Of the row tcp: its programs, and Debian's packages of them.
+OPENSSH = {"scp": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server"}
+LOOK_AGAIN = 0.05  # seconds between two looks at what processes that end by themselves have taken
+SSHD = """
+ListenAddress {address}
+HostKey {folder}/host_key
+PidFile none
+AuthorizedKeysFile {folder}/user_key.pub
+StrictModes no
+UsePAM no
+Subsystem sftp internal-sftp
+"""
 
 # Of the row yamux.
 ENDS = os.path.join(bootstrap.ROOT, "tools", "bench_yamux.py")
@@ -73,6 +98,12 @@ jwt_secret: "{secret}"
 tunnels:
   - hostname: "{hostname}"
     target: "127.0.0.1:{plain}"
+  - hostname: "{tcp_hostname}"
+    target: "127.0.0.1:{plain}"
+    mode: tcp
+  - hostname: "{ssh_hostname}"
+    target: "127.0.0.1:{ssh}"
+    mode: tcp
 """
 
 
@@ -81,6 +112,11 @@ class Bench(Demo):
 
     _nginx = None
 
+    def __init__(self, python, seconds):
+        """``seconds``: how long each figure of load takes; wrk knows whole ones."""
+        super().__init__(python)
+        self._seconds = max(1, round(seconds))
+
     def __exit__(self, *exception):
         if self._nginx is not None:
             self._nginx.terminate()
@@ -88,7 +124,7 @@ class Bench(Demo):
         super().__exit__(*exception)
 
     def set_up(self):
-        """Start all; ``urls`` maps "direct" and "tunnel" to where each is asked."""
+        """Start all; ``urls`` maps "direct", "tunnel" and "tcp" to where each is asked."""
         secret, folder = os.urandom(32).hex(), self._folder.name
         self.start(
             "gateway", "gotunnel_server",
@@ -101,7 +137,7 @@ class Bench(Demo):
         tunnel_addr = self.expect("gateway", r"agents: tunnel_addr (\S+)")
         self.expect("gateway", "is ready")
         certificate = os.path.join(os.path.dirname(self.ca_file), GATEWAY_HOST)
-        plain, tls = free_ports(2)
+        plain, tls, self._ssh_port = free_ports(3)
         for name in ("www", "www/put", "body"):
             path = os.path.join(folder, name)
             os.mkdir(path)
@@ -119,20 +155,27 @@ class Bench(Demo):
         )
         config = self.write("agent.yaml", AGENT_CONFIG.format(
             tunnel_addr=tunnel_addr, ca_file=self.ca_file, secret=secret, hostname=HOSTNAME,
-            plain=plain,
+            tcp_hostname=TCP_HOSTNAME, ssh_hostname=SSH_HOSTNAME, plain=plain, ssh=self._ssh_port,
         ))  # fmt: skip
         self.start("agent", "gotunnel_agent", "-c", config)
         self.expect("agent", "serving")
         self.urls = {
             "direct": f"https://{HOSTNAME}:{tls}",
             "tunnel": f"https://{HOSTNAME}:{port}",
+            "tcp": f"https://{TCP_HOSTNAME}:{port}",
         }
+        self._large = os.path.join(folder, "www", "large")
+        self._via = f"{LOOPBACK}:{port}"
+        self._wrk_script = self.write("wrk.lua", WRK_SCRIPT)
 
     # Measuring
 
-    def wrk(self, way, connections, *arguments, seconds=SECONDS):
+    def wrk(self, way, connections, *arguments, seconds=None):
         """Load one way; return requests/s and the 99th percentile in ms."""
-        command = [need("wrk"), "-t1", f"-c{connections}", f"-d{seconds}", "--latency", *arguments]
+        command = [
+            need("wrk"), "-t1", f"-c{connections}", f"-d{seconds or self._seconds}", "--latency",
+            "-s", self._wrk_script, *arguments,
+        ]  # fmt: skip
         url = self.urls[way] + "/small"
         text = subprocess.run([*command, url], capture_output=True, text=True, check=True).stdout
         if wrong := re.search(r"Socket errors.*|Non-2xx.*", text):
@@ -143,10 +186,13 @@ class Bench(Demo):
 
     def curl(self, way, *arguments):
         """Move the large file; return MB/s."""
-        trust = ["--cacert", self.ca_file] if way == "tunnel" else ["--insecure"]
+        trust = ["--insecure"] if way == "direct" else ["--cacert", self.ca_file]
         asked = [part.replace("{url}", self.urls[way]) for part in arguments]
         began = time.monotonic()
-        curl = subprocess.run([need("curl"), "-sSf", "-o", os.devnull, *trust, *asked])
+        curl = subprocess.run(
+            [need("curl"), "-sSf", "-o", os.devnull, *trust, "--connect-to", f"::{LOOPBACK}:",
+             *asked]
+        )  # fmt: skip
         if curl.returncode != 0:
             raise Failed(f"{way}: curl ended with status {curl.returncode}")
         return LARGE / (time.monotonic() - began) / 1e6
@@ -184,7 +230,7 @@ class Bench(Demo):
             before = self.cpu_seconds()
             rate, late = self.wrk("tunnel", connections)
             yield self.figures(f"requests/s, {connections} visitors", rate, direct, before,
-                               rate * SECONDS / 1000, "1000 requests",
+                               rate * self._seconds / 1000, "1000 requests",
                                f"p99 {late:.1f} ms (direct {direct_late:.1f})")  # fmt: skip
 
     def row_visitors(self):
@@ -192,7 +238,7 @@ class Bench(Demo):
         direct, _ = self.wrk("direct", 16, *close)
         before = self.cpu_seconds()
         rate, late = self.wrk("tunnel", 16, *close)
-        units, note = rate * SECONDS / 1000, f"p99 {late:.1f} ms"
+        units, note = rate * self._seconds / 1000, f"p99 {late:.1f} ms"
         what = "new visitors/s, 16 at once"
         yield self.figures(what, rate, direct, before, units, "1000 visitors", note)
 
@@ -206,13 +252,16 @@ class Bench(Demo):
         yield self.figures("download, MB/s", rate, direct, before, LARGE / 1e9, "GB", note)
 
     def row_upload(self):
-        large = os.path.join(self._folder.name, "www", "large")
-        command = ("-T", large, "-H", "Expect:", "{url}/put/up")
+        command = self.upload()
         self.curl("direct", *command)
         direct = self.curl("direct", *command)
         before = self.cpu_seconds()
         rate = self.curl("tunnel", *command)
         yield self.figures("upload, MB/s", rate, direct, before, LARGE / 1e9, "GB", "")
+
+    def upload(self):
+        """The arguments with which curl sends the large file."""
+        return "-T", self._large, "-H", "Expect:", "{url}/put/up"
 
     def row_cpu(self):
         everything = os.sched_getaffinity(0)
@@ -222,13 +271,100 @@ class Bench(Demo):
             self.spread(cpus)
             before = self.cpu_seconds()
             rate, late = self.wrk("tunnel", 32)
-            units, note = rate * SECONDS / 1000, f"p99 {late:.1f} ms"
+            units, note = rate * self._seconds / 1000, f"p99 {late:.1f} ms"
             what = f"requests/s, 32 visitors, {name}"
             yield self.figures(what, rate, direct, before, units, "1000 requests", note)
         self.spread(alone)
 
+    def row_tcp(self):
+        download, upload = ("{url}/large",), self.upload()
+        for arguments in (download, upload):
+            self.curl("direct", *arguments)  # the first time is the disk's
+        for way in ("tunnel", "tcp"):
+            self.wrk(way, 32, seconds=WARM_UP)
+        for what, measure, units, unit in (
+            ("requests/s, 32 visitors", lambda way: self.wrk(way, 32)[0],
+             lambda rate: rate * self._seconds / 1000, "1000 requests"),
+            ("download, MB/s", lambda way: self.curl(way, *download),
+             lambda rate: LARGE / 1e9, "GB"),
+            ("upload, MB/s", lambda way: self.curl(way, *upload),
+             lambda rate: LARGE / 1e9, "GB"),
+        ):  # fmt: skip
+            before = self.cpu_seconds()
+            http = measure("tunnel")
+            note = "http mode {:.3f} + {:.3f} s".format(*self.cpu_since(before, units(http)))
+            before = self.cpu_seconds()
+            rate = measure("tcp")
+            yield self.figures(f"tcp: {what}", rate, http, before, units(rate), unit, note)
+        with self.sshd() as (server, options):
+            forward = shlex.join([
+                self._python, os.path.join(bootstrap.ROOT, "gotunnel_agent"), "forward",
+                SSH_HOSTNAME, "--via", self._via, "--ca-file", self.ca_file,
+            ])  # fmt: skip
+            loopback = ("-o", f"HostName={LOOPBACK}", "-o", f"Port={self._ssh_port}")
+            direct, note = self.scp(server, *options, *loopback)
+            say(f"    scp without a tunnel: {note}")
+            before = self.cpu_seconds()
+            rate, note = self.scp(server, *options, "-o", f"ProxyCommand={forward}")
+            yield self.figures("tcp: scp, MB/s", rate, direct, before, LARGE / 1e9, "GB", note)
+
+    @contextlib.contextmanager
+    def sshd(self):
+        """An sshd that serves this user; yields its process, and what ssh must be told."""
+        folder, keygen = self._folder.name, need("ssh-keygen")
+        for name in ("host_key", "user_key"):
+            key = os.path.join(folder, name)
+            subprocess.run([keygen, "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)  # as the system's own start script does
+        address = f"{LOOPBACK}:{self._ssh_port}"
+        config = self.write("sshd_config", SSHD.format(address=address, folder=folder))
+        server = subprocess.Popen(
+            [need("sshd"), "-D", "-e", "-f", config], start_new_session=True,
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with server:
+            try:
+                if "listening" not in server.stderr.readline():
+                    raise Failed(f"sshd did not listen at {address}")
+                yield server, (
+                    "-F", "none", "-i", key, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
+                    "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+                    "-o", "LogLevel=ERROR",
+                )  # fmt: skip
+            finally:
+                server.terminate()
+
+    def scp(self, server, *options):
+        """Copy the large file to the sshd ``server``; return MB/s, and a text: seconds, and the
+        share of a core that each process took."""
+        watched = {child.pid: name for name, child in self._children.items()}
+        watched[server.pid] = "sshd"
+        earlier, latest = cpu_by_process(watched), {}
+        place = f"{SSH_HOSTNAME}:{os.path.join(self._folder.name, 'copy')}"
+        began = time.monotonic()
+        copying = subprocess.Popen([need("scp"), "-q", *options, self._large, place])
+        watched[copying.pid] = "scp"
+        while True:
+            latest.update(cpu_by_process(watched))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                copying.wait(LOOK_AGAIN)
+                break
+        took = time.monotonic() - began
+        if copying.returncode != 0:
+            raise Failed(f"scp ended with status {copying.returncode}")
+        shares = Counter()
+        for pid, (name, seconds) in latest.items():
+            shares[name] += (seconds - earlier.get(pid, (name, 0))[1]) / took
+        text = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+        return LARGE / took / 1e6, f"{took:.1f} s, of a core: {text}"
+
+    def cpu_since(self, before, units):
+        """CPU seconds of gateway and agent for each of the units that they did meanwhile."""
+        return [(now - then) / units for now, then in zip(self.cpu_seconds(), before)]
+
     def figures(self, what, tunnel, direct, before, units, unit, note):
-        cpu = [(now - then) / units for now, then in zip(self.cpu_seconds(), before)]
+        cpu = self.cpu_since(before, units)
         return dict(what=what, tunnel=tunnel, direct=direct, ratio=tunnel / direct,
                     gateway_cpu=cpu[0], agent_cpu=cpu[1], cpu_per=unit, note=note)  # fmt: skip
 
@@ -361,6 +497,30 @@ class Yamux:
         return dict(what=what, ours=ours, beside=beside, ratio=ratio, than=than, note=note)
 
 
+def cpu_by_process(watched):
+    """Maps to name and CPU seconds so far the processes in ``watched`` (pid: name) and those that
+    they have started. What ssh starts for scp is its helper at the tunnel, "forward"."""
+    tick = os.sysconf("SC_CLK_TCK")
+    table = {}  # pid: (parent, program, CPU seconds)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:  # it may just end
+            head, _, tail = file.read().rpartition(")")
+            fields = tail.split()
+            seconds = (int(fields[11]) + int(fields[12])) / tick
+            table[int(pid)] = int(fields[1]), head.partition("(")[2], seconds
+    taken = {}
+    for pid, (_, program, seconds) in table.items():
+        root = pid
+        while root in table and root not in watched:
+            root = table[root][0]
+        name = watched.get(root)
+        if name == "scp" and root != pid:
+            name = program if program in ("scp", "ssh") else "forward"
+        if name is not None:
+            taken[pid] = name, seconds
+    return taken
+
+
 def free_ports(count):
     """Ports that are free now; nginx cannot look for one itself."""
     with contextlib.ExitStack() as taken:
@@ -372,7 +532,8 @@ def need(program):
     """The path of a program; raises Failed if it is not there."""
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
-        raise Failed(f"{program} is not installed: on Debian, apt install {program}")
+        package = OPENSSH.get(program, program)
+        raise Failed(f"{program} is not installed: on Debian, apt install {package}")
     return path
 
 
@@ -384,19 +545,19 @@ def main(arguments):
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS,
-        help="how long a figure of the row yamux takes (default: %(default)s); sessions and "
-        "streams that it counts are fewer if that is shorter",
+        help="how long a figure of load, or of the row yamux, takes (default: %(default)s); the "
+        "sessions and streams that the latter counts are fewer if that is shorter",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     rows = options.row or ROWS
     kept = []
     try:
         if set(rows) != {"yamux"}:
-            for program in ("nginx", "wrk", "curl"):
+            for program in ("nginx", "wrk", "curl", *(OPENSSH if "tcp" in rows else ())):
                 need(program)
         python = bootstrap.prepare("server")
         if set(rows) != {"yamux"}:
-            kept += show_tunnel(python, [name for name in rows if name != "yamux"])
+            kept += show_tunnel(python, [row for row in rows if row != "yamux"], options.seconds)
         if "yamux" in rows:
             kept += show_yamux(python, options.seconds)
     except Failed as error:
@@ -408,10 +569,10 @@ def main(arguments):
     return 0
 
 
-def show_tunnel(python, rows):
+def show_tunnel(python, rows, seconds):
     """Print the figures of these rows as they come, and return them."""
     kept = []
-    with Bench(python) as bench:
+    with Bench(python, seconds) as bench:
         bench.set_up()
         say(f"\n{'':38} tunnel    direct   ratio   CPU gateway + agent")
         for name in rows:
