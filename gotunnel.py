@@ -2257,6 +2257,10 @@ class Stream:
         if dead:
             function()
 
+    def call_later(self, delay, function):
+        """As Session's."""
+        self._session.call_later(delay, function)
+
     @property
     def window(self) -> int:
         """Bytes that the peer may have on their way to us; 0 once the stream is over."""

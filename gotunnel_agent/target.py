@@ -39,6 +39,10 @@ log = logging.getLogger("gotunnel.target")
 DATA_HEADER_TIMEOUT = 10  # seconds; it leaves the gateway together with the SYN
 DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down; with its TLS
 
+# Seconds between two looks at whether a visit is idle: the look at one that has ended is forgotten
+# by then, however long its timeout is.
+LONGEST_LOOK = 60
+
 # Why a visit is turned away: code word (X-Gotunnel-Error) to what the visitor reads.
 UNREACHABLE = "target-unreachable"
 TIMED_OUT = "target-timed-out"
@@ -147,8 +151,10 @@ def serve(stream, find_route, targets):
         try:
             if tunnel.mode == "http":
                 exchange(stream, target)
+            elif tunnel.idle_timeout is None:
+                relay(stream, target)
             else:
-                relay(stream, target if tunnel.idle_timeout is None else Watched(target, tunnel))
+                relay_watched(stream, target, tunnel)
         except NoThread as error:
             log.error("%s: %s", tunnel.hostname, error)
             stream.reset()
@@ -267,30 +273,50 @@ def exchange(stream, target):
     answer.join()
 
 
-class Watched:
-    """A target as an end of a relay that ends when nothing has passed for a while, either way."""
+def relay_watched(stream, target, tunnel):
+    """relay(), which ends when nothing has passed for the tunnel's ``idle_timeout``."""
+    watched = Watched(target, stream, tunnel)
+    try:
+        relay(stream, watched)
+    finally:
+        watched.over = True
 
-    def __init__(self, duplex, tunnel):
+
+class Watched:
+    """A target as an end of a relay that is broken when nothing has passed it for a while."""
+
+    def __init__(self, duplex, stream, tunnel):
+        """``over`` is to be set when the relay has ended."""
         self.finish, self.reset = duplex.finish, duplex.reset
+        self.over = False
         self._duplex = duplex
+        self._stream = stream
         self._tunnel = tunnel
         self._moved_at = monotonic()
+        self._look_later()
 
     def read(self):
-        while True:
-            left = self._moved_at + self._tunnel.idle_timeout - monotonic()
-            if left <= 0:
-                log.info("%s: a visit ends, idle for %g s", self._tunnel.hostname,
-                         self._tunnel.idle_timeout)  # fmt: skip
-                raise TimeoutError("idle")
-            with contextlib.suppress(TimeoutError):
-                data = self._duplex.read(timeout=left)
-                self._moved_at = monotonic()
-                return data
+        data = self._duplex.read()
+        self._moved_at = monotonic()
+        return data
 
     def write(self, data):
         self._duplex.write(data)
         self._moved_at = monotonic()
+
+    def _look_later(self):
+        left = self._moved_at + self._tunnel.idle_timeout - monotonic()
+        if left > 0:
+            self._stream.call_later(min(left, LONGEST_LOOK), self._look)
+        else:
+            log.info("%s: a visit ends, idle for %g s",
+                     self._tunnel.hostname, self._tunnel.idle_timeout)  # fmt: skip
+            self._stream.reset("the visit was idle")
+
+    def _look(self):
+        """Demultiplexer: waits for nothing."""
+        if not self.over:
+            self._look_later()
 
 
 def _ask(stream, target):

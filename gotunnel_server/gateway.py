@@ -2,7 +2,7 @@
 
     thread                  how many                     ends when
     main                    1 (cli.py)                   a signal comes; it stops the gateway
-    listener PORT           1 a port                     stop(), by a wake-up byte
+    listener PORT           1 a port, also of agents     stop(), by a wake-up byte
     step                    at most STEP_THREADS         the step is done; it waits for nobody
     exchange                at most WORKERS              the request is answered
     upload                  at most 1 an exchange        the request's body has come, or is given up
@@ -23,7 +23,7 @@ from .authority import Authority, CertificateError
 from .certificates import Certificates
 from .credentials import Credentials
 from .forwarding import Proxies
-from .listener import Listener, bind
+from .listener import Listener, PortError, bind
 from .ports import Ports
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
@@ -96,14 +96,19 @@ class Gateway:
 
     def _listener(self, setting, port, connections, limit, first_timeout):
         sockets = bind(setting, self._config.bind, port)
-        listener = Listener(
-            setting.removesuffix("_PORT").lower(),
-            sockets,
-            connections.welcome,
-            self._steps.submit,
-            limit,
-            first_timeout,
-        )
+        try:
+            listener = Listener(
+                setting.removesuffix("_PORT").lower(),
+                sockets,
+                connections.welcome,
+                self._steps.submit,
+                limit,
+                first_timeout,
+            )
+        except OSError as error:  # no descriptor is left
+            for sock in sockets:
+                sock.close()
+            raise PortError(f"{setting} {port}: {error.strerror}") from None
         connections.listener = listener
         return listener
 

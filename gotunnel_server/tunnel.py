@@ -252,6 +252,9 @@ class Tunnel:
         for hostname in routes:
             if not self._tunnels.ensure_certificate(hostname):
                 log.warning("%s: there is no certificate for it, visitors are refused", hostname)
+        session = self._session
+        session.on_end = self._ended  # from here on there is something to give back
+        session.on_close = lambda: self._tunnels.forget(self)
         try:
             self._tunnels.registry.claim(routes)
         except HostnameTaken as taken:
@@ -263,9 +266,6 @@ class Tunnel:
         self.routes = routes
         self._ping_at = monotonic() + PING_INTERVAL
         self._pong_at = monotonic()
-        session = self._session
-        session.on_end = self._ended
-        session.on_close = lambda: self._tunnels.forget(self)
         session.on_leave = self._leaving
         session.widen(START_WINDOW)
         session.call_later(BEAT, self._beat)
@@ -277,24 +277,24 @@ class Tunnel:
         session.start()
 
     def _open_ports(self, message, routes):
-        """Open the public ports that the agent asks for. Returns hostname to port, and hostname to
-        why there is none; both spelled as they came."""
+        """Open the public ports that the agent asks for, one a hostname. Returns hostname to port,
+        and hostname to why there is none; both spelled as it registered them."""
         opened, refused = {}, {}
-        for name, wanted in message.ports.items():
-            hostname = normal_hostname(name)
-            route = routes.get(hostname)
+        for hostname, route in routes.items():
+            wanted = message.ports.get(route.hostname)
+            if wanted is None:
+                continue
             try:
-                if route is None or route.mode != "tcp":
+                if route.mode != "tcp":
                     raise PortRefused("a port is for a hostname in tcp mode")
                 port = self._tunnels.ports.open(wanted, route)
             except PortRefused as error:
-                log.warning("agent at %s: %s gets no port: %s", self.address[0],
-                            _on_one_line(name[:253]), error)  # fmt: skip
-                refused[name] = str(error)
+                log.warning("agent at %s: %s gets no port: %s", self.address[0], hostname, error)
+                refused[route.hostname] = str(error)
                 continue
             log.info("agent at %s: port %d leads to %s", self.address[0], port, hostname)
             routes[hostname] = route._replace(port=port)
-            opened[name] = str(port)
+            opened[route.hostname] = str(port)
         if opened:
             self._tunnels.registry.update(routes)
         return opened, refused
@@ -373,8 +373,8 @@ class Tunnel:
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
         log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
+        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
         self._tunnels.registry.release(self)
-        self._tunnels.ports.release(self)
         self.routes = {}
         with self._idle_lock:
             self._keeps_idle = False
@@ -382,8 +382,8 @@ class Tunnel:
 
     def _ended(self):
         """Whoever ends the session: give everything back."""
+        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
         self._tunnels.registry.release(self)
-        self._tunnels.ports.release(self)
         self._drop_idle()
         if self.routes:
             log.info("agent at %s gone, with %s: %s",

@@ -196,6 +196,7 @@ class Visitor:
         self._may_relay = False  # it is one of MAX_RELAYS
         self._buffer = b""  # first bytes that are not understood yet
         self._asked_for_tls = False  # PostgreSQL's client has, and begins with it now
+        self._refused_gss = False  # ... which had asked for another encryption
         self._sni = None
 
     def ready(self):
@@ -317,9 +318,14 @@ class Visitor:
         return self._visitors.header_timeout
 
     def _listen_in_silence(self):
-        """The visitor waits to be greeted, if there is a server that would do so."""
+        """The visitor waits to be greeted, if there is a server that would do so; unless it has
+        spoken since, and we were late."""
+        if self._route is None:
+            self._receive()
         route = self._route or self._visitors.raw_route()
-        return self._go_on(self._read_first) if route is None else self._begin_raw(route)
+        if self._buffer or route is None:
+            return self._go_on(self._read_first)
+        return self._begin_raw(route)
 
     def _enter(self):
         """Go in by the door that the buffer names; None if more must come to tell, else what a
@@ -361,9 +367,14 @@ class Visitor:
         if len(self._buffer) > size:
             raise ConnectionAbortedError("bytes between PostgreSQL's SSLRequest and TLS")
         self._buffer = b""
-        self._asked_for_tls = kind == doors.SSL_REQUEST
+        if kind == doors.SSL_REQUEST:
+            self._asked_for_tls = True
+        elif self._refused_gss:  # each answer would give it more time
+            raise ConnectionAbortedError("a second GSSENCRequest")
+        else:
+            self._refused_gss = True
         self.duplex.write(doors.YES if self._asked_for_tls else doors.NO, timeout=0)
-        return self._go_on(self._begin)
+        return self._go_on(self._read_first)
 
     def _give_back(self):
         self.duplex.unread(self._buffer)
@@ -568,18 +579,22 @@ def _relay_holding_fin(duplex, stream):
 
 
 class _Guarded:
-    """A visitor without TLS as an end of a relay, whose first bytes are looked at."""
+    """A visitor without TLS as an end of a relay, whose first bytes are looked at. None is held
+    back: a program may wait for the answer to any of them."""
 
     def __init__(self, duplex, look):
-        """``look(data)`` raises OSError if they are not to be passed on."""
+        """``look(data)`` raises OSError if ``data`` begins as nothing may."""
         self.write, self.finish, self.reset = duplex.write, duplex.finish, duplex.reset
         self._duplex = duplex
         self._look = look
+        self._came = b""  # so far, as long as it may become what it must not
 
     def read(self):
         data = self._duplex.read()
-        self._look(data)
-        self.read = self._duplex.read
+        self._came += data[:proxy_header.LINE_LIMIT]
+        self._look(self._came)
+        if not proxy_header.may_begin(self._came):
+            self.read = self._duplex.read
         return data
 
 
@@ -607,13 +622,13 @@ def choose_site(lookup, gateway_host, public_port):
     def site(handler):
         hostname = handler.hostname
         if handler.command == "CONNECT" and handler.sni in (None, gateway_host):
-            return connect(hostname, handler.path)
+            return connect(handler)
         if handler.sni is not None and hostname != handler.sni:
             # The certificate that the visitor has seen says nothing about that name.
             text = f"This connection was opened for {handler.sni}, not for {hostname}."
             return pages.error(421, "misdirected", text)
         if handler.command == "CONNECT":
-            return connect(hostname, handler.path)
+            return connect(handler)
         if hostname == gateway_host:
             return pages.landing(gateway_host)
         route = lookup(hostname)
@@ -624,17 +639,21 @@ def choose_site(lookup, gateway_host, public_port):
             return pages.error(421, "not-http", text)
         return route
 
-    def connect(hostname, authority):
+    def connect(handler):
+        hostname = handler.hostname
+        if handler.body is not None:  # or is it the target's? Readers differ
+            text = "A CONNECT with a body came, expected none."
+            return pages.error(400, "malformed-request", text)
         route = lookup(hostname)
         if route is None:
             return pages.no_tunnel(hostname)
         if route.mode != "tcp":
             text = f"{hostname} speaks HTTP; there is nothing else to connect to."
             return pages.error(403, "not-tcp", text)
-        port = authority.rpartition(":")[2]
-        port = int(port) if port.isdigit() else 0
-        if port not in (route.target_port, route.port, public_port()):
-            text = f"Port {port} of {hostname} leads nowhere; its own is another."
+        port = handler.path.rpartition(":")[2]
+        ports = (route.target_port, route.port, public_port())
+        if port not in {str(number) for number in ports if number is not None}:
+            text = f"Port {port[:5]} of {hostname} leads nowhere; its own is another."
             return pages.error(403, "wrong-port", text)
         return Connect(route)
 

@@ -2,9 +2,11 @@
 way into TLS; and what must not get in by any of them."""
 
 import contextlib
+import errno
 import logging
 import socket
 import struct
+import threading
 
 import pytest
 from support import (
@@ -13,7 +15,9 @@ from support import (
     GATEWAY_HOST,
     MIB,
     RAW,
+    SECRET,
     TIMEOUT,
+    TUNNEL_HOST,
     Wire,
     agent_here,
     answer,
@@ -27,6 +31,9 @@ from support import (
 )
 from wire import spawn
 
+from gotunnel import PORTS, Duplex, MessageReader, Register, Session, encode_message
+from gotunnel_agent.agent import make_token
+from gotunnel_server import gateway as gateway_module
 from gotunnel_server.doors import GSS_REQUEST, HTTP, OTHER, SSH, SSL_REQUEST, TLS, Knock, knock
 from gotunnel_server.listener import PortError
 from gotunnel_server.ports import PortRefused, Ports
@@ -323,6 +330,52 @@ def test_http_without_tls_is_sent_to_https(
         assert origin.was_left_alone()
 
 
+@pytest.mark.parametrize("asked", [SSL_ASKED, GSS_ASKED], ids=["ssl", "gss"])
+def test_who_has_spoken_is_not_silent(cache, tmp_path, origin, asked):
+    changes = {"RAW_TCP_HOST": RAW, "HEADER_TIMEOUT": "1"}
+    with house(cache, tmp_path, tunnel(RAW, origin.port), **changes) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(asked)
+            assert visitor.read_exactly(1) in b"SN"
+            expect_closed(visitor)  # only once its time is up
+        assert origin.was_left_alone()
+
+
+def test_hello_that_came_while_we_were_late_is_not_taken_for_silence(cache, tmp_path, origin):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    with reserved_port() as raw:
+        tunnels = [tunnel(RAW, raw), tunnel(APP, origin.port, "http")]
+        with house(cache, tmp_path, *tunnels, RAW_TCP_HOST=RAW) as gateway:
+            expired, go = threading.Event(), threading.Event()
+            submit = gateway.inner._steps.submit
+
+            def late(function):
+                if function.__name__ == "expired":
+                    expired.set()
+                    submit(lambda: (go.wait(TIMEOUT), function()))
+                else:
+                    submit(function)
+
+            (public,) = [one for one in gateway.inner._listeners if one.name == "gateway"]
+            public._submit = late
+            sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
+            assert expired.wait(TIMEOUT)
+            threading.Timer(0.2, go.set).start()  # by then the hello has come
+            secure = gateway.context.wrap_socket(sock, server_hostname=APP)
+            with Wire(secure) as visitor:
+                visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
+                assert visitor.read_message()[1] == b"page"
+
+
+def test_postgresql_client_gets_one_no(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(GSS_ASKED)
+            assert visitor.read_exactly(1) == b"N"
+            visitor.send(GSS_ASKED)
+            expect_closed(visitor)
+
+
 # CONNECT -----------------------------------------------------------------------------------------
 
 
@@ -358,7 +411,10 @@ def test_connect_leads_to_a_tcp_hostname(cache, tmp_path, origin):
         (f"{GATEWAY_HOST}:443", 502, "no-tunnel"),
         ("127.0.0.1:22", 502, "no-tunnel"),
         ("[::1]:22", 502, "no-tunnel"),
+        (f"{RAW}:0", 403, "wrong-port"),
+        (f"{RAW}:{'9' * 5000}", 400, "malformed-request"),
     ],
+    ids=lambda value: str(value)[:30],
 )
 def test_connect_leads_nowhere_else(cache, tmp_path, origin, authority, status, code):
     tunnels = [tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")]
@@ -366,6 +422,17 @@ def test_connect_leads_nowhere_else(cache, tmp_path, origin, authority, status, 
         visitor, head = connect(gateway, authority)
         with visitor:
             assert (status_of(head), field(head, "x-gotunnel-error")) == (status, code)
+        assert origin.was_left_alone()
+
+
+def test_connect_with_a_body_is_refused(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        for field_line in ("Content-Length: 5", "Transfer-Encoding: chunked"):
+            with gateway.dial(GATEWAY_HOST) as visitor:
+                authority = f"{RAW}:{origin.port}"
+                head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n{field_line}\r\n\r\n"
+                visitor.send(head.encode())
+                assert status_of(visitor.read_head()) == 400
         assert origin.was_left_alone()
 
 
@@ -425,6 +492,97 @@ def test_port_that_is_not_given_leaves_its_tunnel_unserved_and_the_others_alone(
         with gateway.dial(RAW) as visitor, pytest.raises(CUT):
             visitor.read_to_end()
         assert gateway.get(APP) == (200, b"page")
+
+
+def test_port_that_fails_to_open_costs_no_hostname(
+    cache, tmp_path, origin, free_port, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway_module.Listener, "__init__", fail)
+            with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+                gateway.wait_for_routes(RAW)
+        wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(RAW)
+            with dial(free_port), origin.accept():
+                pass
+
+
+def test_defect_while_a_port_opens_costs_no_hostname(
+    cache, tmp_path, origin, free_port, monkeypatch, caplog
+):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        monkeypatch.setattr(gateway.inner._ports, "open", fail)
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            wait_until(lambda: "a defect" in caplog.text)
+            wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)
+
+
+def test_agent_that_comes_again_finds_its_port_free(cache, tmp_path, origin, free_port, caplog):
+    """The hostname is never free while its port is not."""
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        release, taken = gateway.inner._ports.release, []
+
+        def look_then_release(owner):
+            taken.append(gateway.inner._registry.lookup(RAW) is not None or not owner.routes)
+            release(owner)
+
+        gateway.inner._ports.release = look_then_release
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(RAW)
+        wait_until(lambda: len(taken) == 2)
+    assert taken == [True, True]
+
+
+def test_hostname_gets_one_port_however_often_it_is_asked_for(cache, free_port):
+    spellings = [RAW, RAW.upper(), f"{RAW}.", "other.localhost", *(f"x{n}" for n in range(1000))]
+    with gateway_here(cache, TCP_PORTS="1-65535") as gateway:
+        message = Register(
+            make_token(SECRET, "", 60), {RAW: "127.0.0.1:9"}, {RAW: "tcp"},
+            features=(PORTS,), ports=dict.fromkeys(spellings, "auto") | {RAW: str(free_port)},
+        )  # fmt: skip
+        with hand_made(gateway, message) as ack:
+            assert (ack.ports, ack.refused) == ({RAW: str(free_port)}, {})
+
+
+@contextlib.contextmanager
+def hand_made(gateway, message):
+    """A registration that our agent would not send, and the gateway's answer."""
+    duplex = Duplex(socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT))
+    duplex.start_tls(gateway.context, server_side=False, server_hostname=TUNNEL_HOST)
+    duplex.handshake_within(TIMEOUT)
+    session = Session(duplex, client=True, name="hand-made")
+    session.start()
+    try:
+        control, reader, messages = session.open(encode_message(message)), MessageReader(), []
+        while not messages:
+            messages = reader.feed(control.read(timeout=TIMEOUT))
+        yield messages[0]
+    finally:
+        session.close()
+        session.join()
+
+
+def test_header_of_a_stranger_in_pieces_never_comes_whole(cache, tmp_path, origin, free_port):
+    tunnels = tunnel(RAW, origin.port, port=str(free_port))
+    with house(cache, tmp_path, tunnels, TCP_PORTS=str(free_port)):
+        with dial(free_port) as visitor, origin.accept() as target:
+            visitor.send(b"PRO")
+            assert target.read_exactly(3) == b"PRO"
+            with contextlib.suppress(OSError):
+                visitor.send(b"XY TCP4 192.0.2.1 198.51.100.7 1 2\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert target.read_to_end() == b""
 
 
 def test_gateway_counts_visits_whose_target_is_down(cache, tmp_path, free_port):
@@ -507,3 +665,25 @@ def test_idle_visit_ends_if_the_tunnel_says_so(cache, tmp_path, origin):
                 visitor.read_to_end()
             with contextlib.suppress(ConnectionResetError):
                 assert target.read_to_end() == b""
+
+
+def test_idle_visit_ends_also_if_its_target_has_half_closed(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        with gateway.dial(RAW) as visitor, origin.accept() as target:
+            target.finish()
+            assert visitor.read_to_end() == b""
+            visitor.send(b"x")
+            assert target.read_exactly(1) == b"x"
+            with contextlib.suppress(ConnectionResetError):
+                assert target.read_to_end() == b""
+
+
+def test_visit_in_which_bytes_pass_one_way_only_is_not_idle(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        with gateway.dial(RAW) as visitor, origin.accept() as target:
+            for _ in range(8):
+                target.send(b"x")
+                assert visitor.read_exactly(1) == b"x"
+                threading.Event().wait(0.25)  # twice the timeout, in all
+            visitor.send(b"y")
+            assert target.read_exactly(1) == b"y"
