@@ -1052,6 +1052,11 @@ class Ends(NamedTuple):
     door: tuple
 
 
+def on_one_line(text: str, limit=500) -> str:
+    """A text of a peer's, for the log: what cannot be printed is escaped, what is long is cut."""
+    return text[:limit].encode("unicode_escape").decode()
+
+
 def encode_data_header(hostname: str, ends: Ends | None = None) -> bytes:
     """The first bytes of a data stream: the hostname exactly as the agent registered it, and the
     visitor's ``ends`` for an agent that has asked for them."""

@@ -36,6 +36,7 @@ from gotunnel import (
     Workers,
     encode_message,
     normal_hostname,
+    on_one_line,
     spawn,
 )
 
@@ -95,7 +96,7 @@ class Agent:
                 try:
                     self._serve_session(workers)
                 except Refused as error:
-                    problem, least = f"the gateway refused: {error}", REFUSED_DELAY
+                    problem, least = f"the gateway refused: {on_one_line(str(error))}", REFUSED_DELAY
                 except ConnectionRefusedError:
                     problem, most = "nobody listens there", RESTART_DELAY
                 except ssl.SSLCertVerificationError as error:
@@ -187,9 +188,10 @@ class Agent:
             elif tunnel.port and not problem and hostname not in ack.ports:
                 problem = "the gateway has opened no port for it"
             if problem:
-                log.error("%s: not served: %.500s", hostname, problem)
+                log.error("%s: not served: %s", hostname, on_one_line(problem))
             elif tunnel.port:
-                log.info("%s: on port %s of the gateway", hostname, ack.ports[hostname])
+                port = on_one_line(ack.ports[hostname], 5)
+                log.info("%s: on port %s of the gateway", hostname, port)
             self._routes[hostname] = route._replace(problem=problem)
 
     def _accept(self, session, workers):

@@ -289,6 +289,7 @@ class Watched:
         """``over`` is to be set when the relay has ended."""
         self.finish, self.reset = duplex.finish, duplex.reset
         self.over = False
+        self._passing_on = set()  # the directions in which a byte is on its way, perhaps slowly
         self._duplex = duplex
         self._stream = stream
         self._tunnel = tunnel
@@ -296,15 +297,23 @@ class Watched:
         self._look_later()
 
     def read(self):
+        self._moved_at = monotonic()
+        self._passing_on.discard("answer")
         data = self._duplex.read()
         self._moved_at = monotonic()
+        if data:
+            self._passing_on.add("answer")
         return data
 
     def write(self, data):
+        self._passing_on.add("question")
         self._duplex.write(data)
         self._moved_at = monotonic()
+        self._passing_on.discard("question")
 
     def _look_later(self):
+        if self._passing_on:
+            self._moved_at = monotonic()
         left = self._moved_at + self._tunnel.idle_timeout - monotonic()
         if left > 0:
             self._stream.call_later(min(left, LONGEST_LOOK), self._look)

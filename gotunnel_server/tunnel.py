@@ -35,6 +35,7 @@ from gotunnel import (
     encode_data_header,
     encode_message,
     normal_hostname,
+    on_one_line,
     valid_host,
     valid_hostname,
 )
@@ -64,11 +65,6 @@ class _Refusal(Exception):
     def __init__(self, text, detail=""):
         super().__init__(text)
         self.detail = detail
-
-
-def _on_one_line(text):
-    """A text of an agent's, for the log: what cannot be printed is escaped."""
-    return text.encode("unicode_escape").decode()
 
 
 def _port_of(target):
@@ -314,10 +310,10 @@ class Tunnel:
         for name in sorted(message.routes, key=len):
             hostname, colon, port = name.partition(":")
             if not valid_hostname(hostname) or (colon and not port.isdigit()):
-                raise _Refusal(f"invalid hostname: {_on_one_line(name[:253])}")
+                raise _Refusal(f"invalid hostname: {on_one_line(name, 253)}")
             mode = message.modes.get(name) or "http"
             if mode not in ("http", "tcp"):
-                raise _Refusal(f"unknown mode of {name}: {_on_one_line(mode[:20])}")
+                raise _Refusal(f"unknown mode of {name}: {on_one_line(mode, 20)}")
             host = host_headers.get(name)
             if host is not None and not valid_host(host):
                 raise _Refusal(f"invalid host_header of {name}: {host[:253]!r}")

@@ -32,6 +32,7 @@ from gotunnel import (
     Duplex,
     MessageReader,
     Ping,
+    PORTS,
     Pong,
     Register,
     Session,
@@ -345,6 +346,23 @@ def test_refusal_is_logged_in_the_gateways_words(gateway, tmp_path, caplog):
         gateway.meet(Ack(False, "not today"))
         wait_until(lambda: "the gateway refused: not today; next try in " in caplog.text)
         gateway.hang_up()
+
+
+def test_texts_of_a_gateway_stay_on_their_line(gateway, tmp_path, impatient, caplog):
+    caplog.set_level(logging.INFO)
+    text = "x\r\n2026-01-01 ERROR \x1b[31m" + "y" * 5000
+    tunnels = [{"hostname": RAW, "target": "127.0.0.1:9", "mode": "tcp", "port": "auto"}]
+    with agent_here(gateway.place, tmp_path, ready=False, tunnels=tunnels):
+        gateway.meet(Ack(True, features=(PORTS,), ports={RAW: text}))
+        wait_until(lambda: f"{RAW}: on port x\\r\\n20 of the gateway" in caplog.text)
+        gateway.hang_up()
+        gateway.meet(Ack(True, features=(PORTS,), refused={RAW: text}))
+        wait_until(lambda: f"{RAW}: not served: x\\r\\n2026" in caplog.text)
+        gateway.hang_up()
+        gateway.meet(Ack(False, text))
+        wait_until(lambda: "the gateway refused: x\\r\\n2026" in caplog.text)
+        gateway.hang_up()
+    assert all(character not in caplog.text for character in ("\x1b", "\r", "y" * 1000))
 
 
 def test_silent_gateway_is_left(gateway, tmp_path, impatient, monkeypatch):

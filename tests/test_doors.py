@@ -678,6 +678,22 @@ def test_idle_visit_ends_also_if_its_target_has_half_closed(cache, tmp_path, ori
                 assert target.read_to_end() == b""
 
 
+def test_visit_that_is_slow_is_not_idle(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        sock.settimeout(TIMEOUT)
+        sock.connect(("127.0.0.1", gateway.public_port))
+        secure = gateway.context.wrap_socket(sock, server_hostname=RAW)
+        with Wire(secure) as visitor, origin.accept() as target:
+            sender = spawn(lambda: (target.send(b"x" * 12 * MIB), target.finish()))
+            for _ in range(10):
+                visitor.read_exactly(1000)
+                threading.Event().wait(0.25)  # twice the timeout, in all
+            assert len(visitor.read_to_end()) == 12 * MIB - 10_000
+            sender.result(TIMEOUT)
+
+
 def test_visit_in_which_bytes_pass_one_way_only_is_not_idle(cache, tmp_path, origin):
     with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
         with gateway.dial(RAW) as visitor, origin.accept() as target:
