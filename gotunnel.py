@@ -816,6 +816,7 @@ MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
 PORTS = "ports"  # feature: the gateway opens public ports of their own for tcp hostnames
+CERTIFICATES = "certificates"  # feature: the agent wants to hear of its hostnames' certificates
 VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visitor comes from
 
 
@@ -851,6 +852,14 @@ class Ack(NamedTuple):
     features: tuple = ()
     ports: dict = {}
     refused: dict = {}
+
+
+class Certificate(NamedTuple):
+    """Gateway to agent: how a hostname's certificate stands (feature CERTIFICATES). ``state`` is
+    "ready", "waiting", or "failed: " and why."""
+
+    hostname: str
+    state: str
 
 
 class Ping(NamedTuple):
@@ -911,6 +920,8 @@ def decode_message(data: bytes):
             ports=_text_map(fields, "ports"),
             refused=_text_map(fields, "refused"),
         )
+    if kind == "certificate":
+        return Certificate(_text(fields, "hostname"), _text(fields, "state"))
     if kind in ("ping", "pong"):
         ts = fields.get("ts", 0)
         if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either

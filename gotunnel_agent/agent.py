@@ -19,11 +19,13 @@ from time import monotonic, time
 import jwt
 
 from gotunnel import (
+    CERTIFICATES,
     HALF_CLOSE,
     IGNORE_UNEXPECTED_EOF,
     MAX_STREAMS,
     START_WINDOW,
     Ack,
+    Certificate,
     Duplex,
     MessageReader,
     Ping,
@@ -143,6 +145,9 @@ class Agent:
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)
             for message in messages:
+                if isinstance(message, Certificate):
+                    _log_certificate(message)
+                    continue
                 if not isinstance(message, Ping):
                     raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
                 control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
@@ -170,7 +175,7 @@ class Agent:
             ),
             routes=config.routes(),
             modes=config.modes(),
-            features=(HALF_CLOSE, *sorted(needs)),
+            features=(CERTIFICATES, HALF_CLOSE, *sorted(needs)),
             host_headers=config.host_headers(),
             ports=config.ports(),
             addressed=config.addressed(),
@@ -228,6 +233,13 @@ def _messages(control):
             raise SessionClosed("the gateway ended the session")
         yield from reader.feed(data)
         timeout = SILENCE_TIMEOUT
+
+
+def _log_certificate(message):
+    """Say how the certificate of a hostname stands, which its operator would else look for here."""
+    level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
+    log.log(level, "%s: certificate: %s",
+            on_one_line(message.hostname, 253), on_one_line(message.state))  # fmt: skip
 
 
 def _expect_ack(message):

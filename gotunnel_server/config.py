@@ -72,11 +72,28 @@ WELL_KNOWN_SECRETS = {
 IPV4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-ACME_ENVS = ("production", "staging", "local")
+LOCAL = "local"
+# Let's Encrypt's directories (RFC 8555 §7.1.1), for which no other has to be named.
+DIRECTORIES = {
+    "production": "https://acme-v02.api.letsencrypt.org/directory",
+    "staging": "https://acme-staging-v02.api.letsencrypt.org/directory",
+}
+ACME_ENVS = (*DIRECTORIES, LOCAL)
 
 
 class ConfigError(Exception):
     """The gateway cannot start like this; the message is one line for the operator."""
+
+
+@dataclass(frozen=True)
+class Acme:
+    """Where certificates are ordered, and as whom (RFC 8555)."""
+
+    directory: str  # URL
+    ca_file: str | None  # whom to trust at that URL, PEM; None: the public CAs
+    email: str | None  # for the CA, to warn us
+    eab_kid: str | None  # external account binding (§7.3.4): key identifier ...
+    eab_hmac: str | None = field(repr=False)  # ... and key, base64url; both or neither
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class Config:
     jwt_issuer: str | None  # None: any issuer
     acme_cache: Path
     local_ca: bool  # certificates from a CA of our own, where cert_dir has none
+    acme: Acme | None  # ... or from one of these
+    http_port: int | None  # plain HTTP, for challenges and redirects; None: none
     cert_dir: Path | None
     raw_tcp_host: str | None  # where plain bytes on the public port lead; None: nowhere
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
@@ -124,7 +143,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
             "JWT_SECRET is not set, expected the secret that signs the agents' tokens: "
             "set it, or JWT_SECRET_FILE, to the output of: openssl rand -hex 32"
         )
-    local_ca, cert_dir = read.certificates()
+    local_ca, cert_dir, acme = read.certificates()
     config = Config(
         gateway_host=read.hostname("GATEWAY_HOST"),
         gateway_port=read.port("GATEWAY_PORT", 443),
@@ -137,6 +156,8 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
         local_ca=local_ca,
         cert_dir=cert_dir,
+        acme=acme,
+        http_port=read.port_or_off("HTTP_PORT", 80 if acme else None),
         raw_tcp_host=read.hostname_or_none("RAW_TCP_HOST"),
         tcp_ports=read.port_ranges("TCP_PORTS"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
@@ -154,6 +175,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         GATEWAY_PORT=config.gateway_port,
         TUNNEL_PORT=config.tunnel_port,
         DASHBOARD_PORT=config.dashboard_port,
+        HTTP_PORT=config.http_port,
     )
     return config
 
@@ -278,9 +300,9 @@ class _Variables:
             ranges.append(range(first, last + 1))
         return tuple(ranges)
 
-    def port_or_off(self, name: str, default: int) -> int | None:
+    def port_or_off(self, name: str, default: int | None) -> int | None:
         """As ``port``, and None for 0."""
-        if self.text(name) == "0":
+        if self.text(name) == "0" or self.text(name) is None and default is None:
             return None
         return self.port(name, default, f"{A_PORT}, or 0 for off")
 
@@ -323,22 +345,53 @@ class _Variables:
             raise ConfigError(f"{name} is {path!r}, which is no folder: name another, or remove it")
         return Path(path)
 
-    def certificates(self) -> tuple[bool, Path | None]:
-        """Whether a CA of our own signs, and the folder of the operator's certificates."""
+    def certificates(self) -> tuple[bool, Path | None, Acme | None]:
+        """Whether a CA of our own signs; the folder of the operator's certificates; where others
+        are ordered."""
         cert_dir = self.text("CERT_DIR")
         if cert_dir is not None and not os.path.isdir(cert_dir):
             raise ConfigError(
                 f"CERT_DIR is {cert_dir!r}, expected a folder that exists: create it, and put your "
                 "certificates there as NAME.crt with NAME.key"
             )
-        acme_env = self.choice("ACME_ENV", ACME_ENVS, "production" if cert_dir is None else None)
-        if acme_env in ("production", "staging"):
-            came = "not set" if self.text("ACME_ENV") is None else repr(acme_env)
+        directory = self.url("ACME_DIRECTORY")
+        needed = cert_dir is None or directory is not None
+        acme_env = self.choice("ACME_ENV", ACME_ENVS, "production" if needed else None)
+        folder = None if cert_dir is None else Path(cert_dir)
+        if acme_env == LOCAL and directory is not None:
             raise ConfigError(
-                f"ACME_ENV is {came}, but this version cannot order certificates yet: set "
-                "ACME_ENV=local for a CA of its own, or only CERT_DIR for certificates of yours"
+                "ACME_DIRECTORY and ACME_ENV=local are both set, expected one: unset the other"
             )
-        return acme_env == "local", None if cert_dir is None else Path(cert_dir)
+        if acme_env in (None, LOCAL):
+            return acme_env == LOCAL, folder, None
+        return False, folder, self._acme(directory or DIRECTORIES[acme_env])
+
+    def _acme(self, directory: str) -> Acme:
+        kid, hmac = self.text("ACME_EAB_KID"), self.secret("ACME_EAB_HMAC_KEY")
+        if (kid is None) != (hmac is None):
+            raise ConfigError(
+                "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set, expected both, as the CA gave "
+                "them, or neither"
+            )
+        if hmac is not None and not re.fullmatch(r"[A-Za-z0-9_-]+=*", hmac.strip()):
+            raise ConfigError("ACME_EAB_HMAC_KEY is no base64url, expected the key as the CA gave it")
+        email = self.text("ACME_EMAIL")
+        if email is not None and not re.fullmatch(r"[^@\s,]+@[^@\s,]+", email):
+            raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address such as me@example.com")
+        return Acme(directory, self.file("ACME_CA_FILE"), email, kid, hmac and hmac.strip())
+
+    def url(self, name: str) -> str | None:
+        text = self.text(name)
+        if text is not None and not re.fullmatch(r"https://[^/\s]+(/\S*)?", text):
+            raise ConfigError(f"{name} is {text!r}, expected a URL such as https://ca.example/dir")
+        return text
+
+    def file(self, name: str) -> str | None:
+        """A file that can be read."""
+        path = self.text(name)
+        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            raise ConfigError(f"{name} is {path!r}, expected a file that can be read")
+        return path
 
     def _required(self, name: str, expected: str) -> str:
         text = self.text(name)

@@ -21,11 +21,11 @@ _TABLE = (
 _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon as one is.</p>'
 
 
-def choose_site(tunnels, gateway_host, public_port, version):
+def choose_site(tunnels, gateway_host, public_port, version, certificate_state):
     """What a request to the dashboard's port gets: the ``site`` of a proxy.Handler.
 
     ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
-    ``failed``.
+    ``failed``. ``certificate_state(hostname)`` is "ready", or what there is instead.
     """
 
     def site(handler):
@@ -36,16 +36,17 @@ def choose_site(tunnels, gateway_host, public_port, version):
             return page._replace(fields=(*page.fields, ("Allow", ", ".join(METHODS))))
         if handler.path.partition("?")[0] != "/":
             return pages.error(404, "no-page", "There is no such page.")
-        return Page(200, render(tunnels(), gateway_host, public_port, version).encode())
+        page = render(tunnels(), gateway_host, public_port, version, certificate_state)
+        return Page(200, page.encode())
 
     return site
 
 
-def render(tunnels, gateway_host, public_port, version) -> str:
+def render(tunnels, gateway_host, public_port, version, certificate_state) -> str:
     """The page as HTML. Tunnels stand in the order in which they registered."""
     port = "" if public_port == 443 else f":{public_port}"
     rows = [
-        _row(hostname, route, tunnel, port)
+        _row(hostname, route, tunnel, port, certificate_state(hostname))
         for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
         for hostname, route in sorted(tunnel.routes.items())
     ]
@@ -56,12 +57,14 @@ def render(tunnels, gateway_host, public_port, version) -> str:
     )
 
 
-def _row(hostname, route, tunnel, port):
+def _row(hostname, route, tunnel, port, certificate):
     name = escape(hostname)
     if route.mode == "http":
         name = f'<a href="https://{name}{port}/">{name}</a>'
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
+    if certificate != "ready":
+        name += f'<br><small>certificate {escape(certificate)}</small>'
     agent = escape(tunnel.identity.issuer) or "–"
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"

@@ -8,26 +8,43 @@
     upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends
+    certificates            1                            stop()
+    issuer, order, window   see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
 thread (visitor.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of its
 streams (gotunnel.py).
 """
 
+import contextlib
+import importlib
 import logging
+import threading
+from time import monotonic
 
-from gotunnel import Workers, __version__, descriptor_limit
+from gotunnel import Workers, __version__, descriptor_limit, spawn, valid_hostname
 
 from . import dashboard
 from .authority import Authority, CertificateError
+from .cert_store import CertStore, StoreError
 from .certificates import Certificates
+from .challenges import HTTP_01, TLS_ALPN_01, Challenges
 from .credentials import Credentials
 from .forwarding import Proxies
+from .issuer import FAILED, WAITING, Issuer
 from .listener import Listener, PortError, bind
 from .ports import Ports
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
-from .visitor import MAX_RELAYS, SILENCE, Exchanges, PortDoor, Visitors, choose_site
+from .visitor import (
+    MAX_RELAYS,
+    SILENCE,
+    Exchanges,
+    PortDoor,
+    Visitors,
+    choose_redirect,
+    choose_site,
+)
 
 log = logging.getLogger("gotunnel.gateway")
 
@@ -37,10 +54,14 @@ ALPN = ("http/1.1", "postgresql")
 STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
+HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP, which only sends on
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
 # left is for files, listening sockets and the dashboard.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
+RELOAD = 5  # seconds between looks at CERT_DIR
+KEEP = 3600  # seconds that certificates of a hostname without agent are still renewed, at least
+READY = "ready"
 
 
 class Gateway:
@@ -51,8 +72,14 @@ class Gateway:
         self._config = config
         self._authority = Authority(config.acme_cache / "local") if config.local_ca else None
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
-        self._ensure_own_certificates()
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
+        self._challenges = Challenges(
+            (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,)
+        )
+        self._issuer = self._build_issuer() if config.acme else None
+        self._stopping = threading.Event()
+        self._keeper = None
+        self._ensure_own_certificates()
         self._proxies = Proxies(config.trusted_proxies)
         self._ports = Ports(config.tcp_ports, self._open_port)
         self._steps = Workers(STEP_THREADS, "step")
@@ -62,15 +89,52 @@ class Gateway:
             self._build_tunnels()
             self._build_visitors()
             self._build_dashboard()
+            self._build_http()
         except BaseException:
             self._close_listeners()
             raise
 
+    # Certificates
+
+    def _build_issuer(self):
+        acme = self._config.acme
+        try:
+            store = CertStore(self._config.acme_cache, acme.directory)
+        except StoreError as error:
+            raise CertificateError(str(error)) from None
+        # Who orders nothing need not load what ordering takes: 15 MB.
+        orders = importlib.import_module(f"{__package__}.acme_order")
+        eab = (acme.eab_kid, acme.eab_hmac) if acme.eab_kid else None
+        ca = orders.Ca(
+            acme.directory, store, ca_file=acme.ca_file, email=acme.email, eab=eab,
+            user_agent=f"gotunnel/{__version__}",
+        )  # fmt: skip
+        self._serve_stored(store)
+        return Issuer(ca, store, self._challenges, self._certificate_changed)
+
+    def _serve_stored(self, store):
+        """Serve what was ordered earlier: until its agent is back, a hostname shows a page that says
+        so, and no TLS error."""
+        for hostname in store.hostnames():
+            stored = store.certificate(hostname)
+            if stored is not None:
+                with contextlib.suppress(CertificateError):  # it is ordered anew when it is wanted
+                    self._certificates.take(hostname, stored.file)
+
+    @property
+    def _own_names(self):
+        return tuple(dict.fromkeys((self._config.gateway_host, self._config.tunnel_host)))
+
     def _ensure_own_certificates(self):
         config = self._config
-        for name in dict.fromkeys((config.gateway_host, config.tunnel_host)):
-            if not self._certificates.ensure(name):
+        for name in self._own_names:
+            if self._issuer and valid_hostname(name):
+                self._ensure_certificate(name)
+            elif not self._certificates.ensure(name):
                 raise CertificateError(
+                    f"{name}: no CA certifies an IP address here, expected a hostname in "
+                    "TUNNEL_HOST, or its certificate in CERT_DIR"
+                    if self._issuer else
                     f"CERT_DIR {config.cert_dir}: no certificate for {name}, expected one in a "
                     "pair x.crt and x.key; add it, or set ACME_ENV=local to try things out"
                 )
@@ -79,13 +143,71 @@ class Gateway:
         for name in self._authority.hostnames() if self._authority else ():
             self._ensure_certificate(name)
 
-    def _ensure_certificate(self, hostname) -> bool:
+    def _ensure_certificate(self, hostname, agent=None) -> str:
+        """See to it that a hostname has a certificate; how that stands, as agents hear it."""
         try:
             self._certificates.reload()
-            return self._certificates.ensure(hostname)
+            if self._certificates.ensure(hostname):
+                return READY
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
+            return f"{FAILED}: {error}"
+        if self._issuer is None:
+            log.warning("%s: there is no certificate for it, visitors are refused", hostname)
+            return f"{FAILED}: CERT_DIR holds none for it"
+        try:
+            self._issuer.want(hostname, agent)
+        except ValueError as error:
+            log.warning("%s: no certificate: %s", hostname, error)
+            return f"{FAILED}: {error}"
+        return self._take_ordered(hostname)
+
+    def _take_ordered(self, hostname) -> str:
+        """Serve what was ordered for a hostname, if it is there; says how that stands."""
+        stored = self._issuer.certificate(hostname)
+        try:
+            if stored is not None:
+                self._certificates.take(hostname, stored.file)
+        except CertificateError as error:
+            log.error("%s: %s", hostname, error)
+        return str(self._issuer.state(hostname))
+
+    def _certificate_state(self, hostname) -> str:
+        """How the certificate of a hostname stands, as _ensure_certificate() says."""
+        state = self._issuer and self._issuer.state(hostname)
+        if state is None:
+            return READY if self._certificates.context(hostname) else FAILED
+        return str(state)
+
+    def _certificate_changed(self, hostname):
+        """Issuer's thread: an order has come to an end, good or bad."""
+        state = self._take_ordered(hostname)
+        route = self._registry.lookup(hostname)
+        if route is not None:
+            route.tunnel.tell_certificate(hostname, state)
+
+    def _awaits_certificate(self, hostname) -> bool:
+        """Whether a hostname has no certificate yet, and will soon."""
+        if self._issuer is None or hostname is None or self._certificates.context(hostname):
             return False
+        state = self._issuer.state(hostname)
+        return state is not None and state.name == WAITING
+
+    def _keep_certificates(self):
+        """Thread: take up what changed in CERT_DIR, and renew; forget whom nobody serves now."""
+        wanted, next_keep = set(self._own_names), monotonic() + KEEP
+        while not self._stopping.wait(RELOAD):
+            self._certificates.reload()
+            if monotonic() < next_keep:
+                continue
+            next_keep = monotonic() + KEEP
+            now = {*self._own_names, *self._registry.routes()}
+            for hostname in now:
+                self._ensure_certificate(hostname)
+            if self._issuer:
+                for hostname in wanted - now:  # gone since the last time at least
+                    self._issuer.drop(hostname)
+            wanted = now
 
     # The ports
 
@@ -96,9 +218,10 @@ class Gateway:
 
     def _listener(self, setting, port, connections, limit, first_timeout):
         sockets = bind(setting, self._config.bind, port)
+        name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
             listener = Listener(
-                setting.removesuffix("_PORT").lower(),
+                name,
                 sockets,
                 connections.welcome,
                 self._steps.submit,
@@ -129,6 +252,7 @@ class Gateway:
         own = {config.gateway_host, config.tunnel_host}  # agents dial either name, or none
         self.tunnels = Tunnels(
             context=self._certificates.front(config.tunnel_host, own.__contains__),
+            challenges=self._challenges,
             credentials=Credentials(config.jwt_secret, config.jwt_issuer),
             registry=self._registry,
             ports=self._ports,
@@ -151,6 +275,8 @@ class Gateway:
             exchanges=self._exchanges(config.workers),
             proxies=self._proxies,
             config=config,
+            challenges=self._challenges,
+            awaits_certificate=self._awaits_certificate,
         )
         limit = min(config.max_connections, int(descriptor_limit() * VISITORS_SHARE))
         if limit < config.max_connections:
@@ -168,7 +294,8 @@ class Gateway:
         if config.dashboard_port is None:
             return
         site = dashboard.choose_site(
-            self.tunnels.registered, config.gateway_host, self.public_port, __version__
+            self.tunnels.registered, config.gateway_host, self.public_port, __version__,
+            self._certificate_state,
         )
         self._readers = Visitors(
             context=None,
@@ -177,11 +304,36 @@ class Gateway:
             exchanges=self._exchanges(DASHBOARD_REQUESTS),
             proxies=self._proxies,
             config=config,
+            challenges=self._challenges,
+            awaits_certificate=self._awaits_certificate,
         )
         self.dashboard_port = self._listen(
             "DASHBOARD_PORT", config.dashboard_port, self._readers,
             DASHBOARD_CONNECTIONS, config.header_timeout,
         )  # fmt: skip
+
+    def _build_http(self):
+        """The port for plain HTTP, where a CA asks for proof and visitors are sent on."""
+        config = self._config
+        self.http_port = self._plain = None
+        if config.http_port is None:
+            return
+        site = choose_redirect(
+            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges
+        )
+        self._plain = Visitors(
+            context=None,
+            site=site,
+            registry=self._registry,
+            exchanges=self._exchanges(HTTP_REQUESTS),
+            proxies=self._proxies,
+            config=config,
+            challenges=self._challenges,
+            awaits_certificate=self._awaits_certificate,
+        )
+        self.http_port = self._listen(
+            "HTTP_PORT", config.http_port, self._plain, HTTP_CONNECTIONS, config.header_timeout
+        )
 
     # Life
 
@@ -192,14 +344,23 @@ class Gateway:
                      self._authority.ca_file.resolve())  # fmt: skip
         for listener in self._listeners:
             listener.start()
+        self._keeper = spawn("certificates", self._keep_certificates)
+        if self._issuer:
+            self._issuer.start()
+            log.info("certificates from %s", config.acme.directory)
         log.info("visitors: https://%s:%d/", config.gateway_host, self.public_port)
         log.info("agents: tunnel_addr %s:%d", config.tunnel_host, self.tunnel_port)
         if self.dashboard_port is not None:
             log.info("dashboard: http://%s:%d/", config.gateway_host, self.dashboard_port)
+        if self.http_port is not None:
+            log.info("plain HTTP: port %d", self.http_port)
         log.info("gotunnel %s is ready", __version__)
 
     def stop(self):
         """No new work; what runs may finish, DRAIN_TIMEOUT at most; then close."""
+        self._stopping.set()
+        if self._issuer:
+            self._issuer.stop()
         self._visitors.draining = True
         self._ports.close()
         for listener in self._listeners:
@@ -208,12 +369,14 @@ class Gateway:
         if left:
             log.warning("%d visits did not end in %g s and were cut",
                         left, self._config.drain_timeout)  # fmt: skip
-        if self._readers is not None:
-            self._readers.drain(0)
+        for others in (self._readers, self._plain):
+            if others is not None:
+                others.drain(0)
         self.tunnels.close()
         self._steps.shutdown()
         for exchanges in self._pools:
             exchanges.stop()
+        self._keeper.join()
         log.info("stopped")
 
     def _close_listeners(self):

@@ -17,6 +17,7 @@ What can be parked has:
 
 import errno
 import logging
+import math
 import selectors
 import socket
 import threading
@@ -26,9 +27,11 @@ from time import monotonic
 log = logging.getLogger("gotunnel.listener")
 
 BACKLOG = 1024  # connections that the kernel holds for us while we are busy
-SWEEP = 1.0  # seconds between looks at the deadlines: they need not be met to the millisecond
+# Seconds between looks at the deadlines, which need not be met to the millisecond.
+SWEEP, SHORT_SWEEP = 1.0, 0.1
 ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get their turn
 REFUSALS_SILENCE = 60  # seconds between two lines in the log that say how many were turned away
+LOOK_LATER = 0.1  # seconds between looks at calls that are to be made later
 PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
 
 
@@ -108,11 +111,12 @@ class Listener:
         self._submit = submit
         self._limit = limit
         self._first_timeout = first_timeout
-        # A short first wait is met to a third of it.
-        self._sweep_every = min(SWEEP, first_timeout / 3) if first_timeout else SWEEP
+        # A short first wait is met to a third of it; where there is none, other short ones may come.
+        self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline
         self._newly_parked = deque()  # (connection, deadline), by any thread
+        self._later = deque()  # (deadline, function), by any thread
         self._open = 0  # connections that were welcomed and not forgotten
         self._open_lock = threading.Lock()  # guards _open
         self.refused = 0  # connections that found the port full, and were closed at once
@@ -160,6 +164,15 @@ class Listener:
         else:
             self._wake()
 
+    def call_later(self, function, timeout):
+        """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the listener
+        has stopped, at once."""
+        if self._stopping.is_set():
+            self._submit(function)
+            return
+        self._later.append((monotonic() + timeout, function))
+        self._wake()
+
     def forget(self):
         """A connection that was welcomed here is closed: there is room for another."""
         with self._open_lock:
@@ -177,7 +190,7 @@ class Listener:
         last_sweep = monotonic()
         while not self._stopping.is_set():
             busy = self._parked or self._resume_at is not None
-            for key, _ in self._selector.select(self._sweep_every if busy else None):
+            for key, _ in self._selector.select(self._patience(busy)):
                 if key.data is not None:
                     self._hand_over(key.data)
                 elif key.fileobj is self._wake_receive:
@@ -186,10 +199,26 @@ class Listener:
                     self._accept(key.fileobj)
             self._take_newly_parked()
             now = monotonic()
+            self._submit_due(now)
             if now - last_sweep >= self._sweep_every:
                 last_sweep = now
                 self._sweep(now)
         self._close_parked()
+        self._submit_due(math.inf)
+
+    def _patience(self, busy):
+        """Seconds until something has to be looked at, None if nothing has."""
+        if self._later:
+            return LOOK_LATER
+        return self._sweep_every if busy else None
+
+    def _submit_due(self, now):
+        for _ in range(len(self._later)):
+            deadline, function = self._later.popleft()
+            if deadline <= now:
+                self._submit(function)
+            else:
+                self._later.append((deadline, function))
 
     def _accept(self, listening):
         for _ in range(ACCEPTS_A_TURN):

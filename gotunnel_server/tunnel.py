@@ -8,12 +8,14 @@ gets its demultiplexer thread, which also beats the heart.
         \\---------- refused: the text is sent, then the connection is half-closed -------/
 """
 
+import contextlib
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from time import monotonic, time
 
 from gotunnel import (
+    CERTIFICATES,
     HALF_CLOSE,
     HOST_HEADER,
     INTERNAL_ERROR,
@@ -22,6 +24,7 @@ from gotunnel import (
     PROTOCOL_ERROR,
     START_WINDOW,
     Ack,
+    Certificate,
     Duplex,
     MessageReader,
     Ping,
@@ -40,12 +43,13 @@ from gotunnel import (
     valid_hostname,
 )
 
+from . import challenges, hello
 from .ports import PortRefused
 from .registry import HostnameTaken, Route
 
 log = logging.getLogger("gotunnel.tunnel")
 
-FEATURES = frozenset({HALF_CLOSE, HOST_HEADER, PORTS, VISITOR_ADDRESS})  # extensions that we know
+FEATURES = frozenset({CERTIFICATES, HALF_CLOSE, HOST_HEADER, PORTS, VISITOR_ADDRESS})  # extensions that we know
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
@@ -76,11 +80,15 @@ def _port_of(target):
 class Tunnels:
     """All agents' connections of a gateway, and what they need."""
 
-    def __init__(self, *, context, credentials, registry, ports, ensure_certificate, max_hosts):
-        """``context`` is the TLS context of the port. ``ports`` are the public ones for agents, a
-        ports.Ports. ``ensure_certificate(hostname)`` makes sure that a hostname can be served, or
-        returns False."""
+    def __init__(
+        self, *, context, challenges, credentials, registry, ports, ensure_certificate, max_hosts
+    ):
+        """``context`` is the TLS context of the port, ``challenges`` what a CA may find there.
+        ``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificate(hostname,
+        agent)`` sees to it that a hostname can be served, and says how that stands: a text as in
+        Certificate. ``agent`` is whom to blame."""
         self.context = context
+        self.challenges = challenges
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
@@ -142,10 +150,13 @@ class Tunnel:
         self.since = None  # wall-clock seconds of the registration
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
+        self._hears_of_certificates = False  # it knows the message
         self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
         self._tunnels = tunnels
         self._step = self._begin
         self._deadline = None  # monotonic: registered by then
+        self._buffer = b""  # of a hello that is not whole
+        self._proves = False  # a CA has come, who sees in the handshake all that it wants
         self._session = None
         self._control = None
         self._reader = MessageReader()
@@ -198,13 +209,35 @@ class Tunnel:
         return False
 
     def _begin(self):
-        self.duplex.start_tls(self._tunnels.context, server_side=True)
+        """Learn what TLS is wanted for: a CA may ask here for a proof (RFC 8737)."""
+        data = self.duplex.receive()
+        if data == b"":
+            raise SessionClosed("it left before TLS")
+        self._buffer += data or b""
+        try:
+            said = hello.parse(self._buffer)
+        except hello.NotTLS as error:
+            raise ProtocolError(str(error)) from None
+        if said is None:
+            return self._park()
+        context = self._tunnels.context
+        if said.alpn == (challenges.ALPN,):
+            context = self._tunnels.challenges.context(said.server_name)
+            if context is None:
+                raise ProtocolError("a CA asks for a proof that was not published")
+            self._proves = True
+        self.duplex.unread(self._buffer)
+        self._buffer = b""
+        self.duplex.start_tls(context, server_side=True)
         self._step = self._handshake
         return True
 
     def _handshake(self):
         if not self.duplex.handshake():
             return self._park()
+        if self._proves:
+            self.close()
+            return False
         # One stream: an agent opens the control stream and no other.
         self._session = Session(self.duplex, client=False, name=self.address[0], max_streams=1)
         self._step = self._read_registration
@@ -245,9 +278,6 @@ class Tunnel:
         except TokenInvalid as error:
             raise _Refusal("auth failed", str(error)) from None
         routes = self._wanted_routes(message)
-        for hostname in routes:
-            if not self._tunnels.ensure_certificate(hostname):
-                log.warning("%s: there is no certificate for it, visitors are refused", hostname)
         session = self._session
         session.on_end = self._ended  # from here on there is something to give back
         session.on_close = lambda: self._tunnels.forget(self)
@@ -255,7 +285,12 @@ class Tunnel:
             self._tunnels.registry.claim(routes)
         except HostnameTaken as taken:
             raise _Refusal(str(taken)) from None
+        states = {
+            hostname: self._tunnels.ensure_certificate(hostname, self.identity.issuer)
+            for hostname in routes
+        }
         features = tuple(name for name in message.features if name in FEATURES)
+        self._hears_of_certificates = CERTIFICATES in features
         self.half_close = HALF_CLOSE in features
         self.since = time()
         ports, refused = self._open_ports(message, routes) if PORTS in features else ({}, {})
@@ -269,8 +304,17 @@ class Tunnel:
         # the same read.
         ack = Ack(True, features=features, ports=ports, refused=refused)
         self._control.write(encode_message(ack))
+        for hostname, state in states.items():
+            self.tell_certificate(hostname, state)
         log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
         session.start()
+
+    def tell_certificate(self, hostname, state):
+        """Let the agent know how a certificate stands. Any thread; waits for nothing."""
+        if self._hears_of_certificates:
+            with contextlib.suppress(OSError):  # it has gone, or does not read
+                message = encode_message(Certificate(hostname, state))
+                self._control.write(message, timeout=0)
 
     def _open_ports(self, message, routes):
         """Open the public ports that the agent asks for, one a hostname. Returns hostname to port,

@@ -22,8 +22,9 @@ from time import monotonic
 
 from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
 
-from . import doors, hello, http1, pages, proxy_header
+from . import challenges, doors, hello, http1, pages, proxy_header
 from .http1 import Malformed
+from .pages import Page
 from .proxy import Connect, Handler, VisitorGone
 
 log = logging.getLogger("gotunnel.visitor")
@@ -37,6 +38,9 @@ SILENCE = 0.3
 # Seconds that a trusted proxy has for the header that names its visitor; with none it is taken for
 # the visitor itself.
 INTRODUCTION = 0.3
+# Seconds that a visitor waits for a certificate that is being made, and between two looks.
+CERTIFICATE_TIMEOUT = 10
+CERTIFICATE_LOOK = 0.25
 # Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
 # that goes on at once, as most do, is spared the detour through the listener.
 LINGER = 0.005
@@ -49,13 +53,18 @@ HELD_FIN_TIMEOUT = 30
 class Visitors:
     """All visitors of a port, and what they need."""
 
-    def __init__(self, *, context, site, registry, exchanges, proxies, config):
+    def __init__(
+        self, *, context, site, registry, exchanges, proxies, config, challenges, awaits_certificate
+    ):
         """``context``: the port's TLS context, None for a plain port. ``site``: see Handler.
         ``registry`` knows the Routes. ``exchanges``: the Exchanges that serve requests.
         ``proxies``: the addresses that stand for many visitors, a forwarding.Proxies. ``config``:
-        the gateway's, for its timeouts and where plain bytes lead.
+        the gateway's, for its timeouts and where plain bytes lead. ``challenges``: what a CA may
+        find on the port. ``awaits_certificate(hostname)``: it has none yet, and will soon.
         """
         self.context = context
+        self.challenges = challenges
+        self.awaits_certificate = awaits_certificate
         self.site = site
         self.lookup = registry.lookup
         self.redirect = choose_redirect(registry.lookup, config.gateway_host)
@@ -198,6 +207,7 @@ class Visitor:
         self._asked_for_tls = False  # PostgreSQL's client has, and begins with it now
         self._refused_gss = False  # ... which had asked for another encryption
         self._sni = None
+        self._proves = False  # it is a CA, to whom something is proved
 
     def ready(self):
         """Worker: take the steps that can be taken."""
@@ -389,12 +399,41 @@ class Visitor:
             return None
         self._sni = said.server_name
         self._give_back()
-        self.duplex.start_tls(self._visitors.context, server_side=True)
+        if said.alpn == (challenges.ALPN,):
+            return self._enter_proof()
+        if self._visitors.awaits_certificate(self._sni):
+            self._go_on(self._await_certificate)
+            self._deadline = monotonic() + CERTIFICATE_TIMEOUT
+            return True
+        return self._start_tls(self._visitors.context)
+
+    def _start_tls(self, context):
+        self.duplex.start_tls(context, server_side=True)
         return self._go_on(self._handshake)
+
+    def _await_certificate(self):
+        """Look again and again whether it is there; in the end the handshake fails by an alert."""
+        left = self._deadline - monotonic()
+        if left <= 0 or not self._visitors.awaits_certificate(self._sni):
+            return self._start_tls(self._visitors.context)
+        # Not park(): what the visitor has sent would bring it back at once.
+        self.listener.call_later(self.ready, min(left, CERTIFICATE_LOOK))
+        return False
+
+    def _enter_proof(self):
+        """A CA wants to see a proof (RFC 8737): all of it is in the handshake."""
+        context = self._visitors.challenges.context(self._sni)
+        if context is None:
+            raise hello.NotTLS("a CA asks for a proof that was not published")
+        self._proves = True
+        return self._start_tls(context)
 
     def _handshake(self):
         if not self.duplex.handshake():
             return self._wait(self._head_timeout)
+        if self._proves:
+            self.close()
+            return False
         route = self._sni and self._visitors.lookup(self._sni)
         if route and route.mode == "tcp":
             return self._begin_raw(route)
@@ -660,12 +699,18 @@ def choose_site(lookup, gateway_host, public_port):
     return site
 
 
-def choose_redirect(lookup, gateway_host):
-    """What a request without TLS gets on a port with TLS: the way to https (the ``site`` of a
-    Handler). ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name."""
+def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
+    """What a request without TLS gets: the way to https (the ``site`` of a Handler).
+
+    ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name. On the port for plain
+    HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may find
+    there; else the port is the one that the visitor has used.
+    """
 
     def site(handler):
         hostname, request = handler.hostname, handler.request_head
+        if challenges is not None and (body := challenges.body(hostname, handler.path)) is not None:
+            return Page(200, body, "application/octet-stream")
         route = lookup(hostname)
         if handler.command == "CONNECT":
             return pages.error(403, "no-tls", "This gateway connects only through TLS.")
@@ -673,7 +718,11 @@ def choose_redirect(lookup, gateway_host):
             return pages.no_tunnel(hostname)
         if route is not None and route.mode != "http":
             return pages.error(421, "not-http", f"{hostname} does not speak HTTP.")
-        host = request.fields.get("host", hostname).removesuffix(":443")
+        if public_port is None:
+            host = request.fields.get("host", hostname)
+        else:
+            host = f"{hostname}:{public_port()}"
+        host = host.removesuffix(":443")
         return pages.moved(f"https://{host}{http1.origin_target(request)}", request.method)
 
     return site

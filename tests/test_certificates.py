@@ -1,17 +1,20 @@
 """Certificates by SNI, proved by handshakes of a client that verifies."""
-import logging
 import os
 import socket
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from support import wait_until
 
 from gotunnel_server import authority
+from gotunnel_server import cert_dir as cert_dir_module
 from gotunnel_server.authority import Authority
 from gotunnel_server.certificates import CertificateError, Certificates
 
@@ -38,11 +41,87 @@ def unraisable(monkeypatch):
     return seen
 
 
+def put(file, content):
+    """Write a file as careful programs do: whole, under a name of its own, then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{threading.get_ident()}.new")
+    new.write_bytes(content)
+    new.chmod(0o600)
+    new.replace(file)
+
+
+# A CA that signs what the authority does not: any names, any dates, any kind of key.
+CA_KEY = ec.generate_private_key(ec.SECP256R1())
+CA_NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
+RSA_KEY = rsa.generate_private_key(65537, 2048)     # one for all, since it takes long to find
+
+
+def sign(subject, public_key, extension, validity):
+    """A certificate by the test CA, valid between two days counted from now."""
+    begin, end = (datetime.now(timezone.utc) + timedelta(days=days) for days in validity)
+    return (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(CA_NAME)
+        .public_key(public_key).serial_number(x509.random_serial_number())
+        .not_valid_before(begin).not_valid_after(end).add_extension(extension, critical=True)
+        .sign(CA_KEY, hashes.SHA256()))
+
+
+CA = sign(CA_NAME, CA_KEY.public_key(), x509.BasicConstraints(True, None), (-1000, 1000))
+CA_PEM = CA.public_bytes(serialization.Encoding.PEM)
+
+
+class Leaf:
+    """A certificate with its chain, and its key, both PEM."""
+
+    def __init__(self, certificate, key):
+        self.serial = certificate.serial_number
+        self.chain = certificate.public_bytes(serialization.Encoding.PEM) + CA_PEM
+        self.key = key
+
+    def put(self, certificate_file, key_file):
+        """Write the key and then the certificate; returns the serial number."""
+        put(key_file, self.key)
+        put(certificate_file, self.chain)
+        return self.serial
+
+
+def make(*names, key=None, validity=(-30, 30), encryption=serialization.NoEncryption()):
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    extension = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+    return Leaf(sign(x509.Name([]), key.public_key(), extension, validity),
+                key_pem(key, encryption))
+
+
+def key_pem(key, encryption=serialization.NoEncryption()):
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+
+
+def trusting_client(**settings):
+    """A visitor who trusts the test CA."""
+    context = ssl.create_default_context(cadata=CA_PEM.decode())
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)     # the CA is a plain one
+    for name, value in settings.items():
+        setattr(context, name, value)
+    return context
+
+
+def serial_at(certificates, hostname):
+    """The serial number of what a visitor of `hostname` is served with, valid or not."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    return served_serial(certificates.front(hostname), client, hostname)
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
 def give(cert_dir, stem, issuer, hostname):
     """Put a pair of `issuer` for `hostname` in cert_dir; returns the serial number."""
     certificate_file, key_file = issuer.issue(hostname)
-    (cert_dir / f"{stem}.crt").write_bytes(certificate_file.read_bytes())
-    (cert_dir / f"{stem}.key").write_bytes(key_file.read_bytes())
+    put(cert_dir / f"{stem}.crt", certificate_file.read_bytes() + issuer.ca_file.read_bytes())
+    put(cert_dir / f"{stem}.key", key_file.read_bytes())
     return serial_of(certificate_file)
 
 
@@ -346,13 +425,41 @@ def no_names(cert_dir, ca):
             (ca.ca_file.with_suffix(f".{end}")).read_bytes())
 
 
+def other_kind_of_key(cert_dir, ca):
+    put(cert_dir / "bad.key", key_pem(RSA_KEY))
+
+
+def key_cut_short(cert_dir, ca):
+    put(cert_dir / "bad.key", (cert_dir / "bad.key").read_bytes()[:100])
+
+
+def key_in_an_unreadable_place(cert_dir, ca):
+    (cert_dir / "bad.key").unlink()
+    (cert_dir / "bad.key").mkdir()
+
+
+def certificate_in_der(cert_dir, ca):
+    leaf = x509.load_pem_x509_certificate((cert_dir / "bad.crt").read_bytes())
+    put(cert_dir / "bad.crt", leaf.public_bytes(serialization.Encoding.DER))
+
+
+def link_to_nothing(cert_dir, ca):
+    (cert_dir / "bad.crt").unlink()
+    (cert_dir / "bad.crt").symlink_to("../gone/bad.crt")
+
+
 @pytest.mark.parametrize("harm, complaint", [
     (other_key, "bad.key: not the key of bad.crt"),
     (encrypted_key, "bad.key: encrypted, expected a key without password"),
     (no_key, "bad.key: No such file or directory"),
     (broken_certificate, "bad.crt: not a certificate, expected PEM"),
-    (chain_cut_short, "bad.crt: "),
+    (chain_cut_short, "bad.crt: cut short in its certificate 3"),
     (no_names, "bad.crt: names no host"),
+    (other_kind_of_key, "bad.key: not the key of bad.crt"),
+    (key_cut_short, "bad.key: not a private key, expected PEM"),
+    (key_in_an_unreadable_place, "bad.key: Is a directory"),
+    (certificate_in_der, "bad.crt: not a certificate, expected PEM"),
+    (link_to_nothing, "bad.crt: No such file or directory"),
 ])
 def test_broken_pair_is_named_once_and_left_out(ca, cert_dir, caplog, harm, complaint):
     give(cert_dir, "bad", ca, "bad.test")
@@ -360,19 +467,10 @@ def test_broken_pair_is_named_once_and_left_out(ca, cert_dir, caplog, harm, comp
     harm(cert_dir, ca)
     certificates = Certificates(cert_dir, None)
     certificates.reload()       # nothing changed: nothing to say
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "bad.crt not used" in caplog.text and complaint in caplog.text
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: bad.crt not used: ") and complaint in line
     assert certificates.context("bad.test") is None
     handshake(certificates.front("gw.test"), client_context(ca), "good.test")
-
-
-def test_certificate_that_ran_out_is_warned_about_and_served(ca, cert_dir, caplog, monkeypatch):
-    monkeypatch.setattr(authority, "LEAF_LIFETIME", timedelta(minutes=30))  # of a backdated hour
-    give(cert_dir, "old", ca, "old.test")
-    front = Certificates(cert_dir, None).front("gw.test")
-    assert len(caplog.records) == 1 and "old.crt ran out on" in caplog.text
-    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
-        handshake(front, client_context(ca), "old.test")
 
 
 def test_reload_serves_what_is_there_now(ca, cert_dir, tmp_path):
@@ -400,6 +498,33 @@ def test_reload_builds_nothing_when_nothing_changed(ca, cert_dir):
     assert certificates.context("a.test") is not before
 
 
+def test_file_that_keeps_size_and_time_is_seen_by_its_change_time(cert_dir):
+    """As a chown does that lets the gateway read a key, or a copy that keeps times."""
+    file = cert_dir / "a.crt"
+    make("a.test").put(file, cert_dir / "a.key")
+    certificates = Certificates(cert_dir, None)
+    before, found = certificates.context("a.test"), file.stat()
+
+    def touch():
+        os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
+        return file.stat().st_ctime_ns != found.st_ctime_ns
+
+    wait_until(touch)       # a file system's clock ticks slowly
+    certificates.reload()
+    assert certificates.context("a.test") is not before
+
+
+def test_pem_whose_key_is_gone_is_still_a_pair(cert_dir, caplog):
+    make("a.test").put(cert_dir / "a.pem", cert_dir / "a-key.pem")
+    certificates = Certificates(cert_dir, None)
+    make("b.test").put(cert_dir / "b.pem", cert_dir / "b-key.pem")
+    (cert_dir / "a-key.pem").unlink()
+    certificates.reload()
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: a.pem not used, the one read before stays: ")
+    assert certificates.context("a.test")
+
+
 def test_a_pair_seen_half_written_is_served_as_before(ca, cert_dir, tmp_path, caplog):
     serial = give(cert_dir, "a", ca, "a.test")
     certificates = Certificates(cert_dir, None)
@@ -415,15 +540,331 @@ def test_a_pair_seen_half_written_is_served_as_before(ca, cert_dir, tmp_path, ca
             == serial_of(new_certificate))
 
 
-def test_missing_cert_dir_is_an_error_and_leaves_what_was_there(ca, cert_dir, tmp_path):
-    with pytest.raises(CertificateError, match="CERT_DIR .*nowhere"):
-        Certificates(tmp_path / "nowhere", None)
-    give(cert_dir, "a", ca, "a.test")
+@pytest.mark.parametrize("half", ["key first", "certificate cut short", "chain cut short"])
+def test_a_half_written_pair_is_waited_for(ca, cert_dir, caplog, half):
+    old = give(cert_dir, "a", ca, "a.test")
     certificates = Certificates(cert_dir, None)
-    cert_dir.rename(tmp_path / "moved")
-    with pytest.raises(CertificateError):
+    live = certificates.context("a.test")
+    leaf = make("a.test")
+    if half == "key first":
+        put(cert_dir / "a.key", leaf.key)
+    elif half == "certificate cut short":
+        put(cert_dir / "a.crt", leaf.chain[:300])
+    else:
+        put(cert_dir / "a.crt", leaf.chain[:-300])
+    for _ in range(3):
         certificates.reload()
+        assert certificates.context("a.test") is live
+    assert len(warnings(caplog)) == 1
+    leaf.put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == leaf.serial != old
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_file_cut_exactly_behind_the_leaf_is_warned_about_and_then_read_whole(cert_dir, caplog):
+    leaf = make("a.test")
+    put(cert_dir / "a.crt", leaf.chain[:leaf.chain.rindex(b"-----BEGIN")])
+    put(cert_dir / "a.key", leaf.key)
+    certificates = Certificates(cert_dir, None)
+    certificates.reload()
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: a.crt: the certificate of its issuer (CN=test CA) is not in")
+    put(cert_dir / "a.crt", leaf.chain)
+    certificates.reload()
+    visitor, _ = handshake(certificates.front("a.test"), trusting_client(), "a.test")
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_complaint_comes_again_only_after_it_was_mended(cert_dir, caplog):
+    leaf = make("a.test")
+    files = cert_dir / "a.crt", cert_dir / "a.key"
+    leaf.put(*files)
+    certificates = Certificates(cert_dir, None)
+    for _ in range(2):
+        for _ in range(2):
+            put(files[1], b"nonsense")
+            certificates.reload()
+        leaf.put(*files)
+        certificates.reload()
+    assert len(warnings(caplog)) == 2
+
+
+def test_key_that_everybody_can_read_is_warned_about_once(cert_dir, caplog):
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    (cert_dir / "a.key").chmod(0o644)
+    certificates = Certificates(cert_dir, None)
+    certificates.reload()
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: a.key: every user") and f"chmod o-r {cert_dir}/a.key" in line
     assert certificates.context("a.test")
+    for mode in (0o640, 0o644):
+        (cert_dir / "a.key").chmod(mode)
+        certificates.reload()
+    assert len(warnings(caplog)) == 2
+
+
+def test_password_of_a_key_is_never_asked_for(cert_dir, monkeypatch):
+    """OpenSSL asks on the terminal if it is left to itself, and the gateway would stand still."""
+    leaf = make("a.test", encryption=serialization.BestAvailableEncryption(b"secret"))
+    leaf.put(cert_dir / "a.crt", cert_dir / "a.key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with pytest.raises(CertificateError, match="a.key: encrypted, expected a key without password"):
+        cert_dir_module.load_pair(cert_dir / "a.crt", cert_dir / "a.key", context)
+
+
+# CERT_DIR: where pairs lie
+
+@pytest.mark.parametrize("certificate, key", [
+    ("a.crt", "a.key"),
+    ("tls.crt", "tls.key"),
+    ("a.test+1.pem", "a.test+1-key.pem"),
+    ("a.pem", "a.key"),
+    ("fullchain.pem", "privkey.pem"),
+    ("a.test/fullchain.pem", "a.test/privkey.pem"),
+    ("a.test/a.test.crt", "a.test/a.test.key"),
+])
+def test_pair_is_found_under_any_of_its_usual_names(cert_dir, caplog, certificate, key):
+    leaf = make("a.test", "*.a.test")
+    leaf.put(cert_dir / certificate, cert_dir / key)
+    certificates = Certificates(cert_dir, None)
+    for hostname in ("a.test", "one.a.test"):
+        assert serial_at(certificates, hostname) == leaf.serial
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("certificate, key", [
+    ("README", "README.txt"),
+    ("a.crt.bak", "a.key.bak"),
+    ("chain.pem", "other.key"),             # a .pem may be anything
+    (".hidden/a.crt", ".hidden/a.key"),     # where Kubernetes keeps versions
+    ("one/two/a.crt", "one/two/a.key"),
+])
+def test_other_files_are_no_pairs(cert_dir, caplog, certificate, key):
+    make("a.test").put(cert_dir / certificate, cert_dir / key)
+    certificates = Certificates(cert_dir, None)
+    certificates.reload()
+    assert certificates.context("a.test") is None
+    [line] = warnings(caplog)
+    assert line.startswith(f"CERT_DIR: no pair in {cert_dir}, expected NAME.crt with NAME.key")
+
+
+def test_certificate_of_a_ca_beside_its_leaf_is_no_forgotten_pair(cert_dir, caplog):
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    put(cert_dir / "a.issuer.crt", CA_PEM)
+    Certificates(cert_dir, None)
+    assert not warnings(caplog)
+
+
+def certbot(root, hostname, version):
+    """What certbot leaves of a renewal: a new version in archive/, the links of live/ turned."""
+    leaf = make(hostname)
+    archive, live = root / "archive" / hostname, root / "live" / hostname
+    live.mkdir(parents=True, exist_ok=True)
+    leaf_alone, behind, issuer = leaf.chain.rpartition(b"-----BEGIN")
+    for name, content in (("privkey", leaf.key), ("cert", leaf_alone),
+                          ("chain", behind + issuer), ("fullchain", leaf.chain)):
+        put(archive / f"{name}{version}.pem", content)
+        (live / "new").symlink_to(f"../../archive/{hostname}/{name}{version}.pem")
+        (live / "new").replace(live / f"{name}.pem")
+    put(live / "README", b"This directory contains your keys and certificates.")
+    return leaf.serial
+
+
+@pytest.mark.parametrize("folder", ["live", "live/a.test"])
+def test_turned_links_of_certbot_are_seen(tmp_path, caplog, folder):
+    certbot(tmp_path, "a.test", 1)
+    put(tmp_path / "live" / "README", b"This directory contains your keys and certificates.")
+    certificates = Certificates(tmp_path / folder, None)
+    serial = certbot(tmp_path, "a.test", 2)
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == serial
+    assert not warnings(caplog)
+
+
+def test_folder_that_cannot_be_read_leaves_what_was_there_and_is_named_once(
+        cert_dir, tmp_path, caplog):
+    with pytest.raises(CertificateError, match="nowhere: No such file .* expected CERT_DIR"):
+        Certificates(tmp_path / "nowhere", None)
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates = Certificates(cert_dir, None)
+    for times in (1, 2):
+        cert_dir.rename(tmp_path / "moved")
+        certificates.reload()
+        certificates.reload()
+        assert certificates.context("a.test")
+        assert len(warnings(caplog)) == times
+        (tmp_path / "moved").rename(cert_dir)
+        certificates.reload()
+
+
+def test_folder_within_that_cannot_be_read_takes_nothing_with_it(cert_dir, caplog, monkeypatch):
+    make("a.test").put(cert_dir / "a" / "x.crt", cert_dir / "a" / "x.key")
+    make("b.test").put(cert_dir / "b" / "x.crt", cert_dir / "b" / "x.key")
+    certificates = Certificates(cert_dir, None)
+    scandir = os.scandir
+
+    def forbidden(folder):      # permissions would not stop root
+        if folder == f"{cert_dir}/a":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", forbidden)
+    serial = make("b.test").put(cert_dir / "b" / "x.crt", cert_dir / "b" / "x.key")
+    certificates.reload()
+    certificates.reload()
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: a: Permission denied, expected a folder that")
+    assert certificates.context("a.test") and serial_at(certificates, "b.test") == serial
+
+
+# CERT_DIR: who is served
+
+def test_removed_pair_is_served_no_more_unless_it_was_the_last(cert_dir, caplog):
+    for name in ("a", "b"):
+        make(f"{name}.test").put(cert_dir / f"{name}.crt", cert_dir / f"{name}.key")
+    certificates = Certificates(cert_dir, None)
+    (cert_dir / "a.crt").unlink()       # its key alone is no pair
+    certificates.reload()
+    assert certificates.context("a.test") is None and certificates.context("b.test")
+    (cert_dir / "b.crt").unlink()
+    certificates.reload()
+    certificates.reload()
+    assert certificates.context("b.test")
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: no pair is left: those read before are served")
+    make("c.test").put(cert_dir / "c.crt", cert_dir / "c.key")
+    certificates.reload()
+    assert certificates.context("b.test") is None and certificates.context("c.test")
+
+
+NOW = datetime.now(timezone.utc)
+VALID, LONG_VALID, EXPIRED, FUTURE = (-30, 30), (-30, 60), (-90, -30), (+1, +99)   # days from now
+
+
+@pytest.mark.parametrize("pairs, served", [
+    # of (names, validity), the place of the pair that one.app.test is served with
+    ([("one.app.test", VALID), ("one.app.test", LONG_VALID)], 1),
+    ([("one.app.test", LONG_VALID), ("one.app.test", VALID)], 0),
+    ([("one.app.test", EXPIRED), ("one.app.test", VALID)], 1),
+    ([("one.app.test", FUTURE), ("one.app.test", VALID)], 1),
+    ([("one.app.test", EXPIRED), ("*.app.test", VALID)], 1),
+    ([("*.app.test", LONG_VALID), ("one.app.test", VALID)], 1),
+    ([("one.app.test", EXPIRED)], 0),
+    ([("one.app.test", FUTURE)], 0),
+    ([("*.app.test", EXPIRED)], 0),
+])
+def test_valid_certificate_comes_before_one_that_is_not(cert_dir, caplog, pairs, served):
+    serials = []
+    for number, (name, validity) in enumerate(pairs):
+        leaf = make(name, validity=validity)
+        serials.append(leaf.put(cert_dir / f"{number}.crt", cert_dir / f"{number}.key"))
+    certificates = Certificates(cert_dir, None)
+    certificates.reload()
+    assert certificates.ensure("one.app.test")
+    assert serial_at(certificates, "one.app.test") == serials[served]
+    outdated = [f"CERT_DIR: {number}.crt {'ran out on' if validity == EXPIRED else 'is valid from'}"
+                for number, (_, validity) in enumerate(pairs) if validity in (EXPIRED, FUTURE)]
+    lines = warnings(caplog)
+    assert len(lines) == len(outdated)
+    assert all(line.startswith(start) for line, start in zip(lines, outdated, strict=True))
+
+
+def test_issued_certificate_comes_before_one_that_was_given_and_ran_out(ca, cert_dir):
+    make("a.test", validity=EXPIRED).put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates = Certificates(cert_dir, ca)
+    assert certificates.ensure("a.test")
+    handshake(certificates.front("gw.test"), client_context(ca), "a.test")
+
+
+def test_certificate_that_runs_out_gives_way_without_a_change_of_files(
+        cert_dir, caplog, monkeypatch):
+    make("a.test", validity=VALID).put(cert_dir / "a.crt", cert_dir / "a.key")
+    serial = make("*.test", validity=LONG_VALID).put(cert_dir / "b.crt", cert_dir / "b.key")
+    certificates = Certificates(cert_dir, None)
+    assert serial_at(certificates, "a.test") != serial
+    monkeypatch.setattr(cert_dir_module, "_now", lambda: NOW + timedelta(days=31))
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == serial
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: a.crt ran out on ")
+    monkeypatch.undo()      # a clock that is set back
+    certificates.reload()
+    assert serial_at(certificates, "a.test") != serial
+
+
+def kinds(certificates):
+    """The kinds of key that a.test is served with to visitors who know RSA only, and EC only."""
+    found = []
+    for cipher in ("ECDHE+aRSA", "ECDHE+ECDSA"):
+        visitor = trusting_client(maximum_version=ssl.TLSVersion.TLSv1_2)
+        visitor.set_ciphers(cipher)
+        try:
+            handshake(certificates.front("a.test"), visitor, "a.test")
+            found.append(cipher)
+        except ssl.SSLError:
+            pass
+    return [cipher.partition("+")[2] for cipher in found]
+
+
+@pytest.mark.parametrize("rsa_validity, ec_validity, served", [
+    (VALID, VALID, ["aRSA", "ECDSA"]),
+    (LONG_VALID, VALID, ["aRSA", "ECDSA"]),
+    (VALID, EXPIRED, ["aRSA"]),
+    (EXPIRED, VALID, ["ECDSA"]),
+])
+def test_rsa_and_ec_pairs_of_one_name_are_served_together(
+        cert_dir, rsa_validity, ec_validity, served):
+    make("a.test", key=RSA_KEY, validity=rsa_validity).put(cert_dir / "r.crt", cert_dir / "r.key")
+    make("a.test", validity=ec_validity).put(cert_dir / "e.crt", cert_dir / "e.key")
+    certificates = Certificates(cert_dir, None)
+    assert kinds(certificates) == served
+
+
+def test_of_two_kinds_the_one_that_can_be_read_is_renewed(cert_dir):
+    make("a.test").put(cert_dir / "e.crt", cert_dir / "e.key")
+    make("a.test", key=RSA_KEY).put(cert_dir / "r.crt", cert_dir / "r.key")
+    certificates = Certificates(cert_dir, None)
+    put(cert_dir / "e.key", b"half")
+    serial = make("a.test", key=RSA_KEY, validity=LONG_VALID).put(
+        cert_dir / "r.crt", cert_dir / "r.key")
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == serial
+
+
+def test_a_handshake_that_has_begun_ends_with_the_certificate_it_began_with(cert_dir):
+    files = cert_dir / "a.crt", cert_dir / "a.key"
+    serial = make("a.test").put(*files)
+    certificates = Certificates(cert_dir, None)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    visitor = trusting_client().wrap_bio(to_client, to_server, server_hostname="a.test")
+    gateway = certificates.front("a.test").wrap_bio(to_server, to_client, server_side=True)
+    for end in (visitor, gateway):
+        with pytest.raises(ssl.SSLWantReadError):
+            end.do_handshake()
+    new = make("a.test").put(*files)
+    certificates.reload()
+    visitor.do_handshake()
+    gateway.do_handshake()
+    certificate = x509.load_der_x509_certificate(visitor.getpeercert(binary_form=True))
+    assert certificate.serial_number == serial and serial_at(certificates, "a.test") == new
+
+
+def test_threads_that_reload_at_once_never_take_a_name_away(cert_dir):
+    files = cert_dir / "a.crt", cert_dir / "a.key"
+    make("a.test").put(*files)
+    certificates = Certificates(cert_dir, None)
+
+    def renew_and_reload(_):
+        make("a.test").put(*files)
+        certificates.reload()
+        return certificates.context("a.test") is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(renew_and_reload, range(40)))
+    serial = make("a.test").put(*files)
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == serial
 
 
 # The authority

@@ -20,8 +20,8 @@ def a_tunnel(issuer="", since=0.0, **modes):
     )
 
 
-def page(*tunnels, public_port=443):
-    return dashboard.render(tunnels, "gateway.test", public_port, "1.2.3")
+def page(*tunnels, public_port=443, certificates=lambda hostname: "ready"):
+    return dashboard.render(tunnels, "gateway.test", public_port, "1.2.3", certificates)
 
 
 def test_page_names_the_gateway_and_its_version():
@@ -43,6 +43,13 @@ def test_page_shows_ports_and_visits_that_failed():
     tunnel.failed["b.test"] = 17
     text = page(tunnel)
     assert "port 2222" in text and "<td>17" in text
+
+
+def test_page_shows_certificates_that_are_not_there():
+    states = {"a.test": "failed: <no>", "b.test": "ready", "c.test": "waiting"}
+    text = page(a_tunnel(a="http", b="http", c="tcp"), certificates=states.get)
+    assert "certificate failed: &lt;no&gt;" in text and "certificate waiting" in text
+    assert text.count("certificate ") == 2
 
 
 def test_links_carry_a_port_that_is_not_the_usual_one():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel_server.config import Config, ConfigError, default_workers, load
+from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
 
 EXAMPLE = Path(__file__).parent.parent / "conf" / "server.env"
 
@@ -66,6 +66,8 @@ def test_defaults():
         acme_cache=Path("cert-cache"),
         local_ca=True,
         cert_dir=None,
+        acme=None,
+        http_port=None,
         raw_tcp_host=None,
         tcp_ports=(),
         trusted_proxies=(),
@@ -248,6 +250,9 @@ def test_secret_of_16_bytes_is_no_warning(secret):
         ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
         ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
         ("ACME_ENV", "LOCAL", "local_ca", True),
+        ("HTTP_PORT", "8081", "http_port", 8081),
+        ("HTTP_PORT", "auto", "http_port", 0),
+        ("HTTP_PORT", "0", "http_port", None),
         ("RAW_TCP_HOST", "SSH.Example.com.", "raw_tcp_host", "ssh.example.com"),
         ("TCP_PORTS", "5432", "tcp_ports", (range(5432, 5433),)),
         ("TCP_PORTS", "2200-2299, 5432 1-65535", "tcp_ports",
@@ -361,15 +366,56 @@ def test_workers_grow_with_the_cores_within_bounds(cores, workers):
 # --- Certificates -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("acme_env", [None, "production", "staging"])
-def test_ordering_certificates_is_refused_in_this_version(acme_env):
-    message = refusal(ACME_ENV=acme_env)
-    assert message.startswith("ACME_ENV is") and "cannot order certificates yet" in message
-    assert "ACME_ENV=local" in message and "CERT_DIR" in message
+@pytest.mark.parametrize(
+    ("changes", "directory"),
+    [
+        ({"ACME_ENV": None}, "https://acme-v02.api.letsencrypt.org/directory"),
+        ({"ACME_ENV": "staging"}, "https://acme-staging-v02.api.letsencrypt.org/directory"),
+        ({"ACME_ENV": None, "ACME_DIRECTORY": "https://ca.test:14000/dir"}, "https://ca.test:14000/dir"),
+        ({"ACME_ENV": "staging", "ACME_DIRECTORY": "https://ca.test/"}, "https://ca.test/"),
+    ],
+)
+def test_certificates_are_ordered_at_a_directory(changes, directory):
+    loaded = config(**changes)
+    assert (loaded.acme, loaded.local_ca) == (Acme(directory, None, None, None, None), False)
+    assert loaded.http_port == 80
 
 
-def test_ordering_certificates_is_refused_beside_a_folder_of_certificates(tmp_path):
-    assert "cannot order" in refusal(ACME_ENV="production", CERT_DIR=str(tmp_path))
+def test_directory_of_certificates_may_stand_beside_a_ca(tmp_path):
+    assert config(ACME_ENV=None, CERT_DIR=str(tmp_path)).acme is None
+    changes = {"CERT_DIR": str(tmp_path), "ACME_DIRECTORY": "https://ca.test/dir"}
+    assert config(ACME_ENV=None, **changes).acme.directory == "https://ca.test/dir"
+    assert config(ACME_ENV="production", CERT_DIR=str(tmp_path)).acme is not None
+
+
+def test_account_with_the_ca(tmp_path):
+    (tmp_path / "ca.pem").write_text("")
+    (tmp_path / "hmac").write_text("c2VjcmV0\n")
+    acme = config(
+        ACME_ENV="production", ACME_EMAIL="me@example.com", ACME_CA_FILE=str(tmp_path / "ca.pem"),
+        ACME_EAB_KID="kid-1", ACME_EAB_HMAC_KEY_FILE=str(tmp_path / "hmac"), HTTP_PORT="0",
+    ).acme  # fmt: skip
+    expected = (str(tmp_path / "ca.pem"), "me@example.com", "kid-1", "c2VjcmV0")
+    assert (acme.ca_file, acme.email, acme.eab_kid, acme.eab_hmac) == expected
+    assert "c2VjcmV0" not in repr(acme)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"ACME_DIRECTORY": "ca.test/dir"}, "ACME_DIRECTORY is 'ca.test/dir', expected a URL"),
+        ({"ACME_DIRECTORY": "http://ca.test/dir"}, "ACME_DIRECTORY is 'http://ca.test/dir'"),
+        ({"ACME_DIRECTORY": "https://a/", "ACME_ENV": "local"}, "ACME_DIRECTORY and ACME_ENV=local"),
+        ({"ACME_CA_FILE": "/none"}, "ACME_CA_FILE is '/none', expected a file that can be read"),
+        ({"ACME_EMAIL": "me"}, "ACME_EMAIL is 'me', expected an address"),
+        ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
+        ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set"),
+        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set"),
+        ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is no base64url"),
+    ],
+)
+def test_order_that_cannot_be_placed_is_refused(changes, sentence):
+    assert sentence in refusal(**{"ACME_ENV": "production", **changes})
 
 
 @pytest.mark.parametrize(("acme_env", "local_ca"), [(None, False), ("local", True)])
@@ -408,4 +454,6 @@ def test_example_shows_the_defaults_in_its_comments(tmp_path):
 def test_example_explains_every_variable():
     shown = set(re.findall(r"(?m)^#?([A-Z_]+)=", EXAMPLE.read_text()))
     fields = {field.name.upper() for field in dataclasses.fields(config())}
-    assert shown == fields - {"LOCAL_CA", "WARNINGS"} | {"ACME_ENV", "JWT_SECRET_FILE"}
+    acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV"}
+    fields -= {"ACME", "LOCAL_CA", "WARNINGS"}
+    assert shown == fields | {f"ACME_{name}" for name in acme} | {"JWT_SECRET_FILE"}

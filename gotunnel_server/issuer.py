@@ -1,0 +1,429 @@
+"""When certificates are ordered, and what becomes of it. How one is ordered: acme_order.py.
+
+    thread              how many                      ends when
+    issuer              1                             stop(); it looks who is due, and starts jobs
+    order HOSTNAME      at most JOBS, with the next   certificate or refusal; stop() does not wait
+    window HOSTNAME     at most JOBS                  the CA has told its renewal window
+
+A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
+time after a failure is over (timetable.py). Whom a failure holds up (refusal.py):
+
+    HOST        that hostname: 1, 10, 100 minutes, then daily; the next attempt uses the other
+                challenge
+    CONFIG      that hostname for a day, and all of them if none would fare better
+    ACCOUNT     all, for as long as the CA says
+    TRANSPORT   all, for a short while that grows; no hostname is blamed
+
+A certificate that is there is never touched by any of this: it is served until there is a newer
+one. What was learned of a hostname is kept by the store, so a restart repeats no failure early.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .cert_store import CertStore, Stored, StoreError
+from .refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError, one_line
+from .timetable import DAY, HOUR, LEFT_AT_LATEST, Bucket, Window, renew_at, retry_delay
+
+log = logging.getLogger("gotunnel.issuer")
+
+READY, WAITING, FAILED = "ready", "waiting", "failed"
+
+# A hostname whose address is silent keeps its order for a minute; the others are to go on.
+JOBS = 4
+# Let's Encrypt takes 300 orders in three hours. An agent may register MAX_HOSTS_PER_AGENT at once.
+ORDERS_PER_HOUR, ORDERS_PER_AGENT = 80, 50
+# Seconds at most between two looks at the clock: it may be set, and the machine may have slept.
+LOOK_AGAIN = 600.0
+# Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+# Seconds: another process has the hostname. Orders take a few.
+ELSEWHERE = 5.0
+# No delay of ours is longer (a day and a tenth). One that seems to be is a clock that was set back.
+LONGEST_DELAY = 1.1 * DAY
+STOP_TIMEOUT = 1.5  # seconds for all jobs; one that waits for the CA is left behind
+
+
+class State(NamedTuple):
+    """What is known of a hostname: ``name`` is READY, WAITING or FAILED.
+
+    READY: there is a certificate until ``ends_at``, and ``reason``, if any, is why it could not be
+    renewed. ``next_at`` is when the next order is due. Instants are seconds since 1970.
+    """
+
+    name: str
+    reason: str
+    next_at: float
+    ends_at: float | None
+
+    def __str__(self):
+        if self.name != FAILED:
+            return self.name
+        next_attempt = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.next_at))
+        return f"failed: {self.reason} (next attempt {next_attempt})"
+
+
+@dataclass(eq=False)
+class _Host:
+    """A hostname that is wanted. The issuer's lock guards all of it."""
+
+    name: str
+    agent: object
+    stored: Stored | None = None
+    failures: int = 0  # in a row, those that are this hostname's
+    not_before: float = 0.0  # no attempt earlier, whatever is due
+    challenge: str | None = None  # the type that worked last
+    window: Window | None = None  # the CA's, for the certificate with this serial number:
+    window_of: int | None = None
+    ask_at: float = 0.0
+    error: str = ""
+    busy: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)  # it is no longer wanted
+
+    def due_at(self) -> float:
+        if self.stored is None:
+            return self.not_before
+        window = self.window if self.window_of == self.stored.leaf.serial_number else None
+        due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
+        return max(due, self.not_before)
+
+    def restore(self, state):
+        """Take what as_dict() made; a value that makes no sense counts as missing."""
+        self.failures = max(0, int(_number(state.get("failures"))))
+        self.not_before = _number(state.get("next_attempt_at"))
+        self.ask_at = _number(state.get("ask_at"))
+        challenge, error = state.get("challenge"), state.get("error")
+        self.challenge = challenge if isinstance(challenge, str) else None
+        self.error = one_line(error) if isinstance(error, str) else ""
+        window, serial = state.get("window"), state.get("window_of")
+        if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
+            self.window = Window(*map(_number, window))
+            self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
+
+    def as_dict(self) -> dict:
+        return {
+            "failures": self.failures,
+            "next_attempt_at": self.not_before,
+            "challenge": self.challenge,
+            "error": self.error,
+            "window": self.window,
+            "window_of": None if self.window_of is None else f"{self.window_of:x}",
+            "ask_at": self.ask_at,
+        }
+
+
+class Issuer:
+    """Keeps certificates for the hostnames that are wanted. Any thread.
+
+    ``ca`` is a Ca, or what orders like one; ``challenges`` publishes proofs and has the ``types``
+    that can be published. ``on_change(hostname)`` is called, in a thread of ours and without a
+    lock, when state(hostname) has changed. ``clock`` gives seconds since 1970; after setting a
+    fake one, call look().
+    """
+
+    def __init__(self, ca, store: CertStore, challenges, on_change: Callable[[str], None], *,
+                 clock=time.time, orders_per_hour=ORDERS_PER_HOUR,
+                 orders_per_agent=ORDERS_PER_AGENT):  # fmt: skip
+        self._ca = ca
+        self._store = store
+        self._challenges = challenges
+        self._on_change = on_change
+        self._clock = clock
+        self._lock = threading.Condition()  # guards what follows; notified when a look is worth it
+        self._hosts: dict[str, _Host] = {}
+        self._jobs: set[threading.Thread] = set()
+        self._bucket = Bucket(orders_per_hour)
+        self._buckets: dict[object, Bucket] = {}  # by agent; the full ones are dropped
+        self._orders_per_agent = orders_per_agent
+        self._paused_until = 0.0
+        self._pause = ""  # why
+        self._outages = 0  # failures in a row to reach the CA
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="issuer", daemon=True)
+
+    def start(self):
+        self._thread.start()
+
+    def stop(self):
+        """No more orders; returns within two seconds, whatever the CA does."""
+        with self._lock:
+            self._stopping = True
+            for host in self._hosts.values():
+                host.stop.set()
+            jobs = list(self._jobs)
+            self._lock.notify_all()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        for thread in (self._thread, *jobs):
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    # Who is wanted
+
+    def want(self, hostname, agent=None) -> State:
+        """Get a certificate for ``hostname``, and keep it new. Once is enough, twice does no harm.
+
+        ``agent`` is whoever causes it (any hashable): a first order counts as one of its own. None
+        is the gateway. Reads the store, so do not call it in a handshake. Raises ValueError for
+        what cannot be ordered so: an address, a wildcard.
+        """
+        if not re.fullmatch(r"([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*", hostname):
+            raise ValueError(f"{hostname!r}: expected a hostname, in lower case, without wildcard")
+        with self._lock:
+            host = self._hosts.get(hostname)
+        if host is None:
+            host = _Host(hostname, agent)
+            host.stored = self._store.certificate(hostname)
+            host.restore(self._store.state(hostname))
+            with self._lock:
+                host = self._hosts.setdefault(hostname, host)  # another thread may be quicker
+                self._lock.notify_all()
+        return self.state(hostname) or self._state(host)
+
+    def drop(self, hostname):
+        """No longer wanted: it is not renewed, and an order for it ends. Its files stay."""
+        with self._lock:
+            host = self._hosts.pop(hostname, None)
+            if host is not None:
+                host.stop.set()
+
+    def retry_now(self, hostname) -> bool:
+        """One attempt at once, whatever failed before, and also if the certificate is a new one.
+
+        False if the hostname is not wanted.
+        """
+        with self._lock:
+            host = self._hosts.get(hostname)
+            if host is None:
+                return False
+            if host.stored is not None:  # as if the CA had said that its time has come
+                host.window, host.window_of = Window(0, 0), host.stored.leaf.serial_number
+            host.not_before = self._paused_until = 0.0
+            self._lock.notify_all()
+            return True
+
+    def state(self, hostname) -> State | None:
+        """None if the hostname is not wanted."""
+        with self._lock:
+            host = self._hosts.get(hostname)
+            return host and self._state(host)
+
+    def certificate(self, hostname) -> Stored | None:
+        """The certificate to serve; its file is for SSLContext.load_cert_chain()."""
+        with self._lock:
+            host = self._hosts.get(hostname)
+            return host and host.stored
+
+    def look(self):
+        """See now who is due: the clock was set. What is due has been started on return."""
+        with self._lock:
+            self._look()
+            self._lock.notify_all()
+
+    def _state(self, host) -> State:
+        now = self._clock()
+        ends_at = host.stored and host.stored.ends_at
+        next_at, reason = host.due_at(), host.error
+        if next_at <= now < self._paused_until:
+            next_at, reason = self._paused_until, reason or self._pause
+        if ends_at is not None and ends_at > now:
+            return State(READY, reason, next_at, ends_at)
+        return State(FAILED if reason else WAITING, reason, next_at, ends_at)
+
+    # Who is due
+
+    def _run(self):
+        with self._lock:
+            while not self._stopping:
+                self._lock.wait(self._look())
+
+    def _look(self) -> float:
+        """Start what is due and may run; seconds until the next look. Caller holds the lock."""
+        if self._stopping:
+            return 0.0
+        now = self._clock()
+        self._forgive_a_step_back(now)
+        return self._start_jobs(now)
+
+    def _forgive_a_step_back(self, now):
+        latest = now + LONGEST_DELAY
+        self._paused_until = min(self._paused_until, latest)
+        for host in self._hosts.values():
+            host.not_before = min(host.not_before, latest)
+            host.ask_at = min(host.ask_at, latest)
+
+    def _start_jobs(self, now) -> float:
+        wait = LOOK_AGAIN
+        self._buckets = {
+            agent: bucket for agent, bucket in self._buckets.items() if not bucket.full(now)
+        }
+        for due_at, host in sorted(
+            ((host.due_at(), host) for host in self._hosts.values() if not host.busy),
+            key=lambda pair: pair[0],
+        ):
+            if len(self._jobs) >= JOBS:
+                return wait  # the end of a job is a reason to look
+            due_at = max(due_at, self._paused_until)
+            if due_at <= now:
+                bound = max(bucket.wait(now) for bucket in self._bounds(host))
+                if not bound:
+                    for bucket in self._bounds(host):
+                        bucket.take(now)
+                    self._start(host, "order", self._order)
+                    continue
+                due_at = now + bound
+            wait = min(wait, due_at - now)
+            if host.stored and host.stored.ends_at > now:  # an expired one has no window
+                ask_at = max(host.ask_at, self._paused_until)
+                if ask_at <= now:
+                    self._start(host, "window", self._ask)
+                else:
+                    wait = min(wait, ask_at - now)
+        return wait
+
+    def _bounds(self, host) -> list[Bucket]:
+        """A renewal costs an agent nothing, or one with many new names could starve it."""
+        if host.agent is None or host.stored is not None:
+            return [self._bucket]
+        own = self._buckets.setdefault(host.agent, Bucket(self._orders_per_agent))
+        return [self._bucket, own]
+
+    def _start(self, host, what, job):
+        thread = threading.Thread(
+            target=self._work, args=(host, job), name=f"{what} {host.name}", daemon=True
+        )
+        try:
+            thread.start()  # it cannot end before we let go of the lock
+        except RuntimeError as error:  # the system has no more
+            log.error("%s: %s", host.name, error)
+            return
+        host.busy = True
+        self._jobs.add(thread)
+
+    def _work(self, host, job):
+        before = host.stored, host.error
+        try:
+            job(host)
+        except Abandoned:
+            pass  # nobody wants to know
+        except Exception as error:  # a bug, perhaps: the other hostnames must go on
+            log.exception("%s: the order ended by an error of ours", host.name)
+            self._failed(host, CaError(HOST, "gotunnel", repr(error)))
+        with self._lock:
+            wanted = self._hosts.get(host.name) is host and not self._stopping
+            state = host.as_dict()
+        if wanted:
+            self._tell(host, state, changed=(host.stored, host.error) != before)
+        with self._lock:
+            host.busy = False
+            self._jobs.discard(threading.current_thread())
+            self._lock.notify_all()
+
+    def _tell(self, host, state, *, changed):
+        try:
+            self._store.save_state(host.name, state)
+        except StoreError as error:
+            log.error("%s", error)
+        if changed:
+            try:
+                self._on_change(host.name)
+            except Exception:  # it is not ours, and the other hostnames must go on
+                log.exception("%s: a new state could not be told", host.name)
+
+    # What becomes of it
+
+    def _order(self, host):
+        try:
+            with self._store.lock(host.name) as ours:
+                if not ours:
+                    with self._lock:
+                        host.not_before = self._clock() + ELSEWHERE
+                    return
+                if not self._adopt(host):
+                    self._have_issued(host)
+        except StoreError as error:
+            self._failed(host, CaError(HOST, "ACME_CACHE", str(error)))
+        except CaError as error:
+            self._failed(host, error)
+
+    def _adopt(self, host) -> bool:
+        """Take what another process may have ordered since we looked."""
+        stored = self._store.certificate(host.name)
+        if stored is None or (host.stored and stored.ends_at <= host.stored.ends_at):
+            return False
+        self._succeeded(host, stored, host.challenge)
+        return True
+
+    def _have_issued(self, host):
+        challenge = self._choose(host)
+        key_pem, chain_pem = self._ca.order(
+            host.name, challenge, self._challenges, host.stop,
+            replaces=host.stored and host.stored.leaf)  # fmt: skip
+        stored = self._store.save(host.name, key_pem, chain_pem)
+        self._succeeded(host, stored, challenge)
+        log.info("%s: certificate until %s UTC, by %s", host.name,
+                 stored.leaf.not_valid_after_utc.strftime("%Y-%m-%d %H:%M"), challenge)  # fmt: skip
+
+    def _choose(self, host) -> str:
+        """The challenge that worked; after a failure the next one, in turn."""
+        types = list(self._challenges.types)
+        if not types:
+            raise CaError(
+                CONFIG, "gotunnel", "no port for challenges is open, expected HTTP_PORT or "
+                "GATEWAY_PORT to be reached from outside", account_wide=True)  # fmt: skip
+        first = types.index(host.challenge) if host.challenge in types else 0
+        return types[(first + host.failures) % len(types)]
+
+    def _succeeded(self, host, stored, challenge):
+        with self._lock:
+            host.stored, host.challenge = stored, challenge
+            host.failures, host.error, host.ask_at = 0, "", 0.0
+            # A CA whose windows have all passed, or whose clock is wrong, would be asked in a loop.
+            life = max(stored.ends_at - stored.begins_at, 0.0)
+            host.not_before = self._clock() + min(DAY, life * LEFT_AT_LATEST)
+            host.window = host.window_of = None
+            self._outages = 0
+
+    def _failed(self, host, error: CaError):
+        with self._lock:
+            now = self._clock()
+            pause = error.retry_after or 0.0
+            host.error = str(error)
+            if error.kind == TRANSPORT:
+                self._outages += self._paused_until <= now  # once for all jobs that meet it
+                longer = FIRST_PAUSE * 2 ** min(self._outages - 1, 20)
+                pause = max(pause, min(longer, LONGEST_PAUSE))
+            elif error.kind == CONFIG:
+                host.failures += 1
+                pause = max(pause, DAY)
+            elif error.kind == HOST:
+                host.failures += 1
+                pause = max(pause, retry_delay(host.name, host.failures))
+            if error.kind == ACCOUNT:
+                pause = pause or HOUR
+            host.not_before = now + pause
+            if error.account_wide or error.kind == TRANSPORT:
+                self._paused_until = max(self._paused_until, now + pause)
+                self._pause = str(error)
+        log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause,
+                    ", all wait" if error.account_wide else "", error)  # fmt: skip
+
+    def _ask(self, host):
+        leaf = host.stored.leaf
+        window, again = self._ca.renewal_info(leaf, host.stop)
+        with self._lock:
+            host.ask_at = self._clock() + again
+            if window is not None or host.window_of != leaf.serial_number:
+                host.window, host.window_of = window, leaf.serial_number
+
+
+def _number(value) -> float:
+    """What a file says is a number, 0 if it is none."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if good and 0 <= value < 1e11 else 0.0

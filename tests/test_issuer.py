@@ -1,0 +1,666 @@
+"""When certificates are ordered: the clock is the test's, and so is the CA."""
+
+import queue
+import threading
+import time
+
+import pytest
+from fake_ca import DAY, NOW, SILENCE, Clock, FakeCa, Mint, Proofs, problem
+from pebble import Answers, pebble
+from support import TIMEOUT, wait_until
+
+from gotunnel_server.acme_order import Ca
+from gotunnel_server.cert_store import CertStore
+from gotunnel_server.issuer import FAILED, JOBS, READY, WAITING, Issuer
+from gotunnel_server.refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
+from gotunnel_server.timetable import (
+    BACKOFF,
+    HOUR,
+    MINUTE,
+    Bucket,
+    Window,
+    ask_delay,
+    renew_at,
+    retry_delay,
+)
+
+APP, OTHER = "app.example.com", "other.example.com"
+URL = "https://ca.example/dir"
+
+
+class ScriptedCa:
+    """Orders as the test says: ``script`` holds errors and waits, else there is a certificate."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.mint = Mint()
+        self.lifetime = 90 * DAY
+        self.script = []
+        self.orders = queue.Queue()  # (hostname, challenge, replaces) of each
+        self.window = None
+        self.asks = []
+        self.lock = threading.Lock()
+
+    def order(self, hostname, challenge, challenges, stop, *, replaces=None):
+        self.orders.put((hostname, challenge, replaces))
+        with self.lock:
+            step = self.script.pop(0) if self.script else None
+        if isinstance(step, Exception):
+            raise step
+        if step is not None:
+            step(stop)
+        return self.mint.pair(hostname, self.clock(), self.lifetime)
+
+    def renewal_info(self, leaf, stop):
+        self.asks.append(leaf)
+        return self.window, 6 * HOUR
+
+    def ordered(self):
+        """What was ordered since the last look."""
+        found = []
+        while not self.orders.empty():
+            found.append(self.orders.get_nowait())
+        return found
+
+
+class House:
+    """An issuer whose clock stands still: it looks who is due only when the test says so."""
+
+    def __init__(self, folder, proofs=None, **more):
+        self.clock = more.pop("clock", None) or Clock()
+        self.ca = more.pop("ca", None) or ScriptedCa(self.clock)
+        self.proofs = proofs or Proofs()
+        self.folder = folder
+        self.changed = queue.Queue()
+        self.more = more
+        self.issuer = None
+        self.restart()
+
+    def restart(self):
+        if self.issuer:
+            self.issuer.stop()
+        self.store = CertStore(self.folder / "cache", URL)
+        self.issuer = Issuer(
+            self.ca, self.store, self.proofs, self.changed.put, clock=self.clock, **self.more
+        )
+
+    def at(self, seconds):
+        """Set the clock to so long after the beginning; then what is due is done."""
+        self.clock.now = NOW + seconds
+        return self.look()
+
+    def look(self):
+        """Do what is due; returns what was ordered."""
+        self.issuer.look()
+        while finish_jobs():
+            self.issuer.look()
+        return self.ca.ordered()
+
+    def state(self, hostname=APP):
+        return self.issuer.state(hostname)
+
+
+def jobs():
+    return [t for t in threading.enumerate() if t.name.startswith(("order ", "window "))]
+
+
+def finish_jobs() -> bool:
+    """Wait for those that run; whether there were any."""
+    running = jobs()
+    for job in running:
+        job.join(TIMEOUT)
+    return bool(running)
+
+
+@pytest.fixture
+def house(tmp_path):
+    house = House(tmp_path)
+    yield house
+    house.issuer.stop()
+
+
+def refused(kind=HOST, **more):
+    return CaError(kind, "https://ca.example/x", "the CA's words", code="code", **more)
+
+
+# The timetable
+
+
+@pytest.mark.parametrize("days, due", [(90, 60), (64, 42.67), (45, 30), (160 / 24, 80 / 24)])
+def test_a_certificate_is_due_by_its_lifetime(days, due):
+    for number in range(100):
+        at = renew_at(f"h{number}.example.com", NOW, NOW + days * DAY)
+        assert abs(at - NOW - due * DAY) <= days * DAY / 50 + DAY / 100
+
+
+def test_hostnames_of_one_day_are_spread_and_each_stays_where_it_is():
+    due = [renew_at(f"h{number}", NOW, NOW + 90 * DAY) for number in range(100)]
+    assert max(due) - min(due) > 2 * DAY
+    assert due == [renew_at(f"h{number}", NOW, NOW + 90 * DAY) for number in range(100)]
+
+
+def test_the_cas_window_is_kept_to_and_a_twentieth_is_the_latest():
+    window = Window(NOW + 10 * DAY, NOW + 20 * DAY)
+    chosen = renew_at(APP, NOW, NOW + 90 * DAY, window)
+    assert window.start_at <= chosen <= window.end_at
+    moved = renew_at(APP, NOW, NOW + 90 * DAY, Window(NOW + 11 * DAY, NOW + 20 * DAY))
+    assert moved != chosen
+    late = renew_at(APP, NOW, NOW + 90 * DAY, Window(NOW + 89 * DAY, NOW + 99 * DAY))
+    assert late == NOW + 85.5 * DAY
+
+
+def test_retries_grow_and_differ_by_a_tenth_at_most():
+    for failures, delay in enumerate([*BACKOFF, DAY, DAY], start=1):
+        delays = {retry_delay(f"h{number}", failures) for number in range(50)}
+        assert len(delays) == 50
+        assert all(0.9 * delay <= each <= 1.1 * delay for each in delays)
+
+
+def test_asking_again_has_bounds():
+    assert [ask_delay(seconds) for seconds in (None, 5, 600, 10 * DAY)] == [
+        6 * HOUR, MINUTE, 600, DAY]
+
+
+def test_a_bucket_holds_an_hours_worth_and_survives_a_clock_that_steps_back():
+    bucket = Bucket(2)
+    bucket.take(NOW)
+    assert bucket.wait(NOW) == 0
+    bucket.take(NOW)
+    assert bucket.wait(NOW) == 1800 and bucket.wait(NOW - DAY) == 1800
+    assert bucket.wait(NOW - DAY + 1800) == 0
+    assert bucket.full(NOW + DAY) and not bucket.wait(NOW + DAY)
+
+
+# Getting one, and keeping it
+
+
+def test_a_wanted_hostname_gets_a_certificate(house):
+    assert house.issuer.want(APP).name == WAITING
+    assert house.look() == [(APP, "http-01", None)]
+    assert house.changed.get(timeout=TIMEOUT) == APP
+    assert house.state().name == READY and house.state().ends_at == NOW + 90 * DAY
+    assert house.issuer.certificate(APP) == house.store.certificate(APP)
+    house.issuer.want(APP)
+    assert house.look() == []
+
+
+def test_a_restart_with_a_full_store_orders_nothing(house):
+    house.issuer.want(APP)
+    house.look()
+    house.restart()
+    assert house.issuer.want(APP).name == READY
+    assert house.look() == []
+
+
+def test_what_the_go_program_left_needs_no_order(house):
+    (house.folder / "cache" / APP).write_bytes(b"".join(house.ca.mint.pair(APP)))
+    assert house.issuer.want(APP).name == READY
+    assert house.look() == []
+
+
+def test_an_expired_certificate_is_ordered_anew_at_once_and_served_meanwhile(house):
+    house.store.save(APP, *house.ca.mint.pair(APP, NOW - 100 * DAY))
+    assert house.issuer.want(APP).name == WAITING
+    assert house.issuer.certificate(APP) is not None
+    assert len(house.look()) == 1 and house.ca.asks == [house.issuer.certificate(APP).leaf]
+
+
+def test_a_broken_file_is_ordered_anew(house):
+    house.store.save(APP, *house.ca.mint.pair(APP)).file.write_bytes(b"garbage")
+    assert house.issuer.want(APP).name == WAITING
+    assert len(house.look()) == 1 and house.state().name == READY
+
+
+def test_renewal_replaces_the_old_one_and_keeps_the_challenge(house):
+    house.ca.script = [refused()]
+    house.issuer.want(APP)
+    house.look()
+    assert house.at(70) == [(APP, "tls-alpn-01", None)]
+    first = house.issuer.certificate(APP)
+    assert house.at(57 * DAY) == []
+    assert house.at(63 * DAY) == [(APP, "tls-alpn-01", first.leaf)]
+    assert house.issuer.certificate(APP).ends_at == NOW + 153 * DAY
+    house.restart()
+    house.issuer.want(APP)
+    assert house.at(130 * DAY)[0][:2] == (APP, "tls-alpn-01")
+
+
+def test_a_failed_renewal_keeps_the_certificate_past_its_end(house):
+    house.issuer.want(APP)
+    house.look()
+    kept = house.issuer.certificate(APP)
+    house.ca.script = [refused()] * 100
+    house.at(63 * DAY)
+    assert house.state().name == READY and "the CA's words" in house.state().reason
+    house.at(91 * DAY)
+    assert house.state().name == FAILED and house.issuer.certificate(APP) == kept
+
+
+def test_a_clock_that_jumps_ahead_makes_due(house):
+    house.issuer.want(APP)
+    house.look()
+    assert len(house.at(400 * DAY)) == 1
+    assert house.state().name == READY
+
+
+def test_a_clock_that_was_set_back_delays_nobody_for_ever(house):
+    house.clock.now = NOW + 1000 * DAY
+    house.ca.script = [refused(), refused(ACCOUNT, retry_after=HOUR)]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.want(OTHER)
+    house.look()
+    house.at(0)
+    assert {name for name, _, _ in house.at(1.2 * DAY)} == {APP, OTHER}
+
+
+# Windows
+
+
+def test_the_cas_window_is_asked_for_and_kept(house):
+    house.ca.window = Window(NOW + 10 * DAY, NOW + 20 * DAY)
+    house.issuer.want(APP)
+    house.look()
+    chosen = house.state().next_at
+    assert NOW + 10 * DAY <= chosen <= NOW + 20 * DAY
+    house.at(7 * HOUR)
+    asks = len(house.ca.asks)
+    house.restart()
+    house.issuer.want(APP)
+    assert house.state().next_at == chosen
+    house.look()
+    assert len(house.ca.asks) == asks == 2
+
+
+def test_a_window_in_the_past_renews_now_but_not_in_a_loop(house):
+    house.ca.window = Window(NOW - 2, NOW - 1)
+    house.issuer.want(APP)
+    assert len(house.look()) == 1
+    assert house.at(HOUR) == []  # it is an hour old
+    ((_, _, replaces),) = house.at(25 * HOUR)
+    assert replaces is not None
+    assert len(house.at(26 * HOUR)) == 0
+
+
+def test_a_window_that_cannot_be_had_leaves_the_last_one(house):
+    house.ca.window = Window(NOW + 10 * DAY, NOW + 20 * DAY)
+    house.issuer.want(APP)
+    house.look()
+    chosen = house.state().next_at
+    house.ca.window = None
+    house.at(7 * HOUR)
+    assert house.state().next_at == chosen
+
+
+# Failures
+
+
+def test_failures_of_a_host_are_repeated_ever_later_and_over_a_restart(house):
+    house.ca.script = [refused()] * 7
+    house.issuer.want(APP)
+    now, challenges = 0.0, []
+    for delay in [0, *BACKOFF, DAY, DAY]:
+        assert house.at(now + 0.89 * delay) == [] or delay == 0
+        if delay:
+            now += 1.11 * delay
+            house.restart()
+            house.issuer.want(APP)
+            ((_, challenge, _),) = house.at(now)
+        else:
+            house.restart()
+            house.issuer.want(APP)
+            challenge = "http-01"
+            house.look()
+        challenges.append(challenge)
+    assert challenges == ["http-01", "tls-alpn-01"] * 3 + ["http-01"]
+    assert house.state().name == FAILED
+    assert str(house.state()).startswith("failed: https://ca.example/x: code: the CA's words (next")
+
+
+def test_retry_now_makes_one_attempt(house):
+    house.ca.script = [refused(), refused()]
+    house.issuer.want(APP)
+    house.look()
+    assert house.look() == []
+    assert house.issuer.retry_now(APP)
+    assert len(house.look()) == 1 and house.look() == []
+    assert not house.issuer.retry_now(OTHER)
+
+
+def test_retry_now_renews_a_certificate_that_is_new(house):
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.retry_now(APP)
+    assert len(house.look()) == 1 and house.look() == []
+
+
+def test_a_failure_of_one_host_holds_up_no_other(house):
+    house.ca.script = [refused()]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.want(OTHER)
+    assert len(house.look()) == 1 and house.state(OTHER).name == READY
+
+
+def test_a_rate_limit_of_the_account_holds_up_all_and_blames_nobody(house):
+    house.issuer.want("old.example.com")
+    house.look()
+    house.ca.script = [refused(ACCOUNT, retry_after=3600)]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.want(OTHER)
+    assert house.at(3599) == []
+    assert house.state(OTHER).name == FAILED and "the CA's words" in house.state(OTHER).reason
+    assert house.state("old.example.com").name == READY
+    assert {order[:2] for order in house.at(3601)} == {(APP, "http-01"), (OTHER, "http-01")}
+    assert house.state(OTHER).name == READY
+
+
+def test_what_the_operator_must_change_waits_for_a_day(house):
+    house.ca.script = [refused(CONFIG)]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.want(OTHER)
+    assert len(house.look()) == 1  # the other may fare better
+    assert house.at(0.99 * DAY) == [] and len(house.at(1.01 * DAY)) == 1
+
+
+def test_an_account_that_cannot_be_had_stops_all_for_a_day(house):
+    house.ca.script = [refused(CONFIG, account_wide=True)]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.want(OTHER)
+    assert house.at(0.99 * DAY) == [] and len(house.at(1.01 * DAY)) == 2
+
+
+def test_a_ca_that_is_down_pauses_all_ever_longer_and_blames_nobody(house):
+    house.ca.script = [refused(TRANSPORT)] * 4
+    house.issuer.want(APP)
+    assert len(house.look()) == 1
+    now = 0.0
+    for pause in (5, 10, 20):
+        assert house.at(now + 0.99 * pause) == []
+        now += pause
+        assert house.at(now) == [(APP, "http-01", None)]
+    assert house.store.state(APP)["failures"] == 0
+    assert len(house.at(now + 40)) == 1 and house.state().name == READY
+
+
+def test_no_challenge_to_offer_is_the_operators(tmp_path):
+    proofs = Proofs()
+    proofs.types = ()
+    house = House(tmp_path, proofs)
+    house.issuer.want(APP)
+    assert house.look() == [] and "HTTP_PORT" in house.state().reason
+    house.issuer.stop()
+
+
+def test_only_types_that_can_be_published_are_used(tmp_path):
+    house = House(tmp_path, Proofs("tls-alpn-01"))
+    house.ca.script = [refused()]
+    house.issuer.want(APP)
+    assert [*house.look(), *house.at(70)] == [(APP, "tls-alpn-01", None)] * 2
+    house.issuer.stop()
+
+
+def test_a_certificate_that_is_not_ours_is_refused(house):
+    house.ca.mint.pair, pair = lambda hostname, *more: pair(OTHER, *more), house.ca.mint.pair
+    house.issuer.want(APP)
+    house.look()
+    assert house.state().name == FAILED and OTHER in house.state().reason
+
+
+def test_an_error_of_ours_ends_one_attempt_only(house, caplog):
+    house.ca.script = [RuntimeError("a bug")]
+    house.issuer.want(APP)
+    house.look()
+    assert "a bug" in house.state().reason and "a bug" in caplog.text
+    assert len(house.at(70)) == 1 and house.state().name == READY
+
+
+@pytest.mark.parametrize("state", [
+    {"failures": "x", "next_attempt_at": None, "window": [1], "challenge": 5, "error": []},
+    {"failures": -1, "next_attempt_at": 1e300, "window": [1, "x"], "window_of": "zz"},
+    {"failures": True, "next_attempt_at": float("nan"), "window": 5, "window_of": 5},
+])
+def test_a_state_that_makes_no_sense_is_none(house, state):
+    house.store.save_state(APP, state)
+    house.issuer.want(APP)
+    assert len(house.look()) == 1 and house.state().name == READY
+
+
+# Bounds
+
+
+def test_few_orders_are_in_flight_and_a_silent_one_delays_no_other(house):
+    go_on = threading.Event()
+    house.ca.script = [lambda stop: go_on.wait(TIMEOUT)] * (JOBS - 1)
+    for number in range(JOBS + 5):
+        house.issuer.want(f"h{number}.example.com")
+    house.issuer.start()
+    try:
+        wait_until(lambda: sum(
+            house.state(f"h{number}.example.com").name == READY for number in range(JOBS + 5)
+        ) == 6)  # all but those that hang
+        wait_until(lambda: len(jobs()) == JOBS - 1)
+    finally:
+        go_on.set()
+
+
+def test_never_more_jobs_than_allowed(house):
+    go_on, running = threading.Event(), threading.Semaphore(0)
+
+    def hang(stop):
+        running.release()
+        go_on.wait(TIMEOUT)
+
+    house.ca.script = [hang] * 50
+    for number in range(20):
+        house.issuer.want(f"h{number}.example.com")
+    house.issuer.look()
+    for _ in range(JOBS):
+        assert running.acquire(timeout=TIMEOUT)
+    house.issuer.look()
+    assert len(jobs()) == JOBS
+    go_on.set()
+
+
+def test_orders_an_hour_are_bounded(tmp_path):
+    house = House(tmp_path, orders_per_hour=3)
+    for number in range(5):
+        house.issuer.want(f"h{number}.example.com")
+    assert len(house.look()) == 3
+    assert len(house.at(20 * MINUTE + 1)) == 1
+    assert len(house.at(40 * MINUTE + 2)) == 1
+    house.issuer.stop()
+
+
+def test_one_agent_cannot_take_the_others_orders(tmp_path):
+    house = House(tmp_path, orders_per_agent=2)
+    for number in range(5):
+        house.issuer.want(f"h{number}.example.com", "greedy")
+    house.issuer.want(APP, "modest")
+    ordered = {name for name, _, _ in house.look()}
+    assert len(ordered) == 3 and APP in ordered
+    assert len(house.at(31 * MINUTE)) == 1
+    house.issuer.stop()
+
+
+def test_renewals_cost_an_agent_nothing(tmp_path):
+    house = House(tmp_path, orders_per_agent=1)
+    for name in (APP, OTHER):
+        house.store.save(name, *house.ca.mint.pair(name, NOW - 80 * DAY))
+        house.issuer.want(name, "agent")
+    assert len(house.look()) == 2
+    house.issuer.stop()
+
+
+# Given up, and several processes
+
+
+def test_a_dropped_hostname_is_not_renewed(house):
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.drop(APP)
+    house.issuer.drop(APP)
+    assert house.state() is None and house.at(80 * DAY) == []
+    house.at(1 * DAY)
+    assert house.issuer.want(APP).name == READY  # from the store
+
+
+def test_a_dropped_hostname_ends_its_order(house):
+    def hang(stop):
+        assert stop.wait(TIMEOUT)
+        raise Abandoned
+
+    house.ca.script = [hang]
+    house.issuer.want(APP)
+    house.issuer.look()
+    house.ca.orders.get(timeout=TIMEOUT)
+    house.issuer.drop(APP)
+    house.look()
+    assert house.changed.empty() and house.store.state(APP) == {}
+
+
+def test_a_hostname_that_another_process_orders_is_taken_from_it(house):
+    with house.store.lock(APP):
+        house.issuer.want(APP)
+        assert house.look() == []
+        theirs = CertStore(house.folder / "cache", URL).save(APP, *house.ca.mint.pair(APP))
+    assert house.at(6) == [] and house.issuer.certificate(APP) == theirs
+    assert house.changed.get(timeout=TIMEOUT) == APP
+
+
+def test_issuers_of_one_store_order_once(tmp_path):
+    clock = Clock()
+    ca = ScriptedCa(clock)
+    houses = [House(tmp_path, clock=clock, ca=ca) for _ in range(6)]
+    for house in houses:
+        house.issuer.want(APP)
+    for house in houses:
+        house.issuer.look()
+    finish_jobs()
+    clock.now += 6
+    assert len([order for house in houses for order in house.look()]) == 1
+    assert all(house.state().name == READY for house in houses)
+    for house in houses:
+        house.issuer.stop()
+
+
+@pytest.mark.parametrize("hostname", ["127.0.0.1", "::1", "*.example.com", "A.example", "", "a/b"])
+def test_what_cannot_be_ordered_is_not_wanted(house, hostname):
+    with pytest.raises(ValueError, match="expected a hostname"):
+        house.issuer.want(hostname)
+    assert house.state(hostname) is None
+
+
+# Its thread
+
+
+def test_the_thread_orders_what_is_wanted_and_renews_in_time(tmp_path):
+    house = House(tmp_path, clock=time.time)
+    house.ca.lifetime = 2  # seconds: renewed every one
+    house.issuer.start()
+    house.issuer.want(APP)
+    assert [house.changed.get(timeout=TIMEOUT) for _ in range(2)] == [APP] * 2
+    house.issuer.stop()
+
+
+def test_a_silent_ca_does_not_hold_up_the_end(tmp_path):
+    clock = Clock()
+    with FakeCa(clock) as fake:
+        fake.script["new-order"] = [SILENCE] * 10
+        store = CertStore(tmp_path / "cache", fake.directory)
+        ca = Ca(fake.directory, store, clock=clock)
+        issuer = Issuer(ca, store, Proofs(), print, clock=clock)
+        issuer.start()
+        for number in range(3):
+            issuer.want(f"h{number}.example.com")
+        fake.silent.get(timeout=TIMEOUT)
+        began = time.monotonic()
+        issuer.stop()
+        assert time.monotonic() - began < 2
+
+
+def test_an_issuer_that_was_not_started_can_be_stopped(house):
+    house.issuer.stop()
+    house.issuer.want(APP)
+    assert house.look() == []
+
+
+def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
+    clock = Clock()
+    store = CertStore(tmp_path / "cache", URL)
+    told = threading.Event()
+
+    def fail(hostname):
+        told.set()
+        raise RuntimeError("told")
+
+    issuer = Issuer(ScriptedCa(clock), store, Proofs(), fail, clock=clock)
+    issuer.start()
+    issuer.want(APP)
+    assert told.wait(TIMEOUT)
+    issuer.stop()
+    assert issuer.state(APP).name == READY and "could not be told" in caplog.text
+
+
+# With a whole CA
+
+
+def test_a_whole_ca_and_its_rate_limit(tmp_path):
+    clock = Clock()
+    with FakeCa(clock) as fake:
+        store = CertStore(tmp_path / "cache", fake.directory)
+        house = House(tmp_path, clock=clock, ca=Ca(fake.directory, store, clock=clock))
+        house.ca.ordered = list
+        fake.script["new-order"] = [problem(429, "rateLimited", "too many", Retry_After="60")]
+        house.issuer.want(APP)
+        house.look()
+        assert "429 rateLimited: too many" in house.state().reason
+        house.at(59)
+        assert fake.count("new-order") == 1
+        house.at(61)
+        assert fake.count("new-order") == 2 and house.state().name == READY
+        house.issuer.stop()
+
+
+def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
+    """The first attempt fails by http-01; tls-alpn-01 works, and is remembered."""
+
+    with Answers() as answers, pebble(tmp_path, 1, answers.tls_port) as running:
+        store = CertStore(tmp_path / "cache", running.directory)
+        ca = Ca(running.directory, store, ca_file=running.ca_file)
+        changed = queue.Queue()
+        issuer = Issuer(ca, store, answers, changed.put)
+        issuer.start()
+        try:
+            issuer.want(APP)
+            changed.get(timeout=TIMEOUT)
+            assert issuer.state(APP).name == FAILED and "http-01" in issuer.state(APP).reason
+            issuer.retry_now(APP)
+            changed.get(timeout=TIMEOUT)
+            assert issuer.state(APP).name == READY
+            assert store.state(APP)["challenge"] == "tls-alpn-01"
+        finally:
+            issuer.stop()
+
+
+@pytest.mark.slow
+def test_pebble_and_certificates_of_seconds(tmp_path):
+    with Answers() as answers, pebble(
+        tmp_path, answers.http_port, answers.tls_port, lifetime=6
+    ) as running:
+        store = CertStore(tmp_path / "cache", running.directory)
+        ca = Ca(running.directory, store, ca_file=running.ca_file)
+        changed = queue.Queue()
+        issuer = Issuer(ca, store, answers, changed.put, orders_per_hour=10_000)
+        issuer.start()
+        try:
+            for number in range(3):
+                issuer.want(f"h{number}.example.com")
+            for _ in range(15):
+                hostname = changed.get(timeout=TIMEOUT)
+                assert issuer.state(hostname).name == READY, issuer.state(hostname)
+        finally:
+            issuer.stop()
