@@ -1065,7 +1065,10 @@ class Ends(NamedTuple):
 
 def on_one_line(text: str, limit=500) -> str:
     """A text of a peer's, for the log: what cannot be printed is escaped, what is long is cut."""
-    return text[:limit].encode("unicode_escape").decode()
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[:limit]
+    )
 
 
 def encode_data_header(hostname: str, ends: Ends | None = None) -> bytes:

@@ -59,7 +59,6 @@ def refusal_of_agent(folder, **keys):
         ({"JWT_SECRET": None}, "JWT_SECRET is not set"),
         ({"GATEWAY_HOST": "https://gateway.localhost"}, "expected a hostname"),
         ({"TUNNEL_PORT": "70000"}, "TUNNEL_PORT is '70000', expected a port from 1 to 65535"),
-        ({"ACME_ENV": "production"}, "cannot order certificates yet"),
         ({"CERT_DIR": "/nowhere", "ACME_ENV": None}, "expected a folder that exists"),
         ({"ACME_CACHE": "/proc/nowhere"}, "needs a folder that it can write"),
         ({"DRAIN_TIMEOUT": "15s"}, "expected seconds"),
