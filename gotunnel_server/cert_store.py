@@ -4,6 +4,7 @@
                             staging and production never mix
     CA/certs/HOST.pem       private key, certificate, chain, in one file: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
+    CA/certs/HOST.renew     somebody asks to have HOST renewed now; empty
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
 
@@ -36,6 +37,7 @@ from cryptography.hazmat.primitives import serialization
 log = logging.getLogger("gotunnel.cert_store")
 
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
+_HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
 # Seconds. No write takes so long: an older temporary file is that of a process that was killed.
 STALE = 60.0
 MOST_BYTES = 256 * 1024  # of any file here; a key and a long chain are some 10 KiB
@@ -93,14 +95,17 @@ class CertStore:
     def certificate(self, hostname) -> Stored | None:
         """The certificate of a hostname, ours or one that the Go program left; None if none.
 
-        It may have run out, or begin later: only its dates are not judged here.
+        It may have run out, or begin later: only its dates are not judged here. Raises StoreError
+        if it cannot be read just now.
         """
         file = self._file(hostname, ".pem")
         try:
             return check(file, hostname)
         except FileNotFoundError:
             pass
-        except (StoreError, OSError) as error:
+        except OSError as error:  # such as no descriptor: the file need not be broken
+            raise StoreError(f"{file}: {error.strerror}") from error
+        except StoreError as error:
             self._set_aside(file, error)
         return self._left_by_go(hostname)
 
@@ -115,8 +120,10 @@ class CertStore:
             raise StoreError(f"{file}: {error.strerror}") from error
 
     def hostnames(self) -> list[str]:
-        """What has a certificate of this CA here, or had one."""
-        return sorted(path.stem for path in self._certs.glob("*.pem") if "." in path.stem)
+        """What has a certificate of this CA here, or had one; but for names so long that their
+        files have others."""
+        stems = (path.stem for path in self._certs.glob("*.pem"))
+        return sorted(stem for stem in stems if "." in stem and not _HASHED.fullmatch(stem))
 
     def _left_by_go(self, hostname) -> Stored | None:
         for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
@@ -150,6 +157,29 @@ class CertStore:
     def save_state(self, hostname, state: dict):
         """Raises StoreError if it cannot be written."""
         self._write_json(self._file(hostname, ".json"), state)
+
+    # What the operator asks for
+
+    def ask_renewal(self, hostname):
+        """Leave a request for the gateway that runs. Raises StoreError if it cannot be written."""
+        file = self._file(hostname, ".renew")
+        if len(hostname) > LONGEST_STEM:  # its file would not say whose it is
+            raise StoreError(f"{hostname}: too long to be asked for, expected {LONGEST_STEM} bytes")
+        try:
+            file.touch(mode=0o600)
+        except OSError as error:
+            raise StoreError(f"{file}: {error.strerror}") from error
+
+    def renewals(self) -> list[str]:
+        """The hostnames that were asked for since the last time. Their requests are removed."""
+        hostnames = []
+        for file in sorted(self._certs.glob("*.renew")):
+            try:
+                file.unlink()
+            except OSError:  # another process has taken it; or it cannot be taken, now or ever
+                continue
+            hostnames.append(file.stem)
+        return hostnames
 
     # One process at a time
 
@@ -205,7 +235,9 @@ class CertStore:
             return value
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError, StoreError) as error:
+        except OSError as error:
+            raise StoreError(f"{file}: {error.strerror}") from error
+        except (ValueError, RecursionError, StoreError) as error:
             self._set_aside(file, error)
             return {}
 

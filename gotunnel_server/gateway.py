@@ -116,9 +116,9 @@ class Gateway:
         """Serve what was ordered earlier: until its agent is back, a hostname shows a page that says
         so, and no TLS error."""
         for hostname in store.hostnames():
-            stored = store.certificate(hostname)
-            if stored is not None:
-                with contextlib.suppress(CertificateError):  # it is ordered anew when it is wanted
+            with contextlib.suppress(CertificateError, StoreError):  # it is ordered when wanted
+                stored = store.certificate(hostname)
+                if stored is not None:
                     self._certificates.take(hostname, stored.file)
 
     @property
@@ -143,48 +143,46 @@ class Gateway:
         for name in self._authority.hostnames() if self._authority else ():
             self._ensure_certificate(name)
 
-    def _ensure_certificate(self, hostname, agent=None) -> str:
-        """See to it that a hostname has a certificate; how that stands, as agents hear it."""
+    def _ensure_certificate(self, hostname, agent=None):
+        """See to it that a hostname has a certificate, now or soon."""
         try:
             self._certificates.reload()
             if self._certificates.ensure(hostname):
-                return READY
+                return
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
-            return f"{FAILED}: {error}"
+            return
         if self._issuer is None:
             log.warning("%s: there is no certificate for it, visitors are refused", hostname)
-            return f"{FAILED}: CERT_DIR holds none for it"
+            return
         try:
             self._issuer.want(hostname, agent)
-        except ValueError as error:
+            self._take_ordered(hostname)
+        except (StoreError, ValueError) as error:
             log.warning("%s: no certificate: %s", hostname, error)
-            return f"{FAILED}: {error}"
-        return self._take_ordered(hostname)
 
-    def _take_ordered(self, hostname) -> str:
-        """Serve what was ordered for a hostname, if it is there; says how that stands."""
+    def _take_ordered(self, hostname):
+        """Serve what was ordered for a hostname, if it is there."""
         stored = self._issuer.certificate(hostname)
         try:
             if stored is not None:
                 self._certificates.take(hostname, stored.file)
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
-        return str(self._issuer.state(hostname))
 
     def _certificate_state(self, hostname) -> str:
-        """How the certificate of a hostname stands, as _ensure_certificate() says."""
+        """How the certificate of a hostname stands, as in gotunnel.Certificate."""
         state = self._issuer and self._issuer.state(hostname)
-        if state is None:
-            return READY if self._certificates.context(hostname) else FAILED
-        return str(state)
+        if state is not None:
+            return str(state)
+        return READY if self._certificates.context(hostname) else f"{FAILED}: there is none for it"
 
     def _certificate_changed(self, hostname):
         """Issuer's thread: an order has come to an end, good or bad."""
-        state = self._take_ordered(hostname)
+        self._take_ordered(hostname)
         route = self._registry.lookup(hostname)
         if route is not None:
-            route.tunnel.tell_certificate(hostname, state)
+            route.tunnel.tell_certificate(hostname)
 
     def _awaits_certificate(self, hostname) -> bool:
         """Whether a hostname has no certificate yet, and will soon."""
@@ -257,6 +255,7 @@ class Gateway:
             registry=self._registry,
             ports=self._ports,
             ensure_certificate=self._ensure_certificate,
+            certificate_state=self._certificate_state,
             max_hosts=config.max_hosts_per_agent,
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))

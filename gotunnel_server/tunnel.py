@@ -81,18 +81,20 @@ class Tunnels:
     """All agents' connections of a gateway, and what they need."""
 
     def __init__(
-        self, *, context, challenges, credentials, registry, ports, ensure_certificate, max_hosts
-    ):
+        self, *, context, challenges, credentials, registry, ports, ensure_certificate,
+        certificate_state, max_hosts,
+    ):  # fmt: skip
         """``context`` is the TLS context of the port, ``challenges`` what a CA may find there.
         ``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificate(hostname,
-        agent)`` sees to it that a hostname can be served, and says how that stands: a text as in
-        Certificate. ``agent`` is whom to blame."""
+        agent)`` sees to it that a hostname can be served, now or soon; ``agent`` is whom to blame.
+        ``certificate_state(hostname)`` says how that stands, as in gotunnel.Certificate."""
         self.context = context
         self.challenges = challenges
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
         self.ensure_certificate = ensure_certificate
+        self.certificate_state = certificate_state
         self.max_hosts = max_hosts
         self.listener = None  # set before it is started
         self._tunnels = set()
@@ -151,6 +153,7 @@ class Tunnel:
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
         self._hears_of_certificates = False  # it knows the message
+        self._telling = threading.Lock()  # held to look and to tell: the last word is the latest
         self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
         self._tunnels = tunnels
         self._step = self._begin
@@ -285,12 +288,9 @@ class Tunnel:
             self._tunnels.registry.claim(routes)
         except HostnameTaken as taken:
             raise _Refusal(str(taken)) from None
-        states = {
-            hostname: self._tunnels.ensure_certificate(hostname, self.identity.issuer)
-            for hostname in routes
-        }
+        for hostname in routes:
+            self._tunnels.ensure_certificate(hostname, self.identity.issuer)
         features = tuple(name for name in message.features if name in FEATURES)
-        self._hears_of_certificates = CERTIFICATES in features
         self.half_close = HALF_CLOSE in features
         self.since = time()
         ports, refused = self._open_ports(message, routes) if PORTS in features else ({}, {})
@@ -304,17 +304,18 @@ class Tunnel:
         # the same read.
         ack = Ack(True, features=features, ports=ports, refused=refused)
         self._control.write(encode_message(ack))
-        for hostname, state in states.items():
-            self.tell_certificate(hostname, state)
+        self._hears_of_certificates = CERTIFICATES in features  # from now on: the ack comes first
+        for hostname in routes:
+            self.tell_certificate(hostname)
         log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
         session.start()
 
-    def tell_certificate(self, hostname, state):
-        """Let the agent know how a certificate stands. Any thread; waits for nothing."""
+    def tell_certificate(self, hostname):
+        """Let the agent know how a certificate stands now. Any thread; waits for nothing."""
         if self._hears_of_certificates:
-            with contextlib.suppress(OSError):  # it has gone, or does not read
-                message = encode_message(Certificate(hostname, state))
-                self._control.write(message, timeout=0)
+            with self._telling, contextlib.suppress(OSError):  # it has gone, or does not read
+                message = Certificate(hostname, self._tunnels.certificate_state(hostname))
+                self._control.write(encode_message(message), timeout=0)
 
     def _open_ports(self, message, routes):
         """Open the public ports that the agent asks for, one a hostname. Returns hostname to port,

@@ -106,6 +106,21 @@ def test_ca_that_is_away_is_told_to_the_agent_and_stops_nobody_else(tmp_path, or
                 pass
 
 
+def test_the_last_word_on_a_certificate_is_the_latest(tmp_path, origin, caplog):
+    """Orders that fail while the agent's other hostnames are still being registered."""
+    caplog.set_level(logging.INFO)
+    names = [f"n{number}.example.com" for number in range(20)]
+    with reserved_port() as nobody, house(tmp_path, ACME_DIRECTORY=f"https://localhost:{nobody}/d") \
+            as gateway:  # fmt: skip
+        with agent_here(gateway, tmp_path, http=dict.fromkeys(names, origin.port)):
+            for name in names:
+                wait_until(lambda: f"{name}: certificate: failed" in caplog.text)  # noqa: B023
+    for name in names:
+        words = [record.message for record in caplog.records
+                 if record.message.startswith(f"{name}: certificate: ")]  # fmt: skip
+        assert "failed" in words[-1]
+
+
 def test_nobody_causes_an_order_by_a_hello(tmp_path):
     with house(tmp_path) as gateway:
         with gateway.dial(GATEWAY_HOST):  # which has waited for it

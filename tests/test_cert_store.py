@@ -1,6 +1,7 @@
 """The cache: what is written is whole, and what is broken is set aside."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 from fake_ca import DAY, NOW, Mint
 from support import ROOT
 
+from gotunnel_server import cert_store
 from gotunnel_server.cert_store import CertStore, StoreError, ca_id, check
 
 HOST = "app.example.com"
@@ -196,6 +198,30 @@ def test_the_longest_hostname_has_files(store, mint):
     assert store.save(hostname, *mint.pair(hostname)) == store.certificate(hostname)
 
 
+def test_a_file_with_a_name_of_its_own_is_not_taken_for_another_hostnames(tmp_path, store, mint):
+    host = ".".join(["a" * 60] * 3 + ["b" * 50, "test"])
+    store.save(host, *mint.pair(host))
+    again = CertStore(tmp_path / "cache", URL)
+    assert again.hostnames() == []
+    assert again.certificate(host) is not None
+
+
+def test_what_cannot_be_read_just_now_is_not_broken(tmp_path, store, mint, monkeypatch):
+    store.save(HOST, *mint.pair(HOST))
+    store.save_account({"url": "x"})
+
+    def fail(file):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cert_store, "_read", fail)
+        for read in (lambda: store.certificate(HOST), store.account):
+            with pytest.raises(StoreError, match="Too many open files"):
+                read()
+    assert store.certificate(HOST) is not None
+    assert store.account() == {"url": "x"}
+
+
 def test_the_lock_is_for_one_at_a_time(tmp_path, store):
     other = CertStore(tmp_path / "cache", URL)
     with store.lock(HOST) as ours, other.lock(HOST) as theirs, other.lock("b.example") as free:
@@ -209,6 +235,7 @@ import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Mint
+from gotunnel_server import cert_store
 from gotunnel_server.cert_store import CertStore
 store = CertStore(Path(sys.argv[3]), sys.argv[4])
 pair = Mint().pair(sys.argv[5])
