@@ -99,7 +99,7 @@ class Gateway:
     def _build_issuer(self):
         acme = self._config.acme
         try:
-            store = CertStore(self._config.acme_cache, acme.directory)
+            store = self._store = CertStore(self._config.acme_cache, acme.directory)
         except StoreError as error:
             raise CertificateError(str(error)) from None
         # Who orders nothing need not load what ordering takes: 15 MB.
@@ -196,6 +196,10 @@ class Gateway:
         wanted, next_keep = set(self._own_names), monotonic() + KEEP
         while not self._stopping.wait(RELOAD):
             self._certificates.reload()
+            for hostname in self._store.renewals() if self._issuer else ():
+                known = self._issuer.retry_now(hostname)
+                log.info("%s: a new certificate was asked for%s", hostname,
+                         "" if known else ", but nobody serves it now")  # fmt: skip
             if monotonic() < next_keep:
                 continue
             next_keep = monotonic() + KEEP

@@ -413,6 +413,9 @@ class Visitor:
 
     def _await_certificate(self):
         """Look again and again whether it is there; in the end the handshake fails by an alert."""
+        if self._visitors.draining:
+            self.close()
+            return False
         left = self._deadline - monotonic()
         if left <= 0 or not self._visitors.awaits_certificate(self._sni):
             return self._start_tls(self._visitors.context)

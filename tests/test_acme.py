@@ -26,6 +26,7 @@ from support import (
     wait_until,
 )
 
+from gotunnel_server import gateway as gateway_module
 from gotunnel_server.authority import Authority
 
 ACME_TLS = "acme-tls/1"
@@ -119,6 +120,41 @@ def test_the_last_word_on_a_certificate_is_the_latest(tmp_path, origin, caplog):
         words = [record.message for record in caplog.records
                  if record.message.startswith(f"{name}: certificate: ")]  # fmt: skip
         assert "failed" in words[-1]
+
+
+def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkeypatch):
+    monkeypatch.setattr(gateway_module, "RELOAD", 0.05)
+    with house(tmp_path) as gateway:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            with gateway.dial(APP) as visitor:
+                first = serial_of(visitor)
+            gateway.inner._store.ask_renewal(APP)
+
+            def is_new():
+                with gateway.dial(APP) as visitor:
+                    return serial_of(visitor) != first
+
+            wait_until(is_new)
+
+
+def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a CA that says nothing
+        directory = f"https://localhost:{silent.getsockname()[1]}/d"
+        with house(tmp_path, ACME_DIRECTORY=directory, DRAIN_TIMEOUT="10") as gateway:
+            visitors = gateway.inner._visitors
+            with agent_here(gateway, tmp_path, http={APP: origin.port}):
+                sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
+                visitor = gateway.context.wrap_socket(
+                    sock, server_hostname=APP, do_handshake_on_connect=False
+                )
+                visitor.setblocking(False)
+                with pytest.raises(ssl.SSLWantReadError):
+                    visitor.do_handshake()
+                wait_until(lambda: [one for one in visitors._visitors if one._sni == APP])
+            began = time.monotonic()
+        assert time.monotonic() - began < 8  # less than the drain
+        assert not visitors._visitors
+        visitor.close()
 
 
 def test_nobody_causes_an_order_by_a_hello(tmp_path):

@@ -15,7 +15,13 @@ WIRE = {"gotunnel.py": set()}
 SERVER = {
     "__init__.py": set(),
     "__main__.py": {"cli"},
-    "cli.py": {"gotunnel", "authority", "config", "gateway", "listener"},
+    "cli.py": {
+        "gotunnel", "authority", "cert_store", "config", "doctor", "gateway", "listener",
+    },
+    "doctor.py": {
+        "gotunnel", "authority", "cert_dir", "cert_store", "cryptography", "gateway", "issuer",
+        "listener",
+    },
     "config.py": {"gotunnel", "dotenv"},
     "gateway.py": {
         "gotunnel", "authority", "cert_store", "certificates", "challenges", "credentials",

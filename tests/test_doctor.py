@@ -1,0 +1,495 @@
+"""What the operator is told: `gotunnel-server check` and `gotunnel-server certificates`."""
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+from fake_ca import DAY, NOW, FakeCa, Mint
+from support import (
+    GATEWAY_HOST,
+    ROOT,
+    TIMEOUT,
+    TUNNEL_HOST,
+    gateway_environment,
+    gateway_here,
+    reserved_port,
+)
+
+from gotunnel_server import cli, doctor
+from gotunnel_server.authority import Authority
+from gotunnel_server.cert_store import CertStore, StoreError, ca_id
+from gotunnel_server.config import load
+from gotunnel_server.doctor import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
+from gotunnel_server.timetable import renew_at
+
+APP = "app.example.com"
+URL = "https://ca.example/dir"
+
+
+@pytest.fixture(scope="module")
+def mint():
+    return Mint()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CertStore(tmp_path, URL)
+
+
+def config_of(cache, **changes):
+    return load(os.devnull, gateway_environment(cache, **changes))
+
+
+def ordering(cache, **changes):
+    return config_of(cache, ACME_ENV="", ACME_DIRECTORY=URL, HTTP_PORT="0", **changes)
+
+
+def put_pair(folder, stem, pair):
+    key, chain = pair
+    (folder / f"{stem}.key").write_bytes(key)
+    (folder / f"{stem}.key").chmod(0o600)
+    (folder / f"{stem}.crt").write_bytes(chain)
+
+
+def tree(folder):
+    """All that is in a folder, and what it is."""
+    return {
+        path: (path.stat().st_mode, path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+def run(*arguments, **environment):
+    """The program as an operator calls it: status, output, errors."""
+    command = [sys.executable, str(ROOT / "gotunnel_server"), *arguments]
+    ended = subprocess.run(
+        command, cwd=environment["ACME_CACHE"], env=environment, text=True, capture_output=True,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+# Ports
+
+
+def test_a_free_port_is_free_afterwards_too():
+    with reserved_port() as port:
+        for _ in range(2):
+            finding = doctor.look_at_port("HTTP_PORT", ("127.0.0.1",), port, None)
+            assert finding == Finding(OK, "HTTP_PORT", f"{port} is free")
+
+
+@pytest.mark.parametrize("port", [None, 0])
+def test_a_port_that_is_off_or_any_is_not_bound(port):
+    assert doctor.look_at_port("HTTP_PORT", ("203.0.113.1",), port, None).level == OK
+
+
+def test_a_port_of_another_program_fails():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        answering = threading.Thread(target=lambda: listening.accept()[0].close())
+        answering.start()
+        finding = doctor.look_at_port("HTTP_PORT", ("127.0.0.1",), port, None)
+        answering.join(TIMEOUT)
+    assert finding.level == FAIL and f"{port} on 127.0.0.1: in use" in finding.text
+
+
+def test_an_address_of_another_machine_fails_and_is_not_called(monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", None)
+    finding = doctor.look_at_port("GATEWAY_PORT", ("203.0.113.1",), 443, GATEWAY_HOST)
+    assert finding.level == FAIL and "correct BIND" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "attribute", "tls_name"),
+    [
+        ("GATEWAY_PORT", "public_port", GATEWAY_HOST),
+        ("TUNNEL_PORT", "tunnel_port", TUNNEL_HOST),
+        ("DASHBOARD_PORT", "dashboard_port", None),
+        ("HTTP_PORT", "http_port", None),
+    ],
+)
+def test_a_port_of_a_gateway_that_runs_is_a_warning(cache, setting, attribute, tls_name):
+    with gateway_here(cache, HTTP_PORT="auto") as gateway:
+        port = getattr(gateway.inner, attribute)
+        finding = doctor.look_at_port(setting, ("127.0.0.1",), port, tls_name)
+    assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("localhost", OK), (GATEWAY_HOST, OK), ("127.0.0.1", OK), ("192.0.2.7", WARN)],
+)
+def test_a_name_leads_to_this_machine_or_that_is_said(name, level):
+    assert doctor.look_at_name("TUNNEL_HOST", name).level == level
+
+
+def test_a_name_that_does_not_resolve_fails(monkeypatch):
+    def refuse(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    finding = doctor.look_at_name("GATEWAY_HOST", "gw.example.com")
+    assert finding.level == FAIL
+    assert "gw.example.com does not resolve (Name or service not known): point" in finding.text
+
+
+def test_an_address_behind_nat_is_a_warning_with_both_addresses():
+    finding = doctor.judge_addresses(
+        "GATEWAY_HOST", "gw.test", ["10.0.0.5", "203.0.113.9"], ["10.0.0.5"], ["10.0.0.5"]
+    )
+    assert finding.level == WARN
+    assert "203.0.113.9 is no address of this machine, which has 10.0.0.5:" in finding.text
+
+
+# The CA
+
+
+@contextlib.contextmanager
+def https_server(folder, body, status=200):
+    """Answers everything with ``body``, for the certificate of 127.0.0.1; gives the URL."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*Authority(folder).issue("127.0.0.1"))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="https server")
+    thread.start()
+    try:
+        yield f"https://127.0.0.1:{server.server_port}/dir"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(TIMEOUT)
+
+
+DIRECTORY = json.dumps(dict.fromkeys(doctor.RESOURCES, URL)).encode()
+
+
+def test_a_directory_that_answers_is_fine_and_so_is_our_clock():
+    with FakeCa(time.time) as ca:
+        findings = list(doctor.look_at_directory(ca.directory, None))
+        assert levels(findings) == [OK, OK] and "speaks ACME" in findings[0].text
+        assert ca.asked == [("dir", None)]  # nothing is ordered
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, b"<h1>It works</h1>", "<h1>It works</h1>"),
+        (200, b"[]", "[]"),
+        (200, b'{"newNonce": 1}', "newNonce"),
+        (200, b"[" * 50_000, "[[["),
+        (503, b"\xff\x1b[31mdown", "status 503"),
+        (404, b"", "nothing"),
+    ],
+)
+def test_an_answer_that_is_no_directory_fails(status, body, words):
+    with FakeCa(time.time) as ca:
+        ca.script["dir"] = [(status, {}, body)]
+        finding, clock = doctor.look_at_directory(ca.directory, None)
+    assert finding.level == FAIL and words in finding.text and finding.text.isprintable()
+    assert clock.level == OK
+
+
+def test_a_ca_that_nobody_trusts_fails_and_with_its_root_it_does_not(tmp_path):
+    with https_server(tmp_path / "ca", DIRECTORY) as url:
+        assert levels(doctor.look_at_directory(url, str(tmp_path / "ca" / "ca.crt"))) == [OK, OK]
+        (finding,) = doctor.look_at_directory(url, None)
+    assert finding.level == FAIL and "ACME_CA_FILE" in finding.text
+
+
+def test_a_ca_that_is_away_fails_in_one_line():
+    with reserved_port() as port:
+        (finding,) = doctor.look_at_directory(f"https://127.0.0.1:{port}/dir", None)
+    assert finding.level == FAIL and "refused; check ACME_DIRECTORY" in finding.text
+
+
+def test_a_ca_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(doctor, "NETWORK_TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/dir"
+        (finding,) = doctor.look_at_directory(url, None)
+    assert finding.level == FAIL and "timed out" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("off", "level", "side"),
+    [(0, OK, ""), (299, OK, ""), (-301, WARN, "behind"), (301, WARN, "ahead of"),
+     (-2 * DAY, FAIL, "behind"), (2 * DAY, FAIL, "ahead of")],
+)  # fmt: skip
+def test_our_clock_is_judged_by_the_cas(off, level, side):
+    finding = doctor.judge_clock(formatdate(NOW, usegmt=True), NOW + off)
+    assert finding.level == level and side in finding.text
+
+
+@pytest.mark.parametrize("date", [None, "", "yesterday"])
+def test_a_ca_that_does_not_say_the_time_is_not_blamed(date):
+    assert doctor.judge_clock(date, NOW).level == OK
+
+
+# Folders
+
+
+def test_a_cache_to_be_is_not_made(tmp_path):
+    (finding,) = doctor.look_at_cache(config_of(tmp_path / "a" / "b"))
+    assert finding.level == OK and list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_others_may_write_is_a_warning_and_nothing_is_left_in_it(tmp_path, store):
+    before = tree(tmp_path)
+    assert levels(doctor.look_at_cache(ordering(tmp_path))) == [OK]
+    tmp_path.chmod(0o770)
+    (finding,) = doctor.look_at_cache(ordering(tmp_path))
+    assert finding.level == WARN and f"chmod go-w {tmp_path}" in finding.text
+    assert tree(tmp_path) == before
+
+
+def test_a_cache_that_cannot_be_written_fails(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
+    (finding,) = doctor.look_at_cache(config_of(tmp_path))
+    assert finding.level == FAIL and "Permission denied" in finding.text
+
+
+def test_a_cache_of_another_user_is_a_warning(tmp_path, monkeypatch):
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    (finding,) = doctor.look_at_cache(config_of(tmp_path))
+    assert finding.level == WARN and f"belongs to user {owner}" in finding.text
+
+
+def test_pairs_in_cert_dir_are_named_with_what_is_wrong(tmp_path, mint):
+    now = time.time()
+    put_pair(tmp_path, "good", mint.pair(APP, now - DAY))
+    put_pair(tmp_path, "old", mint.pair(APP, now - 100 * DAY))
+    put_pair(tmp_path, "late", mint.pair("late.example.com", now - 100 * DAY))
+    put_pair(tmp_path, "early", mint.pair("early.example.com", now + DAY))
+    put_pair(tmp_path, "broken", (b"no key", mint.pair(APP)[1]))
+    found = {f.text.partition(".crt")[0]: f for f in doctor.look_at_pairs(tmp_path)}
+    assert {stem: finding.level for stem, finding in found.items()} == {
+        "good": OK, "old": WARN, "late": FAIL, "early": FAIL, "broken": FAIL}  # fmt: skip
+    assert "88 days left" in found["good"].text and "ran out on" in found["late"].text
+    assert "not a private key" in found["broken"].text
+    assert "set this machine's clock" in found["early"].text
+
+
+def test_an_empty_cert_dir_is_a_warning(tmp_path):
+    assert levels(doctor.look_at_pairs(tmp_path)) == [WARN]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [OK, OK]),
+        ({"ACME_ENV": "", "ACME_DIRECTORY": URL}, [OK, OK]),
+        ({"ACME_ENV": "", "ACME_DIRECTORY": URL, "TUNNEL_HOST": "192.0.2.1"}, [OK, FAIL]),
+        ({"ACME_ENV": "", "CERT_DIR": "pairs"}, [OK, FAIL]),
+    ],
+)
+def test_own_names_need_a_certificate(tmp_path, mint, monkeypatch, settings, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    put_pair(tmp_path / "pairs", "own", mint.pair("*.localhost", time.time()))
+    assert levels(doctor.look_at_own_names(config_of(tmp_path, **settings))) == expected
+
+
+@pytest.mark.parametrize(("most", "level"), [(1000, WARN), (100_000, OK), (-1, OK)])
+def test_descriptors_are_to_suffice_for_the_connections(monkeypatch, most, level):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10, most))
+    assert doctor.look_at_descriptors(10_000).level == level
+
+
+@pytest.mark.parametrize(
+    ("terminal", "start"), [(True, "\x1b[32mok  \x1b[0m  "), (False, "ok    ")]
+)
+def test_levels_are_coloured_on_a_terminal_only(tmp_path, terminal, start):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    assert doctor.run_check(config_of(tmp_path), out) == 0
+    assert out.getvalue().startswith(f"{start}configuration: ")
+    assert ("\x1b" in out.getvalue()) == terminal
+
+
+# The programs
+
+
+def test_check_that_finds_nothing_has_status_0(tmp_path):
+    status, out, errors = run("check", **gateway_environment(tmp_path))
+    assert (status, errors) == (0, "") and "fail" not in out
+    assert "ok    directory: not used" in out
+
+
+def test_check_that_finds_something_has_status_1(tmp_path):
+    elsewhere = gateway_environment(tmp_path, BIND="203.0.113.1", HTTP_PORT="8081")
+    status, out, errors = run("check", **elsewhere)
+    assert (status, errors) == (1, "")
+    assert "fail  HTTP_PORT: 8081 on 203.0.113.1: not an address of this machine" in out
+
+
+def test_check_of_a_wrong_configuration_has_status_2(tmp_path):
+    status, out, errors = run("check", **gateway_environment(tmp_path, GATEWAY_PORT="many"))
+    assert status == 2 and out == "" and errors.count("\n") == 1 and "GATEWAY_PORT" in errors
+
+
+def test_certificates_and_renew_as_programs(tmp_path, store, mint):
+    environment = gateway_environment(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
+    store.save(APP, *mint.pair(APP, time.time()))
+    status, out, errors = run("certificates", **environment)
+    assert (status, errors) == (0, "")
+    assert out.splitlines()[1].startswith(f"{APP}  ACME  fake CA  89")
+    status, out, errors = run("certificates", "--renew", f"{APP}.", **environment)
+    assert (status, errors) == (0, "") and out.startswith(f"{APP}: ")
+    assert store.renewals() == [APP]
+    status, out, errors = run("certificates", "--renew", "other.example.com", **environment)
+    assert status == 1 and out == "" and errors.count("\n") == 1 and "other.example.com" in errors
+    assert store.renewals() == []
+
+
+@pytest.mark.parametrize("command", ["check", "certificates"])
+def test_env_file_may_stand_on_either_side_of_a_command(command):
+    for arguments in (["--env-file", "x", command], [command, "--env-file", "x"]):
+        options = cli.parse(arguments)
+        assert (options.command, options.env_file) == (command, "x")
+    assert cli.parse([command]).env_file is None
+
+
+def test_without_a_command_it_is_the_gateway():
+    assert cli.parse([]).command is None and cli.parse(["--env-file", "x"]).env_file == "x"
+
+
+# Certificates
+
+
+def test_rows_say_where_certificates_are_from_and_when_they_are_renewed(tmp_path, store, mint):
+    now = time.time()
+    stored = store.save(APP, *mint.pair(APP, now))
+    store.save_state("sad.example.com", {"failures": 2, "next_attempt_at": now + 600,
+                                         "error": "dns: no address"})  # fmt: skip
+    key, chain = mint.pair("left.example.com", now)
+    (tmp_path / "left.example.com").write_bytes(key + chain)
+    (tmp_path / "acme_account+key").write_bytes(key)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    put_pair(pairs, "own", mint.pair("*.example.org", now))
+    put_pair(pairs, "broken", (b"no key", chain))
+    before = tree(tmp_path)
+    rows = doctor.find_rows(ordering(tmp_path, CERT_DIR=str(pairs)))
+    assert tree(tmp_path) == before
+    assert [(row.name, row.source) for row in rows] == [
+        ("*.example.org", OWN), ("-", OWN), (APP, ORDERED), ("left.example.com", GO),
+        ("sad.example.com", ORDERED)]  # fmt: skip
+    _, broken, app, left, sad = rows
+    assert app.issuer == left.issuer == "fake CA" and app.error == ""
+    assert app.renew_at == renew_at(APP, stored.begins_at, stored.ends_at)
+    assert (sad.ends_at, sad.renew_at, sad.error) == (None, now + 600, "dns: no address")
+    assert "not a private key" in broken.error
+
+
+def test_a_broken_certificate_is_named_and_stays_where_it_is(tmp_path, store, mint):
+    file = store.save(APP, *mint.pair(APP)).file
+    file.write_bytes(b"garbage")
+    store.save_state(APP, {"failures": 0})
+    (row,) = doctor.find_rows(ordering(tmp_path))
+    assert row.ends_at is None and "expected a private key" in row.error
+    assert file.read_bytes() == b"garbage"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 50_000])
+def test_a_state_that_makes_no_sense_is_none(tmp_path, store, mint, content):
+    file = store.save(APP, *mint.pair(APP, time.time())).file
+    file.with_suffix(".json").write_bytes(content)
+    (row,) = doctor.find_rows(ordering(tmp_path))
+    assert row.error == "" and row.ends_at is not None
+
+
+def test_local_certificates_are_listed_without_the_ca_itself(tmp_path):
+    Authority(tmp_path / "local").issue("app.localhost")
+    (tmp_path / "local" / "bad.localhost.crt").write_bytes(b"garbage")
+    bad, good = sorted(doctor.find_rows(config_of(tmp_path)), key=lambda row: row.error == "")
+    assert (good.name, good.source) == ("app.localhost", LOCAL)
+    assert good.ends_at - good.renew_at == 30 * DAY
+    assert bad.name == "bad.localhost" and "cannot be read" in bad.error
+
+
+def test_where_there_is_no_certificate_a_sentence_says_so(tmp_path):
+    out = io.StringIO()
+    assert doctor.run_certificates(ordering(tmp_path), out) == 0
+    assert out.getvalue().startswith("There is no certificate yet")
+    assert out.getvalue().count("\n") == 1
+
+
+def test_table_is_aligned_and_cut_to_the_terminal():
+    rows = [
+        Row("a.test", OWN, "R", NOW + 3.5 * DAY),
+        Row("long.example.com", ORDERED, "", NOW - 1, NOW - 1, "dns:\n no address"),
+    ]
+    assert doctor.table(rows, NOW).splitlines() == [
+        "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)  LAST ERROR",
+        "a.test            CERT_DIR  R       3          -                   -",
+        "long.example.com  ACME      -       ran out    due                 dns: no address",
+    ]
+    assert {len(line) for line in doctor.table(rows, NOW, 40).splitlines()} == {40}
+
+
+# Renewals that are asked for
+
+
+def test_renewals_are_taken_once(tmp_path, store):
+    assert store.renewals() == []
+    for name in (APP, "b.example.com", APP):
+        store.ask_renewal(name)
+    other = CertStore(tmp_path, URL + "2")
+    assert other.renewals() == []
+    assert CertStore(tmp_path, URL).renewals() == [APP, "b.example.com"]
+    assert store.renewals() == []
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a" * 250])
+def test_a_name_that_is_no_file_cannot_be_asked_for(tmp_path, store, name):
+    with pytest.raises((ValueError, StoreError)):
+        store.ask_renewal(name)
+    assert store.renewals() == []
+
+
+def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):
+    (tmp_path / "left.example.com").write_bytes(b"".join(mint.pair("left.example.com")))
+    with pytest.raises(StoreError, match="start it"):
+        doctor.ask_renewal(ordering(tmp_path), "left.example.com")
+    assert not (tmp_path / ca_id(URL)).exists()
+
+
+def test_a_certificate_that_nobody_ordered_cannot_be_renewed(tmp_path):
+    Authority(tmp_path / "local").issue("app.localhost")
+    with pytest.raises(StoreError, match="is from local CA"):
+        doctor.ask_renewal(config_of(tmp_path), "app.localhost")
