@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import json
 import os
 import re
@@ -36,6 +35,7 @@ from cryptography import x509
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header, valid_hostname
 
+from .addresses import is_always_here, is_own, own_addresses, resolve
 from .authority import RENEW_BEFORE, CertificateError
 from .cert_dir import CertDir, Pair
 from .cert_store import STAGING, CertStore, Stored, StoreError, ca_id, check
@@ -56,9 +56,6 @@ CLOCK_OFF, CLOCK_WRONG = 300.0, 86_400.0
 DAY = 86_400.0
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
-# For documentation (RFC 5737, RFC 3849): a UDP socket that is "connected" there sends nothing, and
-# has the address that this machine would send from.
-ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 # Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
 NOBODY = "check.invalid"
 
@@ -211,17 +208,15 @@ def _trusting_anybody() -> ssl.SSLContext:
 
 def look_at_name(setting, name) -> Finding:
     """Whether a hostname, or an IP address, leads to this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
+    if is_always_here(name):
         return Finding(OK, setting, f"{name} is always this machine (RFC 6761)")
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        addresses = resolve(name)
+    except OSError as error:
         return Finding(
             FAIL, setting,
-            f"{name} does not resolve ({reason}): point its A or AAAA record at this machine",
+            f"{name} does not resolve ({error}): point its A or AAAA record at this machine",
         )
-    addresses = sorted({address[0].partition("%")[0] for *_, address in found})
     return judge_addresses(
         setting, name, addresses, [a for a in addresses if is_own(a)], own_addresses()
     )
@@ -239,28 +234,6 @@ def judge_addresses(setting, name, addresses, ours, machine) -> Finding:
         f"{seen}{others} is no address of this machine, which has "
         f"{', '.join(machine) or 'none'}: right if a router or provider passes that address on to "
         "it (NAT), else correct the DNS record")  # fmt: skip
-
-
-def is_own(address) -> bool:
-    """Whether this machine has an IP address: only its own can be bound."""
-    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.bind((address, 0))
-    except OSError:
-        return False
-    return True
-
-
-def own_addresses() -> list[str]:
-    """The addresses from which this machine would call others, one a family at most."""
-    found = []
-    for family, elsewhere in ELSEWHERE.items():
-        with contextlib.suppress(OSError):  # no way out by this family
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((elsewhere, 9))  # any port: nothing is sent
-                found.append(sock.getsockname()[0])
-    return found
 
 
 # The cache

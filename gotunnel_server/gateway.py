@@ -25,6 +25,7 @@ from time import monotonic
 from gotunnel import Workers, __version__, descriptor_limit, spawn, valid_hostname
 
 from . import dashboard
+from .addresses import is_always_here, is_own, own_addresses, resolve
 from .authority import Authority, CertificateError
 from .cert_store import CertStore, StoreError
 from .certificates import Certificates
@@ -34,6 +35,7 @@ from .forwarding import Proxies
 from .issuer import FAILED, WAITING, Issuer
 from .listener import Listener, PortError, bind
 from .ports import Ports
+from .refusal import HOST, CaError
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
 from .visitor import (
@@ -110,7 +112,25 @@ class Gateway:
             user_agent=f"gotunnel/{__version__}",
         )  # fmt: skip
         self._serve_stored(store)
-        return Issuer(ca, store, self._challenges, self._certificate_changed)
+        return Issuer(
+            ca, store, self._challenges, self._certificate_changed, look_up=self._look_up
+        )
+
+    def _look_up(self, hostname):
+        """Issuer's thread: whether the CA can find us by a hostname at all."""
+        if is_always_here(hostname):
+            return
+        try:
+            found = resolve(hostname)
+        except OSError as error:
+            raise CaError(
+                HOST, "DNS", f"{hostname} does not resolve ({error}), expected a record that leads "
+                "to this machine"
+            ) from None  # fmt: skip
+        if not any(map(is_own, found)):  # NAT, or a mistake: the CA will see
+            log.warning("%s leads to %s, and this machine is %s: if no router passes that on, the "
+                        "CA will find somebody else",
+                        hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip
 
     def _serve_stored(self, store):
         """Serve what was ordered earlier: until its agent is back, a hostname shows a page that says

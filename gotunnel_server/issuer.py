@@ -125,13 +125,16 @@ class Issuer:
     ``ca`` is a Ca, or what orders like one; ``challenges`` publishes proofs and has the ``types``
     that can be published. ``on_change(hostname)`` is called, in a thread of ours and without a
     lock, when state(hostname) has changed. ``clock`` gives seconds since 1970; after setting a
-    fake one, call look().
+    fake one, call look(). ``look_up(hostname)`` is called in a job's thread before a first order,
+    and raises CaError if that cannot go well: it spares the CA, and its limits.
     """
 
     def __init__(self, ca, store: CertStore, challenges, on_change: Callable[[str], None], *,
-                 clock=time.time, orders_per_hour=ORDERS_PER_HOUR,
+                 clock=time.time, look_up: Callable[[str], None] = lambda hostname: None,
+                 orders_per_hour=ORDERS_PER_HOUR,
                  orders_per_agent=ORDERS_PER_AGENT):  # fmt: skip
         self._ca = ca
+        self._look_up = look_up
         self._store = store
         self._challenges = challenges
         self._on_change = on_change
@@ -362,6 +365,8 @@ class Issuer:
 
     def _have_issued(self, host):
         challenge = self._choose(host)
+        if host.stored is None:
+            self._look_up(host.name)
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=host.stored and host.stored.leaf)  # fmt: skip

@@ -726,6 +726,7 @@ def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
         else:
             host = f"{hostname}:{public_port()}"
         host = host.removesuffix(":443")
-        return pages.moved(f"https://{host}{http1.origin_target(request)}", request.method)
+        path = http1.origin_target(request).removeprefix("*")  # of OPTIONS: the site as a whole
+        return pages.moved(f"https://{host}{path}", request.method)
 
     return site

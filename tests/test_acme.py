@@ -107,6 +107,32 @@ def test_ca_that_is_away_is_told_to_the_agent_and_stops_nobody_else(tmp_path, or
                 pass
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (OSError("Name or service not known"), "certificate: failed: DNS: app.example.com does not "
+         "resolve (Name or service not known)"),
+        (["203.0.113.7"], "app.example.com leads to 203.0.113.7, and this machine is "),
+    ],
+)  # fmt: skip
+def test_a_look_at_the_name_comes_before_the_first_order(
+    tmp_path, origin, caplog, monkeypatch, found, words
+):
+    def resolve(hostname):
+        assert hostname == "app.example.com"
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(gateway_module, "resolve", resolve)
+    with house(tmp_path) as gateway:
+        with agent_here(gateway, tmp_path, http={"app.example.com": origin.port}):
+            wait_until(lambda: words in caplog.text)
+            if found == ["203.0.113.7"]:  # the CA has the last word, and says yes
+                wait_until(lambda: "app.example.com: certificate: ready" in caplog.text)
+
+
 def test_the_last_word_on_a_certificate_is_the_latest(tmp_path, origin, caplog):
     """Orders that fail while the agent's other hostnames are still being registered."""
     caplog.set_level(logging.INFO)
@@ -186,6 +212,7 @@ def test_who_asks_for_a_proof_that_is_not_there_gets_no_certificate(cache, port)
         ("GET", f"{APP}:80", "/", 301, f"https://{APP}:{{port}}/"),
         ("POST", GATEWAY_HOST, "/", 308, f"https://{GATEWAY_HOST}:{{port}}/"),
         ("GET", "elsewhere.example", "/", 502, None),
+        ("OPTIONS", APP, "*", 308, f"https://{APP}:{{port}}"),
         ("GET", APP, "/.well-known/acme-challenge/none", 301,
          f"https://{APP}:{{port}}/.well-known/acme-challenge/none"),
     ],
