@@ -1222,6 +1222,18 @@ NOTSENT_LOWAT = getattr(
 # whole has its length, and many programs just close.
 IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 
+def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:
+    """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
+    (PEM), or not at all, for trying things out. Raises OSError if the file holds none."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= IGNORE_UNEXPECTED_EOF
+    if skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 

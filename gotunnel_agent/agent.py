@@ -21,7 +21,6 @@ import jwt
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
-    IGNORE_UNEXPECTED_EOF,
     MAX_STREAMS,
     START_WINDOW,
     Ack,
@@ -36,6 +35,7 @@ from gotunnel import (
     Session,
     SessionClosed,
     Workers,
+    client_context,
     encode_message,
     normal_hostname,
     on_one_line,
@@ -256,20 +256,13 @@ def _trust(target):
 
 
 def tls_context(ca_file, skip_verify, key="ca_file"):
-    """How to check a gateway or a target: against the system's authorities, a file's, or (for
-    trying things out) not at all. Raises CannotTrust if ``ca_file``, which the configuration
-    names under ``key``, holds no certificates."""
+    """How to check a gateway or a target. Raises CannotTrust if ``ca_file``, which the
+    configuration names under ``key``, holds no certificates."""
     try:
-        context = ssl.create_default_context(cafile=ca_file)
+        return client_context(ca_file, skip_verify)
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or error
         raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= IGNORE_UNEXPECTED_EOF
-    if skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def make_token(secret, issuer, lifetime) -> str:

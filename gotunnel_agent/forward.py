@@ -42,12 +42,12 @@ from time import sleep
 from typing import NamedTuple
 
 from gotunnel import (
-    IGNORE_UNEXPECTED_EOF,
     MAX_PORT,
     NO_LINGER,
     Duplex,
     NoThread,
     Signals,
+    client_context,
     normal_hostname,
     relay,
     set_up_process,
@@ -386,7 +386,7 @@ def main(arguments=None) -> int:
         print(ssh_config(options), end="")
         return 0
     try:
-        context = tls_context(options.ca_file, options.skip_tls_verify)
+        context = client_context(options.ca_file, options.skip_tls_verify)
     except OSError as error:  # ssl.SSLError is one
         parser.error(f"--ca-file {options.ca_file}: {error.strerror or error}, expected PEM")
     hostname, port = split_address(options.destination)
@@ -475,14 +475,3 @@ def split_address(text, default=DEFAULT_PORT) -> tuple:
     if not colon or port.endswith("]"):
         host, port = text, default
     return host.strip("[]"), int(port)
-
-
-def tls_context(ca_file, skip_verify) -> ssl.SSLContext:
-    """How to check certificates. Raises OSError if ``ca_file`` holds none."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= IGNORE_UNEXPECTED_EOF
-    if skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

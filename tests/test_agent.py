@@ -349,6 +349,19 @@ def test_refusal_is_logged_in_the_gateways_words(gateway, tmp_path, caplog):
         gateway.hang_up()
 
 
+def test_tunnel_whose_port_the_gateway_does_not_know_is_not_served(gateway, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tunnels = [
+        {"hostname": RAW, "target": "127.0.0.1:9", "mode": "tcp", "port": "2222"},
+        {"hostname": APP, "target": "127.0.0.1:9"},
+    ]
+    with agent_here(gateway.place, tmp_path, ready=False, tunnels=tunnels):
+        gateway.meet(Ack(True))
+        wait_until(lambda: f"serving {APP}" in caplog.text)
+        assert f"{RAW}: not served: this gateway does not know ports; " in caplog.text
+        gateway.hang_up()
+
+
 def test_texts_of_a_gateway_stay_on_their_line(gateway, tmp_path, impatient, caplog):
     caplog.set_level(logging.INFO)
     text = "x\r\n2026-01-01 ERROR \x1b[31m" + "y" * 5000

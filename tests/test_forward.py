@@ -370,7 +370,7 @@ def test_port_that_hangs_up_before_tls_is_said(origin):
 @pytest.mark.parametrize("step", ["port", "TLS"])
 def test_gateway_that_does_not_answer_is_said(origin, monkeypatch, step):
     monkeypatch.setattr(forward, "DIAL_TIMEOUT", 0.2)
-    context = forward.tls_context(None, True)
+    context = forward.client_context(None, True)
     if step == "port":  # which a test cannot bring about without leaving this machine
         def refuse(address, timeout):
             raise TimeoutError("timed out")
@@ -552,7 +552,7 @@ def all_served():
 @contextlib.contextmanager
 def accepting(gateway, monkeypatch):
     """A local port of this process that leads to RAW; yields how to connect to it."""
-    context = forward.tls_context(str(gateway.ca_file), False)
+    context = forward.client_context(str(gateway.ca_file), False)
     destination = forward.Destination(RAW, "127.0.0.1", gateway.public_port, context)
     monkeypatch.setattr(forward, "sleep", _stop)  # it is for good that nobody can be accepted
     with socket.create_server(("127.0.0.1", 0)) as listening:
