@@ -29,6 +29,9 @@ SERVER = [
     # needs are loaded by a gateway that orders certificates, and by no other.
     "acme>=5,<6",
     "josepy>=2,<3",
+    # By which acme asks; bounded_http.py puts bounds on it. Older ones were not tried.
+    "requests>=2.32",
+    "urllib3>=2.2",
 ]
 
 TEST = [

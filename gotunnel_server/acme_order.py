@@ -23,7 +23,6 @@ import contextlib
 import hashlib
 import logging
 import re
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -36,6 +35,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from .bounded_http import Session
 from .challenges import HTTP_01
 from .refusal import (
     ACCOUNT,
@@ -49,14 +49,15 @@ from .refusal import (
     problem_of,
     refusal,
 )
-from .timetable import Window, ask_delay
+from .stop import Stop
+from .timetable import CLOCK_OFF, CLOCK_WRONG, Window, ask_delay
 
 log = logging.getLogger("gotunnel.acme_order")
 
 # Seconds of silence in one request. Let's Encrypt answers within one, and within ten on bad days.
 NETWORK_TIMEOUT = 30
-# The library would follow 30; a CA has no reason for more than one.
-MOST_REDIRECTS = 3
+# Seconds for what is said at parting: the gateway may be about to end.
+LAST_WORDS_TIMEOUT = 5.0
 # Each posts twice when it has to (the library repeats once): a nonce is refused six times at most.
 NONCE_ROUNDS = 3
 # Seconds between looks at an authorization or an order, when the CA does not say; doubled each
@@ -64,10 +65,8 @@ NONCE_ROUNDS = 3
 FIRST_LOOK, LONGEST_LOOK = 0.1, 3.0
 # Seconds of such waiting in all. A CA that connects to a silent address gives up after 15 or so.
 PROOF_PATIENCE, FINALIZE_PATIENCE = 90.0, 180.0
-# Seconds. Certificates are about time: with a clock this wrong we would take a good one for one
-# that has run out, and order again and again.
-CLOCK_OFF, CLOCK_WRONG = 300.0, 86_400.0
-CLOCK_PAUSE = 3600.0
+CLOCK_PAUSE = 3600.0  # seconds: somebody has to set the clock first
+SHOWN = 200  # characters of an answer in no form
 
 # What the library raises over an answer that refuses, or that it can make nothing of.
 NOT_ACME = (
@@ -113,7 +112,7 @@ class Ca:
         self._user_agent = user_agent
         self._clock = clock
 
-    def order(self, hostname, challenge, challenges, stop: threading.Event, *,
+    def order(self, hostname, challenge, challenges, stop: Stop, *,
               replaces: x509.Certificate | None = None) -> tuple[bytes, bytes]:  # fmt: skip
         """Private key and chain of a new certificate, both PEM.
 
@@ -135,7 +134,9 @@ class Ca:
                 self._prove(ca, authorization, hostname, challenge, challenges)
             key = ec.generate_private_key(ec.SECP256R1())
             order = self._finalize(ca, url, order, _request(hostname, key))
-            chain = ca.post(_text(url, order, "certificate"), None).content
+            url = _text(url, order, "certificate")
+            chain = ca.post(url, None).content
+            self._see_that_it_lives(url, chain)
         return (
             key.private_bytes(
                 serialization.Encoding.PEM,
@@ -146,7 +147,7 @@ class Ca:
         )
 
     def renewal_info(
-        self, leaf: x509.Certificate, stop: threading.Event
+        self, leaf: x509.Certificate, stop: Stop
     ) -> tuple[Window | None, float]:
         """When the CA wants ``leaf`` renewed (RFC 9773 §4), and the seconds until to ask again.
 
@@ -166,12 +167,26 @@ class Ca:
         window = Window(start, end) if start <= end else None
         return window, ask_delay(self._retry_after(answer))
 
+    def _see_that_it_lives(self, url, chain):
+        """What has run out must not replace what may have not; the store looks at the rest."""
+        try:
+            ends = x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
+        except (ValueError, x509.InvalidVersion):
+            raise CaError(
+                TRANSPORT, url, f"came {chain[:SHOWN]!r}, expected a certificate as PEM"
+            ) from None
+        if ends.timestamp() <= self._clock():
+            raise CaError(
+                HOST, url, f"came a certificate that has run out on {ends:%Y-%m-%d %H:%M} UTC, "
+                "expected a new one")  # fmt: skip
+
     # §7.1.1
 
     @contextlib.contextmanager
     def _conversation(self, stop, hostname="") -> Iterator[_Conversation]:
         verify = True if self._ca_file is None else str(self._ca_file)
-        ca = _Conversation(verify, self._user_agent, stop, hostname, self._clock)
+        session = Session(self.directory_url, stop)
+        ca = _Conversation(session, verify, self._user_agent, stop, hostname, self._clock)
         with contextlib.closing(ca):
             answer = ca.get(self.directory_url)
             ca.directory = _json(self.directory_url, answer)
@@ -326,7 +341,7 @@ class _Conversation:
     request is raised as CaError.
     """
 
-    def __init__(self, verify, user_agent, stop, hostname, clock):
+    def __init__(self, session, verify, user_agent, stop, hostname, clock):
         self.directory = {}
         self._stop = stop
         self._hostname = hostname
@@ -335,13 +350,12 @@ class _Conversation:
         self._net = client.ClientNetwork(
             None, alg=josepy.ES256, verify_ssl=verify, user_agent=user_agent,
             timeout=NETWORK_TIMEOUT)  # fmt: skip
-        session = self._net.session
-        session.max_redirects = MOST_REDIRECTS
-        session.trust_env = False  # our settings are config.py's, and ~/.netrc is none of them
+        self._net.session.close()
+        self._net.session = self._session = session
         session.hooks["response"].append(self._keep)
 
     def close(self):
-        self._net.session.close()
+        self._session.close()
 
     @property
     def key(self):
@@ -378,7 +392,10 @@ class _Conversation:
                     raise
 
     def last_words(self, url, payload):
-        """A request that matters to the CA more than to us: no answer is waited for any more."""
+        """A request that matters to the CA more than to us: also sent when we are stopped, not
+        waited for long, and the last."""
+        self._stop = self._session.stop = Stop()
+        self._session.timeout = LAST_WORDS_TIMEOUT
         with contextlib.suppress(CaError, Abandoned):
             self.post(url, payload)
 
@@ -407,16 +424,19 @@ class _Conversation:
         try:
             return ask()
         except OSError as error:  # which those of requests are, and a CA file that cannot be read
+            if self._stop.is_set():
+                raise Abandoned(url) from None
             raise CaError(TRANSPORT, url, _reason(error)) from error
         except NOT_ACME as error:
             answer = self._answer
             if answer is None or answer.ok:
-                words = f"an answer that is not ACME's: {error}"
+                came = "" if answer is None else f"came {_shown(answer)!r}, "
+                words = f"{came}expected an answer of ACME: {error}"
                 raise CaError(TRANSPORT, url, words) from error
             try:
                 problem = answer.json()
             except (ValueError, RecursionError):
-                problem = answer.text
+                problem = _shown(answer)
             raise refusal(
                 url, answer.status_code, answer.headers, problem, now=self._clock(),
                 hostname=self._hostname, signing_in=signing_in) from error  # fmt: skip
@@ -463,20 +483,25 @@ def _json(url, answer) -> dict:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise CaError(TRANSPORT, url, f"came {answer.text[:100]!r}, expected a JSON object")
+        raise CaError(TRANSPORT, url, f"came {_shown(answer)!r}, expected a JSON object")
     return found
+
+
+def _shown(answer) -> str:
+    """The beginning of a body that is none of ACME's; to unpack all of it would cost much."""
+    return answer.content[:SHOWN].decode("utf-8", "replace")
 
 
 def _text(url, found, name) -> str:
     if not isinstance(found.get(name), str):
-        raise CaError(TRANSPORT, url, f"{name} is {found.get(name)!r}, expected a text")
+        raise CaError(TRANSPORT, url, f"{name} is {found.get(name)!r:.100}, expected a text")
     return found[name]
 
 
 def _texts(url, found, name) -> list[str]:
     texts = found.get(name)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise CaError(TRANSPORT, url, f"{name} is {texts!r}, expected a list of texts")
+        raise CaError(TRANSPORT, url, f"{name} is {texts!r:.100}, expected a list of texts")
     return texts
 
 

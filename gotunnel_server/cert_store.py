@@ -2,9 +2,10 @@
 
     CA/account.json         the account's key and URL; CA is made from the directory's URL, so that
                             staging and production never mix
+    CA/pause.json           until when the CA wants to hear nothing, and why
     CA/certs/HOST.pem       private key, certificate, chain, in one file: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
-    CA/certs/HOST.renew     somebody asks to have HOST renewed now; empty
+    CA/certs/HOST.renew     somebody asks to have HOST renewed now; holds its name
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
 
@@ -37,7 +38,7 @@ from cryptography.hazmat.primitives import serialization
 log = logging.getLogger("gotunnel.cert_store")
 
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
-_HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
+HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
 # Seconds. No write takes so long: an older temporary file is that of a process that was killed.
 STALE = 60.0
 MOST_BYTES = 256 * 1024  # of any file here; a key and a long chain are some 10 KiB
@@ -47,6 +48,14 @@ STAGING = "(STAGING)"
 
 class StoreError(Exception):
     """The cache cannot be used, or what should go into it; the text is one line."""
+
+
+class _Flaw(StoreError):
+    """``flaw`` is what is wrong with a certificate's file, whatever the file is called."""
+
+    def __init__(self, file, flaw):
+        super().__init__(f"{file}: {flaw}")
+        self.flaw = flaw
 
 
 class Stored(NamedTuple):
@@ -116,6 +125,8 @@ class CertStore:
         try:
             self._write(file, key_pem.rstrip() + b"\n" + chain_pem, hostname)
             return check(file, hostname)
+        except _Flaw as error:
+            raise StoreError(f"the CA's certificate is not kept: {error.flaw}") from error
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror}") from error
 
@@ -123,7 +134,7 @@ class CertStore:
         """What has a certificate of this CA here, or had one; but for names so long that their
         files have others."""
         stems = (path.stem for path in self._certs.glob("*.pem"))
-        return sorted(stem for stem in stems if "." in stem and not _HASHED.fullmatch(stem))
+        return sorted(stem for stem in stems if "." in stem and not HASHED.fullmatch(stem))
 
     def _left_by_go(self, hostname) -> Stored | None:
         for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
@@ -150,6 +161,14 @@ class CertStore:
         """Raises StoreError if it cannot be written."""
         self._write_json(self._ca / "account.json", account)
 
+    def pause(self) -> dict:
+        """What save_pause() kept; {} if nothing. Raises StoreError if it cannot be read now."""
+        return self._read_json(self._ca / "pause.json")
+
+    def save_pause(self, pause: dict):
+        """Raises StoreError if it cannot be written."""
+        self._write_json(self._ca / "pause.json", pause)
+
     def state(self, hostname) -> dict:
         """What save_state() kept; {} if nothing."""
         return self._read_json(self._file(hostname, ".json"))
@@ -163,10 +182,8 @@ class CertStore:
     def ask_renewal(self, hostname):
         """Leave a request for the gateway that runs. Raises StoreError if it cannot be written."""
         file = self._file(hostname, ".renew")
-        if len(hostname) > LONGEST_STEM:  # its file would not say whose it is
-            raise StoreError(f"{hostname}: too long to be asked for, expected {LONGEST_STEM} bytes")
         try:
-            file.touch(mode=0o600)
+            self._write(file, hostname.encode())  # a long one's file has another name
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror}") from error
 
@@ -175,10 +192,15 @@ class CertStore:
         hostnames = []
         for file in sorted(self._certs.glob("*.renew")):
             try:
+                hostname = _read(file).decode(errors="replace").strip()
                 file.unlink()
-            except OSError:  # another process has taken it; or it cannot be taken, now or ever
+            except (OSError, StoreError):  # another process has taken it; or it cannot be taken
                 continue
-            hostnames.append(file.stem)
+            try:
+                is_its_own = self._file(hostname, ".renew") == file
+            except ValueError:
+                is_its_own = False
+            hostnames.append(hostname if is_its_own else file.stem)
         return hostnames
 
     # One process at a time
@@ -301,22 +323,23 @@ def check(file: Path, hostname) -> Stored:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         served = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound,
-            x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:  # fmt: skip
-        raise StoreError(f"{file}: expected a private key and its certificate as PEM") from error
+            x509.DuplicateExtension, x509.InvalidVersion,
+            x509.UnsupportedGeneralNameType) as error:  # fmt: skip
+        raise _Flaw(file, "expected a private key and its certificate as PEM") from error
     if not own:
-        raise StoreError(f"{file}: the key is not that of the certificate")
+        raise _Flaw(file, "the key is not that of the certificate")
     if not served & {hostname, "*." + hostname.partition(".")[2]}:
-        raise StoreError(f"{file}: a certificate of {', '.join(sorted(served))}, not {hostname}")
+        raise _Flaw(file, f"a certificate of {', '.join(sorted(served))}, not {hostname}")
     try:
         if not chain:
-            raise StoreError(f"{file}: the chain is missing, expected the issuer's certificate")
+            raise _Flaw(file, "the chain is missing, expected the issuer's certificate")
         leaf.verify_directly_issued_by(chain[0])
         # A chain that is cut within its last certificate is seen by nobody but OpenSSL.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
-        raise StoreError(f"{file}: the chain does not lead on from the certificate") from error
+        raise _Flaw(file, "the chain does not lead on from the certificate") from error
     except ssl.SSLError as error:
-        raise StoreError(f"{file}: OpenSSL refuses it: {error}") from error
+        raise _Flaw(file, f"OpenSSL refuses it: {error}") from error
     return Stored(file, leaf)
 
 
@@ -324,5 +347,5 @@ def _read(file) -> bytes:
     with open(file, "rb") as source:
         content = source.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise StoreError(f"{file}: longer than {MOST_BYTES} bytes")
+        raise _Flaw(file, f"longer than {MOST_BYTES} bytes")
     return content

@@ -2,8 +2,9 @@
 
     thread              how many                      ends when
     issuer              1                             stop(); it looks who is due, and starts jobs
-    order HOSTNAME      at most JOBS, with the next   certificate or refusal; stop() does not wait
+    order HOSTNAME      at most JOBS, with the next   certificate or refusal; soon after stop()
     window HOSTNAME     at most JOBS                  the CA has told its renewal window
+    timer of a request  one a request (bounded_http)  the answer is there, or late
 
 A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
 time after a failure is over (timetable.py). Whom a failure holds up (refusal.py):
@@ -15,7 +16,8 @@ time after a failure is over (timetable.py). Whom a failure holds up (refusal.py
     TRANSPORT   all, for a short while that grows; no hostname is blamed
 
 A certificate that is there is never touched by any of this: it is served until there is a newer
-one. What was learned of a hostname is kept by the store, so a restart repeats no failure early.
+one. What was learned of a hostname is kept by the store, and so is a pause that the CA has asked
+for: a restart repeats no failure early.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import NamedTuple
 
 from .cert_store import CertStore, Stored, StoreError
 from .refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError, one_line
+from .stop import Stop
 from .timetable import DAY, HOUR, LEFT_AT_LATEST, Bucket, Window, renew_at, retry_delay
 
 log = logging.getLogger("gotunnel.issuer")
@@ -48,7 +51,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
 ELSEWHERE = 5.0
 # No delay of ours is longer (a day and a tenth). One that seems to be is a clock that was set back.
 LONGEST_DELAY = 1.1 * DAY
-STOP_TIMEOUT = 1.5  # seconds for all jobs; one that waits for the CA is left behind
+# Seconds for all jobs. One that is being connected, or says its last words, is left behind.
+STOP_TIMEOUT = 1.5
 
 
 class State(NamedTuple):
@@ -85,10 +89,11 @@ class _Host:
     ask_at: float = 0.0
     error: str = ""
     busy: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)  # it is no longer wanted
+    asked_for: bool = False  # somebody wants a new one now; the next order is for that
+    stop: Stop = field(default_factory=Stop)  # it is no longer wanted
 
     def due_at(self) -> float:
-        if self.stored is None:
+        if self.stored is None or self.asked_for:
             return self.not_before
         window = self.window if self.window_of == self.stored.leaf.serial_number else None
         due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
@@ -152,6 +157,15 @@ class Issuer:
         self._thread = threading.Thread(target=self._run, name="issuer", daemon=True)
 
     def start(self):
+        """Begin, but not before the CA said that it may be asked again, whoever it said it to."""
+        try:
+            kept = self._store.pause()
+        except StoreError as error:  # we may ask too early, and are told again
+            log.error("%s", error)
+            kept = {}
+        with self._lock:
+            self._paused_until = _number(kept.get("until"))
+            self._pause = one_line(kept.get("reason") or "")
         self._thread.start()
 
     def stop(self):
@@ -199,17 +213,20 @@ class Issuer:
     def retry_now(self, hostname) -> bool:
         """One attempt at once, whatever failed before, and also if the certificate is a new one.
 
-        False if the hostname is not wanted.
+        If an order is in flight, and fails by the hostname's fault, there is another one. False
+        if the hostname is not wanted.
         """
         with self._lock:
             host = self._hosts.get(hostname)
             if host is None:
                 return False
-            if host.stored is not None:  # as if the CA had said that its time has come
-                host.window, host.window_of = Window(0, 0), host.stored.leaf.serial_number
+            paused = self._paused_until > 0
+            host.asked_for = True
             host.not_before = self._paused_until = 0.0
             self._lock.notify_all()
-            return True
+        if paused:
+            self._save(self._store.save_pause, {})
+        return True
 
     def state(self, hostname) -> State | None:
         """None if the hostname is not wanted."""
@@ -310,7 +327,7 @@ class Issuer:
         self._jobs.add(thread)
 
     def _work(self, host, job):
-        before = host.stored, host.error
+        before, pause = (host.stored, host.error), self._pause
         try:
             job(host)
         except Abandoned:
@@ -321,32 +338,48 @@ class Issuer:
         with self._lock:
             wanted = self._hosts.get(host.name) is host and not self._stopping
             state = host.as_dict()
+            held_up = self._held_up() if self._pause != pause else []
         if wanted:
-            self._tell(host, state, changed=(host.stored, host.error) != before)
+            self._save(self._store.save_state, host.name, state)
+            if (host.stored, host.error) != before:
+                self._tell(host.name)
+        for name in held_up:
+            self._tell(name)
         with self._lock:
             host.busy = False
             self._jobs.discard(threading.current_thread())
             self._lock.notify_all()
 
-    def _tell(self, host, state, *, changed):
+    def _held_up(self) -> list[str]:
+        """Who waits for nothing but the pause, and has nothing to serve. Caller holds the lock."""
+        if self._stopping:
+            return []
+        return [name for name, host in self._hosts.items()
+                if not host.busy and self._state(host).name == FAILED and not host.error]
+
+    def _save(self, save, *what):
         try:
-            self._store.save_state(host.name, state)
+            save(*what)
         except StoreError as error:
             log.error("%s", error)
-        if changed:
-            try:
-                self._on_change(host.name)
-            except Exception:  # it is not ours, and the other hostnames must go on
-                log.exception("%s: a new state could not be told", host.name)
+
+    def _tell(self, hostname):
+        try:
+            self._on_change(hostname)
+        except Exception:  # it is not ours, and the other hostnames must go on
+            log.exception("%s: a new state could not be told", hostname)
 
     # What becomes of it
 
     def _order(self, host):
+        with self._lock:
+            asked_for, host.asked_for = host.asked_for, False
         try:
             with self._store.lock(host.name) as ours:
                 if not ours:
                     with self._lock:
                         host.not_before = self._clock() + ELSEWHERE
+                        host.asked_for |= asked_for
                     return
                 if not self._adopt(host):
                     self._have_issued(host)
@@ -389,11 +422,14 @@ class Issuer:
         with self._lock:
             host.stored, host.challenge = stored, challenge
             host.failures, host.error, host.ask_at = 0, "", 0.0
+            host.asked_for = False  # this is a new one
             # A CA whose windows have all passed, or whose clock is wrong, would be asked in a loop.
             life = max(stored.ends_at - stored.begins_at, 0.0)
             host.not_before = self._clock() + min(DAY, life * LEFT_AT_LATEST)
             host.window = host.window_of = None
             self._outages = 0
+            if self._paused_until <= self._clock():
+                self._pause = ""  # the next one is news, also if it is for the same reason
 
     def _failed(self, host, error: CaError):
         with self._lock:
@@ -412,10 +448,16 @@ class Issuer:
                 pause = max(pause, retry_delay(host.name, host.failures))
             if error.kind == ACCOUNT:
                 pause = pause or HOUR
-            host.not_before = now + pause
+            blamed = error.kind in (HOST, CONFIG) and not error.account_wide
+            host.not_before = now if host.asked_for and blamed else now + pause
             if error.account_wide or error.kind == TRANSPORT:
                 self._paused_until = max(self._paused_until, now + pause)
                 self._pause = str(error)
+            # What the operator has to change may well be the reason of a restart.
+            kept = error.kind == ACCOUNT and error.status
+            paused = {"until": self._paused_until, "reason": self._pause}
+        if kept:
+            self._save(self._store.save_pause, paused)
         log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause,
                     ", all wait" if error.account_wide else "", error)  # fmt: skip
 

@@ -31,7 +31,8 @@ DAY = 86_400.0
 LEAST_RETRY_AFTER, MOST_RETRY_AFTER = 5.0, DAY
 # For a rate limit that does not say when it ends; those of Let's Encrypt are hours.
 RATE_LIMIT_PAUSE = 3600.0
-MOST_WORDS = 500  # characters of the CA's own words: they go into a log line and a file
+# Characters of the CA's own words, of an URL, and of a code: they go into a log line and a file.
+MOST_WORDS, MOST_URL, MOST_CODE = 500, 200, 50
 
 
 class CaError(Exception):
@@ -45,14 +46,14 @@ class CaError(Exception):
     def __init__(self, kind, url, words, *, code="", status=0, retry_after=None,
                  account_wide=False):  # fmt: skip
         self.kind = kind
-        self.url = url
-        self.code = code
+        self.url = one_line(url, MOST_URL)
+        self.code = one_line(code, MOST_CODE)
         self.status = status
         self.words = one_line(words)
         self.retry_after = retry_after
         self.account_wide = account_wide or kind == ACCOUNT
-        said = " ".join(filter(None, (str(status or ""), code)))
-        super().__init__(f"{url}: {said}: {self.words}" if said else f"{url}: {self.words}")
+        said = " ".join(filter(None, (str(status or ""), self.code)))
+        super().__init__(": ".join(filter(None, (self.url, said, self.words))))
 
 
 class Abandoned(Exception):
@@ -71,7 +72,7 @@ def refusal(url, status, headers, problem, *, now, hostname="", signing_in=False
     if limited or (status == 503 and retry_after is not None):
         kind = HOST if limited and is_about(hostname, words) else ACCOUNT
         retry_after = retry_after or _date_in(words, now) or RATE_LIMIT_PAUSE
-    elif status >= 500 or status < 400 or code == "serverInternal":
+    elif status >= 500 or status < 400 or code in ("serverInternal", "badNonce"):
         kind = TRANSPORT
     elif code in CONFIG_CODES or signing_in:
         kind = CONFIG
@@ -122,10 +123,10 @@ def is_about(hostname, words) -> bool:
     return any(f".{hostname}".endswith(f".{name.lower()}") for name in named if hostname)
 
 
-def one_line(text) -> str:
+def one_line(text, most=MOST_WORDS) -> str:
     """``text`` on one line, printable and not too long, for logs and files."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return line if len(line) <= MOST_WORDS else line[: MOST_WORDS - 3] + "..."
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _date_in(words, now) -> float | None:

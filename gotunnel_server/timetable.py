@@ -12,6 +12,11 @@ from typing import NamedTuple
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
 
+# Between our clock and the CA's: from the first on an order warns, from the second on none is made.
+# Certificates are about time: with a clock this wrong we would take a good one for one that has run
+# out, and order again and again.
+CLOCK_OFF, CLOCK_WRONG = 5 * MINUTE, DAY
+
 # After so many failures of a hostname; from then on daily. Let's Encrypt, which allows five failed
 # validations an hour, recommends this order of growth.
 BACKOFF = (1 * MINUTE, 10 * MINUTE, 100 * MINUTE, DAY)

@@ -3,8 +3,9 @@ what the test wants it to say, which no well-behaved CA would.
 
 ``FakeCa.script[NAME]`` is a list of answers that the endpoint NAME gives before its ordinary one:
 each is (status, headers, body), a dict as body being sent as a problem document; SILENCE is no
-answer at all. The names are those of the paths: dir, nonce, new-account, new-order, order, authz,
-challenge, finalize, cert, ari.
+answer at all, and a function sends one itself: it is called with a file to write to. The names
+are those of the paths: dir, nonce, new-account, new-order, order, authz, challenge, finalize, cert,
+ari.
 """
 
 import base64
@@ -188,6 +189,11 @@ class FakeCa:
         if answer is SILENCE:
             self.silent.put(name)
             self._closing.wait(TIMEOUT)
+            request.close_connection = True
+            return
+        if callable(answer):
+            with contextlib.suppress(OSError):  # the other side has had enough
+                answer(request.wfile)
             request.close_connection = True
             return
         status, headers, body = answer

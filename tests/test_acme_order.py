@@ -2,25 +2,31 @@
 against Pebble."""
 
 import base64
+import contextlib
+import gzip
+import itertools
 import json
 import logging
 import os
 import re
+import socket
 import ssl
 import threading
 import time
 
 import pytest
+import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from fake_ca import DAY, NOW, SILENCE, Clock, FakeCa, Proofs, problem
 from pebble import Answers, pebble
 from support import TIMEOUT, reserved_port
 
-from gotunnel_server import acme_order
+from gotunnel_server import acme_order, bounded_http
 from gotunnel_server.acme_order import Ca, ari_id
-from gotunnel_server.cert_store import CertStore, check
+from gotunnel_server.cert_store import CertStore, ca_id, check
 from gotunnel_server.refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
+from gotunnel_server.stop import Stop
 from gotunnel_server.timetable import Window
 
 APP = "app.example.com"
@@ -44,7 +50,7 @@ def ca(fake, store):
 
 
 def order(ca, hostname=APP, challenge="http-01", challenges=None, **more):
-    return ca.order(hostname, challenge, challenges or Proofs(), threading.Event(), **more)
+    return ca.order(hostname, challenge, challenges or Proofs(), Stop(), **more)
 
 
 def refused(ca, **more) -> CaError:
@@ -202,7 +208,7 @@ def test_a_refused_finalize_is_an_error(fake, ca):
 def test_retry_after_is_obeyed_between_looks(fake, ca, monkeypatch):
     waits = []
 
-    class Stop(threading.Event):
+    class Impatient(Stop):
         def wait(self, seconds):
             waits.append(seconds)
             return False
@@ -216,7 +222,7 @@ def test_retry_after_is_obeyed_between_looks(fake, ca, monkeypatch):
         (200, {"Retry-After": "soon"}, processing),
         (200, {}, processing),
     ]
-    ca.order(APP, "http-01", Proofs(), Stop())
+    ca.order(APP, "http-01", Proofs(), Impatient())
     assert waits == [17, 1, 40, 8 * acme_order.FIRST_LOOK, 16 * acme_order.FIRST_LOOK]
 
 
@@ -301,7 +307,7 @@ def test_whatever_comes_it_is_a_ca_error_or_a_chain(fake, ca, endpoint, answer, 
 def test_a_redirect_loop_costs_few_requests(fake, ca):
     fake.script["dir"] = [(302, {"Location": "/dir"}, b"")] * 50
     assert refused(ca).kind == TRANSPORT
-    assert fake.count("dir") == acme_order.MOST_REDIRECTS + 1
+    assert fake.count("dir") == bounded_http.MOST_REDIRECTS + 1
 
 
 def test_bad_nonces_are_repeated_at_once_and_not_for_ever(fake, ca):
@@ -310,7 +316,8 @@ def test_bad_nonces_are_repeated_at_once_and_not_for_ever(fake, ca):
     order(ca)
     assert fake.count("new-order") == 1 + 6
     fake.script["new-order"] = [problem(400, "badNonce")] * 50
-    assert refused(ca).code == "badNonce"
+    error = refused(ca)
+    assert (error.code, error.kind) == ("badNonce", TRANSPORT)  # no hostname's fault
     assert fake.count("new-order") == 7 + 6
 
 
@@ -334,6 +341,172 @@ def test_a_ca_that_is_not_trusted_is_the_transports(tmp_path):
         for file in ("missing.crt", "empty.crt"):
             error = refused(Ca(running.directory, store, ca_file=tmp_path / file))
             assert error.kind == TRANSPORT
+
+
+def trickle(head):
+    """An answer that begins with ``head``, goes on a byte at a time, and does not end."""
+
+    def send(file):
+        file.write(head)
+        while True:
+            file.write(b" ")
+            time.sleep(0.01)  # the pace is what is tried; the other side ends it
+
+    return send
+
+
+TRICKLES = {
+    "nothing": b"", "a status": b"HTTP/1.1 200", "a field": b"HTTP/1.1 200 OK\r\nX:",
+    "a body": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+    "a body without end": b"HTTP/1.1 200 OK\r\n\r\n",
+    "a piece": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFF\r\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", TRICKLES.values(), ids=TRICKLES)
+def test_an_answer_that_trickles_in_is_given_up_in_time(fake, ca, monkeypatch, head):
+    monkeypatch.setattr(bounded_http, "REQUEST_TIMEOUT", 0.2)
+    fake.script["new-order"] = [trickle(head)]
+    began = time.monotonic()
+    error = refused(ca)
+    assert time.monotonic() - began < 2
+    assert error.kind == TRANSPORT and "no whole answer within 0.2 s" in error.words
+
+
+@pytest.mark.parametrize("answer", [SILENCE, trickle(TRICKLES["a body"])], ids=["silent", "slow"])
+def test_an_answer_that_is_waited_for_ends_soon_when_it_is_stopped(fake, ca, answer):
+    stop, begun, ends = Stop(), threading.Event(), []
+
+    def send(file):
+        begun.set()
+        answer(file)
+
+    def run():
+        try:
+            ca.order(APP, "http-01", Proofs(), stop)
+        except Abandoned as error:
+            ends.append(error)
+
+    fake.script["new-order"] = [SILENCE if answer is SILENCE else send]
+    thread = threading.Thread(target=run)
+    thread.start()
+    if answer is SILENCE:
+        fake.silent.get(timeout=TIMEOUT)
+    else:
+        assert begun.wait(TIMEOUT)
+    stop.set()
+    thread.join(2)
+    assert ends
+
+
+def for_ever(data, first=b""):
+    def send(file):
+        file.write(first)
+        while True:
+            file.write(data)
+
+    return send
+
+
+@pytest.mark.parametrize("answer", [
+    for_ever(b"HTTP/1.1 100 Continue\r\n\r\n"), for_ever(b"SSH-2.0-x"), lambda file: None,
+    for_ever(b"X: y\r\n", b"HTTP/1.1 200 OK\r\n"),
+], ids=["one that is not the last", "not http", "none", "fields"])  # fmt: skip
+def test_an_answer_that_is_none_is_given_up_in_time(fake, ca, monkeypatch, answer):
+    monkeypatch.setattr(bounded_http, "REQUEST_TIMEOUT", 0.5)
+    fake.script["new-order"] = [answer]
+    began = time.monotonic()
+    assert refused(ca).kind == TRANSPORT
+    assert time.monotonic() - began < 2
+
+
+def test_a_long_answer_is_not_read_to_its_end(fake, ca):
+    sent = []
+
+    def send(file):
+        file.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        while sum(sent) < 100_000_000:
+            sent.append(file.write(b"[" * 65536))
+
+    fake.script["dir"] = [send]
+    error = refused(ca)
+    assert error.kind == TRANSPORT and "more than 1048576 bytes" in error.words
+    assert sum(sent) < 50_000_000  # what the system holds for both ends, at most
+
+
+def test_a_small_answer_that_unpacks_to_a_long_one_is_refused(fake, ca):
+    bomb = gzip.compress(b" " * 50_000_000)
+    assert len(bomb) < bounded_http.MOST_BYTES
+    fake.script["new-order"] = [(201, {"Content-Encoding": "gzip"}, bomb)]
+    assert "more than 1048576 bytes" in refused(ca).words
+
+
+LINKS = ["http://127.0.0.1:{port}/", "http://localhost:{port}/x", "http://[::1]:{port}/",
+         "file:///etc/passwd", "ftp://127.0.0.1:{port}/", "//127.0.0.1:{port}/", "x" * 5000,
+         "http://127.0.0.1:{ours}@127.0.0.1:{port}/", "\0", "", "http://", "https://\ud800/"]
+# One that has no address in it leads back to the CA.
+REDIRECTS = [link for link in LINKS if "{port}" in link]
+
+
+@pytest.mark.parametrize("name, link", [
+    *itertools.product(["order", "authz", "challenge", "directory"], LINKS),
+    *itertools.product(["redirect"], REDIRECTS)])  # fmt: skip
+def test_no_link_leads_to_another_port_of_this_machine(fake, ca, name, link):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        link = link.format(port=other.getsockname()[1], ours=fake.url.rpartition(":")[2])
+        fake.script = {
+            "order": {"new-order": [(201, {"Location": f"{fake.url}/order/0"}, {
+                "status": "pending", "authorizations": [link]})]},
+            "authz": {"authz": [(200, {}, {"status": "pending", "challenges": [
+                {"type": "http-01", "token": "t" * 20, "url": link}]})]},
+            "challenge": {"order": [(200, {}, {"status": "ready", "finalize": link})]},
+            "redirect": {"new-order": [lambda file: file.write(
+                b"HTTP/1.1 307 Over There\r\nContent-Length: 0\r\nLocation: "
+                + link.encode() + b"\r\n\r\n")]},
+            "directory": {"dir": [(200, {}, {
+                key: link for key in ("newNonce", "newAccount", "newOrder")})]},
+        }[name]  # fmt: skip
+        error = refused(ca)
+        assert error.kind in (TRANSPORT, HOST) and len(str(error)) < 1000
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.accept()
+
+
+def test_a_ca_by_https_never_leads_to_plain_http():
+    with contextlib.closing(bounded_http.Session("https://ca.example/dir", Stop())) as session:
+        with pytest.raises(requests.exceptions.InvalidSchema):
+            session.get("http://ca.example/dir")
+
+
+def test_what_the_ca_says_is_one_printable_line_of_bounded_length(fake, ca):
+    words = "a\r\nb\x1b[31m\0\u202e\ud800" + "c" * 5000
+    fake.script["new-order"] = [problem(400, "x\n" * 5000, words)]
+    error = refused(ca)
+    assert str(error).isprintable() and len(str(error)) < 1000
+    assert error.words.startswith("a b [31m c")
+
+
+def test_a_certificate_that_has_run_out_is_not_taken(fake, ca):
+    make = fake.mint.chain
+    fake.mint.chain = lambda hostname, key, *_: make(hostname, key, NOW - 2 * DAY, DAY)
+    error = refused(ca)
+    assert error.kind == HOST and "has run out on 2027-01-14" in error.words
+
+
+def test_an_order_that_is_stopped_leaves_no_authorization_pending(fake, ca):
+    stop = Stop()
+
+    class Impatient(Proofs):
+        @contextlib.contextmanager
+        def http(self, *proof):
+            with super().http(*proof):
+                stop.set()  # as if the hostname was dropped just then
+                yield
+
+    with pytest.raises(Abandoned):
+        ca.order(APP, "http-01", Impatient(), stop)
+    assert fake.payloads("authz")[-1] == {"status": "deactivated"}
 
 
 def test_a_silent_ca_is_given_up(fake, ca, monkeypatch):
@@ -368,7 +541,7 @@ def test_a_wrong_clock_orders_nothing(fake, store, caplog, off, stops):
 
 
 def test_an_order_ends_soon_when_it_is_stopped(fake, ca):
-    stop, ends = threading.Event(), []
+    stop, ends = Stop(), []
     fake.script["order"] = [(200, {"Retry-After": "60"}, {"status": "pending"})] * 2
 
     def run():
@@ -393,7 +566,7 @@ def window(fake, start, end, **headers):
 
 
 def info(ca, leaf):
-    return ca.renewal_info(leaf, threading.Event())
+    return ca.renewal_info(leaf, Stop())
 
 
 def test_the_window_and_when_to_ask_again(fake, ca):
@@ -480,8 +653,10 @@ def test_pebble_signs_for_both_challenges(tmp_path, challenge):
         assert handshake(server, context)["subjectAltName"] == (("DNS", APP),)
         if challenge == "http-01":
             assert [ask[::3] for ask in answers.asked] == [("http-01", 200)] * 3
+            assert not any(answers.body(APP, path) for _, _, path, _ in answers.asked)
         else:
             assert answers.asked == [("tls-alpn-01", APP, "acme-tls/1", b"")] * 3
+            assert answers.context(APP) is None
 
 
 def handshake(server_context, context):
@@ -531,11 +706,29 @@ def test_pebble_that_asks_for_a_binding(tmp_path, caplog):
             assert (error.kind, error.account_wide) == (CONFIG, True)
             assert "ACME_EAB_KID" in error.words
         order(of_pebble(running, tmp_path, eab=("kid-1", right))[0], challenges=answers)
-        order(of_pebble(running, tmp_path)[0], challenges=answers)  # it knows us by our key now
+        restarted, store = of_pebble(running, tmp_path)  # it knows us by our key now
+        order(restarted, challenges=answers)
+        private = store.account()["key"]["d"]
     kept = "".join(
         path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     for secret in (right, wrong):
         assert secret not in kept and secret not in caplog.text
+    assert private in kept and private not in caplog.text
+
+
+def test_pebble_and_an_account_that_was_closed(tmp_path):
+    with Answers() as answers, pebble(
+        tmp_path, answers.http_port, answers.tls_port
+    ) as running:
+        ca, store = of_pebble(running, tmp_path)
+        order(ca, challenges=answers)
+        with ca._conversation(Stop()) as conversation:
+            ca._sign_in(conversation)
+            conversation.post(conversation.account, acme_order._Payload(status="deactivated"))
+        error = refused(ca, challenges=answers)
+        assert (error.kind, error.account_wide) == (CONFIG, True)
+        (tmp_path / "cache" / ca_id(running.directory) / "account.json").unlink()
+        order(ca, challenges=answers)  # that is how to get another one
 
 
 def test_pebble_with_a_broken_proof_says_what_it_saw(tmp_path):
@@ -551,3 +744,12 @@ def test_the_key_on_disk_is_pkcs8(ca):
     key, _ = order(ca)
     assert key.startswith(b"-----BEGIN PRIVATE KEY-----")
     assert serialization.load_pem_private_key(key, None).curve.name == "secp256r1"
+
+
+def test_a_system_without_threads_is_no_defect_of_ours(fake, ca, monkeypatch):
+    def fail(timer):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", fail)
+    error = refused(ca)
+    assert error.kind == TRANSPORT and "can't start new thread" in error.words

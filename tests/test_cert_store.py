@@ -74,7 +74,7 @@ def test_a_certificate_of_another_host_or_key_is_not_kept(store, mint):
     good = store.save(HOST, *mint.pair(HOST))
     key, _ = mint.pair(HOST)
     for pair in (mint.pair("other.example.com"), (key, mint.pair(HOST)[1])):
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="^the CA's certificate is not kept: (a|the key)"):
             store.save(HOST, *pair)
         assert store.certificate(HOST) == good
 
@@ -119,6 +119,14 @@ def test_a_broken_state_or_account_counts_as_none(tmp_path, store, content):
     assert (certs(tmp_path) / f"{HOST}.json.bad").read_bytes() == content
     store.save_state(HOST, {"failures": 4})
     assert store.state(HOST) == {"failures": 4}
+
+
+def test_a_pause_is_kept_and_a_broken_one_counts_as_none(tmp_path, store):
+    assert store.pause() == {}
+    store.save_pause({"until": 7})
+    assert CertStore(tmp_path / "cache", URL).pause() == {"until": 7}
+    (certs(tmp_path).parent / "pause.json").write_bytes(b"{")
+    assert store.pause() == {}
 
 
 def test_two_directories_share_nothing(tmp_path, store, mint):

@@ -1,16 +1,19 @@
 """When certificates are ordered: the clock is the test's, and so is the CA."""
 
+import contextlib
 import queue
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from fake_ca import DAY, NOW, SILENCE, Clock, FakeCa, Mint, Proofs, problem
 from pebble import Answers, pebble
-from support import TIMEOUT, wait_until
+from support import ROOT, TIMEOUT, wait_until
 
 from gotunnel_server.acme_order import Ca
-from gotunnel_server.cert_store import CertStore
+from gotunnel_server.cert_store import CertStore, StoreError
 from gotunnel_server.issuer import FAILED, JOBS, READY, WAITING, Issuer
 from gotunnel_server.refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
 from gotunnel_server.timetable import (
@@ -334,6 +337,74 @@ def test_retry_now_renews_a_certificate_that_is_new(house):
     assert len(house.look()) == 1 and house.look() == []
 
 
+def in_flight(house, hostname, ends):
+    """Begin an order that, when the event that comes back is set, ends with ``ends``."""
+    go_on = threading.Event()
+
+    def wait(stop):
+        assert go_on.wait(TIMEOUT)
+        if ends:
+            raise ends
+
+    house.ca.script.insert(0, wait)
+    house.issuer.want(hostname)
+    house.issuer.look()
+    house.ca.orders.get(timeout=TIMEOUT)
+    return go_on
+
+
+@pytest.mark.parametrize("ends, orders", [
+    (None, 0), (refused(), 1), (refused(CONFIG), 1), (refused(ACCOUNT, retry_after=60), 0)])
+def test_retry_now_while_an_order_is_in_flight_is_another_one_if_that_fails(house, ends, orders):
+    house.ca.script = [refused()] * 3
+    go_on = in_flight(house, APP, ends)
+    assert house.issuer.retry_now(APP) and house.issuer.retry_now(APP)
+    go_on.set()
+    assert len(house.look()) == orders
+    assert house.look() == []
+
+
+def test_retry_now_is_not_lost_while_the_cas_window_is_asked_for(house):
+    house.issuer.want(APP)
+    house.look()
+    asked, go_on = threading.Event(), threading.Event()
+
+    def renewal_info(leaf, stop):
+        asked.set()
+        assert go_on.wait(TIMEOUT)
+        return Window(NOW + 10 * DAY, NOW + 20 * DAY), 6 * HOUR
+
+    house.ca.renewal_info = renewal_info
+    house.clock.now += 7 * HOUR
+    house.issuer.look()
+    assert asked.wait(TIMEOUT)
+    house.issuer.retry_now(APP)
+    go_on.set()
+    assert len(house.look()) == 1
+
+
+def test_retry_now_is_not_lost_while_another_process_has_the_hostname(house):
+    house.issuer.want(APP)
+    house.look()
+    with house.store.lock(APP):
+        house.issuer.retry_now(APP)
+        assert house.look() == []
+    assert len(house.at(6)) == 1
+
+
+def test_retry_now_without_a_cache_is_one_attempt(house, monkeypatch):
+    def fail(hostname):
+        raise StoreError("no descriptor")
+
+    house.issuer.want(APP)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "lock", fail)
+        house.issuer.retry_now(APP)
+        house.look()
+    assert house.state().name == FAILED and "no descriptor" in house.state().reason
+    assert house.state().next_at > NOW
+
+
 def test_a_failure_of_one_host_holds_up_no_other(house):
     house.ca.script = [refused()]
     house.issuer.want(APP)
@@ -354,6 +425,89 @@ def test_a_rate_limit_of_the_account_holds_up_all_and_blames_nobody(house):
     assert house.state("old.example.com").name == READY
     assert {order[:2] for order in house.at(3601)} == {(APP, "http-01"), (OTHER, "http-01")}
     assert house.state(OTHER).name == READY
+
+
+def test_who_waits_for_the_account_is_told_why(house):
+    go_on = threading.Event()
+
+    def refuse(stop):
+        assert go_on.wait(TIMEOUT)
+        raise refused(ACCOUNT, status=429, retry_after=3600)
+
+    house.ca.script = [refuse]
+    house.issuer.want(APP)
+    house.issuer.look()
+    house.store.save("old.example.com", *house.ca.mint.pair("old.example.com"))
+    house.issuer.want("old.example.com")
+    house.issuer.want(OTHER)
+    go_on.set()
+    finish_jobs()
+    assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
+    assert house.changed.empty()
+    assert "the CA's words (next attempt 2027-01-15 09:00 UTC)" in str(house.state(OTHER))
+
+
+def test_a_pause_for_the_same_reason_as_an_earlier_one_is_told_again(house):
+    for name in (APP, "third.example.com"):
+        house.ca.script = [refused(ACCOUNT, status=429, retry_after=60)]
+        house.issuer.want(name)
+        house.look()
+        assert house.at((house.clock.now - NOW) + 61)
+    while not house.changed.empty():
+        house.changed.get()
+    go_on = in_flight(house, "fourth.example.com", refused(ACCOUNT, status=429, retry_after=60))
+    house.issuer.want(OTHER)
+    go_on.set()
+    finish_jobs()
+    told = {house.changed.get(timeout=TIMEOUT) for _ in range(2)}
+    assert told == {"fourth.example.com", OTHER}
+
+
+def test_a_pause_of_the_account_outlasts_a_restart(house):
+    house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
+    house.issuer.want(APP)
+    assert len(house.look()) == 1
+    house.restart()
+    house.issuer.start()
+    state = house.issuer.want(OTHER)
+    assert (state.name, state.next_at) == (FAILED, NOW + 3600) and "the CA's words" in state.reason
+    house.issuer.want(APP)
+    assert house.at(3599) == []
+    house.at(3601)
+    wait_until(lambda: house.state().name == house.state(OTHER).name == READY)
+
+
+@pytest.mark.parametrize("error", [
+    refused(CONFIG, status=403, account_wide=True), refused(ACCOUNT, retry_after=3600),
+    refused(TRANSPORT, status=500)], ids=["settings", "our clock", "outage"])
+def test_a_pause_that_a_restart_may_mend_does_not_outlast_it(house, error):
+    house.ca.script = [error]
+    house.issuer.want(APP)
+    house.look()
+    house.restart()
+    house.issuer.start()
+    house.issuer.want(OTHER)
+    wait_until(lambda: house.state(OTHER).name == READY)
+
+
+@pytest.mark.parametrize("pause", [
+    {"until": "x", "reason": []}, {"until": 1e300}, {"until": NOW + 1000 * DAY, "reason": {}}])
+def test_a_kept_pause_that_makes_no_sense_holds_up_nobody_for_long(house, pause):
+    house.store.save_pause(pause)
+    house.issuer.start()
+    house.issuer.want(APP)
+    house.at(0)
+    house.at(1.2 * DAY)
+    wait_until(lambda: house.state().name == READY)
+
+
+def test_retry_now_ends_the_pause_for_good(house):
+    house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
+    house.issuer.want(APP)
+    house.look()
+    house.issuer.retry_now(APP)
+    assert len(house.look()) == 1 and house.state().name == READY
+    assert house.store.pause() == {}
 
 
 def test_what_the_operator_must_change_waits_for_a_day(house):
@@ -625,6 +779,138 @@ def test_a_whole_ca_and_its_rate_limit(tmp_path):
         house.issuer.stop()
 
 
+@pytest.fixture
+def whole(tmp_path):
+    """A house with a whole CA, which is ``fake``."""
+    clock = Clock()
+    with FakeCa(clock) as fake:
+        store = CertStore(tmp_path / "cache", fake.directory)
+        house = House(tmp_path, clock=clock, ca=Ca(fake.directory, store, clock=clock))
+        house.ca.ordered, house.fake = list, fake
+        yield house
+        house.issuer.stop()
+
+
+def no_chain(mint, name, key, *more):
+    chain = mint.chain(name, key, *more)
+    return chain[: chain.index(b"-----END CERTIFICATE-----") + 26]
+
+
+def chain_of_another(*sent):
+    return no_chain(*sent) + Mint("another").chain("other", Mint().key.public_key())
+
+
+WRONG = {  # what is sent instead, and what is said of it
+    "another name": (lambda mint, name, *more: mint.chain(OTHER, *more), OTHER),
+    "a name of many lines": (
+        lambda mint, name, *more: mint.chain("a\n\x1b[31m" + "b" * 5000, *more), "a [31mbbb"),
+    "another key": (lambda mint, name, key, *more: mint.pair(name, *more)[1], "the key is not"),
+    "no chain": (no_chain, "the chain is missing"),
+    "the chain of another": (chain_of_another, "does not lead on"),
+    "run out": (lambda mint, name, key, *_: mint.chain(name, key, NOW, 60), "has run out"),
+    "garbage": (lambda *_: b"garbage", "expected a certificate"),
+    "nothing": (lambda *_: b"", "expected a certificate"),
+    "too much": (lambda *_: b"x" * 2_000_000, "more than 1048576 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_certificate_is_one_line_and_the_old_one_stays(whole, what, caplog):
+    send, words = WRONG[what]
+    whole.issuer.want(APP)
+    whole.look()
+    kept = whole.issuer.certificate(APP)
+    mint, chain = Mint(), whole.fake.mint.chain
+    whole.fake.mint.chain = lambda *sent: send(mint, *sent)
+    caplog.clear()
+    whole.at(63 * DAY)
+    (line,) = [record for record in caplog.records if record.name.startswith("gotunnel")]
+    assert line.exc_info is None and line.getMessage().isprintable()
+    assert words in line.getMessage() and len(line.getMessage()) < 1000
+    assert whole.state().name == READY and words in whole.state().reason
+    assert whole.issuer.certificate(APP) == kept == whole.store.certificate(APP)
+    whole.fake.mint.chain = chain
+    whole.issuer.want(OTHER)
+    whole.at(63 * DAY + HOUR)
+    assert whole.state(OTHER).name == READY
+
+
+def test_a_clock_that_is_wrong_is_said_to_be(whole):
+    whole.fake.clock = lambda: whole.clock() + 2 * DAY
+    whole.issuer.want(APP)
+    whole.look()
+    assert whole.state().name == FAILED and "this machine's clock is" in whole.state().reason
+    assert whole.fake.count("new-order") == 0
+
+
+def test_two_cas_of_one_cache_share_nothing(tmp_path):
+    clock = Clock()
+    with FakeCa(clock) as first, FakeCa(clock) as second:
+
+        def orders(fake):
+            """How many it takes until there is a certificate of that CA."""
+            before = fake.count("new-order")
+            store = CertStore(tmp_path / "cache", fake.directory)
+            ca = Ca(fake.directory, store, clock=clock)
+            issuer = Issuer(ca, store, Proofs(), lambda hostname: None, clock=clock)
+            issuer.want(APP)
+            issuer.look()
+            finish_jobs()
+            issuer.certificate(APP).leaf.verify_directly_issued_by(fake.mint.certificate)
+            issuer.stop()
+            return fake.count("new-order") - before
+
+        assert [orders(fake) for fake in (first, second, first, second)] == [1, 1, 0, 0]
+        assert first.count("new-account") == second.count("new-account") == 1
+        assert first.accounts != second.accounts
+
+
+PROCESS = """
+import queue, sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from fake_ca import Proofs
+from gotunnel_server import issuer, cert_store
+from gotunnel_server.acme_order import Ca
+issuer.ELSEWHERE = 0.1
+store, changed = cert_store.CertStore(Path(sys.argv[3]), sys.argv[4]), queue.Queue()
+gateway = issuer.Issuer(Ca(sys.argv[4], store), store, Proofs(), changed.put)
+gateway.start()
+print("ready", flush=True)
+sys.stdin.readline()
+for hostname in sys.argv[5:]:
+    gateway.want(hostname)
+for hostname in sys.argv[5:]:
+    changed.get(timeout=30)
+print(*(gateway.certificate(hostname).leaf.serial_number for hostname in sys.argv[5:]))
+gateway.stop()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_cache_make_one_account_and_one_order_for_a_hostname(tmp_path):
+    with FakeCa(time.time) as fake, contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", PROCESS, ROOT, ROOT / "tests", tmp_path / "cache",
+                 fake.directory, APP, f"own-{number}.example.com"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for number in range(6)
+        ]  # fmt: skip
+        for process in processes:
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        serials = [process.communicate(timeout=60)[0].split() for process in processes]
+        assert [process.returncode for process in processes] == [0] * 6
+        assert len({shared for shared, _ in serials}) == 1
+        assert len({own for _, own in serials}) == 6
+        assert fake.count("new-account") == 1 and len(fake.accounts) == 1
+        assert fake.count("new-order") == 1 + 6
+
+
 def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
     """The first attempt fails by http-01; tls-alpn-01 works, and is remembered."""
 
@@ -642,6 +928,12 @@ def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
             changed.get(timeout=TIMEOUT)
             assert issuer.state(APP).name == READY
             assert store.state(APP)["challenge"] == "tls-alpn-01"
+            serial = issuer.certificate(APP).leaf.serial_number
+            issuer.retry_now(APP)  # which begins with what worked
+            changed.get(timeout=TIMEOUT)
+            assert issuer.state(APP).reason == ""
+            assert issuer.certificate(APP).leaf.serial_number != serial
+            assert {kind for kind, *_ in answers.asked} == {"tls-alpn-01"}
         finally:
             issuer.stop()
 
