@@ -16,7 +16,7 @@ def is_always_here(hostname: str) -> bool:
 
 
 def resolve(hostname: str) -> list[str]:
-    """The IP addresses of a hostname, sorted. Raises OSError, whose text says why there are none."""
+    """The IP addresses of a hostname, sorted. Raises OSError; its text says why there are none."""
     try:
         found = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -42,7 +42,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from .authority import CertificateError
 
-__all__ = ["CertDir", "Pair", "Served", "load_pair", "normal"]
+__all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of", "normal"]
 
 log = logging.getLogger("gotunnel.certificates")
 
@@ -71,6 +71,13 @@ class Served(NamedTuple):
     outdated: Mapping[str, ssl.SSLContext]      # by pairs that ran out, or are not valid yet
 
 
+class Report(NamedTuple):
+    """What the latest look has found, for whoever asks instead of reading the log."""
+    pairs: tuple[Pair, ...]         # those that can be used, dates apart
+    broken: tuple[str, ...]         # a remark on each that cannot
+    remarks: tuple[str, ...]        # what else there is to say, but for dates, which `pairs` tell
+
+
 class _Stamp(NamedTuple):
     """What tells a file from what it was; the change time also tells a chmod."""
     modified: int
@@ -97,12 +104,13 @@ class _Entry(NamedTuple):
 class CertDir:
     """The pairs in `folder`. `new_context` makes a context without certificate.
 
-    `served` is replaced whole by reload(), so that readers need no lock. Raises CertificateError
-    if the folder cannot be read.
+    `served` and `report` are replaced whole by reload(), so that readers need no lock. Raises
+    CertificateError if the folder cannot be read.
     """
 
     def __init__(self, folder: Path, new_context: Callable[[], ssl.SSLContext]) -> None:
         self.served = Served({}, {})
+        self.report = Report((), (), ())
         self._folder = str(folder)
         self._new_context = new_context
         self._entries: dict[str, _Entry] = {}       # by certificate file
@@ -144,7 +152,10 @@ class CertDir:
         self._entries, self._seen = entries, (watches, unreadable)
 
         remarks = set(unreadable.values())
-        remarks.update(remark for entry in entries.values() for remark in entry.remarks)
+        remarks.update(
+            remark for entry in entries.values() if entry.pair for remark in entry.remarks)
+        broken = {remark for entry in entries.values() if not entry.pair
+                  for remark in entry.remarks}
         pairs = [entry.pair for entry in entries.values() if entry.pair]
         if pairs:
             self._pairs = pairs
@@ -155,7 +166,8 @@ class CertDir:
             remarks.add(f"no pair in {self._folder}, expected NAME.crt with NAME.key, or folders"
                         " with fullchain.pem and privkey.pem")
         self.served = self._choose(now)
-        self._say(remarks.union(*(self._dates(pair, now) for pair in self._pairs)))
+        self.report = Report(tuple(pairs), tuple(sorted(broken)), tuple(sorted(remarks)))
+        self._say(broken.union(remarks, *(self._dates(pair, now) for pair in self._pairs)))
 
     def _say(self, remarks: set[str]) -> None:
         for remark in sorted(remarks - self._said):
@@ -287,7 +299,7 @@ def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -
         leaf, *chain = x509.load_pem_x509_certificates(pem)
         signers = {certificate.subject for certificate in chain} | {leaf.subject}
         pair = Pair(
-            certificate_file, key_file, _names(leaf), type(leaf.public_key()),
+            certificate_file, key_file, names_of(leaf), type(leaf.public_key()),
             leaf.not_valid_before_utc, leaf.not_valid_after_utc,
             "" if leaf.issuer in signers else leaf.issuer.rfc4514_string(), context)
     except OSError as error:
@@ -327,7 +339,7 @@ def normal(name: str) -> str:
     return name.lower().removesuffix(".")
 
 
-def _names(certificate: x509.Certificate) -> frozenset[str]:
+def names_of(certificate: x509.Certificate) -> frozenset[str]:
     """The DNS names and IP addresses in subjectAltName, which alone counts (RFC 9525 §2)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

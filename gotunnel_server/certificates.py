@@ -67,6 +67,9 @@ class Certificates:
     def ensure(self, hostname: str) -> bool:
         """Make sure that there is a certificate for `hostname`; False if nobody can give us one.
 
+        A wildcard (`*.dev.example.com`) may be asked for like any hostname: then a certificate of
+        exactly that name is needed, which will serve what is one label longer than its rest.
+
         Call it at start, when a hostname is registered, and daily for those that stay: what the
         authority issued is renewed here. For a name that has one it costs a few microseconds.
         Never call it in a handshake: anybody may put any name in a ClientHello, and that must
@@ -82,21 +85,16 @@ class Certificates:
             return _find(outdated, hostname) is not None
         known = _find(self._issued, hostname)
         if known is None or known.ends - datetime.now(timezone.utc) < RENEW_BEFORE:
-            issued = load_pair(*self._authority.issue(hostname), self._new_context())
-            with self._publishing:
-                known = self._issued.get(hostname)
-                if known is None or known.ends < issued.ends:
-                    self._issued[hostname] = issued
+            self._publish(hostname, *self._authority.issue(hostname))
         return True
 
     def take(self, hostname: str, file: Path) -> None:
         """Serve `hostname` with an ordered certificate: `file` holds key, certificate and chain.
 
-        Any thread. Raises CertificateError if it cannot be used; then what was served stays.
+        One that began earlier than what is served changes nothing. Any thread. Raises
+        CertificateError if it cannot be used; then what was served stays.
         """
-        issued = load_pair(file, file, self._new_context())
-        with self._publishing:
-            self._issued[normal(hostname)] = issued
+        self._publish(normal(hostname), file, file)
 
     def context(self, hostname: str) -> ssl.SSLContext | None:
         """The context of `hostname`: of exactly that name, else of a wildcard; None if none.
@@ -144,6 +142,15 @@ class Certificates:
         front = self._new_context()
         front.sni_callback = choose
         return front
+
+    def _publish(self, hostname: str, certificate_file: Path, key_file: Path) -> None:
+        issued = load_pair(certificate_file, key_file, self._new_context())
+        with self._publishing:
+            known = self._issued.get(hostname)
+            # The end alone would not tell which is newer: a CA that shortens its lifetimes gives
+            # us a new one that ends before the old one would.
+            if known is None or (known.begins, known.ends) <= (issued.begins, issued.ends):
+                self._issued[hostname] = issued
 
     def _given(self) -> Served:
         return self._cert_dir.served if self._cert_dir else Served({}, {})

@@ -61,6 +61,11 @@ class Challenges:
             with self._lock:
                 table.pop(name, None)
 
+    @staticmethod
+    def is_asked_for(path):
+        """Whether a request's path is one where a CA looks for a file."""
+        return path.startswith(PATH)
+
     def body(self, hostname, path):
         """The content of the file at a request's path, None if there is none for that hostname."""
         token = path.removeprefix(PATH)

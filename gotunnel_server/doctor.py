@@ -37,11 +37,12 @@ from gotunnel import ACK, MAX_UINT32, PING, SYN, Header, valid_hostname
 
 from .addresses import is_always_here, is_own, own_addresses, resolve
 from .authority import RENEW_BEFORE, CertificateError
-from .cert_dir import CertDir, Pair
-from .cert_store import STAGING, CertStore, Stored, StoreError, ca_id, check
+from .cert_dir import CertDir, names_of
+from .cert_store import HASHED, LONGEST_STEM, STAGING, CertStore, Stored, StoreError, ca_id, check
 from .gateway import VISITORS_SHARE
 from .issuer import Issuer
 from .listener import PortError, bind
+from .timetable import CLOCK_OFF, CLOCK_WRONG, DAY
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them
@@ -51,9 +52,6 @@ NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
 MOST_BYTES = 64 * 1024  # of the directory, or of a state: each is about one KiB
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
-# Seconds between our clock and the CA's: those at which an order warns, and is not made.
-CLOCK_OFF, CLOCK_WRONG = 300.0, 86_400.0
-DAY = 86_400.0
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
 # Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
@@ -279,26 +277,9 @@ def look_at_folder(setting, folder: Path) -> Iterable[Finding]:
 # CERT_DIR
 
 
-class _Pairs(CertDir):
-    """CERT_DIR, read once, for us to look into."""
-
-    def __init__(self, folder):
-        super().__init__(folder, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-
-    def pairs(self) -> list[Pair]:
-        return [entry.pair for entry in self._entries.values() if entry.pair]
-
-    def remarks(self) -> tuple[list[str], set[str]]:
-        """What is wrong with pairs that cannot be used, and what else there is to say."""
-        broken = [
-            remark
-            for _, entry in sorted(self._entries.items())
-            for remark in entry.remarks
-            if not entry.pair
-        ]
-        now = datetime.now(timezone.utc)
-        dated = {remark for pair in self.pairs() for remark in self._dates(pair, now)}
-        return broken, self._said - dated - set(broken)
+def _read_pairs(folder: Path) -> CertDir:
+    """CERT_DIR, read once. Raises CertificateError if it cannot be read."""
+    return CertDir(folder, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
 
 def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
@@ -307,12 +288,12 @@ def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
         yield Finding(OK, "CERT_DIR", "not used")
         return
     try:
-        cert_dir = _Pairs(folder)
+        cert_dir = _read_pairs(folder)
     except CertificateError as error:
         yield Finding(FAIL, "CERT_DIR", str(error))
         return
     now = datetime.now(timezone.utc)
-    for pair in sorted(cert_dir.pairs()):
+    for pair in sorted(cert_dir.report.pairs):
         file = os.path.relpath(pair.certificate_file, folder)
         names = ", ".join(sorted(pair.names))
         if pair.begins <= now < pair.ends:
@@ -326,9 +307,8 @@ def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
         others = all(covers(cert_dir.served.valid, name) for name in pair.names)
         yield Finding(WARN if others else FAIL, "CERT_DIR", f"{file}: {names} {dates}"
                       + "; another pair serves these names now" * others)  # fmt: skip
-    broken, others = cert_dir.remarks()
-    yield from (Finding(FAIL, "CERT_DIR", remark) for remark in broken)
-    yield from (Finding(WARN, "CERT_DIR", remark) for remark in sorted(others))
+    yield from (Finding(FAIL, "CERT_DIR", remark) for remark in cert_dir.report.broken)
+    yield from (Finding(WARN, "CERT_DIR", remark) for remark in cert_dir.report.remarks)
 
 
 def covers(names, hostname) -> bool:
@@ -341,7 +321,7 @@ def look_at_own_names(config) -> Iterable[Finding]:
     given = {}
     if config.cert_dir is not None:
         with contextlib.suppress(CertificateError):  # that was said before
-            given = _Pairs(config.cert_dir).served.valid
+            given = _read_pairs(config.cert_dir).served.valid
     for name in dict.fromkeys((config.gateway_host, config.tunnel_host)):
         if covers(given, name):
             yield Finding(OK, "certificates", f"{name}: in CERT_DIR")
@@ -455,9 +435,9 @@ def find_rows(config) -> list[Row]:
 
 
 def own_rows(folder: Path) -> list[Row]:
-    cert_dir = _Pairs(folder)
-    rows = [Row("-", OWN, error=remark) for remark in cert_dir.remarks()[0]]
-    for pair in cert_dir.pairs():
+    report = _read_pairs(folder).report
+    rows = [Row("-", OWN, error=remark) for remark in report.broken]
+    for pair in report.pairs:
         leaf = _leaf(pair.certificate_file)
         issuer = issuer_of(leaf) if leaf else ""
         rows += [Row(name, OWN, issuer, pair.ends.timestamp()) for name in pair.names]
@@ -497,10 +477,17 @@ class _Cache:
         self._folder = folder
         self._certs = folder / ca_id(directory_url) / "certs"
         self._staging = "staging" in directory_url
+        self._stems: dict[str, str] = {}  # of the hostnames whose files have other names
 
     def hostnames(self) -> list[str]:
-        """Those with a certificate, also of the Go program, and those that wait for one."""
+        """Those with a certificate, also of the Go program, and those that wait for one; but for
+        those that wait and are so long that their files do not tell them."""
         own = {file.stem for kind in ("*.pem", "*.json") for file in self._certs.glob(kind)}
+        for stem in filter(HASHED.fullmatch, tuple(own)):
+            own.remove(stem)
+            if hostname := self._spelled_out(stem):
+                self._stems[hostname] = stem
+                own.add(hostname)
         left = {
             name
             for file in self._folder.glob("*.*")
@@ -514,7 +501,7 @@ class _Cache:
 
     def certificate(self, hostname) -> Stored | None:
         try:
-            return check(self._certs / f"{hostname}.pem", hostname)
+            return check(self._file(hostname, ".pem"), hostname)
         except FileNotFoundError:
             pass
         except (StoreError, OSError) as error:
@@ -523,11 +510,20 @@ class _Cache:
 
     def state(self, hostname) -> dict:
         try:
-            with open(self._certs / f"{hostname}.json", "rb") as file:
+            with open(self._file(hostname, ".json"), "rb") as file:
                 state = json.loads(file.read(MOST_BYTES))
         except (OSError, ValueError, RecursionError):
             return {}
         return state if isinstance(state, dict) else {}
+
+    def _file(self, hostname, suffix) -> Path:
+        return self._certs / (self._stems.get(hostname, hostname) + suffix)
+
+    def _spelled_out(self, stem) -> str | None:
+        """The long hostname whose files begin with ``stem``, as its certificate says."""
+        leaf = _leaf(self._certs / f"{stem}.pem")
+        names = names_of(leaf) if leaf else ()
+        return next((name for name in names if len(name) > LONGEST_STEM), None)
 
     def _left_by_go(self, hostname) -> Stored | None:
         for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):

@@ -20,11 +20,9 @@ import re
 from typing import NamedTuple
 
 # Bytes within which a hello must be complete. Real ones are 250 to 2000 bytes long, with large
-# session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well.
+# session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. One is cut into records
+# as its sender likes, down to one byte each.
 HELLO_LIMIT = 16384
-# Records that a hello may be split over. One is usual, some clients cut theirs in a few on
-# purpose; 64 keeps the walk over a peeked buffer short.
-RECORD_LIMIT = 64
 
 _RECORD_HEADER = 5              # bytes: type, version (2), length (2)
 _RECORD_HANDSHAKE = 22          # RFC 8446 §5.1
@@ -65,44 +63,56 @@ def parse(data: bytes) -> Hello | None:
     Bytes after the hello are not looked at. Raises NotTLS as soon as the bytes cannot become a
     hello, an SSLv2 one included, or when HELLO_LIMIT bytes hold no complete one.
     """
-    message = _message(data[:HELLO_LIMIT])
-    if message is not None:
-        return _client_hello(message)
-    if len(data) >= HELLO_LIMIT:
-        raise NotTLS(f"no end of the hello in {HELLO_LIMIT} bytes, expected a shorter one")
-    return None
+    return Reader().parse(data)
 
 
-def _message(data: bytes) -> bytes | None:
-    """The body of the first handshake message, joined from its records; None if incomplete."""
-    joined = bytearray()
-    at = 0
-    for _ in range(RECORD_LIMIT):
-        header = data[at:at + _RECORD_HEADER]
-        if header and header[0] != _RECORD_HANDSHAKE:
-            raise NotTLS(f"record type {header[0]}, expected handshake ({_RECORD_HANDSHAKE})")
-        if len(header) > 1 and header[1] != _RECORD_MAJOR:
-            raise NotTLS(f"record version {header[1]}, expected {_RECORD_MAJOR}")
-        if len(header) < _RECORD_HEADER:
-            return None
-        length = int.from_bytes(header[3:], "big")
-        if not 1 <= length <= _RECORD_FRAGMENT_LIMIT:
-            raise NotTLS(f"record of {length} bytes, expected 1 to {_RECORD_FRAGMENT_LIMIT}")
-        at += _RECORD_HEADER
-        joined += data[at:at + length]
-        at += length
+class Reader:
+    """parse() for bytes that come little by little: no record is looked at twice."""
 
-        if joined and joined[0] != _MESSAGE_CLIENT_HELLO:
-            raise NotTLS(f"handshake type {joined[0]}, expected hello ({_MESSAGE_CLIENT_HELLO})")
-        if len(joined) >= _MESSAGE_HEADER:
-            end = _MESSAGE_HEADER + int.from_bytes(joined[1:_MESSAGE_HEADER], "big")
-            if end > HELLO_LIMIT:
-                raise NotTLS(f"hello of {end} bytes, expected at most {HELLO_LIMIT}")
-            if len(joined) >= end:
-                return bytes(joined[_MESSAGE_HEADER:end])
-        if at > len(data):
-            return None
-    raise NotTLS(f"hello in over {RECORD_LIMIT} records, expected fewer")
+    def __init__(self):
+        self._at = 0  # where the first record begins that was not whole
+        self._joined = b""  # fragments of those before it
+
+    def parse(self, data: bytes) -> Hello | None:
+        """As the function; ``data`` begins with what it was the last time."""
+        message = self._message(data[:HELLO_LIMIT])
+        if message is not None:
+            return _client_hello(message)
+        if len(data) >= HELLO_LIMIT:
+            raise NotTLS(f"no end of the hello in {HELLO_LIMIT} bytes, expected a shorter one")
+        return None
+
+    def _message(self, data):
+        """The body of the first handshake message, joined from its records; None if incomplete."""
+        while True:
+            header = data[self._at:self._at + _RECORD_HEADER]
+            if header and header[0] != _RECORD_HANDSHAKE:
+                raise NotTLS(f"record type {header[0]}, expected handshake ({_RECORD_HANDSHAKE})")
+            if len(header) > 1 and header[1] != _RECORD_MAJOR:
+                raise NotTLS(f"record version {header[1]}, expected {_RECORD_MAJOR}")
+            if len(header) < _RECORD_HEADER:
+                return None
+            length = int.from_bytes(header[3:], "big")
+            if not 1 <= length <= _RECORD_FRAGMENT_LIMIT:
+                raise NotTLS(f"record of {length} bytes, expected 1 to {_RECORD_FRAGMENT_LIMIT}")
+            end = self._at + _RECORD_HEADER + length
+            joined = self._joined + data[self._at + _RECORD_HEADER:end]
+            message = _whole(joined)
+            if message is not None or end > len(data):
+                return message
+            self._at, self._joined = end, joined
+
+
+def _whole(joined):
+    """The body of the hello that ``joined`` begins with; None if it is not whole."""
+    if joined and joined[0] != _MESSAGE_CLIENT_HELLO:
+        raise NotTLS(f"handshake type {joined[0]}, expected hello ({_MESSAGE_CLIENT_HELLO})")
+    if len(joined) < _MESSAGE_HEADER:
+        return None
+    end = _MESSAGE_HEADER + int.from_bytes(joined[1:_MESSAGE_HEADER], "big")
+    if end > HELLO_LIMIT:
+        raise NotTLS(f"hello of {end} bytes, expected at most {HELLO_LIMIT}")
+    return joined[_MESSAGE_HEADER:end] if len(joined) >= end else None
 
 
 def _client_hello(body: bytes) -> Hello:

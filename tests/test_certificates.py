@@ -361,6 +361,55 @@ def test_wildcard_stands_for_exactly_one_label(ca, cert_dir):
         assert not certificates.ensure(stranger)
 
 
+@pytest.mark.parametrize(
+    ("given", "asked", "there"),
+    [
+        ("*.dev.test", "*.dev.test", True),
+        ("*.dev.test", "*.DEV.test.", True),
+        ("*.dev.test", "*.test", False),
+        ("*.dev.test", "*.x.dev.test", False),
+        ("a.dev.test", "*.dev.test", False),
+        ("*.test", "*.dev.test", False),
+    ],
+)
+def test_registered_wildcard_needs_a_certificate_of_exactly_that_name(
+    cert_dir, given, asked, there
+):
+    make(given).put(cert_dir / "own.crt", cert_dir / "own.key")
+    certificates = Certificates(cert_dir, None)
+    assert certificates.ensure(asked) is there
+    assert (certificates.context(asked) is not None) is there
+
+
+def test_authority_issues_a_wildcard_when_it_is_registered(ca, tmp_path):
+    certificates = Certificates(None, ca)
+    front = certificates.front("gw.test")
+    with pytest.raises(ssl.SSLError, match="(?i)unrecognized.name"):
+        served_names(front, client_context(ca), "a.dev.test")
+    assert certificates.ensure("*.dev.test")
+    assert certificates.context("*.dev.test") is certificates.context("a.dev.test")
+    assert served_names(front, client_context(ca), "a.dev.test") == (("DNS", "*.dev.test"),)
+    for hostname in ("dev.test", "a.b.dev.test"):   # one label: no more, no less
+        with pytest.raises(ssl.SSLError, match="(?i)unrecognized.name"):
+            served_names(front, client_context(ca), hostname)
+    assert ca.hostnames() == ["*.dev.test"]
+
+
+def test_hostname_of_its_own_comes_before_an_issued_wildcard(ca, tmp_path):
+    certificates = Certificates(None, ca)
+    front = certificates.front("gw.test")
+    certificates.take("a.dev.test", one_file(tmp_path, *ca.issue("a.dev.test")))
+    certificates.ensure("*.dev.test")
+    assert served_names(front, client_context(ca), "a.dev.test") == (("DNS", "a.dev.test"),)
+    assert served_names(front, client_context(ca), "b.dev.test") == (("DNS", "*.dev.test"),)
+
+
+def one_file(folder, certificate_file, key_file):
+    """Key and certificate in one file, as the cache has them."""
+    put(folder / "one.pem", key_file.read_bytes() + certificate_file.read_bytes())
+    return folder / "one.pem"
+
+
 def test_exact_name_comes_before_a_wildcard(ca, cert_dir):
     give(cert_dir, "any", ca, "*.app.test")
     serial = give(cert_dir, "one", ca, "one.app.test")
@@ -919,6 +968,22 @@ def test_a_slow_thread_does_not_put_an_older_certificate_over_a_newer(ca, tmp_pa
     certificates.ensure("a.test")
     front = certificates.front("gw.test")
     assert served_serial(front, client_context(ca), "a.test") == serial_of(newer[0])
+
+
+@pytest.mark.parametrize(
+    ("served", "taken", "which"),
+    [((-10, 10), (-20, 20), 0), ((-10, 80), (0, 45), 1), ((-10, 10), (-10, 10), 1),
+     ((-30, -1), (-20, 20), 1)],
+    ids=["older", "newer, of a shorter life", "of the same second", "after one that ran out"])
+def test_an_ordered_certificate_gives_way_to_none_that_is_older(tmp_path, served, taken, which):
+    certificates, serials = Certificates(None, None), []
+    for number, validity in enumerate((served, taken)):
+        leaf = make("a.test", validity=validity)
+        file = tmp_path / f"{number}.pem"
+        put(file, leaf.key + leaf.chain)
+        certificates.take("a.test", file)
+        serials.append(leaf.serial)
+    assert serial_at(certificates, "a.test") == serials[which]
 
 
 def test_second_start_serves_the_same_certificate(ca, tmp_path):

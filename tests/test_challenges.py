@@ -23,14 +23,23 @@ def test_file_is_there_for_its_hostname_as_long_as_it_is_needed():
 
 @pytest.mark.parametrize(
     "path",
-    ["/", PATH, TOKEN, PATH + "x", PATH + "../" + TOKEN, PATH + TOKEN + "/", PATH + "%4c" + TOKEN[1:],
-     PATH + TOKEN + "?x", PATH + "a" * 10_000, "/x" + PATH + TOKEN],
+    ["/", PATH, TOKEN, PATH + "x", PATH + "../" + TOKEN, PATH + TOKEN + "/",
+     PATH + "%4c" + TOKEN[1:], PATH + TOKEN + "?x", PATH + "a" * 10_000, "/x" + PATH + TOKEN],
     ids=lambda path: path[:40],
 )  # fmt: skip
 def test_no_other_path_leads_to_a_file(path):
     challenges = Challenges(())
     with challenges.http(HOST, TOKEN, b"proof"):
         assert challenges.body(HOST, path) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [(PATH, True), (PATH + TOKEN, True), (PATH + "../x", True), (PATH[:-1], False), ("/", False),
+     ("/x" + PATH, False), ("*", False), (PATH.upper() + TOKEN, False)],
+)  # fmt: skip
+def test_where_a_ca_looks_is_known_whether_there_is_a_file_or_not(path, expected):
+    assert Challenges.is_asked_for(path) is expected
 
 
 def test_certificate_carries_the_proof_and_no_other_name():

@@ -357,6 +357,19 @@ def test_check_that_finds_something_has_status_1(tmp_path):
     assert "fail  HTTP_PORT: 8081 on 203.0.113.1: not an address of this machine" in out
 
 
+@pytest.mark.parametrize("command", ["check", "certificates"])
+def test_a_reader_that_leaves_early_is_no_error(tmp_path, command):
+    theirs, ours = os.pipe()
+    os.close(theirs)  # as head does, when it has its lines
+    environment = gateway_environment(tmp_path, HTTP_PORT="0")
+    with open(ours, "wb") as out:
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "gotunnel_server"), command], cwd=tmp_path,
+            env=environment, stdout=out, stderr=subprocess.PIPE, timeout=TIMEOUT,
+        )  # fmt: skip
+    assert ended.stderr == b""
+
+
 def test_check_of_a_wrong_configuration_has_status_2(tmp_path):
     status, out, errors = run("check", **gateway_environment(tmp_path, GATEWAY_PORT="many"))
     assert status == 2 and out == "" and errors.count("\n") == 1 and "GATEWAY_PORT" in errors
@@ -475,11 +488,37 @@ def test_renewals_are_taken_once(tmp_path, store):
     assert store.renewals() == []
 
 
-@pytest.mark.parametrize("name", ["../x", "", "a" * 250])
+LONG = ".".join(["l" * 60] * 3 + ["n" * 40, "example"])  # longer than a file's name may be
+
+
+@pytest.mark.parametrize("content", ["", "../x", "b.example.com", "a\nb", "\0"])
+def test_a_request_of_somebody_elses_making_is_for_its_files_name(tmp_path, store, content):
+    store.ask_renewal(APP)
+    [file] = tmp_path.rglob("*.renew")
+    file.write_text(content)
+    assert store.renewals() == [APP]
+
+
+def test_a_long_hostname_can_be_asked_for(tmp_path, store):
+    store.ask_renewal(LONG)
+    assert store.renewals() == [LONG]
+
+
+@pytest.mark.parametrize("name", ["../x", ""])
 def test_a_name_that_is_no_file_cannot_be_asked_for(tmp_path, store, name):
     with pytest.raises((ValueError, StoreError)):
         store.ask_renewal(name)
     assert store.renewals() == []
+
+
+def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
+    name = LONG
+    store.save(name, *mint.pair(name, time.time()))
+    store.save_state(name, {"error": "the CA was away"})
+    [row] = doctor.find_rows(ordering(tmp_path))
+    assert (row.name, row.issuer, row.error) == (name, "fake CA", "the CA was away")
+    store.certificate(name).file.unlink()
+    assert doctor.find_rows(ordering(tmp_path)) == []  # nothing here says who waits
 
 
 def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):

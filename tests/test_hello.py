@@ -101,16 +101,21 @@ def test_hello_is_read(data, expected):
 
 @pytest.mark.parametrize("data, expected", GOOD.values(), ids=GOOD)
 def test_hello_is_read_one_byte_at_a_time(data, expected):
-    answers = [hello.parse(data[:end]) for end in range(len(data) + 1)]
+    reader = hello.Reader()
+    answers = [reader.parse(data[:end]) for end in range(len(data) + 1)]
+    assert answers == [hello.parse(data[:end]) for end in range(len(data) + 1)]
     first = answers.index(expected)
     assert answers[:first] == [None] * first
     assert set(answers[first:]) == {expected}
 
 
+@pytest.mark.parametrize("size", [1, 2, 100])
 @pytest.mark.parametrize("data, expected", REAL.values(), ids=REAL)
-def test_hello_split_over_records_is_joined(data, expected):
-    joined = data[5:]
-    assert hello.parse(records(joined, size=len(joined) // hello.RECORD_LIMIT + 1)) == expected
+def test_hello_split_over_records_is_joined(data, expected, size):
+    split, reader = records(data[5:], size), hello.Reader()
+    assert hello.parse(split) == expected
+    assert reader.parse(split[:-1]) is None
+    assert reader.parse(split) == expected
 
 
 NOT_HELLOS = {
@@ -125,7 +130,6 @@ NOT_HELLOS = {
     "server hello": (b"\x16\x03\x03\x00\x04\x02", "handshake type 2"),
     "second record of another type": (records(message(body()), size=9)[:14] + b"\x17",
                                       "record type 23"),
-    "too many records": (records(message(body(session_id=bytes(32))), size=1), "over 64 records"),
     "too long": (b"\x16\x03\x01\x40\x00\x01\x00\x3f\xfd", "hello of 16385 bytes"),
     "empty": (records(message(b"")), "session id"),
     "cut in random": (records(message(body()[:20])), "session id"),
