@@ -6,19 +6,26 @@ Exit status:
     (no command)     after a signal       a port cannot be had      the configuration is wrong
     check            nothing has failed   something has failed      the configuration is wrong
     certificates     printed, asked for   NAME cannot be renewed    the configuration is wrong
+    token            printed              the gateway would refuse  the configuration is wrong
+    agents           done                 NAME is there, or is not  the configuration is wrong
+
+Arguments that are wrong give 2 as well, and so does an AGENTS_FILE that is.
 """
 
 import argparse
 import logging
+import os
 import sys
 
-from gotunnel import Signals, __version__, set_up_process, stay_on_one_cpu
+from gotunnel import HANG_UP, Signals, __version__, set_up_process, stay_on_one_cpu
 
-from . import doctor
+from . import agents_file, doctor, granting, scope
+from .agents_file import AgentsFileError
 from .authority import CertificateError
 from .cert_store import StoreError
 from .config import ConfigError, load
 from .gateway import Gateway
+from .granting import GrantError
 from .listener import PortError
 
 DESCRIPTION = """\
@@ -26,26 +33,72 @@ The public half of gotunnel: ends TLS for the hostnames that agents register, an
 visitors ask to those agents. It is configured by environment variables; conf/server.env explains
 each of them. Without a command it runs, until a signal comes."""
 
+TOKEN_EXAMPLES = """\
+examples:
+  gotunnel-server token --hosts app.example.com --ttl 30d
+  gotunnel-server token --hosts 'a.example.com,*.dev.example.com' --ports 2200-2299 --ttl 1y > token
+  gotunnel-server token --hosts app.example.com --ttl 12h --issuer office"""
+
+AGENTS_EXAMPLES = """\
+examples:
+  gotunnel-server agents add office --hosts 'app.example.com,*.dev.example.com'
+  gotunnel-server agents add ssh --hosts ssh.example.com --ports 2200-2299 --expires 2030-12-31
+  gotunnel-server agents list
+  gotunnel-server agents remove office"""
+
 
 def main(arguments=None) -> int:
     """Do what the arguments say; return the exit status."""
     options = parse(arguments)
+    try:
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Who read our answer, such as head, has seen enough. Python would complain at exit of what
+        # is still to be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def command(options) -> int:
+    """Do what the options say; return the exit status."""
     try:
         config = load(options.env_file)
         if options.command is None:
             return run(config)
         # Whoever asks reads our answer, not the log of the parts that help to find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
+        if options.command == "token":
+            granting.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,
+                               issuer=options.issuer)  # fmt: skip
+            return 0
+        if options.command == "agents":
+            return agents(config, options)
         if options.command == "check":
+            if config.agents_file is not None:
+                agents_file.read(config.agents_file)
             return doctor.run_check(config, sys.stdout)
         if options.renew is None:
             return doctor.run_certificates(config, sys.stdout)
         print(doctor.ask_renewal(config, options.renew))
         return 0
-    except (ConfigError, CertificateError) as error:
+    except (ConfigError, CertificateError, AgentsFileError) as error:
         return fail(error, 2)
-    except (PortError, StoreError) as error:
+    except (PortError, StoreError, GrantError) as error:
         return fail(error, 1)
+
+
+def agents(config, options) -> int:
+    """Do what comes behind `agents`. Raises AgentsFileError, GrantError."""
+    if options.what == "add":
+        granting.run_agents_add(config, name=options.name, hosts=options.hosts,
+                                ports=options.ports, expires=options.expires)  # fmt: skip
+    elif options.what == "list":
+        granting.run_agents_list(config)
+    else:
+        granting.run_agents_remove(config, options.name)
+    return 0
 
 
 def run(config) -> int:
@@ -54,10 +107,11 @@ def run(config) -> int:
     stay_on_one_cpu(min)  # an agent on the same machine takes the other one
     for warning in config.warnings:
         logging.getLogger("gotunnel").warning(warning)
-    signals = Signals()
+    signals = Signals(hang_up=True)
     gateway = Gateway(config)
     gateway.start()
-    signals.wait()
+    while signals.wait() == HANG_UP:
+        gateway.reload()
     logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
     gateway.stop()
     return 0
@@ -85,10 +139,69 @@ def parse(arguments):
     certificates.add_argument(
         "--renew", metavar="NAME", help="ask the gateway that runs to order a new one for NAME"
     )
-    for command in (check, certificates):
+    token = commands.add_parser(
+        "token", help="print a token for an agent that holds no secret",
+        description="Print a token that may claim some hostnames, for an agent that holds no "
+        "secret. It cannot be called back before it ends, unless its issuer is in AGENTS_FILE.",
+        epilog=TOKEN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    _add_scope(token)
+    token.add_argument(
+        "--ttl", required=True, type=_as(granting.read_ttl), metavar="TIME",
+        help="how long it is valid: 90s, 45m, 12h, 30d or 1y",
+    )  # fmt: skip
+    token.add_argument(
+        "--issuer", metavar="NAME",
+        help="who it is for: a name in AGENTS_FILE, whose secret signs it then; else JWT_SECRET "
+        "does (default: JWT_ISSUER)",
+    )  # fmt: skip
+    agents = commands.add_parser(
+        "agents", help="write AGENTS_FILE: agents with credentials of their own",
+        description="Write AGENTS_FILE, or show it. A gateway that runs takes it up within 5 s.",
+        epilog=AGENTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    whats = agents.add_subparsers(title="commands", dest="what", metavar="COMMAND", required=True)
+    add = whats.add_parser(
+        "add", help="make a secret for a new agent; prints the lines for its configuration",
+        description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
+        "for the agent's configuration.",
+    )  # fmt: skip
+    add.add_argument("name", metavar="NAME", type=_as(granting.read_name), help="its jwt_issuer")
+    _add_scope(add)
+    add.add_argument(
+        "--expires", metavar="TIME", type=_as(granting.read_expires),
+        help="when it ends: 2030-12-31 (with that day) or 2030-12-31T18:00:00Z (default: never)",
+    )  # fmt: skip
+    list_ = whats.add_parser("list", help="show who is there; no secrets")
+    remove = whats.add_parser("remove", help="take an agent out; its sessions end")
+    remove.add_argument("name", metavar="NAME")
+    for command in (check, certificates, token, agents, add, list_, remove):
         # It may stand before the command as well: then the command must not unset it.
         _add_env_file(command, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def _add_scope(parser):
+    parser.add_argument(
+        "--hosts", required=True, type=_as(scope.read_hosts), metavar="HOSTS",
+        help="the hostnames that may be claimed, such as 'a.example.com,*.dev.example.com'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ports", type=_as(scope.read_ports), default=(), metavar="PORTS",
+        help="the public ports that may be asked for, such as 2200-2299,5432 (default: none)",
+    )  # fmt: skip
+
+
+def _as(read):
+    """An argument's type: what ``read`` makes of its text, whose ValueErrors are for the user."""
+
+    def read_argument(text):
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_argument
 
 
 def _add_env_file(parser, default):
