@@ -1,11 +1,13 @@
 """The agent's command line: arguments, logging, signals, exit codes.
 
-`gotunnel-agent forward` is another program, in forward.py; __main__.py tells the two apart.
+`gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent forward` is another
+program, in forward.py; __main__.py tells the two apart.
 
-Exit status: 0 after a signal, 2 if the configuration is wrong.
+Exit status: 0 after a signal or with a hash, 2 if the configuration or the password is wrong.
 """
 
 import argparse
+import getpass
 import logging
 import sys
 import threading
@@ -14,15 +16,30 @@ from gotunnel import Signals, __version__, set_up_process, stay_on_one_cpu
 
 from .agent import DIAL_TIMEOUT, Agent, CannotTrust
 from .config import ConfigError, load
+from .policy import PolicyError, hash_password
 
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of its configuration
 from targets that it can reach. conf/agent.yaml explains each key."""
-EPILOG = "gotunnel-agent forward --help: the visitor's helper, for SSH and databases."
+EPILOG = """\
+gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
+gotunnel-agent hash-password: a hash for basic_auth, of a password that is asked for."""
+
+HASH_PASSWORD = "hash-password"
+MAX_LINE = 8192  # bytes read of standard input, more than a password may have
+HASH_DESCRIPTION = """\
+Print the hash of a password, for basic_auth: "USER:HASH" in the agent's configuration. The password
+is asked for twice, or is the first line of standard input:
+
+    gotunnel-agent hash-password
+    openssl rand -base64 18 | tee password | gotunnel-agent hash-password"""
 
 
 def main(arguments=None) -> int:
-    """Run an agent until a signal comes; return the exit status."""
+    """Run an agent until a signal comes, or make a hash; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [HASH_PASSWORD]:
+        return print_hash(arguments[1:])
     options = parse(arguments)
     try:
         config = load(options.config)
@@ -56,3 +73,38 @@ def parse(arguments):
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     return parser.parse_args(arguments)
+
+
+def print_hash(arguments) -> int:
+    """Print the hash of a password that the terminal or standard input gives."""
+    parser = argparse.ArgumentParser(
+        f"gotunnel-agent {HASH_PASSWORD}", description=HASH_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.parse_args(arguments)
+    if sys.stdin is None or sys.stdout is None:
+        print(f"gotunnel-agent {HASH_PASSWORD}: no standard input or output", file=sys.stderr)
+        return 1
+    try:
+        print(hash_password(_ask_password()), flush=True)
+    except (PolicyError, UnicodeDecodeError) as error:
+        why = error if isinstance(error, PolicyError) else "expected a password in UTF-8"
+        print(f"gotunnel-agent {HASH_PASSWORD}: {why}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, EOFError):
+        print(file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"gotunnel-agent {HASH_PASSWORD}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _ask_password():
+    if not sys.stdin.isatty():
+        # Not text: what is not UTF-8 must not become something else under another locale.
+        return sys.stdin.buffer.readline(MAX_LINE).decode("utf-8-sig").rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Again: ") != password:
+        raise PolicyError("two different passwords came, expected the same twice")
+    return password

@@ -14,6 +14,7 @@ of a list count from 0), what came and what was expected.
 
 import difflib
 import ipaddress
+import json
 import os
 import re
 import socket
@@ -28,13 +29,19 @@ from gotunnel import (
     ANY_PORT,
     HOST_HEADER,
     MAX_PORT,
+    MESSAGE_LIMIT,
+    POLICIES,
     PORTS,
     VISITOR_ADDRESS,
+    WILDCARD,
+    WILDCARDS,
     normal_hostname,
     valid_host,
     valid_hostname,
+    valid_wildcard,
 )
 
+from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 from .proxy_header import VERSIONS
 
 KEYS = (
@@ -50,6 +57,7 @@ KEYS = (
     "log_level",
     "tunnels",
 )
+POLICY_KEYS = ("basic_auth", "basic_auth_file", "allow", "deny", "rate_limit")
 TUNNEL_KEYS = (
     "hostname",
     "target",
@@ -60,6 +68,7 @@ TUNNEL_KEYS = (
     "port",
     "proxy_protocol",
     "idle_timeout",
+    *POLICY_KEYS,
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 
@@ -72,6 +81,9 @@ NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unle
 
 # A thousand tunnels take a tenth of this: it keeps a wrong path from filling the memory.
 MAX_FILE = 1024 * 1024
+
+# Bytes of all policies together: the register message holds the hostnames and the token as well.
+MOST_POLICIES = MESSAGE_LIMIT // 2
 
 # Bytes of a unix socket's path: what the system's sockaddr_un holds, less the byte that ends it.
 MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
@@ -117,13 +129,14 @@ class Target(NamedTuple):
 class Tunnel(NamedTuple):
     """One hostname and where its visits go. ``mode`` is one of MODES."""
 
-    hostname: str
+    hostname: str  # or a wildcard such as *.dev.example.com
     target: Target
     mode: str
     host_header: str = ""  # the Host that the target gets; "": the visitor's
     port: str = ""  # its own public port, ANY_PORT for any; "": none
     proxy_protocol: str = ""  # version of the PROXY header that the target gets; "": none
     idle_timeout: float | None = None  # seconds without a byte that end a visit in tcp mode
+    policy: Policy = Policy()  # what the gateway asks of its visitors
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -132,6 +145,8 @@ class Tunnel(NamedTuple):
             (HOST_HEADER, self.host_header),
             (PORTS, self.port),
             (VISITOR_ADDRESS, self.proxy_protocol),
+            (POLICIES, self.policy.wire()),
+            (WILDCARDS, self.hostname.startswith(WILDCARD)),
         )
         return tuple(feature for feature, value in wanted if value)
 
@@ -173,6 +188,11 @@ class Config:
     def addressed(self) -> tuple[str, ...]:
         """The hostnames whose targets hear the visitor's address, for the register message."""
         return tuple(t.hostname for t in self.tunnels if t.proxy_protocol)
+
+    def policies(self) -> dict[str, dict]:
+        """Hostname to what the gateway asks of its visitors, for the register message."""
+        wires = {tunnel.hostname: tunnel.policy.wire() for tunnel in self.tunnels}
+        return {hostname: wire for hostname, wire in wires.items() if wire}
 
 
 def load(path: str | os.PathLike) -> Config:
@@ -266,7 +286,7 @@ def _config(document: object) -> Config:
     tunnel_host, tunnel_port = _tunnel_addr(document)
     jwt_secret, token = _credential(document)
     ca_file, skip_tls_verify = _trust(document)
-    return Config(
+    config = Config(
         tunnel_host=normal_hostname(tunnel_host),
         tunnel_port=tunnel_port,
         skip_tls_verify=skip_tls_verify,
@@ -278,6 +298,13 @@ def _config(document: object) -> Config:
         log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
         tunnels=_tunnels(document),
     )
+    size = len(json.dumps(config.policies(), separators=(",", ":")))
+    if size > MOST_POLICIES:
+        raise ConfigError(
+            f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels together, expected at most "
+            f"{MOST_POLICIES}"
+        )
+    return config
 
 
 def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
@@ -373,11 +400,7 @@ def _tunnel(item: object, where: str) -> Tunnel:
     _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: ")
 
     where += "."
-    expected = "a hostname such as app.example.com, without scheme or port"
-    text = _text(item, "hostname", expected, where)
-    if not valid_hostname(text):
-        raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}")
-    hostname = normal_hostname(text)
+    hostname = _hostname(item, where)
     mode = _choice(item, "mode", MODES, "http", where)
     return Tunnel(
         hostname,
@@ -387,7 +410,18 @@ def _tunnel(item: object, where: str) -> Tunnel:
         port=_port(item, mode, where),
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
         idle_timeout=_idle_timeout(item, mode, where),
+        policy=_policy(item, mode, where),
     )
+
+
+def _hostname(item: Mapping[str, object], where: str) -> str:
+    expected = "a hostname such as app.example.com or *.dev.example.com, without scheme or port"
+    text = _text(item, "hostname", expected, where)
+    name = text if text.isascii() else normal_hostname(text)
+    if valid_hostname(name) or valid_wildcard(name):
+        return normal_hostname(name)
+    advice = "" if text.isascii() else ": write it in its xn-- form"
+    raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{advice}")
 
 
 def _target(item: Mapping[str, object], where: str) -> Target:
@@ -458,6 +492,45 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
     if not LEAST_IDLE <= float(text) <= MOST_IDLE:
         raise ConfigError(f"{where}idle_timeout: {_shown(text)} came, expected {expected}")
     return float(text)
+
+
+def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:
+    if mode != "http":
+        for key in ("basic_auth", "basic_auth_file"):
+            if key in item:
+                raise ConfigError(
+                    f"{where}{key}: mode {mode} came, expected mode http beside it: in tcp mode "
+                    "nobody can be asked for a password; there are allow, deny and rate_limit"
+                )
+    if "basic_auth" in item and "basic_auth_file" in item:
+        raise ConfigError(f"{where}basic_auth and basic_auth_file came, expected only one of them")
+    return Policy(
+        basic_auth=_policy_part(item, "basic_auth", users, where)
+        or _policy_part(item, "basic_auth_file", _users_of_file, where),
+        allow=_policy_part(item, "allow", networks, where),
+        deny=_policy_part(item, "deny", networks, where),
+        rate_limit=_policy_part(item, "rate_limit", rate_limit, where),
+    )
+
+
+def _policy_part(
+    item: Mapping[str, object], key: str, read: Callable[[object], tuple], where: str
+) -> tuple:
+    if key not in item:
+        return ()
+    try:
+        return read(item[key])
+    except (PolicyError, ConfigError) as error:
+        raise ConfigError(f"{where}{key}: {error}") from None
+
+
+def _users_of_file(path: object) -> tuple[str, ...]:
+    if not isinstance(path, str) or not path.isprintable():
+        raise ConfigError(f"{_kind(path)} came, expected the path of a file")
+    try:
+        return users_of_lines(_read_file(path))
+    except (PolicyError, ConfigError) as error:
+        raise ConfigError(f"{_shown(path)}: {error}") from None
 
 
 def _expect_tcp(key: str, mode: str, where: str) -> None:

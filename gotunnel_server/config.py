@@ -30,6 +30,8 @@ from dotenv.parser import parse_stream
 
 from gotunnel import normal_hostname, valid_hostname
 
+from .policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
+
 DEFAULT_ENV_FILE = ".env"
 
 # Env files and secrets take a few hundred bytes: this keeps a path like /dev/zero from being read
@@ -71,6 +73,9 @@ WELL_KNOWN_SECRETS = {
 # IPv4 addresses as sockets for both families write them; the gateway writes them as IPv4.
 IPV4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
+# A default rate is a number of requests, a second if no period follows it.
+PERIODS = {"s": 1, "m": 60, "h": 3600}
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOCAL = "local"
 # Let's Encrypt's directories (RFC 8555 §7.1.1), for which no other has to be named.
@@ -109,8 +114,9 @@ class Config:
     tunnel_port: int
     dashboard_port: int | None  # None: no dashboard
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
-    jwt_secret: str = field(repr=False)
+    jwt_secret: str | None = field(repr=False)  # None: only agents_file has any
     jwt_issuer: str | None  # None: any issuer
+    agents_file: Path | None  # it may still have to be made
     acme_cache: Path
     local_ca: bool  # certificates from a CA of our own, where cert_dir has none
     acme: Acme | None  # ... or from one of these
@@ -119,6 +125,7 @@ class Config:
     raw_tcp_host: str | None  # where plain bytes on the public port lead; None: nowhere
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    policy_defaults: Defaults | None  # for tunnels that do not say it themselves
     max_connections: int
     workers: int
     max_hosts_per_agent: int
@@ -137,11 +144,11 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     Raises ConfigError at the first thing that is wrong.
     """
     read = _Variables({**_read_env_file(env_file), **_not_blank(environ)})
-    jwt_secret = read.secret("JWT_SECRET")
-    if jwt_secret is None:
+    jwt_secret, agents_file = read.secret("JWT_SECRET"), read.file_to_be("AGENTS_FILE")
+    if jwt_secret is None and agents_file is None:
         raise ConfigError(
             "JWT_SECRET is not set, expected the secret that signs the agents' tokens: "
-            "set it, or JWT_SECRET_FILE, to the output of: openssl rand -hex 32"
+            "set it, or JWT_SECRET_FILE, to the output of: openssl rand -hex 32; or set AGENTS_FILE"
         )
     local_ca, cert_dir, acme = read.certificates()
     config = Config(
@@ -153,6 +160,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         bind=read.ip_addresses("BIND"),
         jwt_secret=jwt_secret,
         jwt_issuer=read.text("JWT_ISSUER"),
+        agents_file=agents_file,
         acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
         local_ca=local_ca,
         cert_dir=cert_dir,
@@ -161,6 +169,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         raw_tcp_host=read.hostname_or_none("RAW_TCP_HOST"),
         tcp_ports=read.port_ranges("TCP_PORTS"),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
+        policy_defaults=read.policy_defaults(),
         max_connections=read.count("MAX_CONNECTIONS", 10_000),
         workers=read.count("WORKERS", default_workers(os.cpu_count() or 1)),
         max_hosts_per_agent=read.count("MAX_HOSTS_PER_AGENT", 50),
@@ -274,6 +283,50 @@ class _Variables:
                 ) from None
         return tuple(networks)
 
+    def policy_defaults(self) -> Defaults | None:
+        """What DEFAULT_ALLOW, DEFAULT_DENY, DEFAULT_RATE_LIMIT and DEFAULT_BASIC_AUTH ask of
+        visitors, None if all are unset. Passwords are hashed here."""
+        readers = {
+            "allow": lambda name: [str(network) for network in self.networks(name)],
+            "deny": lambda name: [str(network) for network in self.networks(name)],
+            "rate_limit": self._rate_limit,
+            "basic_auth": self._users,
+        }
+        rules = {}
+        for key, read in readers.items():
+            name = f"DEFAULT_{key.upper()}"
+            if not self._values.keys() & {name, f"{name}_FILE"}:
+                continue
+            try:  # what is set and names nothing, such as a comma, is an error too
+                rules.update(Defaults.read({key: read(name)}).rules)
+            except PolicyError as error:
+                reason = str(error).removeprefix(f"{key}: ")
+                raise ConfigError(f"{name}: {reason}: correct it") from None
+        return Defaults(rules) if rules else None
+
+    def _rate_limit(self, name: str) -> dict[str, float | int]:
+        """One rate, or KEY=VALUE separated by commas or blanks."""
+        text = self.text(name)
+        parts = text.replace(",", " ").split()
+        pairs = [part.split("=") if "=" in part else ["per_address", part] for part in parts]
+        if len({pair[0] for pair in pairs}) == len(pairs) and all(len(pair) == 2 for pair in pairs):
+            numbers = {
+                key: _whole_number(value) if "burst" in key else _rate(value)
+                for key, value in pairs
+                if key in RATE_KEYS
+            }
+            if len(numbers) == len(pairs) and None not in numbers.values():
+                return numbers
+        raise ConfigError(
+            f"{name} is {text!r}, expected requests a second and address such as 10 or 600/m, or "
+            f"some of {', '.join(RATE_KEYS)}, such as per_address=10/s burst=100 total=200/s"
+        )
+
+    def _users(self, name: str) -> list[str]:
+        """Entries USER:HASH, of one USER:PASSWORD a line. Raises PolicyError, too."""
+        lines = [line.rstrip("\r") for line in self.secret(name).split("\n")]
+        return [hashed_entry(line) for line in lines if line.strip()]
+
     def port(self, name: str, default: int, expected: str = A_PORT) -> int:
         text = self.text(name)
         if text is None:
@@ -344,6 +397,13 @@ class _Variables:
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{name} is {path!r}, which is no folder: name another, or remove it")
         return Path(path)
+
+    def file_to_be(self, name: str) -> Path | None:
+        """A file that is there or can still be made."""
+        path = self.text(name)
+        if path is not None and os.path.isdir(path):
+            raise ConfigError(f"{name} is {path!r}, which is a folder: name a file in it")
+        return None if path is None else Path(path)
 
     def certificates(self) -> tuple[bool, Path | None, Acme | None]:
         """Whether a CA of our own signs; the folder of the operator's certificates; where others
@@ -469,12 +529,24 @@ def _whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
-def _secret_warnings(jwt_secret: str) -> tuple[str, ...]:
-    if jwt_secret.lower() in WELL_KNOWN_SECRETS:
-        weakness = "is well known"
-    elif len(jwt_secret.encode()) < LEAST_SECRET:
-        weakness = f"is shorter than {LEAST_SECRET} bytes"
-    else:
+def secret_weakness(secret: str) -> str | None:
+    """What is wrong with a secret that signs tokens, as "is well known"; None if nothing is."""
+    if secret.lower() in WELL_KNOWN_SECRETS:
+        return "is well known"
+    if len(secret.encode()) < LEAST_SECRET:
+        return f"is shorter than {LEAST_SECRET} bytes"
+    return None
+
+
+def _rate(text: str) -> float | None:
+    """Requests a second, of a number of them and perhaps a period."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?", text)
+    return float(match[1]) / PERIODS[match[2] or "s"] if match else None
+
+
+def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
+    weakness = None if jwt_secret is None else secret_weakness(jwt_secret)
+    if weakness is None:
         return ()
     return (
         f"JWT_SECRET {weakness}: whoever guesses it can take over any hostname; "

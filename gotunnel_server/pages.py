@@ -47,17 +47,17 @@ class Page(NamedTuple):
     as_json: bytes | None = None
 
 
-def error(status: int, code: str, text: str) -> Page:
-    """An error for a person, and its code word for a program. ``text`` is plain text.
+def error(status: int, code: str, text: str, fields: tuple = ()) -> Page:
+    """An error for a person, and its code word for a program. ``text`` is plain text; ``fields``
+    are further ones of the answer.
 
     Its JSON is an object with "error" (the code word), "message" (the text) and "status".
     """
     title = f"{int(status)} {HTTPStatus(status).phrase}"
     body = _FRAME.format(title=title, text=escape(text), footer=f"gotunnel: {code}")
     as_json = json.dumps({"error": code, "message": text, "status": int(status)}) + "\n"
-    return Page(
-        status, body.encode(), fields=(("X-Gotunnel-Error", code),), as_json=as_json.encode()
-    )
+    fields = (("X-Gotunnel-Error", code), *fields)
+    return Page(status, body.encode(), fields=fields, as_json=as_json.encode())
 
 
 def suited(page: Page, accept: list[str]) -> Page:

@@ -9,6 +9,7 @@ import pytest
 
 from gotunnel import HOST_HEADER
 from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Target, Tunnel, load
+from gotunnel_server.policy import read
 
 EXAMPLE = Path(__file__).parent.parent / "conf" / "agent.yaml"
 
@@ -430,14 +431,23 @@ def test_bad_tunnels(text, expected):
     [
         "https://app.example.com",
         "app.example.com:443",
-        "'*.example.com'",
+        "'*.com'",
+        "'*'",
+        "'*.'",
+        "'*.*.example.com'",
+        "'a.*.example.com'",
+        "'a*.example.com'",
+        "'*.192.0.2.1'",
         "-app.example.com",
         "app..example.com",
         "app.example.com..",
         "192.0.2.1",
         "12345",
         "my_app.example.com",
-        "bücher.example",
+        "straße.example",  # one name by the old rules, another by the new ones
+        "'*.straße.example.com'",
+        "xn--.example",
+        "bü cher.example",
         "''",
     ],
 )
@@ -445,6 +455,124 @@ def test_bad_hostname(hostname):
     assert refusal(tunnel(hostname=hostname, target="a:1")).startswith(
         "tunnels[0].hostname: {!r} came".format(hostname.strip("'"))
     )
+
+
+def test_hostname_in_another_script_and_wildcard_are_normalised():
+    config = loaded(
+        MINIMAL
+        + "  - {hostname: BÜCHER.example., target: a:1}\n"
+        + "  - {hostname: '*.Dev.example.com', target: a:1, mode: tcp}\n"
+        + "  - {hostname: '*.bücher.example', target: a:1}\n"
+    )
+    assert list(config.routes())[1:] == [
+        "xn--bcher-kva.example", "*.dev.example.com", "*.xn--bcher-kva.example",
+    ]  # fmt: skip
+    assert [tunnel.needs for tunnel in config.tunnels] == [
+        (), (), ("wildcards",), ("wildcards",),
+    ]  # fmt: skip
+
+
+def test_look_alikes_are_one_hostname():
+    text = MINIMAL + "  - {hostname: ａｐｐ.example.com, target: a:1}\n"
+    assert "tunnels[1].hostname: 'app.example.com' came before" in refusal(text)
+
+
+# --- Who may visit -------------------------------------------------------------------------------
+
+
+def with_policy(**keys):
+    return tunnel(hostname="a.example", target="b:1", **keys)
+
+
+def test_tunnel_without_a_policy_sends_none():
+    config = loaded(MINIMAL)
+    assert config.policies() == {} and config.tunnels[0].needs == ()
+
+
+def test_policy_as_the_register_message_names_it():
+    config = loaded(
+        with_policy(
+            allow="[10.0.0.0/8, 2001:db8::/32]", deny="10.1.2.3",
+            rate_limit="{per_address: 600/m, burst: 20}",
+        )
+        + "  - {hostname: b.example, target: b:1}\n"
+        + "  - {hostname: c.example, target: b:1, mode: tcp, rate_limit: 5/s, deny: '::1'}\n"
+    )  # fmt: skip
+    assert config.policies() == {
+        "a.example": {
+            "allow": ["10.0.0.0/8", "2001:db8::/32"],
+            "deny": ["10.1.2.3"],
+            "rate_limit": {"per_address": 10.0, "burst": 20},
+        },
+        "c.example": {"deny": ["::1"], "rate_limit": {"per_address": 5.0}},
+    }
+    assert [tunnel.needs for tunnel in config.tunnels] == [("policies",), (), ("policies",)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "users"),
+    [
+        (f"'me:{SECRET}'", ["me"]),
+        (f"['me:{SECRET}', 'you:{SECRET}:x']", ["me", "you"]),
+        (f"{{me: {SECRET}, you: 012}}", ["me", "you"]),
+    ],
+)
+def test_password_leaves_the_configuration_as_a_hash_only(typed, users):
+    config = loaded(with_policy(basic_auth=typed))
+    entries = config.policies()["a.example"]["basic_auth"]
+    assert [entry.partition(":")[0] for entry in entries] == users
+    assert all(re.match(r"[a-z]+:\$scrypt\$ln=14,r=8,p=1\$", entry) for entry in entries)
+    assert SECRET not in str(entries)
+    assert SECRET not in repr(config) and "scrypt" not in repr(config)
+
+
+def test_passwords_may_stand_in_a_file():
+    Path("passwords").write_text(f"# ours\n\nme:{SECRET}\r\nyou: {SECRET}\n", encoding="utf-8-sig")
+    config = loaded(with_policy(basic_auth_file="passwords"))
+    entries = config.tunnels[0].policy.basic_auth
+    assert [entry.partition(":")[0] for entry in entries] == ["me", "you"]
+
+
+@pytest.mark.parametrize("key", ["basic_auth", "basic_auth_file"])
+def test_password_in_tcp_mode_is_refused(key):
+    message = refusal(with_policy(mode="tcp", **{key: f"me:{SECRET}"}))
+    assert message.startswith(f"tunnels[0].{key}: mode tcp came, expected mode http beside it")
+    assert "allow, deny and rate_limit" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"basic_auth": SECRET}, "basic_auth: [0]: a text without a colon came, expected USER:"),
+        ({"basic_auth": ""}, "basic_auth: no value came, expected USER:PASSWORD"),
+        ({"basic_auth": f"[{{me: {SECRET}}}]"}, "basic_auth: [0]: a mapping came, expected USER"),
+        ({"basic_auth": "{me: }"}, "basic_auth: [0]: no value came, expected a password"),
+        ({"basic_auth": "{}"}, "basic_auth: 0 users came, expected 1 to 100"),
+        ({"basic_auth": f"me:{SECRET}", "basic_auth_file": "x"}, "basic_auth_file came, expected"),
+        ({"basic_auth_file": "none"}, "basic_auth_file: 'none': cannot be read (No such file"),
+        ({"basic_auth_file": "[x]"}, "basic_auth_file: a list came, expected the path of a file"),
+        ({"basic_auth_file": "empty"}, "'empty': no user came, expected one USER:PASSWORD a line"),
+        ({"basic_auth_file": "bad"}, "'bad': [1]: a text without a colon came, expected USER:"),
+        ({"allow": "[]"}, "allow: an empty list came, expected an address or a network"),
+        ({"allow": "10.0.0.1/8"}, "allow: '10.0.0.1/8' has host bits, expected 10.0.0.0/8"),
+        ({"deny": "[10.0.0.0/8, localhost]"}, "deny: 'localhost' came, expected an IP address"),
+        ({"rate_limit": "0"}, "rate_limit: per_address: '0' came, expected requests a second"),
+        ({"rate_limit": "[1]"}, "rate_limit: a list came, expected requests a second"),
+    ],
+)
+def test_bad_policy_is_refused(keys, expected):
+    Path("empty").write_text("\n# nobody\n")
+    Path("bad").write_text(f"me:{SECRET}\n{SECRET}\n")
+    assert expected in refusal(with_policy(**keys))
+
+
+def test_more_policy_than_fits_into_a_message_is_refused():
+    networks = ", ".join(f"10.{n // 256}.{n % 256}.0/24" for n in range(1000))
+    tunnels = "".join(
+        f"  - {{hostname: {n}.example.com, target: a:1, allow: [{networks}]}}\n" for n in range(3)
+    )
+    message = refusal(f"{MINIMAL}{tunnels}")
+    assert re.search(r"rate_limit: \d{5} bytes came in all tunnels together, expected at most", message)
 
 
 # --- Files that are none ------------------------------------------------------------------------
@@ -521,6 +649,13 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
     assert count == 4
     assert loaded(uncommented) == dataclasses.replace(config, ca_file=None)
+
+
+def test_example_shows_a_policy_that_can_be_followed():
+    text = EXAMPLE.read_text(encoding="utf-8").replace("ca_file:", "#")
+    text, count = re.subn(r"(?m)^( +)#(?=(basic_auth|allow|deny|rate_limit): )", r"\1", text)
+    assert count == 4
+    assert read(loaded(text).policies()["app.localhost"], "http").asks_password
 
 
 def test_example_explains_every_key():

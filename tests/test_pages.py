@@ -77,6 +77,13 @@ def test_json_says_what_the_page_says():
     assert page.fields == (("X-Gotunnel-Error", "timed-out"),)
 
 
+def test_error_has_further_fields_in_either_form():
+    page = pages.error(429, "too-many-requests", "Later.", (("Retry-After", "3"),))
+    expected = (("X-Gotunnel-Error", "too-many-requests"), ("Retry-After", "3"))
+    assert page.fields == expected
+    assert pages.suited(page, ["application/json"]).fields == expected
+
+
 def test_text_of_a_page_is_no_markup():
     page = pages.error(400, "code", "<script>alert('x')</script>")
     assert b"<script>" not in page.body and b"&lt;script&gt;" in page.body
@@ -207,7 +214,7 @@ def test_target_that_breaks_off_is_told_from_one_that_says_nothing(cache, tmp_pa
 # The table of codes ------------------------------------------------------------------------------
 
 # How the source makes a page with a code: the names of the functions, by whose first two arguments.
-MAKERS = {"error", "TargetFailed"}
+MAKERS = {"error", "TargetFailed", "Denial"}
 SAID_BY_THE_AGENT = re.compile(r"\btarget-[a-z]+(?:-[a-z]+)*\b")
 
 
@@ -219,7 +226,7 @@ def codes_of_the_source():
             if not isinstance(node, ast.Call):
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", None))
-            if name in MAKERS and len(node.args) == 3 and isinstance(node.args[1], ast.Constant):
+            if name in MAKERS and len(node.args) >= 3 and isinstance(node.args[1], ast.Constant):
                 if isinstance(node.args[0], ast.Constant):
                     pairs.add((node.args[0].value, node.args[1].value))
             elif name == "Malformed":

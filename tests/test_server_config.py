@@ -1,5 +1,6 @@
 """The gateway's configuration: where values come from, and the one line for each that is bad."""
 
+import base64
 import dataclasses
 import ipaddress
 import os
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gotunnel_server import policy
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
+from gotunnel_server.policy import Defaults, Hash
 
 EXAMPLE = Path(__file__).parent.parent / "conf" / "server.env"
 
@@ -63,6 +66,7 @@ def test_defaults():
         bind=(),
         jwt_secret=SECRET,
         jwt_issuer=None,
+        agents_file=None,
         acme_cache=Path("cert-cache"),
         local_ca=True,
         cert_dir=None,
@@ -71,6 +75,7 @@ def test_defaults():
         raw_tcp_host=None,
         tcp_ports=(),
         trusted_proxies=(),
+        policy_defaults=None,
         max_connections=10_000,
         workers=default_workers(os.cpu_count() or 1),
         max_hosts_per_agent=50,
@@ -203,6 +208,16 @@ def test_without_a_secret_the_gateway_does_not_start(secret):
     assert refusal(JWT_SECRET=secret).startswith("JWT_SECRET is not set")
 
 
+def test_without_a_secret_the_gateway_starts_if_agents_have_their_own():
+    loaded = config(JWT_SECRET=None, AGENTS_FILE="agents.yaml")
+    assert (loaded.jwt_secret, loaded.agents_file) == (None, Path("agents.yaml"))
+    assert loaded.warnings == ()
+
+
+def test_folder_in_place_of_a_file_of_agents_is_refused(tmp_path):
+    assert "which is a folder" in refusal(AGENTS_FILE=str(tmp_path))
+
+
 def test_secret_that_is_not_utf8_is_refused():
     assert refusal(JWT_SECRET="long enough, but \udcff") == (
         "JWT_SECRET is not UTF-8, expected UTF-8 text: set another secret"
@@ -248,6 +263,7 @@ def test_secret_of_16_bytes_is_no_warning(secret):
         ("BIND", "127.0.0.1", "bind", ("127.0.0.1",)),
         ("BIND", "127.0.0.1, ::1,127.0.0.1", "bind", ("127.0.0.1", "::1")),
         ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
+        ("AGENTS_FILE", "/none/agents.yaml", "agents_file", Path("/none/agents.yaml")),
         ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
         ("ACME_ENV", "LOCAL", "local_ca", True),
         ("HTTP_PORT", "8081", "http_port", 8081),
@@ -435,6 +451,85 @@ def test_missing_folder_of_certificates_is_refused(tmp_path):
     assert "expected a folder that exists" in refusal(CERT_DIR=str(tmp_path / "none"))
 
 
+# --- What counts for tunnels that do not say it themselves ---------------------------------------
+
+
+PASSWORD = "a password: of many, words"
+BASIC = "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wire"),
+    [
+        ({"DEFAULT_ALLOW": "10.0.0.0/8 ::ffff:192.0.2.1"}, {"allow": ["10.0.0.0/8", "192.0.2.1"]}),
+        ({"DEFAULT_DENY": "2001:db8::/32"}, {"deny": ["2001:db8::/32"]}),
+        ({"DEFAULT_RATE_LIMIT": "10"}, {"rate_limit": {"per_address": 10, "burst": 100}}),
+        ({"DEFAULT_RATE_LIMIT": "600/m"}, {"rate_limit": {"per_address": 10}}),
+        ({"DEFAULT_RATE_LIMIT": " 1/h "}, {"rate_limit": {"per_address": 1 / 3600}}),
+        (
+            {"DEFAULT_RATE_LIMIT": "2.5/s, burst=7 total=200/s,total_burst=400"},
+            {"rate_limit": {"per_address": 2.5, "burst": 7, "total": 200, "total_burst": 400}},
+        ),
+        (
+            {"DEFAULT_ALLOW": "10.0.0.0/8", "DEFAULT_DENY": "10.1.0.0/16"},
+            {"allow": ["10.0.0.0/8"], "deny": ["10.1.0.0/16"]},
+        ),
+    ],
+)
+def test_default_policy_is_what_an_agent_could_have_sent(changes, wire):
+    assert config(**changes).policy_defaults == Defaults.read(wire)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
+    entry = f"me:{Hash.of(PASSWORD.encode()) if hashed else PASSWORD}"
+    if in_file:
+        path = tmp_path / "passwords"
+        path.write_text(f"you:something else\r\n\n{entry}\n")
+        loaded = config(DEFAULT_BASIC_AUTH_FILE=str(path))
+    else:
+        loaded = config(DEFAULT_BASIC_AUTH=entry)
+    judged = policy.read(None, "http", loaded.policy_defaults)
+    assert judged.judge_request("192.0.2.1", BASIC) is None
+    assert judged.judge_request("192.0.2.1", None).status == 401
+    assert PASSWORD not in repr(loaded) + repr(loaded.policy_defaults.rules)
+    assert "scrypt" not in repr(loaded) + repr(loaded.policy_defaults.rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("DEFAULT_ALLOW", ",", "DEFAULT_ALLOW: an empty list came, expected a list of addresses"),
+        ("DEFAULT_ALLOW", "10.0.0.1/8", "networks without host bits"),
+        ("DEFAULT_DENY", "localhost", "DEFAULT_DENY is 'localhost', expected IP addresses"),
+        ("DEFAULT_RATE_LIMIT", "0", "DEFAULT_RATE_LIMIT: per_address: 0.0 came, expected requests"),
+        ("DEFAULT_RATE_LIMIT", "-1", "DEFAULT_RATE_LIMIT is '-1', expected requests a second and"),
+        ("DEFAULT_RATE_LIMIT", "nan", "DEFAULT_RATE_LIMIT is 'nan'"),
+        ("DEFAULT_RATE_LIMIT", "1e309", "DEFAULT_RATE_LIMIT is '1e309'"),
+        ("DEFAULT_RATE_LIMIT", "10/d", "DEFAULT_RATE_LIMIT is '10/d'"),
+        ("DEFAULT_RATE_LIMIT", ",", "DEFAULT_RATE_LIMIT: an empty object came, expected"),
+        ("DEFAULT_RATE_LIMIT", "10 20", "DEFAULT_RATE_LIMIT is '10 20'"),
+        ("DEFAULT_RATE_LIMIT", "10 per_address=20", "DEFAULT_RATE_LIMIT is '10 per_address=20'"),
+        ("DEFAULT_RATE_LIMIT", "rate=20", "DEFAULT_RATE_LIMIT is 'rate=20'"),
+        ("DEFAULT_RATE_LIMIT", "total==20", "DEFAULT_RATE_LIMIT is 'total==20'"),
+        ("DEFAULT_RATE_LIMIT", "burst=20", "burst came without per_address, expected both"),
+        ("DEFAULT_RATE_LIMIT", "10 burst=0", "burst: 0 came, expected a whole number from 1"),
+        ("DEFAULT_RATE_LIMIT", "10 burst=1.5", "DEFAULT_RATE_LIMIT is '10 burst=1.5'"),
+        ("DEFAULT_BASIC_AUTH", SECRET, "DEFAULT_BASIC_AUTH: a text without a colon came"),
+        ("DEFAULT_BASIC_AUTH", "me:", "expected a password of 1 to 1024 bytes"),
+        ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\t", "without control characters"),
+        ("DEFAULT_BASIC_AUTH", f":{SECRET}", "expected USER:HASH, with a user name"),
+        ("DEFAULT_BASIC_AUTH", f"me:$scrypt${SECRET}", "[0]: no hash as $scrypt$"),
+        ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\nme:{SECRET}", "[1]: this user came before"),
+    ],
+)
+def test_default_policy_that_cannot_be_followed_is_refused(name, text, sentence):
+    message = refusal(**{name: text})
+    assert message.startswith(name)
+    assert sentence in message
+
+
 # --- The example --------------------------------------------------------------------------------
 
 
@@ -455,5 +550,7 @@ def test_example_explains_every_variable():
     shown = set(re.findall(r"(?m)^#?([A-Z_]+)=", EXAMPLE.read_text()))
     fields = {field.name.upper() for field in dataclasses.fields(config())}
     acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV"}
-    fields -= {"ACME", "LOCAL_CA", "WARNINGS"}
-    assert shown == fields | {f"ACME_{name}" for name in acme} | {"JWT_SECRET_FILE"}
+    policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
+    fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS"}
+    fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
+    assert shown == fields | {"JWT_SECRET_FILE"}

@@ -1,0 +1,632 @@
+"""What a tunnel asks of its visitors: where they come from, how often, and who they are.
+
+An agent sends a policy with its registration, a JSON object whose keys are all optional:
+
+    {"allow": ["10.0.0.0/8", "2001:db8::/32", "192.0.2.1"],    only from there
+     "deny": ["10.1.0.0/16"],                                  never from there
+     "rate_limit": {"per_address": 10, "burst": 20,            requests a second, and at once
+                    "total": 200, "total_burst": 400},         ... of all visitors together
+     "basic_auth": ["USER:$scrypt$ln=14,r=8,p=1$SALT$HASH"]}   http mode only
+
+``read`` turns it into a ``Policy``, or says in a PolicyError what is wrong. A policy is judged in
+this order: deny, allow, rates, password; so an address that is kept out costs a set look-up, and a
+flood never comes as far as the passwords. Each verdict is None (come in) or a ``Denial``.
+
+*Rates* are token buckets: ``burst`` at once, one more every 1/rate seconds. What is denied takes no
+token. An IPv6 visitor counts by the /64 that a subscriber gets, an IPv4-mapped address as IPv4.
+
+*Passwords* come as scrypt hashes (RFC 7914) and in no other way. A hash costs some 50 ms of CPU and
+16 MiB, which nobody may spend for us at will: a success is remembered (as a keyed digest), so a
+page with a hundred files costs one computation; failures are counted by address; few computations
+run at once, and few wait.
+
+Nothing here reads or writes anything; the time comes from the ``now`` that is handed in. A Policy
+may be used by any thread. No password and no hash is ever in a text or a repr.
+"""
+
+import base64
+import binascii
+import hashlib
+import heapq
+import hmac
+import ipaddress
+import math
+import os
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import NamedTuple
+
+# How much one tunnel may ask. A message holds 64 KiB, so these are reached first.
+MOST_NETWORKS = 1000  # in allow, and in deny
+MOST_USERS = 100
+
+# Requests a second. Less than one an hour is a way to say no, for which there is deny; more than a
+# million is no limit for this gateway.
+LEAST_RATE = 1 / 3600
+MOST_RATE = MOST_BURST = 1_000_000
+
+# A burst that nobody set is what the rate gives in 10 seconds: a browser asks for a page with all
+# its files in one go, some seventy of them, and then its reader reads.
+BURST_SECONDS = 10
+
+# Addresses that a policy remembers, about 200 bytes each.
+MOST_ADDRESSES = 4096
+IPV6_SUBSCRIBER = 64  # bits of an IPv6 address that tell subscribers apart (RFC 6177 §2)
+
+# A person mistypes a few times; who guesses gets 8640 a day from an address.
+FAILURES = 10
+FAILURES_A_SECOND = 1 / 10
+
+# Computations in this process. Two keep two cores busy, with 128 MiB at most; those that wait do so
+# for half a second or two, each with a thread.
+COMPUTED_AT_ONCE = 2
+WAITING_TO_COMPUTE = 16
+_turns = threading.BoundedSemaphore(COMPUTED_AT_ONCE)
+_places = threading.BoundedSemaphore(COMPUTED_AT_ONCE + WAITING_TO_COMPUTE)
+
+# What scrypt may cost. Ours, and what OWASP gives as one of its equals, is ln=14 with r=8; the
+# largest, 64 MiB, is what others make by default (ln=16). Below 1 MiB it is no protection.
+LN, R, P = 14, 8, 1
+LEAST_LN = 10
+LEAST_MEMORY = 1024 * 1024  # bytes, 128 * r * 2^ln
+MOST_MEMORY = 64 * 1024 * 1024
+MOST_WORK = 1 << 19  # 2^ln * r * p, some 200 ms
+SALT_SIZE, HASH_SIZE = 16, 32  # bytes, of hashes that are made here
+
+# A user name has no colon, and neither it nor a password a control character (RFC 7617 §2).
+MOST_USER = 255  # bytes
+MOST_PASSWORD = 1024  # bytes
+
+MOST_SHOWN = 60  # characters of a bad value that a message shows
+
+HTTP_KEYS = ("basic_auth",)
+KEYS = (*HTTP_KEYS, "allow", "deny", "rate_limit")
+RATE_KEYS = ("per_address", "burst", "total", "total_burst")
+
+HASH_MARK = "$scrypt$"
+_PHC = re.compile(
+    r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,4}),p=([0-9]{1,4})"
+    r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"  # 8 to 64 and 16 to 64 bytes
+)
+# What htpasswd and others write, such as "$2y$05$..." and "{SHA}...".
+_OTHER_HASH = re.compile(r"\$[A-Za-z0-9-]{1,16}\$.|\{[A-Za-z0-9-]{2,16}\}.")
+_BASIC = re.compile(r"basic +([A-Za-z0-9+/]+={0,2}) *", re.IGNORECASE | re.ASCII)
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+class PolicyError(ValueError):
+    """A policy cannot be followed; the text is one line, for the agent's operator."""
+
+
+class Denial(NamedTuple):
+    """Why a visit is not let in: status, code word, text and fields of the answer."""
+
+    status: int
+    code: str
+    text: str
+    fields: tuple = ()
+
+
+def read(
+    wire: object,
+    mode: str,
+    defaults: "Defaults | None" = None,
+    *,
+    now: Callable[[], float] = monotonic,
+) -> "Policy | None":
+    """The policy of a tunnel in ``mode`` ("http" or "tcp"), as its agent sent it.
+
+    ``wire`` is None if it sent none. ``defaults`` count for each key that it did not set. The
+    result is None if there is nothing to ask of visitors. Raises PolicyError.
+    """
+    rules = {} if wire is None else _rules(wire, mode)
+    if defaults is not None:
+        rules = {**defaults.rules_for(mode), **rules}
+    return Policy(rules, now) if rules else None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What counts for the tunnels that do not say it themselves."""
+
+    rules: dict = field(repr=False)
+
+    @classmethod
+    def read(cls, wire: dict) -> "Defaults":
+        """``wire`` is as an agent would send it. Raises PolicyError."""
+        return cls(_rules(wire, "http"))
+
+    def rules_for(self, mode: str) -> dict:
+        """Key to rule, of those that can be followed in a mode."""
+        left_out = () if mode == "http" else HTTP_KEYS
+        return {key: rule for key, rule in self.rules.items() if key not in left_out}
+
+
+class Policy:
+    """The rules of one tunnel, and what its visitors have used up. Any thread."""
+
+    def __init__(self, rules: dict, now: Callable[[], float]):
+        self._now = now
+        self._allow = rules.get("allow")
+        self._deny = rules.get("deny")
+        users = rules.get("basic_auth")
+        self._passwords = Passwords(users, now) if users else None
+        limit = rules.get("rate_limit")
+        self._each = limit and limit.per_address and Buckets(*limit.per_address)
+        self._total = limit and limit.total and Buckets(*limit.total, most=1)
+        self._lock = threading.Lock()  # guards both Buckets
+
+    @property
+    def asks_password(self) -> bool:
+        """Whether the Authorization of a request is for the gateway, and none of the target's."""
+        return self._passwords is not None
+
+    def judge_request(self, address: str, authorization: str | None) -> Denial | None:
+        """Whether a request may go to the agent. ``authorization`` is the value of that field,
+        None without one; if there were several, they are joined by commas. May compute, or wait
+        for others who do, some 50 ms at a time."""
+        visitor = _visitor(address)
+        denial = self._judge_place(address, visitor) or self._judge_rate(visitor)
+        if denial is None and self._passwords is not None:
+            denial = self._passwords.judge(_subscriber(visitor), authorization)
+        return denial
+
+    def judge_connection(self, address: str) -> Denial | None:
+        """Whether a visit in tcp mode may go to the agent. Waits for nothing."""
+        visitor = _visitor(address)
+        return self._judge_place(address, visitor) or self._judge_rate(visitor)
+
+    def _judge_place(self, address, visitor):
+        deny, allow = self._deny, self._allow
+        if deny is None and allow is None:
+            return None
+        if visitor is None or deny and visitor in deny or allow and visitor not in allow:
+            text = f"Visitors from {address[:MOST_SHOWN]} are not let in."
+            return Denial(403, "not-allowed", text)
+        return None
+
+    def _judge_rate(self, visitor):
+        each, total = self._each, self._total
+        if each is None and total is None:
+            return None
+        who, now = _subscriber(visitor), self._now()
+        with self._lock:
+            wait = 0 if each is None else each.wait(who, now)
+            total_wait = 0 if total is None else total.wait(None, now)
+            if not wait and not total_wait:
+                if each is not None:
+                    each.take(who, now)
+                if total is not None:
+                    total.take(None, now)
+                return None
+        whence = "from your address" if wait else "from all visitors together"
+        return _too_many(f"Too much comes {whence}", max(wait, total_wait))
+
+
+def _too_many(what, wait):
+    seconds = max(1, math.ceil(wait))
+    return Denial(
+        429, "too-many-requests", f"{what}. Try again in {seconds} s.",
+        (("Retry-After", str(seconds)),),
+    )  # fmt: skip
+
+
+# --- Addresses -----------------------------------------------------------------------------------
+
+
+class Networks:
+    """A set of IP networks. Asked by address, it takes one look-up a length of prefix."""
+
+    def __init__(self, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]):
+        self._prefixes = {4: {}, 6: {}}  # version: {bits behind the prefix: prefixes}
+        for network in networks:
+            behind = network.max_prefixlen - network.prefixlen
+            prefixes = self._prefixes[network.version].setdefault(behind, set())
+            prefixes.add(int(network.network_address) >> behind)
+
+    def __contains__(self, address):
+        number = int(address)
+        lengths = self._prefixes[address.version].items()
+        return any(number >> behind in prefixes for behind, prefixes in lengths)
+
+    def __eq__(self, other):
+        return isinstance(other, Networks) and self._prefixes == other._prefixes
+
+
+def _visitor(address):
+    """The IP address of a visitor, in IPv4's form if it is mapped; None if it is none."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return None
+    return parsed if parsed.version == 4 else parsed.ipv4_mapped or parsed
+
+
+def _subscriber(visitor):
+    """What a visitor is counted by."""
+    if visitor is None or visitor.version == 4:
+        return visitor and int(visitor)
+    return 6, int(visitor) >> 128 - IPV6_SUBSCRIBER
+
+
+# --- Rates ---------------------------------------------------------------------------------------
+
+
+class Rate(NamedTuple):
+    """``burst`` at once, and ``rate`` a second in the long run."""
+
+    rate: float
+    burst: int
+
+
+class RateLimit(NamedTuple):
+    per_address: Rate | None
+    total: Rate | None
+
+
+class Buckets:
+    """A token bucket for each key, all of one rate and burst. Not for two threads at once.
+
+    Of a bucket one number is kept: the time at which it is full again. Each token that is taken
+    puts that off by 1/rate, and there is a token for who would not put it off further than it takes
+    to fill a whole bucket. A bucket that is full says nothing and may be forgotten.
+
+    If there are too many that are not full, a newcomer takes the place of the one that is closest
+    to it. So nobody is kept out by others; and to have an empty bucket forgotten takes ``most``
+    others that were emptied as far, each from an address of its own.
+    """
+
+    def __init__(self, rate: float, burst: int, most: int = MOST_ADDRESSES):
+        self._interval = 1 / rate
+        # How far it may be from full and still give a token; times are rounded, so a thousandth
+        # of a token may be missing.
+        self._patience = (burst - 0.999) / rate
+        self._most = most
+        self._full_at = {}  # key: time
+        self._queue = []  # heap of (time, number, key), one a key; the time may be an earlier one
+        self._count = 0  # number of the next entry: keys need not compare
+
+    def wait(self, key, now: float) -> float:
+        """Seconds until there is a token; 0 if there is one."""
+        return max(0, self._full_at.get(key, now) - now - self._patience)
+
+    def take(self, key, now: float):
+        """Take a token, whether there is one or not."""
+        full_at = self._full_at.get(key)
+        if full_at is None:
+            self._make_room(now)
+            full_at = now
+            heapq.heappush(self._queue, (now + self._interval, self._count, key))
+            self._count += 1
+        self._full_at[key] = max(full_at, now) + self._interval
+
+    def _make_room(self, now):
+        """Forget two that are full, if there are such, so that the table shrinks after a crowd;
+        and one that is not, if there is no room else."""
+        forgotten = 0
+        while self._queue:
+            noted_at, number, key = self._queue[0]
+            full_at = self._full_at[key]
+            if noted_at < full_at:  # tokens were taken since: it goes back to its place
+                heapq.heapreplace(self._queue, (full_at, number, key))
+            elif forgotten < 2 and full_at <= now or len(self._full_at) >= self._most:
+                heapq.heappop(self._queue)
+                del self._full_at[key]
+                forgotten += 1
+            else:
+                return
+
+
+# --- Passwords -----------------------------------------------------------------------------------
+
+_ASK = (("WWW-Authenticate", 'Basic realm="gotunnel", charset="UTF-8"'),)
+_NO_PASSWORD = Denial(401, "password-required", "A user name and a password are needed here.", _ASK)
+_WRONG_PASSWORD = Denial(
+    401, "password-required", "This user name with this password is not known here.", _ASK
+)
+_BUSY = Denial(
+    503, "gateway-busy", "The gateway checks as many passwords as it can. Try again in 1 s.",
+    (("Retry-After", "1"),),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hash:
+    """A password's scrypt hash. As text it is "$scrypt$ln=14,r=8,p=1$SALT$HASH" (the PHC string
+    format), with base64 that is not padded."""
+
+    ln: int
+    r: int
+    p: int
+    salt: bytes = field(repr=False)
+    digest: bytes = field(repr=False)
+
+    @classmethod
+    def read(cls, text: str) -> "Hash":
+        """Raises PolicyError, which does not show the text."""
+        match = _PHC.fullmatch(text)
+        if match is None:
+            raise PolicyError("no hash as $scrypt$ln=14,r=8,p=1$SALT$HASH")
+        ln, r, p = map(int, match.group(1, 2, 3))
+        memory, work = 128 * r << ln, r * p << ln
+        bounded = LEAST_MEMORY <= memory <= MOST_MEMORY and 0 < work <= MOST_WORK
+        if not (bounded and LEAST_LN <= ln < 16 * r):  # more cannot be computed (RFC 7914 §2)
+            raise PolicyError(
+                f"a hash with ln={ln},r={r},p={p}, expected ln from {LEAST_LN} to below 16*r, "
+                f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of at most "
+                f"{MOST_WORK}"
+            )
+        try:
+            salt, digest = (
+                base64.b64decode(part + "=" * (-len(part) % 4), validate=True)
+                for part in match.group(4, 5)
+            )
+        except binascii.Error:
+            raise PolicyError("a hash whose base64 is cut") from None
+        return cls(ln, r, p, salt, digest)
+
+    @classmethod
+    def of(cls, password: bytes) -> "Hash":
+        """A hash with a random salt; takes some 50 ms."""
+        made = cls(LN, R, P, os.urandom(SALT_SIZE), bytes(HASH_SIZE))
+        return cls(LN, R, P, made.salt, made.compute(password))
+
+    def __str__(self):
+        salt, digest = (
+            base64.b64encode(part).decode().rstrip("=") for part in (self.salt, self.digest)
+        )
+        return f"$scrypt$ln={self.ln},r={self.r},p={self.p}${salt}${digest}"
+
+    def compute(self, password: bytes) -> bytes:
+        """What ``digest`` is if the password is the right one."""
+        n = 1 << self.ln
+        return hashlib.scrypt(
+            password, salt=self.salt, n=n, r=self.r, p=self.p, dklen=len(self.digest),
+            maxmem=128 * self.r * (n + self.p + 2),  # what it takes (RFC 7914 §6), no byte more
+        )  # fmt: skip
+
+
+def hashed_entry(text: str) -> str:
+    """USER:HASH of USER:PASSWORD; a password that begins with HASH_MARK is one already.
+
+    Raises PolicyError, which does not show the text.
+    """
+    user, colon, password = unicodedata.normalize("NFC", text).partition(":")  # RFC 7617 §2.1
+    if not colon:
+        raise PolicyError("a text without a colon came, expected USER:PASSWORD")
+    if password.startswith(HASH_MARK):
+        return f"{user}:{password}"
+    if _OTHER_HASH.match(password):  # it would be the password itself, for who has read it
+        raise PolicyError(
+            "a hash of another kind came, expected a password, or what gotunnel-agent "
+            "hash-password prints"
+        )
+    content = password.encode()
+    if not 1 <= len(content) <= MOST_PASSWORD or _CONTROL.search(content):
+        raise PolicyError(
+            f"expected a password of 1 to {MOST_PASSWORD} bytes, without control characters"
+        )
+    return f"{user}:{Hash.of(content)}"
+
+
+class Passwords:
+    """Who may come in, by user name and password (RFC 7617). Any thread."""
+
+    def __init__(self, users: dict[bytes, Hash], now: Callable[[], float]):
+        self._users = users
+        self._now = now
+        self._key = os.urandom(32)  # of the digests below, so that they are of use to nobody else
+        self._proved = {}  # user: digest of the password that was right; bounded by the users
+        self._failures = Buckets(FAILURES_A_SECOND, FAILURES)
+        self._running = {}  # (who, digest): Future of the verdict
+        self._lock = threading.Lock()  # guards these three; never held while computing
+
+    def judge(self, who, authorization: str | None) -> Denial | None:
+        """``who`` is what failures are counted by. May compute, or wait for who does."""
+        if authorization is None:
+            return _NO_PASSWORD
+        credentials = _credentials(authorization)
+        if credentials is None:
+            return _WRONG_PASSWORD
+        user, password = credentials
+        digest = self._digest(user + b":" + password)
+        with self._lock:
+            if hmac.compare_digest(self._proved.get(user, b""), digest):
+                return None
+            if denial := self._too_many_failures(who):
+                return denial
+            # A browser opens several connections at once: one of them computes.
+            verdict = self._running.get((who, digest))
+            is_first = verdict is None
+            if is_first:
+                verdict = self._running[who, digest] = Future()
+        if is_first:
+            denial = _BUSY
+            try:
+                denial = self._compute(who, user, password, digest)
+            finally:  # those who wait get a verdict in any case
+                with self._lock:
+                    del self._running[who, digest]
+                verdict.set_result(denial)
+        return verdict.result()
+
+    def _compute(self, who, user, password, digest):
+        if not _places.acquire(blocking=False):
+            return _BUSY
+        try:
+            with _turns:
+                with self._lock:  # others from there may have failed in the meantime
+                    if denial := self._too_many_failures(who):
+                        return denial
+                # A user who does not exist costs what one who does would: always the same.
+                hashes = list(self._users.values())
+                stand_in = hashes[int.from_bytes(self._digest(user), "big") % len(hashes)]
+                known = self._users.get(user, stand_in)
+                fits = hmac.compare_digest(known.compute(password), known.digest)
+                with self._lock:
+                    if fits and user in self._users:
+                        self._proved[user] = digest
+                        return None
+                    self._failures.take(who, self._now())
+                    return _WRONG_PASSWORD
+        finally:
+            _places.release()
+
+    def _too_many_failures(self, who):
+        wait = self._failures.wait(who, self._now())
+        return _too_many("Too many wrong passwords came from your address", wait) if wait else None
+
+    def _digest(self, content):
+        return hmac.digest(self._key, content, "sha256")
+
+
+def _credentials(authorization):
+    """User and password out of a field, as bytes; None if it holds none that could be right."""
+    match = _BASIC.fullmatch(authorization)
+    if match is None:
+        return None
+    try:
+        decoded = base64.b64decode(match[1], validate=True)
+    except binascii.Error:
+        return None
+    user, colon, password = decoded.partition(b":")
+    if not colon or _CONTROL.search(decoded):
+        return None
+    return (user, password) if len(user) <= MOST_USER and len(password) <= MOST_PASSWORD else None
+
+
+# --- The wire ------------------------------------------------------------------------------------
+
+
+def _rules(wire, mode):
+    """Key to rule, of what an agent sent."""
+    if not isinstance(wire, dict):
+        raise PolicyError(f"{_shown(wire)} came, expected an object")
+    for key in wire:
+        if key not in KEYS:
+            raise PolicyError(f"unknown key {_shown(key)}, expected one of {', '.join(KEYS)}")
+    if mode != "http" and "basic_auth" in wire:
+        raise PolicyError(f"basic_auth: mode {_shown(mode)} came, expected http beside it")
+    readers = {
+        "allow": _networks, "deny": _networks, "rate_limit": _rate_limit, "basic_auth": _users,
+    }  # fmt: skip
+    rules = {}
+    for key, value in wire.items():
+        try:
+            rules[key] = readers[key](value)
+        except PolicyError as error:
+            raise PolicyError(f"{key}: {error}") from None
+    return rules
+
+
+def _texts(value, most, what):
+    """The members of a list of texts."""
+    if not isinstance(value, list) or not value:
+        came = "an empty list" if value == [] else _shown(value)
+        raise PolicyError(f"{came} came, expected a list of {what}")
+    if len(value) > most:
+        raise PolicyError(f"{len(value)} {what} came, expected at most {most}")
+    for number, text in enumerate(value):
+        if not isinstance(text, str):
+            raise PolicyError(f"[{number}]: {_kind(text)} came, expected a text")
+    return value
+
+
+def _networks(value):
+    return Networks(map(network, _texts(value, MOST_NETWORKS, "addresses and networks")))
+
+
+def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """An address, or a network as ADDRESS/LENGTH; in IPv4's form if it is one of mapped addresses.
+
+    Raises PolicyError.
+    """
+    try:
+        # A mask after the slash, or a zone, would be taken as well.
+        if not re.fullmatch(r"[0-9a-fA-F.:]{2,45}(/[0-9]{1,3})?", text):
+            raise ValueError
+        found = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise PolicyError(
+            f"{_shown(text)} came, expected an IP address or a network such as 10.0.0.0/8"
+        ) from None
+    if found.network_address != ipaddress.ip_address(text.partition("/")[0]):
+        raise PolicyError(
+            f"{_shown(text)} has host bits, expected {found} for the network, or the address alone"
+        )
+    mapped = found.version == 6 and found.prefixlen >= 96 and found.network_address.ipv4_mapped
+    return ipaddress.IPv4Network((mapped, found.prefixlen - 96)) if mapped else found
+
+
+def _rate_limit(value):
+    if not isinstance(value, dict):
+        raise PolicyError(f"{_shown(value)} came, expected an object")
+    for key in value:
+        if key not in RATE_KEYS:
+            raise PolicyError(f"unknown key {_shown(key)}, expected one of {', '.join(RATE_KEYS)}")
+    limit = RateLimit(
+        _rate(value, "per_address", "burst"), _rate(value, "total", "total_burst")
+    )
+    if limit == (None, None):
+        raise PolicyError("an empty object came, expected per_address, total or both")
+    return limit
+
+
+def _rate(value, key, burst_key):
+    if key not in value:
+        if burst_key in value:
+            raise PolicyError(f"{burst_key} came without {key}, expected both or neither")
+        return None
+    rate = value[key]
+    if type(rate) not in (int, float) or not LEAST_RATE <= rate <= MOST_RATE:  # NaN is not more
+        raise PolicyError(
+            f"{key}: {_shown(rate)} came, expected requests a second, a number from "
+            f"1/3600 to {MOST_RATE}"
+        )
+    burst = value.get(burst_key, min(math.ceil(rate * BURST_SECONDS), MOST_BURST))
+    if type(burst) is not int or not 1 <= burst <= MOST_BURST:
+        raise PolicyError(
+            f"{burst_key}: {_shown(burst)} came, expected a whole number from 1 to {MOST_BURST}"
+        )
+    return Rate(float(rate), burst)
+
+
+def _users(value):
+    """User to Hash. Nothing of an entry is shown: who errs may have swapped the two."""
+    users = {}
+    for number, entry in enumerate(_texts(value, MOST_USERS, "entries USER:HASH")):
+        name, colon, hashed = entry.partition(":")
+        try:
+            user = name.encode()
+        except UnicodeEncodeError:
+            user = b""
+        if not colon or not 1 <= len(user) <= MOST_USER or _CONTROL.search(user):
+            raise PolicyError(
+                f"[{number}]: expected USER:HASH, with a user name of 1 to {MOST_USER} bytes"
+            )
+        if user in users:
+            raise PolicyError(f"[{number}]: this user came before, expected each once")
+        try:
+            users[user] = Hash.read(hashed)
+        except PolicyError as error:
+            raise PolicyError(f"[{number}]: {error}") from None
+    return users
+
+
+def _shown(value):
+    """A value of a peer's, bounded and on one line."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}...")
+    if type(value) in (int, float) and abs(value) < 1e15:
+        return repr(value)
+    return _kind(value)
+
+
+def _kind(value):
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number out of range")
