@@ -48,6 +48,7 @@ import ipaddress
 import json
 import re
 import struct
+import unicodedata
 from typing import NamedTuple
 
 __version__ = "0.1.0"
@@ -76,7 +77,7 @@ class StreamReset(ConnectionError):
 
 
 class TokenInvalid(Exception):
-    """A token does not prove what its bearer says; the text is for the gateway's log only."""
+    """A token does not prove what its bearer says; the text tells it why."""
 
 
 class Refused(Exception):
@@ -818,6 +819,10 @@ HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the age
 PORTS = "ports"  # feature: the gateway opens public ports of their own for tcp hostnames
 CERTIFICATES = "certificates"  # feature: the agent wants to hear of its hostnames' certificates
 VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visitor comes from
+POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors away, for the agent
+WILDCARDS = "wildcards"  # feature: the gateway knows hostnames such as *.dev.example.com
+REASONS = "reasons"  # feature: the agent wants to hear why the gateway ends its session
+REPLACED = "replaced"  # such a reason: another session has taken over
 
 
 class Register(NamedTuple):
@@ -828,7 +833,10 @@ class Register(NamedTuple):
     extensions that the agent knows. ``host_headers`` maps hostname to the Host that its target
     gets instead of the visitor's (feature HOST_HEADER). ``ports`` maps hostname to the public port
     that it wants, as a text, or to ANY_PORT (feature PORTS). ``addressed`` are the hostnames whose
-    data headers are to name the visitor's address (feature VISITOR_ADDRESS).
+    data headers are to name the visitor's address (feature VISITOR_ADDRESS). ``policies`` maps
+    hostname to what its visitors must comply with (feature POLICIES; policy.py says what there is).
+    ``instance`` is an id that an agent keeps over its reconnects: whoever comes with the same one
+    and the same credential takes its hostnames over at once.
     """
 
     token: str
@@ -838,6 +846,8 @@ class Register(NamedTuple):
     host_headers: dict = {}
     ports: dict = {}
     addressed: tuple = ()
+    policies: dict = {}
+    instance: str = ""
 
 
 class Ack(NamedTuple):
@@ -862,6 +872,14 @@ class Certificate(NamedTuple):
     state: str
 
 
+class End(NamedTuple):
+    """Gateway to agent: the session ends now (feature REASONS). ``code`` is REPLACED, or another
+    word for programs; ``reason`` is for people."""
+
+    code: str
+    reason: str
+
+
 class Ping(NamedTuple):
     """Gateway to agent: are you there? ``ts`` is wall-clock milliseconds."""
 
@@ -875,7 +893,9 @@ class Pong(NamedTuple):
 
 
 ANY_PORT = "auto"  # any free one of those that agents may have
-LEFT_OUT_EMPTY = frozenset({"error", "features", "host_headers", "ports", "addressed", "refused"})
+LEFT_OUT_EMPTY = frozenset({
+    "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
+})  # fmt: skip
 
 
 def encode_message(message) -> bytes:
@@ -909,6 +929,8 @@ def decode_message(data: bytes):
             host_headers=_text_map(fields, "host_headers"),
             ports=_text_map(fields, "ports"),
             addressed=_text_list(fields, "addressed"),
+            policies=_map(fields, "policies"),
+            instance=_text(fields, "instance"),
         )
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
@@ -922,6 +944,8 @@ def decode_message(data: bytes):
         )
     if kind == "certificate":
         return Certificate(_text(fields, "hostname"), _text(fields, "state"))
+    if kind == "end":
+        return End(_text(fields, "code"), _text(fields, "reason"))
     if kind in ("ping", "pong"):
         ts = fields.get("ts", 0)
         if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either
@@ -939,11 +963,18 @@ def _text(fields, name):
     return value
 
 
-def _text_map(fields, name):
+def _map(fields, name):
     value = fields.get(name)
     if value is None:  # Go writes an empty map as null
         return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+    if not isinstance(value, dict):
+        raise ProtocolError(f'"{name}" is not an object')
+    return value
+
+
+def _text_map(fields, name):
+    value = _map(fields, name)
+    if not all(isinstance(text, str) for text in value.values()):
         raise ProtocolError(f'"{name}" does not map texts to texts')
     return value
 
@@ -1022,9 +1053,22 @@ _HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
 
+WILDCARD = "*."  # before a hostname: all that end in it
+
+# Characters that name one host by the old rules for names of other scripts (RFC 3490), and another
+# by those that browsers follow (RFC 5891): who means them has to write the xn-- form.
+_AMBIGUOUS = frozenset("\u00df\u1e9e\u03c2\u200c\u200d")
+
+
 def normal_hostname(name: str) -> str:
-    """A hostname as it is compared: lower case, without a trailing dot."""
-    return name.lower().removesuffix(".")
+    """A hostname as it is compared: lower case, without a trailing dot, and other scripts in
+    their xn-- form, so that look-alikes (full width letters) are one. A name that has no such form
+    stays as it is, and is not valid."""
+    if not name.isascii() and len(name) <= MAX_HOSTNAME and not _AMBIGUOUS & set(name):
+        wildcard, rest = (WILDCARD, name[2:]) if name.startswith(WILDCARD) else ("", name)
+        with contextlib.suppress(UnicodeError):
+            name = wildcard + rest.encode("idna").decode()
+    return name.lower() if name.endswith("..") else name.lower().removesuffix(".")
 
 
 def valid_hostname(name: str) -> bool:
@@ -1037,7 +1081,28 @@ def valid_hostname(name: str) -> bool:
         len(name) <= MAX_HOSTNAME
         and all(_LABEL.fullmatch(label) for label in labels)
         and not labels[-1].isdigit()
+        and ("xn--" not in name.lower() or all(map(_says_something, labels)))
     )
+
+
+def _says_something(label):
+    """Whether a label that claims to be in another script is: else it would only look so."""
+    prefix, code = label[:4].lower(), label[4:].lower()
+    if prefix != "xn--":
+        return True
+    try:
+        text = code.encode().decode("punycode")
+        plain = unicodedata.normalize("NFKC", text).lower() == text and not text.isascii()
+        return plain and text.encode("punycode").decode() == code
+    except UnicodeError:
+        return False
+
+
+def valid_wildcard(name: str) -> bool:
+    """Whether a name is a wildcard such as *.dev.example.com. One label behind the star, as in
+    *.com, would be other people's hostnames."""
+    rest = name.removeprefix(WILDCARD)
+    return rest != name and "." in rest.removesuffix(".") and valid_hostname(rest)
 
 
 def valid_host(text: str) -> bool:
@@ -1671,6 +1736,7 @@ class Session:
         """``name`` is for thread names and the log; the rest is as for Mux. Owns ``duplex``."""
         self.name = name
         self.ended = ""  # why the session is over; "" while it lives
+        self.heard_at = monotonic()  # when the peer has sent something last
         self.on_leave = None  # called once, by the demultiplexer, when the peer sent GO_AWAY
         self.on_end = None  # called once when the session is over, all streams dead ...
         self.on_close = None  # ... and once when its connection is closed
@@ -1848,8 +1914,9 @@ class Session:
                     break
                 if not count:
                     raise SessionClosed("the peer closed the connection")
+                now = self.heard_at = monotonic()
                 with self._lock:
-                    for event in self._mux.receive(buffer[:count], monotonic()):
+                    for event in self._mux.receive(buffer[:count], now):
                         self._on_event[type(event)](self, event)
                     batch = self._take_batch()
             finally:
@@ -2069,6 +2136,16 @@ class Session:
 
     # Timers
 
+    def streams(self) -> int:
+        """How many there are, those included that wait for the peer's end."""
+        return len(self._streams)
+
+    def streams_in_use(self) -> int:
+        """How many of them somebody on our side is not done with."""
+        with self._lock:
+            streams = (*self._streams.values(), *self._over)
+            return sum(not stream._discarding for stream in streams)
+
     def call_later(self, delay, function):
         """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.
 
@@ -2135,14 +2212,15 @@ class Session:
             self._slot.notify_all()
         self._flush()
 
-    def close(self, reason="closed", code=NORMAL):
-        """End the session when the line has taken what is queued, FLUSH_TIMEOUT at most.
-
-        ``code`` is what GO_AWAY says. Any thread. Does not wait: join() does.
+    def close(self, reason="closed", code=NORMAL, patience=None):
+        """End the session when the line has taken what is queued, after ``patience`` seconds at
+        most, FLUSH_TIMEOUT if None. ``code`` is what GO_AWAY says. Any thread. Does not wait:
+        join() does.
         """
+        patience = FLUSH_TIMEOUT if patience is None else patience
         with self._lock:
             if self._closing is None:
-                self._closing = (reason, monotonic() + FLUSH_TIMEOUT)
+                self._closing = (reason, monotonic() + patience)
                 if not self._mux.we_left:
                     self._mux.go_away(code)
             started = self._started
@@ -2473,21 +2551,27 @@ SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
 
 
+HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
+
+
 class Signals:
-    """Turns SIGTERM and SIGINT into something to wait for. Main thread only.
+    """Turns SIGTERM and SIGINT into something to wait for, with ``hang_up`` also SIGHUP, which
+    ends nothing. Main thread only.
 
     A handler could interrupt us while we hold any lock, so it must take none: the interpreter
     writes a byte to a socket, which works wherever Python does. The second signal ends the
     process at once, with status 1.
     """
 
-    def __init__(self):
+    def __init__(self, hang_up=False):
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._count = 0
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if hang_up and HANG_UP is not None:
+            signal.signal(HANG_UP, lambda number, frame: None)  # wait() hears of it
 
     def _on_signal(self, number, frame):
         self._count += 1

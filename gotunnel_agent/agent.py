@@ -8,8 +8,10 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     worker     at most MAX_STREAMS   one data stream: target.serve()        the stream ends
 """
 
+import contextlib
 import logging
 import random
+import secrets
 import socket
 import ssl
 import threading
@@ -22,10 +24,13 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     MAX_STREAMS,
+    REASONS,
+    REPLACED,
     START_WINDOW,
     Ack,
     Certificate,
     Duplex,
+    End,
     MessageReader,
     Ping,
     Pong,
@@ -55,6 +60,7 @@ FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that 
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
 REFUSED_DELAY = 15  # at least that, if the gateway said no: a person has to change something first
+TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 HELD = 10  # seconds after which a session counts as one that worked
 
 
@@ -64,6 +70,14 @@ warnings.filterwarnings("ignore", message="The HMAC key is")
 
 class CannotTrust(Exception):
     """The CA file is of no use; one line for the operator."""
+
+
+class Ended(Exception):
+    """The gateway has ended the session, in the words of the exception; ``code`` is End's."""
+
+    def __init__(self, end):
+        super().__init__(end.reason)
+        self.code = end.code
 
 
 class Agent:
@@ -83,6 +97,7 @@ class Agent:
             for tunnel in config.tunnels
         }
         self._stopping = threading.Event()
+        self._instance = new_instance()
         self._session = None
         self._idle = threading.Condition()  # _running fell to 0
         self._running = 0  # data streams that have a worker
@@ -99,6 +114,14 @@ class Agent:
                     self._serve_session(workers)
                 except Refused as error:
                     problem, least = f"the gateway refused: {on_one_line(str(error))}", REFUSED_DELAY
+                    if str(error).startswith(TAKEN):
+                        problem += "; another agent serves it and answers, this one waits for it"
+                except Ended as error:
+                    problem = f"the gateway says: {on_one_line(str(error))}"
+                    if error.code == REPLACED:
+                        # Not to fight back: from now on we are somebody else, who gets the
+                        # hostnames when whoever has them is gone.
+                        self._instance, least = new_instance(), REFUSED_DELAY
                 except ConnectionRefusedError:
                     problem, most = "nobody listens there", RESTART_DELAY
                 except ssl.SSLCertVerificationError as error:
@@ -148,9 +171,12 @@ class Agent:
                 if isinstance(message, Certificate):
                     _log_certificate(message)
                     continue
+                if isinstance(message, End):
+                    raise Ended(message)
                 if not isinstance(message, Ping):
                     raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
-                control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
+                with contextlib.suppress(ConnectionError):  # what has come may still say why
+                    control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
         finally:
             session.close("the agent ends the session")
             session.join()
@@ -175,10 +201,12 @@ class Agent:
             ),
             routes=config.routes(),
             modes=config.modes(),
-            features=(CERTIFICATES, HALF_CLOSE, *sorted(needs)),
+            features=(CERTIFICATES, HALF_CLOSE, REASONS, *sorted(needs)),
             host_headers=config.host_headers(),
             ports=config.ports(),
             addressed=config.addressed(),
+            policies=config.policies(),
+            instance=self._instance,
         )
 
     def _take_answer(self, ack):
@@ -269,6 +297,11 @@ def make_token(secret, issuer, lifetime) -> str:
     """A JWT as Go agents send it: HS256, with iss, iat and exp. ``lifetime`` is in seconds."""
     now = int(time())
     return jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, secret, "HS256")
+
+
+def new_instance() -> str:
+    """An id for this process, and for no other."""
+    return secrets.token_hex(16)
 
 
 def retry_delay(failures, least=0, most=MAX_DELAY, random=random.random) -> float:

@@ -65,7 +65,7 @@ def _row(hostname, route, tunnel, port, certificate):
         name += f" <small>port {route.port}</small>"
     if certificate != "ready":
         name += f'<br><small>certificate {escape(certificate)}</small>'
-    agent = escape(tunnel.identity.issuer) or "–"
+    agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"
     return f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'

@@ -48,9 +48,7 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
     """
     if peer not in proxies:
         return _told(peer, peer, scheme, host)
-    # A proxy that makes no list names its visitor alone.
-    line = ", ".join(came.all("x-forwarded-for")) or came.get("x-real-ip", "")
-    chain = [entry for part in line.split(",") if (entry := part.strip(" \t"))]
+    chain = _chain(came)
     told = _told(
         ", ".join([*chain, peer]),
         _client(chain, peer, proxies),
@@ -67,6 +65,18 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
         for name, value in came  # X-Forwarded-Port, -Prefix and the like
         if name.lower().startswith("x-forwarded-") and name.lower() not in ours
     ]
+
+
+def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
+    """The address of who visits, as far as it is known: of ``peer``, or whom that one names."""
+    return peer if peer not in proxies else _client(_chain(came), peer, proxies)
+
+
+def _chain(came):
+    """The addresses that proxies have written down, the visitor's first."""
+    # A proxy that makes no list names its visitor alone.
+    line = ", ".join(came.all("x-forwarded-for")) or came.get("x-real-ip", "")
+    return [entry for part in line.split(",") if (entry := part.strip(" \t"))]
 
 
 def _told(forwarded_for, client, scheme, host):

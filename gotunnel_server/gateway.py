@@ -8,7 +8,7 @@
     upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends
-    certificates            1                            stop()
+    keeper                  1                            stop()
     issuer, order, window   see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
@@ -17,6 +17,7 @@ streams (gotunnel.py).
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import threading
@@ -24,15 +25,16 @@ from time import monotonic
 
 from gotunnel import Workers, __version__, descriptor_limit, spawn, valid_hostname
 
-from . import dashboard
+from . import dashboard, policy
 from .addresses import is_always_here, is_own, own_addresses, resolve
+from .attempts import Attempts
 from .authority import Authority, CertificateError
 from .cert_store import CertStore, StoreError
 from .certificates import Certificates
 from .challenges import HTTP_01, TLS_ALPN_01, Challenges
 from .credentials import Credentials
 from .forwarding import Proxies
-from .issuer import FAILED, WAITING, Issuer
+from .issuer import FAILED, Issuer
 from .listener import Listener, PortError, bind
 from .ports import Ports
 from .refusal import HOST, CaError
@@ -61,7 +63,7 @@ AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take 
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
 # left is for files, listening sockets and the dashboard.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
-RELOAD = 5  # seconds between looks at CERT_DIR
+RELOAD = 5  # seconds between looks at CERT_DIR and AGENTS_FILE
 KEEP = 3600  # seconds that certificates of a hostname without agent are still renewed, at least
 READY = "ready"
 
@@ -79,7 +81,9 @@ class Gateway:
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,)
         )
         self._issuer = self._build_issuer() if config.acme else None
-        self._stopping = threading.Event()
+        self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
+        self._stopping = False
+        self._look_now = threading.Event()  # for the keeper: something may have changed, or the end
         self._keeper = None
         self._ensure_own_certificates()
         self._proxies = Proxies(config.trusted_proxies)
@@ -205,31 +209,47 @@ class Gateway:
             route.tunnel.tell_certificate(hostname)
 
     def _awaits_certificate(self, hostname) -> bool:
-        """Whether a hostname has no certificate yet, and will soon."""
+        """Whether a hostname has no certificate yet, and will soon; in between it is ready, and
+        not yet served."""
         if self._issuer is None or hostname is None or self._certificates.context(hostname):
             return False
         state = self._issuer.state(hostname)
-        return state is not None and state.name == WAITING
+        return state is not None and state.name != FAILED
 
-    def _keep_certificates(self):
-        """Thread: take up what changed in CERT_DIR, and renew; forget whom nobody serves now."""
+    def _keep(self):
+        """Thread: now and then, and when asked, look after what changes."""
         wanted, next_keep = set(self._own_names), monotonic() + KEEP
-        while not self._stopping.wait(RELOAD):
-            self._certificates.reload()
-            for hostname in self._store.renewals() if self._issuer else ():
-                known = self._issuer.retry_now(hostname)
-                log.info("%s: a new certificate was asked for%s", hostname,
-                         "" if known else ", but nobody serves it now")  # fmt: skip
-            if monotonic() < next_keep:
-                continue
-            next_keep = monotonic() + KEEP
-            now = {*self._own_names, *self._registry.routes()}
-            for hostname in now:
-                self._ensure_certificate(hostname)
-            if self._issuer:
-                for hostname in wanted - now:  # gone since the last time at least
-                    self._issuer.drop(hostname)
-            wanted = now
+        while not self._stopping:
+            asked = self._look_now.wait(RELOAD)
+            self._look_now.clear()
+            try:
+                self._credentials.reload(force=asked)
+                self.tunnels.end_revoked()
+                self._certificates.reload()
+                self._renew_asked()
+                if monotonic() >= next_keep:
+                    next_keep = monotonic() + KEEP
+                    wanted = self._keep_certificates(wanted)
+            except Exception:
+                log.exception("what changes is not looked after: a defect")
+
+    def _renew_asked(self):
+        """Order what `certificates --renew` asks for."""
+        for hostname in self._store.renewals() if self._issuer else ():
+            known = self._issuer.retry_now(hostname)
+            log.info("%s: a new certificate was asked for%s", hostname,
+                     "" if known else ", but nobody serves it now")  # fmt: skip
+
+    def _keep_certificates(self, wanted):
+        """Renew those of hostnames that are served now, and forget those of ``wanted`` that have
+        not been for a while. Returns what is wanted now."""
+        now = {*self._own_names, *self._registry.routes()}
+        for hostname in now:
+            self._ensure_certificate(hostname)
+        if self._issuer:
+            for hostname in wanted - now:  # gone since the last time at least
+                self._issuer.drop(hostname)
+        return now
 
     # The ports
 
@@ -275,9 +295,11 @@ class Gateway:
         self.tunnels = Tunnels(
             context=self._certificates.front(config.tunnel_host, own.__contains__),
             challenges=self._challenges,
-            credentials=Credentials(config.jwt_secret, config.jwt_issuer),
+            credentials=self._credentials,
+            attempts=Attempts(),
             registry=self._registry,
             ports=self._ports,
+            read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             ensure_certificate=self._ensure_certificate,
             certificate_state=self._certificate_state,
             max_hosts=config.max_hosts_per_agent,
@@ -367,7 +389,7 @@ class Gateway:
                      self._authority.ca_file.resolve())  # fmt: skip
         for listener in self._listeners:
             listener.start()
-        self._keeper = spawn("certificates", self._keep_certificates)
+        self._keeper = spawn("keeper", self._keep)
         if self._issuer:
             self._issuer.start()
             log.info("certificates from %s", config.acme.directory)
@@ -379,9 +401,14 @@ class Gateway:
             log.info("plain HTTP: port %d", self.http_port)
         log.info("gotunnel %s is ready", __version__)
 
+    def reload(self):
+        """Look now at what may have changed. Any thread; waits for nothing."""
+        self._look_now.set()
+
     def stop(self):
         """No new work; what runs may finish, DRAIN_TIMEOUT at most; then close."""
-        self._stopping.set()
+        self._stopping = True
+        self._look_now.set()
         if self._issuer:
             self._issuer.stop()
         self._visitors.draining = True

@@ -100,7 +100,7 @@ class Listener:
 
     def __init__(self, name, sockets, welcome, submit, limit, first_timeout):
         """``welcome(sock, address)`` makes something that can be parked out of an accepted
-        socket; ``submit(function)`` has a worker call it; ``limit`` is how many connections may
+        socket, or None if that peer is not wanted; ``submit(function)`` has a worker call it; ``limit`` is how many connections may
         be open at a time; ``first_timeout`` is how many seconds the first byte may take: then
         it is expired(), with 0 at once.
         """
@@ -126,6 +126,11 @@ class Listener:
         self._stopping = threading.Event()
         self._wake_receive, self._wake_send = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"listener {name}", daemon=True)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether what is to be called later would be called at once."""
+        return self._stopping.is_set()
 
     def start(self):
         for sock in self._sockets:
@@ -235,7 +240,10 @@ class Listener:
                 self._open += room
             if room:
                 connection = self._welcome(sock, _as_ipv4(address))
-                if self._first_timeout:
+                if connection is None:
+                    sock.close()
+                    self.forget()
+                elif self._first_timeout:
                     self._watch(connection, monotonic() + self._first_timeout)
                 else:
                     self._submit(connection.expired)

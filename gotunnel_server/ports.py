@@ -28,12 +28,13 @@ class Ports:
         self._lock = threading.Lock()  # guards both, and is held while a port opens or closes
         self._closed = False
 
-    def open(self, wanted, route) -> int:
-        """Open the port ``wanted``, a text or ANY_PORT, for a Route; raises PortRefused."""
+    def open(self, wanted, route, why_not=lambda port: None) -> int:
+        """Open the port ``wanted``, a text or ANY_PORT, for a Route; raises PortRefused.
+        ``why_not(port)`` says why the agent may not have it, None if it may."""
         with self._lock:
             if self._closed:
                 raise PortRefused("the gateway stops")
-            for port in self._candidates(wanted, route.hostname):
+            for port in self._candidates(wanted, route.hostname, why_not):
                 try:
                     listener = self._listen(port, route)
                 except PortError as error:
@@ -44,7 +45,7 @@ class Ports:
                 return port
         raise problem
 
-    def _candidates(self, wanted, hostname):
+    def _candidates(self, wanted, hostname, why_not):
         """The ports that would do, the best first; at least one. Raises PortRefused."""
         if not self._allowed:
             raise PortRefused("this gateway gives agents no ports; its operator sets TCP_PORTS")
@@ -52,6 +53,10 @@ class Ports:
             free = [port for ports in self._allowed for port in ports if port not in self._open]
             if not free:
                 raise PortRefused(f"all ports are taken ({self._shown()})")
+            reason = why_not(free[0])
+            free = [port for port in free if why_not(port) is None]
+            if not free:
+                raise PortRefused(f"none of the free ones is for this agent: {reason}")
             # The one of last time; else one that nobody may still look for a hostname at.
             free.sort(key=lambda port: (self._last.get(port) != hostname, port in self._last))
             return free
@@ -60,6 +65,8 @@ class Ports:
             raise PortRefused(f"port {wanted[:20]!r} came, expected 1 to {MAX_PORT} or {ANY_PORT}")
         if not any(number in ports for ports in self._allowed):
             raise PortRefused(f"port {number} is none that agents may have ({self._shown()})")
+        if reason := why_not(number):
+            raise PortRefused(reason)
         if number in self._open:
             raise PortRefused(f"port {number} is taken")
         return [number]

@@ -22,6 +22,7 @@ from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
 
 from . import forwarding, http1, pages
 from .http1 import Malformed
+from .limits import AgentBusy
 from .pages import Page
 
 log = logging.getLogger("gotunnel.proxy")
@@ -149,6 +150,13 @@ class Handler(BaseHTTPRequestHandler):
             raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
         self.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         self.switched = answer
+
+    @property
+    def visitor_address(self) -> str:
+        """Where the visitor is, as far as the proxies on its way are to be believed."""
+        return forwarding.visitor(
+            self.request_head.fields, self.client_address[0], self.proxies
+        )
 
     def ends(self) -> Ends:
         """The two ends of the visitor's connection, for a target that wants to know."""
@@ -332,6 +340,8 @@ class Exchange:
                 # What was passed on must not look whole.
                 self._handler.connection.reset()
                 raise ConnectionAbortedError("the answer was cut short") from None
+            if isinstance(error, AgentBusy):
+                raise TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.") from None
             if isinstance(error, Malformed):
                 raise TargetFailed(502, "bad-answer", f"The answer is broken: {error}.") from None
             raise
@@ -385,6 +395,9 @@ class Exchange:
         if self._route.host_header is not None:
             fields = [(name, value) for name, value in fields if name.lower() != "host"]
             fields.insert(0, ("Host", self._route.host_header))
+        if self._route.policy is not None and self._route.policy.asks_password:
+            # It was for us, and has no business in the target's log.
+            fields = [(name, value) for name, value in fields if name.lower() != "authorization"]
         fields += forwarding.fields(
             request.fields, handler.client_address[0], handler.scheme, host, handler.proxies
         )

@@ -3,15 +3,16 @@
 import threading
 from typing import NamedTuple
 
-from gotunnel import normal_hostname
+from gotunnel import WILDCARD, normal_hostname
 
 
 class HostnameTaken(Exception):
-    """Another tunnel serves the hostname; ``hostname`` is which."""
+    """Hostnames are served by others: ``tunnels`` are whose, none for those of the gateway."""
 
-    def __init__(self, hostname):
-        super().__init__(f"host already registered: {hostname}")
-        self.hostname = hostname
+    def __init__(self, hostnames, tunnels=()):
+        super().__init__(f"host already registered: {', '.join(hostnames)}")
+        self.hostnames = hostnames
+        self.tunnels = tunnels
 
 
 class Route(NamedTuple):
@@ -21,7 +22,8 @@ class Route(NamedTuple):
     ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave. ``host_header`` is the
     Host that the target gets, None for the visitor's. ``addressed``: the agent wants to hear the
     visitor's address. ``target_port`` is the target's, ``port`` the public one that was opened for
-    it; None if there is none.
+    it; None if there is none. ``policy`` is what visitors must comply with, a policy.Policy; None:
+    all are welcome.
     """
 
     hostname: str
@@ -31,27 +33,39 @@ class Route(NamedTuple):
     addressed: bool = False
     target_port: int | None = None
     port: int | None = None
+    policy: object = None
 
 
 class Registry:
-    """Hostnames to routes. Any thread; no I/O."""
+    """Hostnames to routes. Any thread; no I/O.
+
+    A wildcard, such as ``*.dev.example.com``, is a hostname, and stands for all that end in
+    ``.dev.example.com`` and have no route, nor a longer wildcard, of their own.
+    """
 
     def __init__(self, reserved=()):
         """``reserved`` hostnames are the gateway's own: no tunnel can have them."""
         self._reserved = frozenset(map(normal_hostname, reserved))
         self._lock = threading.Lock()  # held to change _routes; reading one entry needs none
         self._routes = {}
+        self._wildcards = False  # whether there is one among them
 
     def claim(self, routes):
         """Take every hostname of ``routes`` (hostname to Route), or none of them.
 
-        Raises HostnameTaken, naming the first that is served or reserved.
+        Raises HostnameTaken, naming those that are reserved, or else those that are served.
         """
         with self._lock:
-            for hostname in routes:
-                if hostname in self._routes or hostname in self._reserved:
-                    raise HostnameTaken(hostname)
-            self._routes.update(routes)
+            if own := [hostname for hostname in routes if hostname in self._reserved]:
+                raise HostnameTaken([f"{hostname} (the gateway's own name)" for hostname in own])
+            if taken := [hostname for hostname in routes if hostname in self._routes]:
+                tunnels = {self._routes[hostname].tunnel for hostname in taken}
+                raise HostnameTaken(taken, tunnels)
+            self._put({**self._routes, **routes})
+
+    def _put(self, routes):
+        self._routes = routes
+        self._wildcards = any(hostname.startswith(WILDCARD) for hostname in routes)
 
     def update(self, routes):
         """Put ``routes``, claimed before and still held, in the place of what they were."""
@@ -63,11 +77,11 @@ class Registry:
     def release(self, tunnel):
         """Give back whatever ``tunnel`` has claimed."""
         with self._lock:
-            self._routes = {
+            self._put({
                 hostname: route
                 for hostname, route in self._routes.items()
                 if route.tunnel is not tunnel
-            }
+            })  # fmt: skip
 
     def only_tcp(self):
         """The one Route in tcp mode; None if there is none, or more than one."""
@@ -76,7 +90,13 @@ class Registry:
 
     def lookup(self, hostname):
         """The Route of a hostname (lower case, no port, no trailing dot), or None."""
-        return self._routes.get(hostname)
+        route = self._routes.get(hostname)
+        if route is None and self._wildcards and hostname not in self._reserved:
+            rest = hostname
+            while route is None and "." in rest:
+                rest = rest.partition(".")[2]
+                route = self._routes.get(WILDCARD + rest)
+        return route
 
     def routes(self) -> dict:
         """All there are, hostname to Route, as they are now."""

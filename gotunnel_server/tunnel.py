@@ -5,11 +5,13 @@ the port's listener, and a worker takes each step when there is something to rea
 gets its demultiplexer thread, which also beats the heart.
 
     stranger  --handshake, register-->  registered  --connection, pong or agent gone-->  closed
-        \\---------- refused: the text is sent, then the connection is half-closed -------/
+        \\                                    \\-- replaced, or its credential taken away ---/
+         \\--- refused: the text is sent, then the connection is half-closed -------------/
 """
 
 import contextlib
 import logging
+import re
 import threading
 from collections import Counter, OrderedDict, deque
 from time import monotonic, time
@@ -20,12 +22,18 @@ from gotunnel import (
     HOST_HEADER,
     INTERNAL_ERROR,
     NORMAL,
+    POLICIES,
     PORTS,
     PROTOCOL_ERROR,
+    REASONS,
+    REPLACED,
     START_WINDOW,
+    VISITOR_ADDRESS,
+    WILDCARDS,
     Ack,
     Certificate,
     Duplex,
+    End,
     MessageReader,
     Ping,
     Pong,
@@ -34,27 +42,29 @@ from gotunnel import (
     Session,
     SessionClosed,
     TokenInvalid,
-    VISITOR_ADDRESS,
     encode_data_header,
     encode_message,
-    normal_hostname,
-    on_one_line,
-    valid_host,
-    valid_hostname,
 )
 
-from . import challenges, hello
+from . import challenges, hello, limits, takeover
 from .ports import PortRefused
-from .registry import HostnameTaken, Route
+from .registration import NotGranted, read_routes
+from .registry import HostnameTaken
 
 log = logging.getLogger("gotunnel.tunnel")
 
-FEATURES = frozenset({CERTIFICATES, HALF_CLOSE, HOST_HEADER, PORTS, VISITOR_ADDRESS})  # extensions that we know
+FEATURES = frozenset({  # extensions that we know
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, POLICIES, PORTS, REASONS, VISITOR_ADDRESS, WILDCARDS,
+})  # fmt: skip
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
 PONG_TIMEOUT = 20  # seconds without a pong that end the session, as the Go gateway's
 BEAT = 5  # seconds between looks at the control stream
+ANSWER_TIMEOUT = 3  # seconds for a pong, while another agent waits for the hostname
+ANSWER_LOOK = 0.1  # seconds between looks for it
+SIGN_OF_LIFE = 1  # seconds: who has sent anything so lately lives, on a line where pongs queue
+REVOKED = "revoked"  # why a session ends: what its credential permits has changed
 OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
 IDLE_STREAMS = 64  # streams kept for the next visits of a hostname; each holds a target connection
 ALL_IDLE_STREAMS = 256  # ... of all hostnames of an agent, which takes 1024 streams in all
@@ -63,46 +73,50 @@ REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
 
+_NUMBER = re.compile("[0-9]+")
+
+
 class _Refusal(Exception):
-    """We say no; the text is for the agent, ``detail`` for our log."""
+    """We say no; the text is for the agent. ``in_the_middle``: it has not said all yet."""
 
-    def __init__(self, text, detail=""):
+    def __init__(self, text, in_the_middle=False):
         super().__init__(text)
-        self.detail = detail
-
-
-def _port_of(target):
-    """The port of a target as agents write it, "HOST:PORT"; None if there is none."""
-    port = target.rpartition(":")[2]
-    return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else None
+        self.in_the_middle = in_the_middle
 
 
 class Tunnels:
     """All agents' connections of a gateway, and what they need."""
 
     def __init__(
-        self, *, context, challenges, credentials, registry, ports, ensure_certificate,
-        certificate_state, max_hosts,
+        self, *, context, challenges, credentials, attempts, registry, ports, read_policy,
+        ensure_certificate, certificate_state, max_hosts,
     ):  # fmt: skip
         """``context`` is the TLS context of the port, ``challenges`` what a CA may find there.
-        ``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificate(hostname,
+        ``attempts`` counts those whose token was no good. ``ports`` are the public ones for agents,
+        a ports.Ports. ``read_policy`` is as for read_routes(). ``ensure_certificate(hostname,
         agent)`` sees to it that a hostname can be served, now or soon; ``agent`` is whom to blame.
         ``certificate_state(hostname)`` says how that stands, as in gotunnel.Certificate."""
         self.context = context
         self.challenges = challenges
         self.credentials = credentials
+        self.attempts = attempts
         self.registry = registry
         self.ports = ports
+        self.read_policy = read_policy
         self.ensure_certificate = ensure_certificate
         self.certificate_state = certificate_state
         self.max_hosts = max_hosts
         self.listener = None  # set before it is started
         self._tunnels = set()
         self._lock = threading.Lock()  # guards _tunnels and _refusals
+        self.limiting = threading.Lock()  # held to count what an agent has, and to take more
         self._refusals = OrderedDict()  # (address, text): monotonic time
 
     def welcome(self, sock, address):
-        """For the listener: an agent, or a stranger, has connected."""
+        """For the listener: an agent, or a stranger, has connected. None for one who has guessed
+        too often."""
+        if self.attempts.closed(address[0]):
+            return None
         tunnel = Tunnel(self, Duplex(sock), address)
         with self._lock:
             self._tunnels.add(tunnel)
@@ -120,6 +134,24 @@ class Tunnels:
         with self._lock:
             return [tunnel for tunnel in self._tunnels if tunnel.routes]
 
+    def of_credential(self, credential) -> list:
+        """All tunnels of one credential, those included that leave, and still have visits."""
+        with self._lock:
+            return [
+                tunnel for tunnel in self._tunnels
+                if tunnel.identity is not None and tunnel.identity.credential == credential
+            ]  # fmt: skip
+
+    def end_revoked(self):
+        """End the sessions of those who may no longer do what they do. One that leaves may still
+        have visits."""
+        with self._lock:
+            tunnels = [tunnel for tunnel in self._tunnels if tunnel.since is not None]
+        for tunnel in tunnels:
+            reason = self.credentials.taken_away(tunnel.identity, tuple(tunnel.routes))
+            if reason:
+                tunnel.part(REVOKED, reason)
+
     def close(self):
         """End all sessions, and wait until they have ended."""
         with self._lock:
@@ -129,17 +161,17 @@ class Tunnels:
         for tunnel in tunnels:
             tunnel.join()
 
-    def log_refusal(self, address, text, detail):
+    def log_refusal(self, address, text):
         """Say why somebody was turned away, once: Go agents come back every two seconds."""
-        key, now = (address[0], text), monotonic()
+        key, now = (address[0], _NUMBER.sub("#", text)), monotonic()  # "it expired 7 s ago"
         with self._lock:
             last = self._refusals.pop(key, None)
             fresh = last is None or now - last > REFUSAL_MEMORY
             self._refusals[key] = now if fresh else last
             if len(self._refusals) > REFUSALS:
                 self._refusals.popitem(last=False)
-        log.log(logging.WARNING if fresh else logging.DEBUG, "agent at %s refused: %s%s",
-                address[0], text, f" ({detail})" if detail else "")  # fmt: skip
+        log.log(logging.WARNING if fresh else logging.DEBUG, "agent at %s refused: %s",
+                address[0], text)  # fmt: skip
 
 
 class Tunnel:
@@ -149,21 +181,27 @@ class Tunnel:
         self.duplex = duplex
         self.address = address  # as accept() gave it
         self.identity = None
+        self.instance = ""  # the agent's, "" if it has none
         self.since = None  # wall-clock seconds of the registration
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
-        self._hears_of_certificates = False  # it knows the message
+        self._features = frozenset()  # those that both know, from the ack on
         self._telling = threading.Lock()  # held to look and to tell: the last word is the latest
         self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
         self._tunnels = tunnels
         self._step = self._begin
         self._deadline = None  # monotonic: registered by then
         self._buffer = b""  # of a hello that is not whole
+        self._hello = hello.Reader()
         self._proves = False  # a CA has come, who sees in the handshake all that it wants
         self._session = None
         self._control = None
         self._reader = MessageReader()
         self._ping_at = self._pong_at = 0.0  # monotonic: next ping due, last pong
+        self._asking = threading.Lock()  # guards the next one
+        self._asked_at = None  # monotonic, while somebody waits for an answer
+        self._answered_at = 0.0  # monotonic, of the last answer to that
+        self._opening = 0  # streams that are being opened, if it has limits
         self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
         self._idle_count = 0  # streams in it
         self._keeps_idle = True  # False once the agent leaves
@@ -182,7 +220,7 @@ class Tunnel:
             while (step := self._step) is not None and step():
                 pass
         except _Refusal as refusal:
-            self._refuse(str(refusal), refusal.detail)
+            self._refuse(str(refusal), refusal.in_the_middle)
         except ProtocolError as error:
             log.debug("agent at %s: protocol error: %s", self.address[0], error)
             self.close(PROTOCOL_ERROR)
@@ -218,7 +256,7 @@ class Tunnel:
             raise SessionClosed("it left before TLS")
         self._buffer += data or b""
         try:
-            said = hello.parse(self._buffer)
+            said = self._hello.parse(self._buffer)
         except hello.NotTLS as error:
             raise ProtocolError(str(error)) from None
         if said is None:
@@ -252,14 +290,15 @@ class Tunnel:
             raise ProtocolError("the agent does not read its answers")
         if self._control is None and self._session.arrived:
             self._control = self._session.accept()
-        message = self._control and next(iter(self._messages()), None)
+        try:
+            message = self._control and next(iter(self._messages()), None)
+        except ProtocolError as error:  # its operator has to hear of it
+            raise _Refusal(f"invalid registration: {error}", in_the_middle=True) from None
         if message is None:
             return self._park()
         if not isinstance(message, Register):
             raise ProtocolError(f"a {type(message).__name__.lower()}, expected register")
-        self._step = None
-        self._register(message)
-        return False
+        return self._register(message)
 
     def _messages(self):
         """The control messages that are here."""
@@ -276,18 +315,78 @@ class Tunnel:
     # Registration
 
     def _register(self, message):
+        """Find out who the agent is, and what it may have."""
         try:
             self.identity = self._tunnels.credentials.identify(message.token)
         except TokenInvalid as error:
-            raise _Refusal("auth failed", str(error)) from None
-        routes = self._wanted_routes(message)
+            self._turn_away(f"auth failed: {error}")
+            return False
+        self.instance = message.instance
+        try:
+            routes = read_routes(
+                message, self, self.identity, self._tunnels.max_hosts, self._tunnels.read_policy
+            )
+        except NotGranted as error:
+            raise _Refusal(str(error)) from None
         session = self._session
         session.on_end = self._ended  # from here on there is something to give back
         session.on_close = lambda: self._tunnels.forget(self)
+        claim = takeover.Claim(self._tunnels.registry, self, routes)
+        self._step = lambda: self._claim(claim, message, routes)
+        return True
+
+    def _turn_away(self, text):
+        """Refuse who cannot show who it is; the more often it has tried, the later."""
+        attempts, address = self._tunnels.attempts, self.address[0]
+        attempts.failed(address)
+
+        def refuse():
+            raise _Refusal(text)
+
+        self._step = refuse
+        self._look_again(attempts.delay(address))
+
+    def _look_again(self, seconds):
+        """Take the next step later, whatever the agent sends."""
+        if self._tunnels.listener.stopping:
+            raise _Refusal("the gateway stops")
+        self._tunnels.listener.call_later(self.ready, seconds)
+        return False
+
+    def _claim(self, claim, message, routes):
+        """Take the hostnames, as soon as nobody else holds them. Who does may have to go."""
+        if self._session.ended:
+            raise SessionClosed(self._session.ended)
         try:
-            self._tunnels.registry.claim(routes)
+            if not claim.attempt():
+                return self._look_again(takeover.LOOK)
         except HostnameTaken as taken:
             raise _Refusal(str(taken)) from None
+        self._step = None
+        self._check_hostnames()
+        try:
+            self._take_up(message, routes)
+        except OSError:
+            self._ended()  # once more: the session may have ended before it had all of it
+            raise
+        return False
+
+    def _check_hostnames(self):
+        """Now that they are counted, whether the credential permits so many."""
+        most = self.identity.limits.hostnames
+        if most is None:
+            return
+        count = sum(
+            route.tunnel.identity.credential == self.identity.credential
+            for route in self._tunnels.registry.routes().values()
+        )
+        if count > most:
+            self._tunnels.registry.release(self)
+            raise _Refusal(f"too many hostnames: {count}, at most {most} for this credential")
+
+    def _take_up(self, message, routes):
+        """Everything is granted: tell the agent, and begin to serve."""
+        session = self._session
         for hostname in routes:
             self._tunnels.ensure_certificate(hostname, self.identity.issuer)
         features = tuple(name for name in message.features if name in FEATURES)
@@ -304,7 +403,7 @@ class Tunnel:
         # the same read.
         ack = Ack(True, features=features, ports=ports, refused=refused)
         self._control.write(encode_message(ack))
-        self._hears_of_certificates = CERTIFICATES in features  # from now on: the ack comes first
+        self._features = frozenset(features)  # from now on: the ack comes first
         for hostname in routes:
             self.tell_certificate(hostname)
         log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
@@ -312,10 +411,13 @@ class Tunnel:
 
     def tell_certificate(self, hostname):
         """Let the agent know how a certificate stands now. Any thread; waits for nothing."""
-        if self._hears_of_certificates:
-            with self._telling, contextlib.suppress(OSError):  # it has gone, or does not read
-                message = Certificate(hostname, self._tunnels.certificate_state(hostname))
-                self._control.write(encode_message(message), timeout=0)
+        if CERTIFICATES in self._features:
+            with self._telling:
+                self._tell(Certificate(hostname, self._tunnels.certificate_state(hostname)))
+
+    def _tell(self, message):
+        with contextlib.suppress(OSError):  # it has gone, or does not read
+            self._control.write(encode_message(message), timeout=0)
 
     def _open_ports(self, message, routes):
         """Open the public ports that the agent asks for, one a hostname. Returns hostname to port,
@@ -328,7 +430,7 @@ class Tunnel:
             try:
                 if route.mode != "tcp":
                     raise PortRefused("a port is for a hostname in tcp mode")
-                port = self._tunnels.ports.open(wanted, route)
+                port = self._tunnels.ports.open(wanted, route, self.identity.why_not_port)
             except PortRefused as error:
                 log.warning("agent at %s: %s gets no port: %s", self.address[0], hostname, error)
                 refused[route.hostname] = str(error)
@@ -340,48 +442,25 @@ class Tunnel:
             self._tunnels.registry.update(routes)
         return opened, refused
 
-    def _wanted_routes(self, message):
-        """What the agent asks for, hostname to Route; raises _Refusal."""
-        if not message.routes:
-            raise _Refusal("no routes")
-        if len(message.routes) > self._tunnels.max_hosts:
-            raise _Refusal(
-                f"too many hostnames: {len(message.routes)}, at most {self._tunnels.max_hosts}"
-            )
-        host_headers = message.host_headers if HOST_HEADER in message.features else {}
-        routes = {}
-        # Agents of a Go gateway register "name:port" too, which is all one to us. The shortest
-        # spelling, which is the plain one, comes first and stays.
-        for name in sorted(message.routes, key=len):
-            hostname, colon, port = name.partition(":")
-            if not valid_hostname(hostname) or (colon and not port.isdigit()):
-                raise _Refusal(f"invalid hostname: {on_one_line(name, 253)}")
-            mode = message.modes.get(name) or "http"
-            if mode not in ("http", "tcp"):
-                raise _Refusal(f"unknown mode of {name}: {on_one_line(mode, 20)}")
-            host = host_headers.get(name)
-            if host is not None and not valid_host(host):
-                raise _Refusal(f"invalid host_header of {name}: {host[:253]!r}")
-            route = Route(
-                name, mode, self, host,
-                addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
-                target_port=_port_of(message.routes[name]),
-            )  # fmt: skip
-            routes.setdefault(normal_hostname(hostname), route)
-        return routes
-
-    def _refuse(self, text, detail=""):
+    def _refuse(self, text, in_the_middle):
         """Say no, and give the agent a moment to read it: closing at once could cost it that."""
-        self._tunnels.log_refusal(self.address, text, detail)
+        self._tunnels.log_refusal(self.address, text)
         try:
             self._control.write(encode_message(Ack(False, text)), timeout=0)
-            self.duplex.finish(timeout=0)
+            if in_the_middle:  # it listens when it has said all
+                self._control.close()
+            else:
+                self.duplex.finish(timeout=0)
         except OSError:
             self.close()
             return
-        self._step = self._part
+        self._step = self._hear_out if in_the_middle else self._part
         self._deadline = monotonic() + PARTING_TIMEOUT
         self._park()
+
+    def _hear_out(self):
+        self._session.turn()
+        return self._park()
 
     def _part(self):
         # One read a step: who sends without end must not have a thread for it.
@@ -396,8 +475,7 @@ class Tunnel:
         """Demultiplexer: ping, and see that pongs come. Waits for nothing."""
         now = monotonic()
         try:
-            if any(isinstance(message, Pong) for message in self._messages()):
-                self._pong_at = now
+            self._take_pongs(now)
             if now - self._pong_at > PING_INTERVAL + PONG_TIMEOUT:
                 self._session.close(f"no pong in {PONG_TIMEOUT} s")
                 return
@@ -409,6 +487,62 @@ class Tunnel:
             return
         self._drop_idle(older_than=now - IDLE_STREAM_AGE)
         self._session.call_later(BEAT, self._beat)
+
+    def _take_pongs(self, now):
+        if any(isinstance(message, Pong) for message in self._messages()):
+            self._pong_at = self._answered_at = now
+
+    # Another agent wants one of its hostnames
+
+    def ask(self) -> float:
+        """Have the agent show that it lives; if it does not in ANSWER_TIMEOUT, the session ends.
+        Returns since when (monotonic) it is asked. Any thread."""
+        with self._asking:
+            if self._asked_at is None:
+                self._asked_at = monotonic()
+                self._session.call_later(0, self._ask)
+            return self._asked_at
+
+    def has_answered(self, since) -> bool:
+        return self._answered_at > since
+
+    def _ask(self):
+        """Demultiplexer: ping at once. Only now does the agent's time begin."""
+        with self._asking:
+            self._asked_at = monotonic()
+        self._tell(Ping(int(time() * 1000)))
+        self._await_answer()
+
+    def _await_answer(self):
+        """Demultiplexer: look for the pong, again and again."""
+        now = monotonic()
+        try:
+            self._take_pongs(now)
+        except (OSError, ProtocolError) as error:
+            self._session.close(str(error))
+            return
+        if now - self._asked_at > ANSWER_TIMEOUT:
+            if now - self._session.heard_at > SIGN_OF_LIFE:
+                self.replace(f"its agent did not answer in {ANSWER_TIMEOUT} s")
+                return
+            self._answered_at = now
+        if self._answered_at > self._asked_at:
+            with self._asking:
+                self._asked_at = None
+            return
+        self._session.call_later(ANSWER_LOOK, self._await_answer)
+
+    def replace(self, reason):
+        """End the session at once: another takes its place. Any thread."""
+        self.part(REPLACED, f"another session takes over: {reason}")
+
+    def part(self, code, reason):
+        """End the session at once, and tell the agent why if it wants to know. Any thread."""
+        if REASONS in self._features:
+            self._tell(End(code, reason))
+        self._session.close(reason, patience=0)
+
+    # The end
 
     def _leaving(self):
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
@@ -429,6 +563,7 @@ class Tunnel:
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
                      self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
+        self.routes = {}
 
     def end(self, reason):
         """End the session; a stranger's connection is broken, which its worker or the listener
@@ -448,10 +583,42 @@ class Tunnel:
         """A new stream for a visit; ``first`` bytes go along. ``ends()`` gives the visitor's, for
         an agent that wants to know.
 
-        Raises ConnectionError, TimeoutError.
+        Raises AgentBusy, ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname, ends() if route.addressed else None)
-        return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+        with self._reserved():
+            return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+
+    @contextlib.contextmanager
+    def _limited(self):
+        """As _reserved, for agents that have limits: count and reserve in one step."""
+        with self._tunnels.limiting:
+            self._check_limits(streams=1)
+            self._opening += 1
+        try:
+            yield
+        finally:
+            with self._tunnels.limiting:
+                self._opening -= 1
+
+    def _reserved(self):
+        """While a stream is opened, it counts as open; raises AgentBusy."""
+        most = self.identity.limits
+        unlimited = most.streams is None and most.visits is None
+        return contextlib.nullcontext() if unlimited else self._limited()
+
+    def _check_limits(self, streams):
+        tunnels = self._tunnels.of_credential(self.identity.credential)
+        usages = [tunnel.usage() for tunnel in tunnels]
+        limits.check(self.identity.limits, usages, streams)
+
+    def usage(self) -> limits.Usage:
+        """What the session has now, without its control stream."""
+        session = self._session
+        return limits.Usage(
+            max(session.streams() - 1, 0) + self._opening,
+            max(session.streams_in_use() - 1 - self._idle_count, 0) + self._opening,
+        )
 
     def count_failed(self, route):
         """A visit has come to nothing."""
@@ -459,7 +626,14 @@ class Tunnel:
             self.failed[route.hostname] += 1
 
     def take_idle(self, route):
-        """A stream that an earlier visit left in good order, or None."""
+        """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
+        if self.identity.limits.visits is None:
+            return self._take_idle(route)
+        with self._tunnels.limiting:
+            self._check_limits(streams=0)
+            return self._take_idle(route)
+
+    def _take_idle(self, route):
         while True:
             with self._idle_lock:
                 kept = self._idle.get(route.hostname)

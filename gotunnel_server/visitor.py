@@ -204,6 +204,7 @@ class Visitor:
         self._serving = False  # a thread of Exchanges has it
         self._may_relay = False  # it is one of MAX_RELAYS
         self._buffer = b""  # first bytes that are not understood yet
+        self._hello = hello.Reader()
         self._asked_for_tls = False  # PostgreSQL's client has, and begins with it now
         self._refused_gss = False  # ... which had asked for another encryption
         self._sni = None
@@ -394,7 +395,7 @@ class Visitor:
 
     def _enter_tls(self):
         """Learn the hostname before the handshake: a broken hello costs us none."""
-        said = hello.parse(self._buffer)
+        said = self._hello.parse(self._buffer)
         if said is None:
             return None
         self._sni = said.server_name
@@ -536,8 +537,12 @@ class Visitor:
 
     def _begin_raw(self, route):
         """A visit in tcp mode: whatever has come and will come is the target's."""
-        if not self._claim_relay():
+        denial = route.policy and route.policy.judge_connection(self.address[0])
+        if denial:
             self.duplex.reset()  # not an empty but complete visit
+            raise ConnectionAbortedError(f"{route.hostname}: {denial.text}")
+        if not self._claim_relay():
+            self.duplex.reset()
             raise ConnectionAbortedError("no room for another relay")
         self._give_back()
         return self._start_relay(self._visit_tcp, route)
@@ -679,6 +684,8 @@ def choose_site(lookup, gateway_host, public_port):
         if route.mode != "http":
             text = f"{hostname} does not speak HTTP. Connect to it by TLS, with its name as SNI."
             return pages.error(421, "not-http", text)
+        if route.policy is not None and (denial := judge(route.policy, handler)) is not None:
+            return denial
         return route
 
     def connect(handler):
@@ -697,26 +704,38 @@ def choose_site(lookup, gateway_host, public_port):
         if port not in {str(number) for number in ports if number is not None}:
             text = f"Port {port[:5]} of {hostname} leads nowhere; its own is another."
             return pages.error(403, "wrong-port", text)
+        if route.policy is not None:
+            denial = route.policy.judge_connection(handler.visitor_address)
+            if denial is not None:
+                return pages.error(*denial)
         return Connect(route)
 
     return site
+
+
+def judge(policy, handler):
+    """The page for a visitor that does not comply with a route's policy, None for one that does."""
+    authorization = ", ".join(handler.request_head.fields.all("authorization")) or None
+    denial = policy.judge_request(handler.visitor_address, authorization)
+    return None if denial is None else pages.error(*denial)
 
 
 def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
     """What a request without TLS gets: the way to https (the ``site`` of a Handler).
 
     ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name. On the port for plain
-    HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may find
-    there; else the port is the one that the visitor has used.
+    HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may
+    find there; else the port is the one that the visitor has used.
     """
 
     def site(handler):
         hostname, request = handler.hostname, handler.request_head
-        if challenges is not None and (body := challenges.body(hostname, handler.path)) is not None:
-            return Page(200, body, "application/octet-stream")
-        route = lookup(hostname)
         if handler.command == "CONNECT":
             return pages.error(403, "no-tls", "This gateway connects only through TLS.")
+        path = http1.origin_target(request)
+        if challenges is not None and challenges.is_asked_for(path):
+            return proof(request.method, challenges.body(hostname, path))
+        route = lookup(hostname)
         if route is None and hostname != gateway_host:
             return pages.no_tunnel(hostname)
         if route is not None and route.mode != "http":
@@ -726,7 +745,16 @@ def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
         else:
             host = f"{hostname}:{public_port()}"
         host = host.removesuffix(":443")
-        path = http1.origin_target(request).removeprefix("*")  # of OPTIONS: the site as a whole
+        path = path.removeprefix("*")  # of OPTIONS: the site as a whole
         return pages.moved(f"https://{host}{path}", request.method)
+
+    def proof(method, body):
+        if method not in ("GET", "HEAD"):
+            text = f"A proof was asked for by {method[:20]}, expected GET."
+            page = pages.error(405, "not-get", text)
+            return page._replace(fields=(*page.fields, ("Allow", "GET, HEAD")))
+        if body is None:  # nor may a target answer: who can prove a hostname gets certificates
+            return pages.error(404, "no-proof", "No proof for a CA is published here.")
+        return Page(200, body, "application/octet-stream")
 
     return site

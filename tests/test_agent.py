@@ -28,6 +28,7 @@ from support import (
 
 from gotunnel import (
     CERTIFICATES,
+    REASONS,
     HALF_CLOSE,
     Ack,
     Duplex,
@@ -201,7 +202,7 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
         assert isinstance(registered, Register)
         assert registered.routes == {APP: "127.0.0.1:8000", RAW: "127.0.0.1:22"}
         assert registered.modes == {APP: "http", RAW: "tcp"}
-        assert registered.features == (CERTIFICATES, HALF_CLOSE)
+        assert registered.features == (CERTIFICATES, HALF_CLOSE, REASONS)
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
 
 
@@ -465,7 +466,7 @@ def test_wrong_secret_is_named_in_the_agents_log(cache, tmp_path):
     with gateway_here(cache) as gateway:
         keys = {"jwt_secret": SECRET_OF_ANOTHER, "ready": False}
         with agent_process(gateway, tmp_path, {APP: 1}, **keys) as agent:
-            agent.wait_for("WARNING .*the gateway refused: auth failed; next try in ")
+            agent.wait_for("WARNING .*the gateway refused: auth failed: its signature does not fit; next try in ")
             assert not routes_of(gateway.inner)
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0

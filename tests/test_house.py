@@ -16,22 +16,34 @@ SERVER = {
     "__init__.py": set(),
     "__main__.py": {"cli"},
     "cli.py": {
-        "gotunnel", "authority", "cert_store", "config", "doctor", "gateway", "listener",
+        "gotunnel", "agents_file", "authority", "cert_store", "config", "doctor", "gateway",
+        "granting", "listener", "scope",
     },
     "doctor.py": {
         "gotunnel", "addresses", "authority", "cert_dir", "cert_store", "cryptography", "gateway",
-        "issuer", "listener",
+        "issuer", "listener", "timetable",
     },
-    "config.py": {"gotunnel", "dotenv"},
+    "granting.py": {"gotunnel", "agents_file", "credentials", "scope", "jwt"},
+    "config.py": {"gotunnel", "policy", "dotenv"},
     "gateway.py": {
-        "gotunnel", "addresses", "authority", "cert_store", "certificates", "challenges",
-        "credentials", "dashboard", "forwarding", "issuer", "listener", "ports", "refusal",
-        "registry", "tunnel", "visitor",
+        "gotunnel", "addresses", "attempts", "authority", "cert_store", "certificates",
+        "challenges", "credentials", "dashboard", "forwarding", "issuer", "listener", "policy",
+        "ports", "refusal", "registry", "tunnel", "visitor",
     },
     "listener.py": set(),
     "hello.py": set(),
-    "tunnel.py": {"gotunnel", "challenges", "hello", "ports", "registry"},
-    "credentials.py": {"gotunnel", "jwt"},
+    "tunnel.py": {
+        "gotunnel", "challenges", "hello", "limits", "ports", "registration", "registry",
+        "takeover",
+    },
+    "registration.py": {"gotunnel", "registry"},
+    "takeover.py": {"registry"},
+    "limits.py": set(),
+    "attempts.py": set(),
+    "credentials.py": {"gotunnel", "agents_file", "scope", "jwt"},
+    "agents_file.py": {"config", "scope", "yaml"},
+    "scope.py": {"gotunnel"},
+    "policy.py": set(),
     "registry.py": {"gotunnel"},
     "visitor.py": {
         "gotunnel", "challenges", "doors", "hello", "http1", "pages", "proxy", "proxy_header",
@@ -40,7 +52,7 @@ SERVER = {
     "addresses.py": set(),
     "doors.py": set(),
     "ports.py": {"gotunnel", "listener"},
-    "proxy.py": {"gotunnel", "forwarding", "http1", "pages"},
+    "proxy.py": {"gotunnel", "forwarding", "http1", "limits", "pages"},
     "forwarding.py": {"http1"},
     "proxy_header.py": set(),
     "http1.py": set(),
@@ -48,9 +60,14 @@ SERVER = {
     "certificates.py": {"gotunnel", "authority", "cert_dir"},
     "cert_dir.py": {"authority", "cryptography"},
     "authority.py": {"cryptography"},
-    "acme_order.py": {"acme", "challenges", "cryptography", "josepy", "refusal", "timetable"},
+    "acme_order.py": {
+        "acme", "bounded_http", "challenges", "cryptography", "josepy", "refusal", "stop",
+        "timetable",
+    },
+    "bounded_http.py": {"requests", "stop", "urllib3"},
     "cert_store.py": {"cryptography"},
-    "issuer.py": {"cert_store", "refusal", "timetable"},
+    "issuer.py": {"cert_store", "refusal", "stop", "timetable"},
+    "stop.py": set(),
     "refusal.py": set(),
     "timetable.py": set(),
     "dashboard.py": {"pages"},
@@ -58,9 +75,10 @@ SERVER = {
 AGENT = {
     "__init__.py": set(),
     "__main__.py": {"cli", "forward"},
-    "cli.py": {"gotunnel", "agent", "config"},
+    "cli.py": {"gotunnel", "agent", "config", "policy"},
     "forward.py": {"gotunnel"},
-    "config.py": {"gotunnel", "proxy_header", "yaml"},
+    "config.py": {"gotunnel", "policy", "proxy_header", "yaml"},
+    "policy.py": set(),
     "agent.py": {"gotunnel", "target", "jwt"},
     "target.py": {"gotunnel", "proxy_header"},
     "proxy_header.py": set(),
@@ -76,7 +94,10 @@ PURE = [
     "gotunnel_agent/proxy_header.py",
     *(
         f"gotunnel_server/{name}.py"
-        for name in ("doors", "forwarding", "hello", "http1", "pages", "proxy_header")
+        for name in (
+            "doors", "forwarding", "hello", "http1", "limits", "pages", "proxy_header",
+            "registration", "scope",
+        )
     ),
 ]
 IMPURE = {"socket", "ssl", "select", "selectors", "threading", "time", "logging"}

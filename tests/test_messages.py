@@ -23,6 +23,7 @@ from gotunnel import (
     read_data_header,
     valid_host,
     valid_hostname,
+    valid_wildcard,
 )
 
 # Both ways: what Go's json.Encoder writes for the same message, but for the order of its fields.
@@ -102,12 +103,12 @@ def test_what_other_programs_may_leave_out_or_add(data, message):
         (b'{"type":"pong","ts":null}', 'a "pong" whose "ts" is not a number of milliseconds'),
         (b'{"type":"register","token":7}', '"token" is not a text'),
         (b'{"type":"register","token":"","auth_token":{}}', '"auth_token" is not a text'),
-        (b'{"type":"register","routes":["a"]}', '"routes" does not map texts to texts'),
+        (b'{"type":"register","routes":["a"]}', '"routes" is not an object'),
         (b'{"type":"register","routes":{"a":1}}', '"routes" does not map texts to texts'),
         (b'{"type":"register","modes":{"a":null}}', '"modes" does not map texts to texts'),
         (b'{"type":"register","features":{"a":"b"}}', '"features" is not a list of texts'),
         (b'{"type":"register","features":[1]}', '"features" is not a list of texts'),
-        (b'{"type":"register","host_headers":["a"]}', '"host_headers" does not map texts to texts'),
+        (b'{"type":"register","host_headers":["a"]}', '"host_headers" is not an object'),
     ],
 )
 def test_reject_messages(data, sentence):
@@ -320,10 +321,56 @@ def test_invalid_hostnames(name):
 
 @pytest.mark.parametrize(
     ("name", "normal"),
-    [("a.b", "a.b"), ("A.B", "a.b"), ("a.b.", "a.b"), ("A.b..", "a.b."), (".", ""), ("", "")],
-)
+    [
+        ("a.b", "a.b"), ("A.B", "a.b"), ("a.b.", "a.b"), ("A.b..", "a.b.."), (".", ""), ("", ""),
+        ("B\u00fccher.example", "xn--bcher-kva.example"),  # u with dots
+        ("bu\u0308cher.example.", "xn--bcher-kva.example"),  # ... as two characters
+        ("\uff45xample.com", "example.com"),  # a full width e
+        ("a\u3002example\uff0ecom", "a.example.com"),  # other scripts' full stops
+        ("*.b\u00fccher.example", "*.xn--bcher-kva.example"),
+        ("\u0430pple.com", "xn--pple-43d.com"),  # a Cyrillic a
+        ("fa\u00df.de", "fa\u00df.de"),  # ss or xn--fa-hia: who writes it has to say
+        ("\u00fc" * 64, "\u00fc" * 64),  # too long a label
+    ],
+)  # fmt: skip
 def test_normal_hostnames(name, normal):
     assert normal_hostname(name) == normal
+
+
+@pytest.mark.parametrize(
+    "name", ["xn--bcher-kva.example", "XN--BCHER-KVA.example", "xn--fa-hia.de", "a.xn--p1ai"]
+)
+def test_hostnames_of_other_scripts(name):
+    assert valid_hostname(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xn--example-.com",  # example, if it were read
+        "xn--Bcher-kvA-.example",
+        "xn--a-ecp.ru",  # not as punycode is written
+        "a.xn--.com",
+        "xn--bcher-4va.example.xn--ls8h-",
+        "xn--" + "\u00fc".upper().encode("punycode").decode() + ".de",  # a capital letter
+        "xn--" + "\uff41".encode("punycode").decode() + ".de",  # a full width one
+    ],
+)
+def test_look_alikes_in_punycode_are_invalid(name):
+    assert not valid_hostname(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("*.dev.example.com", True), ("*.example.com", True), ("*.example.com.", True),
+        ("*", False), ("*.", False), ("*.com", False), ("*.com.", False), ("a.*.com", False),
+        ("*.*.example.com", False), ("*a.example.com", False), ("example.com", False),
+        ("*.192.0.2.1", False), ("*..com", False), ("", False),
+    ],
+)  # fmt: skip
+def test_wildcards(name, valid):
+    assert valid_wildcard(name) is valid
 
 
 @pytest.mark.parametrize(

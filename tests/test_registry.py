@@ -30,7 +30,8 @@ def test_claim_takes_all_or_nothing():
     registry.claim(routes("first", "b.test"))
     with pytest.raises(HostnameTaken, match="^host already registered: b.test$") as caught:
         registry.claim(routes("second", "a.test", "b.test", "c.test"))
-    assert caught.value.hostname == "b.test"
+    assert caught.value.hostnames == ["b.test"]
+    assert caught.value.tunnels == {"first"}
     assert registry.routes() == routes("first", "b.test")
 
 
@@ -81,3 +82,56 @@ def test_of_many_that_claim_at_once_one_gets_everything():
     assert len(winners) == 1
     assert {route.tunnel for route in registry.routes().values()} == set(winners)
     assert len(registry.routes()) == len(hostnames)
+
+
+# Wildcards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "route"),
+    [
+        ("x.dev.test.example", "*.dev.test.example"),
+        ("y.x.dev.test.example", "*.dev.test.example"),
+        ("x.test.example", "*.test.example"),
+        ("dev.test.example", "*.test.example"),  # not by its own wildcard
+        ("exact.dev.test.example", "exact.dev.test.example"),
+        ("x.exact.dev.test.example", "*.dev.test.example"),
+        ("test.example", None),
+        ("example", None),
+        ("xtest.example", None),
+        ("gateway.test.example", None),
+        ("x.gateway.test.example", "*.test.example"),
+        ("", None),
+        (".", None),
+        ("*.dev.test.example", "*.dev.test.example"),
+    ],
+)
+def test_the_longest_match_wins_and_an_exact_one_beats_all(hostname, route):
+    registry = Registry(reserved={"gateway.test.example"})
+    registry.claim(routes("a", "*.test.example", "*.dev.test.example", "exact.dev.test.example"))
+    found = registry.lookup(hostname)
+    assert (found and found.hostname) == route
+
+
+def test_a_wildcard_that_is_released_matches_nothing():
+    registry = Registry()
+    registry.claim(routes("a", "*.dev.test"))
+    registry.release("a")
+    assert registry.lookup("x.dev.test") is None
+
+
+def test_a_conflict_names_every_hostname_and_whose_they_are():
+    registry = Registry()
+    registry.claim(routes("first", "a.test"))
+    registry.claim(routes("second", "b.test"))
+    with pytest.raises(HostnameTaken, match="^host already registered: a.test, b.test$") as caught:
+        registry.claim(routes("third", "a.test", "b.test", "c.test"))
+    assert caught.value.tunnels == {"first", "second"}
+
+
+def test_a_name_of_the_gateway_is_nobodys():
+    registry = Registry(reserved={"gateway.test"})
+    registry.claim(routes("first", "a.test"))
+    with pytest.raises(HostnameTaken, match="gateway.test .the gateway's own name.$") as caught:
+        registry.claim(routes("second", "a.test", "gateway.test"))
+    assert not caught.value.tunnels

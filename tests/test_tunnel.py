@@ -10,6 +10,7 @@ import time
 
 import jwt
 import pytest
+from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
 from support import (
     APP,
     GATEWAY_HOST,
@@ -35,24 +36,19 @@ from gotunnel import (
     INITIAL_WINDOW,
     PROTOCOL_ERROR,
     Ack,
-    Duplex,
     Header,
-    MessageReader,
     Ping,
     Pong,
-    Register,
-    Session,
     SessionClosed,
     SYN,
     StreamReset,
-    encode_message,
     read_data_header,
 )
-from gotunnel_agent.agent import make_token
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server import listener, tunnel
 
-HOUR = 3600
+OWN = "(the gateway's own name)"
+LETTERS = "; expected letters, digits, hyphens and dots, or *. and at least two labels"
 SOONER = 8  # seconds: less than a stranger has who says nothing (REGISTER_TIMEOUT)
 
 
@@ -70,57 +66,6 @@ def impatient(cache, monkeypatch):
     monkeypatch.setattr(listener, "SWEEP", 0.05)
     with gateway_here(cache) as gateway:
         yield gateway
-
-
-class HandMade:
-    """An agent that says what it is told to. ``with`` closes it."""
-
-    def __init__(self, gateway, first=b"", *, sni=TUNNEL_HOST):
-        sock = socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT)
-        duplex = Duplex(sock)
-        context = tls_context(gateway.ca_file)
-        context.check_hostname = sni is not None
-        duplex.start_tls(context, server_side=False, server_hostname=sni)
-        try:
-            duplex.handshake_within(TIMEOUT)
-        except BaseException:
-            duplex.close()
-            raise
-        self.session = Session(duplex, client=True, name="hand-made")
-        self.session.start()
-        self.control = self.session.open(first)
-        self._messages = self._read()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.session.close()
-        self.session.join()
-
-    def _read(self):
-        reader = MessageReader()
-        while data := self.control.read(timeout=TIMEOUT):
-            yield from reader.feed(data)
-
-    def hear(self):
-        """The gateway's next message, None at its end."""
-        return next(self._messages, None)
-
-    def say(self, message):
-        self.control.write(encode_message(message))
-
-
-def registration(*hostnames, token=None, modes=(), features=()):
-    token = make_token(SECRET, "test", HOUR) if token is None else token
-    routes = {hostname: "127.0.0.1:1" for hostname in hostnames}
-    return encode_message(Register(token, routes, dict(modes), features))
-
-
-def reply_to(gateway, message, **how):
-    """What the gateway says to a first message; nothing else may be left of that agent then."""
-    with HandMade(gateway, message, **how) as agent:
-        return agent.hear()
 
 
 def token(**changes):
@@ -183,8 +128,9 @@ def test_registration_may_come_in_pieces_with_any_white_space(gateway):
     ],
     ids=["none", "nonsense", "other secret", "expired", "alg none"],
 )
-def test_bad_token_is_refused_in_two_words_and_claims_nothing(gateway, bad):
-    assert reply_to(gateway, registration(APP, token=bad)) == Ack(False, "auth failed")
+def test_bad_token_is_refused_with_the_reason_and_claims_nothing(gateway, bad):
+    refused = reply_to(gateway, registration(APP, token=bad))
+    assert not refused.ok and refused.error.startswith("auth failed: it")
     assert routes_of(gateway.inner) == set()
 
 
@@ -192,12 +138,16 @@ def test_bad_token_is_refused_in_two_words_and_claims_nothing(gateway, bad):
     ("message", "error"),
     [
         (registration(), "no routes"),
-        (registration(APP, GATEWAY_HOST), f"host already registered: {GATEWAY_HOST}"),
-        (registration(TUNNEL_HOST), f"host already registered: {TUNNEL_HOST}"),
-        (registration("no_name.localhost"), "invalid hostname: no_name.localhost"),
-        (registration("*.localhost"), "invalid hostname: *.localhost"),
-        (registration("127.0.0.1"), "invalid hostname: 127.0.0.1"),
-        (registration("a\nWARNING b"), "invalid hostname: a\\nWARNING b"),
+        (registration(APP, GATEWAY_HOST), f"host already registered: {GATEWAY_HOST} {OWN}"),
+        (registration(TUNNEL_HOST), f"host already registered: {TUNNEL_HOST} {OWN}"),
+        (registration("no_name.localhost"), f"invalid hostname: no_name.localhost{LETTERS}"),
+        (registration("*.localhost"), f"invalid hostname: *.localhost{LETTERS}"),
+        (registration("*"), f"invalid hostname: *{LETTERS}"),
+        (registration("*.com"), f"invalid hostname: *.com{LETTERS}"),
+        (registration("a.*.com"), f"invalid hostname: a.*.com{LETTERS}"),
+        (registration("xn--example-.com"), f"invalid hostname: xn--example-.com{LETTERS}"),
+        (registration("127.0.0.1"), f"invalid hostname: 127.0.0.1{LETTERS}"),
+        (registration("a\nWARNING b"), f"invalid hostname: a\\nWARNING b{LETTERS}"),
         (registration(APP, modes={APP: "\n"}), f"unknown mode of {APP}: \\n"),
         (registration(APP, modes={APP: "udp"}), f"unknown mode of {APP}: udp"),
         (registration(*(f"{n}.test" for n in range(51))), "too many hostnames: 51, at most 50"),
@@ -209,8 +159,7 @@ def test_registration_is_refused_with_the_reason(gateway, message, error):
 
 
 def test_claim_takes_all_or_nothing(gateway):
-    with HandMade(gateway, registration("b.localhost")) as first:
-        assert first.hear() == Ack(True)
+    with registered(gateway, "b.localhost") as first, answering(first):
         refused = reply_to(gateway, registration("a.localhost", "b.localhost", "c.localhost"))
         assert refused == Ack(False, "host already registered: b.localhost")
         assert routes_of(gateway.inner) == {"b.localhost"}
@@ -218,8 +167,7 @@ def test_claim_takes_all_or_nothing(gateway):
 
 
 def test_hostnames_are_one_in_any_case_and_with_a_port(gateway):
-    with HandMade(gateway, registration("App.LocalHost:8443", "APP.localhost")) as agent:
-        assert agent.hear() == Ack(True)
+    with registered(gateway, "App.LocalHost:8443", "APP.localhost") as agent, answering(agent):
         assert routes_of(gateway.inner) == {APP}
         refused = reply_to(gateway, registration("aPP.localhost"))
         assert refused == Ack(False, f"host already registered: {APP}")

@@ -1,0 +1,286 @@
+"""A hostname that another session holds: who gets it, how soon, and what becomes of the other."""
+
+import contextlib
+import secrets
+import signal
+import threading
+import time
+
+import pytest
+from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
+from support import (
+    APP,
+    SECRET,
+    TIMEOUT,
+    agent_here,
+    agent_process,
+    answer,
+    gateway_here,
+    go_agent,
+    request,
+    routes_of,
+    wait_until,
+)
+from wire import open_files, resident
+
+from gotunnel import REASONS, REPLACED, Ack, End, Ping, Pong, SessionClosed, read_data_header
+from gotunnel_agent import agent as agent_module
+from gotunnel_agent.agent import make_token
+from gotunnel_server import tunnel
+
+OTHER = "other.localhost"
+SAME = secrets.token_hex(16)
+BOUND = 10  # seconds: much less than the heartbeat takes to find out (35)
+
+
+@pytest.fixture
+def gateway(cache):
+    with gateway_here(cache) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def site(origin):
+    """The port of a target that answers."""
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    return origin.port
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Whoever is asked has half a second."""
+    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+
+
+def test_an_agent_that_comes_back_has_its_hostname_at_once(gateway):
+    with registered(gateway, APP, instance=SAME, features=(REASONS,)) as old:
+        with registered(gateway, APP, instance=SAME) as new:
+            end = old.hear()
+            assert isinstance(end, End) and end.code == REPLACED
+            assert end.reason == "another session takes over: its agent has come back, from 127.0.0.1"
+            old.session.join(TIMEOUT)
+            assert old.session.ended
+            with gateway.dial(APP) as visitor:
+                visitor.send(request())
+                stream = new.session.accept(TIMEOUT)
+                assert read_data_header(stream.read_exactly) == (APP, None)
+
+
+def test_an_agent_that_does_not_ask_for_reasons_hears_only_that_it_is_over(gateway):
+    with registered(gateway, APP, instance=SAME) as old:
+        with registered(gateway, APP, instance=SAME):
+            with pytest.raises(SessionClosed):
+                old.hear()
+
+
+def test_a_visit_of_the_replaced_session_ends(gateway):
+    with registered(gateway, APP, instance=SAME) as old, gateway.dial(APP) as visitor:
+        visitor.send(request())
+        old.session.accept(TIMEOUT)
+        with registered(gateway, APP, instance=SAME):
+            assert visitor.read_message()[0].startswith(b"HTTP/1.1 502 ")
+
+
+def test_what_the_newcomer_does_not_serve_is_free(gateway):
+    with registered(gateway, APP, OTHER, instance=SAME):
+        with registered(gateway, APP, instance=SAME):
+            wait_until(lambda: routes_of(gateway.inner) == {APP})
+
+
+def test_the_same_instance_of_another_credential_is_anybody(gateway):
+    other = make_token(SECRET, "another", HOUR)
+    with registered(gateway, APP, instance=SAME) as old, answering(old):
+        ack = reply_to(gateway, registration(APP, token=other, instance=SAME))
+        assert ack == Ack(False, f"host already registered: {APP}")
+        assert routes_of(gateway.inner) == {APP}
+
+
+@pytest.mark.parametrize("instance", ["", "another"])
+def test_an_agent_that_answers_keeps_its_hostname(gateway, instance):
+    with registered(gateway, APP, instance=SAME) as old, answering(old):
+        ack = reply_to(gateway, registration(APP, instance=instance))
+        assert ack == Ack(False, f"host already registered: {APP}")
+
+
+def test_an_agent_that_does_not_answer_is_replaced(gateway, impatient):
+    with registered(gateway, APP, features=(REASONS,)) as old:
+        with registered(gateway, APP) as new:
+            assert isinstance(old.hear(), Ping)
+            assert old.hear().code == REPLACED
+            assert new.session.ended == ""
+
+
+def test_an_agent_whose_answers_queue_is_not_taken_for_dead(gateway, monkeypatch):
+    """Its line is full of an upload; a pong waits behind that."""
+    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.5)
+    done = threading.Event()
+    with registered(gateway, APP) as old, gateway.dial(APP) as visitor:
+        visitor.send(request())
+        stream = old.session.accept(TIMEOUT)
+
+        def trickle():
+            while not done.wait(0.1):
+                stream.write(b"H")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            ack = reply_to(gateway, registration(APP))
+        finally:
+            done.set()
+            thread.join()
+        assert ack == Ack(False, f"host already registered: {APP}")
+
+
+def test_where_one_of_several_stays_none_is_taken(gateway):
+    """Also the newcomer's own old session stays, which may still serve."""
+    with registered(gateway, APP, instance=SAME):
+        with registered(gateway, OTHER, instance="another") as other, answering(other):
+            ack = reply_to(gateway, registration(APP, OTHER, instance=SAME))
+            assert ack == Ack(False, f"host already registered: {APP}, {OTHER}")
+            assert routes_of(gateway.inner) == {APP, OTHER}
+
+
+def test_several_newcomers_at_once_one_gets_it(gateway, impatient):
+    """The others hear that they did not."""
+    with registered(gateway, APP):
+        with contextlib.ExitStack() as stack:
+            newcomers = [
+                stack.enter_context(HandMade(gateway, registration(APP))) for _ in range(5)
+            ]
+            results = [None] * len(newcomers)
+
+            def hear(at):
+                results[at] = newcomers[at].hear()
+                with contextlib.suppress(SessionClosed):
+                    while results[at].ok and isinstance(newcomers[at].hear(), Ping):
+                        newcomers[at].say(Pong(1))
+
+            threads = [threading.Thread(target=hear, args=(at,)) for at in range(len(newcomers))]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: all(results))
+            assert sum(ack.ok for ack in results) == 1
+            for newcomer in newcomers:
+                newcomer.session.close()
+            for thread in threads:
+                thread.join()
+
+
+def test_a_newcomer_that_leaves_while_it_waits_holds_nothing(gateway, impatient):
+    with registered(gateway, APP):
+        with HandMade(gateway, registration(APP)):
+            pass
+        wait_until(lambda: routes_of(gateway.inner) in ({APP}, set()))
+    wait_until(lambda: routes_of(gateway.inner) == set())
+    with registered(gateway, APP):
+        pass
+
+
+def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
+    with gateway_here(cache) as gateway, registered(gateway, APP):
+        with HandMade(gateway, registration(APP)):
+            wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
+            began = time.monotonic()
+            gateway.inner.stop()
+            assert time.monotonic() - began < BOUND
+
+
+def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, caplog, monkeypatch):
+    """The later one waits, and says so; it serves when the earlier one has gone."""
+    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.2)
+    ports = {APP: site}
+    with agent_here(gateway, tmp_path, http=ports):
+        first = gateway.inner.tunnels.registered()
+        with agent_here(gateway, tmp_path, http=ports, ready=False):
+            wait_until(lambda: caplog.text.count(f"host already registered: {APP}") >= 3)
+            assert gateway.inner.tunnels.registered() == first
+    with agent_here(gateway, tmp_path, http=ports) as first:
+        with agent_here(gateway, tmp_path, http=ports, ready=False):
+            first.stop()
+            wait_until(lambda: gateway.get(APP)[0] == 200)
+
+
+def test_an_agent_that_was_replaced_does_not_fight_back(gateway, tmp_path, site, caplog, monkeypatch):
+    """One that was thought dead wakes up: it is somebody else from then on."""
+    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.1)
+    monkeypatch.setattr(agent_module, "new_instance", iter([SAME, "new"]).__next__)
+    with agent_here(gateway, tmp_path, http={APP: site}):
+        with registered(gateway, APP, instance=SAME, token=make_token(SECRET, "", HOUR)) as new, answering(new):
+            wait_until(lambda: f"host already registered: {APP}" in caplog.text)
+            assert "the gateway says: another session takes over: its agent has come back" in caplog.text
+            assert len(gateway.inner.tunnels.registered()) == 1
+        wait_until(lambda: gateway.get(APP)[0] == 200)
+
+
+def tables():
+    """What the gateway holds: descriptors, and threads but those of the pool."""
+    names = sorted(thread.name for thread in threading.enumerate())
+    return [name for name in names if not name.startswith("step")], len(open_files())
+
+
+@pytest.mark.slow
+def test_many_takeovers_leave_nothing(gateway):
+    def take_over():
+        agent = HandMade(gateway, registration(APP, instance=SAME))
+        assert agent.hear().ok
+        return agent
+
+    agents = [take_over()]
+    with gateway.dial(APP) as visitor:  # with a visit that it tears down
+        visitor.send(request())
+        agents[-1].session.accept(TIMEOUT)
+        for _ in range(20):
+            agents.append(take_over())
+            agents.pop(0).session.join()
+    wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
+    before, memory = tables(), resident()
+    for _ in range(200):
+        agents.append(take_over())
+        agents.pop(0).session.join()
+    wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
+    wait_until(lambda: tables()[0] == before[0] and tables()[1] <= before[1])
+    assert resident() - memory < 8 << 20
+    agents.pop().__exit__()
+
+
+# Real programs, stopped as by a pulled cable -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopped(program):
+    program.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        program.signal(signal.SIGCONT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ours", "go"])
+@pytest.mark.parametrize("second", ["ours", "go"])
+def test_hostname_of_a_stopped_agent_is_anothers_soon(
+    gateway, tmp_path, site, gopeer, first, second
+):
+    """And the one that was stopped does not take it back."""
+    ports = {APP: site}
+
+    def agent(kind, ready):
+        if kind == "go":
+            return go_agent(gopeer, gateway, http=ports, ready=ready)
+        (tmp_path / kind).mkdir(exist_ok=True)
+        return agent_process(gateway, tmp_path, http=ports, ready=ready)
+
+    with agent(first, ready=True) as incumbent:
+        with stopped(incumbent):
+            began = time.monotonic()
+            with agent(second, ready=False):
+                wait_until(lambda: gateway.get(APP)[0] == 200)
+                assert time.monotonic() - began < BOUND
+                winner = gateway.inner.tunnels.registered()
+                incumbent.signal(signal.SIGCONT)
+                incumbent.wait_for("host already registered|another session takes over")
+                assert gateway.get(APP)[0] == 200
+                assert gateway.inner.tunnels.registered() == winner
