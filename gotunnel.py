@@ -1780,8 +1780,10 @@ class Session:
 
     # Streams
 
-    def open(self, first=b"", timeout=None) -> "Stream":
+    def open(self, first=b"", timeout=None, permit=contextlib.nullcontext()) -> "Stream":
         """Open a stream; ``first`` bytes leave together with its SYN, if there is room for them.
+        It is counted within ``permit``, a context manager that may raise what it likes, and must
+        not wait for a session.
 
         Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, ConnectionError.
         """
@@ -1791,7 +1793,8 @@ class Session:
             while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
                 self._slot.wait(deadline.left())
             self._check_alive()
-            stream = self._add_stream(self._mux.open(monotonic()))
+            with permit:
+                stream = self._add_stream(self._mux.open(monotonic()))
             room = self._mux.room(stream.id)
             if first:
                 self._mux.send(stream.id, first[:room])
@@ -2136,15 +2139,11 @@ class Session:
 
     # Timers
 
-    def streams(self) -> int:
-        """How many there are, those included that wait for the peer's end."""
-        return len(self._streams)
-
     def streams_in_use(self) -> int:
-        """How many of them somebody on our side is not done with."""
-        with self._lock:
-            streams = (*self._streams.values(), *self._over)
-            return sum(not stream._discarding for stream in streams)
+        """How many streams somebody on our side is not done with. Needs no lock: it looks at a
+        copy, which is made in one step."""
+        streams = (*self._streams.values(), *self._over)
+        return sum(not stream._discarding for stream in streams)
 
     def call_later(self, delay, function):
         """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.

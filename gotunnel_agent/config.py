@@ -244,7 +244,7 @@ class _Loader(yaml.BaseLoader):
             if not isinstance(key, str):
                 raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
             if key in mapping:
-                raise _at(key_node.start_mark, f"key {_shown(key)} came before, expected it once")
+                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected it once")
             mapping[key] = self.construct_object(value_node, deep)
         return mapping
 
@@ -313,7 +313,13 @@ def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], 
             continue
         near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ConfigError(f"{where}unknown key {_shown(key)}, {hint}")
+        raise ConfigError(f"{where}unknown key{_shown_key(key)}, {hint}")
+
+
+def _shown_key(key: str) -> str:
+    """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
+    would make two of it, and the value may be a secret."""
+    return f" {_shown(key)}" if re.fullmatch(r"[\w.-]{1,40}", key) else " with other characters in it"
 
 
 def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:

@@ -126,7 +126,7 @@ def add(path: Path, name: str, block: str) -> bool:
             return False
         before = text if entries else _without_lines(text, _root_lines(text))  # a {}, if any
         new = f"{before.rstrip()}\n\n{block}" if before.strip() else block
-        _replace(path, new, entries.keys() | {name})
+        _replace(path, new, lambda found: name in found and _without(found, name) == entries)
     return True
 
 
@@ -139,7 +139,7 @@ def remove(path: Path, name: str) -> bool:
         if len(entries) == 1:
             # Nobody; an empty file would be taken for one that is being written.
             new = f"{new.rstrip()}\n\n{{}}\n".lstrip()
-        _replace(path, new, entries.keys() - {name})
+        _replace(path, new, lambda found: found == _without(entries, name))
     return True
 
 
@@ -197,7 +197,7 @@ def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
     """The file's text and entries, for one who changes it alone; nothing if it is not there."""
     with _named(path):
         try:
-            folder = os.open(path.resolve().parent, os.O_RDONLY)
+            folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
         except OSError as error:
             raise AgentsFileError(
                 f"its folder cannot be opened ({error.strerror}), expected one that exists"
@@ -213,8 +213,13 @@ def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
             os.close(folder)  # which also unlocks, as the end of the process does
 
 
-def _replace(path, text, names):
-    """Put a new text in the file's place, whole or not at all, if it holds just these names.
+def _without(entries, name):
+    return {other: entry for other, entry in entries.items() if other != name}
+
+
+def _replace(path, text, is_meant):
+    """Put a new text in the file's place, whole or not at all, if ``is_meant(entries)``: what was
+    cut out, or added, must have changed nothing else.
 
     The caller holds the lock, so the new file has a name that is always the same: what a process
     leaves that is killed here, the next one clears away.
@@ -222,14 +227,14 @@ def _replace(path, text, names):
     if len(text.encode()) > MAX_FILE:
         raise AgentsFileError(f"would be too long, expected at most {MAX_FILE} bytes")
     try:
-        fits = _agents(text, path).entries.keys() == names
+        fits = is_meant(_agents(text, path).entries)
     except AgentsFileError:
         fits = False
     if not fits:
         raise AgentsFileError(
             "is not written as one entry under the other, from the first column: change it by hand"
         )
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     new = path.with_name(f".{path.name}.new")
     try:
         new.unlink(missing_ok=True)
@@ -296,7 +301,7 @@ class _Loader(yaml.BaseLoader):
             if not isinstance(key, str):
                 raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
             if key in mapping:
-                raise _at(key_node.start_mark, f"key {_shown(key)} came before, expected it once")
+                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected it once")
             mapping[key] = self.construct_object(value_node, deep)
         return mapping
 
@@ -411,7 +416,13 @@ def _refuse_unknown_keys(mapping, known, where):
             continue
         near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise AgentsFileError(f"{where}: unknown key {_shown(key)}, {hint}")
+        raise AgentsFileError(f"{where}: unknown key{_shown_key(key)}, {hint}")
+
+
+def _shown_key(key):
+    """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
+    would make two of it, and the value may be a secret."""
+    return f" {_shown(key)}" if re.fullmatch(r"[\w.-]{1,40}", key) else " with other characters in it"
 
 
 def _secret(name, keys, folder, files):
@@ -429,9 +440,10 @@ def _secret(name, keys, folder, files):
             raise AgentsFileError(f"{name}.{key}: {_shown(value)} came, expected a file's path")
         files.append(folder / value)
         try:
-            value = _text(files[-1], MAX_SECRET_FILE).rstrip("\r\n")
+            value = _text(files[-1], MAX_SECRET_FILE)
         except AgentsFileError as error:
             raise AgentsFileError(f"{name}.{key}: {_shown(keys[key])} {error}") from None
+    value = value.rstrip("\r\n")  # as the lines of an agent's configuration have none
     # A lone surrogate (YAML's "\ud800" makes one) has no bytes to sign with.
     if not value.strip() or re.search("[\ud800-\udfff]", value):
         raise AgentsFileError(

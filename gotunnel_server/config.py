@@ -295,7 +295,7 @@ class _Variables:
         rules = {}
         for key, read in readers.items():
             name = f"DEFAULT_{key.upper()}"
-            if not self._values.keys() & {name, f"{name}_FILE"}:
+            if name not in self._values and (key != "basic_auth" or f"{name}_FILE" not in self._values):
                 continue
             try:  # what is set and names nothing, such as a comma, is an error too
                 rules.update(Defaults.read({key: read(name)}).rules)
@@ -324,8 +324,14 @@ class _Variables:
 
     def _users(self, name: str) -> list[str]:
         """Entries USER:HASH, of one USER:PASSWORD a line. Raises PolicyError, too."""
-        lines = [line.rstrip("\r") for line in self.secret(name).split("\n")]
-        return [hashed_entry(line) for line in lines if line.strip()]
+        entries = []
+        for number, line in enumerate(self.secret(name).split("\n"), start=1):
+            if line.strip() and not line.startswith("#"):
+                try:
+                    entries.append(hashed_entry(line.rstrip("\r")))
+                except PolicyError as error:
+                    raise PolicyError(f"line {number}: {error}") from None
+        return entries
 
     def port(self, name: str, default: int, expected: str = A_PORT) -> int:
         text = self.text(name)

@@ -53,6 +53,7 @@ class Identity:
     hosts: tuple[str, ...] | None = None  # patterns, as in scope.py; None: any hostname
     ports: tuple[range, ...] | None = None  # None: any that the gateway gives
     entry: Entry | None = field(default=None, repr=False)  # of AGENTS_FILE, None: not in there
+    ends: float | None = None  # wall-clock seconds, of a token that was given; None: it signs its own
 
     @property
     def name(self) -> str:
@@ -143,7 +144,9 @@ class Credentials:
                 raise TokenInvalid(f"its issuer is {name or 'missing'}, expected another one")
         elif why := lapsed(entry):
             raise TokenInvalid(f"issuer {name} {why}")
-        return Identity(claimed, *_claimable(claims, entry), entry)
+        # An agent with a secret makes a new token whenever it comes; one that names hosts was given.
+        ends = _time_of(claims, "exp") if "hosts" in claims else None
+        return Identity(claimed, *_claimable(claims, entry), entry, ends)
 
     def reload(self, force: bool = False) -> bool:
         """Take up what changed in AGENTS_FILE since the last look; without ``force`` a look at its
@@ -179,6 +182,8 @@ class Credentials:
         time to time, also if reload() saw no change: credentials run out."""
         entry, was = self._entries.get(identity.issuer), identity.entry
         issuer = f"issuer {identity.name}"
+        if identity.ends is not None and identity.ends <= time.time() - CLOCK_LEEWAY:
+            return f"its token expired {shown_seconds(time.time() - identity.ends)} ago"
         if entry is None:
             return None if was is None else f"{issuer} was removed from AGENTS_FILE"
         if was is None:

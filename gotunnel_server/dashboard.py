@@ -59,7 +59,7 @@ def render(tunnels, gateway_host, public_port, version, certificate_state) -> st
 
 def _row(hostname, route, tunnel, port, certificate):
     name = escape(hostname)
-    if route.mode == "http":
+    if route.mode == "http" and not hostname.startswith("*"):
         name = f'<a href="https://{name}{port}/">{name}</a>'
     if route.port is not None:
         name += f" <small>port {route.port}</small>"

@@ -68,8 +68,14 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
 
 
 def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
-    """The address of who visits, as far as it is known: of ``peer``, or whom that one names."""
-    return peer if peer not in proxies else _client(_chain(came), peer, proxies)
+    """The address of who visits: ``peer``'s, or whom that one names. A trusted proxy may name
+    somebody without an address: then it is "", which is on no list of addresses."""
+    if peer not in proxies:
+        return peer
+    chain = _chain(came)
+    client = _client(chain, peer, proxies)
+    hidden = client in proxies and any(_parse(entry) is None for entry in chain)
+    return "" if hidden else client
 
 
 def _chain(came):

@@ -8,8 +8,8 @@ class AgentBusy(OSError):
 
 
 class Usage(NamedTuple):
-    """What one session has now: ``streams``, those included that are kept for the next visit or
-    wait for their end, and ``visits``."""
+    """What one session has now: ``streams``, those included that are kept for the next visit, and
+    ``visits``."""
 
     streams: int
     visits: int

@@ -35,6 +35,7 @@ import os
 import re
 import threading
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -61,11 +62,20 @@ IPV6_SUBSCRIBER = 64  # bits of an IPv6 address that tell subscribers apart (RFC
 # A person mistypes a few times; who guesses gets 8640 a day from an address.
 FAILURES = 10
 FAILURES_A_SECOND = 1 / 10
+# Beyond that nothing is computed for an address, but whoever has come in from there before still
+# does: it may be shared. So a guess is still a guess, and with so many of them nobody comes in.
+GUESSES = 100
+GUESSES_A_SECOND = 1
+
+# Passwords that were right, and that were wrong, which a tunnel remembers with their addresses: a
+# program that has an old one is told so for nothing. Some 250 bytes each.
+MOST_REMEMBERED = 4096
 
 # Computations in this process. Two keep two cores busy, with 128 MiB at most; those that wait do so
-# for half a second or two, each with a thread.
+# for half a second or two, each with a thread. One tunnel under attack leaves the others their part.
 COMPUTED_AT_ONCE = 2
 WAITING_TO_COMPUTE = 16
+OF_ONE_TUNNEL = COMPUTED_AT_ONCE + WAITING_TO_COMPUTE // 2
 _turns = threading.BoundedSemaphore(COMPUTED_AT_ONCE)
 _places = threading.BoundedSemaphore(COMPUTED_AT_ONCE + WAITING_TO_COMPUTE)
 
@@ -421,10 +431,13 @@ class Passwords:
         self._users = users
         self._now = now
         self._key = os.urandom(32)  # of the digests below, so that they are of use to nobody else
-        self._proved = {}  # user: digest of the password that was right; bounded by the users
+        self._right = OrderedDict()  # (who, digest) of what was computed: the latest last
+        self._wrong = OrderedDict()
         self._failures = Buckets(FAILURES_A_SECOND, FAILURES)
+        self._guesses = Buckets(GUESSES_A_SECOND, GUESSES)
         self._running = {}  # (who, digest): Future of the verdict
-        self._lock = threading.Lock()  # guards these three; never held while computing
+        self._lock = threading.Lock()  # guards these five; never held while computing
+        self._places = threading.BoundedSemaphore(OF_ONE_TUNNEL)
 
     def judge(self, who, authorization: str | None) -> Denial | None:
         """``who`` is what failures are counted by. May compute, or wait for who does."""
@@ -434,55 +447,79 @@ class Passwords:
         if credentials is None:
             return _WRONG_PASSWORD
         user, password = credentials
-        digest = self._digest(user + b":" + password)
+        # A key to look up by: it says nothing of the password to who measures how long that takes.
+        case = who, self._digest(user + b":" + password)
         with self._lock:
-            if hmac.compare_digest(self._proved.get(user, b""), digest):
+            locked = self._failures.wait(who, self._now())
+            if locked and self._guesses.wait(who, self._now()):
+                return _too_many_wrong(locked)
+            if case in self._right:
+                self._right.move_to_end(case)
                 return None
-            if denial := self._too_many_failures(who):
-                return denial
+            if case in self._wrong:
+                return _WRONG_PASSWORD
+            if locked:
+                self._guesses.take(who, self._now())
+                return _too_many_wrong(locked)
             # A browser opens several connections at once: one of them computes.
-            verdict = self._running.get((who, digest))
+            verdict = self._running.get(case)
             is_first = verdict is None
             if is_first:
-                verdict = self._running[who, digest] = Future()
+                verdict = self._running[case] = Future()
         if is_first:
             denial = _BUSY
             try:
-                denial = self._compute(who, user, password, digest)
+                denial = self._compute(case, user, password)
             finally:  # those who wait get a verdict in any case
                 with self._lock:
-                    del self._running[who, digest]
+                    del self._running[case]
                 verdict.set_result(denial)
         return verdict.result()
 
-    def _compute(self, who, user, password, digest):
-        if not _places.acquire(blocking=False):
+    def _compute(self, case, user, password):
+        if not self._places.acquire(blocking=False):
             return _BUSY
         try:
-            with _turns:
-                with self._lock:  # others from there may have failed in the meantime
-                    if denial := self._too_many_failures(who):
-                        return denial
-                # A user who does not exist costs what one who does would: always the same.
-                hashes = list(self._users.values())
-                stand_in = hashes[int.from_bytes(self._digest(user), "big") % len(hashes)]
-                known = self._users.get(user, stand_in)
-                fits = hmac.compare_digest(known.compute(password), known.digest)
-                with self._lock:
-                    if fits and user in self._users:
-                        self._proved[user] = digest
-                        return None
-                    self._failures.take(who, self._now())
-                    return _WRONG_PASSWORD
+            if not _places.acquire(blocking=False):
+                return _BUSY
+            try:
+                with _turns:
+                    return self._compute_now(case, user, password)
+            finally:
+                _places.release()
         finally:
-            _places.release()
+            self._places.release()
 
-    def _too_many_failures(self, who):
-        wait = self._failures.wait(who, self._now())
-        return _too_many("Too many wrong passwords came from your address", wait) if wait else None
+    def _compute_now(self, case, user, password):
+        who = case[0]
+        with self._lock:  # others from there may have failed in the meantime
+            if locked := self._failures.wait(who, self._now()):
+                return _too_many_wrong(locked)
+        # A user who does not exist costs what one who does would: always the same.
+        hashes = list(self._users.values())
+        stand_in = hashes[int.from_bytes(self._digest(user), "big") % len(hashes)]
+        known = self._users.get(user, stand_in)
+        fits = hmac.compare_digest(known.compute(password), known.digest)
+        with self._lock:
+            if fits and user in self._users:
+                _remember(self._right, case)
+                return None
+            _remember(self._wrong, case)
+            self._failures.take(who, self._now())
+            return _WRONG_PASSWORD
 
     def _digest(self, content):
         return hmac.digest(self._key, content, "sha256")
+
+
+def _remember(cases, case):
+    cases[case] = None
+    if len(cases) > MOST_REMEMBERED:
+        cases.popitem(last=False)
+
+
+def _too_many_wrong(wait):
+    return _too_many("Too many wrong passwords came from your address", wait)
 
 
 def _credentials(authorization):

@@ -4,6 +4,7 @@ Values in, values out. Nothing of a registration that breaks a rule is served: a
 half of what its operator wrote would look as if all was well.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
 from gotunnel import (
@@ -74,7 +75,7 @@ def _hostname(name):
     """The hostname in a route's name, in its normal form; raises NotGranted."""
     text, colon, port = name.partition(":")
     hostname = normal_hostname(text)
-    if colon and not (port.isascii() and port.isdigit()):
+    if colon and not re.fullmatch("[0-9]{1,5}", port):
         hostname = ""
     if valid_hostname(hostname) or valid_wildcard(hostname):
         return hostname
@@ -89,6 +90,8 @@ def _by_hostname(policies: Mapping) -> dict:
     found = {}
     for name, policy in policies.items():
         hostname = _hostname(name)
+        if policy is None:  # is that none, or one that was lost on the way?
+            raise NotGranted(f"invalid policy of {hostname}: null came, expected an object")
         if hostname in found and found[hostname] != policy:
             raise NotGranted(f"two policies for {hostname}")
         found[hostname] = policy

@@ -20,6 +20,7 @@ from .registry import HostnameTaken
 LOOK = 0.1  # seconds between looks whether a session has ended, or its agent has answered
 # Seconds that a session may take to end: its demultiplexer is busy, and the machine too.
 ENDING_TIMEOUT = 10
+MOMENT = 0.05  # seconds that a worker waits for that itself: mostly it takes a few milliseconds
 
 
 class Claim:
@@ -32,6 +33,7 @@ class Claim:
         self._routes = routes
         self._asked = {}  # tunnel that holds one: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
+        self._patient = True  # has not waited MOMENT yet
 
     def attempt(self) -> bool:
         """Take the hostnames, if that is decided: True if they are ours, False if it will be
@@ -51,6 +53,9 @@ class Claim:
             if not others:  # all or none: where others stay, we need not end what may still serve
                 for holder in taken.tunnels:
                     holder.replace(f"its agent has come back, from {self._tunnel.address[0]}")
+                if self._patient and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
+                    self._patient = False
+                    return self.attempt()
             return False
 
     def _is_ours(self, holder):

@@ -148,9 +148,7 @@ class Tunnels:
         with self._lock:
             tunnels = [tunnel for tunnel in self._tunnels if tunnel.since is not None]
         for tunnel in tunnels:
-            reason = self.credentials.taken_away(tunnel.identity, tuple(tunnel.routes))
-            if reason:
-                tunnel.part(REVOKED, reason)
+            tunnel.end_if_revoked()
 
     def close(self):
         """End all sessions, and wait until they have ended."""
@@ -182,6 +180,7 @@ class Tunnel:
         self.address = address  # as accept() gave it
         self.identity = None
         self.instance = ""  # the agent's, "" if it has none
+        self.gone = threading.Event()  # it holds no hostname any more, and never will
         self.since = None  # wall-clock seconds of the registration
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
@@ -201,7 +200,6 @@ class Tunnel:
         self._asking = threading.Lock()  # guards the next one
         self._asked_at = None  # monotonic, while somebody waits for an answer
         self._answered_at = 0.0  # monotonic, of the last answer to that
-        self._opening = 0  # streams that are being opened, if it has limits
         self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
         self._idle_count = 0  # streams in it
         self._keeps_idle = True  # False once the agent leaves
@@ -328,6 +326,7 @@ class Tunnel:
             )
         except NotGranted as error:
             raise _Refusal(str(error)) from None
+        self._check_hostnames(len(routes))  # too many by themselves cost nobody a session
         session = self._session
         session.on_end = self._ended  # from here on there is something to give back
         session.on_close = lambda: self._tunnels.forget(self)
@@ -357,13 +356,19 @@ class Tunnel:
         """Take the hostnames, as soon as nobody else holds them. Who does may have to go."""
         if self._session.ended:
             raise SessionClosed(self._session.ended)
+        if why := self._tunnels.credentials.taken_away(self.identity, tuple(routes)):
+            raise _Refusal(f"auth failed: {why}")
         try:
             if not claim.attempt():
                 return self._look_again(takeover.LOOK)
         except HostnameTaken as taken:
             raise _Refusal(str(taken)) from None
         self._step = None
-        self._check_hostnames()
+        try:
+            self._check_hostnames(self._count_hostnames())
+        except _Refusal:
+            self._tunnels.registry.release(self)
+            raise
         try:
             self._take_up(message, routes)
         except OSError:
@@ -371,18 +376,18 @@ class Tunnel:
             raise
         return False
 
-    def _check_hostnames(self):
-        """Now that they are counted, whether the credential permits so many."""
+    def _check_hostnames(self, count):
+        """Whether the credential permits so many."""
         most = self.identity.limits.hostnames
-        if most is None:
-            return
-        count = sum(
+        if most is not None and count > most:
+            raise _Refusal(f"too many hostnames: {count}, at most {most} for this credential")
+
+    def _count_hostnames(self):
+        """Those of all sessions of the credential."""
+        return sum(
             route.tunnel.identity.credential == self.identity.credential
             for route in self._tunnels.registry.routes().values()
         )
-        if count > most:
-            self._tunnels.registry.release(self)
-            raise _Refusal(f"too many hostnames: {count}, at most {most} for this credential")
 
     def _take_up(self, message, routes):
         """Everything is granted: tell the agent, and begin to serve."""
@@ -408,6 +413,7 @@ class Tunnel:
             self.tell_certificate(hostname)
         log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
         session.start()
+        self.end_if_revoked()
 
     def tell_certificate(self, hostname):
         """Let the agent know how a certificate stands now. Any thread; waits for nothing."""
@@ -536,6 +542,12 @@ class Tunnel:
         """End the session at once: another takes its place. Any thread."""
         self.part(REPLACED, f"another session takes over: {reason}")
 
+    def end_if_revoked(self):
+        """End the session if its credential does not permit it any more. Any thread."""
+        why = self._tunnels.credentials.taken_away(self.identity, tuple(self.routes))
+        if why:
+            self.part(REVOKED, why)
+
     def part(self, code, reason):
         """End the session at once, and tell the agent why if it wants to know. Any thread."""
         if REASONS in self._features:
@@ -559,6 +571,7 @@ class Tunnel:
         """Whoever ends the session: give everything back."""
         self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
         self._tunnels.registry.release(self)
+        self.gone.set()
         self._drop_idle()
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
@@ -586,39 +599,34 @@ class Tunnel:
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname, ends() if route.addressed else None)
-        with self._reserved():
+        if self._is_unlimited():
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+        try:
+            return self._session.open(header + first, OPEN_TIMEOUT, self._permit(streams=1))
+        except limits.AgentBusy:
+            if self.identity.limits.streams is None:
+                raise
+        for tunnel in self._tunnels.of_credential(self.identity.credential):
+            tunnel._drop_idle()  # a visit that is there comes before those that may come
+        return self._session.open(header + first, OPEN_TIMEOUT, self._permit(streams=1))
+
+    def _is_unlimited(self):
+        most = self.identity.limits
+        return most.streams is None and most.visits is None
 
     @contextlib.contextmanager
-    def _limited(self):
-        """As _reserved, for agents that have limits: count and reserve in one step."""
+    def _permit(self, streams):
+        """Within it, nobody else begins a visit of the credential; raises AgentBusy."""
         with self._tunnels.limiting:
-            self._check_limits(streams=1)
-            self._opening += 1
-        try:
+            tunnels = self._tunnels.of_credential(self.identity.credential)
+            usages = [tunnel.usage() for tunnel in tunnels]
+            limits.check(self.identity.limits, usages, streams)
             yield
-        finally:
-            with self._tunnels.limiting:
-                self._opening -= 1
-
-    def _reserved(self):
-        """While a stream is opened, it counts as open; raises AgentBusy."""
-        most = self.identity.limits
-        unlimited = most.streams is None and most.visits is None
-        return contextlib.nullcontext() if unlimited else self._limited()
-
-    def _check_limits(self, streams):
-        tunnels = self._tunnels.of_credential(self.identity.credential)
-        usages = [tunnel.usage() for tunnel in tunnels]
-        limits.check(self.identity.limits, usages, streams)
 
     def usage(self) -> limits.Usage:
         """What the session has now, without its control stream."""
-        session = self._session
-        return limits.Usage(
-            max(session.streams() - 1, 0) + self._opening,
-            max(session.streams_in_use() - 1 - self._idle_count, 0) + self._opening,
-        )
+        streams = max(self._session.streams_in_use() - 1, 0)
+        return limits.Usage(streams, max(streams - self._idle_count, 0))
 
     def count_failed(self, route):
         """A visit has come to nothing."""
@@ -627,23 +635,21 @@ class Tunnel:
 
     def take_idle(self, route):
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
-        if self.identity.limits.visits is None:
-            return self._take_idle(route)
-        with self._tunnels.limiting:
-            self._check_limits(streams=0)
-            return self._take_idle(route)
-
-    def _take_idle(self, route):
-        while True:
-            with self._idle_lock:
-                kept = self._idle.get(route.hostname)
-                if not kept:
-                    return None
-                at, stream = kept.pop()
-                self._idle_count -= 1
+        while (kept := self._pop_idle(route)) is not None:
+            at, stream = kept
             if monotonic() - at < IDLE_STREAM_AGE and stream.quiet:
                 return stream
             stream.close()
+        return None
+
+    def _pop_idle(self, route):
+        unlimited = self._is_unlimited()
+        with contextlib.nullcontext() if unlimited else self._permit(streams=0), self._idle_lock:
+            kept = self._idle.get(route.hostname)
+            if not kept:
+                return None
+            self._idle_count -= 1
+            return kept.pop()
 
     def keep_idle(self, route, stream):
         """Keep a stream whose last answer was complete for the next visit of that hostname."""

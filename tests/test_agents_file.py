@@ -136,7 +136,7 @@ def test_other_expires_are_refused(text):
         ("one: &x {secret: S, hosts: a.b}\ntwo: *x\n", "line 2, column 6: an alias came"),
         ("one: {secret: !vault S, hosts: a.b}\n", "line 1, column 15: a tag came"),
         ("one: !!python/object:os.system {}\n", "line 1, column 6: a tag came"),
-        ("one: {<<: {}, hosts: a.b}\n", "one: unknown key '<<'"),
+        ("one: {<<: {}, hosts: a.b}\n", "one: unknown key with other characters in it"),
         ("one: [\n", "line 2, column 1: not YAML"),
         ("one: {secret: 'S\n", "line 2, column 1: not YAML"),
         ("one: {}\n---\ntwo: {}\n", "line 2, column 1: not YAML"),
@@ -412,3 +412,30 @@ def test_a_folder_in_its_place_costs_no_descriptor(tmp_path):
         with pytest.raises(AgentsFileError):
             agents_file.read(tmp_path)
     assert len(open_files()) == before
+
+
+def test_an_entry_that_cannot_be_cut_out_alone_is_left_to_the_operator(tmp_path):
+    """What was a comment of it would become a part of another one's secret."""
+    path = tmp_path / "agents.yaml"
+    text = "a:\n hosts: a.b\n secret: >-\n  s1\n  more\nx:\n  hosts: x.b\n  secret: s2\n  # note\n"
+    path.write_text(text)
+    with pytest.raises(AgentsFileError, match="change it by hand"):
+        agents_file.remove(path, "x")
+    assert path.read_text() == text
+
+
+def test_a_secret_does_not_end_in_a_new_line(tmp_path):
+    path = tmp_path / "agents.yaml"
+    path.write_text("a:\n  hosts: a.b\n  secret: |\n    to-try-things-out-only\n")
+    assert read(path).entries["a"].secret == "to-try-things-out-only"
+
+
+@pytest.mark.parametrize(
+    "text", ["a: {secret:S3CRET-of-an-agent, hosts: a.b}", "a: {? S3CRET-of-an-agent x, hosts: a.b}"]
+)
+def test_a_blank_that_is_missing_shows_no_secret(tmp_path, text):
+    path = tmp_path / "agents.yaml"
+    path.write_text(text)
+    with pytest.raises(AgentsFileError, match="unknown key with other characters in it") as caught:
+        read(path)
+    assert "S3CRET" not in str(caught.value)

@@ -21,7 +21,7 @@ from support import (
 
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server import listener
-from gotunnel_server.forwarding import Proxies, concerns, fields
+from gotunnel_server.forwarding import Proxies, concerns, fields, visitor
 from gotunnel_server.http1 import Fields
 
 HOST = "app.example.com"
@@ -333,3 +333,25 @@ def test_visitor_without_sni_is_routed_by_host(gateway, origin):
         visitor.send(request(host=RAW))
         head, _ = visitor.read_message()
         assert status_of(head) == 421 and "x-gotunnel-error: not-http" in fields_of(head)
+
+
+@pytest.mark.parametrize(
+    ("chain", "address"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("203.0.113.9, 192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1, 10.0.0.1", "192.0.2.1"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("", "10.0.0.9"),
+        ("unknown, 192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1, unknown", ""),
+        ("192.0.2.1, _hidden, 10.0.0.1", ""),
+        ("garbage", ""),
+    ],
+)
+def test_whom_a_policy_judges(chain, address):
+    """Where a proxy names nobody by address, it is nobody's: no list lets that in."""
+    proxies = Proxies([ipaddress.ip_network("10.0.0.0/8")])
+    came = Fields([("X-Forwarded-For", chain)] if chain else [])
+    assert visitor(came, "10.0.0.9", proxies) == address
+    assert visitor(came, "192.0.2.7", proxies) == "192.0.2.7"

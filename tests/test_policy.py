@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support import wait_until
 
 from gotunnel_server import policy
 from gotunnel_server.policy import Buckets, Defaults, Hash, Networks, PolicyError, read
@@ -598,11 +599,60 @@ def test_failures_are_bounded_by_address_before_anything_is_computed(computed):
     denial = judged.judge_request(HOME, basic("me"))  # the right one has to wait as well ...
     assert outcome(denial) == TOO_MANY
     assert denial.fields == (("Retry-After", "10"),)
-    assert judged.judge_request(ABROAD, basic("me")) is None  # ... but not elsewhere
-    assert judged.judge_request(HOME, basic("me")) is None  # and not once it was proved
+    assert judged.judge_request(ABROAD, basic("me")) is None  # ... but not elsewhere,
+    assert outcome(judged.judge_request(HOME, basic("me"))) == TOO_MANY  # which helps no guesser
     clock.now += 10
     assert outcome(judged.judge_request(HOME, basic("me", "wrong"))) == ASKED
-    assert outcome(judged.judge_request(HOME, basic("me", "wrong"))) == TOO_MANY
+    assert outcome(judged.judge_request(HOME, basic("me", "wrong too"))) == TOO_MANY
+
+
+def test_who_has_come_in_stays_in_though_others_of_that_address_guess(computed):
+    """Up to a number of guesses: each could be the right one, and would be let in as known."""
+    clock = Clock()
+    judged = guarded(clock)
+    assert judged.judge_request(HOME, basic("me")) is None
+    for n in range(policy.FAILURES + policy.GUESSES):
+        assert judged.judge_request(HOME, basic("me")) is None
+        assert judged.judge_request(HOME, basic("me", f"guess {n}")) is not None
+    assert outcome(judged.judge_request(HOME, basic("me"))) == TOO_MANY
+    assert len(computed) == 1 + policy.FAILURES
+    clock.now += 1 / policy.GUESSES_A_SECOND
+    assert judged.judge_request(HOME, basic("me")) is None
+
+
+def test_an_old_password_that_a_program_repeats_locks_nobody_out(computed):
+    judged = guarded()
+    for _ in range(100):
+        assert outcome(judged.judge_request(HOME, basic("me", "the old one"))) == ASKED
+    assert judged.judge_request(HOME, basic("me")) is None
+    assert len(computed) == 2
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(policy, "MOST_REMEMBERED", 5)
+    monkeypatch.setattr(Hash, "compute", lambda self, password: self.digest * (password == b"yes"))
+    judged = guarded()
+    for n in range(20):
+        judged.judge_request(f"192.0.2.{n}", basic("me", "no"))
+        assert judged.judge_request(f"192.0.2.{n}", basic("me", "yes")) is None
+    assert len(judged._passwords._right) == len(judged._passwords._wrong) == 5
+
+
+def test_a_tunnel_under_attack_leaves_the_others_their_part(monkeypatch):
+    slow = Slow(monkeypatch)
+    attacked, other = guarded(), guarded()
+    with ThreadPoolExecutor(policy.OF_ONE_TUNNEL + 1) as pool:
+        guesses = [
+            pool.submit(attacked.judge_request, f"198.51.100.{n}", basic("me", f"guess {n}"))
+            for n in range(policy.OF_ONE_TUNNEL)
+        ]
+        left = attacked._passwords._places
+        wait_until(lambda: not left.acquire(blocking=False) or left.release())
+        assert outcome(attacked.judge_request(HOME, basic("me"))) == BUSY
+        verdict = pool.submit(other.judge_request, HOME, basic("me"))
+        slow.may_end.set()
+        assert verdict.result() is None
+        assert {outcome(guess.result()) for guess in guesses} == {ASKED}
 
 
 def test_address_that_failed_too_often_is_told_so_though_no_place_is_left(computed, monkeypatch):
@@ -663,8 +713,9 @@ def test_connections_of_one_browser_share_a_computation(monkeypatch):
 
 
 def test_guesses_of_one_address_all_at_once_are_bounded_as_well(monkeypatch):
-    slow, judged = Slow(monkeypatch), guarded()
     room = policy.COMPUTED_AT_ONCE + policy.WAITING_TO_COMPUTE
+    monkeypatch.setattr(policy, "OF_ONE_TUNNEL", room)
+    slow, judged = Slow(monkeypatch), guarded()
     left = Places(room)
     monkeypatch.setattr(policy, "_places", left)
     with ThreadPoolExecutor(room) as pool:

@@ -26,8 +26,8 @@ from support import (
 
 from gotunnel import REASONS, Ack, End
 from gotunnel_agent.agent import make_token
+from gotunnel_server import credentials
 from gotunnel_server import gateway as gateway_module
-from gotunnel_server import tunnel
 
 OTHER = "other.localhost"
 OWN_SECRET = "an-agent's-own-secret-of-32-bytes"
@@ -138,6 +138,27 @@ def test_ten_thousand_hostnames_are_refused_in_words(gateway):
         assert routes_of(gateway.inner) == {OTHER}
 
 
+def test_who_waits_for_a_hostname_while_its_credential_is_taken_away_gets_none(gateway, agents_file):
+    with registered(gateway, APP), HandMade(gateway, registration(APP, token=office())) as waiting:
+        wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
+        agents_file.take_away()
+        gateway.inner.reload()
+        assert waiting.hear() == Ack(
+            False, "auth failed: issuer office was removed from AGENTS_FILE"
+        )
+
+
+def test_too_many_hostnames_cost_nobody_a_session(gateway, agents_file):
+    """Also not the one that the same agent had."""
+    agents_file.write(limits={"hostnames": 1})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.hostnames == 1)
+    with registered(gateway, APP, token=office(), instance="same"):
+        more = registration(APP, "x.dev.localhost", token=office(), instance="same")
+        assert not reply_to(gateway, more).ok
+        assert routes_of(gateway.inner) == {APP}
+
+
 def test_a_go_agent_is_limited_by_its_issuer(gateway, gopeer, origin, agents_file):
     agents_file.write(hosts=[OTHER])
     gateway.inner.reload()
@@ -171,6 +192,17 @@ def test_a_session_ends_when_its_credential_is_taken_away(gateway, agents_file, 
             assert isinstance(end, End) and end.reason.startswith(reason)
             wait_until(lambda: routes_of(gateway.inner) == {OTHER})
             assert not neighbour.session.ended
+
+
+def test_a_session_ends_with_the_token_that_was_given_for_it(gateway, monkeypatch):
+    """Not with one that an agent has signed itself: it signs another whenever it comes."""
+    given, signed = office(hosts=[APP]), office()
+    with registered(gateway, APP, token=given, features=(REASONS,)) as agent:
+        with registered(gateway, "x.dev.localhost", token=signed):
+            later = time.time() + HOUR + 61
+            monkeypatch.setattr(credentials.time, "time", lambda: later)
+            assert agent.hear().reason.startswith("its token expired")
+            wait_until(lambda: routes_of(gateway.inner) == {"x.dev.localhost"})
 
 
 def test_a_session_that_leaves_is_ended_too(gateway, agents_file):
@@ -287,6 +319,25 @@ def test_a_visit_more_than_permitted_hears_which_limit(gateway, agents_file, lim
                     return True
 
         wait_until(is_served)
+
+
+def test_a_stream_that_is_kept_makes_room_for_a_visit(gateway, agents_file, tmp_path, origin):
+    """One that waits for the next visit of another hostname must not refuse one that is there."""
+    agents_file.write(limits={"streams": 1})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.streams == 1)
+
+    def script(target):
+        while target.read_head():
+            target.send(answer(b"page"))
+
+    origin.serve(script)
+    ports = {APP: origin.port, "x.dev.localhost": origin.port}
+    with agent_here(gateway, tmp_path, http=ports, jwt_secret=OWN_SECRET, jwt_issuer="office"):
+        [agent] = gateway.inner.tunnels.registered()
+        for hostname in [*ports, *ports]:
+            assert gateway.get(hostname)[0] == 200
+            wait_until(lambda: agent._idle_count == 1)
 
 
 def test_no_more_visits_than_permitted_at_once_however_many_come(gateway, agents_file, tmp_path, origin):

@@ -516,7 +516,7 @@ def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
         ("DEFAULT_RATE_LIMIT", "burst=20", "burst came without per_address, expected both"),
         ("DEFAULT_RATE_LIMIT", "10 burst=0", "burst: 0 came, expected a whole number from 1"),
         ("DEFAULT_RATE_LIMIT", "10 burst=1.5", "DEFAULT_RATE_LIMIT is '10 burst=1.5'"),
-        ("DEFAULT_BASIC_AUTH", SECRET, "DEFAULT_BASIC_AUTH: a text without a colon came"),
+        ("DEFAULT_BASIC_AUTH", SECRET, "DEFAULT_BASIC_AUTH: line 1: a text without a colon came"),
         ("DEFAULT_BASIC_AUTH", "me:", "expected a password of 1 to 1024 bytes"),
         ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\t", "without control characters"),
         ("DEFAULT_BASIC_AUTH", f":{SECRET}", "expected USER:HASH, with a user name"),
