@@ -1044,7 +1044,7 @@ class MessageReader:
 
 DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
 DATA_HEADER_PLAIN = 1  # version whose text is the hostname, the only one that Go peers know
-DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of the visitor and of the door
+DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of visitor and door
 MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
 MAX_PORT = 65535
 
@@ -2301,8 +2301,10 @@ class Stream:
     SessionClosed, both ConnectionErrors, once the stream or its session is gone.
     """
 
-    __slots__ = ("id", "refused", "_silent", "_session", "_lock", "_readable", "_writable", "_chunks", "_unread",
-                 "_got_fin", "_sent_fin", "_discarding", "_error", "_on_death")  # fmt: skip
+    __slots__ = (
+        "id", "refused", "_silent", "_session", "_lock", "_readable", "_writable", "_chunks",
+        "_unread", "_got_fin", "_sent_fin", "_discarding", "_error", "_on_death",
+    )  # fmt: skip
 
     def __init__(self, session, stream_id):
         self.id = stream_id

@@ -113,7 +113,8 @@ class Agent:
                 try:
                     self._serve_session(workers)
                 except Refused as error:
-                    problem, least = f"the gateway refused: {on_one_line(str(error))}", REFUSED_DELAY
+                    problem = f"the gateway refused: {on_one_line(str(error))}"
+                    least = REFUSED_DELAY
                     if str(error).startswith(TAKEN):
                         problem += "; another agent serves it and answers, this one waits for it"
                 except Ended as error:

@@ -301,7 +301,7 @@ class _Loader(yaml.BaseLoader):
             if not isinstance(key, str):
                 raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
             if key in mapping:
-                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected it once")
+                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected once")
             mapping[key] = self.construct_object(value_node, deep)
         return mapping
 
@@ -422,7 +422,8 @@ def _refuse_unknown_keys(mapping, known, where):
 def _shown_key(key):
     """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
     would make two of it, and the value may be a secret."""
-    return f" {_shown(key)}" if re.fullmatch(r"[\w.-]{1,40}", key) else " with other characters in it"
+    harmless = re.fullmatch(r"[\w.-]{1,40}", key)
+    return f" {_shown(key)}" if harmless else " with other characters in it"
 
 
 def _secret(name, keys, folder, files):

@@ -295,7 +295,8 @@ class _Variables:
         rules = {}
         for key, read in readers.items():
             name = f"DEFAULT_{key.upper()}"
-            if name not in self._values and (key != "basic_auth" or f"{name}_FILE" not in self._values):
+            names = (name, f"{name}_FILE") if key == "basic_auth" else (name,)
+            if not self._values.keys() & set(names):
                 continue
             try:  # what is set and names nothing, such as a comma, is an error too
                 rules.update(Defaults.read({key: read(name)}).rules)

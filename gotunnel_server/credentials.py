@@ -53,7 +53,7 @@ class Identity:
     hosts: tuple[str, ...] | None = None  # patterns, as in scope.py; None: any hostname
     ports: tuple[range, ...] | None = None  # None: any that the gateway gives
     entry: Entry | None = field(default=None, repr=False)  # of AGENTS_FILE, None: not in there
-    ends: float | None = None  # wall-clock seconds, of a token that was given; None: it signs its own
+    ends: float | None = None  # wall-clock seconds; None: its bearer signs tokens itself
 
     @property
     def name(self) -> str:
@@ -144,7 +144,7 @@ class Credentials:
                 raise TokenInvalid(f"its issuer is {name or 'missing'}, expected another one")
         elif why := lapsed(entry):
             raise TokenInvalid(f"issuer {name} {why}")
-        # An agent with a secret makes a new token whenever it comes; one that names hosts was given.
+        # An agent with a secret signs a new one whenever it comes; what names hosts was given.
         ends = _time_of(claims, "exp") if "hosts" in claims else None
         return Identity(claimed, *_claimable(claims, entry), entry, ends)
 

@@ -100,9 +100,9 @@ class Listener:
 
     def __init__(self, name, sockets, welcome, submit, limit, first_timeout):
         """``welcome(sock, address)`` makes something that can be parked out of an accepted
-        socket, or None if that peer is not wanted; ``submit(function)`` has a worker call it; ``limit`` is how many connections may
-        be open at a time; ``first_timeout`` is how many seconds the first byte may take: then
-        it is expired(), with 0 at once.
+        socket, or None if that peer is not wanted; ``submit(function)`` has a worker call it;
+        ``limit`` is how many connections may be open at a time; ``first_timeout`` is how many
+        seconds the first byte may take: then it is expired(), with 0 at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]

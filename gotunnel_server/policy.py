@@ -72,7 +72,7 @@ GUESSES_A_SECOND = 1
 MOST_REMEMBERED = 4096
 
 # Computations in this process. Two keep two cores busy, with 128 MiB at most; those that wait do so
-# for half a second or two, each with a thread. One tunnel under attack leaves the others their part.
+# for half a second or two, each with a thread. A tunnel under attack leaves the others their part.
 COMPUTED_AT_ONCE = 2
 WAITING_TO_COMPUTE = 16
 OF_ONE_TUNNEL = COMPUTED_AT_ONCE + WAITING_TO_COMPUTE // 2
@@ -368,8 +368,8 @@ class Hash:
         if not (bounded and LEAST_LN <= ln < 16 * r):  # more cannot be computed (RFC 7914 §2)
             raise PolicyError(
                 f"a hash with ln={ln},r={r},p={p}, expected ln from {LEAST_LN} to below 16*r, "
-                f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of at most "
-                f"{MOST_WORK}"
+                f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of "
+                f"at most {MOST_WORK}"
             )
         try:
             salt, digest = (

@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_timeout = idle_timeout
         self.response_timeout = response_timeout
         self.close_connection = False
-        self.switched = None  # the stream that a 101 has turned the connection over to, or a Connect
+        self.switched = None  # the stream that a 101 turned the connection over to, or a Connect
         self.request_head = None  # http1.Request
         self.hostname = ""
         self.body = None  # http1.Body of the request, None if it has none
@@ -341,7 +341,8 @@ class Exchange:
                 self._handler.connection.reset()
                 raise ConnectionAbortedError("the answer was cut short") from None
             if isinstance(error, AgentBusy):
-                raise TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.") from None
+                text = f"{self._route.hostname}: {error}."
+                raise TargetFailed(503, "agent-limit", text) from None
             if isinstance(error, Malformed):
                 raise TargetFailed(502, "bad-answer", f"The answer is broken: {error}.") from None
             raise

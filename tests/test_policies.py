@@ -10,20 +10,19 @@ import pytest
 from hand_made import registered, registration, reply_to
 from support import (
     APP,
+    GATEWAY_HOST,
     RAW,
     TIMEOUT,
     Wire,
     agent_here,
     agent_yaml,
     answer,
-    dial_tls,
     fields_of,
     gateway_here,
     go_gateway,
     request,
     reserved_port,
     status_of,
-    tls_context,
     wait_until,
 )
 
@@ -220,7 +219,7 @@ def test_no_door_of_a_tcp_hostname_is_left_open(cache, tmp_path, origin, door, p
             if door == "tls":
                 wire = gateway.dial(RAW)
             elif door == "connect":
-                wire = dial_tls(gateway.public_port, "gateway.localhost", tls_context(gateway.ca_file))
+                wire = gateway.dial(GATEWAY_HOST)
             else:
                 to = int(port) if door == "port" else gateway.public_port
                 wire = Wire(socket.create_connection(("127.0.0.1", to), TIMEOUT))
@@ -259,7 +258,8 @@ def test_connections_have_a_rate_too(gateway, tmp_path, origin):
         ({APP: {"denied": ["10.0.0.0/8"]}}, f"invalid policy of {APP}: "),
         ({APP: {"basic_auth": ["me:secret"]}}, f"invalid policy of {APP}: basic_auth: "),
         ({APP: []}, f"invalid policy of {APP}: "),
-        ({"x.localhost": {"deny": HERE}}, "a policy for x.localhost, which is not among the routes"),
+        ({"x.localhost": {"deny": HERE}}, "a policy for x.localhost, which is not among"),
+        ({APP: None}, f"invalid policy of {APP}: null came"),
         ({APP: {"deny": HERE}, "APP.localhost.": {"deny": ELSEWHERE}}, f"two policies for {APP}"),
         ({"a b": {"deny": HERE}}, "invalid hostname: a b"),
     ],
@@ -288,7 +288,8 @@ def test_a_tunnel_whose_policy_nobody_keeps_is_not_served(gopeer, cache, tmp_pat
     """A password that nobody checks must never look like one that is checked."""
     with go_gateway(gopeer, cache) as gateway:
         with serving(gateway, tmp_path, origin, basic_auth=f"me:{PASSWORD}"):
-            wait_until(lambda: f"{APP}: not served: this gateway does not know policies" in caplog.text)
+            said = f"{APP}: not served: this gateway does not know policies"
+            wait_until(lambda: said in caplog.text)
             assert ask(gateway, GOOD)[0][0] == 502
             assert origin.was_left_alone()
 

@@ -63,7 +63,8 @@ def gateway(cache, agents_file, monkeypatch):
 
 def office(**claims):
     now = int(time.time())
-    return jwt.encode({"iss": "office", "iat": now, "exp": now + HOUR, **claims}, OWN_SECRET, "HS256")
+    claims = {"iss": "office", "iat": now, "exp": now + HOUR, **claims}
+    return jwt.encode(claims, OWN_SECRET, "HS256")
 
 
 # Hostnames ---------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def test_ten_thousand_hostnames_are_refused_in_words(gateway):
         assert routes_of(gateway.inner) == {OTHER}
 
 
-def test_who_waits_for_a_hostname_while_its_credential_is_taken_away_gets_none(gateway, agents_file):
+def test_who_waits_while_its_credential_is_taken_away_gets_no_hostname(gateway, agents_file):
     with registered(gateway, APP), HandMade(gateway, registration(APP, token=office())) as waiting:
         wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
         agents_file.take_away()
@@ -340,7 +341,9 @@ def test_a_stream_that_is_kept_makes_room_for_a_visit(gateway, agents_file, tmp_
             wait_until(lambda: agent._idle_count == 1)
 
 
-def test_no_more_visits_than_permitted_at_once_however_many_come(gateway, agents_file, tmp_path, origin):
+def test_no_more_visits_than_permitted_at_once_however_many_come(
+    gateway, agents_file, tmp_path, origin
+):
     agents_file.write(limits={"visits": 3})
     gateway.inner.reload()
     wait_until(lambda: gateway.inner._credentials._entries["office"].limits.visits == 3)

@@ -29,6 +29,7 @@ from gotunnel_agent.agent import make_token
 from gotunnel_server import tunnel
 
 OTHER = "other.localhost"
+TAKEN_OVER = "another session takes over"
 SAME = secrets.token_hex(16)
 BOUND = 10  # seconds: much less than the heartbeat takes to find out (35)
 
@@ -58,7 +59,7 @@ def test_an_agent_that_comes_back_has_its_hostname_at_once(gateway):
         with registered(gateway, APP, instance=SAME) as new:
             end = old.hear()
             assert isinstance(end, End) and end.code == REPLACED
-            assert end.reason == "another session takes over: its agent has come back, from 127.0.0.1"
+            assert end.reason == f"{TAKEN_OVER}: its agent has come back, from 127.0.0.1"
             old.session.join(TIMEOUT)
             assert old.session.ended
             with gateway.dial(APP) as visitor:
@@ -188,7 +189,9 @@ def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
             assert time.monotonic() - began < BOUND
 
 
-def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, caplog, monkeypatch):
+def test_two_agents_of_one_configuration_do_not_fight(
+    gateway, tmp_path, site, caplog, monkeypatch
+):
     """The later one waits, and says so; it serves when the earlier one has gone."""
     monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.2)
     ports = {APP: site}
@@ -203,14 +206,17 @@ def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, c
             wait_until(lambda: gateway.get(APP)[0] == 200)
 
 
-def test_an_agent_that_was_replaced_does_not_fight_back(gateway, tmp_path, site, caplog, monkeypatch):
+def test_an_agent_that_was_replaced_does_not_fight_back(
+    gateway, tmp_path, site, caplog, monkeypatch
+):
     """One that was thought dead wakes up: it is somebody else from then on."""
     monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.1)
     monkeypatch.setattr(agent_module, "new_instance", iter([SAME, "new"]).__next__)
     with agent_here(gateway, tmp_path, http={APP: site}):
-        with registered(gateway, APP, instance=SAME, token=make_token(SECRET, "", HOUR)) as new, answering(new):
+        same = {"instance": SAME, "token": make_token(SECRET, "", HOUR)}
+        with registered(gateway, APP, **same) as new, answering(new):
             wait_until(lambda: f"host already registered: {APP}" in caplog.text)
-            assert "the gateway says: another session takes over: its agent has come back" in caplog.text
+            assert f"the gateway says: {TAKEN_OVER}: its agent has come back" in caplog.text
             assert len(gateway.inner.tunnels.registered()) == 1
         wait_until(lambda: gateway.get(APP)[0] == 200)
 
