@@ -2139,11 +2139,11 @@ class Session:
 
     # Timers
 
-    def streams_in_use(self) -> int:
-        """How many streams somebody on our side is not done with. Needs no lock: it looks at a
+    def streams_in_use(self) -> list:
+        """The streams that somebody on our side is not done with. Needs no lock: it looks at a
         copy, which is made in one step."""
         streams = (*self._streams.values(), *self._over)
-        return sum(not stream._discarding for stream in streams)
+        return [stream for stream in streams if not stream._discarding]
 
     def call_later(self, delay, function):
         """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.

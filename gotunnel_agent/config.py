@@ -319,7 +319,7 @@ def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], 
 def _shown_key(key: str) -> str:
     """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
     would make two of it, and the value may be a secret."""
-    harmless = re.fullmatch(r"[\w.-]{1,40}", key)
+    harmless = re.fullmatch(r"[\w.-]{1,24}", key)
     return f" {_shown(key)}" if harmless else " with other characters in it"
 
 

@@ -354,7 +354,7 @@ class Exchange:
         tunnel, route, head = self._route.tunnel, self._route, self._request_head()
         timeout = self._handler.response_timeout
         if self._upload is None and self._request.method in IDEMPOTENT:
-            if (stream := tunnel.take_idle(route)) is not None:
+            if (stream := tunnel.take_kept(route)) is not None:
                 self._stream = stream
                 try:
                     stream.write(head, timeout)
@@ -493,7 +493,7 @@ class Exchange:
         elif reusable and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
             # would answer that one to whoever came next: streams that are kept saw no body.
-            self._route.tunnel.keep_idle(self._route, self._stream)
+            self._route.tunnel.keep(self._route, self._stream)
         else:
             self._stream.close()
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from time import monotonic, time
 
 from gotunnel import (
@@ -47,6 +47,7 @@ from gotunnel import (
 )
 
 from . import challenges, hello, limits, takeover
+from .kept_streams import KeptStreams
 from .ports import PortRefused
 from .registration import NotGranted, read_routes
 from .registry import HostnameTaken
@@ -66,13 +67,11 @@ ANSWER_LOOK = 0.1  # seconds between looks for it
 SIGN_OF_LIFE = 1  # seconds: who has sent anything so lately lives, on a line where pongs queue
 REVOKED = "revoked"  # why a session ends: what its credential permits has changed
 OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
-IDLE_STREAMS = 64  # streams kept for the next visits of a hostname; each holds a target connection
-ALL_IDLE_STREAMS = 256  # ... of all hostnames of an agent, which takes 1024 streams in all
-IDLE_STREAM_AGE = 30  # seconds that one is kept; a target that closes it earlier does no harm
 REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
 
+_NOTHING = contextlib.nullcontext()
 _NUMBER = re.compile("[0-9]+")
 
 
@@ -184,9 +183,11 @@ class Tunnel:
         self.since = None  # wall-clock seconds of the registration
         self.routes = {}  # hostname: Route; empty unless registered
         self.half_close = False  # the agent may be told that a visitor has half-closed
+        self._unlimited = True  # its credential sets no limit to streams and visits
         self._features = frozenset()  # those that both know, from the ack on
         self._telling = threading.Lock()  # held to look and to tell: the last word is the latest
         self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
+        self._counting = threading.Lock()  # guards it
         self._tunnels = tunnels
         self._step = self._begin
         self._deadline = None  # monotonic: registered by then
@@ -200,10 +201,7 @@ class Tunnel:
         self._asking = threading.Lock()  # guards the next one
         self._asked_at = None  # monotonic, while somebody waits for an answer
         self._answered_at = 0.0  # monotonic, of the last answer to that
-        self._idle = {}  # hostname: deque of (monotonic time, Stream), the freshest last
-        self._idle_count = 0  # streams in it
-        self._keeps_idle = True  # False once the agent leaves
-        self._idle_lock = threading.Lock()  # guards these three, and failed
+        self._kept = KeptStreams()
 
     def __repr__(self):
         return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
@@ -396,8 +394,11 @@ class Tunnel:
             self._tunnels.ensure_certificate(hostname, self.identity.issuer)
         features = tuple(name for name in message.features if name in FEATURES)
         self.half_close = HALF_CLOSE in features
+        most = self.identity.limits
+        self._unlimited = most.streams is None and most.visits is None
         self.since = time()
-        ports, refused = self._open_ports(message, routes) if PORTS in features else ({}, {})
+        opens_ports = PORTS in features and not session.ended
+        ports, refused = self._open_ports(message, routes) if opens_ports else ({}, {})
         self.routes = routes
         self._ping_at = monotonic() + PING_INTERVAL
         self._pong_at = monotonic()
@@ -491,7 +492,7 @@ class Tunnel:
         except (OSError, ProtocolError) as error:
             self._session.close(str(error))
             return
-        self._drop_idle(older_than=now - IDLE_STREAM_AGE)
+        self._kept.close_old()
         self._session.call_later(BEAT, self._beat)
 
     def _take_pongs(self, now):
@@ -563,16 +564,14 @@ class Tunnel:
         self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
         self._tunnels.registry.release(self)
         self.routes = {}
-        with self._idle_lock:
-            self._keeps_idle = False
-        self._drop_idle()
+        self._kept.close()
 
     def _ended(self):
         """Whoever ends the session: give everything back."""
         self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
         self._tunnels.registry.release(self)
         self.gone.set()
-        self._drop_idle()
+        self._kept.close()
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
                      self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
@@ -599,7 +598,7 @@ class Tunnel:
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname, ends() if route.addressed else None)
-        if self._is_unlimited():
+        if self._unlimited:
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
         try:
             return self._session.open(header + first, OPEN_TIMEOUT, self._permit(streams=1))
@@ -607,12 +606,8 @@ class Tunnel:
             if self.identity.limits.streams is None:
                 raise
         for tunnel in self._tunnels.of_credential(self.identity.credential):
-            tunnel._drop_idle()  # a visit that is there comes before those that may come
+            tunnel._kept.close_all()  # a visit that is there comes before those that may come
         return self._session.open(header + first, OPEN_TIMEOUT, self._permit(streams=1))
-
-    def _is_unlimited(self):
-        most = self.identity.limits
-        return most.streams is None and most.visits is None
 
     @contextlib.contextmanager
     def _permit(self, streams):
@@ -625,53 +620,29 @@ class Tunnel:
 
     def usage(self) -> limits.Usage:
         """What the session has now, without its control stream."""
-        streams = max(self._session.streams_in_use() - 1, 0)
-        return limits.Usage(streams, max(streams - self._idle_count, 0))
+        streams = [s for s in self._session.streams_in_use() if s is not self._control]
+        return limits.Usage(len(streams), sum(stream not in self._kept for stream in streams))
 
     def count_failed(self, route):
         """A visit has come to nothing."""
-        with self._idle_lock:
+        with self._counting:
             self.failed[route.hostname] += 1
 
-    def take_idle(self, route):
+    def take_kept(self, route):
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
-        while (kept := self._pop_idle(route)) is not None:
-            at, stream = kept
-            if monotonic() - at < IDLE_STREAM_AGE and stream.quiet:
+        while (stream := self._pop_kept(route)) is not None:
+            if stream.quiet:
                 return stream
             stream.close()
         return None
 
-    def _pop_idle(self, route):
-        unlimited = self._is_unlimited()
-        with contextlib.nullcontext() if unlimited else self._permit(streams=0), self._idle_lock:
-            kept = self._idle.get(route.hostname)
-            if not kept:
-                return None
-            self._idle_count -= 1
-            return kept.pop()
+    def _pop_kept(self, route):
+        with _NOTHING if self._unlimited else self._permit(streams=0):
+            return self._kept.pop(route.hostname)
 
-    def keep_idle(self, route, stream):
+    def keep(self, route, stream):
         """Keep a stream whose last answer was complete for the next visit of that hostname."""
-        with self._idle_lock:
-            kept = self._idle.setdefault(route.hostname, deque())
-            room = len(kept) < IDLE_STREAMS and self._idle_count < ALL_IDLE_STREAMS
-            # A window that has grown is given back only by the end of its stream.
-            small = stream.window <= START_WINDOW
-            # An agent tells its target the visitor's address once, when it connects.
-            keeps = self._keeps_idle and not route.addressed
-            if keeps and room and small and stream.quiet:
-                kept.append((monotonic(), stream))
-                self._idle_count += 1
-                return
-        stream.close()
-
-    def _drop_idle(self, older_than=float("inf")):
-        late = []
-        with self._idle_lock:
-            for kept in self._idle.values():
-                while kept and kept[0][0] < older_than:
-                    late.append(kept.popleft()[1])
-            self._idle_count -= len(late)
-        for stream in late:
+        if route.addressed:  # its agent tells a target the visitor's address once
             stream.close()
+        else:
+            self._kept.put(route.hostname, stream)

@@ -1,8 +1,10 @@
 """What tests share: the local CA, targets, the Go ends, and a look at what a test leaves behind."""
 
+import logging
 import subprocess
 import threading
 
+import leaks
 import pytest
 from support import ROOT, Origin, need, wait_until
 
@@ -12,6 +14,7 @@ SLOW_TIMEOUT = 300  # seconds for a test that is marked slow
 def pytest_configure(config):
     """Leave slow tests out unless -m says what to run."""
     config.option.markexpr = config.option.markexpr or "not slow"
+    logging.getLogger("gotunnel").addHandler(leaks.Watch())
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +30,14 @@ def no_thread_left():
     before = set(threading.enumerate())
     yield
     wait_until(lambda: set(threading.enumerate()) <= before, timeout=10)
+
+
+@pytest.fixture(autouse=True)
+def no_secret_in_a_log():
+    """Whatever a test makes the programs say, at any level."""
+    yield
+    found, leaks.found = leaks.found, []
+    assert not found
 
 
 @pytest.fixture(scope="session")

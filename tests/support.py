@@ -25,6 +25,7 @@ import threading
 import time
 from pathlib import Path
 
+import leaks
 import pytest
 
 from gotunnel_agent import agent as agent_module
@@ -267,6 +268,7 @@ class Program:
 
     def _read(self):
         for line in self._process.stdout:
+            leaks.look_at_output(line)
             with self._grown:
                 self.lines.append(line.rstrip("\n"))
                 self._grown.notify_all()

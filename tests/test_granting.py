@@ -280,7 +280,7 @@ def test_bad_file_is_one_line_and_status_2(capsys, command):
     said = refusal(capsys, 2, *command)
     assert said == (
         "gotunnel-server: AGENTS_FILE agents.yaml: line 9, column 1: key 'one' came before, "
-        "expected it once"
+        "expected once"
     )
 
 

@@ -661,7 +661,7 @@ def test_body_that_breaks_never_looks_whole(gateway, origin, sent, version):
 def kept_streams(gateway):
     """They are put there right after the visitor has its answer."""
     [tunnel] = gateway.inner.tunnels.registered()
-    return [stream for _, stream in tunnel._idle.get(APP, ())]
+    return [stream for _, stream in tunnel._kept._by_hostname.get(APP, ())]
 
 
 def test_stream_that_carried_a_body_is_not_kept(gateway, origin):

@@ -216,22 +216,20 @@ def test_no_door_of_a_tcp_hostname_is_left_open(cache, tmp_path, origin, door, p
         port = str(number)
     with gateway_here(cache, TCP_PORTS=port, RAW_TCP_HOST=RAW) as gateway:
         with serving(gateway, tmp_path, origin, "tcp", RAW, port=port, **policy):
-            if door == "tls":
-                wire = gateway.dial(RAW)
-            elif door == "connect":
-                wire = gateway.dial(GATEWAY_HOST)
-            else:
-                to = int(port) if door == "port" else gateway.public_port
-                wire = Wire(socket.create_connection(("127.0.0.1", to), TIMEOUT))
-            with wire:
-                if door == "connect":
-                    target = f"{RAW}:{origin.port}"
+            if door == "connect":
+                target = f"{RAW}:{origin.port}"
+                with gateway.dial(GATEWAY_HOST) as wire:
                     wire.send(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
                     assert status_of(wire.read_message()[0]) == 403
-                else:
-                    with contextlib.suppress(OSError):
-                        wire.send(b"SSH-2.0-x\r\n")
+            elif door == "tls":
+                with gateway.dial(RAW) as wire:
                     assert is_cut(wire)
+            else:
+                to = int(port) if door == "port" else gateway.public_port
+                with contextlib.suppress(ConnectionResetError):  # quicker than the connection is
+                    with Wire(socket.create_connection(("127.0.0.1", to), TIMEOUT)) as wire:
+                        wire.send(b"SSH-2.0-x\r\n")
+                        assert is_cut(wire)
             assert origin.was_left_alone()
 
 

@@ -338,7 +338,7 @@ def test_a_stream_that_is_kept_makes_room_for_a_visit(gateway, agents_file, tmp_
         [agent] = gateway.inner.tunnels.registered()
         for hostname in [*ports, *ports]:
             assert gateway.get(hostname)[0] == 200
-            wait_until(lambda: agent._idle_count == 1)
+            wait_until(lambda: len(agent._kept._all) == 1)
 
 
 def test_no_more_visits_than_permitted_at_once_however_many_come(
