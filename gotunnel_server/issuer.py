@@ -41,7 +41,7 @@ READY, WAITING, FAILED = "ready", "waiting", "failed"
 
 # A hostname whose address is silent keeps its order for a minute; the others are to go on.
 JOBS = 4
-# Let's Encrypt takes 300 orders in three hours. An agent may register MAX_HOSTS_PER_AGENT at once.
+# First orders. Let's Encrypt takes 300 in three hours. An agent may register MAX_HOSTS_PER_AGENT.
 ORDERS_PER_HOUR, ORDERS_PER_AGENT = 80, 50
 # Seconds at most between two looks at the clock: it may be set, and the machine may have slept.
 LOOK_AGAIN = 600.0
@@ -291,7 +291,7 @@ class Issuer:
                 return wait  # the end of a job is a reason to look
             due_at = max(due_at, self._paused_until)
             if due_at <= now:
-                bound = max(bucket.wait(now) for bucket in self._bounds(host))
+                bound = max((bucket.wait(now) for bucket in self._bounds(host)), default=0)
                 if not bound:
                     for bucket in self._bounds(host):
                         bucket.take(now)
@@ -308,8 +308,12 @@ class Issuer:
         return wait
 
     def _bounds(self, host) -> list[Bucket]:
-        """A renewal costs an agent nothing, or one with many new names could starve it."""
-        if host.agent is None or host.stored is not None:
+        """A renewal is held up by none: who has many new names, or lifetimes so short that the
+        hour's orders would not do, must not let a certificate run out. The CA takes it beyond its
+        limits if it says what it replaces (RFC 9773 §5)."""
+        if host.stored is not None:
+            return []
+        if host.agent is None:
             return [self._bucket]
         own = self._buckets.setdefault(host.agent, Bucket(self._orders_per_agent))
         return [self._bucket, own]

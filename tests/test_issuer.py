@@ -640,8 +640,11 @@ def test_one_agent_cannot_take_the_others_orders(tmp_path):
     house.issuer.stop()
 
 
-def test_renewals_cost_an_agent_nothing(tmp_path):
-    house = House(tmp_path, orders_per_agent=1)
+def test_renewals_are_held_up_by_no_bound(tmp_path):
+    """However short their lifetimes are, and whatever else is ordered."""
+    house = House(tmp_path, orders_per_agent=1, orders_per_hour=1)
+    house.issuer.want("new.example.com", "agent")
+    house.look()
     for name in (APP, OTHER):
         house.store.save(name, *house.ca.mint.pair(name, NOW - 80 * DAY))
         house.issuer.want(name, "agent")
