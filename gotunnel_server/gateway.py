@@ -23,7 +23,7 @@ import logging
 import threading
 from time import monotonic
 
-from gotunnel import Workers, __version__, descriptor_limit, spawn, valid_hostname
+from gotunnel import WILDCARD, Workers, __version__, descriptor_limit, spawn, valid_hostname
 
 from . import dashboard, policy
 from .addresses import is_always_here, is_own, own_addresses, resolve
@@ -176,8 +176,8 @@ class Gateway:
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
             return
-        if self._issuer is None:
-            log.warning("%s: there is no certificate for it, visitors are refused", hostname)
+        if self._issuer is None or hostname.startswith(WILDCARD):
+            log.warning("%s: visitors are refused, %s", hostname, self._why_none(hostname))
             return
         try:
             self._issuer.want(hostname, agent)
@@ -199,7 +199,15 @@ class Gateway:
         state = self._issuer and self._issuer.state(hostname)
         if state is not None:
             return str(state)
-        return READY if self._certificates.context(hostname) else f"{FAILED}: there is none for it"
+        if self._certificates.context(hostname):
+            return READY
+        return f"{FAILED}: {self._why_none(hostname)}"
+
+    @staticmethod
+    def _why_none(hostname):
+        if hostname.startswith(WILDCARD):
+            return f"CERT_DIR has no certificate for {hostname}, and wildcards are not ordered"
+        return "there is no certificate for it"
 
     def _certificate_changed(self, hostname):
         """Issuer's thread: an order has come to an end, good or bad."""

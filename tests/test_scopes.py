@@ -11,10 +11,13 @@ import pytest
 from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
 from support import (
     APP,
+    GATEWAY_HOST,
     SECRET,
     TIMEOUT,
+    TUNNEL_HOST,
     agent_here,
     answer,
+    ca_of,
     gateway_here,
     gateway_process,
     go_agent,
@@ -24,10 +27,11 @@ from support import (
     wait_until,
 )
 
-from gotunnel import REASONS, Ack, End
+from gotunnel import CERTIFICATES, REASONS, Ack, Certificate, End
 from gotunnel_agent.agent import make_token
 from gotunnel_server import credentials
 from gotunnel_server import gateway as gateway_module
+from gotunnel_server.authority import Authority
 
 OTHER = "other.localhost"
 OWN_SECRET = "an-agent's-own-secret-of-32-bytes"
@@ -271,6 +275,27 @@ def test_a_wildcard_serves_what_nobody_else_does(gateway, tmp_path, origin):
             with gateway.dial("exact.dev.localhost") as visitor:
                 visitor.send(request(host="exact.dev.localhost"))
                 exact.session.accept(TIMEOUT)
+
+
+def test_an_agent_hears_that_its_wildcard_has_no_certificate(tmp_path, agents_file):
+    own = tmp_path / "own"
+    own.mkdir()
+    authority = Authority(tmp_path / "authority")
+    for name in (GATEWAY_HOST, TUNNEL_HOST):
+        for file in authority.issue(name):
+            (own / file.name).write_bytes(file.read_bytes())
+    cache = tmp_path / "cache"
+    ca_of(cache).parent.mkdir(parents=True)
+    ca_of(cache).write_bytes(authority.ca_file.read_bytes())
+    changes = {"ACME_ENV": "", "CERT_DIR": str(own), "AGENTS_FILE": str(agents_file.path)}
+    with gateway_here(cache, **changes) as gateway:
+        more = {"token": office(), "features": (CERTIFICATES,)}
+        with registered(gateway, "*.dev.localhost", **more) as agent:
+            assert agent.hear() == Certificate(
+                "*.dev.localhost",
+                "failed: CERT_DIR has no certificate for *.dev.localhost, and wildcards are not "
+                "ordered",
+            )
 
 
 # Limits ------------------------------------------------------------------------------------------
