@@ -44,9 +44,10 @@ def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
         pytest.skip(f"{descriptor_limit()} descriptors, {NEEDED} are needed: ulimit -n")
     origin.serve(echo)
     with contextlib.ExitStack() as up:
-        # Two threads for requests, of which one address gets one: an idle connection that held it
+        # Four threads for requests, of which one address gets two: the one that serves, and the one
+        # before, which may not have ended when its answer is read. Idle connections that held them
         # would stop everybody.
-        gateway = up.enter_context(gateway_here(cache, WORKERS="2"))
+        gateway = up.enter_context(gateway_here(cache, WORKERS="4"))
         up.enter_context(agent_here(gateway, tmp_path, http={APP: origin.port}))
         alone = statistics.median(visit(gateway) for _ in range(20))
         threads = threading.active_count()
