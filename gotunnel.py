@@ -19,7 +19,9 @@ The agent dials, so it is the yamux client and its streams have odd numbers: onl
 stream. The gateway opens a data stream for each visit (or takes one that an earlier visit left in
 good order); their numbers are even. A data stream starts with the data header, which names the
 hostname, and carries raw bytes from then on. Every 15 seconds the gateway asks
-``{"type":"ping"}`` on the control stream, and the agent answers with a pong.
+``{"type":"ping"}`` on the control stream, and the agent answers with a pong. An agent that wants
+to know also hears there how its certificates stand (``{"type":"certificate"}``), and why the
+gateway ends the session (``{"type":"end"}``).
 
 This file is meant to be read from top to bottom:
 
@@ -39,7 +41,8 @@ Threads in the impure half:
                                                                wakes every one that waits
 
 Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519 for the token in
-``register``, RFC 1123 for hostnames. Where we differ from the specification, the text says "we".
+``register``, RFC 1123 for hostnames, RFC 3490 and 5891 for those of other
+scripts. Where we differ from the specification, the text says "we".
 """
 
 import collections
@@ -77,7 +80,7 @@ class StreamReset(ConnectionError):
 
 
 class TokenInvalid(Exception):
-    """A token does not prove what its bearer says; the text tells it why."""
+    """A token does not prove what its bearer says; the text, which that one may read, says why."""
 
 
 class Refused(Exception):
@@ -1824,6 +1827,12 @@ class Session:
         self._send(batch)
         return stream
 
+    def streams_in_use(self) -> list:
+        """The streams that somebody on our side is not done with. Needs no lock: it looks at
+        copies, each made in one step; one that ends meanwhile may be there twice."""
+        streams = (*self._streams.values(), *self._over)
+        return [stream for stream in streams if not stream._discarding]
+
     @property
     def arrived(self) -> bool:
         """Whether accept() would return at once."""
@@ -2138,12 +2147,6 @@ class Session:
             self._wake()
 
     # Timers
-
-    def streams_in_use(self) -> list:
-        """The streams that somebody on our side is not done with. Needs no lock: it looks at a
-        copy, which is made in one step."""
-        streams = (*self._streams.values(), *self._over)
-        return [stream for stream in streams if not stream._discarding]
 
     def call_later(self, delay, function):
         """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.
@@ -2546,7 +2549,7 @@ def pump(source, sink):
 
 # The process -------------------------------------------------------------------------------------
 
-# Seconds that a thread waits for its turn before it asks for it. Those who wait wake up to ask: with
+# Seconds that a thread waits for its turn before it asks for it. Who waits wakes up to ask; with
 # 128 visitors and Python's 5 ms, for nothing, and a seventh fewer requests were served.
 SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them

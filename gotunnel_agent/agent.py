@@ -59,7 +59,7 @@ DRAIN_TIMEOUT = 10  # seconds that running visits have when the agent is told to
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
-REFUSED_DELAY = 15  # at least that, if the gateway said no: a person has to change something first
+REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to change something first
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 HELD = 10  # seconds after which a session counts as one that worked
 
@@ -308,7 +308,7 @@ def new_instance() -> str:
 def retry_delay(failures, least=0, most=MAX_DELAY, random=random.random) -> float:
     """Seconds to wait after ``failures`` in a row, of which there is at least one.
 
-    Doubling, within ``least`` and ``most``, and never the same for two agents: those that a
+    Doubling, within ``least`` and ``most``, of which chance takes up to a half: agents that a
     gateway lost at one moment must not come back at one moment.
     """
     delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: long past any limit, short of overflow

@@ -3,7 +3,8 @@
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent forward` is another
 program, in forward.py; __main__.py tells the two apart.
 
-Exit status: 0 after a signal or with a hash, 2 if the configuration or the password is wrong.
+Exit status: 0 after a signal or with a hash; 1 after a second signal or a defect, or where a hash
+can be neither asked for nor printed; 2 if the configuration or the password is wrong.
 """
 
 import argparse

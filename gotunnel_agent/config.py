@@ -301,7 +301,7 @@ def _config(document: object) -> Config:
     size = len(json.dumps(config.policies(), separators=(",", ":")))
     if size > MOST_POLICIES:
         raise ConfigError(
-            f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels together, expected at most "
+            f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels, expected at most "
             f"{MOST_POLICIES}"
         )
     return config

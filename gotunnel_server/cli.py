@@ -19,7 +19,7 @@ import sys
 
 from gotunnel import HANG_UP, Signals, __version__, set_up_process, stay_on_one_cpu
 
-from . import agents_file, doctor, granting, scope
+from . import doctor, granting, scope
 from .agents_file import AgentsFileError
 from .authority import CertificateError
 from .cert_store import StoreError
@@ -76,8 +76,6 @@ def command(options) -> int:
         if options.command == "agents":
             return agents(config, options)
         if options.command == "check":
-            if config.agents_file is not None:
-                agents_file.read(config.agents_file)
             return doctor.run_check(config, sys.stdout)
         if options.renew is None:
             return doctor.run_certificates(config, sys.stdout)
@@ -102,7 +100,7 @@ def agents(config, options) -> int:
 
 
 def run(config) -> int:
-    """Run a gateway until a signal comes. Raises CertificateError, PortError."""
+    """Run a gateway until a signal comes. Raises CertificateError, AgentsFileError, PortError."""
     set_up_process(config.log_level)
     stay_on_one_cpu(min)  # an agent on the same machine takes the other one
     for warning in config.warnings:
@@ -142,7 +140,7 @@ def parse(arguments):
     token = commands.add_parser(
         "token", help="print a token for an agent that holds no secret",
         description="Print a token that may claim some hostnames, for an agent that holds no "
-        "secret. It cannot be called back before it ends, unless its issuer is in AGENTS_FILE.",
+        "secret.\nIt cannot be called back before it ends, unless its issuer is in AGENTS_FILE.",
         epilog=TOKEN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_scope(token)

@@ -353,8 +353,8 @@ class _Variables:
             first, last = _whole_number(first), _whole_number(last if dash else first)
             if first is None or last is None or not 1 <= first <= last <= MAX_PORT:
                 raise ConfigError(
-                    f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and ranges "
-                    f"of them, separated by commas or blanks, such as 2200-2299,5432: "
+                    f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and "
+                    f"ranges of them, separated by commas or blanks, such as 2200-2299,5432: "
                     f"correct {part!r}"
                 )
             ranges.append(range(first, last + 1))
@@ -437,14 +437,14 @@ class _Variables:
         kid, hmac = self.text("ACME_EAB_KID"), self.secret("ACME_EAB_HMAC_KEY")
         if (kid is None) != (hmac is None):
             raise ConfigError(
-                "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set, expected both, as the CA gave "
-                "them, or neither"
+                "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is set, expected both, as the CA "
+                "gave them, or neither"
             )
         if hmac is not None and not re.fullmatch(r"[A-Za-z0-9_-]+=*", hmac.strip()):
-            raise ConfigError("ACME_EAB_HMAC_KEY is no base64url, expected the key as the CA gave it")
+            raise ConfigError("ACME_EAB_HMAC_KEY is no base64url, expected what the CA gave you")
         email = self.text("ACME_EMAIL")
         if email is not None and not re.fullmatch(r"[^@\s,]+@[^@\s,]+", email):
-            raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address such as me@example.com")
+            raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address as me@example.com")
         return Acme(directory, self.file("ACME_CA_FILE"), email, kid, hmac and hmac.strip())
 
     def url(self, name: str) -> str | None:

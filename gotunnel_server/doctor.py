@@ -35,6 +35,7 @@ from cryptography import x509
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header, valid_hostname
 
+from . import agents_file
 from .addresses import is_always_here, is_own, own_addresses, resolve
 from .authority import RENEW_BEFORE, CertificateError
 from .cert_dir import CertDir, names_of
@@ -102,6 +103,8 @@ def finding_line(finding, *, colour) -> str:
 def examine(config) -> Iterable[Finding]:
     """All checks, for the Config of config.load()."""
     yield Finding(OK, "configuration", "read and understood")
+    if config.agents_file is not None:
+        yield from look_at_agents(config.agents_file)
     for warning in config.warnings:
         yield Finding(WARN, "configuration", warning)
     yield look_at_descriptors(config.max_connections)
@@ -122,6 +125,17 @@ def examine(config) -> Iterable[Finding]:
         yield Finding(OK, "directory", "not used, nothing is ordered")
     else:
         yield from look_at_directory(config.acme.directory, config.acme.ca_file)
+
+
+def look_at_agents(path) -> Iterable[Finding]:
+    try:
+        agents = agents_file.read(path)
+    except agents_file.AgentsFileError as error:
+        yield Finding(FAIL, "AGENTS_FILE", str(error).removeprefix("AGENTS_FILE "))
+        return
+    yield Finding(OK, "AGENTS_FILE", f"{path}, agents in it: {len(agents.entries)}")
+    for warning in agents.warnings:
+        yield Finding(WARN, "AGENTS_FILE", warning.removeprefix("AGENTS_FILE "))
 
 
 def look_at_descriptors(max_connections) -> Finding:

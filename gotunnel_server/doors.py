@@ -5,7 +5,7 @@ Bytes in, values out. The first bytes decide by which door a visitor comes in:
     TLS          22, 3                             hello.py reads on
     SSH          "SSH-" (RFC 4253 §4.2)            a raw visit
     HTTP         a method and a blank              a redirect to https://
-    PostgreSQL   SSLRequest, GSSENCRequest         an answer of one byte; TLS follows, or another try
+    PostgreSQL   SSLRequest, GSSENCRequest         an answer of one byte; then TLS, or another try
                  (PostgreSQL, "Message Formats")
     anything     none of these                     a raw visit, if the operator wants any
 

@@ -9,7 +9,8 @@
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends
     keeper                  1                            stop()
-    issuer, order, window   see issuer.py                stop()
+    issuer, order, window,
+    timer of a request      see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
 thread (visitor.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of its
@@ -72,7 +73,8 @@ class Gateway:
     """start(), then stop(). A gateway that could not start has left nothing open."""
 
     def __init__(self, config):
-        """``config``: the frozen Config of config.load(). Raises CertificateError, PortError."""
+        """``config``: the frozen Config of config.load(). Raises CertificateError,
+        AgentsFileError, PortError."""
         self._config = config
         self._authority = Authority(config.acme_cache / "local") if config.local_ca else None
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
@@ -137,8 +139,8 @@ class Gateway:
                         hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip
 
     def _serve_stored(self, store):
-        """Serve what was ordered earlier: until its agent is back, a hostname shows a page that says
-        so, and no TLS error."""
+        """Serve what was ordered earlier: until its agent is back, a hostname shows a page that
+        says so, and no TLS error."""
         for hostname in store.hostnames():
             with contextlib.suppress(CertificateError, StoreError):  # it is ordered when wanted
                 stored = store.certificate(hostname)
@@ -227,9 +229,11 @@ class Gateway:
     def _keep(self):
         """Thread: now and then, and when asked, look after what changes."""
         wanted, next_keep = set(self._own_names), monotonic() + KEEP
-        while not self._stopping:
+        while True:
             asked = self._look_now.wait(RELOAD)
             self._look_now.clear()
+            if self._stopping:
+                return
             try:
                 self._credentials.reload(force=asked)
                 self.tunnels.end_revoked()

@@ -1,9 +1,10 @@
 """SNI and ALPN out of the first bytes of a TLS connection (RFC 8446 §4.1.2, RFC 6066, RFC 7301).
 
-The listener peeks at a new connection and asks ``parse``: is it TLS, and if so, for which hostname
-and which protocols? It asks again when more bytes have come. Bytes in, values out; nothing is
-taken from the connection, and the TLS library reads the same bytes again afterwards. It checks
-what matters to it (versions, ciphers, keys); here only that is read which picks a certificate.
+Whoever has a new connection (visitor.py, tunnel.py) asks a ``Reader`` about what has come: is it
+TLS, and if so, for which hostname and which protocols? It asks again when more bytes have come.
+Bytes in, values out; the bytes are then given back to the connection, and the TLS library reads
+them again. It checks what matters to it (versions, ciphers, keys); here only that is read which
+picks a certificate.
 
 From the outside in, a hello is
 
@@ -11,8 +12,8 @@ From the outside in, a hello is
     a handshake   type 1, length, body; the body is
     a ClientHello version, random, session id, cipher suites, compression methods, extensions
 
-The promise: whatever bytes come, ``parse`` returns a value or raises NotTLS. It says the same of
-the same bytes, whether they come at once or one at a time.
+The promise: whatever bytes come, ``Reader.parse`` returns a value or raises NotTLS. It says the
+same of the same bytes, whether they come at once or one at a time.
 """
 
 import ipaddress
@@ -57,24 +58,20 @@ class NotTLS(Exception):
     """These bytes start no TLS connection, or one whose hello breaks the rules."""
 
 
-def parse(data: bytes) -> Hello | None:
-    """Read the hello at the start of ``data``, all that has come so far; None if more must come.
-
-    Bytes after the hello are not looked at. Raises NotTLS as soon as the bytes cannot become a
-    hello, an SSLv2 one included, or when HELLO_LIMIT bytes hold no complete one.
-    """
-    return Reader().parse(data)
-
-
 class Reader:
-    """parse() for bytes that come little by little: no record is looked at twice."""
+    """The first bytes of one connection, as they come: no record is looked at twice."""
 
     def __init__(self):
         self._at = 0  # where the first record begins that was not whole
         self._joined = b""  # fragments of those before it
 
     def parse(self, data: bytes) -> Hello | None:
-        """As the function; ``data`` begins with what it was the last time."""
+        """Read the hello at the start of ``data``, all that has come so far, which begins with
+        what it was the last time; None if more must come.
+
+        Bytes after the hello are not looked at. Raises NotTLS as soon as the bytes cannot become a
+        hello, an SSLv2 one included, or when HELLO_LIMIT bytes hold no complete one.
+        """
         message = self._message(data[:HELLO_LIMIT])
         if message is not None:
             return _client_hello(message)

@@ -17,7 +17,7 @@ class Usage(NamedTuple):
 
 def check(limits, usages, streams: int):
     """Whether there may be another visit, that takes so many ``streams`` more: 1, or 0 for one that
-    was kept. ``limits``: a credentials.Limits. Raises AgentBusy."""
+    was kept. ``limits``: an agents_file.Limits. Raises AgentBusy."""
     for name, count, more in (
         ("streams", sum(usage.streams for usage in usages), streams),
         ("visits", sum(usage.visits for usage in usages), 1),

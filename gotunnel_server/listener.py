@@ -3,9 +3,11 @@
 Waiting costs no worker here. A connection that waits for its peer is *parked* with its port's
 listener; when the peer sends something, or the time is up, it is handed to a worker, which does
 what can be done and parks it again, or closes it. So ownership moves, and a connection needs no
-lock: it is either in the listener's selector or in the hands of one worker.
+lock: it is in the listener's selector, in the hands of one worker, or waits for its turn
+(call_later()).
 
-Any thread may call park(), forget() and stop(). Everything else happens in the listener's thread.
+Any thread may call park(), call_later(), forget() and stop(). Everything else happens in the
+listener's thread.
 
 What can be parked has:
 
@@ -111,7 +113,7 @@ class Listener:
         self._submit = submit
         self._limit = limit
         self._first_timeout = first_timeout
-        # A short first wait is met to a third of it; where there is none, other short ones may come.
+        # A short first wait is met to a third of it; where there is none, other short ones may be.
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline
@@ -170,8 +172,8 @@ class Listener:
             self._wake()
 
     def call_later(self, function, timeout):
-        """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the listener
-        has stopped, at once."""
+        """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the
+        listener has stopped, at once."""
         if self._stopping.is_set():
             self._submit(function)
             return

@@ -196,7 +196,7 @@ class Policy:
         if deny is None and allow is None:
             return None
         if visitor is None or deny and visitor in deny or allow and visitor not in allow:
-            text = f"Visitors from {address[:MOST_SHOWN]} are not let in."
+            text = f"Visitors from {address[:MOST_SHOWN] or 'nowhere'} are not let in."
             return Denial(403, "not-allowed", text)
         return None
 

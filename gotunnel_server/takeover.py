@@ -53,9 +53,10 @@ class Claim:
             if not others:  # all or none: where others stay, we need not end what may still serve
                 for holder in taken.tunnels:
                     holder.replace(f"its agent has come back, from {self._tunnel.address[0]}")
-                if self._patient and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
+                if self._patient:
                     self._patient = False
-                    return self.attempt()
+                    if all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
+                        return self.attempt()
             return False
 
     def _is_ours(self, holder):

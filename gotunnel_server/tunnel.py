@@ -72,7 +72,7 @@ REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
 
 _NOTHING = contextlib.nullcontext()
-_NUMBER = re.compile("[0-9]+")
+_SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 
 
 class _Refusal(Exception):
@@ -160,7 +160,7 @@ class Tunnels:
 
     def log_refusal(self, address, text):
         """Say why somebody was turned away, once: Go agents come back every two seconds."""
-        key, now = (address[0], _NUMBER.sub("#", text)), monotonic()  # "it expired 7 s ago"
+        key, now = (address[0], _SPAN.sub("#", text)), monotonic()  # one reason, whenever
         with self._lock:
             last = self._refusals.pop(key, None)
             fresh = last is None or now - last > REFUSAL_MEMORY
@@ -561,21 +561,22 @@ class Tunnel:
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
         log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
-        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
-        self._tunnels.registry.release(self)
+        self._give_back()
         self.routes = {}
-        self._kept.close()
 
     def _ended(self):
         """Whoever ends the session: give everything back."""
-        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
-        self._tunnels.registry.release(self)
+        self._give_back()
         self.gone.set()
-        self._kept.close()
         if self.routes:
             log.info("agent at %s gone, with %s: %s",
                      self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
         self.routes = {}
+
+    def _give_back(self):
+        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
+        self._tunnels.registry.release(self)
+        self._kept.close()
 
     def end(self, reason):
         """End the session; a stranger's connection is broken, which its worker or the listener

@@ -24,6 +24,7 @@ from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
 
 from . import challenges, doors, hello, http1, pages, proxy_header
 from .http1 import Malformed
+from .limits import AgentBusy
 from .pages import Page
 from .proxy import Connect, Handler, VisitorGone
 
@@ -184,7 +185,8 @@ class Exchanges:
 
 
 class Visitor:
-    """One connection. It belongs to one worker, or is parked; reset() is for any thread."""
+    """One connection. It belongs to one worker, is parked, or waits for its turn (call_later());
+    reset() is for any thread."""
 
     def __init__(self, visitors, duplex, address, listener, route=None):
         """``route`` is where the port leads, if that is known before a byte has come."""
@@ -540,7 +542,8 @@ class Visitor:
         denial = route.policy and route.policy.judge_connection(self.address[0])
         if denial:
             self.duplex.reset()  # not an empty but complete visit
-            raise ConnectionAbortedError(f"{route.hostname}: {denial.text}")
+            log.info("%s: visitor at %s: %s", route.hostname, self.address[0], denial.text)
+            raise ConnectionAbortedError("its tunnel's policy")
         if not self._claim_relay():
             self.duplex.reset()
             raise ConnectionAbortedError("no room for another relay")
@@ -565,8 +568,10 @@ class Visitor:
     def _visit_tcp(self, route):
         try:
             stream = route.tunnel.open(route, self._ends)
-        except OSError:
+        except OSError as error:
             self.duplex.reset()  # refused: not an empty but complete visit
+            if isinstance(error, AgentBusy):
+                log.info("%s: visitor at %s: %s", route.hostname, self.address[0], error)
             raise
         try:
             visitor = self.duplex if self._sni else _Guarded(self.duplex, self._refuse_introduction)

@@ -431,7 +431,7 @@ def test_a_secret_does_not_end_in_a_new_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: {secret:S3CRET-of-an-agent, hosts: a.b}", "a: {? S3CRET-of-an-agent x, hosts: a.b}"]
+    "text", ["a: {secret:S3CRET-of-agents, hosts: a.b}", "a: {? S3CRET-of-agents x, hosts: a.b}"]
 )
 def test_a_blank_that_is_missing_shows_no_secret(tmp_path, text):
     path = tmp_path / "agents.yaml"

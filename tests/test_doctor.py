@@ -532,3 +532,25 @@ def test_a_certificate_that_nobody_ordered_cannot_be_renewed(tmp_path):
     Authority(tmp_path / "local").issue("app.localhost")
     with pytest.raises(StoreError, match="is from local CA"):
         doctor.ask_renewal(config_of(tmp_path), "app.localhost")
+
+
+# AGENTS_FILE
+
+
+def test_agents_and_what_is_weak_about_them_are_named(tmp_path):
+    path = tmp_path / "agents.yaml"
+    path.write_text("one: {hosts: a.example.com, secret: changeme}")
+    path.chmod(0o644)
+    found = list(doctor.look_at_agents(path))
+    assert found[0] == Finding(OK, "AGENTS_FILE", f"{path}, agents in it: 1")
+    assert [finding.level for finding in found[1:]] == [WARN, WARN]
+    assert not any("changeme" in finding.text for finding in found)
+
+
+@pytest.mark.parametrize("content", [None, "one: [", "one: {}"])
+def test_an_agents_file_that_cannot_be_used_fails(tmp_path, content):
+    path = tmp_path / "agents.yaml"
+    if content is not None:
+        path.write_text(content)
+    [finding] = doctor.look_at_agents(path)
+    assert (finding.level, finding.subject) == (FAIL, "AGENTS_FILE")

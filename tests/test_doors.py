@@ -1,4 +1,4 @@
-"""The doors to hostnames in tcp mode: plain bytes, silence, CONNECT, ports of their own, PostgreSQL's
+"""Doors to hostnames in tcp mode: plain bytes, silence, CONNECT, ports of their own, PostgreSQL's
 way into TLS; and what must not get in by any of them."""
 
 import contextlib

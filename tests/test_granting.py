@@ -274,7 +274,7 @@ def test_without_agents_file_there_is_nothing_to_change(capsys, command):
     assert "AGENTS_FILE is not set, expected" in refusal(capsys, 2, "agents", *command)
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["agents", "list"]])
+@pytest.mark.parametrize("command", [[], ["agents", "list"]])
 def test_bad_file_is_one_line_and_status_2(capsys, command):
     write(ENTRIES + "one: {}\n")
     said = refusal(capsys, 2, *command)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WIDTH = 100  # characters of a line
 
 # What each module may import besides the standard library: modules of its own package by their
 # names, others as they are. A module that is not listed here is not allowed to exist.
@@ -20,8 +21,8 @@ SERVER = {
         "granting", "listener", "scope",
     },
     "doctor.py": {
-        "gotunnel", "addresses", "authority", "cert_dir", "cert_store", "cryptography", "gateway",
-        "issuer", "listener", "timetable",
+        "gotunnel", "addresses", "agents_file", "authority", "cert_dir", "cert_store",
+        "cryptography", "gateway", "issuer", "listener", "timetable",
     },
     "granting.py": {"gotunnel", "agents_file", "credentials", "scope", "jwt"},
     "config.py": {"gotunnel", "policy", "dotenv"},
@@ -47,7 +48,8 @@ SERVER = {
     "policy.py": set(),
     "registry.py": {"gotunnel"},
     "visitor.py": {
-        "gotunnel", "challenges", "doors", "hello", "http1", "pages", "proxy", "proxy_header",
+        "gotunnel", "challenges", "doors", "hello", "http1", "limits", "pages", "proxy",
+        "proxy_header",
     },
     "challenges.py": {"cryptography"},
     "addresses.py": set(),
@@ -203,3 +205,14 @@ def test_only_the_gateways_configuration_reads_the_environment():
         or isinstance(node, ast.alias) and node.name in ("environ", "environb", "getenv")
     }
     assert readers == {"gotunnel_server/config.py"}
+
+
+@pytest.mark.parametrize("folder", [".", "gotunnel_server", "gotunnel_agent", "tests", "tools"])
+def test_no_line_is_wider_than_it_may_be(folder):
+    wide = [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > WIDTH
+    ]
+    assert wide == []

@@ -268,17 +268,20 @@ def test_data_header_leaves_what_follows():
     assert read_exactly(4) == b"rest"
 
 
+NOT_TWO = "a data header that does not hold two addresses"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("00 0001 61", "data header version 0, expected 1 or 2"),
         ("03 0001 61", "data header version 3, expected 1 or 2"),
         ("47 4554 20", "data header version 71, expected 1 or 2"),
-        ("02 0001 61", "a data header that does not hold two addresses"),
-        (f"02 0015 {b'a.b 1.2.3.4 5 1.2.3.4'.hex()}", "a data header that does not hold two addresses"),
-        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3.4 x'.hex()}", "a data header that does not hold two addresses"),
-        (f"02 001b {b'a.b 1.2.3.4 5 1.2.3.4 65536'.hex()}", "a data header that does not hold two addresses"),
-        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3 1234'[:23].hex()}", "a data header that does not hold two addresses"),
+        ("02 0001 61", NOT_TWO),
+        (f"02 0015 {b'a.b 1.2.3.4 5 1.2.3.4'.hex()}", NOT_TWO),
+        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3.4 x'.hex()}", NOT_TWO),
+        (f"02 001b {b'a.b 1.2.3.4 5 1.2.3.4 65536'.hex()}", NOT_TWO),
+        (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3 1234'[:23].hex()}", NOT_TWO),
         ("02 0002 c328", "a data header whose hostname is not UTF-8"),
         ("01 0002 c328", "a data header whose hostname is not UTF-8"),
     ],

@@ -387,7 +387,7 @@ def test_workers_grow_with_the_cores_within_bounds(cores, workers):
     [
         ({"ACME_ENV": None}, "https://acme-v02.api.letsencrypt.org/directory"),
         ({"ACME_ENV": "staging"}, "https://acme-staging-v02.api.letsencrypt.org/directory"),
-        ({"ACME_ENV": None, "ACME_DIRECTORY": "https://ca.test:14000/dir"}, "https://ca.test:14000/dir"),
+        ({"ACME_ENV": None, "ACME_DIRECTORY": "https://ca.test:1/dir"}, "https://ca.test:1/dir"),
         ({"ACME_ENV": "staging", "ACME_DIRECTORY": "https://ca.test/"}, "https://ca.test/"),
     ],
 )
@@ -421,12 +421,12 @@ def test_account_with_the_ca(tmp_path):
     [
         ({"ACME_DIRECTORY": "ca.test/dir"}, "ACME_DIRECTORY is 'ca.test/dir', expected a URL"),
         ({"ACME_DIRECTORY": "http://ca.test/dir"}, "ACME_DIRECTORY is 'http://ca.test/dir'"),
-        ({"ACME_DIRECTORY": "https://a/", "ACME_ENV": "local"}, "ACME_DIRECTORY and ACME_ENV=local"),
+        ({"ACME_DIRECTORY": "https://a/", "ACME_ENV": "local"}, "ACME_DIRECTORY and ACME_ENV"),
         ({"ACME_CA_FILE": "/none"}, "ACME_CA_FILE is '/none', expected a file that can be read"),
         ({"ACME_EMAIL": "me"}, "ACME_EMAIL is 'me', expected an address"),
         ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
-        ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set"),
-        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY only one is set"),
+        ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
+        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
         ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is no base64url"),
     ],
 )
