@@ -22,12 +22,13 @@ from support import (
     gateway_process,
     go_agent,
     request,
+    reserved_port,
     routes_of,
     status_of,
     wait_until,
 )
 
-from gotunnel import CERTIFICATES, REASONS, Ack, Certificate, End
+from gotunnel import ANY_PORT, CERTIFICATES, PORTS, REASONS, Ack, Certificate, End
 from gotunnel_agent.agent import make_token
 from gotunnel_server import credentials
 from gotunnel_server import gateway as gateway_module
@@ -173,6 +174,29 @@ def test_a_go_agent_is_limited_by_its_issuer(gateway, gopeer, origin, agents_fil
     with go_agent(gopeer, gateway, "-issuer", "office", http={OTHER: origin.port},
                   secret=OWN_SECRET):  # fmt: skip
         wait_until(lambda: routes_of(gateway.inner) == {OTHER})
+
+
+# Ports -------------------------------------------------------------------------------------------
+
+
+def test_a_port_beyond_the_credentials_is_refused_and_any_is_one_of_its_own(cache, agents_file):
+    with contextlib.ExitStack() as free:
+        ports = [free.enter_context(reserved_port()) for _ in range(3)]
+    agents_file.write(ports=[ports[1]])
+    changes = {"TCP_PORTS": ",".join(map(str, ports)), "AGENTS_FILE": str(agents_file.path)}
+    message = {"token": office(), "modes": {APP: "tcp"}, "features": (PORTS,)}
+    with gateway_here(cache, **changes) as gateway:
+        for wanted, given in (ANY_PORT, ports[1]), (ports[1], ports[1]), (ports[2], None):
+            ack = reply_to(gateway, registration(APP, ports={APP: str(wanted)}, **message))
+            assert ack.ports == ({APP: str(given)} if given else {})
+        assert ack.refused == {APP: f"this credential may have the ports {ports[1]}"}
+        with registered(gateway, APP, ports={APP: ANY_PORT}, **message):
+            more = {**message, "modes": {"x.dev.localhost": "tcp"}}
+            message = registration("x.dev.localhost", ports={"x.dev.localhost": ANY_PORT}, **more)
+            assert reply_to(gateway, message).refused == {
+                "x.dev.localhost": "none of the free ones is for this agent: this credential may "
+                f"have the ports {ports[1]}"
+            }
 
 
 # What is taken away ------------------------------------------------------------------------------
