@@ -1068,9 +1068,8 @@ def normal_hostname(name: str) -> str:
     their xn-- form, so that look-alikes (full width letters) are one. A name that has no such form
     stays as it is, and is not valid."""
     if not name.isascii() and len(name) <= MAX_HOSTNAME and not _AMBIGUOUS & set(name):
-        wildcard, rest = (WILDCARD, name[2:]) if name.startswith(WILDCARD) else ("", name)
         with contextlib.suppress(UnicodeError):
-            name = wildcard + rest.encode("idna").decode()
+            name = name.encode("idna").decode()
     return name.lower() if name.endswith("..") else name.lower().removesuffix(".")
 
 

@@ -33,7 +33,7 @@ class Claim:
         self._routes = routes
         self._asked = {}  # tunnel that holds one: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
-        self._patient = True  # has not waited MOMENT yet
+        self._replaced = set()  # tunnels that were told to go
 
     def attempt(self) -> bool:
         """Take the hostnames, if that is decided: True if they are ours, False if it will be
@@ -51,12 +51,12 @@ class Claim:
                 elif holder.has_answered(self._asked[holder]):
                     raise
             if not others:  # all or none: where others stay, we need not end what may still serve
-                for holder in taken.tunnels:
+                replaced = taken.tunnels - self._replaced
+                self._replaced |= replaced
+                for holder in replaced:
                     holder.replace(f"its agent has come back, from {self._tunnel.address[0]}")
-                if self._patient:
-                    self._patient = False
-                    if all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
-                        return self.attempt()
+                if replaced and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
+                    return self.attempt()
             return False
 
     def _is_ours(self, holder):

@@ -178,6 +178,7 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"hosts": "a*.example.com"}, "its hosts cannot be read: 'a*.example.com' has a *"),
         ({"hosts": "a.example.com,"}, "its hosts cannot be read: '' came"),
         ({"hosts": "a.example.com:80"}, "its hosts cannot be read"),
+        ({"hosts": "*." + "a." * 125 + "com"}, "its hosts cannot be read: '*.a.a."),
         ({"hosts": "\x00\n\ud83d" + "ü" * 5000}, "its hosts cannot be read"),
         ({"hosts": ["a.example.com"] * 257}, "its hosts cannot be read: 257 items"),
         ({"ports": ""}, "its ports cannot be read"),

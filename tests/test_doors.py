@@ -163,6 +163,20 @@ def test_hostname_gets_the_port_of_last_time_again():
     assert ports.open("auto", route(RAW)) == 2200
 
 
+def test_port_that_its_credential_does_not_permit_is_not_opened():
+    def why_not(port):
+        return None if port == 5432 else f"not port {port}"
+
+    doors = Doors()
+    ports = Ports(ALLOWED, doors)
+    with pytest.raises(PortRefused, match="^not port 2200$"):
+        ports.open("2200", route(RAW), why_not)
+    assert ports.open("auto", route(RAW), why_not) == 5432
+    with pytest.raises(PortRefused, match="none of the free ones is for this agent: not port 2200"):
+        ports.open("auto", route(SECOND), why_not)
+    assert list(doors) == [5432]
+
+
 def test_ports_of_a_tunnel_end_with_it_and_no_others():
     doors = Doors()
     ports = Ports(ALLOWED, doors)

@@ -334,6 +334,7 @@ def test_invalid_hostnames(name):
         ("\u0430pple.com", "xn--pple-43d.com"),  # a Cyrillic a
         ("fa\u00df.de", "fa\u00df.de"),  # ss or xn--fa-hia: who writes it has to say
         ("\u00fc" * 64, "\u00fc" * 64),  # too long a label
+        ("\u00fc." * 127 + "de", "\u00fc." * 127 + "de"),  # too long a name to be read at all
     ],
 )  # fmt: skip
 def test_normal_hostnames(name, normal):
@@ -353,6 +354,7 @@ def test_hostnames_of_other_scripts(name):
         "xn--example-.com",  # example, if it were read
         "xn--Bcher-kvA-.example",
         "xn--a-ecp.ru",  # not as punycode is written
+        "a.xn---p1ai",  # xn--p1ai in another spelling
         "a.xn--.com",
         "xn--bcher-4va.example.xn--ls8h-",
         "xn--" + "\u00fc".upper().encode("punycode").decode() + ".de",  # a capital letter

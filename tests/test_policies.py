@@ -98,6 +98,19 @@ def test_a_password_is_asked_for_and_is_not_the_targets_business(gateway, tmp_pa
         assert len(heads) == 3 and b"Authorization" not in b"".join(heads)
 
 
+@pytest.mark.parametrize("name", ["Authorization", "authorization"])
+@pytest.mark.parametrize(
+    ("policy", "passes"), [({"basic_auth": f"me:{PASSWORD}"}, False), ({"allow": HERE}, True)]
+)
+def test_a_password_that_is_not_for_us_is_the_targets(
+    gateway, tmp_path, origin, name, policy, passes
+):
+    heads = pages(origin)
+    with serving(gateway, tmp_path, origin, **policy):
+        assert ask(gateway, GOOD.replace("Authorization", name))[0][0] == 200
+        assert (b"uthorization: " in heads[0]) is passes
+
+
 def test_each_request_of_a_connection_is_judged(gateway, tmp_path, origin):
     heads = pages(origin)
     with serving(gateway, tmp_path, origin, basic_auth=f"me:{PASSWORD}"):
@@ -231,6 +244,26 @@ def test_no_door_of_a_tcp_hostname_is_left_open(cache, tmp_path, origin, door, p
                         wire.send(b"SSH-2.0-x\r\n")
                         assert is_cut(wire)
             assert origin.was_left_alone()
+
+
+def test_who_is_not_let_in_sees_no_complete_visit(cache, tmp_path, origin):
+    with gateway_here(cache, RAW_TCP_HOST=RAW) as gateway:
+        with serving(gateway, tmp_path, origin, "tcp", RAW, deny=HERE):
+            with Wire(socket.create_connection(("127.0.0.1", gateway.public_port))) as wire:
+                with pytest.raises(ConnectionResetError):
+                    wire.send(b"SSH-2.0-x\r\n")
+                    wire.read()
+
+
+@pytest.mark.parametrize(("address", "status"), [("192.0.2.7", 403), ("203.0.113.7", 200)])
+def test_whom_a_trusted_proxy_connects_is_judged(cache, tmp_path, origin, address, status):
+    target = f"{RAW}:{origin.port}"
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nX-Forwarded-For: {address}\r\n\r\n"
+    with gateway_here(cache, **PROXY) as gateway:
+        with serving(gateway, tmp_path, origin, "tcp", RAW, deny="192.0.2.0/24"):
+            with gateway.dial(GATEWAY_HOST) as visitor:
+                visitor.send(head.encode())
+                assert status_of(visitor.read_head()) == status
 
 
 def test_connections_have_a_rate_too(gateway, tmp_path, origin):

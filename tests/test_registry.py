@@ -135,3 +135,18 @@ def test_a_name_of_the_gateway_is_nobodys():
     with pytest.raises(HostnameTaken, match="gateway.test .the gateway's own name.$") as caught:
         registry.claim(routes("second", "a.test", "gateway.test"))
     assert not caught.value.tunnels
+
+
+def test_update_changes_only_what_its_tunnel_still_holds():
+    """A session may end, and another take its hostname, while its ports open."""
+    registry = Registry()
+    registry.claim(routes("first", "a.test", "b.test", "gone.test"))
+    registry.release("first")
+    registry.claim(routes("first", "a.test"))
+    registry.claim(routes("second", "b.test"))
+    opened = {
+        hostname: route._replace(port=2200)
+        for hostname, route in routes("first", "a.test", "b.test", "gone.test").items()
+    }
+    registry.update(opened)
+    assert registry.routes() == {"a.test": opened["a.test"], **routes("second", "b.test")}

@@ -30,6 +30,7 @@ from support import (
 
 from gotunnel import ANY_PORT, CERTIFICATES, PORTS, REASONS, Ack, Certificate, End
 from gotunnel_agent.agent import make_token
+from gotunnel_server import attempts as attempts_module
 from gotunnel_server import credentials
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.authority import Authority
@@ -282,6 +283,17 @@ def test_who_guesses_is_slowed_down_and_then_shut_out(gateway, monkeypatch):
     assert reply_to(gateway, registration(APP)).ok
 
 
+def test_only_who_does_not_prove_who_it_is_has_failed(gateway, monkeypatch):
+    monkeypatch.setattr(attempts_module, "MOST_FAILURES", 1)
+    for _ in range(2):
+        assert reply_to(gateway, registration(APP)).ok
+        assert not reply_to(gateway, registration(OTHER, token=office())).ok
+    for _ in range(2):
+        assert not reply_to(gateway, registration(APP, token="x.y.z")).ok
+    with pytest.raises(OSError):
+        HandMade(gateway)
+
+
 # Wildcards ---------------------------------------------------------------------------------------
 
 
@@ -340,6 +352,17 @@ def test_hostnames_are_counted_over_all_sessions_of_a_credential(gateway, agents
             assert reply_to(gateway, registration(OTHER)).ok
 
 
+def test_hostnames_of_other_credentials_do_not_count(gateway, agents_file):
+    agents_file.write(limits={"hostnames": 1})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.hostnames == 1)
+    with registered(gateway, OTHER, "x.localhost"), registered(gateway, APP, token=office()):
+        with HandMade(gateway, registration("x.dev.localhost", token=office())) as refused:
+            assert not refused.hear().ok
+            # It has got nothing, also before it has left.
+            assert set(gateway.inner.tunnels.registry.routes()) == {OTHER, "x.localhost", APP}
+
+
 @pytest.mark.parametrize("limit", ["visits", "streams"])
 def test_a_visit_more_than_permitted_hears_which_limit(gateway, agents_file, limit):
     agents_file.write(limits={limit: 2})
@@ -388,6 +411,33 @@ def test_a_stream_that_is_kept_makes_room_for_a_visit(gateway, agents_file, tmp_
         for hostname in [*ports, *ports]:
             assert gateway.get(hostname)[0] == 200
             wait_until(lambda: len(agent._kept._all) == 1)
+
+
+def test_a_visit_over_a_stream_that_was_kept_counts_too(gateway, agents_file, tmp_path, origin):
+    agents_file.write(limits={"visits": 1})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.visits == 1)
+    other, done = "x.dev.localhost", threading.Event()
+
+    def script(target):
+        while head := target.read_head():
+            if other.encode() in head:
+                done.wait(TIMEOUT)
+            target.send(answer(b"page"))
+
+    origin.serve(script)
+    ports = {APP: origin.port, other: origin.port}
+    with agent_here(gateway, tmp_path, http=ports, jwt_secret=OWN_SECRET, jwt_issuer="office"):
+        [agent] = gateway.inner.tunnels.registered()
+        assert gateway.get(APP)[0] == 200
+        wait_until(lambda: len(agent._kept._all) == 1)
+        with gateway.dial(other) as visitor:
+            visitor.send(request(host=other))
+            wait_until(lambda: agent.usage().visits == 1)
+            status = gateway.get(APP)[0]
+            done.set()
+            assert status_of(visitor.read_message()[0]) == 200
+        assert status == 503
 
 
 def test_no_more_visits_than_permitted_at_once_however_many_come(

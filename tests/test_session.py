@@ -1157,6 +1157,40 @@ def test_a_session_that_closes_takes_no_more_writes(monkeypatch):
         peer.close()
 
 
+def test_close_without_patience_waits_for_no_line(monkeypatch):
+    """Another session takes its place, and must not wait for a peer that does not read."""
+    monkeypatch.setattr(gotunnel, "FLUSH_TIMEOUT", PATIENCE)
+    with raw_pair() as (peer, session):
+        ended = threading.Event()
+        session.on_end = ended.set
+        narrow(peer, session)
+        accepted(peer, session).write(bytes(INITIAL_WINDOW))
+        wait_until(lambda: session._jammed)
+        session.close("replaced", patience=0)
+        assert ended.wait(SOON)
+        peer.close()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_stream_is_opened_within_its_permit(refused):
+    """So that whoever counts streams next finds this one among them."""
+    counts = []
+
+    @contextlib.contextmanager
+    def permit():
+        counts.append(len(session.streams_in_use()))
+        if refused:
+            raise PermissionError
+        yield
+        counts.append(len(session.streams_in_use()))
+
+    with raw_pair(client=True) as (peer, session):
+        with pytest.raises(PermissionError) if refused else contextlib.nullcontext():
+            session.open(permit=permit())
+        assert counts == ([0] if refused else [0, 1])
+        assert len(peer.barrier()) == (not refused)
+
+
 def test_close_before_start():
     with duplex_pair("tcp") as (left, right):
         ended = threading.Event()

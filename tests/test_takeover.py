@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import logging
 import os
 import secrets
 import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
 from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
@@ -31,7 +33,8 @@ from wire import open_files, resident
 from gotunnel import REASONS, REPLACED, Ack, End, Ping, Pong, SessionClosed, read_data_header
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent.agent import make_token
-from gotunnel_server import tunnel
+from gotunnel_server import takeover, tunnel
+from gotunnel_server.registry import HostnameTaken, Registry, Route
 
 OTHER = "other.localhost"
 TAKEN_OVER = "another session takes over"
@@ -118,10 +121,23 @@ def test_an_agent_that_does_not_answer_is_replaced(gateway, impatient):
             assert new.session.ended == ""
 
 
+def test_an_agent_that_has_answered_once_is_asked_again(gateway, monkeypatch):
+    with registered(gateway, APP) as old:
+        with HandMade(gateway, registration(APP)) as first:
+            assert isinstance(old.hear(), Ping)
+            old.say(Pong(1))
+            assert not first.hear().ok
+        monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+        monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+        with registered(gateway, APP):  # it answers no more
+            pass
+
+
 def test_an_agent_whose_answers_queue_is_not_taken_for_dead(gateway, monkeypatch):
     """Its line is full of an upload; a pong waits behind that."""
     monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.5)
+    monkeypatch.setattr(takeover, "ENDING_TIMEOUT", 10 * TIMEOUT)  # no verdict comes of that
     done = threading.Event()
     with registered(gateway, APP) as old, gateway.dial(APP) as visitor:
         visitor.send(request())
@@ -186,6 +202,23 @@ def test_a_newcomer_that_leaves_while_it_waits_holds_nothing(gateway, impatient)
         pass
 
 
+def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monkeypatch):
+    registry = gateway.inner.tunnels.registry
+    claim, claimed = registry.claim, threading.Event()
+
+    def claim_too_late(routes):
+        routes[APP].tunnel.end("its line is cut")
+        claim(routes)
+        claimed.set()
+
+    monkeypatch.setattr(registry, "claim", claim_too_late)
+    with HandMade(gateway, registration(APP)) as agent:
+        with pytest.raises(SessionClosed):
+            agent.hear()
+        assert claimed.wait(TIMEOUT)
+        wait_until(lambda: not registry.routes())
+
+
 def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
     with gateway_here(cache) as gateway, registered(gateway, APP):
         with HandMade(gateway, registration(APP)):
@@ -234,7 +267,9 @@ def tables():
 
 
 @pytest.mark.slow
-def test_many_takeovers_leave_nothing(gateway):
+def test_many_takeovers_leave_nothing(gateway, caplog):
+    caplog.set_level(logging.ERROR, "gotunnel")  # what is logged is kept for the test's report
+
     def take_over():
         agent = HandMade(gateway, registration(APP, instance=SAME))
         assert agent.hear().ok
@@ -244,7 +279,7 @@ def test_many_takeovers_leave_nothing(gateway):
     with gateway.dial(APP) as visitor:  # with a visit that it tears down
         visitor.send(request())
         agents[-1].session.accept(TIMEOUT)
-        for _ in range(50):
+        for _ in range(150):
             agents.append(take_over())
             agents.pop(0).session.join()
     wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
@@ -320,3 +355,59 @@ def test_hostname_of_a_stopped_agent_is_anothers_soon(
                 incumbent.wait_for("host already registered|another session takes over")
                 assert gateway.get(APP)[0] == 200
                 assert gateway.inner.tunnels.registered() == winner
+
+
+# The verdict alone -------------------------------------------------------------------------------
+
+
+class Holder:
+    """A session that holds a hostname; it ends, and answers, only if the test says so."""
+
+    def __init__(self, instance=""):
+        self.instance = instance
+        self.identity = types.SimpleNamespace(credential="one")
+        self.address = ("192.0.2.1", 1)
+        self.gone = threading.Event()
+        self.replaced = []
+
+    def ask(self):
+        return 0.0
+
+    def has_answered(self, since):
+        return False
+
+    def replace(self, reason):
+        self.replaced.append(reason)
+
+
+def claim_to_app(registry, tunnel):
+    return takeover.Claim(registry, tunnel, {APP: Route(APP, "http", tunnel)})
+
+
+def test_the_gateways_own_name_is_refused_without_a_wait():
+    with pytest.raises(HostnameTaken, match="own name"):
+        claim_to_app(Registry({APP}), Holder()).attempt()
+
+
+@pytest.mark.parametrize("instance", ["", SAME])
+def test_a_session_that_does_not_end_keeps_nobody_waiting_for_ever(monkeypatch, instance):
+    now = [1000.0]
+    monkeypatch.setattr(takeover, "monotonic", lambda: now[0])
+    registry, holder = Registry(), Holder(instance)
+    registry.claim({APP: Route(APP, "http", holder)})
+    claim = claim_to_app(registry, Holder(instance))
+    assert claim.attempt() is False
+    assert bool(holder.replaced) is bool(instance)
+    now[0] += takeover.ENDING_TIMEOUT
+    assert claim.attempt() is False
+    now[0] += 1
+    with pytest.raises(HostnameTaken):
+        claim.attempt()
+    assert len(holder.replaced) == bool(instance)  # once is enough
+
+
+def test_who_comes_back_has_its_hostname_at_the_first_attempt():
+    registry, holder = Registry(), Holder(SAME)
+    holder.replace = lambda reason: (registry.release(holder), holder.gone.set())
+    registry.claim({APP: Route(APP, "http", holder)})
+    assert claim_to_app(registry, Holder(SAME)).attempt() is True
