@@ -153,12 +153,12 @@ def parse(arguments):
         help="who it is for: a name in AGENTS_FILE, whose secret signs it then; else JWT_SECRET "
         "does (default: JWT_ISSUER)",
     )  # fmt: skip
-    agents = commands.add_parser(
+    agents_ = commands.add_parser(
         "agents", help="write AGENTS_FILE: agents with credentials of their own",
         description="Write AGENTS_FILE, or show it. A gateway that runs takes it up within 5 s.",
         epilog=AGENTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    whats = agents.add_subparsers(title="commands", dest="what", metavar="COMMAND", required=True)
+    whats = agents_.add_subparsers(title="commands", dest="what", metavar="COMMAND", required=True)
     add = whats.add_parser(
         "add", help="make a secret for a new agent; prints the lines for its configuration",
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
@@ -170,12 +170,12 @@ def parse(arguments):
         "--expires", metavar="TIME", type=_as(granting.read_expires),
         help="when it ends: 2030-12-31 (with that day) or 2030-12-31T18:00:00Z (default: never)",
     )  # fmt: skip
-    list_ = whats.add_parser("list", help="show who is there; no secrets")
+    show = whats.add_parser("list", help="show who is there; no secrets")
     remove = whats.add_parser("remove", help="take an agent out; its sessions end")
     remove.add_argument("name", metavar="NAME")
-    for command in (check, certificates, token, agents, add, list_, remove):
+    for each in (check, certificates, token, agents_, add, show, remove):
         # It may stand before the command as well: then the command must not unset it.
-        _add_env_file(command, default=argparse.SUPPRESS)
+        _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

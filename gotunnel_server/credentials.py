@@ -69,11 +69,6 @@ class Identity:
     def limits(self) -> Limits:
         return Limits() if self.entry is None else self.entry.limits
 
-    @property
-    def expires(self) -> float | None:
-        """Wall-clock seconds at which the entry of AGENTS_FILE ends, None: never."""
-        return None if self.entry is None else self.entry.expires
-
     def why_not(self, hostname: str) -> str | None:
         """Why a hostname, as normal_hostname() gives it, may not be claimed; None: it may."""
         if self.hosts is None:
@@ -84,15 +79,12 @@ class Identity:
             return None
         return f"this credential may claim {scope.shown(self.hosts)}"
 
-    def why_not_port(self, port: int | None) -> str | None:
-        """Why a public port, or any free one (None), may not be had; None: it may. Of any free
-        ones, each has to be asked for."""
-        if self.ports is None or self.ports and port is None:
+    def why_not_port(self, port: int) -> str | None:
+        """Why a public port may not be had; None: it may."""
+        if self.ports is None or any(port in ports for ports in self.ports):
             return None
         if not self.ports:
             return "this credential may have no public port"
-        if any(port in ports for ports in self.ports):
-            return None
         return f"this credential may have the ports {scope.shown(self.ports)}"
 
 

@@ -40,6 +40,7 @@ from gotunnel_server import gateway as gateway_module
 from gotunnel_server.authority import Authority
 from gotunnel_server.challenges import ALPN as ACME_TLS
 from gotunnel_server.challenges import PATH, Challenges
+from gotunnel_server.issuer import FAILED, READY, WAITING, State
 
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
 OTHER = "other.localhost"
@@ -247,6 +248,19 @@ def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin)
         assert time.monotonic() - began < 8  # less than the drain
         assert not visitors._visitors
         visitor.close()
+
+
+def test_a_visitor_waits_until_its_certificate_is_served_and_not_only_there(tmp_path, monkeypatch):
+    """Between the two a handshake would fail."""
+    with house(tmp_path) as gateway:
+        awaits, states = gateway.inner._awaits_certificate, {}
+        monkeypatch.setattr(gateway.inner._issuer, "state", states.get)
+        for name, expected in (WAITING, True), (READY, True), (FAILED, False):
+            states[APP] = State(name, "", 0.0, None)
+            assert awaits(APP) is expected
+        assert awaits(OTHER) is False and awaits(None) is False
+        states[TUNNEL_HOST] = State(WAITING, "", 0.0, None)
+        assert awaits(TUNNEL_HOST) is False  # it has one
 
 
 def test_nobody_causes_an_order_by_a_hello(tmp_path):

@@ -105,7 +105,7 @@ def test_token_is_all_that_is_printed_and_may_claim_what_was_named(capsys):
 def test_token_without_ports_may_have_none(capsys):
     assert main(["token", "--hosts", "b.example.com", "--ttl", "1y"]) == 0
     identity = credentials().identify(capsys.readouterr().out.strip())
-    assert identity.ports == () and identity.why_not_port(None) is not None
+    assert identity.ports == () and identity.why_not_port(2200) is not None
 
 
 def test_token_of_an_agent_in_the_file_is_signed_with_its_secret(capsys):
@@ -199,7 +199,7 @@ def test_added_agent_can_register_with_the_lines_that_were_printed(capsys, folde
     identity = credentials().identify(token)
     assert identity.credential == ("agent", "two")
     assert identity.hosts == ("*.b.example.com", "c.example.com")
-    assert identity.ports == (range(22, 23), range(80, 91)) and identity.expires is None
+    assert identity.ports == (range(22, 23), range(80, 91)) and identity.entry.expires is None
     assert Path("agents.yaml").read_text().startswith(ENTRIES)
 
 

@@ -24,7 +24,7 @@ SERVER = {
         "gotunnel", "addresses", "agents_file", "authority", "cert_dir", "cert_store",
         "cryptography", "gateway", "issuer", "listener", "timetable",
     },
-    "granting.py": {"gotunnel", "agents_file", "credentials", "scope", "jwt"},
+    "granting.py": {"agents_file", "credentials", "scope", "jwt"},
     "config.py": {"gotunnel", "policy", "dotenv"},
     "gateway.py": {
         "gotunnel", "addresses", "attempts", "authority", "cert_store", "certificates",

@@ -447,13 +447,16 @@ def test_no_more_visits_than_permitted_at_once_however_many_come(
     gateway.inner.reload()
     wait_until(lambda: gateway.inner._credentials._entries["office"].limits.visits == 3)
     at_once, most, lock = [0], [0], threading.Lock()
+    refused, full = threading.Event(), threading.Event()  # before both, no visit ends
 
     def script(target):
         while target.read_head():
             with lock:
                 at_once[0] += 1
                 most[0] = max(most[0], at_once[0])
-            time.sleep(0.01)
+                if at_once[0] == 3:
+                    full.set()
+            assert refused.wait(TIMEOUT) and full.wait(TIMEOUT)
             with lock:
                 at_once[0] -= 1
             target.send(answer(b"page"))
@@ -466,6 +469,8 @@ def test_no_more_visits_than_permitted_at_once_however_many_come(
             with gateway.dial(APP) as visitor:
                 visitor.send(request())
                 statuses.append(status_of(visitor.read_message()[0]))
+            if statuses[-1] == 503:
+                refused.set()
 
     keys = {"jwt_secret": OWN_SECRET, "jwt_issuer": "office"}
     with agent_here(gateway, tmp_path, http={APP: origin.port}, **keys):
@@ -474,5 +479,5 @@ def test_no_more_visits_than_permitted_at_once_however_many_come(
             thread.start()
         for thread in threads:
             thread.join()
-    assert most[0] <= 3
+    assert most[0] == 3
     assert set(statuses) == {200, 503}
