@@ -11,6 +11,7 @@ its ``with`` has, also when the test failed.
 """
 
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -154,14 +155,21 @@ class Wire:
         return head, self.read_exactly(int(length[1]) if length else 0)
 
     def finish(self):
-        """Half-close, with TLS's farewell. Not while the peer sends: OpenSSL would refuse."""
+        """Half-close, with TLS's farewell. Not while the peer sends: OpenSSL would refuse.
+
+        A peer that has broken the connection off before is no error: nothing is left to close.
+        """
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.setblocking(False)
             with contextlib.suppress(ssl.SSLWantReadError):  # the peer's farewell is yet to come
                 self.sock.unwrap()
             self.sock.settimeout(TIMEOUT)
         else:
-            self.sock.shutdown(socket.SHUT_WR)
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
 
     def reset(self):
         """Close with a RST."""
