@@ -50,10 +50,11 @@ class Registry:
         self._routes = {}
         self._wildcards = False  # whether there is one among them
 
-    def claim(self, routes):
+    def claim(self, routes, permit=lambda routes: None):
         """Take every hostname of ``routes`` (hostname to Route), or none of them.
 
-        Raises HostnameTaken, naming those that are reserved, or else those that are served.
+        ``permit(routes)`` is called with all that there would be then, and may raise. Raises
+        HostnameTaken, naming those that are reserved, or else those that are served.
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
@@ -61,7 +62,9 @@ class Registry:
             if taken := [hostname for hostname in routes if hostname in self._routes]:
                 tunnels = {self._routes[hostname].tunnel for hostname in taken}
                 raise HostnameTaken(taken, tunnels)
-            self._put({**self._routes, **routes})
+            routes = {**self._routes, **routes}
+            permit(routes)
+            self._put(routes)
 
     def _put(self, routes):
         self._routes = routes

@@ -26,20 +26,22 @@ MOMENT = 0.05  # seconds that a worker waits for that itself: mostly it takes a 
 class Claim:
     """One tunnel's claim to hostnames. One thread at a time."""
 
-    def __init__(self, registry, tunnel, routes):
-        """``tunnel`` wants ``routes`` (hostname to Route)."""
+    def __init__(self, registry, tunnel, routes, permit):
+        """``tunnel`` wants ``routes`` (hostname to Route), if the registry's ``permit`` raises
+        nothing."""
         self._registry = registry
         self._tunnel = tunnel
         self._routes = routes
+        self._permit = permit
         self._asked = {}  # tunnel that holds one: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
         self._replaced = set()  # tunnels that were told to go
 
     def attempt(self) -> bool:
         """Take the hostnames, if that is decided: True if they are ours, False if it will be
-        known later, in some LOOK seconds. Raises HostnameTaken."""
+        known later, in some LOOK seconds. Raises HostnameTaken, and what ``permit`` does."""
         try:
-            self._registry.claim(self._routes)
+            self._registry.claim(self._routes, self._permit)
             return True
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:

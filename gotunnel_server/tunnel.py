@@ -324,11 +324,12 @@ class Tunnel:
             )
         except NotGranted as error:
             raise _Refusal(str(error)) from None
-        self._check_hostnames(len(routes))  # too many by themselves cost nobody a session
+        self._check_hostnames(routes)  # too many by themselves cost nobody a session
         session = self._session
         session.on_end = self._ended  # from here on there is something to give back
         session.on_close = lambda: self._tunnels.forget(self)
-        claim = takeover.Claim(self._tunnels.registry, self, routes)
+        registry = self._tunnels.registry
+        claim = takeover.Claim(registry, self, routes, permit=self._check_hostnames)
         self._step = lambda: self._claim(claim, message, routes)
         return True
 
@@ -363,29 +364,20 @@ class Tunnel:
             raise _Refusal(str(taken)) from None
         self._step = None
         try:
-            self._check_hostnames(self._count_hostnames())
-        except _Refusal:
-            self._tunnels.registry.release(self)
-            raise
-        try:
             self._take_up(message, routes)
         except OSError:
             self._ended()  # once more: the session may have ended before it had all of it
             raise
         return False
 
-    def _check_hostnames(self, count):
-        """Whether the credential permits so many."""
-        most = self.identity.limits.hostnames
-        if most is not None and count > most:
+    def _check_hostnames(self, routes):
+        """Whether the credential permits as many as it has in ``routes``, in all its sessions."""
+        most, credential = self.identity.limits.hostnames, self.identity.credential
+        if most is None:
+            return
+        count = sum(route.tunnel.identity.credential == credential for route in routes.values())
+        if count > most:
             raise _Refusal(f"too many hostnames: {count}, at most {most} for this credential")
-
-    def _count_hostnames(self):
-        """Those of all sessions of the credential."""
-        return sum(
-            route.tunnel.identity.credential == self.identity.credential
-            for route in self._tunnels.registry.routes().values()
-        )
 
     def _take_up(self, message, routes):
         """Everything is granted: tell the agent, and begin to serve."""

@@ -129,6 +129,22 @@ def test_a_conflict_names_every_hostname_and_whose_they_are():
     assert caught.value.tunnels == {"first", "second"}
 
 
+def test_a_claim_that_is_not_permitted_takes_nothing():
+    registry = Registry()
+    first, second = routes("first", "a.test"), routes("second", "b.test", "c.test")
+    registry.claim(first)
+    seen = []
+
+    def refuse(all_there_would_be):
+        seen.append(all_there_would_be)
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        registry.claim(second, refuse)
+    assert seen == [{**first, **second}] and registry.routes() == first
+    registry.claim(second, lambda _: None)
+
+
 def test_a_name_of_the_gateway_is_nobodys():
     registry = Registry(reserved={"gateway.test"})
     registry.claim(routes("first", "a.test"))

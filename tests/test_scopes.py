@@ -352,6 +352,21 @@ def test_hostnames_are_counted_over_all_sessions_of_a_credential(gateway, agents
             assert reply_to(gateway, registration(OTHER)).ok
 
 
+def test_as_many_hostnames_as_permitted_are_granted_to_many_who_come_at_once(gateway, agents_file):
+    agents_file.write(limits={"hostnames": 3})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.hostnames == 3)
+    with contextlib.ExitStack() as stack:
+        agents = [stack.enter_context(HandMade(gateway)) for _ in range(8)]
+        for number, agent in enumerate(agents):
+            agent.control.write(registration(f"{number}.dev.localhost", token=office()))
+        said = [agent.hear() for agent in agents]
+    assert sum(reply.ok for reply in said) == 3
+    assert {reply.error for reply in said if not reply.ok} == {
+        "too many hostnames: 4, at most 3 for this credential"
+    }
+
+
 def test_hostnames_of_other_credentials_do_not_count(gateway, agents_file):
     agents_file.write(limits={"hostnames": 1})
     gateway.inner.reload()

@@ -206,9 +206,9 @@ def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monk
     registry = gateway.inner.tunnels.registry
     claim, claimed = registry.claim, threading.Event()
 
-    def claim_too_late(routes):
+    def claim_too_late(routes, permit):
         routes[APP].tunnel.end("its line is cut")
-        claim(routes)
+        claim(routes, permit)
         claimed.set()
 
     monkeypatch.setattr(registry, "claim", claim_too_late)
@@ -381,7 +381,7 @@ class Holder:
 
 
 def claim_to_app(registry, tunnel):
-    return takeover.Claim(registry, tunnel, {APP: Route(APP, "http", tunnel)})
+    return takeover.Claim(registry, tunnel, {APP: Route(APP, "http", tunnel)}, permit=len)
 
 
 def test_the_gateways_own_name_is_refused_without_a_wait():
