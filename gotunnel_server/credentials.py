@@ -105,6 +105,7 @@ class Credentials:
         self._entries = {}  # by issuer; replaced whole, so that readers need no lock
         self._files = () if agents_file is None else (agents_file,)
         self._seen = None  # the files' stamps when they were read; None: read them again
+        self._looked_at = None  # their stamps at the last look
         self._problem = ""  # with the file, that was logged last
         self._said = frozenset()  # warnings that were logged and still hold
         self._reading = threading.Lock()  # held to read: an older state must not follow a newer one
@@ -141,8 +142,8 @@ class Credentials:
         return Identity(claimed, *_claimable(claims, entry), entry, ends)
 
     def reload(self, force: bool = False) -> bool:
-        """Take up what changed in AGENTS_FILE since the last look; without ``force`` a look at its
-        time is all if nothing did. True if some credential changed.
+        """Take up what changed in AGENTS_FILE since it was read; without ``force`` a look at its
+        time is all if nothing did, or if it did only now. True if some credential changed.
 
         It raises nothing: a file that cannot be used is named in the log, once, and what was read
         before stays.
@@ -150,7 +151,12 @@ class Credentials:
         with self._reading:
             if self._path is None:
                 return False
-            if self._seen == agents_file.stamps(self._files) and not force:
+            stamps = agents_file.stamps(self._files)
+            # What changed a moment ago may be half written, and be an end to agents in the other
+            # half. One more look decides: by a clock that was put back, nothing would ever settle.
+            settled = agents_file.are_settled(stamps, time.time()) or stamps == self._looked_at
+            self._looked_at = stamps
+            if not force and (stamps == self._seen or not settled):
                 return False
             before = self._entries
             try:

@@ -64,7 +64,8 @@ AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take 
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
 # left is for files, listening sockets and the dashboard.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
-RELOAD = 5  # seconds between looks at CERT_DIR and AGENTS_FILE
+# Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
+RELOAD = 2
 KEEP = 3600  # seconds that certificates of a hostname without agent are still renewed, at least
 READY = "ready"
 
