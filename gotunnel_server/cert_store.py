@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives import serialization
 log = logging.getLogger("gotunnel.cert_store")
 
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
+HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")  # what leads nobody out of the folder
 HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
 # Seconds. No write takes so long: an older temporary file is that of a process that was killed.
 STALE = 60.0
@@ -132,9 +133,13 @@ class CertStore:
 
     def hostnames(self) -> list[str]:
         """What has a certificate of this CA here, or had one; but for names so long that their
-        files have others."""
+        files have others. Other people's files are passed over."""
         stems = (path.stem for path in self._certs.glob("*.pem"))
-        return sorted(stem for stem in stems if "." in stem and not HASHED.fullmatch(stem))
+        return sorted(
+            stem
+            for stem in stems
+            if "." in stem and HOSTNAME.fullmatch(stem) and not HASHED.fullmatch(stem)
+        )
 
     def _left_by_go(self, hostname) -> Stored | None:
         for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
@@ -240,7 +245,7 @@ class CertStore:
 
     def _stem(self, hostname) -> str:
         """A name for the files of ``hostname``, which nobody can lead out of the folder."""
-        if not re.fullmatch(r"[a-z0-9*-][a-z0-9.*-]*", hostname):
+        if not HOSTNAME.fullmatch(hostname):
             raise ValueError(f"hostname {hostname!r}: expected lower case, no port, no slash")
         if len(hostname) <= LONGEST_STEM:
             return hostname

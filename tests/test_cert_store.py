@@ -200,6 +200,13 @@ def test_no_hostname_leads_out_of_the_folder(store, hostname):
         store.certificate(hostname)
 
 
+@pytest.mark.parametrize("name", ["app_old.test", "App.Test", "._app.test", "a b.c", "é.test"])
+def test_other_peoples_files_are_no_hostnames(tmp_path, store, mint, name):
+    kept = store.save(HOST, *mint.pair(HOST))
+    (certs(tmp_path) / f"{name}.pem").write_bytes(kept.file.read_bytes())
+    assert store.hostnames() == [HOST]
+
+
 def test_the_longest_hostname_has_files(store, mint):
     hostname = ".".join(["a" * 60] * 4)
     store.save_state(hostname, {"failures": 1})
