@@ -2642,6 +2642,26 @@ def set_up_process(log_level):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def print_answer(program: str, command) -> int:
+    """Call ``command()``, which prints an answer and returns the exit status; return that, or 1 if
+    nobody can get the answer, which is said in the name of ``program``."""
+    if sys.stdout is None:
+        print(f"{program}: there is no standard output to answer on", file=sys.stderr)
+        return 1
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if error.filename is not None:
+            raise  # of a file, whose errors are the command's to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at exit
+        if isinstance(error, BrokenPipeError):
+            return 0  # who reads, such as head, has seen enough
+        print(f"{program}: the answer cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
 def stay_on_one_cpu(choose):
     """Keep all our threads on one CPU of a small machine; ``choose(cpus)`` says which.
 

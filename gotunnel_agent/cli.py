@@ -13,7 +13,7 @@ import logging
 import sys
 import threading
 
-from gotunnel import Signals, __version__, set_up_process, stay_on_one_cpu
+from gotunnel import Signals, __version__, print_answer, set_up_process, stay_on_one_cpu
 
 from .agent import DIAL_TIMEOUT, Agent, CannotTrust
 from .config import ConfigError, load
@@ -83,25 +83,26 @@ def print_hash(arguments) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.parse_args(arguments)
-    if sys.stdin is None or sys.stdout is None:
-        print(f"gotunnel-agent {HASH_PASSWORD}: no standard input or output", file=sys.stderr)
-        return 1
+    return print_answer(parser.prog, lambda: _hash_password(parser.prog))
+
+
+def _hash_password(program):
     try:
-        print(hash_password(_ask_password()), flush=True)
+        password = _ask_password()
+        print(hash_password(password))
     except (PolicyError, UnicodeDecodeError) as error:
         why = error if isinstance(error, PolicyError) else "expected a password in UTF-8"
-        print(f"gotunnel-agent {HASH_PASSWORD}: {why}", file=sys.stderr)
+        print(f"{program}: {why}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"gotunnel-agent {HASH_PASSWORD}: {error.strerror}", file=sys.stderr)
-        return 1
     return 0
 
 
 def _ask_password():
+    if sys.stdin is None:
+        raise PolicyError("there is no standard input, expected a password on it")
     if not sys.stdin.isatty():
         # Not text: what is not UTF-8 must not become something else under another locale.
         return sys.stdin.buffer.readline(MAX_LINE).decode("utf-8-sig").rstrip("\r\n")

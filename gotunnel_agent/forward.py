@@ -49,6 +49,7 @@ from gotunnel import (
     Signals,
     client_context,
     normal_hostname,
+    print_answer,
     relay,
     set_up_process,
     spawn,
@@ -383,8 +384,7 @@ def main(arguments=None) -> int:
     if options.print_ssh_config:
         if options.local:
             parser.error("--print-ssh-config takes no LOCAL: ssh speaks on standard input")
-        print(ssh_config(options), end="")
-        return 0
+        return print_answer(PROGRAM, lambda: print(ssh_config(options), end="") or 0)
     try:
         context = client_context(options.ca_file, options.skip_tls_verify)
     except OSError as error:  # ssl.SSLError is one

@@ -14,10 +14,16 @@ Arguments that are wrong give 2 as well, and so does an AGENTS_FILE that is.
 
 import argparse
 import logging
-import os
 import sys
 
-from gotunnel import HANG_UP, Signals, __version__, set_up_process, stay_on_one_cpu
+from gotunnel import (
+    HANG_UP,
+    Signals,
+    __version__,
+    print_answer,
+    set_up_process,
+    stay_on_one_cpu,
+)
 
 from . import doctor, granting, scope
 from .agents_file import AgentsFileError
@@ -28,6 +34,7 @@ from .gateway import Gateway
 from .granting import GrantError
 from .listener import PortError
 
+PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
 The public half of gotunnel: ends TLS for the hostnames that agents register, and passes what
 visitors ask to those agents. It is configured by environment variables; conf/server.env explains
@@ -50,15 +57,9 @@ examples:
 def main(arguments=None) -> int:
     """Do what the arguments say; return the exit status."""
     options = parse(arguments)
-    try:
-        status = command(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Who read our answer, such as head, has seen enough. Python would complain at exit of what
-        # is still to be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if options.command is None:
+        return command(options)
+    return print_answer(PROGRAM, lambda: command(options))
 
 
 def command(options) -> int:
@@ -117,14 +118,14 @@ def run(config) -> int:
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
-        "gotunnel-server", description=DESCRIPTION,
+        PROGRAM, description=DESCRIPTION,
         usage="%(prog)s [-h] [--version] [--env-file FILE] [COMMAND]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_env_file(parser, default=None)
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     commands = parser.add_subparsers(
-        title="commands", prog="gotunnel-server", dest="command", metavar="COMMAND"
+        title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
     )
     check = commands.add_parser(
         "check", help="look whether a gateway could start here, and say what to do",
@@ -210,5 +211,5 @@ def _add_env_file(parser, default):
 
 
 def fail(error, status):
-    print(f"gotunnel-server: {error}", file=sys.stderr)
+    print(f"{PROGRAM}: {error}", file=sys.stderr)
     return status

@@ -104,6 +104,7 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
     block = f"{name}:\n" + "".join(f'  {key}: "{text}"\n' for key, text in keys.items())
     if not agents_file.add(path, name, block):
         raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
+    _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
     example = hosts[0].replace("*", "app")
     print(
         "# For the agent's configuration; conf/agent.yaml explains each key.\n"
@@ -115,7 +116,6 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
         '    target: "127.0.0.1:8000"',
         file=out or sys.stdout,
     )
-    _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
     if config.local_ca:
         _say(f"the agent also needs a copy of {config.acme_cache}/local/ca.crt, as ca_file")
     if not config.tunnel_port:

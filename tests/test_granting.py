@@ -1,5 +1,6 @@
 """The commands `token` and `agents`: what they print, what they write, how they say no."""
 
+import shlex
 import subprocess
 import sys
 import time
@@ -306,6 +307,35 @@ def test_reader_that_has_seen_enough_is_no_defect():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("gotunnel_server", ["agents", "add", "new", "--hosts", "new.example.com"]),
+        ("gotunnel_server", ["check"]),
+        ("gotunnel_agent", ["hash-password"]),
+        ("gotunnel_agent", ["forward", "--print-ssh-config", "ssh.example.com"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (">/dev/full", "the answer cannot be written: No space left on device"),
+        (">&-", "there is no standard output to answer on"),
+    ],
+)
+def test_answer_that_nobody_can_get_is_told_in_one_line(program, words, output, said):
+    command = f"{shlex.join([sys.executable, str(ROOT / program), *words])} {output}"
+    process = subprocess.run(
+        command, shell=True, input="password", stderr=subprocess.PIPE, text=True, timeout=30
+    )
+    *more, last = process.stderr.splitlines()
+    assert last.startswith("gotunnel-") and last.endswith(said) and process.returncode == 1
+    added = any("new was added to agents.yaml" in line for line in more)
+    assert added == ("new" in read(Path("agents.yaml")).entries)
+    assert added == (output == ">/dev/full" and words[0] == "agents")
 
 
 @pytest.mark.parametrize("command", [["token"], ["agents"], ["agents", "add"], ["agents", "list"]])
