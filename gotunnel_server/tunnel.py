@@ -62,6 +62,9 @@ PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
 PONG_TIMEOUT = 20  # seconds without a pong that end the session, as the Go gateway's
 BEAT = 5  # seconds between looks at the control stream
+# Seconds that a session's last frames have, where another waits for its hostnames: they may stand
+# behind what another thread is about to send; on a line that is cut they never go.
+LAST_WORD = 0.2
 ANSWER_TIMEOUT = 3  # seconds for a pong, while another agent waits for the hostname
 ANSWER_LOOK = 0.1  # seconds between looks for it
 SIGN_OF_LIFE = 1  # seconds: who has sent anything so lately lives, on a line where pongs queue
@@ -545,7 +548,7 @@ class Tunnel:
         """End the session at once, and tell the agent why if it wants to know. Any thread."""
         if REASONS in self._features:
             self._tell(End(code, reason))
-        self._session.close(reason, patience=0)
+        self._session.close(reason, patience=LAST_WORD)
 
     # The end
 

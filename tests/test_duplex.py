@@ -29,6 +29,12 @@ MIB = 1024 * 1024
 SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once
 
 
+def write_on(duplex):
+    """Write until it fails; a single write might still fit when the kernel has moved things."""
+    while True:
+        duplex.write(b"x")
+
+
 def fill(duplex):
     """Send until the kernel takes no more; returns how many bytes were handed over."""
     total = 0
@@ -267,7 +273,7 @@ def test_stop_wakes_a_reader(duplexes):
 def test_stop_wakes_a_writer(duplexes):
     left, right = duplexes
     fill(left)
-    writing = spawn(left.write, b"x")
+    writing = spawn(write_on, left)
     wait_until(lambda: left._writer_waits)
     left.stop()
     with pytest.raises(OSError):
@@ -277,7 +283,7 @@ def test_stop_wakes_a_writer(duplexes):
 def test_reset_wakes_a_reader_and_a_writer(duplexes):
     left, right = duplexes
     fill(left)
-    reading, writing = spawn(left.read), spawn(left.write, b"x")
+    reading, writing = spawn(left.read), spawn(write_on, left)
     wait_until(lambda: left._read_wait and left._writer_waits)
     left.reset()
     with pytest.raises(OSError):

@@ -228,6 +228,37 @@ def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
             assert time.monotonic() - began < BOUND
 
 
+def test_an_agent_is_told_why_although_another_thread_is_sending(gateway, monkeypatch):
+    """What it sends goes first, and the session must not be torn down before."""
+    monkeypatch.setattr(tunnel, "LAST_WORD", TIMEOUT)
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        duplex, sent, may_go_on = incumbent._session._duplex, threading.Event(), threading.Event()
+        send = duplex.send
+
+        def send_and_fall_asleep(data):
+            done = send(data)
+            sent.set()
+            may_go_on.wait(TIMEOUT)
+            return done
+
+        monkeypatch.setattr(duplex, "send", send_and_fall_asleep)
+        sender = threading.Thread(target=incumbent._tell, args=(Ping(1),))
+        sender.start()
+        try:
+            assert sent.wait(TIMEOUT)
+            incumbent.replace("the test wants it")
+            for _ in range(2):  # the demultiplexer has gone round, and not ended the session
+                turned = threading.Event()
+                incumbent._session.call_later(0, turned.set)
+                assert turned.wait(TIMEOUT)
+        finally:
+            may_go_on.set()
+            sender.join()
+        assert agent.hear() == Ping(1)
+        assert "the test wants it" in agent.hear().reason
+
+
 def test_two_agents_of_one_configuration_do_not_fight(
     gateway, tmp_path, site, caplog, monkeypatch
 ):
