@@ -60,6 +60,9 @@ FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that 
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
 REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to change something first
+# OpenSSL's codes for a certificate whose CA is not known here, X509_V_ERR_... of: DEPTH_ZERO_SELF_
+# SIGNED_CERT, SELF_SIGNED_CERT_IN_CHAIN, UNABLE_TO_GET_ISSUER_CERT_LOCALLY, and of its leaf.
+UNKNOWN_CA = (18, 19, 20, 21)
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 HELD = 10  # seconds after which a session counts as one that worked
 
@@ -127,6 +130,8 @@ class Agent:
                     problem, most = "nobody listens there", RESTART_DELAY
                 except ssl.SSLCertVerificationError as error:
                     problem = f"its certificate is not to be trusted: {error.verify_message}"
+                    if error.verify_code in UNKNOWN_CA:
+                        problem += "; if it has a CA of its own, name that in ca_file"
                 except OSError as error:
                     problem = error.strerror or str(error)
                 except ProtocolError as error:
@@ -168,9 +173,10 @@ class Agent:
             served = [name for name, route in self._routes.items() if not route.problem]
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)
+            certificates = {}
             for message in messages:
                 if isinstance(message, Certificate):
-                    _log_certificate(message)
+                    self._log_certificate(message, certificates)
                     continue
                 if isinstance(message, End):
                     raise Ended(message)
@@ -228,6 +234,16 @@ class Agent:
                 log.info("%s: on port %s of the gateway", hostname, port)
             self._routes[hostname] = route._replace(problem=problem)
 
+    def _log_certificate(self, message, told):
+        """Say how the certificate of a hostname stands, which its operator would else look for
+        here. ``told``: what was said of each."""
+        route = self._routes.get(message.hostname)
+        if route is None or route.problem or told.get(message.hostname) == message.state:
+            return
+        told[message.hostname] = message.state
+        level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
+        log.log(level, "%s: certificate: %s", message.hostname, on_one_line(message.state))
+
     def _accept(self, session, workers):
         while True:
             try:
@@ -262,13 +278,6 @@ def _messages(control):
             raise SessionClosed("the gateway ended the session")
         yield from reader.feed(data)
         timeout = SILENCE_TIMEOUT
-
-
-def _log_certificate(message):
-    """Say how the certificate of a hostname stands, which its operator would else look for here."""
-    level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
-    log.log(level, "%s: certificate: %s",
-            on_one_line(message.hostname, 253), on_one_line(message.state))  # fmt: skip
 
 
 def _expect_ack(message):

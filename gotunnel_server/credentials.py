@@ -29,7 +29,7 @@ import jwt
 from gotunnel import WILDCARD, TokenInvalid, on_one_line
 
 from . import agents_file, scope
-from .agents_file import AgentsFileError, Entry, Limits
+from .agents_file import MAX_NAME, AgentsFileError, Entry, Limits
 
 log = logging.getLogger("gotunnel.credentials")
 
@@ -118,9 +118,10 @@ class Credentials:
         """Whom the token speaks for. Raises TokenInvalid if for nobody; its text is one clause that
         its bearer may read."""
         if len(token) > MAX_TOKEN:
-            raise TokenInvalid(f"it has {len(token)} characters, expected at most {MAX_TOKEN}")
+            came = len(token)
+            raise TokenInvalid(f"the token has {came} characters, expected at most {MAX_TOKEN}")
         if not _COMPACT.fullmatch(token):
-            raise TokenInvalid("it is no token, expected three parts of base64url with dots")
+            raise TokenInvalid("what came is no token, expected three parts of base64url with dots")
         _check_algorithm(token)
         claimed = _decode(token, None).get("iss", "")
         entry = self._entries.get(claimed) if isinstance(claimed, str) else None
@@ -128,13 +129,14 @@ class Credentials:
         claims = _decode(token, self._nobodys if secret is None else secret)
 
         # From here on the bearer has the secret.
-        if not isinstance(claimed, str) or len(claimed) > agents_file.MAX_NAME:
-            raise TokenInvalid(f"its iss is not text of at most {agents_file.MAX_NAME} characters")
+        if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
+            raise TokenInvalid(f"the token's iss is not text of at most {MAX_NAME} characters")
         name = on_one_line(claimed, MOST_SHOWN)
         _check_times(claims)
         if entry is None:
             if self._issuer is not None and claimed != self._issuer:
-                raise TokenInvalid(f"its issuer is {name or 'missing'}, expected another one")
+                came = name or "missing"
+                raise TokenInvalid(f"the token's issuer is {came}, expected another one")
         elif why := lapsed(entry):
             raise TokenInvalid(f"issuer {name} {why}")
         # An agent with a secret signs a new one whenever it comes; what names hosts was given.
@@ -218,13 +220,13 @@ def _check_algorithm(token):
     try:
         header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-        raise TokenInvalid("it cannot be read, expected a JSON Web Token") from None
+        raise TokenInvalid("the token cannot be read, expected a JSON Web Token") from None
     algorithm = header.get("alg")
     if algorithm != ALGORITHM:
         came = on_one_line(algorithm, 20) if isinstance(algorithm, str) else "missing"
-        raise TokenInvalid(f"its algorithm is {came}, expected {ALGORITHM}")
+        raise TokenInvalid(f"the token's algorithm is {came}, expected {ALGORITHM}")
     if "crit" in header:  # who sends it wants to be refused by those that do not know (RFC 7515)
-        raise TokenInvalid("its header has crit, expected none")
+        raise TokenInvalid("the token's header has crit, expected none")
 
 
 def _decode(token, secret):
@@ -235,23 +237,29 @@ def _decode(token, secret):
     try:
         return jwt.decode(token, secret or "", algorithms=[ALGORITHM], options=options)
     except jwt.InvalidSignatureError:
-        raise TokenInvalid("its signature does not fit") from None
+        # As much to who has the wrong secret as to who has no entry: which there are is a secret.
+        raise TokenInvalid(
+            "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
+            "gateway's"
+        ) from None
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
         # The last three: what a stranger puts into a token can be odder than PyJWT expects.
-        raise TokenInvalid("its claims cannot be read, expected a JSON object") from None
+        raise TokenInvalid("the token's claims cannot be read, expected a JSON object") from None
 
 
 def _check_times(claims):
     now = time.time()
     exp, iat, nbf = (_time_of(claims, name) for name in ("exp", "iat", "nbf"))
     if exp is None:
-        raise TokenInvalid("it has no exp, expected the time when it ends")
+        raise TokenInvalid("the token has no exp, expected the time when it ends")
     if exp <= now - CLOCK_LEEWAY:
-        raise TokenInvalid(f"it expired {shown_seconds(now - exp)} ago")
+        ago = shown_seconds(now - exp)
+        raise TokenInvalid(f"the token expired {ago} ago: get a new one, or compare the clocks")
     if iat is not None and iat > now + CLOCK_LEEWAY:
-        raise TokenInvalid(f"it was issued {shown_seconds(iat - now)} from now: compare the clocks")
+        ahead = shown_seconds(iat - now)
+        raise TokenInvalid(f"the token was issued {ahead} from now: compare the clocks")
     if nbf is not None and nbf > now + CLOCK_LEEWAY:
-        raise TokenInvalid(f"it begins {shown_seconds(nbf - now)} from now")
+        raise TokenInvalid(f"the token begins {shown_seconds(nbf - now)} from now")
 
 
 def _time_of(claims, name):
@@ -261,7 +269,7 @@ def _time_of(claims, name):
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value < MOST_TIME:  # which NaN is not either
-        raise TokenInvalid(f"its {name} is no time, expected seconds since 1970")
+        raise TokenInvalid(f"the token's {name} is no time, expected seconds since 1970")
     return value
 
 
@@ -284,7 +292,7 @@ def _scope_of(claims, name):
     try:
         return read(claims[name])
     except scope.ScopeError as error:
-        raise TokenInvalid(f"its {name} cannot be read: {error}") from None
+        raise TokenInvalid(f"the token's {name} cannot be read: {error}") from None
 
 
 def lapsed(entry: Entry) -> str | None:

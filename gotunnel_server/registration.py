@@ -37,7 +37,9 @@ def read_routes(message, tunnel, identity, most: int, read_policy: Callable) -> 
     if not message.routes:
         raise NotGranted("no routes")
     if len(message.routes) > most:
-        raise NotGranted(f"too many hostnames: {len(message.routes)}, at most {most}")
+        raise NotGranted(
+            f"too many hostnames: {len(message.routes)}, at most {most} (MAX_HOSTS_PER_AGENT)"
+        )
     if len(message.instance) > MAX_INSTANCE:
         raise NotGranted(f"an instance of more than {MAX_INSTANCE} characters")
     policies = _by_hostname(message.policies)

@@ -9,9 +9,8 @@ from gotunnel import WILDCARD, normal_hostname
 class HostnameTaken(Exception):
     """Hostnames are served by others: ``tunnels`` are whose, none for those of the gateway."""
 
-    def __init__(self, hostnames, tunnels=()):
-        super().__init__(f"host already registered: {', '.join(hostnames)}")
-        self.hostnames = hostnames
+    def __init__(self, text, tunnels=()):
+        super().__init__(text)
         self.tunnels = tunnels
 
 
@@ -58,10 +57,10 @@ class Registry:
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
-                raise HostnameTaken([f"{hostname} (the gateway's own name)" for hostname in own])
+                raise HostnameTaken(f"not allowed: {', '.join(own)}: it is the gateway's own name")
             if taken := [hostname for hostname in routes if hostname in self._routes]:
                 tunnels = {self._routes[hostname].tunnel for hostname in taken}
-                raise HostnameTaken(taken, tunnels)
+                raise HostnameTaken(f"host already registered: {', '.join(taken)}", tunnels)
             routes = {**self._routes, **routes}
             permit(routes)
             self._put(routes)

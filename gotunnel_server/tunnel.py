@@ -161,17 +161,16 @@ class Tunnels:
         for tunnel in tunnels:
             tunnel.join()
 
-    def log_refusal(self, address, text):
+    def log_refusal(self, agent, text):
         """Say why somebody was turned away, once: Go agents come back every two seconds."""
-        key, now = (address[0], _SPAN.sub("#", text)), monotonic()  # one reason, whenever
+        key, now = (agent, _SPAN.sub("#", text)), monotonic()  # one reason, whenever
         with self._lock:
             last = self._refusals.pop(key, None)
             fresh = last is None or now - last > REFUSAL_MEMORY
             self._refusals[key] = now if fresh else last
             if len(self._refusals) > REFUSALS:
                 self._refusals.popitem(last=False)
-        log.log(logging.WARNING if fresh else logging.DEBUG, "agent at %s refused: %s",
-                address[0], text)  # fmt: skip
+        log.log(logging.WARNING if fresh else logging.DEBUG, "%s refused: %s", agent, text)
 
 
 class Tunnel:
@@ -206,6 +205,12 @@ class Tunnel:
         self._answered_at = 0.0  # monotonic, of the last answer to that
         self._kept = KeptStreams()
 
+    def __str__(self):
+        """Who it is, for the log: with its name, if AGENTS_FILE has it."""
+        named = self.identity is not None and self.identity.entry is not None
+        name = f" {self.identity.name}" if named else ""
+        return f"agent{name} at {self.address[0]}"
+
     def __repr__(self):
         return f"<Tunnel {self.address[0]} {', '.join(self.routes) or 'not registered'}>"
 
@@ -221,18 +226,18 @@ class Tunnel:
         except _Refusal as refusal:
             self._refuse(str(refusal), refusal.in_the_middle)
         except ProtocolError as error:
-            log.debug("agent at %s: protocol error: %s", self.address[0], error)
+            log.debug("%s: protocol error: %s", self, error)
             self.close(PROTOCOL_ERROR)
         except OSError as error:
-            log.debug("agent at %s: %s", self.address[0], error)
+            log.debug("%s: %s", self, error)
             self.close()
         except Exception:
-            log.exception("agent at %s: a defect", self.address[0])
+            log.exception("%s: a defect", self)
             self.close(INTERNAL_ERROR)
 
     def expired(self):
         """Worker: it took too long."""
-        log.debug("agent at %s: not registered in %d s", self.address[0], REGISTER_TIMEOUT)
+        log.debug("%s: not registered in %d s", self, REGISTER_TIMEOUT)
         self.close()
 
     def close(self, code=NORMAL):
@@ -407,7 +412,7 @@ class Tunnel:
         self._features = frozenset(features)  # from now on: the ack comes first
         for hostname in routes:
             self.tell_certificate(hostname)
-        log.info("agent at %s registered %s", self.address[0], ", ".join(routes))
+        log.info("%s registered %s", self, ", ".join(routes))
         session.start()
         self.end_if_revoked()
 
@@ -434,10 +439,10 @@ class Tunnel:
                     raise PortRefused("a port is for a hostname in tcp mode")
                 port = self._tunnels.ports.open(wanted, route, self.identity.why_not_port)
             except PortRefused as error:
-                log.warning("agent at %s: %s gets no port: %s", self.address[0], hostname, error)
+                log.warning("%s: %s gets no port: %s", self, hostname, error)
                 refused[route.hostname] = str(error)
                 continue
-            log.info("agent at %s: port %d leads to %s", self.address[0], port, hostname)
+            log.info("%s: port %d leads to %s", self, port, hostname)
             routes[hostname] = route._replace(port=port)
             opened[route.hostname] = str(port)
         if opened:
@@ -446,7 +451,7 @@ class Tunnel:
 
     def _refuse(self, text, in_the_middle):
         """Say no, and give the agent a moment to read it: closing at once could cost it that."""
-        self._tunnels.log_refusal(self.address, text)
+        self._tunnels.log_refusal(str(self), text)
         try:
             self._control.write(encode_message(Ack(False, text)), timeout=0)
             if in_the_middle:  # it listens when it has said all
@@ -555,7 +560,7 @@ class Tunnel:
     def _leaving(self):
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
-        log.info("agent at %s leaves, with %s", self.address[0], ", ".join(self.routes))
+        log.info("%s leaves, with %s", self, ", ".join(self.routes))
         self._give_back()
         self.routes = {}
 
@@ -564,8 +569,8 @@ class Tunnel:
         self._give_back()
         self.gone.set()
         if self.routes:
-            log.info("agent at %s gone, with %s: %s",
-                     self.address[0], ", ".join(self.routes), self._session.ended)  # fmt: skip
+            log.info("%s gone, with %s: %s",
+                     self, ", ".join(self.routes), self._session.ended)  # fmt: skip
         self.routes = {}
 
     def _give_back(self):

@@ -467,7 +467,7 @@ def test_wrong_secret_is_named_in_the_agents_log(cache, tmp_path):
         keys = {"jwt_secret": SECRET_OF_ANOTHER, "ready": False}
         with agent_process(gateway, tmp_path, {APP: 1}, **keys) as agent:
             agent.wait_for(
-                "WARNING .*the gateway refused: auth failed: its signature does not fit; next try "
+                "WARNING .*the gateway refused: auth failed: the token's signature .*; next try "
             )
             assert not routes_of(gateway.inner)
             agent.signal(signal.SIGTERM)

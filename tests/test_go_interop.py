@@ -157,7 +157,7 @@ def test_go_agent_is_refused_in_words_that_it_understands(gopeer, cache, origin)
     http = {APP: origin.port}
     with gateway_here(cache) as gateway:
         with go_agent(gopeer, gateway, http=http, secret=SECRET[::-1], ready=False) as agent:
-            agent.wait_for("^refused: auth failed: its signature does not fit$")
+            agent.wait_for("^refused: auth failed: the token's signature does not fit: ")
         with go_agent(gopeer, gateway, http=http):
             with go_agent(gopeer, gateway, http=http, ready=False) as second:
                 second.wait_for(f"^refused: host already registered: {APP}$")

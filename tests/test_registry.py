@@ -30,7 +30,6 @@ def test_claim_takes_all_or_nothing():
     registry.claim(routes("first", "b.test"))
     with pytest.raises(HostnameTaken, match="^host already registered: b.test$") as caught:
         registry.claim(routes("second", "a.test", "b.test", "c.test"))
-    assert caught.value.hostnames == ["b.test"]
     assert caught.value.tunnels == {"first"}
     assert registry.routes() == routes("first", "b.test")
 
@@ -148,7 +147,7 @@ def test_a_claim_that_is_not_permitted_takes_nothing():
 def test_a_name_of_the_gateway_is_nobodys():
     registry = Registry(reserved={"gateway.test"})
     registry.claim(routes("first", "a.test"))
-    with pytest.raises(HostnameTaken, match="gateway.test .the gateway's own name.$") as caught:
+    with pytest.raises(HostnameTaken, match="^not allowed: gateway.test: it is the") as caught:
         registry.claim(routes("second", "a.test", "gateway.test"))
     assert not caught.value.tunnels
 

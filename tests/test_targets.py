@@ -182,8 +182,8 @@ def test_certificate_that_cannot_be_trusted_resets_a_tcp_visit(
     origin.serve(lambda wire: with_tls(wire, authority).read())
     with serving(gateway, tmp_path, f"https://localhost:{origin.port}", "tcp"):
         with gateway.dial(RAW) as visitor:
-            visitor.send(b"secret")
             with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+                visitor.send(b"secret")
                 visitor.read()
 
 

@@ -47,7 +47,7 @@ from gotunnel import (
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server import listener, tunnel
 
-OWN = "(the gateway's own name)"
+OWN = "it is the gateway's own name"
 LETTERS = "; expected letters, digits, hyphens and dots, or *. and at least two labels"
 SOONER = 8  # seconds: less than a stranger has who says nothing (REGISTER_TIMEOUT)
 
@@ -130,7 +130,7 @@ def test_registration_may_come_in_pieces_with_any_white_space(gateway):
 )
 def test_bad_token_is_refused_with_the_reason_and_claims_nothing(gateway, bad):
     refused = reply_to(gateway, registration(APP, token=bad))
-    assert not refused.ok and refused.error.startswith("auth failed: it")
+    assert not refused.ok and refused.error.startswith("auth failed: ")
     assert routes_of(gateway.inner) == set()
 
 
@@ -138,8 +138,8 @@ def test_bad_token_is_refused_with_the_reason_and_claims_nothing(gateway, bad):
     ("message", "error"),
     [
         (registration(), "no routes"),
-        (registration(APP, GATEWAY_HOST), f"host already registered: {GATEWAY_HOST} {OWN}"),
-        (registration(TUNNEL_HOST), f"host already registered: {TUNNEL_HOST} {OWN}"),
+        (registration(APP, GATEWAY_HOST), f"not allowed: {GATEWAY_HOST}: {OWN}"),
+        (registration(TUNNEL_HOST), f"not allowed: {TUNNEL_HOST}: {OWN}"),
         (registration("no_name.localhost"), f"invalid hostname: no_name.localhost{LETTERS}"),
         (registration("*.localhost"), f"invalid hostname: *.localhost{LETTERS}"),
         (registration("*"), f"invalid hostname: *{LETTERS}"),
@@ -150,7 +150,10 @@ def test_bad_token_is_refused_with_the_reason_and_claims_nothing(gateway, bad):
         (registration("a\nWARNING b"), f"invalid hostname: a\\nWARNING b{LETTERS}"),
         (registration(APP, modes={APP: "\n"}), f"unknown mode of {APP}: \\n"),
         (registration(APP, modes={APP: "udp"}), f"unknown mode of {APP}: udp"),
-        (registration(*(f"{n}.test" for n in range(51))), "too many hostnames: 51, at most 50"),
+        (
+            registration(*(f"{n}.test" for n in range(51))),
+            "too many hostnames: 51, at most 50 (MAX_HOSTS_PER_AGENT)",
+        ),
     ],
 )
 def test_registration_is_refused_with_the_reason(gateway, message, error):
