@@ -480,25 +480,28 @@ class Exchange:
         head, encode = self._frame(response, body)
         self._head_sent = True
         if body is None:
-            handler.write(head)
-            rest = data
+            last, rest = head, data
         else:
-            self._pass_body(head, body, encode, data)
-            rest = body.rest
+            last, rest = self._pass_body(head, body, encode, data), body.rest
         reusable = http1.keeps_alive(response) and not rest and (
             not isinstance(body, http1.UntilCloseBody)
         )
+        # Before the visitor has all of it: its next visit must find this one over, and its stream.
+        stream, self._stream = self._stream, None
         if self._upload is not None and not self._upload.sent():
-            self._stream.reset()  # also wakes the upload, if the target has stopped reading it
+            stream.reset()  # also wakes the upload, if the target has stopped reading it
         elif reusable and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
             # would answer that one to whoever came next: streams that are kept saw no body.
-            self._route.tunnel.keep(self._route, self._stream)
+            self._route.tunnel.keep(self._route, stream)
         else:
-            self._stream.close()
+            stream.close()
+        if last:
+            handler.write(last)
 
     def _pass_body(self, head, body, encode, data):
-        """Send the head, and the body as it comes; a small answer leaves in one piece."""
+        """Send the head, and the body as it comes, but for its last piece, which is returned: a
+        small answer leaves in one."""
         out = [head]
         while True:
             if data:
@@ -513,8 +516,7 @@ class Exchange:
                 body.eof()
         if encode is http1.encode_chunk:
             out.append(http1.encode_last_chunk(body.trailers))
-        if out:
-            self._handler.write(b"".join(out))
+        return b"".join(out)
 
     def _read_head(self, data):
         """One head of the answer, and the bytes behind it."""

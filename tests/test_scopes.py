@@ -459,6 +459,30 @@ def test_a_visit_over_a_stream_that_was_kept_counts_too(gateway, agents_file, tm
         assert status == 503
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_who_has_its_whole_answer_makes_room_for_the_next(
+    gateway, agents_file, tmp_path, origin, method
+):
+    """The next request comes as soon as the last byte is there, by another connection."""
+    agents_file.write(limits={"visits": 1})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.visits == 1)
+
+    def script(target):
+        while True:
+            target.read_message()
+            target.send(answer(b"page"))
+
+    origin.serve(script)
+    with agent_here(
+        gateway, tmp_path, http={APP: origin.port}, jwt_secret=OWN_SECRET, jwt_issuer="office"
+    ):
+        with gateway.dial(APP) as one, gateway.dial(APP) as other:
+            for visitor in (one, other) * 100:
+                visitor.send(request(method, body=b"x" if method == "POST" else b""))
+                assert status_of(visitor.read_message()[0]) == 200
+
+
 def test_no_more_visits_than_permitted_at_once_however_many_come(
     gateway, agents_file, tmp_path, origin
 ):
