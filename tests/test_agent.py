@@ -31,6 +31,7 @@ from gotunnel import (
     REASONS,
     HALF_CLOSE,
     Ack,
+    Certificate,
     Duplex,
     MessageReader,
     Ping,
@@ -462,6 +463,26 @@ def test_killed_agent_is_replaced_within_seconds(cache, tmp_path, origin):
                         assert visitor.read_message()[1] == b"back"
 
 
+def test_state_of_a_certificate_is_told_once_and_of_what_is_served_alone(
+    gateway, tmp_path, origin, caplog
+):
+    caplog.set_level(logging.INFO)
+    ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
+    with agent_here(gateway.place, tmp_path, **ports):
+        gateway.meet(Ack(True, refused={RAW: "its port is taken"}))
+        for state in ("waiting", "failed: no DNS", "failed: no DNS", "ready", "waiting"):
+            for hostname in (APP, RAW, "no.such.tunnel"):
+                gateway.control.write(encode_message(Certificate(hostname, state)))
+        gateway.control.write(encode_message(Ping(1)))
+        assert isinstance(gateway.hear(), Pong)  # it has read all that stands before
+        gateway.hang_up()
+    told = [record.getMessage() for record in caplog.records if "certificate" in record.msg]
+    assert told == [
+        f"{APP}: certificate: {state}"
+        for state in ("waiting", "failed: no DNS", "ready", "waiting")
+    ]
+
+
 def test_wrong_secret_is_named_in_the_agents_log(cache, tmp_path):
     with gateway_here(cache) as gateway:
         keys = {"jwt_secret": SECRET_OF_ANOTHER, "ready": False}
@@ -479,7 +500,7 @@ def test_gateway_of_an_unknown_ca_is_not_told_anything(cache, tmp_path):
     with gateway_here(cache) as gateway:
         keys = {"ca_file": str(stranger.ca_file), "ready": False}
         with agent_process(gateway, tmp_path, {APP: 1}, **keys) as agent:
-            agent.wait_for("its certificate is not to be trusted: .*; next try in ")
+            agent.wait_for("not to be trusted: .*; if it has a CA of its own, name that in ca_file; next try")
             assert not routes_of(gateway.inner)
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0

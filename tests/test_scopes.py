@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import signal
 import threading
 import time
@@ -98,6 +99,19 @@ def office(**claims):
 def test_file_and_token_must_both_allow_a_hostname(gateway, hostnames, claims, error):
     ack = reply_to(gateway, registration(*hostnames, token=office(**claims)))
     assert ack.ok is not bool(error) and ack.error.startswith(error)
+
+
+def test_the_log_names_the_credential(gateway, agents_file, caplog):
+    """Many agents may come from one address, and whose entry must be mended is the question."""
+    caplog.set_level(logging.INFO)
+    with registered(gateway, APP, token=office()):
+        pass
+    assert not reply_to(gateway, registration(OTHER, token=office())).ok
+    with registered(gateway, OTHER):
+        pass
+    wait_until(lambda: f"agent at 127.0.0.1 leaves, with {OTHER}" in caplog.text)
+    for words in (f"registered {APP}", f"leaves, with {APP}", f"refused: not allowed: {OTHER}"):
+        assert f"agent office at 127.0.0.1 {words}" in caplog.text
 
 
 def test_a_token_may_be_narrower_than_the_shared_secret(gateway):
