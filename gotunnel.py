@@ -2249,6 +2249,8 @@ class Session:
         with self._lock:
             if self.ended:
                 return
+            if self._closing:
+                reason = self._closing[0]  # the peer may have heard it, and hung up before we did
             self.ended = reason or "closed"
             streams = list(self._streams.values())
             self._streams.clear()

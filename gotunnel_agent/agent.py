@@ -10,6 +10,7 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
 
 import contextlib
 import logging
+import math
 import random
 import secrets
 import socket
@@ -102,6 +103,7 @@ class Agent:
         self._stopping = threading.Event()
         self._instance = new_instance()
         self._session = None
+        self._served_since = math.inf  # monotonic, of the session's ack
         self._idle = threading.Condition()  # _running fell to 0
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
@@ -111,7 +113,7 @@ class Agent:
         failures = 0
         with Workers(MAX_STREAMS, "stream") as workers:
             while not self._stopping.is_set():
-                began = monotonic()
+                self._served_since = math.inf
                 least, most = 0, MAX_DELAY
                 try:
                     self._serve_session(workers)
@@ -138,7 +140,7 @@ class Agent:
                     problem = f"it does not speak our protocol: {error}"
                 if self._stopping.is_set():
                     break
-                failures = 1 if monotonic() - began >= HELD else failures + 1
+                failures = 1 if monotonic() - self._served_since >= HELD else failures + 1
                 delay = retry_delay(failures, least, most)
                 log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
                 self._stopping.wait(delay)
@@ -170,6 +172,7 @@ class Agent:
             control = session.open(encode_message(self._registration()))
             messages = _messages(control)
             self._take_answer(_expect_ack(next(messages)))
+            self._served_since = monotonic()
             served = [name for name, route in self._routes.items() if not route.problem]
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)

@@ -187,6 +187,8 @@ class Tunnel:
         self.half_close = False  # the agent may be told that a visitor has half-closed
         self._unlimited = True  # its credential sets no limit to streams and visits
         self._features = frozenset()  # those that both know, from the ack on
+        self._parting = None  # (code, reason) of its End, once it has to go
+        self._serving = False  # the session has started; before, nobody could tell the agent why
         self._telling = threading.Lock()  # held to look and to tell: the last word is the latest
         self.failed = Counter()  # route's hostname: visits in tcp mode whose target was not reached
         self._counting = threading.Lock()  # guards it
@@ -390,8 +392,11 @@ class Tunnel:
     def _take_up(self, message, routes):
         """Everything is granted: tell the agent, and begin to serve."""
         session = self._session
+        agent = self.identity.credential
+        if self.identity.entry is None:  # the common one: tell agents apart by where they are
+            agent = (*agent, self.address[0])
         for hostname in routes:
-            self._tunnels.ensure_certificate(hostname, self.identity.issuer)
+            self._tunnels.ensure_certificate(hostname, agent)
         features = tuple(name for name in message.features if name in FEATURES)
         self.half_close = HALF_CLOSE in features
         most = self.identity.limits
@@ -414,6 +419,10 @@ class Tunnel:
             self.tell_certificate(hostname)
         log.info("%s registered %s", self, ", ".join(routes))
         session.start()
+        with self._telling:
+            self._serving = True
+        if self._parting:
+            self.part(*self._parting)
         self.end_if_revoked()
 
     def tell_certificate(self, hostname):
@@ -551,6 +560,10 @@ class Tunnel:
 
     def part(self, code, reason):
         """End the session at once, and tell the agent why if it wants to know. Any thread."""
+        with self._telling:
+            self._parting = code, reason
+            if not self._serving:
+                return  # _take_up() comes back to it, in a moment
         if REASONS in self._features:
             self._tell(End(code, reason))
         self._session.close(reason, patience=LAST_WORD)
@@ -560,6 +573,8 @@ class Tunnel:
     def _leaving(self):
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
+        if self._parting:
+            return  # it goes because it was told to: _ended() says why
         log.info("%s leaves, with %s", self, ", ".join(self.routes))
         self._give_back()
         self.routes = {}

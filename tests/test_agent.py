@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import queue
 import signal
 import socket
 import ssl
@@ -448,6 +449,30 @@ def test_agent_may_start_before_its_gateway(cache, tmp_path, origin, impatient, 
             stack.close()
 
 
+def test_a_dial_that_takes_long_is_no_session_that_worked(cache, tmp_path, monkeypatch):
+    """Else the delays would not grow while the line swallows everything."""
+    counts = queue.Queue()
+    monkeypatch.setattr(agent_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
+    monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.1)
+    monkeypatch.setattr(agent_module, "HELD", 0.05)
+    authority = Authority(cache / "local")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = Gateway(None, silent.getsockname()[1], authority.ca_file, None)
+        with agent_here(place, tmp_path, {APP: 1}, ready=False):
+            assert [counts.get(timeout=TIMEOUT) for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_session_that_held_is_followed_by_a_short_delay(gateway, tmp_path, monkeypatch):
+    counts = queue.Queue()
+    monkeypatch.setattr(agent_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
+    monkeypatch.setattr(agent_module, "HELD", 0)
+    with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
+        for _ in range(3):
+            gateway.meet()
+            gateway.hang_up()
+            assert counts.get(timeout=TIMEOUT) == 1
+
+
 def test_killed_agent_is_replaced_within_seconds(cache, tmp_path, origin):
     with gateway_here(cache) as gateway:
         with agent_process(gateway, tmp_path, http={APP: origin.port}) as first:
@@ -500,7 +525,7 @@ def test_gateway_of_an_unknown_ca_is_not_told_anything(cache, tmp_path):
     with gateway_here(cache) as gateway:
         keys = {"ca_file": str(stranger.ca_file), "ready": False}
         with agent_process(gateway, tmp_path, {APP: 1}, **keys) as agent:
-            agent.wait_for("not to be trusted: .*; if it has a CA of its own, name that in ca_file; next try")
+            agent.wait_for("not to be trusted: .*; if it has a CA of its own, name that in ca_file")
             assert not routes_of(gateway.inner)
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0

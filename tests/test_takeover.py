@@ -30,7 +30,17 @@ from support import (
 )
 from wire import open_files, resident
 
-from gotunnel import REASONS, REPLACED, Ack, End, Ping, Pong, SessionClosed, read_data_header
+from gotunnel import (
+    REASONS,
+    REPLACED,
+    Ack,
+    End,
+    Ping,
+    Pong,
+    Session,
+    SessionClosed,
+    read_data_header,
+)
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent.agent import make_token
 from gotunnel_server import takeover, tunnel
@@ -228,35 +238,85 @@ def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
             assert time.monotonic() - began < BOUND
 
 
-def test_an_agent_is_told_why_although_another_thread_is_sending(gateway, monkeypatch):
-    """What it sends goes first, and the session must not be torn down before."""
-    monkeypatch.setattr(tunnel, "LAST_WORD", TIMEOUT)
-    with registered(gateway, APP, features=(REASONS,)) as agent:
-        (incumbent,) = gateway.inner.tunnels.registered()
-        duplex, sent, may_go_on = incumbent._session._duplex, threading.Event(), threading.Event()
-        send = duplex.send
+@contextlib.contextmanager
+def sender_that_falls_asleep(incumbent, monkeypatch):
+    """A thread that has sent a Ping to a tunnel's agent, and would look now for what there is to
+    send next: that waits for it, until the ``with`` ends."""
+    duplex, sent, may_go_on = incumbent._session._duplex, threading.Event(), threading.Event()
+    send = duplex.send
+    sender = threading.Thread(target=incumbent._tell, args=(Ping(1),))
 
-        def send_and_fall_asleep(data):
-            done = send(data)
+    def send_and_fall_asleep(data):
+        done = send(data)
+        if threading.current_thread() is sender:
             sent.set()
             may_go_on.wait(TIMEOUT)
-            return done
+        return done
 
-        monkeypatch.setattr(duplex, "send", send_and_fall_asleep)
-        sender = threading.Thread(target=incumbent._tell, args=(Ping(1),))
-        sender.start()
-        try:
-            assert sent.wait(TIMEOUT)
+    wait_until(lambda: incumbent._serving)
+    let_it_go_round(incumbent._session)  # nobody else has anything to send
+    monkeypatch.setattr(tunnel, "LAST_WORD", TIMEOUT)
+    monkeypatch.setattr(duplex, "send", send_and_fall_asleep)
+    sender.start()
+    try:
+        assert sent.wait(TIMEOUT)
+        yield
+    finally:
+        may_go_on.set()
+        sender.join()
+
+
+def let_it_go_round(session):
+    """Wait until the session's demultiplexer has looked at everything once."""
+    for _ in range(2):
+        turned = threading.Event()
+        session.call_later(0, turned.set)
+        assert turned.wait(TIMEOUT)
+
+
+def test_an_agent_is_told_why_although_another_thread_is_sending(gateway, monkeypatch):
+    """What it sends goes first, and the session must not be torn down before."""
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        with sender_that_falls_asleep(incumbent, monkeypatch):
             incumbent.replace("the test wants it")
-            for _ in range(2):  # the demultiplexer has gone round, and not ended the session
-                turned = threading.Event()
-                incumbent._session.call_later(0, turned.set)
-                assert turned.wait(TIMEOUT)
-        finally:
-            may_go_on.set()
-            sender.join()
+            let_it_go_round(incumbent._session)
         assert agent.hear() == Ping(1)
         assert "the test wants it" in agent.hear().reason
+
+
+def test_an_agent_is_told_why_although_it_has_only_just_registered(gateway, monkeypatch):
+    start, may_start = Session.start, threading.Event()
+
+    def start_late(session):
+        if session.name != "hand-made":
+            may_start.wait(TIMEOUT)
+        start(session)
+
+    monkeypatch.setattr(Session, "start", start_late)
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        incumbent.replace("the test wants it")
+        may_start.set()
+        assert "the test wants it" in agent.hear().reason
+        assert incumbent.gone.wait(TIMEOUT)
+
+
+@pytest.mark.parametrize("leaves", [Session.leave, Session.close])
+def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
+    gateway, monkeypatch, caplog, leaves
+):
+    caplog.set_level(logging.INFO)
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        with sender_that_falls_asleep(incumbent, monkeypatch):
+            incumbent.replace("the test wants it")
+            leaves(agent.session)
+            wait_until(lambda: incumbent._session._mux.peer_left)
+    assert incumbent.gone.wait(TIMEOUT)
+    wait_until(lambda: f"gone, with {APP}" in caplog.text)
+    assert f"gone, with {APP}: another session takes over: the test wants it" in caplog.text
+    assert "leaves" not in caplog.text
 
 
 def test_two_agents_of_one_configuration_do_not_fight(
