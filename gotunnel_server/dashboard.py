@@ -64,7 +64,8 @@ def _row(hostname, route, tunnel, port, certificate):
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
     if certificate != "ready":
-        name += f'<br><small>certificate {escape(certificate)}</small>'
+        kind = "failed" if certificate.startswith("failed") else "waiting"
+        name += f'<br><small class="{kind}">certificate {escape(certificate)}</small>'
     agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"

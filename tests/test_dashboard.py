@@ -49,6 +49,7 @@ def test_page_shows_certificates_that_are_not_there():
     states = {"a.test": "failed: <no>", "b.test": "ready", "c.test": "waiting"}
     text = page(a_tunnel(a="http", b="http", c="tcp"), certificates=states.get)
     assert "certificate failed: &lt;no&gt;" in text and "certificate waiting" in text
+    assert text.count('class="failed">certificate') == 1
     assert text.count("certificate ") == 2
 
 
