@@ -20,17 +20,19 @@ from .config import ConfigError, load
 from .policy import PolicyError, hash_password
 
 DESCRIPTION = """\
-The private half of gotunnel: connects to a gateway and serves the hostnames of its configuration
-from targets that it can reach. conf/agent.yaml explains each key."""
+The private half of gotunnel: connects to a gateway and serves the hostnames of
+its configuration from targets that it can reach. conf/agent.yaml explains each
+key."""
 EPILOG = """\
 gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
-gotunnel-agent hash-password: a hash for basic_auth, of a password that is asked for."""
+gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
 MAX_LINE = 8192  # bytes read of standard input, more than a password may have
 HASH_DESCRIPTION = """\
-Print the hash of a password, for basic_auth: "USER:HASH" in the agent's configuration. The password
-is asked for twice, or is the first line of standard input:
+Print the hash of a password, for basic_auth: "USER:HASH" in the agent's
+configuration. The password is asked for twice, or is the first line of standard
+input:
 
     gotunnel-agent hash-password
     openssl rand -base64 18 | tee password | gotunnel-agent hash-password"""

@@ -73,9 +73,10 @@ BACKLOG = 128  # clients that wait to be accepted
 ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor for a client
 
 DESCRIPTION = """\
-Connect to a hostname that a gotunnel gateway serves in tcp mode: by TLS, with its certificate
-checked. Without LOCAL, standard input and output are the connection (ssh's ProxyCommand); with
-LOCAL, each connection made to that port of this machine is one to HOST, until Ctrl-C."""
+Connect to a hostname that a gotunnel gateway serves in tcp mode: by TLS, with
+its certificate checked. Without LOCAL, standard input and output are the
+connection (ssh's ProxyCommand); with LOCAL, each connection made to that port
+of this machine is one to HOST, until Ctrl-C."""
 
 # What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
 ADVICE = {

@@ -381,13 +381,13 @@ def _agents(text, path):
             )
         entries[name] = _entry(name, keys, path.parent, files)
         weakness = secret_weakness(entries[name].secret)
-        if weakness:
+        if weakness and not entries[name].disabled:
             warnings.append(
                 f"AGENTS_FILE {path}: the secret of {name} {weakness}: whoever guesses it can take "
                 "over its hostnames; use the output of: openssl rand -hex 32"
             )
     warnings += [
-        f"AGENTS_FILE: everybody on this machine may read the secrets in {file}: chmod o= {file}"
+        f"AGENTS_FILE: everybody on this machine may read the secrets in {file}: chmod 600 {file}"
         for file in files
         if _is_open_to_all(file)
     ]

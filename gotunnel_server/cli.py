@@ -36,20 +36,21 @@ from .listener import PortError
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
-The public half of gotunnel: ends TLS for the hostnames that agents register, and passes what
-visitors ask to those agents. It is configured by environment variables; conf/server.env explains
-each of them. Without a command it runs, until a signal comes."""
+The public half of gotunnel: ends TLS for the hostnames that agents register,
+and passes what visitors ask to those agents. It is configured by environment
+variables; conf/server.env explains each of them. Without a command it runs,
+until a signal comes."""
 
 TOKEN_EXAMPLES = """\
 examples:
   gotunnel-server token --hosts app.example.com --ttl 30d
-  gotunnel-server token --hosts 'a.example.com,*.dev.example.com' --ports 2200-2299 --ttl 1y > token
+  gotunnel-server token --hosts '*.dev.example.com' --ports 2200-2299 --ttl 1y
   gotunnel-server token --hosts app.example.com --ttl 12h --issuer office"""
 
 AGENTS_EXAMPLES = """\
 examples:
   gotunnel-server agents add office --hosts 'app.example.com,*.dev.example.com'
-  gotunnel-server agents add ssh --hosts ssh.example.com --ports 2200-2299 --expires 2030-12-31
+  gotunnel-server agents add ssh --hosts ssh.example.com --ports 2200-2299
   gotunnel-server agents list
   gotunnel-server agents remove office"""
 
@@ -140,8 +141,8 @@ def parse(arguments):
     )
     token = commands.add_parser(
         "token", help="print a token for an agent that holds no secret",
-        description="Print a token that may claim some hostnames, for an agent that holds no "
-        "secret.\nIt cannot be called back before it ends, unless its issuer is in AGENTS_FILE.",
+        description="Print a token that may claim some hostnames, for an agent that holds no\n"
+        "secret. It cannot be called back before it ends, unless its issuer is in\nAGENTS_FILE.",
         epilog=TOKEN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_scope(token)
@@ -171,9 +172,15 @@ def parse(arguments):
         "--expires", metavar="TIME", type=_as(granting.read_expires),
         help="when it ends: 2030-12-31 (with that day) or 2030-12-31T18:00:00Z (default: never)",
     )  # fmt: skip
-    show = whats.add_parser("list", help="show who is there; no secrets")
-    remove = whats.add_parser("remove", help="take an agent out; its sessions end")
-    remove.add_argument("name", metavar="NAME")
+    show = whats.add_parser(
+        "list", help="show who is there; no secrets",
+        description="Show the agents in AGENTS_FILE and what they may claim, without secrets.",
+    )  # fmt: skip
+    remove = whats.add_parser(
+        "remove", help="take an agent out; its sessions end",
+        description="Take an agent out of AGENTS_FILE. A gateway that runs ends its sessions.",
+    )  # fmt: skip
+    remove.add_argument("name", metavar="NAME", help="as the list shows it")
     for each in (check, certificates, token, agents_, add, show, remove):
         # It may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)

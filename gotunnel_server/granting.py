@@ -23,12 +23,13 @@ from . import agents_file, scope
 from .agents_file import MAX_NAME, AgentsFileError
 from .credentials import ALGORITHM, MAX_TOKEN, lapsed
 
+DAY = 86_400  # seconds
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
 
 # Seconds. A token cannot be called back, unless its issuer stands in AGENTS_FILE: one for longer is
 # a typing error.
 LEAST_TTL, MOST_TTL = 60, 5 * 365 * 86_400
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
 TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
 
 # Names that need no quotes in YAML, in a shell or in a log.
@@ -68,6 +69,7 @@ def read_expires(text: str) -> str:
 def run_token(config, *, hosts, ports, ttl, issuer, out=None):
     """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds. Without an
     ``issuer`` it has the one that the gateway asks for. Raises GrantError, AgentsFileError."""
+    _refuse_own_names(config, hosts)
     issuer = config.jwt_issuer or "" if issuer is None else issuer
     entries = {} if config.agents_file is None else agents_file.read(config.agents_file).entries
     if issuer in entries:
@@ -95,6 +97,7 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
     """Make a secret for a new agent, write its entry, and print what its configuration needs.
     Raises GrantError, AgentsFileError."""
     path = _path(config)
+    _refuse_own_names(config, hosts)
     secret = secrets.token_hex(SECRET_BYTES)
     keys = {"secret": secret, "hosts": ", ".join(hosts)}
     if ports:
@@ -105,17 +108,19 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
     if not agents_file.add(path, name, block):
         raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
     _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
-    example = hosts[0].replace("*", "app")
-    print(
-        "# For the agent's configuration; conf/agent.yaml explains each key.\n"
-        f'tunnel_addr: "{_tunnel_addr(config)}"\n'
-        f'jwt_issuer: "{name}"\n'
-        f'jwt_secret: "{secret}"\n'
-        "tunnels:\n"
-        f'  - hostname: "{example}"\n'
-        '    target: "127.0.0.1:8000"',
-        file=out or sys.stdout,
-    )
+    lines = [
+        "# For the agent's configuration; conf/agent.yaml explains each key.",
+        f'tunnel_addr: "{_tunnel_addr(config)}"',
+        f'jwt_issuer: "{name}"',
+        f'jwt_secret: "{secret}"',
+        "tunnels:",
+        f'  - hostname: "{hosts[0].replace("*", "app")}"',
+    ]
+    if ports:
+        lines += ['    target: "127.0.0.1:22"', '    mode: "tcp"', '    port: "auto"']
+    else:
+        lines += ['    target: "127.0.0.1:8000"']
+    print("\n".join(lines), file=out or sys.stdout)
     if config.local_ca:
         _say(f"the agent also needs a copy of {config.acme_cache}/local/ca.crt, as ca_file")
     if not config.tunnel_port:
@@ -131,7 +136,7 @@ def run_agents_list(config, out=None):
         rows.append((
             name,
             "disabled" if entry.disabled else "expired" if lapsed(entry) else "active",
-            "never" if entry.expires is None else _date(entry.expires),
+            "never" if entry.expires is None else _end(entry.expires),
             ", ".join(scope.written(entry.ports)) or "none",
             ", ".join(limits) or "none",
             ", ".join(entry.hosts),  # last, so that long ones do not tear the table
@@ -148,6 +153,15 @@ def run_agents_remove(config, name):
     if not agents_file.remove(path, name):
         raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
     _say(f"{name} was removed from {path}; a gateway that runs ends its sessions within 5 s")
+
+
+def _refuse_own_names(config, hosts):
+    """The gateway's own names are nobody's; a wildcard around them is all right."""
+    own = [host for host in hosts if host in (config.gateway_host, config.tunnel_host)]
+    if own:
+        raise GrantError(
+            f"{own[0]} is the gateway's own name, which nobody can claim: leave it out"
+        )
 
 
 def _refuse_more_than(entry, issuer, hosts, ports):
@@ -194,6 +208,13 @@ def _path(config):
 def _tunnel_addr(config):
     host = f"[{config.tunnel_host}]" if ":" in config.tunnel_host else config.tunnel_host
     return f"{host}:{config.tunnel_port or 9443}"
+
+
+def _end(seconds):
+    """When it ends, as it was most likely typed: a date counts to its end."""
+    if seconds % DAY:
+        return _date(seconds)
+    return datetime.fromtimestamp(seconds - DAY, timezone.utc).strftime("%Y-%m-%d")
 
 
 def _date(seconds):

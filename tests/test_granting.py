@@ -37,7 +37,7 @@ one:
   limits: {{visits: 7, hostnames: 3}}
   expires: 2999-12-30
 off: {{secret: "{OWN_SECRET}", hosts: off.example.com, disabled: true}}
-old: {{secret: "{OWN_SECRET}", hosts: old.example.com, expires: 2020-01-01T00:00:00Z}}
+old: {{secret: "{OWN_SECRET}", hosts: old.example.com, expires: 2020-01-01T08:00:00Z}}
 """
 
 
@@ -244,14 +244,30 @@ def test_list_is_a_table_without_secrets(capsys):
     out, err = capsys.readouterr()
     assert out == (
         "NAME  STATE     EXPIRES               PORTS            LIMITS                 HOSTS\n"
-        "one   active    2999-12-31 00:00 UTC  2200-2299, 5432  hostnames 3, visits 7  "
+        "one   active    2999-12-30            2200-2299, 5432  hostnames 3, visits 7  "
         "a.example.com, *.dev.example.com\n"
         "off   disabled  never                 none             none                   "
         "off.example.com\n"
-        "old   expired   2020-01-01 00:00 UTC  none             none                   "
+        "old   expired   2020-01-01 08:00 UTC  none             none                   "
         "old.example.com\n"
     )
     assert err == ""
+
+
+@pytest.mark.parametrize("own", ["gateway.example.com", "tunnel.example.com"])
+@pytest.mark.parametrize("command", [["token", "--ttl", "1d"], ["agents", "add", "two"]])
+def test_the_gateways_own_names_are_granted_to_nobody(capsys, command, own):
+    said = refusal(capsys, 1, *command, "--hosts", f"a.example.com,{own}")
+    assert f"{own} is the gateway's own name, which nobody can claim: leave it out" in said
+    assert Path("agents.yaml").read_text() == ENTRIES
+
+
+def test_lines_for_an_agent_that_may_have_ports_are_of_a_tunnel_with_one(capsys):
+    add = ["agents", "add", "two", "--hosts", "ssh.example.com", "--ports", "2200-2299"]
+    assert main(add) == 0
+    Path("agent.yaml").write_text(capsys.readouterr().out)
+    (tunnel,) = load_agent("agent.yaml").tunnels
+    assert (tunnel.hostname, tunnel.mode, tunnel.port) == ("ssh.example.com", "tcp", "auto")
 
 
 def test_list_of_nobody_has_only_its_head(capsys):
