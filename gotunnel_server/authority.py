@@ -25,11 +25,14 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from . import foreign_files
+from .foreign_files import MALFORMED
 
 # Trusted by hand, on every device that visits: it should outlive any trial.
 CA_LIFETIME = timedelta(days=3650)
@@ -61,19 +64,19 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
     Raises CertificateError, naming the file, if either cannot be read or they do not match.
     """
     try:
-        certificate = x509.load_pem_x509_certificates(certificate_file.read_bytes())[0]
+        certificate = x509.load_pem_x509_certificates(foreign_files.read(certificate_file))[0]
         public_key = certificate.public_key()
     except OSError as error:
         raise CertificateError(f"{certificate_file}: {error.strerror}") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except MALFORMED as error:
         raise CertificateError(f"{certificate_file}: not a certificate, expected PEM") from error
     try:
-        key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(foreign_files.read(key_file), password=None)
     except OSError as error:
         raise CertificateError(f"{key_file}: {error.strerror}") from error
     except TypeError as error:      # how cryptography says that there should be a password
         raise CertificateError(f"{key_file}: encrypted, expected a key without password") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except MALFORMED as error:
         raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
     if key.public_key() != public_key:
         raise CertificateError(f"{key_file}: not the key of {certificate_file.name}")
@@ -168,7 +171,7 @@ class Authority:
         try:
             certificate, _ = read_pair(certificate_file, key_file)
             certificate.verify_directly_issued_by(self._certificate)
-        except (CertificateError, InvalidSignature, ValueError, TypeError):
+        except (CertificateError, InvalidSignature, *MALFORMED):
             return False    # missing, cut short, or another CA's: all are healed by a new one
         return certificate.not_valid_after_utc - datetime.now(timezone.utc) >= RENEW_BEFORE
 

@@ -38,9 +38,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 
+from . import foreign_files
 from .authority import CertificateError
+from .foreign_files import MALFORMED
 
 __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of", "normal"]
 
@@ -295,7 +296,7 @@ def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -
     CertificateError, naming the file.
     """
     try:
-        pem = certificate_file.read_bytes()
+        pem = foreign_files.read(certificate_file)
         leaf, *chain = x509.load_pem_x509_certificates(pem)
         signers = {certificate.subject for certificate in chain} | {leaf.subject}
         pair = Pair(
@@ -304,7 +305,7 @@ def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -
             "" if leaf.issuer in signers else leaf.issuer.rfc4514_string(), context)
     except OSError as error:
         raise CertificateError(f"{certificate_file}: {error.strerror}") from error
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+    except MALFORMED as error:
         raise CertificateError(f"{certificate_file}: not a certificate, expected PEM") from error
     if pem.count(_PEM_BEGIN) > 1 + len(chain):      # cryptography passes over half a certificate
         raise CertificateError(
@@ -321,17 +322,19 @@ def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path) -> No
             f" {key_file.name} makes it")
 
     try:
+        for file in (certificate_file, key_file):   # OpenSSL would wait for a FIFO
+            foreign_files.read(file)
         context.load_cert_chain(certificate_file, key_file, no_password)
     except ssl.SSLError as error:
         if error.reason in _MISMATCHES:
             raise CertificateError(
                 f"{key_file}: not the key of {certificate_file.name}, expected the two halves of"
-                " one pair") from error
+                " one pair, the leaf before its chain") from error
         if error.reason is None:    # the certificate was read before, so it is the key
             raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
         raise CertificateError(f"{certificate_file}: OpenSSL refuses it: {error.reason}") from error
-    except OSError as error:        # of the key for the same reason
-        raise CertificateError(f"{key_file}: {error.strerror}") from error
+    except OSError as error:        # OpenSSL does not say of which; the other could be read
+        raise CertificateError(f"{error.filename or key_file}: {error.strerror}") from error
 
 
 def normal(name: str) -> str:
@@ -343,8 +346,7 @@ def names_of(certificate: x509.Certificate) -> frozenset[str]:
     """The DNS names and IP addresses in subjectAltName, which alone counts (RFC 9525 §2)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
-            ValueError):
+    except MALFORMED:
         return frozenset()
     return frozenset(map(normal, names.get_values_for_type(x509.DNSName))) | frozenset(
         map(str, names.get_values_for_type(x509.IPAddress)))
@@ -352,9 +354,9 @@ def names_of(certificate: x509.Certificate) -> frozenset[str]:
 
 def _is_of_a_ca(file: str) -> bool:
     try:
-        leaf = x509.load_pem_x509_certificates(Path(file).read_bytes())[0]
+        leaf = x509.load_pem_x509_certificates(foreign_files.read(file))[0]
         return leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (OSError, ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+    except (OSError, *MALFORMED):
         return False
 
 

@@ -2,6 +2,7 @@
 
     CA/account.json         the account's key and URL; CA is made from the directory's URL, so that
                             staging and production never mix
+    CA/account.lock         held while a process looks for the account, or makes it
     CA/pause.json           until when the CA wants to hear nothing, and why
     CA/certs/HOST.pem       private key, certificate, chain, in one file: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
@@ -10,8 +11,8 @@
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
 
 Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
-moved there in one step: a reader sees the old one or the new one. A file that does not make sense
-is moved to FILE.bad, named in the log, and taken as missing.
+moved there in one step: a reader sees the old one or the new one. A file that does not make sense,
+or that we may not read, is moved to FILE.bad, named in the log, and taken as missing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
+
+from . import foreign_files
+from .foreign_files import MALFORMED, Unfit
 
 log = logging.getLogger("gotunnel.cert_store")
 
@@ -42,7 +46,7 @@ HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")  # what leads nobody out of the
 HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
 # Seconds. No write takes so long: an older temporary file is that of a process that was killed.
 STALE = 60.0
-MOST_BYTES = 256 * 1024  # of any file here; a key and a long chain are some 10 KiB
+PROBE_BYTES = 16 * 1024  # what a certificate takes, and what is written beside it
 # What Let's Encrypt's staging CA calls itself; the Go program kept both kinds in one place.
 STAGING = "(STAGING)"
 
@@ -86,8 +90,7 @@ class CertStore:
         self._locks = self._ca / "locks"
         self._named: set[str] = set()  # the Go files complained of: each once
         try:
-            for path in (folder, self._ca, self._certs, self._locks):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make_folders()
             for path in (self._ca, self._certs, self._locks):
                 path.chmod(0o700)
             self._sweep(self._ca)
@@ -106,7 +109,7 @@ class CertStore:
         """The certificate of a hostname, ours or one that the Go program left; None if none.
 
         It may have run out, or begin later: only its dates are not judged here. Raises StoreError
-        if it cannot be read just now.
+        if it cannot be read just now, or not be made room for.
         """
         file = self._file(hostname, ".pem")
         try:
@@ -118,6 +121,18 @@ class CertStore:
         except StoreError as error:
             self._set_aside(file, error)
         return self._left_by_go(hostname)
+
+    def make_sure_of_room(self):
+        """Raises StoreError if no certificate could be kept now."""
+        probe = self._certs / "writable"
+        try:
+            self._write(probe, os.urandom(PROBE_BYTES))  # which no file system makes smaller
+            probe.unlink(missing_ok=True)  # another order may be quicker
+        except OSError as error:
+            raise StoreError(
+                f"{self._certs}: {error.strerror}; make room, and see that the gateway can write "
+                "there: nothing is ordered before"
+            ) from error
 
     def save(self, hostname, key_pem: bytes, chain_pem: bytes) -> Stored:
         """Keep a new certificate. Raises StoreError if it is not one of ``hostname`` with that key,
@@ -143,9 +158,11 @@ class CertStore:
 
     def _left_by_go(self, hostname) -> Stored | None:
         for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
+            if file.is_dir():  # such as that of a CA
+                continue
             try:
                 stored = check(file, hostname)
-            except (FileNotFoundError, IsADirectoryError):
+            except FileNotFoundError:
                 continue
             except (StoreError, OSError) as error:
                 if file.name not in self._named:
@@ -165,6 +182,10 @@ class CertStore:
     def save_account(self, account: dict):
         """Raises StoreError if it cannot be written."""
         self._write_json(self._ca / "account.json", account)
+
+    def drop_account(self, why):
+        """Set aside what save_account() kept. Raises StoreError if it cannot be moved."""
+        self._set_aside(self._ca / "account.json", why)
 
     def pause(self) -> dict:
         """What save_pause() kept; {} if nothing. Raises StoreError if it cannot be read now."""
@@ -195,11 +216,20 @@ class CertStore:
     def renewals(self) -> list[str]:
         """The hostnames that were asked for since the last time. Their requests are removed."""
         hostnames = []
-        for file in sorted(self._certs.glob("*.renew")):
+        try:
+            files = sorted(self._certs.glob("*.renew"))
+        except OSError:  # such as no descriptor; they are asked for again in seconds
+            return []
+        for file in files:
             try:
                 hostname = _read(file).decode(errors="replace").strip()
+            except FileNotFoundError:  # another process has taken it
+                continue
+            except (OSError, StoreError):  # it may be root's, who asked; its name says enough
+                hostname = ""
+            try:
                 file.unlink()
-            except (OSError, StoreError):  # another process has taken it; or it cannot be taken
+            except OSError:  # taken, or it cannot be
                 continue
             try:
                 is_its_own = self._file(hostname, ".renew") == file
@@ -222,12 +252,13 @@ class CertStore:
     @contextlib.contextmanager
     def account_lock(self) -> Iterator[None]:
         """Waits until no other process (or thread) is at the account."""
-        with self._locked(self._locks / "account", 0):
+        with self._locked(self._ca / "account.lock", 0):  # in locks/ it might be a hostname's
             yield
 
     @contextlib.contextmanager
     def _locked(self, path, flag) -> Iterator[bool]:
         try:
+            self._make_folders()  # somebody may have removed them since
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
@@ -242,6 +273,10 @@ class CertStore:
             os.close(lock)  # which also unlocks, as the end of the process does
 
     # Files
+
+    def _make_folders(self):
+        for path in (self._folder, self._ca, self._certs, self._locks):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _stem(self, hostname) -> str:
         """A name for the files of ``hostname``, which nobody can lead out of the folder."""
@@ -295,10 +330,18 @@ class CertStore:
             os.close(folder)
 
     def _set_aside(self, file, error):
+        flaw = error.flaw if isinstance(error, _Flaw) else error
         bad = file.with_name(file.name + ".bad")
-        with contextlib.suppress(OSError):  # another process was quicker, which was the goal
+        try:
             os.replace(file, bad)
-        log.warning("ACME_CACHE: %s is broken and now %s: %s", file.name, bad, error)
+        except FileNotFoundError:  # another process was quicker, which was the goal
+            pass
+        except OSError as obstacle:  # such as a folder of that name: nothing could be kept here
+            raise StoreError(
+                f"{file} is broken ({flaw}) and cannot be moved to {bad.name} "
+                f"({obstacle.strerror}): remove both"
+            ) from obstacle
+        log.warning("%s is broken (%s): renamed to %s, and made anew", file, flaw, bad.name)
 
     def _sweep(self, folder):
         for path in folder.glob(".*.tmp"):
@@ -327,9 +370,8 @@ def check(file: Path, hostname) -> Stored:
         own = key.public_key() == leaf.public_key()
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         served = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound,
-            x509.DuplicateExtension, x509.InvalidVersion,
-            x509.UnsupportedGeneralNameType) as error:  # fmt: skip
+        leaf.issuer.rfc4514_string()  # others will ask for it
+    except MALFORMED as error:
         raise _Flaw(file, "expected a private key and its certificate as PEM") from error
     if not own:
         raise _Flaw(file, "the key is not that of the certificate")
@@ -341,7 +383,7 @@ def check(file: Path, hostname) -> Stored:
         leaf.verify_directly_issued_by(chain[0])
         # A chain that is cut within its last certificate is seen by nobody but OpenSSL.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (InvalidSignature, *MALFORMED) as error:
         raise _Flaw(file, "the chain does not lead on from the certificate") from error
     except ssl.SSLError as error:
         raise _Flaw(file, f"OpenSSL refuses it: {error}") from error
@@ -349,8 +391,7 @@ def check(file: Path, hostname) -> Stored:
 
 
 def _read(file) -> bytes:
-    with open(file, "rb") as source:
-        content = source.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise _Flaw(file, f"longer than {MOST_BYTES} bytes")
-    return content
+    try:
+        return foreign_files.read(file)
+    except (Unfit, IsADirectoryError, PermissionError) as error:  # that will be so later, too
+        raise _Flaw(file, error.strerror) from error

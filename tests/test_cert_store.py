@@ -5,17 +5,19 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from fake_ca import DAY, NOW, Mint
-from support import ROOT
+from support import ROOT, TIMEOUT
 
-from gotunnel_server import cert_store
+from gotunnel_server import foreign_files
 from gotunnel_server.cert_store import CertStore, StoreError, ca_id, check
 
 HOST = "app.example.com"
@@ -229,12 +231,118 @@ def test_what_cannot_be_read_just_now_is_not_broken(tmp_path, store, mint, monke
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cert_store, "_read", fail)
+        patch.setattr(foreign_files, "read", fail)
         for read in (lambda: store.certificate(HOST), store.account):
             with pytest.raises(StoreError, match="Too many open files"):
                 read()
     assert store.certificate(HOST) is not None
     assert store.account() == {"url": "x"}
+
+
+FOREIGN = {
+    "FIFO": os.mkfifo,
+    "folder": os.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_no_file_is_set_aside_and_blocks_nobody(tmp_path, store, mint, what, caplog):
+    folder = certs(tmp_path)
+    files = [folder / f"{HOST}.pem", folder / f"{HOST}.json", folder.parent / "account.json"]
+    for file in files:
+        FOREIGN[what](file)
+    assert store.certificate(HOST) is None
+    assert store.state(HOST) == store.account() == {}
+    kept = store.save(HOST, *mint.pair(HOST))
+    assert store.certificate(HOST) == kept
+    assert len(caplog.records) == 3
+    assert all(file.with_name(file.name + ".bad").is_symlink()
+               or file.with_name(file.name + ".bad").exists() for file in files)  # fmt: skip
+
+
+def test_a_file_that_we_may_not_read_is_set_aside(tmp_path, store, mint, monkeypatch, caplog):
+    store.save(HOST, *mint.pair(HOST))
+
+    def forbid(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign_files, "read", forbid)
+        assert store.certificate(HOST) is None
+    assert f"{HOST}.pem is broken (Permission denied): renamed" in caplog.text
+
+
+def test_where_nothing_can_be_set_aside_that_is_said(tmp_path, store):
+    file = certs(tmp_path) / f"{HOST}.pem"
+    os.mkdir(file)
+    file.with_name(f"{HOST}.pem.bad").write_bytes(b"an earlier one")
+    with pytest.raises(StoreError, match="Is a directory.*cannot be moved.*remove both"):
+        store.certificate(HOST)
+
+
+@pytest.mark.parametrize("name", [HOST, "local"])
+def test_a_fifo_or_a_folder_beside_the_cas_blocks_nobody(tmp_path, store, name):
+    path = tmp_path / "cache" / name
+    (os.mkfifo if name == HOST else os.mkdir)(path)
+    assert store.certificate(name) is None
+
+
+def test_room_is_made_sure_of_and_nothing_is_left(tmp_path, store, monkeypatch):
+    store.make_sure_of_room()
+    assert list(certs(tmp_path).iterdir()) == []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="certs: No space left on device; make room"):
+        store.make_sure_of_room()
+    assert list(certs(tmp_path).iterdir()) == []
+
+
+def test_a_request_that_cannot_be_read_is_for_its_files_name(store, monkeypatch):
+    """Whoever asks may be root, and the gateway is not."""
+    store.ask_renewal(HOST)
+
+    def forbid(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(foreign_files, "read", forbid)
+    assert store.renewals() == [HOST]
+    assert store.renewals() == []
+
+
+def test_requests_in_a_folder_that_cannot_be_read_now_are_none(store, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(type(store._certs), "glob", fail)
+    assert store.renewals() == []
+
+
+def test_a_cache_that_was_removed_is_made_again(tmp_path, store, mint):
+    shutil.rmtree(tmp_path / "cache")
+    with store.lock(HOST):
+        store.save(HOST, *mint.pair(HOST))
+    assert store.certificate(HOST)
+    assert mode(certs(tmp_path)) == 0o700
+
+
+def test_no_hostname_has_the_lock_of_the_account(store):
+    for hostname in ("account", "account.lock"):
+        done = threading.Event()
+
+        def sign_in(done=done):
+            with store.account_lock():
+                done.set()
+
+        with store.lock(hostname) as ours:
+            assert ours
+            thread = threading.Thread(target=sign_in, daemon=True)
+            thread.start()
+            assert done.wait(TIMEOUT)
+        thread.join()
 
 
 def test_the_lock_is_for_one_at_a_time(tmp_path, store):
@@ -250,7 +358,7 @@ import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Mint
-from gotunnel_server import cert_store
+from gotunnel_server import foreign_files
 from gotunnel_server.cert_store import CertStore
 store = CertStore(Path(sys.argv[3]), sys.argv[4])
 pair = Mint().pair(sys.argv[5])

@@ -1,4 +1,5 @@
 """Certificates by SNI, proved by handshakes of a client that verifies."""
+import base64
 import os
 import socket
 import ssl
@@ -745,6 +746,60 @@ def test_folder_that_cannot_be_read_leaves_what_was_there_and_is_named_once(
         assert len(warnings(caplog)) == times
         (tmp_path / "moved").rename(cert_dir)
         certificates.reload()
+
+
+@pytest.mark.parametrize("name", ["f.crt", "f.key"])
+@pytest.mark.parametrize("what", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_named_and_blocks_nobody(cert_dir, caplog, what, name):
+    good = make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    make("f.test").put(cert_dir / "f.crt", cert_dir / "f.key")
+    (cert_dir / name).unlink()
+    what(cert_dir / name)
+    certificates = Certificates(cert_dir, None)
+    certificates.reload()
+    assert serial_at(certificates, "a.test") == good
+    [line] = warnings(caplog)
+    assert f"{name}: not a regular file" in line
+
+
+def odd_certificates():
+    """With a name of another kind in subjectAltName, and of a version that there is not."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    san = x509.UnrecognizedExtension(
+        x509.ObjectIdentifier("2.5.29.17"), bytes.fromhex("3004a3023000"))      # an x400Address
+    leaf = sign(x509.Name([]), key.public_key(), san, (-1, 1))
+    yield leaf.public_bytes(serialization.Encoding.PEM)
+    der = leaf.public_bytes(serialization.Encoding.DER)
+    version = bytes.fromhex("a003020102")
+    der = der.replace(version, version[:-1] + b"\x07")
+    yield (b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der)
+           + b"-----END CERTIFICATE-----\n")
+
+
+@pytest.mark.parametrize("pem", list(odd_certificates()), ids=["name", "version"])
+@pytest.mark.parametrize("key", [True, False], ids=["with its key", "without key"])
+def test_odd_certificate_is_named_and_stops_nobody(cert_dir, caplog, pem, key):
+    good = make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    put(cert_dir / "odd.crt", pem)
+    if key:
+        put(cert_dir / "odd.key", key_pem(ec.generate_private_key(ec.SECP256R1())))
+    certificates = Certificates(cert_dir, None)
+    assert serial_at(certificates, "a.test") == good
+    [line] = warnings(caplog)
+    assert line.startswith("CERT_DIR: odd.crt not used: ")
+
+
+def test_what_is_given_tells_a_valid_pair_from_others(cert_dir, monkeypatch):
+    make("*.test", validity=VALID).put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates = Certificates(cert_dir, None)
+    before = certificates.given
+    certificates.reload()
+    assert certificates.given == before
+    assert certificates.is_given("A.test.") and not certificates.is_given("test")
+    monkeypatch.setattr(cert_dir_module, "_now", lambda: NOW + timedelta(days=31))
+    certificates.reload()
+    assert certificates.given != before and not certificates.is_given("a.test")
+    assert Certificates(None, None).given == Certificates(None, None).given
 
 
 def test_folder_within_that_cannot_be_read_takes_nothing_with_it(cert_dir, caplog, monkeypatch):
