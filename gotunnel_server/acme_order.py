@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from .bounded_http import Session
 from .challenges import HTTP_01
+from .foreign_files import MALFORMED
 from .refusal import (
     ACCOUNT,
     CONFIG,
@@ -126,7 +127,9 @@ class Ca:
             try:
                 url, order = self._new_order(ca, hostname, replaces)
             except CaError as error:
-                if error.code != "accountDoesNotExist":
+                # The CA has forgotten us, or account.json has the key of one account and the URL of
+                # another, which it calls malformed: our key's account is there, or is made.
+                if error.code not in ("accountDoesNotExist", "malformed"):
                     raise
                 self._sign_in(ca, forgotten=ca.account)
                 url, order = self._new_order(ca, hostname, replaces)
@@ -161,7 +164,7 @@ class Ca:
                 answer = ca.get(url)
                 suggested = _json(url, answer).get("suggestedWindow")
                 start, end = (_instant(suggested[key]) for key in ("start", "end"))
-        except (CaError, ValueError, KeyError, TypeError, x509.ExtensionNotFound) as error:
+        except (CaError, KeyError, OverflowError, *MALFORMED) as error:
             log.debug("no renewal information: %s", error)
             return None, ask_delay(getattr(error, "retry_after", None))
         window = Window(start, end) if start <= end else None
@@ -219,13 +222,15 @@ class Ca:
         with self._store.account_lock():
             kept = self._store.account()
             try:
-                ca.key = josepy.JWK.from_json(kept["key"])
+                ca.key = _account_key(kept["key"])
             except (KeyError, ValueError, TypeError, AttributeError, josepy.errors.Error):
+                if kept:
+                    self._store.drop_account("expected a private key, EC P-256 or RSA")
                 ca.key = josepy.JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
                 kept = {"directory": self.directory_url, "key": ca.key.to_json()}
                 self._store.save_account(kept)
             url = kept.get("url")
-            if not url or url == forgotten:
+            if not isinstance(url, str) or url == forgotten:
                 url = self._new_account(ca)
                 self._store.save_account({**kept, "url": url})
             ca.account = url
@@ -246,8 +251,9 @@ class Ca:
             hint = "check ACME_EAB_KID and ACME_EAB_HMAC_KEY" if self._eab else (
                 "set ACME_EAB_KID and ACME_EAB_HMAC_KEY to what the CA has given you")
             if error.code not in ("externalAccountRequired", "unauthorized") and not self._eab:
-                hint = "check ACME_EMAIL"
-            raise CaError(CONFIG, url, f"{error.words}; {hint}", code=error.code,
+                hint = "check ACME_EMAIL" if self._email else ""
+            words = "; ".join(filter(None, (error.words, hint)))
+            raise CaError(CONFIG, url, words, code=error.code,
                           status=error.status, account_wide=True) from error  # fmt: skip
         return _location(url, answer)
 
@@ -449,8 +455,16 @@ def ari_id(leaf: x509.Certificate) -> str:
     """What a certificate is called in renewal information (RFC 9773 §4.1)."""
     authority = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
     serial = leaf.serial_number
-    serial_bytes = serial.to_bytes(serial.bit_length() // 8 + 1, "big")  # room for the sign
+    serial_bytes = serial.to_bytes(serial.bit_length() // 8 + 1, "big", signed=True)
     return f"{_base64url(authority.key_identifier or b'')}.{_base64url(serial_bytes)}"
+
+
+def _account_key(fields) -> josepy.JWK:
+    """A key that we can sign with. Raises ValueError, or an error of josepy, if there is none."""
+    key = josepy.JWK.from_json(fields)
+    if "d" not in fields or fields.get("crv", "P-256") != "P-256":  # RFC 7518 §6
+        raise ValueError("a public key, or one for another signature than ES256 and RS256")
+    return key
 
 
 def _request(hostname, key) -> bytes:

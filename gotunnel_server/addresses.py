@@ -10,17 +10,23 @@ import socket
 ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
+class NoAnswer(OSError):
+    """The resolver cannot say now; it may be able to later."""
+
+
 def is_always_here(hostname: str) -> bool:
     """Whether no resolver need be asked (RFC 6761 §6.3)."""
     return hostname == "localhost" or hostname.endswith(".localhost")
 
 
 def resolve(hostname: str) -> list[str]:
-    """The IP addresses of a hostname, sorted. Raises OSError; its text says why there are none."""
+    """The IP addresses of a hostname, sorted. Raises OSError, which may be NoAnswer; its text says
+    why there are none."""
     try:
         found = socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise OSError(getattr(error, "strerror", None) or str(error)) from None
+        kind = NoAnswer if getattr(error, "errno", None) == socket.EAI_AGAIN else OSError
+        raise kind(getattr(error, "strerror", None) or str(error)) from None
     return sorted({address[0].partition("%")[0] for *_, address in found})
 
 

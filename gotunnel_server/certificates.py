@@ -54,6 +54,15 @@ class Certificates:
         # Held to publish: a slow thread must not put an older certificate over a newer one.
         self._publishing = threading.Lock()
 
+    @property
+    def given(self) -> Served:
+        """What the pairs in `cert_dir` serve now. Equal to an earlier one if nothing changed."""
+        return self._cert_dir.served if self._cert_dir else Served({}, {})
+
+    def is_given(self, hostname: str) -> bool:
+        """Whether a pair in `cert_dir` that is valid now serves `hostname`."""
+        return _find(self.given.valid, normal(hostname)) is not None
+
     def reload(self) -> None:
         """Take up what changed in `cert_dir` since the last look, or by a date that passed.
 
@@ -78,7 +87,7 @@ class Certificates:
         Any thread. Raises CertificateError if the authority cannot issue.
         """
         hostname = normal(hostname)
-        valid, outdated = self._given()
+        valid, outdated = self.given
         if _find(valid, hostname):
             return True
         if self._authority is None:
@@ -102,7 +111,7 @@ class Certificates:
         Any thread; no lock, no disk.
         """
         hostname = normal(hostname)
-        valid, outdated = self._given()
+        valid, outdated = self.given
         if context := _find(valid, hostname):
             return context
         if issued := _find(self._issued, hostname):
@@ -151,9 +160,6 @@ class Certificates:
             # us a new one that ends before the old one would.
             if known is None or (known.begins, known.ends) <= (issued.begins, issued.ends):
                 self._issued[hostname] = issued
-
-    def _given(self) -> Served:
-        return self._cert_dir.served if self._cert_dir else Served({}, {})
 
     def _new_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -8,7 +8,6 @@ asks several times, from several places.
 """
 
 import contextlib
-import os
 import re
 import ssl
 import tempfile
@@ -18,6 +17,8 @@ from datetime import datetime, timedelta, timezone
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from .refusal import HOST, CaError
 
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
@@ -32,9 +33,13 @@ _LIFETIME = timedelta(days=1)  # nobody looks at it
 class Challenges:
     """The proofs that are published now. Any thread."""
 
-    def __init__(self, types):
-        """``types`` are those that a CA can see here: HTTP_01, TLS_ALPN_01."""
+    def __init__(self, types, folder=None):
+        """``types`` are those that a CA can see here: HTTP_01, TLS_ALPN_01.
+
+        ``folder`` is where a certificate lies for a moment; None for the system's own.
+        """
         self.types = tuple(types)
+        self._folder = folder
         self._bodies = {}  # (hostname, token): bytes
         self._contexts = {}  # hostname: SSLContext
         self._lock = threading.Lock()  # held to change both; reading one entry needs none
@@ -47,8 +52,19 @@ class Challenges:
 
     @contextlib.contextmanager
     def alpn(self, hostname, digest):
-        """Publish a certificate; ``digest`` is the SHA-256 of the key authorization."""
-        with self._published(self._contexts, hostname, _context(hostname, digest)):
+        """Publish a certificate; ``digest`` is the SHA-256 of the key authorization.
+
+        Raises CaError if it cannot be made.
+        """
+        try:
+            context = _context(hostname, digest, self._folder)
+        except OSError as error:
+            raise CaError(
+                HOST, "gotunnel", f"the proof cannot be written in "
+                f"{self._folder or 'a temporary folder'}: {error.strerror}; make room, and see "
+                "that the gateway can write there"
+            ) from error  # fmt: skip
+        with self._published(self._contexts, hostname, context):
             yield
 
     @contextlib.contextmanager
@@ -78,7 +94,7 @@ class Challenges:
         return self._contexts.get(hostname)
 
 
-def _context(hostname, digest) -> ssl.SSLContext:
+def _context(hostname, digest, folder) -> ssl.SSLContext:
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(timezone.utc)
     nobody = x509.Name([])
@@ -104,11 +120,8 @@ def _context(hostname, digest) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols([ALPN])
     # OpenSSL reads certificates from files only.
-    descriptor, path = tempfile.mkstemp()
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(pem)
-        context.load_cert_chain(path)
-    finally:
-        os.unlink(path)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".proof-", suffix=".tmp") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(file.name)
     return context

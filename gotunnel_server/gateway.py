@@ -27,7 +27,7 @@ from time import monotonic
 from gotunnel import WILDCARD, Workers, __version__, descriptor_limit, spawn, valid_hostname
 
 from . import dashboard, policy
-from .addresses import is_always_here, is_own, own_addresses, resolve
+from .addresses import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .attempts import Attempts
 from .authority import Authority, CertificateError
 from .cert_store import CertStore, StoreError
@@ -38,7 +38,7 @@ from .forwarding import Proxies
 from .issuer import FAILED, Issuer
 from .listener import Listener, PortError, bind
 from .ports import Ports
-from .refusal import HOST, CaError
+from .refusal import HOST, LATER, CaError
 from .registry import Registry
 from .tunnel import REGISTER_TIMEOUT, Tunnels
 from .visitor import (
@@ -66,6 +66,8 @@ AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take 
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 # Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
 RELOAD = 2
+RESOLVE_AGAIN = 300  # seconds after a hostname's resolver, or ours, gave no answer
+LAST_LOOK = 2  # seconds for the look that is under way when we stop: a disk may hang
 KEEP = 3600  # seconds that certificates of a hostname without agent are still renewed, at least
 READY = "ready"
 
@@ -81,7 +83,8 @@ class Gateway:
         self._certificates = Certificates(config.cert_dir, self._authority, alpn=ALPN)
         self._registry = Registry(reserved={config.gateway_host, config.tunnel_host})
         self._challenges = Challenges(
-            (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,)
+            (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),
+            config.acme_cache,
         )
         self._issuer = self._build_issuer() if config.acme else None
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
@@ -129,6 +132,11 @@ class Gateway:
             return
         try:
             found = resolve(hostname)
+        except NoAnswer as error:
+            raise CaError(
+                LATER, "DNS", f"no resolver answers for {hostname} ({error}): see whether this "
+                "machine's are up", retry_after=RESOLVE_AGAIN
+            ) from None  # fmt: skip
         except OSError as error:
             raise CaError(
                 HOST, "DNS", f"{hostname} does not resolve ({error}), expected a record that leads "
@@ -173,14 +181,18 @@ class Gateway:
     def _ensure_certificate(self, hostname, agent=None):
         """See to it that a hostname has a certificate, now or soon."""
         try:
-            self._certificates.reload()
-            if self._certificates.ensure(hostname):
-                return
+            if not self._certificates.is_given(hostname):
+                self._certificates.reload()
+            there = self._certificates.ensure(hostname)
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
             return
         if self._issuer is None or hostname.startswith(WILDCARD):
-            log.warning("%s: visitors are refused, %s", hostname, self._why_none(hostname))
+            if not there:
+                log.warning("%s: visitors are refused, %s", hostname, self._why_none(hostname))
+            return
+        if self._certificates.is_given(hostname):
+            self._issuer.drop(hostname)
             return
         try:
             self._issuer.want(hostname, agent)
@@ -229,7 +241,8 @@ class Gateway:
 
     def _keep(self):
         """Thread: now and then, and when asked, look after what changes."""
-        wanted, next_keep = set(self._own_names), monotonic() + KEEP
+        served, next_keep = set(), monotonic() + KEEP
+        given = self._certificates.given
         while True:
             asked = self._look_now.wait(RELOAD)
             self._look_now.clear()
@@ -239,12 +252,23 @@ class Gateway:
                 self._credentials.reload(force=asked)
                 self.tunnels.end_revoked()
                 self._certificates.reload()
+                if given != self._certificates.given:
+                    given = self._certificates.given
+                    self._take_up_given()
                 self._renew_asked()
                 if monotonic() >= next_keep:
                     next_keep = monotonic() + KEEP
-                    wanted = self._keep_certificates(wanted)
+                    served = self._keep_certificates(served)
             except Exception:
                 log.exception("what changes is not looked after: a defect")
+
+    def _take_up_given(self):
+        """Other names have a valid pair in CERT_DIR now: order what is missing, and tell agents."""
+        for hostname in self._own_names:
+            self._ensure_certificate(hostname)
+        for hostname, route in self._registry.routes().items():
+            self._ensure_certificate(hostname)
+            route.tunnel.tell_certificate(hostname)
 
     def _renew_asked(self):
         """Order what `certificates --renew` asks for."""
@@ -253,14 +277,14 @@ class Gateway:
             log.info("%s: a new certificate was asked for%s", hostname,
                      "" if known else ", but nobody serves it now")  # fmt: skip
 
-    def _keep_certificates(self, wanted):
-        """Renew those of hostnames that are served now, and forget those of ``wanted`` that have
-        not been for a while. Returns what is wanted now."""
+    def _keep_certificates(self, before):
+        """Renew those of hostnames that are served now, and forget those that are not, nor were
+        ``before``, at the last time. Returns what is served now."""
         now = {*self._own_names, *self._registry.routes()}
         for hostname in now:
             self._ensure_certificate(hostname)
         if self._issuer:
-            for hostname in wanted - now:  # gone since the last time at least
+            for hostname in self._issuer.hostnames() - now - before:
                 self._issuer.drop(hostname)
         return now
 
@@ -439,7 +463,7 @@ class Gateway:
         self._steps.shutdown()
         for exchanges in self._pools:
             exchanges.stop()
-        self._keeper.join()
+        self._keeper.join(LAST_LOOK)
         log.info("stopped")
 
     def _close_listeners(self):

@@ -2,8 +2,8 @@
 
     thread              how many                      ends when
     issuer              1                             stop(); it looks who is due, and starts jobs
-    order HOSTNAME      at most JOBS, with the next   certificate or refusal; soon after stop()
-    window HOSTNAME     at most JOBS                  the CA has told its renewal window
+    order HOSTNAME      JOBS + 1, with the next       certificate or refusal; soon after stop()
+    window HOSTNAME     JOBS + 1                      the CA has told its renewal window
     timer of a request  one a request (bounded_http)  the answer is there, or late
 
 A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
@@ -11,9 +11,11 @@ time after a failure is over (timetable.py). Whom a failure holds up (refusal.py
 
     HOST        that hostname: 1, 10, 100 minutes, then daily; the next attempt uses the other
                 challenge
+    LATER       that hostname, for as long as the error says; it is not counted
     CONFIG      that hostname for a day, and all of them if none would fare better
     ACCOUNT     all, for as long as the CA says
-    TRANSPORT   all, for a short while that grows; no hostname is blamed
+    TRANSPORT   all, for a short while that grows; no hostname is blamed. So it is when the store
+                could keep no certificate: then none is ordered
 
 A certificate that is there is never touched by any of this: it is served until there is a newer
 one. What was learned of a hostname is kept by the store, and so is a pause that the CA has asked
@@ -31,15 +33,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .cert_store import CertStore, Stored, StoreError
-from .refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError, one_line
+from .refusal import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
 from .stop import Stop
-from .timetable import DAY, HOUR, LEFT_AT_LATEST, Bucket, Window, renew_at, retry_delay
+from .timetable import ASK, DAY, HOUR, LEFT_AT_LATEST, Bucket, Window, renew_at, retry_delay
 
 log = logging.getLogger("gotunnel.issuer")
 
 READY, WAITING, FAILED = "ready", "waiting", "failed"
 
-# A hostname whose address is silent keeps its order for a minute; the others are to go on.
+# A hostname whose address is silent keeps its order for a minute; the others are to go on. There is
+# one more for certificates that are there, lest they run out while new names wait for a resolver.
 JOBS = 4
 # First orders. Let's Encrypt takes 300 in three hours. An agent may register MAX_HOSTS_PER_AGENT.
 ORDERS_PER_HOUR, ORDERS_PER_AGENT = 80, 50
@@ -47,6 +50,8 @@ ORDERS_PER_HOUR, ORDERS_PER_AGENT = 80, 50
 LOOK_AGAIN = 600.0
 # Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+IN_TURN = "more new hostnames than are ordered in an hour: it waits for its turn, maybe for hours"
+LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see what removes it"
 # Seconds: another process has the hostname. Orders take a few.
 ELSEWHERE = 5.0
 # No delay of ours is longer (a day and a tenth). One that seems to be is a clock that was set back.
@@ -82,6 +87,7 @@ class _Host:
     agent: object
     stored: Stored | None = None
     failures: int = 0  # in a row, those that are this hostname's
+    lost: bool = False  # the latest certificate replaces one that had just been ordered
     not_before: float = 0.0  # no attempt earlier, whatever is due
     challenge: str | None = None  # the type that worked last
     window: Window | None = None  # the CA's, for the certificate with this serial number:
@@ -104,6 +110,7 @@ class _Host:
         self.failures = max(0, int(_number(state.get("failures"))))
         self.not_before = _number(state.get("next_attempt_at"))
         self.ask_at = _number(state.get("ask_at"))
+        self.lost = state.get("lost") is True
         challenge, error = state.get("challenge"), state.get("error")
         self.challenge = challenge if isinstance(challenge, str) else None
         self.error = one_line(error) if isinstance(error, str) else ""
@@ -112,9 +119,21 @@ class _Host:
             self.window = Window(*map(_number, window))
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
 
+    def judge_loss(self):
+        """A certificate that was ordered within the day is gone: have another at once, but not
+        time and again, because a CA gives few for one hostname in a week."""
+        if self.stored is not None:
+            self.lost = False
+        elif self.not_before and not self.error:
+            if self.lost:
+                self.error = LOST
+            else:
+                self.lost, self.not_before = True, 0.0
+
     def as_dict(self) -> dict:
         return {
             "failures": self.failures,
+            "lost": self.lost,
             "next_attempt_at": self.not_before,
             "challenge": self.challenge,
             "error": self.error,
@@ -153,16 +172,13 @@ class Issuer:
         self._paused_until = 0.0
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
+        self._in_turn: list[_Host] = []  # of whom it must be told that they wait
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="issuer", daemon=True)
 
     def start(self):
         """Begin, but not before the CA said that it may be asked again, whoever it said it to."""
-        try:
-            kept = self._store.pause()
-        except StoreError as error:  # we may ask too early, and are told again
-            log.error("%s", error)
-            kept = {}
+        kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
         with self._lock:
             self._paused_until = _number(kept.get("until"))
             self._pause = one_line(kept.get("reason") or "")
@@ -196,12 +212,19 @@ class Issuer:
             host = self._hosts.get(hostname)
         if host is None:
             host = _Host(hostname, agent)
-            host.stored = self._store.certificate(hostname)
-            host.restore(self._store.state(hostname))
+            # What cannot be read now is ordered, and read again just before.
+            host.stored = self._read(self._store.certificate, hostname, default=None)
+            host.restore(self._read(self._store.state, hostname, default={}))
+            host.judge_loss()
             with self._lock:
                 host = self._hosts.setdefault(hostname, host)  # another thread may be quicker
                 self._lock.notify_all()
         return self.state(hostname) or self._state(host)
+
+    def hostnames(self) -> set[str]:
+        """Those that are wanted."""
+        with self._lock:
+            return set(self._hosts)
 
     def drop(self, hostname):
         """No longer wanted: it is not renewed, and an order for it ends. Its files stay."""
@@ -259,9 +282,18 @@ class Issuer:
     # Who is due
 
     def _run(self):
-        with self._lock:
-            while not self._stopping:
-                self._lock.wait(self._look())
+        while True:
+            with self._lock:
+                wait = self._look()
+                if self._stopping:
+                    return
+                in_turn, self._in_turn = self._in_turn, []
+                states = [(host.name, host.as_dict()) for host in in_turn]
+                if not states:
+                    self._lock.wait(wait)
+            for hostname, state in states:
+                self._save(self._store.save_state, hostname, state)
+                self._tell(hostname)
 
     def _look(self) -> float:
         """Start what is due and may run; seconds until the next look. Caller holds the lock."""
@@ -283,11 +315,12 @@ class Issuer:
         self._buckets = {
             agent: bucket for agent, bucket in self._buckets.items() if not bucket.full(now)
         }
-        for due_at, host in sorted(
-            ((host.due_at(), host) for host in self._hosts.values() if not host.busy),
-            key=lambda pair: pair[0],
-        ):
-            if len(self._jobs) >= JOBS:
+        for _, due_at, host in sorted(
+            ((not host.stored, host.due_at(), host)
+             for host in self._hosts.values() if not host.busy),
+            key=lambda triple: triple[:2],
+        ):  # fmt: skip
+            if len(self._jobs) >= JOBS + (host.stored is not None):
                 return wait  # the end of a job is a reason to look
             due_at = max(due_at, self._paused_until)
             if due_at <= now:
@@ -295,9 +328,16 @@ class Issuer:
                 if not bound:
                     for bucket in self._bounds(host):
                         bucket.take(now)
+                    if host.error == IN_TURN:
+                        host.error = ""
                     self._start(host, "order", self._order)
                     continue
                 due_at = now + bound
+                host.not_before = due_at
+                if not host.error:
+                    host.error = IN_TURN
+                    self._in_turn.append(host)
+                    log.warning("%s: %s", host.name, IN_TURN)
             wait = min(wait, due_at - now)
             if host.stored and host.stored.ends_at > now:  # an expired one has no window
                 ask_at = max(host.ask_at, self._paused_until)
@@ -310,8 +350,8 @@ class Issuer:
     def _bounds(self, host) -> list[Bucket]:
         """A renewal is held up by none: who has many new names, or lifetimes so short that the
         hour's orders would not do, must not let a certificate run out. The CA takes it beyond its
-        limits if it says what it replaces (RFC 9773 §5)."""
-        if host.stored is not None:
+        limits if it says what it replaces (RFC 9773 §5). Nor is what the operator asks for."""
+        if host.stored is not None or host.asked_for:
             return []
         if host.agent is None:
             return [self._bucket]
@@ -361,6 +401,13 @@ class Issuer:
         return [name for name, host in self._hosts.items()
                 if not host.busy and self._state(host).name == FAILED and not host.error]
 
+    def _read(self, read, *what, default):
+        try:
+            return read(*what)
+        except StoreError as error:
+            log.error("%s", error)
+            return default
+
     def _save(self, save, *what):
         try:
             save(*what)
@@ -404,6 +451,10 @@ class Issuer:
         challenge = self._choose(host)
         if host.stored is None:
             self._look_up(host.name)
+        try:
+            self._store.make_sure_of_room()
+        except StoreError as error:
+            raise CaError(TRANSPORT, "ACME_CACHE", str(error)) from error
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=host.stored and host.stored.leaf)  # fmt: skip
@@ -424,9 +475,11 @@ class Issuer:
 
     def _succeeded(self, host, stored, challenge):
         with self._lock:
+            before = host.stored
             host.stored, host.challenge = stored, challenge
             host.failures, host.error, host.ask_at = 0, "", 0.0
             host.asked_for = False  # this is a new one
+            host.lost = host.lost and before is None
             # A CA whose windows have all passed, or whose clock is wrong, would be asked in a loop.
             life = max(stored.ends_at - stored.begins_at, 0.0)
             host.not_before = self._clock() + min(DAY, life * LEFT_AT_LATEST)
@@ -450,6 +503,9 @@ class Issuer:
             elif error.kind == HOST:
                 host.failures += 1
                 pause = max(pause, retry_delay(host.name, host.failures))
+            elif error.kind == LATER:
+                for bucket in self._bounds(host):  # nothing was ordered
+                    bucket.put_back()
             if error.kind == ACCOUNT:
                 pause = pause or HOUR
             blamed = error.kind in (HOST, CONFIG) and not error.account_wide
@@ -466,6 +522,8 @@ class Issuer:
                     ", all wait" if error.account_wide else "", error)  # fmt: skip
 
     def _ask(self, host):
+        with self._lock:
+            host.ask_at = self._clock() + ASK  # whatever comes of it
         leaf = host.stored.leaf
         window, again = self._ca.renewal_info(leaf, host.stop)
         with self._lock:

@@ -6,6 +6,7 @@ a status, a header and a sentence:
     kind         concerns                      for example
     CONFIG       what the operator set         an account without binding, a name it never signs
     HOST         one hostname                  the challenge was not answered
+    LATER        one hostname, not its fault   no resolver answered, so the CA was not asked
     ACCOUNT      everything we ask for         too many orders; come back later
     TRANSPORT    the CA or the way to it       no route, a timeout, status 500, an answer in no form
 """
@@ -16,7 +17,8 @@ import re
 from datetime import datetime, timezone
 from email.utils import parsedate_tz
 
-CONFIG, HOST, ACCOUNT, TRANSPORT = "config", "host", "account", "transport"
+CONFIG, HOST, LATER = "config", "host", "later"
+ACCOUNT, TRANSPORT = "account", "transport"
 
 # Only a person changes these; those of newAccount concern every hostname.
 CONFIG_CODES = {
@@ -38,7 +40,7 @@ MOST_WORDS, MOST_URL, MOST_CODE = 500, 200, 50
 class CaError(Exception):
     """The CA refused, or could not be asked; str() is one line with url, code and its own words.
 
-    ``kind`` is one of the four above; ``code`` is RFC 8555's without its prefix, or "" if there
+    ``kind`` is one of the five above; ``code`` is RFC 8555's without its prefix, or "" if there
     was none; ``words`` are the CA's. ``retry_after`` is in seconds, None if nothing was said.
     ``account_wide``: no other hostname would fare better.
     """

@@ -75,6 +75,9 @@ class Bucket:
         self._fill(now)
         self._left -= 1
 
+    def put_back(self):
+        self._left = min(self._most, self._left + 1)
+
     def full(self, now) -> bool:
         self._fill(now)
         return self._left >= self._most

@@ -37,6 +37,7 @@ from support import (
 
 from gotunnel_server import acme_order
 from gotunnel_server import gateway as gateway_module
+from gotunnel_server.addresses import NoAnswer
 from gotunnel_server.authority import Authority
 from gotunnel_server.challenges import ALPN as ACME_TLS
 from gotunnel_server.challenges import PATH, Challenges
@@ -180,6 +181,8 @@ def test_ca_that_is_away_is_told_to_the_agent_and_stops_nobody_else(tmp_path, or
     [
         (OSError("Name or service not known"), "certificate: failed: DNS: app.example.com does not "
          "resolve (Name or service not known)"),
+        (NoAnswer("Temporary failure in name resolution"), "certificate: failed: DNS: no resolver "
+         "answers for app.example.com (Temporary failure in name resolution)"),
         (["203.0.113.7"], "app.example.com leads to 203.0.113.7, and this machine is "),
     ],
 )  # fmt: skip
@@ -228,6 +231,16 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
                     return serial_of(visitor) != first
 
             wait_until(is_new)
+
+
+def test_agents_of_the_common_secret_are_told_apart(tmp_path, origin, cache, monkeypatch):
+    with gateway_here(cache) as gateway:
+        ensured = []
+        monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificate",
+                            lambda hostname, agent: ensured.append(agent))  # fmt: skip
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            [agent] = ensured
+    assert "127.0.0.1" in agent
 
 
 def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin):
@@ -544,6 +557,72 @@ def test_hello_that_never_ends_is_dropped_in_time(cache, caplog, first, leaves):
     assert "Traceback" not in caplog.text and "defect" not in caplog.text
 
 
+def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
+    tmp_path, origin, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
+    serve_pages(origin)
+    mint = Mint()
+    own = tmp_path / "own"
+    own.mkdir()
+
+    def give(hostname, ends):
+        key, chain = mint.pair(hostname, ends - DAY, DAY)
+        (own / f"{hostname}.key").write_bytes(key)
+        (own / f"{hostname}.crt").write_bytes(chain)
+        return x509.load_pem_x509_certificates(chain)[0].serial_number
+
+    given = give(APP, time.time() + DAY / 2)
+    with fake_house(tmp_path) as gateway:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            wait_until(lambda: f"{APP}: certificate: ready" in caplog.text)
+            assert gateway.inner._certificates.is_given(APP) and APP not in orders(gateway.ca)
+            for file in own.glob(f"{APP}.*"):
+                file.unlink()
+            wait_until(lambda: f"{APP}: certificate until" in caplog.text)
+            assert gateway.get(APP) == (200, b"page")
+            assert serial_at(gateway, APP) != given
+            told = [record.getMessage() for record in caplog.records
+                    if record.getMessage().startswith(f"{APP}: certificate: ")]  # fmt: skip
+            assert told[:2] == [f"{APP}: certificate: ready", f"{APP}: certificate: waiting"]
+
+            give(APP, time.time() + DAY / 2)  # nothing is ordered for what the operator has given
+            wait_until(lambda: gateway.inner._issuer.state(APP) is None)
+        assert orders(gateway.ca).count(APP) == 1
+
+
+def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(
+    tmp_path, origin, monkeypatch
+):
+    serve_pages(origin)
+    with fake_house(tmp_path) as gateway:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            assert gateway.get(APP) == (200, b"page")
+        wait_until(lambda: not gateway.inner._registry.routes())
+        issuer = gateway.inner._issuer
+        served = gateway.inner._keep_certificates({APP})
+        assert APP in issuer.hostnames() and APP not in served  # it may be back soon
+        gateway.inner._keep_certificates(served)
+        assert issuer.hostnames() == {GATEWAY_HOST}
+
+
+def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(
+    tmp_path, origin, caplog
+):
+    caplog.set_level(logging.INFO)
+    serve_pages(origin)
+    own = tmp_path / "own"
+    own.mkdir()
+    key, chain = Mint().pair(APP, time.time() - 2 * DAY, DAY)
+    (own / "app.key").write_bytes(key)
+    (own / "app.crt").write_bytes(chain)
+    with fake_house(tmp_path) as gateway:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            wait_until(lambda: f"{APP}: certificate: ready" in caplog.text)
+            assert gateway.get(APP) == (200, b"page")
+
+
 # The life of a hostname --------------------------------------------------------------------------
 
 
@@ -699,14 +778,12 @@ def test_ca_that_misbehaves_is_told_to_the_agent_and_stops_nobody_else(
 ):
     caplog.set_level(logging.INFO)
     serve_pages(origin)
-    leave = threading.Event()
+    visited, leave = threading.Event(), threading.Event()
 
     def visit():
-        count = 0
         while not leave.is_set():
             assert gateway.get(OTHER) == (200, b"page")
-            count += 1
-        return count
+            visited.set()
 
     with fake_house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={OTHER: origin.port}):
@@ -719,9 +796,11 @@ def test_ca_that_misbehaves_is_told_to_the_agent_and_stops_nobody_else(
             visits = pool.submit(visit)
             try:
                 wait_until(lambda: f"{APP}: certificate: failed: {gateway.ca.url}" in caplog.text)
+                visited.clear()
+                assert visited.wait(TIMEOUT)
             finally:
                 leave.set()
-            assert visits.result() > 0
+            visits.result()
             told = [record.getMessage() for record in caplog.records
                     if record.getMessage().startswith(f"{APP}: certificate: failed")]  # fmt: skip
             assert words in told[0]

@@ -13,11 +13,14 @@ import socket
 import ssl
 import threading
 import time
+from types import SimpleNamespace
 
+import josepy
 import pytest
 import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from fake_ca import DAY, NOW, SILENCE, Clock, FakeCa, Proofs, problem
 from pebble import Answers, pebble
 from support import TIMEOUT, reserved_port
@@ -25,6 +28,7 @@ from support import TIMEOUT, reserved_port
 from gotunnel_server import acme_order, bounded_http
 from gotunnel_server.acme_order import Ca, ari_id
 from gotunnel_server.cert_store import CertStore, ca_id, check
+from gotunnel_server.challenges import Challenges
 from gotunnel_server.refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
 from gotunnel_server.stop import Stop
 from gotunnel_server.timetable import Window
@@ -117,6 +121,46 @@ def test_a_broken_account_file_is_a_new_key(fake, ca, store):
         store.save_account(broken)
         order(ca)
     assert len(fake.accounts) == 5
+
+
+EC_KEY = josepy.JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
+P384_KEY = josepy.JWKEC(key=ec.generate_private_key(ec.SECP384R1()))
+
+
+@pytest.mark.parametrize("key", [EC_KEY.public_key(), P384_KEY], ids=["public", "P-384"])
+def test_a_key_that_cannot_sign_is_set_aside_for_a_new_one(fake, ca, store, caplog, key):
+    order(ca)
+    store.save_account({**store.account(), "key": key.to_json()})
+    order(ca)
+    assert len(fake.accounts) == 2
+    [line] = [record.getMessage() for record in caplog.records
+              if record.name == "gotunnel.cert_store"]  # fmt: skip
+    assert "expected a private key" in line and "renamed to account.json.bad" in line
+
+
+def test_an_account_with_the_url_of_another_is_found_by_its_key(fake, ca, store):
+    order(ca)
+    url = store.account()["url"]
+    for wrong in ("https://other.example/account/7", {"a": 1}):
+        store.save_account({**store.account(), "url": wrong})
+        fake.script["new-order"] = [problem(400, "malformed")] * isinstance(wrong, str)
+        order(ca)
+        assert store.account()["url"] == url
+    assert len(fake.accounts) == 1
+
+
+def test_an_account_that_is_refused_blames_no_setting_that_is_not_there(fake, ca, store):
+    fake.script["new-account"] = [problem(400, "malformed")] * 2
+    assert "ACME_EMAIL" not in refused(ca).words
+    ca = Ca(fake.directory, store, email="me@example.com", clock=fake.clock)
+    assert "check ACME_EMAIL" in refused(ca).words
+
+
+def test_a_proof_that_cannot_be_written_leaves_no_authorization_pending(fake, ca, tmp_path):
+    challenges = Challenges(("tls-alpn-01",), tmp_path / "missing")
+    error = refused(ca, challenge="tls-alpn-01", challenges=challenges)
+    assert error.kind == HOST and "the proof cannot be written" in error.words
+    assert fake.payloads("authz")[-1] == {"status": "deactivated"}
 
 
 def test_many_orders_at_once_make_one_account(fake, ca):
@@ -618,6 +662,13 @@ def test_the_name_of_a_certificate_in_renewal_information():
                 return Extension
 
     assert ari_id(Example) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
+
+
+def test_a_serial_number_may_be_negative():
+    identifier = x509.AuthorityKeyIdentifier(b"k", None, None)
+    leaf = SimpleNamespace(serial_number=-5, extensions=x509.Extensions([
+        x509.Extension(identifier.oid, False, identifier)]))  # fmt: skip
+    assert ari_id(leaf) == "aw.-w"
 
 
 def test_a_renewal_says_what_it_replaces_unless_the_ca_will_not_hear_of_it(fake, ca):

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from gotunnel_server.addresses import is_always_here, is_own, own_addresses, resolve
+from gotunnel_server.addresses import NoAnswer, is_always_here, is_own, own_addresses, resolve
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,15 @@ def test_who_has_no_address_is_told_in_words(monkeypatch, failure):
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(OSError, match="^(Name or service not known|label too long)$"):
+        resolve("app.example.com")
+
+
+def test_a_resolver_that_may_answer_later_is_told_from_one_that_says_no(monkeypatch):
+    def getaddrinfo(*_, **__):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(NoAnswer, match="^Temporary failure in name resolution$"):
         resolve("app.example.com")
 
 

@@ -7,6 +7,7 @@ import pytest
 from cryptography import x509
 
 from gotunnel_server.challenges import ALPN, PATH, Challenges
+from gotunnel_server.refusal import CaError
 
 HOST, OTHER = "app.example.com", "other.example.com"
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
@@ -57,6 +58,19 @@ def test_certificate_carries_the_proof_and_no_other_name():
     )
     assert proof.critical and proof.value.value == b"\x04\x20" + digest
     assert protocol == ALPN
+
+
+def test_a_proof_that_cannot_be_written_is_a_refusal_and_not_published(tmp_path):
+    challenges = Challenges((), tmp_path / "missing")
+    with pytest.raises(CaError, match="the proof cannot be written in .*missing: No such file"):
+        with challenges.alpn(HOST, bytes(32)):
+            pass
+    assert challenges.context(HOST) is None
+
+
+def test_proof_leaves_no_file(tmp_path):
+    with Challenges((), tmp_path).alpn(HOST, bytes(32)):
+        assert list(tmp_path.iterdir()) == []
 
 
 def shake_hands(server_context):

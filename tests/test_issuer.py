@@ -15,7 +15,15 @@ from support import ROOT, TIMEOUT, wait_until
 from gotunnel_server.acme_order import Ca
 from gotunnel_server.cert_store import CertStore, StoreError
 from gotunnel_server.issuer import FAILED, JOBS, READY, WAITING, Issuer
-from gotunnel_server.refusal import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
+from gotunnel_server.refusal import (
+    ACCOUNT,
+    CONFIG,
+    HOST,
+    LATER,
+    TRANSPORT,
+    Abandoned,
+    CaError,
+)
 from gotunnel_server.timetable import (
     BACKOFF,
     HOUR,
@@ -208,6 +216,67 @@ def test_an_expired_certificate_is_ordered_anew_at_once_and_served_meanwhile(hou
     assert len(house.look()) == 1 and house.ca.asks == [house.issuer.certificate(APP).leaf]
 
 
+def lose(house):
+    """The gateway ends, its certificate's file is removed, and it starts again."""
+    house.issuer.certificate(APP).file.unlink()
+    house.restart()
+    house.issuer.want(APP)
+
+
+def test_a_certificate_that_was_just_ordered_and_lost_is_ordered_anew_at_once(house):
+    house.issuer.want(APP)
+    house.look()
+    house.clock.now += MINUTE
+    lose(house)
+    assert house.state().name == WAITING
+    assert len(house.look()) == 1 and house.state().name == READY
+
+
+def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
+    house.issuer.want(APP)
+    house.look()
+    lose(house)
+    house.look()
+    lose(house)
+    assert house.look() == []
+    assert house.state().name == FAILED and "lost from ACME_CACHE" in house.state().reason
+    assert len(house.at(DAY)) == 1 and house.state().name == READY
+    house.restart()  # this one survives
+    house.issuer.want(APP)
+    assert house.at(DAY + 7 * HOUR) == []
+    lose(house)
+    assert len(house.look()) == 1
+
+
+def test_what_cannot_be_read_is_said_and_the_hostname_is_wanted_all_the_same(
+    house, monkeypatch, caplog
+):
+    def fail(hostname):
+        raise StoreError("x.json: no descriptor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "state", fail)
+        patch.setattr(house.store, "certificate", fail)
+        house.issuer.want(APP)
+        assert caplog.text.count("no descriptor") == 2
+        assert house.look() == []  # lest a good one is ordered again
+    assert house.state().name == FAILED and "no descriptor" in house.state().reason
+    assert len(house.at(2 * MINUTE)) == 1 and house.state().name == READY
+
+
+def test_nothing_is_ordered_that_could_not_be_kept(house, monkeypatch):
+    def full():
+        raise StoreError("certs: No space left on device; make room")
+
+    house.issuer.want(APP)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "make_sure_of_room", full)
+        for seconds in (0, 10, 3600):
+            assert house.at(seconds) == []
+    assert house.state().name == FAILED and "No space left" in house.state().reason
+    assert len(house.at(3600 + 700)) == 1
+
+
 def test_a_broken_file_is_ordered_anew(house):
     house.store.save(APP, *house.ca.mint.pair(APP)).file.write_bytes(b"garbage")
     assert house.issuer.want(APP).name == WAITING
@@ -273,6 +342,20 @@ def test_the_cas_window_is_asked_for_and_kept(house):
     assert house.state().next_at == chosen
     house.look()
     assert len(house.ca.asks) == asks == 2
+
+
+def test_an_error_of_ours_over_the_window_is_not_repeated_at_once(house, monkeypatch):
+    asked = []
+
+    def fail(leaf, stop):
+        asked.append(leaf)
+        raise OverflowError("a defect")
+
+    monkeypatch.setattr(house.ca, "renewal_info", fail)
+    house.issuer.want(APP)
+    for seconds in (0, 1, HOUR):
+        house.at(seconds)
+    assert len(asked) == 1
 
 
 def test_a_window_in_the_past_renews_now_but_not_in_a_loop(house):
@@ -624,9 +707,69 @@ def test_orders_an_hour_are_bounded(tmp_path):
     for number in range(5):
         house.issuer.want(f"h{number}.example.com")
     assert len(house.look()) == 3
+    waiting = house.state("h4.example.com")
+    assert waiting.name == FAILED and "waits for its turn" in waiting.reason
+    assert waiting.next_at > NOW
     assert len(house.at(20 * MINUTE + 1)) == 1
     assert len(house.at(40 * MINUTE + 2)) == 1
     house.issuer.stop()
+
+
+def test_who_waits_for_its_turn_is_told_once_and_can_be_asked_for(tmp_path):
+    house = House(tmp_path, orders_per_hour=1)
+    for hostname in (OTHER, APP):
+        house.issuer.want(hostname)
+    house.issuer.start()
+    assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
+    assert house.state().name == FAILED and house.store.state(APP)["error"] == house.state().reason
+    house.issuer.retry_now(APP)
+    assert house.changed.get(timeout=TIMEOUT) == APP
+    assert house.state().name == READY and house.state().reason == ""
+    assert house.changed.empty()
+    house.issuer.stop()
+
+
+def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
+    down = [True]
+
+    def look_up(hostname):
+        if down:
+            raise refused(LATER, retry_after=300)
+
+    house = House(tmp_path, orders_per_hour=2, look_up=look_up)
+    house.issuer.want(APP)
+    for number in range(8):
+        assert house.at(number * 301) == []
+    assert house.state().name == FAILED and house.store.state(APP)["failures"] == 0
+    down.clear()
+    house.issuer.want(OTHER)
+    assert len(house.at(8 * 301)) == 2
+    house.issuer.stop()
+
+
+def test_a_renewal_waits_for_no_new_names(house):
+    go_on, running = threading.Event(), threading.Semaphore(0)
+
+    def hang(stop):
+        running.release()
+        go_on.wait(TIMEOUT)
+
+    house.issuer.want(APP)
+    house.look()
+    house.ca.script = [hang] * JOBS
+    for number in range(JOBS + 1):
+        house.issuer.want(f"h{number}.example.com")
+    try:
+        house.issuer.look()
+        for _ in range(JOBS):
+            assert running.acquire(timeout=TIMEOUT)
+        serial = house.issuer.certificate(APP).leaf.serial_number
+        house.clock.now += 80 * DAY
+        house.issuer.look()
+        wait_until(lambda: house.issuer.certificate(APP).leaf.serial_number != serial)
+    finally:
+        go_on.set()
+    house.look()
 
 
 def test_one_agent_cannot_take_the_others_orders(tmp_path):
