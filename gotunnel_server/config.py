@@ -22,6 +22,7 @@ import io
 import ipaddress
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -445,7 +446,8 @@ class _Variables:
         email = self.text("ACME_EMAIL")
         if email is not None and not re.fullmatch(r"[^@\s,]+@[^@\s,]+", email):
             raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address as me@example.com")
-        return Acme(directory, self.file("ACME_CA_FILE"), email, kid, hmac and hmac.strip())
+        ca_file = self.certificates_file("ACME_CA_FILE")
+        return Acme(directory, ca_file, email, kid, hmac and hmac.strip())
 
     def url(self, name: str) -> str | None:
         text = self.text(name)
@@ -458,6 +460,15 @@ class _Variables:
         path = self.text(name)
         if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             raise ConfigError(f"{name} is {path!r}, expected a file that can be read")
+        return path
+
+    def certificates_file(self, name: str) -> str | None:
+        path = self.file(name)
+        try:
+            if path is not None:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except ssl.SSLError:
+            raise ConfigError(f"{name}: {path!r} holds no certificate, expected PEM") from None
         return path
 
     def _required(self, name: str, expected: str) -> str:

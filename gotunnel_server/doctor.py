@@ -17,7 +17,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import socket
 import ssl
 import stat
@@ -35,11 +34,22 @@ from cryptography import x509
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header, valid_hostname
 
-from . import agents_file
+from . import agents_file, foreign_files
 from .addresses import is_always_here, is_own, own_addresses, resolve
-from .authority import RENEW_BEFORE, CertificateError
+from .authority import RENEW_BEFORE, CertificateError, read_pair
 from .cert_dir import CertDir, names_of
-from .cert_store import HASHED, LONGEST_STEM, STAGING, CertStore, Stored, StoreError, ca_id, check
+from .cert_store import (
+    HASHED,
+    LONGEST_STEM,
+    PROBE_BYTES,
+    STAGING,
+    CertStore,
+    Stored,
+    StoreError,
+    ca_id,
+    check,
+)
+from .foreign_files import MALFORMED
 from .gateway import VISITORS_SHARE
 from .issuer import Issuer
 from .listener import PortError, bind
@@ -50,7 +60,7 @@ COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals
 
 # Seconds for each silence, and for the whole answer. A person waits for us; a CA answers in one.
 NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
-MOST_BYTES = 64 * 1024  # of the directory, or of a state: each is about one KiB
+MOST_BYTES = 64 * 1024  # of the directory, which is about one KiB
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
@@ -135,7 +145,7 @@ def look_at_agents(path) -> Iterable[Finding]:
         return
     yield Finding(OK, "AGENTS_FILE", f"{path}, agents in it: {len(agents.entries)}")
     for warning in agents.warnings:
-        yield Finding(WARN, "AGENTS_FILE", warning.removeprefix("AGENTS_FILE "))
+        yield Finding(WARN, "AGENTS_FILE", warning.removeprefix("AGENTS_FILE").lstrip(": "))
 
 
 def look_at_descriptors(max_connections) -> Finding:
@@ -203,6 +213,8 @@ def _is_gotunnel(address, port, tls_name, *, tunnel) -> bool:
                     return True
                 if not data:
                     break
+    except ssl.SSLError as error:  # a gateway without a certificate for the name, most likely
+        return error.reason == "TLSV1_UNRECOGNIZED_NAME"
     except OSError:  # it speaks something else, or nothing
         pass
     return False
@@ -257,7 +269,12 @@ def look_at_cache(config) -> Iterable[Finding]:
         return
     inner = config.acme_cache / (ca_id(config.acme.directory) if config.acme else LOCAL_FOLDER)
     folders = [config.acme_cache, inner, inner / "certs", inner / "locks"]
-    there = [folder for folder in folders if folder.exists()]
+    try:
+        there = [folder for folder in folders if folder.exists()]
+    except PermissionError as error:
+        yield Finding(FAIL, "ACME_CACHE", f"{error.filename}: {error.strerror}, run this as the "
+                      "gateway's user")  # fmt: skip
+        return
     if not there:
         parent = next(path for path in config.acme_cache.absolute().parents if path.exists())
         if os.access(parent, os.W_OK | os.X_OK):
@@ -267,18 +284,27 @@ def look_at_cache(config) -> Iterable[Finding]:
                           f"made in {parent}: make it, owned by the gateway's user")  # fmt: skip
         return
     findings = [finding for folder in there for finding in look_at_folder("ACME_CACHE", folder)]
+    ca = [inner / "ca.crt", inner / "ca.key"]
+    if config.local_ca and any(file.exists() for file in ca):
+        try:
+            read_pair(*ca)
+        except CertificateError as error:
+            findings.append(Finding(FAIL, "ACME_CACHE", f"{error}; restore ca.crt and ca.key from "
+                                    "a copy, or remove both to get a new CA"))  # fmt: skip
     yield from findings or [Finding(OK, "ACME_CACHE", f"{config.acme_cache} can be written")]
 
 
 def look_at_folder(setting, folder: Path) -> Iterable[Finding]:
     """What is wrong with a folder that we have to write; nothing if it is fit."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".check-", suffix=".tmp"):
-            pass
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".check-", suffix=".tmp") as probe:
+            probe.write(os.urandom(PROBE_BYTES))
+            probe.flush()
         found = folder.stat()
     except OSError as error:
         yield Finding(FAIL, setting, f"{folder}: {error.strerror}, expected a folder that the "
-                      "gateway can write: change its owner, or name another")  # fmt: skip
+                      "gateway can write: change its owner, make room, or name "
+                      "another")  # fmt: skip
         return
     if found.st_uid != os.geteuid():
         yield Finding(WARN, setting, f"{folder} belongs to user {found.st_uid}, and this check "
@@ -336,11 +362,19 @@ def look_at_own_names(config) -> Iterable[Finding]:
     if config.cert_dir is not None:
         with contextlib.suppress(CertificateError):  # that was said before
             given = _read_pairs(config.cert_dir).served.valid
+    failed = {}
+    if config.acme is not None:
+        with contextlib.suppress(PermissionError):  # that was said before, too
+            failed = {row.name: row.error
+                      for row in ordered_rows(config.acme_cache, config.acme.directory)
+                      if row.ends_at is None and row.error}  # fmt: skip
     for name in dict.fromkeys((config.gateway_host, config.tunnel_host)):
         if covers(given, name):
             yield Finding(OK, "certificates", f"{name}: in CERT_DIR")
         elif config.local_ca:
             yield Finding(OK, "certificates", f"{name}: by a local CA, for trials")
+        elif name in failed:
+            yield Finding(WARN, "certificates", f"{name}: no certificate yet: {failed[name]}")
         elif config.acme and valid_hostname(name):
             yield Finding(OK, "certificates", f"{name}: ordered from {config.acme.directory}")
         elif config.acme:
@@ -426,25 +460,28 @@ def _one_line(words) -> str:
 
 # certificates ------------------------------------------------------------------------------------
 
-HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)", "LAST ERROR")
+HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)")
 
 
 def run_certificates(config, out) -> int:
     """Print the table; the exit status. Raises CertificateError if CERT_DIR cannot be read."""
-    width = shutil.get_terminal_size().columns if out.isatty() else None
-    print(table(find_rows(config), time.time(), width), file=out)
+    print(table(find_rows(config), time.time()), file=out)
     return 0
 
 
 def find_rows(config) -> list[Row]:
-    """What there is, sorted by name. Raises CertificateError if CERT_DIR cannot be read."""
+    """What there is, sorted by name. Raises CertificateError if a folder cannot be read."""
     rows = []
     if config.cert_dir is not None:
         rows += own_rows(config.cert_dir)
-    if config.local_ca:
-        rows += local_rows(config.acme_cache / LOCAL_FOLDER)
-    if config.acme is not None:
-        rows += ordered_rows(config.acme_cache, config.acme.directory)
+    try:
+        if config.local_ca:
+            rows += local_rows(config.acme_cache / LOCAL_FOLDER)
+        if config.acme is not None:
+            rows += ordered_rows(config.acme_cache, config.acme.directory)
+    except PermissionError as error:
+        raise CertificateError(
+            f"{error.filename}: {error.strerror}, run this as the gateway's user") from error
     return sorted(rows, key=lambda row: (row.name, row.source))
 
 
@@ -460,6 +497,8 @@ def own_rows(folder: Path) -> list[Row]:
 
 def local_rows(folder: Path) -> list[Row]:
     rows = []
+    with contextlib.suppress(FileNotFoundError):
+        os.listdir(folder)  # glob() may keep to itself that it must not
     for file in folder.glob("*.crt"):
         if file.name == "ca.crt":
             continue
@@ -477,8 +516,10 @@ def local_rows(folder: Path) -> list[Row]:
 def _leaf(file: Path) -> x509.Certificate | None:
     """The first certificate in a file, None if it cannot be read."""
     try:
-        return x509.load_pem_x509_certificates(file.read_bytes())[0]
-    except (OSError, ValueError):
+        leaf = x509.load_pem_x509_certificates(foreign_files.read(file))[0]
+        issuer_of(leaf)  # a name that makes no sense shows only now
+        return leaf
+    except (OSError, *MALFORMED):
         return None
 
 
@@ -496,6 +537,8 @@ class _Cache:
     def hostnames(self) -> list[str]:
         """Those with a certificate, also of the Go program, and those that wait for one; but for
         those that wait and are so long that their files do not tell them."""
+        with contextlib.suppress(FileNotFoundError):
+            os.listdir(self._certs)  # glob() may keep to itself that it must not
         own = {file.stem for kind in ("*.pem", "*.json") for file in self._certs.glob(kind)}
         for stem in filter(HASHED.fullmatch, tuple(own)):
             own.remove(stem)
@@ -524,8 +567,7 @@ class _Cache:
 
     def state(self, hostname) -> dict:
         try:
-            with open(self._file(hostname, ".json"), "rb") as file:
-                state = json.loads(file.read(MOST_BYTES))
+            state = json.loads(foreign_files.read(self._file(hostname, ".json")))
         except (OSError, ValueError, RecursionError):
             return {}
         return state if isinstance(state, dict) else {}
@@ -572,14 +614,15 @@ def issuer_of(leaf: x509.Certificate) -> str:
     return _one_line(names[0].value if names else leaf.issuer.rfc4514_string())
 
 
-def table(rows: list[Row], now, width: int | None = None) -> str:
-    """The rows under headings; lines are cut to ``width`` columns, None for never."""
+def table(rows: list[Row], now) -> str:
+    """The rows under headings; below a row, indented, the last error if there is one."""
     if not rows:
         return "There is no certificate yet; a gateway gets its own when it starts."
     cells = [HEADINGS, *(_cells(row, now) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-    return "\n".join(line[:width] for line in lines)
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    errors = ["", *(row.error and f"\n    last error: {_one_line(row.error)}" for row in rows)]
+    return "\n".join(map(str.__add__, lines, errors))
 
 
 def _cells(row, now) -> tuple[str, ...]:
@@ -589,7 +632,7 @@ def _cells(row, now) -> tuple[str, ...]:
     if row.renew_at is not None:
         renewal = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.renew_at))
         renewal = "due" if row.renew_at <= now else renewal
-    return row.name, row.source, row.issuer or "-", left, renewal, _one_line(row.error) or "-"
+    return row.name, row.source, row.issuer or "-", left, renewal
 
 
 def ask_renewal(config, name) -> str:

@@ -27,7 +27,7 @@ from support import (
 )
 
 from gotunnel_server import cli, doctor
-from gotunnel_server.authority import Authority
+from gotunnel_server.authority import Authority, CertificateError
 from gotunnel_server.cert_store import CertStore, StoreError, ca_id
 from gotunnel_server.config import load
 from gotunnel_server.doctor import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
@@ -129,6 +129,14 @@ def test_a_port_of_a_gateway_that_runs_is_a_warning(cache, setting, attribute, t
     with gateway_here(cache, HTTP_PORT="auto") as gateway:
         port = getattr(gateway.inner, attribute)
         finding = doctor.look_at_port(setting, ("127.0.0.1",), port, tls_name)
+    assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
+
+
+def test_a_gateway_without_a_certificate_of_its_name_is_one_all_the_same(cache):
+    with gateway_here(cache) as gateway:
+        finding = doctor.look_at_port(
+            "GATEWAY_PORT", ("127.0.0.1",), gateway.public_port, "unknown.localhost"
+        )
     assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
 
 
@@ -282,6 +290,51 @@ def test_a_cache_that_cannot_be_written_fails(tmp_path, monkeypatch):
     assert finding.level == FAIL and "Permission denied" in finding.text
 
 
+def test_a_cache_without_room_fails(tmp_path, store, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, content):
+            assert len(content) > 10_000  # what a certificate takes
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", lambda **_: Full())
+    found = list(doctor.look_at_cache(ordering(tmp_path)))
+    assert {finding.level for finding in found} == {FAIL}
+    assert all("No space left on device" in finding.text for finding in found)
+
+
+def test_a_local_certificate_with_an_odd_name_or_no_end_is_a_row(tmp_path):
+    (tmp_path / "device.crt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "fifo.crt")
+    rows = {row.name: row for row in doctor.local_rows(tmp_path)}
+    assert all("cannot be read" in rows[name].error for name in ("device", "fifo"))
+
+
+def test_a_local_ca_that_cannot_be_used_fails(tmp_path):
+    authority = Authority(tmp_path / "local")
+    assert levels(doctor.look_at_cache(config_of(tmp_path))) == [OK]
+    authority.ca_file.with_suffix(".key").unlink()
+    (finding,) = doctor.look_at_cache(config_of(tmp_path))
+    assert finding.level == FAIL and "ca.key: No such file" in finding.text
+
+
+def test_a_cache_that_one_may_not_look_into_is_named(tmp_path, store, monkeypatch):
+    def forbid(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(doctor.os, "listdir", forbid)  # root may look anywhere
+    with pytest.raises(CertificateError, match="certs: Permission denied, run this as the gate"):
+        doctor.find_rows(ordering(tmp_path))
+    monkeypatch.setattr(type(tmp_path), "exists", forbid)
+    (finding,) = doctor.look_at_cache(ordering(tmp_path))
+    assert finding.level == FAIL and "run this as the gateway's user" in finding.text
+
+
 def test_a_cache_of_another_user_is_a_warning(tmp_path, monkeypatch):
     owner = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
@@ -322,6 +375,15 @@ def test_own_names_need_a_certificate(tmp_path, mint, monkeypatch, settings, exp
     (tmp_path / "pairs").mkdir()
     put_pair(tmp_path / "pairs", "own", mint.pair("*.localhost", time.time()))
     assert levels(doctor.look_at_own_names(config_of(tmp_path, **settings))) == expected
+
+
+def test_an_own_name_whose_order_failed_is_a_warning_with_the_reason(tmp_path):
+    config = config_of(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
+    store = CertStore(config.acme_cache, URL)
+    store.save_state(GATEWAY_HOST, {"error": "dns: no address", "next_attempt_at": NOW})
+    finding = next(iter(doctor.look_at_own_names(config)))
+    assert finding.level == WARN
+    assert finding.text == f"{GATEWAY_HOST}: no certificate yet: dns: no address"
 
 
 @pytest.mark.parametrize(("most", "level"), [(1000, WARN), (100_000, OK), (-1, OK)])
@@ -462,17 +524,17 @@ def test_where_there_is_no_certificate_a_sentence_says_so(tmp_path):
     assert out.getvalue().count("\n") == 1
 
 
-def test_table_is_aligned_and_cut_to_the_terminal():
+def test_table_is_aligned_and_tells_each_last_error_in_full():
     rows = [
         Row("a.test", OWN, "R", NOW + 3.5 * DAY),
         Row("long.example.com", ORDERED, "", NOW - 1, NOW - 1, "dns:\n no address"),
     ]
     assert doctor.table(rows, NOW).splitlines() == [
-        "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)  LAST ERROR",
-        "a.test            CERT_DIR  R       3          -                   -",
-        "long.example.com  ACME      -       ran out    due                 dns: no address",
+        "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)",
+        "a.test            CERT_DIR  R       3          -",
+        "long.example.com  ACME      -       ran out    due",
+        "    last error: dns: no address",
     ]
-    assert {len(line) for line in doctor.table(rows, NOW, 40).splitlines()} == {40}
 
 
 # Renewals that are asked for
@@ -545,6 +607,7 @@ def test_agents_and_what_is_weak_about_them_are_named(tmp_path):
     assert found[0] == Finding(OK, "AGENTS_FILE", f"{path}, agents in it: 1")
     assert [finding.level for finding in found[1:]] == [WARN, WARN]
     assert not any("changeme" in finding.text for finding in found)
+    assert not any("AGENTS_FILE" in finding.text for finding in found)
 
 
 @pytest.mark.parametrize("content", [None, "one: [", "one: {}"])

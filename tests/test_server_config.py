@@ -5,11 +5,13 @@ import dataclasses
 import ipaddress
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gotunnel_server import policy
+from gotunnel_server.authority import Authority
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
 from gotunnel_server.policy import Defaults, Hash
 
@@ -405,7 +407,7 @@ def test_directory_of_certificates_may_stand_beside_a_ca(tmp_path):
 
 
 def test_account_with_the_ca(tmp_path):
-    (tmp_path / "ca.pem").write_text("")
+    shutil.copy(Authority(tmp_path / "ca").ca_file, tmp_path / "ca.pem")
     (tmp_path / "hmac").write_text("c2VjcmV0\n")
     acme = config(
         ACME_ENV="production", ACME_EMAIL="me@example.com", ACME_CA_FILE=str(tmp_path / "ca.pem"),
@@ -423,6 +425,8 @@ def test_account_with_the_ca(tmp_path):
         ({"ACME_DIRECTORY": "http://ca.test/dir"}, "ACME_DIRECTORY is 'http://ca.test/dir'"),
         ({"ACME_DIRECTORY": "https://a/", "ACME_ENV": "local"}, "ACME_DIRECTORY and ACME_ENV"),
         ({"ACME_CA_FILE": "/none"}, "ACME_CA_FILE is '/none', expected a file that can be read"),
+        ({"ACME_CA_FILE": os.devnull}, "ACME_CA_FILE is '/dev/null', expected a file"),
+        ({"ACME_CA_FILE": __file__}, f"ACME_CA_FILE: {__file__!r} holds no certificate"),
         ({"ACME_EMAIL": "me"}, "ACME_EMAIL is 'me', expected an address"),
         ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
         ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
