@@ -2650,6 +2650,7 @@ def print_answer(program: str, command) -> int:
     if sys.stdout is None:
         print(f"{program}: there is no standard output to answer on", file=sys.stderr)
         return 1
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
     try:
         status = command()
         sys.stdout.flush()

@@ -1,13 +1,15 @@
 """What the two programs need of the process that they are: threads, CPUs, room."""
 
+import io
 import logging
 import os
+import sys
 import threading
 
 import pytest
 
 import gotunnel
-from gotunnel import NoThread, Workers, spawn, stay_on_one_cpu
+from gotunnel import NoThread, Workers, print_answer, spawn, stay_on_one_cpu
 from gotunnel_server.visitor import Room
 
 
@@ -112,3 +114,19 @@ def test_room_for_one_is_for_anybody():
     assert room.enter("a") and not room.enter("b")
     room.leave("a")
     assert room.enter("b")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_an_answer_may_name_files_that_are_no_text(monkeypatch, encoding):
+    """Names come out of folders as they are, and terminals are strict."""
+    written = io.BytesIO()
+    output = io.TextIOWrapper(written, encoding, errors="strict", newline="\n")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert print_answer("program", lambda: print("b\udcfc.crt") or 7) == 7
+    assert written.getvalue() == b"b\\udcfc.crt\n"
+
+
+def test_an_error_of_a_file_is_not_taken_for_one_of_the_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(FileNotFoundError):
+        print_answer("program", lambda: os.stat("/no/such/file"))
