@@ -164,7 +164,7 @@ class Gateway:
         config = self._config
         for name in self._own_names:
             if self._issuer and valid_hostname(name):
-                self._ensure_certificate(name)
+                self._ensure_certificates([name])
             elif not self._certificates.ensure(name):
                 raise CertificateError(
                     f"{name}: no CA certifies an IP address here, expected a hostname in "
@@ -175,14 +175,17 @@ class Gateway:
                 )
         # Those that an earlier gateway has left: until its agent is back, a hostname shows a page
         # that says so, and no TLS error.
-        for name in self._authority.hostnames() if self._authority else ():
-            self._ensure_certificate(name)
+        if self._authority:
+            self._ensure_certificates(self._authority.hostnames())
 
-    def _ensure_certificate(self, hostname, agent=None):
-        """See to it that a hostname has a certificate, now or soon."""
+    def _ensure_certificates(self, hostnames, agent=None):
+        """See to it that hostnames have certificates, now or soon."""
+        self._certificates.reload()  # once for all: it is a look at each of hundreds of files
+        for hostname in hostnames:
+            self._ensure_certificate(hostname, agent)
+
+    def _ensure_certificate(self, hostname, agent):
         try:
-            if not self._certificates.is_given(hostname):
-                self._certificates.reload()
             there = self._certificates.ensure(hostname)
         except CertificateError as error:
             log.error("%s: %s", hostname, error)
@@ -264,10 +267,9 @@ class Gateway:
 
     def _take_up_given(self):
         """Other names have a valid pair in CERT_DIR now: order what is missing, and tell agents."""
-        for hostname in self._own_names:
-            self._ensure_certificate(hostname)
-        for hostname, route in self._registry.routes().items():
-            self._ensure_certificate(hostname)
+        routes = self._registry.routes()
+        self._ensure_certificates({*self._own_names, *routes})
+        for hostname, route in routes.items():
             route.tunnel.tell_certificate(hostname)
 
     def _renew_asked(self):
@@ -281,8 +283,7 @@ class Gateway:
         """Renew those of hostnames that are served now, and forget those that are not, nor were
         ``before``, at the last time. Returns what is served now."""
         now = {*self._own_names, *self._registry.routes()}
-        for hostname in now:
-            self._ensure_certificate(hostname)
+        self._ensure_certificates(now)
         if self._issuer:
             for hostname in self._issuer.hostnames() - now - before:
                 self._issuer.drop(hostname)
@@ -337,7 +338,7 @@ class Gateway:
             registry=self._registry,
             ports=self._ports,
             read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
-            ensure_certificate=self._ensure_certificate,
+            ensure_certificates=self._ensure_certificates,
             certificate_state=self._certificate_state,
             max_hosts=config.max_hosts_per_agent,
         )

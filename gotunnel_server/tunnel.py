@@ -91,13 +91,13 @@ class Tunnels:
 
     def __init__(
         self, *, context, challenges, credentials, attempts, registry, ports, read_policy,
-        ensure_certificate, certificate_state, max_hosts,
+        ensure_certificates, certificate_state, max_hosts,
     ):  # fmt: skip
         """``context`` is the TLS context of the port, ``challenges`` what a CA may find there.
         ``attempts`` counts those whose token was no good. ``ports`` are the public ones for agents,
-        a ports.Ports. ``read_policy`` is as for read_routes(). ``ensure_certificate(hostname,
-        agent)`` sees to it that a hostname can be served, now or soon; ``agent`` is whom to blame.
-        ``certificate_state(hostname)`` says how that stands, as in gotunnel.Certificate."""
+        a ports.Ports. ``read_policy`` is as for read_routes(). ``ensure_certificates(
+        hostnames, agent)`` sees to it that they can be served, now or soon; ``agent`` is whom to
+        blame. ``certificate_state(hostname)`` says how that stands, as in gotunnel.Certificate."""
         self.context = context
         self.challenges = challenges
         self.credentials = credentials
@@ -105,7 +105,7 @@ class Tunnels:
         self.registry = registry
         self.ports = ports
         self.read_policy = read_policy
-        self.ensure_certificate = ensure_certificate
+        self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
         self.max_hosts = max_hosts
         self.listener = None  # set before it is started
@@ -395,8 +395,7 @@ class Tunnel:
         agent = self.identity.credential
         if self.identity.entry is None:  # the common one: tell agents apart by where they are
             agent = (*agent, self.address[0])
-        for hostname in routes:
-            self._tunnels.ensure_certificate(hostname, agent)
+        self._tunnels.ensure_certificates(tuple(routes), agent)
         features = tuple(name for name in message.features if name in FEATURES)
         self.half_close = HALF_CLOSE in features
         most = self.identity.limits

@@ -147,6 +147,8 @@ def test_restarted_gateway_serves_what_it_has_and_orders_nothing(tmp_path, origi
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             with gateway.dial(APP) as visitor:
                 serial = serial_of(visitor)
+        with gateway.dial(GATEWAY_HOST):
+            pass  # its certificate, which was ordered too, is there as well
         directory, own = gateway.ca.directory, tmp_path / "own"
     caplog.clear()
     environment = {"ACME_ENV": "production", "ACME_DIRECTORY": directory, "HTTP_PORT": "0"}
@@ -236,8 +238,8 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
 def test_agents_of_the_common_secret_are_told_apart(tmp_path, origin, cache, monkeypatch):
     with gateway_here(cache) as gateway:
         ensured = []
-        monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificate",
-                            lambda hostname, agent: ensured.append(agent))  # fmt: skip
+        monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates",
+                            lambda hostnames, agent: ensured.append(agent))  # fmt: skip
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             [agent] = ensured
     assert "127.0.0.1" in agent
