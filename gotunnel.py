@@ -816,6 +816,10 @@ def put(queue, payload):
 # Control messages --------------------------------------------------------------------------------
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
+TOO_LONG = (
+    f"a control message of more than {MESSAGE_LIMIT} bytes, "
+    "expected fewer hostnames, or shorter policies"
+)
 MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
@@ -1012,12 +1016,12 @@ class MessageReader:
         messages = []
         while (end := self._object_end()) is not None:
             if end > MESSAGE_LIMIT:
-                raise ProtocolError(f"a control message of more than {MESSAGE_LIMIT} bytes")
+                raise ProtocolError(TOO_LONG)
             messages.append(decode_message(bytes(self._buffer[:end])))
             del self._buffer[:end]
             self._at = 0
         if len(self._buffer) > MESSAGE_LIMIT:
-            raise ProtocolError(f"a control message of more than {MESSAGE_LIMIT} bytes")
+            raise ProtocolError(TOO_LONG)
         return messages
 
     def _object_end(self):

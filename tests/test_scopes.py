@@ -157,7 +157,8 @@ def test_ten_thousand_hostnames_are_refused_in_words(gateway):
     with registered(gateway, OTHER):
         refused = reply_to(gateway, registration(*(f"h{n}.test" for n in range(10_000))))
         assert refused.error == (
-            "invalid registration: a control message of more than 65536 bytes"
+            "invalid registration: a control message of more than 65536 bytes, "
+            "expected fewer hostnames, or shorter policies"
         )
         assert routes_of(gateway.inner) == {OTHER}
 
