@@ -2665,7 +2665,8 @@ def print_answer(program: str, command) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at exit
         if isinstance(error, BrokenPipeError):
             return 0  # who reads, such as head, has seen enough
-        print(f"{program}: the answer cannot be written: {error.strerror}", file=sys.stderr)
+        why = error.strerror or error
+        print(f"{program}: the answer cannot be written: {why}", file=sys.stderr)
         return 1
 
 

@@ -61,8 +61,8 @@ FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that 
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
 REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to change something first
-# OpenSSL's codes for a certificate whose CA is not known here, X509_V_ERR_... of: DEPTH_ZERO_SELF_
-# SIGNED_CERT, SELF_SIGNED_CERT_IN_CHAIN, UNABLE_TO_GET_ISSUER_CERT_LOCALLY, and of its leaf.
+# OpenSSL's numbers (x509_vfy.h) for a certificate whose CA is not known here: self-signed, itself
+# or in its chain; issuer not found, of the last one or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 HELD = 10  # seconds after which a session counts as one that worked
@@ -133,7 +133,7 @@ class Agent:
                 except ssl.SSLCertVerificationError as error:
                     problem = f"its certificate is not to be trusted: {error.verify_message}"
                     if error.verify_code in UNKNOWN_CA:
-                        problem += "; if it has a CA of its own, name that in ca_file"
+                        problem += "; if it has a CA of its own, ca_file has to name that"
                 except OSError as error:
                     problem = error.strerror or str(error)
                 except ProtocolError as error:

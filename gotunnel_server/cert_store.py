@@ -9,6 +9,7 @@
     CA/certs/HOST.renew     somebody asks to have HOST renewed now; holds its name
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
+    .proof-*.tmp            a proof for the CA, there for a moment (challenges.py)
 
 Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
 moved there in one step: a reader sees the old one or the new one. A file that does not make sense,
@@ -37,6 +38,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from . import foreign_files
+from .challenges import PROOFS
 from .foreign_files import MALFORMED, Unfit
 
 log = logging.getLogger("gotunnel.cert_store")
@@ -93,6 +95,7 @@ class CertStore:
             self._make_folders()
             for path in (self._ca, self._certs, self._locks):
                 path.chmod(0o700)
+            self._sweep(folder, PROOFS)
             self._sweep(self._ca)
             self._sweep(self._certs)
             self._write(self._ca / "writable", b"")
@@ -109,7 +112,7 @@ class CertStore:
         """The certificate of a hostname, ours or one that the Go program left; None if none.
 
         It may have run out, or begin later: only its dates are not judged here. Raises StoreError
-        if it cannot be read just now, or not be made room for.
+        if it cannot be read just now, or is broken and cannot be set aside.
         """
         file = self._file(hostname, ".pem")
         try:
@@ -126,6 +129,7 @@ class CertStore:
         """Raises StoreError if no certificate could be kept now."""
         probe = self._certs / "writable"
         try:
+            self._make_folders()
             self._write(probe, os.urandom(PROBE_BYTES))  # which no file system makes smaller
             probe.unlink(missing_ok=True)  # another order may be quicker
         except OSError as error:
@@ -334,8 +338,8 @@ class CertStore:
         bad = file.with_name(file.name + ".bad")
         try:
             os.replace(file, bad)
-        except FileNotFoundError:  # another process was quicker, which was the goal
-            pass
+        except FileNotFoundError:  # another process was quicker, and has said so
+            return
         except OSError as obstacle:  # such as a folder of that name: nothing could be kept here
             raise StoreError(
                 f"{file} is broken ({flaw}) and cannot be moved to {bad.name} "
@@ -343,8 +347,8 @@ class CertStore:
             ) from obstacle
         log.warning("%s is broken (%s): renamed to %s, and made anew", file, flaw, bad.name)
 
-    def _sweep(self, folder):
-        for path in folder.glob(".*.tmp"):
+    def _sweep(self, folder, names=".*.tmp"):
+        for path in folder.glob(names):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()

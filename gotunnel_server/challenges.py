@@ -23,6 +23,7 @@ from .refusal import HOST, CaError
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
 ALPN = "acme-tls/1"
+PROOFS = ".proof-*.tmp"  # files that a gateway leaves which is killed in that moment
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")  # base64url (RFC 8555 §8.1); real ones have 43
 _ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")  # RFC 8737 §3
@@ -36,7 +37,7 @@ class Challenges:
     def __init__(self, types, folder=None):
         """``types`` are those that a CA can see here: HTTP_01, TLS_ALPN_01.
 
-        ``folder`` is where a certificate lies for a moment; None for the system's own.
+        ``folder`` is where a certificate and its key lie for a moment; None for the system's own.
         """
         self.types = tuple(types)
         self._folder = folder
@@ -120,7 +121,8 @@ def _context(hostname, digest, folder) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols([ALPN])
     # OpenSSL reads certificates from files only.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".proof-", suffix=".tmp") as file:
+    prefix, _, suffix = PROOFS.partition("*")
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, suffix=suffix) as file:
         file.write(pem)
         file.flush()
         context.load_cert_chain(file.name)

@@ -68,7 +68,7 @@ VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 RELOAD = 2
 RESOLVE_AGAIN = 300  # seconds after a hostname's resolver, or ours, gave no answer
 LAST_LOOK = 2  # seconds for the look that is under way when we stop: a disk may hang
-KEEP = 3600  # seconds that certificates of a hostname without agent are still renewed, at least
+KEEP = 3600  # seconds between looks whose certificates are wanted: who is not served at two is not
 READY = "ready"
 
 

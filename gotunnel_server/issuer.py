@@ -3,7 +3,7 @@
     thread              how many                      ends when
     issuer              1                             stop(); it looks who is due, and starts jobs
     order HOSTNAME      JOBS + 1, with the next       certificate or refusal; soon after stop()
-    window HOSTNAME     JOBS + 1                      the CA has told its renewal window
+    window HOSTNAME     at most JOBS                  the CA has told its renewal window
     timer of a request  one a request (bounded_http)  the answer is there, or late
 
 A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
@@ -95,6 +95,7 @@ class _Host:
     ask_at: float = 0.0
     error: str = ""
     busy: bool = False
+    turns: list[Bucket] = field(default_factory=list)  # of which its order has taken one each
     asked_for: bool = False  # somebody wants a new one now; the next order is for that
     stop: Stop = field(default_factory=Stop)  # it is no longer wanted
 
@@ -119,12 +120,12 @@ class _Host:
             self.window = Window(*map(_number, window))
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
 
-    def judge_loss(self):
+    def judge_loss(self, now):
         """A certificate that was ordered within the day is gone: have another at once, but not
         time and again, because a CA gives few for one hostname in a week."""
         if self.stored is not None:
             self.lost = False
-        elif self.not_before and not self.error:
+        elif self.not_before > now and not self.error:
             if self.lost:
                 self.error = LOST
             else:
@@ -215,7 +216,7 @@ class Issuer:
             # What cannot be read now is ordered, and read again just before.
             host.stored = self._read(self._store.certificate, hostname, default=None)
             host.restore(self._read(self._store.state, hostname, default={}))
-            host.judge_loss()
+            host.judge_loss(self._clock())
             with self._lock:
                 host = self._hosts.setdefault(hostname, host)  # another thread may be quicker
                 self._lock.notify_all()
@@ -311,7 +312,7 @@ class Issuer:
             host.ask_at = min(host.ask_at, latest)
 
     def _start_jobs(self, now) -> float:
-        wait = LOOK_AGAIN
+        wait, asking = LOOK_AGAIN, []
         self._buckets = {
             agent: bucket for agent, bucket in self._buckets.items() if not bucket.full(now)
         }
@@ -326,7 +327,8 @@ class Issuer:
             if due_at <= now:
                 bound = max((bucket.wait(now) for bucket in self._bounds(host)), default=0)
                 if not bound:
-                    for bucket in self._bounds(host):
+                    host.turns = self._bounds(host)
+                    for bucket in host.turns:
                         bucket.take(now)
                     if host.error == IN_TURN:
                         host.error = ""
@@ -342,9 +344,12 @@ class Issuer:
             if host.stored and host.stored.ends_at > now:  # an expired one has no window
                 ask_at = max(host.ask_at, self._paused_until)
                 if ask_at <= now:
-                    self._start(host, "window", self._ask)
+                    asking.append(host)
                 else:
                     wait = min(wait, ask_at - now)
+        for host in asking:  # of less haste than any order; the end of a job is a reason to look
+            if len(self._jobs) < JOBS:
+                self._start(host, "window", self._ask)
         return wait
 
     def _bounds(self, host) -> list[Bucket]:
@@ -426,6 +431,7 @@ class Issuer:
         with self._lock:
             asked_for, host.asked_for = host.asked_for, False
         try:
+            self._make_sure_of_room()
             with self._store.lock(host.name) as ours:
                 if not ours:
                     with self._lock:
@@ -439,6 +445,12 @@ class Issuer:
         except CaError as error:
             self._failed(host, error)
 
+    def _make_sure_of_room(self):
+        try:
+            self._store.make_sure_of_room()
+        except StoreError as error:
+            raise CaError(TRANSPORT, "ACME_CACHE", str(error)) from error
+
     def _adopt(self, host) -> bool:
         """Take what another process may have ordered since we looked."""
         stored = self._store.certificate(host.name)
@@ -451,10 +463,6 @@ class Issuer:
         challenge = self._choose(host)
         if host.stored is None:
             self._look_up(host.name)
-        try:
-            self._store.make_sure_of_room()
-        except StoreError as error:
-            raise CaError(TRANSPORT, "ACME_CACHE", str(error)) from error
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=host.stored and host.stored.leaf)  # fmt: skip
@@ -504,7 +512,7 @@ class Issuer:
                 host.failures += 1
                 pause = max(pause, retry_delay(host.name, host.failures))
             elif error.kind == LATER:
-                for bucket in self._bounds(host):  # nothing was ordered
+                for bucket in host.turns:  # nothing was ordered
                     bucket.put_back()
             if error.kind == ACCOUNT:
                 pause = pause or HOUR

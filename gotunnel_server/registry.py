@@ -57,7 +57,8 @@ class Registry:
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
-                raise HostnameTaken(f"not allowed: {', '.join(own)}: it is the gateway's own name")
+                names = ", ".join(own)
+                raise HostnameTaken(f"not allowed: {names}: reserved for the gateway itself")
             if taken := [hostname for hostname in routes if hostname in self._routes]:
                 tunnels = {self._routes[hostname].tunnel for hostname in taken}
                 raise HostnameTaken(f"host already registered: {', '.join(taken)}", tunnels)

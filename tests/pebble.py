@@ -73,6 +73,7 @@ def pebble(folder, http_port, tls_port, *, port=None, eab=None, lifetime=None,
             names, "-dns01", f"127.0.0.1:{dns}", "-management", f"127.0.0.1:{dns_management}",
             "-http01", "", "-https01", "", "-tlsalpn01", "", "-defaultIPv4", "127.0.0.1",
             "-defaultIPv6", "", cwd=folder))  # fmt: skip
+        wait_until(lambda: is_listening(dns))  # or the first validation finds no names
         environment = {
             "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0", "PEBBLE_AUTHZREUSE": "0",
             **environment,
@@ -83,6 +84,12 @@ def pebble(folder, http_port, tls_port, *, port=None, eab=None, lifetime=None,
         found = Pebble(port, management, authority.ca_file)
         wait_until(found.is_up)
         yield found
+
+
+def is_listening(port) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), TIMEOUT):
+        return True
+    return False
 
 
 class Answers(Challenges):

@@ -42,6 +42,7 @@ from gotunnel_server.authority import Authority
 from gotunnel_server.challenges import ALPN as ACME_TLS
 from gotunnel_server.challenges import PATH, Challenges
 from gotunnel_server.issuer import FAILED, READY, WAITING, State
+from gotunnel_server.refusal import HOST, LATER, CaError
 
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
 OTHER = "other.localhost"
@@ -52,9 +53,8 @@ UNRECOGNIZED_NAME = bytes([21, 3, 3, 0, 2, 2, 112])
 @contextlib.contextmanager
 def house(tmp_path, *, http=True, lifetime=None, **changes):
     """A gateway that orders at a Pebble of its own."""
-    with contextlib.ExitStack() as ports:
-        plain, public = (ports.enter_context(reserved_port()) for _ in range(2))
-    with pebble(tmp_path / "pebble", plain, public, lifetime=lifetime) as ca:
+    with reserved_port() as plain, reserved_port() as public, \
+            pebble(tmp_path / "pebble", plain, public, lifetime=lifetime) as ca:  # fmt: skip
         changes = {
             "GATEWAY_PORT": str(public), "HTTP_PORT": str(plain) if http else "0", **changes
         }  # fmt: skip
@@ -233,6 +233,24 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
                     return serial_of(visitor) != first
 
             wait_until(is_new)
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "again"),
+    [
+        (OSError("no such name"), HOST, None),
+        (NoAnswer("no resolver"), LATER, gateway_module.RESOLVE_AGAIN),
+    ],
+)
+def test_whose_fault_it_is_that_a_name_does_not_resolve(tmp_path, monkeypatch, found, kind, again):
+    def resolve(hostname):
+        raise found
+
+    monkeypatch.setattr(gateway_module, "resolve", resolve)
+    with fake_house(tmp_path) as gateway:
+        with pytest.raises(CaError) as caught:
+            gateway.inner._look_up("app.example.com")
+    assert (caught.value.kind, caught.value.retry_after) == (kind, again)
 
 
 def test_agents_of_the_common_secret_are_told_apart(tmp_path, origin, cache, monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -168,11 +169,21 @@ def test_a_staging_certificate_of_the_go_program_is_not_served_in_production(tmp
 
 def test_only_old_temporary_files_are_swept(tmp_path, store):
     old, new = (certs(tmp_path) / f".{name}.tmp" for name in ("old", "new"))
-    for path in (old, new):
+    proof, foreign = (tmp_path / "cache" / f".{name}.tmp" for name in ("proof-x", "somebody's"))
+    for path in (old, new, proof, foreign):
         path.write_bytes(b"half")
-    os.utime(old, (NOW - 10**9, NOW - 10**9))
+    for path in (old, proof, foreign):
+        os.utime(path, (NOW - 10**9, NOW - 10**9))
     CertStore(tmp_path / "cache", URL)
     assert not old.exists() and new.exists()
+    assert not proof.exists() and foreign.exists()
+
+
+def test_a_socket_in_the_place_of_a_go_certificate_is_named_once(tmp_path, store, caplog):
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "cache" / HOST))
+        assert store.certificate(HOST) is store.certificate(HOST) is None
+    assert len(caplog.records) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):

@@ -1,6 +1,7 @@
 """When certificates are ordered: the clock is the test's, and so is the CA."""
 
 import contextlib
+import errno
 import queue
 import subprocess
 import sys
@@ -248,6 +249,16 @@ def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
     assert len(house.look()) == 1
 
 
+def test_one_that_is_lost_long_after_its_order_is_ordered_anew_each_time(house):
+    """As a person does who tidies up; what the CA gives in a week is not at stake."""
+    house.issuer.want(APP)
+    house.look()
+    for day in (3, 20):
+        house.clock.now = NOW + day * DAY
+        lose(house)
+        assert len(house.look()) == 1 and house.state().name == READY
+
+
 def test_what_cannot_be_read_is_said_and_the_hostname_is_wanted_all_the_same(
     house, monkeypatch, caplog
 ):
@@ -275,6 +286,18 @@ def test_nothing_is_ordered_that_could_not_be_kept(house, monkeypatch):
             assert house.at(seconds) == []
     assert house.state().name == FAILED and "No space left" in house.state().reason
     assert len(house.at(3600 + 700)) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch):
+    def refuse(path, content):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    house.issuer.want(APP)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "_write", refuse)
+        assert house.look() == house.at(3600) == []
+    assert "Permission denied; make room" in house.state().reason
+    assert len(house.at(3600 + 700)) == 1  # at once, and not after the hours of three failures
 
 
 def test_a_broken_file_is_ordered_anew(house):
@@ -745,6 +768,42 @@ def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
     house.issuer.want(OTHER)
     assert len(house.at(8 * 301)) == 2
     house.issuer.stop()
+
+
+def test_who_took_no_turn_gives_none_back(tmp_path):
+    """What the operator asks for is beside the hour's orders."""
+    down = {APP}
+
+    def look_up(hostname):
+        if hostname in down:
+            raise refused(LATER, retry_after=300)
+
+    house = House(tmp_path, orders_per_hour=2, look_up=look_up)
+    house.issuer.want(OTHER)
+    assert len(house.look()) == 1
+    house.issuer.want(APP)
+    for _ in range(3):
+        house.issuer.retry_now(APP)
+        assert house.look() == []
+    for number in range(3):
+        house.issuer.want(f"h{number}.example.com")
+    assert len(house.look()) == 1
+    house.issuer.stop()
+
+
+def test_no_window_is_asked_for_while_a_first_order_waits(house):
+    go_on = threading.Event()
+    house.ca.renewal_info = lambda leaf, stop: (go_on.wait(TIMEOUT), (None, 6 * HOUR))[1]
+    for number in range(2 * JOBS):
+        house.store.save(f"h{number}.example.com", *house.ca.mint.pair(f"h{number}.example.com"))
+        house.issuer.want(f"h{number}.example.com")
+    house.issuer.want(OTHER)
+    try:
+        house.issuer.look()
+        wait_until(lambda: house.state(OTHER).name == READY)
+    finally:
+        go_on.set()
+    house.look()
 
 
 def test_a_renewal_waits_for_no_new_names(house):

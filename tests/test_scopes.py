@@ -101,6 +101,16 @@ def test_file_and_token_must_both_allow_a_hostname(gateway, hostnames, claims, e
     assert ack.ok is not bool(error) and ack.error.startswith(error)
 
 
+def test_an_agent_with_an_entry_is_one_wherever_it_comes_from(gateway, agents_file, monkeypatch):
+    """Its orders are counted together; those of the common secret, by address."""
+    agents = []
+    monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates",
+                        lambda hostnames, agent: agents.append(agent))  # fmt: skip
+    with registered(gateway, APP, token=office()), registered(gateway, OTHER):
+        pass
+    assert ["127.0.0.1" in agent for agent in agents] == [False, True]
+
+
 def test_the_log_names_the_credential(gateway, agents_file, caplog):
     """Many agents may come from one address, and whose entry must be mended is the question."""
     caplog.set_level(logging.INFO)

@@ -302,6 +302,27 @@ def test_an_agent_is_told_why_although_it_has_only_just_registered(gateway, monk
         assert incumbent.gone.wait(TIMEOUT)
 
 
+def test_an_agent_is_told_why_although_it_is_still_registering(gateway, monkeypatch):
+    """It holds the hostname already, and has not read its ack."""
+    claimed, may_go_on = threading.Event(), threading.Event()
+
+    def hold(hostnames, agent):
+        claimed.set()
+        may_go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates", hold)
+    with HandMade(gateway, registration(APP, features=(REASONS,))) as agent:
+        try:
+            assert claimed.wait(TIMEOUT)
+            incumbent = gateway.inner.tunnels.registry.routes()[APP].tunnel
+            incumbent.replace("the test wants it")
+        finally:
+            may_go_on.set()
+        assert agent.hear().ok
+        assert "the test wants it" in agent.hear().reason
+        assert incumbent.gone.wait(TIMEOUT)
+
+
 @pytest.mark.parametrize("leaves", [Session.leave, Session.close])
 def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
     gateway, monkeypatch, caplog, leaves
@@ -476,7 +497,7 @@ def claim_to_app(registry, tunnel):
 
 
 def test_the_gateways_own_name_is_refused_without_a_wait():
-    with pytest.raises(HostnameTaken, match="own name"):
+    with pytest.raises(HostnameTaken, match="reserved for the gateway itself"):
         claim_to_app(Registry({APP}), Holder()).attempt()
 
 

@@ -47,7 +47,7 @@ from gotunnel import (
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server import listener, tunnel
 
-OWN = "it is the gateway's own name"
+OWN = "reserved for the gateway itself"
 LETTERS = "; expected letters, digits, hyphens and dots, or *. and at least two labels"
 SOONER = 8  # seconds: less than a stranger has who says nothing (REGISTER_TIMEOUT)
 
