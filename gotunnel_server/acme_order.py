@@ -164,7 +164,7 @@ class Ca:
                 answer = ca.get(url)
                 suggested = _json(url, answer).get("suggestedWindow")
                 start, end = (_instant(suggested[key]) for key in ("start", "end"))
-        except (CaError, KeyError, OverflowError, *MALFORMED) as error:
+        except (CaError, KeyError, *MALFORMED) as error:
             log.debug("no renewal information: %s", error)
             return None, ask_delay(getattr(error, "retry_after", None))
         window = Window(start, end) if start <= end else None

@@ -54,6 +54,8 @@ IN_TURN = "more new hostnames than are ordered in an hour: it waits for its turn
 LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see what removes it"
 # Seconds: another process has the hostname. Orders take a few.
 ELSEWHERE = 5.0
+# Seconds until a store is tried again that could not be read or locked; the CA hears nothing of it.
+STORE_AGAIN = 60.0
 # No delay of ours is longer (a day and a tenth). One that seems to be is a clock that was set back.
 LONGEST_DELAY = 1.1 * DAY
 # Seconds for all jobs. One that is being connected, or says its last words, is left behind.
@@ -130,6 +132,12 @@ class _Host:
                 self.error = LOST
             else:
                 self.lost, self.not_before = True, 0.0
+
+    def give_turns_back(self):
+        """Nothing was ordered after all."""
+        for bucket in self.turns:
+            bucket.put_back()
+        self.turns = []
 
     def as_dict(self) -> dict:
         return {
@@ -436,12 +444,13 @@ class Issuer:
                 if not ours:
                     with self._lock:
                         host.not_before = self._clock() + ELSEWHERE
+                        host.give_turns_back()
                         host.asked_for |= asked_for
                     return
                 if not self._adopt(host):
                     self._have_issued(host)
         except StoreError as error:
-            self._failed(host, CaError(HOST, "ACME_CACHE", str(error)))
+            self._failed(host, CaError(LATER, "ACME_CACHE", str(error), retry_after=STORE_AGAIN))
         except CaError as error:
             self._failed(host, error)
 
@@ -456,6 +465,8 @@ class Issuer:
         stored = self._store.certificate(host.name)
         if stored is None or (host.stored and stored.ends_at <= host.stored.ends_at):
             return False
+        with self._lock:
+            host.give_turns_back()
         self._succeeded(host, stored, host.challenge)
         return True
 
@@ -466,7 +477,10 @@ class Issuer:
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=host.stored and host.stored.leaf)  # fmt: skip
-        stored = self._store.save(host.name, key_pem, chain_pem)
+        try:
+            stored = self._store.save(host.name, key_pem, chain_pem)
+        except StoreError as error:  # it has cost one of the few that the CA gives
+            raise CaError(HOST, "ACME_CACHE", str(error)) from error
         self._succeeded(host, stored, challenge)
         log.info("%s: certificate until %s UTC, by %s", host.name,
                  stored.leaf.not_valid_after_utc.strftime("%Y-%m-%d %H:%M"), challenge)  # fmt: skip
@@ -489,8 +503,9 @@ class Issuer:
             host.asked_for = False  # this is a new one
             host.lost = host.lost and before is None
             # A CA whose windows have all passed, or whose clock is wrong, would be asked in a loop.
-            life = max(stored.ends_at - stored.begins_at, 0.0)
-            host.not_before = self._clock() + min(DAY, life * LEFT_AT_LATEST)
+            # What is left counts, not the lifetime: one that was found may have run out.
+            left = max(stored.ends_at - self._clock(), 0.0)
+            host.not_before = self._clock() + min(DAY, left * LEFT_AT_LATEST)
             host.window = host.window_of = None
             self._outages = 0
             if self._paused_until <= self._clock():
@@ -512,8 +527,7 @@ class Issuer:
                 host.failures += 1
                 pause = max(pause, retry_delay(host.name, host.failures))
             elif error.kind == LATER:
-                for bucket in host.turns:  # nothing was ordered
-                    bucket.put_back()
+                host.give_turns_back()
             if error.kind == ACCOUNT:
                 pause = pause or HOUR
             blamed = error.kind in (HOST, CONFIG) and not error.account_wide

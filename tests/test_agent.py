@@ -469,6 +469,8 @@ def test_a_session_that_held_is_followed_by_a_short_delay(gateway, tmp_path, mon
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         for _ in range(3):
             gateway.meet()
+            gateway.control.write(encode_message(Ping(1)))
+            assert isinstance(gateway.hear(), Pong)  # it has seen the ack
             gateway.hang_up()
             assert counts.get(timeout=TIMEOUT) == 1
 

@@ -421,9 +421,9 @@ def rewrite(path, *pairs):
     write(path, text)
 
 
-def settle(path, monkeypatch):
+def settle(path, monkeypatch, seconds=60):
     """Let the file be old enough that its time tells each change."""
-    past = time.time() + 60
+    past = time.time() + seconds
     monkeypatch.setattr(time, "time", lambda: past)
 
 
@@ -562,6 +562,7 @@ def test_file_that_was_just_written_is_read_again_even_if_its_time_stays(path, m
 
 def test_file_that_is_being_written_is_left_until_it_rests(credentials, path, monkeypatch):
     """The half of a file that is saved in place can be whole YAML, and an end to the other half."""
+    monkeypatch.setattr(agents_file, "FRESH", HOUR)  # until then, all that is done here is recent
     wide = credentials.identify(own_token("wide"))
     whole = path.read_text()
     path.write_text(whole[: whole.index("wide:")])
@@ -570,7 +571,7 @@ def test_file_that_is_being_written_is_left_until_it_rests(credentials, path, mo
     assert credentials.reload() is False and credentials.reload() is False
     assert credentials.taken_away(wide) is None
     rewrite(path, ("wide:\n", "ours:\n"))
-    settle(path, monkeypatch)
+    settle(path, monkeypatch, 2 * HOUR)
     assert credentials.reload() is True  # old enough at the first look
     path.write_text(whole)
     assert credentials.reload(force=True) is True  # who asks for it has written it

@@ -88,6 +88,12 @@ class House:
         self.issuer = None
         self.restart()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.issuer.stop()
+
     def restart(self):
         if self.issuer:
             self.issuer.stop()
@@ -126,9 +132,8 @@ def finish_jobs() -> bool:
 
 @pytest.fixture
 def house(tmp_path):
-    house = House(tmp_path)
-    yield house
-    house.issuer.stop()
+    with House(tmp_path) as house:
+        yield house
 
 
 def refused(kind=HOST, **more):
@@ -181,6 +186,10 @@ def test_a_bucket_holds_an_hours_worth_and_survives_a_clock_that_steps_back():
     assert bucket.wait(NOW) == 1800 and bucket.wait(NOW - DAY) == 1800
     assert bucket.wait(NOW - DAY + 1800) == 0
     assert bucket.full(NOW + DAY) and not bucket.wait(NOW + DAY)
+    bucket.put_back()  # it was full already
+    bucket.take(NOW + DAY)
+    bucket.take(NOW + DAY)
+    assert bucket.wait(NOW + DAY)
 
 
 # Getting one, and keeping it
@@ -286,6 +295,46 @@ def test_nothing_is_ordered_that_could_not_be_kept(house, monkeypatch):
             assert house.at(seconds) == []
     assert house.state().name == FAILED and "No space left" in house.state().reason
     assert len(house.at(3600 + 700)) == 1
+
+
+@pytest.mark.parametrize("method", ["lock", "certificate"])
+def test_a_cache_that_cannot_be_used_for_hours_is_no_hostnames_fault(house, monkeypatch, method):
+    def fail(hostname):
+        raise StoreError(f"{hostname}.pem: too many open files")
+
+    for hostname in (APP, OTHER):
+        house.issuer.want(hostname)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, method, fail)
+        for hour in range(5):
+            assert house.at(hour * HOUR) == []
+        assert "too many open files" in house.state().reason
+    assert len(house.at(4 * HOUR + 61)) == 2
+
+
+def test_one_that_has_run_out_and_is_found_late_is_ordered_anew(house, monkeypatch):
+    """The store could not be read at first, and then had an old one."""
+    def fail(hostname):
+        raise StoreError(f"{hostname}.pem: too many open files")
+
+    old = house.ca.mint.pair(APP, NOW - 100 * DAY, 90 * DAY)
+    house.store.save(APP, *old)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "certificate", fail)
+        house.issuer.want(APP)
+    assert len(house.look()) == 1 and house.state().name == READY
+
+
+def test_who_finds_another_process_at_it_takes_no_turn(tmp_path):
+    with House(tmp_path, orders_per_hour=3) as house:
+        house.issuer.want(APP)
+        with CertStore(tmp_path / "cache", URL).lock(APP) as ours:
+            assert ours
+            for number in range(20):
+                assert house.at(number * 6) == []
+        for number in range(3):
+            house.issuer.want(f"h{number}.example.com")
+        assert len(house.at(20 * 6)) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch):
@@ -649,18 +698,16 @@ def test_a_ca_that_is_down_pauses_all_ever_longer_and_blames_nobody(house):
 def test_no_challenge_to_offer_is_the_operators(tmp_path):
     proofs = Proofs()
     proofs.types = ()
-    house = House(tmp_path, proofs)
-    house.issuer.want(APP)
-    assert house.look() == [] and "HTTP_PORT" in house.state().reason
-    house.issuer.stop()
+    with House(tmp_path, proofs) as house:
+        house.issuer.want(APP)
+        assert house.look() == [] and "HTTP_PORT" in house.state().reason
 
 
 def test_only_types_that_can_be_published_are_used(tmp_path):
-    house = House(tmp_path, Proofs("tls-alpn-01"))
-    house.ca.script = [refused()]
-    house.issuer.want(APP)
-    assert [*house.look(), *house.at(70)] == [(APP, "tls-alpn-01", None)] * 2
-    house.issuer.stop()
+    with House(tmp_path, Proofs("tls-alpn-01")) as house:
+        house.ca.script = [refused()]
+        house.issuer.want(APP)
+        assert [*house.look(), *house.at(70)] == [(APP, "tls-alpn-01", None)] * 2
 
 
 def test_a_certificate_that_is_not_ours_is_refused(house):
@@ -726,30 +773,29 @@ def test_never_more_jobs_than_allowed(house):
 
 
 def test_orders_an_hour_are_bounded(tmp_path):
-    house = House(tmp_path, orders_per_hour=3)
-    for number in range(5):
-        house.issuer.want(f"h{number}.example.com")
-    assert len(house.look()) == 3
-    waiting = house.state("h4.example.com")
-    assert waiting.name == FAILED and "waits for its turn" in waiting.reason
-    assert waiting.next_at > NOW
-    assert len(house.at(20 * MINUTE + 1)) == 1
-    assert len(house.at(40 * MINUTE + 2)) == 1
-    house.issuer.stop()
+    with House(tmp_path, orders_per_hour=3) as house:
+        for number in range(5):
+            house.issuer.want(f"h{number}.example.com")
+        assert len(house.look()) == 3
+        waiting = house.state("h4.example.com")
+        assert waiting.name == FAILED and "waits for its turn" in waiting.reason
+        assert waiting.next_at > NOW
+        assert len(house.at(20 * MINUTE + 1)) == 1
+        assert len(house.at(40 * MINUTE + 2)) == 1
 
 
 def test_who_waits_for_its_turn_is_told_once_and_can_be_asked_for(tmp_path):
-    house = House(tmp_path, orders_per_hour=1)
-    for hostname in (OTHER, APP):
-        house.issuer.want(hostname)
-    house.issuer.start()
-    assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
-    assert house.state().name == FAILED and house.store.state(APP)["error"] == house.state().reason
-    house.issuer.retry_now(APP)
-    assert house.changed.get(timeout=TIMEOUT) == APP
-    assert house.state().name == READY and house.state().reason == ""
-    assert house.changed.empty()
-    house.issuer.stop()
+    with House(tmp_path, orders_per_hour=1) as house:
+        for hostname in (OTHER, APP):
+            house.issuer.want(hostname)
+        house.issuer.start()
+        assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
+        assert house.state().name == FAILED
+        assert house.store.state(APP)["error"] == house.state().reason
+        house.issuer.retry_now(APP)
+        assert house.changed.get(timeout=TIMEOUT) == APP
+        assert house.state().name == READY and house.state().reason == ""
+        assert house.changed.empty()
 
 
 def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
@@ -759,15 +805,14 @@ def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
         if down:
             raise refused(LATER, retry_after=300)
 
-    house = House(tmp_path, orders_per_hour=2, look_up=look_up)
-    house.issuer.want(APP)
-    for number in range(8):
-        assert house.at(number * 301) == []
-    assert house.state().name == FAILED and house.store.state(APP)["failures"] == 0
-    down.clear()
-    house.issuer.want(OTHER)
-    assert len(house.at(8 * 301)) == 2
-    house.issuer.stop()
+    with House(tmp_path, orders_per_hour=2, look_up=look_up) as house:
+        house.issuer.want(APP)
+        for number in range(8):
+            assert house.at(number * 301) == []
+        assert house.state().name == FAILED and house.store.state(APP)["failures"] == 0
+        down.clear()
+        house.issuer.want(OTHER)
+        assert len(house.at(8 * 301)) == 2
 
 
 def test_who_took_no_turn_gives_none_back(tmp_path):
@@ -778,17 +823,16 @@ def test_who_took_no_turn_gives_none_back(tmp_path):
         if hostname in down:
             raise refused(LATER, retry_after=300)
 
-    house = House(tmp_path, orders_per_hour=2, look_up=look_up)
-    house.issuer.want(OTHER)
-    assert len(house.look()) == 1
-    house.issuer.want(APP)
-    for _ in range(3):
-        house.issuer.retry_now(APP)
-        assert house.look() == []
-    for number in range(3):
-        house.issuer.want(f"h{number}.example.com")
-    assert len(house.look()) == 1
-    house.issuer.stop()
+    with House(tmp_path, orders_per_hour=2, look_up=look_up) as house:
+        house.issuer.want(OTHER)
+        assert len(house.look()) == 1
+        house.issuer.want(APP)
+        for _ in range(3):
+            house.issuer.retry_now(APP)
+            assert house.look() == []
+        for number in range(3):
+            house.issuer.want(f"h{number}.example.com")
+        assert len(house.look()) == 1
 
 
 def test_no_window_is_asked_for_while_a_first_order_waits(house):
@@ -832,14 +876,13 @@ def test_a_renewal_waits_for_no_new_names(house):
 
 
 def test_one_agent_cannot_take_the_others_orders(tmp_path):
-    house = House(tmp_path, orders_per_agent=2)
-    for number in range(5):
-        house.issuer.want(f"h{number}.example.com", "greedy")
-    house.issuer.want(APP, "modest")
-    ordered = {name for name, _, _ in house.look()}
-    assert len(ordered) == 3 and APP in ordered
-    assert len(house.at(31 * MINUTE)) == 1
-    house.issuer.stop()
+    with House(tmp_path, orders_per_agent=2) as house:
+        for number in range(5):
+            house.issuer.want(f"h{number}.example.com", "greedy")
+        house.issuer.want(APP, "modest")
+        ordered = {name for name, _, _ in house.look()}
+        assert len(ordered) == 3 and APP in ordered
+        assert len(house.at(31 * MINUTE)) == 1
 
 
 def test_renewals_are_held_up_by_no_bound(tmp_path):
@@ -917,12 +960,11 @@ def test_what_cannot_be_ordered_is_not_wanted(house, hostname):
 
 
 def test_the_thread_orders_what_is_wanted_and_renews_in_time(tmp_path):
-    house = House(tmp_path, clock=time.time)
-    house.ca.lifetime = 2  # seconds: renewed every one
-    house.issuer.start()
-    house.issuer.want(APP)
-    assert [house.changed.get(timeout=TIMEOUT) for _ in range(2)] == [APP] * 2
-    house.issuer.stop()
+    with House(tmp_path, clock=time.time) as house:
+        house.ca.lifetime = 2  # seconds: renewed every one
+        house.issuer.start()
+        house.issuer.want(APP)
+        assert [house.changed.get(timeout=TIMEOUT) for _ in range(2)] == [APP] * 2
 
 
 def test_a_silent_ca_does_not_hold_up_the_end(tmp_path):
