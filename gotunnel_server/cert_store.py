@@ -129,7 +129,7 @@ class CertStore:
         """Raises StoreError if no certificate could be kept now."""
         probe = self._certs / "writable"
         try:
-            self._make_folders()
+            self._make_folders()  # somebody may have removed them since
             self._write(probe, os.urandom(PROBE_BYTES))  # which no file system makes smaller
             probe.unlink(missing_ok=True)  # another order may be quicker
         except OSError as error:
@@ -262,7 +262,6 @@ class CertStore:
     @contextlib.contextmanager
     def _locked(self, path, flag) -> Iterator[bool]:
         try:
-            self._make_folders()  # somebody may have removed them since
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error

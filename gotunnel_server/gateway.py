@@ -285,8 +285,10 @@ class Gateway:
         now = {*self._own_names, *self._registry.routes()}
         self._ensure_certificates(now)
         if self._issuer:
-            for hostname in self._issuer.hostnames() - now - before:
+            idle = self._issuer.hostnames() - now - before - self._registry.routes().keys()
+            for hostname in idle:
                 self._issuer.drop(hostname)
+            self._ensure_certificates(idle & self._registry.routes().keys())  # it came just then
         return now
 
     # The ports

@@ -3,7 +3,7 @@
     thread              how many                      ends when
     issuer              1                             stop(); it looks who is due, and starts jobs
     order HOSTNAME      JOBS + 1, with the next       certificate or refusal; soon after stop()
-    window HOSTNAME     at most JOBS                  the CA has told its renewal window
+    window HOSTNAME     at most JOBS - 1              the CA has told its renewal window
     timer of a request  one a request (bounded_http)  the answer is there, or late
 
 A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
@@ -35,7 +35,17 @@ from typing import NamedTuple
 from .cert_store import CertStore, Stored, StoreError
 from .refusal import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
 from .stop import Stop
-from .timetable import ASK, DAY, HOUR, LEFT_AT_LATEST, Bucket, Window, renew_at, retry_delay
+from .timetable import (
+    ASK,
+    CLOCK_OFF,
+    DAY,
+    HOUR,
+    LEFT_AT_LATEST,
+    Bucket,
+    Window,
+    renew_at,
+    retry_delay,
+)
 
 log = logging.getLogger("gotunnel.issuer")
 
@@ -56,7 +66,7 @@ LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see wha
 ELSEWHERE = 5.0
 # Seconds until a store is tried again that could not be read or locked; the CA hears nothing of it.
 STORE_AGAIN = 60.0
-# No delay of ours is longer (a day and a tenth). One that seems to be is a clock that was set back.
+# No delay of ours is longer (a day and a tenth). One that seems to be is by another clock.
 LONGEST_DELAY = 1.1 * DAY
 # Seconds for all jobs. One that is being connected, or says its last words, is left behind.
 STOP_TIMEOUT = 1.5
@@ -98,6 +108,7 @@ class _Host:
     error: str = ""
     busy: bool = False
     turns: list[Bucket] = field(default_factory=list)  # of which its order has taken one each
+    told: tuple = ()  # what somebody knows of its state
     asked_for: bool = False  # somebody wants a new one now; the next order is for that
     stop: Stop = field(default_factory=Stop)  # it is no longer wanted
 
@@ -108,11 +119,12 @@ class _Host:
         due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
         return max(due, self.not_before)
 
-    def restore(self, state):
-        """Take what as_dict() made; a value that makes no sense counts as missing."""
+    def restore(self, state, latest):
+        """Take what as_dict() made; a value that makes no sense counts as missing, such as a
+        delay beyond ``latest``: it was written with another clock."""
         self.failures = max(0, int(_number(state.get("failures"))))
-        self.not_before = _number(state.get("next_attempt_at"))
-        self.ask_at = _number(state.get("ask_at"))
+        self.not_before = _number(state.get("next_attempt_at"), latest)
+        self.ask_at = _number(state.get("ask_at"), latest)
         self.lost = state.get("lost") is True
         challenge, error = state.get("challenge"), state.get("error")
         self.challenge = challenge if isinstance(challenge, str) else None
@@ -181,7 +193,8 @@ class Issuer:
         self._paused_until = 0.0
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
-        self._in_turn: list[_Host] = []  # of whom it must be told that they wait
+        self._looked_at = 0.0  # by our clock, which may be set
+        self._in_turn: list[_Host] = []  # of whom it must be kept that they wait
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="issuer", daemon=True)
 
@@ -189,7 +202,7 @@ class Issuer:
         """Begin, but not before the CA said that it may be asked again, whoever it said it to."""
         kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
         with self._lock:
-            self._paused_until = _number(kept.get("until"))
+            self._paused_until = _number(kept.get("until"), self._clock() + LONGEST_DELAY)
             self._pause = one_line(kept.get("reason") or "")
         self._thread.start()
 
@@ -223,12 +236,18 @@ class Issuer:
             host = _Host(hostname, agent)
             # What cannot be read now is ordered, and read again just before.
             host.stored = self._read(self._store.certificate, hostname, default=None)
-            host.restore(self._read(self._store.state, hostname, default={}))
-            host.judge_loss(self._clock())
+            now = self._clock()
+            host.restore(self._read(self._store.state, hostname, default={}), now + LONGEST_DELAY)
+            host.judge_loss(now)
             with self._lock:
+                host.told = self._to_tell(host)
                 host = self._hosts.setdefault(hostname, host)  # another thread may be quicker
                 self._lock.notify_all()
-        return self.state(hostname) or self._state(host)
+        with self._lock:
+            known = self._to_tell(host)
+            if known[0] == WAITING:  # who asks knows it now, and it would be no news
+                host.told = known
+            return self._state(host)
 
     def hostnames(self) -> set[str]:
         """Those that are wanted."""
@@ -282,7 +301,7 @@ class Issuer:
         now = self._clock()
         ends_at = host.stored and host.stored.ends_at
         next_at, reason = host.due_at(), host.error
-        if next_at <= now < self._paused_until:
+        if max(next_at, now) < self._paused_until:
             next_at, reason = self._paused_until, reason or self._pause
         if ends_at is not None and ends_at > now:
             return State(READY, reason, next_at, ends_at)
@@ -298,11 +317,12 @@ class Issuer:
                     return
                 in_turn, self._in_turn = self._in_turn, []
                 states = [(host.name, host.as_dict()) for host in in_turn]
-                if not states:
+                news = self._news()
+                if not (news or states):
                     self._lock.wait(wait)
             for hostname, state in states:
                 self._save(self._store.save_state, hostname, state)
-                self._tell(hostname)
+            self._tell(news)
 
     def _look(self) -> float:
         """Start what is due and may run; seconds until the next look. Caller holds the lock."""
@@ -313,11 +333,13 @@ class Issuer:
         return self._start_jobs(now)
 
     def _forgive_a_step_back(self, now):
-        latest = now + LONGEST_DELAY
-        self._paused_until = min(self._paused_until, latest)
-        for host in self._hosts.values():
-            host.not_before = min(host.not_before, latest)
-            host.ask_at = min(host.ask_at, latest)
+        """A delay is so many seconds, also if the clock is set back while it lasts."""
+        back, self._looked_at = self._looked_at - now, now
+        if back > CLOCK_OFF:
+            self._paused_until -= back
+            for host in self._hosts.values():
+                host.not_before -= back
+                host.ask_at -= back
 
     def _start_jobs(self, now) -> float:
         wait, asking = LOOK_AGAIN, []
@@ -355,8 +377,8 @@ class Issuer:
                     asking.append(host)
                 else:
                     wait = min(wait, ask_at - now)
-        for host in asking:  # of less haste than any order; the end of a job is a reason to look
-            if len(self._jobs) < JOBS:
+        for host in asking:  # the end of a job is a reason to look; one place is for orders
+            if len(self._jobs) < JOBS - 1:
                 self._start(host, "window", self._ask)
         return wait
 
@@ -384,7 +406,6 @@ class Issuer:
         self._jobs.add(thread)
 
     def _work(self, host, job):
-        before, pause = (host.stored, host.error), self._pause
         try:
             job(host)
         except Abandoned:
@@ -395,24 +416,31 @@ class Issuer:
         with self._lock:
             wanted = self._hosts.get(host.name) is host and not self._stopping
             state = host.as_dict()
-            held_up = self._held_up() if self._pause != pause else []
         if wanted:
             self._save(self._store.save_state, host.name, state)
-            if (host.stored, host.error) != before:
-                self._tell(host.name)
-        for name in held_up:
-            self._tell(name)
         with self._lock:
             host.busy = False
+            news = self._news()
+        self._tell(news)
+        with self._lock:
             self._jobs.discard(threading.current_thread())
             self._lock.notify_all()
 
-    def _held_up(self) -> list[str]:
-        """Who waits for nothing but the pause, and has nothing to serve. Caller holds the lock."""
-        if self._stopping:
-            return []
-        return [name for name, host in self._hosts.items()
-                if not host.busy and self._state(host).name == FAILED and not host.error]
+    def _news(self) -> list[str]:
+        """Whose state is to be told: that who failed waits again is no news. Counts as told, once.
+        Caller holds the lock."""
+        news = []
+        for host in () if self._stopping else self._hosts.values():
+            now = self._to_tell(host)
+            if host.busy or now == host.told or (now[0], host.told[0]) == (WAITING, FAILED):
+                continue
+            host.told = now
+            news.append(host.name)
+        return news
+
+    def _to_tell(self, host) -> tuple:
+        state = self._state(host)
+        return state.name, state.reason, host.stored
 
     def _read(self, read, *what, default):
         try:
@@ -427,11 +455,12 @@ class Issuer:
         except StoreError as error:
             log.error("%s", error)
 
-    def _tell(self, hostname):
-        try:
-            self._on_change(hostname)
-        except Exception:  # it is not ours, and the other hostnames must go on
-            log.exception("%s: a new state could not be told", hostname)
+    def _tell(self, hostnames):
+        for hostname in hostnames:
+            try:
+                self._on_change(hostname)
+            except Exception:  # it is not ours, and the other hostnames must go on
+                log.exception("%s: a new state could not be told", hostname)
 
     # What becomes of it
 
@@ -465,9 +494,10 @@ class Issuer:
         stored = self._store.certificate(host.name)
         if stored is None or (host.stored and stored.ends_at <= host.stored.ends_at):
             return False
+        self._succeeded(host, stored, host.challenge)
         with self._lock:
             host.give_turns_back()
-        self._succeeded(host, stored, host.challenge)
+            host.not_before = 0.0  # nothing was ordered, and this one may have run out
         return True
 
     def _have_issued(self, host):
@@ -503,13 +533,10 @@ class Issuer:
             host.asked_for = False  # this is a new one
             host.lost = host.lost and before is None
             # A CA whose windows have all passed, or whose clock is wrong, would be asked in a loop.
-            # What is left counts, not the lifetime: one that was found may have run out.
-            left = max(stored.ends_at - self._clock(), 0.0)
-            host.not_before = self._clock() + min(DAY, left * LEFT_AT_LATEST)
+            life = max(stored.ends_at - stored.begins_at, 0.0)
+            host.not_before = self._clock() + min(DAY, life * LEFT_AT_LATEST)
             host.window = host.window_of = None
             self._outages = 0
-            if self._paused_until <= self._clock():
-                self._pause = ""  # the next one is news, also if it is for the same reason
 
     def _failed(self, host, error: CaError):
         with self._lock:
@@ -554,7 +581,7 @@ class Issuer:
                 host.window, host.window_of = window, leaf.serial_number
 
 
-def _number(value) -> float:
-    """What a file says is a number, 0 if it is none."""
+def _number(value, most=1e11) -> float:
+    """What a file says is a number, 0 if it is none, or too large a one."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if good and 0 <= value < 1e11 else 0.0
+    return float(value) if good and 0 <= value < most else 0.0

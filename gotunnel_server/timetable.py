@@ -76,7 +76,7 @@ class Bucket:
         self._left -= 1
 
     def put_back(self):
-        self._left = min(self._most, self._left + 1)
+        self._left += 1
 
     def full(self, now) -> bool:
         self._fill(now)

@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 from cryptography import x509
@@ -35,7 +36,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel_server import acme_order
+from gotunnel_server import acme_order, visitor
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.addresses import NoAnswer
 from gotunnel_server.authority import Authority
@@ -98,7 +99,9 @@ def ordering(tmp_path, directory, ca_file, root, **changes):
         "ACME_ENV": "production", "ACME_DIRECTORY": directory, "ACME_CA_FILE": str(ca_file),
         "CERT_DIR": str(own), "HTTP_PORT": "0", **changes,
     }  # fmt: skip
-    with gateway_here(cache, **environment) as gateway:
+    # A loaded machine may take longer for an order than a visitor has patience.
+    with mock.patch.object(visitor, "CERTIFICATE_TIMEOUT", TIMEOUT), \
+            gateway_here(cache, **environment) as gateway:  # fmt: skip
         yield gateway
 
 
@@ -633,6 +636,23 @@ def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(
         assert issuer.hostnames() == {GATEWAY_HOST}
 
 
+def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origin, monkeypatch):
+    serve_pages(origin)
+    with fake_house(tmp_path) as gateway, contextlib.ExitStack() as stack:
+        inner = gateway.inner
+        ensure = inner._ensure_certificates
+
+        def ensure_and_let_one_in(hostnames, agent=None):
+            ensure(hostnames, agent)
+            if agent is None and APP not in inner._registry.routes():
+                routes = {APP: origin.port}
+                stack.enter_context(agent_here(gateway, tmp_path, http=routes))
+
+        monkeypatch.setattr(inner, "_ensure_certificates", ensure_and_let_one_in)
+        inner._keep_certificates(set())
+        assert APP in inner._issuer.hostnames()
+
+
 def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(
     tmp_path, origin, caplog
 ):
@@ -846,3 +866,21 @@ def test_visitors_see_each_new_certificate_and_no_failure(tmp_path, origin):
                 with gateway.dial(APP) as visitor:
                     serials.add(serial_of(visitor))
     assert len(serials) >= 5
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end(cache, monkeypatch):
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang():
+        hangs.set()
+        go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
+    monkeypatch.setattr(gateway_module, "LAST_LOOK", 0.05)
+    with gateway_here(cache) as gateway:
+        keeper = gateway.inner._keeper
+        monkeypatch.setattr(gateway.inner._certificates, "reload", hang)
+        assert hangs.wait(TIMEOUT)
+    assert keeper.is_alive()
+    go_on.set()
+    keeper.join(TIMEOUT)

@@ -561,3 +561,16 @@ def test_gateway_that_ends_takes_no_agent_with_it(cache, tmp_path, origin):
             agent.wait_for("; next try in ")
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0
+
+
+def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
+    gateway, tmp_path, monkeypatch, caplog
+):
+    def refuse(agent, workers):
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        error.verify_code, error.verify_message = 10, "certificate has expired"
+        raise error
+
+    monkeypatch.setattr(agent_module.Agent, "_serve_session", refuse)
+    with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
+        wait_until(lambda: "to be trusted: certificate has expired; next try in" in caplog.text)

@@ -439,3 +439,10 @@ def test_a_blank_that_is_missing_shows_no_secret(tmp_path, text):
     with pytest.raises(AgentsFileError, match="unknown key with other characters in it") as caught:
         read(path)
     assert "S3CRET" not in str(caught.value)
+
+
+def test_a_weak_secret_of_a_disabled_agent_is_no_warning(tmp_path):
+    path = tmp_path / "agents.yaml"
+    path.write_text('one: {secret: "short", hosts: a.example.com, disabled: true}\n')
+    path.chmod(0o600)
+    assert not agents_file.read(path).warnings

@@ -334,6 +334,7 @@ def test_requests_in_a_folder_that_cannot_be_read_now_are_none(store, monkeypatc
 
 def test_a_cache_that_was_removed_is_made_again(tmp_path, store, mint):
     shutil.rmtree(tmp_path / "cache")
+    store.make_sure_of_room()
     with store.lock(HOST):
         store.save(HOST, *mint.pair(HOST))
     assert store.certificate(HOST)

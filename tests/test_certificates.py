@@ -17,6 +17,7 @@ from support import wait_until
 from gotunnel_server import authority
 from gotunnel_server import cert_dir as cert_dir_module
 from gotunnel_server.authority import Authority
+from gotunnel_server.cert_dir import names_of
 from gotunnel_server.certificates import CertificateError, Certificates
 
 TLS_VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
@@ -1065,3 +1066,8 @@ def test_threads_that_ensure_at_once_all_succeed(ca, tmp_path):
     for hostname in ("app0.test", "app1.test"):
         assert (served_serial(front, client_context(ca), hostname)
                 == serial_of(tmp_path / "ca" / f"{hostname}.crt"))
+
+
+def test_names_that_make_no_sense_are_none():
+    (certificate,) = x509.load_pem_x509_certificates(next(odd_certificates()))
+    assert names_of(certificate) == frozenset()

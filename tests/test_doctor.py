@@ -1,5 +1,6 @@
 """What the operator is told: `gotunnel-server check` and `gotunnel-server certificates`."""
 
+import base64
 import contextlib
 import http.server
 import io
@@ -15,6 +16,8 @@ import time
 from email.utils import formatdate
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from fake_ca import DAY, NOW, FakeCa, Mint
 from support import (
     GATEWAY_HOST,
@@ -617,3 +620,33 @@ def test_an_agents_file_that_cannot_be_used_fails(tmp_path, content):
         path.write_text(content)
     [finding] = doctor.look_at_agents(path)
     assert (finding.level, finding.subject) == (FAIL, "AGENTS_FILE")
+
+
+def test_who_answers_tls_in_plain_text_is_no_gateway():
+    def refuse(server):
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as visitor:
+                    visitor.recv(1000)
+                    visitor.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        thread = threading.Thread(target=refuse, args=(server,))
+        thread.start()
+        finding = doctor.look_at_port("GATEWAY_PORT", ("127.0.0.1",), port, "app.localhost")
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert finding.level == FAIL
+
+
+def test_a_certificate_whose_issuer_makes_no_sense_is_a_row(tmp_path):
+    leaf = Authority(tmp_path / "authority").issue("a.test")[0]
+    der = x509.load_pem_x509_certificate(leaf.read_bytes()).public_bytes(serialization.Encoding.DER)
+    at = der.index(b"\x0c", der.index(bytes.fromhex("550403"))) + 2  # of the issuer's name, UTF-8
+    der = der[:at] + b"\xff" + der[at + 1:]
+    pem = base64.encodebytes(der)
+    (tmp_path / "odd.crt").write_bytes(
+        b"-----BEGIN CERTIFICATE-----\n" + pem + b"-----END CERTIFICATE-----\n")
+    (row,) = doctor.local_rows(tmp_path)
+    assert "cannot be read" in row.error

@@ -1,5 +1,6 @@
 """The commands `token` and `agents`: what they print, what they write, how they say no."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -345,8 +346,9 @@ def test_reader_that_has_seen_enough_is_no_defect():
 def test_answer_that_nobody_can_get_is_told_in_one_line(program, words, output, said):
     command = f"{shlex.join([sys.executable, str(ROOT / program), *words])} {output}"
     process = subprocess.run(
-        command, shell=True, input="password", stderr=subprocess.PIPE, text=True, timeout=30
-    )
+        command, shell=True, input="password", stderr=subprocess.PIPE, text=True, timeout=30,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
     *more, last = process.stderr.splitlines()
     assert last.startswith("gotunnel-") and last.endswith(said) and process.returncode == 1
     added = any("new was added to agents.yaml" in line for line in more)

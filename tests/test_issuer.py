@@ -293,6 +293,7 @@ def test_nothing_is_ordered_that_could_not_be_kept(house, monkeypatch):
         patch.setattr(house.store, "make_sure_of_room", full)
         for seconds in (0, 10, 3600):
             assert house.at(seconds) == []
+    assert house.store.state(APP)["failures"] == 0
     assert house.state().name == FAILED and "No space left" in house.state().reason
     assert len(house.at(3600 + 700)) == 1
 
@@ -618,6 +619,86 @@ def test_a_pause_for_the_same_reason_as_an_earlier_one_is_told_again(house):
     assert told == {"fourth.example.com", OTHER}
 
 
+def told(house):
+    """Who was told since the last look."""
+    names = []
+    while not house.changed.empty():
+        names.append(house.changed.get())
+    return names
+
+
+def test_who_waits_for_its_own_retry_hears_of_a_longer_pause(house):
+    house.ca.script = [refused(HOST), refused(ACCOUNT, status=429, retry_after=3600)]
+    for hostname in (APP, OTHER):
+        house.issuer.want(hostname)
+        house.look()
+    assert house.state(APP).next_at >= NOW + 3600
+
+
+def test_failures_at_one_moment_tell_those_who_wait_once(house):
+    go_on = [
+        in_flight(house, f"h{number}.example.com",
+                  refused(ACCOUNT, status=429, retry_after=3600))  # fmt: skip
+        for number in range(JOBS)
+    ]
+    for number in range(JOBS, 2 * JOBS):
+        house.issuer.want(f"h{number}.example.com")
+    for event in go_on:
+        event.set()
+    finish_jobs()
+    assert sorted(told(house)) == [f"h{number}.example.com" for number in range(2 * JOBS)]
+
+
+def test_who_came_between_two_pauses_is_told_of_the_second_although_it_is_as_the_first(house):
+    house.ca.script = [refused(TRANSPORT)] * 100
+    house.issuer.want(APP)
+    house.look()
+    house.clock.now += 60  # the pause is over, and nobody has looked yet
+    names = {f"n{number}.example.com" for number in range(20)}
+    assert {house.issuer.want(name).name for name in names} == {WAITING}
+    told(house)
+    house.look()
+    assert {house.state(name).name for name in names} == {FAILED} and set(told(house)) >= names
+
+
+def test_a_certificate_that_runs_out_while_its_renewal_fails_is_told(house):
+    house.issuer.want(APP)
+    house.look()
+    house.ca.script = [refused()] * 1000
+    house.issuer.start()
+    for day in range(55, 90):
+        house.at(day * DAY)
+    assert house.state().name == READY
+    wait_until(lambda: not jobs())
+    told(house)
+    house.clock.now = NOW + 90 * DAY + 1
+    house.issuer.look()
+    assert house.changed.get(timeout=TIMEOUT) == APP and house.state().name == FAILED
+
+
+def test_a_pause_by_a_clock_far_ahead_delays_nobody_after_a_restart(house):
+    house.clock.now = NOW + 365 * DAY
+    house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
+    house.issuer.want(APP)
+    house.look()
+    house.clock.now = NOW
+    house.restart()
+    house.issuer.start()
+    house.issuer.want(APP)
+    wait_until(lambda: house.state().name == READY)
+
+
+def test_a_pause_lasts_as_long_as_it_was_said_if_the_clock_is_set_right_meanwhile(house):
+    house.clock.now = NOW + 365 * DAY
+    house.ca.script = [refused(ACCOUNT, retry_after=3600)]
+    house.issuer.want(APP)
+    house.look()
+    house.clock.now += 600
+    house.look()
+    assert house.at(0) == [] == house.at(2900)
+    assert len(house.at(3100)) == 1
+
+
 def test_a_pause_of_the_account_outlasts_a_restart(house):
     house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
     house.issuer.want(APP)
@@ -848,6 +929,74 @@ def test_no_window_is_asked_for_while_a_first_order_waits(house):
     finally:
         go_on.set()
     house.look()
+
+
+def test_a_clock_far_ahead_is_no_reason_to_order_in_a_loop(house, monkeypatch):
+    """What the CA gives has run out by our clock; renewals are held up by no bound of ours."""
+    monkeypatch.setattr(house.ca, "clock", lambda: NOW - 100 * DAY)
+    house.issuer.want(APP)
+    for _ in range(5):
+        house.issuer.look()
+        finish_jobs()
+    assert len(house.ca.ordered()) == 1
+
+
+def test_a_first_order_waits_for_no_window(house):
+    """Those that hang take a minute each."""
+    go_on, asked = threading.Event(), threading.Semaphore(0)
+
+    def hang(leaf, stop):
+        asked.release()
+        go_on.wait(TIMEOUT)
+        return None, 6 * HOUR
+
+    house.ca.renewal_info = hang
+    for number in range(2 * JOBS):
+        hostname = f"h{number}.example.com"
+        house.store.save(hostname, *house.ca.mint.pair(hostname, NOW))
+        house.issuer.want(hostname)
+    house.issuer.look()
+    assert asked.acquire(timeout=TIMEOUT)
+    house.issuer.want(APP)
+    try:
+        house.issuer.look()
+        assert house.changed.get(timeout=5) == APP
+    finally:
+        go_on.set()
+    house.look()
+
+
+def test_a_renewal_settles_an_earlier_loss(house):
+    house.issuer.want(APP)
+    house.look()
+    lose(house)
+    house.look()
+    assert len(house.at(80 * DAY)) == 1
+    lose(house)
+    assert house.state().reason == ""
+
+
+def test_whose_turn_has_come_waits_like_anybody(tmp_path):
+    """Visitors of a hostname that has failed are refused at once."""
+    runs, go_on = threading.Event(), threading.Event()
+
+    def hang(stop):
+        runs.set()
+        go_on.wait(TIMEOUT)
+
+    with House(tmp_path, orders_per_hour=1) as house:
+        for hostname in (OTHER, APP):
+            house.issuer.want(hostname)
+        house.look()
+        assert house.state().name == FAILED
+        house.ca.script = [hang]
+        house.clock.now += HOUR
+        try:
+            house.issuer.look()
+            assert runs.wait(TIMEOUT) and house.state().name == WAITING
+        finally:
+            go_on.set()
+            house.look()
 
 
 def test_a_renewal_waits_for_no_new_names(house):

@@ -392,3 +392,16 @@ def test_agent_that_opens_a_second_stream_has_it_reset(gateway):
         with pytest.raises(StreamReset):
             stream.read(timeout=TIMEOUT)
         assert not agent.session.ended
+
+
+def test_each_agent_that_is_refused_is_named_once(gateway, caplog):
+    for agent in ("agent a at 192.0.2.1", "agent b at 192.0.2.1", "agent a at 192.0.2.1"):
+        gateway.inner.tunnels.log_refusal(agent, "not allowed: x.test")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [f"agent {name} at 192.0.2.1 refused: not allowed: x.test" for name in "ab"]
+
+
+def test_a_hostname_that_has_a_certificate_is_no_warning(gateway, caplog):
+    with registered(gateway, APP):
+        pass
+    assert "visitors are refused" not in caplog.text
