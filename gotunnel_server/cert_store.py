@@ -180,7 +180,7 @@ class CertStore:
     # What else is known
 
     def account(self) -> dict:
-        """What save_account() kept; {} if nothing."""
+        """What save_account() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(self._ca / "account.json")
 
     def save_account(self, account: dict):
@@ -200,7 +200,7 @@ class CertStore:
         self._write_json(self._ca / "pause.json", pause)
 
     def state(self, hostname) -> dict:
-        """What save_state() kept; {} if nothing."""
+        """What save_state() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(self._file(hostname, ".json"))
 
     def save_state(self, hostname, state: dict):

@@ -60,7 +60,7 @@ COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals
 
 # Seconds for each silence, and for the whole answer. A person waits for us; a CA answers in one.
 NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
-MOST_BYTES = 64 * 1024  # of the directory, which is about one KiB
+MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).

@@ -527,6 +527,7 @@ class Issuer:
 
     def _succeeded(self, host, stored, challenge):
         with self._lock:
+            self._forgive_a_step_back(self._clock())
             before = host.stored
             host.stored, host.challenge = stored, challenge
             host.failures, host.error, host.ask_at = 0, "", 0.0
@@ -541,6 +542,7 @@ class Issuer:
     def _failed(self, host, error: CaError):
         with self._lock:
             now = self._clock()
+            self._forgive_a_step_back(now)  # or what is noted now would be taken back as well
             pause = error.retry_after or 0.0
             host.error = str(error)
             if error.kind == TRANSPORT:
