@@ -90,6 +90,7 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._stopping = False
         self._look_now = threading.Event()  # for the keeper: something may have changed, or the end
+        self._not_taken = set()  # hostnames whose ordered certificate could not be served yet
         self._keeper = None
         self._ensure_own_certificates()
         self._proxies = Proxies(config.trusted_proxies)
@@ -204,13 +205,18 @@ class Gateway:
             log.warning("%s: no certificate: %s", hostname, error)
 
     def _take_ordered(self, hostname):
-        """Serve what was ordered for a hostname, if it is there."""
+        """Serve what was ordered for a hostname, if it is there; if that fails, the keeper tries
+        again: the process may be short of descriptors."""
         stored = self._issuer.certificate(hostname)
         try:
             if stored is not None:
                 self._certificates.take(hostname, stored.file)
         except CertificateError as error:
-            log.error("%s: %s", hostname, error)
+            if hostname not in self._not_taken:
+                log.error("%s: %s", hostname, error)
+            self._not_taken.add(hostname)
+        else:
+            self._not_taken.discard(hostname)
 
     def _certificate_state(self, hostname) -> str:
         """How the certificate of a hostname stands, as in gotunnel.Certificate."""
@@ -259,6 +265,8 @@ class Gateway:
                     given = self._certificates.given
                     self._take_up_given()
                 self._renew_asked()
+                for hostname in tuple(self._not_taken):
+                    self._take_ordered(hostname)
                 if monotonic() >= next_keep:
                     next_keep = monotonic() + KEEP
                     served = self._keep_certificates(served)

@@ -135,9 +135,10 @@ class _Host:
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
 
     def judge_loss(self, now):
-        """A certificate that was ordered within the day is gone: have another at once, but not
-        time and again, because a CA gives few for one hostname in a week."""
-        if self.stored is not None:
+        """A certificate that was ordered within the day is gone, or an old one in its place that
+        ends before the next is due: have another at once, but not time and again, because a CA
+        gives few for one hostname in a week."""
+        if self.stored is not None and self.stored.ends_at > max(now, self.not_before):
             self.lost = False
         elif self.not_before > now and not self.error:
             if self.lost:

@@ -39,7 +39,7 @@ from support import (
 from gotunnel_server import acme_order, visitor
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.addresses import NoAnswer
-from gotunnel_server.authority import Authority
+from gotunnel_server.authority import Authority, CertificateError
 from gotunnel_server.challenges import ALPN as ACME_TLS
 from gotunnel_server.challenges import PATH, Challenges
 from gotunnel_server.issuer import FAILED, READY, WAITING, State
@@ -866,6 +866,29 @@ def test_visitors_see_each_new_certificate_and_no_failure(tmp_path, origin):
                 with gateway.dial(APP) as visitor:
                     serials.add(serial_of(visitor))
     assert len(serials) >= 5
+
+
+def test_a_certificate_that_cannot_be_served_at_once_is_served_soon(
+    tmp_path, origin, monkeypatch, caplog
+):
+    """As when the process has no descriptor left in that moment."""
+    monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
+    serve_pages(origin)
+    with fake_house(tmp_path) as gateway:
+        take, failures = gateway.inner._certificates.take, []
+
+        def fail_three_times(hostname, file):
+            if hostname == APP and len(failures) < 3:
+                failures.append(hostname)
+                raise CertificateError(f"{file}: Too many open files")
+            take(hostname, file)
+
+        monkeypatch.setattr(gateway.inner._certificates, "take", fail_three_times)
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            wait_until(lambda: len(failures) == 3)
+            wait_until(lambda: gateway.inner._certificates.context(APP))
+            assert gateway.get(APP) == (200, b"page")
+    assert caplog.text.count("Too many open files") == 1
 
 
 def test_a_disk_that_hangs_does_not_hold_up_the_end(cache, monkeypatch):

@@ -268,6 +268,17 @@ def test_one_that_is_lost_long_after_its_order_is_ordered_anew_each_time(house):
         assert len(house.look()) == 1 and house.state().name == READY
 
 
+@pytest.mark.parametrize("hours_left", [-1, 3])
+def test_an_old_backup_in_the_place_of_a_new_one_is_replaced_at_once(house, hours_left):
+    house.issuer.want(APP)
+    house.look()
+    old = house.ca.mint.pair(APP, NOW - 90 * DAY + hours_left * HOUR, 90 * DAY)
+    house.issuer.certificate(APP).file.write_bytes(b"".join(old))
+    house.restart()
+    house.issuer.want(APP)
+    assert len(house.look()) == 1 and house.state().ends_at == NOW + 90 * DAY
+
+
 def test_what_cannot_be_read_is_said_and_the_hostname_is_wanted_all_the_same(
     house, monkeypatch, caplog
 ):
