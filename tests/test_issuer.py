@@ -672,6 +672,33 @@ def test_who_came_between_two_pauses_is_told_of_the_second_although_it_is_as_the
     assert {house.state(name).name for name in names} == {FAILED} and set(told(house)) >= names
 
 
+def test_an_outage_is_told_once_however_often_the_ca_is_tried(house):
+    house.ca.script = [refused(TRANSPORT)] * 100
+    names = {f"n{number}.example.com" for number in range(3 * JOBS)}
+    for name in names:
+        house.issuer.want(name)
+    house.issuer.start()
+    wait_until(lambda: {house.state(name).name for name in names} == {FAILED} and not jobs())
+    assert sorted(told(house)) == sorted(names)
+    for _ in range(3):
+        house.clock.now += 700
+        house.issuer.look()
+        wait_until(lambda: not jobs() and house.state(min(names)).name == FAILED)
+    assert told(house) == []
+
+
+def test_who_asked_while_it_waited_is_told_of_the_next_failure_although_it_is_as_the_last(house):
+    """It may be another agent, that has not heard of the first one."""
+    house.ca.script = [refused(TRANSPORT)] * 3
+    house.issuer.want(APP)
+    house.look()
+    assert told(house) == [APP] and house.issuer.want(OTHER).name == FAILED
+    house.clock.now += 700
+    assert house.issuer.want(OTHER).name == WAITING
+    house.look()
+    assert told(house) == [OTHER]
+
+
 def test_a_certificate_that_runs_out_while_its_renewal_fails_is_told(house):
     house.issuer.want(APP)
     house.look()
@@ -697,6 +724,17 @@ def test_a_pause_by_a_clock_far_ahead_delays_nobody_after_a_restart(house):
     house.issuer.start()
     house.issuer.want(APP)
     wait_until(lambda: house.state().name == READY)
+
+
+def test_a_pause_that_comes_after_the_clock_was_set_back_is_kept(house):
+    house.clock.now = NOW + 365 * DAY
+    go_on = in_flight(house, APP, refused(ACCOUNT, status=429, retry_after=3600))
+    house.clock.now = NOW
+    go_on.set()
+    finish_jobs()
+    house.look()
+    house.issuer.want(OTHER)
+    assert house.at(60) == []
 
 
 def test_a_pause_lasts_as_long_as_it_was_said_if_the_clock_is_set_right_meanwhile(house):
@@ -807,6 +845,8 @@ def test_a_certificate_that_is_not_ours_is_refused(house):
     house.issuer.want(APP)
     house.look()
     assert house.state().name == FAILED and OTHER in house.state().reason
+    # It has cost one of the few that the CA gives: no outage, which would be tried every minute.
+    assert house.store.state(APP)["failures"] == 1
 
 
 def test_an_error_of_ours_ends_one_attempt_only(house, caplog):
@@ -1091,6 +1131,17 @@ def test_a_hostname_that_another_process_orders_is_taken_from_it(house):
         theirs = CertStore(house.folder / "cache", URL).save(APP, *house.ca.mint.pair(APP))
     assert house.at(6) == [] and house.issuer.certificate(APP) == theirs
     assert house.changed.get(timeout=TIMEOUT) == APP
+
+
+def test_what_another_process_has_ordered_takes_no_turn(tmp_path):
+    with House(tmp_path, orders_per_hour=2) as house:
+        for name in (APP, OTHER):
+            house.issuer.want(name)
+            CertStore(tmp_path / "cache", URL).save(name, *house.ca.mint.pair(name))
+            assert house.look() == []
+        for number in range(2):
+            house.issuer.want(f"h{number}.example.com")
+        assert len(house.look()) == 2
 
 
 def test_issuers_of_one_store_order_once(tmp_path):
