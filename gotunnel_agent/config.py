@@ -42,7 +42,7 @@ from gotunnel import (
 )
 
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
-from .proxy_header import VERSIONS
+from .common.proxy_protocol import VERSIONS
 
 KEYS = (
     "tunnel_addr",

@@ -32,7 +32,7 @@ from gotunnel import (
     spawn,
 )
 
-from . import proxy_header
+from .common import proxy_protocol
 
 log = logging.getLogger("gotunnel.target")
 
@@ -175,8 +175,8 @@ def introduction(version, ends) -> bytes:
     if not version:
         return b""
     if ends is None:
-        return proxy_header.encode_unknown(version)
-    return proxy_header.encode(version, ends.visitor, ends.door)
+        return proxy_protocol.encode_unknown(version)
+    return proxy_protocol.encode(version, ends.visitor, ends.door)
 
 
 def dial(target, context, first=b""):

@@ -25,14 +25,15 @@ from gotunnel import (
     stay_on_one_cpu,
 )
 
-from . import doctor, granting, scope
-from .agents_file import AgentsFileError
-from .authority import CertificateError
-from .cert_store import StoreError
+from .admin import check, grants
+from .agents import scope
+from .agents.agents_file import AgentsFileError
+from .certs.local_ca import CertificateError
+from .certs.store import StoreError
 from .config import ConfigError, load
 from .gateway import Gateway
-from .granting import GrantError
-from .listener import PortError
+from .admin.grants import GrantError
+from .net.listener import PortError
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
@@ -72,16 +73,16 @@ def command(options) -> int:
         # Whoever asks reads our answer, not the log of the parts that help to find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
         if options.command == "token":
-            granting.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,
+            grants.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,
                                issuer=options.issuer)  # fmt: skip
             return 0
         if options.command == "agents":
             return agents(config, options)
         if options.command == "check":
-            return doctor.run_check(config, sys.stdout)
+            return check.run_check(config, sys.stdout)
         if options.renew is None:
-            return doctor.run_certificates(config, sys.stdout)
-        print(doctor.ask_renewal(config, options.renew))
+            return check.run_certificates(config, sys.stdout)
+        print(check.ask_renewal(config, options.renew))
         return 0
     except (ConfigError, CertificateError, AgentsFileError) as error:
         return fail(error, 2)
@@ -92,12 +93,12 @@ def command(options) -> int:
 def agents(config, options) -> int:
     """Do what comes behind `agents`. Raises AgentsFileError, GrantError."""
     if options.what == "add":
-        granting.run_agents_add(config, name=options.name, hosts=options.hosts,
+        grants.run_agents_add(config, name=options.name, hosts=options.hosts,
                                 ports=options.ports, expires=options.expires)  # fmt: skip
     elif options.what == "list":
-        granting.run_agents_list(config)
+        grants.run_agents_list(config)
     else:
-        granting.run_agents_remove(config, options.name)
+        grants.run_agents_remove(config, options.name)
     return 0
 
 
@@ -147,7 +148,7 @@ def parse(arguments):
     )  # fmt: skip
     _add_scope(token)
     token.add_argument(
-        "--ttl", required=True, type=_as(granting.read_ttl), metavar="TIME",
+        "--ttl", required=True, type=_as(grants.read_ttl), metavar="TIME",
         help="how long it is valid: 90s, 45m, 12h, 30d or 1y",
     )  # fmt: skip
     token.add_argument(
@@ -166,10 +167,10 @@ def parse(arguments):
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
         "for the agent's configuration.",
     )  # fmt: skip
-    add.add_argument("name", metavar="NAME", type=_as(granting.read_name), help="its jwt_issuer")
+    add.add_argument("name", metavar="NAME", type=_as(grants.read_name), help="its jwt_issuer")
     _add_scope(add)
     add.add_argument(
-        "--expires", metavar="TIME", type=_as(granting.read_expires),
+        "--expires", metavar="TIME", type=_as(grants.read_expires),
         help="when it ends: 2030-12-31 (with that day) or 2030-12-31T18:00:00Z (default: never)",
     )  # fmt: skip
     show = whats.add_parser(

@@ -31,7 +31,7 @@ from dotenv.parser import parse_stream
 
 from gotunnel import normal_hostname, valid_hostname
 
-from .policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
+from .visitors.policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
 
 DEFAULT_ENV_FILE = ".env"
 

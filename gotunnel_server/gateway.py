@@ -13,8 +13,8 @@
     timer of a request      see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
-thread (visitor.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of its
-streams (gotunnel.py).
+thread (connection.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of
+its streams (gotunnel.py).
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from time import monotonic
 
 from gotunnel import WILDCARD, Workers, __version__, descriptor_limit, spawn, valid_hostname
 
-from . import dashboard, policy
-from .addresses import NoAnswer, is_always_here, is_own, own_addresses, resolve
-from .attempts import Attempts
-from .authority import Authority, CertificateError
-from .cert_store import CertStore, StoreError
-from .certificates import Certificates
-from .challenges import HTTP_01, TLS_ALPN_01, Challenges
-from .credentials import Credentials
-from .forwarding import Proxies
-from .issuer import FAILED, Issuer
-from .listener import Listener, PortError, bind
-from .ports import Ports
-from .refusal import HOST, LATER, CaError
-from .registry import Registry
-from .tunnel import REGISTER_TIMEOUT, Tunnels
-from .visitor import (
+from .visitors import dashboard, policy
+from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
+from .agents.attempts import Attempts
+from .certs.local_ca import Authority, CertificateError
+from .certs.store import CertStore, StoreError
+from .certs.contexts import Certificates
+from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
+from .agents.credentials import Credentials
+from .visitors.forwarded import Proxies
+from .certs.issuer import FAILED, Issuer
+from .net.listener import Listener, PortError, bind
+from .agents.ports import Ports
+from .certs.acme_errors import HOST, LATER, CaError
+from .routes import Registry
+from .agents.tunnel import REGISTER_TIMEOUT, Tunnels
+from .visitors.connection import (
     MAX_RELAYS,
     SILENCE,
     Exchanges,
@@ -116,7 +116,7 @@ class Gateway:
         except StoreError as error:
             raise CertificateError(str(error)) from None
         # Who orders nothing need not load what ordering takes: 15 MB.
-        orders = importlib.import_module(f"{__package__}.acme_order")
+        orders = importlib.import_module(f"{__package__}.certs.acme")
         eab = (acme.eab_kid, acme.eab_hmac) if acme.eab_kid else None
         ca = orders.Ca(
             acme.directory, store, ca_file=acme.ca_file, email=acme.email, eab=eab,

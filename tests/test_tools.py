@@ -188,5 +188,5 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
 
     pip("install", f"{source}[server]")
     assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")
-    page = programs.parent.glob("[Ll]ib/**/gotunnel_server/dashboard.html")
+    page = programs.parent.glob("[Ll]ib/**/gotunnel_server/visitors/dashboard.html")
     assert list(page)

@@ -1,7 +1,7 @@
 """Runs the tests, on a machine that has nothing but Python.
 
     python3 tools/test.py [ARGUMENT OF PYTEST]...
-    python3 tools/test.py tests/test_http1.py -k chunked
+    python3 tools/test.py tests/common/test_http1.py -k chunked
     python3 tools/test.py -m "slow or not slow"       all of them; slow ones are left out otherwise
 
 Paths are relative to the repository. The exit status is pytest's, 1 if there is no way to run it.

@@ -1,0 +1,225 @@
+"""What an operator grants to agents: the commands `token` and `agents`.
+
+    token             a token that may claim some hostnames, for an agent that holds no secret
+    agents add        an entry in AGENTS_FILE with a secret of its own, and the agent's lines for it
+    agents list       the entries, without their secrets
+    agents remove     an entry less
+
+What is meant to be used goes to standard output, what is said about it to standard error. A gateway
+that runs takes changes of AGENTS_FILE up within seconds; it need not run.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+import time
+from datetime import datetime, timezone
+
+import jwt
+
+from ..agents import agents_file, scope
+from ..agents.agents_file import MAX_NAME, AgentsFileError
+from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
+
+DAY = 86_400  # seconds
+SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
+
+# Seconds. A token cannot be called back, unless its issuer stands in AGENTS_FILE: one for longer is
+# a typing error.
+LEAST_TTL, MOST_TTL = 60, 5 * 365 * 86_400
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
+TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
+
+# Names that need no quotes in YAML, in a shell or in a log.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+
+
+class GrantError(Exception):
+    """What was asked for cannot be had; the text is one line."""
+
+
+def read_ttl(text: str) -> int:
+    """Seconds of a text such as "30d". Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhdy])", text, re.ASCII)
+    seconds = int(match[1]) * UNITS[match[2]] if match else 0
+    if not LEAST_TTL <= seconds <= MOST_TTL:
+        raise ValueError(f"{ascii(text[:MAX_NAME])} came, expected {TTL_EXPECTED}")
+    return seconds
+
+
+def read_name(text: str) -> str:
+    """A name for a new agent. Raises ValueError."""
+    if not _NAME.fullmatch(text) or len(text) > MAX_NAME:
+        raise ValueError(
+            f"{ascii(text[:MAX_NAME])} came, expected letters, digits, dots, hyphens and "
+            f"underscores, at most {MAX_NAME}"
+        )
+    return text
+
+
+def read_expires(text: str) -> str:
+    """A date or time that is still to come, as it is written. Raises ValueError."""
+    if agents_file.read_expires(text) <= time.time():
+        raise ValueError(f"{text} is in the past, expected {agents_file.DATE_EXPECTED}")
+    return text
+
+
+def run_token(config, *, hosts, ports, ttl, issuer, out=None):
+    """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds. Without an
+    ``issuer`` it has the one that the gateway asks for. Raises GrantError, AgentsFileError."""
+    _refuse_own_names(config, hosts)
+    issuer = config.jwt_issuer or "" if issuer is None else issuer
+    entries = {} if config.agents_file is None else agents_file.read(config.agents_file).entries
+    if issuer in entries:
+        _refuse_more_than(entries[issuer], issuer, hosts, ports)
+        secret, signed_by = entries[issuer].secret, f"the secret of {issuer} in AGENTS_FILE"
+    else:
+        _refuse_stranger(config, issuer)
+        secret, signed_by = config.jwt_secret, "JWT_SECRET"
+    now = int(time.time())
+    claims = {"iss": issuer, "iat": now, "exp": now + ttl, "hosts": hosts,
+              "ports": scope.written(ports)}  # fmt: skip
+    token = jwt.encode(claims, secret, ALGORITHM)
+    # The message that carries it has no more room, and holds the hostnames as well.
+    if len(token) > MAX_TOKEN // 2:
+        raise GrantError(f"a token of {len(token)} characters is too long: name fewer hosts")
+    print(token, file=out or sys.stdout)
+    _say(
+        f"valid until {_date(now + ttl)}, signed with {signed_by}, for {scope.shown(hosts)}; "
+        f"ports: {scope.shown(ports)}. The agent's configuration names it as token, or its file as "
+        "token_file, in place of a secret"
+    )
+
+
+def run_agents_add(config, *, name, hosts, ports, expires, out=None):
+    """Make a secret for a new agent, write its entry, and print what its configuration needs.
+    Raises GrantError, AgentsFileError."""
+    path = _path(config)
+    _refuse_own_names(config, hosts)
+    secret = secrets.token_hex(SECRET_BYTES)
+    keys = {"secret": secret, "hosts": ", ".join(hosts)}
+    if ports:
+        keys["ports"] = ", ".join(scope.written(ports))
+    if expires:
+        keys["expires"] = expires
+    block = f"{name}:\n" + "".join(f'  {key}: "{text}"\n' for key, text in keys.items())
+    if not agents_file.add(path, name, block):
+        raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
+    _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
+    lines = [
+        "# For the agent's configuration; conf/agent.yaml explains each key.",
+        f'tunnel_addr: "{_tunnel_addr(config)}"',
+        f'jwt_issuer: "{name}"',
+        f'jwt_secret: "{secret}"',
+        "tunnels:",
+        f'  - hostname: "{hosts[0].replace("*", "app")}"',
+    ]
+    if ports:
+        lines += ['    target: "127.0.0.1:22"', '    mode: "tcp"', '    port: "auto"']
+    else:
+        lines += ['    target: "127.0.0.1:8000"']
+    print("\n".join(lines), file=out or sys.stdout)
+    if config.local_ca:
+        _say(f"the agent also needs a copy of {config.acme_cache}/local/ca.crt, as ca_file")
+    if not config.tunnel_port:
+        _say("TUNNEL_PORT is auto: the gateway's log says which one stands behind the colon")
+
+
+def run_agents_list(config, out=None):
+    """Print the entries of AGENTS_FILE as a table. Raises GrantError, AgentsFileError."""
+    entries = agents_file.read(_path(config)).entries
+    rows = [("NAME", "STATE", "EXPIRES", "PORTS", "LIMITS", "HOSTS")]
+    for name, entry in entries.items():
+        limits = [f"{key} {most}" for key, most in entry.limits._asdict().items() if most]
+        rows.append((
+            name,
+            "disabled" if entry.disabled else "expired" if lapsed(entry) else "active",
+            "never" if entry.expires is None else _end(entry.expires),
+            ", ".join(scope.written(entry.ports)) or "none",
+            ", ".join(limits) or "none",
+            ", ".join(entry.hosts),  # last, so that long ones do not tear the table
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths))
+        print(line.rstrip(), file=out or sys.stdout)
+
+
+def run_agents_remove(config, name):
+    """Take an entry out of AGENTS_FILE. Raises GrantError if it is not there, AgentsFileError."""
+    path = _path(config)
+    if not agents_file.remove(path, name):
+        raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
+    _say(f"{name} was removed from {path}; a gateway that runs ends its sessions within 5 s")
+
+
+def _refuse_own_names(config, hosts):
+    """The gateway's own names are nobody's; a wildcard around them is all right."""
+    own = [host for host in hosts if host in (config.gateway_host, config.tunnel_host)]
+    if own:
+        raise GrantError(
+            f"{own[0]} is the gateway's own name, which nobody can claim: leave it out"
+        )
+
+
+def _refuse_more_than(entry, issuer, hosts, ports):
+    """An agent of the file gets no token for more than it may claim, nor one that is refused."""
+    if why := lapsed(entry):
+        raise GrantError(f"issuer {issuer} {why}: a token of it would be refused")
+    for host in hosts:
+        if not scope.allows(entry.hosts, host):
+            raise GrantError(
+                f"{host} is not among the hosts of {issuer} in AGENTS_FILE "
+                f"({scope.shown(entry.hosts)}): name others, or change them there"
+            )
+    for wanted in ports:
+        if not all(any(port in allowed for allowed in entry.ports) for port in wanted):
+            raise GrantError(
+                f"{scope.shown([wanted])} is not among the ports of {issuer} in AGENTS_FILE "
+                f"({scope.shown(entry.ports)}): name others, or change them there"
+            )
+
+
+def _refuse_stranger(config, issuer):
+    """An issuer that is not in the file is checked with JWT_SECRET, and by JWT_ISSUER."""
+    if config.jwt_secret is None:
+        named = f"{ascii(issuer)} is not in AGENTS_FILE" if issuer else "no --issuer came"
+        raise GrantError(
+            f"JWT_SECRET is not set and {named}, expected --issuer with a name that is there"
+        )
+    if config.jwt_issuer is not None and issuer != config.jwt_issuer:
+        raise GrantError(
+            f"the gateway would refuse the issuer {ascii(issuer)}, expected JWT_ISSUER "
+            f"({config.jwt_issuer}) or a name in AGENTS_FILE"
+        )
+
+
+def _path(config):
+    if config.agents_file is None:
+        raise AgentsFileError(
+            "AGENTS_FILE is not set, expected the file for agents with credentials of their own: "
+            "set it, such as to agents.yaml; it is made when it is missing"
+        )
+    return config.agents_file
+
+
+def _tunnel_addr(config):
+    host = f"[{config.tunnel_host}]" if ":" in config.tunnel_host else config.tunnel_host
+    return f"{host}:{config.tunnel_port or 9443}"
+
+
+def _end(seconds):
+    """When it ends, as it was most likely typed: a date counts to its end."""
+    if seconds % DAY:
+        return _date(seconds)
+    return datetime.fromtimestamp(seconds - DAY, timezone.utc).strftime("%Y-%m-%d")
+
+
+def _date(seconds):
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _say(text):
+    print(f"gotunnel-server: {text}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""An agent's session: registration, heartbeat, data streams, and what its credential permits."""

@@ -1,0 +1,522 @@
+"""AGENTS_FILE: agents with credentials of their own. Reads it, checks it, changes it.
+
+The file is a YAML mapping of names to entries; a name is the issuer (``iss``) in the tokens of the
+agent, an entry a mapping with the keys in ``KEYS``. ``conf/agents.yaml`` explains them to the
+operator. Every value is taken as the text that was typed.
+
+It is written by hand and by ``gotunnel-server agents``, while a gateway may read it. So our own
+changes leave every other line as it stands, are checked by reading the result, happen under a lock
+on the folder, and take the file's place in one step. An empty file is refused: it is most likely
+one that somebody just writes.
+
+Whatever is wrong is an ``AgentsFileError``, one line that never shows a secret: the file, the place
+in it, what came and what was expected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from . import scope
+from ..config import secret_weakness
+
+KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
+LIMIT_KEYS = ("hostnames", "streams", "visits")
+
+# As in YAML 1.1; any case.
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unless quoted
+
+# A gateway reads the whole file whenever it changes, some 200 kB a second on a small machine.
+MAX_FILE = 512 * 1024  # bytes
+MOST_AGENTS = 1000
+MAX_SECRET_FILE = 64 * 1024  # bytes
+MAX_NAME = 253  # characters of an issuer, which may be a hostname
+MAX_LIMIT = 1_000_000  # more is a typing error
+MAX_SHOWN = 100  # characters of a bad value in a message
+# Seconds. A file that was changed so shortly before a look may change again without its time
+# showing it: file systems count up to two.
+FRESH = 2.0
+
+DATE = re.compile(
+    r"\d{4}-\d\d-\d\d(?P<time>[T ]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?)?", re.IGNORECASE | re.ASCII
+)
+DATE_EXPECTED = "a date such as 2030-12-31 or a time such as 2030-12-31T18:00:00Z"
+
+
+class AgentsFileError(Exception):
+    """AGENTS_FILE cannot be used, or not be changed like this; the text is one line."""
+
+
+class Limits(NamedTuple):
+    """How much an agent may have at once; None: as much as any."""
+
+    hostnames: int | None = None
+    streams: int | None = None
+    visits: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One agent's credential, checked and complete."""
+
+    secret: str = field(repr=False)
+    hosts: tuple[str, ...]  # patterns, as in scope.py
+    ports: tuple[range, ...] = ()
+    limits: Limits = Limits()
+    expires: float | None = None  # wall-clock seconds since 1970; None: never
+    disabled: bool = False
+
+
+class _Stamp(NamedTuple):
+    """What tells a file from what it was; of one that is not there, zeros."""
+
+    changed: int  # nanoseconds; also tells a chmod, and a file that was moved here with an old date
+    size: int
+    inode: int
+
+
+class Agents(NamedTuple):
+    """What the file says."""
+
+    entries: Mapping[str, Entry]  # by name
+    files: tuple[Path, ...]  # that were read: itself, and those with secrets
+    warnings: tuple[str, ...]  # lines for the log
+
+
+def read(path: Path) -> Agents:
+    """Read and check the file. Raises AgentsFileError at the first thing that is wrong."""
+    with _named(path):
+        if not os.path.lexists(path):
+            raise AgentsFileError(
+                "there is no such file, expected one with agents: make it with: gotunnel-server "
+                "agents add NAME --hosts app.example.com"
+            )
+        return _agents(_text(path, MAX_FILE), path)
+
+
+def stamps(files: tuple[Path, ...]) -> tuple:
+    """What tells files from what they were, without reading them."""
+    return tuple(map(_stamp, files))
+
+
+def are_settled(stamps: tuple, now: float) -> bool:
+    """Whether files that have these stamps ``now``, in wall-clock seconds, will have others when
+    they have changed."""
+    return all(stamp.changed < (now - FRESH) * 1e9 for stamp in stamps)
+
+
+def add(path: Path, name: str, block: str) -> bool:
+    """Write an entry at the file's end; False if the name is there already. The file need not
+    exist. ``block`` is the entry's text, name and all. Raises AgentsFileError."""
+    with _changing(path) as (text, entries):
+        if name in entries:
+            return False
+        before = text if entries else _without_lines(text, _root_lines(text))  # a {}, if any
+        new = f"{before.rstrip()}\n\n{block}" if before.strip() else block
+        _replace(path, new, lambda found: name in found and _without(found, name) == entries)
+    return True
+
+
+def remove(path: Path, name: str) -> bool:
+    """Cut an entry out of the file; False if it is not there. Raises AgentsFileError."""
+    with _changing(path) as (text, entries):
+        if name not in entries:
+            return False
+        new = _without_lines(text, _entry_lines(text, name))
+        if len(entries) == 1:
+            # Nobody; an empty file would be taken for one that is being written.
+            new = f"{new.rstrip()}\n\n{{}}\n".lstrip()
+        _replace(path, new, lambda found: found == _without(entries, name))
+    return True
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Say of errors which file they are about."""
+    try:
+        yield
+    except AgentsFileError as error:
+        raise AgentsFileError(f"AGENTS_FILE {path}: {error}") from None
+
+
+def _open(path, flags):
+    # Without O_NONBLOCK, a FIFO of that name would stop whoever reads.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _text(path, limit):
+    """The text of a small file, without the byte order mark that some editors put first."""
+    try:
+        with open(path, "rb", opener=_open) as file:
+            content = file.read(limit + 1) or b""
+    except OSError as error:
+        raise AgentsFileError(
+            f"cannot be read ({error.strerror}), expected a file that the gateway can read"
+        ) from None
+    if len(content) > limit:
+        raise AgentsFileError(f"is too long, expected at most {limit} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AgentsFileError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
+
+
+def _stamp(path):
+    try:
+        found = os.stat(path)
+    except OSError:
+        return _Stamp(0, 0, 0)
+    return _Stamp(found.st_ctime_ns, found.st_size, found.st_ino)
+
+
+def _is_open_to_all(path):
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:  # it has just gone, which the next look tells
+        return False
+
+
+@contextlib.contextmanager
+def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
+    """The file's text and entries, for one who changes it alone; nothing if it is not there."""
+    with _named(path):
+        try:
+            folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+        except OSError as error:
+            raise AgentsFileError(
+                f"its folder cannot be opened ({error.strerror}), expected one that exists"
+            ) from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if os.path.lexists(path):
+                text = _text(path, MAX_FILE)
+                yield text, ({} if _parse(text) is None else _agents(text, path).entries)
+            else:
+                yield "", {}
+        finally:
+            os.close(folder)  # which also unlocks, as the end of the process does
+
+
+def _without(entries, name):
+    return {other: entry for other, entry in entries.items() if other != name}
+
+
+def _replace(path, text, is_meant):
+    """Put a new text in the file's place, whole or not at all, if ``is_meant(entries)``: what was
+    cut out, or added, must have changed nothing else.
+
+    The caller holds the lock, so the new file has a name that is always the same: what a process
+    leaves that is killed here, the next one clears away.
+    """
+    if len(text.encode()) > MAX_FILE:
+        raise AgentsFileError(f"would be too long, expected at most {MAX_FILE} bytes")
+    try:
+        fits = is_meant(_agents(text, path).entries)
+    except AgentsFileError:
+        fits = False
+    if not fits:
+        raise AgentsFileError(
+            "is not written as one entry under the other, from the first column: change it by hand"
+        )
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            _keep_owner(path, out.fileno())
+            out.write(text.encode())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(new, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise AgentsFileError(
+            f"cannot be written ({error.strerror}), expected a file and a folder that are yours"
+        ) from None
+
+
+def _keep_owner(path, descriptor):
+    """Make a new file as the old one was, so that a gateway of another user can read it; but never
+    open to all."""
+    if not path.exists():
+        return
+    old, new = path.stat(), os.fstat(descriptor)
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+    if not old.st_mode & stat.S_IRWXO:
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o640)
+
+
+def _sync(folder):
+    """Write a folder to the disk: or a power cut could undo the move."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML with every scalar as the text that was typed, None for no value, and no key twice.
+
+    Neither aliases nor tags: no entry needs one, and some lines of aliases can stand for gigabytes.
+    """
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _at(event.start_mark, "an alias came (*), expected the value itself")
+        if event.tag not in (None, "!"):
+            raise _at(event.start_mark, "a tag came (!), expected the value alone")
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node):
+        if node.style is None and node.value in NULLS:  # style None: without quotes
+            return None
+        return super().construct_scalar(node)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
+            if key in mapping:
+                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected once")
+            mapping[key] = self.construct_object(value_node, deep)
+        return mapping
+
+
+def _at(mark, message):
+    return AgentsFileError(f"line {mark.line + 1}, column {mark.column + 1}: {message}")
+
+
+def _parse(text, load=yaml.load):
+    """The document in ``text``: mappings, lists, text and None; or with yaml.compose its nodes."""
+    try:
+        return load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        # Names out of the file are left out, '<token>' and '\t' stay: an unquoted secret that
+        # begins with * or ! would show.
+        problem = re.sub(r" '[^'<\\]{2,}'", "", problem)
+        raise _at(error.problem_mark or error.context_mark, f"not YAML, {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise AgentsFileError(f"line {line}: not YAML, an unprintable character") from None
+    except (RecursionError, ValueError, OverflowError):  # too deep; a bad \U escape
+        raise AgentsFileError("not YAML that can be read, expected a mapping of names") from None
+
+
+def _root_lines(text):
+    """The lines of the whole document, (first, behind the last), counted from 0."""
+    root = _parse(text, yaml.compose)
+    if root is None:
+        return 0, 0
+    return root.start_mark.line, _last_line(root) + 1
+
+
+def _entry_lines(text, name):
+    """The lines of an entry and the blank ones behind it; comments around it are not its own."""
+    nodes = _parse(text, yaml.compose).value
+    key, value = next((key, value) for key, value in nodes if key.value == name)
+    lines = text.splitlines()
+    stop = _last_line(value) + 1
+    while stop < len(lines) and not lines[stop].strip():
+        stop += 1
+    return key.start_mark.line, stop
+
+
+def _last_line(node):
+    """The last line with something of a node in it. The end of a block is only where the next
+    thing begins, so its last part is looked at."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    mark = node.end_mark
+    return mark.line if mark.column or mark.line == node.start_mark.line else mark.line - 1
+
+
+def _without_lines(text, span):
+    lines = text.splitlines(keepends=True)
+    del lines[slice(*span)]
+    return "".join(lines)
+
+
+# --- Entries -------------------------------------------------------------------------------------
+
+
+def _agents(text, path):
+    document = _parse(text)
+    if document is None:
+        raise AgentsFileError("is empty, expected names with an entry each, or {} for nobody")
+    if not isinstance(document, dict):
+        raise AgentsFileError(f"{_kind(document)} came, expected names with an entry each")
+    if len(document) > MOST_AGENTS:
+        raise AgentsFileError(f"{len(document)} entries came, expected at most {MOST_AGENTS}")
+    entries, files, warnings = {}, [path], []
+    for name, keys in document.items():
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise AgentsFileError(
+                f"name {_shown(name)} came, expected 1 to {MAX_NAME} printable characters"
+            )
+        entries[name] = _entry(name, keys, path.parent, files)
+        weakness = secret_weakness(entries[name].secret)
+        if weakness and not entries[name].disabled:
+            warnings.append(
+                f"AGENTS_FILE {path}: the secret of {name} {weakness}: whoever guesses it can take "
+                "over its hostnames; use the output of: openssl rand -hex 32"
+            )
+    warnings += [
+        f"AGENTS_FILE: everybody on this machine may read the secrets in {file}: chmod 600 {file}"
+        for file in files
+        if _is_open_to_all(file)
+    ]
+    return Agents(entries, tuple(files), tuple(warnings))
+
+
+def _entry(name, keys, folder, files):
+    if not isinstance(keys, dict):
+        raise AgentsFileError(f"{name}: {_kind(keys)} came, expected a mapping with secret, hosts")
+    _refuse_unknown_keys(keys, KEYS, name)
+    if "hosts" not in keys:
+        raise AgentsFileError(f"{name}.hosts: missing, expected {scope.HOSTS_EXPECTED}")
+    return Entry(
+        secret=_secret(name, keys, folder, files),
+        hosts=_scope(name, keys, "hosts", scope.read_hosts),
+        ports=_scope(name, keys, "ports", scope.read_ports) if "ports" in keys else (),
+        limits=_limits(name, keys),
+        expires=_expires(name, keys),
+        disabled=_boolean(name, keys, "disabled"),
+    )
+
+
+def _refuse_unknown_keys(mapping, known, where):
+    for key in mapping:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+        raise AgentsFileError(f"{where}: unknown key{_shown_key(key)}, {hint}")
+
+
+def _shown_key(key):
+    """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
+    would make two of it, and the value may be a secret."""
+    harmless = re.fullmatch(r"[\w.-]{1,24}", key)
+    return f" {_shown(key)}" if harmless else " with other characters in it"
+
+
+def _secret(name, keys, folder, files):
+    """The secret, or what its file holds; that file is added to ``files``."""
+    given = [key for key in ("secret", "secret_file") if key in keys]
+    if len(given) != 1:
+        came = "both came" if given else "neither came"
+        raise AgentsFileError(f"{name}: {came}, expected exactly one of secret and secret_file")
+    (key,) = given
+    value = keys[key]
+    if not isinstance(value, str):
+        raise AgentsFileError(f"{name}.{key}: {_kind(value)} came, expected text")
+    if key == "secret_file":
+        if not value.isprintable():
+            raise AgentsFileError(f"{name}.{key}: {_shown(value)} came, expected a file's path")
+        files.append(folder / value)
+        try:
+            value = _text(files[-1], MAX_SECRET_FILE)
+        except AgentsFileError as error:
+            raise AgentsFileError(f"{name}.{key}: {_shown(keys[key])} {error}") from None
+    value = value.rstrip("\r\n")  # as the lines of an agent's configuration have none
+    # A lone surrogate (YAML's "\ud800" makes one) has no bytes to sign with.
+    if not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise AgentsFileError(
+            f"{name}.{key}: no text came, expected a secret: the output of: openssl rand -hex 32"
+        )
+    return value
+
+
+def _scope(name, keys, key, reader):
+    try:
+        return reader(keys[key])
+    except scope.ScopeError as error:
+        raise AgentsFileError(f"{name}.{key}: {error}") from None
+
+
+def _limits(name, keys):
+    limits = keys.get("limits", {})
+    if not isinstance(limits, dict):
+        raise AgentsFileError(
+            f"{name}.limits: {_kind(limits)} came, expected a mapping with {', '.join(LIMIT_KEYS)}"
+        )
+    _refuse_unknown_keys(limits, LIMIT_KEYS, f"{name}.limits")
+    for key, text in limits.items():
+        if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,7}", text):
+            text = None
+        if text is None or not 1 <= int(text) <= MAX_LIMIT:
+            raise AgentsFileError(
+                f"{name}.limits.{key}: {_shown(limits[key])} came, expected a whole number from 1 "
+                f"to {MAX_LIMIT}"
+            )
+    return Limits(**{key: int(text) for key, text in limits.items()})
+
+
+def _expires(name, keys):
+    if "expires" not in keys:
+        return None
+    try:
+        return read_expires(keys["expires"])
+    except ValueError as error:
+        raise AgentsFileError(f"{name}.expires: {error}") from None
+
+
+def read_expires(text: object) -> float:
+    """Wall-clock seconds of a date, which counts to its end, or of a date and time (ISO 8601; UTC
+    if no zone is named). Raises ValueError, whose text says what came and what was expected."""
+    match = DATE.fullmatch(text) if isinstance(text, str) else None
+    try:
+        # Python 3.10 does not know the Z.
+        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", match[0]).upper())
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return (moment if match["time"] else moment + timedelta(days=1)).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{_shown(text)} came, expected {DATE_EXPECTED}") from None
+
+
+def _boolean(name, keys, key):
+    text = keys.get(key, "false")
+    if not isinstance(text, str) or text.lower() not in BOOLEANS:
+        raise AgentsFileError(f"{name}.{key}: {_shown(text)} came, expected true or false")
+    return BOOLEANS[text.lower()]
+
+
+def _kind(value):
+    """What a value is, in the reader's words."""
+    if value is None:
+        return "no value"
+    return {dict: "a mapping", list: "a list", str: "text"}[type(value)]
+
+
+def _shown(value):
+    """A text in quotes, ASCII and on one line, cut if it is very long; of others what they are."""
+    if not isinstance(value, str):
+        return _kind(value)
+    return ascii(value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}...")

@@ -1,0 +1,94 @@
+"""Public ports of their own, for hostnames in tcp mode whose agents ask for one.
+
+Which ports agents may have is the operator's choice (TCP_PORTS). A port belongs to one tunnel, and
+is free again as soon as that one's session ends or its agent leaves.
+"""
+
+import threading
+
+from gotunnel import ANY_PORT, MAX_PORT
+
+from ..net.listener import PortError
+
+
+class PortRefused(Exception):
+    """A port cannot be given; the text is for the agent's operator."""
+
+
+class Ports:
+    """The ports that are open. Any thread."""
+
+    def __init__(self, allowed, listen):
+        """``allowed``: ranges of numbers. ``listen(port, route)`` opens one, and gives its running
+        Listener or raises PortError."""
+        self._allowed = allowed
+        self._listen = listen
+        self._open = {}  # port: (tunnel, Listener)
+        self._last = {}  # port: the hostname that it led to last, so that it can have it again
+        self._lock = threading.Lock()  # guards both, and is held while a port opens or closes
+        self._closed = False
+
+    def open(self, wanted, route, why_not=lambda port: None) -> int:
+        """Open the port ``wanted``, a text or ANY_PORT, for a Route; raises PortRefused.
+        ``why_not(port)`` says why the agent may not have it, None if it may."""
+        with self._lock:
+            if self._closed:
+                raise PortRefused("the gateway stops")
+            for port in self._candidates(wanted, route.hostname, why_not):
+                try:
+                    listener = self._listen(port, route)
+                except PortError as error:
+                    problem = PortRefused(f"the gateway cannot open it: {error}")
+                    continue
+                self._open[port] = (route.tunnel, listener)
+                self._last[port] = route.hostname
+                return port
+        raise problem
+
+    def _candidates(self, wanted, hostname, why_not):
+        """The ports that would do, the best first; at least one. Raises PortRefused."""
+        if not self._allowed:
+            raise PortRefused("this gateway gives agents no ports; its operator sets TCP_PORTS")
+        if wanted == ANY_PORT:
+            free = [port for ports in self._allowed for port in ports if port not in self._open]
+            if not free:
+                raise PortRefused(f"all ports are taken ({self._shown()})")
+            reason = why_not(free[0])
+            free = [port for port in free if why_not(port) is None]
+            if not free:
+                raise PortRefused(f"none of the free ones is for this agent: {reason}")
+            # The one of last time; else one that nobody may still look for a hostname at.
+            free.sort(key=lambda port: (self._last.get(port) != hostname, port in self._last))
+            return free
+        number = int(wanted) if wanted.isascii() and wanted.isdigit() and len(wanted) <= 5 else 0
+        if not 1 <= number <= MAX_PORT:
+            raise PortRefused(f"port {wanted[:20]!r} came, expected 1 to {MAX_PORT} or {ANY_PORT}")
+        if not any(number in ports for ports in self._allowed):
+            raise PortRefused(f"port {number} is none that agents may have ({self._shown()})")
+        if reason := why_not(number):
+            raise PortRefused(reason)
+        if number in self._open:
+            raise PortRefused(f"port {number} is taken")
+        return [number]
+
+    def _shown(self):
+        return "TCP_PORTS: " + ", ".join(
+            f"{ports[0]}-{ports[-1]}" if len(ports) > 1 else str(ports[0])
+            for ports in self._allowed
+        )
+
+    def release(self, tunnel):
+        """Close the ports of a tunnel; visits that run go on."""
+        with self._lock:
+            for port, (owner, listener) in list(self._open.items()):
+                if owner is tunnel:
+                    del self._open[port]
+                    listener.stop()
+
+    def close(self):
+        """Close all of them, for good."""
+        with self._lock:
+            self._closed = True
+            for _, listener in self._open.values():
+                listener.stop()
+            self._open.clear()

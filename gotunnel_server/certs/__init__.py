@@ -1,0 +1,1 @@
+"""Certificates: wanted, ordered, kept, and served by SNI."""

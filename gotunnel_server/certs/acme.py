@@ -1,0 +1,545 @@
+"""How a certificate is ordered: RFC 8555 in its own order, one method a chapter.
+
+    directory       where everything is                    §7.1.1
+    account         who we are; made once, then kept       §7.3
+    order           the hostname that we want              §7.4
+    authorization   what has to be proved                  §7.5
+    challenge       the proof; the CA comes to look        §8
+    finalize        our key's request is handed in         §7.4
+    download        the certificate and its chain          §7.4.2
+
+The `acme` library signs requests and keeps nonces. What is sent is written here as the RFC shows
+it, and the loops are ours: those of the library wait at least a second a round, repeat a bad nonce
+once, and keep the CA's Retry-After to themselves.
+
+An order is one conversation of one thread; several may run at once. Whatever a CA answers, it ends
+with a certificate, a CaError (acme_errors.py), or Abandoned.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import josepy
+from acme import client, errors, messages
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from .bounded_http import Session
+from .challenges import HTTP_01
+from ..net.safe_read import MALFORMED
+from .acme_errors import (
+    ACCOUNT,
+    CONFIG,
+    CONFIG_CODES,
+    HOST,
+    TRANSPORT,
+    Abandoned,
+    CaError,
+    parse_retry_after,
+    problem_of,
+    refusal,
+)
+from .cancel import Stop
+from .schedule import CLOCK_OFF, CLOCK_WRONG, Window, ask_delay
+
+log = logging.getLogger("gotunnel.acme_order")
+
+# Seconds of silence in one request. Let's Encrypt answers within one, and within ten on bad days.
+NETWORK_TIMEOUT = 30
+# Seconds for what is said at parting: the gateway may be about to end.
+LAST_WORDS_TIMEOUT = 5.0
+# Each posts twice when it has to (the library repeats once): a nonce is refused six times at most.
+NONCE_ROUNDS = 3
+# Seconds between looks at an authorization or an order, when the CA does not say; doubled each
+# time up to the second one.
+FIRST_LOOK, LONGEST_LOOK = 0.1, 3.0
+# Seconds of such waiting in all. A CA that connects to a silent address gives up after 15 or so.
+PROOF_PATIENCE, FINALIZE_PATIENCE = 90.0, 180.0
+CLOCK_PAUSE = 3600.0  # seconds: somebody has to set the clock first
+SHOWN = 200  # characters of an answer in no form
+
+# What the library raises over an answer that refuses, or that it can make nothing of.
+NOT_ACME = (
+    errors.Error, josepy.errors.Error, ValueError, TypeError, LookupError, AttributeError,
+    OverflowError, RecursionError,
+)  # fmt: skip
+
+# The library prints whole payloads, tokens among them.
+logging.getLogger("acme").setLevel(logging.INFO)
+
+
+class _Payload(josepy.JSONDeSerializable):
+    """What a request carries, for the library to sign."""
+
+    def __init__(self, **fields):
+        self._fields = fields
+
+    def to_partial_json(self):
+        return self._fields
+
+    @classmethod
+    def from_json(cls, jobj):
+        return cls(**jobj)
+
+
+class Ca:
+    """A certificate authority, by its directory's URL. Any thread."""
+
+    def __init__(self, directory_url, store, *, ca_file: Path | None = None,
+                 email: str | None = None, eab: tuple[str, str] | None = None,
+                 user_agent="gotunnel", clock=time.time):  # fmt: skip
+        """``store`` keeps the account: account(), save_account(), account_lock() of CertStore.
+
+        ``ca_file``: PEM, whom to trust when we talk to the CA; None for the public ones. ``eab``:
+        key identifier and HMAC key (base64url) of an external account binding (§7.3.4). ``clock``
+        gives seconds since 1970.
+        """
+        self.directory_url = directory_url
+        self._store = store
+        self._ca_file = ca_file
+        self._email = email
+        self._eab = eab
+        self._user_agent = user_agent
+        self._clock = clock
+
+    def order(self, hostname, challenge, challenges, stop: Stop, *,
+              replaces: x509.Certificate | None = None) -> tuple[bytes, bytes]:  # fmt: skip
+        """Private key and chain of a new certificate, both PEM.
+
+        ``challenge`` is the type to use; ``challenges.http(hostname, token, body)`` and
+        ``challenges.alpn(hostname, digest)`` are context managers that publish the proof. ``stop``
+        ends the order soon. ``replaces`` is the certificate that this one follows (RFC 9773 §5).
+        Raises CaError, Abandoned, and StoreError if the account cannot be kept.
+        """
+        with self._conversation(stop, hostname) as ca:
+            self._sign_in(ca)
+            try:
+                url, order = self._new_order(ca, hostname, replaces)
+            except CaError as error:
+                # The CA has forgotten us, or account.json has the key of one account and the URL of
+                # another, which it calls malformed: our key's account is there, or is made.
+                if error.code not in ("accountDoesNotExist", "malformed"):
+                    raise
+                self._sign_in(ca, forgotten=ca.account)
+                url, order = self._new_order(ca, hostname, replaces)
+            for authorization in _texts(url, order, "authorizations"):
+                self._prove(ca, authorization, hostname, challenge, challenges)
+            key = ec.generate_private_key(ec.SECP256R1())
+            order = self._finalize(ca, url, order, _request(hostname, key))
+            url = _text(url, order, "certificate")
+            chain = ca.post(url, None).content
+            self._see_that_it_lives(url, chain)
+        return (
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            ),
+            chain,
+        )
+
+    def renewal_info(
+        self, leaf: x509.Certificate, stop: Stop
+    ) -> tuple[Window | None, float]:
+        """When the CA wants ``leaf`` renewed (RFC 9773 §4), and the seconds until to ask again.
+
+        The window is None if the CA has none, or none that makes sense. Raises Abandoned only.
+        """
+        try:
+            with self._conversation(stop) as ca:
+                if "renewalInfo" not in ca.directory:
+                    return None, ask_delay(None)
+                url = f"{_text(self.directory_url, ca.directory, 'renewalInfo')}/{ari_id(leaf)}"
+                answer = ca.get(url)
+                suggested = _json(url, answer).get("suggestedWindow")
+                start, end = (_instant(suggested[key]) for key in ("start", "end"))
+        except (CaError, KeyError, *MALFORMED) as error:
+            log.debug("no renewal information: %s", error)
+            return None, ask_delay(getattr(error, "retry_after", None))
+        window = Window(start, end) if start <= end else None
+        return window, ask_delay(self._retry_after(answer))
+
+    def _see_that_it_lives(self, url, chain):
+        """What has run out must not replace what may have not; the store looks at the rest."""
+        try:
+            ends = x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
+        except (ValueError, x509.InvalidVersion):
+            raise CaError(
+                TRANSPORT, url, f"came {chain[:SHOWN]!r}, expected a certificate as PEM"
+            ) from None
+        if ends.timestamp() <= self._clock():
+            raise CaError(
+                HOST, url, f"came a certificate that has run out on {ends:%Y-%m-%d %H:%M} UTC, "
+                "expected a new one")  # fmt: skip
+
+    # §7.1.1
+
+    @contextlib.contextmanager
+    def _conversation(self, stop, hostname="") -> Iterator[_Conversation]:
+        verify = True if self._ca_file is None else str(self._ca_file)
+        session = Session(self.directory_url, stop)
+        ca = _Conversation(session, verify, self._user_agent, stop, hostname, self._clock)
+        with contextlib.closing(ca):
+            answer = ca.get(self.directory_url)
+            ca.directory = _json(self.directory_url, answer)
+            self._compare_clocks(answer)
+            yield ca
+
+    def _compare_clocks(self, answer):
+        try:
+            off = self._clock() - parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        except (KeyError, ValueError, TypeError):
+            return  # the CA does not say
+        words = f"this machine's clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'}"
+        if abs(off) > CLOCK_WRONG:
+            raise CaError(
+                ACCOUNT, self.directory_url, f"{words} the CA's: set it right, nothing is "
+                "ordered before", code="clock", retry_after=CLOCK_PAUSE)  # fmt: skip
+        if abs(off) > CLOCK_OFF:
+            log.warning("%s the one of %s", words, self.directory_url)
+
+    def _retry_after(self, answer) -> float | None:
+        return parse_retry_after(answer.headers.get("Retry-After"), self._clock())
+
+    # §7.3
+
+    def _sign_in(self, ca, forgotten=None):
+        """Use our account; make one if there is none, or if the CA knows it no longer.
+
+        The key is kept before it is used, so that no account is ever lost with its key.
+        """
+        with self._store.account_lock():
+            kept = self._store.account()
+            try:
+                ca.key = _account_key(kept["key"])
+            except (KeyError, ValueError, TypeError, AttributeError, josepy.errors.Error):
+                if kept:
+                    self._store.drop_account("expected a private key, EC P-256 or RSA")
+                ca.key = josepy.JWKEC(key=ec.generate_private_key(ec.SECP256R1()))
+                kept = {"directory": self.directory_url, "key": ca.key.to_json()}
+                self._store.save_account(kept)
+            url = kept.get("url")
+            if not isinstance(url, str) or url == forgotten:
+                url = self._new_account(ca)
+                self._store.save_account({**kept, "url": url})
+            ca.account = url
+
+    def _new_account(self, ca) -> str:
+        fields = {"termsOfServiceAgreed": True}
+        url = _text(self.directory_url, ca.directory, "newAccount")
+        if self._email:
+            fields["contact"] = [f"mailto:{self._email}"]
+        if self._eab:
+            fields["externalAccountBinding"] = self._binding(ca, url)
+        ca.account = None
+        try:
+            answer = ca.post(url, _Payload(**fields), signing_in=True)
+        except CaError as error:
+            if error.kind != CONFIG:
+                raise
+            hint = "check ACME_EAB_KID and ACME_EAB_HMAC_KEY" if self._eab else (
+                "set ACME_EAB_KID and ACME_EAB_HMAC_KEY to what the CA has given you")
+            if error.code not in ("externalAccountRequired", "unauthorized") and not self._eab:
+                hint = "check ACME_EMAIL" if self._email else ""
+            words = "; ".join(filter(None, (error.words, hint)))
+            raise CaError(CONFIG, url, words, code=error.code,
+                          status=error.status, account_wide=True) from error  # fmt: skip
+        return _location(url, answer)
+
+    def _binding(self, ca, url):
+        kid, hmac_key = self._eab
+        try:
+            return messages.ExternalAccountBinding.from_data(
+                ca.key.public_key(), kid, hmac_key.rstrip("="),
+                messages.Directory({"newAccount": url}))  # fmt: skip
+        except (ValueError, TypeError, josepy.errors.Error) as error:
+            raise CaError(
+                CONFIG, url, "ACME_EAB_HMAC_KEY is not base64url, expected the key as the CA "
+                "has given it", account_wide=True) from error  # fmt: skip
+
+    # §7.4
+
+    def _new_order(self, ca, hostname, replaces) -> tuple[str, dict]:
+        url = _text(self.directory_url, ca.directory, "newOrder")
+        fields = {"identifiers": [{"type": "dns", "value": hostname}]}
+        if replaces is not None and "renewalInfo" in ca.directory:
+            try:
+                answer = ca.post(url, _Payload(**fields, replaces=ari_id(replaces)))
+                return _location(url, answer), _json(url, answer)
+            except (CaError, x509.ExtensionNotFound) as error:
+                # It was replaced already, perhaps by an order that we did not see the end of.
+                if isinstance(error, CaError) and error.kind in (ACCOUNT, TRANSPORT):
+                    raise
+        answer = ca.post(url, _Payload(**fields))
+        return _location(url, answer), _json(url, answer)
+
+    # §7.5
+
+    def _prove(self, ca, url, hostname, challenge, challenges):
+        """Have the CA see that we hold the hostname, unless it remembers from last time."""
+        authorization = _json(url, ca.post(url, None))
+        if authorization.get("status") == "valid":
+            return
+        try:
+            offered = {
+                item.get("type"): item
+                for item in authorization.get("challenges") or ()
+                if isinstance(item, dict)
+            }
+            if challenge not in offered or authorization.get("status") != "pending":
+                raise CaError(
+                    HOST, url, f"the authorization of {hostname} is {authorization.get('status')} "
+                    f"with challenges {', '.join(map(str, offered))}, expected a pending "
+                    f"{challenge}")  # fmt: skip
+            # §8.1: the token and the account's key, so that no other account can use it
+            chosen = offered[challenge]
+            token = _text(url, chosen, "token")
+            key_authorization = f"{token}.{_base64url(ca.key.thumbprint())}"
+            if challenge == HTTP_01:  # §8.3
+                published = challenges.http(hostname, token, key_authorization.encode())
+            else:  # RFC 8737
+                digest = hashlib.sha256(key_authorization.encode()).digest()
+                published = challenges.alpn(hostname, digest)
+            with published:
+                ca.post(_text(url, chosen, "url"), _Payload())
+                authorization = ca.wait_while(url, ("pending",), PROOF_PATIENCE)
+            if authorization.get("status") != "valid":
+                raise _not_proved(url, authorization, challenge)
+        except (CaError, Abandoned):
+            # A few that are left pending, and the CA takes no more orders.
+            if authorization.get("status") == "pending":
+                ca.last_words(url, _Payload(status="deactivated"))
+            raise
+
+    # §7.4 again, §7.4.2
+
+    def _finalize(self, ca, url, order, request: bytes) -> dict:
+        order = ca.wait_while(url, ("pending",), FINALIZE_PATIENCE)
+        if order.get("status") == "ready":
+            ca.post(_text(url, order, "finalize"), _Payload(csr=_base64url(request)))
+            order = ca.wait_while(url, ("ready", "processing"), FINALIZE_PATIENCE)
+        if order.get("status") != "valid":
+            code, words = problem_of(order.get("error"))
+            kind = CONFIG if code in CONFIG_CODES else HOST
+            if code == "serverInternal":
+                kind = TRANSPORT
+            raise CaError(
+                kind, url, words or f"the order is {order.get('status')}, expected valid",
+                code=code)  # fmt: skip
+        return order
+
+
+class _Conversation:
+    """Requests to the CA, signed with ``key`` for ``account`` (its URL, None for a new one).
+
+    ``directory`` is the CA's. Answers are those of the requests library; whatever goes wrong in a
+    request is raised as CaError.
+    """
+
+    def __init__(self, session, verify, user_agent, stop, hostname, clock):
+        self.directory = {}
+        self._stop = stop
+        self._hostname = hostname
+        self._clock = clock
+        self._answer = None  # the latest; the library's errors do not have it
+        self._net = client.ClientNetwork(
+            None, alg=josepy.ES256, verify_ssl=verify, user_agent=user_agent,
+            timeout=NETWORK_TIMEOUT)  # fmt: skip
+        self._net.session.close()
+        self._net.session = self._session = session
+        session.hooks["response"].append(self._keep)
+
+    def close(self):
+        self._session.close()
+
+    @property
+    def key(self):
+        return self._net.key
+
+    @key.setter
+    def key(self, key):
+        self._net.key = key
+        self._net.alg = josepy.ES256 if isinstance(key, josepy.JWKEC) else josepy.RS256
+
+    @property
+    def account(self) -> str | None:
+        return self._net.account and self._net.account.uri
+
+    @account.setter
+    def account(self, url):
+        self._net.account = url and messages.RegistrationResource(
+            body=messages.Registration(), uri=url
+        )
+
+    def get(self, url):
+        return self._request(url, lambda: self._net.get(url))
+
+    def post(self, url, payload, *, signing_in=False):
+        """A signed request; without payload it only reads (POST-as-GET, §6.3)."""
+        nonces = _text(url, self.directory, "newNonce")
+        for rounds_left in reversed(range(NONCE_ROUNDS)):
+            try:
+                return self._request(
+                    url, lambda: self._net.post(url, payload, new_nonce_url=nonces), signing_in
+                )
+            except CaError as error:
+                if error.code != "badNonce" or not rounds_left:
+                    raise
+
+    def last_words(self, url, payload):
+        """A request that matters to the CA more than to us: also sent when we are stopped, not
+        waited for long, and the last."""
+        self._stop = self._session.stop = Stop()
+        self._session.timeout = LAST_WORDS_TIMEOUT
+        with contextlib.suppress(CaError, Abandoned):
+            self.post(url, payload)
+
+    def wait_while(self, url, statuses, patience) -> dict:
+        """The object at ``url`` once its status is another one; looks as often as the CA says.
+
+        After ``patience`` seconds it is returned as it is.
+        """
+        waited, look = 0.0, FIRST_LOOK
+        while True:
+            answer = self.post(url, None)
+            found = _json(url, answer)
+            if found.get("status") not in statuses or waited >= patience:
+                return found
+            header = answer.headers.get("Retry-After")
+            pause = parse_retry_after(header, self._clock(), least=FIRST_LOOK)
+            pause = min(pause or look, patience - waited)
+            if self._stop.wait(pause):
+                raise Abandoned(url)
+            waited, look = waited + pause, min(2 * look, LONGEST_LOOK)
+
+    def _request(self, url, ask, signing_in=False):
+        if self._stop.is_set():
+            raise Abandoned(url)
+        self._answer = None
+        try:
+            return ask()
+        except OSError as error:  # which those of requests are, and a CA file that cannot be read
+            if self._stop.is_set():
+                raise Abandoned(url) from None
+            raise CaError(TRANSPORT, url, _reason(error)) from error
+        except NOT_ACME as error:
+            answer = self._answer
+            if answer is None or answer.ok:
+                came = "" if answer is None else f"came {_shown(answer)!r}, "
+                words = f"{came}expected an answer of ACME: {error}"
+                raise CaError(TRANSPORT, url, words) from error
+            try:
+                problem = answer.json()
+            except (ValueError, RecursionError):
+                problem = _shown(answer)
+            raise refusal(
+                url, answer.status_code, answer.headers, problem, now=self._clock(),
+                hostname=self._hostname, signing_in=signing_in) from error  # fmt: skip
+
+    def _keep(self, answer, **_):
+        self._answer = answer
+
+
+def ari_id(leaf: x509.Certificate) -> str:
+    """What a certificate is called in renewal information (RFC 9773 §4.1)."""
+    authority = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    serial = leaf.serial_number
+    serial_bytes = serial.to_bytes(serial.bit_length() // 8 + 1, "big", signed=True)
+    return f"{_base64url(authority.key_identifier or b'')}.{_base64url(serial_bytes)}"
+
+
+def _account_key(fields) -> josepy.JWK:
+    """A key that we can sign with. Raises ValueError, or an error of josepy, if there is none."""
+    key = josepy.JWK.from_json(fields)
+    if "d" not in fields or fields.get("crv", "P-256") != "P-256":  # RFC 7518 §6
+        raise ValueError("a public key, or one for another signature than ES256 and RS256")
+    return key
+
+
+def _request(hostname, key) -> bytes:
+    """The CSR, DER. The subject stays empty: a common name has at most 64 characters."""
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([]))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(hostname)]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.DER)
+    )
+
+
+def _not_proved(url, authorization, challenge) -> CaError:
+    """Why the CA does not believe us: what the challenge says of it."""
+    status = authorization.get("status")
+    if status == "pending":
+        return CaError(HOST, url, f"{challenge}: not decided in {PROOF_PATIENCE:g} s")
+    for item in authorization.get("challenges") or ():
+        if isinstance(item, dict) and item.get("error"):
+            code, words = problem_of(item["error"])
+            kind = TRANSPORT if code == "serverInternal" else HOST
+            return CaError(kind, url, f"{challenge}: {words}", code=code)
+    return CaError(HOST, url, f"{challenge}: the authorization is {status}, expected valid")
+
+
+def _json(url, answer) -> dict:
+    try:
+        found = answer.json()
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CaError(TRANSPORT, url, f"came {_shown(answer)!r}, expected a JSON object")
+    return found
+
+
+def _shown(answer) -> str:
+    """The beginning of a body that is none of ACME's; to unpack all of it would cost much."""
+    return answer.content[:SHOWN].decode("utf-8", "replace")
+
+
+def _text(url, found, name) -> str:
+    if not isinstance(found.get(name), str):
+        raise CaError(TRANSPORT, url, f"{name} is {found.get(name)!r:.100}, expected a text")
+    return found[name]
+
+
+def _texts(url, found, name) -> list[str]:
+    texts = found.get(name)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CaError(TRANSPORT, url, f"{name} is {texts!r:.100}, expected a list of texts")
+    return texts
+
+
+def _location(url, answer) -> str:
+    return _text(url, {"Location": answer.headers.get("Location")}, "Location")
+
+
+def _instant(text) -> float:
+    """Seconds since 1970 of an RFC 3339 date, of which Python 3.10 knows no "Z" and no nanos."""
+    date = re.sub(r"\.[0-9]+", "", str(text).upper()).replace("Z", "+00:00")
+    instant = datetime.fromisoformat(date)
+    if instant.tzinfo is None:
+        raise ValueError(f"{text!r} names no zone, expected a date such as 2026-01-31T12:00:00Z")
+    return instant.timestamp()
+
+
+def _reason(error) -> str:
+    """What lies at the bottom of a failed request; what is above it names objects of ours."""
+    reason, cause = error, error
+    while cause := cause.__cause__ or cause.__context__:
+        if isinstance(cause, OSError):
+            reason = cause
+    return f"cannot be asked: {reason}"
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()

@@ -1,0 +1,248 @@
+"""A certificate authority of our own, for trying gotunnel out and for tests (ACME_ENV=local).
+
+No public CA signs `app.localhost` or `127.0.0.1`. Here a CA is made on first start and kept in a
+folder; whoever wants to visit without a warning trusts its `ca.crt` once:
+
+    ca.crt, ca.key               the CA; made once, then only read
+    HOSTNAME.crt, HOSTNAME.key   one certificate a hostname; made again before it runs out
+    .lock                        held while one process (or thread) looks and writes
+
+The CA signs its leaves itself, so a chain is the leaf alone: who verifies it has the CA already.
+
+A CA that cannot be read is an error and is never made anew, because users have trusted the old
+one. A leaf that cannot be read is replaced, because nobody has to trust it by hand.
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from ..net import safe_read
+from ..net.safe_read import MALFORMED
+
+# Trusted by hand, on every device that visits: it should outlive any trial.
+CA_LIFETIME = timedelta(days=3650)
+# Clients that limit a leaf's life refused more than 398 days, the longest that was ever common;
+# the shorter limits that public CAs keep by now do not bind a CA that was added by hand.
+LEAF_LIFETIME = timedelta(days=397)
+# A month in which any start, registration or daily look renews a leaf.
+RENEW_BEFORE = timedelta(days=30)
+# Clocks of phones and virtual machines run behind; a leaf must be valid for them at once.
+BACKDATE = timedelta(hours=1)
+
+# Letters, digits, hyphens (RFC 1123 §2.1), labels of 63 at most; `*.` for one label of any name.
+_HOSTNAME = re.compile(r"(\*\.)?(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
+# A file's name has 255 bytes at most; ours is the hostname and up to 8 more (".crt.new").
+_LONGEST_HOSTNAME = 255 - 8
+
+_NO_KEY_USAGE = dict.fromkeys((
+    "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+    "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False)
+
+
+class CertificateError(Exception):
+    """A certificate cannot be read, made or kept; the text is one line for the operator."""
+
+
+def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate, PrivateKeyTypes]:
+    """The first certificate of a PEM file and the private key that belongs to it.
+
+    Raises CertificateError, naming the file, if either cannot be read or they do not match.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificates(safe_read.read(certificate_file))[0]
+        public_key = certificate.public_key()
+    except OSError as error:
+        raise CertificateError(f"{certificate_file}: {error.strerror}") from error
+    except MALFORMED as error:
+        raise CertificateError(f"{certificate_file}: not a certificate, expected PEM") from error
+    try:
+        key = serialization.load_pem_private_key(safe_read.read(key_file), password=None)
+    except OSError as error:
+        raise CertificateError(f"{key_file}: {error.strerror}") from error
+    except TypeError as error:      # how cryptography says that there should be a password
+        raise CertificateError(f"{key_file}: encrypted, expected a key without password") from error
+    except MALFORMED as error:
+        raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
+    if key.public_key() != public_key:
+        raise CertificateError(f"{key_file}: not the key of {certificate_file.name}")
+    return certificate, key
+
+
+class Authority:
+    """The CA in `folder`, made there if the folder has none yet.
+
+    `ca_file` is its certificate, for visitors and agents to trust. Any thread may issue; several
+    processes may share the folder. Raises CertificateError if the folder cannot be written, or
+    holds a CA that cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.ca_file = folder / "ca.crt"
+        self._folder = folder
+        self._key_file = folder / "ca.key"
+        with self._folder_to_ourselves():
+            if not self.ca_file.exists() and not self._key_file.exists():
+                self._make_ca()
+            self._certificate, self._key = self._read_ca()
+
+    def issue(self, hostname: str) -> tuple[Path, Path]:
+        """The certificate file and the key file of `hostname` (or IP address, or `*.` wildcard).
+
+        Those on disk are taken if they are good for RENEW_BEFORE at least; otherwise they are
+        made, which takes a few milliseconds. Raises CertificateError if the hostname cannot
+        stand in a certificate, or the files cannot be written.
+        """
+        name = _general_name(hostname)
+        certificate_file = self._folder / f"{hostname}.crt"
+        key_file = self._folder / f"{hostname}.key"
+        with self._folder_to_ourselves():
+            if not self._still_good(certificate_file, key_file):
+                key = ec.generate_private_key(ec.SECP256R1())
+                certificate = self._sign_leaf(name, key.public_key())
+                _write_key(key_file, key)
+                _write_certificate(certificate_file, certificate)
+        return certificate_file, key_file
+
+    def hostnames(self) -> list[str]:
+        """What certificates were issued for, now or by an earlier gateway with this folder."""
+        return sorted(file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
+
+    @contextlib.contextmanager
+    def _folder_to_ourselves(self) -> Iterator[None]:
+        """Keep other threads and processes out; what the disk refuses becomes CertificateError."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(lock)      # which also unlocks
+        except OSError as error:
+            raise CertificateError(
+                f"{self._folder}: {error.strerror}; the local CA needs a folder that it can write,"
+                " make it writable or set ACME_CACHE to another") from error
+
+    def _make_ca(self) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        # The tag tells this CA from those of other machines and earlier trials in a trust store.
+        name = x509.Name([x509.NameAttribute(
+            NameOID.COMMON_NAME, f"gotunnel local CA {secrets.token_hex(4).upper()}")])
+        certificate = (
+            _builder(name, name, key.public_key(), CA_LIFETIME)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(
+                x509.KeyUsage(**_NO_KEY_USAGE | {"key_cert_sign": True, "crl_sign": True}),
+                critical=True)
+            .sign(key, hashes.SHA256()))
+        _write_key(self._key_file, key)
+        _write_certificate(self.ca_file, certificate)
+
+    def _read_ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        try:
+            certificate, key = read_pair(self.ca_file, self._key_file)
+            if not isinstance(key, ec.EllipticCurvePrivateKey):
+                raise CertificateError(f"{self._key_file}: not an elliptic curve key, as we make")
+            if certificate.not_valid_after_utc < datetime.now(timezone.utc):
+                raise CertificateError(
+                    f"{self.ca_file}: ran out on {certificate.not_valid_after_utc:%Y-%m-%d}")
+        except CertificateError as error:
+            raise CertificateError(
+                f"{error}; restore ca.crt and ca.key from a copy, or remove both to get a new CA,"
+                " which must then be trusted anew") from error
+        return certificate, key
+
+    def _still_good(self, certificate_file: Path, key_file: Path) -> bool:
+        try:
+            certificate, _ = read_pair(certificate_file, key_file)
+            certificate.verify_directly_issued_by(self._certificate)
+        except (CertificateError, InvalidSignature, *MALFORMED):
+            return False    # missing, cut short, or another CA's: all are healed by a new one
+        return certificate.not_valid_after_utc - datetime.now(timezone.utc) >= RENEW_BEFORE
+
+    def _sign_leaf(
+        self, name: x509.GeneralName, public_key: ec.EllipticCurvePublicKey
+    ) -> x509.Certificate:
+        issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return (
+            # The subject is empty, since a common name ends at 64 characters and clients ignore
+            # it; the alternative name is then critical (RFC 5280 §4.2.1.6).
+            _builder(x509.Name([]), self._certificate.subject, public_key, LEAF_LIFETIME)
+            .add_extension(x509.SubjectAlternativeName([name]), critical=True)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(
+                x509.KeyUsage(**_NO_KEY_USAGE | {"digital_signature": True}), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(issuer_key, critical=False)
+            .sign(self._key, hashes.SHA256()))
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey,
+    lifetime: timedelta,
+) -> x509.CertificateBuilder:
+    """What the CA's certificate and a leaf have in common."""
+    begin = datetime.now(timezone.utc) - BACKDATE
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + lifetime)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False))
+
+
+def _general_name(hostname: str) -> x509.GeneralName:
+    """How a certificate names `hostname`; what passes is also safe as the stem of a file."""
+    try:
+        if "%" not in hostname:     # a zone (fe80::1%eth0) means something on one machine only
+            return x509.IPAddress(ipaddress.ip_address(hostname))
+    except ValueError:
+        pass    # not an address, so it should be a name
+    if hostname == "ca":
+        raise CertificateError("hostname ca: its files would be those of the CA itself")
+    if len(hostname) > _LONGEST_HOSTNAME or not _HOSTNAME.fullmatch(hostname):
+        raise CertificateError(
+            f"hostname {hostname[:_LONGEST_HOSTNAME]!r}: expected an IP address, or labels of"
+            f" a-z, 0-9 and hyphens, {_LONGEST_HOSTNAME} characters at most")
+    return x509.DNSName(hostname)
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption())
+    _write(path, pem, mode=0o600)
+
+
+def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
+    _write(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+
+def _write(path: Path, content: bytes, *, mode: int) -> None:
+    """Put `content` at `path` whole or not at all. Caller holds the folder."""
+    # One writer at a time, so the name may be fixed: what a crash left behind is overwritten.
+    new = path.with_name(path.name + ".new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

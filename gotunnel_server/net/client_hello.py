@@ -1,0 +1,215 @@
+"""SNI and ALPN out of the first bytes of a TLS connection (RFC 8446 §4.1.2, RFC 6066, RFC 7301).
+
+Whoever has a new connection (connection.py, tunnel.py) asks a ``Reader`` about what has come: is it
+TLS, and if so, for which hostname and which protocols? It asks again when more bytes have come.
+Bytes in, values out; the bytes are then given back to the connection, and the TLS library reads
+them again. It checks what matters to it (versions, ciphers, keys); here only that is read which
+picks a certificate.
+
+From the outside in, a hello is
+
+    records       type 22, version, length, fragment; the fragments joined are
+    a handshake   type 1, length, body; the body is
+    a ClientHello version, random, session id, cipher suites, compression methods, extensions
+
+The promise: whatever bytes come, ``Reader.parse`` returns a value or raises NotTLS. It says the
+same of the same bytes, whether they come at once or one at a time.
+"""
+
+import ipaddress
+import re
+from typing import NamedTuple
+
+# Bytes within which a hello must be complete. Real ones are 250 to 2000 bytes long, with large
+# session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. One is cut into records
+# as its sender likes, down to one byte each.
+HELLO_LIMIT = 16384
+
+_RECORD_HEADER = 5              # bytes: type, version (2), length (2)
+_RECORD_HANDSHAKE = 22          # RFC 8446 §5.1
+_RECORD_MAJOR = 3               # first byte of every TLS version; the second one must be ignored
+_RECORD_FRAGMENT_LIMIT = 16384  # 2**14 bytes, RFC 8446 §5.1
+_MESSAGE_HEADER = 4             # bytes: type, length (3)
+_MESSAGE_CLIENT_HELLO = 1       # RFC 8446 §4
+_BEFORE_SESSION_ID = 34         # bytes: legacy_version (2), random (32)
+_SESSION_ID_LIMIT = 32          # bytes, RFC 8446 §4.1.2
+_EXTENSION_SERVER_NAME = 0      # RFC 6066 §3
+_EXTENSION_ALPN = 16            # RFC 7301 §3.1
+_NAME_HOST = 0                  # RFC 6066 §3, the only name type there is
+
+# Characters of a hostname: 255 bytes on the DNS wire (RFC 1035 §2.3.4) are 253 in text.
+NAME_LIMIT = 253
+# Labels of ASCII letters, digits, hyphens; underscores too, which are in use.
+_HOSTNAME = re.compile(rb"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?")
+
+
+class Hello(NamedTuple):
+    """What a TLS connection asks for.
+
+    ``server_name`` is the hostname, lower case, no trailing dot; None if it named none, or an IP
+    address, which is no name (RFC 6066 §3). ``alpn`` are the protocols in its order of
+    preference, as latin-1 so that any bytes can be told apart; empty if it named none.
+    """
+    server_name: str | None
+    alpn: tuple[str, ...]
+
+
+class NotTLS(Exception):
+    """These bytes start no TLS connection, or one whose hello breaks the rules."""
+
+
+class Reader:
+    """The first bytes of one connection, as they come: no record is looked at twice."""
+
+    def __init__(self):
+        self._at = 0  # where the first record begins that was not whole
+        self._joined = b""  # fragments of those before it
+
+    def parse(self, data: bytes) -> Hello | None:
+        """Read the hello at the start of ``data``, all that has come so far, which begins with
+        what it was the last time; None if more must come.
+
+        Bytes after the hello are not looked at. Raises NotTLS as soon as the bytes cannot become a
+        hello, an SSLv2 one included, or when HELLO_LIMIT bytes hold no complete one.
+        """
+        message = self._message(data[:HELLO_LIMIT])
+        if message is not None:
+            return _client_hello(message)
+        if len(data) >= HELLO_LIMIT:
+            raise NotTLS(f"no end of the hello in {HELLO_LIMIT} bytes, expected a shorter one")
+        return None
+
+    def _message(self, data):
+        """The body of the first handshake message, joined from its records; None if incomplete."""
+        while True:
+            header = data[self._at:self._at + _RECORD_HEADER]
+            if header and header[0] != _RECORD_HANDSHAKE:
+                raise NotTLS(f"record type {header[0]}, expected handshake ({_RECORD_HANDSHAKE})")
+            if len(header) > 1 and header[1] != _RECORD_MAJOR:
+                raise NotTLS(f"record version {header[1]}, expected {_RECORD_MAJOR}")
+            if len(header) < _RECORD_HEADER:
+                return None
+            length = int.from_bytes(header[3:], "big")
+            if not 1 <= length <= _RECORD_FRAGMENT_LIMIT:
+                raise NotTLS(f"record of {length} bytes, expected 1 to {_RECORD_FRAGMENT_LIMIT}")
+            end = self._at + _RECORD_HEADER + length
+            joined = self._joined + data[self._at + _RECORD_HEADER:end]
+            message = _whole(joined)
+            if message is not None or end > len(data):
+                return message
+            self._at, self._joined = end, joined
+
+
+def _whole(joined):
+    """The body of the hello that ``joined`` begins with; None if it is not whole."""
+    if joined and joined[0] != _MESSAGE_CLIENT_HELLO:
+        raise NotTLS(f"handshake type {joined[0]}, expected hello ({_MESSAGE_CLIENT_HELLO})")
+    if len(joined) < _MESSAGE_HEADER:
+        return None
+    end = _MESSAGE_HEADER + int.from_bytes(joined[1:_MESSAGE_HEADER], "big")
+    if end > HELLO_LIMIT:
+        raise NotTLS(f"hello of {end} bytes, expected at most {HELLO_LIMIT}")
+    return joined[_MESSAGE_HEADER:end] if len(joined) >= end else None
+
+
+def _client_hello(body: bytes) -> Hello:
+    session_id, at = _vector(body, _BEFORE_SESSION_ID, 1, "session id")
+    if len(session_id) > _SESSION_ID_LIMIT:
+        raise NotTLS(f"session id of {len(session_id)} bytes, "
+                     f"expected at most {_SESSION_ID_LIMIT}")
+    ciphers, at = _vector(body, at, 2, "cipher suites")
+    if not ciphers or len(ciphers) % 2:
+        raise NotTLS(f"cipher suites of {len(ciphers)} bytes, expected pairs")
+    compressions, at = _vector(body, at, 1, "compression methods")
+    if not compressions:
+        raise NotTLS("no compression method, expected at least the null one")
+    if at == len(body):                     # TLS 1.2 and older may end here
+        return Hello(None, ())
+    block, at = _vector(body, at, 2, "extensions")
+    _expect_end(body, at, "extensions")
+
+    extensions: dict[int, bytes] = {}
+    at = 0
+    while at < len(block):
+        kind = int.from_bytes(block[at:at + 2], "big")
+        content, at = _vector(block, at + 2, 2, "extension")
+        if kind in extensions:              # RFC 8446 §4.2; the readers would differ in which
+            raise NotTLS(f"extension {kind} twice, expected it once")
+        extensions[kind] = content
+    return Hello(_server_name(extensions.get(_EXTENSION_SERVER_NAME)),
+                 _protocols(extensions.get(_EXTENSION_ALPN)))
+
+
+def _server_name(content: bytes | None) -> str | None:
+    """The hostname in a server_name extension (RFC 6066 §3)."""
+    if content is None:
+        return None
+    entries, at = _vector(content, 0, 2, "server names")
+    _expect_end(content, at, "server names")
+    if not entries:
+        raise NotTLS("no server name in the list, expected one")
+    names: dict[int, bytes] = {}
+    at = 0
+    while at < len(entries):
+        kind = entries[at]
+        name, at = _vector(entries, at + 1, 2, "server name")
+        if kind in names:
+            raise NotTLS(f"server name of type {kind} twice, expected it once")
+        names[kind] = name
+    return _hostname(names[_NAME_HOST]) if _NAME_HOST in names else None
+
+
+def _hostname(name: bytes) -> str | None:
+    text = name.decode("latin-1")
+    if _is_address(text):
+        return None
+    if not _HOSTNAME.fullmatch(name):
+        raise NotTLS(f"server name {text[:NAME_LIMIT]!r}, expected an ASCII hostname")
+    # Without a dot at its end, says RFC 6066 §3; it means the same name, so we are lenient.
+    text = text.lower().removesuffix(".")
+    if len(text) > NAME_LIMIT:
+        raise NotTLS(f"server name of {len(text)} bytes, expected at most {NAME_LIMIT}")
+    return text
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _protocols(content: bytes | None) -> tuple[str, ...]:
+    """The names in an ALPN extension (RFC 7301 §3.1)."""
+    if content is None:
+        return ()
+    entries, at = _vector(content, 0, 2, "protocols")
+    _expect_end(content, at, "protocols")
+    if not entries:
+        raise NotTLS("no protocol in the ALPN list, expected one")
+    names = []
+    at = 0
+    while at < len(entries):
+        name, at = _vector(entries, at, 1, "protocol")
+        if not name:
+            raise NotTLS("empty protocol name, expected 1 to 255 bytes")
+        names.append(name.decode("latin-1"))
+    return tuple(names)
+
+
+def _vector(data: bytes, at: int, width: int, what: str) -> tuple[bytes, int]:
+    """The vector at ``at``, its length in ``width`` bytes before it, and the offset behind it.
+
+    This is how TLS writes everything of varying length (RFC 8446 §3.4).
+    """
+    start = at + width
+    end = start + int.from_bytes(data[at:start], "big")
+    if end > len(data):                     # true as well if the length itself is cut
+        raise NotTLS(f"{what} up to byte {end}, expected an end within {len(data)} bytes")
+    return data[start:end], end
+
+
+def _expect_end(data: bytes, at: int, what: str) -> None:
+    if at != len(data):
+        raise NotTLS(f"{len(data) - at} bytes after the {what}, expected none")

@@ -1,0 +1,58 @@
+"""What a connection to the public port begins with: TLS, or something that was not encrypted.
+
+Bytes in, values out. The first bytes decide by which door a visitor comes in:
+
+    TLS          22, 3                             client_hello.py reads on
+    SSH          "SSH-" (RFC 4253 §4.2)            a raw visit
+    HTTP         a method and a blank              a redirect to https://
+    PostgreSQL   SSLRequest, GSSENCRequest         an answer of one byte; then TLS, or another try
+                 (PostgreSQL, "Message Formats")
+    anything     none of these                     a raw visit, if the operator wants any
+
+Nothing is taken from the connection here.
+"""
+
+import re
+import struct
+from typing import NamedTuple
+
+TLS, SSH, HTTP, SSL_REQUEST, GSS_REQUEST, OTHER = range(6)
+
+# Bytes within which an HTTP method must end: the longest that is registered with IANA has 17
+# (UPDATEREDIRECTREF).
+METHOD_LIMIT = 24
+_METHOD = re.compile(rb"[A-Z][A-Z-]*")
+
+# What PostgreSQL's clients send before TLS: a length and a code that no version ever has.
+_SSL_REQUEST = struct.pack("!II", 8, 80877103)
+_GSS_REQUEST = struct.pack("!II", 8, 80877104)
+YES, NO = b"S", b"N"  # the answers to them
+EXACT = ((b"SSH-", SSH), (_SSL_REQUEST, SSL_REQUEST), (_GSS_REQUEST, GSS_REQUEST))
+
+
+class Knock(NamedTuple):
+    """``kind`` is one of TLS to OTHER; ``size`` is how many bytes only say so, and are used up."""
+
+    kind: int
+    size: int = 0
+
+
+def knock(data: bytes) -> Knock | None:
+    """What ``data``, all that has come so far, begins; None if more must come to tell.
+
+    It says the same however the bytes are cut.
+    """
+    for start, kind in EXACT:
+        if data.startswith(start):
+            return Knock(kind, 0 if kind == SSH else len(start))
+        if start.startswith(data):
+            return None
+    if data[0] == 22:  # a handshake record; whether it is one in earnest hello.parse() will see
+        return Knock(TLS)
+    method = _METHOD.match(data)
+    if method and method.end() <= METHOD_LIMIT:
+        if data[method.end() : method.end() + 1] == b" ":
+            return Knock(HTTP)
+        if method.end() == len(data) < METHOD_LIMIT:
+            return None
+    return Knock(OTHER)

@@ -1,0 +1,653 @@
+"""What the operator is told: `gotunnel-server check` and `gotunnel-server certificates`."""
+
+import base64
+import contextlib
+import http.server
+import io
+import json
+import os
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from fake_ca import DAY, NOW, FakeCa, Mint
+from support import (
+    GATEWAY_HOST,
+    ROOT,
+    TIMEOUT,
+    TUNNEL_HOST,
+    gateway_environment,
+    gateway_here,
+    reserved_port,
+)
+
+from gotunnel_server import cli
+from gotunnel_server.admin import check
+from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.certs.store import CertStore, StoreError, ca_id
+from gotunnel_server.config import load
+from gotunnel_server.admin.check import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
+from gotunnel_server.certs.schedule import renew_at
+
+APP = "app.example.com"
+URL = "https://ca.example/dir"
+
+
+@pytest.fixture(scope="module")
+def mint():
+    return Mint()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CertStore(tmp_path, URL)
+
+
+def config_of(cache, **changes):
+    return load(os.devnull, gateway_environment(cache, **changes))
+
+
+def ordering(cache, **changes):
+    return config_of(cache, ACME_ENV="", ACME_DIRECTORY=URL, HTTP_PORT="0", **changes)
+
+
+def put_pair(folder, stem, pair):
+    key, chain = pair
+    (folder / f"{stem}.key").write_bytes(key)
+    (folder / f"{stem}.key").chmod(0o600)
+    (folder / f"{stem}.crt").write_bytes(chain)
+
+
+def tree(folder):
+    """All that is in a folder, and what it is."""
+    return {
+        path: (path.stat().st_mode, path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+def run(*arguments, **environment):
+    """The program as an operator calls it: status, output, errors."""
+    command = [sys.executable, str(ROOT / "gotunnel_server"), *arguments]
+    ended = subprocess.run(
+        command, cwd=environment["ACME_CACHE"], env=environment, text=True, capture_output=True,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+# Ports
+
+
+def test_a_free_port_is_free_afterwards_too():
+    with reserved_port() as port:
+        for _ in range(2):
+            finding = check.look_at_port("HTTP_PORT", ("127.0.0.1",), port, None)
+            assert finding == Finding(OK, "HTTP_PORT", f"{port} is free")
+
+
+@pytest.mark.parametrize("port", [None, 0])
+def test_a_port_that_is_off_or_any_is_not_bound(port):
+    assert check.look_at_port("HTTP_PORT", ("203.0.113.1",), port, None).level == OK
+
+
+def test_a_port_of_another_program_fails():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        answering = threading.Thread(target=lambda: listening.accept()[0].close())
+        answering.start()
+        finding = check.look_at_port("HTTP_PORT", ("127.0.0.1",), port, None)
+        answering.join(TIMEOUT)
+    assert finding.level == FAIL and f"{port} on 127.0.0.1: in use" in finding.text
+
+
+def test_an_address_of_another_machine_fails_and_is_not_called(monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", None)
+    finding = check.look_at_port("GATEWAY_PORT", ("203.0.113.1",), 443, GATEWAY_HOST)
+    assert finding.level == FAIL and "correct BIND" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "attribute", "tls_name"),
+    [
+        ("GATEWAY_PORT", "public_port", GATEWAY_HOST),
+        ("TUNNEL_PORT", "tunnel_port", TUNNEL_HOST),
+        ("DASHBOARD_PORT", "dashboard_port", None),
+        ("HTTP_PORT", "http_port", None),
+    ],
+)
+def test_a_port_of_a_gateway_that_runs_is_a_warning(cache, setting, attribute, tls_name):
+    with gateway_here(cache, HTTP_PORT="auto") as gateway:
+        port = getattr(gateway.inner, attribute)
+        finding = check.look_at_port(setting, ("127.0.0.1",), port, tls_name)
+    assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
+
+
+def test_a_gateway_without_a_certificate_of_its_name_is_one_all_the_same(cache):
+    with gateway_here(cache) as gateway:
+        finding = check.look_at_port(
+            "GATEWAY_PORT", ("127.0.0.1",), gateway.public_port, "unknown.localhost"
+        )
+    assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("localhost", OK), (GATEWAY_HOST, OK), ("127.0.0.1", OK), ("192.0.2.7", WARN)],
+)
+def test_a_name_leads_to_this_machine_or_that_is_said(name, level):
+    assert check.look_at_name("TUNNEL_HOST", name).level == level
+
+
+def test_a_name_that_does_not_resolve_fails(monkeypatch):
+    def refuse(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    finding = check.look_at_name("GATEWAY_HOST", "gw.example.com")
+    assert finding.level == FAIL
+    assert "gw.example.com does not resolve (Name or service not known): point" in finding.text
+
+
+def test_an_address_behind_nat_is_a_warning_with_both_addresses():
+    finding = check.judge_addresses(
+        "GATEWAY_HOST", "gw.test", ["10.0.0.5", "203.0.113.9"], ["10.0.0.5"], ["10.0.0.5"]
+    )
+    assert finding.level == WARN
+    assert "203.0.113.9 is no address of this machine, which has 10.0.0.5:" in finding.text
+
+
+# The CA
+
+
+@contextlib.contextmanager
+def https_server(folder, body, status=200):
+    """Answers everything with ``body``, for the certificate of 127.0.0.1; gives the URL."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*Authority(folder).issue("127.0.0.1"))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="https server")
+    thread.start()
+    try:
+        yield f"https://127.0.0.1:{server.server_port}/dir"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(TIMEOUT)
+
+
+DIRECTORY = json.dumps(dict.fromkeys(check.RESOURCES, URL)).encode()
+
+
+def test_a_directory_that_answers_is_fine_and_so_is_our_clock():
+    with FakeCa(time.time) as ca:
+        findings = list(check.look_at_directory(ca.directory, None))
+        assert levels(findings) == [OK, OK] and "speaks ACME" in findings[0].text
+        assert ca.asked == [("dir", None)]  # nothing is ordered
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, b"<h1>It works</h1>", "<h1>It works</h1>"),
+        (200, b"[]", "[]"),
+        (200, b'{"newNonce": 1}', "newNonce"),
+        (200, b"[" * 50_000, "[[["),
+        (503, b"\xff\x1b[31mdown", "status 503"),
+        (404, b"", "nothing"),
+    ],
+)
+def test_an_answer_that_is_no_directory_fails(status, body, words):
+    with FakeCa(time.time) as ca:
+        ca.script["dir"] = [(status, {}, body)]
+        finding, clock = check.look_at_directory(ca.directory, None)
+    assert finding.level == FAIL and words in finding.text and finding.text.isprintable()
+    assert clock.level == OK
+
+
+def test_a_ca_that_nobody_trusts_fails_and_with_its_root_it_does_not(tmp_path):
+    with https_server(tmp_path / "ca", DIRECTORY) as url:
+        assert levels(check.look_at_directory(url, str(tmp_path / "ca" / "ca.crt"))) == [OK, OK]
+        (finding,) = check.look_at_directory(url, None)
+    assert finding.level == FAIL and "ACME_CA_FILE" in finding.text
+
+
+def test_a_ca_that_is_away_fails_in_one_line():
+    with reserved_port() as port:
+        (finding,) = check.look_at_directory(f"https://127.0.0.1:{port}/dir", None)
+    assert finding.level == FAIL and "refused; check ACME_DIRECTORY" in finding.text
+
+
+def test_a_ca_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(check, "NETWORK_TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/dir"
+        (finding,) = check.look_at_directory(url, None)
+    assert finding.level == FAIL and "timed out" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("off", "level", "side"),
+    [(0, OK, ""), (299, OK, ""), (-301, WARN, "behind"), (301, WARN, "ahead of"),
+     (-2 * DAY, FAIL, "behind"), (2 * DAY, FAIL, "ahead of")],
+)  # fmt: skip
+def test_our_clock_is_judged_by_the_cas(off, level, side):
+    finding = check.judge_clock(formatdate(NOW, usegmt=True), NOW + off)
+    assert finding.level == level and side in finding.text
+
+
+@pytest.mark.parametrize("date", [None, "", "yesterday"])
+def test_a_ca_that_does_not_say_the_time_is_not_blamed(date):
+    assert check.judge_clock(date, NOW).level == OK
+
+
+# Folders
+
+
+def test_a_cache_to_be_is_not_made(tmp_path):
+    (finding,) = check.look_at_cache(config_of(tmp_path / "a" / "b"))
+    assert finding.level == OK and list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_others_may_write_is_a_warning_and_nothing_is_left_in_it(tmp_path, store):
+    before = tree(tmp_path)
+    assert levels(check.look_at_cache(ordering(tmp_path))) == [OK]
+    tmp_path.chmod(0o770)
+    (finding,) = check.look_at_cache(ordering(tmp_path))
+    assert finding.level == WARN and f"chmod go-w {tmp_path}" in finding.text
+    assert tree(tmp_path) == before
+
+
+def test_a_cache_that_cannot_be_written_fails(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(check.tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
+    (finding,) = check.look_at_cache(config_of(tmp_path))
+    assert finding.level == FAIL and "Permission denied" in finding.text
+
+
+def test_a_cache_without_room_fails(tmp_path, store, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, content):
+            assert len(content) > 10_000  # what a certificate takes
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(check.tempfile, "NamedTemporaryFile", lambda **_: Full())
+    found = list(check.look_at_cache(ordering(tmp_path)))
+    assert {finding.level for finding in found} == {FAIL}
+    assert all("No space left on device" in finding.text for finding in found)
+
+
+def test_a_local_certificate_with_an_odd_name_or_no_end_is_a_row(tmp_path):
+    (tmp_path / "device.crt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "fifo.crt")
+    rows = {row.name: row for row in check.local_rows(tmp_path)}
+    assert all("cannot be read" in rows[name].error for name in ("device", "fifo"))
+
+
+def test_a_local_ca_that_cannot_be_used_fails(tmp_path):
+    authority = Authority(tmp_path / "local")
+    assert levels(check.look_at_cache(config_of(tmp_path))) == [OK]
+    authority.ca_file.with_suffix(".key").unlink()
+    (finding,) = check.look_at_cache(config_of(tmp_path))
+    assert finding.level == FAIL and "ca.key: No such file" in finding.text
+
+
+def test_a_cache_that_one_may_not_look_into_is_named(tmp_path, store, monkeypatch):
+    def forbid(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(check.os, "listdir", forbid)  # root may look anywhere
+    with pytest.raises(CertificateError, match="certs: Permission denied, run this as the gate"):
+        check.find_rows(ordering(tmp_path))
+    monkeypatch.setattr(type(tmp_path), "exists", forbid)
+    (finding,) = check.look_at_cache(ordering(tmp_path))
+    assert finding.level == FAIL and "run this as the gateway's user" in finding.text
+
+
+def test_a_cache_of_another_user_is_a_warning(tmp_path, monkeypatch):
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    (finding,) = check.look_at_cache(config_of(tmp_path))
+    assert finding.level == WARN and f"belongs to user {owner}" in finding.text
+
+
+def test_pairs_in_cert_dir_are_named_with_what_is_wrong(tmp_path, mint):
+    now = time.time()
+    put_pair(tmp_path, "good", mint.pair(APP, now - DAY))
+    put_pair(tmp_path, "old", mint.pair(APP, now - 100 * DAY))
+    put_pair(tmp_path, "late", mint.pair("late.example.com", now - 100 * DAY))
+    put_pair(tmp_path, "early", mint.pair("early.example.com", now + DAY))
+    put_pair(tmp_path, "broken", (b"no key", mint.pair(APP)[1]))
+    found = {f.text.partition(".crt")[0]: f for f in check.look_at_pairs(tmp_path)}
+    assert {stem: finding.level for stem, finding in found.items()} == {
+        "good": OK, "old": WARN, "late": FAIL, "early": FAIL, "broken": FAIL}  # fmt: skip
+    assert "88 days left" in found["good"].text and "ran out on" in found["late"].text
+    assert "not a private key" in found["broken"].text
+    assert "set this machine's clock" in found["early"].text
+
+
+def test_an_empty_cert_dir_is_a_warning(tmp_path):
+    assert levels(check.look_at_pairs(tmp_path)) == [WARN]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [OK, OK]),
+        ({"ACME_ENV": "", "ACME_DIRECTORY": URL}, [OK, OK]),
+        ({"ACME_ENV": "", "ACME_DIRECTORY": URL, "TUNNEL_HOST": "192.0.2.1"}, [OK, FAIL]),
+        ({"ACME_ENV": "", "CERT_DIR": "pairs"}, [OK, FAIL]),
+    ],
+)
+def test_own_names_need_a_certificate(tmp_path, mint, monkeypatch, settings, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    put_pair(tmp_path / "pairs", "own", mint.pair("*.localhost", time.time()))
+    assert levels(check.look_at_own_names(config_of(tmp_path, **settings))) == expected
+
+
+def test_an_own_name_whose_order_failed_is_a_warning_with_the_reason(tmp_path):
+    config = config_of(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
+    store = CertStore(config.acme_cache, URL)
+    store.save_state(GATEWAY_HOST, {"error": "dns: no address", "next_attempt_at": NOW})
+    finding = next(iter(check.look_at_own_names(config)))
+    assert finding.level == WARN
+    assert finding.text == f"{GATEWAY_HOST}: no certificate yet: dns: no address"
+
+
+@pytest.mark.parametrize(("most", "level"), [(1000, WARN), (100_000, OK), (-1, OK)])
+def test_descriptors_are_to_suffice_for_the_connections(monkeypatch, most, level):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10, most))
+    assert check.look_at_descriptors(10_000).level == level
+
+
+@pytest.mark.parametrize(
+    ("terminal", "start"), [(True, "\x1b[32mok  \x1b[0m  "), (False, "ok    ")]
+)
+def test_levels_are_coloured_on_a_terminal_only(tmp_path, terminal, start):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    assert check.run_check(config_of(tmp_path), out) == 0
+    assert out.getvalue().startswith(f"{start}configuration: ")
+    assert ("\x1b" in out.getvalue()) == terminal
+
+
+# The programs
+
+
+def test_check_that_finds_nothing_has_status_0(tmp_path):
+    status, out, errors = run("check", **gateway_environment(tmp_path))
+    assert (status, errors) == (0, "") and "fail" not in out
+    assert "ok    directory: not used" in out
+
+
+def test_check_that_finds_something_has_status_1(tmp_path):
+    elsewhere = gateway_environment(tmp_path, BIND="203.0.113.1", HTTP_PORT="8081")
+    status, out, errors = run("check", **elsewhere)
+    assert (status, errors) == (1, "")
+    assert "fail  HTTP_PORT: 8081 on 203.0.113.1: not an address of this machine" in out
+
+
+@pytest.mark.parametrize("command", ["check", "certificates"])
+def test_a_reader_that_leaves_early_is_no_error(tmp_path, command):
+    theirs, ours = os.pipe()
+    os.close(theirs)  # as head does, when it has its lines
+    environment = gateway_environment(tmp_path, HTTP_PORT="0")
+    with open(ours, "wb") as out:
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "gotunnel_server"), command], cwd=tmp_path,
+            env=environment, stdout=out, stderr=subprocess.PIPE, timeout=TIMEOUT,
+        )  # fmt: skip
+    assert ended.stderr == b""
+
+
+def test_check_of_a_wrong_configuration_has_status_2(tmp_path):
+    status, out, errors = run("check", **gateway_environment(tmp_path, GATEWAY_PORT="many"))
+    assert status == 2 and out == "" and errors.count("\n") == 1 and "GATEWAY_PORT" in errors
+
+
+def test_certificates_and_renew_as_programs(tmp_path, store, mint):
+    environment = gateway_environment(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
+    store.save(APP, *mint.pair(APP, time.time()))
+    status, out, errors = run("certificates", **environment)
+    assert (status, errors) == (0, "")
+    assert out.splitlines()[1].startswith(f"{APP}  ACME  fake CA  89")
+    status, out, errors = run("certificates", "--renew", f"{APP}.", **environment)
+    assert (status, errors) == (0, "") and out.startswith(f"{APP}: ")
+    assert store.renewals() == [APP]
+    status, out, errors = run("certificates", "--renew", "other.example.com", **environment)
+    assert status == 1 and out == "" and errors.count("\n") == 1 and "other.example.com" in errors
+    assert store.renewals() == []
+
+
+@pytest.mark.parametrize("command", ["check", "certificates"])
+def test_env_file_may_stand_on_either_side_of_a_command(command):
+    for arguments in (["--env-file", "x", command], [command, "--env-file", "x"]):
+        options = cli.parse(arguments)
+        assert (options.command, options.env_file) == (command, "x")
+    assert cli.parse([command]).env_file is None
+
+
+def test_without_a_command_it_is_the_gateway():
+    assert cli.parse([]).command is None and cli.parse(["--env-file", "x"]).env_file == "x"
+
+
+# Certificates
+
+
+def test_rows_say_where_certificates_are_from_and_when_they_are_renewed(tmp_path, store, mint):
+    now = time.time()
+    stored = store.save(APP, *mint.pair(APP, now))
+    store.save_state("sad.example.com", {"failures": 2, "next_attempt_at": now + 600,
+                                         "error": "dns: no address"})  # fmt: skip
+    key, chain = mint.pair("left.example.com", now)
+    (tmp_path / "left.example.com").write_bytes(key + chain)
+    (tmp_path / "acme_account+key").write_bytes(key)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    put_pair(pairs, "own", mint.pair("*.example.org", now))
+    put_pair(pairs, "broken", (b"no key", chain))
+    before = tree(tmp_path)
+    rows = check.find_rows(ordering(tmp_path, CERT_DIR=str(pairs)))
+    assert tree(tmp_path) == before
+    assert [(row.name, row.source) for row in rows] == [
+        ("*.example.org", OWN), ("-", OWN), (APP, ORDERED), ("left.example.com", GO),
+        ("sad.example.com", ORDERED)]  # fmt: skip
+    _, broken, app, left, sad = rows
+    assert app.issuer == left.issuer == "fake CA" and app.error == ""
+    assert app.renew_at == renew_at(APP, stored.begins_at, stored.ends_at)
+    assert (sad.ends_at, sad.renew_at, sad.error) == (None, now + 600, "dns: no address")
+    assert "not a private key" in broken.error
+
+
+def test_a_broken_certificate_is_named_and_stays_where_it_is(tmp_path, store, mint):
+    file = store.save(APP, *mint.pair(APP)).file
+    file.write_bytes(b"garbage")
+    store.save_state(APP, {"failures": 0})
+    (row,) = check.find_rows(ordering(tmp_path))
+    assert row.ends_at is None and "expected a private key" in row.error
+    assert file.read_bytes() == b"garbage"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 50_000])
+def test_a_state_that_makes_no_sense_is_none(tmp_path, store, mint, content):
+    file = store.save(APP, *mint.pair(APP, time.time())).file
+    file.with_suffix(".json").write_bytes(content)
+    (row,) = check.find_rows(ordering(tmp_path))
+    assert row.error == "" and row.ends_at is not None
+
+
+def test_local_certificates_are_listed_without_the_ca_itself(tmp_path):
+    Authority(tmp_path / "local").issue("app.localhost")
+    (tmp_path / "local" / "bad.localhost.crt").write_bytes(b"garbage")
+    bad, good = sorted(check.find_rows(config_of(tmp_path)), key=lambda row: row.error == "")
+    assert (good.name, good.source) == ("app.localhost", LOCAL)
+    assert good.ends_at - good.renew_at == 30 * DAY
+    assert bad.name == "bad.localhost" and "cannot be read" in bad.error
+
+
+def test_where_there_is_no_certificate_a_sentence_says_so(tmp_path):
+    out = io.StringIO()
+    assert check.run_certificates(ordering(tmp_path), out) == 0
+    assert out.getvalue().startswith("There is no certificate yet")
+    assert out.getvalue().count("\n") == 1
+
+
+def test_table_is_aligned_and_tells_each_last_error_in_full():
+    rows = [
+        Row("a.test", OWN, "R", NOW + 3.5 * DAY),
+        Row("long.example.com", ORDERED, "", NOW - 1, NOW - 1, "dns:\n no address"),
+    ]
+    assert check.table(rows, NOW).splitlines() == [
+        "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)",
+        "a.test            CERT_DIR  R       3          -",
+        "long.example.com  ACME      -       ran out    due",
+        "    last error: dns: no address",
+    ]
+
+
+# Renewals that are asked for
+
+
+def test_renewals_are_taken_once(tmp_path, store):
+    assert store.renewals() == []
+    for name in (APP, "b.example.com", APP):
+        store.ask_renewal(name)
+    other = CertStore(tmp_path, URL + "2")
+    assert other.renewals() == []
+    assert CertStore(tmp_path, URL).renewals() == [APP, "b.example.com"]
+    assert store.renewals() == []
+
+
+LONG = ".".join(["l" * 60] * 3 + ["n" * 40, "example"])  # longer than a file's name may be
+
+
+@pytest.mark.parametrize("content", ["", "../x", "b.example.com", "a\nb", "\0"])
+def test_a_request_of_somebody_elses_making_is_for_its_files_name(tmp_path, store, content):
+    store.ask_renewal(APP)
+    [file] = tmp_path.rglob("*.renew")
+    file.write_text(content)
+    assert store.renewals() == [APP]
+
+
+def test_a_long_hostname_can_be_asked_for(tmp_path, store):
+    store.ask_renewal(LONG)
+    assert store.renewals() == [LONG]
+
+
+@pytest.mark.parametrize("name", ["../x", ""])
+def test_a_name_that_is_no_file_cannot_be_asked_for(tmp_path, store, name):
+    with pytest.raises((ValueError, StoreError)):
+        store.ask_renewal(name)
+    assert store.renewals() == []
+
+
+def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
+    name = LONG
+    store.save(name, *mint.pair(name, time.time()))
+    store.save_state(name, {"error": "the CA was away"})
+    [row] = check.find_rows(ordering(tmp_path))
+    assert (row.name, row.issuer, row.error) == (name, "fake CA", "the CA was away")
+    store.certificate(name).file.unlink()
+    assert check.find_rows(ordering(tmp_path)) == []  # nothing here says who waits
+
+
+def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):
+    (tmp_path / "left.example.com").write_bytes(b"".join(mint.pair("left.example.com")))
+    with pytest.raises(StoreError, match="start it"):
+        check.ask_renewal(ordering(tmp_path), "left.example.com")
+    assert not (tmp_path / ca_id(URL)).exists()
+
+
+def test_a_certificate_that_nobody_ordered_cannot_be_renewed(tmp_path):
+    Authority(tmp_path / "local").issue("app.localhost")
+    with pytest.raises(StoreError, match="is from local CA"):
+        check.ask_renewal(config_of(tmp_path), "app.localhost")
+
+
+# AGENTS_FILE
+
+
+def test_agents_and_what_is_weak_about_them_are_named(tmp_path):
+    path = tmp_path / "agents.yaml"
+    path.write_text("one: {hosts: a.example.com, secret: changeme}")
+    path.chmod(0o644)
+    found = list(check.look_at_agents(path))
+    assert found[0] == Finding(OK, "AGENTS_FILE", f"{path}, agents in it: 1")
+    assert [finding.level for finding in found[1:]] == [WARN, WARN]
+    assert not any("changeme" in finding.text for finding in found)
+    assert not any("AGENTS_FILE" in finding.text for finding in found)
+
+
+@pytest.mark.parametrize("content", [None, "one: [", "one: {}"])
+def test_an_agents_file_that_cannot_be_used_fails(tmp_path, content):
+    path = tmp_path / "agents.yaml"
+    if content is not None:
+        path.write_text(content)
+    [finding] = check.look_at_agents(path)
+    assert (finding.level, finding.subject) == (FAIL, "AGENTS_FILE")
+
+
+def test_who_answers_tls_in_plain_text_is_no_gateway():
+    def refuse(server):
+        with contextlib.suppress(OSError):
+            while True:
+                with server.accept()[0] as visitor:
+                    visitor.recv(1000)
+                    visitor.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        thread = threading.Thread(target=refuse, args=(server,))
+        thread.start()
+        finding = check.look_at_port("GATEWAY_PORT", ("127.0.0.1",), port, "app.localhost")
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert finding.level == FAIL
+
+
+def test_a_certificate_whose_issuer_makes_no_sense_is_a_row(tmp_path):
+    leaf = Authority(tmp_path / "authority").issue("a.test")[0]
+    der = x509.load_pem_x509_certificate(leaf.read_bytes()).public_bytes(serialization.Encoding.DER)
+    at = der.index(b"\x0c", der.index(bytes.fromhex("550403"))) + 2  # of the issuer's name, UTF-8
+    der = der[:at] + b"\xff" + der[at + 1:]
+    pem = base64.encodebytes(der)
+    (tmp_path / "odd.crt").write_bytes(
+        b"-----BEGIN CERTIFICATE-----\n" + pem + b"-----END CERTIFICATE-----\n")
+    (row,) = check.local_rows(tmp_path)
+    assert "cannot be read" in row.error

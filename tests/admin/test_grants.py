@@ -1,0 +1,362 @@
+"""The commands `token` and `agents`: what they print, what they write, how they say no."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jwt
+import pytest
+from support import ROOT
+
+from gotunnel_agent.config import load as load_agent
+from gotunnel_server.admin import grants
+from gotunnel_server.agents.agents_file import read
+from gotunnel_server.cli import main
+from gotunnel_server.config import load
+from gotunnel_server.agents.credentials import Credentials
+
+SECRET = "correct-horse-battery-staple-and-more"
+OWN_SECRET = "a-secret-of-one-alone-for-these-tests"
+DAY = 86_400
+MOST = 5 * 365 * DAY  # seconds that a token may be valid
+
+ENVIRONMENT = {
+    "GATEWAY_HOST": "gateway.example.com",
+    "TUNNEL_HOST": "tunnel.example.com",
+    "ACME_ENV": "local",
+    "JWT_SECRET": SECRET,
+    "AGENTS_FILE": "agents.yaml",
+}
+ENTRIES = f"""\
+one:
+  secret: "{OWN_SECRET}"
+  hosts: "a.example.com, *.dev.example.com"
+  ports: "2200-2299, 5432"
+  limits: {{visits: 7, hostnames: 3}}
+  expires: 2999-12-30
+off: {{secret: "{OWN_SECRET}", hosts: off.example.com, disabled: true}}
+old: {{secret: "{OWN_SECRET}", hosts: old.example.com, expires: 2020-01-01T08:00:00Z}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with an env file, and a file of agents."""
+    monkeypatch.chdir(tmp_path)
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    configure()
+    write(ENTRIES)
+    return tmp_path
+
+
+def configure(**changes):
+    values = {**ENVIRONMENT, **changes}
+    lines = (f"{name}={value}\n" for name, value in values.items() if value is not None)
+    Path(".env").write_text("".join(lines))
+
+
+def write(text):
+    Path("agents.yaml").write_text(text)
+    Path("agents.yaml").chmod(0o600)
+
+
+def credentials():
+    config = load(environ={})
+    return Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
+
+
+def status_of(*arguments):
+    """The exit status, also where argparse ends the process."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+def refusal(capsys, status, *arguments):
+    """What is said to somebody who is refused: one line, no secret, nothing to be piped on."""
+    assert status_of(*arguments) == status
+    out, err = capsys.readouterr()
+    assert out == "" and SECRET not in err and OWN_SECRET not in err
+    *usage, line = err.splitlines()
+    assert line.startswith("gotunnel-server") and bool(usage) == ("error: argument" in line)
+    return line
+
+
+# --- token --------------------------------------------------------------------------------------
+
+
+def test_token_is_all_that_is_printed_and_may_claim_what_was_named(capsys):
+    hosts = "b.example.com,*.Dev.example.com"
+    assert main(["token", "--hosts", hosts, "--ports", "22,80-90", "--ttl", "30d"]) == 0
+    out, err = capsys.readouterr()
+    (token,) = out.splitlines()
+    identity = credentials().identify(token)
+    assert identity.hosts == ("b.example.com", "*.dev.example.com")
+    assert identity.ports == (range(22, 23), range(80, 91))
+    assert identity.credential == ("shared", "")
+    claims = jwt.decode(token, SECRET, ["HS256"])
+    assert claims["exp"] - claims["iat"] == 30 * DAY and abs(claims["iat"] - time.time()) < 60
+    assert "signed with JWT_SECRET" in err and token not in err and SECRET not in out + err
+
+
+def test_token_without_ports_may_have_none(capsys):
+    assert main(["token", "--hosts", "b.example.com", "--ttl", "1y"]) == 0
+    identity = credentials().identify(capsys.readouterr().out.strip())
+    assert identity.ports == () and identity.why_not_port(2200) is not None
+
+
+def test_token_of_an_agent_in_the_file_is_signed_with_its_secret(capsys):
+    ports = "2250-2260,5432"
+    arguments = ["--hosts", "*.x.dev.example.com", "--ports", ports, "--ttl", "12h"]
+    assert main(["token", *arguments, "--issuer", "one"]) == 0
+    identity = credentials().identify(capsys.readouterr().out.strip())
+    assert identity.credential == ("agent", "one")
+    assert identity.hosts == ("*.x.dev.example.com",)
+    assert identity.ports == (range(2250, 2261), range(5432, 5433))
+
+
+def test_token_has_the_issuer_that_the_gateway_asks_for(capsys):
+    configure(JWT_ISSUER="house")
+    assert main(["token", "--hosts", "b.example.com", "--ttl", "90s"]) == 0
+    assert credentials().identify(capsys.readouterr().out.strip()).issuer == "house"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hosts", "b.example.com", "--issuer", "one"],
+         "b.example.com is not among the hosts of one in AGENTS_FILE (a.example.com, *.dev.exam"),
+        (["--hosts", "a.example.com,*.example.com", "--issuer", "one"],
+         "*.example.com is not among the hosts of one"),
+        (["--hosts", "a.example.com", "--ports", "2200-2300", "--issuer", "one"],
+         "2200-2300 is not among the ports of one in AGENTS_FILE (2200-2299, 5432)"),
+        (["--hosts", "off.example.com", "--issuer", "off"], "issuer off is disabled"),
+        (["--hosts", "old.example.com", "--issuer", "old"], "issuer old expired in AGENTS_FILE"),
+        (["--hosts", "a.example.com", "--issuer", "yours"],
+         "the gateway would refuse the issuer 'yours', expected JWT_ISSUER (house)"),
+        (["--hosts", ",".join(f"{'x' * 60}.{'y' * 60}.{'z' * 60}.{n}.test" for n in range(200))],
+         "is too long: name fewer hosts"),
+    ],
+)  # fmt: skip
+def test_token_that_the_gateway_would_refuse_is_not_made(capsys, arguments, said):
+    configure(JWT_ISSUER="house")
+    assert said in refusal(capsys, 1, "token", "--ttl", "1d", *arguments)
+
+
+def test_without_a_shared_secret_a_token_needs_an_agent_of_the_file(capsys):
+    configure(JWT_SECRET=None)
+    arguments = ["token", "--hosts", "a.example.com", "--ttl", "1d"]
+    assert "JWT_SECRET is not set and no --issuer came" in refusal(capsys, 1, *arguments)
+    assert "'two' is not in AGENTS_FILE" in refusal(capsys, 1, *arguments, "--issuer", "two")
+    assert main([*arguments, "--issuer", "one"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hosts", "*", "--ttl", "1d"], "argument --hosts: '*' would be too much"),
+        (["--hosts", "", "--ttl", "1d"], "argument --hosts: '' came, expected hostnames"),
+        (["--hosts", "a.b", "--ports", "0", "--ttl", "1d"], "argument --ports: '0' came"),
+        (["--hosts", "a.b", "--ttl", "30"], "argument --ttl: '30' came, expected a time such as"),
+        (["--hosts", "a.b", "--ttl", "59s"], "argument --ttl: '59s' came, expected"),
+        (["--hosts", "a.b", "--ttl", "6y"], "argument --ttl: '6y' came, expected"),
+        (["--hosts", "a.b", "--ttl", "9" * 5000 + "y"], "came, expected a time such as"),
+        (["--hosts", "a.b", "--ttl", "1.5h"], "argument --ttl: '1.5h' came"),
+        (["--hosts", "a.b", "--ttl", "-1d"], "argument --ttl"),
+        (["--hosts", "a.b", "--ttl", "٣d"], "argument --ttl"),
+    ],
+)
+def test_bad_arguments_are_refused(capsys, arguments, said):
+    assert said in refusal(capsys, 2, "token", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("60s", 60), ("45m", 2700), ("12h", 43_200), ("30d", 30 * DAY), ("5y", MOST)],
+)
+def test_ttl(text, seconds):
+    assert grants.read_ttl(text) == seconds
+
+
+# --- agents -------------------------------------------------------------------------------------
+
+
+def test_added_agent_can_register_with_the_lines_that_were_printed(capsys, folder):
+    hosts = "*.b.example.com,c.example.com"
+    assert main(["agents", "add", "two", "--hosts", hosts, "--ports", "22,80-90"]) == 0
+    out, err = capsys.readouterr()
+    (folder / "agent.yaml").write_text(out)
+    agent = load_agent("agent.yaml")
+    assert (agent.tunnel_host, agent.tunnel_port) == ("tunnel.example.com", 9443)
+    assert [tunnel.hostname for tunnel in agent.tunnels] == ["app.b.example.com"]
+    assert len(agent.jwt_secret) == 64 and agent.jwt_secret not in err
+    assert "ca_file" in err and "within 5 s" in err
+
+    token = jwt.encode({"iss": agent.jwt_issuer, "exp": time.time() + 60}, agent.jwt_secret)
+    identity = credentials().identify(token)
+    assert identity.credential == ("agent", "two")
+    assert identity.hosts == ("*.b.example.com", "c.example.com")
+    assert identity.ports == (range(22, 23), range(80, 91)) and identity.entry.expires is None
+    assert Path("agents.yaml").read_text().startswith(ENTRIES)
+
+
+def test_first_agent_makes_the_file_and_each_gets_a_secret_of_its_own(capsys):
+    Path("agents.yaml").unlink()
+    configure(JWT_SECRET=None)
+    said = refusal(capsys, 2, "agents", "list")
+    assert "there is no such file" in said and "agents add NAME --hosts" in said
+    for name in ("one", "two"):
+        add = ["agents", "add", name, "--hosts", "a.example.com", "--expires", "2999-01-01"]
+        assert main(add) == 0
+    entries = read(Path("agents.yaml")).entries
+    assert entries["one"].secret != entries["two"].secret and entries["one"].expires
+    assert Path("agents.yaml").stat().st_mode & 0o777 == 0o600
+
+
+def test_agent_that_is_there_is_not_added_again(capsys):
+    said = refusal(capsys, 1, "agents", "add", "one", "--hosts", "a.example.com")
+    assert said.endswith("one is in AGENTS_FILE agents.yaml already: remove it, or name another")
+    assert Path("agents.yaml").read_text() == ENTRIES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a b"], "argument NAME: 'a b' came, expected letters, digits"),
+        ([""], "argument NAME: '' came"),
+        (["a:\n"], "argument NAME: 'a:\\n' came"),
+        (["n" * 254], "argument NAME: 'nnn"),
+        (["two", "--expires", "2020-01-01"], "argument --expires: 2020-01-01 is in the past"),
+        (["two", "--expires", "soon"], "argument --expires: 'soon' came, expected a date"),
+    ],
+)
+def test_bad_agent_is_not_added(capsys, arguments, said):
+    assert said in refusal(capsys, 2, "agents", "add", "--hosts", "a.example.com", *arguments)
+    assert Path("agents.yaml").read_text() == ENTRIES
+
+
+def test_list_is_a_table_without_secrets(capsys):
+    assert main(["agents", "list"]) == 0
+    out, err = capsys.readouterr()
+    assert out == (
+        "NAME  STATE     EXPIRES               PORTS            LIMITS                 HOSTS\n"
+        "one   active    2999-12-30            2200-2299, 5432  hostnames 3, visits 7  "
+        "a.example.com, *.dev.example.com\n"
+        "off   disabled  never                 none             none                   "
+        "off.example.com\n"
+        "old   expired   2020-01-01 08:00 UTC  none             none                   "
+        "old.example.com\n"
+    )
+    assert err == ""
+
+
+@pytest.mark.parametrize("own", ["gateway.example.com", "tunnel.example.com"])
+@pytest.mark.parametrize("command", [["token", "--ttl", "1d"], ["agents", "add", "two"]])
+def test_the_gateways_own_names_are_granted_to_nobody(capsys, command, own):
+    said = refusal(capsys, 1, *command, "--hosts", f"a.example.com,{own}")
+    assert f"{own} is the gateway's own name, which nobody can claim: leave it out" in said
+    assert Path("agents.yaml").read_text() == ENTRIES
+
+
+def test_lines_for_an_agent_that_may_have_ports_are_of_a_tunnel_with_one(capsys):
+    add = ["agents", "add", "two", "--hosts", "ssh.example.com", "--ports", "2200-2299"]
+    assert main(add) == 0
+    Path("agent.yaml").write_text(capsys.readouterr().out)
+    (tunnel,) = load_agent("agent.yaml").tunnels
+    assert (tunnel.hostname, tunnel.mode, tunnel.port) == ("ssh.example.com", "tcp", "auto")
+
+
+def test_list_of_nobody_has_only_its_head(capsys):
+    write("{}\n")
+    assert main(["agents", "list"]) == 0
+    assert capsys.readouterr().out == "NAME  STATE  EXPIRES  PORTS  LIMITS  HOSTS\n"
+
+
+def test_removed_agent_is_gone(capsys):
+    assert main(["agents", "remove", "one"]) == 0
+    assert list(read(Path("agents.yaml")).entries) == ["off", "old"]
+    assert "one was removed" in capsys.readouterr().err
+    assert "'one' is not in AGENTS_FILE" in refusal(capsys, 1, "agents", "remove", "one")
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["remove", "one"], ["add", "two", "--hosts", "a.example.com"]]
+)
+def test_without_agents_file_there_is_nothing_to_change(capsys, command):
+    configure(AGENTS_FILE=None)
+    assert "AGENTS_FILE is not set, expected" in refusal(capsys, 2, "agents", *command)
+
+
+@pytest.mark.parametrize("command", [[], ["agents", "list"]])
+def test_bad_file_is_one_line_and_status_2(capsys, command):
+    write(ENTRIES + "one: {}\n")
+    said = refusal(capsys, 2, *command)
+    assert said == (
+        "gotunnel-server: AGENTS_FILE agents.yaml: line 9, column 1: key 'one' came before, "
+        "expected once"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"TUNNEL_HOST": "2001:db8::1"}, 'tunnel_addr: "[2001:db8::1]:9443"'),
+        ({"TUNNEL_PORT": "7"}, 'tunnel_addr: "tunnel.example.com:7"'),
+        ({"TUNNEL_PORT": "auto"}, "TUNNEL_PORT is auto: the gateway's log says"),
+    ],
+)
+def test_address_of_the_gateway_is_told(capsys, changes, said):
+    configure(**changes)
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_reader_that_has_seen_enough_is_no_defect():
+    """As with `agents list | head -1`."""
+    command = [sys.executable, str(ROOT / "gotunnel_server"), "agents", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("gotunnel_server", ["agents", "add", "new", "--hosts", "new.example.com"]),
+        ("gotunnel_server", ["check"]),
+        ("gotunnel_agent", ["hash-password"]),
+        ("gotunnel_agent", ["forward", "--print-ssh-config", "ssh.example.com"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (">/dev/full", "the answer cannot be written: No space left on device"),
+        (">&-", "there is no standard output to answer on"),
+    ],
+)
+def test_answer_that_nobody_can_get_is_told_in_one_line(program, words, output, said):
+    command = f"{shlex.join([sys.executable, str(ROOT / program), *words])} {output}"
+    process = subprocess.run(
+        command, shell=True, input="password", stderr=subprocess.PIPE, text=True, timeout=30,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    *more, last = process.stderr.splitlines()
+    assert last.startswith("gotunnel-") and last.endswith(said) and process.returncode == 1
+    added = any("new was added to agents.yaml" in line for line in more)
+    assert added == ("new" in read(Path("agents.yaml")).entries)
+    assert added == (output == ">/dev/full" and words[0] == "agents")
+
+
+@pytest.mark.parametrize("command", [["token"], ["agents"], ["agents", "add"], ["agents", "list"]])
+def test_commands_explain_themselves(capsys, command):
+    assert status_of(*command, "--help") == 0
+    assert "usage: gotunnel-server " + " ".join(command) in capsys.readouterr().out

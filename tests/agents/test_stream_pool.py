@@ -1,0 +1,89 @@
+"""Which streams are kept for the next visit, for how long, and which one is taken up."""
+
+import pytest
+
+from gotunnel import START_WINDOW
+from gotunnel_server.agents import stream_pool
+from gotunnel_server.agents.stream_pool import MOST_AGE, OF_A_HOSTNAME, OF_A_SESSION, KeptStreams
+
+APP = "app.test"
+
+
+class Quiet:
+    """A stream that an earlier visit left in good order."""
+
+    quiet = True
+    window = START_WINDOW
+    closed = False
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def kept():
+    return KeptStreams()
+
+
+def test_the_freshest_stream_of_a_hostname_is_taken_up_once(kept):
+    old, fresh = Quiet(), Quiet()
+    kept.put(APP, old)
+    kept.put(APP, fresh)
+    assert kept.pop("other.test") is None
+    assert fresh in kept
+    assert kept.pop(APP) is fresh
+    assert fresh not in kept and old in kept
+    assert kept.pop(APP) is old
+    assert kept.pop(APP) is None
+    assert not (old.closed or fresh.closed)
+
+
+@pytest.mark.parametrize(("name", "value"), [("quiet", False), ("window", START_WINDOW + 1)])
+def test_a_stream_that_is_not_fit_is_closed(kept, name, value):
+    """One that may still bring bytes, or one whose window has grown."""
+    stream = Quiet()
+    setattr(stream, name, value)
+    kept.put(APP, stream)
+    assert stream.closed and stream not in kept
+    assert kept.pop(APP) is None
+
+
+def test_no_more_are_kept_than_there_is_room_for(kept):
+    def keep(hostname, count):
+        streams = [Quiet() for _ in range(count)]
+        for stream in streams:
+            kept.put(hostname, stream)
+        return sum(not stream.closed for stream in streams)
+
+    hostnames = [f"{n}.test" for n in range(OF_A_SESSION // OF_A_HOSTNAME)]
+    assert [keep(hostname, OF_A_HOSTNAME + 1) for hostname in hostnames] == (
+        [OF_A_HOSTNAME] * len(hostnames)
+    )
+    assert keep(APP, 1) == 0  # the session has as many as it may
+    kept.pop(hostnames[0])
+    assert keep(APP, 2) == 1
+    kept.close_all()
+    assert keep(APP, 1) == 1
+
+
+def test_only_old_ones_are_closed_for_their_age(kept, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stream_pool, "monotonic", lambda: now[0])
+    old, fresh = Quiet(), Quiet()
+    kept.put(APP, old)
+    now[0] += MOST_AGE / 2
+    kept.put(APP, fresh)
+    now[0] += MOST_AGE / 2 + 1
+    kept.close_old()
+    assert old.closed and old not in kept
+    assert not fresh.closed and kept.pop(APP) is fresh
+    assert kept.pop(APP) is None
+
+
+def test_whatever_comes_after_the_end_is_closed(kept):
+    before, after = Quiet(), Quiet()
+    kept.put(APP, before)
+    kept.close()
+    assert before.closed and kept.pop(APP) is None
+    kept.put(APP, after)
+    assert after.closed and after not in kept

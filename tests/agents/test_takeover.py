@@ -1,0 +1,525 @@
+"""A hostname that another session holds: who gets it, how soon, and what becomes of the other."""
+
+import contextlib
+import gc
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+import types
+
+import pytest
+from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
+from support import (
+    APP,
+    ROOT,
+    SECRET,
+    TIMEOUT,
+    agent_here,
+    agent_process,
+    answer,
+    gateway_here,
+    go_agent,
+    request,
+    routes_of,
+    running,
+    wait_until,
+)
+from raw_peer import open_files, resident
+
+from gotunnel import (
+    REASONS,
+    REPLACED,
+    Ack,
+    End,
+    Ping,
+    Pong,
+    Session,
+    SessionClosed,
+    read_data_header,
+)
+from gotunnel_agent import agent as agent_module
+from gotunnel_agent.agent import make_token
+from gotunnel_server.agents import takeover, tunnel
+from gotunnel_server.routes import HostnameTaken, Registry, Route
+
+OTHER = "other.localhost"
+TAKEN_OVER = "another session takes over"
+SAME = secrets.token_hex(16)
+BOUND = tunnel.ANSWER_TIMEOUT + 3  # seconds, on a busy machine; the heartbeat takes 35
+AT_ONCE = 2  # seconds, on a busy machine
+
+
+@pytest.fixture
+def gateway(cache):
+    with gateway_here(cache) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def site(origin):
+    """The port of a target that answers."""
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    return origin.port
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Whoever is asked has half a second."""
+    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+
+
+def test_an_agent_that_comes_back_has_its_hostname_at_once(gateway):
+    with registered(gateway, APP, instance=SAME, features=(REASONS,)) as old:
+        with registered(gateway, APP, instance=SAME) as new:
+            end = old.hear()
+            assert isinstance(end, End) and end.code == REPLACED
+            assert end.reason == f"{TAKEN_OVER}: its agent has come back, from 127.0.0.1"
+            old.session.join(TIMEOUT)
+            assert old.session.ended
+            with gateway.dial(APP) as visitor:
+                visitor.send(request())
+                stream = new.session.accept(TIMEOUT)
+                assert read_data_header(stream.read_exactly) == (APP, None)
+
+
+def test_an_agent_that_does_not_ask_for_reasons_hears_only_that_it_is_over(gateway):
+    with registered(gateway, APP, instance=SAME) as old:
+        with registered(gateway, APP, instance=SAME):
+            with pytest.raises(SessionClosed):
+                old.hear()
+
+
+def test_a_visit_of_the_replaced_session_ends(gateway):
+    with registered(gateway, APP, instance=SAME) as old, gateway.dial(APP) as visitor:
+        visitor.send(request())
+        old.session.accept(TIMEOUT)
+        with registered(gateway, APP, instance=SAME):
+            assert visitor.read_message()[0].startswith(b"HTTP/1.1 502 ")
+
+
+def test_what_the_newcomer_does_not_serve_is_free(gateway):
+    with registered(gateway, APP, OTHER, instance=SAME):
+        with registered(gateway, APP, instance=SAME):
+            wait_until(lambda: routes_of(gateway.inner) == {APP})
+
+
+def test_the_same_instance_of_another_credential_is_anybody(gateway):
+    other = make_token(SECRET, "another", HOUR)
+    with registered(gateway, APP, instance=SAME) as old, answering(old):
+        ack = reply_to(gateway, registration(APP, token=other, instance=SAME))
+        assert ack == Ack(False, f"host already registered: {APP}")
+        assert routes_of(gateway.inner) == {APP}
+
+
+@pytest.mark.parametrize("instance", ["", "another"])
+def test_an_agent_that_answers_keeps_its_hostname(gateway, instance):
+    with registered(gateway, APP, instance=SAME) as old, answering(old):
+        ack = reply_to(gateway, registration(APP, instance=instance))
+        assert ack == Ack(False, f"host already registered: {APP}")
+
+
+def test_an_agent_that_does_not_answer_is_replaced(gateway, impatient):
+    with registered(gateway, APP, features=(REASONS,)) as old:
+        with registered(gateway, APP) as new:
+            assert isinstance(old.hear(), Ping)
+            assert old.hear().code == REPLACED
+            assert new.session.ended == ""
+
+
+def test_an_agent_that_has_answered_once_is_asked_again(gateway, monkeypatch):
+    with registered(gateway, APP) as old:
+        with HandMade(gateway, registration(APP)) as first:
+            assert isinstance(old.hear(), Ping)
+            old.say(Pong(1))
+            assert not first.hear().ok
+        monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+        monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+        with registered(gateway, APP):  # it answers no more
+            pass
+
+
+def test_an_agent_whose_answers_queue_is_not_taken_for_dead(gateway, monkeypatch):
+    """Its line is full of an upload; a pong waits behind that."""
+    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.5)
+    monkeypatch.setattr(takeover, "ENDING_TIMEOUT", 10 * TIMEOUT)  # no verdict comes of that
+    done = threading.Event()
+    with registered(gateway, APP) as old, gateway.dial(APP) as visitor:
+        visitor.send(request())
+        stream = old.session.accept(TIMEOUT)
+
+        def trickle():
+            while not done.wait(0.1):
+                stream.write(b"H")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            ack = reply_to(gateway, registration(APP))
+        finally:
+            done.set()
+            thread.join()
+        assert ack == Ack(False, f"host already registered: {APP}")
+
+
+def test_where_one_of_several_stays_none_is_taken(gateway):
+    """Also the newcomer's own old session stays, which may still serve."""
+    with registered(gateway, APP, instance=SAME):
+        with registered(gateway, OTHER, instance="another") as other, answering(other):
+            ack = reply_to(gateway, registration(APP, OTHER, instance=SAME))
+            assert ack == Ack(False, f"host already registered: {APP}, {OTHER}")
+            assert routes_of(gateway.inner) == {APP, OTHER}
+
+
+def test_several_newcomers_at_once_one_gets_it(gateway, impatient):
+    """The others hear that they did not."""
+    with registered(gateway, APP):
+        with contextlib.ExitStack() as stack:
+            newcomers = [
+                stack.enter_context(HandMade(gateway, registration(APP))) for _ in range(5)
+            ]
+            results = [None] * len(newcomers)
+
+            def hear(at):
+                results[at] = newcomers[at].hear()
+                with contextlib.suppress(SessionClosed):
+                    while results[at].ok and isinstance(newcomers[at].hear(), Ping):
+                        newcomers[at].say(Pong(1))
+
+            threads = [threading.Thread(target=hear, args=(at,)) for at in range(len(newcomers))]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: all(results))
+            assert sum(ack.ok for ack in results) == 1
+            for newcomer in newcomers:
+                newcomer.session.close()
+            for thread in threads:
+                thread.join()
+
+
+def test_a_newcomer_that_leaves_while_it_waits_holds_nothing(gateway, impatient):
+    with registered(gateway, APP):
+        with HandMade(gateway, registration(APP)):
+            pass
+        wait_until(lambda: routes_of(gateway.inner) in ({APP}, set()))
+    wait_until(lambda: routes_of(gateway.inner) == set())
+    with registered(gateway, APP):
+        pass
+
+
+def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monkeypatch):
+    registry = gateway.inner.tunnels.registry
+    claim, claimed = registry.claim, threading.Event()
+
+    def claim_too_late(routes, permit):
+        routes[APP].tunnel.end("its line is cut")
+        claim(routes, permit)
+        claimed.set()
+
+    monkeypatch.setattr(registry, "claim", claim_too_late)
+    with HandMade(gateway, registration(APP)) as agent:
+        with pytest.raises(SessionClosed):
+            agent.hear()
+        assert claimed.wait(TIMEOUT)
+        wait_until(lambda: not registry.routes())
+
+
+def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
+    with gateway_here(cache) as gateway, registered(gateway, APP):
+        with HandMade(gateway, registration(APP)):
+            wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
+            began = time.monotonic()
+            gateway.inner.stop()
+            assert time.monotonic() - began < BOUND
+
+
+@contextlib.contextmanager
+def sender_that_falls_asleep(incumbent, monkeypatch):
+    """A thread that has sent a Ping to a tunnel's agent, and would look now for what there is to
+    send next: that waits for it, until the ``with`` ends."""
+    duplex, sent, may_go_on = incumbent._session._duplex, threading.Event(), threading.Event()
+    send = duplex.send
+    sender = threading.Thread(target=incumbent._tell, args=(Ping(1),))
+
+    def send_and_fall_asleep(data):
+        done = send(data)
+        if threading.current_thread() is sender:
+            sent.set()
+            may_go_on.wait(TIMEOUT)
+        return done
+
+    wait_until(lambda: incumbent._serving)
+    let_it_go_round(incumbent._session)  # nobody else has anything to send
+    monkeypatch.setattr(tunnel, "LAST_WORD", TIMEOUT)
+    monkeypatch.setattr(duplex, "send", send_and_fall_asleep)
+    sender.start()
+    try:
+        assert sent.wait(TIMEOUT)
+        yield
+    finally:
+        may_go_on.set()
+        sender.join()
+
+
+def let_it_go_round(session):
+    """Wait until the session's demultiplexer has looked at everything once."""
+    for _ in range(2):
+        turned = threading.Event()
+        session.call_later(0, turned.set)
+        assert turned.wait(TIMEOUT)
+
+
+def test_an_agent_is_told_why_although_another_thread_is_sending(gateway, monkeypatch):
+    """What it sends goes first, and the session must not be torn down before."""
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        with sender_that_falls_asleep(incumbent, monkeypatch):
+            incumbent.replace("the test wants it")
+            let_it_go_round(incumbent._session)
+        assert agent.hear() == Ping(1)
+        assert "the test wants it" in agent.hear().reason
+
+
+def test_an_agent_is_told_why_although_it_has_only_just_registered(gateway, monkeypatch):
+    start, may_start = Session.start, threading.Event()
+
+    def start_late(session):
+        if session.name != "hand-made":
+            may_start.wait(TIMEOUT)
+        start(session)
+
+    monkeypatch.setattr(Session, "start", start_late)
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        incumbent.replace("the test wants it")
+        may_start.set()
+        assert "the test wants it" in agent.hear().reason
+        assert incumbent.gone.wait(TIMEOUT)
+
+
+def test_an_agent_is_told_why_although_it_is_still_registering(gateway, monkeypatch):
+    """It holds the hostname already, and has not read its ack."""
+    claimed, may_go_on = threading.Event(), threading.Event()
+
+    def hold(hostnames, agent):
+        claimed.set()
+        may_go_on.wait(TIMEOUT)
+
+    monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates", hold)
+    with HandMade(gateway, registration(APP, features=(REASONS,))) as agent:
+        try:
+            assert claimed.wait(TIMEOUT)
+            incumbent = gateway.inner.tunnels.registry.routes()[APP].tunnel
+            incumbent.replace("the test wants it")
+        finally:
+            may_go_on.set()
+        assert agent.hear().ok
+        assert "the test wants it" in agent.hear().reason
+        assert incumbent.gone.wait(TIMEOUT)
+
+
+@pytest.mark.parametrize("leaves", [Session.leave, Session.close])
+def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
+    gateway, monkeypatch, caplog, leaves
+):
+    caplog.set_level(logging.INFO)
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        (incumbent,) = gateway.inner.tunnels.registered()
+        with sender_that_falls_asleep(incumbent, monkeypatch):
+            incumbent.replace("the test wants it")
+            leaves(agent.session)
+            wait_until(lambda: incumbent._session._mux.peer_left)
+    assert incumbent.gone.wait(TIMEOUT)
+    wait_until(lambda: f"gone, with {APP}" in caplog.text)
+    assert f"gone, with {APP}: another session takes over: the test wants it" in caplog.text
+    assert "leaves" not in caplog.text
+
+
+def test_two_agents_of_one_configuration_do_not_fight(
+    gateway, tmp_path, site, caplog, monkeypatch
+):
+    """The later one waits, and says so; it serves when the earlier one has gone."""
+    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.2)
+    ports = {APP: site}
+    with agent_here(gateway, tmp_path, http=ports):
+        first = gateway.inner.tunnels.registered()
+        with agent_here(gateway, tmp_path, http=ports, ready=False):
+            wait_until(lambda: caplog.text.count(f"host already registered: {APP}") >= 3)
+            assert gateway.inner.tunnels.registered() == first
+    with agent_here(gateway, tmp_path, http=ports) as first:
+        with agent_here(gateway, tmp_path, http=ports, ready=False):
+            first.stop()
+            wait_until(lambda: gateway.get(APP)[0] == 200)
+
+
+def test_an_agent_that_was_replaced_does_not_fight_back(
+    gateway, tmp_path, site, caplog, monkeypatch
+):
+    """One that was thought dead wakes up: it is somebody else from then on."""
+    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.1)
+    monkeypatch.setattr(agent_module, "new_instance", iter([SAME, "new"]).__next__)
+    with agent_here(gateway, tmp_path, http={APP: site}):
+        same = {"instance": SAME, "token": make_token(SECRET, "", HOUR)}
+        with registered(gateway, APP, **same) as new, answering(new):
+            wait_until(lambda: f"host already registered: {APP}" in caplog.text)
+            assert f"the gateway says: {TAKEN_OVER}: its agent has come back" in caplog.text
+            assert len(gateway.inner.tunnels.registered()) == 1
+        wait_until(lambda: gateway.get(APP)[0] == 200)
+
+
+def tables():
+    """What the gateway holds: descriptors, and threads but those of the pool."""
+    names = sorted(thread.name for thread in threading.enumerate())
+    return [name for name in names if not name.startswith("step")], len(open_files())
+
+
+@pytest.mark.slow
+def test_many_takeovers_leave_nothing(gateway, caplog):
+    caplog.set_level(logging.ERROR, "gotunnel")  # what is logged is kept for the test's report
+
+    def take_over():
+        agent = HandMade(gateway, registration(APP, instance=SAME))
+        assert agent.hear().ok
+        return agent
+
+    agents = [take_over()]
+    with gateway.dial(APP) as visitor:  # with a visit that it tears down
+        visitor.send(request())
+        agents[-1].session.accept(TIMEOUT)
+        for _ in range(150):
+            agents.append(take_over())
+            agents.pop(0).session.join()
+    wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
+    gc.collect()
+    before, memory = tables(), resident()
+    for _ in range(200):
+        agents.append(take_over())
+        agents.pop(0).session.join()
+    wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
+    wait_until(lambda: set(tables()[0]) <= set(before[0]) and tables()[1] <= before[1])
+    gc.collect()
+    assert resident() - memory < 8 << 20
+    agents.pop().__exit__()
+
+
+# Real programs, stopped as by a pulled cable -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def stopped(program):
+    program.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        program.signal(signal.SIGCONT)
+
+
+STOPPED = """
+from hand_made import HandMade, registration
+import sys, types
+gateway = types.SimpleNamespace(tunnel_port=int(sys.argv[1]), ca_file=sys.argv[2])
+with HandMade(gateway, registration(sys.argv[3], instance=sys.argv[4])) as agent:
+    print("registered", agent.hear().ok, flush=True)
+    agent.hear()
+"""
+
+
+@pytest.mark.slow
+def test_hostname_of_a_stopped_agent_is_its_own_at_once_when_it_comes_back(gateway, tmp_path):
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    command = [sys.executable, "-c", STOPPED, gateway.tunnel_port, gateway.ca_file, APP, SAME]
+    with running(*map(str, command), cwd=tmp_path, PYTHONPATH=path) as old:
+        old.wait_for("registered True")
+        with stopped(old):
+            began = time.monotonic()
+            with registered(gateway, APP, instance=SAME):
+                assert time.monotonic() - began < AT_ONCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ours", "go"])
+@pytest.mark.parametrize("second", ["ours", "go"])
+def test_hostname_of_a_stopped_agent_is_anothers_soon(
+    gateway, tmp_path, site, gopeer, first, second
+):
+    """And the one that was stopped does not take it back."""
+    ports = {APP: site}
+
+    def agent(kind, ready):
+        if kind == "go":
+            return go_agent(gopeer, gateway, http=ports, ready=ready)
+        (tmp_path / kind).mkdir(exist_ok=True)
+        return agent_process(gateway, tmp_path, http=ports, ready=ready)
+
+    with agent(first, ready=True) as incumbent:
+        with stopped(incumbent):
+            began = time.monotonic()
+            with agent(second, ready=False):
+                wait_until(lambda: gateway.get(APP)[0] == 200)
+                assert time.monotonic() - began < BOUND
+                winner = gateway.inner.tunnels.registered()
+                incumbent.signal(signal.SIGCONT)
+                incumbent.wait_for("host already registered|another session takes over")
+                assert gateway.get(APP)[0] == 200
+                assert gateway.inner.tunnels.registered() == winner
+
+
+# The verdict alone -------------------------------------------------------------------------------
+
+
+class Holder:
+    """A session that holds a hostname; it ends, and answers, only if the test says so."""
+
+    def __init__(self, instance=""):
+        self.instance = instance
+        self.identity = types.SimpleNamespace(credential="one")
+        self.address = ("192.0.2.1", 1)
+        self.gone = threading.Event()
+        self.replaced = []
+
+    def ask(self):
+        return 0.0
+
+    def has_answered(self, since):
+        return False
+
+    def replace(self, reason):
+        self.replaced.append(reason)
+
+
+def claim_to_app(registry, tunnel):
+    return takeover.Claim(registry, tunnel, {APP: Route(APP, "http", tunnel)}, permit=len)
+
+
+def test_the_gateways_own_name_is_refused_without_a_wait():
+    with pytest.raises(HostnameTaken, match="reserved for the gateway itself"):
+        claim_to_app(Registry({APP}), Holder()).attempt()
+
+
+@pytest.mark.parametrize("instance", ["", SAME])
+def test_a_session_that_does_not_end_keeps_nobody_waiting_for_ever(monkeypatch, instance):
+    now = [1000.0]
+    monkeypatch.setattr(takeover, "monotonic", lambda: now[0])
+    registry, holder = Registry(), Holder(instance)
+    registry.claim({APP: Route(APP, "http", holder)})
+    claim = claim_to_app(registry, Holder(instance))
+    assert claim.attempt() is False
+    assert bool(holder.replaced) is bool(instance)
+    now[0] += takeover.ENDING_TIMEOUT
+    assert claim.attempt() is False
+    now[0] += 1
+    with pytest.raises(HostnameTaken):
+        claim.attempt()
+    assert len(holder.replaced) == bool(instance)  # once is enough
+
+
+def test_who_comes_back_has_its_hostname_at_the_first_attempt():
+    registry, holder = Registry(), Holder(SAME)
+    holder.replace = lambda reason: (registry.release(holder), holder.gone.set())
+    registry.claim({APP: Route(APP, "http", holder)})
+    assert claim_to_app(registry, Holder(SAME)).attempt() is True

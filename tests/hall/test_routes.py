@@ -1,0 +1,167 @@
+"""Who serves which hostname."""
+
+import threading
+
+import pytest
+
+from gotunnel_server.routes import HostnameTaken, Registry, Route
+
+
+def routes(tunnel, *hostnames):
+    return {hostname: Route(hostname, "http", tunnel) for hostname in hostnames}
+
+
+def test_claimed_hostnames_are_found_and_others_are_not():
+    registry = Registry()
+    registry.claim(routes("a tunnel", "a.test", "b.test"))
+    assert registry.lookup("a.test") == Route("a.test", "http", "a tunnel")
+    assert registry.lookup("c.test") is None
+    assert registry.routes() == routes("a tunnel", "a.test", "b.test")
+
+
+def test_route_keeps_the_agents_own_spelling():
+    registry = Registry()
+    registry.claim({"a.test": Route("A.Test:80", "tcp", "a tunnel")})
+    assert registry.lookup("a.test").hostname == "A.Test:80"
+
+
+def test_claim_takes_all_or_nothing():
+    registry = Registry()
+    registry.claim(routes("first", "b.test"))
+    with pytest.raises(HostnameTaken, match="^host already registered: b.test$") as caught:
+        registry.claim(routes("second", "a.test", "b.test", "c.test"))
+    assert caught.value.tunnels == {"first"}
+    assert registry.routes() == routes("first", "b.test")
+
+
+@pytest.mark.parametrize("own", ["gateway.test", "Gateway.Test", "gateway.test."])
+def test_the_gateways_own_names_cannot_be_claimed(own):
+    registry = Registry(reserved={own})
+    with pytest.raises(HostnameTaken, match="gateway.test"):
+        registry.claim(routes("a tunnel", "gateway.test"))
+
+
+def test_release_gives_back_what_the_tunnel_had_and_nothing_else():
+    registry = Registry()
+    registry.claim(routes("first", "a.test", "b.test"))
+    registry.claim(routes("second", "c.test"))
+    registry.release("first")
+    registry.release("first")  # twice does no harm
+    assert registry.routes() == routes("second", "c.test")
+    registry.claim(routes("third", "a.test"))
+    assert registry.lookup("a.test").tunnel == "third"
+
+
+def test_routes_is_a_copy():
+    registry = Registry()
+    registry.routes()["a.test"] = None
+    assert registry.lookup("a.test") is None
+
+
+def test_of_many_that_claim_at_once_one_gets_everything():
+    registry = Registry()
+    hostnames = [f"{number}.test" for number in range(50)]
+    start = threading.Barrier(20)
+    winners = []
+
+    def claim(number):
+        start.wait()
+        try:
+            # Each from another end: whoever took them one by one would meet another half-way.
+            registry.claim(routes(number, *hostnames[number:], *hostnames[:number]))
+            winners.append(number)
+        except HostnameTaken:
+            pass
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(winners) == 1
+    assert {route.tunnel for route in registry.routes().values()} == set(winners)
+    assert len(registry.routes()) == len(hostnames)
+
+
+# Wildcards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "route"),
+    [
+        ("x.dev.test.example", "*.dev.test.example"),
+        ("y.x.dev.test.example", "*.dev.test.example"),
+        ("x.test.example", "*.test.example"),
+        ("dev.test.example", "*.test.example"),  # not by its own wildcard
+        ("exact.dev.test.example", "exact.dev.test.example"),
+        ("x.exact.dev.test.example", "*.dev.test.example"),
+        ("test.example", None),
+        ("example", None),
+        ("xtest.example", None),
+        ("gateway.test.example", None),
+        ("x.gateway.test.example", "*.test.example"),
+        ("", None),
+        (".", None),
+        ("*.dev.test.example", "*.dev.test.example"),
+    ],
+)
+def test_the_longest_match_wins_and_an_exact_one_beats_all(hostname, route):
+    registry = Registry(reserved={"gateway.test.example"})
+    registry.claim(routes("a", "*.test.example", "*.dev.test.example", "exact.dev.test.example"))
+    found = registry.lookup(hostname)
+    assert (found and found.hostname) == route
+
+
+def test_a_wildcard_that_is_released_matches_nothing():
+    registry = Registry()
+    registry.claim(routes("a", "*.dev.test"))
+    registry.release("a")
+    assert registry.lookup("x.dev.test") is None
+
+
+def test_a_conflict_names_every_hostname_and_whose_they_are():
+    registry = Registry()
+    registry.claim(routes("first", "a.test"))
+    registry.claim(routes("second", "b.test"))
+    with pytest.raises(HostnameTaken, match="^host already registered: a.test, b.test$") as caught:
+        registry.claim(routes("third", "a.test", "b.test", "c.test"))
+    assert caught.value.tunnels == {"first", "second"}
+
+
+def test_a_claim_that_is_not_permitted_takes_nothing():
+    registry = Registry()
+    first, second = routes("first", "a.test"), routes("second", "b.test", "c.test")
+    registry.claim(first)
+    seen = []
+
+    def refuse(all_there_would_be):
+        seen.append(all_there_would_be)
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        registry.claim(second, refuse)
+    assert seen == [{**first, **second}] and registry.routes() == first
+    registry.claim(second, lambda _: None)
+
+
+def test_a_name_of_the_gateway_is_nobodys():
+    registry = Registry(reserved={"gateway.test"})
+    registry.claim(routes("first", "a.test"))
+    with pytest.raises(HostnameTaken, match="^not allowed: gateway.test: reserved") as caught:
+        registry.claim(routes("second", "a.test", "gateway.test"))
+    assert not caught.value.tunnels
+
+
+def test_update_changes_only_what_its_tunnel_still_holds():
+    """A session may end, and another take its hostname, while its ports open."""
+    registry = Registry()
+    registry.claim(routes("first", "a.test", "b.test", "gone.test"))
+    registry.release("first")
+    registry.claim(routes("first", "a.test"))
+    registry.claim(routes("second", "b.test"))
+    opened = {
+        hostname: route._replace(port=2200)
+        for hostname, route in routes("first", "a.test", "b.test", "gone.test").items()
+    }
+    registry.update(opened)
+    assert registry.routes() == {"a.test": opened["a.test"], **routes("second", "b.test")}

@@ -1,0 +1,560 @@
+"""The gateway's configuration: where values come from, and the one line for each that is bad."""
+
+import base64
+import dataclasses
+import ipaddress
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gotunnel_server.visitors import policy
+from gotunnel_server.certs.local_ca import Authority
+from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
+from gotunnel_server.visitors.policy import Defaults, Hash
+
+EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "server.env"
+
+SECRET = "correct-horse-battery-staple"
+MINIMAL = {
+    "GATEWAY_HOST": "gateway.example.com",
+    "TUNNEL_HOST": "tunnel.example.com",
+    "JWT_SECRET": SECRET,
+    "ACME_ENV": "local",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_working_folder(tmp_path, monkeypatch):
+    """No test sees an env file that it did not write."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+def config(**changes):
+    """The minimal configuration with changes; None unsets a variable."""
+    environ = {**MINIMAL, **changes}
+    return load(environ={name: text for name, text in environ.items() if text is not None})
+
+
+def refusal(env_file=None, **changes):
+    """The one line that refuses the minimal configuration with changes."""
+    environ = {**MINIMAL, **changes}
+    with pytest.raises(ConfigError) as caught:
+        load(env_file, {name: text for name, text in environ.items() if text is not None})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert SECRET not in message
+    return message
+
+
+def networks(*texts):
+    return tuple(map(ipaddress.ip_network, texts))
+
+
+# --- Defaults and sources -----------------------------------------------------------------------
+
+
+def test_defaults():
+    assert config() == Config(
+        gateway_host="gateway.example.com",
+        gateway_port=443,
+        tunnel_host="tunnel.example.com",
+        tunnel_port=9443,
+        dashboard_port=8080,
+        bind=(),
+        jwt_secret=SECRET,
+        jwt_issuer=None,
+        agents_file=None,
+        acme_cache=Path("cert-cache"),
+        local_ca=True,
+        cert_dir=None,
+        acme=None,
+        http_port=None,
+        raw_tcp_host=None,
+        tcp_ports=(),
+        trusted_proxies=(),
+        policy_defaults=None,
+        max_connections=10_000,
+        workers=default_workers(os.cpu_count() or 1),
+        max_hosts_per_agent=50,
+        header_timeout=10,
+        idle_timeout=120,
+        response_timeout=300,
+        drain_timeout=15,
+        log_level="info",
+        warnings=(),
+    )
+
+
+def test_config_is_frozen_and_its_repr_holds_no_secret():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().gateway_port = 1
+    assert SECRET not in repr(config())
+
+
+def test_environment_wins_over_env_file(tmp_path):
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("GATEWAY_PORT=1001\nTUNNEL_PORT=1002\n")
+    loaded = load(str(env_file), {**MINIMAL, "TUNNEL_PORT": "2002"})
+    assert (loaded.gateway_port, loaded.tunnel_port) == (1001, 2002)
+
+
+def test_empty_variable_counts_as_unset_and_does_not_hide_the_env_file(tmp_path):
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("GATEWAY_PORT=1001\nLOG_LEVEL=\n")
+    loaded = load(str(env_file), {**MINIMAL, "GATEWAY_PORT": "", "TUNNEL_PORT": "  "})
+    assert (loaded.gateway_port, loaded.tunnel_port, loaded.log_level) == (1001, 9443, "info")
+
+
+def test_dot_env_in_the_working_folder_is_read():
+    Path(".env").write_text("GATEWAY_PORT=1001\n")
+    assert config().gateway_port == 1001
+
+
+def test_named_env_file_replaces_dot_env(tmp_path):
+    Path(".env").write_text("GATEWAY_PORT=1001\n")
+    env_file = tmp_path / "gateway.env"
+    env_file.write_text("TUNNEL_PORT=1002\n")
+    loaded = load(str(env_file), MINIMAL)
+    assert (loaded.gateway_port, loaded.tunnel_port) == (443, 1002)
+
+
+def test_folder_named_dot_env_is_left_alone():
+    Path(".env").mkdir()
+    assert config().gateway_port == 443
+
+
+def test_env_file_syntax():
+    Path(".env").write_bytes(
+        b"\xef\xbb\xbf# a comment\r\n"
+        b"export GATEWAY_PORT=1001 # why\r\n"
+        b"JWT_ISSUER='a # b'\r\n"
+        b"LOG_LEVEL\r\n"
+        b"UNKNOWN=left alone\r\n"
+    )
+    loaded = config()
+    assert (loaded.gateway_port, loaded.jwt_issuer, loaded.log_level) == (1001, "a # b", "info")
+
+
+def test_dollar_in_the_env_file_is_not_expanded():
+    Path(".env").write_text("JWT_SECRET=${GATEWAY_HOST}-and-$more\n")
+    assert config(JWT_SECRET=None).jwt_secret == "${GATEWAY_HOST}-and-$more"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"GATEWAY_PORT=1\n\n\nGATEWAY_HOST gateway.example.com\n", "line 4: this is not NAME=val"),
+        (b'JWT_ISSUER="open\nGATEWAY_PORT=1\n', "line 1: this is not NAME=value"),
+        (b"JWT_SECRET=\xff\n", "is not UTF-8"),
+        (b"#" * (1024 * 1024 + 1), "is too long, expected at most 1048576 bytes"),
+    ],
+)
+def test_bad_env_file_is_refused(content, expected):
+    Path(".env").write_bytes(content)
+    message = refusal()
+    assert message.startswith("env file") and "'.env'" in message and expected in message
+
+
+def test_missing_named_env_file_is_refused(tmp_path):
+    assert "No such file" in refusal(env_file=str(tmp_path / "none.env"))
+
+
+def test_folder_as_named_env_file_is_refused(tmp_path):
+    assert "env file: cannot read" in refusal(env_file=str(tmp_path))
+
+
+def test_unclosed_quote_does_not_show_the_secret_it_drew_in():
+    Path(".env").write_text(f"LOG_LEVEL='info\nJWT_SECRET={SECRET}\nJWT_ISSUER='\n")
+    assert refusal().startswith("LOG_LEVEL holds a line break")
+
+
+# --- Secrets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_secret_from_a_file_loses_only_its_line_ending(tmp_path, ending):
+    path = tmp_path / "secret"
+    path.write_bytes(f" {SECRET} {ending}".encode())
+    assert config(JWT_SECRET=None, JWT_SECRET_FILE=str(path)).jwt_secret == f" {SECRET} "
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "JWT_SECRET_FILE: cannot read"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"\xff\xfes\0", "is not UTF-8"),
+        (b"s" * (1024 * 1024 + 1), "is too long"),
+    ],
+)
+def test_bad_secret_file_is_refused(tmp_path, content, expected):
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal(JWT_SECRET=None, JWT_SECRET_FILE=str(path))
+    assert expected in message and str(path) in message
+
+
+def test_secret_both_ways_is_refused():
+    assert "JWT_SECRET and JWT_SECRET_FILE are both set" in refusal(JWT_SECRET_FILE="anything")
+
+
+@pytest.mark.parametrize("secret", [None, "", "  "])
+def test_without_a_secret_the_gateway_does_not_start(secret):
+    assert refusal(JWT_SECRET=secret).startswith("JWT_SECRET is not set")
+
+
+def test_without_a_secret_the_gateway_starts_if_agents_have_their_own():
+    loaded = config(JWT_SECRET=None, AGENTS_FILE="agents.yaml")
+    assert (loaded.jwt_secret, loaded.agents_file) == (None, Path("agents.yaml"))
+    assert loaded.warnings == ()
+
+
+def test_folder_in_place_of_a_file_of_agents_is_refused(tmp_path):
+    assert "which is a folder" in refusal(AGENTS_FILE=str(tmp_path))
+
+
+def test_secret_that_is_not_utf8_is_refused():
+    assert refusal(JWT_SECRET="long enough, but \udcff") == (
+        "JWT_SECRET is not UTF-8, expected UTF-8 text: set another secret"
+    )
+
+
+@pytest.mark.parametrize(
+    ("secret", "weakness"),
+    [
+        ("supersecretjwtkey", "JWT_SECRET is well known"),
+        ("ChangeMe", "JWT_SECRET is well known"),
+        ("changeme", "JWT_SECRET is well known"),
+        ("fifteen-bytes-x", "JWT_SECRET is shorter than 16 bytes"),
+    ],
+)
+def test_weak_secret_is_a_warning_without_the_secret(secret, weakness):
+    (warning,) = config(JWT_SECRET=secret).warnings
+    assert warning.startswith(weakness) and secret not in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize("secret", ["sixteen-bytes-xx", "äöüäöüäö"])
+def test_secret_of_16_bytes_is_no_warning(secret):
+    assert config(JWT_SECRET=secret).warnings == ()
+
+
+# --- Values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "field", "value"),
+    [
+        ("GATEWAY_HOST", "Gateway.Example.COM.", "gateway_host", "gateway.example.com"),
+        ("GATEWAY_HOST", "localhost", "gateway_host", "localhost"),
+        ("TUNNEL_HOST", "Tunnel.Example.com", "tunnel_host", "tunnel.example.com"),
+        ("TUNNEL_HOST", "192.0.2.1", "tunnel_host", "192.0.2.1"),
+        ("TUNNEL_HOST", "2001:DB8:0::1", "tunnel_host", "2001:db8::1"),
+        ("GATEWAY_PORT", " 8443 ", "gateway_port", 8443),
+        ("GATEWAY_PORT", "65535", "gateway_port", 65535),
+        ("GATEWAY_PORT", "auto", "gateway_port", 0),
+        ("TUNNEL_PORT", "AUTO", "tunnel_port", 0),
+        ("DASHBOARD_PORT", "auto", "dashboard_port", 0),
+        ("DASHBOARD_PORT", "0", "dashboard_port", None),
+        ("BIND", "127.0.0.1", "bind", ("127.0.0.1",)),
+        ("BIND", "127.0.0.1, ::1,127.0.0.1", "bind", ("127.0.0.1", "::1")),
+        ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
+        ("AGENTS_FILE", "/none/agents.yaml", "agents_file", Path("/none/agents.yaml")),
+        ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
+        ("ACME_ENV", "LOCAL", "local_ca", True),
+        ("HTTP_PORT", "8081", "http_port", 8081),
+        ("HTTP_PORT", "auto", "http_port", 0),
+        ("HTTP_PORT", "0", "http_port", None),
+        ("RAW_TCP_HOST", "SSH.Example.com.", "raw_tcp_host", "ssh.example.com"),
+        ("TCP_PORTS", "5432", "tcp_ports", (range(5432, 5433),)),
+        ("TCP_PORTS", "2200-2299, 5432 1-65535", "tcp_ports",
+         (range(2200, 2300), range(5432, 5433), range(1, 65536))),
+        ("TRUSTED_PROXIES", ",", "trusted_proxies", ()),
+        ("TRUSTED_PROXIES", "192.0.2.1", "trusted_proxies", networks("192.0.2.1/32")),
+        (
+            "TRUSTED_PROXIES", "10.0.0.0/8,2001:DB8::/32, ::1  192.0.2.1", "trusted_proxies",
+            networks("10.0.0.0/8", "2001:db8::/32", "::1/128", "192.0.2.1/32"),
+        ),
+        (
+            "TRUSTED_PROXIES", "::ffff:10.0.0.0/104 ::ffff:192.0.2.1", "trusted_proxies",
+            networks("10.0.0.0/8", "192.0.2.1/32"),
+        ),
+        ("MAX_CONNECTIONS", "1", "max_connections", 1),
+        ("WORKERS", "1000000", "workers", 1_000_000),
+        ("MAX_HOSTS_PER_AGENT", "7", "max_hosts_per_agent", 7),
+        ("HEADER_TIMEOUT", "0.25", "header_timeout", 0.25),
+        ("IDLE_TIMEOUT", "86400", "idle_timeout", 86_400),
+        ("RESPONSE_TIMEOUT", "60", "response_timeout", 60),
+        ("DRAIN_TIMEOUT", "0", "drain_timeout", 0),
+        ("LOG_LEVEL", "Debug", "log_level", "debug"),
+    ],
+)  # fmt: skip
+def test_value_is_taken(variable, text, field, value):
+    assert getattr(config(**{variable: text}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("GATEWAY_HOST", "https://gateway.example.com", "expected a hostname"),
+        ("GATEWAY_HOST", "gateway.example.com:443", "expected a hostname"),
+        ("GATEWAY_HOST", "192.0.2.1", "expected a hostname"),
+        ("GATEWAY_HOST", "-gateway.example.com", "expected a hostname"),
+        ("GATEWAY_HOST", "bücher.example", "expected a hostname"),
+        ("TUNNEL_HOST", "[2001:db8::1]", "an IP address without brackets"),
+        ("TUNNEL_HOST", "256.0.0.1", "expected a hostname"),
+        ("TUNNEL_HOST", "tunnel.example.com:9443", "without scheme or port"),
+        ("GATEWAY_PORT", "0", "expected a port from 1 to 65535 or auto"),
+        ("GATEWAY_PORT", "65536", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "-1", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "https", "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "9" * 5000, "expected a port from 1 to 65535 or auto"),
+        ("TUNNEL_PORT", "٩٤٤٣", "expected a port from 1 to 65535 or auto"),
+        ("DASHBOARD_PORT", "off", "or 0 for off"),
+        ("BIND", "localhost", "expected IP addresses separated by commas"),
+        ("BIND", "127.0.0.1,", "expected IP addresses separated by commas"),
+        ("BIND", "127.0.0.1:80", "expected IP addresses separated by commas"),
+        ("RAW_TCP_HOST", "ssh.example.com:22", "expected a hostname"),
+        ("TCP_PORTS", "0", "correct '0'"),
+        ("TCP_PORTS", "65536", "expected ports from 1 to 65535"),
+        ("TCP_PORTS", "2299-2200", "correct '2299-2200'"),
+        ("TCP_PORTS", "22,ssh", "correct 'ssh'"),
+        ("TCP_PORTS", "-22", "correct '-22'"),
+        ("TCP_PORTS", "22-", "correct '22-'"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, localhost", "correct 'localhost'"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8", "networks without host bits"),
+        ("TRUSTED_PROXIES", "10.0.0.0/33", "expected IP addresses, and networks"),
+        ("TRUSTED_PROXIES", "10.0.0.0/8;192.0.2.1", "separated by commas or blanks"),
+        ("TRUSTED_PROXIES", "[::1]", "correct '[::1]'"),
+        ("MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
+        ("MAX_CONNECTIONS", "1000001", "expected a whole number from 1 to 1000000"),
+        ("WORKERS", "1_0", "expected a whole number from 1 to 1000000"),
+        ("MAX_HOSTS_PER_AGENT", "1.5", "expected a whole number from 1 to 1000000"),
+        ("HEADER_TIMEOUT", "0", "at most 86400, more than 0"),
+        ("HEADER_TIMEOUT", "0.000", "more than 0"),
+        ("HEADER_TIMEOUT", "10s", "expected seconds such as 10 or 2.5"),
+        ("IDLE_TIMEOUT", "inf", "expected seconds such as 10 or 2.5"),
+        ("RESPONSE_TIMEOUT", "nan", "expected seconds such as 10 or 2.5"),
+        ("RESPONSE_TIMEOUT", "86401", "at most 86400"),
+        ("DRAIN_TIMEOUT", "-1", "expected seconds such as 10"),
+        ("LOG_LEVEL", "verbose", "expected one of debug, info, warning, error"),
+        ("ACME_ENV", "prod", "expected one of production, staging, local"),
+    ],
+)
+def test_bad_value_is_named_shown_and_explained(variable, text, expected):
+    message = refusal(**{variable: text})
+    assert message.startswith(f"{variable} is {text!r}") and expected in message
+
+
+@pytest.mark.parametrize("variable", ["GATEWAY_HOST", "TUNNEL_HOST"])
+def test_required_variable_must_be_set(variable):
+    assert refusal(**{variable: None}).startswith(f"{variable} is not set, expected a hostname")
+
+
+@pytest.mark.parametrize(
+    ("ports", "expected"),
+    [
+        ({"TUNNEL_PORT": "443"}, "GATEWAY_PORT and TUNNEL_PORT are both 443"),
+        ({"DASHBOARD_PORT": "9443"}, "TUNNEL_PORT and DASHBOARD_PORT are both 9443"),
+        ({"GATEWAY_PORT": "8080"}, "GATEWAY_PORT and DASHBOARD_PORT are both 8080"),
+    ],
+)
+def test_equal_ports_are_refused(ports, expected):
+    assert expected in refusal(**ports)
+
+
+def test_ports_that_are_any_free_one_do_not_clash():
+    loaded = config(GATEWAY_PORT="auto", TUNNEL_PORT="auto", DASHBOARD_PORT="auto")
+    assert (loaded.gateway_port, loaded.tunnel_port, loaded.dashboard_port) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(1, 512), (2, 512), (4, 1024), (8, 2048), (64, 2048)]
+)
+def test_workers_grow_with_the_cores_within_bounds(cores, workers):
+    assert default_workers(cores) == workers
+
+
+# --- Certificates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "directory"),
+    [
+        ({"ACME_ENV": None}, "https://acme-v02.api.letsencrypt.org/directory"),
+        ({"ACME_ENV": "staging"}, "https://acme-staging-v02.api.letsencrypt.org/directory"),
+        ({"ACME_ENV": None, "ACME_DIRECTORY": "https://ca.test:1/dir"}, "https://ca.test:1/dir"),
+        ({"ACME_ENV": "staging", "ACME_DIRECTORY": "https://ca.test/"}, "https://ca.test/"),
+    ],
+)
+def test_certificates_are_ordered_at_a_directory(changes, directory):
+    loaded = config(**changes)
+    assert (loaded.acme, loaded.local_ca) == (Acme(directory, None, None, None, None), False)
+    assert loaded.http_port == 80
+
+
+def test_directory_of_certificates_may_stand_beside_a_ca(tmp_path):
+    assert config(ACME_ENV=None, CERT_DIR=str(tmp_path)).acme is None
+    changes = {"CERT_DIR": str(tmp_path), "ACME_DIRECTORY": "https://ca.test/dir"}
+    assert config(ACME_ENV=None, **changes).acme.directory == "https://ca.test/dir"
+    assert config(ACME_ENV="production", CERT_DIR=str(tmp_path)).acme is not None
+
+
+def test_account_with_the_ca(tmp_path):
+    shutil.copy(Authority(tmp_path / "ca").ca_file, tmp_path / "ca.pem")
+    (tmp_path / "hmac").write_text("c2VjcmV0\n")
+    acme = config(
+        ACME_ENV="production", ACME_EMAIL="me@example.com", ACME_CA_FILE=str(tmp_path / "ca.pem"),
+        ACME_EAB_KID="kid-1", ACME_EAB_HMAC_KEY_FILE=str(tmp_path / "hmac"), HTTP_PORT="0",
+    ).acme  # fmt: skip
+    expected = (str(tmp_path / "ca.pem"), "me@example.com", "kid-1", "c2VjcmV0")
+    assert (acme.ca_file, acme.email, acme.eab_kid, acme.eab_hmac) == expected
+    assert "c2VjcmV0" not in repr(acme)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"ACME_DIRECTORY": "ca.test/dir"}, "ACME_DIRECTORY is 'ca.test/dir', expected a URL"),
+        ({"ACME_DIRECTORY": "http://ca.test/dir"}, "ACME_DIRECTORY is 'http://ca.test/dir'"),
+        ({"ACME_DIRECTORY": "https://a/", "ACME_ENV": "local"}, "ACME_DIRECTORY and ACME_ENV"),
+        ({"ACME_CA_FILE": "/none"}, "ACME_CA_FILE is '/none', expected a file that can be read"),
+        ({"ACME_CA_FILE": os.devnull}, "ACME_CA_FILE is '/dev/null', expected a file"),
+        ({"ACME_CA_FILE": __file__}, f"ACME_CA_FILE: {__file__!r} holds no certificate"),
+        ({"ACME_EMAIL": "me"}, "ACME_EMAIL is 'me', expected an address"),
+        ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
+        ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
+        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
+        ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is no base64url"),
+    ],
+)
+def test_order_that_cannot_be_placed_is_refused(changes, sentence):
+    assert sentence in refusal(**{"ACME_ENV": "production", **changes})
+
+
+@pytest.mark.parametrize(("acme_env", "local_ca"), [(None, False), ("local", True)])
+def test_folder_of_certificates_stands_alone_or_beside_the_local_ca(tmp_path, acme_env, local_ca):
+    loaded = config(ACME_ENV=acme_env, CERT_DIR=str(tmp_path))
+    assert (loaded.cert_dir, loaded.local_ca) == (tmp_path, local_ca)
+
+
+@pytest.mark.parametrize("variable", ["CERT_DIR", "ACME_CACHE"])
+def test_file_in_place_of_a_folder_is_refused(tmp_path, variable):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert refusal(**{variable: str(path)}).startswith(f"{variable} is {str(path)!r}")
+
+
+def test_missing_folder_of_certificates_is_refused(tmp_path):
+    assert "expected a folder that exists" in refusal(CERT_DIR=str(tmp_path / "none"))
+
+
+# --- What counts for tunnels that do not say it themselves ---------------------------------------
+
+
+PASSWORD = "a password: of many, words"
+BASIC = "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wire"),
+    [
+        ({"DEFAULT_ALLOW": "10.0.0.0/8 ::ffff:192.0.2.1"}, {"allow": ["10.0.0.0/8", "192.0.2.1"]}),
+        ({"DEFAULT_DENY": "2001:db8::/32"}, {"deny": ["2001:db8::/32"]}),
+        ({"DEFAULT_RATE_LIMIT": "10"}, {"rate_limit": {"per_address": 10, "burst": 100}}),
+        ({"DEFAULT_RATE_LIMIT": "600/m"}, {"rate_limit": {"per_address": 10}}),
+        ({"DEFAULT_RATE_LIMIT": " 1/h "}, {"rate_limit": {"per_address": 1 / 3600}}),
+        (
+            {"DEFAULT_RATE_LIMIT": "2.5/s, burst=7 total=200/s,total_burst=400"},
+            {"rate_limit": {"per_address": 2.5, "burst": 7, "total": 200, "total_burst": 400}},
+        ),
+        (
+            {"DEFAULT_ALLOW": "10.0.0.0/8", "DEFAULT_DENY": "10.1.0.0/16"},
+            {"allow": ["10.0.0.0/8"], "deny": ["10.1.0.0/16"]},
+        ),
+    ],
+)
+def test_default_policy_is_what_an_agent_could_have_sent(changes, wire):
+    assert config(**changes).policy_defaults == Defaults.read(wire)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
+    entry = f"me:{Hash.of(PASSWORD.encode()) if hashed else PASSWORD}"
+    if in_file:
+        path = tmp_path / "passwords"
+        path.write_text(f"you:something else\r\n\n{entry}\n")
+        loaded = config(DEFAULT_BASIC_AUTH_FILE=str(path))
+    else:
+        loaded = config(DEFAULT_BASIC_AUTH=entry)
+    judged = policy.read(None, "http", loaded.policy_defaults)
+    assert judged.judge_request("192.0.2.1", BASIC) is None
+    assert judged.judge_request("192.0.2.1", None).status == 401
+    assert PASSWORD not in repr(loaded) + repr(loaded.policy_defaults.rules)
+    assert "scrypt" not in repr(loaded) + repr(loaded.policy_defaults.rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("DEFAULT_ALLOW", ",", "DEFAULT_ALLOW: an empty list came, expected a list of addresses"),
+        ("DEFAULT_ALLOW", "10.0.0.1/8", "networks without host bits"),
+        ("DEFAULT_DENY", "localhost", "DEFAULT_DENY is 'localhost', expected IP addresses"),
+        ("DEFAULT_RATE_LIMIT", "0", "DEFAULT_RATE_LIMIT: per_address: 0.0 came, expected requests"),
+        ("DEFAULT_RATE_LIMIT", "-1", "DEFAULT_RATE_LIMIT is '-1', expected requests a second and"),
+        ("DEFAULT_RATE_LIMIT", "nan", "DEFAULT_RATE_LIMIT is 'nan'"),
+        ("DEFAULT_RATE_LIMIT", "1e309", "DEFAULT_RATE_LIMIT is '1e309'"),
+        ("DEFAULT_RATE_LIMIT", "10/d", "DEFAULT_RATE_LIMIT is '10/d'"),
+        ("DEFAULT_RATE_LIMIT", ",", "DEFAULT_RATE_LIMIT: an empty object came, expected"),
+        ("DEFAULT_RATE_LIMIT", "10 20", "DEFAULT_RATE_LIMIT is '10 20'"),
+        ("DEFAULT_RATE_LIMIT", "10 per_address=20", "DEFAULT_RATE_LIMIT is '10 per_address=20'"),
+        ("DEFAULT_RATE_LIMIT", "rate=20", "DEFAULT_RATE_LIMIT is 'rate=20'"),
+        ("DEFAULT_RATE_LIMIT", "total==20", "DEFAULT_RATE_LIMIT is 'total==20'"),
+        ("DEFAULT_RATE_LIMIT", "burst=20", "burst came without per_address, expected both"),
+        ("DEFAULT_RATE_LIMIT", "10 burst=0", "burst: 0 came, expected a whole number from 1"),
+        ("DEFAULT_RATE_LIMIT", "10 burst=1.5", "DEFAULT_RATE_LIMIT is '10 burst=1.5'"),
+        ("DEFAULT_BASIC_AUTH", SECRET, "DEFAULT_BASIC_AUTH: line 1: a text without a colon came"),
+        ("DEFAULT_BASIC_AUTH", "me:", "expected a password of 1 to 1024 bytes"),
+        ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\t", "without control characters"),
+        ("DEFAULT_BASIC_AUTH", f":{SECRET}", "expected USER:HASH, with a user name"),
+        ("DEFAULT_BASIC_AUTH", f"me:$scrypt${SECRET}", "[0]: no hash as $scrypt$"),
+        ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\nme:{SECRET}", "[1]: this user came before"),
+    ],
+)
+def test_default_policy_that_cannot_be_followed_is_refused(name, text, sentence):
+    message = refusal(**{name: text})
+    assert message.startswith(name)
+    assert sentence in message
+
+
+# --- The example --------------------------------------------------------------------------------
+
+
+def test_example_starts_as_it_stands_and_warns_of_its_secret():
+    loaded = load(str(EXAMPLE), {})
+    assert loaded.local_ca and loaded.bind == ("127.0.0.1",)
+    assert any("JWT_SECRET" in warning for warning in loaded.warnings)
+
+
+def test_example_shows_the_defaults_in_its_comments(tmp_path):
+    """With every commented variable read, the configuration is the same."""
+    uncommented = tmp_path / "server.env"
+    uncommented.write_text(re.sub(r"(?m)^#(?=[A-Z_]+=)", "", EXAMPLE.read_text()))
+    assert load(str(uncommented), {}) == load(str(EXAMPLE), {})
+
+
+def test_example_explains_every_variable():
+    shown = set(re.findall(r"(?m)^#?([A-Z_]+)=", EXAMPLE.read_text()))
+    fields = {field.name.upper() for field in dataclasses.fields(config())}
+    acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV"}
+    policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
+    fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS"}
+    fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
+    assert shown == fields | {"JWT_SECRET_FILE"}

@@ -1,0 +1,285 @@
+"""One port: accept, park, hand over, close. What is parked here is made up."""
+
+import contextlib
+import re
+import socket
+import threading
+
+import pytest
+from support import TIMEOUT, reserved_port, wait_until
+
+from gotunnel import Duplex
+from gotunnel_server.net import listener
+from gotunnel_server.net.listener import Listener, PortError, bind
+
+LOCAL = ("127.0.0.1",)
+
+
+class Parked:
+    """A connection that notes what is done to it."""
+
+    def __init__(self, sock, address):
+        self.duplex = Duplex(sock)
+        self.address = address
+        self.was_ready = threading.Event()
+        self.has_expired = threading.Event()
+        self.was_closed = threading.Event()
+
+    def ready(self):
+        self.was_ready.set()
+
+    def expired(self):
+        self.has_expired.set()
+
+    def close(self):
+        self.duplex.close()
+        self.was_closed.set()
+
+
+class Port:
+    """A listener, the connections that it has welcomed, and visitors for it."""
+
+    def __init__(self, *, limit=100, first_timeout=60):
+        self.welcomed = []
+        self._visitors = contextlib.ExitStack()
+        # Its own thread does what a pool's would: nothing here takes time.
+        self.listener = Listener(
+            "test", bind("TEST_PORT", LOCAL, 0), self._welcome, lambda step: step(), limit,
+            first_timeout,
+        )  # fmt: skip
+
+    def __enter__(self):
+        self.listener.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self.listener.stop()
+        for connection in self.welcomed:
+            connection.close()
+        self._visitors.close()
+
+    def _welcome(self, sock, address):
+        connection = Parked(sock, address)
+        self.welcomed.append(connection)
+        return connection
+
+    def visit(self):
+        """A visitor's socket; it may not have been accepted yet."""
+        sock = socket.create_connection(("127.0.0.1", self.listener.port), TIMEOUT)
+        return self._visitors.enter_context(sock)
+
+    def meet(self):
+        """A visitor's socket and the connection that was made of it."""
+        count = len(self.welcomed)
+        visitor = self.visit()
+        wait_until(lambda: len(self.welcomed) > count)
+        return visitor, self.welcomed[-1]
+
+
+@pytest.fixture(autouse=True)
+def quick_sweeps(monkeypatch):
+    monkeypatch.setattr(listener, "SWEEP", 0.02)
+
+
+@pytest.fixture
+def port():
+    with Port() as port:
+        yield port
+
+
+# Binding -----------------------------------------------------------------------------------------
+
+
+def test_bind_takes_any_free_port_for_0():
+    with contextlib.closing(bind("X_PORT", LOCAL, 0)[0]) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1" and sock.getsockname()[1] > 0
+
+
+def test_bind_takes_the_same_port_on_each_address():
+    sockets = bind("X_PORT", ("127.0.0.1", "127.0.0.2"), 0)
+    names = [sock.getsockname() for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    assert [name[0] for name in names] == ["127.0.0.1", "127.0.0.2"]
+    assert names[0][1] == names[1][1]
+
+
+def test_bind_without_addresses_takes_all_of_them():
+    with contextlib.closing(bind("X_PORT", (), 0)[0]) as sock:
+        assert sock.getsockname()[0] in ("::", "0.0.0.0")
+        socket.create_connection(("127.0.0.1", sock.getsockname()[1]), TIMEOUT).close()
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1", "in use, another program listens there; stop it or choose another port"),
+        ("192.0.2.1", "not an address of this machine; correct BIND"),
+    ],
+)
+def test_bind_says_in_one_line_what_is_wrong(address, sentence):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.raises(PortError) as caught:
+            bind("X_PORT", (address,), number)
+        assert str(caught.value) == f"X_PORT {number} on {address}: {sentence}"
+
+
+def test_bind_that_fails_leaves_nothing_open():
+    with reserved_port() as number:
+        with pytest.raises(PortError):
+            bind("X_PORT", ("127.0.0.1", "192.0.2.1"), number)
+        bind("X_PORT", LOCAL, number)[0].close()
+
+
+# Parking -----------------------------------------------------------------------------------------
+
+
+def test_connection_is_handed_over_when_its_peer_speaks(port):
+    visitor, connection = port.meet()
+    assert not connection.was_ready.is_set()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    assert connection.duplex.receive() == b"x"
+    assert connection.address == visitor.getsockname()
+
+
+def test_connection_is_handed_over_when_its_peer_leaves(port):
+    visitor, connection = port.meet()
+    visitor.close()
+    assert connection.was_ready.wait(TIMEOUT)
+    assert connection.duplex.receive() == b""
+
+
+def test_connection_that_was_handed_over_is_not_watched_any_more(port):
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.was_ready.clear()
+    visitor.send(b"y")
+    other_visitor, other = port.meet()  # the listener has looked at its sockets again
+    assert not connection.was_ready.is_set() and not connection.has_expired.is_set()
+
+
+def test_parked_again_it_is_handed_over_again(port):
+    visitor, connection = port.meet()
+    for _ in range(3):
+        visitor.send(b"x")
+        assert connection.was_ready.wait(TIMEOUT)
+        assert connection.duplex.receive() == b"x"
+        connection.was_ready.clear()
+        port.listener.park(connection, TIMEOUT)
+    assert not connection.has_expired.is_set()
+
+
+def test_what_was_read_from_the_socket_but_not_used_counts_as_come(port):
+    """TLS may hold bytes that no selector sees."""
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.was_ready.clear()
+    connection.duplex.unread(connection.duplex.receive())
+    port.listener.park(connection, TIMEOUT)
+    assert connection.was_ready.is_set()
+
+
+def test_silence_expires():
+    with Port(first_timeout=0.1) as port:
+        _, connection = port.meet()
+        assert connection.has_expired.wait(TIMEOUT)
+        assert not connection.was_ready.is_set()
+
+
+def test_parked_for_a_time_it_expires_then(port):
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.duplex.receive()
+    port.listener.park(connection, 0.1)
+    assert connection.has_expired.wait(TIMEOUT)
+
+
+def test_who_is_late_expires_although_a_byte_has_just_come(port):
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.was_ready.clear()
+    port.listener.park(connection, 0)
+    assert connection.has_expired.wait(TIMEOUT) and not connection.was_ready.is_set()
+
+
+def test_one_that_broke_while_it_was_out_is_handed_over(port):
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.was_ready.clear()
+    connection.duplex.receive()
+    connection.duplex.stop()
+    port.listener.park(connection, TIMEOUT)
+    assert connection.was_ready.wait(TIMEOUT)
+
+
+# Limits and the end ------------------------------------------------------------------------------
+
+
+def test_one_too_many_is_closed_until_another_is_forgotten():
+    with Port(limit=2) as port:
+        port.meet()
+        port.meet()
+        surplus = port.visit()
+        assert surplus.recv(1) == b""
+        port.listener.forget()
+        port.meet()
+        assert len(port.welcomed) == 3
+
+
+def test_those_turned_away_are_counted_and_logged_now_and_then(caplog):
+    with Port(limit=1) as port:
+        port.meet()
+        for _ in range(5):
+            assert port.visit().recv(1) == b""
+        assert lines_about_refusals(caplog) == [(1, 1)]  # at once, so that the operator sees it
+        port.listener._said_at -= listener.REFUSALS_SILENCE
+        wait_until(lambda: len(lines_about_refusals(caplog)) == 2)  # also when nobody comes
+        assert lines_about_refusals(caplog)[1] == (4, 5)
+        assert port.listener.refused == 5
+
+
+def lines_about_refusals(caplog):
+    """What each said: how many since the line before, how many since the start."""
+    found = (re.search(r"; (\d+) more .* (\d+) since", line) for line in caplog.messages)
+    return [(int(match[1]), int(match[2])) for match in found if match]
+
+
+def test_many_that_come_at_once_are_all_welcomed():
+    count = 3 * listener.ACCEPTS_A_TURN
+    with Port(limit=count) as port:
+        for _ in range(count):
+            port.visit()
+        wait_until(lambda: len(port.welcomed) == count)
+
+
+def test_stop_closes_what_is_parked_and_the_port(port):
+    visitor, connection = port.meet()
+    port.listener.stop()
+    assert connection.was_closed.is_set()
+    assert visitor.recv(1) == b""
+    with pytest.raises(ConnectionRefusedError):
+        port.visit()
+
+
+def test_who_is_parked_after_the_end_is_closed(port):
+    visitor, connection = port.meet()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    connection.duplex.receive()
+    port.listener.stop()
+    assert not connection.was_closed.is_set()
+    port.listener.park(connection, TIMEOUT)
+    assert connection.was_closed.is_set()
+
+
+def test_one_that_never_started_can_be_stopped():
+    sockets = bind("X_PORT", LOCAL, 0)
+    Listener("test", sockets, None, None, 1, 1).stop()
+    assert sockets[0].fileno() == -1

@@ -1,0 +1,728 @@
+"""Doors to hostnames in tcp mode: plain bytes, silence, CONNECT, ports of their own, PostgreSQL's
+way into TLS; and what must not get in by any of them."""
+
+import contextlib
+import errno
+import logging
+import socket
+import struct
+import threading
+
+import pytest
+from support import (
+    APP,
+    CUT,
+    GATEWAY_HOST,
+    MIB,
+    RAW,
+    SECRET,
+    TIMEOUT,
+    TUNNEL_HOST,
+    Wire,
+    agent_here,
+    answer,
+    fields_of,
+    gateway_here,
+    go_agent,
+    reserved_port,
+    status_of,
+    tls_context,
+    wait_until,
+)
+from raw_peer import spawn
+
+from gotunnel import PORTS, Duplex, MessageReader, Register, Session, encode_message
+from gotunnel_agent.agent import make_token
+from gotunnel_server import gateway as gateway_module
+from gotunnel_server.visitors.sniff import (
+    GSS_REQUEST,
+    HTTP,
+    OTHER,
+    SSH,
+    SSL_REQUEST,
+    TLS,
+    Knock,
+    knock,
+)
+from gotunnel_server.net.listener import PortError
+from gotunnel_server.agents.ports import PortRefused, Ports
+from gotunnel_server.routes import Route
+
+SECOND = "other.localhost"
+SSL_ASKED = struct.pack("!II", 8, 80877103)
+GSS_ASKED = struct.pack("!II", 8, 80877104)
+
+# The first bytes ---------------------------------------------------------------------------------
+
+KNOCKS = [
+    (b"\x16\x03\x01\x02\x00\x01", Knock(TLS)),
+    (b"\x16GET", Knock(TLS)),
+    (b"SSH-2.0-OpenSSH_9.2p1\r\n", Knock(SSH)),
+    (b"SSH-", Knock(SSH)),
+    (b"GET / HTTP/1.1\r\n", Knock(HTTP)),
+    (b"SEARCH /", Knock(HTTP)),
+    (b"CONNECT a:1 HTTP/1.1", Knock(HTTP)),
+    (b"VERSION-CONTROL / HTTP/1.1", Knock(HTTP)),
+    (SSL_ASKED, Knock(SSL_REQUEST, 8)),
+    (SSL_ASKED + b"\x16\x03", Knock(SSL_REQUEST, 8)),
+    (GSS_ASKED, Knock(GSS_REQUEST, 8)),
+    (struct.pack("!II", 8, 196608), Knock(OTHER)),
+    (struct.pack("!II", 84, 196608), Knock(OTHER)),
+    (b"\x80\x2e\x01\x00\x02", Knock(OTHER)),  # SSLv2
+    (b"ssh-2.0", Knock(OTHER)),
+    (b"PING\r\n", Knock(OTHER)),
+    (b"get / HTTP/1.1\r\n", Knock(OTHER)),
+    (b"*1\r\n$4\r\nPING\r\n", Knock(OTHER)),
+    (b"\r\n", Knock(OTHER)),
+    (b"A" * 24, Knock(OTHER)),
+    (b"A" * 25 + b" ", Knock(OTHER)),
+]
+
+
+@pytest.mark.parametrize(("data", "expected"), KNOCKS, ids=lambda value: repr(value)[:24])
+def test_first_bytes_say_the_same_however_they_are_cut(data, expected):
+    verdicts = [knock(data[:end]) for end in range(len(data) + 1)]
+    assert verdicts[-1] == expected
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    assert decided == [expected] * len(decided)
+
+
+@pytest.mark.parametrize("data", [b"", b"S", b"SSH", b"G", b"GET", b"\0", SSL_ASKED[:7], b"A" * 23])
+def test_too_few_bytes_decide_nothing(data):
+    assert knock(data) is None
+
+
+# Ports, by themselves ----------------------------------------------------------------------------
+
+
+class Door:
+    def __init__(self):
+        self.stopped = False
+
+    def stop(self):
+        self.stopped = True
+
+
+class Doors(dict):
+    """Opens ports that are none; ``busy`` ones belong to another program."""
+
+    def __init__(self, busy=()):
+        self.busy = busy
+
+    def __call__(self, port, route):
+        if port in self.busy:
+            raise PortError(f"TCP_PORTS {port}: in use")
+        self[port] = Door()
+        return self[port]
+
+
+def route(hostname, tunnel="tunnel"):
+    return Route(hostname, "tcp", tunnel)
+
+
+ALLOWED = (range(2200, 2203), range(5432, 5433))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ("80", "port 80 is none that agents may have (TCP_PORTS: 2200-2202, 5432)"),
+        ("2201", "port 2201 is taken"),
+        ("2202", "the gateway cannot open it: TCP_PORTS 2202: in use"),
+        ("0", "port '0' came, expected 1 to 65535 or auto"),
+        ("65536", "port '65536' came"),
+        ("ssh", "port 'ssh' came"),
+        ("", "port '' came"),
+        ("\u0662\u0662", "port '\u0662\u0662' came"),
+        ("9" * 5000, "port '99999999999999999999' came"),
+    ],
+)
+def test_port_that_cannot_be_had_is_refused_by_a_sentence(wanted, sentence):
+    ports = Ports(ALLOWED, Doors(busy={2202}))
+    ports.open("2201", route(RAW))
+    with pytest.raises(PortRefused) as caught:
+        ports.open(wanted, route(SECOND))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_gateway_without_ports_says_so():
+    with pytest.raises(PortRefused, match="this gateway gives agents no ports"):
+        Ports((), Doors()).open("auto", route(RAW))
+
+
+def test_any_port_is_one_that_is_free_until_there_is_none():
+    ports = Ports(ALLOWED, Doors(busy={2200}))
+    assert [ports.open("auto", route(f"{n}.example.com")) for n in range(3)] == [2201, 2202, 5432]
+    with pytest.raises(PortRefused, match="cannot open it"):
+        ports.open("auto", route(RAW))
+    full = Ports((range(1, 2),), Doors())
+    full.open("1", route(RAW))
+    with pytest.raises(PortRefused, match=r"all ports are taken \(TCP_PORTS: 1\)"):
+        full.open("auto", route(SECOND))
+
+
+def test_hostname_gets_the_port_of_last_time_again():
+    ports = Ports(ALLOWED, Doors())
+    assert ports.open("auto", route(RAW, "one")) == 2200
+    assert ports.open("auto", route(SECOND, "two")) == 2201
+    for tunnel in ("one", "two"):
+        ports.release(tunnel)
+    assert ports.open("auto", route("third.example.com")) == 2202
+    assert ports.open("auto", route(SECOND)) == 2201
+    assert ports.open("auto", route(RAW)) == 2200
+
+
+def test_port_that_its_credential_does_not_permit_is_not_opened():
+    def why_not(port):
+        return None if port == 5432 else f"not port {port}"
+
+    doors = Doors()
+    ports = Ports(ALLOWED, doors)
+    with pytest.raises(PortRefused, match="^not port 2200$"):
+        ports.open("2200", route(RAW), why_not)
+    assert ports.open("auto", route(RAW), why_not) == 5432
+    with pytest.raises(PortRefused, match="none of the free ones is for this agent: not port 2200"):
+        ports.open("auto", route(SECOND), why_not)
+    assert list(doors) == [5432]
+
+
+def test_ports_of_a_tunnel_end_with_it_and_no_others():
+    doors = Doors()
+    ports = Ports(ALLOWED, doors)
+    ports.open("2200", route(RAW, "one"))
+    ports.open("2201", route(SECOND, "two"))
+    ports.release("one")
+    assert (doors[2200].stopped, doors[2201].stopped) == (True, False)
+    ports.open("2200", route(RAW, "three"))
+    ports.close()
+    assert doors[2200].stopped and doors[2201].stopped
+    with pytest.raises(PortRefused, match="the gateway stops"):
+        ports.open("2202", route(RAW))
+
+
+# Plain bytes -------------------------------------------------------------------------------------
+
+
+def dial(port) -> Wire:
+    return Wire(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+
+
+def tunnel(hostname, target_port, mode="tcp", **keys):
+    return {"hostname": hostname, "target": f"127.0.0.1:{target_port}", "mode": mode, **keys}
+
+
+def field(head, name):
+    """The value of a field, None if there is none."""
+    values = [line.partition(": ")[2] for line in fields_of(head) if line.startswith(f"{name}: ")]
+    return values[0] if values else None
+
+
+@contextlib.contextmanager
+def house(cache, tmp_path, *tunnels, **changes):
+    """A gateway and its agent, which serves ``tunnels``."""
+    with gateway_here(cache, **changes) as gateway:
+        with agent_here(gateway, tmp_path, ready=False, tunnels=list(tunnels)):
+            gateway.wait_for_routes(*(each["hostname"] for each in tunnels))
+            yield gateway
+
+
+def expect_closed(wire):
+    """The end comes, and no byte before it."""
+    with contextlib.suppress(ConnectionResetError):
+        assert wire.read_to_end() == b""
+
+
+def test_ssh_finds_the_only_tcp_hostname(cache, tmp_path, origin):
+    tunnels = tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")
+    with house(cache, tmp_path, *tunnels) as gateway, dial(gateway.public_port) as visitor:
+        for byte in b"SSH-2.0-x\r\n":
+            visitor.send(bytes([byte]))
+        with origin.accept() as target:
+            assert target.read_exactly(11) == b"SSH-2.0-x\r\n"
+            target.send(b"SSH-2.0-y\r\n")
+            assert visitor.read_exactly(11) == b"SSH-2.0-y\r\n"
+
+
+@pytest.mark.parametrize("first", [b"SSH-2.0-x\r\n", b"\0\0\0\x54\0\3\0\0user"])
+def test_plain_bytes_without_a_clear_goal_are_dropped(cache, tmp_path, origin, first):
+    tunnels = [tunnel(RAW, origin.port), tunnel(SECOND, origin.port)]
+    with house(cache, tmp_path, *tunnels) as gateway, dial(gateway.public_port) as visitor:
+        visitor.send(first)
+        expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+def test_only_ssh_finds_a_hostname_that_the_operator_has_not_named(cache, tmp_path, origin, caplog):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        for _ in range(3):
+            with dial(gateway.public_port) as visitor:
+                visitor.send(b"\0\0\0\x54\0\3\0\0user")
+                expect_closed(visitor)
+        assert origin.was_left_alone()
+    lines = [r for r in caplog.records if "speaks no TLS" in r.message and r.levelno > logging.INFO]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("first", [b"SSH-2.0-x\r\n", b"PING\r\n", b"\0\0\0\x54\0\3\0\0user"])
+def test_raw_host_gets_whatever_is_not_tls_or_http(cache, tmp_path, origin, first):
+    tunnels = [tunnel(RAW, origin.port), tunnel(SECOND, 9)]
+    with house(cache, tmp_path, *tunnels, RAW_TCP_HOST=RAW) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(first)
+            with origin.accept() as target:
+                assert target.read_exactly(len(first)) == first
+
+
+def test_server_that_speaks_first_greets_a_silent_visitor(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port), RAW_TCP_HOST=RAW) as gateway:
+        with dial(gateway.public_port) as visitor, origin.accept() as target:
+            target.send(b"220 hello\r\n")
+            assert visitor.read_exactly(11) == b"220 hello\r\n"
+
+
+def test_silent_visitor_without_a_raw_host_is_dropped_in_time(cache, tmp_path, origin):
+    changes = {"HEADER_TIMEOUT": "0.5"}
+    with house(cache, tmp_path, tunnel(RAW, origin.port), **changes) as gateway:
+        with dial(gateway.public_port) as visitor:
+            expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+def test_silent_visitor_is_dropped_in_time_if_the_raw_host_is_away(cache, tmp_path, origin):
+    changes = {"HEADER_TIMEOUT": "0.5", "RAW_TCP_HOST": SECOND}
+    with house(cache, tmp_path, tunnel(RAW, origin.port), **changes) as gateway:
+        with dial(gateway.public_port) as visitor:
+            expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+def test_raw_host_in_http_mode_gets_no_raw_visit(cache, tmp_path, origin):
+    tunnels = tunnel(APP, origin.port, "http")
+    with house(cache, tmp_path, tunnels, RAW_TCP_HOST=APP) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(b"SSH-2.0-x\r\n")
+            expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+def test_tls_is_served_beside_a_raw_host_also_when_its_hello_comes_in_pieces(
+    cache, tmp_path, origin
+):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    tunnels = [tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")]
+    with house(cache, tmp_path, *tunnels, RAW_TCP_HOST=RAW) as gateway:
+        assert gateway.get(APP) == (200, b"page")
+
+
+def test_first_line_without_an_end_is_cut_off(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        for first in (b"GET /", b"a", b"\0"):
+            with dial(gateway.public_port) as visitor:
+                with contextlib.suppress(OSError):
+                    visitor.send(first + b"x" * 10 * MIB)
+                with contextlib.suppress(ConnectionResetError):
+                    assert len(visitor.read_to_end()) < MIB
+        assert origin.was_left_alone()
+
+
+@pytest.mark.parametrize(
+    ("method", "host", "path", "status", "location"),
+    [
+        ("GET", APP, "/a?b=c", 301, f"https://{APP}/a?b=c"),
+        ("HEAD", APP, "/", 301, f"https://{APP}/"),
+        ("POST", APP, "/", 308, f"https://{APP}/"),
+        ("GET", f"{APP}:8080", "/", 301, f"https://{APP}:8080/"),
+        ("GET", f"{APP}:443", "/", 301, f"https://{APP}/"),
+        ("GET", APP, f"http://{APP}/x", 301, f"https://{APP}/x"),
+        ("GET", GATEWAY_HOST, "/", 301, f"https://{GATEWAY_HOST}/"),
+        ("GET", "elsewhere.example", "/", 502, None),
+        ("GET", RAW, "/", 421, None),
+        ("CONNECT", f"{RAW}:22", f"{RAW}:22", 403, None),
+    ],
+)
+def test_http_without_tls_is_sent_to_https(
+    cache, tmp_path, origin, method, host, path, status, location
+):
+    tunnels = [tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")]
+    with house(cache, tmp_path, *tunnels, RAW_TCP_HOST=RAW) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            head = visitor.read_head()
+            assert status_of(head) == status
+            assert field(head, "location") == location
+        assert origin.was_left_alone()
+
+
+@pytest.mark.parametrize("asked", [SSL_ASKED, GSS_ASKED], ids=["ssl", "gss"])
+def test_who_has_spoken_is_not_silent(cache, tmp_path, origin, asked):
+    changes = {"RAW_TCP_HOST": RAW, "HEADER_TIMEOUT": "1"}
+    with house(cache, tmp_path, tunnel(RAW, origin.port), **changes) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(asked)
+            assert visitor.read_exactly(1) in b"SN"
+            expect_closed(visitor)  # only once its time is up
+        assert origin.was_left_alone()
+
+
+def test_hello_that_came_while_we_were_late_is_not_taken_for_silence(cache, tmp_path, origin):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    with reserved_port() as raw:
+        tunnels = [tunnel(RAW, raw), tunnel(APP, origin.port, "http")]
+        with house(cache, tmp_path, *tunnels, RAW_TCP_HOST=RAW) as gateway:
+            expired, go = threading.Event(), threading.Event()
+            submit = gateway.inner._steps.submit
+
+            def late(function):
+                if function.__name__ == "expired":
+                    expired.set()
+                    submit(lambda: (go.wait(TIMEOUT), function()))
+                else:
+                    submit(function)
+
+            (public,) = [one for one in gateway.inner._listeners if one.name == "gateway"]
+            public._submit = late
+            sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
+            assert expired.wait(TIMEOUT)
+            threading.Timer(0.2, go.set).start()  # by then the hello has come
+            secure = gateway.context.wrap_socket(sock, server_hostname=APP)
+            with Wire(secure) as visitor:
+                visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
+                assert visitor.read_message()[1] == b"page"
+
+
+def test_postgresql_client_gets_one_no(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(GSS_ASKED)
+            assert visitor.read_exactly(1) == b"N"
+            visitor.send(GSS_ASKED)
+            expect_closed(visitor)
+
+
+# CONNECT -----------------------------------------------------------------------------------------
+
+
+def connect(gateway, authority, sni=GATEWAY_HOST, behind=b"") -> tuple:
+    """A visitor that has asked for ``authority``, and the head of the answer."""
+    visitor = gateway.dial(sni)
+    head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode()
+    visitor.send(head + behind)
+    return visitor, visitor.read_head()
+
+
+def test_connect_leads_to_a_tcp_hostname(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        for port in (origin.port, gateway.public_port):
+            visitor, head = connect(gateway, f"{RAW}:{port}", behind=b"at once")
+            with visitor, origin.accept() as target:
+                assert status_of(head) == 200
+                assert b"content-length" not in head.lower()
+                assert target.read_exactly(7) == b"at once"
+                visitor.finish()
+                assert target.read_to_end() == b""
+                target.send(b"and the answer")
+                target.close()
+                assert visitor.read_to_end() == b"and the answer"
+
+
+@pytest.mark.parametrize(
+    ("authority", "status", "code"),
+    [
+        (f"{RAW}:1", 403, "wrong-port"),
+        (f"{APP}:443", 403, "not-tcp"),
+        ("elsewhere.example:22", 502, "no-tunnel"),
+        (f"{GATEWAY_HOST}:443", 502, "no-tunnel"),
+        ("127.0.0.1:22", 502, "no-tunnel"),
+        ("[::1]:22", 502, "no-tunnel"),
+        (f"{RAW}:0", 403, "wrong-port"),
+        (f"{RAW}:{'9' * 5000}", 400, "malformed-request"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_connect_leads_nowhere_else(cache, tmp_path, origin, authority, status, code):
+    tunnels = [tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")]
+    with house(cache, tmp_path, *tunnels) as gateway:
+        visitor, head = connect(gateway, authority)
+        with visitor:
+            assert (status_of(head), field(head, "x-gotunnel-error")) == (status, code)
+        assert origin.was_left_alone()
+
+
+def test_connect_with_a_body_is_refused(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        for field_line in ("Content-Length: 5", "Transfer-Encoding: chunked"):
+            with gateway.dial(GATEWAY_HOST) as visitor:
+                authority = f"{RAW}:{origin.port}"
+                head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n{field_line}\r\n\r\n"
+                visitor.send(head.encode())
+                assert status_of(visitor.read_head()) == 400
+        assert origin.was_left_alone()
+
+
+def test_connect_on_another_hostnames_connection_is_misdirected(cache, tmp_path, origin):
+    tunnels = [tunnel(RAW, origin.port), tunnel(APP, origin.port, "http")]
+    with house(cache, tmp_path, *tunnels) as gateway:
+        visitor, head = connect(gateway, f"{RAW}:{origin.port}", sni=APP)
+        with visitor:
+            assert status_of(head) == 421
+
+
+# Ports of their own ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free_port():
+    with reserved_port() as port:
+        pass
+    return port
+
+
+def test_port_of_its_own_leads_to_its_tunnel_and_ends_with_it(
+    cache, tmp_path, origin, free_port, caplog
+):
+    caplog.set_level(logging.INFO)
+    changes = {"TCP_PORTS": str(free_port)}
+    with gateway_here(cache, **changes) as gateway:
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port)), tunnel(SECOND, 9)]
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(RAW, SECOND)
+            with dial(free_port) as visitor, origin.accept() as target:
+                target.send(b"I speak first")
+                assert visitor.read_exactly(13) == b"I speak first"
+                visitor.send(b"GET / HTTP/1.1\r\n\r\n")
+                assert target.read_exactly(18) == b"GET / HTTP/1.1\r\n\r\n"
+                visitor.finish()
+                assert target.read_to_end() == b""
+                sender = spawn(lambda: (target.send(b"x" * 10 * MIB), target.finish()))
+                assert visitor.read_to_end() == b"x" * 10 * MIB
+                sender.result(TIMEOUT)
+            assert f"{RAW}: on port {free_port} of the gateway" in caplog.text
+        with pytest.raises(ConnectionRefusedError):
+            wait_until(lambda: dial(free_port).close())
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):  # it is free again
+            gateway.wait_for_routes(RAW)
+            with dial(free_port) as visitor, origin.accept():
+                pass
+
+
+def test_port_that_is_not_given_leaves_its_tunnel_unserved_and_the_others_alone(
+    cache, tmp_path, origin, free_port, caplog
+):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    tunnels = [tunnel(RAW, origin.port, port=str(free_port)), tunnel(APP, origin.port, "http")]
+    with house(cache, tmp_path, *tunnels, TCP_PORTS="1-2") as gateway:
+        wait_until(lambda: f"{RAW}: not served: port {free_port} is none that" in caplog.text)
+        with gateway.dial(RAW) as visitor, pytest.raises(CUT):
+            visitor.read_to_end()
+        assert gateway.get(APP) == (200, b"page")
+
+
+def test_port_that_fails_to_open_costs_no_hostname(
+    cache, tmp_path, origin, free_port, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway_module.Listener, "__init__", fail)
+            with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+                gateway.wait_for_routes(RAW)
+        wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(RAW)
+            with dial(free_port), origin.accept():
+                pass
+
+
+def test_defect_while_a_port_opens_costs_no_hostname(
+    cache, tmp_path, origin, free_port, monkeypatch, caplog
+):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        monkeypatch.setattr(gateway.inner._ports, "open", fail)
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            wait_until(lambda: "a defect" in caplog.text)
+            wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)
+
+
+def test_agent_that_comes_again_finds_its_port_free(cache, tmp_path, origin, free_port, caplog):
+    """The hostname is never free while its port is not."""
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        release, taken = gateway.inner._ports.release, []
+
+        def look_then_release(owner):
+            taken.append(gateway.inner._registry.lookup(RAW) is not None or not owner.routes)
+            release(owner)
+
+        gateway.inner._ports.release = look_then_release
+        tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(RAW)
+        wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)
+    assert taken and all(taken)
+
+
+def test_hostname_gets_one_port_however_often_it_is_asked_for(cache, free_port):
+    spellings = [RAW, RAW.upper(), f"{RAW}.", "other.localhost", *(f"x{n}" for n in range(1000))]
+    with gateway_here(cache, TCP_PORTS="1-65535") as gateway:
+        message = Register(
+            make_token(SECRET, "", 60), {RAW: "127.0.0.1:9"}, {RAW: "tcp"},
+            features=(PORTS,), ports=dict.fromkeys(spellings, "auto") | {RAW: str(free_port)},
+        )  # fmt: skip
+        with hand_made(gateway, message) as ack:
+            assert (ack.ports, ack.refused) == ({RAW: str(free_port)}, {})
+
+
+@contextlib.contextmanager
+def hand_made(gateway, message):
+    """A registration that our agent would not send, and the gateway's answer."""
+    duplex = Duplex(socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT))
+    duplex.start_tls(gateway.context, server_side=False, server_hostname=TUNNEL_HOST)
+    duplex.handshake_within(TIMEOUT)
+    session = Session(duplex, client=True, name="hand-made")
+    session.start()
+    try:
+        control, reader, messages = session.open(encode_message(message)), MessageReader(), []
+        while not messages:
+            messages = reader.feed(control.read(timeout=TIMEOUT))
+        yield messages[0]
+    finally:
+        session.close()
+        session.join()
+
+
+def test_header_of_a_stranger_in_pieces_never_comes_whole(cache, tmp_path, origin, free_port):
+    tunnels = tunnel(RAW, origin.port, port=str(free_port))
+    with house(cache, tmp_path, tunnels, TCP_PORTS=str(free_port)):
+        with dial(free_port) as visitor, origin.accept() as target:
+            visitor.send(b"PRO")
+            assert target.read_exactly(3) == b"PRO"
+            with contextlib.suppress(OSError):
+                visitor.send(b"XY TCP4 192.0.2.1 198.51.100.7 1 2\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert target.read_to_end() == b""
+
+
+def test_gateway_counts_visits_whose_target_is_down(cache, tmp_path, free_port):
+    with reserved_port() as down:
+        tunnels = [tunnel(RAW, down, port=str(free_port))]
+        with house(cache, tmp_path, *tunnels, TCP_PORTS=str(free_port)) as gateway:
+            for visitor in (dial(free_port), gateway.dial(RAW)):
+                with visitor, pytest.raises(CUT):
+                    visitor.send(b"x")
+                    visitor.read_to_end()
+            (registered,) = gateway.inner.tunnels.registered()
+            wait_until(lambda: registered.failed[RAW] == 2)
+
+
+def test_go_agent_is_reached_by_the_doors_that_need_nothing_of_it(
+    gopeer, cache, tmp_path, origin
+):
+    with gateway_here(cache, RAW_TCP_HOST=RAW) as gateway:
+        with go_agent(gopeer, gateway, tcp={RAW: origin.port}):
+            gateway.wait_for_routes(RAW)
+            with dial(gateway.public_port) as visitor, origin.accept() as target:
+                target.send(b"hello")
+                assert visitor.read_exactly(5) == b"hello"
+            visitor, head = connect(gateway, f"{RAW}:{origin.port}")
+            with visitor, origin.accept() as target:
+                assert status_of(head) == 200
+                target.send(b"hello")
+                assert visitor.read_exactly(5) == b"hello"
+
+
+# PostgreSQL --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [(), (GSS_ASKED,)], ids=["ssl", "gss, then ssl"])
+def test_postgresql_client_is_led_into_tls(cache, tmp_path, origin, before):
+    with house(cache, tmp_path, tunnel(RAW, origin.port)) as gateway:
+        sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
+        plain = Wire(sock)
+        for request in before:
+            plain.send(request)
+            assert plain.read_exactly(1) == b"N"
+        for byte in SSL_ASKED:
+            plain.send(bytes([byte]))
+        assert plain.read_exactly(1) == b"S"
+        secure = tls_context(gateway.ca_file).wrap_socket(sock, server_hostname=RAW)
+        with Wire(secure) as visitor, origin.accept() as target:
+            visitor.send(b"startup")
+            assert target.read_exactly(7) == b"startup"
+
+
+@pytest.mark.parametrize("behind", [b"\x16\x03\x01", b"Q"], ids=["tls", "a query"])
+def test_what_is_smuggled_in_before_tls_is_not_taken(cache, tmp_path, origin, behind):
+    with house(cache, tmp_path, tunnel(RAW, origin.port), RAW_TCP_HOST=RAW) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(SSL_ASKED + behind)
+            expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+@pytest.mark.parametrize("then", [b"\0\0\0\x08\0\3\0\0", b"GET / HTTP/1.1\r\n\r\n", SSL_ASKED])
+def test_who_has_asked_for_tls_must_speak_it(cache, tmp_path, origin, then):
+    with house(cache, tmp_path, tunnel(RAW, origin.port), RAW_TCP_HOST=RAW) as gateway:
+        with dial(gateway.public_port) as visitor:
+            visitor.send(SSL_ASKED)
+            assert visitor.read_exactly(1) == b"S"
+            visitor.send(then)
+            expect_closed(visitor)
+        assert origin.was_left_alone()
+
+
+# Time --------------------------------------------------------------------------------------------
+
+
+def test_idle_visit_ends_if_the_tunnel_says_so(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        with gateway.dial(RAW) as visitor, origin.accept() as target:
+            visitor.send(b"x")
+            assert target.read_exactly(1) == b"x"
+            with pytest.raises(CUT):
+                visitor.read_to_end()
+            with contextlib.suppress(ConnectionResetError):
+                assert target.read_to_end() == b""
+
+
+def test_idle_visit_ends_also_if_its_target_has_half_closed(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        with gateway.dial(RAW) as visitor, origin.accept() as target:
+            target.finish()
+            assert visitor.read_to_end() == b""
+            visitor.send(b"x")
+            assert target.read_exactly(1) == b"x"
+            with contextlib.suppress(ConnectionResetError):
+                assert target.read_to_end() == b""
+
+
+def test_visit_that_is_slow_is_not_idle(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+        sock.settimeout(TIMEOUT)
+        sock.connect(("127.0.0.1", gateway.public_port))
+        secure = gateway.context.wrap_socket(sock, server_hostname=RAW)
+        with Wire(secure) as visitor, origin.accept() as target:
+            sender = spawn(lambda: (target.send(b"x" * 12 * MIB), target.finish()))
+            for _ in range(10):
+                visitor.read_exactly(1000)
+                threading.Event().wait(0.25)  # twice the timeout, in all
+            assert len(visitor.read_to_end()) == 12 * MIB - 10_000
+            sender.result(TIMEOUT)
+
+
+def test_visit_in_which_bytes_pass_one_way_only_is_not_idle(cache, tmp_path, origin):
+    with house(cache, tmp_path, tunnel(RAW, origin.port, idle_timeout="1")) as gateway:
+        with gateway.dial(RAW) as visitor, origin.accept() as target:
+            for _ in range(8):
+                target.send(b"x")
+                assert visitor.read_exactly(1) == b"x"
+                threading.Event().wait(0.25)  # twice the timeout, in all
+            visitor.send(b"y")
+            assert target.read_exactly(1) == b"y"

@@ -1,0 +1,525 @@
+"""Duplex over a socket pair, TCP and TLS, in both directions: two threads, ends, resets."""
+
+import contextlib
+import hashlib
+import random
+import select
+import socket
+import ssl
+import threading
+
+import pytest
+
+import gotunnel
+from gotunnel import Deadline, Duplex, pump, relay
+from support import wait_until
+from raw_peer import (  # noqa: F401 (fixtures)
+    PATIENCE,
+    duplex_pair,
+    duplexes,
+    leaves_nothing,
+    read_all,
+    spawn,
+    start_tls,
+    tcp_pair,
+    tls_contexts,
+)
+
+MIB = 1024 * 1024
+SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once
+
+
+def write_on(duplex):
+    """Write until it fails; a single write might still fit when the kernel has moved things."""
+    while True:
+        duplex.write(b"x")
+
+
+def fill(duplex):
+    """Send until the kernel takes no more; returns how many bytes were handed over."""
+    total = 0
+    while duplex.send(bytes(64 * 1024)):
+        total += 64 * 1024
+    return total + 64 * 1024
+
+
+# Bytes -------------------------------------------------------------------------------------------
+
+
+def test_bytes_arrive(duplexes):
+    left, right = duplexes
+    left.write(b"there")
+    assert right.read(timeout=PATIENCE) == b"there"
+    right.write(b"and back")
+    assert left.read(timeout=PATIENCE) == b"and back"
+
+
+def test_nothing_there_is_none_and_not_the_end(duplexes):
+    left, _ = duplexes
+    assert left.receive() is None
+    assert not left.pending
+    with pytest.raises(TimeoutError, match="the peer sent nothing in time"):
+        left.read(timeout=0.01)
+
+
+def test_a_read_gives_no_more_than_asked_and_keeps_the_rest(duplexes):
+    left, right = duplexes
+    left.write(b"0123456789")
+    assert right.read(4, PATIENCE) == b"0123"
+    assert right.read(4, PATIENCE) == b"4567"
+    assert right.read(4, PATIENCE) == b"89"
+
+
+def test_a_buffer_is_filled_as_far_as_it_goes_and_the_rest_is_kept(duplexes):
+    left, right = duplexes
+    buffer = memoryview(bytearray(b"......"))
+    assert right.receive_into(buffer) is None
+    left.write(b"0123456789")
+    right.wait_readable(PATIENCE)
+    assert right.receive_into(buffer[:4]) == 4
+    right.unread(b"one ")
+    assert right.receive_into(buffer[:2]) == 2
+    assert right.receive_into(buffer[2:]) == 2
+    assert bytes(buffer) == b"one .."
+    assert right.receive_into(buffer) == 6
+    assert bytes(buffer) == b"456789"
+    left.finish(PATIENCE)
+    right.wait_readable(PATIENCE)
+    assert right.receive_into(buffer) == 0
+    assert right.receive_into(buffer) == 0
+
+
+def test_what_is_received_does_not_change_when_more_is(duplexes):
+    left, right = duplexes
+    left.write(b"first")
+    first = right.read(timeout=PATIENCE)
+    left.write(b"other")
+    assert right.read(timeout=PATIENCE) == b"other"
+    assert first == b"first"
+
+
+def test_pending_tells_what_the_socket_does_not():
+    with duplex_pair("tls") as (left, right):
+        left.write(b"0123456789")
+        assert right.read(4, PATIENCE) == b"0123"
+        assert right.pending
+        assert right.receive() == b"456789"
+        assert not right.pending
+
+
+def test_bytes_given_back_come_first(duplexes):
+    left, right = duplexes
+    left.write(b"later")
+    right.unread(b"two")
+    right.unread(b"one ")
+    assert right.pending
+    assert right.receive(5) == b"one t"
+    assert right.receive() == b"wo"
+    assert right.read(timeout=PATIENCE) == b"later"
+    assert not right.pending
+
+
+def test_two_threads_send_while_two_receive(duplexes):
+    left, right = duplexes
+
+    def send(duplex):
+        rng = random.Random(4)
+        at = 0
+        while at < len(SOME):
+            size = rng.choice((1, 100, 16 * 1024, 100_000))
+            duplex.write(SOME[at : at + size], PATIENCE)
+            at += size
+        duplex.finish(PATIENCE)
+
+    calls = [spawn(send, left), spawn(send, right), spawn(read_all, left), spawn(read_all, right)]
+    results = [call.result(PATIENCE) for call in calls]
+    assert [hashlib.sha256(data).digest() for data in results[2:]] == [
+        hashlib.sha256(SOME).digest()
+    ] * 2
+
+
+def test_what_the_kernel_does_not_take_waits_in_order(duplexes):
+    left, right = duplexes
+    total = fill(left)
+    assert not left.send(b"tail")
+    assert not left.flush()
+    received = b""
+    while len(received) < total + 4:
+        received += right.read(timeout=PATIENCE)
+        left.flush()
+    assert received == bytes(total) + b"tail"
+    assert left.flush()
+
+
+def test_write_times_out_when_the_peer_does_not_read(duplexes):
+    left, right = duplexes
+    fill(left)
+    with pytest.raises(TimeoutError, match="the peer has stopped reading"):
+        left.write(b"x", timeout=0.01)
+
+
+def test_write_waits_as_long_as_the_peer_reads(duplexes):
+    left, right = duplexes
+    writing = spawn(left.write, SOME, PATIENCE)
+    count = 0
+    while count < len(SOME):
+        count += len(right.read(4096, PATIENCE))
+    writing.result(PATIENCE)
+
+
+def test_writing_nothing_does_nothing(duplexes):
+    left, right = duplexes
+    left.write(b"")
+    left.write(b"something")
+    assert right.read(timeout=PATIENCE) == b"something"
+
+
+# Ends --------------------------------------------------------------------------------------------
+
+
+def test_half_close_lets_the_other_half_go_on(duplexes):
+    left, right = duplexes
+    left.write(b"question")
+    left.finish(PATIENCE)
+    assert read_all(right) == b"question"
+    assert right.receive() == b"" and right.pending
+    answering = spawn(right.write, SOME, PATIENCE)
+    received = b""
+    while len(received) < len(SOME):
+        received += left.read(timeout=PATIENCE)
+    answering.result(PATIENCE)
+    right.finish(PATIENCE)
+    assert received == SOME
+    assert left.read(timeout=PATIENCE) == b""
+
+
+def test_finish_waits_behind_what_was_written(duplexes):
+    left, right = duplexes
+    total = fill(left)
+    finishing = spawn(left.finish, PATIENCE)
+    assert len(read_all(right)) == total
+    finishing.result(PATIENCE)
+
+
+def test_finish_times_out_when_the_peer_does_not_read(duplexes):
+    left, right = duplexes
+    fill(left)
+    with pytest.raises(TimeoutError):
+        left.finish(timeout=0.01)
+
+
+def test_half_close_keeps_what_has_come_and_is_not_read():
+    with duplex_pair("tls") as (left, right):
+        left.write(b"0123456789")
+        assert right.read(4, PATIENCE) == b"0123"
+        right.finish(PATIENCE)
+        left.write(b"more")
+        left.finish(PATIENCE)
+        assert read_all(right) == b"456789more"
+
+
+def test_read_never_gives_more_than_asked():
+    with duplex_pair("tls") as (left, right):
+        left.write(b"0123456789")
+        assert right.read(4, PATIENCE) == b"0123"
+        right.finish(PATIENCE)
+        assert right.read(4, PATIENCE) == b"4567"
+        assert right.read(4, PATIENCE) == b"89"
+
+
+def test_close_is_an_end_for_the_peer(duplexes):
+    left, right = duplexes
+    left.write(b"last words")
+    left.close()
+    assert read_all(right) == b"last words"
+    assert left.fileno() == -1
+
+
+def test_close_says_farewell_in_tls():
+    with duplex_pair("tls") as (left, right):
+        left.close()
+        assert right.read(timeout=PATIENCE) == b""
+        assert right._tls.read(1) == b""  # without a farewell this is an SSLEOFError
+
+
+def test_a_tls_peer_that_just_hangs_up_is_at_its_end():
+    with duplex_pair("tls") as (left, right):
+        left.write(b"last words")
+        left._socket.shutdown(socket.SHUT_WR)
+        assert read_all(right) == b"last words"
+        with pytest.raises(ssl.SSLEOFError):
+            right._tls.read(1)
+
+
+@pytest.mark.parametrize("transport", ["tls", "tls reversed"])
+def test_half_closed_tls_reads_on_to_an_end_without_farewell(transport):
+    with duplex_pair(transport) as (left, right):
+        right.finish(PATIENCE)
+        left.write(b"last words")
+        left._socket.shutdown(socket.SHUT_WR)
+        assert read_all(right) == b"last words"
+
+
+def test_stop_wakes_a_reader(duplexes):
+    left, right = duplexes
+    reading = spawn(left.read)
+    wait_until(lambda: left._read_wait)
+    left.stop()
+    left.stop()
+    assert reading.result(PATIENCE) == b""
+    assert read_all(right) == b""
+
+
+def test_stop_wakes_a_writer(duplexes):
+    left, right = duplexes
+    fill(left)
+    writing = spawn(write_on, left)
+    wait_until(lambda: left._writer_waits)
+    left.stop()
+    with pytest.raises(OSError):
+        writing.result(PATIENCE)
+
+
+def test_reset_wakes_a_reader_and_a_writer(duplexes):
+    left, right = duplexes
+    fill(left)
+    reading, writing = spawn(left.read), spawn(write_on, left)
+    wait_until(lambda: left._read_wait and left._writer_waits)
+    left.reset()
+    with pytest.raises(OSError):
+        writing.result(PATIENCE)
+    with contextlib.suppress(OSError):
+        assert reading.result(PATIENCE) == b""
+
+
+def test_reset_is_not_taken_for_an_end():
+    left, raw = tcp_pair()
+    with raw, contextlib.closing(Duplex(left)) as duplex:
+        duplex.write(b"half of it")
+        assert raw.recv(100) == b"half of it"
+        duplex.reset()
+        raw.setblocking(False)
+        with pytest.raises((BlockingIOError, ConnectionResetError)):  # anything but an end
+            raw.recv(100)
+        duplex.close()
+        with pytest.raises(ConnectionResetError):
+            raw.recv(100)
+
+
+def test_a_reset_of_the_peer_is_an_error():
+    left, raw = tcp_pair()
+    with contextlib.closing(Duplex(left)) as duplex:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        raw.close()
+        with pytest.raises(ConnectionResetError):
+            duplex.read(timeout=PATIENCE)
+
+
+def test_after_close_everything_is_an_oserror(duplexes):
+    left, _ = duplexes
+    left.close()
+    left.close()
+    left.stop()
+    left.reset()
+    with pytest.raises(OSError):
+        left.write(b"x")
+
+
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="this system cannot tell")
+def test_hung_up_is_seen_behind_bytes_that_nobody_reads(duplexes):
+    left, right = duplexes
+    right.write(b"unread")
+    assert not left.hung_up
+    right.stop()
+    assert left.hung_up
+    assert left.read(timeout=PATIENCE) == b"unread"
+
+
+def test_finish_twice_is_once(duplexes):
+    left, right = duplexes
+    left.finish(PATIENCE)
+    left.finish(PATIENCE)
+    assert read_all(right) == b""
+    right.write(b"still open")
+    assert left.read(timeout=PATIENCE) == b"still open"
+
+
+def test_after_reset_nothing_is_read_or_written(duplexes):
+    left, right = duplexes
+    right.write(b"unread")
+    left.reset()
+    for call in (left.receive, left.flush, lambda: left.write(b"x")):
+        with pytest.raises(ConnectionResetError, match="the connection was reset on this side"):
+            call()
+
+
+# TLS ---------------------------------------------------------------------------------------------
+
+
+def test_handshake_says_false_while_the_peer_has_to_speak():
+    with duplex_pair("tcp") as (client, server):
+        start_tls(client, server)
+        assert not server.handshake()
+        assert not client.handshake()
+        done = spawn(server.handshake_within, PATIENCE)
+        client.handshake_within(PATIENCE)
+        done.result(PATIENCE)
+
+
+def test_handshake_takes_bytes_that_were_given_back():
+    with duplex_pair("tcp") as (client, server):
+        client_context, server_context = tls_contexts()
+        client.start_tls(client_context, server_side=False, server_hostname="localhost")
+        client.handshake()
+        hello = server.read(timeout=PATIENCE)
+        server.unread(hello)
+        server.start_tls(server_context, server_side=True)
+        assert not server.handshake()
+        client.handshake_within(PATIENCE)
+        server.handshake_within(PATIENCE)
+        client.write(b"secret")
+        assert server.read(timeout=PATIENCE) == b"secret"
+
+
+def test_handshake_times_out():
+    with duplex_pair("tcp") as (client, server):
+        start_tls(client, server)
+        with pytest.raises(TimeoutError):
+            server.handshake_within(0.01)
+
+
+def test_handshake_that_fails_tells_the_peer_why():
+    with duplex_pair("tcp") as (client, server):
+        client_context, server_context = tls_contexts()
+        client.start_tls(client_context, server_side=False, server_hostname="another.example")
+        server.start_tls(server_context, server_side=True)
+        failing = spawn(server.handshake_within, PATIENCE)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            client.handshake_within(PATIENCE)
+        with pytest.raises(ssl.SSLError, match="(?i)alert"):
+            failing.result(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 50_000]
+)
+def test_handshake_with_something_else_is_an_ssl_error(garbage):
+    with duplex_pair("tcp") as (raw, server):
+        _, server_context = tls_contexts()
+        server.start_tls(server_context, server_side=True)
+        raw.write(garbage)
+        raw.finish()
+        with pytest.raises(ssl.SSLError):
+            server.handshake_within(PATIENCE)
+
+
+def test_handshake_that_the_peer_breaks_off_is_an_oserror():
+    with duplex_pair("tcp") as (raw, server):
+        _, server_context = tls_contexts()
+        server.start_tls(server_context, server_side=True)
+        raw.close()
+        with pytest.raises(OSError):
+            server.handshake_within(PATIENCE)
+
+
+def test_broken_tls_is_an_error_and_not_an_end():
+    with duplex_pair("tls") as (left, right):
+        left._socket.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(ssl.SSLError):
+            right.read(timeout=PATIENCE)
+
+
+# Deadline ----------------------------------------------------------------------------------------
+
+
+def test_a_deadline_without_timeout_never_comes():
+    assert Deadline(None).left() is None
+
+
+def test_a_deadline_counts_down(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(gotunnel, "monotonic", lambda: now)
+    deadline = Deadline(5)
+    assert deadline.left() == 5
+    now = 104.0
+    assert deadline.left() == 1
+    now = 105.0
+    with pytest.raises(TimeoutError, match="timed out"):
+        deadline.left()
+
+
+# relay -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def relayed(transport="tcp", other="tcp"):
+    """Two far ends and a relay between them: (left end, right end, the relay's future)."""
+    with duplex_pair(transport) as (left, inner_left), duplex_pair(other) as (inner_right, right):
+        done = spawn(relay, inner_left, inner_right)
+        try:
+            yield left, right, done
+        finally:
+            for end in (left, right):
+                end.stop()
+            done.result(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("tcp", "tcp"), ("tls", "tcp"), ("tls", "tls reversed")]
+)
+def test_relay_carries_both_ways_and_ends_when_both_have_ended(first, second):
+    with relayed(first, second) as (left, right, done):
+        calls = [spawn(read_all, left), spawn(read_all, right)]
+        for end in (left, right):
+            spawn(end.write, SOME, PATIENCE).result(PATIENCE)
+        left.finish(PATIENCE)
+        assert calls[1].result(PATIENCE) == SOME
+        assert not done.done()
+        right.finish(PATIENCE)
+        assert calls[0].result(PATIENCE) == SOME
+        assert done.result(PATIENCE) is None
+
+
+def test_relay_passes_half_close_on_and_waits_for_the_answer():
+    with relayed() as (left, right, done):
+        left.write(b"question")
+        left.finish()
+        assert read_all(right) == b"question"
+        right.write(b"answer")
+        right.finish()
+        assert read_all(left) == b"answer"
+        done.result(PATIENCE)
+
+
+def test_relay_resets_the_other_side_of_a_broken_one():
+    outer, raw = tcp_pair()
+    inner, target = tcp_pair()
+    with outer, target, contextlib.closing(Duplex(raw)) as left, \
+            contextlib.closing(Duplex(inner)) as right:  # fmt: skip
+        done = spawn(relay, left, right)
+        target.sendall(b"half")
+        outer.settimeout(PATIENCE)
+        assert outer.recv(100) == b"half"
+        target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        target.close()
+        done.result(PATIENCE)
+        left.close()
+        with pytest.raises(ConnectionResetError):  # a cut answer must not look complete
+            while outer.recv(100):
+                pass
+            raise AssertionError("it looked complete")
+
+
+def test_relay_is_one_more_thread_and_names_it():
+    with relayed() as (left, right, done):
+        wait_until(lambda: "test relay back" in [thread.name for thread in threading.enumerate()])
+
+
+def test_pump_stops_when_its_sink_is_gone():
+    with duplex_pair("tcp") as (left, source), duplex_pair("tcp") as (sink, right):
+        sink.stop()
+        left.write(b"for nobody")
+        spawn(pump, source, sink).result(PATIENCE)
+        for end in (source, sink):
+            with pytest.raises(ConnectionResetError, match="on this side"):
+                end.receive()

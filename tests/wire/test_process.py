@@ -1,0 +1,132 @@
+"""What the two programs need of the process that they are: threads, CPUs, room."""
+
+import io
+import logging
+import os
+import sys
+import threading
+
+import pytest
+
+import gotunnel
+from gotunnel import NoThread, Workers, print_answer, spawn, stay_on_one_cpu
+from gotunnel_server.visitors.connection import Room
+
+
+def no_more_threads(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_spawn_says_by_an_oserror_that_there_is_no_thread(monkeypatch):
+    no_more_threads(monkeypatch)
+    with pytest.raises(NoThread, match="can't start"):
+        spawn("never", print)
+
+
+def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
+    monkeypatch, caplog
+):
+    called = threading.Semaphore(0)
+    workers = Workers(2, "worker")
+    with monkeypatch.context() as shortage:
+        no_more_threads(shortage)
+        for _ in range(3):
+            workers.submit(called.release)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    workers.submit(called.release)
+    for _ in range(4):
+        assert called.acquire(timeout=10)
+    workers.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+@pytest.mark.parametrize(("cpus", "chosen"), [({0, 1}, {0}), ({3}, {3}), ({0, 1, 2}, None)])
+def test_process_stays_on_one_cpu_of_a_small_machine_only(monkeypatch, cpus, chosen):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: asked.append(chosen))
+    stay_on_one_cpu(min)
+    assert asked == ([chosen] if chosen else [])
+
+
+def test_process_may_have_as_many_descriptors_as_the_system_says():
+    assert gotunnel.descriptor_limit() > 2
+
+
+def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gotunnel, "monotonic", lambda: clock[0])
+    said = []
+    handler = logging.Handler()
+    handler.addFilter(gotunnel.LogLimit())
+    handler.emit = lambda record: said.append(record.getMessage())
+    log = logging.Logger("test")
+    log.addHandler(handler)
+
+    def complain(number):
+        log.warning("visitor %d is 100%% wrong", number)
+
+    for number in range(3 * gotunnel.LOG_LINES):
+        complain(number)
+    log.warning("another kind")
+    assert len(said) == gotunnel.LOG_LINES + 1 and said[-1] == "another kind"
+    clock[0] = gotunnel.LOG_PERIOD
+    for number in range(2):
+        complain(number)
+    assert said[-2:] == [
+        f"visitor 0 is 100% wrong ({2 * gotunnel.LOG_LINES} more like it were dropped)",
+        "visitor 1 is 100% wrong",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "memory"), [("max", 8), (str(5 << 20), 5), (str(1 << 62), 8)])
+def test_memory_is_the_machines_or_less_if_a_container_has_less(
+    monkeypatch, tmp_path, limit, memory
+):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2048, "SC_PAGE_SIZE": 4096}.get)
+    path = tmp_path / "memory.max"
+    path.write_text(limit + "\n")
+    monkeypatch.setattr(gotunnel, "CGROUP_LIMITS", (str(tmp_path / "missing"), str(path)))
+    assert gotunnel.machine_memory() == memory << 20
+
+
+def test_room_is_for_so_many_of_whom_one_address_is_half():
+    room = Room(4)
+    assert [room.enter("a") for _ in range(3)] == [True, True, False]
+    assert [room.enter("b") for _ in range(3)] == [True, True, False]
+    assert not room.enter("c")
+    room.leave("a")
+    assert room.enter("c") and not room.enter("a")
+
+
+def test_room_has_no_share_for_who_stands_for_many():
+    room = Room(4, unlimited={"proxy"})
+    assert [room.enter("proxy") for _ in range(5)] == [True, True, True, True, False]
+    room.leave("proxy")
+    assert room.enter("a")
+
+
+def test_room_for_one_is_for_anybody():
+    room = Room(1)
+    assert room.enter("a") and not room.enter("b")
+    room.leave("a")
+    assert room.enter("b")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_an_answer_may_name_files_that_are_no_text(monkeypatch, encoding):
+    """Names come out of folders as they are, and terminals are strict."""
+    written = io.BytesIO()
+    output = io.TextIOWrapper(written, encoding, errors="strict", newline="\n")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert print_answer("program", lambda: print("b\udcfc.crt") or 7) == 7
+    assert written.getvalue() == b"b\\udcfc.crt\n"
+
+
+def test_an_error_of_a_file_is_not_taken_for_one_of_the_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(FileNotFoundError):
+        print_answer("program", lambda: os.stat("/no/such/file"))
