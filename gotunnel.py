@@ -41,8 +41,7 @@ Threads in the impure half:
                                                                wakes every one that waits
 
 Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519 for the token in
-``register``, RFC 1123 for hostnames, RFC 3490 and 5891 for those of other
-scripts. Where we differ from the specification, the text says "we".
+``register``. Where we differ from the specification, the text says "we".
 """
 
 import collections
@@ -51,7 +50,6 @@ import ipaddress
 import json
 import re
 import struct
-import unicodedata
 from typing import NamedTuple
 
 __version__ = "0.1.0"
@@ -77,14 +75,6 @@ class StreamReset(ConnectionError):
     def __init__(self, text="the peer reset the stream", code=0):
         super().__init__(text)
         self.code = code
-
-
-class TokenInvalid(Exception):
-    """A token does not prove what its bearer says; the text, which that one may read, says why."""
-
-
-class Refused(Exception):
-    """The gateway said no to a registration, in the words of the exception."""
 
 
 # Frames (yamux spec, "Framing") ------------------------------------------------------------------
@@ -1047,84 +1037,11 @@ class MessageReader:
         return None
 
 
-# Hostnames and the data header -------------------------------------------------------------------
+# The data header ---------------------------------------------------------------------------------
 
 DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
 DATA_HEADER_PLAIN = 1  # version whose text is the hostname, the only one that Go peers know
 DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of visitor and door
-MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
-MAX_PORT = 65535
-
-# A name, or an IPv6 address in brackets (without a zone, which only its own machine knows).
-_HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
-
-
-WILDCARD = "*."  # before a hostname: all that end in it
-
-# Characters that name one host by the old rules for names of other scripts (RFC 3490), and another
-# by those that browsers follow (RFC 5891): who means them has to write the xn-- form.
-_AMBIGUOUS = frozenset("\u00df\u1e9e\u03c2\u200c\u200d")
-
-
-def normal_hostname(name: str) -> str:
-    """A hostname as it is compared: lower case, without a trailing dot, and other scripts in
-    their xn-- form, so that look-alikes (full width letters) are one. A name that has no such form
-    stays as it is, and is not valid."""
-    if not name.isascii() and len(name) <= MAX_HOSTNAME and not _AMBIGUOUS & set(name):
-        with contextlib.suppress(UnicodeError):
-            name = name.encode("idna").decode()
-    return name.lower() if name.endswith("..") else name.lower().removesuffix(".")
-
-
-def valid_hostname(name: str) -> bool:
-    """Whether a name is made of labels of letters, digits and hyphens (RFC 1123 §2.1).
-
-    An IPv4 address is none: the last label of a name is never all digits.
-    """
-    labels = name.removesuffix(".").split(".")
-    return (
-        len(name) <= MAX_HOSTNAME
-        and all(_LABEL.fullmatch(label) for label in labels)
-        and not labels[-1].isdigit()
-        and ("xn--" not in name.lower() or all(map(_says_something, labels)))
-    )
-
-
-def _says_something(label):
-    """Whether a label that claims to be in another script is: else it would only look so."""
-    prefix, code = label[:4].lower(), label[4:].lower()
-    if prefix != "xn--":
-        return True
-    try:
-        text = code.encode().decode("punycode")
-        plain = unicodedata.normalize("NFKC", text).lower() == text and not text.isascii()
-        return plain and text.encode("punycode").decode() == code
-    except UnicodeError:
-        return False
-
-
-def valid_wildcard(name: str) -> bool:
-    """Whether a name is a wildcard such as *.dev.example.com. One label behind the star, as in
-    *.com, would be other people's hostnames."""
-    rest = name.removeprefix(WILDCARD)
-    return rest != name and "." in rest.removesuffix(".") and valid_hostname(rest)
-
-
-def valid_host(text: str) -> bool:
-    """Whether a text may be the Host of a request (RFC 9110 §7.2): a hostname or an IP address,
-    IPv6 in brackets, and perhaps a port."""
-    match = _HOST.fullmatch(text)
-    if not match or not 1 <= int(match["port"] or 1) <= MAX_PORT:
-        return False
-    name = match["name"]
-    if valid_hostname(name):
-        return True
-    try:
-        ipaddress.IPv6Address(name[1:-1]) if name[0] == "[" else ipaddress.IPv4Address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class Ends(NamedTuple):
@@ -1132,14 +1049,6 @@ class Ends(NamedTuple):
 
     visitor: tuple
     door: tuple
-
-
-def on_one_line(text: str, limit=500) -> str:
-    """A text of a peer's, for the log: what cannot be printed is escaped, what is long is cut."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text[:limit]
-    )
 
 
 def encode_data_header(hostname: str, ends: Ends | None = None) -> bytes:
@@ -1182,7 +1091,7 @@ def read_data_header(read_exactly) -> tuple:
 
 def _end(address, port):
     number = int(port)
-    if not 0 <= number <= MAX_PORT:
+    if not 0 <= number <= 0xFFFF:
         raise ValueError
     return str(ipaddress.ip_address(address)), number
 
@@ -1292,18 +1201,6 @@ NOTSENT_LOWAT = getattr(
 # an alert where half-closing clients wait for their answer. Whoever must know that a message is
 # whole has its length, and many programs just close.
 IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-
-def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:
-    """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
-    (PEM), or not at all, for trying things out. Raises OSError if the file holds none."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= IGNORE_UNEXPECTED_EOF
-    if skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -2620,14 +2517,6 @@ class LogLimit(logging.Filter):
             began, count = now, 0
         self._kinds[place] = (began, count + 1)
         return count < LOG_LINES
-
-
-def descriptor_limit() -> int:
-    """How many descriptors the process may have."""
-    if resource is None:
-        return MAX_UINT32
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_UINT32 if limit == resource.RLIM_INFINITY else limit
 
 
 def set_up_process(log_level):

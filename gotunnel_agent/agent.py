@@ -36,19 +36,18 @@ from gotunnel import (
     Ping,
     Pong,
     ProtocolError,
-    Refused,
     Register,
     Session,
     SessionClosed,
     Workers,
-    client_context,
     encode_message,
-    normal_hostname,
-    on_one_line,
     spawn,
 )
 
+from .common.hostnames import normal_hostname
+from .common.one_line import on_one_line
 from .target import Route, Targets, serve
+from .trust import client_context
 
 log = logging.getLogger("gotunnel.agent")
 
@@ -70,6 +69,10 @@ HELD = 10  # seconds after which a session counts as one that worked
 
 # A short secret is the gateway's choice, and it says so at its start.
 warnings.filterwarnings("ignore", message="The HMAC key is")
+
+
+class Refused(Exception):
+    """The gateway said no to a registration, in the words of the exception."""
 
 
 class CannotTrust(Exception):

@@ -28,21 +28,23 @@ import yaml
 from gotunnel import (
     ANY_PORT,
     HOST_HEADER,
-    MAX_PORT,
     MESSAGE_LIMIT,
     POLICIES,
     PORTS,
     VISITOR_ADDRESS,
-    WILDCARD,
     WILDCARDS,
+)
+
+from .common.hostnames import (
+    MAX_PORT,
+    WILDCARD,
     normal_hostname,
     valid_host,
     valid_hostname,
     valid_wildcard,
 )
-
-from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 from .common.proxy_protocol import VERSIONS
+from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 
 KEYS = (
     "tunnel_addr",

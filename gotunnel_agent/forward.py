@@ -42,20 +42,18 @@ from time import sleep
 from typing import NamedTuple
 
 from gotunnel import (
-    MAX_PORT,
     NO_LINGER,
     Duplex,
     NoThread,
     Signals,
-    client_context,
-    normal_hostname,
     print_answer,
     relay,
     set_up_process,
     spawn,
-    valid_host,
-    valid_hostname,
 )
+
+from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
+from .trust import client_context
 
 log = logging.getLogger("gotunnel.forward")
 

@@ -20,19 +20,10 @@ import threading
 from time import monotonic
 from typing import NamedTuple
 
-from gotunnel import (
-    Deadline,
-    Duplex,
-    NoThread,
-    ProtocolError,
-    normal_hostname,
-    pump,
-    read_data_header,
-    relay,
-    spawn,
-)
+from gotunnel import Deadline, Duplex, NoThread, ProtocolError, pump, read_data_header, relay, spawn
 
 from .common import proxy_protocol
+from .common.hostnames import normal_hostname
 
 log = logging.getLogger("gotunnel.target")
 

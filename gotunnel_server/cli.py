@@ -26,13 +26,13 @@ from gotunnel import (
 )
 
 from .admin import check, grants
+from .admin.grants import GrantError
 from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
 from .config import ConfigError, load
 from .gateway import Gateway
-from .admin.grants import GrantError
 from .net.listener import PortError
 
 PROGRAM = "gotunnel-server"

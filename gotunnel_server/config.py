@@ -29,7 +29,7 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 
-from gotunnel import normal_hostname, valid_hostname
+from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 
 from .visitors.policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
 

@@ -24,23 +24,23 @@ import logging
 import threading
 from time import monotonic
 
-from gotunnel import WILDCARD, Workers, __version__, descriptor_limit, spawn, valid_hostname
+from gotunnel import Workers, __version__, spawn
+from gotunnel_agent.common.hostnames import WILDCARD, valid_hostname
 
-from .visitors import dashboard, policy
-from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .agents.attempts import Attempts
+from .agents.credentials import Credentials
+from .agents.ports import Ports
+from .agents.tunnel import REGISTER_TIMEOUT, Tunnels
+from .certs.acme_errors import HOST, LATER, CaError
+from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
+from .certs.contexts import Certificates
+from .certs.issuer import FAILED, Issuer
 from .certs.local_ca import Authority, CertificateError
 from .certs.store import CertStore, StoreError
-from .certs.contexts import Certificates
-from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
-from .agents.credentials import Credentials
-from .visitors.forwarded import Proxies
-from .certs.issuer import FAILED, Issuer
-from .net.listener import Listener, PortError, bind
-from .agents.ports import Ports
-from .certs.acme_errors import HOST, LATER, CaError
+from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
+from .net.listener import Listener, PortError, bind, descriptor_limit
 from .routes import Registry
-from .agents.tunnel import REGISTER_TIMEOUT, Tunnels
+from .visitors import dashboard, policy
 from .visitors.connection import (
     MAX_RELAYS,
     SILENCE,
@@ -50,6 +50,7 @@ from .visitors.connection import (
     choose_redirect,
     choose_site,
 )
+from .visitors.forwarded import Proxies
 
 log = logging.getLogger("gotunnel.gateway")
 

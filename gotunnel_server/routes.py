@@ -3,7 +3,7 @@
 import threading
 from typing import NamedTuple
 
-from gotunnel import WILDCARD, normal_hostname
+from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
 
 
 class HostnameTaken(Exception):

@@ -14,8 +14,8 @@ import urllib.request
 
 from support import TIMEOUT, need, reserved_port, running, tls_context, wait_until
 
-from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
+from gotunnel_server.certs.local_ca import Authority
 
 
 class Pebble:

@@ -20,11 +20,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import running, wait_until
 
 import gotunnel
 from gotunnel import Duplex, Mux, Session, SessionClosed
 from gotunnel_server.certs.local_ca import Authority
-from support import running, wait_until
 
 MIB = 1024 * 1024
 PATIENCE = 10  # seconds until a test gives up on what takes milliseconds: a busy machine is slow

@@ -18,7 +18,7 @@ NET, VISITORS, AGENTS, CERTS, ADMIN = (
 )
 RULES = {
     "gotunnel": set(),
-    COMMON: {"gotunnel", "yaml"},
+    COMMON: {"yaml"},
     "gotunnel_agent": {"gotunnel", COMMON, "jwt", "yaml"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
@@ -46,7 +46,9 @@ TO_GO = {
 
 # Bytes in, values out: nothing that waits.
 PURE = [
+    "gotunnel_agent/common/hostnames.py",
     "gotunnel_agent/common/http1.py",
+    "gotunnel_agent/common/one_line.py",
     "gotunnel_agent/common/proxy_protocol.py",
     "gotunnel_server/agents/limits.py",
     "gotunnel_server/agents/registration.py",

@@ -39,8 +39,8 @@ from gotunnel import (
     stay_on_one_cpu,
 )
 from gotunnel_agent.agent import tls_context
-from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.certs.contexts import Certificates
+from gotunnel_server.certs.local_ca import Authority
 
 HOST = "127.0.0.1"
 TIMEOUT = 30  # seconds for any one wait: only an end that failed keeps the other one so long

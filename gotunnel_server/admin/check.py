@@ -32,13 +32,14 @@ from typing import NamedTuple
 
 from cryptography import x509
 
-from gotunnel import ACK, MAX_UINT32, PING, SYN, Header, valid_hostname
+from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
+from gotunnel_agent.common.hostnames import valid_hostname
 
 from ..agents import agents_file
-from ..net import safe_read
-from ..net.dns import is_always_here, is_own, own_addresses, resolve
-from ..certs.local_ca import RENEW_BEFORE, CertificateError, read_pair
 from ..certs.cert_dir import CertDir, names_of
+from ..certs.issuer import Issuer
+from ..certs.local_ca import RENEW_BEFORE, CertificateError, read_pair
+from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG, DAY
 from ..certs.store import (
     HASHED,
     LONGEST_STEM,
@@ -50,11 +51,11 @@ from ..certs.store import (
     ca_id,
     check,
 )
-from ..net.safe_read import MALFORMED
 from ..gateway import VISITORS_SHARE
-from ..certs.issuer import Issuer
+from ..net import safe_read
+from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
-from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG, DAY
+from ..net.safe_read import MALFORMED
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import jwt
 
-from gotunnel import WILDCARD, TokenInvalid, on_one_line
+from gotunnel_agent.common.hostnames import WILDCARD
+from gotunnel_agent.common.one_line import on_one_line
 
 from . import agents_file, scope
 from .agents_file import MAX_NAME, AgentsFileError, Entry, Limits
@@ -43,6 +44,10 @@ _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")  # RFC 
 
 # Secrets of less than 32 bytes are in use with Go gateways; at start we say so ourselves, once.
 warnings.filterwarnings("ignore", message="The HMAC key is")
+
+
+class TokenInvalid(Exception):
+    """A token does not prove what its bearer says; the text, which that one may read, says why."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ is free again as soon as that one's session ends or its agent leaves.
 
 import threading
 
-from gotunnel import ANY_PORT, MAX_PORT
+from gotunnel import ANY_PORT
+from gotunnel_agent.common.hostnames import MAX_PORT
 
 from ..net.listener import PortError
 

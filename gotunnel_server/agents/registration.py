@@ -7,15 +7,14 @@ half of what its operator wrote would look as if all was well.
 import re
 from collections.abc import Callable, Mapping
 
-from gotunnel import (
-    HOST_HEADER,
-    VISITOR_ADDRESS,
+from gotunnel import HOST_HEADER, VISITOR_ADDRESS
+from gotunnel_agent.common.hostnames import (
     normal_hostname,
-    on_one_line,
     valid_host,
     valid_hostname,
     valid_wildcard,
 )
+from gotunnel_agent.common.one_line import on_one_line
 
 from ..routes import Route
 

@@ -17,7 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from gotunnel import MAX_HOSTNAME, MAX_PORT, WILDCARD, normal_hostname, valid_hostname
+from gotunnel_agent.common.hostnames import (
+    MAX_HOSTNAME,
+    MAX_PORT,
+    WILDCARD,
+    normal_hostname,
+    valid_hostname,
+)
 
 # Patterns or ranges of one credential. Nobody writes so many by hand, and when an agent registers,
 # each of its token's is compared with each in the file: 50 ms at worst.

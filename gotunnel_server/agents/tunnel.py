@@ -41,18 +41,18 @@ from gotunnel import (
     Register,
     Session,
     SessionClosed,
-    TokenInvalid,
     encode_data_header,
     encode_message,
 )
 
-from . import limits, takeover
 from ..certs import challenges
 from ..net import client_hello
-from .stream_pool import KeptStreams
+from ..routes import HostnameTaken
+from . import limits, takeover
+from .credentials import TokenInvalid
 from .ports import PortRefused
 from .registration import NotGranted, read_routes
-from ..routes import HostnameTaken
+from .stream_pool import KeptStreams
 
 log = logging.getLogger("gotunnel.tunnel")
 

@@ -35,8 +35,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from .bounded_http import Session
-from .challenges import HTTP_01
 from ..net.safe_read import MALFORMED
 from .acme_errors import (
     ACCOUNT,
@@ -50,7 +48,9 @@ from .acme_errors import (
     problem_of,
     refusal,
 )
+from .bounded_http import Session
 from .cancel import Stop
+from .challenges import HTTP_01
 from .schedule import CLOCK_OFF, CLOCK_WRONG, Window, ask_delay
 
 log = logging.getLogger("gotunnel.acme_order")

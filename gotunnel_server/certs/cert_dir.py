@@ -40,8 +40,8 @@ from typing import NamedTuple
 from cryptography import x509
 
 from ..net import safe_read
-from .local_ca import CertificateError
 from ..net.safe_read import MALFORMED
+from .local_ca import CertificateError
 
 __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of", "normal"]
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from gotunnel import IGNORE_UNEXPECTED_EOF
 
-from .local_ca import RENEW_BEFORE, Authority, CertificateError
 from .cert_dir import CertDir, Pair, Served, load_pair, normal
+from .local_ca import RENEW_BEFORE, Authority, CertificateError
 
 __all__ = ["CertificateError", "Certificates"]
 

@@ -32,7 +32,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .store import CertStore, Stored, StoreError
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
 from .cancel import Stop
 from .schedule import (
@@ -46,6 +45,7 @@ from .schedule import (
     renew_at,
     retry_delay,
 )
+from .store import CertStore, Stored, StoreError
 
 log = logging.getLogger("gotunnel.issuer")
 

@@ -38,8 +38,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from ..net import safe_read
-from .challenges import PROOFS
 from ..net.safe_read import MALFORMED, Unfit
+from .challenges import PROOFS
 
 log = logging.getLogger("gotunnel.cert_store")
 

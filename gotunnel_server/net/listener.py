@@ -20,8 +20,10 @@ What can be parked has:
 import errno
 import logging
 import math
+import resource
 import selectors
 import socket
+import sys
 import threading
 from collections import deque
 from time import monotonic
@@ -35,6 +37,12 @@ ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get the
 REFUSALS_SILENCE = 60  # seconds between two lines in the log that say how many were turned away
 LOOK_LATER = 0.1  # seconds between looks at calls that are to be made later
 PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
+
+
+def descriptor_limit() -> int:
+    """How many descriptors the process may have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 class PortError(Exception):

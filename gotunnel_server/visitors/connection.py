@@ -21,15 +21,15 @@ from collections import Counter
 from time import monotonic
 
 from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
-
-from . import pages, proxy_protocol, sniff
-from ..certs import challenges
-from ..net import client_hello
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
+
 from ..agents.limits import AgentBusy
-from .pages import Page
+from ..certs import challenges
+from ..net import client_hello
+from . import pages, proxy_protocol, sniff
 from .exchange import Connect, Handler, VisitorGone
+from .pages import Page
 
 log = logging.getLogger("gotunnel.visitor")
 

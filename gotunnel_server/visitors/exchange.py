@@ -19,11 +19,11 @@ from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 
 from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
-
-from . import forwarded, pages
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
+
 from ..agents.limits import AgentBusy
+from . import forwarded, pages
 from .pages import Page
 
 log = logging.getLogger("gotunnel.proxy")

@@ -31,11 +31,11 @@ from support import (
 
 from gotunnel_server import cli
 from gotunnel_server.admin import check
+from gotunnel_server.admin.check import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
 from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.certs.schedule import renew_at
 from gotunnel_server.certs.store import CertStore, StoreError, ca_id
 from gotunnel_server.config import load
-from gotunnel_server.admin.check import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
-from gotunnel_server.certs.schedule import renew_at
 
 APP = "app.example.com"
 URL = "https://ca.example/dir"

@@ -14,9 +14,9 @@ from support import ROOT
 from gotunnel_agent.config import load as load_agent
 from gotunnel_server.admin import grants
 from gotunnel_server.agents.agents_file import read
+from gotunnel_server.agents.credentials import Credentials
 from gotunnel_server.cli import main
 from gotunnel_server.config import load
-from gotunnel_server.agents.credentials import Credentials
 
 SECRET = "correct-horse-battery-staple-and-more"
 OWN_SECRET = "a-secret-of-one-alone-for-these-tests"

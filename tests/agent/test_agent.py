@@ -29,14 +29,14 @@ from support import (
 
 from gotunnel import (
     CERTIFICATES,
-    REASONS,
     HALF_CLOSE,
+    PORTS,
+    REASONS,
     Ack,
     Certificate,
     Duplex,
     MessageReader,
     Ping,
-    PORTS,
     Pong,
     Register,
     Session,

@@ -11,7 +11,6 @@ import time
 import jwt
 import pytest
 
-from gotunnel import TokenInvalid
 from gotunnel_agent.agent import make_token
 from gotunnel_server.agents import agents_file
 from gotunnel_server.agents.agents_file import AgentsFileError, Limits
@@ -20,6 +19,7 @@ from gotunnel_server.agents.credentials import (
     MAX_TOKEN,
     Credentials,
     Identity,
+    TokenInvalid,
     shown_seconds,
 )
 

@@ -31,9 +31,9 @@ from support import (
 
 from gotunnel import ANY_PORT, CERTIFICATES, PORTS, REASONS, Ack, Certificate, End
 from gotunnel_agent.agent import make_token
+from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import attempts as attempts_module
 from gotunnel_server.agents import credentials
-from gotunnel_server import gateway as gateway_module
 from gotunnel_server.certs.local_ca import Authority
 
 OTHER = "other.localhost"

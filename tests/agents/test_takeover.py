@@ -13,6 +13,7 @@ import types
 
 import pytest
 from hand_made import HOUR, HandMade, answering, registered, registration, reply_to
+from raw_peer import open_files, resident
 from support import (
     APP,
     ROOT,
@@ -28,7 +29,6 @@ from support import (
     running,
     wait_until,
 )
-from raw_peer import open_files, resident
 
 from gotunnel import (
     REASONS,

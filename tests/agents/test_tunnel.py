@@ -35,12 +35,12 @@ from gotunnel import (
     HALF_CLOSE,
     INITIAL_WINDOW,
     PROTOCOL_ERROR,
+    SYN,
     Ack,
     Header,
     Ping,
     Pong,
     SessionClosed,
-    SYN,
     StreamReset,
     read_data_header,
 )

@@ -27,11 +27,11 @@ from support import TIMEOUT, reserved_port
 
 from gotunnel_server.certs import acme, bounded_http
 from gotunnel_server.certs.acme import Ca, ari_id
-from gotunnel_server.certs.store import CertStore, ca_id, check
-from gotunnel_server.certs.challenges import Challenges
 from gotunnel_server.certs.acme_errors import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
 from gotunnel_server.certs.cancel import Stop
+from gotunnel_server.certs.challenges import Challenges
 from gotunnel_server.certs.schedule import Window
+from gotunnel_server.certs.store import CertStore, ca_id, check
 
 APP = "app.example.com"
 BOTH = ["http-01", "tls-alpn-01"]

@@ -6,8 +6,8 @@ import ssl
 import pytest
 from cryptography import x509
 
-from gotunnel_server.certs.challenges import ALPN, PATH, Challenges
 from gotunnel_server.certs.acme_errors import CaError
+from gotunnel_server.certs.challenges import ALPN, PATH, Challenges
 
 HOST, OTHER = "app.example.com", "other.example.com"
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from support import wait_until
 
-from gotunnel_server.certs import local_ca
 from gotunnel_server.certs import cert_dir as cert_dir_module
-from gotunnel_server.certs.local_ca import Authority
+from gotunnel_server.certs import local_ca
 from gotunnel_server.certs.cert_dir import names_of
 from gotunnel_server.certs.contexts import CertificateError, Certificates
+from gotunnel_server.certs.local_ca import Authority
 
 TLS_VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 

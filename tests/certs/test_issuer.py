@@ -14,8 +14,6 @@ from pebble import Answers, pebble
 from support import ROOT, TIMEOUT, wait_until
 
 from gotunnel_server.certs.acme import Ca
-from gotunnel_server.certs.store import CertStore, StoreError
-from gotunnel_server.certs.issuer import FAILED, JOBS, READY, WAITING, Issuer
 from gotunnel_server.certs.acme_errors import (
     ACCOUNT,
     CONFIG,
@@ -25,6 +23,7 @@ from gotunnel_server.certs.acme_errors import (
     Abandoned,
     CaError,
 )
+from gotunnel_server.certs.issuer import FAILED, JOBS, READY, WAITING, Issuer
 from gotunnel_server.certs.schedule import (
     BACKOFF,
     HOUR,
@@ -35,6 +34,7 @@ from gotunnel_server.certs.schedule import (
     renew_at,
     retry_delay,
 )
+from gotunnel_server.certs.store import CertStore, StoreError
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"

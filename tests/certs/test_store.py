@@ -18,8 +18,8 @@ import pytest
 from fake_ca import DAY, NOW, Mint
 from support import ROOT, TIMEOUT
 
-from gotunnel_server.net import safe_read
 from gotunnel_server.certs.store import CertStore, StoreError, ca_id, check
+from gotunnel_server.net import safe_read
 
 HOST = "app.example.com"
 URL = "https://ca.example/dir"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel_server.visitors import policy
 from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
+from gotunnel_server.visitors import policy
 from gotunnel_server.visitors.policy import Defaults, Hash
 
 EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "server.env"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from support import APP, GATEWAY_HOST, RAW, TIMEOUT, agent_here, gateway_here
 
-from gotunnel_server.visitors import dashboard
 from gotunnel_server.agents.credentials import Identity
 from gotunnel_server.routes import Route
+from gotunnel_server.visitors import dashboard
 
 
 def a_tunnel(issuer="", since=0.0, **modes):

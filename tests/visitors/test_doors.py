@@ -9,6 +9,7 @@ import struct
 import threading
 
 import pytest
+from raw_peer import spawn
 from support import (
     APP,
     CUT,
@@ -29,11 +30,13 @@ from support import (
     tls_context,
     wait_until,
 )
-from raw_peer import spawn
 
 from gotunnel import PORTS, Duplex, MessageReader, Register, Session, encode_message
 from gotunnel_agent.agent import make_token
 from gotunnel_server import gateway as gateway_module
+from gotunnel_server.agents.ports import PortRefused, Ports
+from gotunnel_server.net.listener import PortError
+from gotunnel_server.routes import Route
 from gotunnel_server.visitors.sniff import (
     GSS_REQUEST,
     HTTP,
@@ -44,9 +47,6 @@ from gotunnel_server.visitors.sniff import (
     Knock,
     knock,
 )
-from gotunnel_server.net.listener import PortError
-from gotunnel_server.agents.ports import PortRefused, Ports
-from gotunnel_server.routes import Route
 
 SECOND = "other.localhost"
 SSL_ASKED = struct.pack("!II", 8, 80877103)

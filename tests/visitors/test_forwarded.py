@@ -19,10 +19,10 @@ from support import (
     tls_context,
 )
 
+from gotunnel_agent.common.http1 import Fields
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.net import listener
 from gotunnel_server.visitors.forwarded import Proxies, concerns, fields, visitor
-from gotunnel_agent.common.http1 import Fields
 
 HOST = "app.example.com"
 PROXIES = Proxies(

@@ -31,8 +31,8 @@ from support import (
     wait_until,
 )
 
-from gotunnel_server.visitors import exchange
 from gotunnel_agent.common.http1 import CHUNK_LINE_LIMIT, FIELD_LIMIT, HEAD_LIMIT, TARGET_LIMIT
+from gotunnel_server.visitors import exchange
 
 HOST = b"Host: app.localhost"
 CHUNKED = b"Transfer-Encoding: chunked"

@@ -29,8 +29,8 @@ from support import (
 )
 
 from gotunnel import StreamReset
-from gotunnel_server.net import listener
 from gotunnel_server.agents import tunnel as tunnel_module
+from gotunnel_server.net import listener
 from gotunnel_server.visitors import connection as visitor_module
 
 # Seconds within which a target must learn that its visitor has gone: the gateway looks twice a

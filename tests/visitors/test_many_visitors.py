@@ -13,7 +13,7 @@ import time
 import pytest
 from support import APP, MIB, agent_here, answer, gateway_here, request
 
-from gotunnel import descriptor_limit
+from gotunnel_server.net.listener import descriptor_limit
 from gotunnel_server.visitors import connection as visitor_module
 
 IDLE = 2000

@@ -9,10 +9,6 @@ import ssl
 import threading
 
 import pytest
-
-import gotunnel
-from gotunnel import Deadline, Duplex, pump, relay
-from support import wait_until
 from raw_peer import (  # noqa: F401 (fixtures)
     PATIENCE,
     duplex_pair,
@@ -24,6 +20,10 @@ from raw_peer import (  # noqa: F401 (fixtures)
     tcp_pair,
     tls_contexts,
 )
+from support import wait_until
+
+import gotunnel
+from gotunnel import Deadline, Duplex, pump, relay
 
 MIB = 1024 * 1024
 SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once

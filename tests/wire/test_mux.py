@@ -10,6 +10,7 @@ import collections
 import random
 
 import pytest
+from raw_peer import Wire, check_tables, frame, split_frames
 
 import gotunnel
 from gotunnel import (
@@ -47,7 +48,6 @@ from gotunnel import (
     WasReset,
     Writable,
 )
-from raw_peer import Wire, check_tables, frame, split_frames
 
 MIB = 1024 * 1024
 EVERYTHING = 1 << 40  # a limit for pull() that limits nothing

@@ -10,26 +10,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
-import gotunnel
-from gotunnel import (
-    ACK,
-    DATA,
-    FIN,
-    GO_AWAY,
-    INITIAL_WINDOW,
-    OPEN_BACKLOG,
-    PING,
-    RST,
-    SYN,
-    WINDOW_UPDATE,
-    ProtocolError,
-    Session,
-    SessionClosed,
-    StreamReset,
-    relay,
-)
-from support import wait_until
 from raw_peer import (  # noqa: F401 (fixtures)
     MIB,
     NO_TABLES,
@@ -56,6 +36,26 @@ from raw_peer import (  # noqa: F401 (fixtures)
     stream_pair,
     tables,
     wait_for_waiter,
+)
+from support import wait_until
+
+import gotunnel
+from gotunnel import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    INITIAL_WINDOW,
+    OPEN_BACKLOG,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    ProtocolError,
+    Session,
+    SessionClosed,
+    StreamReset,
+    relay,
 )
 
 TRANSPORTS = ["tcp", "tls", "tls reversed"]

@@ -130,30 +130,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-import gotunnel
-from gotunnel import (
-    ACCEPT_BACKLOG,
-    ACK,
-    DATA,
-    FIN,
-    GO_AWAY,
-    INITIAL_WINDOW,
-    MAX_REPLIES,
-    MAX_UINT32,
-    OPEN_BACKLOG,
-    PING,
-    PROTOCOL_ERROR,
-    RST,
-    SYN,
-    WINDOW_UPDATE,
-    Duplex,
-    Memory,
-    Session,
-    SessionClosed,
-    StreamReset,
-)
-from support import TICK, wait_until
 from raw_peer import (  # noqa: F401 (a fixture)
     MIB,
     NO_TABLES,
@@ -183,6 +159,30 @@ from raw_peer import (  # noqa: F401 (a fixture)
     stream_pair,
     tables,
     wait_for_waiter,
+)
+from support import TICK, wait_until
+
+import gotunnel
+from gotunnel import (
+    ACCEPT_BACKLOG,
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    INITIAL_WINDOW,
+    MAX_REPLIES,
+    MAX_UINT32,
+    OPEN_BACKLOG,
+    PING,
+    PROTOCOL_ERROR,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    Duplex,
+    Memory,
+    Session,
+    SessionClosed,
+    StreamReset,
 )
 
 PROTOCOL_FAREWELL = (GO_AWAY, 0, 0, PROTOCOL_ERROR, b"")

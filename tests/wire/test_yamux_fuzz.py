@@ -19,6 +19,7 @@ import os
 import random
 
 import pytest
+from raw_peer import MIB, Wire, check_tables, frame, split_frames
 
 import gotunnel
 from gotunnel import (
@@ -45,7 +46,6 @@ from gotunnel import (
     WasReset,
     Writable,
 )
-from raw_peer import MIB, Wire, check_tables, frame, split_frames
 
 FRAMES = int(os.environ.get("GOTUNNEL_FUZZ_FRAMES", 100_000))
 FIRST_SEED = int(os.environ.get("GOTUNNEL_FUZZ_SEED", 0))

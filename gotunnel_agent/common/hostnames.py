@@ -1,0 +1,82 @@
+"""The grammar of hostnames: what is one, and in which spelling two are compared.
+
+Sources: RFC 1123 for hostnames, RFC 3490 and 5891 for those of other scripts.
+"""
+
+import contextlib
+import ipaddress
+import re
+import unicodedata
+
+MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
+MAX_PORT = 65535
+
+# A name, or an IPv6 address in brackets (without a zone, which only its own machine knows).
+_HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
+
+WILDCARD = "*."  # before a hostname: all that end in it
+
+# Characters that name one host by the old rules for names of other scripts (RFC 3490), and another
+# by those that browsers follow (RFC 5891): who means them has to write the xn-- form.
+_AMBIGUOUS = frozenset("\u00df\u1e9e\u03c2\u200c\u200d")
+
+
+def normal_hostname(name: str) -> str:
+    """A hostname as it is compared: lower case, without a trailing dot, and other scripts in
+    their xn-- form, so that look-alikes (full width letters) are one. A name that has no such form
+    stays as it is, and is not valid."""
+    if not name.isascii() and len(name) <= MAX_HOSTNAME and not _AMBIGUOUS & set(name):
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("idna").decode()
+    return name.lower() if name.endswith("..") else name.lower().removesuffix(".")
+
+
+def valid_hostname(name: str) -> bool:
+    """Whether a name is made of labels of letters, digits and hyphens (RFC 1123 §2.1).
+
+    An IPv4 address is none: the last label of a name is never all digits.
+    """
+    labels = name.removesuffix(".").split(".")
+    return (
+        len(name) <= MAX_HOSTNAME
+        and all(_LABEL.fullmatch(label) for label in labels)
+        and not labels[-1].isdigit()
+        and ("xn--" not in name.lower() or all(map(_says_something, labels)))
+    )
+
+
+def _says_something(label):
+    """Whether a label that claims to be in another script is: else it would only look so."""
+    prefix, code = label[:4].lower(), label[4:].lower()
+    if prefix != "xn--":
+        return True
+    try:
+        text = code.encode().decode("punycode")
+        plain = unicodedata.normalize("NFKC", text).lower() == text and not text.isascii()
+        return plain and text.encode("punycode").decode() == code
+    except UnicodeError:
+        return False
+
+
+def valid_wildcard(name: str) -> bool:
+    """Whether a name is a wildcard such as *.dev.example.com. One label behind the star, as in
+    *.com, would be other people's hostnames."""
+    rest = name.removeprefix(WILDCARD)
+    return rest != name and "." in rest.removesuffix(".") and valid_hostname(rest)
+
+
+def valid_host(text: str) -> bool:
+    """Whether a text may be the Host of a request (RFC 9110 §7.2): a hostname or an IP address,
+    IPv6 in brackets, and perhaps a port."""
+    match = _HOST.fullmatch(text)
+    if not match or not 1 <= int(match["port"] or 1) <= MAX_PORT:
+        return False
+    name = match["name"]
+    if valid_hostname(name):
+        return True
+    try:
+        ipaddress.IPv6Address(name[1:-1]) if name[0] == "[" else ipaddress.IPv4Address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,17 @@
+"""How the agent and the visitor's helper check the certificate of the peer that they dial."""
+
+import ssl
+
+from gotunnel import IGNORE_UNEXPECTED_EOF
+
+
+def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:
+    """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
+    (PEM), or not at all, for trying things out. Raises OSError if the file holds none."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= IGNORE_UNEXPECTED_EOF
+    if skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
