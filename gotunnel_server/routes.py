@@ -14,6 +14,11 @@ class HostnameTaken(Exception):
         self.tunnels = tunnels
 
 
+class AgentBusy(OSError):
+    """A visit cannot begin: its agent has as many streams or visits as its credential permits.
+    The text says which, and how many."""
+
+
 class Route(NamedTuple):
     """What a hostname leads to.
 

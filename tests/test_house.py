@@ -40,8 +40,6 @@ TO_GO = {
     ("gotunnel_server/agents/agents_file.py", "gotunnel_server"),
     ("gotunnel_server/agents/tunnel.py", CERTS),
     ("gotunnel_server/visitors/connection.py", CERTS),
-    ("gotunnel_server/visitors/connection.py", AGENTS),
-    ("gotunnel_server/visitors/exchange.py", AGENTS),
 }
 
 # Bytes in, values out: nothing that waits.

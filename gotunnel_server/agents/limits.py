@@ -2,9 +2,7 @@
 
 from typing import NamedTuple
 
-
-class AgentBusy(OSError):
-    """An agent has as much as its credential permits; the text says of what."""
+from ..routes import AgentBusy
 
 
 class Usage(NamedTuple):

@@ -47,7 +47,7 @@ from gotunnel import (
 
 from ..certs import challenges
 from ..net import client_hello
-from ..routes import HostnameTaken
+from ..routes import AgentBusy, HostnameTaken
 from . import limits, takeover
 from .credentials import TokenInvalid
 from .ports import PortRefused
@@ -619,7 +619,7 @@ class Tunnel:
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
         try:
             return self._session.open(header + first, OPEN_TIMEOUT, self._permit(streams=1))
-        except limits.AgentBusy:
+        except AgentBusy:
             if self.identity.limits.streams is None:
                 raise
         for tunnel in self._tunnels.of_credential(self.identity.credential):

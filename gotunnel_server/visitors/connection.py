@@ -24,9 +24,9 @@ from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
 
-from ..agents.limits import AgentBusy
 from ..certs import challenges
 from ..net import client_hello
+from ..routes import AgentBusy
 from . import pages, proxy_protocol, sniff
 from .exchange import Connect, Handler, VisitorGone
 from .pages import Page

@@ -22,7 +22,7 @@ from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
 
-from ..agents.limits import AgentBusy
+from ..routes import AgentBusy
 from . import forwarded, pages
 from .pages import Page
 
