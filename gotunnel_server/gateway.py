@@ -47,10 +47,9 @@ from .visitors.connection import (
     Exchanges,
     PortDoor,
     Visitors,
-    choose_redirect,
-    choose_site,
 )
 from .visitors.forwarded import Proxies
+from .visitors.sites import choose_redirect, choose_site
 
 log = logging.getLogger("gotunnel.gateway")
 

@@ -16,7 +16,6 @@ import contextlib
 import logging
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from typing import NamedTuple
 
 from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
 from gotunnel_agent.common import http1
@@ -25,6 +24,7 @@ from gotunnel_agent.common.http1 import Malformed
 from ..routes import AgentBusy
 from . import forwarded, pages
 from .pages import Page
+from .sites import Connect
 
 log = logging.getLogger("gotunnel.proxy")
 
@@ -45,12 +45,6 @@ class TargetFailed(Exception):
     def __init__(self, status, code, text):
         super().__init__(text)
         self.page = pages.error(status, code, text)
-
-
-class Connect(NamedTuple):
-    """The answer to a CONNECT that is granted: the connection becomes a visit in tcp mode."""
-
-    route: object
 
 
 class Handler(BaseHTTPRequestHandler):
