@@ -45,7 +45,6 @@ from gotunnel import (
     encode_message,
 )
 
-from ..certs import challenges
 from ..net import client_hello
 from ..routes import AgentBusy, HostnameTaken
 from . import limits, takeover
@@ -270,7 +269,7 @@ class Tunnel:
         if said is None:
             return self._park()
         context = self._tunnels.context
-        if said.alpn == (challenges.ALPN,):
+        if said.alpn == (client_hello.ACME_TLS,):
             context = self._tunnels.challenges.context(said.server_name)
             if context is None:
                 raise ProtocolError("a CA asks for a proof that was not published")

@@ -18,11 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from ..net.client_hello import ACME_TLS
 from .acme_errors import HOST, CaError
 
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
-ALPN = "acme-tls/1"
 PROOFS = ".proof-*.tmp"  # files that a gateway leaves which is killed in that moment
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")  # base64url (RFC 8555 §8.1); real ones have 43
@@ -119,7 +119,7 @@ def _context(hostname, digest, folder) -> ssl.SSLContext:
         serialization.NoEncryption(),
     ) + certificate.public_bytes(serialization.Encoding.PEM)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols([ALPN])
+    context.set_alpn_protocols([ACME_TLS])
     # OpenSSL reads certificates from files only.
     prefix, _, suffix = PROOFS.partition("*")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, suffix=suffix) as file:

@@ -37,6 +37,9 @@ _EXTENSION_SERVER_NAME = 0      # RFC 6066 §3
 _EXTENSION_ALPN = 16            # RFC 7301 §3.1
 _NAME_HOST = 0                  # RFC 6066 §3, the only name type there is
 
+# The one ALPN protocol that a CA offers in a TLS-ALPN-01 validation (RFC 8737 §4).
+ACME_TLS = "acme-tls/1"
+
 # Characters of a hostname: 255 bytes on the DNS wire (RFC 1035 §2.3.4) are 253 in text.
 NAME_LIMIT = 253
 # Labels of ASCII letters, digits, hyphens; underscores too, which are in use.

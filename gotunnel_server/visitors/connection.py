@@ -23,7 +23,6 @@ from time import monotonic
 from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
 from gotunnel_agent.common.http1 import Malformed
 
-from ..certs import challenges
 from ..net import client_hello
 from ..routes import AgentBusy
 from . import pages, proxy_protocol, sniff
@@ -404,7 +403,7 @@ class Visitor:
             return None
         self._sni = said.server_name
         self._give_back()
-        if said.alpn == (challenges.ALPN,):
+        if said.alpn == (client_hello.ACME_TLS,):
             return self._enter_proof()
         if self._visitors.awaits_certificate(self._sni):
             self._go_on(self._await_certificate)

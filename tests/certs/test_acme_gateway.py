@@ -39,10 +39,10 @@ from support import (
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.certs import acme
 from gotunnel_server.certs.acme_errors import HOST, LATER, CaError
-from gotunnel_server.certs.challenges import ALPN as ACME_TLS
 from gotunnel_server.certs.challenges import PATH, Challenges
 from gotunnel_server.certs.issuer import FAILED, READY, WAITING, State
 from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.net.client_hello import ACME_TLS
 from gotunnel_server.net.dns import NoAnswer
 from gotunnel_server.visitors import connection
 

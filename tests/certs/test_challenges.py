@@ -7,7 +7,8 @@ import pytest
 from cryptography import x509
 
 from gotunnel_server.certs.acme_errors import CaError
-from gotunnel_server.certs.challenges import ALPN, PATH, Challenges
+from gotunnel_server.certs.challenges import PATH, Challenges
+from gotunnel_server.net.client_hello import ACME_TLS
 
 HOST, OTHER = "app.example.com", "other.example.com"
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
@@ -57,7 +58,7 @@ def test_certificate_carries_the_proof_and_no_other_name():
         x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
     )
     assert proof.critical and proof.value.value == b"\x04\x20" + digest
-    assert protocol == ALPN
+    assert protocol == ACME_TLS
 
 
 def test_a_proof_that_cannot_be_written_is_a_refusal_and_not_published(tmp_path):
@@ -77,7 +78,7 @@ def shake_hands(server_context):
     """The certificate and the protocol that a CA sees."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols([ALPN])
+    context.set_alpn_protocols([ACME_TLS])
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(to_client, to_server, server_hostname=HOST)
     server = server_context.wrap_bio(to_server, to_client, server_side=True)
