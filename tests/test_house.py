@@ -52,7 +52,6 @@ PURE = [
     "gotunnel_server/net/client_hello.py",
     "gotunnel_server/visitors/forwarded.py",
     "gotunnel_server/visitors/pages.py",
-    "gotunnel_server/visitors/proxy_protocol.py",
     "gotunnel_server/visitors/sniff.py",
 ]
 IMPURE = {"socket", "ssl", "select", "selectors", "threading", "time", "logging"}

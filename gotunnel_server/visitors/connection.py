@@ -21,11 +21,12 @@ from collections import Counter
 from time import monotonic
 
 from gotunnel import Duplex, Ends, NoThread, Workers, pump, relay, spawn
+from gotunnel_agent.common import proxy_protocol
 from gotunnel_agent.common.http1 import Malformed
 
 from ..net import client_hello
 from ..routes import AgentBusy
-from . import pages, proxy_protocol, sniff
+from . import pages, sniff
 from .exchange import Handler, VisitorGone
 from .sites import Connect, choose_redirect
 

@@ -9,9 +9,17 @@ import pytest
 from proxy_reader import SIGNATURE, reader  # noqa: F401, a fixture
 from support import Wire
 
-from gotunnel_agent.common.proxy_protocol import VERSIONS, encode, encode_unknown
-from gotunnel_server.visitors import proxy_protocol
-from gotunnel_server.visitors.proxy_protocol import NotProxy, Source, begins, may_begin, parse
+from gotunnel_agent.common.proxy_protocol import (
+    LINE_LIMIT,
+    VERSIONS,
+    NotProxy,
+    Source,
+    begins,
+    encode,
+    encode_unknown,
+    may_begin,
+    parse,
+)
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: 192.168.0.11\r\n\r\n"
 HIGHEST = ":".join(["ffff"] * 8)  # the longest address
@@ -174,7 +182,7 @@ def test_broken_binary_header_is_refused_at_the_byte_that_breaks_it():
 
 def test_endless_line_is_refused_at_the_limit():
     said, took = verdict_byte_by_byte(b"PROXY " + b"x" * 10_000)
-    assert "no CRLF" in said and took == proxy_protocol.LINE_LIMIT
+    assert "no CRLF" in said and took == LINE_LIMIT
 
 
 @pytest.mark.parametrize("start", [b"PROXY ", SIGNATURE], ids=["v1", "v2"])

@@ -22,8 +22,13 @@ from support import (
 )
 
 from gotunnel import Duplex
-from gotunnel_agent.common.proxy_protocol import VERSIONS, encode, encode_unknown
-from gotunnel_server.visitors.proxy_protocol import Source, parse
+from gotunnel_agent.common.proxy_protocol import (
+    VERSIONS,
+    Source,
+    encode,
+    encode_unknown,
+    parse,
+)
 
 GATEWAY_LOG = "gotunnel.visitor"
 VISITOR = Source("203.0.113.9", 56324)  # as a front proxy tells it
