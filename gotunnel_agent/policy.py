@@ -8,11 +8,12 @@ repr shows a password, a hash or what stands where one may have been meant.
 import base64
 import binascii
 import hashlib
-import ipaddress
 import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
+
+from .common import addresses
 
 # What the gateway takes.
 MOST_NETWORKS = 1000
@@ -185,20 +186,11 @@ def networks(value: object) -> tuple[str, ...]:
 
 
 def _network(text):
-    expected = "an IP address or a network such as 10.0.0.0/8"
-    # A mask after the slash, or a zone, would be taken as well.
-    if not re.fullmatch(r"[0-9a-fA-F.:]{2,45}(/[0-9]{1,3})?", text):
-        raise PolicyError(f"{_shown(text)} came, expected {expected}")
     try:
-        address, slash, _ = text.partition("/")
-        found, meant = ipaddress.ip_network(text, strict=False), ipaddress.ip_address(address)
-    except ValueError:
-        raise PolicyError(f"{_shown(text)} came, expected {expected}") from None
-    if found.network_address != meant:
-        raise PolicyError(
-            f"{_shown(text)} has host bits, expected {found} for the network, or the address alone"
-        )
-    return str(found) if slash else str(meant)
+        found = addresses.network(text)
+    except ValueError as error:
+        raise PolicyError(str(error)) from None
+    return str(found) if "/" in text else str(found.network_address)
 
 
 # --- Rates ---------------------------------------------------------------------------------------

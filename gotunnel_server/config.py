@@ -29,6 +29,7 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 
+from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 
 from .visitors.policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
@@ -70,9 +71,6 @@ WELL_KNOWN_SECRETS = {
     "changeme",
     "secret",
 }
-
-# IPv4 addresses as sockets for both families write them; the gateway writes them as IPv4.
-IPV4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 # A default rate is a number of requests, a second if no period follows it.
 PERIODS = {"s": 1, "m": 60, "h": 3600}
@@ -125,7 +123,7 @@ class Config:
     cert_dir: Path | None
     raw_tcp_host: str | None  # where plain bytes on the public port lead; None: nowhere
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
-    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    trusted_proxies: tuple[Network, ...]
     policy_defaults: Defaults | None  # for tunnels that do not say it themselves
     max_connections: int
     workers: int
@@ -269,13 +267,13 @@ class _Variables:
             ) from None
         return tuple(dict.fromkeys(addresses))  # the same twice would be a port in use
 
-    def networks(self, name: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    def networks(self, name: str) -> tuple[Network, ...]:
         """Addresses and networks separated by commas or blanks, none if it is unset."""
         text = self.text(name) or ""
         networks = []
         for part in text.replace(",", " ").split():
             try:
-                networks.append(_as_ipv4(ipaddress.ip_network(part)))
+                networks.append(unmapped_network(ipaddress.ip_network(part)))
             except ValueError:  # also for 10.0.0.1/8: is the address meant, or the network?
                 raise ConfigError(
                     f"{name} is {text!r}, expected IP addresses, and networks without host bits, "
@@ -530,16 +528,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _as_ipv4(
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
-) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """The network, in IPv4's form if it is one of mapped addresses."""
-    if network.version == 4 or not network.subnet_of(IPV4_MAPPED):
-        return network
-    first = network.network_address.ipv4_mapped
-    return ipaddress.IPv4Network((first, network.prefixlen - IPV4_MAPPED.prefixlen))
 
 
 def _whole_number(text: str) -> int | None:

@@ -42,6 +42,7 @@ TO_GO = {
 
 # Bytes in, values out: nothing that waits.
 PURE = [
+    "gotunnel_agent/common/addresses.py",
     "gotunnel_agent/common/hostnames.py",
     "gotunnel_agent/common/http1.py",
     "gotunnel_agent/common/one_line.py",

@@ -30,6 +30,8 @@ import re
 import struct
 from typing import NamedTuple
 
+from .addresses import unmapped
+
 VERSIONS = ("v1", "v2")
 
 # Bytes that a version 1 header takes at most, CRLF included (§2.1).
@@ -111,18 +113,13 @@ def _binary(command, family, transport, block=b""):
 
 def _one_family(*texts):
     """The addresses, all IPv4, or all IPv6."""
-    addresses = [_as_ipv4(ipaddress.ip_address(text.partition("%")[0])) for text in texts]
+    addresses = [unmapped(ipaddress.ip_address(text.partition("%")[0])) for text in texts]
     if len({address.version for address in addresses}) == 1:
         return addresses
     return [
         ipaddress.IPv6Address(f"::ffff:{address}") if address.version == 4 else address
         for address in addresses
     ]
-
-
-def _as_ipv4(address):
-    """An IPv4-mapped IPv6 address as the IPv4 one that it is; any other as it is."""
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -255,4 +252,4 @@ def _source_in(family, block):
 
 
 def _source(address, port):
-    return Source(str(_as_ipv4(address)), port)
+    return Source(str(unmapped(address)), port)

@@ -13,15 +13,16 @@ back every 2 s, so 30 times a minute, and less often once it waits for its refus
 address slow and never closes it, and it takes a dozen of them together to do that. Nobody's success
 clears the count either; it ends with its minute.
 
-An IPv6 address counts with its /64, which is what one household or machine has.
+An IPv6 address counts with its /64, which is what one subscriber has.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 from collections import OrderedDict
 from time import monotonic
+
+from gotunnel_agent.common import addresses
 
 MINUTE = 60  # seconds that failures are counted together
 FREE_FAILURES = 10  # a mistyped secret, tried a few times
@@ -31,7 +32,6 @@ MOST_FAILURES = 120  # four times what a Go agent makes that nobody slows down
 # Addresses that are remembered, some 200 bytes each. When there are more, the one with the fewest
 # failures is forgotten: whoever wants to be forgotten needs as many addresses with more each.
 MOST_ADDRESSES = 4096
-_HOUSEHOLD = 64  # bits of an IPv6 address that say whose it is (RFC 6177)
 
 
 class Attempts:
@@ -85,12 +85,6 @@ class Attempts:
 
 def _key(address):
     """What an address is counted by."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:  # not from accept(): a text is as good a key
-        return address
-    if ip.version == 4:
-        return int(ip)
-    if ip.ipv4_mapped:
-        return int(ip.ipv4_mapped)
-    return int(ip) >> (ip.max_prefixlen - _HOUSEHOLD), _HOUSEHOLD
+    found = addresses.parse(address)
+    # A text that is no address does not come from accept(), and is as good a key.
+    return address if found is None else addresses.subscriber(found)

@@ -16,9 +16,10 @@ The promise: whatever bytes come, ``Reader.parse`` returns a value or raises Not
 same of the same bytes, whether they come at once or one at a time.
 """
 
-import ipaddress
 import re
 from typing import NamedTuple
+
+from gotunnel_agent.common import addresses
 
 # Bytes within which a hello must be complete. Real ones are 250 to 2000 bytes long, with large
 # session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. One is cut into records
@@ -164,7 +165,7 @@ def _server_name(content: bytes | None) -> str | None:
 
 def _hostname(name: bytes) -> str | None:
     text = name.decode("latin-1")
-    if _is_address(text):
+    if addresses.parse(text) is not None:
         return None
     if not _HOSTNAME.fullmatch(name):
         raise NotTLS(f"server name {text[:NAME_LIMIT]!r}, expected an ASCII hostname")
@@ -173,14 +174,6 @@ def _hostname(name: bytes) -> str | None:
     if len(text) > NAME_LIMIT:
         raise NotTLS(f"server name of {len(text)} bytes, expected at most {NAME_LIMIT}")
     return text
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _protocols(content: bytes | None) -> tuple[str, ...]:

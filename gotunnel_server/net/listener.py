@@ -28,6 +28,8 @@ import threading
 from collections import deque
 from time import monotonic
 
+from gotunnel_agent.common.addresses import unmapped_host
+
 log = logging.getLogger("gotunnel.listener")
 
 BACKLOG = 1024  # connections that the kernel holds for us while we are busy
@@ -96,13 +98,6 @@ def _reason(error):
     if error.errno == errno.EADDRNOTAVAIL:
         return "not an address of this machine; correct BIND"
     return error.strerror or str(error)
-
-
-def _as_ipv4(address):
-    """A peer's address, where an IPv4 one is written as such, also by a socket for both families
-    (::ffff:192.0.2.1). Logs, limits and targets know it by one name."""
-    host = address[0].removeprefix("::ffff:")
-    return (host, *address[1:]) if "." in host else address
 
 
 class Listener:
@@ -249,7 +244,7 @@ class Listener:
                 room = self._open < self._limit
                 self._open += room
             if room:
-                connection = self._welcome(sock, _as_ipv4(address))
+                connection = self._welcome(sock, (unmapped_host(address[0]), *address[1:]))
                 if connection is None:
                     sock.close()
                     self.forget()

@@ -10,10 +10,10 @@ Values in, values out. Addresses are text; an IPv4 address that came in an IPv6 
 (::ffff:192.0.2.1) is written and compared as what it is.
 """
 
-import ipaddress
 import re
 from collections.abc import Iterable
 
+from gotunnel_agent.common import addresses
 from gotunnel_agent.common.http1 import Fields, plain_name
 
 # How proxies write an address with a port behind it.
@@ -112,8 +112,4 @@ def _client(chain, peer, proxies) -> str:
 def _parse(text):
     """The address in ``text``, None if it is none; a port behind it is passed over."""
     match = _WITH_PORT.fullmatch(text)
-    try:
-        address = ipaddress.ip_address(match[1] or match[2] if match else text)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
+    return addresses.parse(match[1] or match[2] if match else text)

@@ -29,7 +29,6 @@ import binascii
 import hashlib
 import heapq
 import hmac
-import ipaddress
 import math
 import os
 import re
@@ -41,6 +40,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
+
+from gotunnel_agent.common import addresses
 
 # How much one tunnel may ask. A message holds 64 KiB, so these are reached first.
 MOST_NETWORKS = 1000  # in allow, and in deny
@@ -57,7 +58,6 @@ BURST_SECONDS = 10
 
 # Addresses that a policy remembers, about 200 bytes each.
 MOST_ADDRESSES = 4096
-IPV6_SUBSCRIBER = 64  # bits of an IPv6 address that tell subscribers apart (RFC 6177 §2)
 
 # A person mistypes a few times; who guesses gets 8640 a day from an address.
 FAILURES = 10
@@ -180,7 +180,7 @@ class Policy:
         """Whether a request may go to the agent. ``authorization`` is the value of that field,
         None without one; if there were several, they are joined by commas. May compute, or wait
         for others who do, some 50 ms at a time."""
-        visitor = _visitor(address)
+        visitor = addresses.parse(address)
         denial = self._judge_place(address, visitor) or self._judge_rate(visitor)
         if denial is None and self._passwords is not None:
             denial = self._passwords.judge(_subscriber(visitor), authorization)
@@ -188,7 +188,7 @@ class Policy:
 
     def judge_connection(self, address: str) -> Denial | None:
         """Whether a visit in tcp mode may go to the agent. Waits for nothing."""
-        visitor = _visitor(address)
+        visitor = addresses.parse(address)
         return self._judge_place(address, visitor) or self._judge_rate(visitor)
 
     def _judge_place(self, address, visitor):
@@ -232,7 +232,7 @@ def _too_many(what, wait):
 class Networks:
     """A set of IP networks. Asked by address, it takes one look-up a length of prefix."""
 
-    def __init__(self, networks: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]):
+    def __init__(self, networks: Iterable[addresses.Network]):
         self._prefixes = {4: {}, 6: {}}  # version: {bits behind the prefix: prefixes}
         for network in networks:
             behind = network.max_prefixlen - network.prefixlen
@@ -248,20 +248,9 @@ class Networks:
         return isinstance(other, Networks) and self._prefixes == other._prefixes
 
 
-def _visitor(address):
-    """The IP address of a visitor, in IPv4's form if it is mapped; None if it is none."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return None
-    return parsed if parsed.version == 4 else parsed.ipv4_mapped or parsed
-
-
 def _subscriber(visitor):
-    """What a visitor is counted by."""
-    if visitor is None or visitor.version == 4:
-        return visitor and int(visitor)
-    return 6, int(visitor) >> 128 - IPV6_SUBSCRIBER
+    """The key that a visitor is counted by; those without an address share one."""
+    return None if visitor is None else addresses.subscriber(visitor)
 
 
 # --- Rates ---------------------------------------------------------------------------------------
@@ -575,29 +564,14 @@ def _texts(value, most, what):
 
 
 def _networks(value):
-    return Networks(map(network, _texts(value, MOST_NETWORKS, "addresses and networks")))
+    return Networks(map(_network, _texts(value, MOST_NETWORKS, "addresses and networks")))
 
 
-def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """An address, or a network as ADDRESS/LENGTH; in IPv4's form if it is one of mapped addresses.
-
-    Raises PolicyError.
-    """
+def _network(text):
     try:
-        # A mask after the slash, or a zone, would be taken as well.
-        if not re.fullmatch(r"[0-9a-fA-F.:]{2,45}(/[0-9]{1,3})?", text):
-            raise ValueError
-        found = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise PolicyError(
-            f"{_shown(text)} came, expected an IP address or a network such as 10.0.0.0/8"
-        ) from None
-    if found.network_address != ipaddress.ip_address(text.partition("/")[0]):
-        raise PolicyError(
-            f"{_shown(text)} has host bits, expected {found} for the network, or the address alone"
-        )
-    mapped = found.version == 6 and found.prefixlen >= 96 and found.network_address.ipv4_mapped
-    return ipaddress.IPv4Network((mapped, found.prefixlen - 96)) if mapped else found
+        return addresses.unmapped_network(addresses.network(text))
+    except ValueError as error:
+        raise PolicyError(str(error)) from None
 
 
 def _rate_limit(value):

@@ -21,7 +21,6 @@ from support import (
 
 from gotunnel_agent.common.http1 import Fields
 from gotunnel_server import gateway as gateway_module
-from gotunnel_server.net import listener
 from gotunnel_server.visitors.forwarded import Proxies, concerns, fields, visitor
 
 HOST = "app.example.com"
@@ -152,20 +151,6 @@ def test_hop_of_an_ipv6_proxy_is_quoted():
     said = dict(told("2001:db8::1", ("Forwarded", "for=unknown"), ("forwarded", "for=_x")))
     hop = f'for="[2001:db8::1]";host="{HOST}";proto=https'
     assert said["Forwarded"] == f"for=unknown, for=_x, {hop}"
-
-
-@pytest.mark.parametrize(
-    ("address", "name"),
-    [
-        (("::ffff:192.0.2.1", 5, 0, 0), "192.0.2.1"),
-        (("192.0.2.1", 5), "192.0.2.1"),
-        (("2001:db8::1", 5, 0, 0), "2001:db8::1"),
-        (("::1", 5, 0, 0), "::1"),
-        (("::ffff:0:102:304", 5, 0, 0), "::ffff:0:102:304"),
-    ],
-)
-def test_ipv4_peer_of_a_socket_for_both_families_is_known_as_such(address, name):
-    assert listener._as_ipv4(address)[0] == name
 
 
 # On the wire -------------------------------------------------------------------------------------
