@@ -47,6 +47,7 @@ PURE = [
     "gotunnel_agent/common/http1.py",
     "gotunnel_agent/common/one_line.py",
     "gotunnel_agent/common/proxy_protocol.py",
+    "gotunnel_agent/common/token_bucket.py",
     "gotunnel_server/agents/limits.py",
     "gotunnel_server/agents/registration.py",
     "gotunnel_server/agents/scope.py",

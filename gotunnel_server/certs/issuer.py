@@ -32,6 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from gotunnel_agent.common.token_bucket import Buckets
+
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
 from .cancel import Stop
 from .schedule import (
@@ -40,7 +42,6 @@ from .schedule import (
     DAY,
     HOUR,
     LEFT_AT_LATEST,
-    Bucket,
     Window,
     renew_at,
     retry_delay,
@@ -107,7 +108,7 @@ class _Host:
     ask_at: float = 0.0
     error: str = ""
     busy: bool = False
-    turns: list[Bucket] = field(default_factory=list)  # of which its order has taken one each
+    turns: list[tuple] = field(default_factory=list)  # (Buckets, key) that its order took of
     told: tuple = ()  # what somebody knows of its state
     asked_for: bool = False  # somebody wants a new one now; the next order is for that
     stop: Stop = field(default_factory=Stop)  # it is no longer wanted
@@ -148,8 +149,8 @@ class _Host:
 
     def give_turns_back(self):
         """Nothing was ordered after all."""
-        for bucket in self.turns:
-            bucket.put_back()
+        for buckets, key in self.turns:
+            buckets.give_back(key)
         self.turns = []
 
     def as_dict(self) -> dict:
@@ -188,9 +189,8 @@ class Issuer:
         self._lock = threading.Condition()  # guards what follows; notified when a look is worth it
         self._hosts: dict[str, _Host] = {}
         self._jobs: set[threading.Thread] = set()
-        self._bucket = Bucket(orders_per_hour)
-        self._buckets: dict[object, Bucket] = {}  # by agent; the full ones are dropped
-        self._orders_per_agent = orders_per_agent
+        self._orders = Buckets(orders_per_hour / HOUR, orders_per_hour, most=1)
+        self._orders_by_agent = Buckets(orders_per_agent / HOUR, orders_per_agent)
         self._paused_until = 0.0
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
@@ -336,6 +336,9 @@ class Issuer:
     def _forgive_a_step_back(self, now):
         """A delay is so many seconds, also if the clock is set back while it lasts."""
         back, self._looked_at = self._looked_at - now, now
+        if back > 0:
+            self._orders.shift(-back)
+            self._orders_by_agent.shift(-back)
         if back > CLOCK_OFF:
             self._paused_until -= back
             for host in self._hosts.values():
@@ -344,9 +347,6 @@ class Issuer:
 
     def _start_jobs(self, now) -> float:
         wait, asking = LOOK_AGAIN, []
-        self._buckets = {
-            agent: bucket for agent, bucket in self._buckets.items() if not bucket.full(now)
-        }
         for _, due_at, host in sorted(
             ((not host.stored, host.due_at(), host)
              for host in self._hosts.values() if not host.busy),
@@ -356,11 +356,12 @@ class Issuer:
                 return wait  # the end of a job is a reason to look
             due_at = max(due_at, self._paused_until)
             if due_at <= now:
-                bound = max((bucket.wait(now) for bucket in self._bounds(host)), default=0)
+                bounds = self._bounds(host)
+                bound = max((buckets.wait(key, now) for buckets, key in bounds), default=0)
                 if not bound:
-                    host.turns = self._bounds(host)
-                    for bucket in host.turns:
-                        bucket.take(now)
+                    host.turns = bounds
+                    for buckets, key in bounds:
+                        buckets.take(key, now)
                     if host.error == IN_TURN:
                         host.error = ""
                     self._start(host, "order", self._order)
@@ -383,16 +384,18 @@ class Issuer:
                 self._start(host, "window", self._ask)
         return wait
 
-    def _bounds(self, host) -> list[Bucket]:
-        """A renewal is held up by none: who has many new names, or lifetimes so short that the
+    def _bounds(self, host) -> list[tuple]:
+        """The (Buckets, key) that an order takes a token of.
+
+        A renewal is held up by none: an agent with many new names, or lifetimes so short that the
         hour's orders would not do, must not let a certificate run out. The CA takes it beyond its
-        limits if it says what it replaces (RFC 9773 §5). Nor is what the operator asks for."""
+        limits if it says what it replaces (RFC 9773 §5). Nor is an order that the operator asks
+        for."""
         if host.stored is not None or host.asked_for:
             return []
         if host.agent is None:
-            return [self._bucket]
-        own = self._buckets.setdefault(host.agent, Bucket(self._orders_per_agent))
-        return [self._bucket, own]
+            return [(self._orders, None)]
+        return [(self._orders, None), (self._orders_by_agent, host.agent)]
 
     def _start(self, host, what, job):
         thread = threading.Thread(

@@ -59,35 +59,6 @@ def ask_delay(retry_after: float | None) -> float:
     return ASK if retry_after is None else min(max(retry_after, LEAST_ASK), MOST_ASK)
 
 
-class Bucket:
-    """So many an hour, and as many at once. Any clock; one that steps back costs nothing."""
-
-    def __init__(self, per_hour):
-        self._most = self._left = float(per_hour)
-        self._filled_at = None
-
-    def wait(self, now) -> float:
-        """Seconds until one may be taken; 0 at once."""
-        self._fill(now)
-        return max(0.0, (1 - self._left) * HOUR / self._most)
-
-    def take(self, now):
-        self._fill(now)
-        self._left -= 1
-
-    def put_back(self):
-        self._left += 1
-
-    def full(self, now) -> bool:
-        self._fill(now)
-        return self._left >= self._most
-
-    def _fill(self, now):
-        passed = 0.0 if self._filled_at is None else max(0.0, now - self._filled_at)
-        self._left = min(self._most, self._left + passed * self._most / HOUR)
-        self._filled_at = now
-
-
 def _chance(*things) -> float:
     """A number from 0 to 1 that depends on nothing but ``things``."""
     digest = hashlib.sha256(" ".join(map(str, things)).encode()).digest()

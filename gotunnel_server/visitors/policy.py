@@ -12,8 +12,9 @@ An agent sends a policy with its registration, a JSON object whose keys are all 
 this order: deny, allow, rates, password; so an address that is kept out costs a set look-up, and a
 flood never comes as far as the passwords. Each verdict is None (come in) or a ``Denial``.
 
-*Rates* are token buckets: ``burst`` at once, one more every 1/rate seconds. What is denied takes no
-token. An IPv6 visitor counts by the /64 that a subscriber gets, an IPv4-mapped address as IPv4.
+*Rates* are token buckets: ``burst`` at once, one more every 1/rate seconds (GCRA). What is denied
+takes no token. An IPv6 visitor counts by the /64 that a subscriber gets, an IPv4-mapped address as
+IPv4.
 
 *Passwords* come as scrypt hashes (RFC 7914) and in no other way. A hash costs some 50 ms of CPU and
 16 MiB, which nobody may spend for us at will: a success is remembered (as a keyed digest), so a
@@ -27,7 +28,6 @@ may be used by any thread. No password and no hash is ever in a text or a repr.
 import base64
 import binascii
 import hashlib
-import heapq
 import hmac
 import math
 import os
@@ -42,6 +42,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from gotunnel_agent.common import addresses
+from gotunnel_agent.common.token_bucket import Buckets
 
 # How much one tunnel may ask. A message holds 64 KiB, so these are reached first.
 MOST_NETWORKS = 1000  # in allow, and in deny
@@ -56,8 +57,6 @@ MOST_RATE = MOST_BURST = 1_000_000
 # its files in one go, some seventy of them, and then its reader reads.
 BURST_SECONDS = 10
 
-# Addresses that a policy remembers, about 200 bytes each.
-MOST_ADDRESSES = 4096
 
 # A person mistypes a few times; who guesses gets 8640 a day from an address.
 FAILURES = 10
@@ -266,59 +265,6 @@ class Rate(NamedTuple):
 class RateLimit(NamedTuple):
     per_address: Rate | None
     total: Rate | None
-
-
-class Buckets:
-    """A token bucket for each key, all of one rate and burst. Not for two threads at once.
-
-    Of a bucket one number is kept: the time at which it is full again. Each token that is taken
-    puts that off by 1/rate, and there is a token for who would not put it off further than it takes
-    to fill a whole bucket. A bucket that is full says nothing and may be forgotten.
-
-    If there are too many that are not full, a newcomer takes the place of the one that is closest
-    to it. So nobody is kept out by others; and to have an empty bucket forgotten takes ``most``
-    others that were emptied as far, each from an address of its own.
-    """
-
-    def __init__(self, rate: float, burst: int, most: int = MOST_ADDRESSES):
-        self._interval = 1 / rate
-        # How far it may be from full and still give a token; times are rounded, so a thousandth
-        # of a token may be missing.
-        self._patience = (burst - 0.999) / rate
-        self._most = most
-        self._full_at = {}  # key: time
-        self._queue = []  # heap of (time, number, key), one a key; the time may be an earlier one
-        self._count = 0  # number of the next entry: keys need not compare
-
-    def wait(self, key, now: float) -> float:
-        """Seconds until there is a token; 0 if there is one."""
-        return max(0, self._full_at.get(key, now) - now - self._patience)
-
-    def take(self, key, now: float):
-        """Take a token, whether there is one or not."""
-        full_at = self._full_at.get(key)
-        if full_at is None:
-            self._make_room(now)
-            full_at = now
-            heapq.heappush(self._queue, (now + self._interval, self._count, key))
-            self._count += 1
-        self._full_at[key] = max(full_at, now) + self._interval
-
-    def _make_room(self, now):
-        """Forget two that are full, if there are such, so that the table shrinks after a crowd;
-        and one that is not, if there is no room else."""
-        forgotten = 0
-        while self._queue:
-            noted_at, number, key = self._queue[0]
-            full_at = self._full_at[key]
-            if noted_at < full_at:  # tokens were taken since: it goes back to its place
-                heapq.heapreplace(self._queue, (full_at, number, key))
-            elif forgotten < 2 and full_at <= now or len(self._full_at) >= self._most:
-                heapq.heappop(self._queue)
-                del self._full_at[key]
-                forgotten += 1
-            else:
-                return
 
 
 # --- Passwords -----------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from gotunnel_server.certs.schedule import (
     BACKOFF,
     HOUR,
     MINUTE,
-    Bucket,
     Window,
     ask_delay,
     renew_at,
@@ -176,20 +175,6 @@ def test_retries_grow_and_differ_by_a_tenth_at_most():
 def test_asking_again_has_bounds():
     assert [ask_delay(seconds) for seconds in (None, 5, 600, 10 * DAY)] == [
         6 * HOUR, MINUTE, 600, DAY]
-
-
-def test_a_bucket_holds_an_hours_worth_and_survives_a_clock_that_steps_back():
-    bucket = Bucket(2)
-    bucket.take(NOW)
-    assert bucket.wait(NOW) == 0
-    bucket.take(NOW)
-    assert bucket.wait(NOW) == 1800 and bucket.wait(NOW - DAY) == 1800
-    assert bucket.wait(NOW - DAY + 1800) == 0
-    assert bucket.full(NOW + DAY) and not bucket.wait(NOW + DAY)
-    bucket.put_back()  # it was full already
-    bucket.take(NOW + DAY)
-    bucket.take(NOW + DAY)
-    assert bucket.wait(NOW + DAY)
 
 
 # Getting one, and keeping it
@@ -408,6 +393,17 @@ def test_a_clock_that_was_set_back_delays_nobody_for_ever(house):
     house.look()
     house.at(0)
     assert {name for name, _, _ in house.at(1.2 * DAY)} == {APP, OTHER}
+
+
+def test_a_clock_that_was_set_back_lengthens_no_wait_for_a_turn(tmp_path):
+    with House(tmp_path, orders_per_hour=2) as house:
+        for hostname in (APP, OTHER):
+            house.issuer.want(hostname, "agent")
+        assert len(house.look()) == 2
+        assert house.at(-DAY) == []  # the issuer hears of the step
+        house.issuer.want("third.example.com", "agent")
+        assert house.look() == []
+        assert [name for name, _, _ in house.at(HOUR / 2 - DAY)] == ["third.example.com"]
 
 
 # Windows
