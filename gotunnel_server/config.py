@@ -32,6 +32,7 @@ from dotenv.parser import parse_stream
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 
+from .agents.secret import secret_weakness
 from .visitors.policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
 
 DEFAULT_ENV_FILE = ".env"
@@ -58,19 +59,6 @@ SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 WORKERS_PER_CORE = 256
 LEAST_WORKERS = 512
 MOST_WORKERS = 2048
-
-# HS256 is as strong as its secret: one token overheard, and guessing needs no gateway any more.
-# 16 bytes from a random source are 128 bits, out of reach.
-LEAST_SECRET = 16
-WELL_KNOWN_SECRETS = {
-    "to-try-things-out-only",  # conf/server.env
-    "supersecretjwtkey",
-    "your-256-bit-secret",
-    "your-super-secret-key",
-    "changemechangeme",
-    "changeme",
-    "secret",
-}
 
 # A default rate is a number of requests, a second if no period follows it.
 PERIODS = {"s": 1, "m": 60, "h": 3600}
@@ -533,15 +521,6 @@ def _is_utf8(text: str) -> bool:
 def _whole_number(text: str) -> int | None:
     # int() alone would take "1_000", " 7" and other scripts' digits too; nine are enough here.
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
-
-
-def secret_weakness(secret: str) -> str | None:
-    """What is wrong with a secret that signs tokens, as "is well known"; None if nothing is."""
-    if secret.lower() in WELL_KNOWN_SECRETS:
-        return "is well known"
-    if len(secret.encode()) < LEAST_SECRET:
-        return f"is shorter than {LEAST_SECRET} bytes"
-    return None
 
 
 def _rate(text: str) -> float | None:

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import yaml
 
-from ..config import secret_weakness
 from . import scope
+from .secret import secret_weakness
 
 KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
 LIMIT_KEYS = ("hostnames", "streams", "visits")

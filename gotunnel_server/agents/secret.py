@@ -1,0 +1,25 @@
+"""How easily a secret that signs tokens is guessed: JWT_SECRET, and those of AGENTS_FILE."""
+
+from __future__ import annotations
+
+# An attacker who has overheard one token can try secrets without asking the gateway (HS256). A
+# random secret of 16 bytes has 128 bits, which is out of reach.
+LEAST_SECRET = 16  # bytes
+WELL_KNOWN_SECRETS = {
+    "to-try-things-out-only",  # conf/server.env
+    "supersecretjwtkey",
+    "your-256-bit-secret",
+    "your-super-secret-key",
+    "changemechangeme",
+    "changeme",
+    "secret",
+}
+
+
+def secret_weakness(secret: str) -> str | None:
+    """Why a secret is easily guessed, as "is well known"; None if it is not."""
+    if secret.lower() in WELL_KNOWN_SECRETS:
+        return "is well known"
+    if len(secret.encode()) < LEAST_SECRET:
+        return f"is shorter than {LEAST_SECRET} bytes"
+    return None
