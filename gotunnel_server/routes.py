@@ -7,7 +7,8 @@ from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
 
 
 class HostnameTaken(Exception):
-    """Hostnames are served by others: ``tunnels`` are whose, none for those of the gateway."""
+    """Hostnames cannot be claimed. ``tunnels`` are the ones that serve them; there is none if the
+    hostnames are the gateway's own."""
 
     def __init__(self, text, tunnels=()):
         super().__init__(text)
@@ -50,9 +51,10 @@ class Registry:
     def __init__(self, reserved=()):
         """``reserved`` hostnames are the gateway's own: no tunnel can have them."""
         self._reserved = frozenset(map(normal_hostname, reserved))
-        self._lock = threading.Lock()  # held to change _routes; reading one entry needs none
-        self._routes = {}
-        self._wildcards = False  # whether there is one among them
+        self._lock = threading.Lock()  # held to replace _table
+        # (hostname to Route, whether a wildcard is among them). Neither the tuple nor the dict is
+        # changed once it stands here, so that readers need no lock, and see both of one state.
+        self._table = ({}, False)
 
     def claim(self, routes, permit=lambda routes: None):
         """Take every hostname of ``routes`` (hostname to Route), or none of them.
@@ -64,49 +66,53 @@ class Registry:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
                 names = ", ".join(own)
                 raise HostnameTaken(f"not allowed: {names}: reserved for the gateway itself")
-            if taken := [hostname for hostname in routes if hostname in self._routes]:
-                tunnels = {self._routes[hostname].tunnel for hostname in taken}
+            held, _ = self._table
+            if taken := [hostname for hostname in routes if hostname in held]:
+                tunnels = {held[hostname].tunnel for hostname in taken}
                 raise HostnameTaken(f"host already registered: {', '.join(taken)}", tunnels)
-            routes = {**self._routes, **routes}
+            routes = {**held, **routes}
             permit(routes)
             self._put(routes)
 
     def _put(self, routes):
-        self._routes = routes
-        self._wildcards = any(hostname.startswith(WILDCARD) for hostname in routes)
+        """Caller holds the lock, and changes ``routes`` no more."""
+        self._table = (routes, any(hostname.startswith(WILDCARD) for hostname in routes))
 
     def update(self, routes):
         """Put ``routes``, claimed before and still held, in the place of what they were."""
         with self._lock:
-            for hostname, route in routes.items():
-                if hostname in self._routes and self._routes[hostname].tunnel is route.tunnel:
-                    self._routes[hostname] = route
+            held, _ = self._table
+            still = {
+                hostname: route for hostname, route in routes.items()
+                if hostname in held and held[hostname].tunnel is route.tunnel
+            }  # fmt: skip
+            self._put({**held, **still})
 
     def release(self, tunnel):
         """Give back whatever ``tunnel`` has claimed."""
         with self._lock:
             self._put({
                 hostname: route
-                for hostname, route in self._routes.items()
+                for hostname, route in self._table[0].items()
                 if route.tunnel is not tunnel
             })  # fmt: skip
 
     def only_tcp(self):
         """The one Route in tcp mode; None if there is none, or more than one."""
-        routes = [route for route in self.routes().values() if route.mode == "tcp"]
+        routes = [route for route in self._table[0].values() if route.mode == "tcp"]
         return routes[0] if len(routes) == 1 else None
 
     def lookup(self, hostname):
         """The Route of a hostname (lower case, no port, no trailing dot), or None."""
-        route = self._routes.get(hostname)
-        if route is None and self._wildcards and hostname not in self._reserved:
+        routes, wildcards = self._table
+        route = routes.get(hostname)
+        if route is None and wildcards and hostname not in self._reserved:
             rest = hostname
             while route is None and "." in rest:
                 rest = rest.partition(".")[2]
-                route = self._routes.get(WILDCARD + rest)
+                route = routes.get(WILDCARD + rest)
         return route
 
     def routes(self) -> dict:
         """All there are, hostname to Route, as they are now."""
-        with self._lock:
-            return dict(self._routes)
+        return dict(self._table[0])

@@ -83,6 +83,20 @@ def test_of_many_that_claim_at_once_one_gets_everything():
     assert len(registry.routes()) == len(hostnames)
 
 
+def test_a_table_that_is_being_read_does_not_change():
+    """Visits look hostnames up while ports open for them, and hold no lock."""
+    registry = Registry()
+    registry.claim(routes("a tunnel", "a.test", "b.test"))
+    being_read = iter(registry._table[0].items())
+    next(being_read)
+    opened = Route("b.test", "tcp", "a tunnel", port=2200)
+    registry.update({"b.test": opened})
+    registry.claim(routes("another", "c.test"))
+    registry.release("a tunnel")
+    assert list(being_read) == [("b.test", Route("b.test", "http", "a tunnel"))]
+    assert registry.lookup("a.test") is None and registry.lookup("c.test") is not None
+
+
 # Wildcards ---------------------------------------------------------------------------------------
 
 
