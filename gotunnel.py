@@ -1262,7 +1262,7 @@ class Duplex:
         self._tls_in = self._tls_out = None
         self._early = collections.deque()  # payload that TLS held when we said farewell
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
-        self._send_lock = threading.Lock()  # guards _unsent, and the order of what is sent
+        self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
         self._unsent = b""  # bytes that the kernel did not take yet
         self._finishing = False  # half-close the socket once they are gone
         self._finished = False  # finish() was called
@@ -1280,7 +1280,8 @@ class Duplex:
             return True
         if self._tls is None:
             return False
-        return bool(self._early or self._tls_in.pending or self._tls.pending())
+        with self._tls_lock:
+            return bool(self._early or self._tls_in.pending or self._tls.pending())
 
     @property
     def hung_up(self) -> bool:
@@ -1291,6 +1292,14 @@ class Duplex:
         look = select.poll()
         look.register(self._socket, select.POLLRDHUP)
         return bool(look.poll(0))
+
+    def died(self) -> bool:
+        """Whether the connection is broken: reset, or TCP got no answer (KEEPALIVE). Finds it out
+        although nobody reads or writes; if it is, later reads do not see an end but raise."""
+        with contextlib.suppress(OSError):
+            if not self._broken and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.reset()  # the look has taken the error away, and an end would be read now
+        return self._broken
 
     @property
     def local_address(self) -> tuple:
@@ -1330,6 +1339,7 @@ class Duplex:
             data = self._receive_plain(READ_SIZE)
             if data is None:
                 return False
+            self._check()  # else a reset would be an end without TLS's farewell
             with self._tls_lock:
                 self._tls_in.write(data) if data else self._tls_in.write_eof()
 
@@ -1346,7 +1356,8 @@ class Duplex:
         if self._tls is None and not (self._unread or self._at_end):
             self._check()
             data = self._receive_plain(size)
-            self._at_end = data == b""
+            if data == b"":
+                self._reach_end()
             return data
         buffer = _buffers.take()
         try:
@@ -1368,8 +1379,15 @@ class Duplex:
             count = self._receive_tls(view)
         else:
             count = self._receive_plain_into(view)
-        self._at_end = count == 0
+        if count == 0:
+            self._reach_end()
         return count
+
+    def _reach_end(self):
+        """The socket gave its end. It also does so if reset() has shut it down since the last
+        check, and then what came must not look whole."""
+        self._check()
+        self._at_end = True
 
     def _receive_plain(self, size):
         try:
@@ -1477,10 +1495,11 @@ class Duplex:
     def flush(self) -> bool:
         """Go on sending; True once all is with the kernel."""
         with self._send_lock:
-            if self._tls is not None and self._tls_out.pending:
+            if self._tls is not None:
                 with self._tls_lock:
                     data = self._tls_out.read()
-                self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+                if data:
+                    self._unsent = b"".join((self._unsent, data)) if self._unsent else data
             return self._push()
 
     def _push(self):
@@ -1512,9 +1531,10 @@ class Duplex:
         if self._write_wait is None:
             self._write_wait = _WaitSelector()
             self._write_wait.register(self._socket, selectors.EVENT_WRITE)
-        self._writer_waits = True
-        try:
+        with self._send_lock:  # either reset() sees the waiting writer, or the writer the reset
             self._check()
+            self._writer_waits = True
+        try:
             if not self._write_wait.select(timeout):
                 raise TimeoutError("the peer has stopped reading")
         finally:
@@ -1560,8 +1580,8 @@ class Duplex:
     def reset(self):
         """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
         takes what it has got for all there was."""
-        self._broken = True
         with contextlib.suppress(OSError), self._send_lock:  # closed already
+            self._broken = True
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             # A FIN would look like an end, and shutting down the reading side sends none. It does
             # not wake a writer; but one that waits does so behind bytes that a FIN does not pass.

@@ -306,6 +306,87 @@ def test_reset_is_not_taken_for_an_end():
             raw.recv(100)
 
 
+class ResetInBetween:
+    """A Duplex's socket that is reset by another thread just before it is read."""
+
+    def __init__(self, duplex):
+        self._duplex, self._socket = duplex, duplex._socket
+
+    def __getattr__(self, name):
+        return getattr(self._socket, name)
+
+    def recv(self, size):
+        self._duplex.reset()
+        return self._socket.recv(size)
+
+    def recv_into(self, view):
+        self._duplex.reset()
+        return self._socket.recv_into(view)
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_reset_between_the_check_and_the_read_is_not_taken_for_an_end(duplexes, into):
+    left, _ = duplexes
+    left._socket = ResetInBetween(left)
+    with pytest.raises(ConnectionResetError, match="on this side"):
+        left.receive_into(memoryview(bytearray(10))) if into else left.receive()
+    assert not left._at_end
+
+
+def test_a_reset_during_the_handshake_is_not_taken_for_an_end():
+    with duplex_pair("tcp") as (left, right):
+        start_tls(left, right)
+        left._socket = ResetInBetween(left)
+        with pytest.raises(ConnectionResetError, match="on this side"):
+            left.handshake()
+
+
+def test_pump_does_not_pass_a_reset_on_as_an_end():
+    with duplex_pair("tcp") as (_, source), duplex_pair("tcp") as (sink, right):
+        source._socket = ResetInBetween(source)
+        assert not pump(source, sink)
+        sink.close()
+        with pytest.raises(ConnectionResetError):
+            right.read(timeout=PATIENCE)
+
+
+def test_openssl_is_asked_only_under_its_lock():
+    class Guarded:
+        """Part of a Duplex's TLS that may only be touched under the lock."""
+
+        def __init__(self, part, lock):
+            self.__dict__.update(part=part, lock=lock)
+
+        def __getattr__(self, name):
+            assert self.lock.locked(), f"{name} without the lock"
+            return getattr(self.part, name)
+
+    with duplex_pair("tls") as (left, right):
+        for name in ("_tls", "_tls_in", "_tls_out"):
+            setattr(left, name, Guarded(getattr(left, name), left._tls_lock))
+        assert not left.pending
+        right.write(b"x")
+        assert left.read(timeout=PATIENCE) == b"x"
+        left.write(b"y")
+        assert left.flush() and not left.pending
+        left.finish(PATIENCE)
+        right.finish(PATIENCE)
+        assert read_all(left) == b"" and left.pending
+
+
+def test_a_connection_that_was_reset_is_known_to_have_died_although_nobody_reads_it():
+    dialled, raw = tcp_pair()
+    with contextlib.closing(Duplex(dialled)) as duplex:
+        raw.shutdown(socket.SHUT_WR)
+        assert duplex.read(timeout=PATIENCE) == b""
+        assert not duplex.died()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        raw.close()
+        wait_until(duplex.died)
+        with pytest.raises(ConnectionResetError):
+            duplex.read()
+
+
 def test_a_reset_of_the_peer_is_an_error():
     left, raw = tcp_pair()
     with contextlib.closing(Duplex(left)) as duplex:
