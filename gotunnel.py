@@ -1713,11 +1713,15 @@ class Session:
         deadline = Deadline(timeout)
         with self._lock:
             mux = self._mux
-            while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
-                self._slot.wait(deadline.left())
-            self._check_alive()
-            with permit:
-                stream = self._add_stream(self._mux.open(monotonic()))
+            try:
+                while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
+                    self._slot.wait(deadline.left())
+                self._check_alive()
+                with permit:
+                    stream = self._add_stream(self._mux.open(monotonic()))
+            except BaseException:
+                self._slot.notify()  # it may have been woken for a slot that another one can use
+                raise
             room = self._mux.room(stream.id)
             if first:
                 self._mux.send(stream.id, first[:room])
@@ -1735,8 +1739,12 @@ class Session:
         """The next stream that the peer opened; raises TimeoutError, SessionClosed."""
         deadline = Deadline(timeout)
         with self._lock:
-            while not (self.ended or self._arrived):
-                self._arrival.wait(deadline.left())
+            try:
+                while not (self.ended or self._arrived):
+                    self._arrival.wait(deadline.left())
+            except BaseException:  # KeyboardInterrupt may come with the wake-up
+                self._arrival.notify()
+                raise
             self._check_alive()
             stream = self._arrived.popleft()
             self._expiring.pop(stream.id, None)
@@ -1748,9 +1756,10 @@ class Session:
         return stream
 
     def streams_in_use(self) -> list:
-        """The streams that somebody on our side is not done with. Needs no lock: it looks at
-        copies, each made in one step; one that ends meanwhile may be there twice."""
-        streams = (*self._streams.values(), *self._over)
+        """The streams that our side is not done with. A stream that ends meanwhile may be there
+        twice. Takes no lock, since a permit of open() may ask while other sessions' locks are
+        held: copy() of a dict and of a set is one step, also on a Python without a GIL."""
+        streams = (*self._streams.copy().values(), *self._over.copy())
         return [stream for stream in streams if not stream._discarding]
 
     @property
@@ -2309,16 +2318,22 @@ class Stream:
     def read(self, size=READ_SIZE, timeout=None) -> bytes:
         """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError too."""
         deadline = Deadline(timeout)
+        waited = False
         with self._lock:
-            while not self._chunks:
-                if self._got_fin or self._discarding:
-                    return b""
-                self._check()
-                if self._session._postponed:
-                    self._session._send_postponed()
-                else:
-                    self._readable.wait(deadline.left())
-            data = self._take_out(size)
+            try:
+                while not self._chunks:
+                    if self._got_fin or self._discarding:
+                        return b""
+                    self._check()
+                    if self._session._postponed:
+                        self._session._send_postponed()
+                    else:
+                        waited = True
+                        self._readable.wait(deadline.left())
+                data = self._take_out(size)
+            finally:
+                if waited:
+                    self._readable.notify()  # one event wakes one reader; there may be more
             self._session._count_unread(self, -len(data))
             batch = self._session._take_batch() if self._consumed(len(data)) else NOTHING
         self._session._send(batch)
@@ -2375,24 +2390,30 @@ class Stream:
         """Commit what there is room for, and return the rest."""
         session, mux = self._session, self._session._mux
         deadline = Deadline(STALL_TIMEOUT if timeout is None else timeout)
+        waited = False
         with self._lock:
-            while True:
-                self._check()
-                if session._closing:  # else its last frames might never be the last
-                    raise SessionClosed(session._closing[0])
-                if self._sent_fin:
-                    raise ValueError("written to a stream that is finished")
-                room = mux.room(self.id)
-                if room > 0:
-                    break
-                self._writable.wait(deadline.left())
-            if room >= len(data):
-                mux.send(self.id, data)
-                data = b""
-            else:
-                data = memoryview(data)
-                mux.send(self.id, data[:room])
-                data = data[room:]
+            try:
+                while True:
+                    self._check()
+                    if session._closing:  # else its last frames might never be the last
+                        raise SessionClosed(session._closing[0])
+                    if self._sent_fin:
+                        raise ValueError("written to a stream that is finished")
+                    room = mux.room(self.id)
+                    if room > 0:
+                        break
+                    waited = True
+                    self._writable.wait(deadline.left())
+                if room >= len(data):
+                    mux.send(self.id, data)
+                    data = b""
+                else:
+                    data = memoryview(data)
+                    mux.send(self.id, data[:room])
+                    data = data[room:]
+            finally:
+                if waited:
+                    self._writable.notify()  # one credit wakes one writer; it may do for more
             batch = session._take_batch()
         session._send(batch)
         return data

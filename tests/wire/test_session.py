@@ -264,6 +264,52 @@ def test_oc_slot_on_our_own_reset():
         assert opening.result(PATIENCE).id == 513
 
 
+def test_oc_slot_is_passed_on_by_a_waiter_that_leaves_without_it():
+    """Its permit was refused after it had been woken: another one sleeps, and could go."""
+
+    @contextlib.contextmanager
+    def refused():
+        raise PermissionError
+        yield
+
+    with raw_pair(client=True) as (peer, session):
+        for _ in range(OPEN_BACKLOG):
+            session.open(timeout=0)
+        leaving = spawn(session.open, permit=refused())
+        wait_for_waiter(session._slot)
+        staying = spawn(session.open)
+        wait_until(lambda: len(session._slot._waiters) == 2)
+        peer.send(frame(WINDOW_UPDATE, ACK, 7))
+        with pytest.raises(PermissionError):
+            leaving.result(PATIENCE)
+        assert staying.result(PATIENCE).id == 513
+
+
+def test_credit_for_one_writer_wakes_another_that_it_does_for():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        stream.write(bytes(INITIAL_WINDOW))
+        writing = []
+        for count in (1, 2):
+            writing.append(spawn(stream.write, b"x"))
+            wait_until(lambda count=count: len(stream._writable._waiters) == count)
+        peer.send(frame(WINDOW_UPDATE, 0, stream.id, 2))
+        for call in writing:
+            call.result(PATIENCE)
+
+
+def test_the_end_of_a_stream_wakes_all_its_readers():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        reading = []
+        for count in (1, 2):
+            reading.append(spawn(stream.read))
+            wait_until(lambda count=count: len(stream._readable._waiters) == count)
+        peer.send(frame(WINDOW_UPDATE, FIN, stream.id))
+        for call in reading:
+            assert call.result(PATIENCE) == b""
+
+
 def test_oc_accept_overflow():
     with raw_pair() as (peer, session):
         peer.send(*(frame(DATA, SYN, number, payload=b"early") for number in range(1, 601, 2)))
