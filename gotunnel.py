@@ -1131,8 +1131,11 @@ class NoThread(OSError):
 
 
 def spawn(name, function, *arguments) -> threading.Thread:
-    """Start a thread, which does not keep the process alive. Raises NoThread."""
-    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    """Start a thread, which does not keep the process alive; an exception that ``function`` lets
+    out is logged. Raises NoThread."""
+    thread = threading.Thread(
+        target=call_logged, args=(function, *arguments), name=name, daemon=True
+    )
     try:
         thread.start()
     except RuntimeError as error:
@@ -1140,22 +1143,45 @@ def spawn(name, function, *arguments) -> threading.Thread:
     return thread
 
 
+def call_logged(function, *arguments):
+    """Call a function whose exceptions nobody expects; log them under the thread's name."""
+    try:
+        function(*arguments)
+    except Exception:
+        name = threading.current_thread().name
+        log.exception("thread %s: an unexpected error (bug, traceback follows)", name)
+
+
 class Workers(ThreadPoolExecutor):
-    """A bounded pool of threads that outlives a shortage of them."""
+    """A bounded pool of threads that outlives a shortage of them, and logs what a job raises."""
 
     def __init__(self, most, name):
         super().__init__(most, name)
+        self._lock = threading.Lock()  # guards all below
+        self._over = False
         self._said_at = -SHORTAGE_SILENCE
 
     def submit(self, function, *arguments):
+        """Have a thread call ``function``. Raises NoThread after shutdown(): the caller still has
+        what the job was to take over, and closes it."""
         try:
-            return super().submit(function, *arguments)
+            super().submit(call_logged, function, *arguments)
         except RuntimeError as error:
-            # The system has no thread for us. The call is queued all the same, and taken up by
-            # one that we have.
-            if monotonic() - self._said_at >= SHORTAGE_SILENCE:
+            with self._lock:
+                if self._over:
+                    raise NoThread("the pool of threads has been shut down") from None
+                # The system has no thread for us. The job is queued all the same, and done by a
+                # thread that the pool has, or gets later.
+                if monotonic() - self._said_at < SHORTAGE_SILENCE:
+                    return
                 self._said_at = monotonic()
-                log.warning("work has to wait: %s", error)
+            log.warning("no further thread to be had (limit of the system): %s; new work waits for "
+                        "the threads there are", error)  # fmt: skip
+
+    def shutdown(self, *arguments, **named):
+        with self._lock:
+            self._over = True
+        super().shutdown(*arguments, **named)
 
 
 class Deadline:
@@ -1818,7 +1844,8 @@ class Session:
         except OSError as error:
             reason = str(error)
         except Exception:
-            log.exception("session %s ends by a defect", self.name)
+            log.exception("session %s ends: an unexpected error (bug, traceback follows)",
+                          self.name)  # fmt: skip
         finally:
             self._end(reason, farewell)
 
@@ -1969,7 +1996,7 @@ class Session:
         with self._lock:
             functions, self._farewells = self._farewells, []
         for function in functions:
-            function()
+            call_logged(function)
 
     def _drop_if_over(self, stream):
         """Both sides have said FIN: only the stream's reader still knows it."""
@@ -2206,7 +2233,7 @@ class Session:
         if strays:
             log.debug("%s: %d frames were for streams that nobody knew", self.name, strays)
         if self.on_end is not None:
-            self.on_end()
+            call_logged(self.on_end)
         if farewell is not None:
             self._hang_up(farewell)
         self._duplex.close()
@@ -2214,7 +2241,7 @@ class Session:
             if end is not None:
                 end.close()
         if self.on_close is not None:
-            self.on_close()
+            call_logged(self.on_close)
 
     def _hang_up(self, farewell):
         """Half-close, and read on until the peer has hung up too. Closing with input unread, or
@@ -2548,15 +2575,17 @@ class LogLimit(logging.Filter):
     def __init__(self):
         super().__init__()
         self._kinds = {}  # place in the source: (monotonic beginning of its period, lines in it)
+        self._lock = threading.Lock()  # guards _kinds: a handler asks its filters without its lock
 
     def filter(self, record):
         place, now = (record.pathname, record.lineno), monotonic()
-        began, count = self._kinds.get(place, (now, 0))
-        if now - began >= LOG_PERIOD:
-            if count > LOG_LINES:
-                record.msg = f"{record.msg} ({count - LOG_LINES} more like it were dropped)"
-            began, count = now, 0
-        self._kinds[place] = (began, count + 1)
+        with self._lock:
+            began, count = self._kinds.get(place, (now, 0))
+            if now - began >= LOG_PERIOD:
+                if count > LOG_LINES:
+                    record.msg = f"{record.msg} ({count - LOG_LINES} more like it were dropped)"
+                began, count = now, 0
+            self._kinds[place] = (began, count + 1)
         return count < LOG_LINES
 
 
@@ -2607,8 +2636,10 @@ def stay_on_one_cpu(choose):
     on a virtual machine can cost more than the work that is handed over: with 32 visitors a
     request took half as much CPU time again on two, and a third fewer were served
     (``tools/bench.py --row cpu``). On a larger machine TLS, which needs no turn, can use the rest.
+    A Python without a GIL has no turns: its threads keep all CPUs.
     """
-    if hasattr(os, "sched_setaffinity"):
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
+    if has_gil and hasattr(os, "sched_setaffinity"):
         cpus = os.sched_getaffinity(0)
         if len(cpus) <= SMALL_MACHINE:
             os.sched_setaffinity(0, {choose(cpus)})

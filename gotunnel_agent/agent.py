@@ -33,6 +33,7 @@ from gotunnel import (
     Duplex,
     End,
     MessageReader,
+    NoThread,
     Ping,
     Pong,
     ProtocolError,
@@ -258,7 +259,12 @@ class Agent:
                 return
             with self._idle:
                 self._running += 1
-            workers.submit(self._serve_stream, stream)
+            try:
+                workers.submit(self._serve_stream, stream)
+            except NoThread:  # the agent has stopped, and the session has ended with all streams
+                with self._idle:
+                    self._running -= 1
+                return
 
     def _serve_stream(self, stream):
         try:

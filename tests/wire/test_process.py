@@ -42,12 +42,46 @@ def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
     workers.shutdown()
 
 
+def test_workers_refuse_a_job_after_shutdown_so_that_its_caller_can_clean_up(caplog):
+    workers = Workers(1, "worker")
+    workers.shutdown()
+    with pytest.raises(NoThread, match="shut down"):
+        workers.submit(print, "never")
+    assert caplog.text == ""
+
+
+def test_workers_log_what_a_job_raises_and_go_on(caplog):
+    called = threading.Event()
+    with Workers(1, "worker") as workers:
+        workers.submit(lambda: 1 / 0)
+        workers.submit(called.set)
+        assert called.wait(10)
+    assert "thread worker_0: " in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_thread_logs_what_ends_it_under_its_name(caplog):
+    spawn("test thread", lambda: 1 / 0).join(10)
+    assert "thread test thread: " in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_process_without_a_gil_keeps_all_cpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda pid, chosen: asked.append(chosen), raising=False
+    )
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    stay_on_one_cpu(min)
+    assert asked == []
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
 @pytest.mark.parametrize(("cpus", "chosen"), [({0, 1}, {0}), ({3}, {3}), ({0, 1, 2}, None)])
 def test_process_stays_on_one_cpu_of_a_small_machine_only(monkeypatch, cpus, chosen):
     asked = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: asked.append(chosen))
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
     stay_on_one_cpu(min)
     assert asked == ([chosen] if chosen else [])
 

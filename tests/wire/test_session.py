@@ -1297,8 +1297,24 @@ def test_a_defect_ends_the_session_and_is_logged(caplog):
         assert peer.read_to_end() == []
         session.join(PATIENCE)
         assert session.ended == "internal error"
-        assert "session tested ends by a defect" in caplog.text
+        assert "session tested ends: an unexpected error" in caplog.text
         assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("hook", ["on_end", "on_death"])
+def test_a_session_whose_hook_fails_ends_all_the_same(hook, caplog):
+    with raw_pair() as (peer, session):
+        stream, closed = accepted(peer, session), threading.Event()
+        session.on_close = closed.set
+        if hook == "on_end":
+            session.on_end = lambda: 1 / 0
+        else:
+            stream.on_death(lambda: 1 / 0)
+        peer.close()
+        assert closed.wait(PATIENCE)
+        session.join(PATIENCE)
+        assert session._duplex.fileno() == -1
+        assert "thread demux tested: " in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_call_later_keeps_the_order_of_time():
