@@ -2490,31 +2490,65 @@ class Stream:
 # relay -------------------------------------------------------------------------------------------
 
 
+LOOK_AT_ENDED = 15  # seconds between looks whether an end that has said FIN is still there. TCP
+# needs minutes to find that out (KEEPALIVE), so more often would not be sooner
+RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only has to wake up
+
+
 def relay(left, right):
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
     ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is
     reset: bytes that were cut off must not look complete. Neither is closed, that is their owner's.
     Uses the calling thread for one direction and starts one for the other; raises NoThread.
+
+    One direction may last for days after the other has ended. But if the end that has said FIN is
+    gone for good, then nobody reads what still comes, and both are reset. A stream says so by
+    itself; a Duplex that nobody reads has to be asked.
     """
     for end, other in ((left, right), (right, left)):
         if isinstance(end, Stream):
             # Both directions may wait for the other end, and then nobody would see this one die.
             end.on_death(other.reset)
-    back = spawn(f"{threading.current_thread().name} back", pump, right, left)
-    pump(left, right)
-    back.join()
+    copied = {left: threading.Event(), right: threading.Event()}  # all bytes of an end, if set
+    broken = threading.Event()
+
+    def carry(source, sink):
+        if not pump(source, sink):
+            broken.set()
+        copied[source].set()
+        while isinstance(source, Duplex) and not (
+            broken.is_set() or copied[sink].wait(LOOK_AT_ENDED)
+        ):
+            if source.died():
+                sink.reset()
+                broken.set()
+
+    back = spawn(f"{threading.current_thread().name} back", carry, right, left)
+    carry(left, right)
+    while back.is_alive() and not broken.is_set():
+        back.join(LOOK_AT_ENDED)
+    back.join(RESET_JOIN)
+    if back.is_alive():
+        log.error("thread %s does not end although its relay was reset (bug)", back.name)
 
 
-def pump(source, sink):
-    """Copy bytes one way, then half-close; reset both if either breaks, or does not read on."""
+def pump(source, sink) -> bool:
+    """Copy bytes one way, then half-close; True if all went well. Reset both if either breaks, or
+    does not read on, or anything else goes wrong: a part must not look like all."""
     try:
         while data := source.read():
             sink.write(data)
         sink.finish()
+        return True
     except (OSError, ValueError):  # ValueError: closed or finished by another thread
-        source.reset()
-        sink.reset()
+        pass
+    except Exception:
+        name = threading.current_thread().name
+        log.exception("thread %s: a relay is reset (bug, traceback follows)", name)
+    source.reset()
+    sink.reset()
+    return False
 
 
 # The process -------------------------------------------------------------------------------------

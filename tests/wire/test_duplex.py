@@ -604,3 +604,85 @@ def test_pump_stops_when_its_sink_is_gone():
         for end in (source, sink):
             with pytest.raises(ConnectionResetError, match="on this side"):
                 end.receive()
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_relay_ends_when_an_end_is_gone_whose_bytes_are_all_copied(monkeypatch, reversed_):
+    """Its other direction would wait for ever: for a peer that ignores FIN and sends nothing."""
+    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
+    outer, raw = tcp_pair()
+    with duplex_pair("tcp") as (inner, silent), contextlib.closing(Duplex(raw)) as left:
+        done = spawn(relay, *((inner, left) if reversed_ else (left, inner)))
+        outer.shutdown(socket.SHUT_WR)
+        assert silent.read(timeout=PATIENCE) == b""
+        outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        outer.close()
+        done.result(PATIENCE)
+        inner.close()
+        with pytest.raises(ConnectionError):  # a RST is here, where an end would let it write
+            silent.write(b"answer")
+
+
+def test_relay_stays_while_an_end_that_has_said_fin_still_reads(monkeypatch):
+    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.01)
+    with relayed() as (left, right, done):
+        left.finish()
+        assert read_all(right) == b""
+        for _ in range(10):
+            right.write(b"more")
+            assert left.read(timeout=PATIENCE) == b"more"
+        assert not done.done()
+        right.finish()
+        done.result(PATIENCE)
+
+
+class Faulty:
+    """An end of a relay that has a bug."""
+
+    def __init__(self, error):
+        self.error = error
+        self.resets = 0
+
+    def read(self):
+        raise self.error
+
+    def reset(self):
+        self.resets += 1
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("a bug")])
+def test_pump_resets_both_ends_whatever_goes_wrong_and_logs_a_bug(error, caplog):
+    with duplex_pair("tcp") as (sink, right):
+        source = Faulty(error)
+        assert not pump(source, sink)
+        assert source.resets == 1 and str(error) in caplog.text and "Traceback" in caplog.text
+        sink.close()
+        with pytest.raises(ConnectionResetError):
+            right.read(timeout=PATIENCE)
+
+
+def test_relay_does_not_wait_for_ever_for_a_direction_that_a_reset_does_not_end(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(gotunnel, "RESET_JOIN", 0.01)
+    stuck, let_go = threading.Event(), threading.Event()
+
+    class Stuck(Faulty):
+        def read(self):
+            stuck.set()
+            let_go.wait(PATIENCE)
+            return b""
+
+        def write(self, data):
+            raise self.error
+
+        def finish(self):
+            pass
+
+    with duplex_pair("tcp") as (visitor, inner):
+        done = spawn(relay, inner, Stuck(ConnectionResetError()))
+        assert stuck.wait(PATIENCE)
+        visitor.write(b"x")
+        done.result(PATIENCE)
+        assert "does not end although its relay was reset" in caplog.text
+        let_go.set()
