@@ -16,8 +16,8 @@ import threading
 from gotunnel import Signals, __version__, print_answer, set_up_process, stay_on_one_cpu
 
 from .agent import DIAL_TIMEOUT, Agent, CannotTrust
+from .common.passwords import PasswordError, hash_password
 from .config import ConfigError, load
-from .policy import PolicyError, hash_password
 
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of
@@ -92,8 +92,8 @@ def _hash_password(program):
     try:
         password = _ask_password()
         print(hash_password(password))
-    except (PolicyError, UnicodeDecodeError) as error:
-        why = error if isinstance(error, PolicyError) else "expected a password in UTF-8"
+    except (PasswordError, UnicodeDecodeError) as error:
+        why = error if isinstance(error, PasswordError) else "expected a password in UTF-8"
         print(f"{program}: {why}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
@@ -104,11 +104,11 @@ def _hash_password(program):
 
 def _ask_password():
     if sys.stdin is None:
-        raise PolicyError("there is no standard input, expected a password on it")
+        raise PasswordError("there is no standard input, expected a password on it")
     if not sys.stdin.isatty():
         # Not text: what is not UTF-8 must not become something else under another locale.
         return sys.stdin.buffer.readline(MAX_LINE).decode("utf-8-sig").rstrip("\r\n")
     password = getpass.getpass("Password: ")
     if getpass.getpass("Again: ") != password:
-        raise PolicyError("two different passwords came, expected the same twice")
+        raise PasswordError("two different passwords came, expected the same twice")
     return password

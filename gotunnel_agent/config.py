@@ -44,6 +44,7 @@ from .common.hostnames import (
     valid_wildcard,
 )
 from .common.proxy_protocol import VERSIONS
+from .common.quantities import whole_number
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 
 KEYS = (
@@ -381,7 +382,7 @@ def _expire_sec(document: Mapping[str, object]) -> int:
         return 3600
     expected = f"seconds, a whole number from {LEAST_EXPIRE} to {MOST_EXPIRE}"
     text = _text(document, "jwt_expire_sec", expected)
-    seconds = _whole_number(text)
+    seconds = whole_number(text)
     if seconds is None or not LEAST_EXPIRE <= seconds <= MOST_EXPIRE:
         raise ConfigError(f"jwt_expire_sec: {_shown(text)} came, expected {expected}")
     return seconds
@@ -484,7 +485,7 @@ def _port(item: Mapping[str, object], mode: str, where: str) -> str:
     expected = f"a port from 1 to {MAX_PORT}, or {ANY_PORT}"
     text = _text(item, "port", expected, where).lower()
     _expect_tcp("port", mode, where)
-    number = _whole_number(text)
+    number = whole_number(text)
     if text != ANY_PORT and (number is None or not 1 <= number <= MAX_PORT):
         raise ConfigError(f"{where}port: {_shown(text)} came, expected {expected}")
     return text if number is None else str(number)
@@ -599,7 +600,7 @@ def _host_and_port(text: str, refused: Callable[[str], ConfigError]) -> tuple[st
         raise refused("has no port")
     if not host:
         raise refused("has no host")
-    number = _whole_number(port)
+    number = whole_number(port)
     if number is None or not 1 <= number <= MAX_PORT:
         raise refused(f"has no port from 1 to {MAX_PORT}")
     if host.startswith("[") and host.endswith("]"):
@@ -621,11 +622,6 @@ def _is_ip_address(text: str, version: type) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _whole_number(text: str) -> int | None:
-    # int() alone would take "1_000", " 7" and other scripts' digits too; nine are enough here.
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
 def _kind(value: object) -> str:

@@ -5,47 +5,21 @@ neither the gateway nor any other part of the agent ever sees one. No text of a 
 repr shows a password, a hash or what stands where one may have been meant.
 """
 
-import base64
-import binascii
-import hashlib
-import os
-import re
 import unicodedata
 from dataclasses import dataclass, field
 
 from .common import addresses
+from .common.passwords import (
+    MOST_USER,
+    MOST_USERS,
+    PasswordError,
+    hash_if_plain,
+    valid_user,
+)
+from .common.quantities import LEAST_RATE, MOST_BURST, MOST_RATE, RATE_KEYS, rate, whole_number
 
-# What the gateway takes.
-MOST_NETWORKS = 1000
-MOST_USERS = 100
-MOST_USER = 255  # bytes
-MOST_PASSWORD = 1024  # bytes
-MOST_RATE = MOST_BURST = 1_000_000  # requests a second, and at once
-
-# A rate is a number of requests, by default a second.
-PERIODS = {"s": 1, "m": 60, "h": 3600}
-LEAST_RATE = 1 / 3600
-RATE_KEYS = ("per_address", "burst", "total", "total_burst")
 A_RATE = f"requests a second such as 10, or 10/s, 600/m, 1/h; from 1/h to {MOST_RATE}/s"
 
-# What a hash made here costs (RFC 7914): 16 MiB and some 50 ms, once a visitor.
-HASH_MARK = "$scrypt$"
-LN, R, P = 14, 8, 1
-SALT_SIZE, HASH_SIZE = 16, 32  # bytes
-
-# What a hash made elsewhere may cost the gateway.
-LEAST_LN = 10
-LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 26  # bytes, 128 * r * 2^ln
-MOST_WORK = 1 << 19  # r * p * 2^ln
-_PHC = re.compile(
-    r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,4}),p=([0-9]{1,4})"
-    r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"  # 8 to 64 and 16 to 64 bytes
-)
-
-# What htpasswd and others write, such as "$2y$05$..." and "{SHA}...".
-_OTHER_HASH = re.compile(r"\$[A-Za-z0-9-]{1,16}\$.|\{[A-Za-z0-9-]{2,16}\}.")
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MOST_SHOWN = 60  # characters of a bad value that a message shows
 
 
@@ -91,7 +65,7 @@ def users(value: object) -> tuple[str, ...]:
     found = {}
     for number, (name, password) in enumerate(pairs):
         user = unicodedata.normalize("NFC", name)
-        if not 1 <= _size(user) <= MOST_USER or _CONTROL.search(user) or ":" in user:
+        if not valid_user(user):
             raise PolicyError(
                 f"[{number}]: expected a user name of 1 to {MOST_USER} bytes, without a colon or "
                 "control characters"
@@ -115,25 +89,6 @@ def users_of_lines(text: str) -> tuple[str, ...]:
     return users(lines)
 
 
-def hash_password(password: str) -> str:
-    """The hash of a password as the PHC string format has it, with a random salt.
-
-    Raises PolicyError.
-    """
-    password = unicodedata.normalize("NFC", password)  # RFC 7617 §2.1, as browsers send it
-    if not 1 <= _size(password) <= MOST_PASSWORD or _CONTROL.search(password):
-        raise PolicyError(
-            f"expected a password of 1 to {MOST_PASSWORD} bytes, without control characters"
-        )
-    salt = os.urandom(SALT_SIZE)
-    digest = hashlib.scrypt(
-        password.encode(), salt=salt, n=1 << LN, r=R, p=P, dklen=HASH_SIZE,
-        maxmem=128 * R * ((1 << LN) + P + 2),  # what it takes (RFC 7914 §6), no byte more
-    )  # fmt: skip
-    salt, digest = (base64.b64encode(part).decode().rstrip("=") for part in (salt, digest))
-    return f"{HASH_MARK}ln={LN},r={R},p={P}${salt}${digest}"
-
-
 def _pair(text, number):
     name, colon, password = text.partition(":")
     if not colon:  # not shown: this may be a password
@@ -144,34 +99,10 @@ def _pair(text, number):
 def _hash(password):
     if not isinstance(password, str):
         raise PolicyError(f"{_kind(password)} came, expected a password")
-    if not password.startswith(HASH_MARK):
-        if _OTHER_HASH.match(password):  # it would be the password itself, for who has read it
-            raise PolicyError(
-                "a hash of another kind came, expected a password, or what gotunnel-agent "
-                "hash-password prints"
-            )
-        return hash_password(password)
-    match = _PHC.fullmatch(password)
-    if match is None:
-        raise PolicyError(
-            "no hash as $scrypt$ln=14,r=8,p=1$SALT$HASH came, expected what gotunnel-agent "
-            "hash-password prints"
-        )
-    ln, r, p = map(int, match.group(1, 2, 3))
-    memory, work = 128 * r << ln, r * p << ln
-    bounded = LEAST_MEMORY <= memory <= MOST_MEMORY and 0 < work <= MOST_WORK
-    if not (bounded and LEAST_LN <= ln < 16 * r):  # more cannot be computed (RFC 7914 §2)
-        raise PolicyError(
-            f"a hash with ln={ln},r={r},p={p} came, expected ln from {LEAST_LN} to below 16*r, "
-            f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of at "
-            f"most {MOST_WORK}"
-        )
     try:
-        for part in match.group(4, 5):
-            base64.b64decode(part + "=" * (-len(part) % 4), validate=True)
-    except binascii.Error:
-        raise PolicyError("a hash whose base64 is cut came, expected the whole of it") from None
-    return password
+        return hash_if_plain(password)
+    except PasswordError as error:
+        raise PolicyError(str(error)) from None
 
 
 # --- Addresses -----------------------------------------------------------------------------------
@@ -180,8 +111,8 @@ def _hash(password):
 def networks(value: object) -> tuple[str, ...]:
     """Addresses and networks, of one or a list of them. Raises PolicyError."""
     texts = _texts(value, "an address or a network such as 10.0.0.0/8")
-    if len(texts) > MOST_NETWORKS:
-        raise PolicyError(f"{len(texts)} of them came, expected at most {MOST_NETWORKS}")
+    if len(texts) > addresses.MOST_NETWORKS:
+        raise PolicyError(f"{len(texts)} of them came, expected at most {addresses.MOST_NETWORKS}")
     return tuple(dict.fromkeys(map(_network, texts)))
 
 
@@ -206,9 +137,9 @@ def rate_limit(value: object) -> tuple[tuple[str, float], ...]:
     for key in value:
         if key not in RATE_KEYS:
             raise PolicyError(f"unknown key {_shown(key)}, expected some of {', '.join(RATE_KEYS)}")
-    for burst, rate in (("burst", "per_address"), ("total_burst", "total")):
-        if burst in value and rate not in value:
-            raise PolicyError(f"{burst} came without {rate}, expected both or neither")
+    for burst, key in (("burst", "per_address"), ("total_burst", "total")):
+        if burst in value and key not in value:
+            raise PolicyError(f"{burst} came without {key}, expected both or neither")
     if not value:
         raise PolicyError("an empty mapping came, expected per_address, total or both")
     readers = {"per_address": _rate, "burst": _burst, "total": _rate, "total_burst": _burst}
@@ -224,17 +155,15 @@ def rate_limit(value: object) -> tuple[tuple[str, float], ...]:
 
 
 def _rate(text):
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?", text)
-    rate = float(match[1]) / PERIODS[match[2] or "s"] if match else 0
-    if not LEAST_RATE <= rate <= MOST_RATE:
+    number = rate(text)
+    if number is None or not LEAST_RATE <= number <= MOST_RATE:
         raise PolicyError(f"{_shown(text)} came, expected {A_RATE}")
-    return rate
+    return number
 
 
 def _burst(text):
-    # int() alone would take "1_000", " 7" and other scripts' digits too.
-    burst = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
-    if not 1 <= burst <= MOST_BURST:
+    burst = whole_number(text)
+    if burst is None or not 1 <= burst <= MOST_BURST:
         raise PolicyError(f"{_shown(text)} came, expected a whole number from 1 to {MOST_BURST}")
     return burst
 
@@ -252,14 +181,6 @@ def _texts(value, expected):
             where = f"[{number}]: " if texts is value else ""
             raise PolicyError(f"{where}{_kind(text)} came, expected {expected}")
     return texts
-
-
-def _size(text):
-    """Bytes of a text; 0 for one that has none, with half of a character in it."""
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError:
-        return 0
 
 
 def _kind(value):

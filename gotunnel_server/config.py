@@ -31,9 +31,10 @@ from dotenv.parser import parse_stream
 
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
+from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
 from .agents.secret import secret_weakness
-from .visitors.policy import RATE_KEYS, Defaults, PolicyError, hashed_entry
+from .visitors.policy import Defaults, PolicyError, hashed_entry
 
 DEFAULT_ENV_FILE = ".env"
 
@@ -59,9 +60,6 @@ SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 WORKERS_PER_CORE = 256
 LEAST_WORKERS = 512
 MOST_WORKERS = 2048
-
-# A default rate is a number of requests, a second if no period follows it.
-PERIODS = {"s": 1, "m": 60, "h": 3600}
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOCAL = "local"
@@ -299,7 +297,7 @@ class _Variables:
         pairs = [part.split("=") if "=" in part else ["per_address", part] for part in parts]
         if len({pair[0] for pair in pairs}) == len(pairs) and all(len(pair) == 2 for pair in pairs):
             numbers = {
-                key: _whole_number(value) if "burst" in key else _rate(value)
+                key: whole_number(value) if "burst" in key else rate(value)
                 for key, value in pairs
                 if key in RATE_KEYS
             }
@@ -327,7 +325,7 @@ class _Variables:
             return default
         if text.lower() == ANY_PORT:
             return 0
-        port = _whole_number(text)
+        port = whole_number(text)
         if port is None or not 1 <= port <= MAX_PORT:
             raise ConfigError(f"{name} is {text!r}, expected {expected}")
         return port
@@ -337,7 +335,7 @@ class _Variables:
         ranges = []
         for part in (self.text(name) or "").replace(",", " ").split():
             first, dash, last = part.partition("-")
-            first, last = _whole_number(first), _whole_number(last if dash else first)
+            first, last = whole_number(first), whole_number(last if dash else first)
             if first is None or last is None or not 1 <= first <= last <= MAX_PORT:
                 raise ConfigError(
                     f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and "
@@ -357,7 +355,7 @@ class _Variables:
         text = self.text(name)
         if text is None:
             return default
-        count = _whole_number(text)
+        count = whole_number(text)
         if count is None or not 1 <= count <= MAX_COUNT:
             raise ConfigError(f"{name} is {text!r}, expected a whole number from 1 to {MAX_COUNT}")
         return count
@@ -516,17 +514,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _whole_number(text: str) -> int | None:
-    # int() alone would take "1_000", " 7" and other scripts' digits too; nine are enough here.
-    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
-
-
-def _rate(text: str) -> float | None:
-    """Requests a second, of a number of them and perhaps a period."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?", text)
-    return float(match[1]) / PERIODS[match[2] or "s"] if match else None
 
 
 def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:

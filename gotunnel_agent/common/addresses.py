@@ -17,6 +17,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 IPV6_SUBSCRIBER = 64
 MAPPED_BITS = 96  # length of the prefix of IPv4-mapped addresses
 
+MOST_NETWORKS = 1000  # in one list of a policy; a registration holds 64 KiB
 MOST_SHOWN = 60  # characters of a bad value that an error shows
 
 # ipaddress also takes a mask after the slash (10.0.0.0/255.0.0.0) and a zone (fe80::1%eth0).

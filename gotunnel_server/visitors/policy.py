@@ -27,7 +27,6 @@ may be used by any thread. No password and no hash is ever in a text or a repr.
 
 import base64
 import binascii
-import hashlib
 import hmac
 import math
 import os
@@ -42,16 +41,19 @@ from time import monotonic
 from typing import NamedTuple
 
 from gotunnel_agent.common import addresses
+from gotunnel_agent.common.passwords import (
+    CONTROL,
+    HASH_MARK,
+    MOST_PASSWORD,
+    MOST_USER,
+    MOST_USERS,
+    Hash,
+    PasswordError,
+    hash_if_plain,
+    valid_user,
+)
+from gotunnel_agent.common.quantities import LEAST_RATE, MOST_BURST, MOST_RATE, RATE_KEYS
 from gotunnel_agent.common.token_bucket import Buckets
-
-# How much one tunnel may ask. A message holds 64 KiB, so these are reached first.
-MOST_NETWORKS = 1000  # in allow, and in deny
-MOST_USERS = 100
-
-# Requests a second. Less than one an hour is a way to say no, for which there is deny; more than a
-# million is no limit for this gateway.
-LEAST_RATE = 1 / 3600
-MOST_RATE = MOST_BURST = 1_000_000
 
 # A burst that nobody set is what the rate gives in 10 seconds: a browser asks for a page with all
 # its files in one go, some seventy of them, and then its reader reads.
@@ -78,34 +80,12 @@ OF_ONE_TUNNEL = COMPUTED_AT_ONCE + WAITING_TO_COMPUTE // 2
 _turns = threading.BoundedSemaphore(COMPUTED_AT_ONCE)
 _places = threading.BoundedSemaphore(COMPUTED_AT_ONCE + WAITING_TO_COMPUTE)
 
-# What scrypt may cost. Ours, and what OWASP gives as one of its equals, is ln=14 with r=8; the
-# largest, 64 MiB, is what others make by default (ln=16). Below 1 MiB it is no protection.
-LN, R, P = 14, 8, 1
-LEAST_LN = 10
-LEAST_MEMORY = 1024 * 1024  # bytes, 128 * r * 2^ln
-MOST_MEMORY = 64 * 1024 * 1024
-MOST_WORK = 1 << 19  # 2^ln * r * p, some 200 ms
-SALT_SIZE, HASH_SIZE = 16, 32  # bytes, of hashes that are made here
-
-# A user name has no colon, and neither it nor a password a control character (RFC 7617 §2).
-MOST_USER = 255  # bytes
-MOST_PASSWORD = 1024  # bytes
-
 MOST_SHOWN = 60  # characters of a bad value that a message shows
 
 HTTP_KEYS = ("basic_auth",)
 KEYS = (*HTTP_KEYS, "allow", "deny", "rate_limit")
-RATE_KEYS = ("per_address", "burst", "total", "total_burst")
 
-HASH_MARK = "$scrypt$"
-_PHC = re.compile(
-    r"\$scrypt\$ln=([0-9]{1,2}),r=([0-9]{1,4}),p=([0-9]{1,4})"
-    r"\$([A-Za-z0-9+/]{11,86})\$([A-Za-z0-9+/]{22,86})"  # 8 to 64 and 16 to 64 bytes
-)
-# What htpasswd and others write, such as "$2y$05$..." and "{SHA}...".
-_OTHER_HASH = re.compile(r"\$[A-Za-z0-9-]{1,16}\$.|\{[A-Za-z0-9-]{2,16}\}.")
 _BASIC = re.compile(r"basic +([A-Za-z0-9+/]+={0,2}) *", re.IGNORECASE | re.ASCII)
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class PolicyError(ValueError):
@@ -280,62 +260,6 @@ _BUSY = Denial(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Hash:
-    """A password's scrypt hash. As text it is "$scrypt$ln=14,r=8,p=1$SALT$HASH" (the PHC string
-    format), with base64 that is not padded."""
-
-    ln: int
-    r: int
-    p: int
-    salt: bytes = field(repr=False)
-    digest: bytes = field(repr=False)
-
-    @classmethod
-    def read(cls, text: str) -> "Hash":
-        """Raises PolicyError, which does not show the text."""
-        match = _PHC.fullmatch(text)
-        if match is None:
-            raise PolicyError("no hash as $scrypt$ln=14,r=8,p=1$SALT$HASH")
-        ln, r, p = map(int, match.group(1, 2, 3))
-        memory, work = 128 * r << ln, r * p << ln
-        bounded = LEAST_MEMORY <= memory <= MOST_MEMORY and 0 < work <= MOST_WORK
-        if not (bounded and LEAST_LN <= ln < 16 * r):  # more cannot be computed (RFC 7914 §2)
-            raise PolicyError(
-                f"a hash with ln={ln},r={r},p={p}, expected ln from {LEAST_LN} to below 16*r, "
-                f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of "
-                f"at most {MOST_WORK}"
-            )
-        try:
-            salt, digest = (
-                base64.b64decode(part + "=" * (-len(part) % 4), validate=True)
-                for part in match.group(4, 5)
-            )
-        except binascii.Error:
-            raise PolicyError("a hash whose base64 is cut") from None
-        return cls(ln, r, p, salt, digest)
-
-    @classmethod
-    def of(cls, password: bytes) -> "Hash":
-        """A hash with a random salt; takes some 50 ms."""
-        made = cls(LN, R, P, os.urandom(SALT_SIZE), bytes(HASH_SIZE))
-        return cls(LN, R, P, made.salt, made.compute(password))
-
-    def __str__(self):
-        salt, digest = (
-            base64.b64encode(part).decode().rstrip("=") for part in (self.salt, self.digest)
-        )
-        return f"$scrypt$ln={self.ln},r={self.r},p={self.p}${salt}${digest}"
-
-    def compute(self, password: bytes) -> bytes:
-        """What ``digest`` is if the password is the right one."""
-        n = 1 << self.ln
-        return hashlib.scrypt(
-            password, salt=self.salt, n=n, r=self.r, p=self.p, dklen=len(self.digest),
-            maxmem=128 * self.r * (n + self.p + 2),  # what it takes (RFC 7914 §6), no byte more
-        )  # fmt: skip
-
-
 def hashed_entry(text: str) -> str:
     """USER:HASH of USER:PASSWORD; a password that begins with HASH_MARK is one already.
 
@@ -346,17 +270,10 @@ def hashed_entry(text: str) -> str:
         raise PolicyError("a text without a colon came, expected USER:PASSWORD")
     if password.startswith(HASH_MARK):
         return f"{user}:{password}"
-    if _OTHER_HASH.match(password):  # it would be the password itself, for who has read it
-        raise PolicyError(
-            "a hash of another kind came, expected a password, or what gotunnel-agent "
-            "hash-password prints"
-        )
-    content = password.encode()
-    if not 1 <= len(content) <= MOST_PASSWORD or _CONTROL.search(content):
-        raise PolicyError(
-            f"expected a password of 1 to {MOST_PASSWORD} bytes, without control characters"
-        )
-    return f"{user}:{Hash.of(content)}"
+    try:
+        return f"{user}:{hash_if_plain(password)}"
+    except PasswordError as error:
+        raise PolicyError(str(error)) from None
 
 
 class Passwords:
@@ -467,7 +384,7 @@ def _credentials(authorization):
     except binascii.Error:
         return None
     user, colon, password = decoded.partition(b":")
-    if not colon or _CONTROL.search(decoded):
+    if not colon or CONTROL.search(decoded):
         return None
     return (user, password) if len(user) <= MOST_USER and len(password) <= MOST_PASSWORD else None
 
@@ -510,7 +427,7 @@ def _texts(value, most, what):
 
 
 def _networks(value):
-    return Networks(map(_network, _texts(value, MOST_NETWORKS, "addresses and networks")))
+    return Networks(map(_network, _texts(value, addresses.MOST_NETWORKS, "addresses and networks")))
 
 
 def _network(text):
@@ -558,19 +475,16 @@ def _users(value):
     users = {}
     for number, entry in enumerate(_texts(value, MOST_USERS, "entries USER:HASH")):
         name, colon, hashed = entry.partition(":")
-        try:
-            user = name.encode()
-        except UnicodeEncodeError:
-            user = b""
-        if not colon or not 1 <= len(user) <= MOST_USER or _CONTROL.search(user):
+        if not colon or not valid_user(name):
             raise PolicyError(
                 f"[{number}]: expected USER:HASH, with a user name of 1 to {MOST_USER} bytes"
             )
+        user = name.encode()
         if user in users:
             raise PolicyError(f"[{number}]: this user came before, expected each once")
         try:
             users[user] = Hash.read(hashed)
-        except PolicyError as error:
+        except PasswordError as error:
             raise PolicyError(f"[{number}]: {error}") from None
     return users
 

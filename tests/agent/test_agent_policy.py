@@ -11,8 +11,10 @@ import sys
 import pytest
 from support import ROOT
 
-from gotunnel_agent import cli, policy
-from gotunnel_agent.policy import Policy, PolicyError, hash_password, networks, rate_limit, users
+from gotunnel_agent import cli
+from gotunnel_agent.common.addresses import MOST_NETWORKS
+from gotunnel_agent.common.passwords import MOST_USER, MOST_USERS, hash_password
+from gotunnel_agent.policy import Policy, PolicyError, networks, rate_limit, users
 from gotunnel_server.visitors.policy import read
 
 PASSWORD = "correct horse: bättery"
@@ -46,8 +48,8 @@ def test_policy_of_an_agent_is_taken_by_the_gateway():
 
 
 def test_largest_policy_is_taken_by_the_gateway():
-    hosts = [f"10.0.{n // 256}.{n % 256}" for n in range(policy.MOST_NETWORKS)]
-    entries = {f"{n}".rjust(policy.MOST_USER, "u"): HASH for n in range(policy.MOST_USERS)}
+    hosts = [f"10.0.{n // 256}.{n % 256}" for n in range(MOST_NETWORKS)]
+    entries = {f"{n}".rjust(MOST_USER, "u"): HASH for n in range(MOST_USERS)}
     limit = {"per_address": "1000000", "burst": "1000000", "total": "1/h", "total_burst": "1"}
     made = Policy(users(entries), networks(hosts), networks(hosts), rate_limit(limit))
     assert read(made.wire(), "http") is not None

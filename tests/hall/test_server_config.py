@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gotunnel_agent.common.passwords import Hash
 from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
 from gotunnel_server.visitors import policy
-from gotunnel_server.visitors.policy import Defaults, Hash
+from gotunnel_server.visitors.policy import Defaults
 
 EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "server.env"
 
