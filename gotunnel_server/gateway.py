@@ -362,7 +362,10 @@ class Gateway:
         self._visitors = Visitors(
             context=self._certificates.front(config.gateway_host),
             site=choose_site(
-                self._registry.lookup, config.gateway_host, lambda: self.public_port
+                self._registry.lookup,
+                config.gateway_host,
+                lambda: self.public_port,
+                self._proxies,
             ),
             registry=self._registry,
             exchanges=self._exchanges(config.workers),

@@ -27,7 +27,8 @@ from gotunnel_agent.common.http1 import Malformed
 from ..net import client_hello
 from ..routes import AgentBusy
 from . import pages, sniff
-from .exchange import Handler, VisitorGone
+from .http1_server import Handler
+from .request import VisitorGone
 from .sites import Connect, choose_redirect
 
 log = logging.getLogger("gotunnel.visitor")
@@ -474,7 +475,7 @@ class Visitor:
             if not handler.head_came():
                 if handler.in_head and not began:
                     self._deadline = None  # from the first byte on, it is the head's time
-                quiet = visitors.idle_timeout if handler.request_head else visitors.header_timeout
+                quiet = visitors.idle_timeout if handler.current else visitors.header_timeout
                 return self._wait(visitors.header_timeout if handler.in_head else quiet)
         except Malformed as error:
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))

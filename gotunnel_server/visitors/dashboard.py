@@ -22,19 +22,19 @@ _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon 
 
 
 def choose_site(tunnels, gateway_host, public_port, version, certificate_state):
-    """What a request to the dashboard's port gets: the ``site`` of a proxy.Handler.
+    """What a request to the dashboard's port gets: a sites.Site.
 
     ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
     ``failed``. ``certificate_state(hostname)`` is "ready", or what there is instead.
     """
 
-    def site(handler):
-        if handler.hostname != gateway_host:
+    def site(request):
+        if request.hostname != gateway_host:
             return pages.error(403, "wrong-host", f"The dashboard answers to {gateway_host} only.")
-        if handler.command not in METHODS:
+        if request.method not in METHODS:
             page = pages.error(405, "wrong-method", "The dashboard is there to be read.")
             return page._replace(fields=(*page.fields, ("Allow", ", ".join(METHODS))))
-        if handler.path.partition("?")[0] != "/":
+        if request.path.partition("?")[0] != "/":
             return pages.error(404, "no-page", "There is no such page.")
         page = render(tunnels(), gateway_host, public_port, version, certificate_state)
         return Page(200, page.encode())

@@ -1,30 +1,31 @@
-"""http mode: one request over one stream, the answer streamed back.
+"""The route's side of one request: it goes to the target over a stream, the answer comes back.
 
-`Handler` speaks HTTP/1.1 with one visitor; `Exchange` is one request and its answer. Heads are
-read by http1.py, because a gateway that reads a request otherwise than its target does is a hole;
-the rest of BaseHTTPRequestHandler is as its readers know it.
+The visitor is a request.Request here, in whatever protocol it speaks; towards the target it is
+HTTP/1.1, by http1.py.
 
 The request's body and the answer flow at the same time: a body that has not come whole with its
-head gets a thread of its own (`upload`), so a target may answer before it has read everything.
+head gets a thread of its own (`Upload`), so a target may answer before it has read everything.
 Nothing is held whole. What the target sends is passed on when it comes.
 
 Towards the agent a stream is never half-closed here: a Go agent closes its target when it sees a
 FIN, answer or not.
 """
 
-import contextlib
 import logging
+import threading
+from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 
-from gotunnel import Deadline, Ends, NoThread, SessionClosed, spawn
+from gotunnel import Deadline, NoThread, SessionClosed, spawn
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
 
 from ..routes import AgentBusy
 from . import forwarded, pages
+from .forwarded import Proxies
 from .pages import Page
-from .sites import Connect
+from .request import Request, VisitorGone
+from .sites import Forward
 
 log = logging.getLogger("gotunnel.proxy")
 
@@ -33,10 +34,9 @@ log = logging.getLogger("gotunnel.proxy")
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 WATCH = 0.5  # seconds between looks at whether the visitor of a waiting request is still there
 LATE_BODY_TIMEOUT = 3  # seconds that a visitor has to stop sending once it has its answer
-
-
-class VisitorGone(Exception):
-    """The visitor has left; nobody is there to be answered."""
+# Seconds for an upload's thread to end once nothing can hold it: its stream is over, and the
+# visitor's body has come or was aborted.
+UPLOAD_END_TIMEOUT = 5
 
 
 class TargetFailed(Exception):
@@ -47,308 +47,181 @@ class TargetFailed(Exception):
         self.page = pages.error(status, code, text)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One visitor's connection, request by request.
-
-    ``site(handler)`` decides what a request gets: a Page, a Connect, or a registry.Route to be
-    asked.
-    Unlike its base it is not run by a server: whoever owns the connection calls head_came() when
-    bytes have come, and handle_one_request() when that says True.
-    """
-
-    protocol_version = "HTTP/1.1"
-    server_version = "gotunnel"
-    sys_version = ""  # what we run on is nobody's business
-
-    def __init__(
-        self, duplex, address, *,
-        site, scheme, sni, proxies, claim_relay, is_draining, idle_timeout, response_timeout,
-    ):  # fmt: skip
-        # Not super().__init__(): it would serve the connection to its end, in this thread.
-        self.connection = self.wfile = duplex
-        self.client_address = address
-        self.scheme = scheme  # "https" or "http"
-        self.sni = sni  # hostname of the TLS hello, None if there was none
-        self.proxies = proxies  # forwarding.Proxies
-        self.claim_relay = claim_relay  # whether the connection may become a relay
-        self.is_draining = is_draining  # whether this answer is to be the last one
-        self.idle_timeout = idle_timeout
-        self.response_timeout = response_timeout
-        self.close_connection = False
-        self.switched = None  # the stream that a 101 turned the connection over to, or a Connect
-        self.request_head = None  # http1.Request
-        self.hostname = ""
-        self.body = None  # http1.Body of the request, None if it has none
-        self.upload = None  # the Upload that reads it, None if nobody does
-        self._site = site
-        self._buffer = b""  # of a head that is not whole
-        self._seen = 0  # bytes of it that hold no end
-
-    @property
-    def in_head(self) -> bool:
-        """Part of a head has come, and the rest is awaited."""
-        return bool(self._buffer)
-
-    def head_came(self) -> bool:
-        """Take what has come of the next head; True once it is whole. Does not wait.
-
-        Raises VisitorGone, Malformed, OSError.
-        """
-        while (end := http1.head_end(self._buffer, self._seen)) < 0:
-            self._seen = len(self._buffer)
-            data = self.connection.receive()
-            if data is None:
-                return False
-            if not data:
-                raise VisitorGone
-            self._buffer += data
-            self.request_head = None  # that of an earlier request: what comes may be no head
-        self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
-        if rest:
-            self.connection.unread(rest)
-        self._buffer, self._seen = b"", 0
-        return True
-
-    def parse_request(self):
-        """Read the head that has come; raises Malformed."""
-        head = self.request_head = http1.parse_request(self.raw_requestline)
-        self.command, self.path, self.headers = head.method, head.target, head.fields
-        self.request_version = f"HTTP/1.{head.minor}"
-        self.hostname = http1.hostname(head) or self.sni or ""
-        self.body = http1.request_body(head)
-        # What comes behind a CONNECT may be meant for its other end, and be no request.
-        self.close_connection = not http1.keeps_alive(head) or head.method == "CONNECT"
-
-    def handle_one_request(self):
-        """Answer the request whose head has come. Raises OSError when the connection broke."""
-        try:
-            self.parse_request()
-            answer = self._site(self)
-            if isinstance(answer, Page):
-                self.send_page(answer)
-            elif isinstance(answer, Connect):
-                self._connect(answer)
-            else:
-                Exchange(self, answer).run()
-        except Malformed as error:
-            self.send_page(pages.error(error.status, "malformed-request", f"{error}."), last=True)
-        except TargetFailed as failure:
-            log.info("%s %s: %s", self.hostname, self.command, failure)
-            self.send_page(failure.page)
-        finally:
-            if self.upload is not None:
-                self.upload.end()
-                self.upload = None
-
-    def _connect(self, answer):
-        if not self.claim_relay():
-            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
-        self.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        self.switched = answer
-
-    @property
-    def visitor_address(self) -> str:
-        """Where the visitor is, as far as the proxies on its way are to be believed."""
-        return forwarded.visitor(
-            self.request_head.fields, self.client_address[0], self.proxies
-        )
-
-    def ends(self) -> Ends:
-        """The two ends of the visitor's connection, for a target that wants to know."""
-        return Ends(self.client_address[:2], self.connection.local_address)
-
-    def send_page(self, page, *, last=False):
-        """Answer with a page of our own. With ``last``, or if the request brings a body that
-        nobody reads, the connection ends after it."""
-        if last or self.body is not None and not self.body.complete:
-            self.close_connection = True
-        request = self.request_head
-        page = pages.suited(page, request.fields.all("accept") if request else [])
-        fields = [
-            ("Content-Type", page.content_type),
-            ("Content-Length", str(len(page.body))),
-            ("Cache-Control", "no-store"),
-            ("Server", self.server_version),
-            ("Date", self.date_time_string()),
-            *page.fields,
-        ]
-        head = self.head(page.status, HTTPStatus(page.status).phrase, fields)
-        wants_body = request is None or request.method != "HEAD"
-        self.write(head + page.body if wants_body else head)
-
-    def head(self, status, reason, fields) -> bytes:
-        """The head of an answer, with what it says about the connection."""
-        if self.is_draining():
-            self.close_connection = True
-        if self.close_connection:
-            fields.append(("Connection", "close"))
-        elif self.request_head.minor == 0:
-            fields.append(("Connection", "keep-alive"))
-        return http1.encode_head(f"{self.protocol_version} {status} {reason}", fields)
-
-    def write(self, data):
-        self.connection.write(data, timeout=self.idle_timeout)
-
-    def visitor_has_left(self) -> bool:
-        """Whether the visitor closed the connection while it waits. Only while nobody reads it."""
-        if self.connection.pending:
-            return self.connection.hung_up
-        data = self.connection.receive()
-        if data:
-            self.connection.unread(data)  # the next request, sent early
-        return data == b""
-
-    def log_message(self, format, *args):
-        log.debug("%s: " + format, self.client_address[0], *args)
+def send_page(request: Request, page: Page):
+    """Answer with a page of our own. Raises OSError."""
+    page = pages.suited(page, request.fields.all("accept"))
+    fields = [
+        ("Content-Type", page.content_type),
+        ("Cache-Control", "no-store"),
+        ("Server", "gotunnel"),
+        ("Date", formatdate(usegmt=True)),
+        *page.fields,
+    ]
+    request.send_head(page.status, HTTPStatus(page.status).phrase, fields, len(page.body))
+    request.finish([] if request.method == "HEAD" else [page.body])
 
 
 class Upload:
-    """A request's body on its way from the visitor to a stream."""
+    """A request's body on its way from the visitor to a stream.
 
-    def __init__(self, handler):
-        self._handler = handler
-        self._body = handler.body
+    The thread of the exchange calls the methods; the loop runs in a thread of its own if start()
+    finds that more is to come.
+    """
+
+    def __init__(self, request: Request, timeout: float):
+        """``timeout``: seconds that the target may take nothing."""
+        self._request = request
+        self._timeout = timeout
         self._stream = None
         self._thread = None
-        self._wanted = True  # the target still reads
-        self.problem = None  # the Malformed, VisitorGone or OSError that ended it early
-        self.whole = False  # all of it has come from the visitor
+        self._unwanted = threading.Event()  # the target, or the exchange, wants no more of it
+        self._lock = threading.Lock()  # guards _problem
+        self._problem = None
+
+    @property
+    def problem(self) -> Exception | None:
+        """The Malformed, VisitorGone or OSError that ended it early, and reset its stream."""
+        with self._lock:
+            return self._problem
 
     def at_hand(self) -> bytes:
-        """What has come already, framed for the target."""
-        if self._body.complete:  # of no bytes
-            return self._take(b"")
-        data = self._handler.connection.receive()
-        if data == b"":
-            raise VisitorGone
-        return self._take(data) if data else b""
+        """What has come already, framed for the target. Raises Malformed, VisitorGone, OSError."""
+        request = self._request
+        try:
+            return self._framed([] if request.body_complete else request.read_body(0))
+        except TimeoutError:
+            return b""
 
     def start(self, stream):
-        """Send the rest to ``stream`` in a thread of its own, which join() waits for."""
+        """Send the rest to ``stream``, in a thread if it has not come yet. Raises NoThread."""
         self._stream = stream
-        if not self.whole:
-            self._thread = spawn("upload", self._run)
+        if not self._request.body_complete:
+            self._thread = spawn(f"upload {self._request.hostname}", self._run)
 
     def _run(self):
-        handler = self._handler
+        request = self._request
         try:
-            while not self.whole:
-                data = handler.connection.read(timeout=handler.idle_timeout)
-                if not data:
-                    raise VisitorGone
-                data = self._take(data)
-                if self._wanted:
+            while not request.body_complete:
+                data = self._framed(request.read_body(request.idle_timeout))
+                if data and not self._unwanted.is_set():
                     self._pass_on(data)
         except (Malformed, VisitorGone, OSError) as error:
-            self.problem = error
-            self._stream.reset()  # wakes the worker, which waits for an answer
+            self._fail(error)
+        except Exception as error:
+            log.exception("thread %s: a bug", threading.current_thread().name)
+            self._fail(error)
+
+    def _fail(self, error):
+        with self._lock:
+            self._problem = error
+        self._stream.reset()  # wakes the exchange, which waits for an answer
 
     def _pass_on(self, data):
         try:
-            if data:
-                self._stream.write(data, timeout=self._handler.response_timeout)
+            self._stream.write(data, timeout=self._timeout)
         except OSError:
-            # The target has answered, or died; the worker knows. The visitor may still have to
+            # The target has answered, or died; the exchange knows. The visitor may still have to
             # send all before it reads the answer.
-            self._wanted = False
+            self._unwanted.set()
 
-    def _take(self, data):
-        """Decode what came and frame it for the target; anew, since a target that reads a copied
+    def _framed(self, pieces):
+        """The pieces as the target gets them; framed anew, since a target that reads a copied
         frame otherwise than we do would see another request in it."""
-        body = self._body
-        pieces = body.feed(data) if data else []
-        if body.complete:
-            if body.rest:
-                self._handler.connection.unread(body.rest)
-            self.whole = True  # only now: from here on the worker may read the connection
-        if body.length is not None:
+        request = self._request
+        if request.body_length is not None:
             return b"".join(pieces)
         data = b"".join(map(http1.encode_chunk, pieces))
-        return data + http1.encode_last_chunk(body.trailers) if body.complete else data
+        return data + http1.encode_last_chunk(request.trailers) if request.body_complete else data
 
     def sent(self) -> bool:
         """Whether all of it is with the stream. Waits a moment: the answer can be quicker than
         the thread that sent what is answered."""
-        if self.whole and self._thread is not None:
-            self._thread.join(WATCH)
-        return self.whole and self._wanted and (
-            self._thread is None or not self._thread.is_alive()
-        )
+        thread, whole = self._thread, self._request.body_complete
+        if whole and thread is not None:
+            thread.join(WATCH)
+            whole = not thread.is_alive()
+        return whole and not self._unwanted.is_set()
 
     def end(self):
         """Be done with it: the answer has been given, whether the body was wanted or not. The
-        stream has been closed or reset, or all is sent."""
-        self._wanted = False
-        if not self.whole:
-            self._handler.close_connection = True
-        if self._thread is None:
+        stream has been closed or reset, or all is sent.
+
+        Raises TimeoutError if its thread goes on: then it still has the visitor's connection.
+        """
+        self._unwanted.set()
+        thread = self._thread
+        if thread is None:
             return
-        if not self.whole and not self.problem:
-            # The visitor still sends. Let it see the end of the answer, and give it time to stop:
-            # closing at once could destroy what it has not read yet.
-            connection = self._handler.connection
-            with contextlib.suppress(OSError):  # it has left: all the better
-                connection.finish(timeout=LATE_BODY_TIMEOUT)
-                self._thread.join(LATE_BODY_TIMEOUT)
-            if self._thread.is_alive():
-                connection.reset()
-        self._thread.join()
+        if thread.is_alive() and not self._request.body_complete and self.problem is None:
+            # The visitor still sends, and has a moment to see the answer and to stop.
+            self._request.refuse_body(LATE_BODY_TIMEOUT)
+            thread.join(LATE_BODY_TIMEOUT)
+            if thread.is_alive():
+                self._request.abort()
+        thread.join(UPLOAD_END_TIMEOUT)
+        if thread.is_alive():
+            self._request.abort()
+            raise TimeoutError("the upload of an answered request does not end")
 
 
 class Exchange:
     """One request, asked of a route, and its answer."""
 
-    def __init__(self, handler, route):
-        self._handler = handler
-        self._request = handler.request_head
-        self._route = route
+    def __init__(
+        self, request: Request, forward: Forward, proxies: Proxies, response_timeout: float
+    ):
+        """``response_timeout``: seconds to the first byte of the answer."""
+        self._request = request
+        self._forward = forward
+        self._route = forward.route
+        self._proxies = proxies
+        self._timeout = response_timeout
         self._stream = None
         self._head_sent = False  # of the final answer
-        if handler.body is not None:
-            handler.upload = Upload(handler)
-        self._upload = handler.upload
-        protocols = self._request.fields.tokens("upgrade")
-        self._upgrade = (
-            protocols != []
-            # To h2c we could not follow, and through it a visitor could pass us by (RFC 9113 §3.1
-            # has given it up).
-            and "h2c" not in protocols
-            and "upgrade" in self._request.fields.tokens("connection")
-            and self._request.minor == 1  # RFC 9110 §7.8
-            and self._upload is None
-        )
+        self._upload = Upload(request, response_timeout) if request.has_body else None
 
     def run(self):
-        """Pass the request on and the answer back.
+        """Pass the request on and the answer back; if there is none, a page that says why.
 
-        Raises TargetFailed if the visitor is to be told, OSError if the visitor's connection is
-        of no further use (it has left, or was broken because the answer was cut short).
+        Raises VisitorGone or another OSError if the visitor's connection is of no further use: it
+        has left, or the answer was cut short and aborted.
         """
         try:
+            self._run()
+        except (TargetFailed, AgentBusy, Malformed) as error:
+            if self._head_sent:
+                raise ConnectionAbortedError("the answer was cut short") from None
+            failure = self._failure(error)
+            log.info("%s %s: %s", self._request.hostname, self._request.method, failure)
+            send_page(self._request, failure.page)
+        finally:
+            if self._upload is not None:
+                self._upload.end()
+
+    def _run(self):
+        try:
             self._answer(self._ask())
-        except BaseException as error:
+        except BaseException:
             if self._stream is not None:
                 self._stream.reset()  # the target need not go on
-            if isinstance(error, VisitorGone):
-                raise ConnectionResetError("the visitor has left") from None
-            if isinstance(error, (TargetFailed, Malformed)) and self._head_sent:
-                # What was passed on must not look whole.
-                self._handler.connection.reset()
-                raise ConnectionAbortedError("the answer was cut short") from None
-            if isinstance(error, AgentBusy):
-                text = f"{self._route.hostname}: {error}."
-                raise TargetFailed(503, "agent-limit", text) from None
-            if isinstance(error, Malformed):
-                raise TargetFailed(502, "bad-answer", f"The answer is broken: {error}.") from None
+            if self._head_sent:
+                self._request.abort()  # what was passed on must not look whole
             raise
+
+    def _failure(self, error):
+        if isinstance(error, AgentBusy):
+            return TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.")
+        if isinstance(error, Malformed):
+            return TargetFailed(502, "bad-answer", f"The answer is broken: {error}.")
+        return error
 
     # Asking
 
     def _ask(self):
         """Send the request; return the first bytes of what is answered on self._stream."""
-        tunnel, route, head = self._route.tunnel, self._route, self._request_head()
-        timeout = self._handler.response_timeout
-        if self._upload is None and self._request.method in IDEMPOTENT:
+        tunnel, route, upload = self._route.tunnel, self._route, self._upload
+        head, timeout = self._head(), self._timeout
+        if upload is None and self._request.method in IDEMPOTENT:
             if (stream := tunnel.take_kept(route)) is not None:
                 self._stream = stream
                 try:
@@ -359,54 +232,51 @@ class Exchange:
                     pass
                 stream.close()  # its target closed it meanwhile: once more, on another
         try:
-            first = self._upload.at_hand() if self._upload else b""
+            first = upload.at_hand() if upload else b""
         except Malformed as error:
-            raise self._bad_request(error) from None
+            raise _bad_request(error) from None
         try:
-            self._stream = tunnel.open(route, self._handler.ends, head + first)
+            self._stream = tunnel.open(route, self._request.ends, head + first)
         except ConnectionError:
             raise self._agent_gone()
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
-        if self._upload:
+        if upload:
             try:
-                self._upload.start(self._stream)
+                upload.start(self._stream)
             except NoThread as error:
                 raise TargetFailed(503, "gateway-busy", f"The gateway has no room: {error}.")
         if data := self._next(timeout):
             return data
         raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
 
-    def _request_head(self):
-        handler, request = self._handler, self._request
+    def _head(self):
+        """The request's head for the target."""
+        request, strip = self._request, self._forward.strip
         fields = [
             (name, value)
-            for name, value in http1.end_to_end(request.fields, self._upgrade)
+            for name, value in http1.end_to_end(request.fields, request.wants_upgrade)
             if not forwarded.concerns(name)
         ]
-        host = request.fields.get("host")
-        if host is None:  # HTTP/1.0; the target hears HTTP/1.1, where it is required
-            host = handler.hostname
-            fields.append(("Host", host))
+        if strip:
+            fields = [field for field in fields if http1.plain_name(field[0]) not in strip]
         if self._route.host_header is not None:
             fields = [(name, value) for name, value in fields if name.lower() != "host"]
             fields.insert(0, ("Host", self._route.host_header))
-        if self._route.policy is not None and self._route.policy.asks_password:
-            # It was for us, and has no business in the target's log.
-            fields = [(name, value) for name, value in fields if name.lower() != "authorization"]
+        elif "host" not in request.fields:  # HTTP/1.1 requires it
+            fields.append(("Host", request.authority))
         fields += forwarded.fields(
-            request.fields, handler.client_address[0], handler.scheme, host, handler.proxies
+            request.fields, request.peer, request.scheme, request.authority, self._proxies
         )
-        if self._upgrade:
+        fields += self._forward.add
+        if request.wants_upgrade:
             fields.append(("Connection", "Upgrade"))
-        if handler.body is not None:
-            length = handler.body.length
-            if length is None:
+        if request.has_body:
+            if request.body_length is None:
                 fields.append(("Transfer-Encoding", "chunked"))
             else:
-                fields.append(("Content-Length", str(length)))
-        target = http1.origin_target(request)
-        return http1.encode_head(f"{request.method} {target} HTTP/1.1", fields)
+                fields.append(("Content-Length", str(request.body_length)))
+        return http1.encode_head(f"{request.method} {request.path} HTTP/1.1", fields)
 
     # Answering
 
@@ -419,18 +289,12 @@ class Exchange:
                 return self._stream.read(timeout=WATCH)
             except TimeoutError:
                 pass
-            if self._visitor_has_left():
+            if self._request.gone():
                 raise VisitorGone
             try:
                 deadline.left()
             except TimeoutError:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
-
-    def _visitor_has_left(self):
-        if self._upload is None or self._upload.whole:
-            return self._handler.visitor_has_left()
-        # The upload reads the connection, unless the target does not take what it has.
-        return self._handler.connection.hung_up
 
     def _next(self, timeout=None):
         """As _wait(), where a broken stream cannot be helped any more."""
@@ -439,7 +303,7 @@ class Exchange:
         except ConnectionError as error:
             problem = self._upload and self._upload.problem
             if isinstance(problem, Malformed):
-                raise self._bad_request(problem)
+                raise _bad_request(problem)
             if problem:
                 raise VisitorGone
             if isinstance(error, SessionClosed):
@@ -449,35 +313,29 @@ class Exchange:
     def _agent_gone(self):
         return TargetFailed(502, "agent-gone", f"The agent of {self._route.hostname} has gone.")
 
-    def _bad_request(self, malformed):
-        self._handler.close_connection = True
-        return TargetFailed(malformed.status, "malformed-request", f"{malformed}.")
-
     def _answer(self, data):
         """Pass on interim answers, then the final one."""
-        handler = self._handler
+        request = self._request
         interim = 0  # bytes of heads before the final one, which together are held to the limit
         while True:
-            response, data = self._read_head(data)
+            size, response, data = self._read_head(data)
             if response.status >= 200:
                 break
             if response.status == 101:
                 self._switch(response, data)
                 return
-            line = f"HTTP/1.1 {response.status} {response.reason}"
-            head = http1.encode_head(line, http1.end_to_end(response.fields))
-            interim += len(head)
+            interim += size
             if interim > http1.HEAD_LIMIT:
                 raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
-            if self._request.minor == 1:  # HTTP/1.0 knows no interim answers
-                handler.write(head)
-        body = http1.response_body(response, self._request.method)
-        head, encode = self._frame(response, body)
-        self._head_sent = True
+            request.send_interim(
+                response.status, response.reason, http1.end_to_end(response.fields)
+            )
+        body = http1.response_body(response, request.method)
+        self._send_head(response, body)
         if body is None:
-            last, rest = head, data
+            pieces, trailers, rest = [], (), data
         else:
-            last, rest = self._pass_body(head, body, encode, data), body.rest
+            pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
         reusable = http1.keeps_alive(response) and not rest and (
             not isinstance(body, http1.UntilCloseBody)
         )
@@ -487,79 +345,54 @@ class Exchange:
             stream.reset()  # also wakes the upload, if the target has stopped reading it
         elif reusable and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
-            # would answer that one to whoever came next: streams that are kept saw no body.
+            # would answer that one to the visitor that comes next: kept streams saw no body.
             self._route.tunnel.keep(self._route, stream)
         else:
             stream.close()
-        if last:
-            handler.write(last)
+        request.finish(pieces, trailers)
 
-    def _pass_body(self, head, body, encode, data):
-        """Send the head, and the body as it comes, but for its last piece, which is returned: a
-        small answer leaves in one."""
-        out = [head]
+    def _send_head(self, response, body):
+        # What must be upgraded first, says to what.
+        fields = http1.end_to_end(response.fields, keep_upgrade=response.status == 426)
+        if body is not None:
+            length = body.length
+        else:  # of what is not sent
+            length = response.fields.get("content-length")
+            length = None if length is None else int(length)
+        self._head_sent = True
+        self._request.send_head(response.status, response.reason, fields, length)
+
+    def _pass_body(self, body, data) -> list:
+        """Send the body as it comes, but for its last pieces, which are returned: a small answer
+        leaves in one write, with its head."""
         while True:
-            if data:
-                out += map(encode, body.feed(data))
+            pieces = body.feed(data) if data else []
             if body.complete:
-                break
-            if out:
-                self._handler.write(b"".join(out))
-                out = []
+                return pieces
+            self._request.send_data(pieces)
             data = self._next()
             if not data:
                 body.eof()
-        if encode is http1.encode_chunk:
-            out.append(http1.encode_last_chunk(body.trailers))
-        return b"".join(out)
 
     def _read_head(self, data):
-        """One head of the answer, and the bytes behind it."""
+        """One head of the answer: its size, what it says, and the bytes behind it."""
         seen = 0
         while (end := http1.head_end(data, seen)) < 0:
             seen = len(data)
-            more = self._next(self._handler.response_timeout)
+            more = self._next(self._timeout)
             if not more:
                 raise TargetFailed(502, "no-answer", "The service's answer ends in its head.")
             data += more
-        return http1.parse_response(data[:end]), data[end:]
-
-    def _frame(self, response, body):
-        """The head for the visitor, and how pieces of the body are to be encoded for it."""
-        handler = self._handler
-        wants_upgrade = response.status == 426  # "upgrade first": the field says to what
-        fields = http1.end_to_end(response.fields, keep_upgrade=wants_upgrade)
-        if wants_upgrade:
-            fields.append(("Connection", "Upgrade"))
-        encode = _as_it_is
-        if body is None:
-            length = response.fields.get("content-length")
-            if length is not None and response.status != 204:  # what HEAD and 304 do not send
-                fields.append(("Content-Length", length))
-        elif body.length is not None:
-            fields.append(("Content-Length", str(body.length)))
-        elif self._request.minor == 1:
-            fields.append(("Transfer-Encoding", "chunked"))
-            encode = http1.encode_chunk
-        else:
-            handler.close_connection = True  # HTTP/1.0: the end of the connection is the length
-        if self._upload is not None and not self._upload.whole:
-            # An early answer. Whether the rest of the body comes is not sure, so no request can
-            # follow it.
-            handler.close_connection = True
-        return handler.head(response.status, response.reason, fields), encode
+        return end, http1.parse_response(data[:end]), data[end:]
 
     def _switch(self, response, data):
         """The connection now speaks something else (RFC 9110 §7.8)."""
-        if not self._upgrade:
+        if not self._request.wants_upgrade:
             raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
-        if not self._handler.claim_relay():
-            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
         fields = http1.end_to_end(response.fields, keep_upgrade=True)
-        fields.append(("Connection", "Upgrade"))
-        self._handler.write(http1.encode_head(f"HTTP/1.1 101 {response.reason}", fields) + data)
-        self._handler.switched = self._stream
+        if not self._request.switch(101, response.reason, fields, data, self._stream):
+            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
 
 
-def _as_it_is(piece):
-    return piece
+def _bad_request(malformed):
+    return TargetFailed(malformed.status, "malformed-request", f"{malformed}.")

@@ -1,39 +1,54 @@
 """What a request gets: a page, a redirect, or a route to be asked.
 
-A ``site`` is a function: ``site(request)`` is a Page, a Connect, or a routes.Route.
+A *site* is a function of a port: ``site(request)``, of a request.Request, returns a Page, a Connect
+or a Forward. Nothing is read or sent here.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from gotunnel_agent.common import http1
-
-from . import pages
+from ..routes import Route
+from . import forwarded, pages
+from .forwarded import Proxies
 from .pages import Page
+from .request import Request
 
 
 class Connect(NamedTuple):
-    """The answer to a CONNECT that is granted: the connection becomes a visit in tcp mode."""
+    """A CONNECT is granted: the connection becomes a visit in tcp mode."""
 
-    route: object
+    route: Route
 
 
-def choose_site(lookup, gateway_host, public_port):
-    """What a request to the public port gets: the ``site`` of a Handler.
+class Forward(NamedTuple):
+    """The request goes to the target of ``route``, with the further fields ``add`` (name, value)
+    and without those whose http1.plain_name() is in ``strip``."""
+
+    route: Route
+    add: tuple = ()
+    strip: tuple = ()
+
+
+Site = Callable[[Request], "Page | Connect | Forward"]
+
+
+def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Site:
+    """The site of the public port.
 
     ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name; ``public_port()``
-    is the port's number.
+    is the port's number; ``proxies`` are believed which visitor they stand for.
     """
 
-    def site(handler):
-        hostname = handler.hostname
-        if handler.command == "CONNECT" and handler.sni in (None, gateway_host):
-            return connect(handler)
-        if handler.sni is not None and hostname != handler.sni:
+    def site(request):
+        hostname, sni, is_connect = request.hostname, request.sni, request.method == "CONNECT"
+        if is_connect and sni in (None, gateway_host):
+            return connect(request)
+        if sni is not None and hostname != sni:
             # The certificate that the visitor has seen says nothing about that name.
-            text = f"This connection was opened for {handler.sni}, not for {hostname}."
+            text = f"This connection was opened for {sni}, not for {hostname}."
             return pages.error(421, "misdirected", text)
-        if handler.command == "CONNECT":
-            return connect(handler)
+        if is_connect:
+            return connect(request)
         if hostname == gateway_host:
             return pages.landing(gateway_host)
         route = lookup(hostname)
@@ -42,13 +57,23 @@ def choose_site(lookup, gateway_host, public_port):
         if route.mode != "http":
             text = f"{hostname} does not speak HTTP. Connect to it by TLS, with its name as SNI."
             return pages.error(421, "not-http", text)
-        if route.policy is not None and (denial := judge(route.policy, handler)) is not None:
-            return denial
-        return route
+        return Forward(route) if route.policy is None else judge(request, route)
 
-    def connect(handler):
-        hostname = handler.hostname
-        if handler.body is not None:  # or is it the target's? Readers differ
+    def judge(request, route):
+        authorization = ", ".join(request.fields.all("authorization")) or None
+        denial = route.policy.judge_request(visitor(request), authorization)
+        if denial is not None:
+            return pages.error(*denial)
+        # It was for us, and has no business in the target's log.
+        strip = ("authorization",) if route.policy.asks_password else ()
+        return Forward(route, strip=strip)
+
+    def visitor(request):
+        return forwarded.visitor(request.fields, request.peer, proxies)
+
+    def connect(request):
+        hostname = request.hostname
+        if request.has_body:  # or is it the target's? Readers differ
             text = "A CONNECT with a body came, expected none."
             return pages.error(400, "malformed-request", text)
         route = lookup(hostname)
@@ -57,13 +82,13 @@ def choose_site(lookup, gateway_host, public_port):
         if route.mode != "tcp":
             text = f"{hostname} speaks HTTP; there is nothing else to connect to."
             return pages.error(403, "not-tcp", text)
-        port = handler.path.rpartition(":")[2]
+        port = request.authority.rpartition(":")[2]
         ports = (route.target_port, route.port, public_port())
         if port not in {str(number) for number in ports if number is not None}:
             text = f"Port {port[:5]} of {hostname} leads nowhere; its own is another."
             return pages.error(403, "wrong-port", text)
         if route.policy is not None:
-            denial = route.policy.judge_connection(handler.visitor_address)
+            denial = route.policy.judge_connection(visitor(request))
             if denial is not None:
                 return pages.error(*denial)
         return Connect(route)
@@ -71,26 +96,18 @@ def choose_site(lookup, gateway_host, public_port):
     return site
 
 
-def judge(policy, handler):
-    """The page for a visitor that does not comply with a route's policy, None for one that does."""
-    authorization = ", ".join(handler.request_head.fields.all("authorization")) or None
-    denial = policy.judge_request(handler.visitor_address, authorization)
-    return None if denial is None else pages.error(*denial)
-
-
-def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
-    """What a request without TLS gets: the way to https (the ``site`` of a Handler).
+def choose_redirect(lookup, gateway_host: str, public_port=None, challenges=None) -> Site:
+    """The site of visitors without TLS: the way to https.
 
     ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name. On the port for plain
     HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may
     find there; else the port is the one that the visitor has used.
     """
 
-    def site(handler):
-        hostname, request = handler.hostname, handler.request_head
-        if handler.command == "CONNECT":
+    def site(request):
+        hostname, path = request.hostname, request.path
+        if request.method == "CONNECT":
             return pages.error(403, "no-tls", "This gateway connects only through TLS.")
-        path = http1.origin_target(request)
         if challenges is not None and challenges.is_asked_for(path):
             return proof(request.method, challenges.body(hostname, path))
         route = lookup(hostname)
@@ -99,7 +116,7 @@ def choose_redirect(lookup, gateway_host, public_port=None, challenges=None):
         if route is not None and route.mode != "http":
             return pages.error(421, "not-http", f"{hostname} does not speak HTTP.")
         if public_port is None:
-            host = request.fields.get("host", hostname)
+            host = request.authority
         else:
             host = f"{hostname}:{public_port()}"
         host = host.removesuffix(":443")
