@@ -34,9 +34,11 @@ from .agents.tunnel import REGISTER_TIMEOUT, Tunnels
 from .certs.acme_errors import HOST, LATER, CaError
 from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
 from .certs.contexts import Certificates
+from .certs.folder import open_store
 from .certs.issuer import FAILED, Issuer
 from .certs.local_ca import Authority, CertificateError
-from .certs.store import CertStore, StoreError
+from .certs.pem_file import pem_file
+from .certs.store import StoreError
 from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .net.listener import Listener, PortError, bind, descriptor_limit
 from .routes import Registry
@@ -112,7 +114,7 @@ class Gateway:
     def _build_issuer(self):
         acme = self._config.acme
         try:
-            store = self._store = CertStore(self._config.acme_cache, acme.directory)
+            store = self._store = open_store(self._config.acme_cache, acme.directory)
         except StoreError as error:
             raise CertificateError(str(error)) from None
         # Who orders nothing need not load what ordering takes: 15 MB.
@@ -152,10 +154,11 @@ class Gateway:
         """Serve what was ordered earlier: until its agent is back, a hostname shows a page that
         says so, and no TLS error."""
         for hostname in store.hostnames():
-            with contextlib.suppress(CertificateError, StoreError):  # it is ordered when wanted
+            with contextlib.suppress(CertificateError, StoreError, OSError):  # ordered when wanted
                 stored = store.certificate(hostname)
                 if stored is not None:
-                    self._certificates.take(hostname, stored.file)
+                    with pem_file(store.pem(stored)) as file:
+                        self._certificates.take(hostname, file)
 
     @property
     def _own_names(self):
@@ -210,8 +213,9 @@ class Gateway:
         stored = self._issuer.certificate(hostname)
         try:
             if stored is not None:
-                self._certificates.take(hostname, stored.file)
-        except CertificateError as error:
+                with pem_file(self._store.pem(stored)) as file:
+                    self._certificates.take(hostname, file)
+        except (CertificateError, StoreError, OSError) as error:
             if hostname not in self._not_taken:
                 log.error("%s: %s", hostname, error)
             self._not_taken.add(hostname)

@@ -36,21 +36,14 @@ from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common.hostnames import valid_hostname
 
 from ..agents import agents_file
-from ..certs.cert_dir import CertDir, names_of
+from ..certs.cert_dir import CertDir
+from ..certs.folder import FolderStorage, open_store
 from ..certs.issuer import Issuer
+from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import RENEW_BEFORE, CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG, DAY
-from ..certs.store import (
-    HASHED,
-    LONGEST_STEM,
-    PROBE_BYTES,
-    STAGING,
-    CertStore,
-    Stored,
-    StoreError,
-    ca_id,
-    check,
-)
+from ..certs.storage import ReadOnly
+from ..certs.store import PROBE_BYTES, CertStore, StoreError, ca_id
 from ..gateway import VISITORS_SHARE
 from ..net import safe_read
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
@@ -70,7 +63,6 @@ RESOURCES = ("newNonce", "newAccount", "newOrder")
 # Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
 NOBODY = "check.invalid"
 
-LOCAL_FOLDER = "local"  # in ACME_CACHE, where the gateway has its own CA
 OWN, ORDERED, GO, LOCAL = "CERT_DIR", "ACME", "ACME (left by the Go program)", "local CA"
 
 
@@ -366,7 +358,7 @@ def look_at_own_names(config) -> Iterable[Finding]:
             given = _read_pairs(config.cert_dir).served.valid
     failed = {}
     if config.acme is not None:
-        with contextlib.suppress(PermissionError):  # that was said before, too
+        with contextlib.suppress(StoreError):  # that was said before, too
             failed = {row.name: row.error
                       for row in ordered_rows(config.acme_cache, config.acme.directory)
                       if row.ends_at is None and row.error}  # fmt: skip
@@ -484,6 +476,8 @@ def find_rows(config) -> list[Row]:
     except PermissionError as error:
         raise CertificateError(
             f"{error.filename}: {error.strerror}, run this as the gateway's user") from error
+    except StoreError as error:
+        raise CertificateError(f"{error}, run this as the gateway's user") from error
     return sorted(rows, key=lambda row: (row.name, row.source))
 
 
@@ -525,88 +519,25 @@ def _leaf(file: Path) -> x509.Certificate | None:
         return None
 
 
-class _Cache:
-    """The cache of one CA as CertStore keeps it, for an Issuer that only judges: broken files
-    stay where they are, and nothing is written."""
-
-    def __init__(self, folder: Path, directory_url: str):
-        self.errors: dict[str, str] = {}  # of files that are broken, by hostname
-        self._folder = folder
-        self._certs = folder / ca_id(directory_url) / "certs"
-        self._staging = "staging" in directory_url
-        self._stems: dict[str, str] = {}  # of the hostnames whose files have other names
-
-    def hostnames(self) -> list[str]:
-        """Those with a certificate, also of the Go program, and those that wait for one; but for
-        those that wait and are so long that their files do not tell them."""
-        with contextlib.suppress(FileNotFoundError):
-            os.listdir(self._certs)  # glob() may keep to itself that it must not
-        own = {file.stem for kind in ("*.pem", "*.json") for file in self._certs.glob(kind)}
-        for stem in filter(HASHED.fullmatch, tuple(own)):
-            own.remove(stem)
-            if hostname := self._spelled_out(stem):
-                self._stems[hostname] = stem
-                own.add(hostname)
-        left = {
-            name
-            for file in self._folder.glob("*.*")
-            if valid_hostname(name := file.name.removesuffix("+rsa"))
-            and name == name.lower() and file.is_file() and self._left_by_go(name)
-        }  # fmt: skip
-        return sorted(own | left)
-
-    def is_ours(self, stored) -> bool:
-        return stored.file.parent == self._certs
-
-    def certificate(self, hostname) -> Stored | None:
-        try:
-            return check(self._file(hostname, ".pem"), hostname)
-        except FileNotFoundError:
-            pass
-        except (StoreError, OSError) as error:
-            self.errors[hostname] = str(error)
-        return self._left_by_go(hostname)
-
-    def state(self, hostname) -> dict:
-        try:
-            state = json.loads(safe_read.read(self._file(hostname, ".json")))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return state if isinstance(state, dict) else {}
-
-    def _file(self, hostname, suffix) -> Path:
-        return self._certs / (self._stems.get(hostname, hostname) + suffix)
-
-    def _spelled_out(self, stem) -> str | None:
-        """The long hostname whose files begin with ``stem``, as its certificate says."""
-        leaf = _leaf(self._certs / f"{stem}.pem")
-        names = names_of(leaf) if leaf else ()
-        return next((name for name in names if len(name) > LONGEST_STEM), None)
-
-    def _left_by_go(self, hostname) -> Stored | None:
-        for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
-            with contextlib.suppress(StoreError, OSError):  # a file of somebody else
-                stored = check(file, hostname)
-                if (STAGING in stored.leaf.issuer.rfc4514_string()) == self._staging:
-                    return stored
-        return None
-
-
 def ordered_rows(folder: Path, directory_url) -> list[Row]:
-    cache, rows = _Cache(folder, directory_url), []
+    """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
+    listed."""
+    storage, rows = ReadOnly(FolderStorage(folder)), []
+    store = CertStore(storage, storage, directory_url)
     # One that is not started judges as the gateway's would, and orders nothing.
-    issuer = Issuer(ca=None, store=cache, challenges=None, on_change=None)
-    for name in cache.hostnames():
+    issuer = Issuer(ca=None, store=store, challenges=None, on_change=None)
+    for name in store.known():
         try:
             state = issuer.want(name)
         except ValueError as error:
             rows.append(Row(name, ORDERED, error=str(error)))
             continue
-        stored = issuer.certificate(name)
-        source = GO if stored and not cache.is_ours(stored) else ORDERED
+        stored, key = issuer.certificate(name), store.key(name, ".pem")
+        flaw = f"{storage.where(key)}: {storage.broken[key]}" if key in storage.broken else ""
         rows.append(Row(
-            name, source, issuer_of(stored.leaf) if stored else "", state.ends_at, state.next_at,
-            cache.errors.get(name) or state.reason))  # fmt: skip
+            name, GO if stored and stored.is_left_by_go else ORDERED,
+            issuer_of(stored.leaf) if stored else "", state.ends_at, state.next_at,
+            flaw or state.reason))  # fmt: skip
     return rows
 
 
@@ -654,5 +585,5 @@ def ask_renewal(config, name) -> str:
     certs = config.acme_cache / ca_id(config.acme.directory) / "certs"
     if not certs.is_dir():  # made by us, it would be ours, and the gateway may be another user
         raise StoreError(f"{certs} is not there yet, expected a gateway that has run: start it")
-    CertStore(config.acme_cache, config.acme.directory).ask_renewal(name)
+    open_store(config.acme_cache, config.acme.directory).ask_renewal(name)
     return f"{name}: a gateway that runs here renews it within seconds, and says so in its log"

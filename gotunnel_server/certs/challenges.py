@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..net.client_hello import ACME_TLS
 from .acme_errors import HOST, CaError
+from .folder import sweep
 
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
@@ -38,9 +39,13 @@ class Challenges:
         """``types`` are those that a CA can see here: HTTP_01, TLS_ALPN_01.
 
         ``folder`` is where a certificate and its key lie for a moment; None for the system's own.
+        Those that killed gateways have left there are removed.
         """
         self.types = tuple(types)
         self._folder = folder
+        with contextlib.suppress(OSError):  # they harm nobody
+            for path in folder.glob(PROOFS) if folder else ():
+                sweep(path)
         self._bodies = {}  # (hostname, token): bytes
         self._contexts = {}  # hostname: SSLContext
         self._lock = threading.Lock()  # held to change both; reading one entry needs none

@@ -287,7 +287,7 @@ class Issuer:
             return host and self._state(host)
 
     def certificate(self, hostname) -> Stored | None:
-        """The certificate to serve; its file is for SSLContext.load_cert_chain()."""
+        """The certificate to serve; None if there is none, or the hostname is not wanted."""
         with self._lock:
             host = self._hosts.get(hostname)
             return host and host.stored

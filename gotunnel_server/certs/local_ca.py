@@ -34,6 +34,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
 
+FOLDER = "local"  # in ACME_CACHE, where the gateway's own CA lies
 # Trusted by hand, on every device that visits: it should outlive any trial.
 CA_LIFETIME = timedelta(days=3650)
 # Clients that limit a leaf's life refused more than 398 days, the longest that was ever common;

@@ -4,50 +4,48 @@
                             staging and production never mix
     CA/account.lock         held while a process looks for the account, or makes it
     CA/pause.json           until when the CA wants to hear nothing, and why
-    CA/certs/HOST.pem       private key, certificate, chain, in one file: a pair cannot be torn
+    CA/certs/HOST.pem       private key, certificate, chain, under one key: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
     CA/certs/HOST.renew     somebody asks to have HOST renewed now; holds its name
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
-    .proof-*.tmp            a proof for the CA, there for a moment (challenges.py)
 
-Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
-moved there in one step: a reader sees the old one or the new one. A file that does not make sense,
-or that we may not read, is moved to FILE.bad, named in the log, and taken as missing.
+Where these keys lie is the Storage's and the Locker's business (storage.py): for ACME_CACHE, files
+in a folder (folder.py). What does not make sense, or can never be read, is set aside, named in the
+log, and taken as missing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import ssl
-import time
+import threading
 import urllib.parse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from ..net import safe_read
-from ..net.safe_read import MALFORMED, Unfit
-from .challenges import PROOFS
+from gotunnel_agent.common.hostnames import valid_hostname
+
+from ..net.safe_read import MALFORMED
+from .cert_dir import names_of
+from .pem_file import pem_file
+from .storage import Locker, Storage, Unreadable
 
 log = logging.getLogger("gotunnel.cert_store")
 
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
 HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")  # what leads nobody out of the folder
 HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
-# Seconds. No write takes so long: an older temporary file is that of a process that was killed.
-STALE = 60.0
 PROBE_BYTES = 16 * 1024  # what a certificate takes, and what is written beside it
 # What Let's Encrypt's staging CA calls itself; the Go program kept both kinds in one place.
 STAGING = "(STAGING)"
@@ -57,18 +55,14 @@ class StoreError(Exception):
     """The cache cannot be used, or what should go into it; the text is one line."""
 
 
-class _Flaw(StoreError):
-    """``flaw`` is what is wrong with a certificate's file, whatever the file is called."""
-
-    def __init__(self, file, flaw):
-        super().__init__(f"{file}: {flaw}")
-        self.flaw = flaw
+class Flaw(StoreError):
+    """What is wrong with a certificate, wherever it lies."""
 
 
 class Stored(NamedTuple):
-    """A certificate on disk that was checked; ``file`` is for SSLContext.load_cert_chain()."""
+    """A certificate in the store that was checked; CertStore.pem() gives it with its key."""
 
-    file: Path
+    key: str  # of the Storage
     leaf: x509.Certificate
 
     @property
@@ -79,32 +73,23 @@ class Stored(NamedTuple):
     def ends_at(self) -> float:
         return self.leaf.not_valid_after_utc.timestamp()
 
+    @property
+    def is_left_by_go(self) -> bool:
+        return "/" not in self.key
+
 
 class CertStore:
-    """The cache of one CA. Any thread; several processes may share it, see lock()."""
+    """The certificates of one CA. Any thread; several processes may share its place, see lock()."""
 
-    def __init__(self, folder: Path, directory_url: str):
-        """Make the folders and sweep up. Raises StoreError if they cannot be written."""
-        self._folder = folder
+    def __init__(self, storage: Storage, locker: Locker, directory_url: str):
+        """Nothing is read or written yet. folder.open_store() makes one that can be written."""
+        self._storage = storage
+        self._locker = locker
         self._staging = "staging" in directory_url
-        self._ca = folder / ca_id(directory_url)
-        self._certs = self._ca / "certs"
-        self._locks = self._ca / "locks"
-        self._named: set[str] = set()  # the Go files complained of: each once
-        try:
-            self._make_folders()
-            for path in (self._ca, self._certs, self._locks):
-                path.chmod(0o700)
-            self._sweep(folder, PROOFS)
-            self._sweep(self._ca)
-            self._sweep(self._certs)
-            self._write(self._ca / "writable", b"")
-            (self._ca / "writable").unlink(missing_ok=True)  # another process may be quicker
-        except OSError as error:
-            raise StoreError(
-                f"ACME_CACHE {folder}: {error.strerror} ({error.filename}), expected a folder "
-                "that the gateway can write: change its owner, or name another"
-            ) from error
+        self._ca = ca_id(directory_url)
+        self._certs = f"{self._ca}/certs"
+        self._named: set[str] = set()  # the Go program's keys that were complained of: each once
+        self._lock = threading.Lock()  # guards _named
 
     # Certificates
 
@@ -114,133 +99,174 @@ class CertStore:
         It may have run out, or begin later: only its dates are not judged here. Raises StoreError
         if it cannot be read just now, or is broken and cannot be set aside.
         """
-        file = self._file(hostname, ".pem")
+        key = self.key(hostname, ".pem")
         try:
-            return check(file, hostname)
-        except FileNotFoundError:
-            pass
-        except OSError as error:  # such as no descriptor: the file need not be broken
-            raise StoreError(f"{file}: {error.strerror}") from error
-        except StoreError as error:
-            self._set_aside(file, error)
+            pem = self._storage.read(key)
+            if pem is not None:
+                return Stored(key, check(pem, hostname))
+        except Unreadable as error:
+            self._set_aside(key, error.strerror)
+        except Flaw as flaw:
+            self._set_aside(key, str(flaw))
+        except OSError as error:  # such as no descriptor: it need not be broken
+            raise self._error(key, error) from error
         return self._left_by_go(hostname)
+
+    def pem(self, stored: Stored) -> bytes:
+        """Key, certificate and chain of ``stored`` as they are kept now: another process may have
+        renewed it. Raises StoreError if it is gone, or cannot be read."""
+        try:
+            pem = self._storage.read(stored.key)
+        except OSError as error:
+            raise self._error(stored.key, error) from error
+        if pem is None:
+            raise StoreError(f"{self._storage.where(stored.key)}: {os.strerror(errno.ENOENT)}")
+        return pem
 
     def make_sure_of_room(self):
         """Raises StoreError if no certificate could be kept now."""
-        probe = self._certs / "writable"
         try:
-            self._make_folders()  # somebody may have removed them since
-            self._write(probe, os.urandom(PROBE_BYTES))  # which no file system makes smaller
-            probe.unlink(missing_ok=True)  # another order may be quicker
+            self.probe(os.urandom(PROBE_BYTES))  # which no file system makes smaller
         except OSError as error:
             raise StoreError(
-                f"{self._certs}: {error.strerror}; make room, and see that the gateway can write "
-                "there: nothing is ordered before"
+                f"{self._storage.where(self._certs)}: {error.strerror}; make room, and see that "
+                "the gateway can write there: nothing is ordered before"
             ) from error
+
+    def probe(self, content: bytes):
+        """Write something where certificates lie, and remove it. Raises OSError."""
+        self._storage.write(f"{self._certs}/writable", content)
+        self._storage.delete(f"{self._certs}/writable")
 
     def save(self, hostname, key_pem: bytes, chain_pem: bytes) -> Stored:
         """Keep a new certificate. Raises StoreError if it is not one of ``hostname`` with that key,
         or cannot be written; then the old one is as it was."""
-        file = self._file(hostname, ".pem")
+        key, pem = self.key(hostname, ".pem"), key_pem.rstrip() + b"\n" + chain_pem
         try:
-            self._write(file, key_pem.rstrip() + b"\n" + chain_pem, hostname)
-            return check(file, hostname)
-        except _Flaw as error:
-            raise StoreError(f"the CA's certificate is not kept: {error.flaw}") from error
+            stored = Stored(key, check(pem, hostname))
+            self._storage.write(key, pem)
+            return stored
+        except Flaw as flaw:
+            raise StoreError(f"the CA's certificate is not kept: {flaw}") from flaw
         except OSError as error:
-            raise StoreError(f"{file}: {error.strerror}") from error
+            raise self._error(key, error) from error
 
     def hostnames(self) -> list[str]:
         """What has a certificate of this CA here, or had one; but for names so long that their
-        files have others. Other people's files are passed over."""
-        stems = (path.stem for path in self._certs.glob("*.pem"))
-        return sorted(
+        keys have others. Other people's files are passed over. Raises StoreError."""
+        return [
             stem
-            for stem in stems
+            for stem in self._stems(".pem")
             if "." in stem and HOSTNAME.fullmatch(stem) and not HASHED.fullmatch(stem)
-        )
+        ]
+
+    def known(self) -> list[str]:
+        """All that there is something of here, whoever put it there: with a certificate, also of
+        the Go program, or waiting for one; but for those that wait and are so long that their keys
+        do not tell them. Reads what is needed to know. Raises StoreError."""
+        own = {*self._stems(".pem"), *self._stems(".json")}
+        hashed = set(filter(HASHED.fullmatch, own))
+        left = {
+            name
+            for key in self._keys("")
+            if "." in key and valid_hostname(name := key.removesuffix("+rsa"))
+            and name == name.lower() and self._left_by_go(name)
+        }  # fmt: skip
+        return sorted((own - hashed).union(left, filter(None, map(self._spelled_out, hashed))))
+
+    def _spelled_out(self, stem) -> str | None:
+        """The long hostname whose keys begin with ``stem``, as its certificate says."""
+        try:
+            pem = self._storage.read(f"{self._certs}/{stem}.pem")
+            leaf = x509.load_pem_x509_certificates(pem or b"")[0]
+        except (OSError, *MALFORMED):
+            return None
+        return next((name for name in names_of(leaf) if len(name) > LONGEST_STEM), None)
 
     def _left_by_go(self, hostname) -> Stored | None:
-        for file in (self._folder / hostname, self._folder / f"{hostname}+rsa"):
-            if file.is_dir():  # such as that of a CA
-                continue
+        for key in (hostname, f"{hostname}+rsa"):
             try:
-                stored = check(file, hostname)
-            except FileNotFoundError:
-                continue
+                pem = self._storage.read(key)
+                if pem is None:
+                    continue
+                stored = Stored(key, check(pem, hostname))
             except (StoreError, OSError) as error:
-                if file.name not in self._named:
-                    self._named.add(file.name)
-                    log.warning("ACME_CACHE: not used: %s", error)
+                flaw = error.strerror if isinstance(error, OSError) else error
+                if getattr(error, "errno", None) != errno.EISDIR:  # such as that of a CA
+                    self._complain(key, flaw)
                 continue
             if (STAGING in stored.leaf.issuer.rfc4514_string()) == self._staging:
                 return stored
         return None
 
+    def _complain(self, key, flaw):
+        with self._lock:
+            known = key in self._named
+            self._named.add(key)
+        if not known:
+            log.warning("ACME_CACHE: not used: %s: %s", self._storage.where(key), flaw)
+
     # What else is known
 
     def account(self) -> dict:
         """What save_account() kept; {} if nothing. Raises StoreError if it cannot be read now."""
-        return self._read_json(self._ca / "account.json")
+        return self._read_json(f"{self._ca}/account.json")
 
     def save_account(self, account: dict):
         """Raises StoreError if it cannot be written."""
-        self._write_json(self._ca / "account.json", account)
+        self._write_json(f"{self._ca}/account.json", account)
 
     def drop_account(self, why):
         """Set aside what save_account() kept. Raises StoreError if it cannot be moved."""
-        self._set_aside(self._ca / "account.json", why)
+        self._set_aside(f"{self._ca}/account.json", why)
 
     def pause(self) -> dict:
         """What save_pause() kept; {} if nothing. Raises StoreError if it cannot be read now."""
-        return self._read_json(self._ca / "pause.json")
+        return self._read_json(f"{self._ca}/pause.json")
 
     def save_pause(self, pause: dict):
         """Raises StoreError if it cannot be written."""
-        self._write_json(self._ca / "pause.json", pause)
+        self._write_json(f"{self._ca}/pause.json", pause)
 
     def state(self, hostname) -> dict:
         """What save_state() kept; {} if nothing. Raises StoreError if it cannot be read now."""
-        return self._read_json(self._file(hostname, ".json"))
+        return self._read_json(self.key(hostname, ".json"))
 
     def save_state(self, hostname, state: dict):
         """Raises StoreError if it cannot be written."""
-        self._write_json(self._file(hostname, ".json"), state)
+        self._write_json(self.key(hostname, ".json"), state)
 
     # What the operator asks for
 
     def ask_renewal(self, hostname):
         """Leave a request for the gateway that runs. Raises StoreError if it cannot be written."""
-        file = self._file(hostname, ".renew")
-        try:
-            self._write(file, hostname.encode())  # a long one's file has another name
-        except OSError as error:
-            raise StoreError(f"{file}: {error.strerror}") from error
+        self._write(self.key(hostname, ".renew"), hostname.encode())  # a long one's key has another
 
     def renewals(self) -> list[str]:
         """The hostnames that were asked for since the last time. Their requests are removed."""
-        hostnames = []
         try:
-            files = sorted(self._certs.glob("*.renew"))
-        except OSError:  # such as no descriptor; they are asked for again in seconds
+            stems = self._stems(".renew")
+        except StoreError:  # such as no descriptor; they are asked for again in seconds
             return []
-        for file in files:
-            try:
-                hostname = _read(file).decode(errors="replace").strip()
-            except FileNotFoundError:  # another process has taken it
-                continue
-            except (OSError, StoreError):  # it may be root's, who asked; its name says enough
-                hostname = ""
-            try:
-                file.unlink()
-            except OSError:  # taken, or it cannot be
-                continue
-            try:
-                is_its_own = self._file(hostname, ".renew") == file
-            except ValueError:
-                is_its_own = False
-            hostnames.append(hostname if is_its_own else file.stem)
-        return hostnames
+        return [hostname for stem in stems if (hostname := self._take_request(stem))]
+
+    def _take_request(self, stem) -> str | None:
+        """The hostname of a request; None if another process has taken it, or it cannot be
+        removed."""
+        key = f"{self._certs}/{stem}.renew"
+        try:
+            hostname = (self._storage.read(key) or b"").decode(errors="replace").strip()
+        except OSError:  # it may be root's, who asked; its name says enough
+            hostname = ""
+        try:
+            if not self._storage.delete(key):
+                return None
+        except OSError:
+            return None
+        try:
+            return hostname if self.key(hostname, ".renew") == key else stem
+        except ValueError:
+            return stem
 
     # One process at a time
 
@@ -248,153 +274,129 @@ class CertStore:
     def lock(self, hostname) -> Iterator[bool]:
         """Whether we are the only process that orders for ``hostname``; does not wait.
 
-        Who gets it reads the store again: another process may have ordered meanwhile.
+        Who gets it reads the store again: another process may have ordered meanwhile. Raises
+        StoreError if locking fails.
         """
-        with self._locked(self._locks / self._stem(hostname), fcntl.LOCK_NB) as ours:
+        with self._locked(f"{self._ca}/locks/{_stem(hostname)}", wait=False) as ours:
             yield ours
 
     @contextlib.contextmanager
     def account_lock(self) -> Iterator[None]:
-        """Waits until no other process (or thread) is at the account."""
-        with self._locked(self._ca / "account.lock", 0):  # in locks/ it might be a hostname's
+        """Waits until no other process (or thread) is at the account. Raises StoreError if locking
+        fails."""
+        with self._locked(f"{self._ca}/account.lock", wait=True):  # in locks/: maybe a hostname's
             yield
 
     @contextlib.contextmanager
-    def _locked(self, path, flag) -> Iterator[bool]:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
-        try:
+    def _locked(self, name, *, wait) -> Iterator[bool]:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | flag)
-                ours = True
-            except BlockingIOError:
-                ours = False
+                ours = held.enter_context(self._locker.lock(name, wait=wait))
+            except OSError as error:
+                raise self._error(name, error) from error
             yield ours
-        finally:
-            os.close(lock)  # which also unlocks, as the end of the process does
 
-    # Files
+    # Keys
 
-    def _make_folders(self):
-        for path in (self._folder, self._ca, self._certs, self._locks):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def key(self, hostname, suffix) -> str:
+        """The Storage's key for what is kept of ``hostname``: no hostname leads to others' keys.
+        Raises ValueError for what is no hostname."""
+        return f"{self._certs}/{_stem(hostname)}{suffix}"
 
-    def _stem(self, hostname) -> str:
-        """A name for the files of ``hostname``, which nobody can lead out of the folder."""
-        if not HOSTNAME.fullmatch(hostname):
-            raise ValueError(f"hostname {hostname!r}: expected lower case, no port, no slash")
-        if len(hostname) <= LONGEST_STEM:
-            return hostname
-        return f"{hostname[:100]}-{hashlib.sha256(hostname.encode()).hexdigest()[:32]}"
+    def _stems(self, suffix) -> list[str]:
+        start = len(self._certs) + 1
+        return [
+            key[start : -len(suffix)]
+            for key in self._keys(f"{self._certs}/")
+            if key.endswith(suffix)
+        ]
 
-    def _file(self, hostname, suffix) -> Path:
-        return self._certs / (self._stem(hostname) + suffix)
-
-    def _read_json(self, file) -> dict:
+    def _keys(self, prefix) -> list[str]:
         try:
-            value = json.loads(_read(file))
+            return self._storage.keys(prefix)
+        except OSError as error:
+            raise self._error(prefix.removesuffix("/"), error) from error
+
+    def _read_json(self, key) -> dict:
+        try:
+            content = self._storage.read(key)
+            value = {} if content is None else json.loads(content)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             return value
-        except FileNotFoundError:
-            return {}
+        except Unreadable as error:
+            self._set_aside(key, error.strerror)
         except OSError as error:
-            raise StoreError(f"{file}: {error.strerror}") from error
-        except (ValueError, RecursionError, StoreError) as error:
-            self._set_aside(file, error)
-            return {}
+            raise self._error(key, error) from error
+        except (ValueError, RecursionError) as error:
+            self._set_aside(key, str(error))
+        return {}
 
-    def _write_json(self, file, value):
+    def _write_json(self, key, value):
+        self._write(key, json.dumps(value, indent=1).encode() + b"\n")
+
+    def _write(self, key, content):
         try:
-            self._write(file, json.dumps(value, indent=1).encode() + b"\n")
+            self._storage.write(key, content)
         except OSError as error:
-            raise StoreError(f"{file}: {error.strerror}") from error
+            raise self._error(key, error) from error
 
-    def _write(self, file, content, hostname=None):
-        """Put ``content`` at ``file`` whole or not at all; a certificate is checked before."""
-        new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    def _set_aside(self, key, flaw):
         try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            if hostname is not None:
-                check(new, hostname)
-            os.replace(new, file)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a power cut could undo the move
-        finally:
-            os.close(folder)
-
-    def _set_aside(self, file, error):
-        flaw = error.flaw if isinstance(error, _Flaw) else error
-        bad = file.with_name(file.name + ".bad")
-        try:
-            os.replace(file, bad)
-        except FileNotFoundError:  # another process was quicker, and has said so
-            return
-        except OSError as obstacle:  # such as a folder of that name: nothing could be kept here
+            self._storage.set_aside(key, flaw)
+        except OSError as error:
             raise StoreError(
-                f"{file} is broken ({flaw}) and cannot be moved to {bad.name} "
-                f"({obstacle.strerror}): remove both"
-            ) from obstacle
-        log.warning("%s is broken (%s): renamed to %s, and made anew", file, flaw, bad.name)
+                f"{self._storage.where(key)} is broken ({flaw}) and {error.strerror}"
+            ) from error
 
-    def _sweep(self, folder, names=".*.tmp"):
-        for path in folder.glob(names):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                if path.stat().st_mtime < time.time() - STALE:
-                    path.unlink()
+    def _error(self, key, error: OSError) -> StoreError:
+        return StoreError(f"{self._storage.where(key)}: {error.strerror}")
 
 
 def ca_id(directory_url: str) -> str:
-    """The name of a CA's folder: its host for people, a hash so that no two share one."""
+    """The first part of a CA's keys: its host for people, a hash so that no two share one."""
     host = urllib.parse.urlsplit(directory_url).hostname or "ca"
     digest = hashlib.sha256(directory_url.encode()).hexdigest()
     return f"{re.sub('[^a-z0-9.-]', '-', host)[:100]}-{digest[:8]}"
 
 
-def check(file: Path, hostname) -> Stored:
-    """A file with key, certificate and chain as a certificate of ``hostname``.
+def _stem(hostname) -> str:
+    """The name in the keys of ``hostname``."""
+    if not HOSTNAME.fullmatch(hostname):
+        raise ValueError(f"hostname {hostname!r}: expected lower case, no port, no slash")
+    if len(hostname) <= LONGEST_STEM:
+        return hostname
+    return f"{hostname[:100]}-{hashlib.sha256(hostname.encode()).hexdigest()[:32]}"
 
-    Raises StoreError if it is not one that a visitor could be served with, dates apart; OSError if
-    it cannot be read.
+
+def check(pem: bytes, hostname) -> x509.Certificate:
+    """The certificate in a key, certificate and chain that visitors of ``hostname`` could be served
+    with, dates apart.
+
+    Raises Flaw if they are not that; OSError if OpenSSL cannot be asked.
     """
-    content = _read(file)
     try:
-        key = serialization.load_pem_private_key(content, password=None)
-        leaf, *chain = x509.load_pem_x509_certificates(content)
+        key = serialization.load_pem_private_key(pem, password=None)
+        leaf, *chain = x509.load_pem_x509_certificates(pem)
         own = key.public_key() == leaf.public_key()
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         served = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
         leaf.issuer.rfc4514_string()  # others will ask for it
     except MALFORMED as error:
-        raise _Flaw(file, "expected a private key and its certificate as PEM") from error
+        raise Flaw("expected a private key and its certificate as PEM") from error
     if not own:
-        raise _Flaw(file, "the key is not that of the certificate")
+        raise Flaw("the key is not that of the certificate")
     if not served & {hostname, "*." + hostname.partition(".")[2]}:
-        raise _Flaw(file, f"a certificate of {', '.join(sorted(served))}, not {hostname}")
+        raise Flaw(f"a certificate of {', '.join(sorted(served))}, not {hostname}")
+    if not chain:
+        raise Flaw("the chain is missing, expected the issuer's certificate")
     try:
-        if not chain:
-            raise _Flaw(file, "the chain is missing, expected the issuer's certificate")
         leaf.verify_directly_issued_by(chain[0])
         # A chain that is cut within its last certificate is seen by nobody but OpenSSL.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
+        with pem_file(pem) as file:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
     except (InvalidSignature, *MALFORMED) as error:
-        raise _Flaw(file, "the chain does not lead on from the certificate") from error
+        raise Flaw("the chain does not lead on from the certificate") from error
     except ssl.SSLError as error:
-        raise _Flaw(file, f"OpenSSL refuses it: {error}") from error
-    return Stored(file, leaf)
-
-
-def _read(file) -> bytes:
-    try:
-        return safe_read.read(file)
-    except (Unfit, IsADirectoryError, PermissionError) as error:  # that will be so later, too
-        raise _Flaw(file, error.strerror) from error
+        raise Flaw(f"OpenSSL refuses it: {error}") from error
+    return leaf

@@ -32,9 +32,10 @@ from support import (
 from gotunnel_server import cli
 from gotunnel_server.admin import check
 from gotunnel_server.admin.check import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
+from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.local_ca import Authority, CertificateError
 from gotunnel_server.certs.schedule import renew_at
-from gotunnel_server.certs.store import CertStore, StoreError, ca_id
+from gotunnel_server.certs.store import StoreError, ca_id
 from gotunnel_server.config import load
 
 APP = "app.example.com"
@@ -48,7 +49,7 @@ def mint():
 
 @pytest.fixture
 def store(tmp_path):
-    return CertStore(tmp_path, URL)
+    return open_store(tmp_path, URL)
 
 
 def config_of(cache, **changes):
@@ -383,7 +384,7 @@ def test_own_names_need_a_certificate(tmp_path, mint, monkeypatch, settings, exp
 
 def test_an_own_name_whose_order_failed_is_a_warning_with_the_reason(tmp_path):
     config = config_of(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
-    store = CertStore(config.acme_cache, URL)
+    store = open_store(config.acme_cache, URL)
     store.save_state(GATEWAY_HOST, {"error": "dns: no address", "next_attempt_at": NOW})
     finding = next(iter(check.look_at_own_names(config)))
     assert finding.level == WARN
@@ -496,7 +497,7 @@ def test_rows_say_where_certificates_are_from_and_when_they_are_renewed(tmp_path
 
 
 def test_a_broken_certificate_is_named_and_stays_where_it_is(tmp_path, store, mint):
-    file = store.save(APP, *mint.pair(APP)).file
+    file = tmp_path / store.save(APP, *mint.pair(APP)).key
     file.write_bytes(b"garbage")
     store.save_state(APP, {"failures": 0})
     (row,) = check.find_rows(ordering(tmp_path))
@@ -506,7 +507,7 @@ def test_a_broken_certificate_is_named_and_stays_where_it_is(tmp_path, store, mi
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 50_000])
 def test_a_state_that_makes_no_sense_is_none(tmp_path, store, mint, content):
-    file = store.save(APP, *mint.pair(APP, time.time())).file
+    file = tmp_path / store.save(APP, *mint.pair(APP, time.time())).key
     file.with_suffix(".json").write_bytes(content)
     (row,) = check.find_rows(ordering(tmp_path))
     assert row.error == "" and row.ends_at is not None
@@ -548,9 +549,9 @@ def test_renewals_are_taken_once(tmp_path, store):
     assert store.renewals() == []
     for name in (APP, "b.example.com", APP):
         store.ask_renewal(name)
-    other = CertStore(tmp_path, URL + "2")
+    other = open_store(tmp_path, URL + "2")
     assert other.renewals() == []
-    assert CertStore(tmp_path, URL).renewals() == [APP, "b.example.com"]
+    assert open_store(tmp_path, URL).renewals() == [APP, "b.example.com"]
     assert store.renewals() == []
 
 
@@ -583,7 +584,7 @@ def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
     store.save_state(name, {"error": "the CA was away"})
     [row] = check.find_rows(ordering(tmp_path))
     assert (row.name, row.issuer, row.error) == (name, "fake CA", "the CA was away")
-    store.certificate(name).file.unlink()
+    (tmp_path / store.certificate(name).key).unlink()
     assert check.find_rows(ordering(tmp_path)) == []  # nothing here says who waits
 
 

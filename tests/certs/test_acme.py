@@ -30,8 +30,9 @@ from gotunnel_server.certs.acme import Ca, ari_id
 from gotunnel_server.certs.acme_errors import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
 from gotunnel_server.certs.cancel import Stop
 from gotunnel_server.certs.challenges import Challenges
+from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.schedule import Window
-from gotunnel_server.certs.store import CertStore, ca_id, check
+from gotunnel_server.certs.store import ca_id, check
 
 APP = "app.example.com"
 BOTH = ["http-01", "tls-alpn-01"]
@@ -45,7 +46,7 @@ def fake():
 
 @pytest.fixture
 def store(tmp_path, fake):
-    return CertStore(tmp_path / "cache", fake.directory)
+    return open_store(tmp_path / "cache", fake.directory)
 
 
 @pytest.fixture
@@ -368,7 +369,7 @@ def test_bad_nonces_are_repeated_at_once_and_not_for_ever(fake, ca):
 def test_nobody_there_is_the_transports(tmp_path):
     with reserved_port() as port:
         url = f"http://127.0.0.1:{port}/dir"
-        error = refused(Ca(url, CertStore(tmp_path, url)))
+        error = refused(Ca(url, open_store(tmp_path, url)))
     assert error.kind == TRANSPORT and error.url == url
     assert error.words.startswith("cannot be asked: ") and "refused" in error.words
     assert "object at" not in error.words
@@ -378,7 +379,7 @@ def test_a_ca_that_is_not_trusted_is_the_transports(tmp_path):
     with Answers() as answers, pebble(
         tmp_path, answers.http_port, answers.tls_port
     ) as running:
-        store = CertStore(tmp_path / "cache", running.directory)
+        store = open_store(tmp_path / "cache", running.directory)
         error = refused(Ca(running.directory, store))
         assert error.kind == TRANSPORT and "certificate verify failed" in error.words
         (tmp_path / "empty.crt").write_text("")
@@ -686,7 +687,7 @@ def test_a_renewal_says_what_it_replaces_unless_the_ca_will_not_hear_of_it(fake,
 
 
 def of_pebble(running, folder, **more):
-    store = CertStore(folder / "cache", running.directory)
+    store = open_store(folder / "cache", running.directory)
     return Ca(running.directory, store, ca_file=running.ca_file, **more), store
 
 
@@ -697,10 +698,10 @@ def test_pebble_signs_for_both_challenges(tmp_path, challenge):
     ) as running:
         ca, store = of_pebble(running, tmp_path)
         stored = store.save(APP, *order(ca, challenge=challenge, challenges=answers))
-        assert check(stored.file, APP) == stored
+        assert check(store.pem(stored), APP) == stored.leaf
         context = ssl.create_default_context(cadata=running.root())
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        server.load_cert_chain(stored.file)
+        server.load_cert_chain(tmp_path / "cache" / stored.key)
         assert handshake(server, context)["subjectAltName"] == (("DNS", APP),)
         if challenge == "http-01":
             assert [ask[::3] for ask in answers.asked] == [("http-01", 200)] * 3

@@ -742,7 +742,7 @@ def test_stored_certificate_that_is_no_use_is_ordered_anew(
     with fake_house(tmp_path) as gateway:
         mint, store = gateway.ca.mint, gateway.inner._store
         stored = store.save(APP, *mint.pair(APP, time.time() - DAY))
-        file = stored.file
+        file = tmp_path / "cache" / stored.key
         file.write_bytes(harm(mint, file.read_bytes()))
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             if is_ordered:

@@ -1,6 +1,7 @@
 """The proofs for a CA: what is published, for whom, and for how long."""
 
 import hashlib
+import os
 import ssl
 
 import pytest
@@ -89,3 +90,13 @@ def shake_hands(server_context):
             except ssl.SSLWantReadError:
                 pass
     return client.getpeercert(binary_form=True), client.selected_alpn_protocol()
+
+
+def test_only_old_proofs_that_a_killed_gateway_left_are_swept(tmp_path):
+    old, new, foreign = (tmp_path / f".{name}.tmp" for name in ("proof-x", "proof-y", "somebody's"))
+    for path in (old, new, foreign):
+        path.write_bytes(b"half")
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    Challenges((), tmp_path)
+    assert not old.exists() and new.exists() and foreign.exists()

@@ -23,6 +23,7 @@ from gotunnel_server.certs.acme_errors import (
     Abandoned,
     CaError,
 )
+from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.issuer import FAILED, JOBS, READY, WAITING, Issuer
 from gotunnel_server.certs.schedule import (
     BACKOFF,
@@ -33,7 +34,7 @@ from gotunnel_server.certs.schedule import (
     renew_at,
     retry_delay,
 )
-from gotunnel_server.certs.store import CertStore, StoreError
+from gotunnel_server.certs.store import StoreError, ca_id
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"
@@ -96,7 +97,7 @@ class House:
     def restart(self):
         if self.issuer:
             self.issuer.stop()
-        self.store = CertStore(self.folder / "cache", URL)
+        self.store = open_store(self.folder / "cache", URL)
         self.issuer = Issuer(
             self.ca, self.store, self.proofs, self.changed.put, clock=self.clock, **self.more
         )
@@ -115,6 +116,10 @@ class House:
 
     def state(self, hostname=APP):
         return self.issuer.state(hostname)
+
+    def file(self, hostname=APP):
+        """Where its certificate is kept."""
+        return self.folder / "cache" / ca_id(URL) / "certs" / f"{hostname}.pem"
 
 
 def jobs():
@@ -213,7 +218,7 @@ def test_an_expired_certificate_is_ordered_anew_at_once_and_served_meanwhile(hou
 
 def lose(house):
     """The gateway ends, its certificate's file is removed, and it starts again."""
-    house.issuer.certificate(APP).file.unlink()
+    house.file().unlink()
     house.restart()
     house.issuer.want(APP)
 
@@ -258,7 +263,7 @@ def test_an_old_backup_in_the_place_of_a_new_one_is_replaced_at_once(house, hour
     house.issuer.want(APP)
     house.look()
     old = house.ca.mint.pair(APP, NOW - 90 * DAY + hours_left * HOUR, 90 * DAY)
-    house.issuer.certificate(APP).file.write_bytes(b"".join(old))
+    house.file().write_bytes(b"".join(old))
     house.restart()
     house.issuer.want(APP)
     assert len(house.look()) == 1 and house.state().ends_at == NOW + 90 * DAY
@@ -325,7 +330,7 @@ def test_one_that_has_run_out_and_is_found_late_is_ordered_anew(house, monkeypat
 def test_who_finds_another_process_at_it_takes_no_turn(tmp_path):
     with House(tmp_path, orders_per_hour=3) as house:
         house.issuer.want(APP)
-        with CertStore(tmp_path / "cache", URL).lock(APP) as ours:
+        with open_store(tmp_path / "cache", URL).lock(APP) as ours:
             assert ours
             for number in range(20):
                 assert house.at(number * 6) == []
@@ -340,14 +345,15 @@ def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch
 
     house.issuer.want(APP)
     with monkeypatch.context() as patch:
-        patch.setattr(house.store, "_write", refuse)
+        patch.setattr(house.store._storage, "write", refuse)
         assert house.look() == house.at(3600) == []
     assert "Permission denied; make room" in house.state().reason
     assert len(house.at(3600 + 700)) == 1  # at once, and not after the hours of three failures
 
 
 def test_a_broken_file_is_ordered_anew(house):
-    house.store.save(APP, *house.ca.mint.pair(APP)).file.write_bytes(b"garbage")
+    house.store.save(APP, *house.ca.mint.pair(APP))
+    house.file().write_bytes(b"garbage")
     assert house.issuer.want(APP).name == WAITING
     assert len(house.look()) == 1 and house.state().name == READY
 
@@ -1124,7 +1130,7 @@ def test_a_hostname_that_another_process_orders_is_taken_from_it(house):
     with house.store.lock(APP):
         house.issuer.want(APP)
         assert house.look() == []
-        theirs = CertStore(house.folder / "cache", URL).save(APP, *house.ca.mint.pair(APP))
+        theirs = open_store(house.folder / "cache", URL).save(APP, *house.ca.mint.pair(APP))
     assert house.at(6) == [] and house.issuer.certificate(APP) == theirs
     assert house.changed.get(timeout=TIMEOUT) == APP
 
@@ -1133,7 +1139,7 @@ def test_what_another_process_has_ordered_takes_no_turn(tmp_path):
     with House(tmp_path, orders_per_hour=2) as house:
         for name in (APP, OTHER):
             house.issuer.want(name)
-            CertStore(tmp_path / "cache", URL).save(name, *house.ca.mint.pair(name))
+            open_store(tmp_path / "cache", URL).save(name, *house.ca.mint.pair(name))
             assert house.look() == []
         for number in range(2):
             house.issuer.want(f"h{number}.example.com")
@@ -1178,7 +1184,7 @@ def test_a_silent_ca_does_not_hold_up_the_end(tmp_path):
     clock = Clock()
     with FakeCa(clock) as fake:
         fake.script["new-order"] = [SILENCE] * 10
-        store = CertStore(tmp_path / "cache", fake.directory)
+        store = open_store(tmp_path / "cache", fake.directory)
         ca = Ca(fake.directory, store, clock=clock)
         issuer = Issuer(ca, store, Proofs(), print, clock=clock)
         issuer.start()
@@ -1198,7 +1204,7 @@ def test_an_issuer_that_was_not_started_can_be_stopped(house):
 
 def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
     clock = Clock()
-    store = CertStore(tmp_path / "cache", URL)
+    store = open_store(tmp_path / "cache", URL)
     told = threading.Event()
 
     def fail(hostname):
@@ -1219,7 +1225,7 @@ def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
 def test_a_whole_ca_and_its_rate_limit(tmp_path):
     clock = Clock()
     with FakeCa(clock) as fake:
-        store = CertStore(tmp_path / "cache", fake.directory)
+        store = open_store(tmp_path / "cache", fake.directory)
         house = House(tmp_path, clock=clock, ca=Ca(fake.directory, store, clock=clock))
         house.ca.ordered = list
         fake.script["new-order"] = [problem(429, "rateLimited", "too many", Retry_After="60")]
@@ -1238,7 +1244,7 @@ def whole(tmp_path):
     """A house with a whole CA, which is ``fake``."""
     clock = Clock()
     with FakeCa(clock) as fake:
-        store = CertStore(tmp_path / "cache", fake.directory)
+        store = open_store(tmp_path / "cache", fake.directory)
         house = House(tmp_path, clock=clock, ca=Ca(fake.directory, store, clock=clock))
         house.ca.ordered, house.fake = list, fake
         yield house
@@ -1304,7 +1310,7 @@ def test_two_cas_of_one_cache_share_nothing(tmp_path):
         def orders(fake):
             """How many it takes until there is a certificate of that CA."""
             before = fake.count("new-order")
-            store = CertStore(tmp_path / "cache", fake.directory)
+            store = open_store(tmp_path / "cache", fake.directory)
             ca = Ca(fake.directory, store, clock=clock)
             issuer = Issuer(ca, store, Proofs(), lambda hostname: None, clock=clock)
             issuer.want(APP)
@@ -1324,10 +1330,10 @@ import queue, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Proofs
-from gotunnel_server.certs import issuer, store as cert_store
+from gotunnel_server.certs import folder, issuer
 from gotunnel_server.certs.acme import Ca
 issuer.ELSEWHERE = 0.1
-store, changed = cert_store.CertStore(Path(sys.argv[3]), sys.argv[4]), queue.Queue()
+store, changed = folder.open_store(Path(sys.argv[3]), sys.argv[4]), queue.Queue()
 gateway = issuer.Issuer(Ca(sys.argv[4], store), store, Proofs(), changed.put)
 gateway.start()
 print("ready", flush=True)
@@ -1369,7 +1375,7 @@ def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
     """The first attempt fails by http-01; tls-alpn-01 works, and is remembered."""
 
     with Answers() as answers, pebble(tmp_path, 1, answers.tls_port) as running:
-        store = CertStore(tmp_path / "cache", running.directory)
+        store = open_store(tmp_path / "cache", running.directory)
         ca = Ca(running.directory, store, ca_file=running.ca_file)
         changed = queue.Queue()
         issuer = Issuer(ca, store, answers, changed.put)
@@ -1397,7 +1403,7 @@ def test_pebble_and_certificates_of_seconds(tmp_path):
     with Answers() as answers, pebble(
         tmp_path, answers.http_port, answers.tls_port, lifetime=6
     ) as running:
-        store = CertStore(tmp_path / "cache", running.directory)
+        store = open_store(tmp_path / "cache", running.directory)
         ca = Ca(running.directory, store, ca_file=running.ca_file)
         changed = queue.Queue()
         issuer = Issuer(ca, store, answers, changed.put, orders_per_hour=10_000)

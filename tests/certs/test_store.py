@@ -18,7 +18,8 @@ import pytest
 from fake_ca import DAY, NOW, Mint
 from support import ROOT, TIMEOUT
 
-from gotunnel_server.certs.store import CertStore, StoreError, ca_id, check
+from gotunnel_server.certs.folder import open_store
+from gotunnel_server.certs.store import StoreError, ca_id, check
 from gotunnel_server.net import safe_read
 
 HOST = "app.example.com"
@@ -34,11 +35,16 @@ def mint():
 
 @pytest.fixture
 def store(tmp_path):
-    return CertStore(tmp_path / "cache", URL)
+    return open_store(tmp_path / "cache", URL)
 
 
 def certs(store_folder, url=URL):
     return store_folder / "cache" / ca_id(url) / "certs"
+
+
+def pem_of(store_folder, hostname=HOST):
+    """The file of a hostname's certificate."""
+    return certs(store_folder) / f"{hostname}.pem"
 
 
 def mode(path):
@@ -69,7 +75,7 @@ def test_a_folder_that_others_may_read_is_closed_to_them(tmp_path):
     folder = tmp_path / "cache" / ca_id(URL)
     folder.mkdir(parents=True)
     folder.chmod(0o755)
-    CertStore(tmp_path / "cache", URL)
+    open_store(tmp_path / "cache", URL)
     assert mode(folder) == 0o700
 
 
@@ -97,7 +103,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_file_is_set_aside_and_named_once(tmp_path, store, mint, what, caplog):
-    file = store.save(HOST, *mint.pair(HOST)).file
+    store.save(HOST, *mint.pair(HOST))
+    file = pem_of(tmp_path)
     other = b"".join(mint.pair("other.example.com"))
     file.write_bytes(BROKEN[what](file.read_bytes(), other))
     with caplog.at_level(logging.WARNING):
@@ -127,7 +134,7 @@ def test_a_broken_state_or_account_counts_as_none(tmp_path, store, content):
 def test_a_pause_is_kept_and_a_broken_one_counts_as_none(tmp_path, store):
     assert store.pause() == {}
     store.save_pause({"until": 7})
-    assert CertStore(tmp_path / "cache", URL).pause() == {"until": 7}
+    assert open_store(tmp_path / "cache", URL).pause() == {"until": 7}
     (certs(tmp_path).parent / "pause.json").write_bytes(b"{")
     assert store.pause() == {}
 
@@ -135,9 +142,9 @@ def test_a_pause_is_kept_and_a_broken_one_counts_as_none(tmp_path, store):
 def test_two_directories_share_nothing(tmp_path, store, mint):
     store.save(HOST, *mint.pair(HOST))
     store.save_account({"url": "x"})
-    other = CertStore(tmp_path / "cache", URL + "2")
+    other = open_store(tmp_path / "cache", URL + "2")
     assert other.certificate(HOST) is None and other.account() == {}
-    assert CertStore(tmp_path / "cache", URL).certificate(HOST)
+    assert open_store(tmp_path / "cache", URL).certificate(HOST)
 
 
 @pytest.mark.parametrize("name", [HOST, f"{HOST}+rsa"])
@@ -145,7 +152,9 @@ def test_what_the_go_program_left_is_a_certificate(tmp_path, store, mint, name):
     key, chain = mint.pair(HOST)
     file = tmp_path / "cache" / name
     file.write_bytes(key + chain)
-    assert store.certificate(HOST) == check(file, HOST)
+    found = store.certificate(HOST)
+    assert found.leaf == check(key + chain, HOST) and found.is_left_by_go
+    assert store.pem(found) == key + chain
     own = store.save(HOST, *mint.pair(HOST))
     assert store.certificate(HOST) == own  # ours is newer
 
@@ -163,20 +172,19 @@ def test_a_staging_certificate_of_the_go_program_is_not_served_in_production(tmp
     cache.mkdir()
     staging = Mint("(STAGING) Pretend Pear X1")
     (cache / HOST).write_bytes(b"".join(staging.pair(HOST)))
-    assert CertStore(cache, PRODUCTION).certificate(HOST) is None
-    assert CertStore(cache, STAGING).certificate(HOST)
+    assert open_store(cache, PRODUCTION).certificate(HOST) is None
+    assert open_store(cache, STAGING).certificate(HOST)
 
 
 def test_only_old_temporary_files_are_swept(tmp_path, store):
     old, new = (certs(tmp_path) / f".{name}.tmp" for name in ("old", "new"))
-    proof, foreign = (tmp_path / "cache" / f".{name}.tmp" for name in ("proof-x", "somebody's"))
-    for path in (old, new, proof, foreign):
+    foreign = tmp_path / "cache" / ".somebody's.tmp"
+    for path in (old, new, foreign):
         path.write_bytes(b"half")
-    for path in (old, proof, foreign):
+    for path in (old, foreign):
         os.utime(path, (NOW - 10**9, NOW - 10**9))
-    CertStore(tmp_path / "cache", URL)
-    assert not old.exists() and new.exists()
-    assert not proof.exists() and foreign.exists()
+    open_store(tmp_path / "cache", URL)
+    assert not old.exists() and new.exists() and foreign.exists()
 
 
 def test_a_socket_in_the_place_of_a_go_certificate_is_named_once(tmp_path, store, caplog):
@@ -189,7 +197,7 @@ def test_a_socket_in_the_place_of_a_go_certificate_is_named_once(tmp_path, store
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="ACME_CACHE .*file.*expected a folder") as caught:
-        CertStore(tmp_path / "file" / "cache", URL)
+        open_store(tmp_path / "file" / "cache", URL)
     assert "\n" not in str(caught.value)
 
 
@@ -215,8 +223,8 @@ def test_no_hostname_leads_out_of_the_folder(store, hostname):
 
 @pytest.mark.parametrize("name", ["app_old.test", "App.Test", "._app.test", "a b.c", "é.test"])
 def test_other_peoples_files_are_no_hostnames(tmp_path, store, mint, name):
-    kept = store.save(HOST, *mint.pair(HOST))
-    (certs(tmp_path) / f"{name}.pem").write_bytes(kept.file.read_bytes())
+    store.save(HOST, *mint.pair(HOST))
+    (certs(tmp_path) / f"{name}.pem").write_bytes(pem_of(tmp_path).read_bytes())
     assert store.hostnames() == [HOST]
 
 
@@ -229,7 +237,7 @@ def test_the_longest_hostname_has_files(store, mint):
 def test_a_file_with_a_name_of_its_own_is_not_taken_for_another_hostnames(tmp_path, store, mint):
     host = ".".join(["a" * 60] * 3 + ["b" * 50, "test"])
     store.save(host, *mint.pair(host))
-    again = CertStore(tmp_path / "cache", URL)
+    again = open_store(tmp_path / "cache", URL)
     assert again.hostnames() == []
     assert again.certificate(host) is not None
 
@@ -325,10 +333,12 @@ def test_a_request_that_cannot_be_read_is_for_its_files_name(store, monkeypatch)
 
 
 def test_requests_in_a_folder_that_cannot_be_read_now_are_none(store, monkeypatch):
+    store.ask_renewal(HOST)
+
     def fail(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(type(store._certs), "glob", fail)
+    monkeypatch.setattr(os, "listdir", fail)
     assert store.renewals() == []
 
 
@@ -358,7 +368,7 @@ def test_no_hostname_has_the_lock_of_the_account(store):
 
 
 def test_the_lock_is_for_one_at_a_time(tmp_path, store):
-    other = CertStore(tmp_path / "cache", URL)
+    other = open_store(tmp_path / "cache", URL)
     with store.lock(HOST) as ours, other.lock(HOST) as theirs, other.lock("b.example") as free:
         assert (ours, theirs, free) == (True, False, True)
     with other.lock(HOST) as theirs:
@@ -370,8 +380,8 @@ import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Mint
-from gotunnel_server.certs.store import CertStore
-store = CertStore(Path(sys.argv[3]), sys.argv[4])
+from gotunnel_server.certs.folder import open_store
+store = open_store(Path(sys.argv[3]), sys.argv[4])
 pair = Mint().pair(sys.argv[5])
 with store.lock(sys.argv[5]):
     os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -387,7 +397,7 @@ def test_killed_before_the_move_the_old_pair_is_there_and_the_lock_is_free(
     assert subprocess.run(command, timeout=50).returncode == -signal.SIGKILL
     (left,) = certs(tmp_path).glob(".*.tmp")
     os.utime(left, (0, 0))
-    again = CertStore(tmp_path / "cache", URL)
+    again = open_store(tmp_path / "cache", URL)
     assert not left.exists() and again.certificate(HOST) == good
     with again.lock(HOST) as ours:
         assert ours
@@ -395,7 +405,7 @@ def test_killed_before_the_move_the_old_pair_is_there_and_the_lock_is_free(
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_cache_is_never_broken(tmp_path, mint):
-    CertStore(tmp_path / "cache", URL).save(HOST, *mint.pair(HOST))
+    open_store(tmp_path / "cache", URL).save(HOST, *mint.pair(HOST))
     script = KILLED.replace("os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)", (
         "print(flush=True)")).replace("    store.save", "    while True: store.save")  # fmt: skip
     for delay in (0.001 * step for step in range(12)):
@@ -406,7 +416,7 @@ def test_killed_at_any_moment_the_cache_is_never_broken(tmp_path, mint):
             process.stdout.readline()
             time.sleep(delay)  # the moment is what is tried
             process.kill()
-        assert CertStore(tmp_path / "cache", URL).certificate(HOST)
+        assert open_store(tmp_path / "cache", URL).certificate(HOST)
     assert not list(certs(tmp_path).glob("*.bad"))
 
 

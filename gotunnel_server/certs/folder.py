@@ -1,0 +1,175 @@
+"""A certificate store's Storage and Locker in a folder: a key is the path of a file in it.
+
+Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
+moved there in one step: a reader sees the old one or the new one. What is broken is moved to
+FILE.bad. A lock is a file that is never removed (flock), in a folder or beside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..net import safe_read
+from ..net.safe_read import Unfit
+from .storage import Unreadable
+from .store import CertStore, StoreError, ca_id
+
+log = logging.getLogger("gotunnel.cert_store")
+
+# Seconds. No write takes so long: an older temporary file is that of a process that was killed.
+STALE = 60.0
+
+
+def open_store(folder: Path, directory_url: str) -> CertStore:
+    """The store of a CA in ACME_CACHE. Makes the folders and sweeps up. Raises StoreError if they
+    cannot be written."""
+    storage, ca = FolderStorage(folder), ca_id(directory_url)
+    store = CertStore(storage, FolderLocker(folder), directory_url)
+    try:
+        store.probe(b"")
+        storage.sweep(ca)
+        storage.sweep(f"{ca}/certs")
+    except OSError as error:
+        raise StoreError(
+            f"ACME_CACHE {folder}: {error.strerror} ({error.filename or folder}), expected a "
+            "folder that the gateway can write: change its owner, or name another"
+        ) from error
+    return store
+
+
+class _Folders:
+    """The folders under a root, which are made as they are needed."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._closed: set[Path] = set()  # those that others cannot look into, as we know
+        self._lock = threading.Lock()  # guards _closed
+
+    def make(self, folder: Path):
+        """Make a folder under the root, and the root, with mode 0700. Those that are there are
+        closed to others, the root apart: it may be the operator's. Raises OSError."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in reversed([folder, *folder.parents]):
+            if self._root in path.parents:
+                path.mkdir(mode=0o700, exist_ok=True)
+                with self._lock:
+                    known = path in self._closed
+                    self._closed.add(path)
+                if not known:
+                    path.chmod(0o700)
+
+
+class FolderStorage:
+    """A Storage in ``folder``, which is made with the first write."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._folders = _Folders(folder)
+
+    def read(self, key: str) -> bytes | None:
+        """Regular files only, and of bounded size: a FIFO or a device blocks nobody."""
+        try:
+            return safe_read.read(self._folder / key)
+        except FileNotFoundError:
+            return None
+        except (Unfit, IsADirectoryError, PermissionError) as error:
+            raise Unreadable(error.errno, error.strerror, self.where(key)) from error
+
+    def write(self, key: str, content: bytes) -> None:
+        file = self._folder / key
+        new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+        self._folders.make(file.parent)
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(new, file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power cut could undo the move
+        finally:
+            os.close(folder)
+
+    def delete(self, key: str) -> bool:
+        try:
+            (self._folder / key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def keys(self, prefix: str) -> list[str]:
+        """Inner folders too: one may lie where content should be."""
+        inner, slash, start = prefix.rpartition("/")
+        try:
+            names = os.listdir(self._folder / inner)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            inner + slash + name
+            for name in names
+            if name.startswith(start) and not name.startswith(".")
+        )
+
+    def set_aside(self, key: str, flaw: str) -> None:
+        file = self._folder / key
+        bad = file.with_name(file.name + ".bad")
+        try:
+            os.replace(file, bad)
+        except FileNotFoundError:
+            return
+        except OSError as error:  # such as a folder of that name: nothing could be written here
+            raise OSError(
+                error.errno, f"cannot be moved to {bad.name} ({error.strerror}): remove both"
+            ) from error
+        log.warning("%s is broken (%s): renamed to %s, and made anew", file, flaw, bad.name)
+
+    def where(self, key: str) -> str:
+        return str(self._folder / key)
+
+    def sweep(self, inner: str) -> None:
+        """Remove the temporary files that killed processes have left in a folder of ours. Raises
+        OSError."""
+        for path in (self._folder / inner).glob(".*.tmp"):
+            sweep(path)
+
+
+class FolderLocker:
+    """A Locker with a file in ``folder`` for each lock."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._folders = _Folders(folder)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        path = self._folder / name
+        self._folders.make(path.parent)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                ours = True
+            except BlockingIOError:
+                ours = False
+            yield ours
+        finally:
+            os.close(lock)  # which also unlocks, as the end of the process does
+
+
+def sweep(path: Path):
+    """Remove a temporary file if no process can be at it any more. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        if path.stat().st_mtime < time.time() - STALE:
+            path.unlink()
