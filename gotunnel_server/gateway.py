@@ -13,7 +13,7 @@
     timer of a request      see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
-thread (connection.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of
+thread (steps.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of
 its streams (gotunnel.py).
 """
 
@@ -43,14 +43,9 @@ from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .net.listener import Listener, PortError, bind, descriptor_limit
 from .routes import Registry
 from .visitors import dashboard, policy
-from .visitors.connection import (
-    MAX_RELAYS,
-    SILENCE,
-    Exchanges,
-    PortDoor,
-    Visitors,
-)
 from .visitors.forwarded import Proxies
+from .visitors.port import Port, PublicPort, TcpPort, Timeouts
+from .visitors.relays import MAX_RELAYS
 from .visitors.sites import choose_redirect, choose_site
 
 log = logging.getLogger("gotunnel.gateway")
@@ -98,7 +93,7 @@ class Gateway:
         self._proxies = Proxies(config.trusted_proxies)
         self._ports = Ports(config.tcp_ports, self._open_port)
         self._steps = Workers(STEP_THREADS, "step")
-        self._pools = []
+        self._visitor_ports = []
         self._listeners = []
         try:
             self._build_tunnels()
@@ -331,15 +326,18 @@ class Gateway:
 
     def _open_port(self, port, route):
         """A public port for an agent's tunnel: a running Listener. Raises PortError."""
-        door = PortDoor(self._visitors, route)
-        listener = self._listener("TCP_PORTS", port, door, MAX_RELAYS, 0)
+        tcp_port = TcpPort(self._visitors, route)
+        listener = self._listener("TCP_PORTS", port, tcp_port, MAX_RELAYS, 0)
         listener.start()
         return listener
 
-    def _exchanges(self, most):
-        exchanges = Exchanges(most, self._proxies)
-        self._pools.append(exchanges)
-        return exchanges
+    def _build_port(self, kind, requests, **rest):
+        """A Port or PublicPort, with what all of them share."""
+        config = self._config
+        timeouts = Timeouts(config.header_timeout, config.idle_timeout, config.response_timeout)
+        port = kind(requests=requests, proxies=self._proxies, timeouts=timeouts, **rest)
+        self._visitor_ports.append(port)
+        return port
 
     def _build_tunnels(self):
         config = self._config
@@ -363,7 +361,9 @@ class Gateway:
 
     def _build_visitors(self):
         config = self._config
-        self._visitors = Visitors(
+        self._visitors = self._build_port(
+            PublicPort,
+            config.workers,
             context=self._certificates.front(config.gateway_host),
             site=choose_site(
                 self._registry.lookup,
@@ -371,10 +371,9 @@ class Gateway:
                 lambda: self.public_port,
                 self._proxies,
             ),
+            redirect=choose_redirect(self._registry.lookup, config.gateway_host),
             registry=self._registry,
-            exchanges=self._exchanges(config.workers),
-            proxies=self._proxies,
-            config=config,
+            raw_host=config.raw_tcp_host,
             challenges=self._challenges,
             awaits_certificate=self._awaits_certificate,
         )
@@ -383,56 +382,38 @@ class Gateway:
             log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
                         "raise the limit (ulimit -n)",
                         config.max_connections, descriptor_limit(), limit)  # fmt: skip
-        first_timeout = SILENCE if config.raw_tcp_host else config.header_timeout
         self.public_port = self._listen(
-            "GATEWAY_PORT", config.gateway_port, self._visitors, limit, first_timeout
-        )
+            "GATEWAY_PORT", config.gateway_port, self._visitors, limit,
+            self._visitors.first_timeout,
+        )  # fmt: skip
 
     def _build_dashboard(self):
         config = self._config
-        self.dashboard_port = self._readers = None
+        self.dashboard_port = None
         if config.dashboard_port is None:
             return
         site = dashboard.choose_site(
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
             self._certificate_state,
         )
-        self._readers = Visitors(
-            context=None,
-            site=site,
-            registry=self._registry,
-            exchanges=self._exchanges(DASHBOARD_REQUESTS),
-            proxies=self._proxies,
-            config=config,
-            challenges=self._challenges,
-            awaits_certificate=self._awaits_certificate,
-        )
+        port = self._build_port(Port, DASHBOARD_REQUESTS, site=site)
         self.dashboard_port = self._listen(
-            "DASHBOARD_PORT", config.dashboard_port, self._readers,
-            DASHBOARD_CONNECTIONS, config.header_timeout,
+            "DASHBOARD_PORT", config.dashboard_port, port, DASHBOARD_CONNECTIONS,
+            port.first_timeout,
         )  # fmt: skip
 
     def _build_http(self):
         """The port for plain HTTP, where a CA asks for proof and visitors are sent on."""
         config = self._config
-        self.http_port = self._plain = None
+        self.http_port = None
         if config.http_port is None:
             return
         site = choose_redirect(
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges
         )
-        self._plain = Visitors(
-            context=None,
-            site=site,
-            registry=self._registry,
-            exchanges=self._exchanges(HTTP_REQUESTS),
-            proxies=self._proxies,
-            config=config,
-            challenges=self._challenges,
-            awaits_certificate=self._awaits_certificate,
-        )
+        port = self._build_port(Port, HTTP_REQUESTS, site=site)
         self.http_port = self._listen(
-            "HTTP_PORT", config.http_port, self._plain, HTTP_CONNECTIONS, config.header_timeout
+            "HTTP_PORT", config.http_port, port, HTTP_CONNECTIONS, port.first_timeout
         )
 
     # Life
@@ -466,7 +447,7 @@ class Gateway:
         self._look_now.set()
         if self._issuer:
             self._issuer.stop()
-        self._visitors.draining = True
+        self._visitors.start_draining()
         self._ports.close()
         for listener in self._listeners:
             listener.stop()
@@ -474,13 +455,12 @@ class Gateway:
         if left:
             log.warning("%d visits did not end in %g s and were cut",
                         left, self._config.drain_timeout)  # fmt: skip
-        for others in (self._readers, self._plain):
-            if others is not None:
-                others.drain(0)
+        for port in self._visitor_ports:
+            port.drain(0)
         self.tunnels.close()
         self._steps.shutdown()
-        for exchanges in self._pools:
-            exchanges.stop()
+        for port in self._visitor_ports:
+            port.stop()
         self._keeper.join(LAST_LOOK)
         log.info("stopped")
 

@@ -44,7 +44,7 @@ from gotunnel_server.certs.issuer import FAILED, READY, WAITING, State
 from gotunnel_server.certs.local_ca import Authority, CertificateError
 from gotunnel_server.net.client_hello import ACME_TLS
 from gotunnel_server.net.dns import NoAnswer
-from gotunnel_server.visitors import connection
+from gotunnel_server.visitors import arrival
 
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
 OTHER = "other.localhost"
@@ -101,7 +101,7 @@ def ordering(tmp_path, directory, ca_file, root, **changes):
         "CERT_DIR": str(own), "HTTP_PORT": "0", **changes,
     }  # fmt: skip
     # A loaded machine may take longer for an order than a visitor has patience.
-    with mock.patch.object(connection, "CERTIFICATE_TIMEOUT", TIMEOUT), \
+    with mock.patch.object(arrival, "CERTIFICATE_TIMEOUT", TIMEOUT), \
             gateway_here(cache, **environment) as gateway:  # fmt: skip
         yield gateway
 
@@ -280,7 +280,7 @@ def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin)
                 visitor.setblocking(False)
                 with pytest.raises(ssl.SSLWantReadError):
                     visitor.do_handshake()
-                wait_until(lambda: [one for one in visitors._visitors if one._sni == APP])
+                wait_until(lambda: [one for one in visitors._visitors if one.sni == APP])
             began = time.monotonic()
         assert time.monotonic() - began < 8  # less than the drain
         assert not visitors._visitors

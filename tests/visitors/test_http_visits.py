@@ -31,7 +31,7 @@ from support import (
 from gotunnel import StreamReset
 from gotunnel_server.agents import tunnel as tunnel_module
 from gotunnel_server.net import listener
-from gotunnel_server.visitors import connection as visitor_module
+from gotunnel_server.visitors import connection
 
 # Seconds within which a target must learn that its visitor has gone: the gateway looks twice a
 # second, and this machine may be busy.
@@ -826,7 +826,7 @@ def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(
 
 
 def test_visitor_who_goes_on_sending_after_a_400_is_cut_off(gateway, monkeypatch):
-    monkeypatch.setattr(visitor_module, "PARTING_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "PARTING_TIMEOUT", 0.1)
     monkeypatch.setattr(listener, "SWEEP", 0.05)
     with gateway.dial(APP) as endless:
         endless.send(b"GET  / HTTP/1.1\r\n\r\n")

@@ -14,7 +14,7 @@ import pytest
 from support import APP, MIB, agent_here, answer, gateway_here, request
 
 from gotunnel_server.net.listener import descriptor_limit
-from gotunnel_server.visitors import connection as visitor_module
+from gotunnel_server.visitors import relays
 
 IDLE = 2000
 # Descriptors: both ends of each visit are here, and a gateway gives its visitors half of them.
@@ -123,7 +123,7 @@ def test_one_address_gets_half_and_a_trusted_proxy_all(cache, tmp_path, origin):
 
 
 def test_relays_of_a_trusted_proxy_are_not_limited_to_half(cache, tmp_path, origin, monkeypatch):
-    monkeypatch.setattr(visitor_module, "MAX_RELAYS", 2)
+    monkeypatch.setattr(relays, "MAX_RELAYS", 2)
     for trusted, served in (("192.0.2.1", 1), ("127.0.0.0/8", 2)):
         with contextlib.ExitStack() as up:
             gateway = up.enter_context(gateway_here(cache, TRUSTED_PROXIES=trusted))

@@ -25,7 +25,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel_server.visitors import connection as visitor_module
+from gotunnel_server.visitors import relays
 
 SSH = "ssh.localhost"
 AT_ONCE = 3  # seconds, on a busy machine
@@ -159,7 +159,7 @@ def test_target_that_is_down_ends_the_visit_at_once(cache, tmp_path):
 
 
 def test_relays_beyond_the_limit_are_refused_until_one_ends(cache, tmp_path, origin, monkeypatch):
-    monkeypatch.setattr(visitor_module, "MAX_RELAYS", 1)
+    monkeypatch.setattr(relays, "MAX_RELAYS", 1)
     with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, tcp={RAW: origin.port}):
         visitor, target = meet(gateway, origin)
         with visitor, target:

@@ -28,7 +28,7 @@ from support import (
 
 from gotunnel import MessageReader, Pong
 from gotunnel_server.agents import tunnel
-from gotunnel_server.visitors import connection as visitor_module
+from gotunnel_server.visitors import relays
 
 SIZES = [1024, pytest.param(64 * MIB, marks=pytest.mark.slow)]
 VISITORS = 50
@@ -206,7 +206,7 @@ def test_visitors_half_close_is_held_back_from_a_go_agent(gopeer, cache, origin)
 def test_visitor_of_a_go_agent_that_has_left_does_not_keep_its_target(
     gopeer, cache, origin, monkeypatch
 ):
-    monkeypatch.setattr(visitor_module, "HELD_FIN_TIMEOUT", 0.1)
+    monkeypatch.setattr(relays, "HELD_FIN_TIMEOUT", 0.1)
     with gateway_here(cache) as gateway, go_agent(gopeer, gateway, tcp={RAW: origin.port}):
         with gateway.dial(RAW) as visitor, origin.accept() as target:
             visitor.close()

@@ -1,0 +1,193 @@
+"""A public port: the visitors on it, and what they need.
+
+    Port          plain HTTP: the dashboard, the redirect to https
+    PublicPort    TLS, and what else begins there (arrival.py)
+    TcpPort       one tunnel's own, which leads to one Route
+"""
+
+import logging
+import threading
+from collections import Counter
+from typing import NamedTuple
+
+from gotunnel import Duplex, Workers
+
+from . import relays
+from .arrival import SILENCE, Arrival
+from .connection import HttpConnection
+from .visitor import Visitor
+
+log = logging.getLogger("gotunnel.visitor")
+
+
+class Timeouts(NamedTuple):
+    """Seconds. ``header``: for a request's head, a ClientHello, a handshake. ``idle``: between two
+    requests, and for a visitor that takes or sends nothing. ``response``: to the first byte of
+    the target's answer."""
+
+    header: float
+    idle: float
+    response: float
+
+
+class Room:
+    """Place for so many at a time, of which one address gets half: nobody takes it all. Only an
+    address in ``unlimited`` may, as it stands for many visitors."""
+
+    def __init__(self, most, unlimited=()):
+        self.most = most
+        self._unlimited = unlimited
+        self._taken = 0
+        self._taken_by = Counter()  # address
+        self._lock = threading.Lock()  # guards both
+
+    def enter(self, address) -> bool:
+        """Take a place, if there is one."""
+        with self._lock:
+            if self._taken >= self.most:
+                return False
+            share = max(self.most // 2, 1)
+            if self._taken_by[address] >= share and address not in self._unlimited:
+                return False
+            self._taken += 1
+            self._taken_by[address] += 1
+            return True
+
+    def leave(self, address):
+        with self._lock:
+            self._taken -= 1
+            self._taken_by[address] -= 1
+            if not self._taken_by[address]:
+                del self._taken_by[address]
+
+
+class Exchanges:
+    """The threads that serve requests, and the room for so many at a time."""
+
+    def __init__(self, most, proxies):
+        self.room = Room(most, proxies)
+        self._workers = Workers(most, "exchange")
+        self.start = self._workers.submit  # start(function)
+        self.stop = self._workers.shutdown
+
+
+class Port:
+    """A port for plain HTTP. Any thread."""
+
+    def __init__(self, *, site, requests, proxies, timeouts):
+        """``site``: see Handler. ``requests``: how many are answered at a time. ``proxies``: the
+        addresses that stand for many visitors, a forwarded.Proxies. ``timeouts``: Timeouts."""
+        self.listener = None  # set before it is started
+        self.site = site
+        self.exchanges = Exchanges(requests, proxies)
+        self.proxies = proxies
+        self.timeouts = timeouts
+        self.first_timeout = timeouts.header  # seconds for a visitor's first byte
+        self.relays = Room(relays.MAX_RELAYS, proxies)
+        self._draining = threading.Event()
+        self.is_draining = self._draining.is_set  # answer what is asked already, then close
+        self._visitors = set()
+        self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
+        self._said = set()  # texts of say_once()
+
+    def welcome(self, sock, address):
+        """Listener's thread: a visitor has connected."""
+        return HttpConnection(self, self.add(sock, address, self.listener), self.site, "http")
+
+    def add(self, sock, address, listener) -> Visitor:
+        """Count the connection as one of a visitor's."""
+        visitor = Visitor(self, Duplex(sock), address, listener)
+        with self._gone:
+            self._visitors.add(visitor)
+        return visitor
+
+    def forget(self, visitor):
+        """The visitor's connection is closed."""
+        with self._gone:
+            known = visitor in self._visitors
+            self._visitors.discard(visitor)
+            self._gone.notify_all()
+        if known:
+            visitor.listener.forget()
+
+    def say_once(self, text, *arguments):
+        """Warn of something that the operator has to hear once, and not each time that a scanner
+        comes by."""
+        log.log(logging.DEBUG if text in self._said else logging.WARNING, text, *arguments)
+        self._said.add(text)
+
+    @property
+    def draining(self) -> bool:
+        return self.is_draining()
+
+    def start_draining(self):
+        """From now on a connection is closed as soon as its request is answered."""
+        self._draining.set()
+
+    def drain(self, timeout) -> int:
+        """Wait until the visitors that are being served have gone; after ``timeout`` seconds,
+        break the connections that are left. Returns how many."""
+        self.start_draining()
+        with self._gone:
+            self._gone.wait_for(lambda: not self._visitors, timeout)
+            left = list(self._visitors)
+        for visitor in left:
+            visitor.duplex.reset()
+        return len(left)
+
+    def stop(self):
+        """End the threads that serve requests; after drain()."""
+        self.exchanges.stop()
+
+
+class PublicPort(Port):
+    """The port for visitors with TLS; also for HTTP that is not encrypted, which is sent to https,
+    and for what a tcp hostname may be meant by."""
+
+    def __init__(
+        self, *, context, redirect, registry, raw_host, challenges, awaits_certificate, **rest
+    ):
+        """``context``: the SSLContext that picks a certificate. ``redirect``: the ``site`` of
+        visitors without TLS. ``registry`` knows the Routes. ``raw_host``: the tcp hostname of
+        visitors that name none, or None. ``challenges``: what a CA may find here.
+        ``awaits_certificate(hostname)``: it has none yet, and will soon. ``rest``: see Port."""
+        super().__init__(**rest)
+        self.context = context
+        self.redirect = redirect
+        self.lookup = registry.lookup
+        self.raw_host = raw_host
+        self.challenges = challenges
+        self.awaits_certificate = awaits_certificate
+        self._only_tcp = registry.only_tcp
+        if raw_host is not None:
+            self.first_timeout = SILENCE
+
+    def welcome(self, sock, address):
+        """Listener's thread: a visitor has connected."""
+        return Arrival(self, self.add(sock, address, self.listener))
+
+    def raw_route(self, ssh=False):
+        """The Route of a visitor that names no hostname, None if there is none for it.
+
+        An SSH server that is the only tcp hostname is what an SSH client means. Anything else, such
+        as a database, is shown without encryption only if the operator has said so.
+        """
+        if self.raw_host is not None:
+            route = self.lookup(self.raw_host)
+            return route if route is not None and route.mode == "tcp" else None
+        return self._only_tcp() if ssh else None
+
+
+class TcpPort:
+    """A public port of its own for one tunnel, which leads to one Route. Its visitors count as
+    those of the PublicPort."""
+
+    def __init__(self, public, route):
+        self.listener = None  # set before it is started
+        self._public = public
+        self._route = route
+
+    def welcome(self, sock, address):
+        """Listener's thread: a visitor has connected."""
+        visitor = self._public.add(sock, address, self.listener)
+        return Arrival(self._public, visitor, self._route)

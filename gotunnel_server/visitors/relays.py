@@ -1,0 +1,172 @@
+"""A visitor's connection and a stream, joined: visits in tcp mode, and what follows a 101 answer.
+
+A relay takes as long as visitor and target please, so it has two threads of its own, one for each
+direction. Both ends are closed when both directions are done; if one end breaks, the other is
+reset, so that bytes that were cut off never look complete.
+"""
+
+import logging
+import threading
+from time import monotonic
+
+from gotunnel import NoThread, pump, relay, spawn
+from gotunnel_agent.common import proxy_protocol
+
+from ..routes import AgentBusy
+
+log = logging.getLogger("gotunnel.visitor")
+
+# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each. An address may have
+# half of them.
+MAX_RELAYS = 2048
+# Seconds that a visitor has for its last bytes after the target of a WebSocket has ended.
+LAST_BYTES_TIMEOUT = 2
+# Seconds without a byte from the target after a tcp visitor has half-closed, when the agent cannot
+# half-close its target: then the visitor has most likely left.
+HELD_FIN_TIMEOUT = 30
+
+
+def start_tcp(visitor, route):
+    """Join a Visitor and its Route in threads of their own, which close it. Raises NoThread: then
+    it is still the caller's."""
+    _start(_relay_tcp, visitor, route)
+
+
+def start_switched(visitor, stream):
+    """Join a Visitor and the stream that has answered it with 101, in threads of their own, which
+    close both. Raises NoThread: then the Visitor is still the caller's, and the stream is reset."""
+    try:
+        _start(relay_switched, visitor, stream)
+    except NoThread:
+        stream.reset()
+        raise
+
+
+def _start(function, visitor, other):
+    spawn(f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
+
+
+def _run(function, visitor, other):
+    """Thread: one relay, from its beginning to its end."""
+    try:
+        function(visitor, other)
+    except OSError as error:
+        log.debug("%s: %s", visitor, error)
+    except Exception:
+        log.exception("%s: its relay is ended (bug, traceback follows)", visitor)
+    finally:
+        visitor.close()
+
+
+def _relay_tcp(visitor, route):
+    tunnel = route.tunnel
+    try:
+        stream = tunnel.open(route, visitor.ends)
+    except OSError as error:
+        visitor.duplex.reset()  # refused: not an empty but complete visit
+        if isinstance(error, AgentBusy):
+            log.info("%s: %s: %s", route.hostname, visitor, error)
+        raise
+    try:
+        end = visitor.duplex if visitor.sni else _Guarded(visitor)
+        if tunnel.half_close:
+            relay(end, stream)
+        else:
+            relay_holding_fin(end, stream)
+    finally:
+        stream.close()
+        if stream.refused:
+            tunnel.count_failed(route)
+            log.info("%s: %s: the agent's target is down or refuses; its log says why",
+                     route.hostname, visitor)  # fmt: skip
+
+
+def relay_holding_fin(end, stream):
+    """relay() for an agent that takes FIN for the end of the visit, and would cut the answer.
+
+    When the visitor has half-closed, its FIN waits until the target has been silent for a while.
+    ``end`` is the visitor's, a Duplex.
+    """
+    stream.on_death(end.reset)
+    source = _Timed(stream)
+    back = _copy_back(pump, source, end)
+    try:
+        while data := end.read():
+            stream.write(data)
+    except (OSError, ValueError):
+        stream.reset()
+        end.reset()
+    _outlast(back, source, HELD_FIN_TIMEOUT)
+    stream.finish()
+    back.join()
+
+
+def relay_switched(visitor, stream):
+    """Copy both ways until either side has ended: no protocol that is upgraded to goes on with one
+    direction, and nobody would ever close an idle half."""
+    duplex = visitor.duplex
+    visitor_done = threading.Event()
+    stream.on_death(duplex.reset)
+    back = _copy_back(_copy_to_visitor, stream, duplex, visitor_done)
+    pump(duplex, stream)
+    visitor_done.set()
+    stream.close()
+    back.join()
+
+
+def _copy_to_visitor(stream, duplex, visitor_done):
+    pump(stream, duplex)
+    # The visitor has the last word, and a moment to say it.
+    if not visitor_done.wait(LAST_BYTES_TIMEOUT):
+        duplex.stop()
+
+
+def _copy_back(function, *arguments):
+    """Start the thread that copies from the stream to the visitor. Raises NoThread."""
+    return spawn(f"{threading.current_thread().name} back", function, *arguments)
+
+
+def _outlast(back, source, timeout):
+    """Wait for a thread until its source has been silent for ``timeout`` seconds."""
+    while back.is_alive() and (left := timeout - source.silence()) > 0:
+        back.join(left)
+
+
+class _Guarded:
+    """A visitor without TLS as an end of a relay, whose first bytes must not be a PROXY header.
+    None is held back: a program may wait for the answer to any of them."""
+
+    def __init__(self, visitor):
+        duplex = visitor.duplex
+        self.write, self.finish, self.reset = duplex.write, duplex.finish, duplex.reset
+        self._duplex = duplex
+        self._refuse = visitor.refuse_introduction
+        self._came = b""  # so far, as long as it may become a header
+
+    def read(self):
+        data = self._duplex.read()
+        self._came += data[: proxy_protocol.LINE_LIMIT]
+        self._refuse(self._came)
+        if not proxy_protocol.may_begin(self._came):
+            self.read = self._duplex.read
+        return data
+
+
+class _Timed:
+    """A stream as a pump's source, which tells another thread how long it has been silent."""
+
+    def __init__(self, stream):
+        self.reset = stream.reset
+        self._read = stream.read
+        self._since = None  # monotonic, of the read that waits; set by the pump's thread only
+
+    def read(self):
+        self._since = monotonic()
+        data = self._read()
+        self._since = None
+        return data
+
+    def silence(self) -> float:
+        """Seconds that a read has waited; 0 while the other end takes what was read."""
+        since = self._since
+        return 0 if since is None else monotonic() - since
