@@ -12,7 +12,6 @@ Whatever is wrong is a ``ConfigError``, one line that never shows a secret: the 
 of a list count from 0), what came and what was expected.
 """
 
-import difflib
 import ipaddress
 import json
 import os
@@ -22,8 +21,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import yaml
 
 from gotunnel import (
     ANY_PORT,
@@ -35,6 +32,7 @@ from gotunnel import (
     WILDCARDS,
 )
 
+from .common import strict_yaml
 from .common.hostnames import (
     MAX_PORT,
     WILDCARD,
@@ -45,6 +43,7 @@ from .common.hostnames import (
 )
 from .common.proxy_protocol import VERSIONS
 from .common.quantities import whole_number
+from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 
 KEYS = (
@@ -77,10 +76,6 @@ CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 
 MODES = ("http", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-# As in YAML 1.1; any case.
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unless quoted
 
 # A thousand tunnels take a tenth of this: it keeps a wrong path from filling the memory.
 MAX_FILE = 1024 * 1024
@@ -229,51 +224,14 @@ def _read_file(path: str | os.PathLike) -> str:
         raise ConfigError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
 
 
-class _Loader(yaml.BaseLoader):
-    """YAML with every scalar as the text that was typed, None for no value, and no key twice.
-
-    Tags such as ``!!python/object`` mean nothing to it.
-    """
-
-    def construct_scalar(self, node):
-        if node.style is None and node.value in NULLS:  # style None: without quotes
-            return None
-        return super().construct_scalar(node)
-
-    def construct_mapping(self, node, deep=False):
-        mapping = {}
-        for key_node, value_node in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
-            if key in mapping:
-                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected once")
-            mapping[key] = self.construct_object(value_node, deep)
-        return mapping
-
-
 def _parse(text: str) -> object:
     """The document in ``text``: mappings, lists, text and None."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        problem = ", ".join(filter(None, (error.context, error.problem)))
-        # Names out of the file are left out, '<token>' and '\t' stay: an unquoted secret that
-        # begins with * or ! would show.
-        problem = re.sub(r" '[^'<\\]{2,}'", "", problem)
-        raise _at(error.problem_mark or error.context_mark, f"not YAML, {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
-        raise ConfigError(
-            f"line {line}, column {column}: not YAML, an unprintable character"
-        ) from None
+        return strict_yaml.load(text, plain=False)
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
     except RecursionError:
         raise ConfigError("lists or mappings too deep in each other, expected two levels") from None
-
-
-def _at(mark: yaml.Mark, message: str) -> ConfigError:
-    return ConfigError(f"line {mark.line + 1}, column {mark.column + 1}: {message}")
 
 
 # --- The keys ------------------------------------------------------------------------------------
@@ -283,7 +241,7 @@ def _config(document: object) -> Config:
     if document is None:
         raise ConfigError("the file is empty, expected tunnel_addr, a credential and tunnels")
     if not isinstance(document, dict):
-        raise ConfigError(f"{_kind(document)} came, expected a mapping of keys to values")
+        raise ConfigError(f"{kind(document)} came, expected a mapping of keys to values")
     _refuse_unknown_keys(document, KEYS, "")
 
     tunnel_host, tunnel_port = _tunnel_addr(document)
@@ -311,19 +269,8 @@ def _config(document: object) -> Config:
 
 
 def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
-    for key in mapping:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise ConfigError(f"{where}unknown key{_shown_key(key)}, {hint}")
-
-
-def _shown_key(key: str) -> str:
-    """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
-    would make two of it, and the value may be a secret."""
-    harmless = re.fullmatch(r"[\w.-]{1,24}", key)
-    return f" {_shown(key)}" if harmless else " with other characters in it"
+    if problem := strict_yaml.unknown_key(mapping, known):
+        raise ConfigError(f"{where}{problem}")
 
 
 def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
@@ -391,7 +338,7 @@ def _expire_sec(document: Mapping[str, object]) -> int:
 def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
     items = document.get("tunnels")
     if not isinstance(items, list) or not items:
-        came = "an empty list" if items == [] else _kind(items)
+        came = "an empty list" if items == [] else kind(items)
         raise ConfigError(f"tunnels: {came} came, expected a list with at least one tunnel")
     tunnels: dict[str, Tunnel] = {}
     for number, item in enumerate(items):
@@ -406,7 +353,7 @@ def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
 
 def _tunnel(item: object, where: str) -> Tunnel:
     if not isinstance(item, dict):
-        raise ConfigError(f"{where}: {_kind(item)} came, expected a mapping with hostname, target")
+        raise ConfigError(f"{where}: {kind(item)} came, expected a mapping with hostname, target")
     _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: ")
 
     where += "."
@@ -536,7 +483,7 @@ def _policy_part(
 
 def _users_of_file(path: object) -> tuple[str, ...]:
     if not isinstance(path, str) or not path.isprintable():
-        raise ConfigError(f"{_kind(path)} came, expected the path of a file")
+        raise ConfigError(f"{kind(path)} came, expected the path of a file")
     try:
         return users_of_lines(_read_file(path))
     except (PolicyError, ConfigError) as error:
@@ -559,7 +506,7 @@ def _text(
         raise ConfigError(f"{where}{key}: missing, expected {expected}")
     value = mapping[key]
     if not isinstance(value, str):
-        raise ConfigError(f"{where}{key}: {_kind(value)} came, expected {expected}")
+        raise ConfigError(f"{where}{key}: {kind(value)} came, expected {expected}")
     if not secret and not value.isprintable():  # not shown: a missing quote may have drawn one in
         raise ConfigError(
             f"{where}{key}: a line break or unprintable character came, expected {expected}"
@@ -622,13 +569,6 @@ def _is_ip_address(text: str, version: type) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _kind(value: object) -> str:
-    """What a value is, in the reader's words."""
-    if value is None:
-        return "no value"
-    return {dict: "a mapping", list: "a list", str: "text"}[type(value)]
 
 
 def _shown(text: str) -> str:

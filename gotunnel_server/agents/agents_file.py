@@ -16,7 +16,6 @@ in it, what came and what was expected.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fcntl
 import os
 import re
@@ -29,15 +28,14 @@ from typing import NamedTuple
 
 import yaml
 
+from gotunnel_agent.common import strict_yaml
+from gotunnel_agent.common.strict_yaml import BOOLEANS, YamlError, kind
+
 from . import scope
 from .secret import secret_weakness
 
 KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
 LIMIT_KEYS = ("hostnames", "streams", "visits")
-
-# As in YAML 1.1; any case.
-BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NULLS = ("", "~", "null", "Null", "NULL")  # YAML's ways to write no value, unless quoted
 
 # A gateway reads the whole file whenever it changes, some 200 kB a second on a small machine.
 MAX_FILE = 512 * 1024  # bytes
@@ -275,61 +273,19 @@ def _sync(folder):
 # --- YAML ----------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.BaseLoader):
-    """YAML with every scalar as the text that was typed, None for no value, and no key twice.
-
-    Neither aliases nor tags: no entry needs one, and some lines of aliases can stand for gigabytes.
-    """
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise _at(event.start_mark, "an alias came (*), expected the value itself")
-        if event.tag not in (None, "!"):
-            raise _at(event.start_mark, "a tag came (!), expected the value alone")
-        return super().compose_node(parent, index)
-
-    def construct_scalar(self, node):
-        if node.style is None and node.value in NULLS:  # style None: without quotes
-            return None
-        return super().construct_scalar(node)
-
-    def construct_mapping(self, node, deep=False):
-        mapping = {}
-        for key_node, value_node in node.value:
-            key = key_node.value
-            if not isinstance(key, str):
-                raise _at(key_node.start_mark, "a list or mapping as a key, expected text")
-            if key in mapping:
-                raise _at(key_node.start_mark, f"key{_shown_key(key)} came before, expected once")
-            mapping[key] = self.construct_object(value_node, deep)
-        return mapping
-
-
-def _at(mark, message):
-    return AgentsFileError(f"line {mark.line + 1}, column {mark.column + 1}: {message}")
-
-
-def _parse(text, load=yaml.load):
-    """The document in ``text``: mappings, lists, text and None; or with yaml.compose its nodes."""
+def _parse(text, read=strict_yaml.load):
+    """The document in ``text``: mappings, lists, text and None; or by compose() its nodes."""
     try:
-        return load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        problem = ", ".join(filter(None, (error.context, error.problem)))
-        # Names out of the file are left out, '<token>' and '\t' stay: an unquoted secret that
-        # begins with * or ! would show.
-        problem = re.sub(r" '[^'<\\]{2,}'", "", problem)
-        raise _at(error.problem_mark or error.context_mark, f"not YAML, {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise AgentsFileError(f"line {line}: not YAML, an unprintable character") from None
-    except (RecursionError, ValueError, OverflowError):  # too deep; a bad \U escape
+        return read(text)
+    except YamlError as error:
+        raise AgentsFileError(str(error)) from None
+    except RecursionError:
         raise AgentsFileError("not YAML that can be read, expected a mapping of names") from None
 
 
 def _root_lines(text):
     """The lines of the whole document, (first, behind the last), counted from 0."""
-    root = _parse(text, yaml.compose)
+    root = _parse(text, strict_yaml.compose)
     if root is None:
         return 0, 0
     return root.start_mark.line, _last_line(root) + 1
@@ -337,7 +293,7 @@ def _root_lines(text):
 
 def _entry_lines(text, name):
     """The lines of an entry and the blank ones behind it; comments around it are not its own."""
-    nodes = _parse(text, yaml.compose).value
+    nodes = _parse(text, strict_yaml.compose).value
     key, value = next((key, value) for key, value in nodes if key.value == name)
     lines = text.splitlines()
     stop = _last_line(value) + 1
@@ -370,7 +326,7 @@ def _agents(text, path):
     if document is None:
         raise AgentsFileError("is empty, expected names with an entry each, or {} for nobody")
     if not isinstance(document, dict):
-        raise AgentsFileError(f"{_kind(document)} came, expected names with an entry each")
+        raise AgentsFileError(f"{kind(document)} came, expected names with an entry each")
     if len(document) > MOST_AGENTS:
         raise AgentsFileError(f"{len(document)} entries came, expected at most {MOST_AGENTS}")
     entries, files, warnings = {}, [path], []
@@ -396,7 +352,7 @@ def _agents(text, path):
 
 def _entry(name, keys, folder, files):
     if not isinstance(keys, dict):
-        raise AgentsFileError(f"{name}: {_kind(keys)} came, expected a mapping with secret, hosts")
+        raise AgentsFileError(f"{name}: {kind(keys)} came, expected a mapping with secret, hosts")
     _refuse_unknown_keys(keys, KEYS, name)
     if "hosts" not in keys:
         raise AgentsFileError(f"{name}.hosts: missing, expected {scope.HOSTS_EXPECTED}")
@@ -411,19 +367,8 @@ def _entry(name, keys, folder, files):
 
 
 def _refuse_unknown_keys(mapping, known, where):
-    for key in mapping:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(key[:MAX_SHOWN], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-        raise AgentsFileError(f"{where}: unknown key{_shown_key(key)}, {hint}")
-
-
-def _shown_key(key):
-    """A key for a message, unless it may hold a value: in {key:value} the blank is missing that
-    would make two of it, and the value may be a secret."""
-    harmless = re.fullmatch(r"[\w.-]{1,24}", key)
-    return f" {_shown(key)}" if harmless else " with other characters in it"
+    if problem := strict_yaml.unknown_key(mapping, known):
+        raise AgentsFileError(f"{where}: {problem}")
 
 
 def _secret(name, keys, folder, files):
@@ -435,7 +380,7 @@ def _secret(name, keys, folder, files):
     (key,) = given
     value = keys[key]
     if not isinstance(value, str):
-        raise AgentsFileError(f"{name}.{key}: {_kind(value)} came, expected text")
+        raise AgentsFileError(f"{name}.{key}: {kind(value)} came, expected text")
     if key == "secret_file":
         if not value.isprintable():
             raise AgentsFileError(f"{name}.{key}: {_shown(value)} came, expected a file's path")
@@ -464,7 +409,7 @@ def _limits(name, keys):
     limits = keys.get("limits", {})
     if not isinstance(limits, dict):
         raise AgentsFileError(
-            f"{name}.limits: {_kind(limits)} came, expected a mapping with {', '.join(LIMIT_KEYS)}"
+            f"{name}.limits: {kind(limits)} came, expected a mapping with {', '.join(LIMIT_KEYS)}"
         )
     _refuse_unknown_keys(limits, LIMIT_KEYS, f"{name}.limits")
     for key, text in limits.items():
@@ -508,15 +453,8 @@ def _boolean(name, keys, key):
     return BOOLEANS[text.lower()]
 
 
-def _kind(value):
-    """What a value is, in the reader's words."""
-    if value is None:
-        return "no value"
-    return {dict: "a mapping", list: "a list", str: "text"}[type(value)]
-
-
 def _shown(value):
     """A text in quotes, ASCII and on one line, cut if it is very long; of others what they are."""
     if not isinstance(value, str):
-        return _kind(value)
+        return kind(value)
     return ascii(value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}...")

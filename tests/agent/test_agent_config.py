@@ -611,6 +611,7 @@ def test_unreadable_file_is_refused():
         ("jwt_issuer: a\njwt_issuer: a\n", "line 2, column 1: key 'jwt_issuer' came before"),
         ("tunnels:\n- mode: http\n  mode: tcp\n", "line 3, column 3: key 'mode' came before"),
         ("? [a]\n: b\n", "line 1, column 3: a list or mapping as a key, expected text"),
+        ('a: "\\UFFFFFFFF"\n', "not YAML, an escape sequence of no character"),
         ("&a [*a]\n", "line 1, column 1: not YAML, found unconstructable recursive node"),
     ],
 )

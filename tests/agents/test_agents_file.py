@@ -140,7 +140,7 @@ def test_other_expires_are_refused(text):
         ("one: [\n", "line 2, column 1: not YAML"),
         ("one: {secret: 'S\n", "line 2, column 1: not YAML"),
         ("one: {}\n---\ntwo: {}\n", "line 2, column 1: not YAML"),
-        ("one: \x07\n", "line 1: not YAML, an unprintable"),
+        ("one: \x07\n", "line 1, column 6: not YAML, an unprintable"),
         ('one: "\\UFFFFFFFF"\n', "not YAML"),
         ("[" * 5000, "not YAML that can be read"),
         ("one: {secret: S, host: a.b}\n", "one: unknown key 'host', did you mean 'hosts'?"),
