@@ -1201,6 +1201,36 @@ class Deadline:
         return left
 
 
+class Waker:
+    """Wakes a thread that waits in a selector, by a byte in a socket pair.
+
+    After wake() the selector finds the waker readable until clear(). Any thread may wake, also
+    after close(): the byte never goes to a descriptor that was given out anew.
+    """
+
+    def __init__(self):
+        self._receive, self._send = socket.socketpair()
+        self._receive.setblocking(False)
+        self._send.setblocking(False)
+        self._lock = threading.Lock()  # held to send, and to close
+
+    def fileno(self) -> int:
+        return self._receive.fileno()
+
+    def wake(self):
+        with self._lock, contextlib.suppress(OSError):  # full: a byte is there; closed: no matter
+            self._send.send(b"\0")
+
+    def clear(self):
+        """Take the bytes away. Only when the selector says that there are some."""
+        self._receive.recv(4096)
+
+    def close(self):
+        with self._lock:
+            self._receive.close()
+            self._send.close()
+
+
 # Duplex: one connection, two threads -------------------------------------------------------------
 
 STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
@@ -1714,8 +1744,7 @@ class Session:
         self._farewells = []  # functions to be called without the lock, of streams that died
         self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
-        self._wake_send = self._wake_receive = None
-        self._wake_lock = threading.Lock()  # held to write to _wake_send, and to take it away
+        self._waker = None  # of the demultiplexer, from start() on
 
     def widen(self, window):
         """Have further streams begin with a larger window: the peer has shown who it is."""
@@ -1808,17 +1837,14 @@ class Session:
 
         Raises NoThread, and SessionClosed if close() was quicker.
         """
-        pair = socket.socketpair()
-        for end in pair:
-            end.setblocking(False)
+        waker = Waker()
         with self._lock:
             over = self.ended or self._closing
             if not over:
-                self._wake_receive, self._wake_send = pair
+                self._waker = waker
                 self._started = True
         if over:
-            for end in pair:
-                end.close()
+            waker.close()
             raise SessionClosed("the session was closed before it started")
         self._duplex.limit_unsent(self._ahead)
         self.call_later(KEEP_ALIVE, self._keep_alive)
@@ -1834,7 +1860,7 @@ class Session:
         reason, farewell = "internal error", None
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._wake_receive, selectors.EVENT_READ)
+                selector.register(self._waker, selectors.EVENT_READ)
                 selector.register(self._duplex, selectors.EVENT_READ)
                 reason = self._serve(selector)
                 farewell = b""
@@ -1858,8 +1884,8 @@ class Session:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(self._duplex, events)
             for key, _ in selector.select(self._next_timer()):
-                if key.fileobj is self._wake_receive:
-                    self._wake_receive.recv(4096)
+                if key.fileobj is self._waker:
+                    self._waker.clear()
             if self._jammed and self._duplex.flush():
                 self._jammed = False
                 self._pace(monotonic() - self._jammed_at)
@@ -1901,10 +1927,8 @@ class Session:
             leave()
 
     def _wake(self):
-        with self._wake_lock:
-            if self._wake_send is not None:
-                with contextlib.suppress(BlockingIOError):  # full: one is on its way
-                    self._wake_send.send(b"\0")
+        if self._waker is not None:
+            self._waker.wake()
 
     # What the Mux says; caller holds the lock. A stream may be gone since it said so (_make_room).
 
@@ -2226,9 +2250,6 @@ class Session:
             self._sending = True  # for good: nobody else sends any more
             self._timers.clear()
             self._timer_at = math.inf
-        with self._wake_lock:
-            wakers = (self._wake_receive, self._wake_send)
-            self._wake_send = None
         self._say_farewells()
         if strays:
             log.debug("%s: %d frames were for streams that nobody knew", self.name, strays)
@@ -2237,9 +2258,8 @@ class Session:
         if farewell is not None:
             self._hang_up(farewell)
         self._duplex.close()
-        for end in wakers:
-            if end is not None:
-                end.close()
+        if self._waker is not None:
+            self._waker.close()
         if self.on_close is not None:
             call_logged(self.on_close)
 

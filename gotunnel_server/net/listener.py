@@ -7,7 +7,7 @@ lock: it is in the listener's selector, in the hands of one worker, or waits for
 (call_later()).
 
 Any thread may call park(), call_later(), forget() and stop(). Everything else happens in the
-listener's thread.
+listener's thread; what it shares with the others is guarded by one lock.
 
 What can be parked has:
 
@@ -25,9 +25,9 @@ import selectors
 import socket
 import sys
 import threading
-from collections import deque
 from time import monotonic
 
+from gotunnel import NoThread, Waker, call_logged, spawn
 from gotunnel_agent.common.addresses import unmapped_host
 
 log = logging.getLogger("gotunnel.listener")
@@ -120,17 +120,19 @@ class Listener:
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline
-        self._newly_parked = deque()  # (connection, deadline), by any thread
-        self._later = deque()  # (deadline, function), by any thread
+        self._lock = threading.Lock()  # guards the four below
+        self._newly_parked = []  # (connection, deadline)
+        self._later = []  # (deadline, function)
         self._open = 0  # connections that were welcomed and not forgotten
-        self._open_lock = threading.Lock()  # guards _open
-        self.refused = 0  # connections that found the port full, and were closed at once
+        self._over = False  # the thread has looked at both lists for the last time
+        self.refused = 0  # connections that found the port full; only the thread counts them
         self._refused_said = 0  # of them, those that the log knows of
         self._said_at = -REFUSALS_SILENCE  # monotonic, of its last line about them
         self._resume_at = None  # accept again then; None: accepting
         self._stopping = threading.Event()
-        self._wake_receive, self._wake_send = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name=f"listener {name}", daemon=True)
+        self._waker = Waker()
+        self._last_sweep = 0.0  # monotonic
+        self._thread = None
 
     @property
     def stopping(self) -> bool:
@@ -141,12 +143,10 @@ class Listener:
         for sock in self._sockets:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
-        for end in (self._wake_receive, self._wake_send):
-            end.setblocking(False)
-        self._selector.register(self._wake_receive, selectors.EVENT_READ)
+        self._selector.register(self._waker, selectors.EVENT_READ)
         try:
-            self._thread.start()
-        except RuntimeError as error:  # the system has no thread for us
+            self._thread = spawn(f"listener {self.name}", self._run)
+        except NoThread as error:
             self.stop()
             raise PortError(f"port {self.port}: {error}") from None
 
@@ -154,67 +154,102 @@ class Listener:
         """Stop accepting, close what is parked; waits for the thread. What workers have goes on,
         and is closed as soon as it is parked."""
         self._stopping.set()
-        self._wake()
-        if self._thread.ident is not None:
+        self._waker.wake()
+        if self._thread is not None:
             self._thread.join()
-        for closable in (*self._sockets, self._selector, self._wake_receive, self._wake_send):
+        self._finish()
+        for closable in (*self._sockets, self._selector, self._waker):
             closable.close()
 
     def park(self, connection, timeout):
         """Watch a connection until its peer sends something, ``timeout`` seconds at most."""
         if timeout <= 0:  # also for a peer that always has just sent a byte
-            self._submit(connection.expired)
+            self._hand_over(connection, connection.expired)
             return
         if connection.duplex.pending:  # the selector sees the socket, not what was read from it
-            self._submit(connection.ready)
+            self._hand_over(connection, connection.ready)
             return
-        self._newly_parked.append((connection, monotonic() + timeout))
-        if self._stopping.is_set():
-            self._close_newly_parked()
+        with self._lock:
+            over = self._over
+            if not over:
+                self._newly_parked.append((connection, monotonic() + timeout))
+        if over:
+            connection.close()
         else:
-            self._wake()
+            self._waker.wake()
 
     def call_later(self, function, timeout):
         """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the
-        listener has stopped, at once."""
-        if self._stopping.is_set():
+        listener has stopped, at once; raises NoThread if the workers have stopped as well."""
+        with self._lock:
+            over = self._over
+            if not over:
+                self._later.append((monotonic() + timeout, function))
+        if over:
             self._submit(function)
-            return
-        self._later.append((monotonic() + timeout, function))
-        self._wake()
+        else:
+            self._waker.wake()
 
     def forget(self):
         """A connection that was welcomed here is closed: there is room for another."""
-        with self._open_lock:
+        with self._lock:
             self._open -= 1
 
-    def _wake(self):
+    def _hand_over(self, connection, step):
+        """Have a worker call ``step``, a method of the connection."""
         try:
-            self._wake_send.send(b"\0")
-        except OSError:
-            pass  # full: a wake-up is on its way; closed: nobody is left to wake
+            self._submit(step)
+        except NoThread:  # the workers have stopped: nobody else would close it
+            connection.close()
 
     # The listener's thread
 
     def _run(self):
-        last_sweep = monotonic()
+        self._last_sweep = monotonic()
         while not self._stopping.is_set():
-            busy = self._parked or self._resume_at is not None
-            for key, _ in self._selector.select(self._patience(busy)):
-                if key.data is not None:
-                    self._hand_over(key.data)
-                elif key.fileobj is self._wake_receive:
-                    self._wake_receive.recv(4096)
-                else:
-                    self._accept(key.fileobj)
-            self._take_newly_parked()
-            now = monotonic()
-            self._submit_due(now)
-            if now - last_sweep >= self._sweep_every:
-                last_sweep = now
-                self._sweep(now)
-        self._close_parked()
+            try:
+                self._turn()
+            except Exception:
+                log.exception("port %s: an unexpected error (bug, traceback follows); the port "
+                              "stays open", self.name)  # fmt: skip
+                self._stopping.wait(PAUSE)  # its cause may still be there: no busy loop
+        self._finish()
+
+    def _turn(self):
+        busy = self._parked or self._resume_at is not None
+        for key, _ in self._selector.select(self._patience(busy)):
+            if key.data is not None:
+                self._unwatch(key.data)
+                self._hand_over(key.data, key.data.ready)
+            elif key.fileobj is self._waker:
+                self._waker.clear()
+            else:
+                self._accept(key.fileobj)
+        self._take_newly_parked()
+        now = monotonic()
+        self._submit_due(now)
+        if now - self._last_sweep >= self._sweep_every:
+            self._last_sweep = now
+            self._sweep(now)
+
+    def _finish(self):
+        """The thread's last act, and stop()'s if it never ran: from here on park() closes, and
+        call_later() calls at once."""
+        with self._lock:
+            self._over = True
+        for connection in list(self._parked):
+            self._unwatch(connection)
+            call_logged(connection.close)
+        for connection, _ in self._take(self._newly_parked):
+            call_logged(connection.close)
         self._submit_due(math.inf)
+
+    def _take(self, entries) -> list:
+        """What is in one of the lists that other threads append to; it is empty then."""
+        with self._lock:
+            taken = entries.copy()
+            entries.clear()
+        return taken
 
     def _patience(self, busy):
         """Seconds until something has to be looked at, None if nothing has."""
@@ -223,12 +258,12 @@ class Listener:
         return self._sweep_every if busy else None
 
     def _submit_due(self, now):
-        for _ in range(len(self._later)):
-            deadline, function = self._later.popleft()
-            if deadline <= now:
-                self._submit(function)
-            else:
-                self._later.append((deadline, function))
+        with self._lock:
+            due = [function for deadline, function in self._later if deadline <= now]
+            if due:
+                self._later[:] = [entry for entry in self._later if entry[0] > now]
+        for function in due:
+            call_logged(self._submit, function)
 
     def _accept(self, listening):
         for _ in range(ACCEPTS_A_TURN):
@@ -240,23 +275,31 @@ class Listener:
                 log.warning("port %s: cannot accept: %s", self.name, error.strerror)
                 self._pause()
                 return
-            with self._open_lock:
+            with self._lock:
                 room = self._open < self._limit
                 self._open += room
             if room:
-                connection = self._welcome(sock, (unmapped_host(address[0]), *address[1:]))
-                if connection is None:
-                    sock.close()
-                    self.forget()
-                elif self._first_timeout:
-                    self._watch(connection, monotonic() + self._first_timeout)
-                else:
-                    self._submit(connection.expired)
+                self._take_in(sock, (unmapped_host(address[0]), *address[1:]))
             else:
                 # Not even told so: that would take a handshake, which is the dearest part.
                 sock.close()
                 self.refused += 1
                 self._report_refused(monotonic())
+
+    def _take_in(self, sock, address):
+        connection = None
+        try:
+            connection = self._welcome(sock, address)
+        finally:
+            if connection is None:  # not wanted, or welcome() failed
+                sock.close()
+                self.forget()
+        if connection is None:
+            return
+        if self._first_timeout:
+            self._watch(connection, monotonic() + self._first_timeout)
+        else:
+            self._hand_over(connection, connection.expired)
 
     def _report_refused(self, now):
         """Log how many were turned away, now and then."""
@@ -278,43 +321,24 @@ class Listener:
         try:
             self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
         except (OSError, ValueError):  # broken in the meantime: who owns it will find out
-            self._submit(connection.ready)
+            self._hand_over(connection, connection.ready)
             return
         self._parked[connection] = deadline
 
     def _take_newly_parked(self):
-        while self._newly_parked:
-            self._watch(*self._newly_parked.popleft())
+        for connection, deadline in self._take(self._newly_parked) if self._newly_parked else ():
+            self._watch(connection, deadline)
 
     def _unwatch(self, connection):
         self._selector.unregister(connection.duplex)
         del self._parked[connection]
 
-    def _hand_over(self, connection):
-        self._unwatch(connection)
-        self._submit(connection.ready)
-
     def _sweep(self, now):
         self._report_refused(now)
         for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
             self._unwatch(connection)
-            self._submit(connection.expired)
+            self._hand_over(connection, connection.expired)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             for sock in self._sockets:
                 self._selector.register(sock, selectors.EVENT_READ)
-
-    def _close_parked(self):
-        for connection in list(self._parked):
-            self._unwatch(connection)
-            connection.close()
-        self._close_newly_parked()
-
-    def _close_newly_parked(self):
-        """By the listener's thread as its last act, and by whoever still parks after that."""
-        while self._newly_parked:
-            try:
-                connection, _ = self._newly_parked.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            connection.close()

@@ -8,7 +8,7 @@ import threading
 import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
-from gotunnel import Duplex
+from gotunnel import Duplex, NoThread
 from gotunnel_server.net import listener
 from gotunnel_server.net.listener import Listener, PortError, bind
 
@@ -277,6 +277,76 @@ def test_who_is_parked_after_the_end_is_closed(port):
     assert not connection.was_closed.is_set()
     port.listener.park(connection, TIMEOUT)
     assert connection.was_closed.is_set()
+
+
+class Workers:
+    """Calls at once what is submitted, until it is shut down."""
+
+    def __init__(self):
+        self.called = []
+        self.over = False
+
+    def submit(self, function):
+        if self.over:
+            raise NoThread("the pool of threads has been shut down")
+        self.called.append(function)
+        function()
+
+
+@pytest.mark.parametrize("what", ["_later", "_newly_parked"])
+def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
+    tested = port.listener
+    stopping = threading.Thread(target=tested.stop)
+
+    class Slow(type(getattr(tested, what))):
+        def append(self, entry):
+            """The listener found itself running, and is stopped before the entry is there."""
+            stopping.start()
+            stopping.join(0.2)  # it ends, or waits for us
+            super().append(entry)
+
+    _, connection = port.meet()
+    setattr(tested, what, Slow())
+    called = threading.Event()
+    if what == "_later":
+        tested.call_later(called.set, TIMEOUT)
+        assert called.wait(TIMEOUT)
+    else:
+        other = Parked(socket.socket(), None)
+        tested.park(other, TIMEOUT)
+        assert other.was_closed.wait(TIMEOUT)
+    stopping.join(TIMEOUT)
+    assert not stopping.is_alive()
+
+
+def test_one_that_the_workers_no_longer_take_is_closed():
+    workers = Workers()
+    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, workers.submit, 1, 1)
+    workers.over = True
+    for timeout in (0, -1):
+        connection = Parked(socket.socket(), None)
+        tested.park(connection, timeout)
+        assert connection.was_closed.is_set() and not connection.has_expired.is_set()
+    tested.stop()
+    with pytest.raises(NoThread):  # for the caller, which has the connection
+        tested.call_later(connection.ready, 1)
+
+
+def test_a_port_goes_on_after_a_bug_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(listener, "PAUSE", 0.01)
+    with Port() as port:
+        welcome = port.listener._welcome
+
+        def fail(sock, address):
+            port.listener._welcome = welcome
+            raise RuntimeError("a bug in the welcome")
+
+        port.listener._welcome = fail
+        assert port.visit().recv(1) == b""  # and the socket is not left open
+        port.meet()
+        assert port.listener._open == 1
+    assert "port test: an unexpected error" in caplog.text
+    assert "a bug in the welcome" in caplog.text and "Traceback" in caplog.text
 
 
 def test_one_that_never_started_can_be_stopped():

@@ -1,15 +1,18 @@
 """What the two programs need of the process that they are: threads, CPUs, room."""
 
+import contextlib
 import io
 import logging
 import os
+import selectors
+import socket
 import sys
 import threading
 
 import pytest
 
 import gotunnel
-from gotunnel import NoThread, Workers, print_answer, spawn, stay_on_one_cpu
+from gotunnel import NoThread, Waker, Workers, print_answer, spawn, stay_on_one_cpu
 
 
 def no_more_threads(monkeypatch):
@@ -61,6 +64,27 @@ def test_workers_log_what_a_job_raises_and_go_on(caplog):
 def test_a_thread_logs_what_ends_it_under_its_name(caplog):
     spawn("test thread", lambda: 1 / 0).join(10)
     assert "thread test thread: " in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_waker_wakes_a_selector_until_it_is_cleared():
+    with contextlib.closing(Waker()) as waker, selectors.DefaultSelector() as selector:
+        selector.register(waker, selectors.EVENT_READ)
+        assert not selector.select(0)
+        for _ in range(100_000):  # more than the socket pair holds: nobody waits for it
+            waker.wake()
+        assert selector.select(0)
+        while selector.select(0):
+            waker.clear()
+        waker.wake()
+        assert selector.select(0)
+
+
+def test_a_waker_that_was_closed_writes_to_no_other_descriptor():
+    waker = Waker()
+    waker.close()
+    with socket.create_server(("127.0.0.1", 0)):  # takes the free number
+        waker.wake()
+    waker.close()
 
 
 def test_process_without_a_gil_keeps_all_cpus(monkeypatch):
