@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import stat
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import yaml
 
-from gotunnel_agent.common import strict_yaml
+from gotunnel_agent.common import atomic_file, strict_yaml
 from gotunnel_agent.common.strict_yaml import BOOLEANS, YamlError, kind
 
 from . import scope
@@ -234,15 +235,9 @@ def _replace(path, text, is_meant):
         )
     path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     new = path.with_name(f".{path.name}.new")
+    keep_owner = functools.partial(_keep_owner, path)
     try:
-        new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            _keep_owner(path, out.fileno())
-            out.write(text.encode())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(new, path)
-        _sync(path.parent)
+        atomic_file.write(path, text.encode(), new=new, prepare=keep_owner)
     except OSError as error:
         raise AgentsFileError(
             f"cannot be written ({error.strerror}), expected a file and a folder that are yours"
@@ -259,15 +254,6 @@ def _keep_owner(path, descriptor):
         os.fchown(descriptor, old.st_uid, old.st_gid)
     if not old.st_mode & stat.S_IRWXO:
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode) & 0o640)
-
-
-def _sync(folder):
-    """Write a folder to the disk: or a power cut could undo the move."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- YAML ----------------------------------------------------------------------------------------

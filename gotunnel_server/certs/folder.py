@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gotunnel_agent.common import atomic_file
+
 from ..net import safe_read
 from ..net.safe_read import Unfit
 from .storage import Unreadable
@@ -87,20 +89,7 @@ class FolderStorage:
         file = self._folder / key
         new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
         self._folders.make(file.parent)
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(new, file)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a power cut could undo the move
-        finally:
-            os.close(folder)
+        atomic_file.write(file, content, new=new)
 
     def delete(self, key: str) -> bool:
         try:

@@ -31,6 +31,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from gotunnel_agent.common import atomic_file
+
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
 
@@ -239,11 +241,5 @@ def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
 
 
 def _write(path: Path, content: bytes, *, mode: int) -> None:
-    """Put `content` at `path` whole or not at all. Caller holds the folder."""
-    # One writer at a time, so the name may be fixed: what a crash left behind is overwritten.
-    new = path.with_name(path.name + ".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    """Caller holds the folder: there is one writer at a time, so the new file's name is fixed."""
+    atomic_file.write(path, content, new=path.with_name(path.name + ".new"), mode=mode)

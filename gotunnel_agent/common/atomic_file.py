@@ -1,0 +1,34 @@
+"""Writing a file whole or not at all, also if the process is killed or the power fails."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write(
+    path: Path, content: bytes, *, new: Path, mode: int = 0o600,
+    prepare: Callable[[int], None] = lambda descriptor: None,
+) -> None:  # fmt: skip
+    """Put ``content`` at ``path`` in one step: a reader sees the old file or the new one.
+
+    It is written to ``new``, in the same folder, and moved. A file of that name is what a writer
+    has left that was killed, and is removed first; so writers at the same time need a name each.
+    ``prepare(descriptor)`` may set the new file's owner before there is anything in it.
+    Raises OSError; then the old file is as it was, and nothing is left at ``new``.
+    """
+    new.unlink(missing_ok=True)
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            prepare(file.fileno())
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power cut could undo the move
+    finally:
+        os.close(folder)
