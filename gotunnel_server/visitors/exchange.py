@@ -107,9 +107,9 @@ class Upload:
                     self._pass_on(data)
         except (Malformed, VisitorGone, OSError) as error:
             self._fail(error)
-        except Exception as error:
-            log.exception("thread %s: a bug", threading.current_thread().name)
+        except Exception as error:  # a bug, which the thread's top frame logs
             self._fail(error)
+            raise
 
     def _fail(self, error):
         with self._lock:
@@ -352,7 +352,7 @@ class Exchange:
         request.finish(pieces, trailers)
 
     def _send_head(self, response, body):
-        # What must be upgraded first, says to what.
+        # 426 asks the visitor to upgrade first: Upgrade names the protocol (RFC 9110 §15.5.22).
         fields = http1.end_to_end(response.fields, keep_upgrade=response.status == 426)
         if body is not None:
             length = body.length

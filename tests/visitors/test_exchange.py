@@ -1,0 +1,569 @@
+"""An exchange without a socket: its visitor and its stream are plain objects, written by hand.
+
+Both write down what happens to them in one list, so a test sees in which order it does.
+"""
+
+import inspect
+import queue
+import threading
+
+import pytest
+from support import wait_until
+
+from gotunnel import Ends, SessionClosed, StreamReset
+from gotunnel_agent.common.http1 import Fields, Malformed
+from gotunnel_server.routes import AgentBusy, Route
+from gotunnel_server.visitors import exchange
+from gotunnel_server.visitors.exchange import Exchange
+from gotunnel_server.visitors.forwarded import Proxies
+from gotunnel_server.visitors.http1_server import Http1Request
+from gotunnel_server.visitors.request import Request, VisitorGone
+from gotunnel_server.visitors.sites import Forward
+
+APP = "app.example.com"
+SOON = 10  # seconds until a test gives up
+SILENCE = object()  # in the script of a stream: nothing comes for a while
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Visitor:
+    """A request.Request, with a body that a test hands in and an answer that it reads."""
+
+    scheme, sni, peer, authority, hostname = "https", APP, "192.0.2.1", f"{APP}:8443", APP
+    idle_timeout = SOON
+
+    def __init__(self, method="GET", path="/", *fields, body=None, wants_upgrade=False, room=True):
+        """``body``: bytes that it announces, None if it has none, ... if it does not say."""
+        self.method, self.path = method, path
+        self.fields = Fields([("Host", self.authority), *fields])
+        self.wants_upgrade = wants_upgrade
+        self.has_body = body is not None
+        self.body_length = None if body is ... else body
+        self.body_complete = not body
+        self.trailers = ()
+        self.body = queue.Queue()  # lists of pieces, None for the end, exceptions
+        self.events = []
+        self.left = False
+        self.room = room  # for a relay
+        self.stuck = False  # it reads nothing more
+        self.aborted = threading.Event()
+
+    def ends(self):
+        return Ends((self.peer, 1), ("192.0.2.80", 443))
+
+    def read_body(self, timeout):
+        try:
+            came = self.body.get(timeout=timeout) if timeout else self.body.get_nowait()
+        except queue.Empty:
+            raise TimeoutError from None
+        if isinstance(came, Exception):
+            raise came
+        if came is None or self.body_length == sum(map(len, came)):
+            self.body_complete = True
+        return came or []
+
+    def send_interim(self, status, reason, fields):
+        self.events.append(("interim", status, fields))
+
+    def send_head(self, status, reason, fields, length):
+        self.events.append(("head", status, fields, length))
+
+    def send_data(self, pieces):
+        self._check()
+        self.events.append(("data", *pieces))
+
+    def finish(self, pieces, trailers=()):
+        self._check()
+        self.events.append(("finish", *pieces))
+        self.trailers_of_the_answer = trailers
+
+    def _check(self):
+        if self.stuck:
+            raise TimeoutError("the visitor has stopped reading")
+
+    def refuse_body(self, timeout):
+        self.events.append("refuse body")
+
+    def abort(self):
+        self.events.append("abort")
+        self.aborted.set()
+        self.body.put(ConnectionAbortedError())
+
+    def gone(self):
+        return self.left
+
+    def switch(self, status, reason, fields, data, onward):
+        if self.room:
+            self.events.append(("switch", status, fields, data, onward))
+        return self.room
+
+    @property
+    def status(self):
+        """Of the final answer."""
+        return next(event[1] for event in self.events if event[0] == "head")
+
+    @property
+    def code(self):
+        fields = next(event[2] for event in self.events if event[0] == "head")
+        return dict(fields).get("X-Gotunnel-Error")
+
+
+class Stream:
+    """A stream whose target answers by a script: bytes, SILENCE, exceptions, b"" for its end."""
+
+    def __init__(self, *script, visitor=None, deaf=False):
+        self.sent = b""
+        self.events = visitor.events if visitor else []
+        self.came = queue.Queue()
+        self.deaf = deaf  # the target has stopped reading
+        for item in script:
+            self.came.put(item)
+
+    def read(self, timeout):
+        item = self.came.get(timeout=SOON)
+        if item is SILENCE:
+            raise TimeoutError
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def write(self, data, timeout):
+        if self.deaf:
+            raise StreamReset
+        self.sent += data
+
+    def reset(self):
+        self.events.append("reset")
+        self.came.put(StreamReset())
+
+    def close(self):
+        self.events.append("close")
+
+
+class Tunnel:
+    """An agent that gives these streams; an exception instead of one is raised."""
+
+    def __init__(self, *streams, kept=()):
+        self.streams, self.kept = list(streams), list(kept)
+        self.opened = []  # first bytes
+
+    def take_kept(self, route):
+        return self.kept.pop() if self.kept else None
+
+    def open(self, route, ends, first):
+        self.opened.append(first)
+        stream = self.streams.pop(0)
+        if isinstance(stream, Exception):
+            raise stream
+        stream.write(first, None)
+        return stream
+
+    def keep(self, route, stream):
+        stream.events.append("keep")
+
+
+def run(visitor, tunnel, response_timeout=SOON, **more):
+    route = Route(APP, "http", tunnel, host_header=more.pop("host_header", None))
+    Exchange(visitor, Forward(route, **more), Proxies(), response_timeout).run()
+
+
+def served(visitor, *script):
+    """The stream over which a visitor was answered."""
+    stream = Stream(*script, visitor=visitor)
+    run(visitor, Tunnel(stream))
+    return stream
+
+
+def test_http1_implements_the_whole_interface():
+    """Attributes, and methods with as many parameters."""
+    blank = Http1Request.__new__(Http1Request)
+    made_later = {"scheme", "sni", "peer", "idle_timeout"}  # by its __init__(), of its handler
+    for name in Request.__annotations__.keys() - made_later - {"body_complete"}:
+        assert hasattr(blank, name), name
+    assert isinstance(Http1Request.body_complete, property)
+    methods = inspect.getmembers(Request, inspect.isfunction)
+    for name, method in [pair for pair in methods if not pair[0].startswith("_")]:
+        for implementation in (Http1Request, Visitor):
+            ours = inspect.signature(getattr(implementation, name)).parameters
+            assert list(ours) == list(inspect.signature(method).parameters), name
+
+
+# Asking ------------------------------------------------------------------------------------------
+
+
+def test_target_gets_the_request_without_what_was_for_the_visitors_connection():
+    visitor = Visitor("GET", "/a?b", ("Connection", "x-b"), ("X-A", "1"), ("X-B", "2"))
+    stream = served(visitor, OK)
+    assert stream.sent == (
+        b"GET /a?b HTTP/1.1\r\nHost: app.example.com:8443\r\nX-A: 1\r\n"
+        b"X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-Proto: https\r\n"
+        b"X-Forwarded-Host: app.example.com:8443\r\nX-Real-IP: 192.0.2.1\r\n\r\n"
+    )
+
+
+def test_site_adds_and_strips_fields_in_any_spelling():
+    visitor = Visitor("GET", "/", ("X-User", "root"), ("x_user", "root"), ("Authorization", "x"))
+    stream = Stream(OK, visitor=visitor)
+    run(visitor, Tunnel(stream), add=(("X-User", "me"),), strip=("authorization", "x-user"))
+    head = stream.sent.lower()
+    assert head.count(b"x-user: me\r\n") == 1 and b"root" not in head
+    assert b"authorization" not in head
+
+
+def test_route_may_have_a_host_of_its_own():
+    visitor = Visitor()
+    stream = Stream(OK, visitor=visitor)
+    run(visitor, Tunnel(stream), host_header="localhost")
+    assert stream.sent.startswith(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: ")
+    assert b"X-Forwarded-Host: app.example.com:8443\r\n" in stream.sent
+
+
+def test_kept_stream_is_used_and_kept_again():
+    visitor = Visitor()
+    kept = Stream(OK, visitor=visitor)
+    tunnel = Tunnel(kept=[kept])
+    run(visitor, tunnel)
+    assert visitor.status == 200 and tunnel.opened == [] and "keep" in visitor.events
+
+
+@pytest.mark.parametrize("end", [b"", StreamReset()])
+def test_kept_stream_that_is_stale_is_replaced_once(end):
+    visitor = Visitor()
+    stale, fresh = Stream(end), Stream(OK, visitor=visitor)
+    run(visitor, Tunnel(fresh, kept=[stale]))
+    assert fresh.sent == stale.sent and stale.events == ["close"]
+    assert visitor.status == 200
+    visitor, ends = Visitor(), Stream(b"")
+    run(visitor, Tunnel(ends, kept=[Stream(end)]))
+    assert (visitor.status, visitor.code) == (502, "no-answer") and ends.events == ["reset"]
+
+
+@pytest.mark.parametrize(("method", "body"), [("POST", None), ("GET", 2), ("PUT", 0)])
+def test_request_that_must_not_come_twice_takes_no_kept_stream(method, body):
+    visitor = Visitor(method, body=body)
+    visitor.body.put([b"hi"])
+    tunnel = Tunnel(Stream(OK), kept=[Stream(OK)])
+    run(visitor, tunnel)
+    assert visitor.status == 200 and len(tunnel.opened) == len(tunnel.kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (SessionClosed("closed"), (502, "agent-gone")),
+        (StreamReset(), (502, "agent-gone")),
+        (TimeoutError(), (503, "agent-busy")),
+        (AgentBusy("its agent may have 1 visits at once, and has 1"), (503, "agent-limit")),
+    ],
+)
+def test_agent_that_gives_no_stream_is_a_page(problem, expected):
+    visitor = Visitor()
+    run(visitor, Tunnel(problem))
+    assert (visitor.status, visitor.code) == expected
+    assert visitor.events[-1][0] == "finish" and visitor.events[-1][1].startswith(b"<!doctype")
+
+
+def test_page_of_a_head_request_has_its_length_and_no_body():
+    visitor = Visitor("HEAD")
+    run(visitor, Tunnel(TimeoutError()))
+    head, finish = visitor.events
+    assert head[3] > 100 and finish == ("finish",)
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+def test_small_answer_leaves_in_one_and_its_stream_is_kept_before():
+    visitor = Visitor()
+    served(visitor, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nA: b\r\nKeep-Alive: 5\r\n\r\nokay")
+    assert visitor.events == [("head", 200, [("A", "b")], 4), "keep", ("finish", b"okay")]
+
+
+def test_answer_is_passed_on_as_it_comes_also_its_head():
+    visitor = Visitor()
+    served(visitor, b"HTTP/1.1 200 OK\r\nContent-", b"Length: 4\r\n\r\n", b"ok", SILENCE, b"ay")
+    assert visitor.events == [
+        ("head", 200, [], 4), ("data",), ("data", b"ok"), "keep", ("finish", b"ay"),
+    ]  # fmt: skip
+
+
+def test_chunked_answer_is_of_no_length_and_keeps_its_trailers():
+    visitor = Visitor()
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    served(visitor, head + b"2\r\nok\r\n2\r\nay\r\n", b"1\r\n!\r\n0\r\nA: b\r\n\r\n")
+    assert visitor.events == [
+        ("head", 200, [], None), ("data", b"ok", b"ay"), "keep", ("finish", b"!"),
+    ]  # fmt: skip
+    assert visitor.trailers_of_the_answer == [("A", "b")]
+
+
+def test_answer_until_close_is_of_no_length_and_its_stream_is_not_kept():
+    visitor = Visitor()
+    served(visitor, b"HTTP/1.1 200 OK\r\n\r\n", b"ok", b"")
+    assert visitor.events == [
+        ("head", 200, [], None), ("data",), ("data", b"ok"), "close", ("finish",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "length"), [("HEAD", 200, 9), ("GET", 304, 9), ("GET", 204, None)]
+)
+def test_answer_without_a_body_has_the_length_that_the_target_gave(method, status, length):
+    visitor = Visitor(method)
+    line = b"" if length is None else b"Content-Length: 9\r\n"
+    served(visitor, b"HTTP/1.1 %d X\r\n%b\r\n" % (status, line))
+    assert visitor.events == [("head", status, [], length), "keep", ("finish",)]
+
+
+def test_bytes_behind_an_answer_spoil_its_stream():
+    visitor = Visitor()
+    served(visitor, OK + b"x")
+    assert visitor.events[1:] == ["close", ("finish", b"ok")]
+
+
+def test_interim_answers_come_first():
+    visitor = Visitor()
+    served(visitor, b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 100\r\n\r\n", OK)
+    assert visitor.events[:2] == [("interim", 103, [("Link", "a")]), ("interim", 100, [])]
+    assert visitor.status == 200
+
+
+def test_interim_answers_without_end_are_a_page():
+    visitor = Visitor()
+    served(visitor, *[b"HTTP/1.1 103 X\r\nLink: " + b"a" * 9000 + b"\r\n\r\n"] * 9)
+    assert (visitor.status, visitor.code) == (502, "bad-answer")
+    assert [event[0] for event in visitor.events].count("interim") == 7
+
+
+def test_upgrade_required_says_to_what():
+    visitor = Visitor()
+    served(visitor, b"HTTP/1.1 426 X\r\nUpgrade: chat\r\nConnection: upgrade\r\n\r\n", b"")
+    assert visitor.events[0] == ("head", 426, [("Upgrade", "chat")], None)
+
+
+# Upgrades ----------------------------------------------------------------------------------------
+
+SWITCHING = (
+    b"HTTP/1.1 101 Go\r\nUpgrade: chat\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\n\r\n"
+)
+
+
+def test_101_turns_the_visitor_over_to_the_stream_with_what_came_behind_it():
+    visitor = Visitor("GET", "/", ("Upgrade", "chat"), wants_upgrade=True)
+    stream = served(visitor, SWITCHING + b"hello")
+    assert b"\r\nUpgrade: chat\r\n" in stream.sent
+    assert stream.sent.endswith(b"\r\nConnection: Upgrade\r\n\r\n")
+    fields = [("Upgrade", "chat"), ("Sec-WebSocket-Accept", "x")]
+    assert visitor.events == [("switch", 101, fields, b"hello", stream)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(False, (502, "bad-answer")), (True, (503, "gateway-busy"))]
+)
+def test_101_unasked_or_without_room_is_a_page(asked, expected):
+    visitor = Visitor(wants_upgrade=asked, room=False)
+    served(visitor, SWITCHING)
+    assert (visitor.status, visitor.code) == expected and visitor.events[0] == "reset"
+
+
+# Answers that fail -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ([b""], (502, "no-answer")),
+        ([b"HTTP/1.1 200 OK\r\n", b""], (502, "no-answer")),
+        ([StreamReset()], (502, "cut-short")),
+        ([SessionClosed("closed")], (502, "agent-gone")),
+        ([b"hello\r\n\r\n"], (502, "bad-answer")),
+    ],
+)
+def test_target_that_gives_no_answer_is_a_page_and_is_hung_up_on(script, expected):
+    visitor = Visitor()
+    served(visitor, *script)
+    assert (visitor.status, visitor.code) == expected
+    assert visitor.events[0] == "reset" and visitor.events[-1][0] == "finish"
+
+
+def test_target_that_is_silent_for_too_long_is_a_504():
+    visitor = Visitor()
+    stream = Stream(SILENCE, visitor=visitor)
+    run(visitor, Tunnel(stream), response_timeout=0)
+    assert (visitor.status, visitor.code) == (504, "timed-out") and visitor.events[0] == "reset"
+
+
+@pytest.mark.parametrize("end", [b"", StreamReset(), SessionClosed("closed")])
+@pytest.mark.parametrize("framing", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+def test_answer_that_is_cut_is_aborted_and_never_finished(framing, end):
+    visitor = Visitor()
+    with pytest.raises(ConnectionAbortedError):
+        served(visitor, b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n2\r\nok", end)
+    assert visitor.events[0][0] == "head" and visitor.events[-2:] == ["reset", "abort"]
+
+
+def test_visitor_that_stops_reading_sees_no_whole_answer():
+    """In HTTP/1.0 the end of the connection would be the end of the answer."""
+    for answer in (OK, b"HTTP/1.1 200 OK\r\n\r\nok"):
+        visitor = Visitor()
+        visitor.stuck = True
+        with pytest.raises(TimeoutError):
+            served(visitor, answer)
+        assert visitor.events[-1] == "abort"
+
+
+def test_defect_in_the_middle_of_an_answer_leaves_none_that_looks_whole():
+    visitor = Visitor()
+    with pytest.raises(ZeroDivisionError):
+        served(visitor, b"HTTP/1.1 200 OK\r\n\r\nok", ZeroDivisionError())
+    assert visitor.events[-2:] == ["reset", "abort"]
+
+
+@pytest.mark.parametrize("script", [[], [b"HTTP/1.1 200 OK\r\n\r\n"]])
+def test_target_of_a_visitor_that_has_gone_is_hung_up_on(script):
+    visitor = Visitor()
+    visitor.left = True
+    with pytest.raises(VisitorGone):
+        served(visitor, *script, SILENCE)
+    assert "reset" in visitor.events and ("finish",) not in visitor.events
+
+
+# Requests with a body ----------------------------------------------------------------------------
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == f"upload {APP}"]
+
+
+def post(visitor, stream):
+    """Run the exchange in a thread; returns a function that waits for its end."""
+    problems = []
+
+    def exchange_here():
+        try:
+            run(visitor, Tunnel(stream))
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=exchange_here)
+    thread.start()
+
+    def ended():
+        thread.join(SOON)
+        assert not thread.is_alive() and threads() == []
+        return problems
+
+    return ended
+
+
+def test_body_at_hand_goes_with_the_head_and_takes_no_thread(monkeypatch):
+    monkeypatch.setattr(exchange, "spawn", None)
+    visitor = Visitor("POST", body=2)
+    visitor.body.put([b"h", b"i"])
+    stream = Stream(OK, visitor=visitor)
+    tunnel = Tunnel(stream)
+    run(visitor, tunnel)
+    assert tunnel.opened[0].endswith(b"Content-Length: 2\r\n\r\nhi")
+    assert visitor.events[1:] == ["close", ("finish", b"ok")]  # such a stream is not kept
+
+
+def test_body_of_no_bytes_is_one(monkeypatch):
+    monkeypatch.setattr(exchange, "spawn", None)
+    assert served(Visitor("POST", body=0), OK).sent.endswith(b"Content-Length: 0\r\n\r\n")
+
+
+def test_body_is_passed_on_as_it_comes_chunk_by_chunk():
+    visitor, stream = Visitor("POST", body=...), Stream()
+    ended = post(visitor, stream)
+    wait_until(lambda: stream.sent.endswith(b"Transfer-Encoding: chunked\r\n\r\n"))
+    assert len(threads()) == 1
+    visitor.body.put([b"a", b"bc"])
+    wait_until(lambda: stream.sent.endswith(b"\r\n\r\n1\r\na\r\n2\r\nbc\r\n"))
+    visitor.trailers = [("X-Sum", "1")]
+    visitor.body.put(None)
+    wait_until(lambda: stream.sent.endswith(b"bc\r\n0\r\nX-Sum: 1\r\n\r\n"))
+    stream.came.put(OK)
+    assert ended() == [] and visitor.status == 200
+
+
+def test_early_answer_reaches_a_visitor_that_still_sends():
+    visitor, stream = Visitor("POST", body=...), Stream(OK)
+    ended = post(visitor, stream)
+    wait_until(lambda: "refuse body" in visitor.events)
+    assert visitor.events[:2] == [("head", 200, [], 2), ("finish", b"ok")]
+    assert stream.events == ["reset"]
+    visitor.body.put([b"more"])
+    visitor.body.put(None)  # it has seen the answer
+    assert ended() == [] and "abort" not in visitor.events
+
+
+def test_visitor_that_sends_without_end_after_its_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(exchange, "LATE_BODY_TIMEOUT", 0.01)
+    visitor = Visitor("POST", body=...)
+    assert post(visitor, Stream(OK))() == []
+    assert visitor.events[-2:] == ["refuse body", "abort"]
+
+
+def test_upload_that_never_ends_is_not_waited_for_without_bound(monkeypatch):
+    for name in ("LATE_BODY_TIMEOUT", "UPLOAD_END_TIMEOUT"):
+        monkeypatch.setattr(exchange, name, 0.01)
+    may_end = threading.Event()
+
+    class Hanging(Visitor):
+        def read_body(self, timeout):
+            if timeout:
+                may_end.wait(SOON)
+            raise TimeoutError
+
+    visitor = Hanging("POST", body=...)
+    with pytest.raises(TimeoutError, match="does not end"):
+        served(visitor, OK)
+    assert visitor.status == 200
+    may_end.set()
+    wait_until(lambda: not threads())
+
+
+def test_target_that_reads_no_body_answers_all_the_same():
+    visitor, stream = Visitor("POST", body=...), Stream()
+    ended = post(visitor, stream)
+    wait_until(threads)
+    stream.deaf = True
+    for pieces in ([b"a"], [b"b"], None):
+        visitor.body.put(pieces)
+    wait_until(lambda: visitor.body_complete)
+    stream.came.put(OK)
+    assert ended() == [] and visitor.status == 200
+    assert stream.events == ["reset"]  # it has seen half a body
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["at hand", "later"])
+def test_body_that_is_malformed_is_a_400_and_never_ends_for_the_target(early):
+    visitor, stream = Visitor("POST", body=...), Stream()
+    if early:
+        visitor.body.put(Malformed(400, "no size"))
+    ended = post(visitor, stream)
+    if not early:
+        wait_until(threads)
+        visitor.body.put(Malformed(400, "no size"))
+    assert ended() == []
+    assert (visitor.status, visitor.code) == (400, "malformed-request")
+    assert not stream.sent.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("problem", [VisitorGone(), TimeoutError(), ConnectionResetError()])
+def test_visitor_that_breaks_off_its_body_has_its_target_hung_up_on(problem):
+    visitor, stream = Visitor("POST", body=...), Stream()
+    ended = post(visitor, stream)
+    wait_until(threads)
+    visitor.body.put(problem)
+    assert [type(error) for error in ended()] == [VisitorGone]
+    assert "reset" in stream.events and visitor.events == []
+
+
+def test_defect_in_an_upload_is_logged_and_ends_the_request(caplog):
+    visitor, stream = Visitor("POST", body=...), Stream()
+    ended = post(visitor, stream)
+    wait_until(threads)
+    visitor.body.put(ZeroDivisionError())
+    assert [type(error) for error in ended()] == [VisitorGone]
+    assert f"upload {APP}" in caplog.text and "ZeroDivisionError" in caplog.text
