@@ -25,7 +25,7 @@ from gotunnel import (
     stay_on_one_cpu,
 )
 
-from .admin import check, grants
+from .admin import certificates, check, grants
 from .admin.grants import GrantError
 from .agents import scope
 from .agents.agents_file import AgentsFileError
@@ -81,8 +81,8 @@ def command(options) -> int:
         if options.command == "check":
             return check.run_check(config, sys.stdout)
         if options.renew is None:
-            return check.run_certificates(config, sys.stdout)
-        print(check.ask_renewal(config, options.renew))
+            return certificates.run_certificates(config, sys.stdout)
+        print(certificates.ask_renewal(config, options.renew))
         return 0
     except (ConfigError, CertificateError, AgentsFileError) as error:
         return fail(error, 2)
@@ -129,15 +129,15 @@ def parse(arguments):
     commands = parser.add_subparsers(
         title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
     )
-    check = commands.add_parser(
+    check_ = commands.add_parser(
         "check", help="look whether a gateway could start here, and say what to do",
         description="Look at all that a gateway needs. Nothing is changed, nothing is ordered.",
     )  # fmt: skip
-    certificates = commands.add_parser(
+    certificates_ = commands.add_parser(
         "certificates", help="show the certificates that there are",
         description="Show the certificates, and when they are renewed; also while a gateway runs.",
     )  # fmt: skip
-    certificates.add_argument(
+    certificates_.add_argument(
         "--renew", metavar="NAME", help="ask the gateway that runs to order a new one for NAME"
     )
     token = commands.add_parser(
@@ -182,7 +182,7 @@ def parse(arguments):
         description="Take an agent out of AGENTS_FILE. A gateway that runs ends its sessions.",
     )  # fmt: skip
     remove.add_argument("name", metavar="NAME", help="as the list shows it")
-    for each in (check, certificates, token, agents_, add, show, remove):
+    for each in (check_, certificates_, token, agents_, add, show, remove):
         # It may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)

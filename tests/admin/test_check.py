@@ -1,6 +1,5 @@
-"""What the operator is told: `gotunnel-server check` and `gotunnel-server certificates`."""
+"""What the operator is told: `gotunnel-server check`."""
 
-import base64
 import contextlib
 import http.server
 import io
@@ -16,9 +15,8 @@ import time
 from email.utils import formatdate
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from fake_ca import DAY, NOW, FakeCa, Mint
+from fake_ca import DAY, NOW, FakeCa
+from operators import APP, URL, config_of, ordering, put_pair, run, tree
 from support import (
     GATEWAY_HOST,
     ROOT,
@@ -30,64 +28,14 @@ from support import (
 )
 
 from gotunnel_server import cli
-from gotunnel_server.admin import check
-from gotunnel_server.admin.check import FAIL, GO, LOCAL, OK, ORDERED, OWN, WARN, Finding, Row
+from gotunnel_server.admin import certificates, check
+from gotunnel_server.admin.check import FAIL, OK, WARN, Finding
 from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.local_ca import Authority, CertificateError
-from gotunnel_server.certs.schedule import renew_at
-from gotunnel_server.certs.store import StoreError, ca_id
-from gotunnel_server.config import load
-
-APP = "app.example.com"
-URL = "https://ca.example/dir"
-
-
-@pytest.fixture(scope="module")
-def mint():
-    return Mint()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return open_store(tmp_path, URL)
-
-
-def config_of(cache, **changes):
-    return load(os.devnull, gateway_environment(cache, **changes))
-
-
-def ordering(cache, **changes):
-    return config_of(cache, ACME_ENV="", ACME_DIRECTORY=URL, HTTP_PORT="0", **changes)
-
-
-def put_pair(folder, stem, pair):
-    key, chain = pair
-    (folder / f"{stem}.key").write_bytes(key)
-    (folder / f"{stem}.key").chmod(0o600)
-    (folder / f"{stem}.crt").write_bytes(chain)
-
-
-def tree(folder):
-    """All that is in a folder, and what it is."""
-    return {
-        path: (path.stat().st_mode, path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 def levels(findings):
     return [finding.level for finding in findings]
-
-
-def run(*arguments, **environment):
-    """The program as an operator calls it: status, output, errors."""
-    command = [sys.executable, str(ROOT / "gotunnel_server"), *arguments]
-    ended = subprocess.run(
-        command, cwd=environment["ACME_CACHE"], env=environment, text=True, capture_output=True,
-        timeout=TIMEOUT,
-    )  # fmt: skip
-    return ended.returncode, ended.stdout, ended.stderr
 
 
 # Ports
@@ -313,13 +261,6 @@ def test_a_cache_without_room_fails(tmp_path, store, monkeypatch):
     assert all("No space left on device" in finding.text for finding in found)
 
 
-def test_a_local_certificate_with_an_odd_name_or_no_end_is_a_row(tmp_path):
-    (tmp_path / "device.crt").symlink_to("/dev/zero")
-    os.mkfifo(tmp_path / "fifo.crt")
-    rows = {row.name: row for row in check.local_rows(tmp_path)}
-    assert all("cannot be read" in rows[name].error for name in ("device", "fifo"))
-
-
 def test_a_local_ca_that_cannot_be_used_fails(tmp_path):
     authority = Authority(tmp_path / "local")
     assert levels(check.look_at_cache(config_of(tmp_path))) == [OK]
@@ -332,9 +273,9 @@ def test_a_cache_that_one_may_not_look_into_is_named(tmp_path, store, monkeypatc
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(check.os, "listdir", forbid)  # root may look anywhere
+    monkeypatch.setattr(certificates.os, "listdir", forbid)  # root may look anywhere
     with pytest.raises(CertificateError, match="certs: Permission denied, run this as the gate"):
-        check.find_rows(ordering(tmp_path))
+        certificates.find_rows(ordering(tmp_path))
     monkeypatch.setattr(type(tmp_path), "exists", forbid)
     (finding,) = check.look_at_cache(ordering(tmp_path))
     assert finding.level == FAIL and "run this as the gateway's user" in finding.text
@@ -442,20 +383,6 @@ def test_check_of_a_wrong_configuration_has_status_2(tmp_path):
     assert status == 2 and out == "" and errors.count("\n") == 1 and "GATEWAY_PORT" in errors
 
 
-def test_certificates_and_renew_as_programs(tmp_path, store, mint):
-    environment = gateway_environment(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
-    store.save(APP, *mint.pair(APP, time.time()))
-    status, out, errors = run("certificates", **environment)
-    assert (status, errors) == (0, "")
-    assert out.splitlines()[1].startswith(f"{APP}  ACME  fake CA  89")
-    status, out, errors = run("certificates", "--renew", f"{APP}.", **environment)
-    assert (status, errors) == (0, "") and out.startswith(f"{APP}: ")
-    assert store.renewals() == [APP]
-    status, out, errors = run("certificates", "--renew", "other.example.com", **environment)
-    assert status == 1 and out == "" and errors.count("\n") == 1 and "other.example.com" in errors
-    assert store.renewals() == []
-
-
 @pytest.mark.parametrize("command", ["check", "certificates"])
 def test_env_file_may_stand_on_either_side_of_a_command(command):
     for arguments in (["--env-file", "x", command], [command, "--env-file", "x"]):
@@ -466,139 +393,6 @@ def test_env_file_may_stand_on_either_side_of_a_command(command):
 
 def test_without_a_command_it_is_the_gateway():
     assert cli.parse([]).command is None and cli.parse(["--env-file", "x"]).env_file == "x"
-
-
-# Certificates
-
-
-def test_rows_say_where_certificates_are_from_and_when_they_are_renewed(tmp_path, store, mint):
-    now = time.time()
-    stored = store.save(APP, *mint.pair(APP, now))
-    store.save_state("sad.example.com", {"failures": 2, "next_attempt_at": now + 600,
-                                         "error": "dns: no address"})  # fmt: skip
-    key, chain = mint.pair("left.example.com", now)
-    (tmp_path / "left.example.com").write_bytes(key + chain)
-    (tmp_path / "acme_account+key").write_bytes(key)
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    put_pair(pairs, "own", mint.pair("*.example.org", now))
-    put_pair(pairs, "broken", (b"no key", chain))
-    before = tree(tmp_path)
-    rows = check.find_rows(ordering(tmp_path, CERT_DIR=str(pairs)))
-    assert tree(tmp_path) == before
-    assert [(row.name, row.source) for row in rows] == [
-        ("*.example.org", OWN), ("-", OWN), (APP, ORDERED), ("left.example.com", GO),
-        ("sad.example.com", ORDERED)]  # fmt: skip
-    _, broken, app, left, sad = rows
-    assert app.issuer == left.issuer == "fake CA" and app.error == ""
-    assert app.renew_at == renew_at(APP, stored.begins_at, stored.ends_at)
-    assert (sad.ends_at, sad.renew_at, sad.error) == (None, now + 600, "dns: no address")
-    assert "not a private key" in broken.error
-
-
-def test_a_broken_certificate_is_named_and_stays_where_it_is(tmp_path, store, mint):
-    file = tmp_path / store.save(APP, *mint.pair(APP)).key
-    file.write_bytes(b"garbage")
-    store.save_state(APP, {"failures": 0})
-    (row,) = check.find_rows(ordering(tmp_path))
-    assert row.ends_at is None and "expected a private key" in row.error
-    assert file.read_bytes() == b"garbage"
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 50_000])
-def test_a_state_that_makes_no_sense_is_none(tmp_path, store, mint, content):
-    file = tmp_path / store.save(APP, *mint.pair(APP, time.time())).key
-    file.with_suffix(".json").write_bytes(content)
-    (row,) = check.find_rows(ordering(tmp_path))
-    assert row.error == "" and row.ends_at is not None
-
-
-def test_local_certificates_are_listed_without_the_ca_itself(tmp_path):
-    Authority(tmp_path / "local").issue("app.localhost")
-    (tmp_path / "local" / "bad.localhost.crt").write_bytes(b"garbage")
-    bad, good = sorted(check.find_rows(config_of(tmp_path)), key=lambda row: row.error == "")
-    assert (good.name, good.source) == ("app.localhost", LOCAL)
-    assert good.ends_at - good.renew_at == 30 * DAY
-    assert bad.name == "bad.localhost" and "cannot be read" in bad.error
-
-
-def test_where_there_is_no_certificate_a_sentence_says_so(tmp_path):
-    out = io.StringIO()
-    assert check.run_certificates(ordering(tmp_path), out) == 0
-    assert out.getvalue().startswith("There is no certificate yet")
-    assert out.getvalue().count("\n") == 1
-
-
-def test_table_is_aligned_and_tells_each_last_error_in_full():
-    rows = [
-        Row("a.test", OWN, "R", NOW + 3.5 * DAY),
-        Row("long.example.com", ORDERED, "", NOW - 1, NOW - 1, "dns:\n no address"),
-    ]
-    assert check.table(rows, NOW).splitlines() == [
-        "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)",
-        "a.test            CERT_DIR  R       3          -",
-        "long.example.com  ACME      -       ran out    due",
-        "    last error: dns: no address",
-    ]
-
-
-# Renewals that are asked for
-
-
-def test_renewals_are_taken_once(tmp_path, store):
-    assert store.renewals() == []
-    for name in (APP, "b.example.com", APP):
-        store.ask_renewal(name)
-    other = open_store(tmp_path, URL + "2")
-    assert other.renewals() == []
-    assert open_store(tmp_path, URL).renewals() == [APP, "b.example.com"]
-    assert store.renewals() == []
-
-
-LONG = ".".join(["l" * 60] * 3 + ["n" * 40, "example"])  # longer than a file's name may be
-
-
-@pytest.mark.parametrize("content", ["", "../x", "b.example.com", "a\nb", "\0"])
-def test_a_request_of_somebody_elses_making_is_for_its_files_name(tmp_path, store, content):
-    store.ask_renewal(APP)
-    [file] = tmp_path.rglob("*.renew")
-    file.write_text(content)
-    assert store.renewals() == [APP]
-
-
-def test_a_long_hostname_can_be_asked_for(tmp_path, store):
-    store.ask_renewal(LONG)
-    assert store.renewals() == [LONG]
-
-
-@pytest.mark.parametrize("name", ["../x", ""])
-def test_a_name_that_is_no_file_cannot_be_asked_for(tmp_path, store, name):
-    with pytest.raises((ValueError, StoreError)):
-        store.ask_renewal(name)
-    assert store.renewals() == []
-
-
-def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
-    name = LONG
-    store.save(name, *mint.pair(name, time.time()))
-    store.save_state(name, {"error": "the CA was away"})
-    [row] = check.find_rows(ordering(tmp_path))
-    assert (row.name, row.issuer, row.error) == (name, "fake CA", "the CA was away")
-    (tmp_path / store.certificate(name).key).unlink()
-    assert check.find_rows(ordering(tmp_path)) == []  # nothing here says who waits
-
-
-def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):
-    (tmp_path / "left.example.com").write_bytes(b"".join(mint.pair("left.example.com")))
-    with pytest.raises(StoreError, match="start it"):
-        check.ask_renewal(ordering(tmp_path), "left.example.com")
-    assert not (tmp_path / ca_id(URL)).exists()
-
-
-def test_a_certificate_that_nobody_ordered_cannot_be_renewed(tmp_path):
-    Authority(tmp_path / "local").issue("app.localhost")
-    with pytest.raises(StoreError, match="is from local CA"):
-        check.ask_renewal(config_of(tmp_path), "app.localhost")
 
 
 # AGENTS_FILE
@@ -640,15 +434,3 @@ def test_who_answers_tls_in_plain_text_is_no_gateway():
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert finding.level == FAIL
-
-
-def test_a_certificate_whose_issuer_makes_no_sense_is_a_row(tmp_path):
-    leaf = Authority(tmp_path / "authority").issue("a.test")[0]
-    der = x509.load_pem_x509_certificate(leaf.read_bytes()).public_bytes(serialization.Encoding.DER)
-    at = der.index(b"\x0c", der.index(bytes.fromhex("550403"))) + 2  # of the issuer's name, UTF-8
-    der = der[:at] + b"\xff" + der[at + 1:]
-    pem = base64.encodebytes(der)
-    (tmp_path / "odd.crt").write_bytes(
-        b"-----BEGIN CERTIFICATE-----\n" + pem + b"-----END CERTIFICATE-----\n")
-    (row,) = check.local_rows(tmp_path)
-    assert "cannot be read" in row.error

@@ -1,0 +1,184 @@
+"""The command `certificates`: a Row for each certificate that there is, or should be.
+
+It looks and changes nothing. What a running gateway keeps in ACME_CACHE is read as it stands, so it
+may run beside one. Only `certificates --renew` leaves something: a request, which a running gateway
+takes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import ssl
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+
+from ..certs.cert_dir import CertDir
+from ..certs.folder import FolderStorage, open_store
+from ..certs.issuer import Issuer
+from ..certs.local_ca import FOLDER as LOCAL_FOLDER
+from ..certs.local_ca import RENEW_BEFORE, CertificateError
+from ..certs.schedule import DAY
+from ..certs.storage import ReadOnly
+from ..certs.store import CertStore, StoreError, ca_id
+from ..net import safe_read
+from ..net.safe_read import MALFORMED
+
+OWN, ORDERED, GO, LOCAL = "CERT_DIR", "ACME", "ACME (left by the Go program)", "local CA"
+HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)")
+
+
+class Row(NamedTuple):
+    """A certificate, or the lack of one. Instants are seconds since 1970, None for unknown."""
+
+    name: str
+    source: str
+    issuer: str = ""
+    ends_at: float | None = None
+    renew_at: float | None = None
+    error: str = ""
+
+
+def run_certificates(config, out) -> int:
+    """Print the table; the exit status. Raises CertificateError if CERT_DIR cannot be read."""
+    print(table(find_rows(config), time.time()), file=out)
+    return 0
+
+
+def find_rows(config) -> list[Row]:
+    """What there is, sorted by name. Raises CertificateError if a folder cannot be read."""
+    rows = []
+    if config.cert_dir is not None:
+        rows += own_rows(config.cert_dir)
+    try:
+        if config.local_ca:
+            rows += local_rows(config.acme_cache / LOCAL_FOLDER)
+        if config.acme is not None:
+            rows += ordered_rows(config.acme_cache, config.acme.directory)
+    except PermissionError as error:
+        raise CertificateError(
+            f"{error.filename}: {error.strerror}, run this as the gateway's user") from error
+    except StoreError as error:
+        raise CertificateError(f"{error}, run this as the gateway's user") from error
+    return sorted(rows, key=lambda row: (row.name, row.source))
+
+
+def read_pairs(folder: Path) -> CertDir:
+    """CERT_DIR, read once. Raises CertificateError if it cannot be read."""
+    return CertDir(folder, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+
+def own_rows(folder: Path) -> list[Row]:
+    report = read_pairs(folder).report
+    rows = [Row("-", OWN, error=remark) for remark in report.broken]
+    for pair in report.pairs:
+        leaf = _leaf(pair.certificate_file)
+        issuer = issuer_of(leaf) if leaf else ""
+        rows += [Row(name, OWN, issuer, pair.ends.timestamp()) for name in pair.names]
+    return rows
+
+
+def local_rows(folder: Path) -> list[Row]:
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        os.listdir(folder)  # glob() may keep to itself that it must not
+    for file in folder.glob("*.crt"):
+        if file.name == "ca.crt":
+            continue
+        leaf = _leaf(file)
+        if leaf is None:
+            rows.append(Row(file.stem, LOCAL, error=f"{file}: cannot be read as PEM; made anew "
+                            "when the gateway needs it"))  # fmt: skip
+            continue
+        ends_at = leaf.not_valid_after_utc.timestamp()
+        renew_at = ends_at - RENEW_BEFORE.total_seconds()
+        rows.append(Row(file.stem, LOCAL, issuer_of(leaf), ends_at, renew_at))
+    return rows
+
+
+def _leaf(file: Path) -> x509.Certificate | None:
+    """The first certificate in a file, None if it cannot be read."""
+    try:
+        leaf = x509.load_pem_x509_certificates(safe_read.read(file))[0]
+        issuer_of(leaf)  # a name that makes no sense shows only now
+        return leaf
+    except (OSError, *MALFORMED):
+        return None
+
+
+def ordered_rows(folder: Path, directory_url) -> list[Row]:
+    """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
+    listed."""
+    storage, rows = ReadOnly(FolderStorage(folder)), []
+    store = CertStore(storage, storage, directory_url)
+    # One that is not started judges as the gateway's would, and orders nothing.
+    issuer = Issuer(ca=None, store=store, challenges=None, on_change=None)
+    for name in store.known():
+        try:
+            state = issuer.want(name)
+        except ValueError as error:
+            rows.append(Row(name, ORDERED, error=str(error)))
+            continue
+        stored, key = issuer.certificate(name), store.key(name, ".pem")
+        flaw = f"{storage.where(key)}: {storage.broken[key]}" if key in storage.broken else ""
+        rows.append(Row(
+            name, GO if stored and stored.is_left_by_go else ORDERED,
+            issuer_of(stored.leaf) if stored else "", state.ends_at, state.next_at,
+            flaw or state.reason))  # fmt: skip
+    return rows
+
+
+def issuer_of(leaf: x509.Certificate) -> str:
+    """Who signed a certificate, in few words: common name, else all of the name."""
+    names = leaf.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    return one_line(names[0].value if names else leaf.issuer.rfc4514_string())
+
+
+def table(rows: list[Row], now) -> str:
+    """The rows under headings; below a row, indented, the last error if there is one."""
+    if not rows:
+        return "There is no certificate yet; a gateway gets its own when it starts."
+    cells = [HEADINGS, *(_cells(row, now) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    errors = ["", *(row.error and f"\n    last error: {one_line(row.error)}" for row in rows)]
+    return "\n".join(map(str.__add__, lines, errors))
+
+
+def _cells(row, now) -> tuple[str, ...]:
+    left = renewal = "-"
+    if row.ends_at is not None:
+        left = str(int((row.ends_at - now) // DAY)) if row.ends_at > now else "ran out"
+    if row.renew_at is not None:
+        renewal = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.renew_at))
+        renewal = "due" if row.renew_at <= now else renewal
+    return row.name, row.source, row.issuer or "-", left, renewal
+
+
+def ask_renewal(config, name) -> str:
+    """Leave a request for a gateway that runs; a sentence that says so.
+
+    Raises StoreError if the name has nothing that could be renewed so.
+    """
+    name = name.lower().removesuffix(".")
+    rows = find_rows(config)
+    known = {row.name for row in rows if row.source in (ORDERED, GO)}
+    if name not in known:
+        why = next((f"its certificate is from {row.source}" for row in rows if row.name == name),
+                   "there is no certificate of that name")  # fmt: skip
+        raise StoreError(
+            f"{name!r}: {why}, expected one that was ordered: see gotunnel-server certificates"
+        )
+    certs = config.acme_cache / ca_id(config.acme.directory) / "certs"
+    if not certs.is_dir():  # made by us, it would be ours, and the gateway may be another user
+        raise StoreError(f"{certs} is not there yet, expected a gateway that has run: start it")
+    open_store(config.acme_cache, config.acme.directory).ask_renewal(name)
+    return f"{name}: a gateway that runs here renews it within seconds, and says so in its log"
+
+
+def one_line(words) -> str:
+    return " ".join(re.sub(r"[^\x20-\x7e]", " ", str(words)).split())
