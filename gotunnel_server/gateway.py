@@ -35,9 +35,10 @@ from .certs.acme_errors import HOST, LATER, CaError
 from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
 from .certs.contexts import Certificates
 from .certs.folder import open_store
-from .certs.issuer import FAILED, Issuer
+from .certs.issuer import Issuer
 from .certs.local_ca import Authority, CertificateError
 from .certs.pem_file import pem_file
+from .certs.state import FAILED
 from .certs.store import StoreError
 from .net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .net.listener import Listener, PortError, bind, descriptor_limit
@@ -224,7 +225,7 @@ class Gateway:
             return str(state)
         if self._certificates.context(hostname):
             return READY
-        return f"{FAILED}: {self._why_none(hostname)}"
+        return f"{FAILED.value}: {self._why_none(hostname)}"
 
     @staticmethod
     def _why_none(hostname):

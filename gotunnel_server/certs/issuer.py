@@ -30,8 +30,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from gotunnel import NoThread, spawn
 from gotunnel_agent.common.token_bucket import Buckets
 
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
@@ -46,11 +46,10 @@ from .schedule import (
     renew_at,
     retry_delay,
 )
+from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
 
 log = logging.getLogger("gotunnel.issuer")
-
-READY, WAITING, FAILED = "ready", "waiting", "failed"
 
 # A hostname whose address is silent keeps its order for a minute; the others are to go on. There is
 # one more for certificates that are there, lest they run out while new names wait for a resolver.
@@ -69,27 +68,10 @@ ELSEWHERE = 5.0
 STORE_AGAIN = 60.0
 # No delay of ours is longer (a day and a tenth). One that seems to be is by another clock.
 LONGEST_DELAY = 1.1 * DAY
+# Seconds until the issuer looks again, and a hostname is ordered for again, after a bug.
+AFTER_BUG = 60.0
 # Seconds for all jobs. One that is being connected, or says its last words, is left behind.
 STOP_TIMEOUT = 1.5
-
-
-class State(NamedTuple):
-    """What is known of a hostname: ``name`` is READY, WAITING or FAILED.
-
-    READY: there is a certificate until ``ends_at``, and ``reason``, if any, is why it could not be
-    renewed. ``next_at`` is when the next order is due. Instants are seconds since 1970.
-    """
-
-    name: str
-    reason: str
-    next_at: float
-    ends_at: float | None
-
-    def __str__(self):
-        if self.name != FAILED:
-            return self.name
-        next_attempt = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.next_at))
-        return f"failed: {self.reason} (next attempt {next_attempt})"
 
 
 @dataclass(eq=False)
@@ -197,15 +179,16 @@ class Issuer:
         self._looked_at = 0.0  # by our clock, which may be set
         self._in_turn: list[_Host] = []  # of whom it must be kept that they wait
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="issuer", daemon=True)
+        self._thread: threading.Thread | None = None  # once it is started
 
     def start(self):
-        """Begin, but not before the CA said that it may be asked again, whoever it said it to."""
+        """Begin, but not before the CA said that it may be asked again, whoever it said it to.
+        Raises NoThread."""
         kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
         with self._lock:
             self._paused_until = _number(kept.get("until"), self._clock() + LONGEST_DELAY)
             self._pause = one_line(kept.get("reason") or "")
-        self._thread.start()
+        self._thread = spawn("issuer", self._run)
 
     def stop(self):
         """No more orders; returns within two seconds, whatever the CA does."""
@@ -217,7 +200,7 @@ class Issuer:
             self._lock.notify_all()
         deadline = time.monotonic() + STOP_TIMEOUT
         for thread in (self._thread, *jobs):
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     # Who is wanted
@@ -311,19 +294,33 @@ class Issuer:
     # Who is due
 
     def _run(self):
+        """Thread: order what is due, until stop()."""
         while True:
-            with self._lock:
-                wait = self._look()
-                if self._stopping:
+            try:
+                if not self._turn():
                     return
-                in_turn, self._in_turn = self._in_turn, []
-                states = [(host.name, host.as_dict()) for host in in_turn]
-                news = self._news()
-                if not (news or states):
-                    self._lock.wait(wait)
-            for hostname, state in states:
-                self._save(self._store.save_state, hostname, state)
-            self._tell(news)
+            except Exception:
+                log.exception("issuer: looking which certificates are due failed (bug, traceback "
+                              "follows); next look in %g s", AFTER_BUG)  # fmt: skip
+                with self._lock:
+                    if not self._stopping:
+                        self._lock.wait(AFTER_BUG)
+
+    def _turn(self) -> bool:
+        """Look once, tell what is new, or wait until a look is worth it. False: the end."""
+        with self._lock:
+            wait = self._look()
+            if self._stopping:
+                return False
+            in_turn, self._in_turn = self._in_turn, []
+            states = [(host.name, host.as_dict()) for host in in_turn]
+            news = self._news()
+            if not (news or states):
+                self._lock.wait(wait)
+        for hostname, state in states:
+            self._save(self._store.save_state, hostname, state)
+        self._tell(news)
+        return True
 
     def _look(self) -> float:
         """Start what is due and may run; seconds until the next look. Caller holds the lock."""
@@ -398,37 +395,49 @@ class Issuer:
         return [(self._orders, None), (self._orders_by_agent, host.agent)]
 
     def _start(self, host, what, job):
-        thread = threading.Thread(
-            target=self._work, args=(host, job), name=f"{what} {host.name}", daemon=True
-        )
         try:
-            thread.start()  # it cannot end before we let go of the lock
-        except RuntimeError as error:  # the system has no more
+            # It cannot end before we let go of the lock.
+            thread = spawn(f"{what} {host.name}", self._work, host, job)
+        except NoThread as error:
             log.error("%s: %s", host.name, error)
             return
         host.busy = True
         self._jobs.add(thread)
 
     def _work(self, host, job):
+        """Thread: do one job. Whatever becomes of it, the hostname and the other ones go on."""
+        try:
+            try:
+                self._attempt(host, job)
+            except Exception:
+                log.exception("%s: ended early (bug, traceback follows); the next attempt is in "
+                              "%g s", threading.current_thread().name, AFTER_BUG)  # fmt: skip
+                with self._lock:
+                    host.not_before = max(host.not_before, self._clock() + AFTER_BUG)
+            with self._lock:
+                host.busy = False
+                news = self._news()
+            self._tell(news)
+        finally:
+            with self._lock:
+                self._jobs.discard(threading.current_thread())
+                self._lock.notify_all()
+
+    def _attempt(self, host, job):
+        """Do a job, and keep what was learned."""
         try:
             job(host)
         except Abandoned:
             pass  # nobody wants to know
-        except Exception as error:  # a bug, perhaps: the other hostnames must go on
-            log.exception("%s: the order ended by an error of ours", host.name)
+        except Exception as error:
+            log.exception("%s: failed (bug, traceback follows); that counts as the hostname's "
+                          "failure", threading.current_thread().name)  # fmt: skip
             self._failed(host, CaError(HOST, "gotunnel", repr(error)))
         with self._lock:
             wanted = self._hosts.get(host.name) is host and not self._stopping
             state = host.as_dict()
         if wanted:
             self._save(self._store.save_state, host.name, state)
-        with self._lock:
-            host.busy = False
-            news = self._news()
-        self._tell(news)
-        with self._lock:
-            self._jobs.discard(threading.current_thread())
-            self._lock.notify_all()
 
     def _news(self) -> list[str]:
         """Whose state is to be told: that who failed waits again is no news. Counts as told, once.

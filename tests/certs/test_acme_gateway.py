@@ -40,8 +40,8 @@ from gotunnel_server import gateway as gateway_module
 from gotunnel_server.certs import acme
 from gotunnel_server.certs.acme_errors import HOST, LATER, CaError
 from gotunnel_server.certs.challenges import PATH, Challenges
-from gotunnel_server.certs.issuer import FAILED, READY, WAITING, State
 from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.net.client_hello import ACME_TLS
 from gotunnel_server.net.dns import NoAnswer
 from gotunnel_server.visitors import arrival
@@ -704,7 +704,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
             assert serial_at(gateway, APP) == serial
-            assert issuer.state(APP).name == "ready"
+            assert issuer.state(APP).is_ready
         assert orders(gateway.ca).count(APP) == 1
 
 

@@ -13,6 +13,7 @@ from fake_ca import DAY, NOW, SILENCE, Clock, FakeCa, Mint, Proofs, problem
 from pebble import Answers, pebble
 from support import ROOT, TIMEOUT, wait_until
 
+from gotunnel_server.certs import issuer as issuer_module
 from gotunnel_server.certs.acme import Ca
 from gotunnel_server.certs.acme_errors import (
     ACCOUNT,
@@ -24,7 +25,7 @@ from gotunnel_server.certs.acme_errors import (
     CaError,
 )
 from gotunnel_server.certs.folder import open_store
-from gotunnel_server.certs.issuer import FAILED, JOBS, READY, WAITING, Issuer
+from gotunnel_server.certs.issuer import JOBS, Issuer
 from gotunnel_server.certs.schedule import (
     BACKOFF,
     HOUR,
@@ -34,6 +35,7 @@ from gotunnel_server.certs.schedule import (
     renew_at,
     retry_delay,
 )
+from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.certs.store import StoreError, ca_id
 
 APP, OTHER = "app.example.com", "other.example.com"
@@ -1219,6 +1221,67 @@ def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
     assert issuer.state(APP).name == READY and "could not be told" in caplog.text
 
 
+def test_a_look_that_fails_is_logged_and_the_thread_goes_on(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(issuer_module, "AFTER_BUG", 0.01)
+    with House(tmp_path, clock=time.time) as house:
+        look, failures = house.issuer._look, []
+
+        def fail_twice():
+            if len(failures) < 2:
+                failures.append(1)
+                raise RuntimeError("a bug")
+            return look()
+
+        monkeypatch.setattr(house.issuer, "_look", fail_twice)
+        house.issuer.start()
+        house.issuer.want(APP)
+        assert house.changed.get(timeout=TIMEOUT) == APP
+    assert caplog.text.count("issuer: looking which certificates are due failed (bug") == 2
+    assert "RuntimeError: a bug" in caplog.text
+
+
+def test_a_job_that_ends_by_a_bug_names_itself_and_leaves_its_place(house, caplog, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    names = [f"h{number}.example.com" for number in range(2 * JOBS)]
+    for name in names:
+        house.issuer.want(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "save_state", fail)
+        house.look()
+    assert house.issuer._jobs == set()
+    for name in names:
+        assert f"order {name}: ended early (bug, traceback follows)" in caplog.text
+        assert house.state(name).name == READY
+    house.issuer.want(APP)
+    assert len(house.look()) == 1 and house.state().name == READY
+
+
+def test_a_bug_while_a_failure_is_noted_is_no_reason_to_order_in_a_loop(
+    house, caplog, monkeypatch
+):
+    house.ca.script = [refused()]
+    house.issuer.want(APP)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.issuer, "_failed", None)
+        assert len(house.look()) == 1
+    assert f"order {APP}: ended early (bug" in caplog.text
+    assert house.look() == [] and len(house.at(MINUTE)) == 1
+
+
+# What is told
+
+
+def test_the_text_of_a_state_has_a_reason_only_if_there_is_no_certificate():
+    assert str(State(READY, "the CA was away", NOW, NOW + DAY)) == "ready"
+    assert str(State(WAITING)) == "waiting"
+    assert str(State(FAILED, "no address")) == "failed: no address"
+    assert str(State(FAILED, "no address", NOW)) == (
+        "failed: no address (next attempt 2027-01-15 08:00 UTC)"
+    )
+
+
 # With a whole CA
 
 
@@ -1331,6 +1394,7 @@ sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Proofs
 from gotunnel_server.certs import folder, issuer
+from gotunnel_server.certs import issuer as issuer_module
 from gotunnel_server.certs.acme import Ca
 issuer.ELSEWHERE = 0.1
 store, changed = folder.open_store(Path(sys.argv[3]), sys.argv[4]), queue.Queue()
