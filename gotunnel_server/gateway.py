@@ -29,8 +29,9 @@ from gotunnel_agent.common.hostnames import WILDCARD, valid_hostname
 
 from .agents.attempts import Attempts
 from .agents.credentials import Credentials
+from .agents.newcomer import REGISTER_TIMEOUT, Newcomers
 from .agents.ports import Ports
-from .agents.tunnel import REGISTER_TIMEOUT, Tunnels
+from .agents.tunnel import Tunnels
 from .certs.acme_errors import HOST, LATER, CaError
 from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
 from .certs.contexts import Certificates
@@ -344,20 +345,24 @@ class Gateway:
         config = self._config
         own = {config.gateway_host, config.tunnel_host}  # agents dial either name, or none
         self.tunnels = Tunnels(
-            context=self._certificates.front(config.tunnel_host, own.__contains__),
-            challenges=self._challenges,
             credentials=self._credentials,
-            attempts=Attempts(),
             registry=self._registry,
             ports=self._ports,
-            read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             ensure_certificates=self._ensure_certificates,
             certificate_state=self._certificate_state,
+        )
+        self._newcomers = Newcomers(
+            self.tunnels,
+            context=self._certificates.front(config.tunnel_host, own.__contains__),
+            challenges=self._challenges,
+            attempts=Attempts(),
+            read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             max_hosts=config.max_hosts_per_agent,
+            submit=self._steps.submit,
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listen(
-            "TUNNEL_PORT", config.tunnel_port, self.tunnels, limit, REGISTER_TIMEOUT
+            "TUNNEL_PORT", config.tunnel_port, self._newcomers, limit, REGISTER_TIMEOUT
         )
 
     def _build_visitors(self):
@@ -458,6 +463,7 @@ class Gateway:
                         left, self._config.drain_timeout)  # fmt: skip
         for port in self._visitor_ports:
             port.drain(0)
+        self._newcomers.close()  # before the tunnels: one may become the other meanwhile
         self.tunnels.close()
         self._steps.shutdown()
         for port in self._visitor_ports:

@@ -6,6 +6,7 @@ half of what its operator wrote would look as if all was well.
 
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from gotunnel import HOST_HEADER, VISITOR_ADDRESS
 from gotunnel_agent.common.hostnames import (
@@ -22,16 +23,55 @@ MODES = ("http", "tcp")
 MAX_INSTANCE = 64  # characters; ours are 32
 
 
+class Agent(NamedTuple):
+    """An agent that has shown who it is.
+
+    ``address`` is as accept() gave it. ``identity`` is a credentials.Identity. ``instance`` is a
+    random id that the agent's process keeps over its reconnects, "" if it has none.
+    """
+
+    address: tuple
+    identity: object
+    instance: str
+
+    def __str__(self):
+        """For the log: with the agent's name, if AGENTS_FILE has one."""
+        named = "" if self.identity.entry is None else f" {self.identity.name}"
+        return f"agent{named} at {self.host}"
+
+    @property
+    def host(self) -> str:
+        """Its IP address."""
+        return self.address[0]
+
+    @property
+    def blame(self) -> tuple:
+        """What failed orders of certificates are counted by. Agents with the common secret are
+        told apart by their addresses."""
+        credential = self.identity.credential
+        return credential if self.identity.entry is not None else (*credential, self.host)
+
+    def is_again(self, other: "Agent") -> bool:
+        """Whether this is the same process as ``other``. The credential has to be the same, as the
+        instance proves nothing by itself."""
+        return (
+            self.instance != ""
+            and self.instance == other.instance
+            and self.identity.credential == other.identity.credential
+        )
+
+
 class NotGranted(Exception):
     """The agent gets nothing; the text is for its operator."""
 
 
-def read_routes(message, tunnel, identity, most: int, read_policy: Callable) -> dict:
-    """The Routes that a Register message asks for: hostname, in its normal form, to Route.
+def read_routes(message, identity, most: int, read_policy: Callable) -> dict:
+    """The Routes that a Register message asks for: hostname, in its normal form, to Route, which
+    has no tunnel yet.
 
-    ``tunnel`` is what the routes lead to, ``identity`` a credentials.Identity. ``most`` hostnames
-    may be in one message. ``read_policy(object, mode)`` reads a policy off the wire, None if there
-    is none; what it raises is a ValueError. Raises NotGranted.
+    ``identity`` is a credentials.Identity. ``most`` hostnames may be in one message.
+    ``read_policy(object, mode)`` reads a policy off the wire, None if there is none; what it raises
+    is a ValueError. Raises NotGranted.
     """
     if not message.routes:
         raise NotGranted("no routes")
@@ -61,7 +101,7 @@ def read_routes(message, tunnel, identity, most: int, read_policy: Callable) -> 
         except ValueError as error:
             raise NotGranted(f"invalid policy of {name}: {error}") from None
         routes[hostname] = Route(
-            name, mode, tunnel, host,
+            name, mode, None, host,
             addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
             target_port=_port_of(message.routes[name]),
             policy=policy,

@@ -25,7 +25,8 @@ class KeptStreams:
         self._lock = threading.Lock()  # guards these three
 
     def __contains__(self, stream):
-        return stream in self._all
+        with self._lock:
+            return stream in self._all
 
     def pop(self, hostname):
         """The freshest Stream of a hostname, which may have died since it was kept; or None."""

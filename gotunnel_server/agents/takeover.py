@@ -1,4 +1,4 @@
-"""Who gets a hostname that somebody else holds.
+"""Which agent gets a hostname that another one holds.
 
 A hostname belongs to one session at a time, and is free as soon as that one ends. Often it ends
 too late: the agent's link was cut, and to us the old session is only silent. So whoever wants the
@@ -26,11 +26,11 @@ MOMENT = 0.05  # seconds that a worker waits for that itself: mostly it takes a 
 class Claim:
     """One tunnel's claim to hostnames. One thread at a time."""
 
-    def __init__(self, registry, tunnel, routes, permit):
-        """``tunnel`` wants ``routes`` (hostname to Route), if the registry's ``permit`` raises
-        nothing."""
+    def __init__(self, registry, agent, routes, permit):
+        """``agent``, a registration.Agent, wants ``routes`` (hostname to Route), if the registry's
+        ``permit`` raises nothing."""
         self._registry = registry
-        self._tunnel = tunnel
+        self._agent = agent
         self._routes = routes
         self._permit = permit
         self._asked = {}  # tunnel that holds one: monotonic time since when it is asked
@@ -46,7 +46,9 @@ class Claim:
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:
                 raise
-            others = [holder for holder in taken.tunnels if not self._is_ours(holder)]
+            others = [
+                holder for holder in taken.tunnels if not self._agent.is_again(holder.agent)
+            ]
             for holder in others:
                 if holder not in self._asked:
                     self._asked[holder] = holder.ask()
@@ -56,15 +58,7 @@ class Claim:
                 replaced = taken.tunnels - self._replaced
                 self._replaced |= replaced
                 for holder in replaced:
-                    holder.replace(f"its agent has come back, from {self._tunnel.address[0]}")
+                    holder.replace(f"its agent has come back, from {self._agent.host}")
                 if replaced and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
                     return self.attempt()
             return False
-
-    def _is_ours(self, holder):
-        newcomer = self._tunnel
-        return (
-            newcomer.instance != ""
-            and newcomer.instance == holder.instance
-            and newcomer.identity.credential == holder.identity.credential
-        )

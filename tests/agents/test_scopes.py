@@ -175,7 +175,7 @@ def test_ten_thousand_hostnames_are_refused_in_words(gateway):
 
 def test_who_waits_while_its_credential_is_taken_away_gets_no_hostname(gateway, agents_file):
     with registered(gateway, APP), HandMade(gateway, registration(APP, token=office())) as waiting:
-        wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
+        wait_until(lambda: gateway.inner.tunnels.registered()[0]._heartbeat._asked_at is not None)
         agents_file.take_away()
         gateway.inner.reload()
         assert waiting.hear() == Ack(
@@ -298,7 +298,7 @@ def test_hang_up_reads_the_file_again(cache, agents_file):
 
 
 def test_who_guesses_is_slowed_down_and_then_shut_out(gateway, monkeypatch):
-    attempts = gateway.inner.tunnels.attempts
+    attempts = gateway.inner._newcomers.attempts
     waits = []
     monkeypatch.setattr(attempts, "delay", lambda address: waits.append(address) or 0.01)
     refused = reply_to(gateway, registration(APP, token="x.y.z"))

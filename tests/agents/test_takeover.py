@@ -43,13 +43,14 @@ from gotunnel import (
 )
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent.agent import make_token
-from gotunnel_server.agents import takeover, tunnel
+from gotunnel_server.agents import heartbeat, takeover, tunnel
+from gotunnel_server.agents.registration import Agent
 from gotunnel_server.routes import HostnameTaken, Registry, Route
 
 OTHER = "other.localhost"
 TAKEN_OVER = "another session takes over"
 SAME = secrets.token_hex(16)
-BOUND = tunnel.ANSWER_TIMEOUT + 3  # seconds, on a busy machine; the heartbeat takes 35
+BOUND = heartbeat.ANSWER_TIMEOUT + 3  # seconds, on a busy machine; the heartbeat takes 35
 AT_ONCE = 2  # seconds, on a busy machine
 
 
@@ -69,8 +70,8 @@ def site(origin):
 @pytest.fixture
 def impatient(monkeypatch):
     """Whoever is asked has half a second."""
-    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+    monkeypatch.setattr(heartbeat, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(heartbeat, "SIGN_OF_LIFE", 0.2)
 
 
 def test_an_agent_that_comes_back_has_its_hostname_at_once(gateway):
@@ -137,16 +138,16 @@ def test_an_agent_that_has_answered_once_is_asked_again(gateway, monkeypatch):
             assert isinstance(old.hear(), Ping)
             old.say(Pong(1))
             assert not first.hear().ok
-        monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
-        monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.2)
+        monkeypatch.setattr(heartbeat, "ANSWER_TIMEOUT", 0.5)
+        monkeypatch.setattr(heartbeat, "SIGN_OF_LIFE", 0.2)
         with registered(gateway, APP):  # it answers no more
             pass
 
 
 def test_an_agent_whose_answers_queue_is_not_taken_for_dead(gateway, monkeypatch):
     """Its line is full of an upload; a pong waits behind that."""
-    monkeypatch.setattr(tunnel, "ANSWER_TIMEOUT", 0.5)
-    monkeypatch.setattr(tunnel, "SIGN_OF_LIFE", 0.5)
+    monkeypatch.setattr(heartbeat, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(heartbeat, "SIGN_OF_LIFE", 0.5)
     monkeypatch.setattr(takeover, "ENDING_TIMEOUT", 10 * TIMEOUT)  # no verdict comes of that
     done = threading.Event()
     with registered(gateway, APP) as old, gateway.dial(APP) as visitor:
@@ -232,7 +233,8 @@ def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monk
 def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
     with gateway_here(cache) as gateway, registered(gateway, APP):
         with HandMade(gateway, registration(APP)):
-            wait_until(lambda: gateway.inner.tunnels.registered()[0]._asked_at is not None)
+            (incumbent,) = gateway.inner.tunnels.registered()
+            wait_until(lambda: incumbent._heartbeat._asked_at is not None)
             began = time.monotonic()
             gateway.inner.stop()
             assert time.monotonic() - began < BOUND
@@ -244,7 +246,7 @@ def sender_that_falls_asleep(incumbent, monkeypatch):
     send next: that waits for it, until the ``with`` ends."""
     duplex, sent, may_go_on = incumbent._session._duplex, threading.Event(), threading.Event()
     send = duplex.send
-    sender = threading.Thread(target=incumbent._tell, args=(Ping(1),))
+    sender = threading.Thread(target=incumbent._control.tell, args=(Ping(1),))
 
     def send_and_fall_asleep(data):
         done = send(data)
@@ -253,7 +255,7 @@ def sender_that_falls_asleep(incumbent, monkeypatch):
             may_go_on.wait(TIMEOUT)
         return done
 
-    wait_until(lambda: incumbent._serving)
+    wait_until(lambda: incumbent.stage is tunnel.Stage.SERVING)
     let_it_go_round(incumbent._session)  # nobody else has anything to send
     monkeypatch.setattr(tunnel, "LAST_WORD", TIMEOUT)
     monkeypatch.setattr(duplex, "send", send_and_fall_asleep)
@@ -373,9 +375,10 @@ def test_an_agent_that_was_replaced_does_not_fight_back(
 
 
 def tables():
-    """What the gateway holds: descriptors, and threads but those of the pool."""
+    """What the gateway holds: descriptors, and threads but those of the pools."""
     names = sorted(thread.name for thread in threading.enumerate())
-    return [name for name in names if not name.startswith("step")], len(open_files())
+    pools = ("step", "registration")
+    return [name for name in names if not name.startswith(pools)], len(open_files())
 
 
 @pytest.mark.slow
@@ -476,9 +479,8 @@ class Holder:
     """A session that holds a hostname; it ends, and answers, only if the test says so."""
 
     def __init__(self, instance=""):
-        self.instance = instance
-        self.identity = types.SimpleNamespace(credential="one")
-        self.address = ("192.0.2.1", 1)
+        identity = types.SimpleNamespace(credential="one")
+        self.agent = Agent(("192.0.2.1", 1), identity, instance)
         self.gone = threading.Event()
         self.replaced = []
 
@@ -493,7 +495,7 @@ class Holder:
 
 
 def claim_to_app(registry, tunnel):
-    return takeover.Claim(registry, tunnel, {APP: Route(APP, "http", tunnel)}, permit=len)
+    return takeover.Claim(registry, tunnel.agent, {APP: Route(APP, "http", tunnel)}, permit=len)
 
 
 def test_the_gateways_own_name_is_refused_without_a_wait():

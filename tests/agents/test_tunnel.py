@@ -45,7 +45,7 @@ from gotunnel import (
     read_data_header,
 )
 from gotunnel_server import gateway as gateway_module
-from gotunnel_server.agents import tunnel
+from gotunnel_server.agents import heartbeat, newcomer
 from gotunnel_server.net import listener
 
 OWN = "reserved for the gateway itself"
@@ -62,7 +62,7 @@ def gateway(cache):
 @pytest.fixture
 def impatient(cache, monkeypatch):
     """A gateway that gives strangers half a second to register."""
-    for module in (tunnel, gateway_module):
+    for module in (newcomer, gateway_module):
         monkeypatch.setattr(module, "REGISTER_TIMEOUT", 0.5)
     monkeypatch.setattr(listener, "SWEEP", 0.05)
     with gateway_here(cache) as gateway:
@@ -219,9 +219,9 @@ def test_no_log_line_shows_a_token(gateway, caplog):
 
 @pytest.fixture
 def quick_heart(monkeypatch):
-    monkeypatch.setattr(tunnel, "BEAT", 0.02)
-    monkeypatch.setattr(tunnel, "PING_INTERVAL", 0.1)
-    monkeypatch.setattr(tunnel, "PONG_TIMEOUT", 0.3)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(heartbeat, "PONG_TIMEOUT", 0.3)
 
 
 def test_agent_that_answers_pings_stays(quick_heart, gateway):
@@ -310,7 +310,7 @@ def test_garbage_ends_that_connection_and_no_other(gateway, neighbour, garbage, 
             stranger.send(garbage)
             stranger.read_to_end()
     neighbour()
-    assert "a defect" not in caplog.text and "Traceback" not in caplog.text
+    assert "a bug" not in caplog.text and "Traceback" not in caplog.text
 
 
 def test_garbage_is_told_apart_from_a_plain_end(gateway):
@@ -397,7 +397,7 @@ def test_agent_that_opens_a_second_stream_has_it_reset(gateway):
 
 def test_each_agent_that_is_refused_is_named_once(gateway, caplog):
     for agent in ("agent a at 192.0.2.1", "agent b at 192.0.2.1", "agent a at 192.0.2.1"):
-        gateway.inner.tunnels.log_refusal(agent, "not allowed: x.test")
+        gateway.inner._newcomers.refusals.log(agent, "not allowed: x.test")
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told == [f"agent {name} at 192.0.2.1 refused: not allowed: x.test" for name in "ab"]
 

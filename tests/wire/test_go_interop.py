@@ -27,7 +27,7 @@ from support import (
 )
 
 from gotunnel import MessageReader, Pong
-from gotunnel_server.agents import tunnel
+from gotunnel_server.agents import control_stream, heartbeat
 from gotunnel_server.visitors import relays
 
 SIZES = [1024, pytest.param(64 * MIB, marks=pytest.mark.slow)]
@@ -165,9 +165,9 @@ def test_go_agent_is_refused_in_words_that_it_understands(gopeer, cache, origin)
 
 def test_go_agent_answers_our_pings(gopeer, cache, origin, monkeypatch):
     """More than once: it would lose what comes in the same read as another message."""
-    monkeypatch.setattr(tunnel, "BEAT", 0.02)
-    monkeypatch.setattr(tunnel, "PING_INTERVAL", 0.1)
-    monkeypatch.setattr(tunnel, "PONG_TIMEOUT", 0.5)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.02)
+    monkeypatch.setattr(heartbeat, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(heartbeat, "PONG_TIMEOUT", 0.5)
     pongs = []
 
     class NotingReader(MessageReader):
@@ -176,7 +176,7 @@ def test_go_agent_answers_our_pings(gopeer, cache, origin, monkeypatch):
             pongs.extend(message for message in messages if isinstance(message, Pong))
             return messages
 
-    monkeypatch.setattr(tunnel, "MessageReader", NotingReader)
+    monkeypatch.setattr(control_stream, "MessageReader", NotingReader)
     with gateway_here(cache) as gateway, go_agent(gopeer, gateway, http={APP: origin.port}):
         wait_until(lambda: len(pongs) > 10)
         assert routes_of(gateway.inner) == {APP}

@@ -1,0 +1,421 @@
+"""A stranger at the agents' port, until it is registered or refused.
+
+A newcomer costs no thread: its connection is parked with the port's listener, and a worker takes
+the next step when there is something to read. RULES says which step a stage takes:
+
+    HELLO --> HANDSHAKE --> REGISTER --> CLAIM --> ADMIT --> the tunnel has the session
+        \\--> VALIDATION        |  \\         \\
+                                |   DELAYED   \\
+                                |          \\   \\
+                                \\--> HEAR_OUT, PARTING --> closed
+
+From CLAIM on there is a Tunnel, which holds hostnames as soon as the claim is decided.
+"""
+
+import enum
+import logging
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple
+
+from gotunnel import (
+    INTERNAL_ERROR,
+    NORMAL,
+    PROTOCOL_ERROR,
+    Ack,
+    Duplex,
+    ProtocolError,
+    Register,
+    Session,
+    SessionClosed,
+)
+
+from ..net import client_hello
+from ..routes import HostnameTaken
+from . import takeover
+from .control_stream import ControlStream
+from .credentials import TokenInvalid
+from .registration import Agent, NotGranted, read_routes
+from .tunnel import Tunnel
+
+log = logging.getLogger("gotunnel.tunnel")
+
+REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
+PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
+REFUSALS = 256  # remembered ones, so that each is logged once ...
+REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
+
+_SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
+
+
+class Refusal(Exception):
+    """The gateway says no; the text is for the agent. ``in_the_middle``: the agent has not said
+    all yet."""
+
+    def __init__(self, text, in_the_middle=False):
+        super().__init__(text)
+        self.in_the_middle = in_the_middle
+
+
+class Newcomers:
+    """The newcomers of a port, and what they need. Any thread."""
+
+    def __init__(
+        self, tunnels, *, context, challenges, attempts, read_policy, max_hosts, submit
+    ):  # fmt: skip
+        """``tunnels`` gets those that are registered. ``context`` is the TLS context of the port,
+        ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``read_policy`` is
+        as for read_routes(). ``submit(function)`` has a worker of registrations call it, which may
+        wait for the disk. No newcomer has more than one call there, so its queue is never longer
+        than the listener's limit of connections."""
+        self.tunnels = tunnels
+        self.context = context
+        self.challenges = challenges
+        self.attempts = attempts
+        self.read_policy = read_policy
+        self.max_hosts = max_hosts
+        self.submit = submit
+        self.refusals = Refusals()
+        self.listener = None  # set before it is started
+        self._newcomers = set()
+        self._lock = threading.Lock()  # guards _newcomers
+
+    def welcome(self, sock, address):
+        """For the listener: a connection was accepted. None if its address has sent too many bad
+        tokens."""
+        if self.attempts.closed(address[0]):
+            return None
+        newcomer = Newcomer(self, Duplex(sock), address)
+        with self._lock:
+            self._newcomers.add(newcomer)
+        return newcomer
+
+    def hand_over(self, newcomer, tunnel):
+        """From now on the connection is the tunnel's."""
+        self.tunnels.add(tunnel)  # first: close() must find it in one of the two
+        with self._lock:
+            self._newcomers.discard(newcomer)
+
+    def forget(self, newcomer):
+        """The connection is closed. Of one that was handed over, the tunnel says so."""
+        with self._lock:
+            known = newcomer in self._newcomers
+            self._newcomers.discard(newcomer)
+        if known:
+            self.listener.forget()
+
+    def close(self):
+        """Break off all connections; their workers, or the listener, notice."""
+        with self._lock:
+            newcomers = list(self._newcomers)
+        for newcomer in newcomers:
+            newcomer.end("the gateway stops")
+
+
+class Refusals:
+    """The refusals that were logged. Any thread.
+
+    Invariant: at most REFUSALS are remembered, and of equal ones within REFUSAL_MEMORY only the
+    first is a warning, because Go agents come back every two seconds.
+    """
+
+    def __init__(self):
+        self._logged = OrderedDict()  # (agent, text): monotonic time; the latest last
+        self._lock = threading.Lock()  # guards _logged
+
+    def log(self, agent, text):
+        """Say why an agent, a text, was refused."""
+        key, now = (agent, _SPAN.sub("#", text)), monotonic()  # one reason, whenever
+        with self._lock:
+            last = self._logged.pop(key, None)
+            fresh = last is None or now - last > REFUSAL_MEMORY
+            self._logged[key] = now if fresh else last
+            if len(self._logged) > REFUSALS:
+                self._logged.popitem(last=False)
+        log.log(logging.WARNING if fresh else logging.DEBUG, "%s refused: %s", agent, text)
+
+
+class Stage(enum.Enum):
+    """How far a newcomer is. What each waits for:"""
+
+    HELLO = "the first bytes of TLS: a ClientHello"
+    HANDSHAKE = "the end of the handshake"
+    VALIDATION = "the end of a CA's handshake, which is all that a tls-alpn-01 validation needs"
+    REGISTER = "the register message"
+    CLAIM = "the verdict on its hostnames: the next look at the tunnels that hold them"
+    ADMIT = "a worker of registrations"
+    DELAYED = "the time of its refusal: its address sends bad tokens"
+    HEAR_OUT = "its time, or its end; it is refused, and has not said all yet"
+    PARTING = "its time, or its end; it is refused, and has been told so"
+    OVER = "nothing: it is closed, or its tunnel serves"
+
+
+class Newcomer:
+    """One connection that is not registered. One thread at a time owns it, as listener.py says."""
+
+    def __init__(self, newcomers, duplex, address):
+        self.duplex = duplex
+        self.address = address  # as accept() gave it
+        self._newcomers = newcomers
+        self._stage = Stage.HELLO
+        self._deadline = None  # monotonic: registered, or gone, by then; None before the first byte
+        self._buffer = b""  # of a hello that is not whole
+        self._hello = client_hello.Reader()
+        self._session = None  # from REGISTER on
+        self._control = None  # once the agent has opened its control stream
+        self._agent = None  # from CLAIM on, as are the next two
+        self._tunnel = None
+        self._claim = None
+        self._refusal = None  # the Refusal that it gets after DELAYED
+
+    def __str__(self):
+        return f"agent at {self.address[0]}" if self._agent is None else str(self._agent)
+
+    def __repr__(self):
+        return f"<Newcomer {self.address[0]} {self._stage.name}>"
+
+    # What the listener calls
+
+    def ready(self):
+        """Worker: take the steps that can be taken."""
+        if self._deadline is None:
+            self._deadline = monotonic() + REGISTER_TIMEOUT
+        try:
+            while (stage := RULES[self._stage].step(self)) is not None:
+                self._enter(stage)
+                if stage is Stage.ADMIT:
+                    self._newcomers.submit(self.ready)
+                    return
+        except Refusal as refusal:
+            self._refuse(refusal)
+        except ProtocolError as error:
+            log.debug("%s: protocol error: %s", self, error)
+            self.close(PROTOCOL_ERROR)
+        except OSError as error:
+            log.debug("%s: %s", self, error)
+            self.close()
+        except Exception:
+            log.exception("%s: a bug, the connection is closed", self)
+            self.close(INTERNAL_ERROR)
+
+    def expired(self):
+        """Worker: its time is up."""
+        log.debug("%s: closed, %s", self, RULES[self._stage].late)
+        self.close()
+
+    def close(self, code=NORMAL):
+        """Drop the connection; for the thread that owns it. ``code`` is GO_AWAY's."""
+        self._stage = Stage.OVER
+        if self._tunnel is not None:
+            self._tunnel.close(code)
+        elif self._session is not None:
+            self._session.close(code=code)
+        else:
+            self.duplex.close()
+        self._newcomers.forget(self)
+
+    def end(self, reason):
+        """Break the connection off. Any thread."""
+        session = self._session
+        if session is not None:
+            session.close(reason)
+        else:
+            self.duplex.reset()
+
+    # From stage to stage
+
+    def _enter(self, stage):
+        if stage not in RULES[self._stage].then:
+            raise ValueError(f"{stage} came after {self._stage}")
+        self._stage = stage
+
+    def _park(self):
+        """Take the next step when the peer has sent something."""
+        left = self._deadline - monotonic()
+        self._newcomers.listener.park(self, max(left, 0))
+
+    def _look_again(self, stage, seconds):
+        """Take the step of ``stage`` in so many seconds, whatever the peer sends."""
+        if self._newcomers.listener.stopping:
+            raise Refusal("the gateway stops")
+        self._enter(stage)
+        self._newcomers.listener.call_later(self.ready, seconds)
+
+    # The steps. Each returns the next stage, or None if its work goes on later, or is over.
+
+    def _read_hello(self):
+        """Learn what TLS is wanted for: a CA may ask here for a proof (RFC 8737)."""
+        data = self.duplex.receive()
+        if data == b"":
+            raise SessionClosed("it left before TLS")
+        self._buffer += data or b""
+        try:
+            said = self._hello.parse(self._buffer)
+        except client_hello.NotTLS as error:
+            raise ProtocolError(str(error)) from None
+        if said is None:
+            return self._park()
+        validation = said.alpn == (client_hello.ACME_TLS,)
+        context = self._newcomers.context
+        if validation:
+            context = self._newcomers.challenges.context(said.server_name)
+            if context is None:
+                raise ProtocolError("a CA asks for a proof that was not published")
+        self.duplex.unread(self._buffer)
+        self._buffer = b""
+        self.duplex.start_tls(context, server_side=True)
+        return Stage.VALIDATION if validation else Stage.HANDSHAKE
+
+    def _shake_hands(self):
+        if not self.duplex.handshake():
+            return self._park()
+        # One stream: an agent opens the control stream and no other.
+        self._session = Session(self.duplex, client=False, name=self.address[0], max_streams=1)
+        return Stage.REGISTER
+
+    def _prove(self):
+        if not self.duplex.handshake():
+            return self._park()
+        self.close()
+
+    def _read_register(self):
+        self._session.turn()
+        if self._session.jammed:  # there is next to nothing that it has to read so far
+            raise ProtocolError("the agent does not read its answers")
+        if self._control is None and self._session.arrived:
+            self._control = ControlStream(self._session.accept())
+        try:
+            message = self._control and next(iter(self._control.read()), None)
+        except ProtocolError as error:  # its operator has to hear of it
+            raise Refusal(f"invalid registration: {error}", in_the_middle=True) from None
+        if message is None:
+            return self._park()
+        if not isinstance(message, Register):
+            raise ProtocolError(f"a {type(message).__name__.lower()}, expected register")
+        return self._identify(message)
+
+    def _identify(self, message):
+        """Find out who the agent is, and what it may have."""
+        newcomers, tunnels = self._newcomers, self._newcomers.tunnels
+        try:
+            identity = tunnels.credentials.identify(message.token)
+        except TokenInvalid as error:
+            return self._delay(Refusal(f"auth failed: {error}"))
+        self._agent = Agent(self.address, identity, message.instance)
+        try:
+            routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
+        except NotGranted as error:
+            raise Refusal(str(error)) from None
+        self._check_count(len(routes))  # too many by themselves cost no session its end
+        tunnel = Tunnel(
+            tunnels, self._agent, self._session, self._control,
+            features=message.features, routes=routes, ports=message.ports,
+            make_room=newcomers.listener.forget,
+        )  # fmt: skip
+        self._tunnel = tunnel
+        self._claim = takeover.Claim(
+            tunnels.registry, self._agent, tunnel.wanted, permit=self._check_hostnames
+        )
+        newcomers.hand_over(self, tunnel)
+        return Stage.CLAIM
+
+    def _delay(self, refusal):
+        """Refuse a bad token; the more of them its address has sent, the later."""
+        attempts, address = self._newcomers.attempts, self.address[0]
+        attempts.failed(address)
+        self._refusal = refusal
+        self._look_again(Stage.DELAYED, attempts.delay(address))
+
+    def _say_no(self):
+        raise self._refusal
+
+    def _check_hostnames(self, routes):
+        """Whether the credential may have the hostnames that it has in ``routes``, in all its
+        sessions. Called under the registry's lock."""
+        if self._agent.identity.limits.hostnames is not None:
+            credential = self._agent.identity.credential
+            self._check_count(
+                sum(route.tunnel.identity.credential == credential for route in routes.values())
+            )
+
+    def _check_count(self, count):
+        most = self._agent.identity.limits.hostnames
+        if most is not None and count > most:
+            raise Refusal(f"too many hostnames: {count}, at most {most} for this credential")
+
+    def _try_claim(self):
+        """Take the hostnames, as soon as no other tunnel holds them. A holder may have to go."""
+        if self._session.ended:
+            raise SessionClosed(self._session.ended)
+        credentials, hostnames = self._newcomers.tunnels.credentials, tuple(self._tunnel.wanted)
+        if why := credentials.taken_away(self._agent.identity, hostnames):
+            raise Refusal(f"auth failed: {why}")
+        try:
+            if not self._claim.attempt():
+                return self._look_again(Stage.CLAIM, takeover.LOOK)
+        except HostnameTaken as taken:
+            raise Refusal(str(taken)) from None
+        return Stage.ADMIT
+
+    def _admit(self):
+        """Worker of registrations: from here on the tunnel is on its own."""
+        self._tunnel.serve()
+        self._stage = Stage.OVER
+
+    # Refused
+
+    def _refuse(self, refusal):
+        """Say no, and give the agent a moment to read it: closing at once could cost it that."""
+        self._newcomers.refusals.log(str(self), str(refusal))
+        try:
+            self._control.send(Ack(False, str(refusal)))
+            if refusal.in_the_middle:  # it listens when it has said all
+                self._control.stream.close()
+            else:
+                self.duplex.finish(timeout=0)
+        except OSError:
+            self.close()
+            return
+        self._enter(Stage.HEAR_OUT if refusal.in_the_middle else Stage.PARTING)
+        self._deadline = monotonic() + PARTING_TIMEOUT
+        self._park()
+
+    def _hear_out(self):
+        self._session.turn()
+        self._park()
+
+    def _part(self):
+        # One read a step: a peer that sends without end must not have a thread for it.
+        if self.duplex.receive() == b"":
+            return self.close()
+        return self._park()
+
+
+class Rule(NamedTuple):
+    """What a newcomer does in a stage. ``then`` are the stages that may follow. ``late`` is why it
+    is closed when its time is up; "" if it is never parked in this stage."""
+
+    step: Callable
+    then: tuple
+    late: str = ""
+
+
+_LATE = "not registered in time"
+_LEFT = "it was refused and did not hang up in time"
+RULES = {
+    Stage.HELLO: Rule(Newcomer._read_hello, (Stage.HANDSHAKE, Stage.VALIDATION), _LATE),
+    Stage.HANDSHAKE: Rule(Newcomer._shake_hands, (Stage.REGISTER,), _LATE),
+    Stage.VALIDATION: Rule(Newcomer._prove, (), _LATE),
+    Stage.REGISTER: Rule(
+        Newcomer._read_register,
+        (Stage.CLAIM, Stage.DELAYED, Stage.HEAR_OUT, Stage.PARTING), _LATE,
+    ),
+    Stage.CLAIM: Rule(Newcomer._try_claim, (Stage.CLAIM, Stage.ADMIT, Stage.PARTING)),
+    Stage.ADMIT: Rule(Newcomer._admit, ()),
+    Stage.DELAYED: Rule(Newcomer._say_no, (Stage.PARTING,)),
+    Stage.HEAR_OUT: Rule(Newcomer._hear_out, (), _LEFT),
+    Stage.PARTING: Rule(Newcomer._part, (), _LEFT),
+}  # fmt: skip

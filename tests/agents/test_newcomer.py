@@ -1,0 +1,85 @@
+"""A stranger at the agents' port: its stages, the refusals, and its place."""
+
+import logging
+
+import pytest
+from hand_made import HandMade, registered, registration, reply_to
+from support import APP, gateway_here, wait_until
+
+from gotunnel_server.agents import newcomer
+from gotunnel_server.agents.newcomer import REFUSALS, RULES, Newcomer, Refusals, Stage
+
+
+@pytest.fixture
+def gateway(cache):
+    with gateway_here(cache) as gateway:
+        yield gateway
+
+
+def test_connections_that_are_over_make_room_for_others(gateway):
+    """Whether they were strangers, were refused, or served."""
+    listener = gateway.inner._newcomers.listener
+    with registered(gateway, APP):
+        assert not reply_to(gateway, registration()).ok
+        with HandMade(gateway):
+            wait_until(lambda: listener._open == 2)
+        wait_until(lambda: listener._open == 1)
+        assert not gateway.inner._newcomers._newcomers
+    wait_until(lambda: listener._open == 0)
+    assert not gateway.inner.tunnels.registered()
+
+
+def test_an_agent_that_is_refused_its_hostname_makes_room_once(gateway, monkeypatch):
+    """Its connection is its tunnel's by then."""
+    monkeypatch.setattr(newcomer.takeover, "ENDING_TIMEOUT", -1)  # refused at the first look
+    listener = gateway.inner._newcomers.listener
+    with registered(gateway, APP):
+        assert not reply_to(gateway, registration(APP)).ok
+        wait_until(lambda: listener._open <= 1)
+        assert len(gateway.inner.tunnels._tunnels) == 1
+    wait_until(lambda: listener._open == 0)
+
+
+# Stages ------------------------------------------------------------------------------------------
+
+
+def test_every_stage_but_the_last_has_a_step_and_can_be_reached():
+    assert set(RULES) == set(Stage) - {Stage.OVER}
+    reached = {Stage.HELLO, *(stage for rule in RULES.values() for stage in rule.then)}
+    assert reached == set(RULES)
+
+
+def test_a_stage_that_may_not_follow_is_a_bug_and_is_not_entered():
+    stranger = Newcomer(None, None, ("192.0.2.1", 1))
+    with pytest.raises(ValueError, match="ADMIT came after .*HELLO"):
+        stranger._enter(Stage.ADMIT)
+    assert repr(stranger) == "<Newcomer 192.0.2.1 HELLO>"
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def warnings_in(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_no_more_refusals_are_remembered_than_there_is_room_for(caplog):
+    caplog.set_level(logging.DEBUG)
+    refusals = Refusals()
+    for number in range(3 * REFUSALS):
+        refusals.log(f"agent at {number}", "no routes")
+    assert len(refusals._logged) == REFUSALS
+    refusals.log("agent at 0", "no routes")  # forgotten, so it is news
+    assert len(warnings_in(caplog)) == 3 * REFUSALS + 1
+
+
+def test_a_refusal_is_a_warning_again_after_a_while(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(newcomer, "monotonic", lambda: now[0])
+    refusals = Refusals()
+    for text in ("the token expired 3 min ago", "the token expired 4 min ago"):
+        refusals.log("agent", text)
+    assert len(warnings_in(caplog)) == 1
+    now[0] += newcomer.REFUSAL_MEMORY + 1
+    refusals.log("agent", "the token expired 15 min ago")
+    assert len(warnings_in(caplog)) == 2
