@@ -4,6 +4,7 @@
     main                    1 (cli.py)                   a signal comes; it stops the gateway
     listener PORT           1 a port, also of agents     stop(), by a wake-up byte
     step                    at most STEP_THREADS         the step is done; it waits for nobody
+    registration            at most REGISTRATION_THREADS the agent has its ack
     exchange                at most WORKERS              the request is answered
     upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
@@ -56,6 +57,10 @@ log = logging.getLogger("gotunnel.gateway")
 # clients, which else refuse direct TLS.
 ALPN = ("http/1.1", "postgresql")
 STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
+# For agents whose registration is granted: looking at CERT_DIR and the store, making local
+# certificates. A pool of its own, since a disk that hangs must not stop visitors' handshakes. A few
+# threads are enough to keep a disk busy; the queue is bounded by AGENT_CONNECTIONS.
+REGISTRATION_THREADS = 8
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
 HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP, which only sends on
@@ -95,6 +100,7 @@ class Gateway:
         self._proxies = Proxies(config.trusted_proxies)
         self._ports = Ports(config.tcp_ports, self._open_port)
         self._steps = Workers(STEP_THREADS, "step")
+        self._registrations = Workers(REGISTRATION_THREADS, "registration")
         self._visitor_ports = []
         self._listeners = []
         try:
@@ -358,7 +364,7 @@ class Gateway:
             attempts=Attempts(),
             read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             max_hosts=config.max_hosts_per_agent,
-            submit=self._steps.submit,
+            submit=self._registrations.submit,
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listen(
@@ -466,6 +472,7 @@ class Gateway:
         self._newcomers.close()  # before the tunnels: one may become the other meanwhile
         self.tunnels.close()
         self._steps.shutdown()
+        self._registrations.shutdown()  # after the steps, which give it work
         for port in self._visitor_ports:
             port.stop()
         self._keeper.join(LAST_LOOK)

@@ -1,11 +1,15 @@
-"""A stranger at the agents' port: its stages, the refusals, and its place."""
+"""A stranger at the agents' port: its stages, the refusals, and what its registration waits for."""
 
+import contextlib
 import logging
+import threading
 
 import pytest
 from hand_made import HandMade, registered, registration, reply_to
-from support import APP, gateway_here, wait_until
+from support import APP, TIMEOUT, answer, gateway_here, request, routes_of, wait_until
 
+from gotunnel import Ack
+from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import newcomer
 from gotunnel_server.agents.newcomer import REFUSALS, RULES, Newcomer, Refusals, Stage
 
@@ -14,6 +18,71 @@ from gotunnel_server.agents.newcomer import REFUSALS, RULES, Newcomer, Refusals,
 def gateway(cache):
     with gateway_here(cache) as gateway:
         yield gateway
+
+
+@contextlib.contextmanager
+def hanging_disk(gateway, monkeypatch):
+    """Registrations wait for the disk until the ``with`` ends. Yields the threads that wait."""
+    waiting, may_go_on = [], threading.Event()
+
+    def ensure_certificates(hostnames, agent):
+        waiting.append(threading.current_thread())
+        may_go_on.wait()
+
+    monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates", ensure_certificates)
+    try:
+        yield waiting
+    finally:
+        may_go_on.set()
+
+
+def many_that_register(gateway, count, stack):
+    """Agents whose hostnames are claimed, and that wait for their acks. ``stack`` closes them."""
+    before = len(gateway.inner.tunnels.registry.routes())
+    agents = [
+        stack.enter_context(HandMade(gateway, registration(f"{number}.localhost")))
+        for number in range(count)
+    ]
+    wait_until(lambda: len(gateway.inner.tunnels.registry.routes()) == before + count)
+    return agents
+
+
+def test_registrations_that_wait_for_the_disk_hold_up_no_visitor(gateway, monkeypatch):
+    """As many as there are threads for handshakes."""
+    with registered(gateway, APP) as served, contextlib.ExitStack() as stack:
+        with hanging_disk(gateway, monkeypatch):
+            many_that_register(gateway, gateway_module.STEP_THREADS, stack)
+            with gateway.dial(APP) as visitor:
+                visitor.send(request())
+                served.session.accept(TIMEOUT).write(answer(b"served"))
+                assert visitor.read_message()[1] == b"served"
+
+
+def test_registrations_that_wait_for_the_disk_hold_up_no_refusal(gateway, monkeypatch):
+    with contextlib.ExitStack() as stack, hanging_disk(gateway, monkeypatch):
+        many_that_register(gateway, gateway_module.STEP_THREADS, stack)
+        assert reply_to(gateway, registration()) == Ack(False, "no routes")
+
+
+def test_registrations_that_had_to_wait_are_all_acknowledged(gateway, monkeypatch):
+    count = gateway_module.REGISTRATION_THREADS + 5
+    with contextlib.ExitStack() as stack:
+        with hanging_disk(gateway, monkeypatch) as waiting:
+            agents = many_that_register(gateway, count, stack)
+            wait_until(lambda: len(waiting) == gateway_module.REGISTRATION_THREADS)
+        assert [agent.hear() for agent in agents] == [Ack(True)] * count
+        assert len(waiting) == count
+        assert {thread.name.partition("_")[0] for thread in waiting} == {"registration"}
+
+
+def test_an_agent_that_leaves_while_the_disk_hangs_holds_nothing(gateway, monkeypatch):
+    with hanging_disk(gateway, monkeypatch) as waiting:
+        with HandMade(gateway, registration(APP)):
+            wait_until(lambda: waiting)
+    wait_until(lambda: not gateway.inner.tunnels.registry.routes())
+    assert routes_of(gateway.inner) == set()
+    with registered(gateway, APP):
+        pass
 
 
 def test_connections_that_are_over_make_room_for_others(gateway):
