@@ -24,6 +24,12 @@ LAST_BYTES_TIMEOUT = 2
 # Seconds without a byte from the target after a tcp visitor has half-closed, when the agent cannot
 # half-close its target: then the visitor has most likely left.
 HELD_FIN_TIMEOUT = 30
+# Seconds that the direction towards the visitor may be silent after the other one has ended for
+# good. An agent that cannot half-close ends its stream as soon as it sees our FIN; one that does
+# not would keep the thread for ever.
+ENDING_TIMEOUT = 30
+# Seconds that a thread has to leave a relay whose ends were reset: that wakes it at once.
+RESET_TIMEOUT = 5
 
 
 def start_tcp(visitor, route):
@@ -98,7 +104,8 @@ def relay_holding_fin(end, stream):
         end.reset()
     _outlast(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
-    back.join()
+    _outlast(back, source, ENDING_TIMEOUT)
+    _end(back, end, stream)
 
 
 def relay_switched(visitor, stream):
@@ -111,7 +118,8 @@ def relay_switched(visitor, stream):
     pump(duplex, stream)
     visitor_done.set()
     stream.close()
-    back.join()
+    back.join(ENDING_TIMEOUT)
+    _end(back, duplex, stream)
 
 
 def _copy_to_visitor(stream, duplex, visitor_done):
@@ -127,9 +135,25 @@ def _copy_back(function, *arguments):
 
 
 def _outlast(back, source, timeout):
-    """Wait for a thread until its source has been silent for ``timeout`` seconds."""
-    while back.is_alive() and (left := timeout - source.silence()) > 0:
-        back.join(left)
+    """Wait for a thread until its source has been silent for ``timeout`` seconds from now on."""
+    began = monotonic()
+    while back.is_alive():
+        silence = min(source.silence(), monotonic() - began)
+        if silence >= timeout:
+            return
+        back.join(timeout - silence)
+
+
+def _end(back, end, stream):
+    """Reset both ends if the thread that copies between them has not ended by now."""
+    if not back.is_alive():
+        return
+    log.debug("thread %s: reset, it has not ended in time", back.name)
+    stream.reset()
+    end.reset()
+    back.join(RESET_TIMEOUT)
+    if back.is_alive():
+        log.error("thread %s does not end although its relay was reset (bug)", back.name)
 
 
 class _Guarded:

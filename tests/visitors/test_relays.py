@@ -1,0 +1,118 @@
+"""Relays, with a visitor and a stream that do what a real one seldom does."""
+
+import contextlib
+import queue
+import threading
+import types
+
+import pytest
+from support import TIMEOUT
+
+from gotunnel import StreamReset
+from gotunnel_server.visitors import relays
+
+
+class End:
+    """An end of a relay: reads what it is told to, and notes what is done to it."""
+
+    def __init__(self, *came):
+        """``came``: what is read. After it, a read waits until come() or reset()."""
+        self.written = []
+        self.finished, self.was_reset = threading.Event(), threading.Event()
+        self._came = queue.SimpleQueue()
+        for data in came:
+            self.come(data)
+
+    def come(self, data):
+        self._came.put(data)
+
+    def read(self):
+        data = self._came.get()
+        if data is None:
+            raise StreamReset
+        return data
+
+    def write(self, data):
+        self.written.append(data)
+
+    def finish(self):
+        self.finished.set()
+
+    def reset(self):
+        self.was_reset.set()
+        self.come(None)
+
+    stop = reset
+
+    def close(self):
+        """An agent that ignores FIN does not end the stream for it."""
+
+    def on_death(self, function):
+        pass
+
+
+@contextlib.contextmanager
+def relaying(function, visitor, stream):
+    """``function(visitor, stream)`` in a thread, which has ended afterwards."""
+    thread = threading.Thread(target=function, args=(visitor, stream), name="relay", daemon=True)
+    thread.start()
+    yield
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(relays, "HELD_FIN_TIMEOUT", 0.05)
+    monkeypatch.setattr(relays, "ENDING_TIMEOUT", 0.05)
+
+
+def has_ended(name):
+    return name not in {thread.name for thread in threading.enumerate()}
+
+
+def test_agent_that_ignores_the_held_fin_keeps_no_thread():
+    visitor, stream = End(b"question", b""), End(b"answer")
+    with relaying(relays.relay_holding_fin, visitor, stream):
+        assert stream.finished.wait(TIMEOUT)
+        assert stream.was_reset.wait(TIMEOUT) and visitor.was_reset.wait(TIMEOUT)
+    assert (stream.written, visitor.written) == ([b"question"], [b"answer"])
+    assert not visitor.finished.is_set()  # the answer may not have been all
+    assert has_ended("relay back")
+
+
+def test_agent_that_ignores_fin_after_a_101_keeps_no_thread():
+    visitor, stream = End(b"bye", b""), End(b"hello")
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+        assert stream.was_reset.wait(TIMEOUT) and visitor.was_reset.wait(TIMEOUT)
+    assert (stream.written, visitor.written) == ([b"bye"], [b"hello"])
+    assert has_ended("relay back")
+
+
+def test_agent_that_answers_the_held_fin_has_its_answer_passed_on_whole():
+    visitor, stream = End(b""), End()
+    with relaying(relays.relay_holding_fin, visitor, stream):
+        assert stream.finished.wait(TIMEOUT)
+        stream.come(b"the last of it")
+        stream.come(b"")
+    assert visitor.written == [b"the last of it"] and visitor.finished.is_set()
+    assert not (stream.was_reset.is_set() or visitor.was_reset.is_set())
+
+
+def test_fin_is_held_as_long_as_a_slow_visitor_takes_what_has_come():
+    """FIN would end the visit at the agent, and cost the visitor the rest of the answer."""
+    visitor, stream = End(b""), End(b"answer")
+    began, may_end = threading.Event(), threading.Event()
+
+    def write_slowly(data):
+        began.set()
+        assert may_end.wait(TIMEOUT)
+        visitor.written.append(data)
+
+    visitor.write = write_slowly
+    with relaying(relays.relay_holding_fin, visitor, stream):
+        assert began.wait(TIMEOUT)
+        assert not stream.finished.wait(10 * relays.HELD_FIN_TIMEOUT)
+        may_end.set()
+        stream.come(b"")
+    assert visitor.written == [b"answer"] and visitor.finished.is_set()
