@@ -89,6 +89,7 @@ class Port:
         self._visitors = set()
         self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
         self._said = set()  # texts of say_once()
+        self._say_lock = threading.Lock()  # guards _said
 
     def welcome(self, sock, address):
         """Listener's thread: a visitor has connected."""
@@ -113,8 +114,10 @@ class Port:
     def say_once(self, text, *arguments):
         """Warn of something that the operator has to hear once, and not each time that a scanner
         comes by."""
-        log.log(logging.DEBUG if text in self._said else logging.WARNING, text, *arguments)
-        self._said.add(text)
+        with self._say_lock:
+            said = text in self._said
+            self._said.add(text)
+        log.log(logging.DEBUG if said else logging.WARNING, text, *arguments)
 
     @property
     def draining(self) -> bool:

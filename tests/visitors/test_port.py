@@ -1,6 +1,11 @@
 """What a public port is made of: the room for so many, and what is said once."""
 
-from gotunnel_server.visitors.port import Room
+import logging
+import threading
+
+from support import TIMEOUT
+
+from gotunnel_server.visitors.port import Port, Room, Timeouts
 
 
 def test_room_is_for_so_many_of_whom_one_address_is_half():
@@ -24,3 +29,28 @@ def test_room_for_one_is_for_anybody():
     assert room.enter("a") and not room.enter("b")
     room.leave("a")
     assert room.enter("b")
+
+
+def test_what_is_said_once_is_said_once_by_all_threads(caplog):
+    """Scanners come in crowds."""
+    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    said = []
+
+    def hear(record):
+        said.append(record.levelname)
+        if len(said) == 1:  # meanwhile, in another thread
+            other = threading.Thread(target=port.say_once, args=("a scanner",), name="other")
+            other.start()
+            other.join(TIMEOUT)
+        return True
+
+    caplog.set_level(logging.DEBUG, "gotunnel.visitor")
+    log = logging.getLogger("gotunnel.visitor")
+    log.addFilter(hear)
+    try:
+        port.say_once("a scanner")
+        port.say_once("something else")
+    finally:
+        log.removeFilter(hear)
+        port.stop()
+    assert said == ["WARNING", "DEBUG", "WARNING"]
