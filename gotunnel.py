@@ -2537,7 +2537,7 @@ def relay(left, right):
         if not pump(source, sink):
             broken.set()
         copied[source].set()
-        while isinstance(source, Duplex) and not (
+        while hasattr(source, "died") and not (
             broken.is_set() or copied[sink].wait(LOOK_AT_ENDED)
         ):
             if source.died():

@@ -162,7 +162,8 @@ class _Guarded:
 
     def __init__(self, visitor):
         duplex = visitor.duplex
-        self.write, self.finish, self.reset = duplex.write, duplex.finish, duplex.reset
+        self.write, self.finish = duplex.write, duplex.finish
+        self.reset, self.died = duplex.reset, duplex.died
         self._duplex = duplex
         self._refuse = visitor.refuse_introduction
         self._came = b""  # so far, as long as it may become a header

@@ -2,18 +2,24 @@
 
 import contextlib
 import queue
+import socket
 import threading
 import types
 
 import pytest
 from support import TIMEOUT
 
+import gotunnel
 from gotunnel import StreamReset
+from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
+from gotunnel_server.visitors.port import Port, Timeouts
 
 
 class End:
     """An end of a relay: reads what it is told to, and notes what is done to it."""
+
+    refused = False
 
     def __init__(self, *came):
         """``came``: what is read. After it, a read waits until come() or reset()."""
@@ -116,3 +122,36 @@ def test_fin_is_held_as_long_as_a_slow_visitor_takes_what_has_come():
         may_end.set()
         stream.come(b"")
     assert visitor.written == [b"answer"] and visitor.finished.is_set()
+
+
+class Tunnel:
+    half_close = True
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def open(self, route, ends):
+        return self._stream
+
+
+@pytest.mark.parametrize("sni", [None, "app.localhost"], ids=["plain", "TLS"])
+def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
+    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
+    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    forgotten = threading.Event()
+    stream = End()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outer = socket.create_connection(server.getsockname())
+        sock, address = server.accept()
+    visitor = port.add(sock, address, types.SimpleNamespace(forget=forgotten.set))
+    visitor.sni = sni
+    assert visitor.claim_relay()
+    relays.start_tcp(visitor, Route("app.localhost", "tcp", Tunnel(stream)))
+    outer.sendall(b"question")
+    outer.shutdown(socket.SHUT_WR)
+    assert stream.finished.wait(TIMEOUT) and stream.written == [b"question"]
+    outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+    outer.close()
+    assert stream.was_reset.wait(TIMEOUT) and forgotten.wait(TIMEOUT)
+    assert port.relays.enter(address[0])  # its place is free
+    port.stop()
