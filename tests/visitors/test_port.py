@@ -1,7 +1,9 @@
 """What a public port is made of: the room for so many, and what is said once."""
 
 import logging
+import socket
 import threading
+import types
 
 from support import TIMEOUT
 
@@ -54,3 +56,17 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
         log.removeFilter(hear)
         port.stop()
     assert said == ["WARNING", "DEBUG", "WARNING"]
+
+
+def test_request_that_finds_no_thread_gives_its_place_back():
+    """As when the gateway stops in that moment."""
+    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    port.stop()
+    forgotten = threading.Event()
+    port.listener = types.SimpleNamespace(forget=forgotten.set)
+    ours, visitor = socket.socketpair()
+    with visitor:
+        visitor.sendall(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
+        port.welcome(ours, ("192.0.2.1", 1)).ready()
+        assert visitor.recv(1) == b"" and forgotten.is_set()
+    assert port.exchanges.room.enter("192.0.2.1")
