@@ -22,6 +22,7 @@ from . import relays, sniff
 from .connection import HttpConnection
 from .request import VisitorGone
 from .steps import Step, Stepwise
+from .verdict import Answer
 
 log = logging.getLogger("gotunnel.visitor")
 
@@ -220,10 +221,10 @@ class Arrival(Stepwise):
 
     def _relay(self, route):
         """A visit in tcp mode: whatever has come and will come is the target's."""
-        denial = route.policy and route.policy.judge_connection(self._visitor.address[0])
-        if denial:
+        verdict = route.policy and route.policy.judge_connection(self._visitor.address[0])
+        if isinstance(verdict, Answer):
             self.duplex.reset()  # not an empty but complete visit
-            log.info("%s: %s: %s", route.hostname, self._visitor, denial.text)
+            log.info("%s: %s: %s", route.hostname, self._visitor, verdict.reason)
             raise ConnectionAbortedError("its tunnel's policy")
         if not self._visitor.claim_relay():
             self.duplex.reset()

@@ -12,6 +12,7 @@ from . import forwarded, pages
 from .forwarded import Proxies
 from .pages import Page
 from .request import Request
+from .verdict import Answer
 
 
 class Connect(NamedTuple):
@@ -21,8 +22,7 @@ class Connect(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The request goes to the target of ``route``, with the further fields ``add`` (name, value)
-    and without those whose http1.plain_name() is in ``strip``."""
+    """The request goes to the target of ``route``; ``add`` and ``strip`` as in verdict.Allow."""
 
     route: Route
     add: tuple = ()
@@ -61,12 +61,8 @@ def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Sit
 
     def judge(request, route):
         authorization = ", ".join(request.fields.all("authorization")) or None
-        denial = route.policy.judge_request(visitor(request), authorization)
-        if denial is not None:
-            return pages.error(*denial)
-        # It was for us, and has no business in the target's log.
-        strip = ("authorization",) if route.policy.asks_password else ()
-        return Forward(route, strip=strip)
+        verdict = route.policy.judge_request(visitor(request), authorization)
+        return verdict.page if isinstance(verdict, Answer) else Forward(route, *verdict)
 
     def visitor(request):
         return forwarded.visitor(request.fields, request.peer, proxies)
@@ -88,9 +84,9 @@ def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Sit
             text = f"Port {port[:5]} of {hostname} leads nowhere; its own is another."
             return pages.error(403, "wrong-port", text)
         if route.policy is not None:
-            denial = route.policy.judge_connection(visitor(request))
-            if denial is not None:
-                return pages.error(*denial)
+            verdict = route.policy.judge_connection(visitor(request))
+            if isinstance(verdict, Answer):
+                return verdict.page
         return Connect(route)
 
     return site

@@ -656,7 +656,9 @@ def test_example_shows_a_policy_that_can_be_followed():
     text = EXAMPLE.read_text(encoding="utf-8").replace("ca_file:", "#")
     text, count = re.subn(r"(?m)^( +)#(?=(basic_auth|allow|deny|rate_limit): )", r"\1", text)
     assert count == 4
-    assert read(loaded(text).policies()["app.localhost"], "http").asks_password
+    policy = read(loaded(text).policies()["app.localhost"], "http")
+    assert policy.judge_request("10.1.0.1", None).page.status == 403
+    assert policy.judge_request("192.0.2.1", None).page.status == 401
 
 
 def test_example_explains_every_key():

@@ -16,6 +16,7 @@ from gotunnel_agent.common.addresses import MOST_NETWORKS
 from gotunnel_agent.common.passwords import MOST_USER, MOST_USERS, hash_password
 from gotunnel_agent.policy import Policy, PolicyError, networks, rate_limit, users
 from gotunnel_server.visitors.policy import read
+from gotunnel_server.visitors.verdict import Allow
 
 PASSWORD = "correct horse: bättery"
 HASH = hash_password(PASSWORD)
@@ -29,6 +30,11 @@ def judged(*entries):
     return read({"basic_auth": list(entries)}, "http")
 
 
+def code(verdict):
+    """Of the page that the visitor gets; None if it may come in."""
+    return None if isinstance(verdict, Allow) else dict(verdict.page.fields)["X-Gotunnel-Error"]
+
+
 # --- What the gateway takes ----------------------------------------------------------------------
 
 
@@ -40,11 +46,11 @@ def test_policy_of_an_agent_is_taken_by_the_gateway():
         rate_limit=rate_limit({"per_address": "1/h", "burst": "2", "total": "1000000"}),
     )
     judge = read(made.wire(), "http")
-    assert judge.judge_request("10.0.0.1", basic("me")) is None
-    assert judge.judge_request("10.1.0.1", basic("me")).code == "not-allowed"
-    assert judge.judge_request("192.0.2.9", None).code == "password-required"
-    assert judge.judge_request("10.0.0.1", basic("me")) is None
-    assert judge.judge_request("10.0.0.1", basic("me")).code == "too-many-requests"
+    assert code(judge.judge_request("10.0.0.1", basic("me"))) is None
+    assert code(judge.judge_request("10.1.0.1", basic("me"))) == "not-allowed"
+    assert code(judge.judge_request("192.0.2.9", None)) == "password-required"
+    assert code(judge.judge_request("10.0.0.1", basic("me"))) is None
+    assert code(judge.judge_request("10.0.0.1", basic("me"))) == "too-many-requests"
 
 
 def test_largest_policy_is_taken_by_the_gateway():
@@ -65,13 +71,13 @@ def test_policy_that_asks_nothing_is_empty_on_the_wire():
 def test_hash_is_salted_and_has_the_form_of_a_phc_string():
     assert re.fullmatch(r"\$scrypt\$ln=14,r=8,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}", HASH)
     assert hash_password(PASSWORD) != HASH
-    assert judged(f"me:{HASH}").judge_request("192.0.2.1", basic("me")) is None
+    assert code(judged(f"me:{HASH}").judge_request("192.0.2.1", basic("me"))) is None
 
 
 def test_password_and_user_are_hashed_as_browsers_send_them():
     """Composed, however the operator's keyboard made them (RFC 7617 §2.1)."""
     judge = judged(*users("ju\u0308rgen:ba\u0308r"))
-    assert judge.judge_request("192.0.2.1", basic("jürgen", "bär")) is None
+    assert code(judge.judge_request("192.0.2.1", basic("jürgen", "bär"))) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def test_hash_is_taken_as_it_is(value):
 
 def test_password_may_hold_colons_and_blanks():
     (entry,) = users("me: a:b ")
-    assert judged(entry).judge_request("192.0.2.1", basic("me", " a:b ")) is None
+    assert code(judged(entry).judge_request("192.0.2.1", basic("me", " a:b "))) is None
 
 
 SALT, DIGEST = "c2FsdHNhbHRzYWx0c2FsdA", "A" * 43
@@ -228,7 +234,7 @@ def test_password_on_standard_input_becomes_a_hash(line):
     ended = subprocess.run(COMMAND, input=line.encode(), capture_output=True, timeout=30)
     assert (ended.returncode, ended.stderr) == (0, b"")
     judge = judged("me:" + ended.stdout.decode().removesuffix("\n"))
-    assert judge.judge_request("192.0.2.1", basic("me")) is None
+    assert code(judge.judge_request("192.0.2.1", basic("me"))) is None
 
 
 @pytest.mark.parametrize(
@@ -280,7 +286,7 @@ def talk(answers):
 def test_password_at_a_terminal_is_asked_for_twice_and_not_echoed():
     status, shown, out = talk([PASSWORD, PASSWORD])
     assert status == 0 and PASSWORD not in shown
-    assert judged("me:" + out.strip()).judge_request("192.0.2.1", basic("me")) is None
+    assert code(judged("me:" + out.strip()).judge_request("192.0.2.1", basic("me"))) is None
 
 
 def test_two_different_passwords_at_a_terminal_make_no_hash():

@@ -15,6 +15,7 @@ from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
 from gotunnel_server.visitors import policy
 from gotunnel_server.visitors.policy import Defaults
+from gotunnel_server.visitors.verdict import Allow
 
 EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "server.env"
 
@@ -496,8 +497,8 @@ def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
     else:
         loaded = config(DEFAULT_BASIC_AUTH=entry)
     judged = policy.read(None, "http", loaded.policy_defaults)
-    assert judged.judge_request("192.0.2.1", BASIC) is None
-    assert judged.judge_request("192.0.2.1", None).status == 401
+    assert isinstance(judged.judge_request("192.0.2.1", BASIC), Allow)
+    assert judged.judge_request("192.0.2.1", None).page.status == 401
     assert PASSWORD not in repr(loaded) + repr(loaded.policy_defaults.rules)
     assert "scrypt" not in repr(loaded) + repr(loaded.policy_defaults.rules)
 

@@ -214,7 +214,7 @@ def test_target_that_breaks_off_is_told_from_one_that_says_nothing(cache, tmp_pa
 # The table of codes ------------------------------------------------------------------------------
 
 # How the source makes a page with a code: the names of the functions, by whose first two arguments.
-MAKERS = {"error", "TargetFailed", "Denial"}
+MAKERS = {"error", "TargetFailed", "refusal"}
 SAID_BY_THE_AGENT = re.compile(r"\btarget-[a-z]+(?:-[a-z]+)*\b")
 
 
