@@ -8,12 +8,17 @@ import ipaddress
 import re
 import unicodedata
 
-MAX_HOSTNAME = 253  # characters (RFC 1123 §2.1, RFC 1035 §2.3.4)
+MAX_HOSTNAME = 253  # characters: 255 bytes on the DNS wire (RFC 1035 §2.3.4)
 MAX_PORT = 65535
 
 # A name, or an IPv6 address in brackets (without a zone, which only its own machine knows).
 _HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
+
+# A name as a visitor may send it, in a Host or a ClientHello: also with underscores, and hyphens
+# anywhere, as DNS allows (RFC 2181 §11). No route has such a name, so the visitor reads the page
+# for an unknown name, and no error about its spelling.
+REQUESTED_NAME = r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?"
 
 WILDCARD = "*."  # before a hostname: all that end in it
 

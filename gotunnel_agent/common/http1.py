@@ -22,6 +22,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from .hostnames import MAX_HOSTNAME, REQUESTED_NAME
+
 # Bytes of a head with its blank line, and of a trailer section: more than common targets take
 # (Tomcat 8 KiB, Node 16 KiB, nginx 32 KiB), so the target decides, and little for us to hold.
 HEAD_LIMIT = 65536
@@ -31,8 +33,6 @@ FIELD_LIMIT = 200
 TARGET_LIMIT = 8192
 # Bytes of a chunk-size line. The size needs 16; the rest is room for extensions, which nobody uses.
 CHUNK_LINE_LIMIT = 4096
-# Characters of a hostname: 255 bytes on the DNS wire (RFC 1035 §2.3.4) are 253 in text.
-NAME_LIMIT = 253
 # Characters of the peer's text that an error message repeats: enough to find it, no more.
 SHOWN_LIMIT = 40
 
@@ -43,7 +43,7 @@ _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 _STATUS_LINE = re.compile(r"([^ ]+) ([1-5][0-9][0-9])(?: (.*))?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 _AUTHORITY_FORM = re.compile(r"[^/?]+:[0-9]+")
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w-]+(?:\.[\w-]+)*\.?)(?::([0-9]{0,5}))?", re.ASCII)
+_AUTHORITY = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{REQUESTED_NAME})(?::([0-9]{{0,5}}))?")
 # One field line without the white space around its value. It is for text that _check_text has
 # seen: there nothing can fail after the colon, and "^" keeps a search from starting inside a line,
 # so a bad line costs its length once and not its length squared.
@@ -382,8 +382,8 @@ def _name(authority: str) -> str:
         except ValueError:
             raise Malformed(400, f"host {_shown(name)}, expected an IPv6 address") from None
     name = name.lower().removesuffix(".")
-    if len(name) > NAME_LIMIT:
-        raise Malformed(400, f"host of {len(name)} characters, expected at most {NAME_LIMIT}")
+    if len(name) > MAX_HOSTNAME:
+        raise Malformed(400, f"host of {len(name)} characters, expected at most {MAX_HOSTNAME}")
     return name
 
 

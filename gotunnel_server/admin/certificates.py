@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from cryptography import x509
 
+from gotunnel_agent.common.hostnames import normal_hostname
+
 from ..certs.cert_dir import CertDir
 from ..certs.folder import FolderStorage, open_store
 from ..certs.issuer import Issuer
@@ -164,7 +166,7 @@ def ask_renewal(config, name) -> str:
 
     Raises StoreError if the name has nothing that could be renewed so.
     """
-    name = name.lower().removesuffix(".")
+    name = normal_hostname(name)
     rows = find_rows(config)
     known = {row.name for row in rows if row.source in (ORDERED, GO)}
     if name not in known:

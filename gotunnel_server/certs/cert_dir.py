@@ -39,6 +39,8 @@ from typing import NamedTuple
 
 from cryptography import x509
 
+from gotunnel_agent.common.hostnames import normal_hostname
+
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
 from .local_ca import CertificateError
@@ -337,18 +339,13 @@ def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path) -> No
         raise CertificateError(f"{error.filename or key_file}: {error.strerror}") from error
 
 
-def normal(name: str) -> str:
-    """The hostname that `name` means: a ClientHello may spell it in any case."""
-    return name.lower().removesuffix(".")
-
-
 def names_of(certificate: x509.Certificate) -> frozenset[str]:
     """The DNS names and IP addresses in subjectAltName, which alone counts (RFC 9525 §2)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except MALFORMED:
         return frozenset()
-    return frozenset(map(normal, names.get_values_for_type(x509.DNSName))) | frozenset(
+    return frozenset(map(normal_hostname, names.get_values_for_type(x509.DNSName))) | frozenset(
         map(str, names.get_values_for_type(x509.IPAddress)))
 
 

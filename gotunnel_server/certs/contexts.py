@@ -25,8 +25,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from gotunnel import IGNORE_UNEXPECTED_EOF
+from gotunnel_agent.common.hostnames import normal_hostname
 
-from .cert_dir import CertDir, Pair, Served, load_pair, normal
+from .cert_dir import CertDir, Pair, Served, load_pair
 from .local_ca import RENEW_BEFORE, Authority, CertificateError
 
 __all__ = ["CertificateError", "Certificates"]
@@ -61,7 +62,7 @@ class Certificates:
 
     def is_given(self, hostname: str) -> bool:
         """Whether a pair in `cert_dir` that is valid now serves `hostname`."""
-        return _find(self.given.valid, normal(hostname)) is not None
+        return _find(self.given.valid, normal_hostname(hostname)) is not None
 
     def reload(self) -> None:
         """Take up what changed in `cert_dir` since the last look, or by a date that passed.
@@ -86,7 +87,7 @@ class Certificates:
 
         Any thread. Raises CertificateError if the authority cannot issue.
         """
-        hostname = normal(hostname)
+        hostname = normal_hostname(hostname)
         valid, outdated = self.given
         if _find(valid, hostname):
             return True
@@ -103,14 +104,14 @@ class Certificates:
         One that began earlier than what is served changes nothing. Any thread. Raises
         CertificateError if it cannot be used; then what was served stays.
         """
-        self._publish(normal(hostname), file, file)
+        self._publish(normal_hostname(hostname), file, file)
 
     def context(self, hostname: str) -> ssl.SSLContext | None:
         """The context of `hostname`: of exactly that name, else of a wildcard; None if none.
 
         Any thread; no lock, no disk.
         """
-        hostname = normal(hostname)
+        hostname = normal_hostname(hostname)
         valid, outdated = self.given
         if context := _find(valid, hostname):
             return context
@@ -131,13 +132,13 @@ class Certificates:
         A hostname that is not ASCII never reaches us: Python refuses it, and says so on standard
         error. Whoever peeks at the ClientHello first should close those.
         """
-        default = normal(default)
+        default = normal_hostname(default)
 
         def choose(
             connection: ssl.SSLObject | ssl.SSLSocket, sni: str | None, _: ssl.SSLContext
         ) -> int | None:
             try:
-                hostname = default if sni is None else normal(sni)
+                hostname = default if sni is None else normal_hostname(sni)
                 welcome = hostname == default or allowed is None or allowed(hostname)
                 context = self.context(hostname) if welcome else None
                 if context is None:

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gotunnel import NoThread, spawn
+from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 from gotunnel_agent.common.token_bucket import Buckets
 
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
@@ -212,7 +213,7 @@ class Issuer:
         is the gateway. Reads the store, so do not call it in a handshake. Raises ValueError for
         what cannot be ordered so: an address, a wildcard.
         """
-        if not re.fullmatch(r"([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*", hostname):
+        if not valid_hostname(hostname) or hostname != normal_hostname(hostname):
             raise ValueError(f"{hostname!r}: expected a hostname, in lower case, without wildcard")
         with self._lock:
             host = self._hosts.get(hostname)

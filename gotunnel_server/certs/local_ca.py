@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import ipaddress
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gotunnel_agent.common import atomic_file
+from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname, valid_hostname
 
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
@@ -47,8 +47,6 @@ RENEW_BEFORE = timedelta(days=30)
 # Clocks of phones and virtual machines run behind; a leaf must be valid for them at once.
 BACKDATE = timedelta(hours=1)
 
-# Letters, digits, hyphens (RFC 1123 §2.1), labels of 63 at most; `*.` for one label of any name.
-_HOSTNAME = re.compile(r"(\*\.)?(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 # A file's name has 255 bytes at most; ours is the hostname and up to 8 more (".crt.new").
 _LONGEST_HOSTNAME = 255 - 8
 
@@ -222,7 +220,9 @@ def _general_name(hostname: str) -> x509.GeneralName:
         pass    # not an address, so it should be a name
     if hostname == "ca":
         raise CertificateError("hostname ca: its files would be those of the CA itself")
-    if len(hostname) > _LONGEST_HOSTNAME or not _HOSTNAME.fullmatch(hostname):
+    name = hostname.removeprefix(WILDCARD)
+    normal = valid_hostname(name) and name == normal_hostname(name)
+    if len(hostname) > _LONGEST_HOSTNAME or not normal:
         raise CertificateError(
             f"hostname {hostname[:_LONGEST_HOSTNAME]!r}: expected an IP address, or labels of"
             f" a-z, 0-9 and hyphens, {_LONGEST_HOSTNAME} characters at most")

@@ -44,7 +44,9 @@ from .storage import Locker, Storage, Unreadable
 log = logging.getLogger("gotunnel.cert_store")
 
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
-HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")  # what leads nobody out of the folder
+# A key's stem. Not the grammar of hostnames: it has to lead nobody out of the folder, and to take
+# what the Go program and older gateways have written.
+HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")
 HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
 PROBE_BYTES = 16 * 1024  # what a certificate takes, and what is written beside it
 # What Let's Encrypt's staging CA calls itself; the Go program kept both kinds in one place.

@@ -20,6 +20,7 @@ import re
 from typing import NamedTuple
 
 from gotunnel_agent.common import addresses
+from gotunnel_agent.common.hostnames import MAX_HOSTNAME, REQUESTED_NAME
 
 # Bytes within which a hello must be complete. Real ones are 250 to 2000 bytes long, with large
 # session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. One is cut into records
@@ -41,10 +42,7 @@ _NAME_HOST = 0                  # RFC 6066 §3, the only name type there is
 # The one ALPN protocol that a CA offers in a TLS-ALPN-01 validation (RFC 8737 §4).
 ACME_TLS = "acme-tls/1"
 
-# Characters of a hostname: 255 bytes on the DNS wire (RFC 1035 §2.3.4) are 253 in text.
-NAME_LIMIT = 253
-# Labels of ASCII letters, digits, hyphens; underscores too, which are in use.
-_HOSTNAME = re.compile(rb"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?")
+_HOSTNAME = re.compile(REQUESTED_NAME)
 
 
 class Hello(NamedTuple):
@@ -167,12 +165,12 @@ def _hostname(name: bytes) -> str | None:
     text = name.decode("latin-1")
     if addresses.parse(text) is not None:
         return None
-    if not _HOSTNAME.fullmatch(name):
-        raise NotTLS(f"server name {text[:NAME_LIMIT]!r}, expected an ASCII hostname")
+    if not _HOSTNAME.fullmatch(text):
+        raise NotTLS(f"server name {text[:MAX_HOSTNAME]!r}, expected an ASCII hostname")
     # Without a dot at its end, says RFC 6066 §3; it means the same name, so we are lenient.
     text = text.lower().removesuffix(".")
-    if len(text) > NAME_LIMIT:
-        raise NotTLS(f"server name of {len(text)} bytes, expected at most {NAME_LIMIT}")
+    if len(text) > MAX_HOSTNAME:
+        raise NotTLS(f"server name of {len(text)} bytes, expected at most {MAX_HOSTNAME}")
     return text
 
 
