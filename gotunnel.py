@@ -1665,29 +1665,10 @@ class Duplex:
 
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
 
-
-# What a container is allowed, in the two versions of Linux's control groups.
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this process can have: the machine's, or its container's if that is
-    less; 1 GiB if nobody knows."""
-    sizes = []
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # not a Unix
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for path in CGROUP_LIMITS:
-        with contextlib.suppress(ValueError, OSError):  # "max": there is no limit
-            with open(path, encoding="ascii") as file:
-                sizes.append(int(file.read()))
-    return min(sizes, default=1 << 30)
-
-
-PROCESS_MEMORY = Memory(machine_memory(), threading.Lock())
-
-AHEAD_LEAST = 16 * 1024  # bytes that go to TLS at once, and that may lie in the kernel but are not
-AHEAD_MOST = 64 * 1024  # on the line yet: what is urgent waits for both. Few on slow lines.
-AHEAD_QUICK, AHEAD_SLOW = 0.01, 0.2  # seconds for so many bytes: could be more, should be fewer
+SEND_LEAST = 16 * 1024  # Send quantum: bytes that are encrypted by one call, and the limit of
+SEND_MOST = 64 * 1024  # unsent bytes in the kernel. Pongs and credit queue behind both
+SEND_QUICK = 0.01  # seconds; if a jam of one quantum takes less, the quantum is doubled
+SEND_SLOW = 0.2  # ... and if it takes more, halved
 READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
 ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
 LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
@@ -1697,22 +1678,349 @@ NOTHING = (b"", ())  # a batch of frames
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
+class Timers:
+    """Functions to be called later: the earliest first, those of one instant in their order.
+
+    A heap of (monotonic instant, number, function); no number comes twice, so functions are never
+    compared. ``next_at`` is always the first instant, infinite if there is none, and may be read
+    by any thread. All else needs the owner's lock.
+    """
+
+    def __init__(self):
+        self._heap = []
+        self._count = 0
+        self.next_at = math.inf
+
+    def add(self, at, function):
+        self._count += 1
+        heapq.heappush(self._heap, (at, self._count, function))
+        self.next_at = self._heap[0][0]
+
+    def pop(self, now):
+        """Take out the first function that is due; None if none is."""
+        if self.next_at > now:
+            return None
+        function = heapq.heappop(self._heap)[2]
+        self.next_at = self._heap[0][0] if self._heap else math.inf
+        return function
+
+    def clear(self):
+        self._heap.clear()
+        self.next_at = math.inf
+
+
+class Sender:
+    """Takes frames out of a Mux and sends them, in whichever thread has queued some (flat
+    combining).
+
+    While ``busy``, exactly one thread has a batch of frames, and no other one takes any: so bytes
+    leave in the order of the Mux. A thread that finds the Sender busy leaves its frames in the
+    Mux; the thread that sends looks for more, under the lock, before it stops being busy. If the
+    kernel is full (``jammed``), the demultiplexer is that thread, until resume() gets rid of the
+    rest.
+    """
+
+    def __init__(self, duplex, mux, lock, streams, wake):
+        """``lock`` is the session's: take() is called with it, all else without. ``streams`` maps
+        ids to Streams; ``wake()`` wakes the demultiplexer."""
+        self.busy = False
+        self.jammed = False
+        self.postponed = False  # a frame waits for another one, or until a thread waits to read
+        self.closing = False  # the demultiplexer wants to hear when all is sent
+        self._jammed_at = 0.0
+        self._quantum = SEND_LEAST
+        self._stopped = False
+        self._duplex, self._mux, self._lock = duplex, mux, lock
+        self._streams = streams
+        self._wake = wake
+
+    def take(self):
+        """A batch for send(), empty if there is nothing to send or another thread is busy: that
+        one takes it along. Caller holds the lock, and calls send() without it."""
+        self.postponed = False
+        if self.busy:
+            return NOTHING
+        data, served = self._mux.pull(self._quantum)
+        self.busy = bool(data)
+        return data, served
+
+    def send(self, batch):
+        """Send a batch, and go on until there is nothing left, or the kernel is full."""
+        data, served = batch
+        if not data:
+            return
+        while data:
+            try:
+                done = self._duplex.send(data)
+            except OSError:
+                if not self._stopped:
+                    self._duplex.reset()  # the demultiplexer finds out, and knows how to end
+                return
+            except BaseException:  # no memory, for example: what is lost here cannot be repaired
+                self._duplex.reset()
+                raise
+            if not done:
+                self._jammed_at = monotonic()
+                self.jammed = True
+                self._wake()
+            elif len(data) >= self._quantum:
+                self._pace(0)
+            with self._lock:
+                for stream_id in served:
+                    if stream_id in self._streams:
+                        self._streams[stream_id]._writable.notify()
+                if not done:
+                    return
+                data, served = self._mux.pull(self._quantum)
+                self.busy = bool(data) or self._stopped
+        if self.closing:
+            self._wake()
+
+    def flush(self):
+        """Send what is queued, if no other thread does so already."""
+        with self._lock:
+            batch = self.take()
+        self.send(batch)
+
+    def send_postponed(self):
+        """Caller holds the lock, which is let go meanwhile."""
+        batch = self.take()
+        self._lock.release()
+        try:
+            self.send(batch)
+        finally:
+            self._lock.acquire()
+
+    def resume(self):
+        """Demultiplexer, in a jam: go on with what came up during it, if the kernel takes the
+        rest of the batch now."""
+        if not self._duplex.flush():
+            return
+        self.jammed = False
+        self._pace(monotonic() - self._jammed_at)
+        with self._lock:
+            self.busy = self._stopped
+            batch = self.take()
+        self.send(batch)
+        if self.closing:
+            self._wake()
+
+    def idle(self) -> bool:
+        """Whether all that was queued is with the kernel; sends what no thread has begun with."""
+        self.flush()
+        with self._lock:
+            return not self.busy
+
+    def limit(self):
+        """Have the kernel take no more than a quantum that it cannot send at once."""
+        self._duplex.limit_unsent(self._quantum)
+
+    def stop(self):
+        """Send nothing any more. Caller holds the lock."""
+        self._stopped = self.busy = True
+
+    def _pace(self, took):
+        """Fit the quantum to a line that ``took`` so many seconds for it. Busy thread only."""
+        if took < SEND_QUICK and self._quantum < SEND_MOST:
+            self._quantum *= 2
+        elif took > SEND_SLOW and self._quantum > SEND_LEAST:
+            self._quantum //= 2
+        else:
+            return
+        self.limit()
+
+
+class StreamTable:
+    """The streams of a session, and the threads that wait for one.
+
+    A stream is in ``known`` until the Mux has forgotten its id. If all of it came and was not read
+    by then, it is in ``over`` until it is. ``unread`` is always the sum of both's unread bytes.
+    Everything here needs the session's lock, but say_farewells().
+    """
+
+    def __init__(self, session, mux, account, lock):
+        self.known = {}  # id: Stream
+        self.over = set()
+        self.unread = 0
+        self.expiring = {}  # id: (monotonic deadline, Stream) of streams that are reset then
+        self.arrived = collections.deque()  # streams that the peer opened, for accept()
+        self.arrival = threading.Condition(lock)  # arrived grew, or the end
+        self.slot = threading.Condition(lock)  # the Mux's may_open may be true again, or the end
+        self.farewells = []  # functions to be called without the lock, of streams that died
+        self._session, self._mux, self._account, self._lock = session, mux, account, lock
+
+    def add(self, stream_id):
+        stream = self.known[stream_id] = Stream(self._session, stream_id)
+        return stream
+
+    def count_unread(self, stream, count):
+        stream._unread += count
+        self.unread += count
+        self._account.hold(count)
+        if not stream._unread and stream in self.over:
+            self.over.discard(stream)
+            stream._on_death = None  # it has ended well
+
+    def drop_if_over(self, stream):
+        """Both sides have said FIN: only the stream's reader still knows it."""
+        if stream._got_fin and stream._sent_fin:
+            self._forget(stream.id)
+            self.slot.notify()
+            if stream._unread:
+                self.over.add(stream)
+            else:
+                stream._on_death = None
+
+    def give_up(self, stream, text):
+        """Reset a stream, if it is still known."""
+        if stream._is_known():
+            self._forget(stream.id)
+            self._mux.reset(stream.id)
+            self.slot.notify()
+        stream._die(StreamReset(text))
+        stream._cut()
+
+    def expire(self, stream, timeout):
+        """Reset a stream in ``timeout`` seconds, or a little later, unless it is over or accepted
+        by then."""
+        self.expiring[stream.id] = (monotonic() + timeout, stream)
+
+    def sweep(self):
+        """Reset what has expired."""
+        now = monotonic()
+        for deadline, stream in list(self.expiring.values()):
+            if deadline > now:
+                pass
+            elif self._mux.unsent(stream.id):  # the line is slow, and the peer is not to blame
+                self.expire(stream, LINGER_TIMEOUT)
+            else:
+                self.give_up(stream, "the stream was reset: nobody ended it")
+
+    def end(self, reason):
+        """Forget all streams: the session is over."""
+        streams = list(self.known.values())
+        self.known.clear()
+        self.expiring.clear()
+        for stream in self.over:
+            stream._on_death = None  # it has ended well, although not all was read yet
+        self.over.clear()
+        self.arrived.clear()
+        for stream in streams:
+            stream._die(SessionClosed(reason))
+        self.arrival.notify_all()
+        self.slot.notify_all()
+
+    def say_farewells(self):
+        """Call what wanted to hear of a stream's death. Without the lock."""
+        with self._lock:
+            functions, self.farewells = self.farewells, []
+        for function in functions:
+            call_logged(function)
+
+    def _forget(self, stream_id):
+        """Take a stream out of the tables; None if it was not there any more."""
+        expires = self.expiring.pop(stream_id, None) is not None
+        stream = self.known.pop(stream_id, None)
+        if expires and stream in self.arrived:
+            self.arrived.remove(stream)
+        return stream
+
+    def _make_room(self):
+        """If too many bytes are unread, give up the stream that has most of them."""
+        if self.unread <= self._account.memory.share:
+            return
+        streams = [*self.known.values(), *self.over]
+        worst = max(streams, key=lambda stream: stream._unread)
+        self.farewells.append(functools.partial(
+            log.warning, "%s: stream %d is reset, %d bytes of it were not read and memory is short",
+            self._session.name, worst.id, worst._unread,
+        ))  # fmt: skip
+        self.give_up(worst, "the stream was reset: too much of it was not read")
+
+    # What the Mux says. A stream may be gone since it said so (_make_room).
+
+    def _on_received(self, event):
+        stream = self.known.get(event.stream_id)
+        if stream is None:
+            return
+        put(stream._chunks, event.payload)
+        stream._silent = False
+        self.count_unread(stream, len(event.payload))
+        stream._readable.notify()
+        if self.unread > Memory.FLOOR:
+            self._make_room()
+
+    def _on_opened(self, event):
+        if not self._mux.knows(event.stream_id):  # reset in the same breath
+            return
+        stream = self.add(event.stream_id)
+        self.arrived.append(stream)
+        self.arrival.notify()
+        self.expire(stream, ACCEPT_TIMEOUT)
+
+    def _on_finished(self, event):
+        stream = self.known.get(event.stream_id)
+        if stream is not None:
+            stream._got_fin = True
+            stream._readable.notify()
+            self.drop_if_over(stream)
+
+    def _on_was_reset(self, event):
+        self.slot.notify()
+        unaccepted = event.stream_id in self.expiring
+        stream = self._forget(event.stream_id)
+        if stream is None:
+            return
+        error = StreamReset(event.reason, event.code)
+        stream.refused = stream._silent
+        # If it came whole, its reader may take its time.
+        if stream._got_fin and stream._unread and not unaccepted:
+            stream._fail(error)
+            self.over.add(stream)
+        else:
+            stream._die(error)
+            stream._cut()
+
+    def _on_writable(self, event):
+        if event.stream_id in self.known:  # not if both sides have finished
+            self.known[event.stream_id]._writable.notify()
+
+    def _on_answered(self, event):
+        self.slot.notify()
+
+    def _on_gone_away(self, event):
+        self.slot.notify_all()
+        if event.code != NORMAL:
+            raise SessionClosed(f"the peer ended the session with code {event.code}")
+
+    on_event = {  # event type: method
+        Received: _on_received,
+        Opened: _on_opened,
+        Finished: _on_finished,
+        WasReset: _on_was_reset,
+        Writable: _on_writable,
+        Answered: _on_answered,
+        GoneAway: _on_gone_away,
+    }
+
+
 class Session:
     """One multiplexed connection.
 
     A demultiplexer thread (start()) reads, and hands each stream its bytes; it never waits for
-    a stream's reader, nor for the line. Who has something to send sends it: if somebody is at
-    it already, that one takes it along, and what the kernel does not take, the demultiplexer
-    sends later. Until start() is called, turn() does one round of its work, without waiting.
+    a stream's reader, nor for the line. A thread that has something to send sends it, or leaves
+    it to the thread that is sending (Sender). Until start() is called, turn() does one round of
+    the demultiplexer's work, without waiting.
 
-    One lock guards the Mux and all streams; no I/O is done under it.
+    One lock guards the Mux, the streams and the timers; no I/O is done under it.
     """
 
     def __init__(
         self, duplex, *, client, name,
         window=INITIAL_WINDOW, max_streams=MAX_STREAMS, memory=None,
     ):  # fmt: skip
-        """``name`` is for thread names and the log; the rest is as for Mux. Owns ``duplex``."""
+        """``name`` is for thread names and the log; ``memory`` is process_memory() if None; the
+        rest is as for Mux. Owns ``duplex``."""
         self.name = name
         self.ended = ""  # why the session is over; "" while it lives
         self.heard_at = monotonic()  # when the peer has sent something last
@@ -1720,28 +2028,15 @@ class Session:
         self.on_end = None  # called once when the session is over, all streams dead ...
         self.on_close = None  # ... and once when its connection is closed
         self._duplex = duplex
-        self._lock = threading.Lock()
-        self._account = Account(memory or PROCESS_MEMORY)
-        self._mux = Mux(
+        self._lock = lock = threading.Lock()
+        self._account = Account(memory or process_memory())
+        self._mux = mux = Mux(
             client=client, window=window, max_streams=max_streams, account=self._account
         )
-        self._streams = {}  # id: Stream
-        self._over = set()  # streams that came whole and are over, but not read to their end
-        self._unread = 0  # bytes that came for streams, and that nobody has read
-        self._expiring = {}  # id: (monotonic deadline, Stream) that are reset then
-        self._arrived = collections.deque()  # streams for accept()
-        self._arrival = threading.Condition(self._lock)  # _arrived grew, or the end
-        self._slot = threading.Condition(self._lock)  # may_open may be true again, or the end
-        self._sending = False  # somebody takes frames out of the Mux and sends them
-        self._postponed = False  # a frame waits for another one, or until somebody waits to read
-        self._jammed = False  # the kernel is full: the demultiplexer is that somebody ...
-        self._jammed_at = 0.0  # ... since then
-        self._ahead = AHEAD_LEAST  # bytes, see there
+        self._streams = StreamTable(self, mux, self._account, lock)
+        self._sender = Sender(duplex, mux, lock, self._streams.known, self._wake)
+        self._timers = Timers()
         self._closing = None  # (reason, monotonic deadline) once close() was called
-        self._timers = []  # heap of (monotonic time, number, function)
-        self._timer_count = 0
-        self._timer_at = math.inf  # monotonic time of the first one
-        self._farewells = []  # functions to be called without the lock, of streams that died
         self._started = False  # the demultiplexer runs: the end is its business
         self._thread = None
         self._waker = None  # of the demultiplexer, from start() on
@@ -1754,7 +2049,7 @@ class Session:
     @property
     def jammed(self) -> bool:
         """Whether the peer, or the line, does not take what we have to send."""
-        return self._jammed
+        return self._sender.jammed
 
     # Streams
 
@@ -1766,22 +2061,22 @@ class Session:
         Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, ConnectionError.
         """
         deadline = Deadline(timeout)
+        mux, slot = self._mux, self._streams.slot
         with self._lock:
-            mux = self._mux
             try:
                 while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
-                    self._slot.wait(deadline.left())
+                    slot.wait(deadline.left())
                 self._check_alive()
                 with permit:
-                    stream = self._add_stream(self._mux.open(monotonic()))
+                    stream = self._streams.add(mux.open(monotonic()))
             except BaseException:
-                self._slot.notify()  # it may have been woken for a slot that another one can use
+                slot.notify()  # it may have been woken for a slot that another one can use
                 raise
-            room = self._mux.room(stream.id)
+            room = mux.room(stream.id)
             if first:
-                self._mux.send(stream.id, first[:room])
-            batch = self._take_batch()
-        self._send(batch)
+                mux.send(stream.id, first[:room])
+            batch = self._sender.take()
+        self._sender.send(batch)
         if len(first) > room:
             try:
                 stream.write(first[room:], deadline.left())
@@ -1793,42 +2088,39 @@ class Session:
     def accept(self, timeout=None) -> "Stream":
         """The next stream that the peer opened; raises TimeoutError, SessionClosed."""
         deadline = Deadline(timeout)
+        streams, sender = self._streams, self._sender
         with self._lock:
             try:
-                while not (self.ended or self._arrived):
-                    self._arrival.wait(deadline.left())
+                while not (self.ended or streams.arrived):
+                    streams.arrival.wait(deadline.left())
             except BaseException:  # KeyboardInterrupt may come with the wake-up
-                self._arrival.notify()
+                streams.arrival.notify()
                 raise
             self._check_alive()
-            stream = self._arrived.popleft()
-            self._expiring.pop(stream.id, None)
+            stream = streams.arrived.popleft()
+            streams.expiring.pop(stream.id, None)
             self._mux.accept(stream.id)
             # If the peer has asked something already, the ACK leaves with the answer to it.
-            self._postponed = stream._unread > 0
-            batch = NOTHING if self._postponed else self._take_batch()
-        self._send(batch)
+            sender.postponed = stream._unread > 0
+            batch = NOTHING if sender.postponed else sender.take()
+        sender.send(batch)
         return stream
 
     def streams_in_use(self) -> list:
         """The streams that our side is not done with. A stream that ends meanwhile may be there
         twice. Takes no lock, since a permit of open() may ask while other sessions' locks are
         held: copy() of a dict and of a set is one step, also on a Python without a GIL."""
-        streams = (*self._streams.copy().values(), *self._over.copy())
+        streams = (*self._streams.known.copy().values(), *self._streams.over.copy())
         return [stream for stream in streams if not stream._discarding]
 
     @property
     def arrived(self) -> bool:
         """Whether accept() would return at once."""
-        return bool(self._arrived)
+        return bool(self._streams.arrived)
 
     def _check_alive(self):
         if self.ended:
             raise SessionClosed(self.ended)
-
-    def _add_stream(self, stream_id):
-        stream = self._streams[stream_id] = Stream(self, stream_id)
-        return stream
 
     # The demultiplexer
 
@@ -1846,7 +2138,7 @@ class Session:
         if over:
             waker.close()
             raise SessionClosed("the session was closed before it started")
-        self._duplex.limit_unsent(self._ahead)
+        self._sender.limit()
         self.call_later(KEEP_ALIVE, self._keep_alive)
         self.call_later(SWEEP, self._sweep)
         self._wake()  # something may have come already, in places where the selector does not look
@@ -1877,29 +2169,28 @@ class Session:
 
     def _serve(self, selector):
         """Go round until the session is to be closed, and say why."""
-        writing = False
+        sender, writing = self._sender, False
         while True:
-            if self._jammed is not writing:
-                writing = self._jammed
+            if sender.jammed is not writing:
+                writing = sender.jammed
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(self._duplex, events)
-            for key, _ in selector.select(self._next_timer()):
+            for key, _ in selector.select(self._patience()):
                 if key.fileobj is self._waker:
                     self._waker.clear()
-            if self._jammed and self._duplex.flush():
-                self._jammed = False
-                self._pace(monotonic() - self._jammed_at)
-                self._go_on()
+            if sender.jammed:
+                sender.resume()
             self.turn()
             self._run_timers()  # after it: what came while we slept is a sign of life
-            if self._closing and (self._all_sent() or monotonic() >= self._closing[1]):
+            if self._closing and (sender.idle() or monotonic() >= self._closing[1]):
                 return self._closing[0]
 
     def turn(self):
         """Take what has come and answer it, without waiting. Raises ProtocolError, OSError.
 
-        Demultiplexer only; before start(), whoever holds the session.
+        Demultiplexer only; before start(), the thread that holds the session.
         """
+        streams, on_event = self._streams, StreamTable.on_event
         for _ in range(READS_A_TURN):
             buffer = _large_buffers.take()
             try:
@@ -1911,13 +2202,13 @@ class Session:
                 now = self.heard_at = monotonic()
                 with self._lock:
                     for event in self._mux.receive(buffer[:count], now):
-                        self._on_event[type(event)](self, event)
-                    batch = self._take_batch()
+                        on_event[type(event)](streams, event)
+                    batch = self._sender.take()
             finally:
                 _large_buffers.give_back(buffer)
-            self._send(batch)
-            if self._farewells:
-                self._say_farewells()
+            self._sender.send(batch)
+            if streams.farewells:
+                streams.say_farewells()
             if count < READ_BATCH and not self._duplex.pending:
                 break  # that was all
         else:
@@ -1930,202 +2221,6 @@ class Session:
         if self._waker is not None:
             self._waker.wake()
 
-    # What the Mux says; caller holds the lock. A stream may be gone since it said so (_make_room).
-
-    def _on_received(self, event):
-        stream = self._streams.get(event.stream_id)
-        if stream is None:
-            return
-        put(stream._chunks, event.payload)
-        stream._silent = False
-        self._count_unread(stream, len(event.payload))
-        stream._readable.notify()
-        if self._unread > Memory.FLOOR:
-            self._make_room()
-
-    def _count_unread(self, stream, count):
-        stream._unread += count
-        self._unread += count
-        self._account.hold(count)
-        if not stream._unread and stream in self._over:
-            self._over.discard(stream)
-            stream._on_death = None  # it has ended well
-
-    def _make_room(self):
-        """If there is too much that nobody reads, give up the stream that has most of it."""
-        if self._unread <= self._account.memory.share:
-            return
-        streams = [*self._streams.values(), *self._over]
-        worst = max(streams, key=lambda stream: stream._unread)
-        self._farewells.append(functools.partial(
-            log.warning, "%s: stream %d is reset, %d bytes of it were not read and memory is short",
-            self.name, worst.id, worst._unread,
-        ))  # fmt: skip
-        self._give_up(worst, "the stream was reset: too much of it was not read")
-
-    def _on_opened(self, event):
-        if not self._mux.knows(event.stream_id):  # reset in the same breath
-            return
-        stream = self._add_stream(event.stream_id)
-        self._arrived.append(stream)
-        self._arrival.notify()
-        self._expire(stream, ACCEPT_TIMEOUT)
-
-    def _on_finished(self, event):
-        stream = self._streams.get(event.stream_id)
-        if stream is not None:
-            stream._got_fin = True
-            stream._readable.notify()
-            self._drop_if_over(stream)
-
-    def _on_was_reset(self, event):
-        self._slot.notify()
-        unaccepted = event.stream_id in self._expiring
-        stream = self._forget(event.stream_id)
-        if stream is None:
-            return
-        error = StreamReset(event.reason, event.code)
-        stream.refused = stream._silent
-        # If it came whole, its reader may take its time.
-        if stream._got_fin and stream._unread and not unaccepted:
-            stream._fail(error)
-            self._over.add(stream)
-        else:
-            stream._die(error)
-            stream._cut()
-
-    def _on_writable(self, event):
-        if event.stream_id in self._streams:  # not if both sides have finished
-            self._streams[event.stream_id]._writable.notify()
-
-    def _on_answered(self, event):
-        self._slot.notify()
-
-    def _on_gone_away(self, event):
-        self._slot.notify_all()
-        if event.code != NORMAL:
-            raise SessionClosed(f"the peer ended the session with code {event.code}")
-
-    _on_event = {
-        Received: _on_received,
-        Opened: _on_opened,
-        Finished: _on_finished,
-        WasReset: _on_was_reset,
-        Writable: _on_writable,
-        Answered: _on_answered,
-        GoneAway: _on_gone_away,
-    }
-
-    def _say_farewells(self):
-        with self._lock:
-            functions, self._farewells = self._farewells, []
-        for function in functions:
-            call_logged(function)
-
-    def _drop_if_over(self, stream):
-        """Both sides have said FIN: only the stream's reader still knows it."""
-        if stream._got_fin and stream._sent_fin:
-            self._forget(stream.id)
-            self._slot.notify()
-            if stream._unread:
-                self._over.add(stream)
-            else:
-                stream._on_death = None
-
-    def _forget(self, stream_id):
-        """Take a stream out of the tables; None if it was not there any more."""
-        expires = self._expiring.pop(stream_id, None) is not None
-        stream = self._streams.pop(stream_id, None)
-        if expires and stream in self._arrived:
-            self._arrived.remove(stream)
-        return stream
-
-    def _give_up(self, stream, text):
-        """Reset a stream that is still known, if it is. Caller holds the lock."""
-        if stream._is_known():
-            self._forget(stream.id)
-            self._mux.reset(stream.id)
-            self._slot.notify()
-        stream._die(StreamReset(text))
-        stream._cut()
-
-    # Sending
-
-    def _take_batch(self):
-        """What is to be sent now, b"" if that is nothing or somebody is at it: that one takes it
-        along. Caller holds the lock, and passes it to _send() without the lock."""
-        self._postponed = False
-        if self._sending:
-            return NOTHING
-        data, served = self._mux.pull(self._ahead)
-        self._sending = bool(data)
-        return data, served
-
-    def _send(self, batch):
-        """Send a batch, and go on until there is nothing left, or the kernel is full."""
-        data, served = batch
-        if not data:
-            return
-        while data:
-            try:
-                done = self._duplex.send(data)
-            except OSError:
-                if not self.ended:
-                    self._duplex.reset()  # the demultiplexer finds out, and knows how to end
-                return
-            except BaseException:  # no memory, for example: what is lost here cannot be repaired
-                self._duplex.reset()
-                raise
-            if not done:
-                self._jammed_at = monotonic()
-                self._jammed = True
-                self._wake()
-            elif len(data) >= self._ahead:
-                self._pace(0)
-            with self._lock:
-                for stream_id in served:
-                    if stream_id in self._streams:
-                        self._streams[stream_id]._writable.notify()
-                if not done:
-                    return
-                data, served = self._mux.pull(self._ahead)
-                self._sending = bool(data) or bool(self.ended)
-        if self._closing:
-            self._wake()  # the demultiplexer waits for us to be done
-
-    def _pace(self, took):
-        """Fit _ahead to a line that ``took`` so many seconds for it. Sender only."""
-        if took < AHEAD_QUICK and self._ahead < AHEAD_MOST:
-            self._ahead *= 2
-        elif took > AHEAD_SLOW and self._ahead > AHEAD_LEAST:
-            self._ahead //= 2
-        else:
-            return
-        self._duplex.limit_unsent(self._ahead)
-
-    def _flush(self):
-        with self._lock:
-            batch = self._take_batch()
-        self._send(batch)
-
-    def _send_postponed(self):
-        """Caller holds the lock, which is let go meanwhile."""
-        batch = self._take_batch()
-        self._lock.release()
-        try:
-            self._send(batch)
-        finally:
-            self._lock.acquire()
-
-    def _go_on(self):
-        """Send what came up during a jam. Demultiplexer only."""
-        with self._lock:
-            self._sending = bool(self.ended)
-            batch = self._take_batch()
-        self._send(batch)
-        if self._closing:
-            self._wake()
-
     # Timers
 
     def call_later(self, delay, function):
@@ -2134,53 +2229,39 @@ class Session:
         The function must not wait for anything.
         """
         with self._lock:
-            self._timer_count += 1
-            heapq.heappush(self._timers, (monotonic() + delay, self._timer_count, function))
-            self._timer_at = self._timers[0][0]
+            self._timers.add(monotonic() + delay, function)
         if threading.current_thread() is not self._thread:
             self._wake()
 
-    def _next_timer(self):
-        """Seconds until the next one, or until close() is out of patience."""
-        at = min(self._timer_at, self._closing[1]) if self._closing else self._timer_at
+    def _patience(self):
+        """Seconds until the next timer, or until close() is out of patience."""
+        at = self._timers.next_at
+        if self._closing:
+            at = min(at, self._closing[1])
         return max(0, at - monotonic()) if at < math.inf else None
 
     def _run_timers(self):
-        while self._timer_at <= monotonic():
+        while self._timers.next_at <= monotonic():
             with self._lock:
-                function = heapq.heappop(self._timers)[2]
-                self._timer_at = self._timers[0][0] if self._timers else math.inf
+                function = self._timers.pop(monotonic())
             function()
 
-    def _expire(self, stream, timeout):
-        """Reset a stream in ``timeout`` seconds, or a little later, unless it is over or accepted
-        by then. Caller holds the lock."""
-        self._expiring[stream.id] = (monotonic() + timeout, stream)
-
     def _sweep(self):
-        """Demultiplexer: reset what has expired."""
         with self._lock:
-            for deadline, stream in list(self._expiring.values()):
-                if deadline > monotonic():
-                    pass
-                elif self._mux.unsent(stream.id):  # the line is slow, and the peer is not to blame
-                    self._expire(stream, LINGER_TIMEOUT)
-                else:
-                    self._give_up(stream, "the stream was reset: nobody ended it")
-            batch = self._take_batch()
+            self._streams.sweep()
             refused, self._mux.refused = self._mux.refused, 0
-        self._send(batch)
-        self._say_farewells()
+        self._sender.flush()
+        self._streams.say_farewells()
         if refused:
             log.warning("%s: streams refused: %d; as many as may be are open",
                         self.name, refused)  # fmt: skip
         self.call_later(SWEEP, self._sweep)
 
     def _keep_alive(self):
-        """Demultiplexer: a peer that has vanished without a word is found out by silence."""
+        """A peer that has vanished without a word is found out by silence."""
         with self._lock:
             self._mux.keep_alive(monotonic())
-        self._flush()
+        self._sender.flush()
         self.call_later(KEEP_ALIVE, self._keep_alive)
 
     # The end
@@ -2191,8 +2272,8 @@ class Session:
             if self.ended:
                 return
             self._mux.go_away()
-            self._slot.notify_all()
-        self._flush()
+            self._streams.slot.notify_all()
+        self._sender.flush()
 
     def close(self, reason="closed", code=NORMAL, patience=None):
         """End the session when the line has taken what is queued, after ``patience`` seconds at
@@ -2203,10 +2284,11 @@ class Session:
         with self._lock:
             if self._closing is None:
                 self._closing = (reason, monotonic() + patience)
+                self._sender.closing = True
                 if not self._mux.we_left:
                     self._mux.go_away(code)
             started = self._started
-        self._flush()
+        self._sender.flush()
         if started:
             self._wake()
         else:
@@ -2216,11 +2298,6 @@ class Session:
         """Wait until the demultiplexer has ended, if it was started."""
         if self._thread is not None:
             self._thread.join(timeout)
-
-    def _all_sent(self):
-        self._flush()  # what was queued and nobody has begun to send
-        with self._lock:
-            return not self._sending
 
     def _end(self, reason, farewell):
         """Tear everything down, once: first for those who wait, then for the peer.
@@ -2233,26 +2310,15 @@ class Session:
             if self._closing:
                 reason = self._closing[0]  # the peer may have heard it, and hung up before we did
             self.ended = reason or "closed"
-            streams = list(self._streams.values())
-            self._streams.clear()
-            self._expiring.clear()
-            for stream in self._over:
-                stream._on_death = None  # it has ended well, although not all was read yet
-            self._over.clear()
-            self._arrived.clear()
-            for stream in streams:
-                stream._die(SessionClosed(self.ended))
-            strays = self._mux.strays
+            self._streams.end(self.ended)
             self._mux.end()
             self._account.close()
-            self._arrival.notify_all()
-            self._slot.notify_all()
-            self._sending = True  # for good: nobody else sends any more
+            self._sender.stop()
             self._timers.clear()
-            self._timer_at = math.inf
-        self._say_farewells()
-        if strays:
-            log.debug("%s: %d frames were for streams that nobody knew", self.name, strays)
+        self._streams.say_farewells()
+        if self._mux.strays:
+            log.debug("%s: %d frames were for streams that nobody knew",
+                      self.name, self._mux.strays)  # fmt: skip
         if self.on_end is not None:
             call_logged(self.on_end)
         if farewell is not None:
@@ -2283,8 +2349,9 @@ class Stream:
     """
 
     __slots__ = (
-        "id", "refused", "_silent", "_session", "_lock", "_readable", "_writable", "_chunks",
-        "_unread", "_got_fin", "_sent_fin", "_discarding", "_error", "_on_death",
+        "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender", "_lock", "_readable",
+        "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin", "_discarding", "_error",
+        "_on_death",
     )  # fmt: skip
 
     def __init__(self, session, stream_id):
@@ -2292,6 +2359,8 @@ class Stream:
         self.refused = False  # the peer reset it, and has sent no byte
         self._silent = True  # ... yet
         self._session = session
+        self._mux, self._streams = session._mux, session._streams
+        self._sender = session._sender
         self._lock = session._lock  # guards all below
         self._readable = threading.Condition(self._lock)
         self._writable = threading.Condition(self._lock)
@@ -2313,7 +2382,7 @@ class Stream:
     def _die(self, error):
         self._fail(error)
         if self._on_death is not None:
-            self._session._farewells.append(self._on_death)
+            self._streams.farewells.append(self._on_death)
 
     def _check(self):
         if self._error is not None:
@@ -2329,13 +2398,13 @@ class Stream:
             self._got_fin = False
 
     def _drop_chunks(self):
-        self._session._count_unread(self, -self._unread)
+        self._streams.count_unread(self, -self._unread)
         self._chunks.clear()
 
     def _is_known(self):
         """Whether frames of its id are about it: once a stream is over, a peer that is not Go may
         use the id again."""
-        return self._session._streams.get(self.id) is self
+        return self._streams.known.get(self.id) is self
 
     # For the two threads that use it
 
@@ -2355,7 +2424,7 @@ class Stream:
     @property
     def window(self) -> int:
         """Bytes that the peer may have on their way to us; 0 once the stream is over."""
-        return self._session._mux.window(self.id) if self._is_known() else 0
+        return self._mux.window(self.id) if self._is_known() else 0
 
     @property
     def quiet(self) -> bool:
@@ -2372,8 +2441,8 @@ class Stream:
                     if self._got_fin or self._discarding:
                         return b""
                     self._check()
-                    if self._session._postponed:
-                        self._session._send_postponed()
+                    if self._sender.postponed:
+                        self._sender.send_postponed()
                     else:
                         waited = True
                         self._readable.wait(deadline.left())
@@ -2381,9 +2450,9 @@ class Stream:
             finally:
                 if waited:
                     self._readable.notify()  # one event wakes one reader; there may be more
-            self._session._count_unread(self, -len(data))
-            batch = self._session._take_batch() if self._consumed(len(data)) else NOTHING
-        self._session._send(batch)
+            self._streams.count_unread(self, -len(data))
+            batch = self._sender.take() if self._consumed(len(data)) else NOTHING
+        self._sender.send(batch)
         return data
 
     def _take_out(self, size):
@@ -2403,7 +2472,7 @@ class Stream:
     def _consumed(self, count):
         if not self._is_known():
             return False
-        return self._session._mux.consumed(self.id, count, monotonic())
+        return self._mux.consumed(self.id, count, monotonic())
 
     def read_exactly(self, count, timeout=None) -> bytes:
         """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
@@ -2435,7 +2504,7 @@ class Stream:
 
     def _write_some(self, data, timeout):
         """Commit what there is room for, and return the rest."""
-        session, mux = self._session, self._session._mux
+        session, mux, sender = self._session, self._mux, self._sender
         deadline = Deadline(STALL_TIMEOUT if timeout is None else timeout)
         waited = False
         with self._lock:
@@ -2461,23 +2530,23 @@ class Stream:
             finally:
                 if waited:
                     self._writable.notify()  # one credit wakes one writer; it may do for more
-            batch = session._take_batch()
-        session._send(batch)
+            batch = sender.take()
+        sender.send(batch)
         return data
 
     def finish(self):
         """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:
             self._finish()
-            batch = self._session._take_batch()
-        self._session._send(batch)
+            batch = self._sender.take()
+        self._sender.send(batch)
 
     def _finish(self):
         if not self._sent_fin and self._error is None:
             self._sent_fin = True
             self._writable.notify_all()
-            self._session._mux.finish(self.id)
-            self._session._drop_if_over(self)
+            self._mux.finish(self.id)
+            self._streams.drop_if_over(self)
 
     def reset(self, text="the stream was reset"):
         """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why."""
@@ -2485,9 +2554,9 @@ class Stream:
             if self._error is not None:
                 self._cut()
                 return
-            self._session._give_up(self, text)
-        self._session._flush()
-        self._session._say_farewells()
+            self._streams.give_up(self, text)
+        self._sender.flush()
+        self._streams.say_farewells()
 
     def close(self):
         """Be done with it: FIN behind what was written, and nothing is read any more.
@@ -2500,11 +2569,11 @@ class Stream:
             self._discarding = True
             self._drop_chunks()
             if self._is_known():
-                self._session._mux.discard(self.id, monotonic())
-                self._session._expire(self, LINGER_TIMEOUT)
+                self._mux.discard(self.id, monotonic())
+                self._streams.expire(self, LINGER_TIMEOUT)
             self._readable.notify_all()
-            batch = self._session._take_batch()
-        self._session._send(batch)
+            batch = self._sender.take()
+        self._sender.send(batch)
 
 
 # relay -------------------------------------------------------------------------------------------
@@ -2577,6 +2646,37 @@ def pump(source, sink) -> bool:
 # 128 visitors and Python's 5 ms, for nothing, and a seventh fewer requests were served.
 SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
+
+
+# What a container is allowed, in the two versions of Linux's control groups.
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this process can have: the machine's, or its container's if that is
+    less; 1 GiB if nobody knows."""
+    sizes = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # not a Unix
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # "max": there is no limit
+            with open(path, encoding="ascii") as file:
+                sizes.append(int(file.read()))
+    return min(sizes, default=1 << 30)
+
+
+_process_memory = None
+_process_memory_lock = threading.Lock()  # guards it
+
+
+def process_memory() -> Memory:
+    """The Memory that all sessions of this process share. Made when it is first asked for, since
+    that reads files."""
+    global _process_memory
+    with _process_memory_lock:
+        if _process_memory is None:
+            _process_memory = Memory(machine_memory(), threading.Lock())
+        return _process_memory
 
 
 HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows

@@ -187,8 +187,8 @@ def sessions(request):
 
 def tables(session):
     """What a session remembers of streams: (streams, lingering, arrived, the Mux's flows)."""
-    return (len(session._streams), len(session._expiring), len(session._arrived),
-            session._mux.open_streams)  # fmt: skip
+    table = session._streams
+    return (len(table.known), len(table.expiring), len(table.arrived), session._mux.open_streams)
 
 
 @contextlib.contextmanager

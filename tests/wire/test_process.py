@@ -6,8 +6,11 @@ import logging
 import os
 import selectors
 import socket
+import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +147,29 @@ def test_memory_is_the_machines_or_less_if_a_container_has_less(
     path.write_text(limit + "\n")
     monkeypatch.setattr(gotunnel, "CGROUP_LIMITS", (str(tmp_path / "missing"), str(path)))
     assert gotunnel.machine_memory() == memory << 20
+
+
+def test_sessions_share_one_memory_which_many_threads_may_ask_for_first(monkeypatch):
+    monkeypatch.setattr(gotunnel, "_process_memory", None)
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: gotunnel.process_memory(), range(8)))
+    assert len(found) == 1 and found.pop().limit == gotunnel.machine_memory() // 4
+
+
+def test_an_import_of_the_wire_reads_no_file():
+    """But Python's own, and the code itself."""
+    program = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+import gotunnel
+print(*(name for name in opened if not str(name).endswith((".py", ".pyc"))), sep=",")
+"""
+    root = Path(gotunnel.__file__).parent
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert (ran.stdout, ran.stderr) == ("\n", "")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -81,7 +81,7 @@ def test_fr_bad_version_wakes_whoever_waits():
         stream = accepted(peer, session)
         stream.write(bytes(INITIAL_WINDOW))
         calls = [spawn(stream.read), spawn(stream.write, b"x"), spawn(session.accept)]
-        for condition in (stream._readable, stream._writable, session._arrival):
+        for condition in (stream._readable, stream._writable, session._streams.arrival):
             wait_for_waiter(condition)
         peer.send(frame(PING, 0, 0, version=1))
         for call in calls:  # although the peer does not hang up
@@ -229,7 +229,7 @@ def test_oc_backlog_256():
         with pytest.raises(TimeoutError):
             session.open(timeout=0.01)
         opening = spawn(session.open)
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         assert len(peer.barrier()) == 256
         peer.send(frame(WINDOW_UPDATE, ACK, 7))
         assert opening.result(PATIENCE).id == 513
@@ -250,7 +250,7 @@ def test_oc_slot_on_fin_rst_data(answer):
         for _ in range(OPEN_BACKLOG):
             session.open(timeout=0)
         opening = spawn(session.open)
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         peer.send(*answer)
         assert opening.result(PATIENCE).id == 513
 
@@ -259,7 +259,7 @@ def test_oc_slot_on_our_own_reset():
     with raw_pair(client=True) as (peer, session):
         streams = [session.open(timeout=0) for _ in range(OPEN_BACKLOG)]
         opening = spawn(session.open)
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         streams[9].reset()
         assert opening.result(PATIENCE).id == 513
 
@@ -276,9 +276,9 @@ def test_oc_slot_is_passed_on_by_a_waiter_that_leaves_without_it():
         for _ in range(OPEN_BACKLOG):
             session.open(timeout=0)
         leaving = spawn(session.open, permit=refused())
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         staying = spawn(session.open)
-        wait_until(lambda: len(session._slot._waiters) == 2)
+        wait_until(lambda: len(session._streams.slot._waiters) == 2)
         peer.send(frame(WINDOW_UPDATE, ACK, 7))
         with pytest.raises(PermissionError):
             leaving.result(PATIENCE)
@@ -356,7 +356,7 @@ def test_oc_out_of_order_keeps_old_and_new_apart(use):
             old.read_exactly(INITIAL_WINDOW, PATIENCE)
         else:
             getattr(old, use)()
-        assert peer.barrier() == [] and not session._expiring
+        assert peer.barrier() == [] and not session._streams.expiring
         new.write(b"alive")
         assert peer.read() == (DATA, 0, 5, 5, b"alive")
 
@@ -434,10 +434,11 @@ def test_oc_close_linger_begins_when_the_line_has_taken_everything(monkeypatch):
         for stream in [accepted(peer, session, number) for number in numbers]:
             stream.write(noise(100_000, stream.id))
             stream.close()
-        wait_until(lambda: session._jammed)
-        first = dict(session._expiring).items()
+        wait_until(lambda: session.jammed)
+        expiring = session._streams.expiring
+        first = dict(expiring).items()
         # Each that has not left is given its time anew, however often that has gone by.
-        wait_until(lambda: session._expiring and first.isdisjoint(session._expiring.items()))
+        wait_until(lambda: expiring and first.isdisjoint(expiring.items()))
         received = dict.fromkeys(numbers, b"")
         finished = set()
         while finished != set(numbers):
@@ -495,14 +496,14 @@ def test_oc_flush_on_close(transport):
 
 
 def test_oc_flush_on_close_although_the_peer_talks(monkeypatch):
-    monkeypatch.setattr(gotunnel, "AHEAD_LEAST", MIB)  # so that the kernel takes all of it
+    monkeypatch.setattr(gotunnel, "SEND_LEAST", MIB)  # so that the kernel takes all of it
     with raw_pair(tcp=True) as (peer, session):
         # Little room, so that most is still on our side of the line when the session closes.
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
         for stream in [accepted(peer, session, number) for number in (1, 3, 5)]:
             stream.write(noise(40_000, stream.id))
             stream.finish()
-        wait_until(lambda: not session._sending)  # the kernel has it all
+        wait_until(lambda: not session._sender.busy)  # the kernel has it all
         session.close()
         wait_until(lambda: session.ended)
         received = {}
@@ -614,7 +615,7 @@ def test_a_reset_behind_the_end_is_no_way_out_of_the_count(how):
             assert len(read_all(stream)) == INITIAL_WINDOW
         else:
             getattr(stream, how)()
-        assert told == [] and session._account._held == 0 and not session._over
+        assert told == [] and session._account._held == 0 and not session._streams.over
         hogs = [hoarded(peer, session, number) for number in range(3, 11, 2)]
         for number in (3, 5, 7, 9):
             peer.send(frame(WINDOW_UPDATE, FIN, number), frame(WINDOW_UPDATE, RST, number))
@@ -637,7 +638,7 @@ def test_what_both_sides_have_finished_is_whole_also_when_the_session_ends_befor
             session.join(PATIENCE)
         assert (stream.read(), stream.read()) == (b"all of it", b"")
         stream.reset()  # as a relay does if its other end breaks
-        assert told == [] and not session._over
+        assert told == [] and not session._streams.over
 
 
 def test_open_sends_what_there_is_no_room_for_later():
@@ -711,7 +712,8 @@ def test_a_stream_that_was_reset_before_it_was_accepted_counts_no_more():
             peer.barrier()
             peer.send(frame(WINDOW_UPDATE, RST, 1))
             peer.barrier()
-        assert session._account._held == session._unread == 0 and tables(session) == NO_TABLES
+        assert session._account._held == session._streams.unread == 0
+        assert tables(session) == NO_TABLES
 
 
 class Line:
@@ -725,13 +727,14 @@ class Line:
 
 def test_what_is_ahead_of_a_frame_fits_the_line():
     with raw_pair() as (_, session):
-        session._duplex, duplex = Line(), session._duplex
+        sender = session._sender
+        sender._duplex, duplex = Line(), sender._duplex
         seen = []
         for took in (0, 0, 0, 0.05, 1, 1, 1, 0.05, 0):
-            session._pace(took)
-            seen.append(session._ahead // gotunnel.AHEAD_LEAST)
-            assert session._duplex.limit == session._ahead
-        session._duplex = duplex
+            sender._pace(took)
+            seen.append(sender._quantum // gotunnel.SEND_LEAST)
+            assert sender._duplex.limit == sender._quantum
+        sender._duplex = duplex
         assert seen == [2, 4, 4, 4, 2, 1, 1, 1, 2]
 
 
@@ -751,7 +754,7 @@ def test_the_kernel_takes_little_that_it_cannot_send_at_once():
     with session_pair("tcp") as (client, server):
         for session in (client, server):
             option = (socket.IPPROTO_TCP, gotunnel.NOTSENT_LOWAT)
-            assert session._duplex._socket.getsockopt(*option) == gotunnel.AHEAD_LEAST
+            assert session._duplex._socket.getsockopt(*option) == gotunnel.SEND_LEAST
 
 
 # Finish and close --------------------------------------------------------------------------------
@@ -943,7 +946,7 @@ def test_ka_under_bulk_a_pong_does_not_wait_for_payload():
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         for stream in [accepted(peer, session, number) for number in range(1, 41, 2)]:
             stream.write(bytes(INITIAL_WINDOW))
-        wait_until(lambda: session._jammed)
+        wait_until(lambda: session.jammed)
         peer.send(frame(PING, SYN, 0, 5))
         assert sum(got[3] for got in peer.read_until(PING, ACK, 0, 5)) < MIB  # of 5
 
@@ -987,7 +990,7 @@ def test_ga_recv_normal():
         for _ in range(OPEN_BACKLOG - 1):
             session.open(timeout=0)
         opening = spawn(session.open)
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         peer.send(frame(GO_AWAY, 0, 0, 0))
         with pytest.raises(SessionClosed, match="the session takes no new streams"):
             opening.result(PATIENCE)
@@ -1005,7 +1008,7 @@ def test_ga_recv_codes(code):
         stream = accepted(peer, session)
         calls = [spawn(stream.read), spawn(session.accept)]
         wait_for_waiter(stream._readable)
-        wait_for_waiter(session._arrival)
+        wait_for_waiter(session._streams.arrival)
         peer.send(frame(GO_AWAY, 0, 0, code))
         for call in calls:
             with pytest.raises(SessionClosed, match=f"the peer ended the session with code {code}"):
@@ -1033,7 +1036,7 @@ def test_ga_sent_wakes_an_open_that_waits():
         for _ in range(OPEN_BACKLOG):
             session.open(timeout=0)
         opening = spawn(session.open)
-        wait_for_waiter(session._slot)
+        wait_for_waiter(session._streams.slot)
         session.leave()
         with pytest.raises(SessionClosed):
             opening.result(SOON)
@@ -1087,7 +1090,8 @@ def test_ga_close_race(sessions):
         spawn(client.accept), spawn(stream.read), spawn(read_all, other),
         spawn(full.write, bytes(2 * INITIAL_WINDOW)), spawn(server.accept),
     ]  # fmt: skip
-    for condition in (client._arrival, stream._readable, full._writable, server._arrival):
+    arrivals = client._streams.arrival, server._streams.arrival
+    for condition in (*arrivals, stream._readable, full._writable):
         wait_for_waiter(condition)
     with ThreadPoolExecutor(8) as pool:
         closing = [pool.submit(client.close) for _ in range(8)]
@@ -1149,7 +1153,7 @@ def test_ga_close_race_with_a_sender(monkeypatch):
             gate.hold()
             return send(data)
 
-        all_sent = session._all_sent
+        all_sent = session._sender.idle
 
         def look():
             result = all_sent()
@@ -1157,7 +1161,7 @@ def test_ga_close_race_with_a_sender(monkeypatch):
             return result
 
         monkeypatch.setattr(session._duplex, "send", slow_send)
-        monkeypatch.setattr(session, "_all_sent", look)
+        monkeypatch.setattr(session._sender, "idle", look)
         writing = spawn(stream.write, b"slow")
         assert gate.entered.wait(PATIENCE)
         session.close()
@@ -1173,14 +1177,14 @@ def test_ga_close_race_with_a_sender(monkeypatch):
 
 def test_close_sends_what_another_thread_has_only_queued(monkeypatch):
     with raw_pair() as (peer, session):
-        gate, flush = Gate(), session._flush
+        gate, flush = Gate(), session._sender.flush
 
         def slow_flush():
             if threading.current_thread() is not session._thread:
                 gate.hold()
             flush()
 
-        monkeypatch.setattr(session, "_flush", slow_flush)
+        monkeypatch.setattr(session._sender, "flush", slow_flush)
         closing = spawn(session.close)
         assert gate.entered.wait(PATIENCE)
         session._wake()  # the demultiplexer comes round before the other one has flushed
@@ -1195,7 +1199,7 @@ def test_a_session_that_closes_takes_no_more_writes(monkeypatch):
         narrow(peer, session)
         first, second = accepted(peer, session), accepted(peer, session, 3)
         first.write(bytes(INITIAL_WINDOW))
-        wait_until(lambda: session._jammed)
+        wait_until(lambda: session.jammed)
         session.close("enough")
         with pytest.raises(SessionClosed, match="enough"):
             second.write(b"x")
@@ -1211,7 +1215,7 @@ def test_close_without_patience_waits_for_no_line(monkeypatch):
         session.on_end = ended.set
         narrow(peer, session)
         accepted(peer, session).write(bytes(INITIAL_WINDOW))
-        wait_until(lambda: session._jammed)
+        wait_until(lambda: session.jammed)
         session.close("replaced", patience=0)
         assert ended.wait(SOON)
         peer.close()

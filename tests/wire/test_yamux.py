@@ -528,7 +528,7 @@ def test_rs_wakes_all():
                      spawn(stream.write, bytes(INITIAL_WINDOW + 1))]  # fmt: skip
             for condition in (stream._readable, stream._writable, queued._writable):
                 wait_for_waiter(condition)
-            wait_until(lambda: session._jammed)
+            wait_until(lambda: session.jammed)
             assert session._mux._flows[3].queued == gotunnel.SEND_BUFFER
             began = time.monotonic()
             peer.send(frame(WINDOW_UPDATE, RST, 1), frame(WINDOW_UPDATE, RST, 3))
@@ -564,7 +564,7 @@ def jam(peer, session, stream_id):
     with pytest.raises(TimeoutError):
         while True:
             stream.write(bytes(64 * 1024), timeout=0.05)
-    wait_until(lambda: session._jammed)
+    wait_until(lambda: session.jammed)
 
 
 def test_rs_after_syn():
@@ -606,12 +606,12 @@ def test_ka_under_bulk(gopeer, tmp_path):
         for stream in streams:
             peer.send(frame(WINDOW_UPDATE, 0, stream.id, 64 * MIB))
         writing = [spawn(send_over_and_over, stream, BLOCK, 64) for stream in streams]
-        wait_until(lambda: session._jammed)
+        wait_until(lambda: session.jammed)
         for value in range(5):
             peer.send(frame(PING, SYN, 0, value))
             before = peer.read_until(PING, ACK, 0, value)
             assert sum(got[3] for got in before) < PONG_WITHIN * SLOW_LINE
-        assert session._jammed and not any(call.done() for call in writing)
+        assert session.jammed and not any(call.done() for call in writing)
         peer.close()
         for call in writing:
             with pytest.raises(SessionClosed):
@@ -685,7 +685,8 @@ def test_ga_close_race(transport, who):
                 client.open(timeout=0.05)
         calls = [spawn(stream.read), spawn(full.write, bytes(INITIAL_WINDOW + 1)),
                  spawn(client.accept), spawn(client.open)]  # fmt: skip
-        for condition in (stream._readable, full._writable, client._arrival, client._slot):
+        table = client._streams
+        for condition in (stream._readable, full._writable, table.arrival, table.slot):
             wait_for_waiter(condition)
         for call in CLOSERS[who](client, server):
             call.result(SOON)
@@ -772,7 +773,7 @@ def test_ho_window_hoarder(caplog):
             peer.send(frame(DATA, 0, number, payload=body))
             resets += sum(got[1] == RST for got in peer.barrier())
             assert memory.buffered <= memory.limit
-        assert session._unread <= memory.limit // 2  # one session does not get all there is
+        assert session._streams.unread <= memory.limit // 2  # one session does not get all there is
         assert resets == 1000 - session._mux.open_streams > 900
         assert resident() - before < memory.limit
         assert len(caplog.records) == resets  # each says whose data was lost
@@ -899,7 +900,7 @@ def test_ld_fairness_to_those_who_talk():
         talking, sending = streams[:20], streams[20:]
         echoes = [spawn(echo, stream) for stream in talking]
         calls = send_endlessly(peer, sending)
-        wait_until(lambda: session._jammed)
+        wait_until(lambda: session.jammed)
         waits = []
         for _ in range(5):
             for stream in talking:
