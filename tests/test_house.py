@@ -56,7 +56,10 @@ PURE = [
     "gotunnel_server/net/client_hello.py",
     "gotunnel_server/visitors/forwarded.py",
     "gotunnel_server/visitors/pages.py",
+    "gotunnel_server/visitors/request.py",
+    "gotunnel_server/visitors/sites.py",
     "gotunnel_server/visitors/sniff.py",
+    "gotunnel_server/visitors/verdict.py",
 ]
 IMPURE = {"socket", "ssl", "select", "selectors", "threading", "time", "logging"}
 

@@ -67,12 +67,12 @@ class Passwords:
     def __init__(self, users: dict[bytes, Hash], now: Callable[[], float]):
         self._users = users
         self._now = now
-        self._key = os.urandom(32)  # of the digests below, so that they are of use to nobody else
-        self._right = OrderedDict()  # (who, digest) of what was computed: the latest last
+        self._key = os.urandom(32)  # of the digests below: of no use outside of this process
+        self._right = OrderedDict()  # (share, digest) of what was computed: the latest last
         self._wrong = OrderedDict()
         self._failures = Buckets(FAILURES_A_SECOND, FAILURES)
         self._guesses = Buckets(GUESSES_A_SECOND, GUESSES)
-        self._running = {}  # (who, digest): Future of the verdict
+        self._running = {}  # (share, digest): Future of the verdict
         self._lock = threading.Lock()  # guards these five; never held while computing
         self._places = threading.BoundedSemaphore(OF_ONE_TUNNEL)
 
@@ -86,11 +86,11 @@ class Passwords:
         user, password = credentials
         # Looked up by a keyed digest: how long that takes says nothing of the password (no timing
         # oracle).
-        who = caller.share
-        case = who, self._digest(user + b":" + password)
+        share = caller.share
+        case = share, self._digest(user + b":" + password)
         with self._lock:
-            locked = self._failures.wait(who, self._now())
-            if locked and self._guesses.wait(who, self._now()):
+            locked = self._failures.wait(share, self._now())
+            if locked and self._guesses.wait(share, self._now()):
                 return _too_many_wrong(locked)
             if case in self._right:
                 self._right.move_to_end(case)
@@ -98,7 +98,7 @@ class Passwords:
             if case in self._wrong:
                 return _WRONG_PASSWORD
             if locked:
-                self._guesses.take(who, self._now())
+                self._guesses.take(share, self._now())
                 return _too_many_wrong(locked)
             # A browser opens several connections at once: one of them computes.
             running = self._running.get(case)
@@ -130,11 +130,11 @@ class Passwords:
             self._places.release()
 
     def _compute_now(self, case, user, password):
-        who = case[0]
+        share = case[0]
         with self._lock:  # others from there may have failed in the meantime
-            if locked := self._failures.wait(who, self._now()):
+            if locked := self._failures.wait(share, self._now()):
                 return _too_many_wrong(locked)
-        # A user who does not exist costs what one who does would: always the same.
+        # An unknown user costs what a known one does, always the same hash (no timing oracle).
         hashes = list(self._users.values())
         stand_in = hashes[int.from_bytes(self._digest(user), "big") % len(hashes)]
         known = self._users.get(user, stand_in)
@@ -144,7 +144,7 @@ class Passwords:
                 _remember(self._right, case)
                 return _ADMITTED
             _remember(self._wrong, case)
-            self._failures.take(who, self._now())
+            self._failures.take(share, self._now())
             return _WRONG_PASSWORD
 
     def _digest(self, content):

@@ -281,8 +281,8 @@ class Exchange:
     # Answering
 
     def _wait(self, timeout=None):
-        """The next bytes of the answer, b"" at its end. Raises VisitorGone if nobody is left to
-        read it, TargetFailed if they take longer than ``timeout`` seconds, ConnectionError."""
+        """The next bytes of the answer, b"" at its end. Raises VisitorGone, TargetFailed if they
+        take longer than ``timeout`` seconds, ConnectionError."""
         deadline = Deadline(timeout)
         while True:
             try:
@@ -297,7 +297,7 @@ class Exchange:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
 
     def _next(self, timeout=None):
-        """As _wait(), where a broken stream cannot be helped any more."""
+        """As _wait(), but a broken stream is a TargetFailed: the request cannot be repeated."""
         try:
             return self._wait(timeout)
         except ConnectionError as error:

@@ -12,7 +12,7 @@ from gotunnel_agent.common.http1 import Fields
 
 
 class VisitorGone(Exception):
-    """The visitor has left, or broke off its request: nobody is there to be answered."""
+    """The visitor has left, or broke off its request: there is no one to answer."""
 
 
 class Request(Protocol):
@@ -81,8 +81,8 @@ class Request(Protocol):
         Never raises."""
 
     def gone(self) -> bool:
-        """Whether the visitor has left. While nobody is in read_body(), or the body is not
-        complete."""
+        """Whether the visitor has left, as far as can be told at once; also while another thread
+        is in read_body()."""
 
     def switch(
         self, status: int, reason: str, fields: list[tuple[str, str]], data: bytes, onward: object

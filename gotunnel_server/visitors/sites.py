@@ -124,7 +124,7 @@ def choose_redirect(lookup, gateway_host: str, public_port=None, challenges=None
             text = f"A proof was asked for by {method[:20]}, expected GET."
             page = pages.error(405, "not-get", text)
             return page._replace(fields=(*page.fields, ("Allow", "GET, HEAD")))
-        if body is None:  # nor may a target answer: who can prove a hostname gets certificates
+        if body is None:  # a target must not answer either: it would get certificates for the name
             return pages.error(404, "no-proof", "No proof for a CA is published here.")
         return Page(200, body, "application/octet-stream")
 
