@@ -14,7 +14,7 @@
     timer of a request      see issuer.py                stop()
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
-thread (steps.py, tunnel.py). A registered agent has a demultiplexer, which reads for all of
+thread (steps.py, newcomer.py). A registered agent has a demultiplexer, which reads for all of
 its streams (gotunnel.py).
 """
 

@@ -1,4 +1,5 @@
-"""Who serves which hostname: the one place that knows."""
+"""Which tunnel serves a hostname. Visitors and agents meet here, and import nothing else of each
+other."""
 
 import threading
 from typing import NamedTuple
@@ -24,11 +25,11 @@ class Route(NamedTuple):
     """What a hostname leads to.
 
     ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
-    ``mode`` is "http" or "tcp". ``tunnel`` is whatever the claimer gave. ``host_header`` is the
-    Host that the target gets, None for the visitor's. ``addressed``: the agent wants to hear the
-    visitor's address. ``target_port`` is the target's, ``port`` the public one that was opened for
-    it; None if there is none. ``policy`` is what visitors must comply with, a policy.Policy; None:
-    all are welcome.
+    ``mode`` is "http" or "tcp". ``tunnel`` is a tunnel.Tunnel, None until one is made.
+    ``host_header`` is the Host that the target gets, None for the visitor's. ``addressed``: the
+    agent wants to hear the visitor's address. ``target_port`` is the target's, ``port`` the public
+    one that was opened for it; None if there is none. ``policy`` is what visitors must comply with,
+    a policy.Policy; None: all are welcome.
     """
 
     hostname: str
@@ -89,7 +90,7 @@ class Registry:
             self._put({**held, **still})
 
     def release(self, tunnel):
-        """Give back whatever ``tunnel`` has claimed."""
+        """Give back all hostnames that ``tunnel`` has claimed."""
         with self._lock:
             self._put({
                 hostname: route

@@ -27,7 +27,7 @@ from gotunnel_agent.common import addresses
 MINUTE = 60  # seconds that failures are counted together
 FREE_FAILURES = 10  # a mistyped secret, tried a few times
 DELAY_STEP = 0.25  # seconds that each further failure adds
-MOST_DELAY = 5.0  # seconds; a registration has 10 (tunnel.py), and agents wait longer
+MOST_DELAY = 5.0  # seconds; a registration has 10 (newcomer.py), and agents wait longer
 MOST_FAILURES = 120  # four times what a Go agent makes that nobody slows down
 # Addresses that are remembered, some 200 bytes each. When there are more, the one with the fewest
 # failures is forgotten: whoever wants to be forgotten needs as many addresses with more each.

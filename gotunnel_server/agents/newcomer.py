@@ -65,7 +65,7 @@ class Newcomers:
 
     def __init__(
         self, tunnels, *, context, challenges, attempts, read_policy, max_hosts, submit
-    ):  # fmt: skip
+    ):
         """``tunnels`` gets those that are registered. ``context`` is the TLS context of the port,
         ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``read_policy`` is
         as for read_routes(). ``submit(function)`` has a worker of registrations call it, which may
@@ -238,7 +238,7 @@ class Newcomer:
         self._newcomers.listener.park(self, max(left, 0))
 
     def _look_again(self, stage, seconds):
-        """Take the step of ``stage`` in so many seconds, whatever the peer sends."""
+        """Take the step of ``stage`` in so many seconds, also if the peer sends something."""
         if self._newcomers.listener.stopping:
             raise Refusal("the gateway stops")
         self._enter(stage)
@@ -298,7 +298,7 @@ class Newcomer:
         return self._identify(message)
 
     def _identify(self, message):
-        """Find out who the agent is, and what it may have."""
+        """Check the token, and that the agent may have what it asks for."""
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
         try:
             identity = tunnels.credentials.identify(message.token)

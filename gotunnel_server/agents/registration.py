@@ -24,7 +24,7 @@ MAX_INSTANCE = 64  # characters; ours are 32
 
 
 class Agent(NamedTuple):
-    """An agent that has shown who it is.
+    """An agent whose token is good.
 
     ``address`` is as accept() gave it. ``identity`` is a credentials.Identity. ``instance`` is a
     random id that the agent's process keeps over its reconnects, "" if it has none.
@@ -127,7 +127,8 @@ def _hostname(name):
 
 
 def _by_hostname(policies: Mapping) -> dict:
-    """The policies, each by its hostname's normal form: one that nobody finds fails open."""
+    """The policies, each by its hostname's normal form: under another spelling a policy would
+    never be found, and its tunnel would be unprotected."""
     found = {}
     for name, policy in policies.items():
         hostname = _hostname(name)

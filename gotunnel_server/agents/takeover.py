@@ -1,16 +1,16 @@
 """Which agent gets a hostname that another one holds.
 
-A hostname belongs to one session at a time, and is free as soon as that one ends. Often it ends
-too late: the agent's link was cut, and to us the old session is only silent. So whoever wants the
-hostname lets us find out:
+A hostname belongs to one session at a time, and is free as soon as that session ends. Often that
+is too late: the agent's link was cut, and to the gateway the old session is only silent. So a claim
+to the hostname makes the gateway find out:
 
     same credential, same instance    the agent itself has come back: the old session ends at once
-    anybody else                      the old session's agent is asked, and has ANSWER_TIMEOUT to
+    any other agent                   the old session's agent is asked, and has ANSWER_TIMEOUT to
                                       show that it lives: then it keeps the hostname, else it is
                                       replaced
 
-So two agents with one configuration do not take from each other for ever: the one that lives has
-it, and the other hears who is in its way, and comes back later.
+So two agents with one configuration do not take hostnames from each other for ever: the first one
+keeps them while it lives. The other one is told which hostnames are taken, and comes back later.
 """
 
 from time import monotonic
@@ -24,7 +24,7 @@ MOMENT = 0.05  # seconds that a worker waits for that itself: mostly it takes a 
 
 
 class Claim:
-    """One tunnel's claim to hostnames. One thread at a time."""
+    """One agent's claim to hostnames. One thread at a time."""
 
     def __init__(self, registry, agent, routes, permit):
         """``agent``, a registration.Agent, wants ``routes`` (hostname to Route), if the registry's
@@ -46,9 +46,7 @@ class Claim:
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:
                 raise
-            others = [
-                holder for holder in taken.tunnels if not self._agent.is_again(holder.agent)
-            ]
+            others = [holder for holder in taken.tunnels if not self._agent.is_again(holder.agent)]
             for holder in others:
                 if holder not in self._asked:
                     self._asked[holder] = holder.ask()

@@ -178,11 +178,11 @@ class Tunnel:
         """The hostnames are claimed: tell the agent, and begin to serve.
 
         A worker of registrations, which may have to wait for the disk. Raises OSError if the
-        session has ended, or cannot start; then nothing is held any more.
+        session has ended, or cannot start. If it raises, nothing is held any more.
         """
         try:
             self._serve()
-        except OSError:
+        except BaseException:
             self._ended()  # once more: the session may have ended before it had all of it
             raise
 
@@ -304,7 +304,7 @@ class Tunnel:
             log.info("%s gone, with %s: %s", self, ", ".join(routes), self._session.ended)
 
     def _give_back(self):
-        self._tunnels.ports.release(self)  # first: who gets the hostname may want its port, too
+        self._tunnels.ports.release(self)  # first: the next holder may want the port too
         self._tunnels.registry.release(self)
         self._kept.close()
 

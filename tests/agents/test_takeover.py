@@ -213,7 +213,11 @@ def test_a_newcomer_that_leaves_while_it_waits_holds_nothing(gateway, impatient)
         pass
 
 
-def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monkeypatch):
+@pytest.mark.parametrize("bug", [False, True])
+def test_a_session_that_ends_as_it_gets_its_hostname_holds_nothing(gateway, monkeypatch, bug):
+    """Also if its registration breaks off by a bug."""
+    if bug:
+        monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates", None)
     registry = gateway.inner.tunnels.registry
     claim, claimed = registry.claim, threading.Event()
 
