@@ -18,6 +18,7 @@ from typing import NamedTuple
 from cryptography import x509
 
 from gotunnel_agent.common.hostnames import normal_hostname
+from gotunnel_agent.common.one_line import words_on_one_line
 
 from ..certs.cert_dir import CertDir
 from ..certs.folder import FolderStorage, open_store
@@ -183,4 +184,5 @@ def ask_renewal(config, name) -> str:
 
 
 def one_line(words) -> str:
-    return " ".join(re.sub(r"[^\x20-\x7e]", " ", str(words)).split())
+    """For a terminal that may show ASCII only."""
+    return words_on_one_line(re.sub(r"[^\x20-\x7e]", " ", str(words)))

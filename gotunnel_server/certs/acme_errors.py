@@ -17,6 +17,8 @@ import re
 from datetime import datetime, timezone
 from email.utils import parsedate_tz
 
+from gotunnel_agent.common.one_line import words_on_one_line
+
 CONFIG, HOST, LATER = "config", "host", "later"
 ACCOUNT, TRANSPORT = "account", "transport"
 
@@ -33,8 +35,8 @@ DAY = 86_400.0
 LEAST_RETRY_AFTER, MOST_RETRY_AFTER = 5.0, DAY
 # For a rate limit that does not say when it ends; those of Let's Encrypt are hours.
 RATE_LIMIT_PAUSE = 3600.0
-# Characters of the CA's own words, of an URL, and of a code: they go into a log line and a file.
-MOST_WORDS, MOST_URL, MOST_CODE = 500, 200, 50
+# Characters of an URL, and of a code: they go into a log line and a file.
+MOST_URL, MOST_CODE = 200, 50
 
 
 class CaError(Exception):
@@ -48,10 +50,10 @@ class CaError(Exception):
     def __init__(self, kind, url, words, *, code="", status=0, retry_after=None,
                  account_wide=False):  # fmt: skip
         self.kind = kind
-        self.url = one_line(url, MOST_URL)
-        self.code = one_line(code, MOST_CODE)
+        self.url = words_on_one_line(url, MOST_URL)
+        self.code = words_on_one_line(code, MOST_CODE)
         self.status = status
-        self.words = one_line(words)
+        self.words = words_on_one_line(words)
         self.retry_after = retry_after
         self.account_wide = account_wide or kind == ACCOUNT
         said = " ".join(filter(None, (str(status or ""), self.code)))
@@ -90,11 +92,11 @@ def refusal(url, status, headers, problem, *, now, hostname="", signing_in=False
 def problem_of(problem) -> tuple[str, str]:
     """Code and words of a problem document; whatever a CA puts there, two texts come out."""
     if not isinstance(problem, dict):
-        return "", one_line(str(problem or ""))
+        return "", words_on_one_line(str(problem or ""))
     code = str(problem.get("type") or "").rpartition(":")[2]
     parts = problem.get("subproblems")
     words = [problem, *(parts if isinstance(parts, list) else [])]
-    return one_line(code), one_line(
+    return words_on_one_line(code), words_on_one_line(
         "; ".join(str(part.get("detail") or "") for part in words if isinstance(part, dict))
     )
 
@@ -123,12 +125,6 @@ def is_about(hostname, words) -> bool:
         return True
     named = re.findall(r'"([A-Za-z0-9.-]+)"', words)
     return any(f".{hostname}".endswith(f".{name.lower()}") for name in named if hostname)
-
-
-def one_line(text, most=MOST_WORDS) -> str:
-    """``text`` on one line, printable and not too long, for logs and files."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def _date_in(words, now) -> float | None:

@@ -33,9 +33,10 @@ from dataclasses import dataclass, field
 
 from gotunnel import NoThread, spawn
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
+from gotunnel_agent.common.one_line import words_on_one_line
 from gotunnel_agent.common.token_bucket import Buckets
 
-from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError, one_line
+from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError
 from .cancel import Stop
 from .schedule import (
     ASK,
@@ -112,7 +113,7 @@ class _Host:
         self.lost = state.get("lost") is True
         challenge, error = state.get("challenge"), state.get("error")
         self.challenge = challenge if isinstance(challenge, str) else None
-        self.error = one_line(error) if isinstance(error, str) else ""
+        self.error = words_on_one_line(error) if isinstance(error, str) else ""
         window, serial = state.get("window"), state.get("window_of")
         if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
             self.window = Window(*map(_number, window))
@@ -188,7 +189,7 @@ class Issuer:
         kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
         with self._lock:
             self._paused_until = _number(kept.get("until"), self._clock() + LONGEST_DELAY)
-            self._pause = one_line(kept.get("reason") or "")
+            self._pause = words_on_one_line(kept.get("reason") or "")
         self._thread = spawn("issuer", self._run)
 
     def stop(self):
