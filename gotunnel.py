@@ -30,7 +30,7 @@ This file is meant to be read from top to bottom:
     a banner
     impure     Duplex (a connection that two threads may share), Session and Stream (a Mux
                that is driven by threads), relay (bytes both ways until both ends are done);
-               last, what the two programs need of the process that they are.
+               last, what all sessions share: the memory of the process.
 
 Threads in the impure half:
 
@@ -1107,23 +1107,13 @@ import math  # noqa: E402
 import os  # noqa: E402
 import select  # noqa: E402
 import selectors  # noqa: E402
-import signal  # noqa: E402
 import socket  # noqa: E402
 import ssl  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from time import monotonic  # noqa: E402
 
-try:
-    import resource
-except ImportError:  # not a Unix
-    resource = None
-
 log = logging.getLogger("gotunnel")
-
-
-SHORTAGE_SILENCE = 60  # seconds between two complaints about a lack of threads
 
 
 class NoThread(OSError):
@@ -1150,38 +1140,6 @@ def call_logged(function, *arguments):
     except Exception:
         name = threading.current_thread().name
         log.exception("thread %s: an unexpected error (bug, traceback follows)", name)
-
-
-class Workers(ThreadPoolExecutor):
-    """A bounded pool of threads that outlives a shortage of them, and logs what a job raises."""
-
-    def __init__(self, most, name):
-        super().__init__(most, name)
-        self._lock = threading.Lock()  # guards all below
-        self._over = False
-        self._said_at = -SHORTAGE_SILENCE
-
-    def submit(self, function, *arguments):
-        """Have a thread call ``function``. Raises NoThread after shutdown(): the caller still has
-        what the job was to take over, and closes it."""
-        try:
-            super().submit(call_logged, function, *arguments)
-        except RuntimeError as error:
-            with self._lock:
-                if self._over:
-                    raise NoThread("the pool of threads has been shut down") from None
-                # The system has no thread for us. The job is queued all the same, and done by a
-                # thread that the pool has, or gets later.
-                if monotonic() - self._said_at < SHORTAGE_SILENCE:
-                    return
-                self._said_at = monotonic()
-            log.warning("no further thread to be had (limit of the system): %s; new work waits for "
-                        "the threads there are", error)  # fmt: skip
-
-    def shutdown(self, *arguments, **named):
-        with self._lock:
-            self._over = True
-        super().shutdown(*arguments, **named)
 
 
 class Deadline:
@@ -2642,12 +2600,6 @@ def pump(source, sink) -> bool:
 
 # The process -------------------------------------------------------------------------------------
 
-# Seconds that a thread waits for its turn before it asks for it. Who waits wakes up to ask; with
-# 128 visitors and Python's 5 ms, for nothing, and a seventh fewer requests were served.
-SWITCH_INTERVAL = 0.02
-SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
-
-
 # What a container is allowed, in the two versions of Linux's control groups.
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -2677,123 +2629,3 @@ def process_memory() -> Memory:
         if _process_memory is None:
             _process_memory = Memory(machine_memory(), threading.Lock())
         return _process_memory
-
-
-HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
-
-
-class Signals:
-    """Turns SIGTERM and SIGINT into something to wait for, with ``hang_up`` also SIGHUP, which
-    ends nothing. Main thread only.
-
-    A handler could interrupt us while we hold any lock, so it must take none: the interpreter
-    writes a byte to a socket, which works wherever Python does. The second signal ends the
-    process at once, with status 1.
-    """
-
-    def __init__(self, hang_up=False):
-        self._receive, self._send = socket.socketpair()
-        self._send.setblocking(False)
-        self._count = 0
-        signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        if hang_up and HANG_UP is not None:
-            signal.signal(HANG_UP, lambda number, frame: None)  # wait() hears of it
-
-    def _on_signal(self, number, frame):
-        self._count += 1
-        if self._count > 1:
-            os._exit(1)
-
-    def wait(self) -> int:
-        """Wait for a signal and return its number, or 0 if what after() runs has ended."""
-        return self._receive.recv(1)[0]
-
-    def after(self, function):
-        """Call ``function``; its end counts as a signal. Any thread."""
-        try:
-            function()
-        finally:
-            self._send.send(b"\0")
-
-
-LOG_PERIOD = 10  # seconds ...
-LOG_LINES = 100  # ... in which one place in our source may log so often
-
-
-class LogLimit(logging.Filter):
-    """Drops lines that come too often: peers and visitors cause most of them, and must not be
-    able to fill a disk. The next one of its kind says how many were dropped."""
-
-    def __init__(self):
-        super().__init__()
-        self._kinds = {}  # place in the source: (monotonic beginning of its period, lines in it)
-        self._lock = threading.Lock()  # guards _kinds: a handler asks its filters without its lock
-
-    def filter(self, record):
-        place, now = (record.pathname, record.lineno), monotonic()
-        with self._lock:
-            began, count = self._kinds.get(place, (now, 0))
-            if now - began >= LOG_PERIOD:
-                if count > LOG_LINES:
-                    record.msg = f"{record.msg} ({count - LOG_LINES} more like it were dropped)"
-                began, count = now, 0
-            self._kinds[place] = (began, count + 1)
-        return count < LOG_LINES
-
-
-def set_up_process(log_level):
-    """Log to standard error, from ``log_level`` (a name) on, and take what the system offers."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(LogLimit())
-    logging.basicConfig(
-        handlers=[handler],
-        level=log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-    )
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
-    if resource is not None:
-        # Each connection is a descriptor, and the usual 1024 are soon used up.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # some systems promise more than they give
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def print_answer(program: str, command) -> int:
-    """Call ``command()``, which prints an answer and returns the exit status; return that, or 1 if
-    nobody can get the answer, which is said in the name of ``program``."""
-    if sys.stdout is None:
-        print(f"{program}: there is no standard output to answer on", file=sys.stderr)
-        return 1
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except OSError as error:
-        if error.filename is not None:
-            raise  # of a file, whose errors are the command's to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at exit
-        if isinstance(error, BrokenPipeError):
-            return 0  # who reads, such as head, has seen enough
-        why = error.strerror or error
-        print(f"{program}: the answer cannot be written: {why}", file=sys.stderr)
-        return 1
-
-
-def stay_on_one_cpu(choose):
-    """Keep all our threads on one CPU of a small machine; ``choose(cpus)`` says which.
-
-    Python's threads take turns anyway. On two CPUs each hand-over also wakes the other CPU, which
-    on a virtual machine can cost more than the work that is handed over: with 32 visitors a
-    request took half as much CPU time again on two, and a third fewer were served
-    (``tools/bench.py --row cpu``). On a larger machine TLS, which needs no turn, can use the rest.
-    A Python without a GIL has no turns: its threads keep all CPUs.
-    """
-    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
-    if has_gil and hasattr(os, "sched_setaffinity"):
-        cpus = os.sched_getaffinity(0)
-        if len(cpus) <= SMALL_MACHINE:
-            os.sched_setaffinity(0, {choose(cpus)})

@@ -33,20 +33,19 @@ from gotunnel import (
     Duplex,
     End,
     MessageReader,
-    NoThread,
     Ping,
     Pong,
     ProtocolError,
     Register,
     Session,
     SessionClosed,
-    Workers,
     encode_message,
     spawn,
 )
 
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line
+from .common.process import Stopped, Workers
 from .target import Route, Targets, serve
 from .trust import client_context
 
@@ -261,7 +260,7 @@ class Agent:
                 self._running += 1
             try:
                 workers.submit(self._serve_stream, stream)
-            except NoThread:  # the agent has stopped, and the session has ended with all streams
+            except Stopped:  # the agent has stopped, and the session has ended with all streams
                 with self._idle:
                     self._running -= 1
                 return

@@ -13,10 +13,11 @@ import logging
 import sys
 import threading
 
-from gotunnel import Signals, __version__, print_answer, set_up_process, stay_on_one_cpu
+from gotunnel import __version__
 
 from .agent import DIAL_TIMEOUT, Agent, CannotTrust
 from .common.passwords import PasswordError, hash_password
+from .common.process import Signals, print_answer, set_up_process, stay_on_one_cpu
 from .config import ConfigError, load
 
 DESCRIPTION = """\

@@ -41,18 +41,10 @@ import threading
 from time import sleep
 from typing import NamedTuple
 
-from gotunnel import (
-    NO_LINGER,
-    Duplex,
-    NoThread,
-    Signals,
-    print_answer,
-    relay,
-    set_up_process,
-    spawn,
-)
+from gotunnel import NO_LINGER, Duplex, NoThread, relay, spawn
 
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
+from .common.process import Signals, print_answer, set_up_process
 from .trust import client_context
 
 log = logging.getLogger("gotunnel.forward")

@@ -16,10 +16,10 @@ import argparse
 import logging
 import sys
 
-from gotunnel import (
+from gotunnel import __version__
+from gotunnel_agent.common.process import (
     HANG_UP,
     Signals,
-    __version__,
     print_answer,
     set_up_process,
     stay_on_one_cpu,

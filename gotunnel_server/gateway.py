@@ -25,8 +25,9 @@ import logging
 import threading
 from time import monotonic
 
-from gotunnel import Workers, __version__, spawn
+from gotunnel import __version__, spawn
 from gotunnel_agent.common.hostnames import WILDCARD, valid_hostname
+from gotunnel_agent.common.process import Workers
 
 from .agents.attempts import Attempts
 from .agents.credentials import Credentials

@@ -33,12 +33,10 @@ from gotunnel import (
     Session,
     SessionClosed,
     StreamReset,
-    Workers,
-    set_up_process,
     spawn,
-    stay_on_one_cpu,
 )
 from gotunnel_agent.agent import tls_context
+from gotunnel_agent.common.process import Workers, set_up_process, stay_on_one_cpu
 from gotunnel_server.certs.contexts import Certificates
 from gotunnel_server.certs.local_ca import Authority
 

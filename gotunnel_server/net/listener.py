@@ -29,6 +29,7 @@ from time import monotonic
 
 from gotunnel import NoThread, Waker, call_logged, spawn
 from gotunnel_agent.common.addresses import unmapped_host
+from gotunnel_agent.common.process import Stopped
 
 log = logging.getLogger("gotunnel.listener")
 
@@ -180,7 +181,7 @@ class Listener:
 
     def call_later(self, function, timeout):
         """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the
-        listener has stopped, at once; raises NoThread if the workers have stopped as well."""
+        listener has stopped, at once; raises Stopped if the workers have, too."""
         with self._lock:
             over = self._over
             if not over:
@@ -199,7 +200,7 @@ class Listener:
         """Have a worker call ``step``, a method of the connection."""
         try:
             self._submit(step)
-        except NoThread:  # the workers have stopped: nobody else would close it
+        except Stopped:  # the workers have stopped: nobody else would close it
             connection.close()
 
     # The listener's thread

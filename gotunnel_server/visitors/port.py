@@ -10,7 +10,8 @@ import threading
 from collections import Counter
 from typing import NamedTuple
 
-from gotunnel import Duplex, Workers
+from gotunnel import Duplex
+from gotunnel_agent.common.process import Workers
 
 from . import relays
 from .arrival import SILENCE, Arrival

@@ -8,7 +8,8 @@ import threading
 import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
-from gotunnel import Duplex, NoThread
+from gotunnel import Duplex
+from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
 from gotunnel_server.net.listener import Listener, PortError, bind
 
@@ -288,7 +289,7 @@ class Workers:
 
     def submit(self, function):
         if self.over:
-            raise NoThread("the pool of threads has been shut down")
+            raise Stopped("the pool of threads has been shut down")
         self.called.append(function)
         function()
 
@@ -328,7 +329,7 @@ def test_one_that_the_workers_no_longer_take_is_closed():
         tested.park(connection, timeout)
         assert connection.was_closed.is_set() and not connection.has_expired.is_set()
     tested.stop()
-    with pytest.raises(NoThread):  # for the caller, which has the connection
+    with pytest.raises(Stopped):  # for the caller, which has the connection
         tested.call_later(connection.ready, 1)
 
 

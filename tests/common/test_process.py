@@ -1,21 +1,15 @@
-"""What the two programs need of the process that they are: threads, CPUs, room."""
+"""What the two programs need of the process that they are: workers, CPUs, a log, an answer."""
 
-import contextlib
 import io
 import logging
 import os
-import selectors
-import socket
-import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-import gotunnel
-from gotunnel import NoThread, Waker, Workers, print_answer, spawn, stay_on_one_cpu
+from gotunnel_agent.common import process
+from gotunnel_agent.common.process import Stopped, Workers, print_answer, stay_on_one_cpu
 
 
 def no_more_threads(monkeypatch):
@@ -23,12 +17,6 @@ def no_more_threads(monkeypatch):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-
-
-def test_spawn_says_by_an_oserror_that_there_is_no_thread(monkeypatch):
-    no_more_threads(monkeypatch)
-    with pytest.raises(NoThread, match="can't start"):
-        spawn("never", print)
 
 
 def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
@@ -50,7 +38,7 @@ def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
 def test_workers_refuse_a_job_after_shutdown_so_that_its_caller_can_clean_up(caplog):
     workers = Workers(1, "worker")
     workers.shutdown()
-    with pytest.raises(NoThread, match="shut down"):
+    with pytest.raises(Stopped, match="shut down"):
         workers.submit(print, "never")
     assert caplog.text == ""
 
@@ -62,32 +50,6 @@ def test_workers_log_what_a_job_raises_and_go_on(caplog):
         workers.submit(called.set)
         assert called.wait(10)
     assert "thread worker_0: " in caplog.text and "ZeroDivisionError" in caplog.text
-
-
-def test_a_thread_logs_what_ends_it_under_its_name(caplog):
-    spawn("test thread", lambda: 1 / 0).join(10)
-    assert "thread test thread: " in caplog.text and "ZeroDivisionError" in caplog.text
-
-
-def test_a_waker_wakes_a_selector_until_it_is_cleared():
-    with contextlib.closing(Waker()) as waker, selectors.DefaultSelector() as selector:
-        selector.register(waker, selectors.EVENT_READ)
-        assert not selector.select(0)
-        for _ in range(100_000):  # more than the socket pair holds: nobody waits for it
-            waker.wake()
-        assert selector.select(0)
-        while selector.select(0):
-            waker.clear()
-        waker.wake()
-        assert selector.select(0)
-
-
-def test_a_waker_that_was_closed_writes_to_no_other_descriptor():
-    waker = Waker()
-    waker.close()
-    with socket.create_server(("127.0.0.1", 0)):  # takes the free number
-        waker.wake()
-    waker.close()
 
 
 def test_process_without_a_gil_keeps_all_cpus(monkeypatch):
@@ -114,10 +76,10 @@ def test_process_stays_on_one_cpu_of_a_small_machine_only(monkeypatch, cpus, cho
 
 def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(gotunnel, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(process, "monotonic", lambda: clock[0])
     said = []
     handler = logging.Handler()
-    handler.addFilter(gotunnel.LogLimit())
+    handler.addFilter(process.LogLimit())
     handler.emit = lambda record: said.append(record.getMessage())
     log = logging.Logger("test")
     log.addHandler(handler)
@@ -125,51 +87,17 @@ def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
     def complain(number):
         log.warning("visitor %d is 100%% wrong", number)
 
-    for number in range(3 * gotunnel.LOG_LINES):
+    for number in range(3 * process.LOG_LINES):
         complain(number)
     log.warning("another kind")
-    assert len(said) == gotunnel.LOG_LINES + 1 and said[-1] == "another kind"
-    clock[0] = gotunnel.LOG_PERIOD
+    assert len(said) == process.LOG_LINES + 1 and said[-1] == "another kind"
+    clock[0] = process.LOG_PERIOD
     for number in range(2):
         complain(number)
     assert said[-2:] == [
-        f"visitor 0 is 100% wrong ({2 * gotunnel.LOG_LINES} more like it were dropped)",
+        f"visitor 0 is 100% wrong ({2 * process.LOG_LINES} more like it were dropped)",
         "visitor 1 is 100% wrong",
     ]
-
-
-@pytest.mark.parametrize(("limit", "memory"), [("max", 8), (str(5 << 20), 5), (str(1 << 62), 8)])
-def test_memory_is_the_machines_or_less_if_a_container_has_less(
-    monkeypatch, tmp_path, limit, memory
-):
-    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2048, "SC_PAGE_SIZE": 4096}.get)
-    path = tmp_path / "memory.max"
-    path.write_text(limit + "\n")
-    monkeypatch.setattr(gotunnel, "CGROUP_LIMITS", (str(tmp_path / "missing"), str(path)))
-    assert gotunnel.machine_memory() == memory << 20
-
-
-def test_sessions_share_one_memory_which_many_threads_may_ask_for_first(monkeypatch):
-    monkeypatch.setattr(gotunnel, "_process_memory", None)
-    with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda _: gotunnel.process_memory(), range(8)))
-    assert len(found) == 1 and found.pop().limit == gotunnel.machine_memory() // 4
-
-
-def test_an_import_of_the_wire_reads_no_file():
-    """But Python's own, and the code itself."""
-    program = """
-import sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
-import gotunnel
-print(*(name for name in opened if not str(name).endswith((".py", ".pyc"))), sep=",")
-"""
-    root = Path(gotunnel.__file__).parent
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
-    )
-    assert (ran.stdout, ran.stderr) == ("\n", "")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
