@@ -109,6 +109,37 @@ def test_an_agent_that_is_refused_its_hostname_makes_room_once(gateway, monkeypa
     wait_until(lambda: listener._open == 0)
 
 
+def test_a_gateway_that_stops_while_agents_register_keeps_none_of_them(cache):
+    """Wherever they are on their way from newcomer to tunnel."""
+    stopped, progress = threading.Event(), [0] * 8
+
+    def register_again_and_again(gateway, number):
+        while not stopped.is_set():
+            with contextlib.suppress(OSError):
+                with HandMade(gateway, registration(f"{number}.localhost")) as agent:
+                    agent.hear()
+                    progress[number] += 1
+
+    with gateway_here(cache) as gateway:
+        threads = [
+            threading.Thread(target=register_again_and_again, args=(gateway, number))
+            for number in range(len(progress))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: min(progress) > 1)
+            gateway.inner.stop()
+        finally:
+            stopped.set()
+            for thread in threads:
+                thread.join()
+        newcomers, tunnels = gateway.inner._newcomers, gateway.inner.tunnels
+        assert not newcomers._newcomers and not tunnels._tunnels
+        assert not tunnels.registry.routes()
+        assert newcomers.listener._open == 0
+
+
 # Stages ------------------------------------------------------------------------------------------
 
 
