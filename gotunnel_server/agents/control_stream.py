@@ -57,11 +57,11 @@ class ControlStream:
             self.send(message)
 
     def tell_certificate(self, hostname, state_of):
-        """Tell how a certificate stands now: ``state_of(hostname)``, as in gotunnel.Certificate.
-        Any thread; does not wait."""
+        """Tell how a certificate stands now: the text of ``state_of(hostname)``. Any thread; does
+        not wait."""
         if CERTIFICATES in self._features:
             with self._newest:
-                self.tell(Certificate(hostname, state_of(hostname)))
+                self.tell(Certificate(hostname, str(state_of(hostname))))
 
     def tell_end(self, end: End):
         """Tell why the session ends. Any thread; does not wait."""

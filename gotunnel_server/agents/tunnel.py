@@ -62,8 +62,8 @@ class Tunnels:
     def __init__(self, *, credentials, registry, ports, ensure_certificates, certificate_state):
         """``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificates(hostnames,
         agent)`` sees to it that hostnames can be served, now or soon, and may wait for the disk;
-        ``agent`` is whom to blame. ``certificate_state(hostname)`` says how that stands, as in
-        gotunnel.Certificate."""
+        ``agent`` is whom to blame. ``certificate_state(hostname)`` is how that stands; its text is
+        for gotunnel.Certificate."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports

@@ -45,7 +45,7 @@ from ..net import safe_read
 from ..net.safe_read import MALFORMED
 from .local_ca import CertificateError
 
-__all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of", "normal"]
+__all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of"]
 
 log = logging.getLogger("gotunnel.certificates")
 

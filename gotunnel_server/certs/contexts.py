@@ -47,6 +47,7 @@ class Certificates:
     def __init__(
         self, cert_dir: Path | None, authority: Authority | None, *, alpn: tuple[str, ...] = ()
     ) -> None:
+        self.cert_dir = cert_dir
         self._alpn = alpn
         self._authority = authority
         self._cert_dir = CertDir(cert_dir, self._new_context) if cert_dir else None

@@ -25,7 +25,8 @@ def choose_site(tunnels, gateway_host, public_port, version, certificate_state):
     """What a request to the dashboard's port gets: a sites.Site.
 
     ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
-    ``failed``. ``certificate_state(hostname)`` is "ready", or what there is instead.
+    ``failed``. ``certificate_state(hostname)`` is a value with ``is_ready``, ``name`` (an enum
+    of ready, waiting, failed) and a text.
     """
 
     def site(request):
@@ -63,9 +64,9 @@ def _row(hostname, route, tunnel, port, certificate):
         name = f'<a href="https://{name}{port}/">{name}</a>'
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
-    if certificate != "ready":
-        kind = "failed" if certificate.startswith("failed") else "waiting"
-        name += f'<br><small class="{kind}">certificate {escape(certificate)}</small>'
+    if not certificate.is_ready:
+        kind, text = certificate.name.value, escape(str(certificate))
+        name += f'<br><small class="{kind}">certificate {text}</small>'
     agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"

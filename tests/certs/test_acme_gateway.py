@@ -37,7 +37,7 @@ from support import (
 )
 
 from gotunnel_server import gateway as gateway_module
-from gotunnel_server.certs import acme
+from gotunnel_server.certs import acme, keeper, look_up
 from gotunnel_server.certs.acme_errors import HOST, LATER, CaError
 from gotunnel_server.certs.challenges import PATH, Challenges
 from gotunnel_server.certs.local_ca import Authority, CertificateError
@@ -202,7 +202,7 @@ def test_a_look_at_the_name_comes_before_the_first_order(
         return found
 
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(gateway_module, "resolve", resolve)
+    monkeypatch.setattr(look_up, "resolve", resolve)
     with house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={"app.example.com": origin.port}):
             wait_until(lambda: words in caplog.text)
@@ -230,7 +230,7 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             with gateway.dial(APP) as visitor:
                 first = serial_of(visitor)
-            gateway.inner._store.ask_renewal(APP)
+            gateway.inner._keeper._store.ask_renewal(APP)
 
             def is_new():
                 with gateway.dial(APP) as visitor:
@@ -243,17 +243,16 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
     ("found", "kind", "again"),
     [
         (OSError("no such name"), HOST, None),
-        (NoAnswer("no resolver"), LATER, gateway_module.RESOLVE_AGAIN),
+        (NoAnswer("no resolver"), LATER, look_up.RESOLVE_AGAIN),
     ],
 )
-def test_whose_fault_it_is_that_a_name_does_not_resolve(tmp_path, monkeypatch, found, kind, again):
+def test_whose_fault_it_is_that_a_name_does_not_resolve(monkeypatch, found, kind, again):
     def resolve(hostname):
         raise found
 
-    monkeypatch.setattr(gateway_module, "resolve", resolve)
-    with fake_house(tmp_path) as gateway:
-        with pytest.raises(CaError) as caught:
-            gateway.inner._look_up("app.example.com")
+    monkeypatch.setattr(look_up, "resolve", resolve)
+    with pytest.raises(CaError) as caught:
+        look_up.look_up("app.example.com")
     assert (caught.value.kind, caught.value.retry_after) == (kind, again)
 
 
@@ -290,8 +289,8 @@ def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin)
 def test_a_visitor_waits_until_its_certificate_is_served_and_not_only_there(tmp_path, monkeypatch):
     """Between the two a handshake would fail."""
     with house(tmp_path) as gateway:
-        awaits, states = gateway.inner._awaits_certificate, {}
-        monkeypatch.setattr(gateway.inner._issuer, "state", states.get)
+        awaits, states = gateway.inner._keeper.pending, {}
+        monkeypatch.setattr(gateway.inner._keeper._issuer, "state", states.get)
         for name, expected in (WAITING, True), (READY, True), (FAILED, False):
             states[APP] = State(name, "", 0.0, None)
             assert awaits(APP) is expected
@@ -360,7 +359,7 @@ def test_visitor_during_a_proof_gets_the_previous_certificate(tmp_path, origin, 
             # Pebble looks from three places, and would not do with less than acme-tls/1.
             assert [one for one in asked if one[0] == APP] == [(APP, True)] * 3
             renewing.set()
-            assert gateway.inner._issuer.retry_now(APP)
+            assert gateway.inner._keeper._issuer.retry_now(APP)
             assert looked.wait(TIMEOUT)
             assert serial_at(gateway, APP) == first
             go_on.set()
@@ -490,14 +489,14 @@ def test_strangers_hellos_cost_nothing(tmp_path):
     def known():
         files = {file for file in (tmp_path / "cache").rglob("*")}
         inner = gateway.inner
-        return files, set(inner._issuer._hosts), set(inner._certificates._issued)
+        return files, set(inner._keeper._issuer._hosts), set(inner._certificates._issued)
 
     dice = random.Random(8)
     with fake_house(tmp_path) as gateway:
         with gateway.dial(GATEWAY_HOST):  # which has waited for it
             pass
         wait_until(lambda: gateway.ca.count("dir") == 2)  # its order, and when to renew it
-        wait_until(lambda: not gateway.inner._issuer._jobs)
+        wait_until(lambda: not gateway.inner._keeper._issuer._jobs)
         before, asked = known(), len(gateway.ca.asked)
         for _ in range(300):
             label = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12))
@@ -602,13 +601,13 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             wait_until(lambda: f"{APP}: certificate: ready" in caplog.text)
             assert gateway.inner._certificates.is_given(APP) and APP not in orders(gateway.ca)
-            order, may_order = gateway.inner._issuer._ca.order, threading.Event()
+            order, may_order = gateway.inner._keeper._issuer._ca.order, threading.Event()
 
             def order_later(*words, **more):
                 assert may_order.wait(TIMEOUT)
                 return order(*words, **more)
 
-            monkeypatch.setattr(gateway.inner._issuer._ca, "order", order_later)
+            monkeypatch.setattr(gateway.inner._keeper._issuer._ca, "order", order_later)
             for file in own.glob(f"{APP}.*"):
                 file.unlink()
             wait_until(lambda: f"{APP}: certificate: waiting" in caplog.text)
@@ -618,7 +617,7 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
             assert serial_at(gateway, APP) != given
 
             give(APP, time.time() + DAY / 2)  # nothing is ordered for what the operator has given
-            wait_until(lambda: gateway.inner._issuer.state(APP) is None)
+            wait_until(lambda: gateway.inner._keeper._issuer.state(APP) is None)
         assert orders(gateway.ca).count(APP) == 1
 
 
@@ -630,10 +629,12 @@ def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
         wait_until(lambda: not gateway.inner._registry.routes())
-        issuer = gateway.inner._issuer
-        served = gateway.inner._keep_certificates({APP})
-        assert APP in issuer.hostnames() and APP not in served  # it may be back soon
-        gateway.inner._keep_certificates(served)
+        issuer = gateway.inner._keeper._issuer
+        kept = gateway.inner._keeper
+        kept._served_before = {APP}
+        kept._review()
+        assert APP in issuer.hostnames() and APP not in kept._served_before  # it may be back soon
+        kept._review()
         assert issuer.hostnames() == {GATEWAY_HOST}
 
 
@@ -641,17 +642,17 @@ def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origi
     serve_pages(origin)
     with fake_house(tmp_path) as gateway, contextlib.ExitStack() as stack:
         inner = gateway.inner
-        ensure = inner._ensure_certificates
+        want = inner._keeper.want
 
-        def ensure_and_let_one_in(hostnames, agent=None):
-            ensure(hostnames, agent)
+        def want_and_let_one_in(hostnames, agent=None):
+            want(hostnames, agent)
             if agent is None and APP not in inner._registry.routes():
                 routes = {APP: origin.port}
                 stack.enter_context(agent_here(gateway, tmp_path, http=routes))
 
-        monkeypatch.setattr(inner, "_ensure_certificates", ensure_and_let_one_in)
-        inner._keep_certificates(set())
-        assert APP in inner._issuer.hostnames()
+        monkeypatch.setattr(inner._keeper, "want", want_and_let_one_in)
+        inner._keeper._review()
+        assert APP in inner._keeper._issuer.hostnames()
 
 
 def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(
@@ -677,10 +678,10 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
     tmp_path, origin, monkeypatch
 ):
     monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
-    monkeypatch.setattr(gateway_module, "KEEP", 0.02)
+    monkeypatch.setattr(keeper, "KEEP", 0.02)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        issuer = gateway.inner._issuer
+        issuer = gateway.inner._keeper._issuer
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
             with gateway.dial(APP) as visitor:
@@ -740,7 +741,7 @@ def test_stored_certificate_that_is_no_use_is_ordered_anew(
     caplog.set_level(logging.INFO)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        mint, store = gateway.ca.mint, gateway.inner._store
+        mint, store = gateway.ca.mint, gateway.inner._keeper._store
         stored = store.save(APP, *mint.pair(APP, time.time() - DAY))
         file = tmp_path / "cache" / stored.key
         file.write_bytes(harm(mint, file.read_bytes()))
@@ -770,7 +771,7 @@ def test_session_is_resumed_across_a_renewal(tmp_path, origin, version):
                 visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
                 visitor.read_message()
                 ticket = visitor.sock.session
-            assert gateway.inner._issuer.retry_now(APP)
+            assert gateway.inner._keeper._issuer.retry_now(APP)
             wait_until(lambda: serial_at(gateway, APP) != before)
             with dial_again(gateway, APP, ticket) as visitor:
                 assert visitor.sock.session_reused
@@ -835,7 +836,7 @@ def test_ca_that_misbehaves_is_told_to_the_agent_and_stops_nobody_else(
     with fake_house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={OTHER: origin.port}):
             assert gateway.get(OTHER) == (200, b"page")
-        wait_until(lambda: not gateway.inner._issuer._jobs)
+        wait_until(lambda: not gateway.inner._keeper._issuer._jobs)
         monkeypatch.setattr(acme, "NETWORK_TIMEOUT", 0.5)
         gateway.ca.script["dir"] = [says] * 100
         routes = {OTHER: origin.port, APP: origin.port}
@@ -902,9 +903,9 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(cache, monkeypatch):
     monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
     monkeypatch.setattr(gateway_module, "LAST_LOOK", 0.05)
     with gateway_here(cache) as gateway:
-        keeper = gateway.inner._keeper
+        [thread] = [one for one in threading.enumerate() if one.name == "keeper"]
         monkeypatch.setattr(gateway.inner._certificates, "reload", hang)
         assert hangs.wait(TIMEOUT)
-    assert keeper.is_alive()
+    assert thread.is_alive()
     go_on.set()
-    keeper.join(TIMEOUT)
+    thread.join(TIMEOUT)

@@ -9,6 +9,7 @@ import pytest
 from support import APP, GATEWAY_HOST, RAW, TIMEOUT, agent_here, gateway_here
 
 from gotunnel_server.agents.credentials import Identity
+from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import dashboard
 
@@ -20,7 +21,7 @@ def a_tunnel(issuer="", since=0.0, **modes):
     )
 
 
-def page(*tunnels, public_port=443, certificates=lambda hostname: "ready"):
+def page(*tunnels, public_port=443, certificates=lambda hostname: State(READY)):
     return dashboard.render(tunnels, "gateway.test", public_port, "1.2.3", certificates)
 
 
@@ -46,9 +47,10 @@ def test_page_shows_ports_and_visits_that_failed():
 
 
 def test_page_shows_certificates_that_are_not_there():
-    states = {"a.test": "failed: <no>", "b.test": "ready", "c.test": "waiting"}
+    states = {"a.test": State(FAILED, "<no>"), "b.test": State(READY), "c.test": State(WAITING)}
     text = page(a_tunnel(a="http", b="http", c="tcp"), certificates=states.get)
-    assert "certificate failed: &lt;no&gt;" in text and "certificate waiting" in text
+    assert "certificate failed: &lt;no&gt;" in text
+    assert 'class="waiting">certificate waiting' in text
     assert text.count('class="failed">certificate') == 1
     assert text.count("certificate ") == 2
 

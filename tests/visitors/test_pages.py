@@ -101,7 +101,7 @@ def test_landing_page_has_no_other_form():
 def gateway(cache):
     """A gateway that nobody serves APP with; its certificate for it is an earlier agent's."""
     with gateway_here(cache) as gateway:
-        gateway.inner._ensure_certificates([APP])
+        gateway.inner._keeper.want([APP])
         yield gateway
 
 

@@ -1,0 +1,166 @@
+"""Whose certificate is wanted, how it stands, and who hears of it."""
+
+import queue
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fake_ca import DAY, Proofs
+from support import ROOT, TIMEOUT, wait_until
+from test_issuer import ScriptedCa, refused
+
+from gotunnel_server.certs import keeper as keeper_module
+from gotunnel_server.certs.contexts import Certificates
+from gotunnel_server.certs.folder import open_store
+from gotunnel_server.certs.keeper import Keeper
+from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.certs.ordering import Ordering
+from gotunnel_server.certs.state import FAILED, READY, WAITING, State
+
+APP, OWN, URL = "app.localhost", "gateway.localhost", "https://ca.example/dir"
+
+
+class House:
+    """A keeper that orders, and what it is connected with."""
+
+    def __init__(self, folder, served=(), cert_dir=None):
+        self.ca = ScriptedCa(time.time)
+        self.store = open_store(folder / "cache", URL)
+        self.certificates = Certificates(cert_dir, None)
+        self.served, self.changed = set(served), queue.Queue()
+        self.keeper = Keeper(
+            self.certificates, own_names=[OWN], served=lambda: set(self.served),
+            on_change=self.changed.put, ordering=Ordering(self.ca, self.store, Proofs()),
+        )  # fmt: skip
+
+    def __enter__(self):
+        self.keeper.start()
+        return self
+
+    def __exit__(self, *exc_info):
+        self.keeper.stop()
+
+
+def test_a_wanted_hostname_is_pending_until_it_is_served_and_that_is_told(tmp_path):
+    may_order = threading.Event()
+    with House(tmp_path) as house:
+        house.ca.script = [lambda stop: may_order.wait(TIMEOUT)] * 2
+        house.keeper.want([APP], "agent")
+        assert house.keeper.pending(APP) and house.keeper.state(APP) == State(
+            WAITING, "", house.keeper.state(APP).next_at, None
+        )
+        may_order.set()
+        assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OWN}
+        assert house.certificates.context(APP) is not None
+        assert house.keeper.state(APP).is_ready and not house.keeper.pending(APP)
+
+
+def test_an_order_that_failed_is_pending_no_more_and_has_its_reason(tmp_path):
+    with House(tmp_path) as house:
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        house.ca.script = [refused()]
+        house.keeper.want([APP])
+        assert house.changed.get(timeout=TIMEOUT) == APP
+        state = house.keeper.state(APP)
+        assert state.name is FAILED and "the CA's words" in state.reason
+        assert not house.keeper.pending(APP)
+
+
+@pytest.mark.parametrize("hostname", [APP, "*.dev.localhost"])
+def test_where_nothing_is_ordered_there_is_a_certificate_or_there_is_none(tmp_path, hostname):
+    authority = Authority(tmp_path / "local")
+    keeper = Keeper(Certificates(None, authority), own_names=[OWN], served=list, on_change=print)
+    assert keeper.state(hostname).name is FAILED and keeper.state(hostname).next_at is None
+    keeper.want([hostname])
+    assert keeper.state(hostname) == State(READY)
+    assert keeper.pending(hostname) is False
+
+
+def test_own_names_without_a_certificate_are_an_error(tmp_path):
+    (tmp_path / "own").mkdir()
+    with pytest.raises(CertificateError, match=f"CERT_DIR .*own: no certificate for {OWN}"):
+        Keeper(Certificates(tmp_path / "own", None), own_names=[OWN], served=list, on_change=print)
+
+
+def test_what_was_ordered_earlier_is_served_before_anybody_wants_it(tmp_path):
+    with House(tmp_path) as house:
+        house.store.save(APP, *house.ca.mint.pair(APP, house.ca.clock()))
+    again = House(tmp_path)
+    assert again.certificates.context(APP) is not None
+    assert again.keeper.state(APP) == State(READY)
+
+
+def test_hostnames_that_fail_to_be_served_from_several_threads_are_all_tried_again(
+    tmp_path, monkeypatch
+):
+    """The keeper's look goes through them while orders end."""
+    names = [f"h{number}.localhost" for number in range(40)]
+    house = House(tmp_path, served=names)
+    take, fails = house.certificates.take, threading.Event()
+
+    def fail(hostname, file):
+        if fails.is_set():
+            raise CertificateError("no descriptor")
+        take(hostname, file)
+
+    monkeypatch.setattr(house.certificates, "take", fail)
+    fails.set()
+    with house:
+        house.keeper.want(names)
+        told = set()
+        while not told.issuperset(names):
+            house.keeper.look()
+            while not house.changed.empty():
+                told.add(house.changed.get_nowait())
+    assert not any(map(house.certificates.context, names))
+    fails.clear()
+    house.keeper.look()
+    assert all(map(house.certificates.context, names))
+
+
+def test_a_renewal_that_is_asked_for_is_ordered_and_an_unknown_one_is_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with House(tmp_path) as house:
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        for hostname in (OWN, "gone.localhost"):
+            house.store.ask_renewal(hostname)
+        house.keeper.look()
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        assert len(house.ca.ordered()) == 2
+    assert "gone.localhost: a new certificate was asked for, but nobody serves it" in caplog.text
+
+
+def test_a_hostname_whose_agent_is_away_at_two_reviews_is_not_wanted_any_more(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeper_module, "KEEP", 0)
+    with House(tmp_path, served=[APP]) as house:
+        house.keeper.want([APP])
+        house.keeper.look()
+        house.served.clear()
+        house.keeper.look()
+        wait_until(lambda: house.keeper.state(APP).is_ready)
+        assert house.keeper.state(APP).next_at is not None  # of its renewal
+        house.keeper.look()
+        assert house.keeper.state(APP) == State(READY)  # it is served, and that is all
+
+
+def test_a_certificate_that_another_process_has_renewed_is_served_too(tmp_path):
+    with House(tmp_path) as house:
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        before = house.certificates.context(OWN)
+        house.store.save(OWN, *house.ca.mint.pair(OWN, house.ca.clock(), 91 * DAY))
+        house.keeper.want([OWN])
+        assert house.certificates.context(OWN) is not before
+
+
+def test_a_gateway_that_orders_nothing_does_not_load_what_ordering_takes():
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import gotunnel_server.gateway; "
+        "print(sorted({'acme', 'josepy', 'requests', 'gotunnel_server.certs.acme'} "
+        "& set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, str(ROOT)]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT).stdout == "[]\n"
