@@ -1,0 +1,304 @@
+"""One variable of the gateway's configuration: a text in, a checked value out.
+
+Four rules hold for every variable:
+
+- The process environment wins over the env file: the one that ``--env-file`` names, else ``.env``
+  in the working folder if there is one.
+- An empty or blank value counts as unset, so an empty variable in the environment does not hide
+  the env file's.
+- A secret ``X`` may stand in a file that ``X_FILE`` names (UTF-8, newlines at its end are
+  dropped). Both at once is an error.
+- Nothing is expanded: ``$`` in an env file is a dollar sign, in a secret too.
+
+A bad value is a ``ConfigError``, one line that never shows a secret.
+"""
+
+import io
+import ipaddress
+import os
+import re
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+from dotenv.parser import parse_stream
+
+from gotunnel_agent.common.addresses import Network, unmapped_network
+from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
+from gotunnel_agent.common.quantities import whole_number
+
+DEFAULT_ENV_FILE = ".env"
+
+# Env files and secrets take a few hundred bytes: this keeps a path like /dev/zero from being read
+# for ever.
+MAX_FILE = 1024 * 1024
+
+MAX_PORT = 65535
+ANY_PORT = "auto"
+A_PORT = f"a port from 1 to {MAX_PORT} or {ANY_PORT} (any free one)"
+
+# Linux lets a process open 1,048,576 files at most (fs.nr_open): a larger count is a typing error.
+MAX_COUNT = 1_000_000
+
+# Seconds. Nobody waits longer than a day: more is a typing error, such as milliseconds. Selectors
+# count milliseconds in 31 bits and would fail after 24 days.
+MAX_TIMEOUT = 86_400
+SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
+
+
+class ConfigError(Exception):
+    """The gateway cannot start like this; the message is one line for the operator."""
+
+
+class Variables:
+    """The variables by name; each method reads one kind of value or raises ConfigError."""
+
+    def __init__(self, values: Mapping[str, str]):
+        self._values = values
+
+    def is_set(self, *names: str) -> bool:
+        """Whether any of them is."""
+        return any(name in self._values for name in names)
+
+    def text(self, name: str) -> str | None:
+        """The value without blanks around it, None if it is unset."""
+        if name not in self._values:
+            return None
+        text = self._values[name].strip()
+        if not text.isprintable():  # not shown: a missing quote may have drawn a secret in
+            raise ConfigError(
+                f"{name} holds a line break or an unprintable character, "
+                "expected one line of text: look for a missing quote"
+            )
+        return text
+
+    def secret(self, name: str) -> str | None:
+        """The secret itself or what its file holds, None if both are unset."""
+        file_name = f"{name}_FILE"
+        path = self.text(file_name)
+        secret = self._values.get(name)
+        if path is None:
+            if secret is not None and not _is_utf8(secret):
+                raise ConfigError(f"{name} is not UTF-8, expected UTF-8 text: set another secret")
+            return secret
+        if secret is not None:
+            raise ConfigError(f"{name} and {file_name} are both set, expected one: unset the other")
+        secret = _read_text(file_name, path).rstrip("\r\n")
+        if not secret.strip():
+            raise ConfigError(
+                f"{file_name}: {path!r} is empty, expected a secret: write one into it"
+            )
+        return secret
+
+    def hostname(self, name: str) -> str:
+        text = self._required(name, "a hostname such as gateway.example.com")
+        if not valid_hostname(text):
+            raise ConfigError(
+                f"{name} is {text!r}, expected a hostname such as gateway.example.com: "
+                "letters, digits, hyphens and dots, without scheme or port"
+            )
+        return normal_hostname(text)
+
+    def hostname_or_none(self, name: str) -> str | None:
+        return None if self.text(name) is None else self.hostname(name)
+
+    def hostname_or_ip(self, name: str) -> str:
+        text = self._required(name, "a hostname such as tunnel.example.com, or an IP address")
+        if valid_hostname(text):
+            return normal_hostname(text)
+        try:
+            return str(ipaddress.ip_address(text))
+        except ValueError:
+            raise ConfigError(
+                f"{name} is {text!r}, expected a hostname such as tunnel.example.com, or an IP "
+                "address without brackets: without scheme or port"
+            ) from None
+
+    def ip_addresses(self, name: str) -> tuple[str, ...]:
+        """Addresses separated by commas, none if it is unset."""
+        text = self.text(name)
+        if text is None:
+            return ()
+        try:
+            addresses = [str(ipaddress.ip_address(part.strip())) for part in text.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"{name} is {text!r}, expected IP addresses separated by commas such as "
+                "192.0.2.1,2001:db8::1: correct it, or unset it for all addresses"
+            ) from None
+        return tuple(dict.fromkeys(addresses))  # the same twice would be a port in use
+
+    def networks(self, name: str) -> tuple[Network, ...]:
+        """Addresses and networks separated by commas or blanks, none if it is unset."""
+        text = self.text(name) or ""
+        networks = []
+        for part in text.replace(",", " ").split():
+            try:
+                networks.append(unmapped_network(ipaddress.ip_network(part)))
+            except ValueError:  # also for 10.0.0.1/8: is the address meant, or the network?
+                raise ConfigError(
+                    f"{name} is {text!r}, expected IP addresses, and networks without host bits, "
+                    "separated by commas or blanks, such as 192.0.2.1, 10.0.0.0/8, 2001:db8::/32: "
+                    f"correct {part!r}"
+                ) from None
+        return tuple(networks)
+
+    def port(self, name: str, default: int, expected: str = A_PORT) -> int:
+        text = self.text(name)
+        if text is None:
+            return default
+        if text.lower() == ANY_PORT:
+            return 0
+        port = whole_number(text)
+        if port is None or not 1 <= port <= MAX_PORT:
+            raise ConfigError(f"{name} is {text!r}, expected {expected}")
+        return port
+
+    def port_ranges(self, name: str) -> tuple[range, ...]:
+        """Ports and ranges of them, separated by commas or blanks, none if it is unset."""
+        ranges = []
+        for part in (self.text(name) or "").replace(",", " ").split():
+            first, dash, last = part.partition("-")
+            first, last = whole_number(first), whole_number(last if dash else first)
+            if first is None or last is None or not 1 <= first <= last <= MAX_PORT:
+                raise ConfigError(
+                    f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and "
+                    f"ranges of them, separated by commas or blanks, such as 2200-2299,5432: "
+                    f"correct {part!r}"
+                )
+            ranges.append(range(first, last + 1))
+        return tuple(ranges)
+
+    def port_or_off(self, name: str, default: int | None) -> int | None:
+        """As ``port``, and None for 0."""
+        if self.text(name) == "0" or self.text(name) is None and default is None:
+            return None
+        return self.port(name, default, f"{A_PORT}, or 0 for off")
+
+    def count(self, name: str, default: int) -> int:
+        text = self.text(name)
+        if text is None:
+            return default
+        count = whole_number(text)
+        if count is None or not 1 <= count <= MAX_COUNT:
+            raise ConfigError(f"{name} is {text!r}, expected a whole number from 1 to {MAX_COUNT}")
+        return count
+
+    def seconds(self, name: str, default: float) -> float:
+        seconds = self.seconds_or_zero(name, default, f"{SECONDS}, more than 0")
+        if seconds == 0:
+            raise ConfigError(f"{name} is {self.text(name)!r}, expected {SECONDS}, more than 0")
+        return seconds
+
+    def seconds_or_zero(self, name: str, default: float, expected: str = SECONDS) -> float:
+        text = self.text(name)
+        if text is None:
+            return default
+        # float() alone would take "inf", "1e9" and "1_0" too.
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or float(text) > MAX_TIMEOUT:
+            raise ConfigError(f"{name} is {text!r}, expected {expected}")
+        return float(text)
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str | None) -> str | None:
+        text = self.text(name)
+        if text is None:
+            return default
+        if text.lower() not in choices:
+            raise ConfigError(f"{name} is {text!r}, expected one of {', '.join(choices)}")
+        return text.lower()
+
+    def folder_to_be(self, name: str, default: str) -> Path:
+        """A folder that is there or can still be made."""
+        path = self.text(name) or default
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise ConfigError(f"{name} is {path!r}, which is no folder: name another, or remove it")
+        return Path(path)
+
+    def file_to_be(self, name: str) -> Path | None:
+        """A file that is there or can still be made."""
+        path = self.text(name)
+        if path is not None and os.path.isdir(path):
+            raise ConfigError(f"{name} is {path!r}, which is a folder: name a file in it")
+        return None if path is None else Path(path)
+
+    def url(self, name: str) -> str | None:
+        text = self.text(name)
+        if text is not None and not re.fullmatch(r"https://[^/\s]+(/\S*)?", text):
+            raise ConfigError(f"{name} is {text!r}, expected a URL such as https://ca.example/dir")
+        return text
+
+    def file(self, name: str) -> str | None:
+        """A file that can be read."""
+        path = self.text(name)
+        if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+            raise ConfigError(f"{name} is {path!r}, expected a file that can be read")
+        return path
+
+    def certificates_file(self, name: str) -> str | None:
+        path = self.file(name)
+        try:
+            if path is not None:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        except ssl.SSLError:
+            raise ConfigError(f"{name}: {path!r} holds no certificate, expected PEM") from None
+        return path
+
+    def _required(self, name: str, expected: str) -> str:
+        text = self.text(name)
+        if text is None:
+            raise ConfigError(f"{name} is not set, expected {expected}: set it")
+        return text
+
+
+def read_env_file(env_file: str | None) -> dict[str, str]:
+    """The variables in the env file that are not blank."""
+    if env_file is None:
+        # A folder of this name is most likely somebody's virtual environment.
+        if not os.path.exists(DEFAULT_ENV_FILE) or os.path.isdir(DEFAULT_ENV_FILE):
+            return {}
+        env_file = DEFAULT_ENV_FILE
+    values = {}
+    # dotenv_values() only logs a line that it cannot parse, and expands ${...}.
+    for binding in parse_stream(io.StringIO(_read_text("env file", env_file))):
+        if binding.error:
+            statement = binding.original.string
+            blank_lines = statement[: -len(statement.lstrip())].count("\n")
+            raise ConfigError(
+                f"env file {env_file!r}, line {binding.original.line + blank_lines}: this is not "
+                "NAME=value, expected one variable a line: look for a missing quote"
+            )
+        values[binding.key] = binding.value
+    return not_blank(values)
+
+
+def not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value and value.strip()}
+
+
+def _read_text(what: str, path: str) -> str:
+    """The text of a small file, without the byte order mark that some editors put first."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"{what}: cannot read {path!r} ({error.strerror}), expected a readable file: check "
+            "the path and its permissions"
+        ) from None
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"{what}: {path!r} is too long, expected at most {MAX_FILE} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{what}: {path!r} is not UTF-8, expected UTF-8 text: save it as such"
+        ) from None
+
+
+def _is_utf8(text: str) -> bool:
+    """False for the surrogates that stand for other bytes in the environment."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
