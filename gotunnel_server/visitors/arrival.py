@@ -185,7 +185,7 @@ class Arrival(Stepwise):
 
     def _await_certificate(self):
         """Look again and again whether it is there; in the end the handshake fails by an alert."""
-        if self._port.draining:
+        if self._port.is_draining():
             self.close()
             return False
         left = self._deadline - monotonic()

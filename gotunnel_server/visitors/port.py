@@ -86,7 +86,7 @@ class Port:
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self.relays = Room(relays.MAX_RELAYS, proxies)
         self._draining = threading.Event()
-        self.is_draining = self._draining.is_set  # answer what is asked already, then close
+        self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
         self._visitors = set()
         self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
         self._said = set()  # texts of say_once()
@@ -119,10 +119,6 @@ class Port:
             said = text in self._said
             self._said.add(text)
         log.log(logging.DEBUG if said else logging.WARNING, text, *arguments)
-
-    @property
-    def draining(self) -> bool:
-        return self.is_draining()
 
     def start_draining(self):
         """From now on a connection is closed as soon as its request is answered."""

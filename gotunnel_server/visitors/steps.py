@@ -89,7 +89,7 @@ class Stepwise:
     def _wait(self, seconds):
         """Take the step again when the visitor sends something; ``seconds`` count from the first
         wait in a state. Returns what a step returns."""
-        if self._port.draining and not self.STEPS[self._state].outlasts_drain:
+        if self._port.is_draining() and not self.STEPS[self._state].outlasts_drain:
             self.close()
             return False
         if self._deadline is None:
