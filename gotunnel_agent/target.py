@@ -20,7 +20,17 @@ import threading
 from time import monotonic
 from typing import NamedTuple
 
-from gotunnel import Deadline, Duplex, NoThread, ProtocolError, pump, read_data_header, relay, spawn
+from gotunnel import (
+    RESET_JOIN,
+    Deadline,
+    Duplex,
+    NoThread,
+    ProtocolError,
+    pump,
+    read_data_header,
+    relay,
+    spawn,
+)
 
 from .common import proxy_protocol
 from .common.hostnames import normal_hostname
@@ -29,6 +39,9 @@ log = logging.getLogger("gotunnel.target")
 
 DATA_HEADER_TIMEOUT = 10  # seconds; it leaves the gateway together with the SYN
 DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down; with its TLS
+
+# Seconds for what was read of an answer to reach a gateway that has ended its side of the stream.
+ANSWER_TIMEOUT = 30
 
 # Seconds between two looks at whether a visit is idle: the look at one that has ended is forgotten
 # by then, however long its timeout is.
@@ -261,7 +274,10 @@ def exchange(stream, target):
     answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target)
     _ask(stream, target)
     target.stop()  # the gateway has what it wants: free the target, and the thread that reads it
-    answer.join()
+    answer.join(ANSWER_TIMEOUT)
+    if answer.is_alive():  # it writes what the gateway does not take any more
+        stream.reset()
+        answer.join(RESET_JOIN)
 
 
 def relay_watched(stream, target, tunnel):
@@ -270,42 +286,45 @@ def relay_watched(stream, target, tunnel):
     try:
         relay(stream, watched)
     finally:
-        watched.over = True
+        watched.end()
 
 
 class Watched:
     """A target as an end of a relay that is broken when nothing has passed it for a while."""
 
     def __init__(self, duplex, stream, tunnel):
-        """``over`` is to be set when the relay has ended."""
         self.finish, self.reset = duplex.finish, duplex.reset
-        self.over = False
+        self._over = threading.Event()
+        self.end = self._over.set  # to be called when the relay has ended
         self._passing_on = set()  # the directions in which a byte is on its way, perhaps slowly
         self._duplex = duplex
         self._stream = stream
         self._tunnel = tunnel
         self._moved_at = monotonic()
+        self._lock = threading.Lock()  # guards _passing_on and _moved_at
         self._look_later()
 
     def read(self):
-        self._moved_at = monotonic()
-        self._passing_on.discard("answer")
+        self._note("answer", passing_on=False)
         data = self._duplex.read()
-        self._moved_at = monotonic()
-        if data:
-            self._passing_on.add("answer")
+        self._note("answer", passing_on=bool(data))
         return data
 
     def write(self, data):
-        self._passing_on.add("question")
+        self._note("question", passing_on=True)
         self._duplex.write(data)
-        self._moved_at = monotonic()
-        self._passing_on.discard("question")
+        self._note("question", passing_on=False)
+
+    def _note(self, direction, *, passing_on):
+        with self._lock:
+            self._moved_at = monotonic()
+            (self._passing_on.add if passing_on else self._passing_on.discard)(direction)
 
     def _look_later(self):
-        if self._passing_on:
-            self._moved_at = monotonic()
-        left = self._moved_at + self._tunnel.idle_timeout - monotonic()
+        with self._lock:
+            if self._passing_on:
+                self._moved_at = monotonic()
+            left = self._moved_at + self._tunnel.idle_timeout - monotonic()
         if left > 0:
             self._stream.call_later(min(left, LONGEST_LOOK), self._look)
         else:
@@ -315,7 +334,7 @@ class Watched:
 
     def _look(self):
         """Demultiplexer: waits for nothing."""
-        if not self.over:
+        if not self._over.is_set():
             self._look_later()
 
 

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import threading
 
 import pytest
 from support import (
@@ -26,7 +27,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel import Register, encode_message
+from gotunnel import Register, StreamReset, encode_message
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent import target as target_module
 from gotunnel_agent.agent import CannotTrust
@@ -452,3 +453,39 @@ def test_go_gateway_does_not_know_host_header_so_the_tunnel_is_not_served(
     assert lines == [
         f"{APP}: not served: this gateway does not know host_header; update it, or do without"
     ]
+
+
+class Stuck:
+    """A stream whose gateway has said that it is done, and takes no more of the answer."""
+
+    def __init__(self):
+        self.was_reset = threading.Event()
+        self.on_death = lambda callback: None
+        self.finish = self.close = lambda: None
+
+    def read(self):
+        return b""
+
+    def write(self, data):
+        assert self.was_reset.wait(TIMEOUT)
+        raise StreamReset("reset")
+
+    def reset(self):
+        self.was_reset.set()
+
+
+class Generous:
+    """A target that always has more of an answer."""
+
+    def __init__(self):
+        self.stop = self.reset = self.finish = lambda: None
+
+    def read(self):
+        return b"answer"
+
+
+def test_exchange_waits_for_no_gateway_that_has_ended_and_does_not_take_the_answer(monkeypatch):
+    monkeypatch.setattr(target_module, "ANSWER_TIMEOUT", 0.05)
+    stream = Stuck()
+    target_module.exchange(stream, Generous())
+    assert stream.was_reset.is_set()
