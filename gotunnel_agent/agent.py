@@ -5,7 +5,11 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     thread     how many              does                                   ends when
     agent      1                     the life above; answers pings          stop()
     accept     1 a session           hands each new data stream a worker    the session ends
-    worker     at most MAX_STREAMS   one data stream: target.serve()        the stream ends
+    stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
+    ... answer 1 a visit, http mode  copies the target's answer             the stream ends
+    ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
+
+All are daemons: none keeps a process alive that has stopped.
 """
 
 import contextlib
@@ -55,6 +59,7 @@ DIAL_TIMEOUT = 10  # seconds, for the connection and again for the TLS handshake
 ACK_TIMEOUT = 30  # seconds; a gateway may have to make certificates before it says yes
 SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: the line is dead
 DRAIN_TIMEOUT = 10  # seconds that running visits have when the agent is told to stop
+LAST_WORDS = 5  # ... and that threads have afterwards; a session that closes takes 3 at most
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
@@ -99,77 +104,92 @@ class Agent:
             trust: trust and tls_context(*trust, "target_ca_file")
             for trust in {_trust(tunnel.target) for tunnel in config.tunnels}
         }
+        # Hostname to Route. Replaced as a whole, never changed: workers read it meanwhile.
         self._routes = {
             normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
             for tunnel in config.tunnels
         }
         self._stopping = threading.Event()
         self._instance = new_instance()
-        self._session = None
-        self._served_since = math.inf  # monotonic, of the session's ack
-        self._idle = threading.Condition()  # _running fell to 0
+        self._served_since = math.inf  # monotonic, of the session's ack; the agent's thread only
+        self._lock = threading.Condition()  # guards what follows; notified when _running falls
+        self._session = None  # the latest
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
 
     def run(self):
         """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
-        failures = 0
-        with Workers(MAX_STREAMS, "stream") as workers:
-            while not self._stopping.is_set():
-                self._served_since = math.inf
-                least, most = 0, MAX_DELAY
-                try:
-                    self._serve_session(workers)
-                except Refused as error:
-                    problem = f"the gateway refused: {on_one_line(str(error))}"
-                    least = REFUSED_DELAY
-                    if str(error).startswith(TAKEN):
-                        problem += "; another agent serves it and answers, this one waits for it"
-                except Ended as error:
-                    problem = f"the gateway says: {on_one_line(str(error))}"
-                    if error.code == REPLACED:
-                        # Not to fight back: from now on we are somebody else, who gets the
-                        # hostnames when whoever has them is gone.
-                        self._instance, least = new_instance(), REFUSED_DELAY
-                except ConnectionRefusedError:
-                    problem, most = "nobody listens there", RESTART_DELAY
-                except ssl.SSLCertVerificationError as error:
-                    problem = f"its certificate is not to be trusted: {error.verify_message}"
-                    if error.verify_code in UNKNOWN_CA:
-                        problem += "; if it has a CA of its own, ca_file has to name that"
-                except OSError as error:
-                    problem = error.strerror or str(error)
-                except ProtocolError as error:
-                    problem = f"it does not speak our protocol: {error}"
-                if self._stopping.is_set():
-                    break
-                failures = 1 if monotonic() - self._served_since >= HELD else failures + 1
-                delay = retry_delay(failures, least, most)
-                log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
-                self._stopping.wait(delay)
+        workers = Workers(MAX_STREAMS, "stream")
+        try:
+            self._serve_sessions(workers)
+        finally:
+            workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which nothing can end
 
     def stop(self):
-        """End the session when its visits are done, DRAIN_TIMEOUT at most. Any thread; waits."""
+        """End the session when its visits are done. Any thread; waits, DRAIN_TIMEOUT at most for
+        the visits and LAST_WORDS for the session's last frames."""
         self._stopping.set()
-        session = self._session
-        if session is not None:
-            session.leave()
-            with self._idle:
-                self._idle.wait_for(lambda: not self._running or session.ended, DRAIN_TIMEOUT)
-            session.close("the agent stops")
+        with self._lock:
+            session = self._session
+        if session is None:  # one that is being dialled ends when run() has it
+            return
+        session.leave()
+        with self._lock:
+            self._lock.wait_for(lambda: not self._running or session.ended, DRAIN_TIMEOUT)
+        session.close("the agent stops")
         self._targets.reset()
+        session.join(LAST_WORDS)
 
     @property
     def _address(self):
         return f"{self._config.tunnel_host}:{self._config.tunnel_port}"
 
+    # Sessions, one after the other
+
+    def _serve_sessions(self, workers):
+        failures = 0
+        while not self._stopping.is_set():
+            self._served_since = math.inf
+            least, most = 0, MAX_DELAY
+            try:
+                self._serve_session(workers)
+            except Refused as error:
+                problem = f"the gateway refused: {on_one_line(str(error))}"
+                least = REFUSED_DELAY
+                if str(error).startswith(TAKEN):
+                    problem += "; another agent serves it and answers, this one waits for it"
+            except Ended as error:
+                problem = f"the gateway says: {on_one_line(str(error))}"
+                if error.code == REPLACED:
+                    # Not to fight back: from now on we are somebody else, who gets the
+                    # hostnames when whoever has them is gone.
+                    self._instance, least = new_instance(), REFUSED_DELAY
+            except ConnectionRefusedError:
+                problem, most = "nobody listens there", RESTART_DELAY
+            except ssl.SSLCertVerificationError as error:
+                problem = f"its certificate is not to be trusted: {error.verify_message}"
+                if error.verify_code in UNKNOWN_CA:
+                    problem += "; if it has a CA of its own, ca_file has to name that"
+            except OSError as error:
+                problem = error.strerror or str(error)
+            except ProtocolError as error:
+                problem = f"it does not speak our protocol: {error}"
+            if self._stopping.is_set():
+                break
+            failures = 1 if monotonic() - self._served_since >= HELD else failures + 1
+            delay = retry_delay(failures, least, most)
+            log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
+            self._stopping.wait(delay)
+
     # One session
 
     def _serve_session(self, workers):
         """Dial, register, and answer pings until the session is over."""
-        session = self._session = self._dial()
+        session = self._dial()
+        with self._lock:
+            self._session = session
         try:
-            if self._stopping.is_set():
+            if self._stopping.is_set():  # and stop() may have looked for the session too early
                 return
             session.start()
             control = session.open(encode_message(self._registration()))
@@ -192,7 +212,7 @@ class Agent:
                     control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
         finally:
             session.close("the agent ends the session")
-            session.join()
+            session.join(LAST_WORDS)
 
     def _dial(self):
         host, port = self._config.tunnel_host, self._config.tunnel_port
@@ -225,6 +245,7 @@ class Agent:
     def _take_answer(self, ack):
         """Turn away the visits of tunnels that the gateway cannot serve as they are written: what
         it would serve is not what the operator wants."""
+        routes = {}
         for hostname, route in self._routes.items():
             tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
             missing = [name for name in tunnel.needs if name not in ack.features]
@@ -238,7 +259,8 @@ class Agent:
             elif tunnel.port:
                 port = on_one_line(ack.ports[hostname], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
-            self._routes[hostname] = route._replace(problem=problem)
+            routes[hostname] = route._replace(problem=problem)
+        self._routes = routes
 
     def _log_certificate(self, message, told):
         """Say how the certificate of a hostname stands, which its operator would else look for
@@ -256,12 +278,12 @@ class Agent:
                 stream = session.accept()
             except SessionClosed:
                 return
-            with self._idle:
+            with self._lock:
                 self._running += 1
             try:
                 workers.submit(self._serve_stream, stream)
             except Stopped:  # the agent has stopped, and the session has ended with all streams
-                with self._idle:
+                with self._lock:
                     self._running -= 1
                 return
 
@@ -269,12 +291,13 @@ class Agent:
         try:
             serve(stream, self._routes.get, self._targets)
         except Exception:
-            log.exception("stream %d ends by a defect", stream.id)
+            log.exception("stream %d: reset by an unexpected error (bug, traceback follows)",
+                          stream.id)  # fmt: skip
             stream.reset()
         finally:
-            with self._idle:
+            with self._lock:
                 self._running -= 1
-                self._idle.notify_all()
+                self._lock.notify_all()
 
 
 def _messages(control):

@@ -11,11 +11,10 @@ import argparse
 import getpass
 import logging
 import sys
-import threading
 
-from gotunnel import __version__
+from gotunnel import __version__, spawn
 
-from .agent import DIAL_TIMEOUT, Agent, CannotTrust
+from .agent import Agent, CannotTrust
 from .common.passwords import PasswordError, hash_password
 from .common.process import Signals, print_answer, set_up_process, stay_on_one_cpu
 from .config import ConfigError, load
@@ -29,6 +28,7 @@ gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
 gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
+TRACEBACK_TIMEOUT = 1  # seconds for a thread that ends by a bug to log it
 MAX_LINE = 8192  # bytes read of standard input, more than a password may have
 HASH_DESCRIPTION = """\
 Print the hash of a password, for basic_auth: "USER:HASH" in the agent's
@@ -54,13 +54,12 @@ def main(arguments=None) -> int:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 2
     signals = Signals()
-    life = threading.Thread(target=signals.after, args=(agent.run,), name="agent", daemon=True)
-    life.start()
+    life = spawn("agent", signals.after, agent.run)
     if signals.wait() == 0:
-        return 1  # it ended by a defect, of which the log has the traceback
+        life.join(TRACEBACK_TIMEOUT)
+        return 1  # it ended by a bug, of which the log has the traceback
     logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
     agent.stop()
-    life.join(DIAL_TIMEOUT)  # it may be dialling, which nothing can interrupt and nobody misses
     logging.getLogger("gotunnel").info("stopped")
     return 0
 

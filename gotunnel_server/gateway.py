@@ -63,6 +63,7 @@ AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take 
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 # Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
 RELOAD = 2
+LAST_JOBS = 2  # ... and for jobs in the pools: all connections are closed by then
 LAST_LOOK = 2  # seconds for the look that is under way when we stop: a disk may hang
 
 
@@ -291,10 +292,10 @@ class Gateway:
             port.drain(0)
         self._newcomers.close()  # before the tunnels: one may become the other meanwhile
         self.tunnels.close()
-        self._steps.shutdown()
-        self._registrations.shutdown()  # after the steps, which give it work
+        self._steps.shutdown(LAST_JOBS)
+        self._registrations.shutdown(LAST_JOBS)  # after the steps, which give it work
         for port in self._visitor_ports:
-            port.stop()
+            port.stop(LAST_JOBS)
         for watcher in self._watchers:
             watcher.join(LAST_LOOK)
         log.info("stopped")

@@ -295,9 +295,9 @@ class Program:
     def signal(self, number):
         self._process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, timeout=TIMEOUT) -> int:
         """The exit status."""
-        return self._process.wait(TIMEOUT)
+        return self._process.wait(timeout)
 
     def end(self):
         """SIGTERM; SIGKILL for a program that does not listen."""

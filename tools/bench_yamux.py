@@ -317,9 +317,11 @@ def flood(context, port):
 
 
 def serve_session(session, serve=None):
-    with Workers(MAX_STREAMS, "stream") as workers, contextlib.suppress(SessionClosed):
+    workers = Workers(MAX_STREAMS, "stream")
+    with contextlib.suppress(SessionClosed):
         while True:
             workers.submit(serve or serve_stream, session.accept())
+    workers.shutdown(TIMEOUT)
     session.join()
 
 

@@ -7,11 +7,12 @@ The wire does not need it, and sets nothing of the process by itself (see gotunn
 import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from time import monotonic
 
 try:
@@ -69,39 +70,78 @@ class Stopped(OSError):
     """A pool of threads has been shut down, and takes no more jobs."""
 
 
-class Workers(ThreadPoolExecutor):
-    """A bounded pool of threads that outlives a shortage of them, and logs what a job raises."""
+class Workers:
+    """A bounded pool of threads that outlives a shortage of them, and logs what a job raises.
 
-    def __init__(self, most, name):
-        super().__init__(most, name)
+    It is no ThreadPoolExecutor, whose threads the interpreter joins at its exit: a job that hangs
+    (getaddrinfo() cannot be interrupted) would keep a process alive that has stopped. These are
+    daemons, and end with the process.
+    """
+
+    def __init__(self, most: int, name: str):
+        """The threads are ``name``_0 to ``name``_(``most`` - 1), each started when it is needed."""
+        self._most, self._name = most, name
+        self._jobs = queue.SimpleQueue()  # of (function, arguments); None ends a thread
         self._lock = threading.Lock()  # guards all below
+        self._threads = []
+        self._spare = 0  # threads that wait for a job, less the jobs that wait for a thread
         self._over = False
         self._said_at = -SHORTAGE_SILENCE
 
-    def submit(self, function, *arguments):
-        """Have a thread call ``function``. Raises Stopped after shutdown(): the caller still has
-        what the job was to take over, and closes it."""
-        try:
-            super().submit(_call_logged, function, *arguments)
-        except RuntimeError as error:
-            with self._lock:
-                if self._over:
-                    raise Stopped("the pool of threads has been shut down") from None
-                # The system has no thread for us. The job is queued all the same, and done by a
-                # thread that the pool has, or gets later.
-                if monotonic() - self._said_at < SHORTAGE_SILENCE:
-                    return
-                self._said_at = monotonic()
+    def submit(self, function: Callable, *arguments) -> None:
+        """Have a thread call ``function``. Any thread. Raises Stopped after shutdown(): the caller
+        still has what the job was to take over, and closes it."""
+        with self._lock:
+            if self._over:
+                raise Stopped("the pool of threads has been shut down")
+            self._jobs.put((function, arguments))
+            self._spare -= 1
+            if self._spare >= 0 or len(self._threads) == self._most:
+                return
+            shortage = self._start_thread()
+        if shortage:
             log.warning("no further thread to be had (limit of the system): %s; new work waits for "
-                        "the threads there are", error)  # fmt: skip
+                        "the threads there are", shortage)  # fmt: skip
 
-    def shutdown(self, *arguments, **named):
+    def shutdown(self, timeout: float) -> bool:
+        """Take no more jobs. Wait, ``timeout`` seconds at most, until those that were taken are
+        done; whether they are."""
         with self._lock:
             self._over = True
-        super().shutdown(*arguments, **named)
+            threads = list(self._threads)
+        for _ in threads:
+            self._jobs.put(None)
+        deadline = monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0, deadline - monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def _start_thread(self):
+        """None if a thread was started; what the log should say, if the system has none for us.
+        The job is queued all the same, and done by a thread that the pool has, or gets later.
+        Caller holds the lock."""
+        name = f"{self._name}_{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if monotonic() - self._said_at < SHORTAGE_SILENCE:
+                return None
+            self._said_at = monotonic()
+            return error
+        self._threads.append(thread)
+        self._spare += 1
+        return None
+
+    def _work(self):
+        while (job := self._jobs.get()) is not None:
+            _call_logged(*job)
+            del job  # it may hold a visitor's connection, and the next one may take hours to come
+            with self._lock:
+                self._spare += 1
 
 
-def _call_logged(function, *arguments):
+def _call_logged(function, arguments):
     """Call a job; nobody else looks at what it raises."""
     try:
         function(*arguments)

@@ -69,7 +69,7 @@ class Exchanges:
         self.room = Room(most, proxies)
         self._workers = Workers(most, "exchange")
         self.start = self._workers.submit  # start(function)
-        self.stop = self._workers.shutdown
+        self.stop = self._workers.shutdown  # stop(timeout)
 
 
 class Port:
@@ -135,9 +135,10 @@ class Port:
             visitor.duplex.reset()
         return len(left)
 
-    def stop(self):
-        """End the threads that serve requests; after drain()."""
-        self.exchanges.stop()
+    def stop(self, timeout):
+        """End the threads that serve requests; after drain(). Waits ``timeout`` seconds at
+        most."""
+        self.exchanges.stop(timeout)
 
 
 class PublicPort(Port):

@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import ssl
+import sys
 import threading
 
 import jwt
@@ -13,17 +14,20 @@ import pytest
 from support import (
     APP,
     RAW,
+    ROOT,
     TIMEOUT,
     TUNNEL_HOST,
     Gateway,
     agent_here,
     agent_process,
+    agent_yaml,
     answer,
     gateway_here,
     gateway_process,
     request,
     reserved_port,
     routes_of,
+    running,
     wait_until,
 )
 
@@ -422,6 +426,59 @@ def test_stop_ends_visits_whose_target_does_not_read(gateway, tmp_path, origin, 
                 while True:
                     stream.write(bytes(64 * 1024), timeout=1)
             agent.stop()  # its threads have ended too, or the next line would fail
+
+
+# What hangs ---------------------------------------------------------------------------------------
+
+# The agent's command, where a name does not resolve for as long as the process may live.
+HANGING = """
+import logging, socket, sys, time
+from gotunnel_agent import agent
+from gotunnel_agent.cli import main
+
+def getaddrinfo(host, *more, resolve=socket.getaddrinfo, **named):
+    if host == "hangs.example.com":
+        logging.getLogger("gotunnel").info("resolving")
+        time.sleep(600)
+    return resolve(host, *more, **named)
+
+socket.getaddrinfo = getaddrinfo
+agent.DRAIN_TIMEOUT = 0.5
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def assert_it_ends_at_once(program):
+    program.signal(signal.SIGTERM)
+    assert program.wait(timeout=8) == 0  # the process itself, not its word that it has stopped
+    program.wait_for("stopped")
+
+
+@pytest.mark.parametrize("mode", ["http", "tcp"])
+def test_agent_ends_in_its_drain_time_though_the_name_of_a_target_does_not_resolve(
+    gateway, tmp_path, mode
+):
+    path = tmp_path / "agent.yaml"
+    tunnel = {"hostname": APP, "mode": mode, "target": "hangs.example.com:80"}
+    path.write_text(agent_yaml(gateway.place, {}, {}, {"tunnels": [tunnel]}))
+    command = (sys.executable, "-c", HANGING, "-c", str(path))
+    with running(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)) as program:
+        gateway.meet()
+        gateway.open(APP)
+        program.wait_for("resolving")
+        assert_it_ends_at_once(program)
+
+
+def test_agent_ends_at_once_though_the_name_of_its_gateway_does_not_resolve(tmp_path):
+    path = tmp_path / "agent.yaml"
+    path.write_text(
+        "tunnel_addr: hangs.example.com:9443\njwt_secret: only for tests\n"
+        f"tunnels: [{{hostname: {APP}, target: '127.0.0.1:80'}}]\n"
+    )
+    command = (sys.executable, "-c", HANGING, "-c", str(path))
+    with running(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)) as program:
+        program.wait_for("resolving")
+        assert_it_ends_at_once(program)
 
 
 # Real gateways -----------------------------------------------------------------------------------

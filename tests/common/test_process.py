@@ -3,10 +3,14 @@
 import io
 import logging
 import os
+import queue
+import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
+from support import ROOT, wait_until
 
 from gotunnel_agent.common import process
 from gotunnel_agent.common.process import Stopped, Workers, print_answer, stay_on_one_cpu
@@ -32,12 +36,12 @@ def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
     workers.submit(called.release)
     for _ in range(4):
         assert called.acquire(timeout=10)
-    workers.shutdown()
+    assert workers.shutdown(10)
 
 
 def test_workers_refuse_a_job_after_shutdown_so_that_its_caller_can_clean_up(caplog):
     workers = Workers(1, "worker")
-    workers.shutdown()
+    assert workers.shutdown(10)
     with pytest.raises(Stopped, match="shut down"):
         workers.submit(print, "never")
     assert caplog.text == ""
@@ -45,11 +49,79 @@ def test_workers_refuse_a_job_after_shutdown_so_that_its_caller_can_clean_up(cap
 
 def test_workers_log_what_a_job_raises_and_go_on(caplog):
     called = threading.Event()
-    with Workers(1, "worker") as workers:
-        workers.submit(lambda: 1 / 0)
-        workers.submit(called.set)
-        assert called.wait(10)
+    workers = Workers(1, "worker")
+    workers.submit(lambda: 1 / 0)
+    workers.submit(called.set)
+    assert called.wait(10)
+    assert workers.shutdown(10)
     assert "thread worker_0: " in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_workers_start_a_thread_only_if_none_is_spare():
+    workers, names, go_on = Workers(3, "worker"), queue.SimpleQueue(), threading.Event()
+
+    def job(wait):
+        names.put(threading.current_thread().name)
+        wait(10)
+
+    for _ in range(5):
+        workers.submit(job, lambda timeout: None)
+        assert names.get(timeout=10) == "worker_0"
+        wait_until(lambda: workers._spare == 1)
+    for _ in range(5):
+        workers.submit(job, go_on.wait)
+    assert {names.get(timeout=10) for _ in range(3)} == {"worker_0", "worker_1", "worker_2"}
+    assert names.empty()  # two wait for a thread
+    go_on.set()
+    assert workers.shutdown(10)
+    assert names.qsize() == 2  # what was taken is done
+
+
+def test_workers_keep_nothing_of_a_job_that_is_done():
+    class Connection:
+        pass
+
+    workers, connection = Workers(1, "worker"), Connection()
+    gone = weakref.ref(connection)
+    workers.submit(id, connection)
+    del connection
+    wait_until(lambda: gone() is None)
+    assert workers.shutdown(10)
+
+
+def test_workers_that_many_threads_ask_do_each_job_once():
+    workers, done = Workers(4, "worker"), queue.SimpleQueue()
+    askers = [
+        threading.Thread(target=lambda: [workers.submit(done.put, 1) for _ in range(1000)])
+        for _ in range(4)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(10)
+    assert workers.shutdown(10)
+    assert done.qsize() == 4000
+    assert workers._spare == len(workers._threads)
+
+
+def test_shutdown_waits_no_longer_than_it_was_told():
+    workers, go_on = Workers(1, "worker"), threading.Event()
+    workers.submit(go_on.wait, 10)
+    assert not workers.shutdown(0.01)
+    go_on.set()
+    assert workers.shutdown(10)
+
+
+def test_job_that_hangs_keeps_no_process_alive():
+    program = (
+        "import threading, time\n"
+        "from gotunnel_agent.common.process import Workers\n"
+        "begun, workers = threading.Event(), Workers(2, 'worker')\n"
+        "workers.submit(lambda: begun.set() or time.sleep(600))\n"
+        "begun.wait()\n"
+        "workers.shutdown(0.01)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=30).returncode == 0
 
 
 def test_process_without_a_gil_keeps_all_cpus(monkeypatch):
