@@ -35,7 +35,8 @@ from .certs.contexts import Certificates
 from .certs.keeper import Keeper
 from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
-from .net.listener import Listener, PortError, bind, descriptor_limit
+from .listeners import Listeners
+from .net.listener import descriptor_limit
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies
@@ -73,7 +74,6 @@ class Gateway:
     def __init__(self, config):
         """``config``: the frozen Config of config.load(); its values are handed on, and it is not
         kept. Raises CertificateError, AgentsFileError, PortError."""
-        self._bind = config.bind
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout, config.response_timeout
@@ -91,15 +91,14 @@ class Gateway:
         self._steps = Workers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
         self._visitor_ports = []
-        self._listeners = []
+        self._listeners = Listeners(config.bind, self._steps.submit)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
             self._build_dashboard(config)
             self._build_http(config)
         except BaseException:
-            for listener in self._listeners:
-                listener.stop()
+            self._listeners.stop()
             raise
         self._watchers = (
             Watcher("keeper", lambda asked: self._keeper.look(), RELOAD),
@@ -150,7 +149,7 @@ class Gateway:
             submit=self._registrations.submit,
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
-        self.tunnel_port = self._listen(
+        self.tunnel_port = self._listeners.add(
             "TUNNEL_PORT", config.tunnel_port, self._newcomers, limit, REGISTER_TIMEOUT
         )
 
@@ -179,7 +178,7 @@ class Gateway:
             log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
                         "raise the limit (ulimit -n)",
                         config.max_connections, descriptor_limit(), limit)  # fmt: skip
-        self.public_port = self._listen(
+        self.public_port = self._listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, limit,
             self._visitors.first_timeout,
         )  # fmt: skip
@@ -193,7 +192,7 @@ class Gateway:
             self._keeper.state,
         )
         port = self._build_port(Port, DASHBOARD_REQUESTS, site=site)
-        self.dashboard_port = self._listen(
+        self.dashboard_port = self._listeners.add(
             "DASHBOARD_PORT", config.dashboard_port, port, DASHBOARD_CONNECTIONS,
             port.first_timeout,
         )  # fmt: skip
@@ -207,7 +206,7 @@ class Gateway:
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges
         )
         port = self._build_port(Port, HTTP_REQUESTS, site=site)
-        self.http_port = self._listen(
+        self.http_port = self._listeners.add(
             "HTTP_PORT", config.http_port, port, HTTP_CONNECTIONS, port.first_timeout
         )
 
@@ -217,32 +216,11 @@ class Gateway:
         self._visitor_ports.append(port)
         return port
 
-    # Listeners
-
     def _open_port(self, port, route):
         """A public port for an agent's tunnel: a running Listener. Raises PortError."""
         tcp_port = TcpPort(self._visitors, route)
-        listener = self._listener("TCP_PORTS", port, tcp_port, MAX_RELAYS, 0)
+        listener = self._listeners.open("TCP_PORTS", port, tcp_port, MAX_RELAYS, 0)
         listener.start()
-        return listener
-
-    def _listen(self, setting, port, connections, limit, first_timeout):
-        listener = self._listener(setting, port, connections, limit, first_timeout)
-        self._listeners.append(listener)
-        return listener.port
-
-    def _listener(self, setting, port, connections, limit, first_timeout):
-        sockets = bind(setting, self._bind, port)
-        name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
-        try:
-            listener = Listener(
-                name, sockets, connections.welcome, self._steps.submit, limit, first_timeout
-            )
-        except OSError as error:  # no descriptor is left
-            for sock in sockets:
-                sock.close()
-            raise PortError(f"{setting} {port}: {error.strerror}") from None
-        connections.listener = listener
         return listener
 
     # Life
@@ -251,8 +229,7 @@ class Gateway:
         if self._ca_file:
             log.info("certificates from a local CA, for trials; clients must trust %s",
                      self._ca_file.resolve())  # fmt: skip
-        for listener in self._listeners:
-            listener.start()
+        self._listeners.start()
         for watcher in self._watchers:
             watcher.start()
         self._keeper.start()
@@ -283,8 +260,7 @@ class Gateway:
         self._keeper.stop()
         self._visitors.start_draining()
         self._ports.close()
-        for listener in self._listeners:
-            listener.stop()
+        self._listeners.stop()
         left = self._visitors.drain(self._drain_timeout)
         if left:
             log.warning("%d visits did not end in %g s and were cut", left, self._drain_timeout)

@@ -141,7 +141,7 @@ def test_a_hostname_whose_agent_is_away_at_two_reviews_is_not_wanted_any_more(
         house.keeper.look()
         house.served.clear()
         house.keeper.look()
-        wait_until(lambda: house.keeper.state(APP).is_ready)
+        wait_until(lambda: house.certificates.context(APP))
         assert house.keeper.state(APP).next_at is not None  # of its renewal
         house.keeper.look()
         assert house.keeper.state(APP) == State(READY)  # it is served, and that is all

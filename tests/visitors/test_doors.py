@@ -33,9 +33,8 @@ from support import (
 
 from gotunnel import PORTS, Duplex, MessageReader, Register, Session, encode_message
 from gotunnel_agent.agent import make_token
-from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents.ports import PortRefused, Ports
-from gotunnel_server.net.listener import PortError
+from gotunnel_server.net.listener import Listener, PortError
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors.sniff import (
     GSS_REQUEST,
@@ -379,7 +378,7 @@ def test_hello_that_came_while_we_were_late_is_not_taken_for_silence(cache, tmp_
                 else:
                     submit(function)
 
-            (public,) = [one for one in gateway.inner._listeners if one.name == "gateway"]
+            (public,) = [one for one in gateway.inner._listeners._all if one.name == "gateway"]
             public._submit = late
             sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
             assert expired.wait(TIMEOUT)
@@ -526,7 +525,7 @@ def test_port_that_fails_to_open_costs_no_hostname(
     with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
         tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
         with monkeypatch.context() as patch:
-            patch.setattr(gateway_module.Listener, "__init__", fail)
+            patch.setattr(Listener, "__init__", fail)
             with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
                 gateway.wait_for_routes(RAW)
         wait_until(lambda: gateway.inner._registry.lookup(RAW) is None)

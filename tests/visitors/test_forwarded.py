@@ -20,7 +20,7 @@ from support import (
 )
 
 from gotunnel_agent.common.http1 import Fields
-from gotunnel_server import gateway as gateway_module
+from gotunnel_server import listeners
 from gotunnel_server.visitors.forwarded import Proxies, concerns, fields, visitor
 
 HOST = "app.example.com"
@@ -206,7 +206,7 @@ def test_target_receives_what_a_trusted_proxy_says(visit):
 def test_visitor_of_a_port_for_both_families_is_told_as_ipv4(visit, monkeypatch):
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
-    monkeypatch.setattr(gateway_module, "bind", bind_for_both_families)
+    monkeypatch.setattr(listeners, "bind", bind_for_both_families)
     assert visit()[0] == head(*ABOUT_THE_VISITOR)
     believed, _ = visit("X-Forwarded-For: 1.2.3.4", TRUSTED_PROXIES="127.0.0.1")
     assert b"\r\nX-Real-IP: 1.2.3.4\r\n" in believed

@@ -1,0 +1,46 @@
+"""The ports of a gateway: each has a Listener, which is opened here."""
+
+from .net.listener import Listener, PortError, bind
+
+
+class Listeners:
+    """Those that start and stop with the gateway; open() also makes others."""
+
+    def __init__(self, addresses, submit):
+        """``addresses``: IP addresses to bind, none for all. ``submit(function)`` has a thread take
+        a connection's next step."""
+        self._addresses = addresses
+        self._submit = submit
+        self._all = []
+
+    def add(self, setting, port, connections, limit, first_timeout) -> int:
+        """Open a port, and return its number. Arguments as for open(). Raises PortError."""
+        listener = self.open(setting, port, connections, limit, first_timeout)
+        self._all.append(listener)
+        return listener.port
+
+    def open(self, setting, port, connections, limit, first_timeout) -> Listener:
+        """Open ``port``, 0 for any free one, for ``connections``: what welcomes them, and gets the
+        ``listener``. ``limit`` is of connections at a time; ``first_timeout`` is in seconds. Raises
+        PortError, which names ``setting``."""
+        sockets = bind(setting, self._addresses, port)
+        name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
+        try:
+            listener = Listener(
+                name, sockets, connections.welcome, self._submit, limit, first_timeout
+            )
+        except OSError as error:  # no descriptor is left
+            for sock in sockets:
+                sock.close()
+            raise PortError(f"{setting} {port}: {error.strerror}") from None
+        connections.listener = listener
+        return listener
+
+    def start(self):
+        for listener in self._all:
+            listener.start()
+
+    def stop(self):
+        """Accept nothing more."""
+        for listener in self._all:
+            listener.stop()
