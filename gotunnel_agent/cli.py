@@ -28,7 +28,6 @@ gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
 gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
-TRACEBACK_TIMEOUT = 1  # seconds for a thread that ends by a bug to log it
 MAX_LINE = 8192  # bytes read of standard input, more than a password may have
 HASH_DESCRIPTION = """\
 Print the hash of a password, for basic_auth: "USER:HASH" in the agent's
@@ -54,9 +53,8 @@ def main(arguments=None) -> int:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 2
     signals = Signals()
-    life = spawn("agent", signals.after, agent.run)
+    spawn("agent", signals.after, agent.run)
     if signals.wait() == 0:
-        life.join(TRACEBACK_TIMEOUT)
         return 1  # it ended by a bug, of which the log has the traceback
     logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
     agent.stop()

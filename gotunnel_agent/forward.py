@@ -93,6 +93,7 @@ class End(Duplex):
     def __init__(self, sock):
         super().__init__(sock)
         self.sent = self.received = 0  # bytes
+        self._end_lock = threading.Lock()  # guards both below: two threads carry a visit
         self.broken_by = None  # the first OSError of it, or a NoVisit
         self.dropped = False  # given up for another reason than its own
 
@@ -112,11 +113,10 @@ class End(Duplex):
             self._note(error)
             raise
         if not self.received and (page := PAGE.match(data)):
-            self.broken_by = NoVisit(
+            self.break_off(NoVisit(
                 f"the gateway answers in HTTP ({page[1].decode()}): the hostname is not in tcp "
                 "mode, or its agent is away"
-            )
-            self.reset()
+            ))  # fmt: skip
             raise ConnectionResetError("no visit")
         self.received += len(data)
         return data
@@ -130,11 +130,19 @@ class End(Duplex):
         self.sent += len(data)
 
     def _note(self, error):
-        if self.broken_by is None and not self.dropped:
-            self.broken_by = error
+        with self._end_lock:
+            if self.broken_by is None and not self.dropped:
+                self.broken_by = error
+
+    def break_off(self, reason: "NoVisit"):
+        """Reset it, for a reason that the user is told."""
+        with self._end_lock:
+            self.broken_by = reason
+        self.reset()
 
     def reset(self):
-        self.dropped = self.broken_by is None
+        with self._end_lock:
+            self.dropped = self.broken_by is None
         super().reset()
 
 
@@ -231,8 +239,7 @@ def _send_input(visit):
             visit.write(data)
         visit.finish()
     except NoVisit as error:
-        visit.broken_by = error
-        visit.reset()
+        visit.break_off(error)
     except OSError:
         # The other side takes no more. It may have answered all the same: who reads the answer
         # hears its end, or what has happened.
@@ -299,7 +306,7 @@ def listen(destination, local) -> int:
     if not local.port:
         print(port, flush=True)
     spawn("listener", signals.after, lambda: accept_all(listening, destination))
-    return 0 if signals.wait() else 1  # it ended by a defect, of which the traceback was printed
+    return 0 if signals.wait() else 1  # it ended by a bug, of which the traceback was printed
 
 
 def accept_all(listening, destination):

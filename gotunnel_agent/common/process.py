@@ -59,9 +59,10 @@ class Signals:
         return self._receive.recv(1)[0]
 
     def after(self, function):
-        """Call ``function``; its end counts as a signal. Any thread."""
+        """Call ``function``, whose exceptions nobody expects: they are logged. Its end counts as a
+        signal. Any thread."""
         try:
-            function()
+            _call_logged(function)
         finally:
             self._send.send(b"\0")
 
@@ -141,7 +142,7 @@ class Workers:
                 self._spare += 1
 
 
-def _call_logged(function, arguments):
+def _call_logged(function, arguments=()):
     """Call a job; nobody else looks at what it raises."""
     try:
         function(*arguments)

@@ -124,6 +124,22 @@ def test_job_that_hangs_keeps_no_process_alive():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=30).returncode == 0
 
 
+def test_bug_is_logged_before_the_end_of_its_thread_counts_as_a_signal():
+    program = (
+        "import threading\n"
+        "from gotunnel_agent.common.process import Signals, set_up_process\n"
+        "set_up_process('info')\n"
+        "signals = Signals()\n"
+        "threading.Thread(target=signals.after, args=(lambda: 1 / 0,), daemon=True).start()\n"
+        "raise SystemExit(signals.wait())\n"
+    )
+    for _ in range(5):
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, timeout=30, capture_output=True, text=True
+        )
+        assert ended.returncode == 0 and "ZeroDivisionError" in ended.stderr
+
+
 def test_process_without_a_gil_keeps_all_cpus(monkeypatch):
     asked = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
