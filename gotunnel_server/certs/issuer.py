@@ -25,11 +25,9 @@ for: a restart repeats no failure early.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from gotunnel import NoThread, spawn
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
@@ -37,19 +35,10 @@ from gotunnel_agent.common.one_line import words_on_one_line
 from gotunnel_agent.common.token_bucket import Buckets
 
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError
-from .cancel import Stop
-from .schedule import (
-    ASK,
-    CLOCK_OFF,
-    DAY,
-    HOUR,
-    LEFT_AT_LATEST,
-    Window,
-    renew_at,
-    retry_delay,
-)
+from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, retry_delay
 from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
+from .wanted import Wanted, number
 
 log = logging.getLogger("gotunnel.issuer")
 
@@ -63,7 +52,6 @@ LOOK_AGAIN = 600.0
 # Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
 IN_TURN = "more new hostnames than are ordered in an hour: it waits for its turn, maybe for hours"
-LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see what removes it"
 # Seconds: another process has the hostname. Orders take a few.
 ELSEWHERE = 5.0
 # Seconds until a store is tried again that could not be read or locked; the CA hears nothing of it.
@@ -74,80 +62,6 @@ LONGEST_DELAY = 1.1 * DAY
 AFTER_BUG = 60.0
 # Seconds for all jobs. One that is being connected, or says its last words, is left behind.
 STOP_TIMEOUT = 1.5
-
-
-@dataclass(eq=False)
-class _Host:
-    """A hostname that is wanted. The issuer's lock guards all of it."""
-
-    name: str
-    agent: object
-    stored: Stored | None = None
-    failures: int = 0  # in a row, those that are this hostname's
-    lost: bool = False  # the latest certificate replaces one that had just been ordered
-    not_before: float = 0.0  # no attempt earlier, whatever is due
-    challenge: str | None = None  # the type that worked last
-    window: Window | None = None  # the CA's, for the certificate with this serial number:
-    window_of: int | None = None
-    ask_at: float = 0.0
-    error: str = ""
-    busy: bool = False
-    turns: list[tuple] = field(default_factory=list)  # (Buckets, key) that its order took of
-    told: tuple = ()  # what somebody knows of its state
-    asked_for: bool = False  # somebody wants a new one now; the next order is for that
-    stop: Stop = field(default_factory=Stop)  # it is no longer wanted
-
-    def due_at(self) -> float:
-        if self.stored is None or self.asked_for:
-            return self.not_before
-        window = self.window if self.window_of == self.stored.leaf.serial_number else None
-        due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
-        return max(due, self.not_before)
-
-    def restore(self, state, latest):
-        """Take what as_dict() made; a value that makes no sense counts as missing, such as a
-        delay beyond ``latest``: it was written with another clock."""
-        self.failures = max(0, int(_number(state.get("failures"))))
-        self.not_before = _number(state.get("next_attempt_at"), latest)
-        self.ask_at = _number(state.get("ask_at"), latest)
-        self.lost = state.get("lost") is True
-        challenge, error = state.get("challenge"), state.get("error")
-        self.challenge = challenge if isinstance(challenge, str) else None
-        self.error = words_on_one_line(error) if isinstance(error, str) else ""
-        window, serial = state.get("window"), state.get("window_of")
-        if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
-            self.window = Window(*map(_number, window))
-            self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
-
-    def judge_loss(self, now):
-        """A certificate that was ordered within the day is gone, or an old one in its place that
-        ends before the next is due: have another at once, but not time and again, because a CA
-        gives few for one hostname in a week."""
-        if self.stored is not None and self.stored.ends_at > max(now, self.not_before):
-            self.lost = False
-        elif self.not_before > now and not self.error:
-            if self.lost:
-                self.error = LOST
-            else:
-                self.lost, self.not_before = True, 0.0
-
-    def give_turns_back(self):
-        """Nothing was ordered after all."""
-        for buckets, key in self.turns:
-            buckets.give_back(key)
-        self.turns = []
-
-    def as_dict(self) -> dict:
-        return {
-            "failures": self.failures,
-            "lost": self.lost,
-            "next_attempt_at": self.not_before,
-            "challenge": self.challenge,
-            "error": self.error,
-            "window": self.window,
-            "window_of": None if self.window_of is None else f"{self.window_of:x}",
-            "ask_at": self.ask_at,
-        }
 
 
 class Issuer:
@@ -171,7 +85,7 @@ class Issuer:
         self._on_change = on_change
         self._clock = clock
         self._lock = threading.Condition()  # guards what follows; notified when a look is worth it
-        self._hosts: dict[str, _Host] = {}
+        self._hosts: dict[str, Wanted] = {}
         self._jobs: set[threading.Thread] = set()
         self._orders = Buckets(orders_per_hour / HOUR, orders_per_hour, most=1)
         self._orders_by_agent = Buckets(orders_per_agent / HOUR, orders_per_agent)
@@ -179,7 +93,7 @@ class Issuer:
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
-        self._in_turn: list[_Host] = []  # of whom it must be kept that they wait
+        self._in_turn: list[Wanted] = []  # of whom it must be kept that they wait
         self._stopping = False
         self._thread: threading.Thread | None = None  # once it is started
 
@@ -188,7 +102,7 @@ class Issuer:
         Raises NoThread."""
         kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
         with self._lock:
-            self._paused_until = _number(kept.get("until"), self._clock() + LONGEST_DELAY)
+            self._paused_until = number(kept.get("until"), self._clock() + LONGEST_DELAY)
             self._pause = words_on_one_line(kept.get("reason") or "")
         self._thread = spawn("issuer", self._run)
 
@@ -219,7 +133,7 @@ class Issuer:
         with self._lock:
             host = self._hosts.get(hostname)
         if host is None:
-            host = _Host(hostname, agent)
+            host = Wanted(hostname, agent)
             # What cannot be read now is ordered, and read again just before.
             host.stored = self._read(self._store.certificate, hostname, default=None)
             now = self._clock()
@@ -596,9 +510,3 @@ class Issuer:
             host.ask_at = self._clock() + again
             if window is not None or host.window_of != leaf.serial_number:
                 host.window, host.window_of = window, leaf.serial_number
-
-
-def _number(value, most=1e11) -> float:
-    """What a file says is a number, 0 if it is none, or too large a one."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if good and 0 <= value < most else 0.0

@@ -1,0 +1,96 @@
+"""What is known of a hostname whose certificate is wanted, and how that is kept. Pure: no clock, no
+disk. All instants are seconds since 1970."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from gotunnel_agent.common.one_line import words_on_one_line
+
+from .cancel import Stop
+from .schedule import Window, renew_at
+from .store import Stored
+
+LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see what removes it"
+
+
+@dataclass(eq=False)
+class Wanted:
+    """A hostname whose certificate is wanted, and what was learned of its orders. The issuer's lock
+    guards all of it."""
+
+    name: str
+    agent: object
+    stored: Stored | None = None
+    failures: int = 0  # in a row, those that are this hostname's
+    lost: bool = False  # the latest certificate replaces one that had just been ordered
+    not_before: float = 0.0  # no attempt earlier, whatever is due
+    challenge: str | None = None  # the type that worked last
+    window: Window | None = None  # the CA's, for the certificate with this serial number:
+    window_of: int | None = None
+    ask_at: float = 0.0
+    error: str = ""
+    busy: bool = False
+    turns: list[tuple] = field(default_factory=list)  # (Buckets, key) that its order took of
+    told: tuple = ()  # what somebody knows of its state
+    asked_for: bool = False  # somebody wants a new one now; the next order is for that
+    stop: Stop = field(default_factory=Stop)  # it is no longer wanted
+
+    def due_at(self) -> float:
+        if self.stored is None or self.asked_for:
+            return self.not_before
+        window = self.window if self.window_of == self.stored.leaf.serial_number else None
+        due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
+        return max(due, self.not_before)
+
+    def restore(self, state, latest):
+        """Take what as_dict() made; a value that makes no sense counts as missing, such as a
+        delay beyond ``latest``: it was written with another clock."""
+        self.failures = max(0, int(number(state.get("failures"))))
+        self.not_before = number(state.get("next_attempt_at"), latest)
+        self.ask_at = number(state.get("ask_at"), latest)
+        self.lost = state.get("lost") is True
+        challenge, error = state.get("challenge"), state.get("error")
+        self.challenge = challenge if isinstance(challenge, str) else None
+        self.error = words_on_one_line(error) if isinstance(error, str) else ""
+        window, serial = state.get("window"), state.get("window_of")
+        if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
+            self.window = Window(*map(number, window))
+            self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
+
+    def judge_loss(self, now):
+        """A certificate that was ordered within the day is gone, or an old one in its place that
+        ends before the next is due: have another at once, but not time and again, because a CA
+        gives few for one hostname in a week."""
+        if self.stored is not None and self.stored.ends_at > max(now, self.not_before):
+            self.lost = False
+        elif self.not_before > now and not self.error:
+            if self.lost:
+                self.error = LOST
+            else:
+                self.lost, self.not_before = True, 0.0
+
+    def give_turns_back(self):
+        """Nothing was ordered after all."""
+        for buckets, key in self.turns:
+            buckets.give_back(key)
+        self.turns = []
+
+    def as_dict(self) -> dict:
+        return {
+            "failures": self.failures,
+            "lost": self.lost,
+            "next_attempt_at": self.not_before,
+            "challenge": self.challenge,
+            "error": self.error,
+            "window": self.window,
+            "window_of": None if self.window_of is None else f"{self.window_of:x}",
+            "ask_at": self.ask_at,
+        }
+
+
+def number(value, most=1e11) -> float:
+    """What a file says is a number, 0 if it is none, or too large a one."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if good and 0 <= value < most else 0.0
