@@ -1105,7 +1105,6 @@ import heapq  # noqa: E402
 import logging  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
-import select  # noqa: E402
 import selectors  # noqa: E402
 import socket  # noqa: E402
 import ssl  # noqa: E402
@@ -1207,14 +1206,7 @@ KEEPALIVE = [
 ]
 
 # The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
-NOTSENT_LOWAT = getattr(
-    socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None
-)
-
-# For contexts: OpenSSL 3 takes an end of TCP without TLS's farewell for an attack, and would send
-# an alert where half-closing clients wait for their answer. Whoever must know that a message is
-# whole has its length, and many programs just close.
-IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -1296,16 +1288,6 @@ class Duplex:
             return False
         with self._tls_lock:
             return bool(self._early or self._tls_in.pending or self._tls.pending())
-
-    @property
-    def hung_up(self) -> bool:
-        """Whether the peer has ended its side, also if bytes that nobody reads lie before that.
-        False where the system cannot tell (only Linux can)."""
-        if not hasattr(select, "POLLRDHUP"):
-            return False
-        look = select.poll()
-        look.register(self._socket, select.POLLRDHUP)
-        return bool(look.poll(0))
 
     def died(self) -> bool:
         """Whether the connection is broken: reset, or TCP got no answer (KEEPALIVE). Finds it out

@@ -2,7 +2,7 @@
 
 import ssl
 
-from gotunnel import IGNORE_UNEXPECTED_EOF
+from .common.tls import IGNORE_UNEXPECTED_EOF
 
 
 def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:

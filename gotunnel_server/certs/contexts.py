@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-from gotunnel import IGNORE_UNEXPECTED_EOF
 from gotunnel_agent.common.hostnames import normal_hostname
+from gotunnel_agent.common.tls import IGNORE_UNEXPECTED_EOF
 
 from .cert_dir import CertDir, Pair, Served, load_pair
 from .local_ca import RENEW_BEFORE, Authority, CertificateError

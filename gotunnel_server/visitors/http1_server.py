@@ -13,6 +13,7 @@ from gotunnel import Duplex, Ends
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Fields, Malformed
 
+from ..net.hung_up import hung_up
 from . import pages
 from .exchange import Exchange, send_page
 from .pages import Page
@@ -212,7 +213,7 @@ class Http1Request:
     def gone(self) -> bool:
         connection = self._connection
         if not self.body_complete or connection.pending:  # read by another thread, or by nobody
-            return connection.hung_up
+            return hung_up(connection)
         data = connection.receive()
         if data:
             connection.unread(data)  # the next request, sent early

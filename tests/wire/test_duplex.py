@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import random
-import select
 import socket
 import ssl
 import threading
@@ -404,16 +403,6 @@ def test_after_close_everything_is_an_oserror(duplexes):
     left.reset()
     with pytest.raises(OSError):
         left.write(b"x")
-
-
-@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="this system cannot tell")
-def test_hung_up_is_seen_behind_bytes_that_nobody_reads(duplexes):
-    left, right = duplexes
-    right.write(b"unread")
-    assert not left.hung_up
-    right.stop()
-    assert left.hung_up
-    assert left.read(timeout=PATIENCE) == b"unread"
 
 
 def test_finish_twice_is_once(duplexes):
