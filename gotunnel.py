@@ -28,20 +28,21 @@ This file is meant to be read from top to bottom:
     pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
                Bytes in, events and frames out; no clock, nothing that waits.
     a banner
-    impure     Duplex (a connection that two threads may share), Session and Stream (a Mux
-               that is driven by threads), relay (bytes both ways until both ends are done);
-               last, what all sessions share: the memory of the process.
+    impure     threads, Waker; Duplex (a connection that two threads may share); Session (a Mux
+               that is driven by threads: by its Timers, Sender and StreamTable) and Stream;
+               relay (bytes both ways until both ends are done).
+    process    what all sessions of the process share: its memory.
 
-Threads in the impure half:
+An import of this file reads no other one, and sets nothing of the process. Its threads:
 
     thread          how many                 started by        ends when
     demultiplexer   one a session            Session.start     the session ends
     relay           one a running relay      relay             both directions are done
-    callers         any                      -                 a call returns; the session's end
-                                                               wakes every one that waits
+    callers         any                      -                 a call returns; all wake when the
+                                                               session ends
 
-Sources: the yamux specification (github.com/hashicorp/yamux, spec.md), RFC 7519 for the token in
-``register``. Where we differ from the specification, the text says "we".
+Source: the yamux specification (github.com/hashicorp/yamux, spec.md). Where we differ from it,
+the text says "we".
 """
 
 import collections
@@ -302,9 +303,7 @@ class Mux:
     holds a lock around every call.
     """
 
-    def __init__(
-        self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, account=None
-    ):
+    def __init__(self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, account=None):
         """``window`` bytes are what a stream may have on its way to us at first; ``max_streams``
         is how many streams the peer may have open at a time. ``account`` is the caller's to
         close."""
@@ -806,10 +805,8 @@ def put(queue, payload):
 # Control messages --------------------------------------------------------------------------------
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
-TOO_LONG = (
-    f"a control message of more than {MESSAGE_LIMIT} bytes, "
-    "expected fewer hostnames, or shorter policies"
-)
+TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
+            "expected fewer hostnames, or shorter policies")  # fmt: skip
 MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
@@ -1071,11 +1068,9 @@ def read_data_header(read_exactly) -> tuple:
     ProtocolError for another version or a text that is none.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
-    if version not in (DATA_HEADER_PLAIN, DATA_HEADER_ADDRESSED):
-        raise ProtocolError(
-            f"data header version {version}, expected {DATA_HEADER_PLAIN} or "
-            f"{DATA_HEADER_ADDRESSED}"
-        )
+    known = DATA_HEADER_PLAIN, DATA_HEADER_ADDRESSED
+    if version not in known:
+        raise ProtocolError(f"data header version {version}, expected {known[0]} or {known[1]}")
     try:
         text = read_exactly(length).decode()
         if version == DATA_HEADER_PLAIN:
@@ -1122,9 +1117,8 @@ class NoThread(OSError):
 def spawn(name, function, *arguments) -> threading.Thread:
     """Start a thread, which does not keep the process alive; an exception that ``function`` lets
     out is logged. Raises NoThread."""
-    thread = threading.Thread(
-        target=call_logged, args=(function, *arguments), name=name, daemon=True
-    )
+    arguments = function, *arguments
+    thread = threading.Thread(target=call_logged, args=arguments, name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
@@ -1548,10 +1542,8 @@ class Duplex:
                 self._say_farewell()
         with self._send_lock:
             self._finishing = True
-        done = self.flush()
-        while not done:
+        while not self.flush():
             self._wait_writable(timeout)
-            done = self.flush()
 
     def _say_farewell(self):
         """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
@@ -1644,10 +1636,6 @@ class Timers:
         self.next_at = self._heap[0][0] if self._heap else math.inf
         return function
 
-    def clear(self):
-        self._heap.clear()
-        self.next_at = math.inf
-
 
 class Sender:
     """Takes frames out of a Mux and sends them, in whichever thread has queued some (flat
@@ -1671,8 +1659,7 @@ class Sender:
         self._quantum = SEND_LEAST
         self._stopped = False
         self._duplex, self._mux, self._lock = duplex, mux, lock
-        self._streams = streams
-        self._wake = wake
+        self._streams, self._wake = streams, wake
 
     def take(self):
         """A batch for send(), empty if there is nothing to send or another thread is busy: that
@@ -1724,10 +1711,9 @@ class Sender:
 
     def send_postponed(self):
         """Caller holds the lock, which is let go meanwhile."""
-        batch = self.take()
         self._lock.release()
         try:
-            self.send(batch)
+            self.flush()
         finally:
             self._lock.acquire()
 
@@ -1740,8 +1726,7 @@ class Sender:
         self._pace(monotonic() - self._jammed_at)
         with self._lock:
             self.busy = self._stopped
-            batch = self.take()
-        self.send(batch)
+        self.flush()
         if self.closing:
             self._wake()
 
@@ -1750,10 +1735,6 @@ class Sender:
         self.flush()
         with self._lock:
             return not self.busy
-
-    def limit(self):
-        """Have the kernel take no more than a quantum that it cannot send at once."""
-        self._duplex.limit_unsent(self._quantum)
 
     def stop(self):
         """Send nothing any more. Caller holds the lock."""
@@ -1767,7 +1748,7 @@ class Sender:
             self._quantum //= 2
         else:
             return
-        self.limit()
+        self._duplex.limit_unsent(self._quantum)
 
 
 class StreamTable:
@@ -1934,14 +1915,10 @@ class StreamTable:
             raise SessionClosed(f"the peer ended the session with code {event.code}")
 
     on_event = {  # event type: method
-        Received: _on_received,
-        Opened: _on_opened,
-        Finished: _on_finished,
-        WasReset: _on_was_reset,
-        Writable: _on_writable,
-        Answered: _on_answered,
+        Received: _on_received, Opened: _on_opened, Finished: _on_finished,
+        WasReset: _on_was_reset, Writable: _on_writable, Answered: _on_answered,
         GoneAway: _on_gone_away,
-    }
+    }  # fmt: skip
 
 
 class Session:
@@ -1969,12 +1946,10 @@ class Session:
         self.on_close = None  # ... and once when its connection is closed
         self._duplex = duplex
         self._lock = lock = threading.Lock()
-        self._account = Account(memory or process_memory())
-        self._mux = mux = Mux(
-            client=client, window=window, max_streams=max_streams, account=self._account
-        )
-        self._streams = StreamTable(self, mux, self._account, lock)
-        self._sender = Sender(duplex, mux, lock, self._streams.known, self._wake)
+        self._account = account = Account(memory or process_memory())
+        self._mux = Mux(client=client, window=window, max_streams=max_streams, account=account)
+        self._streams = StreamTable(self, self._mux, account, lock)
+        self._sender = Sender(duplex, self._mux, lock, self._streams.known, self._wake)
         self._timers = Timers()
         self._closing = None  # (reason, monotonic deadline) once close() was called
         self._started = False  # the demultiplexer runs: the end is its business
@@ -2006,7 +1981,8 @@ class Session:
             try:
                 while not (self.ended or mux.may_open or mux.we_left or mux.peer_left):
                     slot.wait(deadline.left())
-                self._check_alive()
+                if self.ended:
+                    raise SessionClosed(self.ended)
                 with permit:
                     stream = self._streams.add(mux.open(monotonic()))
             except BaseException:
@@ -2030,13 +2006,10 @@ class Session:
         deadline = Deadline(timeout)
         streams, sender = self._streams, self._sender
         with self._lock:
-            try:
-                while not (self.ended or streams.arrived):
-                    streams.arrival.wait(deadline.left())
-            except BaseException:  # KeyboardInterrupt may come with the wake-up
-                streams.arrival.notify()
-                raise
-            self._check_alive()
+            while not (self.ended or streams.arrived):
+                streams.arrival.wait(deadline.left())
+            if self.ended:
+                raise SessionClosed(self.ended)
             stream = streams.arrived.popleft()
             streams.expiring.pop(stream.id, None)
             self._mux.accept(stream.id)
@@ -2058,10 +2031,6 @@ class Session:
         """Whether accept() would return at once."""
         return bool(self._streams.arrived)
 
-    def _check_alive(self):
-        if self.ended:
-            raise SessionClosed(self.ended)
-
     # The demultiplexer
 
     def start(self):
@@ -2078,7 +2047,7 @@ class Session:
         if over:
             waker.close()
             raise SessionClosed("the session was closed before it started")
-        self._sender.limit()
+        self._duplex.limit_unsent(self._sender._quantum)
         self.call_later(KEEP_ALIVE, self._keep_alive)
         self.call_later(SWEEP, self._sweep)
         self._wake()  # something may have come already, in places where the selector does not look
@@ -2175,9 +2144,7 @@ class Session:
 
     def _patience(self):
         """Seconds until the next timer, or until close() is out of patience."""
-        at = self._timers.next_at
-        if self._closing:
-            at = min(at, self._closing[1])
+        at = min(self._timers.next_at, self._closing[1] if self._closing else math.inf)
         return max(0, at - monotonic()) if at < math.inf else None
 
     def _run_timers(self):
@@ -2254,7 +2221,7 @@ class Session:
             self._mux.end()
             self._account.close()
             self._sender.stop()
-            self._timers.clear()
+            self._timers = Timers()
         self._streams.say_farewells()
         if self._mux.strays:
             log.debug("%s: %d frames were for streams that nobody knew",
@@ -2391,7 +2358,8 @@ class Stream:
                 if waited:
                     self._readable.notify()  # one event wakes one reader; there may be more
             self._streams.count_unread(self, -len(data))
-            batch = self._sender.take() if self._consumed(len(data)) else NOTHING
+            due = self._is_known() and self._mux.consumed(self.id, len(data), monotonic())
+            batch = self._sender.take() if due else NOTHING
         self._sender.send(batch)
         return data
 
@@ -2408,11 +2376,6 @@ class Stream:
         if len(parts) == 1 and type(parts[0]) is bytes:
             return parts[0]
         return b"".join(parts)
-
-    def _consumed(self, count):
-        if not self._is_known():
-            return False
-        return self._mux.consumed(self.id, count, monotonic())
 
     def read_exactly(self, count, timeout=None) -> bytes:
         """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
@@ -2518,7 +2481,6 @@ class Stream:
 
 # relay -------------------------------------------------------------------------------------------
 
-
 LOOK_AT_ENDED = 15  # seconds between looks whether an end that has said FIN is still there. TCP
 # needs minutes to find that out (KEEPALIVE), so more often would not be sooner
 RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only has to wake up
@@ -2527,28 +2489,26 @@ RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only
 def relay(left, right):
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
-    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is
-    reset: bytes that were cut off must not look complete. Neither is closed, that is their owner's.
-    Uses the calling thread for one direction and starts one for the other; raises NoThread.
+    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is reset: bytes that
+    were cut off must not look complete. Neither is closed, that is their owner's. Uses the calling
+    thread for one direction and starts one for the other; raises NoThread.
 
     One direction may last for days after the other has ended. But if the end that has said FIN is
-    gone for good, then nobody reads what still comes, and both are reset. A stream says so by
-    itself; a Duplex that nobody reads has to be asked.
+    gone for good, nobody reads what still comes, and both are reset: a stream says that it died
+    (on_death), a Duplex that nobody reads has to be asked (died).
     """
     for end, other in ((left, right), (right, left)):
         if isinstance(end, Stream):
-            # Both directions may wait for the other end, and then nobody would see this one die.
             end.on_death(other.reset)
-    copied = {left: threading.Event(), right: threading.Event()}  # all bytes of an end, if set
+    copied = {left: threading.Event(), right: threading.Event()}  # all bytes of an end
     broken = threading.Event()
 
     def carry(source, sink):
         if not pump(source, sink):
             broken.set()
         copied[source].set()
-        while hasattr(source, "died") and not (
-            broken.is_set() or copied[sink].wait(LOOK_AT_ENDED)
-        ):
+        asked = hasattr(source, "died")
+        while asked and not (broken.is_set() or copied[sink].wait(LOOK_AT_ENDED)):
             if source.died():
                 sink.reset()
                 broken.set()
@@ -2599,13 +2559,11 @@ def machine_memory() -> int:
     return min(sizes, default=1 << 30)
 
 
-_process_memory = None
-_process_memory_lock = threading.Lock()  # guards it
+_process_memory, _process_memory_lock = None, threading.Lock()  # the second guards the first
 
 
 def process_memory() -> Memory:
-    """The Memory that all sessions of this process share. Made when it is first asked for, since
-    that reads files."""
+    """The Memory that all sessions share; made when first asked for, since that reads files."""
     global _process_memory
     with _process_memory_lock:
         if _process_memory is None:
