@@ -1,7 +1,7 @@
 """A public port: the visitors on it, and what they need.
 
     Port          plain HTTP: the dashboard, the redirect to https
-    PublicPort    TLS, and what else begins there (arrival.py)
+    PublicPort    TLS, HTTP to be redirected, raw bytes for a tcp hostname (arrival.py)
     TcpPort       one tunnel's own, which leads to one Route
 """
 
@@ -142,8 +142,8 @@ class Port:
 
 
 class PublicPort(Port):
-    """The port for visitors with TLS; also for HTTP that is not encrypted, which is sent to https,
-    and for what a tcp hostname may be meant by."""
+    """The port for visitors with TLS. A visitor that speaks HTTP without it is sent to https; one
+    that speaks anything else may be for a tcp hostname."""
 
     def __init__(
         self, *, context, redirect, registry, raw_host, challenges, awaits_certificate, **rest
@@ -170,8 +170,8 @@ class PublicPort(Port):
     def raw_route(self, ssh=False):
         """The Route of a visitor that names no hostname, None if there is none for it.
 
-        An SSH server that is the only tcp hostname is what an SSH client means. Anything else, such
-        as a database, is shown without encryption only if the operator has said so.
+        An SSH client is for the only tcp hostname, if there is just one. Any other protocol, such
+        as a database's, is passed on without encryption only to the hostname in RAW_TCP_HOST.
         """
         if self.raw_host is not None:
             route = self.lookup(self.raw_host)

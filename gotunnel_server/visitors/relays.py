@@ -1,4 +1,4 @@
-"""A visitor's connection and a stream, joined: visits in tcp mode, and what follows a 101 answer.
+"""A visitor's connection and a stream, joined: visits in tcp mode, WebSockets after a 101 answer.
 
 A relay takes as long as visitor and target please, so it has two threads of its own, one for each
 direction. Both ends are closed when both directions are done; if one end breaks, the other is
