@@ -1,4 +1,5 @@
-"""Pure modules that both programs need and that are not the wire.
+"""What belongs to neither program and is not the wire. Needs the standard library and PyYAML only,
+and knows nothing of gotunnel.
 
 The only part of the agent's package that the gateway may import.
 """
