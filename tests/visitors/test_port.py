@@ -54,14 +54,14 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
         port.say_once("something else")
     finally:
         log.removeFilter(hear)
-        port.stop()
+        port.stop(TIMEOUT)
     assert said == ["WARNING", "DEBUG", "WARNING"]
 
 
 def test_request_that_finds_no_thread_gives_its_place_back():
     """As when the gateway stops in that moment."""
     port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
-    port.stop()
+    port.stop(TIMEOUT)
     forgotten = threading.Event()
     port.listener = types.SimpleNamespace(forget=forgotten.set)
     ours, visitor = socket.socketpair()

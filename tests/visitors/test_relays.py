@@ -154,4 +154,4 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
     outer.close()
     assert stream.was_reset.wait(TIMEOUT) and forgotten.wait(TIMEOUT)
     assert port.relays.enter(address[0])  # its place is free
-    port.stop()
+    port.stop(TIMEOUT)
