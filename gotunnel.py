@@ -1258,6 +1258,7 @@ class Duplex:
         self._unread = b""  # bytes that were given back, or came before TLS began
         self._at_end = False  # the peer half-closed
         self._tls_at_end = False  # ... which TLS has read, if perhaps nobody else
+        self._tls_holds = False  # bytes that are no longer in the socket; only the reader says so
         self._tls = None  # an ssl.SSLObject between the two buffers
         self._tls_in = self._tls_out = None
         self._early = collections.deque()  # payload that TLS held when we said farewell
@@ -1276,12 +1277,7 @@ class Duplex:
     @property
     def pending(self) -> bool:
         """Whether receive() has something although the socket may be silent."""
-        if self._unread or self._at_end or self._tls_at_end:
-            return True
-        if self._tls is None:
-            return False
-        with self._tls_lock:
-            return bool(self._early or self._tls_in.pending or self._tls.pending())
+        return bool(self._unread or self._at_end or self._tls_at_end or self._tls_holds)
 
     def died(self) -> bool:
         """Whether the connection is broken: reset, or TCP got no answer (KEEPALIVE). Finds it out
@@ -1309,7 +1305,7 @@ class Duplex:
         """Begin TLS with what was received and given back; handshake() does the rest."""
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls_in.write(self._unread)
-        self._unread = b""
+        self._tls_holds, self._unread = bool(self._unread), b""
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
 
     def handshake(self) -> bool:
@@ -1321,6 +1317,7 @@ class Duplex:
             try:
                 with self._tls_lock:
                     self._tls.do_handshake()
+                    self._tls_holds = bool(self._tls_in.pending or self._tls.pending())
                 return True
             except ssl.SSLWantReadError:
                 pass
@@ -1449,6 +1446,7 @@ class Duplex:
             came = came[TLS_PIECE:]
         if came:
             tls_in.write(came)
+        self._tls_holds = count > 0 and bool(self._early or tls_in.pending or tls.pending())
         return count
 
     def read(self, size=READ_SIZE, timeout=None) -> bytes:

@@ -259,6 +259,8 @@ class Listener:
         return self._sweep_every if busy else None
 
     def _submit_due(self, now):
+        if not self._later:
+            return
         with self._lock:
             due = [function for deadline, function in self._later if deadline <= now]
             if due:
