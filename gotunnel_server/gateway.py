@@ -144,6 +144,7 @@ class Gateway:
             context=self._certificates.front(config.tunnel_host, self._own_names.__contains__),
             challenges=self._challenges,
             attempts=Attempts(),
+            proxies=self._proxies,
             read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             max_hosts=config.max_hosts_per_agent,
             submit=self._registrations.submit,

@@ -24,8 +24,12 @@ HOUR = 3600  # seconds
 class HandMade:
     """An agent that says what it is told to. ``with`` closes it."""
 
-    def __init__(self, gateway, first=b"", *, sni=TUNNEL_HOST):
+    def __init__(self, gateway, first=b"", *, sni=TUNNEL_HOST, introduction=()):
+        """``introduction``: pieces of a PROXY header."""
         sock = socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in introduction:
+            sock.sendall(piece)
         duplex = Duplex(sock)
         context = tls_context(gateway.ca_file)
         context.check_hostname = sni is not None

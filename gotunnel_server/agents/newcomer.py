@@ -3,6 +3,8 @@
 A newcomer costs no thread: its connection is parked with the port's listener, and a worker takes
 the next step when there is something to read. RULES says which step a stage takes:
 
+    INTRODUCTION (of a trusted proxy)
+        |
     HELLO --> HANDSHAKE --> REGISTER --> CLAIM --> ADMIT --> the tunnel has the session
         \\--> VALIDATION        |  \\         \\
                                 |   DELAYED   \\
@@ -32,13 +34,14 @@ from gotunnel import (
     Session,
     SessionClosed,
 )
+from gotunnel_agent.common import proxy_protocol
 
 from ..net import client_hello
 from ..routes import HostnameTaken
 from . import takeover
 from .control_stream import ControlStream
 from .credentials import TokenInvalid
-from .registration import Agent, NotGranted, read_routes
+from .registration import MAX_INSTANCE, Agent, NotGranted, read_routes
 from .tunnel import Tunnel
 
 log = logging.getLogger("gotunnel.tunnel")
@@ -64,17 +67,19 @@ class Newcomers:
     """The newcomers of a port, and what they need. Any thread."""
 
     def __init__(
-        self, tunnels, *, context, challenges, attempts, read_policy, max_hosts, submit
+        self, tunnels, *, context, challenges, attempts, proxies, read_policy, max_hosts, submit
     ):
         """``tunnels`` gets those that are registered. ``context`` is the TLS context of the port,
-        ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``read_policy`` is
-        as for read_routes(). ``submit(function)`` has a worker of registrations call it, which may
-        wait for the disk. No newcomer has more than one call there, so its queue is never longer
-        than the listener's limit of connections."""
+        ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``proxies`` are
+        the addresses whose PROXY header is believed. ``read_policy`` is as for read_routes().
+        ``submit(function)`` has a worker of registrations call it, which may wait for the disk. No
+        newcomer has more than one call there, so its queue is never longer than the listener's
+        limit of connections."""
         self.tunnels = tunnels
         self.context = context
         self.challenges = challenges
         self.attempts = attempts
+        self.proxies = proxies
         self.read_policy = read_policy
         self.max_hosts = max_hosts
         self.submit = submit
@@ -86,7 +91,7 @@ class Newcomers:
     def welcome(self, sock, address):
         """For the listener: a connection was accepted. None if its address has sent too many bad
         tokens."""
-        if self.attempts.closed(address[0]):
+        if address[0] not in self.proxies and not self.attempts.may_open(address[0]):
             return None
         newcomer = Newcomer(self, Duplex(sock), address)
         with self._lock:
@@ -116,7 +121,7 @@ class Newcomers:
 
 
 class Refusals:
-    """The refusals that were logged. Any thread.
+    """The refusals that were logged, and the warnings that come as often. Any thread.
 
     Invariant: at most REFUSALS are remembered, and of equal ones within REFUSAL_MEMORY only the
     first is a warning, because Go agents come back every two seconds.
@@ -126,8 +131,8 @@ class Refusals:
         self._logged = OrderedDict()  # (agent, text): monotonic time; the latest last
         self._lock = threading.Lock()  # guards _logged
 
-    def log(self, agent, text):
-        """Say why an agent, a text, was refused."""
+    def log(self, agent, text, line="%s refused: %s"):
+        """Say why an agent, a text, was refused; or another ``line`` with the two."""
         key, now = (agent, _SPAN.sub("#", text)), monotonic()  # one reason, whenever
         with self._lock:
             last = self._logged.pop(key, None)
@@ -135,12 +140,13 @@ class Refusals:
             self._logged[key] = now if fresh else last
             if len(self._logged) > REFUSALS:
                 self._logged.popitem(last=False)
-        log.log(logging.WARNING if fresh else logging.DEBUG, "%s refused: %s", agent, text)
+        log.log(logging.WARNING if fresh else logging.DEBUG, line, agent, text)
 
 
 class Stage(enum.Enum):
     """How far a newcomer is. What each waits for:"""
 
+    INTRODUCTION = "the header in which a trusted proxy names its agent, or the first byte of TLS"
     HELLO = "the first bytes of TLS: a ClientHello"
     HANDSHAKE = "the end of the handshake"
     VALIDATION = "the end of a CA's handshake, which is all that a tls-alpn-01 validation needs"
@@ -158,9 +164,10 @@ class Newcomer:
 
     def __init__(self, newcomers, duplex, address):
         self.duplex = duplex
-        self.address = address  # as accept() gave it
+        self.address = address  # as accept() gave it, or as a trusted proxy has told
         self._newcomers = newcomers
-        self._stage = Stage.HELLO
+        introduced = newcomers is not None and address[0] in newcomers.proxies
+        self._stage = Stage.INTRODUCTION if introduced else Stage.HELLO
         self._deadline = None  # monotonic: registered, or gone, by then; None before the first byte
         self._buffer = b""  # of a hello that is not whole
         self._hello = client_hello.Reader()
@@ -246,15 +253,41 @@ class Newcomer:
 
     # The steps. Each returns the next stage, or None if its work goes on later, or is over.
 
-    def _read_hello(self):
-        """Learn what TLS is wanted for: a CA may ask here for a proof (RFC 8737)."""
+    def _receive_first(self):
+        """Add what has come to the buffer."""
         data = self.duplex.receive()
         if data == b"":
             raise SessionClosed("it left before TLS")
         self._buffer += data or b""
+
+    def _read_introduction(self):
+        """A trusted proxy may name its agent first (HAProxy's PROXY protocol)."""
+        self._receive_first()
+        if proxy_protocol.may_begin(self._buffer):
+            try:
+                found = proxy_protocol.parse(self._buffer)
+            except proxy_protocol.NotProxy as error:
+                self._newcomers.refusals.log(f"trusted proxy at {self.address[0]}", str(error))
+                raise ProtocolError(str(error)) from None
+            if found is None:
+                return self._park()
+            size, source = found
+            self._buffer = self._buffer[size:]
+            self.address = source or self.address
+        if not self._newcomers.attempts.may_open(self.address[0]):
+            raise SessionClosed("too many bad tokens came from its address")
+        return Stage.HELLO
+
+    def _read_hello(self):
+        """Learn what TLS is wanted for: a CA may ask here for a proof (RFC 8737)."""
+        self._receive_first()
         try:
             said = self._hello.parse(self._buffer)
         except client_hello.NotTLS as error:
+            if proxy_protocol.begins(self._buffer):
+                self._newcomers.refusals.log(
+                    str(self), "it sent a PROXY header, and TRUSTED_PROXIES does not name it"
+                )
             raise ProtocolError(str(error)) from None
         if said is None:
             return self._park()
@@ -300,10 +333,14 @@ class Newcomer:
     def _identify(self, message):
         """Check the token, and that the agent may have what it asks for."""
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
+        instance = message.instance[:MAX_INSTANCE]
+        if not newcomers.attempts.may_show(self.address[0], instance):
+            raise Refusal("too many bad tokens came from this address, so not all are looked at")
         try:
             identity = tunnels.credentials.identify(message.token)
         except TokenInvalid as error:
-            return self._delay(Refusal(f"auth failed: {error}"))
+            return self._delay(Refusal(f"auth failed: {error}"), instance)
+        newcomers.attempts.proved(instance)
         self._agent = Agent(self.address, identity, message.instance)
         try:
             routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
@@ -322,10 +359,11 @@ class Newcomer:
         newcomers.hand_over(self, tunnel)
         return Stage.CLAIM
 
-    def _delay(self, refusal):
+    def _delay(self, refusal, instance):
         """Refuse a bad token; the more of them its address has sent, the later."""
         attempts, address = self._newcomers.attempts, self.address[0]
-        attempts.failed(address)
+        if news := attempts.failed(address, instance):
+            self._newcomers.refusals.log(f"agents at {address}", news, "%s: %s")
         self._refusal = refusal
         self._look_again(Stage.DELAYED, attempts.delay(address))
 
@@ -406,6 +444,7 @@ class Rule(NamedTuple):
 _LATE = "not registered in time"
 _LEFT = "it was refused and did not hang up in time"
 RULES = {
+    Stage.INTRODUCTION: Rule(Newcomer._read_introduction, (Stage.HELLO,), _LATE),
     Stage.HELLO: Rule(Newcomer._read_hello, (Stage.HANDSHAKE, Stage.VALIDATION), _LATE),
     Stage.HANDSHAKE: Rule(Newcomer._shake_hands, (Stage.REGISTER,), _LATE),
     Stage.VALIDATION: Rule(Newcomer._prove, (), _LATE),

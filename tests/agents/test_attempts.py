@@ -5,12 +5,17 @@ import threading
 import pytest
 
 from gotunnel_server.agents.attempts import (
+    CHECKS,
+    CHECKS_A_SECOND,
     DELAY_STEP,
     FREE_FAILURES,
     MINUTE,
     MOST_ADDRESSES,
     MOST_DELAY,
     MOST_FAILURES,
+    MOST_KNOWN,
+    OPENINGS,
+    OPENINGS_A_SECOND,
     Attempts,
 )
 
@@ -130,6 +135,62 @@ def test_old_addresses_make_room_first(attempts, clock):
     clock.now += MINUTE
     attempts.failed("192.0.2.1")
     assert len(attempts._counts) == 1
+
+
+def count_true(function, *arguments):
+    """How often in a row it says yes."""
+    count = 0
+    while function(*arguments):
+        count += 1
+        assert count < 10_000, "it says yes for ever"
+    return count
+
+
+@pytest.mark.parametrize(
+    ("may", "at_once", "a_second"),
+    [
+        (lambda attempts: attempts.may_open("192.0.2.1"), OPENINGS, OPENINGS_A_SECOND),
+        (lambda attempts: attempts.may_show("192.0.2.1", "x"), CHECKS, CHECKS_A_SECOND),
+    ],
+    ids=["handshakes", "tokens"],
+)
+def test_a_share_gets_in_at_a_closed_address_and_it_is_bounded(
+    attempts, clock, may, at_once, a_second
+):
+    fail(attempts, "192.0.2.1", MOST_FAILURES)
+    assert all(may(attempts) for _ in range(10 * at_once)), "it is not closed yet"
+    attempts.failed("192.0.2.1")
+    assert count_true(may, attempts) == at_once
+    clock.now += 1
+    assert count_true(may, attempts) == a_second
+
+
+def test_an_agent_that_was_good_is_looked_at_until_it_is_not(attempts):
+    attempts.proved("known")
+    fail(attempts, "192.0.2.1", MOST_FAILURES + 1)
+    assert count_true(attempts.may_show, "192.0.2.1", "other") == CHECKS
+    assert all(attempts.may_show("192.0.2.1", "known") for _ in range(100))
+    attempts.failed("192.0.2.1", "known")
+    assert not attempts.may_show("192.0.2.1", "known")
+
+
+def test_having_no_instance_is_no_pass(attempts):
+    attempts.proved("")
+    fail(attempts, "192.0.2.1", MOST_FAILURES + 1)
+    assert count_true(attempts.may_show, "192.0.2.1", "") == CHECKS
+
+
+def test_the_agents_that_were_good_are_bounded(attempts):
+    for number in range(2 * MOST_KNOWN):
+        attempts.proved(str(number))
+    assert len(attempts._known) == MOST_KNOWN
+    assert str(2 * MOST_KNOWN - 1) in attempts._known
+
+
+def test_what_changes_for_an_address_is_told_once(attempts):
+    told = [attempts.failed("192.0.2.1") for _ in range(200)]
+    assert [number for number, news in enumerate(told, 1) if news] == [11, 121]
+    assert "slow" in told[10] and "TRUSTED_PROXIES" in told[120]
 
 
 def test_threads_lose_no_failure(attempts):

@@ -31,6 +31,8 @@ from support import (
 
 from gotunnel import ANY_PORT, CERTIFICATES, PORTS, REASONS, Ack, Certificate, End
 from gotunnel_agent.agent import make_token
+from gotunnel_agent.common.proxy_protocol import VERSIONS, encode, encode_unknown
+from gotunnel_agent.common.token_bucket import Buckets
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import attempts as attempts_module
 from gotunnel_server.agents import credentials
@@ -304,22 +306,150 @@ def test_who_guesses_is_slowed_down_and_then_shut_out(gateway, monkeypatch):
     refused = reply_to(gateway, registration(APP, token="x.y.z"))
     assert refused.error.startswith("auth failed")
     assert waits == ["127.0.0.1"]
-    monkeypatch.setattr(attempts, "closed", lambda address: True)
+    monkeypatch.setattr(attempts, "may_open", lambda address: False)
     with pytest.raises(OSError):
         HandMade(gateway)
     monkeypatch.undo()
     assert reply_to(gateway, registration(APP)).ok
 
 
+NOT_ALL = "too many bad tokens came from this address"
+
+
+@pytest.fixture
+def closed(gateway, monkeypatch):
+    """Where two bad tokens close an address, three more are looked at, and no answer is slow."""
+    monkeypatch.setattr(attempts_module, "MOST_FAILURES", 1)
+    attempts = gateway.inner._newcomers.attempts
+    attempts._checks = Buckets(1e-6, 3)
+    for _ in range(2):
+        assert "auth failed" in reply_to(gateway, registration(APP, token="x.y.z")).error
+    return attempts
+
+
 def test_only_who_does_not_prove_who_it_is_has_failed(gateway, monkeypatch):
     monkeypatch.setattr(attempts_module, "MOST_FAILURES", 1)
+    attempts = gateway.inner._newcomers.attempts
     for _ in range(2):
         assert reply_to(gateway, registration(APP)).ok
         assert not reply_to(gateway, registration(OTHER, token=office())).ok
+    assert not attempts.closed("127.0.0.1")
     for _ in range(2):
         assert not reply_to(gateway, registration(APP, token="x.y.z")).ok
-    with pytest.raises(OSError):
-        HandMade(gateway)
+    assert attempts.closed("127.0.0.1")
+
+
+def test_a_good_token_gets_in_at_an_address_that_is_closed(gateway, closed):
+    assert closed.closed("127.0.0.1")
+    assert reply_to(gateway, registration(APP)).ok
+    assert reply_to(gateway, registration(APP)).ok
+
+
+def test_few_tokens_are_looked_at_of_an_address_that_is_closed(gateway, closed):
+    said = [reply_to(gateway, registration(APP, token="x.y.z")).error for _ in range(5)]
+    assert ["auth failed" in text for text in said] == [True, True, True, False, False]
+    assert NOT_ALL in said[3] and NOT_ALL in reply_to(gateway, registration(APP)).error
+
+
+def test_an_agent_that_was_registered_gets_in_whatever_others_at_its_address_do(gateway, closed):
+    assert reply_to(gateway, registration(APP, instance="mine")).ok
+    while NOT_ALL not in reply_to(gateway, registration(APP, token="x.y.z")).error:
+        pass
+    assert reply_to(gateway, registration(APP, instance="mine")).ok
+    assert not reply_to(gateway, registration(APP, instance="another")).ok
+
+
+def test_our_agent_comes_back_to_an_address_that_a_stranger_has_closed(gateway, tmp_path, origin):
+    """With the real numbers: 130 bad registrations, and the stranger goes on."""
+    attempts = gateway.inner._newcomers.attempts
+    over = threading.Event()
+
+    def guess():
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                HandMade(gateway, registration(APP, token="x.y.z")).__exit__()
+
+    for _ in range(130):
+        attempts.failed("127.0.0.1")
+    stranger = threading.Thread(target=guess)
+    stranger.start()
+    try:
+        assert attempts.closed("127.0.0.1")
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            next(iter(gateway.inner.tunnels.registered())).end("for a test")
+            gateway.wait_for_routes(APP)
+    finally:
+        over.set()
+        stranger.join()
+
+
+def test_the_log_says_when_an_address_is_slowed_and_closed(gateway, caplog, monkeypatch):
+    monkeypatch.setattr(attempts_module, "FREE_FAILURES", 0)
+    monkeypatch.setattr(attempts_module, "MOST_FAILURES", 1)
+    for _ in range(3):
+        reply_to(gateway, registration(APP, token="x.y.z"))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("agents at 127.0.0.1: 1 bad tokens" in line and "slow" in line for line in said) == 1
+    closed = [line for line in said if "agents at 127.0.0.1: 2 bad tokens" in line]
+    assert len(closed) == 1 and "TRUSTED_PROXIES" in closed[0]
+
+
+# Proxies in front --------------------------------------------------------------------------------
+
+AGENT = ("203.0.113.9", 56324)
+
+
+@contextlib.contextmanager
+def trusting(cache, proxies="127.0.0.1"):
+    with gateway_here(cache, TRUSTED_PROXIES=proxies) as gateway:
+        yield gateway
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("cut", [False, True], ids=["at once", "byte by byte"])
+def test_an_agent_is_whom_a_trusted_proxy_names(cache, version, cut):
+    header = encode(version, AGENT, ("198.51.100.7", 9443))
+    pieces = [header[at : at + 1] for at in range(len(header))] if cut else [header]
+    with trusting(cache) as gateway:
+        with HandMade(gateway, registration(APP), introduction=pieces) as agent:
+            assert agent.hear().ok
+            (tunnel,) = gateway.inner.tunnels.registered()
+            assert tunnel.agent.host == AGENT[0]
+
+
+def test_a_stranger_behind_a_trusted_proxy_closes_its_own_address_alone(cache):
+    with trusting(cache) as gateway:
+        attempts = gateway.inner._newcomers.attempts
+        header = encode("v2", AGENT, ("198.51.100.7", 9443))
+        bad = registration(APP, token="x.y.z")
+        assert not reply_to(gateway, bad, introduction=[header]).ok
+        assert attempts._failures(AGENT[0]) == 1 and attempts._failures("127.0.0.1") == 0
+        attempts.may_open = lambda address: address != AGENT[0]
+        with pytest.raises(OSError):
+            HandMade(gateway, introduction=[header])
+        other = encode("v2", ("203.0.113.10", 1), ("198.51.100.7", 9443))
+        assert reply_to(gateway, registration(APP), introduction=[other]).ok
+
+
+def test_a_trusted_proxy_may_name_nobody(cache):
+    with trusting(cache) as gateway:
+        for introduction in ([], [encode_unknown("v1")], [encode_unknown("v2")]):
+            assert reply_to(gateway, registration(APP), introduction=introduction).ok
+
+
+def test_a_stranger_may_not_say_where_it_comes_from(cache, caplog):
+    with trusting(cache, proxies="192.0.2.1") as gateway:
+        header = encode("v1", AGENT, ("198.51.100.7", 9443))
+        with pytest.raises(OSError):
+            HandMade(gateway, introduction=[header])
+        wait_until(lambda: "TRUSTED_PROXIES does not name it" in caplog.text)
+
+
+def test_a_trusted_proxy_that_breaks_the_rules_is_dropped(cache, caplog):
+    with trusting(cache) as gateway:
+        with pytest.raises(OSError):
+            HandMade(gateway, introduction=[b"PROXY TCP4 nonsense\r\n"])
+        wait_until(lambda: "trusted proxy at 127.0.0.1" in caplog.text)
 
 
 # Wildcards ---------------------------------------------------------------------------------------
