@@ -12,6 +12,10 @@ and the target behind it is another. A request that ends here for one and there 
 carries a second request that only one of them sees ("request smuggling", RFC 9112 §11.2). So a
 message has one length or none, lines end in CRLF and nothing else, and a name is a name.
 
+Answers have a softer law, since many targets break the strict one and nobody is harmed: what can be
+read in one way only is read (``loose``), and whoever passes it on writes it anew. But a target that
+is careless with its lines may be careless with its ends, so its connection is not used again.
+
 The promise: whatever bytes come, these functions raise Malformed or nothing.
 
 Text is latin-1 throughout, so each byte is one character and goes out as it came in.
@@ -40,7 +44,8 @@ _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"             # RFC 9110 §5.6.2
 _TOKEN = re.compile(f"{_TCHAR}+")
 _TARGET = re.compile(r"[!-\"$-~]+")                 # visible ASCII without "#", the fragment
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
-_STATUS_LINE = re.compile(r"([^ ]+) ([1-5][0-9][0-9])(?: (.*))?")
+# RFC 9110 §15 ends at 599, and asks readers to bear with what lies above.
+_STATUS_LINE = re.compile(r"([^ ]+) ([1-9][0-9][0-9])(?: (.*))?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 _AUTHORITY_FORM = re.compile(r"[^/?]+:[0-9]+")
 _AUTHORITY = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{REQUESTED_NAME})(?::([0-9]{{0,5}}))?")
@@ -48,15 +53,24 @@ _AUTHORITY = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{REQUESTED_NAME})(?::([0-9]{{0,5}
 # seen: there nothing can fail after the colon, and "^" keeps a search from starting inside a line,
 # so a bad line costs its length once and not its length squared.
 _FIELD_LINE = re.compile(rf"^({_TCHAR}+):[ \t]*(.*[^ \t\r\n])?[ \t]*\r\n", re.MULTILINE)
+# The name of a value that goes on in the next line.
+_FOLDED_NAME = re.compile(rf"^({_TCHAR}+):.*\r\n(?=[ \t])", re.MULTILINE)
 # 18 digits stay below 2**63, where other readers overflow.
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 # chunk-size and chunk-ext (RFC 9112 §7.1); 16 hex digits fill 64 bits, where other readers wrap.
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rf"[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?"
-_CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*\r\n".encode("latin-1"))
+_CHUNK = rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*"
+_CHUNK_LINE = re.compile(rf"{_CHUNK}\r\n".encode("latin-1"))
+# Of answers: old Apaches and IIS fill the size up with blanks, others end lines in LF.
+_LOOSE_CHUNK_LINE = re.compile(rf"{_CHUNK}[ \t]*\r?\n".encode("latin-1"))
 
 # What a head is made of besides its line ends: HTAB, visible ASCII, obs-text (RFC 9110 §5.5).
 _TEXT = bytes(byte for byte in range(256) if byte == 9 or byte >= 32 and byte != 127)
+_BLANK_LINE = re.compile(rb"\n\r?\n")  # of an answer, with the end of the line before it
+# A value that goes on in the next line (obs-fold, RFC 9112 §5.2). A line of blanks alone is none:
+# some readers take it for the blank line.
+_FOLD = re.compile(r"\r\n[ \t]+(?=[^ \t\r\n])")
 _NOT_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 
 # Fields that concern one connection and end here (RFC 9110 §7.6.1).
@@ -69,6 +83,9 @@ HOP_BY_HOP = frozenset({
     # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
     "http2-settings",
 })
+
+# Fields that say where a message ends.
+FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 # Fields that a Connection field must not remove and a trailer must not bring: whom the message is
 # for, who sent it, what it is. All names starting with "x-forwarded-" belong here as well.
@@ -149,11 +166,13 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1."""
+    """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1. ``loose``: it breaks rules
+    of HTTP, and was read all the same; its fields are such that they break none."""
     status: int
     reason: str
     minor: int
     fields: Fields
+    loose: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,11 +193,24 @@ def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
         raise Malformed(400, "a line ends in LF alone, expected CRLF")
     if end >= 0:
         return seen
-    if len(buffer) > HEAD_LIMIT:
-        if buffer.find(b"\r\n", 0, HEAD_LIMIT) < 0:
+    _check_size(buffer)
+    return -1
+
+
+def answer_end(buffer: bytes | bytearray, start: int = 0) -> int:
+    """As head_end(), of an answer: its lines may end in LF alone."""
+    match = _BLANK_LINE.search(buffer, max(start - 2, 0), HEAD_LIMIT)
+    if match:
+        return match.end()
+    _check_size(buffer)
+    return -1
+
+
+def _check_size(unfinished):
+    if len(unfinished) > HEAD_LIMIT:
+        if unfinished.find(b"\n", 0, HEAD_LIMIT) < 0:
             raise Malformed(414, f"first line of over {HEAD_LIMIT} bytes, expected a shorter one")
         raise Malformed(431, f"no blank line in {HEAD_LIMIT} bytes, expected the fields to end")
-    return -1
 
 
 def parse_request(head: bytes) -> Request:
@@ -208,15 +240,53 @@ def parse_request(head: bytes) -> Request:
 def parse_response(head: bytes) -> Response:
     """Read an answer's head, from its first byte to its blank line.
 
-    The reason may be missing, with the space before it or without. Raises Malformed.
+    The reason may be missing, with the space before it or without. Lines may end in LF, values may
+    be folded, a length may be said twice if it is the same, and is not obeyed beside chunks.
+    Raises Malformed.
     """
-    line, fields = _split_head(head)
+    loose = False
+    try:
+        line, fields = _split_head(head)
+    except Malformed:
+        mended = _mend(head)
+        if mended == head:
+            raise
+        loose = True
+        line, fields = _split_head(mended)
     match = _STATUS_LINE.fullmatch(line)
     if not match:
-        raise Malformed(400, f"status line {_shown(line)}, expected version, status 100 to 599 "
+        raise Malformed(400, f"status line {_shown(line)}, expected version, status 100 to 999 "
                              "and reason")
     version, status, reason = match.groups("")
-    return Response(int(status), reason, _minor(version), fields)
+    minor, lengths = _minor(version), fields.all("content-length")
+    if lengths and (len(lengths) > 1 or "," in lengths[0] or "transfer-encoding" in fields):
+        loose = True
+        fields = _with_one_length(fields, minor)
+    return Response(int(status), reason, minor, fields, loose or int(status) > 599)
+
+
+def _mend(head: bytes) -> bytes:
+    """An answer's head with CRLF for LF, and without folds, each of which was white space."""
+    if head.count(b"\n") != head.count(b"\r\n"):
+        head = head.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    line, end, block = head.decode("latin-1").partition("\r\n")
+    names = {name.lower() for name in _FOLDED_NAME.findall(block)}
+    if names & FRAMING:  # a reader that knows no folds would see another length
+        return head
+    return (line + end + _FOLD.sub(" ", block)).encode("latin-1")
+
+
+def _with_one_length(fields: Fields, minor: int) -> Fields:
+    """The fields with Content-Length once, if all say the same (RFC 9110 §8.6), and without it
+    beside chunks, which count (RFC 9112 §6.3)."""
+    said = {length.strip(" \t") for value in fields.all("content-length")
+            for length in value.split(",")}
+    if len(said) > 1 or not _CONTENT_LENGTH.fullmatch(*said):
+        return fields
+    others = [(name, value) for name, value in fields if name.lower() != "content-length"]
+    if minor > 0 and "transfer-encoding" in fields:
+        return Fields(others)
+    return Fields([*others, ("Content-Length", *said)])
 
 
 def _split_head(head: bytes) -> tuple[str, Fields]:
@@ -398,9 +468,11 @@ class Body:
     ``complete``: the body has ended; true from the start for one of no bytes.
     ``trailers``: fields that came after the payload, without those that must not come so late.
     ``rest``: bytes that came after the end and belong to the next message; b"" before.
+    ``loose``: it breaks rules of HTTP so far, and was read all the same; only an answer's can.
     """
 
     length: int | None = None
+    loose = False
 
     def __init__(self):
         self.complete = False
@@ -460,8 +532,10 @@ class ChunkedBody(Body):
     where the next one goes on. At most a line is held back, or the trailer section.
     """
 
-    def __init__(self):
+    def __init__(self, *, lenient: bool = False):
+        """``lenient``: it is an answer's. Its lines may end in LF, and blanks may follow sizes."""
         super().__init__()
+        self._lenient = lenient
         self._read_on = self._size_line
         self._held = bytearray()                    # of an unfinished line or trailer section
         self._left = 0                              # payload bytes to come in this chunk
@@ -480,6 +554,9 @@ class ChunkedBody(Body):
         line, at = self._line(data, at, CHUNK_LINE_LIMIT)
         if line:
             match = _CHUNK_LINE.fullmatch(line)
+            if not match and self._lenient:
+                self.loose = True
+                match = _LOOSE_CHUNK_LINE.fullmatch(line)
             if not match:
                 raise Malformed(400, f"chunk line {_shown(line.decode('latin-1'))}, expected at "
                                      "most 16 hex digits, extensions and CRLF")
@@ -503,7 +580,9 @@ class ChunkedBody(Body):
     def _payload_end(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         line, at = self._line(data, at, len(b"\r\n"))
         if line:
-            if line != b"\r\n":
+            if self._lenient and line == b"\n":
+                self.loose = True
+            elif line != b"\r\n":
                 raise Malformed(400, f"{line!r} after a chunk, expected CRLF")
             self._read_on = self._size_line
         return at
@@ -511,14 +590,21 @@ class ChunkedBody(Body):
     def _trailers(self, data: bytes, at: int, pieces: list[bytes]) -> int:
         searched = len(self._held)
         self._held += data[at:]
-        end = head_end(self._held, searched)
+        end = (answer_end if self._lenient else head_end)(self._held, searched)
         if end >= 0:
-            text = _check_text(self._held[2:end - 2])
-            self.trailers = [(name, value) for name, value in _parse_fields(text)
+            fields = self._read_trailers(bytes(self._held[:end]))
+            self.trailers = [(name, value) for name, value in fields
                              if not _comes_too_late(plain_name(name))]
             self.rest = bytes(self._held[end:])
             self.complete = True
         return len(data)
+
+    def _read_trailers(self, section: bytes) -> Fields:
+        if self._lenient and section != b"\r\n\r\n":
+            mended = _mend(section)
+            self.loose |= mended != section
+            section = mended
+        return _parse_fields(_check_text(section[2:-2]))
 
     def _line(self, data: bytes, at: int, limit: int) -> tuple[bytes, int]:
         """A line of at most ``limit`` bytes with its LF, or b"" if more must come."""
@@ -546,7 +632,7 @@ def request_body(request: Request) -> Body | None:
     Raises Malformed for any doubt about its length: 501 for a coding that is not chunked but
     lies under it, else 400.
     """
-    return _framed(request)
+    return _framed(request, lenient=False)
 
 
 def response_body(response: Response, method: str) -> Body | None:
@@ -556,7 +642,7 @@ def response_body(response: Response, method: str) -> Body | None:
     still checked, as Content-Length may be passed on. If bytes follow where no body may, the
     connection cannot be used again. Raises Malformed as request_body does.
     """
-    body = _framed(response)
+    body = _framed(response, lenient=True)
     status = response.status
     if method == "HEAD" or status < 200 or status in (204, 304):
         return None
@@ -565,8 +651,9 @@ def response_body(response: Response, method: str) -> Body | None:
     return UntilCloseBody() if body is None else body
 
 
-def _framed(message: Request | Response) -> SizedBody | ChunkedBody | None:
-    """The decoder that the message's own fields ask for, None if they say nothing."""
+def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | ChunkedBody | None:
+    """The decoder that the message's own fields ask for, None if they say nothing. ``lenient``:
+    see ChunkedBody."""
     codings = message.fields.all("transfer-encoding")
     lengths = message.fields.all("content-length")
     if codings:
@@ -580,7 +667,7 @@ def _framed(message: Request | Response) -> SizedBody | ChunkedBody | None:
             known_shape = under and last == "chunked" and "chunked" not in under
             raise Malformed(501 if known_shape else 400,
                             f"Transfer-Encoding {_shown(', '.join(codings))}, expected chunked")
-        return ChunkedBody()
+        return ChunkedBody(lenient=lenient)
     if lengths:
         if len(lengths) > 1:
             raise Malformed(400, f"{len(lengths)} Content-Length fields, expected one")

@@ -317,8 +317,10 @@ class Exchange:
         """Pass on interim answers, then the final one."""
         request = self._request
         interim = 0  # bytes of heads before the final one, which together are held to the limit
+        loose = False  # the target breaks rules of HTTP, perhaps also where its answer ends
         while True:
             size, response, data = self._read_head(data)
+            loose |= response.loose
             if response.status >= 200:
                 break
             if response.status == 101:
@@ -336,7 +338,8 @@ class Exchange:
             pieces, trailers, rest = [], (), data
         else:
             pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
-        reusable = http1.keeps_alive(response) and not rest and (
+            loose |= body.loose
+        reusable = http1.keeps_alive(response) and not (rest or loose) and (
             not isinstance(body, http1.UntilCloseBody)
         )
         # Before the visitor has all of it: its next visit must find this one over, and its stream.
@@ -377,7 +380,7 @@ class Exchange:
     def _read_head(self, data):
         """One head of the answer: its size, what it says, and the bytes behind it."""
         seen = 0
-        while (end := http1.head_end(data, seen)) < 0:
+        while (end := http1.answer_end(data, seen)) < 0:
             seen = len(data)
             more = self._next(self._timeout)
             if not more:

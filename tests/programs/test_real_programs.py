@@ -352,6 +352,54 @@ def test_http_1_0_on_both_sides(gateway, old_server):
     assert curl(gateway, "/", "--http1.0") == OldServer.content
 
 
+# CGI programs, whose servers pass on the LF that ends their lines -------------------------------
+
+CGI_PROGRAM = """#!/bin/sh
+echo "Content-Type: text/plain"
+echo "X-Method: $REQUEST_METHOD"
+echo
+echo "hello from $SCRIPT_NAME"
+"""
+
+
+@pytest.fixture
+def cgi_folder(tmp_path):
+    program = tmp_path / "web" / "cgi-bin" / "hello"
+    program.parent.mkdir(parents=True)
+    program.write_text(CGI_PROGRAM)
+    program.chmod(0o755)
+    # Python's server runs them as nobody, if it is root's.
+    for folder in (program.parent, program.parent.parent, tmp_path, *tmp_path.parents[:3]):
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    return tmp_path / "web"
+
+
+def cgi_server(name, folder, port):
+    if name == "busybox":
+        program = need("busybox")
+        if b"httpd" not in subprocess.run([program, "--list"], stdout=subprocess.PIPE).stdout:
+            pytest.skip("this busybox has no httpd")
+        return program, "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(folder)
+    if sys.version_info >= (3, 15):
+        pytest.skip("this Python has no CGI server")
+    return sys.executable, "-m", "http.server", "--cgi", "--bind", "127.0.0.1", str(port)
+
+
+@pytest.mark.parametrize("server", ["busybox", "python"])
+def test_pages_of_cgi_programs_arrive(gateway, served, cgi_folder, server):
+    with reserved_port() as port:
+        command = cgi_server(server, cgi_folder, port)
+        served(port)
+        with running(*command, cwd=cgi_folder), gateway.visitor(APP) as visitor:
+            wait_until(lambda: gateway.get(APP, "/")[0] != 502)  # it listens
+            for method in ("GET", "POST"):
+                visitor.request(method, "/cgi-bin/hello", b"" if method == "POST" else None)
+                response = visitor.getresponse()
+                assert (response.status, response.getheader("X-Method")) == (200, method)
+                assert response.read() == b"hello from /cgi-bin/hello\n"
+
+
 # Node, and curl ----------------------------------------------------------------------------------
 
 
