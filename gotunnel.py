@@ -1862,6 +1862,9 @@ class StreamTable:
         stream = self.known.get(event.stream_id)
         if stream is None:
             return
+        if stream._at_rest:
+            self.give_up(stream, "the stream was reset: bytes came while nobody awaited any")
+            return
         put(stream._chunks, event.payload)
         stream._silent = False
         self.count_unread(stream, len(event.payload))
@@ -1879,9 +1882,15 @@ class StreamTable:
 
     def _on_finished(self, event):
         stream = self.known.get(event.stream_id)
-        if stream is not None:
-            stream._got_fin = True
-            stream._readable.notify()
+        if stream is None:
+            return
+        stream._got_fin = True
+        stream._readable.notify()
+        if stream._at_rest:
+            self.farewells.append(stream._on_death)
+            stream._finish()
+            stream._fail(StreamReset("the peer ended the stream while it was at rest"))
+        else:
             self.drop_if_over(stream)
 
     def _on_was_reset(self, event):
@@ -2256,7 +2265,7 @@ class Stream:
     __slots__ = (
         "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender", "_lock", "_readable",
         "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin", "_discarding", "_error",
-        "_on_death",
+        "_on_death", "_at_rest",
     )  # fmt: skip
 
     def __init__(self, session, stream_id):
@@ -2276,6 +2285,7 @@ class Stream:
         self._discarding = False  # closed: what still comes is dropped
         self._error = None
         self._on_death = None
+        self._at_rest = False  # rest() was called, and nothing was written since
 
     # Called by the session, which holds the lock
 
@@ -2335,6 +2345,20 @@ class Stream:
     def quiet(self) -> bool:
         """Nothing to read, nothing ended: fit to be kept for another visit."""
         return not (self._chunks or self._got_fin or self._sent_fin or self._error)
+
+    def rest(self, on_end) -> bool:
+        """Set the stream aside until the next write(), which takes it up again. False if the peer
+        has sent or ended something already; then nothing has changed.
+
+        The peer owes nothing now. If it sends anything before all of that write() is committed,
+        bytes or an end, the stream ends at once, and ``on_end()`` is called as by on_death(). So
+        bytes that belong to an earlier exchange are never read as the answer to the next one.
+        """
+        with self._lock:
+            self._at_rest = self.quiet
+            if self._at_rest:
+                self._on_death = on_end
+            return self._at_rest
 
     def read(self, size=READ_SIZE, timeout=None) -> bytes:
         """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError too."""
@@ -2424,6 +2448,8 @@ class Stream:
                 if room >= len(data):
                     mux.send(self.id, data)
                     data = b""
+                    if self._at_rest:
+                        self._at_rest, self._on_death = False, None
                 else:
                     data = memoryview(data)
                     mux.send(self.id, data[:room])

@@ -2,8 +2,13 @@
 
 A stream that is taken up again spares its visit the connection between agent and target. None is
 kept for long: each holds such a connection.
+
+A stream whose agent sends anything while it is kept, bytes or an end, is over at that moment
+(Stream.rest()) and leaves the pool: the bytes belong to an earlier visit, and must not be taken for
+the answer to the next one.
 """
 
+import functools
 import threading
 from collections import deque
 from time import monotonic
@@ -41,14 +46,33 @@ class KeptStreams:
     def put(self, hostname, stream):
         """Keep a stream, or close it if it is not fit for that, or if there is no room."""
         # A window that has grown is given back only by the end of its stream.
-        fit = stream.quiet and stream.window <= START_WINDOW
+        fit = stream.window <= START_WINDOW
+        # Before the stream is in the pool: there another thread may take it up at once.
+        if not (fit and stream.rest(functools.partial(self._drop_one, hostname, stream))):
+            stream.close()
+        elif not self._put(hostname, stream):
+            stream.close()
+        elif not stream.quiet:  # it ended before it was in the pool, where it was looked for
+            self._drop_one(hostname, stream)
+
+    def _put(self, hostname, stream):
         with self._lock:
             kept = self._by_hostname.setdefault(hostname, deque())
             room = len(kept) < OF_A_HOSTNAME and len(self._all) < OF_A_SESSION
-            if fit and room and not self._closed:
-                kept.append((monotonic(), stream))
-                self._all.add(stream)
+            if not room or self._closed:
+                return False
+            kept.append((monotonic(), stream))
+            self._all.add(stream)
+            return True
+
+    def _drop_one(self, hostname, stream):
+        """Close a stream if it is still here, and has not been taken up."""
+        with self._lock:
+            if stream not in self._all:
                 return
+            self._all.remove(stream)
+            kept = self._by_hostname[hostname]
+            kept.remove(next(entry for entry in kept if entry[1] is stream))
         stream.close()
 
     def close_old(self):

@@ -339,8 +339,11 @@ class Exchange:
         else:
             pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
             loose |= body.loose
+        # Only after an answer whose end cannot be doubted. Targets that treat HEAD as GET, or put
+        # a body where none may be, send bytes that the next visitor would get as its answer.
         reusable = http1.keeps_alive(response) and not (rest or loose) and (
-            not isinstance(body, http1.UntilCloseBody)
+            body is not None and response.status != 205
+            and not isinstance(body, http1.UntilCloseBody)
         )
         # Before the visitor has all of it: its next visit must find this one over, and its stream.
         stream, self._stream = self._stream, None

@@ -15,6 +15,15 @@ class Quiet:
     quiet = True
     window = START_WINDOW
     closed = False
+    hurry = False  # it ends before it is in the pool
+
+    def rest(self, on_end):
+        self.end = on_end
+        if self.quiet and self.hurry:
+            self.quiet = False
+            on_end()
+            return True
+        return self.quiet
 
     def close(self):
         self.closed = True
@@ -46,6 +55,24 @@ def test_a_stream_that_is_not_fit_is_closed(kept, name, value):
     kept.put(APP, stream)
     assert stream.closed and stream not in kept
     assert kept.pop(APP) is None
+
+
+def test_a_stream_that_ends_while_it_is_kept_leaves_at_once(kept):
+    first, second = Quiet(), Quiet()
+    kept.put(APP, first)
+    kept.put(APP, second)
+    first.end()
+    assert first.closed and first not in kept and second in kept
+    assert kept.pop(APP) is second
+    second.end()  # while its new user has it, whose affair that is
+    assert not second.closed and kept.pop(APP) is None
+
+
+def test_a_stream_that_ends_before_it_is_kept_is_not_given_away(kept):
+    stream = Quiet()
+    stream.hurry = True
+    kept.put(APP, stream)
+    assert stream.closed and stream not in kept and kept.pop(APP) is None
 
 
 def test_no_more_are_kept_than_there_is_room_for(kept):

@@ -149,6 +149,7 @@ def test_answer_without_body_leaves_the_connection_in_step(
         target.send(reply)
         assert expected in fields_of(visitor.read_head())
         visitor.send(request("GET", "/next"))
+        target = origin.accept()  # the other connection might still bring a body
         assert target.read_head().startswith(b"GET /next ")
         target.send(answer(b"in step"))
         assert visitor.read_message()[1] == b"in step"
@@ -224,6 +225,63 @@ def test_one_connection_carries_several_requests_at_both_ends(gateway, origin):
             target.send(answer(b"%d" % number))
             assert visitor.read_message()[1] == b"%d" % number
     assert origin.was_left_alone()
+
+
+WHOLE = {  # answers that end where they say so
+    "sized": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+}
+LATE = {  # what targets send behind them
+    "body": b"and more\r\n",
+    "interim": b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n",
+    "answer": answer(b"whose is it?"),
+    "101": b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: chat\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+@pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
+def test_late_bytes_of_an_answer_end_its_connection_and_reach_nobody(
+    gateway, origin, whole, late
+):
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        target = origin.accept()
+        target.read_head()
+        target.send(whole)
+        assert visitor.read_message()[1] == b"ok"
+        [tunnel] = gateway.inner.tunnels.registered()
+        wait_until(lambda: len(tunnel._kept._all) == 1)
+        target.send(late)
+        with contextlib.suppress(*CUT):
+            assert target.read_to_end() == b""  # although nobody has asked for it
+        wait_until(lambda: not tunnel._kept._all)
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        target = origin.accept()
+        target.read_head()
+        target.send(answer(b"its own"))
+        assert visitor.read_message()[1] == b"its own"
+
+
+def test_body_that_is_late_for_head_reaches_no_other_visitor(gateway, origin):
+    """As ``do_HEAD = do_GET`` in a handler of http.server sends it."""
+
+    def script(target):
+        if target.read_head().startswith(b"HEAD"):
+            target.send(b"HTTP/1.1 200 OK\r\nContent-Length: 45\r\n\r\n")
+            target.read_head()  # of the next visitor, if it gets this connection
+            target.send(answer(b"another's"))
+        else:
+            target.send(answer(b"its own"))
+
+    origin.serve(script)
+    with gateway.dial(APP) as visitor:
+        visitor.send(request("HEAD"))
+        assert status_of(visitor.read_head()) == 200
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        assert visitor.read_message()[1] == b"its own"
 
 
 def test_kept_connections_wait_in_silence_and_go_on(gateway, origin):

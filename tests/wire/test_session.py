@@ -821,6 +821,65 @@ def test_quiet_tells_whether_a_stream_can_serve_again():
         assert not finished.quiet and not cut.quiet
 
 
+@pytest.mark.parametrize(
+    ("late", "left"),
+    [
+        (frame(DATA, 0, 1, payload=b"late"), (WINDOW_UPDATE, RST, 1, 0, b"")),
+        (frame(DATA, FIN, 1, payload=b"late"), (WINDOW_UPDATE, RST, 1, 0, b"")),
+        (frame(WINDOW_UPDATE, FIN, 1), (WINDOW_UPDATE, FIN, 1, 0, b"")),
+        (frame(WINDOW_UPDATE, RST, 1), None),
+    ],
+)
+def test_stream_at_rest_ends_with_whatever_comes(late, left):
+    """Between the look at it and the first write of the next user is no gap."""
+    with raw_pair() as (peer, session):
+        stream, told = accepted(peer, session), []
+        assert stream.rest(lambda: told.append(session._lock.locked()))
+        peer.send(late)
+        seen = peer.barrier()
+        assert told == [False] and not stream.quiet
+        with pytest.raises(StreamReset):
+            stream.write(b"a question, which those bytes must not answer")
+        assert left is None or left in seen
+        stream.close()
+        assert session._streams.unread == 0 and tables(session)[0] == 0
+
+
+def test_stream_at_rest_is_taken_up_by_a_write():
+    with raw_pair() as (peer, session):
+        stream, told = accepted(peer, session), []
+        assert stream.rest(lambda: told.append("over"))
+        stream.write(b"question")
+        peer.send(frame(DATA, 0, 1, payload=b"answer"))
+        assert stream.read(timeout=PATIENCE) == b"answer"
+        peer.send(frame(WINDOW_UPDATE, RST, 1))
+        with pytest.raises(StreamReset):
+            stream.read(timeout=PATIENCE)
+        assert told == []
+
+
+def test_answer_to_half_a_question_ends_a_stream_at_rest():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        assert stream.rest(lambda: None)
+        writing = spawn(stream.write, bytes(INITIAL_WINDOW + 1))
+        wait_for_waiter(stream._writable)
+        peer.send(frame(DATA, 0, 1, payload=b"whose answer is it?"))
+        with pytest.raises(StreamReset):
+            writing.result(SOON)
+
+
+@pytest.mark.parametrize("last", [frame(DATA, 0, 1, payload=b"x"), frame(WINDOW_UPDATE, FIN, 1)])
+def test_stream_that_has_something_to_read_does_not_rest(last):
+    with raw_pair() as (peer, session):
+        stream, told = accepted(peer, session), []
+        peer.send(last)
+        peer.barrier()
+        assert not stream.rest(lambda: told.append("over"))
+        stream.reset()
+        assert told == []
+
+
 def test_read_exactly_says_what_is_missing():
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
