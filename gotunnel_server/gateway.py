@@ -37,11 +37,11 @@ from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
 from .listeners import Listeners
 from .net.listener import descriptor_limit
+from .net.shares import Places
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies
 from .visitors.port import Port, PublicPort, TcpPort, Timeouts
-from .visitors.relays import MAX_RELAYS
 from .visitors.sites import choose_redirect, choose_site
 from .watcher import Watcher
 
@@ -60,8 +60,11 @@ DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
 HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP, which only sends on
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
-# left is for files, listening sockets and the dashboard.
+# left is for files, the gateway's own ports and the connections that they take themselves.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
+PORTS_SHARE = 1 / 16  # for the ports of agents (TCP_PORTS), whose visitors count as all visitors do
+PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's two
+PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections and the dashboard's
 # Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
 RELOAD = 2
 LAST_JOBS = 2  # ... and for jobs in the pools: all connections are closed by then
@@ -87,7 +90,8 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
-        self._ports = Ports(config.tcp_ports, self._open_port)
+        most = int(descriptor_limit() * PORTS_SHARE / PORT_DESCRIPTORS)
+        self._ports = Ports(config.tcp_ports, self._open_port, most)
         self._steps = Workers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
         self._visitor_ports = []
@@ -151,8 +155,11 @@ class Gateway:
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listeners.add(
-            "TUNNEL_PORT", config.tunnel_port, self._newcomers, limit, REGISTER_TIMEOUT
-        )
+            "TUNNEL_PORT", config.tunnel_port, self._newcomers,
+            # Many agents may have one address, and a registered one is bound by its credential.
+            Places(limit, self._proxies, parts=0),
+            REGISTER_TIMEOUT,
+        )  # fmt: skip
 
     def _look_at_credentials(self, asked):
         self._credentials.reload(force=asked)
@@ -179,8 +186,9 @@ class Gateway:
             log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
                         "raise the limit (ulimit -n)",
                         config.max_connections, descriptor_limit(), limit)  # fmt: skip
+        self._visitor_places = Places(limit, self._proxies)  # those of TCP_PORTS take from it, too
         self.public_port = self._listeners.add(
-            "GATEWAY_PORT", config.gateway_port, self._visitors, limit,
+            "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
         )  # fmt: skip
 
@@ -194,8 +202,8 @@ class Gateway:
         )
         port = self._build_port(Port, DASHBOARD_REQUESTS, site=site)
         self.dashboard_port = self._listeners.add(
-            "DASHBOARD_PORT", config.dashboard_port, port, DASHBOARD_CONNECTIONS,
-            port.first_timeout,
+            "DASHBOARD_PORT", config.dashboard_port, port,
+            self._plain_places(DASHBOARD_CONNECTIONS), port.first_timeout,
         )  # fmt: skip
 
     def _build_http(self, config):
@@ -208,8 +216,12 @@ class Gateway:
         )
         port = self._build_port(Port, HTTP_REQUESTS, site=site)
         self.http_port = self._listeners.add(
-            "HTTP_PORT", config.http_port, port, HTTP_CONNECTIONS, port.first_timeout
-        )
+            "HTTP_PORT", config.http_port, port, self._plain_places(HTTP_CONNECTIONS),
+            port.first_timeout,
+        )  # fmt: skip
+
+    def _plain_places(self, most):
+        return Places(min(most, int(descriptor_limit() * PLAIN_SHARE)), self._proxies)
 
     def _build_port(self, kind, requests, **rest):
         """A Port or PublicPort, with what all of them share."""
@@ -220,7 +232,7 @@ class Gateway:
     def _open_port(self, port, route):
         """A public port for an agent's tunnel: a running Listener. Raises PortError."""
         tcp_port = TcpPort(self._visitors, route)
-        listener = self._listeners.open("TCP_PORTS", port, tcp_port, MAX_RELAYS, 0)
+        listener = self._listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0)
         listener.start()
         return listener
 

@@ -13,21 +13,21 @@ class Listeners:
         self._submit = submit
         self._all = []
 
-    def add(self, setting, port, connections, limit, first_timeout) -> int:
+    def add(self, setting, port, connections, places, first_timeout) -> int:
         """Open a port, and return its number. Arguments as for open(). Raises PortError."""
-        listener = self.open(setting, port, connections, limit, first_timeout)
+        listener = self.open(setting, port, connections, places, first_timeout)
         self._all.append(listener)
         return listener.port
 
-    def open(self, setting, port, connections, limit, first_timeout) -> Listener:
+    def open(self, setting, port, connections, places, first_timeout) -> Listener:
         """Open ``port``, 0 for any free one, for ``connections``: what welcomes them, and gets the
-        ``listener``. ``limit`` is of connections at a time; ``first_timeout`` is in seconds. Raises
-        PortError, which names ``setting``."""
+        ``listener``. ``places``: the shares.Places of its connections; ``first_timeout`` is in
+        seconds. Raises PortError, which names ``setting``."""
         sockets = bind(setting, self._addresses, port)
         name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
             listener = Listener(
-                name, sockets, connections.welcome, self._submit, limit, first_timeout
+                name, sockets, connections.welcome, self._submit, places, first_timeout
             )
         except OSError as error:  # no descriptor is left
             for sock in sockets:

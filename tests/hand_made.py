@@ -24,9 +24,13 @@ HOUR = 3600  # seconds
 class HandMade:
     """An agent that says what it is told to. ``with`` closes it."""
 
-    def __init__(self, gateway, first=b"", *, sni=TUNNEL_HOST, introduction=()):
-        """``introduction``: pieces of a PROXY header."""
-        sock = socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT)
+    def __init__(
+        self, gateway, first=b"", *, sni=TUNNEL_HOST, introduction=(), address="127.0.0.1"
+    ):
+        """``introduction``: pieces of a PROXY header. ``address`` of this machine: the agent's."""
+        sock = socket.create_connection(
+            ("127.0.0.1", gateway.tunnel_port), TIMEOUT, (address, 0)
+        )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in introduction:
             sock.sendall(piece)

@@ -432,7 +432,7 @@ def gateway_environment(cache, **changes) -> dict:
 @contextlib.contextmanager
 def gateway_here(cache, **changes):
     """A gateway in this process. ``changes`` are environment variables."""
-    environment = gateway_environment(cache, **{"DRAIN_TIMEOUT": "0", "WORKERS": "128"} | changes)
+    environment = gateway_environment(cache, **{"DRAIN_TIMEOUT": "0", "WORKERS": "192"} | changes)
     inner = gateway_module.Gateway(server_config.load(os.devnull, environment))
 
     def wait_for_routes(*hostnames):

@@ -26,7 +26,7 @@ import threading
 from collections import OrderedDict
 from time import monotonic
 
-from gotunnel_agent.common import addresses
+from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.token_bucket import Buckets
 
 MINUTE = 60  # seconds that failures are counted together
@@ -61,7 +61,7 @@ class Attempts:
     def failed(self, address: str, instance: str = "") -> str:
         """An attempt from there has failed, of an agent with that instance. Returns what changes by
         it for the address, for the log; "" if nothing does."""
-        key, now = _key(address), self._now()
+        key, now = counted_by(address), self._now()
         with self._lock:
             self._known.pop(instance, None)
             self._forget_old(now)
@@ -114,7 +114,7 @@ class Attempts:
         return self._take(self._checks, address)
 
     def _take(self, buckets, address):
-        key, now = _key(address), self._now()
+        key, now = counted_by(address), self._now()
         with self._lock:
             free = not buckets.wait(key, now)
             if free:
@@ -122,7 +122,7 @@ class Attempts:
             return free
 
     def _failures(self, address):
-        key, now = _key(address), self._now()
+        key, now = counted_by(address), self._now()
         with self._lock:
             self._forget_old(now)
             return self._counts[key][1] if key in self._counts else 0
@@ -138,10 +138,3 @@ class Attempts:
         """Caller holds the lock."""
         while self._counts and next(iter(self._counts.values()))[0] <= now:
             self._counts.popitem(last=False)
-
-
-def _key(address):
-    """What an address is counted by."""
-    found = addresses.parse(address)
-    # A text that is no address does not come from accept(), and is as good a key.
-    return address if found is None else addresses.subscriber(found)

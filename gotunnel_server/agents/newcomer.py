@@ -88,12 +88,12 @@ class Newcomers:
         self._newcomers = set()
         self._lock = threading.Lock()  # guards _newcomers
 
-    def welcome(self, sock, address):
+    def welcome(self, sock, address, seat):
         """For the listener: a connection was accepted. None if its address has sent too many bad
         tokens."""
         if address[0] not in self.proxies and not self.attempts.may_open(address[0]):
             return None
-        newcomer = Newcomer(self, Duplex(sock), address)
+        newcomer = Newcomer(self, Duplex(sock), address, seat)
         with self._lock:
             self._newcomers.add(newcomer)
         return newcomer
@@ -103,6 +103,7 @@ class Newcomers:
         self.tunnels.add(tunnel)  # first: close() must find it in one of the two
         with self._lock:
             self._newcomers.discard(newcomer)
+        newcomer.seat.settle()  # its credential bounds it from here on
 
     def forget(self, newcomer):
         """The connection is closed. Of one that was handed over, the tunnel says so."""
@@ -110,7 +111,7 @@ class Newcomers:
             known = newcomer in self._newcomers
             self._newcomers.discard(newcomer)
         if known:
-            self.listener.forget()
+            newcomer.seat.leave()
 
     def close(self):
         """Break off all connections; their workers, or the listener, notice."""
@@ -162,9 +163,10 @@ class Stage(enum.Enum):
 class Newcomer:
     """One connection that is not registered. One thread at a time owns it, as listener.py says."""
 
-    def __init__(self, newcomers, duplex, address):
+    def __init__(self, newcomers, duplex, address, seat):
         self.duplex = duplex
         self.address = address  # as accept() gave it, or as a trusted proxy has told
+        self.seat = seat
         self._newcomers = newcomers
         introduced = newcomers is not None and address[0] in newcomers.proxies
         self._stage = Stage.INTRODUCTION if introduced else Stage.HELLO
@@ -273,7 +275,10 @@ class Newcomer:
                 return self._park()
             size, source = found
             self._buffer = self._buffer[size:]
-            self.address = source or self.address
+            if source is not None:
+                self.address = source
+                if not self.seat.move(source[0]):
+                    raise SessionClosed("no place for another connection of its address")
         if not self._newcomers.attempts.may_open(self.address[0]):
             raise SessionClosed("too many bad tokens came from its address")
         return Stage.HELLO
@@ -350,7 +355,7 @@ class Newcomer:
         tunnel = Tunnel(
             tunnels, self._agent, self._session, self._control,
             features=message.features, routes=routes, ports=message.ports,
-            make_room=newcomers.listener.forget,
+            make_room=self.seat.leave,
         )  # fmt: skip
         self._tunnel = tunnel
         self._claim = takeover.Claim(

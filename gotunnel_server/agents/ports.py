@@ -19,11 +19,12 @@ class PortRefused(Exception):
 class Ports:
     """The ports that are open. Any thread."""
 
-    def __init__(self, allowed, listen):
-        """``allowed``: ranges of numbers. ``listen(port, route)`` opens one, and gives its running
-        Listener or raises PortError."""
+    def __init__(self, allowed, listen, most=MAX_PORT):
+        """``allowed``: ranges of numbers, of which ``most`` are open at a time. ``listen(port,
+        route)`` opens one, and gives its running Listener or raises PortError."""
         self._allowed = allowed
         self._listen = listen
+        self._most = most
         self._open = {}  # port: (tunnel, Listener)
         self._last = {}  # port: the hostname that it led to last, so that it can have it again
         self._lock = threading.Lock()  # guards both, and is held while a port opens or closes
@@ -35,6 +36,9 @@ class Ports:
         with self._lock:
             if self._closed:
                 raise PortRefused("the gateway stops")
+            if len(self._open) >= self._most:
+                raise PortRefused(f"{self._most} ports are open, as many as the gateway's limit of "
+                                  "descriptors permits (ulimit -n)")  # fmt: skip
             for port in self._candidates(wanted, route.hostname, why_not):
                 try:
                     listener = self._listen(port, route)

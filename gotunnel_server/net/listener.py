@@ -6,7 +6,7 @@ what can be done and parks it again, or closes it. So ownership moves, and a con
 lock: it is in the listener's selector, in the hands of one worker, or waits for its turn
 (call_later()).
 
-Any thread may call park(), call_later(), forget() and stop(). Everything else happens in the
+Any thread may call park(), call_later() and stop(). Everything else happens in the
 listener's thread; what it shares with the others is guarded by one lock.
 
 What can be parked has:
@@ -104,30 +104,31 @@ def _reason(error):
 class Listener:
     """One port. start(), then stop(), which closes all that is parked."""
 
-    def __init__(self, name, sockets, welcome, submit, limit, first_timeout):
-        """``welcome(sock, address)`` makes something that can be parked out of an accepted
-        socket, or None if that peer is not wanted; ``submit(function)`` has a worker call it;
-        ``limit`` is how many connections may be open at a time; ``first_timeout`` is how many
-        seconds the first byte may take: then it is expired(), with 0 at once.
+    def __init__(self, name, sockets, welcome, submit, places, first_timeout):
+        """``welcome(sock, address, seat)`` makes something that can be parked out of an accepted
+        socket, or None if that peer is not wanted; what it makes settles its Seat, and leaves it
+        in the end. ``submit(function)`` has a worker call it. ``places``: shares.Places for the
+        connections that are open at a time. ``first_timeout`` is how many seconds the first byte
+        may take: then it is expired(), with 0 at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]
         self._sockets = sockets
         self._welcome = welcome
         self._submit = submit
-        self._limit = limit
+        self._places = places
         self._first_timeout = first_timeout
         # A short first wait is met to a third of it; where there is none, other short ones may be.
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.Lock()  # guards the three below
         self._newly_parked = []  # (connection, deadline)
         self._later = []  # (deadline, function)
-        self._open = 0  # connections that were welcomed and not forgotten
         self._over = False  # the thread has looked at both lists for the last time
-        self.refused = 0  # connections that found the port full; only the thread counts them
+        self.refused = 0  # connections that found no place; only the thread counts them
         self._refused_said = 0  # of them, those that the log knows of
+        self._refused_host = None  # address of the last of them
         self._said_at = -REFUSALS_SILENCE  # monotonic, of its last line about them
         self._resume_at = None  # accept again then; None: accepting
         self._stopping = threading.Event()
@@ -190,11 +191,6 @@ class Listener:
             self._submit(function)
         else:
             self._waker.wake()
-
-    def forget(self):
-        """A connection that was welcomed here is closed: there is room for another."""
-        with self._lock:
-            self._open -= 1
 
     def _hand_over(self, connection, step):
         """Have a worker call ``step``, a method of the connection."""
@@ -278,25 +274,24 @@ class Listener:
                 log.warning("port %s: cannot accept: %s", self.name, error.strerror)
                 self._pause()
                 return
-            with self._lock:
-                room = self._open < self._limit
-                self._open += room
-            if room:
-                self._take_in(sock, (unmapped_host(address[0]), *address[1:]))
+            host = unmapped_host(address[0])
+            seat = self._places.take(host)
+            if seat is not None:
+                self._take_in(sock, (host, *address[1:]), seat)
             else:
                 # Not even told so: that would take a handshake, which is the dearest part.
                 sock.close()
                 self.refused += 1
-                self._report_refused(monotonic())
+                self._report_refused(monotonic(), host)
 
-    def _take_in(self, sock, address):
+    def _take_in(self, sock, address, seat):
         connection = None
         try:
-            connection = self._welcome(sock, address)
+            connection = self._welcome(sock, address, seat)
         finally:
             if connection is None:  # not wanted, or welcome() failed
                 sock.close()
-                self.forget()
+                seat.leave()
         if connection is None:
             return
         if self._first_timeout:
@@ -304,14 +299,17 @@ class Listener:
         else:
             self._hand_over(connection, connection.expired)
 
-    def _report_refused(self, now):
-        """Log how many were turned away, now and then."""
+    def _report_refused(self, now, host=None):
+        """Log how many were turned away, now and then; ``host`` is where the last one is from."""
+        self._refused_host = host or self._refused_host
         count = self.refused - self._refused_said
         if count and now - self._said_at >= REFUSALS_SILENCE:
             self._refused_said, self._said_at = self.refused, now
-            log.warning("port %s: %d connections are open, as many as may be; %d more were closed "
-                        "at once, %d since the start",
-                        self.name, self._limit, count, self.refused)  # fmt: skip
+            log.warning("port %s: as many connections are open as may be (%d), or as one address "
+                        "may have of them; %d more were closed at once, the last from %s, "
+                        "%d since the start",
+                        self.name, self._places.most, count, self._refused_host, self.refused,
+                        )  # fmt: skip
 
     def _pause(self):
         """Without a descriptor the socket would stay ready, and we would go round in circles."""

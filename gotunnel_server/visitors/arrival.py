@@ -91,7 +91,8 @@ class Arrival(Stepwise):
                 return self._wait(self._port.timeouts.header if self._buffer else INTRODUCTION)
             size, source = found
             self._buffer = self._buffer[size:]
-            self._visitor.address = source or self._visitor.address
+            if source is not None:
+                self._visitor.introduce(source)
         return self._await_first_bytes()
 
     def _await_first_bytes(self):

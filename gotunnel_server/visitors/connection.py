@@ -64,6 +64,7 @@ class HttpConnection(Stepwise):
                 return self._wait(timeouts.idle if self._state is State.IDLE else timeouts.header)
         except Malformed as error:
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
+        self._visitor.seat.settle()
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
             with contextlib.suppress(Malformed):  # busy is answer enough
                 handler.parse_request()  # HEAD and Accept say which form the page is to have

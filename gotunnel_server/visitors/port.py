@@ -7,12 +7,12 @@
 
 import logging
 import threading
-from collections import Counter
 from typing import NamedTuple
 
 from gotunnel import Duplex
 from gotunnel_agent.common.process import Workers
 
+from ..net.shares import Shares
 from . import relays
 from .arrival import SILENCE, Arrival
 from .connection import HttpConnection
@@ -31,42 +31,11 @@ class Timeouts(NamedTuple):
     response: float
 
 
-class Room:
-    """Place for so many at a time, of which one address gets half: nobody takes it all. Only an
-    address in ``unlimited`` may, as it stands for many visitors."""
-
-    def __init__(self, most, unlimited=()):
-        self.most = most
-        self._unlimited = unlimited
-        self._taken = 0
-        self._taken_by = Counter()  # address
-        self._lock = threading.Lock()  # guards both
-
-    def enter(self, address) -> bool:
-        """Take a place, if there is one."""
-        with self._lock:
-            if self._taken >= self.most:
-                return False
-            share = max(self.most // 2, 1)
-            if self._taken_by[address] >= share and address not in self._unlimited:
-                return False
-            self._taken += 1
-            self._taken_by[address] += 1
-            return True
-
-    def leave(self, address):
-        with self._lock:
-            self._taken -= 1
-            self._taken_by[address] -= 1
-            if not self._taken_by[address]:
-                del self._taken_by[address]
-
-
 class Exchanges:
     """The threads that serve requests, and the room for so many at a time."""
 
     def __init__(self, most, proxies):
-        self.room = Room(most, proxies)
+        self.room = Shares(most, proxies)
         self._workers = Workers(most, "exchange")
         self.start = self._workers.submit  # start(function)
         self.stop = self._workers.shutdown  # stop(timeout)
@@ -84,7 +53,7 @@ class Port:
         self.proxies = proxies
         self.timeouts = timeouts
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
-        self.relays = Room(relays.MAX_RELAYS, proxies)
+        self.relays = Shares(relays.MAX_RELAYS, proxies)
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
         self._visitors = set()
@@ -92,13 +61,14 @@ class Port:
         self._said = set()  # texts of say_once()
         self._say_lock = threading.Lock()  # guards _said
 
-    def welcome(self, sock, address):
+    def welcome(self, sock, address, seat):
         """Listener's thread: a visitor has connected."""
-        return HttpConnection(self, self.add(sock, address, self.listener), self.site, "http")
+        visitor = self.add(sock, address, self.listener, seat)
+        return HttpConnection(self, visitor, self.site, "http")
 
-    def add(self, sock, address, listener) -> Visitor:
+    def add(self, sock, address, listener, seat) -> Visitor:
         """Count the connection as one of a visitor's."""
-        visitor = Visitor(self, Duplex(sock), address, listener)
+        visitor = Visitor(self, Duplex(sock), address, listener, seat)
         with self._gone:
             self._visitors.add(visitor)
         return visitor
@@ -110,7 +80,7 @@ class Port:
             self._visitors.discard(visitor)
             self._gone.notify_all()
         if known:
-            visitor.listener.forget()
+            visitor.seat.leave()
 
     def say_once(self, text, *arguments):
         """Warn of something that the operator has to hear once, and not each time that a scanner
@@ -163,9 +133,9 @@ class PublicPort(Port):
         if raw_host is not None:
             self.first_timeout = SILENCE
 
-    def welcome(self, sock, address):
+    def welcome(self, sock, address, seat):
         """Listener's thread: a visitor has connected."""
-        return Arrival(self, self.add(sock, address, self.listener))
+        return Arrival(self, self.add(sock, address, self.listener, seat))
 
     def raw_route(self, ssh=False):
         """The Route of a visitor that names no hostname, None if there is none for it.
@@ -188,7 +158,7 @@ class TcpPort:
         self._public = public
         self._route = route
 
-    def welcome(self, sock, address):
+    def welcome(self, sock, address, seat):
         """Listener's thread: a visitor has connected."""
-        visitor = self._public.add(sock, address, self.listener)
+        visitor = self._public.add(sock, address, self.listener, seat)
         return Arrival(self._public, visitor, self._route)

@@ -16,8 +16,7 @@ from ..routes import AgentBusy
 
 log = logging.getLogger("gotunnel.visitor")
 
-# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each. An address may have
-# half of them.
+# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each.
 MAX_RELAYS = 2048
 # Seconds that a visitor has for its last bytes after the target of a WebSocket has ended.
 LAST_BYTES_TIMEOUT = 2

@@ -18,14 +18,16 @@ log = logging.getLogger("gotunnel.visitor")
 class Visitor:
     """What the gateway knows of a connection. It belongs to one thread at a time."""
 
-    __slots__ = ("duplex", "address", "listener", "sni", "_port", "_holds_relay")
+    __slots__ = ("duplex", "address", "listener", "seat", "sni", "_port", "_holds_relay")
 
-    def __init__(self, port, duplex, address, listener):
+    def __init__(self, port, duplex, address, listener, seat):
         """``port``: the Port that counts it. ``address`` is the peer's, or the one that a trusted
-        proxy has told. ``listener``: that of the port which it has connected to."""
+        proxy has told. ``listener``: that of the port which it has connected to; ``seat``: its
+        place there."""
         self.duplex = duplex
         self.address = address
         self.listener = listener
+        self.seat = seat
         self.sni = None  # hostname in the ClientHello; None: none, or no TLS
         self._port = port
         self._holds_relay = False  # it is one of MAX_RELAYS
@@ -37,13 +39,21 @@ class Visitor:
         """Both ends of the connection, for a target that wants to know."""
         return Ends(self.address[:2], self.duplex.local_address)
 
+    def introduce(self, source):
+        """A trusted proxy says that the visitor is at ``source``, a (IP address, port). Raises
+        ConnectionAbortedError if that address has as many connections as it may."""
+        self.address = source
+        if not self.seat.move(source[0]):
+            raise ConnectionAbortedError("no place for another connection of its address")
+
     def claim_relay(self) -> bool:
         """Whether the connection may become a relay; it counts as one from here on."""
         relays = self._port.relays
         self._holds_relay = relays.enter(self.address[0])
         if not self._holds_relay:
-            log.warning("%s refused, too many relays are running (%d at most, half of them an "
-                        "address)", self, relays.most)  # fmt: skip
+            log.warning("%s refused, too many relays are running (%d at most, of which an address "
+                        "has a part)", self, relays.most)  # fmt: skip
+        self.seat.settle()
         return self._holds_relay
 
     def refuse_introduction(self, data):

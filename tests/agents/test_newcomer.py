@@ -91,10 +91,10 @@ def test_connections_that_are_over_make_room_for_others(gateway):
     with registered(gateway, APP):
         assert not reply_to(gateway, registration()).ok
         with HandMade(gateway):
-            wait_until(lambda: listener._open == 2)
-        wait_until(lambda: listener._open == 1)
+            wait_until(lambda: listener._places.taken == 2)
+        wait_until(lambda: listener._places.taken == 1)
         assert not gateway.inner._newcomers._newcomers
-    wait_until(lambda: listener._open == 0)
+    wait_until(lambda: listener._places.taken == 0)
     assert not gateway.inner.tunnels.registered()
 
 
@@ -104,9 +104,9 @@ def test_an_agent_that_is_refused_its_hostname_makes_room_once(gateway, monkeypa
     listener = gateway.inner._newcomers.listener
     with registered(gateway, APP):
         assert not reply_to(gateway, registration(APP)).ok
-        wait_until(lambda: listener._open <= 1)
+        wait_until(lambda: listener._places.taken <= 1)
         assert len(gateway.inner.tunnels._tunnels) == 1
-    wait_until(lambda: listener._open == 0)
+    wait_until(lambda: listener._places.taken == 0)
 
 
 def test_a_gateway_that_stops_while_agents_register_keeps_none_of_them(cache):
@@ -137,7 +137,7 @@ def test_a_gateway_that_stops_while_agents_register_keeps_none_of_them(cache):
         newcomers, tunnels = gateway.inner._newcomers, gateway.inner.tunnels
         assert not newcomers._newcomers and not tunnels._tunnels
         assert not tunnels.registry.routes()
-        assert newcomers.listener._open == 0
+        assert newcomers.listener._places.taken == 0
 
 
 # Stages ------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_every_stage_but_the_last_has_a_step_and_can_be_reached():
 
 
 def test_a_stage_that_may_not_follow_is_a_bug_and_is_not_entered():
-    stranger = Newcomer(None, None, ("192.0.2.1", 1))
+    stranger = Newcomer(None, None, ("192.0.2.1", 1), None)
     with pytest.raises(ValueError, match="ADMIT came after .*HELLO"):
         stranger._enter(Stage.ADMIT)
     assert repr(stranger) == "<Newcomer 192.0.2.1 HELLO>"

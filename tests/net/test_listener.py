@@ -12,6 +12,7 @@ from gotunnel import Duplex
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
 from gotunnel_server.net.listener import Listener, PortError, bind
+from gotunnel_server.net.shares import Places
 
 LOCAL = ("127.0.0.1",)
 
@@ -40,13 +41,15 @@ class Parked:
 class Port:
     """A listener, the connections that it has welcomed, and visitors for it."""
 
-    def __init__(self, *, limit=100, first_timeout=60):
+    def __init__(self, *, limit=100, first_timeout=60, exempt=LOCAL):
         self.welcomed = []
+        self.seats = []
+        self.places = Places(limit, exempt)
         self._visitors = contextlib.ExitStack()
         # Its own thread does what a pool's would: nothing here takes time.
         self.listener = Listener(
-            "test", bind("TEST_PORT", LOCAL, 0), self._welcome, lambda step: step(), limit,
-            first_timeout,
+            "test", bind("TEST_PORT", LOCAL, 0), self._welcome, lambda step: step(),
+            self.places, first_timeout,
         )  # fmt: skip
 
     def __enter__(self):
@@ -59,8 +62,9 @@ class Port:
             connection.close()
         self._visitors.close()
 
-    def _welcome(self, sock, address):
+    def _welcome(self, sock, address, seat):
         connection = Parked(sock, address)
+        self.seats.append(seat)
         self.welcomed.append(connection)
         return connection
 
@@ -223,13 +227,13 @@ def test_one_that_broke_while_it_was_out_is_handed_over(port):
 # Limits and the end ------------------------------------------------------------------------------
 
 
-def test_one_too_many_is_closed_until_another_is_forgotten():
+def test_one_too_many_is_closed_until_another_leaves():
     with Port(limit=2) as port:
         port.meet()
         port.meet()
         surplus = port.visit()
         assert surplus.recv(1) == b""
-        port.listener.forget()
+        port.seats[0].leave()
         port.meet()
         assert len(port.welcomed) == 3
 
@@ -244,6 +248,21 @@ def test_those_turned_away_are_counted_and_logged_now_and_then(caplog):
         wait_until(lambda: len(lines_about_refusals(caplog)) == 2)  # also when nobody comes
         assert lines_about_refusals(caplog)[1] == (4, 5)
         assert port.listener.refused == 5
+
+
+def test_one_address_does_not_fill_a_port_and_the_log_names_it(caplog):
+    with Port(limit=16, exempt=()) as port:
+        for _ in range(2):
+            port.meet()
+        assert port.visit().recv(1) == b""
+        other = socket.create_connection(
+            ("127.0.0.1", port.listener.port), TIMEOUT, ("127.0.0.2", 0)
+        )
+        with other:
+            wait_until(lambda: len(port.welcomed) == 3)
+        port.seats[0].settle()
+        port.meet()
+    assert "1 more were closed at once, the last from 127.0.0.1, 1 since the start" in caplog.text
 
 
 def lines_about_refusals(caplog):
@@ -322,7 +341,7 @@ def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
 
 def test_one_that_the_workers_no_longer_take_is_closed():
     workers = Workers()
-    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, workers.submit, 1, 1)
+    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, workers.submit, Places(1), 1)
     workers.over = True
     for timeout in (0, -1):
         connection = Parked(socket.socket(), None)
@@ -338,21 +357,21 @@ def test_a_port_goes_on_after_a_bug_and_says_so(monkeypatch, caplog):
     with Port() as port:
         welcome = port.listener._welcome
 
-        def fail(sock, address):
+        def fail(sock, address, seat):
             port.listener._welcome = welcome
             raise RuntimeError("a bug in the welcome")
 
         port.listener._welcome = fail
         assert port.visit().recv(1) == b""  # and the socket is not left open
         port.meet()
-        assert port.listener._open == 1
+        assert port.places.taken == 1
     assert "port test: an unexpected error" in caplog.text
     assert "a bug in the welcome" in caplog.text and "Traceback" in caplog.text
 
 
 def test_one_that_never_started_can_be_stopped():
     sockets = bind("X_PORT", LOCAL, 0)
-    Listener("test", sockets, None, None, 1, 1).stop()
+    Listener("test", sockets, None, None, Places(1), 1).stop()
     assert sockets[0].fileno() == -1
 
 

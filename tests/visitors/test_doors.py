@@ -31,7 +31,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel import PORTS, Duplex, MessageReader, Register, Session, encode_message
+from gotunnel import ANY_PORT, PORTS, Duplex, MessageReader, Register, Session, encode_message
 from gotunnel_agent.agent import make_token
 from gotunnel_server.agents.ports import PortRefused, Ports
 from gotunnel_server.net.listener import Listener, PortError
@@ -142,6 +142,13 @@ def test_port_that_cannot_be_had_is_refused_by_a_sentence(wanted, sentence):
     with pytest.raises(PortRefused) as caught:
         ports.open(wanted, route(SECOND))
     assert str(caught.value).startswith(sentence)
+
+
+def test_no_more_ports_are_open_than_the_descriptors_are_for():
+    ports = Ports(ALLOWED, Doors(), most=1)
+    ports.open("2201", route(RAW))
+    with pytest.raises(PortRefused, match="1 ports are open, as many as the gateway's limit"):
+        ports.open(ANY_PORT, route(SECOND))
 
 
 def test_gateway_without_ports_says_so():

@@ -792,7 +792,8 @@ def test_hello_may_come_byte_by_byte(gateway, origin):
 
 def test_visitors_beyond_the_limit_are_turned_away_until_one_leaves(cache, tmp_path, origin):
     origin.serve(echo_path)
-    with served_with(cache, tmp_path, origin, MAX_CONNECTIONS="2") as gateway:
+    changes = {"MAX_CONNECTIONS": "2", "TRUSTED_PROXIES": "127.0.0.1"}
+    with served_with(cache, tmp_path, origin, **changes) as gateway:
         with gateway.dial(APP), gateway.dial(APP) as second:
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 gateway.dial(APP)

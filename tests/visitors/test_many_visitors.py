@@ -1,6 +1,6 @@
 """Many visitors at once, and some that are slow: what they cost, and that nobody waits for them.
 
-All of them come from one address, of which a gateway serves half of WORKERS at a time; where a
+All of them come from one address, of which a gateway serves a part of WORKERS at a time; where a
 test needs them all, that address is a trusted proxy's.
 """
 
@@ -104,7 +104,7 @@ def test_slow_visitors_delay_nobody(cache, tmp_path, origin):
         assert slow_body.read_message()[1] == b"/upload"
 
 
-def test_one_address_gets_half_and_a_trusted_proxy_all(cache, tmp_path, origin):
+def test_one_address_gets_a_part_and_a_trusted_proxy_all(cache, tmp_path, origin):
     for trusted, served in (("192.0.2.1", 2), ("127.0.0.0/8", 4)):
         with contextlib.ExitStack() as up:
             gateway = up.enter_context(gateway_here(cache, WORKERS="4", TRUSTED_PROXIES=trusted))
@@ -122,7 +122,7 @@ def test_one_address_gets_half_and_a_trusted_proxy_all(cache, tmp_path, origin):
                 assert visitor.read_message()[1] == b"at last"
 
 
-def test_relays_of_a_trusted_proxy_are_not_limited_to_half(cache, tmp_path, origin, monkeypatch):
+def test_relays_of_a_trusted_proxy_are_not_limited_to_a_part(cache, tmp_path, origin, monkeypatch):
     monkeypatch.setattr(relays, "MAX_RELAYS", 2)
     for trusted, served in (("192.0.2.1", 1), ("127.0.0.0/8", 2)):
         with contextlib.ExitStack() as up:

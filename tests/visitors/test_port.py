@@ -1,4 +1,4 @@
-"""What a public port is made of: the room for so many, and what is said once."""
+"""What a public port is made of: what is said once, and a place that is given back."""
 
 import logging
 import socket
@@ -7,30 +7,7 @@ import types
 
 from support import TIMEOUT
 
-from gotunnel_server.visitors.port import Port, Room, Timeouts
-
-
-def test_room_is_for_so_many_of_whom_one_address_is_half():
-    room = Room(4)
-    assert [room.enter("a") for _ in range(3)] == [True, True, False]
-    assert [room.enter("b") for _ in range(3)] == [True, True, False]
-    assert not room.enter("c")
-    room.leave("a")
-    assert room.enter("c") and not room.enter("a")
-
-
-def test_room_has_no_share_for_who_stands_for_many():
-    room = Room(4, unlimited={"proxy"})
-    assert [room.enter("proxy") for _ in range(5)] == [True, True, True, True, False]
-    room.leave("proxy")
-    assert room.enter("a")
-
-
-def test_room_for_one_is_for_anybody():
-    room = Room(1)
-    assert room.enter("a") and not room.enter("b")
-    room.leave("a")
-    assert room.enter("b")
+from gotunnel_server.visitors.port import Port, Timeouts
 
 
 def test_what_is_said_once_is_said_once_by_all_threads(caplog):
@@ -63,10 +40,10 @@ def test_request_that_finds_no_thread_gives_its_place_back():
     port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
     port.stop(TIMEOUT)
     forgotten = threading.Event()
-    port.listener = types.SimpleNamespace(forget=forgotten.set)
+    seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
     ours, visitor = socket.socketpair()
     with visitor:
         visitor.sendall(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
-        port.welcome(ours, ("192.0.2.1", 1)).ready()
+        port.welcome(ours, ("192.0.2.1", 1), seat).ready()
         assert visitor.recv(1) == b"" and forgotten.is_set()
     assert port.exchanges.room.enter("192.0.2.1")

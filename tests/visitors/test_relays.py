@@ -139,11 +139,12 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
     monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
     port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
     forgotten = threading.Event()
+    seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
     stream = End()
     with socket.create_server(("127.0.0.1", 0)) as server:
         outer = socket.create_connection(server.getsockname())
         sock, address = server.accept()
-    visitor = port.add(sock, address, types.SimpleNamespace(forget=forgotten.set))
+    visitor = port.add(sock, address, None, seat)
     visitor.sni = sni
     assert visitor.claim_relay()
     relays.start_tcp(visitor, Route("app.localhost", "tcp", Tunnel(stream)))
