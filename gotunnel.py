@@ -807,6 +807,9 @@ def put(queue, payload):
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
             "expected fewer hostnames, or shorter policies")  # fmt: skip
+UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row: a flood has no end
+UNKNOWN_LEAST = 256  # bytes that a small one counts as, since reading it takes as long
+UNKNOWN_KINDS = 16  # of them that are told apart
 MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
@@ -886,6 +889,12 @@ class Pong(NamedTuple):
     ts: int
 
 
+class Unknown(NamedTuple):
+    """A message of a type that we do not know: its sender is newer, or of another line."""
+
+    kind: str
+
+
 ANY_PORT = "auto"  # any free one of those that agents may have
 LEFT_OUT_EMPTY = frozenset({
     "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
@@ -945,7 +954,9 @@ def decode_message(data: bytes):
         if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either
             raise ProtocolError(f'a "{kind}" whose "ts" is not a number of milliseconds')
         return (Ping if kind == "ping" else Pong)(ts)
-    raise ProtocolError("a control message of unknown type")
+    if not isinstance(kind, str):
+        raise ProtocolError('a control message whose "type" is not a text')
+    return Unknown(kind)
 
 
 def _text(fields, name):
@@ -987,11 +998,18 @@ class MessageReader:
 
     JSON says where an object ends, the newline does not: several may come in one read, one may
     take many, with any white space around them. Each byte is looked at once.
+
+    Messages of unknown types are passed over, as long as there are not too many of them in a row.
     """
 
     _MARKS = re.compile(rb'["\\{}]')
 
-    def __init__(self):
+    def __init__(self, on_unknown=lambda kind: None):
+        """``on_unknown(kind)`` is called once for each type that is passed over, if there are not
+        more than UNKNOWN_KINDS."""
+        self._on_unknown = on_unknown
+        self._unknown = set()  # types that were passed over
+        self._unknown_size = 0  # bytes of unknown messages since the last known one
         self._buffer = bytearray()
         self._at = 0  # what lies before it has been looked at
         self._depth = 0  # braces that are open
@@ -1004,12 +1022,25 @@ class MessageReader:
         while (end := self._object_end()) is not None:
             if end > MESSAGE_LIMIT:
                 raise ProtocolError(TOO_LONG)
-            messages.append(decode_message(bytes(self._buffer[:end])))
+            message = decode_message(bytes(self._buffer[:end]))
             del self._buffer[:end]
             self._at = 0
+            if isinstance(message, Unknown):
+                self._pass_over(message.kind, end)
+            else:
+                self._unknown_size = 0
+                messages.append(message)
         if len(self._buffer) > MESSAGE_LIMIT:
             raise ProtocolError(TOO_LONG)
         return messages
+
+    def _pass_over(self, kind, size):
+        self._unknown_size += max(size, UNKNOWN_LEAST)
+        if self._unknown_size > UNKNOWN_LIMIT:
+            raise ProtocolError(f"more than {UNKNOWN_LIMIT} bytes of unknown control messages")
+        if kind not in self._unknown and len(self._unknown) < UNKNOWN_KINDS:
+            self._unknown.add(kind)
+            self._on_unknown(kind)
 
     def _object_end(self):
         """Index behind the first complete object, or None if there is none yet."""

@@ -69,6 +69,7 @@ REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to chan
 # or in its chain; issuer not found, of the last one or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
+MOST_KIND = 50  # characters of an unknown message's type that the log shows
 HELD = 10  # seconds after which a session counts as one that worked
 
 
@@ -302,7 +303,7 @@ class Agent:
 
 def _messages(control):
     """The gateway's messages, until it ends the session. Raises TimeoutError if it is silent."""
-    reader, timeout = MessageReader(), ACK_TIMEOUT
+    reader, timeout = MessageReader(_pass_over), ACK_TIMEOUT
     while True:
         try:
             data = control.read(timeout=timeout)
@@ -312,6 +313,11 @@ def _messages(control):
             raise SessionClosed("the gateway ended the session")
         yield from reader.feed(data)
         timeout = SILENCE_TIMEOUT
+
+
+def _pass_over(kind):
+    kind = on_one_line(kind, MOST_KIND)
+    log.debug("messages of the gateway's of type %s are passed over, nobody knows them", kind)
 
 
 def _expect_ack(message):

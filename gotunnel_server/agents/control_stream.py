@@ -1,6 +1,7 @@
 """An agent's control stream: whole messages in, whole messages out."""
 
 import contextlib
+import logging
 import threading
 
 from gotunnel import (
@@ -13,6 +14,11 @@ from gotunnel import (
     SessionClosed,
     encode_message,
 )
+from gotunnel_agent.common.one_line import on_one_line
+
+log = logging.getLogger("gotunnel.tunnel")
+
+MOST_SHOWN = 50  # characters of an unknown message's type
 
 
 class ControlStream:
@@ -23,9 +29,11 @@ class ControlStream:
     states of a certificate the later one is told last.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream, agent):
+        """``agent`` is a text for the log."""
         self.stream = stream
-        self._reader = MessageReader()
+        self._agent = agent
+        self._reader = MessageReader(self._pass_over)
         self._features = frozenset()  # the extensions that the ack has named; replaced once
         self._newest = threading.Lock()  # held to look a certificate's state up and to tell it
 
@@ -41,6 +49,10 @@ class ControlStream:
         if not messages:
             raise SessionClosed("the agent ended the control stream")
         return messages
+
+    def _pass_over(self, kind):
+        kind = on_one_line(kind, MOST_SHOWN)
+        log.debug("%s: messages of type %s are passed over, nobody knows them", self._agent, kind)
 
     def acknowledge(self, ack: Ack):
         """Send the ack of a registration that is granted. Waits for room; raises OSError."""

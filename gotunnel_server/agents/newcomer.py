@@ -324,7 +324,7 @@ class Newcomer:
         if self._session.jammed:  # there is next to nothing that it has to read so far
             raise ProtocolError("the agent does not read its answers")
         if self._control is None and self._session.arrived:
-            self._control = ControlStream(self._session.accept())
+            self._control = ControlStream(self._session.accept(), str(self))
         try:
             message = self._control and next(iter(self._control.read()), None)
         except ProtocolError as error:  # its operator has to hear of it

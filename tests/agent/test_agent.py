@@ -227,6 +227,19 @@ def test_pings_are_answered(gateway, agent):
         assert isinstance(gateway.hear(), Pong)
 
 
+def test_messages_that_nobody_knows_are_passed_over(gateway, agent, caplog):
+    caplog.set_level(logging.DEBUG, "gotunnel")
+    gateway.control.write(b'{"type":"hello"}\n' * 3 + encode_message(Ping(1)))
+    assert isinstance(gateway.hear(), Pong)
+    assert sum("type hello" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_flood_of_messages_that_nobody_knows_ends_the_session(gateway, agent, impatient):
+    gateway.control.write(b'{"type":"hello"}\n' * 2000)
+    wait_until(lambda: gateway.session.ended)
+    gateway.meet()
+
+
 @pytest.mark.parametrize("name", [APP, "APP.localhost", f"{APP}:8443", f"{APP}."])
 def test_stream_reaches_its_target_whatever_the_spelling(gateway, agent, origin, name):
     stream = gateway.open(name)

@@ -1,8 +1,11 @@
 """In which order an agent hears what."""
 
+import logging
 import threading
 
 import pytest
+from hand_made import HandMade, registration
+from support import gateway_here, wait_until
 
 from gotunnel import (
     CERTIFICATES,
@@ -46,7 +49,7 @@ def stream():
 
 @pytest.fixture
 def control(stream):
-    return ControlStream(stream)
+    return ControlStream(stream, "agent")
 
 
 def heard(stream):
@@ -109,3 +112,33 @@ def test_all_that_has_come_is_read_and_then_the_end_is_told(control, stream):
     stream.came = [b""]
     with pytest.raises(SessionClosed, match="ended the control stream"):
         control.read()
+
+
+def test_an_agent_may_say_what_nobody_knows(cache, caplog):
+    """Before it registers and afterwards; the log has a line for each kind."""
+    caplog.set_level(logging.DEBUG, "gotunnel")
+    hello, bye = b'{"type":"hello"}\n', b'{"type":"bye\\n"}\n'
+    with gateway_here(cache) as gateway, HandMade(gateway, hello * 2) as agent:
+        agent.control.write(registration("app.localhost"))
+        assert agent.hear().ok
+        agent.control.write(hello + bye)
+        (tunnel,) = gateway.inner.tunnels.registered()
+        since = tunnel.ask()
+        while not isinstance(agent.hear(), Ping):
+            pass
+        agent.say(Pong(1))
+        wait_until(lambda: tunnel.has_answered(since))
+        assert not tunnel._session.ended
+    for kind in ("hello", "bye\\n"):
+        lines = [r.getMessage() for r in caplog.records if f"type {kind} are" in r.getMessage()]
+        assert len(lines) == 1
+
+
+def test_a_flood_of_what_nobody_knows_ends_the_session(cache):
+    with gateway_here(cache) as gateway, HandMade(gateway, registration("app.localhost")) as agent:
+        assert agent.hear().ok
+        (tunnel,) = gateway.inner.tunnels.registered()
+        agent.control.write(b'{"type":"hello"}\n' * 2000)
+        tunnel.ask()
+        wait_until(lambda: tunnel._session.ended)
+        assert "unknown control messages" in tunnel._session.ended

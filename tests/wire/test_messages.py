@@ -9,6 +9,9 @@ from gotunnel import (
     HALF_CLOSE,
     HOST_HEADER,
     MESSAGE_LIMIT,
+    UNKNOWN_KINDS,
+    UNKNOWN_LEAST,
+    UNKNOWN_LIMIT,
     Ack,
     Ends,
     MessageReader,
@@ -16,6 +19,7 @@ from gotunnel import (
     Pong,
     ProtocolError,
     Register,
+    Unknown,
     decode_message,
     encode_data_header,
     encode_message,
@@ -89,9 +93,8 @@ def test_what_other_programs_may_leave_out_or_add(data, message):
         (b'["ping"]', "a control message that is not a JSON object"),
         (b'"ping"', "a control message that is not a JSON object"),
         (b"null", "a control message that is not a JSON object"),
-        (b"{}", "a control message of unknown type"),
-        (b'{"type":"hello"}', "a control message of unknown type"),
-        (b'{"type":["ping"]}', "a control message of unknown type"),
+        (b"{}", 'a control message whose "type" is not a text'),
+        (b'{"type":["ping"]}', 'a control message whose "type" is not a text'),
         (b'{"type":"ack"}', 'an "ack" whose "ok" is neither true nor false'),
         (b'{"type":"ack","ok":1}', 'an "ack" whose "ok" is neither true nor false'),
         (b'{"type":"ack","ok":false,"error":5}', '"error" is not a text'),
@@ -199,6 +202,41 @@ def test_reader_refuses_a_message_that_never_ends_before_it_has_all_of_it():
     reader.feed(b'{"x":"' + b"x" * (MESSAGE_LIMIT - 6))
     with pytest.raises(ProtocolError, match="more than 65536 bytes"):
         reader.feed(b"x")
+
+
+def test_a_message_of_an_unknown_type_is_one():
+    assert decode_message(b'{"type":"hello","to":["you"]}') == Unknown("hello")
+
+
+def test_reader_passes_over_unknown_messages_and_tells_each_kind_once():
+    told = []
+    reader = MessageReader(told.append)
+    data = b'{"type":"hello"}{"type":"ping","ts":1}\n{"type":"bye"}\n{"type":"hello"}'
+    assert reader.feed(data + b'{"type":"pong","ts":2}') == [Ping(1), Pong(2)]
+    assert told == ["hello", "bye"]
+
+
+def unknown(size, kind="hello"):
+    return b'{"type":"%s"' % kind.encode() + b" " * (size - len(kind) - 11) + b"}"
+
+
+@pytest.mark.parametrize("size", [UNKNOWN_LEAST // 4, UNKNOWN_LEAST, MESSAGE_LIMIT])
+def test_reader_ends_a_flood_of_unknown_messages(size):
+    reader, fit = MessageReader(), UNKNOWN_LIMIT // max(size, UNKNOWN_LEAST)
+    for _ in range(3):  # a known one begins a new row
+        assert reader.feed(unknown(size) * fit) == []
+        assert reader.feed(b'{"type":"ping","ts":1}') == [Ping(1)]
+    reader.feed(unknown(size) * fit)
+    with pytest.raises(ProtocolError, match="bytes of unknown control messages"):
+        reader.feed(unknown(size))
+
+
+def test_reader_remembers_few_unknown_kinds():
+    told = []
+    reader = MessageReader(told.append)
+    for number in range(10 * UNKNOWN_KINDS):
+        reader.feed(unknown(50, f"kind{number}"))
+    assert len(told) == len(reader._unknown) == UNKNOWN_KINDS
 
 
 @pytest.mark.parametrize("seed", range(10))
