@@ -45,6 +45,7 @@ from gotunnel import NO_LINGER, Duplex, NoThread, relay, spawn
 
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
+from .common.standard_error import free_standard_error
 from .trust import client_context
 
 log = logging.getLogger("gotunnel.forward")
@@ -391,6 +392,7 @@ def main(arguments=None) -> int:
     host, port = split_address(options.via, port) if options.via else (hostname, port)
     destination = Destination(normal_hostname(hostname), host, port, context)
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    free_standard_error()
     try:
         if options.local:
             set_up_process("info" if on_terminal else "warning")

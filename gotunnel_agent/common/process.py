@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from .standard_error import free_standard_error
+
 try:
     import resource
 except ImportError:  # not a Unix
@@ -177,14 +179,14 @@ class LogLimit(logging.Filter):
 
 
 def set_up_process(log_level):
-    """Log to standard error, from ``log_level`` (a name) on, and take what the system offers."""
+    """Log to standard error, from ``log_level`` (a name) on, so that no thread waits for its
+    reader, and take what the system offers."""
+    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    free_standard_error(formatter)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(LogLimit())
-    logging.basicConfig(
-        handlers=[handler],
-        level=log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-    )
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler], level=log_level.upper())
     sys.setswitchinterval(SWITCH_INTERVAL)
     logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
     if resource is not None:
