@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gotunnel_agent.common.addresses import Network
+from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
 from .agents.secret import secret_weakness
@@ -61,6 +62,8 @@ class Config:
     tunnel_host: str  # a hostname or an IP address
     tunnel_port: int
     dashboard_port: int | None  # None: no dashboard
+    dashboard_bind: tuple[str, ...]  # IP addresses; empty: all
+    dashboard_password: Hash | None = field(repr=False)  # None: it shows little, to everybody
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
     jwt_secret: str | None = field(repr=False)  # None: only agents_file has any
     jwt_issuer: str | None  # None: any issuer
@@ -105,6 +108,8 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         tunnel_host=read.hostname_or_ip("TUNNEL_HOST"),
         tunnel_port=read.port("TUNNEL_PORT", 9443),
         dashboard_port=read.port_or_off("DASHBOARD_PORT", 8080),
+        dashboard_bind=read.ip_addresses("DASHBOARD_BIND") or read.ip_addresses("BIND"),
+        dashboard_password=_dashboard_password(read),
         bind=read.ip_addresses("BIND"),
         jwt_secret=jwt_secret,
         jwt_issuer=read.text("JWT_ISSUER"),
@@ -173,6 +178,15 @@ def _acme(read: Variables, directory: str) -> Acme:
         raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address as me@example.com")
     ca_file = read.certificates_file("ACME_CA_FILE")
     return Acme(directory, ca_file, email, kid, hmac and hmac.strip())
+
+
+def _dashboard_password(read: Variables) -> Hash | None:
+    """Hashed here, if it is no hash already."""
+    password = read.secret("DASHBOARD_PASSWORD")
+    try:
+        return None if password is None else Hash.read(hash_if_plain(password))
+    except PasswordError as error:
+        raise ConfigError(f"DASHBOARD_PASSWORD: {error}: correct it") from None
 
 
 def _policy_defaults(read: Variables) -> Defaults | None:

@@ -22,6 +22,7 @@ import functools
 import logging
 
 from gotunnel import __version__
+from gotunnel_agent.common import addresses
 from gotunnel_agent.common.process import Workers
 
 from .agents.attempts import Attempts
@@ -198,12 +199,13 @@ class Gateway:
             return
         site = dashboard.choose_site(
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
-            self._keeper.state,
-        )
+            self._keeper.state, self._proxies, config.dashboard_password,
+        )  # fmt: skip
         port = self._build_port(Port, DASHBOARD_REQUESTS, site=site)
         self.dashboard_port = self._listeners.add(
             "DASHBOARD_PORT", config.dashboard_port, port,
             self._plain_places(DASHBOARD_CONNECTIONS), port.first_timeout,
+            config.dashboard_bind,
         )  # fmt: skip
 
     def _build_http(self, config):
@@ -257,7 +259,10 @@ class Gateway:
         yield f"visitors: https://{config.gateway_host}:{self.public_port}/"
         yield f"agents: tunnel_addr {config.tunnel_host}:{self.tunnel_port}"
         if self.dashboard_port is not None:
-            yield f"dashboard: http://{config.gateway_host}:{self.dashboard_port}/"
+            host = config.gateway_host
+            if config.dashboard_bind != config.bind:  # the name may lead elsewhere
+                host = addresses.as_host(config.dashboard_bind[0])
+            yield f"dashboard: http://{host}:{self.dashboard_port}/"
         if self.http_port is not None:
             yield f"plain HTTP: port {self.http_port}"
 

@@ -13,17 +13,18 @@ class Listeners:
         self._submit = submit
         self._all = []
 
-    def add(self, setting, port, connections, places, first_timeout) -> int:
+    def add(self, setting, port, connections, places, first_timeout, addresses=None) -> int:
         """Open a port, and return its number. Arguments as for open(). Raises PortError."""
-        listener = self.open(setting, port, connections, places, first_timeout)
+        listener = self.open(setting, port, connections, places, first_timeout, addresses)
         self._all.append(listener)
         return listener.port
 
-    def open(self, setting, port, connections, places, first_timeout) -> Listener:
+    def open(self, setting, port, connections, places, first_timeout, addresses=None) -> Listener:
         """Open ``port``, 0 for any free one, for ``connections``: what welcomes them, and gets the
         ``listener``. ``places``: the shares.Places of its connections; ``first_timeout`` is in
-        seconds. Raises PortError, which names ``setting``."""
-        sockets = bind(setting, self._addresses, port)
+        seconds; ``addresses`` are other ones than those of all ports. Raises PortError, which
+        names ``setting``."""
+        sockets = bind(setting, self._addresses if addresses is None else addresses, port)
         name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
             listener = Listener(

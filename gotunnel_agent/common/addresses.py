@@ -37,6 +37,11 @@ def unmapped_host(host: str) -> str:
     return host.removeprefix("::ffff:") if "." in host else host
 
 
+def as_host(host: str) -> str:
+    """A hostname or an IP address as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def parse(text: str) -> Address | None:
     """The address in ``text``, never a mapped one; None if the text is no address."""
     try:

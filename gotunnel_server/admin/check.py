@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import json
 import os
 import resource
@@ -90,7 +91,10 @@ def examine(config) -> Iterable[Finding]:
         ("DASHBOARD_PORT", config.dashboard_port, None),
         ("HTTP_PORT", config.http_port, None),
     ):
-        yield look_at_port(setting, config.bind, port, tls_name)
+        bind_to = config.dashboard_bind if setting == "DASHBOARD_PORT" else config.bind
+        yield look_at_port(setting, bind_to, port, tls_name)
+    if config.dashboard_port is not None:
+        yield judge_dashboard(config.dashboard_bind, config.dashboard_password is not None)
     yield look_at_name("GATEWAY_HOST", config.gateway_host)
     if config.tunnel_host != config.gateway_host:
         yield look_at_name("TUNNEL_HOST", config.tunnel_host)
@@ -191,6 +195,25 @@ def _trusting_anybody() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
+
+
+def judge_dashboard(bind_to, has_password) -> Finding:
+    """Who can see the dashboard, on these addresses (none: all of them)."""
+    found = [ipaddress.ip_address(address) for address in bind_to]
+    if found and all(address.is_loopback for address in found):
+        who = "everybody on this machine"
+    else:
+        everywhere = not found or any(address.is_unspecified for address in found)
+        on = "any address of this machine" if everywhere else ", ".join(bind_to)
+        who = f"everybody that reaches {on}"
+    if has_password:
+        return Finding(OK, "dashboard", f"{who} is asked for its password, which plain HTTP does "
+                       "not hide on its way")  # fmt: skip
+    if who.endswith("on this machine"):
+        return Finding(OK, "dashboard", f"{who} sees the hostnames and modes")
+    return Finding(
+        WARN, "dashboard", f"{who} sees all hostnames and modes: set DASHBOARD_PASSWORD, "
+        "DASHBOARD_BIND=127.0.0.1, or DASHBOARD_PORT=0")  # fmt: skip
 
 
 # Names

@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 
 import jwt
 
+from gotunnel_agent.common import addresses
+
 from ..agents import agents_file, scope
 from ..agents.agents_file import MAX_NAME, AgentsFileError
 from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
@@ -206,8 +208,7 @@ def _path(config):
 
 
 def _tunnel_addr(config):
-    host = f"[{config.tunnel_host}]" if ":" in config.tunnel_host else config.tunnel_host
-    return f"{host}:{config.tunnel_port or 9443}"
+    return f"{addresses.as_host(config.tunnel_host)}:{config.tunnel_port or 9443}"
 
 
 def _end(seconds):

@@ -65,7 +65,7 @@ def bind(setting, addresses, port) -> list:
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise PortError(f"{setting} {port}{_on(address)}: {_reason(error)}") from None
+        raise PortError(f"{setting} {port}{_on(address)}: {_reason(error, setting)}") from None
     return sockets
 
 
@@ -88,7 +88,7 @@ def _on(address):
     return f" on {address}" if address else ""
 
 
-def _reason(error):
+def _reason(error, setting):
     if error.errno == errno.EADDRINUSE:
         return "in use, another program listens there; stop it or choose another port"
     if error.errno == errno.EACCES:
@@ -97,7 +97,8 @@ def _reason(error):
             "or grant the right (root, or the capability cap_net_bind_service)"
         )
     if error.errno == errno.EADDRNOTAVAIL:
-        return "not an address of this machine; correct BIND"
+        names = "DASHBOARD_BIND" if setting == "DASHBOARD_PORT" else "BIND"
+        return f"not an address of this machine; correct {names}"
     return error.strerror or str(error)
 
 

@@ -44,6 +44,8 @@ OF_ONE_TUNNEL = COMPUTED_AT_ONCE + WAITING_TO_COMPUTE // 2
 _turns = threading.BoundedSemaphore(COMPUTED_AT_ONCE)
 _places = threading.BoundedSemaphore(COMPUTED_AT_ONCE + WAITING_TO_COMPUTE)
 
+ANY_USER = None  # stands for every user name
+
 _BASIC = re.compile(r"basic +([A-Za-z0-9+/]+={0,2}) *", re.IGNORECASE | re.ASCII)
 
 # The field was for the gateway, and has no business in the target's log.
@@ -64,7 +66,8 @@ _BUSY = refusal(
 class Passwords:
     """The rule that asks for a user name and a password. Any thread."""
 
-    def __init__(self, users: dict[bytes, Hash], now: Callable[[], float]):
+    def __init__(self, users: dict[bytes | None, Hash], now: Callable[[], float]):
+        """``users``: by name; ANY_USER, which is then alone, if the name does not matter."""
         self._users = users
         self._now = now
         self._key = os.urandom(32)  # of the digests below: of no use outside of this process
@@ -140,7 +143,7 @@ class Passwords:
         known = self._users.get(user, stand_in)
         fits = hmac.compare_digest(known.compute(password), known.digest)
         with self._lock:
-            if fits and user in self._users:
+            if fits and (user in self._users or ANY_USER in self._users):
                 _remember(self._right, case)
                 return _ADMITTED
             _remember(self._wrong, case)

@@ -1,67 +1,123 @@
-"""The dashboard: a page that lists the agents' sessions and the hostnames that they serve.
+"""The dashboard: a page that lists the hostnames that agents serve.
 
-It answers to the gateway's own name only: a page elsewhere that has a visitor's browser ask for
-this port by another name (DNS rebinding) gets nothing. It shows no addresses.
+Without a password it shows what visitors can learn anyway, hostnames and modes. With one, only
+visitors that know it get the page, and it also shows agents, ports, failures and what a CA said.
+The user name does not matter. It never shows addresses.
+
+It answers to the gateway's own name, to localhost and to IP addresses. A page elsewhere that has a
+browser ask for this port by a name of its own (DNS rebinding) gets nothing, because the browser
+then sends that name as its Host.
 """
 
 from html import escape
 from pathlib import Path
 from string import Template
-from time import time
+from time import monotonic, time
 
-from . import pages
+from gotunnel_agent.common import addresses
+from gotunnel_agent.common.passwords import Hash
+
+from . import forwarded, pages
+from .basic_auth import ANY_USER, Passwords
+from .forwarded import Proxies
 from .pages import Page
+from .verdict import Answer, Caller
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 METHODS = ("GET", "HEAD")
+# It runs no scripts, and no other page frames it.
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
-_TABLE = (
-    "<table>\n<tr><th>Hostname<th>Mode<th>Agent<th>Connected<th>Failed\n{}\n</table>"
-)
+_TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
+_MORE_COLUMNS = "<th>Agent<th>Connected<th>Failed"
 _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon as one is.</p>'
+_HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
 
-def choose_site(tunnels, gateway_host, public_port, version, certificate_state):
+def choose_site(
+    tunnels, gateway_host, public_port, version, certificate_state, proxies: Proxies,
+    password: Hash | None,
+):  # fmt: skip
     """What a request to the dashboard's port gets: a sites.Site.
 
     ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
     ``failed``. ``certificate_state(hostname)`` is a value with ``is_ready``, ``name`` (an enum
-    of ready, waiting, failed) and a text.
+    of ready, waiting, failed) and a text. ``proxies`` are believed which visitor they stand for:
+    wrong passwords are counted by the visitor's address. ``password``: None if there is none.
     """
+    passwords = password and Passwords({ANY_USER: password}, monotonic)
 
     def site(request):
-        if request.hostname != gateway_host:
-            return pages.error(403, "wrong-host", f"The dashboard answers to {gateway_host} only.")
+        if not _may_be_host(request.hostname):
+            text = f"The dashboard answers to {gateway_host}, localhost and IP addresses only."
+            return pages.error(403, "wrong-host", text)
+        if passwords is not None:
+            verdict = passwords.judge(_caller(request, proxies))
+            if isinstance(verdict, Answer):
+                return verdict.page
         if request.method not in METHODS:
             page = pages.error(405, "wrong-method", "The dashboard is there to be read.")
             return page._replace(fields=(*page.fields, ("Allow", ", ".join(METHODS))))
         if request.path.partition("?")[0] != "/":
             return pages.error(404, "no-page", "There is no such page.")
-        page = render(tunnels(), gateway_host, public_port, version, certificate_state)
-        return Page(200, page.encode())
+        if passwords is None:
+            page = render_public(tunnels(), gateway_host, public_port)
+        else:
+            page = render(tunnels(), gateway_host, public_port, version, certificate_state)
+        return Page(200, page.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
+
+    def _may_be_host(name):
+        # No page elsewhere can have these as its own name.
+        is_address = addresses.parse(name.removeprefix("[").removesuffix("]")) is not None
+        return name in (gateway_host, "localhost") or is_address
 
     return site
 
 
+def _caller(request, proxies):
+    address = forwarded.visitor(request.fields, request.peer, proxies)
+    authorization = ", ".join(request.fields.all("authorization")) or None
+    return Caller(address, addresses.parse(address), authorization)
+
+
 def render(tunnels, gateway_host, public_port, version, certificate_state) -> str:
-    """The page as HTML. Tunnels stand in the order in which they registered."""
-    port = "" if public_port == 443 else f":{public_port}"
+    """The page as HTML, with all of it. Tunnels stand in the order in which they registered."""
     rows = [
-        _row(hostname, route, tunnel, port, certificate_state(hostname))
+        _row(hostname, route, tunnel, public_port, certificate_state(hostname))
         for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
         for hostname, route in sorted(tunnel.routes.items())
     ]
     summary = f"{_count(len(tunnels), 'session')}, {_count(len(rows), 'hostname')}"
-    table = _TABLE.format("\n".join(rows)) if rows else _EMPTY
+    return _page(gateway_host, summary, _MORE_COLUMNS, rows, f"gotunnel {escape(version)}")
+
+
+def render_public(tunnels, gateway_host, public_port) -> str:
+    """The page for everybody, as HTML: hostnames, sorted, and modes."""
+    routes = {hostname: route for tunnel in tunnels for hostname, route in tunnel.routes.items()}
+    rows = [
+        f'<tr><td>{_link(hostname, route, public_port)}<td class="mode">{route.mode}'
+        for hostname, route in sorted(routes.items())
+    ]
+    return _page(gateway_host, _count(len(rows), "hostname"), "", rows, _HINT)
+
+
+def _page(gateway_host, summary, more_columns, rows, footer):
+    table = _TABLE.format(more_columns, "\n".join(rows)) if rows else _EMPTY
     return PAGE.substitute(
-        gateway_host=escape(gateway_host), summary=summary, table=table, version=escape(version)
+        gateway_host=escape(gateway_host), summary=summary, table=table, footer=footer
     )
 
 
-def _row(hostname, route, tunnel, port, certificate):
+def _link(hostname, route, public_port):
     name = escape(hostname)
-    if route.mode == "http" and not hostname.startswith("*"):
-        name = f'<a href="https://{name}{port}/">{name}</a>'
+    if route.mode != "http" or hostname.startswith("*"):  # a browser cannot open it
+        return name
+    port = "" if public_port == 443 else f":{public_port}"
+    return f'<a href="https://{name}{port}/">{name}</a>'
+
+
+def _row(hostname, route, tunnel, public_port, certificate):
+    name = _link(hostname, route, public_port)
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
     if not certificate.is_ready:

@@ -93,6 +93,33 @@ def test_a_gateway_without_a_certificate_of_its_name_is_one_all_the_same(cache):
     assert finding.level == WARN and "by a gotunnel gateway that runs" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("bind_to", "has_password", "level", "words"),
+    [
+        ((), False, WARN, "everybody that reaches any address of this machine sees all hostnames"),
+        (("0.0.0.0",), False, WARN, "any address of this machine"),
+        (("127.0.0.1", "::"), False, WARN, "any address of this machine"),
+        (("127.0.0.1", "10.0.0.5"), False, WARN, "everybody that reaches 127.0.0.1, 10.0.0.5 sees"),
+        (("127.0.0.1", "::1"), False, OK, "everybody on this machine sees the hostnames"),
+        ((), True, OK, "everybody that reaches any address of this machine is asked for its pass"),
+        (("127.0.0.1",), True, OK, "everybody on this machine is asked for its password"),
+    ],
+)
+def test_it_says_who_can_see_the_dashboard(bind_to, has_password, level, words):
+    finding = check.judge_dashboard(bind_to, has_password)
+    assert finding.level == level and words in finding.text
+    assert (level == WARN) == ("set DASHBOARD_PASSWORD" in finding.text)
+
+
+def test_check_looks_at_the_dashboard_where_it_will_be(tmp_path):
+    config = config_of(tmp_path, DASHBOARD_BIND="203.0.113.1", DASHBOARD_PORT="1")
+    found = {finding.subject: finding for finding in check.examine(config)}
+    assert found["DASHBOARD_PORT"].level == FAIL and "203.0.113.1" in found["DASHBOARD_PORT"].text
+    assert found["dashboard"].level == WARN and "203.0.113.1" in found["dashboard"].text
+    config = config_of(tmp_path, DASHBOARD_PORT="0")
+    assert "dashboard" not in {finding.subject for finding in check.examine(config)}
+
+
 # Names
 
 

@@ -67,6 +67,8 @@ def test_defaults():
         tunnel_host="tunnel.example.com",
         tunnel_port=9443,
         dashboard_port=8080,
+        dashboard_bind=(),
+        dashboard_password=None,
         bind=(),
         jwt_secret=SECRET,
         jwt_issuer=None,
@@ -266,6 +268,9 @@ def test_secret_of_16_bytes_is_no_warning(secret):
         ("DASHBOARD_PORT", "0", "dashboard_port", None),
         ("BIND", "127.0.0.1", "bind", ("127.0.0.1",)),
         ("BIND", "127.0.0.1, ::1,127.0.0.1", "bind", ("127.0.0.1", "::1")),
+        ("BIND", "::1", "dashboard_bind", ("::1",)),
+        ("DASHBOARD_BIND", "127.0.0.1,::1", "dashboard_bind", ("127.0.0.1", "::1")),
+        ("DASHBOARD_BIND", "127.0.0.1", "bind", ()),
         ("JWT_ISSUER", "mytunnel", "jwt_issuer", "mytunnel"),
         ("AGENTS_FILE", "/none/agents.yaml", "agents_file", Path("/none/agents.yaml")),
         ("ACME_CACHE", "/var/lib/none", "acme_cache", Path("/var/lib/none")),
@@ -319,6 +324,7 @@ def test_value_is_taken(variable, text, field, value):
         ("TUNNEL_PORT", "9" * 5000, "expected a port from 1 to 65535 or auto"),
         ("TUNNEL_PORT", "٩٤٤٣", "expected a port from 1 to 65535 or auto"),
         ("DASHBOARD_PORT", "off", "or 0 for off"),
+        ("DASHBOARD_BIND", "localhost", "expected IP addresses separated by commas"),
         ("BIND", "localhost", "expected IP addresses separated by commas"),
         ("BIND", "127.0.0.1,", "expected IP addresses separated by commas"),
         ("BIND", "127.0.0.1:80", "expected IP addresses separated by commas"),
@@ -536,6 +542,35 @@ def test_default_policy_that_cannot_be_followed_is_refused(name, text, sentence)
     assert sentence in message
 
 
+# --- The dashboard's password -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [str, lambda password: str(Hash.of(password.encode()))])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_dashboard_password_is_hashed_at_once(tmp_path, form, in_file):
+    path = tmp_path / "password"
+    path.write_text(form(PASSWORD) + "\n")
+    setting = {"DASHBOARD_PASSWORD": form(PASSWORD)}
+    loaded = config(**({"DASHBOARD_PASSWORD_FILE": str(path)} if in_file else setting))
+    hashed = loaded.dashboard_password
+    assert hashed.compute(PASSWORD.encode()) == hashed.digest
+    assert PASSWORD not in repr(loaded) and "scrypt" not in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (f"{SECRET}\t", "without control characters"),
+        (SECRET * 50, "expected a password of 1 to 1024 bytes"),
+        (f"$scrypt${SECRET}", "no hash as $scrypt$"),
+        (f"$2y$05${SECRET}", "a hash of another kind came"),
+    ],
+)
+def test_dashboard_password_that_cannot_be_one_is_refused(text, sentence):
+    message = refusal(DASHBOARD_PASSWORD=text)
+    assert message.startswith("DASHBOARD_PASSWORD: ") and sentence in message
+
+
 # --- The example --------------------------------------------------------------------------------
 
 
@@ -559,4 +594,4 @@ def test_example_explains_every_variable():
     policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
     fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS"}
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
-    assert shown == fields | {"JWT_SECRET_FILE"}
+    assert shown == fields | {"JWT_SECRET_FILE", "DASHBOARD_PASSWORD_FILE"}

@@ -1,8 +1,10 @@
 """The dashboard: what it shows, and to whom."""
 
+import base64
 import collections
 import http.client
-from contextlib import closing
+import socket
+from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,10 @@ from support import APP, GATEWAY_HOST, RAW, TIMEOUT, agent_here, gateway_here
 
 from gotunnel_server.agents.credentials import Identity
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
+from gotunnel_server.net.listener import PortError
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import dashboard
+from gotunnel_server.visitors.basic_auth import FAILURES
 
 
 def a_tunnel(issuer="", since=0.0, **modes):
@@ -56,7 +60,10 @@ def test_page_shows_certificates_that_are_not_there():
 
 
 def test_links_carry_a_port_that_is_not_the_usual_one():
-    assert '<a href="https://a.test:8443/">' in page(a_tunnel(a="http"), public_port=8443)
+    tunnel = a_tunnel(a="http")
+    assert '<a href="https://a.test:8443/">' in page(tunnel, public_port=8443)
+    text = dashboard.render_public((tunnel,), "gateway.test", 8443)
+    assert '<a href="https://a.test:8443/">' in text
 
 
 def test_what_agents_say_of_themselves_is_escaped():
@@ -82,37 +89,134 @@ def test_length_of_time_in_its_largest_unit(monkeypatch, seconds, words):
     assert words in page(a_tunnel(since=1000.0 - seconds, a="http"))
 
 
-@pytest.fixture
-def get(cache, tmp_path, origin):
+def test_page_for_everybody_shows_hostnames_and_modes_alone():
+    first, second = a_tunnel("my agent", since=1, z="http", b="tcp"), a_tunnel(since=2, a="http")
+    first.routes["b.test"] = first.routes["b.test"]._replace(port=2222)
+    first.failed["b.test"] = 17
+    text = dashboard.render_public((first, second), "gateway.test", 443)
+    assert [text.count(f"{name}.test</a>") for name in "abz"] == [1, 0, 1]
+    assert text.index("a.test") < text.index("b.test") < text.index("z.test")
+    assert '<td class="mode">tcp' in text and "3 hostnames" in text
+    for more in ("my agent", "session", "2222", "17", "certificate", "ago", "1.2.3"):
+        assert more not in text
+
+
+PASSWORD = "correct horse"
+
+
+@contextmanager
+def asking(cache, tmp_path, origin, **changes):
     """Ask the dashboard of a gateway whose agent serves APP and RAW."""
-    with gateway_here(cache) as gateway:
+    with gateway_here(cache, **changes) as gateway:
         ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
         with agent_here(gateway, tmp_path, jwt_issuer="my agent", **ports):
 
-            def get(path="/", host=GATEWAY_HOST, method="GET"):
+            def get(path="/", host=GATEWAY_HOST, method="GET", password=None, user="", **fields):
                 connection = http.client.HTTPConnection(
                     "127.0.0.1", gateway.dashboard_port, timeout=TIMEOUT
                 )
+                if password is not None:
+                    code = base64.b64encode(f"{user}:{password}".encode()).decode()
+                    fields["Authorization"] = f"Basic {code}"
                 with closing(connection):
-                    connection.request(method, path, headers={"Host": host})
+                    connection.request(method, path, headers={"Host": host, **fields})
                     answer = connection.getresponse()
                     return answer, answer.read().decode()
 
             yield get
 
 
-def test_live_page_shows_what_is_registered(get):
+@pytest.fixture
+def get(cache, tmp_path, origin):
+    with asking(cache, tmp_path, origin) as get:
+        yield get
+
+
+@pytest.fixture
+def get_with_password(cache, tmp_path, origin):
+    changes = {"DASHBOARD_PASSWORD": PASSWORD, "TRUSTED_PROXIES": "127.0.0.1"}
+    with asking(cache, tmp_path, origin, **changes) as get:
+        yield get
+
+
+def test_live_page_without_a_password_shows_hostnames_and_modes(get):
     answer, text = get()
     assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/html")
+    assert APP in text and RAW in text and ">tcp" in text and "2 hostnames" in text
+    assert "my agent" not in text and "session" not in text and "Connected" not in text
+    assert "127.0.0.1" not in text  # no addresses
+    assert answer.getheader("Cache-Control") == "no-store"
+
+
+@pytest.mark.parametrize("user", ["", "admin", "müller"])
+def test_live_page_with_the_password_shows_all_to_any_user(get_with_password, user):
+    answer, text = get_with_password(password=PASSWORD, user=user)
+    assert answer.status == 200
     assert APP in text and RAW in text and "my agent" in text and "1 session, 2 hostnames" in text
     assert "127.0.0.1" not in text  # no addresses
+    assert PASSWORD not in text and "scrypt" not in text
+
+
+@pytest.mark.parametrize("given", [{}, {"password": "wrong"}, {"password": PASSWORD[:-1]}])
+@pytest.mark.parametrize("path", ["/", "/other"])
+def test_without_the_password_that_is_set_nothing_is_shown(get_with_password, given, path):
+    answer, text = get_with_password(path, **given)
+    assert answer.status == 401 and answer.getheader("WWW-Authenticate").startswith("Basic ")
+    assert APP not in text and RAW not in text
+
+
+def test_guesses_are_bounded_by_address(get_with_password):
+    def guess(number, address):
+        fields = {"X-Forwarded-For": address}
+        return get_with_password(password=f"guess {number}", **fields)[0].status
+
+    assert [guess(number, "192.0.2.1") for number in range(FAILURES + 2)] == (
+        [401] * FAILURES + [429] * 2
+    )
+    right = {"password": PASSWORD, "X-Forwarded-For": "192.0.2.1"}
+    assert get_with_password(**right)[0].status == 429  # it would be a guess like others
+    assert guess(0, "192.0.2.2") == 401
+    right["X-Forwarded-For"] = "192.0.2.2"
+    assert get_with_password(**right)[0].status == 200
+
+
+def test_a_wrong_name_is_told_so_before_a_password_is_asked_for(get_with_password):
+    answer, _ = get_with_password(host=f"evil.{GATEWAY_HOST}")
+    assert answer.status == 403 and answer.getheader("WWW-Authenticate") is None
+
+
+def test_it_listens_where_dashboard_bind_says(cache):
+    with gateway_here(cache, DASHBOARD_BIND="127.0.0.2") as gateway:
+        port = gateway.dashboard_port
+        with socket.create_connection(("127.0.0.2", port), TIMEOUT):
+            pass
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        assert f"dashboard: http://127.0.0.2:{port}/" in gateway.inner._facts
+
+
+def test_an_address_of_another_machine_is_blamed_on_dashboard_bind(cache):
+    with pytest.raises(PortError, match="DASHBOARD_PORT .*; correct DASHBOARD_BIND"):
+        with gateway_here(cache, DASHBOARD_BIND="203.0.113.1"):
+            pass
 
 
 def test_host_may_carry_a_port_and_any_case(get):
     assert get(host=f"{GATEWAY_HOST.upper()}:8080")[0].status == 200
 
 
-@pytest.mark.parametrize("host", [APP, "127.0.0.1", "localhost", f"evil.{GATEWAY_HOST}"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST.:8080", "127.0.0.1:8080", "[::1]:8080", "192.0.2.7"]
+)
+def test_names_that_no_page_elsewhere_can_have_are_good_too(get, host):
+    answer, text = get(host=host)
+    assert answer.status == 200 and APP in text
+
+
+@pytest.mark.parametrize(
+    "host",
+    [APP, f"evil.{GATEWAY_HOST}", "localhost.evil.test", "127.0.0.1.evil.test", "2130706433"],
+)
 def test_other_names_get_nothing(get, host):
     answer, text = get(host=host)
     assert answer.status == 403 and answer.getheader("X-Gotunnel-Error") == "wrong-host"
