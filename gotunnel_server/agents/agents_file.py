@@ -36,7 +36,7 @@ from . import scope
 from .secret import secret_weakness
 
 KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
-LIMIT_KEYS = ("hostnames", "streams", "visits")
+LIMIT_KEYS = ("hostnames", "streams", "visits", "orders_per_hour", "orders_per_week")
 
 # A gateway reads the whole file whenever it changes, some 200 kB a second on a small machine.
 MAX_FILE = 512 * 1024  # bytes
@@ -60,11 +60,14 @@ class AgentsFileError(Exception):
 
 
 class Limits(NamedTuple):
-    """How much an agent may have at once; None: as much as any."""
+    """How much an agent may have at once; None: as much as any. Orders of certificates: for
+    hostnames that have none, in so long."""
 
     hostnames: int | None = None
     streams: int | None = None
     visits: int | None = None
+    orders_per_hour: int | None = None
+    orders_per_week: int | None = None
 
 
 @dataclass(frozen=True)

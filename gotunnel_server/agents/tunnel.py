@@ -61,9 +61,9 @@ class Tunnels:
 
     def __init__(self, *, credentials, registry, ports, ensure_certificates, certificate_state):
         """``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificates(hostnames,
-        agent)`` sees to it that hostnames can be served, now or soon, and may wait for the disk;
-        ``agent`` is whom to blame. ``certificate_state(hostname)`` is how that stands; its text is
-        for gotunnel.Certificate."""
+        agent, limits)`` sees to it that hostnames can be served, now or soon, and may wait for the
+        disk; ``agent`` is whom to blame, ``limits`` are the credential's.
+        ``certificate_state(hostname)`` is how that stands; its text is for gotunnel.Certificate."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
@@ -188,7 +188,9 @@ class Tunnel:
 
     def _serve(self):
         session = self._session
-        self._tunnels.ensure_certificates(tuple(self.wanted), self.agent.blame)
+        self._tunnels.ensure_certificates(
+            tuple(self.wanted), self.agent.blame, self.identity.limits
+        )
         self.since = time()
         routes, ports, refused = self._open_ports()
         with self._lock:

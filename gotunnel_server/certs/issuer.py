@@ -38,6 +38,7 @@ from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaE
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, retry_delay
 from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
+from .turns import UNLIMITED, Limits
 from .wanted import Wanted, number
 
 log = logging.getLogger("gotunnel.issuer")
@@ -121,12 +122,12 @@ class Issuer:
 
     # Who is wanted
 
-    def want(self, hostname, agent=None) -> State:
+    def want(self, hostname, agent=None, limits: Limits = UNLIMITED) -> State:
         """Get a certificate for ``hostname``, and keep it new. Once is enough, twice does no harm.
 
-        ``agent`` is whoever causes it (any hashable): a first order counts as one of its own. None
-        is the gateway. Reads the store, so do not call it in a handshake. Raises ValueError for
-        what cannot be ordered so: an address, a wildcard.
+        ``agent`` is the one that causes it (any hashable): a first order counts as one of its own,
+        within its ``limits``. None is the gateway. Reads the store, so do not call it in a
+        handshake. Raises ValueError for what cannot be ordered so: an address, a wildcard.
         """
         if not valid_hostname(hostname) or hostname != normal_hostname(hostname):
             raise ValueError(f"{hostname!r}: expected a hostname, in lower case, without wildcard")

@@ -28,6 +28,7 @@ from .ordering import Ordering
 from .pem_file import pem_file
 from .state import FAILED, READY, State
 from .store import StoreError
+from .turns import UNLIMITED, Limits
 
 log = logging.getLogger("gotunnel.certificates")
 
@@ -89,17 +90,19 @@ class Keeper:
 
     # What is wanted
 
-    def want(self, hostnames: Iterable[str], agent: object = None) -> None:
+    def want(
+        self, hostnames: Iterable[str], agent: object = None, limits: Limits = UNLIMITED
+    ) -> None:
         """See to it that hostnames have certificates, now or soon; what goes wrong is logged.
 
-        ``agent`` is whose orders they count as (any hashable), None for the gateway. Reads the
-        disk, so do not call it in a handshake.
+        ``agent`` is whose orders they count as (any hashable), None for the gateway; ``limits`` are
+        that one's. Reads the disk, so do not call it in a handshake.
         """
         self._certificates.reload()  # once for all: it is a look at each of hundreds of files
         for hostname in hostnames:
-            self._want(hostname, agent)
+            self._want(hostname, agent, limits)
 
-    def _want(self, hostname, agent):
+    def _want(self, hostname, agent, limits):
         try:
             there = self._certificates.ensure(hostname)
         except CertificateError as error:
@@ -113,7 +116,7 @@ class Keeper:
             self._issuer.drop(hostname)
             return
         try:
-            self._issuer.want(hostname, agent)
+            self._issuer.want(hostname, agent, limits)
         except ValueError as error:
             log.warning("%s: no certificate: %s", hostname, error)
             return

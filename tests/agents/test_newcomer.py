@@ -25,7 +25,7 @@ def hanging_disk(gateway, monkeypatch):
     """Registrations wait for the disk until the ``with`` ends. Yields the threads that wait."""
     waiting, may_go_on = [], threading.Event()
 
-    def ensure_certificates(hostnames, agent):
+    def ensure_certificates(hostnames, agent, limits):
         waiting.append(threading.current_thread())
         may_go_on.wait()
 

@@ -107,7 +107,7 @@ def test_an_agent_with_an_entry_is_one_wherever_it_comes_from(gateway, agents_fi
     """Its orders are counted together; those of the common secret, by address."""
     agents = []
     monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates",
-                        lambda hostnames, agent: agents.append(agent))  # fmt: skip
+                        lambda hostnames, agent, limits: agents.append(agent))  # fmt: skip
     with registered(gateway, APP, token=office()), registered(gateway, OTHER):
         pass
     assert ["127.0.0.1" in agent for agent in agents] == [False, True]

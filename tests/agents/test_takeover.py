@@ -312,7 +312,7 @@ def test_an_agent_is_told_why_although_it_is_still_registering(gateway, monkeypa
     """It holds the hostname already, and has not read its ack."""
     claimed, may_go_on = threading.Event(), threading.Event()
 
-    def hold(hostnames, agent):
+    def hold(hostnames, agent, limits):
         claimed.set()
         may_go_on.wait(TIMEOUT)
 

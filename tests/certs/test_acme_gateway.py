@@ -260,7 +260,7 @@ def test_agents_of_the_common_secret_are_told_apart(tmp_path, origin, cache, mon
     with gateway_here(cache) as gateway:
         ensured = []
         monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates",
-                            lambda hostnames, agent: ensured.append(agent))  # fmt: skip
+                            lambda hostnames, agent, limits: ensured.append(agent))  # fmt: skip
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             [agent] = ensured
     assert "127.0.0.1" in agent
