@@ -321,6 +321,27 @@ def running(*command, cwd, **environment):
         program.end()
 
 
+NPM_TIMEOUT = 240  # seconds for npm to fetch what a test needs
+
+
+def npm_packages(pytestconfig, name, *packages) -> Path:
+    """The node_modules in which npm has installed packages, under a name in pytest's cache, where
+    they are kept for later runs."""
+    folder = pytestconfig.cache.mkdir(name)
+    stamp, wanted = folder / "installed", " ".join(packages)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        done = subprocess.run(
+            [need("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), *packages],
+            cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=NPM_TIMEOUT,
+        )  # fmt: skip
+        if re.search("network|E[A-Z]*(NOTFOUND|TIMEDOUT|REFUSED|AI_AGAIN)|CERT", done.stderr):
+            pytest.skip(f"npm's registry cannot be reached: {done.stderr.splitlines()[0]}")
+        assert done.returncode == 0, f"npm could not install {wanted}: {done.stderr}"
+        stamp.write_text(wanted)
+    return folder / "node_modules"
+
+
 @contextlib.contextmanager
 def nginx(folder):
     """nginx on a free port, which it yields: it serves the files in ``folder`` and takes PUT."""

@@ -17,6 +17,9 @@ from gotunnel import START_WINDOW
 
 OF_A_HOSTNAME = 64  # at most; as many visitors come at once to a busy page
 OF_A_SESSION = 256  # of all its hostnames; an agent takes 1024 streams in all
+# Streams of a session that logins have bound to a visitor's connection each, at most, while they
+# are idle: half of what an agent takes. Beyond it the oldest ends, whose visitor signs in again.
+OWN_OF_A_SESSION = 512
 MOST_AGE = 30  # seconds that one is kept; a target that closes it earlier does no harm
 
 
@@ -96,5 +99,69 @@ class KeptStreams:
                 while kept and kept[0][0] < kept_before:
                     dropped.append(kept.popleft()[1])
             self._all.difference_update(dropped)
+        for stream in dropped:
+            stream.close()
+
+
+class OwnStreams:
+    """Streams that belong to one owner each (a visitor's connection, see visitors/login.py), idle
+    until its next request. Any thread."""
+
+    def __init__(self):
+        self._by_owner = {}  # owner: (monotonic time, hostname, Stream), the oldest first
+        self._closed = False
+        self._lock = threading.Lock()  # guards both
+
+    def streams(self) -> set:
+        """Those that are idle now."""
+        with self._lock:
+            return {entry[2] for entry in self._by_owner.values()}
+
+    def pop(self, owner, hostname):
+        """The owner's Stream, which may have died since; None if there is none of that hostname."""
+        with self._lock:
+            _, kept_for, stream = self._by_owner.get(owner, (None, None, None))
+            if kept_for != hostname:
+                return None
+            del self._by_owner[owner]
+            return stream
+
+    def put(self, owner, hostname, stream):
+        """Keep a stream, or close it if it is not fit for that. The owner has none here."""
+        if not stream.rest(stream.close):
+            stream.close()
+            return
+        with self._lock:
+            full = len(self._by_owner) >= OWN_OF_A_SESSION
+            oldest = next(iter(self._by_owner)) if full else None
+            ended = self._by_owner.pop(oldest)[2] if full else None
+            if self._closed:
+                ended = stream
+            else:
+                self._by_owner[owner] = (monotonic(), hostname, stream)
+        if ended is not None:
+            ended.close()
+
+    def drop(self, owner):
+        """Close the owner's stream, if there is one."""
+        with self._lock:
+            entry = self._by_owner.pop(owner, None)
+        if entry is not None:
+            entry[2].close()
+
+    def close_old(self):
+        """Close those that were idle for MOST_AGE."""
+        self._drop(kept_before=monotonic() - MOST_AGE)
+
+    def close(self):
+        """Close all, and whatever is still put here."""
+        with self._lock:
+            self._closed = True
+        self._drop(kept_before=float("inf"))
+
+    def _drop(self, kept_before):
+        with self._lock:
+            owners = [owner for owner, kept in self._by_owner.items() if kept[0] < kept_before]
+            dropped = [self._by_owner.pop(owner)[2] for owner in owners]
         for stream in dropped:
             stream.close()

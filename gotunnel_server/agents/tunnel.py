@@ -38,7 +38,7 @@ from ..routes import AgentBusy
 from . import limits
 from .heartbeat import Heartbeat
 from .ports import PortRefused
-from .stream_pool import KeptStreams
+from .stream_pool import KeptStreams, OwnStreams
 
 log = logging.getLogger("gotunnel.tunnel")
 
@@ -149,6 +149,7 @@ class Tunnel:
         self._make_room = make_room
         self._heartbeat = Heartbeat(session, control, on_silence=self.replace)
         self._kept = KeptStreams()
+        self._own = OwnStreams()
         most = agent.identity.limits
         unlimited = most.streams is None and most.visits is None
         self._allowance = None if unlimited else Allowance(agent.identity, tunnels)
@@ -247,6 +248,7 @@ class Tunnel:
     def _close_old(self):
         """Demultiplexer: a kept stream holds a connection to its target."""
         self._kept.close_old()
+        self._own.close_old()
         self._session.call_later(KEPT_LOOK, self._close_old)
 
     # Another agent wants one of its hostnames
@@ -309,6 +311,7 @@ class Tunnel:
         self._tunnels.ports.release(self)  # first: the next holder may want the port too
         self._tunnels.registry.release(self)
         self._kept.close()
+        self._own.close()
 
     def _closed(self):
         """The connection is closed."""
@@ -354,7 +357,9 @@ class Tunnel:
         """What the session has now, without its control stream."""
         control = self._control.stream
         streams = [stream for stream in self._session.streams_in_use() if stream is not control]
-        return limits.Usage(len(streams), sum(stream not in self._kept for stream in streams))
+        own = self._own.streams()
+        visits = sum(stream not in self._kept and stream not in own for stream in streams)
+        return limits.Usage(len(streams), visits)
 
     def count_failed(self, route):
         """A visit has come to nothing."""
@@ -362,15 +367,16 @@ class Tunnel:
 
     def take_kept(self, route):
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
-        while (stream := self._pop_kept(route)) is not None:
+        while (stream := self._counted(self._kept.pop, route.hostname)) is not None:
             if stream.quiet:
                 return stream
             stream.close()
         return None
 
-    def _pop_kept(self, route):
+    def _counted(self, pop, *arguments):
+        """Take up a stream, which is a visit from then on."""
         with _NOTHING if self._allowance is None else self._allowance.permit(streams=0):
-            return self._kept.pop(route.hostname)
+            return pop(*arguments)
 
     def keep(self, route, stream):
         """Keep a stream whose last answer was complete for the next visit of that hostname."""
@@ -378,6 +384,22 @@ class Tunnel:
             stream.close()
         else:
             self._kept.put(route.hostname, stream)
+
+    def take_own(self, route, owner):
+        """The stream that was kept for ``owner`` alone, or None. Raises AgentBusy."""
+        stream = self._counted(self._own.pop, owner, route.hostname)
+        if stream is None or stream.quiet:
+            return stream
+        stream.close()
+        return None
+
+    def keep_own(self, route, owner, stream):
+        """As keep(), for the next visit of ``owner`` alone, which has none here."""
+        self._own.put(owner, route.hostname, stream)
+
+    def drop_own(self, owner):
+        """``owner`` has gone."""
+        self._own.drop(owner)
 
 
 class Allowance:

@@ -17,6 +17,7 @@ from gotunnel_agent.common.http1 import Malformed
 
 from . import pages, relays
 from .http1_server import Handler
+from .login import Owner
 from .sites import Connect
 from .steps import Step, Stepwise
 
@@ -42,6 +43,8 @@ class HttpConnection(Stepwise):
     def __init__(self, port, visitor, site, scheme):
         """``site``: see Handler. ``scheme``: "https" or "http"."""
         super().__init__(port, visitor, State.NEW)
+        if visitor.address[0] not in port.proxies:  # that one brings requests of many visitors
+            visitor.owner = Owner()
         self._handler = Handler(
             visitor.duplex,
             visitor.address,
@@ -49,6 +52,7 @@ class HttpConnection(Stepwise):
             scheme=scheme,
             sni=visitor.sni,
             proxies=port.proxies,
+            owner=visitor.owner,
             claim_relay=visitor.claim_relay,
             is_draining=port.is_draining,
             idle_timeout=port.timeouts.idle,

@@ -21,7 +21,7 @@ from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
 
 from ..routes import AgentBusy
-from . import forwarded, pages
+from . import forwarded, login, pages
 from .forwarded import Proxies
 from .pages import Page
 from .request import Request, VisitorGone
@@ -92,9 +92,12 @@ class Upload:
         except TimeoutError:
             return b""
 
-    def start(self, stream):
-        """Send the rest to ``stream``, in a thread if it has not come yet. Raises NoThread."""
+    def start(self, stream, first=b""):
+        """Send the rest to ``stream``, in a thread if it has not come yet. ``first`` is what
+        at_hand() has returned, if the stream has not got it. Raises NoThread."""
         self._stream = stream
+        if first:
+            self._pass_on(first)
         if not self._request.body_complete:
             self._thread = spawn(f"upload {self._request.hostname}", self._run)
 
@@ -178,6 +181,7 @@ class Exchange:
         self._timeout = response_timeout
         self._stream = None
         self._head_sent = False  # of the final answer
+        self._login = False  # self._stream knows, or may know, who the visitor is (login.py)
         self._upload = Upload(request, response_timeout) if request.has_body else None
 
     def run(self):
@@ -221,32 +225,51 @@ class Exchange:
         """Send the request; return the first bytes of what is answered on self._stream."""
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
         head, timeout = self._head(), self._timeout
-        if upload is None and self._request.method in IDEMPOTENT:
-            if (stream := tunnel.take_kept(route)) is not None:
-                self._stream = stream
-                try:
-                    stream.write(head, timeout)
-                    if data := self._wait(timeout):
-                        return data
-                except ConnectionError:
-                    pass
-                stream.close()  # its target closed it meanwhile: once more, on another
+        repeatable = upload is None and self._request.method in IDEMPOTENT
         try:
             first = upload.at_hand() if upload else b""
         except Malformed as error:
             raise _bad_request(error) from None
+        if (stream := self._take_up(repeatable)) is not None:
+            self._stream = stream
+            try:
+                stream.write(head, timeout)
+                if not repeatable:  # from here on: no target does what half a head asks for
+                    return self._await_answer(first)
+                if data := self._wait(timeout):
+                    return data
+            except ConnectionError:
+                pass
+            stream.close()  # its target closed it meanwhile: once more, on another
         try:
             self._stream = tunnel.open(route, self._request.ends, head + first)
         except ConnectionError:
             raise self._agent_gone()
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
-        if upload:
+        return self._await_answer()
+
+    def _take_up(self, repeatable):
+        """A stream that has served a visit before, or None. The visitor's own one serves requests
+        of any kind: if it is out of step, no other visitor is concerned."""
+        owner, route = self._request.owner, self._route
+        stream = None if owner is None else owner.take(route)
+        self._login = stream is not None or login.concerns_connection(
+            self._request.fields, "authorization"
+        )
+        if stream is None and repeatable:
+            stream = route.tunnel.take_kept(route)
+        return stream
+
+    def _await_answer(self, first=b""):
+        """The head is with self._stream: send ``first`` and the rest of the body, return the first
+        bytes of the answer."""
+        if self._upload:
             try:
-                upload.start(self._stream)
+                self._upload.start(self._stream, first)
             except NoThread as error:
                 raise TargetFailed(503, "gateway-busy", f"The gateway has no room: {error}.")
-        if data := self._next(timeout):
+        if data := self._next(self._timeout):
             return data
         raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
 
@@ -339,17 +362,23 @@ class Exchange:
         else:
             pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
             loose |= body.loose
-        # Only after an answer whose end cannot be doubted. Targets that treat HEAD as GET, or put
-        # a body where none may be, send bytes that the next visitor would get as its answer.
         reusable = http1.keeps_alive(response) and not (rest or loose) and (
-            body is not None and response.status != 205
-            and not isinstance(body, http1.UntilCloseBody)
+            not isinstance(body, http1.UntilCloseBody)
         )
+        # Targets that treat HEAD as GET, or put a body where none may be, send bytes that the next
+        # visitor would get as its answer.
+        certain = body is not None and response.status != 205
+        self._login |= login.concerns_connection(response.fields, "www-authenticate")
         # Before the visitor has all of it: its next visit must find this one over, and its stream.
         stream, self._stream = self._stream, None
         if self._upload is not None and not self._upload.sent():
             stream.reset()  # also wakes the upload, if the target has stopped reading it
-        elif reusable and self._upload is None:
+        elif self._login:
+            if reusable and request.owner is not None:
+                request.owner.keep(self._route, stream)
+            else:
+                stream.close()
+        elif reusable and certain and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
             # would answer that one to the visitor that comes next: kept streams saw no body.
             self._route.tunnel.keep(self._route, stream)

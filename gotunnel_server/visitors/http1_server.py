@@ -33,16 +33,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def __init__(
         self, duplex: Duplex, address: tuple, *,
-        site, scheme, sni, proxies, claim_relay, is_draining, idle_timeout, response_timeout,
+        site, scheme, sni, proxies, owner, claim_relay, is_draining, idle_timeout, response_timeout,
     ):  # fmt: skip
         """``site(request)`` is what a request gets: a Page, a sites.Connect or a sites.Forward.
-        ``scheme``, ``sni``: see request.Request. ``proxies``: a forwarded.Proxies.
+        ``scheme``, ``sni``, ``owner``: see request.Request. ``proxies``: a forwarded.Proxies.
         ``claim_relay()``: whether the connection may become a relay. ``is_draining()``: whether an
         answer that begins now is the last one. Timeouts are in seconds; ``response_timeout`` is
         for the target.
         """
         self.scheme = scheme
         self.sni = sni
+        self.owner = owner
         self.claim_relay = claim_relay
         self.is_draining = is_draining
         self.idle_timeout = idle_timeout
@@ -144,6 +145,7 @@ class Http1Request:
     def __init__(self, handler: Handler):
         self.scheme = handler.scheme
         self.sni = handler.sni
+        self.owner = handler.owner
         self.peer = handler.client_address[0]
         self.idle_timeout = handler.idle_timeout
         self._handler = handler

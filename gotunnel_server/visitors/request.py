@@ -10,6 +10,8 @@ from typing import Protocol
 from gotunnel import Ends
 from gotunnel_agent.common.http1 import Fields
 
+from .login import Owner
+
 
 class VisitorGone(Exception):
     """The visitor has left, or broke off its request: there is no one to answer."""
@@ -33,6 +35,7 @@ class Request(Protocol):
     fields: Fields  # as they came, those of the visitor's connection included
     scheme: str  # "https" or "http"
     sni: str | None  # hostname of the ClientHello, None if there was none
+    owner: Owner | None  # of a stream, for logins; None: the connection brings several visitors
     peer: str  # IP address of the connection that brought it
     wants_upgrade: bool  # to the protocols in its Upgrade field; such a request has no body
     has_body: bool

@@ -18,7 +18,7 @@ log = logging.getLogger("gotunnel.visitor")
 class Visitor:
     """What the gateway knows of a connection. It belongs to one thread at a time."""
 
-    __slots__ = ("duplex", "address", "listener", "seat", "sni", "_port", "_holds_relay")
+    __slots__ = ("duplex", "address", "listener", "seat", "sni", "owner", "_port", "_holds_relay")
 
     def __init__(self, port, duplex, address, listener, seat):
         """``port``: the Port that counts it. ``address`` is the peer's, or the one that a trusted
@@ -29,6 +29,7 @@ class Visitor:
         self.listener = listener
         self.seat = seat
         self.sni = None  # hostname in the ClientHello; None: none, or no TLS
+        self.owner = None  # a login.Owner, if the connection may own a stream
         self._port = port
         self._holds_relay = False  # it is one of MAX_RELAYS
 
@@ -67,6 +68,8 @@ class Visitor:
     def close(self):
         """Close the connection and give back what it holds. Only for the part that has it."""
         self.duplex.close()
+        if self.owner is not None:
+            self.owner.close()
         if self._holds_relay:
             self._holds_relay = False
             self._port.relays.leave(self.address[0])

@@ -4,7 +4,14 @@ import pytest
 
 from gotunnel import START_WINDOW
 from gotunnel_server.agents import stream_pool
-from gotunnel_server.agents.stream_pool import MOST_AGE, OF_A_HOSTNAME, OF_A_SESSION, KeptStreams
+from gotunnel_server.agents.stream_pool import (
+    MOST_AGE,
+    OF_A_HOSTNAME,
+    OF_A_SESSION,
+    OWN_OF_A_SESSION,
+    KeptStreams,
+    OwnStreams,
+)
 
 APP = "app.test"
 
@@ -114,3 +121,49 @@ def test_whatever_comes_after_the_end_is_closed(kept):
     assert before.closed and kept.pop(APP) is None
     kept.put(APP, after)
     assert after.closed and after not in kept
+
+
+# Streams of one owner ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own():
+    return OwnStreams()
+
+
+def test_a_stream_is_its_owners_alone(own):
+    mine, yours = Quiet(), Quiet()
+    own.put("me", APP, mine)
+    own.put("you", APP, yours)
+    assert own.pop("me", "other.test") is None and own.pop("somebody", APP) is None
+    assert own.pop("me", APP) is mine and own.pop("me", APP) is None
+    own.drop("you")
+    own.drop("you")
+    assert yours.closed and not mine.closed and own.pop("you", APP) is None
+
+
+def test_the_oldest_owner_makes_room_for_the_newest(own):
+    streams = [Quiet() for _ in range(OWN_OF_A_SESSION + 1)]
+    for number, stream in enumerate(streams):
+        own.put(number, APP, stream)
+    assert [stream.closed for stream in streams] == [True] + [False] * OWN_OF_A_SESSION
+    assert own.pop(0, APP) is None and len(own.streams()) == OWN_OF_A_SESSION
+
+
+def test_an_owned_stream_ends_when_it_is_old_or_speaks_or_all_is_over(own, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stream_pool, "monotonic", lambda: now[0])
+    old, fresh, spoiled, late = Quiet(), Quiet(), Quiet(), Quiet()
+    own.put("old", APP, old)
+    now[0] += MOST_AGE + 1
+    own.put("fresh", APP, fresh)
+    own.close_old()
+    assert old.closed and own.streams() == {fresh}
+    spoiled.quiet = False
+    own.put("spoiled", APP, spoiled)
+    assert spoiled.closed and own.pop("spoiled", APP) is None
+    fresh.end()
+    assert fresh.closed
+    own.close()
+    own.put("late", APP, late)
+    assert late.closed and not own.streams()

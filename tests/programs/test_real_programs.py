@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from support import (
     APP,
     CUT,
     MIB,
+    NPM_TIMEOUT,
     ROOT,
     TIMEOUT,
     agent_here,
@@ -36,6 +36,7 @@ from support import (
     gateway_process,
     need,
     nginx,
+    npm_packages,
     reserved_port,
     running,
     wait_until,
@@ -56,7 +57,6 @@ LARGEST_FRAME = 2 * MIB
 # An exact version, so that a new one breaks no test; of the last line that runs on Node 18, which
 # Debian 12 has.
 VITE = "vite@6.4.6"
-NPM_TIMEOUT = 240  # seconds for npm to fetch it
 
 # Nothing but the test's own names is looked up, so a browser cannot call home. Root, as which
 # tests may run, needs --no-sandbox; a container with a small /dev/shm the flag behind it. Zygotes
@@ -601,21 +601,8 @@ def chromium_tab(folder):
 
 @pytest.fixture(scope="session")
 def vite(pytestconfig):
-    """The folder in which npm has installed VITE; kept, in pytest's cache, for later runs."""
-    folder = pytestconfig.cache.mkdir("vite")
-    program = folder / "node_modules" / "vite" / "bin" / "vite.js"
-    stamp = folder / "installed"
-    if not stamp.exists() or stamp.read_text() != VITE:
-        done = subprocess.run(
-            [need("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder), VITE],
-            cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=NPM_TIMEOUT,
-        )  # fmt: skip
-        if re.search("network|E[A-Z]*(NOTFOUND|TIMEDOUT|REFUSED|AI_AGAIN)|CERT", done.stderr):
-            pytest.skip(f"npm's registry cannot be reached: {done.stderr.splitlines()[0]}")
-        assert done.returncode == 0, f"npm could not install {VITE}: {done.stderr}"
-        stamp.write_text(VITE)
-    return program
+    """The program VITE."""
+    return npm_packages(pytestconfig, "vite", VITE) / "vite" / "bin" / "vite.js"
 
 
 @contextlib.contextmanager
