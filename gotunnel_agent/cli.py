@@ -15,9 +15,12 @@ import sys
 from gotunnel import __version__, spawn
 
 from .agent import Agent, CannotTrust
+from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
 from .common.process import Signals, print_answer, set_up_process, stay_on_one_cpu
 from .config import ConfigError, load
+
+log = logging.getLogger("gotunnel")
 
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of
@@ -52,13 +55,15 @@ def main(arguments=None) -> int:
     except (ConfigError, CannotTrust) as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 2
+    for line in exposures(config.secret_files):
+        log.warning("%s", line)
     signals = Signals()
     spawn("agent", signals.after, agent.run)
     if signals.wait() == 0:
         return 1  # it ended by a bug, of which the log has the traceback
-    logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
+    log.info("stopping; a second signal stops at once")
     agent.stop()
-    logging.getLogger("gotunnel").info("stopped")
+    log.info("stopped")
     return 0
 
 

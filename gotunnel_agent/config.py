@@ -18,8 +18,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from gotunnel import (
@@ -73,6 +73,8 @@ TUNNEL_KEYS = (
     *POLICY_KEYS,
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
+
+SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # or the same with _file, in a file
 
 MODES = ("http", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -166,6 +168,7 @@ class Config:
     jwt_expire_sec: int  # how long a token is valid that the agent signs, in seconds
     log_level: str  # one of LOG_LEVELS
     tunnels: tuple[Tunnel, ...]
+    secret_files: tuple[str, ...] = field(default=(), compare=False)  # read for secrets
 
     def routes(self) -> dict[str, str]:
         """Hostname to target, as the register message names them."""
@@ -199,7 +202,9 @@ def load(path: str | os.PathLike) -> Config:
     Raises ConfigError at the first thing that is wrong.
     """
     try:
-        return _config(_parse(_read_file(path)))
+        document = _parse(_read_file(path))
+        config = _config(document)
+        return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
         raise ConfigError(f"{os.fspath(path)}: {error}") from None
 
@@ -232,6 +237,15 @@ def _parse(text: str) -> object:
         raise ConfigError(str(error)) from None
     except RecursionError:
         raise ConfigError("lists or mappings too deep in each other, expected two levels") from None
+
+
+def _secret_files(path: str, document: Mapping) -> Iterator[str]:
+    """Of a document that is right: the files with secrets, itself included if it holds any."""
+    mappings = (document, *document["tunnels"])
+    if any(key in mapping for mapping in mappings for key in SECRET_KEYS):
+        yield path
+    for mapping in mappings:
+        yield from (mapping[f"{key}_file"] for key in SECRET_KEYS if f"{key}_file" in mapping)
 
 
 # --- The keys ------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from .certs.store import StoreError
 from .config import ConfigError, load
 from .gateway import Gateway
 from .net.listener import PortError
+from .secret_files import exposed
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
@@ -110,6 +111,8 @@ def run(config) -> int:
         logging.getLogger("gotunnel").warning(warning)
     signals = Signals(hang_up=True)
     gateway = Gateway(config)
+    for line in exposed(config):
+        logging.getLogger("gotunnel").warning(line)
     gateway.start()
     while signals.wait() == HANG_UP:
         gateway.reload()

@@ -11,7 +11,7 @@ handed the values it needs, by name.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gotunnel_agent.common.addresses import Network
@@ -19,7 +19,7 @@ from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
 from .agents.secret import secret_weakness
-from .variables import ConfigError, Variables, not_blank, read_env_file
+from .variables import ConfigError, Variables, chosen_env_file, not_blank, read_env_file
 from .visitors.policy import Defaults, PolicyError, hashed_entry
 
 # A transfer holds a worker until the slower end is done, so many workers wait while few compute.
@@ -86,6 +86,7 @@ class Config:
     drain_timeout: float  # may be 0
     log_level: str  # one of LOG_LEVELS
     warnings: tuple[str, ...]  # lines for the log at start
+    secret_files: tuple[str, ...] = field(compare=False)  # those that secrets were read from
 
 
 def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -94,7 +95,9 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     ``env_file`` must exist when it is given; with None, ``.env`` is read if there is one.
     Raises ConfigError at the first thing that is wrong.
     """
-    read = Variables({**read_env_file(env_file), **not_blank(environ)})
+    env_file = chosen_env_file(env_file)
+    in_file = read_env_file(env_file)
+    read = Variables({**in_file, **not_blank(environ)})
     jwt_secret, agents_file = read.secret("JWT_SECRET"), read.file_to_be("AGENTS_FILE")
     if jwt_secret is None and agents_file is None:
         raise ConfigError(
@@ -132,6 +135,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
         warnings=_secret_warnings(jwt_secret),
+        secret_files=(),
     )
     _refuse_equal_ports(
         GATEWAY_PORT=config.gateway_port,
@@ -139,7 +143,9 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         DASHBOARD_PORT=config.dashboard_port,
         HTTP_PORT=config.http_port,
     )
-    return config
+    holds_secrets = read.secrets & in_file.keys()
+    files = (*([env_file] if holds_secrets else []), *read.secret_files)
+    return replace(config, secret_files=files)
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:

@@ -55,6 +55,8 @@ class Variables:
 
     def __init__(self, values: Mapping[str, str]):
         self._values = values
+        self.secrets: set[str] = set()  # the names that secret() was asked for
+        self.secret_files: list[str] = []  # those that it has read
 
     def is_set(self, *names: str) -> bool:
         """Whether any of them is."""
@@ -75,6 +77,7 @@ class Variables:
     def secret(self, name: str) -> str | None:
         """The secret itself or what its file holds, None if both are unset."""
         file_name = f"{name}_FILE"
+        self.secrets.add(name)
         path = self.text(file_name)
         secret = self._values.get(name)
         if path is None:
@@ -83,6 +86,7 @@ class Variables:
             return secret
         if secret is not None:
             raise ConfigError(f"{name} and {file_name} are both set, expected one: unset the other")
+        self.secret_files.append(path)
         secret = _read_text(file_name, path).rstrip("\r\n")
         if not secret.strip():
             raise ConfigError(
@@ -250,13 +254,17 @@ class Variables:
         return text
 
 
+def chosen_env_file(env_file: str | None) -> str | None:
+    """The env file that is read: ``env_file``, else .env if there is one, else None."""
+    # A folder of this name is most likely somebody's virtual environment.
+    there = os.path.exists(DEFAULT_ENV_FILE) and not os.path.isdir(DEFAULT_ENV_FILE)
+    return env_file or (DEFAULT_ENV_FILE if there else None)
+
+
 def read_env_file(env_file: str | None) -> dict[str, str]:
-    """The variables in the env file that are not blank."""
+    """The variables in the env file that are not blank; none without a file."""
     if env_file is None:
-        # A folder of this name is most likely somebody's virtual environment.
-        if not os.path.exists(DEFAULT_ENV_FILE) or os.path.isdir(DEFAULT_ENV_FILE):
-            return {}
-        env_file = DEFAULT_ENV_FILE
+        return {}
     values = {}
     # dotenv_values() only logs a line that it cannot parse, and expands ${...}.
     for binding in parse_stream(io.StringIO(_read_text("env file", env_file))):

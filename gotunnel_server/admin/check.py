@@ -37,6 +37,7 @@ from ..certs.store import PROBE_BYTES, StoreError, ca_id
 from ..gateway import VISITORS_SHARE
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
+from ..secret_files import exposed
 from .certificates import one_line, ordered_rows, read_pairs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -84,6 +85,8 @@ def examine(config) -> Iterable[Finding]:
         yield from look_at_agents(config.agents_file)
     for warning in config.warnings:
         yield Finding(WARN, "configuration", warning)
+    for line in exposed(config):
+        yield Finding(WARN, "secrets", line)
     yield look_at_descriptors(config.max_connections)
     for setting, port, tls_name in (
         ("GATEWAY_PORT", config.gateway_port, config.gateway_host),

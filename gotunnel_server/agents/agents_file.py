@@ -30,6 +30,7 @@ from typing import NamedTuple
 import yaml
 
 from gotunnel_agent.common import atomic_file, strict_yaml
+from gotunnel_agent.common.exposed import exposures
 from gotunnel_agent.common.strict_yaml import BOOLEANS, YamlError, kind
 
 from . import scope
@@ -187,13 +188,6 @@ def _stamp(path):
     return _Stamp(found.st_ctime_ns, found.st_size, found.st_ino)
 
 
-def _is_open_to_all(path):
-    try:
-        return bool(os.stat(path).st_mode & stat.S_IROTH)
-    except OSError:  # it has just gone, which the next look tells
-        return False
-
-
 @contextlib.contextmanager
 def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
     """The file's text and entries, for one who changes it alone; nothing if it is not there."""
@@ -331,11 +325,7 @@ def _agents(text, path):
                 f"AGENTS_FILE {path}: the secret of {name} {weakness}: whoever guesses it can take "
                 "over its hostnames; use the output of: openssl rand -hex 32"
             )
-    warnings += [
-        f"AGENTS_FILE: everybody on this machine may read the secrets in {file}: chmod 600 {file}"
-        for file in files
-        if _is_open_to_all(file)
-    ]
+    warnings += [f"AGENTS_FILE: {line}" for line in exposures(files)]
     return Agents(entries, tuple(files), tuple(warnings))
 
 

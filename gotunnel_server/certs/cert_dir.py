@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 from cryptography import x509
 
+from gotunnel_agent.common.exposed import open_folders
 from gotunnel_agent.common.hostnames import normal_hostname
 
 from ..net import safe_read
@@ -236,6 +237,7 @@ class CertDir:
             remarks.append(f"{self._short(watch.key_file)}: every user of this machine can read"
                            f" it, expected a key for the gateway alone; chmod o-r"
                            f" {watch.key_file}")
+        remarks += open_folders([watch.key_file])
         if pair.missing_issuer:
             remarks.append(f"{self._short(file)}: the certificate of its issuer"
                            f" ({pair.missing_issuer}) is not in it; append it, or only visitors"

@@ -47,6 +47,16 @@ def open_store(folder: Path, directory_url: str) -> CertStore:
     return store
 
 
+def key_files(folder: Path) -> list[Path]:
+    """The files in ACME_CACHE that hold private keys, of all CAs, the local one, and the Go
+    program. A folder that cannot be read has none."""
+    kinds = ("*/account.json", "*/certs/*.pem", "*/*.key")
+    with contextlib.suppress(OSError):
+        left_by_go = [file for file in folder.iterdir() if "." in file.name or "+" in file.name]
+        return sorted([*left_by_go, *(file for kind in kinds for file in folder.glob(kind))])
+    return []
+
+
 class _Folders:
     """The folders under a root, which are made as they are needed."""
 

@@ -20,6 +20,7 @@ from operators import APP, URL, config_of, ordering, put_pair, run, tree
 from support import (
     GATEWAY_HOST,
     ROOT,
+    SECRET,
     TIMEOUT,
     TUNNEL_HOST,
     gateway_environment,
@@ -118,6 +119,26 @@ def test_check_looks_at_the_dashboard_where_it_will_be(tmp_path):
     assert found["dashboard"].level == WARN and "203.0.113.1" in found["dashboard"].text
     config = config_of(tmp_path, DASHBOARD_PORT="0")
     assert "dashboard" not in {finding.subject for finding in check.examine(config)}
+
+
+def test_check_names_secrets_that_everybody_can_read(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+    secret.chmod(0o644)
+    config = config_of(tmp_path, JWT_SECRET="", JWT_SECRET_FILE=str(secret))
+    key = tmp_path / "local" / "ca.key"
+    key.parent.mkdir(mode=0o700)
+    key.write_text("no key")
+    key.chmod(0o644)
+    lines = [finding for finding in check.examine(config) if finding.subject == "secrets"]
+    assert levels(lines) == [WARN, WARN]
+    assert [finding.text.split(" has mode 0644: everybody")[0] for finding in lines] == [
+        str(secret), str(key)
+    ]  # fmt: skip
+    assert SECRET not in str(lines)
+    secret.chmod(0o600)
+    key.chmod(0o600)
+    assert "secrets" not in {finding.subject for finding in check.examine(config)}
 
 
 # Names

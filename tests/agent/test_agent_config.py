@@ -533,6 +533,26 @@ def test_passwords_may_stand_in_a_file():
     assert [entry.partition(":")[0] for entry in entries] == ["me", "you"]
 
 
+@pytest.mark.parametrize(
+    ("credential", "keys", "files"),
+    [
+        (f"jwt_secret: {SECRET}", {}, ["agent.yaml"]),
+        (f"token: {SECRET}", {}, ["agent.yaml"]),
+        ("jwt_secret_file: secret", {}, ["secret"]),
+        ("token_file: secret", {}, ["secret"]),
+        ("token_file: secret", {"basic_auth": f"'me:{SECRET}'"}, ["agent.yaml", "secret"]),
+        ("token_file: secret", {"basic_auth_file": "users"}, ["secret", "users"]),
+    ],
+)
+def test_it_knows_the_files_that_it_read_secrets_from(credential, keys, files):
+    Path("secret").write_text(SECRET)
+    Path("users").write_text(f"me:{SECRET}")
+    text = with_policy(**keys)
+    assert CREDENTIAL in text
+    config = loaded(text.replace(CREDENTIAL, f"{credential}\n"))
+    assert list(config.secret_files) == files
+
+
 @pytest.mark.parametrize("key", ["basic_auth", "basic_auth_file"])
 def test_password_in_tcp_mode_is_refused(key):
     message = refusal(with_policy(mode="tcp", **{key: f"me:{SECRET}"}))

@@ -655,6 +655,14 @@ def test_key_that_everybody_can_read_is_warned_about_once(cert_dir, caplog):
     assert len(warnings(caplog)) == 2
 
 
+def test_folder_of_a_key_that_everybody_can_write_is_warned_about(cert_dir, caplog):
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    cert_dir.chmod(0o777)
+    Certificates(cert_dir, None).reload()
+    [line] = warnings(caplog)
+    assert line.startswith(f"CERT_DIR: {cert_dir} has mode 0777: everybody on this machine may put")
+
+
 def test_password_of_a_key_is_never_asked_for(cert_dir, monkeypatch):
     """OpenSSL asks on the terminal if it is left to itself, and the gateway would stand still."""
     leaf = make("a.test", encryption=serialization.BestAvailableEncryption(b"secret"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gotunnel_agent.common.passwords import Hash
+from gotunnel_server import secret_files
 from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
 from gotunnel_server.visitors import policy
@@ -91,6 +92,7 @@ def test_defaults():
         drain_timeout=15,
         log_level="info",
         warnings=(),
+        secret_files=(),
     )
 
 
@@ -542,6 +544,45 @@ def test_default_policy_that_cannot_be_followed_is_refused(name, text, sentence)
     assert sentence in message
 
 
+# --- Files with secrets -------------------------------------------------------------------------
+
+
+def test_it_knows_the_files_that_it_read_secrets_from(tmp_path):
+    env_file, secret, users = tmp_path / "env", tmp_path / "secret", tmp_path / "users"
+    env_file.write_text(f"TUNNEL_PORT=1\nDEFAULT_BASIC_AUTH_FILE={users}\n")
+    users.write_text(f"me:{PASSWORD}\n")
+    secret.write_text(SECRET)
+    environ = {**MINIMAL, "JWT_SECRET": "", "JWT_SECRET_FILE": str(secret)}
+    assert sorted(load(str(env_file), environ).secret_files) == [str(secret), str(users)]
+    # In the env file itself, also one that the environment has otherwise.
+    env_file.write_text(f"JWT_SECRET={SECRET}\n")
+    assert load(str(env_file), MINIMAL).secret_files == (str(env_file),)
+    Path(".env").write_text(f"DASHBOARD_PASSWORD={PASSWORD}\n")
+    assert config().secret_files == (".env",)
+
+
+def test_files_of_a_cache_that_hold_keys_are_known(tmp_path):
+    keys = ["gw.test", "gw.test+rsa", "acme_account+key", "local/ca.key", "local/gw.test.key",
+            "ca/account.json", "ca/certs/gw.test.pem"]  # fmt: skip
+    others = ["ca/certs/gw.test.json", "local/ca.crt", "ca/locks/gw.test", "ca/pause.json"]
+    for name in (*keys, *others):
+        file = tmp_path / "cache" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(SECRET)
+        file.chmod(0o644)
+    loaded = config(ACME_CACHE=str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(secret_files, "MOST_LINES", len(keys))
+        lines = secret_files.exposed(loaded)
+        assert {line.split(" has ")[0] for line in lines} == {
+            str(tmp_path / "cache" / name) for name in keys
+        }
+        patch.setattr(secret_files, "MOST_LINES", 2)
+        *two, last = secret_files.exposed(loaded)
+        assert len(two) == 2 and last == f"ACME_CACHE {tmp_path}/cache: 5 more like these"
+    assert secret_files.exposed(config(ACME_CACHE=str(tmp_path / "none"))) == []
+
+
 # --- The dashboard's password -------------------------------------------------------------------
 
 
@@ -592,6 +633,6 @@ def test_example_explains_every_variable():
     fields = {field.name.upper() for field in dataclasses.fields(config())}
     acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV"}
     policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
-    fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS"}
+    fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS", "SECRET_FILES"}
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
     assert shown == fields | {"JWT_SECRET_FILE", "DASHBOARD_PASSWORD_FILE"}

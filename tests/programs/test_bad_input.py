@@ -12,7 +12,7 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
-from support import APP, ROOT, SECRET, TIMEOUT, agent_yaml, gateway_environment, need
+from support import APP, ROOT, SECRET, TIMEOUT, agent_yaml, gateway_environment, need, running
 
 WRONG_CONFIGURATION = 2
 NO_PORT = 1
@@ -71,6 +71,19 @@ def test_gateway_names_the_variable_that_is_wrong(cache, tmp_path, changes, word
 def test_gateway_names_an_env_file_that_is_missing(cache, tmp_path):
     line = refusal_of_gateway(cache, tmp_path, "--env-file", "nowhere.env")
     assert "'nowhere.env'" in line and "No such file" in line
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_gateway_warns_of_secrets_that_everybody_can_read(cache, tmp_path, mode):
+    path = tmp_path / ".env"
+    environment = gateway_environment(cache)
+    path.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
+    path.chmod(mode)
+    with running(sys.executable, str(ROOT / "gotunnel_server"), cwd=tmp_path) as gateway:
+        gateway.wait_for(" is ready$")
+        warnings = [line for line in gateway.lines if "everybody on this machine may read" in line]
+    assert len(warnings) == (mode == 0o644)
+    assert not warnings or ".env has mode 0644" in warnings[0]
 
 
 def test_gateway_names_the_line_of_an_env_file(cache, tmp_path):
@@ -148,6 +161,20 @@ def test_agent_names_a_file_that_is_missing(tmp_path, arguments):
     status, lines = run("gotunnel_agent", tmp_path, *arguments)
     assert (status, len(lines)) == (WRONG_CONFIGURATION, 1), lines
     assert "No such file" in lines[0] and (arguments or ("", "config.yaml"))[1] in lines[0]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_agent_warns_of_secrets_that_everybody_can_read(tmp_path, mode):
+    path = tmp_path / "agent.yaml"
+    nowhere = SimpleNamespace(tunnel_port=9, ca_file=None)
+    path.write_text(agent_yaml(nowhere, {APP: 8000}, {}, {"ca_file": None}))
+    path.chmod(mode)
+    command = (sys.executable, str(ROOT / "gotunnel_agent"), "-c", str(path))
+    with running(*command, cwd=tmp_path) as agent:
+        agent.wait_for("next try|again|refused")
+        warnings = [line for line in agent.lines if "everybody on this machine may read" in line]
+    assert len(warnings) == (mode == 0o644)
+    assert not warnings or f"WARNING {path} has mode 0644" in warnings[0].replace("  ", " ")
 
 
 def test_agent_names_a_ca_file_without_certificates(tmp_path):
