@@ -692,6 +692,11 @@ class Mux:
         self._replies.append(Header(GO_AWAY, 0, 0, code).encode())
 
     @property
+    def ids_left(self) -> int:
+        """Streams that open() can still open."""
+        return max(0, (LAST_ID - self._next_id) // 2 + 1)
+
+    @property
     def open_streams(self) -> int:
         """Streams that are not over yet, of both sides."""
         return len(self._flows)
@@ -820,6 +825,7 @@ POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors
 WILDCARDS = "wildcards"  # feature: the gateway knows hostnames such as *.dev.example.com
 REASONS = "reasons"  # feature: the agent wants to hear why the gateway ends its session
 REPLACED = "replaced"  # such a reason: another session has taken over
+MOVE = "move"  # ... the agent is to come anew; until it has, this session serves, and visits go on
 
 
 class Register(NamedTuple):
@@ -870,8 +876,8 @@ class Certificate(NamedTuple):
 
 
 class End(NamedTuple):
-    """Gateway to agent: the session ends now (feature REASONS). ``code`` is REPLACED, or another
-    word for programs; ``reason`` is for people."""
+    """Gateway to agent: the session ends now, or is to be replaced by the agent (feature REASONS).
+    ``code`` is REPLACED, MOVE, or another word for programs; ``reason`` is for people."""
 
     code: str
     reason: str
@@ -2063,6 +2069,11 @@ class Session:
         held: copy() of a dict and of a set is one step, also on a Python without a GIL."""
         streams = (*self._streams.known.copy().values(), *self._streams.over.copy())
         return [stream for stream in streams if not stream._discarding]
+
+    @property
+    def ids_left(self) -> int:
+        """Streams that open() can still open in this session."""
+        return self._mux.ids_left
 
     @property
     def arrived(self) -> bool:

@@ -3,13 +3,17 @@
 Threads, besides the session's demultiplexer (see gotunnel.py):
 
     thread     how many              does                                   ends when
-    agent      1                     the life above; answers pings          stop()
+    agent      1                     the life above                         stop()
+    control    1 a session           answers pings                          the session ends
     accept     1 a session           hands each new data stream a worker    the session ends
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
 
 All are daemons: none keeps a process alive that has stopped.
+
+There is one session, unless the gateway asks for another one (GO_AWAY, or End with MOVE): then the
+agent dials anew. The old session serves on until the new one does, and ends with its visits.
 """
 
 import contextlib
@@ -29,6 +33,7 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     MAX_STREAMS,
+    MOVE,
     REASONS,
     REPLACED,
     START_WINDOW,
@@ -70,6 +75,12 @@ REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to chan
 UNKNOWN_CA = (18, 19, 20, 21)
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
+# Seconds after a GO_AWAY in which the session ends, if that was what it meant: Session.close() and
+# Go's gateway say it first, too.
+GO_AWAY_LOOK = 1
+OLD_LOOK = 1  # seconds between looks whether an old session has no visit any more
+OLD_SESSION = 24 * 3600  # seconds that it may last: a visit may last for ever, a line costs little
+OLD_SESSIONS = 4  # at a time; of more, the oldest ends with its visits
 HELD = 10  # seconds after which a session counts as one that worked
 
 
@@ -93,6 +104,21 @@ class Ended(Exception):
         self.code = end.code
 
 
+class Service:
+    """One session, and what becomes of it. The agent's lock guards ``outcome`` and ``asked``."""
+
+    def __init__(self, session):
+        self.session = session
+        self.control = None  # its control stream
+        self.asked = False  # the gateway wants another session
+        self.outcome = None  # the exception that says why it is over; None: it is not
+        self.since = math.inf  # monotonic, of its ack
+        self.ends_at = math.inf  # monotonic, once another one has taken its place
+
+    def has_visits(self) -> bool:
+        return any(stream is not self.control for stream in self.session.streams_in_use())
+
+
 class Agent:
     """Keeps one gateway served until stop() is called. run() is the agent's thread."""
 
@@ -112,9 +138,9 @@ class Agent:
         }
         self._stopping = threading.Event()
         self._instance = new_instance()
-        self._served_since = math.inf  # monotonic, of the session's ack; the agent's thread only
-        self._lock = threading.Condition()  # guards what follows; notified when _running falls
-        self._session = None  # the latest
+        self._lock = threading.Condition()  # guards what follows; notified when any of it changes
+        self._service = None  # the latest
+        self._old = []  # earlier ones that are not over yet
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
 
@@ -131,15 +157,22 @@ class Agent:
         the visits and LAST_WORDS for the session's last frames."""
         self._stopping.set()
         with self._lock:
-            session = self._session
-        if session is None:  # one that is being dialled ends when run() has it
-            return
-        session.leave()
+            self._lock.notify_all()
+            services = [*self._old, self._service]
+        # One that is being dialled ends when run() has it.
+        sessions = [service.session for service in services if service is not None]
+        for session in sessions:
+            session.leave()
         with self._lock:
-            self._lock.wait_for(lambda: not self._running or session.ended, DRAIN_TIMEOUT)
-        session.close("the agent stops")
+            self._lock.wait_for(
+                lambda: not self._running or all(session.ended for session in sessions),
+                DRAIN_TIMEOUT,
+            )
+        for session in sessions:
+            session.close("the agent stops")
         self._targets.reset()
-        session.join(LAST_WORDS)
+        for session in sessions:
+            session.join(LAST_WORDS)
 
     @property
     def _address(self):
@@ -150,11 +183,15 @@ class Agent:
     def _serve_sessions(self, workers):
         failures = 0
         while not self._stopping.is_set():
-            self._served_since = math.inf
             least, most = 0, MAX_DELAY
+            service = None
             try:
-                self._serve_session(workers)
+                service = self._begin(workers)
+                self._serve(service)
+                problem = "the gateway asks for a new session, and ends this one with its visits"
             except Refused as error:
+                if str(error).startswith(TAKEN) and self._await_old():
+                    continue
                 problem = f"the gateway refused: {on_one_line(str(error))}"
                 least = REFUSED_DELAY
                 if str(error).startswith(TAKEN):
@@ -177,43 +214,132 @@ class Agent:
                 problem = f"it does not speak our protocol: {error}"
             if self._stopping.is_set():
                 break
-            failures = 1 if monotonic() - self._served_since >= HELD else failures + 1
+            held = service is not None and monotonic() - service.since >= HELD
+            if held and service.outcome is None:
+                log.info("%s: %s", self._address, problem)
+                failures = 0
+                continue
+            failures = 1 if held else failures + 1
             delay = retry_delay(failures, least, most)
             log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
             self._stopping.wait(delay)
 
     # One session
 
-    def _serve_session(self, workers):
-        """Dial, register, and answer pings until the session is over."""
-        session = self._dial()
+    def _begin(self, workers) -> Service:
+        """Dial and register; the new session is in the place of the one before."""
+        service = Service(self._dial())
+        session = service.session
+        session.on_leave = lambda: self._ask(service)
         with self._lock:
-            self._session = session
+            before, self._service = self._service, service
+            if before is not None and before.outcome is None:
+                self._old.append(before)
         try:
             if self._stopping.is_set():  # and stop() may have looked for the session too early
-                return
+                raise SessionClosed("the agent stops")
             session.start()
-            control = session.open(encode_message(self._registration()))
-            messages = _messages(control)
+            service.control = session.open(encode_message(self._registration()))
+            messages = _messages(service.control)
             self._take_answer(_expect_ack(next(messages)))
-            self._served_since = monotonic()
+            service.since = monotonic()
             served = [name for name, route in self._routes.items() if not route.problem]
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)
+            spawn("control", self._hear, service, messages)
+        except BaseException as error:
+            self._end(service, error)
+            raise
+        self._retire_old()
+        return service
+
+    def _serve(self, service):
+        """Wait until a session is over, and raise why; or return, as the gateway wants another."""
+        with self._lock:
+            self._lock.wait_for(
+                lambda: service.asked or service.outcome is not None or self._stopping.is_set()
+            )
+            if service.asked:
+                self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
+        if self._stopping.is_set():  # stop() ends it when its visits are done
+            with self._lock:
+                self._lock.wait_for(lambda: service.outcome is not None)
+        if service.outcome is not None:
+            service.session.join(LAST_WORDS)
+            raise service.outcome
+
+    def _ask(self, service):
+        """The gateway wants another session. Any thread; waits for nothing."""
+        with self._lock:
+            service.asked = True
+            self._lock.notify_all()
+
+    def _hear(self, service, messages):
+        """Answer pings until the session is over."""
+        outcome = SessionClosed("the gateway ended the session")
+        try:
             certificates = {}
             for message in messages:
                 if isinstance(message, Certificate):
                     self._log_certificate(message, certificates)
-                    continue
-                if isinstance(message, End):
+                elif isinstance(message, End) and message.code == MOVE:
+                    self._ask(service)
+                elif isinstance(message, End):
                     raise Ended(message)
-                if not isinstance(message, Ping):
+                elif isinstance(message, Ping):
+                    with contextlib.suppress(ConnectionError):  # what has come may still say why
+                        pong = encode_message(Pong(int(time() * 1000)))
+                        service.control.write(pong, timeout=SILENCE_TIMEOUT)
+                else:
                     raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
-                with contextlib.suppress(ConnectionError):  # what has come may still say why
-                    control.write(encode_message(Pong(int(time() * 1000))), timeout=SILENCE_TIMEOUT)
+        except (OSError, ProtocolError, Ended) as error:
+            outcome = error
         finally:
-            session.close("the agent ends the session")
-            session.join(LAST_WORDS)
+            self._end(service, outcome)
+
+    def _end(self, service, outcome):
+        """End a session, and say why it is over."""
+        with self._lock:
+            service.outcome = outcome
+            self._lock.notify_all()
+        service.session.close("the agent ends the session")
+        service.session.join(LAST_WORDS)
+        with self._lock:
+            if service in self._old:
+                self._old.remove(service)
+                log.debug("%s: an old session is over: %s", self._address, outcome)
+            self._lock.notify_all()
+
+    # Sessions whose place another one takes
+
+    def _retire_old(self):
+        """End the earlier sessions when their visits are done."""
+        now = monotonic()
+        with self._lock:
+            old = list(self._old)
+        for service in old[:-OLD_SESSIONS]:
+            service.session.close("there are too many old sessions")
+        for service in old:
+            if service.ends_at == math.inf:
+                service.ends_at = now + OLD_SESSION
+                service.session.call_later(OLD_LOOK, lambda service=service: self._look(service))
+
+    def _look(self, service):
+        """Demultiplexer of an old session: waits for nothing."""
+        if service.has_visits() and monotonic() < service.ends_at:
+            service.session.call_later(OLD_LOOK, lambda: self._look(service))
+        else:
+            service.session.close("another session has taken its place")
+
+    def _await_old(self) -> bool:
+        """The gateway has refused what an old session of ours still serves: wait for its end. False
+        if there is none."""
+        with self._lock:
+            if not self._old:
+                return False
+            log.info("%s: the old session is served until it ends", self._address)
+            self._lock.wait_for(lambda: not self._old or self._stopping.is_set())
+        return True
 
     def _dial(self):
         host, port = self._config.tunnel_host, self._config.tunnel_port

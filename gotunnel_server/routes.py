@@ -57,8 +57,9 @@ class Registry:
         # changed once it stands here, so that readers need no lock, and see both of one state.
         self._table = ({}, False)
 
-    def claim(self, routes, permit=lambda routes: None):
-        """Take every hostname of ``routes`` (hostname to Route), or none of them.
+    def claim(self, routes, permit=lambda routes: None, instead_of=()):
+        """Take every hostname of ``routes`` (hostname to Route), or none of them; those of the
+        tunnels ``instead_of`` are free to take.
 
         ``permit(routes)`` is called with all that there would be then, and may raise. Raises
         HostnameTaken, naming those that are reserved, or else those that are served.
@@ -67,7 +68,10 @@ class Registry:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
                 names = ", ".join(own)
                 raise HostnameTaken(f"not allowed: {names}: reserved for the gateway itself")
-            held, _ = self._table
+            held = {
+                hostname: route for hostname, route in self._table[0].items()
+                if route.tunnel not in instead_of
+            } if instead_of else self._table[0]  # fmt: skip
             if taken := [hostname for hostname in routes if hostname in held]:
                 tunnels = {held[hostname].tunnel for hostname in taken}
                 raise HostnameTaken(f"host already registered: {', '.join(taken)}", tunnels)

@@ -4,7 +4,8 @@ A hostname belongs to one session at a time, and is free as soon as that session
 is too late: the agent's link was cut, and to the gateway the old session is only silent. So a claim
 to the hostname makes the gateway find out:
 
-    same credential, same instance    the agent itself has come back: the old session ends at once
+    same credential, same instance    the agent itself has come back: the old session ends at once;
+                                      if the gateway has asked for it, its visits go on
     any other agent                   the old session's agent is asked, and has ANSWER_TIMEOUT to
                                       show that it lives: then it keeps the hostname, else it is
                                       replaced
@@ -52,6 +53,11 @@ class Claim:
                     self._asked[holder] = holder.ask()
                 elif holder.has_answered(self._asked[holder]):
                     raise
+            if not others and all(holder.moving for holder in taken.tunnels):
+                self._registry.claim(self._routes, self._permit, instead_of=taken.tunnels)
+                for holder in taken.tunnels:
+                    holder.step_aside()
+                return True
             if not others:  # all or none: where others stay, we need not end what may still serve
                 replaced = taken.tunnels - self._replaced
                 self._replaced |= replaced

@@ -21,6 +21,7 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     HOST_HEADER,
+    MOVE,
     NORMAL,
     POLICIES,
     PORTS,
@@ -51,6 +52,11 @@ FEATURES = frozenset({  # extensions that we know
 LAST_WORD = 0.2
 REVOKED = "revoked"  # why a session ends: what its credential permits has changed
 OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
+# Stream ids that a session has left when its agent is asked for another one: at 20,000 visits a
+# second it has a quarter of an hour to come. Then those that are left when one that cannot be asked
+# ends, though it has visits: else it would end without an id for the next one.
+ID_RESERVE, LAST_IDS = 1 << 24, 1 << 17
+USED_UP = "its stream ids are used up"
 KEPT_LOOK = 5  # seconds between looks for kept streams that have become too old
 
 _NOTHING = contextlib.nullcontext()
@@ -138,6 +144,7 @@ class Tunnel:
         self.routes = {}  # hostname: Route, that are served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
         self.gone = threading.Event()  # it holds no hostname any more, and never will
+        self.moving = False  # the agent was asked for another session; never False again
         self.failed = Tally()  # route's hostname: visits in tcp mode whose target was not reached
         self._stage = Stage.CLAIMING
         self._parting = None  # the End, once the session has to go
@@ -249,7 +256,22 @@ class Tunnel:
         """Demultiplexer: a kept stream holds a connection to its target."""
         self._kept.close_old()
         self._own.close_old()
+        self._look_at_ids()
         self._session.call_later(KEPT_LOOK, self._close_old)
+
+    def _look_at_ids(self):
+        """Have the agent come anew before the session has no id for another stream."""
+        left = self._session.ids_left
+        if left > ID_RESERVE or self.stage is not Stage.SERVING:
+            return
+        if REASONS in self.features and left and not self.moving:
+            log.info("%s is asked for a new session, as %s", self, USED_UP)
+            self.moving = True
+            self._control.tell_end(End(MOVE, USED_UP))
+        elif not left or REASONS not in self.features and (
+            left <= LAST_IDS or not self.usage().visits
+        ):
+            self.end(USED_UP)  # the agent comes back by itself
 
     # Another agent wants one of its hostnames
 
@@ -289,10 +311,18 @@ class Tunnel:
         """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
         runs goes on."""
         with self._lock:
-            if self._parting:
+            if self._parting or self._stage is Stage.LEAVING:
                 return  # it goes because it was told to: _ended() says why
+        self._stop_serving("leaves")
+
+    def step_aside(self):
+        """A new session of the agent's has taken the hostnames; what runs goes on. Any thread."""
+        self._stop_serving("serves by a new session, and ends this one")
+
+    def _stop_serving(self, how):
+        with self._lock:
             self._enter(Stage.LEAVING)
-        log.info("%s leaves, with %s", self, ", ".join(self.routes))
+        log.info("%s %s, with %s", self, how, ", ".join(self.routes))
         self._give_back()
         with self._lock:
             self.routes = {}

@@ -34,11 +34,13 @@ from support import (
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
+    MOVE,
     PORTS,
     REASONS,
     Ack,
     Certificate,
     Duplex,
+    End,
     MessageReader,
     Ping,
     Pong,
@@ -238,6 +240,129 @@ def test_a_flood_of_messages_that_nobody_knows_ends_the_session(gateway, agent, 
     gateway.control.write(b'{"type":"hello"}\n' * 2000)
     wait_until(lambda: gateway.session.ended)
     gateway.meet()
+
+
+@pytest.fixture(params=["GO_AWAY", "End"])
+def ask_for_another(request, gateway, monkeypatch):
+    """How the gateway asks for another session."""
+    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.1)
+    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
+
+    def ask():
+        if request.param == "End":
+            gateway.control.write(encode_message(End(MOVE, "for a test")))
+        else:
+            gateway.session.leave()
+
+    return ask
+
+
+def test_an_agent_that_is_asked_for_another_session_comes_and_its_visits_go_on(
+    gateway, tmp_path, origin, impatient, ask_for_another
+):
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
+        before = gateway.meet()
+        stream = gateway.open(RAW)
+        with origin.accept() as target:
+            ask_for_another()
+            old = gateway.session
+            assert gateway.meet().instance == before.instance
+            stream.write(b"question")
+            assert target.read_exactly(8) == b"question"
+            target.send(b"answer")
+            assert stream.read_exactly(6, TIMEOUT) == b"answer"
+            new = gateway.open(RAW)
+            with origin.accept() as second:
+                second.send(b"hello")
+                assert new.read_exactly(5, TIMEOUT) == b"hello"
+                assert not old.ended
+                stream.close()
+                target.close()
+                wait_until(lambda: old.ended)
+                second.send(b"again")
+                assert new.read_exactly(5, TIMEOUT) == b"again"
+                assert not gateway.session.ended
+        gateway.hang_up()
+
+
+def test_a_gateway_that_takes_no_other_session_keeps_the_old_one(
+    gateway, tmp_path, origin, impatient, ask_for_another
+):
+    """As a Go gateway, for which the old one has the hostname."""
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
+        gateway.meet()
+        ask_for_another()
+        old, control = gateway.session, gateway.control
+        gateway.meet(Ack(False, f"{agent_module.TAKEN}: {RAW}"))
+        gateway.hang_up()
+        stream = old.open(encode_data_header(RAW)) if not old._mux.we_left else None
+        if stream is not None:
+            with origin.accept() as target:
+                target.send(b"hello")
+                assert stream.read_exactly(5, TIMEOUT) == b"hello"
+                stream.close()
+        control.write(encode_message(Ping(1)))
+        assert b"pong" in control.read(timeout=TIMEOUT)
+        old.close()
+        old.join()
+        gateway.meet()
+        gateway.hang_up()
+
+
+def test_an_old_session_does_not_last_for_ever(
+    gateway, tmp_path, origin, impatient, ask_for_another, monkeypatch
+):
+    monkeypatch.setattr(agent_module, "OLD_SESSION", 0.3)
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
+        gateway.meet()
+        stream = gateway.open(RAW)
+        with origin.accept():
+            ask_for_another()
+            old = gateway.session
+            gateway.meet()
+            wait_until(lambda: old.ended)
+            with pytest.raises(OSError):
+                stream.read(timeout=TIMEOUT)
+        gateway.hang_up()
+
+
+def test_old_sessions_are_few(gateway, tmp_path, origin, impatient, monkeypatch):
+    monkeypatch.setattr(agent_module, "OLD_SESSIONS", 2)
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
+        old = []
+        for _ in range(5):
+            gateway.meet()
+            old.append((gateway.session, gateway.open(RAW)))
+            origin.accept()
+            gateway.control.write(encode_message(End(MOVE, "for a test")))
+        gateway.meet()
+        wait_until(lambda: [bool(session.ended) for session, _ in old] == [1, 1, 1, 0, 0])
+        gateway.hang_up()
+        for session, _ in old:
+            session.close()
+            session.join()
+
+
+def test_stop_ends_old_sessions_too_when_their_visits_are_done(
+    gateway, tmp_path, origin, impatient, ask_for_another
+):
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}) as agent:
+        gateway.meet()
+        stream = gateway.open(RAW)
+        with origin.accept() as target:
+            ask_for_another()
+            old = gateway.session
+            gateway.meet()
+            wait_until(lambda: agent._old)
+            stopping = threading.Thread(target=agent.stop)
+            stopping.start()
+            target.send(b"last words")
+            assert stream.read_exactly(10, TIMEOUT) == b"last words"
+            assert not old.ended
+            target.close()
+            stream.close()
+        stopping.join(TIMEOUT)
+        wait_until(lambda: old.ended and gateway.session.ended)
 
 
 @pytest.mark.parametrize("name", [APP, "APP.localhost", f"{APP}:8443", f"{APP}."])
@@ -641,6 +766,6 @@ def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
         error.verify_code, error.verify_message = 10, "certificate has expired"
         raise error
 
-    monkeypatch.setattr(agent_module.Agent, "_serve_session", refuse)
+    monkeypatch.setattr(agent_module.Agent, "_begin", refuse)
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         wait_until(lambda: "to be trusted: certificate has expired; next try in" in caplog.text)

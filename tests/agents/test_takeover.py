@@ -16,9 +16,11 @@ from hand_made import HOUR, HandMade, answering, registered, registration, reply
 from raw_peer import open_files, resident
 from support import (
     APP,
+    RAW,
     ROOT,
     SECRET,
     TIMEOUT,
+    Origin,
     agent_here,
     agent_process,
     answer,
@@ -30,7 +32,9 @@ from support import (
     wait_until,
 )
 
+import gotunnel
 from gotunnel import (
+    MOVE,
     REASONS,
     REPLACED,
     Ack,
@@ -486,6 +490,7 @@ class Holder:
         identity = types.SimpleNamespace(credential="one")
         self.agent = Agent(("192.0.2.1", 1), identity, instance)
         self.gone = threading.Event()
+        self.moving = False
         self.replaced = []
 
     def ask(self):
@@ -529,3 +534,111 @@ def test_who_comes_back_has_its_hostname_at_the_first_attempt():
     holder.replace = lambda reason: (registry.release(holder), holder.gone.set())
     registry.claim({APP: Route(APP, "http", holder)})
     assert claim_to_app(registry, Holder(SAME)).attempt() is True
+
+
+# A session that the gateway wants another one for -----------------------------------------------
+
+
+@pytest.fixture
+def few_ids(monkeypatch):
+    """A session has ids for 400 streams, and its agent is asked when 200 are left."""
+    monkeypatch.setattr(gotunnel, "LAST_ID", 800)
+    monkeypatch.setattr(tunnel, "ID_RESERVE", 200)
+    monkeypatch.setattr(tunnel, "LAST_IDS", 50)
+    monkeypatch.setattr(tunnel, "KEPT_LOOK", 0.02)
+    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.01)
+    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.05)
+    monkeypatch.setattr(agent_module, "HELD", 0)
+
+
+def sessions_of(gateway):
+    return {tunnel._session for tunnel in gateway.inner.tunnels._all()}
+
+
+def use_up_streams(gateway, count):
+    """Each visit takes one."""
+    for _ in range(count):
+        with gateway.dial(APP) as visitor:
+            visitor.send(request())
+            assert visitor.read_message()[1] == b"page"
+
+
+def test_visitors_do_not_notice_that_the_ids_of_a_session_are_used_up(
+    gateway, tmp_path, origin, site, few_ids
+):
+    """Nor does a visit that runs meanwhile."""
+    with Origin() as echo, agent_here(gateway, tmp_path, {APP: site}, {RAW: echo.port}):
+        (first,) = sessions_of(gateway)
+        with gateway.dial(RAW) as visitor, echo.accept() as target:
+            for number in range(900):
+                use_up_streams(gateway, 1)
+                if number % 100 == 0:
+                    visitor.send(b"?")
+                    assert target.read_exactly(1) == b"?"
+                    target.send(b"!")
+                    assert visitor.read_exactly(1) == b"!"
+            assert not first.ended and len(sessions_of(gateway)) > 1
+        wait_until(lambda: first.ended)
+        wait_until(lambda: len(sessions_of(gateway)) == 1)
+
+
+def test_an_agent_that_does_not_come_when_it_is_asked_ends_in_the_end(
+    gateway, origin, site, few_ids
+):
+    with registered(gateway, APP, features=(REASONS,)) as agent:
+        for _ in range(210):
+            gateway.inner._registry.lookup(APP).tunnel._session.open(b"x").reset()
+        said = agent.hear()
+        assert isinstance(said, End) and said.code == MOVE
+        with contextlib.suppress(SessionClosed):
+            while True:
+                gateway.inner._registry.lookup(APP).tunnel._session.open(b"x").reset()
+        wait_until(lambda: agent.session.ended)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["without a visit", "with a visit"])
+def test_an_agent_that_cannot_be_asked_ends_before_the_ids_do(gateway, few_ids, busy):
+    with registered(gateway, APP) as agent:
+        session = gateway.inner._registry.lookup(APP).tunnel._session
+        visit = session.open(b"x")
+        for _ in range(210):
+            session.open(b"x").reset()
+        assert not agent.session.ended
+        if not busy:
+            visit.reset()
+        else:
+            time.sleep(3 * tunnel.KEPT_LOOK)  # a visit is not cut while there are ids
+            assert not session.ended
+            for _ in range(150):
+                session.open(b"x").reset()
+        wait_until(lambda: agent.session.ended)
+
+
+def test_hostnames_pass_to_a_session_that_was_asked_for_without_a_gap():
+    registry, holder = Registry(), Holder(SAME)
+    holder.moving, holder.step_aside = True, lambda: registry.release(holder)
+    registry.claim({APP: Route(APP, "http", holder), OTHER: Route(OTHER, "http", holder)})
+    new = Holder(SAME)
+    assert claim_to_app(registry, new).attempt()
+    assert registry.lookup(APP).tunnel is new and registry.lookup(OTHER) is None
+    assert not holder.replaced
+
+
+def test_a_session_that_moves_is_no_prey_of_others():
+    registry, holder = Registry(), Holder(SAME)
+    holder.moving = True
+    registry.claim({APP: Route(APP, "http", holder)})
+    assert not claim_to_app(registry, Holder("another")).attempt()
+    assert registry.lookup(APP).tunnel is holder
+
+
+@pytest.mark.slow
+def test_a_go_agent_comes_back_when_the_ids_of_its_session_are_used_up(
+    gopeer, gateway, origin, site, few_ids
+):
+    with go_agent(gopeer, gateway, http={APP: site}):
+        (first,) = sessions_of(gateway)
+        use_up_streams(gateway, 210)
+        wait_until(lambda: first.ended)
+        gateway.wait_for_routes(APP)
+        use_up_streams(gateway, 10)
