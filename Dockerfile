@@ -4,7 +4,8 @@
 #     docker run -p 80:80 -p 443:443 -p 9443:9443 --env-file .env -v gotunnel:/var/lib/gotunnel gotunnel
 #
 # It drains for DRAIN_TIMEOUT seconds when it is stopped, 15 by default, of which Docker grants 10:
-# `docker stop -t 20`. The agent is in the image as well: `--entrypoint gotunnel-agent`.
+# `docker stop -t 20`. The agent is in the image as well: `--entrypoint gotunnel-agent`; it takes less
+# than ten.
 
 FROM python:3.13-slim
 

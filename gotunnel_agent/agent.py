@@ -21,7 +21,6 @@ import logging
 import math
 import random
 import secrets
-import socket
 import ssl
 import threading
 import warnings
@@ -39,6 +38,7 @@ from gotunnel import (
     START_WINDOW,
     Ack,
     Certificate,
+    Deadline,
     Duplex,
     End,
     MessageReader,
@@ -48,6 +48,7 @@ from gotunnel import (
     Register,
     Session,
     SessionClosed,
+    Waker,
     encode_message,
     spawn,
 )
@@ -55,6 +56,7 @@ from gotunnel import (
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line
 from .common.process import Stopped, Workers
+from .connect import GivenUp, addresses_of, connect
 from .target import Route, Targets, serve
 from .trust import client_context
 
@@ -63,8 +65,11 @@ log = logging.getLogger("gotunnel.agent")
 DIAL_TIMEOUT = 10  # seconds, for the connection and again for the TLS handshake
 ACK_TIMEOUT = 30  # seconds; a gateway may have to make certificates before it says yes
 SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: the line is dead
-DRAIN_TIMEOUT = 10  # seconds that running visits have when the agent is told to stop
-LAST_WORDS = 5  # ... and that threads have afterwards; a session that closes takes 3 at most
+# Seconds that running visits have when the agent is told to stop, and that threads have afterwards.
+# Together with standard_error.LAST_LINES less than the ten that Docker and others grant: a process
+# that they kill has not said how its visits ended.
+DRAIN_TIMEOUT = 5
+LAST_WORDS = 3
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
@@ -137,10 +142,12 @@ class Agent:
             for tunnel in config.tunnels
         }
         self._stopping = threading.Event()
+        self._waker = Waker()  # woken once, by stop(): ends a dial
         self._instance = new_instance()
         self._lock = threading.Condition()  # guards what follows; notified when any of it changes
         self._service = None  # the latest
         self._old = []  # earlier ones that are not over yet
+        self._stranger = None  # the connection to a gateway that has not said yes yet
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
 
@@ -151,15 +158,19 @@ class Agent:
             self._serve_sessions(workers)
         finally:
             workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which nothing can end
+            self._waker.close()
 
     def stop(self):
         """End the session when its visits are done. Any thread; waits, DRAIN_TIMEOUT at most for
-        the visits and LAST_WORDS for the session's last frames."""
+        the visits and LAST_WORDS for the session's last frames. Before the gateway has said yes
+        there is nothing to wait for."""
         self._stopping.set()
+        self._waker.wake()
         with self._lock:
             self._lock.notify_all()
-            services = [*self._old, self._service]
-        # One that is being dialled ends when run() has it.
+            services, stranger = [*self._old, self._service], self._stranger
+        if stranger is not None:
+            stranger.reset()
         sessions = [service.session for service in services if service is not None]
         for session in sessions:
             session.leave()
@@ -171,8 +182,9 @@ class Agent:
         for session in sessions:
             session.close("the agent stops")
         self._targets.reset()
+        deadline = monotonic() + LAST_WORDS
         for session in sessions:
-            session.join(LAST_WORDS)
+            session.join(max(0, deadline - monotonic()))
 
     @property
     def _address(self):
@@ -242,6 +254,8 @@ class Agent:
             service.control = session.open(encode_message(self._registration()))
             messages = _messages(service.control)
             self._take_answer(_expect_ack(next(messages)))
+            with self._lock:
+                self._stranger = None
             service.since = monotonic()
             served = [name for name, route in self._routes.items() if not route.problem]
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
@@ -343,8 +357,14 @@ class Agent:
 
     def _dial(self):
         host, port = self._config.tunnel_host, self._config.tunnel_port
-        duplex = Duplex(socket.create_connection((host, port), DIAL_TIMEOUT))
+        duplex = Duplex(
+            connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker)
+        )
         try:
+            with self._lock:
+                self._stranger = duplex
+            if self._stopping.is_set():  # and stop() may have looked for it too early
+                raise GivenUp("the agent stops")
             duplex.start_tls(self._context, server_side=False, server_hostname=host)
             duplex.handshake_within(DIAL_TIMEOUT)
         except BaseException:

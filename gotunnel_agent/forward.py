@@ -41,11 +41,12 @@ import threading
 from time import sleep
 from typing import NamedTuple
 
-from gotunnel import NO_LINGER, Duplex, NoThread, relay, spawn
+from gotunnel import NO_LINGER, Deadline, Duplex, NoThread, relay, spawn
 
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
 from .common.standard_error import free_standard_error
+from .connect import addresses_of, connect
 from .trust import client_context
 
 log = logging.getLogger("gotunnel.forward")
@@ -159,7 +160,7 @@ class Destination(NamedTuple):
         """Connect; raises NoVisit, which says what to do where that is known."""
         where = f"{self.host} port {self.port}"
         try:
-            sock = socket.create_connection((self.host, self.port), DIAL_TIMEOUT)
+            sock = connect(addresses_of(self.host, self.port), Deadline(DIAL_TIMEOUT))
         except socket.gaierror as error:
             raise NoVisit(f"{self.host} does not resolve ({error.strerror}); "
                           "--via names the gateway to dial") from None  # fmt: skip

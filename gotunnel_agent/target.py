@@ -34,6 +34,7 @@ from gotunnel import (
 
 from .common import proxy_protocol
 from .common.hostnames import normal_hostname
+from .connect import addresses_of, connect
 
 log = logging.getLogger("gotunnel.target")
 
@@ -192,9 +193,9 @@ def dial(target, context, first=b""):
     try:
         if target.path:
             return _introduce(Duplex(_connect_unix(target.path)), first)
-        addresses = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        addresses = addresses_of(target.host, target.port)
         deadline = Deadline(DIAL_TIMEOUT)
-        duplex = _introduce(Duplex(_connect(addresses, deadline)), first)
+        duplex = _introduce(Duplex(connect(addresses, deadline)), first)
         if context is not None:
             _start_tls(duplex, context, target.host, deadline)
         return duplex
@@ -218,28 +219,6 @@ def _introduce(duplex, first):
         return duplex
     except OSError:
         duplex.close()
-        raise
-
-
-def _connect(addresses, deadline):
-    """A connection to the first of the ``addresses`` (getaddrinfo's) that takes it; none may use
-    up the time of those behind it."""
-    for left, address in zip(range(len(addresses), 0, -1), addresses):
-        try:
-            return _connect_one(*address, timeout=deadline.left() / left)
-        except OSError:
-            if left == 1:
-                raise
-
-
-def _connect_one(family, kind, protocol, name, address, *, timeout):
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(address)
-        return sock
-    except BaseException:
-        sock.close()
         raise
 
 

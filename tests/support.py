@@ -79,6 +79,18 @@ def reserved_port():
         yield keeper.getsockname()[1]
 
 
+@contextlib.contextmanager
+def deaf_port(family=socket.AF_INET):
+    """A port of this machine whose backlog is full: the system drops each SYN, as a firewall would.
+    """
+    host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
+    with socket.socket(family) as listening, socket.socket(family) as first:
+        listening.bind((host, 0))
+        listening.listen(0)
+        first.connect(listening.getsockname())
+        yield listening.getsockname()[1]
+
+
 # Connections -------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 import threading
+from time import monotonic
 
 import jwt
 import pytest
@@ -18,10 +19,12 @@ from support import (
     TIMEOUT,
     TUNNEL_HOST,
     Gateway,
+    Origin,
     agent_here,
     agent_process,
     agent_yaml,
     answer,
+    deaf_port,
     gateway_here,
     gateway_process,
     request,
@@ -61,6 +64,7 @@ from gotunnel_agent.agent import (
     retry_delay,
     tls_context,
 )
+from gotunnel_agent.common import standard_error
 from gotunnel_agent.target import hostname_of
 from gotunnel_server.certs.local_ca import Authority
 
@@ -617,6 +621,50 @@ def test_agent_ends_at_once_though_the_name_of_its_gateway_does_not_resolve(tmp_
     with running(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)) as program:
         program.wait_for("resolving")
         assert_it_ends_at_once(program)
+
+
+@contextlib.contextmanager
+def silent_gateway(cache, phase):
+    """A gateway that goes silent in a phase of being dialled. Yields where it is, and a function
+    that waits for the silence."""
+    authority, reached, over = Authority(cache / "local"), threading.Event(), threading.Event()
+    with contextlib.ExitStack() as stack:
+        if phase == "connect":
+            port = stack.enter_context(deaf_port())
+        else:
+            silent = stack.enter_context(Origin())
+            port = silent.port
+
+        def go_silent(wire):
+            if phase == "register":
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(*authority.issue(TUNNEL_HOST))
+                wire.sock = context.wrap_socket(wire.sock, server_side=True)
+            wire.read()
+            reached.set()
+            over.wait(TIMEOUT)
+
+        if phase != "connect":
+            silent.serve(go_silent)
+            stack.callback(over.set)
+        yield Gateway(None, port, authority.ca_file, None), reached.wait
+
+
+@pytest.mark.parametrize("phase", ["connect", "TLS", "register"])
+def test_agent_ends_at_once_though_its_gateway_is_silent(cache, tmp_path, phase):
+    with silent_gateway(cache, phase) as (place, wait_for_silence):
+        with agent_here(place, tmp_path, {APP: 1}, ready=False) as agent:
+            assert phase == "connect" or wait_for_silence(TIMEOUT)
+            began = monotonic()
+            agent.stop()
+            for thread in threading.enumerate():
+                if thread.name == "agent":
+                    thread.join(TIMEOUT)
+            assert monotonic() - began < 2
+
+
+def test_agent_that_stops_leaves_time_for_its_last_lines_in_the_ten_seconds_that_docker_grants():
+    assert agent_module.DRAIN_TIMEOUT + agent_module.LAST_WORDS + standard_error.LAST_LINES < 10
 
 
 # Real gateways -----------------------------------------------------------------------------------

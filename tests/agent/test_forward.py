@@ -22,6 +22,7 @@ from support import (
     Origin,
     Wire,
     agent_here,
+    deaf_port,
     gateway_here,
     need,
     reserved_port,
@@ -371,13 +372,10 @@ def test_port_that_hangs_up_before_tls_is_said(origin):
 def test_gateway_that_does_not_answer_is_said(origin, monkeypatch, step):
     monkeypatch.setattr(forward, "DIAL_TIMEOUT", 0.2)
     context = forward.client_context(None, True)
-    if step == "port":  # which a test cannot bring about without leaving this machine
-        def refuse(address, timeout):
-            raise TimeoutError("timed out")
-
-        monkeypatch.setattr(socket, "create_connection", refuse)
-    with pytest.raises(forward.NoVisit, match=r"does not answer (in TLS )?within 0.2 s"):
-        forward.Destination(RAW, "127.0.0.1", origin.port, context).dial()
+    with deaf_port() as deaf:
+        port, text = (deaf, "answer") if step == "port" else (origin.port, "answer in TLS")
+        with pytest.raises(forward.NoVisit, match=f"does not {text} within 0.2 s"):
+            forward.Destination(RAW, "127.0.0.1", port, context).dial()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from support import (
     Origin,
     agent_here,
     answer,
+    deaf_port,
     fields_of,
     gateway_here,
     go_gateway,
@@ -318,16 +319,6 @@ def test_refused_connection_is_a_502_at_once(gateway, tmp_path, caplog, monkeypa
         code, line = refused(gateway, caplog)
         assert code == "target-unreachable"
         assert line == f"{APP}: target localhost:{port}: Connection refused"
-
-
-@contextlib.contextmanager
-def deaf_port():
-    """A port whose backlog is full: the system drops each SYN, as a firewall would."""
-    with socket.socket() as listening, socket.socket() as first:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(0)
-        first.connect(listening.getsockname())
-        yield listening.getsockname()[1]
 
 
 def test_target_that_does_not_answer_a_syn(gateway, tmp_path, impatient, caplog):
