@@ -819,6 +819,7 @@ MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
 HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
 PORTS = "ports"  # feature: the gateway opens public ports of their own for tcp hostnames
+LATER_PORTS = "later_ports"  # feature: ... and goes on trying those that it could not open
 CERTIFICATES = "certificates"  # feature: the agent wants to hear of its hostnames' certificates
 VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visitor comes from
 POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors away, for the agent
@@ -873,6 +874,14 @@ class Certificate(NamedTuple):
 
     hostname: str
     state: str
+
+
+class Port(NamedTuple):
+    """Gateway to agent: a public port that the ack refused for the time being is open now (feature
+    LATER_PORTS). ``port`` is a text, as in Ack."""
+
+    hostname: str
+    port: str
 
 
 class End(NamedTuple):
@@ -953,6 +962,8 @@ def decode_message(data: bytes):
         )
     if kind == "certificate":
         return Certificate(_text(fields, "hostname"), _text(fields, "state"))
+    if kind == "port":
+        return Port(_text(fields, "hostname"), _text(fields, "port"))
     if kind == "end":
         return End(_text(fields, "code"), _text(fields, "reason"))
     if kind in ("ping", "pong"):

@@ -31,8 +31,10 @@ import jwt
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
+    LATER_PORTS,
     MAX_STREAMS,
     MOVE,
+    PORTS,
     REASONS,
     REPLACED,
     START_WINDOW,
@@ -44,6 +46,7 @@ from gotunnel import (
     MessageReader,
     Ping,
     Pong,
+    Port,
     ProtocolError,
     Register,
     Session,
@@ -296,6 +299,8 @@ class Agent:
             for message in messages:
                 if isinstance(message, Certificate):
                     self._log_certificate(message, certificates)
+                elif isinstance(message, Port):
+                    self._take_port(message)
                 elif isinstance(message, End) and message.code == MOVE:
                     self._ask(service)
                 elif isinstance(message, End):
@@ -375,13 +380,14 @@ class Agent:
     def _registration(self):
         config = self._config
         needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
+        later = (LATER_PORTS,) if PORTS in needs else ()
         return Register(
             token=config.token or make_token(
                 config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec
             ),
             routes=config.routes(),
             modes=config.modes(),
-            features=(CERTIFICATES, HALF_CLOSE, REASONS, *sorted(needs)),
+            features=(CERTIFICATES, HALF_CLOSE, REASONS, *later, *sorted(needs)),
             host_headers=config.host_headers(),
             ports=config.ports(),
             addressed=config.addressed(),
@@ -406,8 +412,21 @@ class Agent:
             elif tunnel.port:
                 port = on_one_line(ack.ports[hostname], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
-            routes[hostname] = route._replace(problem=problem)
-        self._routes = routes
+            awaits_port = bool(problem) and not missing and LATER_PORTS in ack.features
+            routes[hostname] = route._replace(problem=problem, awaits_port=awaits_port)
+        with self._lock:
+            self._routes = routes
+
+    def _take_port(self, message):
+        """Serve a tunnel whose port was refused for the time being."""
+        with self._lock:
+            route = self._routes.get(message.hostname)
+            if route is None or not route.awaits_port:
+                return
+            served = route._replace(problem="", awaits_port=False)
+            self._routes = {**self._routes, message.hostname: served}
+        port = on_one_line(message.port, 5)
+        log.info("%s: on port %s of the gateway", message.hostname, port)
 
     def _log_certificate(self, message, told):
         """Say how the certificate of a hostname stands, which its operator would else look for

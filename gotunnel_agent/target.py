@@ -84,12 +84,13 @@ class Route(NamedTuple):
 
     ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
     if it speaks no TLS. ``problem`` says why the gateway cannot serve it as the operator wants, ""
-    if it can; visits are turned away.
+    if it can; visits are turned away. ``awaits_port``: it can as soon as its public port is open.
     """
 
     tunnel: object
     context: ssl.SSLContext | None = None
     problem: str = ""
+    awaits_port: bool = False
 
 
 class Targets:

@@ -92,7 +92,9 @@ class Gateway:
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
         most = int(descriptor_limit() * PORTS_SHARE / PORT_DESCRIPTORS)
-        self._ports = Ports(config.tcp_ports, self._open_port, most)
+        self._ports = Ports(
+            config.tcp_ports, self._open_port, most, self._credentials.named_ports
+        )
         self._steps = Workers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
         self._visitor_ports = []
@@ -142,6 +144,7 @@ class Gateway:
             ports=self._ports,
             ensure_certificates=self._keeper.want,
             certificate_state=self._keeper.state,
+            submit=self._registrations.submit,
         )
         self._newcomers = Newcomers(
             self.tunnels,

@@ -148,6 +148,13 @@ class Credentials:
         ends = _time_of(claims, "exp") if "hosts" in claims else None
         return Identity(claimed, *_claimable(claims, entry), entry, ends)
 
+    def named_ports(self) -> frozenset:
+        """The ports that an entry of AGENTS_FILE names by their numbers, not as part of a range.
+        Any thread."""
+        return frozenset(
+            ports[0] for entry in self._entries.values() for ports in entry.ports if len(ports) == 1
+        )
+
     def reload(self, force: bool = False) -> bool:
         """Take up what changed in AGENTS_FILE since it was read; without ``force`` a look at its
         time is all if nothing did, or if it did only now. True if some credential changed.

@@ -5,6 +5,7 @@ is free again as soon as that one's session ends or its agent leaves.
 """
 
 import threading
+import zlib
 
 from gotunnel import ANY_PORT
 from gotunnel_agent.common.hostnames import MAX_PORT
@@ -13,21 +14,30 @@ from ..net.listener import PortError
 
 
 class PortRefused(Exception):
-    """A port cannot be given; the text is for the agent's operator."""
+    """A port cannot be given; the text is for the agent's operator. ``for_now``: it may be
+    given later, though nobody changes anything."""
+
+    def __init__(self, text, for_now=False):
+        super().__init__(text)
+        self.for_now = for_now
 
 
 class Ports:
     """The ports that are open. Any thread."""
 
-    def __init__(self, allowed, listen, most=MAX_PORT):
+    def __init__(self, allowed, listen, most=MAX_PORT, named=frozenset):
         """``allowed``: ranges of numbers, of which ``most`` are open at a time. ``listen(port,
-        route)`` opens one, and gives its running Listener or raises PortError."""
+        route)`` opens one, and gives its running Listener or raises PortError. ``named()`` gives
+        the numbers that the operator has meant for some agent."""
         self._allowed = allowed
         self._listen = listen
         self._most = most
+        self._named = named
+        self._asked = set()  # allowed numbers that an agent has asked for as such
         self._open = {}  # port: (tunnel, Listener)
         self._last = {}  # port: the hostname that it led to last, so that it can have it again
-        self._lock = threading.Lock()  # guards both, and is held while a port opens or closes
+        # Guards these three, and is held while a port opens or closes.
+        self._lock = threading.Lock()
         self._closed = False
 
     def open(self, wanted, route, why_not=lambda port: None) -> int:
@@ -38,12 +48,12 @@ class Ports:
                 raise PortRefused("the gateway stops")
             if len(self._open) >= self._most:
                 raise PortRefused(f"{self._most} ports are open, as many as the gateway's limit of "
-                                  "descriptors permits (ulimit -n)")  # fmt: skip
+                                  "descriptors permits (ulimit -n)", for_now=True)  # fmt: skip
             for port in self._candidates(wanted, route.hostname, why_not):
                 try:
                     listener = self._listen(port, route)
                 except PortError as error:
-                    problem = PortRefused(f"the gateway cannot open it: {error}")
+                    problem = PortRefused(f"the gateway cannot open it: {error}", for_now=True)
                     continue
                 self._open[port] = (route.tunnel, listener)
                 self._last[port] = route.hostname
@@ -57,13 +67,21 @@ class Ports:
         if wanted == ANY_PORT:
             free = [port for ports in self._allowed for port in ports if port not in self._open]
             if not free:
-                raise PortRefused(f"all ports are taken ({self._shown()})")
+                raise PortRefused(f"all ports are taken ({self._shown()})", for_now=True)
             reason = why_not(free[0])
             free = [port for port in free if why_not(port) is None]
             if not free:
-                raise PortRefused(f"none of the free ones is for this agent: {reason}")
-            # The one of last time; else one that nobody may still look for a hostname at.
-            free.sort(key=lambda port: (self._last.get(port) != hostname, port in self._last))
+                raise PortRefused(
+                    f"none of the free ones is for this agent: {reason}", for_now=True
+                )
+            meant = self._asked | self._named()
+            # The one of last time; else one that no other agent will ask for, nor anybody still
+            # look for another hostname at; else one that depends on the hostname alone, so that it
+            # has mostly the same after a restart.
+            free.sort(key=lambda port: (
+                self._last.get(port) != hostname, port in meant, port in self._last,
+                zlib.crc32(f"{hostname}:{port}".encode()),
+            ))  # fmt: skip
             return free
         number = int(wanted) if wanted.isascii() and wanted.isdigit() and len(wanted) <= 5 else 0
         if not 1 <= number <= MAX_PORT:
@@ -72,8 +90,9 @@ class Ports:
             raise PortRefused(f"port {number} is none that agents may have ({self._shown()})")
         if reason := why_not(number):
             raise PortRefused(reason)
+        self._asked.add(number)
         if number in self._open:
-            raise PortRefused(f"port {number} is taken")
+            raise PortRefused(f"port {number} is taken", for_now=True)
         return [number]
 
     def _shown(self):

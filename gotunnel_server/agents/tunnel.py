@@ -21,6 +21,7 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     HOST_HEADER,
+    LATER_PORTS,
     MOVE,
     NORMAL,
     POLICIES,
@@ -32,8 +33,10 @@ from gotunnel import (
     WILDCARDS,
     Ack,
     End,
+    Port,
     encode_data_header,
 )
+from gotunnel_agent.common.process import Stopped
 
 from ..routes import AgentBusy
 from . import limits
@@ -44,7 +47,8 @@ from .stream_pool import KeptStreams, OwnStreams
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # extensions that we know
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, POLICIES, PORTS, REASONS, VISITOR_ADDRESS, WILDCARDS,
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, VISITOR_ADDRESS,
+    WILDCARDS,
 })  # fmt: skip
 # Seconds that a session's last message may take to leave, if another tunnel waits for its
 # hostnames. The message may stand behind what another thread is about to send. On a line that is
@@ -57,6 +61,9 @@ OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens 
 # ends, though it has visits: else it would end without an id for the next one.
 ID_RESERVE, LAST_IDS = 1 << 24, 1 << 17
 USED_UP = "its stream ids are used up"
+# Seconds until a port that was refused is tried again; doubled each time, up to the second number:
+# whoever frees it must not wait long, and it costs little.
+PORT_DELAY, MOST_PORT_DELAY = 1, 30
 KEPT_LOOK = 5  # seconds between looks for kept streams that have become too old
 
 _NOTHING = contextlib.nullcontext()
@@ -65,16 +72,20 @@ _NOTHING = contextlib.nullcontext()
 class Tunnels:
     """The tunnels of a gateway, and what they share. Any thread."""
 
-    def __init__(self, *, credentials, registry, ports, ensure_certificates, certificate_state):
+    def __init__(
+        self, *, credentials, registry, ports, ensure_certificates, certificate_state, submit
+    ):
         """``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificates(hostnames,
         agent, limits)`` sees to it that hostnames can be served, now or soon, and may wait for the
         disk; ``agent`` is whom to blame, ``limits`` are the credential's.
-        ``certificate_state(hostname)`` is how that stands; its text is for gotunnel.Certificate."""
+        ``certificate_state(hostname)`` is how that stands; its text is for gotunnel.Certificate.
+        ``submit(function)`` has a worker call it that may wait for the system."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
+        self.submit = submit
         # Held to count what the sessions of a credential have, and to take more.
         self.limiting = threading.Lock()
         self._tunnels = set()
@@ -153,6 +164,8 @@ class Tunnel:
         self._session = session
         self._control = control
         self._ports = ports if PORTS in self.features else {}
+        self._missing = {}  # hostname: the port that it gets later, None if that is not open yet
+        self._port_delay = PORT_DELAY
         self._make_room = make_room
         self._heartbeat = Heartbeat(session, control, on_silence=self.replace)
         self._kept = KeptStreams()
@@ -212,6 +225,8 @@ class Tunnel:
         for hostname in routes:
             self.tell_certificate(hostname)
         log.info("%s registered %s", self, ", ".join(routes))
+        if self._missing:
+            session.call_later(self._port_delay, self._try_ports_later)
         session.start()
         with self._lock:
             self._enter(Stage.SERVING)
@@ -230,19 +245,60 @@ class Tunnel:
             if wanted is None or self._session.ended:
                 continue
             try:
-                if route.mode != "tcp":
-                    raise PortRefused("a port is for a hostname in tcp mode")
-                port = self._tunnels.ports.open(wanted, route, self.identity.why_not_port)
+                port = self._open_port(wanted, route)
             except PortRefused as error:
-                log.warning("%s: %s gets no port: %s", self, hostname, error)
-                refused[route.hostname] = str(error)
+                problem = str(error)
+                if error.for_now and LATER_PORTS in self.features:
+                    problem += "; the gateway goes on trying"
+                    self._missing[hostname] = None
+                log.warning("%s: %s gets no port: %s", self, hostname, problem)
+                refused[route.hostname] = problem
                 continue
-            log.info("%s: port %d leads to %s", self, port, hostname)
             routes[hostname] = route._replace(port=port)
             opened[route.hostname] = str(port)
         if opened:
             self._tunnels.registry.update(routes)
         return routes, opened, refused
+
+    def _open_port(self, wanted, route):
+        if route.mode != "tcp":
+            raise PortRefused("a port is for a hostname in tcp mode")
+        port = self._tunnels.ports.open(wanted, route, self.identity.why_not_port)
+        log.info("%s: port %d leads to %s", self, port, route.hostname)
+        return port
+
+    def _try_ports_later(self):
+        """Demultiplexer: a worker does it, as opening a port may wait."""
+        with contextlib.suppress(Stopped):
+            self._tunnels.submit(self._try_ports)
+
+    def _try_ports(self):
+        """Worker: open the ports that were refused for the time being, and tell the agent."""
+        for hostname, port in list(self._missing.items()):
+            route = self.wanted[hostname]
+            try:
+                if port is None:
+                    port = self._open_port(self._ports[route.hostname], route)
+                    self._missing[hostname] = port
+                    self._add_port(hostname, port)
+                self._control.send(Port(route.hostname, str(port)))
+                del self._missing[hostname]
+            except PortRefused as error:
+                log.debug("%s: %s gets no port yet: %s", self, hostname, error)
+            except OSError:  # no room for the message now, or the end
+                pass
+        if self._session.ended or self.stage is not Stage.SERVING:
+            self._tunnels.ports.release(self)  # what was opened since it gave everything back
+        elif self._missing:
+            self._port_delay = min(2 * self._port_delay, MOST_PORT_DELAY)
+            self._session.call_later(self._port_delay, self._try_ports_later)
+
+    def _add_port(self, hostname, port):
+        with self._lock:
+            if hostname in self.routes:
+                route = self.routes[hostname]._replace(port=port)
+                self.routes = {**self.routes, hostname: route}
+                self._tunnels.registry.update({hostname: route})
 
     def _enter(self, stage):
         """Caller holds the lock."""

@@ -610,3 +610,14 @@ def test_warnings_of_the_file_are_logged_once(path, caplog):
 )
 def test_length_of_time_is_shown_in_its_largest_unit(seconds, text):
     assert shown_seconds(seconds) == text
+
+
+def test_the_ports_that_entries_name_by_their_numbers_are_known(tmp_path):
+    path = tmp_path / "agents.yaml"
+    one, other = secret_of("one"), secret_of("other")
+    write(
+        path,
+        f'one: {{secret: "{one}", hosts: a.example.com, ports: "2222,5400-5499"}}\n'
+        f'other: {{secret: "{other}", hosts: b.example.com, ports: "2223"}}\n',
+    )
+    assert Credentials(None, agents_file=path).named_ports() == {2222, 2223}

@@ -7,6 +7,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from raw_peer import spawn
@@ -33,6 +34,7 @@ from support import (
 
 from gotunnel import ANY_PORT, PORTS, Duplex, MessageReader, Register, Session, encode_message
 from gotunnel_agent.agent import make_token
+from gotunnel_server.agents import tunnel as tunnel_module
 from gotunnel_server.agents.ports import PortRefused, Ports
 from gotunnel_server.net.listener import Listener, PortError
 from gotunnel_server.routes import Route
@@ -158,7 +160,8 @@ def test_gateway_without_ports_says_so():
 
 def test_any_port_is_one_that_is_free_until_there_is_none():
     ports = Ports(ALLOWED, Doors(busy={2200}))
-    assert [ports.open("auto", route(f"{n}.example.com")) for n in range(3)] == [2201, 2202, 5432]
+    given = [ports.open("auto", route(f"{n}.example.com")) for n in range(3)]
+    assert sorted(given) == [2201, 2202, 5432]
     with pytest.raises(PortRefused, match="cannot open it"):
         ports.open("auto", route(RAW))
     full = Ports((range(1, 2),), Doors())
@@ -169,13 +172,56 @@ def test_any_port_is_one_that_is_free_until_there_is_none():
 
 def test_hostname_gets_the_port_of_last_time_again():
     ports = Ports(ALLOWED, Doors())
-    assert ports.open("auto", route(RAW, "one")) == 2200
-    assert ports.open("auto", route(SECOND, "two")) == 2201
+    first = ports.open("auto", route(RAW, "one"))
+    second = ports.open("auto", route(SECOND, "two"))
     for tunnel in ("one", "two"):
         ports.release(tunnel)
-    assert ports.open("auto", route("third.example.com")) == 2202
-    assert ports.open("auto", route(SECOND)) == 2201
-    assert ports.open("auto", route(RAW)) == 2200
+    assert ports.open("auto", route("third.example.com")) not in (first, second)
+    assert ports.open("auto", route(SECOND)) == second
+    assert ports.open("auto", route(RAW)) == first
+
+
+def test_hostname_gets_the_same_port_after_a_restart_whoever_comes_first():
+    names = [f"{number}.example.com" for number in range(20)]
+
+    def given(order):
+        ports = Ports((range(20000, 30000),), Doors())
+        return {name: ports.open("auto", route(name)) for name in order}
+
+    assert given(names) == given(reversed(names))
+
+
+def test_any_port_is_rather_none_that_an_entry_names_or_another_agent_has_asked_for():
+    ports = Ports((range(2200, 2204),), Doors(), named=lambda: frozenset({2200, 2202}))
+    ports.open("2203", route(SECOND, "two"))
+    ports.release("two")
+    given = [ports.open("auto", route(f"{number}.example.com")) for number in range(4)]
+    assert given[0] == 2201 and set(given[1:]) == {2200, 2202, 2203}  # better than none
+
+
+def test_any_port_is_rather_none_that_an_agent_was_refused():
+    for number in range(10):
+        busy = {2200}
+        ports = Ports((range(2200, 2202),), Doors(busy))
+        with pytest.raises(PortRefused):
+            ports.open("2200", route(SECOND))
+        busy.clear()
+        assert ports.open("auto", route(f"{number}.example.com")) == 2201
+    with pytest.raises(PortRefused):
+        ports.open("80", route(RAW))
+    assert ports._asked == {2200}  # not any number
+
+
+@pytest.mark.parametrize(
+    ("wanted", "for_now"),
+    [("80", False), ("2201", True), ("2202", True), ("0", False), ("ssh", False)],
+)
+def test_a_port_is_refused_for_now_if_it_may_become_free(wanted, for_now):
+    ports = Ports(ALLOWED, Doors(busy={2202}))
+    ports.open("2201", route(RAW))
+    with pytest.raises(PortRefused) as caught:
+        ports.open(wanted, route(SECOND))
+    assert caught.value.for_now is for_now
 
 
 def test_port_that_its_credential_does_not_permit_is_not_opened():
@@ -521,6 +567,78 @@ def test_port_that_is_not_given_leaves_its_tunnel_unserved_and_the_others_alone(
         with gateway.dial(RAW) as visitor, pytest.raises(CUT):
             visitor.read_to_end()
         assert gateway.get(APP) == (200, b"page")
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """A port that was refused is tried again at once."""
+    monkeypatch.setattr(tunnel_module, "PORT_DELAY", 0.05)
+    monkeypatch.setattr(tunnel_module, "MOST_PORT_DELAY", 0.1)
+
+
+def lines_with(caplog, text):
+    return [line for record in caplog.records if text in (line := record.getMessage())]
+
+
+def test_port_that_another_program_has_is_given_when_that_one_ends(
+    cache, tmp_path, origin, free_port, caplog, soon
+):
+    """Without a new session: the visits of other tunnels go on."""
+    caplog.set_level(logging.INFO)
+    tunnels = [tunnel(RAW, origin.port, port=str(free_port)), tunnel(SECOND, origin.port)]
+    busy = socket.create_server(("127.0.0.1", free_port))
+    with busy, house(cache, tmp_path, *tunnels, TCP_PORTS=str(free_port)) as gateway:
+        with gateway.dial(SECOND) as visitor, origin.accept() as target:
+            time.sleep(0.5)  # some attempts, of which nothing is said
+            assert "the gateway goes on trying" in lines_with(caplog, "not served")[0]
+            busy.close()
+            wait_until(lambda: lines_with(caplog, f"{RAW}: on port {free_port} of the gateway"))
+            for door in (dial(free_port), gateway.dial(RAW)):
+                with door, origin.accept() as its_target:
+                    its_target.send(b"hello")
+                    assert door.read_exactly(5) == b"hello"
+            target.send(b"still here")
+            assert visitor.read_exactly(10) == b"still here"
+            assert gateway.inner._registry.lookup(RAW).port == free_port
+            (served,) = gateway.inner.tunnels.registered()
+            assert served.routes[RAW].port == free_port
+    assert len(lines_with(caplog, "gets no port")) == len(lines_with(caplog, "not served")) == 1
+
+
+def test_port_that_another_agent_has_is_given_when_that_one_ends(
+    cache, tmp_path, origin, free_port, soon
+):
+    def serving(hostname, folder):
+        folder.mkdir()
+        tunnels = [tunnel(hostname, origin.port, port=str(free_port))]
+        return agent_here(gateway, folder, ready=False, tunnels=tunnels)
+
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        with contextlib.ExitStack() as first:
+            first.enter_context(serving(RAW, tmp_path / "first"))
+            gateway.wait_for_routes(RAW)
+            with serving(SECOND, tmp_path / "second"):
+                gateway.wait_for_routes(SECOND)
+                assert gateway.inner._registry.lookup(SECOND).port is None
+                first.close()
+                wait_until(lambda: gateway.inner._registry.lookup(SECOND).port == free_port)
+                with dial(free_port) as visitor, origin.accept() as target:
+                    target.send(b"hello")
+                    assert visitor.read_exactly(5) == b"hello"
+        wait_until(lambda: not gateway.inner._ports._open)
+
+
+def test_agent_that_does_not_know_of_later_ports_gets_none(cache, free_port, soon):
+    """It would turn its visits away."""
+    with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
+        message = Register(
+            make_token(SECRET, "", 60), {RAW: "127.0.0.1:9"}, {RAW: "tcp"},
+            features=(PORTS,), ports={RAW: str(free_port)},
+        )  # fmt: skip
+        with socket.create_server(("127.0.0.1", free_port)), hand_made(gateway, message) as ack:
+            assert "goes on trying" not in ack.refused[RAW]
+            (served,) = gateway.inner.tunnels.registered()
+            assert not served._missing
 
 
 def test_port_that_fails_to_open_costs_no_hostname(

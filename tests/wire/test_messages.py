@@ -17,6 +17,7 @@ from gotunnel import (
     MessageReader,
     Ping,
     Pong,
+    Port,
     ProtocolError,
     Register,
     Unknown,
@@ -46,6 +47,7 @@ WIRE = [
     (Ack(True), b'{"type":"ack","ok":true}\n'),
     (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
     (Ack(False, "auth failed"), b'{"type":"ack","ok":false,"error":"auth failed"}\n'),
+    (Port("a.example", "2222"), b'{"type":"port","hostname":"a.example","port":"2222"}\n'),
     (Ping(1700000000123), b'{"type":"ping","ts":1700000000123}\n'),
     (Pong(0), b'{"type":"pong","ts":0}\n'),
 ]
