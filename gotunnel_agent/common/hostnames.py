@@ -42,9 +42,10 @@ def valid_hostname(name: str) -> bool:
 
     An IPv4 address is none: the last label of a name is never all digits.
     """
-    labels = name.removesuffix(".").split(".")
+    relative = name.removesuffix(".")
+    labels = relative.split(".")
     return (
-        len(name) <= MAX_HOSTNAME
+        len(relative) <= MAX_HOSTNAME
         and all(_LABEL.fullmatch(label) for label in labels)
         and not labels[-1].isdigit()
         and ("xn--" not in name.lower() or all(map(_says_something, labels)))

@@ -20,11 +20,11 @@ from cryptography import x509
 from gotunnel_agent.common.hostnames import normal_hostname
 from gotunnel_agent.common.one_line import words_on_one_line
 
-from ..certs.cert_dir import CertDir
+from ..certs.cert_dir import CertDir, names_of
 from ..certs.folder import FolderStorage, open_store
 from ..certs.issuer import Issuer
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
-from ..certs.local_ca import RENEW_BEFORE, CertificateError
+from ..certs.local_ca import HASHED_STEM, RENEW_BEFORE, CertificateError
 from ..certs.schedule import DAY
 from ..certs.storage import ReadOnly
 from ..certs.store import CertStore, StoreError, ca_id
@@ -99,7 +99,10 @@ def local_rows(folder: Path) -> list[Row]:
             continue
         ends_at = leaf.not_valid_after_utc.timestamp()
         renew_at = ends_at - RENEW_BEFORE.total_seconds()
-        rows.append(Row(file.stem, LOCAL, issuer_of(leaf), ends_at, renew_at))
+        name = file.stem
+        if HASHED_STEM.fullmatch(name):  # that of a longer hostname
+            name = next(iter(names_of(leaf)), name)
+        rows.append(Row(name, LOCAL, issuer_of(leaf), ends_at, renew_at))
     return rows
 
 

@@ -208,7 +208,7 @@ class Newcomer:
             self.close()
         except Exception:
             log.exception("%s: a bug, the connection is closed", self)
-            self.close(INTERNAL_ERROR)
+            self._apologize()
 
     def expired(self):
         """Worker: its time is up."""
@@ -425,6 +425,15 @@ class Newcomer:
         self._enter(Stage.HEAR_OUT if refusal.in_the_middle else Stage.PARTING)
         self._deadline = monotonic() + PARTING_TIMEOUT
         self._park()
+
+    def _apologize(self):
+        """A bug has ended the registration: let the agent's operator know whose it is."""
+        try:
+            if self._control is not None:
+                self._control.send(Ack(False, "the gateway failed by a bug: its log says more"))
+        except OSError:
+            pass  # it has left
+        self.close(INTERNAL_ERROR)
 
     def _hear_out(self):
         self._session.turn()

@@ -105,7 +105,7 @@ class Keeper:
     def _want(self, hostname, agent, limits):
         try:
             there = self._certificates.ensure(hostname)
-        except CertificateError as error:
+        except (CertificateError, OSError) as error:  # the other hostnames are served all the same
             log.error("%s: %s", hostname, error)
             return
         if self._issuer is None or hostname.startswith(WILDCARD):

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import ipaddress
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -31,7 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gotunnel_agent.common import atomic_file
-from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname, valid_hostname
+from gotunnel_agent.common.hostnames import MAX_HOSTNAME, WILDCARD, normal_hostname, valid_hostname
 
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
@@ -47,8 +49,10 @@ RENEW_BEFORE = timedelta(days=30)
 # Clocks of phones and virtual machines run behind; a leaf must be valid for them at once.
 BACKDATE = timedelta(hours=1)
 
-# A file's name has 255 bytes at most; ours is the hostname and up to 8 more (".crt.new").
-_LONGEST_HOSTNAME = 255 - 8
+# A file's name has 255 bytes at most; ours is a stem and up to 8 more (".crt.new"). The stem is
+# the hostname; of a longer one its beginning and a hash, so that no two share one.
+_LONGEST_STEM = 255 - 8
+HASHED_STEM = re.compile(r".{100}-[0-9a-f]{32}")
 
 _NO_KEY_USAGE = dict.fromkeys((
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
@@ -109,8 +113,9 @@ class Authority:
         stand in a certificate, or the files cannot be written.
         """
         name = _general_name(hostname)
-        certificate_file = self._folder / f"{hostname}.crt"
-        key_file = self._folder / f"{hostname}.key"
+        stem = _stem(hostname)
+        certificate_file = self._folder / f"{stem}.crt"
+        key_file = self._folder / f"{stem}.key"
         with self._folder_to_ourselves():
             if not self._still_good(certificate_file, key_file):
                 key = ec.generate_private_key(ec.SECP256R1())
@@ -120,8 +125,10 @@ class Authority:
         return certificate_file, key_file
 
     def hostnames(self) -> list[str]:
-        """What certificates were issued for, now or by an earlier gateway with this folder."""
-        return sorted(file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
+        """What certificates were issued for, now or by an earlier gateway with this folder; but for
+        names so long that their files have others."""
+        stems = (file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
+        return sorted(stem for stem in stems if not HASHED_STEM.fullmatch(stem))
 
     @contextlib.contextmanager
     def _folder_to_ourselves(self) -> Iterator[None]:
@@ -211,6 +218,12 @@ def _builder(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False))
 
 
+def _stem(hostname: str) -> str:
+    if len(hostname) <= _LONGEST_STEM:
+        return hostname
+    return f"{hostname[:100]}-{hashlib.sha256(hostname.encode()).hexdigest()[:32]}"
+
+
 def _general_name(hostname: str) -> x509.GeneralName:
     """How a certificate names `hostname`; what passes is also safe as the stem of a file."""
     try:
@@ -222,10 +235,10 @@ def _general_name(hostname: str) -> x509.GeneralName:
         raise CertificateError("hostname ca: its files would be those of the CA itself")
     name = hostname.removeprefix(WILDCARD)
     normal = valid_hostname(name) and name == normal_hostname(name)
-    if len(hostname) > _LONGEST_HOSTNAME or not normal:
+    if not normal:
         raise CertificateError(
-            f"hostname {hostname[:_LONGEST_HOSTNAME]!r}: expected an IP address, or labels of"
-            f" a-z, 0-9 and hyphens, {_LONGEST_HOSTNAME} characters at most")
+            f"hostname {hostname[:MAX_HOSTNAME]!r}: expected an IP address, or labels of a-z, 0-9"
+            f" and hyphens, {MAX_HOSTNAME} characters at most")
     return x509.DNSName(hostname)
 
 

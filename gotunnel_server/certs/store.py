@@ -43,6 +43,7 @@ from .storage import Locker, Storage, Unreadable
 
 log = logging.getLogger("gotunnel.cert_store")
 
+LONGEST_NAME = 255  # bytes of a file's name; some file systems have less
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
 # A key's stem. Not the grammar of hostnames: it has to lead nobody out of the folder, and to take
 # what the Go program and older gateways have written.
@@ -187,6 +188,8 @@ class CertStore:
 
     def _left_by_go(self, hostname) -> Stored | None:
         for key in (hostname, f"{hostname}+rsa"):
+            if len(key) > LONGEST_NAME:  # the Go program could not write it either
+                continue
             try:
                 pem = self._storage.read(key)
                 if pem is None:

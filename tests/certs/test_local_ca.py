@@ -16,7 +16,7 @@ from gotunnel_server.certs import local_ca
 from gotunnel_server.certs.local_ca import Authority, CertificateError, read_pair
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LONGEST_HOSTNAME = ".".join(["a" * 61] * 4)     # 247 characters
+LONGEST_HOSTNAME = ".".join(["a" * 61] * 4) + ".abcde"  # 253 characters
 
 
 def certificate_in(file):

@@ -17,7 +17,7 @@ LABEL = "a" * 63
     [
         "a", "app.example.com", "APP.Example.COM", "app.example.com.", "xn--bcher-kva.example",
         "1.example", "1a", "a-b.c--d", "localhost", "192.0.2.1.example", LABEL + ".com",
-        ".".join([LABEL] * 3 + ["a" * 61]),
+        ".".join([LABEL] * 3 + ["a" * 61]), ".".join([LABEL] * 3 + ["a" * 61]) + ".",
     ],
 )  # fmt: skip
 def test_valid_hostnames(name):
@@ -30,7 +30,7 @@ def test_valid_hostnames(name):
         "", ".", "..", "a..b", ".a", "a.b..", "-a", "a-", "a.-b", "a_b.c", "a b", "a.b:80", "*.a.b",
         "a/b", "a\n", "a.b\n", "\na", "b\u00fccher.example", "\u212a.example", "a\u0661",
         "192.0.2.1", "1", "a.1", "a.1.", "[::1]", "a@b", "a\0b", LABEL + "a.com",
-        ".".join([LABEL] * 3 + ["a" * 62]),
+        ".".join([LABEL] * 3 + ["a" * 62]), ".".join([LABEL] * 3 + ["a" * 62]) + ".",
     ],
 )  # fmt: skip
 def test_invalid_hostnames(name):
