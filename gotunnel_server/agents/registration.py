@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from gotunnel import HOST_HEADER, VISITOR_ADDRESS
+from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.hostnames import (
     normal_hostname,
     valid_host,
@@ -47,9 +48,11 @@ class Agent(NamedTuple):
     @property
     def blame(self) -> tuple:
         """What failed orders of certificates are counted by. Agents with the common secret are
-        told apart by their addresses."""
+        told apart by their addresses (IPv6: by their /64)."""
         credential = self.identity.credential
-        return credential if self.identity.entry is not None else (*credential, self.host)
+        if self.identity.entry is not None:
+            return credential
+        return (*credential, counted_by(self.host))
 
     def is_again(self, other: "Agent") -> bool:
         """Whether this is the same process as ``other``. The credential has to be the same, as the

@@ -181,6 +181,14 @@ def test_other_expires_are_refused(text):
         ("one: {secret: S, hosts: a.b, limits: 5}\n", "one.limits: text came, expected a mapping"),
         ("one: {secret: S, hosts: a.b, limits: {visit: 5}}\n", "one.limits: unknown key 'visit'"),
         ("one: {secret: S, hosts: a.b, limits: {visits: 0}}\n", "one.limits.visits: '0' came"),
+        (
+            "one: {secret: S, hosts: a.b, limits: {orders_per_week: 0}}\n",
+            "one.limits.orders_per_week: '0' came",
+        ),
+        (
+            "one: {secret: S, hosts: a.b, limits: {orders_per_day: 5}}\n",
+            "one.limits: unknown key 'orders_per_day'",
+        ),
         ("one: {secret: S, hosts: a.b, limits: {visits: -1}}\n", "one.limits.visits: '-1' came"),
         ("one: {secret: S, hosts: a.b, limits: {visits: 1e3}}\n", "one.limits.visits: '1e3' came"),
         ("one: {secret: S, hosts: a.b, limits: {visits: }}\n", "one.limits.visits: no value"),

@@ -36,6 +36,7 @@ from gotunnel_agent.common.token_bucket import Buckets
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import attempts as attempts_module
 from gotunnel_server.agents import credentials
+from gotunnel_server.agents.registration import Agent
 from gotunnel_server.certs.local_ca import Authority
 
 OTHER = "other.localhost"
@@ -110,7 +111,27 @@ def test_an_agent_with_an_entry_is_one_wherever_it_comes_from(gateway, agents_fi
                         lambda hostnames, agent, limits: agents.append(agent))  # fmt: skip
     with registered(gateway, APP, token=office()), registered(gateway, OTHER):
         pass
-    assert ["127.0.0.1" in agent for agent in agents] == [False, True]
+    assert [len(agent) for agent in agents] == [2, 3]
+
+
+def test_the_limits_of_a_credentials_orders_are_handed_down(gateway, agents_file, monkeypatch):
+    given = []
+    monkeypatch.setattr(gateway.inner.tunnels, "ensure_certificates",
+                        lambda hostnames, agent, limits: given.append((agent, limits)))  # fmt: skip
+    agents_file.write(limits={"orders_per_hour": 3, "orders_per_week": 5})
+    gateway.inner.reload()
+    wait_until(lambda: gateway.inner._credentials._entries["office"].limits.orders_per_hour == 3)
+    for hostname in ("one.dev.localhost", "two.dev.localhost"):  # hostnames that come and go
+        assert reply_to(gateway, registration(hostname, token=office())).ok
+    assert [agent for agent, _ in given] == [("agent", "office")] * 2
+    assert {(limits.orders_per_hour, limits.orders_per_week) for _, limits in given} == {(3, 5)}
+
+
+def test_agents_with_the_common_secret_are_one_for_orders_within_an_ipv6_64():
+    identity = credentials.Identity("anyone")
+    hosts = ("2001:db8::1", "2001:db8::ffff", "2001:db8:0:1::1", "192.0.2.1", "192.0.2.2")
+    blamed = [Agent((host, 1), identity, "").blame for host in hosts]
+    assert blamed[0] == blamed[1] and len(set(blamed)) == 4
 
 
 def test_the_log_names_the_credential(gateway, agents_file, caplog):
