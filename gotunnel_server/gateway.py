@@ -3,7 +3,7 @@
     thread                  how many                     ends when
     main                    1 (cli.py)                   a signal comes; it stops the gateway
     listener PORT           1 a port, also of agents     stop(), by a wake-up byte
-    step                    at most STEP_THREADS         the step is done; it waits for nobody
+    step                    at most STEP_THREADS         the step is done; addresses take turns
     registration            at most REGISTRATION_THREADS the agent has its ack
     exchange                at most WORKERS              the request is answered
     upload                  at most 1 an exchange        the request's body has come, or is given up
@@ -20,6 +20,7 @@ its streams (gotunnel.py).
 
 import functools
 import logging
+import os
 
 from gotunnel import __version__
 from gotunnel_agent.common import addresses
@@ -39,6 +40,7 @@ from .certs.local_ca import Authority
 from .listeners import Listeners
 from .net.listener import descriptor_limit
 from .net.shares import Places
+from .net.turns import FairWorkers
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies
@@ -51,7 +53,10 @@ log = logging.getLogger("gotunnel.gateway")
 # A visitor that names protocols of its own may want one of them back: HTTP's, and PostgreSQL's
 # clients, which else refuse direct TLS.
 ALPN = ("http/1.1", "postgresql")
-STEP_THREADS = 32  # for handshakes and heads: short work, of which little waits
+# For handshakes and heads: short work, of which nothing waits for a peer while others wait. No more
+# than the CPUs need: 32 on two kept the listeners from running when one address flooded a port with
+# ClientHellos, so that it took seconds until a visitor was accepted.
+STEP_THREADS = min(max(2 * (os.cpu_count() or 1), 4), 32)
 # For agents whose registration is granted: looking at CERT_DIR and the store, making local
 # certificates. A pool of its own, since a disk that hangs must not stop visitors' handshakes. A few
 # threads are enough to keep a disk busy; the queue is bounded by AGENT_CONNECTIONS.
@@ -95,10 +100,10 @@ class Gateway:
         self._ports = Ports(
             config.tcp_ports, self._open_port, most, self._credentials.named_ports
         )
-        self._steps = Workers(STEP_THREADS, "step")
+        self._steps = FairWorkers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
         self._visitor_ports = []
-        self._listeners = Listeners(config.bind, self._steps.submit)
+        self._listeners = Listeners(config.bind, self._steps)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)

@@ -6,11 +6,11 @@ from .net.listener import Listener, PortError, bind
 class Listeners:
     """Those that start and stop with the gateway; open() also makes others."""
 
-    def __init__(self, addresses, submit):
-        """``addresses``: IP addresses to bind, none for all. ``submit(function)`` has a thread take
-        a connection's next step."""
+    def __init__(self, addresses, workers):
+        """``addresses``: IP addresses to bind, none for all. ``workers``: FairWorkers,
+        which take the connections' steps."""
         self._addresses = addresses
-        self._submit = submit
+        self._workers = workers
         self._all = []
 
     def add(self, setting, port, connections, places, first_timeout, addresses=None) -> int:
@@ -28,7 +28,7 @@ class Listeners:
         name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
             listener = Listener(
-                name, sockets, connections.welcome, self._submit, places, first_timeout
+                name, sockets, connections.welcome, self._workers, places, first_timeout
             )
         except OSError as error:  # no descriptor is left
             for sock in sockets:

@@ -91,6 +91,11 @@ class Workers:
         self._over = False
         self._said_at = -SHORTAGE_SILENCE
 
+    @property
+    def crowded(self) -> bool:
+        """Whether there are more jobs than threads may take. A look, without the lock."""
+        return self._spare < 0
+
     def submit(self, function: Callable, *arguments) -> None:
         """Have a thread call ``function``. Any thread. Raises Stopped after shutdown(): the caller
         still has what the job was to take over, and closes it."""

@@ -12,6 +12,7 @@ listener's thread; what it shares with the others is guarded by one lock.
 What can be parked has:
 
     duplex            the connection (gotunnel.Duplex)
+    address           the peer's; its connections take turns with those of others
     ready()           the peer has sent something; called by a worker
     expired()         the time is up; called by a worker
     close()           the listener stops; called by its thread
@@ -28,7 +29,7 @@ import threading
 from time import monotonic
 
 from gotunnel import NoThread, Waker, call_logged, spawn
-from gotunnel_agent.common.addresses import unmapped_host
+from gotunnel_agent.common.addresses import counted_by, unmapped_host
 from gotunnel_agent.common.process import Stopped
 
 log = logging.getLogger("gotunnel.listener")
@@ -105,10 +106,10 @@ def _reason(error, setting):
 class Listener:
     """One port. start(), then stop(), which closes all that is parked."""
 
-    def __init__(self, name, sockets, welcome, submit, places, first_timeout):
+    def __init__(self, name, sockets, welcome, workers, places, first_timeout):
         """``welcome(sock, address, seat)`` makes something that can be parked out of an accepted
-        socket, or None if that peer is not wanted; what it makes settles its Seat, and leaves it
-        in the end. ``submit(function)`` has a worker call it. ``places``: shares.Places for the
+        socket, or None if that peer is not wanted; what it makes settles its Seat, and leaves it in
+        the end. ``workers``: FairWorkers, which take its steps. ``places``: shares.Places for the
         connections that are open at a time. ``first_timeout`` is how many seconds the first byte
         may take: then it is expired(), with 0 at once.
         """
@@ -116,7 +117,7 @@ class Listener:
         self.port = sockets[0].getsockname()[1]
         self._sockets = sockets
         self._welcome = welcome
-        self._submit = submit
+        self._workers = workers
         self._places = places
         self._first_timeout = first_timeout
         # A short first wait is met to a third of it; where there is none, other short ones may be.
@@ -141,6 +142,11 @@ class Listener:
     def stopping(self) -> bool:
         """Whether what is to be called later would be called at once."""
         return self._stopping.is_set()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether connections wait for a worker: then none of them should wait in a worker."""
+        return self._workers.crowded
 
     def start(self):
         for sock in self._sockets:
@@ -189,14 +195,14 @@ class Listener:
             if not over:
                 self._later.append((monotonic() + timeout, function))
         if over:
-            self._submit(function)
+            self._workers.submit(function)
         else:
             self._waker.wake()
 
     def _hand_over(self, connection, step):
         """Have a worker call ``step``, a method of the connection."""
         try:
-            self._submit(step)
+            self._workers.submit(step, counted_by(connection.address[0]))
         except Stopped:  # the workers have stopped: nobody else would close it
             connection.close()
 
@@ -263,7 +269,7 @@ class Listener:
             if due:
                 self._later[:] = [entry for entry in self._later if entry[0] > now]
         for function in due:
-            call_logged(self._submit, function)
+            call_logged(self._workers.submit, function)
 
     def _accept(self, listening):
         for _ in range(ACCEPTS_A_TURN):

@@ -20,7 +20,8 @@ from .request import VisitorGone
 log = logging.getLogger("gotunnel.visitor")
 
 # Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
-# that goes on at once, as most do, is spared the detour through the listener.
+# that goes on at once, as most do, is spared the detour through the listener. Not while others wait
+# for a worker.
 LINGER = 0.005
 
 
@@ -45,6 +46,11 @@ class Stepwise:
         self._visitor = visitor
         self._state = state
         self._deadline = None  # monotonic, of the state; None: nothing was waited for in it
+
+    @property
+    def address(self):
+        """The visitor's, as far as it is known."""
+        return self._visitor.address
 
     def ready(self):
         """Worker: take the steps that can be taken."""
@@ -96,6 +102,9 @@ class Stepwise:
             # The first wait in a state is most likely a short one, and parking takes two detours.
             # Later ones are for visitors that trickle, which must not hold a worker.
             self._deadline = monotonic() + seconds
+            if self._visitor.listener.crowded:
+                self._visitor.listener.park(self, seconds)
+                return False
             with contextlib.suppress(TimeoutError):
                 self.duplex.wait_readable(LINGER)
                 return True

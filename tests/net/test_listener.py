@@ -17,6 +17,22 @@ from gotunnel_server.net.shares import Places
 LOCAL = ("127.0.0.1",)
 
 
+class Workers:
+    """Calls at once what is submitted, until it is shut down."""
+
+    def __init__(self):
+        self.called = []
+        self.over = False
+
+    crowded = False
+
+    def submit(self, function, key=None):
+        if self.over:
+            raise Stopped("the pool of threads has been shut down")
+        self.called.append(function)
+        function()
+
+
 class Parked:
     """A connection that notes what is done to it."""
 
@@ -48,7 +64,7 @@ class Port:
         self._visitors = contextlib.ExitStack()
         # Its own thread does what a pool's would: nothing here takes time.
         self.listener = Listener(
-            "test", bind("TEST_PORT", LOCAL, 0), self._welcome, lambda step: step(),
+            "test", bind("TEST_PORT", LOCAL, 0), self._welcome, Workers(),
             self.places, first_timeout,
         )  # fmt: skip
 
@@ -299,20 +315,6 @@ def test_who_is_parked_after_the_end_is_closed(port):
     assert connection.was_closed.is_set()
 
 
-class Workers:
-    """Calls at once what is submitted, until it is shut down."""
-
-    def __init__(self):
-        self.called = []
-        self.over = False
-
-    def submit(self, function):
-        if self.over:
-            raise Stopped("the pool of threads has been shut down")
-        self.called.append(function)
-        function()
-
-
 @pytest.mark.parametrize("what", ["_later", "_newly_parked"])
 def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
     tested = port.listener
@@ -332,7 +334,7 @@ def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
         tested.call_later(called.set, TIMEOUT)
         assert called.wait(TIMEOUT)
     else:
-        other = Parked(socket.socket(), None)
+        other = Parked(socket.socket(), ("127.0.0.1", 1))
         tested.park(other, TIMEOUT)
         assert other.was_closed.wait(TIMEOUT)
     stopping.join(TIMEOUT)
@@ -341,10 +343,10 @@ def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
 
 def test_one_that_the_workers_no_longer_take_is_closed():
     workers = Workers()
-    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, workers.submit, Places(1), 1)
+    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, workers, Places(1), 1)
     workers.over = True
     for timeout in (0, -1):
-        connection = Parked(socket.socket(), None)
+        connection = Parked(socket.socket(), ("127.0.0.1", 1))
         tested.park(connection, timeout)
         assert connection.was_closed.is_set() and not connection.has_expired.is_set()
     tested.stop()

@@ -1,8 +1,12 @@
-"""The tables of states: each state has a step, and leads to states of its own kind."""
+"""The tables of states: each state has a step, and leads to states of its own kind. And where a
+connection waits."""
+
+import types
 
 import pytest
 
 from gotunnel_server.visitors import arrival, connection
+from gotunnel_server.visitors.steps import Step, Stepwise
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,34 @@ def test_time_that_is_up_again_and_again_closes_the_connection(steps):
         for _ in steps:
             state = state and steps[state].time_up
         assert state is None
+
+
+class Waiting(Stepwise):
+    """Waits, and notes how: ``lingered`` in its thread, or ``parked`` with the listener."""
+
+    def __init__(self, crowded):
+        self.lingered = self.parked = 0
+        listener = types.SimpleNamespace(crowded=crowded, park=self._park)
+        duplex = types.SimpleNamespace(wait_readable=self._linger)
+        visitor = types.SimpleNamespace(duplex=duplex, listener=listener, address=("192.0.2.1", 1))
+        super().__init__(types.SimpleNamespace(is_draining=lambda: False), visitor, "waiting")
+
+    def _linger(self, timeout):
+        self.lingered += 1
+        raise TimeoutError
+
+    def _park(self, connection, timeout):
+        assert connection is self and 0 < timeout <= 10
+        self.parked += 1
+
+    def _wait_for_more(self):
+        return self._wait(10)
+
+    STEPS = {"waiting": Step(_wait_for_more)}
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_a_visitor_that_goes_on_at_once_is_waited_for_unless_others_wait_for_a_thread(crowded):
+    connection = Waiting(crowded)
+    connection.ready()
+    assert (connection.lingered, connection.parked) == (0 if crowded else 1, 1)
