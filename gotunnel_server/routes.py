@@ -2,9 +2,13 @@
 other."""
 
 import threading
+from collections import OrderedDict
 from typing import NamedTuple
 
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
+
+# Hostnames in tcp mode that are remembered when their agents have left, some 400 bytes each.
+MOST_LEFT = 4096
 
 
 class HostnameTaken(Exception):
@@ -56,6 +60,7 @@ class Registry:
         # (hostname to Route, whether a wildcard is among them). Neither the tuple nor the dict is
         # changed once it stands here, so that readers need no lock, and see both of one state.
         self._table = ({}, False)
+        self._left_tcp = OrderedDict()  # hostnames in tcp mode that are not served any more: None
 
     def claim(self, routes, permit=lambda routes: None, instead_of=()):
         """Take every hostname of ``routes`` (hostname to Route), or none of them; those of the
@@ -78,6 +83,8 @@ class Registry:
             routes = {**held, **routes}
             permit(routes)
             self._put(routes)
+            for hostname in routes:
+                self._left_tcp.pop(hostname, None)
 
     def _put(self, routes):
         """Caller holds the lock, and changes ``routes`` no more."""
@@ -96,11 +103,17 @@ class Registry:
     def release(self, tunnel):
         """Give back all hostnames that ``tunnel`` has claimed."""
         with self._lock:
+            held, _ = self._table
             self._put({
                 hostname: route
-                for hostname, route in self._table[0].items()
+                for hostname, route in held.items()
                 if route.tunnel is not tunnel
             })  # fmt: skip
+            for hostname, route in held.items():
+                if route.tunnel is tunnel and route.mode == "tcp":
+                    self._left_tcp[hostname] = None
+                    if len(self._left_tcp) > MOST_LEFT:
+                        self._left_tcp.popitem(last=False)
 
     def only_tcp(self):
         """The one Route in tcp mode; None if there is none, or more than one."""
@@ -112,12 +125,23 @@ class Registry:
         routes, wildcards = self._table
         route = routes.get(hostname)
         if route is None and wildcards and hostname not in self._reserved:
-            rest = hostname
-            while route is None and "." in rest:
-                rest = rest.partition(".")[2]
-                route = routes.get(WILDCARD + rest)
+            return next(filter(None, map(routes.get, _wildcards(hostname))), None)
         return route
+
+    def has_left_in_tcp(self, hostname) -> bool:
+        """Whether a hostname that has no Route was in tcp mode when it had one."""
+        left = self._left_tcp
+        if hostname in self._reserved or not left:
+            return False
+        return hostname in left or any(name in left for name in _wildcards(hostname))
 
     def routes(self) -> dict:
         """All there are, hostname to Route, as they are now."""
         return dict(self._table[0])
+
+
+def _wildcards(hostname):
+    """Those that stand for a hostname, the longest first."""
+    while "." in hostname:
+        hostname = hostname.partition(".")[2]
+        yield WILDCARD + hostname

@@ -120,6 +120,8 @@ class Arrival(Stepwise):
         if self._route is None:
             self._receive()
         route = self._route or self._port.raw_route()
+        if route is None and not self._buffer and self._port.raw_host is not None:
+            return self._refuse_tcp(self._port.raw_host)
         if self._buffer or route is None:
             return self._go_to(State.FIRST_BYTES)
         return self._relay(route)
@@ -141,6 +143,7 @@ class Arrival(Stepwise):
                 "%s dropped: it speaks no TLS, and no tcp hostname is there for it "
                 "(RAW_TCP_HOST)", self._visitor,
             )  # fmt: skip
+            self.duplex.reset()  # not an empty but complete visit
             raise VisitorGone
         return self._relay(route)
 
@@ -209,9 +212,12 @@ class Arrival(Stepwise):
         if self._state is State.PROOF:
             self.close()
             return False
-        route = self._visitor.sni and self._port.lookup(self._visitor.sni)
+        sni = self._visitor.sni
+        route = sni and self._port.lookup(sni)
         if route and route.mode == "tcp":
             return self._relay(route)
+        if sni and route is None and self._port.has_left_in_tcp(sni):
+            return self._refuse_tcp(sni)
         return self._serve_http(self._port.site, scheme="https")
 
     # Handing over
@@ -219,6 +225,12 @@ class Arrival(Stepwise):
     def _serve_http(self, site, scheme):
         HttpConnection(self._port, self._visitor, site, scheme).ready()
         return False
+
+    def _refuse_tcp(self, hostname):
+        """The agent of a hostname in tcp mode is away, and a page would mean nothing there."""
+        log.info("%s: %s: its agent is away", hostname, self._visitor)
+        self.duplex.reset()
+        raise ConnectionAbortedError("its agent is away")
 
     def _relay(self, route):
         """A visit in tcp mode: whatever has come and will come is the target's."""

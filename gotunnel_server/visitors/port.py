@@ -126,6 +126,7 @@ class PublicPort(Port):
         self.context = context
         self.redirect = redirect
         self.lookup = registry.lookup
+        self.has_left_in_tcp = registry.has_left_in_tcp
         self.raw_host = raw_host
         self.challenges = challenges
         self.awaits_certificate = awaits_certificate

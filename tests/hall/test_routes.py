@@ -179,3 +179,22 @@ def test_update_changes_only_what_its_tunnel_still_holds():
     }
     registry.update(opened)
     assert registry.routes() == {"a.test": opened["a.test"], **routes("second", "b.test")}
+
+
+def test_hostnames_in_tcp_mode_are_remembered_when_they_are_released(monkeypatch):
+    monkeypatch.setattr("gotunnel_server.routes.MOST_LEFT", 2)
+    registry = Registry(reserved={"gateway.test"})
+    tcp = {name: Route(name, "tcp", "first") for name in ("a.test", "*.test")}
+    registry.claim({**tcp, **routes("first", "web.example")})
+    assert not registry.has_left_in_tcp("a.test")
+    registry.release("first")
+    assert registry.has_left_in_tcp("a.test") and registry.has_left_in_tcp("b.c.test")
+    for name in "web.example", "gateway.test", "test", "example":
+        assert not registry.has_left_in_tcp(name)
+    registry.claim(routes("second", "*.test"))
+    registry.release("second")
+    assert registry.has_left_in_tcp("a.test") and not registry.has_left_in_tcp("b.c.test")
+    for number in range(2):  # no more than so many
+        registry.claim({f"{number}.test": Route("x", "tcp", "third")})
+        registry.release("third")
+    assert not registry.has_left_in_tcp("a.test") and registry.has_left_in_tcp("1.test")

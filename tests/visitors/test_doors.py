@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import types
 
 import pytest
 from raw_peer import spawn
@@ -78,6 +79,8 @@ KNOCKS = [
     (b"A" * 24, Knock(OTHER)),
     (b"A" * 25 + b" ", Knock(OTHER)),
 ]
+
+AT_ONCE = 3  # seconds: far less than HEADER_TIMEOUT, far more than it takes
 
 
 @pytest.mark.parametrize(("data", "expected"), KNOCKS, ids=lambda value: repr(value)[:24])
@@ -340,6 +343,35 @@ def test_silent_visitor_without_a_raw_host_is_dropped_in_time(cache, tmp_path, o
         assert origin.was_left_alone()
 
 
+@pytest.mark.parametrize("first", [b"", b"PING\r\n", b"SSH-2.0-x\r\n"])
+def test_visitor_of_a_raw_host_that_is_away_is_reset_at_once(cache, first):
+    with gateway_here(cache, RAW_TCP_HOST=RAW) as gateway, dial(gateway.public_port) as visitor:
+        began = time.monotonic()
+        visitor.send(first)
+        with pytest.raises(ConnectionResetError):
+            visitor.read()
+        assert time.monotonic() - began < AT_ONCE
+
+
+def test_visitor_of_a_tcp_hostname_whose_agent_has_left_is_reset_at_once(cache, tmp_path, origin):
+    """By TLS, so that the gateway could take the visitor for one of a website."""
+    with gateway_here(cache) as gateway:
+        for mode in "tcp", "http", "tcp":
+            with agent_here(gateway, tmp_path, **{mode: {RAW: origin.port}}):
+                if mode == "http":  # no longer what it was
+                    assert gateway.inner._registry.has_left_in_tcp(RAW) is False
+            wait_until(lambda: not gateway.inner._registry.routes())
+            if mode == "http":
+                assert gateway.get(RAW)[0] == 502
+                continue
+            with gateway.dial(RAW) as visitor:
+                began = time.monotonic()
+                with pytest.raises(CUT):
+                    visitor.read()
+                assert time.monotonic() - began < AT_ONCE
+        assert gateway.get(GATEWAY_HOST)[0] == 200
+
+
 def test_silent_visitor_is_dropped_in_time_if_the_raw_host_is_away(cache, tmp_path, origin):
     changes = {"HEADER_TIMEOUT": "0.5", "RAW_TCP_HOST": SECOND}
     with house(cache, tmp_path, tunnel(RAW, origin.port), **changes) as gateway:
@@ -424,15 +456,15 @@ def test_hello_that_came_while_we_were_late_is_not_taken_for_silence(cache, tmp_
             expired, go = threading.Event(), threading.Event()
             submit = gateway.inner._steps.submit
 
-            def late(function):
+            def late(function, key=None):
                 if function.__name__ == "expired":
                     expired.set()
-                    submit(lambda: (go.wait(TIMEOUT), function()))
+                    submit(lambda: (go.wait(TIMEOUT), function()), key)
                 else:
-                    submit(function)
+                    submit(function, key)
 
             (public,) = [one for one in gateway.inner._listeners._all if one.name == "gateway"]
-            public._submit = late
+            public._workers = types.SimpleNamespace(submit=late, crowded=False)
             sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
             assert expired.wait(TIMEOUT)
             threading.Timer(0.2, go.set).start()  # by then the hello has come
