@@ -825,6 +825,7 @@ VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visit
 POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors away, for the agent
 WILDCARDS = "wildcards"  # feature: the gateway knows hostnames such as *.dev.example.com
 REASONS = "reasons"  # feature: the agent wants to hear why the gateway ends its session
+UPGRADES = "upgrades"  # feature: data headers say that an http stream is relayed as a tcp one is
 REPLACED = "replaced"  # such a reason: another session has taken over
 MOVE = "move"  # ... the agent is to come anew; until it has, this session serves, and visits go on
 
@@ -1087,6 +1088,7 @@ class MessageReader:
 DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
 DATA_HEADER_PLAIN = 1  # version whose text is the hostname, the only one that Go peers know
 DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of visitor and door
+DATA_HEADER_RELAYED = 3  # ... is either of the two; the agent passes FIN on, also in http mode
 
 
 class Ends(NamedTuple):
@@ -1096,36 +1098,40 @@ class Ends(NamedTuple):
     door: tuple
 
 
-def encode_data_header(hostname: str, ends: Ends | None = None) -> bytes:
+def encode_data_header(hostname: str, ends: Ends | None = None, relayed=False) -> bytes:
     """The first bytes of a data stream: the hostname exactly as the agent registered it, and the
-    visitor's ``ends`` for an agent that has asked for them."""
+    visitor's ``ends`` for an agent that has asked for them. ``relayed``, for an agent that knows
+    UPGRADES: in http mode too FIN ends one direction, and not the visit."""
     if ends is None:
         version, text = DATA_HEADER_PLAIN, hostname
     else:
         version = DATA_HEADER_ADDRESSED
         text = " ".join(map(str, (hostname, *ends.visitor, *ends.door)))
+    if relayed:
+        version = DATA_HEADER_RELAYED
     text = text.encode()
     return DATA_HEADER.pack(version, len(text)) + text
 
 
 def read_data_header(read_exactly) -> tuple:
-    """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, and its Ends
-    or None.
+    """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, its Ends or
+    None, and whether the stream is to be relayed.
 
     A Go gateway writes the visitor's Host there, with any port and in any case. Raises
     ProtocolError for another version or a text that is none.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
-    known = DATA_HEADER_PLAIN, DATA_HEADER_ADDRESSED
-    if version not in known:
-        raise ProtocolError(f"data header version {version}, expected {known[0]} or {known[1]}")
+    first, last = DATA_HEADER_PLAIN, DATA_HEADER_RELAYED
+    if not first <= version <= last:
+        raise ProtocolError(f"data header version {version}, expected {first} to {last}")
+    relayed = version == DATA_HEADER_RELAYED
     try:
         text = read_exactly(length).decode()
-        if version == DATA_HEADER_PLAIN:
-            return text, None
+        if version == DATA_HEADER_PLAIN or relayed and " " not in text:
+            return text, None, relayed
         hostname, *addresses = text.split(" ")
         visitor, visitor_port, door, door_port = addresses
-        return hostname, Ends(_end(visitor, visitor_port), _end(door, door_port))
+        return hostname, Ends(_end(visitor, visitor_port), _end(door, door_port)), relayed
     except UnicodeDecodeError:
         raise ProtocolError("a data header whose hostname is not UTF-8") from None
     except ValueError:

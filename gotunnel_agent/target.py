@@ -4,7 +4,8 @@ A target is a port, plain or with TLS, or a unix socket.
 
 In http mode the exchange is over as soon as either side is: the gateway ends a stream when it has
 its answer (a Go gateway says so with FIN), and a target that has closed its connection answers no
-more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it.
+more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it; so
+it does in http mode where the gateway asks for it, since the visitor wants to change the protocol.
 
 We never look into the bytes. The one thing that we say ourselves is a 502, in http mode, when the
 target cannot be reached: the visitor then learns more than that the connection was closed. What
@@ -130,7 +131,9 @@ def serve(stream, find_route, targets):
     ``find_route(hostname)`` gives the Route of a hostname, or None; ``targets`` are the agent's.
     """
     try:
-        name, ends = read_data_header(lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT))
+        name, ends, relayed = read_data_header(
+            lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT)
+        )
     except (OSError, ProtocolError) as error:
         # A visitor that leaves at once is no news.
         level = logging.DEBUG if isinstance(error, ConnectionError) else logging.WARNING
@@ -155,7 +158,7 @@ def serve(stream, find_route, targets):
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     with targets.hold(target):
         try:
-            if tunnel.mode == "http":
+            if tunnel.mode == "http" and not relayed:
                 exchange(stream, target)
             elif tunnel.idle_timeout is None:
                 relay(stream, target)

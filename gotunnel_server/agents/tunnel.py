@@ -29,6 +29,7 @@ from gotunnel import (
     REASONS,
     REPLACED,
     START_WINDOW,
+    UPGRADES,
     VISITOR_ADDRESS,
     WILDCARDS,
     Ack,
@@ -47,8 +48,8 @@ from .stream_pool import KeptStreams, OwnStreams
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # extensions that we know
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, VISITOR_ADDRESS,
-    WILDCARDS,
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, UPGRADES,
+    VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session's last message may take to leave, if another tunnel waits for its
 # hostnames. The message may stand behind what another thread is about to send. On a line that is
@@ -151,6 +152,7 @@ class Tunnel:
         self.agent = agent
         self.features = tuple(name for name in features if name in FEATURES)
         self.half_close = HALF_CLOSE in self.features  # the agent may hear of a visitor's FIN
+        self.upgrades = UPGRADES in self.features  # ... also in http mode, of open(relayed=True)
         self.wanted = {name: route._replace(tunnel=self) for name, route in routes.items()}
         self.routes = {}  # hostname: Route, that are served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
@@ -418,13 +420,15 @@ class Tunnel:
 
     # Data streams, for visits
 
-    def open(self, route, ends, first=b""):
+    def open(self, route, ends, first=b"", relayed=False):
         """A new stream for a visit; ``first`` bytes go along. ``ends()`` gives the visitor's, for
-        an agent that wants to know.
+        an agent that wants to know. ``relayed``: see encode_data_header().
 
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
-        header = encode_data_header(route.hostname, ends() if route.addressed else None)
+        header = encode_data_header(
+            route.hostname, ends() if route.addressed else None, relayed
+        )
         if self._allowance is None:
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
         try:

@@ -99,7 +99,7 @@ class HttpConnection(Stepwise):
             if isinstance(handler.switched, Connect):
                 relays.start_tcp(self._visitor, handler.switched.route)
             else:
-                relays.start_switched(self._visitor, handler.switched)
+                relays.start_switched(self._visitor, *handler.switched)
             return False
         if handler.close_connection:
             return self._part()

@@ -15,8 +15,9 @@ import logging
 import threading
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import NamedTuple
 
-from gotunnel import Deadline, NoThread, SessionClosed, spawn
+from gotunnel import Deadline, NoThread, SessionClosed, Stream, spawn
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
 
@@ -37,6 +38,13 @@ LATE_BODY_TIMEOUT = 3  # seconds that a visitor has to stop sending once it has 
 # Seconds for an upload's thread to end once nothing can hold it: its stream is over, and the
 # visitor's body has come or was aborted.
 UPLOAD_END_TIMEOUT = 5
+
+
+class Upgraded(NamedTuple):
+    """The target has answered 101 on ``stream``. ``half_close``: the agent passes FIN on to it."""
+
+    stream: Stream
+    half_close: bool
 
 
 class TargetFailed(Exception):
@@ -136,6 +144,13 @@ class Upload:
         data = b"".join(map(http1.encode_chunk, pieces))
         return data + http1.encode_last_chunk(request.trailers) if request.body_complete else data
 
+    def ended(self, timeout: float) -> bool:
+        """Whether no more of it is to come, in ``timeout`` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
     def sent(self) -> bool:
         """Whether all of it is with the stream. Waits a moment: the answer can be quicker than
         the thread that sent what is answered."""
@@ -181,6 +196,7 @@ class Exchange:
         self._timeout = response_timeout
         self._stream = None
         self._head_sent = False  # of the final answer
+        self._half_close = False  # what the agent was told of self._stream
         self._login = False  # self._stream knows, or may know, who the visitor is (login.py)
         self._upload = Upload(request, response_timeout) if request.has_body else None
 
@@ -226,11 +242,13 @@ class Exchange:
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
         head, timeout = self._head(), self._timeout
         repeatable = upload is None and self._request.method in IDEMPOTENT
+        # The agent has to know from the beginning that FIN may be one direction's only.
+        self._half_close = relayed = self._request.wants_upgrade and tunnel.upgrades
         try:
             first = upload.at_hand() if upload else b""
         except Malformed as error:
             raise _bad_request(error) from None
-        if (stream := self._take_up(repeatable)) is not None:
+        if (stream := self._take_up(repeatable and not relayed)) is not None:
             self._stream = stream
             try:
                 stream.write(head, timeout)
@@ -242,7 +260,7 @@ class Exchange:
                 pass
             stream.close()  # its target closed it meanwhile: once more, on another
         try:
-            self._stream = tunnel.open(route, self._request.ends, head + first)
+            self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
         except ConnectionError:
             raise self._agent_gone()
         except TimeoutError:
@@ -257,7 +275,9 @@ class Exchange:
         self._login = stream is not None or login.concerns_connection(
             self._request.fields, "authorization"
         )
-        if stream is None and repeatable:
+        if stream is not None:
+            self._half_close = False  # the agent was told nothing of it
+        elif repeatable:
             stream = route.tunnel.take_kept(route)
         return stream
 
@@ -324,14 +344,18 @@ class Exchange:
         try:
             return self._wait(timeout)
         except ConnectionError as error:
-            problem = self._upload and self._upload.problem
-            if isinstance(problem, Malformed):
-                raise _bad_request(problem)
-            if problem:
-                raise VisitorGone
+            self._check_upload()
             if isinstance(error, SessionClosed):
                 raise self._agent_gone()
             raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
+
+    def _check_upload(self):
+        """Raise what has ended the request's body early, if anything."""
+        problem = self._upload and self._upload.problem
+        if isinstance(problem, Malformed):
+            raise _bad_request(problem)
+        if problem:
+            raise VisitorGone
 
     def _agent_gone(self):
         return TargetFailed(502, "agent-gone", f"The agent of {self._route.hostname} has gone.")
@@ -378,6 +402,8 @@ class Exchange:
                 request.owner.keep(self._route, stream)
             else:
                 stream.close()
+        elif self._half_close:  # the upgrade was declined, and FIN would not end it at the agent
+            stream.reset()
         elif reusable and certain and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
             # would answer that one to the visitor that comes next: kept streams saw no body.
@@ -424,9 +450,23 @@ class Exchange:
         """The connection now speaks something else (RFC 9110 §7.8)."""
         if not self._request.wants_upgrade:
             raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
+        self._await_upload()
         fields = http1.end_to_end(response.fields, keep_upgrade=True)
-        if not self._request.switch(101, response.reason, fields, data, self._stream):
+        onward = Upgraded(self._stream, self._half_close)
+        if not self._request.switch(101, response.reason, fields, data, onward):
             raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
+
+    def _await_upload(self):
+        """A protocol is changed behind a whole request (RFC 9110 §7.8). A target may say 101 as
+        soon as it has the head."""
+        if self._upload is None:
+            return
+        while not self._upload.ended(WATCH):
+            if self._request.gone():
+                raise VisitorGone
+        self._check_upload()
+        if not self._upload.sent():
+            raise TargetFailed(502, "bad-answer", "The service changed the protocol too early.")
 
 
 def _bad_request(malformed):

@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_timeout = idle_timeout
         self.close_connection = False
         self.current = None  # Http1Request, None before the first and while a head comes
-        self.switched = None  # the target's stream, or a Connect, that raw bytes now flow to
+        self.switched = None  # the Upgraded or Connect that raw bytes now flow to
         self._site = site
         self._proxies = proxies
         self._response_timeout = response_timeout
@@ -171,7 +171,7 @@ class Http1Request:
             self._body_read = threading.Event()
             if body.complete:  # of no bytes
                 self._body_read.set()
-        elif head.minor == 1:  # RFC 9110 §7.8
+        if head.minor == 1:  # RFC 9110 §7.8
             protocols = head.fields.tokens("upgrade")
             self.wants_upgrade = (
                 protocols != []

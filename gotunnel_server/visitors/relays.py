@@ -37,11 +37,12 @@ def start_tcp(visitor, route):
     _start(_relay_tcp, visitor, route)
 
 
-def start_switched(visitor, stream):
+def start_switched(visitor, stream, half_close):
     """Join a Visitor and the stream that has answered it with 101, in threads of their own, which
-    close both. Raises NoThread: then the Visitor is still the caller's, and the stream is reset."""
+    close both. ``half_close``: the agent passes FIN on. Raises NoThread: then the Visitor is still
+    the caller's, and the stream is reset."""
     try:
-        _start(relay_switched, visitor, stream)
+        _start(relay_upgraded if half_close else relay_switched, visitor, stream)
     except NoThread:
         stream.reset()
         raise
@@ -86,46 +87,58 @@ def _relay_tcp(visitor, route):
                      route.hostname, visitor)  # fmt: skip
 
 
-def relay_holding_fin(end, stream):
+def relay_holding_fin(end, stream, last_bytes=None):
     """relay() for an agent that takes FIN for the end of the visit, and would cut the answer.
 
     When the visitor has half-closed, its FIN waits until the target has been silent for a while.
-    ``end`` is the visitor's, a Duplex.
+    ``end`` is the visitor's, a Duplex. ``last_bytes``: seconds for it to end after the target has;
+    None: as long as it likes.
     """
     stream.on_death(end.reset)
     source = _Timed(stream)
-    back = _copy_back(pump, source, end)
+    visitor_done = threading.Event()
+    back = _copy_back(_copy_to_visitor, source, end, visitor_done, last_bytes)
     try:
         while data := end.read():
             stream.write(data)
     except (OSError, ValueError):
         stream.reset()
         end.reset()
+    visitor_done.set()
     _outlast(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
     _outlast(back, source, ENDING_TIMEOUT)
     _end(back, end, stream)
 
 
+def relay_upgraded(visitor, stream):
+    """What follows a 101. A half-close is passed on: `docker exec -i` ends the standard input of
+    its program by one, and the program may answer afterwards."""
+    try:
+        relay(visitor.duplex, stream)
+    except NoThread:
+        stream.reset()
+        raise
+    finally:
+        stream.close()
+
+
 def relay_switched(visitor, stream):
-    """Copy both ways until either side has ended: no protocol that is upgraded to goes on with one
-    direction, and nobody would ever close an idle half."""
-    duplex = visitor.duplex
-    visitor_done = threading.Event()
-    stream.on_death(duplex.reset)
-    back = _copy_back(_copy_to_visitor, stream, duplex, visitor_done)
-    pump(duplex, stream)
-    visitor_done.set()
-    stream.close()
-    back.join(ENDING_TIMEOUT)
-    _end(back, duplex, stream)
+    """The same for an agent that ends its target at FIN, and the stream with its target."""
+    try:
+        relay_holding_fin(visitor.duplex, stream, LAST_BYTES_TIMEOUT)
+    except NoThread:
+        stream.reset()
+        raise
+    finally:
+        stream.close()
 
 
-def _copy_to_visitor(stream, duplex, visitor_done):
-    pump(stream, duplex)
+def _copy_to_visitor(source, end, visitor_done, last_bytes):
+    pump(source, end)
     # The visitor has the last word, and a moment to say it.
-    if not visitor_done.wait(LAST_BYTES_TIMEOUT):
-        duplex.stop()
+    if last_bytes is not None and not visitor_done.wait(last_bytes):
+        end.stop()
 
 
 def _copy_back(function, *arguments):

@@ -37,7 +37,7 @@ class Request(Protocol):
     sni: str | None  # hostname of the ClientHello, None if there was none
     owner: Owner | None  # of a stream, for logins; None: the connection brings several visitors
     peer: str  # IP address of the connection that brought it
-    wants_upgrade: bool  # to the protocols in its Upgrade field; such a request has no body
+    wants_upgrade: bool  # to the protocols in its Upgrade field
     has_body: bool
     body_length: int | None  # bytes, None if it is not known beforehand
     body_complete: bool  # read_body() has returned all of the body, or there is none
@@ -91,5 +91,5 @@ class Request(Protocol):
         self, status: int, reason: str, fields: list[tuple[str, str]], data: bytes, onward: object
     ) -> bool:
         """The final answer: from here on raw bytes flow between the visitor and ``onward`` (after
-        101 the target's stream; after CONNECT a sites.Connect), first of all ``data`` to the
-        visitor. False if there is no room for it, then nothing was sent."""
+        101 an exchange.Upgraded; after CONNECT a sites.Connect), first of all ``data`` to the
+        visitor. False if there is no room for it, then nothing was sent. The body has come."""

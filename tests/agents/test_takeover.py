@@ -89,7 +89,7 @@ def test_an_agent_that_comes_back_has_its_hostname_at_once(gateway):
             with gateway.dial(APP) as visitor:
                 visitor.send(request())
                 stream = new.session.accept(TIMEOUT)
-                assert read_data_header(stream.read_exactly) == (APP, None)
+                assert read_data_header(stream.read_exactly) == (APP, None, False)
 
 
 def test_an_agent_that_does_not_ask_for_reasons_hears_only_that_it_is_over(gateway):

@@ -84,7 +84,7 @@ def test_registered_agent_is_acknowledged_and_served(gateway):
         with gateway.dial(APP) as visitor:
             visitor.send(request("GET", "/by-hand"))
             stream = agent.session.accept(TIMEOUT)
-            assert read_data_header(stream.read_exactly) == (APP, None)
+            assert read_data_header(stream.read_exactly) == (APP, None, False)
             assert stream.read(timeout=TIMEOUT).startswith(b"GET /by-hand HTTP/1.1\r\n")
             stream.write(answer(b"hello"))
             assert visitor.read_message()[1] == b"hello"

@@ -151,8 +151,11 @@ class Tunnel:
     def take_kept(self, route):
         return self.kept.pop() if self.kept else None
 
-    def open(self, route, ends, first):
+    upgrades = True  # what its agent knows
+
+    def open(self, route, ends, first, relayed=False):
         self.opened.append(first)
+        self.relayed = relayed
         stream = self.streams.pop(0)
         if isinstance(stream, Exception):
             raise stream
@@ -365,7 +368,44 @@ def test_101_turns_the_visitor_over_to_the_stream_with_what_came_behind_it():
     assert b"\r\nUpgrade: chat\r\n" in stream.sent
     assert stream.sent.endswith(b"\r\nConnection: Upgrade\r\n\r\n")
     fields = [("Upgrade", "chat"), ("Sec-WebSocket-Accept", "x")]
-    assert visitor.events == [("switch", 101, fields, b"hello", stream)]
+    assert visitor.events == [("switch", 101, fields, b"hello", (stream, True))]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_agent_is_told_that_a_stream_may_be_upgraded_if_it_knows_what_that_is(knows):
+    """One that does not is spared a new stream, too."""
+    visitor = Visitor("GET", "/", ("Upgrade", "chat"), wants_upgrade=True)
+    streams = [Stream(SWITCHING, visitor=visitor) for _ in range(2)]
+    tunnel = Tunnel(streams[0], kept=[streams[1]])
+    tunnel.upgrades = knows
+    run(visitor, tunnel)
+    assert visitor.events[-1][-1] == (streams[not knows], knows)
+    assert not knows or tunnel.relayed
+
+
+def test_101_waits_for_the_rest_of_the_body():
+    visitor = Visitor("POST", "/", ("Upgrade", "tcp"), wants_upgrade=True, body=...)
+    stream = Stream(visitor=visitor)
+    ended = post(visitor, stream)
+    wait_until(threads)
+    stream.came.put(SWITCHING + b"hello")
+    visitor.body.put([b"{}"])
+    wait_until(lambda: stream.sent.endswith(b"2\r\n{}\r\n"))
+    assert visitor.events == []
+    visitor.body.put(None)
+    assert ended() == [] and visitor.events[0][:2] == ("switch", 101)
+    assert stream.sent.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("problem", [Malformed(400, "no size"), VisitorGone()])
+def test_101_is_not_passed_on_if_the_body_never_comes_whole(problem):
+    visitor = Visitor("POST", "/", ("Upgrade", "tcp"), wants_upgrade=True, body=...)
+    stream = Stream(SWITCHING, visitor=visitor)
+    ended = post(visitor, stream)
+    wait_until(threads)
+    visitor.body.put(problem)
+    assert [type(error) for error in ended()] == [VisitorGone] * isinstance(problem, VisitorGone)
+    assert "reset" in visitor.events and "switch" not in [event[0] for event in visitor.events]
 
 
 @pytest.mark.parametrize(

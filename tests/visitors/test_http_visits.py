@@ -404,6 +404,53 @@ def test_upgrade_carries_raw_bytes_both_ways_from_the_first_on(gateway, origin):
         assert visitor.read_to_end() == b""
 
 
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        (("Content-Length: 2",), b"{}"),
+        (("Content-Length: 0", "X-Stream-Protocol-Version: v4.channel.k8s.io"), b""),
+        (("Transfer-Encoding: chunked",), b"2\r\n{}\r\n0\r\n\r\n"),
+        ((), b""),
+    ],
+    ids=["docker", "kubectl", "chunked", "without"],
+)
+@pytest.mark.parametrize("first", ["visitor", "target"])
+def test_half_close_is_passed_on_after_an_upgrade(gateway, origin, fields, body, first):
+    """Whatever the request was: docker sends a POST with a body, kubectl one of no bytes."""
+    hello = request("POST", "/exec", "Connection: Upgrade", "Upgrade: SPDY/3.1", *fields)
+    with gateway.dial(APP) as visitor:
+        visitor.send(hello + body)
+        target = origin.accept()
+        head = target.read_head()
+        assert {"connection: upgrade", "upgrade: spdy/3.1"} <= set(fields_of(head))
+        assert target.read_exactly(len(body)) == body
+        target.send(b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n")
+        assert status_of(visitor.read_head()) == 101
+        ends = (visitor, target) if first == "visitor" else (target, visitor)
+        ends[0].send(b"all that there is")
+        ends[0].finish()
+        assert ends[1].read_to_end() == b"all that there is"
+        answered = random.Random(1).randbytes(3 * MIB)
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(ends[0].read_to_end)
+            ends[1].send(answered)
+            ends[1].finish()
+            assert digest(read.result()) == digest(answered)
+
+
+def test_body_that_comes_after_the_101_still_goes_before_what_is_behind_it(gateway, origin):
+    with gateway.dial(APP) as visitor:
+        fields = ("Connection: Upgrade", "Upgrade: tcp", "Content-Length: 4")
+        visitor.send(request("POST", "/", *fields))
+        target = origin.accept()
+        target.read_head()
+        target.send(b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n")
+        visitor.send(b"body" + b"raw")
+        assert target.read_exactly(7) == b"bodyraw"
+        assert status_of(visitor.read_head()) == 101
+        target.close()
+
+
 def test_upgrade_ends_when_the_target_does(gateway, origin):
     visitor, target, _ = begin(gateway, origin, "Connection: Upgrade", "Upgrade: chat")
     with visitor:
@@ -418,6 +465,8 @@ def test_upgrade_that_the_target_declines_is_an_ordinary_answer(gateway, origin)
     with visitor:
         target.send(answer(b"no"))
         assert visitor.read_message()[1] == b"no"
+        with contextlib.suppress(*CUT):
+            assert target.read_to_end() == b""
 
 
 # What breaks -------------------------------------------------------------------------------------
@@ -553,7 +602,7 @@ def test_target_that_is_down_is_a_502(cache, tmp_path):
 
 
 def test_stream_that_is_reset_before_its_request_is_out_is_a_502(gateway, origin, monkeypatch):
-    def reset(tunnel, route, ends, first):
+    def reset(tunnel, route, ends, first, relayed):
         raise StreamReset
 
     with gateway.dial(APP) as visitor:

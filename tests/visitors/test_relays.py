@@ -95,6 +95,25 @@ def test_agent_that_ignores_fin_after_a_101_keeps_no_thread():
     assert has_ended("relay back")
 
 
+def test_visitor_of_an_agent_without_upgrades_gets_its_answer_after_a_101_whole():
+    visitor, stream = End(b"bye", b""), End(b"hello")
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+        assert stream.finished.wait(TIMEOUT)
+        stream.come(b"and bye")
+        stream.come(b"")
+    assert (stream.written, visitor.written) == ([b"bye"], [b"hello", b"and bye"])
+    assert visitor.finished.is_set() and not visitor.was_reset.is_set()
+
+
+def test_target_that_has_ended_after_a_101_gives_its_visitor_a_moment(monkeypatch):
+    monkeypatch.setattr(relays, "LAST_BYTES_TIMEOUT", 0.05)
+    visitor, stream = End(), End(b"bye", b"")
+    visitor.stop = lambda: visitor.come(b"")
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+        pass
+    assert visitor.written == [b"bye"] and visitor.finished.is_set()
+
+
 def test_agent_that_answers_the_held_fin_has_its_answer_passed_on_whole():
     visitor, stream = End(b""), End()
     with relaying(relays.relay_holding_fin, visitor, stream):

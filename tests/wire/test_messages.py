@@ -287,7 +287,7 @@ HEADERS = [
 @pytest.mark.parametrize(("hostname", "text"), HEADERS)
 def test_data_header_both_ways(hostname, text):
     assert encode_data_header(hostname) == bytes.fromhex(text)
-    assert read_data_header(reader_of(bytes.fromhex(text) + b"GET /")) == (hostname, None)
+    assert read_data_header(reader_of(bytes.fromhex(text) + b"GET /")) == (hostname, None, False)
 
 
 @pytest.mark.parametrize("visitor", ["192.0.2.1", "2001:db8::1"])
@@ -295,12 +295,19 @@ def test_data_header_with_the_visitors_address_both_ways(visitor):
     ends = Ends((visitor, 40000), ("198.51.100.7", 443))
     data = encode_data_header("a.b", ends)
     assert data[0] == 2
-    assert read_data_header(reader_of(data + b"rest")) == ("a.b", ends)
+    assert read_data_header(reader_of(data + b"rest")) == ("a.b", ends, False)
+
+
+@pytest.mark.parametrize("ends", [None, Ends(("192.0.2.1", 40000), ("198.51.100.7", 443))])
+def test_data_header_of_a_relayed_stream_both_ways(ends):
+    data = encode_data_header("a.b", ends, relayed=True)
+    assert data[0] == 3
+    assert read_data_header(reader_of(data + b"rest")) == ("a.b", ends, True)
 
 
 def test_data_header_leaves_what_follows():
     read_exactly = reader_of(encode_data_header("a.b") + b"rest")
-    assert read_data_header(read_exactly) == ("a.b", None)
+    assert read_data_header(read_exactly) == ("a.b", None, False)
     assert read_exactly(4) == b"rest"
 
 
@@ -310,10 +317,11 @@ NOT_TWO = "a data header that does not hold two addresses"
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("00 0001 61", "data header version 0, expected 1 or 2"),
-        ("03 0001 61", "data header version 3, expected 1 or 2"),
-        ("47 4554 20", "data header version 71, expected 1 or 2"),
+        ("00 0001 61", "data header version 0, expected 1 to 3"),
+        ("04 0001 61", "data header version 4, expected 1 to 3"),
+        ("47 4554 20", "data header version 71, expected 1 to 3"),
         ("02 0001 61", NOT_TWO),
+        (f"03 0015 {b'a.b 1.2.3.4 5 1.2.3.4'.hex()}", NOT_TWO),
         (f"02 0015 {b'a.b 1.2.3.4 5 1.2.3.4'.hex()}", NOT_TWO),
         (f"02 0017 {b'a.b 1.2.3.4 5 1.2.3.4 x'.hex()}", NOT_TWO),
         (f"02 001b {b'a.b 1.2.3.4 5 1.2.3.4 65536'.hex()}", NOT_TWO),
