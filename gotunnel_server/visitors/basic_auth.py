@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from gotunnel_agent.common.passwords import CONTROL, MOST_PASSWORD, MOST_USER, Hash
 from gotunnel_agent.common.token_bucket import Buckets
 
+from ..net.turns import Gate
 from .verdict import Allow, Answer, Caller, refusal, too_many
 
 # A person mistypes a few times; an attacker has 8640 guesses a day from an address.
@@ -37,12 +38,12 @@ GUESSES_A_SECOND = 1
 MOST_REMEMBERED = 4096
 
 # Computations in this process. Two keep two cores busy, with 128 MiB at most; those that wait do so
-# for half a second or two, each with a thread. A tunnel under attack leaves the others their part.
+# for half a second or two, each with a thread. Tunnels take turns, and so do the addresses at one
+# tunnel: a login waits for one guess of each other tunnel, however many are made there. Of the
+# places to wait a tunnel alone has a third.
 COMPUTED_AT_ONCE = 2
-WAITING_TO_COMPUTE = 16
-OF_ONE_TUNNEL = COMPUTED_AT_ONCE + WAITING_TO_COMPUTE // 2
-_turns = threading.BoundedSemaphore(COMPUTED_AT_ONCE)
-_places = threading.BoundedSemaphore(COMPUTED_AT_ONCE + WAITING_TO_COMPUTE)
+WAITING_TO_COMPUTE = 30
+_gate = Gate(COMPUTED_AT_ONCE, WAITING_TO_COMPUTE)
 
 ANY_USER = None  # stands for every user name
 
@@ -77,7 +78,6 @@ class Passwords:
         self._guesses = Buckets(GUESSES_A_SECOND, GUESSES)
         self._running = {}  # (share, digest): Future of the verdict
         self._lock = threading.Lock()  # guards these five; never held while computing
-        self._places = threading.BoundedSemaphore(OF_ONE_TUNNEL)
 
     def judge(self, caller: Caller) -> Allow | Answer:
         """May compute, or wait for another thread that does."""
@@ -119,18 +119,12 @@ class Passwords:
         return running.result()
 
     def _compute(self, case, user, password):
-        if not self._places.acquire(blocking=False):
+        if not _gate.enter(self, case[0]):
             return _BUSY
         try:
-            if not _places.acquire(blocking=False):
-                return _BUSY
-            try:
-                with _turns:
-                    return self._compute_now(case, user, password)
-            finally:
-                _places.release()
+            return self._compute_now(case, user, password)
         finally:
-            self._places.release()
+            _gate.leave()
 
     def _compute_now(self, case, user, password):
         share = case[0]

@@ -7,24 +7,20 @@ import subprocess
 import sys
 import time
 
-import pytest
 from support import (
     APP,
     GATEWAY_HOST,
-    RAW,
     ROOT,
     TIMEOUT,
     Gateway,
     agent_yaml,
     answer,
     ca_of,
-    dial_tls,
     gateway_environment,
     gateway_here,
     request,
     reserved_port,
     status_of,
-    tls_context,
     wait_until,
 )
 

@@ -14,6 +14,7 @@ from support import wait_until
 from gotunnel_agent.common.addresses import MOST_NETWORKS
 from gotunnel_agent.common.passwords import MOST_USERS, Hash
 from gotunnel_agent.common.token_bucket import MOST_KEYS
+from gotunnel_server.net.turns import Gate
 from gotunnel_server.visitors import basic_auth
 from gotunnel_server.visitors.policy import Defaults, Networks, PolicyError, read
 from gotunnel_server.visitors.verdict import Allow, refusal
@@ -584,25 +585,55 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 def test_a_tunnel_under_attack_leaves_the_others_their_part(monkeypatch):
     slow = Slow(monkeypatch)
     attacked, other = guarded(), guarded()
-    with ThreadPoolExecutor(basic_auth.OF_ONE_TUNNEL + 1) as pool:
+    count = basic_auth.COMPUTED_AT_ONCE + basic_auth.WAITING_TO_COMPUTE // 3
+    with ThreadPoolExecutor(count + 1) as pool:
         guesses = [
             pool.submit(attacked.judge_request, f"198.51.100.{n}", basic("me", f"guess {n}"))
-            for n in range(basic_auth.OF_ONE_TUNNEL)
+            for n in range(count)
         ]
-        left = passwords(attacked)._places
-        wait_until(lambda: not left.acquire(blocking=False) or left.release())
+        wait_until(lambda: waiting_to_compute() == basic_auth.WAITING_TO_COMPUTE // 3)
         assert outcome(attacked.judge_request(HOME, basic("me"))) == BUSY
         verdict = pool.submit(other.judge_request, HOME, basic("me"))
+        wait_until(lambda: waiting_to_compute() > basic_auth.WAITING_TO_COMPUTE // 3)
         slow.may_end.set()
         assert comes_in(verdict.result())
         assert {outcome(guess.result()) for guess in guesses} == {ASKED}
+
+
+def waiting_to_compute() -> int:
+    return basic_auth.WAITING_TO_COMPUTE - basic_auth._gate._places
+
+
+def test_a_login_waits_for_no_more_than_one_guess_of_each_other_tunnel(monkeypatch):
+    """And at a tunnel where others guess, for one of each of them."""
+    monkeypatch.setattr(basic_auth, "_gate", Gate(1, basic_auth.WAITING_TO_COMPUTE))
+    computed, may_end, compute = [], threading.Semaphore(0), Hash.compute
+
+    def slow(hashed, password):
+        computed.append(password.decode())
+        assert may_end.acquire(timeout=10)
+        return compute(hashed, password)
+
+    monkeypatch.setattr(Hash, "compute", slow)
+    attacked, other = guarded(), guarded()
+    coming = [
+        (attacked, ABROAD, "guess 0"), (attacked, ABROAD, "guess 1"), (attacked, ABROAD, "guess 2"),
+        (attacked, ABROAD, "guess 3"), (attacked, HOME, "at home"), (other, HOME, "elsewhere"),
+    ]  # fmt: skip
+    with ThreadPoolExecutor(len(coming)) as pool:
+        for count, (judged, address, password) in enumerate(coming):
+            pool.submit(judged.judge_request, address, basic("me", password))
+            wait_until(lambda count=count: len(computed) == 1 and waiting_to_compute() == count)
+        for _ in coming:
+            may_end.release()
+    assert computed == ["guess 0", "guess 1", "elsewhere", "at home", "guess 2", "guess 3"]
 
 
 def test_address_that_failed_too_often_is_told_so_though_no_place_is_left(computed, monkeypatch):
     judged = guarded()
     for n in range(basic_auth.FAILURES):
         judged.judge_request(HOME, basic("me", f"guess {n}"))
-    monkeypatch.setattr(basic_auth, "_places", threading.Semaphore(0))
+    monkeypatch.setattr(basic_auth, "_gate", Gate(0, 0))
     assert outcome(judged.judge_request(HOME, basic("me"))) == TOO_MANY
     assert outcome(judged.judge_request(ABROAD, basic("me"))) == BUSY
 
@@ -656,55 +687,42 @@ def test_connections_of_one_browser_share_a_computation(monkeypatch):
 
 
 def test_guesses_of_one_address_all_at_once_are_bounded_as_well(monkeypatch):
-    room = basic_auth.COMPUTED_AT_ONCE + basic_auth.WAITING_TO_COMPUTE
-    monkeypatch.setattr(basic_auth, "OF_ONE_TUNNEL", room)
+    room = 2 * basic_auth.FAILURES
     slow, judged = Slow(monkeypatch), guarded()
-    left = Places(room)
-    monkeypatch.setattr(basic_auth, "_places", left)
+    gate = Gate(basic_auth.COMPUTED_AT_ONCE, 20 * room)  # room enough for one address
+    monkeypatch.setattr(basic_auth, "_gate", gate)
     with ThreadPoolExecutor(room) as pool:
         verdicts = [
             pool.submit(judged.judge_request, HOME, basic("me", f"guess {n}")) for n in range(room)
         ]
-        assert left.taken.wait(10)
+        wait_until(lambda: gate._places == 20 * room - (room - basic_auth.COMPUTED_AT_ONCE))
         slow.may_end.set()
         outcomes = [outcome(verdict.result()) for verdict in verdicts]
     assert set(outcomes) == {ASKED, TOO_MANY}
     assert basic_auth.FAILURES <= slow.count < basic_auth.FAILURES + basic_auth.COMPUTED_AT_ONCE
 
 
-class Places(threading.Semaphore):
-    """Says when all have been taken."""
-
-    def __init__(self, count):
-        super().__init__(count)
-        self.last, self.taken = threading.Semaphore(count - 1), threading.Event()
-
-    def acquire(self, **how):
-        got = super().acquire(**how)
-        if got and not self.last.acquire(blocking=False):
-            self.taken.set()
-        return got
-
-
 def test_few_are_computed_at_once_few_wait_and_the_rest_is_sent_away(monkeypatch):
     slow = Slow(monkeypatch)
     tunnels = [guarded(), guarded()]  # what is bounded is the process
-    room = basic_auth.COMPUTED_AT_ONCE + basic_auth.WAITING_TO_COMPUTE
-    with ThreadPoolExecutor(room + 10) as pool:
+    count = 2 * basic_auth.WAITING_TO_COMPUTE
+    with ThreadPoolExecutor(count) as pool:
         verdicts = [
             pool.submit(tunnels[n % 2].judge_request, f"198.51.100.{n}", basic("me", f"guess {n}"))
-            for n in range(room + 10)
+            for n in range(count)
         ]
-        judged = threading.Semaphore(0)
-        for verdict in verdicts:
-            verdict.add_done_callback(lambda _: judged.release())
-        for _ in range(10):
-            assert judged.acquire(timeout=10)
+
+        def inside():
+            return slow.running + waiting_to_compute()
+
+        wait_until(lambda: sum(verdict.done() for verdict in verdicts) + inside() == count)
+        room = inside()
         sent_away = [verdict.result() for verdict in verdicts if verdict.done()]
         slow.may_end.set()
         outcomes = [outcome(verdict.result()) for verdict in verdicts]
-    assert [fields(denial) for denial in sent_away] == [(("Retry-After", "1"),)] * 10
-    assert outcomes.count(BUSY) == 10
+    assert room <= basic_auth.COMPUTED_AT_ONCE + basic_auth.WAITING_TO_COMPUTE
+    assert [fields(denial) for denial in sent_away] == [(("Retry-After", "1"),)] * (count - room)
+    assert outcomes.count(BUSY) == count - room
     assert outcomes.count(ASKED) == room
     assert slow.most == basic_auth.COMPUTED_AT_ONCE
     assert comes_in(tunnels[0].judge_request(HOME, basic("me")))  # all places were given back
