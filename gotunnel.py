@@ -1161,6 +1161,12 @@ import sys  # noqa: E402
 import threading  # noqa: E402
 from time import monotonic  # noqa: E402
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = termios = None
+
 log = logging.getLogger("gotunnel")
 
 
@@ -1239,6 +1245,7 @@ class Waker:
 # Duplex: one connection, two threads -------------------------------------------------------------
 
 STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
+STALL_LOOK = 1.0  # seconds between looks whether a peer has taken any of it
 READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one visit
 TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
 TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
@@ -1255,6 +1262,10 @@ KEEPALIVE = [
 
 # The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
+
+# The request to the kernel for the bytes that a socket's peer has not acknowledged: SIOCOUTQ of
+# Linux, which has the number of TIOCOUTQ. Elsewhere that one is not for sockets.
+UNTAKEN = termios.TIOCOUTQ if sys.platform.startswith("linux") else None
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -1324,6 +1335,7 @@ class Duplex:
         self._broken = False  # reset() was called
         self._writer_waits = False
         self._read_wait = self._write_wait = None  # selectors, made when first needed
+        self.stall_timeout = STALL_TIMEOUT  # of write() and finish() that are given no other
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -1561,15 +1573,41 @@ class Duplex:
             self._socket.shutdown(socket.SHUT_WR)
         return True
 
-    def write(self, data: bytes, timeout=STALL_TIMEOUT):
-        """Send all of it, waiting for the kernel. Raises TimeoutError if it takes none of it for
-        ``timeout`` seconds: the peer has stopped reading."""
-        done = self.send(data)
+    def write(self, data: bytes, timeout=None, spend=None):
+        """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes none of it
+        for ``timeout`` seconds (None: ``stall_timeout``): it has stopped reading.
+
+        With ``spend`` that decides instead, spend(seconds, taken), which raises TimeoutError.
+        """
+        if not self.send(data):
+            self._outwait(timeout, spend)
+
+    def _outwait(self, timeout, spend=None):
+        """Wait until all is with the kernel, for a peer that reads slowly."""
+        if timeout is None:
+            timeout = self.stall_timeout
+        if spend is None:
+            spend = self._spender(timeout)
+        done = False
         while not done:
-            self._wait_writable(timeout)
+            self._wait_writable(min(STALL_LOOK, timeout / 4), spend)
             done = self.flush()
 
-    def _wait_writable(self, timeout):
+    @staticmethod
+    def _spender(timeout):
+        silent = 0
+
+        def spend(seconds, taken):
+            nonlocal silent
+            silent = 0 if taken else silent + seconds
+            if silent >= timeout:
+                raise TimeoutError(f"the peer has stopped reading, nothing for {timeout:g} s")
+
+        return spend
+
+    def _wait_writable(self, look, spend):
+        """Wait until the kernel has room. It tells so when a third of megabytes is free, which a
+        slow reader takes minutes for: so look what it has taken."""
         if self._write_wait is None:
             self._write_wait = _WaitSelector()
             self._write_wait.register(self._socket, selectors.EVENT_WRITE)
@@ -1577,15 +1615,31 @@ class Duplex:
             self._check()
             self._writer_waits = True
         try:
-            if not self._write_wait.select(timeout):
-                raise TimeoutError("the peer has stopped reading")
+            untaken, began = self._untaken(), monotonic()
+            while True:
+                ready = self._write_wait.select(look)
+                left, now = self._untaken(), monotonic()
+                spend(now - began, max(untaken - left, 1 if ready else 0))
+                if ready:
+                    return
+                untaken, began = left, now
         finally:
             self._writer_waits = False
 
+    def _untaken(self) -> int:
+        """Bytes that the kernel holds because the peer has not taken them; 0 if it cannot tell."""
+        if UNTAKEN is None:
+            return 0
+        try:
+            return int.from_bytes(fcntl.ioctl(self._socket, UNTAKEN, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
+
     # Ending
 
-    def finish(self, timeout=STALL_TIMEOUT):
-        """Half-close: no more bytes from us, the peer's may still come. Writer only."""
+    def finish(self, timeout=None):
+        """Half-close: no more bytes from us, the peer's may still come. Writer only. ``timeout``:
+        as for write()."""
         if self._finished:
             return
         self._finished = True
@@ -1594,8 +1648,8 @@ class Duplex:
                 self._say_farewell()
         with self._send_lock:
             self._finishing = True
-        while not self.flush():
-            self._wait_writable(timeout)
+        if not self.flush():
+            self._outwait(timeout)
 
     def _say_farewell(self):
         """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
@@ -2000,6 +2054,7 @@ class Session:
         """``name`` is for thread names and the log; ``memory`` is process_memory() if None; the
         rest is as for Mux. Owns ``duplex``."""
         self.name = name
+        self.stall_timeout = duplex.stall_timeout  # also of its streams' write()
         self.ended = ""  # why the session is over; "" while it lives
         self.heard_at = monotonic()  # when the peer has sent something last
         self.on_leave = None  # called once, by the demultiplexer, when the peer sent GO_AWAY
@@ -2401,6 +2456,11 @@ class Stream:
         return self._mux.window(self.id) if self._is_known() else 0
 
     @property
+    def stall_timeout(self) -> float:
+        """Seconds that its peer may read none of what is written."""
+        return self._session.stall_timeout
+
+    @property
     def quiet(self) -> bool:
         """Nothing to read, nothing ended: fit to be kept for another visit."""
         return not (self._chunks or self._got_fin or self._sent_fin or self._error)
@@ -2474,7 +2534,8 @@ class Stream:
         """Send all of it, waiting for the peer's window. Raises TimeoutError if the peer permits
         none of it for ``timeout`` seconds; what was committed before is sent all the same.
 
-        Without a timeout, a peer that does not read for STALL_TIMEOUT has the stream reset.
+        Without a timeout, a peer that reads none of it for the session's ``stall_timeout`` has the
+        stream reset, which the log says.
         """
         while data:
             try:
@@ -2482,14 +2543,16 @@ class Stream:
             except TimeoutError:
                 if timeout is not None:
                     raise
-                text = f"the stream was reset: the peer read nothing of it for {STALL_TIMEOUT} s"
+                stalled = self._session.stall_timeout
+                text = f"the stream was reset: the peer read nothing of it for {stalled:g} s"
+                log.info("session with %s: stream %d: %s", self._session.name, self.id, text)
                 self.reset(text)
                 raise StreamReset(text) from None
 
     def _write_some(self, data, timeout):
         """Commit what there is room for, and return the rest."""
         session, mux, sender = self._session, self._mux, self._sender
-        deadline = Deadline(STALL_TIMEOUT if timeout is None else timeout)
+        deadline = Deadline(session.stall_timeout if timeout is None else timeout)
         waited = False
         with self._lock:
             try:
@@ -2613,6 +2676,8 @@ def pump(source, sink) -> bool:
             sink.write(data)
         sink.finish()
         return True
+    except TimeoutError as error:
+        log.info("%s: reset: %s", threading.current_thread().name, error)
     except (OSError, ValueError):  # ValueError: closed or finished by another thread
         pass
     except Exception:

@@ -366,6 +366,7 @@ class Agent:
         duplex = Duplex(
             connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker)
         )
+        duplex.stall_timeout = self._config.stall_timeout
         try:
             with self._lock:
                 self._stranger = duplex

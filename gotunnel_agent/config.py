@@ -28,6 +28,7 @@ from gotunnel import (
     MESSAGE_LIMIT,
     POLICIES,
     PORTS,
+    STALL_TIMEOUT,
     VISITOR_ADDRESS,
     WILDCARDS,
 )
@@ -56,6 +57,7 @@ KEYS = (
     "token_file",
     "jwt_issuer",
     "jwt_expire_sec",
+    "stall_timeout",
     "log_level",
     "tunnels",
 )
@@ -166,6 +168,7 @@ class Config:
     token: str | None = field(repr=False)
     jwt_issuer: str
     jwt_expire_sec: int  # how long a token is valid that the agent signs, in seconds
+    stall_timeout: float  # seconds that a visitor, or a target, may read nothing of what it gets
     log_level: str  # one of LOG_LEVELS
     tunnels: tuple[Tunnel, ...]
     secret_files: tuple[str, ...] = field(default=(), compare=False)  # read for secrets
@@ -270,6 +273,7 @@ def _config(document: object) -> Config:
         token=token,
         jwt_issuer=_text(document, "jwt_issuer", "text") if "jwt_issuer" in document else "",
         jwt_expire_sec=_expire_sec(document),
+        stall_timeout=_stall_timeout(document),
         log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
         tunnels=_tunnels(document),
     )
@@ -458,11 +462,21 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
     expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
     text = _text(item, "idle_timeout", expected, where)
     _expect_tcp("idle_timeout", mode, where)
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        raise ConfigError(f"{where}idle_timeout: {_shown(text)} came, expected {expected}")
-    if not LEAST_IDLE <= float(text) <= MOST_IDLE:
-        raise ConfigError(f"{where}idle_timeout: {_shown(text)} came, expected {expected}")
-    return float(text)
+    return _seconds(text, f"{where}idle_timeout", expected)
+
+
+def _stall_timeout(document: Mapping[str, object]) -> float:
+    if "stall_timeout" not in document:
+        return STALL_TIMEOUT
+    expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
+    return _seconds(_text(document, "stall_timeout", expected), "stall_timeout", expected)
+
+
+def _seconds(text: str, key: str, expected: str) -> float:
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        if LEAST_IDLE <= float(text) <= MOST_IDLE:
+            return float(text)
+    raise ConfigError(f"{key}: {_shown(text)} came, expected {expected}")
 
 
 def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:

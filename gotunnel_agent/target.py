@@ -156,6 +156,7 @@ def serve(stream, find_route, targets):
         refuse(stream, tunnel, error.code)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
+    target.stall_timeout = stream.stall_timeout
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from gotunnel import STALL_TIMEOUT
 from gotunnel_agent.common.addresses import Network
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
@@ -83,6 +84,7 @@ class Config:
     header_timeout: float
     idle_timeout: float
     response_timeout: float  # to the first byte of the answer
+    stall_timeout: float  # for a reader that takes nothing
     drain_timeout: float  # may be 0
     log_level: str  # one of LOG_LEVELS
     warnings: tuple[str, ...]  # lines for the log at start
@@ -132,6 +134,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         header_timeout=read.seconds("HEADER_TIMEOUT", 10),
         idle_timeout=read.seconds("IDLE_TIMEOUT", 120),
         response_timeout=read.seconds("RESPONSE_TIMEOUT", 300),
+        stall_timeout=read.seconds("STALL_TIMEOUT", STALL_TIMEOUT),
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
         warnings=_secret_warnings(jwt_secret),

@@ -85,7 +85,8 @@ class Gateway:
         kept. Raises CertificateError, AgentsFileError, PortError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
-            config.header_timeout, config.idle_timeout, config.response_timeout
+            config.header_timeout, config.idle_timeout, config.response_timeout,
+            config.stall_timeout,
         )
         self._own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self._own_names)
@@ -161,6 +162,7 @@ class Gateway:
             read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
             max_hosts=config.max_hosts_per_agent,
             submit=self._registrations.submit,
+            stall_timeout=config.stall_timeout,
         )
         limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listeners.add(

@@ -27,6 +27,7 @@ from gotunnel import (
     INTERNAL_ERROR,
     NORMAL,
     PROTOCOL_ERROR,
+    STALL_TIMEOUT,
     Ack,
     Duplex,
     ProtocolError,
@@ -67,14 +68,15 @@ class Newcomers:
     """The newcomers of a port, and what they need. Any thread."""
 
     def __init__(
-        self, tunnels, *, context, challenges, attempts, proxies, read_policy, max_hosts, submit
-    ):
+        self, tunnels, *, context, challenges, attempts, proxies, read_policy, max_hosts, submit,
+        stall_timeout=STALL_TIMEOUT,
+    ):  # fmt: skip
         """``tunnels`` gets those that are registered. ``context`` is the TLS context of the port,
         ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``proxies`` are
         the addresses whose PROXY header is believed. ``read_policy`` is as for read_routes().
         ``submit(function)`` has a worker of registrations call it, which may wait for the disk. No
         newcomer has more than one call there, so its queue is never longer than the listener's
-        limit of connections."""
+        limit of connections. ``stall_timeout``: see Duplex."""
         self.tunnels = tunnels
         self.context = context
         self.challenges = challenges
@@ -83,6 +85,7 @@ class Newcomers:
         self.read_policy = read_policy
         self.max_hosts = max_hosts
         self.submit = submit
+        self.stall_timeout = stall_timeout
         self.refusals = Refusals()
         self.listener = None  # set before it is started
         self._newcomers = set()
@@ -93,7 +96,9 @@ class Newcomers:
         tokens."""
         if address[0] not in self.proxies and not self.attempts.may_open(address[0]):
             return None
-        newcomer = Newcomer(self, Duplex(sock), address, seat)
+        duplex = Duplex(sock)
+        duplex.stall_timeout = self.stall_timeout
+        newcomer = Newcomer(self, duplex, address, seat)
         with self._lock:
             self._newcomers.add(newcomer)
         return newcomer

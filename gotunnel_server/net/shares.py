@@ -56,6 +56,10 @@ class Shares:
             self._taken -= 1
             _take_off(self._held, counted_by(address))
 
+    def crowded(self) -> bool:
+        """Whether half of the places are taken: then slow ones are asked to make room."""
+        return 2 * self._taken >= self.most
+
 
 class Places:
     """Places for the connections of one port or several, a Seat each. Any thread."""

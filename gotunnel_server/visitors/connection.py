@@ -23,7 +23,14 @@ from .steps import Step, Stepwise
 
 log = logging.getLogger("gotunnel.visitor")
 
-PARTING_TIMEOUT = 2  # seconds to read and drop what a visitor sends after our last answer
+# Seconds to read and drop what a visitor sends after our last answer: in all, and without a byte.
+# A visitor that sends a large body reads the answer when it has sent all, or stops; nginx gives it
+# as long (lingering_time, lingering_timeout).
+PARTING_TIME = 30
+PARTING_TIMEOUT = 5
+# Visitors that have so long at a time, each address its share; others have FULL_PARTING_TIME.
+MAX_PARTING = 1024
+FULL_PARTING_TIME = 2
 
 
 class State(enum.Enum):
@@ -45,6 +52,8 @@ class HttpConnection(Stepwise):
         super().__init__(port, visitor, State.NEW)
         if visitor.address[0] not in port.proxies:  # that one brings requests of many visitors
             visitor.owner = Owner()
+        self._silent_at = None  # monotonic, when a visitor that parts has sent nothing for too long
+        self._parts_slowly = False  # it is one of MAX_PARTING
         self._handler = Handler(
             visitor.duplex,
             visitor.address,
@@ -55,8 +64,10 @@ class HttpConnection(Stepwise):
             owner=visitor.owner,
             claim_relay=visitor.claim_relay,
             is_draining=port.is_draining,
+            is_crowded=port.exchanges.room.crowded,
             idle_timeout=port.timeouts.idle,
             response_timeout=port.timeouts.response,
+            stall_timeout=port.timeouts.stall,
         )
 
     def _read_head(self):
@@ -113,26 +124,40 @@ class HttpConnection(Stepwise):
         return self._last_page(pages.error(408, "head-timeout", text))
 
     def _last_page(self, page):
-        self._handler.idle_timeout = 0  # it fits, or the visitor reads nothing: a step cannot wait
+        self._handler.stall_timeout = 0  # it fits, or the visitor reads nothing: a step cannot wait
         self._handler.send_page(page, last=True)
         return self._part()
 
     def _part(self):
         """Half-close, and drop what still comes for a moment: closing a connection that has
         unread bytes makes the kernel send a RST, which can cost the visitor our answer."""
-        with contextlib.suppress(TimeoutError):  # it reads nothing, and gets no farewell
+        with contextlib.suppress(TimeoutError):  # it reads nothing now, and gets its farewell later
             self.duplex.finish(timeout=0)
         self._go_to(State.PARTING)
-        self._deadline = monotonic() + PARTING_TIMEOUT
+        self._parts_slowly = self._port.parting.enter(self._visitor.address[0])
+        now = monotonic()
+        self._deadline = now + (PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME)
+        self._silent_at = now + PARTING_TIMEOUT
         return True
 
     def _drop(self):
         # One read a step: a visitor that sends without end must not have a thread for it.
-        if self.duplex.receive() == b"":
+        data = self.duplex.receive()
+        if data == b"":
             self.close()
-        else:
-            self._visitor.listener.park(self, self._deadline - monotonic())
+            return False
+        self.duplex.flush()
+        now = monotonic()
+        if data:
+            self._silent_at = now + PARTING_TIMEOUT
+        self._visitor.listener.park(self, min(self._deadline, self._silent_at) - now)
         return False
+
+    def close(self):
+        super().close()
+        if self._parts_slowly:
+            self._parts_slowly = False
+            self._port.parting.leave(self._visitor.address[0])
 
     STEPS = {
         State.NEW: Step(_read_head, first_byte=State.HEAD),

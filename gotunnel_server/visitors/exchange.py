@@ -15,17 +15,19 @@ import logging
 import threading
 from email.utils import formatdate
 from http import HTTPStatus
+from time import monotonic
 from typing import NamedTuple
 
-from gotunnel import Deadline, NoThread, SessionClosed, Stream, spawn
+from gotunnel import NoThread, SessionClosed, Stream, spawn
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Malformed
+from gotunnel_agent.common.patience import Patience
 
 from ..routes import AgentBusy
 from . import forwarded, login, pages
 from .forwarded import Proxies
 from .pages import Page
-from .request import Request, VisitorGone
+from .request import LEAST_RATE, Request, VisitorGone
 from .sites import Forward
 
 log = logging.getLogger("gotunnel.proxy")
@@ -33,10 +35,11 @@ log = logging.getLogger("gotunnel.proxy")
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these go
 # over a kept stream: its target may close it at the moment that the request is on its way.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-WATCH = 0.5  # seconds between looks at whether the visitor of a waiting request is still there
-LATE_BODY_TIMEOUT = 3  # seconds that a visitor has to stop sending once it has its answer
-# Seconds for an upload's thread to end once nothing can hold it: its stream is over, and the
-# visitor's body has come or was aborted.
+# Seconds between looks at whether the visitor of a waiting request is still there, and whether its
+# body is still wanted.
+WATCH = 0.5
+# Seconds for an upload's thread to end once nothing can hold it: its stream is over, and it looks
+# each WATCH whether its request is.
 UPLOAD_END_TIMEOUT = 5
 
 
@@ -83,12 +86,18 @@ class Upload:
         self._stream = None
         self._thread = None
         self._unwanted = threading.Event()  # the target, or the exchange, wants no more of it
+        self._over = threading.Event()  # the request was answered, or never will be
+        self._patience = Patience(request.idle_timeout, LEAST_RATE, request.crowded)
+        # The visitor holds its body back until it is asked for (RFC 9110 §10.1.1).
+        self._held_back = "100-continue" in request.fields.tokens("expect")
+        self.stuck = False  # the target has taken nothing for ``timeout`` seconds
         self._lock = threading.Lock()  # guards _problem
         self._problem = None
 
     @property
     def problem(self) -> Exception | None:
-        """The Malformed, VisitorGone or OSError that ended it early, and reset its stream."""
+        """The Malformed, VisitorGone or OSError that ended it early, and reset its stream: a
+        TimeoutError if the visitor was too slow."""
         with self._lock:
             return self._problem
 
@@ -96,9 +105,11 @@ class Upload:
         """What has come already, framed for the target. Raises Malformed, VisitorGone, OSError."""
         request = self._request
         try:
-            return self._framed([] if request.body_complete else request.read_body(0))
+            pieces = [] if request.body_complete else request.read_body(0)
         except TimeoutError:
             return b""
+        self._held_back = False
+        return self._framed(pieces)
 
     def start(self, stream, first=b""):
         """Send the rest to ``stream``, in a thread if it has not come yet. ``first`` is what
@@ -109,11 +120,26 @@ class Upload:
         if not self._request.body_complete:
             self._thread = spawn(f"upload {self._request.hostname}", self._run)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether the target still waits for some of it: then no answer can be expected yet."""
+        thread = self._thread
+        wanted = not (self._unwanted.is_set() or self._held_back)
+        return wanted and thread is not None and thread.is_alive()
+
+    def ask_for_it(self):
+        """The target has said that it wants the body."""
+        self._held_back = False
+
+    def note_answer(self):
+        """The answer streams: its visitor may be silent meanwhile."""
+        self._patience.restore()
+
     def _run(self):
         request = self._request
         try:
-            while not request.body_complete:
-                data = self._framed(request.read_body(request.idle_timeout))
+            while not (request.body_complete or self._over.is_set()):
+                data = self._framed(self._read())
                 if data and not self._unwanted.is_set():
                     self._pass_on(data)
         except (Malformed, VisitorGone, OSError) as error:
@@ -121,6 +147,20 @@ class Upload:
         except Exception as error:  # a bug, which the thread's top frame logs
             self._fail(error)
             raise
+
+    def _read(self):
+        """The next pieces; none if none came for a while. Raises TimeoutError if the visitor is
+        too slow."""
+        request, began, pieces = self._request, monotonic(), []
+        try:
+            pieces = request.read_body(min(WATCH, request.idle_timeout / 4))
+            self._held_back = False
+        except TimeoutError:
+            if self._held_back:
+                return pieces
+        if not request.body_complete:
+            self._patience.spend(monotonic() - began, sum(map(len, pieces)))
+        return pieces
 
     def _fail(self, error):
         with self._lock:
@@ -130,6 +170,9 @@ class Upload:
     def _pass_on(self, data):
         try:
             self._stream.write(data, timeout=self._timeout)
+        except TimeoutError:
+            self.stuck = True
+            self._unwanted.set()
         except OSError:
             # The target has answered, or died; the exchange knows. The visitor may still have to
             # send all before it reads the answer.
@@ -164,19 +207,17 @@ class Upload:
         """Be done with it: the answer has been given, whether the body was wanted or not. The
         stream has been closed or reset, or all is sent.
 
-        Raises TimeoutError if its thread goes on: then it still has the visitor's connection.
+        What the visitor still sends is left to the owner of its connection. Raises TimeoutError if
+        the thread goes on: then it still has the connection.
         """
         self._unwanted.set()
+        self._over.set()
         thread = self._thread
         if thread is None:
             return
         if thread.is_alive() and not self._request.body_complete and self.problem is None:
-            # The visitor still sends, and has a moment to see the answer and to stop.
-            self._request.refuse_body(LATE_BODY_TIMEOUT)
-            thread.join(LATE_BODY_TIMEOUT)
-            if thread.is_alive():
-                self._request.abort()
-        thread.join(UPLOAD_END_TIMEOUT)
+            self._request.refuse_body()
+        thread.join(WATCH + UPLOAD_END_TIMEOUT)
         if thread.is_alive():
             self._request.abort()
             raise TimeoutError("the upload of an answered request does not end")
@@ -325,8 +366,8 @@ class Exchange:
 
     def _wait(self, timeout=None):
         """The next bytes of the answer, b"" at its end. Raises VisitorGone, TargetFailed if they
-        take longer than ``timeout`` seconds, ConnectionError."""
-        deadline = Deadline(timeout)
+        take longer than ``timeout`` seconds from the whole request on, ConnectionError."""
+        upload, began = self._upload, monotonic()
         while True:
             try:
                 return self._stream.read(timeout=WATCH)
@@ -334,9 +375,11 @@ class Exchange:
                 pass
             if self._request.gone():
                 raise VisitorGone
-            try:
-                deadline.left()
-            except TimeoutError:
+            if timeout is None:
+                continue
+            if upload is not None and upload.under_way:
+                began = monotonic()
+            elif monotonic() - began >= timeout or upload is not None and upload.stuck:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
 
     def _next(self, timeout=None):
@@ -354,8 +397,17 @@ class Exchange:
         problem = self._upload and self._upload.problem
         if isinstance(problem, Malformed):
             raise _bad_request(problem)
+        if isinstance(problem, TimeoutError):
+            raise self._too_slow(problem)
         if problem:
             raise VisitorGone
+
+    def _too_slow(self, problem):
+        text = f"The request's body is too slow: {problem}."
+        if self._head_sent:  # no page will say it
+            log.info("%s %s: the answer is reset. %s",
+                     self._request.hostname, self._request.method, text)  # fmt: skip
+        return TargetFailed(408, "body-timeout", text)
 
     def _agent_gone(self):
         return TargetFailed(502, "agent-gone", f"The agent of {self._route.hostname} has gone.")
@@ -379,6 +431,8 @@ class Exchange:
             request.send_interim(
                 response.status, response.reason, http1.end_to_end(response.fields)
             )
+            if response.status == 100 and self._upload is not None:
+                self._upload.ask_for_it()
         body = http1.response_body(response, request.method)
         self._send_head(response, body)
         if body is None:
@@ -431,6 +485,8 @@ class Exchange:
             if body.complete:
                 return pieces
             self._request.send_data(pieces)
+            if self._upload is not None:
+                self._upload.note_answer()
             data = self._next()
             if not data:
                 body.eof()
@@ -461,6 +517,7 @@ class Exchange:
         soon as it has the head."""
         if self._upload is None:
             return
+        self._upload.ask_for_it()
         while not self._upload.ended(WATCH):
             if self._request.gone():
                 raise VisitorGone

@@ -6,19 +6,23 @@ that reads a request otherwise than its target does is a hole.
 """
 
 import contextlib
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler
 
-from gotunnel import Duplex, Ends
+from gotunnel import Deadline, Duplex, Ends
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Fields, Malformed
+from gotunnel_agent.common.patience import Patience
 
 from ..net.hung_up import hung_up
 from . import pages
 from .exchange import Exchange, send_page
 from .pages import Page
-from .request import VisitorGone
+from .request import LEAST_RATE, VisitorGone
 from .sites import Connect
+
+log = logging.getLogger("gotunnel.visitor")
 
 NO_FIELDS = Fields([])
 NO_CONTENT = (204, 304)  # statuses of answers that have no body (RFC 9112 §6.3)
@@ -33,22 +37,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def __init__(
         self, duplex: Duplex, address: tuple, *,
-        site, scheme, sni, proxies, owner, claim_relay, is_draining, idle_timeout, response_timeout,
+        site, scheme, sni, proxies, owner, claim_relay, is_draining, is_crowded,
+        idle_timeout, response_timeout, stall_timeout,
     ):  # fmt: skip
         """``site(request)`` is what a request gets: a Page, a sites.Connect or a sites.Forward.
         ``scheme``, ``sni``, ``owner``: see request.Request. ``proxies``: a forwarded.Proxies.
         ``claim_relay()``: whether the connection may become a relay. ``is_draining()``: whether an
-        answer that begins now is the last one. Timeouts are in seconds; ``response_timeout`` is
-        for the target.
+        answer that begins now is the last one. ``is_crowded()``: see request.Request. Timeouts are
+        in seconds; ``response_timeout`` is for the target.
         """
         self.scheme = scheme
         self.sni = sni
         self.owner = owner
         self.claim_relay = claim_relay
         self.is_draining = is_draining
+        self.is_crowded = is_crowded
         self.idle_timeout = idle_timeout
+        self.stall_timeout = stall_timeout
         self.close_connection = False
         self.current = None  # Http1Request, None before the first and while a head comes
+        self._reader = None  # Patience with a visitor that reads slowly, from its first wait on
         self.switched = None  # the Upgraded or Connect that raw bytes now flow to
         self._site = site
         self._proxies = proxies
@@ -127,8 +135,23 @@ class Handler(BaseHTTPRequestHandler):
         send_page(self.current or Http1Request(self), page)
 
     def write(self, data: bytes):
-        """Raises TimeoutError if the visitor reads nothing for ``idle_timeout`` seconds."""
-        self.connection.write(data, timeout=self.idle_timeout)
+        """Raises TimeoutError if the visitor reads nothing for ``stall_timeout`` seconds, or almost
+        nothing (request.LEAST_RATE). What it has got by then is reset: it must not look whole."""
+        spend = self._wait_for_reader if self.stall_timeout else None
+        try:
+            self.connection.write(data, self.stall_timeout, spend)
+        except OSError as error:
+            self.connection.reset()
+            if isinstance(error, TimeoutError) and self.stall_timeout:
+                hostname = self.current.hostname if self.current else ""
+                log.info("%s: the answer to %s is reset, its visitor read %s",
+                         hostname, self.client_address[0], error)  # fmt: skip
+            raise
+
+    def _wait_for_reader(self, seconds, taken):
+        if self._reader is None:
+            self._reader = Patience(self.stall_timeout, LEAST_RATE, self.is_crowded)
+        self._reader.spend(seconds, taken)
 
 
 class Http1Request:
@@ -193,9 +216,13 @@ class Http1Request:
         return self._body_read is None or self._body_read.is_set()
 
     def read_body(self, timeout: float) -> list[bytes]:
-        body, pieces = self._body, []
+        body, connection, pieces = self._body, self._connection, []
+        deadline = Deadline(timeout)
         while not (pieces or body.complete):
-            data = self._connection.read(timeout=timeout)
+            data = connection.receive()
+            if data is None:
+                connection.wait_readable(deadline.left())
+                continue
             if not data:
                 raise VisitorGone
             pieces = body.feed(data)
@@ -206,11 +233,11 @@ class Http1Request:
             self._body_read.set()
         return pieces
 
-    def refuse_body(self, timeout: float):
+    def refuse_body(self):
         # It sees the end of the answer and can stop: closing at once could destroy what it has
         # not read yet.
-        with contextlib.suppress(OSError):  # it has left: all the better
-            self._connection.finish(timeout=timeout)
+        with contextlib.suppress(OSError):  # it has left, or reads nothing now
+            self._connection.finish(timeout=0)
 
     def gone(self) -> bool:
         connection = self._connection
@@ -220,6 +247,9 @@ class Http1Request:
         if data:
             connection.unread(data)  # the next request, sent early
         return data == b""
+
+    def crowded(self) -> bool:
+        return self._handler.is_crowded()
 
     # The answer
 

@@ -9,13 +9,13 @@ import logging
 import threading
 from typing import NamedTuple
 
-from gotunnel import Duplex
+from gotunnel import STALL_TIMEOUT, Duplex
 from gotunnel_agent.common.process import Workers
 
 from ..net.shares import Shares
 from . import relays
 from .arrival import SILENCE, Arrival
-from .connection import HttpConnection
+from .connection import MAX_PARTING, HttpConnection
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.visitor")
@@ -23,12 +23,14 @@ log = logging.getLogger("gotunnel.visitor")
 
 class Timeouts(NamedTuple):
     """Seconds. ``header``: for a request's head, a ClientHello, a handshake. ``idle``: between two
-    requests, and for a visitor that takes or sends nothing. ``response``: to the first byte of
-    the target's answer."""
+    requests, and for a visitor that sends nothing of a request's body. ``response``: from the whole
+    request to the first byte of the target's answer. ``stall``: for a visitor that reads
+    nothing."""
 
     header: float
     idle: float
     response: float
+    stall: float = STALL_TIMEOUT
 
 
 class Exchanges:
@@ -54,6 +56,7 @@ class Port:
         self.timeouts = timeouts
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self.relays = Shares(relays.MAX_RELAYS, proxies)
+        self.parting = Shares(MAX_PARTING, proxies)  # visitors that still send after their answer
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
         self._visitors = set()
@@ -68,7 +71,9 @@ class Port:
 
     def add(self, sock, address, listener, seat) -> Visitor:
         """Count the connection as one of a visitor's."""
-        visitor = Visitor(self, Duplex(sock), address, listener, seat)
+        duplex = Duplex(sock)
+        duplex.stall_timeout = self.timeouts.stall
+        visitor = Visitor(self, duplex, address, listener, seat)
         with self._gone:
             self._visitors.add(visitor)
         return visitor

@@ -12,6 +12,11 @@ from gotunnel_agent.common.http1 import Fields
 
 from .login import Owner
 
+# Bytes a second that a visitor must send of a body, or read of an answer, while others need its
+# place (Request.crowded), in the long run: over IDLE_TIMEOUT or STALL_TIMEOUT. Kestrel and IIS ask
+# for as much, always. Relays and slow targets are not held to it.
+LEAST_RATE = 240
+
 
 class VisitorGone(Exception):
     """The visitor has left, or broke off its request: there is no one to answer."""
@@ -22,7 +27,8 @@ class Request(Protocol):
 
     One thread at a time calls read_body(), one other thread the other methods. A method that sends
     or reads raises OSError if the visitor's connection is broken; sending waits for a visitor
-    that reads slowly, and raises TimeoutError after ``idle_timeout`` seconds without progress.
+    that reads slowly, and raises TimeoutError if it reads nothing for too long, or almost nothing
+    (LEAST_RATE); then what was sent is reset.
 
     The answer is: any number of send_interim(); send_head(); any number of send_data(); finish().
     Or switch() instead of send_head(). Or abort(), at any time.
@@ -42,7 +48,7 @@ class Request(Protocol):
     body_length: int | None  # bytes, None if it is not known beforehand
     body_complete: bool  # read_body() has returned all of the body, or there is none
     trailers: Iterable[tuple[str, str]]  # complete once the body is
-    idle_timeout: float  # seconds that a visitor may neither send what is awaited nor read
+    idle_timeout: float  # seconds that its visitor may send nothing of a body that is awaited
 
     def ends(self) -> Ends:
         """The two ends of the visitor's connection, for a target that wants to know."""
@@ -51,9 +57,12 @@ class Request(Protocol):
         """The next pieces of the body that have come, decoded, in order; none only at its end.
         Where one piece ends and the next begins has no meaning.
 
-        Raises TimeoutError if nothing comes for ``timeout`` seconds (0: nothing is here),
-        VisitorGone, http1.Malformed.
+        Raises TimeoutError if there is none in ``timeout`` seconds (0: none is here); a part of
+        one is kept for the next call. Raises VisitorGone, http1.Malformed.
         """
+
+    def crowded(self) -> bool:
+        """Whether others need the place that a slow visitor holds: then LEAST_RATE is asked for."""
 
     def send_interim(self, status: int, reason: str, fields: list[tuple[str, str]]) -> None:
         """An answer before the final one (1xx, but not 101), if the visitor's protocol has such."""
@@ -75,9 +84,9 @@ class Request(Protocol):
     def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
         """The last pieces of the body, and the end of the answer."""
 
-    def refuse_body(self, timeout: float) -> None:
+    def refuse_body(self) -> None:
         """The answer was given, the body is still on its way and not wanted: tell the visitor.
-        What comes is still read. Never raises."""
+        What comes is still read. Waits for nothing, and never raises."""
 
     def abort(self) -> None:
         """What was sent must not look whole: reset it. Wakes a read_body(), which then raises.

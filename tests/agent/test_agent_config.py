@@ -67,6 +67,7 @@ def test_defaults():
         token=None,
         jwt_issuer="",
         jwt_expire_sec=3600,
+        stall_timeout=300,
         log_level="info",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
     )
@@ -81,6 +82,7 @@ def test_every_key_that_stands_beside_the_others():
         token: a.b.c
         jwt_issuer: mytunnel
         jwt_expire_sec: 60
+        stall_timeout: 3600
         log_level: DEBUG
         tunnels:
           - {hostname: App.Example.com., target: web_1:80}
@@ -95,6 +97,7 @@ def test_every_key_that_stands_beside_the_others():
         token="a.b.c",
         jwt_issuer="mytunnel",
         jwt_expire_sec=60,
+        stall_timeout=3600,
         log_level="debug",
         tunnels=(
             Tunnel("app.example.com", Target("web_1", 80), "http"),
@@ -230,6 +233,8 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
         ("jwt_expire_sec: 31536001", "jwt_expire_sec: '31536001' came, expected seconds"),
         ("jwt_expire_sec: 3600.0", "jwt_expire_sec: '3600.0' came, expected seconds"),
         ("jwt_expire_sec: 1h", "jwt_expire_sec: '1h' came, expected seconds"),
+        ("stall_timeout: 0", "stall_timeout: '0' came, expected seconds, a number from 1 to 2678"),
+        ("stall_timeout: 5m", "stall_timeout: '5m' came, expected seconds"),
         ("jwt_expire_sec: true", "jwt_expire_sec: 'true' came, expected seconds"),
         (f"jwt_expire_sec: {'9' * 5000}", "jwt_expire_sec: '999"),
         ("log_level: verbose", "log_level: 'verbose' came, expected one of debug, info, warning, "),
@@ -666,9 +671,10 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     text = EXAMPLE.read_text(encoding="utf-8")
     config = loaded(text)
     assert config.modes() == {"app.localhost": "http", "ssh.localhost": "tcp"}
-    defaults = re.compile(r"(?m)^#(?=(skip_tls_verify|jwt_issuer|jwt_expire_sec|log_level): )")
+    shown = "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level"
+    defaults = re.compile(rf"(?m)^#(?=({shown}): )")
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
-    assert count == 4
+    assert count == 5
     assert loaded(uncommented) == dataclasses.replace(config, ca_file=None)
 
 

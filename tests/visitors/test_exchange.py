@@ -6,6 +6,7 @@ Both write down what happens to them in one list, so a test sees in which order 
 import inspect
 import queue
 import threading
+import time
 
 import pytest
 from support import wait_until
@@ -82,7 +83,10 @@ class Visitor:
         if self.stuck:
             raise TimeoutError("the visitor has stopped reading")
 
-    def refuse_body(self, timeout):
+    def crowded(self):
+        return True
+
+    def refuse_body(self):
         self.events.append("refuse body")
 
     def abort(self):
@@ -112,11 +116,11 @@ class Visitor:
 class Stream:
     """A stream whose target answers by a script: bytes, SILENCE, exceptions, b"" for its end."""
 
-    def __init__(self, *script, visitor=None, deaf=False):
+    def __init__(self, *script, visitor=None, deaf=None):
         self.sent = b""
         self.events = visitor.events if visitor else []
         self.came = queue.Queue()
-        self.deaf = deaf  # the target has stopped reading
+        self.deaf = deaf  # what is raised as the target has stopped reading
         for item in script:
             self.came.put(item)
 
@@ -130,7 +134,7 @@ class Stream:
 
     def write(self, data, timeout):
         if self.deaf:
-            raise StreamReset
+            raise self.deaf
         self.sent += data
 
     def reset(self):
@@ -486,13 +490,13 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name == f"upload {APP}"]
 
 
-def post(visitor, stream):
+def post(visitor, stream, **more):
     """Run the exchange in a thread; returns a function that waits for its end."""
     problems = []
 
     def exchange_here():
         try:
-            run(visitor, Tunnel(stream))
+            run(visitor, Tunnel(stream), **more)
         except Exception as error:
             problems.append(error)
 
@@ -548,15 +552,110 @@ def test_early_answer_reaches_a_visitor_that_still_sends():
     assert ended() == [] and "abort" not in visitor.events
 
 
-def test_visitor_that_sends_without_end_after_its_answer_is_cut_off(monkeypatch):
-    monkeypatch.setattr(exchange, "LATE_BODY_TIMEOUT", 0.01)
+def test_visitor_that_sends_without_end_after_its_answer_is_left_to_its_connection():
+    """Which has time to see its answer, and holds no thread (connection.py)."""
     visitor = Visitor("POST", body=...)
     assert post(visitor, Stream(OK))() == []
-    assert visitor.events[-2:] == ["refuse body", "abort"]
+    assert visitor.events[-1] == "refuse body" and not visitor.body_complete
+
+
+def test_answer_has_its_time_from_the_whole_request_on():
+    visitor, stream = Visitor("POST", body=...), Stream(*[SILENCE] * 3)
+    ended = post(visitor, stream, response_timeout=0.05)
+    for _ in range(10):
+        visitor.body.put([b"more"])
+        stream.came.put(SILENCE)
+        wait_until(lambda: stream.came.empty())
+    visitor.body.put(None)
+    wait_until(lambda: not threads())
+    stream.came.put(OK)
+    assert ended() == [] and visitor.status == 200
+
+
+def test_target_that_is_silent_after_the_whole_request_is_a_504():
+    visitor, stream = Visitor("POST", body=...), Stream(SILENCE)
+    ended = post(visitor, stream, response_timeout=0)
+    wait_until(lambda: stream.came.empty())
+    visitor.body.put(None)
+    wait_until(lambda: visitor.body_complete and not threads())
+    stream.came.put(SILENCE)
+    assert ended() == [] and (visitor.status, visitor.code) == (504, "timed-out")
+
+
+def test_target_that_takes_nothing_of_a_body_is_a_504():
+    visitor, stream = Visitor("POST", body=...), Stream()
+    ended = post(visitor, stream)
+    wait_until(threads)
+    stream.deaf = TimeoutError
+    visitor.body.put([b"a"])
+    wait_until(lambda: visitor.body.empty())
+    stream.came.put(SILENCE)
+    assert ended() == [] and (visitor.status, visitor.code) == (504, "timed-out")
+
+
+def test_visitor_that_holds_its_body_back_has_its_time_when_it_is_asked_for():
+    visitor = Visitor("POST", "/", ("Expect", "100-Continue"), body=...)
+    visitor.idle_timeout = 0.05
+    stream = Stream(SILENCE)
+    ended = post(visitor, stream)
+    time.sleep(0.2)  # far more than it would have
+    stream.came.put(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert ended() == [] and (visitor.status, visitor.code) == (408, "body-timeout")
+    assert visitor.events[0][:2] == ("interim", 100)
+
+
+def test_target_that_asks_for_no_body_and_answers_nothing_is_a_504():
+    visitor = Visitor("POST", "/", ("Expect", "100-continue"), body=...)
+    ended = post(visitor, Stream(SILENCE), response_timeout=0)
+    assert ended() == [] and (visitor.status, visitor.code) == (504, "timed-out")
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_body_that_trickles_is_a_408_while_others_need_its_place(crowded, caplog):
+    caplog.set_level("INFO")
+    visitor, stream = Visitor("POST", body=...), Stream()
+    visitor.idle_timeout, visitor.crowded = 0.2, lambda: crowded
+    ended = post(visitor, stream)
+    for _ in range(40):
+        visitor.body.put([b"x"])
+        time.sleep(0.01)
+    if not crowded:
+        visitor.body.put(None)
+        stream.came.put(OK)
+    assert ended() == []
+    if crowded:
+        assert (visitor.status, visitor.code) == (408, "body-timeout")
+        assert caplog.text.count("less than 240 bytes a second for 0.2 s") == 1
+    else:
+        assert visitor.status == 200 and not caplog.text
+
+
+def test_visitor_may_be_silent_while_its_answer_streams():
+    visitor = Visitor("POST", body=...)
+    visitor.idle_timeout = 0.2
+    stream = Stream(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    ended = post(visitor, stream)
+    for _ in range(40):
+        stream.came.put(b"2\r\nok\r\n")
+        time.sleep(0.01)
+    visitor.body.put(None)
+    wait_until(lambda: stream.sent.endswith(b"\r\n0\r\n\r\n"))
+    stream.came.put(b"0\r\n\r\n")
+    assert ended() == [] and "abort" not in visitor.events
+
+
+def test_visitor_that_is_silent_while_nothing_streams_has_its_answer_reset(caplog):
+    caplog.set_level("INFO")
+    visitor = Visitor("POST", body=...)
+    visitor.idle_timeout = 0.05
+    ended = post(visitor, Stream(b"HTTP/1.1 200 OK\r\n\r\n", b"ok"))
+    assert [type(error) for error in ended()] == [ConnectionAbortedError]
+    assert "abort" in visitor.events and ("finish",) not in visitor.events
+    assert caplog.text.count("nothing for 0.05 s") == 1
 
 
 def test_upload_that_never_ends_is_not_waited_for_without_bound(monkeypatch):
-    for name in ("LATE_BODY_TIMEOUT", "UPLOAD_END_TIMEOUT"):
+    for name in ("WATCH", "UPLOAD_END_TIMEOUT"):
         monkeypatch.setattr(exchange, name, 0.01)
     may_end = threading.Event()
 
@@ -578,7 +677,7 @@ def test_target_that_reads_no_body_answers_all_the_same():
     visitor, stream = Visitor("POST", body=...), Stream()
     ended = post(visitor, stream)
     wait_until(threads)
-    stream.deaf = True
+    stream.deaf = StreamReset
     for pieces in ([b"a"], [b"b"], None):
         visitor.body.put(pieces)
     wait_until(lambda: visitor.body_complete)
@@ -601,7 +700,7 @@ def test_body_that_is_malformed_is_a_400_and_never_ends_for_the_target(early):
     assert not stream.sent.endswith(b"0\r\n\r\n")
 
 
-@pytest.mark.parametrize("problem", [VisitorGone(), TimeoutError(), ConnectionResetError()])
+@pytest.mark.parametrize("problem", [VisitorGone(), ConnectionResetError()])
 def test_visitor_that_breaks_off_its_body_has_its_target_hung_up_on(problem):
     visitor, stream = Visitor("POST", body=...), Stream()
     ended = post(visitor, stream)
@@ -609,6 +708,14 @@ def test_visitor_that_breaks_off_its_body_has_its_target_hung_up_on(problem):
     visitor.body.put(problem)
     assert [type(error) for error in ended()] == [VisitorGone]
     assert "reset" in stream.events and visitor.events == []
+
+
+def test_visitor_that_sends_nothing_more_of_its_body_is_a_408():
+    visitor, stream = Visitor("POST", body=...), Stream()
+    visitor.idle_timeout = 0.05
+    assert post(visitor, stream)() == []
+    assert (visitor.status, visitor.code) == (408, "body-timeout")
+    assert "reset" in stream.events and not stream.sent.endswith(b"0\r\n\r\n")
 
 
 def test_defect_in_an_upload_is_logged_and_ends_the_request(caplog):

@@ -6,6 +6,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 from raw_peer import (  # noqa: F401 (fixtures)
@@ -164,6 +165,55 @@ def test_write_waits_as_long_as_the_peer_reads(duplexes):
     while count < len(SOME):
         count += len(right.read(4096, PATIENCE))
     writing.result(PATIENCE)
+
+
+def test_write_waits_for_a_slow_reader_before_the_kernel_has_room(duplexes, monkeypatch):
+    """Which takes megabytes: a third of what the kernel holds."""
+    left, _ = duplexes
+    fill(left)
+    untaken = iter(range(1000, 900, -1))  # so many looks, each of which finds something taken
+    monkeypatch.setattr(left, "_untaken", lambda: next(untaken, 900))
+    monkeypatch.setattr(gotunnel, "STALL_LOOK", 0.005)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="the peer has stopped reading, nothing for 0.1 s"):
+        left.write(b"x", timeout=0.1)
+    assert time.monotonic() - began > 0.4
+
+
+@pytest.mark.skipif(gotunnel.UNTAKEN is None, reason="the system does not tell what was taken")
+def test_what_a_peer_has_taken_is_seen(duplexes):
+    left, right = duplexes
+    fill(left)
+    before = left._untaken()
+    assert before > 0
+    read = 0
+    while left._untaken() >= before:
+        read += len(right.read(timeout=PATIENCE))
+
+
+def test_write_may_be_given_a_judge_of_the_time_it_takes(duplexes):
+    left, right = duplexes
+    fill(left)
+    spent = []
+
+    def spend(seconds, taken):
+        spent.append((seconds, taken))
+        if len(spent) == 3:
+            raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        left.write(b"x", timeout=0.2, spend=spend)
+    assert spent[-1][1] == 0 and 0.1 < sum(seconds for seconds, _ in spent) < 2
+
+
+def test_pump_says_that_a_reader_has_stalled(caplog):
+    caplog.set_level("INFO")
+    with duplex_pair("tcp") as (source, feeder), duplex_pair("tcp") as (sink, _):
+        sink.stall_timeout = 0.05
+        fill(sink)
+        feeder.write(b"x")
+        assert not pump(source, sink)
+    assert "reset: the peer has stopped reading, nothing for 0.05 s" in caplog.text
 
 
 def test_writing_nothing_does_nothing(duplexes):
