@@ -60,6 +60,7 @@ from gotunnel import (
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line
 from .common.process import Stopped, Workers
+from .common.tls import AEAD
 from .connect import GivenUp, addresses_of, connect
 from .target import Route, Targets, serve
 from .trust import client_context
@@ -135,6 +136,7 @@ class Agent:
         """``config`` is the frozen Config of config.load(). Raises CannotTrust."""
         self._config = config
         self._context = tls_context(config.ca_file, config.skip_tls_verify)
+        self._context.set_ciphers(AEAD)
         # Tunnels that trust the same share a context: the system's authorities fill megabytes.
         contexts = {
             trust: trust and tls_context(*trust, "target_ca_file")

@@ -46,6 +46,7 @@ from gotunnel import NO_LINGER, Deadline, Duplex, NoThread, relay, spawn
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
 from .common.standard_error import free_standard_error
+from .common.tls import AEAD
 from .connect import addresses_of, connect
 from .trust import client_context
 
@@ -387,6 +388,7 @@ def main(arguments=None) -> int:
         return print_answer(PROGRAM, lambda: print(ssh_config(options), end="") or 0)
     try:
         context = client_context(options.ca_file, options.skip_tls_verify)
+        context.set_ciphers(AEAD)
     except OSError as error:  # ssl.SSLError is one
         parser.error(f"--ca-file {options.ca_file}: {error.strerror or error}, expected PEM")
     hostname, port = split_address(options.destination)

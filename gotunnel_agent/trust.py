@@ -7,7 +7,11 @@ from .common.tls import IGNORE_UNEXPECTED_EOF
 
 def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:
     """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
-    (PEM), or not at all, for trying things out. Raises OSError if the file holds none."""
+    (PEM), or not at all, for trying things out. Raises OSError if the file holds none.
+
+    Ciphers are Python's choice, as a target may be an old device; who dials a gateway, which is
+    none, sets AEAD.
+    """
     context = ssl.create_default_context(cafile=ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= IGNORE_UNEXPECTED_EOF

@@ -155,7 +155,9 @@ class Gateway:
         self._newcomers = Newcomers(
             self.tunnels,
             # Agents dial either name, or none.
-            context=self._certificates.front(config.tunnel_host, self._own_names.__contains__),
+            context=self._certificates.fronts(
+                config.tunnel_host, self._own_names.__contains__
+            ).context,
             challenges=self._challenges,
             attempts=Attempts(),
             proxies=self._proxies,
@@ -182,7 +184,7 @@ class Gateway:
         self._visitors = self._build_port(
             PublicPort,
             config.workers,
-            context=self._certificates.front(config.gateway_host),
+            context=self._certificates.fronts(config.gateway_host).context,
             site=choose_site(
                 self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
             ),

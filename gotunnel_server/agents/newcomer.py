@@ -71,12 +71,12 @@ class Newcomers:
         self, tunnels, *, context, challenges, attempts, proxies, read_policy, max_hosts, submit,
         stall_timeout=STALL_TIMEOUT,
     ):  # fmt: skip
-        """``tunnels`` gets those that are registered. ``context`` is the TLS context of the port,
-        ``challenges`` what a CA may find there. ``attempts`` counts bad tokens. ``proxies`` are
-        the addresses whose PROXY header is believed. ``read_policy`` is as for read_routes().
-        ``submit(function)`` has a worker of registrations call it, which may wait for the disk. No
-        newcomer has more than one call there, so its queue is never longer than the listener's
-        limit of connections. ``stall_timeout``: see Duplex."""
+        """``tunnels`` gets those that are registered. ``context(sni)`` is the TLS context of a
+        handshake, ``challenges`` what a CA may find there. ``attempts`` counts bad tokens.
+        ``proxies`` are the addresses whose PROXY header is believed. ``read_policy`` is as for
+        read_routes(). ``submit(function)`` has a worker of registrations call it, which may wait
+        for the disk. No newcomer has more than one call there, so its queue is never longer than
+        the listener's limit of connections. ``stall_timeout``: see Duplex."""
         self.tunnels = tunnels
         self.context = context
         self.challenges = challenges
@@ -302,8 +302,9 @@ class Newcomer:
         if said is None:
             return self._park()
         validation = said.alpn == (client_hello.ACME_TLS,)
-        context = self._newcomers.context
-        if validation:
+        if not validation:
+            context = self._newcomers.context(said.server_name)
+        else:
             context = self._newcomers.challenges.context(said.server_name)
             if context is None:
                 raise ProtocolError("a CA asks for a proof that was not published")

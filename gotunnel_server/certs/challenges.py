@@ -18,6 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from gotunnel_agent.common.tls import AEAD
+
 from ..net.client_hello import ACME_TLS
 from .acme_errors import HOST, CaError
 from .folder import sweep
@@ -124,6 +126,8 @@ def _context(hostname, digest, folder) -> ssl.SSLContext:
         serialization.NoEncryption(),
     ) + certificate.public_bytes(serialization.Encoding.PEM)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(AEAD)
     context.set_alpn_protocols([ACME_TLS])
     # OpenSSL reads certificates from files only.
     prefix, _, suffix = PROOFS.partition("*")

@@ -7,9 +7,12 @@ it calls us, and the connection goes on with that hostname's context. What then 
     from the hostname's context    certificate and key, the ALPN choice
     from the front                 TLS versions, options, ticket keys
 
-So a visitor may resume a session also after the certificate was renewed. A ticket opens no hostname
-by itself: we are called in a resumption too. The name is then, in TLS 1.2, the one that the ticket
-was given for, whatever the new ClientHello says (OpenSSL takes it from the session).
+A session ticket is encrypted with the front's keys, which OpenSSL makes with the context and never
+changes. So each hostname has a front of its own (Fronts), which is made anew every few hours: a
+ticket of one hostname does not resume at another, and keys that are stolen open what was recorded
+in those hours, no more. A visitor may resume a session also after the certificate was renewed. A
+ticket opens no hostname by itself: we are called in a resumption too. The name is then, in TLS 1.2,
+the one that the ticket was given for (OpenSSL takes it from the session).
 
 A context that is in use is never changed, because loading a certificate into it breaks the
 handshakes that run meanwhile. A new certificate is a new context, published by one assignment;
@@ -20,19 +23,29 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from time import monotonic
 
 from gotunnel_agent.common.hostnames import normal_hostname
-from gotunnel_agent.common.tls import IGNORE_UNEXPECTED_EOF
+from gotunnel_agent.common.tls import AEAD, IGNORE_UNEXPECTED_EOF
 
 from .cert_dir import CertDir, Pair, Served, load_pair
 from .local_ca import RENEW_BEFORE, Authority, CertificateError
 
-__all__ = ["CertificateError", "Certificates"]
+__all__ = ["CertificateError", "Certificates", "Fronts"]
 
 log = logging.getLogger("gotunnel.certificates")
+
+# Seconds that ticket keys live, three times what OpenSSL lets a ticket (two hours). The visitors
+# that come back across their end make one full handshake.
+KEY_LIFE = 6 * 3600
+# Fronts of a port, some 13 KiB each. Their number grows with the hostnames that have certificates,
+# and under a wildcard with those that visitors name. If there are more, the oldest goes, and its
+# visitors make a full handshake.
+MOST_FRONTS = 2048
 
 
 class Certificates:
@@ -154,6 +167,12 @@ class Certificates:
         front.sni_callback = choose
         return front
 
+    def fronts(
+        self, default: str, allowed: Callable[[str], bool] | None = None
+    ) -> "Fronts":
+        """As front(), for a port that knows the hostname before the handshake."""
+        return Fronts(self, normal_hostname(default), allowed)
+
     def _publish(self, hostname: str, certificate_file: Path, key_file: Path) -> None:
         issued = load_pair(certificate_file, key_file, self._new_context())
         with self._publishing:
@@ -168,6 +187,7 @@ class Certificates:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # A renegotiation costs us far more than whoever asks for it, and HTTP has no use for it.
         # Compression tells secrets by their length (CRIME).
+        context.set_ciphers(AEAD)
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | IGNORE_UNEXPECTED_EOF
         # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
         if hasattr(context, "num_tickets"):     # not in every TLS library that Python is built on
@@ -175,6 +195,51 @@ class Certificates:
         if self._alpn:
             context.set_alpn_protocols(list(self._alpn))
         return context
+
+
+class Fronts:
+    """The contexts with which a port begins its handshakes: one a hostname. Any thread.
+
+    A name without a certificate, or one that is not allowed, costs no context: all of them have
+    one, which refuses. A hostname's front takes that hostname only, whatever a second ClientHello
+    (after a HelloRetryRequest) may name.
+    """
+
+    def __init__(
+        self, certificates: Certificates, default: str,
+        allowed: Callable[[str], bool] | None, now: Callable[[], float] = monotonic,
+    ) -> None:
+        self._certificates = certificates
+        self._default = default
+        self._allowed = allowed
+        self._now = now
+        self._refusing = certificates.front("", lambda hostname: False)
+        # hostname: (front, monotonic end of its keys' life); the oldest first
+        self._fronts: OrderedDict[str, tuple[ssl.SSLContext, float]] = OrderedDict()
+        self._lock = threading.Lock()   # guards _fronts
+
+    def context(self, sni: str | None) -> ssl.SSLContext:
+        """The front for the hostname in a ClientHello, None if it names none. No disk."""
+        hostname = self._default if sni is None else normal_hostname(sni)
+        if not self._is_welcome(hostname):
+            return self._refusing
+        now = self._now()
+        with self._lock:
+            while self._fronts and next(iter(self._fronts.values()))[1] <= now:
+                self._fronts.popitem(last=False)
+            known = self._fronts.get(hostname)
+            if known is not None:
+                return known[0]
+            front = self._certificates.front(hostname, lambda other: False)
+            self._fronts[hostname] = front, now + KEY_LIFE
+            if len(self._fronts) > MOST_FRONTS:
+                self._fronts.popitem(last=False)
+            return front
+
+    def _is_welcome(self, hostname: str) -> bool:
+        if hostname != self._default and self._allowed is not None and not self._allowed(hostname):
+            return False
+        return self._certificates.context(hostname) is not None
 
 
 def _find(by_name: Mapping, hostname: str):

@@ -181,7 +181,7 @@ class Arrival(Stepwise):
             self._go_to(State.CERTIFICATE)
             self._deadline = monotonic() + CERTIFICATE_TIMEOUT
             return True
-        return self._start_tls(self._port.context, State.HANDSHAKE)
+        return self._start_tls(self._port.context(self._visitor.sni), State.HANDSHAKE)
 
     def _start_tls(self, context, state):
         self.duplex.start_tls(context, server_side=True)
@@ -194,7 +194,7 @@ class Arrival(Stepwise):
             return False
         left = self._deadline - monotonic()
         if left <= 0 or not self._port.awaits_certificate(self._visitor.sni):
-            return self._start_tls(self._port.context, State.HANDSHAKE)
+            return self._start_tls(self._port.context(self._visitor.sni), State.HANDSHAKE)
         # Not park(): what the visitor has sent would bring it back at once.
         self._visitor.listener.call_later(self.ready, min(left, CERTIFICATE_LOOK))
         return False

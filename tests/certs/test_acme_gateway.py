@@ -28,8 +28,10 @@ from support import (
     agent_here,
     answer,
     ca_of,
+    dial_tls,
     fields_of,
     gateway_here,
+    request,
     reserved_port,
     status_of,
     tls_context,
@@ -777,6 +779,37 @@ def test_session_is_resumed_across_a_renewal(tmp_path, origin, version):
                 assert visitor.sock.session_reused
                 visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
                 assert visitor.read_message()[1] == b"page"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_ticket_resumes_at_its_own_hostname_alone(cache, tmp_path, origin, version):
+    serve_pages(origin)
+    with gateway_here(cache) as gateway:
+        gateway.context.maximum_version = version
+        with agent_here(gateway, tmp_path, http={APP: origin.port, OTHER: origin.port}):
+            with gateway.dial(APP) as visitor:
+                visitor.send(request())
+                visitor.read_message()
+                ticket = visitor.sock.session
+            for hostname, resumes in ((APP, True), (OTHER, False), (GATEWAY_HOST, False)):
+                with dial_again(gateway, hostname, ticket) as visitor:
+                    assert visitor.sock.session_reused == resumes
+                    visitor.send(request(host=hostname))
+                    assert visitor.read_message()[0].startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("port", ["public_port", "tunnel_port"])
+def test_ports_take_no_cbc(cache, port):
+    hostname = {"public_port": GATEWAY_HOST, "tunnel_port": TUNNEL_HOST}[port]
+    with gateway_here(cache) as gateway:
+        for cipher, is_taken in (("ECDHE+AESGCM", True), ("ECDHE+AES+SHA256:ECDHE+SHA", False)):
+            context = tls_context(gateway.ca_file)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(cipher)
+            with contextlib.ExitStack() as stack:
+                if not is_taken:
+                    stack.enter_context(pytest.raises(ssl.SSLError, match="(?i)handshake.failure"))
+                dial_tls(getattr(gateway, port), hostname, context).close()
 
 
 def test_new_certificates_break_no_handshake_and_are_seen_at_once(cache, tmp_path):

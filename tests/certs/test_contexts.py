@@ -1,9 +1,11 @@
 """Certificates by SNI, proved by handshakes of a client that verifies."""
 import base64
+import gc
 import os
 import socket
 import ssl
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
@@ -15,9 +17,10 @@ from cryptography.x509.oid import NameOID
 from support import wait_until
 
 from gotunnel_server.certs import cert_dir as cert_dir_module
-from gotunnel_server.certs import local_ca
+from gotunnel_server.certs import contexts, local_ca
 from gotunnel_server.certs.cert_dir import names_of
-from gotunnel_server.certs.contexts import CertificateError, Certificates
+from gotunnel_server.certs.challenges import TLS_ALPN_01, Challenges
+from gotunnel_server.certs.contexts import KEY_LIFE, CertificateError, Certificates, Fronts
 from gotunnel_server.certs.local_ca import Authority
 
 TLS_VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
@@ -309,6 +312,31 @@ def test_every_context_is_strict(ca):
         assert context.options & ssl.OP_NO_RENEGOTIATION
         assert context.options & ssl.OP_NO_COMPRESSION
         assert getattr(context, "num_tickets", 1) == 1
+        assert_modern(context)
+
+
+def assert_modern(context):
+    """Every cipher has forward secrecy and authenticated encryption."""
+    ciphers = context.get_ciphers()
+    assert len({cipher["protocol"] for cipher in ciphers}) == 2  # TLS 1.2, TLS 1.3
+    for cipher in ciphers:
+        assert cipher["aead"] and cipher["kea"] in ("kx-ecdhe", "kx-any"), cipher["name"]
+
+
+def test_context_of_a_proof_is_modern_too():
+    challenges = Challenges((TLS_ALPN_01,))
+    with challenges.alpn("a.test", bytes(32)):
+        assert_modern(challenges.context("a.test"))
+
+
+@pytest.mark.parametrize("cipher", ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES256-SHA384"])
+def test_visitor_with_cbc_only_is_refused(ca, cipher):
+    certificates = Certificates(None, ca)
+    certificates.ensure("a.test")
+    client = client_context(ca, maximum_version=ssl.TLSVersion.TLSv1_2)
+    client.set_ciphers(cipher)
+    with pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE|handshake failure"):
+        handshake(certificates.fronts("a.test").context("a.test"), client, "a.test")
 
 
 # Tickets
@@ -336,6 +364,98 @@ def test_a_session_is_resumed_across_a_renewal(ca, cert_dir, version):
     certificates.reload()
     second, _ = handshake(front, client, "a.test", session=first.session)
     assert second.session_reused
+
+
+@pytest.fixture
+def wildcard(cert_dir):
+    """Certificates of a.test, and of *.dev.test."""
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    make("*.dev.test").put(cert_dir / "b.crt", cert_dir / "b.key")
+    return Certificates(cert_dir, None)
+
+
+def resumes(fronts, hostname, other, version):
+    """Whether a ticket of one hostname resumes at the other."""
+    client = trusting_client(minimum_version=version, maximum_version=version)
+    first, _ = handshake(fronts.context(hostname), client, hostname)
+    assert first.session.has_ticket
+    second, gateway = handshake(fronts.context(other), client, other, session=first.session)
+    assert second.session_reused == gateway.session_reused
+    return second.session_reused
+
+
+@pytest.mark.parametrize("version", TLS_VERSIONS)
+def test_a_ticket_resumes_at_its_own_hostname_alone(wildcard, version):
+    fronts = wildcard.fronts("a.test")
+    for hostname in ("a.test", "x.dev.test"):
+        assert resumes(fronts, hostname, hostname, version)
+        assert resumes(fronts, hostname, hostname.upper(), version)
+    for hostname, other in (
+        ("a.test", "x.dev.test"), ("x.dev.test", "a.test"), ("x.dev.test", "y.dev.test")
+    ):  # fmt: skip
+        assert not resumes(fronts, hostname, other, version)
+
+
+@pytest.mark.parametrize("version", TLS_VERSIONS)
+def test_a_session_is_resumed_across_a_renewal_by_its_hostnames_front(cert_dir, version):
+    make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates = Certificates(cert_dir, None)
+    fronts = certificates.fronts("a.test")
+    client = trusting_client(minimum_version=version, maximum_version=version)
+    first, _ = handshake(fronts.context("a.test"), client, "a.test")
+    serial = make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
+    certificates.reload()
+    assert served_serial(fronts.context("a.test"), client, "a.test") == serial
+    assert handshake(fronts.context("a.test"), client, "a.test", first.session)[0].session_reused
+
+
+@pytest.mark.parametrize("version", TLS_VERSIONS)
+def test_ticket_keys_live_for_hours_and_their_end_costs_one_full_handshake(wildcard, version):
+    now = 1000.0
+    fronts = Fronts(wildcard, "a.test", None, lambda: now)
+    client = trusting_client(minimum_version=version, maximum_version=version)
+
+    def visit(session=None):
+        return handshake(fronts.context("a.test"), client, "a.test", session)[0]
+
+    first = visit()
+    now += KEY_LIFE - 1
+    assert visit(first.session).session_reused
+    now += 2
+    second = visit(first.session)
+    assert not second.session_reused
+    assert visit(second.session).session_reused
+
+
+def test_keys_that_are_too_old_are_dropped_with_any_handshake(wildcard):
+    now = 1000.0
+    fronts = Fronts(wildcard, "a.test", None, lambda: now)
+    old = weakref.ref(fronts.context("x.dev.test"))
+    now += KEY_LIFE
+    fronts.context("a.test")
+    gc.collect()
+    assert old() is None
+
+
+def test_fronts_are_bounded_and_strangers_names_make_none(wildcard, monkeypatch):
+    monkeypatch.setattr(contexts, "MOST_FRONTS", 3)
+    fronts = wildcard.fronts("a.test", lambda hostname: hostname.endswith(".dev.test"))
+    refusing = fronts.context("b.test")  # without a certificate, or not allowed
+    assert fronts.context("x.y.dev.test") is refusing and not fronts._fronts
+    with pytest.raises(ssl.SSLError, match="unrecognized name|UNRECOGNIZED_NAME"):
+        handshake(refusing, trusting_client(), "b.test")
+    for number in range(10):
+        fronts.context(f"x{number}.dev.test")
+    assert set(fronts._fronts) == {"x7.dev.test", "x8.dev.test", "x9.dev.test"}
+    assert fronts.context(None) is fronts.context("A.test.")
+
+
+def test_a_front_of_one_hostname_takes_no_other(wildcard):
+    """A second ClientHello, after a HelloRetryRequest, may name another one."""
+    front = wildcard.fronts("a.test").context("x.dev.test")
+    for other in ("a.test", "y.dev.test"):
+        with pytest.raises(ssl.SSLError, match="unrecognized name|UNRECOGNIZED_NAME"):
+            handshake(front, trusting_client(), other)
 
 
 @pytest.mark.parametrize("version", TLS_VERSIONS)
