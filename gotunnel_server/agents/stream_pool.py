@@ -6,6 +6,12 @@ kept for long: each holds such a connection.
 A stream whose agent sends anything while it is kept, bytes or an end, is over at that moment
 (Stream.rest()) and leaves the pool: the bytes belong to an earlier visit, and must not be taken for
 the answer to the next one.
+
+A target may serve one connection at a time (http.server.HTTPServer, small devices). There a kept
+stream, whose connection is idle, holds up every new one. So the pool gives streams up for a new one
+that waits for its answer (give_up()), and keeps none for that hostname until the target has shown
+that it has accepted it: targets accept in order, so an answer on that stream, or on a newer one,
+shows it.
 """
 
 import functools
@@ -29,8 +35,9 @@ class KeptStreams:
     def __init__(self):
         self._by_hostname = {}  # hostname: deque of (monotonic time, Stream), the freshest last
         self._all = set()  # the streams in it
+        self._held_up = {}  # hostname: id of the newest Stream that give_up() was called for
         self._closed = False
-        self._lock = threading.Lock()  # guards these three
+        self._lock = threading.Lock()  # guards these four
 
     def __contains__(self, stream):
         with self._lock:
@@ -62,7 +69,7 @@ class KeptStreams:
         with self._lock:
             kept = self._by_hostname.setdefault(hostname, deque())
             room = len(kept) < OF_A_HOSTNAME and len(self._all) < OF_A_SESSION
-            if not room or self._closed:
+            if not room or self._closed or hostname in self._held_up:
                 return False
             kept.append((monotonic(), stream))
             self._all.add(stream)
@@ -77,6 +84,34 @@ class KeptStreams:
             kept = self._by_hostname[hostname]
             kept.remove(next(entry for entry in kept if entry[1] is stream))
         stream.close()
+
+    def make_way(self, hostname):
+        """A new stream is about to be opened: close the kept one if there is one alone, as a target
+        has that serves one connection at a time. Others open it again at little cost."""
+        with self._lock:
+            kept = self._by_hostname.get(hostname)
+            stream = kept.pop()[1] if kept and len(kept) == 1 else None
+            self._all.discard(stream)
+        if stream is not None:
+            stream.close()
+
+    def give_up(self, hostname, waiting):
+        """A new Stream waits for its answer: close those kept of its hostname, and keep none until
+        served() is called for it or for a newer one."""
+        with self._lock:
+            self._held_up[hostname] = max(waiting.id, self._held_up.get(hostname, 0))
+            dropped = [entry[1] for entry in self._by_hostname.pop(hostname, ())]
+            self._all.difference_update(dropped)
+        for stream in dropped:
+            stream.close()
+
+    def served(self, hostname, stream):
+        """The target has answered on a new Stream, or nobody waits for it any more."""
+        if not self._held_up:  # as almost always: spare each answer the lock
+            return
+        with self._lock:
+            if self._held_up.get(hostname, stream.id + 1) <= stream.id:
+                del self._held_up[hostname]
 
     def close_old(self):
         """Close those that were kept for MOST_AGE."""

@@ -475,6 +475,18 @@ class Tunnel:
         else:
             self._kept.put(route.hostname, stream)
 
+    def make_way(self, route):
+        """A visit is about to open a new stream: see KeptStreams."""
+        self._kept.make_way(route.hostname)
+
+    def give_up_kept(self, route, waiting):
+        """A visit has waited a while for its answer on a new stream: see KeptStreams."""
+        self._kept.give_up(route.hostname, waiting)
+
+    def served(self, route, stream):
+        """A new stream has its answer, or its visit is over: see KeptStreams."""
+        self._kept.served(route.hostname, stream)
+
     def take_own(self, route, owner):
         """The stream that was kept for ``owner`` alone, or None. Raises AgentBusy."""
         stream = self._counted(self._own.pop, owner, route.hostname)

@@ -236,6 +236,7 @@ class Exchange:
         self._proxies = proxies
         self._timeout = response_timeout
         self._stream = None
+        self._fresh = None  # a new stream, while its first byte is awaited
         self._head_sent = False  # of the final answer
         self._half_close = False  # what the agent was told of self._stream
         self._login = False  # self._stream knows, or may know, who the visitor is (login.py)
@@ -300,13 +301,19 @@ class Exchange:
             except ConnectionError:
                 pass
             stream.close()  # its target closed it meanwhile: once more, on another
+        tunnel.make_way(route)
         try:
             self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
         except ConnectionError:
             raise self._agent_gone()
         except TimeoutError:
             raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
-        return self._await_answer()
+        self._fresh = stream = self._stream
+        try:
+            return self._await_answer()
+        finally:
+            self._fresh = None
+            tunnel.served(route, stream)
 
     def _take_up(self, repeatable):
         """A stream that has served a visit before, or None. The visitor's own one serves requests
@@ -368,6 +375,7 @@ class Exchange:
         """The next bytes of the answer, b"" at its end. Raises VisitorGone, TargetFailed if they
         take longer than ``timeout`` seconds from the whole request on, ConnectionError."""
         upload, began = self._upload, monotonic()
+        looks = 0
         while True:
             try:
                 return self._stream.read(timeout=WATCH)
@@ -375,6 +383,10 @@ class Exchange:
                 pass
             if self._request.gone():
                 raise VisitorGone
+            looks += 1
+            # At looks 1, 2, 4, 8 ...: a slow answer must not cost the other visits much.
+            if self._fresh is not None and looks & (looks - 1) == 0:
+                self._route.tunnel.give_up_kept(self._route, self._fresh)
             if timeout is None:
                 continue
             if upload is not None and upload.under_way:

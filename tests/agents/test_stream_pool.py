@@ -19,6 +19,7 @@ APP = "app.test"
 class Quiet:
     """A stream that an earlier visit left in good order."""
 
+    id = 2
     quiet = True
     window = START_WINDOW
     closed = False
@@ -80,6 +81,45 @@ def test_a_stream_that_ends_before_it_is_kept_is_not_given_away(kept):
     stream.hurry = True
     kept.put(APP, stream)
     assert stream.closed and stream not in kept and kept.pop(APP) is None
+
+
+def test_a_stream_that_is_kept_alone_makes_way_for_a_new_one(kept):
+    first, second, other = Quiet(), Quiet(), Quiet()
+    kept.put("other.test", other)
+    kept.make_way(APP)
+    kept.put(APP, first)
+    kept.make_way(APP)
+    assert first.closed and first not in kept and kept.pop(APP) is None
+    first = Quiet()
+    for stream in (first, second):
+        kept.put(APP, stream)
+    kept.make_way(APP)  # such a target serves several at once
+    assert not (first.closed or second.closed or other.closed)
+
+
+def test_streams_are_given_up_and_not_kept_until_the_one_that_waits_is_served(kept):
+    def new(number):
+        stream = Quiet()
+        stream.id = number
+        return stream
+
+    streams = [new(2), new(4)]
+    other = new(6)
+    for stream in streams:
+        kept.put(APP, stream)
+    kept.put("other.test", other)
+    kept.give_up(APP, new(10))
+    kept.give_up(APP, new(8))
+    assert all(stream.closed and stream not in kept for stream in streams)
+    late, older = new(4), new(8)
+    kept.put(APP, late)
+    kept.served(APP, older)  # an older one may have been accepted before
+    kept.served("other.test", new(12))
+    kept.put(APP, older)
+    assert late.closed and older.closed and not other.closed
+    kept.served(APP, newer := new(12))
+    kept.put(APP, newer)
+    assert kept.pop(APP) is newer and not newer.closed
 
 
 def test_no_more_are_kept_than_there_is_room_for(kept):

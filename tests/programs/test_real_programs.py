@@ -403,6 +403,59 @@ def test_pages_of_cgi_programs_arrive(gateway, served, cgi_folder, server):
 # Node, and curl ----------------------------------------------------------------------------------
 
 
+class OneAtATime(http.server.BaseHTTPRequestHandler):
+    """For an HTTPServer, which serves one connection to its end before it accepts the next."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + 3))
+        self.end_headers()
+        self.wfile.write(b"ok " + body)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments):
+        """Nothing: the test reads the answers."""
+
+
+@pytest.fixture
+def one_at_a_time(served):
+    with http.server.HTTPServer(("127.0.0.1", 0), OneAtATime) as server:
+        life = threading.Thread(target=server.serve_forever, args=[0.01], name="http.server")
+        agent = served(server.server_port)
+        life.start()
+        yield
+        agent.stop()  # the server would wait for the end of a connection that is kept
+        server.shutdown()
+        life.join(TIMEOUT)
+
+
+@pytest.mark.timeout(30)  # our kept connections would hold such a server up for 30 s each
+def test_server_of_one_connection_at_a_time_is_not_held_up(gateway, one_at_a_time):
+    with gateway.visitor(APP) as visitor:
+        for number in range(5):
+            for method, body in (("GET", None), ("POST", b"%d" % number)):
+                visitor.request(method, "/", body)
+                assert visitor.getresponse().read() == b"ok " + (body or b"")
+
+
+@pytest.mark.timeout(30)
+def test_visitors_of_such_a_server_take_turns(gateway, one_at_a_time):
+    def visit(number):
+        with gateway.visitor(APP) as visitor:
+            for turn in range(5):
+                method, body = ("POST", b"%d" % number) if turn == 3 else ("GET", None)
+                visitor.request(method, "/", body)
+                assert visitor.getresponse().read() == b"ok " + (body or b"")
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(visit, range(16)))
+
+
 @pytest.fixture
 def node(served, tmp_path):
     with running(need("node"), str(PROGRAMS / "site.js"), cwd=tmp_path) as program:

@@ -169,6 +169,15 @@ class Tunnel:
     def keep(self, route, stream):
         stream.events.append("keep")
 
+    def make_way(self, route):
+        pass
+
+    def give_up_kept(self, route, waiting):
+        self.given_up = getattr(self, "given_up", 0) + 1
+
+    def served(self, route, stream):
+        self.served_streams = [*getattr(self, "served_streams", []), stream]
+
 
 def run(visitor, tunnel, response_timeout=SOON, **more):
     route = Route(APP, "http", tunnel, host_header=more.pop("host_header", None))
@@ -439,6 +448,31 @@ def test_target_that_gives_no_answer_is_a_page_and_is_hung_up_on(script, expecte
     served(visitor, *script)
     assert (visitor.status, visitor.code) == expected
     assert visitor.events[0] == "reset" and visitor.events[-1][0] == "finish"
+
+
+@pytest.mark.parametrize(("looks", "given_up"), [(0, 0), (1, 1), (2, 2), (3, 2), (9, 4)])
+def test_kept_streams_are_given_up_for_a_new_one_that_waits(looks, given_up):
+    visitor = Visitor()
+    stream = Stream(*[SILENCE] * looks, OK, visitor=visitor)
+    tunnel = Tunnel(stream)
+    run(visitor, tunnel)
+    assert getattr(tunnel, "given_up", 0) == given_up and tunnel.served_streams == [stream]
+
+
+def test_no_kept_stream_is_given_up_for_one_that_was_kept_itself():
+    visitor = Visitor()
+    tunnel = Tunnel(kept=[Stream(SILENCE, SILENCE, OK, visitor=visitor)])
+    run(visitor, tunnel)
+    assert not hasattr(tunnel, "given_up") and visitor.status == 200
+
+
+def test_visit_that_comes_to_nothing_holds_up_no_other():
+    visitor = Visitor()
+    visitor.left = True
+    tunnel = Tunnel(stream := Stream(SILENCE, visitor=visitor))
+    with pytest.raises(VisitorGone):
+        run(visitor, tunnel)
+    assert tunnel.served_streams == [stream]
 
 
 def test_target_that_is_silent_for_too_long_is_a_504():
