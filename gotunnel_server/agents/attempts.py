@@ -37,7 +37,7 @@ MOST_FAILURES = 120  # four times what a Go agent makes that nobody slows down
 # Of an address that is closed. Handshakes a second, which take a tenth of a CPU; then tokens that
 # are looked at, which bounds how many secrets can be tried: Go agents are in after some tries of
 # 2 s each, unless strangers come a hundred times a second from the same address.
-OPENINGS_A_SECOND, OPENINGS = 100, 100
+OPENINGS_A_SECOND, OPENINGS = 50, 50
 CHECKS_A_SECOND, CHECKS = 10, 20
 # Instances whose last token was good; of more, those that came last. Some 200 bytes each.
 MOST_KNOWN = 4096

@@ -33,6 +33,7 @@ class ControlStream:
         """``agent`` is a text for the log."""
         self.stream = stream
         self._agent = agent
+        self.received = 0  # bytes
         self._reader = MessageReader(self._pass_over)
         self._features = frozenset()  # the extensions that the ack has named; replaced once
         self._newest = threading.Lock()  # held to look a certificate's state up and to tell it
@@ -43,6 +44,7 @@ class ControlStream:
         messages = []
         try:
             while data := self.stream.read(timeout=0):
+                self.received += len(data)
                 messages += self._reader.feed(data)
         except TimeoutError:
             return messages

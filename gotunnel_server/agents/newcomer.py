@@ -49,6 +49,11 @@ log = logging.getLogger("gotunnel.tunnel")
 
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
+# Bytes that a session takes of a stranger in one go, so that no step takes long; and those that may
+# come beside the bytes of its messages: 341 headers of frames, of which a registration has a few.
+STRANGERS_READ = 4 * 1024
+STRANGERS_WASTE = 4 * 1024
+HEARD_OUT = 1024 * 1024  # bytes that a stranger may go on sending when it has been refused
 REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
@@ -57,11 +62,33 @@ _SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 
 class Refusal(Exception):
     """The gateway says no; the text is for the agent. ``in_the_middle``: the agent has not said
-    all yet."""
+    all yet. ``brief``: there are so many of them that none may keep its place to read why; one that
+    has said no more than a registration reads it all the same."""
 
-    def __init__(self, text, in_the_middle=False):
+    def __init__(self, text, in_the_middle=False, brief=False):
         super().__init__(text)
         self.in_the_middle = in_the_middle
+        self.brief = brief
+
+
+class Flood(ProtocolError):
+    """A stranger sends what no registration needs."""
+
+
+class Rationed(Duplex):
+    """A connection of which a session reads little in one go, as long as ``rationed``."""
+
+    def __init__(self, sock):
+        super().__init__(sock)
+        self.rationed = True
+        self.received = 0  # bytes, behind TLS, while it was
+
+    def receive_into(self, view):
+        if not self.rationed:
+            return super().receive_into(view)
+        count = super().receive_into(view[:STRANGERS_READ])
+        self.received += count or 0
+        return count
 
 
 class Newcomers:
@@ -96,7 +123,7 @@ class Newcomers:
         tokens."""
         if address[0] not in self.proxies and not self.attempts.may_open(address[0]):
             return None
-        duplex = Duplex(sock)
+        duplex = Rationed(sock)
         duplex.stall_timeout = self.stall_timeout
         newcomer = Newcomer(self, duplex, address, seat)
         with self._lock:
@@ -207,6 +234,8 @@ class Newcomer:
             self._refuse(refusal)
         except ProtocolError as error:
             log.debug("%s: protocol error: %s", self, error)
+            if isinstance(error, Flood):
+                self._count_failed("")
             self.close(PROTOCOL_ERROR)
         except OSError as error:
             log.debug("%s: %s", self, error)
@@ -335,6 +364,9 @@ class Newcomer:
             message = self._control and next(iter(self._control.read()), None)
         except ProtocolError as error:  # its operator has to hear of it
             raise Refusal(f"invalid registration: {error}", in_the_middle=True) from None
+        heard = self._control.received if self._control is not None else 0
+        if self.duplex.received - heard > STRANGERS_WASTE:
+            raise Flood("more frames than a registration needs")
         if message is None:
             return self._park()
         if not isinstance(message, Register):
@@ -346,7 +378,9 @@ class Newcomer:
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
         instance = message.instance[:MAX_INSTANCE]
         if not newcomers.attempts.may_show(self.address[0], instance):
-            raise Refusal("too many bad tokens came from this address, so not all are looked at")
+            raise Refusal(
+                "too many bad tokens came from this address, so not all are looked at", brief=True
+            )
         try:
             identity = tunnels.credentials.identify(message.token)
         except TokenInvalid as error:
@@ -372,11 +406,14 @@ class Newcomer:
 
     def _delay(self, refusal, instance):
         """Refuse a bad token; the more of them its address has sent, the later."""
-        attempts, address = self._newcomers.attempts, self.address[0]
-        if news := attempts.failed(address, instance):
-            self._newcomers.refusals.log(f"agents at {address}", news, "%s: %s")
+        self._count_failed(instance)
         self._refusal = refusal
-        self._look_again(Stage.DELAYED, attempts.delay(address))
+        self._look_again(Stage.DELAYED, self._newcomers.attempts.delay(self.address[0]))
+
+    def _count_failed(self, instance):
+        address = self.address[0]
+        if news := self._newcomers.attempts.failed(address, instance):
+            self._newcomers.refusals.log(f"agents at {address}", news, "%s: %s")
 
     def _say_no(self):
         raise self._refusal
@@ -411,6 +448,7 @@ class Newcomer:
 
     def _admit(self):
         """Worker of registrations: from here on the tunnel is on its own."""
+        self.duplex.rationed = False
         self._tunnel.serve()
         self._stage = Stage.OVER
 
@@ -421,6 +459,8 @@ class Newcomer:
         self._newcomers.refusals.log(str(self), str(refusal))
         try:
             self._control.send(Ack(False, str(refusal)))
+            if refusal.brief:
+                return self.close()
             if refusal.in_the_middle:  # it listens when it has said all
                 self._control.stream.close()
             else:
@@ -443,10 +483,14 @@ class Newcomer:
 
     def _hear_out(self):
         self._session.turn()
+        if self.duplex.received > HEARD_OUT:
+            raise Flood("it was refused, and goes on")
         self._park()
 
     def _part(self):
         # One read a step: a peer that sends without end must not have a thread for it.
+        if self.duplex.received > HEARD_OUT:
+            raise Flood("it was refused, and goes on")
         if self.duplex.receive() == b"":
             return self.close()
         return self._park()
