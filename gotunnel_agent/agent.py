@@ -58,7 +58,7 @@ from gotunnel import (
 )
 
 from .common.hostnames import normal_hostname
-from .common.one_line import on_one_line
+from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers
 from .common.tls import AEAD
 from .connect import GivenUp, addresses_of, connect
@@ -440,7 +440,7 @@ class Agent:
             return
         told[message.hostname] = message.state
         level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
-        log.log(level, "%s: certificate: %s", message.hostname, on_one_line(message.state))
+        log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
 
     def _accept(self, session, workers):
         while True:

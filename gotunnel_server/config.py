@@ -49,6 +49,7 @@ class Acme:
     email: str | None  # for the CA, to warn us
     eab_kid: str | None  # external account binding (§7.3.4): key identifier ...
     eab_hmac: str | None = field(repr=False)  # ... and key, base64url; both or neither
+    orders_per_domain: int = 45  # certificates of one registered domain in a week
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _acme(read: Variables, directory: str) -> Acme:
     if email is not None and not re.fullmatch(r"[^@\s,]+@[^@\s,]+", email):
         raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address as me@example.com")
     ca_file = read.certificates_file("ACME_CA_FILE")
-    return Acme(directory, ca_file, email, kid, hmac and hmac.strip())
+    orders_per_domain = read.count("ACME_ORDERS_PER_DOMAIN", Acme.orders_per_domain)
+    return Acme(directory, ca_file, email, kid, hmac and hmac.strip(), orders_per_domain)
 
 
 def _dashboard_password(read: Variables) -> Hash | None:

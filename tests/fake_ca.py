@@ -4,8 +4,8 @@ what the test wants it to say, which no well-behaved CA would.
 ``FakeCa.script[NAME]`` is a list of answers that the endpoint NAME gives before its ordinary one:
 each is (status, headers, body), a dict as body being sent as a problem document; SILENCE is no
 answer at all, and a function sends one itself: it is called with a file to write to. The names
-are those of the paths: dir, nonce, new-account, new-order, order, authz, challenge, finalize, cert,
-ari.
+are those of the paths: dir, nonce, new-account, account, new-order, order, authz, challenge,
+finalize, cert, ari.
 """
 
 import base64
@@ -230,6 +230,8 @@ class FakeCa:
             return (200 if known else 201), {"Location": location}, {"status": "valid"}
         if not self._knows(header):
             return problem(400, "accountDoesNotExist")
+        if name == "account":
+            return 200, {}, {"status": "valid"}
         if name == "new-order":
             self._hostnames.append(payload["identifiers"][0]["value"])
             number = len(self._hostnames) - 1

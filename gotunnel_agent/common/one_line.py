@@ -1,7 +1,13 @@
 """A peer's texts, made fit for one line of a log: nothing in them breaks a line, or moves a
 terminal's cursor, and they are not too long."""
 
+import re
+
 MOST = 500  # characters
+LINK = re.compile(r"https?://[!-~]+")
+# Characters of a link that is shown whole. Let's Encrypt's, which lifts a pause, has up to a
+# thousand: it names the hostnames, signed.
+MOST_LINK = 2000
 
 
 def on_one_line(text: str, limit: int = MOST) -> str:
@@ -18,3 +24,17 @@ def words_on_one_line(text: object, limit: int = MOST) -> str:
     sentences, in which a line break is a blank."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def words_and_link(text: object, limit: int = MOST) -> str:
+    """As words_on_one_line(), but the longest link in the text is kept whole and does not count: a
+    person has to follow it."""
+    line = words_on_one_line(text, limit + 2 * MOST_LINK)
+    link = max(LINK.finditer(line), key=lambda found: len(found[0]), default=None)
+    if len(line) <= limit or link is None or len(link[0]) > MOST_LINK:
+        return words_on_one_line(line, limit)
+    before, after = line[: link.start()], line[link.end() :]
+    if len(before) > limit:
+        return f"{words_on_one_line(before, limit)} {link[0]}"
+    room = max(3, limit - len(before))
+    return before + link[0] + (after if len(after) <= room else after[: room - 3] + "...")

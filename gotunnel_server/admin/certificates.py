@@ -18,11 +18,11 @@ from typing import NamedTuple
 from cryptography import x509
 
 from gotunnel_agent.common.hostnames import normal_hostname
-from gotunnel_agent.common.one_line import words_on_one_line
+from gotunnel_agent.common.one_line import words_and_link
 
 from ..certs.cert_dir import CertDir, names_of
 from ..certs.folder import FolderStorage, open_store
-from ..certs.issuer import Issuer
+from ..certs.issuer import WAITS, Issuer
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import HASHED_STEM, RENEW_BEFORE, CertificateError
 from ..certs.schedule import DAY
@@ -49,6 +49,9 @@ class Row(NamedTuple):
 def run_certificates(config, out) -> int:
     """Print the table; the exit status. Raises CertificateError if CERT_DIR cannot be read."""
     print(table(find_rows(config), time.time()), file=out)
+    if config.acme is not None:
+        for line in pauses(config.acme_cache, config.acme.directory):
+            print(line, file=out)
     return 0
 
 
@@ -116,13 +119,34 @@ def _leaf(file: Path) -> x509.Certificate | None:
         return None
 
 
-def ordered_rows(folder: Path, directory_url) -> list[Row]:
-    """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
-    listed."""
-    storage, rows = ReadOnly(FolderStorage(folder)), []
+def pauses(folder: Path, directory_url) -> list[str]:
+    """A line for each refusal of that CA's that holds up other hostnames, too."""
+    return [
+        f"{f'New hostnames of {domain}' if domain else 'All orders'} wait until {utc(until)}: "
+        f"{one_line(why)}"
+        for domain, until, why in _reader(folder, directory_url)[2].waits()
+    ]
+
+
+def utc(instant) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(instant))
+
+
+def _reader(folder, directory_url) -> tuple[ReadOnly, CertStore, Issuer]:
+    """What lies in ACME_CACHE, of one CA; to look at."""
+    storage = ReadOnly(FolderStorage(folder))
     store = CertStore(storage, storage, directory_url)
     # One that is not started judges as the gateway's would, and orders nothing.
     issuer = Issuer(ca=None, store=store, challenges=None, on_change=None)
+    issuer.restore()
+    return storage, store, issuer
+
+
+def ordered_rows(folder: Path, directory_url) -> list[Row]:
+    """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
+    listed."""
+    rows: list[Row] = []
+    storage, store, issuer = _reader(folder, directory_url)
     for name in store.known():
         try:
             state = issuer.want(name)
@@ -145,14 +169,18 @@ def issuer_of(leaf: x509.Certificate) -> str:
 
 
 def table(rows: list[Row], now) -> str:
-    """The rows under headings; below a row, indented, the last error if there is one."""
+    """The rows under headings; below a row, indented, the last error or why it waits."""
     if not rows:
         return "There is no certificate yet; a gateway gets its own when it starts."
     cells = [HEADINGS, *(_cells(row, now) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    errors = ["", *(row.error and f"\n    last error: {one_line(row.error)}" for row in rows)]
+    errors = ["", *(row.error and f"\n    {_what(row)}{one_line(row.error)}" for row in rows)]
     return "\n".join(map(str.__add__, lines, errors))
+
+
+def _what(row):
+    return "" if row.error.startswith(WAITS) else "last error: "
 
 
 def _cells(row, now) -> tuple[str, ...]:
@@ -188,4 +216,4 @@ def ask_renewal(config, name) -> str:
 
 def one_line(words) -> str:
     """For a terminal that may show ASCII only."""
-    return words_on_one_line(re.sub(r"[^\x20-\x7e]", " ", str(words)))
+    return words_and_link(re.sub(r"[^\x20-\x7e]", " ", str(words)))

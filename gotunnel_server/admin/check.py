@@ -38,7 +38,7 @@ from ..gateway import VISITORS_SHARE
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed
-from .certificates import one_line, ordered_rows, read_pairs
+from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them
@@ -48,6 +48,8 @@ NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
+# Hostnames without certificate that are named; there may be hundreds, and `certificates` has all.
+MOST_NAMED = 20
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
 # Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
@@ -104,6 +106,7 @@ def examine(config) -> Iterable[Finding]:
     yield from look_at_cache(config)
     yield from look_at_pairs(config.cert_dir)
     yield from look_at_own_names(config)
+    yield from look_at_waiting(config)
     if config.acme is None:
         yield Finding(OK, "directory", "not used, nothing is ordered")
     else:
@@ -370,6 +373,28 @@ def look_at_own_names(config) -> Iterable[Finding]:
         else:
             yield Finding(FAIL, "certificates", f"{name}: CERT_DIR holds no valid one: add it, or "
                           "set ACME_ENV=production to order one")  # fmt: skip
+
+
+def look_at_waiting(config, clock=time.time) -> Iterable[Finding]:
+    """What the gateway does not order now, and why: by what the CA has said, and by hostname."""
+    if config.acme is None:
+        return
+    try:
+        lines = pauses(config.acme_cache, config.acme.directory)
+        rows = ordered_rows(config.acme_cache, config.acme.directory)
+    except (OSError, StoreError):  # that was said before
+        return
+    for line in lines:
+        yield Finding(WARN, "orders", line)
+    own = (config.gateway_host, config.tunnel_host)
+    waiting = [row for row in rows if row.ends_at is None and row.error and row.name not in own]
+    for row in waiting[:MOST_NAMED]:
+        when = "" if row.renew_at is None or row.renew_at <= clock() else (
+            f" (next attempt {utc(row.renew_at)})")  # fmt: skip
+        yield Finding(WARN, "orders", f"{row.name}: {one_line(row.error)}{when}")
+    if waiting[MOST_NAMED:]:
+        yield Finding(WARN, "orders", f"{len(waiting) - MOST_NAMED} more have no certificate yet: "
+                      "see gotunnel-server certificates")  # fmt: skip
 
 
 # The CA

@@ -39,13 +39,13 @@ from ..net.safe_read import MALFORMED
 from .acme_errors import (
     ACCOUNT,
     CONFIG,
-    CONFIG_CODES,
     HOST,
+    LIMITED,
     TRANSPORT,
     Abandoned,
     CaError,
+    judge,
     parse_retry_after,
-    problem_of,
     refusal,
 )
 from .bounded_http import Session
@@ -122,24 +122,19 @@ class Ca:
         ends the order soon. ``replaces`` is the certificate that this one follows (RFC 9773 §5).
         Raises CaError, Abandoned, and StoreError if the account cannot be kept.
         """
+        key = ec.generate_private_key(ec.SECP256R1())
         with self._conversation(stop, hostname) as ca:
             self._sign_in(ca)
             try:
-                url, order = self._new_order(ca, hostname, replaces)
+                chain = self._order(ca, hostname, challenge, challenges, key, replaces)
             except CaError as error:
-                # The CA has forgotten us, or account.json has the key of one account and the URL of
-                # another, which it calls malformed: our key's account is there, or is made.
-                if error.code not in ("accountDoesNotExist", "malformed"):
+                # Of a challenge it is the proof's; else the account's, or only what was asked for.
+                if error.code != "unauthorized" or error.challenge or not self._is_closed(ca):
                     raise
-                self._sign_in(ca, forgotten=ca.account)
-                url, order = self._new_order(ca, hostname, replaces)
-            for authorization in _texts(url, order, "authorizations"):
-                self._prove(ca, authorization, hostname, challenge, challenges)
-            key = ec.generate_private_key(ec.SECP256R1())
-            order = self._finalize(ca, url, order, _request(hostname, key))
-            url = _text(url, order, "certificate")
-            chain = ca.post(url, None).content
-            self._see_that_it_lives(url, chain)
+                raise CaError(
+                    CONFIG, error.url, f"{error.words}; the CA has closed the account: "
+                    f"{self._how_to_get_another()}", code=error.code, status=error.status,
+                    account_wide=True) from error  # fmt: skip
         return (
             key.private_bytes(
                 serialization.Encoding.PEM,
@@ -148,6 +143,25 @@ class Ca:
             ),
             chain,
         )
+
+    def _order(self, ca, hostname, challenge, challenges, key, replaces) -> bytes:
+        """The chain of a certificate for ``key``."""
+        try:
+            url, order = self._new_order(ca, hostname, replaces)
+        except CaError as error:
+            # The CA has forgotten us, or account.json has the key of one account and the URL of
+            # another, which it calls malformed: our key's account is there, or is made.
+            if error.code not in ("accountDoesNotExist", "malformed"):
+                raise
+            self._sign_in(ca, forgotten=ca.account)
+            url, order = self._new_order(ca, hostname, replaces)
+        for authorization in _texts(url, order, "authorizations"):
+            self._prove(ca, authorization, hostname, challenge, challenges)
+        order = self._finalize(ca, url, order, _request(hostname, key), hostname)
+        url = _text(url, order, "certificate")
+        chain = ca.post(url, None).content
+        self._see_that_it_lives(url, chain)
+        return chain
 
     def renewal_info(
         self, leaf: x509.Certificate, stop: Stop
@@ -235,6 +249,17 @@ class Ca:
                 self._store.save_account({**kept, "url": url})
             ca.account = url
 
+    def _is_closed(self, ca) -> bool:
+        """Whether the CA serves our account no more (§7.3.6), as it says itself when asked."""
+        try:
+            account = _json(ca.account, ca.post(ca.account, None))
+        except CaError as error:
+            return error.code == "unauthorized"
+        return account.get("status") in ("deactivated", "revoked")
+
+    def _how_to_get_another(self) -> str:
+        return f"remove {self._store.where_account()}, and the next order makes a new one"
+
     def _new_account(self, ca) -> str:
         fields = {"termsOfServiceAgreed": True}
         url = _text(self.directory_url, ca.directory, "newAccount")
@@ -248,9 +273,13 @@ class Ca:
         except CaError as error:
             if error.kind != CONFIG:
                 raise
-            hint = "check ACME_EAB_KID and ACME_EAB_HMAC_KEY" if self._eab else (
+            binding = "check ACME_EAB_KID and ACME_EAB_HMAC_KEY" if self._eab else (
                 "set ACME_EAB_KID and ACME_EAB_HMAC_KEY to what the CA has given you")
-            if error.code not in ("externalAccountRequired", "unauthorized") and not self._eab:
+            if error.code == "unauthorized":  # the binding's fault, or the key's old account's
+                hint = f"if the CA has closed it: {self._how_to_get_another()}; else {binding}"
+            elif error.code == "externalAccountRequired" or self._eab:
+                hint = binding
+            else:
                 hint = "check ACME_EMAIL" if self._email else ""
             words = "; ".join(filter(None, (error.words, hint)))
             raise CaError(CONFIG, url, words, code=error.code,
@@ -279,7 +308,7 @@ class Ca:
                 return _location(url, answer), _json(url, answer)
             except (CaError, x509.ExtensionNotFound) as error:
                 # It was replaced already, perhaps by an order that we did not see the end of.
-                if isinstance(error, CaError) and error.kind in (ACCOUNT, TRANSPORT):
+                if isinstance(error, CaError) and error.kind in (ACCOUNT, LIMITED, TRANSPORT):
                     raise
         answer = ca.post(url, _Payload(**fields))
         return _location(url, answer), _json(url, answer)
@@ -315,7 +344,7 @@ class Ca:
                 ca.post(_text(url, chosen, "url"), _Payload())
                 authorization = ca.wait_while(url, ("pending",), PROOF_PATIENCE)
             if authorization.get("status") != "valid":
-                raise _not_proved(url, authorization, challenge)
+                raise self._not_proved(url, authorization, hostname, challenge)
         except (CaError, Abandoned):
             # A few that are left pending, and the CA takes no more orders.
             if authorization.get("status") == "pending":
@@ -324,20 +353,29 @@ class Ca:
 
     # §7.4 again, §7.4.2
 
-    def _finalize(self, ca, url, order, request: bytes) -> dict:
+    def _finalize(self, ca, url, order, request: bytes, hostname) -> dict:
         order = ca.wait_while(url, ("pending",), FINALIZE_PATIENCE)
         if order.get("status") == "ready":
             ca.post(_text(url, order, "finalize"), _Payload(csr=_base64url(request)))
             order = ca.wait_while(url, ("ready", "processing"), FINALIZE_PATIENCE)
         if order.get("status") != "valid":
-            code, words = problem_of(order.get("error"))
-            kind = CONFIG if code in CONFIG_CODES else HOST
-            if code == "serverInternal":
-                kind = TRANSPORT
-            raise CaError(
-                kind, url, words or f"the order is {order.get('status')}, expected valid",
-                code=code)  # fmt: skip
+            status = f"the order is {order.get('status')}, expected valid"
+            raise judge(
+                url, order.get("error"), now=self._clock(), hostname=hostname, otherwise=status
+            )
         return order
+
+    def _not_proved(self, url, authorization, hostname, challenge) -> CaError:
+        """Why the CA does not believe us: what the challenge says of it."""
+        status = authorization.get("status")
+        if status == "pending":
+            return CaError(HOST, url, f"{challenge}: not decided in {PROOF_PATIENCE:g} s")
+        for item in authorization.get("challenges") or ():
+            if isinstance(item, dict) and item.get("error"):
+                return judge(url, item["error"], now=self._clock(), hostname=hostname,
+                             challenge=challenge)  # fmt: skip
+        return CaError(HOST, url, f"{challenge}: the authorization is {status}, expected valid",
+                       challenge=challenge)  # fmt: skip
 
 
 class _Conversation:
@@ -476,19 +514,6 @@ def _request(hostname, key) -> bytes:
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.DER)
     )
-
-
-def _not_proved(url, authorization, challenge) -> CaError:
-    """Why the CA does not believe us: what the challenge says of it."""
-    status = authorization.get("status")
-    if status == "pending":
-        return CaError(HOST, url, f"{challenge}: not decided in {PROOF_PATIENCE:g} s")
-    for item in authorization.get("challenges") or ():
-        if isinstance(item, dict) and item.get("error"):
-            code, words = problem_of(item["error"])
-            kind = TRANSPORT if code == "serverInternal" else HOST
-            return CaError(kind, url, f"{challenge}: {words}", code=code)
-    return CaError(HOST, url, f"{challenge}: the authorization is {status}, expected valid")
 
 
 def _json(url, answer) -> dict:

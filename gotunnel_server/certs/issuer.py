@@ -12,14 +12,19 @@ time after a failure is over (schedule.py). Whom a failure holds up (acme_errors
     HOST        that hostname: 1, 10, 100 minutes, then daily; the next attempt uses the other
                 challenge
     LATER       that hostname, for as long as the error says; it is not counted
+    LIMITED     that hostname, or all beneath a domain that have none yet, for as long as the CA
+                says; it is not counted
     CONFIG      that hostname for a day, and all of them if none would fare better
     ACCOUNT     all, for as long as the CA says
     TRANSPORT   all, for a short while that grows; no hostname is blamed. So it is when the store
                 could keep no certificate: then none is ordered
 
+Whose turn it is, so that one agent leaves others something of what the CA gives, is turns.py's
+business; which challenge comes first, proof_memory.py's.
+
 A certificate that is there is never touched by any of this: it is served until there is a newer
-one. What was learned of a hostname is kept by the store, and so is a pause that the CA has asked
-for: a restart repeats no failure early.
+one. What was learned of a hostname is kept by the store, and so are a pause that the CA has asked
+for, and whose turns were taken: a restart repeats no failure early, and gives nobody a new turn.
 """
 
 from __future__ import annotations
@@ -31,14 +36,14 @@ from collections.abc import Callable
 
 from gotunnel import NoThread, spawn
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
-from gotunnel_agent.common.one_line import words_on_one_line
-from gotunnel_agent.common.token_bucket import Buckets
+from gotunnel_agent.common.one_line import words_and_link
 
-from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, TRANSPORT, Abandoned, CaError
+from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, LIMITED, TRANSPORT, Abandoned, CaError
+from .proof_memory import ProofMemory
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, retry_delay
 from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
-from .turns import UNLIMITED, Limits
+from .turns import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, Turns
 from .wanted import Wanted, number
 
 log = logging.getLogger("gotunnel.issuer")
@@ -46,13 +51,15 @@ log = logging.getLogger("gotunnel.issuer")
 # A hostname whose address is silent keeps its order for a minute; the others are to go on. There is
 # one more for certificates that are there, lest they run out while new names wait for a resolver.
 JOBS = 4
-# First orders. Let's Encrypt takes 300 in three hours. An agent may register MAX_HOSTS_PER_AGENT.
-ORDERS_PER_HOUR, ORDERS_PER_AGENT = 80, 50
+# Hostnames without certificate that one agent may have wait at once; of more, those that have
+# waited longest are forgotten until the hourly review finds them served. An agent may register
+# MAX_HOSTS_PER_AGENT at once, and others when these have gone; each costs a small file.
+MOST_WAITING = 500
 # Seconds at most between two looks at the clock: it may be set, and the machine may have slept.
 LOOK_AGAIN = 600.0
 # Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
-IN_TURN = "more new hostnames than are ordered in an hour: it waits for its turn, maybe for hours"
+WAITS = "it waits for its turn: "
 # Seconds: another process has the hostname. Orders take a few.
 ELSEWHERE = 5.0
 # Seconds until a store is tried again that could not be read or locked; the CA hears nothing of it.
@@ -77,8 +84,7 @@ class Issuer:
 
     def __init__(self, ca, store: CertStore, challenges, on_change: Callable[[str], None], *,
                  clock=time.time, look_up: Callable[[str], None] = lambda hostname: None,
-                 orders_per_hour=ORDERS_PER_HOUR,
-                 orders_per_agent=ORDERS_PER_AGENT):  # fmt: skip
+                 bounds: Bounds = Bounds()):  # fmt: skip
         self._ca = ca
         self._look_up = look_up
         self._store = store
@@ -88,24 +94,34 @@ class Issuer:
         self._lock = threading.Condition()  # guards what follows; notified when a look is worth it
         self._hosts: dict[str, Wanted] = {}
         self._jobs: set[threading.Thread] = set()
-        self._orders = Buckets(orders_per_hour / HOUR, orders_per_hour, most=1)
-        self._orders_by_agent = Buckets(orders_per_agent / HOUR, orders_per_agent)
+        self._turns = Turns(bounds)
+        self._proofs = ProofMemory()
         self._paused_until = 0.0
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
-        self._in_turn: list[Wanted] = []  # of whom it must be kept that they wait
+        self._in_turn: list[Wanted] = []  # those of which it is to be kept that they wait
         self._stopping = False
         self._thread: threading.Thread | None = None  # once it is started
 
     def start(self):
-        """Begin, but not before the CA said that it may be asked again, whoever it said it to.
+        """Begin, but not before the CA said that it may be asked again, whomever it said it to.
         Raises NoThread."""
-        kept = self._read(self._store.pause, default={})  # else we ask too early, and are told
-        with self._lock:
-            self._paused_until = number(kept.get("until"), self._clock() + LONGEST_DELAY)
-            self._pause = words_on_one_line(kept.get("reason") or "")
+        self.restore()
         self._thread = spawn("issuer", self._run)
+
+    def restore(self):
+        """Take up what the store has of earlier orders; what cannot be read is done without: then
+        we ask too early, and are told."""
+        pause = self._read(self._store.pause, default={})
+        turns = self._read(self._store.turns, default={})
+        with self._lock:
+            now = self._clock()
+            self._paused_until = number(pause.get("until"), now + LONGEST_DELAY)
+            self._pause = words_and_link(pause.get("reason") or "")
+            self._turns.restore(turns, now)
+            if self._challenges is not None:
+                self._proofs.restore(turns.get("proofs"), self._challenges.types)
 
     def stop(self):
         """No more orders; returns within two seconds, whatever the CA does."""
@@ -134,7 +150,7 @@ class Issuer:
         with self._lock:
             host = self._hosts.get(hostname)
         if host is None:
-            host = Wanted(hostname, agent)
+            host = Wanted(hostname, agent, limits)
             # What cannot be read now is ordered, and read again just before.
             host.stored = self._read(self._store.certificate, hostname, default=None)
             now = self._clock()
@@ -144,11 +160,26 @@ class Issuer:
                 host.told = self._to_tell(host)
                 host = self._hosts.setdefault(hostname, host)  # another thread may be quicker
                 self._lock.notify_all()
+            self._forget_longest_waiting(host)
         with self._lock:
+            if agent is not None:  # it may have been another's
+                host.agent, host.limits = agent, limits
             known = self._to_tell(host)
             if known[0] == WAITING:  # who asks knows it now, and it would be no news
                 host.told = known
             return self._state(host)
+
+    def _forget_longest_waiting(self, host):
+        """Make room for one more hostname of its agent's."""
+        with self._lock:
+            waiting = [
+                other for other in self._hosts.values()
+                if other.agent == host.agent and other.has_only_waited and not other.busy
+            ] if host.agent is not None else []  # fmt: skip
+        for other in waiting[:-MOST_WAITING]:
+            log.warning("%s: forgotten while it waits for its turn: its agent has more than %d",
+                        other.name, MOST_WAITING)  # fmt: skip
+            self.drop(other.name)
 
     def hostnames(self) -> set[str]:
         """Those that are wanted."""
@@ -159,8 +190,12 @@ class Issuer:
         """No longer wanted: it is not renewed, and an order for it ends. Its files stay."""
         with self._lock:
             host = self._hosts.pop(hostname, None)
-            if host is not None:
-                host.stop.set()
+            if host is None:
+                return
+            host.stop.set()
+            was_kept = host.turn_why and host.has_only_waited
+        if was_kept:
+            self._save(self._store.forget_state, hostname)
 
     def retry_now(self, hostname) -> bool:
         """One attempt at once, whatever failed before, and also if the certificate is a new one.
@@ -175,6 +210,7 @@ class Issuer:
             paused = self._paused_until > 0
             host.asked_for = True
             host.not_before = self._paused_until = 0.0
+            self._turns.release(hostname)
             self._lock.notify_all()
         if paused:
             self._save(self._store.save_pause, {})
@@ -192,6 +228,13 @@ class Issuer:
             host = self._hosts.get(hostname)
             return host and host.stored
 
+    def waits(self) -> list[tuple[str, float, str]]:
+        """Domains ("" for all) for which the CA takes no orders: name, until when, and why."""
+        with self._lock:
+            now = self._clock()
+            paused = [("", self._paused_until, self._pause)] if self._paused_until > now else []
+            return paused + self._turns.all_held(now)
+
     def look(self):
         """See now who is due: the clock was set. What is due has been started on return."""
         with self._lock:
@@ -202,11 +245,23 @@ class Issuer:
         now = self._clock()
         ends_at = host.stored and host.stored.ends_at
         next_at, reason = host.due_at(), host.error
-        if max(next_at, now) < self._paused_until:
-            next_at, reason = self._paused_until, reason or self._pause
+        if host.turn_why:
+            next_at = max(next_at, host.turn_at)
+            reason = reason or WAITS + host.turn_why
+        held_until, held = self._held(host, now)
+        if max(next_at, now) < held_until:
+            next_at, reason = held_until, reason or held
         if ends_at is not None and ends_at > now:
             return State(READY, reason, next_at, ends_at)
         return State(FAILED if reason else WAITING, reason, next_at, ends_at)
+
+    def _held(self, host, now) -> tuple[float, str]:
+        """Until when the CA wants to hear nothing of a hostname, and why; (0, "") for now. Caller
+        holds the lock."""
+        all_of_us = (self._paused_until, self._pause)
+        if host.stored is not None or host.asked_for:  # a renewal is beyond a domain's limits
+            return all_of_us
+        return max(all_of_us, self._turns.held(host.name, now))
 
     # Who is due
 
@@ -251,16 +306,17 @@ class Issuer:
         """A delay is so many seconds, also if the clock is set back while it lasts."""
         back, self._looked_at = self._looked_at - now, now
         if back > 0:
-            self._orders.shift(-back)
-            self._orders_by_agent.shift(-back)
+            self._turns.shift(-back)
+            self._proofs.shift(-back)
         if back > CLOCK_OFF:
             self._paused_until -= back
             for host in self._hosts.values():
                 host.not_before -= back
                 host.ask_at -= back
+                host.turn_at -= back
 
     def _start_jobs(self, now) -> float:
-        wait, asking = LOOK_AGAIN, []
+        wait, asking, ahead = LOOK_AGAIN, [], {}
         for _, due_at, host in sorted(
             ((not host.stored, host.due_at(), host)
              for host in self._hosts.values() if not host.busy),
@@ -268,24 +324,12 @@ class Issuer:
         ):  # fmt: skip
             if len(self._jobs) >= JOBS + (host.stored is not None):
                 return wait  # the end of a job is a reason to look
-            due_at = max(due_at, self._paused_until)
+            due_at = max(due_at, self._held(host, now)[0])
             if due_at <= now:
-                bounds = self._bounds(host)
-                bound = max((buckets.wait(key, now) for buckets, key in bounds), default=0)
-                if not bound:
-                    host.turns = bounds
-                    for buckets, key in bounds:
-                        buckets.take(key, now)
-                    if host.error == IN_TURN:
-                        host.error = ""
+                due_at = self._give_turn(host, now, ahead)
+                if due_at is None:
                     self._start(host, "order", self._order)
                     continue
-                due_at = now + bound
-                host.not_before = due_at
-                if not host.error:
-                    host.error = IN_TURN
-                    self._in_turn.append(host)
-                    log.warning("%s: %s", host.name, IN_TURN)
             wait = min(wait, due_at - now)
             if host.stored and host.stored.ends_at > now:  # an expired one has no window
                 ask_at = max(host.ask_at, self._paused_until)
@@ -298,18 +342,39 @@ class Issuer:
                 self._start(host, "window", self._ask)
         return wait
 
-    def _bounds(self, host) -> list[tuple]:
-        """The (Buckets, key) that an order takes a token of.
+    def _give_turn(self, host, now, ahead: dict[str, int]) -> float | None:
+        """Take the tokens that an order needs; None if there are all, or when there will be.
 
-        A renewal is held up by none: an agent with many new names, or lifetimes so short that the
+        A renewal waits for none: an agent with many new names, or lifetimes so short that the
         hour's orders would not do, must not let a certificate run out. The CA takes it beyond its
-        limits if it says what it replaces (RFC 9773 §5). Nor is an order that the operator asks
-        for."""
+        limits if it says what it replaces (RFC 9773 §5). Nor does an order that the operator asks
+        for. ``ahead`` counts by bucket those that wait longer already."""
         if host.stored is not None or host.asked_for:
-            return []
-        if host.agent is None:
-            return [(self._orders, None)]
-        return [(self._orders, None), (self._orders_by_agent, host.agent)]
+            tokens = self._turns.of_renewal()
+        else:
+            tokens = self._turns.needed(host.name, host.agent, host.limits or UNLIMITED)
+            needed = [*tokens, self._turns.of_certificate(host.name)]
+            longest = max(needed, key=lambda token: self._turns.wait(token, now))
+            soonest = now + self._turns.wait(longest, now)
+            if soonest > now:
+                place = ahead.get(longest.bucket, 0)
+                ahead[longest.bucket] = place + 1
+                if host.wait_for_turn(now + self._turns.wait(longest, now, place), longest.why):
+                    self._in_turn.append(host)
+                    log.warning("%s: %s%s", host.name, WAITS, longest.why)
+                return soonest
+        for token in tokens:
+            self._turns.take(token, now)
+        host.begin_turn(tokens)
+        return None
+
+    def _give_back(self, host, *what):
+        """What a hostname's order has taken, of these kinds, was not used after all: ATTEMPT,
+        ORDER, CERTIFICATE. Caller holds the lock."""
+        for token in host.tokens:
+            if token.is_spent_by in what:
+                self._turns.give_back(token)
+        host.tokens = []
 
     def _start(self, host, what, job):
         try:
@@ -344,8 +409,9 @@ class Issuer:
         """Do a job, and keep what was learned."""
         try:
             job(host)
-        except Abandoned:
-            pass  # nobody wants to know
+        except Abandoned:  # nobody wants to know
+            with self._lock:
+                self._give_back(host, CERTIFICATE)
         except Exception as error:
             log.exception("%s: failed (bug, traceback follows); that counts as the hostname's "
                           "failure", threading.current_thread().name)  # fmt: skip
@@ -355,6 +421,13 @@ class Issuer:
             state = host.as_dict()
         if wanted:
             self._save(self._store.save_state, host.name, state)
+        if job == self._order:
+            self._save_turns()
+
+    def _save_turns(self):
+        with self._lock:
+            turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
+        self._save(self._store.save_turns, turns)
 
     def _news(self) -> list[str]:
         """Whose state is to be told: that who failed waits again is no news. Counts as told, once.
@@ -403,7 +476,7 @@ class Issuer:
                 if not ours:
                     with self._lock:
                         host.not_before = self._clock() + ELSEWHERE
-                        host.give_turns_back()
+                        self._give_back(host, ATTEMPT, ORDER, CERTIFICATE)
                         host.asked_for |= asked_for
                     return
                 if not self._adopt(host):
@@ -426,17 +499,22 @@ class Issuer:
             return False
         self._succeeded(host, stored, host.challenge)
         with self._lock:
-            host.give_turns_back()
+            self._give_back(host, ATTEMPT, ORDER, CERTIFICATE)
             host.not_before = 0.0  # nothing was ordered, and this one may have run out
         return True
 
     def _have_issued(self, host):
-        challenge = self._choose(host)
+        challenge = host.trying = self._choose(host)
         if host.stored is None:
-            self._look_up(host.name)
+            self._find(host)
+            self._save_turns()  # a gateway that is killed now has taken them all the same
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=host.stored and host.stored.leaf)  # fmt: skip
+        with self._lock:
+            self._turns.take(self._turns.of_certificate(host.name), self._clock())
+            self._proofs.worked(challenge, self._clock())
+            host.tokens = []  # used, whatever comes
         try:
             stored = self._store.save(host.name, key_pem, chain_pem)
         except StoreError as error:  # it has cost one of the few that the CA gives
@@ -445,15 +523,29 @@ class Issuer:
         log.info("%s: certificate until %s UTC, by %s", host.name,
                  stored.leaf.not_valid_after_utc.strftime("%Y-%m-%d %H:%M"), challenge)  # fmt: skip
 
+    def _find(self, host):
+        try:
+            self._look_up(host.name)
+        except CaError as error:
+            if error.kind == HOST:
+                with self._lock:
+                    self._give_back(host, ORDER, CERTIFICATE)  # the CA has not heard of it
+            raise
+
     def _choose(self, host) -> str:
-        """The challenge that worked; after a failure the next one, in turn."""
+        """After a failure the type that was not tried last; else the one that worked for the
+        hostname, or for others."""
         types = list(self._challenges.types)
         if not types:
             raise CaError(
                 CONFIG, "gotunnel", "no port for challenges is open, expected HTTP_PORT or "
                 "GATEWAY_PORT to be reached from outside", account_wide=True)  # fmt: skip
-        first = types.index(host.challenge) if host.challenge in types else 0
-        return types[(first + host.failures) % len(types)]
+        if host.failures and host.tried in types:
+            return types[(types.index(host.tried) + 1) % len(types)]
+        if host.challenge in types:
+            return host.challenge
+        with self._lock:
+            return self._proofs.ranked(types, self._clock())[0]
 
     def _succeeded(self, host, stored, challenge):
         with self._lock:
@@ -475,6 +567,12 @@ class Issuer:
             self._forgive_a_step_back(now)  # or what is noted now would be taken back as well
             pause = error.retry_after or 0.0
             host.error = str(error)
+            if error.challenge:
+                self._proofs.failed(error.challenge, error.code, now)
+            # The CA counts orders that it took, and certificates. An attempt that fails by the
+            # hostname's fault is its agent's all the same.
+            self._give_back(host, CERTIFICATE, *(
+                () if error.kind in (HOST, CONFIG) else (ATTEMPT, ORDER)))  # fmt: skip
             if error.kind == TRANSPORT:
                 self._outages += self._paused_until <= now  # once for all jobs that meet it
                 longer = FIRST_PAUSE * 2 ** min(self._outages - 1, 20)
@@ -485,10 +583,12 @@ class Issuer:
             elif error.kind == HOST:
                 host.failures += 1
                 pause = max(pause, retry_delay(host.name, host.failures))
-            elif error.kind == LATER:
-                host.give_turns_back()
-            if error.kind == ACCOUNT:
+            if error.kind in (HOST, CONFIG):
+                host.tried = host.trying
+            if error.kind in (ACCOUNT, LIMITED):
                 pause = pause or HOUR
+            if error.domain:
+                self._turns.hold(error.domain, now + pause, str(error))
             blamed = error.kind in (HOST, CONFIG) and not error.account_wide
             host.not_before = now if host.asked_for and blamed else now + pause
             if error.account_wide or error.kind == TRANSPORT:
@@ -499,8 +599,10 @@ class Issuer:
             paused = {"until": self._paused_until, "reason": self._pause}
         if kept:
             self._save(self._store.save_pause, paused)
-        log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause,
-                    ", all wait" if error.account_wide else "", error)  # fmt: skip
+        others = ", all wait" if error.account_wide else (
+            f", new hostnames of {error.domain} wait" if error.domain else "")  # fmt: skip
+        log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause, others,
+                    error)  # fmt: skip
 
     def _ask(self, host):
         with self._lock:

@@ -13,14 +13,17 @@ from .challenges import Challenges
 from .folder import open_store
 from .local_ca import CertificateError
 from .store import CertStore, StoreError
+from .turns import Bounds
 
 
 class Ordering(NamedTuple):
-    """``ca`` is an acme.Ca, ``store`` keeps what comes of orders, ``challenges`` publish proofs."""
+    """``ca`` is an acme.Ca, ``store`` keeps what comes of orders, ``challenges`` publish proofs,
+    ``bounds`` say how much is ordered."""
 
     ca: object
     store: CertStore
     challenges: Challenges
+    bounds: Bounds = Bounds()
 
 
 def set_up(account, cache: Path, challenges: Challenges) -> Ordering:
@@ -36,4 +39,4 @@ def set_up(account, cache: Path, challenges: Challenges) -> Ordering:
         eab=(account.eab_kid, account.eab_hmac) if account.eab_kid else None,
         user_agent=f"gotunnel/{__version__}",
     )  # fmt: skip
-    return Ordering(ca, store, challenges)
+    return Ordering(ca, store, challenges, Bounds.with_domain(account.orders_per_domain))

@@ -4,6 +4,8 @@
                             staging and production never mix
     CA/account.lock         held while a process looks for the account, or makes it
     CA/pause.json           until when the CA wants to hear nothing, and why
+    CA/turns.json           what was ordered lately, by all, by credential and by domain (turns.py),
+                            and which kind of proof works (proof_memory.py)
     CA/certs/HOST.pem       private key, certificate, chain, under one key: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
     CA/certs/HOST.renew     somebody asks to have HOST renewed now; holds its name
@@ -221,6 +223,10 @@ class CertStore:
         """Raises StoreError if it cannot be written."""
         self._write_json(f"{self._ca}/account.json", account)
 
+    def where_account(self) -> str:
+        """How a person finds it."""
+        return self._storage.where(f"{self._ca}/account.json")
+
     def drop_account(self, why):
         """Set aside what save_account() kept. Raises StoreError if it cannot be moved."""
         self._set_aside(f"{self._ca}/account.json", why)
@@ -232,6 +238,22 @@ class CertStore:
     def save_pause(self, pause: dict):
         """Raises StoreError if it cannot be written."""
         self._write_json(f"{self._ca}/pause.json", pause)
+
+    def turns(self) -> dict:
+        """What save_turns() kept; {} if nothing. Raises StoreError if it cannot be read now."""
+        return self._read_json(f"{self._ca}/turns.json")
+
+    def save_turns(self, turns: dict):
+        """Raises StoreError if it cannot be written."""
+        self._write_json(f"{self._ca}/turns.json", turns)
+
+    def forget_state(self, hostname):
+        """Remove what save_state() kept. Raises StoreError if it cannot be removed."""
+        key = self.key(hostname, ".json")
+        try:
+            self._storage.delete(key)
+        except OSError as error:
+            raise self._error(key, error) from error
 
     def state(self, hostname) -> dict:
         """What save_state() kept; {} if nothing. Raises StoreError if it cannot be read now."""

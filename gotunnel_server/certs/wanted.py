@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from gotunnel_agent.common.one_line import words_on_one_line
+from gotunnel_agent.common.one_line import words_and_link
 
 from .cancel import Stop
 from .schedule import Window, renew_at
@@ -21,18 +21,23 @@ class Wanted:
     guards all of it."""
 
     name: str
-    agent: object
+    agent: object  # whose hostname it is: the latest that wanted it
+    limits: object = None  # that one's
     stored: Stored | None = None
     failures: int = 0  # in a row, those that are this hostname's
     lost: bool = False  # the latest certificate replaces one that had just been ordered
     not_before: float = 0.0  # no attempt earlier, whatever is due
     challenge: str | None = None  # the type that worked last
+    tried: str | None = None  # the one that failed last
+    trying: str | None = None  # the one of the order that runs
     window: Window | None = None  # the CA's, for the certificate with this serial number:
     window_of: int | None = None
     ask_at: float = 0.0
     error: str = ""
+    turn_at: float = 0.0  # about when it will be its turn, if it waits for that, and why
+    turn_why: str = ""
     busy: bool = False
-    turns: list[tuple] = field(default_factory=list)  # (Buckets, key) that its order took of
+    tokens: list = field(default_factory=list)  # that its order took of the Turns
     told: tuple = ()  # what somebody knows of its state
     asked_for: bool = False  # somebody wants a new one now; the next order is for that
     stop: Stop = field(default_factory=Stop)  # it is no longer wanted
@@ -51,9 +56,15 @@ class Wanted:
         self.not_before = number(state.get("next_attempt_at"), latest)
         self.ask_at = number(state.get("ask_at"), latest)
         self.lost = state.get("lost") is True
-        challenge, error = state.get("challenge"), state.get("error")
-        self.challenge = challenge if isinstance(challenge, str) else None
-        self.error = words_on_one_line(error) if isinstance(error, str) else ""
+        self.challenge, self.tried = (
+            kind if isinstance(kind, str) else None
+            for kind in map(state.get, ("challenge", "tried"))
+        )
+        self.error, self.turn_why = (
+            words_and_link(text) if isinstance(text, str) else ""
+            for text in map(state.get, ("error", "turn_why"))
+        )
+        self.turn_at = number(state.get("turn_at"))
         window, serial = state.get("window"), state.get("window_of")
         if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
             self.window = Window(*map(number, window))
@@ -71,11 +82,20 @@ class Wanted:
             else:
                 self.lost, self.not_before = True, 0.0
 
-    def give_turns_back(self):
-        """Nothing was ordered after all."""
-        for buckets, key in self.turns:
-            buckets.give_back(key)
-        self.turns = []
+    def wait_for_turn(self, at, why) -> bool:
+        """It is not its turn before about ``at``; whether that is new."""
+        is_new = not self.turn_why
+        self.turn_at, self.turn_why = at, why
+        return is_new
+
+    def begin_turn(self, tokens):
+        """Its order begins, and has taken these."""
+        self.tokens, self.turn_at, self.turn_why = tokens, 0.0, ""
+
+    @property
+    def has_only_waited(self) -> bool:
+        """Nothing was ever learned of it."""
+        return self.stored is None and not (self.failures or self.error or self.not_before)
 
     def as_dict(self) -> dict:
         return {
@@ -83,7 +103,10 @@ class Wanted:
             "lost": self.lost,
             "next_attempt_at": self.not_before,
             "challenge": self.challenge,
+            "tried": self.tried,
             "error": self.error,
+            "turn_at": self.turn_at,
+            "turn_why": self.turn_why,
             "window": self.window,
             "window_of": None if self.window_of is None else f"{self.window_of:x}",
             "ask_at": self.ask_at,

@@ -27,7 +27,15 @@ from support import TIMEOUT, reserved_port
 
 from gotunnel_server.certs import acme, bounded_http
 from gotunnel_server.certs.acme import Ca, ari_id
-from gotunnel_server.certs.acme_errors import ACCOUNT, CONFIG, HOST, TRANSPORT, Abandoned, CaError
+from gotunnel_server.certs.acme_errors import (
+    ACCOUNT,
+    CONFIG,
+    HOST,
+    LIMITED,
+    TRANSPORT,
+    Abandoned,
+    CaError,
+)
 from gotunnel_server.certs.cancel import Stop
 from gotunnel_server.certs.challenges import Challenges
 from gotunnel_server.certs.folder import open_store
@@ -35,6 +43,10 @@ from gotunnel_server.certs.schedule import Window
 from gotunnel_server.certs.store import ca_id, check
 
 APP = "app.example.com"
+PAUSED = (
+    "Your account is temporarily prevented from requesting certificates for {} and possibly "
+    "others. Please visit: {}"
+)
 BOTH = ["http-01", "tls-alpn-01"]
 
 
@@ -297,18 +309,67 @@ def test_a_rate_limit_says_for_how_long(fake, ca, monkeypatch, zone, header, wor
     assert (error.kind, error.retry_after, error.account_wide) == (ACCOUNT, seconds, True)
 
 
-@pytest.mark.parametrize("words", [
-    "too many certificates (5) already issued for this exact set of identifiers",
-    'too many failed authorizations (5) for "app.example.com" in the last 1h',
-    'too many certificates (50) already issued for "example.com" in the last 168h'])
-def test_a_rate_limit_of_one_name_holds_up_no_other(fake, ca, words):
+@pytest.mark.parametrize("words, domain", [
+    ("too many certificates (5) already issued for this exact set of identifiers", ""),
+    ('too many failed authorizations (5) for "app.example.com" in the last 1h', ""),
+    ('too many certificates (50) already issued for "example.com" in the last 168h',
+     "example.com")])  # fmt: skip
+def test_a_rate_limit_of_one_name_holds_up_no_other(fake, ca, words, domain):
     fake.script["new-order"] = [problem(429, "rateLimited", words, Retry_After="7200")]
     error = refused(ca)
-    assert (error.kind, error.retry_after, error.account_wide) == (HOST, 7200, False)
+    assert (error.kind, error.retry_after, error.account_wide) == (LIMITED, 7200, False)
+    assert error.domain == domain
+
+
+@pytest.mark.parametrize("endpoint", ["new-order", "order", "finalize", "cert"])
+def test_unauthorized_is_the_accounts_only_if_the_ca_says_so_of_the_account(fake, ca, endpoint):
+    fake.script[endpoint] = [
+        problem(403, "unauthorized", "Account in use did not issue specified certificate")
+    ]
+    error = refused(ca)
+    assert (error.kind, error.account_wide) == (HOST, False)
+    assert fake.count("account") == 1
+
+
+@pytest.mark.parametrize("answer", [
+    problem(401, "unauthorized", "account is not active"), (200, {}, {"status": "deactivated"})],
+    ids=["refused", "shown"])  # fmt: skip
+def test_a_closed_account_says_which_file_to_remove(fake, ca, store, answer):
+    fake.script["new-order"] = [
+        problem(403, "unauthorized", 'Account is not valid, has status "deactivated"')
+    ]
+    fake.script["account"] = [answer]
+    error = refused(ca)
+    assert (error.kind, error.account_wide) == (CONFIG, True)
+    assert f"remove {store.where_account()}" in error.words
+    fake.script["new-account"] = [problem(403, "unauthorized", "An account with the provided "
+                                          "public key exists but is deactivated")]  # fmt: skip
+    store.save_account({**store.account(), "url": None})
+    assert f"remove {store.where_account()}" in refused(ca).words
+
+
+def test_a_link_is_shown_whole_however_long_it_is(fake, ca):
+    link = f"https://portal.letsencrypt.org/sfe/v1/unpause?jwt={'x' * 1500}"
+    fake.script["new-order"] = [problem(429, "rateLimited", PAUSED.format(APP, link))]
+    error = refused(ca)
+    assert link in str(error) and (error.kind, error.domain) == (LIMITED, "")
+
+
+def test_a_limit_that_a_proof_meets_is_no_fault_of_the_hostname(fake, ca):
+    """As seen at Google's."""
+    fake.verdicts["http-01"] = {
+        "type": "urn:ietf:params:acme:error:rateLimited",
+        "detail": "'default@gcp.api.pki.goog' is over quota (30 requests in 60 seconds) for the "
+        "given ACME resource: challenge. Try again in 12.476542291s.",
+    }
+    error = refused(ca)
+    assert (error.kind, error.retry_after) == (ACCOUNT, 13)
 
 
 @pytest.mark.parametrize("answer, kind, wide", [
-    (problem(403, "unauthorized"), CONFIG, True),  # the account is deactivated
+    (problem(403, "unauthorized"), HOST, False),  # the account is all right
+    (problem(403, "externalAccountRequired"), CONFIG, True),
+    ((429, {}, b"<h1>429 Too Many Requests</h1>"), TRANSPORT, False),  # ZeroSSL's nginx
     (problem(400, "rejectedIdentifier"), CONFIG, False),
     (problem(400, "dns"), HOST, False),
     (problem(500, "serverInternal"), TRANSPORT, False),
@@ -779,7 +840,9 @@ def test_pebble_and_an_account_that_was_closed(tmp_path):
             conversation.post(conversation.account, acme._Payload(status="deactivated"))
         error = refused(ca, challenges=answers)
         assert (error.kind, error.account_wide) == (CONFIG, True)
-        (tmp_path / "cache" / ca_id(running.directory) / "account.json").unlink()
+        file = tmp_path / "cache" / ca_id(running.directory) / "account.json"
+        assert f"remove {file}" in error.words
+        file.unlink()
         order(ca, challenges=answers)  # that is how to get another one
 
 

@@ -37,6 +37,7 @@ from gotunnel_server.certs.schedule import (
 )
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.certs.store import StoreError, ca_id
+from gotunnel_server.certs.turns import Allowance, Bounds
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"
@@ -86,7 +87,13 @@ class House:
         self.proofs = proofs or Proofs()
         self.folder = folder
         self.changed = queue.Queue()
-        self.more = more
+        per_hour, per_agent = more.pop("orders_per_hour", None), more.pop("orders_per_agent", None)
+        bounds = more.pop("bounds", Bounds())
+        if per_hour:
+            bounds = bounds._replace(all=Allowance(per_hour, HOUR))
+        if per_agent:
+            bounds = bounds._replace(hour=Allowance(per_agent, HOUR))
+        self.more = {**more, "bounds": bounds}
         self.issuer = None
         self.restart()
 
@@ -404,7 +411,7 @@ def test_a_clock_that_was_set_back_delays_nobody_for_ever(house):
 
 
 def test_a_clock_that_was_set_back_lengthens_no_wait_for_a_turn(tmp_path):
-    with House(tmp_path, orders_per_hour=2) as house:
+    with House(tmp_path, orders_per_hour=3) as house:  # of which two are one agent's
         for hostname in (APP, OTHER):
             house.issuer.want(hostname, "agent")
         assert len(house.look()) == 2
@@ -927,7 +934,7 @@ def test_who_waits_for_its_turn_is_told_once_and_can_be_asked_for(tmp_path):
         house.issuer.start()
         assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
         assert house.state().name == FAILED
-        assert house.store.state(APP)["error"] == house.state().reason
+        assert house.store.state(APP)["turn_why"] in house.state().reason
         house.issuer.retry_now(APP)
         assert house.changed.get(timeout=TIMEOUT) == APP
         assert house.state().name == READY and house.state().reason == ""
@@ -1470,7 +1477,8 @@ def test_pebble_and_certificates_of_seconds(tmp_path):
         store = open_store(tmp_path / "cache", running.directory)
         ca = Ca(running.directory, store, ca_file=running.ca_file)
         changed = queue.Queue()
-        issuer = Issuer(ca, store, answers, changed.put, orders_per_hour=10_000)
+        bounds = Bounds(hostname=Allowance(10_000, HOUR))
+        issuer = Issuer(ca, store, answers, changed.put, bounds=bounds)
         issuer.start()
         try:
             for number in range(3):

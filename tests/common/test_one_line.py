@@ -2,7 +2,7 @@
 
 import pytest
 
-from gotunnel_agent.common.one_line import on_one_line, words_on_one_line
+from gotunnel_agent.common.one_line import MOST_LINK, on_one_line, words_and_link, words_on_one_line
 
 ODD = "a\r\nb\x1b[31m\0\u202e\ud800\u00e9"
 
@@ -25,3 +25,22 @@ def test_words_lose_their_line_breaks_and_say_that_they_are_cut():
     assert words_on_one_line(ODD) == "a b [31m \u00e9"
     assert words_on_one_line("x" * 501) == "x" * 497 + "..."
     assert words_on_one_line(ValueError("why")) == "why"
+
+
+def test_the_longest_link_is_kept_whole_and_the_rest_is_cut():
+    link = "https://portal.example/unpause?jwt=" + "x" * 900
+    assert words_and_link(f"a\n{link} b") == f"a {link} b"
+    shown = words_and_link(f"http://a.b/ see {link} {'b' * 600}")
+    assert shown.startswith(f"http://a.b/ see {link} bbb") and shown.endswith("b...")
+    assert len(shown) == 500 + len(link)
+    shown = words_and_link(f"{'a' * 600} {link}")
+    assert shown == f"{'a' * 497}... {link}"
+    assert words_and_link(shown) == shown  # however often it is kept and read
+    assert words_and_link("short") == "short" and words_and_link("x" * 501) == "x" * 497 + "..."
+
+
+def test_a_link_has_a_bound_too():
+    endless = "https://a.b/" + "x" * MOST_LINK
+    for text in (endless, endless * 1000, f"a {endless} b"):
+        assert len(words_and_link(text)) == 500
+    assert words_and_link(f"https://a.b/\x1b[31m{'x' * 600}").isprintable()
