@@ -1250,6 +1250,10 @@ READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one vis
 TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
 TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
 READ_BATCH = 512 * 1024  # bytes asked of the kernel at once by a session: it carries many visits
+# Bytes of TLS in a row without payload. A record and a handshake message have some, OpenSSL takes
+# 100 KB of certificates; key updates and tickets are a few hundred bytes in a day.
+NO_PAYLOAD = 128 * 1024
+ANSWERS = 64 * 1024  # bytes of TLS's own answers (to key updates) that wait for a peer to read
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
 
 # When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
@@ -1326,10 +1330,12 @@ class Duplex:
         self._tls_holds = False  # bytes that are no longer in the socket; only the reader says so
         self._tls = None  # an ssl.SSLObject between the two buffers
         self._tls_in = self._tls_out = None
+        self._no_payload = 0  # bytes of TLS that came since the last payload; the reader's
         self._early = collections.deque()  # payload that TLS held when we said farewell
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
         self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
         self._unsent = b""  # bytes that the kernel did not take yet
+        self._answers = 0  # of them and those before, since there were none: TLS's own
         self._finishing = False  # half-close the socket once they are gone
         self._finished = False  # finish() was called
         self._broken = False  # reset() was called
@@ -1375,26 +1381,31 @@ class Duplex:
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
 
     def handshake(self) -> bool:
-        """Go on with the handshake; False if the peer has to say something first.
+        """Go on with the handshake, by one read at most; False if the peer has to say more.
 
         Raises ssl.SSLError if it fails; the alert is on its way then.
         """
-        while True:
-            try:
-                with self._tls_lock:
-                    self._tls.do_handshake()
-                    self._tls_holds = bool(self._tls_in.pending or self._tls.pending())
-                return True
-            except ssl.SSLWantReadError:
-                pass
-            finally:
-                self.flush()
-            data = self._receive_plain(READ_SIZE)
-            if data is None:
-                return False
-            self._check()  # else a reset would be an end without TLS's farewell
+        if self._shake_hands():
+            return True
+        data = self._receive_plain(READ_SIZE)
+        if data is None:
+            return False
+        self._check()  # else a reset would be an end without TLS's farewell
+        self._count_came(len(data), 0)
+        with self._tls_lock:
+            self._tls_in.write(data) if data else self._tls_in.write_eof()
+        return self._shake_hands()
+
+    def _shake_hands(self):
+        try:
             with self._tls_lock:
-                self._tls_in.write(data) if data else self._tls_in.write_eof()
+                self._tls.do_handshake()
+                self._tls_holds = bool(self._tls_in.pending or self._tls.pending())
+            return True
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self.flush()
 
     def handshake_within(self, timeout):
         """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
@@ -1455,28 +1466,46 @@ class Duplex:
             return None
 
     def _receive_tls(self, view):
+        """As receive_into(). It reads the socket once at most, since a peer that sends records
+        without payload could keep it for ever: None may also mean that more is there."""
         buffers = _buffers if len(view) <= READ_SIZE else _large_buffers
         buffer = buffers.take()
         try:
-            came = buffer[:0]
-            while True:
+            count = self._open_records(buffer[:0], view)
+            if count or self._tls_at_end:
+                return count
+            came = self._receive_plain_into(buffer)
+            if came is None:
+                return None
+            if not came:
                 with self._tls_lock:
-                    count = self._decrypt(came, view)
-                    answers = self._tls_out.pending  # a key update wants one, also while we read
-                if answers:
-                    with contextlib.suppress(OSError):  # the writer finds out by itself
-                        self.flush()
-                if count or self._tls_at_end:
-                    return count
-                count = self._receive_plain_into(buffer)
-                if count is None:
-                    return None
-                came = buffer[:count]
-                if not count:
-                    with self._tls_lock:
-                        self._tls_in.write_eof()
+                    self._tls_in.write_eof()
+            count = self._open_records(buffer[:came], view)
+            self._count_came(came, count)
+            return count if count or self._tls_at_end else None
         finally:
             buffers.give_back(buffer)
+
+    def _open_records(self, came, view):
+        """As _decrypt(), without the lock, and TLS's answers are on their way."""
+        with self._tls_lock:
+            count = self._decrypt(came, view)
+            answers = self._tls_out.pending  # a key update wants one, also while we read
+        if answers:
+            with contextlib.suppress(OSError):  # the writer finds out by itself
+                self.flush()
+            if self._answers > ANSWERS:
+                self._break("the peer does not read TLS's answers")
+        return count
+
+    def _count_came(self, came, payload):
+        self._no_payload = 0 if payload else self._no_payload + came
+        if self._no_payload > NO_PAYLOAD:
+            self._break(f"more than {NO_PAYLOAD} bytes of TLS without payload")
+
+    def _break(self, text):
+        self.reset()
+        raise ConnectionAbortedError(text)
 
     def _decrypt(self, came, view):
         """Decrypt what is here and what just ``came`` into ``view``; returns how many bytes, 0 if
@@ -1553,6 +1582,7 @@ class Duplex:
                 with self._tls_lock:
                     data = self._tls_out.read()
                 if data:
+                    self._answers += len(data)
                     self._unsent = b"".join((self._unsent, data)) if self._unsent else data
             return self._push()
 
@@ -1568,6 +1598,7 @@ class Duplex:
                 self._unsent = b""
             else:
                 self._unsent = memoryview(self._unsent)[sent:]
+        self._answers = 0
         if self._finishing:
             self._finishing = False
             self._socket.shutdown(socket.SHUT_WR)

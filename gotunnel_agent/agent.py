@@ -506,7 +506,7 @@ def tls_context(ca_file, skip_verify, key="ca_file"):
     """How to check a gateway or a target. Raises CannotTrust if ``ca_file``, which the
     configuration names under ``key``, holds no certificates."""
     try:
-        return client_context(ca_file, skip_verify)
+        return client_context(ca_file, skip_verify, renegotiates=key == "target_ca_file")
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or error
         raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None

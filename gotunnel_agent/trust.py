@@ -5,16 +5,21 @@ import ssl
 from .common.tls import IGNORE_UNEXPECTED_EOF
 
 
-def client_context(ca_file=None, skip_verify=False) -> ssl.SSLContext:
+def client_context(ca_file=None, skip_verify=False, renegotiates=False) -> ssl.SSLContext:
     """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
     (PEM), or not at all, for trying things out. Raises OSError if the file holds none.
 
     Ciphers are Python's choice, as a target may be an old device; who dials a gateway, which is
     none, sets AEAD.
+
+    ``renegotiates``: whether the peer may ask for another handshake (TLS 1.2). A gateway has no
+    use for it, and it costs us more than the peer; a target may (IIS does, for a certificate).
     """
     context = ssl.create_default_context(cafile=ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= IGNORE_UNEXPECTED_EOF
+    if not renegotiates:
+        context.options |= ssl.OP_NO_RENEGOTIATION
     if skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from time import monotonic
@@ -27,6 +28,7 @@ from support import (
     deaf_port,
     gateway_here,
     gateway_process,
+    need,
     request,
     reserved_port,
     routes_of,
@@ -131,6 +133,43 @@ def test_file_without_certificates_is_refused_by_name(tmp_path):
 def test_whoever_skips_verification_does_so_altogether():
     context = tls_context(None, True)
     assert context.verify_mode == ssl.CERT_NONE and not context.check_hostname
+
+
+@pytest.mark.parametrize("key", ["ca_file", "target_ca_file"])
+def test_a_gateway_gets_no_renegotiation_and_a_target_may_have_one(cache, tmp_path, key):
+    """It costs the one that is asked for it more than the other."""
+    certificate, private = Authority(cache / "local-ca").issue("localhost")
+    with reserved_port() as port:
+        command = (
+            need("openssl"), "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2",
+            "-cert", certificate, "-key", private,
+        )  # fmt: skip
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as server:
+            try:
+                while not server.stdout.readline().startswith(b"ACCEPT"):
+                    pass
+                sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
+                with contextlib.closing(Duplex(sock)) as duplex:
+                    context = tls_context(None, True, key)
+                    duplex.start_tls(context, server_side=False, server_hostname="localhost")
+                    duplex.handshake_within(TIMEOUT)
+                    handshake = duplex._tls.get_channel_binding("tls-unique")
+                    server.stdin.write(b"R\n")  # s_server's command to renegotiate
+                    server.stdin.flush()
+                    duplex.wait_readable(TIMEOUT)  # for the HelloRequest
+                    assert duplex.receive() is None
+                    server.stdin.write(b"payload\n")
+                    server.stdin.flush()
+                    if key == "ca_file":
+                        with pytest.raises(ssl.SSLError, match="(?i)alert"):
+                            duplex.read(timeout=TIMEOUT)
+                    else:
+                        assert duplex.read(timeout=TIMEOUT) == b"payload\n"
+                        assert duplex._tls.get_channel_binding("tls-unique") != handshake
+            finally:
+                server.kill()
 
 
 # A gateway made by hand --------------------------------------------------------------------------

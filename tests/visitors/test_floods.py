@@ -1,4 +1,5 @@
-"""Connections that say nothing, from one address and from several: everybody else is served.
+"""Connections that say nothing, or nothing that means anything, from one address and from several:
+everybody else is served.
 
 The addresses are 127.0.0.1 to 127.0.0.9, which loopback takes for different peers.
 """
@@ -13,6 +14,7 @@ from support import (
     APP,
     RAW,
     TIMEOUT,
+    TUNNEL_HOST,
     Wire,
     agent_here,
     answer,
@@ -20,7 +22,9 @@ from support import (
     reserved_port,
     wait_until,
 )
+from tls_by_hand import PAYLOAD, HandTls
 
+import gotunnel
 from gotunnel_server import gateway as gateway_module
 
 HONEST = "127.0.0.9"
@@ -125,6 +129,43 @@ def test_proof_is_given_beside_silent_connections(gateway, flooders):
             with contextlib.closing(asked):
                 asked.request("GET", "/.well-known/acme-challenge/none")
                 assert asked.getresponse().status == 404
+
+
+@pytest.mark.parametrize("answer_asked", [False, True])
+@pytest.mark.parametrize(
+    ("port", "hostname", "first"),
+    [
+        ("public_port", APP, b""),
+        ("public_port", APP, b"GET / HTTP/1.1\r\n"),
+        ("public_port", RAW, b"to the target"),
+        ("tunnel_port", TUNNEL_HOST, b""),
+    ],
+    ids=["before a request", "in a head", "in a relay", "at the agents' port"],
+)
+def test_connections_that_only_update_keys_end(
+    gateway, tmp_path, origin, monkeypatch, port, hostname, first, answer_asked
+):
+    """There are more of them than threads for steps, and none reads what it is answered."""
+    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 8 * 1024)
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"", "Connection: close"))))
+    ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
+    with agent_here(gateway, tmp_path, **ports), contextlib.ExitStack() as up:
+        flooders = []
+        for number in range(gateway_module.STEP_THREADS + 8):
+            sock = socket.create_connection(
+                ("127.0.0.1", getattr(gateway, port)), TIMEOUT, (f"127.0.0.{number % 8 + 1}", 0)
+            )
+            flooders.append(up.enter_context(HandTls(sock, hostname=hostname)))
+            flooders[-1].socket.sendall(flooders[-1].record(PAYLOAD, first) if first else b"")
+        while flooders:
+            for flooder in list(flooders):
+                try:
+                    flooder.socket.sendall(
+                        b"".join(flooder.key_update(answer=answer_asked) for _ in range(100))
+                    )
+                except ConnectionError:
+                    flooders.remove(flooder)
+            assert visit(gateway, APP) == 200
 
 
 def test_own_ports_take_no_more_descriptors_than_visitors_may(cache, tmp_path, origin):

@@ -21,6 +21,7 @@ from raw_peer import (  # noqa: F401 (fixtures)
     tls_contexts,
 )
 from support import wait_until
+from tls_by_hand import ALERT, CHANGE_CIPHER_SPEC, PAYLOAD, USER_CANCELED, WARNING, HandTls
 
 import gotunnel
 from gotunnel import Deadline, Duplex, pump, relay
@@ -376,6 +377,7 @@ class ResetInBetween:
 @pytest.mark.parametrize("into", [False, True])
 def test_a_reset_between_the_check_and_the_read_is_not_taken_for_an_end(duplexes, into):
     left, _ = duplexes
+    assert left.receive() is None  # TLS's tickets are no payload
     left._socket = ResetInBetween(left)
     with pytest.raises(ConnectionResetError, match="on this side"):
         left.receive_into(memoryview(bytearray(10))) if into else left.receive()
@@ -547,6 +549,110 @@ def test_broken_tls_is_an_error_and_not_an_end():
         left._socket.send(b"\x17\x03\x03\x00\x20" + bytes(32))
         with pytest.raises(ssl.SSLError):
             right.read(timeout=PATIENCE)
+
+
+# Records without payload
+
+WITHOUT_PAYLOAD = {  # how a flood of them is made, and in which versions of TLS
+    "key updates": (HandTls.key_update, ("1.3",)),
+    "key updates to be answered": (lambda peer: peer.key_update(answer=True), ("1.3",)),
+    "empty": (lambda peer: peer.record(PAYLOAD), ("1.2", "1.3")),
+    "warnings": (
+        lambda peer: peer.record(ALERT, bytes([WARNING, USER_CANCELED])), ("1.2", "1.3"),
+    ),
+    "renegotiations": (HandTls.hello, ("1.2", "1.3")),
+    "ChangeCipherSpec": (lambda peer: peer.record(CHANGE_CIPHER_SPEC, b"\1"), ("1.2", "1.3")),
+}  # fmt: skip
+FLOODS = [
+    pytest.param(version, make, id=f"{kind}, TLS {version}")
+    for kind, (make, versions) in WITHOUT_PAYLOAD.items()
+    for version in versions
+]
+
+
+@contextlib.contextmanager
+def by_hand(version="1.3"):
+    """A client that makes its records by hand, and the server, a Duplex."""
+    dialled, accepted = tcp_pair()
+    with dialled, contextlib.closing(Duplex(accepted)) as server:
+        server.start_tls(tls_contexts()[1], server_side=True)
+        done = spawn(server.handshake_within, PATIENCE)
+        client = HandTls(dialled, version)
+        done.result(PATIENCE)
+        yield client, server
+
+
+def send_until_it_is_over(client, make):
+    """Send records until the peer takes none any more."""
+    client.socket.settimeout(PATIENCE)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            client.socket.sendall(b"".join(make(client) for _ in range(20)))
+
+
+@pytest.mark.parametrize(("version", "make"), FLOODS)
+def test_a_flood_of_records_without_payload_ends(version, make):
+    with by_hand(version) as (client, server):
+        client.socket.sendall(client.record(PAYLOAD, b"honest so far"))
+        assert server.read(timeout=PATIENCE) == b"honest so far"
+        flood = spawn(send_until_it_is_over, client, make)
+        with pytest.raises(OSError):
+            server.read(timeout=PATIENCE)
+        server.close()
+        flood.result(PATIENCE)
+
+
+def test_a_read_returns_although_records_without_payload_come_as_fast_as_they_are_read():
+    """Else it would hold its thread for as long as its peer likes."""
+    with by_hand() as (client, server):
+        class Quick:
+            """The server's socket, in which something new always lies."""
+
+            def __getattr__(self, name):
+                return getattr(raw, name)
+
+            def recv_into(self, view):
+                client.socket.sendall(client.key_update())
+                return raw.recv_into(view)
+
+        raw, server._socket = server._socket, Quick()
+        assert server.receive() is None
+
+
+def test_a_handshake_takes_a_step_at_a_time_and_not_without_end(monkeypatch):
+    monkeypatch.setattr(gotunnel, "READ_SIZE", 100)
+    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 150)
+    with duplex_pair("tcp") as (client, server):
+        client_context, server_context = tls_contexts()
+        client.start_tls(client_context, server_side=False, server_hostname="localhost")
+        client.handshake()
+        server.start_tls(server_context, server_side=True)
+        assert not server.handshake()
+        with pytest.raises(ConnectionAbortedError, match="more than 150 bytes of TLS without"):
+            server.handshake_within(PATIENCE)
+
+
+def test_payload_makes_up_for_what_came_without(monkeypatch):
+    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 1000)
+    with by_hand() as (client, server):
+        for _ in range(10):
+            client.socket.sendall(b"".join(client.key_update() for _ in range(20)))
+            assert server.receive() is None
+            client.socket.sendall(client.record(PAYLOAD, b"x"))
+            assert server.read(timeout=PATIENCE) == b"x"
+
+
+def test_answers_that_a_peer_does_not_read_do_not_pile_up(monkeypatch):
+    """It mixes payload in, which counts for it."""
+    monkeypatch.setattr(gotunnel, "ANSWERS", 2000)
+    with by_hand() as (client, server):
+        fill(server)
+        with pytest.raises(ConnectionAbortedError, match="does not read TLS's answers"):
+            for _ in range(1000):
+                record = client.key_update(answer=True) + client.record(PAYLOAD, b"x")
+                client.socket.sendall(record)
+                server.read(timeout=PATIENCE)
+        assert server._answers < 2100
 
 
 # Deadline ----------------------------------------------------------------------------------------
