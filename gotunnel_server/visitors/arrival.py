@@ -262,3 +262,22 @@ class Arrival(Stepwise):
         State.HANDSHAKE: Step(_handshake),
         State.PROOF: Step(_handshake),
     }
+
+
+class PlainArrival(Arrival):
+    """A trusted proxy's connection to a port for plain HTTP, until it has named its visitor."""
+
+    def _await_first_bytes(self):
+        return self._go_to(State.FIRST_BYTES)
+
+    def _begin_http(self):
+        self._give_back()
+        return self._serve_http(self._port.site, scheme="http")
+
+    STEPS = {
+        State.CONNECTED: Arrival.STEPS[State.CONNECTED],
+        # With none it is taken for the visitor itself.
+        State.INTRODUCTION: Arrival.STEPS[State.INTRODUCTION]._replace(time_up=State.FIRST_BYTES),
+        State.INTRODUCTION_BEGUN: Arrival.STEPS[State.INTRODUCTION_BEGUN],
+        State.FIRST_BYTES: Step(_begin_http),
+    }

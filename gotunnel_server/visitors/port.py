@@ -14,7 +14,7 @@ from gotunnel_agent.common.process import Workers
 
 from ..net.shares import Shares
 from . import relays
-from .arrival import SILENCE, Arrival
+from .arrival import SILENCE, Arrival, PlainArrival
 from .connection import MAX_PARTING, HttpConnection
 from .visitor import Visitor
 
@@ -67,6 +67,8 @@ class Port:
     def welcome(self, sock, address, seat):
         """Listener's thread: a visitor has connected."""
         visitor = self.add(sock, address, self.listener, seat)
+        if address[0] in self.proxies:
+            return PlainArrival(self, visitor)
         return HttpConnection(self, visitor, self.site, "http")
 
     def add(self, sock, address, listener, seat) -> Visitor:

@@ -413,3 +413,54 @@ def test_half_a_header_does_not_wait_for_ever(cache, tmp_path, origin):
             sock.sendall(encode("v1", VISITOR, DESTINATION)[:-1])
             assert is_cut_off(sock)
         assert origin.was_left_alone()
+
+
+# The ports for plain HTTP ------------------------------------------------------------------------
+
+
+def ask_plainly(port, *pieces):
+    """The answer to a request on a port for plain HTTP, behind ``pieces`` of a header."""
+    with Wire(socket.create_connection((HERE, port), TIMEOUT)) as visitor:
+        for piece in pieces:
+            visitor.send(piece)
+        visitor.send(request(host=GATEWAY_HOST))
+        return visitor.read_message()[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_plain_ports_believe_a_trusted_proxy(cache, version):
+    """A CA asks there for its proof, and visitors are sent on."""
+    header = encode(version, VISITOR, DESTINATION)
+    with gateway_here(cache, HTTP_PORT="auto", **TRUSTED) as gateway:
+        statuses = {gateway.inner.http_port: b" 301 ", gateway.dashboard_port: b" 200 "}
+        for port, status in statuses.items():
+            for pieces in ((), (header,), tuple(header[at : at + 1] for at in range(len(header)))):
+                assert status in ask_plainly(port, *pieces).split(b"\r\n")[0]
+
+
+def test_a_visitor_of_a_plain_port_has_the_share_of_its_own_address(cache, monkeypatch):
+    taken = []
+    header = encode("v2", VISITOR, DESTINATION)
+    with gateway_here(cache, HTTP_PORT="auto", **TRUSTED) as gateway:
+        port = gateway.inner.http_port
+        (plain,) = (p for p in gateway.inner._visitor_ports if p.listener.port == port)
+        enter = plain.exchanges.room.enter
+        monkeypatch.setattr(
+            plain.exchanges.room, "enter", lambda address: taken.append(address) or enter(address)
+        )
+        ask_plainly(port, header)
+    assert taken == [VISITOR.address]
+
+
+def test_a_stranger_with_a_header_gets_nothing_at_a_plain_port(cache):
+    with gateway_here(cache, HTTP_PORT="auto", **STRANGE) as gateway:
+        head = ask_plainly(gateway.inner.http_port, encode("v1", VISITOR, DESTINATION))
+        assert b" 400 " in head.split(b"\r\n")[0]
+
+
+def test_a_silent_trusted_proxy_of_a_plain_port_is_closed_in_time(cache):
+    with gateway_here(cache, HTTP_PORT="auto", HEADER_TIMEOUT="0.5", **TRUSTED) as gateway:
+        with socket.create_connection((HERE, gateway.inner.http_port), TIMEOUT) as sock:
+            sock.settimeout(TIMEOUT)
+            while sock.recv(1000):  # a page may say so
+                pass
