@@ -42,6 +42,7 @@ SHOWN_LIMIT = 40
 
 _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"             # RFC 9110 §5.6.2
 _TOKEN = re.compile(f"{_TCHAR}+")
+_ODD = re.compile(r"[^0-9a-z]")                     # in a name, see plain_name()
 _TARGET = re.compile(r"[!-\"$-~]+")                 # visible ASCII without "#", the fragment
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 # RFC 9110 §15 ends at 599, and asks readers to bear with what lies above.
@@ -412,9 +413,12 @@ def end_to_end(fields: Fields, keep_upgrade: bool = False) -> list[tuple[str, st
 
 
 def plain_name(name: str) -> str:
-    """A field name as the loosest target reads it: in lower case, and with "-" for "_", since CGI
-    and its kin (WSGI, PHP) cannot tell Content_Length from Content-Length."""
-    return name.lower().replace("_", "-")
+    """A field name as the loosest target reads it: in lower case, and with "-" for whatever is no
+    letter or digit. CGI and its kin (WSGI, PHP) have "_" for all of that (RFC 3875 §4.1.18 names
+    "-" only, programs do more), and cannot tell X.Real~IP from X-Real-IP."""
+    name = name.lower()
+    # Almost all names, and cheaper than a substitution.
+    return name if name.replace("-", "").isalnum() else _ODD.sub("-", name)
 
 
 def _is_essential(name: str) -> bool:

@@ -63,7 +63,10 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
     return told + [
         (name, value)
         for name, value in came  # X-Forwarded-Port, -Prefix and the like
-        if name.lower().startswith("x-forwarded-") and name.lower() not in ours
+        # Only as the proxy spells them: X-Forwarded-Client_Cert may be what its visitor has sent.
+        if (lower := name.lower()).startswith("x-forwarded-")
+        and lower not in ours
+        and lower == plain_name(name)
     ]
 
 

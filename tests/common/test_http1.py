@@ -370,6 +370,26 @@ def test_end_to_end_takes_an_underscore_for_a_hyphen_where_it_drops():
     assert http1.end_to_end(fields) == [("api_key", "1")]
 
 
+@pytest.mark.parametrize("odd", "!#$%&'*+.^_`|~")
+def test_name_is_plain_as_cgi_reads_it(odd):
+    """lighttpd's CGI and php -S have "_" for every character that is no letter or digit."""
+    assert http1.plain_name(f"X{odd}Real-IP") == "x-real-ip"
+    assert http1.plain_name(f"Content{odd}Length") == "content-length"
+    assert http1.plain_name(f"{odd}A{odd}{odd}b1") == "-a--b1"
+    fields = Fields([(f"Transfer{odd}Encoding", "chunked"), (f"X{odd}Own", "1"),
+                     (f"Proxy{odd}Authorization", "x"), (f"A{odd}B", "2"),
+                     ("Connection", f"X-Own, x{odd}forwarded-for"), ("X-Forwarded-For", "3")])
+    assert http1.end_to_end(fields) == [(f"A{odd}B", "2"), ("X-Forwarded-For", "3")]
+    body = http1.ChunkedBody()
+    body.feed(f"0\r\nX{odd}Real{odd}IP: 5\r\nC: d\r\n\r\n".encode())
+    assert body.trailers == [("C", "d")]
+
+
+def test_plain_name_of_a_usual_one_is_itself_in_lower_case():
+    for name in ("Host", "X-Forwarded-For", "ETag", "Sec-CH-UA", "A", "X-B3-TraceId"):
+        assert http1.plain_name(name) == name.lower()
+
+
 def test_end_to_end_drops_what_connection_names():
     fields = Fields([("Connection", "X-One, x-two"), ("connection", "x-three"), ("X-One", "1"),
                      ("X-TWO", "2"), ("X-Three", "3"), ("X-Four", "4")])

@@ -400,6 +400,50 @@ def test_pages_of_cgi_programs_arrive(gateway, served, cgi_folder, server):
                 assert response.read() == b"hello from /cgi-bin/hello\n"
 
 
+# What CGI programs and PHP are told of a visitor, whatever it says -------------------------------
+
+TOLD_SH = """printf 'Content-Type: text/plain\\n\\n'
+env
+"""
+TOLD_PHP = """<?php
+foreach ($_SERVER as $name => $value)
+    if (is_string($value)) echo "$name=$value\\n";
+"""
+FORGED = {
+    f"X{odd}{name}": "203.0.113.9"
+    for odd in "!#$%&'*+.^_`|~"
+    for name in ("Forwarded-For", "Real-IP", f"Forwarded{odd}Proto", "Forwarded-Port")
+}
+
+
+def lighttpd(folder, port):
+    (folder / "told.sh").write_text(TOLD_SH)
+    config = folder / "lighttpd.conf"
+    config.write_text(
+        f'server.document-root = "{folder}"\nserver.bind = "127.0.0.1"\nserver.port = {port}\n'
+        'server.modules = ("mod_cgi")\ncgi.assign = (".sh" => "/bin/sh")\n'
+    )
+    return need("lighttpd"), "-D", "-f", str(config)
+
+
+def php(folder, port):
+    (folder / "told.php").write_text(TOLD_PHP)
+    return need("php"), "-S", f"127.0.0.1:{port}", "-t", str(folder)
+
+
+@pytest.mark.parametrize(("server", "path"), [(lighttpd, "/told.sh"), (php, "/told.php")])
+def test_no_spelling_forges_who_visits(gateway, served, tmp_path, server, path):
+    with reserved_port() as port:
+        command = server(tmp_path, port)
+        served(port)
+        with running(*command, cwd=tmp_path), gateway.visitor(APP) as visitor:
+            wait_until(lambda: gateway.get(APP, path)[0] == 200)
+            visitor.request("GET", path, headers={**FORGED, "X-Own": "mine"})
+            told = visitor.getresponse().read().decode()
+            assert "HTTP_X_OWN=mine\n" in told and "HTTP_X_REAL_IP=127.0.0.1\n" in told
+            assert "203.0.113.9" not in told
+
+
 # Node, and curl ----------------------------------------------------------------------------------
 
 

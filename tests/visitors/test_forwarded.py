@@ -85,6 +85,22 @@ def test_every_lie_concerns_who_a_visitor_is():
     assert not concerns("x-forwarded") and not concerns("forwarded-by") and not concerns("via")
 
 
+@pytest.mark.parametrize("name", [
+    "X.Forwarded-For", "X~Real-IP", "x_forwarded_proto", "X-Forwarded!Host", "For.warded",
+    "X|Forwarded^Port",
+])  # fmt: skip
+def test_lie_in_a_spelling_that_cgi_cannot_tell_is_one(name):
+    assert concerns(name) is (name != "For.warded")
+    assert told("192.0.2.9", (name, "1.2.3.4")) == told("192.0.2.9")
+    assert told("10.0.0.1", (name, "1.2.3.4")) == told("10.0.0.1")
+
+
+def test_visitor_of_a_proxy_cannot_spell_a_field_of_the_proxys_another_way():
+    cert = ("X-Forwarded-Client-Cert", "none")
+    fields = told("10.0.0.1", cert, ("X-Forwarded-Client_Cert", "Subject=admin"))
+    assert fields[4:] == [cert]
+
+
 def test_proxy_that_says_nothing_is_the_visitor():
     assert told("10.0.0.1") == [
         ("X-Forwarded-For", "10.0.0.1"),

@@ -272,6 +272,7 @@ def test_good_requests_before_a_bad_one_are_answered(gateway, origin):
         assert target.read_head().startswith(b"HEAD /1 ")
         target.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
         visitor.read_head()
+        target = origin.accept()  # nobody knows what comes behind an answer to HEAD
         assert target.read_head().startswith(b"GET /2 ")
         target.send(answer(b"two"))
         assert visitor.read_message()[1] == b"two"
@@ -361,6 +362,12 @@ PASSED = {
                                          body=b"hello"), KEPT, SIZED),
     "framing with underscores": (get(b"Content_Length: 5", b"transfer_encoding: chunked"), KEPT,
                                  PLAIN),
+    "framing with other characters": (
+        get(b"Content.Length: 5", b"Transfer~Encoding: chunked", b"TE: x", b"Keep!Alive: 5"), KEPT,
+        PLAIN),
+    "who visits, with other characters": (
+        get(b"X.Forwarded.For: 192.0.2.1", b"X~Real-IP: 192.0.2.1", b"x-real!ip: 192.0.2.1",
+            b"X#Forwarded|Proto: http", b"X'Forwarded-Host: b"), KEPT, PLAIN),
     "who visits, with underscores": (get(b"X_Forwarded_For: 192.0.2.1", b"x_real-ip: 192.0.2.1"),
                                      KEPT, PLAIN),
     # RFC 9112 §6: framing is written anew.
@@ -390,7 +397,9 @@ PASSED = {
     "upgrade that connection does not name": (get(b"Upgrade: chat"), KEPT, PLAIN),
     "upgrade to nothing": (get(b"Connection: upgrade", b"Upgrade: ,"), KEPT, PLAIN),
     "upgrade with a body": (post(b"Connection: upgrade", b"Upgrade: chat", b"Content-Length: 5",
-                                 body=b"hello"), KEPT, SIZED),
+                                 body=b"hello"), KEPT,
+                            post(b"Upgrade: chat", b"Connection: Upgrade", b"Content-Length: 5",
+                                 body=b"hello")),
     "upgrade to h2c": (get(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c",
                            b"HTTP2-Settings: x"), KEPT, PLAIN),
     "upgrade to h2c among others": (get(b"Connection: Upgrade", b"Upgrade: chat, H2C"), KEPT,
@@ -503,15 +512,15 @@ ANSWERED = {
                    b"Content-Length: 0\r\n\r\n",
                    b"HTTP/1.1 200 OK\r\nSet-Cookie: c\r\nset-cookie: d\r\n"
                    b"Content-Length: 0\r\n\r\n", True),
-    # RFC 9112 §6.3: no body, whatever the fields say.
+    # RFC 9112 §6.3: no body, whatever the fields say. Some targets send one, perhaps later.
     "head": (b"HEAD / HTTP/1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
-             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", True),
+             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", False),
     "head, chunked": (b"HEAD / HTTP/1.1", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
-                      b"HTTP/1.1 200 OK\r\n\r\n", True),
+                      b"HTTP/1.1 200 OK\r\n\r\n", False),
     "204": (b"GET / HTTP/1.1", b"HTTP/1.1 204 No Content\r\nContent-Length: 9\r\n\r\n",
-            b"HTTP/1.1 204 No Content\r\n\r\n", True),
+            b"HTTP/1.1 204 No Content\r\n\r\n", False),
     "304": (b"GET / HTTP/1.1", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
-            b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", True),
+            b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", False),
     # What comes behind an answer belongs to nobody.
     "head with a body": (b"HEAD / HTTP/1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
                          b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", False),
