@@ -173,6 +173,20 @@ def test_certificates_and_renew_as_programs(tmp_path, store, mint):
     assert store.renewals() == []
 
 
+def test_what_waits_is_shown_with_the_reason_and_links_are_whole(tmp_path, store):
+    link, now = f"https://portal.letsencrypt.org/sfe/v1/unpause?jwt={'x' * 900}", time.time()
+    store.save_state("bad.example.com", {"error": f"visit {link}", "next_attempt_at": now + 9000})
+    store.save_state("waits.example.com", {"turn_at": now + 9000, "turn_why": "more than 45"})
+    store.save_turns({"held": {"example.org": [now + 7200, "too many certificates (50)"]}})
+    out = io.StringIO()
+    certificates.run_certificates(ordering(tmp_path), out)
+    _, bad, error, waits, why, domain = out.getvalue().splitlines()
+    assert error == f"    last error: visit {link}" and why == (
+        "    it waits for its turn: more than 45")  # fmt: skip
+    assert waits.split()[-2] == time.strftime("%Y-%m-%d", time.gmtime(now + 9000))
+    assert domain.startswith("New hostnames of example.org wait until 20")
+
+
 def test_a_certificate_whose_issuer_makes_no_sense_is_a_row(tmp_path):
     leaf = Authority(tmp_path / "authority").issue("a.test")[0]
     der = x509.load_pem_x509_certificate(leaf.read_bytes()).public_bytes(serialization.Encoding.DER)

@@ -34,6 +34,8 @@ from gotunnel_server.admin.check import FAIL, OK, WARN, Finding
 from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.local_ca import Authority, CertificateError
 
+LINK = f"https://portal.letsencrypt.org/sfe/v1/unpause?jwt={'x' * 900}"
+
 
 def levels(findings):
     return [finding.level for finding in findings]
@@ -378,6 +380,27 @@ def test_an_own_name_whose_order_failed_is_a_warning_with_the_reason(tmp_path):
     finding = next(iter(check.look_at_own_names(config)))
     assert finding.level == WARN
     assert finding.text == f"{GATEWAY_HOST}: no certificate yet: dns: no address"
+
+
+def test_it_says_what_waits_and_why(tmp_path, mint):
+    config = config_of(tmp_path, ACME_ENV="", ACME_DIRECTORY=URL)
+    store, now = open_store(config.acme_cache, URL), time.time()
+    store.save_pause({"until": now + 3600, "reason": "too many new orders (300)"})
+    store.save_turns({"held": {"example.com": [now + 7200, "too many certificates (50)"]}})
+    store.save("fine.example.com", *mint.pair("fine.example.com", now))
+    store.save_state("waits.example.com", {"turn_at": now + 9000, "turn_why": "more than 45"})
+    store.save_state("bad.example.org", {"error": f"visit {LINK}", "next_attempt_at": now + 9000})
+    findings = list(check.look_at_waiting(config))
+    assert {(finding.level, finding.subject) for finding in findings} == {(WARN, "orders")}
+    every, domain, bad, waits = (finding.text for finding in findings)
+    assert every.startswith("All orders wait until 20") and "UTC: too many new orders" in every
+    assert domain.startswith("New hostnames of example.com wait until 20")
+    assert LINK in bad and bad.startswith("bad.example.org: visit")
+    assert waits.startswith("waits.example.com: it waits for its turn: more than 45 (next attempt ")
+    for number in range(30):
+        store.save_state(f"h{number}.example.com", {"error": "dns: no address"})
+    last = list(check.look_at_waiting(config))[-1].text
+    assert last.startswith("12 more have no certificate yet")
 
 
 @pytest.mark.parametrize(("most", "level"), [(1000, WARN), (100_000, OK), (-1, OK)])

@@ -3,6 +3,8 @@ to misbehave."""
 
 import contextlib
 import hashlib
+import ipaddress
+import json
 import logging
 import random
 import socket
@@ -16,7 +18,8 @@ from unittest import mock
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from fake_ca import DAY, SILENCE, FakeCa, Mint
+from fake_ca import DAY, SILENCE, FakeCa, Mint, problem
+from hand_made import registered
 from pebble import pebble
 from support import (
     APP,
@@ -38,8 +41,9 @@ from support import (
     wait_until,
 )
 
+from gotunnel_agent.agent import make_token
 from gotunnel_server import gateway as gateway_module
-from gotunnel_server.certs import acme, keeper, look_up
+from gotunnel_server.certs import acme, keeper, look_up, schedule
 from gotunnel_server.certs.acme_errors import HOST, LATER, CaError
 from gotunnel_server.certs.challenges import PATH, Challenges
 from gotunnel_server.certs.local_ca import Authority, CertificateError
@@ -55,10 +59,12 @@ UNRECOGNIZED_NAME = bytes([21, 3, 3, 0, 2, 2, 112])
 
 
 @contextlib.contextmanager
-def house(tmp_path, *, http=True, lifetime=None, **changes):
-    """A gateway that orders at a Pebble of its own."""
+def house(tmp_path, *, http=True, lifetime=None, seen_at=None, **changes):
+    """A gateway that orders at a Pebble of its own, which asks for files at the gateway's port, or
+    at ``seen_at``."""
     with reserved_port() as plain, reserved_port() as public, \
-            pebble(tmp_path / "pebble", plain, public, lifetime=lifetime) as ca:  # fmt: skip
+            pebble(tmp_path / "pebble", seen_at or plain, public, lifetime=lifetime) \
+            as ca:  # fmt: skip
         changes = {
             "GATEWAY_PORT": str(public), "HTTP_PORT": str(plain) if http else "0", **changes
         }  # fmt: skip
@@ -226,6 +232,62 @@ def test_the_last_word_on_a_certificate_is_the_latest(tmp_path, origin, caplog):
         assert "failed" in words[-1]
 
 
+LINK = f"https://portal.letsencrypt.org/sfe/v1/unpause?jwt={'eyJ' * 300}"
+
+
+def test_a_paused_hostname_is_told_its_link_and_holds_up_nobody_else(tmp_path, origin, caplog):
+    """The words are Let's Encrypt's; they stopped all orders for an hour."""
+    caplog.set_level(logging.INFO)
+    with fake_house(tmp_path) as gateway:
+        wait_until(lambda: gateway.inner._keeper.state(GATEWAY_HOST).name == READY)
+        gateway.ca.script["new-order"] = [problem(429, "rateLimited",
+            f"Your account is temporarily prevented from requesting certificates for {APP} and "
+            f"possibly others. Please visit: {LINK}")]  # fmt: skip
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            wait_until(lambda: f"{APP}: certificate: failed: " in caplog.text)
+            told = [record.getMessage() for record in caplog.records
+                    if record.getMessage().startswith(f"{APP}: certificate: failed")]  # fmt: skip
+            assert all(LINK in line for line in told)
+            assert f"{APP}: no certificate, next attempt in 3600 s: " in caplog.text
+        with agent_here(gateway, tmp_path, http={OTHER: origin.port}):
+            wait_until(lambda: f"{OTHER}: certificate: ready" in caplog.text)
+
+
+def test_a_credential_of_one_hostname_cannot_use_up_what_its_domain_gets(tmp_path):
+    """It registers one name after the other, at a gateway that orders at Pebble."""
+    file, secret = tmp_path / "agents.yaml", "an-agent's-own-secret-of-32-bytes"
+    entry = {"secret": secret, "hosts": "*.dev.localhost", "limits": {"hostnames": 1}}
+    file.write_text(json.dumps({"office": entry}))
+    file.chmod(0o600)
+    names = [f"n{number}.dev.localhost" for number in range(12)]
+    with house(tmp_path, AGENTS_FILE=str(file)) as gateway:
+        state = gateway.inner._keeper.state
+        for name in names:
+            token = make_token(secret, "office", 3600)
+            with registered(gateway, name, token=token):
+                wait_until(lambda: state(name).name != WAITING)  # noqa: B023
+        assert [state(name).name for name in names] == [READY] * 6 + [FAILED] * 6
+        assert all("in an hour (6)" in state(name).reason for name in names[6:])
+        with registered(gateway, OTHER):  # somebody else's
+            wait_until(lambda: state(OTHER).name == READY)
+
+
+def test_http_01_that_nobody_sees_costs_the_first_hostname_a_minute_and_no_other(
+    tmp_path, origin, caplog, monkeypatch
+):
+    monkeypatch.setattr(schedule, "BACKOFF", (0.5,))
+    caplog.set_level(logging.INFO)
+    with reserved_port() as nobodys, house(tmp_path, seen_at=nobodys) as gateway:
+        wait_until(lambda: gateway.inner._keeper.state(GATEWAY_HOST).name == READY)
+        with agent_here(gateway, tmp_path, http={APP: origin.port, OTHER: origin.port}):
+            for name in (APP, OTHER):
+                wait_until(lambda: f"{name}: certificate: ready" in caplog.text)  # noqa: B023
+    failures = [record.getMessage() for record in caplog.records
+                if "no certificate, next attempt" in record.getMessage()]  # fmt: skip
+    assert len(failures) == 1 and failures[0].startswith(f"{GATEWAY_HOST}: ")
+    assert caplog.text.count("by tls-alpn-01") == 3
+
+
 def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkeypatch):
     monkeypatch.setattr(gateway_module, "RELOAD", 0.05)
     with house(tmp_path) as gateway:
@@ -265,7 +327,7 @@ def test_agents_of_the_common_secret_are_told_apart(tmp_path, origin, cache, mon
                             lambda hostnames, agent, limits: ensured.append(agent))  # fmt: skip
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             [agent] = ensured
-    assert "127.0.0.1" in agent
+    assert int(ipaddress.ip_address("127.0.0.1")) in agent
 
 
 def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin):
