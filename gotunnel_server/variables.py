@@ -227,6 +227,9 @@ class Variables:
 
     def url(self, name: str) -> str | None:
         text = self.text(name)
+        if text is not None and "@" in text.partition("://")[2].partition("/")[0]:
+            # Not shown, nor taken: it would stand in the log, and be told to agents.
+            raise ConfigError(f"{name} holds a user or a password: remove them from the URL")
         if text is not None and not re.fullmatch(r"https://[^/\s]+(/\S*)?", text):
             raise ConfigError(f"{name} is {text!r}, expected a URL such as https://ca.example/dir")
         return text

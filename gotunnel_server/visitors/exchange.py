@@ -51,10 +51,11 @@ class Upgraded(NamedTuple):
 
 
 class TargetFailed(Exception):
-    """There is no answer, or none that can be passed on; ``page`` says so to the visitor."""
+    """There is no answer, or none that can be passed on; ``page`` says so to the visitor.
+    ``detail`` is for the log alone: it may name what is not the visitor's to know."""
 
-    def __init__(self, status, code, text):
-        super().__init__(text)
+    def __init__(self, status, code, text, detail=""):
+        super().__init__(f"{text} {detail}".rstrip())
         self.page = pages.error(status, code, text)
 
 
@@ -274,7 +275,8 @@ class Exchange:
         if isinstance(error, AgentBusy):
             return TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.")
         if isinstance(error, Malformed):
-            return TargetFailed(502, "bad-answer", f"The answer is broken: {error}.")
+            text = "The service's answer is broken: it breaks a rule of HTTP."
+            return TargetFailed(502, "bad-answer", text, f"{error}.")
         return error
 
     # Asking

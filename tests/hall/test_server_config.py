@@ -431,6 +431,14 @@ def test_account_with_the_ca(tmp_path):
     assert "c2VjcmV0" not in repr(acme)
 
 
+def test_password_in_a_url_is_neither_taken_nor_shown():
+    message = refusal(ACME_ENV=None, ACME_DIRECTORY=f"https://me:{PASSWORD}@ca.test/dir")
+    assert message.startswith("ACME_DIRECTORY holds a user or a password")
+    assert PASSWORD not in message
+    url = "https://ca.test/dir?for=me@example.com"
+    assert config(ACME_ENV=None, ACME_DIRECTORY=url).acme.directory == url
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

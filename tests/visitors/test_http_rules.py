@@ -10,6 +10,7 @@ Four tables: REFUSED and PASSED are requests, BROKEN and ANSWERED are answers. B
 table holds: answers cut short, connections that are kept, visitors that leave.
 """
 
+import logging
 import random
 import re
 import time
@@ -654,6 +655,18 @@ def test_broken_answer_is_a_502_and_its_target_is_hung_up_on(gateway, origin, se
         assert target.read_head().startswith(b"GET /next ")
         target.send(answer(b"next"))
         assert visitor.read_message()[1] == b"next"
+
+
+def test_words_of_a_target_that_speaks_no_http_are_for_the_log_alone(gateway, origin, caplog):
+    """Its greeting may name what is not the visitor's to know."""
+    caplog.set_level(logging.INFO)
+    visitor, target = asked_for(gateway, origin, get())
+    with visitor:
+        target.send(b"220 mail.internal.example ESMTP\r\n\r\n")
+        head, page = visitor.read_message()
+    assert error_of(head) == (502, "bad-answer")
+    assert b"mail.internal" not in head + page and b"The service&#x27;s answer is broken" in page
+    assert "mail.internal.example ESMTP" in caplog.text
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
