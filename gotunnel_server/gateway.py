@@ -244,11 +244,10 @@ class Gateway:
         return port
 
     def _open_port(self, port, route):
-        """A public port for an agent's tunnel: a running Listener. Raises PortError."""
+        """A public port for an agent's tunnel: a TcpPort that is open. Raises PortError."""
         tcp_port = TcpPort(self._visitors, route)
-        listener = self._listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0)
-        listener.start()
-        return listener
+        self._listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0).start()
+        return tcp_port
 
     # Life
 

@@ -27,14 +27,14 @@ class Ports:
 
     def __init__(self, allowed, listen, most=MAX_PORT, named=frozenset):
         """``allowed``: ranges of numbers, of which ``most`` are open at a time. ``listen(port,
-        route)`` opens one, and gives its running Listener or raises PortError. ``named()`` gives
+        route)`` opens one, and gives a port.TcpPort or raises PortError. ``named()`` gives
         the numbers that the operator has meant for some agent."""
         self._allowed = allowed
         self._listen = listen
         self._most = most
         self._named = named
         self._asked = set()  # allowed numbers that an agent has asked for as such
-        self._open = {}  # port: (tunnel, Listener)
+        self._open = {}  # port: (tunnel, TcpPort)
         self._last = {}  # port: the hostname that it led to last, so that it can have it again
         # Guards these three, and is held while a port opens or closes.
         self._lock = threading.Lock()
@@ -46,19 +46,38 @@ class Ports:
         with self._lock:
             if self._closed:
                 raise PortRefused("the gateway stops")
+            if (port := self._passed_on(wanted, route)) is not None:
+                return port
             if len(self._open) >= self._most:
                 raise PortRefused(f"{self._most} ports are open, as many as the gateway's limit of "
                                   "descriptors permits (ulimit -n)", for_now=True)  # fmt: skip
             for port in self._candidates(wanted, route.hostname, why_not):
                 try:
-                    listener = self._listen(port, route)
+                    opened = self._listen(port, route)
                 except PortError as error:
                     problem = PortRefused(f"the gateway cannot open it: {error}", for_now=True)
                     continue
-                self._open[port] = (route.tunnel, listener)
+                self._open[port] = (route.tunnel, opened)
                 self._last[port] = route.hostname
                 return port
         raise problem
+
+    def _passed_on(self, wanted, route):
+        """A port that pass_on() has given to the tunnel for that hostname, None if there is none.
+        Caller holds the lock."""
+        for port, (owner, opened) in self._open.items():
+            mine = owner is route.tunnel and self._last[port] == route.hostname
+            if mine and wanted in (ANY_PORT, str(port)):
+                opened.route = route
+                return port
+        return None
+
+    def pass_on(self, tunnel, successor):
+        """The ports of a tunnel are its successor's, which asks for them again or releases them."""
+        with self._lock:
+            for port, (owner, opened) in self._open.items():
+                if owner is tunnel:
+                    self._open[port] = (successor, opened)
 
     def _candidates(self, wanted, hostname, why_not):
         """The ports that would do, the best first; at least one. Raises PortRefused."""
@@ -103,16 +122,20 @@ class Ports:
 
     def release(self, tunnel):
         """Close the ports of a tunnel; visits that run go on."""
+        self.keep_only(tunnel, ())
+
+    def keep_only(self, tunnel, numbers):
+        """Close the ports of a tunnel, but for those ``numbers``."""
         with self._lock:
-            for port, (owner, listener) in list(self._open.items()):
-                if owner is tunnel:
+            for port, (owner, opened) in list(self._open.items()):
+                if owner is tunnel and port not in numbers:
                     del self._open[port]
-                    listener.stop()
+                    opened.stop()
 
     def close(self):
         """Close all of them, for good."""
         with self._lock:
             self._closed = True
-            for _, listener in self._open.values():
-                listener.stop()
+            for _, opened in self._open.values():
+                opened.stop()
             self._open.clear()

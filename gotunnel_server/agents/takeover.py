@@ -55,8 +55,9 @@ class Claim:
                     raise
             if not others and all(holder.moving for holder in taken.tunnels):
                 self._registry.claim(self._routes, self._permit, instead_of=taken.tunnels)
+                successor = next(iter(self._routes.values())).tunnel
                 for holder in taken.tunnels:
-                    holder.step_aside()
+                    holder.step_aside(successor)
                 return True
             if not others:  # all or none: where others stay, we need not end what may still serve
                 replaced = taken.tunnels - self._replaced

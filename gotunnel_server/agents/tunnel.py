@@ -258,6 +258,7 @@ class Tunnel:
                 continue
             routes[hostname] = route._replace(port=port)
             opened[route.hostname] = str(port)
+        self._tunnels.ports.keep_only(self, set(map(int, opened.values())))  # of those passed on
         if opened:
             self._tunnels.registry.update(routes)
         return routes, opened, refused
@@ -373,8 +374,10 @@ class Tunnel:
                 return  # it goes because it was told to: _ended() says why
         self._stop_serving("leaves")
 
-    def step_aside(self):
-        """A new session of the agent's has taken the hostnames; what runs goes on. Any thread."""
+    def step_aside(self, successor):
+        """A new session of the agent's, a Tunnel, has taken the hostnames; what runs goes on. Any
+        thread."""
+        self._tunnels.ports.pass_on(self, successor)
         self._stop_serving("serves by a new session, and ends this one")
 
     def _stop_serving(self, how):

@@ -163,10 +163,14 @@ class TcpPort:
 
     def __init__(self, public, route):
         self.listener = None  # set before it is started
+        self.route = route  # of those that come; may be replaced
         self._public = public
-        self._route = route
 
     def welcome(self, sock, address, seat):
         """Listener's thread: a visitor has connected."""
         visitor = self._public.add(sock, address, self.listener, seat)
-        return Arrival(self._public, visitor, self._route)
+        return Arrival(self._public, visitor, self.route)
+
+    def stop(self):
+        """Close the port; visits that run go on."""
+        self.listener.stop()

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,12 +22,14 @@ from support import (
     SECRET,
     TIMEOUT,
     Origin,
+    Wire,
     agent_here,
     agent_process,
     answer,
     gateway_here,
     go_agent,
     request,
+    reserved_port,
     routes_of,
     running,
     wait_until,
@@ -48,6 +51,7 @@ from gotunnel import (
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent.agent import make_token
 from gotunnel_server.agents import heartbeat, takeover, tunnel
+from gotunnel_server.agents.ports import Ports
 from gotunnel_server.agents.registration import Agent
 from gotunnel_server.routes import HostnameTaken, Registry, Route
 
@@ -582,6 +586,48 @@ def test_visitors_do_not_notice_that_the_ids_of_a_session_are_used_up(
         wait_until(lambda: len(sessions_of(gateway)) == 1)
 
 
+def test_a_port_of_its_own_stays_open_while_its_agent_moves(
+    cache, tmp_path, origin, site, few_ids, caplog
+):
+    caplog.set_level(logging.INFO)
+    with reserved_port() as port:
+        pass
+    tunnels = [
+        {"hostname": APP, "target": f"127.0.0.1:{site}"},
+        {"hostname": RAW, "target": f"127.0.0.1:{site}", "mode": "tcp", "port": str(port)},
+    ]
+    with gateway_here(cache, TCP_PORTS=str(port)) as gateway:
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+            gateway.wait_for_routes(APP, RAW)
+            listener = gateway.inner._ports._open[port][1].listener
+            (first,) = sessions_of(gateway)
+            while not first.ended:
+                with Wire(socket.create_connection(("127.0.0.1", port), TIMEOUT)) as visitor:
+                    visitor.send(request())
+                    assert visitor.read_message()[1] == b"page"
+            (served,) = gateway.inner.tunnels.registered()
+            assert gateway.inner._ports._open[port][0] is served
+            assert gateway.inner._ports._open[port][1].listener is listener
+            assert served.routes[RAW].port == port
+        wait_until(lambda: not gateway.inner._ports._open)
+
+
+def test_a_port_that_is_passed_on_and_not_asked_for_again_is_closed():
+    opened = types.SimpleNamespace(stop=lambda: stopped.append(True), route=None)
+    stopped, ports = [], Ports((range(1, 10),), lambda port, route: opened)
+    old, new = Holder(SAME), Holder(SAME)
+    assert ports.open("5", Route(RAW, "tcp", old)) == 5
+    ports.pass_on(old, new)
+    ports.release(old)
+    assert not stopped
+    route = Route(RAW, "tcp", new)
+    assert ports.open("5", route) == 5 and opened.route is route
+    ports.keep_only(new, {5})
+    assert not stopped
+    ports.release(new)
+    assert stopped
+
+
 def test_an_agent_that_does_not_come_when_it_is_asked_ends_in_the_end(
     gateway, origin, site, few_ids
 ):
@@ -617,7 +663,7 @@ def test_an_agent_that_cannot_be_asked_ends_before_the_ids_do(gateway, few_ids, 
 
 def test_hostnames_pass_to_a_session_that_was_asked_for_without_a_gap():
     registry, holder = Registry(), Holder(SAME)
-    holder.moving, holder.step_aside = True, lambda: registry.release(holder)
+    holder.moving, holder.step_aside = True, lambda successor: registry.release(holder)
     registry.claim({APP: Route(APP, "http", holder), OTHER: Route(OTHER, "http", holder)})
     new = Holder(SAME)
     assert claim_to_app(registry, new).attempt()
