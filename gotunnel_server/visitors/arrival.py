@@ -3,7 +3,7 @@
     first bytes --> TLS: ClientHello, handshake --> tcp: relay
             |                                   \\-> http: HttpConnection
             |-> PROXY header of a trusted proxy, then first bytes
-            |-> PostgreSQL's SSLRequest: answer, then TLS
+            |-> PostgreSQL's SSLRequest: answer, then TLS; its CancelRequest: relay
             |-> HTTP that is not encrypted: HttpConnection, which redirects
             \\-> SSH, silence: relay
 
@@ -26,6 +26,7 @@ from .verdict import Answer
 
 log = logging.getLogger("gotunnel.visitor")
 
+POSTGRESQL = "postgresql"  # ALPN of its clients that begin with TLS at once
 # Seconds after which a visitor that says nothing waits for the server's greeting, if RAW_TCP_HOST
 # says which server that is. A visitor that speaks TLS or HTTP begins at once.
 SILENCE = 0.3
@@ -137,6 +138,8 @@ class Arrival(Stepwise):
             return self._serve_http(self._port.redirect, scheme="http")
         if kind in (sniff.SSL_REQUEST, sniff.GSS_REQUEST):
             return self._answer_postgres(kind, size)
+        if kind == sniff.CANCEL_REQUEST:
+            return self._cancel()
         route = self._port.raw_route(ssh=kind == sniff.SSH)
         if route is None:
             self._port.say_once(
@@ -162,6 +165,19 @@ class Arrival(Stepwise):
         self.duplex.write(sniff.NO, timeout=0)
         return self._go_to(State.FIRST_BYTES)
 
+    def _cancel(self):
+        """PostgreSQL's client wants to cancel what another connection of it does."""
+        if len(self._buffer) < int.from_bytes(self._buffer[:4], "big"):
+            return None
+        route = self._port.cancel_keys.route(self._buffer) or self._port.raw_route()
+        if route is None:
+            self._port.say_once(
+                "%s: PostgreSQL's CancelRequest is for no session that is known here, and reaches "
+                "nothing: the session is over, or its client does not come by TLS", self._visitor,
+            )  # fmt: skip
+            raise VisitorGone
+        return self._relay(route)
+
     def _give_back(self):
         self.duplex.unread(self._buffer)
         self._buffer = b""
@@ -177,6 +193,8 @@ class Arrival(Stepwise):
         self._give_back()
         if said.alpn == (client_hello.ACME_TLS,):
             return self._prove()
+        if self._state is State.TLS_ASKED or POSTGRESQL in said.alpn:
+            self._visitor.cancel_keys = self._port.cancel_keys
         if self._port.awaits_certificate(said.server_name):
             self._go_to(State.CERTIFICATE)
             self._deadline = monotonic() + CERTIFICATE_TIMEOUT

@@ -16,6 +16,9 @@ from ..net.shares import Shares
 from . import relays
 from .arrival import SILENCE, Arrival, PlainArrival
 from .connection import MAX_PARTING, HttpConnection
+from .arrival import SILENCE, Arrival
+from .connection import HttpConnection
+from .postgres import CancelKeys
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.visitor")
@@ -135,6 +138,7 @@ class PublicPort(Port):
         self.lookup = registry.lookup
         self.has_left_in_tcp = registry.has_left_in_tcp
         self.raw_host = raw_host
+        self.cancel_keys = CancelKeys()
         self.challenges = challenges
         self.awaits_certificate = awaits_certificate
         self._only_tcp = registry.only_tcp

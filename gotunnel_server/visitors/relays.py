@@ -13,6 +13,7 @@ from gotunnel import NoThread, pump, relay, spawn
 from gotunnel_agent.common import proxy_protocol
 
 from ..routes import AgentBusy
+from .postgres import Watched
 
 log = logging.getLogger("gotunnel.visitor")
 
@@ -73,13 +74,19 @@ def _relay_tcp(visitor, route):
         if isinstance(error, AgentBusy):
             log.info("%s: %s: %s", route.hostname, visitor, error)
         raise
+    end, watched = visitor.duplex, None
+    if not visitor.sni:
+        end = _Guarded(visitor)
+    elif visitor.cancel_keys is not None:
+        end = watched = Watched(visitor.duplex, visitor.cancel_keys, route)
     try:
-        end = visitor.duplex if visitor.sni else _Guarded(visitor)
         if tunnel.half_close:
             relay(end, stream)
         else:
             relay_holding_fin(end, stream)
     finally:
+        if watched is not None:
+            watched.forget()
         stream.close()
         if stream.refused:
             tunnel.count_failed(route)

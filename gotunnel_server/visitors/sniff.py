@@ -6,6 +6,7 @@ Bytes in, values out. The first bytes decide by which door a visitor comes in:
     SSH          "SSH-" (RFC 4253 §4.2)            a raw visit
     HTTP         a method and a blank              a redirect to https://
     PostgreSQL   SSLRequest, GSSENCRequest         an answer of one byte; then TLS, or another try
+                 CancelRequest                     a raw visit, if it is of a session that we know
                  (PostgreSQL, "Message Formats")
     anything     none of these                     a raw visit, if the operator wants any
 
@@ -16,7 +17,9 @@ import re
 import struct
 from typing import NamedTuple
 
-TLS, SSH, HTTP, SSL_REQUEST, GSS_REQUEST, OTHER = range(6)
+from .postgres import LEAST_KEY, MOST_KEY
+
+TLS, SSH, HTTP, SSL_REQUEST, GSS_REQUEST, CANCEL_REQUEST, OTHER = range(7)
 
 # Bytes within which an HTTP method must end: the longest that is registered with IANA has 17
 # (UPDATEREDIRECTREF).
@@ -27,6 +30,9 @@ _METHOD = re.compile(rb"[A-Z][A-Z-]*")
 _SSL_REQUEST = struct.pack("!II", 8, 80877103)
 _GSS_REQUEST = struct.pack("!II", 8, 80877104)
 YES, NO = b"S", b"N"  # the answers to them
+# A CancelRequest is its length, this code and a key.
+_CANCEL_CODE = struct.pack("!I", 80877102)
+_BEFORE_KEY = 8  # bytes
 EXACT = ((b"SSH-", SSH), (_SSL_REQUEST, SSL_REQUEST), (_GSS_REQUEST, GSS_REQUEST))
 
 
@@ -47,6 +53,9 @@ def knock(data: bytes) -> Knock | None:
             return Knock(kind, 0 if kind == SSH else len(start))
         if start.startswith(data):
             return None
+    cancels = _cancels(data)
+    if cancels is not False:
+        return cancels and Knock(CANCEL_REQUEST)
     if data[0] == 22:  # a handshake record; whether it is one in earnest hello.parse() will see
         return Knock(TLS)
     method = _METHOD.match(data)
@@ -56,3 +65,14 @@ def knock(data: bytes) -> Knock | None:
         if method.end() == len(data) < METHOD_LIMIT:
             return None
     return Knock(OTHER)
+
+
+def _cancels(data):
+    """Whether it begins a CancelRequest; None if more must come to tell."""
+    length, code = data[:4], data[4:_BEFORE_KEY]
+    if not length.startswith(b"\0\0"[: len(length)]) or not _CANCEL_CODE.startswith(code):
+        return False
+    size = int.from_bytes(length, "big") - _BEFORE_KEY
+    if len(length) == 4 and not LEAST_KEY <= size <= MOST_KEY:
+        return False
+    return len(code) == len(_CANCEL_CODE) or None

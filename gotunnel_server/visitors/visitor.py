@@ -18,7 +18,10 @@ log = logging.getLogger("gotunnel.visitor")
 class Visitor:
     """What the gateway knows of a connection. It belongs to one thread at a time."""
 
-    __slots__ = ("duplex", "address", "listener", "seat", "sni", "owner", "_port", "_holds_relay")
+    __slots__ = (
+        "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "_port",
+        "_holds_relay",
+    )  # fmt: skip
 
     def __init__(self, port, duplex, address, listener, seat):
         """``port``: the Port that counts it. ``address`` is the peer's, or the one that a trusted
@@ -30,6 +33,7 @@ class Visitor:
         self.seat = seat
         self.sni = None  # hostname in the ClientHello; None: none, or no TLS
         self.owner = None  # a login.Owner, if the connection may own a stream
+        self.cancel_keys = None  # postgres.CancelKeys, if it speaks PostgreSQL
         self._port = port
         self._holds_relay = False  # it is one of MAX_RELAYS
 

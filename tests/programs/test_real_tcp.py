@@ -45,6 +45,7 @@ from support import (
     running,
     sshd,
     tls_context,
+    wait_until,
 )
 
 SSH, DB, STORE = "ssh.localhost", "db.localhost", "store.localhost"
@@ -404,6 +405,34 @@ def test_database_driver_may_begin_with_tls_at_once(database):
 def test_psql_comes_without_tls_on_a_port_of_its_own(database):
     assert ask(address(database.own_port, sslmode="disable")) == b"42\n"
     assert ask(address(database.own_port, sslmode="prefer")) == b"42\n"
+
+
+def cancel_at_psql(place, direct):
+    """Ctrl-C at psql while it waits for an answer; what psql says then. ``direct`` is an address
+    of the database without a tunnel."""
+    mark = f"select pg_sleep(60), '{place.partition('port=')[2][:5]}'"
+    asks = database_program("psql"), place, "--no-psqlrc", "-c", mark
+    running = "select count(*) from pg_stat_activity where state = 'active' and query = $$"
+    with subprocess.Popen(asks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as psql:
+        wait_until(lambda: run(
+            database_program("psql"), direct, "--no-psqlrc", "-Atc", f"{running}{mark}$$"
+        ) == b"1\n")  # fmt: skip
+        psql.send_signal(signal.SIGINT)
+        try:
+            return psql.communicate(timeout=10)[0]
+        finally:
+            psql.kill()
+
+
+@pytest.mark.slow
+@every_agent("database")
+def test_ctrl_c_at_psql_cancels_its_query_and_no_other(database, database_port):
+    """psql before version 17 asks for that without TLS, and without a hostname."""
+    place, direct = address(database.gateway.public_port, sslmode="require"), address(database_port)
+    assert b"canceling statement due to user request" in cancel_at_psql(place, direct)
+    if database.own_port is not None:
+        said = cancel_at_psql(address(database.own_port, sslmode="disable"), direct)
+        assert b"canceling statement due to user request" in said
 
 
 @pytest.mark.slow
