@@ -16,8 +16,6 @@ from ..net.shares import Shares
 from . import relays
 from .arrival import SILENCE, Arrival, PlainArrival
 from .connection import MAX_PARTING, HttpConnection
-from .arrival import SILENCE, Arrival
-from .connection import HttpConnection
 from .postgres import CancelKeys
 from .visitor import Visitor
 
