@@ -84,6 +84,7 @@ VERSION = 0
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 NORMAL, PROTOCOL_ERROR, INTERNAL_ERROR = range(3)  # go away codes
+REFUSED = 1  # code that we put beside a RST: the agent has no target for the stream. Go ignores it
 
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
@@ -161,11 +162,13 @@ class Finished(NamedTuple):
 
 
 class WasReset(NamedTuple):
-    """The stream is gone, both ways, by the peer's doing."""
+    """The stream is gone, both ways, by the peer's doing. ``cut``: it broke a rule, and what came
+    of the stream is worth nothing."""
 
     stream_id: int
     code: int
     reason: str
+    cut: bool = False
 
 
 class Writable(NamedTuple):
@@ -190,8 +193,8 @@ class _Flow:
     """What Mux knows of one stream."""
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "used", "since",
-                 "queue", "queued", "in_rotation", "finishing", "sent_fin", "got_fin", "discarding",
-                 "discarded", "alive")  # fmt: skip
+                 "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin", "got_fin",
+                 "discarding", "discarded", "alive")  # fmt: skip
 
     def __init__(self, stream_id, window):
         self.id = stream_id
@@ -206,6 +209,7 @@ class _Flow:
         self.queued = 0  # bytes in it
         self.in_rotation = False
         self.finishing = False  # a FIN waits behind the queue, or was sent
+        self.cutting = False  # a RST waits behind all that
         self.sent_fin = False
         self.got_fin = False
         self.discarding = False  # nobody wants what comes
@@ -513,7 +517,7 @@ class Mux:
             raise ProtocolError(text)
         self._overran = True
         self.reset(flow.id)
-        events.append(WasReset(flow.id, 0, text))
+        events.append(WasReset(flow.id, 0, text, cut=True))
 
     def _reply(self, queue, header):
         if len(self._replies) + len(self._control) >= MAX_REPLIES:
@@ -561,7 +565,7 @@ class Mux:
     def room(self, stream_id) -> int:
         """Bytes that send() takes now; 0 once the stream is over or finished by us."""
         flow = self._flows.get(stream_id)
-        if flow is None or flow.finishing:
+        if flow is None or flow.finishing or flow.cutting:
             return 0
         most = FRAME_SHARED if self._crowded else SEND_BUFFER
         return max(0, min(flow.may_send, most - flow.queued))
@@ -576,7 +580,7 @@ class Mux:
     def send(self, stream_id, payload: bytes):
         """Queue payload, at most room() bytes of it. The peer's window is debited here."""
         flow = self._flows.get(stream_id)
-        if flow is None or flow.finishing or len(payload) > flow.may_send:
+        if flow is None or flow.finishing or flow.cutting or len(payload) > flow.may_send:
             raise ValueError(f"{len(payload)} bytes for a room of {self.room(stream_id)}")
         flow.may_send -= len(payload)
         flow.queued += len(payload)
@@ -592,16 +596,28 @@ class Mux:
         """Half-close: FIN goes out behind what is queued, and only once (a second one would end
         a Go peer's session)."""
         flow = self._flows.get(stream_id)
-        if flow is not None and not flow.finishing:
+        if flow is not None and not (flow.finishing or flow.cutting):
             flow.finishing = True
             self._rotate(flow)
 
-    def reset(self, stream_id):
-        """Give the stream up: RST goes out, what was queued does not."""
+    def reset(self, stream_id, code=0):
+        """Give the stream up: RST goes out, what was queued does not. For ``code`` see
+        StreamReset."""
         flow = self._flows.get(stream_id)
         if flow is not None:
             self._forget(flow)
-            self._control.append(Header(WINDOW_UPDATE, RST, stream_id, 0).encode())
+            self._control.append(Header(WINDOW_UPDATE, RST, stream_id, code).encode())
+
+    def cut(self, stream_id, now):
+        """Give the stream up: RST goes out behind what is queued, its FIN included."""
+        flow = self._flows.get(stream_id)
+        if flow is None:
+            return
+        if flow.in_rotation:
+            flow.cutting = True
+            self.discard(stream_id, now)
+        else:
+            self.reset(stream_id)
 
     def consumed(self, stream_id, count, now) -> bool:
         """Say that ``count`` received bytes have been used; True if that queued a frame.
@@ -750,12 +766,16 @@ class Mux:
                 served.append(flow.id)
             if flow.queued:
                 self._rotate(flow)
-            elif flow.finishing:
+                continue
+            if flow.finishing:
                 parts.append(Header(WINDOW_UPDATE, FIN, flow.id, 0).encode())
                 size += HEADER_SIZE
                 flow.sent_fin = True
-                if flow.got_fin:
-                    self._forget(flow)
+            if flow.cutting:
+                parts.append(Header(WINDOW_UPDATE, RST, flow.id, 0).encode())
+                size += HEADER_SIZE
+            if flow.cutting or flow.sent_fin and flow.got_fin:
+                self._forget(flow)
         return b"".join(parts), served
 
     def _pull_frame(self, flow, most, parts):
@@ -1159,7 +1179,7 @@ import socket  # noqa: E402
 import ssl  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
-from time import monotonic  # noqa: E402
+from time import monotonic, sleep  # noqa: E402
 
 try:
     import fcntl
@@ -1255,6 +1275,10 @@ READ_BATCH = 512 * 1024  # bytes asked of the kernel at once by a session: it ca
 NO_PAYLOAD = 128 * 1024
 ANSWERS = 64 * 1024  # bytes of TLS's own answers (to key updates) that wait for a peer to read
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
+LINGER = struct.pack("ii", 0, 0)  # ... as sockets are born: closing sends what is unsent, and FIN
+CUT_TIMEOUT = 30  # seconds that the peer's TCP may take none of what stands before a RST
+CUT_LOOKS = 0.001, 0.05  # seconds between looks whether it has, the first and the longest
+TCP_CLOSE = 7  # tcpi_state in Linux's TCP_INFO: the connection is dead
 
 # When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
 # unanswered times are a no. Else a relay whose peer was unplugged would stay for ever.
@@ -1321,6 +1345,8 @@ class Duplex:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # A byte that is urgent stays in its place (FTP's ABOR), or it would be lost.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             for option, value in KEEPALIVE:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = sock
@@ -1339,6 +1365,8 @@ class Duplex:
         self._finishing = False  # half-close the socket once they are gone
         self._finished = False  # finish() was called
         self._broken = False  # reset() was called
+        self._lost = False  # sending has found it broken: the end that is read then is none
+        self._lingers = True  # closing it sends what is unsent, and FIN
         self._writer_waits = False
         self._read_wait = self._write_wait = None  # selectors, made when first needed
         self.stall_timeout = STALL_TIMEOUT  # of write() and finish() that are given no other
@@ -1451,6 +1479,9 @@ class Duplex:
         """The socket gave its end. It also does so if reset() has shut it down since the last
         check, and then what came must not look whole."""
         self._check()
+        with self._send_lock:  # the system gives an error once, perhaps to a sender just now
+            if self._lost:
+                raise ConnectionResetError("the connection broke")
         self._at_end = True
 
     def _receive_plain(self, size):
@@ -1594,6 +1625,11 @@ class Duplex:
                 sent = self._socket.send(self._unsent)
             except (BlockingIOError, InterruptedError):
                 return False
+            except BrokenPipeError:  # it broke behind the peer's end, or the reader has the error
+                raise
+            except OSError:
+                self._lost = True
+                raise
             if sent == len(self._unsent):
                 self._unsent = b""
             else:
@@ -1681,6 +1717,23 @@ class Duplex:
             self._finishing = True
         if not self.flush():
             self._outwait(timeout)
+        self._linger()
+
+    def cut_unless_finished(self):
+        """From now on closing it is a reset, until finish() or stop(): also if the system ends the
+        process, since then the kernel closes it."""
+        with contextlib.suppress(OSError), self._send_lock:
+            self._lingers = False
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+
+    def _linger(self):
+        """Have close() send what is unsent, unless it was reset."""
+        if self._lingers:
+            return
+        with contextlib.suppress(OSError), self._send_lock:
+            if not self._broken:
+                self._lingers = True
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
 
     def _say_farewell(self):
         """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
@@ -1699,6 +1752,7 @@ class Duplex:
     def stop(self):
         """End both directions: whoever reads or writes wakes up. What the kernel has taken still
         goes out. Any thread; the owner still calls close()."""
+        self._linger()
         with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -1713,13 +1767,42 @@ class Duplex:
             how = socket.SHUT_RDWR if self._writer_waits else socket.SHUT_RD
             self._socket.shutdown(how)
 
+    def cut(self):
+        """Break the connection behind what was written: the peer gets all of that, and then the
+        RST. Waits for the peer's TCP, as long as it takes some in CUT_TIMEOUT. Writer only."""
+        pause, most = CUT_LOOKS
+        left, moved_at = self._untaken(), monotonic()
+        while left and self._can_deliver():
+            sleep(pause)
+            pause = min(2 * pause, most)
+            before, left = left, self._untaken()
+            if left < before:
+                moved_at = monotonic()
+            elif monotonic() - moved_at > CUT_TIMEOUT:
+                break
+        self.reset()
+
+    def _can_deliver(self):
+        """Whether a RST would cost what the kernel still holds. Not if the connection is dead, nor
+        with AF_UNIX, which has none."""
+        try:
+            state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return False
+        return not self._broken and state != TCP_CLOSE
+
+    def stop_reading(self):
+        """Have the reader see an end, since nobody wants what it reads. Any thread."""
+        with contextlib.suppress(OSError), self._send_lock:
+            self._socket.shutdown(socket.SHUT_RD)
+
     def _check(self):
         if self._broken:
             raise ConnectionResetError("the connection was reset on this side")
 
     def close(self):
         """Close the socket. Only when no other thread is in here any more (see stop())."""
-        if self._tls is not None and not self._finished and not self._broken:
+        if self._tls is not None and self._lingers and not self._finished and not self._broken:
             # Without waiting: a farewell that does not fit now would only be a courtesy.
             with contextlib.suppress(OSError):
                 with self._tls_lock:
@@ -1929,11 +2012,20 @@ class StreamTable:
             else:
                 stream._on_death = None
 
-    def give_up(self, stream, text):
+    def give_up(self, stream, text, code=0):
         """Reset a stream, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
-            self._mux.reset(stream.id)
+            self._mux.reset(stream.id, code)
+            self.slot.notify()
+        stream._die(StreamReset(text))
+        stream._cut()
+
+    def give_up_behind(self, stream, text):
+        """Reset a stream behind what was written, if it is still known."""
+        if stream._is_known():
+            self._forget(stream.id)
+            self._mux.cut(stream.id, monotonic())
             self.slot.notify()
         stream._die(StreamReset(text))
         stream._cut()
@@ -2039,10 +2131,13 @@ class StreamTable:
         if stream is None:
             return
         error = StreamReset(event.reason, event.code)
-        stream.refused = stream._silent
-        # If it came whole, its reader may take its time.
-        if stream._got_fin and stream._unread and not unaccepted:
-            stream._fail(error)
+        stream.refused = stream._silent and event.code == REFUSED
+        # Its reader may take its time for what came before.
+        if stream._unread and not (unaccepted or event.cut):
+            if stream._got_fin:  # it came whole
+                stream._fail(error)
+            else:
+                stream._die(error)
             self.over.add(stream)
         else:
             stream._die(error)
@@ -2415,7 +2510,7 @@ class Stream:
 
     def __init__(self, session, stream_id):
         self.id = stream_id
-        self.refused = False  # the peer reset it, and has sent no byte
+        self.refused = False  # the peer reset it with REFUSED, and has sent no byte
         self._silent = True  # ... yet
         self._session = session
         self._mux, self._streams = session._mux, session._streams
@@ -2480,6 +2575,11 @@ class Stream:
     def call_later(self, delay, function):
         """As Session's."""
         self._session.call_later(delay, function)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was reset, or its session has ended; some of what came may be unread."""
+        return self._error is not None
 
     @property
     def window(self) -> int:
@@ -2628,13 +2728,24 @@ class Stream:
             self._mux.finish(self.id)
             self._streams.drop_if_over(self)
 
-    def reset(self, text="the stream was reset"):
-        """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why."""
+    def reset(self, text="the stream was reset", code=0):
+        """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why. For
+        ``code`` see StreamReset."""
         with self._lock:
             if self._error is not None:
                 self._cut()
                 return
-            self._streams.give_up(self, text)
+            self._streams.give_up(self, text, code)
+        self._sender.flush()
+        self._streams.say_farewells()
+
+    def cut(self, text="the stream was reset"):
+        """As reset(), behind what was written: the peer gets all of that, and then the RST. If the
+        stream is over already, what came before can still be read."""
+        with self._lock:
+            if self._error is not None:
+                return
+            self._streams.give_up_behind(self, text)
         self._sender.flush()
         self._streams.say_farewells()
 
@@ -2660,63 +2771,102 @@ class Stream:
 
 LOOK_AT_ENDED = 15  # seconds between looks whether an end that has said FIN is still there. TCP
 # needs minutes to find that out (KEEPALIVE), so more often would not be sooner
+DELIVERY_TIMEOUT = 30  # seconds in which an end takes none of what another one that broke has left
 RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only has to wake up
 
 
 def relay(left, right):
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
-    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other is reset: bytes that
-    were cut off must not look complete. Neither is closed, that is their owner's. Uses the calling
-    thread for one direction and starts one for the other; raises NoThread.
+    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other gets what it has sent
+    before, and is reset behind that: bytes that came must not be lost, and those that were cut off
+    must not look complete. Neither is closed, that is their owner's. Uses the calling thread for
+    one direction and starts one for the other; raises NoThread.
 
     One direction may last for days after the other has ended. But if the end that has said FIN is
     gone for good, nobody reads what still comes, and both are reset: a stream says that it died
     (on_death), a Duplex that nobody reads has to be asked (died).
     """
+    there, back = _Way(left, right), _Way(right, left)
     for end, other in ((left, right), (right, left)):
-        if isinstance(end, Stream):
-            end.on_death(other.reset)
-    copied = {left: threading.Event(), right: threading.Event()}  # all bytes of an end
-    broken = threading.Event()
-
-    def carry(source, sink):
-        if not pump(source, sink):
-            broken.set()
-        copied[source].set()
-        asked = hasattr(source, "died")
-        while asked and not (broken.is_set() or copied[sink].wait(LOOK_AT_ENDED)):
-            if source.died():
-                sink.reset()
-                broken.set()
-
-    back = spawn(f"{threading.current_thread().name} back", carry, right, left)
-    carry(left, right)
-    while back.is_alive() and not broken.is_set():
-        back.join(LOOK_AT_ENDED)
-    back.join(RESET_JOIN)
-    if back.is_alive():
-        log.error("thread %s does not end although its relay was reset (bug)", back.name)
+        if isinstance(end, Stream):  # a thread that reads for it would wait in vain
+            end.on_death(other.cut if isinstance(other, Stream) else other.stop_reading)
+    name = f"{threading.current_thread().name} back"
+    thread = spawn(name, back.carry, there)
+    there.carry(back)
+    thread.join(RESET_JOIN)
+    if thread.is_alive():
+        log.error("thread %s does not end although its relay was reset (bug)", name)
 
 
 def pump(source, sink) -> bool:
-    """Copy bytes one way, then half-close; True if all went well. Reset both if either breaks, or
-    does not read on, or anything else goes wrong: a part must not look like all."""
-    try:
-        while data := source.read():
-            sink.write(data)
-        sink.finish()
-        return True
-    except TimeoutError as error:
-        log.info("%s: reset: %s", threading.current_thread().name, error)
-    except (OSError, ValueError):  # ValueError: closed or finished by another thread
-        pass
-    except Exception:
-        name = threading.current_thread().name
-        log.exception("thread %s: a relay is reset (bug, traceback follows)", name)
-    source.reset()
-    sink.reset()
-    return False
+    """Copy bytes one way, then half-close; True if all went well.
+
+    If the source breaks, the sink is reset behind what was copied. If the sink breaks, neither is
+    touched: the thread that reads the sink finds out, behind what the sink has sent before, and
+    resets the source. If one does not read on, or anything else goes wrong, both are reset at once.
+    """
+    return _Way(source, sink).copy()
+
+
+class _Way:
+    """One direction of a relay."""
+
+    def __init__(self, source, sink):
+        self.source, self.sink = source, sink
+        self.over = threading.Event()  # nothing more is copied
+        self.moved_at = monotonic()  # when the sink has taken something last
+
+    def carry(self, back):
+        """Copy all; then see to it that the way ``back`` ends, too."""
+        source, sink = self.source, self.sink
+        well = self.copy()
+        self.over.set()
+        while not back.over.wait(LOOK_AT_ENDED):
+            if hasattr(source, "died") and source.died():
+                sink.cut()
+                break
+            if self._is_broken(well) and monotonic() - back.moved_at > DELIVERY_TIMEOUT:
+                self._reset()
+                break
+        if back.over.wait(RESET_JOIN) and self._is_broken(well):
+            source.cut()  # it may not have heard yet that not all of it was taken
+
+    def _is_broken(self, well):
+        """Whether not all of it was taken, ``well`` as it seemed: a dead stream refuses no end."""
+        return not well or getattr(self.sink, "is_dead", False)
+
+    def copy(self) -> bool:
+        """See pump()."""
+        source, sink = self.source, self.sink
+        try:
+            while True:
+                try:
+                    data = source.read()
+                except OSError:
+                    sink.cut()
+                    source.reset()
+                    return False
+                if not data:
+                    sink.finish()
+                    return True
+                sink.write(data)
+                self.moved_at = monotonic()
+        except ConnectionError:  # the sink broke
+            return False
+        except TimeoutError as error:
+            log.info("%s: reset: %s", threading.current_thread().name, error)
+        except (OSError, ValueError):  # ValueError: closed or finished by another thread
+            pass
+        except Exception:
+            name = threading.current_thread().name
+            log.exception("thread %s: a relay is reset (bug, traceback follows)", name)
+        self._reset()
+        return False
+
+    def _reset(self):
+        self.source.reset()
+        self.sink.reset()
 
 
 # The process -------------------------------------------------------------------------------------

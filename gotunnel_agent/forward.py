@@ -206,7 +206,7 @@ class Destination(NamedTuple):
             raise error
         if isinstance(error, ConnectionError) and not visit.received:
             raise NoVisit(f"the connection to {self.hostname} was reset before a byte came: "
-                          "its target is down, or refused") from None  # fmt: skip
+                          "its target is down, or has broken it off") from None  # fmt: skip
         raise NoVisit(f"the connection to {self.hostname} broke after {visit.received} bytes: "
                       f"{error.strerror or error}") from None  # fmt: skip
 

@@ -22,6 +22,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from gotunnel import (
+    REFUSED,
     RESET_JOIN,
     Deadline,
     Duplex,
@@ -143,7 +144,7 @@ def serve(stream, find_route, targets):
     route = find_route(hostname_of(name))
     if route is None:
         log.warning("stream %d dropped: no tunnel for %.253r", stream.id, name)
-        stream.reset()
+        stream.reset(code=REFUSED)
         return
     tunnel = route.tunnel
     if route.problem:  # which the log has said when the gateway did
@@ -254,10 +255,14 @@ def _start_tls(duplex, context, host, deadline):
 
 def exchange(stream, target):
     """Copy both ways until either side has ended."""
-    stream.on_death(target.reset)  # both threads may wait for the target when that happens
-    answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target)
-    _ask(stream, target)
-    target.stop()  # the gateway has what it wants: free the target, and the thread that reads it
+    stream.on_death(target.stop_reading)  # what has come still goes to the target, by _ask()
+    asked = threading.Event()
+    answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target, asked)
+    if _ask(stream, target):
+        target.stop()  # the gateway has what it wants: free the target, and the thread that reads
+    else:
+        target.cut()
+    asked.set()
     answer.join(ANSWER_TIMEOUT)
     if answer.is_alive():  # it writes what the gateway does not take any more
         stream.reset()
@@ -278,6 +283,7 @@ class Watched:
 
     def __init__(self, duplex, stream, tunnel):
         self.finish, self.reset = duplex.finish, duplex.reset
+        self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._over = threading.Event()
         self.end = self._over.set  # to be called when the relay has ended
         self._passing_on = set()  # the directions in which a byte is on its way, perhaps slowly
@@ -323,9 +329,10 @@ class Watched:
 
 
 def _ask(stream, target):
-    """Pass requests on until the stream ends. A target that takes no more of one may have
-    answered it already ("too large"), so what is left is dropped, and the answer is not."""
-    with contextlib.suppress(OSError):
+    """Pass requests on until the stream ends; whether it has ended well. A target that takes no
+    more of one may have answered it already ("too large"), so what is left is dropped, and the
+    answer is not."""
+    try:
         while data := stream.read():
             try:
                 target.write(data)
@@ -333,17 +340,22 @@ def _ask(stream, target):
                 break
         while stream.read():
             pass
+        return True
+    except OSError:
+        return False
 
 
-def _answer(stream, target):
+def _answer(stream, target, asked):
     pump(target, stream)
     stream.close()
+    if not asked.wait(ANSWER_TIMEOUT):  # the target does not take what nobody needs any more
+        target.reset()
 
 
 def refuse(stream, tunnel, code):
     """Say that the visit cannot be served; ``code`` is one of REASONS."""
     if tunnel.mode != "http":
-        stream.reset()
+        stream.reset(code=REFUSED)
         return
     page = PAGE.format(REASONS[code]).encode()
     head = (

@@ -101,7 +101,7 @@ def relay_holding_fin(end, stream, last_bytes=None):
     ``end`` is the visitor's, a Duplex. ``last_bytes``: seconds for it to end after the target has;
     None: as long as it likes.
     """
-    stream.on_death(end.reset)
+    stream.on_death(end.stop_reading)
     source = _Timed(stream)
     visitor_done = threading.Event()
     back = _copy_back(_copy_to_visitor, source, end, visitor_done, last_bytes)
@@ -109,13 +109,14 @@ def relay_holding_fin(end, stream, last_bytes=None):
         while data := end.read():
             stream.write(data)
     except (OSError, ValueError):
-        stream.reset()
-        end.reset()
+        stream.cut()  # behind what was copied; if it is dead, what it has left goes to the visitor
     visitor_done.set()
     _outlast(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
     _outlast(back, source, ENDING_TIMEOUT)
     _end(back, end, stream)
+    if stream.is_dead:
+        end.cut()  # it may have ended before, and now it has not taken all
 
 
 def relay_upgraded(visitor, stream):
@@ -183,6 +184,7 @@ class _Guarded:
         duplex = visitor.duplex
         self.write, self.finish = duplex.write, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
+        self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
         self._refuse = visitor.refuse_introduction
         self._came = b""  # so far, as long as it may become a header
@@ -200,7 +202,7 @@ class _Timed:
     """A stream as a pump's source, which tells another thread how long it has been silent."""
 
     def __init__(self, stream):
-        self.reset = stream.reset
+        self.reset, self.cut = stream.reset, stream.cut
         self._read = stream.read
         self._since = None  # monotonic, of the read that waits; set by the pump's thread only
 

@@ -335,7 +335,7 @@ def _listens(port):
 def test_target_that_is_down_is_said(cache, tmp_path):
     with reserved_port() as port, gateway_here(cache) as gateway:
         with agent_here(gateway, tmp_path, tcp={RAW: port}):
-            fails(words(gateway), "reset before a byte came: its target is down, or refused")
+            fails(words(gateway), "its target is down, or has broken it off")
 
 
 def test_visit_that_breaks_later_is_said(gateway, origin):

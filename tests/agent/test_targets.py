@@ -469,7 +469,7 @@ class Generous:
     """A target that always has more of an answer."""
 
     def __init__(self):
-        self.stop = self.reset = self.finish = lambda: None
+        self.stop = self.reset = self.finish = self.stop_reading = lambda: None
 
     def read(self):
         return b"answer"

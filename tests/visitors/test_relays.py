@@ -48,7 +48,8 @@ class End:
         self.was_reset.set()
         self.come(None)
 
-    stop = reset
+    stop = stop_reading = cut = reset
+    is_dead = False
 
     def close(self):
         """An agent that ignores FIN does not end the stream for it."""

@@ -745,10 +745,18 @@ def test_pump_stops_when_its_sink_is_gone():
     with duplex_pair("tcp") as (left, source), duplex_pair("tcp") as (sink, right):
         sink.stop()
         left.write(b"for nobody")
-        spawn(pump, source, sink).result(PATIENCE)
-        for end in (source, sink):
-            with pytest.raises(ConnectionResetError, match="on this side"):
-                end.receive()
+        assert spawn(pump, source, sink).result(PATIENCE) is False
+        left.write(b"more")  # whoever reads the sink resets the source
+        assert source.read(timeout=PATIENCE) == b"more"
+
+
+def test_relay_stops_when_an_end_is_gone():
+    with duplex_pair("tcp") as (left, source), duplex_pair("tcp") as (sink, right):
+        sink.stop()
+        left.write(b"for nobody")
+        spawn(relay, source, sink).result(PATIENCE)
+        with pytest.raises(ConnectionResetError, match="on this side"):
+            source.receive()
 
 
 @pytest.mark.parametrize("reversed_", [False, True])
@@ -794,6 +802,8 @@ class Faulty:
     def reset(self):
         self.resets += 1
 
+    cut = stop_reading = reset
+
 
 @pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("a bug")])
 def test_pump_resets_both_ends_whatever_goes_wrong_and_logs_a_bug(error, caplog):
@@ -810,6 +820,8 @@ def test_relay_does_not_wait_for_ever_for_a_direction_that_a_reset_does_not_end(
     monkeypatch, caplog
 ):
     monkeypatch.setattr(gotunnel, "RESET_JOIN", 0.01)
+    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.01)
+    monkeypatch.setattr(gotunnel, "DELIVERY_TIMEOUT", 0.02)
     stuck, let_go = threading.Event(), threading.Event()
 
     class Stuck(Faulty):

@@ -691,6 +691,8 @@ def test_what_was_not_read_is_counted_no_more_after_the_end(end):
         elif end == "peer":
             peer.send(frame(WINDOW_UPDATE, RST, 1))
             peer.barrier()
+            assert session._account._held == INITIAL_WINDOW
+            assert len(stream.read_exactly(INITIAL_WINDOW, PATIENCE)) == INITIAL_WINDOW
         elif end == "session":
             peer.close()
             session.join(PATIENCE)
@@ -910,13 +912,75 @@ def test_rs_wakes_all(who):
         assert tables(session) == NO_TABLES
 
 
-def test_a_reset_costs_what_was_not_read():
+def test_a_reset_of_the_peer_costs_nothing_that_came_before_it():
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
-        peer.send(frame(DATA, 0, 1, payload=b"cut"), frame(WINDOW_UPDATE, RST, 1))
+        peer.send(frame(DATA, 0, 1, payload=b"before"), frame(WINDOW_UPDATE, RST, 1))
         peer.barrier()
-        with pytest.raises(StreamReset, match="the peer reset the stream"):
+        assert tables(session) == NO_TABLES
+        assert stream.read(3) + stream.read() == b"before"
+        for _ in range(2):
+            with pytest.raises(StreamReset, match="the peer reset the stream"):
+                stream.read()
+
+
+def test_a_reset_of_ours_costs_what_was_not_read():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        peer.send(frame(DATA, 0, 1, payload=b"cut"))
+        peer.barrier()
+        stream.reset()
+        with pytest.raises(StreamReset, match="the stream was reset"):
             stream.read()
+
+
+def test_a_stream_that_overran_its_window_is_cut():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        peer.send(frame(DATA, 0, 1, payload=bytes(INITIAL_WINDOW)), frame(DATA, 0, 1, payload=b"x"))
+        assert peer.barrier() == [(WINDOW_UPDATE, RST, 1, 0, b"")]
+        with pytest.raises(StreamReset, match="0 were permitted"):
+            stream.read()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_cut_sends_rst_behind_what_was_written_and_its_fin(finished):
+    with raw_pair(tcp=True) as (peer, session):
+        stream, other = accepted(peer, session), accepted(peer, session, 3)
+        peer.send(frame(WINDOW_UPDATE, 0, 3, 64 * MIB))
+        with pytest.raises(TimeoutError):  # until the line takes no more
+            while True:
+                other.write(bytes(INITIAL_WINDOW), timeout=0.2)
+        stream.write(b"the last words")
+        if finished:
+            stream.finish()
+        stream.cut()
+        with pytest.raises(StreamReset):
+            stream.write(b"too late")
+        other.reset()
+        frames = [got for got in peer.read_until(WINDOW_UPDATE, RST, 1, 0) if got[2] == 1]
+        ends = [(WINDOW_UPDATE, FIN, 1, 0, b"")] if finished else []
+        assert frames == [(DATA, 0, 1, 14, b"the last words"), *ends]
+        peer.send(frame(DATA, 0, 1, payload=b"late"))  # of a stream that nobody knows any more
+        wait_until(lambda: tables(session) == NO_TABLES)
+
+
+def test_a_cut_of_a_stream_with_nothing_to_send_is_a_reset_at_once():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        stream.cut()
+        assert peer.barrier() == [(WINDOW_UPDATE, RST, 1, 0, b"")]
+        stream.cut()
+        assert peer.barrier() == [] and tables(session) == NO_TABLES
+
+
+def test_a_cut_of_a_stream_that_the_peer_has_reset_costs_nothing_that_came_before():
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        peer.send(frame(DATA, 0, 1, payload=b"before"), frame(WINDOW_UPDATE, RST, 1))
+        peer.barrier()
+        stream.cut()
+        assert stream.read() == b"before"
 
 
 def test_each_caller_gets_an_exception_of_its_own():
@@ -1611,7 +1675,9 @@ def test_relay_resets_a_stream_whose_other_side_broke():
         done.result(PATIENCE)
 
 
-def test_relay_hears_of_a_dead_stream_while_both_ways_wait_for_the_other_end():
+def test_relay_hears_of_a_dead_stream_while_both_ways_wait_for_the_other_end(monkeypatch):
+    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
+    monkeypatch.setattr(gotunnel, "DELIVERY_TIMEOUT", 0.1)
     with raw_pair() as (peer, session), duplex_pair("socketpair") as (inner, _):
         inner._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         stream = accepted(peer, session)
