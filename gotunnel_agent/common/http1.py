@@ -37,6 +37,12 @@ FIELD_LIMIT = 200
 TARGET_LIMIT = 8192
 # Bytes of a chunk-size line. The size needs 16; the rest is room for extensions, which nobody uses.
 CHUNK_LINE_LIMIT = 4096
+# Bytes that chunk lines may have beyond CHUNK_SPARE and twice the payload, each and all together:
+# extensions have no meaning, and a body of nothing else never ends (CVE-2023-39326, Go's numbers).
+CHUNK_EXCESS = 16 * 1024
+CHUNK_SPARE = 16
+# Pieces of a body that are passed on one by one; more are joined, since each has its price.
+MOST_PIECES = 16
 # Characters of the peer's text that an error message repeats: enough to find it, no more.
 SHOWN_LIMIT = 40
 
@@ -63,6 +69,7 @@ _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = rf"[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?"
 _CHUNK = rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*"
 _CHUNK_LINE = re.compile(rf"{_CHUNK}\r\n".encode("latin-1"))
+_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 # Of answers: old Apaches and IIS fill the size up with blanks, others end lines in LF.
 _LOOSE_CHUNK_LINE = re.compile(rf"{_CHUNK}[ \t]*\r?\n".encode("latin-1"))
 
@@ -473,10 +480,12 @@ class Body:
     ``trailers``: fields that came after the payload, without those that must not come so late.
     ``rest``: bytes that came after the end and belong to the next message; b"" before.
     ``loose``: it breaks rules of HTTP so far, and was read all the same; only an answer's can.
+    ``chunks``: how many have begun so far; 0 if it has none.
     """
 
     length: int | None = None
     loose = False
+    chunks = 0
 
     def __init__(self):
         self.complete = False
@@ -543,6 +552,7 @@ class ChunkedBody(Body):
         self._read_on = self._size_line
         self._held = bytearray()                    # of an unfinished line or trailer section
         self._left = 0                              # payload bytes to come in this chunk
+        self._excess = 0                            # bytes, see CHUNK_EXCESS
 
     def feed(self, data: bytes) -> list[bytes]:
         if self.complete:
@@ -552,9 +562,11 @@ class ChunkedBody(Body):
         at = 0
         while at < len(data):
             at = self._read_on(data, at, pieces)
-        return pieces
+        return pieces if len(pieces) <= MOST_PIECES else [b"".join(pieces)]
 
     def _size_line(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        if not self._held:
+            at = self._whole_chunks(data, at, pieces)
         line, at = self._line(data, at, CHUNK_LINE_LIMIT)
         if line:
             match = _CHUNK_LINE.fullmatch(line)
@@ -565,12 +577,29 @@ class ChunkedBody(Body):
                 raise Malformed(400, f"chunk line {_shown(line.decode('latin-1'))}, expected at "
                                      "most 16 hex digits, extensions and CRLF")
             self._left = int(match[1], 16)
+            self.chunks += 1
+            self._excess = max(0, self._excess + len(line) - CHUNK_SPARE - 2 * self._left)
+            if self._excess > CHUNK_EXCESS:
+                raise Malformed(400, "chunk lines are longer than the chunks, expected a body")
             self._read_on = self._payload
             if self._left == 0:
                 self._read_on = self._trailers
                 # The CRLF just read: with it in front, a section without any trailer ends in
                 # the same blank line as every other.
                 self._held += b"\r\n"
+        return at
+
+    def _whole_chunks(self, data: bytes, at: int, pieces: list[bytes]) -> int:
+        """Chunks that are here as a whole, with nothing but a size before them: they may be tiny,
+        so they must be cheap."""
+        while match := _PLAIN_CHUNK_LINE.match(data, at):
+            begin = match.end()
+            end = begin + int(match[1], 16)
+            if end == begin or data[end:end + 2] != b"\r\n":
+                break
+            pieces.append(data[begin:end])
+            self.chunks += 1
+            at = end + 2
         return at
 
     def _payload(self, data: bytes, at: int, pieces: list[bytes]) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from http.server import BaseHTTPRequestHandler
+from time import monotonic, sleep
 
 from gotunnel import Deadline, Duplex, Ends
 from gotunnel_agent.common import http1
@@ -23,6 +24,14 @@ from .request import LEAST_RATE, VisitorGone
 from .sites import Connect
 
 log = logging.getLogger("gotunnel.visitor")
+
+# Work that a body may make: so much a second in the long run, and so much at once. The unit is some
+# 2 µs, what a chunk takes; a read takes READ_WORK with what follows from it, and each WORK_PAYLOAD
+# bytes permit a unit of their own. So bulk, and what a person types, are never slowed. A body of
+# tiny chunks or tiny segments is, until its next read finds more.
+WORK_RATE, WORK_BURST = 4000, 20_000
+READ_WORK = 50
+WORK_PAYLOAD = 64
 
 NO_FIELDS = Fields([])
 NO_CONTENT = (204, 304)  # statuses of answers that have no body (RFC 9112 §6.3)
@@ -177,6 +186,7 @@ class Http1Request:
         # Set once the body was read and the bytes behind it were given back: until then only
         # read_body() reads the connection. None if there is no body.
         self._body_read = None
+        self._worked_until = 0.0  # monotonic, when the work of the body is within WORK_RATE
         self._waiting = b""  # head of the answer that has not left yet
         self._chunked = False  # the answer is framed so
 
@@ -225,13 +235,24 @@ class Http1Request:
                 continue
             if not data:
                 raise VisitorGone
+            chunks = body.chunks
             pieces = body.feed(data)
+            self._count_work(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
         if body.complete and not self._body_read.is_set():
             if body.rest:
                 self._connection.unread(body.rest)
             self.trailers = body.trailers
             self._body_read.set()
         return pieces
+
+    def _count_work(self, units):
+        """Sleep if the body has made more work than its bytes are worth."""
+        if units > 0:
+            now = monotonic()
+            earliest = now - WORK_BURST / WORK_RATE
+            self._worked_until = max(self._worked_until, earliest) + units / WORK_RATE
+            if self._worked_until > now:
+                sleep(self._worked_until - now)
 
     def refuse_body(self):
         # It sees the end of the answer and can stop: closing at once could destroy what it has

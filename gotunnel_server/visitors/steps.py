@@ -23,6 +23,10 @@ log = logging.getLogger("gotunnel.visitor")
 # that goes on at once, as most do, is spared the detour through the listener. Not while others wait
 # for a worker.
 LINGER = 0.005
+# Waits in one state after which a connection's next bytes are looked at only each TRICKLE seconds:
+# a hello or a head comes in a few pieces, and byte by byte each would take a step.
+FREE_WAITS = 64
+TRICKLE = 0.1
 
 
 class Step(NamedTuple):
@@ -46,6 +50,7 @@ class Stepwise:
         self._visitor = visitor
         self._state = state
         self._deadline = None  # monotonic, of the state; None: nothing was waited for in it
+        self._waits = 0  # in the state
 
     @property
     def address(self):
@@ -85,7 +90,7 @@ class Stepwise:
 
     def _go_to(self, state):
         """Enter a state, whose time begins anew. Returns what a step returns."""
-        self._state, self._deadline = state, None
+        self._state, self._deadline, self._waits = state, None, 0
         return True
 
     def _hear(self):
@@ -108,5 +113,10 @@ class Stepwise:
             with contextlib.suppress(TimeoutError):
                 self.duplex.wait_readable(LINGER)
                 return True
-        self._visitor.listener.park(self, max(0, self._deadline - monotonic()))
+        listener, left = self._visitor.listener, max(0, self._deadline - monotonic())
+        self._waits += 1
+        if self._waits > FREE_WAITS and left and not listener.stopping:
+            listener.call_later(self.ready, min(left, TRICKLE))
+        else:
+            listener.park(self, left)
         return False

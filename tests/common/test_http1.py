@@ -1,7 +1,9 @@
 """http1.py by bytes: what is accepted, and row by row what is refused and with which status."""
 
+import math
 import random
 import re
+import time
 
 import pytest
 
@@ -781,6 +783,49 @@ def test_trailers_that_come_too_late_are_dropped(name):
     body = http1.ChunkedBody()
     body.feed(f"0\r\nA: b\r\n{name}: 5\r\nC: d\r\n\r\n".encode())
     assert body.complete and body.trailers == [("A", "b"), ("C", "d")]
+
+
+def test_tiny_chunks_are_passed_on_together():
+    body = http1.ChunkedBody()
+    assert body.feed(b"1\r\nx\r\n" * 16) == [b"x"] * 16
+    assert body.feed(b"1\r\nx\r\n" * 10_000 + b"2\r\ny") == [b"x" * 10_000 + b"y"]
+    assert body.chunks == 10_017 and not body.complete
+
+
+def test_extensions_of_a_body_are_bounded_by_its_payload():
+    long = b";a=" + b"b" * 1000
+    body = http1.ChunkedBody()
+    for _ in range(100):  # the payload is worth them
+        body.feed(b"200%b\r\n%b\r\n" % (long, bytes(0x200)))
+    refused(400, read_body, http1.ChunkedBody(), [b"1%b\r\nx\r\n" % long] * 20)
+    refused(400, read_body, http1.ChunkedBody(lenient=True), [b"1%b\r\nx\r\n" % long] * 20)
+    body = http1.ChunkedBody()
+    for _ in range(100):  # what curl, proxies and padders write
+        body.feed(b"00000001;a=b\r\nx\r\n")
+    assert body.chunks == 100
+
+
+@pytest.mark.timeout(30)
+def test_chunk_of_one_byte_costs_no_more_a_byte_than_a_head():
+    """So a visitor gains nothing by them, and TLS and the kernel bound it as they bound all."""
+    def cost(function, data):
+        best = math.inf
+        for _ in range(5):
+            began = time.process_time()
+            for _ in range(50):
+                function(data)
+            best = min(best, (time.process_time() - began) / len(data))
+        return best
+
+    def read_head(head):
+        read = http1.parse_request(head[:http1.head_end(head)])
+        http1.hostname(read)
+        http1.request_body(read)
+
+    def read_chunks(data):
+        http1.encode_chunk(b"".join(http1.ChunkedBody().feed(data)))
+
+    assert cost(read_chunks, b"1\r\nx\r\n" * 2000) < cost(read_head, HEAD)
 
 
 def test_chunked_body_holds_back_no_more_than_a_line():

@@ -347,3 +347,67 @@ def test_visitor_that_leaves_after_its_answer_is_not_waited_for(serving, origin)
     visitor.close()
     wait_until(lambda: not gateway.inner._visitors.parting._taken, 3)
 
+
+
+# Visitors that make much work of few bytes -------------------------------------------------------
+
+
+@pytest.fixture
+def little_work(monkeypatch):
+    """The budget of a body is spent soon, and grows slowly."""
+    monkeypatch.setattr(http1_server, "WORK_BURST", 1000)
+    monkeypatch.setattr(http1_server, "WORK_RATE", 1000)
+
+
+def test_body_of_tiny_chunks_is_slowed_and_arrives(serving, origin, little_work):
+    gateway = serving()
+    visitor, target = begin(gateway, origin, CHUNKED)
+    with visitor:
+        began = time.monotonic()
+        visitor.send(b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n")
+        body = b""
+        while size := int(target.read_until(b"\r\n"), 16):
+            body += target.read_exactly(size)
+            target.read_exactly(2)
+        assert body == b"x" * 3000 and time.monotonic() - began > 1.5
+        target.send(answer(b"ok"))
+        assert visitor.read_message()[1] == b"ok"
+
+
+def test_body_of_tiny_segments_takes_few_reads(serving, origin, little_work, monkeypatch):
+    reads = []
+    count_work = http1_server.Http1Request._count_work
+    monkeypatch.setattr(http1_server.Http1Request, "_count_work",
+                        lambda request, units: [reads.append(units), count_work(request, units)])
+    gateway = serving()
+    visitor, target = begin(gateway, origin, "Content-Length: 1000")
+    with visitor:
+        for _ in range(1000):
+            visitor.send(b"x")
+            time.sleep(0.001)
+        assert target.read_exactly(1000) == b"x" * 1000
+        assert len(reads) < 150
+        target.send(answer(b"ok"))
+        assert visitor.read_message()[1] == b"ok"
+
+
+def test_bulk_and_what_a_person_types_are_not_slowed(serving, origin, monkeypatch):
+    slept = []
+    monkeypatch.setattr(http1_server, "sleep", slept.append)
+    gateway = serving()
+    visitor, target = begin(gateway, origin, CHUNKED)
+    with visitor:
+        for _ in range(20):
+            visitor.send(b"1\r\nx\r\n")
+            assert target.read_exactly(6) == b"1\r\nx\r\n"
+        line = b"64\r\n" + b"x" * 100 + b"\r\n"
+        sending = threading.Thread(target=visitor.send, args=[line * 50_000 + b"0\r\n\r\n"])
+        sending.start()
+        size = 0
+        while length := int(target.read_until(b"\r\n"), 16):
+            size += len(target.read_exactly(length))
+            target.read_exactly(2)
+        sending.join()
+        assert size == 5_000_000 and not slept
+        target.send(answer(b"ok"))
+        assert visitor.read_message()[1] == b"ok"

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from gotunnel_server.visitors import arrival, connection
-from gotunnel_server.visitors.steps import Step, Stepwise
+from gotunnel_server.visitors.steps import FREE_WAITS, TRICKLE, Step, Stepwise
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,11 @@ class Waiting(Stepwise):
 
     def __init__(self, crowded):
         self.lingered = self.parked = 0
-        listener = types.SimpleNamespace(crowded=crowded, park=self._park)
+        listener = types.SimpleNamespace(
+            crowded=crowded, park=self._park, call_later=self._call_later, stopping=False
+        )
+        self.called_later = 0
+        self.listener = listener
         duplex = types.SimpleNamespace(wait_readable=self._linger)
         visitor = types.SimpleNamespace(duplex=duplex, listener=listener, address=("192.0.2.1", 1))
         super().__init__(types.SimpleNamespace(is_draining=lambda: False), visitor, "waiting")
@@ -50,6 +54,10 @@ class Waiting(Stepwise):
         assert connection is self and 0 < timeout <= 10
         self.parked += 1
 
+    def _call_later(self, function, timeout):
+        assert function == self.ready and 0 < timeout <= TRICKLE
+        self.called_later += 1
+
     def _wait_for_more(self):
         return self._wait(10)
 
@@ -61,3 +69,21 @@ def test_a_visitor_that_goes_on_at_once_is_waited_for_unless_others_wait_for_a_t
     connection = Waiting(crowded)
     connection.ready()
     assert (connection.lingered, connection.parked) == (0 if crowded else 1, 1)
+
+
+def test_a_visitor_that_trickles_takes_few_steps():
+    """Byte by byte: each would take one. Where nothing is called later any more, it parks."""
+    waiting = Waiting(crowded=True)
+    for _ in range(FREE_WAITS + 1):
+        waiting.ready()
+    assert (waiting.parked, waiting.called_later) == (FREE_WAITS + 1, 0)
+    for _ in range(10):
+        waiting.ready()
+    assert waiting.called_later == 10
+    waiting.listener.stopping = True
+    waiting.ready()
+    assert waiting.parked == FREE_WAITS + 2
+    waiting._go_to("waiting")  # a new state
+    waiting.listener.stopping = False
+    waiting.ready()
+    assert (waiting.parked, waiting.called_later) == (FREE_WAITS + 3, 10)
