@@ -21,6 +21,7 @@ its streams (gotunnel.py).
 import functools
 import logging
 import os
+from time import monotonic
 
 from gotunnel import __version__
 from gotunnel_agent.common import addresses
@@ -63,7 +64,7 @@ STEP_THREADS = min(max(2 * (os.cpu_count() or 1), 4), 32)
 REGISTRATION_THREADS = 8
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
-HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP, which only sends on
+HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
 # left is for files, the gateway's own ports and the connections that they take themselves.
@@ -181,14 +182,18 @@ class Gateway:
     # Visitors
 
     def _build_visitors(self, config):
+        self._site = choose_site(
+            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
+        )
         self._visitors = self._build_port(
             PublicPort,
             config.workers,
             context=self._certificates.fronts(config.gateway_host).context,
-            site=choose_site(
-                self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
+            site=self._site,
+            redirect=choose_redirect(
+                self._registry.lookup, config.gateway_host,
+                proxies=self._proxies, secured=self._site,
             ),
-            redirect=choose_redirect(self._registry.lookup, config.gateway_host),
             registry=self._registry,
             raw_host=config.raw_tcp_host,
             challenges=self._challenges,
@@ -226,9 +231,12 @@ class Gateway:
         if config.http_port is None:
             return
         site = choose_redirect(
-            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges
-        )
-        port = self._build_port(Port, HTTP_REQUESTS, site=site)
+            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
+            proxies=self._proxies, secured=self._site,
+        )  # fmt: skip
+        # A proxy that has ended TLS may bring all visitors here.
+        requests = config.workers if config.trusted_proxies else HTTP_REQUESTS
+        port = self._build_port(Port, requests, site=site)
         self.http_port = self._listeners.add(
             "HTTP_PORT", config.http_port, port, self._plain_places(HTTP_CONNECTIONS),
             port.first_timeout,
@@ -287,14 +295,14 @@ class Gateway:
         for watcher in self._watchers:
             watcher.stop()
         self._keeper.stop()
-        self._visitors.start_draining()
+        for port in self._visitor_ports:
+            port.start_draining()
         self._ports.close()
         self._listeners.stop()
-        left = self._visitors.drain(self._drain_timeout)
+        until = monotonic() + self._drain_timeout
+        left = sum(port.drain(max(0, until - monotonic())) for port in self._visitor_ports)
         if left:
             log.warning("%d visits did not end in %g s and were cut", left, self._drain_timeout)
-        for port in self._visitor_ports:
-            port.drain(0)
         self._newcomers.close()  # before the tunnels: one may become the other meanwhile
         self.tunnels.close()
         self._steps.shutdown(LAST_JOBS)

@@ -49,7 +49,10 @@ SHOWN_LIMIT = 40
 _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"             # RFC 9110 §5.6.2
 _TOKEN = re.compile(f"{_TCHAR}+")
 _ODD = re.compile(r"[^0-9a-z]")                     # in a name, see plain_name()
-_TARGET = re.compile(r"[!-\"$-~]+")                 # visible ASCII without "#", the fragment
+# Visible ASCII without "#", the fragment; and bytes that may be UTF-8, see _read_utf8.
+_TARGET = re.compile(r"[!-\"$-~\x80-\xff]+")
+_WHITE_SPACE = re.compile(r"\s")                     # as Unicode has it
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 # RFC 9110 §15 ends at 599, and asks readers to bear with what lies above.
 _STATUS_LINE = re.compile(r"([^ ]+) ([1-9][0-9][0-9])(?: (.*))?")
@@ -240,9 +243,33 @@ def parse_request(head: bytes) -> Request:
     if len(target) > TARGET_LIMIT:
         raise Malformed(414, f"target of {len(target)} bytes, expected at most {TARGET_LIMIT}")
     if not _TARGET.fullmatch(target):
-        raise Malformed(400, f"target {_shown(target)}, expected visible ASCII and no fragment")
+        raise Malformed(400, f"target {_shown(target)}, expected visible ASCII or UTF-8, and no "
+                             "fragment")
+    if not target.isascii():
+        target = _read_utf8(target)
     _split_target(method, target)
     return Request(method, target, minor, fields)
+
+
+def _read_utf8(target: str) -> str:
+    """A target with raw UTF-8, which no standard permits and curl and some browsers send.
+
+    It stays as it came where every target reads it alike. Some split the request line at white
+    space as Unicode has it, in latin-1 (0x85, 0xA0: http.server) or in UTF-8; what looks like that
+    is percent-encoded, which says the same. Raises Malformed for bytes that are no UTF-8.
+    """
+    try:
+        text = target.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise Malformed(400, f"target {_shown(target)}, expected its bytes to be UTF-8") from None
+    if not (_WHITE_SPACE.search(target) or _WHITE_SPACE.search(text)):
+        return target
+    return percent_encoded(target)
+
+
+def percent_encoded(target: str) -> str:
+    """A request's target in ASCII alone, for a field that must have it so (RFC 3986 §2.1)."""
+    return _NOT_ASCII.sub(lambda byte: f"%{ord(byte[0]):02X}", target)
 
 
 def parse_response(head: bytes) -> Response:

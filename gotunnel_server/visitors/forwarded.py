@@ -70,6 +70,14 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
     ]
 
 
+def came_by_https(came: Fields, peer: str, proxies: Proxies) -> bool:
+    """Whether a trusted proxy at ``peer`` says that it has ended its visitor's TLS."""
+    if peer not in proxies:
+        return False
+    schemes = ",".join(came.all("x-forwarded-proto")).split(",")
+    return schemes[-1].strip(" \t").lower() == "https"  # the last one is the proxy's own word
+
+
 def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
     """The address of who visits: ``peer``'s, or whom that one names. A trusted proxy may name
     somebody without an address: then it is "", which is on no list of addresses."""

@@ -89,8 +89,9 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def in_head(self) -> bool:
-        """Part of a head has come, and the rest is awaited."""
-        return bool(self._buffer)
+        """Part of a head has come, and the rest is awaited. An empty line is none: some visitors
+        send one behind a body, and perhaps nothing more (RFC 9112 §2.2)."""
+        return self._buffer not in (b"", b"\r", b"\r\n")
 
     def head_came(self) -> bool:
         """Take what has come of the next head; True once it is whole. Does not wait.

@@ -7,6 +7,8 @@ or a Forward. Nothing is read or sent here.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gotunnel_agent.common import http1
+
 from ..routes import Route
 from . import forwarded, pages
 from .forwarded import Proxies
@@ -92,8 +94,13 @@ def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Sit
     return site
 
 
-def choose_redirect(lookup, gateway_host: str, public_port=None, challenges=None) -> Site:
+def choose_redirect(
+    lookup, gateway_host: str, public_port=None, challenges=None, *, proxies: Proxies, secured: Site
+) -> Site:
     """The site of visitors without TLS: the way to https.
+
+    One of ``proxies`` may have ended its visitor's TLS: then ``secured`` is the site, since a
+    visitor that has come by https would be sent there for ever.
 
     ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name. On the port for plain
     HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may
@@ -106,6 +113,8 @@ def choose_redirect(lookup, gateway_host: str, public_port=None, challenges=None
             return pages.error(403, "no-tls", "This gateway connects only through TLS.")
         if challenges is not None and challenges.is_asked_for(path):
             return proof(request.method, challenges.body(hostname, path))
+        if forwarded.came_by_https(request.fields, request.peer, proxies):
+            return secured(request)
         route = lookup(hostname)
         if route is None and hostname != gateway_host:
             return pages.no_tunnel(hostname)
@@ -116,7 +125,8 @@ def choose_redirect(lookup, gateway_host: str, public_port=None, challenges=None
         else:
             host = f"{hostname}:{public_port()}"
         host = host.removesuffix(":443")
-        path = path.removeprefix("*")  # of OPTIONS: the site as a whole
+        # "*" is of OPTIONS: the site as a whole.
+        path = http1.percent_encoded(path.removeprefix("*"))
         return pages.moved(f"https://{host}{path}", request.method)
 
     def proof(method, body):

@@ -132,7 +132,10 @@ BAD_REQUEST_LINES = [
     (400, b"GET /\x00 HTTP/1.1"),
     (400, b"GET /\x7f HTTP/1.1"),
     (400, b"GET /\r HTTP/1.1"),
-    (400, b"GET /\xc3\xa9 HTTP/1.1"),
+    (400, b"GET /\xe9 HTTP/1.1"),
+    (400, b"GET /?q=\xc3 HTTP/1.1"),
+    (400, b"GET /\xc0\xaf HTTP/1.1"),
+    (400, b"GET /\xed\xa0\x80 HTTP/1.1"),
     (400, b"GET /#fragment HTTP/1.1"),
     (400, b"GET * HTTP/1.1"),
     (400, b"GET a HTTP/1.1"),
@@ -318,6 +321,26 @@ TARGETS = [
 def test_target_is_reduced_to_origin_form(line, name, target):
     read = request("Host: a", first=f"{line} HTTP/1.1")
     assert (http1.hostname(read), http1.origin_target(read)) == (name, target)
+
+
+@pytest.mark.parametrize(
+    ("raw", "passed"),
+    [
+        ("/?q=größe", "/?q=größe"),
+        ("/日本/€?ж=1", "/日本/€?ж=1"),
+        ("http://a/größe", "/größe"),
+        # In latin-1 a byte of these is white space, for which http.server ends a target ...
+        ("/voilà?q=ü", "/voil%C3%A0?q=%C3%BC"),
+        ("/Å", "/%C3%85"),
+        # ... and these are white space themselves.
+        ("/a\u2028b", "/a%E2%80%A8b"),
+        ("/a\u3000b", "/a%E3%80%80b"),
+    ],
+)
+def test_utf8_in_a_target_is_passed_on_as_every_target_reads_it(raw, passed):
+    read = http1.parse_request(f"GET {raw} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    assert http1.origin_target(read).encode("latin-1") == passed.encode()
+    assert http1.percent_encoded(http1.origin_target(read)).isascii()
 
 
 @pytest.mark.parametrize("target", ["http://b/", "http://a@b/", "http://b@a/", "http://a.b/"])

@@ -789,6 +789,23 @@ def test_trickling_head_is_a_408_too(cache, tmp_path, origin, quick_sweeps):
                     break
 
 
+@pytest.mark.parametrize("behind", [b"\r", b"\r\n"])
+def test_empty_line_behind_a_body_is_no_head_that_is_late(
+    cache, tmp_path, origin, quick_sweeps, behind
+):
+    origin.serve(echo_path)
+    with served_with(cache, tmp_path, origin, HEADER_TIMEOUT="0.1") as gateway:
+        with gateway.dial(APP) as visitor:
+            visitor.send(request("POST", "/1", body=b"x") + behind)
+            assert visitor.read_message()[1] == b"/1"
+            visitor.sock.settimeout(1)
+            with pytest.raises(TimeoutError):
+                visitor.read()
+            visitor.sock.settimeout(SOON)
+            visitor.send((b"\n" if behind == b"\r" else b"") + request("GET", "/2"))
+            assert visitor.read_message()[1] == b"/2"
+
+
 def test_idle_connection_is_closed_without_a_word(cache, tmp_path, origin, quick_sweeps):
     with served_with(cache, tmp_path, origin, IDLE_TIMEOUT="0.3") as gateway:
         with gateway.dial(APP) as visitor:
