@@ -29,6 +29,7 @@ type gateway struct {
 	host   string // the only SNI that agents may dial
 	secret string
 	ping   time.Duration
+	goAway time.Duration // after the ack; 0: never
 
 	mutex   sync.Mutex         // guards tunnels
 	tunnels map[string]*tunnel // by hostname, lower case
@@ -47,6 +48,7 @@ func runGateway(arguments []string) error {
 	flags.StringVar(&g.host, "gateway-host", "", "")
 	flags.StringVar(&g.secret, "secret", "", "")
 	flags.DurationVar(&g.ping, "ping", pingEvery, "")
+	flags.DurationVar(&g.goAway, "go-away", 0, "")
 	parse(flags, arguments, "cert", "key", "gateway-host", "secret")
 
 	pair, err := tls.LoadX509KeyPair(*cert, *key)
@@ -149,6 +151,12 @@ func (g *gateway) serveAgent(conn *tls.Conn) {
 	}
 	for _, hostname := range sortedNames(message.Routes) {
 		fmt.Println("registered", hostname)
+	}
+	if g.goAway > 0 {
+		time.AfterFunc(g.goAway, func() {
+			session.GoAway()
+			fmt.Println("sent GoAway(0)")
+		})
 	}
 	fmt.Println("session ended:", g.heartbeats(control))
 }

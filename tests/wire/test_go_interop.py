@@ -27,6 +27,7 @@ from support import (
 )
 
 from gotunnel import MessageReader, Pong
+from gotunnel_agent import agent as agent_module
 from gotunnel_server.agents import control_stream, heartbeat
 from gotunnel_server.visitors import relays
 
@@ -299,3 +300,21 @@ def test_half_close_of_a_visitor_reaches_our_agents_target(gopeer, cache, tmp_pa
                 target.send(b"answer")
                 target.close()
                 assert visitor.read_to_end() == b"answer"
+
+
+def test_an_agent_whose_go_gateway_sends_go_away_serves_on_by_the_old_session(
+    gopeer, cache, tmp_path, origin, monkeypatch
+):
+    """For such a gateway the old session has the hostname as long as it lives."""
+    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.05)
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    with go_gateway(gopeer, cache, "-go-away", "300ms", "-ping", "200ms") as gateway:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            for line in ("^sent GoAway", "^refused: host already registered"):
+                gateway.program.wait_for(line)
+                for _ in range(20):
+                    assert gateway.get(APP) == (200, b"page")
+            pongs = gateway.program.lines.count("pong")
+            wait_until(lambda: gateway.program.lines.count("pong") > pongs + 2)
+            assert "session ended" not in "\n".join(gateway.program.lines)
