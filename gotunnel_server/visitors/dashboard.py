@@ -120,13 +120,15 @@ def _row(hostname, route, tunnel, public_port, certificate):
     name = _link(hostname, route, public_port)
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
-    if not certificate.is_ready:
-        kind, text = certificate.name.value, escape(str(certificate))
-        name += f'<br><small class="{kind}">certificate {text}</small>'
     agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"
-    return f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'
+    row = f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'
+    if not certificate.is_ready:  # a CA may have much to say: it gets the whole width
+        kind, text = certificate.name.value, escape(str(certificate))
+        note = f'<small class="{kind}">certificate {text}</small>'
+        row += f'\n<tr class="note"><td colspan="5">{note}'
+    return row
 
 
 def _count(number, noun):
