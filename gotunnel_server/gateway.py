@@ -38,6 +38,7 @@ from .certs.contexts import Certificates
 from .certs.keeper import Keeper
 from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
+from .certs.turns import UNLIMITED
 from .listeners import Listeners
 from .net.listener import descriptor_limit
 from .net.shares import Places
@@ -130,11 +131,19 @@ class Gateway:
             self._certificates,
             own_names=self._own_names,
             served=self._registry.routes,
+            owner=self._owner,
             on_change=self._tell_certificate,
             earlier=authority.hostnames() if authority else (),
             ordering=config.acme
             and ordering.set_up(config.acme, config.acme_cache, self._challenges),
         )
+
+    def _owner(self, hostname):
+        """Whose orders those for a hostname are: its agent's, and that one's limits."""
+        route = self._registry.lookup(hostname)
+        if route is None:
+            return None, UNLIMITED
+        return route.tunnel.agent.blame, route.tunnel.identity.limits
 
     def _tell_certificate(self, hostname):
         """Let the agent that serves a hostname know how its certificate stands now. Any thread."""

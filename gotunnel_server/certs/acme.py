@@ -258,7 +258,10 @@ class Ca:
         return account.get("status") in ("deactivated", "revoked")
 
     def _how_to_get_another(self) -> str:
-        return f"remove {self._store.where_account()}, and the next order makes a new one"
+        return (
+            f"remove {self._store.where_account()} and have a hostname ordered (gotunnel-server "
+            "certificates --renew NAME), which makes another one"
+        )
 
     def _new_account(self, ca) -> str:
         fields = {"termsOfServiceAgreed": True}

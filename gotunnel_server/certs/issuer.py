@@ -91,6 +91,7 @@ class Issuer:
         self._challenges = challenges
         self._on_change = on_change
         self._clock = clock
+        self._saving = threading.Lock()  # held to write the turns: never older ones over newer
         self._lock = threading.Condition()  # guards what follows; notified when a look is worth it
         self._hosts: dict[str, Wanted] = {}
         self._jobs: set[threading.Thread] = set()
@@ -177,8 +178,8 @@ class Issuer:
                 if other.agent == host.agent and other.has_only_waited and not other.busy
             ] if host.agent is not None else []  # fmt: skip
         for other in waiting[:-MOST_WAITING]:
-            log.warning("%s: forgotten while it waits for its turn: its agent has more than %d",
-                        other.name, MOST_WAITING)  # fmt: skip
+            log.debug("%s: forgotten while it waits for its turn: its agent has more than %d",
+                      other.name, MOST_WAITING)  # fmt: skip
             self.drop(other.name)
 
     def hostnames(self) -> set[str]:
@@ -363,9 +364,7 @@ class Issuer:
                     self._in_turn.append(host)
                     log.warning("%s: %s%s", host.name, WAITS, longest.why)
                 return soonest
-        for token in tokens:
-            self._turns.take(token, now)
-        host.begin_turn(tokens)
+        host.begin_turn([token for token in tokens if self._turns.take(token, now)])
         return None
 
     def _give_back(self, host, *what):
@@ -425,9 +424,10 @@ class Issuer:
             self._save_turns()
 
     def _save_turns(self):
-        with self._lock:
-            turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
-        self._save(self._store.save_turns, turns)
+        with self._saving:
+            with self._lock:
+                turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
+            self._save(self._store.save_turns, turns)
 
     def _news(self) -> list[str]:
         """Whose state is to be told: that who failed waits again is no news. Counts as told, once.

@@ -47,19 +47,22 @@ class Keeper:
         own_names: Iterable[str],
         served: Callable[[], Iterable[str]],
         on_change: Callable[[str], None],
+        owner: Callable[[str], tuple[object, Limits]] = lambda hostname: (None, UNLIMITED),
         earlier: Iterable[str] = (),
         ordering: Ordering | None = None,
     ):
         """``own_names`` are the gateway's: they always are wanted. ``served()`` gives the hostnames
-        that agents serve now. ``on_change(hostname)`` is called, in a thread of ours and without a
-        lock, when state(hostname) may have changed; it must not block. ``earlier`` are hostnames
-        that our own CA has signed for. ``ordering`` is None if nothing is ordered.
+        that agents serve now, and ``owner(hostname)`` whose orders those are, with that one's
+        limits. ``on_change(hostname)`` is called, in a thread of ours and without a lock, when
+        state(hostname) may have changed; it must not block. ``earlier`` are hostnames that our own
+        CA has signed for. ``ordering`` is None if nothing is ordered.
 
         Raises CertificateError if a name of the gateway's has no certificate, and can get none.
         """
         self._certificates = certificates
         self._own_names = tuple(own_names)
         self._served = served
+        self._owner = owner
         self._on_change = on_change
         self._store = ordering and ordering.store
         self._issuer = ordering and Issuer(
@@ -96,8 +99,9 @@ class Keeper:
     ) -> None:
         """See to it that hostnames have certificates, now or soon; what goes wrong is logged.
 
-        ``agent`` is whose orders they count as (any hashable), None for the gateway; ``limits`` are
-        that one's. Reads the disk, so do not call it in a handshake.
+        ``agent`` is whose orders they count as (any hashable), None for the one that serves them,
+        or else the gateway; ``limits`` are that one's. Reads the disk, so do not call it in a
+        handshake.
         """
         self._certificates.reload()  # once for all: it is a look at each of hundreds of files
         for hostname in hostnames:
@@ -116,6 +120,8 @@ class Keeper:
         if self._certificates.is_given(hostname):
             self._issuer.drop(hostname)
             return
+        if agent is None and hostname not in self._own_names:
+            agent, limits = self._owner(hostname)
         try:
             self._issuer.want(hostname, agent, limits)
         except ValueError as error:

@@ -177,12 +177,16 @@ class Turns:
         # Times are rounded, so a thousandth of a token may be missing.
         return max(0.0, full_at - now - (most - 0.999) * interval)
 
-    def take(self, token: Token, now):
-        """Whether there is one or not."""
+    def take(self, token: Token, now) -> bool:
+        """Whether it was taken. If there is none, the bucket stays empty and owes nothing: hundreds
+        of renewals that come at once delay first orders by no more than it takes to fill."""
+        if self.wait(token, now) > 0:
+            return False
         full_at = max(self._full_at.get(token.bucket, now), now)
         self._full_at[token.bucket] = full_at + token.allowance.interval
         if len(self._full_at) > MOST_BUCKETS:
             self._forget(now)
+        return True
 
     def give_back(self, token: Token):
         if token.bucket in self._full_at:
@@ -228,7 +232,7 @@ class Turns:
         """What has to outlive a restart, for JSON."""
         self._forget(now)
         self._held = {name: held for name, held in self._held.items() if held[0] > now}
-        return {"full_at": self._full_at, "held": self._held, "at": now}
+        return {"full_at": dict(self._full_at), "held": dict(self._held), "at": now}
 
     def restore(self, kept, now):
         """Take what as_dict() made. What makes no sense counts as missing; no bucket is further

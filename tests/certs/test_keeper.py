@@ -11,6 +11,7 @@ from fake_ca import DAY, Proofs
 from support import ROOT, TIMEOUT, wait_until
 from test_issuer import ScriptedCa, refused
 
+from gotunnel_server.agents.agents_file import Limits
 from gotunnel_server.certs import keeper as keeper_module
 from gotunnel_server.certs.contexts import Certificates
 from gotunnel_server.certs.folder import open_store
@@ -25,7 +26,7 @@ APP, OWN, URL = "app.localhost", "gateway.localhost", "https://ca.example/dir"
 class House:
     """A keeper that orders, and what it is connected with."""
 
-    def __init__(self, folder, served=(), cert_dir=None):
+    def __init__(self, folder, served=(), cert_dir=None, **more):
         self.ca = ScriptedCa(time.time)
         self.store = open_store(folder / "cache", URL)
         self.certificates = Certificates(cert_dir, None)
@@ -33,6 +34,7 @@ class House:
         self.keeper = Keeper(
             self.certificates, own_names=[OWN], served=lambda: set(self.served),
             on_change=self.changed.put, ordering=Ordering(self.ca, self.store, Proofs()),
+            **more,
         )  # fmt: skip
 
     def __enter__(self):
@@ -164,3 +166,16 @@ def test_a_gateway_that_orders_nothing_does_not_load_what_ordering_takes():
     )
     command = [sys.executable, "-c", script, str(ROOT)]
     assert subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT).stdout == "[]\n"
+
+
+def test_what_is_ordered_at_a_review_counts_as_its_agents(tmp_path, monkeypatch):
+    """Or an agent whose hostnames wait would have them at the gateway's expense."""
+    limits = Limits(hostnames=1)
+    names = [f"h{number}.localhost" for number in range(9)]
+    with House(tmp_path, served=names, owner=lambda hostname: ("agent", limits)) as house:
+        house.keeper.want(names[:1], "agent", limits)
+        house.keeper._review_at = 0
+        house.keeper.look()
+        wait_until(lambda: all(house.keeper.state(name).name != WAITING for name in names))
+        assert sum(house.keeper.state(name).is_ready for name in names) == 6
+        assert house.keeper.state(OWN).is_ready

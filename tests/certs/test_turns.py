@@ -144,6 +144,16 @@ def test_renewals_wait_for_no_turn_and_leave_the_others_less(house):
     assert len(house.look()) == 220
 
 
+def test_renewals_that_come_all_at_once_leave_no_debt(house):
+    """After a long outage, or with lifetimes of days."""
+    turns = Turns()
+    for _ in range(5000):
+        for token in turns.of_renewal():
+            turns.take(token, NOW)
+    (token,) = turns.of_renewal()
+    assert 0 < turns.wait(token, NOW) <= 41  # seconds: 270 in three hours
+
+
 def test_what_the_operator_asks_for_waits_for_no_turn(house):
     want(house, of("example.com", 41))
     house.look()
