@@ -40,6 +40,7 @@ from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
 from .certs.turns import UNLIMITED
 from .listeners import Listeners
+from .net.client_hello import ALWAYS_TAKEN
 from .net.listener import descriptor_limit
 from .net.shares import Places
 from .net.turns import FairWorkers
@@ -52,9 +53,6 @@ from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
 
-# A visitor that names protocols of its own may want one of them back: HTTP's, and PostgreSQL's
-# clients, which else refuse direct TLS.
-ALPN = ("http/1.1", "postgresql")
 # For handshakes and heads: short work, of which nothing waits for a peer while others wait. No more
 # than the CPUs need: 32 on two kept the listeners from running when one address flooded a port with
 # ClientHellos, so that it took seconds until a visitor was accepted.
@@ -126,7 +124,7 @@ class Gateway:
     def _build_keeper(self, config):
         authority = Authority(config.acme_cache / LOCAL_FOLDER) if config.local_ca else None
         self._ca_file = authority and authority.ca_file
-        self._certificates = Certificates(config.cert_dir, authority, alpn=ALPN)
+        self._certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
         self._keeper = Keeper(
             self._certificates,
             own_names=self._own_names,

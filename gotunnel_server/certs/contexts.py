@@ -33,6 +33,7 @@ from gotunnel_agent.common.hostnames import normal_hostname
 from gotunnel_agent.common.tls import AEAD, IGNORE_UNEXPECTED_EOF
 
 from .cert_dir import CertDir, Pair, Served, load_pair
+from .choices import Choices, Loaded
 from .local_ca import RENEW_BEFORE, Authority, CertificateError
 
 __all__ = ["CertificateError", "Certificates", "Fronts"]
@@ -63,6 +64,7 @@ class Certificates:
         self.cert_dir = cert_dir
         self._alpn = alpn
         self._authority = authority
+        self._choices = Choices(self._new_context)
         self._cert_dir = CertDir(cert_dir, self._new_context) if cert_dir else None
         # Grows by one a registered hostname, so whom we let register bounds it.
         self._issued: dict[str, Pair] = {}
@@ -134,9 +136,11 @@ class Certificates:
         return _find(outdated, hostname)
 
     def front(
-        self, default: str, allowed: Callable[[str], bool] | None = None
+        self, default: str, allowed: Callable[[str], bool] | None = None,
+        protocol: str | None = None,
     ) -> ssl.SSLContext:
-        """The context with which a port begins its handshakes.
+        """The context with which a port begins its handshakes. `protocol` is the only one that it
+        takes by ALPN, None for `alpn`.
 
         A visitor who names no hostname gets the certificate of `default`. Who names one without
         a certificate, or one that is not `allowed`, gets the alert unrecognized_name (RFC 6066
@@ -157,6 +161,8 @@ class Certificates:
                 context = self.context(hostname) if welcome else None
                 if context is None:
                     return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+                if protocol is not None:
+                    context = self._choices.context(context, protocol)
                 connection.context = context
                 return None     # go on
             except Exception as error:      # out of here it would be a traceback a handshake
@@ -182,8 +188,8 @@ class Certificates:
             if known is None or (known.begins, known.ends) <= (issued.begins, issued.ends):
                 self._issued[hostname] = issued
 
-    def _new_context(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    def _new_context(self, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
+        context = Loaded()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # A renegotiation costs us far more than whoever asks for it, and HTTP has no use for it.
         # Compression tells secrets by their length (CRIME).
@@ -192,8 +198,8 @@ class Certificates:
         # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
         if hasattr(context, "num_tickets"):     # not in every TLS library that Python is built on
             context.num_tickets = 1
-        if self._alpn:
-            context.set_alpn_protocols(list(self._alpn))
+        if alpn := alpn or self._alpn:
+            context.set_alpn_protocols(list(alpn))
         return context
 
 
@@ -218,11 +224,14 @@ class Fronts:
         self._fronts: OrderedDict[str, tuple[ssl.SSLContext, float]] = OrderedDict()
         self._lock = threading.Lock()   # guards _fronts
 
-    def context(self, sni: str | None) -> ssl.SSLContext:
-        """The front for the hostname in a ClientHello, None if it names none. No disk."""
+    def context(self, sni: str | None, protocol: str | None = None) -> ssl.SSLContext:
+        """The front for the hostname in a ClientHello, None if it names none. No disk. With a
+        `protocol`, that is what it takes by ALPN; then no session is resumed."""
         hostname = self._default if sni is None else normal_hostname(sni)
         if not self._is_welcome(hostname):
             return self._refusing
+        if protocol is not None:
+            return self._certificates.front(hostname, lambda other: False, protocol)
         now = self._now()
         with self._lock:
             while self._fronts and next(iter(self._fronts.values()))[1] <= now:

@@ -42,6 +42,12 @@ _NAME_HOST = 0                  # RFC 6066 §3, the only name type there is
 # The one ALPN protocol that a CA offers in a TLS-ALPN-01 validation (RFC 8737 §4).
 ACME_TLS = "acme-tls/1"
 
+POSTGRESQL = "postgresql"  # offered by PostgreSQL's clients that begin with TLS at once
+# What a hostname takes whatever its mode is: HTTP/1.1 is what a target most likely speaks if a
+# visitor, such as curl, offers that beside HTTP/2.
+ALWAYS_TAKEN = ("http/1.1", POSTGRESQL)
+
+_PROTOCOL = re.compile(r"[!-~]{1,255}")  # as all that are registered are written
 _HOSTNAME = re.compile(REQUESTED_NAME)
 
 
@@ -54,6 +60,14 @@ class Hello(NamedTuple):
     """
     server_name: str | None
     alpn: tuple[str, ...]
+
+
+def own_protocol(offered: tuple[str, ...]) -> str | None:
+    """Which protocol a hostname in tcp mode takes, whose target speaks whatever the visitor wants:
+    the visitor's first choice; None if it offers none, or one of ALWAYS_TAKEN."""
+    if not offered or set(offered) & set(ALWAYS_TAKEN) or not _PROTOCOL.fullmatch(offered[0]):
+        return None
+    return offered[0]
 
 
 class NotTLS(Exception):

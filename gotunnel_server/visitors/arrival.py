@@ -26,7 +26,6 @@ from .verdict import Answer
 
 log = logging.getLogger("gotunnel.visitor")
 
-POSTGRESQL = "postgresql"  # ALPN of its clients that begin with TLS at once
 # Seconds after which a visitor that says nothing waits for the server's greeting, if RAW_TCP_HOST
 # says which server that is. A visitor that speaks TLS or HTTP begins at once.
 SILENCE = 0.3
@@ -65,6 +64,7 @@ class Arrival(Stepwise):
         if visitor.address[0] not in port.proxies:
             self._await_first_bytes()
         self._hello = client_hello.Reader()
+        self._protocols = ()  # what it offers by ALPN
         self._refused_gss = False  # PostgreSQL's client has asked for GSSAPI encryption
 
     def _receive(self):
@@ -193,13 +193,21 @@ class Arrival(Stepwise):
         self._give_back()
         if said.alpn == (client_hello.ACME_TLS,):
             return self._prove()
-        if self._state is State.TLS_ASKED or POSTGRESQL in said.alpn:
+        if self._state is State.TLS_ASKED or client_hello.POSTGRESQL in said.alpn:
             self._visitor.cancel_keys = self._port.cancel_keys
+        self._protocols = said.alpn
         if self._port.awaits_certificate(said.server_name):
             self._go_to(State.CERTIFICATE)
             self._deadline = monotonic() + CERTIFICATE_TIMEOUT
             return True
-        return self._start_tls(self._port.context(self._visitor.sni), State.HANDSHAKE)
+        return self._begin_handshake()
+
+    def _begin_handshake(self):
+        sni, protocol = self._visitor.sni, None
+        route = sni and self._port.lookup(sni)
+        if route and route.mode == "tcp":
+            protocol = client_hello.own_protocol(self._protocols)
+        return self._start_tls(self._port.context(sni, protocol), State.HANDSHAKE)
 
     def _start_tls(self, context, state):
         self.duplex.start_tls(context, server_side=True)
@@ -212,7 +220,7 @@ class Arrival(Stepwise):
             return False
         left = self._deadline - monotonic()
         if left <= 0 or not self._port.awaits_certificate(self._visitor.sni):
-            return self._start_tls(self._port.context(self._visitor.sni), State.HANDSHAKE)
+            return self._begin_handshake()
         # Not park(): what the visitor has sent would bring it back at once.
         self._visitor.listener.call_later(self.ready, min(left, CERTIFICATE_LOOK))
         return False

@@ -126,7 +126,8 @@ class PublicPort(Port):
     def __init__(
         self, *, context, redirect, registry, raw_host, challenges, awaits_certificate, **rest
     ):
-        """``context(sni)``: the SSLContext of a handshake. ``redirect``: the ``site`` of
+        """``context(sni, protocol)``: the SSLContext of a handshake, which takes that protocol by
+        ALPN, None for the ones that it always takes. ``redirect``: the ``site`` of
         visitors without TLS. ``registry`` knows the Routes. ``raw_host``: the tcp hostname of
         visitors that name none, or None. ``challenges``: what a CA may find here.
         ``awaits_certificate(hostname)``: it has none yet, and will soon. ``rest``: see Port."""

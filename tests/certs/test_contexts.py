@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from support import wait_until
 
 from gotunnel_server.certs import cert_dir as cert_dir_module
-from gotunnel_server.certs import contexts, local_ca
+from gotunnel_server.certs import choices, contexts, local_ca
 from gotunnel_server.certs.cert_dir import names_of
 from gotunnel_server.certs.challenges import TLS_ALPN_01, Challenges
 from gotunnel_server.certs.contexts import KEY_LIFE, CertificateError, Certificates, Fronts
@@ -302,6 +302,35 @@ def test_no_alpn_is_chosen_unless_asked_for(ca):
     client.set_alpn_protocols(["http/1.1"])
     visitor, _ = handshake(certificates.front("gw.test"), client, "a.test")
     assert visitor.selected_alpn_protocol() is None
+
+
+def test_a_protocol_of_a_visitors_choice_is_answered_with_the_same_certificate(ca, monkeypatch):
+    """Copies are made once, are bounded, and need no file of the certificate."""
+    monkeypatch.setattr(choices, "MOST_CHOICES", 2)
+    certificates = Certificates(None, ca, alpn=("http/1.1",))
+    certificates.ensure("a.test")
+    for file in ca.ca_file.parent.glob("a.test*"):
+        file.unlink()
+    fronts = certificates.fronts("gw.test")
+    for protocol in "h2", "imap", "h2", "mine":
+        client = client_context(ca)
+        client.set_alpn_protocols([protocol, "other"])
+        visitor, _ = handshake(fronts.context("a.test", protocol), client, "a.test")
+        assert visitor.selected_alpn_protocol() == protocol
+    made = certificates._choices._made
+    assert [protocol for _, protocol in made] == ["h2", "mine"]
+    assert_modern(next(iter(made.values())))
+    assert fronts.context("a.test") is fronts.context("a.test")  # as without a choice
+
+
+def test_where_no_copy_can_be_made_the_visitor_is_served_all_the_same(ca, monkeypatch):
+    certificates = Certificates(None, ca, alpn=("http/1.1",))
+    certificates.ensure("a.test")
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    client = client_context(ca)
+    client.set_alpn_protocols(["h2"])
+    front = certificates.fronts("gw.test").context("a.test", "h2")
+    assert handshake(front, client, "a.test")[0].selected_alpn_protocol() is None
 
 
 def test_every_context_is_strict(ca):

@@ -236,3 +236,18 @@ def test_any_bytes_give_a_value_or_not_tls():
             outcome = NotTLS
         outcomes[outcome] += 1
     assert all(outcomes.values())
+
+
+@pytest.mark.parametrize(
+    ("offered", "own"),
+    [
+        ((), None), (("http/1.1",), None), (("h2", "http/1.1"), None), (("h2",), "h2"),
+        (("imap", "postgresql"), None), (("grpc-exp", "h2"), "grpc-exp"),
+        (("\x8a\x8a", "h2"), None),
+        (("a b",), None), (("x" * 255,), "x" * 255),
+    ],
+)  # fmt: skip
+def test_protocol_of_a_hostname_in_tcp_mode_is_the_visitors_first_unless_it_offers_http(
+    offered, own
+):
+    assert client_hello.own_protocol(offered) == own

@@ -5,6 +5,7 @@ import hashlib
 import random
 import shlex
 import socket
+import ssl
 import subprocess
 import threading
 
@@ -246,11 +247,19 @@ def test_ssh_runs_a_command_and_fetches_a_file(cache, tmp_path):
             assert digest(run(f"cat {shlex.quote(str(tmp_path / 'file'))}")) == digest(content)
 
 
-@pytest.mark.parametrize(("offered", "selected"), [("imap", None), ("postgresql", "postgresql")])
-def test_whoever_offers_a_protocol_of_its_own_is_served(gateway, origin, offered, selected):
-    """PostgreSQL's clients insist on an answer, by direct TLS."""
+@pytest.mark.parametrize(
+    ("offered", "selected"),
+    [
+        ("imap", "imap"), ("postgresql", "postgresql"), ("h2", "h2"), ("grpc-exp h2", "grpc-exp"),
+        ("h2 http/1.1", "http/1.1"), ("x-of-my-own", "x-of-my-own"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_visitor_gets_the_protocol_that_it_offers(gateway, origin, offered, selected, version):
+    """PostgreSQL's clients and gRPC's insist on it."""
     context = tls_context(gateway.ca_file)
-    context.set_alpn_protocols([offered])
+    context.maximum_version = version
+    context.set_alpn_protocols(offered.split())
     visitor = dial_tls(gateway.public_port, RAW, context)
     assert visitor.sock.selected_alpn_protocol() == selected
     with visitor, origin.accept() as target:
