@@ -57,6 +57,7 @@ from gotunnel import (
     spawn,
 )
 
+from .common import refusals
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers
@@ -391,7 +392,10 @@ class Agent:
             ),
             routes=config.routes(),
             modes=config.modes(),
-            features=(CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, *later, *sorted(needs)),
+            features=(
+                CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, refusals.FEATURE, *later,
+                *sorted(needs),
+            ),  # fmt: skip
             host_headers=config.host_headers(),
             ports=config.ports(),
             addressed=config.addressed(),
@@ -417,7 +421,11 @@ class Agent:
                 port = on_one_line(ack.ports[hostname], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
             awaits_port = bool(problem) and not missing and LATER_PORTS in ack.features
-            routes[hostname] = route._replace(problem=problem, awaits_port=awaits_port)
+            routes[hostname] = route._replace(
+                problem=problem,
+                awaits_port=awaits_port,
+                refusals=refusals.FEATURE in ack.features,
+            )
         with self._lock:
             self._routes = routes
 

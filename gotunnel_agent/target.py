@@ -7,8 +7,8 @@ its answer (a Go gateway says so with FIN), and a target that has closed its con
 more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it; so
 it does in http mode where the gateway asks for it, since the visitor wants to change the protocol.
 
-We never look into the bytes. The one thing that we say ourselves is a 502, in http mode, when the
-target cannot be reached: the visitor then learns more than that the connection was closed. What
+We never look into the bytes. If the target cannot be reached, in http mode, the gateway hears why,
+and answers 502; for a gateway that cannot hear it (common/refusals.py) we say that ourselves. What
 the operator has to change stands in our log.
 """
 
@@ -36,6 +36,7 @@ from gotunnel import (
 
 from .common import proxy_protocol
 from .common.hostnames import normal_hostname
+from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED
 from .connect import addresses_of, connect
 
 log = logging.getLogger("gotunnel.target")
@@ -50,17 +51,6 @@ ANSWER_TIMEOUT = 30
 # by then, however long its timeout is.
 LONGEST_LOOK = 60
 
-# Why a visit is turned away: code word (X-Gotunnel-Error) to what the visitor reads.
-UNREACHABLE = "target-unreachable"
-TIMED_OUT = "target-timed-out"
-UNTRUSTED = "target-untrusted"
-MISCONFIGURED = "target-misconfigured"
-REASONS = {
-    UNREACHABLE: "The service behind this address does not answer.",
-    TIMED_OUT: "The service behind this address does not answer in time.",
-    UNTRUSTED: "The service behind this address has a certificate that is not to be trusted.",
-    MISCONFIGURED: "The service behind this address needs more than this gateway can do.",
-}
 PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
 # What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
@@ -74,11 +64,11 @@ OTHER_ADVICE = "name its CA in target_ca_file"
 
 
 class Unserved(Exception):
-    """There is no connection to a target; the text is for the log, ``code`` one of REASONS."""
+    """There is no connection to a target; the text is for the log, ``refusal`` for the visitor."""
 
-    def __init__(self, code, text):
+    def __init__(self, refusal, text):
         super().__init__(text)
-        self.code = code
+        self.refusal = refusal
 
 
 class Route(NamedTuple):
@@ -87,12 +77,14 @@ class Route(NamedTuple):
     ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
     if it speaks no TLS. ``problem`` says why the gateway cannot serve it as the operator wants, ""
     if it can; visits are turned away. ``awaits_port``: it can as soon as its public port is open.
+    ``refusals``: the gateway makes the page of an http visit that is turned away.
     """
 
     tunnel: object
     context: ssl.SSLContext | None = None
     problem: str = ""
     awaits_port: bool = False
+    refusals: bool = False
 
 
 class Targets:
@@ -148,13 +140,13 @@ def serve(stream, find_route, targets):
         return
     tunnel = route.tunnel
     if route.problem:  # which the log has said when the gateway did
-        refuse(stream, tunnel, MISCONFIGURED)
+        refuse(stream, route, MISCONFIGURED)
         return
     try:
         target = dial(tunnel.target, route.context, introduction(tunnel.proxy_protocol, ends))
     except Unserved as error:
         log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
-        refuse(stream, tunnel, error.code)
+        refuse(stream, route, error.refusal)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     target.stall_timeout = stream.stall_timeout
@@ -352,17 +344,20 @@ def _answer(stream, target, asked):
         target.reset()
 
 
-def refuse(stream, tunnel, code):
-    """Say that the visit cannot be served; ``code`` is one of REASONS."""
-    if tunnel.mode != "http":
+def refuse(stream, route, refusal):
+    """Say that the visit cannot be served, and why: a Refusal."""
+    if route.tunnel.mode != "http":
         stream.reset(code=REFUSED)
         return
-    page = PAGE.format(REASONS[code]).encode()
+    if route.refusals:
+        stream.reset(code=refusal.code)
+        return
+    page = PAGE.format(refusal.text).encode()
     head = (
         "HTTP/1.1 502 Bad Gateway\r\n"
         "Content-Type: text/html; charset=utf-8\r\n"
         f"Content-Length: {len(page)}\r\n"
-        f"X-Gotunnel-Error: {code}\r\n"
+        f"X-Gotunnel-Error: {refusal.word}\r\n"
         "Connection: close\r\n\r\n"
     )
     with contextlib.suppress(OSError):  # the gateway does not want it any more

@@ -47,6 +47,7 @@ PURE = [
     "gotunnel_agent/common/passwords.py",
     "gotunnel_agent/common/proxy_protocol.py",
     "gotunnel_agent/common/quantities.py",
+    "gotunnel_agent/common/refusals.py",
     "gotunnel_agent/common/strict_yaml.py",
     "gotunnel_agent/common/token_bucket.py",
     "gotunnel_server/agents/limits.py",

@@ -93,6 +93,8 @@ HOP_BY_HOP = frozenset({
     "proxy-authenticate", "proxy-authorization",
     # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
     "http2-settings",
+    # The gateway's own: what it says of an answer must not come from a target.
+    "x-gotunnel-error",
 })
 
 # Fields that say where a message ends.

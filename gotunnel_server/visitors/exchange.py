@@ -19,7 +19,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from gotunnel import NoThread, SessionClosed, Stream, spawn
-from gotunnel_agent.common import http1
+from gotunnel_agent.common import http1, refusals
 from gotunnel_agent.common.http1 import Malformed
 from gotunnel_agent.common.patience import Patience
 
@@ -404,6 +404,9 @@ class Exchange:
             self._check_upload()
             if isinstance(error, SessionClosed):
                 raise self._agent_gone()
+            refusal = refusals.BY_CODE.get(getattr(error, "code", 0))
+            if refusal is not None:
+                raise TargetFailed(502, refusal.word, refusal.text)
             raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
 
     def _check_upload(self):

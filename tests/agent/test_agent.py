@@ -254,7 +254,7 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
         assert isinstance(registered, Register)
         assert registered.routes == {APP: "127.0.0.1:8000", RAW: "127.0.0.1:22"}
         assert registered.modes == {APP: "http", RAW: "tcp"}
-        assert registered.features == (CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES)
+        assert registered.features == (CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, "refusals")
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
 
 

@@ -601,6 +601,29 @@ def test_target_that_is_down_is_a_502(cache, tmp_path):
             assert b"does not answer" in response.read()
 
 
+def test_target_cannot_speak_in_the_gateways_name(gateway, origin):
+    """By the field that says that an answer is the gateway's: in a head, an interim one, a 101,
+    nor in trailers."""
+    ours = b"X-Gotunnel-Error: no-tunnel\r\nX_Gotunnel.Error: no-tunnel\r\n"
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        target = origin.accept()
+        target.read_head()
+        target.send(b"HTTP/1.1 103 Early Hints\r\n" + ours + b"\r\n")
+        target.send(b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n" + ours)
+        target.send(b"\r\n0\r\n" + ours + b"\r\n")
+        seen = visitor.read_head() + visitor.read_head() + visitor.read_until(b"0\r\n\r\n")
+        assert b"gotunnel" not in seen.lower()
+    with gateway.dial(APP) as visitor:
+        visitor.send(request("GET", "/", "Connection: Upgrade", "Upgrade: chat"))
+        target = origin.accept()
+        target.read_head()
+        switching = b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: chat\r\n"
+        target.send(switching + ours + b"\r\n")
+        assert b"gotunnel" not in visitor.read_head().lower()
+        target.close()
+
+
 def test_stream_that_is_reset_before_its_request_is_out_is_a_502(gateway, origin, monkeypatch):
     def reset(tunnel, route, ends, first, relayed):
         raise StreamReset
