@@ -1715,9 +1715,9 @@ class Duplex:
                 self._say_farewell()
         with self._send_lock:
             self._finishing = True
+        self._linger()  # all payload is with the kernel, which sends it also if the process ends
         if not self.flush():
             self._outwait(timeout)
-        self._linger()
 
     def cut_unless_finished(self):
         """From now on closing it is a reset, until finish() or stop(): also if the system ends the

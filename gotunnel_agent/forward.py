@@ -35,13 +35,12 @@ import shlex
 import signal
 import socket
 import ssl
-import struct
 import sys
 import threading
 from time import sleep
 from typing import NamedTuple
 
-from gotunnel import NO_LINGER, Deadline, Duplex, NoThread, relay, spawn
+from gotunnel import Deadline, Duplex, NoThread, relay, spawn
 
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
@@ -60,7 +59,6 @@ AUTO = "auto"  # as a port: any free one
 DIAL_TIMEOUT = 10  # seconds until a gateway that does not answer counts as down; then for its TLS
 CLOSING_TIME = 3  # seconds that we may go on after SIGHUP
 INPUT_SIZE = 256 * 1024  # bytes read at once; a pipe holds 64 KiB, a file has more
-LINGER = struct.pack("ii", 0, 0)  # SO_LINGER as sockets are born: closing sends what is unsent
 MAX_CLIENTS = 128  # at a time; each is two threads and about six descriptors of the usual 1024
 BACKLOG = 128  # clients that wait to be accepted
 ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor for a client
@@ -99,15 +97,6 @@ class End(Duplex):
         self._end_lock = threading.Lock()  # guards both below: two threads carry a visit
         self.broken_by = None  # the first OSError of it, or a NoVisit
         self.dropped = False  # given up for another reason than its own
-
-    def cut_unless_finished(self):
-        """From now on closing it is a reset, until finish(): also if a signal ends us."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-
-    def finish(self, *timeout):
-        super().finish(*timeout)
-        with contextlib.suppress(OSError):  # the peer has ended it, too
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
 
     def read(self, *arguments):
         try:

@@ -150,6 +150,7 @@ def serve(stream, find_route, targets):
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     target.stall_timeout = stream.stall_timeout
+    target.cut_unless_finished()
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:

@@ -292,6 +292,7 @@ class Http1Request:
                 self._chunked = True
             else:
                 handler.close_connection = True  # the end of the connection is the length
+                self._connection.cut_unless_finished()
         if not self.body_complete or handler.is_draining():
             # An early answer: whether the rest of the body comes is not sure, so no request can
             # follow it.

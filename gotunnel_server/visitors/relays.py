@@ -55,6 +55,7 @@ def _start(function, visitor, other):
 
 def _run(function, visitor, other):
     """Thread: one relay, from its beginning to its end."""
+    visitor.duplex.cut_unless_finished()
     try:
         function(visitor, other)
     except OSError as error:

@@ -1,23 +1,30 @@
 """Both programs as processes of which the system asks much: a log that nobody reads, a kill."""
 
 import contextlib
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import pytest
 from support import (
     APP,
     GATEWAY_HOST,
+    RAW,
     ROOT,
     TIMEOUT,
     Gateway,
+    Wire,
+    agent_process,
     agent_yaml,
     answer,
     ca_of,
     gateway_environment,
     gateway_here,
+    gateway_process,
     request,
     reserved_port,
     status_of,
@@ -110,3 +117,94 @@ def test_agent_whose_standard_error_nobody_reads_comes_back(cache, tmp_path, ori
                 with gateway_here(cache, TUNNEL_PORT=str(port)) as gateway:
                     gateway.wait_for_routes(APP)
                     assert gateway.get(APP)[0] == 200
+
+
+# Killed ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def killable(cache, tmp_path, origin, which):
+    """A gateway and an agent as processes; yields the gateway, and a function that kills one."""
+    with gateway_process(cache, RAW_TCP_HOST=RAW) as gateway:
+        ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
+        with agent_process(gateway, tmp_path, **ports) as agent:
+            program = {"gateway": gateway.program, "agent": agent}[which]
+            yield gateway, lambda: program.signal(signal.SIGKILL) or program.wait()
+
+
+def assert_reset(wire):
+    """A reset of TCP: an end would do for a program that speaks no TLS, or forgives its lack."""
+    wait_until(lambda: wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+               == errno.ECONNRESET)  # fmt: skip
+
+
+WHICH = pytest.mark.parametrize("which", ["gateway", "agent"])
+
+
+@WHICH
+@pytest.mark.parametrize("door", ["plain", "TLS"])
+def test_no_part_of_a_tcp_visit_looks_whole_when_a_program_is_killed(
+    cache, tmp_path, origin, which, door
+):
+    with killable(cache, tmp_path, origin, which) as (gateway, kill):
+        with (gateway.dial(RAW) if door == "TLS" else
+              Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))) as visitor:
+            visitor.send(b"SSH-")
+            with origin.accept() as target:
+                target.read_exactly(4)
+                target.send(b"half")
+                visitor.read_exactly(4)
+                kill()
+                assert_reset(visitor)
+                assert_reset(target)
+
+
+@WHICH
+def test_no_part_of_an_answer_without_length_looks_whole_when_a_program_is_killed(
+    cache, tmp_path, origin, which
+):
+    with killable(cache, tmp_path, origin, which) as (gateway, kill):
+        with gateway.dial(APP) as visitor:
+            visitor.send(b"GET / HTTP/1.0\r\nHost: %s\r\n\r\n" % APP.encode())
+            with origin.accept() as target:
+                target.read_head()
+                target.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+                visitor.read_until(b"half")
+                kill()
+                assert_reset(visitor)
+                assert_reset(target)
+
+
+@WHICH
+def test_no_part_of_an_upgraded_visit_looks_whole_when_a_program_is_killed(
+    cache, tmp_path, origin, which
+):
+    with killable(cache, tmp_path, origin, which) as (gateway, kill):
+        with gateway.dial(APP) as visitor:
+            visitor.send(request("GET", "/", "Connection: Upgrade", "Upgrade: raw"))
+            with origin.accept() as target:
+                target.read_head()
+                target.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"
+                            b"Upgrade: raw\r\n\r\n")  # fmt: skip
+                visitor.read_head()
+                visitor.send(b"half")
+                target.read_exactly(4)
+                kill()
+                assert_reset(target)
+                assert_reset(visitor)
+
+
+@pytest.mark.parametrize("door", ["plain", "TLS"])
+def test_a_slow_reader_gets_all_of_a_visit_that_has_ended_well(cache, tmp_path, origin, door):
+    """What closing resets until the end must not be reset behind the end."""
+    content = bytes(range(256)) * 8192
+    with killable(cache, tmp_path, origin, "agent") as (gateway, _):
+        with (gateway.dial(RAW) if door == "TLS" else
+              Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))) as visitor:
+            visitor.send(b"SSH-")
+            visitor.finish()
+            with origin.accept() as target:
+                target.read_to_end()
+                target.send(content)
+            time.sleep(0.5)  # the gateway has written and closed all by then, if it does not wait
+            assert visitor.read_to_end() == content
