@@ -88,6 +88,7 @@ class Watched:
     def __init__(self, duplex, keys, route):
         self.read, self.finish = duplex.read, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
+        self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
         self._keys, self._route = keys, route
         self._scanner = Scanner()
