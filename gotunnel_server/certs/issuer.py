@@ -188,7 +188,8 @@ class Issuer:
             return set(self._hosts)
 
     def drop(self, hostname):
-        """No longer wanted: it is not renewed, and an order for it ends. Its files stay."""
+        """No longer wanted: it is not renewed, and an order for it ends. Its files stay, but for
+        one that says only that it waits."""
         with self._lock:
             host = self._hosts.pop(hostname, None)
             if host is None:
@@ -286,7 +287,10 @@ class Issuer:
             if self._stopping:
                 return False
             in_turn, self._in_turn = self._in_turn, []
-            states = [(host.name, host.as_dict()) for host in in_turn]
+            states = [
+                (host.name, host.as_dict()) for host in in_turn
+                if self._hosts.get(host.name) is host
+            ]  # fmt: skip
             news = self._news()
             if not (news or states):
                 self._lock.wait(wait)
@@ -381,6 +385,7 @@ class Issuer:
             thread = spawn(f"{what} {host.name}", self._work, host, job)
         except NoThread as error:
             log.error("%s: %s", host.name, error)
+            self._give_back(host, ATTEMPT, ORDER, CERTIFICATE)
             return
         host.busy = True
         self._jobs.add(thread)

@@ -7,6 +7,8 @@ import pytest
 from fake_ca import DAY, NOW, Proofs
 from test_issuer import House, finish_jobs, refused
 
+from gotunnel import NoThread
+from gotunnel_server.certs import issuer as issuer_module
 from gotunnel_server.certs.acme_errors import CONFIG, HOST, LATER, LIMITED, TRANSPORT, CaError
 from gotunnel_server.certs.issuer import MOST_WAITING, WAITS
 from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
@@ -173,6 +175,18 @@ def test_what_the_ca_did_not_take_costs_no_turn(house, kind):
     house.ca.script.clear()
     house.at(10 * HOUR)
     assert [house.state(name).name for name in of("example.com", 6)] == [READY] * 6
+
+
+def test_an_order_that_could_not_begin_costs_no_turn(house, monkeypatch):
+    def refuse(*_):
+        raise NoThread("no more threads")
+
+    want(house, [APP], hostnames=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(issuer_module, "spawn", refuse)
+        for _ in range(20):
+            assert house.look() == []
+    assert len(house.look()) == 1
 
 
 @pytest.mark.parametrize("kind", [HOST, CONFIG])
