@@ -361,6 +361,8 @@ def refuse(stream, route, refusal):
         f"X-Gotunnel-Error: {refusal.word}\r\n"
         "Connection: close\r\n\r\n"
     )
-    with contextlib.suppress(OSError):  # the gateway does not want it any more
+    try:
         stream.write(head.encode() + page, timeout=DIAL_TIMEOUT)
+    except OSError:  # the gateway does not want it any more; a part must not look whole
+        stream.reset()
     stream.close()

@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 import threading
+import types
 
 import pytest
 from support import (
@@ -480,3 +481,23 @@ def test_exchange_waits_for_no_gateway_that_has_ended_and_does_not_take_the_answ
     stream = Stuck()
     target_module.exchange(stream, Generous())
     assert stream.was_reset.is_set()
+
+
+def test_page_that_the_gateway_takes_in_part_is_reset():
+    """A gateway that knows no refusals passes on what it gets: a part must not look whole."""
+    done = []
+
+    class Stuck:
+        def write(self, data, timeout):
+            raise TimeoutError
+
+        def reset(self):
+            done.append("reset")
+
+        def close(self):
+            done.append("close")
+
+    tunnel = types.SimpleNamespace(mode="http")
+    refusal = types.SimpleNamespace(text="No.", word="target-unreachable")
+    target_module.refuse(Stuck(), target_module.Route(tunnel), refusal)
+    assert done == ["reset", "close"]

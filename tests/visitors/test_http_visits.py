@@ -974,7 +974,7 @@ def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(
 
 
 def test_visitor_who_goes_on_sending_after_a_400_is_cut_off(gateway, monkeypatch):
-    monkeypatch.setattr(connection, "PARTING_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "PARTING_TIME", 0.1)
     monkeypatch.setattr(listener, "SWEEP", 0.05)
     with gateway.dial(APP) as endless:
         endless.send(b"GET  / HTTP/1.1\r\n\r\n")
