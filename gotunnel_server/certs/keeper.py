@@ -35,6 +35,8 @@ log = logging.getLogger("gotunnel.certificates")
 # Seconds between reviews of which hostnames are served. One without an agent at two reviews in a
 # row is no longer renewed.
 KEEP = 3600
+# ... between tries of our own CA for a hostname for which it has failed: a disk was full, perhaps.
+RETRY = 60
 
 
 class Keeper:
@@ -70,10 +72,12 @@ class Keeper:
             look_up=look_up, bounds=ordering.bounds,
         )
         self._unserved: set[str] = set()  # ordered, but serving them failed: look() tries again
-        self._lock = threading.Lock()  # guards _unserved
+        self._unissued: set[str] = set()  # our own CA has failed for them: look() tries again
+        self._lock = threading.Lock()  # guards _unserved and _unissued
         # Of look(), as they were at its last time.
         self._given = certificates.given
         self._review_at = monotonic() + KEEP
+        self._retry_at = monotonic() + RETRY
         self._served_before: set[str] = set()
         # Until its agent is back, a hostname shows a page that says so, and no TLS error.
         if self._store:
@@ -111,7 +115,11 @@ class Keeper:
         try:
             there = self._certificates.ensure(hostname)
         except (CertificateError, OSError) as error:  # the other hostnames are served all the same
-            log.error("%s: %s", hostname, error)
+            with self._lock:
+                is_known = hostname in self._unissued
+                self._unissued.add(hostname)
+            if not is_known:
+                log.error("%s: %s; next try in %d s", hostname, error, RETRY)
             return
         if self._issuer is None or hostname.startswith(WILDCARD):
             if not there:
@@ -220,9 +228,26 @@ class Keeper:
             unserved = tuple(self._unserved)
         for hostname in unserved:
             self._serve_ordered(hostname)
+        if monotonic() >= self._retry_at:
+            self._retry_at = monotonic() + RETRY
+            self._retry_unissued()
         if monotonic() >= self._review_at:
             self._review_at = monotonic() + KEEP
             self._review()
+
+    def _retry_unissued(self):
+        """Ask our own CA again for hostnames for which it has failed, if they are still wanted."""
+        wanted = {*self._own_names, *self._served()}
+        with self._lock:
+            self._unissued &= wanted
+            hostnames = tuple(self._unissued)
+        for hostname in hostnames:
+            self.want([hostname])
+            if self._certificates.context(hostname):
+                with self._lock:
+                    self._unissued.discard(hostname)
+                log.info("%s: it has a certificate now", hostname)
+                self._on_change(hostname)
 
     def _take_up_given(self):
         """Other names have a valid pair in CERT_DIR now: order what is missing, and tell agents."""

@@ -80,6 +80,36 @@ def test_where_nothing_is_ordered_there_is_a_certificate_or_there_is_none(tmp_pa
     assert keeper.pending(hostname) is False
 
 
+def test_a_hostname_for_which_our_own_ca_has_failed_is_tried_again_in_a_minute(
+    tmp_path, monkeypatch, caplog
+):
+    now, told = [time.monotonic()], []
+    monkeypatch.setattr(keeper_module, "monotonic", lambda: now[0])
+    authority = Authority(tmp_path / "local")
+    keeper = Keeper(
+        Certificates(None, authority), own_names=[OWN], served=lambda: [APP], on_change=told.append
+    )
+    issue = authority.issue
+
+    def fail(hostname):
+        raise CertificateError("No space left on device")
+
+    monkeypatch.setattr(authority, "issue", fail)
+    keeper.want([APP, "gone.localhost"])
+    for _ in range(3):
+        now[0] += keeper_module.RETRY
+        keeper.look()
+    assert caplog.text.count(f"{APP}: No space left on device; next try in 60 s") == 1
+    assert keeper.state(APP).name is FAILED and told == []
+    monkeypatch.setattr(authority, "issue", issue)
+    keeper.look()
+    assert keeper.state(APP).name is FAILED  # it is not yet time
+    now[0] += keeper_module.RETRY
+    keeper.look()
+    assert keeper.state(APP) == State(READY) and told == [APP]
+    assert keeper.state("gone.localhost").name is FAILED  # nobody wants it any more
+
+
 def test_own_names_without_a_certificate_are_an_error(tmp_path):
     (tmp_path / "own").mkdir()
     with pytest.raises(CertificateError, match=f"CERT_DIR .*own: no certificate for {OWN}"):

@@ -5,6 +5,7 @@ program resets a connection without meaning to when it closes it with input unre
 """
 
 import fcntl
+import ftplib
 import select
 import socket
 import sys
@@ -113,3 +114,34 @@ def test_a_target_that_resets_when_it_has_read_all_is_not_said_to_be_down(
             target.reset()
         assert read_to_reset(visitor) == b""
     assert "target is down" not in caplog.text
+
+
+# Urgent data -------------------------------------------------------------------------------------
+
+
+def test_urgent_bytes_stay_in_their_place_both_ways(served, origin):
+    with dial(served, "plain") as visitor:
+        visitor.send(b"SSH-")
+        with origin.accept() as target:
+            target.read_exactly(4)
+            for sender, reader in ((visitor, target), (target, visitor)):
+                sender.send(b"before")
+                sender.sock.send(b"urgent!", socket.MSG_OOB)
+                sender.send(b"behind")
+                assert reader.read_exactly(19) == b"beforeurgent!behind"
+
+
+def test_abor_of_ftp_comes_whole(served, origin):
+    """Python's ftplib sends it as urgent data, as RFC 959 wants: its last byte would be lost."""
+
+    def serve(wire):
+        wire.send(b"220 ready\r\n")
+        while line := wire.read_until(b"\n"):
+            wire.send(b"226 aborted\r\n" if line == b"ABOR\r\n" else b"200 fine\r\n")
+
+    origin.serve(serve)
+    client = ftplib.FTP(timeout=TIMEOUT)
+    client.connect("127.0.0.1", served.public_port)
+    assert client.voidcmd("NOOP") == "200 fine"
+    assert client.abort() == "226 aborted"
+    client.close()
