@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -445,6 +446,41 @@ def test_no_spelling_forges_who_visits(gateway, served, tmp_path, server, path):
 
 
 # Node, and curl ----------------------------------------------------------------------------------
+
+
+class PathServer(http.server.BaseHTTPRequestHandler):
+    """Answers with the request's target, as it was read."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.path.encode("latin-1"))
+
+    def log_message(self, *arguments):
+        """Nothing: the test reads the answers."""
+
+
+@pytest.mark.parametrize("path", ["/größe?q=größe", "/日本?ж=€", "/voilà?q=Å…"])
+def test_http_server_reads_utf8_as_curl_sends_it(gateway, served, path):
+    """Also where it would find white space in it (0x85, 0xA0), and refuse the request."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), PathServer) as server:
+        life = threading.Thread(target=server.serve_forever, args=[0.01], name="http.server")
+        served(server.server_port)
+        life.start()
+        try:
+            assert urllib.parse.unquote_to_bytes(curl(gateway, path)) == path.encode()
+        finally:
+            server.shutdown()
+            life.join(TIMEOUT)
+
+
+def test_nginx_finds_a_file_whose_name_curl_sends_in_utf8(gateway, served, tmp_path):
+    for name in ("größe", "voilà"):
+        (tmp_path / name).write_text(name)
+    with nginx(tmp_path) as port:
+        served(port)
+        for name in ("größe", "voilà"):
+            assert curl(gateway, f"/{name}?{name}").decode() == name
 
 
 class OneAtATime(http.server.BaseHTTPRequestHandler):
