@@ -34,6 +34,7 @@ from gotunnel import (
 )
 
 from .common import strict_yaml
+from .common.exposed import shown_path
 from .common.hostnames import (
     MAX_PORT,
     WILDCARD,
@@ -311,7 +312,7 @@ def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]
         try:
             credential = _read_file(path).rstrip("\r\n")
         except ConfigError as error:
-            raise ConfigError(f"{key}: {_shown(path)}: {error}") from None
+            raise ConfigError(f"{key}: {shown_path(path)[:MAX_SHOWN]}: {error}") from None
     else:
         credential = _text(document, key, "text", secret=True)
     # A lone surrogate (YAML's "\ud800" makes one) has no bytes that could be sent or signed with.
@@ -515,7 +516,7 @@ def _users_of_file(path: object) -> tuple[str, ...]:
     try:
         return users_of_lines(_read_file(path))
     except (PolicyError, ConfigError) as error:
-        raise ConfigError(f"{_shown(path)}: {error}") from None
+        raise ConfigError(f"{shown_path(path)[:MAX_SHOWN]}: {error}") from None
 
 
 def _expect_tcp(key: str, mode: str, where: str) -> None:

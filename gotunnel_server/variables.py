@@ -24,6 +24,7 @@ from pathlib import Path
 from dotenv.parser import parse_stream
 
 from gotunnel_agent.common.addresses import Network, unmapped_network
+from gotunnel_agent.common.exposed import shown_path
 from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 from gotunnel_agent.common.quantities import whole_number
 
@@ -293,8 +294,8 @@ def _read_text(what: str, path: str) -> str:
             content = file.read(MAX_FILE + 1)
     except OSError as error:
         raise ConfigError(
-            f"{what}: cannot read {path!r} ({error.strerror}), expected a readable file: check "
-            "the path and its permissions"
+            f"{what}: cannot read {shown_path(path)} ({error.strerror}), expected a readable file: "
+            "check the path and its permissions"
         ) from None
     if len(content) > MAX_FILE:
         raise ConfigError(f"{what}: {path!r} is too long, expected at most {MAX_FILE} bytes")

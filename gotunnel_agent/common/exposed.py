@@ -10,6 +10,18 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+# Characters. A text of as many that was to be a path, and is none, may be a secret.
+LONG = 16
+
+
+def shown_path(path: str) -> str:
+    """A path that was to lead to a secret, in quotes for a message; without what may be the secret
+    itself, put where its file was to be named."""
+    is_path = path.startswith(("./", "../")) or os.path.isabs(path)
+    if is_path or len(path) < LONG or "\0" in path or os.path.lexists(path):
+        return repr(path)
+    return "(not shown: is this the secret itself?)"
+
 
 def exposures(files: Iterable[str | os.PathLike]) -> list[str]:
     """A line for each file that everybody can read or write, and those of open_folders(). What is

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import yaml
 
 from gotunnel_agent.common import atomic_file, strict_yaml
-from gotunnel_agent.common.exposed import exposures
+from gotunnel_agent.common.exposed import exposures, shown_path
 from gotunnel_agent.common.strict_yaml import BOOLEANS, YamlError, kind
 
 from . import scope
@@ -367,7 +367,7 @@ def _secret(name, keys, folder, files):
         try:
             value = _text(files[-1], MAX_SECRET_FILE)
         except AgentsFileError as error:
-            raise AgentsFileError(f"{name}.{key}: {_shown(keys[key])} {error}") from None
+            raise AgentsFileError(f"{name}.{key}: {shown_path(keys[key])} {error}") from None
     value = value.rstrip("\r\n")  # as the lines of an agent's configuration have none
     # A lone surrogate (YAML's "\ud800" makes one) has no bytes to sign with.
     if not value.strip() or re.search("[\ud800-\udfff]", value):

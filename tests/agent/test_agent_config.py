@@ -165,6 +165,15 @@ def test_credential_from_a_file_loses_only_its_line_ending(key, secret, token, e
     assert (config.jwt_secret, config.token) == (secret, token)
 
 
+@pytest.mark.parametrize("key", ["jwt_secret_file", "token_file", "basic_auth_file"])
+def test_secret_where_its_file_was_to_be_named_is_not_shown(key):
+    text = f"{ADDR}{key}: {SECRET}\n{TUNNELS}"
+    if key == "basic_auth_file":
+        text = with_policy(basic_auth_file=SECRET)
+    message = refusal(text)  # which looks for SECRET
+    assert f"{key}: (not shown: is this the secret itself?): cannot be read (No such" in message
+
+
 @pytest.mark.parametrize("key", ["jwt_secret_file", "token_file"])
 @pytest.mark.parametrize(
     ("content", "expected"),

@@ -154,6 +154,8 @@ def test_other_expires_are_refused(text):
         ("one: {secret: [S], hosts: a.b}\n", "one.secret: a list came"),
         ('one: {secret: "\\ud800", hosts: a.b}\n', "one.secret: no text came"),
         ("one: {secret_file: none, hosts: a.b}\n", "one.secret_file: 'none' cannot be read (No"),
+        (f"one: {{secret_file: {'0123456789abcdef' * 4}, hosts: a.b}}\n",
+         "one.secret_file: (not shown: is this the secret itself?) cannot be read (No"),
         ("one: {secret_file: ., hosts: a.b}\n", "one.secret_file: '.' cannot be read (Is a"),
         ('one: {secret_file: "a\\0", hosts: a.b}\n', "one.secret_file: 'a\\x00' came"),
         ("one: {secret_file: /dev/zero, hosts: a.b}\n", "one.secret_file: '/dev/zero' is too long"),

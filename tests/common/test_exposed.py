@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from gotunnel_agent.common import exposed
-from gotunnel_agent.common.exposed import exposures, open_folders
+from gotunnel_agent.common.exposed import exposures, open_folders, shown_path
 
 
 @pytest.fixture
@@ -87,3 +87,23 @@ def test_modes_of_a_system_that_has_none_say_nothing(file, monkeypatch):
     assert exposed._open_file(file) is None
     monkeypatch.undo()
     assert exposed._open_file(file) is not None
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "/run/secrets/of-the-gateway", "./secrets-of-the-gateway", "../a-file-of-us"]
+)
+def test_a_path_is_shown(text):
+    assert shown_path(text) == repr(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["0123456789abcdef" * 4, "eyJhbGciOi.eyJpc3MiOi.c2ln", "a/b+" * 11]
+)
+def test_what_may_be_the_secret_itself_is_not_shown_unless_there_is_such_a_file(
+    text, tmp_path, monkeypatch
+):
+    assert text not in shown_path(text) and "is this the secret itself?" in shown_path(text)
+    if "/" not in text:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / text).write_text("")
+        assert shown_path(text) == repr(text)

@@ -183,6 +183,12 @@ def test_unclosed_quote_does_not_show_the_secret_it_drew_in():
 # --- Secrets ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["JWT_SECRET", "DASHBOARD_PASSWORD"])
+def test_secret_where_its_file_was_to_be_named_is_not_shown(name):
+    message = refusal(**{name: None, f"{name}_FILE": SECRET})  # which looks for SECRET
+    assert message.startswith(f"{name}_FILE: cannot read (not shown: is this the secret itself?)")
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 def test_secret_from_a_file_loses_only_its_line_ending(tmp_path, ending):
     path = tmp_path / "secret"
