@@ -135,8 +135,15 @@ FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data
 FRAME_SHARED = 16 * 1024  # ... when others wait too: what delays them is short
 LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
 KEEP_ALIVE = 10  # seconds between pings, and until a peer that sends nothing after one is gone
-RESETS = 128 * 1024  # streams that the peer may open and reset in one go, and how many more ...
-RESETS_A_SECOND = 2000  # ... in the long run: beyond it, it only wants us to work (CVE-2023-44487)
+# Frames that nobody needs (_waste): how many may come in one go, and how many more in the long run.
+# An honest peer sends a ping in 10 to 30 seconds, and the late frames of a stream that is over,
+# LATE_FRAMES at most: credit, an answer, FIN or RST. And it may give up, in one go, what visitors
+# have asked for and left, also when the line was dead for a minute (WASTE_A_STREAM, for each stream
+# that it may have). Beyond it, it only wants us to work (CVE-2023-44487).
+WASTE, WASTE_A_SECOND = 4096, 64
+WASTE_A_STREAM, WASTE_A_STREAM_SECOND = 128, 2
+LATE_FRAMES = 4
+EARNED = 64 * 1024  # of them that our own frames and streams may make up for in advance
 DISCARD_LIMIT = 1 << 30  # bytes that a peer may send to a stream that was closed: Go's gateway
 # sends the whole of a request before it looks at the answer
 SMALL = 1024  # bytes; what is smaller is joined, since an object costs more than it holds
@@ -324,8 +331,11 @@ class Mux:
         self._unaccepted = set()  # ids that the peer opened and we have not accepted
         self._inbound = 0  # streams in _flows that the peer opened
         self._overran = False  # a stream has exceeded its window once
-        self._resets = 0  # streams that the peer opened and reset, less RESETS_A_SECOND
-        self._now = self._resets_at = 0.0
+        self._most_waste = WASTE + WASTE_A_STREAM * max_streams
+        self._waste_a_second = WASTE_A_SECOND + WASTE_A_STREAM_SECOND * max_streams
+        self._wasted = 0  # frames that nobody needed, less what time and our own frames allow for
+        self._late = 0  # bytes that may still come for streams that we have reset
+        self._now = self._wasted_at = 0.0
         self._watched_at = None  # when keep_alive() was called last
         self._asked_at = None  # when the last ping was queued
         self._asked = None  # its value, until it is answered
@@ -405,6 +415,8 @@ class Mux:
         elif header.type == PING:
             self._take_ping(header)
         else:
+            if self.peer_left:
+                self._waste("GO_AWAY")
             self.peer_left = True
             events.append(GoneAway(header.length))
 
@@ -414,8 +426,11 @@ class Mux:
             raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
         flow = self._stream_of(header, events)
         self._body_left, self._body_flow, self._body_ends = length, None, False
-        if flow is None or flow.got_fin:
+        if flow is None:
             return  # the stream is over: what comes late is dropped, and not worth an answer
+        if flow.got_fin:
+            self._waste("data behind FIN")
+            return
         if length > flow.may_receive:
             self._overrun(flow, length, events)
             return
@@ -426,6 +441,8 @@ class Mux:
                 flow.since = self._now
         elif header.flags & FIN:
             self._peer_finished(flow, events)
+        elif not header.flags & SYN:
+            self._waste("data without payload")
 
     def _take_window_update(self, header, events):
         flow = self._stream_of(header, events)
@@ -438,13 +455,18 @@ class Mux:
             events.append(Writable(flow.id))
         if header.flags & FIN and not flow.got_fin:
             self._peer_finished(flow, events)
+        elif not header.flags & SYN:
+            self._waste("credit")  # which an honest peer gives for a frame of ours, at most
 
     def _take_ping(self, header):
         if header.flags & SYN:
+            self._waste("pings")
             self._reply(self._replies, Header(PING, ACK, 0, header.length))
         elif header.flags & ACK and header.length == self._asked:
             self._measure(self._asked_at)
             self._asked = None  # a second answer is none
+        else:
+            self._waste("pongs")
 
     def _measure(self, asked_at):
         """Learn the round trip from a question that is answered now. The shortest is the line's
@@ -462,6 +484,10 @@ class Mux:
             # Late frames of a stream that we forgot. Answering with RST would be wrong: the peer
             # may have closed it too, and two such peers would answer each other for ever.
             self.strays += 1
+            if header.type == DATA and 0 < header.length <= self._late:
+                self._late -= header.length
+            else:
+                self._waste("frames of streams that are over")
             return None
         # Any frame is an answer: a Go peer whose FIN crosses our SYN never sends ACK.
         if stream_id in self._unanswered:
@@ -470,7 +496,7 @@ class Mux:
         if flags & RST:
             self._forget(flow)
             if stream_id % 2 == self._parity:
-                self._count_reset()
+                self._waste("streams opened and reset")
             code = header.length if header.type == WINDOW_UPDATE else 0
             events.append(WasReset(stream_id, code, "the peer reset the stream"))
             return None
@@ -496,18 +522,22 @@ class Mux:
         self._inbound += 1
         events.append(Opened(stream_id))
 
-    def _count_reset(self):
-        forgiven = RESETS_A_SECOND * (self._now - self._resets_at)
-        self._resets, self._resets_at = max(0, self._resets - forgiven) + 1, self._now
-        if self._resets > RESETS:
-            raise ProtocolError(f"the peer opened and reset {RESETS} streams in a moment")
+    def _waste(self, what):
+        """Count a frame that nobody needs, by a bucket that fills with time, and with what an
+        honest peer sends such frames for: our DATA frames, and streams that are over."""
+        passed, self._wasted_at = self._now - self._wasted_at, self._now
+        if self._wasted > 0:
+            self._wasted = max(0, self._wasted - passed * self._waste_a_second)
+        self._wasted = max(-EARNED, self._wasted) + 1
+        if self._wasted > self._most_waste:
+            raise ProtocolError(f"too many frames that nobody needs, the last of them {what}")
 
     def _peer_finished(self, flow, events):
         flow.got_fin = True
         self._updates.pop(flow.id, None)  # nothing more will come: it needs no credit
         events.append(Finished(flow.id))
         if flow.sent_fin:
-            self._forget(flow)
+            self._end_flow(flow)
 
     def _overrun(self, flow, length, events):
         """More than the window permits. Once it costs the stream, twice the session: a Go peer
@@ -605,7 +635,7 @@ class Mux:
         StreamReset."""
         flow = self._flows.get(stream_id)
         if flow is not None:
-            self._forget(flow)
+            self._end_flow(flow)
             self._control.append(Header(WINDOW_UPDATE, RST, stream_id, code).encode())
 
     def cut(self, stream_id, now):
@@ -775,7 +805,7 @@ class Mux:
                 parts.append(Header(WINDOW_UPDATE, RST, flow.id, 0).encode())
                 size += HEADER_SIZE
             if flow.cutting or flow.sent_fin and flow.got_fin:
-                self._forget(flow)
+                self._end_flow(flow)
         return b"".join(parts), served
 
     def _pull_frame(self, flow, most, parts):
@@ -793,12 +823,20 @@ class Mux:
             left -= len(payload)
         flow.queued -= length
         self._count_queued(-length)
+        self._wasted -= 1
         return HEADER_SIZE + length
 
     def _rotate(self, flow):
         if not flow.in_rotation:
             flow.in_rotation = True
             self._rotation.append(flow)
+
+    def _end_flow(self, flow):
+        """A stream is over by our doing: the peer may have sent more of it."""
+        self._forget(flow)
+        if not flow.got_fin:
+            self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # no line holds more
+        self._wasted -= LATE_FRAMES
 
     def _forget(self, flow):
         """The one place where a stream leaves the tables."""

@@ -26,6 +26,7 @@ from support import (
     wait_until,
 )
 
+import gotunnel
 from gotunnel import MessageReader, Pong
 from gotunnel_agent import agent as agent_module
 from gotunnel_server.agents import control_stream, heartbeat
@@ -142,6 +143,49 @@ def test_one_session_survives_hundreds_of_visits(gopeer, cache, tmp_path, origin
         else:
             (session,) = gateway.inner.tunnels.registered()
             assert session.identity.issuer == "go"
+
+
+@pytest.mark.parametrize("which", BOTH)
+def test_go_sends_next_to_no_frame_that_nobody_needs(
+    gopeer, cache, tmp_path, origin, monkeypatch, which
+):
+    """Also if visitors leave in the middle of an answer or of an upload; most of what it sends then
+    is made up for by the streams that are over."""
+    for name in ("WASTE_A_STREAM", "WASTE_A_SECOND", "WASTE_A_STREAM_SECOND"):
+        monkeypatch.setattr(gotunnel, name, 0)
+    monkeypatch.setattr(gotunnel, "WASTE", 50)
+
+    def serve(target):
+        while head := target.read_head():
+            if b"/small" in head:
+                target.send(answer())
+                continue
+            target.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (10 * MIB))
+            with contextlib.suppress(OSError):
+                for _ in range(160):
+                    target.send(bytes(64 * 1024))
+
+    def leave_early(number):
+        with gateway.dial(APP) as visitor:
+            if number % 2:
+                head = request("PUT", "/", f"Content-Length: {10 * MIB}")
+                with contextlib.suppress(OSError):
+                    visitor.send(head + bytes(300_000))
+            else:
+                visitor.send(request())
+                visitor.read()
+
+    origin.serve(serve)
+    with pair(which, gopeer, cache, tmp_path, http={APP: origin.port}) as gateway:
+        with ThreadPoolExecutor(10) as pool:
+            for _ in range(4):
+                list(pool.map(leave_early, range(40)))
+                assert gateway.get(APP, "/small") == (200, b"ok")
+        if gateway.program:
+            assert not any("session ended" in line for line in gateway.program.lines)
+        else:
+            (tunnel,) = gateway.inner.tunnels.registered()
+            assert tunnel._session._mux.strays + tunnel._session._mux._pings > 0
 
 
 # A Go agent with our gateway ---------------------------------------------------------------------

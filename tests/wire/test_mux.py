@@ -1262,6 +1262,100 @@ def test_ho_ping_flood_of_a_peer_that_reads_is_answered():
         assert len(sent(mux)) == 5461
 
 
+WASTE = {  # frames that a peer may send for stream 1, or for none, and that nobody needs
+    "no credit": frame(WINDOW_UPDATE, 0, 1, 0),
+    "credit in small coin": frame(WINDOW_UPDATE, 0, 1, 1),
+    "a second answer": frame(WINDOW_UPDATE, ACK, 1, 0),
+    "data without payload": frame(DATA, 0, 1),
+    "pings": frame(PING, SYN, 0, 1),
+    "pongs": frame(PING, ACK, 0, 77),
+    "credit for unknown streams": frame(WINDOW_UPDATE, 0, 77, 9),
+    "data for unknown streams": frame(DATA, 0, 77, payload=b"x"),
+    "RST for unknown streams": frame(WINDOW_UPDATE, RST, 77),
+    "FIN for unknown streams": frame(DATA, FIN, 77),
+    "opened and reset at once": frame(WINDOW_UPDATE, SYN | RST, 3),
+    "opened, then reset": frame(WINDOW_UPDATE, SYN, 3) + frame(WINDOW_UPDATE, RST, 3),
+    "go away again": frame(GO_AWAY, 0, 0, 0),
+}
+
+
+def has_frames(mux, flood, times, now=0.0):
+    """Have a Mux receive a flood in pieces, and send its answers."""
+    for _ in range(0, times, 100):
+        receive(mux, flood * 100, now)
+        sent(mux)
+
+
+@pytest.mark.parametrize("flood", WASTE.values(), ids=WASTE)
+def test_ho_frames_that_nobody_needs(flood):
+    """As many as an honest peer may ever send do no harm, and each second permits more of them."""
+    mux = acceptor(max_streams=2)
+    most = gotunnel.WASTE + 2 * gotunnel.WASTE_A_STREAM
+    has_frames(mux, flood, most // 100 * 100 - 100)
+    for now in range(1, 20):
+        has_frames(mux, flood, 100, now * 100.0 / gotunnel.WASTE_A_SECOND)
+    with pytest.raises(ProtocolError, match="too many frames that nobody needs, the last of them"):
+        has_frames(mux, flood, 1000, now * 100.0 / gotunnel.WASTE_A_SECOND)
+
+
+def test_ho_data_behind_fin():
+    mux = acceptor(max_streams=1)
+    receive(mux, frame(DATA, FIN, 1))
+    with pytest.raises(ProtocolError, match="the last of them data behind FIN"):
+        has_frames(mux, frame(DATA, 0, 1, payload=b"x"), 2 * gotunnel.WASTE)
+
+
+@pytest.fixture
+def little_waste(monkeypatch):
+    """Time allows for no frame that nobody needs; ten may come beside what makes up for them."""
+    for name in ("WASTE_A_STREAM", "WASTE_A_SECOND", "WASTE_A_STREAM_SECOND"):
+        monkeypatch.setattr(gotunnel, name, 0)
+    monkeypatch.setattr(gotunnel, "WASTE", 10)
+
+
+def test_credit_for_what_we_send_is_no_waste(little_waste):
+    mux = opener()
+    for _ in range(1000):
+        mux.send(1, b"x")
+        sent(mux)
+        receive(mux, frame(WINDOW_UPDATE, 0, 1, 1))
+
+
+def test_late_frames_of_streams_that_are_over_are_no_waste(little_waste):
+    """Of many that end at once, too: they come all together then."""
+    mux = Mux(client=False)
+    numbers = [mux.open(0.0) for _ in range(OPEN_BACKLOG)]
+    for number in numbers:
+        mux.reset(number)
+    late = (frame(WINDOW_UPDATE, ACK, number, 0) + frame(DATA, 0, number, payload=b"late")
+            + frame(WINDOW_UPDATE, 0, number, 9) + frame(DATA, FIN, number)
+            for number in numbers)  # fmt: skip
+    receive(mux, b"".join(late))
+    assert mux.strays == 4 * OPEN_BACKLOG
+
+
+def test_late_payload_is_no_waste_in_frames_however_small_as_far_as_its_window_went(little_waste):
+    """A visitor may have cut it so."""
+    mux = opener()
+    mux.reset(1)
+    late = frame(DATA, 0, 1, payload=b"x")
+    for _ in range(INITIAL_WINDOW // 1024):
+        receive(mux, late * 1024)
+    with pytest.raises(ProtocolError, match="the last of them frames of streams that are over"):
+        receive(mux, late * 1024)
+
+
+def test_what_honest_frames_make_up_for_has_an_end(little_waste, monkeypatch):
+    monkeypatch.setattr(gotunnel, "EARNED", 20)
+    mux = opener()
+    for _ in range(100):
+        mux.send(1, b"x")
+        sent(mux)
+    receive(mux, frame(PING, SYN, 0, 1) * 30)
+    with pytest.raises(ProtocolError, match="the last of them pings"):
+        receive(mux, frame(PING, SYN, 0, 1))
+
+
 def test_ho_syn_flood():
     mux = Mux(client=False)
     with pytest.raises(ProtocolError, match="does not read its 32768 answers"):
