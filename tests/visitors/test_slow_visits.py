@@ -10,6 +10,7 @@ from support import (
     APP,
     CUT,
     MIB,
+    RAW,
     agent_here,
     answer,
     fields_of,
@@ -234,6 +235,22 @@ def test_reader_that_trickles_makes_room_only_while_others_need_it(
             visitor.read_to_end()
         sending.join()
     assert ("bytes a second for 0.6 s" in caplog.text) is (workers == "2")
+
+
+def test_visitor_in_tcp_mode_that_reads_nothing_is_reset_and_logged(
+    cache, tmp_path, origin, caplog
+):
+    with gateway_here(cache, STALL_TIMEOUT="0.4") as gateway:
+        with agent_here(gateway, tmp_path, tcp={RAW: origin.port}), gateway.dial(RAW) as visitor:
+            visitor.send(b"hello")
+            target = origin.accept()
+            target.read_exactly(5)
+            sending = send_all(target, b"")
+            wait_until(lambda: "reset: the peer has stopped reading, nothing for 0.4 s"
+                       in caplog.text)  # fmt: skip
+            with pytest.raises(CUT):
+                visitor.read_to_end()
+            sending.join()
 
 
 def test_agent_has_a_stall_timeout_of_its_own(serving, origin, caplog):
