@@ -1540,9 +1540,10 @@ class Duplex:
         buffers = _buffers if len(view) <= READ_SIZE else _large_buffers
         buffer = buffers.take()
         try:
-            count = self._open_records(buffer[:0], view)
-            if count or self._tls_at_end:
-                return count
+            if self._tls_holds or self._early or self._tls_at_end:
+                count = self._open_records(buffer[:0], view)
+                if count or self._tls_at_end:
+                    return count
             came = self._receive_plain_into(buffer)
             if came is None:
                 return None
