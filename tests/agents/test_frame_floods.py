@@ -52,8 +52,12 @@ def send(number):
             with socket.create_connection(("127.0.0.1", port), 20) as sock:
                 with context.wrap_socket(sock, server_hostname=host) as tls:
                     tls.sendall(openings[number % len(openings)])
-                    while b"register" in openings[0] and b'"ack"' not in tls.recv(65536):
-                        pass
+                    came = b"" if b"register" in openings[0] else b"ack"
+                    while b"ack" not in came:
+                        more = tls.recv(65536)
+                        if not more:
+                            raise OSError
+                        came += more
                     tls.setblocking(False)
                     began, print_once = time.monotonic(), number == 0
                     if print_once:
