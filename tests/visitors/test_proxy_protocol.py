@@ -1,5 +1,6 @@
 """Who visits, end to end, by the PROXY protocol: told to targets, and believed of front proxies."""
 
+import collections
 import contextlib
 import logging
 import socket
@@ -35,6 +36,7 @@ VISITOR = Source("203.0.113.9", 56324)  # as a front proxy tells it
 DESTINATION = ("198.51.100.7", 443)
 TRUSTED = {"TRUSTED_PROXIES": "127.0.0.1"}
 STRANGE = {"TRUSTED_PROXIES": "192.0.2.1"}  # that trusted proxy is not who visits here
+PIECES = 55  # a header of version 1 is that long; what trickles for longer is slowed down
 AT_ONCE = 3  # seconds: little beside HEADER_TIMEOUT, for a busy machine
 # Addresses of this machine; all of 127.0.0.0/8 are, on Linux at least.
 HERE, ALSO_HERE = "127.0.0.1", "127.0.0.2"
@@ -198,8 +200,13 @@ def test_target_connection_is_one_visitors_only(cache, tmp_path, origin, version
 def send(request, monkeypatch):
     """send(sock, header), in one of three ways in which it may come."""
     if request.param == "in pieces":  # whatever the sender does, it is read byte by byte
-        receive = Duplex._receive_plain
-        monkeypatch.setattr(Duplex, "_receive_plain", lambda self, size: receive(self, 1))
+        receive, reads = Duplex._receive_plain, collections.Counter()
+
+        def receive_few(self, size):
+            reads[self] += 1
+            return receive(self, 1 if reads[self] <= PIECES else size)
+
+        monkeypatch.setattr(Duplex, "_receive_plain", receive_few)
 
     def send(sock, header):
         if request.param == "with what follows":
