@@ -28,10 +28,13 @@ This file is meant to be read from top to bottom:
     pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
                Bytes in, events and frames out; no clock, nothing that waits.
     a banner
-    impure     threads, Waker; Duplex (a connection that two threads may share); Session (a Mux
-               that is driven by threads: by its Timers, Sender and StreamTable) and Stream;
-               relay (bytes both ways until both ends are done).
+    impure     threads, Waker; Session (a Mux that is driven by threads: by its Timers, Sender and
+               StreamTable, over a Duplex) and Stream; relay (bytes both ways until both ends are
+               done).
     process    what all sessions of the process share: its memory.
+
+A Duplex is the TLS connection below, which two threads may share. Visitors and targets have one
+too, so it is a file of its own: gotunnel_agent/common/duplex.py.
 
 An import of this file reads no other one, and sets nothing of the process. Its threads:
 
@@ -1214,16 +1217,8 @@ import math  # noqa: E402
 import os  # noqa: E402
 import selectors  # noqa: E402
 import socket  # noqa: E402
-import ssl  # noqa: E402
-import sys  # noqa: E402
 import threading  # noqa: E402
-from time import monotonic, sleep  # noqa: E402
-
-try:
-    import fcntl
-    import termios
-except ImportError:  # Windows
-    fcntl = termios = None
+from time import monotonic  # noqa: E402
 
 log = logging.getLogger("gotunnel")
 
@@ -1300,44 +1295,24 @@ class Waker:
             self._send.close()
 
 
-# Duplex: one connection, two threads -------------------------------------------------------------
+# Session and Stream: a Mux driven by threads -----------------------------------------------------
 
-STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
-STALL_LOOK = 1.0  # seconds between looks whether a peer has taken any of it
-READ_SIZE = 64 * 1024  # bytes asked of the kernel at once, by who reads one visit
-TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
-TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
+READ_SIZE = 64 * 1024  # bytes asked of the kernel at once by the reader of one visit
 READ_BATCH = 512 * 1024  # bytes asked of the kernel at once by a session: it carries many visits
-# Bytes of TLS in a row without payload. A record and a handshake message have some, OpenSSL takes
-# 100 KB of certificates; key updates and tickets are a few hundred bytes in a day.
-NO_PAYLOAD = 128 * 1024
-ANSWERS = 64 * 1024  # bytes of TLS's own answers (to key updates) that wait for a peer to read
-NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
-LINGER = struct.pack("ii", 0, 0)  # ... as sockets are born: closing sends what is unsent, and FIN
-CUT_TIMEOUT = 30  # seconds that the peer's TCP may take none of what stands before a RST
-CUT_LOOKS = 0.001, 0.05  # seconds between looks whether it has, the first and the longest
-TCP_CLOSE = 7  # tcpi_state in Linux's TCP_INFO: the connection is dead
-
-# When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
-# unanswered times are a no. Else a relay whose peer was unplugged would stay for ever.
-KEEPALIVE = [
-    (getattr(socket, name), value)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
-    if hasattr(socket, name)
-]
-
-# The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
-NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
-
-# The request to the kernel for the bytes that a socket's peer has not acknowledged: SIOCOUTQ of
-# Linux, which has the number of TIOCOUTQ. Elsewhere that one is not for sockets.
-UNTAKEN = termios.TIOCOUTQ if sys.platform.startswith("linux") else None
-
-# A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
-_WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+SEND_LEAST = 16 * 1024  # Send quantum: bytes that are encrypted by one call, and the limit of
+SEND_MOST = 64 * 1024  # unsent bytes in the kernel. Pongs and credit queue behind both
+SEND_QUICK = 0.01  # seconds; if a jam of one quantum takes less, the quantum is doubled
+SEND_SLOW = 0.2  # ... and if it takes more, halved
+READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
+ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
+LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
+# would cost a Go peer what it has received and its visitor has not yet read
+SWEEP = 5  # seconds between looks for such streams
+NOTHING = (b"", ())  # a batch of frames
+FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
-class _Buffers:
+class Buffers:
     """Buffers of one size, lent for as long as a thread works and does not wait.
 
     Received bytes pass through them: large ones that are made anew each time, only to be cut in
@@ -1361,512 +1336,8 @@ class _Buffers:
 
 
 # Whoever receives needs two. Few sessions do so at a time, but many visits: 4 MiB at most.
-_large_buffers = _Buffers(READ_BATCH, 4)
-_buffers = _Buffers(READ_SIZE, 64)
-
-
-class Duplex:
-    """A connection, plain or TLS, that one thread may read while another one writes.
-
-    OpenSSL forbids two threads in one TLS object at once, so TLS never touches the socket here:
-    it turns bytes into bytes between two memory buffers, under a lock that is never held while
-    something waits, and the socket, which does not mind two threads, is used outside of it.
-
-    The socket is non-blocking. receive(), send() and flush() do what can be done at once;
-    read() and write() wait. One reader and one writer at a time; stop() and reset(): any thread.
-    All of it raises OSError (ssl.SSLError is one) when the connection is broken.
-    """
-
-    def __init__(self, sock):
-        sock.setblocking(False)
-        # A family that has no such options (AF_UNIX) does not need them either.
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            # A byte that is urgent stays in its place (FTP's ABOR), or it would be lost.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            for option, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._socket = sock
-        self._unread = b""  # bytes that were given back, or came before TLS began
-        self._at_end = False  # the peer half-closed
-        self._tls_at_end = False  # ... which TLS has read, if perhaps nobody else
-        self._tls_holds = False  # bytes that are no longer in the socket; only the reader says so
-        self._tls = None  # an ssl.SSLObject between the two buffers
-        self._tls_in = self._tls_out = None
-        self._no_payload = 0  # bytes of TLS that came since the last payload; the reader's
-        self._early = collections.deque()  # payload that TLS held when we said farewell
-        self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
-        self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
-        self._unsent = b""  # bytes that the kernel did not take yet
-        self._answers = 0  # of them and those before, since there were none: TLS's own
-        self._finishing = False  # half-close the socket once they are gone
-        self._finished = False  # finish() was called
-        self._broken = False  # reset() was called
-        self._lost = False  # sending has found it broken: the end that is read then is none
-        self._lingers = True  # closing it sends what is unsent, and FIN
-        self._writer_waits = False
-        self._read_wait = self._write_wait = None  # selectors, made when first needed
-        self.stall_timeout = STALL_TIMEOUT  # of write() and finish() that are given no other
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    @property
-    def pending(self) -> bool:
-        """Whether receive() has something although the socket may be silent."""
-        return bool(self._unread or self._at_end or self._tls_at_end or self._tls_holds)
-
-    def died(self) -> bool:
-        """Whether the connection is broken: reset, or TCP got no answer (KEEPALIVE). Finds it out
-        although nobody reads or writes; if it is, later reads do not see an end but raise."""
-        with contextlib.suppress(OSError):
-            if not self._broken and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.reset()  # the look has taken the error away, and an end would be read now
-        return self._broken
-
-    @property
-    def local_address(self) -> tuple:
-        """Our own (IP address, port), as the peer knows it. For TCP."""
-        return self._socket.getsockname()[:2]
-
-    def limit_unsent(self, count):
-        """Let the kernel take no more than about ``count`` bytes that it cannot send at once, so
-        that what is urgent does not wait behind megabytes. For TCP, where the system can."""
-        if NOTSENT_LOWAT is not None:
-            with contextlib.suppress(OSError):  # AF_UNIX
-                self._socket.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, count)
-
-    # TLS
-
-    def start_tls(self, context, *, server_side, server_hostname=None):
-        """Begin TLS with what was received and given back; handshake() does the rest."""
-        self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls_in.write(self._unread)
-        self._tls_holds, self._unread = bool(self._unread), b""
-        self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
-
-    def handshake(self) -> bool:
-        """Go on with the handshake, by one read at most; False if the peer has to say more.
-
-        Raises ssl.SSLError if it fails; the alert is on its way then.
-        """
-        if self._shake_hands():
-            return True
-        data = self._receive_plain(READ_SIZE)
-        if data is None:
-            return False
-        self._check()  # else a reset would be an end without TLS's farewell
-        self._count_came(len(data), 0)
-        with self._tls_lock:
-            self._tls_in.write(data) if data else self._tls_in.write_eof()
-        return self._shake_hands()
-
-    def _shake_hands(self):
-        try:
-            with self._tls_lock:
-                self._tls.do_handshake()
-                self._tls_holds = bool(self._tls_in.pending or self._tls.pending())
-            return True
-        except ssl.SSLWantReadError:
-            return False
-        finally:
-            self.flush()
-
-    def handshake_within(self, timeout):
-        """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
-        deadline = Deadline(timeout)
-        while not self.handshake():
-            self.wait_readable(deadline.left())
-
-    # Reading
-
-    def receive(self, size=READ_SIZE):
-        """At most ``size`` bytes that are here, b"" at the end, None if none have come."""
-        if self._tls is None and not (self._unread or self._at_end):
-            self._check()
-            data = self._receive_plain(size)
-            if data == b"":
-                self._reach_end()
-            return data
-        buffer = _buffers.take()
-        try:
-            count = self.receive_into(buffer[:size])
-            return None if count is None else bytes(buffer[:count])
-        finally:
-            _buffers.give_back(buffer)
-
-    def receive_into(self, view: memoryview):
-        """As receive(), into a buffer: how many bytes, 0 at the end, None if none have come."""
-        self._check()
-        if self._unread:
-            count = min(len(self._unread), len(view))
-            view[:count], self._unread = self._unread[:count], self._unread[count:]
-            return count
-        if self._at_end:
-            return 0
-        if self._tls is not None:
-            count = self._receive_tls(view)
-        else:
-            count = self._receive_plain_into(view)
-        if count == 0:
-            self._reach_end()
-        return count
-
-    def _reach_end(self):
-        """The socket gave its end. It also does so if reset() has shut it down since the last
-        check, and then what came must not look whole."""
-        self._check()
-        with self._send_lock:  # the system gives an error once, perhaps to a sender just now
-            if self._lost:
-                raise ConnectionResetError("the connection broke")
-        self._at_end = True
-
-    def _receive_plain(self, size):
-        try:
-            return self._socket.recv(size)
-        except (BlockingIOError, InterruptedError):
-            return None
-
-    def _receive_plain_into(self, view):
-        try:
-            return self._socket.recv_into(view)
-        except (BlockingIOError, InterruptedError):
-            return None
-
-    def _receive_tls(self, view):
-        """As receive_into(). It reads the socket once at most, since a peer that sends records
-        without payload could keep it for ever: None may also mean that more is there."""
-        buffers = _buffers if len(view) <= READ_SIZE else _large_buffers
-        buffer = buffers.take()
-        try:
-            if self._tls_holds or self._early or self._tls_at_end:
-                count = self._open_records(buffer[:0], view)
-                if count or self._tls_at_end:
-                    return count
-            came = self._receive_plain_into(buffer)
-            if came is None:
-                return None
-            if not came:
-                with self._tls_lock:
-                    self._tls_in.write_eof()
-            count = self._open_records(buffer[:came], view)
-            self._count_came(came, count)
-            return count if count or self._tls_at_end else None
-        finally:
-            buffers.give_back(buffer)
-
-    def _open_records(self, came, view):
-        """As _decrypt(), without the lock, and TLS's answers are on their way."""
-        with self._tls_lock:
-            count = self._decrypt(came, view)
-            answers = self._tls_out.pending  # a key update wants one, also while we read
-        if answers:
-            with contextlib.suppress(OSError):  # the writer finds out by itself
-                self.flush()
-            if self._answers > ANSWERS:
-                self._break("the peer does not read TLS's answers")
-        return count
-
-    def _count_came(self, came, payload):
-        self._no_payload = 0 if payload else self._no_payload + came
-        if self._no_payload > NO_PAYLOAD:
-            self._break(f"more than {NO_PAYLOAD} bytes of TLS without payload")
-
-    def _break(self, text):
-        self.reset()
-        raise ConnectionAbortedError(text)
-
-    def _decrypt(self, came, view):
-        """Decrypt what is here and what just ``came`` into ``view``; returns how many bytes, 0 if
-        there was no whole record, or the end. Caller holds the TLS lock.
-
-        TLS gives a record at a time. Those that are here go together: whatever is done with them
-        costs as much for one as for many. TLS is fed in pieces, since its buffer stays as large
-        as it once was.
-        """
-        tls, tls_in, count, room = self._tls, self._tls_in, 0, len(view)
-        while self._early and count < room:
-            data = self._early.popleft()
-            if len(data) > room - count:
-                self._early.appendleft(data[room - count :])
-                data = data[: room - count]
-            view[count : count + len(data)] = data
-            count += len(data)
-        while count < room and not self._tls_at_end:
-            try:
-                while count < room and (tls_in.pending or tls_in.eof or tls.pending()):
-                    got = tls.read(TLS_RECORD, view[count:])
-                    if not got:
-                        self._tls_at_end = True
-                        break
-                    count += got
-            except ssl.SSLWantReadError:  # part of a record
-                pass
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
-                self._tls_at_end = True
-            if not came:
-                break
-            tls_in.write(came[:TLS_PIECE])
-            came = came[TLS_PIECE:]
-        if came:
-            tls_in.write(came)
-        self._tls_holds = count > 0 and bool(self._early or tls_in.pending or tls.pending())
-        return count
-
-    def read(self, size=READ_SIZE, timeout=None) -> bytes:
-        """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
-        deadline = Deadline(timeout)
-        while (data := self.receive(size)) is None:
-            self.wait_readable(deadline.left())
-        return data
-
-    def unread(self, data: bytes):
-        """Give bytes back: they are the first that are received next. Reader only."""
-        self._unread = data + self._unread
-
-    def wait_readable(self, timeout=None):
-        """Wait until the socket has bytes, or its end; raises TimeoutError."""
-        if self._read_wait is None:
-            self._read_wait = _WaitSelector()
-            self._read_wait.register(self._socket, selectors.EVENT_READ)
-        if not self._read_wait.select(timeout):
-            raise TimeoutError("the peer sent nothing in time")
-
-    # Writing
-
-    def send(self, data: bytes) -> bool:
-        """Hand bytes to the kernel; False if some did not fit: flush() until it says True."""
-        with self._send_lock:
-            if self._tls is not None:
-                with self._tls_lock:
-                    self._tls.write(data)
-                    data = self._tls_out.read()
-            self._unsent = b"".join((self._unsent, data)) if self._unsent else data
-            return self._push()
-
-    def flush(self) -> bool:
-        """Go on sending; True once all is with the kernel."""
-        with self._send_lock:
-            if self._tls is not None:
-                with self._tls_lock:
-                    data = self._tls_out.read()
-                if data:
-                    self._answers += len(data)
-                    self._unsent = b"".join((self._unsent, data)) if self._unsent else data
-            return self._push()
-
-    def _push(self):
-        """Caller holds the send lock."""
-        self._check()
-        while self._unsent:
-            try:
-                sent = self._socket.send(self._unsent)
-            except (BlockingIOError, InterruptedError):
-                return False
-            except BrokenPipeError:  # it broke behind the peer's end, or the reader has the error
-                raise
-            except OSError:
-                self._lost = True
-                raise
-            if sent == len(self._unsent):
-                self._unsent = b""
-            else:
-                self._unsent = memoryview(self._unsent)[sent:]
-        self._answers = 0
-        if self._finishing:
-            self._finishing = False
-            self._socket.shutdown(socket.SHUT_WR)
-        return True
-
-    def write(self, data: bytes, timeout=None, spend=None):
-        """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes none of it
-        for ``timeout`` seconds (None: ``stall_timeout``): it has stopped reading.
-
-        With ``spend`` that decides instead, spend(seconds, taken), which raises TimeoutError.
-        """
-        if not self.send(data):
-            self._outwait(timeout, spend)
-
-    def _outwait(self, timeout, spend=None):
-        """Wait until all is with the kernel, for a peer that reads slowly."""
-        if timeout is None:
-            timeout = self.stall_timeout
-        if spend is None:
-            spend = self._spender(timeout)
-        done = False
-        while not done:
-            self._wait_writable(min(STALL_LOOK, timeout / 4), spend)
-            done = self.flush()
-
-    @staticmethod
-    def _spender(timeout):
-        silent = 0
-
-        def spend(seconds, taken):
-            nonlocal silent
-            silent = 0 if taken else silent + seconds
-            if silent >= timeout:
-                raise TimeoutError(f"the peer has stopped reading, nothing for {timeout:g} s")
-
-        return spend
-
-    def _wait_writable(self, look, spend):
-        """Wait until the kernel has room. It tells so when a third of megabytes is free, which a
-        slow reader takes minutes for: so look what it has taken."""
-        if self._write_wait is None:
-            self._write_wait = _WaitSelector()
-            self._write_wait.register(self._socket, selectors.EVENT_WRITE)
-        with self._send_lock:  # either reset() sees the waiting writer, or the writer the reset
-            self._check()
-            self._writer_waits = True
-        try:
-            untaken, began = self._untaken(), monotonic()
-            while True:
-                ready = self._write_wait.select(look)
-                left, now = self._untaken(), monotonic()
-                spend(now - began, max(untaken - left, 1 if ready else 0))
-                if ready:
-                    return
-                untaken, began = left, now
-        finally:
-            self._writer_waits = False
-
-    def _untaken(self) -> int:
-        """Bytes that the kernel holds because the peer has not taken them; 0 if it cannot tell."""
-        if UNTAKEN is None:
-            return 0
-        try:
-            return int.from_bytes(fcntl.ioctl(self._socket, UNTAKEN, bytes(4)), sys.byteorder)
-        except OSError:
-            return 0
-
-    # Ending
-
-    def finish(self, timeout=None):
-        """Half-close: no more bytes from us, the peer's may still come. Writer only. ``timeout``:
-        as for write()."""
-        if self._finished:
-            return
-        self._finished = True
-        if self._tls is not None:
-            with self._tls_lock:
-                self._say_farewell()
-        with self._send_lock:
-            self._finishing = True
-        self._linger()  # all payload is with the kernel, which sends it also if the process ends
-        if not self.flush():
-            self._outwait(timeout)
-
-    def cut_unless_finished(self):
-        """From now on closing it is a reset, until finish() or stop(): also if the system ends the
-        process, since then the kernel closes it."""
-        with contextlib.suppress(OSError), self._send_lock:
-            self._lingers = False
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-
-    def _linger(self):
-        """Have close() send what is unsent, unless it was reset."""
-        if self._lingers:
-            return
-        with contextlib.suppress(OSError), self._send_lock:
-            if not self._broken:
-                self._lingers = True
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
-
-    def _say_farewell(self):
-        """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
-
-        unwrap() also reads on for the peer's, and would eat payload that is in the buffer: so
-        that is taken out before.
-        """
-        with contextlib.suppress(OSError):  # nothing left, or nothing that can be read any more
-            while (self._tls_in.pending or self._tls.pending()) and (
-                data := self._tls.read(READ_SIZE)
-            ):
-                self._early.append(data)
-        with contextlib.suppress(OSError):  # always: the peer's farewell is not there yet
-            self._tls.unwrap()
-
-    def stop(self):
-        """End both directions: whoever reads or writes wakes up. What the kernel has taken still
-        goes out. Any thread; the owner still calls close()."""
-        self._linger()
-        with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def reset(self):
-        """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
-        takes what it has got for all there was."""
-        with contextlib.suppress(OSError), self._send_lock:  # closed already
-            self._broken = True
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            # A FIN would look like an end, and shutting down the reading side sends none. It does
-            # not wake a writer; but one that waits does so behind bytes that a FIN does not pass.
-            how = socket.SHUT_RDWR if self._writer_waits else socket.SHUT_RD
-            self._socket.shutdown(how)
-
-    def cut(self):
-        """Break the connection behind what was written: the peer gets all of that, and then the
-        RST. Waits for the peer's TCP, as long as it takes some in CUT_TIMEOUT. Writer only."""
-        pause, most = CUT_LOOKS
-        left, moved_at = self._untaken(), monotonic()
-        while left and self._can_deliver():
-            sleep(pause)
-            pause = min(2 * pause, most)
-            before, left = left, self._untaken()
-            if left < before:
-                moved_at = monotonic()
-            elif monotonic() - moved_at > CUT_TIMEOUT:
-                break
-        self.reset()
-
-    def _can_deliver(self):
-        """Whether a RST would cost what the kernel still holds. Not if the connection is dead, nor
-        with AF_UNIX, which has none."""
-        try:
-            state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except OSError:
-            return False
-        return not self._broken and state != TCP_CLOSE
-
-    def stop_reading(self):
-        """Have the reader see an end, since nobody wants what it reads. Any thread."""
-        with contextlib.suppress(OSError), self._send_lock:
-            self._socket.shutdown(socket.SHUT_RD)
-
-    def _check(self):
-        if self._broken:
-            raise ConnectionResetError("the connection was reset on this side")
-
-    def close(self):
-        """Close the socket. Only when no other thread is in here any more (see stop())."""
-        if self._tls is not None and self._lingers and not self._finished and not self._broken:
-            # Without waiting: a farewell that does not fit now would only be a courtesy.
-            with contextlib.suppress(OSError):
-                with self._tls_lock:
-                    self._say_farewell()
-                self.flush()
-        for selector in (self._read_wait, self._write_wait):
-            if selector is not None:
-                selector.close()
-        with self._send_lock:  # a late sender must not find a descriptor that was given out anew
-            self._socket.close()
-
-
-# Session and Stream: a Mux driven by threads -----------------------------------------------------
-
-SEND_LEAST = 16 * 1024  # Send quantum: bytes that are encrypted by one call, and the limit of
-SEND_MOST = 64 * 1024  # unsent bytes in the kernel. Pongs and credit queue behind both
-SEND_QUICK = 0.01  # seconds; if a jam of one quantum takes less, the quantum is doubled
-SEND_SLOW = 0.2  # ... and if it takes more, halved
-READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
-ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
-LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
-# would cost a Go peer what it has received and its visitor has not yet read
-SWEEP = 5  # seconds between looks for such streams
-NOTHING = (b"", ())  # a batch of frames
-FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
+LARGE_BUFFERS = Buffers(READ_BATCH, 4)
+BUFFERS = Buffers(READ_SIZE, 64)
 
 
 class Timers:
@@ -2387,7 +1858,7 @@ class Session:
         """
         streams, on_event = self._streams, StreamTable.on_event
         for _ in range(READS_A_TURN):
-            buffer = _large_buffers.take()
+            buffer = LARGE_BUFFERS.take()
             try:
                 count = self._duplex.receive_into(buffer)
                 if count is None:
@@ -2400,7 +1871,7 @@ class Session:
                         on_event[type(event)](streams, event)
                     batch = self._sender.take()
             finally:
-                _large_buffers.give_back(buffer)
+                LARGE_BUFFERS.give_back(buffer)
             self._sender.send(batch)
             if streams.farewells:
                 streams.say_farewells()

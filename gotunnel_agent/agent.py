@@ -42,7 +42,6 @@ from gotunnel import (
     Ack,
     Certificate,
     Deadline,
-    Duplex,
     End,
     MessageReader,
     Ping,
@@ -58,6 +57,7 @@ from gotunnel import (
 )
 
 from .common import refusals
+from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers

@@ -28,12 +28,12 @@ from gotunnel import (
     MESSAGE_LIMIT,
     POLICIES,
     PORTS,
-    STALL_TIMEOUT,
     VISITOR_ADDRESS,
     WILDCARDS,
 )
 
 from .common import strict_yaml
+from .common.duplex import STALL_TIMEOUT
 from .common.exposed import shown_path
 from .common.hostnames import (
     MAX_PORT,

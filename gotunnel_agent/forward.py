@@ -40,8 +40,9 @@ import threading
 from time import sleep
 from typing import NamedTuple
 
-from gotunnel import Deadline, Duplex, NoThread, relay, spawn
+from gotunnel import Deadline, NoThread, relay, spawn
 
+from .common.duplex import Duplex
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
 from .common.standard_error import free_standard_error

@@ -25,7 +25,6 @@ from gotunnel import (
     REFUSED,
     RESET_JOIN,
     Deadline,
-    Duplex,
     NoThread,
     ProtocolError,
     pump,
@@ -35,6 +34,7 @@ from gotunnel import (
 )
 
 from .common import proxy_protocol
+from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
 from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED
 from .connect import addresses_of, connect

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gotunnel import STALL_TIMEOUT
 from gotunnel_agent.common.addresses import Network
+from gotunnel_agent.common.duplex import STALL_TIMEOUT
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 

@@ -6,17 +6,9 @@ import threading
 
 from support import SECRET, TIMEOUT, TUNNEL_HOST, tls_context
 
-from gotunnel import (
-    Duplex,
-    MessageReader,
-    Ping,
-    Pong,
-    Register,
-    Session,
-    SessionClosed,
-    encode_message,
-)
+from gotunnel import MessageReader, Ping, Pong, Register, Session, SessionClosed, encode_message
 from gotunnel_agent.agent import make_token
+from gotunnel_agent.common.duplex import Duplex
 
 HOUR = 3600  # seconds
 

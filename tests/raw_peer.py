@@ -23,7 +23,8 @@ import pytest
 from support import running, wait_until
 
 import gotunnel
-from gotunnel import Duplex, Mux, Session, SessionClosed
+from gotunnel import Mux, Session, SessionClosed
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_server.certs.local_ca import Authority
 
 MIB = 1024 * 1024

@@ -18,7 +18,7 @@ NET, VISITORS, AGENTS, CERTS, ADMIN = (
 )
 RULES = {
     "gotunnel": set(),
-    COMMON: {"yaml"},
+    COMMON: {"gotunnel", "yaml"},
     "gotunnel_agent": {"gotunnel", COMMON, "jwt", "yaml"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
@@ -135,6 +135,12 @@ def test_a_wing_imports_only_what_it_may(module):
     wing = rule_of(dotted(module))
     used = {rule_of(name) for name in imports_of(module)} - sys.stdlib_module_names - {wing}
     assert used - RULES[wing] == {arrow for at, arrow in TO_GO if at == module}
+
+
+def test_of_the_common_modules_only_the_connection_knows_the_wire():
+    modules = {module for module in HOUSE if module.startswith("gotunnel_agent/common/")}
+    knowing = {module for module in modules if "gotunnel" in imports_of(module)}
+    assert knowing == {"gotunnel_agent/common/duplex.py"}
 
 
 def test_each_wing_has_modules():

@@ -27,15 +27,14 @@ from gotunnel import (
     INTERNAL_ERROR,
     NORMAL,
     PROTOCOL_ERROR,
-    STALL_TIMEOUT,
     Ack,
-    Duplex,
     ProtocolError,
     Register,
     Session,
     SessionClosed,
 )
 from gotunnel_agent.common import proxy_protocol
+from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
 
 from ..net import client_hello
 from ..routes import HostnameTaken

@@ -2,7 +2,7 @@
 
 import select
 
-from gotunnel import Duplex
+from gotunnel_agent.common.duplex import Duplex
 
 
 def hung_up(connection: Duplex) -> bool:

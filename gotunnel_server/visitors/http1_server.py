@@ -11,8 +11,9 @@ import threading
 from http.server import BaseHTTPRequestHandler
 from time import monotonic, sleep
 
-from gotunnel import Deadline, Duplex, Ends
+from gotunnel import Deadline, Ends
 from gotunnel_agent.common import http1
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.http1 import Fields, Malformed
 from gotunnel_agent.common.patience import Patience
 

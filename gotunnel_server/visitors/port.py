@@ -9,7 +9,7 @@ import logging
 import threading
 from typing import NamedTuple
 
-from gotunnel import STALL_TIMEOUT, Duplex
+from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
 from gotunnel_agent.common.process import Workers
 
 from ..net.shares import Shares

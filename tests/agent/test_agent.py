@@ -45,7 +45,6 @@ from gotunnel import (
     UPGRADES,
     Ack,
     Certificate,
-    Duplex,
     End,
     MessageReader,
     Ping,
@@ -68,6 +67,7 @@ from gotunnel_agent.agent import (
     tls_context,
 )
 from gotunnel_agent.common import standard_error
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.target import hostname_of
 from gotunnel_server.certs.local_ca import Authority
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
-from gotunnel import Duplex
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
 from gotunnel_server.net.listener import Listener, PortError, bind

@@ -24,7 +24,7 @@ from support import (
 )
 from tls_by_hand import PAYLOAD, HandTls
 
-import gotunnel
+from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server import gateway as gateway_module
 
 HONEST = "127.0.0.9"
@@ -146,7 +146,7 @@ def test_connections_that_only_update_keys_end(
     gateway, tmp_path, origin, monkeypatch, port, hostname, first, answer_asked
 ):
     """There are more of them than threads for steps, and none reads what it is answered."""
-    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 8 * 1024)
+    monkeypatch.setattr(duplex_module, "NO_PAYLOAD", 8 * 1024)
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"", "Connection: close"))))
     ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
     with agent_here(gateway, tmp_path, **ports), contextlib.ExitStack() as up:

@@ -22,7 +22,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel import Duplex
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.proxy_protocol import (
     VERSIONS,
     Source,

@@ -11,6 +11,7 @@ from support import TIMEOUT
 
 import gotunnel
 from gotunnel import StreamReset
+from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
 from gotunnel_server.visitors.port import Port, Timeouts
@@ -171,7 +172,7 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
     outer.sendall(b"question")
     outer.shutdown(socket.SHUT_WR)
     assert stream.finished.wait(TIMEOUT) and stream.written == [b"question"]
-    outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+    outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
     outer.close()
     assert stream.was_reset.wait(TIMEOUT) and forgotten.wait(TIMEOUT)
     assert port.relays.enter(address[0])  # its place is free

@@ -24,7 +24,9 @@ from support import wait_until
 from tls_by_hand import ALERT, CHANGE_CIPHER_SPEC, PAYLOAD, USER_CANCELED, WARNING, HandTls
 
 import gotunnel
-from gotunnel import Deadline, Duplex, pump, relay
+from gotunnel import Deadline, pump, relay
+from gotunnel_agent.common import duplex as duplex_module
+from gotunnel_agent.common.duplex import Duplex
 
 MIB = 1024 * 1024
 SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once
@@ -174,14 +176,14 @@ def test_write_waits_for_a_slow_reader_before_the_kernel_has_room(duplexes, monk
     fill(left)
     untaken = iter(range(1000, 900, -1))  # so many looks, each of which finds something taken
     monkeypatch.setattr(left, "_untaken", lambda: next(untaken, 900))
-    monkeypatch.setattr(gotunnel, "STALL_LOOK", 0.005)
+    monkeypatch.setattr(duplex_module, "STALL_LOOK", 0.005)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="the peer has stopped reading, nothing for 0.1 s"):
         left.write(b"x", timeout=0.1)
     assert time.monotonic() - began > 0.4
 
 
-@pytest.mark.skipif(gotunnel.UNTAKEN is None, reason="the system does not tell what was taken")
+@pytest.mark.skipif(duplex_module.UNTAKEN is None, reason="the system does not tell what was taken")
 def test_what_a_peer_has_taken_is_seen(duplexes):
     left, right = duplexes
     fill(left)
@@ -431,7 +433,7 @@ def test_a_connection_that_was_reset_is_known_to_have_died_although_nobody_reads
         raw.shutdown(socket.SHUT_WR)
         assert duplex.read(timeout=PATIENCE) == b""
         assert not duplex.died()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
         raw.close()
         wait_until(duplex.died)
         with pytest.raises(ConnectionResetError):
@@ -441,7 +443,7 @@ def test_a_connection_that_was_reset_is_known_to_have_died_although_nobody_reads
 def test_a_reset_of_the_peer_is_an_error():
     left, raw = tcp_pair()
     with contextlib.closing(Duplex(left)) as duplex:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
         raw.close()
         with pytest.raises(ConnectionResetError):
             duplex.read(timeout=PATIENCE)
@@ -620,8 +622,8 @@ def test_a_read_returns_although_records_without_payload_come_as_fast_as_they_ar
 
 
 def test_a_handshake_takes_a_step_at_a_time_and_not_without_end(monkeypatch):
-    monkeypatch.setattr(gotunnel, "READ_SIZE", 100)
-    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 150)
+    monkeypatch.setattr(duplex_module, "READ_SIZE", 100)
+    monkeypatch.setattr(duplex_module, "NO_PAYLOAD", 150)
     with duplex_pair("tcp") as (client, server):
         client_context, server_context = tls_contexts()
         client.start_tls(client_context, server_side=False, server_hostname="localhost")
@@ -633,7 +635,7 @@ def test_a_handshake_takes_a_step_at_a_time_and_not_without_end(monkeypatch):
 
 
 def test_payload_makes_up_for_what_came_without(monkeypatch):
-    monkeypatch.setattr(gotunnel, "NO_PAYLOAD", 1000)
+    monkeypatch.setattr(duplex_module, "NO_PAYLOAD", 1000)
     with by_hand() as (client, server):
         for _ in range(10):
             client.socket.sendall(b"".join(client.key_update() for _ in range(20)))
@@ -644,7 +646,7 @@ def test_payload_makes_up_for_what_came_without(monkeypatch):
 
 def test_answers_that_a_peer_does_not_read_do_not_pile_up(monkeypatch):
     """It mixes payload in, which counts for it."""
-    monkeypatch.setattr(gotunnel, "ANSWERS", 2000)
+    monkeypatch.setattr(duplex_module, "ANSWERS", 2000)
     with by_hand() as (client, server):
         fill(server)
         with pytest.raises(ConnectionAbortedError, match="does not read TLS's answers"):
@@ -726,7 +728,7 @@ def test_relay_resets_the_other_side_of_a_broken_one():
         target.sendall(b"half")
         outer.settimeout(PATIENCE)
         assert outer.recv(100) == b"half"
-        target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
         target.close()
         done.result(PATIENCE)
         left.close()
@@ -768,7 +770,7 @@ def test_relay_ends_when_an_end_is_gone_whose_bytes_are_all_copied(monkeypatch, 
         done = spawn(relay, *((inner, left) if reversed_ else (left, inner)))
         outer.shutdown(socket.SHUT_WR)
         assert silent.read(timeout=PATIENCE) == b""
-        outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+        outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
         outer.close()
         done.result(PATIENCE)
         inner.close()

@@ -57,6 +57,7 @@ from gotunnel import (
     StreamReset,
     relay,
 )
+from gotunnel_agent.common import duplex as duplex_module
 
 TRANSPORTS = ["tcp", "tls", "tls reversed"]
 ROLES = pytest.mark.parametrize("client", [True, False], ids=["client", "server"])
@@ -101,7 +102,7 @@ def test_an_end_of_the_connection_is_no_end_of_a_stream(last, arrives, end):
         peer.send(frame(DATA, 0, 1, payload=b"before "), last)
         assert stream.read_exactly(7 + len(arrives), PATIENCE) == b"before " + arrives
         if end == "reset":
-            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, gotunnel.NO_LINGER)
+            peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, duplex_module.NO_LINGER)
         peer.close()
         with pytest.raises(SessionClosed):
             stream.read(timeout=PATIENCE)
@@ -521,7 +522,7 @@ def test_oc_flush_on_close_although_the_peer_talks(monkeypatch):
 
 @pytest.mark.parametrize("half_closed", [False, True])
 def test_a_peer_that_never_reads_a_stream_has_it_reset(monkeypatch, half_closed):
-    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 0.05)
+    monkeypatch.setattr(duplex_module, "STALL_TIMEOUT", 0.05)
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         if half_closed:
@@ -534,7 +535,7 @@ def test_a_peer_that_never_reads_a_stream_has_it_reset(monkeypatch, half_closed)
 
 
 def test_a_peer_that_reads_slowly_is_not_one_that_never_reads(monkeypatch):
-    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 1)
+    monkeypatch.setattr(duplex_module, "STALL_TIMEOUT", 1)
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         writing = spawn(stream.write, bytes(INITIAL_WINDOW + 30))
@@ -656,7 +657,7 @@ def test_open_sends_what_there_is_no_room_for_later():
 
 
 def test_open_that_cannot_send_what_it_should_leaves_no_stream(monkeypatch):
-    monkeypatch.setattr(gotunnel, "STALL_TIMEOUT", 0.05)
+    monkeypatch.setattr(duplex_module, "STALL_TIMEOUT", 0.05)
     with raw_pair(client=True) as (peer, session):
         for timeout, error in ((None, StreamReset), (0.05, TimeoutError)):
             with pytest.raises(error):
@@ -751,11 +752,11 @@ def test_many_tiny_pieces_that_nobody_reads_cost_hardly_more_than_they_hold():
         )
 
 
-@pytest.mark.skipif(gotunnel.NOTSENT_LOWAT is None, reason="only Linux has the option")
+@pytest.mark.skipif(duplex_module.NOTSENT_LOWAT is None, reason="only Linux has the option")
 def test_the_kernel_takes_little_that_it_cannot_send_at_once():
     with session_pair("tcp") as (client, server):
         for session in (client, server):
-            option = (socket.IPPROTO_TCP, gotunnel.NOTSENT_LOWAT)
+            option = (socket.IPPROTO_TCP, duplex_module.NOTSENT_LOWAT)
             assert session._duplex._socket.getsockopt(*option) == gotunnel.SEND_LEAST
 
 

@@ -178,12 +178,12 @@ from gotunnel import (
     RST,
     SYN,
     WINDOW_UPDATE,
-    Duplex,
     Memory,
     Session,
     SessionClosed,
     StreamReset,
 )
+from gotunnel_agent.common.duplex import Duplex
 
 PROTOCOL_FAREWELL = (GO_AWAY, 0, 0, PROTOCOL_ERROR, b"")
 GO_OPEN_TIMEOUT = 75  # seconds without an answer to an open, after which Go ends the session
