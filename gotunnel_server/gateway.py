@@ -42,8 +42,8 @@ from .certs.turns import UNLIMITED
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.listener import descriptor_limit
+from .net.round_robin import FairWorkers
 from .net.shares import Places
-from .net.turns import FairWorkers
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies

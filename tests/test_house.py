@@ -206,6 +206,12 @@ def test_only_the_gateways_configuration_reads_the_environment():
     assert readers == {"gotunnel_server/config.py"}
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their bare names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("folder", [".", "gotunnel_server", "gotunnel_agent", "tests", "tools"])
 def test_no_line_is_wider_than_it_may_be(folder):
     files = (ROOT / folder).glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py")

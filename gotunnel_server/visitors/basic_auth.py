@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from gotunnel_agent.common.passwords import CONTROL, MOST_PASSWORD, MOST_USER, Hash
 from gotunnel_agent.common.token_bucket import Buckets
 
-from ..net.turns import Gate
+from ..net.round_robin import Gate
 from .verdict import Allow, Answer, Caller, refusal, too_many
 
 # A person mistypes a few times; an attacker has 8640 guesses a day from an address.

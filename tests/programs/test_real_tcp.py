@@ -125,12 +125,12 @@ def postgresql():
 
 
 @contextlib.contextmanager
-def redis(folder):
+def redis(folder, *options):
     """An empty Redis on a free port, which it yields."""
     with reserved_port() as port:
         command = (
             need("redis-server"), "--bind", "127.0.0.1", "--port", str(port), "--save", "",
-            "--dir", str(folder),
+            "--dir", str(folder), *options,
         )  # fmt: skip
         with running(*command, cwd=folder) as server:
             server.wait_for("Ready to accept connections")
@@ -484,6 +484,23 @@ def test_redis_answers_its_own_programs(store, door):
     report = run("redis-benchmark", *way, "-n", "2000", "-c", "20", "-t", "set,get", "--csv")
     rates = re.findall(r'^"([SG]ET)","([\d.]+)"', report.decode(), re.MULTILINE)
     assert [name for name, rate in rates if float(rate) > 0] == ["SET", "GET"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["tls", "own port"])
+def test_redis_that_is_full_says_so_to_each_client(serving, tmp_path, door):
+    """It answers and closes at once, with what the client has sent still unread: its kernel sends a
+    RST behind the answer, which must not overtake it."""
+    with redis(tmp_path, "--maxclients", "1") as port, serving(OURS, STORE, port) as store:
+        with socket.create_connection(("127.0.0.1", port)) as only:
+            only.sendall(b"PING\r\n")
+            assert only.recv(100) == b"+PONG\r\n"
+            for _ in range(10):
+                said = subprocess.run(
+                    ["redis-cli", *redis_way(store, door), "get", "key"],
+                    capture_output=True, text=True, timeout=TIMEOUT, check=False,
+                )  # fmt: skip
+                assert "max number of clients reached" in said.stdout + said.stderr
 
 
 # What programs do to each other ------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support import wait_until
 from gotunnel_agent.common.addresses import MOST_NETWORKS
 from gotunnel_agent.common.passwords import MOST_USERS, Hash
 from gotunnel_agent.common.token_bucket import MOST_KEYS
-from gotunnel_server.net.turns import Gate
+from gotunnel_server.net.round_robin import Gate
 from gotunnel_server.visitors import basic_auth
 from gotunnel_server.visitors.policy import Defaults, Networks, PolicyError, read
 from gotunnel_server.visitors.verdict import Allow, refusal

@@ -1,4 +1,4 @@
-"""Turns by key: a queue that is long holds up nobody else's."""
+"""RoundRobin by key: a queue that is long holds up nobody else's."""
 
 import threading
 
@@ -6,11 +6,11 @@ import pytest
 from support import TIMEOUT, wait_until
 
 from gotunnel_agent.common.process import Stopped
-from gotunnel_server.net.turns import FairWorkers, Gate, Turns
+from gotunnel_server.net.round_robin import FairWorkers, Gate, RoundRobin
 
 
 def test_keys_take_turns_and_items_of_one_keep_their_order():
-    turns = Turns()
+    turns = RoundRobin()
     for number in range(4):
         turns.put(("flood",), number)
     turns.put(("a",), "first")
@@ -43,11 +43,11 @@ def test_a_job_waits_for_one_of_each_other_key():
     assert workers.shutdown(TIMEOUT)
     with pytest.raises(Stopped):
         workers.submit(first, "late")
-    assert not workers._turns
+    assert not workers._waiting
 
 
 def test_keys_of_one_group_share_its_turn():
-    turns = Turns()
+    turns = RoundRobin()
     for number in range(3):
         turns.put(("attacked", f"stranger {number}"), ("attacked", number))
         turns.put(("attacked", "stranger 0"), ("attacked", "again"))

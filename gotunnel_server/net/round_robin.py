@@ -13,13 +13,13 @@ from gotunnel_agent.common.process import Workers
 from .shares import PARTS
 
 
-class Turns:
+class RoundRobin:
     """Items that wait, each under a path of keys, such as (tunnel, address): the tunnels take
     turns, and within one tunnel the addresses. All paths are equally long. Not for two threads at
     once."""
 
     def __init__(self):
-        self._queues = OrderedDict()  # key: deque or Turns of its items, never empty; next first
+        self._queues = OrderedDict()  # key: deque or RoundRobin of its items, never empty; next first
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -29,13 +29,13 @@ class Turns:
         key, *rest = path
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = Turns() if rest else deque()
+            queue = self._queues[key] = RoundRobin() if rest else deque()
         queue.put(rest, item) if rest else queue.append(item)
 
     def pop(self):
         """The next item. Raises KeyError if there is none."""
         key, queue = self._queues.popitem(last=False)
-        item = queue.pop() if isinstance(queue, Turns) else queue.popleft()
+        item = queue.pop() if isinstance(queue, RoundRobin) else queue.popleft()
         if queue:
             self._queues[key] = queue
         return item
@@ -48,8 +48,8 @@ class FairWorkers:
         """As Workers."""
         self._workers = Workers(most, name)
         self.shutdown = self._workers.shutdown
-        self._turns = Turns()
-        self._lock = threading.Lock()  # guards _turns, which has an item for each job in the pool
+        self._waiting = RoundRobin()
+        self._lock = threading.Lock()  # guards _waiting, which has an item for each job in the pool
 
     @property
     def crowded(self) -> bool:
@@ -61,11 +61,11 @@ class FairWorkers:
         shutdown()."""
         with self._lock:
             self._workers.submit(self._take_turn)
-            self._turns.put((key,), function)
+            self._waiting.put((key,), function)
 
     def _take_turn(self):
         with self._lock:
-            function = self._turns.pop()
+            function = self._waiting.pop()
         function()
 
 
@@ -77,7 +77,7 @@ class Gate:
     def __init__(self, at_once: int, waiting: int):
         self._free = at_once
         self._places = waiting  # that are left
-        self._turns = Turns()
+        self._waiting = RoundRobin()
         self._held = Counter()  # group, and (group, key): places
         self._lock = threading.Lock()  # guards all of them
 
@@ -93,16 +93,16 @@ class Gate:
                 return False
             self._count(group, key, 1)
             turn = threading.Event()
-            self._turns.put((group, key), (turn, group, key))
+            self._waiting.put((group, key), (turn, group, key))
         turn.wait()
         return True
 
     def leave(self):
         with self._lock:
-            if not self._turns:
+            if not self._waiting:
                 self._free += 1
                 return
-            turn, group, key = self._turns.pop()
+            turn, group, key = self._waiting.pop()
             self._count(group, key, -1)
             turn.set()
 
