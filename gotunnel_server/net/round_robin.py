@@ -19,7 +19,7 @@ class RoundRobin:
     once."""
 
     def __init__(self):
-        self._queues = OrderedDict()  # key: deque or RoundRobin of its items, never empty; next first
+        self._queues = OrderedDict()  # key: its deque or RoundRobin, never empty; next first
 
     def __len__(self) -> int:
         return len(self._queues)
