@@ -19,6 +19,7 @@ its streams (gotunnel.py).
 """
 
 import functools
+import ipaddress
 import logging
 import os
 from time import monotonic
@@ -41,6 +42,7 @@ from .certs.local_ca import Authority
 from .certs.turns import UNLIMITED
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
+from .net.dns import is_always_here
 from .net.listener import descriptor_limit
 from .net.round_robin import FairWorkers
 from .net.shares import Places
@@ -286,12 +288,22 @@ class Gateway:
         yield f"visitors: https://{config.gateway_host}:{self.public_port}/"
         yield f"agents: tunnel_addr {config.tunnel_host}:{self.tunnel_port}"
         if self.dashboard_port is not None:
-            host = config.gateway_host
-            if config.dashboard_bind != config.bind:  # the name may lead elsewhere
-                host = addresses.as_host(config.dashboard_bind[0])
-            yield f"dashboard: http://{host}:{self.dashboard_port}/"
+            yield f"dashboard: {self._dashboard_urls(config)}"
         if self.http_port is not None:
             yield f"plain HTTP: port {self.http_port}"
+
+    def _dashboard_urls(self, config):
+        """Where the dashboard can be opened."""
+        hosts = [addresses.as_host(address) for address in config.dashboard_bind]
+        urls = [f"http://{host}:{self.dashboard_port}/" for host in hosts]
+        by_name = f"http://{config.gateway_host}:{self.dashboard_port}/"
+        found = map(ipaddress.ip_address, config.dashboard_bind)
+        if not urls or any(address.is_unspecified for address in found):
+            return by_name
+        if config.dashboard_bind != config.bind:  # the name may lead elsewhere
+            return " ".join(urls)
+        # The name leads there, unless a proxy in front is what it names.
+        return by_name if is_always_here(config.gateway_host) else " ".join((by_name, *urls))
 
     def reload(self):
         """Look now at what may have changed. Any thread; waits for nothing."""

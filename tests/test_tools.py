@@ -100,6 +100,11 @@ def test_the_demo_stays_up_until_it_is_stopped(capsys, monkeypatch):
     assert "    curl --cacert " in shown
 
 
+def test_a_file_that_the_demo_writes_is_for_its_owner_alone():
+    with demo.Demo(sys.executable) as written:
+        assert os.stat(written.write("agent.yaml", "jwt_secret: x")).st_mode & 0o777 == 0o600
+
+
 def test_a_demo_that_brings_another_page_fails(capsys, monkeypatch):
     visit = demo.visit
     monkeypatch.setattr(demo, "visit", lambda port, ca, token: visit(port, ca, "another"))

@@ -188,9 +188,11 @@ class Demo:
         return Failed(f"the {name} {what}; its last lines:{last or ' none'}")
 
     def write(self, name, text):
-        """Write a file in the temporary folder; return its path."""
+        """Write a file in the temporary folder, for its owner alone: it may hold a secret. Return
+        its path."""
         path = os.path.join(self._folder.name, name)
-        with open(path, "w", encoding="utf-8") as file:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
         return path
 

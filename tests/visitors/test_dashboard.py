@@ -195,6 +195,22 @@ def test_it_listens_where_dashboard_bind_says(cache):
         assert f"dashboard: http://127.0.0.2:{port}/" in gateway.inner._facts
 
 
+@pytest.mark.parametrize(
+    ("settings", "urls"),
+    [
+        ({"DASHBOARD_BIND": "127.0.0.2,127.0.0.3"}, ["127.0.0.2", "127.0.0.3"]),
+        ({"DASHBOARD_BIND": "127.0.0.1"}, [GATEWAY_HOST]),
+        ({"DASHBOARD_BIND": "127.0.0.1", "GATEWAY_HOST": "www.example.com"},
+         ["www.example.com", "127.0.0.1"]),
+        ({"DASHBOARD_BIND": "0.0.0.0"}, [GATEWAY_HOST]),
+    ],
+)  # fmt: skip
+def test_the_log_says_where_the_dashboard_can_be_opened(cache, settings, urls):
+    with gateway_here(cache, **settings) as gateway:
+        urls = " ".join(f"http://{host}:{gateway.dashboard_port}/" for host in urls)
+        assert f"dashboard: {urls}" in gateway.inner._facts
+
+
 def test_an_address_of_another_machine_is_blamed_on_dashboard_bind(cache):
     with pytest.raises(PortError, match="DASHBOARD_PORT .*; correct DASHBOARD_BIND"):
         with gateway_here(cache, DASHBOARD_BIND="203.0.113.1"):
