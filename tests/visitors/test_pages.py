@@ -234,7 +234,7 @@ def codes_of_the_source():
                 numbers = ast.walk(node.args[0])
                 pairs.update((number.value, MALFORMED) for number in numbers
                              if type(getattr(number, "value", None)) is int)  # fmt: skip
-    agent = (ROOT / "gotunnel_agent" / "target.py").read_text(encoding="utf-8")
+    agent = (ROOT / "gotunnel_agent" / "common" / "refusals.py").read_text(encoding="utf-8")
     return pairs | {(502, code) for code in SAID_BY_THE_AGENT.findall(agent)}
 
 
