@@ -39,12 +39,13 @@ from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 from gotunnel_agent.common.one_line import words_and_link
 
 from .acme_errors import ACCOUNT, CONFIG, HOST, LATER, LIMITED, TRANSPORT, Abandoned, CaError
+from .kept import number
 from .proof_memory import ProofMemory
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, retry_delay
 from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
 from .turns import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, Turns
-from .wanted import Wanted, number
+from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.issuer")
 

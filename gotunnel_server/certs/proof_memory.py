@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .kept import number
 from .schedule import DAY
-from .wanted import number
 
 # Seconds that something learned is believed. Ports are opened and closed; to ask again costs a
 # minute.

@@ -36,9 +36,9 @@ from typing import NamedTuple, Protocol
 
 from gotunnel_agent.common.one_line import words_and_link
 
+from .kept import number
 from .registered_domain import registered_domain
 from .schedule import DAY, HOUR
-from .wanted import number
 
 WEEK = 7 * DAY
 # Buckets that are not full, some 100 bytes each in memory and on disk. If there are more, the
@@ -65,7 +65,7 @@ class _Unlimited(NamedTuple):
 UNLIMITED: Limits = _Unlimited()
 
 
-class Allowance(NamedTuple):
+class Quota(NamedTuple):
     """So many at once, and as many again in so many seconds."""
 
     most: int
@@ -79,37 +79,37 @@ class Allowance(NamedTuple):
 class Bounds(NamedTuple):
     """What is allowed."""
 
-    all: Allowance = Allowance(270, 3 * HOUR)
-    domain: Allowance = Allowance(45, WEEK)
+    all: Quota = Quota(270, 3 * HOUR)
+    domain: Quota = Quota(45, WEEK)
     # Of a credential whose limits say nothing else. One that may have few hostnames at once needs
     # few certificates: for each in an hour, and for three generations of them in a week, and some.
-    hour: Allowance = Allowance(150, HOUR)
-    week: Allowance = Allowance(500, WEEK)
-    hostname: Allowance = Allowance(4, WEEK)
+    hour: Quota = Quota(150, HOUR)
+    week: Quota = Quota(500, WEEK)
+    hostname: Quota = Quota(4, WEEK)
 
     @classmethod
     def with_domain(cls, certificates: int) -> Bounds:
         """So many of a registered domain in a week."""
-        return cls(domain=Allowance(certificates, WEEK))
+        return cls(domain=Quota(certificates, WEEK))
 
     @property
-    def part(self) -> Allowance:
+    def part(self) -> Quota:
         """Of one credential in all."""
         return self.all._replace(most=max(1, self.all.most * 2 // 3))
 
     @property
-    def share(self) -> Allowance:
+    def share(self) -> Quota:
         """Of one credential in one domain."""
         return self.domain._replace(most=max(1, self.domain.most * 8 // 9))
 
-    def of_credential(self, limits: Limits) -> tuple[Allowance, Allowance]:
+    def of_credential(self, limits: Limits) -> tuple[Quota, Quota]:
         """In an hour, and in a week."""
         hour, week, hostnames = self.hour.most, self.week.most, limits.hostnames
         if hostnames is not None:
             hour, week = min(hour, hostnames + 5), min(week, 3 * hostnames + 10)
         return (
-            Allowance(limits.orders_per_hour or hour, self.hour.seconds),
-            Allowance(limits.orders_per_week or week, self.week.seconds),
+            Quota(limits.orders_per_hour or hour, self.hour.seconds),
+            Quota(limits.orders_per_week or week, self.week.seconds),
         )
 
 
@@ -118,7 +118,7 @@ class Token(NamedTuple):
     whatever becomes of it; an ORDER that the CA takes; or a CERTIFICATE that comes of it."""
 
     bucket: str
-    allowance: Allowance
+    quota: Quota
     why: str
     is_spent_by: str
 
@@ -165,14 +165,14 @@ class Turns:
 
     def of_certificate(self, hostname) -> Token:
         """What a certificate that came takes: the CA gives few for one set of names."""
-        allowance = self._bounds.hostname
-        why = f"{allowance.most} certificates in a week were ordered for it, and are gone"
-        return Token(f"name {hostname}", allowance, why, CERTIFICATE)
+        quota = self._bounds.hostname
+        why = f"{quota.most} certificates in a week were ordered for it, and are gone"
+        return Token(f"name {hostname}", quota, why, CERTIFICATE)
 
     def wait(self, token: Token, now, ahead=0) -> float:
         """Seconds until the bucket has one, when so many others have been taken before; 0 if it has
         one."""
-        most, interval = token.allowance.most, token.allowance.interval
+        most, interval = token.quota.most, token.quota.interval
         full_at = max(self._full_at.get(token.bucket, now), now) + ahead * interval
         # Times are rounded, so a thousandth of a token may be missing.
         return max(0.0, full_at - now - (most - 0.999) * interval)
@@ -183,14 +183,14 @@ class Turns:
         if self.wait(token, now) > 0:
             return False
         full_at = max(self._full_at.get(token.bucket, now), now)
-        self._full_at[token.bucket] = full_at + token.allowance.interval
+        self._full_at[token.bucket] = full_at + token.quota.interval
         if len(self._full_at) > MOST_BUCKETS:
             self._forget(now)
         return True
 
     def give_back(self, token: Token):
         if token.bucket in self._full_at:
-            self._full_at[token.bucket] -= token.allowance.interval
+            self._full_at[token.bucket] -= token.quota.interval
 
     def _forget(self, now):
         """Buckets that are full; and if there are too many others, those that are nearly."""

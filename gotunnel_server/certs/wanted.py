@@ -1,5 +1,5 @@
-"""What is known of a hostname whose certificate is wanted, and how that is kept. Pure: no clock, no
-disk. All instants are seconds since 1970."""
+"""What is known of a hostname whose certificate is wanted, and how that is kept. No clock and
+no disk here. All instants are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from gotunnel_agent.common.one_line import words_and_link
 
 from .cancel import Stop
+from .kept import number
 from .schedule import Window, renew_at
 from .store import Stored
 
@@ -111,9 +112,3 @@ class Wanted:
             "window_of": None if self.window_of is None else f"{self.window_of:x}",
             "ask_at": self.ask_at,
         }
-
-
-def number(value, most=1e11) -> float:
-    """What a file says is a number, 0 if it is none, or too large a one."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if good and 0 <= value < most else 0.0

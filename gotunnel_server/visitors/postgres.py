@@ -15,11 +15,10 @@ it again.
 
 import threading
 
+from .sniff import LEAST_KEY, MOST_KEY
+
 # Bytes of a target within which its key must come: logging in and some twenty parameters take 700.
 SCAN_LIMIT = 16384
-# Bytes of a key: the number of the process, and the secret, which has 4 bytes up to version 3.0 of
-# the protocol and at most 256 from 3.2 on.
-LEAST_KEY, MOST_KEY = 8, 260
 KEYS = 2048  # that are remembered; as many as relays there may be
 
 _BACKEND_KEY_DATA = ord("K")

@@ -17,8 +17,6 @@ import re
 import struct
 from typing import NamedTuple
 
-from .postgres import LEAST_KEY, MOST_KEY
-
 TLS, SSH, HTTP, SSL_REQUEST, GSS_REQUEST, CANCEL_REQUEST, OTHER = range(7)
 
 # Bytes within which an HTTP method must end: the longest that is registered with IANA has 17
@@ -33,6 +31,9 @@ YES, NO = b"S", b"N"  # the answers to them
 # A CancelRequest is its length, this code and a key.
 _CANCEL_CODE = struct.pack("!I", 80877102)
 _BEFORE_KEY = 8  # bytes
+# Bytes of a key: the number of the process, and the secret, which has 4 bytes up to version 3.0 of
+# the protocol and at most 256 from 3.2 on.
+LEAST_KEY, MOST_KEY = 8, 260
 EXACT = ((b"SSH-", SSH), (_SSL_REQUEST, SSL_REQUEST), (_GSS_REQUEST, GSS_REQUEST))
 
 
@@ -56,7 +57,7 @@ def knock(data: bytes) -> Knock | None:
     cancels = _cancels(data)
     if cancels is not False:
         return cancels and Knock(CANCEL_REQUEST)
-    if data[0] == 22:  # a handshake record; whether it is one in earnest hello.parse() will see
+    if data[0] == 22:  # a handshake record; whether it is one in earnest client_hello.Reader tells
         return Knock(TLS)
     method = _METHOD.match(data)
     if method and method.end() <= METHOD_LIMIT:

@@ -37,7 +37,7 @@ from gotunnel_server.certs.schedule import (
 )
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.certs.store import StoreError, ca_id
-from gotunnel_server.certs.turns import Allowance, Bounds
+from gotunnel_server.certs.turns import Quota, Bounds
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"
@@ -90,9 +90,9 @@ class House:
         per_hour, per_agent = more.pop("orders_per_hour", None), more.pop("orders_per_agent", None)
         bounds = more.pop("bounds", Bounds())
         if per_hour:
-            bounds = bounds._replace(all=Allowance(per_hour, HOUR))
+            bounds = bounds._replace(all=Quota(per_hour, HOUR))
         if per_agent:
-            bounds = bounds._replace(hour=Allowance(per_agent, HOUR))
+            bounds = bounds._replace(hour=Quota(per_agent, HOUR))
         self.more = {**more, "bounds": bounds}
         self.issuer = None
         self.restart()
@@ -1477,7 +1477,7 @@ def test_pebble_and_certificates_of_seconds(tmp_path):
         store = open_store(tmp_path / "cache", running.directory)
         ca = Ca(running.directory, store, ca_file=running.ca_file)
         changed = queue.Queue()
-        bounds = Bounds(hostname=Allowance(10_000, HOUR))
+        bounds = Bounds(hostname=Quota(10_000, HOUR))
         issuer = Issuer(ca, store, answers, changed.put, bounds=bounds)
         issuer.start()
         try:

@@ -15,7 +15,7 @@ from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
 from gotunnel_server.certs.registered_domain import registered_domain
 from gotunnel_server.certs.schedule import HOUR, MINUTE
 from gotunnel_server.certs.state import FAILED, READY
-from gotunnel_server.certs.turns import MOST_BUCKETS, WEEK, Allowance, Bounds, Turns
+from gotunnel_server.certs.turns import MOST_BUCKETS, WEEK, Quota, Bounds, Turns
 
 APP = "app.example.com"
 
@@ -334,7 +334,7 @@ def test_buckets_are_bounded():
 
 
 def test_a_token_that_is_given_back_is_there_again():
-    turns, token = Turns(), Turns(Bounds(all=Allowance(1, HOUR))).of_renewal()[0]
+    turns, token = Turns(), Turns(Bounds(all=Quota(1, HOUR))).of_renewal()[0]
     assert turns.wait(token, NOW) == 0
     turns.take(token, NOW)
     assert turns.wait(token, NOW) == pytest.approx(HOUR, rel=1e-2)
