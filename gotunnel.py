@@ -87,7 +87,11 @@ VERSION = 0
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
 NORMAL, PROTOCOL_ERROR, INTERNAL_ERROR = range(3)  # go away codes
-REFUSED = 1  # code that we put beside a RST: the agent has no target for the stream. Go ignores it
+# Codes that we put beside a RST; Go ignores them. A code once given keeps its meaning: agents and
+# gateways of several versions meet.
+REFUSED = 1  # the agent has no target for the stream
+# Why the agent turns an http visit away (feature REFUSALS); common/refusals.py has the words.
+TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2, 3, 4, 5
 
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
@@ -887,7 +891,8 @@ POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors
 WILDCARDS = "wildcards"  # feature: the gateway knows hostnames such as *.dev.example.com
 REASONS = "reasons"  # feature: the agent wants to hear why the gateway ends its session
 UPGRADES = "upgrades"  # feature: data headers say that an http stream is relayed as a tcp one is
-REPLACED = "replaced"  # such a reason: another session has taken over
+REFUSALS = "refusals"  # feature: the gateway makes the page of an http visit that is turned away
+REPLACED = "replaced"  # a reason (REASONS): another session has taken over
 MOVE = "move"  # ... the agent is to come anew; until it has, this session serves, and visits go on
 
 

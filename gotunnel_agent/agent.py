@@ -36,6 +36,7 @@ from gotunnel import (
     MOVE,
     PORTS,
     REASONS,
+    REFUSALS,
     REPLACED,
     START_WINDOW,
     UPGRADES,
@@ -56,7 +57,6 @@ from gotunnel import (
     spawn,
 )
 
-from .common import refusals
 from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
@@ -393,7 +393,7 @@ class Agent:
             routes=config.routes(),
             modes=config.modes(),
             features=(
-                CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, refusals.FEATURE, *later,
+                CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, REFUSALS, *later,
                 *sorted(needs),
             ),  # fmt: skip
             host_headers=config.host_headers(),
@@ -424,7 +424,7 @@ class Agent:
             routes[hostname] = route._replace(
                 problem=problem,
                 awaits_port=awaits_port,
-                refusals=refusals.FEATURE in ack.features,
+                refusals=REFUSALS in ack.features,
             )
         with self._lock:
             self._routes = routes

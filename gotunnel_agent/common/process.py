@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
+from gotunnel import call_logged
+
 from .standard_error import free_standard_error
 
 try:
@@ -64,7 +66,7 @@ class Signals:
         """Call ``function``, whose exceptions nobody expects: they are logged. Its end counts as a
         signal. Any thread."""
         try:
-            _call_logged(function)
+            call_logged(function)
         finally:
             self._send.send(b"\0")
 
@@ -143,19 +145,12 @@ class Workers:
 
     def _work(self):
         while (job := self._jobs.get()) is not None:
-            _call_logged(*job)
-            del job  # it may hold a visitor's connection, and the next one may take hours to come
+            function, arguments = job
+            call_logged(function, *arguments)
+            # They may hold a visitor's connection, and the next job may take hours to come.
+            del job, function, arguments
             with self._lock:
                 self._spare += 1
-
-
-def _call_logged(function, arguments=()):
-    """Call a job; nobody else looks at what it raises."""
-    try:
-        function(*arguments)
-    except Exception:
-        name = threading.current_thread().name
-        log.exception("thread %s: an unexpected error (bug, traceback follows)", name)
 
 
 LOG_PERIOD = 10  # seconds ...

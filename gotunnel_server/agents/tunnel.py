@@ -27,6 +27,7 @@ from gotunnel import (
     POLICIES,
     PORTS,
     REASONS,
+    REFUSALS,
     REPLACED,
     START_WINDOW,
     UPGRADES,
@@ -37,7 +38,6 @@ from gotunnel import (
     Port,
     encode_data_header,
 )
-from gotunnel_agent.common import refusals
 from gotunnel_agent.common.process import Stopped
 
 from ..routes import AgentBusy
@@ -50,7 +50,7 @@ log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # extensions that we know
     CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, UPGRADES,
-    VISITOR_ADDRESS, WILDCARDS, refusals.FEATURE,
+    REFUSALS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session's last message may take to leave, if another tunnel waits for its
 # hostnames. The message may stand behind what another thread is about to send. On a line that is
