@@ -76,7 +76,7 @@ PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's
 PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections and the dashboard's
 # Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
 RELOAD = 2
-LAST_JOBS = 2  # ... and for jobs in the pools: all connections are closed by then
+LAST_JOBS = 2  # seconds for jobs in the pools when the gateway stops: connections are closed
 LAST_LOOK = 2  # seconds for the look that is under way when we stop: a disk may hang
 
 
@@ -224,7 +224,7 @@ class Gateway:
         self.dashboard_port = None
         if config.dashboard_port is None:
             return
-        site = dashboard.choose_site(
+        site = dashboard.build_site(
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
             self._keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip

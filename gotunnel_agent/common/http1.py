@@ -93,8 +93,6 @@ HOP_BY_HOP = frozenset({
     "proxy-authenticate", "proxy-authorization",
     # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
     "http2-settings",
-    # The gateway's own: what it says of an answer must not come from a target.
-    "x-gotunnel-error",
 })
 
 # Fields that say where a message ends.
@@ -431,8 +429,10 @@ def keeps_alive(message: Request | Response) -> bool:
     return "close" not in options and (message.minor > 0 or "keep-alive" in options)
 
 
-def end_to_end(fields: Fields, keep_upgrade: bool = False) -> list[tuple[str, str]]:
-    """The fields to pass on: all but HOP_BY_HOP and those that Connection names.
+def end_to_end(
+    fields: Fields, keep_upgrade: bool = False, dropping: frozenset[str] = frozenset()
+) -> list[tuple[str, str]]:
+    """The fields to pass on: all but HOP_BY_HOP, those that Connection names, and ``dropping``.
 
     Trailer stays, as trailers are passed on. With ``keep_upgrade`` Upgrade stays too; the caller
     writes its own Connection, and the length or coding of the body that it sends. A Connection
@@ -440,7 +440,7 @@ def end_to_end(fields: Fields, keep_upgrade: bool = False) -> list[tuple[str, st
     it would let a visitor take away what the target relies on. Names are compared as plain_name()
     has them.
     """
-    dropped = set(HOP_BY_HOP)
+    dropped = {*HOP_BY_HOP, *dropping}
     dropped.update(name for option in fields.tokens("connection")
                    if not _is_essential(name := plain_name(option)))
     if keep_upgrade:

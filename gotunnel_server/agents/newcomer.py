@@ -53,13 +53,13 @@ PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 STRANGERS_READ = 4 * 1024
 STRANGERS_WASTE = 4 * 1024
 HEARD_OUT = 1024 * 1024  # bytes that a stranger may go on sending when it has been refused
-REFUSALS = 256  # remembered ones, so that each is logged once ...
+MOST_REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
 
 _SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 
 
-class Refusal(Exception):
+class NotAdmitted(Exception):
     """The gateway says no; the text is for the agent. ``in_the_middle``: the agent has not said
     all yet. ``brief``: there are so many of them that none may keep its place to read why; one that
     has said no more than a registration reads it all the same."""
@@ -155,7 +155,7 @@ class Newcomers:
 class Refusals:
     """The refusals that were logged, and the warnings that come as often. Any thread.
 
-    Invariant: at most REFUSALS are remembered, and of equal ones within REFUSAL_MEMORY only the
+    Invariant: at most MOST_REFUSALS are remembered. Of equal ones within REFUSAL_MEMORY only the
     first is a warning, because Go agents come back every two seconds.
     """
 
@@ -170,7 +170,7 @@ class Refusals:
             last = self._logged.pop(key, None)
             fresh = last is None or now - last > REFUSAL_MEMORY
             self._logged[key] = now if fresh else last
-            if len(self._logged) > REFUSALS:
+            if len(self._logged) > MOST_REFUSALS:
                 self._logged.popitem(last=False)
         log.log(logging.WARNING if fresh else logging.DEBUG, line, agent, text)
 
@@ -209,7 +209,7 @@ class Newcomer:
         self._agent = None  # from CLAIM on, as are the next two
         self._tunnel = None
         self._claim = None
-        self._refusal = None  # the Refusal that it gets after DELAYED
+        self._refusal = None  # the NotAdmitted that it gets after DELAYED
 
     def __str__(self):
         return f"agent at {self.address[0]}" if self._agent is None else str(self._agent)
@@ -229,7 +229,7 @@ class Newcomer:
                 if stage is Stage.ADMIT:
                     self._newcomers.submit(self.ready)
                     return
-        except Refusal as refusal:
+        except NotAdmitted as refusal:
             self._refuse(refusal)
         except ProtocolError as error:
             log.debug("%s: protocol error: %s", self, error)
@@ -282,7 +282,7 @@ class Newcomer:
     def _look_again(self, stage, seconds):
         """Take the step of ``stage`` in so many seconds, also if the peer sends something."""
         if self._newcomers.listener.stopping:
-            raise Refusal("the gateway stops")
+            raise NotAdmitted("the gateway stops")
         self._enter(stage)
         self._newcomers.listener.call_later(self.ready, seconds)
 
@@ -362,7 +362,7 @@ class Newcomer:
         try:
             message = self._control and next(iter(self._control.read()), None)
         except ProtocolError as error:  # its operator has to hear of it
-            raise Refusal(f"invalid registration: {error}", in_the_middle=True) from None
+            raise NotAdmitted(f"invalid registration: {error}", in_the_middle=True) from None
         heard = self._control.received if self._control is not None else 0
         if self.duplex.received - heard > STRANGERS_WASTE:
             raise Flood("more frames than a registration needs")
@@ -377,19 +377,19 @@ class Newcomer:
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
         instance = message.instance[:MAX_INSTANCE]
         if not newcomers.attempts.may_show(self.address[0], instance):
-            raise Refusal(
+            raise NotAdmitted(
                 "too many bad tokens came from this address, so not all are looked at", brief=True
             )
         try:
             identity = tunnels.credentials.identify(message.token)
         except TokenInvalid as error:
-            return self._delay(Refusal(f"auth failed: {error}"), instance)
+            return self._delay(NotAdmitted(f"auth failed: {error}"), instance)
         newcomers.attempts.proved(instance)
         self._agent = Agent(self.address, identity, message.instance)
         try:
             routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
         except NotGranted as error:
-            raise Refusal(str(error)) from None
+            raise NotAdmitted(str(error)) from None
         self._check_count(len(routes))  # too many by themselves cost no session its end
         tunnel = Tunnel(
             tunnels, self._agent, self._session, self._control,
@@ -429,7 +429,7 @@ class Newcomer:
     def _check_count(self, count):
         most = self._agent.identity.limits.hostnames
         if most is not None and count > most:
-            raise Refusal(f"too many hostnames: {count}, at most {most} for this credential")
+            raise NotAdmitted(f"too many hostnames: {count}, at most {most} for this credential")
 
     def _try_claim(self):
         """Take the hostnames, as soon as no other tunnel holds them. A holder may have to go."""
@@ -437,12 +437,12 @@ class Newcomer:
             raise SessionClosed(self._session.ended)
         credentials, hostnames = self._newcomers.tunnels.credentials, tuple(self._tunnel.wanted)
         if why := credentials.taken_away(self._agent.identity, hostnames):
-            raise Refusal(f"auth failed: {why}")
+            raise NotAdmitted(f"auth failed: {why}")
         try:
             if not self._claim.attempt():
                 return self._look_again(Stage.CLAIM, takeover.LOOK)
         except HostnameTaken as taken:
-            raise Refusal(str(taken)) from None
+            raise NotAdmitted(str(taken)) from None
         return Stage.ADMIT
 
     def _admit(self):

@@ -34,7 +34,7 @@ _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon 
 _HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
 
-def choose_site(
+def build_site(
     tunnels, gateway_host, public_port, version, certificate_state, proxies: Proxies,
     password: Hash | None,
 ):  # fmt: skip

@@ -27,7 +27,7 @@ from ..routes import AgentBusy
 from . import forwarded, login, pages
 from .forwarded import Proxies
 from .pages import Page
-from .request import LEAST_RATE, Request, VisitorGone
+from .request import LEAST_BYTE_RATE, Request, VisitorGone
 from .sites import Forward
 
 log = logging.getLogger("gotunnel.proxy")
@@ -88,7 +88,7 @@ class Upload:
         self._thread = None
         self._unwanted = threading.Event()  # the target, or the exchange, wants no more of it
         self._over = threading.Event()  # the request was answered, or never will be
-        self._patience = Patience(request.idle_timeout, LEAST_RATE, request.crowded)
+        self._patience = Patience(request.idle_timeout, LEAST_BYTE_RATE, request.crowded)
         # The visitor holds its body back until it is asked for (RFC 9110 §10.1.1).
         self._held_back = "100-continue" in request.fields.tokens("expect")
         self.stuck = False  # the target has taken nothing for ``timeout`` seconds
@@ -446,7 +446,7 @@ class Exchange:
             if interim > http1.HEAD_LIMIT:
                 raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
             request.send_interim(
-                response.status, response.reason, http1.end_to_end(response.fields)
+                response.status, response.reason, _of_target(response)
             )
             if response.status == 100 and self._upload is not None:
                 self._upload.ask_for_it()
@@ -481,11 +481,12 @@ class Exchange:
             self._route.tunnel.keep(self._route, stream)
         else:
             stream.close()
+        trailers = [field for field in trailers if http1.plain_name(field[0]) not in pages.OURS]
         request.finish(pieces, trailers)
 
     def _send_head(self, response, body):
         # 426 asks the visitor to upgrade first: Upgrade names the protocol (RFC 9110 §15.5.22).
-        fields = http1.end_to_end(response.fields, keep_upgrade=response.status == 426)
+        fields = _of_target(response, keep_upgrade=response.status == 426)
         if body is not None:
             length = body.length
         else:  # of what is not sent
@@ -524,7 +525,7 @@ class Exchange:
         if not self._request.wants_upgrade:
             raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
         self._await_upload()
-        fields = http1.end_to_end(response.fields, keep_upgrade=True)
+        fields = _of_target(response, keep_upgrade=True)
         onward = Upgraded(self._stream, self._half_close)
         if not self._request.switch(101, response.reason, fields, data, onward):
             raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
@@ -541,6 +542,10 @@ class Exchange:
         self._check_upload()
         if not self._upload.sent():
             raise TargetFailed(502, "bad-answer", "The service changed the protocol too early.")
+
+
+def _of_target(response, keep_upgrade=False):
+    return http1.end_to_end(response.fields, keep_upgrade, dropping=pages.OURS)
 
 
 def _bad_request(malformed):

@@ -21,7 +21,7 @@ from ..net.hung_up import hung_up
 from . import pages
 from .exchange import Exchange, send_page
 from .pages import Page
-from .request import LEAST_RATE, VisitorGone
+from .request import LEAST_BYTE_RATE, VisitorGone
 from .sites import Connect
 
 log = logging.getLogger("gotunnel.visitor")
@@ -147,7 +147,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def write(self, data: bytes):
         """Raises TimeoutError if the visitor reads nothing for ``stall_timeout`` seconds, or almost
-        nothing (request.LEAST_RATE). What it has got by then is reset: it must not look whole."""
+        nothing (request.LEAST_BYTE_RATE). Then the connection is reset, so that the part which the
+        visitor has got does not look whole."""
         spend = self._wait_for_reader if self.stall_timeout else None
         try:
             self.connection.write(data, self.stall_timeout, spend)
@@ -161,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _wait_for_reader(self, seconds, taken):
         if self._reader is None:
-            self._reader = Patience(self.stall_timeout, LEAST_RATE, self.is_crowded)
+            self._reader = Patience(self.stall_timeout, LEAST_BYTE_RATE, self.is_crowded)
         self._reader.spend(seconds, taken)
 
 

@@ -11,6 +11,11 @@ from html import escape
 from http import HTTPStatus
 from typing import NamedTuple
 
+CODE_FIELD = "X-Gotunnel-Error"
+# Fields of an answer that only the gateway may write, as http1.plain_name() has them. A target's
+# are dropped: a visitor must be able to believe them.
+OURS = frozenset({CODE_FIELD.lower()})
+
 _FRAME = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -56,7 +61,7 @@ def error(status: int, code: str, text: str, fields: tuple = ()) -> Page:
     title = f"{int(status)} {HTTPStatus(status).phrase}"
     body = _FRAME.format(title=title, text=escape(text), footer=f"gotunnel: {code}")
     as_json = json.dumps({"error": code, "message": text, "status": int(status)}) + "\n"
-    fields = (("X-Gotunnel-Error", code), *fields)
+    fields = ((CODE_FIELD, code), *fields)
     return Page(status, body.encode(), fields=fields, as_json=as_json.encode())
 
 

@@ -9,7 +9,7 @@ import logging
 import threading
 from time import monotonic
 
-from gotunnel import NoThread, pump, relay, spawn
+from gotunnel import RESET_JOIN, NoThread, pump, relay, spawn
 from gotunnel_agent.common import proxy_protocol
 
 from ..routes import AgentBusy
@@ -28,8 +28,6 @@ HELD_FIN_TIMEOUT = 30
 # good. An agent that cannot half-close ends its stream as soon as it sees our FIN; one that does
 # not would keep the thread for ever.
 ENDING_TIMEOUT = 30
-# Seconds that a thread has to leave a relay whose ends were reset: that wakes it at once.
-RESET_TIMEOUT = 5
 
 
 def start_tcp(visitor, route):
@@ -172,7 +170,7 @@ def _end(back, end, stream):
     log.debug("thread %s: reset, it has not ended in time", back.name)
     stream.reset()
     end.reset()
-    back.join(RESET_TIMEOUT)
+    back.join(RESET_JOIN)
     if back.is_alive():
         log.error("thread %s does not end although its relay was reset (bug)", back.name)
 

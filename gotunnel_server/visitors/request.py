@@ -1,7 +1,7 @@
 """A visitor's request, in whatever protocol it came: all that the rest of the gateway knows of it.
 
 `sites` decides by its attributes what it gets; `exchange` reads its body and gives its answer by
-its methods. `http1_server.Handler` is a Request in HTTP/1.1; a test's is a plain object.
+its methods. `http1_server.Http1Request` is a Request in HTTP/1.1; a test's is a plain object.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from .login import Owner
 # Bytes a second that a visitor must send of a body, or read of an answer, while others need its
 # place (Request.crowded), in the long run: over IDLE_TIMEOUT or STALL_TIMEOUT. Kestrel and IIS ask
 # for as much, always. Relays and slow targets are not held to it.
-LEAST_RATE = 240
+LEAST_BYTE_RATE = 240
 
 
 class VisitorGone(Exception):
@@ -28,7 +28,7 @@ class Request(Protocol):
     One thread at a time calls read_body(), one other thread the other methods. A method that sends
     or reads raises OSError if the visitor's connection is broken; sending waits for a visitor
     that reads slowly, and raises TimeoutError if it reads nothing for too long, or almost nothing
-    (LEAST_RATE); then what was sent is reset.
+    (LEAST_BYTE_RATE); then what was sent is reset.
 
     The answer is: any number of send_interim(); send_head(); any number of send_data(); finish().
     Or switch() instead of send_head(). Or abort(), at any time.
@@ -62,7 +62,7 @@ class Request(Protocol):
         """
 
     def crowded(self) -> bool:
-        """Whether others need the place that a slow visitor holds: then LEAST_RATE is asked for."""
+        """Whether others need the place that a slow visitor holds: it must reach LEAST_BYTE_RATE."""
 
     def send_interim(self, status: int, reason: str, fields: list[tuple[str, str]]) -> None:
         """An answer before the final one (1xx, but not 101), if the visitor's protocol has such."""

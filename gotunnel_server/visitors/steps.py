@@ -22,7 +22,7 @@ log = logging.getLogger("gotunnel.visitor")
 # Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
 # that goes on at once, as most do, is spared the detour through the listener. Not while others wait
 # for a worker.
-LINGER = 0.005
+NEXT_STEP_WAIT = 0.005
 # Waits in one state after which a connection's next bytes are looked at only each TRICKLE seconds:
 # a hello or a head comes in a few pieces, and byte by byte each would take a step.
 FREE_WAITS = 64
@@ -111,7 +111,7 @@ class Stepwise:
                 self._visitor.listener.park(self, seconds)
                 return False
             with contextlib.suppress(TimeoutError):
-                self.duplex.wait_readable(LINGER)
+                self.duplex.wait_readable(NEXT_STEP_WAIT)
                 return True
         listener, left = self._visitor.listener, max(0, self._deadline - monotonic())
         self._waits += 1

@@ -11,7 +11,7 @@ from support import APP, TIMEOUT, answer, gateway_here, request, routes_of, wait
 from gotunnel import Ack
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import newcomer
-from gotunnel_server.agents.newcomer import REFUSALS, RULES, Newcomer, Refusals, Stage
+from gotunnel_server.agents.newcomer import MOST_REFUSALS, RULES, Newcomer, Refusals, Stage
 
 
 @pytest.fixture
@@ -167,11 +167,11 @@ def warnings_in(caplog):
 def test_no_more_refusals_are_remembered_than_there_is_room_for(caplog):
     caplog.set_level(logging.DEBUG)
     refusals = Refusals()
-    for number in range(3 * REFUSALS):
+    for number in range(3 * MOST_REFUSALS):
         refusals.log(f"agent at {number}", "no routes")
-    assert len(refusals._logged) == REFUSALS
+    assert len(refusals._logged) == MOST_REFUSALS
     refusals.log("agent at 0", "no routes")  # forgotten, so it is news
-    assert len(warnings_in(caplog)) == 3 * REFUSALS + 1
+    assert len(warnings_in(caplog)) == 3 * MOST_REFUSALS + 1
 
 
 def test_a_refusal_is_a_warning_again_after_a_while(caplog, monkeypatch):

@@ -222,7 +222,7 @@ def test_download_of_a_slow_reader_goes_on(serving, origin):
 def test_reader_that_trickles_makes_room_only_while_others_need_it(
     serving, origin, caplog, monkeypatch, workers
 ):
-    monkeypatch.setattr(http1_server, "LEAST_RATE", 10 * MIB)
+    monkeypatch.setattr(http1_server, "LEAST_BYTE_RATE", 10 * MIB)
     gateway = serving(STALL_TIMEOUT="0.6", WORKERS=workers)
     visitor, target = begin(gateway, origin, method="GET", version="HTTP/1.0")
     with visitor:
