@@ -23,9 +23,10 @@ from pathlib import Path
 
 from dotenv.parser import parse_stream
 
+from gotunnel import ANY_PORT
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.exposed import shown_path
-from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
+from gotunnel_agent.common.hostnames import MAX_PORT, normal_hostname, valid_hostname
 from gotunnel_agent.common.quantities import whole_number
 
 DEFAULT_ENV_FILE = ".env"
@@ -34,8 +35,6 @@ DEFAULT_ENV_FILE = ".env"
 # for ever.
 MAX_FILE = 1024 * 1024
 
-MAX_PORT = 65535
-ANY_PORT = "auto"
 A_PORT = f"a port from 1 to {MAX_PORT} or {ANY_PORT} (any free one)"
 
 # Linux lets a process open 1,048,576 files at most (fs.nr_open): a larger count is a typing error.

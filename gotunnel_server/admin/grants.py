@@ -24,13 +24,13 @@ from gotunnel_agent.common import addresses
 from ..agents import agents_file, scope
 from ..agents.agents_file import MAX_NAME, AgentsFileError
 from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
+from ..certs.schedule import DAY
 
-DAY = 86_400  # seconds
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
 
 # Seconds. A token cannot be called back, unless its issuer stands in AGENTS_FILE: one for longer is
 # a typing error.
-LEAST_TTL, MOST_TTL = 60, 5 * 365 * 86_400
+LEAST_TTL, MOST_TTL = 60, 5 * 365 * DAY
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
 TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
 

@@ -41,6 +41,8 @@ from email.utils import parsedate_tz
 
 from gotunnel_agent.common.one_line import LINK, words_and_link, words_on_one_line
 
+from .schedule import DAY
+
 CONFIG, HOST, LATER, LIMITED = "config", "host", "later", "limited"
 ACCOUNT, TRANSPORT = "account", "transport"
 
@@ -59,7 +61,6 @@ NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)+"
 # Sentences of rate limits that name nobody, and yet are about the hostname of the order.
 OF_ONE_NAME = re.compile(r"exact set of|failed (authoriz|valid)ation", re.IGNORECASE)
 
-DAY = 86_400.0
 # Seconds. A CA that says "0" is not to be asked in a loop, and one that says "in a year" has an
 # error in its clock or in ours.
 LEAST_RETRY_AFTER, MOST_RETRY_AFTER = 5.0, DAY

@@ -8,14 +8,14 @@ may be others by now.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import ssl
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+
+from .pem_file import pem_file
 
 log = logging.getLogger("gotunnel.certificates")
 
@@ -59,9 +59,9 @@ class Choices:
         try:
             made = self._new_context((protocol,))
             for certificates, private_key in context.pairs:
-                with _in_memory(certificates) as first, _in_memory(private_key) as second:
+                with pem_file(certificates) as first, pem_file(private_key) as second:
                     made.load_cert_chain(first, second)
-        except (OSError, AttributeError) as error:  # not on Linux, or no descriptor is left
+        except OSError as error:  # no descriptor is left
             log.debug("no context for the protocol %r: %s", protocol, error)
             return context
         with self._lock:
@@ -69,14 +69,3 @@ class Choices:
             if len(self._made) > MOST_CHOICES:
                 self._made.popitem(last=False)
         return made
-
-
-@contextlib.contextmanager
-def _in_memory(content):
-    """A path at which OpenSSL, which only takes files, finds `content`."""
-    descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, content)
-        yield f"/proc/self/fd/{descriptor}"
-    finally:
-        os.close(descriptor)

@@ -191,9 +191,9 @@ class Certificates:
     def _new_context(self, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
         context = Loaded()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # A renegotiation costs us far more than whoever asks for it, and HTTP has no use for it.
-        # Compression tells secrets by their length (CRIME).
         context.set_ciphers(AEAD)
+        # A renegotiation costs us far more than the peer that asks for it, and HTTP has no use for
+        # it. Compression tells secrets by their length (CRIME).
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | IGNORE_UNEXPECTED_EOF
         # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
         if hasattr(context, "num_tickets"):     # not in every TLS library that Python is built on

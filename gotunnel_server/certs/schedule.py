@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-MINUTE, HOUR, DAY = 60.0, 3600.0, 86_400.0
+MINUTE, HOUR, DAY = 60, 3600, 86_400  # seconds
 
 # Between our clock and the CA's: from the first on an order warns, from the second on none is made.
 # Certificates are about time: with a clock this wrong we would take a good one for one that has run

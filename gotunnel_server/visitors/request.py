@@ -62,7 +62,7 @@ class Request(Protocol):
         """
 
     def crowded(self) -> bool:
-        """Whether others need the place that a slow visitor holds: it must reach LEAST_BYTE_RATE."""
+        """Whether others need a slow visitor's place: then it must reach LEAST_BYTE_RATE."""
 
     def send_interim(self, status: int, reason: str, fields: list[tuple[str, str]]) -> None:
         """An answer before the final one (1xx, but not 101), if the visitor's protocol has such."""
