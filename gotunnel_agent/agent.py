@@ -182,10 +182,13 @@ class Agent:
         for session in sessions:
             session.leave()
         with self._lock:
-            self._lock.wait_for(
+            drained = self._lock.wait_for(
                 lambda: not self._running or all(session.ended for session in sessions),
                 DRAIN_TIMEOUT,
             )
+            left = self._running
+        if not drained:
+            log.warning("%d visits did not end in %g s and were cut", left, DRAIN_TIMEOUT)
         for session in sessions:
             session.close("the agent stops")
         self._targets.reset()

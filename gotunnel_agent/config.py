@@ -33,7 +33,7 @@ from gotunnel import (
 )
 
 from .common import strict_yaml
-from .common.duplex import STALL_TIMEOUT
+from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
 from .common.hostnames import (
     MAX_PORT,
@@ -463,19 +463,20 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
     expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
     text = _text(item, "idle_timeout", expected, where)
     _expect_tcp("idle_timeout", mode, where)
-    return _seconds(text, f"{where}idle_timeout", expected)
+    return _seconds(text, f"{where}idle_timeout", expected, LEAST_IDLE, MOST_IDLE)
 
 
 def _stall_timeout(document: Mapping[str, object]) -> float:
     if "stall_timeout" not in document:
         return STALL_TIMEOUT
-    expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
-    return _seconds(_text(document, "stall_timeout", expected), "stall_timeout", expected)
+    expected = f"seconds, a number from {LEAST_STALL} to {MOST_STALL}"
+    text = _text(document, "stall_timeout", expected)
+    return _seconds(text, "stall_timeout", expected, LEAST_STALL, MOST_STALL)
 
 
-def _seconds(text: str, key: str, expected: str) -> float:
+def _seconds(text: str, key: str, expected: str, least: float, most: float) -> float:
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        if LEAST_IDLE <= float(text) <= MOST_IDLE:
+        if least <= float(text) <= most:
             return float(text)
     raise ConfigError(f"{key}: {_shown(text)} came, expected {expected}")
 

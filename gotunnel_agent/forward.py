@@ -27,6 +27,7 @@ that an agent needs and we do not.
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -75,6 +76,12 @@ ADVICE = {
     9: "set this machine's clock",  # not yet valid
     10: "the gateway has to renew it",  # has expired
     62: "it is another hostname's; is it the right gateway?",
+}
+# Why a port of this machine cannot be had, and what to do.
+LISTEN_PROBLEMS = {
+    errno.EADDRINUSE: "in use, another program listens there; stop it or choose another port",
+    errno.EACCES: "no right to listen on a port below 1024; choose a higher one",
+    errno.EADDRNOTAVAIL: "no address of this machine; choose another",
 }
 OTHER_ADVICE = "--ca-file names a CA to trust"
 
@@ -196,7 +203,7 @@ class Destination(NamedTuple):
             raise error
         if isinstance(error, ConnectionError) and not visit.received:
             raise NoVisit(f"the connection to {self.hostname} was reset before a byte came: "
-                          "its target is down, or has broken it off") from None  # fmt: skip
+                          "its target is down or its agent is away") from None  # fmt: skip
         raise NoVisit(f"the connection to {self.hostname} broke after {visit.received} bytes: "
                       f"{error.strerror or error}") from None  # fmt: skip
 
@@ -291,8 +298,13 @@ def listen(destination, local) -> int:
     try:
         listening = socket.create_server(local, family=family, backlog=BACKLOG)
     except OSError as error:
-        raise NoVisit(f"cannot listen on {local.address} port {local.port}: "
-                      f"{error.strerror or error}") from None  # fmt: skip
+        # Python adds internals to the system's words.
+        reason = LISTEN_PROBLEMS.get(error.errno) or (
+            os.strerror(error.errno) if error.errno else error
+        )
+        raise NoVisit(
+            f"cannot listen on {local.address} port {local.port}: {reason}"
+        ) from None
     signals = Signals()
     port = listening.getsockname()[1]
     log.info("%s port %d leads to %s; Ctrl-C ends it", local.address, port, destination.hostname)
@@ -372,6 +384,8 @@ def main(arguments=None) -> int:
     """Do what the words behind `gotunnel-agent forward` say; return the exit status."""
     parser = make_parser()
     options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    if options.ca_file and options.skip_tls_verify:
+        parser.error("--ca-file and --skip-tls-verify came, expected only one of them")
     if options.print_ssh_config:
         if options.local:
             parser.error("--print-ssh-config takes no LOCAL: ssh speaks on standard input")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gotunnel_agent.common.addresses import Network
-from gotunnel_agent.common.duplex import STALL_TIMEOUT
+from gotunnel_agent.common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
@@ -135,7 +135,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         header_timeout=read.seconds("HEADER_TIMEOUT", 10),
         idle_timeout=read.seconds("IDLE_TIMEOUT", 120),
         response_timeout=read.seconds("RESPONSE_TIMEOUT", 300),
-        stall_timeout=read.seconds("STALL_TIMEOUT", STALL_TIMEOUT),
+        stall_timeout=_stall_timeout(read),
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
         warnings=_secret_warnings(jwt_secret),
@@ -256,6 +256,15 @@ def _users(read: Variables, name: str) -> list[str]:
             except PolicyError as error:
                 raise PolicyError(f"line {number}: {error}") from None
     return entries
+
+
+def _stall_timeout(read: Variables) -> float:
+    """In the range that the agent's own has."""
+    expected = f"seconds, a number from {LEAST_STALL} to {MOST_STALL}"
+    seconds = read.seconds_or_zero("STALL_TIMEOUT", STALL_TIMEOUT, expected)
+    if not LEAST_STALL <= seconds <= MOST_STALL:
+        raise ConfigError(f"STALL_TIMEOUT is {read.text('STALL_TIMEOUT')!r}, expected {expected}")
+    return seconds
 
 
 def default_workers(cores: int) -> int:

@@ -24,6 +24,8 @@ except ImportError:  # Windows
     fcntl = termios = None
 
 STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
+# What an operator may set in its place: a line may be away for a second, and nobody waits for days.
+LEAST_STALL, MOST_STALL = 1, 86_400
 STALL_LOOK = 1.0  # seconds between looks whether a peer has taken any of it
 TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
 TLS_PIECE = 64 * 1024  # bytes that TLS is given at once

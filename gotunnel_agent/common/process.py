@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -31,6 +32,8 @@ log = logging.getLogger("gotunnel")
 SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
 SHORTAGE_SILENCE = 60  # seconds between two complaints about a lack of threads
+FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")  # of the log's lines
+STDERR = 2  # the descriptor
 HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
 
 
@@ -55,6 +58,8 @@ class Signals:
 
     def _on_signal(self, number, frame):
         self._count += 1
+        if self._count == 2:
+            _say_at_once("second signal: stopping at once, running visits are cut")
         if self._count > 1:
             os._exit(1)
 
@@ -153,6 +158,17 @@ class Workers:
                 self._spare += 1
 
 
+def _say_at_once(text):
+    """Put a line on standard error in a signal's handler: past the log and its locks, and only if
+    there is room for it, as the process is to end now."""
+    if sys.stderr is None:  # else descriptor 2 may be another file
+        return
+    record = logging.LogRecord(log.name, logging.WARNING, __file__, 0, text, None, None)
+    with contextlib.suppress(OSError, ValueError):  # nobody is left to read it
+        if select.select([], [STDERR], [], 0)[1]:
+            os.write(STDERR, FORMATTER.format(record).encode() + b"\n")
+
+
 LOG_PERIOD = 10  # seconds ...
 LOG_LINES = 100  # ... in which one place in our source may log so often
 
@@ -181,11 +197,10 @@ class LogLimit(logging.Filter):
 def set_up_process(log_level):
     """Log to standard error, from ``log_level`` (a name) on, so that no thread waits for its
     reader, and take what the system offers."""
-    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    free_standard_error(formatter)
+    free_standard_error(FORMATTER)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(LogLimit())
-    handler.setFormatter(formatter)
+    handler.setFormatter(FORMATTER)
     logging.basicConfig(handlers=[handler], level=log_level.upper())
     sys.setswitchinterval(SWITCH_INTERVAL)
     logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback

@@ -649,6 +649,7 @@ def test_agent_ends_in_its_drain_time_though_the_name_of_a_target_does_not_resol
         gateway.open(APP)
         program.wait_for("resolving")
         assert_it_ends_at_once(program)
+        program.wait_for("1 visits did not end in 0.5 s and were cut")
 
 
 def test_agent_ends_at_once_though_the_name_of_its_gateway_does_not_resolve(tmp_path):
@@ -834,6 +835,7 @@ def test_second_sigterm_ends_an_agent_at_once(cache, tmp_path, origin):
                 agent.wait_for("a second signal stops at once")
                 agent.signal(signal.SIGTERM)
                 assert agent.wait() == 1
+                agent.wait_for("WARNING second signal: stopping at once")
 
 
 def test_gateway_that_ends_takes_no_agent_with_it(cache, tmp_path, origin):

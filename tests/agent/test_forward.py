@@ -26,6 +26,7 @@ from support import (
     gateway_here,
     need,
     reserved_port,
+    routes_of,
     running,
     sshd,
     wait_until,
@@ -335,7 +336,15 @@ def _listens(port):
 def test_target_that_is_down_is_said(cache, tmp_path):
     with reserved_port() as port, gateway_here(cache) as gateway:
         with agent_here(gateway, tmp_path, tcp={RAW: port}):
-            fails(words(gateway), "its target is down, or has broken it off")
+            fails(words(gateway), "its target is down or its agent is away")
+
+
+def test_agent_that_is_away_is_said(cache, tmp_path, origin):
+    with gateway_here(cache) as gateway:
+        with agent_here(gateway, tmp_path, tcp={RAW: origin.port}):
+            pass  # the gateway has the certificate from then on
+        wait_until(lambda: not routes_of(gateway.inner))
+        fails(words(gateway), "its target is down or its agent is away")
 
 
 def test_visit_that_breaks_later_is_said(gateway, origin):
@@ -392,6 +401,7 @@ def test_gateway_that_does_not_answer_is_said(origin, monkeypatch, step):
         (["--ca-file", "/nowhere.pem", "a.example"], "/nowhere.pem: No such file"),
         (["--ca-file", os.devnull, "a.example"], "expected PEM"),
         (["--print-ssh-config", "a.example", "2222"], "takes no LOCAL"),
+        (["--skip-tls-verify", "--ca-file", os.devnull, "a.example"], "expected only one of them"),
         (["--what", "a.example"], "unrecognized arguments: --what"),
     ],
 )
@@ -577,7 +587,15 @@ def _until_stopped(listening, destination):
 
 
 def test_port_that_is_taken_is_said(gateway, origin):
-    fails([*words(gateway), str(origin.port)], f"cannot listen on 127.0.0.1 port {origin.port}: ")
+    fails([*words(gateway), str(origin.port)],
+          f"cannot listen on 127.0.0.1 port {origin.port}: in use, another program listens there; "
+          "stop it or choose another port\n")  # fmt: skip
+
+
+def test_address_of_another_machine_is_said(gateway):
+    fails([*words(gateway), "203.0.113.1:0"],
+          "cannot listen on 203.0.113.1 port 0: no address of this machine; choose another\n",
+    )  # fmt: skip
 
 
 # ssh ---------------------------------------------------------------------------------------------

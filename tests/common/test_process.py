@@ -23,6 +23,23 @@ def no_more_threads(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", refuse)
 
 
+def test_second_signal_ends_a_process_at_once_though_nobody_reads_its_standard_error():
+    program = (
+        "import os, signal, sys; from gotunnel_agent.common.process import Signals\n"
+        "signals = Signals(); os.set_blocking(2, False)\n"
+        "try:\n    while True: os.write(2, bytes(65536))\n"
+        "except BlockingIOError: os.set_blocking(2, True)\n"
+        "for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    read, write = os.pipe()
+    try:
+        command = [sys.executable, "-c", program]
+        assert subprocess.run(command, cwd=ROOT, timeout=30, stderr=write).returncode == 1
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
     monkeypatch, caplog
 ):

@@ -140,3 +140,4 @@ def test_second_signal_ends_the_gateway_at_once(gateway, tmp_path, origin, numbe
             gateway.program.wait_for("stopping; a second signal stops at once")
             gateway.program.signal(number)
             assert gateway.program.wait() == 1
+            gateway.program.wait_for("WARNING second signal: stopping at once")
