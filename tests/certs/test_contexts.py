@@ -1,5 +1,6 @@
 """Certificates by SNI, proved by handshakes of a client that verifies."""
 import base64
+import errno
 import gc
 import os
 import socket
@@ -261,7 +262,7 @@ def test_error_in_a_callback_is_an_alert_and_one_log_line(ca, caplog, unraisable
         handshake(front, client_context(ca), "a.test")
     assert raised.value.reason == "TLSV1_ALERT_INTERNAL_ERROR"
     assert not unraisable
-    assert [record.name for record in caplog.records] == ["gotunnel.certificates"]
+    assert [record.name for record in caplog.records] == ["gotunnel.contexts"]
     assert "'a.test'" in caplog.text and "the registry is broken" in caplog.text
 
 
@@ -326,11 +327,25 @@ def test_a_protocol_of_a_visitors_choice_is_answered_with_the_same_certificate(c
 def test_where_no_copy_can_be_made_the_visitor_is_served_all_the_same(ca, monkeypatch):
     certificates = Certificates(None, ca, alpn=("http/1.1",))
     certificates.ensure("a.test")
-    monkeypatch.delattr(os, "memfd_create", raising=False)
+    def no_descriptor(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", no_descriptor)
     client = client_context(ca)
     client.set_alpn_protocols(["h2"])
     front = certificates.fronts("gw.test").context("a.test", "h2")
     assert handshake(front, client, "a.test")[0].selected_alpn_protocol() is None
+
+
+def test_copy_is_made_where_no_file_can_lie_in_memory(ca, monkeypatch):
+    """Not every system has memfd_create()."""
+    certificates = Certificates(None, ca, alpn=("http/1.1",))
+    certificates.ensure("a.test")
+    monkeypatch.delattr(os, "memfd_create")
+    client = client_context(ca)
+    client.set_alpn_protocols(["h2"])
+    front = certificates.fronts("gw.test").context("a.test", "h2")
+    assert handshake(front, client, "a.test")[0].selected_alpn_protocol() == "h2"
 
 
 def test_every_context_is_strict(ca):
