@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import sys
 from pathlib import Path
 
@@ -236,6 +237,14 @@ def test_no_two_test_files_have_one_name():
     """pytest imports them by their bare names."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_a_logger_has_the_name_of_its_module():
+    """The program's own, "gotunnel", is that of the few modules that stand for it."""
+    named = re.compile(r'^log = logging\.getLogger\("gotunnel\.([a-z_]+)"\)', re.MULTILINE)
+    loggers = {(module, name) for module in HOUSE for name in named.findall(source(module))}
+    assert len(loggers) > 20
+    assert {(module, name) for module, name in loggers if Path(module).stem != name} == set()
 
 
 @pytest.mark.parametrize("folder", [".", "gotunnel_server", "gotunnel_agent", "tests", "tools"])

@@ -16,7 +16,7 @@ from gotunnel import (
 )
 from gotunnel_agent.common.one_line import on_one_line
 
-log = logging.getLogger("gotunnel.tunnel")
+log = logging.getLogger("gotunnel.control_stream")
 
 MOST_SHOWN = 50  # characters of an unknown message's type
 

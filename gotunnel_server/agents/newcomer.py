@@ -44,7 +44,7 @@ from .credentials import TokenInvalid
 from .registration import MAX_INSTANCE, Agent, NotGranted, read_routes
 from .tunnel import Tunnel
 
-log = logging.getLogger("gotunnel.tunnel")
+log = logging.getLogger("gotunnel.newcomer")
 
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
 PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why

@@ -53,7 +53,7 @@ from .cancel import Stop
 from .challenges import HTTP_01
 from .schedule import CLOCK_OFF, CLOCK_WRONG, Window, ask_delay
 
-log = logging.getLogger("gotunnel.acme_order")
+log = logging.getLogger("gotunnel.acme")
 
 # Seconds of silence in one request. Let's Encrypt answers within one, and within ten on bad days.
 NETWORK_TIMEOUT = 30

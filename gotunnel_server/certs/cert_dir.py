@@ -48,7 +48,7 @@ from .local_ca import CertificateError
 
 __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of"]
 
-log = logging.getLogger("gotunnel.certificates")
+log = logging.getLogger("gotunnel.cert_dir")
 
 _NEVER = datetime.max.replace(tzinfo=timezone.utc)
 _NAMES_SHOWN = 5    # in a line of the log: a certificate may have a hundred

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .pem_file import pem_file
 
-log = logging.getLogger("gotunnel.certificates")
+log = logging.getLogger("gotunnel.choices")
 
 # Copies that are kept, some 50 kB each: of each hostname in tcp mode a few. Visitors may offer any
 # protocol, so the oldest goes.

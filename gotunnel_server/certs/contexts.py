@@ -38,7 +38,7 @@ from .local_ca import RENEW_BEFORE, Authority, CertificateError
 
 __all__ = ["CertificateError", "Certificates", "Fronts"]
 
-log = logging.getLogger("gotunnel.certificates")
+log = logging.getLogger("gotunnel.contexts")
 
 # Seconds that ticket keys live, three times what OpenSSL lets a ticket (two hours). The visitors
 # that come back across their end make one full handshake.

@@ -24,7 +24,7 @@ from ..net.safe_read import Unfit
 from .storage import Unreadable
 from .store import CertStore, StoreError, ca_id
 
-log = logging.getLogger("gotunnel.cert_store")
+log = logging.getLogger("gotunnel.folder")
 
 # Seconds. No write takes so long: an older temporary file is that of a process that was killed.
 STALE = 60.0

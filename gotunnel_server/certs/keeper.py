@@ -30,7 +30,7 @@ from .state import FAILED, READY, State
 from .store import StoreError
 from .turns import UNLIMITED, Limits
 
-log = logging.getLogger("gotunnel.certificates")
+log = logging.getLogger("gotunnel.keeper")
 
 # Seconds between reviews of which hostnames are served. One without an agent at two reviews in a
 # row is no longer renewed.

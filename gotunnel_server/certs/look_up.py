@@ -5,7 +5,7 @@ import logging
 from ..net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .acme_errors import HOST, LATER, CaError
 
-log = logging.getLogger("gotunnel.issuer")
+log = logging.getLogger("gotunnel.look_up")
 
 RESOLVE_AGAIN = 300  # seconds after a hostname's resolver, or ours, gave no answer
 

@@ -43,7 +43,7 @@ from .cert_dir import names_of
 from .pem_file import pem_file
 from .storage import Locker, Storage, Unreadable
 
-log = logging.getLogger("gotunnel.cert_store")
+log = logging.getLogger("gotunnel.store")
 
 LONGEST_NAME = 255  # bytes of a file's name; some file systems have less
 LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added

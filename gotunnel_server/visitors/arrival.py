@@ -24,7 +24,7 @@ from .request import VisitorGone
 from .steps import Step, Stepwise
 from .verdict import Answer
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.arrival")
 
 # Seconds after which a visitor that says nothing waits for the server's greeting, if RAW_TCP_HOST
 # says which server that is. A visitor that speaks TLS or HTTP begins at once.

@@ -21,7 +21,7 @@ from .login import Owner
 from .sites import Connect
 from .steps import Step, Stepwise
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.connection")
 
 # Seconds to read and drop what a visitor sends after our last answer: in all, and without a byte.
 # A visitor that sends a large body reads the answer when it has sent all, or stops; nginx gives it

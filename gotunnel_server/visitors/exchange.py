@@ -30,7 +30,7 @@ from .pages import Page
 from .request import LEAST_BYTE_RATE, Request, VisitorGone
 from .sites import Forward
 
-log = logging.getLogger("gotunnel.proxy")
+log = logging.getLogger("gotunnel.exchange")
 
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these go
 # over a kept stream: its target may close it at the moment that the request is on its way.

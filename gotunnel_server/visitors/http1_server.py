@@ -24,7 +24,7 @@ from .pages import Page
 from .request import LEAST_BYTE_RATE, VisitorGone
 from .sites import Connect
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.http1_server")
 
 # Work that a body may make: so much a second in the long run, and so much at once. The unit is some
 # 2 µs, what a chunk takes; a read takes READ_WORK with what follows from it, and each WORK_PAYLOAD

@@ -19,7 +19,7 @@ from .connection import MAX_PARTING, HttpConnection
 from .postgres import CancelKeys
 from .visitor import Visitor
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.port")
 
 
 class Timeouts(NamedTuple):

@@ -15,7 +15,7 @@ from gotunnel_agent.common import proxy_protocol
 from ..routes import AgentBusy
 from .postgres import Watched
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.relays")
 
 # Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each.
 MAX_RELAYS = 2048

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..net import client_hello
 from .request import VisitorGone
 
-log = logging.getLogger("gotunnel.visitor")
+log = logging.getLogger("gotunnel.steps")
 
 # Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
 # that goes on at once, as most do, is spared the detour through the listener. Not while others wait

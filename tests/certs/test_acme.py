@@ -147,7 +147,7 @@ def test_a_key_that_cannot_sign_is_set_aside_for_a_new_one(fake, ca, store, capl
     order(ca)
     assert len(fake.accounts) == 2
     [line] = [record.getMessage() for record in caplog.records
-              if record.name == "gotunnel.cert_store"]  # fmt: skip
+              if record.name == "gotunnel.folder"]  # fmt: skip
     assert "expected a private key" in line and "renamed to account.json.bad" in line
 
 

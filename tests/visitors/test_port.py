@@ -23,8 +23,8 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
             other.join(TIMEOUT)
         return True
 
-    caplog.set_level(logging.DEBUG, "gotunnel.visitor")
-    log = logging.getLogger("gotunnel.visitor")
+    caplog.set_level(logging.DEBUG, "gotunnel.port")
+    log = logging.getLogger("gotunnel.port")
     log.addFilter(hear)
     try:
         port.say_once("a scanner")

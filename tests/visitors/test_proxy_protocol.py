@@ -31,7 +31,7 @@ from gotunnel_agent.common.proxy_protocol import (
     parse,
 )
 
-GATEWAY_LOG = "gotunnel.visitor"
+GATEWAY_LOG = "gotunnel.arrival"
 VISITOR = Source("203.0.113.9", 56324)  # as a front proxy tells it
 DESTINATION = ("198.51.100.7", 443)
 TRUSTED = {"TRUSTED_PROXIES": "127.0.0.1"}
