@@ -906,7 +906,7 @@ class Register(NamedTuple):
     that it wants, as a text, or to ANY_PORT (feature PORTS). ``addressed`` are the hostnames whose
     data headers are to name the visitor's address (feature VISITOR_ADDRESS). ``policies`` maps
     hostname to what its visitors must comply with (feature POLICIES; policy.py says what there is).
-    ``instance`` is an id that an agent keeps over its reconnects: whoever comes with the same one
+    ``instance`` is an id that an agent keeps over its reconnects: an agent with the same one
     and the same credential takes its hostnames over at once.
     """
 
@@ -2244,8 +2244,8 @@ class Stream:
             self._streams.drop_if_over(self)
 
     def reset(self, text="the stream was reset", code=0):
-        """Give the stream up, both ways; whoever reads or writes it wakes up, and is told why. For
-        ``code`` see StreamReset."""
+        """Give the stream up, both ways; threads that read or write it wake up, and are told why.
+        For ``code`` see StreamReset."""
         with self._lock:
             if self._error is not None:
                 self._cut()

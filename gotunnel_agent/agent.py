@@ -10,6 +10,8 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
 
+and two of the process: main, which waits for signals (cli.py), and standard error, which writes the
+log until the process ends (common/standard_error.py).
 All are daemons: none keeps a process alive that has stopped.
 
 There is one session, unless the gateway asks for another one (GO_AWAY, or End with MOVE): then the
@@ -80,7 +82,7 @@ LAST_WORDS = 3
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
 MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
-REFUSED_DELAY = 15  # ... at least, if the gateway said no: somebody has to change something first
+REFUSED_DELAY = 15  # ... at least, if the gateway said no: an operator must change something first
 # OpenSSL's numbers (x509_vfy.h) for a certificate whose CA is not known here: self-signed, itself
 # or in its chain; issuer not found, of the last one or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
@@ -221,8 +223,8 @@ class Agent:
             except Ended as error:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
-                    # Not to fight back: from now on we are somebody else, who gets the
-                    # hostnames when whoever has them is gone.
+                    # Under the old id the two agents would replace each other for ever. With a
+                    # new one, this agent gets the hostnames when the other one is gone.
                     self._instance, least = new_instance(), REFUSED_DELAY
             except ConnectionRefusedError:
                 problem, most = "nobody listens there", RESTART_DELAY

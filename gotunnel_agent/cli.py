@@ -3,7 +3,7 @@
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent forward` is another
 program, in forward.py; __main__.py tells the two apart.
 
-Exit status: 0 after a signal or with a hash; 1 after a second signal or a defect, or where a hash
+Exit status: 0 after a signal or with a hash; 1 after a second signal or a bug, or where a hash
 can be neither asked for nor printed; 2 if the configuration or the password is wrong.
 """
 

@@ -15,8 +15,8 @@ from itertools import chain, zip_longest
 from gotunnel import Deadline
 
 NEXT_ADDRESS = 0.25  # seconds until the next address is tried too (RFC 8305 §5 recommends it)
-# Addresses of one host that are tried. Whoever answers for a name decides how many it has, each is
-# a descriptor; and all of these have begun after 4 seconds.
+# Addresses of one host that are tried. The name's DNS server decides how many it has, and each try
+# is a descriptor. The last of these begins after 4 seconds.
 MOST_ADDRESSES = 16
 # What a connection that goes on says: Windows uses the second.
 UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
@@ -26,7 +26,7 @@ _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class GivenUp(ConnectionAbortedError):
-    """Somebody has no use for the connection any more."""
+    """The caller of connect() has no use for the connection any more."""
 
 
 def addresses_of(host, port) -> list:

@@ -18,6 +18,9 @@ Threads: with LOCAL main waits for signals; without it, main reads the answer.
     input       1, without LOCAL   standard input to the hostname  its end, or the process
     listener    1, with LOCAL      accepts clients                 the process ends
     client      <= MAX_CLIENTS     dials, and relays one client    both directions are done
+    ... back    1 a client         the hostname's bytes to it      both directions are done
+
+and standard error, which writes what is logged, until the process ends (standard_error.py).
 
 Exit status: 0 when the other side has ended, or whoever reads our output has gone, and after a
 signal with LOCAL; 1 if there is no connection, or it broke; 2 if the arguments are wrong. Errors

@@ -6,11 +6,11 @@ from .common.tls import IGNORE_UNEXPECTED_EOF
 
 
 def client_context(ca_file=None, skip_verify=False, renegotiates=False) -> ssl.SSLContext:
-    """How to check whom we dial: against the system's authorities, those in the file ``ca_file``
-    (PEM), or not at all, for trying things out. Raises OSError if the file holds none.
+    """How to check the peer that we dial: against the system's authorities, those in the file
+    ``ca_file`` (PEM), or not at all, for trying things out. Raises OSError if the file holds none.
 
-    Ciphers are Python's choice, as a target may be an old device; who dials a gateway, which is
-    none, sets AEAD.
+    Ciphers are Python's choice, as a target may be an old device. A gateway is none: for that, the
+    caller sets AEAD.
 
     ``renegotiates``: whether the peer may ask for another handshake (TLS 1.2). A gateway has no
     use for it, and it costs us more than the peer; a target may (IIS does, for a certificate).

@@ -2,10 +2,11 @@
 
     thread                  how many                     ends when
     main                    1 (cli.py)                   a signal comes; it stops the gateway
+    standard error          1 (standard_error.py)        the process ends; it writes the log
     listener PORT           1 a port, also of agents     stop(), by a wake-up byte
     step                    at most STEP_THREADS         the step is done; addresses take turns
     registration            at most REGISTRATION_THREADS the agent has its ack
-    exchange                at most WORKERS              the request is answered
+    exchange                at most WORKERS a port       the request is answered
     upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends

@@ -482,7 +482,7 @@ class Duplex:
             self._tls.unwrap()
 
     def stop(self):
-        """End both directions: whoever reads or writes wakes up. What the kernel has taken still
+        """End both directions: threads that read or write wake up. What the kernel has taken still
         goes out. Any thread; the owner still calls close()."""
         self._linger()
         with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal

@@ -63,6 +63,6 @@ def _mode(path, is_kind) -> int:
     a shell has made, and where modes mean nothing."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # who needs it will say that it is gone
+    except OSError:  # the code that needs the file will say that it is gone
         return 0
     return stat.S_IMODE(mode) if os.name == "posix" and is_kind(mode) else 0

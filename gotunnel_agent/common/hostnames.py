@@ -23,7 +23,7 @@ REQUESTED_NAME = r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?"
 WILDCARD = "*."  # before a hostname: all that end in it
 
 # Characters that name one host by the old rules for names of other scripts (RFC 3490), and another
-# by those that browsers follow (RFC 5891): who means them has to write the xn-- form.
+# by those that browsers follow (RFC 5891): for these the xn-- form has to be written.
 _AMBIGUOUS = frozenset("\u00df\u1e9e\u03c2\u200c\u200d")
 
 

@@ -13,7 +13,7 @@ carries a second request that only one of them sees ("request smuggling", RFC 91
 message has one length or none, lines end in CRLF and nothing else, and a name is a name.
 
 Answers have a softer law, since many targets break the strict one and nobody is harmed: what can be
-read in one way only is read (``loose``), and whoever passes it on writes it anew. But a target that
+read in one way only is read (``loose``), and the gateway writes it anew. But a target that
 is careless with its lines may be careless with its ends, so its connection is not used again.
 
 The promise: whatever bytes come, these functions raise Malformed or nothing.
@@ -87,7 +87,7 @@ _NOT_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 # Fields that concern one connection and end here (RFC 9110 §7.6.1).
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
-    # A length is framing too, and whoever sends the message on frames it anew.
+    # A length is framing too, and a message that is passed on is framed anew.
     "content-length",
     # Between a visitor and its own proxy; a target has no business with those credentials.
     "proxy-authenticate", "proxy-authorization",

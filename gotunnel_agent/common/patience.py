@@ -3,7 +3,7 @@
 Two accounts, in seconds. One is of silence, and any byte empties it. The other is of time that was
 waited in all, less the time that the bytes were worth at a minimum rate: so a peer that trickles,
 one byte before each silence would be too long, is found out too. No clock here: the caller says how
-long it has waited, and for how many bytes. What it does itself meanwhile is not the peer's time.
+long it has waited, and for how many bytes. Time of its own work does not count.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ except ImportError:  # not a Unix
 
 log = logging.getLogger("gotunnel")
 
-# Seconds that a thread waits for its turn before it asks for it. Who waits wakes up to ask; with
+# Seconds that a thread waits for its turn before it asks for it. It wakes up to ask; with
 # 128 visitors and Python's 5 ms, for nothing, and a seventh fewer requests were served.
 SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
@@ -227,7 +227,7 @@ def print_answer(program: str, command) -> int:
             raise  # of a file, whose errors are the command's to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at exit
         if isinstance(error, BrokenPipeError):
-            return 0  # who reads, such as head, has seen enough
+            return 0  # the reader, such as head, has seen enough
         why = error.strerror or error
         print(f"{program}: the answer cannot be written: {why}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 A pipe that nobody reads is full after 64 KiB, a terminal can be stopped, a disk can hang: each
 would stop the first thread that says something, and, by the lock of the log, all others. So a
 thread of its own writes, and the others only queue: log lines, tracebacks, warnings, all that
-Python itself says on sys.stderr. What finds the queue full is dropped and counted.
+Python itself says on sys.stderr. Lines that find the queue full are dropped and counted.
 """
 
 import atexit

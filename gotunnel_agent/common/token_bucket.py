@@ -1,8 +1,8 @@
 """Token buckets: so many at once, and in the long run so many a second, counted by key.
 
-GCRA, the generic cell rate algorithm (ITU-T I.371, "virtual scheduling"): of a bucket one number is
-kept, the time at which it is full again. Each token that is taken puts that off by 1/rate. There is
-a token as long as the bucket would be full again within burst/rate seconds.
+GCRA, the generic cell rate algorithm (ITU-T I.371, "virtual scheduling"): a bucket is one number,
+the time at which it is full again. Taking a token puts that time off by 1 / rate seconds. A token
+is there if the bucket would still be full again within burst / rate seconds.
 """
 
 import heapq

@@ -42,7 +42,7 @@ CHECKS_A_SECOND, CHECKS = 10, 20
 # Instances whose last token was good; of more, those that came last. Some 200 bytes each.
 MOST_KNOWN = 4096
 # Addresses that are remembered, some 200 bytes each. When there are more, the one with the fewest
-# failures is forgotten: whoever wants to be forgotten needs as many addresses with more each.
+# failures is forgotten: to have its own forgotten, an attacker needs as many others with more each.
 MOST_ADDRESSES = 4096
 
 

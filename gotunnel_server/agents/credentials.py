@@ -105,7 +105,8 @@ class Credentials:
         self._secret = secret
         self._issuer = issuer
         self._path = agents_file
-        # Checked where there is no secret to check with: no signature fits, and it takes as long.
+        # Random key for unknown issuers, so that rejecting them takes as long as rejecting a wrong
+        # signature (no timing oracle).
         self._nobodys = secrets.token_hex(32)
         self._entries = {}  # by issuer; replaced whole, so that readers need no lock
         self._files = () if agents_file is None else (agents_file,)

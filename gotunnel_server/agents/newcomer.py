@@ -61,8 +61,9 @@ _SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 
 class NotAdmitted(Exception):
     """The gateway says no; the text is for the agent. ``in_the_middle``: the agent has not said
-    all yet. ``brief``: there are so many of them that none may keep its place to read why; one that
-    has said no more than a registration reads it all the same."""
+    all yet. ``brief``: close the connection behind the text, without time for the agent to read
+    it. For refusals that come by the hundred, which must not keep their places; an agent that has
+    sent no more than its registration reads the text all the same."""
 
     def __init__(self, text, in_the_middle=False, brief=False):
         super().__init__(text)
@@ -240,7 +241,8 @@ class Newcomer:
             log.debug("%s: %s", self, error)
             self.close()
         except Exception:
-            log.exception("%s: a bug, the connection is closed", self)
+            log.exception("%s: its registration failed (bug, traceback follows); the connection is "
+                          "closed", self)  # fmt: skip
             self._apologize()
 
     def expired(self):

@@ -63,8 +63,8 @@ OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens 
 # ends, though it has visits: else it would end without an id for the next one.
 ID_RESERVE, LAST_IDS = 1 << 24, 1 << 17
 USED_UP = "its stream ids are used up"
-# Seconds until a port that was refused is tried again; doubled each time, up to the second number:
-# whoever frees it must not wait long, and it costs little.
+# Seconds until a port that was refused is tried again; doubled each time, up to the second number.
+# A port that was freed should serve soon, and a try costs little.
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
 KEPT_LOOK = 5  # seconds between looks for kept streams that have become too old
 

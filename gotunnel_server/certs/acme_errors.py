@@ -64,8 +64,8 @@ OF_ONE_NAME = re.compile(r"exact set of|failed (authoriz|valid)ation", re.IGNORE
 # Seconds. A CA that says "0" is not to be asked in a loop, and one that says "in a year" has an
 # error in its clock or in ours.
 LEAST_RETRY_AFTER, MOST_RETRY_AFTER = 5.0, DAY
-# For a rate limit that does not say when it ends; those of Let's Encrypt are hours. A pause of
-# theirs ends when somebody follows the link, and is asked for as often.
+# For a rate limit that does not say when it ends: Let's Encrypt's last for hours. A pause of one
+# hostname, which ends when the operator follows the CA's link, is tried again as often.
 RATE_LIMIT_PAUSE = 3600.0
 # Characters of an URL, and of a code: they go into a log line and a file.
 MOST_URL, MOST_CODE = 200, 50

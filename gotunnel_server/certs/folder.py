@@ -1,7 +1,7 @@
 """A certificate store's Storage and Locker in a folder: a key is the path of a file in it.
 
 Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
-moved there in one step: a reader sees the old one or the new one. What is broken is moved to
+moved there in one step: a reader sees the old one or the new one. A broken file is moved to
 FILE.bad. A lock is a file that is never removed (flock), in a folder or beside one.
 """
 

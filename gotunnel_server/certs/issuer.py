@@ -436,8 +436,8 @@ class Issuer:
             self._save(self._store.save_turns, turns)
 
     def _news(self) -> list[str]:
-        """Whose state is to be told: that who failed waits again is no news. Counts as told, once.
-        Caller holds the lock."""
+        """Hostnames whose state changed since it was last told; they count as told. FAILED to
+        WAITING is not told. Caller holds the lock."""
         news = []
         for host in () if self._stopping else self._hosts.values():
             now = self._to_tell(host)
@@ -469,7 +469,7 @@ class Issuer:
             try:
                 self._on_change(hostname)
             except Exception:  # it is not ours, and the other hostnames must go on
-                log.exception("%s: a new state could not be told", hostname)
+                log.exception("%s: telling its new state failed (bug, traceback follows)", hostname)
 
     # What becomes of it
 

@@ -201,7 +201,7 @@ class Keeper:
                 is_known = hostname in self._unserved
                 self._unserved.add(hostname)
             if not is_known:
-                log.error("%s: its new certificate cannot be served, next try in seconds: %s",
+                log.error("%s: its new certificate cannot be served, next try in a few seconds: %s",
                           hostname, error)  # fmt: skip
         else:
             with self._lock:

@@ -28,6 +28,6 @@ def look_up(hostname: str) -> None:
             "to this machine"
         ) from None  # fmt: skip
     if not any(map(is_own, found)):  # NAT, or a mistake: the CA will see
-        log.warning("%s leads to %s, and this machine is %s: if no router passes that on, the "
-                    "CA will find somebody else",
+        log.warning("%s leads to %s, and this machine is %s: unless a router passes that on, the "
+                    "CA asks another machine and refuses the certificate",
                     hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip

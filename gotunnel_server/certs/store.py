@@ -8,13 +8,13 @@
                             and which kind of proof works (proof_memory.py)
     CA/certs/HOST.pem       private key, certificate, chain, under one key: a pair cannot be torn
     CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
-    CA/certs/HOST.renew     somebody asks to have HOST renewed now; holds its name
+    CA/certs/HOST.renew     a request of the operator's to renew HOST now; holds its name
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
 
 Where these keys lie is the Storage's and the Locker's business (storage.py): for ACME_CACHE, files
-in a folder (folder.py). What does not make sense, or can never be read, is set aside, named in the
-log, and taken as missing.
+in a folder (folder.py). A file that makes no sense, or can never be read, is set aside, named in
+the log, and taken as missing.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class CertStore:
         ]
 
     def known(self) -> list[str]:
-        """All that there is something of here, whoever put it there: with a certificate, also of
+        """All hostnames that the store has something of: with a certificate, also one of
         the Go program, or waiting for one; but for those that wait and are so long that their keys
         do not tell them. Reads what is needed to know. Raises StoreError."""
         own = {*self._stems(".pem"), *self._stems(".json")}
@@ -283,7 +283,7 @@ class CertStore:
         key = f"{self._certs}/{stem}.renew"
         try:
             hostname = (self._storage.read(key) or b"").decode(errors="replace").strip()
-        except OSError:  # it may be root's, who asked; its name says enough
+        except OSError:  # root may have asked, and own it; its name says enough
             hostname = ""
         try:
             if not self._storage.delete(key):

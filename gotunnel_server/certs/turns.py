@@ -21,7 +21,8 @@ account in 3 hours, 50 certificates of a registered domain and 5 of one set of n
 a reserve. An order that the operator asks for, and a renewal, wait for none: they only take of
 "all", and leave it the emptier for others.
 
-What came to nothing is given back, as far as the CA did not count it: see Issuer._failed().
+Tokens of an order that failed are given back, as far as the CA did not count it: see
+Issuer._failed().
 
 Besides, the CA may have said of a domain that nothing is to be ordered beneath it for a while.
 
@@ -235,9 +236,9 @@ class Turns:
         return {"full_at": dict(self._full_at), "held": dict(self._held), "at": now}
 
     def restore(self, kept, now):
-        """Take what as_dict() made. What makes no sense counts as missing; no bucket is further
-        from full than empty, nor a domain held for longer than a CA asks for: else it was written
-        with another clock."""
+        """Take what as_dict() made. Values that make no sense count as missing; no bucket is
+        further from full than empty, nor a domain held for longer than a CA asks for: else it was
+        written with another clock."""
         full_at, held = kept.get("full_at"), kept.get("held")
         back = max(0.0, number(kept.get("at")) - now)  # the clock was set back meanwhile
         for bucket, at in full_at.items() if isinstance(full_at, dict) else ():

@@ -39,8 +39,8 @@ class Wanted:
     turn_why: str = ""
     busy: bool = False
     tokens: list = field(default_factory=list)  # that its order took of the Turns
-    told: tuple = ()  # what somebody knows of its state
-    asked_for: bool = False  # somebody wants a new one now; the next order is for that
+    told: tuple = ()  # its state as it was told last: Issuer._to_tell()
+    asked_for: bool = False  # the operator wants a new one now; the next order is for that
     stop: Stop = field(default_factory=Stop)  # it is no longer wanted
 
     def due_at(self) -> float:

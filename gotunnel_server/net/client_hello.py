@@ -1,6 +1,6 @@
 """SNI and ALPN out of the first bytes of a TLS connection (RFC 8446 §4.1.2, RFC 6066, RFC 7301).
 
-Whoever has a new connection (arrival.py, newcomer.py) asks a ``Reader`` about what has come: is it
+A new connection's owner (arrival.py, newcomer.py) asks a ``Reader`` about its first bytes: are they
 TLS, and if so, for which hostname and which protocols? It asks again when more bytes have come.
 Bytes in, values out; the bytes are then given back to the connection, and the TLS library reads
 them again. It checks what matters to it (versions, ciphers, keys); here only that is read which

@@ -11,7 +11,7 @@ listener's thread; what it shares with the others is guarded by one lock.
 
 What can be parked has:
 
-    duplex            the connection (gotunnel.Duplex)
+    duplex            the connection (common.duplex.Duplex)
     address           the peer's; its connections take turns with those of others
     ready()           the peer has sent something; called by a worker
     expired()         the time is up; called by a worker
@@ -120,7 +120,8 @@ class Listener:
         self._workers = workers
         self._places = places
         self._first_timeout = first_timeout
-        # A short first wait is met to a third of it; where there is none, other short ones may be.
+        # Sweep at least three times per first_timeout. With first_timeout 0, sweep every
+        # SHORT_SWEEP seconds for the short timeouts passed to park().
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
         self._parked = {}  # connection: monotonic deadline

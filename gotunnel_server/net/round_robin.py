@@ -1,7 +1,7 @@
-"""Who is next: a turn for each key that waits, so that a long queue holds up only its own.
+"""Round robin: keys that wait take turns, so that a long queue holds up only its own key.
 
-In one queue for all, work of an address that floods stands before that of everybody else. Here each
-key, such as an address, has a queue of its own, and those that wait take turns (round robin).
+In one queue for all, work of an address that floods stands before that of all others. Here each
+key, such as an address, has a queue of its own.
 """
 
 import threading

@@ -216,7 +216,7 @@ class Http1Request:
                 and "h2c" not in protocols
                 and "upgrade" in head.fields.tokens("connection")
             )
-        # What comes behind a CONNECT may be meant for its other end, and be no request.
+        # Bytes behind a CONNECT may be meant for its other end, and be no request.
         self._handler.close_connection = not http1.keeps_alive(head) or is_connect
 
     def ends(self) -> Ends:

@@ -291,7 +291,7 @@ def _rate(value, key, burst_key):
 
 
 def _users(value):
-    """User to Hash. Nothing of an entry is shown: who errs may have swapped the two."""
+    """User to Hash. Nothing of an entry is shown: its author may have swapped the two."""
     users = {}
     for number, entry in enumerate(_texts(value, MOST_USERS, "entries USER:HASH")):
         name, colon, hashed = entry.partition(":")

@@ -9,8 +9,8 @@ Formats"):
     visitor    SSLRequest, TLS, StartupMessage                 a later connection: CancelRequest
     target     Authentication..., BackendKeyData, ReadyForQuery
 
-The key is a secret of the two. Who does not know it reaches no tunnel by it, and the target checks
-it again.
+The key is a secret of the two. A visitor that does not know it reaches no tunnel, and the target
+checks it again.
 """
 
 import threading
