@@ -95,6 +95,8 @@ TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2
 
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
+HTTP_ANSWER = b"HTTP/1."  # how it begins where an agent was sent to a port for visitors ...
+SPEAKS_HTTP = "an answer in HTTP, expected frames"  # ... which is said like this
 MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
 
 
@@ -118,6 +120,8 @@ class Header(NamedTuple):
         """Read a header; raises ProtocolError for a version or a type that yamux does not have."""
         version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
         if version != VERSION:
+            if data[at : at + len(HTTP_ANSWER)] == HTTP_ANSWER:
+                raise ProtocolError(SPEAKS_HTTP)
             raise ProtocolError(f"frame version {version}, expected {VERSION}")
         if kind > GO_AWAY:
             raise ProtocolError(f"frame type {kind}, expected 0 to {GO_AWAY}")

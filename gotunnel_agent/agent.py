@@ -40,6 +40,7 @@ from gotunnel import (
     REASONS,
     REFUSALS,
     REPLACED,
+    SPEAKS_HTTP,
     START_WINDOW,
     UPGRADES,
     Ack,
@@ -86,6 +87,9 @@ REFUSED_DELAY = 15  # ... at least, if the gateway said no: an operator must cha
 # OpenSSL's numbers (x509_vfy.h) for a certificate whose CA is not known here: self-signed, itself
 # or in its chain; issuer not found, of the last one or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
+# How OpenSSL says that an answer is no TLS at all.
+NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
+RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
 # Seconds after a GO_AWAY in which the session ends, if that was what it meant: Session.close() and
@@ -233,7 +237,7 @@ class Agent:
                 if error.verify_code in UNKNOWN_CA:
                     problem += "; if it has a CA of its own, ca_file has to name that"
             except OSError as error:
-                problem = error.strerror or str(error)
+                problem = _problem(error)
             except ProtocolError as error:
                 problem = f"it does not speak our protocol: {error}"
             if self._stopping.is_set():
@@ -508,6 +512,16 @@ def _expect_ack(message):
     if not message.ok:
         raise Refused(message.error or "no reason given")
     return message
+
+
+def _problem(error):
+    """An OSError in words, with what to do if the port is most likely another one's."""
+    if getattr(error, "reason", None) in NO_TLS:
+        return f"what answers there does not speak TLS; {RIGHT_PORT}"
+    text = error.strerror or str(error)
+    if SPEAKS_HTTP in text:
+        return f"what answers there speaks HTTP, perhaps the port for visitors; {RIGHT_PORT}"
+    return text
 
 
 def _trust(target):

@@ -10,7 +10,7 @@ handed the values it needs, by name.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -147,9 +147,10 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         DASHBOARD_PORT=config.dashboard_port,
         HTTP_PORT=config.http_port,
     )
+    warnings = (*config.warnings, *_port_warnings(config))
     holds_secrets = read.secrets & in_file.keys()
     files = (*([env_file] if holds_secrets else []), *read.secret_files)
-    return replace(config, secret_files=files)
+    return replace(config, warnings=warnings, secret_files=files)
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:
@@ -280,6 +281,14 @@ def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
         f"JWT_SECRET {weakness}: whoever guesses it can take over any hostname; "
         "use the output of: openssl rand -hex 32",
     )
+
+
+def _port_warnings(config: Config) -> Iterator[str]:
+    """TCP_PORTS may be a wide range, in which the gateway's own ports are no error."""
+    for name in ("GATEWAY_PORT", "TUNNEL_PORT", "DASHBOARD_PORT", "HTTP_PORT"):
+        port = getattr(config, name.lower())
+        if port and any(port in ports for ports in config.tcp_ports):
+            yield f"TCP_PORTS holds {port}, which is {name}: no agent gets it; leave it out"
 
 
 def _refuse_equal_ports(**ports: int | None) -> None:

@@ -30,6 +30,7 @@ from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common.hostnames import valid_hostname
 
 from ..agents import agents_file
+from ..agents.credentials import lapsed
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG
@@ -48,8 +49,11 @@ NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
-# Hostnames without certificate that are named; there may be hundreds, and `certificates` has all.
+# Hostnames without certificate, agents or ports that are named; there may be hundreds, and
+# `certificates` has all hostnames.
 MOST_NAMED = 20
+# Of TCP_PORTS, which may be all 65535: a try takes some 50 us, and a person waits.
+MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
 # Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
@@ -84,7 +88,7 @@ def examine(config) -> Iterable[Finding]:
     """All checks, for the Config of config.load()."""
     yield Finding(OK, "configuration", "read and understood")
     if config.agents_file is not None:
-        yield from look_at_agents(config.agents_file)
+        yield from look_at_agents(config.agents_file, config.jwt_secret is not None)
     for warning in config.warnings:
         yield Finding(WARN, "configuration", warning)
     for line in exposed(config):
@@ -98,6 +102,7 @@ def examine(config) -> Iterable[Finding]:
     ):
         bind_to = config.dashboard_bind if setting == "DASHBOARD_PORT" else config.bind
         yield look_at_port(setting, bind_to, port, tls_name)
+    yield from look_at_tcp_ports(config)
     if config.dashboard_port is not None:
         yield judge_dashboard(config.dashboard_bind, config.dashboard_password is not None)
     yield look_at_name("GATEWAY_HOST", config.gateway_host)
@@ -113,7 +118,7 @@ def examine(config) -> Iterable[Finding]:
         yield from look_at_directory(config.acme.directory, config.acme.ca_file)
 
 
-def look_at_agents(path) -> Iterable[Finding]:
+def look_at_agents(path, has_jwt_secret=False) -> Iterable[Finding]:
     try:
         agents = agents_file.read(path)
     except agents_file.AgentsFileError as error:
@@ -122,6 +127,15 @@ def look_at_agents(path) -> Iterable[Finding]:
     yield Finding(OK, "AGENTS_FILE", f"{path}, agents in it: {len(agents.entries)}")
     for warning in agents.warnings:
         yield Finding(WARN, "AGENTS_FILE", warning.removeprefix("AGENTS_FILE").lstrip(": "))
+    gone = [name for name, entry in agents.entries.items() if lapsed(entry)]
+    expired = [name for name in gone if not agents.entries[name].disabled]
+    if expired:
+        yield Finding(WARN, "AGENTS_FILE", f"expired: {_some(expired)}; remove them, or give them "
+                      "another end (expires)")  # fmt: skip
+    if len(gone) == len(agents.entries) and not has_jwt_secret:
+        yield Finding(WARN, "AGENTS_FILE", "no agent can register: nobody in it may come (expired, "
+                      "disabled), and JWT_SECRET is not set; see: gotunnel-server agents "
+                      "add")  # fmt: skip
 
 
 def look_at_descriptors(max_connections) -> Finding:
@@ -161,6 +175,34 @@ def look_at_port(setting, addresses, port, tls_name) -> Finding:
                 "start another")  # fmt: skip
         return Finding(FAIL, setting, str(error).removeprefix(f"{setting} "))
     return Finding(OK, setting, f"{port} is free")
+
+
+def look_at_tcp_ports(config) -> Iterable[Finding]:
+    """Which of TCP_PORTS an agent would not get; config.warnings names those of our own."""
+    own = {config.gateway_port, config.tunnel_port, config.dashboard_port, config.http_port}
+    ports = sorted({port for ports in config.tcp_ports for port in ports} - own)
+    if not ports:
+        return
+    problems = {}  # why: the ports
+    for port in ports[:MOST_TRIED]:
+        try:
+            for sock in bind("TCP_PORTS", config.bind, port):
+                sock.close()
+        except PortError as error:
+            problems.setdefault(str(error).partition(": ")[2], []).append(port)
+    for why, taken in problems.items():
+        why = why.replace(", another program listens", ", another program, or an agent's tunnel,")
+        yield Finding(WARN, "TCP_PORTS", f"{_some(map(str, taken))}: {why}")
+    if not problems:
+        tried = "" if len(ports) <= MOST_TRIED else f", of which the first {MOST_TRIED} were tried"
+        yield Finding(OK, "TCP_PORTS", f"{len(ports)} ports are free{tried}")
+
+
+def _some(words) -> str:
+    """The first of them, separated by commas, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    return ", ".join(words[:MOST_NAMED]) + more
 
 
 def _is_gotunnel(address, port, tls_name, *, tunnel) -> bool:

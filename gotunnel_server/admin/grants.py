@@ -24,6 +24,7 @@ from gotunnel_agent.common import addresses
 from ..agents import agents_file, scope
 from ..agents.agents_file import MAX_NAME, AgentsFileError
 from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
+from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.schedule import DAY
 
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 ยง3.2)
@@ -33,6 +34,8 @@ SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 ย
 LEAST_TTL, MOST_TTL = 60, 5 * 365 * DAY
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
 TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
+
+CA_LINE = 'ca_file: "ca.crt"   # a copy of the gateway\'s {}/ca.crt'
 
 # Names that need no quotes in YAML, in a shell or in a log.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
@@ -113,6 +116,7 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
     lines = [
         "# For the agent's configuration; conf/agent.yaml explains each key.",
         f'tunnel_addr: "{_tunnel_addr(config)}"',
+        *([CA_LINE.format(config.acme_cache / LOCAL_FOLDER)] if config.local_ca else []),
         f'jwt_issuer: "{name}"',
         f'jwt_secret: "{secret}"',
         "tunnels:",
@@ -123,8 +127,6 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
     else:
         lines += ['    target: "127.0.0.1:8000"']
     print("\n".join(lines), file=out or sys.stdout)
-    if config.local_ca:
-        _say(f"the agent also needs a copy of {config.acme_cache}/local/ca.crt, as ca_file")
     if not config.tunnel_port:
         _say("TUNNEL_PORT is auto: the gateway's log says which one stands behind the colon")
 

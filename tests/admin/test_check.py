@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import secrets
 import socket
 import ssl
 import subprocess
@@ -478,6 +479,51 @@ def test_agents_and_what_is_weak_about_them_are_named(tmp_path):
     assert [finding.level for finding in found[1:]] == [WARN, WARN]
     assert not any("changeme" in finding.text for finding in found)
     assert not any("AGENTS_FILE" in finding.text for finding in found)
+
+
+STRONG = secrets.token_hex(32)
+ACTIVE = f"on: {{hosts: a.example.com, secret: {STRONG}}}\n"
+DISABLED = f"off: {{hosts: b.example.com, secret: {STRONG}, disabled: true}}\n"
+EXPIRED = f"old: {{hosts: c.example.com, secret: {STRONG}, expires: 2020-01-01}}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "has_jwt_secret", "expected"),
+    [
+        (ACTIVE + DISABLED, False, []),
+        (ACTIVE + EXPIRED, False, ["expired: old; remove"]),
+        (DISABLED + EXPIRED, False, ["expired: old; remove", "no agent can register: nobody"]),
+        (DISABLED + EXPIRED, True, ["expired: old; remove"]),
+        ("{}", False, ["no agent can register: nobody"]),
+        ("{}", True, []),
+    ],
+)
+def test_agents_that_may_not_come_are_a_warning(tmp_path, content, has_jwt_secret, expected):
+    path = tmp_path / "agents.yaml"
+    path.write_text(content)
+    path.chmod(0o600)
+    first, *found = check.look_at_agents(path, has_jwt_secret)
+    assert first.level == OK and levels(found) == [WARN] * len(expected)
+    for finding, words in zip(found, expected):
+        assert finding.text.startswith(words)
+
+
+def test_ports_for_agents_that_are_taken_are_a_warning(tmp_path):
+    with reserved_port() as free, socket.create_server(("127.0.0.1", 0)) as listening:
+        taken = listening.getsockname()[1]
+        config = config_of(tmp_path, TCP_PORTS=f"{free},{taken}")
+        [finding] = check.look_at_tcp_ports(config)
+        assert finding.level == WARN and finding.text.startswith(f"{taken}: in use, another")
+        assert finding in list(check.examine(config))
+        [finding] = check.look_at_tcp_ports(config_of(tmp_path, TCP_PORTS=f"{free}"))
+        assert finding == Finding(OK, "TCP_PORTS", "1 ports are free")
+    assert not list(check.look_at_tcp_ports(config_of(tmp_path)))
+
+
+def test_check_names_ports_of_the_gateways_own_among_those_for_agents(tmp_path):
+    config = config_of(tmp_path, TCP_PORTS="2200-2299", DASHBOARD_PORT="2201")
+    lines = [finding.text for finding in check.examine(config) if finding.level == WARN]
+    assert any(line.startswith("TCP_PORTS holds 2201, which is DASHBOARD_PORT") for line in lines)
 
 
 @pytest.mark.parametrize("content", [None, "one: [", "one: {}"])

@@ -848,6 +848,27 @@ def test_gateway_that_ends_takes_no_agent_with_it(cache, tmp_path, origin):
             assert agent.wait() == 0
 
 
+def test_agent_that_was_sent_to_the_port_of_visitors_is_told_which_it_needs(
+    cache, tmp_path, caplog
+):
+    with gateway_here(cache) as gateway:
+        wrong = Gateway(None, gateway.public_port, gateway.ca_file, None)
+        with agent_here(wrong, tmp_path, {APP: 1}, ready=False):
+            wait_until(lambda: "what answers there speaks HTTP, perhaps the port for visitors; "
+                       "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
+                       in caplog.text)  # fmt: skip
+
+
+def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(
+    cache, tmp_path, caplog
+):
+    with gateway_here(cache) as gateway:
+        wrong = Gateway(None, gateway.dashboard_port, gateway.ca_file, None)
+        with agent_here(wrong, tmp_path, {APP: 1}, ready=False):
+            wait_until(lambda: "what answers there does not speak TLS; tunnel_addr has to name the "
+                       "gateway's TUNNEL_PORT (9443)" in caplog.text)  # fmt: skip
+
+
 def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
     gateway, tmp_path, monkeypatch, caplog
 ):

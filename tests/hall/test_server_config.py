@@ -258,6 +258,15 @@ def test_secret_of_16_bytes_is_no_warning(secret):
     assert config(JWT_SECRET=secret).warnings == ()
 
 
+def test_ports_of_its_own_among_those_of_agents_are_a_warning():
+    found = config(TCP_PORTS="8000-8100,5432", GATEWAY_PORT="5432", TUNNEL_PORT="auto").warnings
+    assert found == (
+        "TCP_PORTS holds 5432, which is GATEWAY_PORT: no agent gets it; leave it out",
+        "TCP_PORTS holds 8080, which is DASHBOARD_PORT: no agent gets it; leave it out",
+    )
+    assert config(TCP_PORTS="2200-2299").warnings == ()
+
+
 # --- Values -------------------------------------------------------------------------------------
 
 

@@ -220,6 +220,7 @@ def test_a_payload_is_handed_on_before_it_is_whole():
     ("data", "sentence"),
     [
         (frame(PING, SYN, 0, 7, version=1), "frame version 1, expected 0"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "an answer in HTTP, expected frames"),
         (frame(PING, SYN, 0, 7, version=255), "frame version 255, expected 0"),
         (frame(4, 0, 1), "frame type 4, expected 0 to 3"),
         (frame(255, 0, 1), "frame type 255, expected 0 to 3"),
