@@ -286,7 +286,7 @@ class Newcomer:
         if self._newcomers.listener.stopping:
             raise NotAdmitted("the gateway stops")
         self._enter(stage)
-        self._newcomers.listener.call_later(self.ready, seconds)
+        self._newcomers.listener.call_later(self, self.ready, seconds)
 
     # The steps. Each returns the next stage, or None if its work goes on later, or is over.
 

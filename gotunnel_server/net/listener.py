@@ -127,7 +127,7 @@ class Listener:
         self._parked = {}  # connection: monotonic deadline
         self._lock = threading.Lock()  # guards the three below
         self._newly_parked = []  # (connection, deadline)
-        self._later = []  # (deadline, function)
+        self._later = []  # (deadline, function, key of its turn)
         self._over = False  # the thread has looked at both lists for the last time
         self.refused = 0  # connections that found no place; only the thread counts them
         self._refused_said = 0  # of them, those that the log knows of
@@ -188,15 +188,17 @@ class Listener:
         else:
             self._waker.wake()
 
-    def call_later(self, function, timeout):
-        """Have a worker call ``function`` in ``timeout`` seconds, or a little later. If the
-        listener has stopped, at once; raises Stopped if the workers have, too."""
+    def call_later(self, connection, function, timeout):
+        """Have a worker call ``function`` in ``timeout`` seconds, or a little later, when it is the
+        turn of the connection's address. If the listener has stopped, at once; raises Stopped if
+        the workers have, too."""
+        key = counted_by(connection.address[0])
         with self._lock:
             over = self._over
             if not over:
-                self._later.append((monotonic() + timeout, function))
+                self._later.append((monotonic() + timeout, function, key))
         if over:
-            self._workers.submit(function)
+            self._workers.submit(function, key)
         else:
             self._waker.wake()
 
@@ -266,11 +268,11 @@ class Listener:
         if not self._later:
             return
         with self._lock:
-            due = [function for deadline, function in self._later if deadline <= now]
+            due = [entry[1:] for entry in self._later if entry[0] <= now]
             if due:
                 self._later[:] = [entry for entry in self._later if entry[0] > now]
-        for function in due:
-            call_logged(self._workers.submit, function)
+        for function, key in due:
+            call_logged(self._workers.submit, function, key)
 
     def _accept(self, listening):
         for _ in range(ACCEPTS_A_TURN):

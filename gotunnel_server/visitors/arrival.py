@@ -222,7 +222,7 @@ class Arrival(Stepwise):
         if left <= 0 or not self._port.awaits_certificate(self._visitor.sni):
             return self._begin_handshake()
         # Not park(): what the visitor has sent would bring it back at once.
-        self._visitor.listener.call_later(self.ready, min(left, CERTIFICATE_LOOK))
+        self._visitor.listener.call_later(self, self.ready, min(left, CERTIFICATE_LOOK))
         return False
 
     def _prove(self):

@@ -116,7 +116,7 @@ class Stepwise:
         listener, left = self._visitor.listener, max(0, self._deadline - monotonic())
         self._waits += 1
         if self._waits > FREE_WAITS and left and not listener.stopping:
-            listener.call_later(self.ready, min(left, TRICKLE))
+            listener.call_later(self, self.ready, min(left, TRICKLE))
         else:
             listener.park(self, left)
         return False

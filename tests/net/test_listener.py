@@ -8,6 +8,7 @@ import threading
 import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
+from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
@@ -331,7 +332,7 @@ def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
     setattr(tested, what, Slow())
     called = threading.Event()
     if what == "_later":
-        tested.call_later(called.set, TIMEOUT)
+        tested.call_later(connection, called.set, TIMEOUT)
         assert called.wait(TIMEOUT)
     else:
         other = Parked(socket.socket(), ("127.0.0.1", 1))
@@ -339,6 +340,23 @@ def test_nothing_is_lost_that_comes_while_the_listener_stops(port, what):
         assert other.was_closed.wait(TIMEOUT)
     stopping.join(TIMEOUT)
     assert not stopping.is_alive()
+
+
+def test_what_is_called_later_takes_the_turn_of_its_address(port):
+    """Else slow senders of one address stand before other addresses' claims."""
+    keys, tested = [], port.listener
+    tested._workers.submit = lambda function, key=None: (keys.append(key), function())
+    called = [threading.Event() for _ in range(3)]
+    connections = [Parked(socket.socket(), (f"192.0.2.{n}", 1)) for n in range(3)]
+    for n in range(2):
+        tested.call_later(connections[n], called[n].set, 0)
+        assert called[n].wait(TIMEOUT)
+    tested.stop()
+    tested.call_later(connections[2], called[2].set, TIMEOUT)
+    assert called[2].is_set()
+    assert keys == [counted_by(connection.address[0]) for connection in connections]
+    for connection in connections:
+        connection.close()
 
 
 def test_one_that_the_workers_no_longer_take_is_closed():
@@ -351,7 +369,7 @@ def test_one_that_the_workers_no_longer_take_is_closed():
         assert connection.was_closed.is_set() and not connection.has_expired.is_set()
     tested.stop()
     with pytest.raises(Stopped):  # for the caller, which has the connection
-        tested.call_later(connection.ready, 1)
+        tested.call_later(connection, connection.ready, 1)
 
 
 def test_a_port_goes_on_after_a_bug_and_says_so(monkeypatch, caplog):

@@ -54,8 +54,8 @@ class Waiting(Stepwise):
         assert connection is self and 0 < timeout <= 10
         self.parked += 1
 
-    def _call_later(self, function, timeout):
-        assert function == self.ready and 0 < timeout <= TRICKLE
+    def _call_later(self, connection, function, timeout):
+        assert connection is self and function == self.ready and 0 < timeout <= TRICKLE
         self.called_later += 1
 
     def _wait_for_more(self):
