@@ -286,8 +286,10 @@ class Exchange:
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
         head, timeout = self._head(), self._timeout
         repeatable = upload is None and self._request.method in IDEMPOTENT
-        # The agent has to know from the beginning that FIN may be one direction's only.
-        self._half_close = relayed = self._request.wants_upgrade and tunnel.upgrades
+        self._login = login.concerns_connection(self._request.fields, "authorization")
+        # The agent has to know from the beginning that FIN may be one direction's only. A login in
+        # several steps needs the same stream for the next one, and a relayed stream is not kept.
+        relayed = self._request.wants_upgrade and tunnel.upgrades and not self._login
         try:
             first = upload.at_hand() if upload else b""
         except Malformed as error:
@@ -304,6 +306,7 @@ class Exchange:
                 pass
             stream.close()  # its target closed it meanwhile: once more, on another
         tunnel.make_way(route)
+        self._half_close = relayed
         try:
             self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
         except ConnectionError:
@@ -322,11 +325,8 @@ class Exchange:
         of any kind: if it is out of step, no other visitor is concerned."""
         owner, route = self._request.owner, self._route
         stream = None if owner is None else owner.take(route)
-        self._login = stream is not None or login.concerns_connection(
-            self._request.fields, "authorization"
-        )
         if stream is not None:
-            self._half_close = False  # the agent was told nothing of it
+            self._login = True
         elif repeatable:
             stream = route.tunnel.take_kept(route)
         return stream
@@ -468,13 +468,13 @@ class Exchange:
         stream, self._stream = self._stream, None
         if self._upload is not None and not self._upload.sent():
             stream.reset()  # also wakes the upload, if the target has stopped reading it
+        elif self._half_close:  # the upgrade was declined, and FIN would not end it at the agent
+            stream.reset()
         elif self._login:
             if reusable and request.owner is not None:
                 request.owner.keep(self._route, stream)
             else:
                 stream.close()
-        elif self._half_close:  # the upgrade was declined, and FIN would not end it at the agent
-            stream.reset()
         elif reusable and certain and self._upload is None:
             # A target that reads no body where it expects none takes it for the next request, and
             # would answer that one to the visitor that comes next: kept streams saw no body.

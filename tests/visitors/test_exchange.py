@@ -396,6 +396,55 @@ def test_agent_is_told_that_a_stream_may_be_upgraded_if_it_knows_what_that_is(kn
     assert not knows or tunnel.relayed
 
 
+class Owner:
+    """A login.Owner with a stream, if any."""
+
+    def __init__(self, stream=None):
+        self.stream = stream
+        self.kept = []
+
+    def take(self, route):
+        stream, self.stream = self.stream, None
+        return stream
+
+    def keep(self, route, stream):
+        self.kept.append(stream)
+
+
+def test_stream_that_replaces_a_dead_one_of_a_login_is_upgraded_as_its_agent_was_told():
+    visitor = Visitor("GET", "/", ("Upgrade", "tcp"), wants_upgrade=True)
+    visitor.owner = Owner(Stream(b"", visitor=visitor))
+    tunnel = Tunnel(stream := Stream(SWITCHING, visitor=visitor))
+    run(visitor, tunnel)
+    assert tunnel.relayed
+    assert visitor.events[-1][-1] == (stream, True)
+
+
+def test_relayed_stream_of_a_login_is_not_kept():
+    """A FIN at its end would not end the target's connection."""
+    visitor = Visitor("GET", "/", ("Upgrade", "tcp"), wants_upgrade=True)
+    visitor.owner = Owner()
+    challenge = b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM\r\nContent-Length: 0\r\n\r\n"
+    tunnel = Tunnel(Stream(challenge, visitor=visitor))
+    run(visitor, tunnel)
+    assert tunnel.relayed and visitor.status == 401
+    assert not visitor.owner.kept and "reset" in visitor.events
+
+
+def test_login_that_goes_on_has_its_stream_kept_although_an_upgrade_is_wanted():
+    fields = [("Upgrade", "chat"), ("Authorization", "NTLM TlRM")]
+    visitor = Visitor("GET", "/", *fields, wants_upgrade=True)
+    visitor.owner = Owner()
+    challenge = b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM TlRM\r\nContent-Length: 0\r\n\r\n"
+    tunnel = Tunnel(stream := Stream(challenge, visitor=visitor))
+    run(visitor, tunnel)
+    assert visitor.owner.kept == [stream] and not tunnel.relayed
+    visitor = Visitor("GET", "/", *fields, wants_upgrade=True)
+    visitor.owner = Owner(Stream(SWITCHING, visitor=visitor))
+    run(visitor, Tunnel())
+    assert visitor.events[-1][-1].half_close is False
+
+
 def test_101_waits_for_the_rest_of_the_body():
     visitor = Visitor("POST", "/", ("Upgrade", "tcp"), wants_upgrade=True, body=...)
     stream = Stream(visitor=visitor)
