@@ -52,6 +52,9 @@ PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
 # come beside the bytes of its messages: 341 headers of frames, of which a registration has a few.
 STRANGERS_READ = 4 * 1024
 STRANGERS_WASTE = 4 * 1024
+# Bytes behind TLS that are worth a wait more before a stranger counts as one that trickles: its
+# message may be long, and comes in segments of a kilobyte and more.
+PIECE = 256
 HEARD_OUT = 1024 * 1024  # bytes that a stranger may go on sending when it has been refused
 MOST_REFUSALS = 256  # remembered ones, so that each is logged once ...
 REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
@@ -203,6 +206,7 @@ class Newcomer:
         introduced = newcomers is not None and address[0] in newcomers.proxies
         self._stage = Stage.INTRODUCTION if introduced else Stage.HELLO
         self._deadline = None  # monotonic: registered, or gone, by then; None before the first byte
+        self._waits = 0  # in the stage
         self._buffer = b""  # of a hello that is not whole
         self._hello = client_hello.Reader()
         self._session = None  # from REGISTER on
@@ -274,12 +278,14 @@ class Newcomer:
     def _enter(self, stage):
         if stage not in RULES[self._stage].then:
             raise ValueError(f"{stage} came after {self._stage}")
-        self._stage = stage
+        self._stage, self._waits = stage, 0
 
     def _park(self):
         """Take the next step when the peer has sent something."""
-        left = self._deadline - monotonic()
-        self._newcomers.listener.park(self, max(left, 0))
+        self._waits += 1
+        left = max(0, self._deadline - monotonic())
+        waits = self._waits - self.duplex.received // PIECE
+        self._newcomers.listener.await_more(self, left, waits)
 
     def _look_again(self, stage, seconds):
         """Take the step of ``stage`` in so many seconds, also if the peer sends something."""

@@ -40,6 +40,10 @@ SWEEP, SHORT_SWEEP = 1.0, 0.1
 ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get their turn
 REFUSALS_SILENCE = 60  # seconds between two lines in the log that say how many were turned away
 LOOK_LATER = 0.1  # seconds between looks at calls that are to be made later
+# Waits in one state after which a connection's next bytes are looked at only each TRICKLE seconds:
+# a hello, a head or a registration comes in a few pieces, and byte by byte each would take a step.
+FREE_WAITS = 64
+TRICKLE = 0.1
 PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
 
 
@@ -187,6 +191,14 @@ class Listener:
             connection.close()
         else:
             self._waker.wake()
+
+    def await_more(self, connection, timeout, waits):
+        """As park(), for something that comes in a few pieces. ``waits``: how often the connection
+        has waited for it, this time included. If it is too often, a worker looks in a while."""
+        if waits > FREE_WAITS and timeout > 0 and not self.stopping:
+            self.call_later(connection, connection.ready, min(timeout, TRICKLE))
+        else:
+            self.park(connection, timeout)
 
     def call_later(self, connection, function, timeout):
         """Have a worker call ``function`` in ``timeout`` seconds, or a little later, when it is the

@@ -23,10 +23,6 @@ log = logging.getLogger("gotunnel.steps")
 # that goes on at once, as most do, is spared the detour through the listener. Not while others wait
 # for a worker.
 NEXT_STEP_WAIT = 0.005
-# Waits in one state after which a connection's next bytes are looked at only each TRICKLE seconds:
-# a hello or a head comes in a few pieces, and byte by byte each would take a step.
-FREE_WAITS = 64
-TRICKLE = 0.1
 
 
 class Step(NamedTuple):
@@ -113,10 +109,7 @@ class Stepwise:
             with contextlib.suppress(TimeoutError):
                 self.duplex.wait_readable(NEXT_STEP_WAIT)
                 return True
-        listener, left = self._visitor.listener, max(0, self._deadline - monotonic())
         self._waits += 1
-        if self._waits > FREE_WAITS and left and not listener.stopping:
-            listener.call_later(self, self.ready, min(left, TRICKLE))
-        else:
-            listener.park(self, left)
+        left = max(0, self._deadline - monotonic())
+        self._visitor.listener.await_more(self, left, self._waits)
         return False

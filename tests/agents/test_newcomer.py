@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from time import monotonic, sleep
 
 import pytest
 from hand_made import HandMade, registered, registration, reply_to
@@ -12,6 +13,7 @@ from gotunnel import Ack
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import newcomer
 from gotunnel_server.agents.newcomer import MOST_REFUSALS, RULES, Newcomer, Refusals, Stage
+from gotunnel_server.net.listener import FREE_WAITS
 
 
 @pytest.fixture
@@ -155,6 +157,26 @@ def test_a_stage_that_may_not_follow_is_a_bug_and_is_not_entered():
     with pytest.raises(ValueError, match="ADMIT came after .*HELLO"):
         stranger._enter(Stage.ADMIT)
     assert repr(stranger) == "<Newcomer 192.0.2.1 HELLO>"
+
+
+def test_a_stranger_that_trickles_takes_few_steps(gateway, monkeypatch):
+    """Byte by byte, each would take one; and it is registered all the same."""
+    steps = []
+    ready = Newcomer.ready
+    monkeypatch.setattr(Newcomer, "ready", lambda self: (steps.append(1), ready(self)))
+    message = registration(*(f"{number:060}.localhost" for number in range(4)))
+    with HandMade(gateway, message[:1]) as agent:
+        sent = 0
+        for sent in range(1, 3 * FREE_WAITS):
+            before = len(steps)
+            agent.control.write(message[sent : sent + 1])
+            # Until its step is taken, so that no two bytes share one; a slowed one takes none.
+            until = monotonic() + 0.02
+            while len(steps) == before and monotonic() < until:
+                sleep(0.001)
+        assert len(steps) < 2 * FREE_WAITS
+        agent.control.write(message[sent + 1 :])
+        assert agent.hear() == Ack(True)
 
 
 # Refusals ----------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ import types
 
 import pytest
 
+from gotunnel_server.net.listener import FREE_WAITS, TRICKLE, Listener
 from gotunnel_server.visitors import arrival, connection
-from gotunnel_server.visitors.steps import FREE_WAITS, TRICKLE, Step, Stepwise
+from gotunnel_server.visitors.steps import Step, Stepwise
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ class Waiting(Stepwise):
         listener = types.SimpleNamespace(
             crowded=crowded, park=self._park, call_later=self._call_later, stopping=False
         )
+        listener.await_more = types.MethodType(Listener.await_more, listener)
         self.called_later = 0
         self.listener = listener
         duplex = types.SimpleNamespace(wait_readable=self._linger)
