@@ -291,7 +291,8 @@ class Tunnel:
                 log.debug("%s: %s gets no port yet: %s", self, hostname, error)
             except OSError:  # no room for the message now, or the end
                 pass
-        if self._session.ended or self.stage is not Stage.SERVING:
+        # CLAIMING is not over: _serve() may have to go on, and the ports are those of the ack.
+        if self._session.ended or self.stage > Stage.SERVING:
             self._tunnels.ports.release(self)  # what was opened since it gave everything back
         elif self._missing:
             self._port_delay = min(2 * self._port_delay, MOST_PORT_DELAY)

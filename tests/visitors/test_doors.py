@@ -661,6 +661,19 @@ def test_port_that_another_agent_has_is_given_when_that_one_ends(
         wait_until(lambda: not gateway.inner._ports._open)
 
 
+def test_late_look_at_ports_takes_none_from_a_session_that_is_about_to_serve(
+    cache, tmp_path, origin, free_port
+):
+    """Its session runs for a moment before the tunnel counts as serving."""
+    tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
+    with house(cache, tmp_path, *tunnels, TCP_PORTS=str(free_port)) as gateway:
+        (served,) = gateway.inner.tunnels.registered()
+        for stage, ports in ("CLAIMING", 1), ("SERVING", 1), ("LEAVING", 0):
+            served._stage = tunnel_module.Stage[stage]
+            served._try_ports()
+            assert len(gateway.inner._ports._open) == ports
+
+
 def test_agent_that_does_not_know_of_later_ports_gets_none(cache, free_port, soon):
     """It would turn its visits away."""
     with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
