@@ -69,6 +69,8 @@ STORE_AGAIN = 60.0
 LONGEST_DELAY = 1.1 * DAY
 # Seconds until the issuer looks again, and a hostname is ordered for again, after a bug.
 AFTER_BUG = 60.0
+# ... after the system had no thread for a job: others end soon, and a look costs little.
+AFTER_NO_THREAD = 30.0
 # Seconds for all jobs. One that is being connected, or says its last words, is left behind.
 STOP_TIMEOUT = 1.5
 
@@ -334,7 +336,8 @@ class Issuer:
             if due_at <= now:
                 due_at = self._give_turn(host, now, ahead)
                 if due_at is None:
-                    self._start(host, "order", self._order)
+                    if not self._start(host, "order", self._order):
+                        return min(wait, AFTER_NO_THREAD)
                     continue
             wait = min(wait, due_at - now)
             if host.stored and host.stored.ends_at > now:  # an expired one has no window
@@ -344,8 +347,8 @@ class Issuer:
                 else:
                     wait = min(wait, ask_at - now)
         for host in asking:  # the end of a job is a reason to look; one place is for orders
-            if len(self._jobs) < JOBS - 1:
-                self._start(host, "window", self._ask)
+            if len(self._jobs) < JOBS - 1 and not self._start(host, "window", self._ask):
+                return min(wait, AFTER_NO_THREAD)
         return wait
 
     def _give_turn(self, host, now, ahead: dict[str, int]) -> float | None:
@@ -380,16 +383,18 @@ class Issuer:
                 self._turns.give_back(token)
         host.tokens = []
 
-    def _start(self, host, what, job):
+    def _start(self, host, what, job) -> bool:
+        """Begin a job; False if the system has no thread for it."""
         try:
             # It cannot end before we let go of the lock.
             thread = spawn(f"{what} {host.name}", self._work, host, job)
         except NoThread as error:
-            log.error("%s: %s", host.name, error)
+            log.error("%s: %s; next try in %g s", host.name, error, AFTER_NO_THREAD)
             self._give_back(host, ATTEMPT, ORDER, CERTIFICATE)
-            return
+            return False
         host.busy = True
         self._jobs.add(thread)
+        return True
 
     def _work(self, host, job):
         """Thread: do one job. Whatever becomes of it, the hostname and the other ones go on."""

@@ -177,6 +177,18 @@ def test_what_the_ca_did_not_take_costs_no_turn(house, kind):
     assert [house.state(name).name for name in of("example.com", 6)] == [READY] * 6
 
 
+def test_an_order_that_could_not_begin_is_tried_again_soon(house, monkeypatch, caplog):
+    def refuse(*_):
+        raise NoThread("no more threads")
+
+    want(house, of("example.com", 3))
+    monkeypatch.setattr(issuer_module, "spawn", refuse)
+    with house.issuer._lock:
+        assert house.issuer._look() == issuer_module.AFTER_NO_THREAD < issuer_module.LOOK_AGAIN
+    (line,) = [text for record in caplog.records if "threads" in (text := record.getMessage())]
+    assert line.endswith(": no more threads; next try in 30 s")
+
+
 def test_an_order_that_could_not_begin_costs_no_turn(house, monkeypatch):
     def refuse(*_):
         raise NoThread("no more threads")
