@@ -167,12 +167,10 @@ class OwnStreams:
             stream.close()
             return
         with self._lock:
-            full = len(self._by_owner) >= OWN_OF_A_SESSION
-            oldest = next(iter(self._by_owner)) if full else None
-            ended = self._by_owner.pop(oldest)[2] if full else None
-            if self._closed:
-                ended = stream
-            else:
+            ended = stream if self._closed else None
+            if ended is None:
+                if len(self._by_owner) >= OWN_OF_A_SESSION:
+                    ended = self._by_owner.pop(next(iter(self._by_owner)))[2]
                 self._by_owner[owner] = (monotonic(), hostname, stream)
         if ended is not None:
             ended.close()

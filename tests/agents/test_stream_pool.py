@@ -207,3 +207,13 @@ def test_an_owned_stream_ends_when_it_is_old_or_speaks_or_all_is_over(own, monke
     own.close()
     own.put("late", APP, late)
     assert late.closed and not own.streams()
+
+
+def test_no_owned_stream_is_lost_if_one_comes_while_a_full_pool_closes(own):
+    streams = [Quiet() for _ in range(OWN_OF_A_SESSION + 1)]
+    for number, stream in enumerate(streams[:-1]):
+        own.put(number, APP, stream)
+    own._closed = True  # as close() begins
+    own.put("late", APP, streams[-1])
+    own.close()
+    assert all(stream.closed for stream in streams)
