@@ -243,6 +243,11 @@ def _send_input(visit):
         visit.finish()
     except NoVisit as error:
         visit.break_off(error)
+    except TimeoutError:  # it may send on, but our input goes nowhere: ssh would wait for ever
+        visit.break_off(NoVisit(
+            f"the other side has taken nothing for {visit.stall_timeout:g} s, and the visit is "
+            "broken off"
+        ))  # fmt: skip
     except OSError:
         # The other side takes no more. It may have answered all the same: who reads the answer
         # hears its end, or what has happened.

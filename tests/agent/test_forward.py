@@ -553,6 +553,19 @@ def test_visit_of_a_client_that_breaks_later_is_said(gateway, origin, monkeypatc
         assert f"the connection to {RAW} broke after 3 bytes" in caplog.text
 
 
+def test_input_that_the_other_side_takes_no_more_ends_the_visit(monkeypatch):
+    """Else ssh waits for ever."""
+    monkeypatch.setattr(forward, "_read_input", lambda: b"x" * MIB)
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(forward.End(ours)) as visit:
+        visit.stall_timeout = 0.05
+        forward._send_input(visit)
+        with pytest.raises(OSError):
+            visit.read(TIMEOUT / 10)
+        with pytest.raises(forward.NoVisit, match="has taken nothing for 0.05 s"):
+            forward.Destination(RAW, "127.0.0.1", 1, None).check(visit)
+
+
 def all_served():
     return not [thread for thread in threading.enumerate() if thread.name.startswith("client")]
 
