@@ -107,6 +107,13 @@ def _reason(error, setting):
     return error.strerror or str(error)
 
 
+def _raise_limit(error):
+    """What helps, where a limit is in the way: of the process, or of the system."""
+    if error.errno == errno.EMFILE:
+        return "; raise the limit (ulimit -n)"
+    return "; raise the limit (sysctl fs.file-max)" if error.errno == errno.ENFILE else ""
+
+
 class Listener:
     """One port. start(), then stop(), which closes all that is parked."""
 
@@ -293,7 +300,9 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.warning("port %s: cannot accept: %s", self.name, error.strerror)
+                more = _raise_limit(error)
+                log.warning("port %s: cannot accept: %s; accepting pauses for %g s%s",
+                            self.name, error.strerror, PAUSE, more)  # fmt: skip
                 self._pause()
                 return
             host = unmapped_host(address[0])

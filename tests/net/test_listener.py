@@ -1,6 +1,7 @@
 """One port: accept, park, hand over, close. What is parked here is made up."""
 
 import contextlib
+import errno
 import re
 import socket
 import threading
@@ -370,6 +371,29 @@ def test_one_that_the_workers_no_longer_take_is_closed():
     tested.stop()
     with pytest.raises(Stopped):  # for the caller, which has the connection
         tested.call_later(connection, connection.ready, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EMFILE, "; raise the limit (ulimit -n)"),
+        (errno.ENFILE, "; raise the limit (sysctl fs.file-max)"),
+        (errno.ENOBUFS, ""),
+    ],
+)
+def test_a_port_that_cannot_accept_says_for_how_long_and_what_helps(caplog, number, advice):
+    class Listening:
+        def accept(self):
+            raise OSError(number, "no more")
+
+    tested = Listener("test", bind("X_PORT", LOCAL, 0), None, Workers(), Places(1), 1)
+    tested._pause = lambda: None
+    tested._accept(Listening())
+    tested.stop()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"port test: cannot accept: no more; accepting pauses for 0.2 s{advice}"
+    )
 
 
 def test_a_port_goes_on_after_a_bug_and_says_so(monkeypatch, caplog):
