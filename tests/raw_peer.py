@@ -189,7 +189,7 @@ def sessions(request):
 def tables(session):
     """What a session remembers of streams: (streams, lingering, arrived, the Mux's flows)."""
     table = session._streams
-    return (len(table.known), len(table.expiring), len(table.arrived), session._mux.open_streams)
+    return (len(table.known), len(table.expiring), len(table.arrived), len(session._mux._flows))
 
 
 @contextlib.contextmanager

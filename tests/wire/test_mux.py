@@ -279,7 +279,7 @@ def test_fc_exact_window():
     events = receive(mux, frame(DATA, 0, 1, payload=b"x"))
     assert events == [WasReset(1, 0, "stream 1: 1 bytes came, 0 were permitted", cut=True)]
     assert sent(mux) == [(WINDOW_UPDATE, RST, 1, 0, b"")]
-    assert mux.open_streams == 0
+    assert len(mux._flows) == 0
 
 
 def test_an_overrun_is_drained_and_the_second_one_ends_the_session():
@@ -399,7 +399,7 @@ def test_fc_syn_body_counts_when_our_windows_are_bigger():
     mux = Mux(client=False, window=MIB)
     assert receive(mux, frame(DATA, SYN, 1, payload=bytes(INITIAL_WINDOW + 1))) == []
     assert sent(mux) == [(WINDOW_UPDATE, RST, 1, 0, b"")]
-    assert mux.open_streams == 0
+    assert len(mux._flows) == 0
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 3)) == [Opened(3)]  # the body was drained
 
 
@@ -825,7 +825,7 @@ def test_oc_many_sequential():
         assert payload_of(wire.settle()[0]) == b"echo"
     for mux in wire.ends:
         check_tables(mux)
-        assert mux.open_streams == 0 and mux.strays == 0
+        assert len(mux._flows) == 0 and mux.strays == 0
 
 
 def test_oc_accept_overflow():
@@ -863,7 +863,7 @@ def test_oc_syn_fin():
     mux.send(1, b"answer")
     mux.finish(1)
     assert [got[:2] for got in sent(mux)] == [(WINDOW_UPDATE, ACK), (DATA, 0), (WINDOW_UPDATE, FIN)]
-    assert mux.open_streams == 0
+    assert len(mux._flows) == 0
 
 
 @pytest.mark.parametrize("kind", [WINDOW_UPDATE, DATA])
@@ -872,7 +872,7 @@ def test_oc_syn_rst(kind):
     body = b"lost" if kind == DATA else b""
     assert receive(mux, frame(kind, SYN | RST, 1, payload=body)) == []
     mux.accept(1)  # nobody could know it, but it must not matter
-    assert sent(mux) == [] and mux.open_streams == 0
+    assert sent(mux) == [] and len(mux._flows) == 0
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 3)) == [Opened(3)]
 
 
@@ -907,7 +907,7 @@ def test_oc_fin_carriers(carrier, before):
     mux.send(1, b"still open to us")
     mux.finish(1)
     assert sent(mux)[-1] == (WINDOW_UPDATE, FIN, 1, 0, b"")
-    assert mux.open_streams == 0
+    assert len(mux._flows) == 0
 
 
 @pytest.mark.parametrize("peer_first", [True, False])
@@ -925,7 +925,7 @@ def test_oc_fin_once(peer_first):
         receive(mux, frame(WINDOW_UPDATE, FIN, 1))
     mux.finish(1)
     assert sent(mux) == []
-    assert mux.open_streams == 0
+    assert len(mux._flows) == 0
 
 
 def test_after_finish_there_is_no_room():
@@ -989,7 +989,7 @@ def test_oc_ids_exhausted(client, last):
     for _ in range(2):
         with pytest.raises(SessionClosed, match="the session has used up its stream ids"):
             mux.open(0.0)
-    assert mux.open_streams == 1 and len(mux._unanswered) == 1
+    assert len(mux._flows) == 1 and len(mux._unanswered) == 1
     assert len(sent(mux)) == 1
 
 
@@ -1362,7 +1362,7 @@ def test_ho_syn_flood():
     with pytest.raises(ProtocolError, match="does not read its 32768 answers"):
         for number in range(1, 200_001, 2):
             receive(mux, frame(WINDOW_UPDATE, SYN, number))
-    assert mux.open_streams == ACCEPT_BACKLOG
+    assert len(mux._flows) == ACCEPT_BACKLOG
     assert len(mux._control) == MAX_REPLIES
 
 
@@ -1371,7 +1371,7 @@ def test_ho_syn_rst_churn():
     for number in range(1, 200_001, 2):
         receive(mux, frame(WINDOW_UPDATE, SYN, number) + frame(WINDOW_UPDATE, RST, number))
     check_tables(mux)
-    assert mux.open_streams == 0 and sent(mux) == []
+    assert len(mux._flows) == 0 and sent(mux) == []
     assert receive(mux, frame(WINDOW_UPDATE, SYN, 200_001)) == [Opened(200_001)]
 
 
@@ -1401,7 +1401,7 @@ def test_ho_stray_frames():
     strays = frame(DATA, 0, 77, payload=b"x") + frame(WINDOW_UPDATE, ACK, 2) + frame(DATA, FIN, 0)
     assert receive(mux, strays * 1000) == []
     assert mux.strays == 3000
-    assert sent(mux) == [] and mux.open_streams == 1
+    assert sent(mux) == [] and len(mux._flows) == 1
 
 
 def test_ho_dup_ack():

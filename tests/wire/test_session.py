@@ -1753,7 +1753,7 @@ def test_ld_interop_go_compares_our_echo(gopeer, tmp_path, go_role, streams, siz
     with beside_go(gopeer, tmp_path, "load", *arguments, go_role=go_role) as (go, session):
         with echoing(session, 300):
             go.wait_for(f"^ok {streams}$")
-            wait_until(lambda: session._mux.open_streams == 0 or session.ended)
+            wait_until(lambda: len(session._mux._flows) == 0 or session.ended)
 
 
 @GO_ROLES

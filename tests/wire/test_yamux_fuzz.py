@@ -355,7 +355,7 @@ class Fuzzed:
         self.pull(EVERYTHING)
         self.mux.end()
         check_tables(self.mux)
-        assert self.mux.open_streams == self.mux._inbound == self.mux._queued == 0
+        assert len(self.mux._flows) == self.mux._inbound == self.mux._queued == 0
         assert self.account._held == self.account.promised == 0
         self.account.close()
         assert self.memory.buffered == self.memory.promised == 0
@@ -480,7 +480,7 @@ class Model:
         elif kind == "leave":
             mux.go_away()
             self.left.add(end)
-        elif kind == "open" and mux.may_open and mux.open_streams < self.most_streams:
+        elif kind == "open" and mux.may_open and len(mux._flows) < self.most_streams:
             try:
                 self.start(mux.open(self.now), end)
             except SessionClosed:
@@ -560,7 +560,7 @@ class Model:
                 self.run.counts["whole"] += 1
         for mux, memory in zip(self.wire.ends, self.memories):
             check_tables(mux)
-            assert mux.open_streams == mux._inbound == mux._queued == mux._account._held == 0
+            assert len(mux._flows) == mux._inbound == mux._queued == mux._account._held == 0
             assert mux.pull(EVERYTHING) == (b"", [])
             mux._account.close()
             assert memory.buffered == memory.promised == 0
