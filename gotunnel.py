@@ -753,11 +753,6 @@ class Mux:
         """Streams that open() can still open."""
         return max(0, (LAST_ID - self._next_id) // 2 + 1)
 
-    @property
-    def open_streams(self) -> int:
-        """Streams that are not over yet, of both sides."""
-        return len(self._flows)
-
     def unsent(self, stream_id) -> bool:
         """Whether payload or the FIN of a stream waits for the line."""
         flow = self._flows.get(stream_id)
@@ -1244,7 +1239,7 @@ def spawn(name, function, *arguments) -> threading.Thread:
     try:
         thread.start()
     except RuntimeError as error:
-        raise NoThread(str(error)) from None
+        raise NoThread(f"no thread to be had ({error}): raise the limit (ulimit -u)") from None
     return thread
 
 

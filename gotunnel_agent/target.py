@@ -160,7 +160,7 @@ def serve(stream, find_route, targets):
             else:
                 relay_watched(stream, target, tunnel)
         except NoThread as error:
-            log.error("%s: %s", tunnel.hostname, error)
+            log.warning("%s: %s; the visit is reset", tunnel.hostname, error)
             stream.reset()
         finally:
             stream.close()

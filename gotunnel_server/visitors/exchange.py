@@ -338,7 +338,8 @@ class Exchange:
             try:
                 self._upload.start(self._stream, first)
             except NoThread as error:
-                raise TargetFailed(503, "gateway-busy", f"The gateway has no room: {error}.")
+                log.warning("%s: %s; a request is refused", self._route.hostname, error)
+                raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
         if data := self._next(self._timeout):
             return data
         raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")

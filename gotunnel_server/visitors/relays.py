@@ -56,6 +56,8 @@ def _run(function, visitor, other):
     visitor.duplex.cut_unless_finished()
     try:
         function(visitor, other)
+    except NoThread as error:  # both ends are reset
+        log.warning("%s: %s; the visit is reset", visitor, error)
     except OSError as error:
         log.debug("%s: %s", visitor, error)
     except Exception:
@@ -83,6 +85,9 @@ def _relay_tcp(visitor, route):
             relay(end, stream)
         else:
             relay_holding_fin(end, stream)
+    except NoThread:
+        stream.reset()  # its target must not see an empty but complete visit
+        raise
     finally:
         if watched is not None:
             watched.forget()

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
+from gotunnel import NoThread
+
 from ..net import client_hello
 from .request import VisitorGone
 
@@ -76,6 +78,10 @@ class Stepwise:
                 pass
         except ssl.SSLError as error:
             log.debug("%s: TLS: %s", self._visitor, error.reason or error)
+            self.close()
+        except NoThread as error:
+            log.warning("%s: %s; the visit is reset", self._visitor, error)
+            self.duplex.reset()  # not an empty but complete visit
             self.close()
         except (OSError, VisitorGone, client_hello.NotTLS) as error:
             log.debug("%s: %s", self._visitor, error or "left")

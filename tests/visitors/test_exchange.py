@@ -11,7 +11,7 @@ import time
 import pytest
 from support import wait_until
 
-from gotunnel import Ends, SessionClosed, StreamReset
+from gotunnel import Ends, NoThread, SessionClosed, StreamReset
 from gotunnel_agent.common.http1 import Fields, Malformed
 from gotunnel_server.routes import AgentBusy, Route
 from gotunnel_server.visitors import exchange
@@ -609,6 +609,20 @@ def test_body_at_hand_goes_with_the_head_and_takes_no_thread(monkeypatch):
     run(visitor, tunnel)
     assert tunnel.opened[0].endswith(b"Content-Length: 2\r\n\r\nhi")
     assert visitor.events[1:] == ["close", ("finish", b"ok")]  # such a stream is not kept
+
+
+def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(
+    monkeypatch, caplog
+):
+    def refuse(*_):
+        raise NoThread("no thread to be had: raise the limit (ulimit -u)")
+
+    monkeypatch.setattr(exchange, "spawn", refuse)
+    visitor = Visitor("POST", body=5)
+    served(visitor)
+    assert (visitor.status, visitor.code) == (503, "gateway-busy")
+    assert b"ulimit" not in b"".join(visitor.events[-1][1:])
+    assert "(ulimit -u); a request is refused" in caplog.text
 
 
 def test_body_of_no_bytes_is_one(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from support import TIMEOUT
 
 import gotunnel
-from gotunnel import StreamReset
+from gotunnel import NoThread, StreamReset
 from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
@@ -176,4 +176,32 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
     outer.close()
     assert stream.was_reset.wait(TIMEOUT) and forgotten.wait(TIMEOUT)
     assert port.relays.enter(address[0])  # its place is free
+    port.stop(TIMEOUT)
+
+
+@pytest.mark.parametrize("half_close", [True, False])
+def test_visit_without_a_thread_is_reset_on_both_sides_and_said(monkeypatch, caplog, half_close):
+    """An empty but complete one would be another thing for visitor and target."""
+    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    forgotten = threading.Event()
+    seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
+    ours, outer = socket.socketpair()
+    visitor = port.add(ours, ("192.0.2.1", 1), None, seat)
+    visitor.sni = "app.localhost"
+    assert visitor.claim_relay()
+    stream, tunnel = End(), Tunnel(End())
+    tunnel._stream, tunnel.half_close = stream, half_close
+    closed_at = []
+    stream.close = lambda: closed_at.append(stream.was_reset.is_set())
+
+    def refuse(*_):
+        raise NoThread("no thread to be had: raise the limit (ulimit -u)")
+
+    monkeypatch.setattr(relays, "spawn", refuse)
+    monkeypatch.setattr(gotunnel, "spawn", refuse)
+    relays._run(relays._relay_tcp, visitor, Route("app.localhost", "tcp", tunnel))
+    assert stream.was_reset.is_set() and closed_at == [True] and forgotten.is_set()
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().endswith("(ulimit -u); the visit is reset")
+    outer.close()
     port.stop(TIMEOUT)

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from gotunnel import NoThread
 from gotunnel_server.net.listener import FREE_WAITS, TRICKLE, Listener
 from gotunnel_server.visitors import arrival, connection
 from gotunnel_server.visitors.steps import Step, Stepwise
@@ -64,6 +65,24 @@ class Waiting(Stepwise):
         return self._wait(10)
 
     STEPS = {"waiting": Step(_wait_for_more)}
+
+
+def test_visit_without_a_thread_is_reset_and_said(caplog):
+    """Not closed: that would be an empty but complete visit."""
+    done = []
+
+    def relay(self):
+        raise NoThread("no thread to be had: raise the limit (ulimit -u)")
+
+    waiting = Waiting(crowded=False)
+    waiting.STEPS = {"waiting": Step(relay)}
+    waiting.duplex.reset = lambda: done.append("reset")
+    waiting._visitor.close = lambda: done.append("close")
+    waiting.ready()
+    assert done == ["reset", "close"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith("(ulimit -u); the visit is reset")
 
 
 @pytest.mark.parametrize("crowded", [False, True])
