@@ -561,7 +561,7 @@ def test_input_that_the_other_side_takes_no_more_ends_the_visit(monkeypatch):
         visit.stall_timeout = 0.05
         forward._send_input(visit)
         with pytest.raises(OSError):
-            visit.read(TIMEOUT / 10)
+            visit.read(1, 1)
         with pytest.raises(forward.NoVisit, match="has taken nothing for 0.05 s"):
             forward.Destination(RAW, "127.0.0.1", 1, None).check(visit)
 
