@@ -1225,7 +1225,7 @@ def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
     issuer.want(APP)
     assert told.wait(TIMEOUT)
     issuer.stop()
-    assert issuer.state(APP).name == READY and "could not be told" in caplog.text
+    assert issuer.state(APP).name == READY and "telling its new state failed" in caplog.text
 
 
 def test_a_look_that_fails_is_logged_and_the_thread_goes_on(tmp_path, caplog, monkeypatch):
