@@ -240,8 +240,8 @@ class Memory:
 
     ``buffered`` bytes are here, received and not used, or written and not sent. ``promised`` bytes
     may come: by so much have windows grown. When there is much of either, windows begin and stay
-    small; and no session may ever buffer more than is left for all others, so who holds little
-    does not suffer from who holds much.
+    small. No session may ever buffer more than is left for all others, so a session that holds
+    little does not suffer from one that holds much.
     """
 
     FLOOR = START_WINDOW  # bytes that a session may buffer in any case
@@ -686,7 +686,7 @@ class Mux:
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
         if self.round_trip is None and self._credited and self._asked is None:
-            self._ask(now)  # who gets credit again and again may need a larger window
+            self._ask(now)  # a sender that often gets credit may need a larger window
         self._credited = True
         return True
 
@@ -1339,7 +1339,7 @@ class Buffers:
             self._spare.append(buffer)
 
 
-# Whoever receives needs two. Few sessions do so at a time, but many visits: 4 MiB at most.
+# A receiver needs two. Few sessions receive at a time, but many visits: 4 MiB at most.
 LARGE_BUFFERS = Buffers(READ_BATCH, 4)
 BUFFERS = Buffers(READ_SIZE, 64)
 

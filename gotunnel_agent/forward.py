@@ -22,7 +22,7 @@ Threads: with LOCAL main waits for signals; without it, main reads the answer.
 
 and standard error, which writes what is logged, until the process ends (standard_error.py).
 
-Exit status: 0 when the other side has ended, or whoever reads our output has gone, and after a
+Exit status: 0 when the other side has ended, or the reader of our output has gone, and after a
 signal with LOCAL; 1 if there is no connection, or it broke; 2 if the arguments are wrong. Errors
 are one line on standard error. ssh starts us for each of its connections, so we import nothing
 that an agent needs and we do not.
@@ -231,7 +231,7 @@ def speak_on_stdio(destination, say):
     with contextlib.suppress(OSError):
         while data := visit.read():
             if not _write_output(data):
-                return  # who reads us has had enough
+                return  # the reader of our output has had enough
     destination.check(visit)
     say(f"{visit.sent} bytes sent, {visit.received} received")
 
@@ -249,8 +249,8 @@ def _send_input(visit):
             "broken off"
         ))  # fmt: skip
     except OSError:
-        # The other side takes no more. It may have answered all the same: who reads the answer
-        # hears its end, or what has happened.
+        # The other side takes no more. It may have answered all the same: the thread that
+        # reads the answer hears its end, or what has happened.
         pass
 
 
@@ -259,7 +259,7 @@ def _read_input() -> bytes:
     while True:
         try:
             return os.read(0, INPUT_SIZE)
-        except BlockingIOError:  # who shares it with us does not want to wait
+        except BlockingIOError:  # a program that shares it with us does not want to wait
             select.select([0], [], [])
         except OSError as error:
             raise NoVisit(f"standard input cannot be read ({error.strerror})") from None

@@ -71,7 +71,7 @@ def command(options) -> int:
         config = load(options.env_file)
         if options.command is None:
             return run(config)
-        # Whoever asks reads our answer, not the log of the parts that help to find it.
+        # The operator reads our answer, not the log of the parts that help to find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
         if options.command == "token":
             grants.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,

@@ -259,7 +259,7 @@ class Variables:
 
 def chosen_env_file(env_file: str | None) -> str | None:
     """The env file that is read: ``env_file``, else .env if there is one, else None."""
-    # A folder of this name is most likely somebody's virtual environment.
+    # A folder of this name is most likely a virtual environment.
     there = os.path.exists(DEFAULT_ENV_FILE) and not os.path.isdir(DEFAULT_ENV_FILE)
     return env_file or (DEFAULT_ENV_FILE if there else None)
 

@@ -7,7 +7,7 @@ operator. Every value is taken as the text that was typed.
 It is written by hand and by ``gotunnel-server agents``, while a gateway may read it. So our own
 changes leave every other line as it stands, are checked by reading the result, happen under a lock
 on the folder, and take the file's place in one step. An empty file is refused: it is most likely
-one that somebody just writes.
+one that is just being written.
 
 Whatever is wrong is an ``AgentsFileError``, one line that never shows a secret: the file, the place
 in it, what came and what was expected.
@@ -159,7 +159,7 @@ def _named(path):
 
 
 def _open(path, flags):
-    # Without O_NONBLOCK, a FIFO of that name would stop whoever reads.
+    # Without O_NONBLOCK, a FIFO of that name would stop the thread that reads.
     return os.open(path, flags | os.O_NONBLOCK)
 
 

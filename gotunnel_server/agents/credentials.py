@@ -7,8 +7,8 @@
 HS256 and nothing else, so that a token cannot choose how it is checked. It must say when it ends
 (``exp``), and may say ``hosts`` and ``ports``; those that cannot be read are refused, not passed
 over. The signature is looked at before anything that depends on the file, and an issuer that is
-unknown costs the same work and gets the same text as a wrong secret: who has no secret learns
-nothing about who else has one.
+unknown costs the same work and gets the same text as a wrong secret: a stranger does not
+learn which issuers there are.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _check_algorithm(token):
     if algorithm != ALGORITHM:
         came = on_one_line(algorithm, 20) if isinstance(algorithm, str) else "missing"
         raise TokenInvalid(f"the token's algorithm is {came}, expected {ALGORITHM}")
-    if "crit" in header:  # who sends it wants to be refused by those that do not know (RFC 7515)
+    if "crit" in header:  # extensions that must be understood (RFC 7515 §4.1.11)
         raise TokenInvalid("the token's header has crit, expected none")
 
 
@@ -250,7 +250,7 @@ def _decode(token, secret):
     try:
         return jwt.decode(token, secret or "", algorithms=[ALGORITHM], options=options)
     except jwt.InvalidSignatureError:
-        # As much to who has the wrong secret as to who has no entry: which there are is a secret.
+        # The same text for a wrong secret and for no entry: which entries there are is a secret.
         raise TokenInvalid(
             "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
             "gateway's"

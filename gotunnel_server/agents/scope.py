@@ -8,7 +8,7 @@ A wildcard needs two labels behind it: ``*.com`` would be half the world. Nothin
 ``*``. Of two patterns either one lies within the other or they have nothing in common, so that two
 lists of them have a plain intersection.
 
-Values in, values out. Who writes patterns into tokens is a stranger until the signature fits, and
+Values in, values out. The author of a token's patterns is a stranger until the signature fits, and
 after that may still err: whatever comes, ScopeError is all that is raised.
 """
 
@@ -37,7 +37,7 @@ PORTS_EXPECTED = f"ports from 1 to {MAX_PORT} and ranges of them, such as 2200-2
 
 
 class ScopeError(ValueError):
-    """This cannot be what somebody may claim; the text is one clause: what came, what to write."""
+    """A credential cannot be given this; the text is one clause: what came, what to write."""
 
 
 def read_hosts(value: object) -> tuple[str, ...]:

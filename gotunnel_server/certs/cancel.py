@@ -1,4 +1,4 @@
-"""The end of a job in another thread: an Event that also wakes whoever waits in a socket.
+"""The end of a job in another thread: an Event that also wakes a thread that waits in a socket.
 
 A thread that waits for an answer hears of no Event. It says how it can be woken instead, such as by
 a shutdown of its socket, and is, in the thread that calls set().

@@ -18,10 +18,11 @@ Which pair serves a name:
     of the others           the one that ends last, where nobody has a valid one: who sees an
                             expired certificate knows what is wrong, who sees none does not
 
-Somebody may be writing while we read. A pair that cannot be used is served as it was read before,
-and tried again when a file of it changes. A pair whose certificate file is gone is served no more,
-because that is what removing it says. But if no usable pair is left at all, those read before stay:
-a folder that is being replaced, or was not mounted, should not take every hostname down.
+Another program may be writing while we read. A pair that cannot be used is served as it was read
+before, and tried again when a file of it changes. A pair whose certificate file is gone is served
+no more, because that is what removing it says. But if no usable pair is left at all, those read
+before stay: a folder that is being replaced, or was not mounted, should not take every hostname
+down.
 
 The log says each thing once, and again after it was mended and came back.
 """
@@ -76,7 +77,7 @@ class Served(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the latest look has found, for whoever asks instead of reading the log."""
+    """What the latest look has found, for callers that do not read the log."""
     pairs: tuple[Pair, ...]         # those that can be used, dates apart
     broken: tuple[str, ...]         # a remark on each that cannot
     remarks: tuple[str, ...]        # what else there is to say, but for dates, which `pairs` tell

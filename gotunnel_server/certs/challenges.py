@@ -3,7 +3,7 @@
     http-01        a file on port 80, under /.well-known/acme-challenge/ (RFC 8555 §8.3)
     tls-alpn-01    a certificate by TLS with ALPN "acme-tls/1", on port 443 (RFC 8737)
 
-Whoever orders publishes a proof for the length of a block; listeners ask for it by hostname. A CA
+An order publishes a proof for the length of a block; listeners ask for it by hostname. A CA
 asks several times, from several places.
 """
 

@@ -142,13 +142,13 @@ class Certificates:
         """The context with which a port begins its handshakes. `protocol` is the only one that it
         takes by ALPN, None for `alpn`.
 
-        A visitor who names no hostname gets the certificate of `default`. Who names one without
-        a certificate, or one that is not `allowed`, gets the alert unrecognized_name (RFC 6066
+        A visitor that names no hostname gets the certificate of `default`. For a hostname without
+        a certificate, or one that is not `allowed`, it gets the alert unrecognized_name (RFC 6066
         §3). `allowed` is asked with the hostname; without it every one is, and `default` always.
         It runs within each handshake, in that thread: it must neither block nor read the disk.
 
         A hostname that is not ASCII never reaches us: Python refuses it, and says so on standard
-        error. Whoever peeks at the ClientHello first should close those.
+        error. A caller that peeks at the ClientHello first should close those.
         """
         default = normal_hostname(default)
 

@@ -169,7 +169,7 @@ class Issuer:
             if agent is not None:  # it may have been another's
                 host.agent, host.limits = agent, limits
             known = self._to_tell(host)
-            if known[0] == WAITING:  # who asks knows it now, and it would be no news
+            if known[0] == WAITING:  # the caller knows it now, and it would be no news
                 host.told = known
             return self._state(host)
 

@@ -1,13 +1,13 @@
 """A certificate authority of our own, for trying gotunnel out and for tests (ACME_ENV=local).
 
 No public CA signs `app.localhost` or `127.0.0.1`. Here a CA is made on first start and kept in a
-folder; whoever wants to visit without a warning trusts its `ca.crt` once:
+folder. A visitor that trusts its `ca.crt` once sees no warning:
 
     ca.crt, ca.key               the CA; made once, then only read
     HOSTNAME.crt, HOSTNAME.key   one certificate a hostname; made again before it runs out
     .lock                        held while one process (or thread) looks and writes
 
-The CA signs its leaves itself, so a chain is the leaf alone: who verifies it has the CA already.
+The CA signs its leaves itself, so a chain is the leaf alone: its verifier has the CA already.
 
 A CA that cannot be read is an error and is never made anew, because users have trusted the old
 one. A leaf that cannot be read is replaced, because nobody has to trust it by hand.

@@ -301,8 +301,8 @@ class CertStore:
     def lock(self, hostname) -> Iterator[bool]:
         """Whether we are the only process that orders for ``hostname``; does not wait.
 
-        Who gets it reads the store again: another process may have ordered meanwhile. Raises
-        StoreError if locking fails.
+        A caller that gets it reads the store again: another process may have ordered meanwhile.
+        Raises StoreError if locking fails.
         """
         with self._locked(f"{self._ca}/locks/{_stem(hostname)}", wait=False) as ours:
             yield ours

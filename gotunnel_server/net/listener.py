@@ -352,7 +352,7 @@ class Listener:
     def _watch(self, connection, deadline):
         try:
             self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
-        except (OSError, ValueError):  # broken in the meantime: who owns it will find out
+        except (OSError, ValueError):  # broken in the meantime: its owner will find out
             self._hand_over(connection, connection.ready)
             return
         self._parked[connection] = deadline

@@ -1,9 +1,9 @@
 """Reading what other programs, and people, have put there: certificates, keys, notes of ours.
 
-A FIFO would make us wait for somebody who writes into it, a device such as /dev/zero has no end,
+A FIFO would make us wait for a program that writes into it, a device such as /dev/zero has no end,
 and a certificate may be wrong in more ways than its bytes show at first. So read() takes regular
-files of bounded size only, and waits for nothing but the disk; MALFORMED are the errors of whoever
-looks into a certificate.
+files of bounded size only, and waits for nothing but the disk; MALFORMED are the errors of
+looking into a certificate.
 """
 
 import errno

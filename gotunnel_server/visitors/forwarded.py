@@ -79,8 +79,8 @@ def came_by_https(came: Fields, peer: str, proxies: Proxies) -> bool:
 
 
 def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
-    """The address of who visits: ``peer``'s, or whom that one names. A trusted proxy may name
-    somebody without an address: then it is "", which is on no list of addresses."""
+    """The visitor's address: ``peer``, or the one that a trusted proxy names. A proxy may name
+    a visitor without an address: then it is "", which is on no list of addresses."""
     if peer not in proxies:
         return peer
     chain = _chain(came)
