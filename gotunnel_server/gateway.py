@@ -6,13 +6,15 @@
     listener PORT           1 a port, also of agents     stop(), by a wake-up byte
     step                    at most STEP_THREADS         the step is done; addresses take turns
     registration            at most REGISTRATION_THREADS the agent has its ack
-    exchange                at most WORKERS a port       the request is answered
+    exchange                at most WORKERS, and 68 [1]  the request is answered
     upload                  at most 1 an exchange        the request's body has come, or is given up
     relay, relay back       2 a tcp visit or WebSocket   both ends are done
     demux ADDRESS           1 a registered agent         the session ends
     keeper, credentials     1 each                       stop(); they look at what changes
     issuer, order, window,
     timer of a request      see issuer.py                stop()
+
+    [1] HTTP_REQUESTS (none with TRUSTED_PROXIES) and DASHBOARD_REQUESTS
 
 A connection is accepted by its port's listener, and is either watched by it or in the hands of one
 thread (steps.py, newcomer.py). A registered agent has a demultiplexer, which reads for all of
@@ -50,7 +52,7 @@ from .net.shares import Places
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies
-from .visitors.port import Port, PublicPort, TcpPort, Timeouts
+from .visitors.port import Port, PublicPort, Room, TcpPort, Timeouts
 from .visitors.sites import choose_redirect, choose_site
 from .watcher import Watcher
 
@@ -67,7 +69,8 @@ STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
 REGISTRATION_THREADS = 8
 DASHBOARD_REQUESTS = 4  # answered at a time
 DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
-HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000  # on the port for plain HTTP
+# On the port for plain HTTP, unless there are TRUSTED_PROXIES, whose visitors count as all do.
+HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
 # Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
 # left is for files, the gateway's own ports and the connections that they take themselves.
@@ -198,7 +201,7 @@ class Gateway:
         )
         self._visitors = self._build_port(
             PublicPort,
-            config.workers,
+            Room(config.workers, self._proxies),
             context=self._certificates.fronts(config.gateway_host).context,
             site=self._site,
             redirect=choose_redirect(
@@ -215,7 +218,8 @@ class Gateway:
             log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
                         "raise the limit (ulimit -n)",
                         config.max_connections, descriptor_limit(), limit)  # fmt: skip
-        self._visitor_places = Places(limit, self._proxies)  # those of TCP_PORTS take from it, too
+        # Those of TCP_PORTS take from it, too, and those that a proxy brings to HTTP_PORT.
+        self._visitor_places = Places(limit, self._proxies)
         self.public_port = self._listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
@@ -229,7 +233,7 @@ class Gateway:
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
             self._keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
-        port = self._build_port(Port, DASHBOARD_REQUESTS, site=site)
+        port = self._build_port(Port, Room(DASHBOARD_REQUESTS, self._proxies), site=site)
         self.dashboard_port = self._listeners.add(
             "DASHBOARD_PORT", config.dashboard_port, port,
             self._plain_places(DASHBOARD_CONNECTIONS), port.first_timeout,
@@ -245,20 +249,22 @@ class Gateway:
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
             proxies=self._proxies, secured=self._site,
         )  # fmt: skip
-        # A proxy that has ended TLS may bring all visitors here.
-        requests = config.workers if config.trusted_proxies else HTTP_REQUESTS
-        port = self._build_port(Port, requests, site=site)
+        if config.trusted_proxies:  # one that has ended TLS may bring all visitors here
+            room, places = self._visitors.room, self._visitor_places
+        else:
+            room = Room(HTTP_REQUESTS, self._proxies)
+            places = self._plain_places(HTTP_CONNECTIONS)
+        port = self._build_port(Port, room, site=site)
         self.http_port = self._listeners.add(
-            "HTTP_PORT", config.http_port, port, self._plain_places(HTTP_CONNECTIONS),
-            port.first_timeout,
-        )  # fmt: skip
+            "HTTP_PORT", config.http_port, port, places, port.first_timeout
+        )
 
     def _plain_places(self, most):
         return Places(min(most, int(descriptor_limit() * PLAIN_SHARE)), self._proxies)
 
-    def _build_port(self, kind, requests, **rest):
+    def _build_port(self, kind, room, **rest):
         """A Port or PublicPort, with what all of them share."""
-        port = kind(requests=requests, proxies=self._proxies, timeouts=self._timeouts, **rest)
+        port = kind(room=room, proxies=self._proxies, timeouts=self._timeouts, **rest)
         self._visitor_ports.append(port)
         return port
 

@@ -44,20 +44,29 @@ class Exchanges:
         self.stop = self._workers.shutdown  # stop(timeout)
 
 
+class Room:
+    """What the visitors of one port, or of several, may have at a time."""
+
+    def __init__(self, requests, proxies):
+        """``requests``: how many are answered at a time. ``proxies``: see Port."""
+        self.exchanges = Exchanges(requests, proxies)
+        self.relays = Shares(relays.MAX_RELAYS, proxies)
+        self.parting = Shares(MAX_PARTING, proxies)  # visitors that still send after their answer
+
+
 class Port:
     """A port for plain HTTP. Any thread."""
 
-    def __init__(self, *, site, requests, proxies, timeouts):
-        """``site``: see Handler. ``requests``: how many are answered at a time. ``proxies``: the
+    def __init__(self, *, site, room, proxies, timeouts):
+        """``site``: see Handler. ``room``: a Room, which another port may share. ``proxies``: the
         addresses that stand for many visitors, a forwarded.Proxies. ``timeouts``: Timeouts."""
         self.listener = None  # set before it is started
         self.site = site
-        self.exchanges = Exchanges(requests, proxies)
+        self.room = room
+        self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
         self.proxies = proxies
         self.timeouts = timeouts
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
-        self.relays = Shares(relays.MAX_RELAYS, proxies)
-        self.parting = Shares(MAX_PARTING, proxies)  # visitors that still send after their answer
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
         self._visitors = set()
@@ -114,8 +123,8 @@ class Port:
         return len(left)
 
     def stop(self, timeout):
-        """End the threads that serve requests; after drain(). Waits ``timeout`` seconds at
-        most."""
+        """End the threads that serve requests; after drain(), that of the ports that share its Room
+        included. Waits ``timeout`` seconds at most."""
         self.exchanges.stop(timeout)
 
 

@@ -7,12 +7,12 @@ import types
 
 from support import TIMEOUT
 
-from gotunnel_server.visitors.port import Port, Timeouts
+from gotunnel_server.visitors.port import Port, Room, Timeouts
 
 
 def test_what_is_said_once_is_said_once_by_all_threads(caplog):
     """Scanners come in crowds."""
-    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     said = []
 
     def hear(record):
@@ -37,7 +37,7 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
 
 def test_request_that_finds_no_thread_gives_its_place_back():
     """As when the gateway stops in that moment."""
-    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     port.stop(TIMEOUT)
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)

@@ -30,6 +30,7 @@ from gotunnel_agent.common.proxy_protocol import (
     encode_unknown,
     parse,
 )
+from gotunnel_server import gateway as gateway_module
 
 GATEWAY_LOG = "gotunnel.arrival"
 VISITOR = Source("203.0.113.9", 56324)  # as a front proxy tells it
@@ -457,6 +458,25 @@ def test_a_visitor_of_a_plain_port_has_the_share_of_its_own_address(cache, monke
         )
         ask_plainly(port, header)
     assert taken == [VISITOR.address]
+
+
+def test_visitors_that_a_proxy_brings_to_the_plain_port_count_as_all_do(cache, monkeypatch):
+    """One that ends TLS brings all of them there: no fewer connections, and no second limits."""
+    monkeypatch.setattr(gateway_module, "HTTP_CONNECTIONS", 1)
+    with gateway_here(cache, HTTP_PORT="auto", MAX_CONNECTIONS="3", **TRUSTED) as gateway:
+        public = gateway.inner._visitors
+        (plain,) = (
+            p for p in gateway.inner._visitor_ports if p.listener.port == gateway.inner.http_port
+        )
+        for shared in ("exchanges", "relays", "parting"):
+            assert getattr(plain, shared) is getattr(public, shared)
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                sock = socket.create_connection((HERE, gateway.inner.http_port), TIMEOUT)
+                stack.enter_context(sock)
+            wait_until(lambda: gateway.inner._visitor_places.taken == 3)
+            with socket.create_connection((HERE, gateway.public_port), TIMEOUT) as fourth:
+                assert fourth.recv(1) == b""
 
 
 def test_a_stranger_with_a_header_gets_nothing_at_a_plain_port(cache):

@@ -14,7 +14,7 @@ from gotunnel import NoThread, StreamReset
 from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
-from gotunnel_server.visitors.port import Port, Timeouts
+from gotunnel_server.visitors.port import Port, Room, Timeouts
 
 
 class End:
@@ -158,7 +158,7 @@ class Tunnel:
 @pytest.mark.parametrize("sni", [None, "app.localhost"], ids=["plain", "TLS"])
 def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
     monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
-    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
     stream = End()
@@ -182,7 +182,7 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
 @pytest.mark.parametrize("half_close", [True, False])
 def test_visit_without_a_thread_is_reset_on_both_sides_and_said(monkeypatch, caplog, half_close):
     """An empty but complete one would be another thing for visitor and target."""
-    port = Port(site=None, requests=1, proxies=(), timeouts=Timeouts(1, 1, 1))
+    port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
     ours, outer = socket.socketpair()
