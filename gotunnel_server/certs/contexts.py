@@ -66,7 +66,7 @@ class Certificates:
         self._authority = authority
         self._choices = Choices(self._new_context)
         self._cert_dir = CertDir(cert_dir, self._new_context) if cert_dir else None
-        # Grows by one a registered hostname, so whom we let register bounds it.
+        # What the authority issued is bounded by the keeper, what was ordered by the CA's limits.
         self._issued: dict[str, Pair] = {}
         # Held to publish: a slow thread must not put an older certificate over a newer one.
         self._publishing = threading.Lock()
@@ -113,6 +113,18 @@ class Certificates:
         if known is None or known.ends - datetime.now(timezone.utc) < RENEW_BEFORE:
             self._publish(hostname, *self._authority.issue(hostname))
         return True
+
+    def issued(self) -> list[str]:
+        """The hostnames that the authority issued for, the oldest first. Any thread."""
+        return list(self._issued) if self._authority else []
+
+    def forget(self, hostname: str) -> None:
+        """Serve `hostname` no more with what the authority issued, which is removed. Any thread.
+        Raises CertificateError if the disk refuses."""
+        with self._publishing:
+            self._issued.pop(hostname, None)
+        if self._authority:
+            self._authority.forget(hostname)
 
     def take(self, hostname: str, file: Path) -> None:
         """Serve `hostname` with an ordered certificate: `file` holds key, certificate and chain.

@@ -2,7 +2,8 @@
 
     a hostname's certificate is     as long as
     in CERT_DIR                     a valid pair there names it
-    signed by our own CA            there is one (ACME_ENV=local): made at once
+    signed by our own CA            there is one (ACME_ENV=local): made at once, and kept while its
+                                    agent is there; of the others MOST_ISSUED are kept
     ordered                         its agent is there, or was at the hourly review before
     kept from an earlier order      there is none of the others
 
@@ -18,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from gotunnel_agent.common.hostnames import WILDCARD, valid_hostname
+from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname, valid_hostname
 
 from .contexts import Certificates
 from .issuer import Issuer
@@ -35,6 +36,10 @@ log = logging.getLogger("gotunnel.keeper")
 # Seconds between reviews of which hostnames are served. One without an agent at two reviews in a
 # row is no longer renewed.
 KEEP = 3600
+# Certificates of our own CA at a time: two files and a context of some 20 KiB each. An agent may
+# register ever new hostnames; beyond these the oldest go of those that nobody serves, a tenth at
+# once, lest each further one cost a look at all. Those that are served bind themselves.
+MOST_ISSUED = 4096
 # ... between tries of our own CA for a hostname for which it has failed: a disk was full, perhaps.
 RETRY = 60
 
@@ -110,6 +115,28 @@ class Keeper:
         self._certificates.reload()  # once for all: it is a look at each of hundreds of files
         for hostname in hostnames:
             self._want(hostname, agent, limits)
+        issued = self._certificates.issued()
+        if len(issued) > MOST_ISSUED:
+            self._forget_unserved(issued, len(issued) - MOST_ISSUED + MOST_ISSUED // 10)
+
+    def _forget_unserved(self, issued, count):
+        """Forget the oldest ``count`` certificates of our own CA whose hostnames nobody serves."""
+        wanted = self._wanted_names()
+        idle = [hostname for hostname in issued if hostname not in wanted][:count]
+        for hostname in idle:
+            try:
+                self._certificates.forget(hostname)
+            except CertificateError as error:
+                log.warning("%s: its certificate is not served any more, but stays: %s",
+                            hostname, error)  # fmt: skip
+        if idle:
+            log.info("%d certificates of our own CA are forgotten, nobody serves their hostnames",
+                     len(idle))  # fmt: skip
+        if back := self._wanted_names().intersection(idle):
+            self.want(back)  # its agent came just then
+
+    def _wanted_names(self):
+        return {normal_hostname(name) for name in (*self._own_names, *self._served())}
 
     def _want(self, hostname, agent, limits):
         try:

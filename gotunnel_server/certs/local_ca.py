@@ -124,6 +124,12 @@ class Authority:
                 _write_certificate(certificate_file, certificate)
         return certificate_file, key_file
 
+    def forget(self, hostname: str) -> None:
+        """Remove what issue() has made for `hostname`, if it is there. Raises CertificateError."""
+        with self._folder_to_ourselves():
+            for ending in (".crt", ".key"):
+                (self._folder / (_stem(hostname) + ending)).unlink(missing_ok=True)
+
     def hostnames(self) -> list[str]:
         """What certificates were issued for, now or by an earlier gateway with this folder; but for
         names so long that their files have others."""

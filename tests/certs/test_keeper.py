@@ -110,6 +110,57 @@ def test_a_hostname_for_which_our_own_ca_has_failed_is_tried_again_in_a_minute(
     assert keeper.state("gone.localhost").name is FAILED  # nobody wants it any more
 
 
+def test_ever_new_hostnames_have_no_end_of_certificates_of_our_own_ca(tmp_path, monkeypatch):
+    """But those that are served, and the gateway's own."""
+    monkeypatch.setattr(keeper_module, "MOST_ISSUED", 20)
+    served, authority = {APP}, Authority(tmp_path)
+    certificates = Certificates(None, authority)
+    keeper = Keeper(
+        certificates, own_names=[OWN], served=lambda: served, on_change=lambda hostname: None
+    )
+    keeper.want([APP])
+    for number in range(50):
+        served.add(newest := f"{number}.localhost")
+        keeper.want([newest])
+        assert certificates.context(newest)
+        assert len(certificates.issued()) <= 20
+        assert authority.hostnames() == sorted(certificates.issued())
+        assert len(list(tmp_path.glob("*.key"))) == len(authority.hostnames()) + 1
+        served.remove(newest)
+    assert certificates.context(APP) and certificates.context(OWN)
+    assert not certificates.context("0.localhost")
+    keeper.want(["0.localhost"])  # its agent is back
+    assert certificates.context("0.localhost")
+    # A folder that has grown is cut at the next start.
+    monkeypatch.setattr(keeper_module, "MOST_ISSUED", 5)
+    certificates = Certificates(None, authority)
+    Keeper(
+        certificates, own_names=[OWN], served=lambda: (), on_change=lambda hostname: None,
+        earlier=authority.hostnames(),
+    )  # fmt: skip
+    assert len(authority.hostnames()) <= 5 and certificates.context(OWN)
+
+
+def test_a_hostname_whose_agent_comes_as_it_is_forgotten_keeps_a_certificate(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeper_module, "MOST_ISSUED", 2)
+    served, certificates = set(), Certificates(None, Authority(tmp_path))
+    keeper = Keeper(
+        certificates, own_names=[OWN], served=lambda: served, on_change=lambda hostname: None
+    )
+    keeper.want([APP])
+    forget = certificates.forget
+
+    def forget_and_come(hostname):
+        forget(hostname)
+        served.add(hostname)
+
+    monkeypatch.setattr(certificates, "forget", forget_and_come)
+    keeper.want(["new.localhost"])
+    assert APP in served and certificates.context(APP)
+
+
 def test_own_names_without_a_certificate_are_an_error(tmp_path):
     (tmp_path / "own").mkdir()
     with pytest.raises(CertificateError, match=f"CERT_DIR .*own: no certificate for {OWN}"):
