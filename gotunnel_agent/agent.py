@@ -67,7 +67,7 @@ from .common.process import Stopped, Workers
 from .common.tls import AEAD
 from .connect import GivenUp, addresses_of, connect
 from .target import Route, Targets, serve
-from .trust import client_context
+from .trust import NO_TLS, client_context
 
 log = logging.getLogger("gotunnel.agent")
 
@@ -87,8 +87,6 @@ REFUSED_DELAY = 15  # ... at least, if the gateway said no: an operator must cha
 # OpenSSL's numbers (x509_vfy.h) for a certificate whose CA is not known here: self-signed, itself
 # or in its chain; issuer not found, of the last one or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
-# How OpenSSL says that an answer is no TLS at all.
-NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
 MOST_KIND = 50  # characters of an unknown message's type that the log shows

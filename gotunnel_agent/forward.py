@@ -52,7 +52,7 @@ from .common.process import Signals, print_answer, set_up_process
 from .common.standard_error import free_standard_error
 from .common.tls import AEAD
 from .connect import addresses_of, connect
-from .trust import client_context
+from .trust import NO_TLS, client_context
 
 log = logging.getLogger("gotunnel.forward")
 
@@ -195,6 +195,8 @@ class Destination(NamedTuple):
         if isinstance(error, ssl.SSLError) and error.reason == "TLSV1_UNRECOGNIZED_NAME":
             return f"no tunnel for {self.hostname} at this gateway, or its agent is away"
         reason = getattr(error, "reason", None) or error
+        if reason in NO_TLS:
+            return f"{where} does not speak TLS; is it a gateway's port for visitors?"
         return f"the TLS handshake with {where} failed ({reason}); is it a gateway's port?"
 
     def check(self, visit):

@@ -4,6 +4,9 @@ import ssl
 
 from .common.tls import IGNORE_UNEXPECTED_EOF
 
+# How OpenSSL says that an answer is no TLS at all.
+NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
+
 
 def client_context(ca_file=None, skip_verify=False, renegotiates=False) -> ssl.SSLContext:
     """How to check the peer that we dial: against the system's authorities, those in the file

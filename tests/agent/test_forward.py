@@ -369,7 +369,7 @@ def test_name_that_does_not_resolve_is_said():
 def test_port_that_speaks_no_tls_is_said(origin):
     arguments = ["forward", "--via", f"127.0.0.1:{origin.port}", RAW]
     origin.serve(lambda wire: wire.send(b"SSH-2.0-it\r\n"))
-    fails(arguments, f"the TLS handshake with 127.0.0.1 port {origin.port} failed")
+    fails(arguments, f"127.0.0.1 port {origin.port} does not speak TLS; is it a gateway's port")
 
 
 def test_port_that_hangs_up_before_tls_is_said(origin):
