@@ -28,6 +28,7 @@ from gotunnel import (
     NORMAL,
     PROTOCOL_ERROR,
     Ack,
+    NoThread,
     ProtocolError,
     Register,
     Session,
@@ -241,6 +242,9 @@ class Newcomer:
             if isinstance(error, Flood):
                 self._count_failed("")
             self.close(PROTOCOL_ERROR)
+        except NoThread as error:
+            log.warning("%s: %s; the agent is turned away", self, error)
+            self.close()
         except OSError as error:
             log.debug("%s: %s", self, error)
             self.close()

@@ -4,12 +4,13 @@ import contextlib
 import logging
 import threading
 from time import monotonic, sleep
+from types import SimpleNamespace
 
 import pytest
 from hand_made import HandMade, registered, registration, reply_to
 from support import APP, TIMEOUT, answer, gateway_here, request, routes_of, wait_until
 
-from gotunnel import Ack
+from gotunnel import Ack, NoThread
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import newcomer
 from gotunnel_server.agents.newcomer import MOST_REFUSALS, RULES, Newcomer, Refusals, Stage
@@ -177,6 +178,21 @@ def test_a_stranger_that_trickles_takes_few_steps(gateway, monkeypatch):
         assert len(steps) < 2 * FREE_WAITS
         agent.control.write(message[sent + 1 :])
         assert agent.hear() == Ack(True)
+
+
+def test_an_agent_for_which_there_is_no_thread_is_turned_away_and_said(caplog, monkeypatch):
+    def admit(self):
+        raise NoThread("no thread to be had: raise the limit (ulimit -u)")
+
+    monkeypatch.setitem(RULES, Stage.HELLO, RULES[Stage.HELLO]._replace(step=admit))
+    closed = []
+    duplex = SimpleNamespace(close=lambda: closed.append("connection"))
+    newcomers = SimpleNamespace(proxies=(), forget=closed.append)
+    stranger = Newcomer(newcomers, duplex, ("192.0.2.1", 1), None)
+    stranger.ready()
+    assert closed == ["connection", stranger]
+    (line,) = warnings_in(caplog)
+    assert line.endswith("(ulimit -u); the agent is turned away")
 
 
 # Refusals ----------------------------------------------------------------------------------------
