@@ -331,7 +331,9 @@ def accept_all(listening, destination):
         try:
             sock, (host, port, *_) = listening.accept()
         except OSError as error:  # it has hung up already, or we are out of descriptors
-            log.warning("a client could not be accepted: %s", error.strerror)
+            more = "; raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
+            log.warning("a client could not be accepted: %s; accepting pauses for %g s%s",
+                        error.strerror, ACCEPT_PAUSE, more)  # fmt: skip
             sleep(ACCEPT_PAUSE)
             continue
         name = f"client {host} port {port}"

@@ -1,6 +1,7 @@
 """The visitor's helper, as a program: standard input and output, a local port, beneath ssh."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -564,6 +565,20 @@ def test_input_that_the_other_side_takes_no_more_ends_the_visit(monkeypatch):
             visit.read(1, 1)
         with pytest.raises(forward.NoVisit, match="has taken nothing for 0.05 s"):
             forward.Destination(RAW, "127.0.0.1", 1, None).check(visit)
+
+
+def test_client_for_whom_there_is_no_descriptor_is_said_with_what_helps(monkeypatch, caplog):
+    class Listening:
+        def accept(self):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(forward, "sleep", _stop)
+    with pytest.raises(Stopped):
+        forward.accept_all(Listening(), None)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "Too many open files; accepting pauses for 0.1 s; raise the limit (ulimit -n)"
+    )
 
 
 def all_served():
