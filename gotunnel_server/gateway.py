@@ -22,15 +22,14 @@ its streams (gotunnel.py).
 """
 
 import functools
-import ipaddress
 import logging
 import os
 from time import monotonic
 
 from gotunnel import __version__
-from gotunnel_agent.common import addresses
 from gotunnel_agent.common.process import Workers
 
+from . import capacity
 from .agents.attempts import Attempts
 from .agents.credentials import Credentials
 from .agents.newcomer import REGISTER_TIMEOUT, Newcomers
@@ -45,10 +44,7 @@ from .certs.local_ca import Authority
 from .certs.turns import UNLIMITED
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
-from .net.dns import is_always_here
-from .net.listener import descriptor_limit
 from .net.round_robin import FairWorkers
-from .net.shares import Places
 from .routes import Registry
 from .visitors import dashboard, policy
 from .visitors.forwarded import Proxies
@@ -58,26 +54,16 @@ from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
 
-# For handshakes and heads: short work, of which nothing waits for a peer while others wait. No more
-# than there are CPUs: further ones keep the listeners from running when an address floods a port
-# with ClientHellos. On two CPUs, beside five such addresses, a visit took 14 ms with 2 threads,
-# 100 ms and more with 4, and 12 s with 32 (median).
+# For handshakes and heads: short work that waits for no peer. No more than there are CPUs: further
+# threads keep the listeners from running when addresses flood a port with ClientHellos. Beside five
+# such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
 STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
 # For agents whose registration is granted: looking at CERT_DIR and the store, making local
 # certificates. A pool of its own, since a disk that hangs must not stop visitors' handshakes. A few
 # threads are enough to keep a disk busy; the queue is bounded by AGENT_CONNECTIONS.
 REGISTRATION_THREADS = 8
 DASHBOARD_REQUESTS = 4  # answered at a time
-DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
-# On the port for plain HTTP, unless there are TRUSTED_PROXIES, whose visitors count as all do.
-HTTP_REQUESTS, HTTP_CONNECTIONS = 64, 1000
-AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
-# Parts of the descriptors that the process may have. A visitor takes one, an agent four; what is
-# left is for files, the gateway's own ports and the connections that they take themselves.
-VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
-PORTS_SHARE = 1 / 16  # for the ports of agents (TCP_PORTS), whose visitors count as all visitors do
-PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's two
-PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections and the dashboard's
+HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
 # Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
 RELOAD = 2
 LAST_JOBS = 2  # seconds for jobs in the pools when the gateway stops: connections are closed
@@ -104,9 +90,8 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
-        most = int(descriptor_limit() * PORTS_SHARE / PORT_DESCRIPTORS)
         self._ports = Ports(
-            config.tcp_ports, self._open_port, most, self._credentials.named_ports
+            config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
         )
         self._steps = FairWorkers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
@@ -181,12 +166,9 @@ class Gateway:
             submit=self._registrations.submit,
             stall_timeout=config.stall_timeout,
         )
-        limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
         self.tunnel_port = self._listeners.add(
             "TUNNEL_PORT", config.tunnel_port, self._newcomers,
-            # Many agents may have one address, and a registered one is bound by its credential.
-            Places(limit, self._proxies, parts=0),
-            REGISTER_TIMEOUT,
+            capacity.agents(self._proxies), REGISTER_TIMEOUT,
         )  # fmt: skip
 
     def _look_at_credentials(self, asked):
@@ -213,13 +195,8 @@ class Gateway:
             challenges=self._challenges,
             awaits_certificate=self._keeper.pending,
         )
-        limit = min(config.max_connections, int(descriptor_limit() * VISITORS_SHARE))
-        if limit < config.max_connections:
-            log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
-                        "raise the limit (ulimit -n)",
-                        config.max_connections, descriptor_limit(), limit)  # fmt: skip
         # Those of TCP_PORTS take from it, too, and those that a proxy brings to HTTP_PORT.
-        self._visitor_places = Places(limit, self._proxies)
+        self._visitor_places = capacity.visitors(config.max_connections, self._proxies)
         self.public_port = self._listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
@@ -236,8 +213,8 @@ class Gateway:
         port = self._build_port(Port, Room(DASHBOARD_REQUESTS, self._proxies), site=site)
         self.dashboard_port = self._listeners.add(
             "DASHBOARD_PORT", config.dashboard_port, port,
-            self._plain_places(DASHBOARD_CONNECTIONS), port.first_timeout,
-            config.dashboard_bind,
+            capacity.plain(capacity.DASHBOARD_CONNECTIONS, self._proxies),
+            port.first_timeout, config.dashboard_bind,
         )  # fmt: skip
 
     def _build_http(self, config):
@@ -253,14 +230,11 @@ class Gateway:
             room, places = self._visitors.room, self._visitor_places
         else:
             room = Room(HTTP_REQUESTS, self._proxies)
-            places = self._plain_places(HTTP_CONNECTIONS)
+            places = capacity.plain(capacity.HTTP_CONNECTIONS, self._proxies)
         port = self._build_port(Port, room, site=site)
         self.http_port = self._listeners.add(
             "HTTP_PORT", config.http_port, port, places, port.first_timeout
         )
-
-    def _plain_places(self, most):
-        return Places(min(most, int(descriptor_limit() * PLAIN_SHARE)), self._proxies)
 
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort, with what all of them share."""
@@ -277,13 +251,8 @@ class Gateway:
     # Life
 
     def start(self):
-        if self._ca_file:
-            log.info("certificates from a local CA, for trials; clients must trust %s",
-                     self._ca_file.resolve())  # fmt: skip
-        self._listeners.start()
-        for watcher in self._watchers:
-            watcher.start()
-        self._keeper.start()
+        for part in (self._listeners, *self._watchers, self._keeper):
+            part.start()
         for fact in self._facts:
             log.info("%s", fact)
         log.info("gotunnel %s is ready", __version__)
@@ -292,25 +261,16 @@ class Gateway:
         """Lines for the log at start."""
         if config.acme:
             yield f"certificates from {config.acme.directory}"
+        if self._ca_file:
+            path = self._ca_file.resolve()
+            yield f"certificates from a local CA, for trials; clients must trust {path}"
         yield f"visitors: https://{config.gateway_host}:{self.public_port}/"
         yield f"agents: tunnel_addr {config.tunnel_host}:{self.tunnel_port}"
         if self.dashboard_port is not None:
-            yield f"dashboard: {self._dashboard_urls(config)}"
+            where = config.dashboard_bind, config.bind, config.gateway_host, self.dashboard_port
+            yield f"dashboard: {dashboard.urls(*where)}"
         if self.http_port is not None:
             yield f"plain HTTP: port {self.http_port}"
-
-    def _dashboard_urls(self, config):
-        """Where the dashboard can be opened."""
-        hosts = [addresses.as_host(address) for address in config.dashboard_bind]
-        urls = [f"http://{host}:{self.dashboard_port}/" for host in hosts]
-        by_name = f"http://{config.gateway_host}:{self.dashboard_port}/"
-        found = map(ipaddress.ip_address, config.dashboard_bind)
-        if not urls or any(address.is_unspecified for address in found):
-            return by_name
-        if config.dashboard_bind != config.bind:  # the name may lead elsewhere
-            return " ".join(urls)
-        # The name leads there, unless a proxy in front is what it names.
-        return by_name if is_always_here(config.gateway_host) else " ".join((by_name, *urls))
 
     def reload(self):
         """Look now at what may have changed. Any thread; waits for nothing."""
@@ -319,9 +279,8 @@ class Gateway:
 
     def stop(self):
         """No new work; what runs may finish, DRAIN_TIMEOUT at most; then close."""
-        for watcher in self._watchers:
-            watcher.stop()
-        self._keeper.stop()
+        for part in (*self._watchers, self._keeper):
+            part.stop()
         for port in self._visitor_ports:
             port.start_draining()
         self._ports.close()

@@ -164,6 +164,15 @@ def test_few_of_the_common_modules_know_the_wire():
     }
 
 
+def test_the_gateway_only_composes():
+    """A part that grows here belongs in a room of its own."""
+    assert len(source("gotunnel_server/gateway.py").splitlines()) <= 300
+
+
+def test_the_wire_can_be_read_in_one_sitting():
+    assert len(source("gotunnel.py").splitlines()) <= 2500
+
+
 def test_each_wing_has_modules():
     """A rule whose wing was renamed would hold for nothing."""
     assert {rule_of(dotted(module)) for module in HOUSE} == set(RULES)

@@ -31,11 +31,11 @@ from gotunnel_agent.common.hostnames import valid_hostname
 
 from ..agents import agents_file
 from ..agents.credentials import lapsed
+from ..capacity import VISITORS_SHARE
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG
 from ..certs.store import PROBE_BYTES, StoreError, ca_id
-from ..gateway import VISITORS_SHARE
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed

@@ -9,6 +9,7 @@ browser ask for this port by a name of its own (DNS rebinding) gets nothing, bec
 then sends that name as its Host.
 """
 
+import ipaddress
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,6 +18,7 @@ from time import monotonic, time
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.passwords import Hash
 
+from ..net.dns import is_always_here
 from . import forwarded, pages
 from .basic_auth import ANY_USER, Passwords
 from .forwarded import Proxies
@@ -32,6 +34,20 @@ _TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
 _MORE_COLUMNS = "<th>Agent<th>Connected<th>Failed"
 _EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon as one is.</p>'
 _HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
+
+
+def urls(bound: tuple, others_bound: tuple, gateway_host: str, port: int) -> str:
+    """Where the page can be opened. ``bound``: the IP addresses that its port listens on, none for
+    all; ``others_bound``: those of the other ports, where ``gateway_host`` leads."""
+    by_name = f"http://{gateway_host}:{port}/"
+    found = map(ipaddress.ip_address, bound)
+    if not bound or any(address.is_unspecified for address in found):
+        return by_name
+    urls = [f"http://{addresses.as_host(address)}:{port}/" for address in bound]
+    if bound != others_bound:  # the name may lead elsewhere
+        return " ".join(urls)
+    # The name leads there, unless a proxy in front is what it names.
+    return by_name if is_always_here(gateway_host) else " ".join((by_name, *urls))
 
 
 def build_site(

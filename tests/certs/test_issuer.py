@@ -37,7 +37,7 @@ from gotunnel_server.certs.schedule import (
 )
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.certs.store import StoreError, ca_id
-from gotunnel_server.certs.turns import Quota, Bounds
+from gotunnel_server.certs.turns import Bounds, Quota
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"

@@ -15,7 +15,7 @@ from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
 from gotunnel_server.certs.registered_domain import registered_domain
 from gotunnel_server.certs.schedule import HOUR, MINUTE
 from gotunnel_server.certs.state import FAILED, READY
-from gotunnel_server.certs.turns import MOST_BUCKETS, WEEK, Quota, Bounds, Turns
+from gotunnel_server.certs.turns import MOST_BUCKETS, WEEK, Bounds, Quota, Turns
 
 APP = "app.example.com"
 

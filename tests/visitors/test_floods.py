@@ -25,6 +25,7 @@ from support import (
 from tls_by_hand import PAYLOAD, HandTls
 
 from gotunnel_agent.common import duplex as duplex_module
+from gotunnel_server import capacity
 from gotunnel_server import gateway as gateway_module
 
 HONEST = "127.0.0.9"
@@ -39,8 +40,8 @@ def flooders(request):
 
 @pytest.fixture
 def gateway(cache, monkeypatch):
-    monkeypatch.setattr(gateway_module, "AGENT_CONNECTIONS", CONNECTIONS)
-    monkeypatch.setattr(gateway_module, "HTTP_CONNECTIONS", CONNECTIONS)
+    monkeypatch.setattr(capacity, "AGENT_CONNECTIONS", CONNECTIONS)
+    monkeypatch.setattr(capacity, "HTTP_CONNECTIONS", CONNECTIONS)
     changes = {"MAX_CONNECTIONS": str(CONNECTIONS), "HTTP_PORT": "auto"}
     with gateway_here(cache, **changes) as gateway:
         yield gateway

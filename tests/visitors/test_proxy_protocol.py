@@ -30,7 +30,7 @@ from gotunnel_agent.common.proxy_protocol import (
     encode_unknown,
     parse,
 )
-from gotunnel_server import gateway as gateway_module
+from gotunnel_server import capacity
 
 GATEWAY_LOG = "gotunnel.arrival"
 VISITOR = Source("203.0.113.9", 56324)  # as a front proxy tells it
@@ -462,7 +462,7 @@ def test_a_visitor_of_a_plain_port_has_the_share_of_its_own_address(cache, monke
 
 def test_visitors_that_a_proxy_brings_to_the_plain_port_count_as_all_do(cache, monkeypatch):
     """One that ends TLS brings all of them there: no fewer connections, and no second limits."""
-    monkeypatch.setattr(gateway_module, "HTTP_CONNECTIONS", 1)
+    monkeypatch.setattr(capacity, "HTTP_CONNECTIONS", 1)
     with gateway_here(cache, HTTP_PORT="auto", MAX_CONNECTIONS="3", **TRUSTED) as gateway:
         public = gateway.inner._visitors
         (plain,) = (
