@@ -9,7 +9,6 @@ import contextlib
 import logging
 import threading
 from http.server import BaseHTTPRequestHandler
-from time import monotonic, sleep
 
 from gotunnel import Deadline, Ends
 from gotunnel_agent.common import http1
@@ -23,6 +22,7 @@ from .exchange import Exchange, send_page
 from .pages import Page
 from .request import LEAST_BYTE_RATE, VisitorGone
 from .sites import Connect
+from .work import Work
 
 log = logging.getLogger("gotunnel.http1_server")
 
@@ -189,7 +189,7 @@ class Http1Request:
         # Set once the body was read and the bytes behind it were given back: until then only
         # read_body() reads the connection. None if there is no body.
         self._body_read = None
-        self._worked_until = 0.0  # monotonic, when the work of the body is within WORK_RATE
+        self._work = None  # what reading the body may cost, None if there is none
         self._waiting = b""  # head of the answer that has not left yet
         self._chunked = False  # the answer is framed so
 
@@ -204,6 +204,7 @@ class Http1Request:
         body = self._body = http1.request_body(head)
         if body is not None:
             self.has_body, self.body_length = True, body.length
+            self._work = Work(WORK_RATE, WORK_BURST)
             self._body_read = threading.Event()
             if body.complete:  # of no bytes
                 self._body_read.set()
@@ -240,22 +241,13 @@ class Http1Request:
                 raise VisitorGone
             chunks = body.chunks
             pieces = body.feed(data)
-            self._count_work(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
+            self._work.spend(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
         if body.complete and not self._body_read.is_set():
             if body.rest:
                 self._connection.unread(body.rest)
             self.trailers = body.trailers
             self._body_read.set()
         return pieces
-
-    def _count_work(self, units):
-        """Sleep if the body has made more work than its bytes are worth."""
-        if units > 0:
-            now = monotonic()
-            earliest = now - WORK_BURST / WORK_RATE
-            self._worked_until = max(self._worked_until, earliest) + units / WORK_RATE
-            if self._worked_until > now:
-                sleep(self._worked_until - now)
 
     def refuse_body(self):
         # It sees the end of the answer and can stop: closing at once could destroy what it has

@@ -22,6 +22,8 @@ from support import (
 
 from gotunnel_server.net import listener
 from gotunnel_server.visitors import connection, exchange, http1_server
+from gotunnel_server.visitors import work as work_module
+from gotunnel_server.visitors.work import Work
 
 CHUNKED = "Transfer-Encoding: chunked"
 CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -391,11 +393,35 @@ def test_body_of_tiny_chunks_is_slowed_and_arrives(serving, origin, little_work)
         assert visitor.read_message()[1] == b"ok"
 
 
+def test_answer_of_tiny_chunks_is_slowed_and_arrives(serving, origin, monkeypatch):
+    slept = []
+    monkeypatch.setattr(work_module, "sleep", slept.append)
+    visitor, target = begin(serving(), origin, "Content-Length: 0")
+    with visitor:
+        target.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        target.send(b"1\r\nx\r\n" * 20_000 + b"0\r\n\r\n")
+        assert visitor.read_message()[1] == b"x" * 20_000
+    assert 0.5 < max(slept) < 2  # 15 000 more than there may be at once
+
+
+def test_answer_of_larger_chunks_is_not_slowed(serving, origin, monkeypatch):
+    monkeypatch.setattr(work_module, "sleep", lambda seconds: pytest.fail("slowed"))
+    visitor, target = begin(serving(), origin, "Content-Length: 0")
+    with visitor:
+        target.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        body = (b"800\r\n" + bytes(2048) + b"\r\n") * 10_000 + b"0\r\n\r\n"
+        sending = threading.Thread(target=target.send, args=[body])
+        sending.start()
+        assert len(visitor.read_message()[1]) == 2048 * 10_000
+        sending.join()
+
+
 def test_body_of_tiny_segments_takes_few_reads(serving, origin, little_work, monkeypatch):
     reads = []
-    count_work = http1_server.Http1Request._count_work
-    monkeypatch.setattr(http1_server.Http1Request, "_count_work",
-                        lambda request, units: [reads.append(units), count_work(request, units)])
+    spend = Work.spend
+    monkeypatch.setattr(
+        Work, "spend", lambda work, units: [reads.append(units), spend(work, units)]
+    )
     gateway = serving()
     visitor, target = begin(gateway, origin, "Content-Length: 1000")
     with visitor:
@@ -410,7 +436,7 @@ def test_body_of_tiny_segments_takes_few_reads(serving, origin, little_work, mon
 
 def test_bulk_and_what_a_person_types_are_not_slowed(serving, origin, monkeypatch):
     slept = []
-    monkeypatch.setattr(http1_server, "sleep", slept.append)
+    monkeypatch.setattr(work_module, "sleep", slept.append)
     gateway = serving()
     visitor, target = begin(gateway, origin, CHUNKED)
     with visitor:
