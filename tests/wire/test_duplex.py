@@ -649,6 +649,7 @@ def test_answers_that_a_peer_does_not_read_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(duplex_module, "ANSWERS", 2000)
     with by_hand() as (client, server):
         fill(server)
+        server.send(bytes(16 * 1024 * 1024))  # more than the kernel may find room for later
         with pytest.raises(ConnectionAbortedError, match="does not read TLS's answers"):
             for _ in range(1000):
                 record = client.key_update(answer=True) + client.record(PAYLOAD, b"x")
