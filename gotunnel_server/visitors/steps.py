@@ -49,6 +49,7 @@ class Stepwise:
         self._state = state
         self._deadline = None  # monotonic, of the state; None: nothing was waited for in it
         self._waits = 0  # in the state
+        self._steps = self.STEPS  # those that the thread takes that has the connection
 
     @property
     def address(self):
@@ -73,6 +74,7 @@ class Stepwise:
         self._visitor.close()
 
     def _take_steps(self, steps):
+        self._steps = steps
         try:
             while steps[self._state].take(self):
                 pass
@@ -109,7 +111,8 @@ class Stepwise:
             # The first wait in a state is most likely a short one, and parking takes two detours.
             # Later ones are for visitors that trickle, which must not hold a worker.
             self._deadline = monotonic() + seconds
-            if self._visitor.listener.crowded:
+            # Others wait for step threads, so an exchange thread may linger all the same.
+            if self._steps is self.STEPS and self._visitor.listener.crowded:
                 self._visitor.listener.park(self, seconds)
                 return False
             with contextlib.suppress(TimeoutError):

@@ -92,6 +92,13 @@ def test_a_visitor_that_goes_on_at_once_is_waited_for_unless_others_wait_for_a_t
     assert (connection.lingered, connection.parked) == (0 if crowded else 1, 1)
 
 
+def test_an_exchange_thread_waits_for_the_next_request_also_while_others_wait_for_steps():
+    """Parked, the visitor would need a step thread, and so would ever more of them."""
+    connection = Waiting(crowded=True)
+    connection._take_steps({"waiting": Step(Waiting._wait_for_more)})
+    assert (connection.lingered, connection.parked) == (1, 1)
+
+
 def test_a_visitor_that_trickles_takes_few_steps():
     """Byte by byte: each would take one. Where nothing is called later any more, it parks."""
     waiting = Waiting(crowded=True)
