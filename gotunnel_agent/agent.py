@@ -373,9 +373,7 @@ class Agent:
 
     def _dial(self):
         host, port = self._config.tunnel_host, self._config.tunnel_port
-        duplex = Duplex(
-            connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker)
-        )
+        duplex = Duplex(connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker))
         duplex.stall_timeout = self._config.stall_timeout
         try:
             with self._lock:
@@ -394,13 +392,17 @@ class Agent:
         needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
         later = (LATER_PORTS,) if PORTS in needs else ()
         return Register(
-            token=config.token or make_token(
-                config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec
-            ),
+            token=config.token
+            or make_token(config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec),
             routes=config.routes(),
             modes=config.modes(),
             features=(
-                CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, REFUSALS, *later,
+                CERTIFICATES,
+                HALF_CLOSE,
+                REASONS,
+                UPGRADES,
+                REFUSALS,
+                *later,
                 *sorted(needs),
             ),  # fmt: skip
             host_headers=config.host_headers(),

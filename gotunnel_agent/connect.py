@@ -121,4 +121,3 @@ class _Attempts:
         # As Python itself does for a connect(): each number has its subclass of OSError.
         self._errors.append(OSError(code, os.strerror(code)))
         return None
-

@@ -312,9 +312,7 @@ def listen(destination, local) -> int:
         reason = LISTEN_PROBLEMS.get(error.errno) or (
             os.strerror(error.errno) if error.errno else error
         )
-        raise NoVisit(
-            f"cannot listen on {local.address} port {local.port}: {reason}"
-        ) from None
+        raise NoVisit(f"cannot listen on {local.address} port {local.port}: {reason}") from None
     signals = Signals()
     port = listening.getsockname()[1]
     log.info("%s port %d leads to %s; Ctrl-C ends it", local.address, port, destination.hostname)

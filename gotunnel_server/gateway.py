@@ -78,9 +78,9 @@ class Gateway:
         kept. Raises CertificateError, AgentsFileError, PortError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
-            config.header_timeout, config.idle_timeout, config.response_timeout,
-            config.stall_timeout,
-        )
+            config.header_timeout, config.idle_timeout,
+            config.response_timeout, config.stall_timeout,
+        )  # fmt: skip
         self._own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self._own_names)
         self._challenges = Challenges(
@@ -181,15 +181,15 @@ class Gateway:
         self._site = choose_site(
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
         )
+        redirect = choose_redirect(
+            self._registry.lookup, config.gateway_host, proxies=self._proxies, secured=self._site
+        )
         self._visitors = self._build_port(
             PublicPort,
             Room(config.workers, self._proxies),
             context=self._certificates.fronts(config.gateway_host).context,
             site=self._site,
-            redirect=choose_redirect(
-                self._registry.lookup, config.gateway_host,
-                proxies=self._proxies, secured=self._site,
-            ),
+            redirect=redirect,
             registry=self._registry,
             raw_host=config.raw_tcp_host,
             challenges=self._challenges,

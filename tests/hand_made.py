@@ -20,9 +20,7 @@ class HandMade:
         self, gateway, first=b"", *, sni=TUNNEL_HOST, introduction=(), address="127.0.0.1"
     ):
         """``introduction``: pieces of a PROXY header. ``address`` of this machine: the agent's."""
-        sock = socket.create_connection(
-            ("127.0.0.1", gateway.tunnel_port), TIMEOUT, (address, 0)
-        )
+        sock = socket.create_connection(("127.0.0.1", gateway.tunnel_port), TIMEOUT, (address, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece in introduction:
             sock.sendall(piece)

@@ -81,8 +81,7 @@ def reserved_port():
 
 @contextlib.contextmanager
 def deaf_port(family=socket.AF_INET):
-    """A port of this machine whose backlog is full: the system drops each SYN, as a firewall would.
-    """
+    """A port of this machine whose backlog is full: the system drops each SYN, as firewalls do."""
     host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
     with socket.socket(family) as listening, socket.socket(family) as first:
         listening.bind((host, 0))

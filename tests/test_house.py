@@ -128,8 +128,8 @@ def imports(nodes, package=""):
 
 
 def imports_of(module):
-    package = dotted(module) if module.endswith("__init__.py") else (
-        dotted(module).rpartition(".")[0]
+    package = (
+        dotted(module) if module.endswith("__init__.py") else (dotted(module).rpartition(".")[0])
     )
     return imports(ast.walk(tree(module)), package)
 
@@ -236,8 +236,10 @@ def test_only_the_gateways_configuration_reads_the_environment():
         module
         for module in HOUSE
         for node in ast.walk(tree(module))
-        if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
-        or isinstance(node, ast.alias) and node.name in ("environ", "environb", "getenv")
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "environb", "getenv")
+        or isinstance(node, ast.alias)
+        and node.name in ("environ", "environb", "getenv")
     }
     assert readers == {"gotunnel_server/config.py"}
 

@@ -46,12 +46,12 @@ MOST_PIECES = 16
 # Characters of the peer's text that an error message repeats: enough to find it, no more.
 SHOWN_LIMIT = 40
 
-_TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"             # RFC 9110 §5.6.2
+_TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 §5.6.2
 _TOKEN = re.compile(f"{_TCHAR}+")
-_ODD = re.compile(r"[^0-9a-z]")                     # in a name, see plain_name()
+_ODD = re.compile(r"[^0-9a-z]")  # in a name, see plain_name()
 # Visible ASCII without "#", the fragment; and bytes that may be UTF-8, see _read_utf8.
 _TARGET = re.compile(r"[!-\"$-~\x80-\xff]+")
-_WHITE_SPACE = re.compile(r"\s")                     # as Unicode has it
+_WHITE_SPACE = re.compile(r"\s")  # as Unicode has it
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 # RFC 9110 §15 ends at 599, and asks readers to bear with what lies above.
@@ -93,7 +93,7 @@ HOP_BY_HOP = frozenset({
     "proxy-authenticate", "proxy-authorization",
     # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
     "http2-settings",
-})
+})  # fmt: skip
 
 # Fields that say where a message ends.
 FRAMING = frozenset({"content-length", "transfer-encoding"})
@@ -103,14 +103,14 @@ FRAMING = frozenset({"content-length", "transfer-encoding"})
 ESSENTIAL = frozenset({
     "host", "authorization", "cookie", "set-cookie", "origin", "referer", "forwarded", "x-real-ip",
     "cache-control", "content-type", "content-encoding", "content-range",
-})
+})  # fmt: skip
 
 # Further fields that have no meaning once the content has come (RFC 9110 §6.5.1).
 TOO_LATE = frozenset({
     "trailer", "expect", "max-forwards", "pragma", "range", "if-match", "if-none-match",
     "if-modified-since", "if-unmodified-since", "if-range", "age", "date", "expires", "location",
     "retry-after", "vary", "warning", "www-authenticate",
-})
+})  # fmt: skip
 
 
 class Malformed(Exception):
@@ -170,6 +170,7 @@ class Fields:
 
 class Request(NamedTuple):
     """A request's head. ``target`` is the request target as it came, ``minor`` is 0 or 1."""
+
     method: str
     target: str
     minor: int
@@ -179,6 +180,7 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1. ``loose``: it breaks rules
     of HTTP, and was read all the same; its fields are such that they break none."""
+
     status: int
     reason: str
     minor: int
@@ -189,6 +191,7 @@ class Response(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 # Heads
 # ---------------------------------------------------------------------------------------------
+
 
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """The offset just past the blank line that ends the head, or -1 if it has not come yet.
@@ -234,8 +237,11 @@ def parse_request(head: bytes) -> Request:
     line, fields = _split_head(head.removeprefix(b"\r\n"))
     words = line.split(" ")
     if len(words) != 3:
-        raise Malformed(400, f"request line {_shown(line)}, expected method, target and version "
-                             "with one space between")
+        raise Malformed(
+            400,
+            f"request line {_shown(line)}, expected method, target and version "
+            "with one space between",
+        )
     method, target, version = words
     if not _TOKEN.fullmatch(method):
         raise Malformed(400, f"method {_shown(method)}, expected a token")
@@ -243,8 +249,9 @@ def parse_request(head: bytes) -> Request:
     if len(target) > TARGET_LIMIT:
         raise Malformed(414, f"target of {len(target)} bytes, expected at most {TARGET_LIMIT}")
     if not _TARGET.fullmatch(target):
-        raise Malformed(400, f"target {_shown(target)}, expected visible ASCII or UTF-8, and no "
-                             "fragment")
+        raise Malformed(
+            400, f"target {_shown(target)}, expected visible ASCII or UTF-8, and no fragment"
+        )
     if not target.isascii():
         target = _read_utf8(target)
     _split_target(method, target)
@@ -290,8 +297,9 @@ def parse_response(head: bytes) -> Response:
         line, fields = _split_head(mended)
     match = _STATUS_LINE.fullmatch(line)
     if not match:
-        raise Malformed(400, f"status line {_shown(line)}, expected version, status 100 to 999 "
-                             "and reason")
+        raise Malformed(
+            400, f"status line {_shown(line)}, expected version, status 100 to 999 and reason"
+        )
     version, status, reason = match.groups("")
     minor, lengths = _minor(version), fields.all("content-length")
     if lengths and (len(lengths) > 1 or "," in lengths[0] or "transfer-encoding" in fields):
@@ -314,8 +322,9 @@ def _mend(head: bytes) -> bytes:
 def _with_one_length(fields: Fields, minor: int) -> Fields:
     """The fields with Content-Length once, if all say the same (RFC 9110 §8.6), and without it
     beside chunks, which count (RFC 9112 §6.3)."""
-    said = {length.strip(" \t") for value in fields.all("content-length")
-            for length in value.split(",")}
+    said = {
+        length.strip(" \t") for value in fields.all("content-length") for length in value.split(",")
+    }
     if len(said) > 1 or not _CONTENT_LENGTH.fullmatch(*said):
         return fields
     others = [(name, value) for name, value in fields if name.lower() != "content-length"]
@@ -350,8 +359,9 @@ def _parse_fields(block: str) -> Fields:
         raise Malformed(431, f"{count} fields, expected at most {FIELD_LIMIT}")
     items = _FIELD_LINE.findall(block)
     if len(items) != count:
-        raise _bad_field(next(line for line in block.split("\r\n")
-                              if not _FIELD_LINE.match(line + "\r\n")))
+        raise _bad_field(
+            next(line for line in block.split("\r\n") if not _FIELD_LINE.match(line + "\r\n"))
+        )
     return Fields(items)
 
 
@@ -374,8 +384,10 @@ def _minor(version: str) -> int:
         return 1
     if version == "HTTP/1.0":
         return 0
-    raise Malformed(505 if _VERSION.fullmatch(version) else 400,
-                    f"version {_shown(version)}, expected HTTP/1.1 or HTTP/1.0")
+    raise Malformed(
+        505 if _VERSION.fullmatch(version) else 400,
+        f"version {_shown(version)}, expected HTTP/1.1 or HTTP/1.0",
+    )
 
 
 def _shown(text: str) -> str:
@@ -385,6 +397,7 @@ def _shown(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Whom a request is for, and who talks on
 # ---------------------------------------------------------------------------------------------
+
 
 def hostname(request: Request) -> str:
     """The hostname the request is for: lower case, no port, no trailing dot.
@@ -404,8 +417,9 @@ def hostname(request: Request) -> str:
         return name
     aimed = _name(authority)
     if hosts and aimed != name:
-        raise Malformed(400, f"target for {_shown(aimed)} with Host {_shown(name)}, "
-                             "expected the same")
+        raise Malformed(
+            400, f"target for {_shown(aimed)} with Host {_shown(name)}, expected the same"
+        )
     return aimed
 
 
@@ -441,8 +455,11 @@ def end_to_end(
     has them.
     """
     dropped = {*HOP_BY_HOP, *dropping}
-    dropped.update(name for option in fields.tokens("connection")
-                   if not _is_essential(name := plain_name(option)))
+    dropped.update(
+        name
+        for option in fields.tokens("connection")
+        if not _is_essential(name := plain_name(option))
+    )
     if keep_upgrade:
         dropped.discard("upgrade")
     return [(name, value) for name, value in fields if plain_name(name) not in dropped]
@@ -474,7 +491,7 @@ def _split_target(method: str, target: str) -> tuple[str | None, str | None]:
         raise Malformed(400, f"target {_shown(target)}, expected a path or an http URL")
     authority, path, query = absolute.groups("")
     if method == "OPTIONS" and not path and not query:
-        return authority, "*"                       # RFC 9112 §3.2.4
+        return authority, "*"  # RFC 9112 §3.2.4
     return authority, (path or "/") + query
 
 
@@ -500,6 +517,7 @@ def _name(authority: str) -> str:
 # ---------------------------------------------------------------------------------------------
 # Bodies
 # ---------------------------------------------------------------------------------------------
+
 
 class Body:
     """A decoder for one message's body: bytes as they come in, payload out.
@@ -546,10 +564,10 @@ class SizedBody(Body):
         self._left = length
 
     def feed(self, data: bytes) -> list[bytes]:
-        piece = data[:self._left]                   # the same object, not a copy, if it is all
+        piece = data[: self._left]  # the same object, not a copy, if it is all
         self._left -= len(piece)
         self.complete = self._left == 0
-        self.rest += data[len(piece):]
+        self.rest += data[len(piece) :]
         return [piece] if piece else []
 
 
@@ -579,9 +597,9 @@ class ChunkedBody(Body):
         super().__init__()
         self._lenient = lenient
         self._read_on = self._size_line
-        self._held = bytearray()                    # of an unfinished line or trailer section
-        self._left = 0                              # payload bytes to come in this chunk
-        self._excess = 0                            # bytes, see CHUNK_EXCESS
+        self._held = bytearray()  # of an unfinished line or trailer section
+        self._left = 0  # payload bytes to come in this chunk
+        self._excess = 0  # bytes, see CHUNK_EXCESS
 
     def feed(self, data: bytes) -> list[bytes]:
         if self.complete:
@@ -603,8 +621,11 @@ class ChunkedBody(Body):
                 self.loose = True
                 match = _LOOSE_CHUNK_LINE.fullmatch(line)
             if not match:
-                raise Malformed(400, f"chunk line {_shown(line.decode('latin-1'))}, expected at "
-                                     "most 16 hex digits, extensions and CRLF")
+                raise Malformed(
+                    400,
+                    f"chunk line {_shown(line.decode('latin-1'))}, expected at "
+                    "most 16 hex digits, extensions and CRLF",
+                )
             self._left = int(match[1], 16)
             self.chunks += 1
             self._excess = max(0, self._excess + len(line) - CHUNK_SPARE - 2 * self._left)
@@ -624,7 +645,7 @@ class ChunkedBody(Body):
         while match := _PLAIN_CHUNK_LINE.match(data, at):
             begin = match.end()
             end = begin + int(match[1], 16)
-            if end == begin or data[end:end + 2] != b"\r\n":
+            if end == begin or data[end : end + 2] != b"\r\n":
                 break
             pieces.append(data[begin:end])
             self.chunks += 1
@@ -632,7 +653,7 @@ class ChunkedBody(Body):
         return at
 
     def _payload(self, data: bytes, at: int, pieces: list[bytes]) -> int:
-        piece = data[at:at + self._left]
+        piece = data[at : at + self._left]
         pieces.append(piece)
         self._left -= len(piece)
         if self._left == 0:
@@ -655,8 +676,9 @@ class ChunkedBody(Body):
         end = (answer_end if self._lenient else head_end)(self._held, searched)
         if end >= 0:
             fields = self._read_trailers(bytes(self._held[:end]))
-            self.trailers = [(name, value) for name, value in fields
-                             if not _comes_too_late(plain_name(name))]
+            self.trailers = [
+                (name, value) for name, value in fields if not _comes_too_late(plain_name(name))
+            ]
             self.rest = bytes(self._held[end:])
             self.complete = True
         return len(data)
@@ -727,8 +749,10 @@ def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | Chunke
         if len(codings) > 1 or codings[0].lower() != "chunked":
             *under, last = message.fields.tokens("transfer-encoding") or [""]
             known_shape = under and last == "chunked" and "chunked" not in under
-            raise Malformed(501 if known_shape else 400,
-                            f"Transfer-Encoding {_shown(', '.join(codings))}, expected chunked")
+            raise Malformed(
+                501 if known_shape else 400,
+                f"Transfer-Encoding {_shown(', '.join(codings))}, expected chunked",
+            )
         return ChunkedBody(lenient=lenient)
     if lengths:
         if len(lengths) > 1:
@@ -742,6 +766,7 @@ def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | Chunke
 # ---------------------------------------------------------------------------------------------
 # The way out
 # ---------------------------------------------------------------------------------------------
+
 
 def encode_head(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A head from its first line to its blank line.
@@ -762,4 +787,4 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_last_chunk(trailers: Iterable[tuple[str, str]] = ()) -> bytes:
     """The chunk that ends a body, with the trailers behind it. Raises ValueError as encode_head."""
-    return encode_head("0", trailers)               # the same lines, a size instead of a start line
+    return encode_head("0", trailers)  # the same lines, a size instead of a start line

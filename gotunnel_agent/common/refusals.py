@@ -39,6 +39,4 @@ MISCONFIGURED = Refusal(
     TARGET_MISCONFIGURED, "target-misconfigured",
     "The service behind this address needs more than this gateway can do.",
 )  # fmt: skip
-BY_CODE = {
-    refusal.code: refusal for refusal in (UNREACHABLE, TIMED_OUT, UNTRUSTED, MISCONFIGURED)
-}
+BY_CODE = {refusal.code: refusal for refusal in (UNREACHABLE, TIMED_OUT, UNTRUSTED, MISCONFIGURED)}

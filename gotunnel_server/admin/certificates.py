@@ -67,7 +67,8 @@ def find_rows(config) -> list[Row]:
             rows += ordered_rows(config.acme_cache, config.acme.directory)
     except PermissionError as error:
         raise CertificateError(
-            f"{error.filename}: {error.strerror}, run this as the gateway's user") from error
+            f"{error.filename}: {error.strerror}, run this as the gateway's user"
+        ) from error
     except StoreError as error:
         raise CertificateError(f"{error}, run this as the gateway's user") from error
     return sorted(rows, key=lambda row: (row.name, row.source))

@@ -275,7 +275,8 @@ def look_at_name(setting, name) -> Finding:
         addresses = resolve(name)
     except OSError as error:
         return Finding(
-            FAIL, setting,
+            FAIL,
+            setting,
             f"{name} does not resolve ({error}): point its A or AAAA record at this machine",
         )
     return judge_addresses(

@@ -329,8 +329,10 @@ class Tunnel:
             log.info("%s is asked for a new session, as %s", self, USED_UP)
             self.moving = True
             self._control.tell_end(End(MOVE, USED_UP))
-        elif not left or REASONS not in self.features and (
-            left <= LAST_IDS or not self.usage().visits
+        elif (
+            not left
+            or REASONS not in self.features
+            and (left <= LAST_IDS or not self.usage().visits)
         ):
             self.end(USED_UP)  # the agent comes back by itself
 
@@ -431,9 +433,7 @@ class Tunnel:
 
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
-        header = encode_data_header(
-            route.hostname, ends() if route.addressed else None, relayed
-        )
+        header = encode_data_header(route.hostname, ends() if route.addressed else None, relayed)
         if self._allowance is None:
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
         try:

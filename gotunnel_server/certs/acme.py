@@ -163,9 +163,7 @@ class Ca:
         self._see_that_it_lives(url, chain)
         return chain
 
-    def renewal_info(
-        self, leaf: x509.Certificate, stop: Stop
-    ) -> tuple[Window | None, float]:
+    def renewal_info(self, leaf: x509.Certificate, stop: Stop) -> tuple[Window | None, float]:
         """When the CA wants ``leaf`` renewed (RFC 9773 §4), and the seconds until to ask again.
 
         The window is None if the CA has none, or none that makes sense. Raises Abandoned only.
@@ -276,8 +274,11 @@ class Ca:
         except CaError as error:
             if error.kind != CONFIG:
                 raise
-            binding = "check ACME_EAB_KID and ACME_EAB_HMAC_KEY" if self._eab else (
-                "set ACME_EAB_KID and ACME_EAB_HMAC_KEY to what the CA has given you")
+            binding = (
+                "check ACME_EAB_KID and ACME_EAB_HMAC_KEY"
+                if self._eab
+                else ("set ACME_EAB_KID and ACME_EAB_HMAC_KEY to what the CA has given you")
+            )
             if error.code == "unauthorized":  # the binding's fault, or the key's old account's
                 hint = f"if the CA has closed it: {self._how_to_get_another()}; else {binding}"
             elif error.code == "externalAccountRequired" or self._eab:

@@ -18,6 +18,7 @@ A context that is in use is never changed, because loading a certificate into it
 handshakes that run meanwhile. A new certificate is a new context, published by one assignment;
 that is also why a handshake takes no lock.
 """
+
 from __future__ import annotations
 
 import logging
@@ -148,7 +149,9 @@ class Certificates:
         return _find(outdated, hostname)
 
     def front(
-        self, default: str, allowed: Callable[[str], bool] | None = None,
+        self,
+        default: str,
+        allowed: Callable[[str], bool] | None = None,
         protocol: str | None = None,
     ) -> ssl.SSLContext:
         """The context with which a port begins its handshakes. `protocol` is the only one that it
@@ -176,8 +179,8 @@ class Certificates:
                 if protocol is not None:
                     context = self._choices.context(context, protocol)
                 connection.context = context
-                return None     # go on
-            except Exception as error:      # out of here it would be a traceback a handshake
+                return None  # go on
+            except Exception as error:  # out of here it would be a traceback a handshake
                 log.error("choosing the certificate of %.253r failed: %r", sni, error)
                 return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
 
@@ -185,9 +188,7 @@ class Certificates:
         front.sni_callback = choose
         return front
 
-    def fronts(
-        self, default: str, allowed: Callable[[str], bool] | None = None
-    ) -> "Fronts":
+    def fronts(self, default: str, allowed: Callable[[str], bool] | None = None) -> Fronts:
         """As front(), for a port that knows the hostname before the handshake."""
         return Fronts(self, normal_hostname(default), allowed)
 
@@ -208,7 +209,7 @@ class Certificates:
         # it. Compression tells secrets by their length (CRIME).
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | IGNORE_UNEXPECTED_EOF
         # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
-        if hasattr(context, "num_tickets"):     # not in every TLS library that Python is built on
+        if hasattr(context, "num_tickets"):  # not in every TLS library that Python is built on
             context.num_tickets = 1
         if alpn := alpn or self._alpn:
             context.set_alpn_protocols(list(alpn))
@@ -224,8 +225,11 @@ class Fronts:
     """
 
     def __init__(
-        self, certificates: Certificates, default: str,
-        allowed: Callable[[str], bool] | None, now: Callable[[], float] = monotonic,
+        self,
+        certificates: Certificates,
+        default: str,
+        allowed: Callable[[str], bool] | None,
+        now: Callable[[], float] = monotonic,
     ) -> None:
         self._certificates = certificates
         self._default = default
@@ -234,7 +238,7 @@ class Fronts:
         self._refusing = certificates.front("", lambda hostname: False)
         # hostname: (front, monotonic end of its keys' life); the oldest first
         self._fronts: OrderedDict[str, tuple[ssl.SSLContext, float]] = OrderedDict()
-        self._lock = threading.Lock()   # guards _fronts
+        self._lock = threading.Lock()  # guards _fronts
 
     def context(self, sni: str | None, protocol: str | None = None) -> ssl.SSLContext:
         """The front for the hostname in a ClientHello, None if it names none. No disk. With a

@@ -73,8 +73,12 @@ class Keeper:
         self._on_change = on_change
         self._store = ordering and ordering.store
         self._issuer = ordering and Issuer(
-            ordering.ca, ordering.store, ordering.challenges, self._order_ended,
-            look_up=look_up, bounds=ordering.bounds,
+            ordering.ca,
+            ordering.store,
+            ordering.challenges,
+            self._order_ended,
+            look_up=look_up,
+            bounds=ordering.bounds,
         )
         self._unserved: set[str] = set()  # ordered, but serving them failed: look() tries again
         self._unissued: set[str] = set()  # our own CA has failed for them: look() tries again

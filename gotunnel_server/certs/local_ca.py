@@ -12,6 +12,7 @@ The CA signs its leaves itself, so a chain is the leaf alone: its verifier has t
 A CA that cannot be read is an error and is never made anew, because users have trusted the old
 one. A leaf that cannot be read is replaced, because nobody has to trust it by hand.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -56,7 +57,8 @@ HASHED_STEM = re.compile(r".{100}-[0-9a-f]{32}")
 
 _NO_KEY_USAGE = dict.fromkeys((
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
-    "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False)
+    "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+), False)  # fmt: skip
 
 
 class CertificateError(Exception):
@@ -79,7 +81,7 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
         key = serialization.load_pem_private_key(safe_read.read(key_file), password=None)
     except OSError as error:
         raise CertificateError(f"{key_file}: {error.strerror}") from error
-    except TypeError as error:      # how cryptography says that there should be a password
+    except TypeError as error:  # how cryptography says that there should be a password
         raise CertificateError(f"{key_file}: encrypted, expected a key without password") from error
     except MALFORMED as error:
         raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
@@ -146,24 +148,32 @@ class Authority:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
             finally:
-                os.close(lock)      # which also unlocks
+                os.close(lock)  # which also unlocks
         except OSError as error:
             raise CertificateError(
                 f"{self._folder}: {error.strerror}; the local CA needs a folder that it can write,"
-                " make it writable or set ACME_CACHE to another") from error
+                " make it writable or set ACME_CACHE to another"
+            ) from error
 
     def _make_ca(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         # The tag tells this CA from those of other machines and earlier trials in a trust store.
-        name = x509.Name([x509.NameAttribute(
-            NameOID.COMMON_NAME, f"gotunnel local CA {secrets.token_hex(4).upper()}")])
+        name = x509.Name(
+            [
+                x509.NameAttribute(
+                    NameOID.COMMON_NAME, f"gotunnel local CA {secrets.token_hex(4).upper()}"
+                )
+            ]
+        )
         certificate = (
             _builder(name, name, key.public_key(), CA_LIFETIME)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(
                 x509.KeyUsage(**_NO_KEY_USAGE | {"key_cert_sign": True, "crl_sign": True}),
-                critical=True)
-            .sign(key, hashes.SHA256()))
+                critical=True,
+            )
+            .sign(key, hashes.SHA256())
+        )
         _write_key(self._key_file, key)
         _write_certificate(self.ca_file, certificate)
 
@@ -174,11 +184,13 @@ class Authority:
                 raise CertificateError(f"{self._key_file}: not an elliptic curve key, as we make")
             if certificate.not_valid_after_utc < datetime.now(timezone.utc):
                 raise CertificateError(
-                    f"{self.ca_file}: ran out on {certificate.not_valid_after_utc:%Y-%m-%d}")
+                    f"{self.ca_file}: ran out on {certificate.not_valid_after_utc:%Y-%m-%d}"
+                )
         except CertificateError as error:
             raise CertificateError(
                 f"{error}; restore ca.crt and ca.key from a copy, or remove both to get a new CA,"
-                " which must then be trusted anew") from error
+                " which must then be trusted anew"
+            ) from error
         return certificate, key
 
     def _still_good(self, certificate_file: Path, key_file: Path) -> bool:
@@ -186,7 +198,7 @@ class Authority:
             certificate, _ = read_pair(certificate_file, key_file)
             certificate.verify_directly_issued_by(self._certificate)
         except (CertificateError, InvalidSignature, *MALFORMED):
-            return False    # missing, cut short, or another CA's: all are healed by a new one
+            return False  # missing, cut short, or another CA's: all are healed by a new one
         return certificate.not_valid_after_utc - datetime.now(timezone.utc) >= RENEW_BEFORE
 
     def _sign_leaf(
@@ -200,15 +212,18 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName([name]), critical=True)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(
-                x509.KeyUsage(**_NO_KEY_USAGE | {"digital_signature": True}), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+                x509.KeyUsage(**_NO_KEY_USAGE | {"digital_signature": True}), critical=True
+            )
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
             .add_extension(issuer_key, critical=False)
-            .sign(self._key, hashes.SHA256()))
+            .sign(self._key, hashes.SHA256())
+        )
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey,
+    subject: x509.Name,
+    issuer: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
     lifetime: timedelta,
 ) -> x509.CertificateBuilder:
     """What the CA's certificate and a leaf have in common."""
@@ -221,7 +236,8 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(begin + lifetime)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
 
 
 def _stem(hostname: str) -> str:
@@ -233,10 +249,10 @@ def _stem(hostname: str) -> str:
 def _general_name(hostname: str) -> x509.GeneralName:
     """How a certificate names `hostname`; what passes is also safe as the stem of a file."""
     try:
-        if "%" not in hostname:     # a zone (fe80::1%eth0) means something on one machine only
+        if "%" not in hostname:  # a zone (fe80::1%eth0) means something on one machine only
             return x509.IPAddress(ipaddress.ip_address(hostname))
     except ValueError:
-        pass    # not an address, so it should be a name
+        pass  # not an address, so it should be a name
     if hostname == "ca":
         raise CertificateError("hostname ca: its files would be those of the CA itself")
     name = hostname.removeprefix(WILDCARD)
@@ -244,14 +260,15 @@ def _general_name(hostname: str) -> x509.GeneralName:
     if not normal:
         raise CertificateError(
             f"hostname {hostname[:MAX_HOSTNAME]!r}: expected an IP address, or labels of a-z, 0-9"
-            f" and hyphens, {MAX_HOSTNAME} characters at most")
+            f" and hyphens, {MAX_HOSTNAME} characters at most"
+        )
     return x509.DNSName(hostname)
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption())
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     _write(path, pem, mode=0o600)
 
 

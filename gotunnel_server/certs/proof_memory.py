@@ -27,6 +27,7 @@ class ProofMemory:
 
     def ranked(self, types: Iterable[str], now) -> list[str]:
         """What worked comes first, the latest before others; what has only failed comes last."""
+
         def rank(challenge):
             worked, at = self._seen.get(challenge, (None, 0.0))
             if worked is None or not 0 <= now - at < BELIEVED:

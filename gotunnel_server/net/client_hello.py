@@ -27,17 +27,17 @@ from gotunnel_agent.common.hostnames import MAX_HOSTNAME, REQUESTED_NAME
 # as its sender likes, down to one byte each.
 HELLO_LIMIT = 16384
 
-_RECORD_HEADER = 5              # bytes: type, version (2), length (2)
-_RECORD_HANDSHAKE = 22          # RFC 8446 §5.1
-_RECORD_MAJOR = 3               # first byte of every TLS version; the second one must be ignored
+_RECORD_HEADER = 5  # bytes: type, version (2), length (2)
+_RECORD_HANDSHAKE = 22  # RFC 8446 §5.1
+_RECORD_MAJOR = 3  # first byte of every TLS version; the second one must be ignored
 _RECORD_FRAGMENT_LIMIT = 16384  # 2**14 bytes, RFC 8446 §5.1
-_MESSAGE_HEADER = 4             # bytes: type, length (3)
-_MESSAGE_CLIENT_HELLO = 1       # RFC 8446 §4
-_BEFORE_SESSION_ID = 34         # bytes: legacy_version (2), random (32)
-_SESSION_ID_LIMIT = 32          # bytes, RFC 8446 §4.1.2
-_EXTENSION_SERVER_NAME = 0      # RFC 6066 §3
-_EXTENSION_ALPN = 16            # RFC 7301 §3.1
-_NAME_HOST = 0                  # RFC 6066 §3, the only name type there is
+_MESSAGE_HEADER = 4  # bytes: type, length (3)
+_MESSAGE_CLIENT_HELLO = 1  # RFC 8446 §4
+_BEFORE_SESSION_ID = 34  # bytes: legacy_version (2), random (32)
+_SESSION_ID_LIMIT = 32  # bytes, RFC 8446 §4.1.2
+_EXTENSION_SERVER_NAME = 0  # RFC 6066 §3
+_EXTENSION_ALPN = 16  # RFC 7301 §3.1
+_NAME_HOST = 0  # RFC 6066 §3, the only name type there is
 
 # The one ALPN protocol that a CA offers in a TLS-ALPN-01 validation (RFC 8737 §4).
 ACME_TLS = "acme-tls/1"
@@ -58,6 +58,7 @@ class Hello(NamedTuple):
     address, which is no name (RFC 6066 §3). ``alpn`` are the protocols in its order of
     preference, as latin-1 so that any bytes can be told apart; empty if it named none.
     """
+
     server_name: str | None
     alpn: tuple[str, ...]
 
@@ -98,7 +99,7 @@ class Reader:
     def _message(self, data):
         """The body of the first handshake message, joined from its records; None if incomplete."""
         while True:
-            header = data[self._at:self._at + _RECORD_HEADER]
+            header = data[self._at : self._at + _RECORD_HEADER]
             if header and header[0] != _RECORD_HANDSHAKE:
                 raise NotTLS(f"record type {header[0]}, expected handshake ({_RECORD_HANDSHAKE})")
             if len(header) > 1 and header[1] != _RECORD_MAJOR:
@@ -109,7 +110,7 @@ class Reader:
             if not 1 <= length <= _RECORD_FRAGMENT_LIMIT:
                 raise NotTLS(f"record of {length} bytes, expected 1 to {_RECORD_FRAGMENT_LIMIT}")
             end = self._at + _RECORD_HEADER + length
-            joined = self._joined + data[self._at + _RECORD_HEADER:end]
+            joined = self._joined + data[self._at + _RECORD_HEADER : end]
             message = _whole(joined)
             if message is not None or end > len(data):
                 return message
@@ -131,15 +132,14 @@ def _whole(joined):
 def _client_hello(body: bytes) -> Hello:
     session_id, at = _vector(body, _BEFORE_SESSION_ID, 1, "session id")
     if len(session_id) > _SESSION_ID_LIMIT:
-        raise NotTLS(f"session id of {len(session_id)} bytes, "
-                     f"expected at most {_SESSION_ID_LIMIT}")
+        raise NotTLS(f"session id of {len(session_id)} bytes, expected at most {_SESSION_ID_LIMIT}")
     ciphers, at = _vector(body, at, 2, "cipher suites")
     if not ciphers or len(ciphers) % 2:
         raise NotTLS(f"cipher suites of {len(ciphers)} bytes, expected pairs")
     compressions, at = _vector(body, at, 1, "compression methods")
     if not compressions:
         raise NotTLS("no compression method, expected at least the null one")
-    if at == len(body):                     # TLS 1.2 and older may end here
+    if at == len(body):  # TLS 1.2 and older may end here
         return Hello(None, ())
     block, at = _vector(body, at, 2, "extensions")
     _expect_end(body, at, "extensions")
@@ -147,13 +147,15 @@ def _client_hello(body: bytes) -> Hello:
     extensions: dict[int, bytes] = {}
     at = 0
     while at < len(block):
-        kind = int.from_bytes(block[at:at + 2], "big")
+        kind = int.from_bytes(block[at : at + 2], "big")
         content, at = _vector(block, at + 2, 2, "extension")
-        if kind in extensions:              # RFC 8446 §4.2; the readers would differ in which
+        if kind in extensions:  # RFC 8446 §4.2; the readers would differ in which
             raise NotTLS(f"extension {kind} twice, expected it once")
         extensions[kind] = content
-    return Hello(_server_name(extensions.get(_EXTENSION_SERVER_NAME)),
-                 _protocols(extensions.get(_EXTENSION_ALPN)))
+    return Hello(
+        _server_name(extensions.get(_EXTENSION_SERVER_NAME)),
+        _protocols(extensions.get(_EXTENSION_ALPN)),
+    )
 
 
 def _server_name(content: bytes | None) -> str | None:
@@ -213,7 +215,7 @@ def _vector(data: bytes, at: int, width: int, what: str) -> tuple[bytes, int]:
     """
     start = at + width
     end = start + int.from_bytes(data[at:start], "big")
-    if end > len(data):                     # true as well if the length itself is cut
+    if end > len(data):  # true as well if the length itself is cut
         raise NotTLS(f"{what} up to byte {end}, expected an end within {len(data)} bytes")
     return data[start:end], end
 

@@ -452,9 +452,7 @@ class Exchange:
             interim += size
             if interim > http1.HEAD_LIMIT:
                 raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
-            request.send_interim(
-                response.status, response.reason, _of_target(response)
-            )
+            request.send_interim(response.status, response.reason, _of_target(response))
             if response.status == 100 and self._upload is not None:
                 self._upload.ask_for_it()
         body = http1.response_body(response, request.method)
@@ -464,8 +462,10 @@ class Exchange:
         else:
             pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
             loose |= body.loose
-        reusable = http1.keeps_alive(response) and not (rest or loose) and (
-            not isinstance(body, http1.UntilCloseBody)
+        reusable = (
+            http1.keeps_alive(response)
+            and not (rest or loose)
+            and (not isinstance(body, http1.UntilCloseBody))
         )
         # Targets that treat HEAD as GET, or put a body where none may be, send bytes that the next
         # visitor would get as its answer.

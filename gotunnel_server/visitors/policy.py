@@ -263,9 +263,7 @@ def _rate_limit(value):
     for key in value:
         if key not in RATE_KEYS:
             raise PolicyError(f"unknown key {_shown(key)}, expected one of {', '.join(RATE_KEYS)}")
-    limit = RateLimit(
-        _rate(value, "per_address", "burst"), _rate(value, "total", "total_burst")
-    )
+    limit = RateLimit(_rate(value, "per_address", "burst"), _rate(value, "total", "total_burst"))
     if limit == (None, None):
         raise PolicyError("an empty object came, expected per_address, total or both")
     return limit

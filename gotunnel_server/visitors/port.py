@@ -1,8 +1,8 @@
 """A public port: the visitors on it, and what they need.
 
-    Port          plain HTTP: the dashboard, the redirect to https
-    PublicPort    TLS, HTTP to be redirected, raw bytes for a tcp hostname (arrival.py)
-    TcpPort       one tunnel's own, which leads to one Route
+Port          plain HTTP: the dashboard, the redirect to https
+PublicPort    TLS, HTTP to be redirected, raw bytes for a tcp hostname (arrival.py)
+TcpPort       one tunnel's own, which leads to one Route
 """
 
 import logging

@@ -191,9 +191,10 @@ def test_a_certificate_whose_issuer_makes_no_sense_is_a_row(tmp_path):
     leaf = Authority(tmp_path / "authority").issue("a.test")[0]
     der = x509.load_pem_x509_certificate(leaf.read_bytes()).public_bytes(serialization.Encoding.DER)
     at = der.index(b"\x0c", der.index(bytes.fromhex("550403"))) + 2  # of the issuer's name, UTF-8
-    der = der[:at] + b"\xff" + der[at + 1:]
+    der = der[:at] + b"\xff" + der[at + 1 :]
     pem = base64.encodebytes(der)
     (tmp_path / "odd.crt").write_bytes(
-        b"-----BEGIN CERTIFICATE-----\n" + pem + b"-----END CERTIFICATE-----\n")
+        b"-----BEGIN CERTIFICATE-----\n" + pem + b"-----END CERTIFICATE-----\n"
+    )
     (row,) = certificates.local_rows(tmp_path)
     assert "cannot be read" in row.error

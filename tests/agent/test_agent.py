@@ -859,9 +859,7 @@ def test_agent_that_was_sent_to_the_port_of_visitors_is_told_which_it_needs(
                        in caplog.text)  # fmt: skip
 
 
-def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(
-    cache, tmp_path, caplog
-):
+def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(cache, tmp_path, caplog):
     with gateway_here(cache) as gateway:
         wrong = Gateway(None, gateway.dashboard_port, gateway.ca_file, None)
         with agent_here(wrong, tmp_path, {APP: 1}, ready=False):

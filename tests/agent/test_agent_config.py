@@ -141,9 +141,16 @@ def test_ca_file_stands_beside_a_skip_tls_verify_that_is_false():
 
 
 def test_byte_order_mark_and_anchors_are_taken():
-    assert loaded("\ufeff" + ADDR + CREDENTIAL + TUNNELS.replace('"127', '&local "127') + (
-        "  - {hostname: b.example.com, target: *local}\n"
-    )).routes()["b.example.com"] == "127.0.0.1:8080"
+    assert (
+        loaded(
+            "\ufeff"
+            + ADDR
+            + CREDENTIAL
+            + TUNNELS.replace('"127', '&local "127')
+            + ("  - {hostname: b.example.com, target: *local}\n")
+        ).routes()["b.example.com"]
+        == "127.0.0.1:8080"
+    )
 
 
 def test_tags_run_nothing():

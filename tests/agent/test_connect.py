@@ -40,6 +40,7 @@ def refusing():
 @pytest.fixture
 def resolve(monkeypatch):
     """A function that gives the name two.example addresses."""
+
     def set_addresses(*addresses):
         real = socket.getaddrinfo
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **kinds: (

@@ -635,7 +635,7 @@ def test_printed_lines_are_all_that_ssh_needs(cache, tmp_path):
     (tmp_path / "file").write_bytes(content)
     ssh = need("ssh")
     with sshd(tmp_path) as (port, options), gateway_here(cache) as gateway:
-        odd = tmp_path / "it's 100%h \"odd\" $HOME #1"
+        odd = tmp_path / 'it\'s 100%h "odd" $HOME #1'
         odd.mkdir()
         (odd / "ca.pem").write_bytes(gateway.ca_file.read_bytes())
         arguments = words(gateway, SSH)

@@ -110,9 +110,7 @@ def test_plain_target_stays_plain_beside_one_with_tls(gateway, tmp_path, origin)
         assert gateway.get(APP) == (200, b"ok")
 
 
-def test_target_with_tls_learns_the_name_and_not_the_visitors(
-    gateway, tmp_path, origin, authority
-):
+def test_target_with_tls_learns_the_name_and_not_the_visitors(gateway, tmp_path, origin, authority):
     names = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.issue("localhost"))
@@ -206,9 +204,7 @@ def test_target_that_closes_in_the_handshake(gateway, tmp_path, origin, caplog):
         assert refused(gateway, caplog)[0] == "target-unreachable"
 
 
-def test_handshake_that_the_target_does_not_answer(
-    gateway, tmp_path, origin, impatient, caplog
-):
+def test_handshake_that_the_target_does_not_answer(gateway, tmp_path, origin, impatient, caplog):
     origin.serve(lambda wire: wire.read_to_end())
     with serving(gateway, tmp_path, f"https://localhost:{origin.port}"):
         code, line = refused(gateway, caplog)

@@ -48,7 +48,9 @@ def refusal(path, act=read):
 
 def test_whole_entry(path):
     write(path.parent / "own", f"{SECRET}\n")
-    write(path, """\
+    write(
+        path,
+        """\
 # Who may come.
 one:
   secret_file: own
@@ -63,7 +65,8 @@ one:
   expires: 2030-12-31
   disabled: true
 012: {secret: 0x10 and more than that, hosts: b.example.com}
-""")
+""",
+    )
     agents = read(path)
     assert agents.entries == {
         "one": Entry(

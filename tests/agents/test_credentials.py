@@ -26,9 +26,7 @@ from gotunnel_server.agents.credentials import (
 SECRET = "only for tests, " * 4  # 64 bytes: long enough for HS512 too
 OTHER_SECRET = SECRET[::-1]
 HOUR = 3600
-NO_FIT = (
-    "the token's signature does not fit: compare jwt_secret and jwt_issuer with the gateway's"
-)
+NO_FIT = "the token's signature does not fit: compare jwt_secret and jwt_issuer with the gateway's"
 
 # Of agents with secrets of their own, each "secret of NAME ...".
 FILE = """\

@@ -354,9 +354,7 @@ def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
     assert "leaves" not in caplog.text
 
 
-def test_two_agents_of_one_configuration_do_not_fight(
-    gateway, tmp_path, site, caplog, monkeypatch
-):
+def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, caplog, monkeypatch):
     """The later one waits, and says so; it serves when the earlier one has gone."""
     monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.2)
     ports = {APP: site}

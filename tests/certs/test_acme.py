@@ -91,7 +91,8 @@ def test_an_order_ends_with_a_certificate_of_its_own_key(fake, ca, store, challe
     stored = store.save(APP, key, chain)
     assert stored.leaf == leaf_of(chain)
     assert [(kind, name) for kind, name, _ in proofs.seen] == [
-        ("http-01", "token-of-http-01-000000") if challenge == "http-01" else (challenge, APP)]
+        ("http-01", "token-of-http-01-000000") if challenge == "http-01" else (challenge, APP)
+    ]
     assert not proofs.published
     assert fake.payloads("new-order") == [{"identifiers": [{"type": "dns", "value": APP}]}]
     assert fake.payloads("challenge") == [{}]
@@ -200,10 +201,15 @@ def test_a_name_that_the_ca_remembers_needs_no_proof(fake, ca):
 
 def test_a_proof_that_is_not_believed_is_the_hosts_in_the_cas_words(fake, ca):
     fake.verdicts["http-01"] = {
-        "type": "urn:ietf:params:acme:error:connection", "detail": "no route\nto 127.0.0.9"}
+        "type": "urn:ietf:params:acme:error:connection",
+        "detail": "no route\nto 127.0.0.9",
+    }
     error = refused(ca)
     assert (error.kind, error.code, error.words) == (
-        HOST, "connection", "http-01: no route to 127.0.0.9")
+        HOST,
+        "connection",
+        "http-01: no route to 127.0.0.9",
+    )
 
 
 def test_an_unauthorized_proof_is_the_hosts_and_not_the_accounts(fake, ca):
@@ -223,8 +229,12 @@ def test_an_authorization_that_never_becomes_valid_is_given_up_and_deactivated(
     fake, ca, monkeypatch
 ):
     monkeypatch.setattr(acme, "PROOF_PATIENCE", 0.3)
-    pending = {"status": "pending", "challenges": [
-        {"type": "http-01", "token": "t" * 20, "url": f"{fake.url}/challenge/0/http-01"}]}
+    pending = {
+        "status": "pending",
+        "challenges": [
+            {"type": "http-01", "token": "t" * 20, "url": f"{fake.url}/challenge/0/http-01"}
+        ],
+    }
     fake.script["authz"] = [(200, {}, pending)] * 50
     error = refused(ca)
     assert error.kind == HOST and "not decided in 0.3 s" in error.words
@@ -244,8 +254,9 @@ def test_a_challenge_that_is_not_offered_is_named(fake, ca):
     assert error.kind == HOST and "dns-01, expected a pending http-01" in error.words
 
 
-@pytest.mark.parametrize("code, kind", [
-    ("serverInternal", TRANSPORT), ("caa", CONFIG), ("unheardOf", HOST), ("", HOST)])
+@pytest.mark.parametrize(
+    "code, kind", [("serverInternal", TRANSPORT), ("caa", CONFIG), ("unheardOf", HOST), ("", HOST)]
+)
 def test_an_order_that_dies_at_finalize_says_why(fake, ca, code, kind):
     error = {"type": f"urn:ietf:params:acme:error:{code}", "detail": "it died"}
     fake.script["order"] = [
@@ -389,8 +400,10 @@ def test_every_refusal_of_an_order_has_its_kind(fake, ca, answer, kind, wide):
     assert (error.kind, error.account_wide) == (kind, wide)
 
 
-@pytest.mark.parametrize("endpoint", [
-    "dir", "nonce", "new-account", "new-order", "order", "authz", "challenge", "finalize", "cert"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["dir", "nonce", "new-account", "new-order", "order", "authz", "challenge", "finalize", "cert"],
+)
 @pytest.mark.parametrize("answer", [
     (200, {}, b""), (200, {}, b"\0garbage"), (200, {}, b"null"), (200, {}, b"{}"),
     (200, {"Replay-Nonce": None}, b"{}"), (200, {"Replay-Nonce": "!!"}, b"{}"),
@@ -437,9 +450,7 @@ def test_nobody_there_is_the_transports(tmp_path):
 
 
 def test_a_ca_that_is_not_trusted_is_the_transports(tmp_path):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port
-    ) as running:
+    with Answers() as answers, pebble(tmp_path, answers.http_port, answers.tls_port) as running:
         store = open_store(tmp_path / "cache", running.directory)
         error = refused(Ca(running.directory, store))
         assert error.kind == TRANSPORT and "certificate verify failed" in error.words
@@ -547,9 +558,20 @@ def test_a_small_answer_that_unpacks_to_a_long_one_is_refused(fake, ca):
     assert "more than 1048576 bytes" in refused(ca).words
 
 
-LINKS = ["http://127.0.0.1:{port}/", "http://localhost:{port}/x", "http://[::1]:{port}/",
-         "file:///etc/passwd", "ftp://127.0.0.1:{port}/", "//127.0.0.1:{port}/", "x" * 5000,
-         "http://127.0.0.1:{ours}@127.0.0.1:{port}/", "\0", "", "http://", "https://\ud800/"]
+LINKS = [
+    "http://127.0.0.1:{port}/",
+    "http://localhost:{port}/x",
+    "http://[::1]:{port}/",
+    "file:///etc/passwd",
+    "ftp://127.0.0.1:{port}/",
+    "//127.0.0.1:{port}/",
+    "x" * 5000,
+    "http://127.0.0.1:{ours}@127.0.0.1:{port}/",
+    "\0",
+    "",
+    "http://",
+    "https://\ud800/",
+]
 # One that has no address in it leads back to the CA.
 REDIRECTS = [link for link in LINKS if "{port}" in link]
 
@@ -667,8 +689,11 @@ def test_an_order_ends_soon_when_it_is_stopped(fake, ca):
 
 
 def window(fake, start, end, **headers):
-    return 200, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps(
-        {"suggestedWindow": {"start": start, "end": end}}).encode()
+    return (
+        200,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+        json.dumps({"suggestedWindow": {"start": start, "end": end}}).encode(),
+    )
 
 
 def info(ca, leaf):
@@ -678,16 +703,20 @@ def info(ca, leaf):
 def test_the_window_and_when_to_ask_again(fake, ca):
     leaf = leaf_of(order(ca)[1])
     fake.renewal_info = True
-    fake.windows = [window(fake, "2027-01-15T08:00:10.123456789Z", "2027-01-15T09:00:20+01:00",
-                           Retry_After="600")]
+    fake.windows = [
+        window(
+            fake, "2027-01-15T08:00:10.123456789Z", "2027-01-15T09:00:20+01:00", Retry_After="600"
+        )
+    ]
     assert info(ca, leaf) == (Window(NOW + 10, NOW + 20), 600)
 
 
 @pytest.mark.parametrize("header, seconds", [("5", 60), ("259200", DAY), (None, 6 * 3600)])
 def test_the_ca_is_asked_neither_too_often_nor_too_seldom(fake, ca, header, seconds):
     fake.renewal_info = True
-    fake.windows = [window(fake, "2027-01-15T08:00:10Z", "2027-01-15T08:00:20Z",
-                           Retry_After=header)]
+    fake.windows = [
+        window(fake, "2027-01-15T08:00:10Z", "2027-01-15T08:00:20Z", Retry_After=header)
+    ]
     assert info(ca, leaf_of(order(ca)[1]))[1] == seconds
 
 
@@ -719,8 +748,8 @@ def test_the_name_of_a_certificate_in_renewal_information():
             def get_extension_for_class(_):
                 class Extension:
                     class value:
-                        key_identifier = bytes.fromhex(
-                            "69885b6b87464041e1b37b847ba0ae2cde01c8d4")
+                        key_identifier = bytes.fromhex("69885b6b87464041e1b37b847ba0ae2cde01c8d4")
+
                 return Extension
 
     assert ari_id(Example) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
@@ -754,9 +783,7 @@ def of_pebble(running, folder, **more):
 
 @pytest.mark.parametrize("challenge", BOTH)
 def test_pebble_signs_for_both_challenges(tmp_path, challenge):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port
-    ) as running:
+    with Answers() as answers, pebble(tmp_path, answers.http_port, answers.tls_port) as running:
         ca, store = of_pebble(running, tmp_path)
         stored = store.save(APP, *order(ca, challenge=challenge, challenges=answers))
         assert check(store.pem(stored), APP) == stored.leaf
@@ -787,9 +814,12 @@ def handshake(server_context, context):
 
 @pytest.mark.slow
 def test_pebble_with_many_bad_nonces_signs_all_the_same(tmp_path):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port, PEBBLE_WFE_NONCEREJECT="20"
-    ) as running:
+    with (
+        Answers() as answers,
+        pebble(
+            tmp_path, answers.http_port, answers.tls_port, PEBBLE_WFE_NONCEREJECT="20"
+        ) as running,
+    ):
         ca, _ = of_pebble(running, tmp_path)
         for number in range(8):
             assert order(ca, f"h{number}.example.com", challenges=answers)
@@ -811,9 +841,11 @@ def test_pebble_started_anew_gets_the_same_key(tmp_path):
 def test_pebble_that_asks_for_a_binding(tmp_path, caplog):
     right = base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
     wrong = base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
-    with caplog.at_level(logging.DEBUG), Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port, eab=("kid-1", right)
-    ) as running:
+    with (
+        caplog.at_level(logging.DEBUG),
+        Answers() as answers,
+        pebble(tmp_path, answers.http_port, answers.tls_port, eab=("kid-1", right)) as running,
+    ):
         for eab in (None, ("kid-2", right), ("kid-1", wrong)):
             error = refused(of_pebble(running, tmp_path, eab=eab)[0], challenges=answers)
             assert (error.kind, error.account_wide) == (CONFIG, True)
@@ -822,17 +854,14 @@ def test_pebble_that_asks_for_a_binding(tmp_path, caplog):
         restarted, store = of_pebble(running, tmp_path)  # it knows us by our key now
         order(restarted, challenges=answers)
         private = store.account()["key"]["d"]
-    kept = "".join(
-        path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    kept = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file())
     for secret in (right, wrong):
         assert secret not in kept and secret not in caplog.text
     assert private in kept and private not in caplog.text
 
 
 def test_pebble_and_an_account_that_was_closed(tmp_path):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port
-    ) as running:
+    with Answers() as answers, pebble(tmp_path, answers.http_port, answers.tls_port) as running:
         ca, store = of_pebble(running, tmp_path)
         order(ca, challenges=answers)
         with ca._conversation(Stop()) as conversation:
@@ -847,9 +876,7 @@ def test_pebble_and_an_account_that_was_closed(tmp_path):
 
 
 def test_pebble_with_a_broken_proof_says_what_it_saw(tmp_path):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port
-    ) as running:
+    with Answers() as answers, pebble(tmp_path, answers.http_port, answers.tls_port) as running:
         ca, _ = of_pebble(running, tmp_path)
         error = refused(ca, challenges=Proofs())  # which publishes nothing
         assert error.kind == HOST and re.search("http-01: .*404", error.words)

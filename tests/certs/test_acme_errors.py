@@ -104,8 +104,10 @@ def test_the_header_comes_before_the_words(status, problem, kind, domain, second
     assert error.retry_after == 30 and (error.domain == domain or status == 503)
 
 
-@pytest.mark.parametrize("words", [
-    "Try again in 999999s.", "Try again in 99999999999999s.", "retry after 9999-99-99 00:00:00"])
+@pytest.mark.parametrize(
+    "words",
+    ["Try again in 999999s.", "Try again in 99999999999999s.", "retry after 9999-99-99 00:00:00"],
+)
 def test_times_in_words_have_bounds(words):
     error = refusal("x", 429, {}, of(LIMIT, words), now=NOW, hostname=APP)
     assert error.retry_after in (DAY, RATE_LIMIT_PAUSE)

@@ -685,9 +685,7 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
         assert orders(gateway.ca).count(APP) == 1
 
 
-def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(
-    tmp_path, origin, monkeypatch
-):
+def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(tmp_path, origin, monkeypatch):
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
@@ -719,9 +717,7 @@ def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origi
         assert APP in inner._keeper._issuer.hostnames()
 
 
-def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(
-    tmp_path, origin, caplog
-):
+def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(tmp_path, origin, caplog):
     caplog.set_level(logging.INFO)
     serve_pages(origin)
     own = tmp_path / "own"
@@ -784,7 +780,7 @@ def dial_again(gateway, hostname, session):
 
 
 def with_key_of_another(mint, pem):
-    return mint.pair(APP)[0] + pem[pem.index(b"-----BEGIN CERT"):]
+    return mint.pair(APP)[0] + pem[pem.index(b"-----BEGIN CERT") :]
 
 
 @pytest.mark.parametrize(

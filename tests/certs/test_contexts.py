@@ -1,4 +1,5 @@
 """Certificates by SNI, proved by handshakes of a client that verifies."""
+
 import base64
 import errno
 import gc
@@ -59,17 +60,23 @@ def put(file, content):
 # A CA that signs what the authority does not: any names, any dates, any kind of key.
 CA_KEY = ec.generate_private_key(ec.SECP256R1())
 CA_NAME = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
-RSA_KEY = rsa.generate_private_key(65537, 2048)     # one for all, since it takes long to find
+RSA_KEY = rsa.generate_private_key(65537, 2048)  # one for all, since it takes long to find
 
 
 def sign(subject, public_key, extension, validity):
     """A certificate by the test CA, valid between two days counted from now."""
     begin, end = (datetime.now(timezone.utc) + timedelta(days=days) for days in validity)
     return (
-        x509.CertificateBuilder().subject_name(subject).issuer_name(CA_NAME)
-        .public_key(public_key).serial_number(x509.random_serial_number())
-        .not_valid_before(begin).not_valid_after(end).add_extension(extension, critical=True)
-        .sign(CA_KEY, hashes.SHA256()))
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(CA_NAME)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(extension, critical=True)
+        .sign(CA_KEY, hashes.SHA256())
+    )
 
 
 CA = sign(CA_NAME, CA_KEY.public_key(), x509.BasicConstraints(True, None), (-1000, 1000))
@@ -94,19 +101,21 @@ class Leaf:
 def make(*names, key=None, validity=(-30, 30), encryption=serialization.NoEncryption()):
     key = key or ec.generate_private_key(ec.SECP256R1())
     extension = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
-    return Leaf(sign(x509.Name([]), key.public_key(), extension, validity),
-                key_pem(key, encryption))
+    return Leaf(
+        sign(x509.Name([]), key.public_key(), extension, validity), key_pem(key, encryption)
+    )
 
 
 def key_pem(key, encryption=serialization.NoEncryption()):
     return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+    )
 
 
 def trusting_client(**settings):
     """A visitor who trusts the test CA."""
     context = ssl.create_default_context(cadata=CA_PEM.decode())
-    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)     # the CA is a plain one
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # the CA is a plain one
     for name, value in settings.items():
         setattr(context, name, value)
     return context
@@ -137,7 +146,7 @@ def serial_of(certificate_file):
 
 def client_context(ca, **settings):
     context = ssl.create_default_context(cafile=ca.ca_file)
-    context.verify_flags |= ssl.VERIFY_X509_STRICT      # the default since Python 3.13
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default since Python 3.13
     for name, value in settings.items():
         setattr(context, name, value)
     return context
@@ -148,7 +157,7 @@ def handshake(front, client, hostname, session=None):
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     visitor = client.wrap_bio(to_client, to_server, server_hostname=hostname, session=session)
     gateway = front.wrap_bio(to_server, to_client, server_side=True)
-    for _ in range(3):      # flights of a handshake; the server's failure is seen by the client
+    for _ in range(3):  # flights of a handshake; the server's failure is seen by the client
         for end in (visitor, gateway):
             try:
                 end.do_handshake()
@@ -158,7 +167,7 @@ def handshake(front, client, hostname, session=None):
                 if end is visitor:
                     raise
     gateway.write(b"!")
-    assert visitor.read(1) == b"!"      # with it came the ticket
+    assert visitor.read(1) == b"!"  # with it came the ticket
     return visitor, gateway
 
 
@@ -172,6 +181,7 @@ def served_names(front, client, hostname):
 
 
 # Which context
+
 
 @pytest.mark.parametrize("version", TLS_VERSIONS)
 def test_each_hostname_is_served_with_its_own_certificate(ca, version):
@@ -207,7 +217,7 @@ def test_no_sni_gets_the_default(ca):
 def test_ip_address_as_default_is_verified_by_the_client(ca, address):
     certificates = Certificates(None, ca)
     assert certificates.ensure(address)
-    handshake(certificates.front(address), client_context(ca), address)     # raises if it is not
+    handshake(certificates.front(address), client_context(ca), address)  # raises if it is not
 
 
 @pytest.mark.parametrize("version", TLS_VERSIONS)
@@ -268,6 +278,7 @@ def test_error_in_a_callback_is_an_alert_and_one_log_line(ca, caplog, unraisable
 
 # What the wire is
 
+
 def test_sockets_are_served_as_well_as_memory(ca):
     certificates = Certificates(None, ca)
     certificates.ensure("a.test")
@@ -281,13 +292,14 @@ def test_sockets_are_served_as_well_as_memory(ca):
                 assert gateway.context is certificates.context("a.test")
 
 
-@pytest.mark.parametrize("offered, chosen", [
-    (["h2", "http/1.1"], "http/1.1"), (["h2"], None), ([], None)])
+@pytest.mark.parametrize(
+    "offered, chosen", [(["h2", "http/1.1"], "http/1.1"), (["h2"], None), ([], None)]
+)
 def test_alpn_follows_the_context_that_was_swapped_in(ca, offered, chosen):
     certificates = Certificates(None, ca, alpn=("http/1.1",))
     certificates.ensure("a.test")
     front = certificates.front("gw.test")
-    front.set_alpn_protocols(["h2"])        # would be chosen if the front had a say
+    front.set_alpn_protocols(["h2"])  # would be chosen if the front had a say
     client = client_context(ca)
     if offered:
         client.set_alpn_protocols(offered)
@@ -327,6 +339,7 @@ def test_a_protocol_of_a_visitors_choice_is_answered_with_the_same_certificate(c
 def test_where_no_copy_can_be_made_the_visitor_is_served_all_the_same(ca, monkeypatch):
     certificates = Certificates(None, ca, alpn=("http/1.1",))
     certificates.ensure("a.test")
+
     def no_descriptor(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -384,6 +397,7 @@ def test_visitor_with_cbc_only_is_refused(ca, cipher):
 
 
 # Tickets
+
 
 @pytest.mark.parametrize("version", TLS_VERSIONS)
 def test_second_visit_resumes_the_session(ca, version):
@@ -517,6 +531,7 @@ def test_a_ticket_does_not_open_a_hostname_that_is_gone(ca, version):
 
 # CERT_DIR
 
+
 def test_wildcard_stands_for_exactly_one_label(ca, cert_dir):
     give(cert_dir, "any", ca, "*.app.test")
     certificates = Certificates(cert_dir, None)
@@ -555,7 +570,7 @@ def test_authority_issues_a_wildcard_when_it_is_registered(ca, tmp_path):
     assert certificates.ensure("*.dev.test")
     assert certificates.context("*.dev.test") is certificates.context("a.dev.test")
     assert served_names(front, client_context(ca), "a.dev.test") == (("DNS", "*.dev.test"),)
-    for hostname in ("dev.test", "a.b.dev.test"):   # one label: no more, no less
+    for hostname in ("dev.test", "a.b.dev.test"):  # one label: no more, no less
         with pytest.raises(ssl.SSLError, match="(?i)unrecognized.name"):
             served_names(front, client_context(ca), hostname)
     assert ca.hostnames() == ["*.dev.test"]
@@ -587,7 +602,7 @@ def test_exact_name_comes_before_a_wildcard(ca, cert_dir):
 def test_cert_dir_comes_before_the_authority(ca, cert_dir, tmp_path, name, hostname):
     own = Authority(tmp_path / "own")
     certificates = Certificates(cert_dir, ca)
-    assert certificates.ensure(hostname)        # issued, since nothing was given yet
+    assert certificates.ensure(hostname)  # issued, since nothing was given yet
     serial = give(cert_dir, "mine", own, name)
     certificates.reload()
     assert certificates.ensure(hostname)
@@ -602,7 +617,8 @@ def test_nothing_is_issued_for_a_name_that_was_given(ca, cert_dir, tmp_path):
 
 @pytest.mark.parametrize("stems", [("a", "b"), ("b", "a")])
 def test_of_two_for_one_name_the_one_that_ends_last_is_taken(
-        ca, cert_dir, tmp_path, monkeypatch, stems):
+    ca, cert_dir, tmp_path, monkeypatch, stems
+):
     long = give(cert_dir, stems[0], ca, "a.test")
     monkeypatch.setattr(local_ca, "LEAF_LIFETIME", timedelta(days=100))
     give(cert_dir, stems[1], Authority(tmp_path / "other"), "a.test")
@@ -616,9 +632,13 @@ def other_key(cert_dir, ca):
 
 def encrypted_key(cert_dir, ca):
     key = serialization.load_pem_private_key((cert_dir / "bad.key").read_bytes(), None)
-    (cert_dir / "bad.key").write_bytes(key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-        serialization.BestAvailableEncryption(b"secret")))
+    (cert_dir / "bad.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
 
 
 def no_key(cert_dir, ca):
@@ -636,8 +656,7 @@ def chain_cut_short(cert_dir, ca):
 
 def no_names(cert_dir, ca):
     for end in ("crt", "key"):
-        (cert_dir / f"bad.{end}").write_bytes(
-            (ca.ca_file.with_suffix(f".{end}")).read_bytes())
+        (cert_dir / f"bad.{end}").write_bytes((ca.ca_file.with_suffix(f".{end}")).read_bytes())
 
 
 def other_kind_of_key(cert_dir, ca):
@@ -663,25 +682,28 @@ def link_to_nothing(cert_dir, ca):
     (cert_dir / "bad.crt").symlink_to("../gone/bad.crt")
 
 
-@pytest.mark.parametrize("harm, complaint", [
-    (other_key, "bad.key: not the key of bad.crt"),
-    (encrypted_key, "bad.key: encrypted, expected a key without password"),
-    (no_key, "bad.key: No such file or directory"),
-    (broken_certificate, "bad.crt: not a certificate, expected PEM"),
-    (chain_cut_short, "bad.crt: cut short in its certificate 3"),
-    (no_names, "bad.crt: names no host"),
-    (other_kind_of_key, "bad.key: not the key of bad.crt"),
-    (key_cut_short, "bad.key: not a private key, expected PEM"),
-    (key_in_an_unreadable_place, "bad.key: Is a directory"),
-    (certificate_in_der, "bad.crt: not a certificate, expected PEM"),
-    (link_to_nothing, "bad.crt: No such file or directory"),
-])
+@pytest.mark.parametrize(
+    "harm, complaint",
+    [
+        (other_key, "bad.key: not the key of bad.crt"),
+        (encrypted_key, "bad.key: encrypted, expected a key without password"),
+        (no_key, "bad.key: No such file or directory"),
+        (broken_certificate, "bad.crt: not a certificate, expected PEM"),
+        (chain_cut_short, "bad.crt: cut short in its certificate 3"),
+        (no_names, "bad.crt: names no host"),
+        (other_kind_of_key, "bad.key: not the key of bad.crt"),
+        (key_cut_short, "bad.key: not a private key, expected PEM"),
+        (key_in_an_unreadable_place, "bad.key: Is a directory"),
+        (certificate_in_der, "bad.crt: not a certificate, expected PEM"),
+        (link_to_nothing, "bad.crt: No such file or directory"),
+    ],
+)
 def test_broken_pair_is_named_once_and_left_out(ca, cert_dir, caplog, harm, complaint):
     give(cert_dir, "bad", ca, "bad.test")
     give(cert_dir, "good", ca, "good.test")
     harm(cert_dir, ca)
     certificates = Certificates(cert_dir, None)
-    certificates.reload()       # nothing changed: nothing to say
+    certificates.reload()  # nothing changed: nothing to say
     [line] = warnings(caplog)
     assert line.startswith("CERT_DIR: bad.crt not used: ") and complaint in line
     assert certificates.context("bad.test") is None
@@ -724,7 +746,7 @@ def test_file_that_keeps_size_and_time_is_seen_by_its_change_time(cert_dir):
         os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
         return file.stat().st_ctime_ns != found.st_ctime_ns
 
-    wait_until(touch)       # a file system's clock ticks slowly
+    wait_until(touch)  # a file system's clock ticks slowly
     certificates.reload()
     assert certificates.context("a.test") is not before
 
@@ -751,8 +773,9 @@ def test_a_pair_seen_half_written_is_served_as_before(ca, cert_dir, tmp_path, ca
     assert "a.crt not used, the one read before stays: " in caplog.text
     (cert_dir / "a.key").write_bytes(new_key.read_bytes())
     certificates.reload()
-    assert (served_serial(front, client_context(Authority(tmp_path / "other")), "a.test")
-            == serial_of(new_certificate))
+    assert served_serial(
+        front, client_context(Authority(tmp_path / "other")), "a.test"
+    ) == serial_of(new_certificate)
 
 
 @pytest.mark.parametrize("half", ["key first", "certificate cut short", "chain cut short"])
@@ -779,7 +802,7 @@ def test_a_half_written_pair_is_waited_for(ca, cert_dir, caplog, half):
 
 def test_a_file_cut_exactly_behind_the_leaf_is_warned_about_and_then_read_whole(cert_dir, caplog):
     leaf = make("a.test")
-    put(cert_dir / "a.crt", leaf.chain[:leaf.chain.rindex(b"-----BEGIN")])
+    put(cert_dir / "a.crt", leaf.chain[: leaf.chain.rindex(b"-----BEGIN")])
     put(cert_dir / "a.key", leaf.key)
     certificates = Certificates(cert_dir, None)
     certificates.reload()
@@ -838,15 +861,19 @@ def test_password_of_a_key_is_never_asked_for(cert_dir, monkeypatch):
 
 # CERT_DIR: where pairs lie
 
-@pytest.mark.parametrize("certificate, key", [
-    ("a.crt", "a.key"),
-    ("tls.crt", "tls.key"),
-    ("a.test+1.pem", "a.test+1-key.pem"),
-    ("a.pem", "a.key"),
-    ("fullchain.pem", "privkey.pem"),
-    ("a.test/fullchain.pem", "a.test/privkey.pem"),
-    ("a.test/a.test.crt", "a.test/a.test.key"),
-])
+
+@pytest.mark.parametrize(
+    "certificate, key",
+    [
+        ("a.crt", "a.key"),
+        ("tls.crt", "tls.key"),
+        ("a.test+1.pem", "a.test+1-key.pem"),
+        ("a.pem", "a.key"),
+        ("fullchain.pem", "privkey.pem"),
+        ("a.test/fullchain.pem", "a.test/privkey.pem"),
+        ("a.test/a.test.crt", "a.test/a.test.key"),
+    ],
+)
 def test_pair_is_found_under_any_of_its_usual_names(cert_dir, caplog, certificate, key):
     leaf = make("a.test", "*.a.test")
     leaf.put(cert_dir / certificate, cert_dir / key)
@@ -856,13 +883,16 @@ def test_pair_is_found_under_any_of_its_usual_names(cert_dir, caplog, certificat
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize("certificate, key", [
-    ("README", "README.txt"),
-    ("a.crt.bak", "a.key.bak"),
-    ("chain.pem", "other.key"),             # a .pem may be anything
-    (".hidden/a.crt", ".hidden/a.key"),     # where Kubernetes keeps versions
-    ("one/two/a.crt", "one/two/a.key"),
-])
+@pytest.mark.parametrize(
+    "certificate, key",
+    [
+        ("README", "README.txt"),
+        ("a.crt.bak", "a.key.bak"),
+        ("chain.pem", "other.key"),  # a .pem may be anything
+        (".hidden/a.crt", ".hidden/a.key"),  # where Kubernetes keeps versions
+        ("one/two/a.crt", "one/two/a.key"),
+    ],
+)
 def test_other_files_are_no_pairs(cert_dir, caplog, certificate, key):
     make("a.test").put(cert_dir / certificate, cert_dir / key)
     certificates = Certificates(cert_dir, None)
@@ -885,8 +915,12 @@ def certbot(root, hostname, version):
     archive, live = root / "archive" / hostname, root / "live" / hostname
     live.mkdir(parents=True, exist_ok=True)
     leaf_alone, behind, issuer = leaf.chain.rpartition(b"-----BEGIN")
-    for name, content in (("privkey", leaf.key), ("cert", leaf_alone),
-                          ("chain", behind + issuer), ("fullchain", leaf.chain)):
+    for name, content in (
+        ("privkey", leaf.key),
+        ("cert", leaf_alone),
+        ("chain", behind + issuer),
+        ("fullchain", leaf.chain),
+    ):
         put(archive / f"{name}{version}.pem", content)
         (live / "new").symlink_to(f"../../archive/{hostname}/{name}{version}.pem")
         (live / "new").replace(live / f"{name}.pem")
@@ -906,7 +940,8 @@ def test_turned_links_of_certbot_are_seen(tmp_path, caplog, folder):
 
 
 def test_folder_that_cannot_be_read_leaves_what_was_there_and_is_named_once(
-        cert_dir, tmp_path, caplog):
+    cert_dir, tmp_path, caplog
+):
     with pytest.raises(CertificateError, match="nowhere: No such file .* expected CERT_DIR"):
         Certificates(tmp_path / "nowhere", None)
     make("a.test").put(cert_dir / "a.crt", cert_dir / "a.key")
@@ -939,14 +974,16 @@ def odd_certificates():
     """With a name of another kind in subjectAltName, and of a version that there is not."""
     key = ec.generate_private_key(ec.SECP256R1())
     san = x509.UnrecognizedExtension(
-        x509.ObjectIdentifier("2.5.29.17"), bytes.fromhex("3004a3023000"))      # an x400Address
+        x509.ObjectIdentifier("2.5.29.17"), bytes.fromhex("3004a3023000")
+    )  # an x400Address
     leaf = sign(x509.Name([]), key.public_key(), san, (-1, 1))
     yield leaf.public_bytes(serialization.Encoding.PEM)
     der = leaf.public_bytes(serialization.Encoding.DER)
     version = bytes.fromhex("a003020102")
     der = der.replace(version, version[:-1] + b"\x07")
-    yield (b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der)
-           + b"-----END CERTIFICATE-----\n")
+    yield (
+        b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+    )
 
 
 @pytest.mark.parametrize("pem", list(odd_certificates()), ids=["name", "version"])
@@ -981,7 +1018,7 @@ def test_folder_within_that_cannot_be_read_takes_nothing_with_it(cert_dir, caplo
     certificates = Certificates(cert_dir, None)
     scandir = os.scandir
 
-    def forbidden(folder):      # permissions would not stop root
+    def forbidden(folder):  # permissions would not stop root
         if folder == f"{cert_dir}/a":
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
@@ -997,11 +1034,12 @@ def test_folder_within_that_cannot_be_read_takes_nothing_with_it(cert_dir, caplo
 
 # CERT_DIR: who is served
 
+
 def test_removed_pair_is_served_no_more_unless_it_was_the_last(cert_dir, caplog):
     for name in ("a", "b"):
         make(f"{name}.test").put(cert_dir / f"{name}.crt", cert_dir / f"{name}.key")
     certificates = Certificates(cert_dir, None)
-    (cert_dir / "a.crt").unlink()       # its key alone is no pair
+    (cert_dir / "a.crt").unlink()  # its key alone is no pair
     certificates.reload()
     assert certificates.context("a.test") is None and certificates.context("b.test")
     (cert_dir / "b.crt").unlink()
@@ -1016,21 +1054,24 @@ def test_removed_pair_is_served_no_more_unless_it_was_the_last(cert_dir, caplog)
 
 
 NOW = datetime.now(timezone.utc)
-VALID, LONG_VALID, EXPIRED, FUTURE = (-30, 30), (-30, 60), (-90, -30), (+1, +99)   # days from now
+VALID, LONG_VALID, EXPIRED, FUTURE = (-30, 30), (-30, 60), (-90, -30), (+1, +99)  # days from now
 
 
-@pytest.mark.parametrize("pairs, served", [
-    # of (names, validity), the place of the pair that one.app.test is served with
-    ([("one.app.test", VALID), ("one.app.test", LONG_VALID)], 1),
-    ([("one.app.test", LONG_VALID), ("one.app.test", VALID)], 0),
-    ([("one.app.test", EXPIRED), ("one.app.test", VALID)], 1),
-    ([("one.app.test", FUTURE), ("one.app.test", VALID)], 1),
-    ([("one.app.test", EXPIRED), ("*.app.test", VALID)], 1),
-    ([("*.app.test", LONG_VALID), ("one.app.test", VALID)], 1),
-    ([("one.app.test", EXPIRED)], 0),
-    ([("one.app.test", FUTURE)], 0),
-    ([("*.app.test", EXPIRED)], 0),
-])
+@pytest.mark.parametrize(
+    "pairs, served",
+    [
+        # of (names, validity), the place of the pair that one.app.test is served with
+        ([("one.app.test", VALID), ("one.app.test", LONG_VALID)], 1),
+        ([("one.app.test", LONG_VALID), ("one.app.test", VALID)], 0),
+        ([("one.app.test", EXPIRED), ("one.app.test", VALID)], 1),
+        ([("one.app.test", FUTURE), ("one.app.test", VALID)], 1),
+        ([("one.app.test", EXPIRED), ("*.app.test", VALID)], 1),
+        ([("*.app.test", LONG_VALID), ("one.app.test", VALID)], 1),
+        ([("one.app.test", EXPIRED)], 0),
+        ([("one.app.test", FUTURE)], 0),
+        ([("*.app.test", EXPIRED)], 0),
+    ],
+)
 def test_valid_certificate_comes_before_one_that_is_not(cert_dir, caplog, pairs, served):
     serials = []
     for number, (name, validity) in enumerate(pairs):
@@ -1040,8 +1081,11 @@ def test_valid_certificate_comes_before_one_that_is_not(cert_dir, caplog, pairs,
     certificates.reload()
     assert certificates.ensure("one.app.test")
     assert serial_at(certificates, "one.app.test") == serials[served]
-    outdated = [f"CERT_DIR: {number}.crt {'ran out on' if validity == EXPIRED else 'is valid from'}"
-                for number, (_, validity) in enumerate(pairs) if validity in (EXPIRED, FUTURE)]
+    outdated = [
+        f"CERT_DIR: {number}.crt {'ran out on' if validity == EXPIRED else 'is valid from'}"
+        for number, (_, validity) in enumerate(pairs)
+        if validity in (EXPIRED, FUTURE)
+    ]
     lines = warnings(caplog)
     assert len(lines) == len(outdated)
     assert all(line.startswith(start) for line, start in zip(lines, outdated, strict=True))
@@ -1055,7 +1099,8 @@ def test_issued_certificate_comes_before_one_that_was_given_and_ran_out(ca, cert
 
 
 def test_certificate_that_runs_out_gives_way_without_a_change_of_files(
-        cert_dir, caplog, monkeypatch):
+    cert_dir, caplog, monkeypatch
+):
     make("a.test", validity=VALID).put(cert_dir / "a.crt", cert_dir / "a.key")
     serial = make("*.test", validity=LONG_VALID).put(cert_dir / "b.crt", cert_dir / "b.key")
     certificates = Certificates(cert_dir, None)
@@ -1065,7 +1110,7 @@ def test_certificate_that_runs_out_gives_way_without_a_change_of_files(
     assert serial_at(certificates, "a.test") == serial
     [line] = warnings(caplog)
     assert line.startswith("CERT_DIR: a.crt ran out on ")
-    monkeypatch.undo()      # a clock that is set back
+    monkeypatch.undo()  # a clock that is set back
     certificates.reload()
     assert serial_at(certificates, "a.test") != serial
 
@@ -1084,14 +1129,18 @@ def kinds(certificates):
     return [cipher.partition("+")[2] for cipher in found]
 
 
-@pytest.mark.parametrize("rsa_validity, ec_validity, served", [
-    (VALID, VALID, ["aRSA", "ECDSA"]),
-    (LONG_VALID, VALID, ["aRSA", "ECDSA"]),
-    (VALID, EXPIRED, ["aRSA"]),
-    (EXPIRED, VALID, ["ECDSA"]),
-])
+@pytest.mark.parametrize(
+    "rsa_validity, ec_validity, served",
+    [
+        (VALID, VALID, ["aRSA", "ECDSA"]),
+        (LONG_VALID, VALID, ["aRSA", "ECDSA"]),
+        (VALID, EXPIRED, ["aRSA"]),
+        (EXPIRED, VALID, ["ECDSA"]),
+    ],
+)
 def test_rsa_and_ec_pairs_of_one_name_are_served_together(
-        cert_dir, rsa_validity, ec_validity, served):
+    cert_dir, rsa_validity, ec_validity, served
+):
     make("a.test", key=RSA_KEY, validity=rsa_validity).put(cert_dir / "r.crt", cert_dir / "r.key")
     make("a.test", validity=ec_validity).put(cert_dir / "e.crt", cert_dir / "e.key")
     certificates = Certificates(cert_dir, None)
@@ -1104,7 +1153,8 @@ def test_of_two_kinds_the_one_that_can_be_read_is_renewed(cert_dir):
     certificates = Certificates(cert_dir, None)
     put(cert_dir / "e.key", b"half")
     serial = make("a.test", key=RSA_KEY, validity=LONG_VALID).put(
-        cert_dir / "r.crt", cert_dir / "r.key")
+        cert_dir / "r.crt", cert_dir / "r.key"
+    )
     certificates.reload()
     assert serial_at(certificates, "a.test") == serial
 
@@ -1146,6 +1196,7 @@ def test_threads_that_reload_at_once_never_take_a_name_away(cert_dir):
 
 # The authority
 
+
 def test_ensure_says_no_when_nobody_can_issue():
     certificates = Certificates(None, None)
     assert not certificates.ensure("a.test")
@@ -1183,6 +1234,7 @@ def test_a_slow_thread_does_not_put_an_older_certificate_over_a_newer(ca, tmp_pa
 
     class SlowThenFast:
         """Issues the newer one to a second caller while the first still waits for the older."""
+
         first = True
 
         def issue(self, hostname):
@@ -1200,9 +1252,14 @@ def test_a_slow_thread_does_not_put_an_older_certificate_over_a_newer(ca, tmp_pa
 
 @pytest.mark.parametrize(
     ("served", "taken", "which"),
-    [((-10, 10), (-20, 20), 0), ((-10, 80), (0, 45), 1), ((-10, 10), (-10, 10), 1),
-     ((-30, -1), (-20, 20), 1)],
-    ids=["older", "newer, of a shorter life", "of the same second", "after one that ran out"])
+    [
+        ((-10, 10), (-20, 20), 0),
+        ((-10, 80), (0, 45), 1),
+        ((-10, 10), (-10, 10), 1),
+        ((-30, -1), (-20, 20), 1),
+    ],
+    ids=["older", "newer, of a shorter life", "of the same second", "after one that ran out"],
+)
 def test_an_ordered_certificate_gives_way_to_none_that_is_older(tmp_path, served, taken, which):
     certificates, serials = Certificates(None, None), []
     for number, validity in enumerate((served, taken)):
@@ -1219,8 +1276,7 @@ def test_second_start_serves_the_same_certificate(ca, tmp_path):
     for start in range(2):
         certificates = Certificates(None, Authority(tmp_path / "ca"))
         certificates.ensure("a.test")
-        serials.append(
-            served_serial(certificates.front("gw.test"), client_context(ca), "a.test"))
+        serials.append(served_serial(certificates.front("gw.test"), client_context(ca), "a.test"))
     assert serials[0] == serials[1]
 
 
@@ -1236,8 +1292,9 @@ def test_threads_that_ensure_at_once_all_succeed(ca, tmp_path):
         assert all(pool.map(ensure, range(8)))
     front = certificates.front("gw.test")
     for hostname in ("app0.test", "app1.test"):
-        assert (served_serial(front, client_context(ca), hostname)
-                == serial_of(tmp_path / "ca" / f"{hostname}.crt"))
+        assert served_serial(front, client_context(ca), hostname) == serial_of(
+            tmp_path / "ca" / f"{hostname}.crt"
+        )
 
 
 def test_names_that_make_no_sense_are_none():

@@ -188,7 +188,11 @@ def test_retries_grow_and_differ_by_a_tenth_at_most():
 
 def test_asking_again_has_bounds():
     assert [ask_delay(seconds) for seconds in (None, 5, 600, 10 * DAY)] == [
-        6 * HOUR, MINUTE, 600, DAY]
+        6 * HOUR,
+        MINUTE,
+        600,
+        DAY,
+    ]
 
 
 # Getting one, and keeping it
@@ -325,6 +329,7 @@ def test_a_cache_that_cannot_be_used_for_hours_is_no_hostnames_fault(house, monk
 
 def test_one_that_has_run_out_and_is_found_late_is_ordered_anew(house, monkeypatch):
     """The store could not be read at first, and then had an old one."""
+
     def fail(hostname):
         raise StoreError(f"{hostname}.pem: too many open files")
 
@@ -531,8 +536,10 @@ def in_flight(house, hostname, ends):
     return go_on
 
 
-@pytest.mark.parametrize("ends, orders", [
-    (None, 0), (refused(), 1), (refused(CONFIG), 1), (refused(ACCOUNT, retry_after=60), 0)])
+@pytest.mark.parametrize(
+    "ends, orders",
+    [(None, 0), (refused(), 1), (refused(CONFIG), 1), (refused(ACCOUNT, retry_after=60), 0)],
+)
 def test_retry_now_while_an_order_is_in_flight_is_another_one_if_that_fails(house, ends, orders):
     house.ca.script = [refused()] * 3
     go_on = in_flight(house, APP, ends)
@@ -659,8 +666,9 @@ def test_who_waits_for_its_own_retry_hears_of_a_longer_pause(house):
 
 def test_failures_at_one_moment_tell_those_who_wait_once(house):
     go_on = [
-        in_flight(house, f"h{number}.example.com",
-                  refused(ACCOUNT, status=429, retry_after=3600))  # fmt: skip
+        in_flight(
+            house, f"h{number}.example.com", refused(ACCOUNT, status=429, retry_after=3600)
+        )  # fmt: skip
         for number in range(JOBS)
     ]
     for number in range(JOBS, 2 * JOBS):
@@ -773,9 +781,15 @@ def test_a_pause_of_the_account_outlasts_a_restart(house):
     wait_until(lambda: house.state().name == house.state(OTHER).name == READY)
 
 
-@pytest.mark.parametrize("error", [
-    refused(CONFIG, status=403, account_wide=True), refused(ACCOUNT, retry_after=3600),
-    refused(TRANSPORT, status=500)], ids=["settings", "our clock", "outage"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        refused(CONFIG, status=403, account_wide=True),
+        refused(ACCOUNT, retry_after=3600),
+        refused(TRANSPORT, status=500),
+    ],
+    ids=["settings", "our clock", "outage"],
+)
 def test_a_pause_that_a_restart_may_mend_does_not_outlast_it(house, error):
     house.ca.script = [error]
     house.issuer.want(APP)
@@ -786,8 +800,10 @@ def test_a_pause_that_a_restart_may_mend_does_not_outlast_it(house, error):
     wait_until(lambda: house.state(OTHER).name == READY)
 
 
-@pytest.mark.parametrize("pause", [
-    {"until": "x", "reason": []}, {"until": 1e300}, {"until": NOW + 1000 * DAY, "reason": {}}])
+@pytest.mark.parametrize(
+    "pause",
+    [{"until": "x", "reason": []}, {"until": 1e300}, {"until": NOW + 1000 * DAY, "reason": {}}],
+)
 def test_a_kept_pause_that_makes_no_sense_holds_up_nobody_for_long(house, pause):
     house.store.save_pause(pause)
     house.issuer.start()
@@ -868,11 +884,14 @@ def test_an_error_of_ours_ends_one_attempt_only(house, caplog):
     assert len(house.at(70)) == 1 and house.state().name == READY
 
 
-@pytest.mark.parametrize("state", [
-    {"failures": "x", "next_attempt_at": None, "window": [1], "challenge": 5, "error": []},
-    {"failures": -1, "next_attempt_at": 1e300, "window": [1, "x"], "window_of": "zz"},
-    {"failures": True, "next_attempt_at": float("nan"), "window": 5, "window_of": 5},
-])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"failures": "x", "next_attempt_at": None, "window": [1], "challenge": 5, "error": []},
+        {"failures": -1, "next_attempt_at": 1e300, "window": [1, "x"], "window_of": "zz"},
+        {"failures": True, "next_attempt_at": float("nan"), "window": 5, "window_of": 5},
+    ],
+)
 def test_a_state_that_makes_no_sense_is_none(house, state):
     house.store.save_state(APP, state)
     house.issuer.want(APP)
@@ -889,9 +908,15 @@ def test_few_orders_are_in_flight_and_a_silent_one_delays_no_other(house):
         house.issuer.want(f"h{number}.example.com")
     house.issuer.start()
     try:
-        wait_until(lambda: sum(
-            house.state(f"h{number}.example.com").name == READY for number in range(JOBS + 5)
-        ) == 6)  # all but those that hang
+        wait_until(
+            lambda: (
+                sum(
+                    house.state(f"h{number}.example.com").name == READY
+                    for number in range(JOBS + 5)
+                )
+                == 6
+            )
+        )  # all but those that hang
         wait_until(lambda: len(jobs()) == JOBS - 1)
     finally:
         go_on.set()
@@ -1265,9 +1290,7 @@ def test_a_job_that_ends_by_a_bug_names_itself_and_leaves_its_place(house, caplo
     assert len(house.look()) == 1 and house.state().name == READY
 
 
-def test_a_bug_while_a_failure_is_noted_is_no_reason_to_order_in_a_loop(
-    house, caplog, monkeypatch
-):
+def test_a_bug_while_a_failure_is_noted_is_no_reason_to_order_in_a_loop(house, caplog, monkeypatch):
     house.ca.script = [refused()]
     house.issuer.want(APP)
     with monkeypatch.context() as patch:
@@ -1471,9 +1494,10 @@ def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
 
 @pytest.mark.slow
 def test_pebble_and_certificates_of_seconds(tmp_path):
-    with Answers() as answers, pebble(
-        tmp_path, answers.http_port, answers.tls_port, lifetime=6
-    ) as running:
+    with (
+        Answers() as answers,
+        pebble(tmp_path, answers.http_port, answers.tls_port, lifetime=6) as running,
+    ):
         store = open_store(tmp_path / "cache", running.directory)
         ca = Ca(running.directory, store, ca_file=running.ca_file)
         changed = queue.Queue()

@@ -141,9 +141,7 @@ def test_ever_new_hostnames_have_no_end_of_certificates_of_our_own_ca(tmp_path, 
     assert len(authority.hostnames()) <= 5 and certificates.context(OWN)
 
 
-def test_a_hostname_whose_agent_comes_as_it_is_forgotten_keeps_a_certificate(
-    tmp_path, monkeypatch
-):
+def test_a_hostname_whose_agent_comes_as_it_is_forgotten_keeps_a_certificate(tmp_path, monkeypatch):
     monkeypatch.setattr(keeper_module, "MOST_ISSUED", 2)
     served, certificates = set(), Certificates(None, Authority(tmp_path))
     keeper = Keeper(

@@ -1,4 +1,5 @@
 """The local CA: what it signs, what it keeps, and what it refuses to replace."""
+
 import ipaddress
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def mode(path):
 
 # The CA
 
+
 def test_first_start_makes_a_ca_that_may_only_sign_leaves(tmp_path):
     ca = certificate_in(Authority(tmp_path / "ca").ca_file)
     constraints = extension(ca, x509.BasicConstraints)
@@ -47,8 +49,10 @@ def test_first_start_makes_a_ca_that_may_only_sign_leaves(tmp_path):
 def test_ca_names_say_what_they_are_and_differ(tmp_path):
     names = {
         certificate_in(Authority(tmp_path / folder).ca_file)
-        .subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
-        for folder in ("one", "two")}
+        .subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0]
+        .value
+        for folder in ("one", "two")
+    }
     assert len(names) == 2
     assert all(name.startswith("gotunnel local CA ") for name in names)
 
@@ -65,13 +69,16 @@ def test_second_start_reads_the_same_ca(tmp_path):
     assert Authority(tmp_path).ca_file.read_bytes() == first
 
 
-@pytest.mark.parametrize("name, content, complaint", [
-    ("ca.crt", b"", "ca.crt: not a certificate"),
-    ("ca.crt", b"-----BEGIN CERTIFICATE-----\nAAAA\n", "ca.crt: not a certificate"),
-    ("ca.key", b"no key", "ca.key: not a private key"),
-    ("ca.crt", None, "ca.crt: No such file"),
-    ("ca.key", None, "ca.key: No such file"),
-])
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("ca.crt", b"", "ca.crt: not a certificate"),
+        ("ca.crt", b"-----BEGIN CERTIFICATE-----\nAAAA\n", "ca.crt: not a certificate"),
+        ("ca.key", b"no key", "ca.key: not a private key"),
+        ("ca.crt", None, "ca.crt: No such file"),
+        ("ca.key", None, "ca.key: No such file"),
+    ],
+)
 def test_reject_broken_ca_and_leave_it_alone(tmp_path, name, content, complaint):
     Authority(tmp_path)
     if content is None:
@@ -96,13 +103,13 @@ def test_reject_ca_with_the_key_of_another(tmp_path):
 
 
 def test_reject_ca_that_ran_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_ca, "CA_LIFETIME", timedelta(minutes=30))    # of a backdated hour
+    monkeypatch.setattr(local_ca, "CA_LIFETIME", timedelta(minutes=30))  # of a backdated hour
     with pytest.raises(CertificateError, match="ca.crt: ran out on"):
         Authority(tmp_path)
 
 
 def test_unwritable_folder_is_one_line(tmp_path):
-    (tmp_path / "file").touch()     # a folder without write permission would not stop root
+    (tmp_path / "file").touch()  # a folder without write permission would not stop root
     with pytest.raises(CertificateError) as raised:
         Authority(tmp_path / "file" / "ca")
     assert str(tmp_path / "file" / "ca") in str(raised.value)
@@ -112,6 +119,7 @@ def test_unwritable_folder_is_one_line(tmp_path):
 
 # Leaves
 
+
 def test_leaf_is_for_a_server_of_that_name(tmp_path):
     ca = Authority(tmp_path)
     certificate_file, key_file = ca.issue("app.test")
@@ -120,12 +128,14 @@ def test_leaf_is_for_a_server_of_that_name(tmp_path):
     signer = certificate_in(ca.ca_file)
     leaf.verify_directly_issued_by(signer)
     names = extension(leaf, x509.SubjectAlternativeName)
-    assert names.critical       # RFC 5280 §4.2.1.6: must be, under an empty subject
+    assert names.critical  # RFC 5280 §4.2.1.6: must be, under an empty subject
     assert list(names.value) == [x509.DNSName("app.test")]
     assert list(extension(leaf, x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.SERVER_AUTH]
     assert not extension(leaf, x509.BasicConstraints).value.ca
-    assert (extension(leaf, x509.AuthorityKeyIdentifier).value.key_identifier
-            == extension(signer, x509.SubjectKeyIdentifier).value.digest)
+    assert (
+        extension(leaf, x509.AuthorityKeyIdentifier).value.key_identifier
+        == extension(signer, x509.SubjectKeyIdentifier).value.digest
+    )
     assert isinstance(leaf.public_key().curve, ec.SECP256R1)
 
 
@@ -136,24 +146,48 @@ def test_leaf_lives_397_days_and_began_an_hour_ago(tmp_path):
     assert timedelta(minutes=59) < now - leaf.not_valid_before_utc < timedelta(minutes=70)
 
 
-@pytest.mark.parametrize("hostname, name", [
-    ("localhost", x509.DNSName("localhost")),
-    ("*.app.test", x509.DNSName("*.app.test")),
-    ("xn--bcher-kva.test", x509.DNSName("xn--bcher-kva.test")),
-    ("127.0.0.1", x509.IPAddress(ipaddress.ip_address("127.0.0.1"))),
-    ("::1", x509.IPAddress(ipaddress.ip_address("::1"))),
-    (LONGEST_HOSTNAME, x509.DNSName(LONGEST_HOSTNAME)),
-])
+@pytest.mark.parametrize(
+    "hostname, name",
+    [
+        ("localhost", x509.DNSName("localhost")),
+        ("*.app.test", x509.DNSName("*.app.test")),
+        ("xn--bcher-kva.test", x509.DNSName("xn--bcher-kva.test")),
+        ("127.0.0.1", x509.IPAddress(ipaddress.ip_address("127.0.0.1"))),
+        ("::1", x509.IPAddress(ipaddress.ip_address("::1"))),
+        (LONGEST_HOSTNAME, x509.DNSName(LONGEST_HOSTNAME)),
+    ],
+)
 def test_what_a_leaf_may_be_called(tmp_path, hostname, name):
     leaf = certificate_in(Authority(tmp_path).issue(hostname)[0])
     assert list(extension(leaf, x509.SubjectAlternativeName).value) == [name]
 
 
-@pytest.mark.parametrize("hostname", [
-    "", ".", "ca", "../ca", "a/b", "a\0b", "a b", "App.test", "app.test.", "a..b", "-a.test",
-    "a-.test", "a_b.test", "bücher.test", "a.*.test", "*", "app.test\n", "app.test:443",
-    "a" * 64, LONGEST_HOSTNAME + "a", "fe80::1%eth0",
-])
+@pytest.mark.parametrize(
+    "hostname",
+    [
+        "",
+        ".",
+        "ca",
+        "../ca",
+        "a/b",
+        "a\0b",
+        "a b",
+        "App.test",
+        "app.test.",
+        "a..b",
+        "-a.test",
+        "a-.test",
+        "a_b.test",
+        "bücher.test",
+        "a.*.test",
+        "*",
+        "app.test\n",
+        "app.test:443",
+        "a" * 64,
+        LONGEST_HOSTNAME + "a",
+        "fe80::1%eth0",
+    ],
+)
 def test_reject_hostname_that_cannot_be_certified(tmp_path, hostname):
     ca = Authority(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -194,14 +228,17 @@ def take_from_another_ca(ca, certificate_file, key_file):
         own.write_bytes(foreign.read_bytes())
 
 
-@pytest.mark.parametrize("harm, made_again", [
-    (break_nothing, False),
-    (remove_certificate, True),
-    (remove_key, True),
-    (cut_certificate, True),
-    (swap_key, True),
-    (take_from_another_ca, True),
-])
+@pytest.mark.parametrize(
+    "harm, made_again",
+    [
+        (break_nothing, False),
+        (remove_certificate, True),
+        (remove_key, True),
+        (cut_certificate, True),
+        (swap_key, True),
+        (take_from_another_ca, True),
+    ],
+)
 def test_leaf_that_cannot_be_used_is_made_again(tmp_path, harm, made_again):
     ca = Authority(tmp_path)
     pair = ca.issue("app.test")
@@ -228,6 +265,7 @@ def test_what_a_crash_left_behind_is_overwritten(tmp_path):
 
 
 # Several at once
+
 
 def test_threads_that_start_first_at_once_share_one_ca_and_one_leaf(tmp_path):
     count = 8
@@ -256,11 +294,18 @@ def test_processes_that_start_first_at_once_share_one_ca_and_one_leaf(tmp_path):
         "    leaf, _ = read_pair(*ca.issue('app.test'))\n"
         "    leaf.verify_directly_issued_by(\n"
         "        x509.load_pem_x509_certificate(ca.ca_file.read_bytes()))\n"
-        "    print(leaf.serial_number, flush=True)\n")
+        "    print(leaf.serial_number, flush=True)\n"
+    )
     processes = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(3)]
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     try:
         for attempt in range(10):
             for process in processes:

@@ -97,7 +97,7 @@ def test_a_long_name_of_the_local_ca_outlives_a_restart_and_is_told_by_its_name(
     before = file.read_bytes()
     again = Authority(tmp_path / "local")
     assert again.issue(name)[0].read_bytes() == before
-    assert again.issue(name[:-1 - len(END)] + "z" + END)[0] != file
+    assert again.issue(name[: -1 - len(END)] + "z" + END)[0] != file
     assert again.hostnames() == []  # it is made, or found, when its agent is back
     environment = {
         "GATEWAY_HOST": GATEWAY_HOST, "TUNNEL_HOST": TUNNEL_HOST, "JWT_SECRET": "x" * 40,

@@ -94,8 +94,9 @@ BROKEN = {
     "cut in the chain": lambda pem, _: pem[:-100],
     "cut behind the leaf": lambda pem, _: pem[: pem.index(b"-----END CERTIFICATE-----") + 26],
     "cut in the leaf": lambda pem, _: pem[: pem.index(b"-----END CERTIFICATE-----") - 40],
-    "key of another": lambda pem, other: other[: other.index(b"-----BEGIN CERT")]
-    + pem[pem.index(b"-----BEGIN CERT") :],
+    "key of another": lambda pem, other: (
+        other[: other.index(b"-----BEGIN CERT")] + pem[pem.index(b"-----BEGIN CERT") :]
+    ),
     "another host": lambda _, other: other,
     "too long": lambda pem, _: pem + b"\n" * 1_000_000,
 }
@@ -389,9 +390,7 @@ with store.lock(sys.argv[5]):
 """
 
 
-def test_killed_before_the_move_the_old_pair_is_there_and_the_lock_is_free(
-    tmp_path, store, mint
-):
+def test_killed_before_the_move_the_old_pair_is_there_and_the_lock_is_free(tmp_path, store, mint):
     good = store.save(HOST, *mint.pair(HOST))
     command = [sys.executable, "-c", KILLED, ROOT, ROOT / "tests", tmp_path / "cache", URL, HOST]
     assert subprocess.run(command, timeout=50).returncode == -signal.SIGKILL

@@ -319,11 +319,15 @@ def test_turns_that_were_taken_by_a_clock_far_ahead_come_back_within_their_time(
     assert house.state("h40.example.com").name == READY
 
 
-@pytest.mark.parametrize("kept", [
-    {"full_at": [], "held": 5, "proofs": [], "at": "x"},
-    {"full_at": {"all": "x", "b": -1, "c": float("nan"), "d": True}, "proofs": {"http-01": 5}},
-    {"held": {"example.com": 5, "a.b": [1], "c.d": ["x", "y"], "e.f": [1e300, 7]}},
-    {"held": {"example.com": [1e10, "why"]}, "proofs": {"http-01": [True, "x"]}}])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"full_at": [], "held": 5, "proofs": [], "at": "x"},
+        {"full_at": {"all": "x", "b": -1, "c": float("nan"), "d": True}, "proofs": {"http-01": 5}},
+        {"held": {"example.com": 5, "a.b": [1], "c.d": ["x", "y"], "e.f": [1e300, 7]}},
+        {"held": {"example.com": [1e10, "why"]}, "proofs": {"http-01": [True, "x"]}},
+    ],
+)
 def test_kept_turns_that_make_no_sense_hold_up_nobody_for_long(house, kept):
     house.store.save_turns(kept)
     restart(house)
@@ -370,7 +374,10 @@ def test_a_limit_of_a_domain_holds_up_its_new_hostnames_alone(house):
     want(house, ["new.example.com", "a.dev.example.com", "other.example.org", "old.example.com",
                  "anexample.com"])  # fmt: skip
     assert {name for name, _, _ in house.look()} == {
-        "other.example.org", "old.example.com", "anexample.com"}
+        "other.example.org",
+        "old.example.com",
+        "anexample.com",
+    }
     state = house.state("new.example.com")
     assert (state.name, state.next_at) == (FAILED, NOW + 3600) and "CA's words" in state.reason
     restart(house)

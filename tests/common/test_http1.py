@@ -33,6 +33,7 @@ def refused(status, function, *arguments):
 # Fields
 # ---------------------------------------------------------------------------------------------
 
+
 def test_fields_keep_order_and_spelling():
     items = [("Host", "a"), ("X-B", "1"), ("x-b", "2")]
     fields = Fields(items)
@@ -83,11 +84,11 @@ def test_bare_lf_is_refused_as_soon_as_it_is_there(line):
 
 def test_head_of_the_limit_is_accepted_and_a_longer_one_is_431():
     head = b"GET / HTTP/1.1\r\nA: " + b"b" * http1.HEAD_LIMIT
-    longest = head[:http1.HEAD_LIMIT - 4] + b"\r\n\r\n"
+    longest = head[: http1.HEAD_LIMIT - 4] + b"\r\n\r\n"
     assert http1.head_end(longest) == http1.HEAD_LIMIT
     http1.parse_request(longest)
-    longer = head[:http1.HEAD_LIMIT - 3] + b"\r\n\r\n"
-    assert http1.head_end(longer[:http1.HEAD_LIMIT]) == -1
+    longer = head[: http1.HEAD_LIMIT - 3] + b"\r\n\r\n"
+    assert http1.head_end(longer[: http1.HEAD_LIMIT]) == -1
     refused(431, http1.head_end, longer)
     refused(431, http1.parse_request, longer)
 
@@ -99,6 +100,7 @@ def test_endless_first_line_is_414():
 # ---------------------------------------------------------------------------------------------
 # Requests
 # ---------------------------------------------------------------------------------------------
+
 
 def test_request_is_read():
     head = b"POST /a?b=%20 HTTP/1.1\r\nHost: a\r\nX-Empty:\r\nx-b:  c\td \xff\t \r\n\r\n"
@@ -209,7 +211,7 @@ def test_reject_field_line(line):
 @pytest.mark.parametrize("head", [
     b"", b"\r\n", b"\r\n\r\n", b"\r\n\r\n" + HEAD, b"\n" + HEAD, HEAD[:-2], HEAD + b"a",
     HEAD + HEAD,
-])
+])  # fmt: skip
 def test_reject_what_is_not_one_head(head):
     refused(400, http1.parse_request, head)
 
@@ -229,37 +231,44 @@ def test_as_many_fields_as_the_limit_and_no_more():
 # Answers
 # ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("line, expected", [
-    (b"HTTP/1.1 200 OK", (200, "OK", 1)),
-    (b"HTTP/1.0 404 Not  Found", (404, "Not  Found", 0)),
-    (b"HTTP/1.1 200 ", (200, "", 1)),
-    (b"HTTP/1.1 200", (200, "", 1)),
-    (b"HTTP/1.1 100 \xfcber\t", (100, "\xfcber\t", 1)),
-    (b"HTTP/1.1 599 x", (599, "x", 1)),
-    (b"HTTP/1.1 600 x", (600, "x", 1)),
-    (b"HTTP/1.1 999", (999, "", 1)),
-])
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        (b"HTTP/1.1 200 OK", (200, "OK", 1)),
+        (b"HTTP/1.0 404 Not  Found", (404, "Not  Found", 0)),
+        (b"HTTP/1.1 200 ", (200, "", 1)),
+        (b"HTTP/1.1 200", (200, "", 1)),
+        (b"HTTP/1.1 100 \xfcber\t", (100, "\xfcber\t", 1)),
+        (b"HTTP/1.1 599 x", (599, "x", 1)),
+        (b"HTTP/1.1 600 x", (600, "x", 1)),
+        (b"HTTP/1.1 999", (999, "", 1)),
+    ],
+)
 def test_status_line_is_read(line, expected):
     assert http1.parse_response(line + b"\r\nA: \xe9\r\n\r\n")[:3] == expected
 
 
-@pytest.mark.parametrize("status, line", [
-    (400, b""),
-    (400, b"\r\nHTTP/1.1 200 OK"),
-    (400, b"HTTP/1.1"),
-    (400, b"HTTP/1.1 "),
-    (400, b"HTTP/1.1  200 OK"),
-    (400, b"HTTP/1.1 20 OK"),
-    (400, b"HTTP/1.1 2000 OK"),
-    (400, b"HTTP/1.1 099 OK"),
-    (400, b"HTTP/1.1 +20 OK"),
-    (400, b"HTTP/1.1 20\xb2 OK"),
-    (400, b"HTTP/1.1\t200 OK"),
-    (400, b"HTTP/1.1 200\tOK"),
-    (400, b"HTTP/1.1 200 O\x00K"),
-    (400, b"ICY 200 OK"),
-    (505, b"HTTP/2.0 200 OK"),
-])
+@pytest.mark.parametrize(
+    "status, line",
+    [
+        (400, b""),
+        (400, b"\r\nHTTP/1.1 200 OK"),
+        (400, b"HTTP/1.1"),
+        (400, b"HTTP/1.1 "),
+        (400, b"HTTP/1.1  200 OK"),
+        (400, b"HTTP/1.1 20 OK"),
+        (400, b"HTTP/1.1 2000 OK"),
+        (400, b"HTTP/1.1 099 OK"),
+        (400, b"HTTP/1.1 +20 OK"),
+        (400, b"HTTP/1.1 20\xb2 OK"),
+        (400, b"HTTP/1.1\t200 OK"),
+        (400, b"HTTP/1.1 200\tOK"),
+        (400, b"HTTP/1.1 200 O\x00K"),
+        (400, b"ICY 200 OK"),
+        (505, b"HTTP/2.0 200 OK"),
+    ],
+)
 def test_reject_status_line(status, line):
     refused(status, http1.parse_response, line + b"\r\nA: b\r\n\r\n")
 
@@ -268,19 +277,23 @@ def test_reject_status_line(status, line):
 # Hostnames and targets
 # ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("host, expected", [
-    ("app.example.com", "app.example.com"),
-    ("App.Example.COM", "app.example.com"),
-    ("app.example.com:443", "app.example.com"),
-    ("app.example.com:", "app.example.com"),
-    ("app.example.com.", "app.example.com"),
-    ("app.example.com.:8443", "app.example.com"),
-    ("my_app-1", "my_app-1"),
-    ("192.0.2.1:80", "192.0.2.1"),
-    ("[2001:DB8::1]", "[2001:db8::1]"),
-    ("[::1]:443", "[::1]"),
-    ("a" * 253, "a" * 253),
-])
+
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("app.example.com", "app.example.com"),
+        ("App.Example.COM", "app.example.com"),
+        ("app.example.com:443", "app.example.com"),
+        ("app.example.com:", "app.example.com"),
+        ("app.example.com.", "app.example.com"),
+        ("app.example.com.:8443", "app.example.com"),
+        ("my_app-1", "my_app-1"),
+        ("192.0.2.1:80", "192.0.2.1"),
+        ("[2001:DB8::1]", "[2001:db8::1]"),
+        ("[::1]:443", "[::1]"),
+        ("a" * 253, "a" * 253),
+    ],
+)
 def test_host_becomes_a_hostname(host, expected):
     assert http1.hostname(request(f"Host: {host}")) == expected
 
@@ -289,7 +302,7 @@ def test_host_becomes_a_hostname(host, expected):
     "", ".", "a..b", ".a", "a..", "a b", "a,b", "a, a", "user@a", "a/b", "a?b", "a#b", "a\\b",
     "a%41", "*.a", "\xe9", "a:b", "a:443:443", "a:123456", "a:65536", "a:+1", ":443", "::1", "[::1",
     "[]", "[:]", "[::1]a", "[1.2.3.4]", "[fe80::1%25eth0]", "a" * 254, "\"a\"", "a\t b",
-])
+])  # fmt: skip
 def test_reject_host(host):
     refused(400, http1.hostname, request(f"Host: {host}"))
 
@@ -365,17 +378,21 @@ def test_connect_names_a_hostname_and_has_no_origin_form():
 # Connections
 # ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("minor, connection, expected", [
-    (1, None, True),
-    (1, "keep-alive", True),
-    (1, "close", False),
-    (1, "X-A, Close", False),
-    (1, "keep-alive, close", False),
-    (0, None, False),
-    (0, "Keep-Alive", True),
-    (0, "keep-alive, close", False),
-    (0, "keep-alive-not", False),
-])
+
+@pytest.mark.parametrize(
+    "minor, connection, expected",
+    [
+        (1, None, True),
+        (1, "keep-alive", True),
+        (1, "close", False),
+        (1, "X-A, Close", False),
+        (1, "keep-alive, close", False),
+        (0, None, False),
+        (0, "Keep-Alive", True),
+        (0, "keep-alive, close", False),
+        (0, "keep-alive-not", False),
+    ],
+)
 def test_keeps_alive(minor, connection, expected):
     fields = Fields([] if connection is None else [("Connection", connection)])
     assert http1.keeps_alive(Request("GET", "/", minor, fields)) is expected
@@ -390,8 +407,16 @@ def test_end_to_end_drops_what_concerns_one_connection():
 
 def test_end_to_end_takes_an_underscore_for_a_hyphen_where_it_drops():
     """CGI and its kin do, and X_Own is another spelling of X-Own for them."""
-    fields = Fields([("Content_Length", "5"), ("TRANSFER_ENCODING", "chunked"), ("api_key", "1"),
-                     ("Connection", "X-Own, x_too"), ("X_Own", "2"), ("X-Too", "3")])
+    fields = Fields(
+        [
+            ("Content_Length", "5"),
+            ("TRANSFER_ENCODING", "chunked"),
+            ("api_key", "1"),
+            ("Connection", "X-Own, x_too"),
+            ("X_Own", "2"),
+            ("X-Too", "3"),
+        ]
+    )
     assert http1.end_to_end(fields) == [("api_key", "1")]
 
 
@@ -401,9 +426,16 @@ def test_name_is_plain_as_cgi_reads_it(odd):
     assert http1.plain_name(f"X{odd}Real-IP") == "x-real-ip"
     assert http1.plain_name(f"Content{odd}Length") == "content-length"
     assert http1.plain_name(f"{odd}A{odd}{odd}b1") == "-a--b1"
-    fields = Fields([(f"Transfer{odd}Encoding", "chunked"), (f"X{odd}Own", "1"),
-                     (f"Proxy{odd}Authorization", "x"), (f"A{odd}B", "2"),
-                     ("Connection", f"X-Own, x{odd}forwarded-for"), ("X-Forwarded-For", "3")])
+    fields = Fields(
+        [
+            (f"Transfer{odd}Encoding", "chunked"),
+            (f"X{odd}Own", "1"),
+            (f"Proxy{odd}Authorization", "x"),
+            (f"A{odd}B", "2"),
+            ("Connection", f"X-Own, x{odd}forwarded-for"),
+            ("X-Forwarded-For", "3"),
+        ]
+    )
     assert http1.end_to_end(fields) == [(f"A{odd}B", "2"), ("X-Forwarded-For", "3")]
     body = http1.ChunkedBody()
     body.feed(f"0\r\nX{odd}Real{odd}IP: 5\r\nC: d\r\n\r\n".encode())
@@ -416,8 +448,16 @@ def test_plain_name_of_a_usual_one_is_itself_in_lower_case():
 
 
 def test_end_to_end_drops_what_connection_names():
-    fields = Fields([("Connection", "X-One, x-two"), ("connection", "x-three"), ("X-One", "1"),
-                     ("X-TWO", "2"), ("X-Three", "3"), ("X-Four", "4")])
+    fields = Fields(
+        [
+            ("Connection", "X-One, x-two"),
+            ("connection", "x-three"),
+            ("X-One", "1"),
+            ("X-TWO", "2"),
+            ("X-Three", "3"),
+            ("X-Four", "4"),
+        ]
+    )
     assert http1.end_to_end(fields) == [("X-Four", "4")]
 
 
@@ -428,8 +468,14 @@ def test_connection_cannot_remove_an_essential_field(name):
 
 
 def test_upgrade_is_kept_on_demand_and_its_connection_is_not():
-    fields = Fields([("Connection", "Upgrade, X-A"), ("Upgrade", "websocket"), ("X-A", "1"),
-                     ("HTTP2-Settings", "AA")])
+    fields = Fields(
+        [
+            ("Connection", "Upgrade, X-A"),
+            ("Upgrade", "websocket"),
+            ("X-A", "1"),
+            ("HTTP2-Settings", "AA"),
+        ]
+    )
     assert http1.end_to_end(fields) == []
     assert http1.end_to_end(fields, keep_upgrade=True) == [("Upgrade", "websocket")]
 
@@ -438,13 +484,16 @@ def test_upgrade_is_kept_on_demand_and_its_connection_is_not():
 # How long a body is
 # ---------------------------------------------------------------------------------------------
 
+
 def test_request_without_length_has_no_body():
     assert http1.request_body(request("Host: a")) is None
 
 
 def test_content_length_sizes_a_body():
-    for body in (http1.request_body(request("Content-Length: 5")),
-                 http1.response_body(response("content-length:\t5 "), "GET")):
+    for body in (
+        http1.request_body(request("Content-Length: 5")),
+        http1.response_body(response("content-length:\t5 "), "GET"),
+    ):
         assert isinstance(body, http1.SizedBody)
         assert body.length == 5 and not body.complete
 
@@ -456,8 +505,10 @@ def test_content_length_of_zero_is_a_body_that_is_complete():
 
 
 def test_chunked_is_recognized_in_any_case():
-    for body in (http1.request_body(request("Transfer-Encoding: Chunked")),
-                 http1.response_body(response("transfer-encoding: chunked"), "GET")):
+    for body in (
+        http1.request_body(request("Transfer-Encoding: Chunked")),
+        http1.response_body(response("transfer-encoding: chunked"), "GET"),
+    ):
         assert isinstance(body, http1.ChunkedBody)
         assert body.length is None and not body.complete
 
@@ -471,7 +522,7 @@ def test_answer_without_length_lasts_until_close():
     ("GET", 205, True), ("GET", 304, False), ("GET", 404, True), ("HEAD", 200, False),
     ("HEAD", 404, False), ("CONNECT", 200, False), ("CONNECT", 299, False), ("CONNECT", 403, True),
     ("head", 200, True),
-])
+])  # fmt: skip
 def test_answers_that_never_have_a_body(method, status, has_body):
     for line in ("Content-Length: 5", "Transfer-Encoding: chunked", "A: b"):
         read = response(line, first=f"HTTP/1.1 {status} x")
@@ -520,7 +571,7 @@ BAD_FRAMING = [
     (400, ["Transfer-Encoding: chunked, gzip"]),
     (400, ["Transfer-Encoding: identity"]),
     (400, ["Transfer-Encoding: xchunked"]),
-    (400, ["Transfer-Encoding: \"chunked\""]),
+    (400, ['Transfer-Encoding: "chunked"']),
     (400, ["Transfer-Encoding: chunked;q=1"]),
     (400, ["Transfer-Encoding: \xa0chunked"]),
     (501, ["Transfer-Encoding: gzip, chunked"]),
@@ -615,19 +666,20 @@ def test_reject_transfer_encoding_in_http_1_0():
 
 
 def test_18_digits_are_a_length():
-    assert http1.request_body(request("Content-Length: " + "9" * 18)).length == 10 ** 18 - 1
+    assert http1.request_body(request("Content-Length: " + "9" * 18)).length == 10**18 - 1
 
 
 # ---------------------------------------------------------------------------------------------
 # What a body says
 # ---------------------------------------------------------------------------------------------
 
+
 def whole(data):
     return [data]
 
 
 def byte_by_byte(data):
-    return [data[at:at + 1] for at in range(len(data))]
+    return [data[at : at + 1] for at in range(len(data))]
 
 
 def read_body(body, parts):
@@ -662,7 +714,7 @@ def test_sized_body_of_nothing_leaves_everything_to_the_next_message():
     (http1.SizedBody(5), b""), (http1.SizedBody(5), b"hell"), (http1.ChunkedBody(), b""),
     (http1.ChunkedBody(), b"5\r\nhello\r\n"), (http1.ChunkedBody(), b"0\r\n"),
     (http1.ChunkedBody(), b"0\r\nA: b\r\n"),
-])
+])  # fmt: skip
 def test_reject_body_cut_short(body, fed):
     body.feed(fed)
     assert not body.complete
@@ -681,11 +733,14 @@ CHUNKED = {
     "none": (b"0\r\n\r\n", b"", []),
     "one": (b"5\r\nhello\r\n0\r\n\r\n", b"hello", []),
     "two": (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n", b"hello world", []),
-    "hex": (b"1A\r\n" + b"x" * 26 + b"\r\n00b\r\n" + b"y" * 11 + b"\r\n000\r\n\r\n",
-            b"x" * 26 + b"y" * 11, []),
+    "hex": (
+        b"1A\r\n" + b"x" * 26 + b"\r\n00b\r\n" + b"y" * 11 + b"\r\n000\r\n\r\n",
+        b"x" * 26 + b"y" * 11,
+        [],
+    ),
     "sixteen digits": (b"0000000000000001\r\nx\r\n0000000000000000\r\n\r\n", b"x", []),
     "line ends inside": (b"6\r\n\r\n0\r\n\r\r\n0\r\n\r\n", b"\r\n0\r\n\r", []),
-    "extensions": (b"1;a\r\nx\r\n1;a=b;c=\"d;\\\"\xe9\"\r\ny\r\n0 ; a = b\r\n\r\n", b"xy", []),
+    "extensions": (b'1;a\r\nx\r\n1;a=b;c="d;\\"\xe9"\r\ny\r\n0 ; a = b\r\n\r\n', b"xy", []),
     "trailers": (b"1\r\nx\r\n0\r\nX-Sum: 9\r\nx-b:\r\n\r\n", b"x", [("X-Sum", "9"), ("x-b", "")]),
 }
 
@@ -757,8 +812,8 @@ BAD_CHUNKED = [
     b"00000000000000005\r\nhello",
     b"5;\r\nhello",
     b"5;a=\r\nhello",
-    b"5;a=\"\r\nhello",
-    b"5;a=\"\n\"\r\nhello",
+    b'5;a="\r\nhello',
+    b'5;a="\n"\r\nhello',
     b"5;a=\x00\r\nhello",
     b"5;a b\r\nhello",
     b"5,a\r\nhello",
@@ -801,7 +856,7 @@ def test_reject_trailers_without_end(split):
 @pytest.mark.parametrize("name", [
     "Content-Length", "Transfer-Encoding", "Host", "Trailer", "Authorization", "Content-Type",
     "Cookie", "Set-Cookie", "Connection", "X-Forwarded-For", "TE", "Upgrade", "Expect", "Location",
-    "Content_Length", "x_forwarded_for"])
+    "Content_Length", "x_forwarded_for"])  # fmt: skip
 def test_trailers_that_come_too_late_are_dropped(name):
     body = http1.ChunkedBody()
     body.feed(f"0\r\nA: b\r\n{name}: 5\r\nC: d\r\n\r\n".encode())
@@ -831,6 +886,7 @@ def test_extensions_of_a_body_are_bounded_by_its_payload():
 @pytest.mark.timeout(30)
 def test_chunk_of_one_byte_costs_no_more_a_byte_than_a_head():
     """So a visitor gains nothing by them, and TLS and the kernel bound it as they bound all."""
+
     def cost(function, data):
         best = math.inf
         for _ in range(5):
@@ -841,7 +897,7 @@ def test_chunk_of_one_byte_costs_no_more_a_byte_than_a_head():
         return best
 
     def read_head(head):
-        read = http1.parse_request(head[:http1.head_end(head)])
+        read = http1.parse_request(head[: http1.head_end(head)])
         http1.hostname(read)
         http1.request_body(read)
 
@@ -863,6 +919,7 @@ def test_chunked_body_holds_back_no_more_than_a_line():
 # The way out
 # ---------------------------------------------------------------------------------------------
 
+
 def test_head_is_encoded_as_it_was_read():
     head = b"GET /a HTTP/1.1\r\nHost: a\r\nX-B: \xff\r\n\r\n"
     read = http1.parse_request(head)
@@ -872,7 +929,7 @@ def test_head_is_encoded_as_it_was_read():
 
 @pytest.mark.parametrize("line, name, value", [
     ("GET / HTTP/1.1", "A", "b\r\nC: d"), ("GET / HTTP/1.1", "A", "b\n"), ("GET /", "A\r", "b"),
-    ("GET /\r\n", "A", "b"), ("GET /", "A", "\x00"), ("GET /", "A", "\u20ac")])
+    ("GET /\r\n", "A", "b"), ("GET /", "A", "\x00"), ("GET /", "A", "\u20ac")])  # fmt: skip
 def test_no_value_adds_a_line_to_an_encoded_head(line, name, value):
     with pytest.raises(ValueError):
         http1.encode_head(line, [(name, value)])
@@ -889,11 +946,11 @@ def test_encoded_chunks_are_read_again_at_any_split():
     chance = random.Random(9112)
     for _ in range(50):
         payload = chance.randbytes(chance.randint(1, 300))
-        encoded = b"".join(http1.encode_chunk(payload[at:at + 37]) for at in range(0, 300, 37))
+        encoded = b"".join(http1.encode_chunk(payload[at : at + 37]) for at in range(0, 300, 37))
         encoded += http1.encode_last_chunk([("A", "b")])
         size = chance.randint(1, 60)
         body = http1.ChunkedBody()
-        parts = [encoded[at:at + size] for at in range(0, len(encoded), size)]
+        parts = [encoded[at : at + size] for at in range(0, len(encoded), size)]
         assert read_body(body, parts) == payload
         assert body.complete and body.trailers == [("A", "b")]
 
@@ -905,15 +962,30 @@ def test_encoded_chunks_are_read_again_at_any_split():
 FUZZ_SEEDS = [
     b"POST http://a:80/b?c HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nConnection: x, close\r\n"
     b"\r\nhello",
-    b"POST / HTTP/1.1\r\nHost: [::1]:8\r\nTransfer-Encoding: chunked\r\n\r\n5;a=\"b\"\r\nhello\r\n"
+    b'POST / HTTP/1.1\r\nHost: [::1]:8\r\nTransfer-Encoding: chunked\r\n\r\n5;a="b"\r\nhello\r\n'
     b"0\r\nA: b\r\n\r\n",
     b"CONNECT a:22 HTTP/1.0\r\nA:b\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
     b"HTTP/1.0 404\r\nSet-Cookie: a\r\nContent-Length: 3\r\n\r\nabcdef",
 ]
 FUZZ_PIECES = [
-    b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b";", b",", b"\x00", b"\xff", b"0", b"[", b"]",
-    b"\r\n\r\n", b"http://", b"Content-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b"\t",
+    b":",
+    b";",
+    b",",
+    b"\x00",
+    b"\xff",
+    b"0",
+    b"[",
+    b"]",
+    b"\r\n\r\n",
+    b"http://",
+    b"Content-Length: 1\r\n",
+    b"Transfer-Encoding: chunked\r\n",
 ]
 
 
@@ -937,7 +1009,7 @@ def read_all(data):
     assert http1.parse_request(again).fields.items == message.fields.items
     http1.encode_head("x", http1.end_to_end(message.fields))
     if body is not None:
-        read_body(body, [data[end:end + 3], data[end + 3:]])
+        read_body(body, [data[end : end + 3], data[end + 3 :]])
         body.eof()
         http1.encode_last_chunk(body.trailers)
     return "read"
@@ -951,7 +1023,7 @@ def test_any_bytes_are_read_or_malformed():
         for _ in range(chance.randint(1, 3)):
             at = chance.randrange(len(data) + 1)
             piece = chance.choice([chance.choice(FUZZ_PIECES), chance.randbytes(1), b""])
-            data = data[:at] + piece + data[at + chance.randrange(3):]
+            data = data[:at] + piece + data[at + chance.randrange(3) :]
         try:
             outcomes[read_all(data)] += 1
         except Malformed:
@@ -973,7 +1045,7 @@ def test_any_bytes_given_as_a_head_are_read_or_malformed():
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("line", [
     "a" * 65000, "a: " + " " * 65000, "a:" + " \t" * 32000 + "b", "a:" + " b" * 32000,
-    "a" * 65000 + " :", "a: b" + " " * 65000, " " * 65000])
+    "a" * 65000 + " :", "a: b" + " " * 65000, " " * 65000])  # fmt: skip
 def test_hostile_field_line_costs_its_length_and_not_its_square(line):
     """Each takes under a millisecond; a search that starts over and over takes minutes."""
     try:
@@ -997,7 +1069,7 @@ def test_hostile_fold_costs_its_length_and_not_its_square():
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("line", [
     b"1" + b";a" * 2000, b"1" + b" ;a =a" * 600, b"1" + b" " * 4000, b"1;a=\"" + b"\\\"" * 2000,
-    b"1;" + b"a" * 4000 + b"="])
+    b"1;" + b"a" * 4000 + b"="])  # fmt: skip
 def test_hostile_chunk_line_of_an_answer_costs_its_length_and_not_its_square(line):
     refused(400, http1.ChunkedBody(lenient=True).feed, line + b"@\r\n")
 
@@ -1005,6 +1077,6 @@ def test_hostile_chunk_line_of_an_answer_costs_its_length_and_not_its_square(lin
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("line", [
     b"1" + b";a" * 2000, b"1" + b" ;a =a" * 600, b"1" + b" " * 4000, b"1;a=\"" + b"\\\"" * 2000,
-    b"1;" + b"a" * 4000 + b"="])
+    b"1;" + b"a" * 4000 + b"="])  # fmt: skip
 def test_hostile_chunk_line_costs_its_length_and_not_its_square(line):
     refused(400, http1.ChunkedBody().feed, line + b"@\r\n")

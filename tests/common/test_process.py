@@ -40,9 +40,7 @@ def test_second_signal_ends_a_process_at_once_though_nobody_reads_its_standard_e
         os.close(write)
 
 
-def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(
-    monkeypatch, caplog
-):
+def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(monkeypatch, caplog):
     called = threading.Semaphore(0)
     workers = Workers(2, "worker")
     with monkeypatch.context() as shortage:

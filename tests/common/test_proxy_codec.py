@@ -40,8 +40,8 @@ def tlv(kind, value):
 
 
 INET = bytes([192, 168, 0, 1]) + bytes([192, 168, 0, 11]) + bytes.fromhex("dc0401bb")
-INET6 = bytes.fromhex(f"20010db8{'00' * 11}01" f"20010db8{'00' * 11}02" "dc0401bb")
-MAPPED = bytes.fromhex(f"{'00' * 10}ffffc0000201" f"{'00' * 10}ffffc0000202" "dc0401bb")
+INET6 = bytes.fromhex(f"20010db8{'00' * 11}0120010db8{'00' * 11}02dc0401bb")
+MAPPED = bytes.fromhex(f"{'00' * 10}ffffc0000201{'00' * 10}ffffc0000202dc0401bb")
 UNIX = b"/run/a.sock".ljust(108, b"\0") + b"/run/b.sock".ljust(108, b"\0")
 # What balancers append: ALPN, authority, CRC32c, padding, unique id, TLS, namespace, their own.
 TLVS = (

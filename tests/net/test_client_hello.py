@@ -43,8 +43,14 @@ def alpn(*names):
 
 def body(extensions=None, session_id=b"", ciphers=b"\x13\x01", compressions=b"\x00"):
     """A ClientHello; ``extensions`` of None leaves the block out."""
-    return (b"\x03\x03" + bytes(32) + vector(1, session_id) + vector(2, ciphers)
-            + vector(1, compressions) + (b"" if extensions is None else vector(2, extensions)))
+    return (
+        b"\x03\x03"
+        + bytes(32)
+        + vector(1, session_id)
+        + vector(2, ciphers)
+        + vector(1, compressions)
+        + (b"" if extensions is None else vector(2, extensions))
+    )
 
 
 def message(content):
@@ -56,8 +62,9 @@ def parse(data):
 
 
 def records(joined, size=16384):
-    return b"".join(b"\x16\x03\x01" + vector(2, joined[at:at + size])
-                    for at in range(0, len(joined), size))
+    return b"".join(
+        b"\x16\x03\x01" + vector(2, joined[at : at + size]) for at in range(0, len(joined), size)
+    )
 
 
 def hello_with(extensions):
@@ -67,12 +74,18 @@ def hello_with(extensions):
 REAL = {
     "name": (real_hello("app.example.com"), Hello("app.example.com", ())),
     "no name": (real_hello(None), Hello(None, ())),
-    "name and alpn": (real_hello("App.Example.com", ["h2", "http/1.1"]),
-                      Hello("app.example.com", ("h2", "http/1.1"))),
-    "challenge": (real_hello("app.example.com", ["acme-tls/1"]),
-                  Hello("app.example.com", ("acme-tls/1",))),
-    "tls 1.2 only": (real_hello("app.example.com", newest=ssl.TLSVersion.TLSv1_2),
-                     Hello("app.example.com", ())),
+    "name and alpn": (
+        real_hello("App.Example.com", ["h2", "http/1.1"]),
+        Hello("app.example.com", ("h2", "http/1.1")),
+    ),
+    "challenge": (
+        real_hello("app.example.com", ["acme-tls/1"]),
+        Hello("app.example.com", ("acme-tls/1",)),
+    ),
+    "tls 1.2 only": (
+        real_hello("app.example.com", newest=ssl.TLSVersion.TLSv1_2),
+        Hello("app.example.com", ()),
+    ),
     "address": (real_hello("192.0.2.1"), Hello(None, ())),
 }
 
@@ -84,15 +97,21 @@ GOOD = REAL | {
     "short name": (hello_with(sni(b"a")), Hello("a", ())),
     "longest name": (hello_with(sni(LONGEST_NAME.encode())), Hello(LONGEST_NAME, ())),
     "case and dot": (hello_with(sni(b"APP.example.com.")), Hello("app.example.com", ())),
-    "underscore, hyphens": (hello_with(sni(b"_x.xn--bcher-kva.example")),
-                            Hello("_x.xn--bcher-kva.example", ())),
+    "underscore, hyphens": (
+        hello_with(sni(b"_x.xn--bcher-kva.example")),
+        Hello("_x.xn--bcher-kva.example", ()),
+    ),
     "ipv4": (hello_with(sni(b"192.0.2.1")), Hello(None, ())),
     "ipv6": (hello_with(sni(b"2001:db8::1")), Hello(None, ())),
     "other name type": (hello_with(sni(b"what", kind=7)), Hello(None, ())),
-    "any protocol bytes": (hello_with(alpn(b"\x0a\x0a", b"\xff", b"http/1.1")),
-                           Hello(None, ("\n\n", "\xff", "http/1.1"))),
-    "unknown extension": (hello_with(extension(0x1A1A, b"") + sni(b"a") + alpn(b"h2")),
-                          Hello("a", ("h2",))),
+    "any protocol bytes": (
+        hello_with(alpn(b"\x0a\x0a", b"\xff", b"http/1.1")),
+        Hello(None, ("\n\n", "\xff", "http/1.1")),
+    ),
+    "unknown extension": (
+        hello_with(extension(0x1A1A, b"") + sni(b"a") + alpn(b"h2")),
+        Hello("a", ("h2",)),
+    ),
     "small records": (records(message(body(sni(b"a"))), size=3), Hello("a", ())),
     "bytes behind it": (hello_with(sni(b"a")) + b"\x17\x03\x03 whatever", Hello("a", ())),
 }
@@ -132,8 +151,10 @@ NOT_HELLOS = {
     "later empty record": (records(b"\x01") + b"\x16\x03\x01\x00\x00", "record of 0 bytes"),
     "long record": (b"\x16\x03\x01\x40\x01", "record of 16385 bytes"),
     "server hello": (b"\x16\x03\x03\x00\x04\x02", "handshake type 2"),
-    "second record of another type": (records(message(body()), size=9)[:14] + b"\x17",
-                                      "record type 23"),
+    "second record of another type": (
+        records(message(body()), size=9)[:14] + b"\x17",
+        "record type 23",
+    ),
     "too long": (b"\x16\x03\x01\x40\x00\x01\x00\x3f\xfd", "hello of 16385 bytes"),
     "empty": (records(message(b"")), "session id"),
     "cut in random": (records(message(body()[:20])), "session id"),
@@ -203,13 +224,14 @@ def test_longest_hello_is_accepted_and_a_longer_one_is_not():
     def padded(size):
         spare = size - len(hello_with(extension(21, b"")))
         return hello_with(extension(21, bytes(spare)))
+
     assert parse(padded(client_hello.HELLO_LIMIT)) == Hello(None, ())
     assert parse(padded(client_hello.HELLO_LIMIT)[:-1]) is None
     longer = padded(client_hello.HELLO_LIMIT + 1)
     with pytest.raises(NotTLS, match="no end of the hello"):
         parse(longer)
     with pytest.raises(NotTLS, match="no end of the hello"):
-        parse(longer[:client_hello.HELLO_LIMIT])
+        parse(longer[: client_hello.HELLO_LIMIT])
 
 
 def test_any_bytes_give_a_value_or_not_tls():
@@ -226,7 +248,7 @@ def test_any_bytes_give_a_value_or_not_tls():
             elif choice == 1:
                 data[at] ^= 1 << chance.randrange(8)
             elif choice == 2:
-                del data[at:at + chance.randint(1, 4)]
+                del data[at : at + chance.randint(1, 4)]
                 data = data or bytearray(b"\x16")
             else:
                 data[at:at] = chance.randbytes(chance.randint(1, 4))

@@ -54,7 +54,7 @@ def test_a_certificate_with_any_byte_changed_is_malformed_or_fine():
     refused = 0
     for place in range(len(der)):
         for value in (0, 7, 0xA3, 0xFF):
-            changed = der[:place] + bytes([value]) + der[place + 1:]
+            changed = der[:place] + bytes([value]) + der[place + 1 :]
             try:
                 leaf = x509.load_der_x509_certificate(changed)
                 leaf.public_key(), leaf.issuer.rfc4514_string(), leaf.subject, leaf.extensions

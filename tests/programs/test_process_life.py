@@ -147,8 +147,11 @@ def test_no_part_of_a_tcp_visit_looks_whole_when_a_program_is_killed(
     cache, tmp_path, origin, which, door
 ):
     with killable(cache, tmp_path, origin, which) as (gateway, kill):
-        with (gateway.dial(RAW) if door == "TLS" else
-              Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))) as visitor:
+        with (
+            gateway.dial(RAW)
+            if door == "TLS"
+            else Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))
+        ) as visitor:
             visitor.send(b"SSH-")
             with origin.accept() as target:
                 target.read_exactly(4)
@@ -199,8 +202,11 @@ def test_a_slow_reader_gets_all_of_a_visit_that_has_ended_well(cache, tmp_path, 
     """What closing resets until the end must not be reset behind the end."""
     content = bytes(range(256)) * 8192
     with killable(cache, tmp_path, origin, "agent") as (gateway, _):
-        with (gateway.dial(RAW) if door == "TLS" else
-              Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))) as visitor:
+        with (
+            gateway.dial(RAW)
+            if door == "TLS"
+            else Wire(socket.create_connection(("127.0.0.1", gateway.public_port)))
+        ) as visitor:
             visitor.send(b"SSH-")
             visitor.finish()
             with origin.accept() as target:

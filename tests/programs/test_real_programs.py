@@ -777,8 +777,9 @@ def test_hot_reload_of_vite_changes_the_open_page(gateway, served, vite, tmp_pat
 
 def says(text):
     """Whether an event is a line of the page's console with ``text`` in it."""
-    return lambda method, event: method == "Runtime.consoleAPICalled" and any(
-        text in str(argument.get("value")) for argument in event["args"]
+    return lambda method, event: (
+        method == "Runtime.consoleAPICalled"
+        and any(text in str(argument.get("value")) for argument in event["args"])
     )
 
 

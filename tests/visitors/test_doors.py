@@ -687,9 +687,7 @@ def test_agent_that_does_not_know_of_later_ports_gets_none(cache, free_port, soo
             assert not served._missing
 
 
-def test_port_that_fails_to_open_costs_no_hostname(
-    cache, tmp_path, origin, free_port, monkeypatch
-):
+def test_port_that_fails_to_open_costs_no_hostname(cache, tmp_path, origin, free_port, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -790,9 +788,7 @@ def test_gateway_counts_visits_whose_target_is_down(cache, tmp_path, free_port):
             wait_until(lambda: registered.failed[RAW] == 2)
 
 
-def test_go_agent_is_reached_by_the_doors_that_need_nothing_of_it(
-    gopeer, cache, tmp_path, origin
-):
+def test_go_agent_is_reached_by_the_doors_that_need_nothing_of_it(gopeer, cache, tmp_path, origin):
     with gateway_here(cache, RAW_TCP_HOST=RAW) as gateway:
         with go_agent(gopeer, gateway, tcp={RAW: origin.port}):
             gateway.wait_for_routes(RAW)

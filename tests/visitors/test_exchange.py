@@ -611,9 +611,7 @@ def test_body_at_hand_goes_with_the_head_and_takes_no_thread(monkeypatch):
     assert visitor.events[1:] == ["close", ("finish", b"ok")]  # such a stream is not kept
 
 
-def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(
-    monkeypatch, caplog
-):
+def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(monkeypatch, caplog):
     def refuse(*_):
         raise NoThread("no thread to be had: raise the limit (ulimit -u)")
 

@@ -241,9 +241,7 @@ LATE = {  # what targets send behind them
 
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 @pytest.mark.parametrize("whole", WHOLE.values(), ids=WHOLE)
-def test_late_bytes_of_an_answer_end_its_connection_and_reach_nobody(
-    gateway, origin, whole, late
-):
+def test_late_bytes_of_an_answer_end_its_connection_and_reach_nobody(gateway, origin, whole, late):
     with gateway.dial(APP) as visitor:
         visitor.send(request())
         target = origin.accept()
@@ -962,9 +960,7 @@ def test_many_visitors_at_once_each_get_their_own_answers(gateway, origin, scrip
         assert list(pool.map(visit, range(VISITORS))) == list(range(VISITORS))
 
 
-def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(
-    tmp_path, origin
-):
+def test_restarted_gateway_has_a_page_for_a_hostname_until_its_agent_is_back(tmp_path, origin):
     origin.serve(echo_path)
     cache = tmp_path / "cache"
     with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, http={APP: origin.port}):

@@ -231,9 +231,7 @@ def behind_proxy(gateway, hostname, header, send=socket.socket.sendall):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_http_visitor_behind_a_trusted_proxy_is_who_it_says(
-    cache, tmp_path, origin, version, send
-):
+def test_http_visitor_behind_a_trusted_proxy_is_who_it_says(cache, tmp_path, origin, version, send):
     header = encode(version, VISITOR, DESTINATION)
     with pair(cache, tmp_path, origin.port, **TRUSTED) as gateway:
         with behind_proxy(gateway, APP, header, send) as visitor:

@@ -367,7 +367,6 @@ def test_visitor_that_leaves_after_its_answer_is_not_waited_for(serving, origin)
     wait_until(lambda: not gateway.inner._visitors.parting._taken, 3)
 
 
-
 # Visitors that make much work of few bytes -------------------------------------------------------
 
 

@@ -607,6 +607,7 @@ def test_a_flood_of_records_without_payload_ends(version, make):
 def test_a_read_returns_although_records_without_payload_come_as_fast_as_they_are_read():
     """Else it would hold its thread for as long as its peer likes."""
     with by_hand() as (client, server):
+
         class Quick:
             """The server's socket, in which something new always lies."""
 

@@ -266,6 +266,7 @@ def test_whatever_comes_the_reader_raises_protocol_error_or_nothing(seed):
 
 def reader_of(data):
     """A read_exactly() over bytes."""
+
     def read_exactly(count):
         nonlocal data
         assert len(data) >= count, "it reads more than there is"
