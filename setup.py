@@ -3,8 +3,9 @@
     pip install .              the agent
     pip install '.[server]'    the agent and the gateway
     pip install '.[test]'      what the tests need, too
+    pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
-The three lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+The four lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
 import re
@@ -45,6 +46,14 @@ TEST = [
     "flask>=3.0",
 ]
 
+CHECK = [
+    # One version each: another would format other lines, or find other faults. Raise them by hand.
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-PyYAML==6.0.12.20261122",
+    "types-requests==2.33.0.20261030",
+]
+
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "gotunnel.py").read_text("utf-8"), re.M)
 
@@ -68,7 +77,7 @@ setup(
     ],
     package_data={"gotunnel_server.visitors": ["dashboard.html"]},
     install_requires=AGENT,
-    extras_require={"server": SERVER, "test": SERVER + TEST},
+    extras_require={"server": SERVER, "test": SERVER + TEST, "check": SERVER + CHECK},
     entry_points={
         "console_scripts": [
             "gotunnel-agent = gotunnel_agent.__main__:main",

@@ -467,7 +467,7 @@ class Yamux:
         go = self.go()
         here, ours, beside = self.ends("here"), self.ends("echo"), self.ends("beside")
         as_go = "both ends in one process, without TLS, as Go's"
-        for what, ours, name, note in (
+        for what, value, name, note in (
             ("echo, us", here["echo"], "echo_us", as_go),
             ("open, echo, close, us", here["alone"], "open_echo_close_us", as_go),
             ("echo, us, two processes, TLS", ours["echo"], "echo_us", ""),
@@ -475,7 +475,7 @@ class Yamux:
             ("echo beside 4 of bulk, us", beside["echo"], "echo_beside_bulk_us",
              "p99 {:.1f} ms, bulk {:.0f} MB/s".format(beside["late"] / 1000, beside["rate"])),
         ):  # fmt: skip
-            yield self.figures(what, ours, go.get(name), "Go", note)
+            yield self.figures(what, value, go.get(name), "Go", note)
 
     def _sizes(self):
         idle = self.ends("idle")

@@ -28,7 +28,11 @@ FOLDER = os.path.join(ROOT, ".venv")
 OLDEST_PYTHON = (3, 10)
 
 # The lists in setup.py that each tool needs.
-NEEDS = {"server": ("AGENT", "SERVER"), "test": ("AGENT", "SERVER", "TEST")}
+NEEDS = {
+    "server": ("AGENT", "SERVER"),
+    "test": ("AGENT", "SERVER", "TEST"),
+    "check": ("AGENT", "SERVER", "CHECK"),
+}
 
 # As shells count: a program that a signal ended has 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT

@@ -315,10 +315,12 @@ class Exchange:
         self._half_close = relayed
         try:
             self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
-        except ConnectionError:
-            raise self._agent_gone()
-        except TimeoutError:
-            raise TargetFailed(503, "agent-busy", f"The agent of {route.hostname} is busy.")
+        except ConnectionError as error:
+            raise self._agent_gone() from error
+        except TimeoutError as error:
+            raise TargetFailed(
+                503, "agent-busy", f"The agent of {route.hostname} is busy."
+            ) from error
         self._fresh = stream = self._stream
         try:
             return self._await_answer()
@@ -345,7 +347,9 @@ class Exchange:
                 self._upload.start(self._stream, first)
             except NoThread as error:
                 log.warning("%s: %s; a request is refused", self._route.hostname, error)
-                raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
+                raise TargetFailed(
+                    503, "gateway-busy", "The gateway has no room for it now."
+                ) from error
         if data := self._next(self._timeout):
             return data
         raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
@@ -410,11 +414,13 @@ class Exchange:
         except ConnectionError as error:
             self._check_upload()
             if isinstance(error, SessionClosed):
-                raise self._agent_gone()
+                raise self._agent_gone() from error
             refusal = refusals.BY_CODE.get(getattr(error, "code", 0))
             if refusal is not None:
-                raise TargetFailed(502, refusal.word, refusal.text)
-            raise TargetFailed(502, "cut-short", f"The service cannot be reached: {error}.")
+                raise TargetFailed(502, refusal.word, refusal.text) from error
+            raise TargetFailed(
+                502, "cut-short", f"The service cannot be reached: {error}."
+            ) from error
 
     def _check_upload(self):
         """Raise what has ended the request's body early, if anything."""

@@ -453,7 +453,7 @@ def listening(arguments, local="auto"):
 def test_each_client_of_the_local_port_is_a_visit_of_its_own(gateway, origin):
     with listening(words(gateway)) as (_, dial), contextlib.ExitStack() as stack:
         pairs = []
-        for number in range(5):
+        for _ in range(5):
             client = stack.enter_context(dial())
             pairs.append((client, stack.enter_context(origin.accept())))
         for number, (client, _) in enumerate(pairs):

@@ -143,7 +143,8 @@ def test_the_log_names_the_credential(gateway, agents_file, caplog):
     with registered(gateway, OTHER):
         wait_until(lambda: f"agent at 127.0.0.1 registered {OTHER}" in caplog.text)
     for words in (f"registered {APP}", f"refused: not allowed: {OTHER}"):
-        wait_until(lambda: f"agent office at 127.0.0.1 {words}" in caplog.text)
+        line = f"agent office at 127.0.0.1 {words}"
+        wait_until(lambda line=line: line in caplog.text)
 
 
 def test_a_token_may_be_narrower_than_the_shared_secret(gateway):

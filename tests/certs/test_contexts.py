@@ -1273,7 +1273,7 @@ def test_an_ordered_certificate_gives_way_to_none_that_is_older(tmp_path, served
 
 def test_second_start_serves_the_same_certificate(ca, tmp_path):
     serials = []
-    for start in range(2):
+    for _ in range(2):
         certificates = Certificates(None, Authority(tmp_path / "ca"))
         certificates.ensure("a.test")
         serials.append(served_serial(certificates.front("gw.test"), client_context(ca), "a.test"))

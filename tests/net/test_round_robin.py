@@ -81,7 +81,7 @@ class Waiting:
         for _ in range(len([thread for thread in self._threads if thread.is_alive()])):
             count = len(self.inside)
             self.gate.leave()
-            wait_until(lambda: len(self.inside) > count)
+            wait_until(lambda count=count: len(self.inside) > count)
         for thread in self._threads:
             thread.join(TIMEOUT)
 

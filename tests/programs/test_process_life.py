@@ -88,7 +88,7 @@ def unread_gateway(cache):
 
         def wait_for_routes(*hostnames):
             for hostname in hostnames:
-                wait_until(lambda: answers(hostname, 200))
+                wait_until(lambda hostname=hostname: answers(hostname, 200))
 
         gateway = Gateway(public, tunnel, ca_of(cache), wait_for_routes)
         wait_until(lambda: answers(GATEWAY_HOST, 200))

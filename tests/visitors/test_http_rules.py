@@ -766,7 +766,7 @@ def test_request_is_sent_at_most_twice(gateway, origin, count):
     for number, (visitor, target) in enumerate(visitors, 1):
         target.send(answer(b"ok"))
         visitor.read_message()
-        wait_until(lambda: len(kept_streams(gateway)) == number)
+        wait_until(lambda number=number: len(kept_streams(gateway)) == number)
     with gateway.dial(APP) as visitor:
         visitor.send(request("GET", "/deadly"))
         visitors[-1][1].read_until(b"GET /deadly ")
@@ -776,7 +776,7 @@ def test_request_is_sent_at_most_twice(gateway, origin, count):
         fresh.close()
         assert error_of(visitor.read_message()[0]) == (502, "no-answer")
         assert origin.was_left_alone()
-    for visitor, target in visitors[:-1]:
+    for _, target in visitors[:-1]:
         target.sock.settimeout(0)
         with pytest.raises(BlockingIOError):
             target.read()

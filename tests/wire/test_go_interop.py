@@ -75,7 +75,9 @@ def test_tcp_carries_bytes_both_ways(gopeer, cache, tmp_path, origin, which, siz
         with gateway.dial(RAW) as visitor, origin.accept() as target:
             came = []
             for sender, receiver, data in ((visitor, target, up), (target, visitor, down)):
-                reading = threading.Thread(target=lambda: came.append(receiver.read_exactly(size)))
+                reading = threading.Thread(
+                    target=lambda receiver=receiver: came.append(receiver.read_exactly(size))
+                )
                 reading.start()
                 sender.send(data)
                 reading.join(3 * TIMEOUT)
@@ -131,7 +133,7 @@ def test_one_session_survives_hundreds_of_visits(gopeer, cache, tmp_path, origin
     """A second FIN on a stream, or a stream that is never ended, would show here."""
     origin.serve(echo)
     with pair(which, gopeer, cache, tmp_path, http={APP: origin.port}) as gateway:
-        for number in range(10):
+        for _ in range(10):
             with gateway.visitor(APP) as visitor:
                 for turn in range(30):
                     body = b"x" * (turn * 100)
