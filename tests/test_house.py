@@ -315,7 +315,6 @@ UNTYPED = {
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",
     "gotunnel_server/net/listener.py",
-    "gotunnel_server/net/round_robin.py",
     "gotunnel_server/net/shares.py",
     "gotunnel_server/routes.py",
     "gotunnel_server/visitors/arrival.py",

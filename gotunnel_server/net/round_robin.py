@@ -1,12 +1,13 @@
-"""Round robin: keys that wait take turns, so that a long queue holds up only its own key.
+"""Round robin: each key, such as an address, has a queue of its own, and the keys take turns.
 
-In one queue for all, work of an address that floods stands before that of all others. Here each
-key, such as an address, has a queue of its own.
+In one queue for all, the jobs of a flooding address would stand before everybody else's
+(head-of-line blocking). Here a long queue delays only its own key.
 """
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from gotunnel_agent.common.process import Workers
 
@@ -14,25 +15,27 @@ from .shares import PARTS
 
 
 class RoundRobin:
-    """Items that wait, each under a path of keys, such as (tunnel, address): the tunnels take
-    turns, and within one tunnel the addresses. All paths are equally long. Not for two threads at
-    once."""
+    """Waiting items, each under a path of keys, such as (tunnel, address): the tunnels take turns,
+    and within one tunnel the addresses. All paths have the same length. One thread at a time."""
 
-    def __init__(self):
-        self._queues = OrderedDict()  # key: its deque or RoundRobin, never empty; next first
+    def __init__(self) -> None:
+        # Key: RoundRobin of the rest of its paths, or deque of items if there is no rest. Never an
+        # empty one. The key whose turn is next comes first.
+        self._queues: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._queues)
 
-    def put(self, path: tuple, item):
-        """Behind the others of ``path``; a key that has none waits for one turn of all others."""
+    def put(self, path: Sequence[Hashable], item: object) -> None:
+        """Append an item to the queue of ``path``. A key without items gets its first turn after
+        one turn of each other key."""
         key, *rest = path
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = RoundRobin() if rest else deque()
         queue.put(rest, item) if rest else queue.append(item)
 
-    def pop(self):
+    def pop(self) -> Any:
         """The next item. Raises KeyError if there is none."""
         key, queue = self._queues.popitem(last=False)
         item = queue.pop() if isinstance(queue, RoundRobin) else queue.popleft()
@@ -42,52 +45,55 @@ class RoundRobin:
 
 
 class FairWorkers:
-    """A bounded pool of threads, whose jobs take turns by key. Any thread."""
+    """A bounded pool of threads whose jobs take turns by key. Any thread."""
 
     def __init__(self, most: int, name: str):
-        """As Workers."""
+        """Parameters as for Workers."""
         self._workers = Workers(most, name)
         self.shutdown = self._workers.shutdown
         self._waiting = RoundRobin()
-        self._lock = threading.Lock()  # guards _waiting, which has an item for each job in the pool
+        self._lock = threading.Lock()  # guards _waiting: one item for each job in the pool
 
     @property
     def crowded(self) -> bool:
         """Whether a job waits for a thread."""
         return self._workers.crowded
 
-    def submit(self, function: Callable, key: Hashable = None):
-        """Have a thread call ``function`` when it is the turn of ``key``. Raises Stopped after
+    def submit(self, function: Callable[[], object], key: Hashable = None) -> None:
+        """Have a thread call ``function`` when ``key`` has its turn. Raises Stopped after
         shutdown()."""
         with self._lock:
             self._workers.submit(self._take_turn)
             self._waiting.put((key,), function)
 
-    def _take_turn(self):
+    def _take_turn(self) -> None:
         with self._lock:
             function = self._waiting.pop()
         function()
 
 
 class Gate:
-    """Lets so many threads in at a time. Few others wait: they take turns by group, and within a
-    group by key, and of the places to wait each has a falling share, as in shares.py. Any
-    thread."""
+    """A semaphore with fair, bounded waiting. Threads that wait take turns by group, and within a
+    group by key. Each group, and each key in it, has a falling share of the places to wait, as in
+    shares.py. Any thread."""
 
     def __init__(self, at_once: int, waiting: int):
+        """``at_once`` threads are let in at a time, ``waiting`` others may wait."""
         self._free = at_once
-        self._places = waiting  # that are left
+        self._places = waiting  # free places to wait
         self._waiting = RoundRobin()
-        self._held = Counter()  # group, and (group, key): places
-        self._lock = threading.Lock()  # guards all of them
+        self._held: Counter[Hashable] = Counter()  # by group, and by (group, key): places taken
+        self._lock = threading.Lock()  # guards the four above
 
     def enter(self, group: Hashable, key: Hashable) -> bool:
-        """Wait for a turn. False, at once, if there is no place to wait; True: leave() follows."""
+        """Wait for a turn; then the caller owes a leave(). False, at once, if there is no place to
+        wait."""
         with self._lock:
             if self._free:
                 self._free -= 1
                 return True
-            # What the group may still take, a third of all for one alone; a third of it for a key.
+            # Places that the group may still take (a group alone: a third of all). One key may
+            # take a third of those.
             room = (self._places - PARTS * self._held[group] + PARTS) // (PARTS + 1)
             if PARTS * self._held[group, key] >= room:
                 return False
@@ -97,7 +103,8 @@ class Gate:
         turn.wait()
         return True
 
-    def leave(self):
+    def leave(self) -> None:
+        """Let the next waiting thread in."""
         with self._lock:
             if not self._waiting:
                 self._free += 1
@@ -106,7 +113,7 @@ class Gate:
             self._count(group, key, -1)
             turn.set()
 
-    def _count(self, group, key, step):
+    def _count(self, group: Hashable, key: Hashable, step: int) -> None:
         """Caller holds the lock."""
         self._places -= step
         for counted in group, (group, key):
