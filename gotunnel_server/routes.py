@@ -1,10 +1,14 @@
 """Which tunnel serves a hostname. Visitors and agents meet here, and import nothing else of each
 other."""
 
+from __future__ import annotations
+
 import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+from gotunnel import Ends, Stream
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
 
 # Hostnames in tcp mode that are remembered when their agents have left, some 400 bytes each.
@@ -25,6 +29,45 @@ class AgentBusy(OSError):
     The text says which, and how many."""
 
 
+class Tunnel(Protocol):
+    """What visits need of the tunnel that serves their Route. agents/tunnel.py implements it, and
+    says what each method does."""
+
+    half_close: bool  # the agent can pass a visitor's half-close on to its target
+    upgrades: bool  # ... also in http mode, on a stream opened with ``relayed``
+
+    def open(
+        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False
+    ) -> Stream: ...
+
+    def count_failed(self, route: Route) -> None: ...
+
+    def take_kept(self, route: Route) -> Stream | None: ...
+
+    def keep(self, route: Route, stream: Stream) -> None: ...
+
+    def make_way(self, route: Route) -> None: ...
+
+    def give_up_kept(self, route: Route, waiting: Stream) -> None: ...
+
+    def served(self, route: Route, stream: Stream) -> None: ...
+
+    def take_own(self, route: Route, owner: object) -> Stream | None: ...
+
+    def keep_own(self, route: Route, owner: object, stream: Stream) -> None: ...
+
+    def drop_own(self, owner: object) -> None: ...
+
+
+class Policy(Protocol):
+    """What visits need of a policy.Policy. Its verdicts are those of visitors/verdict.py, which
+    this module must not import: so Any."""
+
+    def judge_request(self, address: str, authorization: str | None) -> Any: ...
+
+    def judge_connection(self, address: str) -> Any: ...
+
+
 class Route(NamedTuple):
     """What a hostname leads to.
 
@@ -38,12 +81,12 @@ class Route(NamedTuple):
 
     hostname: str
     mode: str
-    tunnel: object
+    tunnel: Tunnel
     host_header: str | None = None
     addressed: bool = False
     target_port: int | None = None
     port: int | None = None
-    policy: object = None
+    policy: Policy | None = None
 
 
 class Registry:
