@@ -277,7 +277,6 @@ UNTYPED = {
     "gotunnel_agent/cli.py",
     "gotunnel_agent/common/duplex.py",
     "gotunnel_agent/common/patience.py",
-    "gotunnel_agent/common/process.py",
     "gotunnel_agent/common/standard_error.py",
     "gotunnel_agent/common/token_bucket.py",
     "gotunnel_agent/connect.py",

@@ -4,17 +4,19 @@ Bytes come in, values go out; no socket, no clock, no thread. One message is rea
 
     end = head_end(buffer)              -1: read more, then ask again
     request = parse_request(buffer[:end])
-    name = hostname(request)            whose it is
-    body = request_body(request)        None, or a decoder to feed with what follows the head
+    name = hostname(request)            the hostname that the request is for
+    body = request_body(request)        None, or a decoder to feed with the bytes after the head
 
-The law: whatever two readers could read differently is refused, because the gateway is one reader
-and the target behind it is another. A request that ends here for one and there for the other
-carries a second request that only one of them sees ("request smuggling", RFC 9112 §11.2). So a
-message has one length or none, lines end in CRLF and nothing else, and a name is a name.
+The rule for requests: a message that two readers could read differently is refused, because the
+gateway is one reader and the target behind it is another. If a request ends at one place for the
+first and at another for the second, it carries a second request that only one of them sees
+("request smuggling", RFC 9112 §11.2). So a message has one length or none, lines end in CRLF and
+nothing else, and a field name is a token.
 
-Answers have a softer law, since many targets break the strict one and nobody is harmed: what can be
-read in one way only is read (``loose``), and the gateway writes it anew. But a target that
-is careless with its lines may be careless with its ends, so its connection is not used again.
+The rule for answers is softer, since many targets break the strict one and do no harm by it: an
+answer that can be read in one way only is read (``loose``), and the gateway writes it anew. But a
+target that is careless with line ends may be careless with message ends, so its connection is not
+used again.
 
 The promise: whatever bytes come, these functions raise Malformed or nothing.
 
@@ -28,22 +30,24 @@ from typing import NamedTuple
 
 from .hostnames import MAX_HOSTNAME, REQUESTED_NAME
 
-# Bytes of a head with its blank line, and of a trailer section: more than common targets take
-# (Tomcat 8 KiB, Node 16 KiB, nginx 32 KiB), so the target decides, and little for us to hold.
+# Bytes of a head with its blank line, and of a trailer section. More than common targets take
+# (Tomcat 8 KiB, Node 16 KiB, nginx 32 KiB), so that the target decides; still little memory.
 HEAD_LIMIT = 65536
 # Fields in a head, or in a trailer section: browsers send 20, Apache takes 100.
 FIELD_LIMIT = 200
 # Bytes of a request target: RFC 9112 §3 asks for 8000 at least; nginx and Apache take this much.
 TARGET_LIMIT = 8192
-# Bytes of a chunk-size line. The size needs 16; the rest is room for extensions, which nobody uses.
+# Bytes of a chunk-size line. The size needs 16; the rest is room for chunk extensions.
 CHUNK_LINE_LIMIT = 4096
-# Bytes that chunk lines may have beyond CHUNK_SPARE and twice the payload, each and all together:
-# extensions have no meaning, and a body of nothing else never ends (CVE-2023-39326, Go's numbers).
+# Bytes of overhead that a chunked body may have: a chunk line adds its length, less CHUNK_SPARE and
+# twice its payload. Extensions have no meaning to us, and a body of extensions alone would cost
+# work without end (CVE-2023-39326; the numbers are Go's).
 CHUNK_EXCESS = 16 * 1024
 CHUNK_SPARE = 16
-# Pieces of a body that are passed on one by one; more are joined, since each has its price.
+# Pieces of a body that feed() returns one by one. More are joined: each piece costs the caller a
+# write.
 MOST_PIECES = 16
-# Characters of the peer's text that an error message repeats: enough to find it, no more.
+# Characters of the peer's text that an error message repeats: enough to recognise it.
 SHOWN_LIMIT = 40
 
 _TCHAR = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]"  # RFC 9110 §5.6.2
@@ -54,16 +58,16 @@ _TARGET = re.compile(r"[!-\"$-~\x80-\xff]+")
 _WHITE_SPACE = re.compile(r"\s")  # as Unicode has it
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
-# RFC 9110 §15 ends at 599, and asks readers to bear with what lies above.
+# RFC 9110 §15 defines statuses up to 599, and asks readers to accept higher ones.
 _STATUS_LINE = re.compile(r"([^ ]+) ([1-9][0-9][0-9])(?: (.*))?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 _AUTHORITY_FORM = re.compile(r"[^/?]+:[0-9]+")
 _AUTHORITY = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{REQUESTED_NAME})(?::([0-9]{{0,5}}))?")
-# One field line without the white space around its value. It is for text that _check_text has
-# seen: there nothing can fail after the colon, and "^" keeps a search from starting inside a line,
-# so a bad line costs its length once and not its length squared.
+# One field line without the white space around its value. Only for text that _check_text has
+# checked: there nothing can fail after the colon, and "^" keeps a search from starting inside a
+# line, so the cost of a bad line is linear in its length, not quadratic.
 _FIELD_LINE = re.compile(rf"^({_TCHAR}+):[ \t]*(.*[^ \t\r\n])?[ \t]*\r\n", re.MULTILINE)
-# The name of a value that goes on in the next line.
+# The name of a field whose value is folded into the next line.
 _FOLDED_NAME = re.compile(rf"^({_TCHAR}+):.*\r\n(?=[ \t])", re.MULTILINE)
 # 18 digits stay below 2**63, where other readers overflow.
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
@@ -73,39 +77,39 @@ _EXTENSION = rf"[ \t]*;[ \t]*{_TCHAR}+(?:[ \t]*=[ \t]*(?:{_TCHAR}+|{_QUOTED}))?"
 _CHUNK = rf"([0-9A-Fa-f]{{1,16}})(?:{_EXTENSION})*"
 _CHUNK_LINE = re.compile(rf"{_CHUNK}\r\n".encode("latin-1"))
 _PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-# Of answers: old Apaches and IIS fill the size up with blanks, others end lines in LF.
+# In answers: old Apaches and IIS pad the size with blanks, other servers end lines in LF.
 _LOOSE_CHUNK_LINE = re.compile(rf"{_CHUNK}[ \t]*\r?\n".encode("latin-1"))
 
-# What a head is made of besides its line ends: HTAB, visible ASCII, obs-text (RFC 9110 §5.5).
+# The bytes of a head besides its line ends: HTAB, visible ASCII, obs-text (RFC 9110 §5.5).
 _TEXT = bytes(byte for byte in range(256) if byte == 9 or byte >= 32 and byte != 127)
 _BLANK_LINE = re.compile(rb"\n\r?\n")  # of an answer, with the end of the line before it
-# A value that goes on in the next line (obs-fold, RFC 9112 §5.2). A line of blanks alone is none:
-# some readers take it for the blank line.
+# Where a value is folded into the next line (obs-fold, RFC 9112 §5.2). A next line of blanks alone
+# is not a fold: some readers take it for the blank line.
 _FOLD = re.compile(r"\r\n[ \t]+(?=[^ \t\r\n])")
 _NOT_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 
-# Fields that concern one connection and end here (RFC 9110 §7.6.1).
+# Hop-by-hop fields: they concern one connection and are not passed on (RFC 9110 §7.6.1).
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
     # A length is framing too, and a message that is passed on is framed anew.
     "content-length",
-    # Between a visitor and its own proxy; a target has no business with those credentials.
+    # Credentials between a visitor and its own proxy, which a target must not see.
     "proxy-authenticate", "proxy-authorization",
-    # Without it a target must not change to h2c (RFC 7540 §3.2), where we could not follow.
+    # Without it a target must not switch to h2c (RFC 7540 §3.2), which we do not speak.
     "http2-settings",
 })  # fmt: skip
 
 # Fields that say where a message ends.
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 
-# Fields that a Connection field must not remove and a trailer must not bring: whom the message is
-# for, who sent it, what it is. All names starting with "x-forwarded-" belong here as well.
+# Fields that a Connection field must not remove and a trailer must not add: they name the
+# recipient, the sender and the content. Names that start with "x-forwarded-" belong here as well.
 ESSENTIAL = frozenset({
     "host", "authorization", "cookie", "set-cookie", "origin", "referer", "forwarded", "x-real-ip",
     "cache-control", "content-type", "content-encoding", "content-range",
 })  # fmt: skip
 
-# Further fields that have no meaning once the content has come (RFC 9110 §6.5.1).
+# Further fields that are useless after the content, so not allowed in trailers (RFC 9110 §6.5.1).
 TOO_LATE = frozenset({
     "trailer", "expect", "max-forwards", "pragma", "range", "if-match", "if-none-match",
     "if-modified-since", "if-unmodified-since", "if-range", "age", "date", "expires", "location",
@@ -116,9 +120,8 @@ TOO_LATE = frozenset({
 class Malformed(Exception):
     """The peer broke HTTP's rules; its connection is of no further use.
 
-    ``status`` is the answer to a request that is malformed. To an answer that is malformed, the
-    gateway's own answer is 502, whatever ``status`` says. The text is one sentence: what came and
-    what was expected.
+    ``status`` is how to answer a malformed request; a malformed answer becomes a 502 whatever
+    ``status`` says. The text is one sentence: what came and what was expected.
     """
 
     def __init__(self, status: int, sentence: str):
@@ -127,7 +130,7 @@ class Malformed(Exception):
 
 
 class Fields:
-    """The fields of one message: ordered, spelled as they came, looked up in any case."""
+    """The fields of one message, in order and spelled as they came; lookups ignore case."""
 
     def __init__(self, items: list[tuple[str, str]]):
         self.items = items
@@ -150,7 +153,7 @@ class Fields:
         Empty members are left out (RFC 9110 §5.6.1).
         """
         values = self._values.get(name.lower())
-        if not values:  # most fields that are asked for are not there
+        if not values:  # the usual case, and cheap
             return []
         members = ",".join(values).lower().split(",")
         return [token for member in members if (token := member.strip(" \t"))]
@@ -178,8 +181,8 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1. ``loose``: it breaks rules
-    of HTTP, and was read all the same; its fields are such that they break none."""
+    """An answer's head. ``reason`` may be empty, ``minor`` is 0 or 1. ``loose``: the answer broke
+    rules of HTTP and was accepted; ``fields`` are already mended."""
 
     status: int
     reason: str
@@ -196,9 +199,9 @@ class Response(NamedTuple):
 def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """The offset just past the blank line that ends the head, or -1 if it has not come yet.
 
-    ``start`` is how many bytes an earlier call has seen already, so that a head that trickles in
-    is searched once. Raises Malformed for a line that ends in a bare LF as soon as it is there
-    (its sender waits for an answer and sends no more), and when HEAD_LIMIT bytes hold no end.
+    ``start`` is how many bytes an earlier call has searched, so that a head that trickles in is
+    searched once. Raises Malformed as soon as a line ends in a bare LF (its sender now waits for an
+    answer, so no blank line would come), and when HEAD_LIMIT bytes hold no blank line.
     """
     end = buffer.find(b"\r\n\r\n", max(start - 3, 0), HEAD_LIMIT)
     seen = end + 4 if end >= 0 else min(len(buffer), HEAD_LIMIT)
@@ -212,7 +215,7 @@ def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
 
 
 def answer_end(buffer: bytes | bytearray, start: int = 0) -> int:
-    """As head_end(), of an answer: its lines may end in LF alone."""
+    """As head_end(), for an answer: its lines may end in LF alone."""
     match = _BLANK_LINE.search(buffer, max(start - 2, 0), HEAD_LIMIT)
     if match:
         return match.end()
@@ -220,7 +223,7 @@ def answer_end(buffer: bytes | bytearray, start: int = 0) -> int:
     return -1
 
 
-def _check_size(unfinished):
+def _check_size(unfinished: bytes | bytearray) -> None:
     if len(unfinished) > HEAD_LIMIT:
         if unfinished.find(b"\n", 0, HEAD_LIMIT) < 0:
             raise Malformed(414, f"first line of over {HEAD_LIMIT} bytes, expected a shorter one")
@@ -231,8 +234,8 @@ def parse_request(head: bytes) -> Request:
     """Read a request's head, from its first byte to its blank line.
 
     One empty line before it is skipped, as RFC 9112 §2.2 asks; a second one is refused. Raises
-    Malformed: 414 (target too long), 431 (fields too many or too large), 505 (not HTTP/1.0 or
-    HTTP/1.1), 400 (all else).
+    Malformed with status 414 (target too long), 431 (fields too many or too large), 505 (neither
+    HTTP/1.0 nor HTTP/1.1), or 400 (any other fault).
     """
     line, fields = _split_head(head.removeprefix(b"\r\n"))
     words = line.split(" ")
@@ -259,11 +262,11 @@ def parse_request(head: bytes) -> Request:
 
 
 def _read_utf8(target: str) -> str:
-    """A target with raw UTF-8, which no standard permits and curl and some browsers send.
+    """A target with raw UTF-8, which no standard permits, and curl and some browsers send.
 
-    It stays as it came where every target reads it alike. Some split the request line at white
-    space as Unicode has it, in latin-1 (0x85, 0xA0: http.server) or in UTF-8; what looks like that
-    is percent-encoded, which says the same. Raises Malformed for bytes that are no UTF-8.
+    Some targets split the request line at Unicode's white space, in latin-1 (0x85 and 0xA0:
+    http.server) or in UTF-8. A target with such characters is percent-encoded, which means the
+    same; any other stays as it came. Raises Malformed for bytes that are not UTF-8.
     """
     try:
         text = target.encode("latin-1").decode()
@@ -275,16 +278,16 @@ def _read_utf8(target: str) -> str:
 
 
 def percent_encoded(target: str) -> str:
-    """A request's target in ASCII alone, for a field that must have it so (RFC 3986 §2.1)."""
+    """A request target in ASCII: other bytes are percent-encoded (RFC 3986 §2.1)."""
     return _NOT_ASCII.sub(lambda byte: f"%{ord(byte[0]):02X}", target)
 
 
 def parse_response(head: bytes) -> Response:
     """Read an answer's head, from its first byte to its blank line.
 
-    The reason may be missing, with the space before it or without. Lines may end in LF, values may
-    be folded, a length may be said twice if it is the same, and is not obeyed beside chunks.
-    Raises Malformed.
+    The reason may be missing, with the space before it or without. Lines may end in LF and values
+    may be folded. Content-Length may come twice if both are the same, and is ignored beside
+    chunked. Raises Malformed.
     """
     loose = False
     try:
@@ -309,28 +312,28 @@ def parse_response(head: bytes) -> Response:
 
 
 def _mend(head: bytes) -> bytes:
-    """An answer's head with CRLF for LF, and without folds, each of which was white space."""
+    """An answer's head with CRLF for LF, and a blank for each fold (RFC 9112 §5.2)."""
     if head.count(b"\n") != head.count(b"\r\n"):
         head = head.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     line, end, block = head.decode("latin-1").partition("\r\n")
     names = {name.lower() for name in _FOLDED_NAME.findall(block)}
-    if names & FRAMING:  # a reader that knows no folds would see another length
+    if names & FRAMING:  # a reader without obs-fold would see another length: not mended
         return head
     return (line + end + _FOLD.sub(" ", block)).encode("latin-1")
 
 
 def _with_one_length(fields: Fields, minor: int) -> Fields:
-    """The fields with Content-Length once, if all say the same (RFC 9110 §8.6), and without it
-    beside chunks, which count (RFC 9112 §6.3)."""
-    said = {
+    """The fields with Content-Length once, if all its values are the same (RFC 9110 §8.6), and
+    without it beside Transfer-Encoding, which overrides it (RFC 9112 §6.3)."""
+    length, *differing = {
         length.strip(" \t") for value in fields.all("content-length") for length in value.split(",")
     }
-    if len(said) > 1 or not _CONTENT_LENGTH.fullmatch(*said):
+    if differing or not _CONTENT_LENGTH.fullmatch(length):
         return fields
     others = [(name, value) for name, value in fields if name.lower() != "content-length"]
     if minor > 0 and "transfer-encoding" in fields:
         return Fields(others)
-    return Fields([*others, ("Content-Length", *said)])
+    return Fields([*others, ("Content-Length", length)])
 
 
 def _split_head(head: bytes) -> tuple[str, Fields]:
@@ -345,15 +348,15 @@ def _split_head(head: bytes) -> tuple[str, Fields]:
 
 def _check_text(lines: bytes) -> str:
     """Refuse control bytes, and CR and LF except as a pair; return the text."""
-    # All that is not text must be CRLFs: counted, since both counts run at memory speed.
+    # All bytes that are not text must be CRLFs. Counting both runs at memory speed.
     if len(lines.translate(None, _TEXT)) != 2 * lines.count(b"\r\n"):
-        at = _NOT_TEXT.search(lines).start()
+        at = next(_NOT_TEXT.finditer(lines)).start()
         raise Malformed(400, f"byte 0x{lines[at]:02x} at offset {at}, expected text and CRLF")
     return lines.decode("latin-1")
 
 
 def _parse_fields(block: str) -> Fields:
-    """The fields in a block of lines that _check_text has seen, each ended by CRLF."""
+    """The fields in a block of lines that _check_text has checked; each ends in CRLF."""
     count = block.count("\n")
     if count > FIELD_LIMIT:
         raise Malformed(431, f"{count} fields, expected at most {FIELD_LIMIT}")
@@ -366,7 +369,7 @@ def _parse_fields(block: str) -> Fields:
 
 
 def _bad_field(line: str) -> Malformed:
-    """What is wrong with a field line. Values are secrets and are not repeated."""
+    """The error for a bad field line. It never repeats the value, which may be a secret."""
     name, colon, _ = line.partition(":")
     if not line:
         return Malformed(400, "blank line among the fields, expected it at their end only")
@@ -395,16 +398,16 @@ def _shown(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Whom a request is for, and who talks on
+# The hostname of a request, keep-alive, and the fields to pass on
 # ---------------------------------------------------------------------------------------------
 
 
 def hostname(request: Request) -> str:
     """The hostname the request is for: lower case, no port, no trailing dot.
 
-    It stands in Host, and in the target if that is in absolute-form or, for CONNECT, in
-    authority-form; where both name one, they must name the same (RFC 9112 §3.2). An IPv6 address
-    keeps its brackets. A request in HTTP/1.0 may name none: then it is "". Raises Malformed.
+    It comes from Host, and from the target if that is in absolute-form or, for CONNECT, in
+    authority-form; if both name a host, it must be the same (RFC 9112 §3.2). An IPv6 address keeps
+    its brackets. "" for an HTTP/1.0 request that names none. Raises Malformed.
     """
     hosts = request.fields.all("host")
     if len(hosts) > 1:
@@ -424,9 +427,9 @@ def hostname(request: Request) -> str:
 
 
 def origin_target(request: Request) -> str:
-    """The target as a target's own listener expects it: in origin-form, or "*".
+    """The request target as an origin server expects it: in origin-form, or "*".
 
-    Raises Malformed, 501, for CONNECT: it asks for a tunnel, there is no form to pass on.
+    Raises Malformed with status 501 for CONNECT, which asks for a tunnel and has no origin-form.
     """
     _, target = _split_target(request.method, request.target)
     if target is None:
@@ -435,7 +438,7 @@ def origin_target(request: Request) -> str:
 
 
 def keeps_alive(message: Request | Response) -> bool:
-    """Whether the sender will read or write a further message after this one (RFC 9112 §9.3).
+    """Whether the sender keeps the connection open after this message (RFC 9112 §9.3).
 
     An answer that ends when its connection does (UntilCloseBody) is the last one regardless.
     """
@@ -446,13 +449,12 @@ def keeps_alive(message: Request | Response) -> bool:
 def end_to_end(
     fields: Fields, keep_upgrade: bool = False, dropping: frozenset[str] = frozenset()
 ) -> list[tuple[str, str]]:
-    """The fields to pass on: all but HOP_BY_HOP, those that Connection names, and ``dropping``.
+    """The end-to-end fields: all but HOP_BY_HOP, those that Connection names, and ``dropping``.
 
-    Trailer stays, as trailers are passed on. With ``keep_upgrade`` Upgrade stays too; the caller
-    writes its own Connection, and the length or coding of the body that it sends. A Connection
-    that names one of the ESSENTIAL fields is not obeyed there (it never may, RFC 9110 §7.6.1):
-    it would let a visitor take away what the target relies on. Names are compared as plain_name()
-    has them.
+    Trailer stays, since trailers are passed on. With ``keep_upgrade`` Upgrade stays too. The caller
+    writes its own Connection, Content-Length and Transfer-Encoding. If Connection names one of the
+    ESSENTIAL fields, which RFC 9110 §7.6.1 forbids, that field stays: a visitor could otherwise
+    remove a field that the target relies on. Names are compared as plain_name() writes them.
     """
     dropped = {*HOP_BY_HOP, *dropping}
     dropped.update(
@@ -466,11 +468,11 @@ def end_to_end(
 
 
 def plain_name(name: str) -> str:
-    """A field name as the loosest target reads it: in lower case, and with "-" for whatever is no
-    letter or digit. CGI and its kin (WSGI, PHP) have "_" for all of that (RFC 3875 §4.1.18 names
-    "-" only, programs do more), and cannot tell X.Real~IP from X-Real-IP."""
+    """A field name as the loosest target reads it: lower case, with "-" for every character that is
+    no letter or digit. CGI, WSGI and PHP turn all of these into "_" (RFC 3875 §4.1.18 names "-"
+    only, programs do more), and cannot tell X.Real~IP from X-Real-IP."""
     name = name.lower()
-    # Almost all names, and cheaper than a substitution.
+    # The first case is almost every name, and cheaper than a substitution.
     return name if name.replace("-", "").isalnum() else _ODD.sub("-", name)
 
 
@@ -479,7 +481,7 @@ def _is_essential(name: str) -> bool:
 
 
 def _split_target(method: str, target: str) -> tuple[str | None, str | None]:
-    """A target's authority and its origin-form, None for the one that it has not (§3.2)."""
+    """A target's authority and its origin-form; None for a missing one (RFC 9112 §3.2)."""
     if method == "CONNECT":
         if not _AUTHORITY_FORM.fullmatch(target):
             raise Malformed(400, f"CONNECT to {_shown(target)}, expected host and port")
@@ -523,18 +525,18 @@ class Body:
     """A decoder for one message's body: bytes as they come in, payload out.
 
     ``length``: payload bytes if known beforehand, else None.
-    ``complete``: the body has ended; true from the start for one of no bytes.
-    ``trailers``: fields that came after the payload, without those that must not come so late.
+    ``complete``: the body has ended; an empty one is complete from the start.
+    ``trailers``: fields that came after the payload, without those that trailers must not hold.
     ``rest``: bytes that came after the end and belong to the next message; b"" before.
-    ``loose``: it breaks rules of HTTP so far, and was read all the same; only an answer's can.
-    ``chunks``: how many have begun so far; 0 if it has none.
+    ``loose``: the body broke rules of HTTP so far and was accepted; never a request's.
+    ``chunks``: how many chunks have begun so far; 0 for a body that is not chunked.
     """
 
     length: int | None = None
     loose = False
     chunks = 0
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.complete = False
         self.trailers: list[tuple[str, str]] = []
         self.rest = b""
@@ -542,13 +544,13 @@ class Body:
     def feed(self, data: bytes) -> list[bytes]:
         """Take the next bytes, return the payload in them: pieces in order, none of them empty.
 
-        What comes after the end is added to ``rest``. Raises Malformed, after which the decoder
-        is of no further use.
+        Bytes after the end are added to ``rest``. Raises Malformed; then the decoder is of no
+        further use.
         """
         raise NotImplementedError
 
     def eof(self) -> None:
-        """Take note that no byte will come any more. Raises Malformed if that cuts it short."""
+        """The connection has ended. Raises Malformed if that cuts the body short."""
         if not self.complete:
             expected = "the last chunk" if self.length is None else f"{self.length} bytes"
             raise Malformed(400, f"body cut short by end of connection, expected {expected}")
@@ -564,7 +566,7 @@ class SizedBody(Body):
         self._left = length
 
     def feed(self, data: bytes) -> list[bytes]:
-        piece = data[: self._left]  # the same object, not a copy, if it is all
+        piece = data[: self._left]  # no copy if that is all of data: bytes are immutable
         self._left -= len(piece)
         self.complete = self._left == 0
         self.rest += data[len(piece) :]
@@ -587,17 +589,18 @@ class UntilCloseBody(Body):
 class ChunkedBody(Body):
     """A body in chunks, each with its size before it, and trailers (RFC 9112 §7.1).
 
-    The state is the method that reads on: _size_line, _payload, _payload_end, and round again;
-    after a size of 0, _trailers. Each takes data and an offset into it, and returns the offset
-    where the next one goes on. At most a line is held back, or the trailer section.
+    ``_read_on`` is the state: the method that reads the next bytes. They follow each other as
+    _size_line, _payload, _payload_end, and again; after a size of 0, _trailers. Each takes data and
+    an offset into it, and returns the offset for the next method. Only an unfinished line, or the
+    unfinished trailer section, is kept between two calls of feed().
     """
 
     def __init__(self, *, lenient: bool = False):
-        """``lenient``: it is an answer's. Its lines may end in LF, and blanks may follow sizes."""
+        """``lenient``: an answer's body, whose lines may end in LF, with blanks behind sizes."""
         super().__init__()
         self._lenient = lenient
         self._read_on = self._size_line
-        self._held = bytearray()  # of an unfinished line or trailer section
+        self._held = bytearray()  # an unfinished line or trailer section
         self._left = 0  # payload bytes to come in this chunk
         self._excess = 0  # bytes, see CHUNK_EXCESS
 
@@ -634,14 +637,13 @@ class ChunkedBody(Body):
             self._read_on = self._payload
             if self._left == 0:
                 self._read_on = self._trailers
-                # The CRLF just read: with it in front, a section without any trailer ends in
-                # the same blank line as every other.
+                # With the CRLF just read in front, an empty trailer section ends in CRLF CRLF
+                # like any other.
                 self._held += b"\r\n"
         return at
 
     def _whole_chunks(self, data: bytes, at: int, pieces: list[bytes]) -> int:
-        """Chunks that are here as a whole, with nothing but a size before them: they may be tiny,
-        so they must be cheap."""
+        """The fast path for whole chunks without extensions: they may be tiny and many."""
         while match := _PLAIN_CHUNK_LINE.match(data, at):
             begin = match.end()
             end = begin + int(match[1], 16)
@@ -705,16 +707,16 @@ class ChunkedBody(Body):
 
 
 def _comes_too_late(name: str) -> bool:
-    """Whether a trailer of that name is dropped: a target might take it for a field of the head."""
+    """Whether to drop a trailer of that name: a target might take it for a field of the head."""
     return name in HOP_BY_HOP or name in TOO_LATE or _is_essential(name)
 
 
 def request_body(request: Request) -> Body | None:
     """The decoder for the request's body, None if it has none (RFC 9112 §6.3).
 
-    Content-Length: 0 is a body, complete from the start, so that it can be told from none.
-    Raises Malformed for any doubt about its length: 501 for a coding that is not chunked but
-    lies under it, else 400.
+    ``Content-Length: 0`` is a body that is complete from the start, unlike no body. Raises
+    Malformed for any doubt about the length: with status 501 if chunked is applied on top of
+    another coding, else 400.
     """
     return _framed(request, lenient=False)
 
@@ -722,9 +724,9 @@ def request_body(request: Request) -> Body | None:
 def response_body(response: Response, method: str) -> Body | None:
     """The decoder for the body of an answer to a ``method`` request, None if it has none.
 
-    That is so for HEAD, statuses 1xx, 204 and 304, and CONNECT's success. Their lengths are
-    still checked, as Content-Length may be passed on. If bytes follow where no body may, the
-    connection cannot be used again. Raises Malformed as request_body does.
+    Answers without a body: to HEAD, with status 1xx, 204 or 304, and CONNECT's success. Their
+    lengths are still checked, as Content-Length may be passed on. If bytes follow nevertheless, the
+    caller must not use the connection again. Raises Malformed as request_body does.
     """
     body = _framed(response, lenient=True)
     status = response.status
@@ -736,12 +738,12 @@ def response_body(response: Response, method: str) -> Body | None:
 
 
 def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | ChunkedBody | None:
-    """The decoder that the message's own fields ask for, None if they say nothing. ``lenient``:
-    see ChunkedBody."""
+    """The decoder by the message's own fields, None if they give no length. ``lenient``: see
+    ChunkedBody."""
     codings = message.fields.all("transfer-encoding")
     lengths = message.fields.all("content-length")
     if codings:
-        # RFC 9112 §6.1 and §6.3 let a reader pick one, or wait for the end: the readers differ.
+        # RFC 9112 §6.1 and §6.3 leave the choice to the reader, so two readers could differ.
         if lengths:
             raise Malformed(400, "Content-Length and Transfer-Encoding, expected one of them")
         if message.minor == 0:
@@ -764,14 +766,14 @@ def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | Chunke
 
 
 # ---------------------------------------------------------------------------------------------
-# The way out
+# Writing
 # ---------------------------------------------------------------------------------------------
 
 
 def encode_head(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
     """A head from its first line to its blank line.
 
-    Raises ValueError if that would not be text in lines: no value can add a line of its own.
+    Raises ValueError for a control character, so that no value can add a line (header injection).
     """
     lines = [start_line, *[f"{name}: {value}" for name, value in fields], "", ""]
     head = "\r\n".join(lines).encode("latin-1")
@@ -787,4 +789,4 @@ def encode_chunk(data: bytes) -> bytes:
 
 def encode_last_chunk(trailers: Iterable[tuple[str, str]] = ()) -> bytes:
     """The chunk that ends a body, with the trailers behind it. Raises ValueError as encode_head."""
-    return encode_head("0", trailers)  # the same lines, a size instead of a start line
+    return encode_head("0", trailers)  # the same form, with the size 0 as its first line

@@ -1,10 +1,11 @@
-"""What the two programs need of the process that they are: signals, workers, logging, an answer
-on standard output, CPUs.
+"""The process that each program is: its signals, its pool of threads, its log, its standard output
+and its CPUs.
 
-The wire does not need it, and sets nothing of the process by itself (see gotunnel.py).
+gotunnel.py needs none of this: it can be used in any process, and changes nothing of it.
 """
 
 import contextlib
+import io
 import logging
 import os
 import queue
@@ -15,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from gotunnel import call_logged
 
@@ -23,30 +25,31 @@ from .standard_error import free_standard_error
 try:
     import resource
 except ImportError:  # not a Unix
-    resource = None
+    resource = None  # type: ignore[assignment]  # mypy knows no module that may be missing
 
 log = logging.getLogger("gotunnel")
 
-# Seconds that a thread waits for its turn before it asks for it. It wakes up to ask; with
-# 128 visitors and Python's 5 ms, for nothing, and a seventh fewer requests were served.
+# sys.setswitchinterval(), seconds: how long a thread waits for the GIL before it asks the holder to
+# release it. It wakes up to ask. With Python's 5 ms and 128 visitors nearly every wake-up was in
+# vain, and a seventh fewer requests were served.
 SWITCH_INTERVAL = 0.02
-SMALL_MACHINE = 2  # CPUs, up to which a process of ours is faster on one than on all of them
-SHORTAGE_SILENCE = 60  # seconds between two complaints about a lack of threads
-FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")  # of the log's lines
-STDERR = 2  # the descriptor
-HANG_UP = getattr(signal, "SIGHUP", None)  # there is none on Windows
+SMALL_MACHINE = 2  # CPUs up to which one CPU is faster for a process of ours than all of them
+SHORTAGE_SILENCE = 60  # seconds between two warnings about a lack of threads
+FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+STDERR = 2  # file descriptor
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into something to wait for, with ``hang_up`` also SIGHUP, which
-    ends nothing. Main thread only.
+    """Lets the main thread wait for SIGTERM and SIGINT, with ``hang_up`` also for SIGHUP. Main
+    thread only.
 
-    A handler could interrupt us while we hold any lock, so it must take none: the interpreter
-    writes a byte to a socket, which works wherever Python does. The second signal ends the
-    process at once, with status 1.
+    A signal handler can interrupt code that holds any lock, so it must take none. Instead the
+    interpreter writes the signal's number to a socket (signal.set_wakeup_fd), and wait() reads it.
+    The second SIGTERM or SIGINT ends the process at once, with status 1.
     """
 
-    def __init__(self, hang_up=False):
+    def __init__(self, hang_up: bool = False):
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._count = 0
@@ -54,9 +57,9 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if hang_up and HANG_UP is not None:
-            signal.signal(HANG_UP, lambda number, frame: None)  # wait() hears of it
+            signal.signal(HANG_UP, lambda number, frame: None)  # wait() returns its number
 
-    def _on_signal(self, number, frame):
+    def _on_signal(self, number: int, frame: object) -> None:
         self._count += 1
         if self._count == 2:
             _say_at_once("second signal: stopping at once, running visits are cut")
@@ -64,12 +67,13 @@ class Signals:
             os._exit(1)
 
     def wait(self) -> int:
-        """Wait for a signal and return its number, or 0 if what after() runs has ended."""
+        """Wait for a signal and return its number, or 0 if a function that after() runs has
+        returned."""
         return self._receive.recv(1)[0]
 
-    def after(self, function):
-        """Call ``function``, whose exceptions nobody expects: they are logged. Its end counts as a
-        signal. Any thread."""
+    def after(self, function: Callable[[], object]) -> None:
+        """Call ``function``, log what it raises, and then wake wait(), which returns 0. Any
+        thread."""
         try:
             call_logged(function)
         finally:
@@ -77,35 +81,40 @@ class Signals:
 
 
 class Stopped(OSError):
-    """A pool of threads has been shut down, and takes no more jobs."""
+    """The pool of threads has been shut down and takes no more jobs."""
 
 
 class Workers:
-    """A bounded pool of threads that outlives a shortage of them, and logs what a job raises.
+    """A bounded pool of threads. It keeps working when the system refuses further threads, and logs
+    what a job raises.
 
-    It is no ThreadPoolExecutor, whose threads the interpreter joins at its exit: a job that hangs
-    (getaddrinfo() cannot be interrupted) would keep a process alive that has stopped. These are
-    daemons, and end with the process.
+    Not a ThreadPoolExecutor: the interpreter joins that one's threads at exit, so a job that hangs
+    (getaddrinfo() cannot be interrupted) would keep a stopped process alive. These threads are
+    daemons and end with the process.
     """
 
     def __init__(self, most: int, name: str):
         """The threads are ``name``_0 to ``name``_(``most`` - 1), each started when it is needed."""
         self._most, self._name = most, name
-        self._jobs = queue.SimpleQueue()  # of (function, arguments); None ends a thread
+        # Pairs of function and arguments; None ends a thread.
+        self._jobs: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None]
+        self._jobs = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards all below
-        self._threads = []
-        self._spare = 0  # threads that wait for a job, less the jobs that wait for a thread
-        self._over = False
-        self._said_at = -SHORTAGE_SILENCE
+        self._threads: list[threading.Thread] = []
+        self._spare = 0  # threads that wait for a job, minus jobs that wait for a thread
+        self._over = False  # shutdown() was called
+        self._said_at: float = -SHORTAGE_SILENCE  # monotonic, of the last warning
 
     @property
     def crowded(self) -> bool:
-        """Whether there are more jobs than threads may take. A look, without the lock."""
+        """Whether jobs wait for a thread. Read without the lock, so it may be a moment old."""
         return self._spare < 0
 
-    def submit(self, function: Callable, *arguments) -> None:
-        """Have a thread call ``function``. Any thread. Raises Stopped after shutdown(): the caller
-        still has what the job was to take over, and closes it."""
+    def submit(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Have a thread of the pool call ``function(*arguments)``. Any thread.
+
+        Raises Stopped after shutdown(): the caller must then close what the job was to take over.
+        """
         with self._lock:
             if self._over:
                 raise Stopped("the pool of threads has been shut down")
@@ -115,12 +124,13 @@ class Workers:
                 return
             shortage = self._start_thread()
         if shortage:
-            log.warning("no further thread to be had (limit of the system): %s; new work waits for "
-                        "the threads there are", shortage)  # fmt: skip
+            log.warning("the system gives us no further thread (%s); new jobs wait for the %d "
+                        "threads there are; raise the limit (ulimit -u)", shortage,
+                        len(self._threads))  # fmt: skip
 
     def shutdown(self, timeout: float) -> bool:
-        """Take no more jobs. Wait, ``timeout`` seconds at most, until those that were taken are
-        done; whether they are."""
+        """Take no more jobs, and wait at most ``timeout`` seconds for those that were submitted.
+        Returns whether all of them are done."""
         with self._lock:
             self._over = True
             threads = list(self._threads)
@@ -131,10 +141,10 @@ class Workers:
             thread.join(max(0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
-    def _start_thread(self):
-        """None if a thread was started; what the log should say, if the system has none for us.
-        The job is queued all the same, and done by a thread that the pool has, or gets later.
-        Caller holds the lock."""
+    def _start_thread(self) -> RuntimeError | None:
+        """Start one more thread. Returns an error to log if the system refuses it; None if it was
+        started, or the last warning is recent. The job stays queued for a thread that the pool has,
+        or gets later. Caller holds the lock."""
         name = f"{self._name}_{len(self._threads)}"
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         try:
@@ -148,41 +158,45 @@ class Workers:
         self._spare += 1
         return None
 
-    def _work(self):
+    def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             function, arguments = job
             call_logged(function, *arguments)
-            # They may hold a visitor's connection, and the next job may take hours to come.
+            # Or these names would keep a visitor's connection alive until the next job, which may
+            # take hours to come.
             del job, function, arguments
             with self._lock:
                 self._spare += 1
 
 
-def _say_at_once(text):
-    """Put a line on standard error in a signal's handler: past the log and its locks, and only if
-    there is room for it, as the process is to end now."""
-    if sys.stderr is None:  # else descriptor 2 may be another file
+def _say_at_once(text: str) -> None:
+    """Write a line to standard error from a signal handler: not through the log, whose locks the
+    interrupted code may hold, and only if the write cannot block."""
+    if sys.stderr is None:  # descriptor 2 may then be some other file
         return
     record = logging.LogRecord(log.name, logging.WARNING, __file__, 0, text, None, None)
-    with contextlib.suppress(OSError, ValueError):  # nobody is left to read it
+    with contextlib.suppress(OSError, ValueError):  # its reader is gone
         if select.select([], [STDERR], [], 0)[1]:
             os.write(STDERR, FORMATTER.format(record).encode() + b"\n")
 
 
-LOG_PERIOD = 10  # seconds ...
-LOG_LINES = 100  # ... in which one place in our source may log so often
+# Rate limit of the log: each log statement in our source may write LOG_LINES lines in LOG_PERIOD
+# seconds.
+LOG_PERIOD = 10
+LOG_LINES = 100
 
 
 class LogLimit(logging.Filter):
-    """Drops lines that come too often: peers and visitors cause most of them, and must not be
-    able to fill a disk. The next one of its kind says how many were dropped."""
+    """Drops the lines of a log statement that runs too often: peers and visitors cause most lines,
+    and must not be able to fill a disk. Its next line says how many were dropped."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._kinds = {}  # place in the source: (monotonic beginning of its period, lines in it)
-        self._lock = threading.Lock()  # guards _kinds: a handler asks its filters without its lock
+        # (file, line) of a log statement: (monotonic start of its period, lines in it).
+        self._kinds: dict[tuple[str, int], tuple[float, int]] = {}
+        self._lock = threading.Lock()  # guards _kinds: handlers call filters without their own lock
 
-    def filter(self, record):
+    def filter(self, record: logging.LogRecord) -> bool:
         place, now = (record.pathname, record.lineno), monotonic()
         with self._lock:
             began, count = self._kinds.get(place, (now, 0))
@@ -194,53 +208,55 @@ class LogLimit(logging.Filter):
         return count < LOG_LINES
 
 
-def set_up_process(log_level):
-    """Log to standard error, from ``log_level`` (a name) on, so that no thread waits for its
-    reader, and take what the system offers."""
+def set_up_process(log_level: str) -> None:
+    """Log lines of ``log_level`` (a name) and above to standard error, without making a thread wait
+    for its reader; set the switch interval; raise the limit of open files to what is allowed."""
     free_standard_error(FORMATTER)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(LogLimit())
     handler.setFormatter(FORMATTER)
     logging.basicConfig(handlers=[handler], level=log_level.upper())
     sys.setswitchinterval(SWITCH_INTERVAL)
-    logging.raiseExceptions = False  # a terminal that was closed is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback when the terminal has been closed
     if resource is not None:
-        # Each connection is a descriptor, and the usual 1024 are soon used up.
+        # Each connection takes a descriptor, and the usual 1024 are soon used up.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # some systems promise more than they give
+        with contextlib.suppress(ValueError, OSError):  # some systems refuse the limit they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def print_answer(program: str, command) -> int:
-    """Call ``command()``, which prints an answer and returns the exit status; return that, or 1 if
-    nobody can get the answer, which is said in the name of ``program``."""
+def print_answer(program: str, command: Callable[[], int]) -> int:
+    """Call ``command()``, which prints an answer and returns the exit status. Returns that status,
+    or 1 if the answer cannot be printed; an error line in the name of ``program`` says so."""
     if sys.stdout is None:
         print(f"{program}: there is no standard output to answer on", file=sys.stderr)
         return 1
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text at all
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no valid text
     try:
         status = command()
         sys.stdout.flush()
         return status
     except OSError as error:
         if error.filename is not None:
-            raise  # of a file, whose errors are the command's to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at exit
+            raise  # an error of some file, not of standard output: the command must handle it
+        # Python flushes standard output again at exit; then it must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            return 0  # the reader, such as head, has seen enough
+            return 0  # the reader, such as head, wants no more
         why = error.strerror or error
         print(f"{program}: the answer cannot be written: {why}", file=sys.stderr)
         return 1
 
 
-def stay_on_one_cpu(choose):
+def stay_on_one_cpu(choose: Callable[[set[int]], int]) -> None:
     """Keep all our threads on one CPU of a small machine; ``choose(cpus)`` says which.
 
-    Python's threads take turns anyway. On two CPUs each hand-over also wakes the other CPU, which
-    on a virtual machine can cost more than the work that is handed over: with 32 visitors a
-    request took half as much CPU time again on two, and a third fewer were served
-    (``tools/bench.py --row cpu``). On a larger machine TLS, which needs no turn, can use the rest.
-    A Python without a GIL has no turns: its threads keep all CPUs.
+    The GIL lets one thread run at a time anyway. On two CPUs each hand-over of the GIL also wakes
+    the other CPU, which on a virtual machine can cost more than the work handed over: with 32
+    visitors a request took 1.5 times the CPU time on two, and a third fewer were served
+    (``tools/bench.py --row cpu``). On a larger machine TLS, which releases the GIL, can use the
+    other CPUs. A Python without a GIL keeps all CPUs.
     """
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
     if has_gil and hasattr(os, "sched_setaffinity"):
