@@ -313,8 +313,6 @@ UNTYPED = {
     "gotunnel_server/cli.py",
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",
-    "gotunnel_server/net/listener.py",
-    "gotunnel_server/net/shares.py",
     "gotunnel_server/routes.py",
     "gotunnel_server/visitors/arrival.py",
     "gotunnel_server/visitors/connection.py",

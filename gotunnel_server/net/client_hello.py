@@ -1,10 +1,11 @@
-"""SNI and ALPN out of the first bytes of a TLS connection (RFC 8446 §4.1.2, RFC 6066, RFC 7301).
+"""SNI and ALPN from a ClientHello, before the TLS library sees it (RFC 8446 §4.1.2, RFC 6066,
+RFC 7301).
 
-A new connection's owner (arrival.py, newcomer.py) asks a ``Reader`` about its first bytes: are they
-TLS, and if so, for which hostname and which protocols? It asks again when more bytes have come.
-Bytes in, values out; the bytes are then given back to the connection, and the TLS library reads
-them again. It checks what matters to it (versions, ciphers, keys); here only that is read which
-picks a certificate.
+The owner of a new connection (arrival.py, newcomer.py) asks a ``Reader`` whether its first bytes
+are TLS, and if so, for which hostname and which protocols. It asks again when more bytes have come.
+Bytes in, values out. Then the owner gives the bytes back to the connection, and the TLS library
+reads them again. Versions, ciphers and keys are the library's business: this module reads only the
+parts that choose a certificate.
 
 From the outside in, a hello is
 
@@ -12,8 +13,8 @@ From the outside in, a hello is
     a handshake   type 1, length, body; the body is
     a ClientHello version, random, session id, cipher suites, compression methods, extensions
 
-The promise: whatever bytes come, ``Reader.parse`` returns a value or raises NotTLS. It says the
-same of the same bytes, whether they come at once or one at a time.
+The promise: whatever bytes come, ``Reader.parse`` returns a value or raises NotTLS. The result is
+the same whether the bytes come at once or one at a time.
 """
 
 import re
@@ -22,9 +23,9 @@ from typing import NamedTuple
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.hostnames import MAX_HOSTNAME, REQUESTED_NAME
 
-# Bytes within which a hello must be complete. Real ones are 250 to 2000 bytes long, with large
-# session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. One is cut into records
-# as its sender likes, down to one byte each.
+# A hello must be complete within so many bytes. Real ones have 250 to 2000 bytes, with large
+# session tickets a few thousand; nginx and HAProxy peek at 16 KiB as well. The sender chooses how
+# it is cut into records, which may have one byte each.
 HELLO_LIMIT = 16384
 
 _RECORD_HEADER = 5  # bytes: type, version (2), length (2)
@@ -43,20 +44,20 @@ _NAME_HOST = 0  # RFC 6066 §3, the only name type there is
 ACME_TLS = "acme-tls/1"
 
 POSTGRESQL = "postgresql"  # offered by PostgreSQL's clients that begin with TLS at once
-# What a hostname takes whatever its mode is: HTTP/1.1 is what a target most likely speaks if a
-# visitor, such as curl, offers that beside HTTP/2.
+# Accepted for every hostname, whatever its mode. In tcp mode, a visitor such as curl offers
+# HTTP/1.1 beside HTTP/2, and its target most likely speaks the former.
 ALWAYS_TAKEN = ("http/1.1", POSTGRESQL)
 
-_PROTOCOL = re.compile(r"[!-~]{1,255}")  # as all that are registered are written
+_PROTOCOL = re.compile(r"[!-~]{1,255}")  # printable ASCII, as every name in IANA's registry is
 _HOSTNAME = re.compile(REQUESTED_NAME)
 
 
 class Hello(NamedTuple):
     """What a TLS connection asks for.
 
-    ``server_name`` is the hostname, lower case, no trailing dot; None if it named none, or an IP
-    address, which is no name (RFC 6066 §3). ``alpn`` are the protocols in its order of
-    preference, as latin-1 so that any bytes can be told apart; empty if it named none.
+    ``server_name`` is the hostname, lower case, no trailing dot. It is None if the hello has none,
+    or an IP address, which is no hostname (RFC 6066 §3). ``alpn``: the protocols, the preferred one
+    first, as latin-1, which keeps different bytes different; empty if the hello has none.
     """
 
     server_name: str | None
@@ -64,30 +65,31 @@ class Hello(NamedTuple):
 
 
 def own_protocol(offered: tuple[str, ...]) -> str | None:
-    """Which protocol a hostname in tcp mode takes, whose target speaks whatever the visitor wants:
-    the visitor's first choice; None if it offers none, or one of ALWAYS_TAKEN."""
+    """The protocol to accept for a hostname in tcp mode, whose target speaks what its visitors
+    want: the visitor's first choice. None if the visitor offers none, or one of ALWAYS_TAKEN."""
     if not offered or set(offered) & set(ALWAYS_TAKEN) or not _PROTOCOL.fullmatch(offered[0]):
         return None
     return offered[0]
 
 
 class NotTLS(Exception):
-    """These bytes start no TLS connection, or one whose hello breaks the rules."""
+    """The bytes do not begin a TLS connection, or its hello breaks the rules."""
 
 
 class Reader:
-    """The first bytes of one connection, as they come: no record is looked at twice."""
+    """Reads the first bytes of one connection as they come. No whole record is read twice, so one
+    byte at a time costs no more."""
 
-    def __init__(self):
-        self._at = 0  # where the first record begins that was not whole
-        self._joined = b""  # fragments of those before it
+    def __init__(self) -> None:
+        self._at = 0  # offset of the first record that was not whole
+        self._joined = b""  # the fragments of the records before it
 
     def parse(self, data: bytes) -> Hello | None:
-        """Read the hello at the start of ``data``, all that has come so far, which begins with
-        what it was the last time; None if more must come.
+        """Read the hello at the start of ``data``: all bytes that have come so far, those of
+        earlier calls included. None if more must come.
 
-        Bytes after the hello are not looked at. Raises NotTLS as soon as the bytes cannot become a
-        hello, an SSLv2 one included, or when HELLO_LIMIT bytes hold no complete one.
+        Bytes after the hello are ignored. Raises NotTLS as soon as the bytes cannot become a
+        hello (SSLv2's is none), or when HELLO_LIMIT bytes hold no complete one.
         """
         message = self._message(data[:HELLO_LIMIT])
         if message is not None:
@@ -96,7 +98,7 @@ class Reader:
             raise NotTLS(f"no end of the hello in {HELLO_LIMIT} bytes, expected a shorter one")
         return None
 
-    def _message(self, data):
+    def _message(self, data: bytes) -> bytes | None:
         """The body of the first handshake message, joined from its records; None if incomplete."""
         while True:
             header = data[self._at : self._at + _RECORD_HEADER]
@@ -117,8 +119,8 @@ class Reader:
             self._at, self._joined = end, joined
 
 
-def _whole(joined):
-    """The body of the hello that ``joined`` begins with; None if it is not whole."""
+def _whole(joined: bytes) -> bytes | None:
+    """The body of the hello at the start of ``joined``; None if it is not whole."""
     if joined and joined[0] != _MESSAGE_CLIENT_HELLO:
         raise NotTLS(f"handshake type {joined[0]}, expected hello ({_MESSAGE_CLIENT_HELLO})")
     if len(joined) < _MESSAGE_HEADER:
@@ -149,7 +151,7 @@ def _client_hello(body: bytes) -> Hello:
     while at < len(block):
         kind = int.from_bytes(block[at : at + 2], "big")
         content, at = _vector(block, at + 2, 2, "extension")
-        if kind in extensions:  # RFC 8446 §4.2; the readers would differ in which
+        if kind in extensions:  # RFC 8446 §4.2; TLS libraries differ in which one they take
             raise NotTLS(f"extension {kind} twice, expected it once")
         extensions[kind] = content
     return Hello(
@@ -183,7 +185,7 @@ def _hostname(name: bytes) -> str | None:
         return None
     if not _HOSTNAME.fullmatch(text):
         raise NotTLS(f"server name {text[:MAX_HOSTNAME]!r}, expected an ASCII hostname")
-    # Without a dot at its end, says RFC 6066 §3; it means the same name, so we are lenient.
+    # RFC 6066 §3 forbids the trailing dot; it means the same name, so we are lenient.
     text = text.lower().removesuffix(".")
     if len(text) > MAX_HOSTNAME:
         raise NotTLS(f"server name of {len(text)} bytes, expected at most {MAX_HOSTNAME}")
@@ -211,7 +213,7 @@ def _protocols(content: bytes | None) -> tuple[str, ...]:
 def _vector(data: bytes, at: int, width: int, what: str) -> tuple[bytes, int]:
     """The vector at ``at``, its length in ``width`` bytes before it, and the offset behind it.
 
-    This is how TLS writes everything of varying length (RFC 8446 §3.4).
+    TLS writes everything of varying length like this (RFC 8446 §3.4).
     """
     start = at + width
     end = start + int.from_bytes(data[at:start], "big")

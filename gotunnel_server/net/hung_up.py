@@ -1,4 +1,4 @@
-"""Whether a peer has ended its side of a connection, as the system knows it."""
+"""Asks the kernel whether a peer has ended its side of a connection (POLLRDHUP)."""
 
 import select
 
@@ -6,8 +6,8 @@ from gotunnel_agent.common.duplex import Duplex
 
 
 def hung_up(connection: Duplex) -> bool:
-    """Also if unread bytes lie before the end. False where the system cannot tell (only Linux
-    can)."""
+    """True also while unread bytes stand before the end. Always False on systems other than
+    Linux, which cannot tell."""
     if not hasattr(select, "POLLRDHUP"):
         return False
     look = select.poll()

@@ -1,22 +1,17 @@
-"""One selector thread a port: accept, limit, watch idle connections, hand over.
+"""One selector thread a port: accepts connections, limits them, watches idle ones, and hands those
+with input to workers.
 
 Waiting costs no worker here. A connection that waits for its peer is *parked* with its port's
-listener; when the peer sends something, or the time is up, it is handed to a worker, which does
-what can be done and parks it again, or closes it. So ownership moves, and a connection needs no
-lock: it is in the listener's selector, in the hands of one worker, or waits for its turn
-(call_later()).
+listener. When the peer sends something, or the time is up, the listener hands the connection to a
+worker, which does what can be done now and then parks it again or closes it. Ownership moves, so a
+connection needs no lock: it is in the listener's selector, in the hands of one worker, or waits for
+its turn (call_later()).
 
-Any thread may call park(), call_later() and stop(). Everything else happens in the
-listener's thread; what it shares with the others is guarded by one lock.
-
-What can be parked has:
-
-    duplex            the connection (common.duplex.Duplex)
-    address           the peer's; its connections take turns with those of others
-    ready()           the peer has sent something; called by a worker
-    expired()         the time is up; called by a worker
-    close()           the listener stops; called by its thread
+Any thread may call park(), await_more(), call_later() and stop(). Everything else happens in the
+listener's thread. One lock guards the state that it shares with other threads.
 """
+
+from __future__ import annotations
 
 import errno
 import logging
@@ -26,43 +21,77 @@ import selectors
 import socket
 import sys
 import threading
+from collections.abc import Callable, Hashable, Sequence
 from time import monotonic
+from typing import Any, Protocol, TypeVar
 
 from gotunnel import NoThread, Waker, call_logged, spawn
 from gotunnel_agent.common.addresses import counted_by, unmapped_host
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Stopped
+
+from .round_robin import FairWorkers
+from .shares import Places, Seat
 
 log = logging.getLogger("gotunnel.listener")
 
-BACKLOG = 1024  # connections that the kernel holds for us while we are busy
-# Seconds between looks at the deadlines, which need not be met to the millisecond.
+BACKLOG = 1024  # connections that the kernel queues until they are accepted
+# Interval of the check of deadlines, in seconds. They need not be met to the millisecond.
 SWEEP, SHORT_SWEEP = 1.0, 0.1
-ACCEPTS_A_TURN = 64  # connections accepted before those that are parked get their turn
-REFUSALS_SILENCE = 60  # seconds between two lines in the log that say how many were turned away
-LOOK_LATER = 0.1  # seconds between looks at calls that are to be made later
-# Waits in one state after which a connection's next bytes are looked at only each TRICKLE seconds:
-# a hello, a head or a registration comes in a few pieces, and byte by byte each would take a step.
+ACCEPTS_A_TURN = 64  # connections accepted before parked ones get their turn
+REFUSALS_SILENCE = 60  # seconds between two log lines about connections that were turned away
+LOOK_LATER = 0.1  # interval of the check for due call_later() calls, in seconds
+# A hello, a head or a registration comes in a few pieces. From a peer that sends it byte by byte,
+# each byte would take a worker's step: after FREE_WAITS waits in one state its input is looked at
+# only every TRICKLE seconds.
 FREE_WAITS = 64
 TRICKLE = 0.1
-PAUSE = 0.2  # seconds without accepting, when the process has no descriptor left
+PAUSE = 0.2  # seconds without accepting, if the process has no descriptor left
+
+Address = tuple[Any, ...]  # as accept() gives it: IP address, port; for IPv6 two numbers more
+Item = TypeVar("Item")
+
+
+class Parkable(Protocol):
+    """What a listener can watch. It compares by identity."""
+
+    @property
+    def duplex(self) -> Duplex:
+        """The connection."""
+
+    @property
+    def address(self) -> Address:
+        """The peer's. Addresses take turns at the workers."""
+
+    def ready(self) -> None:
+        """The peer has sent something. Called by a worker."""
+
+    def expired(self) -> None:
+        """The time is up. Called by a worker."""
+
+    def close(self) -> None:
+        """The listener stops. Called by the thread that stops it, or that parks."""
+
+
+Welcome = Callable[[socket.socket, Address, Seat], "Parkable | None"]
 
 
 def descriptor_limit() -> int:
-    """How many descriptors the process may have."""
+    """How many file descriptors the process may have open (RLIMIT_NOFILE)."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 class PortError(Exception):
-    """A port cannot be listened on; one line for the operator."""
+    """The gateway cannot listen on a port; the text is one line for the operator."""
 
 
-def bind(setting, addresses, port) -> list:
+def bind(setting: str, addresses: Sequence[str], port: int) -> list[socket.socket]:
     """Listening sockets for a port (0: any free one) on the given IP addresses, () for all.
 
-    ``setting`` names the port in the error, PortError.
+    Raises PortError, which calls the port by ``setting``, the name of its variable.
     """
-    sockets = []
+    sockets: list[socket.socket] = []
     try:
         for address in addresses or ("",):
             sockets.append(_bind_one(address, port))
@@ -74,7 +103,7 @@ def bind(setting, addresses, port) -> list:
     return sockets
 
 
-def _bind_one(address, port):
+def _bind_one(address: str, port: int) -> socket.socket:
     if address:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         return socket.create_server((address, port), family=family, backlog=BACKLOG)
@@ -85,15 +114,15 @@ def _bind_one(address, port):
             )
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise  # only a machine without IPv6 is none of our business
+                raise  # on a machine without IPv6, listen on IPv4 alone
     return socket.create_server(("", port), backlog=BACKLOG)
 
 
-def _on(address):
+def _on(address: str) -> str:
     return f" on {address}" if address else ""
 
 
-def _reason(error, setting):
+def _reason(error: OSError, setting: str) -> str:
     if error.errno == errno.EADDRINUSE:
         return "in use, another program listens there; stop it or choose another port"
     if error.errno == errno.EACCES:
@@ -107,22 +136,30 @@ def _reason(error, setting):
     return error.strerror or str(error)
 
 
-def _raise_limit(error):
-    """What helps, where a limit is in the way: of the process, or of the system."""
+def _raise_limit(error: OSError) -> str:
+    """What the operator can do if a limit of the process, or of the system, was reached."""
     if error.errno == errno.EMFILE:
         return "; raise the limit (ulimit -n)"
     return "; raise the limit (sysctl fs.file-max)" if error.errno == errno.ENFILE else ""
 
 
 class Listener:
-    """One port. start(), then stop(), which closes all that is parked."""
+    """One port. start(), then stop(), which closes all parked connections."""
 
-    def __init__(self, name, sockets, welcome, workers, places, first_timeout):
-        """``welcome(sock, address, seat)`` makes something that can be parked out of an accepted
-        socket, or None if that peer is not wanted; what it makes settles its Seat, and leaves it in
-        the end. ``workers``: FairWorkers, which take its steps. ``places``: shares.Places for the
-        connections that are open at a time. ``first_timeout`` is how many seconds the first byte
-        may take: then it is expired(), with 0 at once.
+    def __init__(
+        self,
+        name: str,
+        sockets: Sequence[socket.socket],
+        welcome: Welcome,
+        workers: FairWorkers,
+        places: Places,
+        first_timeout: float,
+    ):
+        """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or None if the
+        peer is not wanted. The Parkable settles its Seat, and leaves it in the end. ``workers`` run
+        the connections' steps; ``places`` limit how many are open at a time. ``first_timeout``:
+        seconds that a peer has for its first byte before expired() is called; with 0 it is called
+        at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]
@@ -135,32 +172,35 @@ class Listener:
         # SHORT_SWEEP seconds for the short timeouts passed to park().
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._selector = selectors.DefaultSelector()
-        self._parked = {}  # connection: monotonic deadline
+        self._parked: dict[Parkable, float] = {}  # monotonic deadlines
         self._lock = threading.Lock()  # guards the three below
-        self._newly_parked = []  # (connection, deadline)
-        self._later = []  # (deadline, function, key of its turn)
+        self._newly_parked: list[tuple[Parkable, float]] = []  # with its deadline
+        # When (monotonic), the function, the key of its turn.
+        self._later: list[tuple[float, Callable[[], object], Hashable]] = []
         self._over = False  # the thread has looked at both lists for the last time
-        self.refused = 0  # connections that found no place; only the thread counts them
-        self._refused_said = 0  # of them, those that the log knows of
-        self._refused_host = None  # address of the last of them
-        self._said_at = -REFUSALS_SILENCE  # monotonic, of its last line about them
-        self._resume_at = None  # accept again then; None: accepting
+        self.refused = 0  # connections that found no place; counted by the thread alone
+        self._refused_said = 0  # how many of them the log has reported
+        self._refused_host: str | None = None  # address of the last of them
+        self._said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
+        self._resume_at: float | None = None  # monotonic, end of a _pause(); None: accepting
         self._stopping = threading.Event()
         self._waker = Waker()
         self._last_sweep = 0.0  # monotonic
-        self._thread = None
+        self._thread: threading.Thread | None = None  # None until start()
 
     @property
     def stopping(self) -> bool:
-        """Whether what is to be called later would be called at once."""
+        """Whether call_later() may call at once, without its time."""
         return self._stopping.is_set()
 
     @property
     def crowded(self) -> bool:
-        """Whether connections wait for a worker: then none of them should wait in a worker."""
+        """Whether connections wait for a worker. Then a step should park its connection rather
+        than wait for the peer."""
         return self._workers.crowded
 
-    def start(self):
+    def start(self) -> None:
+        """Begin to accept. Raises PortError if there is no thread to be had."""
         for sock in self._sockets:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
@@ -171,23 +211,25 @@ class Listener:
             self.stop()
             raise PortError(f"port {self.port}: {error}") from None
 
-    def stop(self):
-        """Stop accepting, close what is parked; waits for the thread. What workers have goes on,
-        and is closed as soon as it is parked."""
+    def stop(self) -> None:
+        """Stop accepting, and close all parked connections; waits for the thread. Connections in
+        the hands of workers go on, and are closed as soon as they are parked."""
         self._stopping.set()
         self._waker.wake()
         if self._thread is not None:
             self._thread.join()
         self._finish()
-        for closable in (*self._sockets, self._selector, self._waker):
-            closable.close()
+        for sock in self._sockets:
+            sock.close()
+        self._selector.close()
+        self._waker.close()
 
-    def park(self, connection, timeout):
+    def park(self, connection: Parkable, timeout: float) -> None:
         """Watch a connection until its peer sends something, ``timeout`` seconds at most."""
-        if timeout <= 0:  # also for a peer that always has just sent a byte
+        if timeout <= 0:  # even if bytes are there: else a peer that trickles would never expire
             self._hand_over(connection, connection.expired)
             return
-        if connection.duplex.pending:  # the selector sees the socket, not what was read from it
+        if connection.duplex.pending:  # bytes that were read already: the selector cannot see them
             self._hand_over(connection, connection.ready)
             return
         with self._lock:
@@ -199,18 +241,21 @@ class Listener:
         else:
             self._waker.wake()
 
-    def await_more(self, connection, timeout, waits):
-        """As park(), for something that comes in a few pieces. ``waits``: how often the connection
-        has waited for it, this time included. If it is too often, a worker looks in a while."""
+    def await_more(self, connection: Parkable, timeout: float, waits: int) -> None:
+        """As park(), for a message that comes in a few pieces. ``waits``: how often the connection
+        has waited for it, this time included. Beyond FREE_WAITS its next step comes in TRICKLE
+        seconds, however often the peer sends."""
         if waits > FREE_WAITS and timeout > 0 and not self.stopping:
             self.call_later(connection, connection.ready, min(timeout, TRICKLE))
         else:
             self.park(connection, timeout)
 
-    def call_later(self, connection, function, timeout):
-        """Have a worker call ``function`` in ``timeout`` seconds, or a little later, when it is the
-        turn of the connection's address. If the listener has stopped, at once; raises Stopped if
-        the workers have, too."""
+    def call_later(
+        self, connection: Parkable, function: Callable[[], object], timeout: float
+    ) -> None:
+        """Have a worker call ``function`` in ``timeout`` seconds, or a little later, when the
+        connection's address has its turn. If the listener has stopped, it is called at once; if
+        the workers have stopped as well, raises Stopped."""
         key = counted_by(connection.address[0])
         with self._lock:
             over = self._over
@@ -221,7 +266,7 @@ class Listener:
         else:
             self._waker.wake()
 
-    def _hand_over(self, connection, step):
+    def _hand_over(self, connection: Parkable, step: Callable[[], object]) -> None:
         """Have a worker call ``step``, a method of the connection."""
         try:
             self._workers.submit(step, counted_by(connection.address[0]))
@@ -230,7 +275,7 @@ class Listener:
 
     # The listener's thread
 
-    def _run(self):
+    def _run(self) -> None:
         self._last_sweep = monotonic()
         while not self._stopping.is_set():
             try:
@@ -238,19 +283,19 @@ class Listener:
             except Exception:
                 log.exception("port %s: an unexpected error (bug, traceback follows); the port "
                               "stays open", self.name)  # fmt: skip
-                self._stopping.wait(PAUSE)  # its cause may still be there: no busy loop
+                self._stopping.wait(PAUSE)  # the cause may still be there: no busy loop
         self._finish()
 
-    def _turn(self):
-        busy = self._parked or self._resume_at is not None
+    def _turn(self) -> None:
+        busy = bool(self._parked) or self._resume_at is not None
         for key, _ in self._selector.select(self._patience(busy)):
             if key.data is not None:
                 self._unwatch(key.data)
                 self._hand_over(key.data, key.data.ready)
-            elif key.fileobj is self._waker:
-                self._waker.clear()
-            else:
+            elif isinstance(key.fileobj, socket.socket):
                 self._accept(key.fileobj)
+            else:
+                self._waker.clear()
         self._take_newly_parked()
         now = monotonic()
         self._submit_due(now)
@@ -258,9 +303,9 @@ class Listener:
             self._last_sweep = now
             self._sweep(now)
 
-    def _finish(self):
-        """The thread's last act, and stop()'s if it never ran: from here on park() closes, and
-        call_later() calls at once."""
+    def _finish(self) -> None:
+        """Close all that is parked; from here on park() closes, and call_later() calls at once. The
+        thread's last act; stop() repeats it, in case the thread never ran."""
         with self._lock:
             self._over = True
         for connection in list(self._parked):
@@ -270,30 +315,30 @@ class Listener:
             call_logged(connection.close)
         self._submit_due(math.inf)
 
-    def _take(self, entries) -> list:
-        """What is in one of the lists that other threads append to; it is empty then."""
+    def _take(self, entries: list[Item]) -> list[Item]:
+        """Empty one of the lists that other threads append to; returns its entries."""
         with self._lock:
             taken = entries.copy()
             entries.clear()
         return taken
 
-    def _patience(self, busy):
-        """Seconds until something has to be looked at, None if nothing has."""
+    def _patience(self, busy: bool) -> float | None:
+        """How long the selector may wait, in seconds; None: until something happens."""
         if self._later:
             return LOOK_LATER
         return self._sweep_every if busy else None
 
-    def _submit_due(self, now):
+    def _submit_due(self, now: float) -> None:
         if not self._later:
             return
         with self._lock:
-            due = [entry[1:] for entry in self._later if entry[0] <= now]
+            due = [(entry[1], entry[2]) for entry in self._later if entry[0] <= now]
             if due:
                 self._later[:] = [entry for entry in self._later if entry[0] > now]
         for function, key in due:
             call_logged(self._workers.submit, function, key)
 
-    def _accept(self, listening):
+    def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPTS_A_TURN):
             try:
                 sock, address = listening.accept()
@@ -310,17 +355,17 @@ class Listener:
             if seat is not None:
                 self._take_in(sock, (host, *address[1:]), seat)
             else:
-                # Not even told so: that would take a handshake, which is the dearest part.
+                # Without an answer: that would need a TLS handshake, the most expensive part.
                 sock.close()
                 self.refused += 1
                 self._report_refused(monotonic(), host)
 
-    def _take_in(self, sock, address, seat):
+    def _take_in(self, sock: socket.socket, address: Address, seat: Seat) -> None:
         connection = None
         try:
             connection = self._welcome(sock, address, seat)
         finally:
-            if connection is None:  # not wanted, or welcome() failed
+            if connection is None:  # the peer is not wanted, or welcome() failed
                 sock.close()
                 seat.leave()
         if connection is None:
@@ -330,42 +375,44 @@ class Listener:
         else:
             self._hand_over(connection, connection.expired)
 
-    def _report_refused(self, now, host=None):
-        """Log how many were turned away, now and then; ``host`` is where the last one is from."""
+    def _report_refused(self, now: float, host: str | None = None) -> None:
+        """Log how many connections were turned away, every REFUSALS_SILENCE at most. ``host``: the
+        address of one that was turned away now."""
         self._refused_host = host or self._refused_host
         count = self.refused - self._refused_said
         if count and now - self._said_at >= REFUSALS_SILENCE:
             self._refused_said, self._said_at = self.refused, now
-            log.warning("port %s: as many connections are open as may be (%d), or as one address "
-                        "may have of them; %d more were closed at once, the last from %s, "
-                        "%d since the start",
-                        self.name, self._places.most, count, self._refused_host, self.refused,
+            log.warning("port %s: %d more connections were closed at once, the last from %s (%d "
+                        "since the start): the limit of connections (%d) is reached, or one "
+                        "address has its share of it",
+                        self.name, count, self._refused_host, self.refused, self._places.most,
                         )  # fmt: skip
 
-    def _pause(self):
-        """Without a descriptor the socket would stay ready, and we would go round in circles."""
+    def _pause(self) -> None:
+        """Do not accept for a while. While there is no descriptor for an accepted connection, the
+        listening socket stays ready, and the thread would spin."""
         if self._resume_at is None:
             self._resume_at = monotonic() + PAUSE
             for sock in self._sockets:
                 self._selector.unregister(sock)
 
-    def _watch(self, connection, deadline):
+    def _watch(self, connection: Parkable, deadline: float) -> None:
         try:
             self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
-        except (OSError, ValueError):  # broken in the meantime: its owner will find out
+        except (OSError, ValueError):  # the connection is broken: its next step finds out
             self._hand_over(connection, connection.ready)
             return
         self._parked[connection] = deadline
 
-    def _take_newly_parked(self):
+    def _take_newly_parked(self) -> None:
         for connection, deadline in self._take(self._newly_parked) if self._newly_parked else ():
             self._watch(connection, deadline)
 
-    def _unwatch(self, connection):
+    def _unwatch(self, connection: Parkable) -> None:
         self._selector.unregister(connection.duplex)
         del self._parked[connection]
 
-    def _sweep(self, now):
+    def _sweep(self, now: float) -> None:
         self._report_refused(now)
         for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
             self._unwatch(connection)

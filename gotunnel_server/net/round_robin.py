@@ -19,8 +19,8 @@ class RoundRobin:
     and within one tunnel the addresses. All paths have the same length. One thread at a time."""
 
     def __init__(self) -> None:
-        # Key: RoundRobin of the rest of its paths, or deque of items if there is no rest. Never an
-        # empty one. The key whose turn is next comes first.
+        # By key: a RoundRobin of the rest of its paths, or a deque of items if there is no rest;
+        # never an empty one. The key whose turn is next stands first.
         self._queues: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class RoundRobin:
         """Append an item to the queue of ``path``. A key without items gets its first turn after
         one turn of each other key."""
         key, *rest = path
-        queue = self._queues.get(key)
+        queue: Any = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = RoundRobin() if rest else deque()
         queue.put(rest, item) if rest else queue.append(item)

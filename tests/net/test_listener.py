@@ -280,12 +280,12 @@ def test_one_address_does_not_fill_a_port_and_the_log_names_it(caplog):
             wait_until(lambda: len(port.welcomed) == 3)
         port.seats[0].settle()
         port.meet()
-    assert "1 more were closed at once, the last from 127.0.0.1, 1 since the start" in caplog.text
+    assert "1 more connections were closed at once, the last from 127.0.0.1 (1 since" in caplog.text
 
 
 def lines_about_refusals(caplog):
     """What each said: how many since the line before, how many since the start."""
-    found = (re.search(r"; (\d+) more .* (\d+) since", line) for line in caplog.messages)
+    found = (re.search(r": (\d+) more .* \((\d+) since", line) for line in caplog.messages)
     return [(int(match[1]), int(match[2])) for match in found if match]
 
 
