@@ -48,15 +48,23 @@ Source: the yamux specification (github.com/hashicorp/yamux, spec.md). Where we 
 the text says "we".
 """
 
-import collections
+from __future__ import annotations
+
 import contextlib
 import ipaddress
 import json
 import re
 import struct
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 __version__ = "0.1.0"
+
+# Two types that stand in many signatures.
+BytesLike = bytes | bytearray | memoryview
+Callback = Callable[[], None]
 
 
 # Errors ------------------------------------------------------------------------------------------
@@ -76,7 +84,7 @@ class StreamReset(ConnectionError):
     ``code`` is what some peers put beside a RST, 0 if they put nothing.
     """
 
-    def __init__(self, text="the peer reset the stream", code=0):
+    def __init__(self, text: str = "the peer reset the stream", code: int = 0):
         super().__init__(text)
         self.code = code
 
@@ -116,7 +124,7 @@ class Header(NamedTuple):
         return HEADER.pack(VERSION, *self)
 
     @classmethod
-    def decode(cls, data: bytes, at=0) -> "Header":
+    def decode(cls, data: BytesLike, at: int = 0) -> Header:
         """Read a header; raises ProtocolError for a version or a type that yamux does not have."""
         version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
         if version != VERSION:
@@ -207,6 +215,10 @@ class GoneAway(NamedTuple):
     code: int
 
 
+Event = Opened | Received | Finished | WasReset | Writable | Answered | GoneAway
+NEVER = float("inf")  # an instant that does not come
+
+
 class _Flow:
     """What Mux knows of one stream."""
 
@@ -214,7 +226,7 @@ class _Flow:
                  "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin", "got_fin",
                  "discarding", "discarded", "alive")  # fmt: skip
 
-    def __init__(self, stream_id, window):
+    def __init__(self, stream_id: int, window: int):
         self.id = stream_id
         self.may_send = INITIAL_WINDOW  # bytes the peer still permits; debited when queued
         self.window = window  # bytes that may have come and not been used
@@ -222,8 +234,8 @@ class _Flow:
         self.may_receive = window  # bytes we still permit
         self.owed = 0  # bytes used here, for which the peer has no credit yet
         self.used = 0  # bytes used here since ...
-        self.since = None  # ... half a window had been used, or the first payload came
-        self.queue = collections.deque()  # payload that waits for the line
+        self.since = NEVER  # ... half a window had been used, or the first payload came
+        self.queue: deque[BytesLike] = deque()  # payload that waits for the line
         self.queued = 0  # bytes in it
         self.in_rotation = False
         self.finishing = False  # a FIN waits behind the queue, or was sent
@@ -246,7 +258,11 @@ class Memory:
 
     FLOOR = START_WINDOW  # bytes that a session may buffer in any case
 
-    def __init__(self, machine=1 << 32, lock=contextlib.nullcontext()):
+    def __init__(
+        self,
+        machine: int = 1 << 32,
+        lock: AbstractContextManager[object] = contextlib.nullcontext(),
+    ):
         """``machine`` is the bytes that the process could use if it had nothing else to do;
         ``lock`` is needed if several threads share it."""
         self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS, everything
@@ -271,24 +287,24 @@ class Account:
 
     STEP = 256 * 1024  # bytes, up to which the Memory is not told: it has a lock, and many callers
 
-    def __init__(self, memory):
+    def __init__(self, memory: Memory):
         self.memory = memory
         self.promised = 0
         self._held = self._told = 0
         self._open = True
 
-    def hold(self, count):
+    def hold(self, count: int) -> None:
         """Count bytes that came into a buffer; negative, that left it."""
         self._held += count
         if not -self.STEP < self._held - self._told < self.STEP and self._open:
             self._tell()
 
-    def _tell(self):
+    def _tell(self) -> None:
         with self.memory.lock:
             self.memory.buffered += self._held - self._told
         self._told = self._held
 
-    def promise(self, count) -> bool:
+    def promise(self, count: int) -> bool:
         """Let a window grow by ``count`` bytes, if that is at most half of what is left, for the
         session and for all: so there is always something for the next one."""
         memory = self.memory
@@ -300,13 +316,13 @@ class Account:
         self.promised += count
         return True
 
-    def take_back(self, count):
+    def take_back(self, count: int) -> None:
         """Say that a window has shrunk by so much, or is gone."""
         with self.memory.lock:
             self.memory.promised -= count
         self.promised -= count
 
-    def close(self):
+    def close(self) -> None:
         """Give everything back. What is still read of it later does not count."""
         self.take_back(self.promised)
         self._held = 0
@@ -325,7 +341,10 @@ class Mux:
     holds a lock around every call.
     """
 
-    def __init__(self, *, client, window=INITIAL_WINDOW, max_streams=MAX_STREAMS, account=None):
+    def __init__(
+        self, *, client: bool, window: int = INITIAL_WINDOW, max_streams: int = MAX_STREAMS,
+        account: Account | None = None,
+    ):  # fmt: skip
         """``window`` bytes are what a stream may have on its way to us at first; ``max_streams``
         is how many streams the peer may have open at a time. ``account`` is the caller's to
         close."""
@@ -337,22 +356,23 @@ class Mux:
         self._account = account or Account(Memory())
         self._parity = 0 if client else 1  # of the ids that the peer may use
         self._next_id = 1 if client else 2
-        self._flows = {}  # stream id: _Flow
-        self._unanswered = {}  # ids that we opened and the peer has not answered: when we did
-        self._unaccepted = set()  # ids that the peer opened and we have not accepted
+        self._flows: dict[int, _Flow] = {}  # by stream id
+        self._unanswered: dict[int, float] = {}  # ids that we opened, until the peer answers: when
+        self._unaccepted: set[int] = set()  # ids that the peer opened and we have not accepted
         self._inbound = 0  # streams in _flows that the peer opened
         self._overran = False  # a stream has exceeded its window once
         self._most_waste = WASTE + WASTE_A_STREAM * max_streams
         self._waste_a_second = WASTE_A_SECOND + WASTE_A_STREAM_SECOND * max_streams
-        self._wasted = 0  # frames that nobody needed, less what time and our own frames allow for
+        self._wasted = 0.0  # frames that nobody needed, less what time and our own frames allow for
         self._late = 0  # bytes that may still come for streams that we have reset
         self._now = self._wasted_at = 0.0
-        self._watched_at = None  # when keep_alive() was called last
-        self._asked_at = None  # when the last ping was queued
-        self._asked = None  # its value, until it is answered
+        self._watched_at: float | None = None  # when keep_alive() was called last
+        self._asked_at = 0.0  # when the last ping was queued
+        self._asked: int | None = None  # its value, until it is answered
         self._pings = 0  # how many there have been
         self._credited = False  # some stream was given credit
-        self.round_trip = None  # seconds, the shortest from an open or ping to its answer, if any
+        # The shortest time from an open or a ping to its answer, in seconds.
+        self.round_trip: float | None = None
         self.we_left = False  # go_away() was called
         self.peer_left = False  # the peer sent GO_AWAY
         self.strays = 0  # frames for streams that nobody knows
@@ -361,24 +381,24 @@ class Mux:
         # What came: half a header, or a body of which some bytes are missing.
         self._partial = b""
         self._body_left = 0
-        self._body_flow = None  # None: nobody wants it
+        self._body_flow: _Flow | None = None  # None: nobody wants it
         self._body_ends = False  # FIN stands on this frame
 
         # What goes, in this order. A stream's SYN is among the first, so nothing overtakes it.
-        self._replies = collections.deque()  # headers: pongs, go away
-        self._control = collections.deque()  # headers: SYN, ACK, RST
-        self._updates = {}  # stream id: credit, merged until it is sent
+        self._replies: deque[bytes] = deque()  # headers: pongs, go away
+        self._control: deque[bytes] = deque()  # headers: SYN, ACK, RST
+        self._updates: dict[int, int] = {}  # stream id: credit, merged until it is sent
         self._question = b""  # a ping
         self._queued = 0  # bytes of payload that wait, of all streams
-        self._rotation = collections.deque()  # flows with payload or a FIN to send, in turns
+        self._rotation: deque[_Flow] = deque()  # flows with payload or a FIN to send, in turns
 
     # From the peer
 
-    def receive(self, data, now) -> list:
+    def receive(self, data: BytesLike, now: float) -> list[Event]:
         """Take bytes of the peer, in any pieces and any buffer; return the events that they cause.
         What they hold of ``data`` is copied out of it."""
         self._now = now
-        events = []
+        events: list[Event] = []
         at, end = 0, len(data)
         while at < end:
             if self._body_left:
@@ -390,15 +410,15 @@ class Mux:
                 self._partial += data[at : at + missing]
                 at += missing
                 if len(self._partial) == HEADER_SIZE:
-                    header, self._partial = self._partial, b""
-                    self._take_header(Header.decode(header), events)
+                    whole, self._partial = self._partial, b""
+                    self._take_header(Header.decode(whole), events)
             else:
                 header = Header.decode(data, at)
                 at += HEADER_SIZE
                 self._take_header(header, events)
         return events
 
-    def _take_payload(self, piece, events):
+    def _take_payload(self, piece: bytes, events: list[Event]) -> None:
         self._body_left -= len(piece)
         flow = self._body_flow
         if flow is None or not flow.alive:
@@ -410,7 +430,7 @@ class Mux:
         if self._body_ends and not self._body_left:
             self._peer_finished(flow, events)
 
-    def _discard(self, flow, count, events):
+    def _discard(self, flow: _Flow, count: int, events: list[Event]) -> None:
         flow.discarded += count
         if flow.discarded <= DISCARD_LIMIT:
             self.consumed(flow.id, count, self._now)
@@ -418,7 +438,7 @@ class Mux:
             self.reset(flow.id)
             events.append(WasReset(flow.id, 0, "the peer would not end a stream that was closed"))
 
-    def _take_header(self, header, events):
+    def _take_header(self, header: Header, events: list[Event]) -> None:
         if header.type == DATA:
             self._take_data(header, events)
         elif header.type == WINDOW_UPDATE:
@@ -431,7 +451,7 @@ class Mux:
             self.peer_left = True
             events.append(GoneAway(header.length))
 
-    def _take_data(self, header, events):
+    def _take_data(self, header: Header, events: list[Event]) -> None:
         length = header.length
         if length > self._largest:
             raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
@@ -448,14 +468,14 @@ class Mux:
         flow.may_receive -= length
         if length:
             self._body_flow, self._body_ends = flow, bool(header.flags & FIN)
-            if flow.since is None:
+            if flow.since == NEVER:
                 flow.since = self._now
         elif header.flags & FIN:
             self._peer_finished(flow, events)
         elif not header.flags & SYN:
             self._waste("data without payload")
 
-    def _take_window_update(self, header, events):
+    def _take_window_update(self, header: Header, events: list[Event]) -> None:
         flow = self._stream_of(header, events)
         if flow is None:
             return
@@ -469,7 +489,7 @@ class Mux:
         elif not header.flags & SYN:
             self._waste("credit")  # which an honest peer gives for a frame of ours, at most
 
-    def _take_ping(self, header):
+    def _take_ping(self, header: Header) -> None:
         if header.flags & SYN:
             self._waste("pings")
             self._reply(self._replies, Header(PING, ACK, 0, header.length))
@@ -479,13 +499,13 @@ class Mux:
         else:
             self._waste("pongs")
 
-    def _measure(self, asked_at):
+    def _measure(self, asked_at: float) -> None:
         """Learn the round trip from a question that is answered now. The shortest is the line's
         own: the others have waited, behind payload or for a CPU."""
         took = self._now - asked_at
         self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
-    def _stream_of(self, header, events):
+    def _stream_of(self, header: Header, events: list[Event]) -> _Flow | None:
         """Do what SYN, ACK and RST say; return the stream, or None if nobody knows it (now)."""
         stream_id, flags = header.stream_id, header.flags
         if flags & SYN:
@@ -513,7 +533,7 @@ class Mux:
             return None
         return flow
 
-    def _peer_opens(self, header, events):
+    def _peer_opens(self, header: Header, events: list[Event]) -> None:
         stream_id = header.stream_id
         if stream_id == 0 or stream_id % 2 != self._parity:
             whose = "even" if self._parity == 0 else "odd"
@@ -533,7 +553,7 @@ class Mux:
         self._inbound += 1
         events.append(Opened(stream_id))
 
-    def _waste(self, what):
+    def _waste(self, what: str) -> None:
         """Count a frame that nobody needs, by a bucket that fills with time, and with what an
         honest peer sends such frames for: our DATA frames, and streams that are over."""
         passed, self._wasted_at = self._now - self._wasted_at, self._now
@@ -543,14 +563,14 @@ class Mux:
         if self._wasted > self._most_waste:
             raise ProtocolError(f"too many frames that nobody needs, the last of them {what}")
 
-    def _peer_finished(self, flow, events):
+    def _peer_finished(self, flow: _Flow, events: list[Event]) -> None:
         flow.got_fin = True
         self._updates.pop(flow.id, None)  # nothing more will come: it needs no credit
         events.append(Finished(flow.id))
         if flow.sent_fin:
             self._end_flow(flow)
 
-    def _overrun(self, flow, length, events):
+    def _overrun(self, flow: _Flow, length: int, events: list[Event]) -> None:
         """More than the window permits. Once it costs the stream, twice the session: a Go peer
         whose write timed out sends those bytes all the same, and does not count them."""
         text = f"stream {flow.id}: {length} bytes came, {flow.may_receive} were permitted"
@@ -560,14 +580,14 @@ class Mux:
         self.reset(flow.id)
         events.append(WasReset(flow.id, 0, text, cut=True))
 
-    def _reply(self, queue, header):
+    def _reply(self, queue: deque[bytes], header: Header) -> None:
         if len(self._replies) + len(self._control) >= MAX_REPLIES:
             raise ProtocolError(f"the peer does not read its {MAX_REPLIES} answers")
         queue.append(header.encode())
 
     # From us
 
-    def widen(self, window):
+    def widen(self, window: int) -> None:
         """Have further streams begin with a larger window: the peer has shown who it is."""
         self._window, self._largest = window, max(window, self._largest)
 
@@ -576,7 +596,7 @@ class Mux:
         """Whether open() would stay within the opens that the peer has not answered."""
         return len(self._unanswered) < OPEN_BACKLOG
 
-    def open(self, now) -> int:
+    def open(self, now: float) -> int:
         """Open a stream and return its id; raises SessionClosed if there can be no more."""
         if self.we_left or self.peer_left:
             raise SessionClosed("the session takes no new streams")
@@ -590,7 +610,7 @@ class Mux:
         self._control.append(Header(WINDOW_UPDATE, SYN, stream_id, extra).encode())
         return stream_id
 
-    def accept(self, stream_id):
+    def accept(self, stream_id: int) -> None:
         """Accept a stream that the peer opened: its ACK goes out, with our whole window."""
         if stream_id in self._unaccepted:
             self._unaccepted.discard(stream_id)
@@ -600,10 +620,10 @@ class Mux:
             flow.may_receive += extra
             self._control.append(Header(WINDOW_UPDATE, ACK, stream_id, extra).encode())
 
-    def _first_window(self):
+    def _first_window(self) -> int:
         return INITIAL_WINDOW if self._account.memory.scarce else self._window
 
-    def room(self, stream_id) -> int:
+    def room(self, stream_id: int) -> int:
         """Bytes that send() takes now; 0 once the stream is over or finished by us."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting:
@@ -612,13 +632,13 @@ class Mux:
         return max(0, min(flow.may_send, most - flow.queued))
 
     @property
-    def _crowded(self):
+    def _crowded(self) -> bool:
         """Whether so much waits for the line that a stream may only have its next frame here."""
         if self._queued < Memory.FLOOR:
             return False
         return self._queued >= min(SEND_QUEUE, self._account.memory.share)
 
-    def send(self, stream_id, payload: bytes):
+    def send(self, stream_id: int, payload: BytesLike) -> None:
         """Queue payload, at most room() bytes of it. The peer's window is debited here."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting or len(payload) > flow.may_send:
@@ -629,11 +649,11 @@ class Mux:
         self._count_queued(len(payload))
         self._rotate(flow)
 
-    def _count_queued(self, count):
+    def _count_queued(self, count: int) -> None:
         self._queued += count
         self._account.hold(count)
 
-    def finish(self, stream_id):
+    def finish(self, stream_id: int) -> None:
         """Half-close: FIN goes out behind what is queued, and only once (a second one would end
         a Go peer's session)."""
         flow = self._flows.get(stream_id)
@@ -641,7 +661,7 @@ class Mux:
             flow.finishing = True
             self._rotate(flow)
 
-    def reset(self, stream_id, code=0):
+    def reset(self, stream_id: int, code: int = 0) -> None:
         """Give the stream up: RST goes out, what was queued does not. For ``code`` see
         StreamReset."""
         flow = self._flows.get(stream_id)
@@ -649,7 +669,7 @@ class Mux:
             self._end_flow(flow)
             self._control.append(Header(WINDOW_UPDATE, RST, stream_id, code).encode())
 
-    def cut(self, stream_id, now):
+    def cut(self, stream_id: int, now: float) -> None:
         """Give the stream up: RST goes out behind what is queued, its FIN included."""
         flow = self._flows.get(stream_id)
         if flow is None:
@@ -660,7 +680,7 @@ class Mux:
         else:
             self.reset(stream_id)
 
-    def consumed(self, stream_id, count, now) -> bool:
+    def consumed(self, stream_id: int, count: int, now: float) -> bool:
         """Say that ``count`` received bytes have been used; True if that queued a frame.
 
         Credit goes back in halves of a window, at most CREDIT at once: smaller amounts would cost
@@ -690,7 +710,7 @@ class Mux:
         self._credited = True
         return True
 
-    def _grow_window(self, flow, now):
+    def _grow_window(self, flow: _Flow, now: float) -> None:
         """Double a window of which half was used in less than two round trips, if its reader keeps
         up: so it ends at four times what the line holds. More would only make the queues longer
         that everything waits in."""
@@ -704,7 +724,7 @@ class Mux:
             flow.grown += more
             self._largest = max(self._largest, flow.window)
 
-    def _shrink_window(self, flow):
+    def _shrink_window(self, flow: _Flow) -> None:
         """Keep credit back: hardly any bytes come, or more than half of the window lies here and
         waits for its reader."""
         less = min(flow.owed, flow.grown)
@@ -713,13 +733,13 @@ class Mux:
         flow.grown -= less
         self._account.take_back(less)
 
-    def _unread(self, flow):
+    def _unread(self, flow: _Flow) -> int:
         """Bytes of a stream that have come and were not used."""
         # A frame is debited when its header has come.
         on_way = self._body_left if self._body_flow is flow else 0
         return flow.window - flow.may_receive - flow.owed - on_way
 
-    def discard(self, stream_id, now):
+    def discard(self, stream_id: int, now: float) -> None:
         """Use at once what has come of a stream, and what will: nobody wants it, but the peer may
         read only after it has got rid of it."""
         flow = self._flows.get(stream_id)
@@ -727,7 +747,7 @@ class Mux:
             flow.discarding = True
             self.consumed(stream_id, self._unread(flow), now)
 
-    def keep_alive(self, now):
+    def keep_alive(self, now: float) -> None:
         """Ping the peer; to be called each KEEP_ALIVE seconds.
 
         Raises SessionClosed if nothing at all came since the last time. Any byte is a sign of life:
@@ -738,12 +758,12 @@ class Mux:
         self._watched_at = now
         self._ask(now)
 
-    def _ask(self, now):
+    def _ask(self, now: float) -> None:
         self._pings += 1
         self._asked, self._asked_at = self._pings & MAX_UINT32, now
         self._question = Header(PING, SYN, 0, self._asked).encode()
 
-    def go_away(self, code=NORMAL):
+    def go_away(self, code: int = NORMAL) -> None:
         """Announce that we accept no more streams; any other code than NORMAL ends the session."""
         self.we_left = True
         self._replies.append(Header(GO_AWAY, 0, 0, code).encode())
@@ -753,32 +773,34 @@ class Mux:
         """Streams that open() can still open."""
         return max(0, (LAST_ID - self._next_id) // 2 + 1)
 
-    def unsent(self, stream_id) -> bool:
+    def unsent(self, stream_id: int) -> bool:
         """Whether payload or the FIN of a stream waits for the line."""
         flow = self._flows.get(stream_id)
         return flow is not None and (flow.queued > 0 or flow.finishing and not flow.sent_fin)
 
-    def knows(self, stream_id) -> bool:
+    def knows(self, stream_id: int) -> bool:
         """Whether a stream is not over yet."""
         return stream_id in self._flows
 
-    def window(self, stream_id) -> int:
+    def window(self, stream_id: int) -> int:
         """Bytes that the peer may have on their way in a stream; 0 once it is over."""
         flow = self._flows.get(stream_id)
         return 0 if flow is None else flow.window
 
-    def end(self):
+    def end(self) -> None:
         """Forget all streams: the session is over."""
         for flow in list(self._flows.values()):
             self._forget(flow)
 
-    def pull(self, limit) -> tuple:
+    def pull(self, limit: int) -> tuple[bytes, list[int]]:
         """Take what is to be sent now: (bytes, ids of the streams whose payload is among them).
 
         About ``limit`` bytes, b"" if there is nothing. Control first, so that a pong never waits
         behind payload; then the streams in turns.
         """
-        parts, size, served = [], 0, []
+        parts: list[BytesLike] = []
+        served: list[int] = []
+        size = 0
         for queue in (self._replies, self._control):
             while queue and size < limit:
                 parts.append(queue.popleft())
@@ -814,7 +836,7 @@ class Mux:
                 self._end_flow(flow)
         return b"".join(parts), served
 
-    def _pull_frame(self, flow, most, parts):
+    def _pull_frame(self, flow: _Flow, most: int, parts: list[BytesLike]) -> int:
         """Move one DATA frame to ``parts``: small writes that waited together leave together."""
         length = min(flow.queued, most)
         parts.append(Header(DATA, 0, flow.id, length).encode())
@@ -832,19 +854,19 @@ class Mux:
         self._wasted -= 1
         return HEADER_SIZE + length
 
-    def _rotate(self, flow):
+    def _rotate(self, flow: _Flow) -> None:
         if not flow.in_rotation:
             flow.in_rotation = True
             self._rotation.append(flow)
 
-    def _end_flow(self, flow):
+    def _end_flow(self, flow: _Flow) -> None:
         """A stream is over by our doing: the peer may have sent more of it."""
         self._forget(flow)
         if not flow.got_fin:
             self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # no line holds more
         self._wasted -= LATE_FRAMES
 
-    def _forget(self, flow):
+    def _forget(self, flow: _Flow) -> None:
         """The one place where a stream leaves the tables."""
         flow.alive = False
         flow.queue.clear()
@@ -860,7 +882,7 @@ class Mux:
             self._inbound -= 1
 
 
-def put(queue, payload):
+def put(queue: deque[BytesLike], payload: BytesLike) -> None:
     """Append payload to a deque of pieces. Small ones are joined where they wait: each would be an
     object that costs more than it holds, and a peer decides how small they are."""
     if len(payload) >= SMALL or not queue:
@@ -910,13 +932,13 @@ class Register(NamedTuple):
     """
 
     token: str
-    routes: dict
-    modes: dict
-    features: tuple = ()
-    host_headers: dict = {}
-    ports: dict = {}
-    addressed: tuple = ()
-    policies: dict = {}
+    routes: dict[str, str]
+    modes: dict[str, str]
+    features: tuple[str, ...] = ()
+    host_headers: dict[str, str] = {}
+    ports: dict[str, str] = {}
+    addressed: tuple[str, ...] = ()
+    policies: dict[str, Any] = {}
     instance: str = ""
 
 
@@ -929,9 +951,9 @@ class Ack(NamedTuple):
 
     ok: bool
     error: str = ""
-    features: tuple = ()
-    ports: dict = {}
-    refused: dict = {}
+    features: tuple[str, ...] = ()
+    ports: dict[str, str] = {}
+    refused: dict[str, str] = {}
 
 
 class Certificate(NamedTuple):
@@ -961,13 +983,13 @@ class End(NamedTuple):
 class Ping(NamedTuple):
     """Gateway to agent: are you there? ``ts`` is wall-clock milliseconds."""
 
-    ts: int
+    ts: float
 
 
 class Pong(NamedTuple):
     """Agent to gateway: I am."""
 
-    ts: int
+    ts: float
 
 
 class Unknown(NamedTuple):
@@ -976,25 +998,26 @@ class Unknown(NamedTuple):
     kind: str
 
 
+Message = Register | Ack | Certificate | Port | End | Ping | Pong
 ANY_PORT = "auto"  # any free one of those that agents may have
 LEFT_OUT_EMPTY = frozenset({
     "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
 })  # fmt: skip
 
 
-def encode_message(message) -> bytes:
+def encode_message(message: Message) -> bytes:
     """Write a control message as Go's json.Encoder does: one object, one newline.
 
     Empty extensions are left out, so a peer that knows none sees none.
     """
-    fields = {"type": type(message).__name__.lower()}
+    fields: dict[str, Any] = {"type": type(message).__name__.lower()}
     for name, value in message._asdict().items():
         if value or name not in LEFT_OUT_EMPTY:
             fields[name] = value
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
-def decode_message(data: bytes):
+def decode_message(data: bytes) -> Message | Unknown:
     """Read one JSON object into its message; raises ProtocolError for anything else."""
     try:
         fields = json.loads(data.decode())
@@ -1042,7 +1065,7 @@ def decode_message(data: bytes):
     return Unknown(kind)
 
 
-def _text(fields, name):
+def _text(fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if value is None:
         return ""
@@ -1051,7 +1074,7 @@ def _text(fields, name):
     return value
 
 
-def _map(fields, name):
+def _map(fields: dict[str, Any], name: str) -> dict[str, Any]:
     value = fields.get(name)
     if value is None:  # Go writes an empty map as null
         return {}
@@ -1060,14 +1083,14 @@ def _map(fields, name):
     return value
 
 
-def _text_map(fields, name):
+def _text_map(fields: dict[str, Any], name: str) -> dict[str, str]:
     value = _map(fields, name)
     if not all(isinstance(text, str) for text in value.values()):
         raise ProtocolError(f'"{name}" does not map texts to texts')
     return value
 
 
-def _text_list(fields, name):
+def _text_list(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     value = fields.get(name)
     if value is None:
         return ()
@@ -1087,21 +1110,21 @@ class MessageReader:
 
     _MARKS = re.compile(rb'["\\{}]')
 
-    def __init__(self, on_unknown=lambda kind: None):
+    def __init__(self, on_unknown: Callable[[str], None] = lambda kind: None):
         """``on_unknown(kind)`` is called once for each type that is passed over, if there are not
         more than UNKNOWN_KINDS."""
         self._on_unknown = on_unknown
-        self._unknown = set()  # types that were passed over
+        self._unknown: set[str] = set()  # types that were passed over
         self._unknown_size = 0  # bytes of unknown messages since the last known one
         self._buffer = bytearray()
         self._at = 0  # what lies before it has been looked at
         self._depth = 0  # braces that are open
         self._in_text = False
 
-    def feed(self, data: bytes) -> list:
+    def feed(self, data: bytes) -> list[Message]:
         """Return the messages that ``data`` completes; raises ProtocolError."""
         self._buffer += data
-        messages = []
+        messages: list[Message] = []
         while (end := self._object_end()) is not None:
             if end > MESSAGE_LIMIT:
                 raise ProtocolError(TOO_LONG)
@@ -1117,7 +1140,7 @@ class MessageReader:
             raise ProtocolError(TOO_LONG)
         return messages
 
-    def _pass_over(self, kind, size):
+    def _pass_over(self, kind: str, size: int) -> None:
         self._unknown_size += max(size, UNKNOWN_LEAST)
         if self._unknown_size > UNKNOWN_LIMIT:
             raise ProtocolError(f"more than {UNKNOWN_LIMIT} bytes of unknown control messages")
@@ -1125,11 +1148,11 @@ class MessageReader:
             self._unknown.add(kind)
             self._on_unknown(kind)
 
-    def _object_end(self):
+    def _object_end(self) -> int | None:
         """Index behind the first complete object, or None if there is none yet."""
         if self._depth == 0:
             self._buffer = self._buffer.lstrip(b" \t\r\n")
-            if self._buffer[:1] not in (b"", b"{"):
+            if self._buffer and not self._buffer.startswith(b"{"):
                 raise ProtocolError("a control message that is not a JSON object")
         while mark := self._MARKS.search(self._buffer, self._at):
             at, self._at = mark.start(), mark.end()
@@ -1159,11 +1182,11 @@ DATA_HEADER_RELAYED = 3  # ... is either of the two; the agent passes FIN on, al
 class Ends(NamedTuple):
     """The two ends of a visitor's connection, each (IP address, port)."""
 
-    visitor: tuple
-    door: tuple
+    visitor: tuple[str, int]
+    door: tuple[str, int]
 
 
-def encode_data_header(hostname: str, ends: Ends | None = None, relayed=False) -> bytes:
+def encode_data_header(hostname: str, ends: Ends | None = None, relayed: bool = False) -> bytes:
     """The first bytes of a data stream: the hostname exactly as the agent registered it, and the
     visitor's ``ends`` for an agent that has asked for them. ``relayed``, for an agent that knows
     UPGRADES: in http mode too FIN ends one direction, and not the visit."""
@@ -1174,11 +1197,11 @@ def encode_data_header(hostname: str, ends: Ends | None = None, relayed=False) -
         text = " ".join(map(str, (hostname, *ends.visitor, *ends.door)))
     if relayed:
         version = DATA_HEADER_RELAYED
-    text = text.encode()
-    return DATA_HEADER.pack(version, len(text)) + text
+    encoded = text.encode()
+    return DATA_HEADER.pack(version, len(encoded)) + encoded
 
 
-def read_data_header(read_exactly) -> tuple:
+def read_data_header(read_exactly: Callable[[int], bytes]) -> tuple[str, Ends | None, bool]:
     """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, its Ends or
     None, and whether the stream is to be relayed.
 
@@ -1203,7 +1226,7 @@ def read_data_header(read_exactly) -> tuple:
         raise ProtocolError("a data header that does not hold two addresses") from None
 
 
-def _end(address, port):
+def _end(address: str, port: str) -> tuple[str, int]:
     number = int(port)
     if not 0 <= number <= 0xFFFF:
         raise ValueError
@@ -1223,6 +1246,7 @@ import selectors  # noqa: E402
 import socket  # noqa: E402
 import threading  # noqa: E402
 from time import monotonic  # noqa: E402
+from typing import Protocol  # noqa: E402
 
 log = logging.getLogger("gotunnel")
 
@@ -1231,7 +1255,7 @@ class NoThread(OSError):
     """The system gives us no further thread."""
 
 
-def spawn(name, function, *arguments) -> threading.Thread:
+def spawn(name: str, function: Callable[..., object], *arguments: object) -> threading.Thread:
     """Start a thread, which does not keep the process alive; an exception that ``function`` lets
     out is logged. Raises NoThread."""
     arguments = function, *arguments
@@ -1243,7 +1267,7 @@ def spawn(name, function, *arguments) -> threading.Thread:
     return thread
 
 
-def call_logged(function, *arguments):
+def call_logged(function: Callable[..., object], *arguments: object) -> None:
     """Call a function whose exceptions nobody expects; log them under the thread's name."""
     try:
         function(*arguments)
@@ -1255,11 +1279,11 @@ def call_logged(function, *arguments):
 class Deadline:
     """One span of time for a job of several steps."""
 
-    def __init__(self, timeout):
+    def __init__(self, timeout: float | None):
         """``timeout`` is in seconds; None means that the job may take for ever."""
         self._at = None if timeout is None else monotonic() + timeout
 
-    def left(self):
+    def left(self) -> float | None:
         """Seconds that are left, None for ever; raises TimeoutError when there are none."""
         if self._at is None:
             return None
@@ -1276,7 +1300,7 @@ class Waker:
     after close(): the byte never goes to a descriptor that was given out anew.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._receive, self._send = socket.socketpair()
         self._receive.setblocking(False)
         self._send.setblocking(False)
@@ -1285,15 +1309,15 @@ class Waker:
     def fileno(self) -> int:
         return self._receive.fileno()
 
-    def wake(self):
+    def wake(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # full: a byte is there; closed: no matter
             self._send.send(b"\0")
 
-    def clear(self):
+    def clear(self) -> None:
         """Take the bytes away. Only when the selector says that there are some."""
         self._receive.recv(4096)
 
-    def close(self):
+    def close(self) -> None:
         with self._lock:
             self._receive.close()
             self._send.close()
@@ -1312,7 +1336,8 @@ ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's
 LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
 # would cost a Go peer what it has received and its visitor has not yet read
 SWEEP = 5  # seconds between looks for such streams
-NOTHING = (b"", ())  # a batch of frames
+Batch = tuple[bytes, Sequence[int]]  # encoded frames, and the ids of streams whose payload it is
+NOTHING: Batch = (b"", ())
 FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
@@ -1323,10 +1348,10 @@ class Buffers:
     pieces, cost as much as their decryption.
     """
 
-    def __init__(self, size, most):
+    def __init__(self, size: int, most: int):
         """At most ``most`` are kept while nobody needs them."""
         self._size, self._most = size, most
-        self._spare = []
+        self._spare: list[memoryview] = []
 
     def take(self) -> memoryview:
         try:
@@ -1334,7 +1359,7 @@ class Buffers:
         except IndexError:
             return memoryview(bytearray(self._size))
 
-    def give_back(self, buffer):
+    def give_back(self, buffer: memoryview) -> None:
         if len(self._spare) < self._most:
             self._spare.append(buffer)
 
@@ -1352,23 +1377,42 @@ class Timers:
     by any thread. All else needs the owner's lock.
     """
 
-    def __init__(self):
-        self._heap = []
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Callback]] = []
         self._count = 0
         self.next_at = math.inf
 
-    def add(self, at, function):
+    def add(self, at: float, function: Callback) -> None:
         self._count += 1
         heapq.heappush(self._heap, (at, self._count, function))
         self.next_at = self._heap[0][0]
 
-    def pop(self, now):
+    def pop(self, now: float) -> Callback | None:
         """Take out the first function that is due; None if none is."""
         if self.next_at > now:
             return None
         function = heapq.heappop(self._heap)[2]
         self.next_at = self._heap[0][0] if self._heap else math.inf
         return function
+
+
+class Transport(Protocol):
+    """What a Session needs of the connection under it: a Duplex."""
+
+    stall_timeout: float
+
+    def fileno(self) -> int: ...
+    @property
+    def pending(self) -> bool: ...
+    def receive_into(self, view: memoryview) -> int | None: ...
+    def send(self, data: bytes) -> bool: ...
+    def flush(self) -> bool: ...
+    def read(self, *, timeout: float | None) -> bytes: ...
+    def write(self, data: bytes, timeout: float | None) -> None: ...
+    def finish(self, timeout: float | None) -> None: ...
+    def limit_unsent(self, count: int) -> None: ...
+    def reset(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Sender:
@@ -1382,7 +1426,10 @@ class Sender:
     rest.
     """
 
-    def __init__(self, duplex, mux, lock, streams, wake):
+    def __init__(
+        self, duplex: Transport, mux: Mux, lock: threading.Lock, streams: dict[int, Stream],
+        wake: Callback,
+    ):  # fmt: skip
         """``lock`` is the session's: take() is called with it, all else without. ``streams`` maps
         ids to Streams; ``wake()`` wakes the demultiplexer."""
         self.busy = False
@@ -1395,7 +1442,7 @@ class Sender:
         self._duplex, self._mux, self._lock = duplex, mux, lock
         self._streams, self._wake = streams, wake
 
-    def take(self):
+    def take(self) -> Batch:
         """A batch for send(), empty if there is nothing to send or another thread is busy: that
         one takes it along. Caller holds the lock, and calls send() without it."""
         self.postponed = False
@@ -1405,7 +1452,7 @@ class Sender:
         self.busy = bool(data)
         return data, served
 
-    def send(self, batch):
+    def send(self, batch: Batch) -> None:
         """Send a batch, and go on until there is nothing left, or the kernel is full."""
         data, served = batch
         if not data:
@@ -1437,13 +1484,13 @@ class Sender:
         if self.closing:
             self._wake()
 
-    def flush(self):
+    def flush(self) -> None:
         """Send what is queued, if no other thread does so already."""
         with self._lock:
             batch = self.take()
         self.send(batch)
 
-    def send_postponed(self):
+    def send_postponed(self) -> None:
         """Caller holds the lock, which is let go meanwhile."""
         self._lock.release()
         try:
@@ -1451,7 +1498,7 @@ class Sender:
         finally:
             self._lock.acquire()
 
-    def resume(self):
+    def resume(self) -> None:
         """Demultiplexer, in a jam: go on with what came up during it, if the kernel takes the
         rest of the batch now."""
         if not self._duplex.flush():
@@ -1470,11 +1517,11 @@ class Sender:
         with self._lock:
             return not self.busy
 
-    def stop(self):
+    def stop(self) -> None:
         """Send nothing any more. Caller holds the lock."""
         self._stopped = self.busy = True
 
-    def _pace(self, took):
+    def _pace(self, took: float) -> None:
         """Fit the quantum to a line that ``took`` so many seconds for it. Busy thread only."""
         if took < SEND_QUICK and self._quantum < SEND_MOST:
             self._quantum *= 2
@@ -1493,22 +1540,22 @@ class StreamTable:
     Everything here needs the session's lock, but say_farewells().
     """
 
-    def __init__(self, session, mux, account, lock):
-        self.known = {}  # id: Stream
-        self.over = set()
+    def __init__(self, session: Session, mux: Mux, account: Account, lock: threading.Lock):
+        self.known: dict[int, Stream] = {}
+        self.over: set[Stream] = set()
         self.unread = 0
-        self.expiring = {}  # id: (monotonic deadline, Stream) of streams that are reset then
-        self.arrived = collections.deque()  # streams that the peer opened, for accept()
+        self.expiring: dict[int, tuple[float, Stream]] = {}  # id: (when it is reset, Stream)
+        self.arrived: deque[Stream] = deque()  # streams that the peer opened, for accept()
         self.arrival = threading.Condition(lock)  # arrived grew, or the end
         self.slot = threading.Condition(lock)  # the Mux's may_open may be true again, or the end
-        self.farewells = []  # functions to be called without the lock, of streams that died
+        self.farewells: list[Callback] = []  # on_death() of dead streams, to call without the lock
         self._session, self._mux, self._account, self._lock = session, mux, account, lock
 
-    def add(self, stream_id):
+    def add(self, stream_id: int) -> Stream:
         stream = self.known[stream_id] = Stream(self._session, stream_id)
         return stream
 
-    def count_unread(self, stream, count):
+    def count_unread(self, stream: Stream, count: int) -> None:
         stream._unread += count
         self.unread += count
         self._account.hold(count)
@@ -1516,7 +1563,7 @@ class StreamTable:
             self.over.discard(stream)
             stream._on_death = None  # it has ended well
 
-    def drop_if_over(self, stream):
+    def drop_if_over(self, stream: Stream) -> None:
         """Both sides have said FIN: only the stream's reader still knows it."""
         if stream._got_fin and stream._sent_fin:
             self._forget(stream.id)
@@ -1526,7 +1573,7 @@ class StreamTable:
             else:
                 stream._on_death = None
 
-    def give_up(self, stream, text, code=0):
+    def give_up(self, stream: Stream, text: str, code: int = 0) -> None:
         """Reset a stream, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
@@ -1535,7 +1582,7 @@ class StreamTable:
         stream._die(StreamReset(text))
         stream._cut()
 
-    def give_up_behind(self, stream, text):
+    def give_up_behind(self, stream: Stream, text: str) -> None:
         """Reset a stream behind what was written, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
@@ -1544,12 +1591,12 @@ class StreamTable:
         stream._die(StreamReset(text))
         stream._cut()
 
-    def expire(self, stream, timeout):
+    def expire(self, stream: Stream, timeout: float) -> None:
         """Reset a stream in ``timeout`` seconds, or a little later, unless it is over or accepted
         by then."""
         self.expiring[stream.id] = (monotonic() + timeout, stream)
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Reset what has expired."""
         now = monotonic()
         for deadline, stream in list(self.expiring.values()):
@@ -1560,7 +1607,7 @@ class StreamTable:
             else:
                 self.give_up(stream, "the stream was reset: nobody ended it")
 
-    def end(self, reason):
+    def end(self, reason: str) -> None:
         """Forget all streams: the session is over."""
         streams = list(self.known.values())
         self.known.clear()
@@ -1574,22 +1621,22 @@ class StreamTable:
         self.arrival.notify_all()
         self.slot.notify_all()
 
-    def say_farewells(self):
+    def say_farewells(self) -> None:
         """Call what wanted to hear of a stream's death. Without the lock."""
         with self._lock:
             functions, self.farewells = self.farewells, []
         for function in functions:
             call_logged(function)
 
-    def _forget(self, stream_id):
+    def _forget(self, stream_id: int) -> Stream | None:
         """Take a stream out of the tables; None if it was not there any more."""
         expires = self.expiring.pop(stream_id, None) is not None
         stream = self.known.pop(stream_id, None)
-        if expires and stream in self.arrived:
+        if stream is not None and expires and stream in self.arrived:
             self.arrived.remove(stream)
         return stream
 
-    def _make_room(self):
+    def _make_room(self) -> None:
         """If too many bytes are unread, give up the stream that has most of them."""
         if self.unread <= self._account.memory.share:
             return
@@ -1603,7 +1650,7 @@ class StreamTable:
 
     # What the Mux says. A stream may be gone since it said so (_make_room).
 
-    def _on_received(self, event):
+    def _on_received(self, event: Received) -> None:
         stream = self.known.get(event.stream_id)
         if stream is None:
             return
@@ -1617,7 +1664,7 @@ class StreamTable:
         if self.unread > Memory.FLOOR:
             self._make_room()
 
-    def _on_opened(self, event):
+    def _on_opened(self, event: Opened) -> None:
         if not self._mux.knows(event.stream_id):  # reset in the same breath
             return
         stream = self.add(event.stream_id)
@@ -1625,20 +1672,20 @@ class StreamTable:
         self.arrival.notify()
         self.expire(stream, ACCEPT_TIMEOUT)
 
-    def _on_finished(self, event):
+    def _on_finished(self, event: Finished) -> None:
         stream = self.known.get(event.stream_id)
         if stream is None:
             return
         stream._got_fin = True
         stream._readable.notify()
         if stream._at_rest:
-            self.farewells.append(stream._on_death)
+            stream._announce_death()
             stream._finish()
             stream._fail(StreamReset("the peer ended the stream while it was at rest"))
         else:
             self.drop_if_over(stream)
 
-    def _on_was_reset(self, event):
+    def _on_was_reset(self, event: WasReset) -> None:
         self.slot.notify()
         unaccepted = event.stream_id in self.expiring
         stream = self._forget(event.stream_id)
@@ -1657,19 +1704,19 @@ class StreamTable:
             stream._die(error)
             stream._cut()
 
-    def _on_writable(self, event):
+    def _on_writable(self, event: Writable) -> None:
         if event.stream_id in self.known:  # not if both sides have finished
             self.known[event.stream_id]._writable.notify()
 
-    def _on_answered(self, event):
+    def _on_answered(self, event: Answered) -> None:
         self.slot.notify()
 
-    def _on_gone_away(self, event):
+    def _on_gone_away(self, event: GoneAway) -> None:
         self.slot.notify_all()
         if event.code != NORMAL:
             raise SessionClosed(f"the peer ended the session with code {event.code}")
 
-    on_event = {  # event type: method
+    on_event: dict[type, Callable[[StreamTable, Any], None]] = {
         Received: _on_received, Opened: _on_opened, Finished: _on_finished,
         WasReset: _on_was_reset, Writable: _on_writable, Answered: _on_answered,
         GoneAway: _on_gone_away,
@@ -1688,8 +1735,8 @@ class Session:
     """
 
     def __init__(
-        self, duplex, *, client, name,
-        window=INITIAL_WINDOW, max_streams=MAX_STREAMS, memory=None,
+        self, duplex: Transport, *, client: bool, name: str, window: int = INITIAL_WINDOW,
+        max_streams: int = MAX_STREAMS, memory: Memory | None = None,
     ):  # fmt: skip
         """``name`` is for thread names and the log; ``memory`` is process_memory() if None; the
         rest is as for Mux. Owns ``duplex``."""
@@ -1697,9 +1744,11 @@ class Session:
         self.stall_timeout = duplex.stall_timeout  # also of its streams' write()
         self.ended = ""  # why the session is over; "" while it lives
         self.heard_at = monotonic()  # when the peer has sent something last
-        self.on_leave = None  # called once, by the demultiplexer, when the peer sent GO_AWAY
-        self.on_end = None  # called once when the session is over, all streams dead ...
-        self.on_close = None  # ... and once when its connection is closed
+        # Called once each: by the demultiplexer when the peer has sent GO_AWAY, when the session is
+        # over and all its streams are dead, and when its connection is closed.
+        self.on_leave: Callback | None = None
+        self.on_end: Callback | None = None
+        self.on_close: Callback | None = None
         self._duplex = duplex
         self._lock = lock = threading.Lock()
         self._account = account = Account(memory or process_memory())
@@ -1707,12 +1756,12 @@ class Session:
         self._streams = StreamTable(self, self._mux, account, lock)
         self._sender = Sender(duplex, self._mux, lock, self._streams.known, self._wake)
         self._timers = Timers()
-        self._closing = None  # (reason, monotonic deadline) once close() was called
+        self._closing: tuple[str, float] | None = None  # (reason, deadline) once close() was called
         self._started = False  # the demultiplexer runs: the end is its business
-        self._thread = None
-        self._waker = None  # of the demultiplexer, from start() on
+        self._thread: threading.Thread | None = None
+        self._waker: Waker | None = None  # of the demultiplexer, from start() on
 
-    def widen(self, window):
+    def widen(self, window: int) -> None:
         """Have further streams begin with a larger window: the peer has shown who it is."""
         with self._lock:
             self._mux.widen(window)
@@ -1724,7 +1773,10 @@ class Session:
 
     # Streams
 
-    def open(self, first=b"", timeout=None, permit=contextlib.nullcontext()) -> "Stream":
+    def open(
+        self, first: bytes = b"", timeout: float | None = None,
+        permit: AbstractContextManager[object] = contextlib.nullcontext(),
+    ) -> Stream:  # fmt: skip
         """Open a stream; ``first`` bytes leave together with its SYN, if there is room for them.
         It is counted within ``permit``, a context manager that may raise what it likes, and must
         not wait for a session.
@@ -1757,7 +1809,7 @@ class Session:
                 raise
         return stream
 
-    def accept(self, timeout=None) -> "Stream":
+    def accept(self, timeout: float | None = None) -> Stream:
         """The next stream that the peer opened; raises TimeoutError, SessionClosed."""
         deadline = Deadline(timeout)
         streams, sender = self._streams, self._sender
@@ -1775,7 +1827,7 @@ class Session:
         sender.send(batch)
         return stream
 
-    def streams_in_use(self) -> list:
+    def streams_in_use(self) -> list[Stream]:
         """The streams that our side is not done with. A stream that ends meanwhile may be there
         twice. Takes no lock, since a permit of open() may ask while other sessions' locks are
         held: copy() of a dict and of a set is one step, also on a Python without a GIL."""
@@ -1794,7 +1846,7 @@ class Session:
 
     # The demultiplexer
 
-    def start(self):
+    def start(self) -> None:
         """Start the demultiplexer thread; it ends with the session.
 
         Raises NoThread, and SessionClosed if close() was quicker.
@@ -1813,18 +1865,19 @@ class Session:
         self.call_later(SWEEP, self._sweep)
         self._wake()  # something may have come already, in places where the selector does not look
         try:
-            self._thread = spawn(f"demux {self.name}", self._run)
+            self._thread = spawn(f"demux {self.name}", self._run, waker)
         except NoThread:
             self._started = False
             raise
 
-    def _run(self):
-        reason, farewell = "internal error", None
+    def _run(self, waker: Waker) -> None:
+        reason = "internal error"
+        farewell: bytes | None = None
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._waker, selectors.EVENT_READ)
+                selector.register(waker, selectors.EVENT_READ)
                 selector.register(self._duplex, selectors.EVENT_READ)
-                reason = self._serve(selector)
+                reason = self._serve(selector, waker)
                 farewell = b""
         except ProtocolError as error:
             reason = f"protocol error: {error}"
@@ -1837,7 +1890,7 @@ class Session:
         finally:
             self._end(reason, farewell)
 
-    def _serve(self, selector):
+    def _serve(self, selector: selectors.BaseSelector, waker: Waker) -> str:
         """Go round until the session is to be closed, and say why."""
         sender, writing = self._sender, False
         while True:
@@ -1846,8 +1899,8 @@ class Session:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(self._duplex, events)
             for key, _ in selector.select(self._patience()):
-                if key.fileobj is self._waker:
-                    self._waker.clear()
+                if key.fileobj is waker:
+                    waker.clear()
             if sender.jammed:
                 sender.resume()
             self.turn()
@@ -1855,7 +1908,7 @@ class Session:
             if self._closing and (sender.idle() or monotonic() >= self._closing[1]):
                 return self._closing[0]
 
-    def turn(self):
+    def turn(self) -> None:
         """Take what has come and answer it, without waiting. Raises ProtocolError, OSError.
 
         Demultiplexer only; before start(), the thread that holds the session.
@@ -1884,16 +1937,17 @@ class Session:
         else:
             self._wake()  # there may be more, in places where the selector does not look
         if self._mux.peer_left and self.on_leave is not None:
-            leave, self.on_leave = self.on_leave, None
+            leave = self.on_leave
+            self.on_leave = None
             leave()
 
-    def _wake(self):
+    def _wake(self) -> None:
         if self._waker is not None:
             self._waker.wake()
 
     # Timers
 
-    def call_later(self, delay, function):
+    def call_later(self, delay: float, function: Callback) -> None:
         """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.
 
         The function must not wait for anything.
@@ -1903,18 +1957,19 @@ class Session:
         if threading.current_thread() is not self._thread:
             self._wake()
 
-    def _patience(self):
+    def _patience(self) -> float | None:
         """Seconds until the next timer, or until close() is out of patience."""
         at = min(self._timers.next_at, self._closing[1] if self._closing else math.inf)
         return max(0, at - monotonic()) if at < math.inf else None
 
-    def _run_timers(self):
+    def _run_timers(self) -> None:
         while self._timers.next_at <= monotonic():
             with self._lock:
                 function = self._timers.pop(monotonic())
-            function()
+            if function is not None:
+                function()
 
-    def _sweep(self):
+    def _sweep(self) -> None:
         with self._lock:
             self._streams.sweep()
             refused, self._mux.refused = self._mux.refused, 0
@@ -1925,7 +1980,7 @@ class Session:
                         self.name, refused)  # fmt: skip
         self.call_later(SWEEP, self._sweep)
 
-    def _keep_alive(self):
+    def _keep_alive(self) -> None:
         """A peer that has vanished without a word is found out by silence."""
         with self._lock:
             self._mux.keep_alive(monotonic())
@@ -1934,7 +1989,7 @@ class Session:
 
     # The end
 
-    def leave(self):
+    def leave(self) -> None:
         """Tell the peer that we take no new streams; those that run go on."""
         with self._lock:
             if self.ended:
@@ -1943,7 +1998,9 @@ class Session:
             self._streams.slot.notify_all()
         self._sender.flush()
 
-    def close(self, reason="closed", code=NORMAL, patience=None):
+    def close(
+        self, reason: str = "closed", code: int = NORMAL, patience: float | None = None
+    ) -> None:
         """End the session when the line has taken what is queued, after ``patience`` seconds at
         most, FLUSH_TIMEOUT if None. ``code`` is what GO_AWAY says. Any thread. Does not wait:
         join() does.
@@ -1962,12 +2019,12 @@ class Session:
         else:
             self._end(reason, None)
 
-    def join(self, timeout=None):
+    def join(self, timeout: float | None = None) -> None:
         """Wait until the demultiplexer has ended, if it was started."""
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def _end(self, reason, farewell):
+    def _end(self, reason: str, farewell: bytes | None) -> None:
         """Tear everything down, once: first for those who wait, then for the peer.
 
         ``farewell`` is a last frame, b"" for none; None if the connection is broken already.
@@ -1997,7 +2054,7 @@ class Session:
         if self.on_close is not None:
             call_logged(self.on_close)
 
-    def _hang_up(self, farewell):
+    def _hang_up(self, farewell: bytes) -> None:
         """Half-close, and read on until the peer has hung up too. Closing with input unread, or
         still to come, would make the kernel send a RST, which overtakes what we have said."""
         deadline = Deadline(FLUSH_TIMEOUT)
@@ -2022,7 +2079,7 @@ class Stream:
         "_on_death", "_at_rest",
     )  # fmt: skip
 
-    def __init__(self, session, stream_id):
+    def __init__(self, session: Session, stream_id: int):
         self.id = stream_id
         self.refused = False  # the peer reset it with REFUSED, and has sent no byte
         self._silent = True  # ... yet
@@ -2032,52 +2089,55 @@ class Stream:
         self._lock = session._lock  # guards all below
         self._readable = threading.Condition(self._lock)
         self._writable = threading.Condition(self._lock)
-        self._chunks = collections.deque()  # payload that nobody has read; its window bounds it
+        self._chunks: deque[BytesLike] = deque()  # unread payload, as much as the window permits
         self._unread = 0  # bytes in it
         self._got_fin = False
         self._sent_fin = False
         self._discarding = False  # closed: what still comes is dropped
-        self._error = None
-        self._on_death = None
+        self._error: StreamReset | SessionClosed | None = None
+        self._on_death: Callback | None = None
         self._at_rest = False  # rest() was called, and nothing was written since
 
     # Called by the session, which holds the lock
 
-    def _fail(self, error):
+    def _fail(self, error: StreamReset | SessionClosed) -> None:
         self._error = error
         self._readable.notify_all()
         self._writable.notify_all()
 
-    def _die(self, error):
+    def _die(self, error: StreamReset | SessionClosed) -> None:
         self._fail(error)
+        self._announce_death()
+
+    def _announce_death(self) -> None:
         if self._on_death is not None:
             self._streams.farewells.append(self._on_death)
 
-    def _check(self):
+    def _check(self) -> None:
         if self._error is not None:
             # A new one each time: an exception that several threads raise mixes their tracebacks.
             if isinstance(self._error, StreamReset):
                 raise StreamReset(str(self._error), self._error.code)
             raise SessionClosed(str(self._error))
 
-    def _cut(self):
+    def _cut(self) -> None:
         """It will not be read to its end, so what has come is worth nothing."""
         if self._chunks:
             self._drop_chunks()
             self._got_fin = False
 
-    def _drop_chunks(self):
+    def _drop_chunks(self) -> None:
         self._streams.count_unread(self, -self._unread)
         self._chunks.clear()
 
-    def _is_known(self):
+    def _is_known(self) -> bool:
         """Whether frames of its id are about it: once a stream is over, a peer that is not Go may
         use the id again."""
         return self._streams.known.get(self.id) is self
 
     # For the two threads that use it
 
-    def on_death(self, function):
+    def on_death(self, function: Callback) -> None:
         """Have ``function`` called once if the stream is reset or its session ends; now, if that
         has happened. It is for who waits for something else, and must not wait itself."""
         with self._lock:
@@ -2086,7 +2146,7 @@ class Stream:
         if dead:
             function()
 
-    def call_later(self, delay, function):
+    def call_later(self, delay: float, function: Callback) -> None:
         """As Session's."""
         self._session.call_later(delay, function)
 
@@ -2110,7 +2170,7 @@ class Stream:
         """Nothing to read, nothing ended: fit to be kept for another visit."""
         return not (self._chunks or self._got_fin or self._sent_fin or self._error)
 
-    def rest(self, on_end) -> bool:
+    def rest(self, on_end: Callback) -> bool:
         """Set the stream aside until the next write(), which takes it up again. False if the peer
         has sent or ended something already; then nothing has changed.
 
@@ -2124,7 +2184,7 @@ class Stream:
                 self._on_death = on_end
             return self._at_rest
 
-    def read(self, size=READ_SIZE, timeout=None) -> bytes:
+    def read(self, size: int = READ_SIZE, timeout: float | None = None) -> bytes:
         """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError too."""
         deadline = Deadline(timeout)
         waited = False
@@ -2149,9 +2209,9 @@ class Stream:
         self._sender.send(batch)
         return data
 
-    def _take_out(self, size):
+    def _take_out(self, size: int) -> bytes:
         """Up to ``size`` bytes of what is here, with one copy at most."""
-        parts = []
+        parts: list[BytesLike] = []
         while self._chunks and size:
             chunk = self._chunks.popleft()
             if len(chunk) > size:
@@ -2163,7 +2223,7 @@ class Stream:
             return parts[0]
         return b"".join(parts)
 
-    def read_exactly(self, count, timeout=None) -> bytes:
+    def read_exactly(self, count: int, timeout: float | None = None) -> bytes:
         """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
         deadline = Deadline(timeout)
         parts = []
@@ -2175,7 +2235,7 @@ class Stream:
             count -= len(data)
         return b"".join(parts)
 
-    def write(self, data: bytes, timeout=None):
+    def write(self, data: BytesLike, timeout: float | None = None) -> None:
         """Send all of it, waiting for the peer's window. Raises TimeoutError if the peer permits
         none of it for ``timeout`` seconds; what was committed before is sent all the same.
 
@@ -2194,7 +2254,7 @@ class Stream:
                 self.reset(text)
                 raise StreamReset(text) from None
 
-    def _write_some(self, data, timeout):
+    def _write_some(self, data: BytesLike, timeout: float | None) -> BytesLike:
         """Commit what there is room for, and return the rest."""
         session, mux, sender = self._session, self._mux, self._sender
         deadline = Deadline(session.stall_timeout if timeout is None else timeout)
@@ -2228,21 +2288,21 @@ class Stream:
         sender.send(batch)
         return data
 
-    def finish(self):
+    def finish(self) -> None:
         """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
         with self._lock:
             self._finish()
             batch = self._sender.take()
         self._sender.send(batch)
 
-    def _finish(self):
+    def _finish(self) -> None:
         if not self._sent_fin and self._error is None:
             self._sent_fin = True
             self._writable.notify_all()
             self._mux.finish(self.id)
             self._streams.drop_if_over(self)
 
-    def reset(self, text="the stream was reset", code=0):
+    def reset(self, text: str = "the stream was reset", code: int = 0) -> None:
         """Give the stream up, both ways; threads that read or write it wake up, and are told why.
         For ``code`` see StreamReset."""
         with self._lock:
@@ -2253,7 +2313,7 @@ class Stream:
         self._sender.flush()
         self._streams.say_farewells()
 
-    def cut(self, text="the stream was reset"):
+    def cut(self, text: str = "the stream was reset") -> None:
         """As reset(), behind what was written: the peer gets all of that, and then the RST. If the
         stream is over already, what came before can still be read."""
         with self._lock:
@@ -2263,7 +2323,7 @@ class Stream:
         self._sender.flush()
         self._streams.say_farewells()
 
-    def close(self):
+    def close(self) -> None:
         """Be done with it: FIN behind what was written, and nothing is read any more.
 
         A peer that does not end its side too is reset after LINGER_TIMEOUT; not at once, since
@@ -2289,7 +2349,30 @@ DELIVERY_TIMEOUT = 30  # seconds in which an end takes none of what another one 
 RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only has to wake up
 
 
-def relay(left, right):
+class Source(Protocol):
+    """Where bytes of a pump come from: a Stream, a Duplex, or a wrapper of one."""
+
+    def read(self) -> bytes: ...
+    def cut(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class Sink(Protocol):
+    """Where bytes of a pump go."""
+
+    def write(self, data: bytes) -> None: ...
+    def finish(self) -> None: ...
+    def cut(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class RelayEnd(Source, Sink, Protocol):
+    """An end of a relay that is no Stream: a Duplex, or a wrapper of one."""
+
+    def stop_reading(self) -> None: ...
+
+
+def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
     ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other gets what it has sent
@@ -2313,7 +2396,7 @@ def relay(left, right):
         log.error("thread %s does not end although its relay was reset (bug)", name)
 
 
-def pump(source, sink) -> bool:
+def pump(source: Source, sink: Sink) -> bool:
     """Copy bytes one way, then half-close; True if all went well.
 
     If the source breaks, the sink is reset behind what was copied. If the sink breaks, neither is
@@ -2326,12 +2409,12 @@ def pump(source, sink) -> bool:
 class _Way:
     """One direction of a relay."""
 
-    def __init__(self, source, sink):
+    def __init__(self, source: Source, sink: Sink):
         self.source, self.sink = source, sink
         self.over = threading.Event()  # nothing more is copied
         self.moved_at = monotonic()  # when the sink has taken something last
 
-    def carry(self, back):
+    def carry(self, back: _Way) -> None:
         """Copy all; then see to it that the way ``back`` ends, too."""
         source, sink = self.source, self.sink
         well = self.copy()
@@ -2346,9 +2429,9 @@ class _Way:
         if back.over.wait(RESET_JOIN) and self._is_broken(well):
             source.cut()  # it may not have heard yet that not all of it was taken
 
-    def _is_broken(self, well):
+    def _is_broken(self, well: bool) -> bool:
         """Whether not all of it was taken, ``well`` as it seemed: a dead stream refuses no end."""
-        return not well or getattr(self.sink, "is_dead", False)
+        return not well or (isinstance(self.sink, Stream) and self.sink.is_dead)
 
     def copy(self) -> bool:
         """See pump()."""
@@ -2378,7 +2461,7 @@ class _Way:
         self._reset()
         return False
 
-    def _reset(self):
+    def _reset(self) -> None:
         self.source.reset()
         self.sink.reset()
 
@@ -2402,7 +2485,8 @@ def machine_memory() -> int:
     return min(sizes, default=1 << 30)
 
 
-_process_memory, _process_memory_lock = None, threading.Lock()  # the second guards the first
+_process_memory: Memory | None = None
+_process_memory_lock = threading.Lock()  # guards it
 
 
 def process_memory() -> Memory:

@@ -272,10 +272,8 @@ def test_no_line_is_wider_than_it_may_be(folder):
 
 # Modules whose public signatures have no types yet.
 UNTYPED = {
-    "gotunnel.py",
     "gotunnel_agent/agent.py",
     "gotunnel_agent/cli.py",
-    "gotunnel_agent/common/duplex.py",
     "gotunnel_agent/common/patience.py",
     "gotunnel_agent/common/standard_error.py",
     "gotunnel_agent/common/token_bucket.py",

@@ -5,7 +5,8 @@ OpenSSL's rule that no two threads may be in one TLS object at once; nothing els
 with TLS between threads.
 """
 
-import collections
+from __future__ import annotations
+
 import contextlib
 import selectors
 import socket
@@ -13,15 +14,16 @@ import ssl
 import struct
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable
 from time import monotonic, sleep
+from typing import NoReturn
 
-from gotunnel import BUFFERS, LARGE_BUFFERS, READ_SIZE, Deadline
+from gotunnel import BUFFERS, LARGE_BUFFERS, READ_SIZE, BytesLike, Deadline
 
-try:
+if sys.platform.startswith("linux"):
     import fcntl
     import termios
-except ImportError:  # Windows
-    fcntl = termios = None
 
 STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
 # What an operator may set in its place: a line may be away for a second, and nobody waits for days.
@@ -50,9 +52,7 @@ KEEPALIVE = [
 # The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
-# The request to the kernel for the bytes that a socket's peer has not acknowledged: SIOCOUTQ of
-# Linux, which has the number of TIOCOUTQ. Elsewhere that one is not for sockets.
-UNTAKEN = termios.TIOCOUTQ if sys.platform.startswith("linux") else None
+Spend = Callable[[float, int], None]  # see Duplex.write()
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -70,7 +70,7 @@ class Duplex:
     All of it raises OSError (ssl.SSLError is one) when the connection is broken.
     """
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket):
         sock.setblocking(False)
         # A family that has no such options (AF_UNIX) does not need them either.
         with contextlib.suppress(OSError):
@@ -85,13 +85,13 @@ class Duplex:
         self._at_end = False  # the peer half-closed
         self._tls_at_end = False  # ... which TLS has read, if perhaps nobody else
         self._tls_holds = False  # bytes that are no longer in the socket; only the reader says so
-        self._tls = None  # an ssl.SSLObject between the two buffers
-        self._tls_in = self._tls_out = None
+        self._tls: ssl.SSLObject | None = None  # between the two buffers
+        self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._no_payload = 0  # bytes of TLS that came since the last payload; the reader's
-        self._early = collections.deque()  # payload that TLS held when we said farewell
+        self._early: deque[bytes] = deque()  # payload that TLS held when we said farewell
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
         self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
-        self._unsent = b""  # bytes that the kernel did not take yet
+        self._unsent: BytesLike = b""  # bytes that the kernel did not take yet
         self._answers = 0  # of them and those before, since there were none: TLS's own
         self._finishing = False  # half-close the socket once they are gone
         self._finished = False  # finish() was called
@@ -99,8 +99,9 @@ class Duplex:
         self._lost = False  # sending has found it broken: the end that is read then is none
         self._lingers = True  # closing it sends what is unsent, and FIN
         self._writer_waits = False
-        self._read_wait = self._write_wait = None  # selectors, made when first needed
-        self.stall_timeout = STALL_TIMEOUT  # of write() and finish() that are given no other
+        self._read_wait: selectors.BaseSelector | None = None  # made when first needed
+        self._write_wait: selectors.BaseSelector | None = None
+        self.stall_timeout: float = STALL_TIMEOUT  # of write() and finish() that are given no other
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -119,11 +120,12 @@ class Duplex:
         return self._broken
 
     @property
-    def local_address(self) -> tuple:
+    def local_address(self) -> tuple[str, int]:
         """Our own (IP address, port), as the peer knows it. For TCP."""
-        return self._socket.getsockname()[:2]
+        address, port = self._socket.getsockname()[:2]
+        return address, port
 
-    def limit_unsent(self, count):
+    def limit_unsent(self, count: int) -> None:
         """Let the kernel take no more than about ``count`` bytes that it cannot send at once, so
         that what is urgent does not wait behind megabytes. For TCP, where the system can."""
         if NOTSENT_LOWAT is not None:
@@ -132,9 +134,14 @@ class Duplex:
 
     # TLS
 
-    def start_tls(self, context, *, server_side, server_hostname=None):
+    def start_tls(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+    ) -> None:
         """Begin TLS with what was received and given back; handshake() does the rest."""
-        self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls_in.write(self._unread)
         self._tls_holds, self._unread = bool(self._unread), b""
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
@@ -144,7 +151,10 @@ class Duplex:
 
         Raises ssl.SSLError if it fails; the alert is on its way then.
         """
-        if self._shake_hands():
+        tls = self._tls
+        if tls is None:
+            raise ValueError("handshake() before start_tls()")
+        if self._shake_hands(tls):
             return True
         data = self._receive_plain(READ_SIZE)
         if data is None:
@@ -152,21 +162,24 @@ class Duplex:
         self._check()  # else a reset would be an end without TLS's farewell
         self._count_came(len(data), 0)
         with self._tls_lock:
-            self._tls_in.write(data) if data else self._tls_in.write_eof()
-        return self._shake_hands()
+            if data:
+                self._tls_in.write(data)
+            else:
+                self._tls_in.write_eof()
+        return self._shake_hands(tls)
 
-    def _shake_hands(self):
+    def _shake_hands(self, tls: ssl.SSLObject) -> bool:
         try:
             with self._tls_lock:
-                self._tls.do_handshake()
-                self._tls_holds = bool(self._tls_in.pending or self._tls.pending())
+                tls.do_handshake()
+                self._tls_holds = bool(self._tls_in.pending or tls.pending())
             return True
         except ssl.SSLWantReadError:
             return False
         finally:
             self.flush()
 
-    def handshake_within(self, timeout):
+    def handshake_within(self, timeout: float | None) -> None:
         """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
         deadline = Deadline(timeout)
         while not self.handshake():
@@ -174,7 +187,7 @@ class Duplex:
 
     # Reading
 
-    def receive(self, size=READ_SIZE):
+    def receive(self, size: int = READ_SIZE) -> bytes | None:
         """At most ``size`` bytes that are here, b"" at the end, None if none have come."""
         if self._tls is None and not (self._unread or self._at_end):
             self._check()
@@ -189,7 +202,7 @@ class Duplex:
         finally:
             BUFFERS.give_back(buffer)
 
-    def receive_into(self, view: memoryview):
+    def receive_into(self, view: memoryview) -> int | None:
         """As receive(), into a buffer: how many bytes, 0 at the end, None if none have come."""
         self._check()
         if self._unread:
@@ -199,14 +212,14 @@ class Duplex:
         if self._at_end:
             return 0
         if self._tls is not None:
-            count = self._receive_tls(view)
+            came = self._receive_tls(self._tls, view)
         else:
-            count = self._receive_plain_into(view)
-        if count == 0:
+            came = self._receive_plain_into(view)
+        if came == 0:
             self._reach_end()
-        return count
+        return came
 
-    def _reach_end(self):
+    def _reach_end(self) -> None:
         """The socket gave its end. It also does so if reset() has shut it down since the last
         check, and then what came must not look whole."""
         self._check()
@@ -215,26 +228,26 @@ class Duplex:
                 raise ConnectionResetError("the connection broke")
         self._at_end = True
 
-    def _receive_plain(self, size):
+    def _receive_plain(self, size: int) -> bytes | None:
         try:
             return self._socket.recv(size)
         except (BlockingIOError, InterruptedError):
             return None
 
-    def _receive_plain_into(self, view):
+    def _receive_plain_into(self, view: memoryview) -> int | None:
         try:
             return self._socket.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return None
 
-    def _receive_tls(self, view):
+    def _receive_tls(self, tls: ssl.SSLObject, view: memoryview) -> int | None:
         """As receive_into(). It reads the socket once at most, since a peer that sends records
         without payload could keep it for ever: None may also mean that more is there."""
         buffers = BUFFERS if len(view) <= READ_SIZE else LARGE_BUFFERS
         buffer = buffers.take()
         try:
             if self._tls_holds or self._early or self._tls_at_end:
-                count = self._open_records(buffer[:0], view)
+                count = self._open_records(tls, buffer[:0], view)
                 if count or self._tls_at_end:
                     return count
             came = self._receive_plain_into(buffer)
@@ -243,16 +256,16 @@ class Duplex:
             if not came:
                 with self._tls_lock:
                     self._tls_in.write_eof()
-            count = self._open_records(buffer[:came], view)
+            count = self._open_records(tls, buffer[:came], view)
             self._count_came(came, count)
             return count if count or self._tls_at_end else None
         finally:
             buffers.give_back(buffer)
 
-    def _open_records(self, came, view):
+    def _open_records(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
         """As _decrypt(), without the lock, and TLS's answers are on their way."""
         with self._tls_lock:
-            count = self._decrypt(came, view)
+            count = self._decrypt(tls, came, view)
             answers = self._tls_out.pending  # a key update wants one, also while we read
         if answers:
             with contextlib.suppress(OSError):  # the writer finds out by itself
@@ -261,16 +274,16 @@ class Duplex:
                 self._break("the peer does not read TLS's answers")
         return count
 
-    def _count_came(self, came, payload):
+    def _count_came(self, came: int, payload: int) -> None:
         self._no_payload = 0 if payload else self._no_payload + came
         if self._no_payload > NO_PAYLOAD:
             self._break(f"more than {NO_PAYLOAD} bytes of TLS without payload")
 
-    def _break(self, text):
+    def _break(self, text: str) -> NoReturn:
         self.reset()
         raise ConnectionAbortedError(text)
 
-    def _decrypt(self, came, view):
+    def _decrypt(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
         """Decrypt what is here and what just ``came`` into ``view``; returns how many bytes, 0 if
         there was no whole record, or the end. Caller holds the TLS lock.
 
@@ -278,7 +291,7 @@ class Duplex:
         costs as much for one as for many. TLS is fed in pieces, since its buffer stays as large
         as it once was.
         """
-        tls, tls_in, count, room = self._tls, self._tls_in, 0, len(view)
+        tls_in, count, room = self._tls_in, 0, len(view)
         while self._early and count < room:
             data = self._early.popleft()
             if len(data) > room - count:
@@ -289,7 +302,8 @@ class Duplex:
         while count < room and not self._tls_at_end:
             try:
                 while count < room and (tls_in.pending or tls_in.eof or tls.pending()):
-                    got = tls.read(TLS_RECORD, view[count:])
+                    # A count, if there is a buffer to read into: the library's stub is wrong.
+                    got: int = tls.read(TLS_RECORD, view[count:])  # type: ignore[assignment]
                     if not got:
                         self._tls_at_end = True
                         break
@@ -307,18 +321,18 @@ class Duplex:
         self._tls_holds = count > 0 and bool(self._early or tls_in.pending or tls.pending())
         return count
 
-    def read(self, size=READ_SIZE, timeout=None) -> bytes:
+    def read(self, size: int = READ_SIZE, timeout: float | None = None) -> bytes:
         """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
         deadline = Deadline(timeout)
         while (data := self.receive(size)) is None:
             self.wait_readable(deadline.left())
         return data
 
-    def unread(self, data: bytes):
+    def unread(self, data: bytes) -> None:
         """Give bytes back: they are the first that are received next. Reader only."""
         self._unread = data + self._unread
 
-    def wait_readable(self, timeout=None):
+    def wait_readable(self, timeout: float | None = None) -> None:
         """Wait until the socket has bytes, or its end; raises TimeoutError."""
         if self._read_wait is None:
             self._read_wait = _WaitSelector()
@@ -328,7 +342,7 @@ class Duplex:
 
     # Writing
 
-    def send(self, data: bytes) -> bool:
+    def send(self, data: BytesLike) -> bool:
         """Hand bytes to the kernel; False if some did not fit: flush() until it says True."""
         with self._send_lock:
             if self._tls is not None:
@@ -349,7 +363,7 @@ class Duplex:
                     self._unsent = b"".join((self._unsent, data)) if self._unsent else data
             return self._push()
 
-    def _push(self):
+    def _push(self) -> bool:
         """Caller holds the send lock."""
         self._check()
         while self._unsent:
@@ -372,7 +386,9 @@ class Duplex:
             self._socket.shutdown(socket.SHUT_WR)
         return True
 
-    def write(self, data: bytes, timeout=None, spend=None):
+    def write(
+        self, data: BytesLike, timeout: float | None = None, spend: Spend | None = None
+    ) -> None:
         """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes none of it
         for ``timeout`` seconds (None: ``stall_timeout``): it has stopped reading.
 
@@ -381,7 +397,7 @@ class Duplex:
         if not self.send(data):
             self._outwait(timeout, spend)
 
-    def _outwait(self, timeout, spend=None):
+    def _outwait(self, timeout: float | None, spend: Spend | None = None) -> None:
         """Wait until all is with the kernel, for a peer that reads slowly."""
         if timeout is None:
             timeout = self.stall_timeout
@@ -393,10 +409,10 @@ class Duplex:
             done = self.flush()
 
     @staticmethod
-    def _spender(timeout):
-        silent = 0
+    def _spender(timeout: float) -> Spend:
+        silent = 0.0
 
-        def spend(seconds, taken):
+        def spend(seconds: float, taken: int) -> None:
             nonlocal silent
             silent = 0 if taken else silent + seconds
             if silent >= timeout:
@@ -404,7 +420,7 @@ class Duplex:
 
         return spend
 
-    def _wait_writable(self, look, spend):
+    def _wait_writable(self, look: float, spend: Spend) -> None:
         """Wait until the kernel has room. It tells so when a third of megabytes is free, which a
         slow reader takes minutes for: so look what it has taken."""
         if self._write_wait is None:
@@ -427,16 +443,18 @@ class Duplex:
 
     def _untaken(self) -> int:
         """Bytes that the kernel holds because the peer has not taken them; 0 if it cannot tell."""
-        if UNTAKEN is None:
+        if not sys.platform.startswith("linux"):
             return 0
         try:
-            return int.from_bytes(fcntl.ioctl(self._socket, UNTAKEN, bytes(4)), sys.byteorder)
+            # SIOCOUTQ, which Python knows only by the name that its number has for terminals.
+            count = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(count, sys.byteorder)
         except OSError:
             return 0
 
     # Ending
 
-    def finish(self, timeout=None):
+    def finish(self, timeout: float | None = None) -> None:
         """Half-close: no more bytes from us, the peer's may still come. Writer only. ``timeout``:
         as for write()."""
         if self._finished:
@@ -444,21 +462,21 @@ class Duplex:
         self._finished = True
         if self._tls is not None:
             with self._tls_lock:
-                self._say_farewell()
+                self._say_farewell(self._tls)
         with self._send_lock:
             self._finishing = True
         self._linger()  # all payload is with the kernel, which sends it also if the process ends
         if not self.flush():
             self._outwait(timeout)
 
-    def cut_unless_finished(self):
+    def cut_unless_finished(self) -> None:
         """From now on closing it is a reset, until finish() or stop(): also if the system ends the
         process, since then the kernel closes it."""
         with contextlib.suppress(OSError), self._send_lock:
             self._lingers = False
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
 
-    def _linger(self):
+    def _linger(self) -> None:
         """Have close() send what is unsent, unless it was reset."""
         if self._lingers:
             return
@@ -467,28 +485,26 @@ class Duplex:
                 self._lingers = True
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
 
-    def _say_farewell(self):
+    def _say_farewell(self, tls: ssl.SSLObject) -> None:
         """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
 
         unwrap() also reads on for the peer's, and would eat payload that is in the buffer: so
         that is taken out before.
         """
         with contextlib.suppress(OSError):  # nothing left, or nothing that can be read any more
-            while (self._tls_in.pending or self._tls.pending()) and (
-                data := self._tls.read(READ_SIZE)
-            ):
+            while (self._tls_in.pending or tls.pending()) and (data := tls.read(READ_SIZE)):
                 self._early.append(data)
         with contextlib.suppress(OSError):  # always: the peer's farewell is not there yet
-            self._tls.unwrap()
+            tls.unwrap()
 
-    def stop(self):
+    def stop(self) -> None:
         """End both directions: threads that read or write wake up. What the kernel has taken still
         goes out. Any thread; the owner still calls close()."""
         self._linger()
         with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def reset(self):
+    def reset(self) -> None:
         """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
         takes what it has got for all there was."""
         with contextlib.suppress(OSError), self._send_lock:  # closed already
@@ -499,7 +515,7 @@ class Duplex:
             how = socket.SHUT_RDWR if self._writer_waits else socket.SHUT_RD
             self._socket.shutdown(how)
 
-    def cut(self):
+    def cut(self) -> None:
         """Break the connection behind what was written: the peer gets all of that, and then the
         RST. Waits for the peer's TCP, as long as it takes some in CUT_TIMEOUT. Writer only."""
         pause, most = CUT_LOOKS
@@ -514,7 +530,7 @@ class Duplex:
                 break
         self.reset()
 
-    def _can_deliver(self):
+    def _can_deliver(self) -> bool:
         """Whether a RST would cost what the kernel still holds. Not if the connection is dead, nor
         with AF_UNIX, which has none."""
         try:
@@ -523,22 +539,22 @@ class Duplex:
             return False
         return not self._broken and state != TCP_CLOSE
 
-    def stop_reading(self):
+    def stop_reading(self) -> None:
         """Have the reader see an end, since nobody wants what it reads. Any thread."""
         with contextlib.suppress(OSError), self._send_lock:
             self._socket.shutdown(socket.SHUT_RD)
 
-    def _check(self):
+    def _check(self) -> None:
         if self._broken:
             raise ConnectionResetError("the connection was reset on this side")
 
-    def close(self):
+    def close(self) -> None:
         """Close the socket. Only when no other thread is in here any more (see stop())."""
         if self._tls is not None and self._lingers and not self._finished and not self._broken:
             # Without waiting: a farewell that does not fit now would only be a courtesy.
             with contextlib.suppress(OSError):
                 with self._tls_lock:
-                    self._say_farewell()
+                    self._say_farewell(self._tls)
                 self.flush()
         for selector in (self._read_wait, self._write_wait):
             if selector is not None:
