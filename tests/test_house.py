@@ -315,16 +315,10 @@ UNTYPED = {
     "gotunnel_server/visitors/arrival.py",
     "gotunnel_server/visitors/connection.py",
     "gotunnel_server/visitors/dashboard.py",
-    "gotunnel_server/visitors/exchange.py",
-    "gotunnel_server/visitors/http1_server.py",
-    "gotunnel_server/visitors/login.py",
     "gotunnel_server/visitors/port.py",
     "gotunnel_server/visitors/postgres.py",
     "gotunnel_server/visitors/relays.py",
     "gotunnel_server/visitors/sites.py",
-    "gotunnel_server/visitors/steps.py",
-    "gotunnel_server/visitors/visitor.py",
-    "gotunnel_server/visitors/work.py",
     "gotunnel_server/watcher.py",
 }
 

@@ -18,7 +18,7 @@ from gotunnel_agent.common.http1 import Malformed
 from . import pages, relays
 from .http1_server import Handler
 from .login import Owner
-from .sites import Connect
+from .request import Connect
 from .steps import Step, Stepwise
 
 log = logging.getLogger("gotunnel.connection")
@@ -82,7 +82,7 @@ class HttpConnection(Stepwise):
         self._visitor.seat.settle()
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
             with contextlib.suppress(Malformed):  # busy is answer enough
-                handler.parse_request()  # HEAD and Accept say which form the page is to have
+                handler.read_request()  # HEAD and Accept say which form the page is to have
             text = "This gateway serves as many requests as it can at the moment."
             return self._last_page(pages.error(503, "gateway-busy", text))
         return self._go_to(State.ASKED)

@@ -1,72 +1,65 @@
-"""The route's side of one request: it goes to the target over a stream, the answer comes back.
+"""Forwards one request to its route's target over a stream, and the answer back to the visitor.
 
-The visitor is a request.Request here, in whatever protocol it speaks; towards the target it is
-HTTP/1.1, by http1.py.
+The visitor is a request.Request, whatever protocol it speaks. The target gets HTTP/1.1, written by
+http1.py.
 
-The request's body and the answer flow at the same time: a body that has not come whole with its
-head gets a thread of its own (`Upload`), so a target may answer before it has read everything.
-Nothing is held whole. What the target sends is passed on when it comes.
+The request's body and the answer flow at the same time: a body that has not arrived whole with its
+head gets a thread of its own (`Upload`), so a target may answer before it has read everything. Both
+are streamed, never held whole.
 
-Towards the agent a stream is never half-closed here: a Go agent closes its target when it sees a
-FIN, answer or not.
+A stream is never half-closed here: a Go agent closes its target as soon as it sees FIN, even if the
+target has not answered yet.
 """
 
 import logging
 import threading
+from collections.abc import Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 from time import monotonic
-from typing import NamedTuple
 
 from gotunnel import NoThread, SessionClosed, Stream, spawn
 from gotunnel_agent.common import http1, refusals
-from gotunnel_agent.common.http1 import Malformed
+from gotunnel_agent.common.http1 import Body, Malformed, Response
 from gotunnel_agent.common.patience import Patience
 
 from ..routes import AgentBusy
 from . import forwarded, login, pages
 from .forwarded import Proxies
 from .pages import Page
-from .request import LEAST_BYTE_RATE, Request, VisitorGone
+from .request import LEAST_BYTE_RATE, Request, Upgraded, VisitorGone
 from .sites import Forward
 from .work import Work
 
 log = logging.getLogger("gotunnel.exchange")
 
-# Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these go
-# over a kept stream: its target may close it at the moment that the request is on its way.
+# Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these use a
+# kept stream: the target may close it while the request is on its way, and then it is sent again.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# Seconds between looks at whether the visitor of a waiting request is still there, and whether its
-# body is still wanted.
-# Chunks of an answer: so many a second in the long run, and so many at once; each CHUNK_PAYLOAD
-# bytes permit one more. A stream of events sends some hundred. Sixteen answers of one-byte chunks
-# without end slowed every other visit from 5 to 400 ms.
+# Work budget for the chunks of an answer: chunks a second in the long run, and at once. Each
+# CHUNK_PAYLOAD bytes permit one more. A stream of server-sent events has about a hundred a second.
+# Without it, sixteen endless answers of one-byte chunks slowed every other visit from 5 to 400 ms.
 CHUNK_RATE, CHUNK_BURST = 10_000, 5_000
 CHUNK_PAYLOAD = 2048
+# Interval in seconds of the checks whether the visitor of a waiting request is still connected, and
+# whether the request's body is still wanted.
 WATCH = 0.5
-# Seconds for an upload's thread to end once nothing can hold it: its stream is over, and it looks
-# each WATCH whether its request is.
+# Seconds that an upload's thread gets to end. Nothing can block it by then: its stream is over, and
+# it checks every WATCH whether its request is.
 UPLOAD_END_TIMEOUT = 5
 
 
-class Upgraded(NamedTuple):
-    """The target has answered 101 on ``stream``. ``half_close``: the agent passes FIN on to it."""
-
-    stream: Stream
-    half_close: bool
-
-
 class TargetFailed(Exception):
-    """There is no answer, or none that can be passed on; ``page`` says so to the visitor.
-    ``detail`` is for the log alone: it may name what is not the visitor's to know."""
+    """The target gave no answer that can be passed on; ``page`` tells the visitor.
+    ``detail`` is for the log only: it may quote what the visitor must not learn."""
 
-    def __init__(self, status, code, text, detail=""):
+    def __init__(self, status: int, code: str, text: str, detail: str = ""):
         super().__init__(f"{text} {detail}".rstrip())
         self.page = pages.error(status, code, text)
 
 
-def send_page(request: Request, page: Page):
-    """Answer with a page of our own. Raises OSError."""
+def send_page(request: Request, page: Page) -> None:
+    """Answer with one of the gateway's own pages. Raises OSError."""
     page = pages.suited(page, request.fields.all("accept"))
     fields = [
         ("Content-Type", page.content_type),
@@ -80,47 +73,49 @@ def send_page(request: Request, page: Page):
 
 
 class Upload:
-    """A request's body on its way from the visitor to a stream.
+    """Copies a request's body from the visitor to a stream.
 
-    The thread of the exchange calls the methods; the loop runs in a thread of its own if start()
-    finds that more is to come.
+    The exchange's thread calls the methods. The copying runs in a second thread, if start() finds
+    that the body is not complete yet.
     """
 
+    _stream: Stream  # set by start()
+
     def __init__(self, request: Request, timeout: float):
-        """``timeout``: seconds that the target may take nothing."""
+        """``timeout``: how many seconds the target may read nothing."""
         self._request = request
         self._timeout = timeout
-        self._stream = None
-        self._thread = None
+        self._thread: threading.Thread | None = None
         self._unwanted = threading.Event()  # the target, or the exchange, wants no more of it
         self._over = threading.Event()  # the request was answered, or never will be
         self._patience = Patience(request.idle_timeout, LEAST_BYTE_RATE, request.crowded)
-        # The visitor holds its body back until it is asked for (RFC 9110 §10.1.1).
+        # The visitor waits for 100 (Continue) before it sends the body (RFC 9110 §10.1.1).
         self._held_back = "100-continue" in request.fields.tokens("expect")
-        self.stuck = False  # the target has taken nothing for ``timeout`` seconds
+        self.stuck = False  # the target has read nothing for ``timeout`` seconds
         self._lock = threading.Lock()  # guards _problem
-        self._problem = None
+        self._problem: Exception | None = None
 
     @property
     def problem(self) -> Exception | None:
-        """The Malformed, VisitorGone or OSError that ended it early, and reset its stream: a
-        TimeoutError if the visitor was too slow."""
+        """The Malformed, VisitorGone or OSError that ended the upload early and reset its stream.
+        It is a TimeoutError if the visitor was too slow."""
         with self._lock:
             return self._problem
 
     def at_hand(self) -> bytes:
-        """What has come already, framed for the target. Raises Malformed, VisitorGone, OSError."""
+        """The part of the body that has arrived already, framed for the target. Raises Malformed,
+        VisitorGone, OSError."""
         request = self._request
         try:
-            pieces = [] if request.body_complete else request.read_body(0)
+            pieces: list[bytes] = [] if request.body_complete else request.read_body(0)
         except TimeoutError:
             return b""
         self._held_back = False
         return self._framed(pieces)
 
-    def start(self, stream, first=b""):
-        """Send the rest to ``stream``, in a thread if it has not come yet. ``first`` is what
-        at_hand() has returned, if the stream has not got it. Raises NoThread."""
+    def start(self, stream: Stream, first: bytes = b"") -> None:
+        """Send the rest to ``stream``; in a thread, if it has not arrived yet. ``first`` is what
+        at_hand() returned, unless it was sent with the head. Raises NoThread."""
         self._stream = stream
         if first:
             self._pass_on(first)
@@ -129,17 +124,18 @@ class Upload:
 
     @property
     def under_way(self) -> bool:
-        """Whether the target still waits for some of it: then no answer can be expected yet."""
+        """Whether the target still waits for a part of the body, and so cannot be expected to
+        answer yet."""
         thread = self._thread
         wanted = not (self._unwanted.is_set() or self._held_back)
         return wanted and thread is not None and thread.is_alive()
 
-    def ask_for_it(self):
-        """The target has said that it wants the body."""
+    def ask_for_it(self) -> None:
+        """The target has sent 100 (Continue): it wants the body."""
         self._held_back = False
 
-    def note_answer(self):
-        """The answer streams: its visitor may be silent meanwhile."""
+    def note_answer(self) -> None:
+        """A piece of the answer has come. The visitor may read it and send nothing meanwhile."""
         self._patience.restore()
 
     def _run(self):
@@ -151,14 +147,15 @@ class Upload:
                     self._pass_on(data)
         except (Malformed, VisitorGone, OSError) as error:
             self._fail(error)
-        except Exception as error:  # a bug, which the thread's top frame logs
+        except Exception as error:  # a bug; the thread's outermost function logs it
             self._fail(error)
             raise
 
     def _read(self):
-        """The next pieces; none if none came for a while. Raises TimeoutError if the visitor is
+        """The next pieces; none if none came within WATCH. Raises TimeoutError if the visitor is
         too slow."""
-        request, began, pieces = self._request, monotonic(), []
+        request, began = self._request, monotonic()
+        pieces: list[bytes] = []
         try:
             pieces = request.read_body(min(WATCH, request.idle_timeout / 4))
             self._held_back = False
@@ -172,7 +169,7 @@ class Upload:
     def _fail(self, error):
         with self._lock:
             self._problem = error
-        self._stream.reset()  # wakes the exchange, which waits for an answer
+        self._stream.reset()  # wakes the exchange's thread, which waits for an answer
 
     def _pass_on(self, data):
         try:
@@ -181,13 +178,13 @@ class Upload:
             self.stuck = True
             self._unwanted.set()
         except OSError:
-            # The target has answered, or died; the exchange knows. The visitor may still have to
-            # send all before it reads the answer.
+            # The target has answered, or its stream is reset; the exchange sees that by itself. Go
+            # on reading: the visitor may read the answer only after it has sent the whole body.
             self._unwanted.set()
 
     def _framed(self, pieces):
-        """The pieces as the target gets them; framed anew, since a target that reads a copied
-        frame otherwise than we do would see another request in it."""
+        """The pieces as they go to the target. Chunks are encoded anew, not copied: a target that
+        parses a copied frame differently would find another request in it (request smuggling)."""
         request = self._request
         if request.body_length is not None:
             return b"".join(pieces)
@@ -195,27 +192,27 @@ class Upload:
         return data + http1.encode_last_chunk(request.trailers) if request.body_complete else data
 
     def ended(self, timeout: float) -> bool:
-        """Whether no more of it is to come, in ``timeout`` seconds."""
+        """Wait ``timeout`` seconds at most for the copying to end; whether it has."""
         if self._thread is not None:
             self._thread.join(timeout)
             return not self._thread.is_alive()
         return True
 
     def sent(self) -> bool:
-        """Whether all of it is with the stream. Waits a moment: the answer can be quicker than
-        the thread that sent what is answered."""
+        """Whether the whole body was written to the stream. Waits up to WATCH: the answer can
+        arrive before the upload's thread has returned from its last write."""
         thread, whole = self._thread, self._request.body_complete
         if whole and thread is not None:
             thread.join(WATCH)
             whole = not thread.is_alive()
         return whole and not self._unwanted.is_set()
 
-    def end(self):
-        """Be done with it: the answer has been given, whether the body was wanted or not. The
-        stream has been closed or reset, or all is sent.
+    def end(self) -> None:
+        """Stop the upload: the request is answered. The caller has closed or reset the stream, or
+        the whole body is sent.
 
-        What the visitor still sends is left to the owner of its connection. Raises TimeoutError if
-        the thread goes on: then it still has the connection.
+        The owner of the visitor's connection deals with what the visitor still sends. Raises
+        TimeoutError if the thread does not end, and so still uses the connection.
         """
         self._unwanted.set()
         self._over.set()
@@ -231,29 +228,31 @@ class Upload:
 
 
 class Exchange:
-    """One request, asked of a route, and its answer."""
+    """One request to a route's target, and its answer."""
+
+    _stream: Stream  # the one that carries the request; set by _ask()
 
     def __init__(
         self, request: Request, forward: Forward, proxies: Proxies, response_timeout: float
     ):
-        """``response_timeout``: seconds to the first byte of the answer."""
+        """``response_timeout``: seconds from the whole request to the first byte of the answer."""
         self._request = request
         self._forward = forward
         self._route = forward.route
         self._proxies = proxies
         self._timeout = response_timeout
-        self._stream = None
-        self._fresh = None  # a new stream, while its first byte is awaited
-        self._head_sent = False  # of the final answer
-        self._half_close = False  # what the agent was told of self._stream
-        self._login = False  # self._stream knows, or may know, who the visitor is (login.py)
+        self._holds_stream = False  # _stream is ours to reset if the exchange fails
+        self._fresh: Stream | None = None  # a new stream that has not sent its first byte yet
+        self._head_sent = False  # the final answer's head went to the visitor
+        self._half_close = False  # the agent was told that FIN on _stream ends one direction only
+        self._login = False  # a login may bind _stream to this visitor (login.py)
         self._upload = Upload(request, response_timeout) if request.has_body else None
 
-    def run(self):
-        """Pass the request on and the answer back; if there is none, a page that says why.
+    def run(self) -> None:
+        """Forward the request, and the answer back; without an answer, a page that says why.
 
-        Raises VisitorGone or another OSError if the visitor's connection is of no further use: it
-        has left, or the answer was cut short and aborted.
+        Raises VisitorGone or an OSError if the visitor's connection cannot be used any more: the
+        visitor has left, or the answer was cut short and the connection reset.
         """
         try:
             self._run()
@@ -271,46 +270,47 @@ class Exchange:
         try:
             self._answer(self._ask())
         except BaseException:
-            if self._stream is not None:
-                self._stream.reset()  # the target need not go on
+            if self._holds_stream:
+                self._stream.reset()  # so that the target stops working on the request
             if self._head_sent:
-                self._request.abort()  # what was passed on must not look whole
+                self._request.abort()  # the part that the visitor got must not look complete
             raise
 
-    def _failure(self, error):
+    def _failure(self, error: TargetFailed | AgentBusy | Malformed) -> TargetFailed:
         if isinstance(error, AgentBusy):
             return TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.")
         if isinstance(error, Malformed):
-            text = "The service's answer is broken: it breaks a rule of HTTP."
+            text = "The service's answer is broken: it is not valid HTTP."
             return TargetFailed(502, "bad-answer", text, f"{error}.")
         return error
 
     # Asking
 
-    def _ask(self):
-        """Send the request; return the first bytes of what is answered on self._stream."""
+    def _ask(self) -> bytes:
+        """Send the request on self._stream, and return the first bytes of the answer."""
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
         head, timeout = self._head(), self._timeout
         repeatable = upload is None and self._request.method in IDEMPOTENT
         self._login = login.concerns_connection(self._request.fields, "authorization")
-        # The agent has to know from the beginning that FIN may be one direction's only. A login in
-        # several steps needs the same stream for the next one, and a relayed stream is not kept.
+        # The agent must know when the stream opens that FIN may end one direction only. Not with a
+        # login: it takes several requests on one stream, and a relayed stream is not kept.
         relayed = self._request.wants_upgrade and tunnel.upgrades and not self._login
         try:
             first = upload.at_hand() if upload else b""
         except Malformed as error:
             raise _bad_request(error) from None
         if (stream := self._take_up(repeatable and not relayed)) is not None:
-            self._stream = stream
+            self._stream, self._holds_stream = stream, True
             try:
                 stream.write(head, timeout)
-                if not repeatable:  # from here on: no target does what half a head asks for
+                # Sent again only until the head is written: no target acts on half a head.
+                if not repeatable:
                     return self._await_answer(first)
                 if data := self._wait(timeout):
                     return data
             except ConnectionError:
                 pass
-            stream.close()  # its target closed it meanwhile: once more, on another
+            stream.close()  # the target had closed it: send the request again, on a new stream
         tunnel.make_way(route)
         self._half_close = relayed
         try:
@@ -318,9 +318,9 @@ class Exchange:
         except ConnectionError as error:
             raise self._agent_gone() from error
         except TimeoutError as error:
-            raise TargetFailed(
-                503, "agent-busy", f"The agent of {route.hostname} is busy."
-            ) from error
+            text = f"The agent of {route.hostname} accepts no requests now. Try again soon."
+            raise TargetFailed(503, "agent-busy", text) from error
+        self._holds_stream = True
         self._fresh = stream = self._stream
         try:
             return self._await_answer()
@@ -329,8 +329,8 @@ class Exchange:
             tunnel.served(route, stream)
 
     def _take_up(self, repeatable):
-        """A stream that has served a visit before, or None. The visitor's own one serves requests
-        of any kind: if it is out of step, no other visitor is concerned."""
+        """A stream that was used before, or None. The visitor's own stream may carry any request:
+        if an answer on it goes to the wrong request, no other visitor is affected."""
         owner, route = self._request.owner, self._route
         stream = None if owner is None else owner.take(route)
         if stream is not None:
@@ -340,22 +340,20 @@ class Exchange:
         return stream
 
     def _await_answer(self, first=b""):
-        """The head is with self._stream: send ``first`` and the rest of the body, return the first
+        """self._stream has the head. Send ``first`` and the rest of the body, and return the first
         bytes of the answer."""
         if self._upload:
             try:
                 self._upload.start(self._stream, first)
             except NoThread as error:
                 log.warning("%s: %s; a request is refused", self._route.hostname, error)
-                raise TargetFailed(
-                    503, "gateway-busy", "The gateway has no room for it now."
-                ) from error
+                raise TargetFailed(503, "gateway-busy", pages.BUSY) from error
         if data := self._next(self._timeout):
             return data
-        raise TargetFailed(502, "no-answer", "The service closed the connection, unanswered.")
+        raise TargetFailed(502, "no-answer", "The service closed the connection without an answer.")
 
-    def _head(self):
-        """The request's head for the target."""
+    def _head(self) -> bytes:
+        """The request's head, as the target gets it."""
         request, strip = self._request, self._forward.strip
         fields = [
             (name, value)
@@ -384,9 +382,9 @@ class Exchange:
 
     # Answering
 
-    def _wait(self, timeout=None):
-        """The next bytes of the answer, b"" at its end. Raises VisitorGone, TargetFailed if they
-        take longer than ``timeout`` seconds from the whole request on, ConnectionError."""
+    def _wait(self, timeout: float | None = None) -> bytes:
+        """The next bytes of the answer, b"" at its end. Raises VisitorGone, ConnectionError; and
+        TargetFailed if they take more than ``timeout`` seconds, counted from the whole request."""
         upload, began = self._upload, monotonic()
         looks = 0
         while True:
@@ -397,7 +395,7 @@ class Exchange:
             if self._request.gone():
                 raise VisitorGone
             looks += 1
-            # At looks 1, 2, 4, 8 ...: a slow answer must not cost the other visits much.
+            # Only at looks 1, 2, 4, 8 ...: each closes kept streams that other visits could use.
             if self._fresh is not None and looks & (looks - 1) == 0:
                 self._route.tunnel.give_up_kept(self._route, self._fresh)
             if timeout is None:
@@ -407,8 +405,8 @@ class Exchange:
             elif monotonic() - began >= timeout or upload is not None and upload.stuck:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
 
-    def _next(self, timeout=None):
-        """As _wait(), but a broken stream is a TargetFailed: the request cannot be repeated."""
+    def _next(self, timeout: float | None = None) -> bytes:
+        """As _wait(), but a broken stream raises TargetFailed: the request is not sent again."""
         try:
             return self._wait(timeout)
         except ConnectionError as error:
@@ -418,12 +416,11 @@ class Exchange:
             refusal = refusals.BY_CODE.get(getattr(error, "code", 0))
             if refusal is not None:
                 raise TargetFailed(502, refusal.word, refusal.text) from error
-            raise TargetFailed(
-                502, "cut-short", f"The service cannot be reached: {error}."
-            ) from error
+            text = "The connection to the service broke before the answer was complete."
+            raise TargetFailed(502, "cut-short", text, f"{error}.") from error
 
     def _check_upload(self):
-        """Raise what has ended the request's body early, if anything."""
+        """If the upload ended early, raise the reason."""
         problem = self._upload and self._upload.problem
         if isinstance(problem, Malformed):
             raise _bad_request(problem)
@@ -433,20 +430,21 @@ class Exchange:
             raise VisitorGone
 
     def _too_slow(self, problem):
-        text = f"The request's body is too slow: {problem}."
-        if self._head_sent:  # no page will say it
+        text = f"The request's body came too slowly: {problem}."
+        if self._head_sent:  # too late for a page
             log.info("%s %s: the answer is reset. %s",
                      self._request.hostname, self._request.method, text)  # fmt: skip
         return TargetFailed(408, "body-timeout", text)
 
     def _agent_gone(self):
-        return TargetFailed(502, "agent-gone", f"The agent of {self._route.hostname} has gone.")
+        text = f"The agent of {self._route.hostname} has disconnected. Try again soon."
+        return TargetFailed(502, "agent-gone", text)
 
-    def _answer(self, data):
-        """Pass on interim answers, then the final one."""
+    def _answer(self, data: bytes) -> None:
+        """Pass on interim answers (1xx), then the final one. ``data``: the first bytes."""
         request = self._request
-        interim = 0  # bytes of heads before the final one, which together are held to the limit
-        loose = False  # the target breaks rules of HTTP, perhaps also where its answer ends
+        interim = 0  # bytes of interim heads, of which all together are limited
+        loose = False  # the target's HTTP is sloppy, so the answer's end is not certain either
         while True:
             size, response, data = self._read_head(data)
             loose |= response.loose
@@ -463,6 +461,8 @@ class Exchange:
                 self._upload.ask_for_it()
         body = http1.response_body(response, request.method)
         self._send_head(response, body)
+        pieces: list[bytes]
+        trailers: Iterable[tuple[str, str]]
         if body is None:
             pieces, trailers, rest = [], (), data
         else:
@@ -473,15 +473,16 @@ class Exchange:
             and not (rest or loose)
             and (not isinstance(body, http1.UntilCloseBody))
         )
-        # Targets that treat HEAD as GET, or put a body where none may be, send bytes that the next
-        # visitor would get as its answer.
+        # Some targets send a body where none may be, such as to HEAD. On a kept stream the next
+        # visitor would get those bytes as its answer (response splitting).
         certain = body is not None and response.status != 205
         self._login |= login.concerns_connection(response.fields, "www-authenticate")
-        # Before the visitor has all of it: its next visit must find this one over, and its stream.
-        stream, self._stream = self._stream, None
+        # The stream is kept before the answer's last bytes leave, so that the visitor's next
+        # request finds it.
+        stream, self._holds_stream = self._stream, False
         if self._upload is not None and not self._upload.sent():
-            stream.reset()  # also wakes the upload, if the target has stopped reading it
-        elif self._half_close:  # the upgrade was declined, and FIN would not end it at the agent
+            stream.reset()  # also wakes the upload's thread, if the target has stopped reading
+        elif self._half_close:  # upgrade declined; a FIN would end one direction only
             stream.reset()
         elif self._login:
             if reusable and request.owner is not None:
@@ -489,29 +490,29 @@ class Exchange:
             else:
                 stream.close()
         elif reusable and certain and self._upload is None:
-            # A target that reads no body where it expects none takes it for the next request, and
-            # would answer that one to the visitor that comes next: kept streams saw no body.
+            # Never after a request with a body: a target that ignores such a body would parse it as
+            # the next request, and answer that to the next visitor (request smuggling).
             self._route.tunnel.keep(self._route, stream)
         else:
             stream.close()
         trailers = [field for field in trailers if http1.plain_name(field[0]) not in pages.OURS]
         request.finish(pieces, trailers)
 
-    def _send_head(self, response, body):
-        # 426 asks the visitor to upgrade first: Upgrade names the protocol (RFC 9110 §15.5.22).
+    def _send_head(self, response: Response, body: Body | None) -> None:
+        # 426 (Upgrade Required): its Upgrade field names the protocol (RFC 9110 §15.5.22).
         fields = _of_target(response, keep_upgrade=response.status == 426)
         if body is not None:
             length = body.length
-        else:  # of what is not sent
-            length = response.fields.get("content-length")
-            length = None if length is None else int(length)
+        else:  # of the body that GET would have got; none is sent
+            stated = response.fields.get("content-length")
+            length = None if stated is None else int(stated)
         self._head_sent = True
         self._request.send_head(response.status, response.reason, fields, length)
 
-    def _pass_body(self, body, data) -> list:
-        """Send the body as it comes, but for its last pieces, which are returned: a small answer
-        leaves in one write, with its head."""
-        work = None
+    def _pass_body(self, body: Body, data: bytes) -> list[bytes]:
+        """Send the body as it comes, except for its last pieces. They are returned, so that a small
+        answer leaves in one write together with its head."""
+        work: Work | None = None
         while True:
             chunks = body.chunks
             pieces = body.feed(data) if data else []
@@ -528,30 +529,32 @@ class Exchange:
             if not data:
                 body.eof()
 
-    def _read_head(self, data):
-        """One head of the answer: its size, what it says, and the bytes behind it."""
+    def _read_head(self, data: bytes) -> tuple[int, Response, bytes]:
+        """One head of the answer: its size, the parsed head, and the bytes behind it."""
         seen = 0
         while (end := http1.answer_end(data, seen)) < 0:
             seen = len(data)
             more = self._next(self._timeout)
             if not more:
-                raise TargetFailed(502, "no-answer", "The service's answer ends in its head.")
+                text = "The service closed the connection in the middle of its answer."
+                raise TargetFailed(502, "no-answer", text)
             data += more
         return end, http1.parse_response(data[:end]), data[end:]
 
-    def _switch(self, response, data):
-        """The connection now speaks something else (RFC 9110 §7.8)."""
+    def _switch(self, response: Response, data: bytes) -> None:
+        """The target has answered 101 (Switching Protocols, RFC 9110 §7.8)."""
         if not self._request.wants_upgrade:
-            raise TargetFailed(502, "bad-answer", "The service changed the protocol unasked.")
+            text = "The service switched to another protocol, which the request did not ask for."
+            raise TargetFailed(502, "bad-answer", text)
         self._await_upload()
         fields = _of_target(response, keep_upgrade=True)
         onward = Upgraded(self._stream, self._half_close)
         if not self._request.switch(101, response.reason, fields, data, onward):
-            raise TargetFailed(503, "gateway-busy", "The gateway has no room for it now.")
+            raise TargetFailed(503, "gateway-busy", pages.BUSY)
 
     def _await_upload(self):
-        """A protocol is changed behind a whole request (RFC 9110 §7.8). A target may say 101 as
-        soon as it has the head."""
+        """Wait for the request's body: the new protocol begins behind the whole request (RFC 9110
+        §7.8), and a target may answer 101 as soon as it has the head."""
         if self._upload is None:
             return
         self._upload.ask_for_it()
@@ -560,12 +563,13 @@ class Exchange:
                 raise VisitorGone
         self._check_upload()
         if not self._upload.sent():
-            raise TargetFailed(502, "bad-answer", "The service changed the protocol too early.")
+            text = "The service switched to another protocol before it had read the whole request."
+            raise TargetFailed(502, "bad-answer", text)
 
 
-def _of_target(response, keep_upgrade=False):
+def _of_target(response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
     return http1.end_to_end(response.fields, keep_upgrade, dropping=pages.OURS)
 
 
-def _bad_request(malformed):
+def _bad_request(malformed: Malformed) -> TargetFailed:
     return TargetFailed(malformed.status, "malformed-request", f"{malformed}.")

@@ -1,14 +1,17 @@
-"""The visitor's side in HTTP/1.1: a connection, and the requests that it brings (RFC 9112).
+"""Reads a visitor's HTTP/1.1 requests and writes the answers (RFC 9112).
 
-`Handler` is the connection, `Http1Request` one request and the way of its answer. sites.py decides
-what a request gets, exchange.py asks the target. Heads and bodies are read by http1.py: a gateway
-that reads a request otherwise than its target does is a hole.
+`Handler` is the visitor's connection, `Http1Request` one request with its answer. sites.py decides
+what a request gets, and exchange.py forwards it to the target. http1.py parses heads and bodies,
+strictly: if gateway and target parse a request differently, a visitor can hide a second request in
+it (request smuggling).
 """
 
 import contextlib
 import logging
 import threading
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
 
 from gotunnel import Deadline, Ends
 from gotunnel_agent.common import http1
@@ -19,42 +22,58 @@ from gotunnel_agent.common.patience import Patience
 from ..net.hung_up import hung_up
 from . import pages
 from .exchange import Exchange, send_page
+from .forwarded import Proxies
+from .login import Owner
 from .pages import Page
-from .request import LEAST_BYTE_RATE, VisitorGone
-from .sites import Connect
+from .request import LEAST_BYTE_RATE, Connect, Upgraded, VisitorGone
+from .sites import Site
 from .work import Work
 
 log = logging.getLogger("gotunnel.http1_server")
 
-# Work that a body may make: so much a second in the long run, and so much at once. The unit is some
-# 2 µs, what a chunk takes; a read takes READ_WORK with what follows from it, and each WORK_PAYLOAD
-# bytes permit a unit of their own. So bulk, and what a person types, are never slowed. A body of
-# tiny chunks or tiny segments is, until its next read finds more.
+# Work budget for a request's body: units a second in the long run, and at once. A chunk costs one
+# unit, about 2 µs; a read costs READ_WORK, with all that it causes; and WORK_PAYLOAD bytes permit
+# one more. So neither bulk data nor a person's typing is slowed. Tiny chunks or tiny segments are,
+# until one read finds several of them.
 WORK_RATE, WORK_BURST = 4000, 20_000
 READ_WORK = 50
 WORK_PAYLOAD = 64
 
 NO_FIELDS = Fields([])
-NO_CONTENT = (204, 304)  # statuses of answers that have no body (RFC 9112 §6.3)
+NO_CONTENT = (204, 304)  # statuses of answers without a body (RFC 9112 §6.3)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A visitor's connection in HTTP/1.1, request by request.
+    """A visitor's HTTP/1.1 connection, one request after the other.
 
-    Unlike its base it is not run by a server: the owner of the connection calls head_came() when
-    bytes have come, and handle_one_request() when that returns True. One thread at a time.
+    Unlike its base class it is not run by a server: the owner of the connection calls head_came()
+    when bytes have arrived, and handle_one_request() when that returned True. One thread at a time.
     """
 
+    connection: Duplex
+
     def __init__(
-        self, duplex: Duplex, address: tuple, *,
-        site, scheme, sni, proxies, owner, claim_relay, is_draining, is_crowded,
-        idle_timeout, response_timeout, stall_timeout,
-    ):  # fmt: skip
-        """``site(request)`` is what a request gets: a Page, a sites.Connect or a sites.Forward.
-        ``scheme``, ``sni``, ``owner``: see request.Request. ``proxies``: a forwarded.Proxies.
-        ``claim_relay()``: whether the connection may become a relay. ``is_draining()``: whether an
-        answer that begins now is the last one. ``is_crowded()``: see request.Request. Timeouts are
-        in seconds; ``response_timeout`` is for the target.
+        self,
+        duplex: Duplex,
+        address: tuple[str, int],
+        *,
+        site: Site,
+        scheme: str,
+        sni: str | None,
+        proxies: Proxies,
+        owner: Owner | None,
+        claim_relay: Callable[[], bool],
+        is_draining: Callable[[], bool],
+        is_crowded: Callable[[], bool],
+        idle_timeout: float,
+        response_timeout: float,
+        stall_timeout: float,
+    ):
+        """``site(request)`` decides what a request gets: a Page, a Connect or a
+        sites.Forward. ``scheme``, ``sni``, ``owner``: see request.Request. ``claim_relay()``:
+        whether the connection may become a relay. ``is_draining()``: whether an answer that begins
+        now is the last one. ``is_crowded()``: as Request.crowded(). Timeouts are in seconds;
+        ``response_timeout`` is the target's, the others are the visitor's.
         """
         self.scheme = scheme
         self.sni = sni
@@ -65,37 +84,39 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_timeout = idle_timeout
         self.stall_timeout = stall_timeout
         self.close_connection = False
-        self.current = None  # Http1Request, None before the first and while a head comes
-        self._reader = None  # Patience with a visitor that reads slowly, from its first wait on
-        self.switched = None  # the Upgraded or Connect that raw bytes now flow to
+        self.current: Http1Request | None = None  # None while the next head is incomplete, too
+        # For a visitor that reads slowly; made when a write has to wait for the first time.
+        self._reader: Patience | None = None
+        self.switched: Upgraded | Connect | None = None  # the other end, once raw bytes flow
         self._site = site
         self._proxies = proxies
         self._response_timeout = response_timeout
-        self._buffer = b""  # of a head that is not whole
-        self._seen = 0  # bytes of it that hold no end
-        super().__init__(duplex, address, None)
+        self._buffer = b""  # the beginning of a head
+        self._seen = 0  # bytes of it that were searched for its end
+        # The base class only stores these; setup() below is all that it does with them.
+        super().__init__(duplex, address, None)  # type: ignore[arg-type]
 
-    # What the base's __init__() calls. There it serves the connection to its end, in one thread.
+    # Called by the base's __init__(), which by itself would serve the whole connection.
 
-    def setup(self):
+    def setup(self) -> None:
         self.connection = self.request
 
-    def handle(self):
+    def handle(self) -> None:
         """Nothing: the visitor's first bytes come later, see head_came()."""
 
-    def finish(self):
+    def finish(self) -> None:
         """Nothing: the owner of the connection closes it."""
 
     # Requests
 
     @property
     def in_head(self) -> bool:
-        """Part of a head has come, and the rest is awaited. An empty line is none: some visitors
-        send one behind a body, and perhaps nothing more (RFC 9112 §2.2)."""
+        """Whether part of a head has arrived. An empty line does not count: some visitors send one
+        behind a body, and perhaps no further request (RFC 9112 §2.2)."""
         return self._buffer not in (b"", b"\r", b"\r\n")
 
     def head_came(self) -> bool:
-        """Take what has come of the next head; True once it is whole. Does not wait.
+        """Read what has arrived of the next head; True once it is complete. Does not wait.
 
         Raises VisitorGone, Malformed, OSError.
         """
@@ -114,41 +135,40 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer, self._seen = b"", 0
         return True
 
-    def parse_request(self):
-        """Read the head that has come; raises Malformed."""
-        self.current = Http1Request(self)
-        self.current.read_head(self.raw_requestline)
+    def read_request(self) -> "Http1Request":
+        """Parse the head that has arrived. Raises Malformed."""
+        request = self.current = Http1Request(self)
+        request.read_head(self.raw_requestline)
+        return request
 
-    def handle_one_request(self):
-        """Answer the request whose head has come. Raises VisitorGone or another OSError if the
-        connection is of no further use."""
+    def handle_one_request(self) -> None:
+        """Answer the request whose head has arrived. Raises VisitorGone or an OSError if the
+        connection cannot be used any more."""
         try:
-            self.parse_request()
+            request = self.read_request()
         except Malformed as error:
             page = pages.error(error.status, "malformed-request", f"{error}.")
             return self.send_page(page, last=True)
-        request = self.current
         answer = self._site(request)
         if isinstance(answer, Page):
             send_page(request, answer)
         elif isinstance(answer, Connect):
             if not request.switch(200, "Connection established", [], b"", answer):
-                text = "The gateway has no room for it now."
-                send_page(request, pages.error(503, "gateway-busy", text))
+                send_page(request, pages.error(503, "gateway-busy", pages.BUSY))
         else:
             Exchange(request, answer, self._proxies, self._response_timeout).run()
 
-    def send_page(self, page: Page, *, last=False):
-        """Answer with a page of our own, also if no head could be read. With ``last`` the
-        connection ends after it."""
+    def send_page(self, page: Page, *, last: bool = False) -> None:
+        """Answer with one of the gateway's own pages, even if no head could be parsed. With
+        ``last`` the connection ends after it."""
         if last:
             self.close_connection = True
         send_page(self.current or Http1Request(self), page)
 
-    def write(self, data: bytes):
-        """Raises TimeoutError if the visitor reads nothing for ``stall_timeout`` seconds, or almost
-        nothing (request.LEAST_BYTE_RATE). Then the connection is reset, so that the part which the
-        visitor has got does not look whole."""
+    def write(self, data: bytes) -> None:
+        """Send ``data``. Raises TimeoutError if the visitor reads nothing for ``stall_timeout``
+        seconds, or less than LEAST_BYTE_RATE (request.py). Then the connection is reset, so that
+        the part which the visitor has read does not look complete."""
         spend = self._wait_for_reader if self.stall_timeout else None
         try:
             self.connection.write(data, self.stall_timeout, spend)
@@ -160,64 +180,69 @@ class Handler(BaseHTTPRequestHandler):
                          hostname, self.client_address[0], error)  # fmt: skip
             raise
 
-    def _wait_for_reader(self, seconds, taken):
+    def _wait_for_reader(self, seconds: float, taken: int) -> None:
         if self._reader is None:
             self._reader = Patience(self.stall_timeout, LEAST_BYTE_RATE, self.is_crowded)
         self._reader.spend(seconds, taken)
 
 
-class Http1Request:
-    """A request.Request that came over a Handler's connection."""
+class Incoming(NamedTuple):
+    """A request's body, while it arrives. Only read_body() reads the connection until ``was_read``
+    is set: then the bytes behind the body have been given back to the connection."""
 
-    # Until the head was read; some of it, if it is malformed.
+    body: http1.Body
+    work: Work  # the budget for reading it
+    was_read: threading.Event
+
+
+class Http1Request:
+    """A request.Request that arrived over a Handler's connection."""
+
+    # Values before the head is parsed. A malformed head leaves some of them.
     method = hostname = authority = path = ""
     fields = NO_FIELDS
-    minor = 1  # of its version, 0 or 1
+    minor = 1  # of the HTTP version: 0 or 1
     wants_upgrade = has_body = False
-    body_length = None
-    trailers = ()
+    body_length: int | None = None
+    trailers: Iterable[tuple[str, str]] = ()
 
     def __init__(self, handler: Handler):
         self.scheme = handler.scheme
         self.sni = handler.sni
         self.owner = handler.owner
-        self.peer = handler.client_address[0]
+        self.peer: str = handler.client_address[0]
         self.idle_timeout = handler.idle_timeout
         self._handler = handler
         self._connection = handler.connection
-        self._body = None  # http1.Body, None if there is none
-        # Set once the body was read and the bytes behind it were given back: until then only
-        # read_body() reads the connection. None if there is no body.
-        self._body_read = None
-        self._work = None  # what reading the body may cost, None if there is none
-        self._waiting = b""  # head of the answer that has not left yet
-        self._chunked = False  # the answer is framed so
+        self._incoming: Incoming | None = None  # None: the request has no body
+        self._waiting = b""  # the answer's head, until the first bytes of its body leave with it
+        self._chunked = False  # the answer's body is sent in chunks
 
-    def read_head(self, raw: bytes):
-        """Raises Malformed."""
+    def read_head(self, raw: bytes) -> None:
+        """Parse the request's head. Raises Malformed."""
         head = http1.parse_request(raw)
         self.method, self.minor, self.fields = head.method, head.minor, head.fields
         self.hostname = http1.hostname(head) or self.sni or ""
         is_connect = head.method == "CONNECT"
         self.path = "" if is_connect else http1.origin_target(head)
-        self.authority = head.target if is_connect else head.fields.get("host", self.hostname)
-        body = self._body = http1.request_body(head)
+        self.authority = head.target if is_connect else head.fields.get("host") or self.hostname
+        body = http1.request_body(head)
         if body is not None:
             self.has_body, self.body_length = True, body.length
-            self._work = Work(WORK_RATE, WORK_BURST)
-            self._body_read = threading.Event()
-            if body.complete:  # of no bytes
-                self._body_read.set()
+            was_read = threading.Event()
+            if body.complete:  # Content-Length: 0
+                was_read.set()
+            self._incoming = Incoming(body, Work(WORK_RATE, WORK_BURST), was_read)
         if head.minor == 1:  # RFC 9110 §7.8
             protocols = head.fields.tokens("upgrade")
             self.wants_upgrade = (
                 protocols != []
-                # To h2c we could not follow, and through it a visitor could pass us by (RFC 9113
-                # §3.1 has given it up).
+                # h2c: the gateway could not parse what follows, so it could not check it either
+                # (request smuggling). RFC 9113 §3.1 has abandoned it.
                 and "h2c" not in protocols
                 and "upgrade" in head.fields.tokens("connection")
             )
-        # Bytes behind a CONNECT may be meant for its other end, and be no request.
+        # Bytes behind a CONNECT may be meant for its other end; they are not the next request.
         self._handler.close_connection = not http1.keeps_alive(head) or is_connect
 
     def ends(self) -> Ends:
@@ -227,11 +252,14 @@ class Http1Request:
 
     @property
     def body_complete(self) -> bool:
-        return self._body_read is None or self._body_read.is_set()
+        return self._incoming is None or self._incoming.was_read.is_set()
 
     def read_body(self, timeout: float) -> list[bytes]:
-        body, connection, pieces = self._body, self._connection, []
-        deadline = Deadline(timeout)
+        pieces: list[bytes] = []
+        if self._incoming is None:
+            return pieces
+        body, work, was_read = self._incoming
+        connection, deadline = self._connection, Deadline(timeout)
         while not (pieces or body.complete):
             data = connection.receive()
             if data is None:
@@ -241,27 +269,28 @@ class Http1Request:
                 raise VisitorGone
             chunks = body.chunks
             pieces = body.feed(data)
-            self._work.spend(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
-        if body.complete and not self._body_read.is_set():
+            work.spend(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
+        if body.complete and not was_read.is_set():
             if body.rest:
-                self._connection.unread(body.rest)
+                connection.unread(body.rest)
             self.trailers = body.trailers
-            self._body_read.set()
+            was_read.set()
         return pieces
 
-    def refuse_body(self):
-        # It sees the end of the answer and can stop: closing at once could destroy what it has
-        # not read yet.
+    def refuse_body(self) -> None:
+        # Half-close: the visitor sees the end of the answer and can stop sending. Closing now would
+        # send RST, which can destroy the part of the answer that it has not read yet.
         with contextlib.suppress(OSError):  # it has left, or reads nothing now
             self._connection.finish(timeout=0)
 
     def gone(self) -> bool:
         connection = self._connection
-        if not self.body_complete or connection.pending:  # read by another thread, or by nobody
+        # Do not read while another thread may, nor when there is something to be read already.
+        if not self.body_complete or connection.pending:
             return hung_up(connection)
         data = connection.receive()
         if data:
-            connection.unread(data)  # the next request, sent early
+            connection.unread(data)  # the next request, sent early (pipelining)
         return data == b""
 
     def crowded(self) -> bool:
@@ -269,13 +298,15 @@ class Http1Request:
 
     # The answer
 
-    def send_interim(self, status: int, reason: str, fields: list):
-        if self.minor == 1:  # HTTP/1.0 knows no interim answers
+    def send_interim(self, status: int, reason: str, fields: list[tuple[str, str]]) -> None:
+        if self.minor == 1:  # HTTP/1.0 has no interim answers
             self._handler.write(http1.encode_head(f"HTTP/1.1 {status} {reason}", fields))
 
-    def send_head(self, status: int, reason: str, fields: list, length: int | None):
+    def send_head(
+        self, status: int, reason: str, fields: list[tuple[str, str]], length: int | None
+    ) -> None:
         handler = self._handler
-        if status == 426:  # "upgrade first": a field says to what
+        if status == 426:  # it has an Upgrade field, which Connection must name
             fields.append(("Connection", "Upgrade"))
         if length is not None:
             if status != 204:
@@ -285,11 +316,11 @@ class Http1Request:
                 fields.append(("Transfer-Encoding", "chunked"))
                 self._chunked = True
             else:
-                handler.close_connection = True  # the end of the connection is the length
+                handler.close_connection = True  # closing it ends the body
                 self._connection.cut_unless_finished()
         if not self.body_complete or handler.is_draining():
-            # An early answer: whether the rest of the body comes is not sure, so no request can
-            # follow it.
+            # An answer before the body's end: the rest may never arrive, so the next request could
+            # not be found.
             handler.close_connection = True
         if handler.close_connection:
             fields.append(("Connection", "close"))
@@ -297,24 +328,31 @@ class Http1Request:
             fields.append(("Connection", "keep-alive"))
         self._waiting = http1.encode_head(f"HTTP/1.1 {status} {reason}", fields)
 
-    def send_data(self, pieces: list[bytes]):
+    def send_data(self, pieces: list[bytes]) -> None:
         self._send(map(http1.encode_chunk, pieces) if self._chunked else pieces)
 
-    def finish(self, pieces: list[bytes], trailers=()):
+    def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
         if self._chunked:
             pieces = [*map(http1.encode_chunk, pieces), http1.encode_last_chunk(trailers)]
         self._send(pieces)
 
-    def _send(self, parts):
+    def _send(self, parts: Iterable[bytes]) -> None:
         data = b"".join((self._waiting, *parts))
         self._waiting = b""
         if data:
             self._handler.write(data)
 
-    def abort(self):
+    def abort(self) -> None:
         self._connection.reset()
 
-    def switch(self, status: int, reason: str, fields: list, data: bytes, onward) -> bool:
+    def switch(
+        self,
+        status: int,
+        reason: str,
+        fields: list[tuple[str, str]],
+        data: bytes,
+        onward: Upgraded | Connect,
+    ) -> bool:
         if not self._handler.claim_relay():
             return False
         if status == 101:

@@ -12,9 +12,11 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 CODE_FIELD = "X-Gotunnel-Error"
-# Fields of an answer that only the gateway may write, as http1.plain_name() has them. A target's
-# are dropped: a visitor must be able to believe them.
+# Fields of an answer that only the gateway may write, as http1.plain_name() spells them. They are
+# removed from a target's answers, so that a visitor can rely on them.
 OURS = frozenset({CODE_FIELD.lower()})
+
+BUSY = "This gateway has no room for another request at the moment. Try again in a few seconds."
 
 _FRAME = """<!doctype html>
 <html lang="en">

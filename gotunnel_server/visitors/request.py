@@ -1,104 +1,129 @@
-"""A visitor's request, in whatever protocol it came: all that the rest of the gateway knows of it.
+"""The interface of a visitor's request, the same for every protocol that visitors speak.
 
-`sites` decides by its attributes what it gets; `exchange` reads its body and gives its answer by
-its methods. `http1_server.Http1Request` is a Request in HTTP/1.1; a test's is a plain object.
+sites.py reads the attributes, and decides what the request gets. exchange.py calls the methods: it
+reads the body and sends the answer. `http1_server.Http1Request` implements it for HTTP/1.1; tests
+use plain objects.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from gotunnel import Ends
+from gotunnel import Ends, Stream
 from gotunnel_agent.common.http1 import Fields
 
+from ..routes import Route
 from .login import Owner
 
-# Bytes a second that a visitor must send of a body, or read of an answer, while others need its
-# place (Request.crowded), in the long run: over IDLE_TIMEOUT or STALL_TIMEOUT. Kestrel and IIS ask
-# for as much, always. Relays and slow targets are not held to it.
+# Bytes a second, on average over IDLE_TIMEOUT or STALL_TIMEOUT, that a visitor must send of a body
+# or read of an answer while others need its place (Request.crowded()). Kestrel and IIS demand the
+# same rate, but always. It does not apply to relays, nor to slow targets.
 LEAST_BYTE_RATE = 240
 
 
 class VisitorGone(Exception):
-    """The visitor has left, or broke off its request: there is no one to answer."""
+    """The visitor has left or cut its request short, so nobody reads an answer."""
+
+
+class Upgraded(NamedTuple):
+    """The target has answered 101 on ``stream``. ``half_close``: the agent passes a FIN on to the
+    target."""
+
+    stream: Stream
+    half_close: bool
+
+
+class Connect(NamedTuple):
+    """A CONNECT request is granted: its connection becomes a visit in tcp mode to ``route``."""
+
+    route: Route
 
 
 class Request(Protocol):
     """One request, and the way back to its visitor.
 
-    One thread at a time calls read_body(), one other thread the other methods. A method that sends
-    or reads raises OSError if the visitor's connection is broken; sending waits for a visitor
-    that reads slowly, and raises TimeoutError if it reads nothing for too long, or almost nothing
-    (LEAST_BYTE_RATE); then what was sent is reset.
+    One thread at a time calls read_body(); one other thread calls the other methods. A method that
+    sends or reads raises OSError if the visitor's connection is broken. Sending waits for a visitor
+    that reads slowly; if it reads nothing for too long, or less than LEAST_BYTE_RATE, the
+    connection is reset and TimeoutError is raised.
 
-    The answer is: any number of send_interim(); send_head(); any number of send_data(); finish().
-    Or switch() instead of send_head(). Or abort(), at any time.
+    The order of an answer: any number of send_interim(); send_head(); any number of send_data();
+    finish(). Or switch() in place of send_head(). abort() may come at any time.
     """
 
     method: str
-    hostname: str  # whose it is: lower case, no port, no trailing dot; "" if it names none
+    hostname: str  # lower case, no port, no trailing dot; "" if the request names none
     authority: str  # hostname and perhaps port, as the visitor wrote it
-    path: str  # with its query, in origin-form, or "*"; "" of a CONNECT
-    fields: Fields  # as they came, those of the visitor's connection included
+    path: str  # with the query, in origin-form; "*" of an OPTIONS, "" of a CONNECT
+    fields: Fields  # as received, with the hop-by-hop ones
     scheme: str  # "https" or "http"
-    sni: str | None  # hostname of the ClientHello, None if there was none
-    owner: Owner | None  # of a stream, for logins; None: the connection brings several visitors
-    peer: str  # IP address of the connection that brought it
-    wants_upgrade: bool  # to the protocols in its Upgrade field
+    sni: str | None  # the hostname in the ClientHello, None without one
+    owner: Owner | None  # see login.py; None if the connection serves several visitors (a proxy)
+    peer: str  # IP address of the other end of the connection
+    wants_upgrade: bool  # to a protocol in its Upgrade field
     has_body: bool
-    body_length: int | None  # bytes, None if it is not known beforehand
-    body_complete: bool  # read_body() has returned all of the body, or there is none
-    trailers: Iterable[tuple[str, str]]  # complete once the body is
-    idle_timeout: float  # seconds that its visitor may send nothing of a body that is awaited
+    body_length: int | None  # bytes, None if not known beforehand
+    trailers: Iterable[tuple[str, str]]  # complete when the body is
+    idle_timeout: float  # seconds that the visitor may send nothing while its body is awaited
+
+    @property
+    def body_complete(self) -> bool:
+        """Whether read_body() has returned the whole body, or there is none."""
 
     def ends(self) -> Ends:
-        """The two ends of the visitor's connection, for a target that wants to know."""
+        """The two ends of the visitor's connection, for a target that wants to know them."""
 
     def read_body(self, timeout: float) -> list[bytes]:
-        """The next pieces of the body that have come, decoded, in order; none only at its end.
+        """The next decoded pieces of the body, in order; an empty list only at the body's end.
         Where one piece ends and the next begins has no meaning.
 
-        Raises TimeoutError if there is none in ``timeout`` seconds (0: none is here); a part of
-        one is kept for the next call. Raises VisitorGone, http1.Malformed.
+        Raises TimeoutError if no piece arrives in ``timeout`` seconds (0: none is here yet); a part
+        of a piece is kept for the next call. Raises VisitorGone, http1.Malformed.
         """
 
     def crowded(self) -> bool:
-        """Whether others need a slow visitor's place: then it must reach LEAST_BYTE_RATE."""
+        """Whether other visitors need the places of slow ones, which then must reach
+        LEAST_BYTE_RATE."""
 
     def send_interim(self, status: int, reason: str, fields: list[tuple[str, str]]) -> None:
-        """An answer before the final one (1xx, but not 101), if the visitor's protocol has such."""
+        """Send an answer before the final one (1xx, but not 101), if the protocol has such."""
 
     def send_head(
         self, status: int, reason: str, fields: list[tuple[str, str]], length: int | None
     ) -> None:
-        """Begin the final answer. It may wait for the first send_data() or finish().
+        """Begin the final answer. The head may stay here until send_data() or finish().
 
-        ``fields`` concern no connection and say no length; the list is the callee's from here on.
-        ``length``: bytes of the body, None if that is not known, and the protocol says how it
-        ends. An answer to HEAD, and one with status 204 or 304, has no body: then ``length`` is
-        what its Content-Length said.
+        ``fields`` has no hop-by-hop field and no length; the method may change the list.
+        ``length``: bytes of the body, None if not known: then the protocol's framing marks the end.
+        An answer to HEAD, and one with status 204 or 304, has no body; there ``length`` is the
+        value of its Content-Length.
         """
 
     def send_data(self, pieces: list[bytes]) -> None:
-        """Send pieces of the body, and all that has waited, also if there are no ``pieces``."""
+        """Send pieces of the body behind all that still waits. Without ``pieces`` that is sent."""
 
     def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
-        """The last pieces of the body, and the end of the answer."""
+        """Send the last pieces of the body, and end the answer."""
 
     def refuse_body(self) -> None:
-        """The answer was given, the body is still on its way and not wanted: tell the visitor.
-        What comes is still read. Waits for nothing, and never raises."""
+        """Tell the visitor to stop sending its body: the answer is complete. What still comes is
+        read. Waits for nothing, and never raises."""
 
     def abort(self) -> None:
-        """What was sent must not look whole: reset it. Wakes a read_body(), which then raises.
-        Never raises."""
+        """Reset the answer, so that the part that was sent does not look complete. Wakes a thread
+        in read_body(), which then raises. Never raises itself."""
 
     def gone(self) -> bool:
-        """Whether the visitor has left, as far as can be told at once; also while another thread
-        is in read_body()."""
+        """Whether the visitor has left, as far as is known now. Allowed while another thread is in
+        read_body()."""
 
     def switch(
-        self, status: int, reason: str, fields: list[tuple[str, str]], data: bytes, onward: object
+        self,
+        status: int,
+        reason: str,
+        fields: list[tuple[str, str]],
+        data: bytes,
+        onward: Upgraded | Connect,
     ) -> bool:
-        """The final answer: from here on raw bytes flow between the visitor and ``onward`` (after
-        101 an exchange.Upgraded; after CONNECT a sites.Connect), first of all ``data`` to the
-        visitor. False if there is no room for it, then nothing was sent. The body has come."""
+        """Send the final answer, and ``data`` behind it. From then on raw bytes flow between the
+        visitor and ``onward``. False if there is no room for another relay; then nothing was sent.
+        Call it only when the body is complete."""

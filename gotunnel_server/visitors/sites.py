@@ -13,14 +13,8 @@ from ..routes import Route
 from . import forwarded, pages
 from .forwarded import Proxies
 from .pages import Page
-from .request import Request
+from .request import Connect, Request
 from .verdict import Answer
-
-
-class Connect(NamedTuple):
-    """A CONNECT is granted: the connection becomes a visit in tcp mode."""
-
-    route: Route
 
 
 class Forward(NamedTuple):

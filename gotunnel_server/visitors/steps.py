@@ -1,9 +1,9 @@
-"""A connection that goes on step by step, so that one that waits holds no thread.
+"""Runs a connection as a state machine, so that a connection that waits occupies no thread.
 
-A step does what can be done with the bytes that have come. If more must come, it parks the
-connection with the port's listener (net/listener.py) and returns; the listener has a worker call
-ready() or expired(). Which step runs in which state, and which state follows when the time is up,
-stands in a table: STEPS of each class.
+A step does what it can with the bytes that have arrived. If it needs more, it parks the connection
+with the port's listener (net/listener.py) and returns. The listener has a worker call ready() when
+bytes arrive, or expired() when the time is up. Each class has a table, STEPS: the step to take in
+each state, and the state that follows a timeout.
 """
 
 import contextlib
@@ -12,56 +12,65 @@ import logging
 import ssl
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gotunnel import NoThread
 
 from ..net import client_hello
 from .request import VisitorGone
+from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.steps")
 
-# Seconds that a worker waits for the next step by itself before it parks the connection: a visitor
-# that goes on at once, as most do, is spared the detour through the listener. Not while others wait
-# for a worker.
+# Seconds that a worker waits for more bytes by itself, before it parks the connection. Most
+# visitors go on at once, and are spared the detour through the listener. Workers do not wait while
+# other connections need one.
 NEXT_STEP_WAIT = 0.005
 
 
 class Step(NamedTuple):
-    """What happens in one state."""
+    """What happens in one state. ``take(connection)`` returns True if the next step can be taken
+    now, False if the connection is parked, handed over or closed."""
 
-    take: Callable  # take(connection): True: take the next step now; False: it waits, or is over
-    time_up: enum.Enum | None = None  # the state when the peer took too long; None: close
-    first_byte: enum.Enum | None = None  # the state from the first byte on; None: the same
-    outlasts_drain: bool = False  # whether it may still wait while the gateway stops
+    take: Callable[[Any], bool]
+    time_up: enum.Enum | None = None  # the state after a timeout; None: close the connection
+    first_byte: enum.Enum | None = None  # the state from the first byte on; None: the same one
+    outlasts_drain: bool = False  # the connection may wait on while the gateway stops
+
+
+class Port(Protocol):
+    """What a Stepwise needs of its port."""
+
+    is_draining: Callable[[], bool]
 
 
 class Stepwise:
-    """A connection in its steps; what the listener can park. It is parked, waits for its turn, or
-    is in the hands of one worker."""
+    """A connection that the listener can park. At any time it is parked, or queued for a worker, or
+    in the hands of one worker."""
 
-    STEPS = {}  # state: Step
+    STEPS: dict[Any, Step] = {}  # by state
 
-    def __init__(self, port, visitor, state):
+    def __init__(self, port: Port, visitor: Visitor, state: enum.Enum):
         self.duplex = visitor.duplex
         self._port = port
         self._visitor = visitor
         self._state = state
-        self._deadline = None  # monotonic, of the state; None: nothing was waited for in it
-        self._waits = 0  # in the state
-        self._steps = self.STEPS  # those that the thread takes that has the connection
+        # Monotonic end of the waiting in this state; None before the first wait.
+        self._deadline: float | None = None
+        self._waits = 0  # how often the connection was parked in this state
+        self._steps = self.STEPS  # the table of the thread that has the connection
 
     @property
-    def address(self):
-        """The visitor's, as far as it is known."""
+    def address(self) -> tuple[str, int]:
+        """The visitor's address, or its proxy's as long as the proxy has not named the visitor."""
         return self._visitor.address
 
-    def ready(self):
-        """Worker: take the steps that can be taken."""
+    def ready(self) -> None:
+        """Worker: take all steps that can be taken now."""
         self._take_steps(self.STEPS)
 
-    def expired(self):
-        """Worker: the visitor took as long as it may, or as long as shows that it waits."""
+    def expired(self) -> None:
+        """Worker: the time for this state is up."""
         state = self.STEPS[self._state].time_up
         if state is None:
             self.close()
@@ -69,11 +78,11 @@ class Stepwise:
             self._state = state
             self.ready()
 
-    def close(self):
-        """Drop the connection. Only for the part that has it."""
+    def close(self) -> None:
+        """Close the connection. Only the thread that has it may do so."""
         self._visitor.close()
 
-    def _take_steps(self, steps):
+    def _take_steps(self, steps: dict[Any, Step]) -> None:
         self._steps = steps
         try:
             while steps[self._state].take(self):
@@ -83,7 +92,7 @@ class Stepwise:
             self.close()
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", self._visitor, error)
-            self.duplex.reset()  # not an empty but complete visit
+            self.duplex.reset()  # a mere close would look like an empty answer
             self.close()
         except (OSError, VisitorGone, client_hello.NotTLS) as error:
             log.debug("%s: %s", self._visitor, error or "left")
@@ -92,26 +101,26 @@ class Stepwise:
             log.exception("%s: its connection is closed (bug, traceback follows)", self._visitor)
             self.close()
 
-    def _go_to(self, state):
-        """Enter a state, whose time begins anew. Returns what a step returns."""
+    def _go_to(self, state: enum.Enum) -> bool:
+        """Enter a state; its time begins now. Returns a step's result."""
         self._state, self._deadline, self._waits = state, None, 0
         return True
 
-    def _hear(self):
-        """The first byte in this state has come."""
+    def _hear(self) -> None:
+        """The first byte in this state has arrived."""
         self._go_to(self.STEPS[self._state].first_byte or self._state)
 
-    def _wait(self, seconds):
-        """Take the step again when the visitor sends something; ``seconds`` count from the first
-        wait in a state. Returns what a step returns."""
+    def _wait(self, seconds: float) -> bool:
+        """Take this step again when the visitor sends something. ``seconds`` count from the first
+        wait in this state. Returns a step's result."""
         if self._port.is_draining() and not self.STEPS[self._state].outlasts_drain:
             self.close()
             return False
         if self._deadline is None:
-            # The first wait in a state is most likely a short one, and parking takes two detours.
-            # Later ones are for visitors that trickle, which must not hold a worker.
+            # The first wait in a state is likely to be short, so wait here; parking costs two
+            # thread switches. A visitor that trickles its bytes is parked, and holds no worker.
             self._deadline = monotonic() + seconds
-            # Others wait for step threads, so an exchange thread may linger all the same.
+            # "crowded" is about the step workers. An exchange's thread may wait here in any case.
             if self._steps is self.STEPS and self._visitor.listener.crowded:
                 self._visitor.listener.park(self, seconds)
                 return False

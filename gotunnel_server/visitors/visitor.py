@@ -1,76 +1,95 @@
-"""One visitor's connection, from accept to close, whichever part has it at the moment.
+"""One visitor's connection with all that it holds, from accept to close.
 
     Arrival (arrival.py)  --tcp------------>  relay (relays.py)
              \\--http-->  HttpConnection (connection.py)  --101, CONNECT-->  relay
 
-Each part hands the Visitor over to the next one, and forgets it. Its close() gives back what the
-connection holds, so no part needs to know what an earlier one took.
+Each of these parts hands the Visitor over to the next one. The last one calls close(), which gives
+back everything, so no part needs to know what an earlier part took.
 """
 
 import logging
+from typing import Protocol
 
 from gotunnel import Ends
 from gotunnel_agent.common import proxy_protocol
+from gotunnel_agent.common.duplex import Duplex
+
+from ..net.listener import Listener
+from ..net.shares import Seat, Shares
+from .login import Owner
+from .postgres import CancelKeys
 
 log = logging.getLogger("gotunnel.visitor")
 
 
+class Port(Protocol):
+    """What a Visitor needs of the port.Port that counts it."""
+
+    relays: Shares
+
+    def say_once(self, text: str, *arguments: object) -> None: ...
+
+    def forget(self, visitor: "Visitor") -> None: ...
+
+
 class Visitor:
-    """What the gateway knows of a connection. It belongs to one thread at a time."""
+    """A visitor's connection. It belongs to one thread at a time."""
 
     __slots__ = (
         "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "_port",
         "_holds_relay",
     )  # fmt: skip
 
-    def __init__(self, port, duplex, address, listener, seat):
-        """``port``: the Port that counts it. ``address`` is the peer's, or the one that a trusted
-        proxy has told. ``listener``: that of the port which it has connected to; ``seat``: its
-        place there."""
+    def __init__(
+        self, port: Port, duplex: Duplex, address: tuple[str, int], listener: Listener, seat: Seat
+    ):
+        """``port``: the Port that counts the visitor. ``address``: the peer's, until a trusted
+        proxy names the visitor's own. ``listener``: the one that accepted the connection, with
+        ``seat`` as the connection's place among its others."""
         self.duplex = duplex
         self.address = address
         self.listener = listener
         self.seat = seat
-        self.sni = None  # hostname in the ClientHello; None: none, or no TLS
-        self.owner = None  # a login.Owner, if the connection may own a stream
-        self.cancel_keys = None  # postgres.CancelKeys, if it speaks PostgreSQL
+        self.sni: str | None = None  # the hostname in the ClientHello; None without one
+        self.owner: Owner | None = None  # set if the connection may own a stream
+        self.cancel_keys: CancelKeys | None = None  # set if the visitor speaks PostgreSQL
         self._port = port
-        self._holds_relay = False  # it is one of MAX_RELAYS
+        self._holds_relay = False  # it is counted among MAX_RELAYS
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"visitor at {self.address[0]}"
 
     def ends(self) -> Ends:
-        """Both ends of the connection, for a target that wants to know."""
+        """Both ends of the connection, for a target that wants to know them."""
         return Ends(self.address[:2], self.duplex.local_address)
 
-    def introduce(self, source):
-        """A trusted proxy says that the visitor is at ``source``, a (IP address, port). Raises
-        ConnectionAbortedError if that address has as many connections as it may."""
+    def introduce(self, source: tuple[str, int]) -> None:
+        """Take ``source`` (IP address, port) for the visitor's address, as a trusted proxy says.
+        Raises ConnectionAbortedError if that address has no share of connections left."""
         self.address = source
         if not self.seat.move(source[0]):
-            raise ConnectionAbortedError("no place for another connection of its address")
+            raise ConnectionAbortedError("its address has too many connections already")
 
     def claim_relay(self) -> bool:
-        """Whether the connection may become a relay; it counts as one from here on."""
+        """Count the connection as a relay; False if there is no room for another one."""
         relays = self._port.relays
         self._holds_relay = relays.enter(self.address[0])
         if not self._holds_relay:
-            log.warning("%s refused, too many relays are running (%d at most, of which an address "
-                        "has a part)", self, relays.most)  # fmt: skip
+            log.warning("%s refused: too many relays are running (at most %d in all, and a share "
+                        "of them for each address)", self, relays.most)  # fmt: skip
         self.seat.settle()
         return self._holds_relay
 
-    def refuse_introduction(self, data):
+    def refuse_introduction(self, data: bytes) -> None:
         """Raise ConnectionAbortedError if ``data``, the first bytes, begin a PROXY header. Only a
-        trusted proxy may say where its visitor comes from, and only once."""
+        trusted proxy may name another address as the visitor's, and only once."""
         if proxy_protocol.begins(data):
-            self._port.say_once("%s dropped: it sent a PROXY header, and TRUSTED_PROXIES does not "
+            self._port.say_once("%s dropped: it sent a PROXY header, but TRUSTED_PROXIES does not "
                                 "name it", self)  # fmt: skip
-            raise ConnectionAbortedError("a PROXY header")
+            raise ConnectionAbortedError("a PROXY header from an untrusted address")
 
-    def close(self):
-        """Close the connection and give back what it holds. Only for the part that has it."""
+    def close(self) -> None:
+        """Close the connection and give back all that it holds. Only for the part that has it."""
         self.duplex.close()
         if self.owner is not None:
             self.owner.close()

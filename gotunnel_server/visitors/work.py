@@ -1,24 +1,24 @@
-"""A budget for the work that tiny pieces of a body make.
+"""Limits the CPU time that a body of tiny pieces can cost.
 
-A chunk of one byte costs as much as one of a kilobyte. A peer that sends nothing else would hold a
-CPU, and through the interpreter's lock slow every other visit. So the thread that reads such a body
-sleeps once it has worked more than its budget gives (GCRA, as in token_bucket.py).
+A chunk of one byte costs as much as a chunk of a kilobyte. A peer that sends nothing else would
+keep a CPU busy and, because of the interpreter's lock (GIL), slow every other visit. So a thread
+that reads such a body sleeps when it is over its budget (GCRA, as in token_bucket.py).
 """
 
 from time import monotonic, sleep
 
 
 class Work:
-    """Not for two threads at once."""
+    """The budget for one body. One thread at a time."""
 
     def __init__(self, rate: float, burst: float):
-        """``rate`` units of work a second in the long run, ``burst`` of them at once."""
+        """``rate`` units of work a second in the long run, ``burst`` units at once."""
         self._interval = 1 / rate
         self._patience = burst / rate
-        self._paid_at = 0.0  # monotonic, when all work so far is within the rate
+        self._paid_at = 0.0  # monotonic time at which ``rate`` has paid for all work so far
 
-    def spend(self, units: float):
-        """Count work that was done; sleep if it was more than the budget gives."""
+    def spend(self, units: float) -> None:
+        """Count work that was done; sleep if that is over the budget."""
         if units > 0:
             now = monotonic()
             self._paid_at = max(self._paid_at, now - self._patience) + units * self._interval
