@@ -1,5 +1,5 @@
-"""What belongs to neither program and is not the wire. Needs the standard library and PyYAML only,
-and knows nothing of gotunnel; but for duplex.py, the connection that sessions run over.
+"""Modules that agent and gateway share and that are not the wire protocol. They need the standard
+library and PyYAML only; duplex.py, process.py and refusals.py also import gotunnel.py.
 
-The only part of the agent's package that the gateway may import.
+This is the only part of the agent's package that the gateway may import.
 """

@@ -1,8 +1,9 @@
-"""IP addresses: in which form two are compared, what a peer is counted by, networks as text.
+"""IP addresses: the form in which they are compared, the key by which a peer's share of a limit is
+counted, and networks as text.
 
 A socket for both families writes an IPv4 peer as an IPv4-mapped IPv6 address (::ffff:192.0.2.1;
-RFC 4291 §2.5.5.2). Under two names it would pass a list that names it, and have two shares of every
-limit. So a mapped address is always the IPv4 address in it.
+RFC 4291 §2.5.5.2). With two spellings a peer would slip through a deny list, and have two shares of
+every limit. So we always replace a mapped address by the IPv4 address in it.
 """
 
 import functools
@@ -13,37 +14,38 @@ from collections.abc import Hashable
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Bits of an IPv6 address that one subscriber shares (RFC 6177 §2). The other 64 are free to choose:
-# counted by whole addresses, one machine would never use up a share.
+# Prefix length by which IPv6 peers are counted: a subscriber gets at least a /64 (RFC 6177 §2) and
+# chooses the other 64 bits freely. Counted by whole addresses, one machine would have a new share
+# with every address.
 IPV6_SUBSCRIBER = 64
 MAPPED_BITS = 96  # length of the prefix of IPv4-mapped addresses
 
-MOST_COUNTED = 4096  # addresses whose key is remembered: to read one takes 20 times as long
-MOST_NETWORKS = 1000  # in one list of a policy; a registration holds 64 KiB
+MOST_COUNTED = 4096  # cached keys of addresses; parsing an address takes 20 times as long
+MOST_NETWORKS = 1000  # in one list of a policy; a register message holds 64 KiB
 MOST_SHOWN = 60  # characters of a bad value that an error shows
 
-# ipaddress also takes a mask after the slash (10.0.0.0/255.0.0.0) and a zone (fe80::1%eth0).
+# Stricter than ipaddress, which accepts a mask (10.0.0.0/255.0.0.0) and a zone (fe80::1%eth0).
 _NETWORK = re.compile(r"[0-9a-fA-F.:]{2,45}(/[0-9]{1,3})?")
 
 
 def unmapped(address: Address) -> Address:
-    """The address; of an IPv4-mapped one the IPv4 address."""
+    """The IPv4 address in an IPv4-mapped one; any other address as it is."""
     return address if address.version == 4 else address.ipv4_mapped or address
 
 
 def unmapped_host(host: str) -> str:
-    """As ``unmapped``, for the text in a socket's address; once a connection, so nothing is
-    parsed."""
+    """As ``unmapped``, for the text in a socket's address. It parses nothing: it runs for every
+    connection."""
     return host.removeprefix("::ffff:") if "." in host else host
 
 
 def as_host(host: str) -> str:
-    """A hostname or an IP address as it stands in a URL: an IPv6 address in brackets."""
+    """A hostname or an IP address as a URL writes it: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def parse(text: str) -> Address | None:
-    """The address in ``text``, never a mapped one; None if the text is no address."""
+    """The address in ``text``, unmapped; None if the text is no address."""
     try:
         return unmapped(ipaddress.ip_address(text))
     except ValueError:
@@ -51,9 +53,9 @@ def parse(text: str) -> Address | None:
 
 
 def subscriber(address: Address) -> Hashable:
-    """The key under which a peer's share is counted: its IPv4 address, or the /64 of an IPv6 one.
+    """The key by which a peer's share is counted: its IPv4 address, or the /64 of its IPv6 one.
 
-    ``address`` is not mapped.
+    ``address`` is unmapped.
     """
     if address.version == 4:
         return int(address)
@@ -62,7 +64,7 @@ def subscriber(address: Address) -> Hashable:
 
 @functools.lru_cache(MOST_COUNTED)
 def counted_by(text: str) -> Hashable:
-    """As ``subscriber``, of an address as text; a text that is no address is counted by itself."""
+    """As ``subscriber``, for an address as text. A text that is no address is its own key."""
     found = parse(text)
     return text if found is None else subscriber(found)
 
@@ -88,12 +90,12 @@ def network(text: str) -> Network:
 
 
 def unmapped_network(network: Network) -> Network:
-    """The network; of one that holds IPv4-mapped addresses only, the IPv4 network."""
+    """The IPv4 network of one that holds IPv4-mapped addresses only; any other as it is."""
     if network.version == 4 or network.prefixlen < MAPPED_BITS:
         return network
     first = network.network_address.ipv4_mapped
     return ipaddress.IPv4Network((first, network.prefixlen - MAPPED_BITS)) if first else network
 
 
-def _shown(text):
+def _shown(text: str) -> str:
     return repr(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}...")

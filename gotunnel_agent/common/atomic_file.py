@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, also if the process is killed or the power fails."""
+"""Writes a file whole or not at all, even if the process is killed or the power fails."""
 
 import os
 from collections.abc import Callable
@@ -11,10 +11,10 @@ def write(
 ) -> None:  # fmt: skip
     """Put ``content`` at ``path`` in one step: a reader sees the old file or the new one.
 
-    It is written to ``new``, in the same folder, and moved. A file of that name is what a writer
-    has left that was killed, and is removed first; so writers at the same time need a name each.
-    ``prepare(descriptor)`` may set the new file's owner before there is anything in it.
-    Raises OSError; then the old file is as it was, and nothing is left at ``new``.
+    The content is written to ``new``, in the same folder, and then moved. A file that is at ``new``
+    already was left by a writer that was killed, and is removed; so concurrent writers must use
+    different names. ``prepare(descriptor)`` may set the new file's owner while it is still empty.
+    Raises OSError; then the old file is unchanged, and nothing is left at ``new``.
     """
     new.unlink(missing_ok=True)
     try:
@@ -29,6 +29,6 @@ def write(
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or a power cut could undo the move
+        os.fsync(folder)  # else a power cut could undo the move
     finally:
         os.close(folder)

@@ -1,43 +1,44 @@
-"""Files that hold secrets, and are open to others on this machine: which, and what to do.
+"""Finds files with secrets that other users of this machine can read or replace, and says what to
+do.
 
-Only modes count, as for the keys of SSH: a file that is closed by a folder above today is open
-after a copy. A group may read a file, because that is how services are given one; everybody may
-not. Where modes mean nothing (Windows), nothing is found.
+Only the file's own mode counts, as for SSH keys: a file that only a folder above protects is
+readable after a copy. Its group may read a file, because services get theirs that way; other users
+may not. Where modes mean nothing (Windows), nothing is found.
 """
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Characters. A text of as many that was to be a path, and is none, may be a secret.
+# Characters. A "path" of this length or more that does not exist may be the secret itself, written
+# where the name of its file should be.
 LONG = 16
 
 
 def shown_path(path: str) -> str:
-    """A path that was to lead to a secret, in quotes for a message; without what may be the secret
-    itself, put where its file was to be named."""
+    """The path of a secret's file, quoted for a message; not shown if it may be the secret."""
     is_path = path.startswith(("./", "../")) or os.path.isabs(path)
     if is_path or len(path) < LONG or "\0" in path or os.path.lexists(path):
         return repr(path)
     return "(not shown: is this the secret itself?)"
 
 
-def exposures(files: Iterable[str | os.PathLike]) -> list[str]:
-    """A line for each file that everybody can read or write, and those of open_folders(). What is
-    no regular file, or is gone, has none."""
+def exposures(files: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """A line for each of ``files`` that everybody can read or write, and the lines of
+    open_folders(). Files that are gone or not regular have none."""
     files = list(files)
     return [line for file in files if (line := _open_file(file))] + open_folders(files)
 
 
-def open_folders(files: Iterable[str | os.PathLike]) -> list[str]:
-    """A line for each folder in which everybody can put another file in the place of one of
-    ``files``; a link is in two folders."""
-    lines = {}  # by folder: one may hold several
+def open_folders(files: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """A line for each folder in which everybody can replace one of ``files``. For a symbolic link
+    that is its own folder and its target's."""
+    lines = {}  # by folder: one folder may hold several of the files
     for file in map(Path, files):
         for place in (file, file.resolve()):
             mode = _mode(place.parent, stat.S_ISDIR)
-            # In a sticky folder, such as /tmp, only the owner of a file can replace it.
+            # In a sticky folder, such as /tmp, only its owner can replace a file.
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
                 lines[place.parent] = (
                     f"{place.parent} has mode {mode:04o}: everybody on this machine may put "
@@ -46,7 +47,7 @@ def open_folders(files: Iterable[str | os.PathLike]) -> list[str]:
     return list(lines.values())
 
 
-def _open_file(file):
+def _open_file(file: str | os.PathLike[str]) -> str | None:
     mode = _mode(file, stat.S_ISREG)
     rights = [right for bit, right in ((stat.S_IROTH, "read"), (stat.S_IWOTH, "change"))
               if mode & bit]  # fmt: skip
@@ -58,11 +59,11 @@ def _open_file(file):
     )
 
 
-def _mode(path, is_kind) -> int:
-    """The mode of a file of a kind; 0, which is open to nobody, of any other, such as a pipe that
-    a shell has made, and where modes mean nothing."""
+def _mode(path: str | os.PathLike[str], is_kind: Callable[[int], bool]) -> int:
+    """The mode of a file of that kind. 0, open to nobody, for any other (such as a shell's pipe),
+    and where modes mean nothing."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # the code that needs the file will say that it is gone
+    except OSError:  # gone: the code that needs the file reports it
         return 0
     return stat.S_IMODE(mode) if os.name == "posix" and is_kind(mode) else 0

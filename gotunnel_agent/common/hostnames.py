@@ -1,6 +1,6 @@
-"""The grammar of hostnames: what is one, and in which spelling two are compared.
+"""The grammar of hostnames: which texts are valid, and the normal form in which they are compared.
 
-Sources: RFC 1123 for hostnames, RFC 3490 and 5891 for those of other scripts.
+Sources: RFC 1123 for hostnames, RFC 3490 and RFC 5891 for internationalised ones (IDNA).
 """
 
 import contextlib
@@ -11,26 +11,26 @@ import unicodedata
 MAX_HOSTNAME = 253  # characters: 255 bytes on the DNS wire (RFC 1035 §2.3.4)
 MAX_PORT = 65535
 
-# A name, or an IPv6 address in brackets (without a zone, which only its own machine knows).
+# A name, or an IPv6 address in brackets (without a zone, which only one machine understands).
 _HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
-# A name as a visitor may send it, in a Host or a ClientHello: also with underscores, and hyphens
-# anywhere, as DNS allows (RFC 2181 §11). No route has such a name, so the visitor reads the page
-# for an unknown name, and no error about its spelling.
+# A name as a visitor may send it, in Host or in a ClientHello's SNI: also with underscores, and
+# hyphens anywhere, as DNS allows (RFC 2181 §11). No route has such a name, so the visitor gets the
+# page for an unknown name instead of an error about spelling.
 REQUESTED_NAME = r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?"
 
-WILDCARD = "*."  # before a hostname: all that end in it
+WILDCARD = "*."  # before a hostname: all hostnames that end in it
 
-# Characters that name one host by the old rules for names of other scripts (RFC 3490), and another
-# by those that browsers follow (RFC 5891): for these the xn-- form has to be written.
+# Characters that IDNA 2003 (RFC 3490, Python's "idna" codec) and IDNA 2008 (RFC 5891, browsers)
+# turn into different names. A name with one of them is valid in its xn-- form only.
 _AMBIGUOUS = frozenset("\u00df\u1e9e\u03c2\u200c\u200d")
 
 
 def normal_hostname(name: str) -> str:
-    """A hostname as it is compared: lower case, without a trailing dot, and other scripts in
-    their xn-- form, so that look-alikes (full width letters) are one. A name that has no such form
-    stays as it is, and is not valid."""
+    """A hostname's normal form, for comparing: lower case, without a trailing dot, other scripts in
+    their xn-- form (so that full-width letters equal plain ones). A name that has no xn-- form
+    stays in its script, and is not valid."""
     if not name.isascii() and len(name) <= MAX_HOSTNAME and not _AMBIGUOUS & set(name):
         with contextlib.suppress(UnicodeError):
             name = name.encode("idna").decode()
@@ -38,9 +38,9 @@ def normal_hostname(name: str) -> str:
 
 
 def valid_hostname(name: str) -> bool:
-    """Whether a name is made of labels of letters, digits and hyphens (RFC 1123 §2.1).
+    """Whether a name consists of labels of letters, digits and hyphens (RFC 1123 §2.1).
 
-    An IPv4 address is none: the last label of a name is never all digits.
+    An IPv4 address is not valid: the last label of a hostname is never all digits.
     """
     relative = name.removesuffix(".")
     labels = relative.split(".")
@@ -48,12 +48,13 @@ def valid_hostname(name: str) -> bool:
         len(relative) <= MAX_HOSTNAME
         and all(_LABEL.fullmatch(label) for label in labels)
         and not labels[-1].isdigit()
-        and ("xn--" not in name.lower() or all(map(_says_something, labels)))
+        and ("xn--" not in name.lower() or all(map(_idn_label_or_plain, labels)))
     )
 
 
-def _says_something(label):
-    """Whether a label that claims to be in another script is: else it would only look so."""
+def _idn_label_or_plain(label: str) -> bool:
+    """Whether a label that starts with xn-- is the encoding of a label in another script (Punycode,
+    RFC 3492); True for every other label."""
     prefix, code = label[:4].lower(), label[4:].lower()
     if prefix != "xn--":
         return True
@@ -66,15 +67,15 @@ def _says_something(label):
 
 
 def valid_wildcard(name: str) -> bool:
-    """Whether a name is a wildcard such as *.dev.example.com. One label behind the star, as in
-    *.com, would be other people's hostnames."""
+    """Whether a name is a wildcard such as ``*.dev.example.com``. Not with one label behind the
+    star, as in ``*.com``: that would be other people's hostnames."""
     rest = name.removeprefix(WILDCARD)
     return rest != name and "." in rest.removesuffix(".") and valid_hostname(rest)
 
 
 def valid_host(text: str) -> bool:
-    """Whether a text may be the Host of a request (RFC 9110 §7.2): a hostname or an IP address,
-    IPv6 in brackets, and perhaps a port."""
+    """Whether a text can be the Host of a request (RFC 9110 §7.2): a hostname or an IP address
+    (IPv6 in brackets), with or without a port."""
     match = _HOST.fullmatch(text)
     if not match or not 1 <= int(match["port"] or 1) <= MAX_PORT:
         return False

@@ -1,18 +1,18 @@
-"""A peer's texts, made fit for one line of a log: nothing in them breaks a line, or moves a
-terminal's cursor, and they are not too long."""
+"""Makes a peer's text safe for one line of a log: no line breaks, no terminal escapes, and not too
+long (log injection)."""
 
 import re
 
 MOST = 500  # characters
 LINK = re.compile(r"https?://[!-~]+")
-# Characters of a link that is shown whole. Let's Encrypt's, which lifts a pause, has up to a
-# thousand: it names the hostnames, signed.
+# Longest link that is shown whole, in characters. The one with which Let's Encrypt lifts a pause
+# has up to a thousand, since it holds the hostnames and a signature.
 MOST_LINK = 2000
 
 
 def on_one_line(text: str, limit: int = MOST) -> str:
-    """The text as it came: characters that cannot be printed are escaped. For names and values, of
-    which each character counts."""
+    """The text with its unprintable characters escaped. For names and values, in which each
+    character counts."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text[:limit]
@@ -20,15 +20,15 @@ def on_one_line(text: str, limit: int = MOST) -> str:
 
 
 def words_on_one_line(text: object, limit: int = MOST) -> str:
-    """The words of a text with one blank between them, "..." at its end if it was cut. For
-    sentences, in which a line break is a blank."""
+    """The words of a text with one blank between them, and "..." at the end if it was cut. For
+    sentences, in which a line break means no more than a blank."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def words_and_link(text: object, limit: int = MOST) -> str:
-    """As words_on_one_line(), but the longest link in the text is kept whole and does not count: a
-    person has to follow it."""
+    """As words_on_one_line(), but the longest link in the text stays whole, and does not count
+    towards ``limit``: the operator has to open it."""
     line = words_on_one_line(text, limit + 2 * MOST_LINK)
     link = max(LINK.finditer(line), key=lambda found: len(found[0]), default=None)
     if len(line) <= limit or link is None or len(link[0]) > MOST_LINK:

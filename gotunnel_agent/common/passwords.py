@@ -1,10 +1,10 @@
-"""Passwords that open a tunnel (basic_auth), and their scrypt hashes as text.
+"""Passwords of visitors (basic_auth), and their scrypt hashes as text.
 
-A hash is written in the PHC string format, with base64 that is not padded:
+A hash is written in the PHC string format, with unpadded base64:
 "$scrypt$ln=14,r=8,p=1$SALT$HASH". The agent makes it (``gotunnel-agent hash-password``, or when it
-reads its configuration), the gateway computes it once a visitor.
+reads its configuration); the gateway computes it once for each visitor.
 
-No text of a PasswordError and no repr shows a password, a hash or a text that may be meant as one.
+No PasswordError and no repr shows a password, a hash, or a text that may be meant as one.
 """
 
 import base64
@@ -15,20 +15,19 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-MOST_USERS = 100  # of one tunnel; a registration holds 64 KiB, so this is reached first
+MOST_USERS = 100  # of one tunnel; so many fit into the 64 KiB of a register message
 MOST_USER = 255  # bytes
 MOST_PASSWORD = 1024  # bytes
 CONTROL = re.compile(rb"[\x00-\x1f\x7f]")  # in no user name and no password (RFC 7617 §2)
 
-# The cost of scrypt (RFC 7914). LN, R and P are for hashes that are made here, and one of the
-# choices that OWASP gives as equals: 16 MiB and some 50 ms. Hashes that were made elsewhere may
-# cost up to MOST_MEMORY, which others use by default (ln=16). Below LEAST_MEMORY they would be no
-# protection.
+# The cost of scrypt (RFC 7914). LN, R and P are for the hashes that we make: one of OWASP's
+# recommended settings, 16 MiB and some 50 ms. Hashes from elsewhere may take up to MOST_MEMORY,
+# other programs' default (ln=16). With less than LEAST_MEMORY a hash would protect too little.
 LN, R, P = 14, 8, 1
 LEAST_LN = 10
 LEAST_MEMORY, MOST_MEMORY = 1 << 20, 1 << 26  # bytes, 128 * r * 2^ln
 MOST_WORK = 1 << 19  # 2^ln * r * p, some 200 ms
-SALT_SIZE, HASH_SIZE = 16, 32  # bytes, of hashes that are made here
+SALT_SIZE, HASH_SIZE = 16, 32  # bytes, of the hashes that we make
 
 HASH_MARK = "$scrypt$"
 _PHC = re.compile(
@@ -40,7 +39,7 @@ _OTHER_HASH = re.compile(r"\$[A-Za-z0-9-]{1,16}\$.|\{[A-Za-z0-9-]{2,16}\}.")
 
 
 class PasswordError(ValueError):
-    """A text cannot be a password or its hash; says what came and what was expected."""
+    """A text can be neither a password nor a hash; says what came and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,21 @@ class Hash:
 
     @classmethod
     def read(cls, text: str) -> "Hash":
-        """Raises PasswordError."""
+        """The hash in ``text``. Raises PasswordError."""
         match = _PHC.fullmatch(text)
         if match is None:
             raise PasswordError(
-                "no hash as $scrypt$ln=14,r=8,p=1$SALT$HASH came, expected what gotunnel-agent "
-                "hash-password prints"
+                "no hash of the form $scrypt$ln=14,r=8,p=1$SALT$HASH came, expected what "
+                "gotunnel-agent hash-password prints"
             )
         ln, r, p = map(int, match.group(1, 2, 3))
         memory, work = 128 * r << ln, r * p << ln
         bounded = LEAST_MEMORY <= memory <= MOST_MEMORY and 0 < work <= MOST_WORK
-        if not (bounded and LEAST_LN <= ln < 16 * r):  # more cannot be computed (RFC 7914 §2)
+        if not (bounded and LEAST_LN <= ln < 16 * r):  # the upper bound is RFC 7914 §2's
             raise PasswordError(
                 f"a hash with ln={ln},r={r},p={p} came, expected ln from {LEAST_LN} to below 16*r, "
-                f"that takes {LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB and has 2^ln*r*p of "
-                f"at most {MOST_WORK}"
+                f"{LEAST_MEMORY >> 20} to {MOST_MEMORY >> 20} MiB of memory (128*r*2^ln bytes) and "
+                f"2^ln*r*p of at most {MOST_WORK}"
             )
         try:
             salt, digest = (
@@ -78,28 +77,28 @@ class Hash:
             )
         except binascii.Error:
             raise PasswordError(
-                "a hash whose base64 is cut came, expected the whole of it"
+                "a hash with incomplete base64 came, expected the whole hash"
             ) from None
         return cls(ln, r, p, salt, digest)
 
     @classmethod
     def of(cls, password: bytes) -> "Hash":
-        """A hash with a random salt; takes some 50 ms."""
+        """A new hash of ``password``, with a random salt; takes some 50 ms."""
         made = cls(LN, R, P, os.urandom(SALT_SIZE), bytes(HASH_SIZE))
         return cls(LN, R, P, made.salt, made.compute(password))
 
-    def __str__(self):
+    def __str__(self) -> str:
         salt, digest = (
             base64.b64encode(part).decode().rstrip("=") for part in (self.salt, self.digest)
         )
         return f"{HASH_MARK}ln={self.ln},r={self.r},p={self.p}${salt}${digest}"
 
     def compute(self, password: bytes) -> bytes:
-        """The digest of ``password``. It equals ``digest`` if the password is the right one."""
+        """The digest of ``password``; equal to ``digest`` if that is the right password."""
         n = 1 << self.ln
         return hashlib.scrypt(
             password, salt=self.salt, n=n, r=self.r, p=self.p, dklen=len(self.digest),
-            maxmem=128 * self.r * (n + self.p + 2),  # what it takes (RFC 7914 §6), no byte more
+            maxmem=128 * self.r * (n + self.p + 2),  # what scrypt needs (RFC 7914 §6), exactly
         )  # fmt: skip
 
 
@@ -114,13 +113,13 @@ def hash_password(password: str) -> str:
 
 
 def hash_if_plain(text: str) -> str:
-    """The text of a hash, of a configuration's password or hash. Raises PasswordError."""
+    """The hash for a text that a configuration gives as password or hash. Raises PasswordError."""
     if text.startswith(HASH_MARK):
         Hash.read(text)
         return text
-    if _OTHER_HASH.match(text):  # else the hash itself would open the tunnel, as its password
+    if _OTHER_HASH.match(text):  # taken as a password, the hash itself would let visitors in
         raise PasswordError(
-            "a hash of another kind came, expected a password, or what gotunnel-agent "
+            "a hash of another kind came, expected a password, or a hash that gotunnel-agent "
             "hash-password prints"
         )
     return hash_password(text)
@@ -132,8 +131,8 @@ def valid_user(name: str) -> bool:
     return 1 <= len(content) <= MOST_USER and ":" not in name and not CONTROL.search(content)
 
 
-def _encoded(text):
-    """The bytes of a text; b"" of one that has none, with half of a character in it."""
+def _encoded(text: str) -> bytes:
+    """A text in UTF-8; b"" for one that cannot be encoded, since it holds a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError:

@@ -1,28 +1,28 @@
-"""The PROXY protocol: a header, ahead of a visitor's bytes, that says where the visitor comes from.
+"""The PROXY protocol: a header ahead of a visitor's bytes that names the visitor's address.
 
-A program that passes bytes on as they come cannot write X-Forwarded-For. It sends the visitor's
-address in a header of its own, as HAProxy's doc/proxy-protocol.txt says, to which the sections
-named here belong. Two programs of ours speak it:
+A program that passes bytes on unread cannot write X-Forwarded-For. Instead it sends the visitor's
+address in this header, which HAProxy's doc/proxy-protocol.txt specifies (the sections named here
+are its sections). Both our programs speak it:
 
-    the gateway   reads the header of a trusted proxy before it (HAProxy, nginx's stream module,
-                  the balancers of clouds)
-    the agent     writes one to a target that is set up to expect it (nginx: ``listen ...
-                  proxy_protocol``), since a target sees only its agent
+    the gateway   reads the header of a trusted proxy in front of it (HAProxy, nginx's stream
+                  module, cloud load balancers)
+    the agent     writes one to a target that expects it (nginx: ``listen ... proxy_protocol``),
+                  since a target sees only the agent's address
 
 There are two versions:
 
     1    PROXY TCP4 192.0.2.1 198.51.100.7 56324 443 CR LF
-    2    signature (12), version and command (1), family and transport (1), length (2);
-         then so many bytes: source, destination, source port, destination port, TLVs
+    2    signature (12 bytes), version and command (1), family and transport (1), length (2);
+         then as many bytes: source, destination, source port, destination port, TLVs
 
-All requests of a connection are the one visitor's then, so no two visitors may share it.
+The header holds for the whole connection, so two visitors must not share a connection.
 
-Bytes in, values out, and the reverse. Anybody can write such a header: whose is believed is the
-caller's business.
+Bytes in, values out, and the reverse. Anybody can send such a header; the caller decides which
+peers to believe.
 
-The promise: whatever bytes come, ``parse`` returns a value or raises NotProxy. It says the same of
-the same bytes, whether they come at once or one at a time. What a proxy adds as TLVs is passed
-over, its CRC32c too: TCP has a checksum already, and a receiver need not know this one (§2.2.3).
+The promise: whatever bytes come, ``parse`` returns a value or raises NotProxy, and the result does
+not depend on how the bytes are cut. TLVs are ignored, CRC32c too: TCP has a checksum already, and
+a receiver need not know this one (§2.2.3).
 """
 
 import ipaddress
@@ -30,14 +30,14 @@ import re
 import struct
 from typing import NamedTuple
 
-from .addresses import unmapped
+from .addresses import Address, unmapped
 
 VERSIONS = ("v1", "v2")
 
-# Bytes that a version 1 header takes at most, CRLF included (§2.1).
+# Longest version 1 header in bytes, CRLF included (§2.1).
 LINE_LIMIT = 107
-# Bytes that we allow a version 2 header. Its addresses take 216 at most, names, ids and words on
-# the visitor's TLS a few hundred more; its length field alone would have us collect 64 KiB.
+# Longest version 2 header that we accept, in bytes. The addresses take at most 216; TLVs with
+# names, ids and facts of the visitor's TLS a few hundred more. The length field would allow 64 KiB.
 HEADER_LIMIT = 2048
 
 _LINE_START = b"PROXY "  # §2.1
@@ -47,9 +47,10 @@ _STARTS = (_LINE_START, _SIGNATURE)
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 _PORT_LIMIT = 65535
 _UNKNOWN = "UNKNOWN"  # version 1: the proxy knows no address
+_LINE_FAMILIES: dict[str, type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]]
 _LINE_FAMILIES = {"TCP4": ipaddress.IPv4Address, "TCP6": ipaddress.IPv6Address}
 
-# §2.2: what stands behind the signature. Each of the two bytes holds two numbers of four bits.
+# §2.2: the fields behind the signature. The first two bytes hold two numbers of four bits each.
 _HEAD = struct.Struct("!BBH")  # version and command, family and transport, length
 _PORTS = struct.Struct("!HH")  # source, destination
 _VERSION = 2
@@ -60,33 +61,30 @@ _FIXED = len(_SIGNATURE) + _HEAD.size  # bytes before the addresses
 _INET_SIZES = {_INET: 4, _INET6: 16}  # bytes of an address
 _UNIX_SIZE = 108  # bytes of a path
 
-# TCP over each family of addresses, as version 1 and as version 2 write it; by ipaddress's number.
+# IP version: how header version 1, and how header version 2, name TCP over it.
 _FAMILIES = {4: ("TCP4", _INET), 6: ("TCP6", _INET6)}
 
 
 class Source(NamedTuple):
-    """Where a visitor comes from, as the proxy has seen it.
-
-    An IPv4 address that came as an IPv4-mapped IPv6 address (::ffff:192.0.2.1) is written as IPv4.
-    """
+    """The visitor's address as the proxy saw it; an IPv4-mapped one (::ffff:192.0.2.1) as IPv4."""
 
     address: str
     port: int
 
 
 class NotProxy(Exception):
-    """These bytes are no header of the PROXY protocol, or one that breaks the rules."""
+    """The bytes are no header of the PROXY protocol, or one that breaks its rules."""
 
 
 # Writing -----------------------------------------------------------------------------------------
 
 
-def encode(version: str, source: tuple, destination: tuple) -> bytes:
+def encode(version: str, source: tuple[str, int], destination: tuple[str, int]) -> bytes:
     """The header for a visitor at ``source`` that came to ``destination``.
 
-    Each is (address, port). The header has one family for both: where they differ, the IPv4 one is
-    written as IPv6 (::ffff:192.0.2.1). A zone (%eth0) is left out, it means nothing elsewhere.
-    ``version`` is one of VERSIONS. Raises ValueError for what is no address, or no port.
+    Each is (address, port). The header has one family for both: if they differ, the IPv4 one is
+    written as IPv6 (::ffff:192.0.2.1). A zone (%eth0) is left out: it means nothing on another
+    machine. ``version`` is one of VERSIONS. Raises ValueError for a bad address or port.
     """
     (first, second), ports = _one_family(source[0], destination[0]), (source[1], destination[1])
     for port in ports:
@@ -99,20 +97,20 @@ def encode(version: str, source: tuple, destination: tuple) -> bytes:
 
 
 def encode_unknown(version: str) -> bytes:
-    """The header for a visitor whose address the gateway did not tell: the target must then take
-    the connection's own, the agent's."""
+    """The header for a visitor whose address the gateway did not tell. The target then uses the
+    address of the connection, which is the agent's."""
     if version == "v1":
         return _LINE_START + f"{_UNKNOWN}\r\n".encode("ascii")
     return _binary(_LOCAL, _UNSPEC, _UNSPEC)
 
 
-def _binary(command, family, transport, block=b""):
+def _binary(command: int, family: int, transport: int, block: bytes = b"") -> bytes:
     head = _HEAD.pack(_VERSION << 4 | command, family << 4 | transport, len(block))
     return _SIGNATURE + head + block
 
 
-def _one_family(*texts):
-    """The addresses, all IPv4, or all IPv6."""
+def _one_family(*texts: str) -> list[Address]:
+    """The addresses in ``texts``, either all IPv4 or all IPv6."""
     addresses = [unmapped(ipaddress.ip_address(text.partition("%")[0])) for text in texts]
     if len({address.version for address in addresses}) == 1:
         return addresses
@@ -126,24 +124,21 @@ def _one_family(*texts):
 
 
 def may_begin(data: bytes) -> bool:
-    """Whether a header could start with ``data``, or ``data`` with a header.
-
-    ``data`` may be its first bytes only; b"" says nothing yet, so it is True.
-    """
+    """Whether ``data`` starts like a header so far. True for b"": a header may still come."""
     return any(start.startswith(data[: len(start)]) for start in _STARTS)
 
 
 def begins(data: bytes) -> bool:
-    """Whether ``data`` is long enough to be sure that it starts as a header does."""
+    """Whether ``data`` starts with a whole signature of a header."""
     return data.startswith(_STARTS)
 
 
 def parse(data: bytes) -> tuple[int, Source | None] | None:
     """Read the header at the start of ``data``, all that has come so far; None if more must come.
 
-    Returns how many bytes the header takes, and the visitor. That is None if the proxy names none
-    (UNKNOWN; LOCAL, as for its health checks; an unspecified family; a unix socket): then the
-    connection's own address holds. Raises NotProxy as soon as the bytes break the rules.
+    Returns the header's length and the visitor. The visitor is None if the proxy names none
+    (UNKNOWN; LOCAL, as in health checks; an unspecified family; a unix socket): then the address
+    of the connection counts. Raises NotProxy as soon as the bytes break the rules.
     """
     if not may_begin(data):
         start = data[: len(_SIGNATURE)]
@@ -153,7 +148,7 @@ def parse(data: bytes) -> tuple[int, Source | None] | None:
     return _parse_line(data) if data.startswith(_LINE_START) else _parse_binary(data)
 
 
-def _parse_line(data):
+def _parse_line(data: bytes) -> tuple[int, Source | None] | None:
     line, end, _ = data[:LINE_LIMIT].partition(b"\r\n")
     if not end:
         if len(data) < LINE_LIMIT:
@@ -162,10 +157,10 @@ def _parse_line(data):
     return len(line) + len(end), _source_of(line.decode("latin-1"))
 
 
-def _source_of(line):
-    """The visitor in a line without its CRLF, None if it is unknown."""
+def _source_of(line: str) -> Source | None:
+    """The visitor in a line without its CRLF; None if it is unknown."""
     _, family, *words = line.split(" ")
-    if family == _UNKNOWN:  # whatever follows it is to be ignored
+    if family == _UNKNOWN:  # the rest of the line must be ignored
         return None
     if family not in _LINE_FAMILIES:
         raise NotProxy(f"family {family!r} in {line!r}, expected TCP4, TCP6 or {_UNKNOWN}")
@@ -179,7 +174,7 @@ def _source_of(line):
     return _source(addresses[0], ports[0])
 
 
-def _line_address(family, word, line):
+def _line_address(family: str, word: str, line: str) -> Address:
     try:
         if "%" in word:  # a zone, which means something on the proxy's machine only
             raise ValueError
@@ -188,15 +183,15 @@ def _line_address(family, word, line):
         raise NotProxy(f"{word!r} in {line!r}, expected an address of {family}") from None
 
 
-def _line_port(word, line):
+def _line_port(word: str, line: str) -> int:
     if not _PORT.fullmatch(word) or int(word) > _PORT_LIMIT:
         raise NotProxy(f"{word!r} in {line!r}, expected a port from 0 to {_PORT_LIMIT}")
     return int(word)
 
 
-def _parse_binary(data):
-    # Each step judges bytes that have come and needs none behind them, so that a broken header is
-    # refused at the same byte however it is cut.
+def _parse_binary(data: bytes) -> tuple[int, Source | None] | None:
+    # Each step checks bytes that are here and needs none behind them, so a broken header is refused
+    # at the same byte however the bytes are cut.
     at = len(_SIGNATURE)
     if len(data) <= at:
         return None
@@ -209,7 +204,7 @@ def _parse_binary(data):
     if len(data) <= at + 1:
         return None
     family, transport = divmod(data[at + 1], 16)
-    if command == _LOCAL:  # what is said of addresses is to be ignored
+    if command == _LOCAL:  # its addresses must be ignored
         family = _UNSPEC
     elif family not in (_UNSPEC, _INET, _INET6, _UNIX):
         raise NotProxy(f"PROXY address family {family}, expected 0 to {_UNIX}")
@@ -234,8 +229,8 @@ def _parse_binary(data):
     return end, _source_in(family, data[_FIXED:end])
 
 
-def _size_of_addresses(family):
-    """Bytes that both ends take in a header."""
+def _size_of_addresses(family: int) -> int:
+    """Bytes that the addresses and ports of both ends take in a header."""
     if family == _UNSPEC:
         return 0
     if family == _UNIX:
@@ -243,7 +238,7 @@ def _size_of_addresses(family):
     return 2 * _INET_SIZES[family] + _PORTS.size
 
 
-def _source_in(family, block):
+def _source_in(family: int, block: bytes) -> Source | None:
     if family not in _INET_SIZES:
         return None
     size = _INET_SIZES[family]
@@ -251,5 +246,5 @@ def _source_in(family, block):
     return _source(ipaddress.ip_address(block[:size]), port)
 
 
-def _source(address, port):
+def _source(address: Address, port: int) -> Source:
     return Source(str(unmapped(address)), port)

@@ -1,8 +1,8 @@
-"""Why an agent turns an http visit away: values that agent and gateway share.
+"""Why an agent turns an http visit away: the reasons and their codes, which both programs share.
 
-An agent says so by the code beside a RST (gotunnel.StreamReset) if the gateway knows the feature
-REFUSALS, and the gateway makes the page. A page of the agent's own, which every other gateway gets,
-cannot be told from a page of its target, so nobody could believe its X-Gotunnel-Error.
+If the gateway knows the feature REFUSALS, the agent sends the code with a RST
+(gotunnel.StreamReset), and the gateway makes the page. Other gateways get a page made by the agent.
+Such a page cannot be told from a page of the target, so its X-Gotunnel-Error proves nothing.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from gotunnel import (
 
 
 class Refusal(NamedTuple):
-    """``code`` is beside the RST; ``word`` is what programs read, ``text`` what people do."""
+    """``code`` goes with the RST, ``word`` is for programs (X-Gotunnel-Error), ``text`` for the
+    visitor."""
 
     code: int
     word: str

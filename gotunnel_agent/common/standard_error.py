@@ -1,9 +1,9 @@
-"""Standard error that makes no thread wait.
+"""A sys.stderr that never blocks the thread that writes to it.
 
-A pipe that nobody reads is full after 64 KiB, a terminal can be stopped, a disk can hang: each
-would stop the first thread that says something, and, by the lock of the log, all others. So a
-thread of its own writes, and the others only queue: log lines, tracebacks, warnings, all that
-Python itself says on sys.stderr. Lines that find the queue full are dropped and counted.
+A pipe that nobody reads is full after 64 KiB, a terminal can be stopped, a disk can hang. Each of
+these would block the first thread that logs a line, and then, through the log's lock, all others.
+So a thread of its own writes, and the others only queue: log lines, tracebacks, warnings, whatever
+Python prints to sys.stderr. Lines that do not fit into the queue are dropped and counted.
 """
 
 import atexit
@@ -14,52 +14,50 @@ import logging
 import select
 import sys
 import threading
+from typing import BinaryIO, TextIO
 
-MOST_WAITING = 1 << 20  # characters that wait for their reader: some thousand lines, and tracebacks
+MOST_WAITING = 1 << 20  # characters in the queue: several thousand lines, tracebacks among them
 PLAIN = logging.Formatter()
-LAST_LINES = 1  # seconds that the last lines have when the process ends: nobody may read them
+LAST_LINES = 1  # seconds to write the last lines when the process ends; there may be no reader
 
 
 class StandardError(io.TextIOBase):
-    """Takes the place of sys.stderr. write() never waits; the order of what is written is kept."""
+    """Takes the place of sys.stderr. write() never blocks, and the order of texts is kept."""
 
-    def __init__(self, stream, formatter):
-        """``stream`` is the sys.stderr that there was, a text file on a descriptor. ``formatter``
-        makes our own lines look like the log's."""
+    # TextIOBase's are read-only attributes.
+    encoding = "utf-8"
+    errors: str | None = None
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter):
+        """``stream`` is the sys.stderr to replace, a text file on a descriptor. ``formatter``
+        formats our own line about dropped lines like those of the log."""
+        self.encoding, self.errors = stream.encoding, stream.errors
         self._stream = stream
         self._formatter = formatter
-        # Without Python's buffer, whose lock the interpreter needs at its end, also if our thread
-        # holds it and waits.
-        self._raw = getattr(stream.buffer, "raw", stream.buffer)
-        self._changed = threading.Condition()  # guards what follows; notified at any change of it
-        self._waiting = collections.deque()  # texts, in their order
-        self._size = 0  # characters in them
-        self._writing = False  # the thread has some that it took
+        # Without Python's buffer: the interpreter needs its lock at exit, and our thread may hold
+        # that while it is blocked in a write.
+        self._raw: io.RawIOBase | BinaryIO = getattr(stream.buffer, "raw", stream.buffer)
+        self._changed = threading.Condition()  # guards all below; notified when any of it changes
+        self._waiting: collections.deque[str] = collections.deque()  # texts, in their order
+        self._size = 0  # characters in them, and in the text that is being written
+        self._writing = False  # the thread is writing texts that it took
         self._full = False  # a text was dropped, and the queue has not been empty since
-        self._dropped = 0  # lines that the log was not told of
-        self._why = ""  # ... the last of them
+        self._dropped = 0  # lines that were dropped and not reported yet
+        self._why = ""  # why the last of them was dropped
         threading.Thread(target=self._write_all, name="standard error", daemon=True).start()
 
-    @property
-    def encoding(self):
-        return self._stream.encoding
-
-    @property
-    def errors(self):
-        return self._stream.errors
-
-    def fileno(self):
+    def fileno(self) -> int:
         return self._stream.fileno()
 
-    def isatty(self):
+    def isatty(self) -> bool:
         return self._stream.isatty()
 
-    def writable(self):
+    def writable(self) -> bool:
         return True
 
-    def write(self, text):
-        """Queue a text; drop it if too many wait. Once one was dropped, so are all that come before
-        the queue is empty: what is missing is in one place."""
+    def write(self, text: str) -> int:
+        """Queue a text, or drop it if the queue is full. After a drop, all texts are dropped until
+        the queue is empty, so that the log has one gap and not many."""
         with self._changed:
             if self._full or self._size + len(text) > MOST_WAITING:
                 self._full = True
@@ -69,19 +67,19 @@ class StandardError(io.TextIOBase):
                 self._put(text)
         return len(text)
 
-    def _put(self, text):
+    def _put(self, text: str) -> None:
         """Caller holds the lock."""
         self._waiting.append(text)
         self._size += len(text)
         self._changed.notify_all()
 
-    def drain(self, timeout):
-        """Wait until all is written, ``timeout`` seconds at most."""
+    def drain(self, timeout: float) -> None:
+        """Wait until all is written, at most ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._writing), timeout)
 
-    def _write_all(self):
-        """Thread: write what comes, as long as the process lives."""
+    def _write_all(self) -> None:
+        """Thread "standard error": write what is queued, as long as the process lives."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
@@ -101,36 +99,36 @@ class StandardError(io.TextIOBase):
                         self._put(self._note())
                 self._changed.notify_all()
 
-    def _note(self):
-        """A line that says what is missing here. Caller holds the lock."""
+    def _note(self) -> str:
+        """A line that says how many lines are missing here. Caller holds the lock."""
         text = f"{self._dropped} lines for standard error were dropped: {self._why}"
         self._dropped = 0
         record = logging.LogRecord("gotunnel", logging.WARNING, __file__, 0, text, None, None)
         return self._formatter.format(record) + "\n"
 
-    def _write(self, data) -> str:
-        """Write bytes, wait for their reader; why some of them are lost, "" if none are."""
+    def _write(self, data: bytes) -> str:
+        """Write bytes, however long that takes. Returns why some of them are lost; "" if none."""
         left = memoryview(data)
         try:
             while left:
                 written = self._raw.write(left)
-                if written is None:  # another process has made it non-blocking
+                if written is None:  # would block: another process made the file non-blocking
                     select.select([], [self._raw], [])
                 else:
                     left = left[written:]
-        except OSError as error:  # the disk is full, nobody is left to read
+        except OSError as error:  # the disk is full, or the pipe has no reader any more
             return error.strerror or str(error)
-        except ValueError:  # something in this process has closed it
+        except ValueError:  # code in this process has closed the file
             return "it is closed"
         return ""
 
 
-def free_standard_error(formatter=PLAIN):
-    """Have nobody wait for the reader of standard error any more, for as long as the process
-    lives. The last lines have LAST_LINES seconds at its end. ``formatter``: see StandardError."""
+def free_standard_error(formatter: logging.Formatter = PLAIN) -> None:
+    """Replace sys.stderr by a StandardError for as long as the process lives. At its end, the last
+    lines have LAST_LINES seconds to be written. ``formatter``: see StandardError."""
     if sys.stderr is None or isinstance(sys.stderr, StandardError):
         return
-    # It may be no file on a descriptor, and the system may have no thread for us.
+    # It stays as it is if it is no file on a descriptor, or the system has no thread for us.
     with contextlib.suppress(AttributeError, RuntimeError):
         sys.stderr = StandardError(sys.stderr, formatter)
         atexit.register(sys.stderr.drain, LAST_LINES)

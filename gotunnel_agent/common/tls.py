@@ -1,13 +1,12 @@
-"""What the TLS contexts of both programs need."""
+"""Settings that the TLS contexts of both programs share."""
 
 import ssl
 
-# OpenSSL 3 takes an end of TCP without TLS's farewell (close_notify) for an attack, and would send
-# an alert where half-closing clients wait for their answer. HTTP knows by its lengths whether a
-# message is whole, and many programs just close.
+# OpenSSL 3 treats an end of TCP without TLS's close_notify as an error (a truncation attack), and
+# would send an alert to clients that half-close and wait for their answer. Many programs close
+# without close_notify, and HTTP tells by its lengths whether a message is whole.
 IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 
-# Ciphers of TLS 1.2, as OpenSSL writes them: those with forward secrecy and authenticated
-# encryption (RFC 9325 §4.2), no CBC. TLS 1.3 has no others. Programs of the last ten years have
-# them, all peers of ours too.
+# Ciphers for TLS 1.2, in OpenSSL's notation: forward secrecy and authenticated encryption (AEAD,
+# RFC 9325 §4.2), no CBC. TLS 1.3 has no others. Programs of the last ten years know them.
 AEAD = "ECDHE+AESGCM:ECDHE+CHACHA20"

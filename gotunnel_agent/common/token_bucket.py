@@ -1,45 +1,45 @@
-"""Token buckets: so many at once, and in the long run so many a second, counted by key.
+"""Token buckets, one for each key: a burst of requests at once, and a rate in the long run.
 
-GCRA, the generic cell rate algorithm (ITU-T I.371, "virtual scheduling"): a bucket is one number,
-the time at which it is full again. Taking a token puts that time off by 1 / rate seconds. A token
-is there if the bucket would still be full again within burst / rate seconds.
+The algorithm is GCRA, the generic cell rate algorithm (ITU-T I.371, "virtual scheduling"): a bucket
+is one number, the time at which it will be full again. Taking a token moves that time by 1 / rate
+seconds. A request is allowed if the bucket would be full again within burst / rate seconds.
 """
 
 import heapq
 from collections.abc import Hashable
 
-MOST_KEYS = 4096  # that are remembered, about 200 bytes each
+MOST_KEYS = 4096  # keys that are remembered, about 200 bytes each
 
 
 class Buckets:
-    """A token bucket for each key, all of one rate and burst. Not for two threads at once.
+    """A token bucket for each key, all of one rate and burst. Not thread-safe: the caller locks.
 
-    ``now`` is in seconds, by any clock; shift() says that it was set. A bucket that is full says
-    nothing and may be forgotten.
+    ``now`` is in seconds, by any clock; call shift() when that clock is set. A full bucket is like
+    one that was never used, so it may be forgotten.
 
-    If there are too many that are not full, a newcomer takes the place of the one that is closest
-    to it. So nobody is kept out by others; and to have an empty bucket forgotten takes ``most``
-    others that were emptied as far, each under a key of its own.
+    If ``most`` buckets are not full, a new key replaces the one that is closest to full. So no key
+    is kept out by others, and to make us forget an empty bucket, an attacker needs ``most`` other
+    keys with buckets as empty.
     """
 
     def __init__(self, rate: float, burst: int, most: int = MOST_KEYS):
         """``rate`` is in tokens a second."""
         self._interval = 1 / rate
-        # How far it may be from full and still give a token; times are rounded, so a thousandth
-        # of a token may be missing.
-        self._patience = (burst - 0.999) / rate
+        # GCRA's tolerance: seconds that a bucket may need to be full and still give a token. As
+        # times are rounded, a thousandth of a token may be missing.
+        self._tolerance = (burst - 0.999) / rate
         self._most = most
-        self._full_at = {}  # key: time
-        # A heap of (time, number, key), one a key. The time may be an older one; it is put right
-        # when it comes to the top.
-        self._queue = []
-        self._count = 0  # number of the next entry: keys need not compare
+        self._full_at: dict[Hashable, float] = {}
+        # Heap of (time, number, key), one entry for each key. The time may be outdated; it is
+        # corrected when the entry reaches the top.
+        self._queue: list[tuple[float, int, Hashable]] = []
+        self._count = 0  # number of the next entry, so that keys are never compared
 
     def wait(self, key: Hashable, now: float) -> float:
-        """Seconds until there is a token; 0 if there is one."""
-        return max(0, self._full_at.get(key, now) - now - self._patience)
+        """Seconds until there is a token; 0 if there is one now."""
+        return max(0, self._full_at.get(key, now) - now - self._tolerance)
 
-    def take(self, key: Hashable, now: float):
+    def take(self, key: Hashable, now: float) -> None:
         """Take a token, whether there is one or not."""
         full_at = self._full_at.get(key)
         if full_at is None:
@@ -49,25 +49,25 @@ class Buckets:
             self._count += 1
         self._full_at[key] = max(full_at, now) + self._interval
 
-    def give_back(self, key: Hashable):
+    def give_back(self, key: Hashable) -> None:
         """Undo a take()."""
         if key in self._full_at:
             self._full_at[key] -= self._interval
 
-    def shift(self, seconds: float):
-        """The clock was set forward by so many seconds, back if they are negative. Each bucket
-        holds what it held."""
+    def shift(self, seconds: float) -> None:
+        """Keep what each bucket holds although the clock was set forward by ``seconds`` (back if
+        negative)."""
         self._full_at = {key: full_at + seconds for key, full_at in self._full_at.items()}
-        self._queue = [(noted_at + seconds, *entry) for noted_at, *entry in self._queue]
+        self._queue = [(noted_at + seconds, number, key) for noted_at, number, key in self._queue]
 
-    def _make_room(self, now):
-        """Forget two that are full, if there are such, so that the table shrinks after a crowd;
-        and one that is not, if there is no room else."""
+    def _make_room(self, now: float) -> None:
+        """Forget up to two full buckets, so that the table shrinks after a crowd; if there is no
+        room then, also the one that is closest to full."""
         forgotten = 0
         while self._queue:
             noted_at, number, key = self._queue[0]
             full_at = self._full_at[key]
-            if noted_at < full_at:  # tokens were taken since: it goes back to its place
+            if noted_at < full_at:  # outdated: tokens were taken since
                 heapq.heapreplace(self._queue, (full_at, number, key))
             elif forgotten < 2 and full_at <= now or len(self._full_at) >= self._most:
                 heapq.heappop(self._queue)

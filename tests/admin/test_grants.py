@@ -302,7 +302,7 @@ def test_bad_file_is_one_line_and_status_2(capsys, monkeypatch, command):
     write(ENTRIES + "one: {}\n")
     said = refusal(capsys, 2, *command)
     assert said == (
-        "gotunnel-server: AGENTS_FILE agents.yaml: line 9, column 1: key 'one' came before, "
+        "gotunnel-server: AGENTS_FILE agents.yaml: line 9, column 1: key 'one' comes twice, "
         "expected once"
     )
 

@@ -651,10 +651,10 @@ def test_unreadable_file_is_refused():
         ("a: b\n\tc: d\n", "line 2, column 1: not YAML, while scanning for the next token, found "),
         ("a: 1\nb: \x07\n", "line 2, column 4: not YAML, an unprintable character"),
         ("--- a\n--- b\n", "line 2, column 1: not YAML, expected a single document in the stream"),
-        ("jwt_issuer: a\njwt_issuer: a\n", "line 2, column 1: key 'jwt_issuer' came before"),
-        ("tunnels:\n- mode: http\n  mode: tcp\n", "line 3, column 3: key 'mode' came before"),
+        ("jwt_issuer: a\njwt_issuer: a\n", "line 2, column 1: key 'jwt_issuer' comes twice"),
+        ("tunnels:\n- mode: http\n  mode: tcp\n", "line 3, column 3: key 'mode' comes twice"),
         ("? [a]\n: b\n", "line 1, column 3: a list or mapping as a key, expected text"),
-        ('a: "\\UFFFFFFFF"\n', "not YAML, an escape sequence of no character"),
+        ('a: "\\UFFFFFFFF"\n', "not YAML, an escape sequence that names no character"),
         ("&a [*a]\n", "line 1, column 1: not YAML, found unconstructable recursive node"),
     ],
 )

@@ -117,14 +117,14 @@ SALT, DIGEST = "c2FsdHNhbHRzYWx0c2FsdA", "A" * 43
         ({"me": [PASSWORD]}, "[0]: a list came, expected a password"),
         ([f"me:{HASH}", f"me:{HASH}"], "[1]: this user came before, expected each once"),
         ({f"u{n}": HASH for n in range(101)}, "101 users came, expected 1 to 100"),
-        ("me:$scrypt$", "[0]: no hash as $scrypt$ln=14,r=8,p=1$SALT$HASH came"),
-        (f"me:{HASH} ", "[0]: no hash as $scrypt$"),
+        ("me:$scrypt$", "[0]: no hash of the form $scrypt$ln=14,r=8,p=1$SALT$HASH came"),
+        (f"me:{HASH} ", "[0]: no hash of the form $scrypt$"),
         (f"me:$scrypt$ln=17,r=8,p=1${SALT}${DIGEST}", "ln=17,r=8,p=1 came, expected ln from 10"),
         (f"me:$scrypt$ln=9,r=99,p=1${SALT}${DIGEST}", "expected ln from 10 to"),
         (f"me:$scrypt$ln=16,r=1,p=1${SALT}${DIGEST}", "to below 16*r"),
-        (f"me:$scrypt$ln=10,r=1,p=1${SALT}${DIGEST}", "that takes 1 to 64 MiB"),
+        (f"me:$scrypt$ln=10,r=1,p=1${SALT}${DIGEST}", "1 to 64 MiB of memory"),
         (f"me:$scrypt$ln=14,r=8,p=0${SALT}${DIGEST}", "ln=14,r=8,p=0 came"),
-        (f"me:$scrypt$ln=14,r=8,p=1${SALT}${DIGEST[:-2]}", "whose base64 is cut came"),
+        (f"me:$scrypt$ln=14,r=8,p=1${SALT}${DIGEST[:-2]}", "with incomplete base64 came"),
     ],
 )  # fmt: skip
 def test_what_is_no_password_is_refused_and_not_shown(value, expected):

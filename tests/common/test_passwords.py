@@ -56,9 +56,9 @@ def test_password_in_a_configuration_is_hashed():
         ("a\0b", "without control characters"),
         ("\ud800", "expected a password of 1 to 1024 bytes"),
         ("{SHA}secret", "a hash of another kind came"),
-        ("$scrypt$secret", "no hash as $scrypt$"),
+        ("$scrypt$secret", "no hash of the form $scrypt$"),
         (f"$scrypt$ln=17,r=8,p=1${'A' * 22}${'A' * 43}", "expected ln from 10"),
-        (f"$scrypt$ln=14,r=8,p=1${'A' * 22}${'A' * 41}", "whose base64 is cut came"),
+        (f"$scrypt$ln=14,r=8,p=1${'A' * 22}${'A' * 41}", "with incomplete base64 came"),
     ],
 )
 def test_what_is_neither_a_password_nor_a_hash_is_refused_and_not_shown(text, reason):

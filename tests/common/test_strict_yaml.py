@@ -25,15 +25,15 @@ def test_empty_document_is_none(text, plain):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\na: 2\n", "line 2, column 1: key 'a' came before, expected once"),
-        ("x: {a: 1, a: 2}\n", "line 1, column 11: key 'a' came before, expected once"),
-        ("{a:secret: 1, a:secret: 2}", "line 1, column 15: key with other characters in it came "),
+        ("a: 1\na: 2\n", "line 2, column 1: key 'a' comes twice, expected once"),
+        ("x: {a: 1, a: 2}\n", "line 1, column 11: key 'a' comes twice, expected once"),
+        ("{a:secret: 1, a:secret: 2}", "line 1, column 15: key with other characters in it comes "),
         ("? [a]\n: b\n", "line 1, column 3: a list or mapping as a key, expected text"),
         ("a: b: c\n", "line 1, column 5: not YAML, mapping values are not allowed here"),
         ("a: 1\nb: \x07\n", "line 2, column 4: not YAML, an unprintable character"),
         ("\x07", "line 1, column 1: not YAML, an unprintable character"),
         ("--- a\n--- b\n", "line 2, column 1: not YAML, expected a single document in the stream"),
-        ('"\\UFFFFFFFF"\n', "not YAML, an escape sequence of no character"),
+        ('"\\UFFFFFFFF"\n', "not YAML, an escape sequence that names no character"),
     ],
 )
 def test_error_says_where_and_shows_no_value(text, expected, plain):

@@ -562,7 +562,7 @@ def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
         ("DEFAULT_BASIC_AUTH", "me:", "expected a password of 1 to 1024 bytes"),
         ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\t", "without control characters"),
         ("DEFAULT_BASIC_AUTH", f":{SECRET}", "expected USER:HASH, with a user name"),
-        ("DEFAULT_BASIC_AUTH", f"me:$scrypt${SECRET}", "[0]: no hash as $scrypt$"),
+        ("DEFAULT_BASIC_AUTH", f"me:$scrypt${SECRET}", "[0]: no hash of the form $scrypt$"),
         ("DEFAULT_BASIC_AUTH", f"me:{SECRET}\nme:{SECRET}", "[1]: this user came before"),
     ],
 )
@@ -631,7 +631,7 @@ def test_dashboard_password_is_hashed_at_once(tmp_path, form, in_file):
     [
         (f"{SECRET}\t", "without control characters"),
         (SECRET * 50, "expected a password of 1 to 1024 bytes"),
-        (f"$scrypt${SECRET}", "no hash as $scrypt$"),
+        (f"$scrypt${SECRET}", "no hash of the form $scrypt$"),
         (f"$2y$05${SECRET}", "a hash of another kind came"),
     ],
 )
