@@ -1,4 +1,4 @@
-"""The README's story, with the programs that an operator starts and the ones that visitors use."""
+"""A tunnel from end to end: the programs that an operator starts, and those that visitors use."""
 
 import hashlib
 import random

@@ -1,4 +1,4 @@
-"""The gateway's own pages: which form a visitor gets, and that the README lists every code."""
+"""The gateway's own pages: which form a visitor gets, and that docs/visits.md lists every code."""
 
 import ast
 import json
@@ -238,9 +238,9 @@ def codes_of_the_source():
     return pairs | {(502, code) for code in SAID_BY_THE_AGENT.findall(agent)}
 
 
-def codes_of_the_readme():
+def codes_of_the_docs():
     rows = re.findall(r"(?m)^\| ([0-9, ]+) \| (`[a-z`, -]+`) \|",
-                      (ROOT / "README.md").read_text(encoding="utf-8"))  # fmt: skip
+                      (ROOT / "docs" / "visits.md").read_text(encoding="utf-8"))  # fmt: skip
     return {
         (int(status), code)
         for statuses, codes in rows
@@ -249,6 +249,6 @@ def codes_of_the_readme():
     }
 
 
-def test_readme_lists_every_code_and_no_other():
+def test_the_docs_list_every_code_and_no_other():
     assert (502, "no-tunnel") in codes_of_the_source()
-    assert codes_of_the_readme() == codes_of_the_source()
+    assert codes_of_the_docs() == codes_of_the_source()

@@ -1,0 +1,185 @@
+"""The tables of settings in docs/ have each setting of the code, with its default, and no other.
+
+A table is marked by a comment before it, `<!-- settings: TITLE -->`. Its first column names
+settings, its second one their default: `a value`, "none", "required", or words about several.
+"""
+
+import dataclasses
+import os
+import re
+
+import pytest
+import yaml
+from support import ROOT
+
+from gotunnel_agent import config as agent_config
+from gotunnel_server import config as server_config
+from gotunnel_server.agents import agents_file
+from gotunnel_server.certs.turns import Bounds
+
+TABLE = re.compile(r"<!-- settings: (.+) -->\n(?:\|.*\n){2}((?:\|.*\n)+)")
+
+
+def table(page, title) -> dict:
+    """Setting to the text of its default; of settings in one row each."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (rows,) = (rows for found, rows in TABLE.findall(text) if found == title)
+    defaults = {}
+    for row in rows.splitlines():
+        names, default, meaning = (cell.strip() for cell in re.split(r" \| ", row.strip("| ")))
+        assert meaning
+        for name in re.findall(r"`([A-Za-z_]+)`", names):
+            assert name not in defaults
+            defaults[name] = default
+    return defaults
+
+
+def literals(defaults) -> dict:
+    """The settings whose default is a value."""
+    found = {name: re.fullmatch(r"`([^`]*)`", default) for name, default in defaults.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+# The gateway --------------------------------------------------------------------------------------
+
+GATEWAY = "the gateway"
+LEAST = {"GATEWAY_HOST": "gateway.test", "TUNNEL_HOST": "tunnel.test", "JWT_SECRET": "x" * 32}
+# Their defaults depend on something else: what the table says of each, and where it is tested.
+IN_WORDS = {
+    "DASHBOARD_BIND": "as `BIND`",
+    "ACME_ENV": "`production`, or none with `CERT_DIR`",
+    "ACME_DIRECTORY": "that of `ACME_ENV`",
+    "HTTP_PORT": "`80` with ACME, else off",
+    "WORKERS": "256 for each CPU core, but at least 512 and at most 2048",
+}
+
+
+def load_gateway(**changes):
+    return server_config.load(os.devnull, LEAST | changes)
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The names of all variables that a Config was made of."""
+    names = set()
+
+    class Recorder(server_config.Variables):
+        def text(self, name):
+            names.add(name)
+            return super().text(name)
+
+        def secret(self, name):
+            names.add(name)
+            return super().secret(name)
+
+        def is_set(self, *some):
+            names.update(some)
+            return super().is_set(*some)
+
+    monkeypatch.setattr(server_config, "Variables", Recorder)
+    return names
+
+
+def test_the_table_of_the_gateway_names_every_variable_and_no_other(asked_for):
+    load_gateway()
+    assert set(table("gateway.md", GATEWAY)) == asked_for
+
+
+def test_the_gateways_defaults_are_those_of_the_table():
+    defaults = literals(table("gateway.md", GATEWAY))
+    assert len(defaults) > 12
+    plain = load_gateway()
+    assert load_gateway(**defaults) == plain
+    # And each is a value: a text that the code takes as unset would pass the comparison above.
+    values = {name: getattr(plain, name.lower(), None) for name in defaults}
+    values["ACME_ORDERS_PER_DOMAIN"] = plain.acme.orders_per_domain
+    values["ACME_CACHE"] = f"./{plain.acme_cache}"
+    shown = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+    assert shown == defaults
+
+
+def test_the_gateways_other_defaults_are_those_of_the_table():
+    defaults = table("gateway.md", GATEWAY)
+    values = literals(defaults)
+    required = {name for name, default in defaults.items() if default == "required"}
+    assert required == {"GATEWAY_HOST", "TUNNEL_HOST"}
+    assert {name: defaults[name] for name in IN_WORDS} == IN_WORDS
+    plain = dataclasses.asdict(load_gateway())
+    plain |= {f"acme_{name}": value for name, value in plain["acme"].items()}
+    plain["acme_eab_hmac_key"] = plain["acme_eab_hmac"]
+    for name in defaults.keys() - values.keys() - required - IN_WORDS.keys():
+        assert defaults[name] == "none"
+        if name.startswith("DEFAULT_"):
+            assert plain["policy_defaults"] is None
+        elif not name.endswith("_FILE") and name != "JWT_SECRET":
+            assert not plain[name.lower()], name
+
+
+def test_the_gateways_defaults_in_words_are_true(tmp_path):
+    assert load_gateway(BIND="192.0.2.1").dashboard_bind == ("192.0.2.1",)
+    plain, own = load_gateway(), load_gateway(CERT_DIR=str(tmp_path))
+    assert plain.acme.directory == server_config.DIRECTORIES["production"]
+    assert not plain.local_ca and plain.http_port == 80
+    assert own.acme is None and not own.local_ca and own.http_port is None
+    workers = server_config.default_workers
+    assert [workers(cores) for cores in (1, 2, 4, 64)] == [512, 512, 1024, 2048]
+
+
+# AGENTS_FILE --------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_file_of_agents_name_every_key_and_no_other():
+    entry = table("gateway.md", "an entry of AGENTS_FILE")
+    assert set(entry) == set(agents_file.KEYS)
+    limits = table("gateway.md", "limits in AGENTS_FILE")
+    assert set(limits) == set(agents_file.LIMIT_KEYS)
+    bounds = Bounds()
+    expected = {"orders_per_hour": str(bounds.hour.most), "orders_per_week": str(bounds.week.most)}
+    assert literals(limits) == expected
+
+
+# The agent ----------------------------------------------------------------------------------------
+
+MINIMAL = """\
+tunnel_addr: "tunnel.test:9443"
+jwt_secret: "a secret"
+tunnels:
+  - hostname: "app.test"
+    target: "https://127.0.0.1:8000"
+"""
+
+
+def load_agent(folder, text):
+    (folder / "agent.yaml").write_text(text)
+    return agent_config.load(folder / "agent.yaml")
+
+
+def test_the_tables_of_the_agent_name_every_key_and_no_other():
+    assert set(table("agent.md", "the agent")) == set(agent_config.KEYS)
+    assert set(table("agent.md", "a tunnel")) == set(agent_config.TUNNEL_KEYS)
+
+
+def test_the_agents_defaults_are_those_of_the_tables(tmp_path):
+    plain = load_agent(tmp_path, MINIMAL)
+    top, tunnel = table("agent.md", "the agent"), table("agent.md", "a tunnel")
+    values, of_tunnel = literals(top), literals(tunnel)
+    assert set(values) == {
+        "skip_tls_verify", "jwt_issuer", "jwt_expire_sec", "stall_timeout", "log_level"
+    }  # fmt: skip
+    assert set(of_tunnel) == {"target_skip_tls_verify", "mode"}
+    text = "".join(f"{key}: {value}\n" for key, value in values.items()) + MINIMAL
+    text += "".join(f"    {key}: {value}\n" for key, value in of_tunnel.items())
+    assert load_agent(tmp_path, text) == plain
+
+    # Each of these values is what the code has, so none is a text that the code takes as unset.
+    for key, value in values.items():
+        assert yaml.safe_load(value) == getattr(plain, key), key
+    (only,) = plain.tunnels
+    assert of_tunnel["mode"] == only.mode and not only.target.skip_tls_verify
+
+    required = {key for key, default in (top | tunnel).items() if default == "required"}
+    assert required == {"tunnel_addr", "tunnels", "hostname", "target"}
+    others = (top | tunnel).keys() - required - values.keys() - of_tunnel.keys()
+    assert {(top | tunnel)[key] for key in others} == {"none"}
+    assert plain.ca_file is None and plain.token is None and only.target.ca_file is None
+    assert only.idle_timeout is None and not only.needs
