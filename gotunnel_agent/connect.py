@@ -1,8 +1,8 @@
 """Connects to the first address of a host that answers (RFC 8305, "Happy Eyeballs").
 
-A name may have addresses that swallow what is sent to them, such as IPv6 ones on a network that
-only seems to have IPv6. So the next address is tried while the earlier ones still may answer. The
-families take turns, and the first connection wins.
+Some addresses of a name may never answer, such as IPv6 ones on a network with broken IPv6. So the
+next address is tried while the earlier ones still may answer. IPv4 and IPv6 take turns, and the
+first connection wins.
 """
 
 import contextlib
@@ -10,41 +10,69 @@ import errno
 import os
 import selectors
 import socket
+from collections.abc import Sequence
 from itertools import chain, zip_longest
+from typing import Protocol
 
 from gotunnel import Deadline
 
+from .common.hostnames import normal_hostname
+
 NEXT_ADDRESS = 0.25  # seconds until the next address is tried too (RFC 8305 §5 recommends it)
-# Addresses of one host that are tried. The name's DNS server decides how many it has, and each try
-# is a descriptor. The last of these begins after 4 seconds.
+# Addresses of one host that are tried. The name's DNS server decides how many there are, and each
+# attempt takes a descriptor. The last of these begins after 4 seconds.
 MOST_ADDRESSES = 16
-# What a connection that goes on says: Windows uses the second.
+# What connect_ex() returns for a connection in progress; the second is Windows's.
 UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK)
+LOCALHOST = "localhost"  # it and all names below it are this machine (RFC 6761 §6.3)
 
 # A selector that needs no descriptor of its own, where the system has one.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
+# As getaddrinfo() gives it: family, kind, protocol, canonical name, address for connect().
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
+
+
+class Readable(Protocol):
+    """What a selector can wait for, such as gotunnel.Waker."""
+
+    def fileno(self) -> int: ...
+
 
 class GivenUp(ConnectionAbortedError):
-    """The caller of connect() has no use for the connection any more."""
+    """The caller of connect() does not want the connection any more."""
 
 
-def addresses_of(host, port) -> list:
-    """getaddrinfo()'s addresses for TCP, one of each family in turn (RFC 8305 §4), MOST_ADDRESSES
-    at most. Raises socket.gaierror."""
-    families = {}
-    for address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+def addresses_of(host: str, port: int) -> list[AddressInfo]:
+    """getaddrinfo()'s addresses for TCP, the families in turn (RFC 8305 §4), at most
+    MOST_ADDRESSES. Raises socket.gaierror."""
+    families: dict[socket.AddressFamily, list[AddressInfo]] = {}
+    for address in _resolve(host, port):
         families.setdefault(address[0], []).append(address)
     turns = chain.from_iterable(zip_longest(*families.values()))
     return list(filter(None, turns))[:MOST_ADDRESSES]
 
 
-def connect(addresses, deadline, stop=None) -> socket.socket:
+def _resolve(host: str, port: int) -> Sequence[AddressInfo]:
+    """All addresses. Names under localhost lead to this machine even if the system's resolver does
+    not know them; RFC 6761 §6.3 asks resolvers for it, and glibc's "files dns" does not do it."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        if f".{normal_hostname(host)}".endswith(f".{LOCALHOST}"):
+            return socket.getaddrinfo(None, port, type=socket.SOCK_STREAM)  # ::1 and 127.0.0.1
+        raise
+
+
+def connect(
+    addresses: Sequence[AddressInfo], deadline: Deadline, stop: Readable | None = None
+) -> socket.socket:
     """A connection, non-blocking, to the first of ``addresses`` that answers.
 
-    ``stop`` is something with a fileno() that is readable once nobody wants the connection any
-    more: then GivenUp is raised. Raises TimeoutError when the ``deadline`` is over, and OSError if
-    all addresses fail: a refusal if there was one, since it says that the host is there.
+    Raises GivenUp as soon as ``stop`` is readable: then the caller does not want the connection any
+    more. Raises TimeoutError when the ``deadline`` is over, and OSError if all addresses fail: a
+    refusal if there was one, since that shows that the host is up.
     """
     with contextlib.closing(_Attempts(deadline, stop)) as attempts:
         return attempts.first_of(addresses)
@@ -53,22 +81,22 @@ def connect(addresses, deadline, stop=None) -> socket.socket:
 class _Attempts:
     """Connections under way to the addresses of one host."""
 
-    def __init__(self, deadline, stop):
-        self._deadline, self._stop = deadline, stop
-        self._selector = _Selector()  # of the sockets that are under way
+    def __init__(self, deadline: Deadline, stop: Readable | None):
+        self._deadline = deadline
+        self._selector: selectors.BaseSelector = _Selector()
+        self._pending: dict[int, socket.socket] = {}  # connections in progress, by descriptor
         if stop is not None:
             self._selector.register(stop, selectors.EVENT_READ)
-        self._errors = []
+        self._errors: list[OSError] = []
 
-    def close(self):
-        """Give up those that are still under way."""
-        for key in list(self._selector.get_map().values()):
-            if key.fileobj is not self._stop:
-                key.fileobj.close()
+    def close(self) -> None:
+        """Give up the attempts that are still in progress."""
         self._selector.close()
+        for sock in self._pending.values():
+            sock.close()
 
-    def first_of(self, addresses):
-        """The first connection, an OSError if none comes."""
+    def first_of(self, addresses: Sequence[AddressInfo]) -> socket.socket:
+        """The first connection. Raises OSError if there is none."""
         for number, address in enumerate(addresses, 1):
             failures = len(self._errors)
             sock = self._begin(*address) or self._wait(failures, number == len(addresses))
@@ -77,26 +105,34 @@ class _Attempts:
         refused = [error for error in self._errors if isinstance(error, ConnectionRefusedError)]
         raise (refused or self._errors)[-1]
 
-    def _begin(self, family, kind, protocol, name, address):
-        """Begin to connect; the socket if that is done already."""
+    def _begin(
+        self,
+        family: socket.AddressFamily,
+        kind: socket.SocketKind,
+        protocol: int,
+        _name: str,
+        address: SocketAddress,
+    ) -> socket.socket | None:
+        """Begin to connect. Returns the socket if it is connected already."""
         try:
             sock = socket.socket(family, kind, protocol)
-        except OSError as error:  # this system does not know the family, or has no descriptor left
+        except OSError as error:  # the system does not know the family, or has no descriptor left
             self._errors.append(error)
             return None
         sock.setblocking(False)
         code = sock.connect_ex(address)
         if code in UNDER_WAY:
             self._selector.register(sock, selectors.EVENT_WRITE)
+            self._pending[sock.fileno()] = sock
             return None
         return self._ended(sock, code)
 
-    def _wait(self, failures, is_last):
-        """Wait for a connection. None when it is time for the next address: one more than
-        ``failures`` has failed, or none has answered for NEXT_ADDRESS; if ``is_last``, when all
-        have failed. Raises TimeoutError, GivenUp."""
+    def _wait(self, failures: int, is_last: bool) -> socket.socket | None:
+        """Wait for a connection. Returns None when it is time for the next address: more than
+        ``failures`` attempts have failed, or none has answered for NEXT_ADDRESS. If ``is_last``,
+        returns None when all have failed. Raises TimeoutError, GivenUp."""
         next_at = Deadline(None if is_last else NEXT_ADDRESS)
-        while len(self._selector.get_map()) > (self._stop is not None):
+        while self._pending:
             if not is_last and len(self._errors) > failures:
                 return None
             left = self._deadline.left()
@@ -104,20 +140,22 @@ class _Attempts:
                 wait = next_at.left()
             except TimeoutError:
                 return None
-            for key, _ in self._selector.select(left if wait is None else min(wait, left)):
-                if key.fileobj is self._stop:
+            waits = [seconds for seconds in (wait, left) if seconds is not None]
+            for key, _ in self._selector.select(min(waits, default=None)):
+                if key.fd not in self._pending:  # it is stop
                     raise GivenUp("the connection is not wanted any more")
-                self._selector.unregister(key.fileobj)
-                code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if (sock := self._ended(key.fileobj, code)) is not None:
+                self._selector.unregister(key.fd)
+                sock = self._pending.pop(key.fd)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if self._ended(sock, code) is not None:
                     return sock
         return None
 
-    def _ended(self, sock, code):
-        """The socket if it has connected."""
+    def _ended(self, sock: socket.socket, code: int) -> socket.socket | None:
+        """The socket if it has connected; else its error is noted."""
         if not code:
             return sock
         sock.close()
-        # As Python itself does for a connect(): each number has its subclass of OSError.
+        # OSError picks the subclass for the number, as a failed socket.connect() does.
         self._errors.append(OSError(code, os.strerror(code)))
         return None

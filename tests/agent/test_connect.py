@@ -129,6 +129,39 @@ def test_families_take_turns_and_their_number_is_bounded(resolve):
     assert len(found) == MOST_ADDRESSES
 
 
+@pytest.mark.parametrize("name", ["app.localhost", "localhost", "a.b.LocalHost."])
+def test_names_under_localhost_are_this_machine_though_the_resolver_knows_none(
+    monkeypatch, origin, name
+):
+    resolver_without_names(monkeypatch)
+    found = addresses_of(name, origin.port)
+    assert {address[0] for _, _, _, _, address in found} <= {"127.0.0.1", "::1"}
+    assert port_of(found) == origin.port
+
+
+@pytest.mark.parametrize("name", ["app.example", "localhost.example", "notlocalhost"])
+def test_other_names_that_the_resolver_does_not_know_are_an_error(monkeypatch, name):
+    resolver_without_names(monkeypatch)
+    with pytest.raises(socket.gaierror):
+        addresses_of(name, 443)
+
+
+def test_what_the_resolver_says_of_a_name_under_localhost_counts(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [tcp(7)])  # a container's alias
+    assert addresses_of("app.localhost", 80) == [tcp(7)]
+
+
+def resolver_without_names(monkeypatch):
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, *rest, **kinds):
+        if host is not None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *rest, **kinds)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
 # Who dials ---------------------------------------------------------------------------------------
 
 
