@@ -1413,6 +1413,7 @@ class Transport(Protocol):
     def limit_unsent(self, count: int) -> None: ...
     def reset(self) -> None: ...
     def close(self) -> None: ...
+    def observed(self, observer: Callable[[bool, BytesLike], None]) -> Transport: ...
 
 
 class Sender:
@@ -1737,9 +1738,10 @@ class Session:
     def __init__(
         self, duplex: Transport, *, client: bool, name: str, window: int = INITIAL_WINDOW,
         max_streams: int = MAX_STREAMS, memory: Memory | None = None,
+        observer: Callable[[bool, BytesLike], None] | None = None,
     ):  # fmt: skip
         """``name`` is for thread names and the log; ``memory`` is process_memory() if None; the
-        rest is as for Mux. Owns ``duplex``."""
+        rest is as for Mux. Owns ``duplex``. ``observer``: see Duplex.observed()."""
         self.name = name
         self.stall_timeout = duplex.stall_timeout  # also of its streams' write()
         self.ended = ""  # why the session is over; "" while it lives
@@ -1749,7 +1751,7 @@ class Session:
         self.on_leave: Callback | None = None
         self.on_end: Callback | None = None
         self.on_close: Callback | None = None
-        self._duplex = duplex
+        self._duplex = duplex if observer is None else duplex.observed(observer)
         self._lock = lock = threading.Lock()
         self._account = account = Account(memory or process_memory())
         self._mux = Mux(client=client, window=window, max_streams=max_streams, account=account)

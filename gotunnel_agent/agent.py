@@ -60,7 +60,7 @@ from gotunnel import (
     spawn,
 )
 
-from .common.duplex import Duplex
+from .common.duplex import Duplex, Observer
 from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers
@@ -161,6 +161,7 @@ class Agent:
         self._stranger = None  # the connection to a gateway that has not said yes yet
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
+        self.observer: Observer | None = None  # of each session; tools set it before run()
 
     def run(self):
         """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
@@ -385,7 +386,9 @@ class Agent:
         except BaseException:
             duplex.close()
             raise
-        return Session(duplex, client=True, name=self._address, window=START_WINDOW)
+        return Session(
+            duplex, client=True, name=self._address, window=START_WINDOW, observer=self.observer
+        )
 
     def _registration(self):
         config = self._config

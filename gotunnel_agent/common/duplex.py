@@ -53,6 +53,7 @@ KEEPALIVE = [
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 Spend = Callable[[float, int], None]  # see Duplex.write()
+Observer = Callable[[bool, BytesLike], None]  # see Duplex.observed()
 
 # A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -184,6 +185,29 @@ class Duplex:
         deadline = Deadline(timeout)
         while not self.handshake():
             self.wait_readable(deadline.left())
+
+    def observed(self, observer: Observer) -> Duplex:
+        """Call ``observer(sent, data)`` for all bytes from now on, as they are inside TLS: before
+        they are sent, and when they were received. Returns the Duplex itself.
+
+        The threads that send and receive call it; it must not raise. Methods of this one object are
+        replaced, so a connection without an observer pays nothing.
+        """
+        send, receive_into = self.send, self.receive_into
+
+        def send_observed(data: BytesLike) -> bool:
+            observer(True, data)
+            return send(data)
+
+        def receive_observed_into(view: memoryview) -> int | None:
+            count = receive_into(view)
+            if count:
+                observer(False, bytes(view[:count]))
+            return count
+
+        self.send = send_observed  # type: ignore[method-assign]  # of this object alone, see above
+        self.receive_into = receive_observed_into  # type: ignore[method-assign]
+        return self
 
     # Reading
 

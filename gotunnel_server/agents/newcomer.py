@@ -357,7 +357,10 @@ class Newcomer:
         if not self.duplex.handshake():
             return self._park()
         # One stream: an agent opens the control stream and no other.
-        self._session = Session(self.duplex, client=False, name=self.address[0], max_streams=1)
+        self._session = Session(
+            self.duplex, client=False, name=self.address[0], max_streams=1,
+            observer=self._newcomers.tunnels.observer,
+        )  # fmt: skip
         return Stage.REGISTER
 
     def _prove(self):

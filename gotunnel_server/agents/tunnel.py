@@ -38,6 +38,7 @@ from gotunnel import (
     Port,
     encode_data_header,
 )
+from gotunnel_agent.common.duplex import Observer
 from gotunnel_agent.common.process import Stopped
 
 from ..routes import AgentBusy
@@ -88,6 +89,7 @@ class Tunnels:
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
         self.submit = submit
+        self.observer: Observer | None = None  # of each session; tools set it before agents come
         # Held to count what the sessions of a credential have, and to take more.
         self.limiting = threading.Lock()
         self._tunnels = set()
