@@ -1,7 +1,8 @@
-"""What a certificate authority's "no" means: one exception for all of them. No network here.
+"""What a certificate authority's refusal means: CaError, whatever the cause. No network here.
 
-Whom a refusal concerns decides what happens next, and that the CA says by a code (RFC 8555 §6.7),
-the identifiers of its subproblems (§6.7.1), a status, a header and a sentence, which is read last:
+What a refusal concerns decides what happens next. The CA says it by an error code (RFC 8555
+§6.7), the identifiers of its subproblems (§6.7.1), a status, a header and a sentence. The sentence
+is read last:
 
     kind         concerns                      for example
     CONFIG       what the operator set         an account without binding, a name it never signs
@@ -9,11 +10,13 @@ the identifiers of its subproblems (§6.7.1), a status, a header and a sentence,
     LATER        one hostname, not its fault   no resolver answered, so the CA was not asked
     LIMITED      one hostname or domain        too many certificates for it; come back later
     ACCOUNT      everything we ask for         too many orders; come back later
-    TRANSPORT    the CA or the way to it       no route, a timeout, status 500, an answer in no form
+    TRANSPORT    the CA or the way to it       no route, a timeout, status 500, an answer that is
+                                               not ACME
 
-A rate limit is that of what it names: the hostname of the order, or the domain above it, in an
-identifier or in the sentence; and the hostname's if the sentence is of those in OF_ONE_NAME. What
-CAs send, as their sources and logs have it (tests/certs/test_acme_errors.py has all of it):
+A rate limit concerns what it names, in an identifier or in the sentence: the hostname of the order,
+or a domain above it. It concerns the hostname, too, if the sentence matches OF_ONE_NAME. What CAs
+send, by their sources and logs (tests/certs/test_acme_errors.py has all of it), and what that
+concerns:
 
     Let's Encrypt   too many certificates (50) already issued for "example.com" in     the domain
                     the last 168h0m0s, retry after 2026-01-31 12:00:00 UTC
@@ -29,61 +32,67 @@ CAs send, as their sources and logs have it (tests/certs/test_acme_errors.py has
                     Service busy; retry later.                                         all
     Google          'X' is over quota (30 requests in 60 seconds) for the given ACME   all
                     resource: challenge. Try again in 12.476542291s.
-    ZeroSSL         429 Too Many Requests, by nginx, without a word of ACME            all, shortly
-    step-ca         no rate limits; "account is not active" for an account's end
+    ZeroSSL         429 Too Many Requests, by nginx, without a problem document        all, shortly
+    step-ca         no rate limits; "account is not active" when it has closed one
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_tz
+from typing import Any
 
 from gotunnel_agent.common.one_line import LINK, words_and_link, words_on_one_line
 
 from .schedule import DAY
 
+_Problem = Mapping[str, Any]  # a problem document (RFC 7807): JSON of any shape
+
 CONFIG, HOST, LATER, LIMITED = "config", "host", "later", "limited"
 ACCOUNT, TRANSPORT = "account", "transport"
 
-# Only a person changes these; those of newAccount concern every hostname.
+# Error codes that only the operator can mend. In an answer to newAccount they concern every
+# hostname.
 CONFIG_CODES = {
     "badCSR", "badPublicKey", "badSignatureAlgorithm", "caa", "externalAccountRequired",
     "invalidContact", "invalidProfile", "malformed", "rejectedIdentifier", "unsupportedContact",
     "unsupportedIdentifier", "userActionRequired",
 }  # fmt: skip
-# Those that every hostname would meet.
+# Error codes that every hostname's order would get.
 ACCOUNT_CODES = {"accountDoesNotExist", "externalAccountRequired"}
 # Top-level codes that say less than those of their subproblems.
 VAGUE_CODES = {"", "compound", "malformed"}
-# What may be a hostname in a sentence.
+# Matches a hostname in a sentence.
 NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)+"
-# Sentences of rate limits that name nobody, and yet are about the hostname of the order.
+# Sentences of rate limits that name no hostname, and yet concern that of the order.
 OF_ONE_NAME = re.compile(r"exact set of|failed (authoriz|valid)ation", re.IGNORECASE)
 
-# Seconds. A CA that says "0" is not to be asked in a loop, and one that says "in a year" has an
-# error in its clock or in ours.
+# Bounds of a Retry-After, in seconds: "0" must not become a loop, and "in a year" is an error of
+# the CA's clock or ours.
 LEAST_RETRY_AFTER, MOST_RETRY_AFTER = 5.0, DAY
-# For a rate limit that does not say when it ends: Let's Encrypt's last for hours. A pause of one
-# hostname, which ends when the operator follows the CA's link, is tried again as often.
+# Seconds, for a rate limit that does not say when it ends: Let's Encrypt's last for hours. Also
+# for a paused hostname, which the operator resumes by the CA's link.
 RATE_LIMIT_PAUSE = 3600.0
 # Characters of an URL, and of a code: they go into a log line and a file.
 MOST_URL, MOST_CODE = 200, 50
 
 
 class CaError(Exception):
-    """The CA refused, or could not be asked; str() is one line with url, code and its own words,
-    and a link in them is whole.
+    """The CA refused, or could not be asked. str() is one line with the URL, the code and the CA's
+    own words; a link in them is never cut.
 
     ``kind`` is one of the six above; ``code`` is RFC 8555's without its prefix, or "" if there
-    was none; ``words`` are the CA's. ``retry_after`` is in seconds, None if nothing was said.
-    ``account_wide``: no other hostname would fare better. ``domain``: of a LIMITED one, what all
-    hostnames lie beneath that it concerns, "" if it is one hostname's. ``challenge``: the type of
-    the proof that was not believed, "" if it did not come to that.
+    was none; ``words`` are the CA's. ``retry_after`` is in seconds, None if the CA did not say.
+    ``account_wide``: any other hostname would be refused, too. ``domain``: a LIMITED error concerns
+    all hostnames beneath it, "" for only the order's hostname. ``challenge``: the type of the
+    challenge that failed, "" if none did.
     """
 
-    def __init__(self, kind, url, words, *, code="", status=0, retry_after=None,
-                 account_wide=False, domain="", challenge=""):  # fmt: skip
+    def __init__(self, kind: str, url: str, words: object, *, code: str = "", status: int = 0,
+                 retry_after: float | None = None, account_wide: bool = False, domain: str = "",
+                 challenge: str = "") -> None:  # fmt: skip
         self.kind = kind
         self.url = words_on_one_line(url, MOST_URL)
         self.code = words_on_one_line(code, MOST_CODE)
@@ -98,15 +107,15 @@ class CaError(Exception):
 
 
 class Abandoned(Exception):
-    """The order was given up by us: the hostname is no longer wanted, or the gateway stops."""
+    """We gave the order up: the hostname is no longer wanted, or the gateway stops."""
 
 
-def refusal(url, status, headers, problem, *, now, hostname="", signing_in=False) -> CaError:
-    """The CaError that an answer with an error status is.
+def refusal(url: str, status: int, headers: Mapping[str, str], problem: object, *, now: float,
+            hostname: str = "", signing_in: bool = False) -> CaError:  # fmt: skip
+    """The CaError for an answer with an error status.
 
     ``problem`` is the problem document (RFC 7807), or a text if the CA sent none; ``now`` is in
-    seconds since 1970. ``hostname``: what is being ordered. ``signing_in``: the request was
-    newAccount.
+    seconds since 1970. ``hostname`` is being ordered. ``signing_in``: the request was newAccount.
     """
     retry_after = parse_retry_after(headers.get("Retry-After"), now)
     if status == 503 and retry_after is not None:
@@ -114,7 +123,7 @@ def refusal(url, status, headers, problem, *, now, hostname="", signing_in=False
         return CaError(ACCOUNT, url, words or "no reason given", status=status,
                        retry_after=retry_after)  # fmt: skip
     if status == 429 and not isinstance(problem, dict) and retry_after is None:
-        # A server in front of the CA, which counts requests and not orders.
+        # From a server in front of the CA, which limits requests and not orders.
         return CaError(TRANSPORT, url, str(problem), status=status)
     if (status >= 500 or status < 400) and problem_of(problem)[0] != "rateLimited":
         code, words = problem_of(problem, hostname)
@@ -124,17 +133,18 @@ def refusal(url, status, headers, problem, *, now, hostname="", signing_in=False
                  retry_after=retry_after, signing_in=signing_in)  # fmt: skip
 
 
-def judge(url, problem, *, now, hostname="", status=0, retry_after=None, signing_in=False,
-          challenge="", otherwise="no reason given") -> CaError:  # fmt: skip
-    """The CaError that a problem document is: of an answer, or (status 0) of an order or of a
-    challenge of that type. ``otherwise`` is said if it says nothing."""
+def judge(url: str, problem: object, *, now: float, hostname: str = "", status: int = 0,
+          retry_after: float | None = None, signing_in: bool = False, challenge: str = "",
+          otherwise: str = "no reason given") -> CaError:  # fmt: skip
+    """The CaError for a problem document: of an answer, or (status 0) of an order or of a challenge
+    of that type. ``otherwise`` stands in for missing words."""
     code, words = problem_of(problem, hostname)
     domain = ""
     if status == 429 or code == "rateLimited":
         named = _named(problem, words, hostname)
-        is_ours = (named or OF_ONE_NAME.search(words)) and not signing_in
-        kind = LIMITED if is_ours else ACCOUNT
-        domain = named if is_ours and named != hostname else ""
+        is_narrow = bool(named or OF_ONE_NAME.search(words)) and not signing_in
+        kind = LIMITED if is_narrow else ACCOUNT
+        domain = named if is_narrow and named != hostname else ""
         retry_after = retry_after or _time_in(words, now) or RATE_LIMIT_PAUSE
     elif code in ("serverInternal", "badNonce"):
         kind = TRANSPORT
@@ -152,9 +162,9 @@ def judge(url, problem, *, now, hostname="", status=0, retry_after=None, signing
     )  # fmt: skip
 
 
-def problem_of(problem, hostname="") -> tuple[str, str]:
-    """Code and words of a problem document; whatever a CA puts there, two texts come out. A code
-    that says little gives way to that of the subproblem about ``hostname``."""
+def problem_of(problem: object, hostname: str = "") -> tuple[str, str]:
+    """Code and words of a problem document; any document gives two texts. A vague code is replaced
+    by that of the subproblem about ``hostname``."""
     if not isinstance(problem, dict):
         return "", words_and_link(problem or "")
     code = _code(problem)
@@ -163,29 +173,29 @@ def problem_of(problem, hostname="") -> tuple[str, str]:
         code = next(filter(None, map(_code, own)), code)
     words = [str(part.get("detail") or "") for part in (problem, *_subproblems(problem))]
     if code == "userActionRequired":
-        words.append(str(problem.get("instance") or ""))  # RFC 8555 §6.7: there is what to do
+        words.append(str(problem.get("instance") or ""))  # a URL that says what to do (§6.7)
     return code, words_and_link("; ".join(filter(None, words)))
 
 
-def _code(problem) -> str:
+def _code(problem: _Problem) -> str:
     return words_on_one_line(str(problem.get("type") or "").rpartition(":")[2], MOST_CODE)
 
 
-def _subproblems(problem) -> list[dict]:
+def _subproblems(problem: object) -> list[_Problem]:
     parts = problem.get("subproblems") if isinstance(problem, dict) else None
     return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
-def _identifier(part) -> str:
-    """The name that a subproblem is about, "" if there is none."""
+def _identifier(part: _Problem) -> str:
+    """The hostname that a subproblem is about, "" if it names none."""
     identifier = part.get("identifier")
     value = identifier.get("value") if isinstance(identifier, dict) else None
     return value.lower().removeprefix("*.").rstrip(".") if isinstance(value, str) else ""
 
 
-def _named(problem, words, hostname) -> str:
-    """``hostname``, or the longest domain above it, if the CA names it: by an identifier, or else
-    in its words, with quotation marks or without. "" if it names others, or nobody."""
+def _named(problem: object, words: str, hostname: str) -> str:
+    """``hostname``, or the longest domain above it, if the CA names it: by an identifier, else in
+    its words, quoted or not. "" if it names only others, or none."""
     in_words = re.findall(NAME, LINK.sub(" ", words).lower())
     for names in (map(_identifier, _subproblems(problem)), in_words):
         above = [name for name in names if "." in name and f".{hostname}".endswith(f".{name}")]
@@ -194,7 +204,9 @@ def _named(problem, words, hostname) -> str:
     return ""
 
 
-def parse_retry_after(value, now, least=LEAST_RETRY_AFTER) -> float | None:
+def parse_retry_after(
+    value: str | None, now: float, least: float = LEAST_RETRY_AFTER
+) -> float | None:
     """Seconds to wait by a Retry-After field (RFC 9110 §10.2.3), from ``least`` to a day.
 
     It is a number of seconds or a date in GMT. None if it is missing or neither.
@@ -204,27 +216,28 @@ def parse_retry_after(value, now, least=LEAST_RETRY_AFTER) -> float | None:
         return _bounded(float(text[:12]), least)  # a longer number is above the bound anyway
     try:
         date = parsedate_tz(text)
-        # GMT, whatever the machine's own zone is: the library would take it for local time.
         if date is None:
             return None
+        # GMT, whatever this machine's time zone: the ACME library would read it as local time.
         return _bounded(datetime(*date[:6], tzinfo=timezone.utc).timestamp() - now, least)
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _time_in(words, now) -> float | None:
-    """Seconds, for when the header is missing: Let's Encrypt's "retry after 2026-01-31 12:00:00
-    UTC" and Google's "Try again in 12.476542291s"."""
+def _time_in(words: str, now: float) -> float | None:
+    """Seconds to wait by the CA's sentence, used without a header: Let's Encrypt's "retry after
+    2026-01-31 12:00:00 UTC" and Google's "Try again in 12.476542291s"."""
     if found := re.search(r"[Tt]ry again in ([0-9]{1,6})(?:\.[0-9]+)?s", words):
         return _bounded(float(found[1]) + 1)
     found = re.search(r"[Rr]etry after (\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)", words)
+    if found is None:
+        return None
     try:
-        return found and _bounded(
-            datetime.fromisoformat(found[1]).replace(tzinfo=timezone.utc).timestamp() - now
-        )
+        instant = datetime.fromisoformat(found[1]).replace(tzinfo=timezone.utc)
     except ValueError:
         return None
+    return _bounded(instant.timestamp() - now)
 
 
-def _bounded(seconds, least=LEAST_RETRY_AFTER) -> float:
+def _bounded(seconds: float, least: float = LEAST_RETRY_AFTER) -> float:
     return min(max(seconds, least), MOST_RETRY_AFTER)

@@ -1,7 +1,7 @@
-"""The end of a job in another thread: an Event that also wakes a thread that waits in a socket.
+"""Cancelling a job in another thread: an Event that also wakes a thread blocked on a socket.
 
-A thread that waits for an answer hears of no Event. It says how it can be woken instead, such as by
-a shutdown of its socket, and is, in the thread that calls set().
+A thread that waits for bytes does not see an Event. So it registers a function that wakes it, such
+as a shutdown of its socket; set() calls that function.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 
 
 class Stop(threading.Event):
-    """Any thread."""
+    """A threading.Event with wakers. Any thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._guard = threading.Lock()  # guards _wakers
         self._wakers: list[Callable[[], None]] = []
 
-    def set(self):
+    def set(self) -> None:
         super().set()
         with self._guard:
             wakers = list(self._wakers)
@@ -28,7 +28,7 @@ class Stop(threading.Event):
 
     @contextlib.contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """While this lasts, set() calls ``wake``; if it is set already, that is called at once.
+        """Within the block, set() calls ``wake``; if it is set already, ``wake`` is called at once.
 
         ``wake`` must neither block nor raise, and may be called twice.
         """

@@ -1,8 +1,16 @@
-"""Values that a file of ours has kept, which may have been damaged. Pure."""
+"""JSON that a file of ours holds, any value of which may be damaged. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Kept = Mapping[str, Any]  # what as_dict() of some class made, read back from a file
 
 
 def number(value: object, most: float = 1e11) -> float:
     """The number that was read from a file; 0 if it is none, is negative, or is not below
     ``most``. The default is beyond any instant in seconds since 1970."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if good and 0 <= value < most else 0.0
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return 0.0
+    return float(value) if 0 <= value < most else 0.0

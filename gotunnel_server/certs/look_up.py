@@ -1,4 +1,5 @@
-"""Whether a CA can find us by a hostname at all: asked before the CA is, to spare its limits."""
+"""Whether a hostname leads to this machine: checked before a first order, because a failed
+validation counts against the CA's rate limits."""
 
 import logging
 
@@ -7,27 +8,28 @@ from .acme_errors import HOST, LATER, CaError
 
 log = logging.getLogger("gotunnel.look_up")
 
-RESOLVE_AGAIN = 300  # seconds after a hostname's resolver, or ours, gave no answer
+RESOLVE_AGAIN = 300  # seconds until the next try after no resolver answered
 
 
 def look_up(hostname: str) -> None:
-    """Ask the system's resolver, which may take seconds. Raises CaError for a hostname that has no
-    address; only warns of one that has none of ours, because a router may stand between."""
+    """Ask the system's resolver, which may take seconds. Raises CaError if the hostname has no
+    address. If it has only foreign addresses, that is a warning: a router may pass them on (NAT).
+    """
     if is_always_here(hostname):
         return
     try:
         found = resolve(hostname)
     except NoAnswer as error:
         raise CaError(
-            LATER, "DNS", f"no resolver answers for {hostname} ({error}): see whether this "
-            "machine's are up", retry_after=RESOLVE_AGAIN
+            LATER, "DNS", f"no resolver answers for {hostname} ({error}): check this machine's "
+            "resolvers", retry_after=RESOLVE_AGAIN
         ) from None  # fmt: skip
     except OSError as error:
         raise CaError(
-            HOST, "DNS", f"{hostname} does not resolve ({error}), expected a record that leads "
-            "to this machine"
+            HOST, "DNS", f"{hostname} does not resolve ({error}), expected an A or AAAA record "
+            "that leads to this machine"
         ) from None  # fmt: skip
-    if not any(map(is_own, found)):  # NAT, or a mistake: the CA will see
-        log.warning("%s leads to %s, and this machine is %s: unless a router passes that on, the "
-                    "CA asks another machine and refuses the certificate",
+    if not any(map(is_own, found)):  # NAT, or a mistake: the validation will tell
+        log.warning("%s leads to %s, but this machine is %s: unless a router passes that address "
+                    "on, the CA asks another machine and refuses; if so, correct the DNS record",
                     hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip

@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Linux: a file that lies in memory (memfd_create), and the folder in which it has a name. So a
-# private key never lies on a disk a second time.
+# Linux: a file in memory (memfd_create) has a path in this folder. So no second copy of a private
+# key is written to disk.
 OUR_FILES = "/proc/self/fd"
 
 
 @contextlib.contextmanager
 def pem_file(pem: bytes) -> Iterator[Path]:
-    """A file with that content, for the length of a block. Raises OSError if there can be none."""
+    """A file with that content, for the length of a block. Raises OSError, such as if no descriptor
+    is left."""
     if hasattr(os, "memfd_create") and os.path.isdir(OUR_FILES):
         with open(os.memfd_create("pem"), "wb") as file:
             file.write(pem)

@@ -1,34 +1,35 @@
-"""Which kind of proof works here: learned from one hostname's order, used for the next one's.
+"""Which challenge type works on this machine: learned from one hostname's order, used for the next.
 
-HTTP-01 on a machine whose port 80 nobody reaches fails for each hostname alike, and each failure
-costs a minute and one of the few that a CA allows.
+On a machine whose port 80 cannot be reached, HTTP-01 fails for every hostname. Each failure costs a
+minute and one of the few failed validations that a CA allows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .kept import number
 from .schedule import DAY
 
-# Seconds that something learned is believed. Ports are opened and closed; to ask again costs a
-# minute.
+# How long a result is believed, in seconds. Ports are opened and closed, and a wrong first choice
+# costs only a minute.
 BELIEVED = 7 * DAY
-# What the CA says of a proof that it could not see, or was shown another one in the place of. A
-# name that does not resolve, or whose CAA record forbids, says nothing about the ways to us.
+# Error codes of a CA that could not reach the proof, or got something else in its place. A hostname
+# that does not resolve, or whose CAA record forbids the CA, says nothing about our ports.
 UNSEEN = {"connection", "incorrectResponse", "tls", "unauthorized"}
 
 
 class ProofMemory:
-    """One entry a challenge type. One thread at a time. Instants are seconds since 1970."""
+    """One entry a challenge type. Not thread-safe: the caller holds a lock. Instants are seconds
+    since 1970."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: dict[str, tuple[bool, float]] = {}  # whether it worked, and when
 
-    def ranked(self, types: Iterable[str], now) -> list[str]:
-        """What worked comes first, the latest before others; what has only failed comes last."""
+    def ranked(self, types: Iterable[str], now: float) -> list[str]:
+        """The types that worked first, the latest before others; those that only failed last."""
 
-        def rank(challenge):
+        def rank(challenge: str) -> tuple[int, float]:
             worked, at = self._seen.get(challenge, (None, 0.0))
             if worked is None or not 0 <= now - at < BELIEVED:
                 return 1, 0.0
@@ -36,26 +37,27 @@ class ProofMemory:
 
         return sorted(types, key=rank)
 
-    def worked(self, challenge, now):
+    def worked(self, challenge: str, now: float) -> None:
         self._seen[challenge] = (True, now)
 
-    def failed(self, challenge, code, now):
-        """That a type failed for one hostname says little if it has worked for others."""
+    def failed(self, challenge: str, code: str, now: float) -> None:
+        """Note a failure with the CA's error code. A type that has worked for other hostnames keeps
+        its rank: the fault is then probably this hostname's."""
         worked, at = self._seen.get(challenge, (False, now))
         if code in UNSEEN and not (worked and 0 <= now - at < BELIEVED):
             self._seen[challenge] = (False, now)
 
-    def shift(self, seconds):
+    def shift(self, seconds: float) -> None:
         """The clock was set forward by so many seconds, back if they are negative."""
         self._seen = {kind: (worked, at + seconds) for kind, (worked, at) in self._seen.items()}
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, tuple[bool, float]]:
         """What has to outlive a restart, for JSON."""
         return dict(self._seen)
 
-    def restore(self, kept, types: Iterable[str]):
-        """Take what as_dict() made, of those types; what makes no sense counts as missing."""
+    def restore(self, kept: object, types: Iterable[str]) -> None:
+        """Take what as_dict() made, of those types. Invalid values count as missing."""
         for challenge in types:
-            entry = kept.get(challenge) if isinstance(kept, dict) else None
+            entry = kept.get(challenge) if isinstance(kept, Mapping) else None
             if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], bool):
                 self._seen[challenge] = (entry[0], number(entry[1]))

@@ -1,14 +1,14 @@
 """Which registered domain a hostname belongs to: a CA counts certificates by it.
 
 A CA looks it up in the Public Suffix List (https://publicsuffix.org/), which has ten thousand lines
-and changes every week. Here it is the last two labels, or three where the last two are in SUFFIXES.
-A suffix that is missing there makes one domain of several: then less is ordered than the CA would
-take, and never more.
+and changes every week. Here it is the last two labels, or three if the last two are in SUFFIXES. If
+a suffix is missing there, several domains count as one: then fewer certificates are ordered than
+the CA allows, never more.
 """
 
 from __future__ import annotations
 
-# Below which anybody can register a domain: those of the large countries. By their last label.
+# Second labels under which anybody can register a domain, by the top label: large countries' only.
 _BELOW = {
     "ac co go or web": "id", "ac co gov muni org": "il", "ac co firm gen gov ind net org": "in",
     "ac ad co ed go gr lg ne or": "jp", "ac co go ne or re": "kr", "ac co go in or": "th",
@@ -28,7 +28,8 @@ SUFFIXES = frozenset(
 
 
 def registered_domain(hostname: str) -> str:
-    """Of a hostname in lower case; one of fewer labels is its own."""
+    """The registered domain of a hostname in lower case; the hostname itself if it has no more
+    labels."""
     labels = hostname.split(".")
     count = 3 if ".".join(labels[-2:]) in SUFFIXES else 2
     return ".".join(labels[-count:])

@@ -1,8 +1,7 @@
 """When a certificate is renewed, and when a failed attempt is repeated. Pure: no clock, no dice.
 
-All instants are wall-clock seconds since 1970. Chance is taken from a hash of the hostname and
-what goes with it: spread over hostnames, yet the same after a restart, so that nothing needs to be
-kept of it.
+All instants are wall-clock seconds since 1970. Jitter comes from a hash of the hostname and the
+dates: it differs between hostnames, but is the same after a restart, so it need not be stored.
 """
 
 from __future__ import annotations
@@ -12,33 +11,37 @@ from typing import NamedTuple
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400  # seconds
 
-# Between our clock and the CA's: from the first on an order warns, from the second on none is made.
-# Certificates are about time: with a clock this wrong we would take a good one for one that has run
-# out, and order again and again.
+# Difference between our clock and the CA's. Above the first, an order logs a warning; above the
+# second nothing is ordered: we would take a valid certificate for an expired one, and order again
+# and again.
 CLOCK_OFF, CLOCK_WRONG = 5 * MINUTE, DAY
 
-# After so many failures of a hostname; from then on daily. Let's Encrypt, which allows five failed
-# validations an hour, recommends this order of growth.
+# Exponential backoff: the delay after a hostname's 1st, 2nd, 3rd failure; then daily. Let's
+# Encrypt, which allows five failed validations an hour, recommends this growth.
 BACKOFF = (1 * MINUTE, 10 * MINUTE, 100 * MINUTE, DAY)
 BACKOFF_SPREAD = 0.1
 
-# A third of the lifetime leaves weeks for repairs; a certificate of few days is renewed at half.
+# Parts of the lifetime that are left when a certificate is renewed. A third leaves weeks for
+# repairs; a certificate that lives less than SHORT_LIFE is renewed at half.
 LEFT, LEFT_IF_SHORT, SHORT_LIFE = 1 / 3, 1 / 2, 10 * DAY
-SPREAD = 1 / 50  # of the lifetime, to either side: hostnames of one day do not come all at once
+SPREAD = 1 / 50  # jitter, of the lifetime to either side: hostnames of one day are spread
 LEFT_AT_LATEST = 1 / 20  # whatever the CA suggests
 
-# The CA's Retry-After says when to ask for its window again (RFC 9773 §4.3.1).
+# Seconds between two requests for the CA's renewal window: at least, by default, at most. In
+# between the CA's Retry-After decides (RFC 9773 §4.3.1).
 LEAST_ASK, ASK, MOST_ASK = 1 * MINUTE, 6 * HOUR, DAY
 
 
 class Window(NamedTuple):
-    """When the CA wants a certificate renewed (RFC 9773 §4.2); in the past means now."""
+    """When the CA wants a certificate renewed (ARI, RFC 9773 §4.2); in the past means now."""
 
     start_at: float
     end_at: float
 
 
-def renew_at(hostname, begins_at, ends_at, window: Window | None = None) -> float:
+def renew_at(
+    hostname: str, begins_at: float, ends_at: float, window: Window | None = None
+) -> float:
     """When a certificate is due: a moment within the CA's window, else by its lifetime."""
     life = max(ends_at - begins_at, 0.0)
     if window is not None:
@@ -48,7 +51,7 @@ def renew_at(hostname, begins_at, ends_at, window: Window | None = None) -> floa
     return ends_at - life * (left + SPREAD * (2 * _chance(hostname, begins_at) - 1))
 
 
-def retry_delay(hostname, failures) -> float:
+def retry_delay(hostname: str, failures: int) -> float:
     """Seconds from the latest of so many failures in a row to the next attempt."""
     delay = BACKOFF[min(failures, len(BACKOFF)) - 1]
     return delay * (1 + BACKOFF_SPREAD * (2 * _chance(hostname, failures) - 1))
@@ -59,7 +62,7 @@ def ask_delay(retry_after: float | None) -> float:
     return ASK if retry_after is None else min(max(retry_after, LEAST_ASK), MOST_ASK)
 
 
-def _chance(*things) -> float:
+def _chance(*things: object) -> float:
     """A number from 0 to 1 that depends on nothing but ``things``."""
     digest = hashlib.sha256(" ".join(map(str, things)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""How a hostname's certificate stands, as a value. Its text is made where it leaves us."""
+"""The state of a hostname's certificate, as a value; str() gives its text on the wire."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Standing(enum.Enum):
-    """The word for it, in gotunnel.Certificate and on the dashboard."""
+    """The state's word, in gotunnel.Certificate and on the dashboard."""
 
     READY = "ready"
     WAITING = "waiting"
@@ -19,9 +19,9 @@ READY, WAITING, FAILED = Standing
 
 
 class State(NamedTuple):
-    """READY: visitors are served until ``ends_at``, and ``reason``, if any, is why the certificate
-    could not be renewed. FAILED: ``reason`` is why there is none. ``next_at`` is when the next
-    order is due. Instants are seconds since 1970; None if none is known.
+    """READY: visitors are served until ``ends_at``; ``reason`` is why the certificate could not be
+    renewed, "" if nothing failed. FAILED: ``reason`` is why there is no certificate. ``next_at`` is
+    when the next order is due. Instants are seconds since 1970, None if unknown.
     """
 
     name: Standing
@@ -33,7 +33,7 @@ class State(NamedTuple):
     def is_ready(self) -> bool:
         return self.name is READY
 
-    def __str__(self):
+    def __str__(self) -> str:
         """As in gotunnel.Certificate."""
         if self.name is not FAILED:
             return self.name.value

@@ -1,33 +1,33 @@
-"""Whose turn it is to have a certificate ordered, so that nobody uses up what the CA gives to all.
+"""Which hostname may be ordered for now: rate limits that stay below the CA's, shared fairly.
 
-An order for a hostname without certificate, a first order, takes a token of each of these buckets
-(GCRA, as in common/token_bucket.py: so many at once, then one whenever its share of the time is
-over):
+No agent may use up what the CA gives to all. A first order, one for a hostname without certificate,
+takes a token from each of these token buckets (GCRA, as in common/token_bucket.py: the full bucket
+at once, then one token at even intervals):
 
-    bucket                        holds, by default               in
+    bucket                        tokens, by default              refilled in
     all                           300 less a reserve for          3 hours
                                   renewals
-    a credential, in all          2 of 3 of these: others get     3 hours
+    a credential, in all          2/3 of these: others get        3 hours
                                   the rest
-    a registered domain           ACME_ORDERS_PER_DOMAIN (45)          a week
-    a credential, in that domain  8 of 9 of these: others get     a week
+    a registered domain           ACME_ORDERS_PER_DOMAIN (45)     a week
+    a credential, in that domain  8/9 of these: others get        a week
                                   the rest
     a credential                  orders_per_hour, _week of its   an hour, a week
                                   limits
-    a hostname                    4, of certificates that came    a week
+    a hostname                    4, taken by certificates        a week
+                                  that were issued
 
 The numbers are Let's Encrypt's (https://letsencrypt.org/docs/rate-limits/: 300 new orders of an
 account in 3 hours, 50 certificates of a registered domain and 5 of one set of names in a week) less
-a reserve. An order that the operator asks for, and a renewal, wait for none: they only take of
-"all", and leave it the emptier for others.
+a reserve. A renewal, and an order that the operator asks for, never wait: they take a token of
+"all" if there is one.
 
-Tokens of an order that failed are given back, as far as the CA did not count it: see
-Issuer._failed().
+Tokens of an order that failed are given back if the CA did not count it: see OrderQueue.failed().
 
-Besides, the CA may have said of a domain that nothing is to be ordered beneath it for a while.
+The CA may also have refused all orders beneath a domain for a while: see hold().
 
-Invariant: a bucket's token that was taken is given back at most once, and only by the order that
-took it; the issuer's lock guards all of it. as_dict() outlives a restart.
+Invariant: a token that was taken is given back at most once, and only by the order that took it.
+The issuer's lock guards all of this. as_dict() outlives a restart.
 """
 
 from __future__ import annotations
@@ -37,24 +37,29 @@ from typing import NamedTuple, Protocol
 
 from gotunnel_agent.common.one_line import words_and_link
 
-from .kept import number
+from .kept import Kept, number
 from .registered_domain import registered_domain
 from .schedule import DAY, HOUR
 
 WEEK = 7 * DAY
-# Buckets that are not full, some 100 bytes each in memory and on disk. If there are more, the
+# Bound of the buckets that are not full, some 100 bytes each in memory and on disk. Beyond it the
 # fullest are forgotten. Most are those of hostnames, one for each certificate of the last days.
 MOST_BUCKETS = 4000
-# Domains that the CA wants to hear nothing of; it has named each in a refusal.
+# Bound of the domains for which the CA refuses orders; it has named each in a refusal.
 MOST_HELD = 1000
 
 
 class Limits(Protocol):
-    """What bounds a credential's orders; None: as any. agents_file.Limits is one."""
+    """What bounds a credential's orders; None: the default. agents_file.Limits is one."""
 
-    hostnames: int | None  # that it may have at once
-    orders_per_hour: int | None
-    orders_per_week: int | None
+    @property
+    def hostnames(self) -> int | None: ...  # that it may have at once
+
+    @property
+    def orders_per_hour(self) -> int | None: ...
+
+    @property
+    def orders_per_week(self) -> int | None: ...
 
 
 class _Unlimited(NamedTuple):
@@ -67,44 +72,45 @@ UNLIMITED: Limits = _Unlimited()
 
 
 class Quota(NamedTuple):
-    """So many at once, and as many again in so many seconds."""
+    """Size of a bucket: ``most`` tokens at once, and as many again in ``seconds``."""
 
     most: int
     seconds: float
 
     @property
     def interval(self) -> float:
+        """Seconds until one more token is there."""
         return self.seconds / self.most
 
 
 class Bounds(NamedTuple):
-    """What is allowed."""
+    """The sizes of all buckets."""
 
     all: Quota = Quota(270, 3 * HOUR)
     domain: Quota = Quota(45, WEEK)
-    # Of a credential whose limits say nothing else. One that may have few hostnames at once needs
-    # few certificates: for each in an hour, and for three generations of them in a week, and some.
+    # Of a credential whose limits say nothing else. If its hostnames are bounded, of_credential()
+    # makes these smaller: one certificate for each of them in an hour, three in a week, and a few.
     hour: Quota = Quota(150, HOUR)
     week: Quota = Quota(500, WEEK)
     hostname: Quota = Quota(4, WEEK)
 
     @classmethod
     def with_domain(cls, certificates: int) -> Bounds:
-        """So many of a registered domain in a week."""
+        """The defaults, but ``certificates`` of a registered domain in a week."""
         return cls(domain=Quota(certificates, WEEK))
 
     @property
     def part(self) -> Quota:
-        """Of one credential in all."""
+        """One credential's part of ``all``."""
         return self.all._replace(most=max(1, self.all.most * 2 // 3))
 
     @property
     def share(self) -> Quota:
-        """Of one credential in one domain."""
+        """One credential's part of one domain's."""
         return self.domain._replace(most=max(1, self.domain.most * 8 // 9))
 
     def of_credential(self, limits: Limits) -> tuple[Quota, Quota]:
-        """In an hour, and in a week."""
+        """What a credential may order in an hour, and in a week."""
         hour, week, hostnames = self.hour.most, self.week.most, limits.hostnames
         if hostnames is not None:
             hour, week = min(hour, hostnames + 5), min(week, 3 * hostnames + 10)
@@ -115,8 +121,9 @@ class Bounds(NamedTuple):
 
 
 class Token(NamedTuple):
-    """Of one bucket. ``why`` says to a person that it is empty. ``is_spent_by``: an ATTEMPT,
-    whatever becomes of it; an ORDER that the CA takes; or a CERTIFICATE that comes of it."""
+    """A token of one bucket. ``why`` tells the operator that the bucket is empty. ``is_spent_by``
+    says what uses the token up: an ATTEMPT, whatever its result; an ORDER that the CA accepts; or a
+    CERTIFICATE that is issued."""
 
     bucket: str
     quota: Quota
@@ -129,15 +136,16 @@ ALL = "all"
 
 
 class Turns:
-    """One thread at a time. Instants are seconds since 1970."""
+    """The buckets. Not thread-safe: the caller holds a lock. Instants are seconds since 1970."""
 
-    def __init__(self, bounds: Bounds = Bounds()):
+    def __init__(self, bounds: Bounds = Bounds()) -> None:
         self._bounds = bounds
-        self._full_at: dict[str, float] = {}  # when a bucket is full again; those are missing
+        self._full_at: dict[str, float] = {}  # when a bucket is full again; full ones are missing
         self._held: dict[str, tuple[float, str]] = {}  # domain: until when, and why
 
-    def needed(self, hostname, agent, limits: Limits) -> list[Token]:
-        """What a first order takes. ``agent`` None is the gateway, whose names count for nobody."""
+    def needed(self, hostname: str, agent: object, limits: Limits) -> list[Token]:
+        """The tokens that a first order takes. ``agent`` None is the gateway, whose own names take
+        no credential's tokens."""
         bounds, domain = self._bounds, registered_domain(hostname)
         tokens = [
             Token(ALL, bounds.all, "more new hostnames than the CA takes orders for at once",
@@ -162,25 +170,26 @@ class Turns:
         ]  # fmt: skip
 
     def of_renewal(self) -> list[Token]:
+        """The tokens that a renewal takes if they are there."""
         return [Token(ALL, self._bounds.all, "", ORDER)]
 
-    def of_certificate(self, hostname) -> Token:
-        """What a certificate that came takes: the CA gives few for one set of names."""
+    def of_certificate(self, hostname: str) -> Token:
+        """The token that an issued certificate takes: the CA issues few for one set of names."""
         quota = self._bounds.hostname
         why = f"{quota.most} certificates in a week were ordered for it, and are gone"
         return Token(f"name {hostname}", quota, why, CERTIFICATE)
 
-    def wait(self, token: Token, now, ahead=0) -> float:
-        """Seconds until the bucket has one, when so many others have been taken before; 0 if it has
-        one."""
+    def wait(self, token: Token, now: float, ahead: int = 0) -> float:
+        """Seconds until the bucket has a token; 0 if it has one. ``ahead`` tokens are taken by
+        others first."""
         most, interval = token.quota.most, token.quota.interval
         full_at = max(self._full_at.get(token.bucket, now), now) + ahead * interval
         # Times are rounded, so a thousandth of a token may be missing.
         return max(0.0, full_at - now - (most - 0.999) * interval)
 
-    def take(self, token: Token, now) -> bool:
-        """Whether it was taken. If there is none, the bucket stays empty and owes nothing: hundreds
-        of renewals that come at once delay first orders by no more than it takes to fill."""
+    def take(self, token: Token, now: float) -> bool:
+        """Whether there was one to take. An empty bucket does not go into debt: hundreds of
+        renewals at once delay first orders by one refill at most."""
         if self.wait(token, now) > 0:
             return False
         full_at = max(self._full_at.get(token.bucket, now), now)
@@ -189,56 +198,56 @@ class Turns:
             self._forget(now)
         return True
 
-    def give_back(self, token: Token):
+    def give_back(self, token: Token) -> None:
         if token.bucket in self._full_at:
             self._full_at[token.bucket] -= token.quota.interval
 
-    def _forget(self, now):
-        """Buckets that are full; and if there are too many others, those that are nearly."""
+    def _forget(self, now: float) -> None:
+        """Forget full buckets; if too many are left, also the fullest of them."""
         left = sorted((at, bucket) for bucket, at in self._full_at.items() if at > now)
         self._full_at = {bucket: at for at, bucket in left[-(MOST_BUCKETS * 9 // 10) :]}
 
     # What the CA has said of a domain
 
-    def hold(self, domain, until, why):
-        """Nothing is to be ordered for what lies beneath a domain."""
+    def hold(self, domain: str, until: float, why: str) -> None:
+        """Order nothing for hostnames beneath ``domain``."""
         self._held[domain] = (until, why)
         if len(self._held) > MOST_HELD:
             del self._held[min(self._held, key=lambda name: self._held[name][0])]
 
-    def held(self, hostname, now) -> tuple[float, str]:
-        """Until when nothing is to be ordered for a hostname, and why; (0, "") if that is over."""
-        labels = hostname.split(".") if self._held else ()
+    def held(self, hostname: str, now: float) -> tuple[float, str]:
+        """Until when nothing may be ordered for a hostname, and why; (0, "") if it may."""
+        labels = hostname.split(".") if self._held else []
         above = (".".join(labels[first:]) for first in range(1, len(labels)))
         held = (self._held[name] for name in above if name in self._held)
         return max((entry for entry in held if entry[0] > now), default=(0.0, ""))
 
-    def all_held(self, now) -> list[tuple[str, float, str]]:
-        """Domain, until when, and why."""
+    def all_held(self, now: float) -> list[tuple[str, float, str]]:
+        """The domains of hold(): name, until when, and why."""
         return sorted((name, *entry) for name, entry in self._held.items() if entry[0] > now)
 
-    def release(self, hostname):
-        """The operator wants one now, and knows why."""
+    def release(self, hostname: str) -> None:
+        """Undo hold() for the domains above ``hostname``: the operator wants an order now."""
         self._held = {d: held for d, held in self._held.items() if not hostname.endswith(f".{d}")}
 
     # Clocks, and restarts
 
-    def shift(self, seconds):
-        """The clock was set forward by so many seconds, back if they are negative: each bucket
-        holds what it held."""
+    def shift(self, seconds: float) -> None:
+        """The clock was set forward by so many seconds, back if they are negative. Each bucket
+        keeps its tokens."""
         self._full_at = {bucket: at + seconds for bucket, at in self._full_at.items()}
         self._held = {name: (at + seconds, why) for name, (at, why) in self._held.items()}
 
-    def as_dict(self, now) -> dict:
+    def as_dict(self, now: float) -> dict[str, object]:
         """What has to outlive a restart, for JSON."""
         self._forget(now)
         self._held = {name: held for name, held in self._held.items() if held[0] > now}
         return {"full_at": dict(self._full_at), "held": dict(self._held), "at": now}
 
-    def restore(self, kept, now):
-        """Take what as_dict() made. Values that make no sense count as missing; no bucket is
-        further from full than empty, nor a domain held for longer than a CA asks for: else it was
-        written with another clock."""
+    def restore(self, kept: Kept, now: float) -> None:
+        """Take what as_dict() made. Invalid values count as missing. Instants that are too far
+        ahead (a bucket emptier than empty, a domain held longer than a CA asks for) were written
+        with another clock, and are cut."""
         full_at, held = kept.get("full_at"), kept.get("held")
         back = max(0.0, number(kept.get("at")) - now)  # the clock was set back meanwhile
         for bucket, at in full_at.items() if isinstance(full_at, dict) else ():
