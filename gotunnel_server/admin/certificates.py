@@ -22,9 +22,9 @@ from gotunnel_agent.common.one_line import words_and_link
 
 from ..certs.cert_dir import CertDir, names_of
 from ..certs.folder import FolderStorage, open_store
-from ..certs.issuer import WAITS, Issuer
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import HASHED_STEM, RENEW_BEFORE, CertificateError
+from ..certs.order_queue import WAITS, OrderQueue
 from ..certs.schedule import DAY
 from ..certs.storage import ReadOnly
 from ..certs.store import CertStore, StoreError, ca_id
@@ -133,28 +133,27 @@ def utc(instant) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(instant))
 
 
-def _reader(folder, directory_url) -> tuple[ReadOnly, CertStore, Issuer]:
-    """What lies in ACME_CACHE, of one CA; to look at."""
+def _reader(folder: Path, directory_url: str) -> tuple[ReadOnly, CertStore, OrderQueue]:
+    """What ACME_CACHE has of one CA, read-only; the queue judges as the gateway's would."""
     storage = ReadOnly(FolderStorage(folder))
     store = CertStore(storage, storage, directory_url)
-    # One that is not started judges as the gateway's would, and orders nothing.
-    issuer = Issuer(ca=None, store=store, challenges=None, on_change=None)
-    issuer.restore()
-    return storage, store, issuer
+    queue = OrderQueue(store)
+    queue.restore()
+    return storage, store, queue
 
 
 def ordered_rows(folder: Path, directory_url) -> list[Row]:
     """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
     listed."""
     rows: list[Row] = []
-    storage, store, issuer = _reader(folder, directory_url)
+    storage, store, queue = _reader(folder, directory_url)
     for name in store.known():
         try:
-            state = issuer.want(name)
+            state = queue.want(name)
         except ValueError as error:
             rows.append(Row(name, ORDERED, error=str(error)))
             continue
-        stored, key = issuer.certificate(name), store.key(name, ".pem")
+        stored, key = queue.certificate(name), store.key(name, ".pem")
         flaw = f"{storage.where(key)}: {storage.broken[key]}" if key in storage.broken else ""
         rows.append(Row(
             name, GO if stored and stored.is_left_by_go else ORDERED,

@@ -1,18 +1,24 @@
-"""The proofs that we hold a hostname, as long as a CA may ask for them.
+"""The proofs that we control a hostname, while a CA validates it.
 
     http-01        a file on port 80, under /.well-known/acme-challenge/ (RFC 8555 §8.3)
     tls-alpn-01    a certificate by TLS with ALPN "acme-tls/1", on port 443 (RFC 8737)
 
-An order publishes a proof for the length of a block; listeners ask for it by hostname. A CA
-asks several times, from several places.
+An order publishes a proof for the length of a block; listeners look it up by hostname. A CA asks
+several times, from several places.
 """
+
+from __future__ import annotations
 
 import contextlib
 import re
 import ssl
 import tempfile
 import threading
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -26,40 +32,58 @@ from .folder import sweep
 
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
-PROOFS = ".proof-*.tmp"  # files that a gateway leaves which is killed in that moment
+PROOFS = ".proof-*.tmp"  # our temporary files; one is left if the gateway is killed meanwhile
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")  # base64url (RFC 8555 §8.1); real ones have 43
 _ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")  # RFC 8737 §3
-_OCTET_STRING = b"\x04\x20"  # DER: so many bytes (32) follow
-_LIFETIME = timedelta(days=1)  # nobody looks at it
+_OCTET_STRING = b"\x04\x20"  # DER: 32 bytes follow
+_LIFETIME = timedelta(days=1)  # no CA checks it
+
+_Name = TypeVar("_Name", bound=Hashable)
+_Proof = TypeVar("_Proof")
+
+
+class Publisher(Protocol):
+    """Where an order publishes its proofs."""
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The challenge types that a CA can validate here: HTTP_01, TLS_ALPN_01."""
+
+    def http(self, hostname: str, token: str, body: bytes) -> AbstractContextManager[None]:
+        """Publish a file's content, for the length of a block."""
+
+    def alpn(self, hostname: str, digest: bytes) -> AbstractContextManager[None]:
+        """Publish a certificate, for the length of a block; ``digest`` is the SHA-256 of the key
+        authorization. Raises CaError if it cannot be made."""
 
 
 class Challenges:
-    """The proofs that are published now. Any thread."""
+    """The Publisher of a gateway: the proofs that are published now. Any thread."""
 
-    def __init__(self, types, folder=None):
-        """``types`` are those that a CA can see here: HTTP_01, TLS_ALPN_01.
+    def __init__(self, types: Iterable[str], folder: Path | None = None) -> None:
+        """``types`` as in Publisher.
 
         ``folder`` is where a certificate and its key lie for a moment; None for the system's own.
-        Those that killed gateways have left there are removed.
+        Files that killed gateways have left there are removed.
         """
         self.types = tuple(types)
         self._folder = folder
-        with contextlib.suppress(OSError):  # they harm nobody
+        with contextlib.suppress(OSError):  # a file that stays does no harm
             for path in folder.glob(PROOFS) if folder else ():
                 sweep(path)
-        self._bodies = {}  # (hostname, token): bytes
-        self._contexts = {}  # hostname: SSLContext
+        self._bodies: dict[tuple[str, str], bytes] = {}  # by hostname and token
+        self._contexts: dict[str, ssl.SSLContext] = {}  # by hostname
         self._lock = threading.Lock()  # held to change both; reading one entry needs none
 
     @contextlib.contextmanager
-    def http(self, hostname, token, body):
+    def http(self, hostname: str, token: str, body: bytes) -> Iterator[None]:
         """Publish a file's content."""
         with self._published(self._bodies, (hostname, token), body):
             yield
 
     @contextlib.contextmanager
-    def alpn(self, hostname, digest):
+    def alpn(self, hostname: str, digest: bytes) -> Iterator[None]:
         """Publish a certificate; ``digest`` is the SHA-256 of the key authorization.
 
         Raises CaError if it cannot be made.
@@ -69,16 +93,16 @@ class Challenges:
         except OSError as error:
             raise CaError(
                 HOST, "gotunnel", f"the proof cannot be written in "
-                f"{self._folder or 'a temporary folder'}: {error.strerror}; make room, and see "
+                f"{self._folder or 'a temporary folder'}: {error.strerror}; make room, and check "
                 "that the gateway can write there"
             ) from error  # fmt: skip
         with self._published(self._contexts, hostname, context):
             yield
 
     @contextlib.contextmanager
-    def _published(self, table, name, value):
+    def _published(self, table: dict[_Name, _Proof], name: _Name, proof: _Proof) -> Iterator[None]:
         with self._lock:
-            table[name] = value
+            table[name] = proof
         try:
             yield
         finally:
@@ -86,23 +110,24 @@ class Challenges:
                 table.pop(name, None)
 
     @staticmethod
-    def is_asked_for(path):
-        """Whether a request's path is one where a CA looks for a file."""
+    def is_asked_for(path: str) -> bool:
+        """Whether a request's path is one of HTTP-01 validations."""
         return path.startswith(PATH)
 
-    def body(self, hostname, path):
+    def body(self, hostname: str, path: str) -> bytes | None:
         """The content of the file at a request's path, None if there is none for that hostname."""
         token = path.removeprefix(PATH)
         if not self._bodies or token == path or not _TOKEN.fullmatch(token):
             return None
         return self._bodies.get((hostname, token))
 
-    def context(self, hostname):
-        """The context for a CA that asks by TLS, None if there is no proof for that hostname."""
+    def context(self, hostname: str) -> ssl.SSLContext | None:
+        """The context for a TLS-ALPN-01 validation, None if no proof for that hostname is
+        published."""
         return self._contexts.get(hostname)
 
 
-def _context(hostname, digest, folder) -> ssl.SSLContext:
+def _context(hostname: str, digest: bytes, folder: Path | None) -> ssl.SSLContext:
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(timezone.utc)
     nobody = x509.Name([])

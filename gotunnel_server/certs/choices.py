@@ -1,43 +1,56 @@
-"""Contexts that answer one protocol of a visitor's choice (ALPN, RFC 7301).
+"""Contexts that accept one protocol which a visitor chose (ALPN, RFC 7301).
 
-A context names the protocols that it takes when it is made, and there is none for each protocol
-that a hostname in tcp mode might be asked for. So a copy is made when the first visitor asks, from
-what the context was loaded from. That is kept in memory: a handshake reads no disk, and the files
-may be others by now.
+The protocols of a context are fixed when it is made, and visitors of a hostname in tcp mode may ask
+for any protocol. So a copy is made when the first visitor asks, from the PEM that the context was
+loaded from. The PEM is kept in memory: a handshake must not read the disk, and the files may have
+changed.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from typing import TypeAlias
 
 from .pem_file import pem_file
 
 log = logging.getLogger("gotunnel.choices")
 
-# Copies that are kept, some 50 kB each: of each hostname in tcp mode a few. Visitors may offer any
-# protocol, so the oldest goes.
+# Bound of the copies, some 50 kB each; each hostname in tcp mode has a few. Visitors may offer any
+# protocol, so beyond the bound the oldest copy is dropped.
 MOST_CHOICES = 256
 
 
+# As the ssl module has them.
+_File: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
+_Text: TypeAlias = "str | bytes | bytearray"
+
+
 class Loaded(ssl.SSLContext):
-    """A server's context that remembers what was loaded into it."""
+    """A server's context that remembers the PEM that was loaded into it."""
+
+    pairs: list[tuple[bytes, bytes]]  # certificates, key
 
     def __new__(cls) -> Loaded:
         self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
-        self.pairs = []  # (certificates, key) in PEM
+        self.pairs = []
         return self
 
     def __init__(self) -> None:  # the protocol is given to __new__
         pass
 
-    def load_cert_chain(self, certfile, keyfile=None, password=None):
+    def load_cert_chain(
+        self,
+        certfile: _File,
+        keyfile: _File | None = None,
+        password: Callable[[], _Text] | _Text | None = None,
+    ) -> None:
         super().load_cert_chain(certfile, keyfile, password)
-        self.pairs.append((Path(certfile).read_bytes(), Path(keyfile or certfile).read_bytes()))
+        self.pairs.append((_content(certfile), _content(keyfile or certfile)))
 
 
 class Choices:
@@ -50,7 +63,8 @@ class Choices:
         self._lock = threading.Lock()  # guards _made
 
     def context(self, context: Loaded, protocol: str) -> Loaded:
-        """`context`, but for the protocol that it takes; itself where no copy can be made."""
+        """A copy of `context` that accepts only `protocol`; `context` itself if no copy can be
+        made."""
         key = context, protocol
         with self._lock:
             if key in self._made:
@@ -69,3 +83,8 @@ class Choices:
             if len(self._made) > MOST_CHOICES:
                 self._made.popitem(last=False)
         return made
+
+
+def _content(file: _File) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read()

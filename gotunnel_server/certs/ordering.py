@@ -1,34 +1,59 @@
-"""With what certificates are ordered. A gateway that orders none never loads acme.py: what that
-imports takes 15 MB."""
+"""What certificates are ordered with: a CA, a store, the published proofs.
+
+Only set_up() loads acme.py: its libraries take 15 MB, which a gateway that orders nothing saves.
+"""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gotunnel import __version__
 
-from .challenges import Challenges
+from .challenges import Publisher
 from .folder import open_store
+from .issuer import Orderer
 from .local_ca import CertificateError
 from .store import CertStore, StoreError
 from .turns import Bounds
 
 
-class Ordering(NamedTuple):
-    """``ca`` is an acme.Ca, ``store`` keeps what comes of orders, ``challenges`` publish proofs,
-    ``bounds`` say how much is ordered."""
+class Account(Protocol):
+    """At which CA to order, and as whom; config.Acme is one and explains its attributes."""
 
-    ca: object
+    @property
+    def directory(self) -> str: ...
+
+    @property
+    def ca_file(self) -> str | None: ...
+
+    @property
+    def email(self) -> str | None: ...
+
+    @property
+    def eab_kid(self) -> str | None: ...
+
+    @property
+    def eab_hmac(self) -> str | None: ...
+
+    @property
+    def orders_per_domain(self) -> int: ...
+
+
+class Ordering(NamedTuple):
+    """``store`` keeps the certificates, ``challenges`` publishes proofs, ``bounds`` are our rate
+    limits."""
+
+    ca: Orderer
     store: CertStore
-    challenges: Challenges
+    challenges: Publisher
     bounds: Bounds = Bounds()
 
 
-def set_up(account, cache: Path, challenges: Challenges) -> Ordering:
-    """Order as ``account`` says, a config.Acme: at which CA, and as whom. ``cache`` is ACME_CACHE.
-    Raises CertificateError if it cannot be written."""
+def set_up(account: Account, cache: Path, challenges: Publisher) -> Ordering:
+    """Order as ``account`` says; ``cache`` is ACME_CACHE. Raises CertificateError if the cache
+    cannot be written."""
     try:
         store = open_store(cache, account.directory)
     except StoreError as error:

@@ -1,5 +1,5 @@
-"""What is known of a hostname whose certificate is wanted, and how that is kept. No clock and
-no disk here. All instants are seconds since 1970."""
+"""What is known of a hostname whose certificate is wanted, and its form in a file. No clock and no
+disk here. All instants are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -9,50 +9,55 @@ from dataclasses import dataclass, field
 from gotunnel_agent.common.one_line import words_and_link
 
 from .cancel import Stop
-from .kept import number
+from .kept import Kept, number
 from .schedule import Window, renew_at
 from .store import Stored
+from .turns import UNLIMITED, Limits, Token
 
-LOST = "lost from ACME_CACHE twice, each time soon after it was ordered: see what removes it"
+LOST = (
+    "its certificate was lost from ACME_CACHE twice, each time soon after it was ordered: find out "
+    "what removes it"
+)
 
 
 @dataclass(eq=False)
 class Wanted:
-    """A hostname whose certificate is wanted, and what was learned of its orders. The issuer's lock
-    guards all of it."""
+    """A hostname whose certificate is wanted, and what was learned of its orders. The lock of
+    OrderQueue guards all of it."""
 
     name: str
-    agent: object  # whose hostname it is: the latest that wanted it
-    limits: object = None  # that one's
+    agent: object  # the latest that wanted it; None: the gateway
+    limits: Limits = UNLIMITED  # the agent's
     stored: Stored | None = None
-    failures: int = 0  # in a row, those that are this hostname's
+    failures: int = 0  # in a row, by this hostname's fault
     lost: bool = False  # the latest certificate replaces one that had just been ordered
     not_before: float = 0.0  # no attempt earlier, whatever is due
     challenge: str | None = None  # the type that worked last
-    tried: str | None = None  # the one that failed last
-    trying: str | None = None  # the one of the order that runs
+    tried: str | None = None  # the type that failed last
+    trying: str | None = None  # the type of the order that runs
     window: Window | None = None  # the CA's, for the certificate with this serial number:
     window_of: int | None = None
-    ask_at: float = 0.0
-    error: str = ""
-    turn_at: float = 0.0  # about when it will be its turn, if it waits for that, and why
+    ask_at: float = 0.0  # when to ask for the next window
+    error: str = ""  # of the latest attempt
+    turn_at: float = 0.0  # if it waits for tokens: about when they are there, and why it waits
     turn_why: str = ""
-    busy: bool = False
-    tokens: list = field(default_factory=list)  # that its order took of the Turns
-    told: tuple = ()  # its state as it was told last: Issuer._to_tell()
-    asked_for: bool = False  # the operator wants a new one now; the next order is for that
-    stop: Stop = field(default_factory=Stop)  # it is no longer wanted
+    busy: bool = False  # a job for it runs
+    tokens: list[Token] = field(default_factory=list)  # that its order took from the Turns
+    told: tuple[object, ...] = ()  # its state as last reported: OrderQueue._to_tell()
+    asked_for: bool = False  # the operator wants a new one: the next order must not wait
+    stop: Stop = field(default_factory=Stop)  # set when it is no longer wanted
 
     def due_at(self) -> float:
+        """When the next order is due."""
         if self.stored is None or self.asked_for:
             return self.not_before
         window = self.window if self.window_of == self.stored.leaf.serial_number else None
         due = renew_at(self.name, self.stored.begins_at, self.stored.ends_at, window)
         return max(due, self.not_before)
 
-    def restore(self, state, latest):
-        """Take what as_dict() made; a value that makes no sense counts as missing, such as a
-        delay beyond ``latest``: it was written with another clock."""
+    def restore(self, state: Kept, latest: float) -> None:
+        """Take what as_dict() made. An invalid value counts as missing, also a delay beyond
+        ``latest``: it was written with another clock."""
         self.failures = max(0, int(number(state.get("failures"))))
         self.not_before = number(state.get("next_attempt_at"), latest)
         self.ask_at = number(state.get("ask_at"), latest)
@@ -71,10 +76,10 @@ class Wanted:
             self.window = Window(*map(number, window))
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
 
-    def judge_loss(self, now):
-        """A certificate that was ordered within the day is gone, or an old one in its place that
-        ends before the next is due: have another at once, but not time and again, because a CA
-        gives few for one hostname in a week."""
+    def judge_loss(self, now: float) -> None:
+        """Whether a certificate that was ordered within the day is gone, or an old one lies in its
+        place that ends before the next is due. Then order another at once, but only once: a CA
+        issues few for one hostname in a week."""
         if self.stored is not None and self.stored.ends_at > max(now, self.not_before):
             self.lost = False
         elif self.not_before > now and not self.error:
@@ -83,22 +88,23 @@ class Wanted:
             else:
                 self.lost, self.not_before = True, 0.0
 
-    def wait_for_turn(self, at, why) -> bool:
-        """It is not its turn before about ``at``; whether that is new."""
+    def wait_for_turn(self, at: float, why: str) -> bool:
+        """It waits for tokens until about ``at``. False if it did so already."""
         is_new = not self.turn_why
         self.turn_at, self.turn_why = at, why
         return is_new
 
-    def begin_turn(self, tokens):
-        """Its order begins, and has taken these."""
+    def begin_turn(self, tokens: list[Token]) -> None:
+        """Its order begins, and has taken ``tokens``."""
         self.tokens, self.turn_at, self.turn_why = tokens, 0.0, ""
 
     @property
     def has_only_waited(self) -> bool:
-        """Nothing was ever learned of it."""
+        """Whether no order for it was ever tried."""
         return self.stored is None and not (self.failures or self.error or self.not_before)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
+        """What has to outlive a restart, for JSON."""
         return {
             "failures": self.failures,
             "lost": self.lost,

@@ -354,7 +354,7 @@ def test_a_visitor_waits_until_its_certificate_is_served_and_not_only_there(tmp_
     """Between the two a handshake would fail."""
     with house(tmp_path) as gateway:
         awaits, states = gateway.inner._keeper.pending, {}
-        monkeypatch.setattr(gateway.inner._keeper._issuer, "state", states.get)
+        monkeypatch.setattr(gateway.inner._keeper._ordered.issuer.queue, "state", states.get)
         for name, expected in (WAITING, True), (READY, True), (FAILED, False):
             states[APP] = State(name, "", 0.0, None)
             assert awaits(APP) is expected
@@ -423,7 +423,7 @@ def test_visitor_during_a_proof_gets_the_previous_certificate(tmp_path, origin, 
             # Pebble looks from three places, and would not do with less than acme-tls/1.
             assert [one for one in asked if one[0] == APP] == [(APP, True)] * 3
             renewing.set()
-            assert gateway.inner._keeper._issuer.retry_now(APP)
+            assert gateway.inner._keeper._ordered.issuer.queue.retry_now(APP)
             assert looked.wait(TIMEOUT)
             assert serial_at(gateway, APP) == first
             go_on.set()
@@ -553,14 +553,18 @@ def test_strangers_hellos_cost_nothing(tmp_path):
     def known():
         files = {file for file in (tmp_path / "cache").rglob("*")}
         inner = gateway.inner
-        return files, set(inner._keeper._issuer._hosts), set(inner._certificates._issued)
+        return (
+            files,
+            set(inner._keeper._ordered.issuer.queue._hosts),
+            set(inner._certificates._issued),
+        )
 
     dice = random.Random(8)
     with fake_house(tmp_path) as gateway:
         with gateway.dial(GATEWAY_HOST):  # which has waited for it
             pass
         wait_until(lambda: gateway.ca.count("dir") == 2)  # its order, and when to renew it
-        wait_until(lambda: not gateway.inner._keeper._issuer._jobs)
+        wait_until(lambda: not gateway.inner._keeper._ordered.issuer._jobs)
         before, asked = known(), len(gateway.ca.asked)
         for _ in range(300):
             label = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12))
@@ -665,13 +669,13 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             wait_until(lambda: f"{APP}: certificate: ready" in caplog.text)
             assert gateway.inner._certificates.is_given(APP) and APP not in orders(gateway.ca)
-            order, may_order = gateway.inner._keeper._issuer._ca.order, threading.Event()
+            order, may_order = gateway.inner._keeper._ordered.issuer._ca.order, threading.Event()
 
             def order_later(*words, **more):
                 assert may_order.wait(TIMEOUT)
                 return order(*words, **more)
 
-            monkeypatch.setattr(gateway.inner._keeper._issuer._ca, "order", order_later)
+            monkeypatch.setattr(gateway.inner._keeper._ordered.issuer._ca, "order", order_later)
             for file in own.glob(f"{APP}.*"):
                 file.unlink()
             wait_until(lambda: f"{APP}: certificate: waiting" in caplog.text)
@@ -681,7 +685,7 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
             assert serial_at(gateway, APP) != given
 
             give(APP, time.time() + DAY / 2)  # nothing is ordered for what the operator has given
-            wait_until(lambda: gateway.inner._keeper._issuer.state(APP) is None)
+            wait_until(lambda: gateway.inner._keeper._ordered.issuer.queue.state(APP) is None)
         assert orders(gateway.ca).count(APP) == 1
 
 
@@ -691,13 +695,15 @@ def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(tmp_path, or
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
         wait_until(lambda: not gateway.inner._registry.routes())
-        issuer = gateway.inner._keeper._issuer
+        issuer = gateway.inner._keeper._ordered.issuer
         kept = gateway.inner._keeper
         kept._served_before = {APP}
         kept._review()
-        assert APP in issuer.hostnames() and APP not in kept._served_before  # it may be back soon
+        assert (
+            APP in issuer.queue.hostnames() and APP not in kept._served_before
+        )  # it may be back soon
         kept._review()
-        assert issuer.hostnames() == {GATEWAY_HOST}
+        assert issuer.queue.hostnames() == {GATEWAY_HOST}
 
 
 def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origin, monkeypatch):
@@ -714,7 +720,7 @@ def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origi
 
         monkeypatch.setattr(inner._keeper, "want", want_and_let_one_in)
         inner._keeper._review()
-        assert APP in inner._keeper._issuer.hostnames()
+        assert APP in inner._keeper._ordered.issuer.queue.hostnames()
 
 
 def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(tmp_path, origin, caplog):
@@ -741,7 +747,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
     monkeypatch.setattr(keeper, "KEEP", 0.02)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        issuer = gateway.inner._keeper._issuer
+        issuer = gateway.inner._keeper._ordered.issuer
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
             with gateway.dial(APP) as visitor:
@@ -749,7 +755,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
                 visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
                 visitor.read_message()
                 ticket = visitor.sock.session
-        wait_until(lambda: issuer.state(APP) is None)
+        wait_until(lambda: issuer.queue.state(APP) is None)
         assert serial_at(gateway, APP) == serial
         assert gateway.get(APP)[0] == 502
         with dial_again(gateway, APP, ticket) as visitor:
@@ -757,7 +763,8 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
             visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
             assert status_of(visitor.read_head()) == 502
 
-        monkeypatch.setattr(issuer, "_clock", lambda: time.time() + 80 * DAY)
+        for part in (issuer, issuer.queue):
+            monkeypatch.setattr(part, "_clock", lambda: time.time() + 80 * DAY)
         issuer.look()
         wait_until(lambda: orders(gateway.ca).count(GATEWAY_HOST) == 2)
         monkeypatch.undo()
@@ -765,7 +772,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
             assert serial_at(gateway, APP) == serial
-            assert issuer.state(APP).is_ready
+            assert issuer.queue.state(APP).is_ready
         assert orders(gateway.ca).count(APP) == 1
 
 
@@ -831,7 +838,7 @@ def test_session_is_resumed_across_a_renewal(tmp_path, origin, version):
                 visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
                 visitor.read_message()
                 ticket = visitor.sock.session
-            assert gateway.inner._keeper._issuer.retry_now(APP)
+            assert gateway.inner._keeper._ordered.issuer.queue.retry_now(APP)
             wait_until(lambda: serial_at(gateway, APP) != before)
             with dial_again(gateway, APP, ticket) as visitor:
                 assert visitor.sock.session_reused
@@ -927,7 +934,7 @@ def test_ca_that_misbehaves_is_told_to_the_agent_and_stops_nobody_else(
     with fake_house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={OTHER: origin.port}):
             assert gateway.get(OTHER) == (200, b"page")
-        wait_until(lambda: not gateway.inner._keeper._issuer._jobs)
+        wait_until(lambda: not gateway.inner._keeper._ordered.issuer._jobs)
         monkeypatch.setattr(acme, "NETWORK_TIMEOUT", 0.5)
         gateway.ca.script["dir"] = [says] * 100
         routes = {OTHER: origin.port, APP: origin.port}

@@ -124,7 +124,7 @@ class House:
         return self.ca.ordered()
 
     def state(self, hostname=APP):
-        return self.issuer.state(hostname)
+        return self.issuer.queue.state(hostname)
 
     def file(self, hostname=APP):
         """Where its certificate is kept."""
@@ -199,45 +199,45 @@ def test_asking_again_has_bounds():
 
 
 def test_a_wanted_hostname_gets_a_certificate(house):
-    assert house.issuer.want(APP).name == WAITING
+    assert house.issuer.queue.want(APP).name == WAITING
     assert house.look() == [(APP, "http-01", None)]
     assert house.changed.get(timeout=TIMEOUT) == APP
     assert house.state().name == READY and house.state().ends_at == NOW + 90 * DAY
-    assert house.issuer.certificate(APP) == house.store.certificate(APP)
-    house.issuer.want(APP)
+    assert house.issuer.queue.certificate(APP) == house.store.certificate(APP)
+    house.issuer.queue.want(APP)
     assert house.look() == []
 
 
 def test_a_restart_with_a_full_store_orders_nothing(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.restart()
-    assert house.issuer.want(APP).name == READY
+    assert house.issuer.queue.want(APP).name == READY
     assert house.look() == []
 
 
 def test_what_the_go_program_left_needs_no_order(house):
     (house.folder / "cache" / APP).write_bytes(b"".join(house.ca.mint.pair(APP)))
-    assert house.issuer.want(APP).name == READY
+    assert house.issuer.queue.want(APP).name == READY
     assert house.look() == []
 
 
 def test_an_expired_certificate_is_ordered_anew_at_once_and_served_meanwhile(house):
     house.store.save(APP, *house.ca.mint.pair(APP, NOW - 100 * DAY))
-    assert house.issuer.want(APP).name == WAITING
-    assert house.issuer.certificate(APP) is not None
-    assert len(house.look()) == 1 and house.ca.asks == [house.issuer.certificate(APP).leaf]
+    assert house.issuer.queue.want(APP).name == WAITING
+    assert house.issuer.queue.certificate(APP) is not None
+    assert len(house.look()) == 1 and house.ca.asks == [house.issuer.queue.certificate(APP).leaf]
 
 
 def lose(house):
     """The gateway ends, its certificate's file is removed, and it starts again."""
     house.file().unlink()
     house.restart()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
 
 
 def test_a_certificate_that_was_just_ordered_and_lost_is_ordered_anew_at_once(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.clock.now += MINUTE
     lose(house)
@@ -246,7 +246,7 @@ def test_a_certificate_that_was_just_ordered_and_lost_is_ordered_anew_at_once(ho
 
 
 def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     lose(house)
     house.look()
@@ -255,7 +255,7 @@ def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
     assert house.state().name == FAILED and "lost from ACME_CACHE" in house.state().reason
     assert len(house.at(DAY)) == 1 and house.state().name == READY
     house.restart()  # this one survives
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert house.at(DAY + 7 * HOUR) == []
     lose(house)
     assert len(house.look()) == 1
@@ -263,7 +263,7 @@ def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
 
 def test_one_that_is_lost_long_after_its_order_is_ordered_anew_each_time(house):
     """As a person does who tidies up; what the CA gives in a week is not at stake."""
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     for day in (3, 20):
         house.clock.now = NOW + day * DAY
@@ -273,12 +273,12 @@ def test_one_that_is_lost_long_after_its_order_is_ordered_anew_each_time(house):
 
 @pytest.mark.parametrize("hours_left", [-1, 3])
 def test_an_old_backup_in_the_place_of_a_new_one_is_replaced_at_once(house, hours_left):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     old = house.ca.mint.pair(APP, NOW - 90 * DAY + hours_left * HOUR, 90 * DAY)
     house.file().write_bytes(b"".join(old))
     house.restart()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1 and house.state().ends_at == NOW + 90 * DAY
 
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_read_is_said_and_the_hostname_is_wanted_all_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(house.store, "state", fail)
         patch.setattr(house.store, "certificate", fail)
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert caplog.text.count("no descriptor") == 2
         assert house.look() == []  # lest a good one is ordered again
     assert house.state().name == FAILED and "no descriptor" in house.state().reason
@@ -302,7 +302,7 @@ def test_nothing_is_ordered_that_could_not_be_kept(house, monkeypatch):
     def full():
         raise StoreError("certs: No space left on device; make room")
 
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     with monkeypatch.context() as patch:
         patch.setattr(house.store, "make_sure_of_room", full)
         for seconds in (0, 10, 3600):
@@ -318,7 +318,7 @@ def test_a_cache_that_cannot_be_used_for_hours_is_no_hostnames_fault(house, monk
         raise StoreError(f"{hostname}.pem: too many open files")
 
     for hostname in (APP, OTHER):
-        house.issuer.want(hostname)
+        house.issuer.queue.want(hostname)
     with monkeypatch.context() as patch:
         patch.setattr(house.store, method, fail)
         for hour in range(5):
@@ -337,19 +337,19 @@ def test_one_that_has_run_out_and_is_found_late_is_ordered_anew(house, monkeypat
     house.store.save(APP, *old)
     with monkeypatch.context() as patch:
         patch.setattr(house.store, "certificate", fail)
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
     assert len(house.look()) == 1 and house.state().name == READY
 
 
 def test_who_finds_another_process_at_it_takes_no_turn(tmp_path):
     with House(tmp_path, orders_per_hour=3) as house:
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         with open_store(tmp_path / "cache", URL).lock(APP) as ours:
             assert ours
             for number in range(20):
                 assert house.at(number * 6) == []
         for number in range(3):
-            house.issuer.want(f"h{number}.example.com")
+            house.issuer.queue.want(f"h{number}.example.com")
         assert len(house.at(20 * 6)) == 3
 
 
@@ -357,7 +357,7 @@ def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch
     def refuse(path, content):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     with monkeypatch.context() as patch:
         patch.setattr(house.store._storage, "write", refuse)
         assert house.look() == house.at(3600) == []
@@ -368,37 +368,37 @@ def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch
 def test_a_broken_file_is_ordered_anew(house):
     house.store.save(APP, *house.ca.mint.pair(APP))
     house.file().write_bytes(b"garbage")
-    assert house.issuer.want(APP).name == WAITING
+    assert house.issuer.queue.want(APP).name == WAITING
     assert len(house.look()) == 1 and house.state().name == READY
 
 
 def test_renewal_replaces_the_old_one_and_keeps_the_challenge(house):
     house.ca.script = [refused()]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     assert house.at(70) == [(APP, "tls-alpn-01", None)]
-    first = house.issuer.certificate(APP)
+    first = house.issuer.queue.certificate(APP)
     assert house.at(57 * DAY) == []
     assert house.at(63 * DAY) == [(APP, "tls-alpn-01", first.leaf)]
-    assert house.issuer.certificate(APP).ends_at == NOW + 153 * DAY
+    assert house.issuer.queue.certificate(APP).ends_at == NOW + 153 * DAY
     house.restart()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert house.at(130 * DAY)[0][:2] == (APP, "tls-alpn-01")
 
 
 def test_a_failed_renewal_keeps_the_certificate_past_its_end(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    kept = house.issuer.certificate(APP)
+    kept = house.issuer.queue.certificate(APP)
     house.ca.script = [refused()] * 100
     house.at(63 * DAY)
     assert house.state().name == READY and "the CA's words" in house.state().reason
     house.at(91 * DAY)
-    assert house.state().name == FAILED and house.issuer.certificate(APP) == kept
+    assert house.state().name == FAILED and house.issuer.queue.certificate(APP) == kept
 
 
 def test_a_clock_that_jumps_ahead_makes_due(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     assert len(house.at(400 * DAY)) == 1
     assert house.state().name == READY
@@ -407,9 +407,9 @@ def test_a_clock_that_jumps_ahead_makes_due(house):
 def test_a_clock_that_was_set_back_delays_nobody_for_ever(house):
     house.clock.now = NOW + 1000 * DAY
     house.ca.script = [refused(), refused(ACCOUNT, retry_after=HOUR)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     house.look()
     house.at(0)
     assert {name for name, _, _ in house.at(1.2 * DAY)} == {APP, OTHER}
@@ -418,10 +418,10 @@ def test_a_clock_that_was_set_back_delays_nobody_for_ever(house):
 def test_a_clock_that_was_set_back_lengthens_no_wait_for_a_turn(tmp_path):
     with House(tmp_path, orders_per_hour=3) as house:  # of which two are one agent's
         for hostname in (APP, OTHER):
-            house.issuer.want(hostname, "agent")
+            house.issuer.queue.want(hostname, "agent")
         assert len(house.look()) == 2
         assert house.at(-DAY) == []  # the issuer hears of the step
-        house.issuer.want("third.example.com", "agent")
+        house.issuer.queue.want("third.example.com", "agent")
         assert house.look() == []
         assert [name for name, _, _ in house.at(HOUR / 2 - DAY)] == ["third.example.com"]
 
@@ -431,14 +431,14 @@ def test_a_clock_that_was_set_back_lengthens_no_wait_for_a_turn(tmp_path):
 
 def test_the_cas_window_is_asked_for_and_kept(house):
     house.ca.window = Window(NOW + 10 * DAY, NOW + 20 * DAY)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     chosen = house.state().next_at
     assert NOW + 10 * DAY <= chosen <= NOW + 20 * DAY
     house.at(7 * HOUR)
     asks = len(house.ca.asks)
     house.restart()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert house.state().next_at == chosen
     house.look()
     assert len(house.ca.asks) == asks == 2
@@ -452,7 +452,7 @@ def test_an_error_of_ours_over_the_window_is_not_repeated_at_once(house, monkeyp
         raise OverflowError("a defect")
 
     monkeypatch.setattr(house.ca, "renewal_info", fail)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     for seconds in (0, 1, HOUR):
         house.at(seconds)
     assert len(asked) == 1
@@ -460,7 +460,7 @@ def test_an_error_of_ours_over_the_window_is_not_repeated_at_once(house, monkeyp
 
 def test_a_window_in_the_past_renews_now_but_not_in_a_loop(house):
     house.ca.window = Window(NOW - 2, NOW - 1)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1
     assert house.at(HOUR) == []  # it is an hour old
     ((_, _, replaces),) = house.at(25 * HOUR)
@@ -470,7 +470,7 @@ def test_a_window_in_the_past_renews_now_but_not_in_a_loop(house):
 
 def test_a_window_that_cannot_be_had_leaves_the_last_one(house):
     house.ca.window = Window(NOW + 10 * DAY, NOW + 20 * DAY)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     chosen = house.state().next_at
     house.ca.window = None
@@ -483,18 +483,18 @@ def test_a_window_that_cannot_be_had_leaves_the_last_one(house):
 
 def test_failures_of_a_host_are_repeated_ever_later_and_over_a_restart(house):
     house.ca.script = [refused()] * 7
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     now, challenges = 0.0, []
     for delay in [0, *BACKOFF, DAY, DAY]:
         assert house.at(now + 0.89 * delay) == [] or delay == 0
         if delay:
             now += 1.11 * delay
             house.restart()
-            house.issuer.want(APP)
+            house.issuer.queue.want(APP)
             ((_, challenge, _),) = house.at(now)
         else:
             house.restart()
-            house.issuer.want(APP)
+            house.issuer.queue.want(APP)
             challenge = "http-01"
             house.look()
         challenges.append(challenge)
@@ -505,18 +505,18 @@ def test_failures_of_a_host_are_repeated_ever_later_and_over_a_restart(house):
 
 def test_retry_now_makes_one_attempt(house):
     house.ca.script = [refused(), refused()]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     assert house.look() == []
-    assert house.issuer.retry_now(APP)
+    assert house.issuer.queue.retry_now(APP)
     assert len(house.look()) == 1 and house.look() == []
-    assert not house.issuer.retry_now(OTHER)
+    assert not house.issuer.queue.retry_now(OTHER)
 
 
 def test_retry_now_renews_a_certificate_that_is_new(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.retry_now(APP)
+    house.issuer.queue.retry_now(APP)
     assert len(house.look()) == 1 and house.look() == []
 
 
@@ -530,7 +530,7 @@ def in_flight(house, hostname, ends):
             raise ends
 
     house.ca.script.insert(0, wait)
-    house.issuer.want(hostname)
+    house.issuer.queue.want(hostname)
     house.issuer.look()
     house.ca.orders.get(timeout=TIMEOUT)
     return go_on
@@ -543,14 +543,14 @@ def in_flight(house, hostname, ends):
 def test_retry_now_while_an_order_is_in_flight_is_another_one_if_that_fails(house, ends, orders):
     house.ca.script = [refused()] * 3
     go_on = in_flight(house, APP, ends)
-    assert house.issuer.retry_now(APP) and house.issuer.retry_now(APP)
+    assert house.issuer.queue.retry_now(APP) and house.issuer.queue.retry_now(APP)
     go_on.set()
     assert len(house.look()) == orders
     assert house.look() == []
 
 
 def test_retry_now_is_not_lost_while_the_cas_window_is_asked_for(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     asked, go_on = threading.Event(), threading.Event()
 
@@ -563,16 +563,16 @@ def test_retry_now_is_not_lost_while_the_cas_window_is_asked_for(house):
     house.clock.now += 7 * HOUR
     house.issuer.look()
     assert asked.wait(TIMEOUT)
-    house.issuer.retry_now(APP)
+    house.issuer.queue.retry_now(APP)
     go_on.set()
     assert len(house.look()) == 1
 
 
 def test_retry_now_is_not_lost_while_another_process_has_the_hostname(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     with house.store.lock(APP):
-        house.issuer.retry_now(APP)
+        house.issuer.queue.retry_now(APP)
         assert house.look() == []
     assert len(house.at(6)) == 1
 
@@ -581,10 +581,10 @@ def test_retry_now_without_a_cache_is_one_attempt(house, monkeypatch):
     def fail(hostname):
         raise StoreError("no descriptor")
 
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     with monkeypatch.context() as patch:
         patch.setattr(house.store, "lock", fail)
-        house.issuer.retry_now(APP)
+        house.issuer.queue.retry_now(APP)
         house.look()
     assert house.state().name == FAILED and "no descriptor" in house.state().reason
     assert house.state().next_at > NOW
@@ -592,19 +592,19 @@ def test_retry_now_without_a_cache_is_one_attempt(house, monkeypatch):
 
 def test_a_failure_of_one_host_holds_up_no_other(house):
     house.ca.script = [refused()]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     assert len(house.look()) == 1 and house.state(OTHER).name == READY
 
 
 def test_a_rate_limit_of_the_account_holds_up_all_and_blames_nobody(house):
-    house.issuer.want("old.example.com")
+    house.issuer.queue.want("old.example.com")
     house.look()
     house.ca.script = [refused(ACCOUNT, retry_after=3600)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     assert house.at(3599) == []
     assert house.state(OTHER).name == FAILED and "the CA's words" in house.state(OTHER).reason
     assert house.state("old.example.com").name == READY
@@ -620,11 +620,11 @@ def test_who_waits_for_the_account_is_told_why(house):
         raise refused(ACCOUNT, status=429, retry_after=3600)
 
     house.ca.script = [refuse]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.issuer.look()
     house.store.save("old.example.com", *house.ca.mint.pair("old.example.com"))
-    house.issuer.want("old.example.com")
-    house.issuer.want(OTHER)
+    house.issuer.queue.want("old.example.com")
+    house.issuer.queue.want(OTHER)
     go_on.set()
     finish_jobs()
     assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
@@ -635,13 +635,13 @@ def test_who_waits_for_the_account_is_told_why(house):
 def test_a_pause_for_the_same_reason_as_an_earlier_one_is_told_again(house):
     for name in (APP, "third.example.com"):
         house.ca.script = [refused(ACCOUNT, status=429, retry_after=60)]
-        house.issuer.want(name)
+        house.issuer.queue.want(name)
         house.look()
         assert house.at((house.clock.now - NOW) + 61)
     while not house.changed.empty():
         house.changed.get()
     go_on = in_flight(house, "fourth.example.com", refused(ACCOUNT, status=429, retry_after=60))
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     go_on.set()
     finish_jobs()
     told = {house.changed.get(timeout=TIMEOUT) for _ in range(2)}
@@ -659,7 +659,7 @@ def told(house):
 def test_who_waits_for_its_own_retry_hears_of_a_longer_pause(house):
     house.ca.script = [refused(HOST), refused(ACCOUNT, status=429, retry_after=3600)]
     for hostname in (APP, OTHER):
-        house.issuer.want(hostname)
+        house.issuer.queue.want(hostname)
         house.look()
     assert house.state(APP).next_at >= NOW + 3600
 
@@ -672,7 +672,7 @@ def test_failures_at_one_moment_tell_those_who_wait_once(house):
         for number in range(JOBS)
     ]
     for number in range(JOBS, 2 * JOBS):
-        house.issuer.want(f"h{number}.example.com")
+        house.issuer.queue.want(f"h{number}.example.com")
     for event in go_on:
         event.set()
     finish_jobs()
@@ -681,11 +681,11 @@ def test_failures_at_one_moment_tell_those_who_wait_once(house):
 
 def test_who_came_between_two_pauses_is_told_of_the_second_although_it_is_as_the_first(house):
     house.ca.script = [refused(TRANSPORT)] * 100
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.clock.now += 60  # the pause is over, and nobody has looked yet
     names = {f"n{number}.example.com" for number in range(20)}
-    assert {house.issuer.want(name).name for name in names} == {WAITING}
+    assert {house.issuer.queue.want(name).name for name in names} == {WAITING}
     told(house)
     house.look()
     assert {house.state(name).name for name in names} == {FAILED} and set(told(house)) >= names
@@ -695,7 +695,7 @@ def test_an_outage_is_told_once_however_often_the_ca_is_tried(house):
     house.ca.script = [refused(TRANSPORT)] * 100
     names = {f"n{number}.example.com" for number in range(3 * JOBS)}
     for name in names:
-        house.issuer.want(name)
+        house.issuer.queue.want(name)
     house.issuer.start()
     wait_until(lambda: {house.state(name).name for name in names} == {FAILED} and not jobs())
     assert sorted(told(house)) == sorted(names)
@@ -709,17 +709,17 @@ def test_an_outage_is_told_once_however_often_the_ca_is_tried(house):
 def test_who_asked_while_it_waited_is_told_of_the_next_failure_although_it_is_as_the_last(house):
     """It may be another agent, that has not heard of the first one."""
     house.ca.script = [refused(TRANSPORT)] * 3
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    assert told(house) == [APP] and house.issuer.want(OTHER).name == FAILED
+    assert told(house) == [APP] and house.issuer.queue.want(OTHER).name == FAILED
     house.clock.now += 700
-    assert house.issuer.want(OTHER).name == WAITING
+    assert house.issuer.queue.want(OTHER).name == WAITING
     house.look()
     assert told(house) == [OTHER]
 
 
 def test_a_certificate_that_runs_out_while_its_renewal_fails_is_told(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.ca.script = [refused()] * 1000
     house.issuer.start()
@@ -736,12 +736,12 @@ def test_a_certificate_that_runs_out_while_its_renewal_fails_is_told(house):
 def test_a_pause_by_a_clock_far_ahead_delays_nobody_after_a_restart(house):
     house.clock.now = NOW + 365 * DAY
     house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.clock.now = NOW
     house.restart()
     house.issuer.start()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     wait_until(lambda: house.state().name == READY)
 
 
@@ -752,14 +752,14 @@ def test_a_pause_that_comes_after_the_clock_was_set_back_is_kept(house):
     go_on.set()
     finish_jobs()
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     assert house.at(60) == []
 
 
 def test_a_pause_lasts_as_long_as_it_was_said_if_the_clock_is_set_right_meanwhile(house):
     house.clock.now = NOW + 365 * DAY
     house.ca.script = [refused(ACCOUNT, retry_after=3600)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.clock.now += 600
     house.look()
@@ -769,13 +769,13 @@ def test_a_pause_lasts_as_long_as_it_was_said_if_the_clock_is_set_right_meanwhil
 
 def test_a_pause_of_the_account_outlasts_a_restart(house):
     house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1
     house.restart()
     house.issuer.start()
-    state = house.issuer.want(OTHER)
+    state = house.issuer.queue.want(OTHER)
     assert (state.name, state.next_at) == (FAILED, NOW + 3600) and "the CA's words" in state.reason
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert house.at(3599) == []
     house.at(3601)
     wait_until(lambda: house.state().name == house.state(OTHER).name == READY)
@@ -792,11 +792,11 @@ def test_a_pause_of_the_account_outlasts_a_restart(house):
 )
 def test_a_pause_that_a_restart_may_mend_does_not_outlast_it(house, error):
     house.ca.script = [error]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.restart()
     house.issuer.start()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     wait_until(lambda: house.state(OTHER).name == READY)
 
 
@@ -807,7 +807,7 @@ def test_a_pause_that_a_restart_may_mend_does_not_outlast_it(house, error):
 def test_a_kept_pause_that_makes_no_sense_holds_up_nobody_for_long(house, pause):
     house.store.save_pause(pause)
     house.issuer.start()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.at(0)
     house.at(1.2 * DAY)
     wait_until(lambda: house.state().name == READY)
@@ -815,33 +815,33 @@ def test_a_kept_pause_that_makes_no_sense_holds_up_nobody_for_long(house, pause)
 
 def test_retry_now_ends_the_pause_for_good(house):
     house.ca.script = [refused(ACCOUNT, status=429, retry_after=3600)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.retry_now(APP)
+    house.issuer.queue.retry_now(APP)
     assert len(house.look()) == 1 and house.state().name == READY
     assert house.store.pause() == {}
 
 
 def test_what_the_operator_must_change_waits_for_a_day(house):
     house.ca.script = [refused(CONFIG)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     assert len(house.look()) == 1  # the other may fare better
     assert house.at(0.99 * DAY) == [] and len(house.at(1.01 * DAY)) == 1
 
 
 def test_an_account_that_cannot_be_had_stops_all_for_a_day(house):
     house.ca.script = [refused(CONFIG, account_wide=True)]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.want(OTHER)
+    house.issuer.queue.want(OTHER)
     assert house.at(0.99 * DAY) == [] and len(house.at(1.01 * DAY)) == 2
 
 
 def test_a_ca_that_is_down_pauses_all_ever_longer_and_blames_nobody(house):
     house.ca.script = [refused(TRANSPORT)] * 4
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1
     now = 0.0
     for pause in (5, 10, 20):
@@ -856,20 +856,20 @@ def test_no_challenge_to_offer_is_the_operators(tmp_path):
     proofs = Proofs()
     proofs.types = ()
     with House(tmp_path, proofs) as house:
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert house.look() == [] and "HTTP_PORT" in house.state().reason
 
 
 def test_only_types_that_can_be_published_are_used(tmp_path):
     with House(tmp_path, Proofs("tls-alpn-01")) as house:
         house.ca.script = [refused()]
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert [*house.look(), *house.at(70)] == [(APP, "tls-alpn-01", None)] * 2
 
 
 def test_a_certificate_that_is_not_ours_is_refused(house):
     house.ca.mint.pair, pair = lambda hostname, *more: pair(OTHER, *more), house.ca.mint.pair
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     assert house.state().name == FAILED and OTHER in house.state().reason
     # It has cost one of the few that the CA gives: no outage, which would be tried every minute.
@@ -878,7 +878,7 @@ def test_a_certificate_that_is_not_ours_is_refused(house):
 
 def test_an_error_of_ours_ends_one_attempt_only(house, caplog):
     house.ca.script = [RuntimeError("a bug")]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     assert "a bug" in house.state().reason and "a bug" in caplog.text
     assert len(house.at(70)) == 1 and house.state().name == READY
@@ -894,7 +894,7 @@ def test_an_error_of_ours_ends_one_attempt_only(house, caplog):
 )
 def test_a_state_that_makes_no_sense_is_none(house, state):
     house.store.save_state(APP, state)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1 and house.state().name == READY
 
 
@@ -905,7 +905,7 @@ def test_few_orders_are_in_flight_and_a_silent_one_delays_no_other(house):
     go_on = threading.Event()
     house.ca.script = [lambda stop: go_on.wait(TIMEOUT)] * (JOBS - 1)
     for number in range(JOBS + 5):
-        house.issuer.want(f"h{number}.example.com")
+        house.issuer.queue.want(f"h{number}.example.com")
     house.issuer.start()
     try:
         wait_until(
@@ -931,7 +931,7 @@ def test_never_more_jobs_than_allowed(house):
 
     house.ca.script = [hang] * 50
     for number in range(20):
-        house.issuer.want(f"h{number}.example.com")
+        house.issuer.queue.want(f"h{number}.example.com")
     house.issuer.look()
     for _ in range(JOBS):
         assert running.acquire(timeout=TIMEOUT)
@@ -943,7 +943,7 @@ def test_never_more_jobs_than_allowed(house):
 def test_orders_an_hour_are_bounded(tmp_path):
     with House(tmp_path, orders_per_hour=3) as house:
         for number in range(5):
-            house.issuer.want(f"h{number}.example.com")
+            house.issuer.queue.want(f"h{number}.example.com")
         assert len(house.look()) == 3
         waiting = house.state("h4.example.com")
         assert waiting.name == FAILED and "waits for its turn" in waiting.reason
@@ -955,12 +955,12 @@ def test_orders_an_hour_are_bounded(tmp_path):
 def test_who_waits_for_its_turn_is_told_once_and_can_be_asked_for(tmp_path):
     with House(tmp_path, orders_per_hour=1) as house:
         for hostname in (OTHER, APP):
-            house.issuer.want(hostname)
+            house.issuer.queue.want(hostname)
         house.issuer.start()
         assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OTHER}
         assert house.state().name == FAILED
         assert house.store.state(APP)["turn_why"] in house.state().reason
-        house.issuer.retry_now(APP)
+        house.issuer.queue.retry_now(APP)
         assert house.changed.get(timeout=TIMEOUT) == APP
         assert house.state().name == READY and house.state().reason == ""
         assert house.changed.empty()
@@ -974,12 +974,12 @@ def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
             raise refused(LATER, retry_after=300)
 
     with House(tmp_path, orders_per_hour=2, look_up=look_up) as house:
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         for number in range(8):
             assert house.at(number * 301) == []
         assert house.state().name == FAILED and house.store.state(APP)["failures"] == 0
         down.clear()
-        house.issuer.want(OTHER)
+        house.issuer.queue.want(OTHER)
         assert len(house.at(8 * 301)) == 2
 
 
@@ -992,14 +992,14 @@ def test_who_took_no_turn_gives_none_back(tmp_path):
             raise refused(LATER, retry_after=300)
 
     with House(tmp_path, orders_per_hour=2, look_up=look_up) as house:
-        house.issuer.want(OTHER)
+        house.issuer.queue.want(OTHER)
         assert len(house.look()) == 1
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         for _ in range(3):
-            house.issuer.retry_now(APP)
+            house.issuer.queue.retry_now(APP)
             assert house.look() == []
         for number in range(3):
-            house.issuer.want(f"h{number}.example.com")
+            house.issuer.queue.want(f"h{number}.example.com")
         assert len(house.look()) == 1
 
 
@@ -1008,8 +1008,8 @@ def test_no_window_is_asked_for_while_a_first_order_waits(house):
     house.ca.renewal_info = lambda leaf, stop: (go_on.wait(TIMEOUT), (None, 6 * HOUR))[1]
     for number in range(2 * JOBS):
         house.store.save(f"h{number}.example.com", *house.ca.mint.pair(f"h{number}.example.com"))
-        house.issuer.want(f"h{number}.example.com")
-    house.issuer.want(OTHER)
+        house.issuer.queue.want(f"h{number}.example.com")
+    house.issuer.queue.want(OTHER)
     try:
         house.issuer.look()
         wait_until(lambda: house.state(OTHER).name == READY)
@@ -1021,7 +1021,7 @@ def test_no_window_is_asked_for_while_a_first_order_waits(house):
 def test_a_clock_far_ahead_is_no_reason_to_order_in_a_loop(house, monkeypatch):
     """What the CA gives has run out by our clock; renewals are held up by no bound of ours."""
     monkeypatch.setattr(house.ca, "clock", lambda: NOW - 100 * DAY)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     for _ in range(5):
         house.issuer.look()
         finish_jobs()
@@ -1041,10 +1041,10 @@ def test_a_first_order_waits_for_no_window(house):
     for number in range(2 * JOBS):
         hostname = f"h{number}.example.com"
         house.store.save(hostname, *house.ca.mint.pair(hostname, NOW))
-        house.issuer.want(hostname)
+        house.issuer.queue.want(hostname)
     house.issuer.look()
     assert asked.acquire(timeout=TIMEOUT)
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     try:
         house.issuer.look()
         assert house.changed.get(timeout=5) == APP
@@ -1054,7 +1054,7 @@ def test_a_first_order_waits_for_no_window(house):
 
 
 def test_a_renewal_settles_an_earlier_loss(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     lose(house)
     house.look()
@@ -1073,7 +1073,7 @@ def test_whose_turn_has_come_waits_like_anybody(tmp_path):
 
     with House(tmp_path, orders_per_hour=1) as house:
         for hostname in (OTHER, APP):
-            house.issuer.want(hostname)
+            house.issuer.queue.want(hostname)
         house.look()
         assert house.state().name == FAILED
         house.ca.script = [hang]
@@ -1093,19 +1093,19 @@ def test_a_renewal_waits_for_no_new_names(house):
         running.release()
         go_on.wait(TIMEOUT)
 
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
     house.ca.script = [hang] * JOBS
     for number in range(JOBS + 1):
-        house.issuer.want(f"h{number}.example.com")
+        house.issuer.queue.want(f"h{number}.example.com")
     try:
         house.issuer.look()
         for _ in range(JOBS):
             assert running.acquire(timeout=TIMEOUT)
-        serial = house.issuer.certificate(APP).leaf.serial_number
+        serial = house.issuer.queue.certificate(APP).leaf.serial_number
         house.clock.now += 80 * DAY
         house.issuer.look()
-        wait_until(lambda: house.issuer.certificate(APP).leaf.serial_number != serial)
+        wait_until(lambda: house.issuer.queue.certificate(APP).leaf.serial_number != serial)
     finally:
         go_on.set()
     house.look()
@@ -1114,8 +1114,8 @@ def test_a_renewal_waits_for_no_new_names(house):
 def test_one_agent_cannot_take_the_others_orders(tmp_path):
     with House(tmp_path, orders_per_agent=2) as house:
         for number in range(5):
-            house.issuer.want(f"h{number}.example.com", "greedy")
-        house.issuer.want(APP, "modest")
+            house.issuer.queue.want(f"h{number}.example.com", "greedy")
+        house.issuer.queue.want(APP, "modest")
         ordered = {name for name, _, _ in house.look()}
         assert len(ordered) == 3 and APP in ordered
         assert len(house.at(31 * MINUTE)) == 1
@@ -1124,11 +1124,11 @@ def test_one_agent_cannot_take_the_others_orders(tmp_path):
 def test_renewals_are_held_up_by_no_bound(tmp_path):
     """However short their lifetimes are, and whatever else is ordered."""
     house = House(tmp_path, orders_per_agent=1, orders_per_hour=1)
-    house.issuer.want("new.example.com", "agent")
+    house.issuer.queue.want("new.example.com", "agent")
     house.look()
     for name in (APP, OTHER):
         house.store.save(name, *house.ca.mint.pair(name, NOW - 80 * DAY))
-        house.issuer.want(name, "agent")
+        house.issuer.queue.want(name, "agent")
     assert len(house.look()) == 2
     house.issuer.stop()
 
@@ -1137,13 +1137,13 @@ def test_renewals_are_held_up_by_no_bound(tmp_path):
 
 
 def test_a_dropped_hostname_is_not_renewed(house):
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.look()
-    house.issuer.drop(APP)
-    house.issuer.drop(APP)
+    house.issuer.queue.drop(APP)
+    house.issuer.queue.drop(APP)
     assert house.state() is None and house.at(80 * DAY) == []
     house.at(1 * DAY)
-    assert house.issuer.want(APP).name == READY  # from the store
+    assert house.issuer.queue.want(APP).name == READY  # from the store
 
 
 def test_a_dropped_hostname_ends_its_order(house):
@@ -1152,31 +1152,31 @@ def test_a_dropped_hostname_ends_its_order(house):
         raise Abandoned
 
     house.ca.script = [hang]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     house.issuer.look()
     house.ca.orders.get(timeout=TIMEOUT)
-    house.issuer.drop(APP)
+    house.issuer.queue.drop(APP)
     house.look()
     assert house.changed.empty() and house.store.state(APP) == {}
 
 
 def test_a_hostname_that_another_process_orders_is_taken_from_it(house):
     with house.store.lock(APP):
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert house.look() == []
         theirs = open_store(house.folder / "cache", URL).save(APP, *house.ca.mint.pair(APP))
-    assert house.at(6) == [] and house.issuer.certificate(APP) == theirs
+    assert house.at(6) == [] and house.issuer.queue.certificate(APP) == theirs
     assert house.changed.get(timeout=TIMEOUT) == APP
 
 
 def test_what_another_process_has_ordered_takes_no_turn(tmp_path):
     with House(tmp_path, orders_per_hour=2) as house:
         for name in (APP, OTHER):
-            house.issuer.want(name)
+            house.issuer.queue.want(name)
             open_store(tmp_path / "cache", URL).save(name, *house.ca.mint.pair(name))
             assert house.look() == []
         for number in range(2):
-            house.issuer.want(f"h{number}.example.com")
+            house.issuer.queue.want(f"h{number}.example.com")
         assert len(house.look()) == 2
 
 
@@ -1185,7 +1185,7 @@ def test_issuers_of_one_store_order_once(tmp_path):
     ca = ScriptedCa(clock)
     houses = [House(tmp_path, clock=clock, ca=ca) for _ in range(6)]
     for house in houses:
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
     for house in houses:
         house.issuer.look()
     finish_jobs()
@@ -1199,7 +1199,7 @@ def test_issuers_of_one_store_order_once(tmp_path):
 @pytest.mark.parametrize("hostname", ["127.0.0.1", "::1", "*.example.com", "A.example", "", "a/b"])
 def test_what_cannot_be_ordered_is_not_wanted(house, hostname):
     with pytest.raises(ValueError, match="expected a hostname"):
-        house.issuer.want(hostname)
+        house.issuer.queue.want(hostname)
     assert house.state(hostname) is None
 
 
@@ -1210,7 +1210,7 @@ def test_the_thread_orders_what_is_wanted_and_renews_in_time(tmp_path):
     with House(tmp_path, clock=time.time) as house:
         house.ca.lifetime = 2  # seconds: renewed every one
         house.issuer.start()
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert [house.changed.get(timeout=TIMEOUT) for _ in range(2)] == [APP] * 2
 
 
@@ -1223,7 +1223,7 @@ def test_a_silent_ca_does_not_hold_up_the_end(tmp_path):
         issuer = Issuer(ca, store, Proofs(), print, clock=clock)
         issuer.start()
         for number in range(3):
-            issuer.want(f"h{number}.example.com")
+            issuer.queue.want(f"h{number}.example.com")
         fake.silent.get(timeout=TIMEOUT)
         began = time.monotonic()
         issuer.stop()
@@ -1232,7 +1232,7 @@ def test_a_silent_ca_does_not_hold_up_the_end(tmp_path):
 
 def test_an_issuer_that_was_not_started_can_be_stopped(house):
     house.issuer.stop()
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert house.look() == []
 
 
@@ -1247,10 +1247,10 @@ def test_a_callback_that_fails_harms_nobody(tmp_path, caplog):
 
     issuer = Issuer(ScriptedCa(clock), store, Proofs(), fail, clock=clock)
     issuer.start()
-    issuer.want(APP)
+    issuer.queue.want(APP)
     assert told.wait(TIMEOUT)
     issuer.stop()
-    assert issuer.state(APP).name == READY and "telling its new state failed" in caplog.text
+    assert issuer.queue.state(APP).name == READY and "telling its new state failed" in caplog.text
 
 
 def test_a_look_that_fails_is_logged_and_the_thread_goes_on(tmp_path, caplog, monkeypatch):
@@ -1266,7 +1266,7 @@ def test_a_look_that_fails_is_logged_and_the_thread_goes_on(tmp_path, caplog, mo
 
         monkeypatch.setattr(house.issuer, "_look", fail_twice)
         house.issuer.start()
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         assert house.changed.get(timeout=TIMEOUT) == APP
     assert caplog.text.count("issuer: looking which certificates are due failed (bug") == 2
     assert "RuntimeError: a bug" in caplog.text
@@ -1278,7 +1278,7 @@ def test_a_job_that_ends_by_a_bug_names_itself_and_leaves_its_place(house, caplo
 
     names = [f"h{number}.example.com" for number in range(2 * JOBS)]
     for name in names:
-        house.issuer.want(name)
+        house.issuer.queue.want(name)
     with monkeypatch.context() as patch:
         patch.setattr(house.store, "save_state", fail)
         house.look()
@@ -1286,15 +1286,15 @@ def test_a_job_that_ends_by_a_bug_names_itself_and_leaves_its_place(house, caplo
     for name in names:
         assert f"order {name}: ended early (bug, traceback follows)" in caplog.text
         assert house.state(name).name == READY
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     assert len(house.look()) == 1 and house.state().name == READY
 
 
 def test_a_bug_while_a_failure_is_noted_is_no_reason_to_order_in_a_loop(house, caplog, monkeypatch):
     house.ca.script = [refused()]
-    house.issuer.want(APP)
+    house.issuer.queue.want(APP)
     with monkeypatch.context() as patch:
-        patch.setattr(house.issuer, "_failed", None)
+        patch.setattr(house.issuer.queue, "failed", None)
         assert len(house.look()) == 1
     assert f"order {APP}: ended early (bug" in caplog.text
     assert house.look() == [] and len(house.at(MINUTE)) == 1
@@ -1322,7 +1322,7 @@ def test_a_whole_ca_and_its_rate_limit(tmp_path):
         house = House(tmp_path, clock=clock, ca=Ca(fake.directory, store, clock=clock))
         house.ca.ordered = list
         fake.script["new-order"] = [problem(429, "rateLimited", "too many", Retry_After="60")]
-        house.issuer.want(APP)
+        house.issuer.queue.want(APP)
         house.look()
         assert "429 rateLimited: too many" in house.state().reason
         house.at(59)
@@ -1370,9 +1370,9 @@ WRONG = {  # what is sent instead, and what is said of it
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_certificate_is_one_line_and_the_old_one_stays(whole, what, caplog):
     send, words = WRONG[what]
-    whole.issuer.want(APP)
+    whole.issuer.queue.want(APP)
     whole.look()
-    kept = whole.issuer.certificate(APP)
+    kept = whole.issuer.queue.certificate(APP)
     mint, chain = Mint(), whole.fake.mint.chain
     whole.fake.mint.chain = lambda *sent: send(mint, *sent)
     caplog.clear()
@@ -1381,16 +1381,16 @@ def test_a_wrong_certificate_is_one_line_and_the_old_one_stays(whole, what, capl
     assert line.exc_info is None and line.getMessage().isprintable()
     assert words in line.getMessage() and len(line.getMessage()) < 1000
     assert whole.state().name == READY and words in whole.state().reason
-    assert whole.issuer.certificate(APP) == kept == whole.store.certificate(APP)
+    assert whole.issuer.queue.certificate(APP) == kept == whole.store.certificate(APP)
     whole.fake.mint.chain = chain
-    whole.issuer.want(OTHER)
+    whole.issuer.queue.want(OTHER)
     whole.at(63 * DAY + HOUR)
     assert whole.state(OTHER).name == READY
 
 
 def test_a_clock_that_is_wrong_is_said_to_be(whole):
     whole.fake.clock = lambda: whole.clock() + 2 * DAY
-    whole.issuer.want(APP)
+    whole.issuer.queue.want(APP)
     whole.look()
     assert whole.state().name == FAILED and "this machine's clock is" in whole.state().reason
     assert whole.fake.count("new-order") == 0
@@ -1406,10 +1406,10 @@ def test_two_cas_of_one_cache_share_nothing(tmp_path):
             store = open_store(tmp_path / "cache", fake.directory)
             ca = Ca(fake.directory, store, clock=clock)
             issuer = Issuer(ca, store, Proofs(), lambda hostname: None, clock=clock)
-            issuer.want(APP)
+            issuer.queue.want(APP)
             issuer.look()
             finish_jobs()
-            issuer.certificate(APP).leaf.verify_directly_issued_by(fake.mint.certificate)
+            issuer.queue.certificate(APP).leaf.verify_directly_issued_by(fake.mint.certificate)
             issuer.stop()
             return fake.count("new-order") - before
 
@@ -1423,20 +1423,19 @@ import queue, sys
 sys.path[:0] = sys.argv[1:3]
 from pathlib import Path
 from fake_ca import Proofs
-from gotunnel_server.certs import folder, issuer
-from gotunnel_server.certs import issuer as issuer_module
+from gotunnel_server.certs import folder, issuer, order_queue
 from gotunnel_server.certs.acme import Ca
-issuer.ELSEWHERE = 0.1
+order_queue.ELSEWHERE = 0.1
 store, changed = folder.open_store(Path(sys.argv[3]), sys.argv[4]), queue.Queue()
 gateway = issuer.Issuer(Ca(sys.argv[4], store), store, Proofs(), changed.put)
 gateway.start()
 print("ready", flush=True)
 sys.stdin.readline()
 for hostname in sys.argv[5:]:
-    gateway.want(hostname)
+    gateway.queue.want(hostname)
 for hostname in sys.argv[5:]:
     changed.get(timeout=30)
-print(*(gateway.certificate(hostname).leaf.serial_number for hostname in sys.argv[5:]))
+print(*(gateway.queue.certificate(hostname).leaf.serial_number for hostname in sys.argv[5:]))
 gateway.stop()
 """
 
@@ -1475,18 +1474,21 @@ def test_pebble_and_a_challenge_that_does_not_work(tmp_path):
         issuer = Issuer(ca, store, answers, changed.put)
         issuer.start()
         try:
-            issuer.want(APP)
+            issuer.queue.want(APP)
             changed.get(timeout=TIMEOUT)
-            assert issuer.state(APP).name == FAILED and "http-01" in issuer.state(APP).reason
-            issuer.retry_now(APP)
+            assert (
+                issuer.queue.state(APP).name == FAILED
+                and "http-01" in issuer.queue.state(APP).reason
+            )
+            issuer.queue.retry_now(APP)
             changed.get(timeout=TIMEOUT)
-            assert issuer.state(APP).name == READY
+            assert issuer.queue.state(APP).name == READY
             assert store.state(APP)["challenge"] == "tls-alpn-01"
-            serial = issuer.certificate(APP).leaf.serial_number
-            issuer.retry_now(APP)  # which begins with what worked
+            serial = issuer.queue.certificate(APP).leaf.serial_number
+            issuer.queue.retry_now(APP)  # which begins with what worked
             changed.get(timeout=TIMEOUT)
-            assert issuer.state(APP).reason == ""
-            assert issuer.certificate(APP).leaf.serial_number != serial
+            assert issuer.queue.state(APP).reason == ""
+            assert issuer.queue.certificate(APP).leaf.serial_number != serial
             assert {kind for kind, *_ in answers.asked} == {"tls-alpn-01"}
         finally:
             issuer.stop()
@@ -1506,9 +1508,9 @@ def test_pebble_and_certificates_of_seconds(tmp_path):
         issuer.start()
         try:
             for number in range(3):
-                issuer.want(f"h{number}.example.com")
+                issuer.queue.want(f"h{number}.example.com")
             for _ in range(15):
                 hostname = changed.get(timeout=TIMEOUT)
-                assert issuer.state(hostname).name == READY, issuer.state(hostname)
+                assert issuer.queue.state(hostname).name == READY, issuer.queue.state(hostname)
         finally:
             issuer.stop()

@@ -210,7 +210,7 @@ def test_a_renewal_that_is_asked_for_is_ordered_and_an_unknown_one_is_named(tmp_
         house.keeper.look()
         assert house.changed.get(timeout=TIMEOUT) == OWN
         assert len(house.ca.ordered()) == 2
-    assert "gone.localhost: a new certificate was asked for, but nobody serves it" in caplog.text
+    assert "gone.localhost: a new certificate was asked for, but no agent serves it" in caplog.text
 
 
 def test_a_hostname_whose_agent_is_away_at_two_reviews_is_not_wanted_any_more(

@@ -10,7 +10,7 @@ from test_issuer import House, finish_jobs, refused
 from gotunnel import NoThread
 from gotunnel_server.certs import issuer as issuer_module
 from gotunnel_server.certs.acme_errors import CONFIG, HOST, LATER, LIMITED, TRANSPORT, CaError
-from gotunnel_server.certs.issuer import MOST_WAITING, WAITS
+from gotunnel_server.certs.order_queue import MOST_WAITING, WAITS
 from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
 from gotunnel_server.certs.registered_domain import registered_domain
 from gotunnel_server.certs.schedule import HOUR, MINUTE
@@ -35,7 +35,7 @@ def house(tmp_path):
 def want(house, names, agent="agent", **more):
     names = list(names)
     for name in names:
-        house.issuer.want(name, agent, limits(**more))
+        house.issuer.queue.want(name, agent, limits(**more))
     return names
 
 
@@ -45,7 +45,7 @@ def of(domain, count, start=0):
 
 def restart(house):
     house.restart()
-    house.issuer.restore()
+    house.issuer.queue.restore()
 
 
 # Which domain
@@ -102,7 +102,7 @@ def test_one_credential_leaves_others_some_of_a_domain(house):
 
 def test_one_credential_leaves_others_some_of_all(house):
     for number in range(300):
-        house.issuer.want(f"www.domain{number}.com", "greedy", limits(orders_per_hour=1000))
+        house.issuer.queue.want(f"www.domain{number}.com", "greedy", limits(orders_per_hour=1000))
     assert len(house.look()) == 180
     want(house, [f"www.other{number}.com" for number in range(50)], "modest")
     assert len(house.look()) == 50
@@ -142,7 +142,7 @@ def test_renewals_wait_for_no_turn_and_leave_the_others_less(house):
     want(house, of("example.com", 50))
     assert len(house.look()) == 50
     for number in range(230):
-        house.issuer.want(f"www.domain{number}.com", f"agent {number}", limits())
+        house.issuer.queue.want(f"www.domain{number}.com", f"agent {number}", limits())
     assert len(house.look()) == 220
 
 
@@ -159,7 +159,7 @@ def test_renewals_that_come_all_at_once_leave_no_debt(house):
 def test_what_the_operator_asks_for_waits_for_no_turn(house):
     want(house, of("example.com", 41))
     house.look()
-    house.issuer.retry_now("h40.example.com")
+    house.issuer.queue.retry_now("h40.example.com")
     assert [name for name, _, _ in house.look()] == ["h40.example.com"]
 
 
@@ -224,7 +224,7 @@ def test_names_that_do_not_resolve_cost_others_nothing(tmp_path):
         want(house, of("d2.example.com", 1), 0)
         assert house.look() == [] and WAITS in house.state("h0.d2.example.com").reason
         for number in range(200):
-            house.issuer.want(f"www.domain{number}.com", f"agent {number}", limits())
+            house.issuer.queue.want(f"www.domain{number}.com", f"agent {number}", limits())
         assert len(house.look()) == 200
 
 
@@ -240,7 +240,7 @@ def test_a_hostname_that_the_gateway_looks_after_stays_its_agents(house):
     """As at the hourly review, which does not know whose it is."""
     want(house, of("example.com", 7), hostnames=1)
     house.look()
-    house.issuer.want("h6.example.com")
+    house.issuer.queue.want("h6.example.com")
     assert house.look() == []
 
 
@@ -259,13 +259,13 @@ def test_a_certificate_is_ordered_few_times_for_one_name(house):
 def test_names_that_wait_are_few_and_leave_no_files(house):
     files = house.file().parent
     want(house, of("example.com", MOST_WAITING + 200), hostnames=1)
-    assert len(house.issuer.hostnames()) == MOST_WAITING
+    assert len(house.issuer.queue.hostnames()) == MOST_WAITING
     house.look()
     house.issuer._turn()  # what waits is kept
     kept = len(list(files.glob("*.json")))
     assert kept == MOST_WAITING
     want(house, of("example.org", 300), hostnames=1)
-    assert len(house.issuer.hostnames()) == MOST_WAITING + 6
+    assert len(house.issuer.queue.hostnames()) == MOST_WAITING + 6
     house.issuer._turn()
     assert len(list(files.glob("*.json"))) <= MOST_WAITING + 6
     assert house.state("h0.example.com") is None or house.state("h0.example.com").name == READY
@@ -411,7 +411,7 @@ def test_the_operator_may_ask_for_one_while_its_domain_is_held_up(house):
     house.ca.script = [domain_limit()]
     want(house, [APP])
     house.look()
-    house.issuer.retry_now(APP)
+    house.issuer.queue.retry_now(APP)
     assert len(house.look()) == 1 and house.state().name == READY
 
 
