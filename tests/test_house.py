@@ -290,8 +290,6 @@ UNTYPED = {
     "gotunnel_server/agents/stream_pool.py",
     "gotunnel_server/agents/takeover.py",
     "gotunnel_server/agents/tunnel.py",
-    "gotunnel_server/certs/acme.py",
-    "gotunnel_server/certs/bounded_http.py",
     "gotunnel_server/certs/folder.py",
     "gotunnel_server/certs/store.py",
     "gotunnel_server/cli.py",

@@ -1,12 +1,12 @@
-"""The requests library with bounds, for a server that is to be trusted with nothing.
+"""The requests library with bounds, for a server that we do not trust.
 
-    how long    REQUEST_TIMEOUT for all of an answer, however it trickles in; less if we are stopped
-    how much    MOST_BYTES of a body, counted when it is unpacked
-    where to    https, or the very address that we were told to begin with: whatever links come,
-                nobody is led to ports of this machine or to its files
+    time        REQUEST_TIMEOUT for the whole answer, however slowly it comes; less after a Stop
+    size        MOST_BYTES of a body, counted after decompression
+    address     https, or exactly the address that we began with: no link or redirect leads to ports
+                of this machine or to its files (SSRF)
 
-The library's own timeout is the silence between two bytes. So a timer, and the Stop, shut down the
-sockets: that wakes a thread that reads from them.
+The library's own timeout only bounds the silence between two bytes. So a timer, and the Stop, shut
+down the sockets, which wakes a thread that reads from them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import socket
 import threading
 import urllib.parse
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import requests
 import urllib3
@@ -24,7 +26,7 @@ from requests.adapters import HTTPAdapter
 
 from .cancel import Stop
 
-# Seconds for a request and its redirects. A CA's slowest answers take a third of it.
+# Seconds for a request with its redirects. A CA's slowest answers take a third of it.
 REQUEST_TIMEOUT = 60.0
 # A certificate with its chain is some 10 KiB, and nothing else that a CA sends is longer.
 MOST_BYTES = 1024 * 1024
@@ -34,21 +36,21 @@ MOST_REDIRECTS = 3
 
 
 class Session(requests.Session):
-    """Requests of one thread. ``stop`` and ``timeout`` (seconds) may be set anew between two.
+    """Requests of one thread. ``stop`` and ``timeout`` (seconds) may be changed between two.
 
-    What breaks a bound is raised as a requests.RequestException.
+    An answer that breaks a bound is raised as a requests.RequestException.
     """
 
-    def __init__(self, first_url: str, stop: Stop):
+    def __init__(self, first_url: str, stop: Stop) -> None:
         super().__init__()
         self.stop = stop
         self.timeout = REQUEST_TIMEOUT
         self.max_redirects = MOST_REDIRECTS
-        self.trust_env = False  # our settings are config.py's, and ~/.netrc is none of them
+        self.trust_env = False  # no ~/.netrc, no proxy variables: settings come from config.py
         self.hooks["response"].append(_read_whole)
         self._guard = threading.Lock()  # guards what follows
         self._socks: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._cut = False  # the request that runs is to end
+        self._cut = False  # the request that runs must end
         adapter = _Adapter(self._watch)
         self.adapters.clear()
         self.mount("https://", adapter)
@@ -56,7 +58,7 @@ class Session(requests.Session):
         if first.scheme == "http":
             self.mount(f"http://{first.netloc}/", adapter)
 
-    def request(self, *arguments, **keywords) -> requests.Response:
+    def request(self, *arguments: Any, **keywords: Any) -> requests.Response:
         with self._guard:
             self._cut = False
         timer = threading.Timer(self.timeout, self._cut_off)
@@ -68,24 +70,24 @@ class Session(requests.Session):
         try:
             with self.stop.waking(self._cut_off):
                 answer = super().request(*arguments, **keywords)
-        except Exception:  # whatever a socket that was shut down leads to
+        except Exception:  # a socket that was shut down causes many kinds of errors
             if not self._cut:
                 raise
         else:
-            if not self._cut:  # or its end may be ours, and not the server's
+            if not self._cut:  # else the body may have ended because we cut it
                 return answer
         finally:
             timer.cancel()
             timer.join()
         raise requests.Timeout(f"no whole answer within {self.timeout:g} s")
 
-    def _watch(self, sock):
+    def _watch(self, sock: socket.socket) -> None:
         with self._guard:
             self._socks.add(sock)
             if self._cut:  # while it was connected
                 _shut_down(sock)
 
-    def _cut_off(self):
+    def _cut_off(self) -> None:
         with self._guard:
             self._cut = True
             for sock in self._socks:
@@ -93,13 +95,13 @@ class Session(requests.Session):
 
 
 class _Adapter(HTTPAdapter):
-    """Shows each new socket to ``watch``."""
+    """Calls ``watch`` with each new socket."""
 
-    def __init__(self, watch):
+    def __init__(self, watch: Callable[[socket.socket], None]) -> None:
         self._watch = watch
         super().__init__()
 
-    def init_poolmanager(self, *arguments, **keywords):
+    def init_poolmanager(self, *arguments: Any, **keywords: Any) -> None:
         super().init_poolmanager(*arguments, **keywords)
         self.poolmanager.pool_classes_by_scheme = {
             "http": _shown(urllib3.HTTPConnectionPool, self._watch),
@@ -107,25 +109,26 @@ class _Adapter(HTTPAdapter):
         }
 
 
-def _shown(pool, watch):
-    """``pool``, a class of urllib3, whose connections show their sockets to ``watch``."""
+def _shown(pool: type, watch: Callable[[socket.socket], None]) -> type:
+    """``pool``, a class of urllib3, whose connections call ``watch`` with their sockets."""
 
-    class Connection(pool.ConnectionCls):
-        def connect(self):
+    # mypy takes no class that is known at run time only.
+    class Connection(pool.ConnectionCls):  # type: ignore[name-defined]
+        def connect(self) -> None:
             super().connect()
             watch(self.sock)
 
     return type(pool.__name__, (pool,), {"ConnectionCls": Connection})
 
 
-def _shut_down(sock):
+def _shut_down(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # closed already, which was the goal
-        # Not that of an SSLSocket, which takes TLS away from under the thread that reads.
+        # Not SSLSocket.shutdown(), which drops the TLS state while another thread reads.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def _read_whole(answer, **_):
-    """Read a body before the library does, which has no bound."""
+def _read_whole(answer: requests.Response, **_: object) -> None:
+    """Read a body before the library does, which would read it without a bound."""
     body = bytearray()
     try:
         for chunk in answer.raw.stream(CHUNK, decode_content=True):
@@ -136,4 +139,4 @@ def _read_whole(answer, **_):
     except urllib3.exceptions.HTTPError as error:
         raise requests.ConnectionError(error) from error
     answer.raw = io.BytesIO(body)
-    answer.encoding = "utf-8"  # to guess it costs seconds a megabyte
+    answer.encoding = "utf-8"  # or the library guesses, which takes seconds a megabyte

@@ -66,10 +66,10 @@ class Issuer:
     """Orders what its ``queue`` wants. Any thread.
 
     ``challenges`` publishes proofs. ``on_change(hostname)`` is called, in a thread of ours and
-    without a lock, when queue.state(hostname) has changed. ``clock`` gives seconds since 1970; after
-    setting a fake one, call look(). ``look_up(hostname)`` is called in a job's thread before a first
-    order; it raises CaError if the hostname does not lead here, because a failed validation counts
-    against the CA's limits.
+    without a lock, when queue.state(hostname) has changed. ``clock`` gives seconds since 1970;
+    after setting a fake one, call look(). ``look_up(hostname)`` is called in a job's thread before
+    a first order. It raises CaError if the hostname does not lead here: a failed validation would
+    count against the CA's limits.
     """
 
     def __init__(self, ca: Orderer, store: CertStore, challenges: Publisher,

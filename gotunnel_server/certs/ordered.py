@@ -101,8 +101,8 @@ class Ordered:
         waits for the disk."""
         for hostname in self._store.renewals():
             known = self._queue.retry_now(hostname)
-            log.info("%s: a new certificate was asked for%s", hostname,
-                     "" if known else ", but no agent serves it now: nothing is ordered")  # fmt: skip
+            unknown = "" if known else ", but no agent serves it now: nothing is ordered"
+            log.info("%s: a new certificate was asked for%s", hostname, unknown)
         with self._lock:
             unserved = tuple(self._unserved)
         for hostname in unserved:

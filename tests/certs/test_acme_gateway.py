@@ -197,7 +197,7 @@ def test_ca_that_is_away_is_told_to_the_agent_and_stops_nobody_else(tmp_path, or
          "resolve (Name or service not known)"),
         (NoAnswer("Temporary failure in name resolution"), "certificate: failed: DNS: no resolver "
          "answers for app.example.com (Temporary failure in name resolution)"),
-        (["203.0.113.7"], "app.example.com leads to 203.0.113.7, and this machine is "),
+        (["203.0.113.7"], "app.example.com leads to 203.0.113.7, but this machine is "),
     ],
 )  # fmt: skip
 def test_a_look_at_the_name_comes_before_the_first_order(
@@ -294,7 +294,7 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             with gateway.dial(APP) as visitor:
                 first = serial_of(visitor)
-            gateway.inner._keeper._store.ask_renewal(APP)
+            gateway.inner._keeper._ordered._store.ask_renewal(APP)
 
             def is_new():
                 with gateway.dial(APP) as visitor:
@@ -808,7 +808,7 @@ def test_stored_certificate_that_is_no_use_is_ordered_anew(
     caplog.set_level(logging.INFO)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        mint, store = gateway.ca.mint, gateway.inner._keeper._store
+        mint, store = gateway.ca.mint, gateway.inner._keeper._ordered._store
         stored = store.save(APP, *mint.pair(APP, time.time() - DAY))
         file = tmp_path / "cache" / stored.key
         file.write_bytes(harm(mint, file.read_bytes()))
