@@ -87,17 +87,21 @@ def header_of(meaning):
     return Header(TYPES[found[1]], flags, int(found[3]), int(found[4]))
 
 
-def frames(kind):
-    """(speaker, Header, bytes of the frame) of each frame, its payload joined."""
+def joined(kind):
+    """As lines(), each with the lines of text behind it, which say themselves what they mean."""
     found = []
     for speaker, data, meaning in lines(kind):
         if meaning.startswith("'"):
             assert ast.literal_eval("b" + meaning) == data
-            found[-1][2] += data
+            found[-1][1] += data
         else:
-            assert len(data) == gotunnel.HEADER_SIZE
-            found.append([speaker, header_of(meaning), data])
+            found.append([speaker, data, meaning])
     return found
+
+
+def frames(kind):
+    """(speaker, Header, bytes of the frame with its payload) of each frame."""
+    return [(speaker, header_of(meaning), data) for speaker, data, meaning in joined(kind)]
 
 
 def test_frames_mean_what_the_page_says():
@@ -248,7 +252,7 @@ DATA_HEADER = re.compile(rf"version ([0-9]), hostname ([^, ]+)(?:, visitor {END}
 
 def test_data_headers_mean_what_the_page_says():
     versions = set()
-    for _, data, meaning in lines("data headers"):
+    for _, data, meaning in joined("data headers"):
         version, hostname, *addresses = DATA_HEADER.fullmatch(meaning).groups()
         versions.add(int(version))
         visitor, visitor_port, door, door_port = addresses
