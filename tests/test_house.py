@@ -296,13 +296,7 @@ UNTYPED = {
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",
     "gotunnel_server/routes.py",
-    "gotunnel_server/visitors/arrival.py",
-    "gotunnel_server/visitors/connection.py",
     "gotunnel_server/visitors/dashboard.py",
-    "gotunnel_server/visitors/port.py",
-    "gotunnel_server/visitors/postgres.py",
-    "gotunnel_server/visitors/relays.py",
-    "gotunnel_server/visitors/sites.py",
     "gotunnel_server/watcher.py",
 }
 
