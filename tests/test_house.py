@@ -275,8 +275,6 @@ UNTYPED = {
     "gotunnel_agent/agent.py",
     "gotunnel_agent/cli.py",
     "gotunnel_agent/forward.py",
-    "gotunnel_agent/target.py",
-    "gotunnel_agent/trust.py",
     "gotunnel_server/admin/certificates.py",
     "gotunnel_server/admin/check.py",
     "gotunnel_server/admin/grants.py",
