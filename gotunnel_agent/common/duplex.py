@@ -1,8 +1,8 @@
 """A connection, plain or TLS, that one thread may read while another one writes.
 
-Sessions run over it, and so do visitors' connections and those to targets. It is the one answer to
-OpenSSL's rule that no two threads may be in one TLS object at once; nothing else shares a socket
-with TLS between threads.
+Sessions, visitors and targets all use it. OpenSSL forbids two threads in one TLS object at once,
+so an ssl.SSLSocket cannot be read and written at the same time. A Duplex can, and nothing else in
+gotunnel shares a TLS connection between threads.
 """
 
 from __future__ import annotations
@@ -25,110 +25,110 @@ if sys.platform.startswith("linux"):
     import fcntl
     import termios
 
-STALL_TIMEOUT = 300  # seconds that a peer may take none of what we write; then it is given up
-# What an operator may set in its place: a line may be away for a second, and nobody waits for days.
-LEAST_STALL, MOST_STALL = 1, 86_400
-STALL_LOOK = 1.0  # seconds between looks whether a peer has taken any of it
-TLS_RECORD = 16 * 1024  # bytes of payload in a record, at most (RFC 8446 §5.1)
-TLS_PIECE = 64 * 1024  # bytes that TLS is given at once
-# Bytes of TLS in a row without payload. A record and a handshake message have some, OpenSSL takes
-# 100 KB of certificates; key updates and tickets are a few hundred bytes in a day.
+STALL_TIMEOUT = 300  # seconds that a peer may take nothing of what we write; then writing fails
+LEAST_STALL, MOST_STALL = 1, 86_400  # what an operator may set instead; a line may fail for 1 s
+STALL_LOOK = 1.0  # seconds between two checks of how much the peer has taken
+TLS_RECORD = 16 * 1024  # payload bytes in a TLS record, at most (RFC 8446 §5.1)
+TLS_PIECE = 64 * 1024  # encrypted bytes that TLS gets in one piece
+# Encrypted bytes in a row that bring no payload; more are an attack. OpenSSL accepts 100 KB of
+# certificates in a handshake. Later a peer sends key updates and tickets, some hundred bytes a day.
 NO_PAYLOAD = 128 * 1024
-ANSWERS = 64 * 1024  # bytes of TLS's own answers (to key updates) that wait for a peer to read
-NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and drops what is unsent
-LINGER = struct.pack("ii", 0, 0)  # ... as sockets are born: closing sends what is unsent, and FIN
-CUT_TIMEOUT = 30  # seconds that the peer's TCP may take none of what stands before a RST
-CUT_LOOKS = 0.001, 0.05  # seconds between looks whether it has, the first and the longest
+ANSWERS = 64 * 1024  # unsent answers of TLS itself (to key updates); a peer with more reads nothing
+NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST and drops unsent bytes
+LINGER = struct.pack("ii", 0, 0)  # ... the default: close() sends unsent bytes, and FIN
+CUT_TIMEOUT = 30  # seconds that the peer's TCP may take nothing of the bytes before a RST
+CUT_LOOKS = 0.001, 0.05  # seconds between two checks of that: the first pause and the longest
 TCP_CLOSE = 7  # tcpi_state in Linux's TCP_INFO: the connection is dead
 
-# When TCP asks whether a silent peer is still there: after a minute, then each 15 seconds, and four
-# unanswered times are a no. Else a relay whose peer was unplugged would stay for ever.
+# TCP keepalive: the kernel probes a peer that is silent for a minute, then every 15 seconds. After
+# four probes without an answer the connection is dead. Without it, a relay whose peer was unplugged
+# would stay for ever.
 KEEPALIVE = [
     (getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
     if hasattr(socket, name)
 ]
 
-# The option of Linux that limit_unsent() needs; Python knows its name from 3.12 on.
+# Linux's option for limit_unsent(). Python has its name only since 3.12.
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 Spend = Callable[[float, int], None]  # see Duplex.write()
 Observer = Callable[[bool, BytesLike], None]  # see Duplex.observed()
 
-# A selector that needs no descriptor of its own, where the system has one (socketserver's choice).
+# A selector that needs no file descriptor, where the system has one (as in socketserver).
 _WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Duplex:
     """A connection, plain or TLS, that one thread may read while another one writes.
 
-    OpenSSL forbids two threads in one TLS object at once, so TLS never touches the socket here:
-    it turns bytes into bytes between two memory buffers, under a lock that is never held while
-    something waits, and the socket, which does not mind two threads, is used outside of it.
+    TLS never touches the socket here. It encrypts and decrypts between two memory buffers
+    (ssl.MemoryBIO), under a lock that no thread holds while it waits. The socket is read and
+    written without that lock, since a socket permits two threads.
 
-    The socket is non-blocking. receive(), send() and flush() do what can be done at once;
-    read() and write() wait. One reader and one writer at a time; stop() and reset(): any thread.
-    All of it raises OSError (ssl.SSLError is one) when the connection is broken.
+    The socket is non-blocking. receive(), send() and flush() do what is possible at once; read()
+    and write() wait. One reader and one writer at a time; any thread may call stop() and reset().
+    All methods raise OSError (ssl.SSLError is one) when the connection is broken.
     """
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
-        # A family that has no such options (AF_UNIX) does not need them either.
+        # AF_UNIX has no such options, and needs none.
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            # A byte that is urgent stays in its place (FTP's ABOR), or it would be lost.
+            # Keep TCP's urgent byte in the stream, or it would be lost (FTP's ABOR has one).
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             for option, value in KEEPALIVE:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._socket = sock
-        self._unread = b""  # bytes that were given back, or came before TLS began
-        self._at_end = False  # the peer half-closed
-        self._tls_at_end = False  # ... which TLS has read, if perhaps nobody else
-        self._tls_holds = False  # bytes that are no longer in the socket; only the reader says so
+        self._unread = b""  # given back by unread(), or read before TLS began
+        self._at_end = False  # the reader has seen the peer's half-close
+        self._tls_at_end = False  # TLS has read it; the reader may have payload before it to read
+        self._tls_holds = False  # TLS may have payload although the socket has none. Reader only
         self._tls: ssl.SSLObject | None = None  # between the two buffers
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._no_payload = 0  # bytes of TLS that came since the last payload; the reader's
-        self._early: deque[bytes] = deque()  # payload that TLS held when we said farewell
+        self._no_payload = 0  # encrypted bytes since the last payload (NO_PAYLOAD). Reader only
+        self._early: deque[bytes] = deque()  # payload that we took out of TLS for our close_notify
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
         self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
-        self._unsent: BytesLike = b""  # bytes that the kernel did not take yet
-        self._answers = 0  # of them and those before, since there were none: TLS's own
-        self._finishing = False  # half-close the socket once they are gone
+        self._unsent: BytesLike = b""  # bytes that the kernel has not taken yet
+        self._answers = 0  # bytes of TLS's own answers since _unsent was last empty (ANSWERS)
+        self._finishing = False  # half-close the socket once _unsent is empty
         self._finished = False  # finish() was called
         self._broken = False  # reset() was called
-        self._lost = False  # sending has found it broken: the end that is read then is none
-        self._lingers = True  # closing it sends what is unsent, and FIN
+        self._lost = False  # a send has failed, so an EOF that is read afterwards is not a real one
+        self._lingers = True  # close() sends unsent bytes and FIN, not RST
         self._writer_waits = False
         self._read_wait: selectors.BaseSelector | None = None  # made when first needed
         self._write_wait: selectors.BaseSelector | None = None
-        self.stall_timeout: float = STALL_TIMEOUT  # of write() and finish() that are given no other
+        self.stall_timeout: float = STALL_TIMEOUT  # the default timeout of write() and finish()
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     @property
     def pending(self) -> bool:
-        """Whether receive() has something although the socket may be silent."""
+        """Whether receive() may have something although the socket is not readable."""
         return bool(self._unread or self._at_end or self._tls_at_end or self._tls_holds)
 
     def died(self) -> bool:
-        """Whether the connection is broken: reset, or TCP got no answer (KEEPALIVE). Finds it out
-        although nobody reads or writes; if it is, later reads do not see an end but raise."""
+        """Whether the connection is broken: by reset(), by the peer, or as TCP keepalive got no
+        answer. Works while no thread reads or writes. Afterwards reads raise and see no end."""
         with contextlib.suppress(OSError):
             if not self._broken and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.reset()  # the look has taken the error away, and an end would be read now
+                self.reset()  # SO_ERROR is cleared by reading it, and recv() would return an EOF
         return self._broken
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Our own (IP address, port), as the peer knows it. For TCP."""
+        """Our own (IP address, port). For TCP."""
         address, port = self._socket.getsockname()[:2]
         return address, port
 
     def limit_unsent(self, count: int) -> None:
-        """Let the kernel take no more than about ``count`` bytes that it cannot send at once, so
-        that what is urgent does not wait behind megabytes. For TCP, where the system can."""
+        """Let the kernel buffer only about ``count`` unsent bytes, so that urgent frames do not
+        wait behind megabytes. For TCP, where the system can (TCP_NOTSENT_LOWAT)."""
         if NOTSENT_LOWAT is not None:
             with contextlib.suppress(OSError):  # AF_UNIX
                 self._socket.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, count)
@@ -142,15 +142,15 @@ class Duplex:
         server_side: bool,
         server_hostname: str | None = None,
     ) -> None:
-        """Begin TLS with what was received and given back; handshake() does the rest."""
+        """Begin TLS, to be followed by handshake(). Bytes of unread() are its first input."""
         self._tls_in.write(self._unread)
         self._tls_holds, self._unread = bool(self._unread), b""
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
 
     def handshake(self) -> bool:
-        """Go on with the handshake, by one read at most; False if the peer has to say more.
+        """Go on with the handshake, with at most one read; False if it needs more from the peer.
 
-        Raises ssl.SSLError if it fails; the alert is on its way then.
+        Raises ssl.SSLError if it fails; the TLS alert is on its way then.
         """
         tls = self._tls
         if tls is None:
@@ -160,7 +160,7 @@ class Duplex:
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
-        self._check()  # else a reset would be an end without TLS's farewell
+        self._check()  # after a reset() the EOF is not the peer's
         self._count_came(len(data), 0)
         with self._tls_lock:
             if data:
@@ -188,10 +188,10 @@ class Duplex:
 
     def observed(self, observer: Observer) -> Duplex:
         """Call ``observer(sent, data)`` for all bytes from now on, as they are inside TLS: before
-        they are sent, and when they were received. Returns the Duplex itself.
+        they are sent, and after they were received. Returns the Duplex itself.
 
         The threads that send and receive call it; it must not raise. Methods of this one object are
-        replaced, so a connection without an observer pays nothing.
+        replaced, so that a connection without an observer does no extra work.
         """
         send, receive_into = self.send, self.receive_into
 
@@ -212,7 +212,7 @@ class Duplex:
     # Reading
 
     def receive(self, size: int = READ_SIZE) -> bytes | None:
-        """At most ``size`` bytes that are here, b"" at the end, None if none have come."""
+        """At most ``size`` bytes that have come, b"" at the end, None if none have come."""
         if self._tls is None and not (self._unread or self._at_end):
             self._check()
             data = self._receive_plain(size)
@@ -227,7 +227,7 @@ class Duplex:
             BUFFERS.give_back(buffer)
 
     def receive_into(self, view: memoryview) -> int | None:
-        """As receive(), into a buffer: how many bytes, 0 at the end, None if none have come."""
+        """As receive(), into a buffer: a number of bytes, 0 at the end, None if none have come."""
         self._check()
         if self._unread:
             count = min(len(self._unread), len(view))
@@ -244,10 +244,10 @@ class Duplex:
         return came
 
     def _reach_end(self) -> None:
-        """The socket gave its end. It also does so if reset() has shut it down since the last
-        check, and then what came must not look whole."""
+        """Note that recv() returned EOF. It also does so if reset() has shut the socket down since
+        the last check, and then the data must not look complete."""
         self._check()
-        with self._send_lock:  # the system gives an error once, perhaps to a sender just now
+        with self._send_lock:  # the kernel reports an error once, perhaps to a sender just now
             if self._lost:
                 raise ConnectionResetError("the connection broke")
         self._at_end = True
@@ -265,8 +265,8 @@ class Duplex:
             return None
 
     def _receive_tls(self, tls: ssl.SSLObject, view: memoryview) -> int | None:
-        """As receive_into(). It reads the socket once at most, since a peer that sends records
-        without payload could keep it for ever: None may also mean that more is there."""
+        """As receive_into(). It reads the socket at most once: a peer that sends records without
+        payload could hold the thread here for ever. So None may also mean that more can be read."""
         buffers = BUFFERS if len(view) <= READ_SIZE else LARGE_BUFFERS
         buffer = buffers.take()
         try:
@@ -287,12 +287,12 @@ class Duplex:
             buffers.give_back(buffer)
 
     def _open_records(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
-        """As _decrypt(), without the lock, and TLS's answers are on their way."""
+        """Call _decrypt() with the lock, and send what TLS answers to the peer."""
         with self._tls_lock:
             count = self._decrypt(tls, came, view)
-            answers = self._tls_out.pending  # a key update wants one, also while we read
+            answers = self._tls_out.pending  # the peer asked for a key update
         if answers:
-            with contextlib.suppress(OSError):  # the writer finds out by itself
+            with contextlib.suppress(OSError):  # the next write will fail too
                 self.flush()
             if self._answers > ANSWERS:
                 self._break("the peer does not read TLS's answers")
@@ -308,12 +308,11 @@ class Duplex:
         raise ConnectionAbortedError(text)
 
     def _decrypt(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
-        """Decrypt what is here and what just ``came`` into ``view``; returns how many bytes, 0 if
-        there was no whole record, or the end. Caller holds the TLS lock.
+        """Decrypt earlier bytes, and those that just ``came``, into ``view``. Returns the number of
+        bytes; 0 if there was no complete record, or at the end. Caller holds the TLS lock.
 
-        TLS gives a record at a time. Those that are here go together: whatever is done with them
-        costs as much for one as for many. TLS is fed in pieces, since its buffer stays as large
-        as it once was.
+        All complete records are decrypted at once, since the caller's work costs as much for one as
+        for many. TLS gets its input in pieces, since its buffer never shrinks.
         """
         tls_in, count, room = self._tls_in, 0, len(view)
         while self._early and count < room:
@@ -334,7 +333,7 @@ class Duplex:
                     count += got
             except ssl.SSLWantReadError:  # part of a record
                 pass
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without a farewell
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without close_notify
                 self._tls_at_end = True
             if not came:
                 break
@@ -353,7 +352,7 @@ class Duplex:
         return data
 
     def unread(self, data: bytes) -> None:
-        """Give bytes back: they are the first that are received next. Reader only."""
+        """Give bytes back: receive() returns them first. Reader only."""
         self._unread = data + self._unread
 
     def wait_readable(self, timeout: float | None = None) -> None:
@@ -367,7 +366,7 @@ class Duplex:
     # Writing
 
     def send(self, data: BytesLike) -> bool:
-        """Hand bytes to the kernel; False if some did not fit: flush() until it says True."""
+        """Give bytes to the kernel. False if some did not fit: call flush() until it is True."""
         with self._send_lock:
             if self._tls is not None:
                 with self._tls_lock:
@@ -377,7 +376,7 @@ class Duplex:
             return self._push()
 
     def flush(self) -> bool:
-        """Go on sending; True once all is with the kernel."""
+        """Go on sending; True once the kernel has everything."""
         with self._send_lock:
             if self._tls is not None:
                 with self._tls_lock:
@@ -395,7 +394,7 @@ class Duplex:
                 sent = self._socket.send(self._unsent)
             except (BlockingIOError, InterruptedError):
                 return False
-            except BrokenPipeError:  # it broke behind the peer's end, or the reader has the error
+            except BrokenPipeError:  # the peer's EOF was real, or the reader has got the error
                 raise
             except OSError:
                 self._lost = True
@@ -413,16 +412,17 @@ class Duplex:
     def write(
         self, data: BytesLike, timeout: float | None = None, spend: Spend | None = None
     ) -> None:
-        """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes none of it
-        for ``timeout`` seconds (None: ``stall_timeout``): it has stopped reading.
+        """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes nothing for
+        ``timeout`` seconds (None: ``stall_timeout``), since it has stopped reading.
 
-        With ``spend`` that decides instead, spend(seconds, taken), which raises TimeoutError.
+        If ``spend`` is given, it decides instead: it is called as spend(seconds, bytes taken) again
+        and again, and raises TimeoutError.
         """
         if not self.send(data):
             self._outwait(timeout, spend)
 
     def _outwait(self, timeout: float | None, spend: Spend | None = None) -> None:
-        """Wait until all is with the kernel, for a peer that reads slowly."""
+        """Wait until the kernel has everything."""
         if timeout is None:
             timeout = self.stall_timeout
         if spend is None:
@@ -445,12 +445,12 @@ class Duplex:
         return spend
 
     def _wait_writable(self, look: float, spend: Spend) -> None:
-        """Wait until the kernel has room. It tells so when a third of megabytes is free, which a
-        slow reader takes minutes for: so look what it has taken."""
+        """Wait until the kernel has room. It reports room only when a third of its buffer is free,
+        and for a slow reader that takes minutes. So check every ``look`` seconds what was taken."""
         if self._write_wait is None:
             self._write_wait = _WaitSelector()
             self._write_wait.register(self._socket, selectors.EVENT_WRITE)
-        with self._send_lock:  # either reset() sees the waiting writer, or the writer the reset
+        with self._send_lock:  # so that reset() sees this writer waiting, or _check() the reset
             self._check()
             self._writer_waits = True
         try:
@@ -466,11 +466,11 @@ class Duplex:
             self._writer_waits = False
 
     def _untaken(self) -> int:
-        """Bytes that the kernel holds because the peer has not taken them; 0 if it cannot tell."""
+        """Bytes in the kernel that the peer has not acknowledged; 0 if the system cannot tell."""
         if not sys.platform.startswith("linux"):
             return 0
         try:
-            # SIOCOUTQ, which Python knows only by the name that its number has for terminals.
+            # SIOCOUTQ. Python has no such name, but Linux gave TIOCOUTQ the same number.
             count = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))
             return int.from_bytes(count, sys.byteorder)
         except OSError:
@@ -479,29 +479,29 @@ class Duplex:
     # Ending
 
     def finish(self, timeout: float | None = None) -> None:
-        """Half-close: no more bytes from us, the peer's may still come. Writer only. ``timeout``:
+        """Half-close: no more bytes from us; the peer's may still come. Writer only. ``timeout``
         as for write()."""
         if self._finished:
             return
         self._finished = True
         if self._tls is not None:
             with self._tls_lock:
-                self._say_farewell(self._tls)
+                self._write_close_notify(self._tls)
         with self._send_lock:
             self._finishing = True
-        self._linger()  # all payload is with the kernel, which sends it also if the process ends
+        self._linger()  # the kernel has all payload, and sends it even if the process ends
         if not self.flush():
             self._outwait(timeout)
 
     def cut_unless_finished(self) -> None:
-        """From now on closing it is a reset, until finish() or stop(): also if the system ends the
-        process, since then the kernel closes it."""
+        """From now on close() sends RST, until finish() or stop() is called. So the peer also gets
+        a RST if the process dies, since the kernel closes the socket then."""
         with contextlib.suppress(OSError), self._send_lock:
             self._lingers = False
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
 
     def _linger(self) -> None:
-        """Have close() send what is unsent, unless it was reset."""
+        """Have close() send unsent bytes and FIN again, unless the connection was reset."""
         if self._lingers:
             return
         with contextlib.suppress(OSError), self._send_lock:
@@ -509,39 +509,40 @@ class Duplex:
                 self._lingers = True
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
 
-    def _say_farewell(self, tls: ssl.SSLObject) -> None:
-        """Put TLS's close_notify among the bytes to send. Caller holds the TLS lock.
+    def _write_close_notify(self, tls: ssl.SSLObject) -> None:
+        """Write TLS's close_notify into the output buffer. Caller holds the TLS lock.
 
-        unwrap() also reads on for the peer's, and would eat payload that is in the buffer: so
-        that is taken out before.
+        unwrap() also looks for the peer's close_notify, and would drop payload in the input buffer.
+        So that payload is moved to _early first.
         """
-        with contextlib.suppress(OSError):  # nothing left, or nothing that can be read any more
+        with contextlib.suppress(OSError):  # nothing is left, or TLS has failed
             while (self._tls_in.pending or tls.pending()) and (data := tls.read(READ_SIZE)):
                 self._early.append(data)
-        with contextlib.suppress(OSError):  # always: the peer's farewell is not there yet
+        with contextlib.suppress(OSError):  # it always raises: the peer's has not come yet
             tls.unwrap()
 
     def stop(self) -> None:
-        """End both directions: threads that read or write wake up. What the kernel has taken still
-        goes out. Any thread; the owner still calls close()."""
+        """End both directions: threads that read or write wake up. The kernel still sends what it
+        has. Any thread; the owner must still call close()."""
         self._linger()
         with contextlib.suppress(OSError), self._send_lock:  # ended already, which was the goal
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def reset(self) -> None:
-        """Break the connection: as stop(), and the peer sees a RST when it is closed, so nobody
-        takes what it has got for all there was."""
+        """Break the connection: as stop(), but close() sends RST, so that the peer does not take
+        the data for complete. Any thread."""
         with contextlib.suppress(OSError), self._send_lock:  # closed already
             self._broken = True
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-            # A FIN would look like an end, and shutting down the reading side sends none. It does
-            # not wake a writer; but one that waits does so behind bytes that a FIN does not pass.
+            # SHUT_WR would send FIN, which looks like a proper end. SHUT_RD sends none, but does
+            # not wake a waiting writer. If one waits, there are unsent bytes in front of the FIN,
+            # and the RST drops both.
             how = socket.SHUT_RDWR if self._writer_waits else socket.SHUT_RD
             self._socket.shutdown(how)
 
     def cut(self) -> None:
-        """Break the connection behind what was written: the peer gets all of that, and then the
-        RST. Waits for the peer's TCP, as long as it takes some in CUT_TIMEOUT. Writer only."""
+        """Break the connection after what was written: the peer gets all of that, then RST. Waits
+        until the peer's TCP has it, or has taken nothing for CUT_TIMEOUT. Writer only."""
         pause, most = CUT_LOOKS
         left, moved_at = self._untaken(), monotonic()
         while left and self._can_deliver():
@@ -555,8 +556,8 @@ class Duplex:
         self.reset()
 
     def _can_deliver(self) -> bool:
-        """Whether a RST would cost what the kernel still holds. Not if the connection is dead, nor
-        with AF_UNIX, which has none."""
+        """Whether the kernel can still deliver what it has. Not if the connection is dead; with
+        AF_UNIX there is no need to wait, since it has no RST."""
         try:
             state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         except OSError:
@@ -564,7 +565,7 @@ class Duplex:
         return not self._broken and state != TCP_CLOSE
 
     def stop_reading(self) -> None:
-        """Have the reader see an end, since nobody wants what it reads. Any thread."""
+        """Make the reader see an end, since its bytes are no longer needed. Any thread."""
         with contextlib.suppress(OSError), self._send_lock:
             self._socket.shutdown(socket.SHUT_RD)
 
@@ -573,15 +574,15 @@ class Duplex:
             raise ConnectionResetError("the connection was reset on this side")
 
     def close(self) -> None:
-        """Close the socket. Only when no other thread is in here any more (see stop())."""
+        """Close the socket. Only when no other thread uses the Duplex any more (see stop())."""
         if self._tls is not None and self._lingers and not self._finished and not self._broken:
-            # Without waiting: a farewell that does not fit now would only be a courtesy.
+            # Without waiting: the peer can do without a close_notify.
             with contextlib.suppress(OSError):
                 with self._tls_lock:
-                    self._say_farewell(self._tls)
+                    self._write_close_notify(self._tls)
                 self.flush()
         for selector in (self._read_wait, self._write_wait):
             if selector is not None:
                 selector.close()
-        with self._send_lock:  # a late sender must not find a descriptor that was given out anew
+        with self._send_lock:  # another thread's late call must not meet a reused descriptor
             self._socket.close()

@@ -1403,7 +1403,7 @@ def test_tls_farewell_in_the_breath_of_the_last_frames_is_seen():
         session.start()
         with right._tls_lock:  # a frame and the farewell in one segment, and TCP stays open
             right._tls.write(frame(PING, SYN, 0, 1))
-            right._say_farewell(right._tls)
+            right._write_close_notify(right._tls)
         right.flush()
         session.join(SOON)
         assert session.ended == "the peer closed the connection"
