@@ -1,16 +1,15 @@
-"""Serves one data stream at the agent: reads its hostname, dials the target, copies bytes.
+"""One data stream at the agent: read whom it is for, dial that target, copy bytes.
 
 A target is a port, plain or with TLS, or a unix socket.
 
-In http mode the visit is over as soon as either side ends: the gateway ends a stream when it has
-its answer (a Go gateway sends FIN then), and a target that has closed its connection answers no
-more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended. The
-same holds in http mode if the gateway asks for it, since the visitor wants to change the protocol
-(Upgrade).
+In http mode the exchange is over as soon as either side is: the gateway ends a stream when it has
+its answer (a Go gateway says so with FIN), and a target that has closed its connection answers no
+more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it; so
+it does in http mode where the gateway asks for it, since the visitor wants to change the protocol.
 
-The agent never reads the bytes. If an http target cannot be reached, the gateway gets the reason
-and answers 502; to a gateway that does not know such reasons (common/refusals.py) the agent sends a
-502 page itself. Our log tells the operator what to change.
+We never look into the bytes. If the target cannot be reached, in http mode, the gateway hears why,
+and answers 502; for a gateway that cannot hear it (common/refusals.py) we say that ourselves. What
+the operator has to change stands in our log.
 """
 
 import contextlib
@@ -19,7 +18,6 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import NamedTuple
 
@@ -27,10 +25,8 @@ from gotunnel import (
     REFUSED,
     RESET_JOIN,
     Deadline,
-    Ends,
     NoThread,
     ProtocolError,
-    Stream,
     pump,
     read_data_header,
     relay,
@@ -40,25 +36,24 @@ from gotunnel import (
 from .common import proxy_protocol
 from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
-from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED, Refusal
-from .config import Target, Tunnel
+from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED
 from .connect import addresses_of, connect
 
 log = logging.getLogger("gotunnel.target")
 
-DATA_HEADER_TIMEOUT = 10  # seconds; the gateway sends the header together with the SYN
-DIAL_TIMEOUT = 10  # seconds to connect to a target, its TLS handshake included
+DATA_HEADER_TIMEOUT = 10  # seconds; it leaves the gateway together with the SYN
+DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down; with its TLS
 
-# Seconds for the rest of an answer to reach a gateway that has ended its side of the stream.
+# Seconds for what was read of an answer to reach a gateway that has ended its side of the stream.
 ANSWER_TIMEOUT = 30
 
-# Longest interval, in seconds, between two checks whether a visit is idle. The timer of a visit
-# that has ended lives until its next check, so a long idle_timeout must not set the interval.
+# Seconds between two looks at whether a visit is idle: the look at one that has ended is forgotten
+# by then, however long its timeout is.
 LONGEST_LOOK = 60
 
 PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
-# What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
+# What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
 ADVICE = {
     9: "set this machine's clock",  # not yet valid
     10: "renew it",  # has expired
@@ -71,7 +66,7 @@ OTHER_ADVICE = "name its CA in target_ca_file"
 class Unserved(Exception):
     """There is no connection to a target; the text is for the log, ``refusal`` for the visitor."""
 
-    def __init__(self, refusal: Refusal, text: str):
+    def __init__(self, refusal, text):
         super().__init__(text)
         self.refusal = refusal
 
@@ -79,14 +74,13 @@ class Unserved(Exception):
 class Route(NamedTuple):
     """Where the visits of a hostname go.
 
-    ``tunnel`` is the configuration's. ``context`` checks the target's certificate; None for a
-    target without TLS. ``problem`` says why the gateway cannot serve the tunnel as the operator
-    wants, and then visits are turned away; "" if it can. ``awaits_port``: it can as soon as the
-    tunnel's public port is open. ``refusals``: the gateway makes the page for an http visit that is
-    turned away.
+    ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
+    if it speaks no TLS. ``problem`` says why the gateway cannot serve it as the operator wants, ""
+    if it can; visits are turned away. ``awaits_port``: it can as soon as its public port is open.
+    ``refusals``: the gateway makes the page of an http visit that is turned away.
     """
 
-    tunnel: Tunnel
+    tunnel: object
     context: ssl.SSLContext | None = None
     problem: str = ""
     awaits_port: bool = False
@@ -94,16 +88,16 @@ class Route(NamedTuple):
 
 
 class Targets:
-    """The open connections to targets, so that an agent that stops can end them."""
+    """The connections to targets that are open now, so that an agent that stops can end them."""
 
-    def __init__(self) -> None:
-        self._open: set[Duplex] = set()
+    def __init__(self):
+        self._open = set()
         self._over = False  # reset() was called
         self._lock = threading.Lock()  # guards both
 
     @contextlib.contextmanager
-    def hold(self, target: Duplex) -> Iterator[None]:
-        """Count ``target`` among them during a ``with`` block, and close it at its end."""
+    def hold(self, target):
+        """Have a target, a Duplex, among them for the length of a block, and close it."""
         with self._lock:
             self._open.add(target)
             over = self._over
@@ -116,36 +110,36 @@ class Targets:
                 self._open.discard(target)
             target.close()
 
-    def reset(self) -> None:
-        """Reset all of them, and each that hold() gets from now on."""
+    def reset(self):
+        """Break all of them, and those that come."""
         with self._lock:
             self._over = True
             for target in self._open:
                 target.reset()
 
 
-def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Targets) -> None:
+def serve(stream, find_route, targets):
     """Serve one data stream to its end. Raises nothing: what goes wrong is logged.
 
-    ``find_route(hostname)`` returns the Route of a hostname, or None; ``targets`` are the agent's.
+    ``find_route(hostname)`` gives the Route of a hostname, or None; ``targets`` are the agent's.
     """
     try:
         name, ends, relayed = read_data_header(
             lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT)
         )
     except (OSError, ProtocolError) as error:
-        # A visitor that leaves at once is normal.
+        # A visitor that leaves at once is no news.
         level = logging.DEBUG if isinstance(error, ConnectionError) else logging.WARNING
         log.log(level, "stream %d dropped: %s", stream.id, error)
         stream.reset()
         return
     route = find_route(hostname_of(name))
     if route is None:
-        log.warning("stream %d refused: this agent has no tunnel for %.253r", stream.id, name)
+        log.warning("stream %d dropped: no tunnel for %.253r", stream.id, name)
         stream.reset(code=REFUSED)
         return
     tunnel = route.tunnel
-    if route.problem:  # logged when the gateway's answer came
+    if route.problem:  # which the log has said when the gateway did
         refuse(stream, route, MISCONFIGURED)
         return
     try:
@@ -164,7 +158,7 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
             elif tunnel.idle_timeout is None:
                 relay(stream, target)
             else:
-                relay_watched(stream, target, tunnel.hostname, tunnel.idle_timeout)
+                relay_watched(stream, target, tunnel)
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", tunnel.hostname, error)
             stream.reset()
@@ -173,15 +167,15 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
 
 
 def hostname_of(name: str) -> str:
-    """The hostname in a data header. A Go gateway writes the visitor's Host there, in any case and
-    with a port behind it."""
+    """The hostname in a data header, where a Go gateway writes the visitor's Host: any case, and
+    a port behind it."""
     host, colon, port = name.rpartition(":")
     return normal_hostname(host if colon and port.isdigit() else name)
 
 
-def introduction(version: str, ends: Ends | None) -> bytes:
-    """The first bytes for a target: a PROXY header of that ``version`` with the visitor's address;
-    b"" if version is "". It goes before TLS, as its specification says."""
+def introduction(version, ends) -> bytes:
+    """What a target hears first: its visitor's address, by the PROXY protocol if there is a
+    ``version`` of it. Before TLS, as its specification says."""
     if not version:
         return b""
     if ends is None:
@@ -189,11 +183,11 @@ def introduction(version: str, ends: Ends | None) -> bytes:
     return proxy_protocol.encode(version, ends.visitor, ends.door)
 
 
-def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> Duplex:
-    """Connect to a target of the configuration and send it the ``first`` bytes, then start TLS if
-    there is a ``context``.
+def dial(target, context, first=b""):
+    """Connect to a target of the configuration, and send it the ``first`` bytes; with TLS after
+    them if there is a ``context``.
 
-    Raises Unserved, at the latest DIAL_TIMEOUT after the name was resolved.
+    Returns a Duplex. Raises Unserved, DIAL_TIMEOUT after the name was resolved at the latest.
     """
     try:
         if target.path:
@@ -218,20 +212,19 @@ def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> 
         raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
 
 
-def _introduce(duplex: Duplex, first: bytes) -> Duplex:
+def _introduce(duplex, first):
     try:
-        duplex.send(first)  # a few bytes, for which a new connection always has room
+        duplex.send(first)  # some bytes, for which a new connection always has room
         return duplex
     except OSError:
         duplex.close()
         raise
 
 
-def _connect_unix(path: str) -> socket.socket:
+def _connect_unix(path):
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Not settimeout(): if the target's backlog is full, connect() waits on a blocking socket,
-        # and fails on a non-blocking one.
+        # Not settimeout(): a socket that does not block is refused if the target's backlog is full.
         timeval = struct.pack("ll", DIAL_TIMEOUT, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         sock.connect(path)
@@ -244,7 +237,7 @@ def _connect_unix(path: str) -> socket.socket:
         raise
 
 
-def _start_tls(duplex: Duplex, context: ssl.SSLContext, host: str, deadline: Deadline) -> None:
+def _start_tls(duplex, context, host, deadline):
     try:
         duplex.start_tls(context, server_side=False, server_hostname=normal_hostname(host))
         duplex.handshake_within(deadline.left())
@@ -253,25 +246,25 @@ def _start_tls(duplex: Duplex, context: ssl.SSLContext, host: str, deadline: Dea
         raise
 
 
-def exchange(stream: Stream, target: Duplex) -> None:
+def exchange(stream, target):
     """Copy both ways until either side has ended."""
-    stream.on_death(target.stop_reading)  # _ask() still passes on what has come
+    stream.on_death(target.stop_reading)  # what has come still goes to the target, by _ask()
     asked = threading.Event()
     answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target, asked)
     if _ask(stream, target):
-        target.stop()  # the gateway has its answer: free the target and the thread that reads it
+        target.stop()  # the gateway has what it wants: free the target, and the thread that reads
     else:
         target.cut()
     asked.set()
     answer.join(ANSWER_TIMEOUT)
-    if answer.is_alive():  # it is blocked in a write that the gateway does not take
+    if answer.is_alive():  # it writes what the gateway does not take any more
         stream.reset()
         answer.join(RESET_JOIN)
 
 
-def relay_watched(stream: Stream, target: Duplex, hostname: str, idle_timeout: float) -> None:
-    """relay(), but reset the stream when no byte has passed for ``idle_timeout`` seconds."""
-    watched = Watched(target, stream, hostname, idle_timeout)
+def relay_watched(stream, target, tunnel):
+    """relay(), which ends when nothing has passed for the tunnel's ``idle_timeout``."""
+    watched = Watched(target, stream, tunnel)
     try:
         relay(stream, watched)
     finally:
@@ -279,62 +272,59 @@ def relay_watched(stream: Stream, target: Duplex, hostname: str, idle_timeout: f
 
 
 class Watched:
-    """A target as an end of a relay. It resets the stream when no byte has passed for
-    ``idle_timeout`` seconds."""
+    """A target as an end of a relay that is broken when nothing has passed it for a while."""
 
-    def __init__(self, duplex: Duplex, stream: Stream, hostname: str, idle_timeout: float):
+    def __init__(self, duplex, stream, tunnel):
         self.finish, self.reset = duplex.finish, duplex.reset
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._over = threading.Event()
         self.end = self._over.set  # to be called when the relay has ended
-        # Directions in which bytes are being written at the moment, perhaps slowly.
-        self._passing_on: set[str] = set()
+        self._passing_on = set()  # the directions in which a byte is on its way, perhaps slowly
         self._duplex = duplex
         self._stream = stream
-        self._hostname = hostname
-        self._idle_timeout = idle_timeout
+        self._tunnel = tunnel
         self._moved_at = monotonic()
         self._lock = threading.Lock()  # guards _passing_on and _moved_at
         self._look_later()
 
-    def read(self) -> bytes:
+    def read(self):
         self._note("answer", passing_on=False)
         data = self._duplex.read()
         self._note("answer", passing_on=bool(data))
         return data
 
-    def write(self, data: bytes) -> None:
+    def write(self, data):
         self._note("question", passing_on=True)
         self._duplex.write(data)
         self._note("question", passing_on=False)
 
-    def _note(self, direction: str, *, passing_on: bool) -> None:
+    def _note(self, direction, *, passing_on):
         with self._lock:
             self._moved_at = monotonic()
             (self._passing_on.add if passing_on else self._passing_on.discard)(direction)
 
-    def _look_later(self) -> None:
+    def _look_later(self):
         with self._lock:
             if self._passing_on:
                 self._moved_at = monotonic()
-            left = self._moved_at + self._idle_timeout - monotonic()
+            left = self._moved_at + self._tunnel.idle_timeout - monotonic()
         if left > 0:
             self._stream.call_later(min(left, LONGEST_LOOK), self._look)
         else:
-            log.info("%s: a visit ends: no byte for %g s (idle_timeout)",
-                     self._hostname, self._idle_timeout)  # fmt: skip
+            log.info("%s: a visit ends, idle for %g s",
+                     self._tunnel.hostname, self._tunnel.idle_timeout)  # fmt: skip
             self._stream.reset("the visit was idle")
 
-    def _look(self) -> None:
-        """Demultiplexer thread: must not block."""
+    def _look(self):
+        """Demultiplexer: waits for nothing."""
         if not self._over.is_set():
             self._look_later()
 
 
-def _ask(stream: Stream, target: Duplex) -> bool:
-    """Pass requests on until the stream ends. Returns whether it ended with FIN. A target that
-    reads no more of a request may have answered it already ("too large"): then the rest of the
-    request is dropped, and the answer still passes."""
+def _ask(stream, target):
+    """Pass requests on until the stream ends; whether it has ended well. A target that takes no
+    more of one may have answered it already ("too large"), so what is left is dropped, and the
+    answer is not."""
     try:
         while data := stream.read():
             try:
@@ -348,15 +338,15 @@ def _ask(stream: Stream, target: Duplex) -> bool:
         return False
 
 
-def _answer(stream: Stream, target: Duplex, asked: threading.Event) -> None:
+def _answer(stream, target, asked):
     pump(target, stream)
     stream.close()
-    if not asked.wait(ANSWER_TIMEOUT):  # _ask() is blocked in a write that the target does not take
+    if not asked.wait(ANSWER_TIMEOUT):  # the target does not take what nobody needs any more
         target.reset()
 
 
-def refuse(stream: Stream, route: Route, refusal: Refusal) -> None:
-    """Turn the visit away, and tell the gateway or the visitor why."""
+def refuse(stream, route, refusal):
+    """Say that the visit cannot be served, and why: a Refusal."""
     if route.tunnel.mode != "http":
         stream.reset(code=REFUSED)
         return
@@ -373,6 +363,6 @@ def refuse(stream: Stream, route: Route, refusal: Refusal) -> None:
     )
     try:
         stream.write(head.encode() + page, timeout=DIAL_TIMEOUT)
-    except OSError:  # the gateway takes no more: a partial page must not look complete
+    except OSError:  # the gateway does not want it any more; a part must not look whole
         stream.reset()
     stream.close()

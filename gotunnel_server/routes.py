@@ -33,6 +33,7 @@ class Tunnel(Protocol):
     """What visits need of the tunnel that serves their Route. agents/tunnel.py implements it, and
     says what each method does."""
 
+    agent: Any  # a registration.Agent, for the agents' wing and the hall, which know the type
     half_close: bool  # the agent can pass a visitor's half-close on to its target
     upgrades: bool  # ... also in http mode, on a stream opened with ``relayed``
 
@@ -57,6 +58,8 @@ class Tunnel(Protocol):
     def keep_own(self, route: Route, owner: object, stream: Stream) -> None: ...
 
     def drop_own(self, owner: object) -> None: ...
+
+    def tell_certificate(self, hostname: str) -> None: ...
 
 
 class Policy(Protocol):

@@ -1,66 +1,71 @@
-"""Failed attempts to register, counted by address: first free, then slow, then few are looked at.
+"""Slows down the guessing of tokens: failed registrations are counted by address.
 
-What an address may do in a minute that begins with its first failure:
+What happens in a minute that begins with an address's first failure:
 
     failures            what happens
     1 to 10             refused at once
     11 to 120           refused after a delay, 0.25 s more each time, at most 5 s
-    more                the address is closed: of its connections only so many a second get to TLS
-                        (OPENINGS), and of their tokens only so many are looked at (CHECKS)
+    more                the address is closed: only so many of its connections a second get to TLS
+                        (OPENINGS), and only so many of their tokens are checked (CHECKS)
 
-Only refusals are delayed: a good token gets in at once, also from an address that is slow. That is
-for the agents behind one NAT, of which one has a wrong secret, and for those behind a load balancer
-or in a container network, where strangers have their address, too. So nor is a good token lost at
-an address that is closed: an agent whose token was good before is looked at in any case, by its
-instance, and any other one as often as it takes its turn among the strangers. A Go agent with a
-wrong secret comes back every 2 s, so 30 times a minute, and less often once it waits for its
-refusals: it makes its address slow and never closes it, and it takes a dozen of them together to do
-that. Nobody's success clears the count either; it ends with its minute.
+Only refusals are delayed. A good token gets in at once, also from a slow address: several agents
+may be behind one NAT, one of them with a wrong secret; and behind a load balancer or in a container
+network strangers have the agents' address. For their sake a closed address does not lock out good
+tokens either. The token of an agent that was registered before, which its instance shows, is always
+checked; other agents compete with the strangers for the checks.
 
-An IPv6 address counts with its /64, which is what one subscriber has.
+A Go agent with a wrong secret comes back every 2 s, 30 times a minute, and less often once it waits
+for its refusals. So it makes its address slow, but cannot close it; a dozen of them together can. A
+success does not clear the count, which ends with its minute.
+
+An IPv6 address counts by its /64, the smallest block that a subscriber gets.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from time import monotonic
 
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.token_bucket import Buckets
 
-MINUTE = 60  # seconds that failures are counted together
-FREE_FAILURES = 10  # a mistyped secret, tried a few times
+MINUTE = 60  # seconds for which failures are counted
+FREE_FAILURES = 10  # enough for a mistyped secret, tried a few times
 DELAY_STEP = 0.25  # seconds that each further failure adds
 MOST_DELAY = 5.0  # seconds; a registration has 10 (newcomer.py), and agents wait longer
-MOST_FAILURES = 120  # four times what a Go agent makes that nobody slows down
-# Of an address that is closed. Handshakes a second, which take a tenth of a CPU; then tokens that
-# are looked at, which bounds how many secrets can be tried: Go agents are in after some tries of
-# 2 s each, unless strangers come a hundred times a second from the same address.
+MOST_FAILURES = 120  # four times what a Go agent makes without delays
+# Handshakes of a closed address, a second and at once: 50 take a tenth of a CPU.
 OPENINGS_A_SECOND, OPENINGS = 50, 50
+# Checked tokens of a closed address, a second and at once. They bound how many secrets an attacker
+# can try. A Go agent is in after a few tries of 2 s each, unless strangers come a hundred times a
+# second from its address.
 CHECKS_A_SECOND, CHECKS = 10, 20
-# Instances whose last token was good; of more, those that came last. Some 200 bytes each.
+# Remembered instances whose last token was good, the latest ones. Some 200 bytes each.
 MOST_KNOWN = 4096
-# Addresses that are remembered, some 200 bytes each. When there are more, the one with the fewest
-# failures is forgotten: to have its own forgotten, an attacker needs as many others with more each.
+# Remembered addresses, some 200 bytes each. Beyond it the one with the fewest failures is
+# forgotten. To have its own address forgotten, an attacker needs so many others with more failures.
 MOST_ADDRESSES = 4096
 
 
 class Attempts:
-    """The failures of the last minute. Any thread; addresses are IP addresses as text."""
+    """The failures of the last minute. Any thread. Addresses are IP addresses as text; their key is
+    addresses.counted_by()."""
 
-    def __init__(self, now=monotonic):
+    def __init__(self, now: Callable[[], float] = monotonic):
         """``now()`` gives monotonic seconds."""
         self._now = now
-        self._counts = OrderedDict()  # key: [monotonic end of its minute, failures]; oldest first
-        self._openings = Buckets(OPENINGS_A_SECOND, OPENINGS)  # by key, as are these:
+        # Key: (monotonic end of its minute, failures); the oldest first.
+        self._counts: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
+        self._openings = Buckets(OPENINGS_A_SECOND, OPENINGS)  # by key, as the next one
         self._checks = Buckets(CHECKS_A_SECOND, CHECKS)
-        self._known = OrderedDict()  # instances: None; the latest last
+        self._known: OrderedDict[str, None] = OrderedDict()  # instances; the latest last
         self._lock = threading.Lock()  # guards these four
 
     def failed(self, address: str, instance: str = "") -> str:
-        """An attempt from there has failed, of an agent with that instance. Returns what changes by
-        it for the address, for the log; "" if nothing does."""
+        """Count a failure of an agent with that instance. Returns a line for the log if from now on
+        the address is treated otherwise, else ""."""
         key, now = counted_by(address), self._now()
         with self._lock:
             self._known.pop(instance, None)
@@ -68,21 +73,22 @@ class Attempts:
             if key not in self._counts:
                 if len(self._counts) >= MOST_ADDRESSES:
                     del self._counts[self._coldest()]
-                self._counts[key] = [now + MINUTE, 0]
-            self._counts[key][1] += 1
-            failures = self._counts[key][1]
+                self._counts[key] = (now + MINUTE, 0)
+            ends, failures = self._counts[key]
+            failures += 1
+            self._counts[key] = (ends, failures)
         if failures == FREE_FAILURES + 1:
-            return f"{failures} bad tokens came in a minute: further refusals are slow"
+            return f"{failures} bad tokens came in a minute: further refusals are delayed"
         if failures == MOST_FAILURES + 1:
             return (
                 f"{failures} bad tokens came in a minute: for now {CHECKS_A_SECOND} a second are "
-                "looked at, and those of agents that were registered before; if it is a proxy, "
-                "TRUSTED_PROXIES and the PROXY protocol tell its agents apart"
+                "checked, and those of agents that were registered before; if it is a proxy, name "
+                "it in TRUSTED_PROXIES and have it send the PROXY protocol"
             )
         return ""
 
-    def proved(self, instance: str):
-        """An agent with that instance has shown a good token."""
+    def proved(self, instance: str) -> None:
+        """The token of an agent with that instance was good."""
         if not instance:
             return
         with self._lock:
@@ -97,7 +103,7 @@ class Attempts:
         return min(excess * DELAY_STEP, MOST_DELAY)
 
     def closed(self, address: str) -> bool:
-        """Whether only some of its connections and tokens are looked at for now."""
+        """Whether only some of its connections and tokens get a chance for now."""
         return self._failures(address) > MOST_FAILURES
 
     def may_open(self, address: str) -> bool:
@@ -105,7 +111,7 @@ class Attempts:
         return not self.closed(address) or self._take(self._openings, address)
 
     def may_show(self, address: str, instance: str) -> bool:
-        """Whether the token of an agent with that instance is looked at."""
+        """Whether the token of an agent with that instance is checked."""
         if not self.closed(address):
             return True
         with self._lock:
@@ -113,7 +119,7 @@ class Attempts:
                 return True
         return self._take(self._checks, address)
 
-    def _take(self, buckets, address):
+    def _take(self, buckets: Buckets, address: str) -> bool:
         key, now = counted_by(address), self._now()
         with self._lock:
             free = not buckets.wait(key, now)
@@ -121,20 +127,20 @@ class Attempts:
                 buckets.take(key, now)
             return free
 
-    def _failures(self, address):
+    def _failures(self, address: str) -> int:
         key, now = counted_by(address), self._now()
         with self._lock:
             self._forget_old(now)
             return self._counts[key][1] if key in self._counts else 0
 
-    def _coldest(self):
-        """The address with the fewest failures. Caller holds the lock."""
+    def _coldest(self) -> Hashable:
+        """The key with the fewest failures. Caller holds the lock."""
         for key, (_, failures) in self._counts.items():
-            if failures == 1:  # there are no fewer: the first will do, and is soon found
+            if failures == 1:  # the minimum: no need to look on
                 return key
         return min(self._counts, key=lambda key: self._counts[key][1])
 
-    def _forget_old(self, now):
+    def _forget_old(self, now: float) -> None:
         """Caller holds the lock."""
         while self._counts and next(iter(self._counts.values()))[0] <= now:
             self._counts.popitem(last=False)

@@ -21,16 +21,15 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jwt
 
-from gotunnel_agent.common.hostnames import WILDCARD
 from gotunnel_agent.common.one_line import on_one_line
 
 from . import agents_file, scope
-from .agents_file import MAX_NAME, AgentsFileError, Entry, Limits
+from .agents_file import MAX_NAME, AgentsFileError, Entry
+from .identity import MOST_SHOWN, Identity
 
 log = logging.getLogger("gotunnel.credentials")
 
@@ -38,7 +37,6 @@ ALGORITHM = "HS256"
 CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off; few small hosts keep better time
 MAX_TOKEN = 64 * 1024  # characters; tokens have some hundred, and a control message has no more
 MOST_TIME = 253_402_300_800  # the year 10000, in seconds: later is a time in milliseconds
-MOST_SHOWN = 100  # characters of a token's text in a reason
 
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")  # RFC 7515 §3.1
 
@@ -48,49 +46,6 @@ warnings.filterwarnings("ignore", message="The HMAC key is")
 
 class TokenInvalid(Exception):
     """A token does not prove what its bearer says; the text, which that one may read, says why."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a token speaks for, and what may be claimed with it."""
-
-    issuer: str  # "" if the token names none
-    hosts: tuple[str, ...] | None = None  # patterns, as in scope.py; None: any hostname
-    ports: tuple[range, ...] | None = None  # None: any that the gateway gives
-    entry: Entry | None = field(default=None, repr=False)  # of AGENTS_FILE, None: not in there
-    ends: float | None = None  # wall-clock seconds; None: its bearer signs tokens itself
-
-    @property
-    def name(self) -> str:
-        """The issuer, for a line of the log."""
-        return on_one_line(self.issuer, MOST_SHOWN)
-
-    @property
-    def credential(self) -> tuple[str, str]:
-        """What two tokens have in common that are of the same credential."""
-        return ("shared" if self.entry is None else "agent", self.issuer)
-
-    @property
-    def limits(self) -> Limits:
-        return Limits() if self.entry is None else self.entry.limits
-
-    def why_not(self, hostname: str) -> str | None:
-        """Why a hostname, as normal_hostname() gives it, may not be claimed; None: it may."""
-        if self.hosts is None:
-            if hostname.startswith(WILDCARD):
-                return "a wildcard needs a credential that names the hostnames it is for"
-            return None
-        if scope.allows(self.hosts, hostname):
-            return None
-        return f"this credential may claim {scope.shown(self.hosts)}"
-
-    def why_not_port(self, port: int) -> str | None:
-        """Why a public port may not be had; None: it may."""
-        if self.ports is None or any(port in ports for ports in self.ports):
-            return None
-        if not self.ports:
-            return "this credential may have no public port"
-        return f"this credential may have the ports {scope.shown(self.ports)}"
 
 
 class Credentials:

@@ -1,69 +1,76 @@
-"""Pings and pongs: whether a registered agent lives.
+"""Finds out by pings and pongs whether a registered agent lives.
 
-An agent is pinged every PING_INTERVAL, as a Go gateway does it. When another agent wants one of its
-hostnames (takeover.py), it is asked: it is pinged at once, and has ANSWER_TIMEOUT for its pong.
+An agent is pinged every PING_INTERVAL, as a Go gateway does it. When another agent claims one of
+its hostnames (takeover.py), it is asked: it is pinged at once and has ANSWER_TIMEOUT for its pong.
 """
 
 import threading
+from collections.abc import Callable
 from time import monotonic, time
 
-from gotunnel import Ping, Pong, ProtocolError
+from gotunnel import Ping, Pong, ProtocolError, Session
 
-PING_INTERVAL = 15  # seconds between pings, as the Go gateway's
-PONG_TIMEOUT = 20  # seconds without a pong that end the session, as the Go gateway's
-BEAT = 5  # seconds between looks at the control stream
-ANSWER_TIMEOUT = 3  # seconds for a pong, while another agent waits for the hostname
-ANSWER_LOOK = 0.1  # seconds between looks for it
-# Seconds. An agent that has sent any byte so lately lives: its pong may wait behind an upload.
+from .control_stream import ControlStream
+
+PING_INTERVAL = 15  # seconds between pings, as with the Go gateway
+PONG_TIMEOUT = 20  # seconds without a pong until the session ends, as with the Go gateway
+BEAT = 5  # interval of reading the control stream, in seconds
+ANSWER_TIMEOUT = 3  # seconds that an agent has for a pong while another one waits
+ANSWER_LOOK = 0.1  # interval of looking for that pong, in seconds
+# Any byte in the last so many seconds counts as an answer: the pong may wait behind an upload
+# (head-of-line blocking).
 SIGN_OF_LIFE = 1
 
 
 class Heartbeat:
     """The heartbeat of one session.
 
-    Invariant: a session lives on only while its last pong is at most PING_INTERVAL + PONG_TIMEOUT
-    old. An agent that was asked has answered if a pong came after the question had been sent, or if
-    any byte came in the last SIGN_OF_LIFE of its time. An agent that has not answered in time is
-    reported once.
+    Invariants: The last pong of a session is at most PING_INTERVAL + PONG_TIMEOUT old, else the
+    session ends. An asked agent has answered if a pong came after the question was sent, or any
+    byte in the last SIGN_OF_LIFE of its time. An agent that does not answer in time is reported
+    once.
 
-    ask() and has_answered() are for any thread. All else is done by the session's demultiplexer,
-    as timers, and waits for nothing.
+    ask() and has_answered() are for any thread. All else happens in timers of the session's
+    demultiplexer, and waits for nothing.
     """
 
-    def __init__(self, session, control, on_silence):
-        """``control`` is the session's ControlStream. ``on_silence(reason)`` is called if the agent
-        was asked and did not answer."""
+    def __init__(
+        self, session: Session, control: ControlStream, on_silence: Callable[[str], object]
+    ):
+        """``control`` is the session's. ``on_silence(reason)`` is called if the agent was asked and
+        did not answer."""
         self._session = session
         self._control = control
         self._on_silence = on_silence
         self._ping_at = self._pong_at = monotonic()  # next ping due, last pong; demultiplexer only
-        self._lock = threading.Lock()  # guards the next two
-        self._asked_at = None  # monotonic, while a claim waits for an answer
+        self._lock = threading.Lock()  # guards the next three
+        self._is_asked = False  # a claim waits for an answer
+        self._asked_at = 0.0  # monotonic, of the last question
         self._answered_at = 0.0  # monotonic, of the last answer
 
-    def start(self):
-        """Begin to count, right before the session's demultiplexer starts."""
+    def start(self) -> None:
+        """Begin to count. To be called right before the session's demultiplexer starts."""
         self._pong_at = monotonic()
         self._ping_at = self._pong_at + PING_INTERVAL
         self._session.call_later(BEAT, self._beat)
 
     def ask(self) -> float:
-        """Have the agent show that it lives. Returns since when (monotonic) it is asked."""
+        """Ask the agent for a sign of life. Returns since when (monotonic) it is asked."""
         with self._lock:
-            first = self._asked_at is None
+            first = not self._is_asked
             if first:
-                self._asked_at = monotonic()
+                self._is_asked, self._asked_at = True, monotonic()
             since = self._asked_at
         if first:
             self._session.call_later(0, self._ask)
         return since
 
-    def has_answered(self, since) -> bool:
-        """Whether the agent has answered a question of ``since``, as ask() returned it."""
+    def has_answered(self, since: float) -> bool:
+        """Whether the agent has answered the question of ``since``, as ask() returned it."""
         with self._lock:
             return self._answered_at > since
 
-    def _beat(self):
+    def _beat(self) -> None:
         now = monotonic()
         try:
             self._take_pongs(now)
@@ -78,20 +85,20 @@ class Heartbeat:
             return
         self._session.call_later(BEAT, self._beat)
 
-    def _take_pongs(self, now):
+    def _take_pongs(self, now: float) -> None:
         if any(isinstance(message, Pong) for message in self._control.read()):
             self._pong_at = now
             with self._lock:
                 self._answered_at = now
 
-    def _ask(self):
-        """Ping at once. The agent's time begins only now, however long this timer was late."""
+    def _ask(self) -> None:
+        """Ping at once. The agent's time begins only now, so that a late timer takes none of it."""
         with self._lock:
             self._asked_at = monotonic()
         self._control.tell(_ping())
         self._await_answer()
 
-    def _await_answer(self):
+    def _await_answer(self) -> None:
         now = monotonic()
         try:
             self._take_pongs(now)
@@ -104,7 +111,7 @@ class Heartbeat:
                 self._answered_at = now
             answered = self._answered_at > self._asked_at
             if answered:
-                self._asked_at = None
+                self._is_asked = False
         if answered:
             return
         if late:
@@ -113,5 +120,5 @@ class Heartbeat:
         self._session.call_later(ANSWER_LOOK, self._await_answer)
 
 
-def _ping():
+def _ping() -> Ping:
     return Ping(int(time() * 1000))

@@ -1,21 +1,24 @@
-"""How much the agents of one credential may have at once. Values in, verdict out."""
+"""Checks what the agents of one credential have at once against its limits. Values in, verdict
+out."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..routes import AgentBusy
+from .agents_file import Limits
 
 
 class Usage(NamedTuple):
-    """What one session has now: ``streams``, those included that are kept for the next visit, and
-    ``visits``."""
+    """What one session has now. ``streams`` are more than ``visits``: some are kept for the next
+    visit."""
 
     streams: int
     visits: int
 
 
-def check(limits, usages, streams: int):
-    """Whether there may be another visit, that takes so many ``streams`` more: 1, or 0 for one that
-    was kept. ``limits``: an agents_file.Limits. Raises AgentBusy."""
+def check(limits: Limits, usages: Sequence[Usage], streams: int) -> None:
+    """Raises AgentBusy if there may not be another visit that takes so many ``streams`` more: 1, or
+    0 for a stream that was kept. ``usages``: what each session of the credential has."""
     for name, count, more in (
         ("streams", sum(usage.streams for usage in usages), streams),
         ("visits", sum(usage.visits for usage in usages), 1),

@@ -1,7 +1,8 @@
-"""A stranger at the agents' port, until it is registered or refused.
+"""Registers agents: takes a connection to the tunnel port through TLS, token and claim, or refuses
+it.
 
-A newcomer costs no thread: its connection is parked with the port's listener, and a worker takes
-the next step when there is something to read. RULES says which step a stage takes:
+A newcomer costs no thread. Its connection is parked with the port's listener, and a worker takes
+the next step when the peer has sent something. RULES says which stages may follow each other:
 
     INTRODUCTION (of a trusted proxy)
         |
@@ -11,17 +12,24 @@ the next step when there is something to read. RULES says which step a stage tak
                                 |          \\   \\
                                 \\--> HEAR_OUT, PARTING --> closed
 
-From CLAIM on there is a Tunnel, which holds hostnames as soon as the claim is decided.
+From CLAIM on there is a Tunnel. It holds its hostnames as soon as the claim is decided.
 """
 
+from __future__ import annotations
+
+import contextlib
 import enum
 import logging
+import math
 import re
+import socket
+import ssl
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from gotunnel import (
     INTERNAL_ERROR,
@@ -35,59 +43,68 @@ from gotunnel import (
     SessionClosed,
 )
 from gotunnel_agent.common import proxy_protocol
+from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
 
 from ..net import client_hello
-from ..routes import HostnameTaken
+from ..net.listener import Address, Listener
+from ..net.shares import Addresses, Seat
+from ..routes import HostnameTaken, Route
 from . import takeover
+from .attempts import Attempts
 from .control_stream import ControlStream
 from .credentials import TokenInvalid
-from .registration import MAX_INSTANCE, Agent, NotGranted, read_routes
-from .tunnel import Tunnel
+from .registration import MAX_INSTANCE, Agent, NotGranted, ReadPolicy, read_routes
+from .tunnel import Tunnel, Tunnels
 
 log = logging.getLogger("gotunnel.newcomer")
 
 REGISTER_TIMEOUT = 10  # seconds from the first byte to a complete registration
-PARTING_TIMEOUT = 3  # seconds that a refused agent has to read why
-# Bytes that a session takes of a stranger in one go, so that no step takes long; and those that may
-# come beside the bytes of its messages: 341 headers of frames, of which a registration has a few.
+PARTING_TIMEOUT = 3  # seconds that a refused agent has to read the reason
+# Bytes that a newcomer's session reads at a time, so that no step takes long.
 STRANGERS_READ = 4 * 1024
+# Bytes that a newcomer may send beside its messages: 341 frame headers. A registration has a few.
 STRANGERS_WASTE = 4 * 1024
-# Bytes behind TLS that are worth a wait more before a stranger counts as one that trickles: its
-# message may be long, and comes in segments of a kilobyte and more.
+# A long registration comes in segments of a kilobyte and more. So each PIECE bytes behind TLS allow
+# one wait more before a newcomer counts as trickling (listener.FREE_WAITS).
 PIECE = 256
-HEARD_OUT = 1024 * 1024  # bytes that a stranger may go on sending when it has been refused
-MOST_REFUSALS = 256  # remembered ones, so that each is logged once ...
-REFUSAL_MEMORY = 600  # ... in so many seconds: a Go agent comes back every 2
+HEARD_OUT = 1024 * 1024  # bytes that a refused newcomer may go on sending
+# Remembered refusals, so that a repeated one is logged once in REFUSAL_MEMORY seconds. A Go agent
+# comes back every 2 s.
+MOST_REFUSALS = 256
+REFUSAL_MEMORY = 600
+UNHEARD_SILENCE = 60  # seconds between two lines about connections of one address closed unheard
+
+Key = TypeVar("Key", bound=Hashable)
 
 _SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 
 
 class NotAdmitted(Exception):
-    """The gateway says no; the text is for the agent. ``in_the_middle``: the agent has not said
-    all yet. ``brief``: close the connection behind the text, without time for the agent to read
-    it. For refusals that come by the hundred, which must not keep their places; an agent that has
-    sent no more than its registration reads the text all the same."""
+    """The gateway refuses an agent; the text is for the agent.
 
-    def __init__(self, text, in_the_middle=False, brief=False):
+    ``brief``: close the connection right behind the text. For refusals that come by the hundred,
+    whose connections must not keep their places. An agent that has sent no more than its
+    registration reads the text all the same."""
+
+    def __init__(self, text: str, brief: bool = False):
         super().__init__(text)
-        self.in_the_middle = in_the_middle
         self.brief = brief
 
 
 class Flood(ProtocolError):
-    """A stranger sends what no registration needs."""
+    """A newcomer sends more than any registration needs."""
 
 
 class Rationed(Duplex):
-    """A connection of which a session reads little in one go, as long as ``rationed``."""
+    """A connection from which a session reads little at a time while ``rationed``."""
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket):
         super().__init__(sock)
         self.rationed = True
-        self.received = 0  # bytes, behind TLS, while it was
+        self.received = 0  # bytes behind TLS while it was rationed
 
-    def receive_into(self, view):
+    def receive_into(self, view: memoryview) -> int | None:
         if not self.rationed:
             return super().receive_into(view)
         count = super().receive_into(view[:STRANGERS_READ])
@@ -95,19 +112,39 @@ class Rationed(Duplex):
         return count
 
 
+class Challenges(Protocol):
+    """What newcomers need of certs/challenges.py."""
+
+    def context(self, hostname: str | None) -> ssl.SSLContext | None:
+        """The TLS context that proves a hostname to a CA; None if no proof was published."""
+
+
 class Newcomers:
-    """The newcomers of a port, and what they need. Any thread."""
+    """The newcomers of a port, and what they share. Any thread."""
+
+    listener: Listener  # set before it is started
 
     def __init__(
-        self, tunnels, *, context, challenges, attempts, proxies, read_policy, max_hosts, submit,
-        stall_timeout=STALL_TIMEOUT,
-    ):  # fmt: skip
-        """``tunnels`` gets those that are registered. ``context(sni)`` is the TLS context of a
-        handshake, ``challenges`` what a CA may find there. ``attempts`` counts bad tokens.
-        ``proxies`` are the addresses whose PROXY header is believed. ``read_policy`` is as for
-        read_routes(). ``submit(function)`` has a worker of registrations call it, which may wait
-        for the disk. No newcomer has more than one call there, so its queue is never longer than
-        the listener's limit of connections. ``stall_timeout``: see Duplex."""
+        self,
+        tunnels: Tunnels,
+        *,
+        context: Callable[[str | None], ssl.SSLContext],
+        challenges: Challenges,
+        attempts: Attempts,
+        proxies: Addresses,
+        read_policy: ReadPolicy,
+        max_hosts: int,
+        submit: Callable[[Callable[[], object]], object],
+        stall_timeout: float = STALL_TIMEOUT,
+    ):
+        """``tunnels`` gets the registered agents. ``context(sni)`` is the TLS context of a
+        handshake; ``challenges`` are for CAs that validate at this port. ``attempts`` counts bad
+        tokens. ``proxies`` are the addresses whose PROXY header is believed. ``read_policy`` is as
+        for read_routes().
+
+        ``submit(function)`` has a worker of registrations call it, which may wait for the disk. A
+        newcomer has at most one call there, so that queue is never longer than the listener's
+        limit of connections. ``stall_timeout``: see Duplex."""
         self.tunnels = tunnels
         self.context = context
         self.challenges = challenges
@@ -118,14 +155,13 @@ class Newcomers:
         self.submit = submit
         self.stall_timeout = stall_timeout
         self.refusals = Refusals()
-        self.listener = None  # set before it is started
-        self._newcomers = set()
+        self._newcomers: set[Newcomer] = set()
         self._lock = threading.Lock()  # guards _newcomers
 
-    def welcome(self, sock, address, seat):
+    def welcome(self, sock: socket.socket, address: Address, seat: Seat) -> Newcomer | None:
         """For the listener: a connection was accepted. None if its address has sent too many bad
         tokens."""
-        if address[0] not in self.proxies and not self.attempts.may_open(address[0]):
+        if address[0] not in self.proxies and not self.may_open(address[0]):
             return None
         duplex = Rationed(sock)
         duplex.stall_timeout = self.stall_timeout
@@ -134,23 +170,31 @@ class Newcomers:
             self._newcomers.add(newcomer)
         return newcomer
 
-    def hand_over(self, newcomer, tunnel):
+    def may_open(self, address: str) -> bool:
+        """Whether a new connection from there gets to TLS. If not, the log has it counted."""
+        if self.attempts.may_open(address):
+            return True
+        self.refusals.count_unheard(address)
+        return False
+
+    def hand_over(self, newcomer: Newcomer, tunnel: Tunnel) -> None:
         """From now on the connection is the tunnel's."""
-        self.tunnels.add(tunnel)  # first: close() must find it in one of the two
+        self.tunnels.add(tunnel)  # first, so that it is always in one of the two for close()
         with self._lock:
             self._newcomers.discard(newcomer)
         newcomer.seat.settle()  # its credential bounds it from here on
 
-    def forget(self, newcomer):
-        """The connection is closed. Of one that was handed over, the tunnel says so."""
+    def forget(self, newcomer: Newcomer) -> None:
+        """The connection is closed. After hand_over() that is the tunnel's to report, and this does
+        nothing."""
         with self._lock:
             known = newcomer in self._newcomers
             self._newcomers.discard(newcomer)
         if known:
             newcomer.seat.leave()
 
-    def close(self):
-        """Break off all connections; their workers, or the listener, notice."""
+    def close(self) -> None:
+        """Break off all connections; their workers, or the listener, notice it and forget them."""
         with self._lock:
             newcomers = list(self._newcomers)
         for newcomer in newcomers:
@@ -158,81 +202,114 @@ class Newcomers:
 
 
 class Refusals:
-    """The refusals that were logged, and the warnings that come as often. Any thread.
+    """The log of refusals, and of warnings that come as often. Any thread.
 
-    Invariant: at most MOST_REFUSALS are remembered. Of equal ones within REFUSAL_MEMORY only the
-    first is a warning, because Go agents come back every two seconds.
+    Invariant: at most MOST_REFUSALS are remembered. Of equal refusals within REFUSAL_MEMORY only
+    the first is a warning, because Go agents come back every two seconds. The next warning says how
+    often it came meanwhile.
     """
 
-    def __init__(self):
-        self._logged = OrderedDict()  # (agent, text): monotonic time; the latest last
-        self._lock = threading.Lock()  # guards _logged
+    def __init__(self) -> None:
+        # (agent, text): monotonic time of the last warning, refusals since; the latest one last.
+        self._logged: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        # Key of the address: monotonic time of the last line, connections since; the latest last.
+        self._unheard: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
+        self._lock = threading.Lock()  # guards both
 
-    def log(self, agent, text, line="%s refused: %s"):
-        """Say why an agent, a text, was refused; or another ``line`` with the two."""
-        key, now = (agent, _SPAN.sub("#", text)), monotonic()  # one reason, whenever
+    def log(self, agent: str, text: str, line: str = "%s refused: %s") -> None:
+        """Log that ``agent`` was refused, and why; or another ``line`` with the two texts."""
+        key = (agent, _SPAN.sub("#", text))  # without times: the same reason, whenever it comes
+        repeats = self._count(self._logged, key, REFUSAL_MEMORY)
+        if repeats is None:
+            log.debug(line, agent, text)
+        elif not repeats:
+            log.warning(line, agent, text)
+        else:
+            log.warning(line + " (%d times more since the last such line)", agent, text, repeats)
+
+    def count_unheard(self, address: str) -> None:
+        """Count a connection that was closed at once because of bad tokens of its address."""
+        count = self._count(self._unheard, counted_by(address), UNHEARD_SILENCE)
+        if count is not None:
+            log.warning("agents at %s: too many bad tokens came from there; %d more connections "
+                        "were closed at once", address, count + 1)  # fmt: skip
+
+    def _count(
+        self, memory: OrderedDict[Key, tuple[float, int]], key: Key, silence: float
+    ) -> int | None:
+        """Count one more of ``key``. Returns how many were only counted since the last line if it
+        is time for the next one, in ``silence`` seconds at the earliest; else None."""
+        now = monotonic()
         with self._lock:
-            last = self._logged.pop(key, None)
-            fresh = last is None or now - last > REFUSAL_MEMORY
-            self._logged[key] = now if fresh else last
-            if len(self._logged) > MOST_REFUSALS:
-                self._logged.popitem(last=False)
-        log.log(logging.WARNING if fresh else logging.DEBUG, line, agent, text)
+            said_at, counted = memory.pop(key, (-math.inf, 0))
+            due = now - said_at > silence
+            memory[key] = (now, 0) if due else (said_at, counted + 1)
+            if len(memory) > MOST_REFUSALS:
+                memory.popitem(last=False)
+        return counted if due else None
 
 
 class Stage(enum.Enum):
-    """How far a newcomer is. What each waits for:"""
+    """How far a newcomer is. Each value says what the newcomer waits for."""
 
     INTRODUCTION = "the header in which a trusted proxy names its agent, or the first byte of TLS"
     HELLO = "the first bytes of TLS: a ClientHello"
     HANDSHAKE = "the end of the handshake"
-    VALIDATION = "the end of a CA's handshake, which is all that a tls-alpn-01 validation needs"
+    VALIDATION = "the end of a CA's handshake, which is all that a TLS-ALPN-01 validation needs"
     REGISTER = "the register message"
     CLAIM = "the verdict on its hostnames: the next look at the tunnels that hold them"
     ADMIT = "a worker of registrations"
     DELAYED = "the time of its refusal: its address sends bad tokens"
-    HEAR_OUT = "its time, or its end; it is refused, and has not said all yet"
-    PARTING = "its time, or its end; it is refused, and has been told so"
+    HEAR_OUT = "its time, or its end: it was refused in the middle of its registration"
+    PARTING = "its time, or its end: it was refused, and may read the reason"
     OVER = "nothing: it is closed, or its tunnel serves"
+
+
+class Next(NamedTuple):
+    """The stage that comes next, and the step to take there, with the values that exist from there
+    on."""
+
+    stage: Stage
+    step: Callable[[], Next | None]
 
 
 class Newcomer:
     """One connection that is not registered. One thread at a time owns it, as listener.py says."""
 
-    def __init__(self, newcomers, duplex, address, seat):
+    def __init__(self, newcomers: Newcomers, duplex: Rationed, address: Address, seat: Seat):
         self.duplex = duplex
         self.address = address  # as accept() gave it, or as a trusted proxy has told
         self.seat = seat
         self._newcomers = newcomers
-        introduced = newcomers is not None and address[0] in newcomers.proxies
-        self._stage = Stage.INTRODUCTION if introduced else Stage.HELLO
-        self._deadline = None  # monotonic: registered, or gone, by then; None before the first byte
+        self._stage, self._step = Next(Stage.HELLO, self._read_hello)
+        if address[0] in newcomers.proxies:
+            self._stage, self._step = Next(Stage.INTRODUCTION, self._read_introduction)
+        self._deadline = math.inf  # monotonic: registered, or gone, by then; set at the first byte
         self._waits = 0  # in the stage
         self._buffer = b""  # of a hello that is not whole
         self._hello = client_hello.Reader()
-        self._session = None  # from REGISTER on
-        self._control = None  # once the agent has opened its control stream
-        self._agent = None  # from CLAIM on, as are the next two
-        self._tunnel = None
-        self._claim = None
-        self._refusal = None  # the NotAdmitted that it gets after DELAYED
+        # For close(), end(), refusals and the log; a step has its values by itself.
+        self._session: Session | None = None
+        self._control: ControlStream | None = None  # once the agent has opened its control stream
+        self._agent: Agent | None = None  # once its token was found good
+        self._tunnel: Tunnel | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"agent at {self.address[0]}" if self._agent is None else str(self._agent)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Newcomer {self.address[0]} {self._stage.name}>"
 
     # What the listener calls
 
-    def ready(self):
+    def ready(self) -> None:
         """Worker: take the steps that can be taken."""
-        if self._deadline is None:
+        if self._deadline == math.inf:
             self._deadline = monotonic() + REGISTER_TIMEOUT
         try:
-            while (stage := RULES[self._stage].step(self)) is not None:
-                self._enter(stage)
-                if stage is Stage.ADMIT:
+            while (following := self._step()) is not None:
+                self._enter(*following)
+                if following.stage is Stage.ADMIT:
                     self._newcomers.submit(self.ready)
                     return
         except NotAdmitted as refusal:
@@ -253,14 +330,14 @@ class Newcomer:
                           "closed", self)  # fmt: skip
             self._apologize()
 
-    def expired(self):
+    def expired(self) -> None:
         """Worker: its time is up."""
         log.debug("%s: closed, %s", self, RULES[self._stage].late)
         self.close()
 
-    def close(self, code=NORMAL):
+    def close(self, code: int = NORMAL) -> None:
         """Drop the connection; for the thread that owns it. ``code`` is GO_AWAY's."""
-        self._stage = Stage.OVER
+        self._finish()
         if self._tunnel is not None:
             self._tunnel.close(code)
         elif self._session is not None:
@@ -269,7 +346,10 @@ class Newcomer:
             self.duplex.close()
         self._newcomers.forget(self)
 
-    def end(self, reason):
+    def _finish(self) -> None:
+        self._stage, self._step = Stage.OVER, _rest  # a method here would be a reference cycle
+
+    def end(self, reason: str) -> None:
         """Break the connection off. Any thread."""
         session = self._session
         if session is not None:
@@ -279,36 +359,43 @@ class Newcomer:
 
     # From stage to stage
 
-    def _enter(self, stage):
+    def _enter(self, stage: Stage, step: Callable[[], Next | None]) -> None:
         if stage not in RULES[self._stage].then:
             raise ValueError(f"{stage} came after {self._stage}")
-        self._stage, self._waits = stage, 0
+        self._stage, self._step, self._waits = stage, step, 0
 
-    def _park(self):
-        """Take the next step when the peer has sent something."""
+    # These return None, for the step that calls them to return.
+
+    def _park(self) -> Next | None:
+        """Take the step again when the peer has sent something."""
         self._waits += 1
         left = max(0, self._deadline - monotonic())
         waits = self._waits - self.duplex.received // PIECE
         self._newcomers.listener.await_more(self, left, waits)
+        return None
 
-    def _look_again(self, stage, seconds):
+    def _look_again(
+        self, stage: Stage, step: Callable[[], Next | None], seconds: float
+    ) -> Next | None:
         """Take the step of ``stage`` in so many seconds, also if the peer sends something."""
         if self._newcomers.listener.stopping:
             raise NotAdmitted("the gateway stops")
-        self._enter(stage)
+        self._enter(stage, step)
         self._newcomers.listener.call_later(self, self.ready, seconds)
+        return None
 
-    # The steps. Each returns the next stage, or None if its work goes on later, or is over.
+    # The steps. Each returns the stage that comes next; None if it is taken again later, or if the
+    # newcomer is over.
 
-    def _receive_first(self):
-        """Add what has come to the buffer."""
+    def _receive_first(self) -> None:
+        """Append the bytes that have come to the buffer."""
         data = self.duplex.receive()
         if data == b"":
-            raise SessionClosed("it left before TLS")
+            raise SessionClosed("the peer left before TLS")
         self._buffer += data or b""
 
-    def _read_introduction(self):
-        """A trusted proxy may name its agent first (HAProxy's PROXY protocol)."""
+    def _read_introduction(self) -> Next | None:
+        """INTRODUCTION: a trusted proxy may name its agent first (HAProxy's PROXY protocol)."""
         self._receive_first()
         if proxy_protocol.may_begin(self._buffer):
             try:
@@ -323,13 +410,14 @@ class Newcomer:
             if source is not None:
                 self.address = source
                 if not self.seat.move(source[0]):
-                    raise SessionClosed("no place for another connection of its address")
-        if not self._newcomers.attempts.may_open(self.address[0]):
+                    raise SessionClosed("its address has no place left for another connection")
+        if not self._newcomers.may_open(self.address[0]):
             raise SessionClosed("too many bad tokens came from its address")
-        return Stage.HELLO
+        return Next(Stage.HELLO, self._read_hello)
 
-    def _read_hello(self):
-        """Learn what TLS is wanted for: a CA may ask here for a proof (RFC 8737)."""
+    def _read_hello(self) -> Next | None:
+        """HELLO: choose the certificate, and find out whether a CA validates a hostname here
+        (TLS-ALPN-01, RFC 8737)."""
         self._receive_first()
         try:
             said = self._hello.parse(self._buffer)
@@ -341,53 +429,78 @@ class Newcomer:
             raise ProtocolError(str(error)) from None
         if said is None:
             return self._park()
-        validation = said.alpn == (client_hello.ACME_TLS,)
-        if not validation:
-            context = self._newcomers.context(said.server_name)
-        else:
-            context = self._newcomers.challenges.context(said.server_name)
-            if context is None:
-                raise ProtocolError("a CA asks for a proof that was not published")
+        if said.alpn != (client_hello.ACME_TLS,):
+            self._start_tls(self._newcomers.context(said.server_name))
+            return Next(Stage.HANDSHAKE, self._shake_hands)
+        proof = self._newcomers.challenges.context(said.server_name)
+        if proof is None:
+            raise ProtocolError("a CA asks for a proof that was not published")
+        self._start_tls(proof)
+        return Next(Stage.VALIDATION, self._prove)
+
+    def _start_tls(self, context: ssl.SSLContext) -> None:
         self.duplex.unread(self._buffer)
         self._buffer = b""
         self.duplex.start_tls(context, server_side=True)
-        return Stage.VALIDATION if validation else Stage.HANDSHAKE
 
-    def _shake_hands(self):
+    def _shake_hands(self) -> Next | None:
+        """HANDSHAKE"""
         if not self.duplex.handshake():
             return self._park()
         # One stream: an agent opens the control stream and no other.
-        self._session = Session(
+        session = Session(
             self.duplex, client=False, name=self.address[0], max_streams=1,
             observer=self._newcomers.tunnels.observer,
         )  # fmt: skip
-        return Stage.REGISTER
+        self._session = session
+        return Next(Stage.REGISTER, partial(self._await_control_stream, session))
 
-    def _prove(self):
+    def _prove(self) -> Next | None:
+        """VALIDATION: the handshake has shown the CA its proof."""
         if not self.duplex.handshake():
             return self._park()
         self.close()
+        return None
 
-    def _read_register(self):
-        self._session.turn()
-        if self._session.jammed:  # there is next to nothing that it has to read so far
+    def _await_control_stream(self, session: Session) -> Next | None:
+        """REGISTER, until the agent has opened its control stream."""
+        self._take_frames(session)
+        if not session.arrived:
+            self._refuse_flood(0)
+            return self._park()
+        control = ControlStream(session.accept(), str(self))
+        self._control = control
+        self._step = partial(self._read_register, session, control)
+        return self._take_message(session, control)
+
+    def _read_register(self, session: Session, control: ControlStream) -> Next | None:
+        """REGISTER, from then on."""
+        self._take_frames(session)
+        return self._take_message(session, control)
+
+    def _take_frames(self, session: Session) -> None:
+        session.turn()
+        if session.jammed:  # it has next to nothing to read so far
             raise ProtocolError("the agent does not read its answers")
-        if self._control is None and self._session.arrived:
-            self._control = ControlStream(self._session.accept(), str(self))
-        try:
-            message = self._control and next(iter(self._control.read()), None)
-        except ProtocolError as error:  # its operator has to hear of it
-            raise NotAdmitted(f"invalid registration: {error}", in_the_middle=True) from None
-        heard = self._control.received if self._control is not None else 0
+
+    def _refuse_flood(self, heard: int) -> None:
+        """``heard``: bytes of messages that came."""
         if self.duplex.received - heard > STRANGERS_WASTE:
             raise Flood("more frames than a registration needs")
+
+    def _take_message(self, session: Session, control: ControlStream) -> Next | None:
+        try:
+            message = next(iter(control.read()), None)
+        except ProtocolError as error:  # the agent's operator has to hear of it
+            return self._refuse_unheard(session, control, f"invalid registration: {error}")
+        self._refuse_flood(control.received)
         if message is None:
             return self._park()
         if not isinstance(message, Register):
             raise ProtocolError(f"a {type(message).__name__.lower()}, expected register")
-        return self._identify(message)
+        return self._identify(session, control, message)
 
-    def _identify(self, message):
+    def _identify(self, session: Session, control: ControlStream, message: Register) -> Next | None:
         """Check the token, and that the agent may have what it asks for."""
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
         instance = message.instance[:MAX_INSTANCE]
@@ -400,139 +513,156 @@ class Newcomer:
         except TokenInvalid as error:
             return self._delay(NotAdmitted(f"auth failed: {error}"), instance)
         newcomers.attempts.proved(instance)
-        self._agent = Agent(self.address, identity, message.instance)
+        self._agent = agent = Agent(self.address, identity, message.instance)
         try:
             routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
         except NotGranted as error:
             raise NotAdmitted(str(error)) from None
-        self._check_count(len(routes))  # too many by themselves cost no session its end
-        tunnel = Tunnel(
-            tunnels, self._agent, self._session, self._control,
+        _check_count(agent, len(routes))  # too many by themselves must not end another session
+        self._tunnel = tunnel = Tunnel(
+            tunnels, agent, session, control,
             features=message.features, routes=routes, ports=message.ports,
             make_room=self.seat.leave,
         )  # fmt: skip
-        self._tunnel = tunnel
-        self._claim = takeover.Claim(
-            tunnels.registry, self._agent, tunnel.wanted, permit=self._check_hostnames
+        claim = takeover.Claim(
+            tunnels.registry, agent, tunnel.wanted, permit=partial(_check_hostnames, agent)
         )
         newcomers.hand_over(self, tunnel)
-        return Stage.CLAIM
+        return Next(Stage.CLAIM, partial(self._try_claim, session, tunnel, claim))
 
-    def _delay(self, refusal, instance):
+    def _delay(self, refusal: NotAdmitted, instance: str) -> Next | None:
         """Refuse a bad token; the more of them its address has sent, the later."""
         self._count_failed(instance)
-        self._refusal = refusal
-        self._look_again(Stage.DELAYED, self._newcomers.attempts.delay(self.address[0]))
+        seconds = self._newcomers.attempts.delay(self.address[0])
+        return self._look_again(Stage.DELAYED, partial(self._say_no, refusal), seconds)
 
-    def _count_failed(self, instance):
+    def _count_failed(self, instance: str) -> None:
         address = self.address[0]
         if news := self._newcomers.attempts.failed(address, instance):
             self._newcomers.refusals.log(f"agents at {address}", news, "%s: %s")
 
-    def _say_no(self):
-        raise self._refusal
+    def _say_no(self, refusal: NotAdmitted) -> None:
+        """DELAYED"""
+        raise refusal
 
-    def _check_hostnames(self, routes):
-        """Whether the credential may have the hostnames that it has in ``routes``, in all its
-        sessions. Called under the registry's lock."""
-        if self._agent.identity.limits.hostnames is not None:
-            credential = self._agent.identity.credential
-            self._check_count(
-                sum(route.tunnel.identity.credential == credential for route in routes.values())
-            )
-
-    def _check_count(self, count):
-        most = self._agent.identity.limits.hostnames
-        if most is not None and count > most:
-            raise NotAdmitted(f"too many hostnames: {count}, at most {most} for this credential")
-
-    def _try_claim(self):
-        """Take the hostnames, as soon as no other tunnel holds them. A holder may have to go."""
-        if self._session.ended:
-            raise SessionClosed(self._session.ended)
-        credentials, hostnames = self._newcomers.tunnels.credentials, tuple(self._tunnel.wanted)
-        if why := credentials.taken_away(self._agent.identity, hostnames):
+    def _try_claim(self, session: Session, tunnel: Tunnel, claim: takeover.Claim) -> Next | None:
+        """CLAIM: take the hostnames, as soon as no other tunnel holds them. A holder may have to
+        go."""
+        if session.ended:
+            raise SessionClosed(session.ended)
+        credentials = self._newcomers.tunnels.credentials
+        if why := credentials.taken_away(tunnel.identity, tuple(tunnel.wanted)):
             raise NotAdmitted(f"auth failed: {why}")
         try:
-            if not self._claim.attempt():
-                return self._look_again(Stage.CLAIM, takeover.LOOK)
+            claimed = claim.attempt()
         except HostnameTaken as taken:
             raise NotAdmitted(str(taken)) from None
-        return Stage.ADMIT
+        if not claimed:
+            return self._look_again(Stage.CLAIM, self._step, takeover.LOOK)
+        return Next(Stage.ADMIT, partial(self._admit, tunnel))
 
-    def _admit(self):
-        """Worker of registrations: from here on the tunnel is on its own."""
+    def _admit(self, tunnel: Tunnel) -> None:
+        """ADMIT, by a worker of registrations: from here on the tunnel is on its own."""
         self.duplex.rationed = False
-        self._tunnel.serve()
-        self._stage = Stage.OVER
+        tunnel.serve()
+        self._finish()
 
     # Refused
 
-    def _refuse(self, refusal):
-        """Say no, and give the agent a moment to read it: closing at once could cost it that."""
+    def _refuse(self, refusal: NotAdmitted) -> None:
+        """Say no, and leave the agent time to read it: the end of the connection could overtake the
+        text."""
         self._newcomers.refusals.log(str(self), str(refusal))
         try:
-            self._control.send(Ack(False, str(refusal)))
+            self._tell(str(refusal))
             if refusal.brief:
                 return self.close()
-            if refusal.in_the_middle:  # it listens when it has said all
-                self._control.stream.close()
-            else:
-                self.duplex.finish(timeout=0)
+            self.duplex.finish(timeout=0)
         except OSError:
-            self.close()
-            return
-        self._enter(Stage.HEAR_OUT if refusal.in_the_middle else Stage.PARTING)
-        self._deadline = monotonic() + PARTING_TIMEOUT
-        self._park()
+            return self.close()
+        self._await_end(Stage.PARTING, self._part)
 
-    def _apologize(self):
-        """A bug has ended the registration: let the agent's operator know whose it is."""
-        try:
-            if self._control is not None:
-                self._control.send(Ack(False, "the gateway failed by a bug: its log says more"))
-        except OSError:
-            pass  # it has left
+    def _refuse_unheard(self, session: Session, control: ControlStream, text: str) -> Next | None:
+        """Say no in the middle of a registration: the agent reads it only when it has sent all."""
+        self._newcomers.refusals.log(str(self), text)
+        self._tell(text)
+        control.stream.close()
+        return self._await_end(Stage.HEAR_OUT, partial(self._hear_out, session))
+
+    def _await_end(self, stage: Stage, step: Callable[[], Next | None]) -> Next | None:
+        self._enter(stage, step)
+        self._deadline = monotonic() + PARTING_TIMEOUT
+        return self._park()
+
+    def _apologize(self) -> None:
+        """A bug has ended the registration: tell the agent's operator that it is the gateway's."""
+        with contextlib.suppress(OSError):  # the agent has left
+            self._tell("the gateway failed by a bug: its log says more")
         self.close(INTERNAL_ERROR)
 
-    def _hear_out(self):
-        self._session.turn()
+    def _tell(self, text: str) -> None:
+        """Send the agent a refusal, if it can have one yet."""
+        if self._control is not None:
+            self._control.send(Ack(False, text))
+
+    def _hear_out(self, session: Session) -> Next | None:
+        """HEAR_OUT"""
+        session.turn()
         if self.duplex.received > HEARD_OUT:
             raise Flood("it was refused, and goes on")
-        self._park()
+        return self._park()
 
-    def _part(self):
-        # One read a step: a peer that sends without end must not have a thread for it.
+    def _part(self) -> Next | None:
+        """PARTING: wait until the agent hangs up."""
+        # One read a step: a peer that sends without end must not keep a thread.
         if self.duplex.received > HEARD_OUT:
             raise Flood("it was refused, and goes on")
         if self.duplex.receive() == b"":
-            return self.close()
+            self.close()
+            return None
         return self._park()
 
 
-class Rule(NamedTuple):
-    """What a newcomer does in a stage. ``then`` are the stages that may follow. ``late`` is why it
-    is closed when its time is up; "" if it is never parked in this stage."""
+def _rest() -> None:
+    """OVER"""
 
-    step: Callable
-    then: tuple
+
+def _check_hostnames(agent: Agent, routes: Mapping[str, Route]) -> None:
+    """Whether the agent's credential may have its hostnames among ``routes``, in all its sessions.
+    Called under the registry's lock."""
+    if agent.identity.limits.hostnames is not None:
+        credential = agent.identity.credential
+        _check_count(
+            agent,
+            sum(route.tunnel.agent.identity.credential == credential for route in routes.values()),
+        )
+
+
+def _check_count(agent: Agent, count: int) -> None:
+    most = agent.identity.limits.hostnames
+    if most is not None and count > most:
+        raise NotAdmitted(f"too many hostnames: {count}, at most {most} for this credential")
+
+
+class Rule(NamedTuple):
+    """``then``: the stages that may follow. ``late``: why a newcomer is closed when its time is up
+    in this stage; "" if it is never parked there."""
+
+    then: tuple[Stage, ...]
     late: str = ""
 
 
 _LATE = "not registered in time"
 _LEFT = "it was refused and did not hang up in time"
 RULES = {
-    Stage.INTRODUCTION: Rule(Newcomer._read_introduction, (Stage.HELLO,), _LATE),
-    Stage.HELLO: Rule(Newcomer._read_hello, (Stage.HANDSHAKE, Stage.VALIDATION), _LATE),
-    Stage.HANDSHAKE: Rule(Newcomer._shake_hands, (Stage.REGISTER,), _LATE),
-    Stage.VALIDATION: Rule(Newcomer._prove, (), _LATE),
-    Stage.REGISTER: Rule(
-        Newcomer._read_register,
-        (Stage.CLAIM, Stage.DELAYED, Stage.HEAR_OUT, Stage.PARTING), _LATE,
-    ),
-    Stage.CLAIM: Rule(Newcomer._try_claim, (Stage.CLAIM, Stage.ADMIT, Stage.PARTING)),
-    Stage.ADMIT: Rule(Newcomer._admit, ()),
-    Stage.DELAYED: Rule(Newcomer._say_no, (Stage.PARTING,)),
-    Stage.HEAR_OUT: Rule(Newcomer._hear_out, (), _LEFT),
-    Stage.PARTING: Rule(Newcomer._part, (), _LEFT),
-}  # fmt: skip
+    Stage.INTRODUCTION: Rule((Stage.HELLO,), _LATE),
+    Stage.HELLO: Rule((Stage.HANDSHAKE, Stage.VALIDATION), _LATE),
+    Stage.HANDSHAKE: Rule((Stage.REGISTER,), _LATE),
+    Stage.VALIDATION: Rule((), _LATE),
+    Stage.REGISTER: Rule((Stage.CLAIM, Stage.DELAYED, Stage.HEAR_OUT, Stage.PARTING), _LATE),
+    Stage.CLAIM: Rule((Stage.CLAIM, Stage.ADMIT, Stage.PARTING)),
+    Stage.ADMIT: Rule(()),
+    Stage.DELAYED: Rule((Stage.PARTING,)),
+    Stage.HEAR_OUT: Rule((), _LEFT),
+    Stage.PARTING: Rule((), _LEFT),
+}

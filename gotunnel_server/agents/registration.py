@@ -1,14 +1,16 @@
-"""What an agent asks for, read: a register message in, Routes out, or why not.
+"""Reads what an agent asks for: a register message in, the wanted routes out, or why it gets none.
 
-Values in, values out. Nothing of a registration that breaks a rule is served: an agent that gets
+Values in, values out. A registration that breaks a rule is refused as a whole: an agent that got
 half of what its operator wrote would look as if all was well.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from __future__ import annotations
 
-from gotunnel import HOST_HEADER, VISITOR_ADDRESS
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from gotunnel import HOST_HEADER, VISITOR_ADDRESS, Register
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.hostnames import (
     normal_hostname,
@@ -18,24 +20,29 @@ from gotunnel_agent.common.hostnames import (
 )
 from gotunnel_agent.common.one_line import on_one_line
 
-from ..routes import Route
+from ..routes import Policy, Route, Tunnel
+from .identity import Identity
 
 MODES = ("http", "tcp")
 MAX_INSTANCE = 64  # characters; ours are 32
+
+# read_policy(object, mode) reads a policy off the wire; the object is None if there is none. Raises
+# ValueError.
+ReadPolicy = Callable[[object, str], "Policy | None"]
 
 
 class Agent(NamedTuple):
     """An agent whose token is good.
 
-    ``address`` is as accept() gave it. ``identity`` is a credentials.Identity. ``instance`` is a
-    random id that the agent's process keeps over its reconnects, "" if it has none.
+    ``address`` is as accept() gave it. ``instance`` is a random id that the agent's process keeps
+    over its reconnects, "" if it has none.
     """
 
-    address: tuple
-    identity: object
+    address: tuple[Any, ...]
+    identity: Identity
     instance: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         """For the log: with the agent's name, if AGENTS_FILE has one."""
         named = "" if self.identity.entry is None else f" {self.identity.name}"
         return f"agent{named} at {self.host}"
@@ -43,20 +50,20 @@ class Agent(NamedTuple):
     @property
     def host(self) -> str:
         """Its IP address."""
-        return self.address[0]
+        return str(self.address[0])
 
     @property
-    def blame(self) -> tuple:
-        """What failed orders of certificates are counted by. Agents with the common secret are
-        told apart by their addresses (IPv6: by their /64)."""
+    def blame(self) -> tuple[Hashable, ...]:
+        """The key by which failed orders of certificates are counted. Agents with the common secret
+        differ by their addresses (IPv6: by their /64)."""
         credential = self.identity.credential
         if self.identity.entry is not None:
             return credential
         return (*credential, counted_by(self.host))
 
-    def is_again(self, other: "Agent") -> bool:
-        """Whether this is the same process as ``other``. The credential has to be the same, as the
-        instance proves nothing by itself."""
+    def is_again(self, other: Agent) -> bool:
+        """Whether this is the same process as ``other``. The credential must be the same as well:
+        an instance proves nothing by itself."""
         return (
             self.instance != ""
             and self.instance == other.instance
@@ -65,17 +72,31 @@ class Agent(NamedTuple):
 
 
 class NotGranted(Exception):
-    """The agent gets nothing; the text is for its operator."""
+    """The registration is refused; the text is for the agent's operator."""
 
 
-def read_routes(message, identity, most: int, read_policy: Callable) -> dict:
-    """The Routes that a Register message asks for: hostname, in its normal form, to Route, which
-    has no tunnel yet.
+class Wanted(NamedTuple):
+    """A Route that an agent asks for. The fields are the Route's."""
 
-    ``identity`` is a credentials.Identity. ``most`` hostnames may be in one message.
-    ``read_policy(object, mode)`` reads a policy off the wire, None if there is none; what it raises
-    is a ValueError. Raises NotGranted.
-    """
+    hostname: str
+    mode: str
+    host_header: str | None
+    addressed: bool
+    target_port: int | None
+    policy: Policy | None
+
+    def route(self, tunnel: Tunnel) -> Route:
+        return Route(
+            self.hostname, self.mode, tunnel, self.host_header,
+            addressed=self.addressed, target_port=self.target_port, policy=self.policy,
+        )  # fmt: skip
+
+
+def read_routes(
+    message: Register, identity: Identity, most: int, read_policy: ReadPolicy
+) -> dict[str, Wanted]:
+    """What a register message asks for, by hostname in its normal form. ``most`` hostnames may be
+    in one message. Raises NotGranted."""
     if not message.routes:
         raise NotGranted("no routes")
     if len(message.routes) > most:
@@ -86,9 +107,9 @@ def read_routes(message, identity, most: int, read_policy: Callable) -> dict:
         raise NotGranted(f"an instance of more than {MAX_INSTANCE} characters")
     policies = _by_hostname(message.policies)
     host_headers = message.host_headers if HOST_HEADER in message.features else {}
-    routes = {}
-    # Agents of a Go gateway register "name:port" too, which is all one to us. The shortest
-    # spelling, which is the plain one, comes first and stays.
+    routes: dict[str, Wanted] = {}
+    # Agents of a Go gateway register "name:port" beside "name". To us they are the same hostname;
+    # the shortest spelling, the plain one, comes first and stays.
     for name in sorted(message.routes, key=len):
         hostname = _hostname(name)
         if hostname in routes:
@@ -103,20 +124,20 @@ def read_routes(message, identity, most: int, read_policy: Callable) -> dict:
             policy = read_policy(policies.pop(hostname, None), mode)
         except ValueError as error:
             raise NotGranted(f"invalid policy of {name}: {error}") from None
-        routes[hostname] = Route(
-            name, mode, None, host,
+        routes[hostname] = Wanted(
+            name, mode, host,
             addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
             target_port=_port_of(message.routes[name]),
             policy=policy,
         )  # fmt: skip
-    if policies:  # it would protect nothing
+    if policies:  # such a policy would protect nothing
         raise NotGranted(f"a policy for {next(iter(policies))}, which is not among the routes")
     _check_may_claim(routes, identity)
     return routes
 
 
-def _hostname(name):
-    """The hostname in a route's name, in its normal form; raises NotGranted."""
+def _hostname(name: str) -> str:
+    """The hostname in a route's name, in its normal form. Raises NotGranted."""
     text, colon, port = name.partition(":")
     hostname = normal_hostname(text)
     if colon and not re.fullmatch("[0-9]{1,5}", port):
@@ -129,13 +150,13 @@ def _hostname(name):
     )
 
 
-def _by_hostname(policies: Mapping) -> dict:
-    """The policies, each by its hostname's normal form: under another spelling a policy would
-    never be found, and its tunnel would be unprotected."""
-    found = {}
+def _by_hostname(policies: Mapping[str, object]) -> dict[str, object]:
+    """The policies, keyed by normalised hostname: under another spelling a policy would never be
+    found, and its tunnel would be unprotected."""
+    found: dict[str, object] = {}
     for name, policy in policies.items():
         hostname = _hostname(name)
-        if policy is None:  # is that none, or one that was lost on the way?
+        if policy is None:  # it may be no policy, or one that got lost
             raise NotGranted(f"invalid policy of {hostname}: null came, expected an object")
         if hostname in found and found[hostname] != policy:
             raise NotGranted(f"two policies for {hostname}")
@@ -143,14 +164,14 @@ def _by_hostname(policies: Mapping) -> dict:
     return found
 
 
-def _check_may_claim(routes, identity):
+def _check_may_claim(routes: Iterable[str], identity: Identity) -> None:
     reasons = {hostname: identity.why_not(hostname) for hostname in routes}
     refused = [hostname for hostname, reason in reasons.items() if reason]
     if refused:
         raise NotGranted(f"not allowed: {', '.join(refused)}: {reasons[refused[0]]}")
 
 
-def _port_of(target):
-    """The port of a target as agents write it, "HOST:PORT"; None if there is none."""
+def _port_of(target: str) -> int | None:
+    """The port of a target, which agents write as "HOST:PORT"; None if there is none."""
     port = target.rpartition(":")[2]
     return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else None

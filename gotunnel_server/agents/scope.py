@@ -1,21 +1,21 @@
-"""What a credential may claim: patterns of hostnames, ranges of ports.
+"""Reads and compares what a credential may claim: patterns of hostnames, ranges of ports.
 
     a.example.com        this hostname
     *.dev.example.com    every hostname below dev.example.com, however deep, and wildcard hostnames
                          there: itself, and *.b.dev.example.com; not dev.example.com
 
-A wildcard needs two labels behind it: ``*.com`` would be half the world. Nothing else may hold a
-``*``. Of two patterns either one lies within the other or they have nothing in common, so that two
-lists of them have a plain intersection.
+A wildcard needs two labels behind it: ``*.com`` would be half the world. A ``*`` may stand nowhere
+else. Of two patterns, either one contains the other or they have nothing in common. So the
+intersection of two lists is a list again.
 
-Values in, values out. The author of a token's patterns is a stranger until the signature fits, and
-after that may still err: whatever comes, ScopeError is all that is raised.
+Values in, values out. Tokens may come from strangers: for any value whatsoever, the readers raise
+ScopeError or nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gotunnel_agent.common.hostnames import (
     MAX_HOSTNAME,
@@ -25,24 +25,23 @@ from gotunnel_agent.common.hostnames import (
     valid_hostname,
 )
 
-# Patterns or ranges of one credential. Nobody writes so many by hand, and when an agent registers,
-# each of its token's is compared with each in the file: 50 ms at worst.
+# Patterns or ranges of one credential. Nobody writes so many by hand. At a registration each one in
+# the token is compared with each one in the file, which takes 50 ms at worst.
 MOST_ITEMS = 256
 LEAST_LABELS = 2  # behind "*."
-# Characters of a list in a message: some lines of a log at most.
-MOST_SHOWN = 300
+MOST_SHOWN = 300  # characters of a list in a message
 
 HOSTS_EXPECTED = "hostnames such as app.example.com or *.dev.example.com, separated by commas"
 PORTS_EXPECTED = f"ports from 1 to {MAX_PORT} and ranges of them, such as 2200-2299,5432"
 
 
 class ScopeError(ValueError):
-    """A credential cannot be given this; the text is one clause: what came, what to write."""
+    """This is no list of hosts or ports; the text is one clause: what came, what was expected."""
 
 
 def read_hosts(value: object) -> tuple[str, ...]:
     """The patterns in a list of texts, or in one text with commas, normalised. Raises ScopeError
-    if one is bad, and if there is none."""
+    if one is bad, or if there is none."""
     patterns = dict.fromkeys(_pattern(item) for item in _items(value, HOSTS_EXPECTED))
     if not patterns:
         raise ScopeError(f"an empty list came, expected {HOSTS_EXPECTED}")
@@ -50,8 +49,8 @@ def read_hosts(value: object) -> tuple[str, ...]:
 
 
 def read_ports(value: object) -> tuple[range, ...]:
-    """The ranges in a list of texts and numbers, or in one text with commas. An empty list is none.
-    Raises ScopeError if one is bad."""
+    """The ranges in a list of texts and numbers, or in one text with commas; an empty list gives
+    none. Raises ScopeError if one is bad."""
     return tuple(dict.fromkeys(_range(item) for item in _items(value, PORTS_EXPECTED)))
 
 
@@ -86,12 +85,12 @@ def written(items: Iterable[str | range]) -> list[str]:
     return [item if isinstance(item, str) else _written_range(item) for item in items]
 
 
-def _written_range(ports):
+def _written_range(ports: range) -> str:
     return f"{ports[0]}-{ports[-1]}" if len(ports) > 1 else str(ports[0])
 
 
 def shown(items: Iterable[str | range]) -> str:
-    """Patterns or ranges for a message, the first of them if there are many."""
+    """Patterns or ranges for a message; if there are many, the first ones."""
     texts = written(items)
     line = texts[0] if texts else "none"
     for count, text in enumerate(texts[1:], start=1):
@@ -101,7 +100,7 @@ def shown(items: Iterable[str | range]) -> str:
     return line
 
 
-def _items(value, expected):
+def _items(value: object, expected: str) -> Sequence[object]:
     """The items of a list, or of a text between its commas."""
     if isinstance(value, str):
         value = value.split(",")
@@ -112,21 +111,21 @@ def _items(value, expected):
     return value
 
 
-def _pattern(item):
+def _pattern(item: object) -> str:
     if not isinstance(item, str):
-        raise ScopeError(f"an item that is no text came, expected {HOSTS_EXPECTED}")
+        raise ScopeError(f"an item came that is not text, expected {HOSTS_EXPECTED}")
     text = item.strip()
     pattern = normal_hostname(text)
     wildcard = pattern.startswith(WILDCARD)
     name = pattern.removeprefix(WILDCARD)
     if pattern == "*" or wildcard and name.count(".") < LEAST_LABELS - 1:
         raise ScopeError(
-            f"{_quoted(text)} would be too much, expected at least two labels behind the *, as in "
+            f"{_quoted(text)} covers too much, expected at least two labels behind the *, as in "
             "*.dev.example.com"
         )
     if "*" in name:
         raise ScopeError(
-            f"{_quoted(text)} has a * where none may be, expected it alone in front, as in "
+            f"{_quoted(text)} has a * in the wrong place, expected one alone in front, as in "
             "*.dev.example.com"
         )
     if not valid_hostname(name) or len(pattern) > MAX_HOSTNAME:
@@ -135,7 +134,7 @@ def _pattern(item):
     return pattern
 
 
-def _range(item):
+def _range(item: object) -> range:
     if isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= MAX_PORT:
         return range(item, item + 1)
     if isinstance(item, str):
@@ -144,10 +143,10 @@ def _range(item):
         if 1 <= first <= last <= MAX_PORT:
             return range(first, last + 1)
         raise ScopeError(f"{_quoted(item)} came, expected {PORTS_EXPECTED}")
-    raise ScopeError(f"an item that is no port came, expected {PORTS_EXPECTED}")
+    raise ScopeError(f"an item came that is not a port, expected {PORTS_EXPECTED}")
 
 
-def _quoted(text):
-    """The text in quotes, ASCII and on one line, cut if it is very long."""
+def _quoted(text: str) -> str:
+    """The text in quotes, in ASCII and on one line; cut if it is very long."""
     quoted = ascii(text[:MOST_SHOWN])
     return quoted if len(quoted) <= MOST_SHOWN else f"{quoted[:MOST_SHOWN]}..."

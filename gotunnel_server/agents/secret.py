@@ -1,9 +1,9 @@
-"""How easily a secret that signs tokens is guessed: JWT_SECRET, and those of AGENTS_FILE."""
+"""Finds secrets that are easily guessed: JWT_SECRET, and those in AGENTS_FILE."""
 
 from __future__ import annotations
 
-# An attacker who has overheard one token can try secrets without asking the gateway (HS256). A
-# random secret of 16 bytes has 128 bits, which is out of reach.
+# An attacker with one overheard token can try secrets offline (HS256). A random secret of 16 bytes
+# has 128 bits, which is out of reach.
 LEAST_SECRET = 16  # bytes
 WELL_KNOWN_SECRETS = {
     "to-try-things-out-only",  # conf/server.env

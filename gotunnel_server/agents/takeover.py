@@ -1,46 +1,57 @@
-"""Which agent gets a hostname that another one holds.
+"""Decides which agent gets a hostname that another session holds.
 
-A hostname belongs to one session at a time, and is free as soon as that session ends. Often that
-is too late: the agent's link was cut, and to the gateway the old session is only silent. So a claim
-to the hostname makes the gateway find out:
+A hostname belongs to one session at a time, and is free as soon as that session ends. For an agent
+that comes back that is often too late: its link was cut, and to the gateway the old session is only
+silent. So a claim to a held hostname has the gateway find out:
 
-    same credential, same instance    the agent itself has come back: the old session ends at once;
-                                      if the gateway has asked for it, its visits go on
-    any other agent                   the old session's agent is asked, and has ANSWER_TIMEOUT to
-                                      show that it lives: then it keeps the hostname, else it is
-                                      replaced
+    same credential, same instance    The agent itself has come back: the old session ends at once.
+                                      If the gateway has asked the agent to come anew, the visits of
+                                      the old session go on.
+    any other agent                   The holder's agent is asked for a sign of life. If it answers
+                                      within ANSWER_TIMEOUT it keeps the hostname, else its session
+                                      is replaced.
 
 So two agents with one configuration do not take hostnames from each other for ever: the first one
-keeps them while it lives. The other one is told which hostnames are taken, and comes back later.
+keeps them while it lives. The other one is told which hostnames are taken, and tries again later.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from time import monotonic
+from typing import Any
 
-from ..routes import HostnameTaken
+from ..routes import HostnameTaken, Registry, Route
+from .registration import Agent
 
-LOOK = 0.1  # seconds between looks whether a session has ended, or its agent has answered
-# Seconds that a session may take to end: its demultiplexer is busy, and the machine too.
+LOOK = 0.1  # seconds between two attempts: a session may have ended, or its agent answered
+# Seconds that a claim waits for holders to end. A demultiplexer, or the machine, may be busy.
 ENDING_TIMEOUT = 10
-MOMENT = 0.05  # seconds that a worker waits for that itself: mostly it takes a few milliseconds
+MOMENT = 0.05  # seconds that the worker itself waits for it: most sessions end in milliseconds
 
 
 class Claim:
     """One agent's claim to hostnames. One thread at a time."""
 
-    def __init__(self, registry, agent, routes, permit):
-        """``agent``, a registration.Agent, wants ``routes`` (hostname to Route), if the registry's
-        ``permit`` raises nothing."""
+    def __init__(
+        self,
+        registry: Registry,
+        agent: Agent,
+        routes: Mapping[str, Route],
+        permit: Callable[[Mapping[str, Route]], object],
+    ):
+        """``agent`` wants ``routes``, by hostname. ``permit`` is as for Registry.claim()."""
         self._registry = registry
         self._agent = agent
         self._routes = routes
         self._permit = permit
-        self._asked = {}  # tunnel that holds one: monotonic time since when it is asked
+        self._asked: dict[Any, float] = {}  # holder: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
-        self._replaced = set()  # tunnels that were told to go
+        self._replaced: set[Any] = set()  # holders that were told to end
 
     def attempt(self) -> bool:
-        """Take the hostnames, if that is decided: True if they are ours, False if it will be
-        known later, in some LOOK seconds. Raises HostnameTaken, and what ``permit`` does."""
+        """Take the hostnames if that can be decided now. False: call again in LOOK seconds. Raises
+        HostnameTaken, and what ``permit`` raises."""
         try:
             self._registry.claim(self._routes, self._permit)
             return True
@@ -59,7 +70,9 @@ class Claim:
                 for holder in taken.tunnels:
                     holder.step_aside(successor)
                 return True
-            if not others:  # all or none: where others stay, we need not end what may still serve
+            # A claim gets all hostnames or none. While another agent keeps one of them, the old
+            # session of this agent goes on: it may still serve.
+            if not others:
                 replaced = taken.tunnels - self._replaced
                 self._replaced |= replaced
                 for holder in replaced:

@@ -1,20 +1,24 @@
-"""A registered agent: its hostnames, its data streams, the end.
+"""The gateway's view of a registered agent: its hostnames, its data streams, its end.
 
-A Tunnel is made by newcomer.py, when a registration is in order, and takes the session over. It
-may have to wait for its hostnames until another tunnel has gone (takeover.py).
+newcomer.py makes a Tunnel when a registration is in order; the Tunnel takes the session over. It
+may have to wait for its hostnames until another tunnel has ended (takeover.py).
 
     CLAIMING --serve()--> SERVING --GO_AWAY of the agent--> LEAVING --> GONE
        \\                     \\--- session over, replaced, or credential taken away --/
         \\--- refused, or session over ------------------------------------------------/
 
-The session's demultiplexer thread, which also beats the heart, runs from serve() on.
+The session's demultiplexer thread, which also sends the pings, runs from serve() on.
 """
+
+from __future__ import annotations
 
 import contextlib
 import enum
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from time import time
 
 from gotunnel import (
@@ -35,54 +39,71 @@ from gotunnel import (
     WILDCARDS,
     Ack,
     End,
+    Ends,
     Port,
+    Session,
+    Stream,
     encode_data_header,
 )
 from gotunnel_agent.common.duplex import Observer
 from gotunnel_agent.common.process import Stopped
 
-from ..routes import AgentBusy
+from ..routes import AgentBusy, Registry, Route
 from . import limits
+from .agents_file import Limits
+from .control_stream import ControlStream
+from .credentials import Credentials
 from .heartbeat import Heartbeat
-from .ports import PortRefused
+from .identity import Identity
+from .ports import PortRefused, Ports
+from .registration import Agent, Wanted
 from .stream_pool import KeptStreams, OwnStreams
 
 log = logging.getLogger("gotunnel.tunnel")
 
-FEATURES = frozenset({  # extensions that we know
+FEATURES = frozenset({  # the extensions that this gateway knows
     CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, UPGRADES,
     REFUSALS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
-# Seconds that a session's last message may take to leave, if another tunnel waits for its
-# hostnames. The message may stand behind what another thread is about to send. On a line that is
-# cut it never leaves.
+# Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
+# message may stand behind another thread's output. On a dead line it never leaves.
 LAST_WORD = 0.2
-REVOKED = "revoked"  # why a session ends: what its credential permits has changed
-OPEN_TIMEOUT = 10  # seconds that a visit waits for an agent that has 256 opens to answer
-# Stream ids that a session has left when its agent is asked for another one: at 20,000 visits a
-# second it has a quarter of an hour to come. Then those that are left when one that cannot be asked
-# ends, though it has visits: else it would end without an id for the next one.
-ID_RESERVE, LAST_IDS = 1 << 24, 1 << 17
+REVOKED = "revoked"  # END's code: the credential no longer permits the session
+OPEN_TIMEOUT = 10  # seconds that a visit waits while 256 opened streams have no answer yet
+# When a session has so few stream ids left, its agent is asked for a new session. At 20,000 visits
+# a second that leaves a quarter of an hour.
+ID_RESERVE = 1 << 24
+# An agent that cannot be asked loses its session at so few ids, though visits run: they would be
+# cut anyway when no id is left for the next one.
+LAST_IDS = 1 << 17
 USED_UP = "its stream ids are used up"
-# Seconds until a port that was refused is tried again; doubled each time, up to the second number.
-# A port that was freed should serve soon, and a try costs little.
+# Seconds until a refused port is tried again, doubled each time up to the second number. A freed
+# port should serve soon, and a try costs little.
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
-KEPT_LOOK = 5  # seconds between looks for kept streams that have become too old
+KEPT_LOOK = 5  # interval of the check for kept streams that are too old, in seconds
 
-_NOTHING = contextlib.nullcontext()
+_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Tunnels:
     """The tunnels of a gateway, and what they share. Any thread."""
 
     def __init__(
-        self, *, credentials, registry, ports, ensure_certificates, certificate_state, submit
+        self,
+        *,
+        credentials: Credentials,
+        registry: Registry,
+        ports: Ports,
+        ensure_certificates: Callable[[tuple[str, ...], tuple[Hashable, ...], Limits], object],
+        certificate_state: Callable[[str], object],
+        submit: Callable[[Callable[[], object]], object],
     ):
-        """``ports`` are the public ones for agents, a ports.Ports. ``ensure_certificates(hostnames,
-        agent, limits)`` sees to it that hostnames can be served, now or soon, and may wait for the
-        disk; ``agent`` is whom to blame, ``limits`` are the credential's.
-        ``certificate_state(hostname)`` is how that stands; its text is for gotunnel.Certificate.
-        ``submit(function)`` has a worker call it that may wait for the system."""
+        """``ports`` are the public ports for agents. ``ensure_certificates(hostnames, blame,
+        limits)`` sees to it that hostnames have certificates, now or soon, and may wait for the
+        disk; failed orders are counted by ``blame``, and ``limits`` are the credential's.
+        ``certificate_state(hostname)`` says how a certificate stands; its text is for
+        gotunnel.Certificate. ``submit(function)`` has a worker call it that may wait for the
+        system."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
@@ -90,42 +111,42 @@ class Tunnels:
         self.certificate_state = certificate_state
         self.submit = submit
         self.observer: Observer | None = None  # of each session; tools set it before agents come
-        # Held to count what the sessions of a credential have, and to take more.
+        # Held to count what the sessions of a credential have, and to begin a visit then.
         self.limiting = threading.Lock()
-        self._tunnels = set()
+        self._tunnels: set[Tunnel] = set()
         self._lock = threading.Lock()  # guards _tunnels
 
-    def add(self, tunnel):
+    def add(self, tunnel: Tunnel) -> None:
         with self._lock:
             self._tunnels.add(tunnel)
 
-    def discard(self, tunnel) -> bool:
+    def discard(self, tunnel: Tunnel) -> bool:
         """Forget a tunnel whose connection is closed; False if that was done before."""
         with self._lock:
             known = tunnel in self._tunnels
             self._tunnels.discard(tunnel)
         return known
 
-    def _all(self):
+    def _all(self) -> list[Tunnel]:
         with self._lock:
             return list(self._tunnels)
 
-    def registered(self) -> list:
+    def registered(self) -> list[Tunnel]:
         """The tunnels that serve hostnames now."""
         return [tunnel for tunnel in self._all() if tunnel.routes]
 
-    def of_credential(self, credential) -> list:
-        """All tunnels of one credential. A tunnel that leaves is among them: it has visits."""
+    def of_credential(self, credential: tuple[str, str]) -> list[Tunnel]:
+        """All tunnels of one credential, also those that leave: they may have visits."""
         return [tunnel for tunnel in self._all() if tunnel.identity.credential == credential]
 
-    def end_revoked(self):
-        """End the sessions whose credential no longer permits what they do. A session that leaves
-        may still have visits."""
+    def end_revoked(self) -> None:
+        """End the sessions whose credential no longer permits them, also those that leave: they may
+        have visits."""
         for tunnel in self._all():
-            if tunnel.stage is not Stage.CLAIMING:  # a claim looks at its credential by itself
+            if tunnel.stage is not Stage.CLAIMING:  # newcomer.py checks it again for each claim
                 tunnel.end_if_revoked()
 
-    def close(self):
+    def close(self) -> None:
         """End all sessions, and wait until they have ended."""
         tunnels = self._all()
         for tunnel in tunnels:
@@ -135,41 +156,52 @@ class Tunnels:
 
 
 class Stage(enum.IntEnum):
-    """How far the life of a Tunnel is. It only goes on, never back."""
+    """How far the life of a Tunnel is. It never goes back."""
 
-    CLAIMING = 1  # it has no hostname yet, or has not told its agent
-    SERVING = 2  # the agent is acknowledged, and its session runs
-    LEAVING = 3  # the agent takes no new streams: no hostname any more, what runs goes on
+    CLAIMING = 1  # it has no hostname yet, or its agent has no ack yet
+    SERVING = 2  # the agent has its ack, and the session runs
+    LEAVING = 3  # the agent takes no new streams: the hostnames are free, running visits go on
     GONE = 4  # the session is over
 
 
 class Tunnel:
     """A session with an agent whose registration is in order."""
 
-    def __init__(self, tunnels, agent, session, control, *, features, routes, ports, make_room):
-        """``agent`` is a registration.Agent. ``session`` is taken over, and is not started yet;
-        ``control`` is its ControlStream. ``features`` are those that the agent knows, in its order.
-        ``routes`` is what it asks for: normal hostname to Route, without a tunnel. ``ports``:
-        hostname, as the agent spells it, to the public port that it asks for. ``make_room()`` is
-        called once, when the connection is closed."""
+    def __init__(
+        self,
+        tunnels: Tunnels,
+        agent: Agent,
+        session: Session,
+        control: ControlStream,
+        *,
+        features: Iterable[str],
+        routes: Mapping[str, Wanted],
+        ports: Mapping[str, str],
+        make_room: Callable[[], object],
+    ):
+        """Takes ``session`` over, which is not started yet; ``control`` is its control stream.
+        ``features`` are the extensions that the agent knows, in its order. ``routes`` are the
+        wanted ones, by normalised hostname; ``ports`` the wanted public ports, by hostname as the
+        agent spells it. ``make_room()`` is called once, when the connection is closed."""
         self.agent = agent
         self.features = tuple(name for name in features if name in FEATURES)
-        self.half_close = HALF_CLOSE in self.features  # the agent may hear of a visitor's FIN
-        self.upgrades = UPGRADES in self.features  # ... also in http mode, of open(relayed=True)
-        self.wanted = {name: route._replace(tunnel=self) for name, route in routes.items()}
-        self.routes = {}  # hostname: Route, that are served now; replaced whole
+        self.half_close = HALF_CLOSE in self.features  # a visitor's FIN may be passed to the agent
+        self.upgrades = UPGRADES in self.features  # ... also in http mode, after open(relayed=True)
+        self.wanted = {name: wanted.route(self) for name, wanted in routes.items()}
+        self.routes: dict[str, Route] = {}  # by hostname; those served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
         self.gone = threading.Event()  # it holds no hostname any more, and never will
         self.moving = False  # the agent was asked for another session; never False again
-        self.failed = Tally()  # route's hostname: visits in tcp mode whose target was not reached
+        self.failed = Tally()  # by hostname: visits in tcp mode whose target was not reached
         self._stage = Stage.CLAIMING
-        self._parting = None  # the End, once the session has to go
+        self._parting: End | None = None  # why the session has to end, once it has to
         self._lock = threading.Lock()  # guards _stage and _parting, and is held to replace routes
         self._tunnels = tunnels
         self._session = session
         self._control = control
         self._ports = ports if PORTS in self.features else {}
-        self._missing = {}  # hostname: the port that it gets later, None if that is not open yet
+        # Hostnames that get a port later: the port, or None while it is not open.
+        self._missing: dict[str, int | None] = {}
         self._port_delay = PORT_DELAY
         self._make_room = make_room
         self._heartbeat = Heartbeat(session, control, on_silence=self.replace)
@@ -182,15 +214,14 @@ class Tunnel:
         session.on_end = self._ended
         session.on_close = self._closed
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self.agent)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Tunnel {self.agent.host} {', '.join(self.routes) or self.stage.name}>"
 
     @property
-    def identity(self):
-        """The credentials.Identity of the agent."""
+    def identity(self) -> Identity:
         return self.agent.identity
 
     @property
@@ -200,19 +231,21 @@ class Tunnel:
 
     # Registration
 
-    def serve(self):
-        """The hostnames are claimed: tell the agent, and begin to serve.
+    def serve(self) -> None:
+        """The hostnames are claimed: send the ack, and begin to serve.
 
-        A worker of registrations, which may have to wait for the disk. Raises OSError if the
-        session has ended, or cannot start. If it raises, nothing is held any more.
+        Called by a worker of registrations, as it may wait for the disk. Raises OSError if the
+        session has ended, or cannot start; then it holds nothing any more.
         """
         try:
             self._serve()
         except BaseException:
-            self._ended()  # once more: the session may have ended before it had all of it
+            # The session may have ended, and given back its hostnames and ports, before it had
+            # them all.
+            self._ended()
             raise
 
-    def _serve(self):
+    def _serve(self) -> None:
         session = self._session
         self._tunnels.ensure_certificates(
             tuple(self.wanted), self.agent.blame, self.identity.limits
@@ -224,8 +257,8 @@ class Tunnel:
         session.widen(START_WINDOW)
         self._heartbeat.start()
         session.call_later(KEPT_LOOK, self._close_old)
-        # The ack is on its way before the demultiplexer reads on: a Go agent loses what comes in
-        # the same read.
+        # The ack is sent before the demultiplexer starts, so no visit's bytes follow at once: a Go
+        # agent loses what comes in the same read as the ack.
         self._control.acknowledge(Ack(True, features=self.features, ports=ports, refused=refused))
         for hostname in routes:
             self.tell_certificate(hostname)
@@ -240,11 +273,13 @@ class Tunnel:
             self._end_with(end)
         self.end_if_revoked()
 
-    def _open_ports(self):
-        """Open the public ports that the agent asks for, one a hostname. Returns the routes with
-        them, hostname to port, and hostname to why there is none; the last two as the agent spells
-        hostnames."""
-        routes, opened, refused = dict(self.wanted), {}, {}
+    def _open_ports(self) -> tuple[dict[str, Route], dict[str, str], dict[str, str]]:
+        """Open the public ports that the agent asks for, at most one for each hostname. Returns the
+        routes, the ports opened, and the reasons for those refused; the last two by hostnames as
+        the agent spells them."""
+        routes = dict(self.wanted)
+        opened: dict[str, str] = {}
+        refused: dict[str, str] = {}
         for hostname, route in self.wanted.items():
             wanted = self._ports.get(route.hostname)
             if wanted is None or self._session.ended:
@@ -261,24 +296,25 @@ class Tunnel:
                 continue
             routes[hostname] = route._replace(port=port)
             opened[route.hostname] = str(port)
-        self._tunnels.ports.keep_only(self, set(map(int, opened.values())))  # of those passed on
+        # A predecessor may have passed on ports that this session does not want.
+        self._tunnels.ports.keep_only(self, set(map(int, opened.values())))
         if opened:
             self._tunnels.registry.update(routes)
         return routes, opened, refused
 
-    def _open_port(self, wanted, route):
+    def _open_port(self, wanted: str, route: Route) -> int:
         if route.mode != "tcp":
             raise PortRefused("a port is for a hostname in tcp mode")
         port = self._tunnels.ports.open(wanted, route, self.identity.why_not_port)
         log.info("%s: port %d leads to %s", self, port, route.hostname)
         return port
 
-    def _try_ports_later(self):
-        """Demultiplexer: a worker does it, as opening a port may wait."""
+    def _try_ports_later(self) -> None:
+        """Demultiplexer: have a worker do it, as opening a port may wait."""
         with contextlib.suppress(Stopped):
             self._tunnels.submit(self._try_ports)
 
-    def _try_ports(self):
+    def _try_ports(self) -> None:
         """Worker: open the ports that were refused for the time being, and tell the agent."""
         for hostname, port in list(self._missing.items()):
             route = self.wanted[hostname]
@@ -291,44 +327,44 @@ class Tunnel:
                 del self._missing[hostname]
             except PortRefused as error:
                 log.debug("%s: %s gets no port yet: %s", self, hostname, error)
-            except OSError:  # no room for the message now, or the end
+            except OSError:  # no room for the message now: next time; or the session has ended
                 pass
-        # CLAIMING is not over: _serve() may have to go on, and the ports are those of the ack.
+        # In CLAIMING, _serve() may still be at work: that is no end.
         if self._session.ended or self.stage > Stage.SERVING:
-            self._tunnels.ports.release(self)  # what was opened since it gave everything back
+            self._tunnels.ports.release(self)  # opened after the tunnel gave its ports back
         elif self._missing:
             self._port_delay = min(2 * self._port_delay, MOST_PORT_DELAY)
             self._session.call_later(self._port_delay, self._try_ports_later)
 
-    def _add_port(self, hostname, port):
+    def _add_port(self, hostname: str, port: int) -> None:
         with self._lock:
             if hostname in self.routes:
                 route = self.routes[hostname]._replace(port=port)
                 self.routes = {**self.routes, hostname: route}
                 self._tunnels.registry.update({hostname: route})
 
-    def _enter(self, stage):
+    def _enter(self, stage: Stage) -> None:
         """Caller holds the lock."""
         self._stage = max(self._stage, stage)
 
-    def tell_certificate(self, hostname):
-        """Let the agent know how a certificate stands now. Any thread; waits for nothing."""
+    def tell_certificate(self, hostname: str) -> None:
+        """Tell the agent how a certificate stands now. Any thread; waits for nothing."""
         self._control.tell_certificate(hostname, self._tunnels.certificate_state)
 
-    def _close_old(self):
-        """Demultiplexer: a kept stream holds a connection to its target."""
+    def _close_old(self) -> None:
+        """Demultiplexer: close old kept streams, each of which holds a connection to a target."""
         self._kept.close_old()
         self._own.close_old()
         self._look_at_ids()
         self._session.call_later(KEPT_LOOK, self._close_old)
 
-    def _look_at_ids(self):
-        """Have the agent come anew before the session has no id for another stream."""
+    def _look_at_ids(self) -> None:
+        """Have the agent open a new session before this one has no id left for a stream."""
         left = self._session.ids_left
         if left > ID_RESERVE or self.stage is not Stage.SERVING:
             return
         if REASONS in self.features and left and not self.moving:
-            log.info("%s is asked for a new session, as %s", self, USED_UP)
+            log.info("%s is asked to open a new session: %s", self, USED_UP)
             self.moving = True
             self._control.tell_end(End(MOVE, USED_UP))
         elif (
@@ -341,52 +377,53 @@ class Tunnel:
     # Another agent wants one of its hostnames
 
     def ask(self) -> float:
-        """Have the agent show that it lives; if it does not in ANSWER_TIMEOUT, the session ends.
-        Returns since when (monotonic) it is asked. Any thread."""
+        """Ask the agent for a sign of life; without one in ANSWER_TIMEOUT the session ends. Returns
+        since when (monotonic) it is asked. Any thread."""
         return self._heartbeat.ask()
 
-    def has_answered(self, since) -> bool:
+    def has_answered(self, since: float) -> bool:
+        """Whether the agent has answered the question of ``since``, as ask() returned it."""
         return self._heartbeat.has_answered(since)
 
-    def replace(self, reason):
-        """End the session at once: another takes its place. Any thread."""
+    def replace(self, reason: str) -> None:
+        """End the session at once, as another one takes its place. Any thread."""
         self._part(End(REPLACED, f"another session takes over: {reason}"))
 
-    def end_if_revoked(self):
-        """End the session if its credential does not permit it any more. Any thread."""
+    def end_if_revoked(self) -> None:
+        """End the session if its credential no longer permits it. Any thread."""
         why = self._tunnels.credentials.taken_away(self.identity, tuple(self.routes))
         if why:
             self._part(End(REVOKED, why))
 
-    def _part(self, end):
-        """End the session at once. The first reason counts."""
+    def _part(self, end: End) -> None:
+        """End the session at once. Of several reasons the first one counts."""
         with self._lock:
             first, self._parting = self._parting is None, self._parting or end
-            may_be_told = self._stage is not Stage.CLAIMING  # else _serve() does it, in a moment
+            may_be_told = self._stage is not Stage.CLAIMING  # else _serve() does it, after the ack
         if first and may_be_told:
             self._end_with(end)
 
-    def _end_with(self, end):
+    def _end_with(self, end: End) -> None:
         self._control.tell_end(end)
         self._session.close(end.reason, patience=LAST_WORD)
 
     # The end
 
-    def _leaving(self):
-        """Demultiplexer: the agent takes no new streams. Its hostnames are free at once; what
-        runs goes on."""
+    def _leaving(self) -> None:
+        """Demultiplexer: the agent takes no new streams (GO_AWAY). Its hostnames are free at once;
+        running visits go on."""
         with self._lock:
             if self._parting or self._stage is Stage.LEAVING:
-                return  # it goes because it was told to: _ended() says why
+                return  # the gateway told it to: _ended() logs why
         self._stop_serving("leaves")
 
-    def step_aside(self, successor):
-        """A new session of the agent's, a Tunnel, has taken the hostnames; what runs goes on. Any
+    def step_aside(self, successor: Tunnel) -> None:
+        """A new session of the same agent has taken the hostnames; running visits go on. Any
         thread."""
         self._tunnels.ports.pass_on(self, successor)
-        self._stop_serving("serves by a new session, and ends this one")
+        self._stop_serving("has a new session, and ends this one")
 
-    def _stop_serving(self, how):
+    def _stop_serving(self, how: str) -> None:
         with self._lock:
             self._enter(Stage.LEAVING)
         log.info("%s %s, with %s", self, how, ", ".join(self.routes))
@@ -394,8 +431,8 @@ class Tunnel:
         with self._lock:
             self.routes = {}
 
-    def _ended(self):
-        """The thread that ends the session: give everything back."""
+    def _ended(self) -> None:
+        """Called by the thread that ends the session: give everything back."""
         self._give_back()
         with self._lock:
             self._enter(Stage.GONE)
@@ -404,65 +441,67 @@ class Tunnel:
         if routes:
             log.info("%s gone, with %s: %s", self, ", ".join(routes), self._session.ended)
 
-    def _give_back(self):
-        self._tunnels.ports.release(self)  # first: the next holder may want the port too
+    def _give_back(self) -> None:
+        self._tunnels.ports.release(self)  # first: the hostname's next holder may want its port
         self._tunnels.registry.release(self)
         self._kept.close()
         self._own.close()
 
-    def _closed(self):
+    def _closed(self) -> None:
         """The connection is closed."""
         if self._tunnels.discard(self):
             self._make_room()
 
-    def end(self, reason):
-        """End the session, when the line has taken what is queued. Any thread."""
+    def end(self, reason: str) -> None:
+        """End the session when its queued output has been sent. Any thread."""
         self._session.close(reason)
 
-    def close(self, code=NORMAL):
-        """Drop a connection that is not served yet. ``code`` is GO_AWAY's."""
+    def close(self, code: int = NORMAL) -> None:
+        """Drop a connection that does not serve yet. ``code`` is GO_AWAY's."""
         self._session.close(code=code)
-        self._closed()  # if the session was over before the tunnel could hear of it
+        self._closed()  # the session may have closed before it had our on_close
 
-    def join(self):
+    def join(self) -> None:
+        """Wait for the end of the session's thread."""
         self._session.join()
 
     # Data streams, for visits
 
-    def open(self, route, ends, first=b"", relayed=False):
-        """A new stream for a visit; ``first`` bytes go along. ``ends()`` gives the visitor's, for
-        an agent that wants to know. ``relayed``: see encode_data_header().
+    def open(
+        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False
+    ) -> Stream:
+        """A new stream for a visit; the bytes ``first`` go along. ``ends()`` gives the addresses of
+        the visitor's connection, for an agent that wants them. ``relayed``: see
+        encode_data_header().
 
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname, ends() if route.addressed else None, relayed)
-        if self._allowance is None:
+        allowance = self._allowance
+        if allowance is None:
             return self._session.open(header + first, timeout=OPEN_TIMEOUT)
         try:
-            return self._open_counted(header + first)
+            return self._session.open(header + first, OPEN_TIMEOUT, allowance.permit(streams=1))
         except AgentBusy:
             if self.identity.limits.streams is None:
                 raise
         for tunnel in self._tunnels.of_credential(self.identity.credential):
-            tunnel._kept.close_all()  # a visit that is there comes before those that may come
-        return self._open_counted(header + first)
-
-    def _open_counted(self, first):
-        return self._session.open(first, OPEN_TIMEOUT, self._allowance.permit(streams=1))
+            tunnel._kept.close_all()  # kept streams, for visits to come, give way to this visit
+        return self._session.open(header + first, OPEN_TIMEOUT, allowance.permit(streams=1))
 
     def usage(self) -> limits.Usage:
-        """What the session has now, without its control stream."""
+        """What the session has now, its control stream aside."""
         control = self._control.stream
         streams = [stream for stream in self._session.streams_in_use() if stream is not control]
         own = self._own.streams()
         visits = sum(stream not in self._kept and stream not in own for stream in streams)
         return limits.Usage(len(streams), visits)
 
-    def count_failed(self, route):
-        """A visit has come to nothing."""
+    def count_failed(self, route: Route) -> None:
+        """A visit in tcp mode did not reach its target."""
         self.failed.add(route.hostname)
 
-    def take_kept(self, route):
+    def take_kept(self, route: Route) -> Stream | None:
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
         while (stream := self._counted(self._kept.pop, route.hostname)) is not None:
             if stream.quiet:
@@ -470,31 +509,31 @@ class Tunnel:
             stream.close()
         return None
 
-    def _counted(self, pop, *arguments):
-        """Take up a stream, which is a visit from then on."""
+    def _counted(self, pop: Callable[..., Stream | None], *arguments: object) -> Stream | None:
+        """Take a kept stream, which counts as a visit from then on."""
         with _NOTHING if self._allowance is None else self._allowance.permit(streams=0):
             return pop(*arguments)
 
-    def keep(self, route, stream):
-        """Keep a stream whose last answer was complete for the next visit of that hostname."""
-        if route.addressed:  # its agent tells a target the visitor's address once
+    def keep(self, route: Route, stream: Stream) -> None:
+        """Keep a stream whose last answer was complete for the next visit of its hostname."""
+        if route.addressed:  # the target got the visitor's address with the stream
             stream.close()
         else:
             self._kept.put(route.hostname, stream)
 
-    def make_way(self, route):
+    def make_way(self, route: Route) -> None:
         """A visit is about to open a new stream: see KeptStreams."""
         self._kept.make_way(route.hostname)
 
-    def give_up_kept(self, route, waiting):
+    def give_up_kept(self, route: Route, waiting: Stream) -> None:
         """A visit has waited a while for its answer on a new stream: see KeptStreams."""
         self._kept.give_up(route.hostname, waiting)
 
-    def served(self, route, stream):
+    def served(self, route: Route, stream: Stream) -> None:
         """A new stream has its answer, or its visit is over: see KeptStreams."""
         self._kept.served(route.hostname, stream)
 
-    def take_own(self, route, owner):
+    def take_own(self, route: Route, owner: object) -> Stream | None:
         """The stream that was kept for ``owner`` alone, or None. Raises AgentBusy."""
         stream = self._counted(self._own.pop, owner, route.hostname)
         if stream is None or stream.quiet:
@@ -502,29 +541,29 @@ class Tunnel:
         stream.close()
         return None
 
-    def keep_own(self, route, owner, stream):
-        """As keep(), for the next visit of ``owner`` alone, which has none here."""
+    def keep_own(self, route: Route, owner: object, stream: Stream) -> None:
+        """As keep(), for the next visit of ``owner`` alone, who has no stream here."""
         self._own.put(owner, route.hostname, stream)
 
-    def drop_own(self, owner):
-        """``owner`` has gone."""
+    def drop_own(self, owner: object) -> None:
+        """``owner`` has left: close its stream, if there is one."""
         self._own.drop(owner)
 
 
 class Allowance:
-    """What a credential may have at once, over all its sessions.
+    """What a credential may have at once, in all its sessions together.
 
-    Invariant: a visit is counted and begins within one hold of Tunnels.limiting, so that of two
-    that come at once only one gets the last place.
+    Invariant: a visit is counted and begins while Tunnels.limiting is held. So of two that come at
+    once, only one gets the last place.
     """
 
-    def __init__(self, identity, tunnels):
+    def __init__(self, identity: Identity, tunnels: Tunnels):
         self._identity = identity
         self._tunnels = tunnels
 
     @contextlib.contextmanager
-    def permit(self, streams):
-        """Within it no other visit of the credential begins. ``streams`` as for limits.check(),
+    def permit(self, streams: int) -> Iterator[None]:
+        """Within it no other visit of the credential begins. ``streams`` is as for limits.check(),
         which raises AgentBusy."""
         with self._tunnels.limiting:
             tunnels = self._tunnels.of_credential(self._identity.credential)
@@ -536,14 +575,14 @@ class Allowance:
 class Tally:
     """Counts by name. Any thread."""
 
-    def __init__(self):
-        self._counts = Counter()
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # guards _counts
 
-    def add(self, name):
+    def add(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
 
-    def __getitem__(self, name) -> int:
+    def __getitem__(self, name: str) -> int:
         with self._lock:
             return self._counts[name]

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Container, Hashable
+from collections.abc import Hashable
+from typing import Protocol
 
 from gotunnel_agent.common.addresses import counted_by
 
@@ -29,10 +30,16 @@ PARTS = 2
 SILENT_PARTS = 7
 
 
+class Addresses(Protocol):
+    """A set of IP addresses as text, such as forwarded.Proxies."""
+
+    def __contains__(self, address: str, /) -> bool: ...
+
+
 class Shares:
     """Places of which each address has a share. Any thread."""
 
-    def __init__(self, most: int, exempt: Container[str] = (), parts: int = PARTS):
+    def __init__(self, most: int, exempt: Addresses = (), parts: int = PARTS):
         """``most`` places; addresses in ``exempt`` may take all. ``parts`` sets the share: see the
         module."""
         self.most = most
@@ -69,7 +76,7 @@ class Shares:
 class Places:
     """Places for the connections of one port or several, a Seat each. Any thread."""
 
-    def __init__(self, most: int, exempt: Container[str] = (), parts: int = PARTS):
+    def __init__(self, most: int, exempt: Addresses = (), parts: int = PARTS):
         """As for Shares. SILENT_PARTS limits connections that have not settled as well. With
         ``parts`` 0 an address's settled connections have no limit."""
         self.most = most

@@ -1,50 +1,45 @@
-"""Relays bytes between a visitor's connection and a stream: tcp mode, or WebSocket after a 101.
+"""A visitor's connection and a stream, joined: visits in tcp mode, WebSockets after a 101 answer.
 
-A relay may last as long as visitor and target like, so it has two threads of its own, one for each
-direction. Both ends are closed when both directions are done. If one end breaks, the other one is
+A relay takes as long as visitor and target please, so it has two threads of its own, one for each
+direction. Both ends are closed when both directions are done; if one end breaks, the other is
 reset, so that bytes that were cut off never look complete.
 """
 
 import logging
 import threading
-from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar
 
-from gotunnel import RESET_JOIN, NoThread, RelayEnd, Source, Stream, pump, relay, spawn
+from gotunnel import RESET_JOIN, NoThread, pump, relay, spawn
 from gotunnel_agent.common import proxy_protocol
 
-from ..routes import AgentBusy, Route
+from ..routes import AgentBusy
 from .postgres import Watched
-from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.relays")
 
-# Relays (tcp visits, WebSockets) at a time. Each has two threads and about 65 kB.
+# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each.
 MAX_RELAYS = 2048
-# Seconds that a WebSocket's visitor has for its last bytes after its target has ended.
+# Seconds that a visitor has for its last bytes after the target of a WebSocket has ended.
 LAST_BYTES_TIMEOUT = 2
-# After a tcp visitor has half-closed, and its agent cannot half-close the target: how many seconds
-# the target may be silent until FIN ends the visit. Most likely the visitor has left.
+# Seconds without a byte from the target after a tcp visitor has half-closed, when the agent cannot
+# half-close its target: then the visitor has most likely left.
 HELD_FIN_TIMEOUT = 30
-# How many seconds the direction towards the visitor may be silent after our FIN has ended the other
-# one. An agent that cannot half-close ends its stream at our FIN; without this limit, an agent that
-# does not would keep the thread for ever.
+# Seconds that the direction towards the visitor may be silent after the other one has ended for
+# good. An agent that cannot half-close ends its stream as soon as it sees our FIN; one that does
+# not would keep the thread for ever.
 ENDING_TIMEOUT = 30
 
-Other = TypeVar("Other", Route, Stream)  # the other end of a relay, or where it is to be opened
 
-
-def start_tcp(visitor: Visitor, route: Route) -> None:
-    """Relay between ``visitor`` and a new stream of ``route``, in threads that close both. Raises
-    NoThread; then the Visitor still belongs to the caller."""
+def start_tcp(visitor, route):
+    """Join a Visitor and its Route in threads of their own, which close it. Raises NoThread: then
+    it is still the caller's."""
     _start(_relay_tcp, visitor, route)
 
 
-def start_switched(visitor: Visitor, stream: Stream, half_close: bool) -> None:
-    """Relay between ``visitor`` and the stream that has answered 101, in threads that close both.
-    ``half_close``: the agent passes a FIN on to its target. Raises NoThread; then the Visitor still
-    belongs to the caller, and the stream is reset."""
+def start_switched(visitor, stream, half_close):
+    """Join a Visitor and the stream that has answered it with 101, in threads of their own, which
+    close both. ``half_close``: the agent passes FIN on. Raises NoThread: then the Visitor is still
+    the caller's, and the stream is reset."""
     try:
         _start(relay_upgraded if half_close else relay_switched, visitor, stream)
     except NoThread:
@@ -52,12 +47,12 @@ def start_switched(visitor: Visitor, stream: Stream, half_close: bool) -> None:
         raise
 
 
-def _start(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
+def _start(function, visitor, other):
     spawn(f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
 
 
-def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
-    """Thread: one relay, from beginning to end."""
+def _run(function, visitor, other):
+    """Thread: one relay, from its beginning to its end."""
     visitor.duplex.cut_unless_finished()
     try:
         function(visitor, other)
@@ -66,22 +61,21 @@ def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Ot
     except OSError as error:
         log.debug("%s: %s", visitor, error)
     except Exception:
-        log.exception("%s: its relay is closed (bug, traceback follows)", visitor)
+        log.exception("%s: its relay is ended (bug, traceback follows)", visitor)
     finally:
         visitor.close()
 
 
-def _relay_tcp(visitor: Visitor, route: Route) -> None:
+def _relay_tcp(visitor, route):
     tunnel = route.tunnel
     try:
         stream = tunnel.open(route, visitor.ends)
     except OSError as error:
-        visitor.duplex.reset()  # a mere close would look like an empty answer
+        visitor.duplex.reset()  # refused: not an empty but complete visit
         if isinstance(error, AgentBusy):
             log.info("%s: %s: %s", route.hostname, visitor, error)
         raise
-    end: RelayEnd = visitor.duplex
-    watched = None
+    end, watched = visitor.duplex, None
     if not visitor.sni:
         end = _Guarded(visitor)
     elif visitor.cancel_keys is not None:
@@ -92,7 +86,7 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
         else:
             relay_holding_fin(end, stream)
     except NoThread:
-        stream.reset()  # a mere close would look to the target like an empty, complete visit
+        stream.reset()  # its target must not see an empty but complete visit
         raise
     finally:
         if watched is not None:
@@ -100,42 +94,38 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
         stream.close()
         if stream.refused:
             tunnel.count_failed(route)
-            log.info("%s: %s: the agent could not connect to its target; see the agent's log",
+            log.info("%s: %s: the agent's target is down or refuses; its log says why",
                      route.hostname, visitor)  # fmt: skip
 
 
-def relay_holding_fin(
-    end: RelayEnd, stream: Stream, stop: Callable[[], None] | None = None
-) -> None:
-    """relay() for an agent that closes its target at FIN, which would cut the answer.
+def relay_holding_fin(end, stream, last_bytes=None):
+    """relay() for an agent that takes FIN for the end of the visit, and would cut the answer.
 
-    When the visitor half-closes, its FIN is held back until the target has been silent for
-    HELD_FIN_TIMEOUT. ``end`` is the visitor's. ``stop()`` ends it; it is called if the visitor has
-    not ended within LAST_BYTES_TIMEOUT after the target. None: the visitor may take any time.
+    When the visitor has half-closed, its FIN waits until the target has been silent for a while.
+    ``end`` is the visitor's, a Duplex. ``last_bytes``: seconds for it to end after the target has;
+    None: as long as it likes.
     """
     stream.on_death(end.stop_reading)
     source = _Timed(stream)
     visitor_done = threading.Event()
-    back = _copy_back(_copy_to_visitor, source, end, visitor_done, stop)
+    back = _copy_back(_copy_to_visitor, source, end, visitor_done, last_bytes)
     try:
         while data := end.read():
             stream.write(data)
     except (OSError, ValueError):
-        # Reset the stream behind what was copied. If it is dead already, the bytes that it still
-        # holds go to the visitor.
-        stream.cut()
+        stream.cut()  # behind what was copied; if it is dead, what it has left goes to the visitor
     visitor_done.set()
     _outlast(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
     _outlast(back, source, ENDING_TIMEOUT)
     _end(back, end, stream)
     if stream.is_dead:
-        end.cut()  # the visitor has not got all bytes, so it must not see a plain end
+        end.cut()  # it may have ended before, and now it has not taken all
 
 
-def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
-    """Relay after a 101, for an agent that can half-close. The half-close is passed on: `docker
-    exec -i` ends its program's standard input by one, and the program may answer afterwards."""
+def relay_upgraded(visitor, stream):
+    """What follows a 101. A half-close is passed on: `docker exec -i` ends the standard input of
+    its program by one, and the program may answer afterwards."""
     try:
         relay(visitor.duplex, stream)
     except NoThread:
@@ -145,10 +135,10 @@ def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
         stream.close()
 
 
-def relay_switched(visitor: Visitor, stream: Stream) -> None:
-    """Relay after a 101, for an agent that closes its target at FIN."""
+def relay_switched(visitor, stream):
+    """The same for an agent that ends its target at FIN, and the stream with its target."""
     try:
-        relay_holding_fin(visitor.duplex, stream, visitor.duplex.stop)
+        relay_holding_fin(visitor.duplex, stream, LAST_BYTES_TIMEOUT)
     except NoThread:
         stream.reset()
         raise
@@ -156,25 +146,20 @@ def relay_switched(visitor: Visitor, stream: Stream) -> None:
         stream.close()
 
 
-def _copy_to_visitor(
-    source: Source,
-    end: RelayEnd,
-    visitor_done: threading.Event,
-    stop: Callable[[], None] | None,
-) -> None:
+def _copy_to_visitor(source, end, visitor_done, last_bytes):
     pump(source, end)
-    # The target has ended. Give the visitor a moment for its last bytes.
-    if stop is not None and not visitor_done.wait(LAST_BYTES_TIMEOUT):
-        stop()
+    # The visitor has the last word, and a moment to say it.
+    if last_bytes is not None and not visitor_done.wait(last_bytes):
+        end.stop()
 
 
-def _copy_back(function: Callable[..., None], *arguments: object) -> threading.Thread:
+def _copy_back(function, *arguments):
     """Start the thread that copies from the stream to the visitor. Raises NoThread."""
     return spawn(f"{threading.current_thread().name} back", function, *arguments)
 
 
-def _outlast(back: threading.Thread, source: "_Timed", timeout: float) -> None:
-    """Wait until the thread ``back`` ends, or its source was silent for ``timeout`` seconds."""
+def _outlast(back, source, timeout):
+    """Wait for a thread until its source has been silent for ``timeout`` seconds from now on."""
     began = monotonic()
     while back.is_alive():
         silence = min(source.silence(), monotonic() - began)
@@ -183,8 +168,8 @@ def _outlast(back: threading.Thread, source: "_Timed", timeout: float) -> None:
         back.join(timeout - silence)
 
 
-def _end(back: threading.Thread, end: RelayEnd, stream: Stream) -> None:
-    """Reset both ends if the thread ``back``, which copies between them, has not ended by now."""
+def _end(back, end, stream):
+    """Reset both ends if the thread that copies between them has not ended by now."""
     if not back.is_alive():
         return
     log.debug("thread %s: reset, it has not ended in time", back.name)
@@ -196,20 +181,19 @@ def _end(back: threading.Thread, end: RelayEnd, stream: Stream) -> None:
 
 
 class _Guarded:
-    """The relay end of a visitor without TLS. The visitor's first bytes must not be a PROXY header.
-    No byte is held back meanwhile: a program may wait for the answer to it."""
+    """A visitor without TLS as an end of a relay, whose first bytes must not be a PROXY header.
+    None is held back: a program may wait for the answer to any of them."""
 
-    def __init__(self, visitor: Visitor):
+    def __init__(self, visitor):
         duplex = visitor.duplex
-        self.read: Callable[[], bytes] = self._read_guarded
         self.write, self.finish = duplex.write, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
         self._refuse = visitor.refuse_introduction
-        self._came = b""  # the first bytes, as long as they may become a header
+        self._came = b""  # so far, as long as it may become a header
 
-    def _read_guarded(self) -> bytes:
+    def read(self):
         data = self._duplex.read()
         self._came += data[: proxy_protocol.LINE_LIMIT]
         self._refuse(self._came)
@@ -219,21 +203,20 @@ class _Guarded:
 
 
 class _Timed:
-    """A pump's source that reads from a stream and tells another thread how long it was silent."""
+    """A stream as a pump's source, which tells another thread how long it has been silent."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream):
         self.reset, self.cut = stream.reset, stream.cut
         self._read = stream.read
-        # Monotonic time when the waiting read began, None between reads. Set by the pump's thread.
-        self._since: float | None = None
+        self._since = None  # monotonic, of the read that waits; set by the pump's thread only
 
-    def read(self) -> bytes:
+    def read(self):
         self._since = monotonic()
         data = self._read()
         self._since = None
         return data
 
     def silence(self) -> float:
-        """Seconds that the present read has waited; 0 while its bytes are being passed on."""
+        """Seconds that a read has waited; 0 while the other end takes what was read."""
         since = self._since
         return 0 if since is None else monotonic() - since

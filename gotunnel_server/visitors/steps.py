@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 from gotunnel import NoThread
 
 from ..net import client_hello
-from ..net.listener import Address
 from .request import VisitorGone
 from .visitor import Visitor
 
@@ -42,7 +41,7 @@ class Step(NamedTuple):
 class Port(Protocol):
     """What a Stepwise needs of its port."""
 
-    def is_draining(self) -> bool: ...
+    is_draining: Callable[[], bool]
 
 
 class Stepwise:
@@ -62,7 +61,7 @@ class Stepwise:
         self._steps = self.STEPS  # the table of the thread that has the connection
 
     @property
-    def address(self) -> Address:
+    def address(self) -> tuple[str, int]:
         """The visitor's address, or its proxy's as long as the proxy has not named the visitor."""
         return self._visitor.address
 

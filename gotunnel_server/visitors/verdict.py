@@ -1,7 +1,7 @@
-"""The verdicts of a policy on a visit: it is allowed, or its visitor gets a page. Values, no I/O.
+"""What a policy says of a visit: it may come in, or its visitor gets a page. Values, no I/O.
 
 A policy is a chain of rules. A *rule* is an object whose ``judge(caller)`` returns an Allow or an
-Answer. The first Answer ends the chain; otherwise the Allows are added up.
+Answer; the first Answer is the policy's, and the Allows add up.
 """
 
 import math
@@ -11,20 +11,23 @@ from typing import NamedTuple
 from gotunnel_agent.common import addresses
 
 from . import pages
-from .pages import Page, Pairs
+from .pages import Page
+
+MOST_SHOWN = 60  # characters of an address that a text repeats
 
 
 class Allow(NamedTuple):
-    """The visit may go to the agent. Its request gets the additional fields ``add``, and loses
-    those whose http1.plain_name() is in ``strip``: they were for the gateway, or only the gateway
-    may set them."""
+    """The visit may go to the agent; its request with the further fields ``add`` (name, value), and
+    without those whose http1.plain_name() is in ``strip``: fields that were for the gateway, or
+    that only the gateway may set."""
 
-    add: Pairs = ()
-    strip: tuple[str, ...] = ()
+    add: tuple = ()
+    strip: tuple = ()
 
 
 class Answer(NamedTuple):
-    """The visitor gets ``page``; in tcp mode it is disconnected. ``reason`` is for the log."""
+    """The visitor gets a page instead. ``reason`` is for the log, and all that a visitor in tcp
+    mode could be told."""
 
     page: Page
     reason: str
@@ -34,11 +37,11 @@ WELCOME = Allow()
 
 
 class Caller(NamedTuple):
-    """What the rules know about a visit.
+    """What the rules know of a visit.
 
-    ``address``: the visitor's, as text, "" if a proxy hides it. ``ip``: the same parsed, None if it
-    is no IP address. ``authorization``: the value of that field of the request, None without one;
-    several are joined by commas.
+    ``address``: its visitor's, as text, "" if it has none. ``ip``: the same, None if the text is no
+    IP address. ``authorization``: the value of that field of its request, None without one; if
+    there were several, they are joined by commas.
     """
 
     address: str
@@ -47,18 +50,17 @@ class Caller(NamedTuple):
 
     @property
     def share(self) -> Hashable:
-        """The key that the visitor is counted by. All visitors without an address share one."""
+        """The key that the visitor is counted by; those without an address have one together."""
         return None if self.ip is None else addresses.subscriber(self.ip)
 
 
-def refusal(status: int, code: str, text: str, fields: Pairs = ()) -> Answer:
-    """An Answer with an error page; arguments as for pages.error()."""
+def refusal(status: int, code: str, text: str, fields: tuple = ()) -> Answer:
+    """An Answer with an error page, see pages.error()."""
     return Answer(pages.error(status, code, text, fields), text)
 
 
 def too_many(what: str, wait: float) -> Answer:
-    """An Answer with status 429. ``what`` is a sentence without its full stop; ``wait``: seconds
-    until another visit may be allowed."""
+    """``what`` came too often; ``wait`` is the seconds until it may come again."""
     seconds = max(1, math.ceil(wait))
     text = f"{what}. Try again in {seconds} s."
     return refusal(429, "too-many-requests", text, (("Retry-After", str(seconds)),))

@@ -160,7 +160,7 @@ def test_without_a_shared_secret_a_token_needs_an_agent_of_the_file(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--hosts", "*", "--ttl", "1d"], "argument --hosts: '*' would be too much"),
+        (["--hosts", "*", "--ttl", "1d"], "argument --hosts: '*' covers too much"),
         (["--hosts", "", "--ttl", "1d"], "argument --hosts: '' came, expected hostnames"),
         (["--hosts", "a.b", "--ports", "0", "--ttl", "1d"], "argument --ports: '0' came"),
         (["--hosts", "a.b", "--ttl", "30"], "argument --ttl: '30' came, expected a time such as"),

@@ -190,7 +190,7 @@ def test_the_agents_that_were_good_are_bounded(attempts):
 def test_what_changes_for_an_address_is_told_once(attempts):
     told = [attempts.failed("192.0.2.1") for _ in range(200)]
     assert [number for number, news in enumerate(told, 1) if news] == [11, 121]
-    assert "slow" in told[10] and "TRUSTED_PROXIES" in told[120]
+    assert "delayed" in told[10] and "TRUSTED_PROXIES" in told[120]
 
 
 def test_threads_lose_no_failure(attempts):

@@ -1,8 +1,10 @@
 """A stranger at the agents' port: its stages, the refusals, and what its registration waits for."""
 
 import contextlib
+import gc
 import logging
 import threading
+import weakref
 from time import monotonic, sleep
 from types import SimpleNamespace
 
@@ -13,7 +15,14 @@ from support import APP, TIMEOUT, answer, gateway_here, request, routes_of, wait
 from gotunnel import Ack, NoThread
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import newcomer
-from gotunnel_server.agents.newcomer import MOST_REFUSALS, RULES, Newcomer, Refusals, Stage
+from gotunnel_server.agents.newcomer import (
+    MOST_REFUSALS,
+    RULES,
+    Newcomer,
+    Newcomers,
+    Refusals,
+    Stage,
+)
 from gotunnel_server.net.listener import FREE_WAITS
 
 
@@ -154,9 +163,9 @@ def test_every_stage_but_the_last_has_a_step_and_can_be_reached():
 
 
 def test_a_stage_that_may_not_follow_is_a_bug_and_is_not_entered():
-    stranger = Newcomer(None, None, ("192.0.2.1", 1), None)
+    stranger = Newcomer(SimpleNamespace(proxies=()), None, ("192.0.2.1", 1), None)
     with pytest.raises(ValueError, match="ADMIT came after .*HELLO"):
-        stranger._enter(Stage.ADMIT)
+        stranger._enter(Stage.ADMIT, stranger._admit)
     assert repr(stranger) == "<Newcomer 192.0.2.1 HELLO>"
 
 
@@ -184,7 +193,7 @@ def test_an_agent_for_which_there_is_no_thread_is_turned_away_and_said(caplog, m
     def admit(self):
         raise NoThread("no thread to be had: raise the limit (ulimit -u)")
 
-    monkeypatch.setitem(RULES, Stage.HELLO, RULES[Stage.HELLO]._replace(step=admit))
+    monkeypatch.setattr(Newcomer, "_read_hello", admit)
     closed = []
     duplex = SimpleNamespace(close=lambda: closed.append("connection"))
     newcomers = SimpleNamespace(proxies=(), forget=closed.append)
@@ -221,4 +230,49 @@ def test_a_refusal_is_a_warning_again_after_a_while(caplog, monkeypatch):
     assert len(warnings_in(caplog)) == 1
     now[0] += newcomer.REFUSAL_MEMORY + 1
     refusals.log("agent", "the token expired 15 min ago")
-    assert len(warnings_in(caplog)) == 2
+    assert warnings_in(caplog)[1:] == [
+        "agent refused: the token expired 15 min ago (1 times more since the last such line)"
+    ]
+
+
+def test_connections_closed_unheard_are_counted_once_a_minute_for_each_address(caplog, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(newcomer, "monotonic", lambda: now[0])
+    attempts = SimpleNamespace(may_open=lambda address: address == "192.0.2.9")
+    newcomers = Newcomers(
+        None, context=None, challenges=None, attempts=attempts, proxies=(), read_policy=None,
+        max_hosts=1, submit=None,
+    )  # fmt: skip
+    for address in ["2001:db8::1", "192.0.2.1", *5 * ["2001:db8::2"]]:  # of one /64
+        assert newcomers.welcome(None, (address, 1), None) is None
+    now[0] += newcomer.UNHEARD_SILENCE + 1
+    assert newcomers.welcome(None, ("2001:db8::3", 1), None) is None
+    assert newcomers.may_open("192.0.2.9")
+    line = (
+        "agents at %s: too many bad tokens came from there; %d more connections were closed at once"
+    )
+    assert warnings_in(caplog) == [
+        line % ("2001:db8::1", 1),
+        line % ("192.0.2.1", 1),
+        line % ("2001:db8::3", 6),
+    ]
+
+
+def test_no_more_addresses_of_unheard_connections_are_remembered_than_there_is_room_for():
+    refusals = Refusals()
+    for number in range(2 * MOST_REFUSALS):
+        refusals.count_unheard(f"192.0.{number // 256}.{number % 256}")
+    assert len(refusals._unheard) == MOST_REFUSALS
+
+
+def test_a_newcomer_that_is_over_is_freed_at_once(gateway, caplog):
+    """Also its session, which holds memory: it must not wait for the cycle collector."""
+    caplog.set_level(logging.INFO, "gotunnel.newcomer")  # records of others would hold it
+    gc.disable()
+    try:
+        with HandMade(gateway):
+            wait_until(lambda: gateway.inner._newcomers._newcomers)
+            (left,) = map(weakref.ref, gateway.inner._newcomers._newcomers)
+        wait_until(lambda: left() is None)
+    finally:
+        gc.enable()

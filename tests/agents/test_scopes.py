@@ -95,7 +95,7 @@ def office(**claims):
         (["x.dev.localhost"], {"hosts": ["x.dev.localhost", OTHER]}, ""),
         ([OTHER], {"hosts": [OTHER]}, f"not allowed: {OTHER}: this credential may claim none"),
         ([APP], {"hosts": 7}, "auth failed: the token's hosts cannot be read: neither text"),
-        ([APP], {"hosts": ["*"]}, "auth failed: the token's hosts cannot be read: '*' would be"),
+        ([APP], {"hosts": ["*"]}, "auth failed: the token's hosts cannot be read: '*' covers too"),
         (["*.localhost"], {}, "invalid hostname: *.localhost"),
     ],
 )  # fmt: skip
@@ -199,7 +199,7 @@ def test_ten_thousand_hostnames_are_refused_in_words(gateway):
 
 def test_who_waits_while_its_credential_is_taken_away_gets_no_hostname(gateway, agents_file):
     with registered(gateway, APP), HandMade(gateway, registration(APP, token=office())) as waiting:
-        wait_until(lambda: gateway.inner.tunnels.registered()[0]._heartbeat._asked_at is not None)
+        wait_until(lambda: gateway.inner.tunnels.registered()[0]._heartbeat._is_asked)
         agents_file.take_away()
         gateway.inner.reload()
         assert waiting.hear() == Ack(
@@ -247,7 +247,7 @@ def test_a_port_beyond_the_credentials_is_refused_and_any_is_one_of_its_own(cach
             more = {**message, "modes": {"x.dev.localhost": "tcp"}}
             message = registration("x.dev.localhost", ports={"x.dev.localhost": ANY_PORT}, **more)
             assert reply_to(gateway, message).refused == {
-                "x.dev.localhost": "none of the free ones is for this agent: this credential may "
+                "x.dev.localhost": "none of the free ports is for this agent: this credential may "
                 f"have the ports {ports[1]}"
             }
 
@@ -411,7 +411,9 @@ def test_the_log_says_when_an_address_is_slowed_and_closed(gateway, caplog, monk
     for _ in range(3):
         reply_to(gateway, registration(APP, token="x.y.z"))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert sum("agents at 127.0.0.1: 1 bad tokens" in line and "slow" in line for line in said) == 1
+    assert (
+        sum("agents at 127.0.0.1: 1 bad tokens" in line and "delayed" in line for line in said) == 1
+    )
     closed = [line for line in said if "agents at 127.0.0.1: 2 bad tokens" in line]
     assert len(closed) == 1 and "TRUSTED_PROXIES" in closed[0]
 

@@ -246,7 +246,7 @@ def test_a_gateway_that_stops_lets_no_newcomer_wait(cache):
     with gateway_here(cache) as gateway, registered(gateway, APP):
         with HandMade(gateway, registration(APP)):
             (incumbent,) = gateway.inner.tunnels.registered()
-            wait_until(lambda: incumbent._heartbeat._asked_at is not None)
+            wait_until(lambda: incumbent._heartbeat._is_asked)
             began = time.monotonic()
             gateway.inner.stop()
             assert time.monotonic() - began < BOUND

@@ -131,7 +131,7 @@ ALLOWED = (range(2200, 2203), range(5432, 5433))
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ("80", "port 80 is none that agents may have (TCP_PORTS: 2200-2202, 5432)"),
+        ("80", "agents may not have port 80 (TCP_PORTS: 2200-2202, 5432)"),
         ("2201", "port 2201 is taken"),
         ("2202", "the gateway cannot open it: TCP_PORTS 2202: in use"),
         ("0", "port '0' came, expected 1 to 65535 or auto"),
@@ -237,7 +237,9 @@ def test_port_that_its_credential_does_not_permit_is_not_opened():
     with pytest.raises(PortRefused, match="^not port 2200$"):
         ports.open("2200", route(RAW), why_not)
     assert ports.open("auto", route(RAW), why_not) == 5432
-    with pytest.raises(PortRefused, match="none of the free ones is for this agent: not port 2200"):
+    with pytest.raises(
+        PortRefused, match="none of the free ports is for this agent: not port 2200"
+    ):
         ports.open("auto", route(SECOND), why_not)
     assert list(doors) == [5432]
 
@@ -596,7 +598,9 @@ def test_port_that_is_not_given_leaves_its_tunnel_unserved_and_the_others_alone(
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
     tunnels = [tunnel(RAW, origin.port, port=str(free_port)), tunnel(APP, origin.port, "http")]
     with house(cache, tmp_path, *tunnels, TCP_PORTS="1-2") as gateway:
-        wait_until(lambda: f"{RAW}: not served: port {free_port} is none that" in caplog.text)
+        wait_until(
+            lambda: f"{RAW}: not served: agents may not have port {free_port}" in caplog.text
+        )
         with gateway.dial(RAW) as visitor, pytest.raises(CUT):
             visitor.read_to_end()
         assert gateway.get(APP) == (200, b"page")
