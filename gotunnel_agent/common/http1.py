@@ -25,7 +25,7 @@ Text is latin-1 throughout, so each byte is one character and goes out as it cam
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .hostnames import MAX_HOSTNAME, REQUESTED_NAME
@@ -57,6 +57,7 @@ _ODD = re.compile(r"[^0-9a-z]")  # in a name, see plain_name()
 _TARGET = re.compile(r"[!-\"$-~\x80-\xff]+")
 _WHITE_SPACE = re.compile(r"\s")  # as Unicode has it
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_MINOR = {"HTTP/1.1": 1, "HTTP/1.0": 0}
 _VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 # RFC 9110 §15 defines statuses up to 599, and asks readers to accept higher ones.
 _STATUS_LINE = re.compile(r"([^ ]+) ([1-9][0-9][0-9])(?: (.*))?")
@@ -103,10 +104,10 @@ HOP_BY_HOP = frozenset({
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 # Fields that a Connection field must not remove and a trailer must not add: they name the
-# recipient, the sender and the content. Names that start with "x-forwarded-" belong here as well.
+# recipient, the sender and the content. As kind() has them, like all sets here.
 ESSENTIAL = frozenset({
     "host", "authorization", "cookie", "set-cookie", "origin", "referer", "forwarded", "x-real-ip",
-    "cache-control", "content-type", "content-encoding", "content-range",
+    "x-forwarded-*", "cache-control", "content-type", "content-encoding", "content-range",
 })  # fmt: skip
 
 # Further fields that are useless after the content, so not allowed in trailers (RFC 9110 §6.5.1).
@@ -115,6 +116,24 @@ TOO_LATE = frozenset({
     "if-modified-since", "if-unmodified-since", "if-range", "age", "date", "expires", "location",
     "retry-after", "vary", "warning", "www-authenticate",
 })  # fmt: skip
+_NO_TRAILERS = HOP_BY_HOP | ESSENTIAL | TOO_LATE
+
+# Names that most messages have; others are worked out each time. A fixed table: one that learned
+# would be filled by a peer.
+_USUAL_NAMES = (
+    "Accept", "Accept-Encoding", "Accept-Language", "Accept-Ranges", "Access-Control-Allow-Headers",
+    "Access-Control-Allow-Methods", "Access-Control-Allow-Origin", "Age", "Alt-Svc",
+    "Authorization", "Cache-Control", "Connection", "Content-Disposition", "Content-Encoding",
+    "Content-Language", "Content-Length", "Content-Security-Policy", "Content-Type", "Cookie",
+    "Date", "ETag", "Expect", "Expires", "Forwarded", "Host", "If-Modified-Since", "If-None-Match",
+    "If-Range", "Keep-Alive", "Last-Modified", "Link", "Location", "Origin", "Pragma", "Priority",
+    "Range", "Referer", "Referrer-Policy", "Retry-After", "Sec-Ch-Ua", "Sec-Ch-Ua-Mobile",
+    "Sec-Ch-Ua-Platform", "Sec-Fetch-Dest", "Sec-Fetch-Mode", "Sec-Fetch-Site", "Sec-Fetch-User",
+    "Server", "Set-Cookie", "Strict-Transport-Security", "TE", "Trailer", "Transfer-Encoding",
+    "Upgrade", "Upgrade-Insecure-Requests", "User-Agent", "Vary", "Via", "WWW-Authenticate",
+    "X-Content-Type-Options", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto",
+    "X-Frame-Options", "X-Powered-By", "X-Real-IP", "X-Requested-With",
+)  # fmt: skip
 
 
 class Malformed(Exception):
@@ -130,36 +149,45 @@ class Malformed(Exception):
 
 
 class Fields:
-    """The fields of one message, in order and spelled as they came; lookups ignore case."""
+    """The fields of one message: ordered, spelled as they came, looked up in lower case.
+
+    ``connection`` are the options of its Connection fields, in lower case.
+    """
 
     def __init__(self, items: list[tuple[str, str]]):
         self.items = items
-        self._values: dict[str, list[str]] = {}
+        values: dict[str, list[str]] = {}
         for name, value in items:
-            self._values.setdefault(name.lower(), []).append(value)
+            name = name.lower()
+            if name in values:
+                values[name].append(value)
+            else:
+                values[name] = [value]
+        self._values = values
+        self.connection = self.tokens("connection") if "connection" in values else []
 
     def get(self, name: str, default: str | None = None) -> str | None:
         """The value of the first field of that name."""
-        values = self._values.get(name.lower())
+        values = self._values.get(name)
         return values[0] if values else default
 
-    def all(self, name: str) -> list[str]:
+    def all(self, name: str) -> Sequence[str]:
         """The values of all fields of that name, in order."""
-        return list(self._values.get(name.lower(), ()))
+        return self._values.get(name, ())
 
     def tokens(self, name: str) -> list[str]:
         """The members of a comma-separated list, over all its lines, in lower case.
 
         Empty members are left out (RFC 9110 §5.6.1).
         """
-        values = self._values.get(name.lower())
-        if not values:  # the usual case, and cheap
+        values = self._values.get(name)
+        if not values:  # most fields that are asked for are not there
             return []
         members = ",".join(values).lower().split(",")
         return [token for member in members if (token := member.strip(" \t"))]
 
     def __contains__(self, name: str) -> bool:
-        return name.lower() in self._values
+        return name in self._values
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.items)
@@ -172,12 +200,18 @@ class Fields:
 
 
 class Request(NamedTuple):
-    """A request's head. ``target`` is the request target as it came, ``minor`` is 0 or 1."""
+    """A request's head. ``target`` is the request target as it came, ``minor`` is 0 or 1.
+
+    The target in two parts (RFC 9112 §3.2): ``authority`` is None unless the target names one, and
+    ``path`` is its origin-form, or "*"; None for CONNECT, which has none.
+    """
 
     method: str
     target: str
     minor: int
     fields: Fields
+    authority: str | None = None
+    path: str | None = None
 
 
 class Response(NamedTuple):
@@ -248,7 +282,9 @@ def parse_request(head: bytes) -> Request:
     method, target, version = words
     if not _TOKEN.fullmatch(method):
         raise Malformed(400, f"method {_shown(method)}, expected a token")
-    minor = _minor(version)
+    minor = _MINOR.get(version)
+    if minor is None:
+        raise _bad_version(version)
     if len(target) > TARGET_LIMIT:
         raise Malformed(414, f"target of {len(target)} bytes, expected at most {TARGET_LIMIT}")
     if not _TARGET.fullmatch(target):
@@ -257,8 +293,7 @@ def parse_request(head: bytes) -> Request:
         )
     if not target.isascii():
         target = _read_utf8(target)
-    _split_target(method, target)
-    return Request(method, target, minor, fields)
+    return Request(method, target, minor, fields, *_split_target(method, target))
 
 
 def _read_utf8(target: str) -> str:
@@ -304,7 +339,9 @@ def parse_response(head: bytes) -> Response:
             400, f"status line {_shown(line)}, expected version, status 100 to 999 and reason"
         )
     version, status, reason = match.groups("")
-    minor, lengths = _minor(version), fields.all("content-length")
+    minor, lengths = _MINOR.get(version), fields.all("content-length")
+    if minor is None:
+        raise _bad_version(version)
     if lengths and (len(lengths) > 1 or "," in lengths[0] or "transfer-encoding" in fields):
         loose = True
         fields = _with_one_length(fields, minor)
@@ -382,12 +419,8 @@ def _bad_field(line: str) -> Malformed:
     return Malformed(400, f"field name {_shown(name)}, expected a token")
 
 
-def _minor(version: str) -> int:
-    if version == "HTTP/1.1":
-        return 1
-    if version == "HTTP/1.0":
-        return 0
-    raise Malformed(
+def _bad_version(version: str) -> Malformed:
+    return Malformed(
         505 if _VERSION.fullmatch(version) else 400,
         f"version {_shown(version)}, expected HTTP/1.1 or HTTP/1.0",
     )
@@ -415,10 +448,9 @@ def hostname(request: Request) -> str:
     if not hosts and request.minor > 0:
         raise Malformed(400, "no Host field, expected one")
     name = _name(hosts[0]) if hosts else ""
-    authority, _ = _split_target(request.method, request.target)
-    if authority is None:
+    if request.authority is None:
         return name
-    aimed = _name(authority)
+    aimed = _name(request.authority)
     if hosts and aimed != name:
         raise Malformed(
             400, f"target for {_shown(aimed)} with Host {_shown(name)}, expected the same"
@@ -431,10 +463,9 @@ def origin_target(request: Request) -> str:
 
     Raises Malformed with status 501 for CONNECT, which asks for a tunnel and has no origin-form.
     """
-    _, target = _split_target(request.method, request.target)
-    if target is None:
+    if request.path is None:
         raise Malformed(501, "method CONNECT, expected one that an http target can answer")
-    return target
+    return request.path
 
 
 def keeps_alive(message: Request | Response) -> bool:
@@ -442,29 +473,27 @@ def keeps_alive(message: Request | Response) -> bool:
 
     An answer that ends when its connection does (UntilCloseBody) is the last one regardless.
     """
-    options = message.fields.tokens("connection")
+    options = message.fields.connection
     return "close" not in options and (message.minor > 0 or "keep-alive" in options)
 
 
 def end_to_end(
-    fields: Fields, keep_upgrade: bool = False, dropping: frozenset[str] = frozenset()
+    fields: Fields, keep_upgrade: bool = False, dropping: frozenset[str] = HOP_BY_HOP
 ) -> list[tuple[str, str]]:
-    """The end-to-end fields: all but HOP_BY_HOP, those that Connection names, and ``dropping``.
+    """The end-to-end fields: all but those of the kinds in ``dropping``, HOP_BY_HOP or more, and
+    those that Connection names.
 
     Trailer stays, since trailers are passed on. With ``keep_upgrade`` Upgrade stays too. The caller
     writes its own Connection, Content-Length and Transfer-Encoding. If Connection names one of the
     ESSENTIAL fields, which RFC 9110 §7.6.1 forbids, that field stays: a visitor could otherwise
-    remove a field that the target relies on. Names are compared as plain_name() writes them.
+    remove a field that the target relies on.
     """
-    dropped = {*HOP_BY_HOP, *dropping}
-    dropped.update(
-        name
-        for option in fields.tokens("connection")
-        if not _is_essential(name := plain_name(option))
-    )
+    if fields.connection:
+        dropping = dropping.union({kind(option) for option in fields.connection} - ESSENTIAL)
     if keep_upgrade:
-        dropped.discard("upgrade")
-    return [(name, value) for name, value in fields if plain_name(name) not in dropped]
+        dropping -= {"upgrade"}
+    known = _KINDS.get
+    return [item for item in fields.items if (known(item[0]) or kind(item[0])) not in dropping]
 
 
 def plain_name(name: str) -> str:
@@ -476,8 +505,14 @@ def plain_name(name: str) -> str:
     return name if name.replace("-", "").isalnum() else _ODD.sub("-", name)
 
 
-def _is_essential(name: str) -> bool:
-    return name in ESSENTIAL or name.startswith("x-forwarded-")
+def kind(name: str) -> str:
+    """By which a field is passed on or dropped: its plain_name(), but "x-forwarded-*" for all names
+    that begin so, since a target may take any of them for the visitor's address."""
+    name = plain_name(name)
+    return "x-forwarded-*" if name.startswith("x-forwarded-") else name
+
+
+_KINDS = {spelled: kind(name) for name in _USUAL_NAMES for spelled in (name, name.lower())}
 
 
 def _split_target(method: str, target: str) -> tuple[str | None, str | None]:
@@ -678,9 +713,7 @@ class ChunkedBody(Body):
         end = (answer_end if self._lenient else head_end)(self._held, searched)
         if end >= 0:
             fields = self._read_trailers(bytes(self._held[:end]))
-            self.trailers = [
-                (name, value) for name, value in fields if not _comes_too_late(plain_name(name))
-            ]
+            self.trailers = [(name, value) for name, value in fields if not _comes_too_late(name)]
             self.rest = bytes(self._held[end:])
             self.complete = True
         return len(data)
@@ -708,7 +741,7 @@ class ChunkedBody(Body):
 
 def _comes_too_late(name: str) -> bool:
     """Whether to drop a trailer of that name: a target might take it for a field of the head."""
-    return name in HOP_BY_HOP or name in TOO_LATE or _is_essential(name)
+    return kind(name) in _NO_TRAILERS
 
 
 def request_body(request: Request) -> Body | None:

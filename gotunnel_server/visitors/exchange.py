@@ -36,6 +36,10 @@ log = logging.getLogger("gotunnel.exchange")
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these use a
 # kept stream: the target may close it while the request is on its way, and then it is sent again.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+# Kinds of fields that end at the gateway: a visitor must not tell the target who it is, and a target
+# must not tell a visitor what only the gateway may say.
+NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
+NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
 # Work budget for the chunks of an answer: chunks a second in the long run, and at once. Each
 # CHUNK_PAYLOAD bytes permit one more. A stream of server-sent events has about a hundred a second.
 # Without it, sixteen endless answers of one-byte chunks slowed every other visit from 5 to 400 ms.
@@ -355,13 +359,8 @@ class Exchange:
     def _head(self) -> bytes:
         """The request's head, as the target gets it."""
         request, strip = self._request, self._forward.strip
-        fields = [
-            (name, value)
-            for name, value in http1.end_to_end(request.fields, request.wants_upgrade)
-            if not forwarded.concerns(name)
-        ]
-        if strip:
-            fields = [field for field in fields if http1.plain_name(field[0]) not in strip]
+        dropping = NOT_FOR_TARGETS.union(strip) if strip else NOT_FOR_TARGETS
+        fields = http1.end_to_end(request.fields, request.wants_upgrade, dropping)
         if self._route.host_header is not None:
             fields = [(name, value) for name, value in fields if name.lower() != "host"]
             fields.insert(0, ("Host", self._route.host_header))
@@ -568,7 +567,7 @@ class Exchange:
 
 
 def _of_target(response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
-    return http1.end_to_end(response.fields, keep_upgrade, dropping=pages.OURS)
+    return http1.end_to_end(response.fields, keep_upgrade, NOT_FOR_VISITORS)
 
 
 def _bad_request(malformed: Malformed) -> TargetFailed:

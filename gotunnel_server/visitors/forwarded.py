@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.http1 import Fields, plain_name
 
+# Kinds of fields (http1.kind) that tell a target who its visitor is.
+KINDS = frozenset({"forwarded", "x-forwarded-*", "x-real-ip"})
 # How proxies write an address with a port behind it.
 _WITH_PORT = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([^:]*):[0-9]+")
 
@@ -32,12 +34,6 @@ class Proxies:
             return False
         parsed = _parse(address)
         return parsed is not None and any(parsed in network for network in self._networks)
-
-
-def concerns(name: str) -> bool:
-    """Whether a field of that name says who a visitor is, to any target (http1.plain_name)."""
-    name = plain_name(name)
-    return name.startswith("x-forwarded-") or name in ("forwarded", "x-real-ip")
 
 
 def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) -> list:

@@ -18,7 +18,7 @@ MOST_SHOWN = 60  # characters of an address that a text repeats
 
 class Allow(NamedTuple):
     """The visit may go to the agent; its request with the further fields ``add`` (name, value), and
-    without those whose http1.plain_name() is in ``strip``: fields that were for the gateway, or
+    without those whose http1.kind() is in ``strip``: fields that were for the gateway, or
     that only the gateway may set."""
 
     add: tuple = ()
