@@ -281,8 +281,6 @@ UNTYPED = {
     "gotunnel_server/admin/certificates.py",
     "gotunnel_server/admin/check.py",
     "gotunnel_server/admin/grants.py",
-    "gotunnel_server/certs/folder.py",
-    "gotunnel_server/certs/store.py",
     "gotunnel_server/cli.py",
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import ssl
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from gotunnel_agent.common.hostnames import normal_hostname
 from gotunnel_agent.common.one_line import words_and_link
 
 from ..certs.cert_dir import CertDir, names_of
+from ..certs.choices import Loaded
 from ..certs.folder import FolderStorage, open_store
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import HASHED_STEM, RENEW_BEFORE, CertificateError
@@ -76,7 +76,7 @@ def find_rows(config) -> list[Row]:
 
 def read_pairs(folder: Path) -> CertDir:
     """CERT_DIR, read once. Raises CertificateError if it cannot be read."""
-    return CertDir(folder, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    return CertDir(folder, Loaded)
 
 
 def own_rows(folder: Path) -> list[Row]:

@@ -1,30 +1,28 @@
 """The operator's own certificates: the folder CERT_DIR, read at start and when its files change.
 
 A pair is a certificate (PEM, leaf first, then its chain) and its key (PEM, without password). It
-lies in CERT_DIR or one folder deeper, under any of the names that tools give it:
+lies in CERT_DIR or one folder deeper, under one of the names that common tools use:
 
     NAME.crt        NAME.key                    also a Kubernetes secret's tls.crt, tls.key
     NAME.pem        NAME-key.pem or NAME.key    mkcert
     fullchain.pem   privkey.pem                 certbot's live/HOSTNAME/, or live/ as CERT_DIR
 
-Other files are nobody's business here, nor are folders whose names begin with a dot. Links are
-followed, and what is watched is the file that they lead to, so that certbot's turning of a link is
-seen like a file written anew.
+Other files are ignored, and so are folders whose names begin with a dot. Links are followed, and
+the file that they lead to is watched: when certbot turns a link, that counts as a new file.
 
 Which pair serves a name:
 
-    of those valid now      the one that ends last; of each kind of key (RSA, EC) one, in a
-                            context together, and OpenSSL takes what the client can use
-    of the others           the one that ends last, where nobody has a valid one: who sees an
-                            expired certificate knows what is wrong, who sees none does not
+    of those valid now      the one that ends last; one for each kind of key (RSA, EC), together in
+                            a context, from which OpenSSL takes what the client can use
+    of the others           the one that ends last, if no valid one is there, not even an issued
+                            one: an expired certificate tells a visitor more than none
 
-Another program may be writing while we read. A pair that cannot be used is served as it was read
-before, and tried again when a file of it changes. A pair whose certificate file is gone is served
-no more, because that is what removing it says. But if no usable pair is left at all, those read
-before stay: a folder that is being replaced, or was not mounted, should not take every hostname
-down.
+Another program may be writing while we read. If a changed pair cannot be used, the one read before
+is still served, and the files are tried again when they change. A pair whose certificate file was
+removed is no longer served. But if no usable pair is left at all, those read before stay: a folder
+that is being replaced, or is not mounted, should not take every hostname down.
 
-The log says each thing once, and again after it was mended and came back.
+The log names each fault once, and again if it comes back after it was mended.
 """
 
 from __future__ import annotations
@@ -46,6 +44,7 @@ from gotunnel_agent.common.hostnames import normal_hostname
 
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
+from .choices import Loaded
 from .local_ca import CertificateError
 
 __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of"]
@@ -53,9 +52,9 @@ __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of"]
 log = logging.getLogger("gotunnel.cert_dir")
 
 _NEVER = datetime.max.replace(tzinfo=timezone.utc)
-_NAMES_SHOWN = 5  # in a line of the log: a certificate may have a hundred
+_NAMES_SHOWN = 5  # in a log line: a certificate may have a hundred
 _PEM_BEGIN = b"-----BEGIN CERTIFICATE-----"
-# How OpenSSL says that key and certificate differ: in their value, or already in their kind.
+# OpenSSL's reasons if key and certificate do not match, in their value or already in their kind.
 _MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 
 
@@ -64,31 +63,31 @@ class Pair(NamedTuple):
 
     certificate_file: Path
     key_file: Path
-    names: frozenset[str]  # those that it serves, maybe none
+    names: frozenset[str]  # that it serves, maybe none
     kind: type  # of its key; a context takes one certificate of each kind
     begins: datetime  # aware, as all here
     ends: datetime
-    missing_issuer: str  # who signed it, if that one's certificate is not in the file
-    context: ssl.SSLContext
+    missing_issuer: str  # the issuer's name, if the issuer's certificate is not in the file
+    context: Loaded
 
 
 class Served(NamedTuple):
-    """The contexts by name; wildcards too, as they stand in the certificate. Never changed."""
+    """The contexts by name; wildcards as the certificate has them. Immutable."""
 
-    valid: Mapping[str, ssl.SSLContext]
-    outdated: Mapping[str, ssl.SSLContext]  # by pairs that ran out, or are not valid yet
+    valid: Mapping[str, Loaded]
+    outdated: Mapping[str, Loaded]  # of pairs that ran out, or are not valid yet
 
 
 class Report(NamedTuple):
-    """What the latest look has found, for callers that do not read the log."""
+    """The result of the latest look, for callers that do not read the log."""
 
-    pairs: tuple[Pair, ...]  # those that can be used, dates apart
-    broken: tuple[str, ...]  # a remark on each that cannot
-    remarks: tuple[str, ...]  # what else there is to say, but for dates, which `pairs` tell
+    pairs: tuple[Pair, ...]  # usable ones; their dates are not judged
+    broken: tuple[str, ...]  # a remark on each that is not usable
+    remarks: tuple[str, ...]  # all others, except on dates
 
 
 class _Stamp(NamedTuple):
-    """What tells a file from what it was; the change time also tells a chmod."""
+    """Differs if a file has changed; the change time (ctime) also shows a chmod."""
 
     modified: int
     changed: int
@@ -98,7 +97,7 @@ class _Stamp(NamedTuple):
 
 
 class _Watch(NamedTuple):
-    """Two files that should be a pair; the stamp of one that is not there is None."""
+    """Two files that should be a pair; the stamp of a missing file is None."""
 
     key_file: str
     certificate: _Stamp | None
@@ -106,7 +105,7 @@ class _Watch(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What came of reading a pair."""
+    """The result of reading a pair."""
 
     watch: _Watch
     pair: Pair | None
@@ -120,32 +119,33 @@ class CertDir:
     CertificateError if the folder cannot be read.
     """
 
-    def __init__(self, folder: Path, new_context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, folder: Path, new_context: Callable[[], Loaded]) -> None:
         self.served = Served({}, {})
         self.report = Report((), (), ())
         self._folder = str(folder)
         self._new_context = new_context
         self._entries: dict[str, _Entry] = {}  # by certificate file
-        self._pairs: list[Pair] = []  # that are served, where they are the best
-        self._joined: dict[tuple[Pair, ...], ssl.SSLContext] = {}
-        self._seen: object = None  # by the last look
-        self._said: set[str] = set()  # remarks that are still true
+        self._pairs: list[Pair] = []  # the candidates for each name
+        self._joined: dict[tuple[Pair, ...], Loaded] = {}
+        self._seen: object = None  # the result of the last look
+        self._said: set[str] = set()  # logged remarks that still hold
         self._chosen_at = self._choose_again_at = _NEVER
         # Held to read: a slow thread must not put older files over newer ones.
         self._reading = threading.Lock()
         self._reload()
 
     def reload(self) -> None:
-        """Take up what changed in the folder since the last look; one look if nothing did.
+        """Take up what changed in the folder since the last look; if nothing did, it costs one stat
+        a file.
 
-        Any thread; it blocks on the disk, and on another that reads just now. It raises nothing:
-        what goes wrong is said in the log, and everything stays as it was.
+        Any thread; it blocks on the disk, and on another thread that reads. It raises nothing:
+        errors are logged, and the pairs stay as they were.
         """
         with self._reading:
             try:
                 self._reload()
             except CertificateError as error:
-                self._seen = None  # so that the next look that succeeds takes the remark back
+                self._seen = None  # so that the next look that succeeds forgets the remark
                 self._say({str(error)} | self._said)
 
     def _reload(self) -> None:
@@ -160,8 +160,9 @@ class CertDir:
         }
         for file, watch in watches.items():
             entry = self._entries.get(file)
-            changed = entry is None or entry.watch != watch
-            entries[file] = self._read(file, watch, entry) if changed else entry
+            if entry is None or entry.watch != watch:
+                entry = self._read(file, watch, entry)
+            entries[file] = entry
         for file in self._entries.keys() - entries.keys():
             log.info("CERT_DIR: %s is gone", self._short(file))
         self._entries, self._seen = entries, (watches, unreadable)
@@ -198,7 +199,8 @@ class CertDir:
     # Looking
 
     def _look(self) -> tuple[dict[str, _Watch], dict[str, str]]:
-        """What could be pairs, by certificate file, and the folders in it that nobody can read."""
+        """Possible pairs, by certificate file; and a remark for each inner folder that we cannot
+        read."""
         try:
             names, folders = _scan(self._folder)
         except OSError as error:
@@ -225,7 +227,7 @@ class CertDir:
             file = f"{folder}/{name}"
             if key := _key_name(name, names):
                 key_file = f"{folder}/{key}"
-            elif entry := self._entries.get(file):  # its key is gone, it is half a pair now
+            elif entry := self._entries.get(file):  # it was a pair, but its key is gone
                 key_file = entry.watch.key_file
             else:
                 continue
@@ -234,7 +236,7 @@ class CertDir:
     # Reading
 
     def _read(self, file: str, watch: _Watch, before: _Entry | None) -> _Entry:
-        """One pair; if it cannot be used, what it was before with a remark that says why."""
+        """Read a pair; if it is unusable, keep the one read before, with a remark that says why."""
         try:
             pair = load_pair(Path(file), Path(watch.key_file), self._new_context())
             if not pair.names:
@@ -242,15 +244,15 @@ class CertDir:
                     f"{file}: names no host, expected a certificate with subjectAltName"
                 )
         except CertificateError as error:
-            if watch.key is None and _is_of_a_ca(file):  # a chain beside its leaf, as lego's
+            if watch.key is None and _is_of_a_ca(file):  # a chain in a file of its own, as lego's
                 return _Entry(watch, None, ())
-            pair = before and before.pair
-            stays = ", the one read before stays" if pair else ""
+            kept = None if before is None else before.pair
+            stays = ", the one read before stays" if kept else ""
             remark = (
                 f"{self._short(file)} not used{stays}: {error}; mend it, it is read again when its"
                 " files change"
             )
-            return _Entry(watch, pair, (remark,))
+            return _Entry(watch, kept, (remark,))
         log.info(
             "CERT_DIR: %s read, good until %s: %s",
             self._short(file),
@@ -271,7 +273,7 @@ class CertDir:
             remarks.append(
                 f"{self._short(file)}: the certificate of its issuer"
                 f" ({pair.missing_issuer}) is not in it; append it, or only visitors"
-                " who have it already trust this one"
+                " that have it already trust this one"
             )
         return _Entry(watch, pair, tuple(remarks))
 
@@ -281,9 +283,9 @@ class CertDir:
     # Choosing
 
     def _choose(self, now: datetime) -> Served:
-        """Who serves which name at the time `now`, and until when that holds."""
+        """Which pair serves which name at the time `now`. Also notes until when that holds."""
         valid: dict[str, dict[type, Pair]] = {}
-        outdated: dict[str, ssl.SSLContext] = {}
+        outdated: dict[str, Loaded] = {}
         for pair in sorted(self._pairs, key=lambda pair: pair.ends):  # the last one stays
             for name in pair.names:
                 if pair.begins <= now < pair.ends:
@@ -302,15 +304,16 @@ class CertDir:
         self._choose_again_at = min((date for date in dates if date > now), default=_NEVER)
         return Served({name: self._joined[pairs] for name, pairs in wanted.items()}, outdated)
 
-    def _join(self, pairs: tuple[Pair, ...]) -> ssl.SSLContext:
-        """One context with all of `pairs`, which are of different kinds, the last ending last."""
+    def _join(self, pairs: tuple[Pair, ...]) -> Loaded:
+        """One context with all of `pairs`, which have different kinds of keys; in order of their
+        ends."""
         if len(pairs) == 1:
             return pairs[0].context
         context = self._new_context()
         try:
             for pair in pairs:
                 _load(context, pair.certificate_file, pair.key_file)
-        except CertificateError:  # being written; that was said, or the next look reads it again
+        except CertificateError:  # being written: that was logged, or the next look reads it again
             return pairs[-1].context
         return context
 
@@ -330,12 +333,12 @@ class CertDir:
         return set()
 
 
-def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -> Pair:
+def load_pair(certificate_file: Path, key_file: Path, context: Loaded) -> Pair:
     """Load a certificate and its key into `context`, a new one.
 
-    OpenSSL alone judges the key. (cryptography proves the primes of an RSA key at each load, which
-    takes a tenth of a second; with a thousand pairs that would be minutes.) Raises
-    CertificateError, naming the file.
+    Only OpenSSL checks the key: cryptography would test the primes of an RSA key at each load,
+    which takes a tenth of a second, or minutes for a thousand pairs. Raises CertificateError,
+    naming the file.
     """
     try:
         pem = safe_read.read(certificate_file)
@@ -355,7 +358,7 @@ def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -
         raise CertificateError(f"{certificate_file}: {error.strerror}") from error
     except MALFORMED as error:
         raise CertificateError(f"{certificate_file}: not a certificate, expected PEM") from error
-    if pem.count(_PEM_BEGIN) > 1 + len(chain):  # cryptography passes over half a certificate
+    if pem.count(_PEM_BEGIN) > 1 + len(chain):  # cryptography ignores a truncated certificate
         raise CertificateError(
             f"{certificate_file}: cut short in its certificate {len(chain) + 2}, expected whole"
             " ones"
@@ -364,8 +367,8 @@ def load_pair(certificate_file: Path, key_file: Path, context: ssl.SSLContext) -
     return pair
 
 
-def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path) -> None:
-    def no_password():  # without this, OpenSSL would ask for one on the terminal, and wait
+def _load(context: Loaded, certificate_file: Path, key_file: Path) -> None:
+    def no_password() -> str:  # without this, OpenSSL would ask for one on the terminal, and wait
         raise CertificateError(
             f"{key_file}: encrypted, expected a key without password, as openssl pkey -in"
             f" {key_file.name} makes it"
@@ -381,15 +384,15 @@ def _load(context: ssl.SSLContext, certificate_file: Path, key_file: Path) -> No
                 f"{key_file}: not the key of {certificate_file.name}, expected the two halves of"
                 " one pair, the leaf before its chain"
             ) from error
-        if error.reason is None:  # the certificate was read before, so it is the key
+        if error.reason is None:  # the certificate was read above, so it is the key
             raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
         raise CertificateError(f"{certificate_file}: OpenSSL refuses it: {error.reason}") from error
-    except OSError as error:  # OpenSSL does not say of which; the other could be read
+    except OSError as error:  # OpenSSL does not name the file; the certificate could be read
         raise CertificateError(f"{error.filename or key_file}: {error.strerror}") from error
 
 
 def names_of(certificate: x509.Certificate) -> frozenset[str]:
-    """The DNS names and IP addresses in subjectAltName, which alone counts (RFC 9525 §2)."""
+    """The DNS names and IP addresses in subjectAltName. The subject does not count (RFC 9525 §2)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except MALFORMED:
@@ -409,7 +412,8 @@ def _is_of_a_ca(file: str) -> bool:
 
 def _scan(folder: str) -> tuple[set[str], list[str]]:
     """The names in `folder` that could belong to a pair, and the folders in it."""
-    names, folders = set(), []
+    names: set[str] = set()
+    folders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith((".crt", ".key", ".pem")):
@@ -422,23 +426,23 @@ def _scan(folder: str) -> tuple[set[str], list[str]]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, or to where we may not look
+    except OSError:  # a circular link, or one to a folder without access
         return False
 
 
 def _stamp(file: str) -> _Stamp | None:
     try:
         found = os.stat(file)
-    except OSError:  # it is not there, or a link to nothing, or to where we may not look
+    except OSError:  # missing, a dangling link, or one to a folder without access
         return None
     return _Stamp(found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino, found.st_mode)
 
 
 def _key_name(name: str, names: set[str]) -> str | None:
-    """The file with the key of the certificate file `name`; None if that has none of its own.
+    """The key's file of the certificate file `name`; None if `name` is not half of a pair.
 
-    `names` are those in its folder. A .crt without key is one that somebody forgot; a .pem may be
-    anything.
+    `names` are those in its folder. A .crt always needs a key, and a missing one is reported; a
+    .pem may be anything.
     """
     stem, _, suffix = name.rpartition(".")
     if name == "fullchain.pem":

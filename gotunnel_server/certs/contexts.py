@@ -1,22 +1,23 @@
-"""Certificates on disk and by SNI: which `SSLContext` a hostname is served with.
+"""Which certificate (`SSLContext`) a hostname is served with, chosen by SNI in the handshake.
 
-A certificate is loaded once, into a context of its own. A port begins every handshake with its
-*front* context, which has no certificate; when OpenSSL has read the hostname in the ClientHello
-it calls us, and the connection goes on with that hostname's context. What then comes from where:
+A certificate is loaded once, into a context of its own. A port begins every handshake with a
+*front* context, which has no certificate. When OpenSSL has read the hostname in the ClientHello
+it calls us (sni_callback), and the connection goes on with that hostname's context. Of the two
+contexts, these settings apply:
 
     from the hostname's context    certificate and key, the ALPN choice
     from the front                 TLS versions, options, ticket keys
 
-A session ticket is encrypted with the front's keys, which OpenSSL makes with the context and never
-changes. So each hostname has a front of its own (Fronts), which is made anew every few hours: a
-ticket of one hostname does not resume at another, and keys that are stolen open what was recorded
-in those hours, no more. A visitor may resume a session also after the certificate was renewed. A
-ticket opens no hostname by itself: we are called in a resumption too. The name is then, in TLS 1.2,
-the one that the ticket was given for (OpenSSL takes it from the session).
+A session ticket is encrypted with the front's ticket keys, which OpenSSL makes with the context and
+never changes. So each hostname has a front of its own (Fronts), replaced every few hours: a ticket
+of one hostname does not resume at another, and stolen ticket keys only decrypt what was recorded in
+those hours (forward secrecy). A session may be resumed after the certificate was renewed. A ticket
+is no way around our check of the hostname: we are called in a resumption, too. In TLS 1.2 the name
+is then the one that the ticket was issued for (OpenSSL takes it from the session).
 
-A context that is in use is never changed, because loading a certificate into it breaks the
-handshakes that run meanwhile. A new certificate is a new context, published by one assignment;
-that is also why a handshake takes no lock.
+A context in use is never changed, because loading a certificate into it breaks handshakes that run
+meanwhile. A new certificate is a new context, published by one assignment; so a handshake needs no
+lock.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 from gotunnel_agent.common.hostnames import normal_hostname
 from gotunnel_agent.common.tls import AEAD, IGNORE_UNEXPECTED_EOF
@@ -41,22 +43,23 @@ __all__ = ["CertificateError", "Certificates", "Fronts"]
 
 log = logging.getLogger("gotunnel.contexts")
 
-# Seconds that ticket keys live, three times what OpenSSL lets a ticket (two hours). The visitors
-# that come back across their end make one full handshake.
+_Found = TypeVar("_Found")
+
+# Lifetime of ticket keys in seconds, three times that of OpenSSL's tickets (two hours). A visitor
+# that comes back after it makes one full handshake.
 KEY_LIFE = 6 * 3600
-# Fronts of a port, some 13 KiB each. Their number grows with the hostnames that have certificates,
-# and under a wildcard with those that visitors name. If there are more, the oldest goes, and its
-# visitors make a full handshake.
+# Bound of a port's fronts, some 13 KiB each. Their number grows with the hostnames that have
+# certificates, and under a wildcard with those that visitors name. Beyond it the oldest is dropped,
+# and its visitors make a full handshake.
 MOST_FRONTS = 2048
 
 
 class Certificates:
-    """All certificates that there are: those given in `cert_dir`, else those the authority issues.
+    """All certificates: given in `cert_dir`, issued by `authority`, or ordered (take()).
 
-    `cert_dir.py` says which files are taken. They serve the names in the certificate, a wildcard
-    (`*.example.com`) exactly one label. A given certificate comes before an issued one while it is
-    valid, and after it once it has run out. `alpn` is offered on every context. Raises
-    CertificateError if `cert_dir` cannot be read.
+    `cert_dir.py` says which files are read. A wildcard (`*.example.com`) serves exactly one more
+    label. A valid given certificate comes before an issued or ordered one, an outdated one after
+    it. `alpn` is offered on every context. Raises CertificateError if `cert_dir` cannot be read.
     """
 
     def __init__(
@@ -67,40 +70,41 @@ class Certificates:
         self._authority = authority
         self._choices = Choices(self._new_context)
         self._cert_dir = CertDir(cert_dir, self._new_context) if cert_dir else None
-        # What the authority issued is bounded by the keeper, what was ordered by the CA's limits.
+        # By hostname. Bounded by the keeper, and for ordered ones by the CA's rate limits.
         self._issued: dict[str, Pair] = {}
         # Held to publish: a slow thread must not put an older certificate over a newer one.
         self._publishing = threading.Lock()
 
     @property
     def given(self) -> Served:
-        """What the pairs in `cert_dir` serve now. Equal to an earlier one if nothing changed."""
+        """The contexts of `cert_dir` now. Equal to an earlier value if nothing changed."""
         return self._cert_dir.served if self._cert_dir else Served({}, {})
 
     def is_given(self, hostname: str) -> bool:
-        """Whether a pair in `cert_dir` that is valid now serves `hostname`."""
+        """Whether a valid pair in `cert_dir` serves `hostname`."""
         return _find(self.given.valid, normal_hostname(hostname)) is not None
 
     def reload(self) -> None:
-        """Take up what changed in `cert_dir` since the last look, or by a date that passed.
+        """Take up what changed in `cert_dir` since the last look, or because a date passed.
 
-        Meant to be called every few seconds: it costs one look at the folder if nothing changed.
-        Any thread; it waits for the disk. It raises nothing: a folder or a pair that cannot be
-        read is named in the log once, and served as it was before.
+        Call it every few seconds: if nothing changed it costs one stat a file. Any thread; it waits
+        for the disk. It raises nothing: a folder or a pair that cannot be read is logged once, and
+        served as it was before.
         """
         if self._cert_dir:
             self._cert_dir.reload()
 
     def ensure(self, hostname: str) -> bool:
-        """Make sure that there is a certificate for `hostname`; False if nobody can give us one.
+        """Make sure that there is a certificate for `hostname`; False if there is none, and no
+        authority to issue one.
 
-        A wildcard (`*.dev.example.com`) may be asked for like any hostname: then a certificate of
-        exactly that name is needed, which will serve what is one label longer than its rest.
+        `hostname` may be a wildcard (`*.dev.example.com`): then a certificate of exactly that name
+        is needed.
 
-        Call it at start, when a hostname is registered, and daily for those that stay: what the
-        authority issued is renewed here. For a name that has one it costs a few microseconds.
-        Never call it in a handshake: anybody may put any name in a ClientHello, and that must
-        cost us no key, no signature and no file.
+        Call it at start, when a hostname is registered, and daily while it stays: it renews what
+        the authority issued. For a name that has a certificate it takes a few microseconds. Never
+        call it in a handshake: a ClientHello may name any hostname, and must cost us no key, no
+        signature and no file.
 
         Any thread. Raises CertificateError if the authority cannot issue.
         """
@@ -120,8 +124,8 @@ class Certificates:
         return list(self._issued) if self._authority else []
 
     def forget(self, hostname: str) -> None:
-        """Serve `hostname` no more with what the authority issued, which is removed. Any thread.
-        Raises CertificateError if the disk refuses."""
+        """Remove the certificate that the authority issued for `hostname`. Any thread. Raises
+        CertificateError if the files cannot be removed."""
         with self._publishing:
             self._issued.pop(hostname, None)
         if self._authority:
@@ -130,12 +134,12 @@ class Certificates:
     def take(self, hostname: str, file: Path) -> None:
         """Serve `hostname` with an ordered certificate: `file` holds key, certificate and chain.
 
-        One that began earlier than what is served changes nothing. Any thread. Raises
-        CertificateError if it cannot be used; then what was served stays.
+        Does nothing if a newer one is served already. Any thread. Raises CertificateError if it
+        cannot be used; then the one served before stays.
         """
         self._publish(normal_hostname(hostname), file, file)
 
-    def context(self, hostname: str) -> ssl.SSLContext | None:
+    def context(self, hostname: str) -> Loaded | None:
         """The context of `hostname`: of exactly that name, else of a wildcard; None if none.
 
         Any thread; no lock, no disk.
@@ -155,15 +159,15 @@ class Certificates:
         protocol: str | None = None,
     ) -> ssl.SSLContext:
         """The context with which a port begins its handshakes. `protocol` is the only one that it
-        takes by ALPN, None for `alpn`.
+        accepts by ALPN; None for those of `alpn`.
 
-        A visitor that names no hostname gets the certificate of `default`. For a hostname without
-        a certificate, or one that is not `allowed`, it gets the alert unrecognized_name (RFC 6066
-        §3). `allowed` is asked with the hostname; without it every one is, and `default` always.
-        It runs within each handshake, in that thread: it must neither block nor read the disk.
+        A visitor that names no hostname gets the certificate of `default`. If a hostname has no
+        certificate, or `allowed(hostname)` is false, the visitor gets the alert unrecognized_name
+        (RFC 6066 §3). Without `allowed` all hostnames are allowed; `default` always is. `allowed`
+        runs in each handshake, in its thread: it must neither block nor read the disk.
 
         A hostname that is not ASCII never reaches us: Python refuses it, and says so on standard
-        error. A caller that peeks at the ClientHello first should close those.
+        error. A caller that peeks at the ClientHello first should close such connections.
         """
         default = normal_hostname(default)
 
@@ -180,8 +184,9 @@ class Certificates:
                     context = self._choices.context(context, protocol)
                 connection.context = context
                 return None  # go on
-            except Exception as error:  # out of here it would be a traceback a handshake
-                log.error("choosing the certificate of %.253r failed: %r", sni, error)
+            except Exception as error:  # Python would print a traceback for each handshake
+                log.error("choosing the certificate of %.253r failed (bug: %r); the visitor is "
+                          "refused", sni, error)  # fmt: skip
                 return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
 
         front = self._new_context()
@@ -196,20 +201,20 @@ class Certificates:
         issued = load_pair(certificate_file, key_file, self._new_context())
         with self._publishing:
             known = self._issued.get(hostname)
-            # The end alone would not tell which is newer: a CA that shortens its lifetimes gives
-            # us a new one that ends before the old one would.
+            # The end alone does not tell which is newer: after a CA has shortened its lifetimes, a
+            # new certificate may end before the old one.
             if known is None or (known.begins, known.ends) <= (issued.begins, issued.ends):
                 self._issued[hostname] = issued
 
-    def _new_context(self, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
+    def _new_context(self, alpn: tuple[str, ...] = ()) -> Loaded:
         context = Loaded()
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(AEAD)
-        # A renegotiation costs us far more than the peer that asks for it, and HTTP has no use for
-        # it. Compression tells secrets by their length (CRIME).
+        # A renegotiation costs us far more than the peer that asks for it (denial of service), and
+        # HTTP does not use it. Compression reveals secrets by their length (CRIME).
         context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | IGNORE_UNEXPECTED_EOF
-        # One TLS 1.3 ticket a handshake, OpenSSL makes two: a visitor keeps the last one anyway.
-        if hasattr(context, "num_tickets"):  # not in every TLS library that Python is built on
+        # One TLS 1.3 ticket a handshake instead of two: a visitor keeps only the last one.
+        if hasattr(context, "num_tickets"):  # missing in some TLS libraries
             context.num_tickets = 1
         if alpn := alpn or self._alpn:
             context.set_alpn_protocols(list(alpn))
@@ -219,9 +224,9 @@ class Certificates:
 class Fronts:
     """The contexts with which a port begins its handshakes: one a hostname. Any thread.
 
-    A name without a certificate, or one that is not allowed, costs no context: all of them have
-    one, which refuses. A hostname's front takes that hostname only, whatever a second ClientHello
-    (after a HelloRetryRequest) may name.
+    All names without a certificate, and all that are not allowed, share one context, which refuses.
+    A hostname's front accepts only that hostname, whatever a second ClientHello (after a
+    HelloRetryRequest) names.
     """
 
     def __init__(
@@ -236,13 +241,13 @@ class Fronts:
         self._allowed = allowed
         self._now = now
         self._refusing = certificates.front("", lambda hostname: False)
-        # hostname: (front, monotonic end of its keys' life); the oldest first
+        # By hostname: the front, and the monotonic end of its keys' life; the oldest first.
         self._fronts: OrderedDict[str, tuple[ssl.SSLContext, float]] = OrderedDict()
         self._lock = threading.Lock()  # guards _fronts
 
     def context(self, sni: str | None, protocol: str | None = None) -> ssl.SSLContext:
-        """The front for the hostname in a ClientHello, None if it names none. No disk. With a
-        `protocol`, that is what it takes by ALPN; then no session is resumed."""
+        """The front for the hostname in a ClientHello (None if it names none). No disk. With a
+        `protocol`, only that is accepted by ALPN, and no session is resumed."""
         hostname = self._default if sni is None else normal_hostname(sni)
         if not self._is_welcome(hostname):
             return self._refusing
@@ -267,7 +272,7 @@ class Fronts:
         return self._certificates.context(hostname) is not None
 
 
-def _find(by_name: Mapping, hostname: str):
+def _find(by_name: Mapping[str, _Found], hostname: str) -> _Found | None:
     # A wildcard stands for exactly the first label (RFC 9525 §6.3).
     wildcard = "*." + hostname.partition(".")[2]
     return by_name.get(hostname) or by_name.get(wildcard)

@@ -1,8 +1,8 @@
 """A certificate store's Storage and Locker in a folder: a key is the path of a file in it.
 
-Folders have mode 0700, files 0600. A file is written beside its place, flushed to the disk, and
-moved there in one step: a reader sees the old one or the new one. A broken file is moved to
-FILE.bad. A lock is a file that is never removed (flock), in a folder or beside one.
+Folders have mode 0700, files 0600. A file is written under a temporary name, flushed to the disk
+(fsync) and renamed: a reader sees the old one or the new one. A broken file is renamed to FILE.bad.
+A lock is a file that is never removed (flock).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .store import CertStore, StoreError, ca_id
 
 log = logging.getLogger("gotunnel.folder")
 
-# Seconds. No write takes so long: an older temporary file is that of a process that was killed.
+# Seconds. No write takes so long: an older temporary file was left by a process that was killed.
 STALE = 60.0
 
 
 def open_store(folder: Path, directory_url: str) -> CertStore:
-    """The store of a CA in ACME_CACHE. Makes the folders and sweeps up. Raises StoreError if they
-    cannot be written."""
+    """The store of a CA in ACME_CACHE. Makes its folders, and removes old temporary files. Raises
+    StoreError if the folders cannot be written."""
     storage, ca = FolderStorage(folder), ca_id(directory_url)
     store = CertStore(storage, FolderLocker(folder), directory_url)
     try:
@@ -48,8 +48,8 @@ def open_store(folder: Path, directory_url: str) -> CertStore:
 
 
 def key_files(folder: Path) -> list[Path]:
-    """The files in ACME_CACHE that hold private keys, of all CAs, the local one, and the Go
-    program. A folder that cannot be read has none."""
+    """The files in ACME_CACHE that hold private keys: of all CAs, of the local one, and of the Go
+    program. A folder that cannot be read gives none."""
     kinds = ("*/account.json", "*/certs/*.pem", "*/*.key")
     with contextlib.suppress(OSError):
         left_by_go = [file for file in folder.iterdir() if "." in file.name or "+" in file.name]
@@ -58,16 +58,16 @@ def key_files(folder: Path) -> list[Path]:
 
 
 class _Folders:
-    """The folders under a root, which are made as they are needed."""
+    """The folders under a root, made when they are needed."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self._root = root
-        self._closed: set[Path] = set()  # those that others cannot look into, as we know
+        self._closed: set[Path] = set()  # those whose mode is 0700 already
         self._lock = threading.Lock()  # guards _closed
 
-    def make(self, folder: Path):
-        """Make a folder under the root, and the root, with mode 0700. Those that are there are
-        closed to others, the root apart: it may be the operator's. Raises OSError."""
+    def make(self, folder: Path) -> None:
+        """Make a folder under the root, and the root, with mode 0700. A folder that exists gets
+        that mode, except the root: it may be the operator's. Raises OSError."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in reversed([folder, *folder.parents]):
             if self._root in path.parents:
@@ -80,14 +80,14 @@ class _Folders:
 
 
 class FolderStorage:
-    """A Storage in ``folder``, which is made with the first write."""
+    """A Storage in ``folder``, which the first write makes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folders = _Folders(folder)
 
     def read(self, key: str) -> bytes | None:
-        """Regular files only, and of bounded size: a FIFO or a device blocks nobody."""
+        """As Storage.read(). Only regular files of bounded size: a FIFO or a device would block."""
         try:
             return safe_read.read(self._folder / key)
         except FileNotFoundError:
@@ -109,7 +109,7 @@ class FolderStorage:
         return True
 
     def keys(self, prefix: str) -> list[str]:
-        """Inner folders too: one may lie where content should be."""
+        """As Storage.keys(). Folders count, too: one may lie where a file should be."""
         inner, slash, start = prefix.rpartition("/")
         try:
             names = os.listdir(self._folder / inner)
@@ -132,7 +132,7 @@ class FolderStorage:
             raise OSError(
                 error.errno, f"cannot be moved to {bad.name} ({error.strerror}): remove both"
             ) from error
-        log.warning("%s is broken (%s): renamed to %s, and made anew", file, flaw, bad.name)
+        log.warning("%s is broken (%s): renamed to %s; a new one is made", file, flaw, bad.name)
 
     def where(self, key: str) -> str:
         return str(self._folder / key)
@@ -147,7 +147,7 @@ class FolderStorage:
 class FolderLocker:
     """A Locker with a file in ``folder`` for each lock."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folders = _Folders(folder)
 
@@ -164,11 +164,11 @@ class FolderLocker:
                 ours = False
             yield ours
         finally:
-            os.close(lock)  # which also unlocks, as the end of the process does
+            os.close(lock)  # which also unlocks; so does the end of the process
 
 
-def sweep(path: Path):
-    """Remove a temporary file if no process can be at it any more. Raises OSError."""
+def sweep(path: Path) -> None:
+    """Remove a temporary file if it is too old to be in use. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):  # another process was quicker
         if path.stat().st_mtime < time.time() - STALE:
             path.unlink()

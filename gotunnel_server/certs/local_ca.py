@@ -42,16 +42,16 @@ from ..net.safe_read import MALFORMED
 FOLDER = "local"  # in ACME_CACHE, where the gateway's own CA lies
 # Trusted by hand, on every device that visits: it should outlive any trial.
 CA_LIFETIME = timedelta(days=3650)
-# Clients that limit a leaf's life refused more than 398 days, the longest that was ever common;
-# the shorter limits that public CAs keep by now do not bind a CA that was added by hand.
+# Clients refused leaves of more than 398 days. The shorter limits of today's public CAs do not bind
+# a CA that was added by hand.
 LEAF_LIFETIME = timedelta(days=397)
-# A month in which any start, registration or daily look renews a leaf.
+# In its last month a leaf is renewed at the next start, registration or hourly review.
 RENEW_BEFORE = timedelta(days=30)
 # Clocks of phones and virtual machines run behind; a leaf must be valid for them at once.
 BACKDATE = timedelta(hours=1)
 
 # A file's name has 255 bytes at most; ours is a stem and up to 8 more (".crt.new"). The stem is
-# the hostname; of a longer one its beginning and a hash, so that no two share one.
+# the hostname; if that is longer, its beginning and a hash, so that no two hostnames share one.
 _LONGEST_STEM = 255 - 8
 HASHED_STEM = re.compile(r".{100}-[0-9a-f]{32}")
 
@@ -81,7 +81,7 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
         key = serialization.load_pem_private_key(safe_read.read(key_file), password=None)
     except OSError as error:
         raise CertificateError(f"{key_file}: {error.strerror}") from error
-    except TypeError as error:  # how cryptography says that there should be a password
+    except TypeError as error:  # cryptography's error for a missing password
         raise CertificateError(f"{key_file}: encrypted, expected a key without password") from error
     except MALFORMED as error:
         raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
@@ -110,9 +110,9 @@ class Authority:
     def issue(self, hostname: str) -> tuple[Path, Path]:
         """The certificate file and the key file of `hostname` (or IP address, or `*.` wildcard).
 
-        Those on disk are taken if they are good for RENEW_BEFORE at least; otherwise they are
-        made, which takes a few milliseconds. Raises CertificateError if the hostname cannot
-        stand in a certificate, or the files cannot be written.
+        Files on disk are used if they are valid for at least RENEW_BEFORE; otherwise new ones are
+        made, which takes a few milliseconds. Raises CertificateError if no certificate can have
+        the hostname, or the files cannot be written.
         """
         name = _general_name(hostname)
         stem = _stem(hostname)
@@ -127,20 +127,20 @@ class Authority:
         return certificate_file, key_file
 
     def forget(self, hostname: str) -> None:
-        """Remove what issue() has made for `hostname`, if it is there. Raises CertificateError."""
+        """Remove the files of issue(), if they are there. Raises CertificateError."""
         with self._folder_to_ourselves():
             for ending in (".crt", ".key"):
                 (self._folder / (_stem(hostname) + ending)).unlink(missing_ok=True)
 
     def hostnames(self) -> list[str]:
-        """What certificates were issued for, now or by an earlier gateway with this folder; but for
-        names so long that their files have others."""
+        """The hostnames with a certificate here, also of an earlier gateway, except long ones:
+        their files' names are hashed."""
         stems = (file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
         return sorted(stem for stem in stems if not HASHED_STEM.fullmatch(stem))
 
     @contextlib.contextmanager
     def _folder_to_ourselves(self) -> Iterator[None]:
-        """Keep other threads and processes out; what the disk refuses becomes CertificateError."""
+        """Keep other threads and processes out. An OSError is raised as CertificateError."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -157,7 +157,7 @@ class Authority:
 
     def _make_ca(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        # The tag tells this CA from those of other machines and earlier trials in a trust store.
+        # In a trust store the tag tells this CA from those of other machines and earlier trials.
         name = x509.Name(
             [
                 x509.NameAttribute(
@@ -198,7 +198,7 @@ class Authority:
             certificate, _ = read_pair(certificate_file, key_file)
             certificate.verify_directly_issued_by(self._certificate)
         except (CertificateError, InvalidSignature, *MALFORMED):
-            return False  # missing, cut short, or another CA's: all are healed by a new one
+            return False  # missing, cut short, or another CA's: a new one is made
         return certificate.not_valid_after_utc - datetime.now(timezone.utc) >= RENEW_BEFORE
 
     def _sign_leaf(
@@ -226,7 +226,7 @@ def _builder(
     public_key: ec.EllipticCurvePublicKey,
     lifetime: timedelta,
 ) -> x509.CertificateBuilder:
-    """What the CA's certificate and a leaf have in common."""
+    """The fields that the CA's certificate and a leaf have in common."""
     begin = datetime.now(timezone.utc) - BACKDATE
     return (
         x509.CertificateBuilder()
@@ -247,9 +247,9 @@ def _stem(hostname: str) -> str:
 
 
 def _general_name(hostname: str) -> x509.GeneralName:
-    """How a certificate names `hostname`; what passes is also safe as the stem of a file."""
+    """`hostname` as a certificate names it. A name that passes is also safe as a file's stem."""
     try:
-        if "%" not in hostname:  # a zone (fe80::1%eth0) means something on one machine only
+        if "%" not in hostname:  # a zone (fe80::1%eth0) is only valid on one machine
             return x509.IPAddress(ipaddress.ip_address(hostname))
     except ValueError:
         pass  # not an address, so it should be a name
@@ -277,5 +277,5 @@ def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
 
 
 def _write(path: Path, content: bytes, *, mode: int) -> None:
-    """Caller holds the folder: there is one writer at a time, so the new file's name is fixed."""
+    """Caller holds the folder's lock: with one writer the temporary name can be fixed."""
     atomic_file.write(path, content, new=path.with_name(path.name + ".new"), mode=mode)

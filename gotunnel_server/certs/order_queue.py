@@ -91,8 +91,8 @@ class OrderQueue:
     def restore(self) -> None:
         """Read the pause and the turns that the store has kept. If they cannot be read we start
         without: the CA will refuse what comes too early."""
-        pause = read_or(dict, self._store.pause)
-        turns = read_or(dict, self._store.turns)
+        pause = read_or(_nothing, self._store.pause)
+        turns = read_or(_nothing, self._store.turns)
         with self.lock:
             now = self._clock()
             self._paused_until = number(pause.get("until"), now + LONGEST_DELAY)
@@ -133,7 +133,7 @@ class OrderQueue:
         host = Wanted(hostname, agent, limits)
         host.stored = read_or(lambda: None, lambda: self._store.certificate(hostname))
         now = self._clock()
-        host.restore(read_or(dict, lambda: self._store.state(hostname)), now + LONGEST_DELAY)
+        host.restore(read_or(_nothing, lambda: self._store.state(hostname)), now + LONGEST_DELAY)
         host.judge_loss(now)
         return host
 
@@ -468,6 +468,10 @@ class OrderQueue:
             with self.lock:
                 turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
             save(lambda: self._store.save_turns(turns))
+
+
+def _nothing() -> dict[str, Any]:
+    return {}
 
 
 def read_or(default: Callable[[], _Read], read: Callable[[], _Read]) -> _Read:

@@ -1,20 +1,21 @@
-"""What is kept of certificates in ACME_CACHE, and how it survives whatever happens to the machine.
+"""What ACME_CACHE holds: accounts, certificates, the state of orders; all survives a crash.
 
     CA/account.json         the account's key and URL; CA is made from the directory's URL, so that
                             staging and production never mix
-    CA/account.lock         held while a process looks for the account, or makes it
-    CA/pause.json           until when the CA wants to hear nothing, and why
-    CA/turns.json           what was ordered lately, by all, by credential and by domain (turns.py),
-                            and which kind of proof works (proof_memory.py)
-    CA/certs/HOST.pem       private key, certificate, chain, under one key: a pair cannot be torn
-    CA/certs/HOST.json      what is known of HOST's orders: failures, next attempt, challenge, ...
-    CA/certs/HOST.renew     a request of the operator's to renew HOST now; holds its name
+    CA/account.lock         held while a process reads the account, or makes it
+    CA/pause.json           until when the CA takes no orders, and why
+    CA/turns.json           the token buckets of all, of credentials and of domains (turns.py), and
+                            which challenge type works (proof_memory.py)
+    CA/certs/HOST.pem       private key, certificate and chain in one, so that no writer can leave a
+                            key with another key's certificate
+    CA/certs/HOST.json      the state of HOST's orders: failures, next attempt, challenge, ...
+    CA/certs/HOST.renew     the operator's request to renew HOST now; holds its name
     CA/locks/HOST           held while a process orders for HOST; never removed
     HOST, HOST+rsa          left by the Go program: key, then chain; read, never written
 
-Where these keys lie is the Storage's and the Locker's business (storage.py): for ACME_CACHE, files
-in a folder (folder.py). A file that makes no sense, or can never be read, is set aside, named in
-the log, and taken as missing.
+These are keys of a Storage and names of a Locker (storage.py); for ACME_CACHE they are files in a
+folder (folder.py). A file that is broken, or can never be read, is set aside, named in the log, and
+counts as missing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import ssl
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -45,29 +46,30 @@ from .storage import Locker, Storage, Unreadable
 
 log = logging.getLogger("gotunnel.store")
 
-LONGEST_NAME = 255  # bytes of a file's name; some file systems have less
-LONGEST_STEM = 200  # of the 255 bytes that a file's name has; endings, and ".bad", are added
-# A key's stem. Not the grammar of hostnames: it has to lead nobody out of the folder, and to take
-# what the Go program and older gateways have written.
+LONGEST_NAME = 255  # bytes of a file's name, in most file systems
+LONGEST_STEM = 200  # of these 255 bytes; suffixes, and ".bad", are added
+# A key's stem. Wider than the grammar of hostnames, to match what the Go program and older gateways
+# have written; but it must not lead out of the folder.
 HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")
 HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
-PROBE_BYTES = 16 * 1024  # what a certificate takes, and what is written beside it
-# What Let's Encrypt's staging CA calls itself; the Go program kept both kinds in one place.
+PROBE_BYTES = 16 * 1024  # as many as a certificate and what is written beside it
+# In the issuer's name of Let's Encrypt's staging CA; the Go program kept staging and production
+# certificates in one place.
 STAGING = "(STAGING)"
 
 
 class StoreError(Exception):
-    """The cache cannot be used, or what should go into it; the text is one line."""
+    """ACME_CACHE cannot be used, or a certificate is not fit for it; the text is one line."""
 
 
 class Flaw(StoreError):
-    """What is wrong with a certificate, wherever it lies."""
+    """A certificate is broken; the text does not say where it lies."""
 
 
 class Stored(NamedTuple):
-    """A certificate in the store that was checked; CertStore.pem() gives it with its key."""
+    """A certificate in the store that passed check(); CertStore.pem() gives it with its key."""
 
-    key: str  # of the Storage
+    key: str  # in the Storage
     leaf: x509.Certificate
 
     @property
@@ -84,25 +86,25 @@ class Stored(NamedTuple):
 
 
 class CertStore:
-    """The certificates of one CA. Any thread; several processes may share its place, see lock()."""
+    """The certificates of one CA. Any thread; several processes may share it, see lock()."""
 
-    def __init__(self, storage: Storage, locker: Locker, directory_url: str):
-        """Nothing is read or written yet. folder.open_store() makes one that can be written."""
+    def __init__(self, storage: Storage, locker: Locker, directory_url: str) -> None:
+        """Reads and writes nothing yet; folder.open_store() also checks that it can be written."""
         self._storage = storage
         self._locker = locker
         self._staging = "staging" in directory_url
         self._ca = ca_id(directory_url)
         self._certs = f"{self._ca}/certs"
-        self._named: set[str] = set()  # the Go program's keys that were complained of: each once
+        self._named: set[str] = set()  # the Go program's broken keys, to log each only once
         self._lock = threading.Lock()  # guards _named
 
     # Certificates
 
-    def certificate(self, hostname) -> Stored | None:
+    def certificate(self, hostname: str) -> Stored | None:
         """The certificate of a hostname, ours or one that the Go program left; None if none.
 
-        It may have run out, or begin later: only its dates are not judged here. Raises StoreError
-        if it cannot be read just now, or is broken and cannot be set aside.
+        Its dates are not checked: it may have run out, or begin later. Raises StoreError if it
+        cannot be read now, or is broken and cannot be set aside.
         """
         key = self.key(hostname, ".pem")
         try:
@@ -113,13 +115,13 @@ class CertStore:
             self._set_aside(key, error.strerror)
         except Flaw as flaw:
             self._set_aside(key, str(flaw))
-        except OSError as error:  # such as no descriptor: it need not be broken
+        except OSError as error:  # such as no descriptor: the certificate may be good
             raise self._error(key, error) from error
         return self._left_by_go(hostname)
 
     def pem(self, stored: Stored) -> bytes:
-        """Key, certificate and chain of ``stored`` as they are kept now: another process may have
-        renewed it. Raises StoreError if it is gone, or cannot be read."""
+        """Key, certificate and chain under the key of ``stored``, perhaps already renewed by
+        another process. Raises StoreError if they are gone, or cannot be read."""
         try:
             pem = self._storage.read(stored.key)
         except OSError as error:
@@ -128,24 +130,24 @@ class CertStore:
             raise StoreError(f"{self._storage.where(stored.key)}: {os.strerror(errno.ENOENT)}")
         return pem
 
-    def make_sure_of_room(self):
-        """Raises StoreError if no certificate could be kept now."""
+    def make_sure_of_room(self) -> None:
+        """Raises StoreError if no certificate could be written now."""
         try:
-            self.probe(os.urandom(PROBE_BYTES))  # which no file system makes smaller
+            self.probe(os.urandom(PROBE_BYTES))  # random bytes, which cannot be compressed
         except OSError as error:
             raise StoreError(
-                f"{self._storage.where(self._certs)}: {error.strerror}; make room, and see that "
+                f"{self._storage.where(self._certs)}: {error.strerror}; make room, and check that "
                 "the gateway can write there: nothing is ordered before"
             ) from error
 
-    def probe(self, content: bytes):
-        """Write something where certificates lie, and remove it. Raises OSError."""
+    def probe(self, content: bytes) -> None:
+        """Write ``content`` where certificates lie, and remove it. Raises OSError."""
         self._storage.write(f"{self._certs}/writable", content)
         self._storage.delete(f"{self._certs}/writable")
 
-    def save(self, hostname, key_pem: bytes, chain_pem: bytes) -> Stored:
-        """Keep a new certificate. Raises StoreError if it is not one of ``hostname`` with that key,
-        or cannot be written; then the old one is as it was."""
+    def save(self, hostname: str, key_pem: bytes, chain_pem: bytes) -> Stored:
+        """Keep a new certificate. Raises StoreError if it does not fit ``hostname`` or the key, or
+        cannot be written; then the old one stays."""
         key, pem = self.key(hostname, ".pem"), key_pem.rstrip() + b"\n" + chain_pem
         try:
             stored = Stored(key, check(pem, hostname))
@@ -157,8 +159,8 @@ class CertStore:
             raise self._error(key, error) from error
 
     def hostnames(self) -> list[str]:
-        """What has a certificate of this CA here, or had one; but for names so long that their
-        keys have others. Other people's files are passed over. Raises StoreError."""
+        """The hostnames that have, or had, a certificate of this CA here, except long ones, whose
+        keys are hashed. Other files are ignored. Raises StoreError."""
         return [
             stem
             for stem in self._stems(".pem")
@@ -166,9 +168,9 @@ class CertStore:
         ]
 
     def known(self) -> list[str]:
-        """All hostnames that the store has something of: with a certificate, also one of
-        the Go program, or waiting for one; but for those that wait and are so long that their keys
-        do not tell them. Reads what is needed to know. Raises StoreError."""
+        """All hostnames in the store: those with a certificate, also one of the Go program, and
+        those that wait for one; except long ones that wait, whose keys are hashed. Reads files
+        where the key does not suffice. Raises StoreError."""
         own = {*self._stems(".pem"), *self._stems(".json")}
         hashed = set(filter(HASHED.fullmatch, own))
         left = {
@@ -179,8 +181,8 @@ class CertStore:
         }  # fmt: skip
         return sorted((own - hashed).union(left, filter(None, map(self._spelled_out, hashed))))
 
-    def _spelled_out(self, stem) -> str | None:
-        """The long hostname whose keys begin with ``stem``, as its certificate says."""
+    def _spelled_out(self, stem: str) -> str | None:
+        """The long hostname of a hashed ``stem``, as its certificate says."""
         try:
             pem = self._storage.read(f"{self._certs}/{stem}.pem")
             leaf = x509.load_pem_x509_certificates(pem or b"")[0]
@@ -188,7 +190,7 @@ class CertStore:
             return None
         return next((name for name in names_of(leaf) if len(name) > LONGEST_STEM), None)
 
-    def _left_by_go(self, hostname) -> Stored | None:
+    def _left_by_go(self, hostname: str) -> Stored | None:
         for key in (hostname, f"{hostname}+rsa"):
             if len(key) > LONGEST_NAME:  # the Go program could not write it either
                 continue
@@ -199,14 +201,14 @@ class CertStore:
                 stored = Stored(key, check(pem, hostname))
             except (StoreError, OSError) as error:
                 flaw = error.strerror if isinstance(error, OSError) else error
-                if getattr(error, "errno", None) != errno.EISDIR:  # such as that of a CA
+                if getattr(error, "errno", None) != errno.EISDIR:  # a CA's folder is no mistake
                     self._complain(key, flaw)
                 continue
             if (STAGING in stored.leaf.issuer.rfc4514_string()) == self._staging:
                 return stored
         return None
 
-    def _complain(self, key, flaw):
+    def _complain(self, key: str, flaw: object) -> None:
         with self._lock:
             known = key in self._named
             self._named.add(key)
@@ -215,39 +217,39 @@ class CertStore:
 
     # What else is known
 
-    def account(self) -> dict:
+    def account(self) -> dict[str, Any]:
         """What save_account() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(f"{self._ca}/account.json")
 
-    def save_account(self, account: dict):
+    def save_account(self, account: dict[str, Any]) -> None:
         """Raises StoreError if it cannot be written."""
         self._write_json(f"{self._ca}/account.json", account)
 
     def where_account(self) -> str:
-        """How a person finds it."""
+        """Where the operator finds the account."""
         return self._storage.where(f"{self._ca}/account.json")
 
-    def drop_account(self, why):
+    def drop_account(self, why: str) -> None:
         """Set aside what save_account() kept. Raises StoreError if it cannot be moved."""
         self._set_aside(f"{self._ca}/account.json", why)
 
-    def pause(self) -> dict:
+    def pause(self) -> dict[str, Any]:
         """What save_pause() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(f"{self._ca}/pause.json")
 
-    def save_pause(self, pause: dict):
+    def save_pause(self, pause: dict[str, Any]) -> None:
         """Raises StoreError if it cannot be written."""
         self._write_json(f"{self._ca}/pause.json", pause)
 
-    def turns(self) -> dict:
+    def turns(self) -> dict[str, Any]:
         """What save_turns() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(f"{self._ca}/turns.json")
 
-    def save_turns(self, turns: dict):
+    def save_turns(self, turns: dict[str, Any]) -> None:
         """Raises StoreError if it cannot be written."""
         self._write_json(f"{self._ca}/turns.json", turns)
 
-    def forget_state(self, hostname):
+    def forget_state(self, hostname: str) -> None:
         """Remove what save_state() kept. Raises StoreError if it cannot be removed."""
         key = self.key(hostname, ".json")
         try:
@@ -255,35 +257,35 @@ class CertStore:
         except OSError as error:
             raise self._error(key, error) from error
 
-    def state(self, hostname) -> dict:
+    def state(self, hostname: str) -> dict[str, Any]:
         """What save_state() kept; {} if nothing. Raises StoreError if it cannot be read now."""
         return self._read_json(self.key(hostname, ".json"))
 
-    def save_state(self, hostname, state: dict):
+    def save_state(self, hostname: str, state: dict[str, Any]) -> None:
         """Raises StoreError if it cannot be written."""
         self._write_json(self.key(hostname, ".json"), state)
 
     # What the operator asks for
 
-    def ask_renewal(self, hostname):
+    def ask_renewal(self, hostname: str) -> None:
         """Leave a request for the gateway that runs. Raises StoreError if it cannot be written."""
-        self._write(self.key(hostname, ".renew"), hostname.encode())  # a long one's key has another
+        self._write(self.key(hostname, ".renew"), hostname.encode())  # a long one's key is hashed
 
     def renewals(self) -> list[str]:
-        """The hostnames that were asked for since the last time. Their requests are removed."""
+        """The hostnames of ask_renewal() since the last call. Their requests are removed."""
         try:
             stems = self._stems(".renew")
-        except StoreError:  # such as no descriptor; they are asked for again in seconds
+        except StoreError:  # such as no descriptor; the keeper calls again in seconds
             return []
         return [hostname for stem in stems if (hostname := self._take_request(stem))]
 
-    def _take_request(self, stem) -> str | None:
+    def _take_request(self, stem: str) -> str | None:
         """The hostname of a request; None if another process has taken it, or it cannot be
         removed."""
         key = f"{self._certs}/{stem}.renew"
         try:
             hostname = (self._storage.read(key) or b"").decode(errors="replace").strip()
-        except OSError:  # root may have asked, and own it; its name says enough
+        except OSError:  # it may belong to root; the stem is the hostname, unless it is hashed
             hostname = ""
         try:
             if not self._storage.delete(key):
@@ -298,10 +300,10 @@ class CertStore:
     # One process at a time
 
     @contextlib.contextmanager
-    def lock(self, hostname) -> Iterator[bool]:
+    def lock(self, hostname: str) -> Iterator[bool]:
         """Whether we are the only process that orders for ``hostname``; does not wait.
 
-        A caller that gets it reads the store again: another process may have ordered meanwhile.
+        A caller that gets the lock must read the store again: another process may have ordered.
         Raises StoreError if locking fails.
         """
         with self._locked(f"{self._ca}/locks/{_stem(hostname)}", wait=False) as ours:
@@ -309,13 +311,13 @@ class CertStore:
 
     @contextlib.contextmanager
     def account_lock(self) -> Iterator[None]:
-        """Waits until no other process (or thread) is at the account. Raises StoreError if locking
+        """Waits until no other process or thread holds the account. Raises StoreError if locking
         fails."""
         with self._locked(f"{self._ca}/account.lock", wait=True):  # in locks/: maybe a hostname's
             yield
 
     @contextlib.contextmanager
-    def _locked(self, name, *, wait) -> Iterator[bool]:
+    def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
         with contextlib.ExitStack() as held:
             try:
                 ours = held.enter_context(self._locker.lock(name, wait=wait))
@@ -325,12 +327,12 @@ class CertStore:
 
     # Keys
 
-    def key(self, hostname, suffix) -> str:
-        """The Storage's key for what is kept of ``hostname``: no hostname leads to others' keys.
-        Raises ValueError for what is no hostname."""
+    def key(self, hostname: str, suffix: str) -> str:
+        """The Storage's key of a hostname. No two hostnames share one, and none leads out of our
+        keys. Raises ValueError for an invalid hostname."""
         return f"{self._certs}/{_stem(hostname)}{suffix}"
 
-    def _stems(self, suffix) -> list[str]:
+    def _stems(self, suffix: str) -> list[str]:
         start = len(self._certs) + 1
         return [
             key[start : -len(suffix)]
@@ -338,13 +340,13 @@ class CertStore:
             if key.endswith(suffix)
         ]
 
-    def _keys(self, prefix) -> list[str]:
+    def _keys(self, prefix: str) -> list[str]:
         try:
             return self._storage.keys(prefix)
         except OSError as error:
             raise self._error(prefix.removesuffix("/"), error) from error
 
-    def _read_json(self, key) -> dict:
+    def _read_json(self, key: str) -> dict[str, Any]:
         try:
             content = self._storage.read(key)
             value = {} if content is None else json.loads(content)
@@ -359,36 +361,36 @@ class CertStore:
             self._set_aside(key, str(error))
         return {}
 
-    def _write_json(self, key, value):
+    def _write_json(self, key: str, value: dict[str, Any]) -> None:
         self._write(key, json.dumps(value, indent=1).encode() + b"\n")
 
-    def _write(self, key, content):
+    def _write(self, key: str, content: bytes) -> None:
         try:
             self._storage.write(key, content)
         except OSError as error:
             raise self._error(key, error) from error
 
-    def _set_aside(self, key, flaw):
+    def _set_aside(self, key: str, flaw: str | None) -> None:
         try:
-            self._storage.set_aside(key, flaw)
+            self._storage.set_aside(key, flaw or "cannot be read")
         except OSError as error:
             raise StoreError(
                 f"{self._storage.where(key)} is broken ({flaw}) and {error.strerror}"
             ) from error
 
-    def _error(self, key, error: OSError) -> StoreError:
+    def _error(self, key: str, error: OSError) -> StoreError:
         return StoreError(f"{self._storage.where(key)}: {error.strerror}")
 
 
 def ca_id(directory_url: str) -> str:
-    """The first part of a CA's keys: its host for people, a hash so that no two share one."""
+    """The first part of a CA's keys: its host, for the reader, and a hash, to be unique."""
     host = urllib.parse.urlsplit(directory_url).hostname or "ca"
     digest = hashlib.sha256(directory_url.encode()).hexdigest()
     return f"{re.sub('[^a-z0-9.-]', '-', host)[:100]}-{digest[:8]}"
 
 
-def _stem(hostname) -> str:
-    """The name in the keys of ``hostname``."""
+def _stem(hostname: str) -> str:
+    """The part of a hostname's keys that names it: hashed, if the hostname is long."""
     if not HOSTNAME.fullmatch(hostname):
         raise ValueError(f"hostname {hostname!r}: expected lower case, no port, no slash")
     if len(hostname) <= LONGEST_STEM:
@@ -396,11 +398,11 @@ def _stem(hostname) -> str:
     return f"{hostname[:100]}-{hashlib.sha256(hostname.encode()).hexdigest()[:32]}"
 
 
-def check(pem: bytes, hostname) -> x509.Certificate:
-    """The certificate in a key, certificate and chain that visitors of ``hostname`` could be served
-    with, dates apart.
+def check(pem: bytes, hostname: str) -> x509.Certificate:
+    """The certificate in ``pem``, after checking that ``pem`` is a key, its certificate and chain
+    with which ``hostname`` can be served. Dates are not checked.
 
-    Raises Flaw if they are not that; OSError if OpenSSL cannot be asked.
+    Raises Flaw if it is not; OSError if there can be no file for OpenSSL to read.
     """
     try:
         key = serialization.load_pem_private_key(pem, password=None)
@@ -408,7 +410,7 @@ def check(pem: bytes, hostname) -> x509.Certificate:
         own = key.public_key() == leaf.public_key()
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         served = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
-        leaf.issuer.rfc4514_string()  # others will ask for it
+        leaf.issuer.rfc4514_string()  # raises now if the name is malformed, not in a later reader
     except MALFORMED as error:
         raise Flaw("expected a private key and its certificate as PEM") from error
     if not own:
@@ -419,7 +421,7 @@ def check(pem: bytes, hostname) -> x509.Certificate:
         raise Flaw("the chain is missing, expected the issuer's certificate")
     try:
         leaf.verify_directly_issued_by(chain[0])
-        # A chain that is cut within its last certificate is seen by nobody but OpenSSL.
+        # Only OpenSSL notices a chain that is cut within its last certificate.
         with pem_file(pem) as file:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
     except (InvalidSignature, *MALFORMED) as error:
