@@ -31,7 +31,7 @@ from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
-from .config import ConfigError, load
+from .config import ConfigError, faults, load
 from .gateway import Gateway
 from .net.listener import PortError
 from .secret_files import exposed
@@ -85,7 +85,13 @@ def command(options) -> int:
             return certificates.run_certificates(config, sys.stdout)
         print(certificates.ask_renewal(config, options.renew))
         return 0
-    except (ConfigError, CertificateError, AgentsFileError) as error:
+    except ConfigError as error:
+        if options.command == "check":  # it is there to find faults: all, not only the first
+            for fault in faults(options.env_file) or [error]:
+                fail(fault, 2)
+            return 2
+        return fail(error, 2)
+    except (CertificateError, AgentsFileError) as error:
         return fail(error, 2)
     except (PortError, StoreError, GrantError) as error:
         return fail(error, 1)

@@ -39,6 +39,20 @@ DIRECTORIES = {
 }
 ACME_ENVS = (*DIRECTORIES, LOCAL)
 
+# For faults(): values that are right, of variables whose absence is or may become a fault.
+NEUTRAL = {
+    "GATEWAY_HOST": "gateway.invalid",
+    "TUNNEL_HOST": "tunnel.invalid",
+    "GATEWAY_PORT": "auto",
+    "TUNNEL_PORT": "auto",
+    "DASHBOARD_PORT": "auto",
+    "HTTP_PORT": "auto",
+    "JWT_SECRET": "neutral",
+    "AGENTS_FILE": os.devnull,
+    "ACME_CACHE": os.curdir,
+    "CERT_DIR": os.curdir,
+}
+
 
 @dataclass(frozen=True)
 class Acme:
@@ -101,6 +115,44 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     env_file = chosen_env_file(env_file)
     in_file = read_env_file(env_file)
     read = Variables({**in_file, **not_blank(environ)})
+    config = _complete(read)
+    holds_secrets = read.secrets & in_file.keys()
+    files = (*([env_file] if env_file and holds_secrets else []), *read.secret_files)
+    return replace(config, secret_files=files)
+
+
+def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The messages of all ConfigErrors that load() could raise one after the other, while the
+    operator mends them; none if it raises none."""
+    found: list[str] = []
+    try:
+        values = {**read_env_file(chosen_env_file(env_file)), **not_blank(environ)}
+        while True:
+            try:
+                _complete(Variables(values))
+                return found
+            except ConfigError as error:
+                is_new = str(error) not in found and error.variables
+                found.append(str(error))
+                if not is_new:  # as another value does not help, the next ones stay hidden
+                    return list(dict.fromkeys(found))
+                for name in error.variables:
+                    _neutralise(values, name)
+    except ConfigError as error:  # the env file's
+        return [str(error)]
+
+
+def _neutralise(values: dict[str, str], name: str) -> None:
+    """Give a variable that is at fault a value that hides no other fault, and makes none."""
+    for known in {name, name.removesuffix("_FILE")}:
+        values.pop(known, None)
+        values.pop(f"{known}_FILE", None)
+        if known in NEUTRAL:
+            values[known] = NEUTRAL[known]
+
+
+def _complete(read: Variables) -> Config:
+    """Raises ConfigError."""
     jwt_secret, agents_file = read.secret("JWT_SECRET"), read.file_to_be("AGENTS_FILE")
     if jwt_secret is None and agents_file is None:
         raise ConfigError(
@@ -147,10 +199,7 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
         DASHBOARD_PORT=config.dashboard_port,
         HTTP_PORT=config.http_port,
     )
-    warnings = (*config.warnings, *_port_warnings(config))
-    holds_secrets = read.secrets & in_file.keys()
-    files = (*([env_file] if holds_secrets else []), *read.secret_files)
-    return replace(config, warnings=warnings, secret_files=files)
+    return replace(config, warnings=(*config.warnings, *_port_warnings(config)))
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:

@@ -47,7 +47,13 @@ SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 
 
 class ConfigError(Exception):
-    """The gateway cannot start like this; the message is one line for the operator."""
+    """The gateway cannot start like this; the message is one line for the operator. It begins with
+    the variables at fault, before its first comma or colon."""
+
+    @property
+    def variables(self) -> list[str]:
+        """The names at fault; none if it is the env file. Among them may be other capitals."""
+        return re.findall(r"[A-Z][A-Z0-9_]{3,}", re.split("[,:]", str(self), maxsplit=1)[0])
 
 
 class Variables:

@@ -1,8 +1,7 @@
-"""The command `certificates`: a Row for each certificate that there is, or should be.
+"""The command `certificates`: a Row for each certificate that exists, or is missing.
 
-It looks and changes nothing. What a running gateway keeps in ACME_CACHE is read as it stands, so it
-may run beside one. Only `certificates --renew` leaves something: a request, which a running gateway
-takes up.
+It changes nothing, and may run beside a gateway: ACME_CACHE is only read. Only
+`certificates --renew` writes something: a request, which a running gateway takes up.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from cryptography import x509
 
@@ -28,6 +27,7 @@ from ..certs.order_queue import WAITS, OrderQueue
 from ..certs.schedule import DAY
 from ..certs.storage import ReadOnly
 from ..certs.store import CertStore, StoreError, ca_id
+from ..config import Config
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
 
@@ -36,7 +36,7 @@ HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)")
 
 
 class Row(NamedTuple):
-    """A certificate, or the lack of one. Instants are seconds since 1970, None for unknown."""
+    """A certificate, or that one is missing. Instants are seconds since 1970, None for unknown."""
 
     name: str
     source: str
@@ -46,8 +46,8 @@ class Row(NamedTuple):
     error: str = ""
 
 
-def run_certificates(config, out) -> int:
-    """Print the table; the exit status. Raises CertificateError if CERT_DIR cannot be read."""
+def run_certificates(config: Config, out: TextIO) -> int:
+    """Print the table; return the exit status. Raises CertificateError if a folder is unreadable."""
     print(table(find_rows(config), time.time()), file=out)
     if config.acme is not None:
         for line in pauses(config.acme_cache, config.acme.directory):
@@ -55,8 +55,8 @@ def run_certificates(config, out) -> int:
     return 0
 
 
-def find_rows(config) -> list[Row]:
-    """What there is, sorted by name. Raises CertificateError if a folder cannot be read."""
+def find_rows(config: Config) -> list[Row]:
+    """All rows, sorted by name. Raises CertificateError if a folder cannot be read."""
     rows = []
     if config.cert_dir is not None:
         rows += own_rows(config.cert_dir)
@@ -80,6 +80,7 @@ def read_pairs(folder: Path) -> CertDir:
 
 
 def own_rows(folder: Path) -> list[Row]:
+    """The certificates in CERT_DIR. Raises CertificateError if it cannot be read."""
     report = read_pairs(folder).report
     rows = [Row("-", OWN, error=remark) for remark in report.broken]
     for pair in report.pairs:
@@ -90,21 +91,22 @@ def own_rows(folder: Path) -> list[Row]:
 
 
 def local_rows(folder: Path) -> list[Row]:
+    """The certificates of our own CA. Raises PermissionError."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        os.listdir(folder)  # glob() may keep to itself that it must not
+        os.listdir(folder)  # raises PermissionError, which glob() may hide
     for file in folder.glob("*.crt"):
         if file.name == "ca.crt":
             continue
         leaf = _leaf(file)
         if leaf is None:
-            rows.append(Row(file.stem, LOCAL, error=f"{file}: cannot be read as PEM; made anew "
-                            "when the gateway needs it"))  # fmt: skip
+            rows.append(Row(file.stem, LOCAL, error=f"{file}: cannot be read as PEM; the gateway "
+                            "makes a new one when it needs it"))  # fmt: skip
             continue
         ends_at = leaf.not_valid_after_utc.timestamp()
         renew_at = ends_at - RENEW_BEFORE.total_seconds()
         name = file.stem
-        if HASHED_STEM.fullmatch(name):  # that of a longer hostname
+        if HASHED_STEM.fullmatch(name):  # of a longer hostname, which only the certificate has
             name = next(iter(names_of(leaf)), name)
         rows.append(Row(name, LOCAL, issuer_of(leaf), ends_at, renew_at))
     return rows
@@ -114,14 +116,14 @@ def _leaf(file: Path) -> x509.Certificate | None:
     """The first certificate in a file, None if it cannot be read."""
     try:
         leaf = x509.load_pem_x509_certificates(safe_read.read(file))[0]
-        issuer_of(leaf)  # a name that makes no sense shows only now
+        issuer_of(leaf)  # raises now if the name is malformed, not in a later reader
         return leaf
     except (OSError, *MALFORMED):
         return None
 
 
-def pauses(folder: Path, directory_url) -> list[str]:
-    """A line for each refusal of that CA's that holds up other hostnames, too."""
+def pauses(folder: Path, directory_url: str) -> list[str]:
+    """A line for each refusal of that CA that delays more than one hostname."""
     return [
         f"{f'New hostnames of {domain}' if domain else 'All orders'} wait until {utc(until)}: "
         f"{one_line(why)}"
@@ -129,7 +131,7 @@ def pauses(folder: Path, directory_url) -> list[str]:
     ]
 
 
-def utc(instant) -> str:
+def utc(instant: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(instant))
 
 
@@ -142,9 +144,9 @@ def _reader(folder: Path, directory_url: str) -> tuple[ReadOnly, CertStore, Orde
     return storage, store, queue
 
 
-def ordered_rows(folder: Path, directory_url) -> list[Row]:
-    """Of the CA with that directory, as ACME_CACHE has them. Raises StoreError if it cannot be
-    listed."""
+def ordered_rows(folder: Path, directory_url: str) -> list[Row]:
+    """The certificates from the CA with that directory, as ACME_CACHE has them. Raises StoreError
+    if it cannot be listed."""
     rows: list[Row] = []
     storage, store, queue = _reader(folder, directory_url)
     for name in store.known():
@@ -163,13 +165,13 @@ def ordered_rows(folder: Path, directory_url) -> list[Row]:
 
 
 def issuer_of(leaf: x509.Certificate) -> str:
-    """Who signed a certificate, in few words: common name, else all of the name."""
+    """The issuer of a certificate: its common name, else its whole name."""
     names = leaf.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     return one_line(names[0].value if names else leaf.issuer.rfc4514_string())
 
 
-def table(rows: list[Row], now) -> str:
-    """The rows under headings; below a row, indented, the last error or why it waits."""
+def table(rows: list[Row], now: float) -> str:
+    """The rows under headings; below a row, indented, its last error or the reason why it waits."""
     if not rows:
         return "There is no certificate yet; a gateway gets its own when it starts."
     cells = [HEADINGS, *(_cells(row, now) for row in rows)]
@@ -179,11 +181,11 @@ def table(rows: list[Row], now) -> str:
     return "\n".join(map(str.__add__, lines, errors))
 
 
-def _what(row):
+def _what(row: Row) -> str:
     return "" if row.error.startswith(WAITS) else "last error: "
 
 
-def _cells(row, now) -> tuple[str, ...]:
+def _cells(row: Row, now: float) -> tuple[str, ...]:
     left = renewal = "-"
     if row.ends_at is not None:
         left = str(int((row.ends_at - now) // DAY)) if row.ends_at > now else "ran out"
@@ -193,27 +195,27 @@ def _cells(row, now) -> tuple[str, ...]:
     return row.name, row.source, row.issuer or "-", left, renewal
 
 
-def ask_renewal(config, name) -> str:
-    """Leave a request for a gateway that runs; a sentence that says so.
+def ask_renewal(config: Config, name: str) -> str:
+    """Leave a request for the gateway that runs; return a sentence that says so.
 
-    Raises StoreError if the name has nothing that could be renewed so.
+    Raises StoreError if the name has no certificate that was ordered.
     """
     name = normal_hostname(name)
     rows = find_rows(config)
     known = {row.name for row in rows if row.source in (ORDERED, GO)}
-    if name not in known:
+    if config.acme is None or name not in known:
         why = next((f"its certificate is from {row.source}" for row in rows if row.name == name),
                    "there is no certificate of that name")  # fmt: skip
         raise StoreError(
             f"{name!r}: {why}, expected one that was ordered: see gotunnel-server certificates"
         )
     certs = config.acme_cache / ca_id(config.acme.directory) / "certs"
-    if not certs.is_dir():  # made by us, it would be ours, and the gateway may be another user
+    if not certs.is_dir():  # we must not make it: the gateway may run as another user
         raise StoreError(f"{certs} is not there yet, expected a gateway that has run: start it")
     open_store(config.acme_cache, config.acme.directory).ask_renewal(name)
     return f"{name}: a gateway that runs here renews it within seconds, and says so in its log"
 
 
-def one_line(words) -> str:
-    """For a terminal that may show ASCII only."""
+def one_line(words: object) -> str:
+    """A text as one line of printable ASCII, for any terminal."""
     return words_and_link(re.sub(r"[^\x20-\x7e]", " ", str(words)))

@@ -1,8 +1,7 @@
-"""The command `check`: a Finding for each thing that a gateway needs, ok, warn or fail.
+"""The command `check`: whether a gateway could start here; a Finding for each thing it needs.
 
 It changes nothing: no order, no account, no folder. It writes a probe into each folder that has to
-be writable, and removes it. What a running gateway keeps in ACME_CACHE is read as it stands, so it
-may run beside one.
+be writable, and removes it. It may run beside a gateway.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common.hostnames import valid_hostname
@@ -36,6 +35,7 @@ from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG
 from ..certs.store import PROBE_BYTES, StoreError, ca_id
+from ..config import Config
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed
@@ -44,32 +44,34 @@ from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them
 
-# Seconds for each silence, and for the whole answer. A person waits for us; a CA answers in one.
+# Seconds of silence in a request, and for the whole answer: the operator waits, and a CA answers in
+# one second.
 NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
-# Hostnames without certificate, agents or ports that are named; there may be hundreds, and
-# `certificates` has all hostnames.
+# Hostnames without certificate, agents or ports that are listed; there may be hundreds, and
+# `certificates` lists all hostnames.
 MOST_NAMED = 20
-# Of TCP_PORTS, which may be all 65535: a try takes some 50 us, and a person waits.
+# Ports of TCP_PORTS that are tried, which may be all 65535: one takes some 50 us.
 MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
-# Nobody's name (RFC 6761 §6.4), so a gateway answers with an error of its own.
+# A reserved name that no agent has (RFC 6761 §6.4): a gateway answers with an error of its own.
 NOBODY = "check.invalid"
 
 
 class Finding(NamedTuple):
-    """What came of a check. ``text`` says what was seen, and unless ``level`` is OK what to do."""
+    """The result of a check: OK, WARN or FAIL. ``text`` says what was found and, unless it is OK,
+    what to do."""
 
     level: str
     subject: str
     text: str
 
 
-def run_check(config, out) -> int:
-    """Print what is found, as it is found; the exit status: 1 if anything failed."""
+def run_check(config: Config, out: TextIO) -> int:
+    """Print each finding at once; return the exit status: 1 if anything failed."""
     failed = 0
     for finding in examine(config):
         failed += finding.level == FAIL
@@ -77,15 +79,15 @@ def run_check(config, out) -> int:
     return 1 if failed else 0
 
 
-def finding_line(finding, *, colour) -> str:
+def finding_line(finding: Finding, *, colour: bool) -> str:
     level = f"{finding.level:4}"
     if colour:
         level = f"\x1b[{COLOURS[finding.level]}m{level}\x1b[0m"
     return f"{level}  {finding.subject}: {finding.text}"
 
 
-def examine(config) -> Iterable[Finding]:
-    """All checks, for the Config of config.load()."""
+def examine(config: Config) -> Iterable[Finding]:
+    """All checks."""
     yield Finding(OK, "configuration", "read and understood")
     if config.agents_file is not None:
         yield from look_at_agents(config.agents_file, config.jwt_secret is not None)
@@ -118,7 +120,8 @@ def examine(config) -> Iterable[Finding]:
         yield from look_at_directory(config.acme.directory, config.acme.ca_file)
 
 
-def look_at_agents(path, has_jwt_secret=False) -> Iterable[Finding]:
+def look_at_agents(path: Path, has_jwt_secret: bool = False) -> Iterable[Finding]:
+    """Whether AGENTS_FILE can be used, and whether any agent can register."""
     try:
         agents = agents_file.read(path)
     except agents_file.AgentsFileError as error:
@@ -133,12 +136,13 @@ def look_at_agents(path, has_jwt_secret=False) -> Iterable[Finding]:
         yield Finding(WARN, "AGENTS_FILE", f"expired: {_some(expired)}; remove them, or give them "
                       "another end (expires)")  # fmt: skip
     if len(gone) == len(agents.entries) and not has_jwt_secret:
-        yield Finding(WARN, "AGENTS_FILE", "no agent can register: nobody in it may come (expired, "
-                      "disabled), and JWT_SECRET is not set; see: gotunnel-server agents "
+        yield Finding(WARN, "AGENTS_FILE", "no agent can register: no entry in it is active, "
+                      "and JWT_SECRET is not set; see: gotunnel-server agents "
                       "add")  # fmt: skip
 
 
-def look_at_descriptors(max_connections) -> Finding:
+def look_at_descriptors(max_connections: int) -> Finding:
+    """Whether the limit of open files suffices for MAX_CONNECTIONS."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # the gateway raises its own to this
     most = MAX_UINT32 if most == resource.RLIM_INFINITY else most
     visitors = int(most * VISITORS_SHARE)
@@ -153,11 +157,11 @@ def look_at_descriptors(max_connections) -> Finding:
 # Ports
 
 
-def look_at_port(setting, addresses, port, tls_name) -> Finding:
-    """Whether a port (0: any, None: off) can be listened on; a gateway that has it is a warning.
-
-    ``tls_name`` is the name that it answers to by TLS, None on a port without.
-    """
+def look_at_port(
+    setting: str, addresses: Sequence[str], port: int | None, tls_name: str | None
+) -> Finding:
+    """Whether a port (0: any, None: off) can be listened on; if a gateway has it, that is a
+    warning. ``tls_name`` is the hostname to ask for by TLS, None on a port without TLS."""
     if port is None:
         return Finding(OK, setting, "off")
     if port == 0:
@@ -177,13 +181,13 @@ def look_at_port(setting, addresses, port, tls_name) -> Finding:
     return Finding(OK, setting, f"{port} is free")
 
 
-def look_at_tcp_ports(config) -> Iterable[Finding]:
-    """Which of TCP_PORTS an agent would not get; config.warnings names those of our own."""
+def look_at_tcp_ports(config: Config) -> Iterable[Finding]:
+    """Which of TCP_PORTS are taken. The gateway's own ports are in config.warnings."""
     own = {config.gateway_port, config.tunnel_port, config.dashboard_port, config.http_port}
     ports = sorted({port for ports in config.tcp_ports for port in ports} - own)
     if not ports:
         return
-    problems = {}  # why: the ports
+    problems: dict[str, list[int]] = {}  # the ports by reason
     for port in ports[:MOST_TRIED]:
         try:
             for sock in bind("TCP_PORTS", config.bind, port):
@@ -198,16 +202,16 @@ def look_at_tcp_ports(config) -> Iterable[Finding]:
         yield Finding(OK, "TCP_PORTS", f"{len(ports)} ports are free{tried}")
 
 
-def _some(words) -> str:
-    """The first of them, separated by commas, and how many more there are."""
-    words = list(words)
+def _some(names: Iterable[str]) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    words = list(names)
     more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
     return ", ".join(words[:MOST_NAMED]) + more
 
 
-def _is_gotunnel(address, port, tls_name, *, tunnel) -> bool:
-    """Whether what listens there answers as a gateway: to a ping of the multiplexer, or to a
-    request by a name that it does not know."""
+def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool) -> bool:
+    """Whether the program that listens there answers as a gateway: to a ping of the multiplexer, or
+    to a request for a hostname that it does not know."""
     question, expected = (
         (Header(PING, SYN, 0, 1).encode(), Header(PING, ACK, 0, 1).encode())
         if tunnel else
@@ -231,7 +235,7 @@ def _is_gotunnel(address, port, tls_name, *, tunnel) -> bool:
                     return True
                 if not data:
                     break
-    except ssl.SSLError as error:  # a gateway without a certificate for the name, most likely
+    except ssl.SSLError as error:  # most likely a gateway without a certificate for the name
         return error.reason == "TLSV1_UNRECOGNIZED_NAME"
     except OSError:  # it speaks something else, or nothing
         pass
@@ -239,14 +243,14 @@ def _is_gotunnel(address, port, tls_name, *, tunnel) -> bool:
 
 
 def _trusting_anybody() -> ssl.SSLContext:
-    """We say nothing that is secret, and only ask who is there."""
+    """A context that verifies nothing: we send no secret, and only ask which program it is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
-def judge_dashboard(bind_to, has_password) -> Finding:
-    """Who can see the dashboard, on these addresses (none: all of them)."""
+def judge_dashboard(bind_to: Sequence[str], has_password: bool) -> Finding:
+    """From where the dashboard can be seen, on these addresses (none: all of them)."""
     found = [ipaddress.ip_address(address) for address in bind_to]
     if found and all(address.is_loopback for address in found):
         who = "everybody on this machine"
@@ -267,7 +271,7 @@ def judge_dashboard(bind_to, has_password) -> Finding:
 # Names
 
 
-def look_at_name(setting, name) -> Finding:
+def look_at_name(setting: str, name: str) -> Finding:
     """Whether a hostname, or an IP address, leads to this machine."""
     if is_always_here(name):
         return Finding(OK, setting, f"{name} is always this machine (RFC 6761)")
@@ -284,9 +288,11 @@ def look_at_name(setting, name) -> Finding:
     )
 
 
-def judge_addresses(setting, name, addresses, ours, machine) -> Finding:
-    """``addresses`` are the name's, ``ours`` those of them that this machine has, ``machine`` what
-    else to call it by."""
+def judge_addresses(
+    setting: str, name: str, addresses: list[str], ours: list[str], machine: list[str]
+) -> Finding:
+    """``addresses`` are the name's, ``ours`` those of them that this machine has, ``machine`` all
+    that it has."""
     if ours == addresses:
         return Finding(OK, setting, f"{name} is this machine ({', '.join(addresses)})")
     seen = "" if addresses == [name] else f"{name} is {', '.join(addresses)}; "
@@ -301,7 +307,8 @@ def judge_addresses(setting, name, addresses, ours, machine) -> Finding:
 # The cache
 
 
-def look_at_cache(config) -> Iterable[Finding]:
+def look_at_cache(config: Config) -> Iterable[Finding]:
+    """Whether ACME_CACHE, if it is used, can be written or made."""
     if config.acme is None and not config.local_ca:
         yield Finding(OK, "ACME_CACHE", "not used, CERT_DIR holds all certificates")
         return
@@ -332,8 +339,8 @@ def look_at_cache(config) -> Iterable[Finding]:
     yield from findings or [Finding(OK, "ACME_CACHE", f"{config.acme_cache} can be written")]
 
 
-def look_at_folder(setting, folder: Path) -> Iterable[Finding]:
-    """What is wrong with a folder that we have to write; nothing if it is fit."""
+def look_at_folder(setting: str, folder: Path) -> Iterable[Finding]:
+    """The faults of a folder that the gateway has to write; none if it is fit."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".check-", suffix=".tmp") as probe:
             probe.write(os.urandom(PROBE_BYTES))
@@ -356,7 +363,7 @@ def look_at_folder(setting, folder: Path) -> Iterable[Finding]:
 
 
 def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
-    """Each pair in CERT_DIR: one that is no use fails, unless another serves its names."""
+    """Each pair in CERT_DIR. An unusable one fails, unless another pair serves its names."""
     if folder is None:
         yield Finding(OK, "CERT_DIR", "not used")
         return
@@ -384,20 +391,20 @@ def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
     yield from (Finding(WARN, "CERT_DIR", remark) for remark in cert_dir.report.remarks)
 
 
-def covers(names, hostname) -> bool:
-    """Whether a hostname is among names, or falls under a wildcard there (RFC 9525 §6.3)."""
+def covers(names: Container[str], hostname: str) -> bool:
+    """Whether ``names`` contain a hostname, or its wildcard (RFC 9525 §6.3)."""
     return hostname in names or "*." + hostname.partition(".")[2] in names
 
 
-def look_at_own_names(config) -> Iterable[Finding]:
+def look_at_own_names(config: Config) -> Iterable[Finding]:
     """Whether the gateway's own names have a certificate, or can get one."""
-    given = {}
+    given: Mapping[str, object] = {}
     if config.cert_dir is not None:
-        with contextlib.suppress(CertificateError):  # that was said before
+        with contextlib.suppress(CertificateError):  # look_at_pairs() has reported it
             given = read_pairs(config.cert_dir).served.valid
     failed = {}
     if config.acme is not None:
-        with contextlib.suppress(StoreError):  # that was said before, too
+        with contextlib.suppress(StoreError):  # look_at_cache() has reported it
             failed = {row.name: row.error
                       for row in ordered_rows(config.acme_cache, config.acme.directory)
                       if row.ends_at is None and row.error}  # fmt: skip
@@ -418,14 +425,14 @@ def look_at_own_names(config) -> Iterable[Finding]:
                           "set ACME_ENV=production to order one")  # fmt: skip
 
 
-def look_at_waiting(config, clock=time.time) -> Iterable[Finding]:
-    """What the gateway does not order now, and why: by what the CA has said, and by hostname."""
+def look_at_waiting(config: Config, clock: Callable[[], float] = time.time) -> Iterable[Finding]:
+    """Orders that are delayed, and why: by a refusal of the CA's, and by hostname."""
     if config.acme is None:
         return
     try:
         lines = pauses(config.acme_cache, config.acme.directory)
         rows = ordered_rows(config.acme_cache, config.acme.directory)
-    except (OSError, StoreError):  # that was said before
+    except (OSError, StoreError):  # look_at_cache() has reported it
         return
     for line in lines:
         yield Finding(WARN, "orders", line)
@@ -443,8 +450,10 @@ def look_at_waiting(config, clock=time.time) -> Iterable[Finding]:
 # The CA
 
 
-def look_at_directory(url, ca_file, clock=time.time) -> Iterable[Finding]:
-    """Whether a CA answers and speaks ACME, and whether our clock agrees with its."""
+def look_at_directory(
+    url: str, ca_file: str | os.PathLike[str] | None, clock: Callable[[], float] = time.time
+) -> Iterable[Finding]:
+    """Whether a CA answers and speaks ACME, and whether our clock agrees with its clock."""
     try:
         status, date, body = _get(url, ca_file)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -466,7 +475,7 @@ def look_at_directory(url, ca_file, clock=time.time) -> Iterable[Finding]:
     yield judge_clock(date, clock())
 
 
-def _get(url, ca_file) -> tuple[int, str | None, bytes]:
+def _get(url: str, ca_file: str | os.PathLike[str] | None) -> tuple[int, str | None, bytes]:
     """Status, Date and the beginning of the body."""
     context = ssl.create_default_context(cafile=ca_file)
     deadline = time.monotonic() + PATIENCE
@@ -484,7 +493,7 @@ def _get(url, ca_file) -> tuple[int, str | None, bytes]:
         return answer.status, answer.headers["Date"], body
 
 
-def _is_directory(body) -> bool:
+def _is_directory(body: bytes) -> bool:
     try:
         directory = json.loads(body)
     except (ValueError, RecursionError):
@@ -494,10 +503,10 @@ def _is_directory(body) -> bool:
     )
 
 
-def judge_clock(date: str | None, now) -> Finding:
-    """Our clock beside the Date of an answer that has just come."""
+def judge_clock(date: str | None, now: float) -> Finding:
+    """Compare our clock with the Date of an answer that has just come."""
     try:
-        off = now - parsedate_to_datetime(date).timestamp()
+        off = now - parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError, AttributeError, OverflowError):
         return Finding(OK, "clock", "not known, the CA does not say what time it is")
     if abs(off) <= CLOCK_OFF:

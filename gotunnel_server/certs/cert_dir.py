@@ -392,7 +392,7 @@ def _load(context: Loaded, certificate_file: Path, key_file: Path) -> None:
 
 
 def names_of(certificate: x509.Certificate) -> frozenset[str]:
-    """The DNS names and IP addresses in subjectAltName. The subject does not count (RFC 9525 §2)."""
+    """The DNS names and IP addresses in subjectAltName; the subject is ignored (RFC 9525 §2)."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except MALFORMED:

@@ -455,6 +455,34 @@ def test_check_of_a_wrong_configuration_has_status_2(tmp_path):
     assert status == 2 and out == "" and errors.count("\n") == 1 and "GATEWAY_PORT" in errors
 
 
+def test_check_names_all_faults_of_a_configuration(tmp_path):
+    (tmp_path / "empty").touch()
+    wrong = {
+        "GATEWAY_HOST": "https://gateway.example.com",
+        "TUNNEL_HOST": "",
+        "GATEWAY_PORT": "8443",
+        "TUNNEL_PORT": "8443",
+        "DASHBOARD_PORT": "many",
+        "JWT_SECRET": "",
+        "JWT_SECRET_FILE": str(tmp_path / "empty"),
+        "CERT_DIR": str(tmp_path / "missing"),
+        "ACME_ENV": "staging",
+        "ACME_EAB_KID": "kid",
+        "WORKERS": "0",
+        "DEFAULT_ALLOW": "10.0.0.1/8",
+    }
+    status, out, errors = run("check", **gateway_environment(tmp_path, **wrong))
+    lines = errors.splitlines()
+    assert (status, out) == (2, "") and len(lines) == 9
+    named = {line.partition(": ")[2].split()[0].rstrip(":") for line in lines}
+    assert named == {
+        "JWT_SECRET_FILE", "CERT_DIR", "of", "GATEWAY_HOST", "TUNNEL_HOST", "DASHBOARD_PORT",
+        "WORKERS", "DEFAULT_ALLOW", "GATEWAY_PORT",
+    }  # fmt: skip
+    assert "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is set" in errors
+    assert "GATEWAY_PORT and TUNNEL_PORT are both 8443" in errors
+
+
 @pytest.mark.parametrize("command", ["check", "certificates"])
 def test_env_file_may_stand_on_either_side_of_a_command(command):
     for arguments in (["--env-file", "x", command], [command, "--env-file", "x"]):
@@ -492,9 +520,9 @@ EXPIRED = f"old: {{hosts: c.example.com, secret: {STRONG}, expires: 2020-01-01}}
     [
         (ACTIVE + DISABLED, False, []),
         (ACTIVE + EXPIRED, False, ["expired: old; remove"]),
-        (DISABLED + EXPIRED, False, ["expired: old; remove", "no agent can register: nobody"]),
+        (DISABLED + EXPIRED, False, ["expired: old; remove", "no agent can register: no entry"]),
         (DISABLED + EXPIRED, True, ["expired: old; remove"]),
-        ("{}", False, ["no agent can register: nobody"]),
+        ("{}", False, ["no agent can register: no entry"]),
         ("{}", True, []),
     ],
 )
