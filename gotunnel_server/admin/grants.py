@@ -1,48 +1,54 @@
 """What an operator grants to agents: the commands `token` and `agents`.
 
-    token             a token that may claim some hostnames, for an agent that holds no secret
-    agents add        an entry in AGENTS_FILE with a secret of its own, and the agent's lines for it
-    agents list       the entries, without their secrets
-    agents remove     an entry less
+    token             prints a token that may claim some hostnames, for an agent without a secret
+    agents add        adds an entry with a secret of its own to AGENTS_FILE, and prints the lines
+                      for the agent's configuration
+    agents list       prints the entries, without their secrets
+    agents remove     removes an entry
 
-What is meant to be used goes to standard output, what is said about it to standard error. A gateway
-that runs takes changes of AGENTS_FILE up within seconds; it need not run.
+A result to be used goes to standard output, remarks to standard error. A gateway that runs takes up
+changes of AGENTS_FILE within seconds; none need run.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 import secrets
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
+from typing import TextIO
 
 import jwt
 
 from gotunnel_agent.common import addresses
 
 from ..agents import agents_file, scope
-from ..agents.agents_file import MAX_NAME, AgentsFileError
+from ..agents.agents_file import MAX_NAME, AgentsFileError, Entry
 from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.schedule import DAY
+from ..config import Config
 
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
 
-# Seconds. A token cannot be called back, unless its issuer stands in AGENTS_FILE: one for longer is
-# a typing error.
+# Seconds. A token cannot be revoked, unless its issuer stands in AGENTS_FILE: a longer time is
+# taken for a typing error.
 LEAST_TTL, MOST_TTL = 60, 5 * 365 * DAY
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
 TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
 
 CA_LINE = 'ca_file: "ca.crt"   # a copy of the gateway\'s {}/ca.crt'
 
-# Names that need no quotes in YAML, in a shell or in a log.
+# Names that need no quotes in YAML, in a shell or in a log line.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
 
 class GrantError(Exception):
-    """What was asked for cannot be had; the text is one line."""
+    """The token or entry that was asked for is refused; the text is one line."""
 
 
 def read_ttl(text: str) -> int:
@@ -65,29 +71,39 @@ def read_name(text: str) -> str:
 
 
 def read_expires(text: str) -> str:
-    """A date or time that is still to come, as it is written. Raises ValueError."""
+    """A future date or time, unchanged. Raises ValueError."""
     if agents_file.read_expires(text) <= time.time():
         raise ValueError(f"{text} is in the past, expected {agents_file.DATE_EXPECTED}")
     return text
 
 
-def run_token(config, *, hosts, ports, ttl, issuer, out=None):
-    """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds. Without an
-    ``issuer`` it has the one that the gateway asks for. Raises GrantError, AgentsFileError."""
+def run_token(
+    config: Config,
+    *,
+    hosts: Sequence[str],
+    ports: Sequence[range],
+    ttl: int,
+    issuer: str | None,
+    out: TextIO | None = None,
+) -> None:
+    """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds. With ``issuer``
+    None its issuer is JWT_ISSUER. Raises GrantError, AgentsFileError."""
     _refuse_own_names(config, hosts)
-    issuer = config.jwt_issuer or "" if issuer is None else issuer
+    named, issuer = issuer, config.jwt_issuer or "" if issuer is None else issuer
     entries = {} if config.agents_file is None else agents_file.read(config.agents_file).entries
     if issuer in entries:
         _refuse_more_than(entries[issuer], issuer, hosts, ports)
         secret, signed_by = entries[issuer].secret, f"the secret of {issuer} in AGENTS_FILE"
     else:
-        _refuse_stranger(config, issuer)
-        secret, signed_by = config.jwt_secret, "JWT_SECRET"
+        secret, signed_by = _shared_secret(config, issuer, _nearest(issuer, entries)), "JWT_SECRET"
+        if named and entries:  # right for the shared secret, but it may be a typing error
+            _say(f"{ascii(named)} is not in AGENTS_FILE{_nearest(named, entries)}, so JWT_SECRET "
+                 "signs this token")  # fmt: skip
     now = int(time.time())
     claims = {"iss": issuer, "iat": now, "exp": now + ttl, "hosts": hosts,
               "ports": scope.written(ports)}  # fmt: skip
     token = jwt.encode(claims, secret, ALGORITHM)
-    # The message that carries it has no more room, and holds the hostnames as well.
+    # The registration that carries it has no more room, and also holds the hostnames.
     if len(token) > MAX_TOKEN // 2:
         raise GrantError(f"a token of {len(token)} characters is too long: name fewer hosts")
     print(token, file=out or sys.stdout)
@@ -98,8 +114,16 @@ def run_token(config, *, hosts, ports, ttl, issuer, out=None):
     )
 
 
-def run_agents_add(config, *, name, hosts, ports, expires, out=None):
-    """Make a secret for a new agent, write its entry, and print what its configuration needs.
+def run_agents_add(
+    config: Config,
+    *,
+    name: str,
+    hosts: Sequence[str],
+    ports: Sequence[range],
+    expires: str | None,
+    out: TextIO | None = None,
+) -> None:
+    """Make a secret for a new agent, write its entry, and print the lines for its configuration.
     Raises GrantError, AgentsFileError."""
     path = _path(config)
     _refuse_own_names(config, hosts)
@@ -131,7 +155,7 @@ def run_agents_add(config, *, name, hosts, ports, expires, out=None):
         _say("TUNNEL_PORT is auto: the gateway's log says which one stands behind the colon")
 
 
-def run_agents_list(config, out=None):
+def run_agents_list(config: Config, out: TextIO | None = None) -> None:
     """Print the entries of AGENTS_FILE as a table. Raises GrantError, AgentsFileError."""
     entries = agents_file.read(_path(config)).entries
     rows = [("NAME", "STATE", "EXPIRES", "PORTS", "LIMITS", "HOSTS")]
@@ -151,25 +175,28 @@ def run_agents_list(config, out=None):
         print(line.rstrip(), file=out or sys.stdout)
 
 
-def run_agents_remove(config, name):
-    """Take an entry out of AGENTS_FILE. Raises GrantError if it is not there, AgentsFileError."""
+def run_agents_remove(config: Config, name: str) -> None:
+    """Remove an entry from AGENTS_FILE. Raises GrantError if it is not there, AgentsFileError."""
     path = _path(config)
     if not agents_file.remove(path, name):
         raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
     _say(f"{name} was removed from {path}; a gateway that runs ends its sessions within 5 s")
 
 
-def _refuse_own_names(config, hosts):
-    """The gateway's own names are nobody's; a wildcard around them is all right."""
+def _refuse_own_names(config: Config, hosts: Sequence[str]) -> None:
+    """No agent can claim the gateway's own names; a wildcard that matches them is allowed."""
     own = [host for host in hosts if host in (config.gateway_host, config.tunnel_host)]
     if own:
         raise GrantError(
-            f"{own[0]} is the gateway's own name, which nobody can claim: leave it out"
+            f"{own[0]} is the gateway's own name, which no agent can claim: leave it out"
         )
 
 
-def _refuse_more_than(entry, issuer, hosts, ports):
-    """An agent of the file gets no token for more than it may claim, nor one that is refused."""
+def _refuse_more_than(
+    entry: Entry, issuer: str, hosts: Sequence[str], ports: Sequence[range]
+) -> None:
+    """Refuse a token for more than an agent of AGENTS_FILE may claim, or of an agent that may not
+    register."""
     if why := lapsed(entry):
         raise GrantError(f"issuer {issuer} {why}: a token of it would be refused")
     for host in hosts:
@@ -186,43 +213,51 @@ def _refuse_more_than(entry, issuer, hosts, ports):
             )
 
 
-def _refuse_stranger(config, issuer):
-    """An issuer that is not in the file is checked with JWT_SECRET, and by JWT_ISSUER."""
+def _shared_secret(config: Config, issuer: str, nearest: str) -> str:
+    """JWT_SECRET, for an issuer that is not in AGENTS_FILE. Raises GrantError if the gateway would
+    not accept it; ``nearest`` as from _nearest()."""
     if config.jwt_secret is None:
-        named = f"{ascii(issuer)} is not in AGENTS_FILE" if issuer else "no --issuer came"
+        named = f"{ascii(issuer)} is not in AGENTS_FILE{nearest}" if issuer else "no --issuer came"
         raise GrantError(
             f"JWT_SECRET is not set and {named}, expected --issuer with a name that is there"
         )
     if config.jwt_issuer is not None and issuer != config.jwt_issuer:
         raise GrantError(
             f"the gateway would refuse the issuer {ascii(issuer)}, expected JWT_ISSUER "
-            f"({config.jwt_issuer}) or a name in AGENTS_FILE"
+            f"({config.jwt_issuer}) or a name in AGENTS_FILE{nearest}"
         )
+    return config.jwt_secret
 
 
-def _path(config):
+def _nearest(name: str, entries: Iterable[str]) -> str:
+    """For a message: the entry whose name is like ``name``, in brackets; "" if there is none."""
+    near = difflib.get_close_matches(name[:MAX_NAME], entries, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _path(config: Config) -> Path:
     if config.agents_file is None:
         raise AgentsFileError(
             "AGENTS_FILE is not set, expected the file for agents with credentials of their own: "
-            "set it, such as to agents.yaml; it is made when it is missing"
+            "set it, such as to agents.yaml; the command makes the file"
         )
     return config.agents_file
 
 
-def _tunnel_addr(config):
+def _tunnel_addr(config: Config) -> str:
     return f"{addresses.as_host(config.tunnel_host)}:{config.tunnel_port or 9443}"
 
 
-def _end(seconds):
-    """When it ends, as it was most likely typed: a date counts to its end."""
+def _end(seconds: float) -> str:
+    """An end as it was most likely typed: a date includes that day."""
     if seconds % DAY:
         return _date(seconds)
     return datetime.fromtimestamp(seconds - DAY, timezone.utc).strftime("%Y-%m-%d")
 
 
-def _date(seconds):
+def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _say(text):
+def _say(text: str) -> None:
     print(f"gotunnel-server: {text}", file=sys.stderr)

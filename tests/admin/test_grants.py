@@ -157,6 +157,26 @@ def test_without_a_shared_secret_a_token_needs_an_agent_of_the_file(capsys):
     assert main([*arguments, "--issuer", "one"]) == 0
 
 
+def test_token_of_an_issuer_that_is_mistyped_says_so_with_the_nearest_name(capsys):
+    arguments = ["token", "--hosts", "a.example.com", "--ttl", "1d", "--issuer"]
+    assert main([*arguments, "onne"]) == 0  # an issuer of the shared secret may have any name
+    out, err = capsys.readouterr()
+    assert credentials().identify(out.strip()).credential[0] == "shared"
+    assert (
+        "'onne' is not in AGENTS_FILE (did you mean one?), so JWT_SECRET signs this token\n" in err
+    )
+    assert main([*arguments, "quite-another"]) == 0
+    assert "'quite-another' is not in AGENTS_FILE, so JWT_SECRET" in capsys.readouterr().err
+    assert main(["token", "--hosts", "b.example.com", "--ttl", "1d"]) == 0
+    assert "AGENTS_FILE" not in capsys.readouterr().err
+    configure(JWT_SECRET=None)
+    assert "'onne' is not in AGENTS_FILE (did you mean one?), expected" in refusal(
+        capsys, 1, *arguments, "onne"
+    )
+    configure(JWT_ISSUER="house")
+    assert "or a name in AGENTS_FILE (did you mean one?)" in refusal(capsys, 1, *arguments, "onne")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -262,7 +282,7 @@ def test_list_is_a_table_without_secrets(capsys):
 @pytest.mark.parametrize("command", [["token", "--ttl", "1d"], ["agents", "add", "two"]])
 def test_the_gateways_own_names_are_granted_to_nobody(capsys, command, own):
     said = refusal(capsys, 1, *command, "--hosts", f"a.example.com,{own}")
-    assert f"{own} is the gateway's own name, which nobody can claim: leave it out" in said
+    assert f"{own} is the gateway's own name, which no agent can claim: leave it out" in said
     assert Path("agents.yaml").read_text() == ENTRIES
 
 
