@@ -87,7 +87,7 @@ def command(options) -> int:
         return 0
     except ConfigError as error:
         if options.command == "check":  # it is there to find faults: all, not only the first
-            for fault in faults(options.env_file) or [error]:
+            for fault in faults(options.env_file) or [str(error)]:
                 fail(fault, 2)
             return 2
         return fail(error, 2)

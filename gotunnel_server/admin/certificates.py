@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def run_certificates(config: Config, out: TextIO) -> int:
-    """Print the table; return the exit status. Raises CertificateError if a folder is unreadable."""
+    """Print the table; return the exit status. Raises CertificateError, as find_rows() does."""
     print(table(find_rows(config), time.time()), file=out)
     if config.acme is not None:
         for line in pauses(config.acme_cache, config.acme.directory):

@@ -121,10 +121,10 @@ class Challenges:
             return None
         return self._bodies.get((hostname, token))
 
-    def context(self, hostname: str) -> ssl.SSLContext | None:
-        """The context for a TLS-ALPN-01 validation, None if no proof for that hostname is
-        published."""
-        return self._contexts.get(hostname)
+    def context(self, hostname: str | None) -> ssl.SSLContext | None:
+        """The context for a TLS-ALPN-01 validation; None if no proof for that hostname is
+        published, or the ClientHello names none."""
+        return None if hostname is None else self._contexts.get(hostname)
 
 
 def _context(hostname: str, digest: bytes, folder: Path | None) -> ssl.SSLContext:
