@@ -36,8 +36,8 @@ log = logging.getLogger("gotunnel.exchange")
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these use a
 # kept stream: the target may close it while the request is on its way, and then it is sent again.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# Kinds of fields that end at the gateway: a visitor must not tell the target who it is, and a target
-# must not tell a visitor what only the gateway may say.
+# Kinds of fields that end at the gateway: a visitor must not tell the target who it is, and a
+# target must not tell a visitor what only the gateway may say.
 NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
 NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
 # Work budget for the chunks of an answer: chunks a second in the long run, and at once. Each

@@ -235,8 +235,8 @@ class Http1Request:
             self._incoming = Incoming(body, Work(WORK_RATE, WORK_BURST), was_read)
         if head.minor == 1 and "upgrade" in head.fields.connection:  # RFC 9110 §7.8
             protocols = head.fields.tokens("upgrade")
-            # h2c: the gateway could not parse what follows, so it could not check it either (request
-            # smuggling). RFC 9113 §3.1 has abandoned it.
+            # h2c: the gateway could not parse what follows, so it could not check it either
+            # (request smuggling). RFC 9113 §3.1 has abandoned it.
             self.wants_upgrade = protocols != [] and "h2c" not in protocols
         # Bytes behind a CONNECT may be meant for its other end; they are not the next request.
         self._handler.close_connection = not http1.keeps_alive(head) or is_connect
