@@ -488,7 +488,7 @@ def end_to_end(
     ESSENTIAL fields, which RFC 9110 §7.6.1 forbids, that field stays: a visitor could otherwise
     remove a field that the target relies on.
     """
-    if fields.connection:
+    if not dropping.issuperset(fields.connection):  # "keep-alive" and "upgrade" name what is in it
         dropping = dropping.union({kind(option) for option in fields.connection} - ESSENTIAL)
     if keep_upgrade:
         dropping -= {"upgrade"}

@@ -21,7 +21,7 @@ from ..net import client_hello
 from . import relays, sniff
 from .connection import HttpConnection
 from .request import VisitorGone
-from .steps import Step, Stepwise
+from .steps import Named, Step, Stepwise
 from .verdict import Answer
 
 log = logging.getLogger("gotunnel.arrival")
@@ -37,7 +37,7 @@ CERTIFICATE_TIMEOUT = 10
 CERTIFICATE_LOOK = 0.25
 
 
-class State(enum.Enum):
+class State(Named):
     """What is awaited."""
 
     CONNECTED = enum.auto()  # a trusted proxy's header; its time has not begun

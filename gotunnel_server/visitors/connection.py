@@ -19,7 +19,7 @@ from . import pages, relays
 from .http1_server import Handler
 from .login import Owner
 from .request import Connect
-from .steps import Step, Stepwise
+from .steps import Named, Step, Stepwise
 
 log = logging.getLogger("gotunnel.connection")
 
@@ -33,7 +33,7 @@ MAX_PARTING = 1024
 FULL_PARTING_TIME = 2
 
 
-class State(enum.Enum):
+class State(Named):
     """Where the connection stands between its requests."""
 
     NEW = enum.auto()  # no byte of the first head has come

@@ -28,6 +28,13 @@ log = logging.getLogger("gotunnel.steps")
 NEXT_STEP_WAIT = 0.005
 
 
+class Named(enum.Enum):
+    """A state by its name. Each step looks one up in a table, so the hash is not Enum's own, which
+    is computed in Python."""
+
+    __hash__ = object.__hash__
+
+
 class Step(NamedTuple):
     """What happens in one state. ``take(connection)`` returns True if the next step can be taken
     now, False if the connection is parked, handed over or closed."""
