@@ -1,16 +1,16 @@
-"""AGENTS_FILE: agents with credentials of their own. Reads it, checks it, changes it.
+"""Reads, checks and changes AGENTS_FILE: agents with credentials of their own.
 
-The file is a YAML mapping of names to entries; a name is the issuer (``iss``) in the tokens of the
-agent, an entry a mapping with the keys in ``KEYS``. ``conf/agents.yaml`` explains them to the
+The file is a YAML mapping of names to entries. A name is the issuer (``iss``) in the agent's
+tokens, an entry is a mapping with the keys in ``KEYS``; ``conf/agents.yaml`` explains them to the
 operator. Every value is taken as the text that was typed.
 
-It is written by hand and by ``gotunnel-server agents``, while a gateway may read it. So our own
-changes leave every other line as it stands, are checked by reading the result, happen under a lock
-on the folder, and take the file's place in one step. An empty file is refused: it is most likely
-one that is just being written.
+People and ``gotunnel-server agents`` write the file while a gateway may read it. So that command
+leaves all other lines as they are, checks its change by reading the result, holds a lock on the
+folder, and replaces the file in one step (rename). An empty file is refused: most likely it is just
+being written.
 
-Whatever is wrong is an ``AgentsFileError``, one line that never shows a secret: the file, the place
-in it, what came and what was expected.
+Every problem is an ``AgentsFileError``, one line that never shows a secret: the file, the place in
+it, what came and what was expected.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -39,15 +39,15 @@ from .secret import secret_weakness
 KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
 LIMIT_KEYS = ("hostnames", "streams", "visits", "orders_per_hour", "orders_per_week")
 
-# A gateway reads the whole file whenever it changes, some 200 kB a second on a small machine.
+# A gateway reads the whole file whenever it changes; a small machine reads some 200 kB a second.
 MAX_FILE = 512 * 1024  # bytes
 MOST_AGENTS = 1000
 MAX_SECRET_FILE = 64 * 1024  # bytes
 MAX_NAME = 253  # characters of an issuer, which may be a hostname
 MAX_LIMIT = 1_000_000  # more is a typing error
 MAX_SHOWN = 100  # characters of a bad value in a message
-# Seconds. A file that was changed so shortly before a look may change again without its time
-# showing it: file systems count up to two.
+# Seconds. A file that changed so recently may change again without getting another time: some file
+# systems store times in steps of two seconds.
 FRESH = 2.0
 
 DATE = re.compile(
@@ -56,13 +56,17 @@ DATE = re.compile(
 DATE_EXPECTED = "a date such as 2030-12-31 or a time such as 2030-12-31T18:00:00Z"
 
 
+Keys = Mapping[str, Any]  # an entry as it was read, or its limits
+Scope = TypeVar("Scope")
+
+
 class AgentsFileError(Exception):
     """AGENTS_FILE cannot be used, or not be changed like this; the text is one line."""
 
 
 class Limits(NamedTuple):
-    """How much an agent may have at once; None: as much as any. Orders of certificates: for
-    hostnames that have none, in so long."""
+    """How much an agent may have at once; None: no limit of its own. Orders are of certificates for
+    hostnames that have none."""
 
     hostnames: int | None = None
     streams: int | None = None
@@ -83,24 +87,27 @@ class Entry:
     disabled: bool = False
 
 
-class _Stamp(NamedTuple):
-    """What tells a file from what it was; of one that is not there, zeros."""
+class Stamp(NamedTuple):
+    """Differs when a file has changed; all zeros if there is no file."""
 
-    changed: int  # nanoseconds; also tells a chmod, and a file that was moved here with an old date
+    changed: int  # ctime in nanoseconds; unlike mtime it shows a chmod, or a file that was moved in
     size: int
     inode: int
 
 
+Stamps = tuple[Stamp, ...]
+
+
 class Agents(NamedTuple):
-    """What the file says."""
+    """The content of the file."""
 
     entries: Mapping[str, Entry]  # by name
-    files: tuple[Path, ...]  # that were read: itself, and those with secrets
+    files: tuple[Path, ...]  # the files that were read: this one, and those with secrets
     warnings: tuple[str, ...]  # lines for the log
 
 
 def read(path: Path) -> Agents:
-    """Read and check the file. Raises AgentsFileError at the first thing that is wrong."""
+    """Read and check the file. Raises AgentsFileError at the first problem."""
     with _named(path):
         if not os.path.lexists(path):
             raise AgentsFileError(
@@ -110,20 +117,20 @@ def read(path: Path) -> Agents:
         return _agents(_text(path, MAX_FILE), path)
 
 
-def stamps(files: tuple[Path, ...]) -> tuple:
-    """What tells files from what they were, without reading them."""
+def stamps(files: tuple[Path, ...]) -> Stamps:
+    """The stamps of files. They are not read for it."""
     return tuple(map(_stamp, files))
 
 
-def are_settled(stamps: tuple, now: float) -> bool:
-    """Whether files that have these stamps ``now``, in wall-clock seconds, will have others when
-    they have changed."""
+def are_settled(stamps: Stamps, now: float) -> bool:
+    """Whether files with these stamps at ``now`` (wall-clock seconds) get other stamps whenever
+    they change from now on."""
     return all(stamp.changed < (now - FRESH) * 1e9 for stamp in stamps)
 
 
 def add(path: Path, name: str, block: str) -> bool:
-    """Write an entry at the file's end; False if the name is there already. The file need not
-    exist. ``block`` is the entry's text, name and all. Raises AgentsFileError."""
+    """Append an entry to the file; False if the name is there already. The file need not exist.
+    ``block`` is the entry's text with its name. Raises AgentsFileError."""
     with _changing(path) as (text, entries):
         if name in entries:
             return False
@@ -140,7 +147,7 @@ def remove(path: Path, name: str) -> bool:
             return False
         new = _without_lines(text, _entry_lines(text, name))
         if len(entries) == 1:
-            # Nobody; an empty file would be taken for one that is being written.
+            # {} is no agent at all; an empty file would be taken for one that is being written.
             new = f"{new.rstrip()}\n\n{{}}\n".lstrip()
         _replace(path, new, lambda found: found == _without(entries, name))
     return True
@@ -150,20 +157,20 @@ def remove(path: Path, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _named(path):
-    """Say of errors which file they are about."""
+def _named(path: Path) -> Iterator[None]:
+    """Add to errors which file they are about."""
     try:
         yield
     except AgentsFileError as error:
         raise AgentsFileError(f"AGENTS_FILE {path}: {error}") from None
 
 
-def _open(path, flags):
-    # Without O_NONBLOCK, a FIFO of that name would stop the thread that reads.
+def _open(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a FIFO would wait for its writer.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _text(path, limit):
+def _text(path: Path, limit: int) -> str:
     """The text of a small file, without the byte order mark that some editors put first."""
     try:
         with open(path, "rb", opener=_open) as file:
@@ -180,17 +187,18 @@ def _text(path, limit):
         raise AgentsFileError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
 
 
-def _stamp(path):
+def _stamp(path: Path) -> Stamp:
     try:
         found = os.stat(path)
     except OSError:
-        return _Stamp(0, 0, 0)
-    return _Stamp(found.st_ctime_ns, found.st_size, found.st_ino)
+        return Stamp(0, 0, 0)
+    return Stamp(found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 @contextlib.contextmanager
-def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
-    """The file's text and entries, for one who changes it alone; nothing if it is not there."""
+def _changing(path: Path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
+    """The file's text and entries, both empty if there is no file. No other process that uses
+    this can change the file meanwhile."""
     with _named(path):
         try:
             folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
@@ -206,19 +214,19 @@ def _changing(path) -> Iterator[tuple[str, Mapping[str, Entry]]]:
             else:
                 yield "", {}
         finally:
-            os.close(folder)  # which also unlocks, as the end of the process does
+            os.close(folder)  # unlocks as well, as does the end of the process
 
 
-def _without(entries, name):
+def _without(entries: Mapping[str, Entry], name: str) -> dict[str, Entry]:
     return {other: entry for other, entry in entries.items() if other != name}
 
 
-def _replace(path, text, is_meant):
-    """Put a new text in the file's place, whole or not at all, if ``is_meant(entries)``: what was
-    cut out, or added, must have changed nothing else.
+def _replace(path: Path, text: str, is_meant: Callable[[Mapping[str, Entry]], bool]) -> None:
+    """Replace the file's text, all of it or nothing. ``is_meant(entries)`` checks the entries of
+    the new text: nothing else must have changed.
 
-    The caller holds the lock, so the new file has a name that is always the same: what a process
-    leaves that is killed here, the next one clears away.
+    The caller holds the lock, so the new file can always have the same name. If the process is
+    killed here, the next change overwrites what it left.
     """
     if len(text.encode()) > MAX_FILE:
         raise AgentsFileError(f"would be too long, expected at most {MAX_FILE} bytes")
@@ -230,20 +238,20 @@ def _replace(path, text, is_meant):
         raise AgentsFileError(
             "is not written as one entry under the other, from the first column: change it by hand"
         )
-    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
+    path = Path(os.path.realpath(path))  # replace a symbolic link's target, not the link
     new = path.with_name(f".{path.name}.new")
     keep_owner = functools.partial(_keep_owner, path)
     try:
         atomic_file.write(path, text.encode(), new=new, prepare=keep_owner)
     except OSError as error:
         raise AgentsFileError(
-            f"cannot be written ({error.strerror}), expected a file and a folder that are yours"
+            f"cannot be written ({error.strerror}), expected a file and a folder that you may write"
         ) from None
 
 
-def _keep_owner(path, descriptor):
-    """Make a new file as the old one was, so that a gateway of another user can read it; but never
-    open to all."""
+def _keep_owner(path: Path, descriptor: int) -> None:
+    """Give a new file the owner and mode of the old one, so that a gateway of another user can read
+    it. A mode that is open to all users is not kept, as the file holds secrets."""
     if not path.exists():
         return
     old, new = path.stat(), os.fstat(descriptor)
@@ -256,26 +264,27 @@ def _keep_owner(path, descriptor):
 # --- YAML ----------------------------------------------------------------------------------------
 
 
-def _parse(text, read=strict_yaml.load):
-    """The document in ``text``: mappings, lists, text and None; or by compose() its nodes."""
+def _parse(text: str, read: Callable[[str], Any] = strict_yaml.load) -> Any:
+    """The document in ``text``: mappings, lists, text and None; with strict_yaml.compose its
+    nodes."""
     try:
         return read(text)
     except YamlError as error:
         raise AgentsFileError(str(error)) from None
     except RecursionError:
-        raise AgentsFileError("not YAML that can be read, expected a mapping of names") from None
+        raise AgentsFileError("is nested too deeply, expected a mapping of names") from None
 
 
-def _root_lines(text):
-    """The lines of the whole document, (first, behind the last), counted from 0."""
+def _root_lines(text: str) -> tuple[int, int]:
+    """The lines of the whole document: the first one, and the one behind the last, from 0."""
     root = _parse(text, strict_yaml.compose)
     if root is None:
         return 0, 0
     return root.start_mark.line, _last_line(root) + 1
 
 
-def _entry_lines(text, name):
-    """The lines of an entry and the blank ones behind it; comments around it are not its own."""
+def _entry_lines(text: str, name: str) -> tuple[int, int]:
+    """The lines of an entry with the blank ones behind it, but without comments around it."""
     nodes = _parse(text, strict_yaml.compose).value
     key, value = next((key, value) for key, value in nodes if key.value == name)
     lines = text.splitlines()
@@ -285,9 +294,9 @@ def _entry_lines(text, name):
     return key.start_mark.line, stop
 
 
-def _last_line(node):
-    """The last line with something of a node in it. The end of a block is only where the next
-    thing begins, so its last part is looked at."""
+def _last_line(node: yaml.Node) -> int:
+    """The last line of a node. PyYAML has a block end where the next thing begins, behind comments
+    and blank lines, so the last line of its last part is taken."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last
@@ -295,7 +304,7 @@ def _last_line(node):
     return mark.line if mark.column or mark.line == node.start_mark.line else mark.line - 1
 
 
-def _without_lines(text, span):
+def _without_lines(text: str, span: tuple[int, int]) -> str:
     lines = text.splitlines(keepends=True)
     del lines[slice(*span)]
     return "".join(lines)
@@ -304,15 +313,17 @@ def _without_lines(text, span):
 # --- Entries -------------------------------------------------------------------------------------
 
 
-def _agents(text, path):
+def _agents(text: str, path: Path) -> Agents:
     document = _parse(text)
     if document is None:
-        raise AgentsFileError("is empty, expected names with an entry each, or {} for nobody")
+        raise AgentsFileError("is empty, expected names with an entry each, or {} for no agents")
     if not isinstance(document, dict):
         raise AgentsFileError(f"{kind(document)} came, expected names with an entry each")
     if len(document) > MOST_AGENTS:
         raise AgentsFileError(f"{len(document)} entries came, expected at most {MOST_AGENTS}")
-    entries, files, warnings = {}, [path], []
+    entries: dict[str, Entry] = {}
+    files = [path]
+    warnings: list[str] = []
     for name, keys in document.items():
         if not name or len(name) > MAX_NAME or not name.isprintable():
             raise AgentsFileError(
@@ -322,14 +333,14 @@ def _agents(text, path):
         weakness = secret_weakness(entries[name].secret)
         if weakness and not entries[name].disabled:
             warnings.append(
-                f"AGENTS_FILE {path}: the secret of {name} {weakness}: whoever guesses it can take "
-                "over its hostnames; use the output of: openssl rand -hex 32"
+                f"AGENTS_FILE {path}: the secret of {name} {weakness}: an attacker who guesses it "
+                "can take over its hostnames; use the output of: openssl rand -hex 32"
             )
     warnings += [f"AGENTS_FILE: {line}" for line in exposures(files)]
     return Agents(entries, tuple(files), tuple(warnings))
 
 
-def _entry(name, keys, folder, files):
+def _entry(name: str, keys: object, folder: Path, files: list[Path]) -> Entry:
     if not isinstance(keys, dict):
         raise AgentsFileError(f"{name}: {kind(keys)} came, expected a mapping with secret, hosts")
     _refuse_unknown_keys(keys, KEYS, name)
@@ -345,13 +356,13 @@ def _entry(name, keys, folder, files):
     )
 
 
-def _refuse_unknown_keys(mapping, known, where):
+def _refuse_unknown_keys(mapping: Keys, known: tuple[str, ...], where: str) -> None:
     if problem := strict_yaml.unknown_key(mapping, known):
         raise AgentsFileError(f"{where}: {problem}")
 
 
-def _secret(name, keys, folder, files):
-    """The secret, or what its file holds; that file is added to ``files``."""
+def _secret(name: str, keys: Keys, folder: Path, files: list[Path]) -> str:
+    """The secret, or the content of its file, which is appended to ``files``."""
     given = [key for key in ("secret", "secret_file") if key in keys]
     if len(given) != 1:
         came = "both came" if given else "neither came"
@@ -368,8 +379,8 @@ def _secret(name, keys, folder, files):
             value = _text(files[-1], MAX_SECRET_FILE)
         except AgentsFileError as error:
             raise AgentsFileError(f"{name}.{key}: {shown_path(keys[key])} {error}") from None
-    value = value.rstrip("\r\n")  # as the lines of an agent's configuration have none
-    # A lone surrogate (YAML's "\ud800" makes one) has no bytes to sign with.
+    value = value.rstrip("\r\n")  # a secret in an agent's configuration ends without them
+    # A lone surrogate, which YAML's "\ud800" makes, cannot be encoded to sign with.
     if not value.strip() or re.search("[\ud800-\udfff]", value):
         raise AgentsFileError(
             f"{name}.{key}: no text came, expected a secret: the output of: openssl rand -hex 32"
@@ -377,14 +388,14 @@ def _secret(name, keys, folder, files):
     return value
 
 
-def _scope(name, keys, key, reader):
+def _scope(name: str, keys: Keys, key: str, reader: Callable[[object], Scope]) -> Scope:
     try:
         return reader(keys[key])
     except scope.ScopeError as error:
         raise AgentsFileError(f"{name}.{key}: {error}") from None
 
 
-def _limits(name, keys):
+def _limits(name: str, keys: Keys) -> Limits:
     limits = keys.get("limits", {})
     if not isinstance(limits, dict):
         raise AgentsFileError(
@@ -402,7 +413,7 @@ def _limits(name, keys):
     return Limits(**{key: int(text) for key, text in limits.items()})
 
 
-def _expires(name, keys):
+def _expires(name: str, keys: Keys) -> float | None:
     if "expires" not in keys:
         return None
     try:
@@ -412,28 +423,30 @@ def _expires(name, keys):
 
 
 def read_expires(text: object) -> float:
-    """Wall-clock seconds of a date, which counts to its end, or of a date and time (ISO 8601; UTC
-    if no zone is named). Raises ValueError, whose text says what came and what was expected."""
+    """Wall-clock seconds of the end of a date, or of a date and time (ISO 8601; UTC if there is no
+    zone). Raises ValueError, whose text says what came and what was expected."""
     match = DATE.fullmatch(text) if isinstance(text, str) else None
     try:
+        if match is None:
+            raise ValueError
         # Python 3.10 does not know the Z.
         moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", match[0]).upper())
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
         return (moment if match["time"] else moment + timedelta(days=1)).timestamp()
-    except (TypeError, ValueError, OverflowError):
+    except (ValueError, OverflowError):
         raise ValueError(f"{_shown(text)} came, expected {DATE_EXPECTED}") from None
 
 
-def _boolean(name, keys, key):
+def _boolean(name: str, keys: Keys, key: str) -> bool:
     text = keys.get(key, "false")
     if not isinstance(text, str) or text.lower() not in BOOLEANS:
         raise AgentsFileError(f"{name}.{key}: {_shown(text)} came, expected true or false")
     return BOOLEANS[text.lower()]
 
 
-def _shown(value):
-    """A text in quotes, ASCII and on one line, cut if it is very long; of others what they are."""
+def _shown(value: object) -> str:
+    """A text in quotes, in ASCII and on one line, cut if it is very long; for others their kind."""
     if not isinstance(value, str):
         return kind(value)
     return ascii(value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}...")

@@ -1,14 +1,14 @@
-"""From a token to who its bearer is and what may be claimed (RFC 7519).
+"""Checks agents' tokens, and tells who the agent is and what it may claim (JWT, RFC 7519).
 
     the token's issuer (iss)      is checked with           may claim
     stands in AGENTS_FILE         the secret there alone    what the entry and the token both allow
     any other, or none            JWT_SECRET                what the token allows
 
-HS256 and nothing else, so that a token cannot choose how it is checked. It must say when it ends
-(``exp``), and may say ``hosts`` and ``ports``; those that cannot be read are refused, not passed
-over. The signature is looked at before anything that depends on the file, and an issuer that is
-unknown costs the same work and gets the same text as a wrong secret: a stranger does not
-learn which issuers there are.
+HS256 is the only algorithm, so that a token cannot choose how it is checked. A token must have an
+end (``exp``) and may have ``hosts`` and ``ports``; a token whose hosts or ports cannot be read is
+refused. The signature is checked before anything that depends on the file. An unknown issuer costs
+the same work and gets the same text as a wrong secret, so that a stranger does not learn which
+issuers there are.
 """
 
 from __future__ import annotations
@@ -20,32 +20,39 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jwt
 
 from gotunnel_agent.common.one_line import on_one_line
 
 from . import agents_file, scope
-from .agents_file import MAX_NAME, AgentsFileError, Entry
+from .agents_file import MAX_NAME, AgentsFileError, Entry, Stamps
 from .identity import MOST_SHOWN, Identity
 
 log = logging.getLogger("gotunnel.credentials")
 
 ALGORITHM = "HS256"
 CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off; few small hosts keep better time
-MAX_TOKEN = 64 * 1024  # characters; tokens have some hundred, and a control message has no more
-MOST_TIME = 253_402_300_800  # the year 10000, in seconds: later is a time in milliseconds
+MAX_TOKEN = 64 * 1024  # characters; tokens have a few hundred, a control message has no more room
+MOST_TIME = 253_402_300_800  # seconds, the year 10000; a larger number is in milliseconds
+
+# What PyJWT would check of claims, with texts of its own.
+CHECKS_OF_CLAIMS = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
+
+Scope = TypeVar("Scope")
 
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")  # RFC 7515 §3.1
 
-# Secrets of less than 32 bytes are in use with Go gateways; at start we say so ourselves, once.
+# PyJWT warns of secrets below 32 bytes at each token. The gateway warns at start, once, and only
+# below LEAST_SECRET (secret.py), as shorter ones than 32 bytes are in use with Go gateways.
 warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class TokenInvalid(Exception):
-    """A token does not prove what its bearer says; the text, which that one may read, says why."""
+    """A token is refused; the text says why, and the agent may read it."""
 
 
 class Credentials:
@@ -54,8 +61,8 @@ class Credentials:
     def __init__(
         self, secret: str | None, issuer: str | None = None, agents_file: Path | None = None
     ):
-        """``secret``: of those who are not in ``agents_file``, None if nobody else may come.
-        ``issuer``: the one that their tokens must have; None permits any. Raises
+        """``secret`` checks the tokens of agents that are not in ``agents_file``; None: no other
+        agents may register. ``issuer`` is the one that their tokens must have; None: any. Raises
         AgentsFileError."""
         self._secret = secret
         self._issuer = issuer
@@ -63,24 +70,24 @@ class Credentials:
         # Random key for unknown issuers, so that rejecting them takes as long as rejecting a wrong
         # signature (no timing oracle).
         self._nobodys = secrets.token_hex(32)
-        self._entries = {}  # by issuer; replaced whole, so that readers need no lock
-        self._files = () if agents_file is None else (agents_file,)
-        self._seen = None  # the files' stamps when they were read; None: read them again
-        self._looked_at = None  # their stamps at the last look
-        self._problem = ""  # with the file, that was logged last
-        self._said = frozenset()  # warnings that were logged and still hold
-        self._reading = threading.Lock()  # held to read: an older state must not follow a newer one
+        self._entries: Mapping[str, Entry] = {}  # by issuer; replaced whole: readers take no lock
+        self._files: tuple[Path, ...] = () if agents_file is None else (agents_file,)
+        self._seen: Stamps | None = None  # the files' stamps when they were read; None: read again
+        self._looked_at: Stamps | None = None  # their stamps at the last look
+        self._problem = ""  # the last logged problem with the file; "" once it can be read again
+        self._said: frozenset[str] = frozenset()  # logged warnings that still hold
+        self._reading = threading.Lock()  # held to read, so that no older state follows a newer one
         if agents_file is not None:
-            self._read()
+            self._read(agents_file)
             if not self._entries and secret is None:
-                log.warning("nobody can register: AGENTS_FILE has no agent, JWT_SECRET is not set")
+                log.warning("no agent can register: AGENTS_FILE has none, and JWT_SECRET is not "
+                            "set; add one with: gotunnel-server agents add")  # fmt: skip
 
     def identify(self, token: str) -> Identity:
-        """Whom the token speaks for. Raises TokenInvalid if for nobody; its text is one clause that
-        its bearer may read."""
+        """Check a token. Raises TokenInvalid, whose text is one clause that the agent may read."""
         if len(token) > MAX_TOKEN:
-            came = len(token)
-            raise TokenInvalid(f"the token has {came} characters, expected at most {MAX_TOKEN}")
+            size = len(token)
+            raise TokenInvalid(f"the token has {size} characters, expected at most {MAX_TOKEN}")
         if not _COMPACT.fullmatch(token):
             raise TokenInvalid("what came is no token, expected three parts of base64url with dots")
         _check_algorithm(token)
@@ -89,7 +96,7 @@ class Credentials:
         secret = self._secret if entry is None else entry.secret
         claims = _decode(token, self._nobodys if secret is None else secret)
 
-        # From here on the bearer has the secret.
+        # From here on the agent has the secret.
         if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
             raise TokenInvalid(f"the token's iss is not text of at most {MAX_NAME} characters")
         name = on_one_line(claimed, MOST_SHOWN)
@@ -100,40 +107,42 @@ class Credentials:
                 raise TokenInvalid(f"the token's issuer is {came}, expected another one")
         elif why := lapsed(entry):
             raise TokenInvalid(f"issuer {name} {why}")
-        # An agent with a secret signs a new one whenever it comes; what names hosts was given.
+        # An agent that holds a secret signs a new token whenever it registers, so the session may
+        # outlive it. A token with hosts was given to the agent, and ends the session with it.
         ends = _time_of(claims, "exp") if "hosts" in claims else None
-        return Identity(claimed, *_claimable(claims, entry), entry, ends)
+        hosts, ports = _claimable(claims, entry)
+        return Identity(claimed, hosts, ports, entry, ends)
 
-    def named_ports(self) -> frozenset:
-        """The ports that an entry of AGENTS_FILE names by their numbers, not as part of a range.
-        Any thread."""
+    def named_ports(self) -> frozenset[int]:
+        """The ports that AGENTS_FILE names one by one, not as part of a range. Any thread."""
         return frozenset(
             ports[0] for entry in self._entries.values() for ports in entry.ports if len(ports) == 1
         )
 
     def reload(self, force: bool = False) -> bool:
-        """Take up what changed in AGENTS_FILE since it was read; without ``force`` a look at its
-        time is all if nothing did, or if it did only now. True if some credential changed.
+        """Read AGENTS_FILE again if it has changed. True if some credential changed.
 
-        It raises nothing: a file that cannot be used is named in the log, once, and what was read
-        before stays.
+        Without ``force`` the file is not read if its stamp is the same, or changed only now.
+        Raises nothing: the log names a problem with the file, once, and what was read before stays.
         """
         with self._reading:
-            if self._path is None:
+            path = self._path
+            if path is None:
                 return False
             stamps = agents_file.stamps(self._files)
-            # What changed a moment ago may be half written, and be an end to agents in the other
-            # half. One more look decides: by a clock that was put back, nothing would ever settle.
+            # A file that changed a moment ago may be half written, and the agents in its other half
+            # would be cut off. So it is read when it has settled, or when a second look finds it
+            # the same: after the clock was set back nothing would ever settle.
             settled = agents_file.are_settled(stamps, time.time()) or stamps == self._looked_at
             self._looked_at = stamps
             if not force and (stamps == self._seen or not settled):
                 return False
             before = self._entries
             try:
-                self._read()
-            except AgentsFileError as error:  # and _seen stays, so that each look reads it again
+                self._read(path)
+            except AgentsFileError as error:  # _seen stays, so that each look reads it again
                 if str(error) != self._problem:
-                    log.error("%s; what was read before stays", error)
+                    log.error("%s; what was read before stays in use", error)
                 self._problem = str(error)
                 return False
             if self._entries == before:
@@ -146,8 +155,8 @@ class Credentials:
             return True
 
     def taken_away(self, identity: Identity, hostnames: Iterable[str] = ()) -> str | None:
-        """Why a session with these hostnames must end now; None: it may go on. To be asked from
-        time to time, also if reload() saw no change: credentials run out."""
+        """Why a session with these hostnames must end now; None if it may go on. To be called from
+        time to time, also if reload() saw no change: credentials expire."""
         entry, was = self._entries.get(identity.issuer), identity.entry
         issuer = f"issuer {identity.name}"
         if identity.ends is not None and identity.ends <= time.time() - CLOCK_LEEWAY:
@@ -167,11 +176,11 @@ class Credentials:
                 return f"{issuer} may no longer claim {hostname}"
         return None
 
-    def _read(self):
+    def _read(self, path: Path) -> None:
         """Read the file. Raises AgentsFileError; then everything is as it was."""
-        agents = agents_file.read(self._path)
+        agents = agents_file.read(path)
         stamps = agents_file.stamps(agents.files)
-        # What changed while we read, or may change without showing it, is read again next time.
+        # A file that has not settled may have changed while it was read: it is read again.
         self._seen = stamps if agents_file.are_settled(stamps, time.time()) else None
         self._files = agents.files
         for warning in agents.warnings:
@@ -184,7 +193,7 @@ class Credentials:
 # --- Tokens --------------------------------------------------------------------------------------
 
 
-def _check_algorithm(token):
+def _check_algorithm(token: str) -> None:
     try:
         header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
@@ -197,29 +206,28 @@ def _check_algorithm(token):
         raise TokenInvalid("the token's header has crit, expected none")
 
 
-def _decode(token, secret):
-    """The claims; ``secret`` None: without a look at the signature. What they say is not judged."""
-    checks = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
-    options = {f"verify_{name}": False for name in checks}
+def _decode(token: str, secret: str | None) -> dict[str, Any]:
+    """The claims, unchecked; ``secret`` None: the signature is not checked either."""
+    options: Any = {f"verify_{name}": False for name in CHECKS_OF_CLAIMS}
     options["verify_signature"] = secret is not None
     try:
         return jwt.decode(token, secret or "", algorithms=[ALGORITHM], options=options)
     except jwt.InvalidSignatureError:
-        # The same text for a wrong secret and for no entry: which entries there are is a secret.
+        # The same text for a wrong secret and for an unknown issuer: see the module.
         raise TokenInvalid(
             "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
             "gateway's"
         ) from None
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-        # The last three: what a stranger puts into a token can be odder than PyJWT expects.
+        # The last three: PyJWT does not expect everything that a stranger may put into a token.
         raise TokenInvalid("the token's claims cannot be read, expected a JSON object") from None
 
 
-def _check_times(claims):
+def _check_times(claims: Mapping[str, Any]) -> None:
     now = time.time()
     exp, iat, nbf = (_time_of(claims, name) for name in ("exp", "iat", "nbf"))
     if exp is None:
-        raise TokenInvalid("the token has no exp, expected the time when it ends")
+        raise TokenInvalid("the token has no exp, expected the time when it expires")
     if exp <= now - CLOCK_LEEWAY:
         ago = shown_seconds(now - exp)
         raise TokenInvalid(f"the token expired {ago} ago: get a new one, or compare the clocks")
@@ -230,20 +238,23 @@ def _check_times(claims):
         raise TokenInvalid(f"the token begins {shown_seconds(nbf - now)} from now")
 
 
-def _time_of(claims, name):
+def _time_of(claims: Mapping[str, Any], name: str) -> float | None:
     """A claim that is a time (RFC 7519 §2, NumericDate), None if it is missing."""
     value = claims.get(name)
     if value is None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < MOST_TIME:  # which NaN is not either
-        raise TokenInvalid(f"the token's {name} is no time, expected seconds since 1970")
-    return value
+    if not number or not 0 <= value < MOST_TIME:  # NaN fails here as well
+        raise TokenInvalid(f"the token's {name} is not a time, expected seconds since 1970")
+    return float(value)
 
 
-def _claimable(claims, entry):
-    """The hosts and ports that a token, and its entry if it has one, allow."""
-    hosts, ports = _scope_of(claims, "hosts"), _scope_of(claims, "ports")
+def _claimable(
+    claims: Mapping[str, Any], entry: Entry | None
+) -> tuple[tuple[str, ...] | None, tuple[range, ...] | None]:
+    """The hosts and ports that a token allows; with an entry, those that both allow."""
+    hosts = _scope_of(claims, "hosts", scope.read_hosts)
+    ports = _scope_of(claims, "ports", scope.read_ports)
     if entry is None:
         return hosts, ports
     return (
@@ -252,11 +263,12 @@ def _claimable(claims, entry):
     )
 
 
-def _scope_of(claims, name):
-    """A claim that narrows what may be claimed, None if it is missing."""
+def _scope_of(
+    claims: Mapping[str, Any], name: str, read: Callable[[object], Scope]
+) -> Scope | None:
+    """A claim that limits what may be claimed, None if it is missing."""
     if name not in claims:
         return None
-    read = scope.read_hosts if name == "hosts" else scope.read_ports
     try:
         return read(claims[name])
     except scope.ScopeError as error:
@@ -264,7 +276,7 @@ def _scope_of(claims, name):
 
 
 def lapsed(entry: Entry) -> str | None:
-    """Why an entry of AGENTS_FILE counts no more, as "is disabled"; None: it does."""
+    """Why an entry of AGENTS_FILE is no longer valid, as "is disabled"; None if it is."""
     if entry.disabled:
         return "is disabled in AGENTS_FILE"
     left = math.inf if entry.expires is None else entry.expires - time.time()
@@ -272,7 +284,7 @@ def lapsed(entry: Entry) -> str | None:
 
 
 def shown_seconds(seconds: float) -> str:
-    """A length of time in its largest unit, as "3 h"."""
+    """A length of time in its largest unit, such as "3 h"."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"

@@ -145,7 +145,7 @@ def test_other_expires_are_refused(text):
         ("one: {}\n---\ntwo: {}\n", "line 2, column 1: not YAML"),
         ("one: \x07\n", "line 1, column 6: not YAML, an unprintable"),
         ('one: "\\UFFFFFFFF"\n', "not YAML"),
-        ("[" * 5000, "not YAML that can be read"),
+        ("[" * 5000, "is nested too deeply"),
         ("one: {secret: S, host: a.b}\n", "one: unknown key 'host', did you mean 'hosts'?"),
         ("one: {sekret: S}\n", "one: unknown key 'sekret', did you mean 'secret'?"),
         ("one: {zzz: S}\n", "one: unknown key 'zzz', expected one of secret, "),

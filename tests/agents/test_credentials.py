@@ -142,23 +142,23 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"exp": lambda now: now - 3 * HOUR - 5}, "the token expired 3 h ago"),
         ({"exp": lambda now: now - CLOCK_LEEWAY - 1}, "the token expired 1 min ago"),
         ({"exp": 0}, "the token expired "),
-        ({"exp": -5}, "the token's exp is no time"),
-        ({"exp": "soon"}, "the token's exp is no time"),
-        ({"exp": lambda now: str(now + HOUR)}, "the token's exp is no time"),
-        ({"exp": True}, "the token's exp is no time"),
-        ({"exp": [1]}, "the token's exp is no time"),
-        ({"exp": float("nan")}, "the token's exp is no time"),
-        ({"exp": float("inf")}, "the token's exp is no time"),
-        ({"exp": 10**400}, "the token's exp is no time"),
-        ({"exp": -(10**400)}, "the token's exp is no time"),
-        ({"exp": lambda now: now * 1000}, "the token's exp is no time"),
+        ({"exp": -5}, "the token's exp is not a time"),
+        ({"exp": "soon"}, "the token's exp is not a time"),
+        ({"exp": lambda now: str(now + HOUR)}, "the token's exp is not a time"),
+        ({"exp": True}, "the token's exp is not a time"),
+        ({"exp": [1]}, "the token's exp is not a time"),
+        ({"exp": float("nan")}, "the token's exp is not a time"),
+        ({"exp": float("inf")}, "the token's exp is not a time"),
+        ({"exp": 10**400}, "the token's exp is not a time"),
+        ({"exp": -(10**400)}, "the token's exp is not a time"),
+        ({"exp": lambda now: now * 1000}, "the token's exp is not a time"),
         ({"iat": lambda now: now + HOUR + 30}, "the token was issued 1 h from now"),
         ({"iat": lambda now: now + CLOCK_LEEWAY + 5.5}, "the token was issued 1 min from now"),
-        ({"iat": "now"}, "the token's iat is no time"),
-        ({"iat": float("nan")}, "the token's iat is no time"),
-        ({"iat": 10**400}, "the token's iat is no time"),
+        ({"iat": "now"}, "the token's iat is not a time"),
+        ({"iat": float("nan")}, "the token's iat is not a time"),
+        ({"iat": 10**400}, "the token's iat is not a time"),
         ({"nbf": lambda now: now + HOUR + 30}, "the token begins 1 h from now"),
-        ({"nbf": {}}, "the token's nbf is no time"),
+        ({"nbf": {}}, "the token's nbf is not a time"),
         ({"iss": 5}, "the token's iss is not text"),
         ({"iss": ["mine"]}, "the token's iss is not text"),
         ({"iss": "i" * 254}, "the token's iss is not text of at most 253"),
@@ -547,7 +547,7 @@ def test_file_that_did_not_change_is_not_read_again(credentials, path, monkeypat
 
 def test_file_that_was_just_written_is_read_again_even_if_its_time_stays(path, monkeypatch):
     """Two writes within one tick of the file system's clock look alike."""
-    stamp = agents_file._Stamp(changed=time.time_ns(), size=1, inode=1)
+    stamp = agents_file.Stamp(changed=time.time_ns(), size=1, inode=1)
     monkeypatch.setattr(agents_file, "_stamp", lambda _: stamp)
     credentials = Credentials(SECRET, agents_file=path)
     rewrite(path, ("mine:", "ours:"))
