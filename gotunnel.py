@@ -1,6 +1,8 @@
 """gotunnel, the wire: everything that an agent and a gateway say to each other.
 
-A visit, from left to right, once the agent has registered ``app.example.com``:
+An agent runs beside a private service, its target, and opens one TLS connection to a gateway. A
+visitor connects to the gateway, which passes the visit on to the agent through that connection.
+Here the agent registers ``app.example.com``, and a visitor comes:
 
     visitor            gateway                                agent           target
        |                  |<==== TLS, then yamux: one session ===|               |
@@ -15,34 +17,42 @@ A visit, from left to right, once the agent has registered ``app.example.com``:
        |<== answer =======|<==== the answer's bytes =============|<==============|
        |                  |----- FIN --------------------------->|-- close ----->|
 
-The agent dials, so it is the yamux client and its streams have odd numbers: only one, the control
-stream. The gateway opens a data stream for each visit (or takes one that an earlier visit left in
-good order); their numbers are even. A data stream starts with the data header, which names the
-hostname, and carries raw bytes from then on. Every 15 seconds the gateway asks
-``{"type":"ping"}`` on the control stream, and the agent answers with a pong. An agent that wants
-to know also hears there how its certificates stand (``{"type":"certificate"}``), and why the
-gateway ends the session (``{"type":"end"}``).
+yamux is a multiplexer: it carries many streams, each a two-way pipe of bytes, over one connection.
+Both sides send frames: a header of 12 bytes, and in DATA frames a payload behind it. A stream lives
+like a TCP connection: SYN opens it, ACK accepts it, FIN ends one direction (half-close), RST aborts
+both. A slow reader of one stream must not stop the others (head-of-line blocking). So each stream
+has a flow control window for each direction: the number of bytes that its receiver still permits.
+WINDOW_UPDATE frames add credit to it as the receiver uses the bytes. PING asks for a sign of life,
+GO_AWAY says that its sender accepts no more streams.
+
+The agent dials, so it is the yamux client, and its streams have odd numbers. It opens only one, the
+control stream: JSON messages, one a line. The gateway opens a data stream for each visit, or takes
+one that an earlier visit left in good order; their numbers are even. A data stream starts with the
+data header, which names the hostname. From then on it carries the raw bytes of the visit. Every 15
+seconds the gateway sends ``{"type":"ping"}`` on the control stream, and the agent answers with a
+pong. The gateway also tells there how the certificates stand (``{"type":"certificate"}``) and why
+it ends the session (``{"type":"end"}``), to an agent that has asked for it.
 
 This file is meant to be read from top to bottom:
 
     pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
-               Bytes in, events and frames out; no clock, nothing that waits.
+               Bytes in, events and frames out: no clock, no threads, no sockets.
     a banner
-    impure     threads, Waker; Session (a Mux that is driven by threads: by its Timers, Sender and
-               StreamTable, over a Duplex) and Stream; relay (bytes both ways until both ends are
-               done).
+    impure     threads, Waker; Session (a Mux driven by threads, with its parts Timers, Sender and
+               StreamTable) and Stream; relay (copies bytes both ways until both ends are done).
     process    what all sessions of the process share: its memory.
 
-A Duplex is the TLS connection below, which two threads may share. Visitors and targets have one
-too, so it is a file of its own: gotunnel_agent/common/duplex.py.
+A Session works over a Duplex: the TLS connection, of which one thread may read while another one
+writes. Visitors and targets have one too, so it has a file of its own:
+gotunnel_agent/common/duplex.py.
 
-An import of this file reads no other one, and sets nothing of the process. Its threads:
+Importing this file imports no other file of ours and changes nothing in the process. Its threads:
 
     thread          how many                 started by        ends when
     demultiplexer   one a session            Session.start     the session ends
     relay           one a running relay      relay             both directions are done
-    callers         any                      -                 a call returns; all wake when the
-                                                               session ends
+    callers         any                      -                 the call returns; the end of the
+                                                               session wakes all that wait
 
 Source: the yamux specification (github.com/hashicorp/yamux, spec.md). Where we differ from it,
 the text says "we".
@@ -62,7 +72,6 @@ from typing import Any, NamedTuple
 
 __version__ = "0.1.0"
 
-# Two types that stand in many signatures.
 BytesLike = bytes | bytearray | memoryview
 Callback = Callable[[], None]
 
@@ -71,17 +80,17 @@ Callback = Callable[[], None]
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of the wire; the session or connection is over."""
+    """The peer broke a rule of the protocol; the session or connection is over."""
 
 
 class SessionClosed(ConnectionError):
-    """The session has ended, or takes no new streams; the text says why."""
+    """The session has ended, or accepts no new streams; the text says why."""
 
 
 class StreamReset(ConnectionError):
-    """The peer, or this side, gave the stream up with RST.
+    """The peer, or this side, aborted the stream with RST.
 
-    ``code`` is what some peers put beside a RST, 0 if they put nothing.
+    ``code`` says why: the length field of the RST frame, 0 from a peer that does not use it.
     """
 
     def __init__(self, text: str = "the peer reset the stream", code: int = 0):
@@ -94,25 +103,26 @@ class StreamReset(ConnectionError):
 VERSION = 0
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
 SYN, ACK, FIN, RST = 1, 2, 4, 8
-NORMAL, PROTOCOL_ERROR, INTERNAL_ERROR = range(3)  # go away codes
-# Codes that we put beside a RST; Go ignores them. A code once given keeps its meaning: agents and
-# gateways of several versions meet.
+NORMAL, PROTOCOL_ERROR, INTERNAL_ERROR = range(3)  # codes in a GO_AWAY frame
+# Codes in the length field of a RST frame. They are ours: a Go peer ignores them. A code keeps its
+# meaning for ever, since agents and gateways of different versions meet.
 REFUSED = 1  # the agent has no target for the stream
-# Why the agent turns an http visit away (feature REFUSALS); common/refusals.py has the words.
+# Why the agent rejects an http visit (feature REFUSALS); common/refusals.py has the texts.
 TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2, 3, 4, 5
 
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
-HTTP_ANSWER = b"HTTP/1."  # how it begins where an agent was sent to a port for visitors ...
-SPEAKS_HTTP = "an answer in HTTP, expected frames"  # ... which is said like this
+HTTP_ANSWER = b"HTTP/1."  # what an agent reads that was given the port for visitors ...
+SPEAKS_HTTP = "an answer in HTTP, expected frames"  # ... and the text for it
 MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
 
 
 class Header(NamedTuple):
     """The 12 bytes before every frame.
 
-    ``length`` counts the payload bytes that follow in a DATA frame; nothing follows the others.
-    It is credit in bytes in WINDOW_UPDATE, an opaque echo in PING, a code in GO_AWAY.
+    ``length`` depends on the type. DATA: the payload bytes that follow; no other type has any.
+    WINDOW_UPDATE: credit in bytes. PING: a value that the answer repeats. GO_AWAY: a code.
+    ``stream_id`` is 0 in PING and GO_AWAY, which concern the session.
     """
 
     type: int
@@ -125,7 +135,7 @@ class Header(NamedTuple):
 
     @classmethod
     def decode(cls, data: BytesLike, at: int = 0) -> Header:
-        """Read a header; raises ProtocolError for a version or a type that yamux does not have."""
+        """Read a header at ``at``; raises ProtocolError if its version or type is unknown."""
         version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
         if version != VERSION:
             if data[at : at + len(HTTP_ANSWER)] == HTTP_ANSWER:
@@ -138,34 +148,39 @@ class Header(NamedTuple):
 
 # Mux: the rules ----------------------------------------------------------------------------------
 
+# Windows. A stream moves at most one window in a round trip: 1 MiB at 50 ms is 20 MB/s.
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
-START_WINDOW = 4 * INITIAL_WINDOW  # where a peer that we know begins: 1 MiB fills 20 MB/s at 50 ms
-MAX_WINDOW = 32 * 1024 * 1024  # where windows stop to grow: 160 MB/s at 200 ms, more than we do
-SESSION_GROWTH = 128 * 1024 * 1024  # bytes by which all windows of a session may have grown
-CREDIT = 1024 * 1024  # bytes that are given at once, at most
-IDLE_WINDOW = 10  # seconds without new credit that show that a stream needs no grown window
-OPEN_BACKLOG = 256  # our opens that wait for an answer: what a Go peer's accept queue holds
-ACCEPT_BACKLOG = 256  # the peer's opens that wait for us: what a Go peer counts on
-MAX_STREAMS = 1024  # streams of the peer at a time: 256 MiB, if all initial windows are full
-SEND_BUFFER = 256 * 1024  # bytes of a stream that wait for the line; more would only add memory
-SEND_QUEUE = 8 * 1024 * 1024  # ... of all streams: beyond it each may have its next frame here
-MAX_REPLIES = 32 * 1024  # pongs and resets that wait for the line: one read may cause 21845
-FRAME_ALONE = 64 * 1024  # payload of a DATA frame when no other stream has data: fewer headers
-FRAME_SHARED = 16 * 1024  # ... when others wait too: what delays them is short
-LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, so nor do we
-KEEP_ALIVE = 10  # seconds between pings, and until a peer that sends nothing after one is gone
-# Frames that nobody needs (_waste): how many may come in one go, and how many more in the long run.
-# An honest peer sends a ping in 10 to 30 seconds, and the late frames of a stream that is over,
-# LATE_FRAMES at most: credit, an answer, FIN or RST. And it may give up, in one go, what visitors
-# have asked for and left, also when the line was dead for a minute (WASTE_A_STREAM, for each stream
-# that it may have). Beyond it, it only wants us to work (CVE-2023-44487).
-WASTE, WASTE_A_SECOND = 4096, 64
-WASTE_A_STREAM, WASTE_A_STREAM_SECOND = 128, 2
+START_WINDOW = 4 * INITIAL_WINDOW  # receive window of new streams once the peer is authenticated
+MAX_WINDOW = 32 * 1024 * 1024  # no window grows beyond: 160 MB/s at 200 ms, more than we can do
+SESSION_GROWTH = 128 * 1024 * 1024  # bytes that all windows of a session together may grow by
+CREDIT = 1024 * 1024  # used bytes that are worth a WINDOW_UPDATE; half a window if that is less
+IDLE_WINDOW = 10  # seconds; if using half of a grown window takes longer, it shrinks
+
+# Streams.
+OPEN_BACKLOG = 256  # streams that we opened and the peer has not accepted: Go's accept queue
+ACCEPT_BACKLOG = 256  # streams that the peer opened and we have not accepted: Go opens so many
+MAX_STREAMS = 1024  # open streams of the peer: 256 MiB, if all initial windows are full
+LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, and neither do we
+KEEP_ALIVE = 10  # seconds between pings. A peer that sent nothing since the last ping is dead
+DISCARD_LIMIT = 1 << 30  # bytes that we discard of a closed stream before we reset it. It is so
+# large because Go's gateway sends the whole of a request before it reads the answer
+
+# Output.
+SEND_BUFFER = 256 * 1024  # unsent bytes of one stream; more would use memory and bring no speed
+SEND_QUEUE = 8 * 1024 * 1024  # unsent bytes of all streams; beyond, one FRAME_SHARED per stream
+MAX_REPLIES = 32 * 1024  # unsent pongs and resets; a peer that causes more does not read them
+FRAME_ALONE = 64 * 1024  # payload of a DATA frame if only one stream sends: few headers
+FRAME_SHARED = 16 * 1024  # payload if several streams send: none waits long for its turn
+SMALL = 1024  # smaller pieces of payload are joined: a Python object costs more than they hold
+
+# Useless frames (_waste): a peer that sends many of them wants us to work (compare HTTP/2's rapid
+# reset, CVE-2023-44487). The budget is large enough for an honest peer: a ping in 10 to 30 seconds;
+# at most LATE_FRAMES frames of a stream that we have ended (credit, ACK, FIN, RST); and streams
+# that it opens and resets at once, as their visitors left while the line was dead for a minute.
+WASTE, WASTE_A_SECOND = 4096, 64  # permitted in a burst, and per second in the long run ...
+WASTE_A_STREAM, WASTE_A_STREAM_SECOND = 128, 2  # ... and as much more for each possible stream
 LATE_FRAMES = 4
-EARNED = 64 * 1024  # of them that our own frames and streams may make up for in advance
-DISCARD_LIMIT = 1 << 30  # bytes that a peer may send to a stream that was closed: Go's gateway
-# sends the whole of a request before it looks at the answer
-SMALL = 1024  # bytes; what is smaller is joined, since an object costs more than it holds
+EARNED = 64 * 1024  # our DATA frames and ended streams permit more, but save up no more than this
 
 
 class Opened(NamedTuple):
@@ -175,21 +190,23 @@ class Opened(NamedTuple):
 
 
 class Received(NamedTuple):
-    """Payload of a stream. Say consumed() when it has been used, or the peer runs out of window."""
+    """Payload of a stream. Call consumed() once it is used, or the peer runs out of window."""
 
     stream_id: int
     payload: bytes
 
 
 class Finished(NamedTuple):
-    """The peer half-closed the stream: what was received is all there is."""
+    """The peer half-closed the stream: it sends no more payload."""
 
     stream_id: int
 
 
 class WasReset(NamedTuple):
-    """The stream is gone, both ways, by the peer's doing. ``cut``: it broke a rule, and what came
-    of the stream is worth nothing."""
+    """The peer reset the stream, or made us reset it by breaking a rule.
+
+    ``cut``: payload was lost, so what came of the stream before must not be used either.
+    """
 
     stream_id: int
     code: int
@@ -198,29 +215,29 @@ class WasReset(NamedTuple):
 
 
 class Writable(NamedTuple):
-    """room() of the stream may have grown."""
+    """The peer gave credit: room() of the stream may have grown."""
 
     stream_id: int
 
 
 class Answered(NamedTuple):
-    """A stream that we opened was answered for the first time: may_open may be true again."""
+    """The peer answered a stream that we opened: may_open may be true again."""
 
     stream_id: int
 
 
 class GoneAway(NamedTuple):
-    """The peer accepts no more streams. With a code other than NORMAL the session is over."""
+    """The peer accepts no more streams. Any code but NORMAL ends the session."""
 
     code: int
 
 
 Event = Opened | Received | Finished | WasReset | Writable | Answered | GoneAway
-NEVER = float("inf")  # an instant that does not come
+NEVER = float("inf")  # an instant that is not reached
 
 
 class _Flow:
-    """What Mux knows of one stream."""
+    """What the Mux knows of one stream. Received bytes are "used" once the application has them."""
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "used", "since",
                  "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin", "got_fin",
@@ -228,32 +245,33 @@ class _Flow:
 
     def __init__(self, stream_id: int, window: int):
         self.id = stream_id
-        self.may_send = INITIAL_WINDOW  # bytes the peer still permits; debited when queued
-        self.window = window  # bytes that may have come and not been used
-        self.grown = 0  # how many of them it did not begin with
-        self.may_receive = window  # bytes we still permit
+        self.may_send = INITIAL_WINDOW  # send window: bytes the peer still permits, less the queue
+        self.window = window  # receive window: bytes that may be on their way to us or unused here
+        self.grown = 0  # how much it has grown
+        self.may_receive = window  # bytes that the peer may still send
         self.owed = 0  # bytes used here, for which the peer has no credit yet
-        self.used = 0  # bytes used here since ...
-        self.since = NEVER  # ... half a window had been used, or the first payload came
-        self.queue: deque[BytesLike] = deque()  # payload that waits for the line
+        # Bytes used since the instant ``since``, to measure how long half a window takes. It is
+        # set when the first payload comes, and when half a window has been used.
+        self.used, self.since = 0, NEVER
+        self.queue: deque[BytesLike] = deque()  # payload to be sent
         self.queued = 0  # bytes in it
         self.in_rotation = False
-        self.finishing = False  # a FIN waits behind the queue, or was sent
-        self.cutting = False  # a RST waits behind all that
+        self.finishing = False  # a FIN follows the queue, or was sent
+        self.cutting = False  # a RST follows all that
         self.sent_fin = False
         self.got_fin = False
-        self.discarding = False  # nobody wants what comes
-        self.discarded = 0  # bytes of it that came
+        self.discarding = False  # payload that comes is dropped
+        self.discarded = 0  # bytes of it
         self.alive = True
 
 
 class Memory:
-    """What all sessions of a process may use for payload; each has an Account with it.
+    """The memory that all sessions of a process may use for payload; each has an Account with it.
 
-    ``buffered`` bytes are here, received and not used, or written and not sent. ``promised`` bytes
-    may come: by so much have windows grown. When there is much of either, windows begin and stay
-    small. No session may ever buffer more than is left for all others, so a session that holds
-    little does not suffer from one that holds much.
+    ``buffered`` bytes are in memory now: received and not used, or written and not sent.
+    ``promised`` bytes may come in addition: the sum by which windows have grown. When much is
+    buffered, new windows start small and none grows. A session may never buffer more than is left
+    for all others, so one that holds much cannot starve one that holds little.
     """
 
     FLOOR = START_WINDOW  # bytes that a session may buffer in any case
@@ -263,29 +281,28 @@ class Memory:
         machine: int = 1 << 32,
         lock: AbstractContextManager[object] = contextlib.nullcontext(),
     ):
-        """``machine`` is the bytes that the process could use if it had nothing else to do;
-        ``lock`` is needed if several threads share it."""
-        self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS, everything
+        """``machine`` is the memory of the machine in bytes. Several threads need a ``lock``."""
+        self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS and all else
         self.buffered = 0
         self.promised = 0
         self.lock = lock
 
     @property
     def scarce(self) -> bool:
-        """Whether it is time to save."""
+        """Whether so much is buffered that windows must stay small."""
         return self.buffered > self.limit // 2
 
     @property
     def share(self) -> int:
-        """Bytes that one session may buffer now: half of all for the first, of the rest for the
-        second, and so on."""
+        """Bytes that one session may buffer now: as much as is free. So the first can hold half of
+        the limit, the second half of the rest, and so on."""
         return max(self.limit - self.buffered, self.FLOOR)
 
 
 class Account:
-    """What one session holds of a Memory. Not for two threads at once."""
+    """One session's part of a Memory. Not for two threads at once."""
 
-    STEP = 256 * 1024  # bytes, up to which the Memory is not told: it has a lock, and many callers
+    STEP = 256 * 1024  # smaller changes are not reported to the Memory: all sessions share its lock
 
     def __init__(self, memory: Memory):
         self.memory = memory
@@ -294,7 +311,7 @@ class Account:
         self._open = True
 
     def hold(self, count: int) -> None:
-        """Count bytes that came into a buffer; negative, that left it."""
+        """Count bytes that entered a buffer, or left it if ``count`` is negative."""
         self._held += count
         if not -self.STEP < self._held - self._told < self.STEP and self._open:
             self._tell()
@@ -305,8 +322,8 @@ class Account:
         self._told = self._held
 
     def promise(self, count: int) -> bool:
-        """Let a window grow by ``count`` bytes, if that is at most half of what is left, for the
-        session and for all: so there is always something for the next one."""
+        """Permit a window to grow by ``count`` bytes, or return False. It may take half of what is
+        left, of the session's share and of the process's, so the next one finds some too."""
         memory = self.memory
         with memory.lock:
             left = min(SESSION_GROWTH - self.promised, memory.limit // 2 - memory.promised)
@@ -317,13 +334,13 @@ class Account:
         return True
 
     def take_back(self, count: int) -> None:
-        """Say that a window has shrunk by so much, or is gone."""
+        """Return what was promised to a window that has shrunk, or is gone."""
         with self.memory.lock:
             self.memory.promised -= count
         self.promised -= count
 
     def close(self) -> None:
-        """Give everything back. What is still read of it later does not count."""
+        """Return everything. Payload that is still read afterwards is not counted any more."""
         self.take_back(self.promised)
         self._held = 0
         self._tell()
@@ -333,70 +350,68 @@ class Account:
 class Mux:
     """All the rules of yamux for one session, for either role.
 
-    Bytes of the peer go into receive(), which returns events; what is to be sent comes out of
-    pull(). There is one promise: whatever bytes come, receive() raises ProtocolError or nothing.
-    After a ProtocolError the session is over; go_away() and pull() still work, to say so.
+    Bytes from the peer go into receive(), which returns events. Bytes for the peer come out of
+    pull(). One promise: whatever bytes come, receive() raises ProtocolError or nothing. After a
+    ProtocolError the session is over; go_away() and pull() still work, to tell the peer.
 
-    ``now`` is seconds of any clock that never goes back. Not for two threads at once: the caller
-    holds a lock around every call.
+    ``now`` is in seconds, of any clock that never goes back. Not for two threads at once: the
+    caller holds a lock around every call.
     """
 
     def __init__(
         self, *, client: bool, window: int = INITIAL_WINDOW, max_streams: int = MAX_STREAMS,
         account: Account | None = None,
     ):  # fmt: skip
-        """``window`` bytes are what a stream may have on its way to us at first; ``max_streams``
-        is how many streams the peer may have open at a time. ``account`` is the caller's to
-        close."""
+        """``window`` is the receive window of a new stream, ``max_streams`` the number of streams
+        that the peer may have open at a time. The caller closes ``account``."""
         if not INITIAL_WINDOW <= window <= MAX_WINDOW:
             raise ValueError(f"window {window}, expected {INITIAL_WINDOW} to {MAX_WINDOW}")
-        self._window = window  # where those of further streams begin
-        self._largest = window  # of all windows that there have been
+        self._window = window  # receive window of new streams
+        self._largest = window  # the largest receive window so far
         self._max_streams = max_streams
         self._account = account or Account(Memory())
         self._parity = 0 if client else 1  # of the ids that the peer may use
         self._next_id = 1 if client else 2
         self._flows: dict[int, _Flow] = {}  # by stream id
-        self._unanswered: dict[int, float] = {}  # ids that we opened, until the peer answers: when
+        self._unanswered: dict[int, float] = {}  # by stream id: when we opened it; until an answer
         self._unaccepted: set[int] = set()  # ids that the peer opened and we have not accepted
         self._inbound = 0  # streams in _flows that the peer opened
-        self._overran = False  # a stream has exceeded its window once
+        self._overran = False  # the peer has exceeded a window once
         self._most_waste = WASTE + WASTE_A_STREAM * max_streams
         self._waste_a_second = WASTE_A_SECOND + WASTE_A_STREAM_SECOND * max_streams
-        self._wasted = 0.0  # frames that nobody needed, less what time and our own frames allow for
+        self._wasted = 0.0  # useless frames, less those that time and our own frames excuse
         self._late = 0  # bytes that may still come for streams that we have reset
         self._now = self._wasted_at = 0.0
         self._watched_at: float | None = None  # when keep_alive() was called last
         self._asked_at = 0.0  # when the last ping was queued
-        self._asked: int | None = None  # its value, until it is answered
-        self._pings = 0  # how many there have been
-        self._credited = False  # some stream was given credit
-        # The shortest time from an open or a ping to its answer, in seconds.
-        self.round_trip: float | None = None
+        self._asked: int | None = None  # its value, until the pong comes
+        self._pings = 0  # sent so far
+        self._credited = False  # we have sent credit
+        self.round_trip: float | None = None  # seconds, the shortest of all opens and pings
         self.we_left = False  # go_away() was called
         self.peer_left = False  # the peer sent GO_AWAY
-        self.strays = 0  # frames for streams that nobody knows
-        self.refused = 0  # streams of the peer's that found no room
+        self.strays = 0  # frames of unknown streams
+        self.refused = 0  # streams of the peer that we reset because there were too many
 
-        # What came: half a header, or a body of which some bytes are missing.
+        # Input: part of a header, or a DATA frame of which _body_left bytes have not come.
         self._partial = b""
         self._body_left = 0
-        self._body_flow: _Flow | None = None  # None: nobody wants it
-        self._body_ends = False  # FIN stands on this frame
+        self._body_flow: _Flow | None = None  # None: the payload is dropped
+        self._body_ends = False  # the frame has FIN
 
-        # What goes, in this order. A stream's SYN is among the first, so nothing overtakes it.
+        # Output, sent in this order: nothing of a stream overtakes its SYN, in _control.
         self._replies: deque[bytes] = deque()  # headers: pongs, go away
         self._control: deque[bytes] = deque()  # headers: SYN, ACK, RST
-        self._updates: dict[int, int] = {}  # stream id: credit, merged until it is sent
+        self._updates: dict[int, int] = {}  # by stream id: credit, added up until it is sent
         self._question = b""  # a ping
-        self._queued = 0  # bytes of payload that wait, of all streams
-        self._rotation: deque[_Flow] = deque()  # flows with payload or a FIN to send, in turns
+        self._queued = 0  # bytes of unsent payload, of all streams
+        self._rotation: deque[_Flow] = deque()  # streams with payload or FIN to send
 
     # From the peer
 
     def receive(self, data: BytesLike, now: float) -> list[Event]:
-        """Take bytes of the peer, in any pieces and any buffer; return the events that they cause.
-        What they hold of ``data`` is copied out of it."""
+        """Take bytes from the peer, in any pieces; return the events that they cause. Events hold
+        copies, so the caller may use the buffer ``data`` again."""
         self._now = now
         events: list[Event] = []
         at, end = 0, len(data)
@@ -436,7 +451,7 @@ class Mux:
             self.consumed(flow.id, count, self._now)
         else:
             self.reset(flow.id)
-            events.append(WasReset(flow.id, 0, "the peer would not end a stream that was closed"))
+            events.append(WasReset(flow.id, 0, "the peer sent too much to a closed stream"))
 
     def _take_header(self, header: Header, events: list[Event]) -> None:
         if header.type == DATA:
@@ -458,7 +473,7 @@ class Mux:
         flow = self._stream_of(header, events)
         self._body_left, self._body_flow, self._body_ends = length, None, False
         if flow is None:
-            return  # the stream is over: what comes late is dropped, and not worth an answer
+            return  # the stream is over: its late payload is dropped
         if flow.got_fin:
             self._waste("data behind FIN")
             return
@@ -487,7 +502,7 @@ class Mux:
         if header.flags & FIN and not flow.got_fin:
             self._peer_finished(flow, events)
         elif not header.flags & SYN:
-            self._waste("credit")  # which an honest peer gives for a frame of ours, at most
+            self._waste("credit")  # an honest peer gives it at most once for each frame of ours
 
     def _take_ping(self, header: Header) -> None:
         if header.flags & SYN:
@@ -495,32 +510,32 @@ class Mux:
             self._reply(self._replies, Header(PING, ACK, 0, header.length))
         elif header.flags & ACK and header.length == self._asked:
             self._measure(self._asked_at)
-            self._asked = None  # a second answer is none
+            self._asked = None  # a second pong does not count
         else:
             self._waste("pongs")
 
     def _measure(self, asked_at: float) -> None:
-        """Learn the round trip from a question that is answered now. The shortest is the line's
-        own: the others have waited, behind payload or for a CPU."""
+        """Learn the round trip time from an answer. The shortest one is the line's own; the others
+        waited behind payload or for a CPU."""
         took = self._now - asked_at
         self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
     def _stream_of(self, header: Header, events: list[Event]) -> _Flow | None:
-        """Do what SYN, ACK and RST say; return the stream, or None if nobody knows it (now)."""
+        """Act on SYN, ACK and RST; return the frame's stream, or None if it is unknown or reset."""
         stream_id, flags = header.stream_id, header.flags
         if flags & SYN:
             self._peer_opens(header, events)
         flow = self._flows.get(stream_id)
         if flow is None:
-            # Late frames of a stream that we forgot. Answering with RST would be wrong: the peer
-            # may have closed it too, and two such peers would answer each other for ever.
+            # A late frame of a stream that is over. Do not answer it with RST: the peer may have
+            # forgotten the stream too, and two such peers would answer each other for ever.
             self.strays += 1
             if header.type == DATA and 0 < header.length <= self._late:
                 self._late -= header.length
             else:
                 self._waste("frames of streams that are over")
             return None
-        # Any frame is an answer: a Go peer whose FIN crosses our SYN never sends ACK.
+        # Any frame is an answer: a Go peer that has our FIN before it accepts never sends ACK.
         if stream_id in self._unanswered:
             self._measure(self._unanswered.pop(stream_id))
             events.append(Answered(stream_id))
@@ -554,25 +569,25 @@ class Mux:
         events.append(Opened(stream_id))
 
     def _waste(self, what: str) -> None:
-        """Count a frame that nobody needs, by a bucket that fills with time, and with what an
-        honest peer sends such frames for: our DATA frames, and streams that are over."""
+        """Count a useless frame (token bucket). The budget refills with time, and with the causes
+        of an honest peer's useless frames: our DATA frames, and streams that we end."""
         passed, self._wasted_at = self._now - self._wasted_at, self._now
         if self._wasted > 0:
             self._wasted = max(0, self._wasted - passed * self._waste_a_second)
         self._wasted = max(-EARNED, self._wasted) + 1
         if self._wasted > self._most_waste:
-            raise ProtocolError(f"too many frames that nobody needs, the last of them {what}")
+            raise ProtocolError(f"too many useless frames, the last of them: {what}")
 
     def _peer_finished(self, flow: _Flow, events: list[Event]) -> None:
         flow.got_fin = True
-        self._updates.pop(flow.id, None)  # nothing more will come: it needs no credit
+        self._updates.pop(flow.id, None)  # nothing more comes, so no credit is needed
         events.append(Finished(flow.id))
         if flow.sent_fin:
             self._end_flow(flow)
 
     def _overrun(self, flow: _Flow, length: int, events: list[Event]) -> None:
-        """More than the window permits. Once it costs the stream, twice the session: a Go peer
-        whose write timed out sends those bytes all the same, and does not count them."""
+        """The peer exceeded a window. The first time resets the stream, the second time ends the
+        session: a Go peer whose write timed out sends the bytes anyway and does not count them."""
         text = f"stream {flow.id}: {length} bytes came, {flow.may_receive} were permitted"
         if self._overran:
             raise ProtocolError(text)
@@ -582,22 +597,22 @@ class Mux:
 
     def _reply(self, queue: deque[bytes], header: Header) -> None:
         if len(self._replies) + len(self._control) >= MAX_REPLIES:
-            raise ProtocolError(f"the peer does not read its {MAX_REPLIES} answers")
+            raise ProtocolError(f"the peer has not read {MAX_REPLIES} pongs and resets")
         queue.append(header.encode())
 
     # From us
 
     def widen(self, window: int) -> None:
-        """Have further streams begin with a larger window: the peer has shown who it is."""
+        """Give new streams a larger window, since the peer is authenticated now."""
         self._window, self._largest = window, max(window, self._largest)
 
     @property
     def may_open(self) -> bool:
-        """Whether open() would stay within the opens that the peer has not answered."""
+        """Whether open() would stay within OPEN_BACKLOG."""
         return len(self._unanswered) < OPEN_BACKLOG
 
     def open(self, now: float) -> int:
-        """Open a stream and return its id; raises SessionClosed if there can be no more."""
+        """Open a stream and return its id; raises SessionClosed if no more can be opened."""
         if self.we_left or self.peer_left:
             raise SessionClosed("the session takes no new streams")
         stream_id = self._next_id
@@ -611,7 +626,7 @@ class Mux:
         return stream_id
 
     def accept(self, stream_id: int) -> None:
-        """Accept a stream that the peer opened: its ACK goes out, with our whole window."""
+        """Accept a stream that the peer opened. The ACK also announces our window."""
         if stream_id in self._unaccepted:
             self._unaccepted.discard(stream_id)
             flow = self._flows[stream_id]
@@ -624,7 +639,7 @@ class Mux:
         return INITIAL_WINDOW if self._account.memory.scarce else self._window
 
     def room(self, stream_id: int) -> int:
-        """Bytes that send() takes now; 0 once the stream is over or finished by us."""
+        """Bytes that send() takes now; 0 once the stream is over, or we have finished it."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting:
             return 0
@@ -633,13 +648,13 @@ class Mux:
 
     @property
     def _crowded(self) -> bool:
-        """Whether so much waits for the line that a stream may only have its next frame here."""
+        """Whether so much is unsent that a stream may only queue its next frame."""
         if self._queued < Memory.FLOOR:
             return False
         return self._queued >= min(SEND_QUEUE, self._account.memory.share)
 
     def send(self, stream_id: int, payload: BytesLike) -> None:
-        """Queue payload, at most room() bytes of it. The peer's window is debited here."""
+        """Queue at most room() bytes of payload; this uses up the peer's window."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting or len(payload) > flow.may_send:
             raise ValueError(f"{len(payload)} bytes for a room of {self.room(stream_id)}")
@@ -654,23 +669,22 @@ class Mux:
         self._account.hold(count)
 
     def finish(self, stream_id: int) -> None:
-        """Half-close: FIN goes out behind what is queued, and only once (a second one would end
-        a Go peer's session)."""
+        """Half-close: send FIN after the queued payload. Never twice: a second FIN would make a Go
+        peer end the session."""
         flow = self._flows.get(stream_id)
         if flow is not None and not (flow.finishing or flow.cutting):
             flow.finishing = True
             self._rotate(flow)
 
     def reset(self, stream_id: int, code: int = 0) -> None:
-        """Give the stream up: RST goes out, what was queued does not. For ``code`` see
-        StreamReset."""
+        """Abort the stream: drop the queued payload and send RST. ``code``: see StreamReset."""
         flow = self._flows.get(stream_id)
         if flow is not None:
             self._end_flow(flow)
             self._control.append(Header(WINDOW_UPDATE, RST, stream_id, code).encode())
 
     def cut(self, stream_id: int, now: float) -> None:
-        """Give the stream up: RST goes out behind what is queued, its FIN included."""
+        """Abort the stream, but send RST after what is queued, FIN included."""
         flow = self._flows.get(stream_id)
         if flow is None:
             return
@@ -681,11 +695,10 @@ class Mux:
             self.reset(stream_id)
 
     def consumed(self, stream_id: int, count: int, now: float) -> bool:
-        """Say that ``count`` received bytes have been used; True if that queued a frame.
+        """Count received bytes as used; True if that queued a WINDOW_UPDATE.
 
-        Credit goes back in halves of a window, at most CREDIT at once: smaller amounts would cost
-        a frame each, larger ones would let the line run dry.
-        """
+        Credit is sent for half a window or CREDIT, whichever is less. More often would cost too
+        many frames; less often would leave the line idle while the credit travels."""
         flow = self._flows.get(stream_id)
         if flow is None or flow.got_fin:
             return False
@@ -706,14 +719,14 @@ class Mux:
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
         if self.round_trip is None and self._credited and self._asked is None:
-            self._ask(now)  # a sender that often gets credit may need a larger window
+            self._ask(now)  # much comes: the window may have to grow, which needs the round trip
         self._credited = True
         return True
 
     def _grow_window(self, flow: _Flow, now: float) -> None:
-        """Double a window of which half was used in less than two round trips, if its reader keeps
-        up: so it ends at four times what the line holds. More would only make the queues longer
-        that everything waits in."""
+        """Double a window of which half was used within two round trips, if its reader keeps up.
+        So it grows to four times the line's bandwidth-delay product. More would only lengthen the
+        queues."""
         if self.round_trip is None or now - flow.since >= 2 * self.round_trip:
             return
         more = min(flow.window, MAX_WINDOW - flow.window)
@@ -725,8 +738,7 @@ class Mux:
             self._largest = max(self._largest, flow.window)
 
     def _shrink_window(self, flow: _Flow) -> None:
-        """Keep credit back: hardly any bytes come, or more than half of the window lies here and
-        waits for its reader."""
+        """Keep credit back: few bytes come, or the reader has not used half of the window."""
         less = min(flow.owed, flow.grown)
         flow.owed -= less
         flow.window -= less
@@ -735,26 +747,23 @@ class Mux:
 
     def _unread(self, flow: _Flow) -> int:
         """Bytes of a stream that have come and were not used."""
-        # A frame is debited when its header has come.
+        # A header counts its whole payload, of which a part may not have come yet.
         on_way = self._body_left if self._body_flow is flow else 0
         return flow.window - flow.may_receive - flow.owed - on_way
 
     def discard(self, stream_id: int, now: float) -> None:
-        """Use at once what has come of a stream, and what will: nobody wants it, but the peer may
-        read only after it has got rid of it."""
+        """Drop what comes of a stream, and count it as used: the peer may only read our bytes after
+        it has sent all of its own."""
         flow = self._flows.get(stream_id)
         if flow is not None:
             flow.discarding = True
             self.consumed(stream_id, self._unread(flow), now)
 
     def keep_alive(self, now: float) -> None:
-        """Ping the peer; to be called each KEEP_ALIVE seconds.
-
-        Raises SessionClosed if nothing at all came since the last time. Any byte is a sign of life:
-        a pong may have to wait behind much payload.
-        """
+        """Ping the peer; to be called every KEEP_ALIVE seconds. Raises SessionClosed if nothing
+        came since the last call. Any byte is a sign of life: payload may delay the pong."""
         if self._watched_at is not None and self._now < self._watched_at:
-            raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, also no pong")
+            raise SessionClosed(f"the peer sent nothing for {KEEP_ALIVE} s, not even a pong")
         self._watched_at = now
         self._ask(now)
 
@@ -764,7 +773,7 @@ class Mux:
         self._question = Header(PING, SYN, 0, self._asked).encode()
 
     def go_away(self, code: int = NORMAL) -> None:
-        """Announce that we accept no more streams; any other code than NORMAL ends the session."""
+        """Announce that we accept no more streams; any code but NORMAL ends the session."""
         self.we_left = True
         self._replies.append(Header(GO_AWAY, 0, 0, code).encode())
 
@@ -774,16 +783,16 @@ class Mux:
         return max(0, (LAST_ID - self._next_id) // 2 + 1)
 
     def unsent(self, stream_id: int) -> bool:
-        """Whether payload or the FIN of a stream waits for the line."""
+        """Whether payload or the FIN of a stream is not sent yet."""
         flow = self._flows.get(stream_id)
         return flow is not None and (flow.queued > 0 or flow.finishing and not flow.sent_fin)
 
     def knows(self, stream_id: int) -> bool:
-        """Whether a stream is not over yet."""
+        """Whether a stream is open."""
         return stream_id in self._flows
 
     def window(self, stream_id: int) -> int:
-        """Bytes that the peer may have on their way in a stream; 0 once it is over."""
+        """The receive window of a stream; 0 once it is over."""
         flow = self._flows.get(stream_id)
         return 0 if flow is None else flow.window
 
@@ -793,11 +802,9 @@ class Mux:
             self._forget(flow)
 
     def pull(self, limit: int) -> tuple[bytes, list[int]]:
-        """Take what is to be sent now: (bytes, ids of the streams whose payload is among them).
-
-        About ``limit`` bytes, b"" if there is nothing. Control first, so that a pong never waits
-        behind payload; then the streams in turns.
-        """
+        """Take about ``limit`` bytes of frames to send: (bytes, ids of the streams whose payload is
+        among them), or (b"", []). Control frames come first, so that a pong never waits behind
+        payload; then one frame of each stream in turn (round robin)."""
         parts: list[BytesLike] = []
         served: list[int] = []
         size = 0
@@ -837,7 +844,7 @@ class Mux:
         return b"".join(parts), served
 
     def _pull_frame(self, flow: _Flow, most: int, parts: list[BytesLike]) -> int:
-        """Move one DATA frame to ``parts``: small writes that waited together leave together."""
+        """Move one DATA frame to ``parts``; it joins payloads that were queued by several sends."""
         length = min(flow.queued, most)
         parts.append(Header(DATA, 0, flow.id, length).encode())
         left = length
@@ -860,14 +867,14 @@ class Mux:
             self._rotation.append(flow)
 
     def _end_flow(self, flow: _Flow) -> None:
-        """A stream is over by our doing: the peer may have sent more of it."""
+        """End a stream from our side: frames of it may still be on their way to us."""
         self._forget(flow)
         if not flow.got_fin:
-            self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # no line holds more
+            self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # a line holds no more
         self._wasted -= LATE_FRAMES
 
     def _forget(self, flow: _Flow) -> None:
-        """The one place where a stream leaves the tables."""
+        """Remove a stream from all tables; nothing else does."""
         flow.alive = False
         flow.queue.clear()
         self._count_queued(-flow.queued)
@@ -883,8 +890,8 @@ class Mux:
 
 
 def put(queue: deque[BytesLike], payload: BytesLike) -> None:
-    """Append payload to a deque of pieces. Small ones are joined where they wait: each would be an
-    object that costs more than it holds, and a peer decides how small they are."""
+    """Append payload to a deque of pieces. Small pieces are joined: the peer decides how small they
+    are, and an object for each would need more memory than the flow control window permits."""
     if len(payload) >= SMALL or not queue:
         queue.append(payload)
     elif type(queue[-1]) is bytearray and len(queue[-1]) < FRAME_ALONE:
@@ -898,37 +905,42 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
             "expected fewer hostnames, or shorter policies")  # fmt: skip
-UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row: a flood has no end
-UNKNOWN_LEAST = 256  # bytes that a small one counts as, since reading it takes as long
-UNKNOWN_KINDS = 16  # of them that are told apart
+UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more are a flood
+UNKNOWN_LEAST = 256  # what a small unknown message counts as: its bytes are not what it costs us
+UNKNOWN_KINDS = 16  # unknown types that are reported; the sender could invent any number of them
 MAX_TS = 1 << 63  # Go's int64
-HALF_CLOSE = "half_close"  # feature: the agent passes FIN on to its target, and keeps reading it
-HOST_HEADER = "host_header"  # feature: the gateway writes the Host that the agent names
-PORTS = "ports"  # feature: the gateway opens public ports of their own for tcp hostnames
-LATER_PORTS = "later_ports"  # feature: ... and goes on trying those that it could not open
-CERTIFICATES = "certificates"  # feature: the agent wants to hear of its hostnames' certificates
-VISITOR_ADDRESS = "visitor_address"  # feature: data headers say where the visitor comes from
-POLICIES = "policies"  # feature: the gateway asks passwords, and turns visitors away, for the agent
-WILDCARDS = "wildcards"  # feature: the gateway knows hostnames such as *.dev.example.com
-REASONS = "reasons"  # feature: the agent wants to hear why the gateway ends its session
-UPGRADES = "upgrades"  # feature: data headers say that an http stream is relayed as a tcp one is
-REFUSALS = "refusals"  # feature: the gateway makes the page of an http visit that is turned away
-REPLACED = "replaced"  # a reason (REASONS): another session has taken over
-MOVE = "move"  # ... the agent is to come anew; until it has, this session serves, and visits go on
+
+# Features: extensions of the Go program's protocol. The agent lists those that it knows in its
+# Register, the gateway answers with those that it uses in its Ack. Go peers ignore them.
+HALF_CLOSE = "half_close"  # the agent passes FIN on to its target, and goes on reading from it
+HOST_HEADER = "host_header"  # the gateway replaces the visitor's Host header as the agent says
+PORTS = "ports"  # the gateway opens public ports for tcp hostnames
+LATER_PORTS = "later_ports"  # ... and tries again later those that it could not open
+CERTIFICATES = "certificates"  # the gateway tells how the certificates of its hostnames stand
+VISITOR_ADDRESS = "visitor_address"  # data headers contain the visitor's address
+POLICIES = "policies"  # the gateway enforces the agent's rules for visitors (passwords, addresses)
+WILDCARDS = "wildcards"  # the gateway accepts hostnames such as *.dev.example.com
+REASONS = "reasons"  # the gateway tells why it ends the session
+UPGRADES = "upgrades"  # data headers say when an http stream is relayed as a tcp stream is
+REFUSALS = "refusals"  # the gateway makes the error page when the agent rejects an http visit
+
+# Codes of End messages (feature REASONS).
+REPLACED = "replaced"  # another session has taken over the hostnames
+MOVE = "move"  # the agent must dial again; until it has, this session serves, and visits go on
 
 
 class Register(NamedTuple):
-    """Agent to gateway, once: who I am and what I serve.
+    """Agent to gateway, first: asks to serve hostnames.
 
-    ``routes`` maps hostname to target (the gateway only counts on the hostnames), ``modes``
-    hostname to "http" or "tcp"; a hostname without a mode is "http". ``features`` are the
-    extensions that the agent knows. ``host_headers`` maps hostname to the Host that its target
-    gets instead of the visitor's (feature HOST_HEADER). ``ports`` maps hostname to the public port
-    that it wants, as a text, or to ANY_PORT (feature PORTS). ``addressed`` are the hostnames whose
-    data headers are to name the visitor's address (feature VISITOR_ADDRESS). ``policies`` maps
-    hostname to what its visitors must comply with (feature POLICIES; policy.py says what there is).
-    ``instance`` is an id that an agent keeps over its reconnects: an agent with the same one
-    and the same credential takes its hostnames over at once.
+    ``token`` is a JWT. ``routes`` maps hostname to target; the gateway uses only the hostnames.
+    ``modes`` maps hostname to "http" (the default) or "tcp". ``instance`` is a random id that an
+    agent keeps over its reconnects: with the same id and the same credential it takes its
+    hostnames over at once from its earlier session. The rest needs the feature in parentheses:
+
+    ``host_headers`` maps hostname to the Host header that its target gets (HOST_HEADER). ``ports``
+    maps hostname to the public port that it wants, as a text, or to ANY_PORT (PORTS). ``addressed``
+    lists the hostnames whose data headers are to contain the visitor's address (VISITOR_ADDRESS).
+    ``policies`` maps hostname to the rules for its visitors (POLICIES); see policy.py.
     """
 
     token: str
@@ -943,10 +955,10 @@ class Register(NamedTuple):
 
 
 class Ack(NamedTuple):
-    """Gateway to agent, once: registered, or ``error`` says why not.
+    """Gateway to agent, once: the agent is registered, or ``error`` says why not.
 
     ``features`` are those of the agent's that the gateway will use. ``ports`` maps hostname to the
-    public port that was opened for it, as a text; ``refused`` hostname to why it got none.
+    public port that was opened for it, as a text; ``refused`` maps hostname to why none was.
     """
 
     ok: bool
@@ -958,58 +970,56 @@ class Ack(NamedTuple):
 
 class Certificate(NamedTuple):
     """Gateway to agent: how a hostname's certificate stands (feature CERTIFICATES). ``state`` is
-    "ready", "waiting", or "failed: " and why."""
+    "ready", "waiting", or "failed: REASON"."""
 
     hostname: str
     state: str
 
 
 class Port(NamedTuple):
-    """Gateway to agent: a public port that the ack refused for the time being is open now (feature
-    LATER_PORTS). ``port`` is a text, as in Ack."""
+    """Gateway to agent: a public port that the Ack refused is open now (feature LATER_PORTS).
+    ``port`` is a text, as in Ack."""
 
     hostname: str
     port: str
 
 
 class End(NamedTuple):
-    """Gateway to agent: the session ends now, or is to be replaced by the agent (feature REASONS).
-    ``code`` is REPLACED, MOVE, or another word for programs; ``reason`` is for people."""
+    """Gateway to agent: the session ends now, or the agent must replace it (feature REASONS).
+    ``code`` is REPLACED, MOVE or another word, for programs; ``reason`` is a text for people."""
 
     code: str
     reason: str
 
 
 class Ping(NamedTuple):
-    """Gateway to agent: are you there? ``ts`` is wall-clock milliseconds."""
+    """Gateway to agent: asks for a Pong. ``ts`` is the wall clock in milliseconds."""
 
     ts: float
 
 
 class Pong(NamedTuple):
-    """Agent to gateway: I am."""
+    """Agent to gateway: answers a Ping, with the same ``ts``."""
 
     ts: float
 
 
 class Unknown(NamedTuple):
-    """A message of a type that we do not know: its sender is newer, or of another line."""
+    """A message of an unknown type: its sender is a newer version, or another program."""
 
     kind: str
 
 
 Message = Register | Ack | Certificate | Port | End | Ping | Pong
-ANY_PORT = "auto"  # any free one of those that agents may have
+ANY_PORT = "auto"  # any free port of the range that the gateway has for agents
 LEFT_OUT_EMPTY = frozenset({
     "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
 })  # fmt: skip
 
 
 def encode_message(message: Message) -> bytes:
-    """Write a control message as Go's json.Encoder does: one object, one newline.
-
-    Empty extensions are left out, so a peer that knows none sees none.
-    """
+    """Write a control message as Go's json.Encoder does: one object, one newline. Empty fields of
+    extensions are left out, so that a peer without them does not see any."""
     fields: dict[str, Any] = {"type": type(message).__name__.lower()}
     for name, value in message._asdict().items():
         if value or name not in LEFT_OUT_EMPTY:
@@ -1018,10 +1028,10 @@ def encode_message(message: Message) -> bytes:
 
 
 def decode_message(data: bytes) -> Message | Unknown:
-    """Read one JSON object into its message; raises ProtocolError for anything else."""
+    """Read one JSON object into its message; raises ProtocolError if it is not a valid one."""
     try:
         fields = json.loads(data.decode())
-        json.dumps(fields, ensure_ascii=False).encode()  # an escaped half of a character is no text
+        json.dumps(fields, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except (ValueError, RecursionError):  # UnicodeError is a ValueError
         raise ProtocolError("a control message that is not JSON in UTF-8") from None
     if not isinstance(fields, dict):
@@ -1030,25 +1040,18 @@ def decode_message(data: bytes) -> Message | Unknown:
     if kind == "register":
         return Register(
             token=_text(fields, "token") or _text(fields, "auth_token"),
-            routes=_text_map(fields, "routes"),
-            modes=_text_map(fields, "modes"),
-            features=_text_list(fields, "features"),
-            host_headers=_text_map(fields, "host_headers"),
-            ports=_text_map(fields, "ports"),
-            addressed=_text_list(fields, "addressed"),
-            policies=_map(fields, "policies"),
-            instance=_text(fields, "instance"),
-        )
+            routes=_text_map(fields, "routes"), modes=_text_map(fields, "modes"),
+            features=_text_list(fields, "features"), ports=_text_map(fields, "ports"),
+            host_headers=_text_map(fields, "host_headers"), policies=_map(fields, "policies"),
+            addressed=_text_list(fields, "addressed"), instance=_text(fields, "instance"),
+        )  # fmt: skip
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
             raise ProtocolError('an "ack" whose "ok" is neither true nor false')
         return Ack(
-            ok=fields["ok"],
-            error=_text(fields, "error"),
-            features=_text_list(fields, "features"),
-            ports=_text_map(fields, "ports"),
-            refused=_text_map(fields, "refused"),
-        )
+            ok=fields["ok"], error=_text(fields, "error"), features=_text_list(fields, "features"),
+            ports=_text_map(fields, "ports"), refused=_text_map(fields, "refused"),
+        )  # fmt: skip
     if kind == "certificate":
         return Certificate(_text(fields, "hostname"), _text(fields, "state"))
     if kind == "port":
@@ -1057,7 +1060,7 @@ def decode_message(data: bytes) -> Message | Unknown:
         return End(_text(fields, "code"), _text(fields, "reason"))
     if kind in ("ping", "pong"):
         ts = fields.get("ts", 0)
-        if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # NaN is not less either
+        if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # "not <" also rejects NaN
             raise ProtocolError(f'a "{kind}" whose "ts" is not a number of milliseconds')
         return (Ping if kind == "ping" else Pong)(ts)
     if not isinstance(kind, str):
@@ -1102,23 +1105,21 @@ def _text_list(fields: dict[str, Any], name: str) -> tuple[str, ...]:
 class MessageReader:
     """Cuts a control stream into messages.
 
-    JSON says where an object ends, the newline does not: several may come in one read, one may
-    take many, with any white space around them. Each byte is looked at once.
-
-    Messages of unknown types are passed over, as long as there are not too many of them in a row.
+    The braces of the JSON object say where a message ends, not the newline: a Go peer accepts any
+    white space there, and so do we. Several messages may come in one read, or one in many. Each
+    byte is looked at once. Messages of unknown types are skipped, up to UNKNOWN_LIMIT in a row.
     """
 
     _MARKS = re.compile(rb'["\\{}]')
 
     def __init__(self, on_unknown: Callable[[str], None] = lambda kind: None):
-        """``on_unknown(kind)`` is called once for each type that is passed over, if there are not
-        more than UNKNOWN_KINDS."""
+        """``on_unknown(kind)`` is called once for each of the first UNKNOWN_KINDS unknown types."""
         self._on_unknown = on_unknown
-        self._unknown: set[str] = set()  # types that were passed over
+        self._unknown: set[str] = set()  # types that were skipped
         self._unknown_size = 0  # bytes of unknown messages since the last known one
         self._buffer = bytearray()
-        self._at = 0  # what lies before it has been looked at
-        self._depth = 0  # braces that are open
+        self._at = 0  # where the next look begins
+        self._depth = 0  # open braces
         self._in_text = False
 
     def feed(self, data: bytes) -> list[Message]:
@@ -1159,7 +1160,7 @@ class MessageReader:
             if mark[0] == b'"':
                 self._in_text = not self._in_text
             elif mark[0] == b"\\":
-                if self._at == len(self._buffer):  # what it escapes is still to come
+                if self._at == len(self._buffer):  # the escaped character has not come yet
                     self._at = at
                     return None
                 self._at += 1
@@ -1174,22 +1175,22 @@ class MessageReader:
 # The data header ---------------------------------------------------------------------------------
 
 DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
-DATA_HEADER_PLAIN = 1  # version whose text is the hostname, the only one that Go peers know
-DATA_HEADER_ADDRESSED = 2  # ... is the hostname, then " ADDRESS PORT" of visitor and door
-DATA_HEADER_RELAYED = 3  # ... is either of the two; the agent passes FIN on, also in http mode
+DATA_HEADER_PLAIN = 1  # the text is "HOSTNAME". Go peers know only this version
+DATA_HEADER_ADDRESSED = 2  # "HOSTNAME ADDRESS PORT ADDRESS PORT": of the visitor, of the gateway
+DATA_HEADER_RELAYED = 3  # either text; the agent passes FIN on to the target, in http mode too
 
 
 class Ends(NamedTuple):
-    """The two ends of a visitor's connection, each (IP address, port)."""
+    """The ends of a visitor's connection, each (IP address, port); ``door`` is the gateway's."""
 
     visitor: tuple[str, int]
     door: tuple[str, int]
 
 
 def encode_data_header(hostname: str, ends: Ends | None = None, relayed: bool = False) -> bytes:
-    """The first bytes of a data stream: the hostname exactly as the agent registered it, and the
-    visitor's ``ends`` for an agent that has asked for them. ``relayed``, for an agent that knows
-    UPGRADES: in http mode too FIN ends one direction, and not the visit."""
+    """The first bytes of a data stream. ``hostname`` is exactly as the agent registered it. Only an
+    agent that asked for them gets ``ends`` (VISITOR_ADDRESS) or ``relayed`` (UPGRADES): FIN then
+    ends one direction and not the visit, in http mode too."""
     if ends is None:
         version, text = DATA_HEADER_PLAIN, hostname
     else:
@@ -1203,10 +1204,9 @@ def encode_data_header(hostname: str, ends: Ends | None = None, relayed: bool = 
 
 def read_data_header(read_exactly: Callable[[int], bytes]) -> tuple[str, Ends | None, bool]:
     """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, its Ends or
-    None, and whether the stream is to be relayed.
+    None, and whether the stream is relayed. Raises ProtocolError if it is malformed.
 
-    A Go gateway writes the visitor's Host there, with any port and in any case. Raises
-    ProtocolError for another version or a text that is none.
+    A Go gateway writes the visitor's Host header as hostname: perhaps with a port, in any case.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
     first, last = DATA_HEADER_PLAIN, DATA_HEADER_RELAYED
@@ -1237,7 +1237,7 @@ def _end(address: str, port: str) -> tuple[str, int]:
 # Above: bytes, events, frames. Below: threads and sockets.
 # =================================================================================================
 
-import functools  # noqa: E402 (the half above must not need what follows)
+import functools  # noqa: E402 (the pure half must not use these)
 import heapq  # noqa: E402
 import logging  # noqa: E402
 import math  # noqa: E402
@@ -1252,12 +1252,11 @@ log = logging.getLogger("gotunnel")
 
 
 class NoThread(OSError):
-    """The system gives us no further thread."""
+    """The system refused to start a thread."""
 
 
 def spawn(name: str, function: Callable[..., object], *arguments: object) -> threading.Thread:
-    """Start a thread, which does not keep the process alive; an exception that ``function`` lets
-    out is logged. Raises NoThread."""
+    """Start a daemon thread that logs an exception of ``function``. Raises NoThread."""
     arguments = function, *arguments
     thread = threading.Thread(target=call_logged, args=arguments, name=name, daemon=True)
     try:
@@ -1268,7 +1267,7 @@ def spawn(name: str, function: Callable[..., object], *arguments: object) -> thr
 
 
 def call_logged(function: Callable[..., object], *arguments: object) -> None:
-    """Call a function whose exceptions nobody expects; log them under the thread's name."""
+    """Call a function that should not raise; log an exception with the thread's name."""
     try:
         function(*arguments)
     except Exception:
@@ -1277,14 +1276,14 @@ def call_logged(function: Callable[..., object], *arguments: object) -> None:
 
 
 class Deadline:
-    """One span of time for a job of several steps."""
+    """One timeout for a job of several steps."""
 
     def __init__(self, timeout: float | None):
-        """``timeout`` is in seconds; None means that the job may take for ever."""
+        """``timeout`` is in seconds; None: the job may take for ever."""
         self._at = None if timeout is None else monotonic() + timeout
 
     def left(self) -> float | None:
-        """Seconds that are left, None for ever; raises TimeoutError when there are none."""
+        """The seconds that are left, None for ever; raises TimeoutError when none are."""
         if self._at is None:
             return None
         left = self._at - monotonic()
@@ -1296,8 +1295,8 @@ class Deadline:
 class Waker:
     """Wakes a thread that waits in a selector, by a byte in a socket pair.
 
-    After wake() the selector finds the waker readable until clear(). Any thread may wake, also
-    after close(): the byte never goes to a descriptor that was given out anew.
+    After wake() the selector finds the Waker readable until clear(). Any thread may call wake(),
+    also after close(): the lock keeps the byte from a descriptor that the system has reused.
     """
 
     def __init__(self) -> None:
@@ -1310,11 +1309,11 @@ class Waker:
         return self._receive.fileno()
 
     def wake(self) -> None:
-        with self._lock, contextlib.suppress(OSError):  # full: a byte is there; closed: no matter
+        with self._lock, contextlib.suppress(OSError):  # full: a byte is there already; or closed
             self._send.send(b"\0")
 
     def clear(self) -> None:
-        """Take the bytes away. Only when the selector says that there are some."""
+        """Take the bytes away. Only after the selector has said that there are some."""
         self._receive.recv(4096)
 
     def close(self) -> None:
@@ -1325,31 +1324,32 @@ class Waker:
 
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
 
-READ_SIZE = 64 * 1024  # bytes asked of the kernel at once by the reader of one visit
-READ_BATCH = 512 * 1024  # bytes asked of the kernel at once by a session: it carries many visits
-SEND_LEAST = 16 * 1024  # Send quantum: bytes that are encrypted by one call, and the limit of
-SEND_MOST = 64 * 1024  # unsent bytes in the kernel. Pongs and credit queue behind both
-SEND_QUICK = 0.01  # seconds; if a jam of one quantum takes less, the quantum is doubled
-SEND_SLOW = 0.2  # ... and if it takes more, halved
-READS_A_TURN = 2  # reads before the demultiplexer looks at its timers and its output again
-ACCEPT_TIMEOUT = 30  # seconds until a stream that nobody accepts is reset; Go's patience is 75
-LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's end, as Go does: a RST
-# would cost a Go peer what it has received and its visitor has not yet read
-SWEEP = 5  # seconds between looks for such streams
-Batch = tuple[bytes, Sequence[int]]  # encoded frames, and the ids of streams whose payload it is
+READ_SIZE = 64 * 1024  # bytes per read of one stream or visit
+READ_BATCH = 512 * 1024  # bytes per read of a session, which carries many visits
+# Send quantum: bytes encrypted per write, and the limit of unsent bytes in the kernel
+# (TCP_NOTSENT_LOWAT). Pongs and credit queue behind both, so _pace() halves it on slow lines.
+SEND_LEAST, SEND_MOST = 16 * 1024, 64 * 1024
+SEND_QUICK = 0.01  # seconds; if the kernel takes a quantum in less, the quantum is doubled
+SEND_SLOW = 0.2  # seconds; if it takes more, the quantum is halved
+READS_A_TURN = 2  # reads before the demultiplexer sees to its timers and its output again
+ACCEPT_TIMEOUT = 30  # seconds until an unaccepted stream is reset. After 75 a Go peer would end the
+# whole session
+LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's FIN, as in Go. An earlier
+# RST would make a Go peer drop bytes that it has received and its application has not read
+SWEEP = 5  # seconds between two checks for such streams
+FLUSH_TIMEOUT = 3  # seconds that a closing session may take to send its last frames
+Batch = tuple[bytes, Sequence[int]]  # frames, and the ids of the streams whose payload they hold
 NOTHING: Batch = (b"", ())
-FLUSH_TIMEOUT = 3  # seconds that a closing session waits for the line to take its last frames
 
 
 class Buffers:
-    """Buffers of one size, lent for as long as a thread works and does not wait.
+    """A pool of receive buffers of one size, each lent while a thread works and does not wait.
 
-    Received bytes pass through them: large ones that are made anew each time, only to be cut in
-    pieces, cost as much as their decryption.
+    Allocating a large buffer for each read would cost as much as decrypting what is read.
     """
 
     def __init__(self, size: int, most: int):
-        """At most ``most`` are kept while nobody needs them."""
+        """At most ``most`` unused buffers are kept."""
         self._size, self._most = size, most
         self._spare: list[memoryview] = []
 
@@ -1364,18 +1364,17 @@ class Buffers:
             self._spare.append(buffer)
 
 
-# A receiver needs two. Few sessions receive at a time, but many visits: 4 MiB at most.
+# A receiving thread needs two. Few sessions receive at one time, but many visits: 4 MiB at most.
 LARGE_BUFFERS = Buffers(READ_BATCH, 4)
 BUFFERS = Buffers(READ_SIZE, 64)
 
 
 class Timers:
-    """Functions to be called later: the earliest first, those of one instant in their order.
+    """Functions to be called later: a heap of (monotonic instant, serial number, function).
 
-    A heap of (monotonic instant, number, function); no number comes twice, so functions are never
-    compared. ``next_at`` is always the first instant, infinite if there is none, and may be read
-    by any thread. All else needs the owner's lock.
-    """
+    The number keeps the order of functions that are due at the same instant. ``next_at`` is the
+    first instant, infinite if there is none; any thread may read it. All else needs the owner's
+    lock."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Callback]] = []
@@ -1388,7 +1387,7 @@ class Timers:
         self.next_at = self._heap[0][0]
 
     def pop(self, now: float) -> Callback | None:
-        """Take out the first function that is due; None if none is."""
+        """Remove and return the first function that is due; None if none is."""
         if self.next_at > now:
             return None
         function = heapq.heappop(self._heap)[2]
@@ -1417,26 +1416,25 @@ class Transport(Protocol):
 
 
 class Sender:
-    """Takes frames out of a Mux and sends them, in whichever thread has queued some (flat
-    combining).
+    """Takes frames out of a Mux and sends them, in the thread that queued them (flat combining).
 
-    While ``busy``, exactly one thread has a batch of frames, and no other one takes any: so bytes
-    leave in the order of the Mux. A thread that finds the Sender busy leaves its frames in the
-    Mux; the thread that sends looks for more, under the lock, before it stops being busy. If the
-    kernel is full (``jammed``), the demultiplexer is that thread, until resume() gets rid of the
-    rest.
+    A thread that queues frames in the Mux sends them itself, so no other thread must be woken. If
+    another thread sends already (``busy``), it leaves them there: that thread asks the Mux for more
+    before it stops. So one thread sends at a time, and bytes leave in the Mux's order. If the
+    kernel's buffer is full (``jammed``), the thread returns, and the demultiplexer goes on with
+    resume() when the socket is writable.
     """
 
     def __init__(
         self, duplex: Transport, mux: Mux, lock: threading.Lock, streams: dict[int, Stream],
         wake: Callback,
     ):  # fmt: skip
-        """``lock`` is the session's: take() is called with it, all else without. ``streams`` maps
-        ids to Streams; ``wake()`` wakes the demultiplexer."""
+        """``lock`` is the session's: take() is called with it held, all else without. ``wake()``
+        wakes the demultiplexer."""
         self.busy = False
         self.jammed = False
-        self.postponed = False  # a frame waits for another one, or until a thread waits to read
-        self.closing = False  # the demultiplexer wants to hear when all is sent
+        self.postponed = False  # an ACK waits for the answer, or for a read that would block
+        self.closing = False  # wake the demultiplexer when all is sent
         self._jammed_at = 0.0
         self._quantum = SEND_LEAST
         self._stopped = False
@@ -1444,8 +1442,8 @@ class Sender:
         self._streams, self._wake = streams, wake
 
     def take(self) -> Batch:
-        """A batch for send(), empty if there is nothing to send or another thread is busy: that
-        one takes it along. Caller holds the lock, and calls send() without it."""
+        """Return a batch for send(); empty if there is nothing to send, or if the busy thread will
+        send it. Caller holds the lock, and must call send() without it."""
         self.postponed = False
         if self.busy:
             return NOTHING
@@ -1454,7 +1452,7 @@ class Sender:
         return data, served
 
     def send(self, batch: Batch) -> None:
-        """Send a batch, and go on until there is nothing left, or the kernel is full."""
+        """Send a batch, and what is queued meanwhile, as long as the kernel takes it."""
         data, served = batch
         if not data:
             return
@@ -1463,9 +1461,9 @@ class Sender:
                 done = self._duplex.send(data)
             except OSError:
                 if not self._stopped:
-                    self._duplex.reset()  # the demultiplexer finds out, and knows how to end
+                    self._duplex.reset()  # the demultiplexer sees it and ends the session
                 return
-            except BaseException:  # no memory, for example: what is lost here cannot be repaired
+            except BaseException:  # no memory, for example: a frame is lost
                 self._duplex.reset()
                 raise
             if not done:
@@ -1486,13 +1484,13 @@ class Sender:
             self._wake()
 
     def flush(self) -> None:
-        """Send what is queued, if no other thread does so already."""
+        """Send what is queued, unless another thread does so already."""
         with self._lock:
             batch = self.take()
         self.send(batch)
 
     def send_postponed(self) -> None:
-        """Caller holds the lock, which is let go meanwhile."""
+        """As flush(). Caller holds the lock, which is released meanwhile."""
         self._lock.release()
         try:
             self.flush()
@@ -1500,8 +1498,8 @@ class Sender:
             self._lock.acquire()
 
     def resume(self) -> None:
-        """Demultiplexer, in a jam: go on with what came up during it, if the kernel takes the
-        rest of the batch now."""
+        """Go on after a jam: send the rest of the batch, then what was queued meanwhile.
+        Demultiplexer only."""
         if not self._duplex.flush():
             return
         self.jammed = False
@@ -1513,17 +1511,17 @@ class Sender:
             self._wake()
 
     def idle(self) -> bool:
-        """Whether all that was queued is with the kernel; sends what no thread has begun with."""
+        """Send what is queued; whether the kernel has all of it."""
         self.flush()
         with self._lock:
             return not self.busy
 
     def stop(self) -> None:
-        """Send nothing any more. Caller holds the lock."""
+        """Send nothing from now on. Caller holds the lock."""
         self._stopped = self.busy = True
 
     def _pace(self, took: float) -> None:
-        """Fit the quantum to a line that ``took`` so many seconds for it. Busy thread only."""
+        """Adapt the quantum to a line that ``took`` so many seconds for one. Busy thread only."""
         if took < SEND_QUICK and self._quantum < SEND_MOST:
             self._quantum *= 2
         elif took > SEND_SLOW and self._quantum > SEND_LEAST:
@@ -1536,20 +1534,20 @@ class Sender:
 class StreamTable:
     """The streams of a session, and the threads that wait for one.
 
-    A stream is in ``known`` until the Mux has forgotten its id. If all of it came and was not read
-    by then, it is in ``over`` until it is. ``unread`` is always the sum of both's unread bytes.
-    Everything here needs the session's lock, but say_farewells().
+    A stream is in ``known`` as long as the Mux knows its id. A stream with unread bytes is then in
+    ``over`` until they are read. ``unread`` is always the sum of the unread bytes of both. All
+    methods need the session's lock, except say_farewells().
     """
 
     def __init__(self, session: Session, mux: Mux, account: Account, lock: threading.Lock):
         self.known: dict[int, Stream] = {}
         self.over: set[Stream] = set()
         self.unread = 0
-        self.expiring: dict[int, tuple[float, Stream]] = {}  # id: (when it is reset, Stream)
-        self.arrived: deque[Stream] = deque()  # streams that the peer opened, for accept()
-        self.arrival = threading.Condition(lock)  # arrived grew, or the end
-        self.slot = threading.Condition(lock)  # the Mux's may_open may be true again, or the end
-        self.farewells: list[Callback] = []  # on_death() of dead streams, to call without the lock
+        self.expiring: dict[int, tuple[float, Stream]] = {}  # by id: (when it is reset, Stream)
+        self.arrived: deque[Stream] = deque()  # opened by the peer, for accept()
+        self.arrival = threading.Condition(lock)  # arrived grew, or the session ended
+        self.slot = threading.Condition(lock)  # open() may be possible again, or the session ended
+        self.farewells: list[Callback] = []  # on_death() functions, to be called without the lock
         self._session, self._mux, self._account, self._lock = session, mux, account, lock
 
     def add(self, stream_id: int) -> Stream:
@@ -1562,10 +1560,10 @@ class StreamTable:
         self._account.hold(count)
         if not stream._unread and stream in self.over:
             self.over.discard(stream)
-            stream._on_death = None  # it has ended well
+            stream._on_death = None  # it has ended as it should
 
     def drop_if_over(self, stream: Stream) -> None:
-        """Both sides have said FIN: only the stream's reader still knows it."""
+        """Once both sides have sent FIN, forget the stream, but for what its reader has to read."""
         if stream._got_fin and stream._sent_fin:
             self._forget(stream.id)
             self.slot.notify()
@@ -1584,7 +1582,7 @@ class StreamTable:
         stream._cut()
 
     def give_up_behind(self, stream: Stream, text: str) -> None:
-        """Reset a stream behind what was written, if it is still known."""
+        """Reset a stream after what was written, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
             self._mux.cut(stream.id, monotonic())
@@ -1593,20 +1591,19 @@ class StreamTable:
         stream._cut()
 
     def expire(self, stream: Stream, timeout: float) -> None:
-        """Reset a stream in ``timeout`` seconds, or a little later, unless it is over or accepted
-        by then."""
+        """Reset a stream within SWEEP seconds after ``timeout``, unless it is over or accepted."""
         self.expiring[stream.id] = (monotonic() + timeout, stream)
 
     def sweep(self) -> None:
-        """Reset what has expired."""
+        """Reset the streams that have expired."""
         now = monotonic()
         for deadline, stream in list(self.expiring.values()):
             if deadline > now:
                 pass
-            elif self._mux.unsent(stream.id):  # the line is slow, and the peer is not to blame
+            elif self._mux.unsent(stream.id):  # the line is slow, not the peer
                 self.expire(stream, LINGER_TIMEOUT)
             else:
-                self.give_up(stream, "the stream was reset: nobody ended it")
+                self.give_up(stream, "the stream was reset: it was not accepted or ended in time")
 
     def end(self, reason: str) -> None:
         """Forget all streams: the session is over."""
@@ -1614,7 +1611,7 @@ class StreamTable:
         self.known.clear()
         self.expiring.clear()
         for stream in self.over:
-            stream._on_death = None  # it has ended well, although not all was read yet
+            stream._on_death = None  # it has ended as it should
         self.over.clear()
         self.arrived.clear()
         for stream in streams:
@@ -1623,14 +1620,14 @@ class StreamTable:
         self.slot.notify_all()
 
     def say_farewells(self) -> None:
-        """Call what wanted to hear of a stream's death. Without the lock."""
+        """Call the on_death() functions of dead streams. Without the lock."""
         with self._lock:
             functions, self.farewells = self.farewells, []
         for function in functions:
             call_logged(function)
 
     def _forget(self, stream_id: int) -> Stream | None:
-        """Take a stream out of the tables; None if it was not there any more."""
+        """Remove a stream from the tables and return it; None if it was not there."""
         expires = self.expiring.pop(stream_id, None) is not None
         stream = self.known.pop(stream_id, None)
         if stream is not None and expires and stream in self.arrived:
@@ -1638,25 +1635,25 @@ class StreamTable:
         return stream
 
     def _make_room(self) -> None:
-        """If too many bytes are unread, give up the stream that has most of them."""
+        """If the session has too many unread bytes, reset the stream that has most of them."""
         if self.unread <= self._account.memory.share:
             return
         streams = [*self.known.values(), *self.over]
         worst = max(streams, key=lambda stream: stream._unread)
         self.farewells.append(functools.partial(
-            log.warning, "%s: stream %d is reset, %d bytes of it were not read and memory is short",
+            log.warning, "%s: stream %d is reset: memory is short and %d bytes of it are unread",
             self._session.name, worst.id, worst._unread,
         ))  # fmt: skip
-        self.give_up(worst, "the stream was reset: too much of it was not read")
+        self.give_up(worst, "the stream was reset: memory is short and much of it was unread")
 
-    # What the Mux says. A stream may be gone since it said so (_make_room).
+    # The Mux's events. _make_room() may have reset the stream since.
 
     def _on_received(self, event: Received) -> None:
         stream = self.known.get(event.stream_id)
         if stream is None:
             return
         if stream._at_rest:
-            self.give_up(stream, "the stream was reset: bytes came while nobody awaited any")
+            self.give_up(stream, "the stream was reset: bytes came while it was at rest")
             return
         put(stream._chunks, event.payload)
         stream._silent = False
@@ -1666,7 +1663,7 @@ class StreamTable:
             self._make_room()
 
     def _on_opened(self, event: Opened) -> None:
-        if not self._mux.knows(event.stream_id):  # reset in the same breath
+        if not self._mux.knows(event.stream_id):  # the peer has reset it already
             return
         stream = self.add(event.stream_id)
         self.arrived.append(stream)
@@ -1694,9 +1691,9 @@ class StreamTable:
             return
         error = StreamReset(event.reason, event.code)
         stream.refused = stream._silent and event.code == REFUSED
-        # Its reader may take its time for what came before.
+        # What came before the RST can still be read.
         if stream._unread and not (unaccepted or event.cut):
-            if stream._got_fin:  # it came whole
+            if stream._got_fin:  # the peer's bytes are complete
                 stream._fail(error)
             else:
                 stream._die(error)
@@ -1725,14 +1722,14 @@ class StreamTable:
 
 
 class Session:
-    """One multiplexed connection.
+    """One multiplexed connection: a Mux, its streams, and the threads that drive them.
 
-    A demultiplexer thread (start()) reads, and hands each stream its bytes; it never waits for
-    a stream's reader, nor for the line. A thread that has something to send sends it, or leaves
-    it to the thread that is sending (Sender). Until start() is called, turn() does one round of
-    the demultiplexer's work, without waiting.
+    The demultiplexer thread (start()) reads from the connection and gives each stream its bytes.
+    It never waits for a stream's reader or for output; flow control bounds what it has to keep. A
+    thread that writes sends the frames itself, or leaves them to the thread that is sending (see
+    Sender). Before start(), the owner may call turn() for one round of the demultiplexer's work.
 
-    One lock guards the Mux, the streams and the timers; no I/O is done under it.
+    One lock guards the Mux, the streams and the timers. No I/O is done while it is held.
     """
 
     def __init__(
@@ -1740,12 +1737,12 @@ class Session:
         max_streams: int = MAX_STREAMS, memory: Memory | None = None,
         observer: Callable[[bool, BytesLike], None] | None = None,
     ):  # fmt: skip
-        """``name`` is for thread names and the log; ``memory`` is process_memory() if None; the
-        rest is as for Mux. Owns ``duplex``. ``observer``: see Duplex.observed()."""
+        """``name`` is for thread names and the log. ``memory``: process_memory() if None. For
+        ``observer`` see Duplex.observed(), for the rest Mux. The session closes ``duplex``."""
         self.name = name
-        self.stall_timeout = duplex.stall_timeout  # also of its streams' write()
+        self.stall_timeout = duplex.stall_timeout  # seconds, see Stream.write()
         self.ended = ""  # why the session is over; "" while it lives
-        self.heard_at = monotonic()  # when the peer has sent something last
+        self.heard_at = monotonic()  # when the peer last sent something
         # Called once each: by the demultiplexer when the peer has sent GO_AWAY, when the session is
         # over and all its streams are dead, and when its connection is closed.
         self.on_leave: Callback | None = None
@@ -1759,18 +1756,18 @@ class Session:
         self._sender = Sender(duplex, self._mux, lock, self._streams.known, self._wake)
         self._timers = Timers()
         self._closing: tuple[str, float] | None = None  # (reason, deadline) once close() was called
-        self._started = False  # the demultiplexer runs: the end is its business
+        self._started = False  # the demultiplexer runs, and only it ends the session
         self._thread: threading.Thread | None = None
         self._waker: Waker | None = None  # of the demultiplexer, from start() on
 
     def widen(self, window: int) -> None:
-        """Have further streams begin with a larger window: the peer has shown who it is."""
+        """See Mux.widen()."""
         with self._lock:
             self._mux.widen(window)
 
     @property
     def jammed(self) -> bool:
-        """Whether the peer, or the line, does not take what we have to send."""
+        """Whether output waits, since the peer or the line takes no more at present."""
         return self._sender.jammed
 
     # Streams
@@ -1779,11 +1776,11 @@ class Session:
         self, first: bytes = b"", timeout: float | None = None,
         permit: AbstractContextManager[object] = contextlib.nullcontext(),
     ) -> Stream:  # fmt: skip
-        """Open a stream; ``first`` bytes leave together with its SYN, if there is room for them.
-        It is counted within ``permit``, a context manager that may raise what it likes, and must
-        not wait for a session.
+        """Open a stream; ``first`` bytes leave together with its SYN, if the window permits.
 
-        Waits while the peer has OPEN_BACKLOG opens to answer; raises TimeoutError, ConnectionError.
+        Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError,
+        ConnectionError. The stream is added within ``permit``, a context manager that counts
+        streams. It may raise an exception to refuse this one, and must not wait for a session.
         """
         deadline = Deadline(timeout)
         mux, slot = self._mux, self._streams.slot
@@ -1796,7 +1793,7 @@ class Session:
                 with permit:
                     stream = self._streams.add(mux.open(monotonic()))
             except BaseException:
-                slot.notify()  # it may have been woken for a slot that another one can use
+                slot.notify()  # this thread was woken for a slot that another one can use
                 raise
             room = mux.room(stream.id)
             if first:
@@ -1812,7 +1809,7 @@ class Session:
         return stream
 
     def accept(self, timeout: float | None = None) -> Stream:
-        """The next stream that the peer opened; raises TimeoutError, SessionClosed."""
+        """Wait for the next stream that the peer opens; raises TimeoutError, SessionClosed."""
         deadline = Deadline(timeout)
         streams, sender = self._streams, self._sender
         with self._lock:
@@ -1823,16 +1820,17 @@ class Session:
             stream = streams.arrived.popleft()
             streams.expiring.pop(stream.id, None)
             self._mux.accept(stream.id)
-            # If the peer has asked something already, the ACK leaves with the answer to it.
+            # If the peer has sent a request already, the ACK leaves together with the answer.
             sender.postponed = stream._unread > 0
             batch = NOTHING if sender.postponed else sender.take()
         sender.send(batch)
         return stream
 
     def streams_in_use(self) -> list[Stream]:
-        """The streams that our side is not done with. A stream that ends meanwhile may be there
-        twice. Takes no lock, since a permit of open() may ask while other sessions' locks are
-        held: copy() of a dict and of a set is one step, also on a Python without a GIL."""
+        """The streams that our side has not closed; one that ends meanwhile may be there twice.
+
+        Takes no lock, since a permit of open() calls it while other sessions' locks are held.
+        copy() of a dict or a set is atomic, also on a free-threaded Python."""
         streams = (*self._streams.known.copy().values(), *self._streams.over.copy())
         return [stream for stream in streams if not stream._discarding]
 
@@ -1851,7 +1849,7 @@ class Session:
     def start(self) -> None:
         """Start the demultiplexer thread; it ends with the session.
 
-        Raises NoThread, and SessionClosed if close() was quicker.
+        Raises NoThread, and SessionClosed if close() was called before.
         """
         waker = Waker()
         with self._lock:
@@ -1865,7 +1863,7 @@ class Session:
         self._duplex.limit_unsent(self._sender._quantum)
         self.call_later(KEEP_ALIVE, self._keep_alive)
         self.call_later(SWEEP, self._sweep)
-        self._wake()  # something may have come already, in places where the selector does not look
+        self._wake()  # bytes may be in the Duplex already, where the selector does not see them
         try:
             self._thread = spawn(f"demux {self.name}", self._run, waker)
         except NoThread:
@@ -1893,7 +1891,7 @@ class Session:
             self._end(reason, farewell)
 
     def _serve(self, selector: selectors.BaseSelector, waker: Waker) -> str:
-        """Go round until the session is to be closed, and say why."""
+        """Work until the session must end; return the reason."""
         sender, writing = self._sender, False
         while True:
             if sender.jammed is not writing:
@@ -1906,14 +1904,14 @@ class Session:
             if sender.jammed:
                 sender.resume()
             self.turn()
-            self._run_timers()  # after it: what came while we slept is a sign of life
+            self._run_timers()  # after turn(), which may have read a sign of life
             if self._closing and (sender.idle() or monotonic() >= self._closing[1]):
                 return self._closing[0]
 
     def turn(self) -> None:
-        """Take what has come and answer it, without waiting. Raises ProtocolError, OSError.
+        """Read what has come and answer it, without waiting. Raises ProtocolError, OSError.
 
-        Demultiplexer only; before start(), the thread that holds the session.
+        Demultiplexer only; before start(), the owner's thread.
         """
         streams, on_event = self._streams, StreamTable.on_event
         for _ in range(READS_A_TURN):
@@ -1935,9 +1933,9 @@ class Session:
             if streams.farewells:
                 streams.say_farewells()
             if count < READ_BATCH and not self._duplex.pending:
-                break  # that was all
+                break  # nothing is left
         else:
-            self._wake()  # there may be more, in places where the selector does not look
+            self._wake()  # more may be in the Duplex, where the selector does not see it
         if self._mux.peer_left and self.on_leave is not None:
             leave = self.on_leave
             self.on_leave = None
@@ -1950,17 +1948,15 @@ class Session:
     # Timers
 
     def call_later(self, delay: float, function: Callback) -> None:
-        """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then.
-
-        The function must not wait for anything.
-        """
+        """Have the demultiplexer call ``function`` in ``delay`` seconds, if it still runs then. The
+        function must not wait."""
         with self._lock:
             self._timers.add(monotonic() + delay, function)
         if threading.current_thread() is not self._thread:
             self._wake()
 
     def _patience(self) -> float | None:
-        """Seconds until the next timer, or until close() is out of patience."""
+        """Seconds until the next timer, or the end of close()'s patience; None: for ever."""
         at = min(self._timers.next_at, self._closing[1] if self._closing else math.inf)
         return max(0, at - monotonic()) if at < math.inf else None
 
@@ -1978,12 +1974,11 @@ class Session:
         self._sender.flush()
         self._streams.say_farewells()
         if refused:
-            log.warning("%s: streams refused: %d; as many as may be are open",
-                        self.name, refused)  # fmt: skip
+            log.warning("%s: %d new streams were reset: too many are open", self.name, refused)
         self.call_later(SWEEP, self._sweep)
 
     def _keep_alive(self) -> None:
-        """A peer that has vanished without a word is found out by silence."""
+        """Ping; end the session if the peer was silent, since a dead line reports no error."""
         with self._lock:
             self._mux.keep_alive(monotonic())
         self._sender.flush()
@@ -1992,7 +1987,7 @@ class Session:
     # The end
 
     def leave(self) -> None:
-        """Tell the peer that we take no new streams; those that run go on."""
+        """Tell the peer that we accept no new streams (GO_AWAY); the open ones go on."""
         with self._lock:
             if self.ended:
                 return
@@ -2003,10 +1998,8 @@ class Session:
     def close(
         self, reason: str = "closed", code: int = NORMAL, patience: float | None = None
     ) -> None:
-        """End the session when the line has taken what is queued, after ``patience`` seconds at
-        most, FLUSH_TIMEOUT if None. ``code`` is what GO_AWAY says. Any thread. Does not wait:
-        join() does.
-        """
+        """End the session once everything queued is sent, at the latest after ``patience`` seconds
+        (FLUSH_TIMEOUT if None). GO_AWAY carries ``code``. Any thread. Does not wait: see join()."""
         patience = FLUSH_TIMEOUT if patience is None else patience
         with self._lock:
             if self._closing is None:
@@ -2027,15 +2020,15 @@ class Session:
             self._thread.join(timeout)
 
     def _end(self, reason: str, farewell: bytes | None) -> None:
-        """Tear everything down, once: first for those who wait, then for the peer.
+        """End everything, once: first wake the threads that wait, then tell the peer.
 
-        ``farewell`` is a last frame, b"" for none; None if the connection is broken already.
+        ``farewell`` is a last frame, b"" for none; None if the connection is already broken.
         """
         with self._lock:
             if self.ended:
                 return
             if self._closing:
-                reason = self._closing[0]  # the peer may have heard it, and hung up before we did
+                reason = self._closing[0]  # the peer may have hung up because of it
             self.ended = reason or "closed"
             self._streams.end(self.ended)
             self._mux.end()
@@ -2044,8 +2037,7 @@ class Session:
             self._timers = Timers()
         self._streams.say_farewells()
         if self._mux.strays:
-            log.debug("%s: %d frames were for streams that nobody knew",
-                      self.name, self._mux.strays)  # fmt: skip
+            log.debug("%s: %d frames were for unknown streams", self.name, self._mux.strays)
         if self.on_end is not None:
             call_logged(self.on_end)
         if farewell is not None:
@@ -2057,10 +2049,10 @@ class Session:
             call_logged(self.on_close)
 
     def _hang_up(self, farewell: bytes) -> None:
-        """Half-close, and read on until the peer has hung up too. Closing with input unread, or
-        still to come, would make the kernel send a RST, which overtakes what we have said."""
+        """Half-close, and read until the peer has hung up too. If input were unread, or came after
+        the close, the kernel would send a TCP RST, and the peer would lose our last frames."""
         deadline = Deadline(FLUSH_TIMEOUT)
-        with contextlib.suppress(OSError):  # gone already, or not reading: it had its chance
+        with contextlib.suppress(OSError):  # the peer is gone, or does not read in time
             if farewell:
                 self._duplex.write(farewell, timeout=deadline.left())
             self._duplex.finish(timeout=deadline.left())
@@ -2071,8 +2063,8 @@ class Session:
 class Stream:
     """One two-way pipe of bytes within a session.
 
-    One thread may read while another one writes. Reading and writing raise StreamReset or
-    SessionClosed, both ConnectionErrors, once the stream or its session is gone.
+    One thread may read while another one writes. Both get StreamReset or SessionClosed, which are
+    ConnectionErrors, once the stream or its session is gone.
     """
 
     __slots__ = (
@@ -2083,8 +2075,8 @@ class Stream:
 
     def __init__(self, session: Session, stream_id: int):
         self.id = stream_id
-        self.refused = False  # the peer reset it with REFUSED, and has sent no byte
-        self._silent = True  # ... yet
+        self.refused = False  # the peer reset it with REFUSED, and had sent no payload
+        self._silent = True  # no payload has come
         self._session = session
         self._mux, self._streams = session._mux, session._streams
         self._sender = session._sender
@@ -2095,10 +2087,10 @@ class Stream:
         self._unread = 0  # bytes in it
         self._got_fin = False
         self._sent_fin = False
-        self._discarding = False  # closed: what still comes is dropped
+        self._discarding = False  # close() was called: payload that comes is dropped
         self._error: StreamReset | SessionClosed | None = None
         self._on_death: Callback | None = None
-        self._at_rest = False  # rest() was called, and nothing was written since
+        self._at_rest = False  # from rest() until the next write()
 
     # Called by the session, which holds the lock
 
@@ -2117,13 +2109,13 @@ class Stream:
 
     def _check(self) -> None:
         if self._error is not None:
-            # A new one each time: an exception that several threads raise mixes their tracebacks.
+            # A new one each time: if threads raised the same one, their tracebacks would mix.
             if isinstance(self._error, StreamReset):
                 raise StreamReset(str(self._error), self._error.code)
             raise SessionClosed(str(self._error))
 
     def _cut(self) -> None:
-        """It will not be read to its end, so what has come is worth nothing."""
+        """Drop unread payload: what follows it is lost, so it must not be taken for all."""
         if self._chunks:
             self._drop_chunks()
             self._got_fin = False
@@ -2133,15 +2125,15 @@ class Stream:
         self._chunks.clear()
 
     def _is_known(self) -> bool:
-        """Whether frames of its id are about it: once a stream is over, a peer that is not Go may
-        use the id again."""
+        """Whether the session's stream of this id is this one. Once a stream is over, a peer that
+        is not Go may reuse its id."""
         return self._streams.known.get(self.id) is self
 
-    # For the two threads that use it
+    # Called by the threads that use the stream
 
     def on_death(self, function: Callback) -> None:
-        """Have ``function`` called once if the stream is reset or its session ends; now, if that
-        has happened. It is for who waits for something else, and must not wait itself."""
+        """Have ``function`` called once the stream is reset or its session ends, or now if that has
+        happened: it wakes a thread that waits for something else. It must not wait itself."""
         with self._lock:
             dead = self._error is not None
             self._on_death = function
@@ -2149,36 +2141,36 @@ class Stream:
             function()
 
     def call_later(self, delay: float, function: Callback) -> None:
-        """As Session's."""
+        """As Session.call_later()."""
         self._session.call_later(delay, function)
 
     @property
     def is_dead(self) -> bool:
-        """Whether it was reset, or its session has ended; some of what came may be unread."""
+        """Whether it was reset, or its session has ended. There may be unread payload."""
         return self._error is not None
 
     @property
     def window(self) -> int:
-        """Bytes that the peer may have on their way to us; 0 once the stream is over."""
+        """The receive window in bytes; 0 once the stream is over."""
         return self._mux.window(self.id) if self._is_known() else 0
 
     @property
     def stall_timeout(self) -> float:
-        """Seconds that its peer may read none of what is written."""
+        """Seconds that the peer may read nothing of what is written."""
         return self._session.stall_timeout
 
     @property
     def quiet(self) -> bool:
-        """Nothing to read, nothing ended: fit to be kept for another visit."""
+        """Whether nothing is unread and nothing has ended: it can be kept for another visit."""
         return not (self._chunks or self._got_fin or self._sent_fin or self._error)
 
     def rest(self, on_end: Callback) -> bool:
-        """Set the stream aside until the next write(), which takes it up again. False if the peer
-        has sent or ended something already; then nothing has changed.
+        """Put the stream aside until the next write(), which uses it again. False, and no change,
+        if the peer has sent or ended something already.
 
-        The peer owes nothing now. If it sends anything before all of that write() is committed,
-        bytes or an end, the stream ends at once, and ``on_end()`` is called as by on_death(). So
-        bytes that belong to an earlier exchange are never read as the answer to the next one.
+        The peer has nothing to say now. If payload or FIN comes before all of the next write() is
+        queued, the stream is reset, and ``on_end()`` is called as by on_death(). So late bytes of
+        one exchange are never read as the answer to the next one (response smuggling).
         """
         with self._lock:
             self._at_rest = self.quiet
@@ -2187,7 +2179,7 @@ class Stream:
             return self._at_rest
 
     def read(self, size: int = READ_SIZE, timeout: float | None = None) -> bytes:
-        """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError too."""
+        """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError, ConnectionError."""
         deadline = Deadline(timeout)
         waited = False
         with self._lock:
@@ -2204,7 +2196,7 @@ class Stream:
                 data = self._take_out(size)
             finally:
                 if waited:
-                    self._readable.notify()  # one event wakes one reader; there may be more
+                    self._readable.notify()  # an event wakes one reader; there may be others
             self._streams.count_unread(self, -len(data))
             due = self._is_known() and self._mux.consumed(self.id, len(data), monotonic())
             batch = self._sender.take() if due else NOTHING
@@ -2212,7 +2204,7 @@ class Stream:
         return data
 
     def _take_out(self, size: int) -> bytes:
-        """Up to ``size`` bytes of what is here, with one copy at most."""
+        """Remove up to ``size`` bytes of the payload; they are copied once at most."""
         parts: list[BytesLike] = []
         while self._chunks and size:
             chunk = self._chunks.popleft()
@@ -2226,7 +2218,7 @@ class Stream:
         return b"".join(parts)
 
     def read_exactly(self, count: int, timeout: float | None = None) -> bytes:
-        """Wait for ``count`` bytes; raises ProtocolError if the stream ends before."""
+        """Wait for ``count`` bytes; raises ProtocolError if the peer's FIN comes before."""
         deadline = Deadline(timeout)
         parts = []
         while count:
@@ -2239,10 +2231,10 @@ class Stream:
 
     def write(self, data: BytesLike, timeout: float | None = None) -> None:
         """Send all of it, waiting for the peer's window. Raises TimeoutError if the peer permits
-        none of it for ``timeout`` seconds; what was committed before is sent all the same.
+        nothing for ``timeout`` seconds; what was queued before is still sent.
 
-        Without a timeout, a peer that reads none of it for the session's ``stall_timeout`` has the
-        stream reset, which the log says.
+        Without a timeout, the stream is reset (and the log says so) if the peer permits nothing for
+        the session's ``stall_timeout``.
         """
         while data:
             try:
@@ -2257,7 +2249,7 @@ class Stream:
                 raise StreamReset(text) from None
 
     def _write_some(self, data: BytesLike, timeout: float | None) -> BytesLike:
-        """Commit what there is room for, and return the rest."""
+        """Queue what the window permits, and return the rest."""
         session, mux, sender = self._session, self._mux, self._sender
         deadline = Deadline(session.stall_timeout if timeout is None else timeout)
         waited = False
@@ -2265,10 +2257,10 @@ class Stream:
             try:
                 while True:
                     self._check()
-                    if session._closing:  # else its last frames might never be the last
+                    if session._closing:  # else a thread that writes could keep it from its end
                         raise SessionClosed(session._closing[0])
                     if self._sent_fin:
-                        raise ValueError("written to a stream that is finished")
+                        raise ValueError("write() after finish()")
                     room = mux.room(self.id)
                     if room > 0:
                         break
@@ -2285,13 +2277,13 @@ class Stream:
                     data = data[room:]
             finally:
                 if waited:
-                    self._writable.notify()  # one credit wakes one writer; it may do for more
+                    self._writable.notify()  # credit wakes one writer; it may suffice for others
             batch = sender.take()
         sender.send(batch)
         return data
 
     def finish(self) -> None:
-        """Half-close: no more bytes from us. Unlike a Duplex's it never waits."""
+        """Half-close: no more bytes from us. It never waits, unlike Duplex.finish()."""
         with self._lock:
             self._finish()
             batch = self._sender.take()
@@ -2305,8 +2297,8 @@ class Stream:
             self._streams.drop_if_over(self)
 
     def reset(self, text: str = "the stream was reset", code: int = 0) -> None:
-        """Give the stream up, both ways; threads that read or write it wake up, and are told why.
-        For ``code`` see StreamReset."""
+        """Abort both directions with RST, which carries ``code``. Threads that read or write get
+        StreamReset(text)."""
         with self._lock:
             if self._error is not None:
                 self._cut()
@@ -2316,8 +2308,8 @@ class Stream:
         self._streams.say_farewells()
 
     def cut(self, text: str = "the stream was reset") -> None:
-        """As reset(), behind what was written: the peer gets all of that, and then the RST. If the
-        stream is over already, what came before can still be read."""
+        """As reset(), but the peer first gets all that was written. If the stream is already dead,
+        what came before can still be read."""
         with self._lock:
             if self._error is not None:
                 return
@@ -2326,10 +2318,10 @@ class Stream:
         self._streams.say_farewells()
 
     def close(self) -> None:
-        """Be done with it: FIN behind what was written, and nothing is read any more.
+        """Send FIN after what was written, and drop what still comes.
 
-        A peer that does not end its side too is reset after LINGER_TIMEOUT; not at once, since
-        a RST would cost it what it has received and not yet read.
+        If the peer sends no FIN within LINGER_TIMEOUT, the stream is reset. Not earlier: a RST
+        would make a Go peer drop bytes that its application has not read yet.
         """
         with self._lock:
             self._finish()
@@ -2345,14 +2337,14 @@ class Stream:
 
 # relay -------------------------------------------------------------------------------------------
 
-LOOK_AT_ENDED = 15  # seconds between looks whether an end that has said FIN is still there. TCP
-# needs minutes to find that out (KEEPALIVE), so more often would not be sooner
-DELIVERY_TIMEOUT = 30  # seconds in which an end takes none of what another one that broke has left
-RESET_JOIN = 10  # seconds for a thread whose ends were reset to notice: it only has to wake up
+LOOK_AT_ENDED = 15  # seconds between two checks whether an end that has sent FIN is still alive.
+# TCP keepalive takes minutes to find a dead one, so checking more often would not help
+DELIVERY_TIMEOUT = 30  # seconds without progress for the last bytes of an end that broke
+RESET_JOIN = 10  # seconds for the thread of a relay to notice a reset: it only has to wake up
 
 
 class Source(Protocol):
-    """Where bytes of a pump come from: a Stream, a Duplex, or a wrapper of one."""
+    """Where pump() reads: a Stream, a Duplex or a wrapper of one."""
 
     def read(self) -> bytes: ...
     def cut(self) -> None: ...
@@ -2360,7 +2352,7 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Where bytes of a pump go."""
+    """Where pump() writes: a Stream, a Duplex or a wrapper of one."""
 
     def write(self, data: bytes) -> None: ...
     def finish(self) -> None: ...
@@ -2369,7 +2361,7 @@ class Sink(Protocol):
 
 
 class RelayEnd(Source, Sink, Protocol):
-    """An end of a relay that is no Stream: a Duplex, or a wrapper of one."""
+    """An end of a relay other than a Stream: a Duplex or a wrapper of one."""
 
     def stop_reading(self) -> None: ...
 
@@ -2377,33 +2369,33 @@ class RelayEnd(Source, Sink, Protocol):
 def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
-    ``left`` and ``right`` are Streams or Duplexes. If one breaks, the other gets what it has sent
-    before, and is reset behind that: bytes that came must not be lost, and those that were cut off
-    must not look complete. Neither is closed, that is their owner's. Uses the calling thread for
-    one direction and starts one for the other; raises NoThread.
+    If one end breaks, the other one gets the bytes that came before, and then a reset: no byte that
+    came is lost, and data that was cut off does not look complete. The caller closes both ends. It
+    copies one direction in its own thread; the other one has a thread of its own. Raises NoThread.
 
-    One direction may last for days after the other has ended. But if the end that has said FIN is
-    gone for good, nobody reads what still comes, and both are reset: a stream says that it died
-    (on_death), a Duplex that nobody reads has to be asked (died).
+    One direction may last for days after the other has ended. If the end that has sent FIN dies
+    then, nothing reads what still comes, and both are reset. A Stream reports its death
+    (on_death); a Duplex that no thread reads must be asked (died).
     """
     there, back = _Way(left, right), _Way(right, left)
     for end, other in ((left, right), (right, left)):
-        if isinstance(end, Stream):  # a thread that reads for it would wait in vain
+        if isinstance(end, Stream):  # wakes the thread that reads from the other end
             end.on_death(other.cut if isinstance(other, Stream) else other.stop_reading)
     name = f"{threading.current_thread().name} back"
     thread = spawn(name, back.carry, there)
     there.carry(back)
     thread.join(RESET_JOIN)
     if thread.is_alive():
-        log.error("thread %s does not end although its relay was reset (bug)", name)
+        log.error("thread %s still runs although its relay was reset (bug)", name)
 
 
 def pump(source: Source, sink: Sink) -> bool:
-    """Copy bytes one way, then half-close; True if all went well.
+    """Copy bytes one way until EOF, then half-close the sink; True if that succeeded.
 
-    If the source breaks, the sink is reset behind what was copied. If the sink breaks, neither is
-    touched: the thread that reads the sink finds out, behind what the sink has sent before, and
-    resets the source. If one does not read on, or anything else goes wrong, both are reset at once.
+    If the source breaks, the sink is reset after what was copied. If the sink breaks, neither is
+    reset here: the thread that reads from the sink first reads what the sink sent before it broke,
+    and then resets the source. If the sink takes nothing for too long, or on any other error, both
+    are reset at once.
     """
     return _Way(source, sink).copy()
 
@@ -2413,11 +2405,11 @@ class _Way:
 
     def __init__(self, source: Source, sink: Sink):
         self.source, self.sink = source, sink
-        self.over = threading.Event()  # nothing more is copied
-        self.moved_at = monotonic()  # when the sink has taken something last
+        self.over = threading.Event()  # set when nothing more is copied
+        self.moved_at = monotonic()  # when the sink last took bytes
 
     def carry(self, back: _Way) -> None:
-        """Copy all; then see to it that the way ``back`` ends, too."""
+        """Copy everything; then wait for the way ``back``, and end it if it cannot end itself."""
         source, sink = self.source, self.sink
         well = self.copy()
         self.over.set()
@@ -2429,10 +2421,11 @@ class _Way:
                 self._reset()
                 break
         if back.over.wait(RESET_JOIN) and self._is_broken(well):
-            source.cut()  # it may not have heard yet that not all of it was taken
+            source.cut()  # it may not know yet that its bytes were not delivered
 
     def _is_broken(self, well: bool) -> bool:
-        """Whether not all of it was taken, ``well`` as it seemed: a dead stream refuses no end."""
+        """Whether bytes were not delivered. A dead Stream's finish() raises nothing, so ``well``
+        alone does not tell."""
         return not well or (isinstance(self.sink, Stream) and self.sink.is_dead)
 
     def copy(self) -> bool:
@@ -2459,7 +2452,7 @@ class _Way:
             pass
         except Exception:
             name = threading.current_thread().name
-            log.exception("thread %s: a relay is reset (bug, traceback follows)", name)
+            log.exception("thread %s: its relay is reset (bug, traceback follows)", name)
         self._reset()
         return False
 
@@ -2470,13 +2463,12 @@ class _Way:
 
 # The process -------------------------------------------------------------------------------------
 
-# What a container is allowed, in the two versions of Linux's control groups.
+# The memory limit of a container, in the two versions of Linux's control groups.
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can have: the machine's, or its container's if that is
-    less; 1 GiB if nobody knows."""
+    """Bytes of memory of the machine, or of the container if that is less; 1 GiB if unknown."""
     sizes = []
     with contextlib.suppress(ValueError, OSError, AttributeError):  # not a Unix
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -2492,7 +2484,7 @@ _process_memory_lock = threading.Lock()  # guards it
 
 
 def process_memory() -> Memory:
-    """The Memory that all sessions share; made when first asked for, since that reads files."""
+    """The Memory that all sessions share; made on the first call, since that reads files."""
     global _process_memory
     with _process_memory_lock:
         if _process_memory is None:

@@ -714,7 +714,7 @@ def test_ho_ping_flood(monkeypatch):
         assert len(session._mux._replies) <= MAX_REPLIES
         assert resident() - before < 20 * MIB
         session.join(PATIENCE)
-        assert "the peer does not read its 32768 answers" in session.ended
+        assert "the peer has not read 32768 pongs and resets" in session.ended
 
 
 @pytest.mark.slow
@@ -743,7 +743,7 @@ def test_ho_syn_flood(monkeypatch, reads):
             assert resets == 100_000 - ACCEPT_BACKLOG and session.ended == ""
         else:
             session.join(PATIENCE)
-            assert "the peer does not read its 32768 answers" in session.ended
+            assert "the peer has not read 32768 pongs and resets" in session.ended
 
 
 @pytest.mark.slow
@@ -820,7 +820,7 @@ def test_ho_stray_frames(caplog):
             for _ in range(90):
                 peer.send(strays)
         session.join(PATIENCE)
-        assert "too many frames that nobody needs" in session.ended
+        assert "too many useless frames" in session.ended
         assert resident() - before < MIB
         assert len(caplog.records) <= 10
 
