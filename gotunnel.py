@@ -237,7 +237,7 @@ NEVER = float("inf")  # an instant that is not reached
 
 
 class _Flow:
-    """What the Mux knows of one stream. Received bytes are "used" once the application has them."""
+    """What the Mux knows of one stream. Received bytes are "used" once a thread has read them."""
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "used", "since",
                  "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin", "got_fin",
@@ -403,7 +403,7 @@ class Mux:
         self._replies: deque[bytes] = deque()  # headers: pongs, go away
         self._control: deque[bytes] = deque()  # headers: SYN, ACK, RST
         self._updates: dict[int, int] = {}  # by stream id: credit, added up until it is sent
-        self._question = b""  # a ping
+        self._ping = b""  # a ping
         self._queued = 0  # bytes of unsent payload, of all streams
         self._rotation: deque[_Flow] = deque()  # streams with payload or FIN to send
 
@@ -770,7 +770,7 @@ class Mux:
     def _ask(self, now: float) -> None:
         self._pings += 1
         self._asked, self._asked_at = self._pings & MAX_UINT32, now
-        self._question = Header(PING, SYN, 0, self._asked).encode()
+        self._ping = Header(PING, SYN, 0, self._asked).encode()
 
     def go_away(self, code: int = NORMAL) -> None:
         """Announce that we accept no more streams; any code but NORMAL ends the session."""
@@ -816,10 +816,10 @@ class Mux:
             stream_id, credit = self._updates.popitem()
             parts.append(Header(WINDOW_UPDATE, 0, stream_id, credit).encode())
             size += HEADER_SIZE
-        if self._question and size < limit:
-            parts.append(self._question)
+        if self._ping and size < limit:
+            parts.append(self._ping)
             size += HEADER_SIZE
-            self._question = b""
+            self._ping = b""
         while self._rotation and size < limit:
             flow = self._rotation.popleft()
             flow.in_rotation = False
@@ -906,7 +906,7 @@ MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hund
 TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
             "expected fewer hostnames, or shorter policies")  # fmt: skip
 UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more are a flood
-UNKNOWN_LEAST = 256  # what a small unknown message counts as: its bytes are not what it costs us
+UNKNOWN_LEAST = 256  # bytes that a smaller one counts as, since reading it takes as long
 UNKNOWN_KINDS = 16  # unknown types that are reported; the sender could invent any number of them
 MAX_TS = 1 << 63  # Go's int64
 
@@ -1463,7 +1463,7 @@ class Sender:
                 if not self._stopped:
                     self._duplex.reset()  # the demultiplexer sees it and ends the session
                 return
-            except BaseException:  # no memory, for example: a frame is lost
+            except BaseException:  # no memory, for example: frames are lost
                 self._duplex.reset()
                 raise
             if not done:
@@ -1534,9 +1534,9 @@ class Sender:
 class StreamTable:
     """The streams of a session, and the threads that wait for one.
 
-    A stream is in ``known`` as long as the Mux knows its id. A stream with unread bytes is then in
-    ``over`` until they are read. ``unread`` is always the sum of the unread bytes of both. All
-    methods need the session's lock, except say_farewells().
+    A stream is in ``known`` as long as the Mux knows its id. Afterwards, a stream with unread bytes
+    is in ``over`` until they are read. ``unread`` is always the sum of the unread bytes of both.
+    All methods need the session's lock, except run_callbacks().
     """
 
     def __init__(self, session: Session, mux: Mux, account: Account, lock: threading.Lock):
@@ -1547,7 +1547,7 @@ class StreamTable:
         self.arrived: deque[Stream] = deque()  # opened by the peer, for accept()
         self.arrival = threading.Condition(lock)  # arrived grew, or the session ended
         self.slot = threading.Condition(lock)  # open() may be possible again, or the session ended
-        self.farewells: list[Callback] = []  # on_death() functions, to be called without the lock
+        self.callbacks: list[Callback] = []  # on_death() functions, to be called without the lock
         self._session, self._mux, self._account, self._lock = session, mux, account, lock
 
     def add(self, stream_id: int) -> Stream:
@@ -1572,7 +1572,7 @@ class StreamTable:
             else:
                 stream._on_death = None
 
-    def give_up(self, stream: Stream, text: str, code: int = 0) -> None:
+    def reset(self, stream: Stream, text: str, code: int = 0) -> None:
         """Reset a stream, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
@@ -1581,7 +1581,7 @@ class StreamTable:
         stream._die(StreamReset(text))
         stream._cut()
 
-    def give_up_behind(self, stream: Stream, text: str) -> None:
+    def cut(self, stream: Stream, text: str) -> None:
         """Reset a stream after what was written, if it is still known."""
         if stream._is_known():
             self._forget(stream.id)
@@ -1603,7 +1603,7 @@ class StreamTable:
             elif self._mux.unsent(stream.id):  # the line is slow, not the peer
                 self.expire(stream, LINGER_TIMEOUT)
             else:
-                self.give_up(stream, "the stream was reset: it was not accepted or ended in time")
+                self.reset(stream, "the stream was reset: it was not accepted or ended in time")
 
     def end(self, reason: str) -> None:
         """Forget all streams: the session is over."""
@@ -1611,7 +1611,7 @@ class StreamTable:
         self.known.clear()
         self.expiring.clear()
         for stream in self.over:
-            stream._on_death = None  # it has ended as it should
+            stream._on_death = None  # it ended before the session did
         self.over.clear()
         self.arrived.clear()
         for stream in streams:
@@ -1619,10 +1619,10 @@ class StreamTable:
         self.arrival.notify_all()
         self.slot.notify_all()
 
-    def say_farewells(self) -> None:
+    def run_callbacks(self) -> None:
         """Call the on_death() functions of dead streams. Without the lock."""
         with self._lock:
-            functions, self.farewells = self.farewells, []
+            functions, self.callbacks = self.callbacks, []
         for function in functions:
             call_logged(function)
 
@@ -1640,11 +1640,11 @@ class StreamTable:
             return
         streams = [*self.known.values(), *self.over]
         worst = max(streams, key=lambda stream: stream._unread)
-        self.farewells.append(functools.partial(
+        self.callbacks.append(functools.partial(
             log.warning, "%s: stream %d is reset: memory is short and %d bytes of it are unread",
             self._session.name, worst.id, worst._unread,
         ))  # fmt: skip
-        self.give_up(worst, "the stream was reset: memory is short and much of it was unread")
+        self.reset(worst, "the stream was reset: memory is short and much of it was unread")
 
     # The Mux's events. _make_room() may have reset the stream since.
 
@@ -1653,7 +1653,7 @@ class StreamTable:
         if stream is None:
             return
         if stream._at_rest:
-            self.give_up(stream, "the stream was reset: bytes came while it was at rest")
+            self.reset(stream, "the stream was reset: bytes came while it was at rest")
             return
         put(stream._chunks, event.payload)
         stream._silent = False
@@ -1714,7 +1714,7 @@ class StreamTable:
         if event.code != NORMAL:
             raise SessionClosed(f"the peer ended the session with code {event.code}")
 
-    on_event: dict[type, Callable[[StreamTable, Any], None]] = {
+    on_event: dict[type, Callable[[StreamTable, Any], None]] = {  # by type of event
         Received: _on_received, Opened: _on_opened, Finished: _on_finished,
         WasReset: _on_was_reset, Writable: _on_writable, Answered: _on_answered,
         GoneAway: _on_gone_away,
@@ -1872,23 +1872,23 @@ class Session:
 
     def _run(self, waker: Waker) -> None:
         reason = "internal error"
-        farewell: bytes | None = None
+        last_frame: bytes | None = None
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(waker, selectors.EVENT_READ)
                 selector.register(self._duplex, selectors.EVENT_READ)
                 reason = self._serve(selector, waker)
-                farewell = b""
+                last_frame = b""
         except ProtocolError as error:
             reason = f"protocol error: {error}"
-            farewell = Header(GO_AWAY, 0, 0, PROTOCOL_ERROR).encode()
+            last_frame = Header(GO_AWAY, 0, 0, PROTOCOL_ERROR).encode()
         except OSError as error:
             reason = str(error)
         except Exception:
             log.exception("session %s ends: an unexpected error (bug, traceback follows)",
                           self.name)  # fmt: skip
         finally:
-            self._end(reason, farewell)
+            self._end(reason, last_frame)
 
     def _serve(self, selector: selectors.BaseSelector, waker: Waker) -> str:
         """Work until the session must end; return the reason."""
@@ -1930,8 +1930,8 @@ class Session:
             finally:
                 LARGE_BUFFERS.give_back(buffer)
             self._sender.send(batch)
-            if streams.farewells:
-                streams.say_farewells()
+            if streams.callbacks:
+                streams.run_callbacks()
             if count < READ_BATCH and not self._duplex.pending:
                 break  # nothing is left
         else:
@@ -1972,7 +1972,7 @@ class Session:
             self._streams.sweep()
             refused, self._mux.refused = self._mux.refused, 0
         self._sender.flush()
-        self._streams.say_farewells()
+        self._streams.run_callbacks()
         if refused:
             log.warning("%s: %d new streams were reset: too many are open", self.name, refused)
         self.call_later(SWEEP, self._sweep)
@@ -2019,10 +2019,10 @@ class Session:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def _end(self, reason: str, farewell: bytes | None) -> None:
+    def _end(self, reason: str, last_frame: bytes | None) -> None:
         """End everything, once: first wake the threads that wait, then tell the peer.
 
-        ``farewell`` is a last frame, b"" for none; None if the connection is already broken.
+        ``last_frame`` may be b"" for none, or None if the connection is already broken.
         """
         with self._lock:
             if self.ended:
@@ -2035,26 +2035,26 @@ class Session:
             self._account.close()
             self._sender.stop()
             self._timers = Timers()
-        self._streams.say_farewells()
+        self._streams.run_callbacks()
         if self._mux.strays:
             log.debug("%s: %d frames were for unknown streams", self.name, self._mux.strays)
         if self.on_end is not None:
             call_logged(self.on_end)
-        if farewell is not None:
-            self._hang_up(farewell)
+        if last_frame is not None:
+            self._hang_up(last_frame)
         self._duplex.close()
         if self._waker is not None:
             self._waker.close()
         if self.on_close is not None:
             call_logged(self.on_close)
 
-    def _hang_up(self, farewell: bytes) -> None:
+    def _hang_up(self, last_frame: bytes) -> None:
         """Half-close, and read until the peer has hung up too. If input were unread, or came after
         the close, the kernel would send a TCP RST, and the peer would lose our last frames."""
         deadline = Deadline(FLUSH_TIMEOUT)
         with contextlib.suppress(OSError):  # the peer is gone, or does not read in time
-            if farewell:
-                self._duplex.write(farewell, timeout=deadline.left())
+            if last_frame:
+                self._duplex.write(last_frame, timeout=deadline.left())
             self._duplex.finish(timeout=deadline.left())
             while self._duplex.read(timeout=deadline.left()):
                 pass
@@ -2105,7 +2105,7 @@ class Stream:
 
     def _announce_death(self) -> None:
         if self._on_death is not None:
-            self._streams.farewells.append(self._on_death)
+            self._streams.callbacks.append(self._on_death)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -2115,7 +2115,7 @@ class Stream:
             raise SessionClosed(str(self._error))
 
     def _cut(self) -> None:
-        """Drop unread payload: what follows it is lost, so it must not be taken for all."""
+        """Drop unread payload: the bytes behind it are lost, so it must not look complete."""
         if self._chunks:
             self._drop_chunks()
             self._got_fin = False
@@ -2170,7 +2170,7 @@ class Stream:
 
         The peer has nothing to say now. If payload or FIN comes before all of the next write() is
         queued, the stream is reset, and ``on_end()`` is called as by on_death(). So late bytes of
-        one exchange are never read as the answer to the next one (response smuggling).
+        one exchange are never read as the answer to the next one (HTTP desync).
         """
         with self._lock:
             self._at_rest = self.quiet
@@ -2257,7 +2257,7 @@ class Stream:
             try:
                 while True:
                     self._check()
-                    if session._closing:  # else a thread that writes could keep it from its end
+                    if session._closing:  # new payload could keep it from its end
                         raise SessionClosed(session._closing[0])
                     if self._sent_fin:
                         raise ValueError("write() after finish()")
@@ -2303,9 +2303,9 @@ class Stream:
             if self._error is not None:
                 self._cut()
                 return
-            self._streams.give_up(self, text, code)
+            self._streams.reset(self, text, code)
         self._sender.flush()
-        self._streams.say_farewells()
+        self._streams.run_callbacks()
 
     def cut(self, text: str = "the stream was reset") -> None:
         """As reset(), but the peer first gets all that was written. If the stream is already dead,
@@ -2313,9 +2313,9 @@ class Stream:
         with self._lock:
             if self._error is not None:
                 return
-            self._streams.give_up_behind(self, text)
+            self._streams.cut(self, text)
         self._sender.flush()
-        self._streams.say_farewells()
+        self._streams.run_callbacks()
 
     def close(self) -> None:
         """Send FIN after what was written, and drop what still comes.
@@ -2370,20 +2370,20 @@ def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
     """Copy bytes both ways until both ends are done; a half-close is passed on.
 
     If one end breaks, the other one gets the bytes that came before, and then a reset: no byte that
-    came is lost, and data that was cut off does not look complete. The caller closes both ends. It
-    copies one direction in its own thread; the other one has a thread of its own. Raises NoThread.
+    came is lost, and data that was cut off does not look complete. One direction is copied by the
+    calling thread, the other one by a new thread. The caller closes both ends. Raises NoThread.
 
     One direction may last for days after the other has ended. If the end that has sent FIN dies
     then, nothing reads what still comes, and both are reset. A Stream reports its death
     (on_death); a Duplex that no thread reads must be asked (died).
     """
-    there, back = _Way(left, right), _Way(right, left)
+    there, back = _Direction(left, right), _Direction(right, left)
     for end, other in ((left, right), (right, left)):
         if isinstance(end, Stream):  # wakes the thread that reads from the other end
             end.on_death(other.cut if isinstance(other, Stream) else other.stop_reading)
     name = f"{threading.current_thread().name} back"
-    thread = spawn(name, back.carry, there)
-    there.carry(back)
+    thread = spawn(name, back.run, there)
+    there.run(back)
     thread.join(RESET_JOIN)
     if thread.is_alive():
         log.error("thread %s still runs although its relay was reset (bug)", name)
@@ -2397,10 +2397,10 @@ def pump(source: Source, sink: Sink) -> bool:
     and then resets the source. If the sink takes nothing for too long, or on any other error, both
     are reset at once.
     """
-    return _Way(source, sink).copy()
+    return _Direction(source, sink).copy()
 
 
-class _Way:
+class _Direction:
     """One direction of a relay."""
 
     def __init__(self, source: Source, sink: Sink):
@@ -2408,7 +2408,7 @@ class _Way:
         self.over = threading.Event()  # set when nothing more is copied
         self.moved_at = monotonic()  # when the sink last took bytes
 
-    def carry(self, back: _Way) -> None:
+    def run(self, back: _Direction) -> None:
         """Copy everything; then wait for the way ``back``, and end it if it cannot end itself."""
         source, sink = self.source, self.sink
         well = self.copy()
