@@ -1,15 +1,15 @@
 """The agent's configuration: a YAML file in, one frozen ``Config`` out.
 
-The file is a mapping with the keys in ``KEYS``; each item of ``tunnels`` is one with the keys in
-``TUNNEL_KEYS``. ``conf/agent.yaml`` explains them to the operator. Relative paths are relative to
-the working folder.
+The file is a mapping with the keys in ``KEYS``; each item of ``tunnels`` is a mapping with the keys
+in ``TUNNEL_KEYS``. ``conf/agent.yaml`` explains them to the operator. Relative paths are relative
+to the working folder.
 
-Every value is taken as the text that was typed: ``jwt_secret: 012`` is those three characters, and
-no hostname turns into a number or a date on its way. What a number or a boolean is, is decided
-here, key by key.
+Every value is the text that was typed: ``jwt_secret: 012`` is those three characters, and no
+hostname turns into a number or a date. This module decides for each key whether its text is a
+number or a boolean.
 
-Whatever is wrong is a ``ConfigError``, one line that never shows a secret: the file, the key (items
-of a list count from 0), what came and what was expected.
+Any fault is a ``ConfigError``, one line that never shows a secret: the file, the key (items of a
+list count from 0), what came, what was expected, and what to do where that is not obvious.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gotunnel import (
     ANY_PORT,
@@ -47,6 +47,8 @@ from .common.proxy_protocol import VERSIONS
 from .common.quantities import whole_number
 from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
+
+T = TypeVar("T")
 
 KEYS = (
     "tunnel_addr",
@@ -77,52 +79,53 @@ TUNNEL_KEYS = (
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 
-SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # or the same with _file, in a file
+SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # each may also name a file: with _file
 
 MODES = ("http", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-# A thousand tunnels take a tenth of this: it keeps a wrong path from filling the memory.
+# Bytes of a file. A thousand tunnels take a tenth of this; a path to something else must not fill
+# the memory.
 MAX_FILE = 1024 * 1024
 
-# Bytes of all policies together: the register message holds the hostnames and the token as well.
+# Bytes of all policies together: the register message also holds the hostnames and the token.
 MOST_POLICIES = MESSAGE_LIMIT // 2
 
-# Bytes of a unix socket's path: what the system's sockaddr_un holds, less the byte that ends it.
+# Bytes of a unix socket's path: the size of the system's sun_path, less its terminating zero.
 MAX_UNIX_PATH = 107 if sys.platform == "linux" else 103
 
-# Seconds. A token must outlast the way to the gateway and clocks that differ; one that is valid
-# for more than a year is a typing error.
+# Seconds that a token is valid. It must allow for transit and for clocks that differ; more than a
+# year is most likely a typing error.
 LEAST_EXPIRE = 60
 MOST_EXPIRE = 365 * 24 * 3600
 
-# Seconds. A visit that is silent for less is most likely just thinking; more than a month is a
-# typing error.
+# Seconds of silence in tcp mode. Shorter pauses are normal in a visit; more than a month is most
+# likely a typing error.
 LEAST_IDLE = 1
 MOST_IDLE = 31 * 24 * 3600
 
-# Characters of a bad value that a message shows: enough for the longest hostname, and one line.
+# Characters of a bad value that a message shows: the length of the longest hostname.
 MAX_SHOWN = 253
 
 
 class ConfigError(Exception):
-    """The agent cannot start like this; the message is one line for the operator."""
+    """The configuration cannot be used; the message is one line for the operator."""
 
 
 class Target(NamedTuple):
-    """Where visits go: a port of a host, perhaps with TLS, or a unix socket.
+    """Where visits go: a port of a host, with or without TLS, or a unix socket.
 
-    As text it is what the operator writes.
+    str() gives it as the operator writes it.
     """
 
     host: str = ""  # a hostname or an IP address, without brackets; "" for a unix socket
     port: int = 0
     path: str = ""  # of a unix socket; "" for a port
     tls: bool = False
-    ca_file: str | None = None  # of the target's CA; None: those that the system trusts
+    ca_file: str | None = None  # the target's CA; None: the CAs that the system trusts
     skip_tls_verify: bool = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -136,14 +139,14 @@ class Tunnel(NamedTuple):
     target: Target
     mode: str
     host_header: str = ""  # the Host that the target gets; "": the visitor's
-    port: str = ""  # its own public port, ANY_PORT for any; "": none
+    port: str = ""  # the tunnel's own public port, ANY_PORT for any; "": none
     proxy_protocol: str = ""  # version of the PROXY header that the target gets; "": none
-    idle_timeout: float | None = None  # seconds without a byte that end a visit in tcp mode
-    policy: Policy = Policy()  # what the gateway asks of its visitors
+    idle_timeout: float | None = None  # tcp mode: seconds without a byte that end a visit
+    policy: Policy = Policy()  # what the gateway asks of visitors
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The features without which a gateway would serve it otherwise than it says here."""
+        """The features that a gateway must know to serve the tunnel as configured."""
         wanted = (
             (HOST_HEADER, self.host_header),
             (PORTS, self.port),
@@ -156,9 +159,9 @@ class Tunnel(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """What the operator decided, checked and complete.
+    """The operator's configuration, checked and with all defaults.
 
-    Exactly one of ``jwt_secret`` and ``token`` is there, the other is None.
+    Exactly one of ``jwt_secret`` and ``token`` is set, the other is None.
     """
 
     tunnel_host: str  # a hostname or an IP address, without brackets
@@ -168,56 +171,58 @@ class Config:
     jwt_secret: str | None = field(repr=False)
     token: str | None = field(repr=False)
     jwt_issuer: str
-    jwt_expire_sec: int  # how long a token is valid that the agent signs, in seconds
-    stall_timeout: float  # seconds that a visitor, or a target, may read nothing of what it gets
+    jwt_expire_sec: int  # seconds that a token signed by the agent is valid
+    stall_timeout: float  # seconds that a visitor or a target may read nothing of what it gets
     log_level: str  # one of LOG_LEVELS
     tunnels: tuple[Tunnel, ...]
-    secret_files: tuple[str, ...] = field(default=(), compare=False)  # read for secrets
+    secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
 
     def routes(self) -> dict[str, str]:
-        """Hostname to target, as the register message names them."""
+        """Hostname to target, for the register message."""
         return {tunnel.hostname: str(tunnel.target) for tunnel in self.tunnels}
 
     def modes(self) -> dict[str, str]:
-        """Hostname to mode, as the register message names them."""
+        """Hostname to mode, for the register message."""
         return {tunnel.hostname: tunnel.mode for tunnel in self.tunnels}
 
     def host_headers(self) -> dict[str, str]:
-        """Hostname to the Host of its own that its target gets, for the register message."""
+        """Hostname to the Host that its target gets instead of the visitor's, for the register
+        message."""
         return {t.hostname: t.host_header for t in self.tunnels if t.host_header}
 
     def ports(self) -> dict[str, str]:
-        """Hostname to the public port that it wants, for the register message."""
+        """Hostname to the public port that it asks for, for the register message."""
         return {t.hostname: t.port for t in self.tunnels if t.port}
 
     def addressed(self) -> tuple[str, ...]:
-        """The hostnames whose targets hear the visitor's address, for the register message."""
+        """The hostnames whose targets get the visitor's address, for the register message."""
         return tuple(t.hostname for t in self.tunnels if t.proxy_protocol)
 
-    def policies(self) -> dict[str, dict]:
-        """Hostname to what the gateway asks of its visitors, for the register message."""
+    def policies(self) -> dict[str, dict[str, Any]]:
+        """Hostname to policy, for the register message."""
         wires = {tunnel.hostname: tunnel.policy.wire() for tunnel in self.tunnels}
         return {hostname: wire for hostname, wire in wires.items() if wire}
 
 
-def load(path: str | os.PathLike) -> Config:
-    """Read, check and complete the configuration in the file ``path``.
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and check the configuration in the file ``path``, and add the defaults.
 
-    Raises ConfigError at the first thing that is wrong.
+    Raises ConfigError for the first fault.
     """
     try:
-        document = _parse(_read_file(path))
+        document = _mapping(_parse(_read_file(path)))
         config = _config(document)
         return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
-        raise ConfigError(f"{os.fspath(path)}: {error}") from None
+        missing = "" if os.path.lexists(path) else ": name it with -c, or copy conf/agent.yaml"
+        raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
 
 
 # --- The file ------------------------------------------------------------------------------------
 
 
-def _read_file(path: str | os.PathLike) -> str:
-    """The text of a small file, without the byte order mark that some editors put first."""
+def _read_file(path: str | os.PathLike[str]) -> str:
+    """The text of a small file, without the byte order mark that some editors write."""
     if os.path.isdir(path):
         raise ConfigError("this is a folder, expected a file")
     try:
@@ -226,7 +231,7 @@ def _read_file(path: str | os.PathLike) -> str:
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror}), expected a readable file") from None
     if len(content) > MAX_FILE:
-        raise ConfigError(f"the file is too long, expected at most {MAX_FILE} bytes")
+        raise ConfigError(f"the file is too long, expected at most {MAX_FILE} bytes of text")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -240,11 +245,22 @@ def _parse(text: str) -> object:
     except YamlError as error:
         raise ConfigError(str(error)) from None
     except RecursionError:
-        raise ConfigError("lists or mappings too deep in each other, expected two levels") from None
+        raise ConfigError("lists or mappings nested too deeply, expected two levels") from None
 
 
-def _secret_files(path: str, document: Mapping) -> Iterator[str]:
-    """Of a document that is right: the files with secrets, itself included if it holds any."""
+def _mapping(document: object) -> dict[str, Any]:
+    """The document, which must be a mapping with known keys."""
+    if document is None:
+        raise ConfigError("the file is empty, expected tunnel_addr, a credential and tunnels")
+    if not isinstance(document, dict):
+        raise ConfigError(f"{kind(document)} came, expected a mapping of keys to values")
+    _refuse_unknown_keys(document, KEYS, "")
+    return document
+
+
+def _secret_files(path: str, document: Mapping[str, Any]) -> Iterator[str]:
+    """The files that hold secrets, ``path`` included if the document itself holds any. The document
+    has been checked."""
     mappings = (document, *document["tunnels"])
     if any(key in mapping for mapping in mappings for key in SECRET_KEYS):
         yield path
@@ -255,13 +271,7 @@ def _secret_files(path: str, document: Mapping) -> Iterator[str]:
 # --- The keys ------------------------------------------------------------------------------------
 
 
-def _config(document: object) -> Config:
-    if document is None:
-        raise ConfigError("the file is empty, expected tunnel_addr, a credential and tunnels")
-    if not isinstance(document, dict):
-        raise ConfigError(f"{kind(document)} came, expected a mapping of keys to values")
-    _refuse_unknown_keys(document, KEYS, "")
-
+def _config(document: Mapping[str, object]) -> Config:
     tunnel_host, tunnel_port = _tunnel_addr(document)
     jwt_secret, token = _credential(document)
     ca_file, skip_tls_verify = _trust(document)
@@ -281,8 +291,8 @@ def _config(document: object) -> Config:
     size = len(json.dumps(config.policies(), separators=(",", ":")))
     if size > MOST_POLICIES:
         raise ConfigError(
-            f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels, expected at most "
-            f"{MOST_POLICIES}"
+            f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels together, expected at "
+            f"most {MOST_POLICIES}: use fewer users or networks, or a second agent"
         )
     return config
 
@@ -301,11 +311,11 @@ def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
 
 
 def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]:
-    """The secret or the token, each read from its file if that is what was named."""
+    """The secret or the token, one of which is None; read from a file if the key names one."""
     given = [key for key in CREDENTIAL_KEYS if key in document]
     if len(given) != 1:
-        came = f"{' and '.join(given)} came" if given else "no credential"
-        raise ConfigError(f"{came}, expected exactly one of {', '.join(CREDENTIAL_KEYS)}")
+        came = " and ".join(given) or "no credential"
+        raise ConfigError(f"{came} came, expected exactly one of {', '.join(CREDENTIAL_KEYS)}")
     (key,) = given
     if key.endswith("_file"):
         path = _text(document, key, "the path of a file")
@@ -315,7 +325,7 @@ def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]
             raise ConfigError(f"{key}: {shown_path(path)[:MAX_SHOWN]}: {error}") from None
     else:
         credential = _text(document, key, "text", secret=True)
-    # A lone surrogate (YAML's "\ud800" makes one) has no bytes that could be sent or signed with.
+    # A lone surrogate (YAML's "\ud800" makes one) cannot be encoded, so neither sent nor signed.
     if not credential.strip() or re.search("[\ud800-\udfff]", credential):
         raise ConfigError(
             f"{key}: no text came, expected the gateway's JWT_SECRET or a token that it accepts"
@@ -326,7 +336,7 @@ def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]
 def _trust(
     mapping: Mapping[str, object], prefix: str = "", where: str = ""
 ) -> tuple[str | None, bool]:
-    """The two keys that say which certificates will do: ca_file and skip_tls_verify."""
+    """The values of ca_file and skip_tls_verify: which certificates the agent accepts."""
     ca_file, skip_tls_verify = f"{prefix}ca_file", f"{prefix}skip_tls_verify"
     skip = _boolean(mapping, skip_tls_verify, False, where)
     if ca_file not in mapping:
@@ -334,7 +344,8 @@ def _trust(
     path = _text(mapping, ca_file, "the path of a file", where)
     if skip:
         raise ConfigError(
-            f"{where}{ca_file} and {skip_tls_verify}: true came, expected only one of them"
+            f"{where}{ca_file} and {skip_tls_verify}: true came, expected only one of them: remove "
+            f"{skip_tls_verify} to have the certificate checked"
         )
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise ConfigError(
@@ -364,7 +375,8 @@ def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
         tunnel = _tunnel(item, f"tunnels[{number}]")
         if tunnel.hostname in tunnels:
             raise ConfigError(
-                f"tunnels[{number}].hostname: {tunnel.hostname!r} came before, expected it once"
+                f"tunnels[{number}].hostname: {tunnel.hostname!r} comes twice, expected each "
+                "hostname once"
             )
         tunnels[tunnel.hostname] = tunnel
     return tuple(tunnels.values())
@@ -372,7 +384,9 @@ def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
 
 def _tunnel(item: object, where: str) -> Tunnel:
     if not isinstance(item, dict):
-        raise ConfigError(f"{where}: {kind(item)} came, expected a mapping with hostname, target")
+        raise ConfigError(
+            f"{where}: {kind(item)} came, expected a mapping with hostname and target"
+        )
     _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: ")
 
     where += "."
@@ -396,7 +410,7 @@ def _hostname(item: Mapping[str, object], where: str) -> str:
     name = text if text.isascii() else normal_hostname(text)
     if valid_hostname(name) or valid_wildcard(name):
         return normal_hostname(name)
-    advice = "" if text.isascii() else ": write it in its xn-- form"
+    advice = "" if text.isascii() else ": write this one in its xn-- form"
     raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{advice}")
 
 
@@ -411,7 +425,7 @@ def _target(item: Mapping[str, object], where: str) -> Target:
     tls = bool(slashes) and scheme.lower() == "https"
     for key in ("target_ca_file", "target_skip_tls_verify"):
         if key in item and not tls:
-            raise refused(f"has no TLS, and {key} came")
+            raise refused(f"has no TLS, but {key} came")
     if text.startswith("unix:"):
         return Target(path=_unix_path(text.removeprefix("unix:"), refused))
     if not slashes:
@@ -425,7 +439,7 @@ def _target(item: Mapping[str, object], where: str) -> Target:
 
 def _unix_path(path: str, refused: Callable[[str], ConfigError]) -> str:
     if not hasattr(socket, "AF_UNIX"):
-        raise refused("is a unix socket, which Python does not have on this system")
+        raise refused("is a unix socket, which Python does not offer on this system")
     if not path.startswith("/"):
         raise refused("has no absolute path")
     if len(path.encode()) > MAX_UNIX_PATH:
@@ -438,8 +452,7 @@ def _host_header(item: Mapping[str, object], mode: str, where: str) -> str:
         return ""
     expected = "a hostname or an IP address, with or without a port"
     text = _text(item, "host_header", expected, where)
-    if mode != "http":
-        raise ConfigError(f"{where}host_header: mode {mode} came, expected mode http beside it")
+    _expect_mode("host_header", "http", mode, where)
     if not valid_host(text):
         raise ConfigError(f"{where}host_header: {_shown(text)} came, expected {expected}")
     return text
@@ -450,7 +463,7 @@ def _port(item: Mapping[str, object], mode: str, where: str) -> str:
         return ""
     expected = f"a port from 1 to {MAX_PORT}, or {ANY_PORT}"
     text = _text(item, "port", expected, where).lower()
-    _expect_tcp("port", mode, where)
+    _expect_mode("port", "tcp", mode, where)
     number = whole_number(text)
     if text != ANY_PORT and (number is None or not 1 <= number <= MAX_PORT):
         raise ConfigError(f"{where}port: {_shown(text)} came, expected {expected}")
@@ -462,7 +475,7 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
         return None
     expected = f"seconds, a number from {LEAST_IDLE} to {MOST_IDLE}"
     text = _text(item, "idle_timeout", expected, where)
-    _expect_tcp("idle_timeout", mode, where)
+    _expect_mode("idle_timeout", "tcp", mode, where)
     return _seconds(text, f"{where}idle_timeout", expected, LEAST_IDLE, MOST_IDLE)
 
 
@@ -486,8 +499,8 @@ def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:
         for key in ("basic_auth", "basic_auth_file"):
             if key in item:
                 raise ConfigError(
-                    f"{where}{key}: mode {mode} came, expected mode http beside it: in tcp mode "
-                    "nobody can be asked for a password; there are allow, deny and rate_limit"
+                    f"{where}{key}: the tunnel has mode {mode}, expected mode http: tcp cannot ask "
+                    "for passwords; use allow, deny or rate_limit instead"
                 )
     if "basic_auth" in item and "basic_auth_file" in item:
         raise ConfigError(f"{where}basic_auth and basic_auth_file came, expected only one of them")
@@ -501,8 +514,8 @@ def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:
 
 
 def _policy_part(
-    item: Mapping[str, object], key: str, read: Callable[[object], tuple], where: str
-) -> tuple:
+    item: Mapping[str, object], key: str, read: Callable[[object], tuple[T, ...]], where: str
+) -> tuple[T, ...]:
     if key not in item:
         return ()
     try:
@@ -520,9 +533,12 @@ def _users_of_file(path: object) -> tuple[str, ...]:
         raise ConfigError(f"{shown_path(path)[:MAX_SHOWN]}: {error}") from None
 
 
-def _expect_tcp(key: str, mode: str, where: str) -> None:
-    if mode != "tcp":
-        raise ConfigError(f"{where}{key}: mode {mode} came, expected mode tcp beside it")
+def _expect_mode(key: str, expected: str, mode: str, where: str) -> None:
+    if mode != expected:
+        raise ConfigError(
+            f"{where}{key}: the tunnel has mode {mode}, expected mode {expected}: change mode, or "
+            f"remove {key}"
+        )
 
 
 # --- The kinds of value --------------------------------------------------------------------------
@@ -531,13 +547,14 @@ def _expect_tcp(key: str, mode: str, where: str) -> None:
 def _text(
     mapping: Mapping[str, object], key: str, expected: str, where: str = "", *, secret: bool = False
 ) -> str:
-    """The text of a key that must be there. A secret may hold any character."""
+    """The text of a required key. A secret may hold any character."""
     if key not in mapping:
         raise ConfigError(f"{where}{key}: missing, expected {expected}")
     value = mapping[key]
     if not isinstance(value, str):
         raise ConfigError(f"{where}{key}: {kind(value)} came, expected {expected}")
-    if not secret and not value.isprintable():  # not shown: a missing quote may have drawn one in
+    if not secret and not value.isprintable():
+        # Not shown: a missing quotation mark may have made the next line's secret a part of it.
         raise ConfigError(
             f"{where}{key}: a line break or unprintable character came, expected {expected}"
         )
@@ -566,9 +583,9 @@ def _choice(
 
 
 def _host_and_port(text: str, refused: Callable[[str], ConfigError]) -> tuple[str, int]:
-    """Host and port of "HOST:PORT", an IPv6 address without its brackets.
+    """Host and port of "HOST:PORT"; an IPv6 address without its brackets.
 
-    ``refused`` makes the error of a few words that say what is wrong with it.
+    ``refused(why)`` makes the error, of a few words that complete "'TEXT' ...".
     """
     if "/" in text:
         raise refused("has a scheme or a path" if "://" in text else "has a path")
@@ -587,13 +604,13 @@ def _host_and_port(text: str, refused: Callable[[str], ConfigError]) -> tuple[st
     elif _is_ip_address(host, ipaddress.IPv6Address):
         raise refused("has an IPv6 address without brackets")
     elif not _is_ip_address(host, ipaddress.IPv4Address):
-        # Container networks know services by names with underscores, which no hostname has.
+        # Underscores are not valid in hostnames, but container networks use them in service names.
         if not valid_hostname(host.replace("_", "x")):
             raise refused("has a host that is neither a hostname nor an IP address")
     return host, number
 
 
-def _is_ip_address(text: str, version: type) -> bool:
+def _is_ip_address(text: str, version: Callable[[str], object]) -> bool:
     try:
         version(text)
     except ValueError:

@@ -1,12 +1,15 @@
-"""What a tunnel asks of its visitors, out of YAML values: the policy as the gateway gets it.
+"""Reads a tunnel's policy (passwords, addresses, rates) from YAML values, and writes it as the
+gateway gets it.
 
-The gateway checks it all, before a byte comes to the agent. Passwords are hashed here and at once:
-neither the gateway nor any other part of the agent ever sees one. No text of a PolicyError and no
-repr shows a password, a hash or what stands where one may have been meant.
+The gateway enforces it, before a byte comes to the agent. Passwords are hashed here at once:
+neither the gateway nor another part of the agent ever sees one. No PolicyError and no repr shows a
+password, a hash, or a text that may have been meant as one.
 """
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .common import addresses
 from .common.passwords import (
@@ -17,6 +20,7 @@ from .common.passwords import (
     valid_user,
 )
 from .common.quantities import LEAST_RATE, MOST_BURST, MOST_RATE, RATE_KEYS, rate, whole_number
+from .common.strict_yaml import kind
 
 A_RATE = f"requests a second such as 10, or 10/s, 600/m, 1/h; from 1/h to {MOST_RATE}/s"
 
@@ -29,16 +33,16 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True)
 class Policy:
-    """What one tunnel asks. Empty parts ask nothing."""
+    """What one tunnel asks of its visitors. Empty parts ask nothing."""
 
     basic_auth: tuple[str, ...] = field(default=(), repr=False)  # USER:HASH
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
     rate_limit: tuple[tuple[str, float], ...] = ()  # pairs of RATE_KEYS and number
 
-    def wire(self) -> dict:
-        """As it stands in the register message; empty if it asks nothing."""
-        parts = {
+    def wire(self) -> dict[str, Any]:
+        """The policy as a register message holds it; empty if it asks nothing."""
+        parts: dict[str, Any] = {
             "basic_auth": list(self.basic_auth),
             "allow": list(self.allow),
             "deny": list(self.deny),
@@ -51,10 +55,10 @@ class Policy:
 
 
 def users(value: object) -> tuple[str, ...]:
-    """Entries USER:HASH of "USER:PASSWORD", of a list of such, or of a mapping of user to password.
+    """Entries USER:HASH for a "USER:PASSWORD", a list of them, or a mapping of user to password.
 
-    A password that begins with HASH_MARK is taken as a hash. Any other takes some 50 ms. Raises
-    PolicyError.
+    A password that begins with HASH_MARK is taken as a hash; to hash any other takes some 50 ms.
+    Raises PolicyError.
     """
     if isinstance(value, dict):
         pairs = list(value.items())
@@ -62,7 +66,7 @@ def users(value: object) -> tuple[str, ...]:
         pairs = [_pair(text, number) for number, text in enumerate(_texts(value, "USER:PASSWORD"))]
     if not 1 <= len(pairs) <= MOST_USERS:
         raise PolicyError(f"{len(pairs)} users came, expected 1 to {MOST_USERS}")
-    found = {}
+    found: dict[str, str] = {}
     for number, (name, password) in enumerate(pairs):
         user = unicodedata.normalize("NFC", name)
         if not valid_user(user):
@@ -71,7 +75,7 @@ def users(value: object) -> tuple[str, ...]:
                 "control characters"
             )
         if user in found:
-            raise PolicyError(f"[{number}]: this user came before, expected each once")
+            raise PolicyError(f"[{number}]: this user comes twice, expected each user once")
         try:
             found[user] = _hash(password)
         except PolicyError as error:
@@ -80,8 +84,8 @@ def users(value: object) -> tuple[str, ...]:
 
 
 def users_of_lines(text: str) -> tuple[str, ...]:
-    """As ``users``, of a file with one USER:PASSWORD a line. Blank lines and those that begin with
-    # do not count."""
+    """As ``users``, for the text of a file with one USER:PASSWORD a line. Blank lines and lines
+    that begin with # are ignored."""
     lines = [line.rstrip("\r") for line in text.split("\n")]
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     if not lines:
@@ -89,16 +93,16 @@ def users_of_lines(text: str) -> tuple[str, ...]:
     return users(lines)
 
 
-def _pair(text, number):
+def _pair(text: str, number: int) -> tuple[str, str]:
     name, colon, password = text.partition(":")
-    if not colon:  # not shown: this may be a password
+    if not colon:  # not shown, as it may be a password
         raise PolicyError(f"[{number}]: a text without a colon came, expected USER:PASSWORD")
     return name, password
 
 
-def _hash(password):
+def _hash(password: object) -> str:
     if not isinstance(password, str):
-        raise PolicyError(f"{_kind(password)} came, expected a password")
+        raise PolicyError(f"{kind(password)} came, expected a password")
     try:
         return hash_if_plain(password)
     except PasswordError as error:
@@ -109,14 +113,16 @@ def _hash(password):
 
 
 def networks(value: object) -> tuple[str, ...]:
-    """Addresses and networks, of one or a list of them. Raises PolicyError."""
+    """Addresses and networks, from one text or a list of texts. Raises PolicyError."""
     texts = _texts(value, "an address or a network such as 10.0.0.0/8")
     if len(texts) > addresses.MOST_NETWORKS:
-        raise PolicyError(f"{len(texts)} of them came, expected at most {addresses.MOST_NETWORKS}")
+        raise PolicyError(
+            f"{len(texts)} addresses and networks came, expected at most {addresses.MOST_NETWORKS}"
+        )
     return tuple(dict.fromkeys(map(_network, texts)))
 
 
-def _network(text):
+def _network(text: str) -> str:
     try:
         found = addresses.network(text)
     except ValueError as error:
@@ -128,11 +134,11 @@ def _network(text):
 
 
 def rate_limit(value: object) -> tuple[tuple[str, float], ...]:
-    """Pairs of key and number, of one rate (per address) or a mapping. Raises PolicyError."""
+    """Pairs of key and number, from one rate (per address) or a mapping. Raises PolicyError."""
     if isinstance(value, str):
         value = {"per_address": value}
     if not isinstance(value, dict):
-        raise PolicyError(f"{_kind(value)} came, expected {A_RATE}; or a mapping with some of "
+        raise PolicyError(f"{kind(value)} came, expected {A_RATE}; or a mapping with some of "
                           f"{', '.join(RATE_KEYS)}")  # fmt: skip
     for key in value:
         if key not in RATE_KEYS:
@@ -142,11 +148,12 @@ def rate_limit(value: object) -> tuple[tuple[str, float], ...]:
             raise PolicyError(f"{burst} came without {key}, expected both or neither")
     if not value:
         raise PolicyError("an empty mapping came, expected per_address, total or both")
+    readers: dict[str, Callable[[str], float]]
     readers = {"per_address": _rate, "burst": _burst, "total": _rate, "total_burst": _burst}
     numbers = []
     for key, text in value.items():
         if not isinstance(text, str):
-            raise PolicyError(f"{key}: {_kind(text)} came, expected a number")
+            raise PolicyError(f"{key}: {kind(text)} came, expected a number")
         try:
             numbers.append((key, readers[key](text)))
         except PolicyError as error:
@@ -154,14 +161,14 @@ def rate_limit(value: object) -> tuple[tuple[str, float], ...]:
     return tuple(numbers)
 
 
-def _rate(text):
+def _rate(text: str) -> float:
     number = rate(text)
     if number is None or not LEAST_RATE <= number <= MOST_RATE:
         raise PolicyError(f"{_shown(text)} came, expected {A_RATE}")
     return number
 
 
-def _burst(text):
+def _burst(text: str) -> int:
     burst = whole_number(text)
     if burst is None or not 1 <= burst <= MOST_BURST:
         raise PolicyError(f"{_shown(text)} came, expected a whole number from 1 to {MOST_BURST}")
@@ -171,24 +178,19 @@ def _burst(text):
 # --- The kinds of value --------------------------------------------------------------------------
 
 
-def _texts(value, expected):
-    """One text, or a list of them with at least one."""
-    texts = value if isinstance(value, list) else [value]
-    if not texts:
+def _texts(value: object, expected: str) -> list[str]:
+    """The texts of a value that is one text or a list of at least one."""
+    items = value if isinstance(value, list) else [value]
+    if not items:
         raise PolicyError(f"an empty list came, expected {expected}")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            where = f"[{number}]: " if texts is value else ""
-            raise PolicyError(f"{where}{_kind(text)} came, expected {expected}")
+    texts = []
+    for number, item in enumerate(items):
+        if not isinstance(item, str):
+            where = f"[{number}]: " if items is value else ""
+            raise PolicyError(f"{where}{kind(item)} came, expected {expected}")
+        texts.append(item)
     return texts
 
 
-def _kind(value):
-    """What a value is, in the reader's words."""
-    if value is None:
-        return "no value"
-    return {dict: "a mapping", list: "a list", str: "a text"}[type(value)]
-
-
-def _shown(text):
+def _shown(text: str) -> str:
     return repr(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}...")

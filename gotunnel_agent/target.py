@@ -1,15 +1,16 @@
-"""One data stream at the agent: read whom it is for, dial that target, copy bytes.
+"""Serves one data stream at the agent: reads its hostname, dials the target, copies bytes.
 
 A target is a port, plain or with TLS, or a unix socket.
 
-In http mode the exchange is over as soon as either side is: the gateway ends a stream when it has
-its answer (a Go gateway says so with FIN), and a target that has closed its connection answers no
-more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended it; so
-it does in http mode where the gateway asks for it, since the visitor wants to change the protocol.
+In http mode the visit is over as soon as either side ends: the gateway ends a stream when it has
+its answer (a Go gateway sends FIN then), and a target that has closed its connection answers no
+more. In tcp mode a half-close is passed on, and the visit lasts until both sides have ended. The
+same holds in http mode if the gateway asks for it, since the visitor wants to change the protocol
+(Upgrade).
 
-We never look into the bytes. If the target cannot be reached, in http mode, the gateway hears why,
-and answers 502; for a gateway that cannot hear it (common/refusals.py) we say that ourselves. What
-the operator has to change stands in our log.
+The agent never reads the bytes. If an http target cannot be reached, the gateway gets the reason
+and answers 502; to a gateway that does not know such reasons (common/refusals.py) the agent sends a
+502 page itself. Our log tells the operator what to change.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import NamedTuple
 
@@ -25,8 +27,10 @@ from gotunnel import (
     REFUSED,
     RESET_JOIN,
     Deadline,
+    Ends,
     NoThread,
     ProtocolError,
+    Stream,
     pump,
     read_data_header,
     relay,
@@ -36,24 +40,25 @@ from gotunnel import (
 from .common import proxy_protocol
 from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
-from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED
+from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED, Refusal
+from .config import Target, Tunnel
 from .connect import addresses_of, connect
 
 log = logging.getLogger("gotunnel.target")
 
-DATA_HEADER_TIMEOUT = 10  # seconds; it leaves the gateway together with the SYN
-DIAL_TIMEOUT = 10  # seconds until a target that does not answer counts as down; with its TLS
+DATA_HEADER_TIMEOUT = 10  # seconds; the gateway sends the header together with the SYN
+DIAL_TIMEOUT = 10  # seconds to connect to a target, its TLS handshake included
 
-# Seconds for what was read of an answer to reach a gateway that has ended its side of the stream.
+# Seconds for the rest of an answer to reach a gateway that has ended its side of the stream.
 ANSWER_TIMEOUT = 30
 
-# Seconds between two looks at whether a visit is idle: the look at one that has ended is forgotten
-# by then, however long its timeout is.
+# Longest interval, in seconds, between two checks whether a visit is idle. The timer of a visit
+# that has ended lives until its next check, so a long idle_timeout must not set the interval.
 LONGEST_LOOK = 60
 
 PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
-# What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
+# What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
 ADVICE = {
     9: "set this machine's clock",  # not yet valid
     10: "renew it",  # has expired
@@ -66,7 +71,7 @@ OTHER_ADVICE = "name its CA in target_ca_file"
 class Unserved(Exception):
     """There is no connection to a target; the text is for the log, ``refusal`` for the visitor."""
 
-    def __init__(self, refusal, text):
+    def __init__(self, refusal: Refusal, text: str):
         super().__init__(text)
         self.refusal = refusal
 
@@ -74,13 +79,14 @@ class Unserved(Exception):
 class Route(NamedTuple):
     """Where the visits of a hostname go.
 
-    ``tunnel`` is the configuration's. ``context`` says how to check the target's certificate, None
-    if it speaks no TLS. ``problem`` says why the gateway cannot serve it as the operator wants, ""
-    if it can; visits are turned away. ``awaits_port``: it can as soon as its public port is open.
-    ``refusals``: the gateway makes the page of an http visit that is turned away.
+    ``tunnel`` is the configuration's. ``context`` checks the target's certificate; None for a
+    target without TLS. ``problem`` says why the gateway cannot serve the tunnel as the operator
+    wants, and then visits are turned away; "" if it can. ``awaits_port``: it can as soon as the
+    tunnel's public port is open. ``refusals``: the gateway makes the page for an http visit that is
+    turned away.
     """
 
-    tunnel: object
+    tunnel: Tunnel
     context: ssl.SSLContext | None = None
     problem: str = ""
     awaits_port: bool = False
@@ -88,16 +94,16 @@ class Route(NamedTuple):
 
 
 class Targets:
-    """The connections to targets that are open now, so that an agent that stops can end them."""
+    """The open connections to targets, so that an agent that stops can end them."""
 
-    def __init__(self):
-        self._open = set()
+    def __init__(self) -> None:
+        self._open: set[Duplex] = set()
         self._over = False  # reset() was called
         self._lock = threading.Lock()  # guards both
 
     @contextlib.contextmanager
-    def hold(self, target):
-        """Have a target, a Duplex, among them for the length of a block, and close it."""
+    def hold(self, target: Duplex) -> Iterator[None]:
+        """Count ``target`` among them during a ``with`` block, and close it at its end."""
         with self._lock:
             self._open.add(target)
             over = self._over
@@ -110,36 +116,36 @@ class Targets:
                 self._open.discard(target)
             target.close()
 
-    def reset(self):
-        """Break all of them, and those that come."""
+    def reset(self) -> None:
+        """Reset all of them, and each that hold() gets from now on."""
         with self._lock:
             self._over = True
             for target in self._open:
                 target.reset()
 
 
-def serve(stream, find_route, targets):
+def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Targets) -> None:
     """Serve one data stream to its end. Raises nothing: what goes wrong is logged.
 
-    ``find_route(hostname)`` gives the Route of a hostname, or None; ``targets`` are the agent's.
+    ``find_route(hostname)`` returns the Route of a hostname, or None; ``targets`` are the agent's.
     """
     try:
         name, ends, relayed = read_data_header(
             lambda count: stream.read_exactly(count, DATA_HEADER_TIMEOUT)
         )
     except (OSError, ProtocolError) as error:
-        # A visitor that leaves at once is no news.
+        # A visitor that leaves at once is normal.
         level = logging.DEBUG if isinstance(error, ConnectionError) else logging.WARNING
         log.log(level, "stream %d dropped: %s", stream.id, error)
         stream.reset()
         return
     route = find_route(hostname_of(name))
     if route is None:
-        log.warning("stream %d dropped: no tunnel for %.253r", stream.id, name)
+        log.warning("stream %d refused: this agent has no tunnel for %.253r", stream.id, name)
         stream.reset(code=REFUSED)
         return
     tunnel = route.tunnel
-    if route.problem:  # which the log has said when the gateway did
+    if route.problem:  # logged when the gateway's answer came
         refuse(stream, route, MISCONFIGURED)
         return
     try:
@@ -158,7 +164,7 @@ def serve(stream, find_route, targets):
             elif tunnel.idle_timeout is None:
                 relay(stream, target)
             else:
-                relay_watched(stream, target, tunnel)
+                relay_watched(stream, target, tunnel.hostname, tunnel.idle_timeout)
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", tunnel.hostname, error)
             stream.reset()
@@ -167,15 +173,15 @@ def serve(stream, find_route, targets):
 
 
 def hostname_of(name: str) -> str:
-    """The hostname in a data header, where a Go gateway writes the visitor's Host: any case, and
-    a port behind it."""
+    """The hostname in a data header. A Go gateway writes the visitor's Host there, in any case and
+    with a port behind it."""
     host, colon, port = name.rpartition(":")
     return normal_hostname(host if colon and port.isdigit() else name)
 
 
-def introduction(version, ends) -> bytes:
-    """What a target hears first: its visitor's address, by the PROXY protocol if there is a
-    ``version`` of it. Before TLS, as its specification says."""
+def introduction(version: str, ends: Ends | None) -> bytes:
+    """The first bytes for a target: a PROXY header of that ``version`` with the visitor's address;
+    b"" if version is "". It goes before TLS, as its specification says."""
     if not version:
         return b""
     if ends is None:
@@ -183,11 +189,11 @@ def introduction(version, ends) -> bytes:
     return proxy_protocol.encode(version, ends.visitor, ends.door)
 
 
-def dial(target, context, first=b""):
-    """Connect to a target of the configuration, and send it the ``first`` bytes; with TLS after
-    them if there is a ``context``.
+def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> Duplex:
+    """Connect to a target of the configuration and send it the ``first`` bytes, then start TLS if
+    there is a ``context``.
 
-    Returns a Duplex. Raises Unserved, DIAL_TIMEOUT after the name was resolved at the latest.
+    Raises Unserved, at the latest DIAL_TIMEOUT after the name was resolved.
     """
     try:
         if target.path:
@@ -212,19 +218,20 @@ def dial(target, context, first=b""):
         raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
 
 
-def _introduce(duplex, first):
+def _introduce(duplex: Duplex, first: bytes) -> Duplex:
     try:
-        duplex.send(first)  # some bytes, for which a new connection always has room
+        duplex.send(first)  # a few bytes, for which a new connection always has room
         return duplex
     except OSError:
         duplex.close()
         raise
 
 
-def _connect_unix(path):
+def _connect_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Not settimeout(): a socket that does not block is refused if the target's backlog is full.
+        # Not settimeout(): if the target's backlog is full, connect() waits on a blocking socket,
+        # and fails on a non-blocking one.
         timeval = struct.pack("ll", DIAL_TIMEOUT, 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         sock.connect(path)
@@ -237,7 +244,7 @@ def _connect_unix(path):
         raise
 
 
-def _start_tls(duplex, context, host, deadline):
+def _start_tls(duplex: Duplex, context: ssl.SSLContext, host: str, deadline: Deadline) -> None:
     try:
         duplex.start_tls(context, server_side=False, server_hostname=normal_hostname(host))
         duplex.handshake_within(deadline.left())
@@ -246,25 +253,25 @@ def _start_tls(duplex, context, host, deadline):
         raise
 
 
-def exchange(stream, target):
+def exchange(stream: Stream, target: Duplex) -> None:
     """Copy both ways until either side has ended."""
-    stream.on_death(target.stop_reading)  # what has come still goes to the target, by _ask()
+    stream.on_death(target.stop_reading)  # _ask() still passes on what has come
     asked = threading.Event()
     answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target, asked)
     if _ask(stream, target):
-        target.stop()  # the gateway has what it wants: free the target, and the thread that reads
+        target.stop()  # the gateway has its answer: free the target and the thread that reads it
     else:
         target.cut()
     asked.set()
     answer.join(ANSWER_TIMEOUT)
-    if answer.is_alive():  # it writes what the gateway does not take any more
+    if answer.is_alive():  # it is blocked in a write that the gateway does not take
         stream.reset()
         answer.join(RESET_JOIN)
 
 
-def relay_watched(stream, target, tunnel):
-    """relay(), which ends when nothing has passed for the tunnel's ``idle_timeout``."""
-    watched = Watched(target, stream, tunnel)
+def relay_watched(stream: Stream, target: Duplex, hostname: str, idle_timeout: float) -> None:
+    """relay(), but reset the stream when no byte has passed for ``idle_timeout`` seconds."""
+    watched = Watched(target, stream, hostname, idle_timeout)
     try:
         relay(stream, watched)
     finally:
@@ -272,59 +279,62 @@ def relay_watched(stream, target, tunnel):
 
 
 class Watched:
-    """A target as an end of a relay that is broken when nothing has passed it for a while."""
+    """A target as an end of a relay. It resets the stream when no byte has passed for
+    ``idle_timeout`` seconds."""
 
-    def __init__(self, duplex, stream, tunnel):
+    def __init__(self, duplex: Duplex, stream: Stream, hostname: str, idle_timeout: float):
         self.finish, self.reset = duplex.finish, duplex.reset
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._over = threading.Event()
         self.end = self._over.set  # to be called when the relay has ended
-        self._passing_on = set()  # the directions in which a byte is on its way, perhaps slowly
+        # Directions in which bytes are being written at the moment, perhaps slowly.
+        self._passing_on: set[str] = set()
         self._duplex = duplex
         self._stream = stream
-        self._tunnel = tunnel
+        self._hostname = hostname
+        self._idle_timeout = idle_timeout
         self._moved_at = monotonic()
         self._lock = threading.Lock()  # guards _passing_on and _moved_at
         self._look_later()
 
-    def read(self):
+    def read(self) -> bytes:
         self._note("answer", passing_on=False)
         data = self._duplex.read()
         self._note("answer", passing_on=bool(data))
         return data
 
-    def write(self, data):
+    def write(self, data: bytes) -> None:
         self._note("question", passing_on=True)
         self._duplex.write(data)
         self._note("question", passing_on=False)
 
-    def _note(self, direction, *, passing_on):
+    def _note(self, direction: str, *, passing_on: bool) -> None:
         with self._lock:
             self._moved_at = monotonic()
             (self._passing_on.add if passing_on else self._passing_on.discard)(direction)
 
-    def _look_later(self):
+    def _look_later(self) -> None:
         with self._lock:
             if self._passing_on:
                 self._moved_at = monotonic()
-            left = self._moved_at + self._tunnel.idle_timeout - monotonic()
+            left = self._moved_at + self._idle_timeout - monotonic()
         if left > 0:
             self._stream.call_later(min(left, LONGEST_LOOK), self._look)
         else:
-            log.info("%s: a visit ends, idle for %g s",
-                     self._tunnel.hostname, self._tunnel.idle_timeout)  # fmt: skip
+            log.info("%s: a visit ends: no byte for %g s (idle_timeout)",
+                     self._hostname, self._idle_timeout)  # fmt: skip
             self._stream.reset("the visit was idle")
 
-    def _look(self):
-        """Demultiplexer: waits for nothing."""
+    def _look(self) -> None:
+        """Demultiplexer thread: must not block."""
         if not self._over.is_set():
             self._look_later()
 
 
-def _ask(stream, target):
-    """Pass requests on until the stream ends; whether it has ended well. A target that takes no
-    more of one may have answered it already ("too large"), so what is left is dropped, and the
-    answer is not."""
+def _ask(stream: Stream, target: Duplex) -> bool:
+    """Pass requests on until the stream ends. Returns whether it ended with FIN. A target that
+    reads no more of a request may have answered it already ("too large"): then the rest of the
+    request is dropped, and the answer still passes."""
     try:
         while data := stream.read():
             try:
@@ -338,15 +348,15 @@ def _ask(stream, target):
         return False
 
 
-def _answer(stream, target, asked):
+def _answer(stream: Stream, target: Duplex, asked: threading.Event) -> None:
     pump(target, stream)
     stream.close()
-    if not asked.wait(ANSWER_TIMEOUT):  # the target does not take what nobody needs any more
+    if not asked.wait(ANSWER_TIMEOUT):  # _ask() is blocked in a write that the target does not take
         target.reset()
 
 
-def refuse(stream, route, refusal):
-    """Say that the visit cannot be served, and why: a Refusal."""
+def refuse(stream: Stream, route: Route, refusal: Refusal) -> None:
+    """Turn the visit away, and tell the gateway or the visitor why."""
     if route.tunnel.mode != "http":
         stream.reset(code=REFUSED)
         return
@@ -363,6 +373,6 @@ def refuse(stream, route, refusal):
     )
     try:
         stream.write(head.encode() + page, timeout=DIAL_TIMEOUT)
-    except OSError:  # the gateway does not want it any more; a part must not look whole
+    except OSError:  # the gateway takes no more: a partial page must not look complete
         stream.reset()
     stream.close()

@@ -46,10 +46,10 @@ from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.round_robin import FairWorkers
 from .routes import Registry
-from .visitors import dashboard, policy
+from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
-from .visitors.port import Port, PublicPort, Room, TcpPort, Timeouts
-from .visitors.sites import choose_redirect, choose_site
+from .visitors.port import Port, PublicPort, TcpPort
+from .visitors.room import Room, Timeouts
 from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
@@ -178,10 +178,10 @@ class Gateway:
     # Visitors
 
     def _build_visitors(self, config):
-        self._site = choose_site(
+        self._site = sites.choose_site(
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
         )
-        redirect = choose_redirect(
+        redirect = sites.choose_redirect(
             self._registry.lookup, config.gateway_host, proxies=self._proxies, secured=self._site
         )
         self._visitors = self._build_port(
@@ -222,7 +222,7 @@ class Gateway:
         self.http_port = None
         if config.http_port is None:
             return
-        site = choose_redirect(
+        site = sites.choose_redirect(
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
             proxies=self._proxies, secured=self._site,
         )  # fmt: skip

@@ -1,74 +1,107 @@
-"""A visitor's arrival: which protocol does it speak, and which route is it for?
+"""Finds out which protocol a new connection speaks and which route it is for, then hands it over.
 
     first bytes --> TLS: ClientHello, handshake --> tcp: relay
             |                                   \\-> http: HttpConnection
             |-> PROXY header of a trusted proxy, then first bytes
             |-> PostgreSQL's SSLRequest: answer, then TLS; its CancelRequest: relay
-            |-> HTTP that is not encrypted: HttpConnection, which redirects
+            |-> HTTP without TLS: HttpConnection, which redirects to https
             \\-> SSH, silence: relay
 
-Each step does what can be done with what has come, and parks the connection if more must come: a
-visitor that is slow or silent holds no worker.
+It works in steps (steps.py): a visitor that is slow or silent occupies no worker.
 """
 
 import enum
 import logging
+import ssl
 from time import monotonic
+from typing import Protocol
 
 from gotunnel_agent.common import proxy_protocol
 
 from ..net import client_hello
-from . import relays, sniff
+from ..routes import Route
+from . import connection, relays, sniff
 from .connection import HttpConnection
+from .postgres import CancelKeys
 from .request import VisitorGone
+from .sites import Site
 from .steps import Named, Step, Stepwise
-from .verdict import Answer
+from .verdict import Allow, Answer
+from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.arrival")
 
-# Seconds after which a visitor that says nothing waits for the server's greeting, if RAW_TCP_HOST
-# says which server that is. A visitor that speaks TLS or HTTP begins at once.
+# Seconds after which a silent visitor is taken for one that waits for the server's greeting, if
+# RAW_TCP_HOST names that server. A visitor that speaks TLS or HTTP sends at once.
 SILENCE = 0.3
-# Seconds that a trusted proxy has for the header that names its visitor; with none it is taken for
-# the visitor itself.
+# Seconds that a trusted proxy has for its PROXY header. Without one, the proxy itself is taken for
+# the visitor.
 INTRODUCTION = 0.3
-# Seconds that a visitor waits for a certificate that is being made, and between two looks.
+# Seconds that a visitor waits for a certificate that is being ordered, and the interval of the
+# check whether it is there.
 CERTIFICATE_TIMEOUT = 10
 CERTIFICATE_LOOK = 0.25
 
 
 class State(Named):
-    """What is awaited."""
+    """What the connection waits for."""
 
-    CONNECTED = enum.auto()  # a trusted proxy's header; its time has not begun
-    INTRODUCTION = enum.auto()  # a trusted proxy's header
+    CONNECTED = enum.auto()  # a trusted proxy's PROXY header; its time begins with the first step
+    INTRODUCTION = enum.auto()  # the first byte of that header
     INTRODUCTION_BEGUN = enum.auto()  # the rest of it
-    SILENCE = enum.auto()  # first bytes, or that none come: there is a server that would greet
-    GREETING = enum.auto()  # nothing: the visitor waits for the server's greeting
+    SILENCE = enum.auto()  # a first byte, or silence, where a server may have to greet first
+    GREETING = enum.auto()  # nothing any more: the visitor waits for the server's greeting
     FIRST_BYTES = enum.auto()  # enough first bytes to tell the protocol
-    TLS_ASKED = enum.auto()  # the ClientHello that PostgreSQL's client has asked for
-    CERTIFICATE = enum.auto()  # a certificate that is being made
+    TLS_ASKED = enum.auto()  # the ClientHello that PostgreSQL's client has announced
+    CERTIFICATE = enum.auto()  # a certificate that is being ordered
     HANDSHAKE = enum.auto()  # the rest of the TLS handshake
-    PROOF = enum.auto()  # the rest of a CA's TLS handshake
+    PROOF = enum.auto()  # the rest of the TLS handshake of a TLS-ALPN-01 validation
 
 
-class Arrival(Stepwise):
-    """A connection from its first byte until its protocol and its route are known. Then it hands
-    its Visitor over, to an HttpConnection or to a relay."""
+class Challenges(Protocol):
+    """Where certs/challenges.py publishes the proofs that a CA looks for."""
 
-    def __init__(self, port, visitor, route=None):
-        """``route`` is where the port leads, if that is known before a byte has come."""
-        self._route = route
+    def context(self, hostname: str) -> ssl.SSLContext | None: ...
+
+
+class PlainPort(connection.Port, Protocol):
+    """What an arriving connection needs of any port."""
+
+    site: Site
+
+
+class Port(PlainPort, Protocol):
+    """What an Arrival needs of its port.PublicPort, which explains the attributes."""
+
+    redirect: Site
+    raw_host: str | None
+    cancel_keys: CancelKeys
+    challenges: Challenges
+
+    def context(self, sni: str | None, protocol: str | None, /) -> ssl.SSLContext: ...
+
+    def lookup(self, hostname: str, /) -> Route | None: ...
+
+    def has_left_in_tcp(self, hostname: str, /) -> bool: ...
+
+    def awaits_certificate(self, hostname: str | None, /) -> bool: ...
+
+    def raw_route(self, ssh: bool = False) -> Route | None: ...
+
+    def say_once(self, text: str, *arguments: object) -> None: ...
+
+
+class Introduction(Stepwise):
+    """A connection until it is known which visitor it is from: a trusted proxy may name it."""
+
+    _port: PlainPort
+
+    def __init__(self, port: PlainPort, visitor: Visitor):
         self._buffer = b""  # first bytes that are not understood yet
         super().__init__(port, visitor, State.CONNECTED)
-        if visitor.address[0] not in port.proxies:
-            self._await_first_bytes()
-        self._hello = client_hello.Reader()
-        self._protocols = ()  # what it offers by ALPN
-        self._refused_gss = False  # PostgreSQL's client has asked for GSSAPI encryption
 
-    def _receive(self):
-        """Add what has come to the buffer."""
+    def _receive(self) -> None:
+        """Add what has arrived to the buffer."""
         data = self.duplex.receive()
         if data == b"":
             raise VisitorGone
@@ -77,8 +110,8 @@ class Arrival(Stepwise):
                 self._hear()
             self._buffer += data
 
-    def _read_introduction(self):
-        """A trusted proxy may name its visitor first (HAProxy's PROXY protocol)."""
+    def _read_introduction(self) -> bool:
+        """Read the header of HAProxy's PROXY protocol, if there is one."""
         if self._state is State.CONNECTED:
             self._go_to(State.INTRODUCTION)
         self._receive()
@@ -86,7 +119,8 @@ class Arrival(Stepwise):
             try:
                 found = proxy_protocol.parse(self._buffer)
             except proxy_protocol.NotProxy as error:
-                log.warning("trusted proxy at %s: %s", self._visitor.address[0], error)
+                log.warning("trusted proxy at %s: %s; its connection is closed",
+                            self._visitor.address[0], error)  # fmt: skip
                 raise VisitorGone from None
             if found is None:
                 return self._wait(self._port.timeouts.header if self._buffer else INTRODUCTION)
@@ -96,14 +130,63 @@ class Arrival(Stepwise):
                 self._visitor.introduce(source)
         return self._await_first_bytes()
 
-    def _await_first_bytes(self):
+    def _await_first_bytes(self) -> bool:
+        return self._go_to(State.FIRST_BYTES)
+
+    def _give_back(self) -> None:
+        self.duplex.unread(self._buffer)
+        self._buffer = b""
+
+    def _serve_http(self, site: Site, scheme: str) -> bool:
+        HttpConnection(self._port, self._visitor, site, scheme).ready()
+        return False
+
+    STEPS = {
+        State.CONNECTED: Step(
+            _read_introduction, time_up=State.INTRODUCTION, first_byte=State.INTRODUCTION_BEGUN
+        ),
+        State.INTRODUCTION: Step(
+            _read_introduction, time_up=State.FIRST_BYTES, first_byte=State.INTRODUCTION_BEGUN
+        ),
+        State.INTRODUCTION_BEGUN: Step(_read_introduction),
+    }
+
+
+class PlainArrival(Introduction):
+    """A trusted proxy's connection to a port for plain HTTP."""
+
+    def _begin_http(self) -> bool:
+        self._give_back()
+        return self._serve_http(self._port.site, scheme="http")
+
+    STEPS = {**Introduction.STEPS, State.FIRST_BYTES: Step(_begin_http)}
+
+
+class Arrival(Introduction):
+    """A connection to the public port, or to a tunnel's own port, until its protocol and its route
+    are known. Then it hands its Visitor over, to an HttpConnection or to a relay."""
+
+    _port: Port
+
+    def __init__(self, port: Port, visitor: Visitor, route: Route | None = None):
+        """``route``: set for a tunnel's own port, where all visitors are for one route."""
+        self._route = route
+        super().__init__(port, visitor)
+        if visitor.address[0] not in port.proxies:
+            self._await_first_bytes()
+        self._hello = client_hello.Reader()
+        self._protocols: tuple[str, ...] = ()  # those offered by ALPN
+        self._certificate_by = 0.0  # monotonic: wait no longer than that for a certificate
+        self._refused_gss = False  # PostgreSQL's client has asked for GSSAPI encryption
+
+    def _await_first_bytes(self) -> bool:
         greets = self._route is not None or self._port.raw_host is not None
         return self._go_to(State.SILENCE if greets and not self._buffer else State.FIRST_BYTES)
 
     # First bytes
 
-    def _read_first(self):
-        """Learn which protocol the visitor speaks, before anything that costs us much."""
+    def _read_first(self) -> bool:
+        """Tell by the first bytes which protocol the visitor speaks."""
         if self._route is not None:
             return self._relay(self._route)
         self._receive()
@@ -115,9 +198,9 @@ class Arrival(Stepwise):
                 return entered
         return self._wait(SILENCE if self._state is State.SILENCE else self._port.timeouts.header)
 
-    def _listen_in_silence(self):
-        """The visitor waits to be greeted, if there is a server that would do so; unless the
-        visitor has spoken since, and we were late."""
+    def _listen_in_silence(self) -> bool:
+        """The visitor was silent for SILENCE seconds. If a server may have to greet it first,
+        connect the two; unless bytes have arrived in the meantime."""
         if self._route is None:
             self._receive()
         route = self._route or self._port.raw_route()
@@ -127,10 +210,10 @@ class Arrival(Stepwise):
             return self._go_to(State.FIRST_BYTES)
         return self._relay(route)
 
-    def _enter(self, kind, size):
-        """Go on as the protocol says; None if more must come, else what a step returns."""
+    def _enter(self, kind: int, size: int) -> bool | None:
+        """Go on as the protocol requires. Returns a step's result, or None if it needs more."""
         if self._state is State.TLS_ASKED and kind != sniff.TLS:
-            raise client_hello.NotTLS("TLS was asked for and has not come")
+            raise client_hello.NotTLS("no ClientHello behind PostgreSQL's SSLRequest")
         if kind == sniff.TLS:
             return self._enter_tls()
         if kind == sniff.HTTP:
@@ -143,49 +226,45 @@ class Arrival(Stepwise):
         route = self._port.raw_route(ssh=kind == sniff.SSH)
         if route is None:
             self._port.say_once(
-                "%s dropped: it speaks no TLS, and no tcp hostname is there for it "
-                "(RAW_TCP_HOST)", self._visitor,
+                "%s dropped: it speaks no TLS, and RAW_TCP_HOST names no tcp hostname for it",
+                self._visitor,
             )  # fmt: skip
-            self.duplex.reset()  # not an empty but complete visit
+            self.duplex.reset()  # a mere close would look like an empty answer
             raise VisitorGone
         return self._relay(route)
 
-    def _answer_postgres(self, kind, size):
-        # A man in the middle may have put bytes behind the request, to have them taken for
-        # encrypted ones (CVE-2021-23214).
+    def _answer_postgres(self, kind: int, size: int) -> bool:
+        # Bytes behind the request may be injected by a man in the middle, to be taken for encrypted
+        # ones (CVE-2021-23214).
         if len(self._buffer) > size:
             raise ConnectionAbortedError("bytes between PostgreSQL's SSLRequest and TLS")
         self._buffer = b""
         if kind == sniff.SSL_REQUEST:
             self.duplex.write(sniff.YES, timeout=0)
             return self._go_to(State.TLS_ASKED)
-        if self._refused_gss:  # each answer would give it more time
+        if self._refused_gss:  # each answer restarts the time for the first bytes
             raise ConnectionAbortedError("a second GSSENCRequest")
         self._refused_gss = True
         self.duplex.write(sniff.NO, timeout=0)
         return self._go_to(State.FIRST_BYTES)
 
-    def _cancel(self):
-        """PostgreSQL's client wants to cancel what another connection of it does."""
+    def _cancel(self) -> bool | None:
+        """A PostgreSQL client wants to cancel the query of another connection. As _enter()."""
         if len(self._buffer) < int.from_bytes(self._buffer[:4], "big"):
             return None
         route = self._port.cancel_keys.route(self._buffer) or self._port.raw_route()
         if route is None:
             self._port.say_once(
-                "%s: PostgreSQL's CancelRequest is for no session that is known here, and reaches "
-                "nothing: the session is over, or its client does not come by TLS", self._visitor,
+                "%s dropped: its PostgreSQL CancelRequest is for no session here. That session has "
+                "ended, or was made without TLS", self._visitor,
             )  # fmt: skip
             raise VisitorGone
         return self._relay(route)
 
-    def _give_back(self):
-        self.duplex.unread(self._buffer)
-        self._buffer = b""
-
     # TLS
 
-    def _enter_tls(self):
-        """Learn the hostname before the handshake: a broken hello costs us none."""
+    def _enter_tls(self) -> bool | None:
+        """Read the ClientHello, before the costly handshake. As _enter()."""
         said = self._hello.parse(self._buffer)
         if said is None:
             return None
@@ -197,49 +276,50 @@ class Arrival(Stepwise):
             self._visitor.cancel_keys = self._port.cancel_keys
         self._protocols = said.alpn
         if self._port.awaits_certificate(said.server_name):
-            self._go_to(State.CERTIFICATE)
-            self._deadline = monotonic() + CERTIFICATE_TIMEOUT
-            return True
+            self._certificate_by = monotonic() + CERTIFICATE_TIMEOUT
+            return self._go_to(State.CERTIFICATE)
         return self._begin_handshake()
 
-    def _begin_handshake(self):
+    def _begin_handshake(self) -> bool:
         sni, protocol = self._visitor.sni, None
-        route = sni and self._port.lookup(sni)
+        route = self._port.lookup(sni) if sni else None
         if route and route.mode == "tcp":
             protocol = client_hello.own_protocol(self._protocols)
         return self._start_tls(self._port.context(sni, protocol), State.HANDSHAKE)
 
-    def _start_tls(self, context, state):
+    def _start_tls(self, context: ssl.SSLContext, state: State) -> bool:
         self.duplex.start_tls(context, server_side=True)
         return self._go_to(state)
 
-    def _await_certificate(self):
-        """Look again and again whether it is there; in the end the handshake fails by an alert."""
+    def _await_certificate(self) -> bool:
+        """Check again and again whether the certificate is there. When the time is up, begin the
+        handshake without it, which fails by a TLS alert."""
         if self._port.is_draining():
             self.close()
             return False
-        left = self._deadline - monotonic()
+        left = self._certificate_by - monotonic()
         if left <= 0 or not self._port.awaits_certificate(self._visitor.sni):
             return self._begin_handshake()
-        # Not park(): what the visitor has sent would bring it back at once.
+        # Not park(): the ClientHello, already here, would end that at once.
         self._visitor.listener.call_later(self, self.ready, min(left, CERTIFICATE_LOOK))
         return False
 
-    def _prove(self):
-        """A TLS-ALPN-01 validation: all that the CA wants to see is in the handshake (RFC 8737)."""
-        context = self._port.challenges.context(self._visitor.sni)
+    def _prove(self) -> bool:
+        """A TLS-ALPN-01 validation: all that the CA needs is in the handshake (RFC 8737)."""
+        sni = self._visitor.sni
+        context = None if sni is None else self._port.challenges.context(sni)
         if context is None:
-            raise client_hello.NotTLS("a CA asks for a proof that was not published")
+            raise client_hello.NotTLS("a TLS-ALPN-01 validation without a published proof")
         return self._start_tls(context, State.PROOF)
 
-    def _handshake(self):
+    def _handshake(self) -> bool:
         if not self.duplex.handshake():
             return self._wait(self._port.timeouts.header)
         if self._state is State.PROOF:
             self.close()
             return False
         sni = self._visitor.sni
-        route = sni and self._port.lookup(sni)
+        route = self._port.lookup(sni) if sni else None
         if route and route.mode == "tcp":
             return self._relay(route)
         if sni and route is None and self._port.has_left_in_tcp(sni):
@@ -248,23 +328,21 @@ class Arrival(Stepwise):
 
     # Handing over
 
-    def _serve_http(self, site, scheme):
-        HttpConnection(self._port, self._visitor, site, scheme).ready()
-        return False
-
-    def _refuse_tcp(self, hostname):
-        """The agent of a hostname in tcp mode is away, and a page would mean nothing there."""
-        log.info("%s: %s: its agent is away", hostname, self._visitor)
+    def _refuse_tcp(self, hostname: str) -> bool:
+        """No agent serves this hostname in tcp mode now. Its visitors cannot read a page."""
+        log.info("%s: %s is refused: no agent is connected", hostname, self._visitor)
         self.duplex.reset()
-        raise ConnectionAbortedError("its agent is away")
+        raise ConnectionAbortedError("no agent is connected")
 
-    def _relay(self, route):
-        """A visit in tcp mode: whatever has come and will come is the target's."""
-        verdict = route.policy and route.policy.judge_connection(self._visitor.address[0])
+    def _relay(self, route: Route) -> bool:
+        """A visit in tcp mode: all bytes go to the target, also those that have arrived."""
+        verdict: Allow | Answer | None = None
+        if route.policy is not None:
+            verdict = route.policy.judge_connection(self._visitor.address[0])
         if isinstance(verdict, Answer):
-            self.duplex.reset()  # not an empty but complete visit
+            self.duplex.reset()  # a mere close would look like an empty answer
             log.info("%s: %s: %s", route.hostname, self._visitor, verdict.reason)
-            raise ConnectionAbortedError("its tunnel's policy")
+            raise ConnectionAbortedError("refused by its tunnel's policy")
         if not self._visitor.claim_relay():
             self.duplex.reset()
             raise ConnectionAbortedError("no room for another relay")
@@ -273,13 +351,9 @@ class Arrival(Stepwise):
         return False
 
     STEPS = {
-        State.CONNECTED: Step(
-            _read_introduction, time_up=State.INTRODUCTION, first_byte=State.INTRODUCTION_BEGUN
-        ),
-        State.INTRODUCTION: Step(
-            _read_introduction, time_up=State.GREETING, first_byte=State.INTRODUCTION_BEGUN
-        ),
-        State.INTRODUCTION_BEGUN: Step(_read_introduction),
+        State.CONNECTED: Introduction.STEPS[State.CONNECTED],
+        State.INTRODUCTION: Introduction.STEPS[State.INTRODUCTION]._replace(time_up=State.GREETING),
+        State.INTRODUCTION_BEGUN: Introduction.STEPS[State.INTRODUCTION_BEGUN],
         State.SILENCE: Step(_read_first, time_up=State.GREETING, first_byte=State.FIRST_BYTES),
         State.GREETING: Step(_listen_in_silence),
         State.FIRST_BYTES: Step(_read_first),
@@ -287,23 +361,4 @@ class Arrival(Stepwise):
         State.CERTIFICATE: Step(_await_certificate),
         State.HANDSHAKE: Step(_handshake),
         State.PROOF: Step(_handshake),
-    }
-
-
-class PlainArrival(Arrival):
-    """A trusted proxy's connection to a port for plain HTTP, until it has named its visitor."""
-
-    def _await_first_bytes(self):
-        return self._go_to(State.FIRST_BYTES)
-
-    def _begin_http(self):
-        self._give_back()
-        return self._serve_http(self._port.site, scheme="http")
-
-    STEPS = {
-        State.CONNECTED: Arrival.STEPS[State.CONNECTED],
-        # With none it is taken for the visitor itself.
-        State.INTRODUCTION: Arrival.STEPS[State.INTRODUCTION]._replace(time_up=State.FIRST_BYTES),
-        State.INTRODUCTION_BEGUN: Arrival.STEPS[State.INTRODUCTION_BEGUN],
-        State.FIRST_BYTES: Step(_begin_http),
     }

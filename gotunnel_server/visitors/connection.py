@@ -1,59 +1,76 @@
-"""A visitor's connection that speaks HTTP: one request after the other.
+"""Serves a visitor's connection that speaks HTTP, one request after the other.
 
     head --> request and answer (http1_server.py) --> head ... --> parting
                           \\-> 101, CONNECT: relay (relays.py)
 
-Heads are read in steps, which park the connection if more must come: a visitor that is slow or idle
-holds no worker. A request with its answer takes as long as visitor and target please. So it runs in
-a thread of the port's Exchanges, and holds up no other visitor's steps.
+Heads are read in steps (steps.py), so a slow or idle visitor occupies no worker. Serving a request
+may take as long as visitor and target like. So it has a thread of its own, one of the port's
+Exchanges, and does not delay the steps of other connections.
 """
 
 import contextlib
 import enum
 import logging
 from time import monotonic
+from typing import Protocol
 
 from gotunnel_agent.common.http1 import Malformed
 
-from . import pages, relays
+from ..net.shares import Shares
+from . import pages, relays, steps
+from .forwarded import Proxies
 from .http1_server import Handler
 from .login import Owner
-from .request import Connect
+from .pages import Page
+from .request import Upgraded
+from .room import Exchanges, Timeouts
+from .sites import Site
 from .steps import Named, Step, Stepwise
+from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.connection")
 
-# Seconds to read and drop what a visitor sends after our last answer: in all, and without a byte.
-# A visitor that sends a large body reads the answer when it has sent all, or stops; nginx gives it
-# as long (lingering_time, lingering_timeout).
+# Lingering close: how many seconds to read and drop what a visitor still sends after our last
+# answer, in all and without a byte. A visitor with a large body may read the answer only after it
+# has sent everything. nginx has the same values (lingering_time, lingering_timeout).
 PARTING_TIME = 30
 PARTING_TIMEOUT = 5
-# Visitors that have so long at a time, each address its share; others have FULL_PARTING_TIME.
-MAX_PARTING = 1024
-FULL_PARTING_TIME = 2
+FULL_PARTING_TIME = 2  # in place of PARTING_TIME, while room.MAX_PARTING visitors linger
 
 
 class State(Named):
-    """Where the connection stands between its requests."""
+    """Where the connection is between its requests."""
 
-    NEW = enum.auto()  # no byte of the first head has come
-    IDLE = enum.auto()  # a request was answered, no byte of the next head has come
-    HEAD = enum.auto()  # a part of a head has come
+    NEW = enum.auto()  # waiting for the first byte of the first head
+    IDLE = enum.auto()  # keep-alive: waiting for the first byte of the next head
+    HEAD = enum.auto()  # part of a head has arrived
     LATE = enum.auto()  # ... and the rest took too long
-    ASKED = enum.auto()  # a request has come and has its place among those that are answered
-    PARTING = enum.auto()  # our side has ended
+    ASKED = enum.auto()  # a head is complete, and its request has a place in Exchanges.room
+    PARTING = enum.auto()  # lingering close: our side has ended
+
+
+class Port(steps.Port, Protocol):
+    """What an HttpConnection needs of its port.Port."""
+
+    proxies: Proxies
+    timeouts: Timeouts
+    exchanges: Exchanges
+    parting: Shares
 
 
 class HttpConnection(Stepwise):
     """A connection that speaks HTTP, from its first head until it is closed or becomes a relay."""
 
-    def __init__(self, port, visitor, site, scheme):
+    _port: Port
+
+    def __init__(self, port: Port, visitor: Visitor, site: Site, scheme: str):
         """``site``: see Handler. ``scheme``: "https" or "http"."""
         super().__init__(port, visitor, State.NEW)
-        if visitor.address[0] not in port.proxies:  # that one brings requests of many visitors
+        if visitor.address[0] not in port.proxies:  # a proxy's requests are of many visitors
             visitor.owner = Owner()
-        self._silent_at = None  # monotonic, when a visitor that parts has sent nothing for too long
-        self._parts_slowly = False  # it is one of MAX_PARTING
+        # While PARTING, monotonic: when to close in any case, and when to close a silent visitor.
+        self._part_by = self._silent_at = 0.0
+        self._parts_slowly = False  # it has a place in port.parting
         self._handler = Handler(
             visitor.duplex,
             visitor.address,
@@ -70,7 +87,7 @@ class HttpConnection(Stepwise):
             stall_timeout=port.timeouts.stall,
         )
 
-    def _read_head(self):
+    def _read_head(self) -> bool:
         handler, timeouts = self._handler, self._port.timeouts
         try:
             if not handler.head_came():
@@ -81,67 +98,68 @@ class HttpConnection(Stepwise):
             return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
         self._visitor.seat.settle()
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
-            with contextlib.suppress(Malformed):  # busy is answer enough
-                handler.read_request()  # HEAD and Accept say which form the page is to have
-            text = "This gateway serves as many requests as it can at the moment."
-            return self._last_page(pages.error(503, "gateway-busy", text))
+            with contextlib.suppress(Malformed):  # "busy" will do as the answer
+                handler.read_request()  # whether it is HEAD, and what it accepts, shapes the page
+            return self._last_page(pages.error(503, "gateway-busy", pages.BUSY))
         return self._go_to(State.ASKED)
 
-    def _hand_over(self):
-        """Step worker: have an exchange thread answer the request."""
+    def _hand_over(self) -> bool:
+        """Step worker: have an exchange's thread serve the request. From then on the connection is
+        that thread's."""
         try:
-            self._port.exchanges.start(self._serve)  # which has the connection from here on
+            self._port.exchanges.start(self._serve)
         except BaseException:
             self._leave_room()
             raise
         return False
 
-    def _serve(self):
-        """Exchange thread: the request that has come, then those that its visitor sends at once."""
+    def _serve(self) -> None:
+        """Exchange's thread: serve this request, and any that the visitor sends right after it."""
         self._take_steps(self.IN_EXCHANGE)
 
-    def _answer(self):
+    def _answer(self) -> bool:
         handler = self._handler
         try:
             handler.handle_one_request()
         finally:
             self._leave_room()
         if handler.switched is not None:
-            if isinstance(handler.switched, Connect):
-                relays.start_tcp(self._visitor, handler.switched.route)
-            else:
+            if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)
+            else:
+                relays.start_tcp(self._visitor, handler.switched.route)
             return False
         if handler.close_connection:
             return self._part()
         return self._go_to(State.IDLE)
 
-    def _leave_room(self):
+    def _leave_room(self) -> None:
         self._port.exchanges.room.leave(self._visitor.address[0])
 
-    def _refuse_late(self):
-        text = "The request's head took too long to come."
+    def _refuse_late(self) -> bool:
+        text = "The request's head took too long to arrive. Try again."
         return self._last_page(pages.error(408, "head-timeout", text))
 
-    def _last_page(self, page):
-        self._handler.stall_timeout = 0  # it fits, or the visitor reads nothing: a step cannot wait
+    def _last_page(self, page: Page) -> bool:
+        # A step must not wait. If the page does not fit, the visitor was not reading anyway.
+        self._handler.stall_timeout = 0
         self._handler.send_page(page, last=True)
         return self._part()
 
-    def _part(self):
-        """Half-close, and drop what still comes for a moment: closing a connection that has
-        unread bytes makes the kernel send a RST, which can cost the visitor our answer."""
-        with contextlib.suppress(TimeoutError):  # it reads nothing now, and gets its farewell later
+    def _part(self) -> bool:
+        """Begin the lingering close: half-close, then drop what still arrives. A plain close with
+        bytes unread makes the kernel send RST, and that can destroy our answer on its way."""
+        with contextlib.suppress(TimeoutError):  # the visitor is not reading; _drop() flushes later
             self.duplex.finish(timeout=0)
         self._go_to(State.PARTING)
         self._parts_slowly = self._port.parting.enter(self._visitor.address[0])
         now = monotonic()
-        self._deadline = now + (PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME)
+        self._part_by = now + (PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME)
         self._silent_at = now + PARTING_TIMEOUT
         return True
 
-    def _drop(self):
-        # One read a step: a visitor that sends without end must not have a thread for it.
+    def _drop(self) -> bool:
+        # One read a step, so that a visitor that never stops sending does not keep a thread.
         data = self.duplex.receive()
         if data == b"":
             self.close()
@@ -150,10 +168,10 @@ class HttpConnection(Stepwise):
         now = monotonic()
         if data:
             self._silent_at = now + PARTING_TIMEOUT
-        self._visitor.listener.park(self, min(self._deadline, self._silent_at) - now)
+        self._visitor.listener.park(self, min(self._part_by, self._silent_at) - now)
         return False
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         if self._parts_slowly:
             self._parts_slowly = False

@@ -1,13 +1,12 @@
-"""Who a visitor is: the fields that tell the target, and whose word about others is taken.
+"""Tells the target who the visitor is, and decides which proxies may say so.
 
-A target sees only its agent. What it learns of the visitor stands in X-Forwarded-For, -Proto and
--Host and in X-Real-IP, so a visitor must not be able to write them: what comes under these names,
-or as Forwarded (RFC 7239), is dropped and said anew, unless it comes from one of the
-TRUSTED_PROXIES. Such a proxy knows its visitors as we know ours; its fields are kept, and the lists
-among them grow by the proxy's own address.
+A target sees only the connection of its agent. It learns about the visitor from X-Forwarded-For,
+X-Forwarded-Proto, X-Forwarded-Host and X-Real-IP. A visitor could forge these fields, and Forwarded
+(RFC 7239), so the gateway removes them and writes its own. Only the fields of TRUSTED_PROXIES are
+kept; the lists among them are extended by the proxy's own address.
 
-Values in, values out. Addresses are text; an IPv4 address that came in an IPv6 one's clothes
-(::ffff:192.0.2.1) is written and compared as what it is.
+Values in, values out. Addresses are text. An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is written
+and compared as IPv4.
 """
 
 import re
@@ -18,29 +17,31 @@ from gotunnel_agent.common.http1 import Fields, plain_name
 
 # Kinds of fields (http1.kind) that tell a target who its visitor is.
 KINDS = frozenset({"forwarded", "x-forwarded-*", "x-real-ip"})
-# How proxies write an address with a port behind it.
+# Spellings of an address with a port, as some proxies write them.
 _WITH_PORT = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([^:]*):[0-9]+")
 
 
 class Proxies:
-    """The addresses whose word about others is taken."""
+    """The addresses of trusted proxies, which may name their visitors."""
 
-    def __init__(self, networks: Iterable = ()):
-        """``networks``: of the ipaddress module; no IPv4 one in IPv6's form."""
+    def __init__(self, networks: Iterable[addresses.Network] = ()):
+        """``networks``: none of them IPv4-mapped."""
         self._networks = tuple(networks)
 
-    def __contains__(self, address: str) -> bool:
-        if not self._networks:  # as almost everywhere: spare each request the reading
+    def __contains__(self, address: object) -> bool:
+        if not self._networks:  # the usual case: do not parse the address for each request
             return False
-        parsed = _parse(address)
+        parsed = _parse(str(address))
         return parsed is not None and any(parsed in network for network in self._networks)
 
 
-def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) -> list:
-    """The fields that tell a target who visits, as (name, value) pairs.
+def fields(
+    came: Fields, peer: str, scheme: str, host: str, proxies: Proxies
+) -> list[tuple[str, str]]:
+    """The fields that tell a target about its visitor, as (name, value) pairs.
 
-    ``came``: the request's fields. ``peer``: the address of the connection that brought it, by
-    ``scheme``, "http" or "https". ``host``: its Host.
+    ``came``: the request's fields. ``peer``: the address of its connection. ``scheme``: "http" or
+    "https". ``host``: its Host.
     """
     if peer not in proxies:
         return _told(peer, peer, scheme, host)
@@ -59,7 +60,7 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
     return told + [
         (name, value)
         for name, value in came  # X-Forwarded-Port, -Prefix and the like
-        # Only as the proxy spells them: X-Forwarded-Client_Cert may be what its visitor has sent.
+        # Not spelled as X-Forwarded-Client_Cert: the proxy may pass that on from its visitor.
         if (lower := name.lower()).startswith("x-forwarded-")
         and lower not in ours
         and lower == plain_name(name)
@@ -67,16 +68,16 @@ def fields(came: Fields, peer: str, scheme: str, host: str, proxies: Proxies) ->
 
 
 def came_by_https(came: Fields, peer: str, proxies: Proxies) -> bool:
-    """Whether a trusted proxy at ``peer`` says that it has ended its visitor's TLS."""
+    """Whether a trusted proxy at ``peer`` says that its visitor came by https."""
     if peer not in proxies:
         return False
     schemes = ",".join(came.all("x-forwarded-proto")).split(",")
-    return schemes[-1].strip(" \t").lower() == "https"  # the last one is the proxy's own word
+    return schemes[-1].strip(" \t").lower() == "https"  # the last one is what the proxy added
 
 
 def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
-    """The visitor's address: ``peer``, or the one that a trusted proxy names. A proxy may name
-    a visitor without an address: then it is "", which is on no list of addresses."""
+    """The visitor's address: ``peer``, or what a trusted proxy says. A proxy may hide the address
+    ("unknown", RFC 7239 §6.2); then it is "", which matches no list of addresses."""
     if peer not in proxies:
         return peer
     chain = _chain(came)
@@ -85,14 +86,14 @@ def visitor(came: Fields, peer: str, proxies: Proxies) -> str:
     return "" if hidden else client
 
 
-def _chain(came):
-    """The addresses that proxies have written down, the visitor's first."""
-    # A proxy that makes no list names its visitor alone.
-    line = ", ".join(came.all("x-forwarded-for")) or came.get("x-real-ip", "")
+def _chain(came: Fields) -> list[str]:
+    """The addresses that proxies have added, the visitor's first."""
+    # Some proxies write X-Real-IP only.
+    line = ", ".join(came.all("x-forwarded-for")) or came.get("x-real-ip") or ""
     return [entry for part in line.split(",") if (entry := part.strip(" \t"))]
 
 
-def _told(forwarded_for, client, scheme, host):
+def _told(forwarded_for: str, client: str, scheme: str, host: str) -> list[tuple[str, str]]:
     return [
         ("X-Forwarded-For", forwarded_for),
         ("X-Forwarded-Proto", scheme),
@@ -101,10 +102,10 @@ def _told(forwarded_for, client, scheme, host):
     ]
 
 
-def _client(chain, peer, proxies) -> str:
-    """The rightmost address that is no trusted proxy's: each entry was written by the one to its
-    right, so what stands left of a stranger is that stranger's word. Where all are trusted, the
-    leftmost; where an entry is no address, the one to its right."""
+def _client(chain: list[str], peer: str, proxies: Proxies) -> str:
+    """The rightmost address that is not a trusted proxy's. Each entry was written by the one to its
+    right, so entries to the left of an untrusted address may be forged. If all are trusted, it is
+    the leftmost; if an entry is no address, the one to its right."""
     client = peer
     for entry in reversed(chain):
         address = _parse(entry)
@@ -116,7 +117,7 @@ def _client(chain, peer, proxies) -> str:
     return client
 
 
-def _parse(text):
-    """The address in ``text``, None if it is none; a port behind it is passed over."""
+def _parse(text: str) -> addresses.Address | None:
+    """The address in ``text``, None if there is none. A port behind it is ignored."""
     match = _WITH_PORT.fullmatch(text)
     return addresses.parse(match[1] or match[2] if match else text)

@@ -20,6 +20,7 @@ from gotunnel_agent.common.http1 import Fields, Malformed
 from gotunnel_agent.common.patience import Patience
 
 from ..net.hung_up import hung_up
+from ..net.listener import Address
 from . import pages
 from .exchange import Exchange, send_page
 from .forwarded import Proxies
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(
         self,
         duplex: Duplex,
-        address: tuple[str, int],
+        address: Address,
         *,
         site: Site,
         scheme: str,

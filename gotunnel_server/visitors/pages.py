@@ -1,12 +1,13 @@
-"""The pages that the gateway answers with by itself: values, no I/O.
+"""The gateway's own pages: errors, redirects, and the page under its own name. Values, no I/O.
 
-Every error carries a code word in ``X-Gotunnel-Error``, so that a person at the other end of a
-log can tell our answer from the target's, and programs need not read the text. A visitor whose
-``Accept`` prefers JSON gets an error as JSON.
+Every error page has a code word in ``X-Gotunnel-Error``, so that people and programs can tell it
+from an answer of the target. A visitor whose ``Accept`` prefers JSON gets the error as JSON. The
+texts are for visitors: what happened, and what the visitor can do.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from http import HTTPStatus
 from typing import NamedTuple
@@ -42,23 +43,25 @@ HTML, JSON = "text/html", "application/json"
 # A weight in Accept (RFC 9110 §12.4.2).
 _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
+Pairs = tuple[tuple[str, str], ...]  # fields of a message, as (name, value)
+
 
 class Page(NamedTuple):
-    """A whole answer: ``body`` is sent as ``content_type``; ``fields`` go beside those two.
-    ``as_json`` is the body for visitors that prefer JSON, None if there is no such form."""
+    """A complete answer. ``fields`` are those beside Content-Type. ``as_json`` is the body for
+    visitors that prefer JSON, None if there is no JSON form."""
 
     status: int
     body: bytes
     content_type: str = f"{HTML}; charset=utf-8"
-    fields: tuple = ()
+    fields: Pairs = ()
     as_json: bytes | None = None
 
 
-def error(status: int, code: str, text: str, fields: tuple = ()) -> Page:
-    """An error for a person, and its code word for a program. ``text`` is plain text; ``fields``
-    are further ones of the answer.
+def error(status: int, code: str, text: str, fields: Pairs = ()) -> Page:
+    """An error page: ``text``, plain text, for people, and the word ``code`` for programs.
+    ``fields`` are added to the answer.
 
-    Its JSON is an object with "error" (the code word), "message" (the text) and "status".
+    The JSON form is an object with "error" (the code word), "message" (the text) and "status".
     """
     title = f"{int(status)} {HTTPStatus(status).phrase}"
     body = _FRAME.format(title=title, text=escape(text), footer=f"gotunnel: {code}")
@@ -67,20 +70,19 @@ def error(status: int, code: str, text: str, fields: tuple = ()) -> Page:
     return Page(status, body.encode(), fields=fields, as_json=as_json.encode())
 
 
-def suited(page: Page, accept: list[str]) -> Page:
-    """The page in the form that a visitor prefers; ``accept``: the values of its Accept fields."""
+def suited(page: Page, accept: Sequence[str]) -> Page:
+    """The page in the form that the visitor prefers. ``accept``: values of its Accept fields."""
     if page.as_json is None or _preference(accept, JSON) <= _preference(accept, HTML):
         return page
     return page._replace(body=page.as_json, content_type=JSON)
 
 
-def _preference(accept, media_type) -> tuple:
-    """How much a type is wanted: its weight, then how exactly it was named (RFC 9110 §12.5.1).
-
-    Of the ranges that it falls in, the most exact one counts; one that cannot be read does not.
-    To be refused by name is no better than not to be named.
+def _preference(accept: Sequence[str], media_type: str) -> tuple[float, int]:
+    """How much a media type is wanted: its weight, then how exactly it was named (RFC 9110
+    §12.5.1). The most exact range counts; malformed ones are ignored. A type with weight 0 ranks
+    like one that is not named.
     """
-    ranges = ("*/*", media_type.partition("/")[0] + "/*", media_type)  # ever more exact
+    ranges = ("*/*", media_type.partition("/")[0] + "/*", media_type)  # from coarse to exact
     best = (-1, 0.0)  # exactness, weight
     for member in ",".join(accept).lower().split(","):
         name, *parameters = (part.strip(" \t") for part in member.split(";"))
@@ -92,20 +94,21 @@ def _preference(accept, media_type) -> tuple:
 
 
 def landing(hostname: str) -> Page:
-    """What the gateway shows under its own name."""
-    text = f"This is the gateway {escape(hostname)}. It serves other hostnames, each by its agent."
+    """The page under the gateway's own name."""
+    text = f"This is the gateway {escape(hostname)}. The services behind it have other hostnames."
     return Page(200, _FRAME.format(title="gotunnel", text=text, footer="It works.").encode())
 
 
 def moved(url: str, method: str) -> Page:
-    """Send a visitor elsewhere, for good. A request with a body, or that changes something, comes
-    again as it was (RFC 9110 §15.4.9)."""
+    """A permanent redirect. Status 308 for all but GET and HEAD, so that the visitor repeats its
+    method and body (RFC 9110 §15.4.9)."""
     status = HTTPStatus(301 if method in ("GET", "HEAD") else 308)
     link = f'<a href="{escape(url)}">{escape(url)}</a>'
     title = f"{int(status)} {status.phrase}"
-    body = _FRAME.format(title=title, text=f"This page is at {link}.", footer="gotunnel")
+    body = _FRAME.format(title=title, text=f"This page has moved to {link}.", footer="gotunnel")
     return Page(int(status), body.encode(), fields=(("Location", url),))
 
 
 def no_tunnel(hostname: str) -> Page:
-    return error(502, "no-tunnel", f"No agent serves {hostname} at the moment.")
+    text = f"No service is connected for {hostname} at the moment. Check the name, or try later."
+    return error(502, "no-tunnel", text)

@@ -1,66 +1,42 @@
-"""A public port: the visitors on it, and what they need.
+"""The ports that visitors connect to, and the count of the visitors on each.
 
 Port          plain HTTP: the dashboard, the redirect to https
-PublicPort    TLS, HTTP to be redirected, raw bytes for a tcp hostname (arrival.py)
-TcpPort       one tunnel's own, which leads to one Route
+PublicPort    TLS; without TLS HTTP, which is redirected, and raw bytes for a tcp hostname
+TcpPort       one tunnel's own port, which leads to one Route
 """
 
 import logging
+import ssl
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from socket import socket
+from typing import Any
 
-from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
-from gotunnel_agent.common.process import Workers
+from gotunnel_agent.common.duplex import Duplex
 
-from ..net.shares import Shares
-from . import relays
-from .arrival import SILENCE, Arrival, PlainArrival
-from .connection import MAX_PARTING, HttpConnection
+from ..net.listener import Address, Listener
+from ..net.shares import Seat
+from ..routes import Registry, Route
+from .arrival import SILENCE, Arrival, Challenges, PlainArrival
+from .connection import HttpConnection
+from .forwarded import Proxies
 from .postgres import CancelKeys
+from .room import Room, Timeouts
+from .sites import Site
+from .steps import Stepwise
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.port")
 
 
-class Timeouts(NamedTuple):
-    """Seconds. ``header``: for a request's head, a ClientHello, a handshake. ``idle``: between two
-    requests, and for a visitor that sends nothing of a request's body. ``response``: from the whole
-    request to the first byte of the target's answer. ``stall``: for a visitor that reads
-    nothing."""
-
-    header: float
-    idle: float
-    response: float
-    stall: float = STALL_TIMEOUT
-
-
-class Exchanges:
-    """The threads that serve requests, and the room for so many at a time."""
-
-    def __init__(self, most, proxies):
-        self.room = Shares(most, proxies)
-        self._workers = Workers(most, "exchange")
-        self.start = self._workers.submit  # start(function)
-        self.stop = self._workers.shutdown  # stop(timeout)
-
-
-class Room:
-    """What the visitors of one port, or of several, may have at a time."""
-
-    def __init__(self, requests, proxies):
-        """``requests``: how many are answered at a time. ``proxies``: see Port."""
-        self.exchanges = Exchanges(requests, proxies)
-        self.relays = Shares(relays.MAX_RELAYS, proxies)
-        self.parting = Shares(MAX_PARTING, proxies)  # visitors that still send after their answer
-
-
 class Port:
     """A port for plain HTTP. Any thread."""
 
-    def __init__(self, *, site, room, proxies, timeouts):
-        """``site``: see Handler. ``room``: a Room, which another port may share. ``proxies``: the
-        addresses that stand for many visitors, a forwarded.Proxies. ``timeouts``: Timeouts."""
-        self.listener = None  # set before it is started
+    listener: Listener  # set before the port is opened
+
+    def __init__(self, *, site: Site, room: Room, proxies: Proxies, timeouts: Timeouts):
+        """``site``: see Handler. Several ports may share a ``room``. ``proxies``: the addresses
+        that stand for many visitors each."""
         self.site = site
         self.room = room
         self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
@@ -69,20 +45,20 @@ class Port:
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
-        self._visitors = set()
+        self._visitors: set[Visitor] = set()
         self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
-        self._said = set()  # texts of say_once()
+        self._said: set[str] = set()  # texts of say_once()
         self._say_lock = threading.Lock()  # guards _said
 
-    def welcome(self, sock, address, seat):
+    def welcome(self, sock: socket, address: Address, seat: Seat) -> Stepwise:
         """Listener's thread: a visitor has connected."""
         visitor = self.add(sock, address, self.listener, seat)
         if address[0] in self.proxies:
             return PlainArrival(self, visitor)
         return HttpConnection(self, visitor, self.site, "http")
 
-    def add(self, sock, address, listener, seat) -> Visitor:
-        """Count the connection as one of a visitor's."""
+    def add(self, sock: socket, address: Address, listener: Listener, seat: Seat) -> Visitor:
+        """Make a Visitor of a new connection, and count it."""
         duplex = Duplex(sock)
         duplex.stall_timeout = self.timeouts.stall
         visitor = Visitor(self, duplex, address, listener, seat)
@@ -90,7 +66,7 @@ class Port:
             self._visitors.add(visitor)
         return visitor
 
-    def forget(self, visitor):
+    def forget(self, visitor: Visitor) -> None:
         """The visitor's connection is closed."""
         with self._gone:
             known = visitor in self._visitors
@@ -99,21 +75,21 @@ class Port:
         if known:
             visitor.seat.leave()
 
-    def say_once(self, text, *arguments):
-        """Warn of something that the operator has to hear once, and not each time that a scanner
-        comes by."""
+    def say_once(self, text: str, *arguments: object) -> None:
+        """Log a warning; if it was logged before, only at debug level. Scanners cause the same ones
+        again and again."""
         with self._say_lock:
             said = text in self._said
             self._said.add(text)
         log.log(logging.DEBUG if said else logging.WARNING, text, *arguments)
 
-    def start_draining(self):
-        """From now on a connection is closed as soon as its request is answered."""
+    def start_draining(self) -> None:
+        """From now on each connection is closed after the answer to its present request."""
         self._draining.set()
 
-    def drain(self, timeout) -> int:
-        """Wait until the visitors that are being served have gone; after ``timeout`` seconds,
-        break the connections that are left. Returns how many."""
+    def drain(self, timeout: float) -> int:
+        """Wait until all visitors have been served and have left; after ``timeout`` seconds, reset
+        the connections that remain. Returns how many those were."""
         self.start_draining()
         with self._gone:
             self._gone.wait_for(lambda: not self._visitors, timeout)
@@ -122,24 +98,32 @@ class Port:
             visitor.duplex.reset()
         return len(left)
 
-    def stop(self, timeout):
-        """End the threads that serve requests; after drain(), that of the ports that share its Room
-        included. Waits ``timeout`` seconds at most."""
+    def stop(self, timeout: float) -> None:
+        """End the threads that serve requests, waiting ``timeout`` seconds at most. Call it after
+        drain(), and after that of all ports that share the Room."""
         self.exchanges.stop(timeout)
 
 
 class PublicPort(Port):
-    """The port for visitors with TLS. A visitor that speaks HTTP without it is sent to https; one
-    that speaks anything else may be for a tcp hostname."""
+    """The port for visitors with TLS. Without TLS, HTTP is redirected to https, and any other
+    protocol may be for a tcp hostname."""
 
     def __init__(
-        self, *, context, redirect, registry, raw_host, challenges, awaits_certificate, **rest
+        self,
+        *,
+        context: Callable[[str | None, str | None], ssl.SSLContext],
+        redirect: Site,
+        registry: Registry,
+        raw_host: str | None,
+        challenges: Challenges,
+        awaits_certificate: Callable[[str | None], bool],
+        **rest: Any,
     ):
-        """``context(sni, protocol)``: the SSLContext of a handshake, which takes that protocol by
-        ALPN, None for the ones that it always takes. ``redirect``: the ``site`` of
-        visitors without TLS. ``registry`` knows the Routes. ``raw_host``: the tcp hostname of
-        visitors that name none, or None. ``challenges``: what a CA may find here.
-        ``awaits_certificate(hostname)``: it has none yet, and will soon. ``rest``: see Port."""
+        """``context(sni, protocol)``: the context for a handshake, which accepts ``protocol`` by
+        ALPN; None: the protocols that are always accepted. ``redirect``: the site for HTTP without
+        TLS. ``raw_host``: the tcp hostname for visitors that name none, or None. ``challenges``:
+        the proofs for TLS-ALPN-01 validations. ``awaits_certificate(hostname)``: whether it has no
+        certificate yet, but will have one soon. ``rest``: see Port."""
         super().__init__(**rest)
         self.context = context
         self.redirect = redirect
@@ -153,15 +137,15 @@ class PublicPort(Port):
         if raw_host is not None:
             self.first_timeout = SILENCE
 
-    def welcome(self, sock, address, seat):
+    def welcome(self, sock: socket, address: Address, seat: Seat) -> Stepwise:
         """Listener's thread: a visitor has connected."""
         return Arrival(self, self.add(sock, address, self.listener, seat))
 
-    def raw_route(self, ssh=False):
-        """The Route of a visitor that names no hostname, None if there is none for it.
+    def raw_route(self, ssh: bool = False) -> Route | None:
+        """The Route for a visitor without TLS, which names no hostname; None if there is none.
 
-        An SSH client is for the only tcp hostname, if there is just one. Any other protocol, such
-        as a database's, is passed on without encryption only to the hostname in RAW_TCP_HOST.
+        SSH goes to RAW_TCP_HOST or, without that, to the only tcp hostname. Any other protocol,
+        such as a database's, is not encrypted, so it goes to RAW_TCP_HOST only.
         """
         if self.raw_host is not None:
             route = self.lookup(self.raw_host)
@@ -170,19 +154,20 @@ class PublicPort(Port):
 
 
 class TcpPort:
-    """A public port of its own for one tunnel, which leads to one Route. Its visitors count as
-    those of the PublicPort."""
+    """A tunnel's own public port, which leads to one Route. Its visitors count as those of the
+    PublicPort."""
 
-    def __init__(self, public, route):
-        self.listener = None  # set before it is started
-        self.route = route  # of those that come; may be replaced
+    listener: Listener  # set before the port is opened
+
+    def __init__(self, public: PublicPort, route: Route):
+        self.route = route  # of new visitors; may be replaced
         self._public = public
 
-    def welcome(self, sock, address, seat):
+    def welcome(self, sock: socket, address: Address, seat: Seat) -> Stepwise:
         """Listener's thread: a visitor has connected."""
         visitor = self._public.add(sock, address, self.listener, seat)
         return Arrival(self._public, visitor, self.route)
 
-    def stop(self):
-        """Close the port; visits that run go on."""
+    def stop(self) -> None:
+        """Close the port; visits that are running go on."""
         self.listener.stop()

@@ -1,41 +1,48 @@
-"""PostgreSQL's CancelRequest: to which tunnel does it belong?
+"""Finds the route that a PostgreSQL CancelRequest is for.
 
-To cancel what a session does, such as at psql's Ctrl-C, a client opens a further connection and
-sends a key there that the server has told it in that session. libpq before version 17 does so
-without TLS, also if the session has TLS: then no SNI names the hostname. So the gateway, which ends
-TLS, reads the key at the beginning of such a session (PostgreSQL, "Message Flow" and "Message
+To cancel a query, such as at psql's Ctrl-C, a client opens another connection and sends a key that
+the server told it in its session. libpq before version 17 does so without TLS, even if the session
+has TLS, and without TLS there is no SNI that names the hostname. So the gateway, which ends TLS,
+reads the key from the beginning of each such session (PostgreSQL, "Message Flow" and "Message
 Formats"):
 
     visitor    SSLRequest, TLS, StartupMessage                 a later connection: CancelRequest
     target     Authentication..., BackendKeyData, ReadyForQuery
 
-The key is a secret of the two. A visitor that does not know it reaches no tunnel, and the target
-checks it again.
+The key is a secret of target and visitor. A visitor that does not know it reaches no tunnel, and
+the target checks the key again.
 """
 
 import threading
+from collections.abc import Callable
 
+from gotunnel_agent.common.duplex import Duplex
+
+from ..routes import Route
 from .sniff import LEAST_KEY, MOST_KEY
 
-# Bytes of a target within which its key must come: logging in and some twenty parameters take 700.
+# The key must be within this many first bytes of the target. A login and about twenty parameters
+# take 700.
 SCAN_LIMIT = 16384
-KEYS = 2048  # that are remembered; as many as relays there may be
+KEYS = 2048  # how many are remembered; as many as there may be relays (relays.MAX_RELAYS)
 
 _BACKEND_KEY_DATA = ord("K")
-# What may come before it: Authentication, NegotiateProtocolVersion, ParameterStatus, Notice.
+# Types of the messages before it: Authentication, NegotiateProtocolVersion, ParameterStatus,
+# NoticeResponse.
 _BEFORE = frozenset(b"RvSN")
 
 
 class Scanner:
-    """Looks for the BackendKeyData in the first bytes of a target."""
+    """Looks for the BackendKeyData in a target's first bytes."""
 
-    def __init__(self):
-        self.over = False  # there is no key, or it was found
-        self._came = b""  # from the beginning of a message on
+    def __init__(self) -> None:
+        self.over = False  # the key was found, or there is none
+        self._came = b""  # the unread bytes; they begin with a message
         self._left = SCAN_LIMIT
 
     def feed(self, data: bytes) -> bytes | None:
-        """The key, once it is there. Whatever the bytes are, it is found or the scan is over."""
+        """Read on; returns the key when it is complete. The scan is ``over`` then, or when the
+        bytes cannot hold a key any more. Never raises, whatever the bytes are."""
         self._left -= len(data)
         self._came += data
         while len(self._came) >= 5:  # type, length without it
@@ -57,51 +64,52 @@ class Scanner:
 
 
 class CancelKeys:
-    """The keys of the sessions that last, and their Routes. Any thread."""
+    """The keys of the sessions that are running, and their Routes. Any thread."""
 
-    def __init__(self):
-        self._routes = {}  # key: Route
+    def __init__(self) -> None:
+        self._routes: dict[bytes, Route] = {}  # by key
         self._lock = threading.Lock()  # guards it
 
-    def add(self, key: bytes, route) -> bool:
-        """False if there is no room, or the key is another session's."""
+    def add(self, key: bytes, route: Route) -> bool:
+        """Remember a key. False if there is no room, or another session has the same key."""
         with self._lock:
             if key in self._routes or len(self._routes) >= KEYS:
                 return False
             self._routes[key] = route
             return True
 
-    def remove(self, key: bytes):
+    def remove(self, key: bytes) -> None:
         with self._lock:
             del self._routes[key]
 
-    def route(self, request: bytes):
-        """The Route that a CancelRequest is for, None if there is none."""
+    def route(self, request: bytes) -> Route | None:
+        """The Route that a CancelRequest is for, None if its key is unknown."""
         return self._routes.get(request[8:])
 
 
 class Watched:
-    """A visitor that speaks PostgreSQL as an end of a relay: its CancelRequests find the Route as
-    long as the relay lasts. After the target's first bytes it costs nothing."""
+    """The relay end of a visitor that speaks PostgreSQL. While the relay runs, the session's
+    CancelRequests find its Route. After the target's first bytes it costs nothing."""
 
-    def __init__(self, duplex, keys, route):
+    def __init__(self, duplex: Duplex, keys: CancelKeys, route: Route):
+        self.write: Callable[[bytes], None] = self._scan_and_write
         self.read, self.finish = duplex.read, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
         self._keys, self._route = keys, route
         self._scanner = Scanner()
-        self._key = None
+        self._key: bytes | None = None  # as long as it is among the keys
 
-    def write(self, data):
+    def _scan_and_write(self, data: bytes) -> None:
         key = self._scanner.feed(data)
         if key is not None and self._keys.add(key, self._route):
-            self._key = key  # before the visitor has it
+            self._key = key  # before the visitor gets it and can send a CancelRequest
         if self._scanner.over:
             self.write = self._duplex.write
         self._duplex.write(data)
 
-    def forget(self):
-        """The relay is over."""
+    def forget(self) -> None:
+        """The relay has ended: forget the key."""
         if self._key is not None:
             self._keys.remove(self._key)

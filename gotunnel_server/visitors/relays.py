@@ -1,45 +1,50 @@
-"""A visitor's connection and a stream, joined: visits in tcp mode, WebSockets after a 101 answer.
+"""Relays bytes between a visitor's connection and a stream: tcp mode, or WebSocket after a 101.
 
-A relay takes as long as visitor and target please, so it has two threads of its own, one for each
-direction. Both ends are closed when both directions are done; if one end breaks, the other is
+A relay may last as long as visitor and target like, so it has two threads of its own, one for each
+direction. Both ends are closed when both directions are done. If one end breaks, the other one is
 reset, so that bytes that were cut off never look complete.
 """
 
 import logging
 import threading
+from collections.abc import Callable
 from time import monotonic
+from typing import TypeVar
 
-from gotunnel import RESET_JOIN, NoThread, pump, relay, spawn
+from gotunnel import RESET_JOIN, NoThread, RelayEnd, Source, Stream, pump, relay, spawn
 from gotunnel_agent.common import proxy_protocol
 
-from ..routes import AgentBusy
+from ..routes import AgentBusy, Route
 from .postgres import Watched
+from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.relays")
 
-# Relays (tcp visits, WebSockets) at a time: two threads and some 65 kB each.
+# Relays (tcp visits, WebSockets) at a time. Each has two threads and about 65 kB.
 MAX_RELAYS = 2048
-# Seconds that a visitor has for its last bytes after the target of a WebSocket has ended.
+# Seconds that a WebSocket's visitor has for its last bytes after its target has ended.
 LAST_BYTES_TIMEOUT = 2
-# Seconds without a byte from the target after a tcp visitor has half-closed, when the agent cannot
-# half-close its target: then the visitor has most likely left.
+# After a tcp visitor has half-closed, and its agent cannot half-close the target: how many seconds
+# the target may be silent until FIN ends the visit. Most likely the visitor has left.
 HELD_FIN_TIMEOUT = 30
-# Seconds that the direction towards the visitor may be silent after the other one has ended for
-# good. An agent that cannot half-close ends its stream as soon as it sees our FIN; one that does
-# not would keep the thread for ever.
+# How many seconds the direction towards the visitor may be silent after our FIN has ended the other
+# one. An agent that cannot half-close ends its stream at our FIN; without this limit, an agent that
+# does not would keep the thread for ever.
 ENDING_TIMEOUT = 30
 
+Other = TypeVar("Other", Route, Stream)  # the other end of a relay, or where it is to be opened
 
-def start_tcp(visitor, route):
-    """Join a Visitor and its Route in threads of their own, which close it. Raises NoThread: then
-    it is still the caller's."""
+
+def start_tcp(visitor: Visitor, route: Route) -> None:
+    """Relay between ``visitor`` and a new stream of ``route``, in threads that close both. Raises
+    NoThread; then the Visitor still belongs to the caller."""
     _start(_relay_tcp, visitor, route)
 
 
-def start_switched(visitor, stream, half_close):
-    """Join a Visitor and the stream that has answered it with 101, in threads of their own, which
-    close both. ``half_close``: the agent passes FIN on. Raises NoThread: then the Visitor is still
-    the caller's, and the stream is reset."""
+def start_switched(visitor: Visitor, stream: Stream, half_close: bool) -> None:
+    """Relay between ``visitor`` and the stream that has answered 101, in threads that close both.
+    ``half_close``: the agent passes a FIN on to its target. Raises NoThread; then the Visitor still
+    belongs to the caller, and the stream is reset."""
     try:
         _start(relay_upgraded if half_close else relay_switched, visitor, stream)
     except NoThread:
@@ -47,12 +52,12 @@ def start_switched(visitor, stream, half_close):
         raise
 
 
-def _start(function, visitor, other):
+def _start(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
     spawn(f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
 
 
-def _run(function, visitor, other):
-    """Thread: one relay, from its beginning to its end."""
+def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
+    """Thread: one relay, from beginning to end."""
     visitor.duplex.cut_unless_finished()
     try:
         function(visitor, other)
@@ -61,21 +66,22 @@ def _run(function, visitor, other):
     except OSError as error:
         log.debug("%s: %s", visitor, error)
     except Exception:
-        log.exception("%s: its relay is ended (bug, traceback follows)", visitor)
+        log.exception("%s: its relay is closed (bug, traceback follows)", visitor)
     finally:
         visitor.close()
 
 
-def _relay_tcp(visitor, route):
+def _relay_tcp(visitor: Visitor, route: Route) -> None:
     tunnel = route.tunnel
     try:
         stream = tunnel.open(route, visitor.ends)
     except OSError as error:
-        visitor.duplex.reset()  # refused: not an empty but complete visit
+        visitor.duplex.reset()  # a mere close would look like an empty answer
         if isinstance(error, AgentBusy):
             log.info("%s: %s: %s", route.hostname, visitor, error)
         raise
-    end, watched = visitor.duplex, None
+    end: RelayEnd = visitor.duplex
+    watched = None
     if not visitor.sni:
         end = _Guarded(visitor)
     elif visitor.cancel_keys is not None:
@@ -86,7 +92,7 @@ def _relay_tcp(visitor, route):
         else:
             relay_holding_fin(end, stream)
     except NoThread:
-        stream.reset()  # its target must not see an empty but complete visit
+        stream.reset()  # a mere close would look to the target like an empty, complete visit
         raise
     finally:
         if watched is not None:
@@ -94,38 +100,42 @@ def _relay_tcp(visitor, route):
         stream.close()
         if stream.refused:
             tunnel.count_failed(route)
-            log.info("%s: %s: the agent's target is down or refuses; its log says why",
+            log.info("%s: %s: the agent could not connect to its target; see the agent's log",
                      route.hostname, visitor)  # fmt: skip
 
 
-def relay_holding_fin(end, stream, last_bytes=None):
-    """relay() for an agent that takes FIN for the end of the visit, and would cut the answer.
+def relay_holding_fin(
+    end: RelayEnd, stream: Stream, stop: Callable[[], None] | None = None
+) -> None:
+    """relay() for an agent that closes its target at FIN, which would cut the answer.
 
-    When the visitor has half-closed, its FIN waits until the target has been silent for a while.
-    ``end`` is the visitor's, a Duplex. ``last_bytes``: seconds for it to end after the target has;
-    None: as long as it likes.
+    When the visitor half-closes, its FIN is held back until the target has been silent for
+    HELD_FIN_TIMEOUT. ``end`` is the visitor's. ``stop()`` ends it; it is called if the visitor has
+    not ended within LAST_BYTES_TIMEOUT after the target. None: the visitor may take any time.
     """
     stream.on_death(end.stop_reading)
     source = _Timed(stream)
     visitor_done = threading.Event()
-    back = _copy_back(_copy_to_visitor, source, end, visitor_done, last_bytes)
+    back = _copy_back(_copy_to_visitor, source, end, visitor_done, stop)
     try:
         while data := end.read():
             stream.write(data)
     except (OSError, ValueError):
-        stream.cut()  # behind what was copied; if it is dead, what it has left goes to the visitor
+        # Reset the stream behind what was copied. If it is dead already, the bytes that it still
+        # holds go to the visitor.
+        stream.cut()
     visitor_done.set()
     _outlast(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
     _outlast(back, source, ENDING_TIMEOUT)
     _end(back, end, stream)
     if stream.is_dead:
-        end.cut()  # it may have ended before, and now it has not taken all
+        end.cut()  # the visitor has not got all bytes, so it must not see a plain end
 
 
-def relay_upgraded(visitor, stream):
-    """What follows a 101. A half-close is passed on: `docker exec -i` ends the standard input of
-    its program by one, and the program may answer afterwards."""
+def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
+    """Relay after a 101, for an agent that can half-close. The half-close is passed on: `docker
+    exec -i` ends its program's standard input by one, and the program may answer afterwards."""
     try:
         relay(visitor.duplex, stream)
     except NoThread:
@@ -135,10 +145,10 @@ def relay_upgraded(visitor, stream):
         stream.close()
 
 
-def relay_switched(visitor, stream):
-    """The same for an agent that ends its target at FIN, and the stream with its target."""
+def relay_switched(visitor: Visitor, stream: Stream) -> None:
+    """Relay after a 101, for an agent that closes its target at FIN."""
     try:
-        relay_holding_fin(visitor.duplex, stream, LAST_BYTES_TIMEOUT)
+        relay_holding_fin(visitor.duplex, stream, visitor.duplex.stop)
     except NoThread:
         stream.reset()
         raise
@@ -146,20 +156,25 @@ def relay_switched(visitor, stream):
         stream.close()
 
 
-def _copy_to_visitor(source, end, visitor_done, last_bytes):
+def _copy_to_visitor(
+    source: Source,
+    end: RelayEnd,
+    visitor_done: threading.Event,
+    stop: Callable[[], None] | None,
+) -> None:
     pump(source, end)
-    # The visitor has the last word, and a moment to say it.
-    if last_bytes is not None and not visitor_done.wait(last_bytes):
-        end.stop()
+    # The target has ended. Give the visitor a moment for its last bytes.
+    if stop is not None and not visitor_done.wait(LAST_BYTES_TIMEOUT):
+        stop()
 
 
-def _copy_back(function, *arguments):
+def _copy_back(function: Callable[..., None], *arguments: object) -> threading.Thread:
     """Start the thread that copies from the stream to the visitor. Raises NoThread."""
     return spawn(f"{threading.current_thread().name} back", function, *arguments)
 
 
-def _outlast(back, source, timeout):
-    """Wait for a thread until its source has been silent for ``timeout`` seconds from now on."""
+def _outlast(back: threading.Thread, source: "_Timed", timeout: float) -> None:
+    """Wait until the thread ``back`` ends, or its source was silent for ``timeout`` seconds."""
     began = monotonic()
     while back.is_alive():
         silence = min(source.silence(), monotonic() - began)
@@ -168,8 +183,8 @@ def _outlast(back, source, timeout):
         back.join(timeout - silence)
 
 
-def _end(back, end, stream):
-    """Reset both ends if the thread that copies between them has not ended by now."""
+def _end(back: threading.Thread, end: RelayEnd, stream: Stream) -> None:
+    """Reset both ends if the thread ``back``, which copies between them, has not ended by now."""
     if not back.is_alive():
         return
     log.debug("thread %s: reset, it has not ended in time", back.name)
@@ -181,19 +196,20 @@ def _end(back, end, stream):
 
 
 class _Guarded:
-    """A visitor without TLS as an end of a relay, whose first bytes must not be a PROXY header.
-    None is held back: a program may wait for the answer to any of them."""
+    """The relay end of a visitor without TLS. The visitor's first bytes must not be a PROXY header.
+    No byte is held back meanwhile: a program may wait for the answer to it."""
 
-    def __init__(self, visitor):
+    def __init__(self, visitor: Visitor):
         duplex = visitor.duplex
+        self.read: Callable[[], bytes] = self._read_guarded
         self.write, self.finish = duplex.write, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
         self._refuse = visitor.refuse_introduction
-        self._came = b""  # so far, as long as it may become a header
+        self._came = b""  # the first bytes, as long as they may become a header
 
-    def read(self):
+    def _read_guarded(self) -> bytes:
         data = self._duplex.read()
         self._came += data[: proxy_protocol.LINE_LIMIT]
         self._refuse(self._came)
@@ -203,20 +219,21 @@ class _Guarded:
 
 
 class _Timed:
-    """A stream as a pump's source, which tells another thread how long it has been silent."""
+    """A pump's source that reads from a stream and tells another thread how long it was silent."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Stream):
         self.reset, self.cut = stream.reset, stream.cut
         self._read = stream.read
-        self._since = None  # monotonic, of the read that waits; set by the pump's thread only
+        # Monotonic time when the waiting read began, None between reads. Set by the pump's thread.
+        self._since: float | None = None
 
-    def read(self):
+    def read(self) -> bytes:
         self._since = monotonic()
         data = self._read()
         self._since = None
         return data
 
     def silence(self) -> float:
-        """Seconds that a read has waited; 0 while the other end takes what was read."""
+        """Seconds that the present read has waited; 0 while its bytes are being passed on."""
         since = self._since
         return 0 if since is None else monotonic() - since

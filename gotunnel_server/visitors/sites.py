@@ -1,47 +1,59 @@
-"""What a request gets: a page, a redirect, or a route to be asked.
+"""Decides what a request gets: one of the gateway's pages, a redirect, or the target's answer.
 
-A *site* is a function of a port: ``site(request)``, of a request.Request, returns a Page, a Connect
-or a Forward. Nothing is read or sent here.
+Each port has a *site*, a function: ``site(request)`` takes a request.Request and returns a Page, a
+Connect or a Forward. Nothing is read or sent here.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from gotunnel_agent.common import http1
 
-from ..routes import Route
+from ..routes import Policy, Route
 from . import forwarded, pages
 from .forwarded import Proxies
-from .pages import Page
+from .pages import Page, Pairs
 from .request import Connect, Request
-from .verdict import Answer
+from .verdict import Allow, Answer
+
+Lookup = Callable[[str], Route | None]  # the registry's: hostname to Route
 
 
 class Forward(NamedTuple):
-    """The request goes to the target of ``route``; ``add`` and ``strip`` as in verdict.Allow."""
+    """The request goes to the target of ``route``. ``add`` and ``strip``: see verdict.Allow."""
 
     route: Route
-    add: tuple = ()
-    strip: tuple = ()
+    add: Pairs = ()
+    strip: tuple[str, ...] = ()
 
 
-Site = Callable[[Request], "Page | Connect | Forward"]
+Site = Callable[[Request], Page | Connect | Forward]
 
 
-def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Site:
+class Proofs(Protocol):
+    """The proofs of HTTP-01 validations (certs/challenges.py)."""
+
+    def is_asked_for(self, path: str, /) -> bool: ...
+
+    def body(self, hostname: str, path: str, /) -> bytes | None: ...
+
+
+def choose_site(
+    lookup: Lookup, gateway_host: str, public_port: Callable[[], int], proxies: Proxies
+) -> Site:
     """The site of the public port.
 
-    ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name; ``public_port()``
-    is the port's number; ``proxies`` are believed which visitor they stand for.
+    ``gateway_host`` is the gateway's own name, ``public_port()`` the port's number. ``proxies`` may
+    name the visitors that they stand for.
     """
 
-    def site(request):
+    def site(request: Request) -> Page | Connect | Forward:
         hostname, sni, is_connect = request.hostname, request.sni, request.method == "CONNECT"
         if is_connect and sni in (None, gateway_host):
             return connect(request)
         if sni is not None and hostname != sni:
-            # The certificate that the visitor has seen says nothing about that name.
-            text = f"This connection was opened for {sni}, not for {hostname}."
+            # The visitor has checked the certificate of another name (RFC 9110 §15.5.20).
+            text = f"This connection was opened for {sni}, not for {hostname}. Open another one."
             return pages.error(421, "misdirected", text)
         if is_connect:
             return connect(request)
@@ -51,36 +63,36 @@ def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Sit
         if route is None:
             return pages.no_tunnel(hostname)
         if route.mode != "http":
-            text = f"{hostname} does not speak HTTP. Connect to it by TLS, with its name as SNI."
+            text = f"{hostname} is not a website. Connect to it by TLS, with its name as SNI."
             return pages.error(421, "not-http", text)
-        return Forward(route) if route.policy is None else judge(request, route)
+        return Forward(route) if route.policy is None else judge(request, route, route.policy)
 
-    def judge(request, route):
+    def judge(request: Request, route: Route, policy: Policy) -> Page | Forward:
         authorization = ", ".join(request.fields.all("authorization")) or None
-        verdict = route.policy.judge_request(visitor(request), authorization)
+        verdict: Allow | Answer = policy.judge_request(visitor(request), authorization)
         return verdict.page if isinstance(verdict, Answer) else Forward(route, *verdict)
 
-    def visitor(request):
+    def visitor(request: Request) -> str:
         return forwarded.visitor(request.fields, request.peer, proxies)
 
-    def connect(request):
+    def connect(request: Request) -> Page | Connect:
         hostname = request.hostname
-        if request.has_body:  # or is it the target's? Readers differ
-            text = "A CONNECT with a body came, expected none."
+        if request.has_body:  # ambiguous: some implementations send such bytes to the target
+            text = "This CONNECT request has a body; expected none."
             return pages.error(400, "malformed-request", text)
         route = lookup(hostname)
         if route is None:
             return pages.no_tunnel(hostname)
         if route.mode != "tcp":
-            text = f"{hostname} speaks HTTP; there is nothing else to connect to."
+            text = f"{hostname} is a website. CONNECT is for hostnames in tcp mode."
             return pages.error(403, "not-tcp", text)
         port = request.authority.rpartition(":")[2]
         ports = (route.target_port, route.port, public_port())
         if port not in {str(number) for number in ports if number is not None}:
-            text = f"Port {port[:5]} of {hostname} leads nowhere; its own is another."
+            text = f"{hostname} cannot be reached at port {port[:5]}. Use the service's own port."
             return pages.error(403, "wrong-port", text)
         if route.policy is not None:
-            verdict = route.policy.judge_connection(visitor(request))
+            verdict: Allow | Answer = route.policy.judge_connection(visitor(request))
             if isinstance(verdict, Answer):
                 return verdict.page
         return Connect(route)
@@ -89,22 +101,29 @@ def choose_site(lookup, gateway_host: str, public_port, proxies: Proxies) -> Sit
 
 
 def choose_redirect(
-    lookup, gateway_host: str, public_port=None, challenges=None, *, proxies: Proxies, secured: Site
+    lookup: Lookup,
+    gateway_host: str,
+    public_port: Callable[[], int] | None = None,
+    challenges: Proofs | None = None,
+    *,
+    proxies: Proxies,
+    secured: Site,
 ) -> Site:
-    """The site of visitors without TLS: the way to https.
+    """The site of visitors without TLS: it redirects them to https.
 
-    One of ``proxies`` may have ended its visitor's TLS: then ``secured`` is the site, since a
-    visitor that has come by https would be sent there for ever.
+    If one of ``proxies`` has ended its visitor's TLS, ``secured`` is the site: such a visitor came
+    by https, and would be redirected for ever.
 
-    ``lookup(hostname)`` is the registry's; ``gateway_host`` is our own name. On the port for plain
-    HTTP, ``public_port()`` is the number of the one for https, and ``challenges`` what a CA may
-    find there; else the port is the one that the visitor has used.
+    ``gateway_host`` is the gateway's own name. On the port for plain HTTP, ``public_port()`` is the
+    number of the port for https, and ``challenges`` has the proofs for a CA. On the public port
+    both are None, and the redirect leads to the port that the visitor used.
     """
 
-    def site(request):
+    def site(request: Request) -> Page | Connect | Forward:
         hostname, path = request.hostname, request.path
         if request.method == "CONNECT":
-            return pages.error(403, "no-tls", "This gateway connects only through TLS.")
+            text = "This gateway accepts CONNECT only through TLS. Use it as an https:// proxy."
+            return pages.error(403, "no-tls", text)
         if challenges is not None and challenges.is_asked_for(path):
             return proof(request.method, challenges.body(hostname, path))
         if forwarded.came_by_https(request.fields, request.peer, proxies):
@@ -113,23 +132,23 @@ def choose_redirect(
         if route is None and hostname != gateway_host:
             return pages.no_tunnel(hostname)
         if route is not None and route.mode != "http":
-            return pages.error(421, "not-http", f"{hostname} does not speak HTTP.")
+            return pages.error(421, "not-http", f"{hostname} is not a website.")
         if public_port is None:
             host = request.authority
         else:
             host = f"{hostname}:{public_port()}"
         host = host.removesuffix(":443")
-        # "*" is of OPTIONS: the site as a whole.
+        # "*" in an OPTIONS request means the site as a whole.
         path = http1.percent_encoded(path.removeprefix("*"))
         return pages.moved(f"https://{host}{path}", request.method)
 
-    def proof(method, body):
+    def proof(method: str, body: bytes | None) -> Page:
         if method not in ("GET", "HEAD"):
-            text = f"A proof was asked for by {method[:20]}, expected GET."
+            text = f"The proof for a certificate was requested by {method[:20]}; expected GET."
             page = pages.error(405, "not-get", text)
             return page._replace(fields=(*page.fields, ("Allow", "GET, HEAD")))
-        if body is None:  # a target must not answer either: it would get certificates for the name
-            return pages.error(404, "no-proof", "No proof for a CA is published here.")
+        if body is None:  # never ask the target: it could get certificates for the hostname
+            return pages.error(404, "no-proof", "No proof for a certificate is published here.")
         return Page(200, body, "application/octet-stream")
 
     return site

@@ -1,16 +1,15 @@
-"""What a connection to the public port begins with: TLS, or something that was not encrypted.
+"""Tells by the first bytes of a connection which protocol the visitor speaks.
 
-Bytes in, values out. The first bytes decide by which door a visitor comes in:
-
+    protocol     first bytes                       what follows
     TLS          22, 3                             client_hello.py reads on
-    SSH          "SSH-" (RFC 4253 §4.2)            a raw visit
+    SSH          "SSH-" (RFC 4253 §4.2)            a visit in tcp mode
     HTTP         a method and a blank              a redirect to https://
     PostgreSQL   SSLRequest, GSSENCRequest         an answer of one byte; then TLS, or another try
-                 CancelRequest                     a raw visit, if it is of a session that we know
+                 CancelRequest                     a visit in tcp mode, if its session is known
                  (PostgreSQL, "Message Formats")
-    anything     none of these                     a raw visit, if the operator wants any
+    other        none of these                     a visit in tcp mode, to RAW_TCP_HOST
 
-Nothing is taken from the connection here.
+Bytes in, values out: nothing is read from the connection here.
 """
 
 import re
@@ -19,36 +18,34 @@ from typing import NamedTuple
 
 TLS, SSH, HTTP, SSL_REQUEST, GSS_REQUEST, CANCEL_REQUEST, OTHER = range(7)
 
-# Bytes within which an HTTP method must end: the longest that is registered with IANA has 17
-# (UPDATEREDIRECTREF).
+# Longest HTTP method, in bytes. The longest one registered with IANA, UPDATEREDIRECTREF, has 17.
 METHOD_LIMIT = 24
 _METHOD = re.compile(rb"[A-Z][A-Z-]*")
 
-# What PostgreSQL's clients send before TLS: a length and a code that no version ever has.
+# PostgreSQL's clients send these before TLS: a length, and a code in place of a protocol version.
 _SSL_REQUEST = struct.pack("!II", 8, 80877103)
 _GSS_REQUEST = struct.pack("!II", 8, 80877104)
 YES, NO = b"S", b"N"  # the answers to them
-# A CancelRequest is its length, this code and a key.
+# A CancelRequest consists of its length, this code and a key.
 _CANCEL_CODE = struct.pack("!I", 80877102)
-_BEFORE_KEY = 8  # bytes
-# Bytes of a key: the number of the process, and the secret, which has 4 bytes up to version 3.0 of
-# the protocol and at most 256 from 3.2 on.
+_BEFORE_KEY = 8  # bytes of length and code
+# Sizes of a key, in bytes: a process number of 4, and a secret, which has 4 bytes up to version 3.0
+# of the protocol and at most 256 from 3.2 on.
 LEAST_KEY, MOST_KEY = 8, 260
 EXACT = ((b"SSH-", SSH), (_SSL_REQUEST, SSL_REQUEST), (_GSS_REQUEST, GSS_REQUEST))
 
 
 class Knock(NamedTuple):
-    """``kind`` is one of TLS to OTHER; ``size`` is how many bytes only say so, and are used up."""
+    """``kind``: one of TLS to OTHER. ``size``: how many of the first bytes only request TLS or
+    GSSAPI; they do not belong to what follows."""
 
     kind: int
     size: int = 0
 
 
 def knock(data: bytes) -> Knock | None:
-    """What ``data``, all that has come so far, begins; None if more must come to tell.
-
-    It says the same however the bytes are cut.
-    """
+    """The protocol that ``data``, all bytes so far, begins; None if more bytes are needed. The
+    result does not depend on how the bytes are split into reads."""
     for start, kind in EXACT:
         if data.startswith(start):
             return Knock(kind, 0 if kind == SSH else len(start))
@@ -56,8 +53,8 @@ def knock(data: bytes) -> Knock | None:
             return None
     cancels = _cancels(data)
     if cancels is not False:
-        return cancels and Knock(CANCEL_REQUEST)
-    if data[0] == 22:  # a handshake record; whether it is one in earnest client_hello.Reader tells
+        return Knock(CANCEL_REQUEST) if cancels else None
+    if data[0] == 22:  # a TLS handshake record; client_hello.Reader checks the rest
         return Knock(TLS)
     method = _METHOD.match(data)
     if method and method.end() <= METHOD_LIMIT:
@@ -68,8 +65,8 @@ def knock(data: bytes) -> Knock | None:
     return Knock(OTHER)
 
 
-def _cancels(data):
-    """Whether it begins a CancelRequest; None if more must come to tell."""
+def _cancels(data: bytes) -> bool | None:
+    """Whether ``data`` begins a CancelRequest; None if more bytes are needed."""
     length, code = data[:4], data[4:_BEFORE_KEY]
     if not length.startswith(b"\0\0"[: len(length)]) or not _CANCEL_CODE.startswith(code):
         return False

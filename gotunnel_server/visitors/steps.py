@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from gotunnel import NoThread
 
 from ..net import client_hello
+from ..net.listener import Address
 from .request import VisitorGone
 from .visitor import Visitor
 
@@ -48,7 +49,7 @@ class Step(NamedTuple):
 class Port(Protocol):
     """What a Stepwise needs of its port."""
 
-    is_draining: Callable[[], bool]
+    def is_draining(self) -> bool: ...
 
 
 class Stepwise:
@@ -68,7 +69,7 @@ class Stepwise:
         self._steps = self.STEPS  # the table of the thread that has the connection
 
     @property
-    def address(self) -> tuple[str, int]:
+    def address(self) -> Address:
         """The visitor's address, or its proxy's as long as the proxy has not named the visitor."""
         return self._visitor.address
 

@@ -1,7 +1,7 @@
-"""What a policy says of a visit: it may come in, or its visitor gets a page. Values, no I/O.
+"""The verdicts of a policy on a visit: it is allowed, or its visitor gets a page. Values, no I/O.
 
 A policy is a chain of rules. A *rule* is an object whose ``judge(caller)`` returns an Allow or an
-Answer; the first Answer is the policy's, and the Allows add up.
+Answer. The first Answer ends the chain; otherwise the Allows are added up.
 """
 
 import math
@@ -11,23 +11,20 @@ from typing import NamedTuple
 from gotunnel_agent.common import addresses
 
 from . import pages
-from .pages import Page
-
-MOST_SHOWN = 60  # characters of an address that a text repeats
+from .pages import Page, Pairs
 
 
 class Allow(NamedTuple):
-    """The visit may go to the agent; its request with the further fields ``add`` (name, value), and
-    without those whose http1.kind() is in ``strip``: fields that were for the gateway, or
-    that only the gateway may set."""
+    """The visit may go to the agent. Its request gets the additional fields ``add``, and loses
+    those whose http1.kind() is in ``strip``: they were for the gateway, or only the gateway may set
+    them."""
 
-    add: tuple = ()
-    strip: tuple = ()
+    add: Pairs = ()
+    strip: tuple[str, ...] = ()
 
 
 class Answer(NamedTuple):
-    """The visitor gets a page instead. ``reason`` is for the log, and all that a visitor in tcp
-    mode could be told."""
+    """The visitor gets ``page``; in tcp mode it is disconnected. ``reason`` is for the log."""
 
     page: Page
     reason: str
@@ -37,11 +34,11 @@ WELCOME = Allow()
 
 
 class Caller(NamedTuple):
-    """What the rules know of a visit.
+    """What the rules know about a visit.
 
-    ``address``: its visitor's, as text, "" if it has none. ``ip``: the same, None if the text is no
-    IP address. ``authorization``: the value of that field of its request, None without one; if
-    there were several, they are joined by commas.
+    ``address``: the visitor's, as text, "" if a proxy hides it. ``ip``: the same parsed, None if it
+    is no IP address. ``authorization``: the value of that field of the request, None without one;
+    several are joined by commas.
     """
 
     address: str
@@ -50,17 +47,18 @@ class Caller(NamedTuple):
 
     @property
     def share(self) -> Hashable:
-        """The key that the visitor is counted by; those without an address have one together."""
+        """The key that the visitor is counted by. All visitors without an address share one."""
         return None if self.ip is None else addresses.subscriber(self.ip)
 
 
-def refusal(status: int, code: str, text: str, fields: tuple = ()) -> Answer:
-    """An Answer with an error page, see pages.error()."""
+def refusal(status: int, code: str, text: str, fields: Pairs = ()) -> Answer:
+    """An Answer with an error page; arguments as for pages.error()."""
     return Answer(pages.error(status, code, text, fields), text)
 
 
 def too_many(what: str, wait: float) -> Answer:
-    """``what`` came too often; ``wait`` is the seconds until it may come again."""
+    """An Answer with status 429. ``what`` is a sentence without its full stop; ``wait``: seconds
+    until another visit may be allowed."""
     seconds = max(1, math.ceil(wait))
     text = f"{what}. Try again in {seconds} s."
     return refusal(429, "too-many-requests", text, (("Retry-After", str(seconds)),))

@@ -14,7 +14,7 @@ from gotunnel import Ends
 from gotunnel_agent.common import proxy_protocol
 from gotunnel_agent.common.duplex import Duplex
 
-from ..net.listener import Listener
+from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
 from .login import Owner
 from .postgres import CancelKeys
@@ -41,7 +41,7 @@ class Visitor:
     )  # fmt: skip
 
     def __init__(
-        self, port: Port, duplex: Duplex, address: tuple[str, int], listener: Listener, seat: Seat
+        self, port: Port, duplex: Duplex, address: Address, listener: Listener, seat: Seat
     ):
         """``port``: the Port that counts the visitor. ``address``: the peer's, until a trusted
         proxy names the visitor's own. ``listener``: the one that accepted the connection, with

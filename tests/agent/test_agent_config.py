@@ -201,7 +201,7 @@ def test_bad_credential_file_is_refused(key, content, expected):
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ("", "no credential, expected exactly one of jwt_secret, jwt_secret_file, token, token_f"),
+        ("", "no credential came, expected exactly one of jwt_secret, jwt_secret_file, token"),
         (f"jwt_secret: {SECRET}\ntoken: {SECRET}\n", "jwt_secret and token came, expected exactly"),
         ("jwt_secret: x\njwt_secret_file: x\n", "jwt_secret and jwt_secret_file came, expected"),
         ('jwt_secret: ""\n', "jwt_secret: no text came, expected the gateway's JWT_SECRET"),
@@ -270,7 +270,8 @@ def test_very_long_value_is_cut():
 def test_ca_file_together_with_skip_tls_verify_is_refused():
     Path("ca.pem").write_text("")
     assert refusal(f"{MINIMAL}skip_tls_verify: yes\nca_file: ca.pem\n") == (
-        "ca_file and skip_tls_verify: true came, expected only one of them"
+        "ca_file and skip_tls_verify: true came, expected only one of them: remove "
+        "skip_tls_verify to have the certificate checked"
     )
 
 
@@ -377,15 +378,15 @@ def test_trust_in_a_target_is_its_own():
         ),
         (
             {"target": "a:1", "target_ca_file": "x"},
-            "target: 'a:1' has no TLS, and target_ca_file came",
+            "target: 'a:1' has no TLS, but target_ca_file came",
         ),
         (
             {"target": "http://a:1", "target_skip_tls_verify": "false"},
-            "target: 'http://a:1' has no TLS, and target_skip_tls_verify came",
+            "target: 'http://a:1' has no TLS, but target_skip_tls_verify came",
         ),
         (
             {"target": "unix:/a", "target_ca_file": "x"},
-            "target: 'unix:/a' has no TLS, and target_ca_file came",
+            "target: 'unix:/a' has no TLS, but target_ca_file came",
         ),
         (
             {"target": "a:1", "host_header": "http://b"},
@@ -400,7 +401,7 @@ def test_trust_in_a_target_is_its_own():
         ),
         (
             {"target": "a:1", "host_header": "b", "mode": "tcp"},
-            "host_header: mode tcp came, expected mode http beside it",
+            "host_header: the tunnel has mode tcp, expected mode http: change mode, or",
         ),
     ],
 )
@@ -432,12 +433,12 @@ def test_bad_tunnel_addr(address, expected):
         (ADDR + CREDENTIAL + "tunnels: []\n", "tunnels: an empty list came"),
         (ADDR + CREDENTIAL + "tunnels: {a: b}\n", "tunnels: a mapping came"),
         (MINIMAL + "  - app.example.com\n", "tunnels[1]: text came, expected a mapping with"),
-        (MINIMAL + "  -\n", "tunnels[1]: no value came, expected a mapping with hostname, target"),
+        (MINIMAL + "  -\n", "tunnels[1]: no value came, expected a mapping with hostname and"),
         (tunnel(target="a:1"), "tunnels[0].hostname: missing, expected a hostname such as"),
         (tunnel(hostname="a.example"), 'tunnels[0].target: missing, expected "HOST:PORT"'),
         (
             MINIMAL + "  - {hostname: APP.example.com., target: b:1}\n",
-            "tunnels[1].hostname: 'app.example.com' came before, expected it once",
+            "tunnels[1].hostname: 'app.example.com' comes twice, expected each hostname once",
         ),
         (
             tunnel(hostname="a.example", target="b:1", mode="udp"),
@@ -497,7 +498,7 @@ def test_hostname_in_another_script_and_wildcard_are_normalised():
 
 def test_look_alikes_are_one_hostname():
     text = MINIMAL + "  - {hostname: ａｐｐ.example.com, target: a:1}\n"
-    assert "tunnels[1].hostname: 'app.example.com' came before" in refusal(text)
+    assert "tunnels[1].hostname: 'app.example.com' comes twice" in refusal(text)
 
 
 # --- Who may visit -------------------------------------------------------------------------------
@@ -579,8 +580,10 @@ def test_it_knows_the_files_that_it_read_secrets_from(credential, keys, files):
 @pytest.mark.parametrize("key", ["basic_auth", "basic_auth_file"])
 def test_password_in_tcp_mode_is_refused(key):
     message = refusal(with_policy(mode="tcp", **{key: f"me:{SECRET}"}))
-    assert message.startswith(f"tunnels[0].{key}: mode tcp came, expected mode http beside it")
-    assert "allow, deny and rate_limit" in message
+    assert message.startswith(
+        f"tunnels[0].{key}: the tunnel has mode tcp, expected mode http: tcp "
+    )
+    assert "allow, deny or rate_limit" in message
 
 
 @pytest.mark.parametrize(
@@ -615,7 +618,9 @@ def test_more_policy_than_fits_into_a_message_is_refused():
         f"  - {{hostname: {n}.example.com, target: a:1, allow: [{networks}]}}\n" for n in range(3)
     )
     message = refusal(f"{MINIMAL}{tunnels}")
-    assert re.search(r"rate_limit: \d{5} bytes came in all tunnels, expected at most", message)
+    assert re.search(
+        r"rate_limit: \d{5} bytes came in all tunnels together, expected at most", message
+    )
 
 
 # --- Files that are none ------------------------------------------------------------------------
@@ -670,7 +675,7 @@ def test_secret_that_is_no_yaml_is_not_shown(typed):
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
 def test_deep_nesting_is_refused(opening):
-    assert refusal(opening * 20_000).startswith("lists or mappings too deep in each other")
+    assert refusal(opening * 20_000).startswith("lists or mappings nested too deeply, expected")
 
 
 def test_nested_aliases_neither_hang_nor_fill_the_message():
@@ -713,11 +718,14 @@ def test_example_explains_every_key():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (MINIMAL + "    port: 22\n", "tunnels[0].port: mode http came, expected mode tcp beside"),
+        (
+            MINIMAL + "    port: 22\n",
+            "tunnels[0].port: the tunnel has mode http, expected mode tcp",
+        ),
         (MINIMAL + "    mode: tcp\n    port: ssh\n", "tunnels[0].port: 'ssh' came, expected a"),
         (MINIMAL + "    mode: tcp\n    port: 0\n", "tunnels[0].port: '0' came, expected a port"),
         (MINIMAL + "    mode: tcp\n    port: 65536\n", "from 1 to 65535, or auto"),
-        (MINIMAL + "    idle_timeout: 60\n", "tunnels[0].idle_timeout: mode http came"),
+        (MINIMAL + "    idle_timeout: 60\n", "tunnels[0].idle_timeout: the tunnel has mode http"),
         (MINIMAL + "    mode: tcp\n    idle_timeout: 0.5\n", "seconds, a number from 1 to 2678400"),
         (MINIMAL + "    mode: tcp\n    idle_timeout: 1h\n", "tunnels[0].idle_timeout: '1h' came"),
         (MINIMAL + "    proxy_protocol: v3\n", "'v3' came, expected one of v1, v2"),

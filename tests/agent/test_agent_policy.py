@@ -115,7 +115,7 @@ SALT, DIGEST = "c2FsdHNhbHRzYWx0c2FsdA", "A" * 43
         ("me:\ud800", "[0]: expected a password of 1 to 1024 bytes"),
         ({"me": None}, "[0]: no value came, expected a password"),
         ({"me": [PASSWORD]}, "[0]: a list came, expected a password"),
-        ([f"me:{HASH}", f"me:{HASH}"], "[1]: this user came before, expected each once"),
+        ([f"me:{HASH}", f"me:{HASH}"], "[1]: this user comes twice, expected each user once"),
         ({f"u{n}": HASH for n in range(101)}, "101 users came, expected 1 to 100"),
         ("me:$scrypt$", "[0]: no hash of the form $scrypt$ln=14,r=8,p=1$SALT$HASH came"),
         (f"me:{HASH} ", "[0]: no hash of the form $scrypt$"),
@@ -165,7 +165,10 @@ def test_networks(value, expected):
         ("app.example.com", "'app.example.com' came, expected an IP address or a network"),
         ("x" * 9999, "...' came, expected an IP address"),
         ("10.0.0.0/8, 11.0.0.0/8", "'10.0.0.0/8, 11.0.0.0/8' came"),
-        ([f"10.0.{n // 256}.{n % 256}" for n in range(1001)], "1001 of them came, expected at"),
+        (
+            [f"10.0.{n // 256}.{n % 256}" for n in range(1001)],
+            "1001 addresses and networks came, expected at",
+        ),
     ],
 )
 def test_what_is_no_network_is_refused(value, expected):

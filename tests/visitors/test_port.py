@@ -7,7 +7,8 @@ import types
 
 from support import TIMEOUT
 
-from gotunnel_server.visitors.port import Port, Room, Timeouts
+from gotunnel_server.visitors.port import Port
+from gotunnel_server.visitors.room import Room, Timeouts
 
 
 def test_what_is_said_once_is_said_once_by_all_threads(caplog):
@@ -38,6 +39,7 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
 def test_request_that_finds_no_thread_gives_its_place_back():
     """As when the gateway stops in that moment."""
     port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
+    port.listener = None  # not needed: the connection is never parked
     port.stop(TIMEOUT)
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)

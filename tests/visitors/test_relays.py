@@ -14,7 +14,8 @@ from gotunnel import NoThread, StreamReset
 from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
-from gotunnel_server.visitors.port import Port, Room, Timeouts
+from gotunnel_server.visitors.port import Port
+from gotunnel_server.visitors.room import Room, Timeouts
 
 
 class End:

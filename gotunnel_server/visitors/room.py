@@ -1,0 +1,47 @@
+"""What the visitors of a port share: threads for their requests, places, and timeouts."""
+
+from typing import NamedTuple
+
+from gotunnel_agent.common.duplex import STALL_TIMEOUT
+from gotunnel_agent.common.process import Workers
+
+from ..net.shares import Shares
+from . import relays
+from .forwarded import Proxies
+
+# Connections that may part slowly (connection.py, PARTING_TIME), each address having its share of
+# them. Any further ones have FULL_PARTING_TIME.
+MAX_PARTING = 1024
+
+
+class Timeouts(NamedTuple):
+    """Seconds. ``header``: for a request's head, a ClientHello, a TLS handshake. ``idle``: between
+    two requests, and for a visitor that sends nothing of a request's body. ``response``: from the
+    whole request to the first byte of the target's answer. ``stall``: for a visitor that reads
+    nothing."""
+
+    header: float
+    idle: float
+    response: float
+    stall: float = STALL_TIMEOUT
+
+
+class Exchanges:
+    """The threads that serve requests, and a place for each request that they serve."""
+
+    def __init__(self, most: int, proxies: Proxies):
+        self.room = Shares(most, proxies)
+        self._workers = Workers(most, "exchange")
+        self.start = self._workers.submit  # start(function)
+        self.stop = self._workers.shutdown  # stop(timeout)
+
+
+class Room:
+    """What the visitors of one port, or of several together, may have at a time."""
+
+    def __init__(self, requests: int, proxies: Proxies):
+        """``requests``: how many are served at a time. ``proxies`` have no limit of their own,
+        since each stands for many visitors."""
+        self.exchanges = Exchanges(requests, proxies)
+        self.relays = Shares(relays.MAX_RELAYS, proxies)
+        self.parting = Shares(MAX_PARTING, proxies)
