@@ -1,11 +1,10 @@
-"""A certificate authority in this process, over plain http: it believes every signature, and says
-what the test wants it to say, which no well-behaved CA would.
+"""A certificate authority in this process, over plain http. It verifies no signature, and answers
+what the test wants, which no well-behaved CA would.
 
-``FakeCa.script[NAME]`` is a list of answers that the endpoint NAME gives before its ordinary one:
-each is (status, headers, body), a dict as body being sent as a problem document; SILENCE is no
-answer at all, and a function sends one itself: it is called with a file to write to. The names
-are those of the paths: dir, nonce, new-account, account, new-order, order, authz, challenge,
-finalize, cert, ari.
+``FakeCa.script[NAME]`` is a list of answers that the endpoint NAME gives before its ordinary one.
+Each is (status, headers, body), where a dict is sent as a problem document; or SILENCE for no
+answer; or a function, which is called with a file to write an answer to. The names are those of the
+paths: dir, nonce, new-account, account, new-order, order, authz, challenge, finalize, cert, ari.
 """
 
 import base64
@@ -45,7 +44,7 @@ class Clock:
 
 
 class Proofs:
-    """What the gateway would publish challenges with: keeps what is published, and what was."""
+    """A Publisher that only records: ``published`` now, and ``seen`` ever."""
 
     def __init__(self, *types):
         self.types = types or ("http-01", "tls-alpn-01")
@@ -117,7 +116,7 @@ class Mint:
 
 
 class FakeCa:
-    """Closes as a ``with``. What is asked of it is in ``asked``: (endpoint, payload) each."""
+    """A context manager. ``asked`` lists the requests: (endpoint, payload) each."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -125,15 +124,15 @@ class FakeCa:
         self.lifetime = 90 * DAY
         self.script = {}
         self.asked = []
-        self.accounts = []  # the keys that have one
-        self.verdicts = {}  # by challenge type: the problem document that the proof meets
-        self.windows = []  # of renewal information: answers, the last one for ever
+        self.accounts = []  # their keys
+        self.verdicts = {}  # by challenge type: the problem document of a failed validation
+        self.windows = []  # the answers of renewal information; the last one is repeated
         self.renewal_info = False
         self._hostnames = []  # by order
         self._status = {}  # by "authz/N" and "order/N"
         self._certificates = {}
         self._closing = threading.Event()
-        self.silent = queue.Queue()  # something for each request that gets no answer
+        self.silent = queue.Queue()  # the endpoint of each request that gets no answer
         ca = self
 
         class Endpoint(http.server.BaseHTTPRequestHandler):
@@ -192,7 +191,7 @@ class FakeCa:
             request.close_connection = True
             return
         if callable(answer):
-            with contextlib.suppress(OSError):  # the other side has had enough
+            with contextlib.suppress(OSError):  # the client has closed the connection
                 answer(request.wfile)
             request.close_connection = True
             return
@@ -211,7 +210,7 @@ class FakeCa:
         request.send_header("Connection", "close")
         request.end_headers()
         if request.command != "HEAD":
-            with contextlib.suppress(OSError):  # gone already
+            with contextlib.suppress(OSError):  # the client has gone already
                 request.wfile.write(body)
 
     def _ordinary(self, name, rest, header, payload):

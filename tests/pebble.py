@@ -1,7 +1,7 @@
-"""Pebble, Let's Encrypt's CA for tests, and the ports that it comes to look at.
+"""Pebble, Let's Encrypt's CA for tests, and the ports that it validates at.
 
-Pebble has no certificates with it: what its own pages are served with is made here, by the local
-CA. The CA that it signs with is another one, new at each start.
+Pebble brings no certificate for its own pages: the local CA makes one here. The CA that Pebble
+signs with is another one, new at each start.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from gotunnel_server.certs.local_ca import Authority
 
 
 class Pebble:
-    """A running Pebble: ``directory`` is its URL, ``ca_file`` whom to trust when asking it."""
+    """A running Pebble: ``directory`` is its URL, ``ca_file`` the root to trust in requests."""
 
     def __init__(self, port, management, ca_file):
         self.directory = f"https://localhost:{port}/dir"
@@ -27,7 +27,7 @@ class Pebble:
         self._management = management
 
     def root(self) -> str:
-        """The root of the certificates that it signs, PEM."""
+        """The root of the certificates that it issues, PEM."""
         return self._get(f"https://localhost:{self._management}/roots/0").decode()
 
     def is_up(self) -> bool:
@@ -43,10 +43,10 @@ class Pebble:
 @contextlib.contextmanager
 def pebble(folder, http_port, tls_port, *, port=None, eab=None, lifetime=None,
            **environment):  # fmt: skip
-    """Pebble, which validates at these ports of this machine whatever the name.
+    """A running Pebble, which validates every hostname at these ports of this machine.
 
-    ``port``: its own, any free one unless given. ``eab``: key identifier and HMAC key that it asks
-    for. ``lifetime``: of certificates, seconds.
+    ``port``: its own, by default any free one. ``eab``: key identifier and HMAC key of the external
+    account binding that it requires. ``lifetime``: of certificates, seconds.
     """
     program, names = need("pebble"), need("pebble-challtestsrv")
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def pebble(folder, http_port, tls_port, *, port=None, eab=None, lifetime=None,
             names, "-dns01", f"127.0.0.1:{dns}", "-management", f"127.0.0.1:{dns_management}",
             "-http01", "", "-https01", "", "-tlsalpn01", "", "-defaultIPv4", "127.0.0.1",
             "-defaultIPv6", "", cwd=folder))  # fmt: skip
-        wait_until(lambda: is_listening(dns))  # or the first validation finds no names
+        wait_until(lambda: is_listening(dns))  # or the first validation resolves no name
         environment = {
             "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0", "PEBBLE_AUTHZREUSE": "0",
             **environment,
@@ -93,11 +93,11 @@ def is_listening(port) -> bool:
 
 
 class Answers(Challenges):
-    """The proofs, and both ports that a CA comes to look at, as plain as can be. Closes as a
-    ``with``.
+    """Challenges, and both ports at which a CA validates them, without a gateway. A context
+    manager.
 
-    ``asked`` lists what came: ("http-01", hostname, path, status) or ("tls-alpn-01", hostname,
-    protocol, what was sent after the handshake).
+    ``asked`` lists the validations: ("http-01", hostname, path, status) or ("tls-alpn-01",
+    hostname, protocol, bytes after the handshake).
     """
 
     def __init__(self):

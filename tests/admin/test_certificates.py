@@ -1,4 +1,4 @@
-"""What the operator is told of certificates: `gotunnel-server certificates`."""
+"""`gotunnel-server certificates`: the table, and the requests to renew."""
 
 import base64
 import io
@@ -136,7 +136,9 @@ def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
     [row] = certificates.find_rows(ordering(tmp_path))
     assert (row.name, row.issuer, row.error) == (name, "fake CA", "the CA was away")
     (tmp_path / store.certificate(name).key).unlink()
-    assert certificates.find_rows(ordering(tmp_path)) == []  # nothing here says who waits
+    assert (
+        certificates.find_rows(ordering(tmp_path)) == []
+    )  # a hashed key does not tell its hostname
 
 
 def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):

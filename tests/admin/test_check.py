@@ -1,4 +1,4 @@
-"""What the operator is told: `gotunnel-server check`."""
+"""`gotunnel-server check`: its findings, their words, and its exit status."""
 
 import contextlib
 import http.server

@@ -1,4 +1,4 @@
-"""The commands `token` and `agents`: what they print, what they write, how they say no."""
+"""The commands `token` and `agents`: what they print, what they write, and what they refuse."""
 
 import os
 import shlex
@@ -79,7 +79,7 @@ def status_of(*arguments):
 
 
 def refusal(capsys, status, *arguments):
-    """What is said to somebody who is refused: one line, no secret, nothing to be piped on."""
+    """The message of a refusal: one line on standard error, no secret, no standard output."""
     assert status_of(*arguments) == status
     out, err = capsys.readouterr()
     assert out == "" and SECRET not in err and OWN_SECRET not in err

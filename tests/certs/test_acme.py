@@ -1,5 +1,5 @@
-"""How a certificate is ordered: against the fake CA, which does what no real one should, and
-against Pebble."""
+"""How a certificate is ordered: at the fake CA, which misbehaves as no real one should, and at
+Pebble."""
 
 import base64
 import contextlib
@@ -461,13 +461,13 @@ def test_a_ca_that_is_not_trusted_is_the_transports(tmp_path):
 
 
 def trickle(head):
-    """An answer that begins with ``head``, goes on a byte at a time, and does not end."""
+    """An answer that begins with ``head``, goes on byte by byte, and does not end."""
 
     def send(file):
         file.write(head)
         while True:
             file.write(b" ")
-            time.sleep(0.01)  # the pace is what is tried; the other side ends it
+            time.sleep(0.01)  # a slow answer is what this tests; the client ends it
 
     return send
 
@@ -548,7 +548,7 @@ def test_a_long_answer_is_not_read_to_its_end(fake, ca):
     fake.script["dir"] = [send]
     error = refused(ca)
     assert error.kind == TRANSPORT and "more than 1048576 bytes" in error.words
-    assert sum(sent) < 50_000_000  # what the system holds for both ends, at most
+    assert sum(sent) < 50_000_000  # at most what the kernel buffers for both ends
 
 
 def test_a_small_answer_that_unpacks_to_a_long_one_is_refused(fake, ca):
@@ -851,7 +851,7 @@ def test_pebble_that_asks_for_a_binding(tmp_path, caplog):
             assert (error.kind, error.account_wide) == (CONFIG, True)
             assert "ACME_EAB_KID" in error.words
         order(of_pebble(running, tmp_path, eab=("kid-1", right))[0], challenges=answers)
-        restarted, store = of_pebble(running, tmp_path)  # it knows us by our key now
+        restarted, store = of_pebble(running, tmp_path)  # Pebble finds the account by its key
         order(restarted, challenges=answers)
         private = store.account()["key"]["d"]
     kept = "".join(path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file())
@@ -872,7 +872,7 @@ def test_pebble_and_an_account_that_was_closed(tmp_path):
         file = tmp_path / "cache" / ca_id(running.directory) / "account.json"
         assert f"remove {file}" in error.words
         file.unlink()
-        order(ca, challenges=answers)  # that is how to get another one
+        order(ca, challenges=answers)  # this makes another account
 
 
 def test_pebble_with_a_broken_proof_says_what_it_saw(tmp_path):

@@ -1,5 +1,4 @@
-"""Certificates from a CA, end to end: a gateway, its agent, and Pebble, or a CA that can be made
-to misbehave."""
+"""Certificates from a CA, end to end: a gateway, its agent, and Pebble or the fake CA."""
 
 import contextlib
 import hashlib
@@ -60,8 +59,8 @@ UNRECOGNIZED_NAME = bytes([21, 3, 3, 0, 2, 2, 112])
 
 @contextlib.contextmanager
 def house(tmp_path, *, http=True, lifetime=None, seen_at=None, **changes):
-    """A gateway that orders at a Pebble of its own, which asks for files at the gateway's port, or
-    at ``seen_at``."""
+    """A gateway that orders at a Pebble of its own. Pebble validates HTTP-01 at the gateway's port,
+    or at ``seen_at``."""
     with reserved_port() as plain, reserved_port() as public, \
             pebble(tmp_path / "pebble", seen_at or plain, public, lifetime=lifetime) \
             as ca:  # fmt: skip
@@ -75,7 +74,7 @@ def house(tmp_path, *, http=True, lifetime=None, seen_at=None, **changes):
 
 @contextlib.contextmanager
 def fake_house(tmp_path, **changes):
-    """The same with a fake CA, which believes without looking. It speaks TLS, as it has to."""
+    """The same with a fake CA, which validates nothing. It speaks TLS, as a gateway requires."""
     authority = Authority(tmp_path / "authority")
     with FakeCa(time.time) as ca:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -123,12 +122,12 @@ def serve_pages(origin):
 
 
 def orders(ca):
-    """The hostnames that were ordered, in turn."""
+    """The hostnames that were ordered, in their order."""
     return [order["identifiers"][0]["value"] for order in ca.payloads("new-order")]
 
 
 def serial_at(gateway, hostname):
-    """The serial number of what a new visitor is served with."""
+    """The serial number of the certificate that a new visitor gets."""
     with gateway.dial(hostname) as visitor:
         return serial_of(visitor)
 
@@ -153,7 +152,7 @@ def test_new_hostname_is_served_within_seconds(tmp_path, origin, caplog, http):
 
 
 def test_restarted_gateway_serves_what_it_has_and_orders_nothing(tmp_path, origin, caplog):
-    """The CA is away by then, too."""
+    """The CA is down by then, too."""
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
     with house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
@@ -174,7 +173,7 @@ def test_restarted_gateway_serves_what_it_has_and_orders_nothing(tmp_path, origi
 
 @contextlib.contextmanager
 def absent_ca():
-    """The directory of a CA that nobody answers for."""
+    """The directory of a CA that does not answer."""
     with reserved_port() as nobody:
         yield f"https://localhost:{nobody}/d"
 
@@ -214,7 +213,7 @@ def test_a_look_at_the_name_comes_before_the_first_order(
     with house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={"app.example.com": origin.port}):
             wait_until(lambda: words in caplog.text)
-            if found == ["203.0.113.7"]:  # the CA has the last word, and says yes
+            if found == ["203.0.113.7"]:  # only a warning: the CA decides, and this one accepts
                 wait_until(lambda: "app.example.com: certificate: ready" in caplog.text)
 
 
@@ -268,7 +267,7 @@ def test_a_credential_of_one_hostname_cannot_use_up_what_its_domain_gets(tmp_pat
                 wait_until(lambda: state(name).name != WAITING)  # noqa: B023
         assert [state(name).name for name in names] == [READY] * 6 + [FAILED] * 6
         assert all("in an hour (6)" in state(name).reason for name in names[6:])
-        with registered(gateway, OTHER):  # somebody else's
+        with registered(gateway, OTHER):  # another agent's
             wait_until(lambda: state(OTHER).name == READY)
 
 
@@ -351,7 +350,7 @@ def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin)
 
 
 def test_a_visitor_waits_until_its_certificate_is_served_and_not_only_there(tmp_path, monkeypatch):
-    """Between the two a handshake would fail."""
+    """In between a handshake would fail."""
     with house(tmp_path) as gateway:
         awaits, states = gateway.inner._keeper.pending, {}
         monkeypatch.setattr(gateway.inner._keeper._ordered.issuer.queue, "state", states.get)
@@ -374,7 +373,7 @@ def test_nobody_causes_an_order_by_a_hello(tmp_path):
     assert known == {GATEWAY_HOST}
 
 
-# A proof, while a CA looks at it -----------------------------------------------------------------
+# A proof, while a CA validates it ----------------------------------------------------------------
 
 
 def test_ca_finds_the_file_and_nothing_is_left_of_it(tmp_path, origin, monkeypatch):
@@ -393,7 +392,7 @@ def test_ca_finds_the_file_and_nothing_is_left_of_it(tmp_path, origin, monkeypat
                 pass
             assert time.monotonic() - began < 5
             found = [(path, there) for hostname, path, there in asked if hostname == APP]
-            assert len(found) == 3  # Pebble looks from three places
+            assert len(found) == 3  # Pebble validates three times
             assert len(set(found)) == 1
             path, there = found[0]
             assert there
@@ -413,14 +412,14 @@ def test_visitor_during_a_proof_gets_the_previous_certificate(tmp_path, origin, 
         asked.append((hostname, found is not None))
         if renewing.is_set() and not looked.is_set():
             looked.set()
-            go_on.wait(TIMEOUT)  # which holds one of the gateway's step threads; others look too
+            go_on.wait(TIMEOUT)  # this blocks a step thread of the gateway; others must go on
         return found
 
     monkeypatch.setattr(Challenges, "context", context)
     with house(tmp_path, http=False) as gateway:
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             first = serial_at(gateway, APP)
-            # Pebble looks from three places, and would not do with less than acme-tls/1.
+            # Pebble validates three times, and requires acme-tls/1.
             assert [one for one in asked if one[0] == APP] == [(APP, True)] * 3
             renewing.set()
             assert gateway.inner._keeper._ordered.issuer.queue.retry_now(APP)
@@ -442,10 +441,10 @@ def test_proof_is_for_who_asks_for_nothing_else_and_by_its_name(cache, tmp_path,
                     der = ca.sock.getpeercert(binary_form=True)
                     assert digest in der
                     began = time.monotonic()
-                    assert ca.read_to_end() == b""  # closed, and nothing was said
+                    assert ca.read_to_end() == b""  # closed, without a byte
                     assert time.monotonic() - began < 5  # HEADER_TIMEOUT is 10
                 gateway.context.set_alpn_protocols([ACME_TLS, "http/1.1"])
-                with gateway.dial(APP) as visitor:  # which has verified the certificate
+                with gateway.dial(APP) as visitor:  # dial() has verified the certificate
                     assert visitor.sock.selected_alpn_protocol() == "http/1.1"
                 with pytest.raises((ssl.SSLError, ConnectionResetError)):
                     look_for_proof(gateway, GATEWAY_HOST)
@@ -572,13 +571,13 @@ def test_strangers_hellos_cost_nothing(tmp_path):
                 gateway.dial(f"{label}.{dice.choice(['example.com', 'localhost'])}")
         assert answer_to_hello(gateway, "127.0.0.1") == UNRECOGNIZED_NAME
         gateway.context.check_hostname = False
-        with gateway.dial(None) as visitor:  # nobody is named: that is our own name
+        with gateway.dial(None) as visitor:  # no hostname: gets the certificate of GATEWAY_HOST
             assert ("DNS", GATEWAY_HOST) in visitor.sock.getpeercert()["subjectAltName"]
         assert (known(), len(gateway.ca.asked)) == (before, asked)
 
 
 def answer_to_hello(gateway, address):
-    """What comes back when the hello names an address, which no library would write there."""
+    """The answer to a ClientHello that names an address, which no library would write."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     name = "a" * len(address)
     visitor = gateway.context.wrap_bio(incoming, outgoing, server_hostname=name)
@@ -644,7 +643,7 @@ def test_hello_that_never_ends_is_dropped_in_time(cache, caplog, first, leaves):
             with contextlib.suppress(ConnectionResetError):
                 wire.read_to_end()
         assert time.monotonic() - began < 4
-        assert time.process_time() - busy < 0.3  # one that spins takes all of the second
+        assert time.process_time() - busy < 0.3  # a busy loop would take the whole second
     assert "Traceback" not in caplog.text and "defect" not in caplog.text
 
 
@@ -777,7 +776,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
 
 
 def dial_again(gateway, hostname, session):
-    """A visitor who has been here before."""
+    """A visitor with a session ticket of an earlier visit."""
     sock = socket.create_connection(("127.0.0.1", gateway.public_port), TIMEOUT)
     try:
         return Wire(gateway.context.wrap_socket(sock, server_hostname=hostname, session=session))
@@ -818,7 +817,7 @@ def test_stored_certificate_that_is_no_use_is_ordered_anew(
                 assert orders(gateway.ca).count(APP) == 1
                 assert gateway.get(APP) == (200, b"page")
                 assert serial_at(gateway, APP) != stored.leaf.serial_number
-            else:  # its clock, or ours, is a little wrong: it is the best there is
+            else:  # the CA's clock, or ours, is a little wrong: it is served all the same
                 gateway.context.check_hostname = False
                 gateway.context.verify_mode = ssl.CERT_NONE
                 leaf = x509.load_pem_x509_certificates(file.read_bytes())[0]
@@ -971,7 +970,7 @@ def test_visitors_see_each_new_certificate_and_no_failure(tmp_path, origin):
 def test_a_certificate_that_cannot_be_served_at_once_is_served_soon(
     tmp_path, origin, monkeypatch, caplog
 ):
-    """As when the process has no descriptor left in that moment."""
+    """As if the process had no descriptor left at that moment."""
     monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:

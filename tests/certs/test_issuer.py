@@ -1,4 +1,4 @@
-"""When certificates are ordered: the clock is the test's, and so is the CA."""
+"""When certificates are ordered: the queue and the issuer, with a fake clock and a fake CA."""
 
 import contextlib
 import errno
@@ -44,7 +44,8 @@ URL = "https://ca.example/dir"
 
 
 class ScriptedCa:
-    """Orders as the test says: ``script`` holds errors and waits, else there is a certificate."""
+    """A CA in place of acme.Ca. Each order takes a step of ``script``: an error, or a function that
+    waits; without one it issues a certificate."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -71,7 +72,7 @@ class ScriptedCa:
         return self.window, 6 * HOUR
 
     def ordered(self):
-        """What was ordered since the last look."""
+        """The orders since the last call."""
         found = []
         while not self.orders.empty():
             found.append(self.orders.get_nowait())
@@ -79,7 +80,7 @@ class ScriptedCa:
 
 
 class House:
-    """An issuer whose clock stands still: it looks who is due only when the test says so."""
+    """An issuer with a fake clock and without its thread: it looks when the test calls look()."""
 
     def __init__(self, folder, proofs=None, **more):
         self.clock = more.pop("clock", None) or Clock()
@@ -112,12 +113,12 @@ class House:
         )
 
     def at(self, seconds):
-        """Set the clock to so long after the beginning; then what is due is done."""
+        """Set the clock to NOW + ``seconds``, and look()."""
         self.clock.now = NOW + seconds
         return self.look()
 
     def look(self):
-        """Do what is due; returns what was ordered."""
+        """Run all jobs that are due; returns the orders."""
         self.issuer.look()
         while finish_jobs():
             self.issuer.look()
@@ -136,7 +137,7 @@ def jobs():
 
 
 def finish_jobs() -> bool:
-    """Wait for those that run; whether there were any."""
+    """Wait for the jobs that run; returns whether there were any."""
     running = jobs()
     for job in running:
         job.join(TIMEOUT)
@@ -262,7 +263,7 @@ def test_a_cache_that_loses_all_again_and_again_is_not_fed(house):
 
 
 def test_one_that_is_lost_long_after_its_order_is_ordered_anew_each_time(house):
-    """As a person does who tidies up; what the CA gives in a week is not at stake."""
+    """As an operator may tidy up; that does not endanger the CA's weekly limit."""
     house.issuer.queue.want(APP)
     house.look()
     for day in (3, 20):
@@ -293,7 +294,7 @@ def test_what_cannot_be_read_is_said_and_the_hostname_is_wanted_all_the_same(
         patch.setattr(house.store, "certificate", fail)
         house.issuer.queue.want(APP)
         assert caplog.text.count("no descriptor") == 2
-        assert house.look() == []  # lest a good one is ordered again
+        assert house.look() == []  # or it would be ordered again, though it is good
     assert house.state().name == FAILED and "no descriptor" in house.state().reason
     assert len(house.at(2 * MINUTE)) == 1 and house.state().name == READY
 
@@ -362,7 +363,7 @@ def test_a_cache_that_cannot_be_written_is_no_hostnames_fault(house, monkeypatch
         patch.setattr(house.store._storage, "write", refuse)
         assert house.look() == house.at(3600) == []
     assert "Permission denied; make room" in house.state().reason
-    assert len(house.at(3600 + 700)) == 1  # at once, and not after the hours of three failures
+    assert len(house.at(3600 + 700)) == 1  # at once, not after the delay of three failures
 
 
 def test_a_broken_file_is_ordered_anew(house):
@@ -420,7 +421,7 @@ def test_a_clock_that_was_set_back_lengthens_no_wait_for_a_turn(tmp_path):
         for hostname in (APP, OTHER):
             house.issuer.queue.want(hostname, "agent")
         assert len(house.look()) == 2
-        assert house.at(-DAY) == []  # the issuer hears of the step
+        assert house.at(-DAY) == []  # the issuer notices the step
         house.issuer.queue.want("third.example.com", "agent")
         assert house.look() == []
         assert [name for name, _, _ in house.at(HOUR / 2 - DAY)] == ["third.example.com"]
@@ -521,7 +522,7 @@ def test_retry_now_renews_a_certificate_that_is_new(house):
 
 
 def in_flight(house, hostname, ends):
-    """Begin an order that, when the event that comes back is set, ends with ``ends``."""
+    """Begin an order that waits for the event that is returned, and then ends with ``ends``."""
     go_on = threading.Event()
 
     def wait(stop):
@@ -649,7 +650,7 @@ def test_a_pause_for_the_same_reason_as_an_earlier_one_is_told_again(house):
 
 
 def told(house):
-    """Who was told since the last look."""
+    """The calls of on_change() since the last call of this."""
     names = []
     while not house.changed.empty():
         names.append(house.changed.get())
@@ -683,7 +684,7 @@ def test_who_came_between_two_pauses_is_told_of_the_second_although_it_is_as_the
     house.ca.script = [refused(TRANSPORT)] * 100
     house.issuer.queue.want(APP)
     house.look()
-    house.clock.now += 60  # the pause is over, and nobody has looked yet
+    house.clock.now += 60  # the pause is over, but the issuer has not looked yet
     names = {f"n{number}.example.com" for number in range(20)}
     assert {house.issuer.queue.want(name).name for name in names} == {WAITING}
     told(house)
@@ -707,7 +708,7 @@ def test_an_outage_is_told_once_however_often_the_ca_is_tried(house):
 
 
 def test_who_asked_while_it_waited_is_told_of_the_next_failure_although_it_is_as_the_last(house):
-    """It may be another agent, that has not heard of the first one."""
+    """The hostname may have another agent now, which was told nothing yet."""
     house.ca.script = [refused(TRANSPORT)] * 3
     house.issuer.queue.want(APP)
     house.look()
@@ -872,7 +873,7 @@ def test_a_certificate_that_is_not_ours_is_refused(house):
     house.issuer.queue.want(APP)
     house.look()
     assert house.state().name == FAILED and OTHER in house.state().reason
-    # It has cost one of the few that the CA gives: no outage, which would be tried every minute.
+    # The CA has counted the certificate: not an outage, which would be retried every minute.
     assert house.store.state(APP)["failures"] == 1
 
 
@@ -984,7 +985,7 @@ def test_a_resolver_that_is_down_costs_no_turn_and_no_failure(tmp_path):
 
 
 def test_who_took_no_turn_gives_none_back(tmp_path):
-    """What the operator asks for is beside the hour's orders."""
+    """An order that the operator asks for does not wait for the hour's tokens."""
     down = {APP}
 
     def look_up(hostname):
@@ -1019,7 +1020,7 @@ def test_no_window_is_asked_for_while_a_first_order_waits(house):
 
 
 def test_a_clock_far_ahead_is_no_reason_to_order_in_a_loop(house, monkeypatch):
-    """What the CA gives has run out by our clock; renewals are held up by no bound of ours."""
+    """By our clock the CA's certificates have run out; our rate limits do not delay renewals."""
     monkeypatch.setattr(house.ca, "clock", lambda: NOW - 100 * DAY)
     house.issuer.queue.want(APP)
     for _ in range(5):
@@ -1029,7 +1030,7 @@ def test_a_clock_far_ahead_is_no_reason_to_order_in_a_loop(house, monkeypatch):
 
 
 def test_a_first_order_waits_for_no_window(house):
-    """Those that hang take a minute each."""
+    """An order that hangs takes a minute."""
     go_on, asked = threading.Event(), threading.Semaphore(0)
 
     def hang(leaf, stop):

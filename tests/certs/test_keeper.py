@@ -1,4 +1,4 @@
-"""Whose certificate is wanted, how it stands, and who hears of it."""
+"""Which certificates are wanted, their state, and which agents are told of it."""
 
 import queue
 import subprocess
@@ -24,7 +24,7 @@ APP, OWN, URL = "app.localhost", "gateway.localhost", "https://ca.example/dir"
 
 
 class House:
-    """A keeper that orders, and what it is connected with."""
+    """A keeper that orders, with the objects that it works with."""
 
     def __init__(self, folder, served=(), cert_dir=None, **more):
         self.ca = ScriptedCa(time.time)
@@ -103,15 +103,15 @@ def test_a_hostname_for_which_our_own_ca_has_failed_is_tried_again_in_a_minute(
     assert keeper.state(APP).name is FAILED and told == []
     monkeypatch.setattr(authority, "issue", issue)
     keeper.look()
-    assert keeper.state(APP).name is FAILED  # it is not yet time
+    assert keeper.state(APP).name is FAILED  # RETRY is not over yet
     now[0] += keeper_module.RETRY
     keeper.look()
     assert keeper.state(APP) == State(READY) and told == [APP]
-    assert keeper.state("gone.localhost").name is FAILED  # nobody wants it any more
+    assert keeper.state("gone.localhost").name is FAILED  # no agent serves it any more
 
 
 def test_ever_new_hostnames_have_no_end_of_certificates_of_our_own_ca(tmp_path, monkeypatch):
-    """But those that are served, and the gateway's own."""
+    """Except those that are served, and the gateway's own."""
     monkeypatch.setattr(keeper_module, "MOST_ISSUED", 20)
     served, authority = {APP}, Authority(tmp_path)
     certificates = Certificates(None, authority)
@@ -176,7 +176,7 @@ def test_what_was_ordered_earlier_is_served_before_anybody_wants_it(tmp_path):
 def test_hostnames_that_fail_to_be_served_from_several_threads_are_all_tried_again(
     tmp_path, monkeypatch
 ):
-    """The keeper's look goes through them while orders end."""
+    """look() iterates over them while orders end in other threads."""
     names = [f"h{number}.localhost" for number in range(40)]
     house = House(tmp_path, served=names)
     take, fails = house.certificates.take, threading.Event()
@@ -248,7 +248,7 @@ def test_a_gateway_that_orders_nothing_does_not_load_what_ordering_takes():
 
 
 def test_what_is_ordered_at_a_review_counts_as_its_agents(tmp_path, monkeypatch):
-    """Or an agent whose hostnames wait would have them at the gateway's expense."""
+    """Otherwise an agent whose hostnames wait would get them with the gateway's tokens."""
     limits = Limits(hostnames=1)
     names = [f"h{number}.localhost" for number in range(9)]
     with House(tmp_path, served=names, owner=lambda hostname: ("agent", limits)) as house:

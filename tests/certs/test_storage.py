@@ -1,4 +1,4 @@
-"""What a certificate store is kept on: a folder, a folder that may only be read, another place."""
+"""Storage and Locker: a folder, a read-only folder, and another place."""
 
 import contextlib
 import errno

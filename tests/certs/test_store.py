@@ -1,4 +1,4 @@
-"""The cache: what is written is whole, and what is broken is set aside."""
+"""The certificate store: writes are atomic, and broken files are set aside."""
 
 import contextlib
 import errno
@@ -322,7 +322,7 @@ def test_room_is_made_sure_of_and_nothing_is_left(tmp_path, store, monkeypatch):
 
 
 def test_a_request_that_cannot_be_read_is_for_its_files_name(store, monkeypatch):
-    """Whoever asks may be root, and the gateway is not."""
+    """The command may run as root, and the gateway as another user."""
     store.ask_renewal(HOST)
 
     def forbid(path):
@@ -413,7 +413,7 @@ def test_killed_at_any_moment_the_cache_is_never_broken(tmp_path, mint):
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
-            time.sleep(delay)  # the moment is what is tried
+            time.sleep(delay)  # the process is killed at different moments
             process.kill()
         assert open_store(tmp_path / "cache", URL).certificate(HOST)
     assert not list(certs(tmp_path).glob("*.bad"))

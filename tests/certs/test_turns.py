@@ -1,5 +1,5 @@
-"""How much one credential, one domain and all together have ordered: no agent uses up what a CA
-gives to all. The clock is the test's, and so is the CA."""
+"""Our rate limits of orders, by credential, by domain and in all: no agent uses up what a CA gives
+to all. With a fake clock and a fake CA."""
 
 from types import SimpleNamespace
 
@@ -64,7 +64,7 @@ def test_a_registered_domain_is_the_last_labels(hostname, domain):
 
 
 def test_a_credential_of_one_hostname_gets_few_certificates(house):
-    """One that registers a name after the other, below a wildcard of its own."""
+    """An agent that registers one name after the other, below its wildcard."""
     for name in of("dev.example.com", 50):
         want(house, [name], hostnames=1)
         house.issuer.look()
@@ -73,7 +73,7 @@ def test_a_credential_of_one_hostname_gets_few_certificates(house):
     state = house.state("h49.dev.example.com")
     assert state.name == FAILED and "certificates for in an hour (6)" in state.reason
     ordered = 6 + sum(len(house.at(step * WEEK / 50)) for step in range(1, 51))
-    assert ordered <= 2 * 13  # its week, and what came back in it
+    assert ordered <= 2 * 13  # the week's tokens, and those that were refilled in it
     assert want(house, [APP], "another") and len(house.look()) == 1
 
 
@@ -91,7 +91,7 @@ def test_one_credential_leaves_others_some_of_a_domain(house):
     assert len(house.look()) == 5
     want(house, of("example.org", 2))
     assert len(house.look()) == 2  # another domain
-    # Then as fast as they come back, to all of the domain; CAs do so, too.
+    # Then as fast as the bucket refills, for all of the domain; a CA's limit works so, too.
     assert len(house.at(WEEK / 45 + 1)) == 1
     for step in range(1, 51):
         house.at(step * WEEK / 50)
@@ -237,7 +237,7 @@ def test_a_hostname_that_changes_hands_waits_for_its_new_agents_turn(house):
 
 
 def test_a_hostname_that_the_gateway_looks_after_stays_its_agents(house):
-    """As at the hourly review, which does not know whose it is."""
+    """As at the hourly review, which does not know the agent."""
     want(house, of("example.com", 7), hostnames=1)
     house.look()
     house.issuer.queue.want("h6.example.com")
@@ -245,7 +245,7 @@ def test_a_hostname_that_the_gateway_looks_after_stays_its_agents(house):
 
 
 def test_a_certificate_is_ordered_few_times_for_one_name(house):
-    """Whatever becomes of it; Let's Encrypt gives five in a week."""
+    """Whatever happens to the certificates; Let's Encrypt issues five in a week."""
     for _ in range(8):
         want(house, [APP])
         house.look()
@@ -311,7 +311,7 @@ def test_turns_that_were_taken_by_a_clock_far_ahead_come_back_within_their_time(
     want(house, of("example.com", 41))
     house.look()
     kept = house.store.turns()
-    house.store.save_turns({**kept, "at": NOW})  # that it was set is not known
+    house.store.save_turns({**kept, "at": NOW})  # the issuer cannot know that it was set
     house.clock.now = NOW
     restart(house)
     want(house, of("example.com", 42))
