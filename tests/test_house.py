@@ -1,6 +1,7 @@
 """The house: who may import whom. The rules are read off the source, nothing is run."""
 
 import ast
+import fnmatch
 import graphlib
 import re
 import sys
@@ -320,4 +321,9 @@ def test_pure_modules_are_type_checked_strictly():
     """pyproject.toml lists them, as mypy cannot be asked for "pure"."""
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^module = \[(.*?)^\]", settings, re.MULTILINE | re.DOTALL)[1]
-    assert {dotted(module) for module in PURE} <= set(re.findall(r'"(.+)"', listed))
+    patterns = re.findall(r'"(.+)"', listed)
+    assert [
+        module
+        for module in PURE
+        if not any(fnmatch.fnmatchcase(dotted(module), pattern) for pattern in patterns)
+    ] == []

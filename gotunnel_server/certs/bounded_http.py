@@ -113,7 +113,7 @@ def _shown(pool: type, watch: Callable[[socket.socket], None]) -> type:
     """``pool``, a class of urllib3, whose connections call ``watch`` with their sockets."""
 
     # mypy takes no class that is known at run time only.
-    class Connection(pool.ConnectionCls):  # type: ignore[name-defined]
+    class Connection(pool.ConnectionCls):  # type: ignore[name-defined,misc]
         def connect(self) -> None:
             super().connect()
             watch(self.sock)

@@ -423,7 +423,7 @@ def _scan(folder: str) -> tuple[set[str], list[str]]:
     return names, folders
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a circular link, or one to a folder without access

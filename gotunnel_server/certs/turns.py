@@ -176,7 +176,10 @@ class Turns:
     def of_certificate(self, hostname: str) -> Token:
         """The token that an issued certificate takes: the CA issues few for one set of names."""
         quota = self._bounds.hostname
-        why = f"{quota.most} certificates in a week were ordered for it, and are gone"
+        why = (
+            f"{quota.most} certificates in a week were ordered for it, and none is left in "
+            "ACME_CACHE: find out what removes them"
+        )
         return Token(f"name {hostname}", quota, why, CERTIFICATE)
 
     def wait(self, token: Token, now: float, ahead: int = 0) -> float:
