@@ -309,6 +309,22 @@ def test_an_arrow_goes_from_its_sender_to_its_receiver():
     assert trace_text.lane_line("agent", "agent") == "   |       |       *       |   "
 
 
+def drawn(text):
+    """The lines of a ladder, without what differs from run to run: times, ports."""
+    lines = (line[trace_text.TIME :] for line in text.splitlines())
+    return [re.sub(r"port \d+", "port N", line) for line in lines if "|" in line]
+
+
+def test_the_documentation_shows_what_the_tool_prints(ladders):
+    """If this fails, put a part of today's output of tools/trace.py into docs/trace.md."""
+    (block,) = re.findall(
+        r"(?ms)^```text\n(.*?)^```", (ROOT / "docs" / "trace.md").read_text("utf-8")
+    )
+    printed = trace_text.text(ladders["http"], trace_visit.PLAIN_WIDTH, colours=False)
+    assert len(drawn(block)) > 40
+    assert set(drawn(block)) <= set(drawn(printed))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(ladders, kind):
     page = trace_page.page(kind, ladders[kind])
