@@ -281,7 +281,6 @@ UNTYPED = {
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",
     "gotunnel_server/routes.py",
-    "gotunnel_server/visitors/dashboard.py",
     "gotunnel_server/watcher.py",
 }
 

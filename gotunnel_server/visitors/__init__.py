@@ -1,1 +1,1 @@
-"""A visit, from the first byte that comes to a public port to the last one that leaves."""
+"""A visit: all that the gateway does for it, from the visitor's first byte to the last one sent."""

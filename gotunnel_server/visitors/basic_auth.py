@@ -1,11 +1,11 @@
-"""HTTP Basic authentication (RFC 7617) as a rule of a policy.
+"""Asks a visitor for user name and password: HTTP Basic authentication (RFC 7617), a policy's rule.
 
-Passwords come as scrypt hashes (RFC 7914) and in no other way. A hash costs some 50 ms of CPU and
-16 MiB, which nobody may spend for us at will: a success is remembered (as a keyed digest), so a
-page with a hundred files costs one computation; failures are counted by address; few computations
-run at once, and few wait.
+Passwords are known only as scrypt hashes (RFC 7914). To check one takes about 50 ms of CPU and
+16 MiB, so visitors must not cause it without limit. A success is remembered as a keyed digest, so a
+page with a hundred files costs one computation. Failures are counted by address. Few computations
+run at a time, and few may wait.
 
-No password and no hash is ever in a text or a repr.
+No password and no hash ever appears in a text or a repr.
 """
 
 import base64
@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 
 from gotunnel_agent.common.passwords import CONTROL, MOST_PASSWORD, MOST_USER, Hash
@@ -24,42 +24,43 @@ from gotunnel_agent.common.token_bucket import Buckets
 from ..net.round_robin import Gate
 from .verdict import Allow, Answer, Caller, refusal, too_many
 
-# A person mistypes a few times; an attacker has 8640 guesses a day from an address.
+# Failed logins per address: at once, and a second in the long run. A person mistypes a few times;
+# an attacker has 8640 guesses a day from each address.
 FAILURES = 10
 FAILURES_A_SECOND = 1 / 10
-# Beyond that nothing is computed for an address; a password that was right from there before still
-# opens, since an address may be shared. That makes each request a guess again: so many of them, and
-# no password opens.
+# While an address is locked by its failures, no hash is computed for it. A password that was right
+# from there before still works, since several people may share the address. That answers guesses
+# again, so it is limited, too; beyond this limit no password from the address works.
 GUESSES = 100
 GUESSES_A_SECOND = 1
 
-# Right passwords, and wrong ones, that a tunnel remembers with their addresses: a program that goes
-# on using an old password costs one computation. Some 250 bytes each.
+# How many right and how many wrong passwords a tunnel remembers, with their addresses. So a program
+# that keeps using an old password costs one computation. About 250 bytes each.
 MOST_REMEMBERED = 4096
 
-# Computations in this process. Two keep two cores busy, with 128 MiB at most; those that wait do so
-# for half a second or two, each with a thread. Tunnels take turns, and so do the addresses at one
-# tunnel: a login waits for one guess of each other tunnel, however many are made there. Of the
-# places to wait a tunnel alone has a third.
+# Computations in the whole process. Two keep two cores busy, with 128 MiB at most. Those that wait
+# do so for up to two seconds, each in a thread. Tunnels take turns, and so do the addresses at one
+# tunnel: a login waits for at most one guess at each other tunnel, however many are made there. One
+# tunnel alone gets a third of the places to wait.
 COMPUTED_AT_ONCE = 2
 WAITING_TO_COMPUTE = 30
 _gate = Gate(COMPUTED_AT_ONCE, WAITING_TO_COMPUTE)
 
-ANY_USER = None  # stands for every user name
+ANY_USER = None  # as a key of ``users``: any user name
+
+Case = tuple[Hashable, bytes]  # an address's share, and the digest of user and password
 
 _BASIC = re.compile(r"basic +([A-Za-z0-9+/]+={0,2}) *", re.IGNORECASE | re.ASCII)
 
-# The field was for the gateway, and has no business in the target's log.
+# The field is removed: it is for the gateway, and would only end up in the target's log.
 _ADMITTED = Allow(strip=("authorization",))
 _ASK = (("WWW-Authenticate", 'Basic realm="gotunnel", charset="UTF-8"'),)
 _NO_PASSWORD = refusal(
-    401, "password-required", "A user name and a password are needed here.", _ASK
+    401, "password-required", "This page needs a user name and a password.", _ASK
 )
-_WRONG_PASSWORD = refusal(
-    401, "password-required", "This user name with this password is not known here.", _ASK
-)
+_WRONG_PASSWORD = refusal(401, "password-required", "The user name or the password is wrong.", _ASK)
 _BUSY = refusal(
-    503, "gateway-busy", "The gateway checks as many passwords as it can. Try again in 1 s.",
+    503, "gateway-busy", "Too many passwords are being checked at the moment. Try again in 1 s.",
     (("Retry-After", "1"),),
 )  # fmt: skip
 
@@ -67,28 +68,28 @@ _BUSY = refusal(
 class Passwords:
     """The rule that asks for a user name and a password. Any thread."""
 
-    def __init__(self, users: dict[bytes | None, Hash], now: Callable[[], float]):
-        """``users``: by name; ANY_USER, which is then alone, if the name does not matter."""
+    def __init__(self, users: Mapping[bytes | None, Hash], now: Callable[[], float]):
+        """``users``: hashes by user name; or ANY_USER alone, if the name does not matter."""
         self._users = users
         self._now = now
-        self._key = os.urandom(32)  # of the digests below: of no use outside of this process
-        self._right = OrderedDict()  # (share, digest) of what was computed: the latest last
-        self._wrong = OrderedDict()
+        self._key = os.urandom(32)  # for the digests; they are worthless outside of this process
+        self._right: OrderedDict[Case, None] = OrderedDict()  # the latest one last
+        self._wrong: OrderedDict[Case, None] = OrderedDict()
         self._failures = Buckets(FAILURES_A_SECOND, FAILURES)
         self._guesses = Buckets(GUESSES_A_SECOND, GUESSES)
-        self._running = {}  # (share, digest): Future of the verdict
+        self._running: dict[Case, Future[Allow | Answer]] = {}  # the verdicts to come
         self._lock = threading.Lock()  # guards these five; never held while computing
 
     def judge(self, caller: Caller) -> Allow | Answer:
-        """May compute, or wait for another thread that does."""
+        """See verdict.py. It may compute a hash, or wait for a thread that does."""
         if caller.authorization is None:
             return _NO_PASSWORD
         credentials = _credentials(caller.authorization)
         if credentials is None:
             return _WRONG_PASSWORD
         user, password = credentials
-        # Looked up by a keyed digest: how long that takes says nothing of the password (no timing
-        # oracle).
+        # Looked up by a keyed digest, so that the time which that takes tells nothing about the
+        # password (no timing oracle).
         share = caller.share
         case = share, self._digest(user + b":" + password)
         with self._lock:
@@ -103,22 +104,22 @@ class Passwords:
             if locked:
                 self._guesses.take(share, self._now())
                 return _too_many_wrong(locked)
-            # A browser opens several connections at once: one of them computes.
+            # A browser opens several connections at once; only the first one's thread computes.
             running = self._running.get(case)
-            is_first = running is None
-            if is_first:
-                running = self._running[case] = Future()
-        if is_first:
-            verdict = _BUSY
-            try:
-                verdict = self._compute(case, user, password)
-            finally:  # the threads that wait get a verdict in any case
-                with self._lock:
-                    del self._running[case]
-                running.set_result(verdict)
-        return running.result()
+            if running is None:
+                ours = self._running[case] = Future()
+        if running is not None:
+            return running.result()
+        verdict: Allow | Answer = _BUSY
+        try:
+            verdict = self._compute(case, user, password)
+        finally:  # also after a bug, or the waiting threads would wait for ever
+            with self._lock:
+                del self._running[case]
+            ours.set_result(verdict)
+        return verdict
 
-    def _compute(self, case, user, password):
+    def _compute(self, case: Case, user: bytes, password: bytes) -> Allow | Answer:
         if not _gate.enter(self, case[0]):
             return _BUSY
         try:
@@ -128,10 +129,11 @@ class Passwords:
 
     def _compute_now(self, case, user, password):
         share = case[0]
-        with self._lock:  # others from there may have failed in the meantime
+        with self._lock:  # other logins from this address may have failed in the meantime
             if locked := self._failures.wait(share, self._now()):
                 return _too_many_wrong(locked)
-        # An unknown user costs what a known one does, always the same hash (no timing oracle).
+        # For an unknown user another's hash is computed, always the same one. So it takes as long
+        # as for a known user (no timing oracle).
         hashes = list(self._users.values())
         stand_in = hashes[int.from_bytes(self._digest(user), "big") % len(hashes)]
         known = self._users.get(user, stand_in)
@@ -144,22 +146,22 @@ class Passwords:
             self._failures.take(share, self._now())
             return _WRONG_PASSWORD
 
-    def _digest(self, content):
+    def _digest(self, content: bytes) -> bytes:
         return hmac.digest(self._key, content, "sha256")
 
 
-def _remember(cases, case):
+def _remember(cases: OrderedDict[Case, None], case: Case) -> None:
     cases[case] = None
     if len(cases) > MOST_REMEMBERED:
         cases.popitem(last=False)
 
 
-def _too_many_wrong(wait):
+def _too_many_wrong(wait: float) -> Answer:
     return too_many("Too many wrong passwords came from your address", wait)
 
 
-def _credentials(authorization):
-    """User and password out of a field, as bytes; None if it holds none that could be right."""
+def _credentials(authorization: str) -> tuple[bytes, bytes] | None:
+    """User and password in an Authorization field, None if it has none that could be right."""
     match = _BASIC.fullmatch(authorization)
     if match is None:
         return None

@@ -1,103 +1,165 @@
-"""The dashboard: a page that lists the hostnames that agents serve.
+"""Renders the dashboard, the page that lists the hostnames that agents serve.
 
-Without a password it shows what visitors can learn anyway, hostnames and modes. With one, only
-visitors that know it get the page, and it also shows agents, ports, failures and what a CA said.
-The user name does not matter. It never shows addresses.
+Without DASHBOARD_PASSWORD it shows only what visitors can find out anyway: hostnames and modes.
+With one, the page asks for it (any user name will do), and also shows agents, ports, failed visits
+and the errors of certificate orders. It never shows visitors' addresses.
 
-It answers to the gateway's own name, to localhost and to IP addresses. A page elsewhere that has a
-browser ask for this port by a name of its own (DNS rebinding) gets nothing, because the browser
-then sends that name as its Host.
+It answers only under the gateway's own name, localhost and IP addresses. A web page elsewhere could
+make a browser send requests here under a name of its own (DNS rebinding). The browser sends that
+name as the Host, so the page is refused.
 """
 
 import ipaddress
+from collections.abc import Callable, Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
 from time import monotonic, time
+from typing import Protocol
 
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.passwords import Hash
 
 from ..net.dns import is_always_here
+from ..routes import Route
 from . import forwarded, pages
 from .basic_auth import ANY_USER, Passwords
 from .forwarded import Proxies
 from .pages import Page
+from .request import Request
+from .sites import Site
 from .verdict import Answer, Caller
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 METHODS = ("GET", "HEAD")
-# It runs no scripts, and no other page frames it.
+# No scripts, no resources from elsewhere, and no other page may frame it (clickjacking).
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 _TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
 _MORE_COLUMNS = "<th>Agent<th>Connected<th>Failed"
-_EMPTY = '<p class="empty">No agent is connected. Hostnames appear here as soon as one is.</p>'
+_EMPTY = '<p class="empty">No agent is connected. When one is, its hostnames appear here.</p>'
 _HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
 
-def urls(bound: tuple, others_bound: tuple, gateway_host: str, port: int) -> str:
-    """Where the page can be opened. ``bound``: the IP addresses that its port listens on, none for
-    all; ``others_bound``: those of the other ports, where ``gateway_host`` leads."""
+class Identity(Protocol):
+    """Which agent it is."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Tunnel(Protocol):
+    """What the page shows of a registered tunnel (agents/tunnel.py)."""
+
+    since: float  # wall-clock time at which it registered
+
+    @property
+    def routes(self) -> Mapping[str, Route]: ...
+
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def failed(self) -> "Failed": ...
+
+
+class Failed(Protocol):
+    """How many visits have failed, by hostname."""
+
+    def __getitem__(self, hostname: str, /) -> int: ...
+
+
+class Word(Protocol):
+    """A member of an enum: ready, waiting or failed."""
+
+    @property
+    def value(self) -> str: ...
+
+
+class Certificate(Protocol):
+    """The state of a hostname's certificate; its str() explains it."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def name(self) -> Word: ...
+
+
+def urls(
+    bound: tuple[str, ...], others_bound: tuple[str, ...], gateway_host: str, port: int
+) -> str:
+    """The URLs of the page, separated by blanks. ``bound``: the IP addresses that its port listens
+    on, none for all. ``others_bound``: those of the other ports, where ``gateway_host`` leads."""
     by_name = f"http://{gateway_host}:{port}/"
     found = map(ipaddress.ip_address, bound)
     if not bound or any(address.is_unspecified for address in found):
         return by_name
     urls = [f"http://{addresses.as_host(address)}:{port}/" for address in bound]
-    if bound != others_bound:  # the name may lead elsewhere
+    if bound != others_bound:  # the name may lead to another address
         return " ".join(urls)
-    # The name leads there, unless a proxy in front is what it names.
+    # The name leads here, unless it is the name of a proxy in front of the gateway.
     return by_name if is_always_here(gateway_host) else " ".join((by_name, *urls))
 
 
 def build_site(
-    tunnels, gateway_host, public_port, version, certificate_state, proxies: Proxies,
+    tunnels: Callable[[], Collection[Tunnel]],
+    gateway_host: str,
+    public_port: int,
+    version: str,
+    certificate_state: Callable[[str], Certificate],
+    proxies: Proxies,
     password: Hash | None,
-):  # fmt: skip
-    """What a request to the dashboard's port gets: a sites.Site.
+) -> Site:
+    """The site of the dashboard's port.
 
-    ``tunnels()`` gives the registered tunnels: objects with ``routes``, ``identity``, ``since``,
-    ``failed``. ``certificate_state(hostname)`` is a value with ``is_ready``, ``name`` (an enum
-    of ready, waiting, failed) and a text. ``proxies`` are believed which visitor they stand for:
-    wrong passwords are counted by the visitor's address. ``password``: None if there is none.
+    ``tunnels()``: the registered ones. ``certificate_state(hostname)``: how its certificate
+    stands. ``proxies`` may name the visitors that they stand for; wrong passwords are counted by
+    the visitor's address. ``password``: None for the public form of the page.
     """
-    passwords = password and Passwords({ANY_USER: password}, monotonic)
+    passwords = None if password is None else Passwords({ANY_USER: password}, monotonic)
 
-    def site(request):
+    def site(request: Request) -> Page:
         if not _may_be_host(request.hostname):
-            text = f"The dashboard answers to {gateway_host}, localhost and IP addresses only."
+            text = f"Open the dashboard as {gateway_host}, localhost or by its IP address."
             return pages.error(403, "wrong-host", text)
         if passwords is not None:
             verdict = passwords.judge(_caller(request, proxies))
             if isinstance(verdict, Answer):
                 return verdict.page
         if request.method not in METHODS:
-            page = pages.error(405, "wrong-method", "The dashboard is there to be read.")
+            page = pages.error(405, "wrong-method", "The dashboard can only be read (GET, HEAD).")
             return page._replace(fields=(*page.fields, ("Allow", ", ".join(METHODS))))
         if request.path.partition("?")[0] != "/":
-            return pages.error(404, "no-page", "There is no such page.")
+            return pages.error(404, "no-page", "There is no such page. The dashboard is at /.")
         if passwords is None:
-            page = render_public(tunnels(), gateway_host, public_port)
+            html = render_public(tunnels(), gateway_host, public_port)
         else:
-            page = render(tunnels(), gateway_host, public_port, version, certificate_state)
-        return Page(200, page.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
+            html = render(tunnels(), gateway_host, public_port, version, certificate_state)
+        return Page(200, html.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
 
-    def _may_be_host(name):
-        # No page elsewhere can have these as its own name.
+    def _may_be_host(name: str) -> bool:
+        # No web page elsewhere can have one of these as its own name.
         is_address = addresses.parse(name.removeprefix("[").removesuffix("]")) is not None
         return name in (gateway_host, "localhost") or is_address
 
     return site
 
 
-def _caller(request, proxies):
+def _caller(request: Request, proxies: Proxies) -> Caller:
     address = forwarded.visitor(request.fields, request.peer, proxies)
     authorization = ", ".join(request.fields.all("authorization")) or None
     return Caller(address, addresses.parse(address), authorization)
 
 
-def render(tunnels, gateway_host, public_port, version, certificate_state) -> str:
-    """The page as HTML, with all of it. Tunnels stand in the order in which they registered."""
+def render(
+    tunnels: Collection[Tunnel],
+    gateway_host: str,
+    public_port: int,
+    version: str,
+    certificate_state: Callable[[str], Certificate],
+) -> str:
+    """The full page as HTML. Tunnels are in the order in which they registered."""
     rows = [
         _row(hostname, route, tunnel, public_port, certificate_state(hostname))
         for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
@@ -107,8 +169,8 @@ def render(tunnels, gateway_host, public_port, version, certificate_state) -> st
     return _page(gateway_host, summary, _MORE_COLUMNS, rows, f"gotunnel {escape(version)}")
 
 
-def render_public(tunnels, gateway_host, public_port) -> str:
-    """The page for everybody, as HTML: hostnames, sorted, and modes."""
+def render_public(tunnels: Iterable[Tunnel], gateway_host: str, public_port: int) -> str:
+    """The page without a password, as HTML: sorted hostnames, and modes."""
     routes = {hostname: route for tunnel in tunnels for hostname, route in tunnel.routes.items()}
     rows = [
         f'<tr><td>{_link(hostname, route, public_port)}<td class="mode">{route.mode}'
@@ -117,14 +179,14 @@ def render_public(tunnels, gateway_host, public_port) -> str:
     return _page(gateway_host, _count(len(rows), "hostname"), "", rows, _HINT)
 
 
-def _page(gateway_host, summary, more_columns, rows, footer):
+def _page(gateway_host: str, summary: str, more_columns: str, rows: list[str], footer: str) -> str:
     table = _TABLE.format(more_columns, "\n".join(rows)) if rows else _EMPTY
     return PAGE.substitute(
         gateway_host=escape(gateway_host), summary=summary, table=table, footer=footer
     )
 
 
-def _link(hostname, route, public_port):
+def _link(hostname: str, route: Route, public_port: int) -> str:
     name = escape(hostname)
     if route.mode != "http" or hostname.startswith("*"):  # a browser cannot open it
         return name
@@ -132,7 +194,9 @@ def _link(hostname, route, public_port):
     return f'<a href="https://{name}{port}/">{name}</a>'
 
 
-def _row(hostname, route, tunnel, public_port, certificate):
+def _row(
+    hostname: str, route: Route, tunnel: Tunnel, public_port: int, certificate: Certificate
+) -> str:
     name = _link(hostname, route, public_port)
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
@@ -140,19 +204,19 @@ def _row(hostname, route, tunnel, public_port, certificate):
     since = _ago(time() - tunnel.since)
     failed = tunnel.failed[route.hostname] or "–"
     row = f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'
-    if not certificate.is_ready:  # a CA may have much to say: it gets the whole width
+    if not certificate.is_ready:  # a row of its own: a CA's error can be long
         kind, text = certificate.name.value, escape(str(certificate))
         note = f'<small class="{kind}">certificate {text}</small>'
         row += f'\n<tr class="note"><td colspan="5">{note}'
     return row
 
 
-def _count(number, noun):
+def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _ago(seconds) -> str:
-    """A length of time as people say it, in its largest unit."""
+def _ago(seconds: float) -> str:
+    """A past time as people say it, in the largest unit."""
     for size, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= size:
             return f"{_count(int(seconds // size), noun)} ago"

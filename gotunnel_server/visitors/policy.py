@@ -1,6 +1,6 @@
-"""What a tunnel asks of its visitors: where they come from, how often, and who they are.
+"""Checks a visit against its tunnel's policy: allowed addresses, rates, passwords.
 
-An agent sends a policy with its registration, a JSON object whose keys are all optional:
+An agent sends a policy when it registers, a JSON object whose keys are all optional:
 
     {"allow": ["10.0.0.0/8", "2001:db8::/32", "192.0.2.1"],    only from there
      "deny": ["10.1.0.0/16"],                                  never from there
@@ -8,18 +8,18 @@ An agent sends a policy with its registration, a JSON object whose keys are all 
                     "total": 200, "total_burst": 400},         ... of all visitors together
      "basic_auth": ["USER:$scrypt$ln=14,r=8,p=1$SALT$HASH"]}   http mode only
 
-``read`` turns it into a ``Policy``, or says in a PolicyError what is wrong. A policy is judged in
-this order: deny, allow, rates, password; so an address that is kept out costs a set look-up, and a
-flood never comes as far as the passwords.
+read() turns it into a Policy, or raises a PolicyError that says what is wrong. The rules are
+checked in this order: deny, allow, rates, password. So a denied address costs one look-up in a set,
+and a flood never reaches the costly passwords.
 
-*Rates* are token buckets: ``burst`` at once, one more every 1/rate seconds (GCRA). What is denied
-takes no token. An IPv6 visitor counts by the /64 that a subscriber gets, an IPv4-mapped address as
-IPv4.
+*Rates* are token buckets: ``burst`` requests at once, one more every 1/rate seconds (GCRA). A
+denied request takes no token. An IPv6 visitor counts by its /64, which is what one subscriber gets;
+an IPv4-mapped address counts as IPv4.
 
 *Passwords*: see basic_auth.py.
 
-Nothing here reads or writes anything; the time comes from the ``now`` that is handed in. A Policy
-may be used by any thread. No password and no hash is ever in a text or a repr.
+Nothing here does I/O; the time comes from ``now``, a parameter. Any thread may use a Policy. No
+password and no hash ever appears in a text or a repr.
 """
 
 import math
@@ -28,7 +28,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.passwords import (
@@ -46,18 +46,21 @@ from gotunnel_agent.common.token_bucket import Buckets
 from .basic_auth import Passwords
 from .verdict import WELCOME, Allow, Answer, Caller, refusal, too_many
 
-# A burst that nobody set is what the rate gives in 10 seconds: a browser asks for a page with all
-# its files in one go, some seventy of them, and then its reader reads.
+# The default burst is what the rate gives in 10 seconds: a browser requests a page and its files,
+# about seventy, at once, and then its user reads.
 BURST_SECONDS = 10
 
-MOST_SHOWN = 60  # characters of a bad value that a message shows
+MOST_SHOWN = 60  # characters of a bad value that a message quotes
 
 HTTP_KEYS = ("basic_auth",)
 KEYS = (*HTTP_KEYS, "allow", "deny", "rate_limit")
 
 
+Rules = dict[str, Any]  # by key; the values are what the functions below read
+
+
 class PolicyError(ValueError):
-    """A policy cannot be followed; the text is one line, for the agent's operator."""
+    """A policy is malformed. The text is one line, for the agent's operator."""
 
 
 def read(
@@ -67,10 +70,10 @@ def read(
     *,
     now: Callable[[], float] = monotonic,
 ) -> "Policy | None":
-    """The policy of a tunnel in ``mode`` ("http" or "tcp"), as its agent sent it.
+    """Read the policy of a tunnel in ``mode`` ("http" or "tcp").
 
-    ``wire`` is None if it sent none. ``defaults`` count for each key that it did not set. The
-    result is None if there is nothing to ask of visitors. Raises PolicyError.
+    ``wire`` is what the agent sent, None for nothing. ``defaults`` apply to each key that it did
+    not set. The result is None if there are no rules. Raises PolicyError.
     """
     rules = {} if wire is None else _rules(wire, mode)
     if defaults is not None:
@@ -80,26 +83,32 @@ def read(
 
 @dataclass(frozen=True)
 class Defaults:
-    """What counts for the tunnels that do not say it themselves."""
+    """The rules for tunnels that set none of their own."""
 
-    rules: dict = field(repr=False)
+    rules: Rules = field(repr=False)
 
     @classmethod
-    def read(cls, wire: dict) -> "Defaults":
-        """``wire`` is as an agent would send it. Raises PolicyError."""
+    def read(cls, wire: dict[str, object]) -> "Defaults":
+        """Read them from the form in which an agent sends a policy. Raises PolicyError."""
         return cls(_rules(wire, "http"))
 
-    def rules_for(self, mode: str) -> dict:
-        """Key to rule, of those that can be followed in a mode."""
+    def rules_for(self, mode: str) -> Rules:
+        """The rules that exist in a mode."""
         left_out = () if mode == "http" else HTTP_KEYS
         return {key: rule for key, rule in self.rules.items() if key not in left_out}
 
 
-class Policy:
-    """The rules of one tunnel, and what its visitors have used up. Any thread."""
+class Rule(Protocol):
+    """One rule of a Policy: see verdict.py."""
 
-    def __init__(self, rules: dict, now: Callable[[], float]):
-        chain = []
+    def judge(self, caller: Caller) -> Allow | Answer: ...
+
+
+class Policy:
+    """The rules of one tunnel, with the state of its rates and passwords. Any thread."""
+
+    def __init__(self, rules: Rules, now: Callable[[], float]):
+        chain: list[Rule] = []
         allow, deny = rules.get("allow"), rules.get("deny")
         if allow is not None or deny is not None:
             chain.append(Place(allow, deny))
@@ -111,16 +120,16 @@ class Policy:
         self._for_requests = tuple(chain)
 
     def judge_request(self, address: str, authorization: str | None) -> Allow | Answer:
-        """Whether a request may go to the agent; for the arguments see verdict.Caller. May
-        compute, or wait for another thread that does, some 50 ms at a time."""
+        """Whether a request may go to the agent; for the arguments see verdict.Caller. It may
+        compute a password's hash, or wait for a thread that does, about 50 ms at a time."""
         return _judge(self._for_requests, address, authorization)
 
     def judge_connection(self, address: str) -> Allow | Answer:
-        """Whether a visit in tcp mode may go to the agent. Waits for nothing."""
+        """Whether a visit in tcp mode may go to the agent. Never waits."""
         return _judge(self._for_connections, address, None)
 
 
-def _judge(chain, address, authorization):
+def _judge(chain: tuple[Rule, ...], address: str, authorization: str | None) -> Allow | Answer:
     caller = Caller(address, addresses.parse(address), authorization)
     add, strip = WELCOME
     for rule in chain:
@@ -136,36 +145,37 @@ def _judge(chain, address, authorization):
 
 
 class Networks:
-    """A set of IP networks. Asked by address, it takes one look-up a length of prefix."""
+    """A set of IP networks. Whether it contains an address costs one look-up per prefix length."""
 
     def __init__(self, networks: Iterable[addresses.Network]):
-        self._prefixes = {4: {}, 6: {}}  # version: {bits behind the prefix: prefixes}
+        # IP version to {number of bits behind the prefix: prefixes}.
+        self._prefixes: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
         for network in networks:
             behind = network.max_prefixlen - network.prefixlen
             prefixes = self._prefixes[network.version].setdefault(behind, set())
             prefixes.add(int(network.network_address) >> behind)
 
-    def __contains__(self, address):
+    def __contains__(self, address: addresses.Address) -> bool:
         number = int(address)
         lengths = self._prefixes[address.version].items()
         return any(number >> behind in prefixes for behind, prefixes in lengths)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Networks) and self._prefixes == other._prefixes
 
 
 class Place:
-    """The rule that says from which addresses a visitor may come. Any thread."""
+    """The rule about visitors' addresses. Any thread."""
 
     def __init__(self, allow: Networks | None, deny: Networks | None):
-        """``allow``: None for all but those in ``deny``."""
+        """``allow`` None: all addresses except those in ``deny``."""
         self._allow, self._deny = allow, deny
 
     def judge(self, caller: Caller) -> Allow | Answer:
         ip, deny, allow = caller.ip, self._deny, self._allow
         if ip is None or deny and ip in deny or allow and ip not in allow:
-            whence = caller.address[:MOST_SHOWN] or "nowhere"
-            return refusal(403, "not-allowed", f"Visitors from {whence} are not let in.")
+            whence = caller.address[:MOST_SHOWN] or "hidden addresses"
+            return refusal(403, "not-allowed", f"Visitors from {whence} are not allowed here.")
         return WELCOME
 
 
@@ -173,7 +183,7 @@ class Place:
 
 
 class Rate(NamedTuple):
-    """``burst`` at once, and ``rate`` a second in the long run."""
+    """``burst`` requests at once, and ``rate`` a second in the long run."""
 
     rate: float
     burst: int
@@ -185,7 +195,7 @@ class RateLimit(NamedTuple):
 
 
 class Rates:
-    """The rule that says how often visitors may come. Any thread."""
+    """The rule about how often visitors may come. Any thread."""
 
     def __init__(self, limit: RateLimit, now: Callable[[], float]):
         self._now = now
@@ -205,15 +215,15 @@ class Rates:
                 if total is not None:
                     total.take(None, now)
                 return WELCOME
-        whence = "from your address" if wait else "from all visitors together"
-        return too_many(f"Too much comes {whence}", max(wait, total_wait))
+        whence = "your address" if wait else "all visitors together"
+        return too_many(f"Too many requests from {whence}", max(wait, total_wait))
 
 
 # --- The wire ------------------------------------------------------------------------------------
 
 
-def _rules(wire, mode):
-    """Key to rule, of what an agent sent."""
+def _rules(wire: object, mode: str) -> Rules:
+    """Read the rules that an agent sent."""
     if not isinstance(wire, dict):
         raise PolicyError(f"{_shown(wire)} came, expected an object")
     for key in wire:
@@ -233,8 +243,8 @@ def _rules(wire, mode):
     return rules
 
 
-def _texts(value, most, what):
-    """The members of a list of texts."""
+def _texts(value: object, most: int, what: str) -> list[str]:
+    """Check that a value is a list of at most ``most`` texts, and return it."""
     if not isinstance(value, list) or not value:
         came = "an empty list" if value == [] else _shown(value)
         raise PolicyError(f"{came} came, expected a list of {what}")
@@ -275,7 +285,8 @@ def _rate(value, key, burst_key):
             raise PolicyError(f"{burst_key} came without {key}, expected both or neither")
         return None
     rate = value[key]
-    if type(rate) not in (int, float) or not LEAST_RATE <= rate <= MOST_RATE:  # NaN is not more
+    # NaN fails here, too: it compares False to everything.
+    if type(rate) not in (int, float) or not LEAST_RATE <= rate <= MOST_RATE:
         raise PolicyError(
             f"{key}: {_shown(rate)} came, expected requests a second, a number from "
             f"1/3600 to {MOST_RATE}"
@@ -288,9 +299,9 @@ def _rate(value, key, burst_key):
     return Rate(float(rate), burst)
 
 
-def _users(value):
-    """User to Hash. Nothing of an entry is shown: its author may have swapped the two."""
-    users = {}
+def _users(value: object) -> dict[bytes, Hash]:
+    """User to Hash. Errors quote nothing: an author may have confused user and password."""
+    users: dict[bytes, Hash] = {}
     for number, entry in enumerate(_texts(value, MOST_USERS, "entries USER:HASH")):
         name, colon, hashed = entry.partition(":")
         if not colon or not valid_user(name):
@@ -308,9 +319,9 @@ def _users(value):
 
 
 def hashed_entry(text: str) -> str:
-    """USER:HASH of USER:PASSWORD; a password that begins with HASH_MARK is one already.
+    """USER:HASH for USER:PASSWORD. A password that begins with HASH_MARK is a hash already.
 
-    Raises PolicyError, which does not show the text.
+    Raises PolicyError, which does not quote the text.
     """
     user, colon, password = unicodedata.normalize("NFC", text).partition(":")  # RFC 7617 §2.1
     if not colon:
@@ -323,15 +334,15 @@ def hashed_entry(text: str) -> str:
         raise PolicyError(str(error)) from None
 
 
-def _shown(value):
-    """A value of a peer's, bounded and on one line."""
+def _shown(value: object) -> str:
+    """A value from the agent, for an error: bounded, and on one line."""
     if isinstance(value, str):
         return repr(value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}...")
-    if type(value) in (int, float) and abs(value) < 1e15:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15:
         return repr(value)
     return _kind(value)
 
 
-def _kind(value):
+def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number out of range")
