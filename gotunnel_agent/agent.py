@@ -1,21 +1,22 @@
-"""The agent's life: dial, register, serve until dropped, back off, again.
+"""The agent's main loop: dial the gateway, register, serve until the session ends, back off, again.
 
 Threads, besides the session's demultiplexer (see gotunnel.py):
 
     thread     how many              does                                   ends when
-    agent      1                     the life above                         stop()
-    control    1 a session           answers pings                          the session ends
+    agent      1                     the loop above                         stop()
+    control    1 a session           reads the control stream, sends pongs  the session ends
     accept     1 a session           hands each new data stream a worker    the session ends
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
 
-and two of the process: main, which waits for signals (cli.py), and standard error, which writes the
-log until the process ends (common/standard_error.py).
-All are daemons: none keeps a process alive that has stopped.
+The process has two more: main, which waits for signals (cli.py), and standard error, which writes
+the log until the process ends (common/standard_error.py). All but main are daemons: none keeps a
+stopped process alive.
 
-There is one session, unless the gateway asks for another one (GO_AWAY, or End with MOVE): then the
-agent dials anew. The old session serves on until the new one does, and ends with its visits.
+There is one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE): then the
+agent dials again. The old session keeps serving until the new one is registered, and ends when its
+visits have ended.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import secrets
 import ssl
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from time import monotonic, time
 
 import jwt
@@ -47,6 +49,7 @@ from gotunnel import (
     Certificate,
     Deadline,
     End,
+    Message,
     MessageReader,
     Ping,
     Pong,
@@ -55,6 +58,7 @@ from gotunnel import (
     Register,
     Session,
     SessionClosed,
+    Stream,
     Waker,
     encode_message,
     spawn,
@@ -65,124 +69,129 @@ from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers
 from .common.tls import AEAD
+from .config import Config, Target
 from .connect import GivenUp, addresses_of, connect
 from .target import Route, Targets, serve
 from .trust import NO_TLS, client_context
 
 log = logging.getLogger("gotunnel.agent")
 
-DIAL_TIMEOUT = 10  # seconds, for the connection and again for the TLS handshake
-ACK_TIMEOUT = 30  # seconds; a gateway may have to make certificates before it says yes
-SILENCE_TIMEOUT = 40  # seconds without a ping, which comes every 15: the line is dead
-# Seconds that running visits have when the agent is told to stop, and that threads have afterwards.
-# Together with standard_error.LAST_LINES less than the ten that Docker and others grant: a process
-# that they kill has not said how its visits ended.
+DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
+ACK_TIMEOUT = 30  # seconds; a gateway may make certificates before it answers
+SILENCE_TIMEOUT = 40  # seconds without a ping; they come every 15, so the line is dead
+# When the agent stops: seconds for running visits to end, and seconds for threads after that. With
+# standard_error.LAST_LINES they are below the 10 s after which Docker and others kill a process,
+# which then could not log how its visits ended.
 DRAIN_TIMEOUT = 5
 LAST_WORDS = 3
 
-FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each one that fails
-MAX_DELAY = 30  # seconds; a gateway that is back must not wait long for its agents
-RESTART_DELAY = 3  # ... if the gateway's machine refused the connection: it is there, and restarts
-REFUSED_DELAY = 15  # ... at least, if the gateway said no: an operator must change something first
-# OpenSSL's numbers (x509_vfy.h) for a certificate whose CA is not known here: self-signed, itself
-# or in its chain; issuer not found, of the last one or of the first.
+FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
+MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
+RESTART_DELAY = (
+    3  # longest delay after "connection refused": the machine is up, its gateway restarts
+)
+REFUSED_DELAY = 15  # shortest delay after a refusal: an operator must change something first
+# OpenSSL's numbers (x509_vfy.h) for a certificate of an unknown CA: self-signed, itself or in its
+# chain; issuer not found, of the last certificate or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
-TAKEN = "host already registered"  # begins the text of such a refusal, Go's gateway's too
+TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
-# Seconds after a GO_AWAY in which the session ends, if that was what it meant: Session.close() and
-# Go's gateway say it first, too.
+# Seconds that the agent waits after a GO_AWAY before it dials: Session.close() and a Go gateway
+# send one, too, just before they end the session.
 GO_AWAY_LOOK = 1
-OLD_LOOK = 1  # seconds between looks whether an old session has no visit any more
-OLD_SESSION = 24 * 3600  # seconds that it may last: a visit may last for ever, a line costs little
-OLD_SESSIONS = 4  # at a time; of more, the oldest ends with its visits
-HELD = 10  # seconds after which a session counts as one that worked
+OLD_LOOK = 1  # seconds between checks whether an old session still has visits
+OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
+OLD_SESSIONS = 4  # old sessions at a time; of more, the oldest is ended with its visits
+HELD = 10  # a session that lasted as many seconds counts as a success, which resets the backoff
 
 
-# A short secret is the gateway's choice, and it says so at its start.
+# PyJWT warns of a short secret. The gateway chose it, and warns its own operator at its start.
 warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class Refused(Exception):
-    """The gateway said no to a registration, in the words of the exception."""
+    """The gateway refused a registration; the text is the gateway's."""
 
 
 class CannotTrust(Exception):
-    """The CA file is of no use; one line for the operator."""
+    """A CA file cannot be used; the text is one line for the operator."""
 
 
 class Ended(Exception):
-    """The gateway has ended the session, in the words of the exception; ``code`` is End's."""
+    """The gateway has ended the session; the text is the gateway's, ``code`` is End's."""
 
-    def __init__(self, end):
+    def __init__(self, end: End):
         super().__init__(end.reason)
         self.code = end.code
 
 
 class Service:
-    """One session, and what becomes of it. The agent's lock guards ``outcome`` and ``asked``."""
+    """One session and its state. The agent's lock guards ``outcome`` and ``asked``."""
 
-    def __init__(self, session):
+    def __init__(self, session: Session):
         self.session = session
-        self.control = None  # its control stream
-        self.asked = False  # the gateway wants another session
-        self.outcome = None  # the exception that says why it is over; None: it is not
-        self.since = math.inf  # monotonic, of its ack
-        self.ends_at = math.inf  # monotonic, once another one has taken its place
+        self.control: Stream | None = None  # its control stream, once it is open
+        self.asked = False  # the gateway asks for a new session
+        self.outcome: BaseException | None = None  # why the session is over; None while it is not
+        self.since = math.inf  # monotonic time of its ack
+        self.ends_at = math.inf  # monotonic deadline, once a new session has replaced it
 
     def has_visits(self) -> bool:
         return any(stream is not self.control for stream in self.session.streams_in_use())
 
 
 class Agent:
-    """Keeps one gateway served until stop() is called. run() is the agent's thread."""
+    """Serves one gateway until stop() is called. run() is the agent's thread."""
 
-    def __init__(self, config):
-        """``config`` is the frozen Config of config.load(). Raises CannotTrust."""
+    def __init__(self, config: Config):
+        """Raises CannotTrust."""
         self._config = config
         self._context = tls_context(config.ca_file, config.skip_tls_verify)
         self._context.set_ciphers(AEAD)
-        # Tunnels that trust the same share a context: the system's authorities fill megabytes.
-        contexts = {
-            trust: trust and tls_context(*trust, "target_ca_file")
-            for trust in {_trust(tunnel.target) for tunnel in config.tunnels}
-        }
-        # Hostname to Route. Replaced as a whole, never changed: workers read it meanwhile.
+        # Tunnels with equal settings share a context: the system's CAs take megabytes in each.
+        contexts: dict[tuple[str | None, bool] | None, ssl.SSLContext | None] = {None: None}
+        for tunnel in config.tunnels:
+            trust = _trust(tunnel.target)
+            if trust is not None and trust not in contexts:
+                contexts[trust] = tls_context(*trust, "target_ca_file")
+        # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
         self._routes = {
             normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
             for tunnel in config.tunnels
         }
         self._stopping = threading.Event()
-        self._waker = Waker()  # woken once, by stop(): ends a dial
+        self._waker = Waker()  # woken once, by stop(), to end a dial
         self._instance = new_instance()
-        self._lock = threading.Condition()  # guards what follows; notified when any of it changes
-        self._service = None  # the latest
-        self._old = []  # earlier ones that are not over yet
-        self._stranger = None  # the connection to a gateway that has not said yes yet
+        self._lock = threading.Condition()  # guards all below; notified when any of it changes
+        self._service: Service | None = None  # the latest
+        self._old: list[Service] = []  # earlier ones that are not over yet
+        self._unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
         self.observer: Observer | None = None  # of each session; tools set it before run()
 
-    def run(self):
-        """Serve until stop() is called. Raises nothing that the gateway or the line can cause."""
+    def run(self) -> None:
+        """Serve until stop() is called. Nothing that the gateway or the network does makes it
+        raise."""
         workers = Workers(MAX_STREAMS, "stream")
         try:
             self._serve_sessions(workers)
         finally:
-            workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which nothing can end
+            workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which cannot be ended
             self._waker.close()
 
-    def stop(self):
-        """End the session when its visits are done. Any thread; waits, DRAIN_TIMEOUT at most for
-        the visits and LAST_WORDS for the session's last frames. Before the gateway has said yes
-        there is nothing to wait for."""
+    def stop(self) -> None:
+        """End the session when its visits are done. Any thread. Waits at most DRAIN_TIMEOUT for the
+        visits and LAST_WORDS for the session's last frames. A connection that the gateway has not
+        accepted yet is reset at once."""
         self._stopping.set()
         self._waker.wake()
         with self._lock:
             self._lock.notify_all()
-            services, stranger = [*self._old, self._service], self._stranger
-        if stranger is not None:
-            stranger.reset()
+            services, unaccepted = [*self._old, self._service], self._unaccepted
+        if unaccepted is not None:
+            unaccepted.reset()
         sessions = [service.session for service in services if service is not None]
         for session in sessions:
             session.leave()
@@ -202,35 +211,38 @@ class Agent:
             session.join(max(0, deadline - monotonic()))
 
     @property
-    def _address(self):
+    def _address(self) -> str:
         return f"{self._config.tunnel_host}:{self._config.tunnel_port}"
 
     # Sessions, one after the other
 
-    def _serve_sessions(self, workers):
+    def _serve_sessions(self, workers: Workers) -> None:
         failures = 0
         while not self._stopping.is_set():
             least, most = 0, MAX_DELAY
             service = None
+            replaced = False
             try:
                 service = self._begin(workers)
                 self._serve(service)
-                problem = "the gateway asks for a new session, and ends this one with its visits"
+                problem = "the gateway asks for a new session; this one ends when its visits do"
+                replaced = True
             except Refused as error:
                 if str(error).startswith(TAKEN) and self._await_old():
                     continue
                 problem = f"the gateway refused: {on_one_line(str(error))}"
                 least = REFUSED_DELAY
                 if str(error).startswith(TAKEN):
-                    problem += "; another agent serves it and answers, this one waits for it"
+                    problem += "; another agent serves it, this one waits for that agent's end"
             except Ended as error:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
-                    # Under the old id the two agents would replace each other for ever. With a
-                    # new one, this agent gets the hostnames when the other one is gone.
+                    # A second agent has this one's instance id (a copied machine). With it, the two
+                    # would replace each other for ever. With a new id, this agent gets the
+                    # hostnames when the other one is gone.
                     self._instance, least = new_instance(), REFUSED_DELAY
             except ConnectionRefusedError:
-                problem, most = "nobody listens there", RESTART_DELAY
+                problem, most = "connection refused: no program listens there", RESTART_DELAY
             except ssl.SSLCertVerificationError as error:
                 problem = f"its certificate is not to be trusted: {error.verify_message}"
                 if error.verify_code in UNKNOWN_CA:
@@ -238,11 +250,11 @@ class Agent:
             except OSError as error:
                 problem = _problem(error)
             except ProtocolError as error:
-                problem = f"it does not speak our protocol: {error}"
+                problem = f"it does not speak gotunnel's protocol: {error}"
             if self._stopping.is_set():
                 break
             held = service is not None and monotonic() - service.since >= HELD
-            if held and service.outcome is None:
+            if held and replaced:
                 log.info("%s: %s", self._address, problem)
                 failures = 0
                 continue
@@ -253,8 +265,8 @@ class Agent:
 
     # One session
 
-    def _begin(self, workers) -> Service:
-        """Dial and register; the new session is in the place of the one before."""
+    def _begin(self, workers: Workers) -> Service:
+        """Dial and register. The new session replaces the one before."""
         service = Service(self._dial())
         session = service.session
         session.on_leave = lambda: self._ask(service)
@@ -266,48 +278,49 @@ class Agent:
             if self._stopping.is_set():  # and stop() may have looked for the session too early
                 raise SessionClosed("the agent stops")
             session.start()
-            service.control = session.open(encode_message(self._registration()))
-            messages = _messages(service.control)
+            service.control = control = session.open(encode_message(self._registration()))
+            messages = _messages(control)
             self._take_answer(_expect_ack(next(messages)))
             with self._lock:
-                self._stranger = None
+                self._unaccepted = None
             service.since = monotonic()
             served = [name for name, route in self._routes.items() if not route.problem]
             log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
             spawn("accept", self._accept, session, workers)
-            spawn("control", self._hear, service, messages)
+            spawn("control", self._read_control, service, control, messages)
         except BaseException as error:
             self._end(service, error)
             raise
         self._retire_old()
         return service
 
-    def _serve(self, service):
-        """Wait until a session is over, and raise why; or return, as the gateway wants another."""
+    def _serve(self, service: Service) -> None:
+        """Wait until a session is over, and raise its outcome. Returns if the gateway asks for a
+        new session."""
         with self._lock:
             self._lock.wait_for(
                 lambda: service.asked or service.outcome is not None or self._stopping.is_set()
             )
             if service.asked:
                 self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
-        if self._stopping.is_set():  # stop() ends it when its visits are done
+        if self._stopping.is_set():  # stop() ends the session when its visits are done
             with self._lock:
                 self._lock.wait_for(lambda: service.outcome is not None)
         if service.outcome is not None:
             service.session.join(LAST_WORDS)
             raise service.outcome
 
-    def _ask(self, service):
-        """The gateway wants another session. Any thread; waits for nothing."""
+    def _ask(self, service: Service) -> None:
+        """Note that the gateway asks for a new session. Any thread; does not block."""
         with self._lock:
             service.asked = True
             self._lock.notify_all()
 
-    def _hear(self, service, messages):
-        """Answer pings until the session is over."""
-        outcome = SessionClosed("the gateway ended the session")
+    def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
+        """Thread "control": act on the gateway's messages until the session is over."""
+        outcome: Exception = SessionClosed("the gateway ended the session")
         try:
-            certificates = {}
+            certificates: dict[str, str] = {}
             for message in messages:
                 if isinstance(message, Certificate):
                     self._log_certificate(message, certificates)
@@ -318,9 +331,10 @@ class Agent:
                 elif isinstance(message, End):
                     raise Ended(message)
                 elif isinstance(message, Ping):
-                    with contextlib.suppress(ConnectionError):  # what has come may still say why
+                    # If the session is over, a message that has already come may say why.
+                    with contextlib.suppress(ConnectionError):
                         pong = encode_message(Pong(int(time() * 1000)))
-                        service.control.write(pong, timeout=SILENCE_TIMEOUT)
+                        control.write(pong, timeout=SILENCE_TIMEOUT)
                 else:
                     raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
         except (OSError, ProtocolError, Ended) as error:
@@ -328,8 +342,8 @@ class Agent:
         finally:
             self._end(service, outcome)
 
-    def _end(self, service, outcome):
-        """End a session, and say why it is over."""
+    def _end(self, service: Service, outcome: BaseException) -> None:
+        """End a session, and note why."""
         with self._lock:
             service.outcome = outcome
             self._lock.notify_all()
@@ -341,10 +355,10 @@ class Agent:
                 log.debug("%s: an old session is over: %s", self._address, outcome)
             self._lock.notify_all()
 
-    # Sessions whose place another one takes
+    # Old sessions, which a new one has replaced
 
-    def _retire_old(self):
-        """End the earlier sessions when their visits are done."""
+    def _retire_old(self) -> None:
+        """Have the old sessions end when their visits have ended."""
         now = monotonic()
         with self._lock:
             old = list(self._old)
@@ -353,32 +367,36 @@ class Agent:
         for service in old:
             if service.ends_at == math.inf:
                 service.ends_at = now + OLD_SESSION
-                service.session.call_later(OLD_LOOK, lambda service=service: self._look(service))
+                self._look_later(service)
 
-    def _look(self, service):
-        """Demultiplexer of an old session: waits for nothing."""
+    def _look_later(self, service: Service) -> None:
+        service.session.call_later(OLD_LOOK, lambda: self._look(service))
+
+    def _look(self, service: Service) -> None:
+        """Close an old session if it has no visits. Its demultiplexer thread: must not block."""
         if service.has_visits() and monotonic() < service.ends_at:
-            service.session.call_later(OLD_LOOK, lambda: self._look(service))
+            self._look_later(service)
         else:
-            service.session.close("another session has taken its place")
+            service.session.close("a new session has replaced it")
 
     def _await_old(self) -> bool:
-        """The gateway has refused what an old session of ours still serves: wait for its end. False
-        if there is none."""
+        """Wait for the end of our old sessions, which keep the hostnames that the gateway has just
+        refused. False if there are none."""
         with self._lock:
             if not self._old:
                 return False
-            log.info("%s: the old session is served until it ends", self._address)
+            log.info("%s: the gateway accepts a new session when the old one has ended; waiting "
+                     "for that", self._address)  # fmt: skip
             self._lock.wait_for(lambda: not self._old or self._stopping.is_set())
         return True
 
-    def _dial(self):
+    def _dial(self) -> Session:
         host, port = self._config.tunnel_host, self._config.tunnel_port
         duplex = Duplex(connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker))
         duplex.stall_timeout = self._config.stall_timeout
         try:
             with self._lock:
-                self._stranger = duplex
+                self._unaccepted = duplex
             if self._stopping.is_set():  # and stop() may have looked for it too early
                 raise GivenUp("the agent stops")
             duplex.start_tls(self._context, server_side=False, server_hostname=host)
@@ -390,7 +408,7 @@ class Agent:
             duplex, client=True, name=self._address, window=START_WINDOW, observer=self.observer
         )
 
-    def _registration(self):
+    def _registration(self) -> Register:
         config = self._config
         needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
         later = (LATER_PORTS,) if PORTS in needs else ()
@@ -415,9 +433,9 @@ class Agent:
             instance=self._instance,
         )
 
-    def _take_answer(self, ack):
-        """Turn away the visits of tunnels that the gateway cannot serve as they are written: what
-        it would serve is not what the operator wants."""
+    def _take_answer(self, ack: Ack) -> None:
+        """Mark the tunnels that the gateway cannot serve as configured. Their visits are turned
+        away: a password that the gateway does not check must not look like one that it checks."""
         routes = {}
         for hostname, route in self._routes.items():
             tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
@@ -441,8 +459,8 @@ class Agent:
         with self._lock:
             self._routes = routes
 
-    def _take_port(self, message):
-        """Serve a tunnel whose port was refused for the time being."""
+    def _take_port(self, message: Port) -> None:
+        """Serve a tunnel whose public port was not available at first."""
         with self._lock:
             route = self._routes.get(message.hostname)
             if route is None or not route.awaits_port:
@@ -452,9 +470,9 @@ class Agent:
         port = on_one_line(message.port, 5)
         log.info("%s: on port %s of the gateway", message.hostname, port)
 
-    def _log_certificate(self, message, told):
-        """Say how the certificate of a hostname stands, which its operator would else look for
-        here. ``told``: what was said of each."""
+    def _log_certificate(self, message: Certificate, told: dict[str, str]) -> None:
+        """Log the state of a hostname's certificate, if it has changed. ``told``: the last state of
+        each hostname that was logged."""
         route = self._routes.get(message.hostname)
         if route is None or route.problem or told.get(message.hostname) == message.state:
             return
@@ -462,7 +480,7 @@ class Agent:
         level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
         log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
 
-    def _accept(self, session, workers):
+    def _accept(self, session: Session, workers: Workers) -> None:
         while True:
             try:
                 stream = session.accept()
@@ -472,12 +490,12 @@ class Agent:
                 self._running += 1
             try:
                 workers.submit(self._serve_stream, stream)
-            except Stopped:  # the agent has stopped, and the session has ended with all streams
+            except Stopped:  # the agent has stopped, and all streams have ended with the session
                 with self._lock:
                     self._running -= 1
                 return
 
-    def _serve_stream(self, stream):
+    def _serve_stream(self, stream: Stream) -> None:
         try:
             serve(stream, self._routes.get, self._targets)
         except Exception:
@@ -490,8 +508,9 @@ class Agent:
                 self._lock.notify_all()
 
 
-def _messages(control):
-    """The gateway's messages, until it ends the session. Raises TimeoutError if it is silent."""
+def _messages(control: Stream) -> Iterator[Message]:
+    """The gateway's messages. Raises SessionClosed when the gateway ends the session, TimeoutError
+    if it is silent."""
     reader, timeout = MessageReader(_pass_over), ACK_TIMEOUT
     while True:
         try:
@@ -504,12 +523,13 @@ def _messages(control):
         timeout = SILENCE_TIMEOUT
 
 
-def _pass_over(kind):
+def _pass_over(kind: str) -> None:
     kind = on_one_line(kind, MOST_KIND)
-    log.debug("messages of the gateway's of type %s are passed over, nobody knows them", kind)
+    log.debug("messages of type %s from the gateway are ignored: this agent does not know them",
+              kind)  # fmt: skip
 
 
-def _expect_ack(message):
+def _expect_ack(message: Message) -> Ack:
     if not isinstance(message, Ack):
         raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
     if not message.ok:
@@ -517,23 +537,23 @@ def _expect_ack(message):
     return message
 
 
-def _problem(error):
-    """An OSError in words, with what to do if the port is most likely another one's."""
+def _problem(error: OSError) -> str:
+    """An OSError in words, with advice if the port is probably not the tunnel port."""
     if getattr(error, "reason", None) in NO_TLS:
-        return f"what answers there does not speak TLS; {RIGHT_PORT}"
+        return f"the program there does not speak TLS; {RIGHT_PORT}"
     text = error.strerror or str(error)
     if SPEAKS_HTTP in text:
-        return f"what answers there speaks HTTP, perhaps the port for visitors; {RIGHT_PORT}"
+        return f"the program there speaks HTTP, so this may be the port for visitors; {RIGHT_PORT}"
     return text
 
 
-def _trust(target):
-    """What a target's certificate is checked by, as for tls_context(); None without TLS."""
+def _trust(target: Target) -> tuple[str | None, bool] | None:
+    """How to check a target's certificate, as arguments of tls_context(); None without TLS."""
     return (target.ca_file, target.skip_tls_verify) if target.tls else None
 
 
-def tls_context(ca_file, skip_verify, key="ca_file"):
-    """How to check a gateway or a target. Raises CannotTrust if ``ca_file``, which the
+def tls_context(ca_file: str | None, skip_verify: bool, key: str = "ca_file") -> ssl.SSLContext:
+    """A context that checks a gateway or a target. Raises CannotTrust if ``ca_file``, which the
     configuration names under ``key``, holds no certificates."""
     try:
         return client_context(ca_file, skip_verify, renegotiates=key == "target_ca_file")
@@ -542,22 +562,27 @@ def tls_context(ca_file, skip_verify, key="ca_file"):
         raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None
 
 
-def make_token(secret, issuer, lifetime) -> str:
+def make_token(secret: str, issuer: str, lifetime: int) -> str:
     """A JWT as Go agents send it: HS256, with iss, iat and exp. ``lifetime`` is in seconds."""
     now = int(time())
     return jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, secret, "HS256")
 
 
 def new_instance() -> str:
-    """An id for this process, and for no other."""
+    """A random id that no other agent process has."""
     return secrets.token_hex(16)
 
 
-def retry_delay(failures, least=0, most=MAX_DELAY, random=random.random) -> float:
-    """Seconds to wait after ``failures`` in a row, of which there is at least one.
+def retry_delay(
+    failures: int,
+    least: float = 0,
+    most: float = MAX_DELAY,
+    random: Callable[[], float] = random.random,
+) -> float:
+    """Seconds to wait after ``failures`` in a row, at least one (exponential backoff with jitter).
 
-    Doubling, within ``least`` and ``most``, of which chance takes up to a half: agents that a
-    gateway lost at one moment must not come back at one moment.
+    The delay doubles with each failure, within ``least`` and ``most``, and is then cut by a random
+    part of up to a half: agents that a gateway lost all at once must not come back all at once.
     """
-    delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: long past any limit, short of overflow
+    delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: far past any limit, without overflow
     return max(least, min(delay, most)) * (0.5 + random() / 2)

@@ -161,15 +161,15 @@ class Tunnel(NamedTuple):
 class Config:
     """The operator's configuration, checked and with all defaults.
 
-    Exactly one of ``jwt_secret`` and ``token`` is set, the other is None.
+    Exactly one of ``jwt_secret`` and ``token`` is set, the other is "".
     """
 
     tunnel_host: str  # a hostname or an IP address, without brackets
     tunnel_port: int
     skip_tls_verify: bool
     ca_file: str | None  # None: the CAs that the system trusts
-    jwt_secret: str | None = field(repr=False)
-    token: str | None = field(repr=False)
+    jwt_secret: str = field(repr=False)
+    token: str = field(repr=False)
     jwt_issuer: str
     jwt_expire_sec: int  # seconds that a token signed by the agent is valid
     stall_timeout: float  # seconds that a visitor or a target may read nothing of what it gets
@@ -310,8 +310,8 @@ def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
     )
 
 
-def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]:
-    """The secret or the token, one of which is None; read from a file if the key names one."""
+def _credential(document: Mapping[str, object]) -> tuple[str, str]:
+    """The secret and the token, one of which is ""; read from a file if the key names one."""
     given = [key for key in CREDENTIAL_KEYS if key in document]
     if len(given) != 1:
         came = " and ".join(given) or "no credential"
@@ -330,7 +330,7 @@ def _credential(document: Mapping[str, object]) -> tuple[str | None, str | None]
         raise ConfigError(
             f"{key}: no text came, expected the gateway's JWT_SECRET or a token that it accepts"
         )
-    return (credential, None) if key.startswith("jwt_secret") else (None, credential)
+    return (credential, "") if key.startswith("jwt_secret") else ("", credential)
 
 
 def _trust(

@@ -727,7 +727,7 @@ def test_agent_may_start_before_its_gateway(cache, tmp_path, origin, impatient, 
     with reserved_port() as port, contextlib.ExitStack() as stack:
         place = Gateway(None, port, cache / "local" / "ca.crt", None)
         stack.enter_context(agent_here(place, tmp_path, {APP: origin.port}, ready=False))
-        wait_until(lambda: "nobody listens there" in caplog.text)
+        wait_until(lambda: "no program listens there" in caplog.text)
         with gateway_here(cache, TUNNEL_PORT=str(port)) as gateway:
             gateway.wait_for_routes(APP)
             stack.close()
@@ -854,7 +854,7 @@ def test_agent_that_was_sent_to_the_port_of_visitors_is_told_which_it_needs(
     with gateway_here(cache) as gateway:
         wrong = Gateway(None, gateway.public_port, gateway.ca_file, None)
         with agent_here(wrong, tmp_path, {APP: 1}, ready=False):
-            wait_until(lambda: "what answers there speaks HTTP, perhaps the port for visitors; "
+            wait_until(lambda: "speaks HTTP, so this may be the port for visitors; "
                        "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
                        in caplog.text)  # fmt: skip
 
@@ -863,7 +863,7 @@ def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(cache,
     with gateway_here(cache) as gateway:
         wrong = Gateway(None, gateway.dashboard_port, gateway.ca_file, None)
         with agent_here(wrong, tmp_path, {APP: 1}, ready=False):
-            wait_until(lambda: "what answers there does not speak TLS; tunnel_addr has to name the "
+            wait_until(lambda: "the program there does not speak TLS; tunnel_addr has to name the "
                        "gateway's TUNNEL_PORT (9443)" in caplog.text)  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_defaults():
         skip_tls_verify=False,
         ca_file=None,
         jwt_secret=SECRET,
-        token=None,
+        token="",
         jwt_issuer="",
         jwt_expire_sec=3600,
         stall_timeout=300,
@@ -93,7 +93,7 @@ def test_every_key_that_stands_beside_the_others():
         tunnel_port=443,
         skip_tls_verify=False,
         ca_file="ca.pem",
-        jwt_secret=None,
+        jwt_secret="",
         token="a.b.c",
         jwt_issuer="mytunnel",
         jwt_expire_sec=60,
@@ -163,7 +163,7 @@ def test_tags_run_nothing():
 
 @pytest.mark.parametrize(
     ("key", "secret", "token"),
-    [("jwt_secret_file", f" {SECRET} ", None), ("token_file", None, f" {SECRET} ")],
+    [("jwt_secret_file", f" {SECRET} ", ""), ("token_file", "", f" {SECRET} ")],
 )
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 def test_credential_from_a_file_loses_only_its_line_ending(key, secret, token, ending):
