@@ -1,8 +1,8 @@
 """The names in docs/ are in the files that they link to; the tour and the map of the house hold.
 
 A link such as [`Mux.receive`](../gotunnel.py) promises that the file defines that name: a class, a
-function, a constant, a method or an attribute of a class. A label that is a file's name promises
-only the file.
+function, a constant; a method or an attribute of a class, or of its instances. A label that is a
+file's name promises only the file.
 """
 
 import ast
@@ -48,6 +48,13 @@ def names_in(path):
                 for inner in ast.walk(target)
                 if isinstance(inner, ast.Name)
             }
+        found |= {
+            prefix + node.attr
+            for inner in body
+            if prefix
+            for node in ast.walk(inner)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
     return found
 
 
