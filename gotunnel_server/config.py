@@ -1,18 +1,20 @@
 """The gateway's configuration: environment variables in, one frozen ``Config`` out.
 
-How one variable is read, and which of two sources wins: `variables.py`. Variables with other names
-are left alone. Relative paths are relative to the working folder. ``conf/server.env`` explains each
-variable to the operator.
+`variables.py` says how one variable is read, and which source wins. Variables with other names are
+ignored; those in the env file that look like misspelt ones of ours cause a warning.
+``conf/server.env`` explains each variable to the operator. Relative paths are relative to the
+working folder.
 
-No other module reads ``os.environ``, and no part of the gateway keeps the ``Config``: each is
-handed the values it needs, by name.
+No other module reads ``os.environ``, and no part of the gateway keeps the ``Config``: each part
+gets the values that it needs, by name.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gotunnel_agent.common.addresses import Network
 from gotunnel_agent.common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
@@ -20,26 +22,46 @@ from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
 from .agents.secret import secret_weakness
-from .variables import ConfigError, Variables, chosen_env_file, not_blank, read_env_file
+from .variables import (
+    ConfigError,
+    Variables,
+    chosen_env_file,
+    misspelt,
+    not_blank,
+    read_env_file,
+)
 from .visitors.policy import Defaults, PolicyError, hashed_entry
 
-# A transfer holds a worker until the slower end is done, so many workers wait while few compute.
-# A thread that waits for a slow visitor or target costs some 50 kB and no time, so there may be
-# many: with few, a handful of slow downloads would stop everyone. They are made when needed.
+# A transfer holds a worker until its slower end is done, so most workers wait and few compute. A
+# waiting thread costs some 50 kB and no CPU time, so there may be many: with few, a handful of slow
+# downloads would stop all visitors. Threads are made when they are needed.
 WORKERS_PER_CORE = 256
 LEAST_WORKERS = 512
 MOST_WORKERS = 2048
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOCAL = "local"
-# Let's Encrypt's directories (RFC 8555 §7.1.1), for which no other has to be named.
+# Let's Encrypt's directories (RFC 8555 §7.1.1), by ACME_ENV.
 DIRECTORIES = {
     "production": "https://acme-v02.api.letsencrypt.org/directory",
     "staging": "https://acme-staging-v02.api.letsencrypt.org/directory",
 }
 ACME_ENVS = (*DIRECTORIES, LOCAL)
 
-# For faults(): values that are right, of variables whose absence is or may become a fault.
+NAMES = frozenset({  # all variables that load() may read
+    "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY", "ACME_EAB_HMAC_KEY_FILE",
+    "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN", "AGENTS_FILE", "BIND",
+    "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE",
+    "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH", "DEFAULT_BASIC_AUTH_FILE",
+    "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT", "GATEWAY_HOST", "GATEWAY_PORT",
+    "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
+    "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "RAW_TCP_HOST", "RESPONSE_TIMEOUT",
+    "STALL_TIMEOUT", "TCP_PORTS", "TRUSTED_PROXIES", "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
+})  # fmt: skip
+# An unknown name in the env file that begins like this was meant for the gateway.
+PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "GATEWAY_", "JWT_", "TUNNEL_")
+
+# For faults(): a right value of each variable that must be set, or whose default may be at fault.
 NEUTRAL = {
     "GATEWAY_HOST": "gateway.invalid",
     "TUNNEL_HOST": "tunnel.invalid",
@@ -56,11 +78,11 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Acme:
-    """Where certificates are ordered, and as whom (RFC 8555)."""
+    """The CA that certificates are ordered from, and the account there (RFC 8555)."""
 
     directory: str  # URL
-    ca_file: str | None  # whom to trust at that URL, PEM; None: the public CAs
-    email: str | None  # for the CA, to warn us
+    ca_file: str | None  # CA certificates to trust at that URL, PEM; None: the public CAs
+    email: str | None  # where the CA may write to
     eab_kid: str | None  # external account binding (§7.3.4): key identifier ...
     eab_hmac: str | None = field(repr=False)  # ... and key, base64url; both or neither
     orders_per_domain: int = 45  # certificates of one registered domain in a week
@@ -68,7 +90,7 @@ class Acme:
 
 @dataclass(frozen=True)
 class Config:
-    """What the operator decided, checked and complete. Timeouts are in seconds.
+    """The operator's decisions, checked and complete. Timeouts are in seconds.
 
     Port 0 means any free port. Hostnames are lower case without a trailing dot.
     """
@@ -79,38 +101,40 @@ class Config:
     tunnel_port: int
     dashboard_port: int | None  # None: no dashboard
     dashboard_bind: tuple[str, ...]  # IP addresses; empty: all
-    dashboard_password: Hash | None = field(repr=False)  # None: it shows little, to everybody
+    dashboard_password: Hash | None = field(
+        repr=False
+    )  # None: all visitors see hostnames and modes alone
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
-    jwt_secret: str | None = field(repr=False)  # None: only agents_file has any
+    jwt_secret: str | None = field(repr=False)  # None: agents_file alone counts
     jwt_issuer: str | None  # None: any issuer
-    agents_file: Path | None  # it may still have to be made
+    agents_file: Path | None  # it need not exist yet
     acme_cache: Path
-    local_ca: bool  # certificates from a CA of our own, where cert_dir has none
-    acme: Acme | None  # ... or from one of these
+    local_ca: bool  # certificates that cert_dir lacks come from a CA of our own ...
+    acme: Acme | None  # ... or from this one
     http_port: int | None  # plain HTTP, for challenges and redirects; None: none
     cert_dir: Path | None
-    raw_tcp_host: str | None  # where plain bytes on the public port lead; None: nowhere
+    raw_tcp_host: str | None  # hostname in tcp mode for plain bytes on the public port
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
     trusted_proxies: tuple[Network, ...]
-    policy_defaults: Defaults | None  # for tunnels that do not say it themselves
+    policy_defaults: Defaults | None  # for tunnels whose agents set no policy of their own
     max_connections: int
     workers: int
     max_hosts_per_agent: int
     header_timeout: float
     idle_timeout: float
-    response_timeout: float  # to the first byte of the answer
-    stall_timeout: float  # for a reader that takes nothing
+    response_timeout: float  # until the first byte of the answer
+    stall_timeout: float  # how long a reader may take nothing
     drain_timeout: float  # may be 0
     log_level: str  # one of LOG_LEVELS
     warnings: tuple[str, ...]  # lines for the log at start
-    secret_files: tuple[str, ...] = field(compare=False)  # those that secrets were read from
+    secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
 
 
 def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
     """Read, check and complete the configuration.
 
-    ``env_file`` must exist when it is given; with None, ``.env`` is read if there is one.
-    Raises ConfigError at the first thing that is wrong.
+    ``env_file`` must exist if it is given; with None, ``.env`` is read if there is one. Raises
+    ConfigError at the first fault.
     """
     env_file = chosen_env_file(env_file)
     in_file = read_env_file(env_file)
@@ -118,12 +142,13 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     config = _complete(read)
     holds_secrets = read.secrets & in_file.keys()
     files = (*([env_file] if env_file and holds_secrets else []), *read.secret_files)
-    return replace(config, secret_files=files)
+    warnings = (*config.warnings, *_spelling_warnings(in_file, env_file))
+    return replace(config, warnings=warnings, secret_files=files)
 
 
 def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The messages of all ConfigErrors that load() could raise one after the other, while the
-    operator mends them; none if it raises none."""
+    """The texts of the ConfigErrors that load() would raise one after the other while the operator
+    mends them; none if it raises none."""
     found: list[str] = []
     try:
         values = {**read_env_file(chosen_env_file(env_file)), **not_blank(environ)}
@@ -134,7 +159,7 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
             except ConfigError as error:
                 is_new = str(error) not in found and error.variables
                 found.append(str(error))
-                if not is_new:  # as another value does not help, the next ones stay hidden
+                if not is_new:  # no other value helps, so further faults stay hidden
                     return list(dict.fromkeys(found))
                 for name in error.variables:
                     _neutralise(values, name)
@@ -143,7 +168,7 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
 
 
 def _neutralise(values: dict[str, str], name: str) -> None:
-    """Give a variable that is at fault a value that hides no other fault, and makes none."""
+    """Give a variable at fault a value that hides no other fault, and causes none."""
     for known in {name, name.removesuffix("_FILE")}:
         values.pop(known, None)
         values.pop(f"{known}_FILE", None)
@@ -152,7 +177,7 @@ def _neutralise(values: dict[str, str], name: str) -> None:
 
 
 def _complete(read: Variables) -> Config:
-    """Raises ConfigError."""
+    """Read, check and complete all variables. Raises ConfigError."""
     jwt_secret, agents_file = read.secret("JWT_SECRET"), read.file_to_be("AGENTS_FILE")
     if jwt_secret is None and agents_file is None:
         raise ConfigError(
@@ -203,8 +228,8 @@ def _complete(read: Variables) -> Config:
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:
-    """Whether a CA of our own signs; the folder of the operator's certificates; where others
-    are ordered."""
+    """Whether a CA of our own signs certificates; the folder of the operator's; the CA that others
+    are ordered from."""
     cert_dir = read.text("CERT_DIR")
     if cert_dir is not None and not os.path.isdir(cert_dir):
         raise ConfigError(
@@ -232,17 +257,17 @@ def _acme(read: Variables, directory: str) -> Acme:
             "gave them, or neither"
         )
     if hmac is not None and not re.fullmatch(r"[A-Za-z0-9_-]+=*", hmac.strip()):
-        raise ConfigError("ACME_EAB_HMAC_KEY is no base64url, expected what the CA gave you")
+        raise ConfigError("ACME_EAB_HMAC_KEY is not base64url, expected the key as the CA gave it")
     email = read.text("ACME_EMAIL")
     if email is not None and not re.fullmatch(r"[^@\s,]+@[^@\s,]+", email):
-        raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address as me@example.com")
+        raise ConfigError(f"ACME_EMAIL is {email!r}, expected an address such as me@example.com")
     ca_file = read.certificates_file("ACME_CA_FILE")
     orders_per_domain = read.count("ACME_ORDERS_PER_DOMAIN", Acme.orders_per_domain)
     return Acme(directory, ca_file, email, kid, hmac and hmac.strip(), orders_per_domain)
 
 
 def _dashboard_password(read: Variables) -> Hash | None:
-    """Hashed here, if it is no hash already."""
+    """DASHBOARD_PASSWORD as a hash; a plain one is hashed here."""
     password = read.secret("DASHBOARD_PASSWORD")
     try:
         return None if password is None else Hash.read(hash_if_plain(password))
@@ -251,21 +276,21 @@ def _dashboard_password(read: Variables) -> Hash | None:
 
 
 def _policy_defaults(read: Variables) -> Defaults | None:
-    """What DEFAULT_ALLOW, DEFAULT_DENY, DEFAULT_RATE_LIMIT and DEFAULT_BASIC_AUTH ask of
-    visitors, None if all are unset. Passwords are hashed here."""
-    readers = {
+    """The policy of DEFAULT_ALLOW, DEFAULT_DENY, DEFAULT_RATE_LIMIT and DEFAULT_BASIC_AUTH; None
+    if all are unset. Passwords are hashed here."""
+    readers: dict[str, Callable[[Variables, str], object]] = {
         "allow": _network_texts,
         "deny": _network_texts,
         "rate_limit": _rate_limit,
         "basic_auth": _users,
     }
-    rules = {}
+    rules: dict[str, Any] = {}
     for key, read_rule in readers.items():
         name = f"DEFAULT_{key.upper()}"
         names = (name, f"{name}_FILE") if key == "basic_auth" else (name,)
         if not read.is_set(*names):
             continue
-        try:  # what is set and names nothing, such as a comma, is an error too
+        try:  # a value without entries, such as a comma, is an error as well
             rules.update(Defaults.read({key: read_rule(read, name)}).rules)
         except PolicyError as error:
             reason = str(error).removeprefix(f"{key}: ")
@@ -278,17 +303,17 @@ def _network_texts(read: Variables, name: str) -> list[str]:
 
 
 def _rate_limit(read: Variables, name: str) -> dict[str, float | int]:
-    """One rate, or KEY=VALUE separated by commas or blanks."""
-    text = read.text(name)
+    """One rate, or pairs KEY=VALUE separated by commas or blanks."""
+    text = read.text(name) or ""
     parts = text.replace(",", " ").split()
     pairs = [part.split("=") if "=" in part else ["per_address", part] for part in parts]
     if len({pair[0] for pair in pairs}) == len(pairs) and all(len(pair) == 2 for pair in pairs):
-        numbers = {
-            key: whole_number(value) if "burst" in key else rate(value)
-            for key, value in pairs
-            if key in RATE_KEYS
-        }
-        if len(numbers) == len(pairs) and None not in numbers.values():
+        numbers: dict[str, float | int] = {}
+        for key, value in pairs:
+            number = whole_number(value) if "burst" in key else rate(value)
+            if key in RATE_KEYS and number is not None:
+                numbers[key] = number
+        if len(numbers) == len(pairs):
             return numbers
     raise ConfigError(
         f"{name} is {text!r}, expected requests a second and address such as 10 or 600/m, or "
@@ -297,9 +322,9 @@ def _rate_limit(read: Variables, name: str) -> dict[str, float | int]:
 
 
 def _users(read: Variables, name: str) -> list[str]:
-    """Entries USER:HASH, of one USER:PASSWORD a line. Raises PolicyError, too."""
+    """Entries USER:HASH of lines USER:PASSWORD or USER:HASH. Raises PolicyError as well."""
     entries = []
-    for number, line in enumerate(read.secret(name).split("\n"), start=1):
+    for number, line in enumerate((read.secret(name) or "").split("\n"), start=1):
         if line.strip() and not line.startswith("#"):
             try:
                 entries.append(hashed_entry(line.rstrip("\r")))
@@ -309,7 +334,7 @@ def _users(read: Variables, name: str) -> list[str]:
 
 
 def _stall_timeout(read: Variables) -> float:
-    """In the range that the agent's own has."""
+    """Seconds in the range of the agent's stall_timeout."""
     expected = f"seconds, a number from {LEAST_STALL} to {MOST_STALL}"
     seconds = read.seconds_or_zero("STALL_TIMEOUT", STALL_TIMEOUT, expected)
     if not LEAST_STALL <= seconds <= MOST_STALL:
@@ -318,7 +343,7 @@ def _stall_timeout(read: Variables) -> float:
 
 
 def default_workers(cores: int) -> int:
-    """How many workers a machine with so many cores gets when WORKERS is unset."""
+    """How many workers a machine with so many cores gets if WORKERS is unset."""
     return min(max(WORKERS_PER_CORE * cores, LEAST_WORKERS), MOST_WORKERS)
 
 
@@ -327,13 +352,20 @@ def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
     if weakness is None:
         return ()
     return (
-        f"JWT_SECRET {weakness}: whoever guesses it can take over any hostname; "
+        f"JWT_SECRET {weakness}: an attacker who guesses it can take over any hostname; "
         "use the output of: openssl rand -hex 32",
     )
 
 
+def _spelling_warnings(in_file: Iterable[str], env_file: str | None) -> Iterator[str]:
+    """The environment has variables of many programs; the env file was written for the gateway."""
+    for name, near in misspelt(in_file, NAMES, PREFIXES):
+        hint = f"did you mean {near}?" if near else "conf/server.env lists all of them"
+        yield f"env file {env_file}: {name} is ignored, the gateway has no such variable; {hint}"
+
+
 def _port_warnings(config: Config) -> Iterator[str]:
-    """TCP_PORTS may be a wide range, in which the gateway's own ports are no error."""
+    """A warning, not an error: TCP_PORTS may be a wide range."""
     for name in ("GATEWAY_PORT", "TUNNEL_PORT", "DASHBOARD_PORT", "HTTP_PORT"):
         port = getattr(config, name.lower())
         if port and any(port in ports for ports in config.tcp_ports):

@@ -1,11 +1,11 @@
-"""One variable of the gateway's configuration: a text in, a checked value out.
+"""Reads one variable of the gateway's configuration at a time: a text in, a checked value out.
 
 Four rules hold for every variable:
 
-- The process environment wins over the env file: the one that ``--env-file`` names, else ``.env``
-  in the working folder if there is one.
-- An empty or blank value counts as unset, so an empty variable in the environment does not hide
-  the env file's.
+- The process environment wins over the env file. That is the file that ``--env-file`` names, else
+  ``.env`` in the working folder if there is one.
+- An empty or blank value counts as unset: an empty variable in the environment does not hide the
+  one in the env file.
 - A secret ``X`` may stand in a file that ``X_FILE`` names (UTF-8, newlines at its end are
   dropped). Both at once is an error.
 - Nothing is expanded: ``$`` in an env file is a dollar sign, in a secret too.
@@ -13,13 +13,15 @@ Four rules hold for every variable:
 A bad value is a ``ConfigError``, one line that never shows a secret.
 """
 
+import difflib
 import io
 import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from dotenv.parser import parse_stream
 
@@ -27,12 +29,13 @@ from gotunnel import ANY_PORT
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.exposed import shown_path
 from gotunnel_agent.common.hostnames import MAX_PORT, normal_hostname, valid_hostname
+from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.quantities import whole_number
 
 DEFAULT_ENV_FILE = ".env"
 
-# Env files and secrets take a few hundred bytes: this keeps a path like /dev/zero from being read
-# for ever.
+# Env files and secrets take a few hundred bytes. The limit keeps us from reading a path such as
+# /dev/zero for ever.
 MAX_FILE = 1024 * 1024
 
 A_PORT = f"a port from 1 to {MAX_PORT} or {ANY_PORT} (any free one)"
@@ -40,40 +43,49 @@ A_PORT = f"a port from 1 to {MAX_PORT} or {ANY_PORT} (any free one)"
 # Linux lets a process open 1,048,576 files at most (fs.nr_open): a larger count is a typing error.
 MAX_COUNT = 1_000_000
 
-# Seconds. Nobody waits longer than a day: more is a typing error, such as milliseconds. Selectors
-# count milliseconds in 31 bits and would fail after 24 days.
+# A day, in seconds. More is a typing error, such as milliseconds. Selectors count milliseconds in
+# 31 bits and would fail after 24 days.
 MAX_TIMEOUT = 86_400
+# How alike an unknown name must be to a known one to count as misspelt (difflib's ratio, 0 to 1).
+# HSOT for HOST in a name of ours has 0.9; SMTP_PORT, an honest name, has 0.78 to HTTP_PORT.
+ALIKE = 0.8
+MAX_NAME = 60  # characters of a name that are compared, or shown
+
 SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 
 
+Default = TypeVar("Default", bound="str | None")
+
+
 class ConfigError(Exception):
-    """The gateway cannot start like this; the message is one line for the operator. It begins with
-    the variables at fault, before its first comma or colon."""
+    """The gateway cannot start like this; the text is one line for the operator. The variables at
+    fault stand before its first comma or colon."""
 
     @property
     def variables(self) -> list[str]:
-        """The names at fault; none if it is the env file. Among them may be other capitals."""
+        """The names at fault, with other words in capitals; none if the env file is at fault."""
         return re.findall(r"[A-Z][A-Z0-9_]{3,}", re.split("[,:]", str(self), maxsplit=1)[0])
 
 
 class Variables:
-    """The variables by name; each method reads one kind of value or raises ConfigError."""
+    """The variables by name. Each method reads one kind of value, or raises ConfigError."""
 
     def __init__(self, values: Mapping[str, str]):
         self._values = values
-        self.secrets: set[str] = set()  # the names that secret() was asked for
-        self.secret_files: list[str] = []  # those that it has read
+        self.secrets: set[str] = set()  # the names that secret() was called for
+        self.secret_files: list[str] = []  # the files that secret() has read
 
     def is_set(self, *names: str) -> bool:
-        """Whether any of them is."""
+        """Whether any of the variables is set."""
         return any(name in self._values for name in names)
 
     def text(self, name: str) -> str | None:
-        """The value without blanks around it, None if it is unset."""
+        """The value without blanks around it; None if it is unset."""
         if name not in self._values:
             return None
         text = self._values[name].strip()
-        if not text.isprintable():  # not shown: a missing quote may have drawn a secret in
+        # The value is not shown: because of a missing quote it may contain a secret.
+        if not text.isprintable():
             raise ConfigError(
                 f"{name} holds a line break or an unprintable character, "
                 "expected one line of text: look for a missing quote"
@@ -81,7 +93,7 @@ class Variables:
         return text
 
     def secret(self, name: str) -> str | None:
-        """The secret itself or what its file holds, None if both are unset."""
+        """The secret, or the content of its file; None if both are unset."""
         file_name = f"{name}_FILE"
         self.secrets.add(name)
         path = self.text(file_name)
@@ -101,6 +113,7 @@ class Variables:
         return secret
 
     def hostname(self, name: str) -> str:
+        """A hostname, in its normal form. It must be set."""
         text = self._required(name, "a hostname such as gateway.example.com")
         if not valid_hostname(text):
             raise ConfigError(
@@ -110,9 +123,11 @@ class Variables:
         return normal_hostname(text)
 
     def hostname_or_none(self, name: str) -> str | None:
+        """As hostname(); None if it is unset."""
         return None if self.text(name) is None else self.hostname(name)
 
     def hostname_or_ip(self, name: str) -> str:
+        """As hostname(), or an IP address."""
         text = self._required(name, "a hostname such as tunnel.example.com, or an IP address")
         if valid_hostname(text):
             return normal_hostname(text)
@@ -125,7 +140,7 @@ class Variables:
             ) from None
 
     def ip_addresses(self, name: str) -> tuple[str, ...]:
-        """Addresses separated by commas, none if it is unset."""
+        """Addresses separated by commas; none if it is unset."""
         text = self.text(name)
         if text is None:
             return ()
@@ -136,16 +151,16 @@ class Variables:
                 f"{name} is {text!r}, expected IP addresses separated by commas such as "
                 "192.0.2.1,2001:db8::1: correct it, or unset it for all addresses"
             ) from None
-        return tuple(dict.fromkeys(addresses))  # the same twice would be a port in use
+        return tuple(dict.fromkeys(addresses))  # binding one twice would fail
 
     def networks(self, name: str) -> tuple[Network, ...]:
-        """Addresses and networks separated by commas or blanks, none if it is unset."""
+        """Addresses and networks separated by commas or blanks; none if it is unset."""
         text = self.text(name) or ""
         networks = []
         for part in text.replace(",", " ").split():
             try:
                 networks.append(unmapped_network(ipaddress.ip_network(part)))
-            except ValueError:  # also for 10.0.0.1/8: is the address meant, or the network?
+            except ValueError:  # also for 10.0.0.1/8, which may mean the address or the network
                 raise ConfigError(
                     f"{name} is {text!r}, expected IP addresses, and networks without host bits, "
                     "separated by commas or blanks, such as 192.0.2.1, 10.0.0.0/8, 2001:db8::/32: "
@@ -153,10 +168,19 @@ class Variables:
                 ) from None
         return tuple(networks)
 
-    def port(self, name: str, default: int, expected: str = A_PORT) -> int:
+    def port(self, name: str, default: int) -> int:
+        """A port, 0 for any free one."""
+        text = self.text(name)
+        return default if text is None else self._port(name, text, A_PORT)
+
+    def port_or_off(self, name: str, default: int | None) -> int | None:
+        """As port(), and None for off, which is written as 0."""
         text = self.text(name)
         if text is None:
             return default
+        return None if text == "0" else self._port(name, text, f"{A_PORT}, or 0 for off")
+
+    def _port(self, name: str, text: str, expected: str) -> int:
         if text.lower() == ANY_PORT:
             return 0
         port = whole_number(text)
@@ -165,11 +189,11 @@ class Variables:
         return port
 
     def port_ranges(self, name: str) -> tuple[range, ...]:
-        """Ports and ranges of them, separated by commas or blanks, none if it is unset."""
+        """Ports and ranges of them, separated by commas or blanks; none if it is unset."""
         ranges = []
         for part in (self.text(name) or "").replace(",", " ").split():
-            first, dash, last = part.partition("-")
-            first, last = whole_number(first), whole_number(last if dash else first)
+            ends = part.split("-", maxsplit=1)
+            first, last = whole_number(ends[0]), whole_number(ends[-1])
             if first is None or last is None or not 1 <= first <= last <= MAX_PORT:
                 raise ConfigError(
                     f"{name} is {self.text(name)!r}, expected ports from 1 to {MAX_PORT} and "
@@ -179,13 +203,8 @@ class Variables:
             ranges.append(range(first, last + 1))
         return tuple(ranges)
 
-    def port_or_off(self, name: str, default: int | None) -> int | None:
-        """As ``port``, and None for 0."""
-        if self.text(name) == "0" or self.text(name) is None and default is None:
-            return None
-        return self.port(name, default, f"{A_PORT}, or 0 for off")
-
     def count(self, name: str, default: int) -> int:
+        """A whole number from 1 to MAX_COUNT."""
         text = self.text(name)
         if text is None:
             return default
@@ -195,12 +214,14 @@ class Variables:
         return count
 
     def seconds(self, name: str, default: float) -> float:
+        """Seconds, more than 0."""
         seconds = self.seconds_or_zero(name, default, f"{SECONDS}, more than 0")
         if seconds == 0:
             raise ConfigError(f"{name} is {self.text(name)!r}, expected {SECONDS}, more than 0")
         return seconds
 
     def seconds_or_zero(self, name: str, default: float, expected: str = SECONDS) -> float:
+        """Seconds from 0 to MAX_TIMEOUT."""
         text = self.text(name)
         if text is None:
             return default
@@ -209,7 +230,8 @@ class Variables:
             raise ConfigError(f"{name} is {text!r}, expected {expected}")
         return float(text)
 
-    def choice(self, name: str, choices: tuple[str, ...], default: str | None) -> str | None:
+    def choice(self, name: str, choices: tuple[str, ...], default: Default) -> str | Default:
+        """One of ``choices``, which are lower case; capitals do not count."""
         text = self.text(name)
         if text is None:
             return default
@@ -218,23 +240,26 @@ class Variables:
         return text.lower()
 
     def folder_to_be(self, name: str, default: str) -> Path:
-        """A folder that is there or can still be made."""
+        """A folder that exists or can be made."""
         path = self.text(name) or default
         if os.path.exists(path) and not os.path.isdir(path):
-            raise ConfigError(f"{name} is {path!r}, which is no folder: name another, or remove it")
+            raise ConfigError(
+                f"{name} is {path!r}, which is not a folder: name another one, or remove it"
+            )
         return Path(path)
 
     def file_to_be(self, name: str) -> Path | None:
-        """A file that is there or can still be made."""
+        """A file that exists or can be made."""
         path = self.text(name)
         if path is not None and os.path.isdir(path):
             raise ConfigError(f"{name} is {path!r}, which is a folder: name a file in it")
         return None if path is None else Path(path)
 
     def url(self, name: str) -> str | None:
+        """A URL of https."""
         text = self.text(name)
         if text is not None and "@" in text.partition("://")[2].partition("/")[0]:
-            # Not shown, nor taken: it would stand in the log, and be told to agents.
+            # Not shown, and not taken: the URL is logged and told to agents.
             raise ConfigError(f"{name} holds a user or a password: remove them from the URL")
         if text is not None and not re.fullmatch(r"https://[^/\s]+(/\S*)?", text):
             raise ConfigError(f"{name} is {text!r}, expected a URL such as https://ca.example/dir")
@@ -248,6 +273,7 @@ class Variables:
         return path
 
     def certificates_file(self, name: str) -> str | None:
+        """A PEM file with CA certificates."""
         path = self.file(name)
         try:
             if path is not None:
@@ -264,8 +290,8 @@ class Variables:
 
 
 def chosen_env_file(env_file: str | None) -> str | None:
-    """The env file that is read: ``env_file``, else .env if there is one, else None."""
-    # A folder of this name is most likely a virtual environment.
+    """The env file to read: ``env_file``, else .env if there is one, else None."""
+    # A folder named .env is most likely a virtual environment.
     there = os.path.exists(DEFAULT_ENV_FILE) and not os.path.isdir(DEFAULT_ENV_FILE)
     return env_file or (DEFAULT_ENV_FILE if there else None)
 
@@ -274,8 +300,9 @@ def read_env_file(env_file: str | None) -> dict[str, str]:
     """The variables in the env file that are not blank; none without a file."""
     if env_file is None:
         return {}
-    values = {}
-    # dotenv_values() only logs a line that it cannot parse, and expands ${...}.
+    values: dict[str, str | None] = {}
+    # dotenv's parser, because its dotenv_values() only logs a line that it cannot parse, and
+    # expands ${...}.
     for binding in parse_stream(io.StringIO(_read_text("env file", env_file))):
         if binding.error:
             statement = binding.original.string
@@ -284,11 +311,28 @@ def read_env_file(env_file: str | None) -> dict[str, str]:
                 f"env file {env_file!r}, line {binding.original.line + blank_lines}: this is not "
                 "NAME=value, expected one variable a line: look for a missing quote"
             )
-        values[binding.key] = binding.value
+        if binding.key is not None:  # a comment or a blank line has none
+            values[binding.key] = binding.value
     return not_blank(values)
 
 
+def misspelt(
+    names: Iterable[str], known: Iterable[str], prefixes: tuple[str, ...]
+) -> Iterator[tuple[str, str | None]]:
+    """Of ``names`` those that most likely should be one of ``known``: they are alike, or begin with
+    one of ``prefixes``. Each comes with the known name that it is most like, or None."""
+    known = set(known)
+    for name in names:
+        if name in known:
+            continue
+        upper = name[:MAX_NAME].upper()
+        near = difflib.get_close_matches(upper, known, n=1, cutoff=ALIKE)
+        if near or upper.startswith(prefixes):
+            yield on_one_line(name, MAX_NAME), near[0] if near else None
+
+
 def not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
+    """The variables that count as set."""
     return {name: value for name, value in values.items() if value and value.strip()}
 
 
@@ -313,7 +357,7 @@ def _read_text(what: str, path: str) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    """False for the surrogates that stand for other bytes in the environment."""
+    """False if the text has surrogates, by which os.environ represents bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -13,7 +13,8 @@ import pytest
 from gotunnel_agent.common.passwords import Hash
 from gotunnel_server import secret_files
 from gotunnel_server.certs.local_ca import Authority
-from gotunnel_server.config import Acme, Config, ConfigError, default_workers, load
+from gotunnel_server.config import NAMES, Acme, Config, default_workers, load
+from gotunnel_server.variables import ConfigError, Variables
 from gotunnel_server.visitors import policy
 from gotunnel_server.visitors.policy import Defaults
 from gotunnel_server.visitors.verdict import Allow
@@ -267,6 +268,58 @@ def test_ports_of_its_own_among_those_of_agents_are_a_warning():
     assert config(TCP_PORTS="2200-2299").warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "warning"),
+    [
+        ("GATEWAY_HSOT=x", "GATEWAY_HSOT is ignored, .*; did you mean GATEWAY_HOST[?]"),
+        ("gateway_host=x", "gateway_host is ignored, .*; did you mean GATEWAY_HOST[?]"),
+        ("WORKRES=4", "WORKRES is ignored, .*; did you mean WORKERS[?]"),
+        ("export CERTDIR=x", "CERTDIR is ignored, .*; did you mean CERT_DIR[?]"),
+        ("ACME_X=1", "ACME_X is ignored, .*; conf/server.env lists all of them"),
+        ("'JWT_\x1bx'=1", "JWT_.x1bx is ignored, .*; conf/server.env lists all of them"),
+        (f"JWT_{'Y' * 9999}=1", "JWT_Y{56} is ignored, .*; conf/server.env lists all of them"),
+    ],
+)
+def test_misspelt_variable_of_the_env_file_is_a_warning(line, warning):
+    Path(".env").write_text(f"{line}\n")
+    (found,) = config().warnings
+    assert re.fullmatch(f"env file .env: {warning}", found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["SMTP_PORT=1", "HTTP_PROXY=x", "POSTGRES_PASSWORD=x", "TZ=UTC", "GATEWAY_HSOT=", "#X=1"],
+)
+def test_variable_of_another_program_in_the_env_file_is_no_warning(line):
+    Path(".env").write_text(f"{line}\n")
+    assert config().warnings == ()
+
+
+def test_misspelt_variable_of_the_environment_is_no_warning():
+    assert config(GATEWAY_HSOT="x").warnings == ()
+
+
+def test_names_are_those_that_are_read_and_those_that_the_example_explains(monkeypatch):
+    """Else a variable of the gateway's would be called none, or a misspelt one not be found."""
+    explained = re.findall(r"^#?([A-Z_]+)=", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(explained) == NAMES
+    asked, text = set(), Variables.text
+
+    def note_and_read(self, name):
+        asked.add(name)
+        return text(self, name)
+
+    monkeypatch.setattr(Variables, "text", note_and_read)
+    for changes in (
+        {"ACME_ENV": "staging"},
+        {"DEFAULT_ALLOW": "::/0", "DEFAULT_DENY": "::1", "DEFAULT_RATE_LIMIT": "1"},
+        {"DEFAULT_BASIC_AUTH": "me:password"},
+    ):
+        config(**changes)
+    secrets = {name.removesuffix("_FILE") for name in asked if name.endswith("_FILE")}
+    assert asked | secrets - {"ACME_CA", "AGENTS"} == NAMES
+
+
 # --- Values -------------------------------------------------------------------------------------
 
 
@@ -469,7 +522,7 @@ def test_password_in_a_url_is_neither_taken_nor_shown():
         ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
         ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
         ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
-        ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is no base64url"),
+        ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is not base64"),
     ],
 )
 def test_order_that_cannot_be_placed_is_refused(changes, sentence):
