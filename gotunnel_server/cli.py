@@ -31,10 +31,11 @@ from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
-from .config import ConfigError, faults, load
+from .config import faults, load
 from .gateway import Gateway
 from .net.listener import PortError
 from .secret_files import exposed
+from .variables import ConfigError
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\

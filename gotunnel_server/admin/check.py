@@ -512,7 +512,7 @@ def judge_clock(date: str | None, now: float) -> Finding:
     if abs(off) <= CLOCK_OFF:
         return Finding(OK, "clock", "agrees with the CA's")
     side = "ahead of" if off > 0 else "behind"
-    level, so = (FAIL, ", nothing is ordered before") if abs(off) > CLOCK_WRONG else (WARN, "")
+    level, so = (FAIL, ", nothing is ordered until then") if abs(off) > CLOCK_WRONG else (WARN, "")
     return Finding(
         level, "clock", f"{abs(off):.0f} s {side} the CA's: set this machine's clock{so}"
     )

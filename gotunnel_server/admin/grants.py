@@ -152,7 +152,7 @@ def run_agents_add(
         lines += ['    target: "127.0.0.1:8000"']
     print("\n".join(lines), file=out or sys.stdout)
     if not config.tunnel_port:
-        _say("TUNNEL_PORT is auto: the gateway's log says which one stands behind the colon")
+        _say("TUNNEL_PORT is auto: replace 9443 in tunnel_addr by the port in the gateway's log")
 
 
 def run_agents_list(config: Config, out: TextIO | None = None) -> None:

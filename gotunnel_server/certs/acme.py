@@ -222,11 +222,11 @@ class Ca:
             ends = x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
         except (ValueError, x509.InvalidVersion):
             raise CaError(
-                TRANSPORT, url, f"came {chain[:SHOWN]!r}, expected a certificate as PEM"
+                TRANSPORT, url, f"the CA sent {chain[:SHOWN]!r}, expected a certificate as PEM"
             ) from None
         if ends.timestamp() <= self._clock():
             raise CaError(
-                HOST, url, f"came a certificate that has run out on {ends:%Y-%m-%d %H:%M} UTC, "
+                HOST, url, f"the CA sent a certificate that ran out on {ends:%Y-%m-%d %H:%M} UTC, "
                 "expected a new one")  # fmt: skip
 
     # §7.1.1
@@ -251,7 +251,7 @@ class Ca:
         if abs(off) > CLOCK_WRONG:
             raise CaError(
                 ACCOUNT, self.directory_url, f"{words} the CA's: set it, nothing is "
-                "ordered before", code="clock", retry_after=CLOCK_PAUSE)  # fmt: skip
+                "ordered until then", code="clock", retry_after=CLOCK_PAUSE)  # fmt: skip
         if abs(off) > CLOCK_OFF:
             log.warning("%s that of %s: set it", words, self.directory_url)
 
@@ -531,7 +531,7 @@ class _Conversation:
         except NOT_ACME as error:
             answer = self._answers[-1] if self._answers else None
             if answer is None or answer.ok:
-                came = "" if answer is None else f"came {_shown(answer)!r}, "
+                came = "" if answer is None else f"the CA sent {_shown(answer)!r}, "
                 words = f"{came}expected an answer of ACME: {error}"
                 raise CaError(TRANSPORT, url, words) from error
             try:
@@ -580,7 +580,7 @@ def _json(url: str, answer: requests.Response) -> _Object:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise CaError(TRANSPORT, url, f"came {_shown(answer)!r}, expected a JSON object")
+        raise CaError(TRANSPORT, url, f"the CA sent {_shown(answer)!r}, expected a JSON object")
     return found
 
 

@@ -137,7 +137,7 @@ class CertStore:
         except OSError as error:
             raise StoreError(
                 f"{self._storage.where(self._certs)}: {error.strerror}; make room, and check that "
-                "the gateway can write there: nothing is ordered before"
+                "the gateway can write there: nothing is ordered until then"
             ) from error
 
     def probe(self, content: bytes) -> None:
@@ -313,7 +313,9 @@ class CertStore:
     def account_lock(self) -> Iterator[None]:
         """Waits until no other process or thread holds the account. Raises StoreError if locking
         fails."""
-        with self._locked(f"{self._ca}/account.lock", wait=True):  # in locks/: maybe a hostname's
+        with self._locked(
+            f"{self._ca}/account.lock", wait=True
+        ):  # in locks/ a hostname may be called so
             yield
 
     @contextlib.contextmanager
