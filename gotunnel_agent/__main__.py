@@ -1,16 +1,16 @@
-"""Makes `python gotunnel_agent` and `gotunnel-agent` work.
+"""The start of `python gotunnel_agent` and `gotunnel-agent`.
 
-Which of the two programs it is, an agent or a visitor's helper, is decided here and by an import:
-ssh starts the helper for each of its connections, and what an agent needs (YAML, JWT) would take
-longer than all that the helper does until it has dialled.
+It imports either the agent or the visitor's helper (`forward`), not both: ssh starts the helper for
+each of its connections, and importing YAML and JWT, which only the agent needs, takes longer than
+all that the helper does until it dials.
 """
 
 import os
 import sys
 
 if not __package__:
-    # Run as a folder, Python has put the folder itself on the path, where `gotunnel` is not and
-    # relative imports do not work: its parent is what belongs there.
+    # For `python FOLDER` Python puts the folder itself on the path. There is no gotunnel.py in it,
+    # and relative imports fail: the path must hold its parent instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 if sys.argv[1:2] == ["forward"]:

@@ -3,8 +3,8 @@
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent forward` is another
 program, in forward.py; __main__.py tells the two apart.
 
-Exit status: 0 after a signal or with a hash; 1 after a second signal or a bug, or where a hash
-can be neither asked for nor printed; 2 if the configuration or the password is wrong.
+Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
+hash cannot be printed; 2 if the configuration or the password is wrong.
 """
 
 import argparse
@@ -31,18 +31,18 @@ gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
 gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
-MAX_LINE = 8192  # bytes read of standard input, more than a password may have
+MAX_LINE = 8192  # bytes read from standard input, more than a password may have
 HASH_DESCRIPTION = """\
 Print the hash of a password, for basic_auth: "USER:HASH" in the agent's
-configuration. The password is asked for twice, or is the first line of standard
-input:
+configuration. On a terminal the password is asked for twice; otherwise it is
+the first line of standard input:
 
     gotunnel-agent hash-password
     openssl rand -base64 18 | tee password | gotunnel-agent hash-password"""
 
 
-def main(arguments=None) -> int:
-    """Run an agent until a signal comes, or make a hash; return the exit status."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run an agent until a signal comes, or print a hash; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [HASH_PASSWORD]:
         return print_hash(arguments[1:])
@@ -50,7 +50,7 @@ def main(arguments=None) -> int:
     try:
         config = load(options.config)
         set_up_process(config.log_level)
-        stay_on_one_cpu(max)  # a gateway on the same machine takes the other one
+        stay_on_one_cpu(max)  # a gateway on the same machine takes the first CPU
         agent = Agent(config)
     except (ConfigError, CannotTrust) as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
@@ -60,14 +60,14 @@ def main(arguments=None) -> int:
     signals = Signals()
     spawn("agent", signals.after, agent.run)
     if signals.wait() == 0:
-        return 1  # it ended by a bug, of which the log has the traceback
+        return 1  # the agent ended by a bug, which was logged
     log.info("stopping; a second signal stops at once")
     agent.stop()
     log.info("stopped")
     return 0
 
 
-def parse(arguments):
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "gotunnel-agent", description=DESCRIPTION,
         epilog=EPILOG,
@@ -81,8 +81,8 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def print_hash(arguments) -> int:
-    """Print the hash of a password that the terminal or standard input gives."""
+def print_hash(arguments: list[str]) -> int:
+    """Read a password from the terminal or standard input, and print its hash."""
     parser = argparse.ArgumentParser(
         f"gotunnel-agent {HASH_PASSWORD}", description=HASH_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,7 +91,7 @@ def print_hash(arguments) -> int:
     return print_answer(parser.prog, lambda: _hash_password(parser.prog))
 
 
-def _hash_password(program):
+def _hash_password(program: str) -> int:
     try:
         password = _ask_password()
         print(hash_password(password))
@@ -105,11 +105,11 @@ def _hash_password(program):
     return 0
 
 
-def _ask_password():
+def _ask_password() -> str:
     if sys.stdin is None:
         raise PasswordError("there is no standard input, expected a password on it")
     if not sys.stdin.isatty():
-        # Not text: what is not UTF-8 must not become something else under another locale.
+        # Read as bytes: decoded by the locale, the same password could get another hash.
         return sys.stdin.buffer.readline(MAX_LINE).decode("utf-8-sig").rstrip("\r\n")
     password = getpass.getpass("Password: ")
     if getpass.getpass("Again: ") != password:

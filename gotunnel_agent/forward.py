@@ -1,16 +1,16 @@
 """The visitor's helper: `gotunnel-agent forward HOST[:PORT] [LOCAL]`.
 
-A hostname in tcp mode is reached by TLS that names it (SNI), which ssh, psql and most others do
-not speak. This does it for them: it dials, checks the certificate, and copies bytes both ways,
-half-closes included.
+A hostname in tcp mode is reached by TLS with its name as SNI, which ssh, psql and most other
+programs do not speak. The helper speaks it for them: it dials, checks the certificate, and copies
+bytes both ways, half-closes included.
 
-Without LOCAL it speaks on standard input and output, for ssh's ProxyCommand. It ends when the
-other side has ended, also if standard input is still open. SIGINT and SIGTERM have their usual,
-quiet effect: the shell sees 130 and 143. With LOCAL it listens there, a connection for each
-client, until SIGINT or SIGTERM.
+Without LOCAL its ends are standard input and output, for ssh's ProxyCommand. It ends when the
+other side has ended, even if standard input is still open. SIGINT and SIGTERM have their usual,
+quiet effect: the shell sees 130 and 143. With LOCAL it listens there, and makes a connection for
+each client, until SIGINT or SIGTERM.
 
-However this process ends, bytes that were cut off never look complete: until our half of a
-connection is finished, closing it is a reset, and the kernel sees to that.
+However this process ends, a cut connection never looks complete: until our half of a connection is
+finished, the kernel turns its close into a reset (cut_unless_finished()).
 
 Threads: with LOCAL main waits for signals; without it, main reads the answer.
 
@@ -20,12 +20,12 @@ Threads: with LOCAL main waits for signals; without it, main reads the answer.
     client      <= MAX_CLIENTS     dials, and relays one client    both directions are done
     ... back    1 a client         the hostname's bytes to it      both directions are done
 
-and standard error, which writes what is logged, until the process ends (standard_error.py).
+and standard error, which writes log lines until the process ends (standard_error.py).
 
-Exit status: 0 when the other side has ended, or the reader of our output has gone, and after a
-signal with LOCAL; 1 if there is no connection, or it broke; 2 if the arguments are wrong. Errors
-are one line on standard error. ssh starts us for each of its connections, so we import nothing
-that an agent needs and we do not.
+Exit status: 0 when the other side has ended or the reader of our output is gone, and after a signal
+with LOCAL; 1 if there is no connection, or it broke; 2 if the arguments are wrong. An error is one
+line on standard error. ssh starts this program for each of its connections, so it imports none of
+the slow modules that only an agent needs.
 """
 
 import argparse
@@ -41,10 +41,11 @@ import socket
 import ssl
 import sys
 import threading
+from collections.abc import Callable
 from time import sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from gotunnel import Deadline, NoThread, relay, spawn
+from gotunnel import BytesLike, Deadline, NoThread, relay, spawn
 
 from .common.duplex import Duplex
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
@@ -57,16 +58,16 @@ from .trust import NO_TLS, client_context
 log = logging.getLogger("gotunnel.forward")
 
 PROGRAM = "gotunnel-agent forward"
-DEFAULT_PORT = 443  # https: what a gateway listens on for visitors
-LOOPBACK = "127.0.0.1"  # what we listen on unless told: nobody else's way into the tunnel
+DEFAULT_PORT = 443  # https, a gateway's usual port for visitors
+LOOPBACK = "127.0.0.1"  # the default address to listen on: other machines must not use the tunnel
 AUTO = "auto"  # as a port: any free one
 
-DIAL_TIMEOUT = 10  # seconds until a gateway that does not answer counts as down; then for its TLS
-CLOSING_TIME = 3  # seconds that we may go on after SIGHUP
+DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
+CLOSING_TIME = 3  # seconds that the helper runs on after SIGHUP
 INPUT_SIZE = 256 * 1024  # bytes read at once; a pipe holds 64 KiB, a file has more
-MAX_CLIENTS = 128  # at a time; each is two threads and about six descriptors of the usual 1024
+MAX_CLIENTS = 128  # at a time; each takes two threads and about six descriptors of the usual 1024
 BACKLOG = 128  # clients that wait to be accepted
-ACCEPT_PAUSE = 0.1  # seconds, when the system has no descriptor for a client
+ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor for a client
 
 DESCRIPTION = """\
 Connect to a hostname that a gotunnel gateway serves in tcp mode: by TLS, with
@@ -74,42 +75,42 @@ its certificate checked. Without LOCAL, standard input and output are the
 connection (ssh's ProxyCommand); with LOCAL, each connection made to that port
 of this machine is one to HOST, until Ctrl-C."""
 
-# What to do about a certificate, by OpenSSL's number of what is wrong with it (x509_vfy.h).
+# What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
 ADVICE = {
     9: "set this machine's clock",  # not yet valid
     10: "the gateway has to renew it",  # has expired
     62: "it is another hostname's; is it the right gateway?",
 }
-# Why a port of this machine cannot be had, and what to do.
-LISTEN_PROBLEMS = {
+# Why listen() fails, and what to do, by errno (which may be None).
+LISTEN_PROBLEMS: dict[int | None, str] = {
     errno.EADDRINUSE: "in use, another program listens there; stop it or choose another port",
     errno.EACCES: "no right to listen on a port below 1024; choose a higher one",
     errno.EADDRNOTAVAIL: "no address of this machine; choose another",
 }
 OTHER_ADVICE = "--ca-file names a CA to trust"
 
-# How a gateway answers for a hostname that it has a certificate for and no tunnel in tcp mode.
+# A gateway's answer for a hostname that has a certificate and no tunnel in tcp mode.
 PAGE = re.compile(rb"HTTP/1\.1 [45].*?\r\nX-Gotunnel-Error: ([a-z-]+)\r\n", re.DOTALL)
 
 
 class NoVisit(Exception):
-    """There is no connection to a hostname, or it broke. The text is a line for the user."""
+    """There is no connection to a hostname, or it broke; the text is one line for the user."""
 
 
 # A connection to a hostname ----------------------------------------------------------------------
 
 
 class End(Duplex):
-    """A connection that knows what it has carried and what broke it."""
+    """A connection that counts its bytes and notes what broke it."""
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket):
         super().__init__(sock)
         self.sent = self.received = 0  # bytes
-        self._end_lock = threading.Lock()  # guards both below: two threads carry a visit
-        self.broken_by = None  # the first OSError of it, or a NoVisit
-        self.dropped = False  # given up for another reason than its own
+        self._end_lock = threading.Lock()  # guards both below, as a visit has two threads
+        self.broken_by: OSError | NoVisit | None = None  # the first error
+        self.dropped = False  # reset before an error of its own
 
-    def read(self, *arguments):
+    def read(self, *arguments: Any) -> bytes:
         try:
             data = super().read(*arguments)
         except OSError as error:
@@ -124,7 +125,7 @@ class End(Duplex):
         self.received += len(data)
         return data
 
-    def write(self, data, *timeout):
+    def write(self, data: BytesLike, *timeout: Any) -> None:
         try:
             super().write(data, *timeout)
         except OSError as error:
@@ -132,25 +133,25 @@ class End(Duplex):
             raise
         self.sent += len(data)
 
-    def _note(self, error):
+    def _note(self, error: OSError) -> None:
         with self._end_lock:
             if self.broken_by is None and not self.dropped:
                 self.broken_by = error
 
-    def break_off(self, reason: "NoVisit"):
-        """Reset it, for a reason that the user is told."""
+    def break_off(self, reason: NoVisit) -> None:
+        """Reset the connection, and note the reason for the user."""
         with self._end_lock:
             self.broken_by = reason
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         with self._end_lock:
             self.dropped = self.broken_by is None
         super().reset()
 
 
 class Destination(NamedTuple):
-    """A hostname, the address at which its gateway is dialled, and how to check its certificate."""
+    """A hostname, the address of its gateway, and a context that checks the certificate."""
 
     hostname: str
     host: str
@@ -158,7 +159,7 @@ class Destination(NamedTuple):
     context: ssl.SSLContext
 
     def dial(self) -> End:
-        """Connect; raises NoVisit, which says what to do where that is known."""
+        """Connect, with TLS. Raises NoVisit, which says what to do where that is known."""
         where = f"{self.host} port {self.port}"
         try:
             sock = connect(addresses_of(self.host, self.port), Deadline(DIAL_TIMEOUT))
@@ -166,7 +167,7 @@ class Destination(NamedTuple):
             raise NoVisit(f"{self.host} does not resolve ({error.strerror}); "
                           "--via names the gateway to dial") from None  # fmt: skip
         except ConnectionRefusedError:
-            raise NoVisit(f"nobody listens at {where}") from None
+            raise NoVisit(f"no program listens at {where}; is it the gateway's?") from None
         except TimeoutError:
             raise NoVisit(f"{where} does not answer within {DIAL_TIMEOUT} s") from None
         except OSError as error:
@@ -183,7 +184,7 @@ class Destination(NamedTuple):
                 raise NoVisit(self._why_no_tls(error, where)) from None
             raise
 
-    def _why_no_tls(self, error, where):
+    def _why_no_tls(self, error: OSError, where: str) -> str:
         if isinstance(error, ssl.SSLCertVerificationError):
             advice = ADVICE.get(error.verify_code, OTHER_ADVICE)
             problem = error.verify_message.rstrip(".")
@@ -191,7 +192,7 @@ class Destination(NamedTuple):
         if isinstance(error, TimeoutError):
             return f"{where} does not answer in TLS within {DIAL_TIMEOUT} s"
         if isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-            return f"{where} closed the connection before TLS: no gateway, or one that is full"
+            return f"{where} closed the connection before TLS: it is no gateway, or a full one"
         if isinstance(error, ssl.SSLError) and error.reason == "TLSV1_UNRECOGNIZED_NAME":
             return f"no tunnel for {self.hostname} at this gateway, or its agent is away"
         reason = getattr(error, "reason", None) or error
@@ -199,8 +200,8 @@ class Destination(NamedTuple):
             return f"{where} does not speak TLS; is it a gateway's port for visitors?"
         return f"the TLS handshake with {where} failed ({reason}); is it a gateway's port?"
 
-    def check(self, visit):
-        """Raise NoVisit if a visit, which is over, broke by itself."""
+    def check(self, visit: End) -> None:
+        """Raise NoVisit if a visit that is over was broken by an error of its own."""
         error = visit.broken_by
         if error is None:
             return
@@ -216,77 +217,78 @@ class Destination(NamedTuple):
 # Standard input and output -----------------------------------------------------------------------
 
 
-def speak_on_stdio(destination, say):
-    """One visit, on descriptors 0 and 1, until the other side has ended. Raises NoVisit.
+def speak_on_stdio(destination: Destination, say: Callable[[str], object]) -> None:
+    """Make one visit on descriptors 0 and 1, until the other side has ended. Raises NoVisit.
 
-    ``say(text)`` tells of progress.
+    ``say(text)`` reports progress.
     """
-    if sys.stdin is None or sys.stdout is None:  # a socket of ours would take its number
+    if sys.stdin is None or sys.stdout is None:  # our socket would get the closed descriptor
         raise NoVisit("standard input or output is closed; both are needed without LOCAL")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which prints no traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process without a traceback
     visit = destination.dial()
     outlive_ssh()
     say(f"connected to {destination.hostname}")
     spawn("input", _send_input, visit)
-    # A broken visit has been noted; check() says how.
+    # The visit has noted an error of its own, which check() raises.
     with contextlib.suppress(OSError):
         while data := visit.read():
             if not _write_output(data):
-                return  # the reader of our output has had enough
+                return  # the reader of our output wants no more
     destination.check(visit)
     say(f"{visit.sent} bytes sent, {visit.received} received")
 
 
-def _send_input(visit):
+def _send_input(visit: End) -> None:
     try:
         while data := _read_input():
             visit.write(data)
         visit.finish()
     except NoVisit as error:
         visit.break_off(error)
-    except TimeoutError:  # it may send on, but our input goes nowhere: ssh would wait for ever
+    except TimeoutError:  # it may still send, but without a reset ssh would wait for ever
         visit.break_off(NoVisit(
-            f"the other side has taken nothing for {visit.stall_timeout:g} s, and the visit is "
-            "broken off"
+            f"the other side has read nothing for {visit.stall_timeout:g} s, and the visit is "
+            "reset"
         ))  # fmt: skip
     except OSError:
-        # The other side takes no more. It may have answered all the same: the thread that
-        # reads the answer hears its end, or what has happened.
+        # The other side reads no more, but may have answered: main, which reads the answer,
+        # finds its end, or the error.
         pass
 
 
 def _read_input() -> bytes:
-    """What is there, once something is; b"" at the end. Raises NoVisit."""
+    """Wait for input and return it; b"" at its end. Raises NoVisit."""
     while True:
         try:
             return os.read(0, INPUT_SIZE)
-        except BlockingIOError:  # a program that shares it with us does not want to wait
+        except BlockingIOError:  # another program that has it open has made it non-blocking
             select.select([0], [], [])
         except OSError as error:
             raise NoVisit(f"standard input cannot be read ({error.strerror})") from None
 
 
-def _write_output(data) -> bool:
-    """Write all; False if nobody reads. Raises NoVisit if it fails otherwise."""
+def _write_output(data: bytes) -> bool:
+    """Write all of ``data``; False if the reader is gone. Raises NoVisit for any other error."""
     left = memoryview(data)
     while left:
         try:
             left = left[os.write(1, left) :]
         except BlockingIOError:  # as in _read_input()
             select.select([], [1], [])
-        except ConnectionError:  # BrokenPipeError is one; the other end may be a socket, too
+        except ConnectionError:  # BrokenPipeError is one; standard output may also be a socket
             return False
         except OSError as error:
             raise NoVisit(f"standard output cannot be written ({error.strerror})") from None
     return True
 
 
-def outlive_ssh():
-    """Go on for CLOSING_TIME after SIGHUP: ssh sends it right behind its last words, which we
-    still have to pass on."""
+def outlive_ssh() -> None:
+    """Run on for CLOSING_TIME after SIGHUP: ssh sends it right after its last bytes, which still
+    have to be passed on."""
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda *_: signal.alarm(CLOSING_TIME))  # which ends us
+        # SIGALRM ends the process.
+        signal.signal(signal.SIGHUP, lambda *_: signal.alarm(CLOSING_TIME))
 
 
 # A local port ------------------------------------------------------------------------------------
@@ -299,16 +301,16 @@ class Local(NamedTuple):
     port: int
 
 
-def listen(destination, local) -> int:
+def listen(destination: Destination, local: Local) -> int:
     """Serve clients of a local port until a signal comes; returns the exit status.
 
-    Raises NoVisit if the port cannot be had. A port that was not given is printed.
+    Raises NoVisit if it cannot listen. If any free port was asked for, it is printed.
     """
     family = socket.AF_INET6 if ":" in local.address else socket.AF_INET
     try:
         listening = socket.create_server(local, family=family, backlog=BACKLOG)
     except OSError as error:
-        # Python adds internals to the system's words.
+        # Not error.strerror: create_server() adds the address to it.
         reason = LISTEN_PROBLEMS.get(error.errno) or (
             os.strerror(error.errno) if error.errno else error
         )
@@ -319,16 +321,16 @@ def listen(destination, local) -> int:
     if not local.port:
         print(port, flush=True)
     spawn("listener", signals.after, lambda: accept_all(listening, destination))
-    return 0 if signals.wait() else 1  # it ended by a bug, of which the traceback was printed
+    return 0 if signals.wait() else 1  # 0: a bug ended the listener, and was logged
 
 
-def accept_all(listening, destination):
-    """Give each client of a listening socket a thread. Returns never."""
+def accept_all(listening: socket.socket, destination: Destination) -> NoReturn:
+    """Give each client of a listening socket a thread. Never returns."""
     room = threading.BoundedSemaphore(MAX_CLIENTS)
     while True:
         try:
             sock, (host, port, *_) = listening.accept()
-        except OSError as error:  # it has hung up already, or we are out of descriptors
+        except OSError as error:  # the client has left already, or we are out of descriptors
             more = "; raise the limit (ulimit -n)" if error.errno == errno.EMFILE else ""
             log.warning("a client could not be accepted: %s; accepting pauses for %g s%s",
                         error.strerror, ACCEPT_PAUSE, more)  # fmt: skip
@@ -338,7 +340,8 @@ def accept_all(listening, destination):
         client = End(sock)
         client.cut_unless_finished()
         if not room.acquire(blocking=False):
-            log.warning("%s refused: %d others are here, as many as may be", name, MAX_CLIENTS)
+            log.warning("%s refused: %d clients are connected, as many as may be", name,
+                        MAX_CLIENTS)  # fmt: skip
             client.close()
             continue
         try:
@@ -349,8 +352,10 @@ def accept_all(listening, destination):
             room.release()
 
 
-def serve(client, name, destination, room):
-    """One client, from dialling to the end of both directions; what goes wrong is logged."""
+def serve(
+    client: End, name: str, destination: Destination, room: threading.BoundedSemaphore
+) -> None:
+    """Serve one client, from dialling to the end of both directions; errors are logged."""
     try:
         with contextlib.closing(client), contextlib.closing(destination.dial()) as visit:
             log.info("%s: connected to %s", name, destination.hostname)
@@ -366,10 +371,10 @@ def serve(client, name, destination, room):
 # ~/.ssh/config -----------------------------------------------------------------------------------
 
 
-def ssh_config(options) -> str:
-    """The lines that make ssh use us for a hostname, with the options that we were given.
+def ssh_config(options: argparse.Namespace) -> str:
+    """The lines for ~/.ssh/config that make ssh use the helper for a hostname, with ``options``.
 
-    ssh takes the rest of the line, fills in what stands behind %, and gives it to a shell.
+    ssh expands % in the rest of the ProxyCommand line, and gives that to a shell.
     """
     program = os.path.abspath(sys.argv[0])
     words = [program, "forward"]
@@ -390,8 +395,8 @@ def ssh_config(options) -> str:
 # Arguments ---------------------------------------------------------------------------------------
 
 
-def main(arguments=None) -> int:
-    """Do what the words behind `gotunnel-agent forward` say; return the exit status."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run `gotunnel-agent forward` with ``arguments``; return the exit status."""
     parser = make_parser()
     options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
     if options.ca_file and options.skip_tls_verify:
@@ -414,7 +419,7 @@ def main(arguments=None) -> int:
         if options.local:
             set_up_process("info" if on_terminal else "warning")
             return listen(destination, options.local)
-        # Beneath ssh, standard error is the user's terminal, but the other two are ssh's.
+        # Under ssh, standard error is the user's terminal, and the other two are ssh's pipes.
         on_terminal = on_terminal and (os.isatty(0) or os.isatty(1))
         speak_on_stdio(destination, complain if on_terminal else lambda text: None)
         return 0
@@ -423,28 +428,28 @@ def main(arguments=None) -> int:
         return 1
 
 
-def complain(text):
-    if sys.stderr is not None:  # else print() would take standard output
-        with contextlib.suppress(OSError):  # nobody reads it
+def complain(text: object) -> None:
+    if sys.stderr is not None:  # with file=None print() would use standard output
+        with contextlib.suppress(OSError):  # its reader is gone
             print(f"{PROGRAM}: {text}", file=sys.stderr)
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "destination", metavar="HOST[:PORT]", type=a_destination,
-        help=f"the hostname, and its gateway's port (default: {DEFAULT_PORT})",
+        help=f"the hostname, and the gateway's port for visitors (default: {DEFAULT_PORT})",
     )  # fmt: skip
     parser.add_argument(
         "local", metavar="LOCAL", nargs="?", type=a_local,
-        help=f"PORT or ADDRESS:PORT to listen on (default: of {LOOPBACK}); with {AUTO} as PORT "
-        "a free one, which is printed",
+        help=f"PORT or ADDRESS:PORT to listen on (default address: {LOOPBACK}); with {AUTO} as "
+        "PORT any free one, which is printed",
     )  # fmt: skip
     parser.add_argument(
         "--via", metavar="GATEWAY[:PORT]", type=an_address,
-        help="dial this address; the certificate must still be HOST's",
+        help="connect to this address instead; the certificate must still be HOST's",
     )  # fmt: skip
     parser.add_argument(
         "--ca-file", metavar="FILE",
@@ -452,7 +457,7 @@ def make_parser():
     )  # fmt: skip
     parser.add_argument(
         "--skip-tls-verify", action="store_true",
-        help="trust any certificate, to try things out: anybody could listen in",
+        help="trust any certificate, to try things out: anybody on the way could read along",
     )  # fmt: skip
     parser.add_argument(
         "--print-ssh-config", action="store_true",
@@ -461,7 +466,7 @@ def make_parser():
     return parser
 
 
-def a_destination(text):
+def a_destination(text: str) -> str:
     if not valid_host(text) or not valid_hostname(split_address(text)[0]):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no hostname such as ssh.example.com, with or without a port"
@@ -469,7 +474,7 @@ def a_destination(text):
     return text
 
 
-def an_address(text):
+def an_address(text: str) -> str:
     if not valid_host(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no hostname or IP address, with or without a port"
@@ -477,7 +482,7 @@ def an_address(text):
     return text
 
 
-def a_local(text) -> Local:
+def a_local(text: str) -> Local:
     address, _, port = text.rpartition(":")
     if port != AUTO and not (port.isascii() and port.isdigit() and int(port) <= MAX_PORT):
         raise argparse.ArgumentTypeError(
@@ -486,9 +491,9 @@ def a_local(text) -> Local:
     return Local(address.strip("[]") or LOOPBACK, 0 if port == AUTO else int(port))
 
 
-def split_address(text, default=DEFAULT_PORT) -> tuple:
-    """Host and port of what valid_host() has accepted, IPv6 without its brackets."""
+def split_address(text: str, default: int = DEFAULT_PORT) -> tuple[str, int]:
+    """Host and port of a text that valid_host() accepts; IPv6 without its brackets."""
     host, colon, port = text.rpartition(":")
     if not colon or port.endswith("]"):
-        host, port = text, default
+        return text.strip("[]"), default
     return host.strip("[]"), int(port)

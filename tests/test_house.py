@@ -274,8 +274,6 @@ def test_no_line_is_wider_than_it_may_be(folder):
 
 # Modules whose public signatures have no types yet.
 UNTYPED = {
-    "gotunnel_agent/cli.py",
-    "gotunnel_agent/forward.py",
     "gotunnel_server/cli.py",
     "gotunnel_server/gateway.py",
     "gotunnel_server/listeners.py",

@@ -360,7 +360,7 @@ def test_visit_that_breaks_later_is_said(gateway, origin):
 def test_port_without_a_listener_is_said():
     with reserved_port() as port:
         fails(["forward", "--via", f"127.0.0.1:{port}", RAW],
-              f"nobody listens at 127.0.0.1 port {port}")  # fmt: skip
+              f"no program listens at 127.0.0.1 port {port}")  # fmt: skip
 
 
 def test_name_that_does_not_resolve_is_said():
@@ -510,7 +510,7 @@ def test_clients_beyond_the_limit_are_refused_until_one_ends(gateway, origin, mo
         with dial(), origin.accept() as target:
             with pytest.raises(ConnectionResetError), dial() as second:
                 second.read_to_end()
-            assert "refused: 1 others are here, as many as may be" in caplog.text
+            assert "refused: 1 clients are connected, as many as may be" in caplog.text
             target.finish()
         wait_until(all_served)
         with dial() as third, origin.accept() as target:
@@ -563,7 +563,7 @@ def test_input_that_the_other_side_takes_no_more_ends_the_visit(monkeypatch):
         forward._send_input(visit)
         with pytest.raises(OSError):
             visit.read(1, 1)
-        with pytest.raises(forward.NoVisit, match="has taken nothing for 0.05 s"):
+        with pytest.raises(forward.NoVisit, match="has read nothing for 0.05 s"):
             forward.Destination(RAW, "127.0.0.1", 1, None).check(visit)
 
 
