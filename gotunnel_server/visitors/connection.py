@@ -95,7 +95,9 @@ class HttpConnection(Stepwise):
                     self._hear()
                 return self._wait(timeouts.idle if self._state is State.IDLE else timeouts.header)
         except Malformed as error:
-            return self._last_page(pages.error(error.status, "malformed-request", f"{error}."))
+            return self._last_page(
+                pages.error(error.status, "malformed-request", pages.MALFORMED.format(error))
+            )
         self._visitor.seat.settle()
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
             with contextlib.suppress(Malformed):  # "busy" will do as the answer

@@ -26,7 +26,7 @@ from gotunnel_agent.common.patience import Patience
 from ..routes import AgentBusy
 from . import forwarded, login, pages
 from .forwarded import Proxies
-from .pages import Page
+from .pages import RETRY, Page
 from .request import LEAST_BYTE_RATE, Request, Upgraded, VisitorGone
 from .sites import Forward
 from .work import Work
@@ -142,7 +142,7 @@ class Upload:
         """A piece of the answer has come. The visitor may read it and send nothing meanwhile."""
         self._patience.restore()
 
-    def _run(self):
+    def _run(self) -> None:
         request = self._request
         try:
             while not (request.body_complete or self._over.is_set()):
@@ -155,7 +155,7 @@ class Upload:
             self._fail(error)
             raise
 
-    def _read(self):
+    def _read(self) -> list[bytes]:
         """The next pieces; none if none came within WATCH. Raises TimeoutError if the visitor is
         too slow."""
         request, began = self._request, monotonic()
@@ -170,12 +170,12 @@ class Upload:
             self._patience.spend(monotonic() - began, sum(map(len, pieces)))
         return pieces
 
-    def _fail(self, error):
+    def _fail(self, error: Exception) -> None:
         with self._lock:
             self._problem = error
         self._stream.reset()  # wakes the exchange's thread, which waits for an answer
 
-    def _pass_on(self, data):
+    def _pass_on(self, data: bytes) -> None:
         try:
             self._stream.write(data, timeout=self._timeout)
         except TimeoutError:
@@ -186,7 +186,7 @@ class Upload:
             # on reading: the visitor may read the answer only after it has sent the whole body.
             self._unwanted.set()
 
-    def _framed(self, pieces):
+    def _framed(self, pieces: list[bytes]) -> bytes:
         """The pieces as they go to the target. Chunks are encoded anew, not copied: a target that
         parses a copied frame differently would find another request in it (request smuggling)."""
         request = self._request
@@ -270,7 +270,7 @@ class Exchange:
             if self._upload is not None:
                 self._upload.end()
 
-    def _run(self):
+    def _run(self) -> None:
         try:
             self._answer(self._ask())
         except BaseException:
@@ -282,7 +282,8 @@ class Exchange:
 
     def _failure(self, error: TargetFailed | AgentBusy | Malformed) -> TargetFailed:
         if isinstance(error, AgentBusy):
-            return TargetFailed(503, "agent-limit", f"{self._route.hostname}: {error}.")
+            text = f"{self._route.hostname} has reached a limit: {error}. {RETRY}"
+            return TargetFailed(503, "agent-limit", text)
         if isinstance(error, Malformed):
             text = "The service's answer is broken: it is not valid HTTP."
             return TargetFailed(502, "bad-answer", text, f"{error}.")
@@ -307,7 +308,8 @@ class Exchange:
             self._stream, self._holds_stream = stream, True
             try:
                 stream.write(head, timeout)
-                # Sent again only until the head is written: no target acts on half a head.
+                # A request that must not arrive twice is sent again only if writing its head
+                # failed: no target acts on half a head.
                 if not repeatable:
                     return self._await_answer(first)
                 if data := self._wait(timeout):
@@ -322,7 +324,7 @@ class Exchange:
         except ConnectionError as error:
             raise self._agent_gone() from error
         except TimeoutError as error:
-            text = f"The agent of {route.hostname} accepts no requests now. Try again soon."
+            text = f"The agent of {route.hostname} accepts no more requests at the moment. {RETRY}"
             raise TargetFailed(503, "agent-busy", text) from error
         self._holds_stream = True
         self._fresh = stream = self._stream
@@ -332,7 +334,7 @@ class Exchange:
             self._fresh = None
             tunnel.served(route, stream)
 
-    def _take_up(self, repeatable):
+    def _take_up(self, repeatable: bool) -> Stream | None:
         """A stream that was used before, or None. The visitor's own stream may carry any request:
         if an answer on it goes to the wrong request, no other visitor is affected."""
         owner, route = self._request.owner, self._route
@@ -343,7 +345,7 @@ class Exchange:
             stream = route.tunnel.take_kept(route)
         return stream
 
-    def _await_answer(self, first=b""):
+    def _await_answer(self, first: bytes = b"") -> bytes:
         """self._stream has the head. Send ``first`` and the rest of the body, and return the first
         bytes of the answer."""
         if self._upload:
@@ -418,9 +420,9 @@ class Exchange:
             text = "The connection to the service broke before the answer was complete."
             raise TargetFailed(502, "cut-short", text, f"{error}.") from error
 
-    def _check_upload(self):
+    def _check_upload(self) -> None:
         """If the upload ended early, raise the reason."""
-        problem = self._upload and self._upload.problem
+        problem = None if self._upload is None else self._upload.problem
         if isinstance(problem, Malformed):
             raise _bad_request(problem)
         if isinstance(problem, TimeoutError):
@@ -428,15 +430,15 @@ class Exchange:
         if problem:
             raise VisitorGone
 
-    def _too_slow(self, problem):
+    def _too_slow(self, problem: TimeoutError) -> TargetFailed:
         text = f"The request's body came too slowly: {problem}."
         if self._head_sent:  # too late for a page
             log.info("%s %s: the answer is reset. %s",
                      self._request.hostname, self._request.method, text)  # fmt: skip
         return TargetFailed(408, "body-timeout", text)
 
-    def _agent_gone(self):
-        text = f"The agent of {self._route.hostname} has disconnected. Try again soon."
+    def _agent_gone(self) -> TargetFailed:
+        text = f"The connection to the agent of {self._route.hostname} was lost. {RETRY}"
         return TargetFailed(502, "agent-gone", text)
 
     def _answer(self, data: bytes) -> None:
@@ -473,11 +475,11 @@ class Exchange:
             and (not isinstance(body, http1.UntilCloseBody))
         )
         # Some targets send a body where none may be, such as to HEAD. On a kept stream the next
-        # visitor would get those bytes as its answer (response splitting).
+        # visitor would get those bytes as its answer (HTTP desync).
         certain = body is not None and response.status != 205
         self._login |= login.concerns_connection(response.fields, "www-authenticate")
-        # The stream is kept before the answer's last bytes leave, so that the visitor's next
-        # request finds it.
+        # Before the answer's last bytes leave: the visitor's next request must find the stream, and
+        # must not be counted beside this one.
         stream, self._holds_stream = self._stream, False
         if self._upload is not None and not self._upload.sent():
             stream.reset()  # also wakes the upload's thread, if the target has stopped reading
@@ -551,7 +553,7 @@ class Exchange:
         if not self._request.switch(101, response.reason, fields, data, onward):
             raise TargetFailed(503, "gateway-busy", pages.BUSY)
 
-    def _await_upload(self):
+    def _await_upload(self) -> None:
         """Wait for the request's body: the new protocol begins behind the whole request (RFC 9110
         §7.8), and a target may answer 101 as soon as it has the head."""
         if self._upload is None:
@@ -571,4 +573,4 @@ def _of_target(response: Response, keep_upgrade: bool = False) -> list[tuple[str
 
 
 def _bad_request(malformed: Malformed) -> TargetFailed:
-    return TargetFailed(malformed.status, "malformed-request", f"{malformed}.")
+    return TargetFailed(malformed.status, "malformed-request", pages.MALFORMED.format(malformed))

@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = self.read_request()
         except Malformed as error:
-            page = pages.error(error.status, "malformed-request", f"{error}.")
+            page = pages.error(error.status, "malformed-request", pages.MALFORMED.format(error))
             return self.send_page(page, last=True)
         answer = self._site(request)
         if isinstance(answer, Page):

@@ -17,7 +17,9 @@ CODE_FIELD = "X-Gotunnel-Error"
 # removed from a target's answers, so that a visitor can rely on them.
 OURS = frozenset({CODE_FIELD.lower()})
 
-BUSY = "This gateway has no room for another request at the moment. Try again in a few seconds."
+RETRY = "Try again in a few seconds."
+BUSY = f"This gateway has no room for another request at the moment. {RETRY}"
+MALFORMED = "This request cannot be served: {}."  # of an http1.Malformed
 
 _FRAME = """<!doctype html>
 <html lang="en">
