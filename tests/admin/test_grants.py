@@ -332,7 +332,7 @@ def test_bad_file_is_one_line_and_status_2(capsys, monkeypatch, command):
     [
         ({"TUNNEL_HOST": "2001:db8::1"}, 'tunnel_addr: "[2001:db8::1]:9443"'),
         ({"TUNNEL_PORT": "7"}, 'tunnel_addr: "tunnel.example.com:7"'),
-        ({"TUNNEL_PORT": "auto"}, "TUNNEL_PORT is auto: the gateway's log says"),
+        ({"TUNNEL_PORT": "auto"}, "TUNNEL_PORT is auto: replace 9443 in tunnel_addr by"),
     ],
 )
 def test_address_of_the_gateway_is_told(capsys, changes, said):
