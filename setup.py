@@ -9,9 +9,11 @@ The four lists below are also read, as text, by tools/bootstrap.py: keep them pl
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 AGENT = [
     # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
@@ -55,6 +57,18 @@ CHECK = [
 ]
 
 ROOT = Path(__file__).parent
+
+
+class FreshBuild(build_py):
+    """Builds from nothing: setuptools would install all that lies in build/lib, and so modules of
+    an earlier version that are gone from the source."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "gotunnel.py").read_text("utf-8"), re.M)
 
 setup(
@@ -75,7 +89,12 @@ setup(
         "gotunnel_server.net",
         "gotunnel_server.visitors",
     ],
-    package_data={"gotunnel_server.visitors": ["dashboard.html"]},
+    package_data={
+        "gotunnel_agent": ["py.typed"],
+        "gotunnel_server": ["py.typed"],
+        "gotunnel_server.visitors": ["dashboard.html"],
+    },
+    cmdclass={"build_py": FreshBuild},
     install_requires=AGENT,
     extras_require={"server": SERVER, "test": SERVER + TEST, "check": SERVER + CHECK},
     entry_points={

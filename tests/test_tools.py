@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench
 import bootstrap
+import check
 import demo
 import pytest
 from support import need
@@ -30,7 +31,7 @@ def temporary_folder(tmp_path, monkeypatch):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ["bootstrap.py", "demo.py", "test.py"])
+@pytest.mark.parametrize("name", ["bootstrap.py", "check.py", "demo.py", "test.py"])
 def test_an_old_python_can_parse_the_tool_and_so_say_that_it_is_too_old(name):
     ast.parse((ROOT / "tools" / name).read_text("utf-8"), feature_version=(3, 6))
 
@@ -81,6 +82,34 @@ def test_a_changed_setup_py_is_installed_and_an_unchanged_one_is_not(tmp_path, m
     Path(bootstrap.SETUP).write_text('AGENT = ["one"]\nSERVER = ["three"]\n')
     bootstrap.install("server")
     assert done[2:] == [["one", "three"]]
+
+
+@pytest.mark.parametrize(
+    "arguments, failing, status, said",
+    [
+        ([], set(), 0, ""),
+        ([], {"mypy"}, 1, "check.py: faults in types\n"),
+        ([], {"format", "check"}, 1, "check.py: faults in format and lint\n"),
+        (["--fix"], set(), 0, ""),
+        (["--mend"], set(), 2, "check.py: arguments --mend, expected none or --fix\n"),
+    ],
+)
+def test_the_check_says_where_the_faults_are(arguments, failing, status, said, capsys, monkeypatch):
+    ran = []
+
+    def run(command, cwd):
+        words = [os.path.basename(command[0]), *command[1:]]
+        ran.append(words)
+        return subprocess.CompletedProcess(command, bool(failing & set(words)))
+
+    monkeypatch.setattr(bootstrap, "prepare", lambda need: os.path.join("bin", "python"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert check.main(arguments) == status
+    assert capsys.readouterr().err == said
+    fixes = [
+        words for words in ran if words in (["ruff", "format"], ["ruff", "check", "--fix-only"])
+    ]
+    assert len(fixes) == (2 if arguments == ["--fix"] else 0)
 
 
 def test_the_demo_brings_the_page_back_and_leaves_nothing(capsys):
@@ -183,7 +212,12 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
         )
         return done.returncode, done.stdout, done.stderr
 
+    stale = source / "build" / "lib" / "gotunnel_agent" / "gone.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()  # as left by the build of a version that still had this module
     pip("install", str(source))
+    assert "gotunnel_agent/gone.py" not in pip("show", "-f", "gotunnel")
+    assert "gotunnel_agent/py.typed" in pip("show", "-f", "gotunnel")
     version = re.search(r'__version__ = "(.+)"', (ROOT / "gotunnel.py").read_text("utf-8"))[1]
     assert ask("gotunnel-agent") == (0, f"gotunnel {version}\n", "")
     assert "cryptography" not in pip("list")

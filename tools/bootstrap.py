@@ -1,7 +1,8 @@
 """Gives the other tools a Python that has what they need, on a machine that has nothing but Python.
 
 It is the one of a virtual environment in `.venv`, at the top of the repository, which all tools
-share. What goes into it is read from setup.py; it is installed again only when setup.py changes.
+share. GOTUNNEL_VENV names another folder there, for another Python. What goes into it is read from
+setup.py; it is installed again only when setup.py changes.
 
 This file must parse on Python 3.6 and needs the standard library alone: whoever comes with an old
 Python shall read a sentence, no traceback.
@@ -23,7 +24,7 @@ except ImportError:  # Windows: two tools that start at the same moment may dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SETUP = os.path.join(ROOT, "setup.py")
-FOLDER = os.path.join(ROOT, ".venv")
+FOLDER = os.path.join(ROOT, os.environ.get("GOTUNNEL_VENV") or ".venv")
 
 OLDEST_PYTHON = (3, 10)
 
@@ -112,7 +113,7 @@ def make_environment():
                 "this Python has no module {}, expected one that can make virtual environments: "
                 "on Debian and Ubuntu, apt install python3-venv".format(module)
             )
-    say("making a virtual environment in .venv")
+    say("making a virtual environment in " + os.path.relpath(FOLDER, ROOT))
     run([sys.executable, "-m", "venv", "--clear", FOLDER], "cannot make it", "look at the reason")
 
 
