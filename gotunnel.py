@@ -70,7 +70,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 BytesLike = bytes | bytearray | memoryview
 Callback = Callable[[], None]
