@@ -87,9 +87,7 @@ LAST_WORDS = 3
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
 MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
-RESTART_DELAY = (
-    3  # longest delay after "connection refused": the machine is up, its gateway restarts
-)
+RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
 REFUSED_DELAY = 15  # shortest delay after a refusal: an operator must change something first
 # OpenSSL's numbers (x509_vfy.h) for a certificate of an unknown CA: self-signed, itself or in its
 # chain; issuer not found, of the last certificate or of the first.
@@ -103,7 +101,7 @@ GO_AWAY_LOOK = 1
 OLD_LOOK = 1  # seconds between checks whether an old session still has visits
 OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
 OLD_SESSIONS = 4  # old sessions at a time; of more, the oldest is ended with its visits
-HELD = 10  # a session that lasted as many seconds counts as a success, which resets the backoff
+HELD = 10  # a session that lasted this many seconds counts as a success, and resets the backoff
 
 
 # PyJWT warns of a short secret. The gateway chose it, and warns its own operator at its start.
@@ -237,9 +235,9 @@ class Agent:
             except Ended as error:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
-                    # A second agent has this one's instance id (a copied machine). With it, the two
-                    # would replace each other for ever. With a new id, this agent gets the
-                    # hostnames when the other one is gone.
+                    # If the other agent has the same instance id (a cloned machine), the two would
+                    # replace each other for ever. With a new id, this agent gets the hostnames
+                    # when the other one is gone.
                     self._instance, least = new_instance(), REFUSED_DELAY
             except ConnectionRefusedError:
                 problem, most = "connection refused: no program listens there", RESTART_DELAY

@@ -457,7 +457,8 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--skip-tls-verify", action="store_true",
-        help="trust any certificate, to try things out: anybody on the way could read along",
+        help="accept any certificate, for trials only: on the way, others could read and change "
+        "everything",
     )  # fmt: skip
     parser.add_argument(
         "--print-ssh-config", action="store_true",

@@ -90,7 +90,7 @@ def network(text: str) -> Network:
 
 
 def unmapped_network(network: Network) -> Network:
-    """The IPv4 network of one that holds IPv4-mapped addresses only; any other as it is."""
+    """The IPv4 network for a network of IPv4-mapped addresses; any other network as it is."""
     if network.version == 4 or network.prefixlen < MAPPED_BITS:
         return network
     first = network.network_address.ipv4_mapped

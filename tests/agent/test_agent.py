@@ -1,4 +1,4 @@
-"""The agent: how it retries, whom it trusts, what it does with each stream."""
+"""The agent: its retries, the gateways it trusts, its handling of each stream."""
 
 import contextlib
 import logging
@@ -137,7 +137,7 @@ def test_whoever_skips_verification_does_so_altogether():
 
 @pytest.mark.parametrize("key", ["ca_file", "target_ca_file"])
 def test_a_gateway_gets_no_renegotiation_and_a_target_may_have_one(cache, tmp_path, key):
-    """It costs the one that is asked for it more than the other."""
+    """A renegotiation costs the side that is asked for it more than the side that asks."""
     certificate, private = Authority(cache / "local-ca").issue("localhost")
     with reserved_port() as port:
         command = (
@@ -176,7 +176,7 @@ def test_a_gateway_gets_no_renegotiation_and_a_target_may_have_one(cache, tmp_pa
 
 
 class HandMadeGateway:
-    """A gateway that does what the test does: it takes one agent at a time."""
+    """A gateway that the test plays by hand, for one agent at a time."""
 
     def __init__(self, cache):
         authority = Authority(cache / "local")
@@ -196,7 +196,7 @@ class HandMadeGateway:
         self.hang_up()
 
     def meet(self, reply=Ack(True)):
-        """Take an agent; return what it registered."""
+        """Accept an agent and answer its registration, which is returned."""
         duplex = Duplex(self._listening.accept()[0])
         duplex.start_tls(self._context, server_side=True)
         duplex.handshake_within(TIMEOUT)
@@ -233,7 +233,7 @@ def gateway(cache):
 
 @pytest.fixture
 def agent(gateway, tmp_path, origin):
-    """An agent that serves APP and RAW from the origin, and is met."""
+    """A registered agent that serves APP and RAW from the origin."""
     ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
     with agent_here(gateway.place, tmp_path, **ports) as agent:
         gateway.meet()
@@ -332,7 +332,7 @@ def test_an_agent_that_is_asked_for_another_session_comes_and_its_visits_go_on(
 def test_a_gateway_that_takes_no_other_session_keeps_the_old_one(
     gateway, tmp_path, origin, impatient, ask_for_another
 ):
-    """As a Go gateway, for which the old one has the hostname."""
+    """A Go gateway refuses the hostname as long as the old session has it."""
     with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
         gateway.meet()
         ask_for_another()
@@ -463,7 +463,7 @@ def test_half_close_in_tcp_mode_reaches_the_target_which_goes_on(gateway, agent,
 
 
 def test_fin_in_http_mode_ends_the_exchange(gateway, agent, origin):
-    """A Go gateway says so when it has its answer: the target is let go, though it may say more."""
+    """A Go gateway sends FIN when it has its answer. The agent then closes the target."""
     stream = gateway.open(APP)
     with origin.accept() as target:
         stream.write(request())
@@ -632,7 +632,7 @@ sys.exit(main(sys.argv[1:]))
 
 def assert_it_ends_at_once(program):
     program.signal(signal.SIGTERM)
-    assert program.wait(timeout=8) == 0  # the process itself, not its word that it has stopped
+    assert program.wait(timeout=8) == 0  # the process has ended; a log line is no proof
     program.wait_for("stopped")
 
 
@@ -666,8 +666,8 @@ def test_agent_ends_at_once_though_the_name_of_its_gateway_does_not_resolve(tmp_
 
 @contextlib.contextmanager
 def silent_gateway(cache, phase):
-    """A gateway that goes silent in a phase of being dialled. Yields where it is, and a function
-    that waits for the silence."""
+    """A gateway that falls silent in one phase of the dial. Yields its address, and a function that
+    waits until it is silent."""
     authority, reached, over = Authority(cache / "local"), threading.Event(), threading.Event()
     with contextlib.ExitStack() as stack:
         if phase == "connect":
@@ -734,7 +734,7 @@ def test_agent_may_start_before_its_gateway(cache, tmp_path, origin, impatient, 
 
 
 def test_a_dial_that_takes_long_is_no_session_that_worked(cache, tmp_path, monkeypatch):
-    """Else the delays would not grow while the line swallows everything."""
+    """The delays must also grow while the network drops every packet."""
     counts = queue.Queue()
     monkeypatch.setattr(agent_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
     monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.1)
@@ -754,7 +754,7 @@ def test_a_session_that_held_is_followed_by_a_short_delay(gateway, tmp_path, mon
         for _ in range(3):
             gateway.meet()
             gateway.control.write(encode_message(Ping(1)))
-            assert isinstance(gateway.hear(), Pong)  # it has seen the ack
+            assert isinstance(gateway.hear(), Pong)  # so the agent has read the ack
             gateway.hang_up()
             assert counts.get(timeout=TIMEOUT) == 1
 
@@ -785,7 +785,7 @@ def test_state_of_a_certificate_is_told_once_and_of_what_is_served_alone(
             for hostname in (APP, RAW, "no.such.tunnel"):
                 gateway.control.write(encode_message(Certificate(hostname, state)))
         gateway.control.write(encode_message(Ping(1)))
-        assert isinstance(gateway.hear(), Pong)  # it has read all that stands before
+        assert isinstance(gateway.hear(), Pong)  # so the agent has read the messages before it
         gateway.hang_up()
     told = [record.getMessage() for record in caplog.records if "certificate" in record.msg]
     assert told == [

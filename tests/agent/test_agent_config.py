@@ -1,4 +1,4 @@
-"""The agent's configuration: what a file means, and the one line for each that is bad."""
+"""The agent's configuration: what each key means, and the error line for each bad value."""
 
 import dataclasses
 import os
@@ -49,7 +49,7 @@ def refusal(content):
 
 
 def tunnel(**keys):
-    """A file with one tunnel of these keys, as they stand."""
+    """A configuration whose one tunnel has these keys."""
     lines = "".join(f"    {key}: {text}\n" for key, text in keys.items())
     return f"{ADDR}{CREDENTIAL}tunnels:\n  -\n{lines}"
 
@@ -177,7 +177,7 @@ def test_secret_where_its_file_was_to_be_named_is_not_shown(key):
     text = f"{ADDR}{key}: {SECRET}\n{TUNNELS}"
     if key == "basic_auth_file":
         text = with_policy(basic_auth_file=SECRET)
-    message = refusal(text)  # which looks for SECRET
+    message = refusal(text)  # refusal() checks that the message does not show SECRET
     assert f"{key}: (not shown: is this the secret itself?): cannot be read (No such" in message
 
 
@@ -468,7 +468,7 @@ def test_bad_tunnels(text, expected):
         "192.0.2.1",
         "12345",
         "my_app.example.com",
-        "straße.example",  # one name by the old rules, another by the new ones
+        "straße.example",  # IDNA 2003 and IDNA 2008 differ
         "'*.straße.example.com'",
         "xn--.example",
         "bü cher.example",
@@ -501,7 +501,7 @@ def test_look_alikes_are_one_hostname():
     assert "tunnels[1].hostname: 'app.example.com' comes twice" in refusal(text)
 
 
-# --- Who may visit -------------------------------------------------------------------------------
+# --- Access policies ----------------------------------------------------------------------------
 
 
 def with_policy(**keys):
@@ -623,7 +623,7 @@ def test_more_policy_than_fits_into_a_message_is_refused():
     )
 
 
-# --- Files that are none ------------------------------------------------------------------------
+# --- Files that are no configuration ------------------------------------------------------------
 
 
 def test_missing_file_is_refused():
@@ -687,8 +687,8 @@ def test_nested_aliases_neither_hang_nor_fill_the_message():
 
 
 def test_example_is_complete_and_shows_the_defaults_in_its_comments():
-    """With every commented default read, the configuration is the same."""
-    ca_file = Path("cert-cache/local/ca.crt")  # its gateway makes it, on its first start
+    """Uncommenting all defaults of conf/agent.yaml does not change the configuration."""
+    ca_file = Path("cert-cache/local/ca.crt")  # which the gateway makes on its first start
     ca_file.parent.mkdir(parents=True)
     ca_file.touch()
     text = EXAMPLE.read_text(encoding="utf-8")

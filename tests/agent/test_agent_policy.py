@@ -1,4 +1,4 @@
-"""The agent's side of policies: YAML values to what the gateway takes, and passwords to hashes."""
+"""The agent's side of policies: from YAML values to the register message, passwords to hashes."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def judged(*entries):
 
 
 def code(verdict):
-    """Of the page that the visitor gets; None if it may come in."""
+    """The error code of the page that the visitor gets; None if it is let in."""
     return None if isinstance(verdict, Allow) else dict(verdict.page.fields)["X-Gotunnel-Error"]
 
 
@@ -75,7 +75,7 @@ def test_hash_is_salted_and_has_the_form_of_a_phc_string():
 
 
 def test_password_and_user_are_hashed_as_browsers_send_them():
-    """Composed, however the operator's keyboard made them (RFC 7617 §2.1)."""
+    """As NFC, whatever form the operator's keyboard wrote (RFC 7617 §2.1)."""
     judge = judged(*users("ju\u0308rgen:ba\u0308r"))
     assert code(judge.judge_request("192.0.2.1", basic("jürgen", "bär"))) is None
 

@@ -13,7 +13,7 @@ from gotunnel_agent import connect as connect_module
 from gotunnel_agent import forward
 from gotunnel_agent.connect import MOST_ADDRESSES, NEXT_ADDRESS, GivenUp, addresses_of, connect
 
-AT_ONCE = 2  # seconds, of a machine that is busy; all below took 5 to 10 before
+AT_ONCE = 2  # seconds, on a busy machine; before "Happy Eyeballs" these took 5 to 10
 
 
 def tcp(port, family=socket.AF_INET):
@@ -31,7 +31,7 @@ def deaf():
 
 @pytest.fixture
 def refusing():
-    """A port at which nobody listens."""
+    """A port at which no program listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -87,7 +87,7 @@ def test_earlier_address_that_answers_late_still_wins(monkeypatch):
         first.connect(late)
         room = threading.Timer(2 * NEXT_ADDRESS, lambda: listening.accept()[0].close())
         room.start()
-        assert port_of([tcp(late[1]), tcp(deaf)]) == late[1]  # by the SYN that is sent once more
+        assert port_of([tcp(late[1]), tcp(deaf)]) == late[1]  # when the kernel repeats its SYN
         room.join()
 
 
@@ -162,7 +162,7 @@ def resolver_without_names(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
-# Who dials ---------------------------------------------------------------------------------------
+# The callers of connect() -----------------------------------------------------------------------
 
 
 def test_agent_target_and_helper_find_the_address_that_answers(

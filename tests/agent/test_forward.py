@@ -71,7 +71,7 @@ class Helper:
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # it has gone before it took all
+                with contextlib.suppress(OSError):  # the process ended before it read all
                     pipe.close()
         self.process.wait(TIMEOUT)
 
@@ -86,7 +86,7 @@ class Helper:
         self.process.stdin.close()
 
     def end(self) -> tuple:
-        """Wait for its end by itself: status and what it said on standard error."""
+        """Wait until it ends by itself: its status and its standard error."""
         status = self.process.wait(TIMEOUT)
         return status, self.process.stderr.read().decode()
 
@@ -100,7 +100,7 @@ def run(arguments, said=b"", **named):
 
 
 def fails(arguments, *texts, status=1):
-    """It says one line, on standard error, in which all the texts are."""
+    """Run it; expect one line on standard error that contains all of ``texts``."""
     got, stdout, stderr = run(arguments)
     assert (got, stdout) == (status, b""), stderr
     assert re.fullmatch(r"gotunnel-agent forward: [^\n]+\n", stderr)
@@ -161,7 +161,7 @@ def test_input_may_be_a_file_and_20_mb_come_back_as_they_were_sent(gateway, orig
 
 
 def test_both_may_be_one_socket_that_does_not_block(gateway, origin):
-    """As OpenSSH gives its ProxyCommand, but for who does not want to wait."""
+    """OpenSSH gives its ProxyCommand one socket for both; here it is also non-blocking."""
     ours, its = socket.socketpair()
     its.setblocking(False)
     with its, Wire(_NoDelay(ours)) as wire:
@@ -180,7 +180,7 @@ def test_both_may_be_one_socket_that_does_not_block(gateway, origin):
 
 
 class _NoDelay:
-    """A unix socket that Wire takes for a TCP one."""
+    """A unix socket that Wire can use like a TCP socket."""
 
     def __init__(self, sock):
         self._sock = sock
@@ -245,7 +245,7 @@ def test_last_words_before_a_hangup_are_passed_on(gateway, origin):
     with Helper(words(gateway)) as helper, origin.accept() as target:
         helper.send(b"!")
         assert target.read_exactly(1) == b"!"
-        helper.process.send_signal(signal.SIGSTOP)  # so that it finds all of it at once
+        helper.process.send_signal(signal.SIGSTOP)  # so that it finds input, end and signal at once
         helper.send(b"disconnected by user")
         helper.finish()
         helper.process.send_signal(signal.SIGHUP)
@@ -259,7 +259,7 @@ def test_last_words_before_a_hangup_are_passed_on(gateway, origin):
 def test_hangup_ends_it_although_the_other_side_does_not(gateway, origin):
     with Helper(words(gateway)) as helper, origin.accept() as target:
         target.send(b"!")
-        assert helper.read_exactly(1) == b"!"  # so it is beyond its start
+        assert helper.read_exactly(1) == b"!"  # so its signal handlers are set
         helper.process.send_signal(signal.SIGHUP)
         assert helper.process.wait(forward.CLOSING_TIME + AT_ONCE) == -signal.SIGALRM
 
@@ -292,7 +292,7 @@ def test_refused_name_is_said(gateway):
 
 
 def test_answer_of_the_gateway_itself_is_said_and_not_passed_on(cache, tmp_path, gateway):
-    """It has the certificate of RAW from before."""
+    """This gateway has a certificate for RAW, from an earlier run, and no tunnel."""
     with gateway_here(cache) as other, Helper(words(other)) as helper:
         helper.send(b"SSH-2.0-visitor\r\n\r\n")
         status, stderr = helper.end()
@@ -313,7 +313,7 @@ def test_any_certificate_will_do_if_it_is_not_checked(gateway, origin):
 
 
 def test_certificate_of_another_hostname_is_said(gateway, tmp_path):
-    """A port with TLS whose certificate is always the same one."""
+    """A server that shows one certificate, whatever SNI it gets."""
     folder = gateway.ca_file.parent
     with reserved_port() as port:
         server = [
@@ -343,7 +343,7 @@ def test_target_that_is_down_is_said(cache, tmp_path):
 def test_agent_that_is_away_is_said(cache, tmp_path, origin):
     with gateway_here(cache) as gateway:
         with agent_here(gateway, tmp_path, tcp={RAW: origin.port}):
-            pass  # the gateway has the certificate from then on
+            pass  # the gateway keeps the certificate
         wait_until(lambda: not routes_of(gateway.inner))
         fails(words(gateway), "its target is down or its agent is away")
 
@@ -483,7 +483,7 @@ def test_failure_of_one_client_is_one_line_and_leaves_the_others_alone(cache, tm
                 assert client.read_exactly(5) == b"hello"
                 program.signal(signal.SIGINT)
                 assert program.wait() == 0
-                with pytest.raises(ConnectionResetError):  # it was not complete
+                with pytest.raises(ConnectionResetError):  # a cut visit must not look complete
                     client.read_to_end()
         assert len(program.lines) == 3
 
@@ -523,7 +523,7 @@ def test_client_for_whom_there_is_no_thread_is_refused(gateway, monkeypatch, cap
         raise NoThread("can't start new thread")
 
     monkeypatch.setattr(forward, "spawn", refuse)
-    monkeypatch.setattr(forward, "MAX_CLIENTS", 1)  # nobody may be counted as being here
+    monkeypatch.setattr(forward, "MAX_CLIENTS", 1)  # so a failed client must free its place
     with accepting(gateway, monkeypatch) as dial:
         for _ in range(2):
             with pytest.raises(ConnectionResetError), dial() as client:
@@ -532,7 +532,7 @@ def test_client_for_whom_there_is_no_thread_is_refused(gateway, monkeypatch, cap
 
 
 def test_answer_is_read_to_its_end_also_after_its_visit_is_over(gateway, origin, monkeypatch):
-    """The kernel has some of it until the client has room."""
+    """The kernel keeps part of the answer until the client reads."""
     answer = random.Random(5).randbytes(MIB)
     with accepting(gateway, monkeypatch) as dial, dial() as client:
         with origin.accept() as target:
@@ -555,7 +555,7 @@ def test_visit_of_a_client_that_breaks_later_is_said(gateway, origin, monkeypatc
 
 
 def test_input_that_the_other_side_takes_no_more_ends_the_visit(monkeypatch):
-    """Else ssh waits for ever."""
+    """Otherwise ssh would wait for ever."""
     monkeypatch.setattr(forward, "_read_input", lambda: b"x" * MIB)
     ours, theirs = socket.socketpair()
     with theirs, contextlib.closing(forward.End(ours)) as visit:
@@ -590,7 +590,7 @@ def accepting(gateway, monkeypatch):
     """A local port of this process that leads to RAW; yields how to connect to it."""
     context = forward.client_context(str(gateway.ca_file), False)
     destination = forward.Destination(RAW, "127.0.0.1", gateway.public_port, context)
-    monkeypatch.setattr(forward, "sleep", _stop)  # it is for good that nobody can be accepted
+    monkeypatch.setattr(forward, "sleep", _stop)  # ends the listener's loop
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=_until_stopped, args=(listening, destination))
         thread.start()
@@ -630,7 +630,7 @@ def test_address_of_another_machine_is_said(gateway):
 
 
 def test_printed_lines_are_all_that_ssh_needs(cache, tmp_path):
-    """Pasted as they are, also with what a shell and ssh would take apart."""
+    """Pasted into ~/.ssh/config, with blanks, quotes and % in the paths."""
     content = random.Random(4).randbytes(20_000_000)
     (tmp_path / "file").write_bytes(content)
     ssh = need("ssh")

@@ -96,7 +96,7 @@ def test_target_with_tls(gateway, tmp_path, origin, authority, name):
                 assert target.read_head().startswith(b"GET / ")
                 target.send(answer(b"hello"))
                 assert visitor.read_message()[1] == b"hello"
-                visitor.send(request("GET", "/again"))  # which goes over the same connection
+                visitor.send(request("GET", "/again"))  # on the same connection
                 assert target.read_head().startswith(b"GET /again ")
 
 
@@ -232,7 +232,7 @@ def test_tunnels_that_trust_the_same_share_a_context(monkeypatch, tmp_path, gate
         for number, more in enumerate(keys)
     ]
     with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
-        assert len(made) == 3  # one is the gateway's
+        assert len(made) == 3  # one for the gateway, two for the targets
 
 
 # Unix sockets ------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_unix_socket_that_is_not_there(gateway, tmp_path, caplog):
 
 
 def test_unix_socket_with_a_full_backlog_is_waited_for(gateway, tmp_path, unix):
-    """A dial that did not wait would be refused at once, while the target is only busy."""
+    """A non-blocking dial would fail at once, though the target is only busy."""
     listening, path = unix
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(path)
@@ -311,7 +311,9 @@ def test_unix_socket_whose_backlog_stays_full(gateway, tmp_path, unix, caplog, m
 
 
 def test_refused_connection_is_a_502_at_once(gateway, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(target_module, "DIAL_TIMEOUT", 10 * TIMEOUT)  # no wait would end in time
+    monkeypatch.setattr(
+        target_module, "DIAL_TIMEOUT", 10 * TIMEOUT
+    )  # a timeout would come too late
     with reserved_port() as port, serving(gateway, tmp_path, f"http://localhost:{port}"):
         code, line = refused(gateway, caplog)
         assert code == "target-unreachable"
@@ -390,7 +392,7 @@ def test_hostnames_without_host_header_keep_the_visitors(gateway, tmp_path, orig
 
 
 def altering(monkeypatch, **changes):
-    """From now on agents register with other words than their configuration's."""
+    """From now on agents send ``changes`` in their register message."""
 
     def encode(message):
         altered = isinstance(message, Register)
@@ -444,7 +446,7 @@ def test_go_gateway_does_not_know_host_header_so_the_tunnel_is_not_served(
 
 
 class Stuck:
-    """A stream whose gateway has said that it is done, and takes no more of the answer."""
+    """A stream whose gateway has sent FIN, and reads no more of the answer."""
 
     def __init__(self):
         self.was_reset = threading.Event()
@@ -463,7 +465,7 @@ class Stuck:
 
 
 class Generous:
-    """A target that always has more of an answer."""
+    """A target whose answer never ends."""
 
     def __init__(self):
         self.stop = self.reset = self.finish = self.stop_reading = lambda: None
@@ -480,7 +482,7 @@ def test_exchange_waits_for_no_gateway_that_has_ended_and_does_not_take_the_answ
 
 
 def test_page_that_the_gateway_takes_in_part_is_reset():
-    """A gateway that knows no refusals passes on what it gets: a part must not look whole."""
+    """A gateway without the feature REFUSALS passes the page on: a part must not look whole."""
     done = []
 
     class Stuck:

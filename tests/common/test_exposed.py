@@ -1,4 +1,4 @@
-"""Files with secrets that are open to others."""
+"""Files with secrets that other users can read or replace."""
 
 import os
 import socket

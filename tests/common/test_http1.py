@@ -204,7 +204,7 @@ LOOSE_FIELD_LINES = (b"A: b\r\n c", b"A: b\r\n\tc", b"A: b\nC: d")
 def test_reject_field_line(line):
     refused(400, http1.parse_request, b"GET / HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n\r\n")
     refused(400, http1.parse_request, b"GET / HTTP/1.1\r\n" + line + b"\r\nHost: a\r\n\r\n")
-    if line not in LOOSE_FIELD_LINES:  # which in an answer can be read in one way
+    if line not in LOOSE_FIELD_LINES:  # an answer with such a line is mended
         refused(400, http1.parse_response, b"HTTP/1.1 200 OK\r\n" + line + b"\r\n\r\n")
 
 
@@ -535,7 +535,7 @@ def test_answers_that_never_have_a_body(method, status, has_body):
         assert (http1.response_body(read, method) is not None) is has_body
 
 
-# Of requests; an answer with such lines can be read in one way.
+# Refused in requests; in answers there is one way to read them.
 LOOSE_FRAMING = {
     # lines: the length, None for chunks
     ("Content-Length: 5", "Transfer-Encoding: chunked"): None,
@@ -879,7 +879,7 @@ def test_tiny_chunks_are_passed_on_together():
 def test_extensions_of_a_body_are_bounded_by_its_payload():
     long = b";a=" + b"b" * 1000
     body = http1.ChunkedBody()
-    for _ in range(100):  # the payload is worth them
+    for _ in range(100):  # the payload outweighs them
         body.feed(b"200%b\r\n%b\r\n" % (long, bytes(0x200)))
     refused(400, read_body, http1.ChunkedBody(), [b"1%b\r\nx\r\n" % long] * 20)
     refused(400, read_body, http1.ChunkedBody(lenient=True), [b"1%b\r\nx\r\n" % long] * 20)
@@ -891,7 +891,7 @@ def test_extensions_of_a_body_are_bounded_by_its_payload():
 
 @pytest.mark.timeout(30)
 def test_chunk_of_one_byte_costs_no_more_a_byte_than_a_head():
-    """So a visitor gains nothing by them, and TLS and the kernel bound it as they bound all."""
+    """So an attacker gains nothing by tiny chunks: the line limits them like any other bytes."""
 
     def cost(function, data):
         best = math.inf

@@ -1,4 +1,4 @@
-"""What the two programs need of the process that they are: workers, CPUs, a log, an answer."""
+"""The process of each program: its signals, workers, log, standard output and CPUs."""
 
 import io
 import logging
@@ -205,7 +205,7 @@ def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_an_answer_may_name_files_that_are_no_text(monkeypatch, encoding):
-    """Names come out of folders as they are, and terminals are strict."""
+    """File names may be invalid text, which a strict standard output cannot encode."""
     written = io.BytesIO()
     output = io.TextIOWrapper(written, encoding, errors="strict", newline="\n")
     monkeypatch.setattr(sys, "stdout", output)

@@ -216,7 +216,7 @@ def test_any_bytes_are_read_or_refused_the_same_in_pieces():
             length, source = said
             assert length == count
             assert source is None or str(ipaddress.ip_address(source.address)) == source.address
-    assert min(verdicts.values()) > 200  # each kind was met, so this was no test of one path
+    assert min(verdicts.values()) > 200  # each kind of verdict came often enough
 
 
 def test_random_bytes_behind_a_start_are_read_or_refused():
@@ -227,8 +227,8 @@ def test_random_bytes_behind_a_start_are_read_or_refused():
 
 
 def same_verdict(data):
-    """verdict_byte_by_byte(), which must be that of all bytes at once; a refusal may differ in how
-    much of them it shows."""
+    """The verdict byte by byte, which must equal that of all bytes at once; but the texts of
+    refusals may show a different number of bytes."""
     said, count = verdict_byte_by_byte(data)
     at_once = verdict(data)
     assert at_once == said or isinstance(at_once, str) and isinstance(said, str)
@@ -281,7 +281,7 @@ def test_agent_writes_mixed_families_as_ipv6():
 
 
 def test_agent_writes_mapped_addresses_as_ipv4_where_it_can():
-    """A socket for both families tells them so."""
+    """A socket for both families reports IPv4 peers in that form."""
     header = encode("v1", ("::ffff:192.0.2.1", 1), ("::ffff:192.0.2.2", 2))
     assert header == b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
 

@@ -1,4 +1,4 @@
-"""YAML that leaves every scalar as it was typed, and says where it is none."""
+"""YAML whose scalars stay as they were typed, and whose errors name the place."""
 
 import pytest
 

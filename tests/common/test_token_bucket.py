@@ -72,7 +72,7 @@ def test_only_as_many_others_that_are_as_empty_clear_a_bucket():
             buckets.take(number, 0)
     for number in range(1000):
         buckets.take(f"new {number}", 0)
-    # These 63 are emptier, and the newcomers shared one place.
+    # These 63 buckets are emptier, so all new keys used the one other place in turn.
     assert all(buckets.wait(number, 0) == 0 for number in range(63))
     for number in range(63):
         buckets.take(number, 0)
@@ -98,7 +98,7 @@ def test_table_holds_what_a_simple_one_would():
         tokens, at = model.get(key, (4, now))
         tokens = min(4, tokens + (now - at) * 2)
         if abs(tokens - 1) < 0.01:
-            continue  # what a thousandth of a token decides
+            continue  # too close: see the thousandth of a token in Buckets
         assert (buckets.wait(key, now) == 0) == (tokens >= 1)
         if tokens >= 1:
             buckets.take(key, now)
