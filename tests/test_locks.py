@@ -1,4 +1,4 @@
-"""The order of locks in docs/architecture.md: no thread takes two in another order.
+"""Threads and locks as docs/architecture.md has them: no thread takes two locks in another order.
 
 Locks that our classes make are recorded while a gateway and its agent serve visits, and while an
 issuer orders a certificate. Each pair that a thread holds at once has to follow from the page's
@@ -166,6 +166,37 @@ def use_a_gateway(tmp_path):
             with gateway.dial(RAW) as visitor:
                 visitor.send(request())
                 assert visitor.read_message()[1] == b"ok"
+
+
+def documented_threads():
+    """Patterns of the threads' names in the page's tables: capitals stand for something else."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## Threads")[2].partition("## Locks")[0]
+    columns = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
+    names = re.findall("`(.+?)`", " ".join(columns))
+    return [
+        re.sub("[A-Z]{2,}", "[^ ]+", name.replace("_N", r"_\d+")).replace("...", ".+")
+        for name in names
+    ]
+
+
+def test_each_thread_has_a_row_in_the_page(tmp_path, monkeypatch):
+    started, start = [], threading.Thread.start
+
+    def note(thread):
+        if "gotunnel" in sys._getframe(1).f_globals["__name__"]:
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", note)
+    use_a_gateway(tmp_path)
+    order_a_certificate(tmp_path / "ordered")
+    patterns = documented_threads()
+    unknown = [
+        name for name in started if not any(re.fullmatch(pattern, name) for pattern in patterns)
+    ]
+    assert unknown == []
+    assert {"keeper", "accept", "control", "issuer", f"order {APP}"} <= set(started)
 
 
 def order_a_certificate(folder):

@@ -19,6 +19,7 @@ from support import (
     Origin,
     answer,
     gateway_here,
+    running,
     wait_until,
 )
 
@@ -108,6 +109,16 @@ def test_it_hears_why_it_is_refused(tmp_path):
             agent.run(
                 minimal_agent.make_token("another secret", "minimal"), {APP: (("", 1), "http")}
             )
+
+
+def test_it_runs_as_its_first_lines_say(tmp_path):
+    with gateway_here(tmp_path) as gateway, Origin() as origin:
+        origin.serve(serve_echo)
+        words = (TUNNEL_HOST, gateway.tunnel_port, SECRET, APP, origin.port, gateway.ca_file)
+        command = (sys.executable, minimal_agent.__file__, *map(str, words))
+        with running(*command, cwd=tmp_path):
+            gateway.wait_for_routes(APP)
+            assert gateway.get(APP) == (200, b"hello")
 
 
 def test_it_is_small_and_needs_nothing_of_ours():
