@@ -181,5 +181,5 @@ def test_the_agents_defaults_are_those_of_the_tables(tmp_path):
     assert required == {"tunnel_addr", "tunnels", "hostname", "target"}
     others = (top | tunnel).keys() - required - values.keys() - of_tunnel.keys()
     assert {(top | tunnel)[key] for key in others} == {"none"}
-    assert plain.ca_file is None and plain.token is None and only.target.ca_file is None
+    assert not (plain.ca_file or plain.token or only.target.ca_file)
     assert only.idle_timeout is None and not only.needs
