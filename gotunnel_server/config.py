@@ -73,6 +73,8 @@ NEUTRAL = {
     "AGENTS_FILE": os.devnull,
     "ACME_CACHE": os.curdir,
     "CERT_DIR": os.curdir,
+    "ACME_EAB_KID": "neutral",
+    "ACME_EAB_HMAC_KEY": "neutral",
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from gotunnel_agent.common.passwords import Hash
 from gotunnel_server import secret_files
 from gotunnel_server.certs.local_ca import Authority
-from gotunnel_server.config import NAMES, Acme, Config, default_workers, load
+from gotunnel_server.config import NAMES, Acme, Config, default_workers, faults, load
 from gotunnel_server.variables import ConfigError, Variables
 from gotunnel_server.visitors import policy
 from gotunnel_server.visitors.policy import Defaults
@@ -46,12 +46,16 @@ def config(**changes):
 
 def refusal(env_file=None, **changes):
     """The one line that refuses the minimal configuration with changes."""
-    environ = {**MINIMAL, **changes}
+    environ = {name: text for name, text in {**MINIMAL, **changes}.items() if text is not None}
     with pytest.raises(ConfigError) as caught:
-        load(env_file, {name: text for name, text in environ.items() if text is not None})
+        load(env_file, environ)
     message = str(caught.value)
     assert "\n" not in message
     assert SECRET not in message
+    assert faults(env_file, environ) == [message]
+    if caught.value.variables and "WORKERS" not in changes:  # it hides no other fault
+        workers = "WORKERS is 'none', expected a whole number from 1 to 1000000"
+        assert set(faults(env_file, {**environ, "WORKERS": "none"})) == {message, workers}
     return message
 
 
