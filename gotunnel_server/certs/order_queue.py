@@ -345,6 +345,7 @@ class OrderQueue:
             return host.trying
 
     def abandoned(self, host: Wanted) -> None:
+        """The order was given up; the CA may have counted it, but issued nothing."""
         with self.lock:
             self._give_back(host, CERTIFICATE)
 
@@ -464,6 +465,7 @@ class OrderQueue:
         save(lambda: self._store.save_state(host.name, state))
 
     def keep_turns(self) -> None:
+        """Save the token buckets, and which challenge types work."""
         with self._saving:
             with self.lock:
                 turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
