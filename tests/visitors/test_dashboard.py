@@ -1,4 +1,4 @@
-"""The dashboard: what it shows, and to whom."""
+"""The dashboard: what it shows with a password and without, and to which requests it answers."""
 
 import base64
 import collections
@@ -174,7 +174,7 @@ def test_guesses_are_bounded_by_address(get_with_password):
         [401] * FAILURES + [429] * 2
     )
     right = {"password": PASSWORD, "X-Forwarded-For": "192.0.2.1"}
-    assert get_with_password(**right)[0].status == 429  # it would be a guess like others
+    assert get_with_password(**right)[0].status == 429  # the address is locked
     assert guess(0, "192.0.2.2") == 401
     right["X-Forwarded-For"] = "192.0.2.2"
     assert get_with_password(**right)[0].status == 200

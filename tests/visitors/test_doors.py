@@ -1,5 +1,5 @@
-"""Doors to hostnames in tcp mode: plain bytes, silence, CONNECT, ports of their own, PostgreSQL's
-way into TLS; and what must not get in by any of them."""
+"""The ways in to a hostname in tcp mode: plain bytes, silence, CONNECT, a port of its own, and
+PostgreSQL's way into TLS. And what none of them lets in."""
 
 import contextlib
 import errno
@@ -109,7 +109,7 @@ class Door:
 
 
 class Doors(dict):
-    """Opens ports that are none; ``busy`` ones belong to another program."""
+    """Stands in for opening ports. ``busy`` ones are in use by another program."""
 
     def __init__(self, busy=()):
         self.busy = busy
@@ -200,7 +200,7 @@ def test_any_port_is_rather_none_that_an_entry_names_or_another_agent_has_asked_
     ports.open("2203", route(SECOND, "two"))
     ports.release("two")
     given = [ports.open("auto", route(f"{number}.example.com")) for number in range(4)]
-    assert given[0] == 2201 and set(given[1:]) == {2200, 2202, 2203}  # better than none
+    assert given[0] == 2201 and set(given[1:]) == {2200, 2202, 2203}  # when nothing better is left
 
 
 def test_any_port_is_rather_none_that_an_agent_was_refused():
@@ -213,7 +213,7 @@ def test_any_port_is_rather_none_that_an_agent_was_refused():
         assert ports.open("auto", route(f"{number}.example.com")) == 2201
     with pytest.raises(PortRefused):
         ports.open("80", route(RAW))
-    assert ports._asked == {2200}  # not any number
+    assert ports._asked == {2200}  # only ports that agents may have are remembered
 
 
 @pytest.mark.parametrize(
@@ -357,11 +357,11 @@ def test_visitor_of_a_raw_host_that_is_away_is_reset_at_once(cache, first):
 
 
 def test_visitor_of_a_tcp_hostname_whose_agent_has_left_is_reset_at_once(cache, tmp_path, origin):
-    """By TLS, so that the gateway could take the visitor for one of a website."""
+    """Through TLS. Without its memory of modes, the gateway would send a web page."""
     with gateway_here(cache) as gateway:
         for mode in "tcp", "http", "tcp":
             with agent_here(gateway, tmp_path, **{mode: {RAW: origin.port}}):
-                if mode == "http":  # no longer what it was
+                if mode == "http":  # the present mode counts
                     assert gateway.inner._registry.has_left_in_tcp(RAW) is False
             wait_until(lambda: not gateway.inner._registry.routes())
             if mode == "http":
@@ -447,7 +447,7 @@ def test_who_has_spoken_is_not_silent(cache, tmp_path, origin, asked):
         with dial(gateway.public_port) as visitor:
             visitor.send(asked)
             assert visitor.read_exactly(1) in b"SN"
-            expect_closed(visitor)  # only once its time is up
+            expect_closed(visitor)  # at HEADER_TIMEOUT, and not relayed as a silent visitor before
         assert origin.was_left_alone()
 
 
@@ -608,7 +608,7 @@ def test_port_that_is_not_given_leaves_its_tunnel_unserved_and_the_others_alone(
 
 @pytest.fixture
 def soon(monkeypatch):
-    """A port that was refused is tried again at once."""
+    """The gateway tries refused ports again at once."""
     monkeypatch.setattr(tunnel_module, "PORT_DELAY", 0.05)
     monkeypatch.setattr(tunnel_module, "MOST_PORT_DELAY", 0.1)
 
@@ -620,13 +620,13 @@ def lines_with(caplog, text):
 def test_port_that_another_program_has_is_given_when_that_one_ends(
     cache, tmp_path, origin, free_port, caplog, soon
 ):
-    """Without a new session: the visits of other tunnels go on."""
+    """The agent's session stays, so visits to its other hostnames go on."""
     caplog.set_level(logging.INFO)
     tunnels = [tunnel(RAW, origin.port, port=str(free_port)), tunnel(SECOND, origin.port)]
     busy = socket.create_server(("127.0.0.1", free_port))
     with busy, house(cache, tmp_path, *tunnels, TCP_PORTS=str(free_port)) as gateway:
         with gateway.dial(SECOND) as visitor, origin.accept() as target:
-            time.sleep(0.5)  # some attempts, of which nothing is said
+            time.sleep(0.5)  # several attempts, which are not logged
             assert "the gateway goes on trying" in lines_with(caplog, "not served")[0]
             busy.close()
             wait_until(lambda: lines_with(caplog, f"{RAW}: on port {free_port} of the gateway"))
@@ -668,7 +668,7 @@ def test_port_that_another_agent_has_is_given_when_that_one_ends(
 def test_late_look_at_ports_takes_none_from_a_session_that_is_about_to_serve(
     cache, tmp_path, origin, free_port
 ):
-    """Its session runs for a moment before the tunnel counts as serving."""
+    """The session runs for a moment before the tunnel's stage is SERVING."""
     tunnels = [tunnel(RAW, origin.port, port=str(free_port))]
     with house(cache, tmp_path, *tunnels, TCP_PORTS=str(free_port)) as gateway:
         (served,) = gateway.inner.tunnels.registered()
@@ -679,7 +679,7 @@ def test_late_look_at_ports_takes_none_from_a_session_that_is_about_to_serve(
 
 
 def test_agent_that_does_not_know_of_later_ports_gets_none(cache, free_port, soon):
-    """It would turn its visits away."""
+    """Such an agent would refuse the visits."""
     with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
         message = Register(
             make_token(SECRET, "", 60), {RAW: "127.0.0.1:9"}, {RAW: "tcp"},
@@ -723,7 +723,7 @@ def test_defect_while_a_port_opens_costs_no_hostname(
 
 
 def test_agent_that_comes_again_finds_its_port_free(cache, tmp_path, origin, free_port, caplog):
-    """The hostname is never free while its port is not."""
+    """The hostname is released after the port, never before."""
     with gateway_here(cache, TCP_PORTS=str(free_port)) as gateway:
         release, taken = gateway.inner._ports.release, []
 

@@ -1,6 +1,6 @@
-"""An exchange without a socket: its visitor and its stream are plain objects, written by hand.
+"""An exchange without sockets: its visitor and its stream are plain objects.
 
-Both write down what happens to them in one list, so a test sees in which order it does.
+Both record in one list what happens to them, so a test sees the order.
 """
 
 import inspect
@@ -330,13 +330,13 @@ def test_answer_without_a_body_has_the_length_that_the_target_gave(method, statu
     visitor = Visitor(method)
     line = b"" if length is None else b"Content-Length: 9\r\n"
     served(visitor, b"HTTP/1.1 %d X\r\n%b\r\n" % (status, line))
-    # Some targets send a body all the same, which the next visitor would get: not kept.
+    # Not kept: some targets send a body all the same, and the next visitor would get it.
     assert visitor.events == [("head", status, [], length), "close", ("finish",)]
 
 
 @pytest.mark.parametrize("body", [b"Content-Length: 0\r\n\r\n", b"Content-Length: 2\r\n\r\nok"])
 def test_stream_is_not_kept_after_a_205(body):
-    """It has no body, and readers differ about one that comes (RFC 9110 §15.3.6)."""
+    """A 205 has no body, but implementations differ if bytes come (RFC 9110 §15.3.6)."""
     visitor = Visitor()
     served(visitor, b"HTTP/1.1 205 Reset Content\r\n" + body)
     assert "close" in visitor.events and "keep" not in visitor.events
@@ -386,7 +386,7 @@ def test_101_turns_the_visitor_over_to_the_stream_with_what_came_behind_it():
 
 @pytest.mark.parametrize("knows", [True, False])
 def test_agent_is_told_that_a_stream_may_be_upgraded_if_it_knows_what_that_is(knows):
-    """One that does not is spared a new stream, too."""
+    """For an agent that does not know it, a kept stream will do."""
     visitor = Visitor("GET", "/", ("Upgrade", "chat"), wants_upgrade=True)
     streams = [Stream(SWITCHING, visitor=visitor) for _ in range(2)]
     tunnel = Tunnel(streams[0], kept=[streams[1]])
@@ -397,7 +397,7 @@ def test_agent_is_told_that_a_stream_may_be_upgraded_if_it_knows_what_that_is(kn
 
 
 class Owner:
-    """A login.Owner with a stream, if any."""
+    """A login.Owner, with or without a stream."""
 
     def __init__(self, stream=None):
         self.stream = stream
@@ -421,7 +421,7 @@ def test_stream_that_replaces_a_dead_one_of_a_login_is_upgraded_as_its_agent_was
 
 
 def test_relayed_stream_of_a_login_is_not_kept():
-    """A FIN at its end would not end the target's connection."""
+    """Closing it later sends a FIN, which would not end the target's connection."""
     visitor = Visitor("GET", "/", ("Upgrade", "tcp"), wants_upgrade=True)
     visitor.owner = Owner()
     challenge = b"HTTP/1.1 401 No\r\nWWW-Authenticate: NTLM\r\nContent-Length: 0\r\n\r\n"
@@ -547,7 +547,7 @@ def test_answer_that_is_cut_is_aborted_and_never_finished(framing, end):
 
 
 def test_visitor_that_stops_reading_sees_no_whole_answer():
-    """In HTTP/1.0 the end of the connection would be the end of the answer."""
+    """It is reset. In HTTP/1.0 a closed connection would look like the answer's end."""
     for answer in (OK, b"HTTP/1.1 200 OK\r\n\r\nok"):
         visitor = Visitor()
         visitor.stuck = True
@@ -608,7 +608,7 @@ def test_body_at_hand_goes_with_the_head_and_takes_no_thread(monkeypatch):
     tunnel = Tunnel(stream)
     run(visitor, tunnel)
     assert tunnel.opened[0].endswith(b"Content-Length: 2\r\n\r\nhi")
-    assert visitor.events[1:] == ["close", ("finish", b"ok")]  # such a stream is not kept
+    assert visitor.events[1:] == ["close", ("finish", b"ok")]  # not kept after a body
 
 
 def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(monkeypatch, caplog):
@@ -649,12 +649,12 @@ def test_early_answer_reaches_a_visitor_that_still_sends():
     assert visitor.events[:2] == [("head", 200, [], 2), ("finish", b"ok")]
     assert stream.events == ["reset"]
     visitor.body.put([b"more"])
-    visitor.body.put(None)  # it has seen the answer
+    visitor.body.put(None)  # the visitor has seen the answer and stops
     assert ended() == [] and "abort" not in visitor.events
 
 
 def test_visitor_that_sends_without_end_after_its_answer_is_left_to_its_connection():
-    """Which has time to see its answer, and holds no thread (connection.py)."""
+    """connection.py reads on, without a thread, so that the visitor can read the answer."""
     visitor = Visitor("POST", body=...)
     assert post(visitor, Stream(OK))() == []
     assert visitor.events[-1] == "refuse body" and not visitor.body_complete
@@ -699,7 +699,7 @@ def test_visitor_that_holds_its_body_back_has_its_time_when_it_is_asked_for():
     visitor.idle_timeout = 0.05
     stream = Stream(SILENCE)
     ended = post(visitor, stream)
-    time.sleep(0.2)  # far more than it would have
+    time.sleep(0.2)  # four times idle_timeout, which does not count yet
     stream.came.put(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert ended() == [] and (visitor.status, visitor.code) == (408, "body-timeout")
     assert visitor.events[0][:2] == ("interim", 100)
@@ -784,7 +784,7 @@ def test_target_that_reads_no_body_answers_all_the_same():
     wait_until(lambda: visitor.body_complete)
     stream.came.put(OK)
     assert ended() == [] and visitor.status == 200
-    assert stream.events == ["reset"]  # it has seen half a body
+    assert stream.events == ["reset"]  # the target has got half a body
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["at hand", "later"])

@@ -1,5 +1,5 @@
-"""Connections that say nothing, or nothing that means anything, from one address and from several:
-everybody else is served.
+"""Floods of silent or meaningless connections, from one address and from several, while all other
+visitors are served.
 
 The addresses are 127.0.0.1 to 127.0.0.9, which loopback takes for different peers.
 """
@@ -98,7 +98,7 @@ def test_visitors_that_only_shake_hands_do_not_fill_a_port(gateway, tmp_path, or
 
 
 def test_idle_connections_of_one_address_do_not_fill_a_port(gateway, tmp_path, origin):
-    """They have been served, so they are not silent."""
+    """Idle ones have been served before, so they do not count as silent."""
     origin.serve(lambda target: [target.send(answer(b"")) for _ in iter(target.read_head, b"")])
     with agent_here(gateway, tmp_path, http={APP: origin.port}), contextlib.ExitStack() as up:
         cut = 0
@@ -122,7 +122,7 @@ def test_agents_register_beside_silent_strangers(gateway, flooders):
 
 
 def test_proof_is_given_beside_silent_connections(gateway, flooders):
-    """A CA asks for it at HTTP_PORT."""
+    """The proof of an HTTP-01 validation, at HTTP_PORT."""
     port = gateway.inner.http_port
     with flooded(port, flooders):
         for _ in range(10):
@@ -146,7 +146,7 @@ def test_proof_is_given_beside_silent_connections(gateway, flooders):
 def test_connections_that_only_update_keys_end(
     gateway, tmp_path, origin, monkeypatch, port, hostname, first, answer_asked
 ):
-    """There are more of them than threads for steps, and none reads what it is answered."""
+    """More of them than there are step threads; none reads the answers to its key updates."""
     monkeypatch.setattr(duplex_module, "NO_PAYLOAD", 8 * 1024)
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"", "Connection: close"))))
     ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
@@ -170,7 +170,7 @@ def test_connections_that_only_update_keys_end(
 
 
 def test_own_ports_take_no_more_descriptors_than_visitors_may(cache, tmp_path, origin):
-    """Their visitors count with those of the public port."""
+    """Visitors of a tunnel's own port count as visitors of the public port."""
     with reserved_port() as port, contextlib.ExitStack() as up:
         changes = {"MAX_CONNECTIONS": "8", "TCP_PORTS": str(port), "TRUSTED_PROXIES": "127.0.0.1"}
         gateway = up.enter_context(gateway_here(cache, **changes))

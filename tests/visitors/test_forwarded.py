@@ -1,5 +1,5 @@
-"""Who a visitor is, where the target learns it, and what else it may see: as values, then on the
-wire, by every byte that a target receives."""
+"""What a target learns about its visitor: first as values, then on the wire, by every byte that a
+target receives."""
 
 import ipaddress
 import socket
@@ -34,7 +34,7 @@ def told(peer, *came, proxies=PROXIES):
     return fields(Fields(list(came)), peer, "https", HOST, proxies)
 
 
-# Whom to believe ---------------------------------------------------------------------------------
+# Trusted proxies ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_nobody_is_believed_unless_named():
 LIES = [
     ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Proto", "http"), ("x-forwarded-host", "bank"),
     ("X-Forwarded-Port", "1"), ("X-Real-IP", "1.2.3.4"), ("Forwarded", "for=1.2.3.4"),
-    # Some targets take them for the same, and no proxy writes them so.
+    # CGI and its like take these for the same names. Proxies do not write them so.
     ("X_Forwarded_For", "4.3.2.1"), ("X_Real_IP", "4.3.2.1"), ("X_FORWARDED-port", "2"),
 ]  # fmt: skip
 
@@ -125,16 +125,16 @@ def test_proxy_is_believed_and_its_fields_grow():
     ("chain", "client"),
     [
         ("198.51.100.7", "198.51.100.7"),
-        ("1.2.3.4, 198.51.100.7", "198.51.100.7"),  # left of a stranger is what it said itself
+        ("1.2.3.4, 198.51.100.7", "198.51.100.7"),  # to the left of an untrusted address: forged
         ("198.51.100.7, 10.9.9.9", "198.51.100.7"),
         ("1.2.3.4,198.51.100.7 ,\t10.9.9.9,2001:db8::5", "198.51.100.7"),
-        ("10.9.9.9, 10.8.8.8", "10.9.9.9"),  # all trusted: one of them visits
+        ("10.9.9.9, 10.8.8.8", "10.9.9.9"),  # all are trusted: the leftmost is the visitor
         ("::ffff:198.51.100.7", "198.51.100.7"),
         ("198.51.100.7, ::ffff:10.9.9.9", "198.51.100.7"),
         ("198.51.100.7:5678", "198.51.100.7"),
         ("[2001:DB9::0:7]:5678", "2001:db9::7"),
         ("2001:db9::7", "2001:db9::7"),
-        ("1.2.3.4, unknown", "10.0.0.1"),  # who stands left of it, nobody knows
+        ("1.2.3.4, unknown", "10.0.0.1"),  # left of "unknown" nothing counts
         ("1.2.3.4, unknown, 10.9.9.9", "10.9.9.9"),
         ("1.2.3.4, [unclosed", "10.0.0.1"),
         (" , ,", "10.0.0.1"),
@@ -158,7 +158,7 @@ def test_proxy_may_name_the_visitor_alone():
 
 
 def test_list_counts_more_than_a_single_name():
-    """Which may come from the visitor, through a proxy that makes only the list."""
+    """A proxy that writes only the list passes on the visitor's own X-Real-IP."""
     said = dict(told("10.0.0.1", ("X-Real-IP", "1.2.3.4"), ("X-Forwarded-For", "198.51.100.7")))
     assert said["X-Real-IP"] == "198.51.100.7"
 
@@ -252,8 +252,8 @@ ABOUT_THE_VISITOR = (
         ["connection: close, x-mine", "X-MINE: 1", "X-Mine: 2"],
         ["Connection: ,X-Mine,,", "Connection: X-Yours", "X-Mine: 1", "X-Yours: 2"],
         ["Keep-Alive: timeout=9", "Proxy-Connection: keep-alive", "TE: trailers"],
-        ["Proxy-Authorization: Basic x", "Upgrade: websocket"],  # nobody asked for it by Connection
-        # Whom it is for and who sent it is not the visitor's to take away.
+        ["Proxy-Authorization: Basic x", "Upgrade: websocket"],  # Upgrade without Connection
+        # Connection must not remove fields that name the recipient or the sender.
         ["Connection: X-Forwarded-For, X-Real-IP, Host, Forwarded"],
     ],
 )
@@ -284,7 +284,7 @@ def test_visitor_receives_no_field_of_the_targets_connection(visit, hop):
     assert got == b"HTTP/1.1 200 OK\r\nX-One: 1\r\nX-Other: 2\r\nContent-Length: 2\r\n\r\nok"
 
 
-# Whom a connection may reach ---------------------------------------------------------------------
+# Which hostnames a connection may reach ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -351,7 +351,8 @@ def test_visitor_without_sni_is_routed_by_host(gateway, origin):
     ],
 )
 def test_whom_a_policy_judges(chain, address):
-    """Where a proxy names nobody by address, it is nobody's: no list lets that in."""
+    """If a trusted proxy names no address, the visitor has none, and no list of addresses lets it
+    in."""
     proxies = Proxies([ipaddress.ip_network("10.0.0.0/8")])
     came = Fields([("X-Forwarded-For", chain)] if chain else [])
     assert visitor(came, "10.0.0.9", proxies) == address

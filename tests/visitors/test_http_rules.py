@@ -1,13 +1,13 @@
-"""The law of HTTP/1.1, rule by rule, in bytes: what a visitor sends, what becomes of it, and what
-the target may see; then the same for what a target answers.
+"""The rules of HTTP/1.1, in bytes: what a visitor sends, what happens to it, and what the target
+may see; then the same for a target's answers.
 
-The law is RFC 9110 and RFC 9112, the gateway stands between two readers of it, and its own rule is
-one sentence: what two of them could read differently goes no further. So most rows are attacks with
-names of their own (CL.TE, TE.CL, TE.TE, CL.0, response splitting): a request that is one for its
-first reader and two for its second. Each row passes a real gateway and its agent.
+The rules are RFC 9110 and RFC 9112. The gateway is one parser between two others, and adds one
+rule: a message that two parsers could read differently goes no further. So most rows are known
+attacks (CL.TE, TE.CL, TE.TE, CL.0, response splitting), such as a request that is one for the first
+parser and two for the second. Each row passes a real gateway and its agent.
 
-Four tables: REFUSED and PASSED are requests, BROKEN and ANSWERED are answers. Behind them what no
-table holds: answers cut short, connections that are kept, visitors that leave.
+Four tables: REFUSED and PASSED are requests, BROKEN and ANSWERED are answers. Below them are cases
+that no table holds: answers cut short, connections that are kept, visitors that leave.
 """
 
 import logging
@@ -38,8 +38,8 @@ from gotunnel_server.visitors import exchange
 HOST = b"Host: app.localhost"
 CHUNKED = b"Transfer-Encoding: chunked"
 NEXT = request("GET", "/next")
-# Seconds within which a target learns that its visitor has gone. One is promised, on a machine
-# that has nothing else to do.
+# Seconds within which a target learns that its visitor has gone. The gateway needs one second, on
+# a machine that has nothing else to do.
 SOON = 3
 
 
@@ -84,7 +84,7 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: app.localhost\r\n\r\n"
 ZERO = b"0\r\n\r\n"
 
 REFUSED = {
-    # name: (status, request). Behind each comes SMUGGLED, which nobody may answer.
+    # name: (status, request). SMUGGLED follows each; no target may get it.
     # RFC 9112 §2.2: lines end in CRLF; what is not text is refused.
     "bare lf": (400, b"GET / HTTP/1.1\nHost: app.localhost\n\n"),
     "bare lf behind one field": (400, b"GET / HTTP/1.1\r\nHost: app.localhost\nA: b\r\n\r\n"),
@@ -253,7 +253,7 @@ def test_refused_request_ends_its_connection_and_never_reaches_the_target(
     with gateway.dial(APP) as visitor:
         visitor.send(NEXT)
         target = origin.accept()
-        assert target.read_head().startswith(b"GET /next ")  # the first that it sees
+        assert target.read_head().startswith(b"GET /next ")  # and nothing before it
         target.send(answer(b"next"))
         assert visitor.read_message()[1] == b"next"
 
@@ -273,7 +273,7 @@ def test_good_requests_before_a_bad_one_are_answered(gateway, origin):
         assert target.read_head().startswith(b"HEAD /1 ")
         target.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
         visitor.read_head()
-        target = origin.accept()  # nobody knows what comes behind an answer to HEAD
+        target = origin.accept()  # a new one: after HEAD none is kept
         assert target.read_head().startswith(b"GET /2 ")
         target.send(answer(b"two"))
         assert visitor.read_message()[1] == b"two"
@@ -462,7 +462,7 @@ ANSWERED = {
     "until close, of nothing": (
         b"GET / HTTP/1.1", b"HTTP/1.1 200 OK\r\n\r\n$",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
-    # What breaks rules of HTTP and can be read in one way only; not kept, and written anew.
+    # Answers that break a rule but have one meaning only: written anew, and the stream is not kept.
     "lf": (b"GET / HTTP/1.1", b"HTTP/1.1 200 OK\nA: b\nContent-Length: 2\n\nok",
            b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 2\r\n\r\nok", False),
     "lf behind crlf": (b"GET / HTTP/1.1", b"HTTP/1.1 200 OK\r\nA: b\nContent-Length: 2\n\nok",
@@ -522,7 +522,7 @@ ANSWERED = {
             b"HTTP/1.1 204 No Content\r\n\r\n", False),
     "304": (b"GET / HTTP/1.1", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n",
             b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", False),
-    # What comes behind an answer belongs to nobody.
+    # Bytes behind an answer belong to no request.
     "head with a body": (b"HEAD / HTTP/1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
                          b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", False),
     "204 with a body": (b"GET / HTTP/1.1", b"HTTP/1.1 204 No Content\r\n\r\n0\r\n\r\n",
@@ -650,7 +650,7 @@ def test_broken_answer_is_a_502_and_its_target_is_hung_up_on(gateway, origin, se
             head, page = visitor.read_message()
         assert error_of(head) == (502, "bad-answer") and page
         assert read_until_gone(target) == b""
-        visitor.send(NEXT)  # its own connection is in step
+        visitor.send(NEXT)  # the visitor's own connection can go on
         target = origin.accept()
         assert target.read_head().startswith(b"GET /next ")
         target.send(answer(b"next"))
@@ -658,7 +658,7 @@ def test_broken_answer_is_a_502_and_its_target_is_hung_up_on(gateway, origin, se
 
 
 def test_words_of_a_target_that_speaks_no_http_are_for_the_log_alone(gateway, origin, caplog):
-    """Its greeting may name what is not the visitor's to know."""
+    """The greeting of such a server may tell what visitors must not learn."""
     caplog.set_level(logging.INFO)
     visitor, target = asked_for(gateway, origin, get())
     with visitor:
@@ -720,14 +720,14 @@ def test_body_that_breaks_never_looks_whole(gateway, origin, sent, version):
 
 
 def kept_streams(gateway):
-    """They are put there right after the visitor has its answer."""
+    """The idle streams that wait for another request."""
     [tunnel] = gateway.inner.tunnels.registered()
     return [stream for _, stream in tunnel._kept._by_hostname.get(APP, ())]
 
 
 def test_stream_that_carried_a_body_is_not_kept(gateway, origin):
-    """CL.0: a target that reads no body where it expects none would answer to what is in it, and
-    the next visitor would get that answer."""
+    """CL.0: a target that ignores a body would take it for the next request, and the next visitor
+    would get the answer to that."""
     with gateway.dial(APP) as attacker:
         attacker.send(request("POST", "/static", body=SMUGGLED))
         careless = origin.accept()
@@ -760,7 +760,7 @@ def test_bytes_that_come_behind_an_answer_later_spoil_its_connection(gateway, or
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_request_is_sent_at_most_twice(gateway, origin, count):
-    """However many kept connections are there: a target that dies of a request is not killed
+    """However many streams are kept. Otherwise a request that crashes its target would crash it
     again and again."""
     visitors = [asked_for(gateway, origin, get()) for _ in range(count)]
     for number, (visitor, target) in enumerate(visitors, 1):
@@ -811,15 +811,15 @@ def test_answer_that_has_begun_is_not_asked_for_again(gateway, origin):
         assert origin.was_left_alone()
 
 
-# No answer is another's --------------------------------------------------------------------------
+# Each visitor gets its own answers ---------------------------------------------------------------
 
 VISITORS = 50
 LENGTHS = [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
 
 
 def moody_echo(target):
-    """Says what it was asked, and behind a complete answer now and then does what targets do: it
-    takes its time, closes, announces that it closes or not, or answers in chunks."""
+    """Echoes the request. Now and then it does what targets do: it answers late or in chunks, or it
+    closes after a complete answer, announced or not."""
     while True:
         head, body = target.read_message()
         mood = random.random()
@@ -882,7 +882,7 @@ LEAVE = pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
 
 
 def assert_gone(target):
-    """The target learns soon that nobody wants its answer any more."""
+    """The target soon sees that its connection is closed."""
     target.sock.settimeout(SOON)
     read_until_gone(target)
 
@@ -934,7 +934,7 @@ def test_target_learns_that_a_visitor_has_left_a_running_upload(gateway, origin,
 @LEAVE
 def test_target_that_does_not_read_learns_that_the_visitor_has_left(gateway, origin, leave):
     visitor, target = asked_for(gateway, origin, post(b"Content-Length: 1000000000000"))
-    visitor.sock.settimeout(0.2)  # by then all that lies between the two is full
+    visitor.sock.settimeout(0.2)  # by then all buffers on the way are full
     with pytest.raises(TimeoutError):
         while True:
             visitor.send(bytes(MIB))

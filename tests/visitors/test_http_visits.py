@@ -252,7 +252,7 @@ def test_late_bytes_of_an_answer_end_its_connection_and_reach_nobody(gateway, or
         wait_until(lambda: len(tunnel._kept._all) == 1)
         target.send(late)
         with contextlib.suppress(*CUT):
-            assert target.read_to_end() == b""  # although nobody has asked for it
+            assert target.read_to_end() == b""  # the gateway closes it at once
         wait_until(lambda: not tunnel._kept._all)
     with gateway.dial(APP) as visitor:
         visitor.send(request())
@@ -263,12 +263,12 @@ def test_late_bytes_of_an_answer_end_its_connection_and_reach_nobody(gateway, or
 
 
 def test_body_that_is_late_for_head_reaches_no_other_visitor(gateway, origin):
-    """As ``do_HEAD = do_GET`` in a handler of http.server sends it."""
+    """An http.server handler with ``do_HEAD = do_GET`` sends such a body."""
 
     def script(target):
         if target.read_head().startswith(b"HEAD"):
             target.send(b"HTTP/1.1 200 OK\r\nContent-Length: 45\r\n\r\n")
-            target.read_head()  # of the next visitor, if it gets this connection
+            target.read_head()  # the next visitor's, if this connection were kept
             target.send(answer(b"another's"))
         else:
             target.send(answer(b"its own"))
@@ -283,7 +283,7 @@ def test_body_that_is_late_for_head_reaches_no_other_visitor(gateway, origin):
 
 
 def test_kept_connections_wait_in_silence_and_go_on(gateway, origin):
-    """They are parked with the listener while others are served."""
+    """Idle visitors are parked with the listener meanwhile."""
     origin.serve(echo_path)
     with gateway.dial(APP) as first, gateway.dial(APP) as second:
         for number in range(5):
@@ -414,7 +414,7 @@ def test_upgrade_carries_raw_bytes_both_ways_from_the_first_on(gateway, origin):
 )
 @pytest.mark.parametrize("first", ["visitor", "target"])
 def test_half_close_is_passed_on_after_an_upgrade(gateway, origin, fields, body, first):
-    """Whatever the request was: docker sends a POST with a body, kubectl one of no bytes."""
+    """After any request: docker sends a POST with a body, kubectl one with an empty body."""
     hello = request("POST", "/exec", "Connection: Upgrade", "Upgrade: SPDY/3.1", *fields)
     with gateway.dial(APP) as visitor:
         visitor.send(hello + body)
@@ -586,7 +586,7 @@ def test_response_timeout_does_not_cut_an_answer_that_has_begun(cache, tmp_path,
             assert visitor.read_exactly(4) == b"rest"
 
 
-# Whose request it is -----------------------------------------------------------------------------
+# Answers of the gateway itself -------------------------------------------------------------------
 
 
 def test_target_that_is_down_is_a_502(cache, tmp_path):
@@ -600,8 +600,7 @@ def test_target_that_is_down_is_a_502(cache, tmp_path):
 
 
 def test_target_cannot_speak_in_the_gateways_name(gateway, origin):
-    """By the field that says that an answer is the gateway's: in a head, an interim one, a 101,
-    nor in trailers."""
+    """X-Gotunnel-Error is removed from heads, interim heads, 101 and trailers of a target."""
     ours = b"X-Gotunnel-Error: no-tunnel\r\nX_Gotunnel.Error: no-tunnel\r\n"
     with gateway.dial(APP) as visitor:
         visitor.send(request())
@@ -738,7 +737,7 @@ def test_fields_of_one_connection_stay_there(gateway, origin):
         assert not names & {"connection", "x-yours", "keep-alive", "proxy-authenticate"}
 
 
-# Visitors who know no manners --------------------------------------------------------------------
+# Broken and hostile visitors ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -895,7 +894,7 @@ def _is_served(gateway):
 
 
 def test_silent_visitors_hold_no_worker(cache, tmp_path, origin):
-    """More of them than there are workers, in each place where one can be silent."""
+    """More silent visitors than workers, in each state in which a visitor can be silent."""
     origin.serve(echo_path)
     with served_with(cache, tmp_path, origin, WORKERS="2") as gateway, contextlib.ExitStack() as up:
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""Logins that sign in a connection (NTLM, Negotiate): whose is the target's connection then?"""
+"""Logins that are valid for a connection (NTLM, Negotiate): it serves one visitor only."""
 
 import contextlib
 
@@ -91,7 +91,7 @@ def test_either_side_shows_a_login(gateway, origin, seen, method):
 
 
 def test_visitor_that_has_signed_in_stays_so_with_any_request(gateway, origin):
-    """Also with those after which no other visitor would get the connection."""
+    """Also with requests after which a shared connection would not be kept."""
     with gateway.dial(APP) as visitor:
         target = signed_in(visitor, origin)
         chunked = request("POST", "/", "Transfer-Encoding: chunked") + b"1\r\nx\r\n0\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Many visitors at once, and some that are slow: what they cost, and that nobody waits for them.
+"""Many visitors at once, and slow ones: what they cost, and that no other visitor waits for them.
 
 All of them come from one address, of which a gateway serves a part of WORKERS at a time; where a
 test needs them all, that address is a trusted proxy's.
@@ -44,9 +44,9 @@ def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
         pytest.skip(f"{descriptor_limit()} descriptors, {NEEDED} are needed: ulimit -n")
     origin.serve(echo)
     with contextlib.ExitStack() as up:
-        # Four threads for requests, of which one address gets two: the one that serves, and the one
-        # before, which may not have ended when its answer is read. Idle connections that held them
-        # would stop everybody.
+        # Four exchange threads, of which one address gets two: one for the present visit, one for
+        # the visit before, whose thread may still be ending. If idle connections held threads, no
+        # visit could be served.
         gateway = up.enter_context(gateway_here(cache, WORKERS="4"))
         up.enter_context(agent_here(gateway, tmp_path, http={APP: origin.port}))
         alone = statistics.median(visit(gateway) for _ in range(20))
@@ -57,19 +57,19 @@ def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
             visitor.send(request("GET", f"/{number}"))
             assert visitor.read_message()[1] == f"/{number}".encode()
             idle.append(visitor)
-        # Those for steps, at most 32, are made when two steps happen to meet.
+        # Step threads, at most 32, are started when two steps happen at the same time.
         assert threading.active_count() <= threads + 32
         beside = statistics.median(visit(gateway) for _ in range(20))
         print(f"visit: {alone * 1000:.1f} ms alone, {beside * 1000:.1f} ms beside {IDLE} idle, "
               f"{threads} threads, then {threading.active_count()}")  # fmt: skip
         assert beside < PROMPT
-        for number in (0, IDLE // 2, IDLE - 1):  # and they go on
+        for number in (0, IDLE // 2, IDLE - 1):  # the idle ones still work
             idle[number].send(request("GET", "/again"))
             assert idle[number].read_message()[1] == b"/again"
 
 
 def test_slow_visitors_delay_nobody(cache, tmp_path, origin):
-    """One that sends a head byte by byte, one that sends a body so, one that reads nothing."""
+    """One sends its head byte by byte, one its body; one reads nothing."""
     answers_flow = threading.Event()
 
     def script(target):
@@ -97,7 +97,7 @@ def test_slow_visitors_delay_nobody(cache, tmp_path, origin):
             slow_head.send(bytes([byte]))
             slow_body.send(b"1\r\nx\r\n")
             assert visit(gateway) < PROMPT
-        assert not answers_flow.is_set()  # it is still held up by who reads nothing
+        assert not answers_flow.is_set()  # still blocked by the visitor that reads nothing
         slow_head.send(head[-1:])
         assert slow_head.read_message()[1] == b"/trickled"
         slow_body.send(b"0\r\n\r\n")

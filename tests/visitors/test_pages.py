@@ -99,14 +99,14 @@ def test_landing_page_has_no_other_form():
 
 @pytest.fixture
 def gateway(cache):
-    """A gateway that nobody serves APP with; its certificate for it is an earlier agent's."""
+    """A gateway where no agent serves APP any more; it still has the certificate."""
     with gateway_here(cache) as gateway:
         gateway.inner._keeper.want([APP])
         yield gateway
 
 
 def ask(gateway, sent, host=APP):
-    """The answer to what is sent, whose connection is closed or goes on: (head, body)."""
+    """Send a request; the answer as (head, body)."""
     with gateway.dial(host) as visitor:
         visitor.send(sent)
         return visitor.read_message()
@@ -158,7 +158,7 @@ def test_head_gets_the_length_of_the_page_and_no_body(gateway, form):
 
 
 def test_malformed_request_behind_a_head_gets_its_page(gateway):
-    """Whose request is not understood is not taken for the one before."""
+    """It is not answered as if it were the HEAD, with its Accept, before it."""
     with gateway.dial(APP) as visitor:
         visitor.send(request("HEAD", "/", "Accept: application/json"))
         visitor.read_head()
@@ -172,7 +172,7 @@ def test_gateway_that_is_busy_says_so_in_the_form_that_is_wanted(cache, tmp_path
         with agent_here(gateway, tmp_path, http={APP: origin.port}), gateway.dial(APP) as first:
             first.send(request())
             target = origin.accept()
-            target.read_head()  # one address may have one of two
+            target.read_head()  # one address gets one of the two places
             head, body = ask(gateway, request("GET", "/", "Accept: application/json"))
             assert said(head) == (503, "gateway-busy", pages.JSON)
             assert json.loads(body)["error"] == "gateway-busy"

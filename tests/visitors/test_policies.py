@@ -1,4 +1,4 @@
-"""Policies, through a whole gateway: who is let in, and that nothing reaches the agent before."""
+"""Policies, through a whole gateway: which visitors are let in; no other reaches the agent."""
 
 import base64
 import contextlib
@@ -239,7 +239,7 @@ def test_no_door_of_a_tcp_hostname_is_left_open(cache, tmp_path, origin, door, p
                     assert is_cut(wire)
             else:
                 to = int(port) if door == "port" else gateway.public_port
-                with contextlib.suppress(ConnectionResetError):  # quicker than the connection is
+                with contextlib.suppress(ConnectionResetError):  # perhaps already in connect()
                     with Wire(socket.create_connection(("127.0.0.1", to), TIMEOUT)) as wire:
                         wire.send(b"SSH-2.0-x\r\n")
                         assert is_cut(wire)
@@ -278,7 +278,7 @@ def test_connections_have_a_rate_too(gateway, tmp_path, origin):
         assert origin.was_left_alone()
 
 
-# What comes off the wire -------------------------------------------------------------------------
+# Policies that an agent sends --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

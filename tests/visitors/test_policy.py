@@ -274,7 +274,7 @@ def test_default_password_counts_in_http_mode_only():
         (["10.0.0.0/8"], ["10.1.0.0/16"], "10.2.2.3", True),
         (["10.1.0.0/16"], ["10.0.0.0/8"], "10.1.2.3", False),
         (["10.0.0.0/8"], ["11.0.0.0/8"], "12.0.0.1", False),
-        (["0.0.0.0/0", "::/0"], None, "unknown", False),  # whose address is none is nowhere
+        (["0.0.0.0/0", "::/0"], None, "unknown", False),  # no address is on no list
         (None, ["10.0.0.0/8"], "", False),
     ],
 )
@@ -482,7 +482,7 @@ def test_field_that_holds_no_password_is_refused_without_computing(authorization
         basic("ME"),
         basic("me", PASSWORD + " "),
         encoded(b"\xff\xfe:\xff"),
-        basic("me", HASH),  # the hash is no password
+        basic("me", HASH),  # the hash does not open
     ],
 )
 def test_wrong_password_and_unknown_user_cost_one_computation_and_read_the_same(
@@ -520,7 +520,7 @@ def test_password_of_one_user_is_not_that_of_another(computed):
 
 
 def test_unknown_user_always_costs_the_same(monkeypatch):
-    """Where hashes differ in cost, which one is computed must not change from time to time."""
+    """Hashes may differ in cost, so for one unknown user always the same one is computed."""
     costs = []
     monkeypatch.setattr(Hash, "compute", lambda self, password: costs.append(self.r) or b"")
     hashes = [str(Hash(10, r, 1, b"x" * 16, bytes(32))) for r in (8, 9, 10, 11)]
@@ -540,18 +540,18 @@ def test_failures_are_bounded_by_address_before_anything_is_computed(computed):
     ]  # fmt: skip
     assert outcomes == [ASKED] * basic_auth.FAILURES + [TOO_MANY] * (50 - basic_auth.FAILURES)
     assert len(computed) == basic_auth.FAILURES
-    denial = judged.judge_request(HOME, basic("me"))  # the right one has to wait as well ...
+    denial = judged.judge_request(HOME, basic("me"))  # the right password is locked, too
     assert outcome(denial) == TOO_MANY
     assert fields(denial) == (("Retry-After", "10"),)
-    assert comes_in(judged.judge_request(ABROAD, basic("me")))  # ... but not elsewhere,
-    assert outcome(judged.judge_request(HOME, basic("me"))) == TOO_MANY  # which helps no guesser
+    assert comes_in(judged.judge_request(ABROAD, basic("me")))  # not from elsewhere
+    assert outcome(judged.judge_request(HOME, basic("me"))) == TOO_MANY  # that unlocks nothing here
     clock.now += 10
     assert outcome(judged.judge_request(HOME, basic("me", "wrong"))) == ASKED
     assert outcome(judged.judge_request(HOME, basic("me", "wrong too"))) == TOO_MANY
 
 
 def test_who_has_come_in_stays_in_though_others_of_that_address_guess(computed):
-    """Up to a number of guesses: each could be the right one, and would be let in as known."""
+    """Up to GUESSES: a guess that hits the remembered password would be let in."""
     clock = Clock()
     judged = guarded(clock)
     assert comes_in(judged.judge_request(HOME, basic("me")))
@@ -605,7 +605,7 @@ def waiting_to_compute() -> int:
 
 
 def test_a_login_waits_for_no_more_than_one_guess_of_each_other_tunnel(monkeypatch):
-    """And at a tunnel where others guess, for one of each of them."""
+    """And for one guess of each other address at its own tunnel."""
     monkeypatch.setattr(basic_auth, "_gate", Gate(1, basic_auth.WAITING_TO_COMPUTE))
     computed, may_end, compute = [], threading.Semaphore(0), Hash.compute
 
@@ -653,7 +653,7 @@ def test_rate_comes_before_the_password(computed):
 
 
 class Slow:
-    """Stands in for scrypt: says how many have begun, and lets them end when told."""
+    """Stands in for scrypt: counts computations, and lets them end when a test says so."""
 
     def __init__(self, monkeypatch):
         self.begun, self.may_end = threading.Semaphore(0), threading.Event()
@@ -704,7 +704,7 @@ def test_guesses_of_one_address_all_at_once_are_bounded_as_well(monkeypatch):
 
 def test_few_are_computed_at_once_few_wait_and_the_rest_is_sent_away(monkeypatch):
     slow = Slow(monkeypatch)
-    tunnels = [guarded(), guarded()]  # what is bounded is the process
+    tunnels = [guarded(), guarded()]  # the limit is for the whole process
     count = 2 * basic_auth.WAITING_TO_COMPUTE
     with ThreadPoolExecutor(count) as pool:
         verdicts = [

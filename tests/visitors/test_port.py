@@ -1,4 +1,4 @@
-"""What a public port is made of: what is said once, and a place that is given back."""
+"""A public port: warnings that are logged once, and places that are given back."""
 
 import logging
 import socket
@@ -12,7 +12,7 @@ from gotunnel_server.visitors.room import Room, Timeouts
 
 
 def test_what_is_said_once_is_said_once_by_all_threads(caplog):
-    """Scanners come in crowds."""
+    """Several threads may warn at the same time."""
     port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     said = []
 
@@ -37,7 +37,7 @@ def test_what_is_said_once_is_said_once_by_all_threads(caplog):
 
 
 def test_request_that_finds_no_thread_gives_its_place_back():
-    """As when the gateway stops in that moment."""
+    """The pool of threads refuses it when the gateway is stopping."""
     port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     port.listener = None  # not needed: the connection is never parked
     port.stop(TIMEOUT)

@@ -89,14 +89,14 @@ def test_keys_are_bounded_and_the_first_that_has_one_keeps_it(monkeypatch):
 
 @pytest.fixture
 def gateway(cache, tmp_path, origin):
-    """Two hostnames that it could be for."""
+    """A gateway with two tcp hostnames, so that only the key can decide."""
     with gateway_here(cache) as gateway:
         with agent_here(gateway, tmp_path, tcp={RAW: origin.port, SECOND: 9}):
             yield gateway
 
 
 def begin(gateway, origin, way):
-    """A session that has its key: its visitor and its target."""
+    """Begin a session whose key the visitor has got; its visitor and its target."""
     context = tls_context(gateway.ca_file)
     if way == "direct":
         context.set_alpn_protocols(["postgresql"])
@@ -138,7 +138,7 @@ def test_a_cancel_request_with_another_key_reaches_nothing_and_says_so(gateway, 
         for _ in range(2):
             with Wire(dial_plain(gateway)) as second:
                 second.send(cancel_request(KEY[::-1]))
-                assert second.read_to_end() == b""  # as of a server that does not know it
+                assert second.read_to_end() == b""  # as PostgreSQL does with an unknown key
         assert origin.was_left_alone()
     lines = [line.levelname for line in caplog.records if "CancelRequest" in line.message]
     assert lines == ["WARNING", "DEBUG"]

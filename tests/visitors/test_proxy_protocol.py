@@ -1,4 +1,4 @@
-"""Who visits, end to end, by the PROXY protocol: told to targets, and believed of front proxies."""
+"""The PROXY protocol, end to end: sent to targets, and read from trusted proxies."""
 
 import collections
 import contextlib
@@ -295,7 +295,7 @@ def test_ssh_visitor_behind_a_trusted_proxy_is_who_it_says(cache, tmp_path, orig
 
 
 def test_silent_visitor_behind_a_trusted_proxy_hears_the_target(cache, tmp_path, origin):
-    """The header alone is no word of the visitor's, which waits for a banner."""
+    """After the header the visitor has sent nothing: it waits for the server's greeting."""
     header = encode("v1", VISITOR, DESTINATION)
     environment = {**TRUSTED, "RAW_TCP_HOST": RAW}
     with pair(cache, tmp_path, origin.port, mode="tcp", version="v1", **environment) as gateway:
@@ -362,7 +362,7 @@ def test_trusted_proxy_may_name_a_visitor_in_its_fields_instead(cache, tmp_path,
 @pytest.mark.parametrize("mode", ["http", "tcp"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_stranger_with_a_header_is_cut_off(cache, tmp_path, origin, version, send, mode):
-    """Other bytes would lead to RAW_TCP_HOST, as the SSH that follows does."""
+    """Any other first bytes would be relayed to RAW_TCP_HOST."""
     header = encode(version, VISITOR, DESTINATION)
     environment = {**STRANGE, "RAW_TCP_HOST": RAW}
     with pair(cache, tmp_path, origin.port, mode=mode, **environment) as gateway:
@@ -376,7 +376,7 @@ def test_stranger_with_a_header_is_cut_off(cache, tmp_path, origin, version, sen
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_stranger_with_a_header_is_cut_off_at_a_port_of_its_own(cache, tmp_path, origin, version):
-    """There the target is dialled before a byte has come: it may be the one that greets."""
+    """On such a port the target is connected before a byte has come, since it may greet first."""
     with own_port(cache, tmp_path, origin.port, **STRANGE) as visitor:
         with origin.accept() as target:
             visitor.send(encode(version, VISITOR, DESTINATION))
@@ -435,7 +435,7 @@ def ask_plainly(port, *pieces):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_plain_ports_believe_a_trusted_proxy(cache, version):
-    """A CA asks there for its proof, and visitors are sent on."""
+    """A CA may look for its proof there, and visitors are redirected."""
     header = encode(version, VISITOR, DESTINATION)
     with gateway_here(cache, HTTP_PORT="auto", **TRUSTED) as gateway:
         statuses = {gateway.inner.http_port: b" 301 ", gateway.dashboard_port: b" 200 "}
@@ -459,7 +459,7 @@ def test_a_visitor_of_a_plain_port_has_the_share_of_its_own_address(cache, monke
 
 
 def test_visitors_that_a_proxy_brings_to_the_plain_port_count_as_all_do(cache, monkeypatch):
-    """One that ends TLS brings all of them there: no fewer connections, and no second limits."""
+    """A proxy that ends TLS brings all visitors there: both ports share their limits."""
     monkeypatch.setattr(capacity, "HTTP_CONNECTIONS", 1)
     with gateway_here(cache, HTTP_PORT="auto", MAX_CONNECTIONS="3", **TRUSTED) as gateway:
         public = gateway.inner._visitors

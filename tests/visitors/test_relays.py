@@ -1,4 +1,4 @@
-"""Relays, with a visitor and a stream that do what a real one seldom does."""
+"""Relays, with a stand-in for visitor and stream, for cases that are rare in real ones."""
 
 import contextlib
 import queue
@@ -19,7 +19,7 @@ from gotunnel_server.visitors.room import Room, Timeouts
 
 
 class End:
-    """An end of a relay: reads what it is told to, and notes what is done to it."""
+    """An end of a relay: a test says what it reads, and sees what is done to it."""
 
     refused = False
 
@@ -86,7 +86,7 @@ def test_agent_that_ignores_the_held_fin_keeps_no_thread():
         assert stream.finished.wait(TIMEOUT)
         assert stream.was_reset.wait(TIMEOUT) and visitor.was_reset.wait(TIMEOUT)
     assert (stream.written, visitor.written) == ([b"question"], [b"answer"])
-    assert not visitor.finished.is_set()  # the answer may not have been all
+    assert not visitor.finished.is_set()  # the answer may be incomplete
     assert has_ended("relay back")
 
 
@@ -128,7 +128,7 @@ def test_agent_that_answers_the_held_fin_has_its_answer_passed_on_whole():
 
 
 def test_fin_is_held_as_long_as_a_slow_visitor_takes_what_has_come():
-    """FIN would end the visit at the agent, and cost the visitor the rest of the answer."""
+    """At this agent a FIN ends the visit, and the visitor would lose the rest of the answer."""
     visitor, stream = End(b""), End(b"answer")
     began, may_end = threading.Event(), threading.Event()
 
@@ -182,7 +182,7 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
 
 @pytest.mark.parametrize("half_close", [True, False])
 def test_visit_without_a_thread_is_reset_on_both_sides_and_said(monkeypatch, caplog, half_close):
-    """An empty but complete one would be another thing for visitor and target."""
+    """A mere close would look like an empty, complete visit."""
     port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)

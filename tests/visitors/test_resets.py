@@ -1,7 +1,7 @@
-"""What comes before a reset reaches the other end, and then the reset does.
+"""Bytes sent before a reset reach the other end, and then the reset does.
 
-Linux hands out what came before ECONNRESET, so a program that is reached directly gets it. A
-program resets a connection without meaning to when it closes it with input unread.
+Linux delivers such bytes before ECONNRESET, so without a tunnel they arrive, too. A program can
+reset a connection unintentionally: by closing it with input unread.
 """
 
 import fcntl
@@ -71,7 +71,7 @@ def test_answer_of_a_target_that_closes_with_input_unread_comes_whole(served, or
             with origin.accept() as target:
                 target.sock.recv(4)
                 target.send(answer)
-                wait_until(lambda: unsent(target) == 0)  # its own close() would drop that
+                wait_until(lambda: unsent(target) == 0)  # else its close() would drop the answer
             assert read_to_reset(visitor) == answer
 
 
@@ -132,7 +132,7 @@ def test_urgent_bytes_stay_in_their_place_both_ways(served, origin):
 
 
 def test_abor_of_ftp_comes_whole(served, origin):
-    """Python's ftplib sends it as urgent data, as RFC 959 wants: its last byte would be lost."""
+    """Python's ftplib sends ABOR as urgent data (RFC 959); its last byte must not be lost."""
 
     def serve(wire):
         wire.send(b"220 ready\r\n")

@@ -205,7 +205,7 @@ def test_download_that_pauses_too_long_is_reset_and_logged(
 
 
 def test_download_of_a_slow_reader_goes_on(serving, origin):
-    """The kernel says that there is room when megabytes were read, which takes far longer."""
+    """The socket is writable again only after megabytes were read, which takes far longer."""
     gateway = serving(STALL_TIMEOUT="1")
     visitor, target = begin(gateway, origin, method="GET", version="HTTP/1.0")
     with visitor:
@@ -268,7 +268,7 @@ def test_agent_has_a_stall_timeout_of_its_own(serving, origin, caplog):
 
 
 def test_page_that_does_not_fit_is_reset():
-    """Also where no exchange looks after the answer: a part of a page must not look whole."""
+    """Part of a page must not look complete, also when no exchange is there to reset it."""
 
     class Full:
         events = []
@@ -333,7 +333,7 @@ def test_visitor_that_sends_on_holds_no_worker(serving, origin):
 
 @pytest.mark.parametrize("constant", ["PARTING_TIME", "PARTING_TIMEOUT", "MAX_PARTING"])
 def test_visitor_that_sends_on_has_its_time_and_no_more(serving, origin, monkeypatch, constant):
-    """In all, in silence, and less if many do so."""
+    """A total limit, a limit for silence, and shorter ones if many visitors do so."""
     monkeypatch.setattr(listener, "SWEEP", 0.05)
     monkeypatch.setattr(connection, "FULL_PARTING_TIME", 0.3)
     gateway = serving()
@@ -367,7 +367,7 @@ def test_visitor_that_leaves_after_its_answer_is_not_waited_for(serving, origin)
     wait_until(lambda: not gateway.inner._visitors.parting._taken, 3)
 
 
-# Visitors that make much work of few bytes -------------------------------------------------------
+# Visitors that cause much work with few bytes ----------------------------------------------------
 
 
 @pytest.fixture

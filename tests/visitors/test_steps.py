@@ -1,5 +1,4 @@
-"""The tables of states: each state has a step, and leads to states of its own kind. And where a
-connection waits."""
+"""The tables of steps are complete, and connections wait in the right place."""
 
 import types
 
@@ -35,7 +34,7 @@ def test_time_that_is_up_again_and_again_closes_the_connection(steps):
 
 
 class Waiting(Stepwise):
-    """Waits, and notes how: ``lingered`` in its thread, or ``parked`` with the listener."""
+    """Counts how it waits: ``lingered`` in its thread, or ``parked`` with the listener."""
 
     def __init__(self, crowded):
         self.lingered = self.parked = 0
@@ -68,7 +67,7 @@ class Waiting(Stepwise):
 
 
 def test_visit_without_a_thread_is_reset_and_said(caplog):
-    """Not closed: that would be an empty but complete visit."""
+    """A mere close would look like an empty, complete visit."""
     done = []
 
     def relay(self):
@@ -93,14 +92,14 @@ def test_a_visitor_that_goes_on_at_once_is_waited_for_unless_others_wait_for_a_t
 
 
 def test_an_exchange_thread_waits_for_the_next_request_also_while_others_wait_for_steps():
-    """Parked, the visitor would need a step thread, and so would ever more of them."""
+    """A parked visitor needs a step thread again, which would add to the crowd."""
     connection = Waiting(crowded=True)
     connection._take_steps({"waiting": Step(Waiting._wait_for_more)})
     assert (connection.lingered, connection.parked) == (1, 1)
 
 
 def test_a_visitor_that_trickles_takes_few_steps():
-    """Byte by byte: each would take one. Where nothing is called later any more, it parks."""
+    """Otherwise each byte would take a step. While the listener stops, it only parks."""
     waiting = Waiting(crowded=True)
     for _ in range(FREE_WAITS + 1):
         waiting.ready()

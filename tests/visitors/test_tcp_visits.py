@@ -80,7 +80,7 @@ def test_half_close_of_the_visitor_lets_the_target_go_on(gateway, origin, farewe
         if farewell:
             visitor.finish()
         else:
-            socket.socket.shutdown(visitor.sock, socket.SHUT_WR)  # TLS is not told
+            socket.socket.shutdown(visitor.sock, socket.SHUT_WR)  # FIN without TLS's close_notify
         assert target.read_to_end() == b"question"
         target.send(b"a long ")
         assert visitor.read_exactly(7) == b"a long "
@@ -135,7 +135,7 @@ def test_relay_ends_with_its_session_also_when_one_side_has_finished(cache, tmp_
                 visitor.finish()
                 assert target.read_to_end() == b""
                 gateway.inner.tunnels.close()
-                # Nothing is sent to the target meanwhile: it would bring the end about itself.
+                # Nothing is sent to the target meanwhile: that alone would end its connection.
                 wait_until(lambda: target.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
@@ -256,7 +256,7 @@ def test_ssh_runs_a_command_and_fetches_a_file(cache, tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_visitor_gets_the_protocol_that_it_offers(gateway, origin, offered, selected, version):
-    """PostgreSQL's clients and gRPC's insist on it."""
+    """Clients of PostgreSQL and gRPC require ALPN."""
     context = tls_context(gateway.ca_file)
     context.maximum_version = version
     context.set_alpn_protocols(offered.split())
