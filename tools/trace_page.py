@@ -73,6 +73,7 @@ time { justify-self: end; padding-top: 9px; color: var(--faint); }
 .payload { padding-left: 10px; border-left: 3px solid var(--line); }
 pre { margin: 6px 0 0; padding: 7px 10px; background: var(--box); border-radius: 4px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+.remark { margin: 4px 0 0; color: var(--faint); font-size: 13px; }
 .windows { display: grid; grid-template-columns: max-content minmax(40px, 200px) max-content;
   gap: 1px 10px; align-items: center; margin-top: 6px; color: var(--faint); font-size: 13px; }
 .windows > p { grid-column: 1 / -1; margin: 0; }
@@ -173,7 +174,11 @@ def _hex(row):
 
 
 def _lines(row):
-    return f"<pre>{escape(chr(10).join(row.lines))}</pre>" if row.lines else ""
+    """What was sent, and remarks on it, which stand in parentheses."""
+    remarks = [line for line in row.lines if line.startswith("(")]
+    sent = "\n".join(line for line in row.lines if line not in remarks)
+    parts = [f'<p class="remark">{escape(remark)}</p>' for remark in remarks]
+    return "".join([*parts, f"<pre>{escape(sent)}</pre>" if sent else ""])
 
 
 def _windows(row):

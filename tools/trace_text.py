@@ -26,7 +26,8 @@ INDENT = "  "
 HOW_TO_READ = """\
 Time is in ms since the agent dialled. Between gateway and agent each arrow is one frame of yamux,
 inside TLS. In hex: its header, 12 bytes (version, type, flags, stream id, length), then the first
-bytes of its payload. "may send": what is left of the stream's two windows after the frame."""
+bytes of its payload. "may send" is what is left of the stream's two windows after the frame: DATA
+takes from its sender's window, credit adds to its receiver's."""
 
 RESET, BOLD, DIM = "\33[0m", "\33[1m", "\33[2m"
 COLOURS = {  # kind of row: how its arrow and title are shown

@@ -232,7 +232,23 @@ def test_the_windows_are_those_of_the_mux():
         flows = {"gateway": gateway._mux._flows[2], "agent": agent._mux._flows[2]}
         wait_until(lambda: {side: flows[side].may_send for side in flows} == windows)
         close_all(gateway, agent)
-    assert any(row.title.endswith("the window has grown") for row in rows)
+
+
+def test_credit_that_exceeds_all_before_has_let_the_window_grow():
+    frames = [
+        ("gateway", "agent", Header(WINDOW_UPDATE, SYN, 2, 0)),
+        ("gateway", "agent", Header(DATA, 0, 2, 1000)),
+        ("agent", "gateway", Header(WINDOW_UPDATE, 0, 2, 1000)),
+        ("agent", "gateway", Header(WINDOW_UPDATE, 0, 2, 1)),
+    ]
+    events = [
+        Event(at, source, sink, header, bytes(5), 1000 if header.type == DATA else 0, "")
+        for at, (source, sink, header) in enumerate(frames)
+    ]
+    before, after = Ladder("tcp").rows(events)[2:]
+    assert before.title == "credit: the gateway may send 1000 bytes more on stream 2"
+    assert before.windows["gateway"] == INITIAL_WINDOW
+    assert after.title.endswith("may send 1 byte more on stream 2; the window has grown")
 
 
 # Cutting and folding -----------------------------------------------------------------------------
