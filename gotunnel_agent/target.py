@@ -214,6 +214,8 @@ def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> 
     except ssl.SSLError as error:
         text = f"the TLS handshake failed ({error.reason or error}); is it a port with TLS?"
         raise Unserved(UNREACHABLE, text) from None
+    except ConnectionRefusedError as error:
+        raise Unserved(UNREACHABLE, f"{error.strerror}; does a program listen there?") from None
     except OSError as error:
         raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
 

@@ -317,7 +317,8 @@ def test_refused_connection_is_a_502_at_once(gateway, tmp_path, caplog, monkeypa
     with reserved_port() as port, serving(gateway, tmp_path, f"http://localhost:{port}"):
         code, line = refused(gateway, caplog)
         assert code == "target-unreachable"
-        assert line == f"{APP}: target localhost:{port}: Connection refused"
+        problem = "Connection refused; does a program listen there?"
+        assert line == f"{APP}: target localhost:{port}: {problem}"
 
 
 def test_target_that_does_not_answer_a_syn(gateway, tmp_path, impatient, caplog):
