@@ -19,9 +19,9 @@ Time runs down the page. Each of the four lines is one party:
     agent       is beside the target; has dialled the gateway before, over TLS too
     target      what is to be reached, an ordinary server
 
-An arrow goes from its sender to its receiver. The number on its left is when, in milliseconds since
-the agent dialled. Frames and what visitor and target send are timed when they are sent; what
-visitor and target receive, when it has come.
+An arrow goes from its sender to its receiver. The number on its left is the time, in milliseconds
+since the agent dialled. It is the time of sending for frames and for what visitor and target send.
+What gateway and agent send to them has the time at which it came.
 
 Between visitor and gateway, and between agent and target, an arrow is bytes, as they are inside
 TLS. Between gateway and agent each arrow is one frame of yamux, the multiplexer, as it is inside
@@ -35,8 +35,8 @@ TLS. Under its meaning stand its bytes in hex. The first 12 are the header:
     |  type: 0 DATA, 1 WINDOW_UPDATE, 2 PING, 3 GO_AWAY
     version
 
-Then come the first bytes of its payload, and what they say: a control message (JSON, on stream 1),
-the data header (the first bytes of each other stream), the head of an HTTP request or answer.
+The first bytes of its payload follow, and what they say: a control message (JSON, on stream 1), the
+data header (the first bytes of each other stream), the head of an HTTP request or answer.
 
 "may send" tells a stream's two windows after the frame: how many bytes each side may still send
 before it must wait for credit. Each begins with 262144 bytes (256 KiB). DATA takes from its

@@ -202,7 +202,7 @@ class Ladder:
             row.kind = OPEN
             row.title = f"the {source} accepts {name}"
         if header.length and header.flags & (SYN | ACK) and header.type == WINDOW_UPDATE:
-            row.title += f", and gives {count(header.length)} of credit"
+            row.title += f", and gives the {sink} {count(header.length)} of credit"
         if header.flags & FIN:
             row.kind = END
             stream.ended.add(source)

@@ -114,11 +114,12 @@ PAGE = """\
 </head>
 <body>
 <h1>One visit through gotunnel: {title}</h1>
-<p>Time runs down the page. An arrow goes from its sender to its receiver; on its left stands when,
-in milliseconds since the agent dialled. Between gateway and agent each arrow is one frame of yamux,
-as it is inside TLS: its header is 12 bytes, shown in hex field by field, and then come the first
-bytes of its payload. The two bars show the windows of the frame&#8217;s stream after it: how many
-bytes each side may still send before it must wait for credit.</p>
+<p>Time runs down the page. An arrow goes from its sender to its receiver. The number on its left is
+the time, in milliseconds since the agent dialled. Between gateway and agent each arrow is one frame
+of yamux, as it is inside TLS. Its header of 12 bytes is shown in hex, field by field. The first
+bytes of its payload follow. The two bars are the windows of the frame&#8217;s stream after it: how
+many bytes each side may still send before it must wait for credit. DATA takes from its
+sender&#8217;s window, credit adds to its receiver&#8217;s.</p>
 <ul class="legend">
 {legend}
 </ul>
