@@ -70,10 +70,10 @@ class Handler(BaseHTTPRequestHandler):
         response_timeout: float,
         stall_timeout: float,
     ):
-        """``site(request)`` decides what a request gets: a Page, a Connect or a
-        sites.Forward. ``scheme``, ``sni``, ``owner``: see request.Request. ``claim_relay()``:
-        whether the connection may become a relay. ``is_draining()``: whether an answer that begins
-        now is the last one. ``is_crowded()``: as Request.crowded(). Timeouts are in seconds;
+        """``site(request)`` decides what a request gets: a Page, a Connect or a sites.Forward.
+        ``scheme``, ``sni``, ``owner``: see request.Request. ``claim_relay()``: whether the
+        connection may become a relay. ``is_draining()``: whether an answer that begins now is the
+        last one. ``is_crowded()``: as Request.crowded(). Timeouts are in seconds;
         ``response_timeout`` is the target's, the others are the visitor's.
         """
         self.scheme = scheme
@@ -226,7 +226,8 @@ class Http1Request:
         self.hostname = http1.hostname(head) or self.sni or ""
         is_connect = head.method == "CONNECT"
         self.path = "" if is_connect else http1.origin_target(head)
-        self.authority = head.target if is_connect else head.fields.get("host") or self.hostname
+        host = head.target if is_connect else head.fields.get("host")
+        self.authority = self.hostname if host is None else host
         body = http1.request_body(head)
         if body is not None:
             self.has_body, self.body_length = True, body.length

@@ -187,7 +187,7 @@ def _end(back: threading.Thread, end: RelayEnd, stream: Stream) -> None:
     """Reset both ends if the thread ``back``, which copies between them, has not ended by now."""
     if not back.is_alive():
         return
-    log.debug("thread %s: reset, it has not ended in time", back.name)
+    log.debug("thread %s: its relay is reset, it has not ended in time", back.name)
     stream.reset()
     end.reset()
     back.join(RESET_JOIN)
