@@ -41,7 +41,7 @@ from .certs.contexts import Certificates
 from .certs.keeper import Keeper
 from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
-from .certs.turns import UNLIMITED
+from .certs.rate_limits import UNLIMITED
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.round_robin import FairWorkers

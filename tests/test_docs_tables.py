@@ -15,7 +15,7 @@ from support import ROOT
 from gotunnel_agent import config as agent_config
 from gotunnel_server import config as server_config
 from gotunnel_server.agents import agents_file
-from gotunnel_server.certs.turns import Bounds
+from gotunnel_server.certs.rate_limits import Bounds
 
 TABLE = re.compile(r"<!-- settings: (.+) -->\n(?:\|.*\n){2}((?:\|.*\n)+)")
 

@@ -63,7 +63,7 @@ PURE = [
     "gotunnel_server/certs/proof_memory.py",
     "gotunnel_server/certs/registered_domain.py",
     "gotunnel_server/certs/schedule.py",
-    "gotunnel_server/certs/turns.py",
+    "gotunnel_server/certs/rate_limits.py",
     "gotunnel_server/net/client_hello.py",
     "gotunnel_server/visitors/forwarded.py",
     "gotunnel_server/visitors/login.py",

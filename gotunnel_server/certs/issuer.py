@@ -27,9 +27,9 @@ from .acme_errors import HOST, LATER, TRANSPORT, Abandoned, CaError
 from .cancel import Stop
 from .challenges import Publisher
 from .order_queue import OrderQueue
+from .rate_limits import Bounds
 from .schedule import Window
 from .store import CertStore, StoreError
-from .turns import Bounds
 from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.issuer")

@@ -24,8 +24,8 @@ from .contexts import Certificates
 from .local_ca import CertificateError
 from .ordered import NothingOrdered, Ordered
 from .ordering import Ordering
+from .rate_limits import UNLIMITED, Limits
 from .state import FAILED, READY, State
-from .turns import UNLIMITED, Limits
 
 log = logging.getLogger("gotunnel.keeper")
 

@@ -13,8 +13,8 @@ It knows what earlier orders brought and decides what follows; it starts no thre
     TRANSPORT   all, for a short time that grows; no hostname is blamed. Also if the store could
                 keep no certificate: then none is ordered
 
-How the CA's rate limits are shared between agents is decided in turns.py; which challenge type
-comes first, in proof_memory.py.
+How agents share the CA's rate limits is decided in rate_limits.py; which challenge type comes
+first, in proof_memory.py.
 
 No failure touches a certificate that is there: it is served until there is a newer one. The store
 keeps what was learned of a hostname, a pause that the CA asked for, and the tokens that were taken.
@@ -37,10 +37,10 @@ from gotunnel_agent.common.one_line import words_and_link
 from .acme_errors import ACCOUNT, CONFIG, HOST, LIMITED, TRANSPORT, CaError
 from .kept import number
 from .proof_memory import ProofMemory
+from .rate_limits import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, RateLimits
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, Window, retry_delay
 from .state import FAILED, READY, WAITING, State
 from .store import CertStore, Stored, StoreError
-from .turns import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, Turns
 from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.order_queue")
@@ -79,17 +79,17 @@ class OrderQueue:
         self._types = tuple(types)
         self._clock = clock
         self._hosts: dict[str, Wanted] = {}
-        self._turns = Turns(bounds)
+        self._limits = RateLimits(bounds)
         self._proofs = ProofMemory()
         self._paused_until = 0.0
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
         self._to_keep: list[Wanted] = []  # they have begun to wait for a turn: save their state
-        self._saving = threading.Lock()  # held to write the turns: never older ones over newer
+        self._saving = threading.Lock()  # held to write turns.json: never older over newer
 
     def restore(self) -> None:
-        """Read the pause and the turns that the store has kept. If they cannot be read we start
+        """Read the pause and the token buckets that the store has. If they cannot be read we start
         without: the CA will refuse what comes too early."""
         pause = read_or(_nothing, self._store.pause)
         turns = read_or(_nothing, self._store.turns)
@@ -97,7 +97,7 @@ class OrderQueue:
             now = self._clock()
             self._paused_until = number(pause.get("until"), now + LONGEST_DELAY)
             self._pause = words_and_link(pause.get("reason") or "")
-            self._turns.restore(turns, now)
+            self._limits.restore(turns, now)
             self._proofs.restore(turns.get("proofs"), self._types)
 
     # Which hostnames
@@ -186,7 +186,7 @@ class OrderQueue:
             paused = self._paused_until > 0
             host.asked_for = True
             host.not_before = self._paused_until = 0.0
-            self._turns.release(hostname)
+            self._limits.release(hostname)
             self.lock.notify_all()
         if paused:
             save(lambda: self._store.save_pause({}))
@@ -211,7 +211,7 @@ class OrderQueue:
         with self.lock:
             now = self._clock()
             paused = [("", self._paused_until, self._pause)] if self._paused_until > now else []
-            return paused + self._turns.all_held(now)
+            return paused + self._limits.all_held(now)
 
     def _state(self, host: Wanted) -> State:
         now = self._clock()
@@ -233,7 +233,7 @@ class OrderQueue:
         all_of_us = (self._paused_until, self._pause)
         if host.stored is not None or host.asked_for:  # a renewal is beyond a domain's limits
             return all_of_us
-        return max(all_of_us, self._turns.held(host.name, now))
+        return max(all_of_us, self._limits.held(host.name, now))
 
     def news(self) -> list[str]:
         """Hostnames whose state changed since it was last reported; they count as reported. FAILED
@@ -273,20 +273,20 @@ class OrderQueue:
         it says what it replaces (RFC 9773 §5). An order that the operator asks for does not wait
         either. ``ahead`` counts by bucket the hostnames that have waited longer."""
         if host.stored is not None or host.asked_for:
-            tokens = self._turns.of_renewal()
+            tokens = self._limits.of_renewal()
         else:
-            tokens = self._turns.needed(host.name, host.agent, host.limits)
-            needed = [*tokens, self._turns.of_certificate(host.name)]
-            longest = max(needed, key=lambda token: self._turns.wait(token, now))
-            soonest = now + self._turns.wait(longest, now)
+            tokens = self._limits.needed(host.name, host.agent, host.limits)
+            needed = [*tokens, self._limits.of_certificate(host.name)]
+            longest = max(needed, key=lambda token: self._limits.wait(token, now))
+            soonest = now + self._limits.wait(longest, now)
             if soonest > now:
                 place = ahead.get(longest.bucket, 0)
                 ahead[longest.bucket] = place + 1
-                if host.wait_for_turn(now + self._turns.wait(longest, now, place), longest.why):
+                if host.wait_for_turn(now + self._limits.wait(longest, now, place), longest.why):
                     self._to_keep.append(host)
                     log.warning("%s: %s%s", host.name, WAITS, longest.why)
                 return soonest
-        host.begin_turn([token for token in tokens if self._turns.take(token, now)])
+        host.begin_turn([token for token in tokens if self._limits.take(token, now)])
         return None
 
     def take_to_keep(self) -> list[Wanted]:
@@ -298,7 +298,7 @@ class OrderQueue:
         """If the clock was set back, move all instants with it: a delay keeps its length."""
         back, self._looked_at = self._looked_at - now, now
         if back > 0:
-            self._turns.shift(-back)
+            self._limits.shift(-back)
             self._proofs.shift(-back)
         if back > CLOCK_OFF:
             self._paused_until -= back
@@ -316,7 +316,7 @@ class OrderQueue:
         CERTIFICATE, as named; the others are used up."""
         for token in host.tokens:
             if token.is_spent_by in spent_by:
-                self._turns.give_back(token)
+                self._limits.give_back(token)
         host.tokens = []
 
     # How an order goes
@@ -371,7 +371,7 @@ class OrderQueue:
     def issued(self, host: Wanted, challenge: str) -> None:
         """The CA has issued a certificate; it is not stored yet."""
         with self.lock:
-            self._turns.take(self._turns.of_certificate(host.name), self._clock())
+            self._limits.take(self._limits.of_certificate(host.name), self._clock())
             self._proofs.worked(challenge, self._clock())
             host.tokens = []  # used up, whatever follows
 
@@ -419,7 +419,7 @@ class OrderQueue:
             if error.kind in (ACCOUNT, LIMITED):
                 pause = pause or HOUR
             if error.domain:
-                self._turns.hold(error.domain, now + pause, str(error))
+                self._limits.hold(error.domain, now + pause, str(error))
             blamed = error.kind in (HOST, CONFIG) and not error.account_wide
             host.not_before = now if host.asked_for and blamed else now + pause
             if error.account_wide or error.kind == TRANSPORT:
@@ -468,7 +468,7 @@ class OrderQueue:
         """Save the token buckets, and which challenge types work."""
         with self._saving:
             with self.lock:
-                turns = {**self._turns.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
+                turns = {**self._limits.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
             save(lambda: self._store.save_turns(turns))
 
 

@@ -19,9 +19,9 @@ from .local_ca import CertificateError
 from .look_up import look_up
 from .ordering import Ordering
 from .pem_file import pem_file
+from .rate_limits import Limits
 from .state import FAILED, State
 from .store import Stored, StoreError
-from .turns import Limits
 
 log = logging.getLogger("gotunnel.ordered")
 

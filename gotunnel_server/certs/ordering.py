@@ -15,8 +15,8 @@ from .challenges import Publisher
 from .folder import open_store
 from .issuer import Orderer
 from .local_ca import CertificateError
+from .rate_limits import Bounds
 from .store import CertStore, StoreError
-from .turns import Bounds
 
 
 class Account(Protocol):

@@ -4,8 +4,8 @@
                             staging and production never mix
     CA/account.lock         held while a process reads the account, or makes it
     CA/pause.json           until when the CA takes no orders, and why
-    CA/turns.json           the token buckets of all, of credentials and of domains (turns.py), and
-                            which challenge type works (proof_memory.py)
+    CA/turns.json           the token buckets of all, of credentials and of domains
+                            (rate_limits.py), and which challenge type works (proof_memory.py)
     CA/certs/HOST.pem       private key, certificate and chain in one, so that no writer can leave a
                             key with another key's certificate
     CA/certs/HOST.json      the state of HOST's orders: failures, next attempt, challenge, ...

@@ -10,9 +10,9 @@ from gotunnel_agent.common.one_line import words_and_link
 
 from .cancel import Stop
 from .kept import Kept, number
+from .rate_limits import UNLIMITED, Limits, Token
 from .schedule import Window, renew_at
 from .store import Stored
-from .turns import UNLIMITED, Limits, Token
 
 LOST = (
     "its certificate was lost from ACME_CACHE twice, each time soon after it was ordered: find out "
@@ -42,7 +42,7 @@ class Wanted:
     turn_at: float = 0.0  # if it waits for tokens: about when they are there, and why it waits
     turn_why: str = ""
     busy: bool = False  # a job for it runs
-    tokens: list[Token] = field(default_factory=list)  # that its order took from the Turns
+    tokens: list[Token] = field(default_factory=list)  # that its order took from the RateLimits
     told: tuple[object, ...] = ()  # its state as last reported: OrderQueue._to_tell()
     asked_for: bool = False  # the operator wants a new one: the next order must not wait
     stop: Stop = field(default_factory=Stop)  # set when it is no longer wanted

@@ -26,6 +26,7 @@ from gotunnel_server.certs.acme_errors import (
 )
 from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.issuer import JOBS, Issuer
+from gotunnel_server.certs.rate_limits import Bounds, Quota
 from gotunnel_server.certs.schedule import (
     BACKOFF,
     HOUR,
@@ -37,7 +38,6 @@ from gotunnel_server.certs.schedule import (
 )
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.certs.store import StoreError, ca_id
-from gotunnel_server.certs.turns import Bounds, Quota
 
 APP, OTHER = "app.example.com", "other.example.com"
 URL = "https://ca.example/dir"

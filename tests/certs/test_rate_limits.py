@@ -12,10 +12,10 @@ from gotunnel_server.certs import issuer as issuer_module
 from gotunnel_server.certs.acme_errors import CONFIG, HOST, LATER, LIMITED, TRANSPORT, CaError
 from gotunnel_server.certs.order_queue import MOST_WAITING, WAITS
 from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
+from gotunnel_server.certs.rate_limits import MOST_BUCKETS, WEEK, Bounds, Quota, RateLimits
 from gotunnel_server.certs.registered_domain import registered_domain
 from gotunnel_server.certs.schedule import HOUR, MINUTE
 from gotunnel_server.certs.state import FAILED, READY
-from gotunnel_server.certs.turns import MOST_BUCKETS, WEEK, Bounds, Quota, Turns
 
 APP = "app.example.com"
 
@@ -148,12 +148,12 @@ def test_renewals_wait_for_no_turn_and_leave_the_others_less(house):
 
 def test_renewals_that_come_all_at_once_leave_no_debt(house):
     """After a long outage, or with lifetimes of days."""
-    turns = Turns()
+    limits = RateLimits()
     for _ in range(5000):
-        for token in turns.of_renewal():
-            turns.take(token, NOW)
-    (token,) = turns.of_renewal()
-    assert 0 < turns.wait(token, NOW) <= 41  # seconds: 270 in three hours
+        for token in limits.of_renewal():
+            limits.take(token, NOW)
+    (token,) = limits.of_renewal()
+    assert 0 < limits.wait(token, NOW) <= 41  # seconds: 270 in three hours
 
 
 def test_what_the_operator_asks_for_waits_for_no_turn(house):
@@ -338,24 +338,24 @@ def test_kept_turns_that_make_no_sense_hold_up_nobody_for_long(house, kept):
 
 
 def test_buckets_are_bounded():
-    turns = Turns()
-    token = turns.of_certificate("first.example.com")
+    limits = RateLimits()
+    token = limits.of_certificate("first.example.com")
     for _ in range(4):
-        turns.take(token, NOW)
+        limits.take(token, NOW)
     for number in range(2 * MOST_BUCKETS):
-        turns.take(turns.of_certificate(f"h{number}.example.com"), NOW)
-    assert len(turns.as_dict(NOW)["full_at"]) <= MOST_BUCKETS
-    assert turns.wait(token, NOW) > 0  # the emptiest are kept
-    assert turns.as_dict(NOW + 2 * WEEK)["full_at"] == {}
+        limits.take(limits.of_certificate(f"h{number}.example.com"), NOW)
+    assert len(limits.as_dict(NOW)["full_at"]) <= MOST_BUCKETS
+    assert limits.wait(token, NOW) > 0  # the emptiest are kept
+    assert limits.as_dict(NOW + 2 * WEEK)["full_at"] == {}
 
 
 def test_a_token_that_is_given_back_is_there_again():
-    turns, token = Turns(), Turns(Bounds(all=Quota(1, HOUR))).of_renewal()[0]
-    assert turns.wait(token, NOW) == 0
-    turns.take(token, NOW)
-    assert turns.wait(token, NOW) == pytest.approx(HOUR, rel=1e-2)
-    turns.give_back(token)
-    assert turns.wait(token, NOW) == 0
+    limits, token = RateLimits(), RateLimits(Bounds(all=Quota(1, HOUR))).of_renewal()[0]
+    assert limits.wait(token, NOW) == 0
+    limits.take(token, NOW)
+    assert limits.wait(token, NOW) == pytest.approx(HOUR, rel=1e-2)
+    limits.give_back(token)
+    assert limits.wait(token, NOW) == 0
 
 
 # What the CA says of a domain

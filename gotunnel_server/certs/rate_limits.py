@@ -27,7 +27,7 @@ Tokens of an order that failed are given back if the CA did not count it: see Or
 The CA may also have refused all orders beneath a domain for a while: see hold().
 
 Invariant: a token that was taken is given back at most once, and only by the order that took it.
-The issuer's lock guards all of this. as_dict() outlives a restart.
+The order queue's lock guards all of this. as_dict() outlives a restart, in turns.json.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ ATTEMPT, ORDER, CERTIFICATE = "attempt", "order", "certificate"
 ALL = "all"
 
 
-class Turns:
+class RateLimits:
     """The buckets. Not thread-safe: the caller holds a lock. Instants are seconds since 1970."""
 
     def __init__(self, bounds: Bounds = Bounds()) -> None:
