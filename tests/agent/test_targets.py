@@ -311,9 +311,8 @@ def test_unix_socket_whose_backlog_stays_full(gateway, tmp_path, unix, caplog, m
 
 
 def test_refused_connection_is_a_502_at_once(gateway, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(
-        target_module, "DIAL_TIMEOUT", 10 * TIMEOUT
-    )  # a timeout would come too late
+    # A wait for this timeout would fail the test.
+    monkeypatch.setattr(target_module, "DIAL_TIMEOUT", 10 * TIMEOUT)
     with reserved_port() as port, serving(gateway, tmp_path, f"http://localhost:{port}"):
         code, line = refused(gateway, caplog)
         assert code == "target-unreachable"
