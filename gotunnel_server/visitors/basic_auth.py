@@ -127,7 +127,7 @@ class Passwords:
         finally:
             _gate.leave()
 
-    def _compute_now(self, case, user, password):
+    def _compute_now(self, case: Case, user: bytes, password: bytes) -> Allow | Answer:
         share = case[0]
         with self._lock:  # other logins from this address may have failed in the meantime
             if locked := self._failures.wait(share, self._now()):

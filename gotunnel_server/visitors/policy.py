@@ -256,18 +256,18 @@ def _texts(value: object, most: int, what: str) -> list[str]:
     return value
 
 
-def _networks(value):
+def _networks(value: object) -> Networks:
     return Networks(map(_network, _texts(value, addresses.MOST_NETWORKS, "addresses and networks")))
 
 
-def _network(text):
+def _network(text: str) -> addresses.Network:
     try:
         return addresses.unmapped_network(addresses.network(text))
     except ValueError as error:
         raise PolicyError(str(error)) from None
 
 
-def _rate_limit(value):
+def _rate_limit(value: object) -> RateLimit:
     if not isinstance(value, dict):
         raise PolicyError(f"{_shown(value)} came, expected an object")
     for key in value:
@@ -279,7 +279,7 @@ def _rate_limit(value):
     return limit
 
 
-def _rate(value, key, burst_key):
+def _rate(value: dict[str, Any], key: str, burst_key: str) -> Rate | None:
     if key not in value:
         if burst_key in value:
             raise PolicyError(f"{burst_key} came without {key}, expected both or neither")

@@ -9,8 +9,8 @@ from ..net.shares import Shares
 from . import relays
 from .forwarded import Proxies
 
-# Connections that may part slowly (connection.py, PARTING_TIME), each address having its share of
-# them. Any further ones have FULL_PARTING_TIME.
+# How many connections may be in a lingering close of PARTING_TIME (connection.py) at a time. Each
+# address has a share; beyond it a connection has FULL_PARTING_TIME.
 MAX_PARTING = 1024
 
 
