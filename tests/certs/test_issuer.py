@@ -1361,7 +1361,7 @@ WRONG = {  # what is sent instead, and what is said of it
     "another key": (lambda mint, name, key, *more: mint.pair(name, *more)[1], "the key is not"),
     "no chain": (no_chain, "the chain is missing"),
     "the chain of another": (chain_of_another, "does not lead on"),
-    "run out": (lambda mint, name, key, *_: mint.chain(name, key, NOW, 60), "has run out"),
+    "run out": (lambda mint, name, key, *_: mint.chain(name, key, NOW, 60), "ran out"),
     "garbage": (lambda *_: b"garbage", "expected a certificate"),
     "nothing": (lambda *_: b"", "expected a certificate"),
     "too much": (lambda *_: b"x" * 2_000_000, "more than 1048576 bytes"),
