@@ -107,6 +107,7 @@ def run_token(
     if len(token) > MAX_TOKEN // 2:
         raise GrantError(f"a token of {len(token)} characters is too long: name fewer hosts")
     print(token, file=out or sys.stdout)
+    _warn_of_closed_ports(config, ports)
     _say(
         f"valid until {_date(now + ttl)}, signed with {signed_by}, for {scope.shown(hosts)}; "
         f"ports: {scope.shown(ports)}. The agent's configuration names it as token, or its file as "
@@ -137,6 +138,7 @@ def run_agents_add(
     if not agents_file.add(path, name, block):
         raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
     _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
+    _warn_of_closed_ports(config, ports)
     lines = [
         "# For the agent's configuration; conf/agent.yaml explains each key.",
         f'tunnel_addr: "{_tunnel_addr(config)}"',
@@ -206,11 +208,24 @@ def _refuse_more_than(
                 f"({scope.shown(entry.hosts)}): name others, or change them there"
             )
     for wanted in ports:
-        if not all(any(port in allowed for allowed in entry.ports) for port in wanted):
+        if not _all_among(wanted, entry.ports):
             raise GrantError(
                 f"{scope.shown([wanted])} is not among the ports of {issuer} in AGENTS_FILE "
                 f"({scope.shown(entry.ports)}): name others, or change them there"
             )
+
+
+def _warn_of_closed_ports(config: Config, ports: Sequence[range]) -> None:
+    """Only a warning: TCP_PORTS may be about to change."""
+    if closed := [wanted for wanted in ports if not _all_among(wanted, config.tcp_ports)]:
+        _say(
+            f"warning: {scope.shown(closed)}: not all of these ports are in TCP_PORTS "
+            f"({scope.shown(config.tcp_ports)}), and the gateway opens no others: change TCP_PORTS"
+        )
+
+
+def _all_among(ports: range, allowed: Sequence[range]) -> bool:
+    return all(any(port in some for some in allowed) for port in ports)
 
 
 def _shared_secret(config: Config, issuer: str, nearest: str) -> str:

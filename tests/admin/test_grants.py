@@ -1,6 +1,7 @@
 """The commands `token` and `agents`: what they print, what they write, and what they refuse."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -293,6 +294,27 @@ def test_lines_for_an_agent_that_may_have_ports_are_of_a_tunnel_with_one(capsys)
     Path("ca.crt").touch()
     (tunnel,) = load_agent("agent.yaml").tunnels
     assert (tunnel.hostname, tunnel.mode, tunnel.port) == ("ssh.example.com", "tcp", "auto")
+
+
+@pytest.mark.parametrize("command", [["token", "--ttl", "1d"], ["agents", "add", "two"]])
+@pytest.mark.parametrize(
+    ("ports", "open_ones", "warning"),
+    [
+        ("2200-2299,80", "2200-2299", "warning: 80: not all of these ports are in TCP_PORTS"),
+        ("2200-2299", "2200-2250,2260-2299", "warning: 2200-2299: not all .* [(]2200-2250, 2260"),
+        ("22", None, "warning: 22: not all of these ports are in TCP_PORTS [(]none[)], and the"),
+        ("2200-2299", "2200-2250,2251-2299", None),
+        (None, None, None),
+    ],
+)
+def test_ports_that_the_gateway_does_not_open_are_a_warning(
+    capsys, command, ports, open_ones, warning
+):
+    configure(TCP_PORTS=open_ones)
+    wanted = ["--ports", ports] if ports else []
+    assert main([*command, "--hosts", "ssh.example.com", *wanted]) == 0
+    said = re.findall("gotunnel-server: (warning: .*)", capsys.readouterr().err)
+    assert len(said) == (warning is not None) and (not said or re.match(warning, said[0]))
 
 
 def test_list_of_nobody_has_only_its_head(capsys):
