@@ -4,15 +4,15 @@ import os
 import sys
 
 if not __package__:
-    # Run as a folder, Python has put the folder itself on the path, where `gotunnel` is not and
-    # relative imports do not work: its parent is what belongs there.
+    # For `python gotunnel_server` Python puts the folder itself on the path, where `gotunnel` is
+    # not found and relative imports fail: its parent takes the place.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 try:
     from gotunnel_server.cli import main
 except ModuleNotFoundError as error:
-    # The agent installs without what only a gateway needs.
-    if error.name.partition(".")[0] not in ("cryptography", "dotenv"):
+    # An installation for the agent alone lacks these.
+    if (error.name or "").partition(".")[0] not in ("cryptography", "dotenv"):
         raise
     sys.exit(
         f"gotunnel-server: the package {error.name} is missing; "

@@ -1,5 +1,5 @@
-"""How many connections each port takes: by its own limit, and by a part of the descriptors that the
-process may have. What the parts leave is for files and the gateway's own listening sockets."""
+"""How many connections each port takes: limited by the operator, and by the port's part of the
+file descriptors that the process may have. The rest of them is for files and listening sockets."""
 
 import logging
 
@@ -9,13 +9,13 @@ from .visitors.forwarded import Proxies
 
 log = logging.getLogger("gotunnel.capacity")
 
-DASHBOARD_CONNECTIONS = 100  # at a time: it is a page for a few people
-# On the port for plain HTTP, unless there are TRUSTED_PROXIES, whose visitors count as all do.
+DASHBOARD_CONNECTIONS = 100  # at a time: the page is for a few people
+# On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.
 HTTP_CONNECTIONS = 1000
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
-# A visitor takes one descriptor, an agent four.
+# Parts of the descriptors. A visitor takes one, an agent four.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
-PORTS_SHARE = 1 / 16  # for the ports of agents (TCP_PORTS), whose visitors count as all visitors do
+PORTS_SHARE = 1 / 16  # for the agents' public ports (TCP_PORTS), without their visitors
 PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's two
 PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections and the dashboard's
 
@@ -24,13 +24,14 @@ def visitors(wanted: int, proxies: Proxies) -> Places:
     """For the visitors of all ports; ``wanted`` is MAX_CONNECTIONS."""
     limit = min(wanted, int(descriptor_limit() * VISITORS_SHARE))
     if limit < wanted:
-        log.warning("MAX_CONNECTIONS is %d, but of %d descriptors only %d are for visitors: "
-                    "raise the limit (ulimit -n)", wanted, descriptor_limit(), limit)  # fmt: skip
+        log.warning("MAX_CONNECTIONS is %d, but of the %d descriptors of the process only %d are "
+                    "for visitors; raise the limit (ulimit -n)",
+                    wanted, descriptor_limit(), limit)  # fmt: skip
     return Places(limit, proxies)
 
 
 def agents(proxies: Proxies) -> Places:
-    """Many agents may have one address, and a registered one is bound by its credential."""
+    """For agents. They have no share by address: many may have one, and a credential has limits."""
     limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
     return Places(limit, proxies, parts=0)
 
@@ -41,5 +42,5 @@ def plain(wanted: int, proxies: Proxies) -> Places:
 
 
 def ports() -> int:
-    """Public ports that agents may have open at a time."""
+    """How many public ports agents may have open at a time."""
     return int(descriptor_limit() * PORTS_SHARE / PORT_DESCRIPTORS)

@@ -3,18 +3,20 @@
 Exit status:
 
                      0                    1                         2
-    (no command)     after a signal       a port cannot be had      the configuration is wrong
+    (no command)     after a signal       a port cannot be opened   the configuration is wrong
     check            nothing has failed   something has failed      the configuration is wrong
     certificates     printed, asked for   NAME cannot be renewed    the configuration is wrong
     token            printed              the gateway would refuse  the configuration is wrong
-    agents           done                 NAME is there, or is not  the configuration is wrong
+    agents           done                 NAME exists, or does not  the configuration is wrong
 
-Arguments that are wrong give 2 as well, and so does an AGENTS_FILE that is.
+Wrong arguments and a wrong AGENTS_FILE give 2 as well.
 """
 
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from gotunnel import __version__
 from gotunnel_agent.common.process import (
@@ -31,7 +33,7 @@ from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
-from .config import faults, load
+from .config import Config, faults, load
 from .gateway import Gateway
 from .net.listener import PortError
 from .secret_files import exposed
@@ -39,10 +41,10 @@ from .variables import ConfigError
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
-The public half of gotunnel: ends TLS for the hostnames that agents register,
-and passes what visitors ask to those agents. It is configured by environment
-variables; conf/server.env explains each of them. Without a command it runs,
-until a signal comes."""
+The public half of gotunnel: terminates TLS for the hostnames that agents
+register, and passes visitors' requests and connections to those agents. It is
+configured by environment variables; conf/server.env explains each of them.
+Without a command it runs until it gets a signal."""
 
 TOKEN_EXAMPLES = """\
 examples:
@@ -58,7 +60,10 @@ examples:
   gotunnel-server agents remove office"""
 
 
-def main(arguments=None) -> int:
+Value = TypeVar("Value")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     options = parse(arguments)
     if options.command is None:
@@ -66,13 +71,13 @@ def main(arguments=None) -> int:
     return print_answer(PROGRAM, lambda: command(options))
 
 
-def command(options) -> int:
+def command(options: argparse.Namespace) -> int:
     """Do what the options say; return the exit status."""
     try:
         config = load(options.env_file)
         if options.command is None:
             return run(config)
-        # The operator reads our answer, not the log of the parts that help to find it.
+        # The operator reads the answer, not the log lines of the modules that find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
         if options.command == "token":
             grants.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,
@@ -87,7 +92,7 @@ def command(options) -> int:
         print(certificates.ask_renewal(config, options.renew))
         return 0
     except ConfigError as error:
-        if options.command == "check":  # it is there to find faults: all, not only the first
+        if options.command == "check":  # which names all faults, not only the first
             for fault in faults(options.env_file) or [str(error)]:
                 fail(fault, 2)
             return 2
@@ -98,8 +103,8 @@ def command(options) -> int:
         return fail(error, 1)
 
 
-def agents(config, options) -> int:
-    """Do what comes behind `agents`. Raises AgentsFileError, GrantError."""
+def agents(config: Config, options: argparse.Namespace) -> int:
+    """Do what stands behind `agents`. Raises AgentsFileError, GrantError."""
     if options.what == "add":
         grants.run_agents_add(config, name=options.name, hosts=options.hosts,
                                 ports=options.ports, expires=options.expires)  # fmt: skip
@@ -110,10 +115,10 @@ def agents(config, options) -> int:
     return 0
 
 
-def run(config) -> int:
+def run(config: Config) -> int:
     """Run a gateway until a signal comes. Raises CertificateError, AgentsFileError, PortError."""
     set_up_process(config.log_level)
-    stay_on_one_cpu(min)  # an agent on the same machine takes the other one
+    stay_on_one_cpu(min)  # an agent on the same machine takes another one
     for warning in config.warnings:
         logging.getLogger("gotunnel").warning(warning)
     signals = Signals(hang_up=True)
@@ -128,7 +133,8 @@ def run(config) -> int:
     return 0
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments; None: those of the process."""
     parser = argparse.ArgumentParser(
         PROGRAM, description=DESCRIPTION,
         usage="%(prog)s [-h] [--version] [--env-file FILE] [COMMAND]",
@@ -140,20 +146,20 @@ def parse(arguments):
         title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
     )
     check_ = commands.add_parser(
-        "check", help="look whether a gateway could start here, and say what to do",
-        description="Look at all that a gateway needs. Nothing is changed, nothing is ordered.",
+        "check", help="check whether a gateway could start here, and say what to do",
+        description="Check all that a gateway needs. Nothing is changed, nothing is ordered.",
     )  # fmt: skip
     certificates_ = commands.add_parser(
-        "certificates", help="show the certificates that there are",
-        description="Show the certificates, and when they are renewed; also while a gateway runs.",
+        "certificates", help="list the certificates",
+        description="List the certificates, and when they are renewed; also while a gateway runs.",
     )  # fmt: skip
     certificates_.add_argument(
-        "--renew", metavar="NAME", help="ask the gateway that runs to order a new one for NAME"
+        "--renew", metavar="NAME", help="have the running gateway order a new one for NAME"
     )
     token = commands.add_parser(
         "token", help="print a token for an agent that holds no secret",
-        description="Print a token that may claim some hostnames, for an agent that holds no\n"
-        "secret. It cannot be called back before it ends, unless its issuer is in\nAGENTS_FILE.",
+        description="Print a token for an agent that holds no secret. It permits some hostnames.\n"
+        "It cannot be revoked before it expires, unless its issuer is in AGENTS_FILE.",
         epilog=TOKEN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_scope(token)
@@ -163,12 +169,12 @@ def parse(arguments):
     )  # fmt: skip
     token.add_argument(
         "--issuer", metavar="NAME",
-        help="who it is for: a name in AGENTS_FILE, whose secret signs it then; else JWT_SECRET "
-        "does (default: JWT_ISSUER)",
+        help="the token's issuer: a name in AGENTS_FILE, whose secret signs the token; any other "
+        "is signed with JWT_SECRET (default: JWT_ISSUER)",
     )  # fmt: skip
     agents_ = commands.add_parser(
         "agents", help="write AGENTS_FILE: agents with credentials of their own",
-        description="Write AGENTS_FILE, or show it. A gateway that runs takes it up within 5 s.",
+        description="Write AGENTS_FILE, or show it. A running gateway reads it again within 5 s.",
         epilog=AGENTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     whats = agents_.add_subparsers(title="commands", dest="what", metavar="COMMAND", required=True)
@@ -181,38 +187,39 @@ def parse(arguments):
     _add_scope(add)
     add.add_argument(
         "--expires", metavar="TIME", type=_as(grants.read_expires),
-        help="when it ends: 2030-12-31 (with that day) or 2030-12-31T18:00:00Z (default: never)",
+        help="when it expires: 2030-12-31 (at the end of that day) or 2030-12-31T18:00:00Z "
+        "(default: never)",
     )  # fmt: skip
     show = whats.add_parser(
-        "list", help="show who is there; no secrets",
-        description="Show the agents in AGENTS_FILE and what they may claim, without secrets.",
+        "list", help="list the agents, without secrets",
+        description="List the agents in AGENTS_FILE and what they may claim, without secrets.",
     )  # fmt: skip
     remove = whats.add_parser(
-        "remove", help="take an agent out; its sessions end",
-        description="Take an agent out of AGENTS_FILE. A gateway that runs ends its sessions.",
+        "remove", help="remove an agent; its sessions end",
+        description="Remove an agent from AGENTS_FILE. A running gateway ends its sessions.",
     )  # fmt: skip
     remove.add_argument("name", metavar="NAME", help="as the list shows it")
     for each in (check_, certificates_, token, agents_, add, show, remove):
-        # It may stand before the command as well: then the command must not unset it.
+        # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def _add_scope(parser):
+def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hosts", required=True, type=_as(scope.read_hosts), metavar="HOSTS",
         help="the hostnames that may be claimed, such as 'a.example.com,*.dev.example.com'",
     )  # fmt: skip
     parser.add_argument(
         "--ports", type=_as(scope.read_ports), default=(), metavar="PORTS",
-        help="the public ports that may be asked for, such as 2200-2299,5432 (default: none)",
+        help="the public ports that may be requested, such as 2200-2299,5432 (default: none)",
     )  # fmt: skip
 
 
-def _as(read):
-    """An argument's type: what ``read`` makes of its text, whose ValueErrors are for the user."""
+def _as(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An argument's type for argparse. It calls ``read``, whose ValueErrors are shown."""
 
-    def read_argument(text):
+    def read_argument(text: str) -> Value:
         try:
             return read(text)
         except ValueError as error:
@@ -221,13 +228,14 @@ def _as(read):
     return read_argument
 
 
-def _add_env_file(parser, default):
+def _add_env_file(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--env-file", metavar="FILE", default=default,
         help="read variables from FILE (default: .env in the working folder, if there is one)",
     )  # fmt: skip
 
 
-def fail(error, status):
+def fail(error: Exception | str, status: int) -> int:
+    """Say on standard error what is wrong; returns the exit status."""
     print(f"{PROGRAM}: {error}", file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""The gateway: builds its parts, starts and stops them in order. The only file that knows all.
+"""Composes the gateway: builds all parts, starts and stops them in order, decides nothing.
 
     thread                  how many                     ends when
     main                    1 (cli.py)                   a signal comes; it stops the gateway
@@ -16,9 +16,8 @@
 
     [1] HTTP_REQUESTS (none with TRUSTED_PROXIES) and DASHBOARD_REQUESTS
 
-A connection is accepted by its port's listener, and is either watched by it or in the hands of one
-thread (steps.py, newcomer.py). A registered agent has a demultiplexer, which reads for all of
-its streams (gotunnel.py).
+A port's listener accepts a connection. Then either the listener watches it, or one thread has it
+(steps.py, newcomer.py). An agent's demultiplexer reads for all of its streams (gotunnel.py).
 """
 
 import functools
@@ -42,6 +41,7 @@ from .certs.keeper import Keeper
 from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
 from .certs.rate_limits import UNLIMITED
+from .config import Config
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.round_robin import FairWorkers
@@ -54,28 +54,27 @@ from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
 
-# For handshakes and heads: short work that waits for no peer. No more than there are CPUs: further
-# threads keep the listeners from running when addresses flood a port with ClientHellos. Beside five
+# For TLS handshakes and request heads: short work that waits for no peer. No more than CPUs: with
+# more threads the listeners hardly run while addresses flood a port with ClientHellos. Beside five
 # such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
 STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
-# For agents whose registration is granted: looking at CERT_DIR and the store, making local
-# certificates. A pool of its own, since a disk that hangs must not stop visitors' handshakes. A few
-# threads are enough to keep a disk busy; the queue is bounded by AGENT_CONNECTIONS.
+# For granted registrations: reading CERT_DIR and the store, making local certificates. A pool of
+# its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
+# busy. AGENT_CONNECTIONS bounds the queue.
 REGISTRATION_THREADS = 8
 DASHBOARD_REQUESTS = 4  # answered at a time
 HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
-# Seconds between looks at CERT_DIR and AGENTS_FILE. A change counts after two of them: within 5 s.
+# Seconds between reads of CERT_DIR and AGENTS_FILE. A change counts when seen twice: within 5 s.
 RELOAD = 2
-LAST_JOBS = 2  # seconds for jobs in the pools when the gateway stops: connections are closed
-LAST_LOOK = 2  # seconds for the look that is under way when we stop: a disk may hang
+LAST_JOBS = 2  # seconds that jobs in the pools have when the gateway stops: connections are closed
+LAST_LOOK = 2  # seconds that a watcher's look has when the gateway stops: a disk may hang
 
 
 class Gateway:
-    """start(), then stop(). A gateway that could not start has left nothing open."""
+    """start(), then stop(). If it cannot be made it leaves nothing open."""
 
-    def __init__(self, config):
-        """``config``: the frozen Config of config.load(); its values are handed on, and it is not
-        kept. Raises CertificateError, AgentsFileError, PortError."""
+    def __init__(self, config: Config):
+        """Raises CertificateError, AgentsFileError, PortError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout,
@@ -95,7 +94,7 @@ class Gateway:
         )
         self._steps = FairWorkers(STEP_THREADS, "step")
         self._registrations = Workers(REGISTRATION_THREADS, "registration")
-        self._visitor_ports = []
+        self._visitor_ports: list[Port] = []
         self._listeners = Listeners(config.bind, self._steps)
         try:
             self._build_tunnels(config)
@@ -129,14 +128,14 @@ class Gateway:
         )
 
     def _owner(self, hostname):
-        """Whose orders those for a hostname are: its agent's, and that one's limits."""
+        """The key that orders for a hostname are counted by, and their limits: its agent's."""
         route = self._registry.lookup(hostname)
         if route is None:
             return None, UNLIMITED
-        return route.tunnel.agent.blame, route.tunnel.identity.limits
+        return route.tunnel.agent.blame, route.tunnel.agent.identity.limits
 
     def _tell_certificate(self, hostname):
-        """Let the agent that serves a hostname know how its certificate stands now. Any thread."""
+        """Tell the agent that serves a hostname how its certificate stands now. Any thread."""
         route = self._registry.lookup(hostname)
         if route is not None:
             route.tunnel.tell_certificate(hostname)
@@ -154,7 +153,7 @@ class Gateway:
         )
         self._newcomers = Newcomers(
             self.tunnels,
-            # Agents dial either name, or none.
+            # Agents name either of the two in SNI, or none.
             context=self._certificates.fronts(
                 config.tunnel_host, self._own_names.__contains__
             ).context,
@@ -195,7 +194,7 @@ class Gateway:
             challenges=self._challenges,
             awaits_certificate=self._keeper.pending,
         )
-        # Those of TCP_PORTS take from it, too, and those that a proxy brings to HTTP_PORT.
+        # Visitors of TCP_PORTS, and those that a proxy brings to HTTP_PORT, count here as well.
         self._visitor_places = capacity.visitors(config.max_connections, self._proxies)
         self.public_port = self._listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
@@ -218,7 +217,7 @@ class Gateway:
         )  # fmt: skip
 
     def _build_http(self, config):
-        """The port for plain HTTP, where a CA asks for proof and visitors are sent on."""
+        """The port for plain HTTP: answers HTTP-01 validations, redirects visitors to https."""
         self.http_port = None
         if config.http_port is None:
             return
@@ -226,7 +225,7 @@ class Gateway:
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
             proxies=self._proxies, secured=self._site,
         )  # fmt: skip
-        if config.trusted_proxies:  # one that has ended TLS may bring all visitors here
+        if config.trusted_proxies:  # one that terminates TLS may bring all visitors here
             room, places = self._visitors.room, self._visitor_places
         else:
             room = Room(HTTP_REQUESTS, self._proxies)
@@ -237,20 +236,21 @@ class Gateway:
         )
 
     def _build_port(self, kind, room, **rest):
-        """A Port or PublicPort, with what all of them share."""
+        """A Port or PublicPort."""
         port = kind(room=room, proxies=self._proxies, timeouts=self._timeouts, **rest)
         self._visitor_ports.append(port)
         return port
 
     def _open_port(self, port, route):
-        """A public port for an agent's tunnel: a TcpPort that is open. Raises PortError."""
+        """Open a public port for an agent's tunnel. Raises PortError."""
         tcp_port = TcpPort(self._visitors, route)
         self._listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0).start()
         return tcp_port
 
     # Life
 
-    def start(self):
+    def start(self) -> None:
+        """Serve. Raises PortError, NoThread."""
         for part in (self._listeners, *self._watchers, self._keeper):
             part.start()
         for fact in self._facts:
@@ -272,13 +272,13 @@ class Gateway:
         if self.http_port is not None:
             yield f"plain HTTP: port {self.http_port}"
 
-    def reload(self):
-        """Look now at what may have changed. Any thread; waits for nothing."""
+    def reload(self) -> None:
+        """Read now what may have changed. Any thread; waits for nothing."""
         for watcher in self._watchers:
             watcher.ask()
 
-    def stop(self):
-        """No new work; what runs may finish, DRAIN_TIMEOUT at most; then close."""
+    def stop(self) -> None:
+        """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
         for part in (*self._watchers, self._keeper):
             part.stop()
         for port in self._visitor_ports:
@@ -289,10 +289,10 @@ class Gateway:
         left = sum(port.drain(max(0, until - monotonic())) for port in self._visitor_ports)
         if left:
             log.warning("%d visits did not end in %g s and were cut", left, self._drain_timeout)
-        self._newcomers.close()  # before the tunnels: one may become the other meanwhile
+        self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
         self._steps.shutdown(LAST_JOBS)
-        self._registrations.shutdown(LAST_JOBS)  # after the steps, which give it work
+        self._registrations.shutdown(LAST_JOBS)  # after the steps, which submit jobs to it
         for port in self._visitor_ports:
             port.stop(LAST_JOBS)
         for watcher in self._watchers:

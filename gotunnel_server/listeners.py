@@ -1,29 +1,61 @@
-"""The ports of a gateway: each has a Listener, which is opened here."""
+"""Opens the ports of a gateway, each with a Listener."""
 
-from .net.listener import Listener, PortError, bind
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+from .net.listener import Address, Listener, Parkable, PortError, bind
+from .net.round_robin import FairWorkers
+from .net.shares import Places, Seat
+
+
+class Connections(Protocol):
+    """What takes the connections of a port: newcomer.Newcomers, or one of visitors/port.py."""
+
+    listener: Listener
+
+    def welcome(self, sock: socket.socket, address: Address, seat: Seat, /) -> Parkable | None:
+        """See Listener."""
 
 
 class Listeners:
-    """Those that start and stop with the gateway; open() also makes others."""
+    """The listeners that start and stop with the gateway. open() makes others, too."""
 
-    def __init__(self, addresses, workers):
-        """``addresses``: IP addresses to bind, none for all. ``workers``: FairWorkers,
-        which take the connections' steps."""
+    def __init__(self, addresses: Sequence[str], workers: FairWorkers):
+        """``addresses``: IP addresses to bind, none for all. ``workers`` run the connections'
+        steps."""
         self._addresses = addresses
         self._workers = workers
-        self._all = []
+        self._all: list[Listener] = []
 
-    def add(self, setting, port, connections, places, first_timeout, addresses=None) -> int:
+    def add(
+        self,
+        setting: str,
+        port: int,
+        connections: Connections,
+        places: Places,
+        first_timeout: float,
+        addresses: Sequence[str] | None = None,
+    ) -> int:
         """Open a port, and return its number. Arguments as for open(). Raises PortError."""
         listener = self.open(setting, port, connections, places, first_timeout, addresses)
         self._all.append(listener)
         return listener.port
 
-    def open(self, setting, port, connections, places, first_timeout, addresses=None) -> Listener:
-        """Open ``port``, 0 for any free one, for ``connections``: what welcomes them, and gets the
-        ``listener``. ``places``: the shares.Places of its connections; ``first_timeout`` is in
-        seconds; ``addresses`` are other ones than those of all ports. Raises PortError, which
-        names ``setting``."""
+    def open(
+        self,
+        setting: str,
+        port: int,
+        connections: Connections,
+        places: Places,
+        first_timeout: float,
+        addresses: Sequence[str] | None = None,
+    ) -> Listener:
+        """Open ``port``, 0 for any free one. ``connections`` gets the ``listener`` and welcomes its
+        connections; ``places`` and ``first_timeout`` (seconds): see Listener. ``addresses`` replace
+        those of all ports. Raises PortError, which names ``setting``."""
         sockets = bind(setting, self._addresses if addresses is None else addresses, port)
         name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
@@ -37,11 +69,11 @@ class Listeners:
         connections.listener = listener
         return listener
 
-    def start(self):
+    def start(self) -> None:
         for listener in self._all:
             listener.start()
 
-    def stop(self):
-        """Accept nothing more."""
+    def stop(self) -> None:
+        """Accept no further connections, and close the parked ones."""
         for listener in self._all:
             listener.stop()

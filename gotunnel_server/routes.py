@@ -1,27 +1,27 @@
-"""Which tunnel serves a hostname. Visitors and agents meet here, and import nothing else of each
-other."""
+"""The routing table: which tunnel serves a hostname. Visitors and agents meet here, and import
+nothing else of each other."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel import Ends, Stream
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
 
-# Hostnames in tcp mode that are remembered when their agents have left, some 400 bytes each.
+# Remembered hostnames in tcp mode whose agents have left, some 400 bytes each.
 MOST_LEFT = 4096
 
 
 class HostnameTaken(Exception):
-    """Hostnames cannot be claimed. ``tunnels`` are the ones that serve them; there is none if the
-    hostnames are the gateway's own."""
+    """Hostnames cannot be claimed. ``tunnels`` hold them; there is none if the hostnames are the
+    gateway's own. Their type is Any: the agents' wing, which asks, knows that it is its own."""
 
-    def __init__(self, text, tunnels=()):
+    def __init__(self, text: str, tunnels: Iterable[Any] = ()):
         super().__init__(text)
-        self.tunnels = tunnels
+        self.tunnels = frozenset(tunnels)
 
 
 class AgentBusy(OSError):
@@ -75,11 +75,10 @@ class Route(NamedTuple):
     """What a hostname leads to.
 
     ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
-    ``mode`` is "http" or "tcp". ``tunnel`` is a tunnel.Tunnel, None until one is made.
-    ``host_header`` is the Host that the target gets, None for the visitor's. ``addressed``: the
-    agent wants to hear the visitor's address. ``target_port`` is the target's, ``port`` the public
-    one that was opened for it; None if there is none. ``policy`` is what visitors must comply with,
-    a policy.Policy; None: all are welcome.
+    ``mode`` is "http" or "tcp". ``host_header`` is the Host that the target gets, None for the
+    visitor's. ``addressed``: the agent wants the visitor's address. ``target_port`` is the
+    target's, ``port`` the public one that was opened for it; None if there is none. ``policy``
+    decides which visitors are let in; None: all.
     """
 
     hostname: str
@@ -95,25 +94,31 @@ class Route(NamedTuple):
 class Registry:
     """Hostnames to routes. Any thread; no I/O.
 
-    A wildcard, such as ``*.dev.example.com``, is a hostname, and stands for all that end in
-    ``.dev.example.com`` and have no route, nor a longer wildcard, of their own.
+    A wildcard, such as ``*.dev.example.com``, is a hostname. It stands for all hostnames that end
+    in ``.dev.example.com`` and have neither a route nor a longer wildcard of their own.
     """
 
-    def __init__(self, reserved=()):
+    def __init__(self, reserved: Iterable[str] = ()):
         """``reserved`` hostnames are the gateway's own: no tunnel can have them."""
         self._reserved = frozenset(map(normal_hostname, reserved))
         self._lock = threading.Lock()  # held to replace _table
-        # (hostname to Route, whether a wildcard is among them). Neither the tuple nor the dict is
-        # changed once it stands here, so that readers need no lock, and see both of one state.
-        self._table = ({}, False)
-        self._left_tcp = OrderedDict()  # hostnames in tcp mode that are not served any more: None
+        # Routes by hostname, and whether a wildcard is among them. Replaced whole and never changed
+        # (copy on write), so that readers take no lock and see both of one state.
+        self._table: tuple[dict[str, Route], bool] = ({}, False)
+        # Hostnames in tcp mode that are no longer served; the latest last.
+        self._left_tcp: OrderedDict[str, None] = OrderedDict()
 
-    def claim(self, routes, permit=lambda routes: None, instead_of=()):
-        """Take every hostname of ``routes`` (hostname to Route), or none of them; those of the
-        tunnels ``instead_of`` are free to take.
+    def claim(
+        self,
+        routes: Mapping[str, Route],
+        permit: Callable[[Mapping[str, Route]], object] = lambda routes: None,
+        instead_of: Collection[Tunnel] = (),
+    ) -> None:
+        """Take every hostname of ``routes``, or none of them. Hostnames of the tunnels
+        ``instead_of`` count as free.
 
-        ``permit(routes)`` is called with all that there would be then, and may raise. Raises
-        HostnameTaken, naming those that are reserved, or else those that are served.
+        ``permit(routes)`` gets all routes that there would be then, and may raise. Raises
+        HostnameTaken, which names the reserved hostnames, or else those that are taken.
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
@@ -132,12 +137,12 @@ class Registry:
             for hostname in routes:
                 self._left_tcp.pop(hostname, None)
 
-    def _put(self, routes):
-        """Caller holds the lock, and changes ``routes`` no more."""
+    def _put(self, routes: dict[str, Route]) -> None:
+        """Caller holds the lock, and does not change ``routes`` afterwards."""
         self._table = (routes, any(hostname.startswith(WILDCARD) for hostname in routes))
 
-    def update(self, routes):
-        """Put ``routes``, claimed before and still held, in the place of what they were."""
+    def update(self, routes: Mapping[str, Route]) -> None:
+        """Replace routes of hostnames. Those that their tunnel no longer holds are left out."""
         with self._lock:
             held, _ = self._table
             still = {
@@ -146,7 +151,7 @@ class Registry:
             }  # fmt: skip
             self._put({**held, **still})
 
-    def release(self, tunnel):
+    def release(self, tunnel: Tunnel) -> None:
         """Give back all hostnames that ``tunnel`` has claimed."""
         with self._lock:
             held, _ = self._table
@@ -161,12 +166,12 @@ class Registry:
                     if len(self._left_tcp) > MOST_LEFT:
                         self._left_tcp.popitem(last=False)
 
-    def only_tcp(self):
+    def only_tcp(self) -> Route | None:
         """The one Route in tcp mode; None if there is none, or more than one."""
         routes = [route for route in self._table[0].values() if route.mode == "tcp"]
         return routes[0] if len(routes) == 1 else None
 
-    def lookup(self, hostname):
+    def lookup(self, hostname: str) -> Route | None:
         """The Route of a hostname (lower case, no port, no trailing dot), or None."""
         routes, wildcards = self._table
         route = routes.get(hostname)
@@ -174,20 +179,20 @@ class Registry:
             return next(filter(None, map(routes.get, _wildcards(hostname))), None)
         return route
 
-    def has_left_in_tcp(self, hostname) -> bool:
-        """Whether a hostname that has no Route was in tcp mode when it had one."""
+    def has_left_in_tcp(self, hostname: str) -> bool:
+        """Whether a hostname without a Route was in tcp mode when it had one."""
         left = self._left_tcp
         if hostname in self._reserved or not left:
             return False
         return hostname in left or any(name in left for name in _wildcards(hostname))
 
-    def routes(self) -> dict:
-        """All there are, hostname to Route, as they are now."""
+    def routes(self) -> dict[str, Route]:
+        """All routes by hostname, as they are now."""
         return dict(self._table[0])
 
 
-def _wildcards(hostname):
-    """Those that stand for a hostname, the longest first."""
+def _wildcards(hostname: str) -> Iterator[str]:
+    """The wildcards that stand for a hostname, the longest first."""
     while "." in hostname:
         hostname = hostname.partition(".")[2]
         yield WILDCARD + hostname

@@ -1,7 +1,8 @@
-"""A thread that looks, now and then and when asked, at what may have changed."""
+"""A thread that checks for changes at an interval, and at once when it is asked to."""
 
 import logging
 import threading
+from collections.abc import Callable
 
 from gotunnel import spawn
 
@@ -9,36 +10,37 @@ log = logging.getLogger("gotunnel.watcher")
 
 
 class Watcher:
-    """Calls ``look(asked)`` every ``seconds``, and at once after ask(). A look that raises is
+    """Calls ``look(asked)`` every ``seconds``, and at once after ask(). A call that raises is
     logged, and the next one comes in time."""
 
-    def __init__(self, name, look, seconds):
-        """``asked`` tells a look that ask() has caused it. The thread is called ``name``."""
+    def __init__(self, name: str, look: Callable[[bool], object], seconds: float):
+        """``asked`` is true if ask() has caused the call. The thread is called ``name``."""
         self._name = name
         self._look = look
         self._seconds = seconds
-        self._wake = threading.Event()  # a look is asked for, or the end has come
+        self._wake = threading.Event()  # set by ask() and stop()
         self._ended = threading.Event()
-        self._thread = None
+        self._thread: threading.Thread | None = None  # None until start()
 
-    def start(self):
+    def start(self) -> None:
         """Raises NoThread."""
         self._thread = spawn(self._name, self._run)
 
-    def ask(self):
+    def ask(self) -> None:
         """Look now. Any thread; waits for nothing."""
         self._wake.set()
 
-    def stop(self):
-        """No further look. Waits for nothing, as a disk may hang: see join()."""
+    def stop(self) -> None:
+        """No further look. Does not wait for the one that runs, as a disk may hang: see join()."""
         self._ended.set()
         self._wake.set()
 
-    def join(self, timeout):
-        """Wait for the look that is under way, ``timeout`` seconds at most."""
-        self._thread.join(timeout)
+    def join(self, timeout: float) -> None:
+        """After stop(): wait for the look that runs, ``timeout`` seconds at most."""
+        if self._thread is not None:
+            self._thread.join(timeout)
 
-    def _run(self):
+    def _run(self) -> None:
         while True:
             asked = self._wake.wait(self._seconds)
             self._wake.clear()
