@@ -542,7 +542,7 @@ class Tunnel:
         return None
 
     def keep_own(self, route: Route, owner: object, stream: Stream) -> None:
-        """As keep(), for the next visit of ``owner`` alone, who has no stream here."""
+        """As keep(), for the next visit of ``owner`` alone, which has no stream here."""
         self._own.put(owner, route.hostname, stream)
 
     def drop_own(self, owner: object) -> None:

@@ -270,7 +270,7 @@ class Listener:
         """Have a worker call ``step``, a method of the connection."""
         try:
             self._workers.submit(step, counted_by(connection.address[0]))
-        except Stopped:  # the workers have stopped: nobody else would close it
+        except Stopped:  # no worker is left to close it
             connection.close()
 
     # The listener's thread

@@ -1,6 +1,6 @@
 """Round robin: each key, such as an address, has a queue of its own, and the keys take turns.
 
-In one queue for all, the jobs of a flooding address would stand before everybody else's
+In one queue for all, the jobs of a flooding address would stand before those of all others
 (head-of-line blocking). Here a long queue delays only its own key.
 """
 
