@@ -23,6 +23,7 @@ A port's listener accepts a connection. Then either the listener watches it, or 
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from time import monotonic
 
 from gotunnel import __version__
@@ -42,6 +43,7 @@ from .certs.local_ca import FOLDER as LOCAL_FOLDER
 from .certs.local_ca import Authority
 from .certs.rate_limits import UNLIMITED
 from .config import Config
+from .facts import facts
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.round_robin import FairWorkers
@@ -50,6 +52,7 @@ from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
 from .visitors.port import Port, PublicPort, TcpPort
 from .visitors.room import Room, Timeouts
+from .visitors.visits import Subscriber, Visits
 from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
@@ -73,8 +76,9 @@ LAST_LOOK = 2  # seconds that a watcher's look has when the gateway stops: a dis
 class Gateway:
     """start(), then stop(). If it cannot be made it leaves nothing open."""
 
-    def __init__(self, config: Config):
-        """Raises CertificateError, AgentsFileError, PortError."""
+    def __init__(self, config: Config, subscribers: Sequence[Subscriber] = ()):
+        """``subscribers`` get a record of each visit, beside those that the configuration names.
+        Raises CertificateError, AgentsFileError, PortError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout,
@@ -89,6 +93,7 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
+        self._visits = Visits(subscribers, self._proxies) if subscribers else None
         self._ports = Ports(
             config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
         )
@@ -108,13 +113,13 @@ class Gateway:
             Watcher("keeper", lambda asked: self._keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
         )
-        self._facts = tuple(self._tell_facts(config))
+        self._facts = tuple(facts(config, self, self._ca_file))
 
     # Certificates
 
     def _build_keeper(self, config):
         authority = Authority(config.acme_cache / LOCAL_FOLDER) if config.local_ca else None
-        self._ca_file = authority and authority.ca_file
+        self._ca_file = authority.ca_file if authority else None
         self._certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
         self._keeper = Keeper(
             self._certificates,
@@ -237,7 +242,9 @@ class Gateway:
 
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort."""
-        port = kind(room=room, proxies=self._proxies, timeouts=self._timeouts, **rest)
+        port = kind(
+            room=room, proxies=self._proxies, timeouts=self._timeouts, visits=self._visits, **rest
+        )
         self._visitor_ports.append(port)
         return port
 
@@ -256,21 +263,6 @@ class Gateway:
         for fact in self._facts:
             log.info("%s", fact)
         log.info("gotunnel %s is ready", __version__)
-
-    def _tell_facts(self, config):
-        """Lines for the log at start."""
-        if config.acme:
-            yield f"certificates from {config.acme.directory}"
-        if self._ca_file:
-            path = self._ca_file.resolve()
-            yield f"certificates from a local CA, for trials; clients must trust {path}"
-        yield f"visitors: https://{config.gateway_host}:{self.public_port}/"
-        yield f"agents: tunnel_addr {config.tunnel_host}:{self.tunnel_port}"
-        if self.dashboard_port is not None:
-            where = config.dashboard_bind, config.bind, config.gateway_host, self.dashboard_port
-            yield f"dashboard: {dashboard.urls(*where)}"
-        if self.http_port is not None:
-            yield f"plain HTTP: port {self.http_port}"
 
     def reload(self) -> None:
         """Read now what may have changed. Any thread; waits for nothing."""

@@ -462,10 +462,12 @@ def gateway_environment(cache, **changes) -> dict:
 
 
 @contextlib.contextmanager
-def gateway_here(cache, **changes):
-    """A gateway in this process. ``changes`` are environment variables."""
+def gateway_here(cache, subscribers=(), **changes):
+    """A gateway in this process. ``changes`` are environment variables; ``subscribers`` get the
+    record of each visit."""
     environment = gateway_environment(cache, **{"DRAIN_TIMEOUT": "0", "WORKERS": "192"} | changes)
-    inner = gateway_module.Gateway(server_config.load(os.devnull, environment))
+    config = server_config.load(os.devnull, environment)
+    inner = gateway_module.Gateway(config, subscribers)
 
     def wait_for_routes(*hostnames):
         wait_until(lambda: routes_of(inner) >= set(hostnames))

@@ -72,6 +72,7 @@ PURE = [
     "gotunnel_server/visitors/sites.py",
     "gotunnel_server/visitors/sniff.py",
     "gotunnel_server/visitors/verdict.py",
+    "gotunnel_server/visitors/visit.py",
 ]
 # Pure modules may take values from these: the upper half of the wire is pure (it has a test of its
 # own), and of the table of routes they know no more than Route and its exceptions.

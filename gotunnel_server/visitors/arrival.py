@@ -27,6 +27,7 @@ from .request import VisitorGone
 from .sites import Site
 from .steps import Named, Step, Stepwise
 from .verdict import Allow, Answer
+from .visit import TCP
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.arrival")
@@ -331,19 +332,29 @@ class Arrival(Introduction):
     def _refuse_tcp(self, hostname: str) -> bool:
         """No agent serves this hostname in tcp mode now. Its visitors cannot read a page."""
         log.info("%s: %s is refused: no agent is connected", hostname, self._visitor)
+        self._begin_visit(hostname)
+        self._visitor.fail_visit("no-tunnel", 502)
         self.duplex.reset()
         raise ConnectionAbortedError("no agent is connected")
 
+    def _begin_visit(self, hostname: str, route: Route | None = None) -> None:
+        visit = self._visitor.begin_visit()
+        if visit is not None:
+            visit.hostname, visit.protocol, visit.route = hostname, TCP, route
+
     def _relay(self, route: Route) -> bool:
         """A visit in tcp mode: all bytes go to the target, also those that have arrived."""
+        self._begin_visit(self._visitor.sni or route.hostname, route)
         verdict: Allow | Answer | None = None
         if route.policy is not None:
             verdict = route.policy.judge_connection(self._visitor.address[0])
         if isinstance(verdict, Answer):
+            self._visitor.fail_visit(verdict.page.code, verdict.page.status)
             self.duplex.reset()  # a mere close would look like an empty answer
             log.info("%s: %s: %s", route.hostname, self._visitor, verdict.reason)
             raise ConnectionAbortedError("refused by its tunnel's policy")
         if not self._visitor.claim_relay():
+            self._visitor.fail_visit("gateway-busy", 503)
             self.duplex.reset()
             raise ConnectionAbortedError("no room for another relay")
         self._give_back()

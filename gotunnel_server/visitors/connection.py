@@ -26,6 +26,7 @@ from .request import Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
 from .steps import Named, Step, Stepwise
+from .visit import CLIENT_CLOSED, SLOW
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.connection")
@@ -98,6 +99,7 @@ class HttpConnection(Stepwise):
             return self._last_page(
                 pages.error(error.status, "malformed-request", pages.MALFORMED.format(error))
             )
+        self._begin_visit()
         self._visitor.seat.settle()
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
             with contextlib.suppress(Malformed):  # "busy" will do as the answer
@@ -123,14 +125,18 @@ class HttpConnection(Stepwise):
         handler = self._handler
         try:
             handler.handle_one_request()
+        except TimeoutError:
+            self._visitor.fail_visit(SLOW, CLIENT_CLOSED)
+            raise
         finally:
             self._leave_room()
-        if handler.switched is not None:
+        if handler.switched is not None:  # the visit ends with the relay
             if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)
             else:
                 relays.start_tcp(self._visitor, handler.switched.route)
             return False
+        self._visitor.end_visit()
         if handler.close_connection:
             return self._part()
         return self._go_to(State.IDLE)
@@ -145,8 +151,14 @@ class HttpConnection(Stepwise):
     def _last_page(self, page: Page) -> bool:
         # A step must not wait. If the page does not fit, the visitor was not reading anyway.
         self._handler.stall_timeout = 0
+        if self._visitor.visit is None:
+            self._begin_visit()
         self._handler.send_page(page, last=True)
+        self._visitor.end_visit()
         return self._part()
+
+    def _begin_visit(self) -> None:
+        self._handler.visit = self._visitor.begin_visit()
 
     def _part(self) -> bool:
         """Begin the lingering close: half-close, then drop what still arrives. A plain close with

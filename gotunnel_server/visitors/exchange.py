@@ -29,6 +29,7 @@ from .forwarded import Proxies
 from .pages import RETRY, Page
 from .request import LEAST_BYTE_RATE, Request, Upgraded, VisitorGone
 from .sites import Forward
+from .visit import CUT
 from .work import Work
 
 log = logging.getLogger("gotunnel.exchange")
@@ -64,6 +65,8 @@ class TargetFailed(Exception):
 
 def send_page(request: Request, page: Page) -> None:
     """Answer with one of the gateway's own pages. Raises OSError."""
+    if request.visit is not None:
+        request.visit.error = request.visit.error or page.code
     page = pages.suited(page, request.fields.all("accept"))
     fields = [
         ("Content-Type", page.content_type),
@@ -261,9 +264,12 @@ class Exchange:
         try:
             self._run()
         except (TargetFailed, AgentBusy, Malformed) as error:
-            if self._head_sent:
-                raise ConnectionAbortedError("the answer was cut short") from None
             failure = self._failure(error)
+            if self._head_sent:
+                if self._request.visit is not None:
+                    is_cut = isinstance(error, Malformed)
+                    self._request.visit.fail(CUT if is_cut else failure.page.code)
+                raise ConnectionAbortedError("the answer was cut short") from None
             log.info("%s %s: %s", self._request.hostname, self._request.method, failure)
             send_page(self._request, failure.page)
         finally:

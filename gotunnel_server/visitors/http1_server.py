@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler
+from time import monotonic
 from typing import NamedTuple
 
 from gotunnel import Deadline, Ends
@@ -28,6 +29,7 @@ from .login import Owner
 from .pages import Page
 from .request import LEAST_BYTE_RATE, Connect, Upgraded, VisitorGone
 from .sites import Site
+from .visit import Visit
 from .work import Work
 
 log = logging.getLogger("gotunnel.http1_server")
@@ -84,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         self.is_crowded = is_crowded
         self.idle_timeout = idle_timeout
         self.stall_timeout = stall_timeout
+        self.visit: Visit | None = None  # the present one, if visits are recorded
         self.close_connection = False
         self.current: Http1Request | None = None  # None while the next head is incomplete, too
         # For a visitor that reads slowly; made when a write has to wait for the first time.
@@ -139,7 +142,15 @@ class Handler(BaseHTTPRequestHandler):
     def read_request(self) -> "Http1Request":
         """Parse the head that has arrived. Raises Malformed."""
         request = self.current = Http1Request(self)
-        request.read_head(self.raw_requestline)
+        try:
+            request.read_head(self.raw_requestline)
+        finally:
+            if self.visit is not None:
+                self.visit.received = len(self.raw_requestline)
+                self.visit.describe(
+                    request.method, request.hostname, request.path or request.authority,
+                    f"HTTP/1.{request.minor}", self.scheme, request.fields,
+                )  # fmt: skip
         return request
 
     def handle_one_request(self) -> None:
@@ -154,9 +165,13 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(answer, Page):
             send_page(request, answer)
         elif isinstance(answer, Connect):
+            if self.visit is not None:
+                self.visit.route = answer.route
             if not request.switch(200, "Connection established", [], b"", answer):
                 send_page(request, pages.error(503, "gateway-busy", pages.BUSY))
         else:
+            if self.visit is not None:
+                self.visit.route = answer.route
             Exchange(request, answer, self._proxies, self._response_timeout).run()
 
     def send_page(self, page: Page, *, last: bool = False) -> None:
@@ -173,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         spend = self._wait_for_reader if self.stall_timeout else None
         try:
             self.connection.write(data, self.stall_timeout, spend)
+            if self.visit is not None:
+                self.visit.sent += len(data)
         except OSError as error:
             self.connection.reset()
             if isinstance(error, TimeoutError) and self.stall_timeout:
@@ -211,6 +228,7 @@ class Http1Request:
         self.scheme = handler.scheme
         self.sni = handler.sni
         self.owner = handler.owner
+        self.visit = handler.visit
         self.peer: str = handler.client_address[0]
         self.idle_timeout = handler.idle_timeout
         self._handler = handler
@@ -267,6 +285,8 @@ class Http1Request:
                 raise VisitorGone
             chunks = body.chunks
             pieces = body.feed(data)
+            if self.visit is not None:
+                self.visit.received += len(data) - len(body.rest)
             work.spend(READ_WORK + body.chunks - chunks - len(data) // WORK_PAYLOAD)
         if body.complete and not was_read.is_set():
             if body.rest:
@@ -286,7 +306,10 @@ class Http1Request:
         # Do not read while another thread may, nor when there is something to be read already.
         if not self.body_complete or connection.pending:
             return hung_up(connection)
-        data = connection.receive()
+        try:
+            data = connection.receive()
+        except OSError:  # by a RST; raised further, it would look like the stream's
+            return True
         if data:
             connection.unread(data)  # the next request, sent early (pipelining)
         return data == b""
@@ -304,6 +327,8 @@ class Http1Request:
         self, status: int, reason: str, fields: list[tuple[str, str]], length: int | None
     ) -> None:
         handler = self._handler
+        if self.visit is not None:
+            self.visit.status, self.visit.first_byte_at = status, monotonic()
         if status == 426:  # it has an Upgrade field, which Connection must name
             fields.append(("Connection", "Upgrade"))
         if length is not None:
@@ -353,6 +378,8 @@ class Http1Request:
     ) -> bool:
         if not self._handler.claim_relay():
             return False
+        if self.visit is not None:
+            self.visit.status, self.visit.first_byte_at = status, monotonic()
         if status == 101:
             fields.append(("Connection", "Upgrade"))
         self._handler.write(http1.encode_head(f"HTTP/1.1 {status} {reason}", fields) + data)

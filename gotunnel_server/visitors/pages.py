@@ -58,6 +58,11 @@ class Page(NamedTuple):
     fields: Pairs = ()
     as_json: bytes | None = None
 
+    @property
+    def code(self) -> str:
+        """The word for programs; "" if it is no error page."""
+        return next((value for name, value in self.fields if name == CODE_FIELD), "")
+
 
 def error(status: int, code: str, text: str, fields: Pairs = ()) -> Page:
     """An error page: ``text``, plain text, for people, and the word ``code`` for programs.

@@ -24,7 +24,9 @@ from .postgres import CancelKeys
 from .room import Room, Timeouts
 from .sites import Site
 from .steps import Stepwise
+from .visit import STOPPED
 from .visitor import Visitor
+from .visits import Visits
 
 log = logging.getLogger("gotunnel.port")
 
@@ -34,14 +36,23 @@ class Port:
 
     listener: Listener  # set before the port is opened
 
-    def __init__(self, *, site: Site, room: Room, proxies: Proxies, timeouts: Timeouts):
+    def __init__(
+        self,
+        *,
+        site: Site,
+        room: Room,
+        proxies: Proxies,
+        timeouts: Timeouts,
+        visits: Visits | None = None,
+    ):
         """``site``: see Handler. Several ports may share a ``room``. ``proxies``: the addresses
-        that stand for many visitors each."""
+        that stand for many visitors each. ``visits``: None if none are recorded."""
         self.site = site
         self.room = room
         self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
         self.proxies = proxies
         self.timeouts = timeouts
+        self.visits = visits
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
@@ -95,6 +106,7 @@ class Port:
             self._gone.wait_for(lambda: not self._visitors, timeout)
             left = list(self._visitors)
         for visitor in left:
+            visitor.fail_visit(STOPPED, 503)
             visitor.duplex.reset()
         return len(left)
 

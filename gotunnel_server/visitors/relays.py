@@ -12,11 +12,13 @@ from time import monotonic
 from typing import TypeVar
 
 from gotunnel import RESET_JOIN, NoThread, RelayEnd, Source, Stream, pump, relay, spawn
-from gotunnel_agent.common import proxy_protocol
+from gotunnel_agent.common import proxy_protocol, refusals
 
 from ..routes import AgentBusy, Route
 from .postgres import Watched
+from .visit import BUG
 from .visitor import Visitor
+from .visits import Counted, End
 
 log = logging.getLogger("gotunnel.relays")
 
@@ -61,12 +63,15 @@ def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Ot
     visitor.duplex.cut_unless_finished()
     try:
         function(visitor, other)
+        visitor.end_visit()
     except NoThread as error:  # both ends are reset
+        visitor.fail_visit("gateway-busy", 503)
         log.warning("%s: %s; the visit is reset", visitor, error)
     except OSError as error:
         log.debug("%s: %s", visitor, error)
     except Exception:
         log.exception("%s: its relay is closed (bug, traceback follows)", visitor)
+        visitor.fail_visit(BUG, 500)
     finally:
         visitor.close()
 
@@ -77,15 +82,21 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
         stream = tunnel.open(route, visitor.ends)
     except OSError as error:
         visitor.duplex.reset()  # a mere close would look like an empty answer
+        visitor.fail_visit(*_refusal(error))
         if isinstance(error, AgentBusy):
             log.info("%s: %s: %s", route.hostname, visitor, error)
         raise
-    end: RelayEnd = visitor.duplex
+    visit = visitor.visit
+    if visit is not None:
+        visit.status = visit.status or 200  # of a CONNECT it is known
+    end: End = visitor.duplex
     watched = None
     if not visitor.sni:
         end = _Guarded(visitor)
     elif visitor.cancel_keys is not None:
         end = watched = Watched(visitor.duplex, visitor.cancel_keys, route)
+    if visit is not None:
+        end = Counted(end, visit)
     try:
         if tunnel.half_close:
             relay(end, stream)
@@ -100,6 +111,9 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
         stream.close()
         if stream.refused:
             tunnel.count_failed(route)
+            if visit is not None:
+                visit.error = refusals.UNREACHABLE.word
+                visit.status = 200 if visit.method else 502
             log.info("%s: %s: the agent could not connect to its target; see the agent's log",
                      route.hostname, visitor)  # fmt: skip
 
@@ -137,7 +151,7 @@ def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
     """Relay after a 101, for an agent that can half-close. The half-close is passed on: `docker
     exec -i` ends its program's standard input by one, and the program may answer afterwards."""
     try:
-        relay(visitor.duplex, stream)
+        relay(_end_of(visitor), stream)
     except NoThread:
         stream.reset()
         raise
@@ -148,12 +162,23 @@ def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
 def relay_switched(visitor: Visitor, stream: Stream) -> None:
     """Relay after a 101, for an agent that closes its target at FIN."""
     try:
-        relay_holding_fin(visitor.duplex, stream, visitor.duplex.stop)
+        relay_holding_fin(_end_of(visitor), stream, visitor.duplex.stop)
     except NoThread:
         stream.reset()
         raise
     finally:
         stream.close()
+
+
+def _end_of(visitor: Visitor) -> End:
+    return visitor.duplex if visitor.visit is None else Counted(visitor.duplex, visitor.visit)
+
+
+def _refusal(error: OSError) -> tuple[str, int]:
+    """The code and status of a visit for which its agent opens no stream."""
+    if isinstance(error, AgentBusy):
+        return "agent-limit", 503
+    return ("agent-busy", 503) if isinstance(error, TimeoutError) else ("agent-gone", 502)
 
 
 def _copy_to_visitor(

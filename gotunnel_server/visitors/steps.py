@@ -19,6 +19,7 @@ from gotunnel import NoThread
 from ..net import client_hello
 from ..net.listener import Address
 from .request import VisitorGone
+from .visit import BUG
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.steps")
@@ -100,6 +101,7 @@ class Stepwise:
             self.close()
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", self._visitor, error)
+            self._visitor.fail_visit("gateway-busy", 503)
             self.duplex.reset()  # a mere close would look like an empty answer
             self.close()
         except (OSError, VisitorGone, client_hello.NotTLS) as error:
@@ -107,6 +109,7 @@ class Stepwise:
             self.close()
         except Exception:
             log.exception("%s: its connection is closed (bug, traceback follows)", self._visitor)
+            self._visitor.fail_visit(BUG, 500)
             self.close()
 
     def _go_to(self, state: enum.Enum) -> bool:

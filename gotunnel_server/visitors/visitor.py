@@ -18,6 +18,8 @@ from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
 from .login import Owner
 from .postgres import CancelKeys
+from .visit import CLIENT_CLOSED, LEFT, Visit
+from .visits import Visits
 
 log = logging.getLogger("gotunnel.visitor")
 
@@ -26,6 +28,7 @@ class Port(Protocol):
     """What a Visitor needs of the port.Port that counts it."""
 
     relays: Shares
+    visits: Visits | None
 
     def say_once(self, text: str, *arguments: object) -> None: ...
 
@@ -36,8 +39,8 @@ class Visitor:
     """A visitor's connection. It belongs to one thread at a time."""
 
     __slots__ = (
-        "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "_port",
-        "_holds_relay",
+        "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "visit",
+        "_port", "_holds_relay",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +56,7 @@ class Visitor:
         self.sni: str | None = None  # the hostname in the ClientHello; None without one
         self.owner: Owner | None = None  # set if the connection may own a stream
         self.cancel_keys: CancelKeys | None = None  # set if the visitor speaks PostgreSQL
+        self.visit: Visit | None = None  # the present one, if visits are recorded
         self._port = port
         self._holds_relay = False  # it is counted among MAX_RELAYS
 
@@ -69,6 +73,24 @@ class Visitor:
         self.address = source
         if not self.seat.move(source[0]):
             raise ConnectionAbortedError("its address has too many connections already")
+
+    def begin_visit(self) -> Visit | None:
+        """The visitor has asked for something: begin a Visit, if visits are recorded."""
+        if self._port.visits is not None:
+            self.visit = self._port.visits.begin(self.address[0])
+        return self.visit
+
+    def fail_visit(self, error: str, status: int) -> None:
+        """As Visit.fail(), if there is one."""
+        visit = self.visit  # another thread may end it meanwhile
+        if visit is not None:
+            visit.fail(error, status)
+
+    def end_visit(self) -> None:
+        """As Visit.end(), if there is one."""
+        if self.visit is not None:
+            self.visit.end()
+            self.visit = None
 
     def claim_relay(self) -> bool:
         """Count the connection as a relay; False if there is no room for another one."""
@@ -91,6 +113,8 @@ class Visitor:
     def close(self) -> None:
         """Close the connection and give back all that it holds. Only for the part that has it."""
         self.duplex.close()
+        self.fail_visit(LEFT, CLIENT_CLOSED)  # unless it has ended as it should
+        self.end_visit()
         if self.owner is not None:
             self.owner.close()
         if self._holds_relay:

@@ -92,7 +92,7 @@ def test_agent_that_ignores_the_held_fin_keeps_no_thread():
 
 def test_agent_that_ignores_fin_after_a_101_keeps_no_thread():
     visitor, stream = End(b"bye", b""), End(b"hello")
-    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor, visit=None), stream):
         assert stream.was_reset.wait(TIMEOUT) and visitor.was_reset.wait(TIMEOUT)
     assert (stream.written, visitor.written) == ([b"bye"], [b"hello"])
     assert has_ended("relay back")
@@ -100,7 +100,7 @@ def test_agent_that_ignores_fin_after_a_101_keeps_no_thread():
 
 def test_visitor_of_an_agent_without_upgrades_gets_its_answer_after_a_101_whole():
     visitor, stream = End(b"bye", b""), End(b"hello")
-    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor, visit=None), stream):
         assert stream.finished.wait(TIMEOUT)
         stream.come(b"and bye")
         stream.come(b"")
@@ -112,7 +112,7 @@ def test_target_that_has_ended_after_a_101_gives_its_visitor_a_moment(monkeypatc
     monkeypatch.setattr(relays, "LAST_BYTES_TIMEOUT", 0.05)
     visitor, stream = End(), End(b"bye", b"")
     visitor.stop = lambda: visitor.come(b"")
-    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor), stream):
+    with relaying(relays.relay_switched, types.SimpleNamespace(duplex=visitor, visit=None), stream):
         pass
     assert visitor.written == [b"bye"] and visitor.finished.is_set()
 

@@ -1,0 +1,35 @@
+"""The lines that the gateway logs when it starts: what is open, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from .config import Config
+from .visitors import dashboard
+
+
+class Ports(Protocol):
+    """The ports of a gateway.Gateway; None: not open."""
+
+    public_port: int
+    tunnel_port: int
+    dashboard_port: int | None
+    http_port: int | None
+
+
+def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
+    """``ca_file``: the certificate of the CA of our own, None without one."""
+    if config.acme:
+        yield f"certificates from {config.acme.directory}"
+    if ca_file:
+        path = ca_file.resolve()
+        yield f"certificates from a local CA, for trials; clients must trust {path}"
+    yield f"visitors: https://{config.gateway_host}:{ports.public_port}/"
+    yield f"agents: tunnel_addr {config.tunnel_host}:{ports.tunnel_port}"
+    if ports.dashboard_port is not None:
+        where = config.dashboard_bind, config.bind, config.gateway_host, ports.dashboard_port
+        yield f"dashboard: {dashboard.urls(*where)}"
+    if ports.http_port is not None:
+        yield f"plain HTTP: port {ports.http_port}"

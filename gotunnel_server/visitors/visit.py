@@ -1,0 +1,101 @@
+"""What is known of one visit, for the access log, the metrics and the dashboard. A value, no I/O.
+
+A visit is one HTTP request with its answer, or one connection in tcp mode. An upgraded connection
+(WebSocket) and a CONNECT are one visit each, from the request's head to the relay's end. Visits
+(visits.py) begins the record, the parts that serve the visit fill it, and end() hands it to the
+subscribers. Without subscribers there is no record: `visit` is None everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gotunnel_agent.common.http1 import Fields
+
+from ..routes import Route
+from . import forwarded
+from .forwarded import Proxies
+
+TCP = "tcp"  # the protocol of visits in tcp mode
+# Words in ``error`` for visits that were cut short, beside the codes of pages.py. A word that both
+# sides of a relay could set stays as it was set first.
+LEFT = "visitor-left"  # the visitor's connection broke, or it left before it was answered
+SLOW = "visitor-slow"  # the visitor read too slowly, or nothing; its connection was reset
+CUT = "cut-short"  # the target or its agent broke off
+STOPPED = "gateway-stopped"  # the visit outlasted DRAIN_TIMEOUT
+BUG = "gateway-bug"  # a bug of the gateway; the log has the traceback
+# Status of a visit whose visitor left before an answer began. nginx has introduced it, and programs
+# that read access logs know it.
+CLIENT_CLOSED = 499
+
+
+class Visits(Protocol):
+    """What a Visit needs of the visits.Visits that began it."""
+
+    proxies: Proxies
+
+    def emit(self, visit: Visit, /) -> None: ...
+
+
+class Visit:
+    """One visit. Filled by the threads that serve it, one at a time; of a relay's two threads each
+    fills fields of its own. Not changed any more once end() was called."""
+
+    # Values before more is known. A malformed head leaves some of them.
+    hostname = ""  # that the visitor asked for, in lower case, as it came: any characters
+    method = ""  # "" in tcp mode
+    path = ""  # with the query; of a CONNECT host and port
+    protocol = ""  # such as HTTP/1.1; TCP in tcp mode
+    scheme = ""  # https or http; "" in tcp mode
+    referer = user_agent = ""  # fields of the request, as they came
+    request_id = ""  # "" if none was made
+    status = 0  # of the final answer; in tcp mode the one that a page would have had, or 200
+    error = ""  # X-Gotunnel-Error's code, or one of the words above; "" if all went well
+    received = sent = 0  # payload bytes of the visitor's connection: heads, bodies, relayed bytes
+    first_byte_at: float | None = None  # monotonic, when the answer's head, or first byte, was sent
+    route: Route | None = None  # None if the visit was not for a route, or refused before
+    at = 0.0  # wall-clock seconds when it began; set at the end
+    duration = 0.0  # seconds; set at the end
+    ended = False
+
+    def __init__(self, visits: Visits, visitor: str, began: float):
+        """``visitor``: the IP address of the connection. ``began``: monotonic seconds."""
+        self.visitor = visitor  # "" if a trusted proxy hides it
+        self.began = began
+        self._visits = visits
+
+    @property
+    def agent(self) -> str:
+        """The name of the agent that served the visit, its address if it has none; "" if no agent
+        was asked."""
+        if self.route is None:
+            return ""
+        agent = self.route.tunnel.agent
+        return agent.identity.name or agent.host
+
+    @property
+    def first_byte(self) -> float | None:
+        """Seconds until the answer began, None if it did not."""
+        return None if self.first_byte_at is None else self.first_byte_at - self.began
+
+    def describe(
+        self, method: str, hostname: str, path: str, protocol: str, scheme: str, fields: Fields
+    ) -> None:
+        """The head of the request has come. If it is malformed, with what is known of it."""
+        self.method, self.hostname, self.path = method, hostname, path
+        self.protocol, self.scheme = protocol, scheme
+        self.referer = fields.get("referer") or ""
+        self.user_agent = fields.get("user-agent") or ""
+        self.visitor = forwarded.visitor(fields, self.visitor, self._visits.proxies)
+
+    def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:
+        """Note why the visit is cut short; the first reason counts. ``status`` is for a visit
+        without an answer."""
+        self.error = self.error or error
+        self.status = self.status or status
+
+    def end(self) -> None:
+        """The visit is over: hand it to the subscribers. Further calls do nothing."""
+        if not self.ended:
+            self.ended = True
+            self._visits.emit(self)
