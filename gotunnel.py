@@ -2,7 +2,7 @@
 
 An agent runs beside a private service, its target, and opens one TLS connection to a gateway. A
 visitor connects to the gateway, which passes the visit on to the agent through that connection.
-Here the agent registers ``app.example.com``, and a visitor comes:
+In this diagram an agent registers ``app.example.com``, then a visitor makes a request:
 
     visitor            gateway                                agent           target
        |                  |<==== TLS, then yamux: one session ===|               |
@@ -26,18 +26,18 @@ WINDOW_UPDATE frames add credit to it as the receiver uses the bytes. PING asks 
 GO_AWAY says that its sender accepts no more streams.
 
 The agent dials, so it is the yamux client, and its streams have odd numbers. It opens only one, the
-control stream: JSON messages, one a line. The gateway opens a data stream for each visit, or takes
-one that an earlier visit left in good order; their numbers are even. A data stream starts with the
-data header, which names the hostname. From then on it carries the raw bytes of the visit. Every 15
+control stream: JSON messages, one a line. The gateway opens a data stream for each visit, or reuses
+one whose last exchange is complete; their numbers are even. A data stream starts with the data
+header, which names the hostname. From then on it carries the raw bytes of the visit. Every 15
 seconds the gateway sends ``{"type":"ping"}`` on the control stream, and the agent answers with a
-pong. The gateway also tells there how the certificates stand (``{"type":"certificate"}``) and why
-it ends the session (``{"type":"end"}``), to an agent that has asked for it.
+pong. An agent that has asked for it also gets the state of its certificates there
+(``{"type":"certificate"}``), and why the gateway ends the session (``{"type":"end"}``).
 
 This file is meant to be read from top to bottom:
 
     pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
                Bytes in, events and frames out: no clock, no threads, no sockets.
-    a banner
+    a banner   a line of "=" across the page
     impure     threads, Waker; Session (a Mux driven by threads, with its parts Timers, Sender and
                StreamTable) and Stream; relay (copies bytes both ways until both ends are done).
     process    what all sessions of the process share: its memory.
@@ -112,8 +112,8 @@ TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2
 
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
-HTTP_ANSWER = b"HTTP/1."  # what an agent reads that was given the port for visitors ...
-SPEAKS_HTTP = "an answer in HTTP, expected frames"  # ... and the text for it
+HTTP_ANSWER = b"HTTP/1."  # from a gateway's port for visitors: the agent has a wrong port
+SPEAKS_HTTP = "an answer in HTTP, expected frames"
 MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
 
 
@@ -153,12 +153,12 @@ INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Fl
 START_WINDOW = 4 * INITIAL_WINDOW  # receive window of new streams once the peer is authenticated
 MAX_WINDOW = 32 * 1024 * 1024  # no window grows beyond: 160 MB/s at 200 ms, more than we can do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes that all windows of a session together may grow by
-CREDIT = 1024 * 1024  # used bytes that are worth a WINDOW_UPDATE; half a window if that is less
+CREDIT = 1024 * 1024  # a WINDOW_UPDATE is sent for this many used bytes, or for half a window
 IDLE_WINDOW = 10  # seconds; if using half of a grown window takes longer, it shrinks
 
 # Streams.
-OPEN_BACKLOG = 256  # streams that we opened and the peer has not accepted: Go's accept queue
-ACCEPT_BACKLOG = 256  # streams that the peer opened and we have not accepted: Go opens so many
+OPEN_BACKLOG = 256  # streams that we opened and the peer has not accepted: as Go's yamux allows
+ACCEPT_BACKLOG = 256  # streams that the peer opened and we have not accepted: as Go's yamux opens
 MAX_STREAMS = 1024  # open streams of the peer: 256 MiB, if all initial windows are full
 LAST_ID = MAX_UINT32 - 2  # a Go peer opens no stream above it, and neither do we
 KEEP_ALIVE = 10  # seconds between pings. A peer that sent nothing since the last ping is dead
@@ -167,20 +167,20 @@ DISCARD_LIMIT = 1 << 30  # bytes that we discard of a closed stream before we re
 
 # Output.
 SEND_BUFFER = 256 * 1024  # unsent bytes of one stream; more would use memory and bring no speed
-SEND_QUEUE = 8 * 1024 * 1024  # unsent bytes of all streams; beyond, one FRAME_SHARED per stream
-MAX_REPLIES = 32 * 1024  # unsent pongs and resets; a peer that causes more does not read them
+SEND_QUEUE = 8 * 1024 * 1024  # unsent bytes of all streams; above it each may queue FRAME_SHARED
+MAX_REPLIES = 32 * 1024  # unsent pongs and resets; above it the peer has stopped reading
 FRAME_ALONE = 64 * 1024  # payload of a DATA frame if only one stream sends: few headers
 FRAME_SHARED = 16 * 1024  # payload if several streams send: none waits long for its turn
-SMALL = 1024  # smaller pieces of payload are joined: a Python object costs more than they hold
+SMALL = 1024  # bytes; smaller pieces of payload are joined, since each Python object costs memory
 
-# Useless frames (_waste): a peer that sends many of them wants us to work (compare HTTP/2's rapid
-# reset, CVE-2023-44487). The budget is large enough for an honest peer: a ping in 10 to 30 seconds;
-# at most LATE_FRAMES frames of a stream that we have ended (credit, ACK, FIN, RST); and streams
-# that it opens and resets at once, as their visitors left while the line was dead for a minute.
-WASTE, WASTE_A_SECOND = 4096, 64  # permitted in a burst, and per second in the long run ...
-WASTE_A_STREAM, WASTE_A_STREAM_SECOND = 128, 2  # ... and as much more for each possible stream
+# Useless frames (_waste) cost us work: many of them are a denial of service (compare HTTP/2's rapid
+# reset, CVE-2023-44487). The budget is large enough for an honest peer: a ping every 10 to 30 s; at
+# most LATE_FRAMES frames of a stream that we have ended (credit, ACK, FIN, RST); and streams that
+# it opens and resets at once, because their visitors left while the connection hung for a minute.
+WASTE, WASTE_A_SECOND = 4096, 64  # allowed in a burst, and per second (token bucket)
+WASTE_A_STREAM, WASTE_A_STREAM_SECOND = 128, 2  # added to these for each stream of max_streams
 LATE_FRAMES = 4
-EARNED = 64 * 1024  # our DATA frames and ended streams permit more, but save up no more than this
+EARNED = 64 * 1024  # most that our DATA frames and ended streams may add to the budget
 
 
 class Opened(NamedTuple):
@@ -205,7 +205,7 @@ class Finished(NamedTuple):
 class WasReset(NamedTuple):
     """The peer reset the stream, or made us reset it by breaking a rule.
 
-    ``cut``: payload was lost, so what came of the stream before must not be used either.
+    ``cut``: payload was lost, so unread payload must be dropped too, or it would look complete.
     """
 
     stream_id: int
@@ -255,9 +255,9 @@ class _Flow:
         self.used, self.since = 0, NEVER
         self.queue: deque[BytesLike] = deque()  # payload to be sent
         self.queued = 0  # bytes in it
-        self.in_rotation = False
+        self.in_rotation = False  # it is in Mux._rotation, to send payload or FIN
         self.finishing = False  # a FIN follows the queue, or was sent
-        self.cutting = False  # a RST follows all that
+        self.cutting = False  # a RST follows the queue and the FIN
         self.sent_fin = False
         self.got_fin = False
         self.discarding = False  # payload that comes is dropped
@@ -322,8 +322,8 @@ class Account:
         self._told = self._held
 
     def promise(self, count: int) -> bool:
-        """Permit a window to grow by ``count`` bytes, or return False. It may take half of what is
-        left, of the session's share and of the process's, so the next one finds some too."""
+        """Permit a window to grow by ``count`` bytes, or return False: it may take half of the
+        growth that is left to its session and to the process, so that others can grow too."""
         memory = self.memory
         with memory.lock:
             left = min(SESSION_GROWTH - self.promised, memory.limit // 2 - memory.promised)
@@ -379,7 +379,7 @@ class Mux:
         self._overran = False  # the peer has exceeded a window once
         self._most_waste = WASTE + WASTE_A_STREAM * max_streams
         self._waste_a_second = WASTE_A_SECOND + WASTE_A_STREAM_SECOND * max_streams
-        self._wasted = 0.0  # useless frames, less those that time and our own frames excuse
+        self._wasted = 0.0  # useless frames, less the allowance of _waste(); negative if none
         self._late = 0  # bytes that may still come for streams that we have reset
         self._now = self._wasted_at = 0.0
         self._watched_at: float | None = None  # when keep_alive() was called last
@@ -515,8 +515,8 @@ class Mux:
             self._waste("pongs")
 
     def _measure(self, asked_at: float) -> None:
-        """Learn the round trip time from an answer. The shortest one is the line's own; the others
-        waited behind payload or for a CPU."""
+        """Learn the round trip time from an answer. The shortest one counts, since longer ones
+        include waiting behind payload or for a CPU."""
         took = self._now - asked_at
         self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
@@ -719,7 +719,7 @@ class Mux:
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
         if self.round_trip is None and self._credited and self._asked is None:
-            self._ask(now)  # much comes: the window may have to grow, which needs the round trip
+            self._ask(now)  # _grow_window() needs the round trip time, and no answer has given it
         self._credited = True
         return True
 
@@ -738,7 +738,7 @@ class Mux:
             self._largest = max(self._largest, flow.window)
 
     def _shrink_window(self, flow: _Flow) -> None:
-        """Keep credit back: few bytes come, or the reader has not used half of the window."""
+        """Withhold credit: few bytes come, or the reader has not used half of the window."""
         less = min(flow.owed, flow.grown)
         flow.owed -= less
         flow.window -= less
@@ -752,8 +752,8 @@ class Mux:
         return flow.window - flow.may_receive - flow.owed - on_way
 
     def discard(self, stream_id: int, now: float) -> None:
-        """Drop what comes of a stream, and count it as used: the peer may only read our bytes after
-        it has sent all of its own."""
+        """Drop payload that comes for a stream, but give credit for it: a peer that first sends all
+        of its own bytes, and then reads ours, would block otherwise."""
         flow = self._flows.get(stream_id)
         if flow is not None:
             flow.discarding = True
@@ -870,7 +870,7 @@ class Mux:
         """End a stream from our side: frames of it may still be on their way to us."""
         self._forget(flow)
         if not flow.got_fin:
-            self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # a line holds no more
+            self._late = min(self._late + flow.may_receive, MAX_WINDOW)  # no more is on its way
         self._wasted -= LATE_FRAMES
 
     def _forget(self, flow: _Flow) -> None:
@@ -905,8 +905,8 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
             "expected fewer hostnames, or shorter policies")  # fmt: skip
-UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more are a flood
-UNKNOWN_LEAST = 256  # bytes that a smaller one counts as, since reading it takes as long
+UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more end the session
+UNKNOWN_LEAST = 256  # bytes; a smaller one counts as so many, since parsing it takes no less time
 UNKNOWN_KINDS = 16  # unknown types that are reported; the sender could invent any number of them
 MAX_TS = 1 << 63  # Go's int64
 
@@ -915,18 +915,18 @@ MAX_TS = 1 << 63  # Go's int64
 HALF_CLOSE = "half_close"  # the agent passes FIN on to its target, and goes on reading from it
 HOST_HEADER = "host_header"  # the gateway replaces the visitor's Host header as the agent says
 PORTS = "ports"  # the gateway opens public ports for tcp hostnames
-LATER_PORTS = "later_ports"  # ... and tries again later those that it could not open
-CERTIFICATES = "certificates"  # the gateway tells how the certificates of its hostnames stand
+LATER_PORTS = "later_ports"  # the gateway retries ports that it could not open at first
+CERTIFICATES = "certificates"  # the gateway reports the state of the hostnames' certificates
 VISITOR_ADDRESS = "visitor_address"  # data headers contain the visitor's address
 POLICIES = "policies"  # the gateway enforces the agent's rules for visitors (passwords, addresses)
 WILDCARDS = "wildcards"  # the gateway accepts hostnames such as *.dev.example.com
 REASONS = "reasons"  # the gateway tells why it ends the session
-UPGRADES = "upgrades"  # data headers say when an http stream is relayed as a tcp stream is
+UPGRADES = "upgrades"  # data headers say when an http stream is relayed like one in tcp mode
 REFUSALS = "refusals"  # the gateway makes the error page when the agent rejects an http visit
 
 # Codes of End messages (feature REASONS).
 REPLACED = "replaced"  # another session has taken over the hostnames
-MOVE = "move"  # the agent must dial again; until it has, this session serves, and visits go on
+MOVE = "move"  # the agent must open a new session; this one serves until then
 
 
 class Register(NamedTuple):
@@ -969,7 +969,7 @@ class Ack(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """Gateway to agent: how a hostname's certificate stands (feature CERTIFICATES). ``state`` is
+    """Gateway to agent: the state of a hostname's certificate (feature CERTIFICATES). ``state`` is
     "ready", "waiting", or "failed: REASON"."""
 
     hostname: str
@@ -977,8 +977,8 @@ class Certificate(NamedTuple):
 
 
 class Port(NamedTuple):
-    """Gateway to agent: a public port that the Ack refused is open now (feature LATER_PORTS).
-    ``port`` is a text, as in Ack."""
+    """Gateway to agent: a public port that could not be opened at first (Ack.refused) is open now
+    (feature LATER_PORTS). ``port`` is a text, as in Ack."""
 
     hostname: str
     port: str
@@ -993,13 +993,13 @@ class End(NamedTuple):
 
 
 class Ping(NamedTuple):
-    """Gateway to agent: asks for a Pong. ``ts`` is the wall clock in milliseconds."""
+    """Gateway to agent: asks for a Pong. ``ts`` is the sender's wall clock in milliseconds."""
 
     ts: float
 
 
 class Pong(NamedTuple):
-    """Agent to gateway: answers a Ping, with the same ``ts``."""
+    """Agent to gateway: answers a Ping. ``ts`` is the sender's wall clock, not that of the Ping."""
 
     ts: float
 
@@ -1176,21 +1176,21 @@ class MessageReader:
 
 DATA_HEADER = struct.Struct("!BH")  # version, length of the text that follows
 DATA_HEADER_PLAIN = 1  # the text is "HOSTNAME". Go peers know only this version
-DATA_HEADER_ADDRESSED = 2  # "HOSTNAME ADDRESS PORT ADDRESS PORT": of the visitor, of the gateway
-DATA_HEADER_RELAYED = 3  # either text; the agent passes FIN on to the target, in http mode too
+DATA_HEADER_ADDRESSED = 2  # "HOSTNAME ADDRESS PORT ADDRESS PORT": first the visitor's, then ours
+DATA_HEADER_RELAYED = 3  # text as in 1 or 2; the agent passes FIN on to the target in any mode
 
 
 class Ends(NamedTuple):
-    """The ends of a visitor's connection, each (IP address, port); ``door`` is the gateway's."""
+    """Both ends of a visitor's connection as (IP address, port); ``door`` is the gateway's end."""
 
     visitor: tuple[str, int]
     door: tuple[str, int]
 
 
 def encode_data_header(hostname: str, ends: Ends | None = None, relayed: bool = False) -> bytes:
-    """The first bytes of a data stream. ``hostname`` is exactly as the agent registered it. Only an
-    agent that asked for them gets ``ends`` (VISITOR_ADDRESS) or ``relayed`` (UPGRADES): FIN then
-    ends one direction and not the visit, in http mode too."""
+    """The first bytes of a data stream. ``hostname`` is exactly as the agent registered it. With
+    ``relayed``, FIN ends one direction and not the visit, in http mode too. ``ends`` needs the
+    feature VISITOR_ADDRESS, ``relayed`` UPGRADES."""
     if ends is None:
         version, text = DATA_HEADER_PLAIN, hostname
     else:
@@ -1206,7 +1206,7 @@ def read_data_header(read_exactly: Callable[[int], bytes]) -> tuple[str, Ends | 
     """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, its Ends or
     None, and whether the stream is relayed. Raises ProtocolError if it is malformed.
 
-    A Go gateway writes the visitor's Host header as hostname: perhaps with a port, in any case.
+    A Go gateway writes the visitor's Host header there, perhaps with a port or in upper case.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
     first, last = DATA_HEADER_PLAIN, DATA_HEADER_RELAYED
@@ -1262,7 +1262,7 @@ def spawn(name: str, function: Callable[..., object], *arguments: object) -> thr
     try:
         thread.start()
     except RuntimeError as error:
-        raise NoThread(f"no thread to be had ({error}): raise the limit (ulimit -u)") from None
+        raise NoThread(f"cannot start a thread ({error}): raise the limit (ulimit -u)") from None
     return thread
 
 
@@ -1296,7 +1296,7 @@ class Waker:
     """Wakes a thread that waits in a selector, by a byte in a socket pair.
 
     After wake() the selector finds the Waker readable until clear(). Any thread may call wake(),
-    also after close(): the lock keeps the byte from a descriptor that the system has reused.
+    also after close(): without the lock, the byte could go to a descriptor that the system reused.
     """
 
     def __init__(self) -> None:
@@ -1343,7 +1343,7 @@ NOTHING: Batch = (b"", ())
 
 
 class Buffers:
-    """A pool of receive buffers of one size, each lent while a thread works and does not wait.
+    """A pool of receive buffers of one size. A thread gives its buffer back before it waits.
 
     Allocating a large buffer for each read would cost as much as decrypting what is read.
     """
@@ -1364,7 +1364,8 @@ class Buffers:
             self._spare.append(buffer)
 
 
-# A receiving thread needs two. Few sessions receive at one time, but many visits: 4 MiB at most.
+# A thread needs two: for encrypted and for plain bytes. Few sessions receive at one time, but many
+# visits do. The unused buffers of both pools together take 6 MiB at most.
 LARGE_BUFFERS = Buffers(READ_BATCH, 4)
 BUFFERS = Buffers(READ_SIZE, 64)
 
@@ -1433,7 +1434,7 @@ class Sender:
         wakes the demultiplexer."""
         self.busy = False
         self.jammed = False
-        self.postponed = False  # an ACK waits for the answer, or for a read that would block
+        self.postponed = False  # an ACK is queued; the answer's write or a blocking read sends it
         self.closing = False  # wake the demultiplexer when all is sent
         self._jammed_at = 0.0
         self._quantum = SEND_LEAST
@@ -1463,7 +1464,7 @@ class Sender:
                 if not self._stopped:
                     self._duplex.reset()  # the demultiplexer sees it and ends the session
                 return
-            except BaseException:  # no memory, for example: frames are lost
+            except BaseException:  # MemoryError, for example: frames are lost, so the session is
                 self._duplex.reset()
                 raise
             if not done:
@@ -1521,7 +1522,7 @@ class Sender:
         self._stopped = self.busy = True
 
     def _pace(self, took: float) -> None:
-        """Adapt the quantum to a line that ``took`` so many seconds for one. Busy thread only."""
+        """Adapt the quantum; ``took``: the kernel's seconds for the last one. Busy thread only."""
         if took < SEND_QUICK and self._quantum < SEND_MOST:
             self._quantum *= 2
         elif took > SEND_SLOW and self._quantum > SEND_LEAST:
@@ -1560,10 +1561,10 @@ class StreamTable:
         self._account.hold(count)
         if not stream._unread and stream in self.over:
             self.over.discard(stream)
-            stream._on_death = None  # it has ended as it should
+            stream._on_death = None  # both directions have ended with FIN, and all is read
 
     def drop_if_over(self, stream: Stream) -> None:
-        """Once both sides have sent FIN, forget the stream, but for what its reader has to read."""
+        """Once both sides have sent FIN, forget the stream. Its unread bytes can still be read."""
         if stream._got_fin and stream._sent_fin:
             self._forget(stream.id)
             self.slot.notify()
@@ -1767,7 +1768,7 @@ class Session:
 
     @property
     def jammed(self) -> bool:
-        """Whether output waits, since the peer or the line takes no more at present."""
+        """Whether output waits because the kernel's send buffer is full."""
         return self._sender.jammed
 
     # Streams
@@ -1780,7 +1781,7 @@ class Session:
 
         Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError,
         ConnectionError. The stream is added within ``permit``, a context manager that counts
-        streams. It may raise an exception to refuse this one, and must not wait for a session.
+        streams and may raise an exception to refuse this one. It must take no session's lock.
         """
         deadline = Deadline(timeout)
         mux, slot = self._mux, self._streams.slot
@@ -1956,7 +1957,7 @@ class Session:
             self._wake()
 
     def _patience(self) -> float | None:
-        """Seconds until the next timer, or the end of close()'s patience; None: for ever."""
+        """Seconds until the next timer, or until close() stops waiting; None: for ever."""
         at = min(self._timers.next_at, self._closing[1] if self._closing else math.inf)
         return max(0, at - monotonic()) if at < math.inf else None
 
@@ -2125,8 +2126,8 @@ class Stream:
         self._chunks.clear()
 
     def _is_known(self) -> bool:
-        """Whether the session's stream of this id is this one. Once a stream is over, a peer that
-        is not Go may reuse its id."""
+        """Whether the session knows this stream. Comparing ids is not enough: a peer that breaks
+        the specification may reuse the id of a stream that is over."""
         return self._streams.known.get(self.id) is self
 
     # Called by the threads that use the stream
@@ -2156,7 +2157,7 @@ class Stream:
 
     @property
     def stall_timeout(self) -> float:
-        """Seconds that the peer may read nothing of what is written."""
+        """Seconds without credit from the peer after which write() resets the stream."""
         return self._session.stall_timeout
 
     @property
@@ -2168,9 +2169,9 @@ class Stream:
         """Put the stream aside until the next write(), which uses it again. False, and no change,
         if the peer has sent or ended something already.
 
-        The peer has nothing to say now. If payload or FIN comes before all of the next write() is
-        queued, the stream is reset, and ``on_end()`` is called as by on_death(). So late bytes of
-        one exchange are never read as the answer to the next one (HTTP desync).
+        If payload or FIN comes before all of the next write() is queued, the stream is reset, and
+        ``on_end()`` is called as by on_death(). So late bytes of one exchange are never read as the
+        answer to the next one (HTTP desync).
         """
         with self._lock:
             self._at_rest = self.quiet
@@ -2257,7 +2258,7 @@ class Stream:
             try:
                 while True:
                     self._check()
-                    if session._closing:  # new payload could keep it from its end
+                    if session._closing:  # close() sends only what was queued before
                         raise SessionClosed(session._closing[0])
                     if self._sent_fin:
                         raise ValueError("write() after finish()")
@@ -2409,7 +2410,7 @@ class _Direction:
         self.moved_at = monotonic()  # when the sink last took bytes
 
     def run(self, back: _Direction) -> None:
-        """Copy everything; then wait for the way ``back``, and end it if it cannot end itself."""
+        """Copy everything; then wait for the other direction, and end it if an end is dead."""
         source, sink = self.source, self.sink
         well = self.copy()
         self.over.set()
