@@ -1262,7 +1262,7 @@ def spawn(name: str, function: Callable[..., object], *arguments: object) -> thr
     try:
         thread.start()
     except RuntimeError as error:
-        raise NoThread(f"cannot start a thread ({error}): raise the limit (ulimit -u)") from None
+        raise NoThread(f"no further thread ({error}): raise the limit (ulimit -u)") from None
     return thread
 
 

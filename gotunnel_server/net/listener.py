@@ -200,7 +200,7 @@ class Listener:
         return self._workers.crowded
 
     def start(self) -> None:
-        """Begin to accept. Raises PortError if there is no thread to be had."""
+        """Begin to accept. Raises PortError if the system gives no thread."""
         for sock in self._sockets:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)

@@ -25,7 +25,7 @@ def no_more_threads(monkeypatch):
 
 def test_spawn_says_by_an_oserror_that_there_is_no_thread(monkeypatch):
     no_more_threads(monkeypatch)
-    with pytest.raises(NoThread, match=r"no thread .*can't start.*ulimit -u"):
+    with pytest.raises(NoThread, match=r"no further thread .*can't start.*ulimit -u"):
         spawn("never", print)
 
 
