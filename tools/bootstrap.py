@@ -4,8 +4,8 @@ It is the one of a virtual environment in `.venv`, at the top of the repository,
 share. GOTUNNEL_VENV names another folder there, for another Python. What goes into it is read from
 setup.py; it is installed again only when setup.py changes.
 
-This file must parse on Python 3.6 and needs the standard library alone: whoever comes with an old
-Python shall read a sentence, no traceback.
+This file must parse on Python 3.6 and needs the standard library alone, so that an old Python prints
+a sentence and no traceback.
 """
 
 import ast
@@ -161,7 +161,7 @@ def say(text):
 def tool(main):
     """Run the ``main`` of a tool and exit with its status; what must be said is one line."""
     name = os.path.basename(sys.argv[0])
-    # The same as Ctrl-C for whoever must clean up.
+    # SIGTERM ends the tool as Ctrl-C does, by an exception, so that its with statements clean up.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         status = main(sys.argv[1:])

@@ -1,14 +1,14 @@
-"""Shows a tunnel at work, on this machine alone: web site, agent, gateway, and one visit.
+"""Shows a tunnel at work on this machine: a web site, an agent, a gateway, and one visit.
 
     python3 tools/demo.py            stays up, to be tried, until Ctrl-C
     python3 tools/demo.py --once     ends after the visit; status 0 if the right page came back
 
-What is started, each a process of its own, in a temporary folder that is removed at the end:
+The demo starts three processes in a temporary folder, which it removes at the end:
 
     visitor (this program)  -- https -->  gateway  -- tunnel -->  agent  -- http -->  web site
 
-Needs nothing but Python and the network to install a few packages into .venv. Any number may run
-at once: all ports are free ones.
+It needs Python, and the network to install a few packages into .venv. Several demos may run at once:
+each takes free ports.
 """
 
 import argparse
@@ -32,20 +32,20 @@ HOSTNAME = "app.localhost"
 GATEWAY_HOST = "gateway.localhost"
 LOOPBACK = "127.0.0.1"
 
-# Seconds. All is there in one; a small machine that is busy may need ten times that.
+# Seconds. One is usual; a small machine that is busy may need ten times as long.
 START_TIMEOUT = 30
 VISIT_TIMEOUT = 10
 # An agent gives its visits ten seconds before it ends.
 STOP_TIMEOUT = 15
 
-# Among the events of a Demo: somebody wants it to end.
+# An event of a Demo: a signal asks it to end.
 STOP = ("demo", None)
 
-# What is shown of the log of a process that died: a traceback's end.
+# Lines of its log that are shown when a process dies: enough for the end of a traceback.
 LAST_LINES = 10
 
-# The children get nothing of the environment (a stray JWT_SECRET, say) but what Python itself may
-# need to start.
+# The processes get only these variables, which Python may need to start: another, such as a stray
+# JWT_SECRET, would change what they do.
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 AGENT_CONFIG = """\
@@ -78,14 +78,14 @@ class Stopped(Exception):
 
 
 class Demo:
-    """The processes and what they say. Use it in a with statement: nothing of it stays behind.
+    """The processes and their logs. Use it in a with statement, which ends and removes all of it.
 
-    Whatever happens is put in one queue: each line of a process, its end, and a signal (a
-    SimpleQueue's put() is made for that). So there is one place to wait.
+    All events go into one queue, so there is one place to wait: each line of a process, its end, and
+    a signal (SimpleQueue.put() may be called in a signal's handler).
     """
 
     def __init__(self, python):
-        """``python``: the path of one that has installed what a gateway needs."""
+        """``python``: the path of a Python that has the packages of a gateway."""
         self._python = python
         self._events = queue.SimpleQueue()  # (name, line), (name, None) at its end, or STOP
         self._children = {}  # name: process, in the order of start
@@ -107,7 +107,7 @@ class Demo:
                 child.wait()
         for reader in self._readers:
             reader.join()
-        while not self._events.empty():  # what they said while nobody waited
+        while not self._events.empty():  # lines that came while no thread waited
             self._show(self._events.get())
         self._folder.cleanup()
 
@@ -120,14 +120,14 @@ class Demo:
         environ = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
         child = subprocess.Popen(
             [self._python, os.path.join(bootstrap.ROOT, script), *arguments],
-            cwd=self._folder.name,  # where no .env is that somebody keeps for another gateway
+            cwd=self._folder.name,  # a folder without the .env of another gateway
             env=environ | settings,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C is for us: we stop them, in order
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which stops them in order
         )
         self._children[name] = child
         self._logs[name] = deque(maxlen=LAST_LINES)
@@ -146,17 +146,17 @@ class Demo:
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             try:
-                who, line = self.wait(max(0, deadline - time.monotonic()))
+                source, line = self.wait(max(0, deadline - time.monotonic()))
             except queue.Empty:
                 raise self._failure(
                     name, f"did not say {pattern!r} in {START_TIMEOUT} seconds"
                 ) from None
             match = re.search(pattern, line)
-            if who == name and match:
+            if source == name and match:
                 return match[match.lastindex or 0]
 
     def wait(self, timeout=None):
-        """Return the next line as (name, line), having shown it.
+        """Show the next line and return it as (name, line).
 
         Raises Stopped, Failed if a process has ended, queue.Empty after ``timeout`` seconds.
         """
@@ -170,7 +170,7 @@ class Demo:
         return event
 
     def wait_for_stop(self):
-        """Show what they say until stop(). Raises Failed if a process has ended."""
+        """Show the lines of all processes until stop(). Raises Failed if a process ends."""
         try:
             while True:
                 self.wait()

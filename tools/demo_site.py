@@ -2,7 +2,7 @@
 
     python3 tools/demo_site.py TOKEN
 
-TOKEN stands in the page, so whoever gets it knows that it came from here.
+TOKEN stands in the page, so a visitor that finds it knows that the page came from this process.
 """
 
 import sys
