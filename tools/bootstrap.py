@@ -4,8 +4,8 @@ It is the one of a virtual environment in `.venv`, at the top of the repository,
 share. GOTUNNEL_VENV names another folder there, for another Python. What goes into it is read from
 setup.py; it is installed again only when setup.py changes.
 
-This file must parse on Python 3.6 and needs the standard library alone, so that an old Python prints
-a sentence and no traceback.
+This file must parse on Python 3.6 and needs the standard library alone, so that an old Python
+prints a sentence and no traceback.
 """
 
 import ast

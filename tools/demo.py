@@ -7,8 +7,8 @@ The demo starts three processes in a temporary folder, which it removes at the e
 
     visitor (this program)  -- https -->  gateway  -- tunnel -->  agent  -- http -->  web site
 
-It needs Python, and the network to install a few packages into .venv. Several demos may run at once:
-each takes free ports.
+It needs Python, and the network to install a few packages into .venv. Several demos may run at
+once: each takes free ports.
 """
 
 import argparse
@@ -80,8 +80,8 @@ class Stopped(Exception):
 class Demo:
     """The processes and their logs. Use it in a with statement, which ends and removes all of it.
 
-    All events go into one queue, so there is one place to wait: each line of a process, its end, and
-    a signal (SimpleQueue.put() may be called in a signal's handler).
+    All events go into one queue, so there is one place to wait: each line of a process, its end,
+    and a signal (SimpleQueue.put() may be called in a signal's handler).
     """
 
     def __init__(self, python):

@@ -71,7 +71,8 @@ class Visit:
         if self.route is None:
             return ""
         agent = self.route.tunnel.agent
-        return agent.identity.name or agent.host
+        name: str = agent.identity.name or agent.host
+        return name
 
     @property
     def first_byte(self) -> float | None:
