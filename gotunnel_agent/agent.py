@@ -27,8 +27,9 @@ import secrets
 import ssl
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic, time
+from typing import NamedTuple
 
 import jwt
 
@@ -139,6 +140,19 @@ class Service:
         return any(stream is not self.control for stream in self.session.streams_in_use())
 
 
+class Snapshot(NamedTuple):
+    """How an agent does at a moment, for its operator."""
+
+    gateway: str
+    since: float | None  # monotonic time of the session's ack; None while none serves
+    problem: str  # why the last session or dial ended; "" while one serves
+    old_sessions: int
+    visits: int  # that run now
+    routes: Mapping[str, Route]
+    certificates: Mapping[str, str]  # the gateway's words, by hostname
+    stopping: bool
+
+
 class Agent:
     """Serves one gateway until stop() is called. run() is the agent's thread."""
 
@@ -167,6 +181,8 @@ class Agent:
         self._unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
         self._running = 0  # data streams that have a worker
         self._targets = Targets()
+        self._problem = ""  # why the last session or dial has ended
+        self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
 
     def run(self) -> None:
@@ -207,6 +223,22 @@ class Agent:
         deadline = monotonic() + LAST_WORDS
         for session in sessions:
             session.join(max(0, deadline - monotonic()))
+
+    def snapshot(self) -> Snapshot:
+        """How it does now. Any thread."""
+        with self._lock:
+            service, visits, old = self._service, self._running, len(self._old)
+        serves = service is not None and service.outcome is None and service.since < math.inf
+        return Snapshot(
+            self._address,
+            service.since if service is not None and serves else None,
+            "" if serves else self._problem,
+            old,
+            visits,
+            self._routes,
+            dict(self._certificates),
+            self._stopping.is_set(),
+        )
 
     @property
     def _address(self) -> str:
@@ -258,6 +290,7 @@ class Agent:
                 continue
             failures = 1 if held else failures + 1
             delay = retry_delay(failures, least, most)
+            self._problem = problem
             log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
             self._stopping.wait(delay)
 
@@ -319,6 +352,7 @@ class Agent:
         outcome: Exception = SessionClosed("the gateway ended the session")
         try:
             certificates: dict[str, str] = {}
+            self._certificates = certificates
             for message in messages:
                 if isinstance(message, Certificate):
                     self._log_certificate(message, certificates)

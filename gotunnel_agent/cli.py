@@ -1,6 +1,7 @@
 """The agent's command line: arguments, logging, signals, exit codes.
 
-`gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent forward` is another
+`gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` asks the running
+agent how it does: exit status 0 if it serves, 1 if it does not, 2 if nothing answers. `gotunnel-agent forward` is another
 program, in forward.py; __main__.py tells the two apart.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
@@ -18,7 +19,9 @@ from .agent import Agent, CannotTrust
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
 from .common.process import Signals, print_answer, set_up_process, stay_on_one_cpu
+from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
+from .status import PROGRAM, describe, status_places, status_socket_of
 
 log = logging.getLogger("gotunnel")
 
@@ -28,9 +31,11 @@ its configuration from targets that it can reach. conf/agent.yaml explains each
 key."""
 EPILOG = """\
 gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
+gotunnel-agent status: asks the running agent how it does.
 gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
+STATUS = "status"
 MAX_LINE = 8192  # bytes read from standard input, more than a password may have
 HASH_DESCRIPTION = """\
 Print the hash of a password, for basic_auth: "USER:HASH" in the agent's
@@ -46,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [HASH_PASSWORD]:
         return print_hash(arguments[1:])
+    if arguments[:1] == [STATUS]:
+        return ask_status(arguments[1:])
     options = parse(arguments)
     try:
         config = load(options.config)
@@ -59,10 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
         log.warning("%s", line)
     signals = Signals()
     spawn("agent", signals.after, agent.run)
+    status = status_socket_of(config, lambda: describe(agent.snapshot()))
+    if status is not None:
+        status.start()
     if signals.wait() == 0:
         return 1  # the agent ended by a bug, which was logged
     log.info("stopping; a second signal stops at once")
     agent.stop()
+    if status is not None:
+        status.close()
     log.info("stopped")
     return 0
 
@@ -79,6 +91,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     return parser.parse_args(arguments)
+
+
+def ask_status(arguments: list[str]) -> int:
+    """Print how the running agent does."""
+    parser = argparse.ArgumentParser(
+        f"{PROGRAM} {STATUS}",
+        description="Ask the agent that runs here for its session, tunnels and visits.\n"
+        "Exit status: 0 it serves, 1 it has no session, 2 nothing answers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "-c", "--config", metavar="FILE",
+        help="its configuration; needed if that names a status_socket",
+    )  # fmt: skip
+    add_json_option(parser)
+    options = parser.parse_args(arguments)
+    try:
+        places = status_places(options.config)
+    except ConfigError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    return print_answer(parser.prog, lambda: show_status(places, PROGRAM, as_json=options.json))
 
 
 def print_hash(arguments: list[str]) -> int:

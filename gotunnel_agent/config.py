@@ -45,6 +45,7 @@ from .common.hostnames import (
 )
 from .common.proxy_protocol import VERSIONS
 from .common.quantities import whole_number
+from .common.status_socket import OFF, why_not
 from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
 
@@ -62,6 +63,7 @@ KEYS = (
     "jwt_expire_sec",
     "stall_timeout",
     "log_level",
+    "status_socket",
     "tunnels",
 )
 POLICY_KEYS = ("basic_auth", "basic_auth_file", "allow", "deny", "rate_limit")
@@ -174,6 +176,9 @@ class Config:
     jwt_expire_sec: int  # seconds that a token signed by the agent is valid
     stall_timeout: float  # seconds that a visitor or a target may read nothing of what it gets
     log_level: str  # one of LOG_LEVELS
+    status_socket: (
+        str  # where `gotunnel-agent status` asks, OFF for nowhere; "": see runtime_places()
+    )
     tunnels: tuple[Tunnel, ...]
     secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
 
@@ -286,6 +291,7 @@ def _config(document: Mapping[str, object]) -> Config:
         jwt_expire_sec=_expire_sec(document),
         stall_timeout=_stall_timeout(document),
         log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
+        status_socket=_status_socket(document),
         tunnels=_tunnels(document),
     )
     size = len(json.dumps(config.policies(), separators=(",", ":")))
@@ -485,6 +491,17 @@ def _stall_timeout(document: Mapping[str, object]) -> float:
     expected = f"seconds, a number from {LEAST_STALL} to {MOST_STALL}"
     text = _text(document, "stall_timeout", expected)
     return _seconds(text, "stall_timeout", expected, LEAST_STALL, MOST_STALL)
+
+
+def _status_socket(document: Mapping[str, object]) -> str:
+    if "status_socket" not in document:
+        return ""
+    path = _text(document, "status_socket", f"the path of a unix socket, or {OFF}")
+    if path.lower() == OFF:
+        return OFF
+    if problem := why_not(path):
+        raise ConfigError(f"status_socket: {problem}: name a shorter one, or write {OFF}")
+    return path
 
 
 def _seconds(text: str, key: str, expected: str, least: float, most: float) -> float:

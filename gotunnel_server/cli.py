@@ -8,6 +8,7 @@ Exit status:
     certificates     printed, asked for   NAME cannot be renewed    the configuration is wrong
     token            printed              the gateway would refuse  the configuration is wrong
     agents           done                 NAME exists, or does not  the configuration is wrong
+    status           it serves            it drains                nothing answers
 
 Wrong arguments and a wrong AGENTS_FILE give 2 as well.
 """
@@ -26,6 +27,7 @@ from gotunnel_agent.common.process import (
     set_up_process,
     stay_on_one_cpu,
 )
+from gotunnel_agent.common.show_status import add_json_option, show_status
 
 from .admin import certificates, check, grants
 from .admin.grants import GrantError
@@ -33,10 +35,11 @@ from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
-from .config import Config, faults, load
+from .config import Config, faults, load, status_places
 from .gateway import Gateway
 from .net.listener import PortError
 from .secret_files import exposed
+from .status import Status
 from .variables import ConfigError
 
 PROGRAM = "gotunnel-server"
@@ -74,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(options: argparse.Namespace) -> int:
     """Do what the options say; return the exit status."""
     try:
+        if options.command == "status":  # the rest of the configuration may be wrong
+            places = status_places(options.env_file)
+            return show_status(places, PROGRAM, as_json=options.json)
         config = load(options.env_file)
         if options.command is None:
             return run(config)
@@ -126,10 +132,13 @@ def run(config: Config) -> int:
     for line in exposed(config):
         logging.getLogger("gotunnel").warning(line)
     gateway.start()
+    status = Status(gateway, config.status_socket)
     while signals.wait() == HANG_UP:
         gateway.reload()
     logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
+    status.draining = True
     gateway.stop()
+    status.close()
     return 0
 
 
@@ -199,7 +208,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Remove an agent from AGENTS_FILE. A running gateway ends its sessions.",
     )  # fmt: skip
     remove.add_argument("name", metavar="NAME", help="as the list shows it")
-    for each in (check_, certificates_, token, agents_, add, show, remove):
+    status = commands.add_parser(
+        "status", help="ask the running gateway how it does",
+        description="Ask the gateway that runs here for its sessions, hostnames, visits and\n"
+        "certificates. Exit status: 0 it serves, 1 it drains, 2 nothing answers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_json_option(status)
+    for each in (check_, certificates_, token, agents_, add, show, remove, status):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)

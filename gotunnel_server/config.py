@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gotunnel_agent.common import status_socket
 from gotunnel_agent.common.addresses import Network
 from gotunnel_agent.common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
@@ -56,7 +57,7 @@ NAMES = frozenset({  # all variables that load() may read
     "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT", "GATEWAY_HOST", "GATEWAY_PORT",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "RAW_TCP_HOST", "RESPONSE_TIMEOUT",
-    "STALL_TIMEOUT", "TCP_PORTS", "TRUSTED_PROXIES", "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
+    "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES", "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
 # An unknown name in the env file that begins like this was meant for the gateway.
 PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "GATEWAY_", "JWT_", "TUNNEL_")
@@ -128,6 +129,7 @@ class Config:
     stall_timeout: float  # how long a reader may take nothing
     drain_timeout: float  # may be 0
     log_level: str  # one of LOG_LEVELS
+    status_socket: Path | None  # where `gotunnel-server status` asks; None: nowhere
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
 
@@ -217,6 +219,7 @@ def _complete(read: Variables) -> Config:
         stall_timeout=_stall_timeout(read),
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
+        status_socket=_status_socket(read),
         warnings=_secret_warnings(jwt_secret),
         secret_files=(),
     )
@@ -342,6 +345,38 @@ def _stall_timeout(read: Variables) -> float:
     if not LEAST_STALL <= seconds <= MOST_STALL:
         raise ConfigError(f"STALL_TIMEOUT is {read.text('STALL_TIMEOUT')!r}, expected {expected}")
     return seconds
+
+
+def status_places(
+    env_file: str | None = None, environ: Mapping[str, str] = os.environ
+) -> list[str]:
+    """The paths where a running gateway may have its status socket. The rest of the configuration
+    may be wrong, or another user's. Raises ConfigError."""
+    read = Variables({**read_env_file(chosen_env_file(env_file)), **not_blank(environ)})
+    path = _status_socket(read)
+    if path is None:
+        raise ConfigError(
+            f"STATUS_SOCKET is {status_socket.OFF}, expected a path: a gateway without a status "
+            "socket cannot be asked"
+        )
+    if read.is_set("STATUS_SOCKET"):
+        return [str(path)]
+    return [str(path), *status_socket.runtime_places("gotunnel-server")]
+
+
+def _status_socket(read: Variables) -> Path | None:
+    text = read.text("STATUS_SOCKET")
+    if text is None:
+        return read.folder_to_be("ACME_CACHE", "./cert-cache") / status_socket.NAME
+    if text.lower() == status_socket.OFF:
+        return None
+    if problem := status_socket.why_not(text):
+        raise ConfigError(
+            f"STATUS_SOCKET: {problem}: name a shorter one, or set it to {status_socket.OFF}"
+        )
+    if os.path.isdir(text):
+        raise ConfigError(f"STATUS_SOCKET is {text!r}, which is a folder: name a file in it")
+    return Path(text)
 
 
 def default_workers(cores: int) -> int:

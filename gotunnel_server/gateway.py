@@ -84,8 +84,8 @@ class Gateway:
             config.header_timeout, config.idle_timeout,
             config.response_timeout, config.stall_timeout,
         )  # fmt: skip
-        self._own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
-        self._registry = Registry(reserved=self._own_names)
+        self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
+        self._registry = Registry(reserved=self.own_names)
         self._challenges = Challenges(
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),
             config.acme_cache,
@@ -110,7 +110,7 @@ class Gateway:
             self._listeners.stop()
             raise
         self._watchers = (
-            Watcher("keeper", lambda asked: self._keeper.look(), RELOAD),
+            Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
         )
         self._facts = tuple(facts(config, self, self._ca_file))
@@ -121,9 +121,9 @@ class Gateway:
         authority = Authority(config.acme_cache / LOCAL_FOLDER) if config.local_ca else None
         self._ca_file = authority.ca_file if authority else None
         self._certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
-        self._keeper = Keeper(
+        self.keeper = Keeper(
             self._certificates,
-            own_names=self._own_names,
+            own_names=self.own_names,
             served=self._registry.routes,
             owner=self._owner,
             on_change=self._tell_certificate,
@@ -152,15 +152,15 @@ class Gateway:
             credentials=self._credentials,
             registry=self._registry,
             ports=self._ports,
-            ensure_certificates=self._keeper.want,
-            certificate_state=self._keeper.state,
+            ensure_certificates=self.keeper.want,
+            certificate_state=self.keeper.state,
             submit=self._registrations.submit,
         )
         self._newcomers = Newcomers(
             self.tunnels,
             # Agents name either of the two in SNI, or none.
             context=self._certificates.fronts(
-                config.tunnel_host, self._own_names.__contains__
+                config.tunnel_host, self.own_names.__contains__
             ).context,
             challenges=self._challenges,
             attempts=Attempts(),
@@ -197,7 +197,7 @@ class Gateway:
             registry=self._registry,
             raw_host=config.raw_tcp_host,
             challenges=self._challenges,
-            awaits_certificate=self._keeper.pending,
+            awaits_certificate=self.keeper.pending,
         )
         # Visitors of TCP_PORTS, and those that a proxy brings to HTTP_PORT, count here as well.
         self._visitor_places = capacity.visitors(config.max_connections, self._proxies)
@@ -212,7 +212,7 @@ class Gateway:
             return
         site = dashboard.build_site(
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
-            self._keeper.state, self._proxies, config.dashboard_password,
+            self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
         port = self._build_port(Port, Room(DASHBOARD_REQUESTS, self._proxies), site=site)
         self.dashboard_port = self._listeners.add(
@@ -258,7 +258,7 @@ class Gateway:
 
     def start(self) -> None:
         """Serve. Raises PortError, NoThread."""
-        for part in (self._listeners, *self._watchers, self._keeper):
+        for part in (self._listeners, *self._watchers, self.keeper):
             part.start()
         for fact in self._facts:
             log.info("%s", fact)
@@ -271,7 +271,7 @@ class Gateway:
 
     def stop(self) -> None:
         """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
-        for part in (*self._watchers, self._keeper):
+        for part in (*self._watchers, self.keeper):
             part.stop()
         for port in self._visitor_ports:
             port.start_draining()

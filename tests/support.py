@@ -547,6 +547,7 @@ def agent_yaml(gateway, http, tcp, keys) -> str:
         "tunnel_addr": f"{TUNNEL_HOST}:{gateway.tunnel_port}",
         "ca_file": str(gateway.ca_file),
         "jwt_secret": SECRET,
+        "status_socket": "off",  # or all agents of the tests would want the same
         "tunnels": tunnels,
         **keys,
     }

@@ -7,6 +7,7 @@ settings, its second one their default: `a value`, "none", "required", or words 
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -50,6 +51,7 @@ IN_WORDS = {
     "ACME_ENV": "`production`, or none with `CERT_DIR`",
     "ACME_DIRECTORY": "that of `ACME_ENV`",
     "HTTP_PORT": "`80` with ACME, else off",
+    "STATUS_SOCKET": "`status.sock` in `ACME_CACHE`",
     "WORKERS": "256 for each CPU core, but at least 512 and at most 2048",
 }
 
@@ -121,6 +123,7 @@ def test_the_gateways_defaults_in_words_are_true(tmp_path):
     assert plain.acme.directory == server_config.DIRECTORIES["production"]
     assert not plain.local_ca and plain.http_port == 80
     assert own.acme is None and not own.local_ca and own.http_port is None
+    assert load_gateway(ACME_CACHE="kept").status_socket == Path("kept/status.sock")
     workers = server_config.default_workers
     assert [workers(cores) for cores in (1, 2, 4, 64)] == [512, 512, 1024, 2048]
 

@@ -69,6 +69,7 @@ def test_defaults():
         jwt_expire_sec=3600,
         stall_timeout=300,
         log_level="info",
+        status_socket="",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
     )
 
@@ -84,6 +85,7 @@ def test_every_key_that_stands_beside_the_others():
         jwt_expire_sec: 60
         stall_timeout: 3600
         log_level: DEBUG
+        status_socket: /run/office.sock
         tunnels:
           - {hostname: App.Example.com., target: web_1:80}
           - {hostname: ssh.example.com, target: "[::1]:22", mode: TCP}
@@ -99,6 +101,7 @@ def test_every_key_that_stands_beside_the_others():
         jwt_expire_sec=60,
         stall_timeout=3600,
         log_level="debug",
+        status_socket="/run/office.sock",
         tunnels=(
             Tunnel("app.example.com", Target("web_1", 80), "http"),
             Tunnel("ssh.example.com", Target("::1", 22), "tcp"),
@@ -256,6 +259,8 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
         ("jwt_expire_sec: true", "jwt_expire_sec: 'true' came, expected seconds"),
         (f"jwt_expire_sec: {'9' * 5000}", "jwt_expire_sec: '999"),
         ("log_level: verbose", "log_level: 'verbose' came, expected one of debug, info, warning, "),
+        ("status_socket: []", "status_socket: a list came, expected the path of a unix socket, or"),
+        (f"status_socket: {'x' * 108}", "status_socket: the path has 108 bytes, a unix socket's"),
         ("log_level: {}", "log_level: a mapping came, expected one of debug, info, warning, error"),
     ],
 )
@@ -694,10 +699,10 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     text = EXAMPLE.read_text(encoding="utf-8")
     config = loaded(text)
     assert config.modes() == {"app.localhost": "http", "ssh.localhost": "tcp"}
-    shown = "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level"
+    shown = "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level|status_socket"
     defaults = re.compile(rf"(?m)^#(?=({shown}): )")
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
-    assert count == 5
+    assert count == 6
     assert loaded(uncommented) == dataclasses.replace(config, ca_file=None)
 
 

@@ -238,7 +238,7 @@ def test_a_paused_hostname_is_told_its_link_and_holds_up_nobody_else(tmp_path, o
     """The words are Let's Encrypt's; they stopped all orders for an hour."""
     caplog.set_level(logging.INFO)
     with fake_house(tmp_path) as gateway:
-        wait_until(lambda: gateway.inner._keeper.state(GATEWAY_HOST).name == READY)
+        wait_until(lambda: gateway.inner.keeper.state(GATEWAY_HOST).name == READY)
         gateway.ca.script["new-order"] = [problem(429, "rateLimited",
             f"Your account is temporarily prevented from requesting certificates for {APP} and "
             f"possibly others. Please visit: {LINK}")]  # fmt: skip
@@ -260,7 +260,7 @@ def test_a_credential_of_one_hostname_cannot_use_up_what_its_domain_gets(tmp_pat
     file.chmod(0o600)
     names = [f"n{number}.dev.localhost" for number in range(12)]
     with house(tmp_path, AGENTS_FILE=str(file)) as gateway:
-        state = gateway.inner._keeper.state
+        state = gateway.inner.keeper.state
         for name in names:
             token = make_token(secret, "office", 3600)
             with registered(gateway, name, token=token):
@@ -277,7 +277,7 @@ def test_http_01_that_nobody_sees_costs_the_first_hostname_a_minute_and_no_other
     monkeypatch.setattr(schedule, "BACKOFF", (0.5,))
     caplog.set_level(logging.INFO)
     with reserved_port() as nobodys, house(tmp_path, seen_at=nobodys) as gateway:
-        wait_until(lambda: gateway.inner._keeper.state(GATEWAY_HOST).name == READY)
+        wait_until(lambda: gateway.inner.keeper.state(GATEWAY_HOST).name == READY)
         with agent_here(gateway, tmp_path, http={APP: origin.port, OTHER: origin.port}):
             for name in (APP, OTHER):
                 wait_until(lambda: f"{name}: certificate: ready" in caplog.text)  # noqa: B023
@@ -293,7 +293,7 @@ def test_a_new_certificate_comes_when_the_operator_asks(tmp_path, origin, monkey
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             with gateway.dial(APP) as visitor:
                 first = serial_of(visitor)
-            gateway.inner._keeper._ordered._store.ask_renewal(APP)
+            gateway.inner.keeper._ordered._store.ask_renewal(APP)
 
             def is_new():
                 with gateway.dial(APP) as visitor:
@@ -352,8 +352,8 @@ def test_gateway_that_stops_lets_nobody_wait_for_a_certificate(tmp_path, origin)
 def test_a_visitor_waits_until_its_certificate_is_served_and_not_only_there(tmp_path, monkeypatch):
     """In between a handshake would fail."""
     with house(tmp_path) as gateway:
-        awaits, states = gateway.inner._keeper.pending, {}
-        monkeypatch.setattr(gateway.inner._keeper._ordered.issuer.queue, "state", states.get)
+        awaits, states = gateway.inner.keeper.pending, {}
+        monkeypatch.setattr(gateway.inner.keeper._ordered.issuer.queue, "state", states.get)
         for name, expected in (WAITING, True), (READY, True), (FAILED, False):
             states[APP] = State(name, "", 0.0, None)
             assert awaits(APP) is expected
@@ -422,7 +422,7 @@ def test_visitor_during_a_proof_gets_the_previous_certificate(tmp_path, origin, 
             # Pebble validates three times, and requires acme-tls/1.
             assert [one for one in asked if one[0] == APP] == [(APP, True)] * 3
             renewing.set()
-            assert gateway.inner._keeper._ordered.issuer.queue.retry_now(APP)
+            assert gateway.inner.keeper._ordered.issuer.queue.retry_now(APP)
             assert looked.wait(TIMEOUT)
             assert serial_at(gateway, APP) == first
             go_on.set()
@@ -554,7 +554,7 @@ def test_strangers_hellos_cost_nothing(tmp_path):
         inner = gateway.inner
         return (
             files,
-            set(inner._keeper._ordered.issuer.queue._hosts),
+            set(inner.keeper._ordered.issuer.queue._hosts),
             set(inner._certificates._issued),
         )
 
@@ -563,7 +563,7 @@ def test_strangers_hellos_cost_nothing(tmp_path):
         with gateway.dial(GATEWAY_HOST):  # which has waited for it
             pass
         wait_until(lambda: gateway.ca.count("dir") == 2)  # its order, and when to renew it
-        wait_until(lambda: not gateway.inner._keeper._ordered.issuer._jobs)
+        wait_until(lambda: not gateway.inner.keeper._ordered.issuer._jobs)
         before, asked = known(), len(gateway.ca.asked)
         for _ in range(300):
             label = "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12))
@@ -668,13 +668,13 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             wait_until(lambda: f"{APP}: certificate: ready" in caplog.text)
             assert gateway.inner._certificates.is_given(APP) and APP not in orders(gateway.ca)
-            order, may_order = gateway.inner._keeper._ordered.issuer._ca.order, threading.Event()
+            order, may_order = gateway.inner.keeper._ordered.issuer._ca.order, threading.Event()
 
             def order_later(*words, **more):
                 assert may_order.wait(TIMEOUT)
                 return order(*words, **more)
 
-            monkeypatch.setattr(gateway.inner._keeper._ordered.issuer._ca, "order", order_later)
+            monkeypatch.setattr(gateway.inner.keeper._ordered.issuer._ca, "order", order_later)
             for file in own.glob(f"{APP}.*"):
                 file.unlink()
             wait_until(lambda: f"{APP}: certificate: waiting" in caplog.text)
@@ -684,7 +684,7 @@ def test_a_hostname_that_loses_its_given_certificate_gets_one_at_once(
             assert serial_at(gateway, APP) != given
 
             give(APP, time.time() + DAY / 2)  # nothing is ordered for what the operator has given
-            wait_until(lambda: gateway.inner._keeper._ordered.issuer.queue.state(APP) is None)
+            wait_until(lambda: gateway.inner.keeper._ordered.issuer.queue.state(APP) is None)
         assert orders(gateway.ca).count(APP) == 1
 
 
@@ -694,8 +694,8 @@ def test_a_hostname_that_came_and_went_between_two_looks_is_dropped(tmp_path, or
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
         wait_until(lambda: not gateway.inner._registry.routes())
-        issuer = gateway.inner._keeper._ordered.issuer
-        kept = gateway.inner._keeper
+        issuer = gateway.inner.keeper._ordered.issuer
+        kept = gateway.inner.keeper
         kept._served_before = {APP}
         kept._review()
         assert (
@@ -709,7 +709,7 @@ def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origi
     serve_pages(origin)
     with fake_house(tmp_path) as gateway, contextlib.ExitStack() as stack:
         inner = gateway.inner
-        want = inner._keeper.want
+        want = inner.keeper.want
 
         def want_and_let_one_in(hostnames, agent=None):
             want(hostnames, agent)
@@ -717,9 +717,9 @@ def test_a_hostname_that_comes_at_the_moment_of_the_look_is_kept(tmp_path, origi
                 routes = {APP: origin.port}
                 stack.enter_context(agent_here(gateway, tmp_path, http=routes))
 
-        monkeypatch.setattr(inner._keeper, "want", want_and_let_one_in)
-        inner._keeper._review()
-        assert APP in inner._keeper._ordered.issuer.queue.hostnames()
+        monkeypatch.setattr(inner.keeper, "want", want_and_let_one_in)
+        inner.keeper._review()
+        assert APP in inner.keeper._ordered.issuer.queue.hostnames()
 
 
 def test_a_given_certificate_that_has_run_out_is_no_reason_to_order_none(tmp_path, origin, caplog):
@@ -746,7 +746,7 @@ def test_hostname_without_agent_keeps_its_certificate_but_is_not_renewed(
     monkeypatch.setattr(keeper, "KEEP", 0.02)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        issuer = gateway.inner._keeper._ordered.issuer
+        issuer = gateway.inner.keeper._ordered.issuer
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             assert gateway.get(APP) == (200, b"page")
             with gateway.dial(APP) as visitor:
@@ -807,7 +807,7 @@ def test_stored_certificate_that_is_no_use_is_ordered_anew(
     caplog.set_level(logging.INFO)
     serve_pages(origin)
     with fake_house(tmp_path) as gateway:
-        mint, store = gateway.ca.mint, gateway.inner._keeper._ordered._store
+        mint, store = gateway.ca.mint, gateway.inner.keeper._ordered._store
         stored = store.save(APP, *mint.pair(APP, time.time() - DAY))
         file = tmp_path / "cache" / stored.key
         file.write_bytes(harm(mint, file.read_bytes()))
@@ -837,7 +837,7 @@ def test_session_is_resumed_across_a_renewal(tmp_path, origin, version):
                 visitor.send(b"GET / HTTP/1.1\r\nHost: app.localhost\r\n\r\n")
                 visitor.read_message()
                 ticket = visitor.sock.session
-            assert gateway.inner._keeper._ordered.issuer.queue.retry_now(APP)
+            assert gateway.inner.keeper._ordered.issuer.queue.retry_now(APP)
             wait_until(lambda: serial_at(gateway, APP) != before)
             with dial_again(gateway, APP, ticket) as visitor:
                 assert visitor.sock.session_reused
@@ -933,7 +933,7 @@ def test_ca_that_misbehaves_is_told_to_the_agent_and_stops_nobody_else(
     with fake_house(tmp_path) as gateway:
         with agent_here(gateway, tmp_path, http={OTHER: origin.port}):
             assert gateway.get(OTHER) == (200, b"page")
-        wait_until(lambda: not gateway.inner._keeper._ordered.issuer._jobs)
+        wait_until(lambda: not gateway.inner.keeper._ordered.issuer._jobs)
         monkeypatch.setattr(acme, "NETWORK_TIMEOUT", 0.5)
         gateway.ca.script["dir"] = [says] * 100
         routes = {OTHER: origin.port, APP: origin.port}

@@ -13,7 +13,15 @@ import pytest
 from gotunnel_agent.common.passwords import Hash
 from gotunnel_server import secret_files
 from gotunnel_server.certs.local_ca import Authority
-from gotunnel_server.config import NAMES, Acme, Config, default_workers, faults, load
+from gotunnel_server.config import (
+    NAMES,
+    Acme,
+    Config,
+    default_workers,
+    faults,
+    load,
+    status_places,
+)
 from gotunnel_server.variables import ConfigError, Variables
 from gotunnel_server.visitors import policy
 from gotunnel_server.visitors.policy import Defaults
@@ -97,6 +105,7 @@ def test_defaults():
         stall_timeout=300,
         drain_timeout=15,
         log_level="info",
+        status_socket=Path("cert-cache/status.sock"),
         warnings=(),
         secret_files=(),
     )
@@ -376,6 +385,9 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         ("STALL_TIMEOUT", "3600", "stall_timeout", 3600),
         ("DRAIN_TIMEOUT", "0", "drain_timeout", 0),
         ("LOG_LEVEL", "Debug", "log_level", "debug"),
+        ("ACME_CACHE", "kept", "status_socket", Path("kept/status.sock")),
+        ("STATUS_SOCKET", "/run/gotunnel/s", "status_socket", Path("/run/gotunnel/s")),
+        ("STATUS_SOCKET", "Off", "status_socket", None),
     ],
 )  # fmt: skip
 def test_value_is_taken(variable, text, field, value):
@@ -437,6 +449,27 @@ def test_value_is_taken(variable, text, field, value):
 def test_bad_value_is_named_shown_and_explained(variable, text, expected):
     message = refusal(**{variable: text})
     assert message.startswith(f"{variable} is {text!r}") and expected in message
+
+
+@pytest.mark.parametrize("path", ["x" * 108, "ü" * 54])
+def test_too_long_a_status_socket_is_refused(path):
+    message = refusal(STATUS_SOCKET=path)
+    assert message.startswith("STATUS_SOCKET: the path has 108 bytes, a unix socket's may have 107")
+    assert faults(os.devnull, {**MINIMAL, "STATUS_SOCKET": path}) == [message]
+
+
+def test_a_status_socket_that_is_a_folder_is_refused(tmp_path):
+    assert "which is a folder" in refusal(STATUS_SOCKET=os.path.relpath(tmp_path))
+
+
+def test_places_of_the_status_socket_need_no_other_setting(tmp_path):
+    def places(**environ):
+        return status_places(os.devnull, environ)
+
+    assert places(ACME_CACHE="kept")[:2] == ["kept/status.sock", "/run/gotunnel-server/status.sock"]
+    assert places(STATUS_SOCKET="s", JWT_SECRET="short") == ["s"]
+    with pytest.raises(ConfigError, match="STATUS_SOCKET is off, expected a path"):
+        places(STATUS_SOCKET="off")
 
 
 @pytest.mark.parametrize("variable", ["GATEWAY_HOST", "TUNNEL_HOST"])

@@ -101,7 +101,7 @@ def test_landing_page_has_no_other_form():
 def gateway(cache):
     """A gateway where no agent serves APP any more; it still has the certificate."""
     with gateway_here(cache) as gateway:
-        gateway.inner._keeper.want([APP])
+        gateway.inner.keeper.want([APP])
         yield gateway
 
 

@@ -1,0 +1,308 @@
+"""The status socket: a unix socket on which a running program says how it does.
+
+The asker connects and sends ASK. The program sends one JSON object and a newline, and closes. The
+object's keys are the program's own, beside "format", "program", "version" and "pid".
+
+The socket's file has mode 0600, so only the program's own user and root can ask. One thread answers
+one asker at a time, and gives each PEER_TIMEOUT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic, sleep, time
+from typing import Any
+
+from gotunnel import NoThread, Waker, __version__, call_logged, spawn
+
+from .one_line import on_one_line
+
+log = logging.getLogger("gotunnel.status_socket")
+
+FORMAT = 1  # of the answer; raised when an older asker could misread it
+ASK = b"status 1\n"
+OFF = "off"  # the value of STATUS_SOCKET and status_socket for no socket
+NAME = "status.sock"
+MAX_PATH = 107 if sys.platform == "linux" else 103  # bytes: sun_path without its terminating zero
+BACKLOG = 8  # askers that the kernel queues: a health check and an operator or two
+# Seconds for one asker to send its line and to take the answer. Both fit into the kernel's buffers,
+# and an asker that hangs keeps the others waiting.
+PEER_TIMEOUT = 2
+ASK_TIMEOUT = 5  # seconds that the asker waits; some askers may be ahead of it
+MOST_ANSWER = 4 << 20  # bytes that the asker reads; the programs' own bounds keep far below
+# Seconds between two tries to get the socket's place, while another process has it: a gateway that
+# hands over to its successor drains for a while.
+RETRY = 1
+NO_DESCRIPTOR = 0.2  # seconds until the next try, if the process has no descriptor left
+
+
+class NoAnswer(Exception):
+    """A program's status cannot be had; the text is one line for the operator."""
+
+
+class PlaceTaken(OSError):
+    """The socket's place belongs to something else; the text says to what."""
+
+
+def runtime_places(program: str) -> list[str]:
+    """Where a program's socket may be if no setting names one, the likeliest place first: in
+    /run/PROGRAM (systemd's RuntimeDirectory), and in the user's own runtime folder."""
+    if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):
+        return []
+    places = [f"/run/{program}/{NAME}"]
+    if os.getuid() != 0:
+        places.append(f"/run/user/{os.getuid()}/{program}/{NAME}")
+    return places
+
+
+def usable(places: Iterable[str]) -> str | None:
+    """The first place that a socket can be put into; None if there is none. A missing folder of
+    the program is made, for its user alone."""
+    for place in places:
+        folder = os.path.dirname(place)
+        with contextlib.suppress(OSError):
+            if os.access(os.path.dirname(folder), os.W_OK):
+                os.mkdir(folder, 0o700)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return place
+    return None
+
+
+def why_not(path: str) -> str | None:
+    """Why a path cannot be a socket's, in a few words; None if it can."""
+    if not hasattr(socket, "AF_UNIX"):
+        return "Python offers no unix sockets on this system"
+    size = len(os.fsencode(path))
+    if size > MAX_PATH:
+        return f"the path has {size} bytes, a unix socket's may have {MAX_PATH}"
+    return None
+
+
+class StatusSocket:
+    """Answers at ``path`` from start() to close(). Its thread is called "status"."""
+
+    def __init__(self, path: str, program: str, tell: Callable[[], Mapping[str, Any]]):
+        """``tell()`` gives the program's own part of the answer. Its thread calls it, so it must
+        not block for long, and its size must have a bound."""
+        self.path, self._program, self._tell = path, program, tell
+        self._began = monotonic()
+        self._waker: Waker | None = None  # while the thread runs
+        self._ended = False
+        self._inode: tuple[int, int] | None = None  # of our socket's file
+        self._told = ""  # the last problem that was logged
+
+    def start(self) -> None:
+        """Begin to answer. What prevents it is logged: a program serves without it as well."""
+        problem = why_not(self.path)
+        if problem:
+            log.warning("status socket %s: %s; the status command has no answer", self.path,
+                        problem)  # fmt: skip
+            return
+        self._waker = waker = Waker()
+        try:
+            spawn("status", self._run, waker)
+        except NoThread as error:
+            waker.close()
+            log.warning("status socket %s: %s; the status command has no answer", self.path, error)
+
+    def close(self) -> None:
+        """Answer no more, and remove the file if it is still ours. Any thread, several times."""
+        self._ended = True
+        if self._waker is not None:
+            self._waker.wake()
+        if self._inode is not None:
+            with contextlib.suppress(OSError):
+                if _inode(self.path) == self._inode:
+                    os.unlink(self.path)
+            self._inode = None
+
+    def _run(self, waker: Waker) -> None:
+        listening = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(waker, selectors.EVENT_READ)
+            while not self._ended:
+                if listening is None:
+                    listening = self._open()
+                    if listening is None:
+                        selector.select(RETRY)
+                        continue
+                    selector.register(listening, selectors.EVENT_READ)
+                ready = [key.fileobj for key, _ in selector.select()]
+                if listening in ready and not self._ended:
+                    call_logged(self._answer, listening)
+        if listening is not None:
+            listening.close()
+        waker.close()
+
+    def _open(self) -> socket.socket | None:
+        try:
+            listening = listen(self.path)
+            self._inode = _inode(self.path)
+            log.debug("status socket %s: ready", self.path)
+            if self._ended:  # close() may have looked for the file too early
+                self.close()
+        except OSError as error:
+            text = str(error) if isinstance(error, PlaceTaken) else error.strerror or str(error)
+            if text != self._told:
+                log.warning("status socket %s: %s; the status command has no answer from this "
+                            "process until that changes", self.path, text)  # fmt: skip
+                self._told = text
+            return None
+        return listening
+
+    def _answer(self, listening: socket.socket) -> None:
+        try:
+            peer, _ = listening.accept()
+        except BlockingIOError:  # the peer is gone
+            return
+        except OSError:  # no descriptor is left
+            sleep(NO_DESCRIPTOR)
+            return
+        with peer:
+            try:
+                peer.settimeout(PEER_TIMEOUT)
+                if peer.recv(len(ASK)) != ASK:
+                    return  # a peer of another kind
+                peer.settimeout(PEER_TIMEOUT)
+                peer.sendall(self._text())  # its timeout counts for all bytes together
+            except OSError as error:
+                log.debug("status socket: an asker got no answer: %s", error)
+
+    def _text(self) -> bytes:
+        uptime = monotonic() - self._began
+        answer = {
+            "format": FORMAT,
+            "program": self._program,
+            "version": __version__,
+            "pid": os.getpid(),
+            "started_at": int(time() - uptime),
+            "uptime_seconds": int(uptime),
+            **self._tell(),
+        }
+        return json.dumps(answer).encode() + b"\n"
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at ``path``, with mode 0600. It replaces the socket of a process that is
+    gone. Raises PlaceTaken if a living process has it, or it is no socket; OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise PlaceTaken("a file is there that is no socket, so it is left alone")
+        if _is_alive(path):
+            raise PlaceTaken("another process answers there")
+    # Bound under another name and moved, so that there is no moment without the file, nor one in
+    # which others may connect.
+    new = f"{path}.{os.getpid()}"
+    if len(os.fsencode(new)) > MAX_PATH:
+        new = path
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(OSError):  # Linux: the file's mode from its first moment on
+            os.fchmod(listening.fileno(), 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            if new != path:
+                os.unlink(new)
+        listening.bind(new)
+        os.chmod(new, 0o600)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+        if new != path:
+            os.rename(new, path)
+    except BaseException:
+        listening.close()
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+    return listening
+
+
+def _is_alive(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PEER_TIMEOUT)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:  # its process is gone
+            return False
+        except FileNotFoundError:
+            return False
+    return True  # also if its queue is full: BlockingIOError passes on as an OSError
+
+
+def _inode(path: str) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino
+
+
+def ask(places: Iterable[str], program: str) -> dict[str, Any]:
+    """The answer of the running ``program``, at the first of ``places`` where one is. Raises
+    NoAnswer."""
+    places = list(places)
+    gone = ""
+    for path in places:
+        try:
+            return _ask(path, program)
+        except FileNotFoundError:
+            continue
+        except ConnectionRefusedError:
+            gone = gone or f"{path} is left of a process that has ended"
+        except PermissionError:
+            raise NoAnswer(f"{path}: permission denied; ask as the user that runs {program}, or as "
+                           "root") from None  # fmt: skip
+        except TimeoutError:
+            raise NoAnswer(f"{path}: no answer in {ASK_TIMEOUT} s; {program} hangs, or is "
+                           "stopped") from None  # fmt: skip
+        except OSError as error:
+            raise NoAnswer(f"{path}: {error.strerror or error}") from None
+    looked = gone or f"there is no socket {' or '.join(places) or 'of it here'}"
+    raise NoAnswer(f"it does not run here: {looked}")
+
+
+def _ask(path: str, program: str) -> dict[str, Any]:
+    problem = why_not(path)
+    if problem:
+        raise NoAnswer(f"{path}: {problem}")
+    deadline = monotonic() + ASK_TIMEOUT
+    data = bytearray()
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(ASK_TIMEOUT)
+        peer.connect(path)
+        try:
+            peer.sendall(ASK)
+            while len(data) <= MOST_ANSWER:
+                peer.settimeout(max(deadline - monotonic(), 0.001))
+                more = peer.recv(65536)
+                if not more:
+                    break
+                data += more
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # judged by what has come
+    return _read(bytes(data), path, program)
+
+
+def _read(data: bytes, path: str, program: str) -> dict[str, Any]:
+    """The object in an answer. Raises NoAnswer."""
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or "format" not in answer:
+        raise NoAnswer(f"{path}: no status came; does another program listen there, or has "
+                       f"{program} just ended?")  # fmt: skip
+    who, version = on_one_line(str(answer.get("program")), 40), answer.get("version")
+    if answer["format"] != FORMAT:
+        raise NoAnswer(f"{path}: the process there has version {on_one_line(str(version), 40)}, "
+                       f"whose status version {__version__} cannot read; ask with the program "
+                       "that is running, or restart it")  # fmt: skip
+    if who != program:
+        raise NoAnswer(f"{path}: {who} answers there, expected {program}")
+    return answer
