@@ -70,7 +70,7 @@ def test_each_length_is_registered_certified_and_visited(kind, tmp_path, origin,
         targets = dict.fromkeys(names, origin.port)
         with agent_here(gateway, tmp_path / "agent", targets):
             for name in names:
-                wait_until(lambda name=name: gateway.inner._keeper.state(name).is_ready)
+                wait_until(lambda name=name: gateway.inner.keeper.state(name).is_ready)
                 with gateway.dial(name) as visitor:  # which checks the certificate's name
                     for host in (name, f"{name}.:443"):
                         visitor.send(request(host=host))

@@ -103,6 +103,7 @@ def test_a_gateway_that_stops_says_that_it_drains(short):
                 done = run("gotunnel_server", "status", cwd=short, ACME_CACHE="cache")
                 target.send(answer())
                 visitor.read_head()
+        assert gateway.program.wait() == 0
     assert done.returncode == 1 and "draining" in done.stdout
     assert not (short / "cache" / "status.sock").exists()
 
