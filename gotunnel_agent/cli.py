@@ -1,8 +1,8 @@
 """The agent's command line: arguments, logging, signals, exit codes.
 
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` asks the running
-agent how it does: exit status 0 if it serves, 1 if it does not, 2 if nothing answers. `gotunnel-agent forward` is another
-program, in forward.py; __main__.py tells the two apart.
+agent how it does: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
+`gotunnel-agent forward` is another program, in forward.py; __main__.py tells the two apart.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
 hash cannot be printed; 2 if the configuration or the password is wrong.
