@@ -2,6 +2,7 @@
 
 import logging
 import subprocess
+import tempfile
 import threading
 
 import leaks
@@ -60,3 +61,13 @@ def gopeer(tmp_path_factory):
     built = subprocess.run(command, cwd=ROOT / "tests" / "gopeer", capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return program
+
+
+@pytest.fixture
+def temporary_folder(tmp_path, monkeypatch):
+    """Where a tool makes its temporary folder, which must be gone again at the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert not list(folder.iterdir())

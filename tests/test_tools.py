@@ -1,34 +1,23 @@
 """The tools, and what is installed: both must work on a machine that has nothing but Python."""
 
 import ast
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-import bench
 import bootstrap
 import check
 import demo
 import pytest
-from support import need
 
 ROOT = Path(__file__).parent.parent
 SETUP = (ROOT / "setup.py").read_text("utf-8")
 
 
-@pytest.fixture(autouse=True)
-def temporary_folder(tmp_path, monkeypatch):
-    """Where the demo makes its folder, which must be gone again at the end."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield
-    assert not list(folder.iterdir())
+pytestmark = pytest.mark.usefixtures("temporary_folder")
 
 
 @pytest.mark.parametrize("name", ["bootstrap.py", "check.py", "demo.py", "test.py"])
@@ -153,41 +142,6 @@ def test_a_process_that_stays_silent_ends_the_demo(capsys, monkeypatch):
     monkeypatch.setattr(demo, "START_TIMEOUT", 0)
     assert demo.show(demo.Demo(sys.executable), once=True) == 1
     assert "the site did not say" in capsys.readouterr().out
-
-
-def measure_yamux(monkeypatch, folder):
-    """The figures of the row yamux by their names, the shortest that they can be."""
-    monkeypatch.setattr(bootstrap, "prepare", lambda need: sys.executable)
-    path = folder / "figures.json"
-    assert bench.main(["--row", "yamux", "--seconds", "0.01", "--json", str(path)]) == 0
-    return {figures["what"]: figures for figures in json.loads(path.read_text())}
-
-
-def test_the_bench_of_the_multiplexer_does_without_go(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda *arguments, **settings: None)
-    figures = measure_yamux(monkeypatch, tmp_path)
-    assert all(figure["ours"] > 0 for name, figure in figures.items() if "/s" in name)
-    assert figures["one stream, MB/s"]["ratio"] > 0
-    assert figures["echo, us"]["beside"] is None
-    shown = capsys.readouterr().out
-    assert shown.startswith("Go is not installed: left out are ")
-    assert "one stream, MB/s" in shown and "round trip" not in shown
-
-
-@pytest.mark.slow
-def test_the_bench_of_the_multiplexer_shows_long_lines_and_go(capsys, monkeypatch, tmp_path):
-    need("go")
-    figures = measure_yamux(monkeypatch, tmp_path)
-    assert figures["echo, us"]["ratio"] > 0
-    assert figures["one stream, 200 ms round trip, MB/s"]["ratio"] > 0
-
-
-def test_an_end_that_fails_ends_the_bench_in_a_sentence(capfd, monkeypatch):
-    monkeypatch.setattr(bench, "ENDS", os.path.join(bootstrap.ROOT, "no such file"))
-    monkeypatch.setattr(shutil, "which", lambda *arguments, **settings: None)
-    monkeypatch.setattr(bootstrap, "prepare", lambda need: sys.executable)
-    assert bench.main(["--row", "yamux"]) == 1
-    assert capfd.readouterr().err.splitlines()[-1].startswith("bench.py: tls: ")
 
 
 @pytest.mark.slow
