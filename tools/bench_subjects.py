@@ -36,7 +36,7 @@ print(*Authority(Path(sys.argv[1])).issue(sys.argv[2]), sep="\\n")
 """
 
 NGINX = """
-worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
+{user} worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
 events {{ worker_connections 4096; }}
 http {{
     access_log off; sendfile on; keepalive_requests 1000000; client_max_body_size 0;
@@ -132,17 +132,16 @@ class Site:
         self.certificate, self.key = issued.stdout.split()
         self.ca_file = os.path.join(cache, "ca.crt")
         for name in ("www", "www/put", "body"):
-            path = os.path.join(folder, name)
-            os.mkdir(path)
-            os.chmod(path, 0o777)  # nginx's worker is another user, if this one is root
-        os.chmod(folder, 0o755)
+            os.mkdir(os.path.join(folder, name))
         for name, size in (("small", SMALL), ("large", LARGE)):
             with open(os.path.join(folder, "www", name), "wb") as file:
                 file.truncate(size)  # no blocks on the disk: zeros, as fast as can be
 
     @contextlib.contextmanager
     def serve(self):
-        config = self.write("nginx.conf", NGINX)
+        # Its worker would else be another user, who may not read the folder.
+        user = "user root;" if os.geteuid() == 0 else ""
+        config = self.write("nginx.conf", NGINX, user=user)
         with Program("nginx", need("nginx"), "-p", self.folder, "-c", config, folder=self.folder):
             yield
 
