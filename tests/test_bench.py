@@ -1,5 +1,6 @@
 """The bench: its arithmetic by values, and each of its rows once, as short as can be."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import bench_rows
 import bench_subjects
 import bootstrap
 import pytest
-from bench_programs import Program
+from bench_programs import Program, reserve_ports
 from bench_table import BEGIN, END, Table, cell, number, percentile, put_between
 from demo import Failed
 from support import ROOT, TIMEOUT, Origin, need
@@ -104,6 +105,17 @@ def test_the_table_takes_the_place_of_the_last_one():
     assert put_between(put_between(page, "| a |\n"), "| new |\n") == put_between(page, "| new |\n")
 
 
+def test_a_page_without_a_place_is_refused_before_anything_is_measured(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(bench, "need", str)
+    page = tmp_path / "page.md"
+    page.write_text("# Speed\n")
+    assert bench.main(["--row", "http", "--markdown", str(page)]) == 1
+    assert capsys.readouterr().err.startswith("bench.py: expected a line <!-- bench: begin -->")
+    assert page.read_text() == "# Speed\n"
+
+
 @pytest.mark.parametrize("page", ["", BEGIN, f"{END} {BEGIN}"])
 def test_a_page_without_a_place_for_the_table_is_left_alone(page):
     with pytest.raises(ValueError, match="expected a line <!-- bench: begin -->"):
@@ -182,6 +194,28 @@ def test_the_cpus_of_each_process_are_told(monkeypatch):
     assert list(bench.told(places))[:2] == [
         "ours: gateway on CPU 0, agent on CPU 1", "go: gateway on any CPU",
     ]  # fmt: skip
+
+
+def test_what_was_measured_before_a_row_failed_is_kept(capsys, monkeypatch, tmp_path):
+    def fail(python, rows, options, kept):
+        kept["figures"] = ["one"]
+        raise Failed("the agent of go ended by itself")
+
+    monkeypatch.setattr(bench, "need", str)
+    monkeypatch.setattr(bench, "show", fail)
+    monkeypatch.setattr(bootstrap, "prepare", str)
+    path = tmp_path / "figures.json"
+    assert bench.main(["--row", "http", "--json", str(path)]) == 1
+    assert json.loads(path.read_text()) == {"figures": ["one"]}
+    assert capsys.readouterr().err == "bench.py: the agent of go ended by itself\n"
+
+
+def test_a_reserved_port_is_for_a_program_that_asks_for_it_by_number():
+    with contextlib.ExitStack() as stack:
+        (port,) = reserve_ports(stack, 1)
+        with pytest.raises(OSError), socket.socket() as another:
+            another.bind(("127.0.0.1", port))
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_program_that_does_not_start_is_a_sentence_and_its_last_lines(tmp_path):

@@ -36,6 +36,7 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 
@@ -60,17 +61,20 @@ def main(arguments):
         if rows:
             for program in {"nginx", *(name for row in rows for name in Rows.NEEDS.get(row, ()))}:
                 need(program)
+        if options.markdown:
+            put(options.markdown, None)
         python = bootstrap.prepare("server")
         if rows:
-            kept = show(python, rows, options)
+            show(python, rows, options, kept)
         if not options.row or YAMUX in options.row:
             kept[YAMUX] = bench_multiplexer.show(python, options.seconds)
-        if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump(kept, file, indent=1)
-    except (Failed, OSError, ValueError) as error:
+    except (Failed, OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
+    finally:
+        if options.json and kept:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump(kept, file, indent=1)
     return 0
 
 
@@ -104,14 +108,15 @@ def read(arguments):
     return options
 
 
-def show(python, rows, options):
-    """Measure these rows, print their figures as they come, and return all for --json."""
+def show(python, rows, options, kept):
+    """Measure these rows and print their figures as they come. All goes into ``kept``, also what
+    was measured before a row that failed."""
     peers, missing = present(options.peer)
     for line in missing:
         say(line)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gotunnel-bench-"))
-        site = Site(python, folder)
+        site = Site(stack, python, folder)
         stack.enter_context(site.serve())
         measuring = Rows(site, options.seconds)
         subjects = [subject(site) for subject in (Direct, Ours, *peers)]
@@ -123,11 +128,13 @@ def show(python, rows, options):
         for _, running in contenders:
             measuring.warm_up(running)
         table = Table([subject.name for subject in subjects])
-        for row in rows:
-            measure(measuring, row, contenders, table, options.rounds)
+        try:
+            for row in rows:
+                measure(measuring, row, contenders, table, options.rounds)
+        finally:
+            kept.update(machine=notes, cpus=places, figures=table.as_json())
     if options.markdown:
         put(options.markdown, table.markdown(notes))
-    return {"machine": notes, "cpus": places, "figures": table.as_json()}
 
 
 def measure(measuring, row, contenders, table, rounds):
@@ -148,8 +155,8 @@ def describe(options):
     """Lines that say where, and how long, was measured."""
     load = os.getloadavg()[0]
     yield (
-        f"{os.cpu_count()} CPUs, Python {platform.python_version()}, {platform.system()} "
-        f"{platform.release()}; load average before the run {load:.1f}"
+        f"{os.cpu_count()} CPUs, Python {platform.python_version()}; load average before the run "
+        f"{load:.1f}"
     )
     yield f"{options.rounds} rounds, {options.seconds:g} s of load for each figure"
 
@@ -175,14 +182,17 @@ def told(places):
     yield "a + b: gateway and agent; from what to what the rounds went, and ratios, are of the sum"
 
 
-def put(path, table):
-    if path == "-":
-        say("\n" + table)
-        return
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(put_between(text, table))
+def put(path, text):
+    """Put a table into a file, or print it. None only looks whether the file has a place for it,
+    before half an hour is spent. Raises ValueError, OSError."""
+    if path != "-":
+        with open(path, encoding="utf-8") as file:
+            page = put_between(file.read(), text or "")
+        if text is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(page)
+    elif text is not None:
+        say("\n" + text)
 
 
 if __name__ == "__main__":

@@ -140,11 +140,17 @@ def cpu_by_process(watched):
     return taken
 
 
-def free_ports(count):
-    """Ports that are free now, for programs that cannot look for one themselves."""
-    with contextlib.ExitStack() as taken:
-        sockets = [taken.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
-        return [sock.getsockname()[1] for sock in sockets]
+def reserve_ports(stack, count):
+    """Ports for programs that cannot look for one themselves. Until the end of ``stack`` nobody is
+    given one by chance, but a program that sets SO_REUSEADDR may listen there: what keeps a port is
+    a socket that is bound and does not listen."""
+    ports = []
+    for _ in range(count):
+        keeper = stack.enter_context(socket.socket())
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind((LOOPBACK, 0))
+        ports.append(keeper.getsockname()[1])
+    return ports
 
 
 def find(program):

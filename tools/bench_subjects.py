@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 
 import bootstrap
-from bench_programs import Program, build_gopeer, find, free_ports, need
+from bench_programs import Program, build_gopeer, find, need, reserve_ports
 from demo import LOOPBACK, START_TIMEOUT, Failed
 
 HOSTNAME = "localhost"
@@ -118,10 +118,11 @@ local_addr = "127.0.0.1:{tls}"
 class Site:
     """nginx with the two files, on a plain port and a TLS port; and the folder of all the rest."""
 
-    def __init__(self, python, folder):
-        """``python``: the path of one that has installed what a gateway needs."""
+    def __init__(self, stack, python, folder):
+        """``python``: the path of one that has installed what a gateway needs. Ports are reserved
+        until the end of ``stack``."""
         self.python, self.folder = python, folder
-        self.plain, self.tls, self.ssh = free_ports(3)
+        self.plain, self.tls, self.ssh = reserve_ports(stack, 3)
         cache = os.path.join(folder, "cache", "local")  # the CA that our gateways shall use too
         os.makedirs(cache, 0o700)
         command = [python, "-c", ISSUE_CERTIFICATE, cache, HOSTNAME]
@@ -279,7 +280,7 @@ class Ours(Tunnel):
     name = "ours"
 
     def _gateway(self, stack):
-        port, tunnel_port = free_ports(2)
+        port, tunnel_port = reserve_ports(stack, 2)
         secret = secrets.token_hex(32)
         gateway = self._start(
             stack, "gateway", self._site.python, os.path.join(bootstrap.ROOT, "gotunnel_server"),
@@ -330,8 +331,8 @@ class Go(Tunnel):
 class _Other(Tunnel):
     """A tunnel that is neither ours nor speaks our protocol."""
 
-    def _running(self):
-        port, tunnel_port = free_ports(2)
+    def _running(self, stack):
+        port, tunnel_port = reserve_ports(stack, 2)
         return Running(self.name, port, tunnel_port=tunnel_port, secret=secrets.token_hex(32))
 
 
@@ -339,7 +340,7 @@ class Frp(_Other):
     name, program = "frp", "frps"
 
     def _gateway(self, stack):
-        running = self._running()
+        running = self._running(stack)
         config = self._write("server", running, FRPS)
         running.gateway = self._start(stack, "server", need("frps"), "-c", config)
         return running
@@ -353,7 +354,7 @@ class Chisel(_Other):
     name = program = "chisel"
 
     def _gateway(self, stack):
-        running = self._running()
+        running = self._running(stack)
         running.gateway = self._start(
             stack, "server", need("chisel"), "server", "--host", LOOPBACK, "--port",
             running.tunnel_port, "--reverse", "--auth", f"bench:{running.secret}",
@@ -379,7 +380,7 @@ class Rathole(_Other):
         self._private, self._public = said[2], said[5]  # each behind "Private Key:", "Public Key:"
 
     def _gateway(self, stack):
-        running = self._running()
+        running = self._running(stack)
         config = self._write("server", running, RATHOLE_SERVER, private=self._private)
         running.gateway = self._start(stack, "server", need("rathole"), "--server", config)
         return running
