@@ -389,6 +389,7 @@ class Mux:
         self._credited = False  # we have sent credit
         self.round_trip: float | None = None  # seconds, the shortest of all opens and pings
         self.we_left = False  # go_away() was called
+        self.refuses = False  # ... and a stream that the peer opens is reset
         self.peer_left = False  # the peer sent GO_AWAY
         self.strays = 0  # frames of unknown streams
         self.refused = 0  # streams of the peer that we reset because there were too many
@@ -560,7 +561,7 @@ class Mux:
         too_long = header.type == DATA and header.length > INITIAL_WINDOW
         full = self._inbound >= self._max_streams or len(self._unaccepted) >= ACCEPT_BACKLOG
         self.refused += full
-        if self.we_left or full or too_long or len(self._control) >= MAX_REPLIES:
+        if self.refuses or full or too_long or len(self._control) >= MAX_REPLIES:
             self._reply(self._control, Header(WINDOW_UPDATE, RST, stream_id, 0))
             return
         self._flows[stream_id] = _Flow(stream_id, INITIAL_WINDOW)
@@ -772,9 +773,10 @@ class Mux:
         self._asked, self._asked_at = self._pings & MAX_UINT32, now
         self._ping = Header(PING, SYN, 0, self._asked).encode()
 
-    def go_away(self, code: int = NORMAL) -> None:
-        """Announce that we accept no more streams; any code but NORMAL ends the session."""
-        self.we_left = True
+    def go_away(self, code: int = NORMAL, refuses: bool = True) -> None:
+        """Announce that we accept no more streams; any code but NORMAL ends the session. Unless it
+        ``refuses``, streams that the peer opens before it reads this are accepted."""
+        self.we_left, self.refuses = True, refuses
         self._replies.append(Header(GO_AWAY, 0, 0, code).encode())
 
     @property
@@ -923,6 +925,7 @@ WILDCARDS = "wildcards"  # the gateway accepts hostnames such as *.dev.example.c
 REASONS = "reasons"  # the gateway tells why it ends the session
 UPGRADES = "upgrades"  # data headers say when an http stream is relayed like one in tcp mode
 REFUSALS = "refusals"  # the gateway makes the error page when the agent rejects an http visit
+OVERLAP = "overlap"  # a second session of an agent takes over, and the first one's visits go on
 
 # Codes of End messages (feature REASONS).
 REPLACED = "replaced"  # another session has taken over the hostnames
@@ -940,7 +943,8 @@ class Register(NamedTuple):
     ``host_headers`` maps hostname to the Host header that its target gets (HOST_HEADER). ``ports``
     maps hostname to the public port that it wants, as a text, or to ANY_PORT (PORTS). ``addressed``
     lists the hostnames whose data headers are to contain the visitor's address (VISITOR_ADDRESS).
-    ``policies`` maps hostname to the rules for its visitors (POLICIES); see policy.py.
+    ``policies`` maps hostname to the rules for its visitors (POLICIES); see policy.py. ``overlap``:
+    the agent's earlier session lives, and keeps its visits to their end (OVERLAP).
     """
 
     token: str
@@ -952,6 +956,7 @@ class Register(NamedTuple):
     addressed: tuple[str, ...] = ()
     policies: dict[str, Any] = {}
     instance: str = ""
+    overlap: bool = False
 
 
 class Ack(NamedTuple):
@@ -1014,6 +1019,7 @@ Message = Register | Ack | Certificate | Port | End | Ping | Pong
 ANY_PORT = "auto"  # any free port of the range that the gateway has for agents
 LEFT_OUT_EMPTY = frozenset({
     "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
+    "overlap",
 })  # fmt: skip
 
 
@@ -1044,6 +1050,7 @@ def decode_message(data: bytes) -> Message | Unknown:
             features=_text_list(fields, "features"), ports=_text_map(fields, "ports"),
             host_headers=_text_map(fields, "host_headers"), policies=_map(fields, "policies"),
             addressed=_text_list(fields, "addressed"), instance=_text(fields, "instance"),
+            overlap=fields.get("overlap") is True,
         )  # fmt: skip
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
@@ -1987,12 +1994,12 @@ class Session:
 
     # The end
 
-    def leave(self) -> None:
-        """Tell the peer that we accept no new streams (GO_AWAY); the open ones go on."""
+    def leave(self, refuses: bool = True) -> None:
+        """Tell the peer that we accept no new streams: see Mux.go_away(). The open ones go on."""
         with self._lock:
-            if self.ended:
+            if self.ended or self._mux.we_left:
                 return
-            self._mux.go_away()
+            self._mux.go_away(refuses=refuses)
             self._streams.slot.notify_all()
         self._sender.flush()
 

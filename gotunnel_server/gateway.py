@@ -277,6 +277,7 @@ class Gateway:
             port.start_draining()
         self._ports.close()
         self._listeners.stop()
+        self.tunnels.move()
         until = monotonic() + self._drain_timeout
         left = sum(port.drain(max(0, until - monotonic())) for port in self._visitor_ports)
         if left:

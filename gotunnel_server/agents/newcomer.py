@@ -34,6 +34,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from gotunnel import (
     INTERNAL_ERROR,
     NORMAL,
+    OVERLAP,
     PROTOCOL_ERROR,
     Ack,
     NoThread,
@@ -513,7 +514,8 @@ class Newcomer:
         except TokenInvalid as error:
             return self._delay(NotAdmitted(f"auth failed: {error}"), instance)
         newcomers.attempts.proved(instance)
-        self._agent = agent = Agent(self.address, identity, message.instance)
+        overlaps = message.overlap and OVERLAP in message.features
+        self._agent = agent = Agent(self.address, identity, message.instance, overlaps)
         try:
             routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
         except NotGranted as error:

@@ -35,12 +35,14 @@ class Agent(NamedTuple):
     """An agent whose token is good.
 
     ``address`` is as accept() gave it. ``instance`` is a random id that the agent's process keeps
-    over its reconnects, "" if it has none.
+    over its reconnects, "" if it has none. ``overlaps``: its earlier session lives, and is to keep
+    its visits.
     """
 
     address: tuple[Any, ...]
     identity: Identity
     instance: str
+    overlaps: bool = False
 
     def __str__(self) -> str:
         """For the log: with the agent's name, if AGENTS_FILE has one."""

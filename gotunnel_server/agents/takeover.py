@@ -5,8 +5,9 @@ that comes back that is often too late: its link was cut, and to the gateway the
 silent. So a claim to a held hostname has the gateway find out:
 
     same credential, same instance    The agent itself has come back: the old session ends at once.
-                                      If the gateway has asked the agent to come anew, the visits of
-                                      the old session go on.
+                                      If the gateway has asked the agent to come anew, or the agent
+                                      says that its old session lives (OVERLAP), the visits of the
+                                      old session go on.
     any other agent                   The holder's agent is asked for a sign of life. If it answers
                                       within ANSWER_TIMEOUT it keeps the hostname, else its session
                                       is replaced.
@@ -64,7 +65,8 @@ class Claim:
                     self._asked[holder] = holder.ask()
                 elif holder.has_answered(self._asked[holder]):
                     raise
-            if not others and all(holder.moving for holder in taken.tunnels):
+            overlaps = self._agent.overlaps or all(holder.moving for holder in taken.tunnels)
+            if not others and overlaps:
                 self._registry.claim(self._routes, self._permit, instead_of=taken.tunnels)
                 successor = next(iter(self._routes.values())).tunnel
                 for holder in taken.tunnels:

@@ -28,6 +28,7 @@ from gotunnel import (
     LATER_PORTS,
     MOVE,
     NORMAL,
+    OVERLAP,
     POLICIES,
     PORTS,
     REASONS,
@@ -62,7 +63,7 @@ from .stream_pool import KeptStreams, OwnStreams
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # the extensions that this gateway knows
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, POLICIES, PORTS, REASONS, UPGRADES,
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, OVERLAP, POLICIES, PORTS, REASONS, UPGRADES,
     REFUSALS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
@@ -81,6 +82,7 @@ USED_UP = "its stream ids are used up"
 # port should serve soon, and a try costs little.
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
 KEPT_LOOK = 5  # interval of the check for kept streams that are too old, in seconds
+LEFT_LOOK = 0.25  # interval of the check whether a session that takes no visits has none left
 
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -145,6 +147,13 @@ class Tunnels:
         for tunnel in self._all():
             if tunnel.stage is not Stage.CLAIMING:  # newcomer.py checks it again for each claim
                 tunnel.end_if_revoked()
+
+    def move(self) -> None:
+        """Ask all agents to dial again at once; running visits go on. The gateway stops, and no
+        longer listens: they reach its successor."""
+        for tunnel in self._all():
+            if tunnel.stage is Stage.SERVING:
+                tunnel.move("the gateway stops")
 
     def close(self) -> None:
         """End all sessions, and wait until they have ended."""
@@ -365,14 +374,34 @@ class Tunnel:
             return
         if REASONS in self.features and left and not self.moving:
             log.info("%s is asked to open a new session: %s", self, USED_UP)
-            self.moving = True
-            self._control.tell_end(End(MOVE, USED_UP))
+            self.move(USED_UP)
         elif (
             not left
             or REASONS not in self.features
             and (left <= LAST_IDS or not self.usage().visits)
         ):
             self.end(USED_UP)  # the agent comes back by itself
+
+    def move(self, reason: str) -> None:
+        """Ask the agent for a new session. Until it has one this session serves, and visits go on.
+        An agent that cannot be asked comes back by itself when its session ends: that is as soon as
+        it has no visit. Any thread."""
+        self.moving = True
+        if REASONS in self.features:
+            self._control.tell_end(End(MOVE, reason))
+        else:
+            self._end_without_visits(reason)
+
+    def _end_without_visits(self, reason: str) -> None:
+        """End the session as soon as it has no visit."""
+
+        def look() -> None:
+            if self.usage().visits:
+                self._session.call_later(LEFT_LOOK, look)
+            else:
+                self.end(reason)
+
+        self._session.call_later(LEFT_LOOK, look)
 
     # Another agent wants one of its hostnames
 
@@ -430,6 +459,8 @@ class Tunnel:
         self._give_back()
         with self._lock:
             self.routes = {}
+        if OVERLAP in self.features:  # any other agent ends the session itself
+            self._end_without_visits("its agent has left")
 
     def _ended(self) -> None:
         """Called by the thread that ends the session: give everything back."""
