@@ -14,9 +14,9 @@ The process has two more: main, which waits for signals (cli.py), and standard e
 the log until the process ends (common/standard_error.py). All but main are daemons: none keeps a
 stopped process alive.
 
-There is one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE): then the
-agent dials again. The old session keeps serving until the new one is registered, and ends when its
-visits have ended.
+There is one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE), or the
+agent has got another plan (plan.py): then it dials again. The old session keeps serving until the
+new one is registered, and ends when its visits have ended.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from gotunnel import (
     LATER_PORTS,
     MAX_STREAMS,
     MOVE,
+    OVERLAP,
     PORTS,
     REASONS,
     REFUSALS,
@@ -66,30 +67,31 @@ from gotunnel import (
 )
 
 from .common.duplex import Duplex, Observer
-from .common.hostnames import normal_hostname
 from .common.one_line import on_one_line, words_and_link
 from .common.process import Stopped, Workers
-from .common.tls import AEAD
-from .config import Config, Target
+from .config import Config, ConfigError, with_secrets
 from .connect import GivenUp, addresses_of, connect
+from .plan import Plan, changes, needs_session
 from .target import Route, Targets, serve
-from .trust import NO_TLS, client_context
+from .trust import NO_TLS
 
 log = logging.getLogger("gotunnel.agent")
 
 DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
 ACK_TIMEOUT = 30  # seconds; a gateway may make certificates before it answers
 SILENCE_TIMEOUT = 40  # seconds without a ping; they come every 15, so the line is dead
-# When the agent stops: seconds for running visits to end, and seconds for threads after that. With
-# standard_error.LAST_LINES they are below the 10 s after which Docker and others kill a process,
-# which then could not log how its visits ended.
-DRAIN_TIMEOUT = 5
-LAST_WORDS = 3
+LAST_WORDS = 3  # when the agent stops: seconds for threads, after those for visits (drain_timeout)
+# When the agent stops: seconds without a visit after which it ends a session that the gateway has
+# not ended. Before, a visit may come that the gateway began before it read our GO_AWAY.
+LEAVE_LOOK = 0.5
 
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
 MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
 REFUSED_DELAY = 15  # shortest delay after a refusal: an operator must change something first
+# A session that lasted this many seconds before the gateway asked for a new one is followed by a
+# dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
+MOVED = 1
 # OpenSSL's numbers (x509_vfy.h) for a certificate of an unknown CA: self-signed, itself or in its
 # chain; issuer not found, of the last certificate or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
@@ -100,6 +102,9 @@ MOST_KIND = 50  # characters of an unknown message's type that the log shows
 # send one, too, just before they end the session.
 GO_AWAY_LOOK = 1
 OLD_LOOK = 1  # seconds between checks whether an old session still has visits
+# Seconds without a visit after which an old session ends. A gateway that drains may be reading the
+# head of a request meanwhile (its HEADER_TIMEOUT is 10 s).
+OLD_QUIET = 10
 OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
 OLD_SESSIONS = 4  # old sessions at a time; of more, the oldest is ended with its visits
 HELD = 10  # a session that lasted this many seconds counts as a success, and resets the backoff
@@ -113,10 +118,6 @@ class Refused(Exception):
     """The gateway refused a registration; the text is the gateway's."""
 
 
-class CannotTrust(Exception):
-    """A CA file cannot be used; the text is one line for the operator."""
-
-
 class Ended(Exception):
     """The gateway has ended the session; the text is the gateway's, ``code`` is End's."""
 
@@ -126,15 +127,25 @@ class Ended(Exception):
 
 
 class Service:
-    """One session and its state. The agent's lock guards ``outcome`` and ``asked``."""
+    """One session and its state. The agent's lock guards ``routes``, ``outcome``, ``asked`` and
+    ``at_once``."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, plan: Plan):
         self.session = session
+        self.plan = plan
+        # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
+        self.routes = plan.routes
+        self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
         self.control: Stream | None = None  # its control stream, once it is open
         self.asked = False  # the gateway asks for a new session
+        self.at_once = False  # ... by a message, so that it does not end this one right away
         self.outcome: BaseException | None = None  # why the session is over; None while it is not
         self.since = math.inf  # monotonic time of its ack
         self.ends_at = math.inf  # monotonic deadline, once a new session has replaced it
+        self.busy_at = 0.0  # monotonic: when it was last seen with a visit, from then on
+
+    def serves(self) -> bool:
+        return self.outcome is None and self.since < math.inf
 
     def has_visits(self) -> bool:
         return any(stream is not self.control for stream in self.session.streams_in_use())
@@ -158,20 +169,7 @@ class Agent:
 
     def __init__(self, config: Config):
         """Raises CannotTrust."""
-        self._config = config
-        self._context = tls_context(config.ca_file, config.skip_tls_verify)
-        self._context.set_ciphers(AEAD)
-        # Tunnels with equal settings share a context: the system's CAs take megabytes in each.
-        contexts: dict[tuple[str | None, bool] | None, ssl.SSLContext | None] = {None: None}
-        for tunnel in config.tunnels:
-            trust = _trust(tunnel.target)
-            if trust is not None and trust not in contexts:
-                contexts[trust] = tls_context(*trust, "target_ca_file")
-        # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
-        self._routes = {
-            normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
-            for tunnel in config.tunnels
-        }
+        self._config, self._plan = config, Plan(config)  # guarded by _lock
         self._stopping = threading.Event()
         self._waker = Waker()  # woken once, by stop(), to end a dial
         self._instance = new_instance()
@@ -195,8 +193,23 @@ class Agent:
             workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which cannot be ended
             self._waker.close()
 
+    def change(self, config: Config) -> list[str]:
+        """Serve another configuration from now on, and return what differs, as changes() tells it.
+        Any thread; waits for nothing. Visits go on, those of a tunnel that has changed or is gone
+        too: they have their session until they end. Raises CannotTrust."""
+        plan = Plan(config)
+        with self._lock:
+            before, self._config = self._config, config
+            found = changes(before, config)
+            if plan.cas != self._plan.cas:
+                found.append("other CA certificates")
+            if needs_session(before, config) or plan.cas != self._plan.cas:
+                self._plan = plan
+                self._lock.notify_all()
+        return found
+
     def stop(self) -> None:
-        """End the session when its visits are done. Any thread. Waits at most DRAIN_TIMEOUT for the
+        """End the session when its visits are done. Any thread. Waits at most drain_timeout for the
         visits and LAST_WORDS for the session's last frames. A connection that the gateway has not
         accepted yet is reset at once."""
         self._stopping.set()
@@ -204,19 +217,14 @@ class Agent:
         with self._lock:
             self._lock.notify_all()
             services, unaccepted = [*self._old, self._service], self._unaccepted
+            drain_timeout = self._config.drain_timeout
         if unaccepted is not None:
             unaccepted.reset()
         sessions = [service.session for service in services if service is not None]
         for session in sessions:
-            session.leave()
-        with self._lock:
-            drained = self._lock.wait_for(
-                lambda: not self._running or all(session.ended for session in sessions),
-                DRAIN_TIMEOUT,
-            )
-            left = self._running
-        if not drained:
-            log.warning("%d visits did not end in %g s and were cut", left, DRAIN_TIMEOUT)
+            session.leave(refuses=False)
+        if left := self._drain(sessions, drain_timeout):
+            log.warning("%d visits did not end in %g s and were cut", left, drain_timeout)
         for session in sessions:
             session.close("the agent stops")
         self._targets.reset()
@@ -227,22 +235,36 @@ class Agent:
     def snapshot(self) -> Snapshot:
         """How it does now. Any thread."""
         with self._lock:
-            service, visits, old = self._service, self._running, len(self._old)
-        serves = service is not None and service.outcome is None and service.since < math.inf
+            # While a new session is not registered yet, the one before serves.
+            services = [self._service, *reversed(self._old)]
+            live = [each for each in services if each is not None and each.serves()]
+            visits, plan = self._running, self._plan
+        service = live[0] if live else None
         return Snapshot(
-            self._address,
-            service.since if service is not None and serves else None,
-            "" if serves else self._problem,
-            old,
+            plan.address,
+            None if service is None else service.since,
+            self._problem if service is None else "",
+            max(0, len(live) - 1),
             visits,
-            self._routes,
+            plan.routes if service is None else service.routes,
             dict(self._certificates),
             self._stopping.is_set(),
         )
 
-    @property
-    def _address(self) -> str:
-        return f"{self._config.tunnel_host}:{self._config.tunnel_port}"
+    def _drain(self, sessions: list[Session], timeout: float) -> int:
+        """Wait until all sessions have ended, which a gateway of ours does when their visits are
+        over, or until there was no visit for LEAVE_LOOK; ``timeout`` seconds at most. Returns how
+        many visits are left."""
+        deadline = monotonic() + timeout
+        with self._lock:
+            while (left := deadline - monotonic()) > 0:
+                if all(session.ended for session in sessions):
+                    return 0
+                if self._running:
+                    self._lock.wait(left)
+                elif not self._lock.wait(min(left, LEAVE_LOOK)) and not self._running:
+                    break
+            return self._running
 
     # Sessions, one after the other
 
@@ -252,13 +274,17 @@ class Agent:
             least, most = 0, MAX_DELAY
             service = None
             replaced = False
+            plan = self._plan
             try:
-                service = self._begin(workers)
+                service = self._begin(plan, workers)
                 self._serve(service)
                 problem = "the gateway asks for a new session; this one ends when its visits do"
                 replaced = True
+                if service.plan is not self._plan:
+                    failures = 0
+                    continue
             except Refused as error:
-                if str(error).startswith(TAKEN) and self._await_old():
+                if str(error).startswith(TAKEN) and self._await_old(plan):
                     continue
                 problem = f"the gateway refused: {on_one_line(str(error))}"
                 least = REFUSED_DELAY
@@ -281,43 +307,58 @@ class Agent:
                 problem = _problem(error)
             except ProtocolError as error:
                 problem = f"it does not speak gotunnel's protocol: {error}"
+            except ConfigError as error:  # a file with a secret
+                problem = str(error)
             if self._stopping.is_set():
                 break
-            held = service is not None and monotonic() - service.since >= HELD
-            if held and replaced:
-                log.info("%s: %s", self._address, problem)
+            lasted = 0 if service is None else monotonic() - service.since
+            address = plan.address
+            if replaced and lasted >= MOVED:
+                log.info("%s: %s", address, problem)
                 failures = 0
                 continue
-            failures = 1 if held else failures + 1
+            failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
             self._problem = problem
-            log.warning("%s: %s; next try in %.1f s", self._address, problem, delay)
-            self._stopping.wait(delay)
+            log.warning("%s: %s; next try in %.1f s", address, problem, delay)
+            self._pause(plan, delay)
+
+    def _pause(self, plan: Plan, seconds: float) -> None:
+        """Wait, unless there is another plan than ``plan``, or the agent stops."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._plan is not plan or self._stopping.is_set(), seconds)
 
     # One session
 
-    def _begin(self, workers: Workers) -> Service:
-        """Dial and register. The new session replaces the one before."""
-        service = Service(self._dial())
+    def _begin(self, plan: Plan, workers: Workers) -> Service:
+        """Dial and register. The new session replaces the one before. Raises ConfigError if a file
+        with a secret cannot be read."""
+        config = with_secrets(plan.config)
+        service = Service(self._dial(plan), plan)
         session = service.session
         session.on_leave = lambda: self._ask(service)
         with self._lock:
             before, self._service = self._service, service
             if before is not None and before.outcome is None:
                 self._old.append(before)
+            old = list(self._old)
+        for earlier in old:
+            if not earlier.asked and OVERLAP not in earlier.features:
+                self._leave(earlier)  # or its gateway would cut its visits for the new session
         try:
             if self._stopping.is_set():  # and stop() may have looked for the session too early
                 raise SessionClosed("the agent stops")
             session.start()
-            service.control = control = session.open(encode_message(self._registration()))
+            register = self._registration(config)._replace(overlap=bool(old))
+            service.control = control = session.open(encode_message(register))
             messages = _messages(control)
-            self._take_answer(_expect_ack(next(messages)))
+            self._take_answer(service, _expect_ack(next(messages)))
             with self._lock:
                 self._unaccepted = None
             service.since = monotonic()
-            served = [name for name, route in self._routes.items() if not route.problem]
-            log.info("%s: serving %s", self._address, ", ".join(served) or "nothing")
-            spawn("accept", self._accept, session, workers)
+            served = [name for name, route in service.routes.items() if not route.problem]
+            log.info("%s: serving %s", plan.address, ", ".join(served) or "nothing")
+            spawn("accept", self._accept, service, workers)
             spawn("control", self._read_control, service, control, messages)
         except BaseException as error:
             self._end(service, error)
@@ -327,12 +368,17 @@ class Agent:
 
     def _serve(self, service: Service) -> None:
         """Wait until a session is over, and raise its outcome. Returns if the gateway asks for a
-        new session."""
+        new session, or the agent has another plan."""
         with self._lock:
             self._lock.wait_for(
-                lambda: service.asked or service.outcome is not None or self._stopping.is_set()
+                lambda: (
+                    service.asked
+                    or service.outcome is not None
+                    or self._plan is not service.plan
+                    or self._stopping.is_set()
+                )
             )
-            if service.asked:
+            if service.asked and not service.at_once:
                 self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
         if self._stopping.is_set():  # stop() ends the session when its visits are done
             with self._lock:
@@ -341,10 +387,11 @@ class Agent:
             service.session.join(LAST_WORDS)
             raise service.outcome
 
-    def _ask(self, service: Service) -> None:
+    def _ask(self, service: Service, at_once: bool = False) -> None:
         """Note that the gateway asks for a new session. Any thread; does not block."""
         with self._lock:
             service.asked = True
+            service.at_once |= at_once
             self._lock.notify_all()
 
     def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
@@ -355,11 +402,11 @@ class Agent:
             self._certificates = certificates
             for message in messages:
                 if isinstance(message, Certificate):
-                    self._log_certificate(message, certificates)
+                    _log_certificate(service, message, certificates)
                 elif isinstance(message, Port):
-                    self._take_port(message)
+                    self._take_port(service, message)
                 elif isinstance(message, End) and message.code == MOVE:
-                    self._ask(service)
+                    self._ask(service, at_once=True)
                 elif isinstance(message, End):
                     raise Ended(message)
                 elif isinstance(message, Ping):
@@ -384,7 +431,7 @@ class Agent:
         with self._lock:
             if service in self._old:
                 self._old.remove(service)
-                log.debug("%s: an old session is over: %s", self._address, outcome)
+                log.debug("%s: an old session is over: %s", service.plan.address, outcome)
             self._lock.notify_all()
 
     # Old sessions, which a new one has replaced
@@ -397,51 +444,65 @@ class Agent:
         for service in old[:-OLD_SESSIONS]:
             service.session.close("there are too many old sessions")
         for service in old:
-            if service.ends_at == math.inf:
-                service.ends_at = now + OLD_SESSION
-                self._look_later(service)
+            if not service.asked:  # it was of another plan
+                service.session.leave(refuses=False)
+            self._end_later(service, now)
+
+    def _leave(self, service: Service) -> None:
+        """Have the gateway give a session's hostnames to the next one; its visits go on."""
+        service.session.leave(refuses=False)
+        self._end_later(service, monotonic())
+
+    def _end_later(self, service: Service, now: float) -> None:
+        if service.ends_at == math.inf:
+            service.ends_at, service.busy_at = now + OLD_SESSION, now
+            self._look_later(service)
 
     def _look_later(self, service: Service) -> None:
         service.session.call_later(OLD_LOOK, lambda: self._look(service))
 
     def _look(self, service: Service) -> None:
         """Close an old session if it has no visits. Its demultiplexer thread: must not block."""
-        if service.has_visits() and monotonic() < service.ends_at:
+        now = monotonic()
+        if service.has_visits():
+            service.busy_at = now
+        if now < min(service.busy_at + OLD_QUIET, service.ends_at):
             self._look_later(service)
         else:
             service.session.close("a new session has replaced it")
 
-    def _await_old(self) -> bool:
-        """Wait for the end of our old sessions, which keep the hostnames that the gateway has just
-        refused. False if there are none."""
+    def _await_old(self, plan: Plan) -> bool:
+        """Wait for the end of our old sessions, if a gateway without OVERLAP has just refused their
+        hostnames. False if there are none."""
         with self._lock:
-            if not self._old:
+            if all(OVERLAP in service.features for service in self._old):
                 return False
             log.info("%s: the gateway accepts a new session when the old one has ended; waiting "
-                     "for that", self._address)  # fmt: skip
-            self._lock.wait_for(lambda: not self._old or self._stopping.is_set())
+                     "for that", plan.address)  # fmt: skip
+            self._lock.wait_for(
+                lambda: not self._old or self._plan is not plan or self._stopping.is_set()
+            )
         return True
 
-    def _dial(self) -> Session:
-        host, port = self._config.tunnel_host, self._config.tunnel_port
+    def _dial(self, plan: Plan) -> Session:
+        host, port = plan.config.tunnel_host, plan.config.tunnel_port
         duplex = Duplex(connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker))
-        duplex.stall_timeout = self._config.stall_timeout
+        duplex.stall_timeout = plan.config.stall_timeout
         try:
             with self._lock:
                 self._unaccepted = duplex
             if self._stopping.is_set():  # and stop() may have looked for it too early
                 raise GivenUp("the agent stops")
-            duplex.start_tls(self._context, server_side=False, server_hostname=host)
+            duplex.start_tls(plan.context, server_side=False, server_hostname=host)
             duplex.handshake_within(DIAL_TIMEOUT)
         except BaseException:
             duplex.close()
             raise
         return Session(
-            duplex, client=True, name=self._address, window=START_WINDOW, observer=self.observer
+            duplex, client=True, name=plan.address, window=START_WINDOW, observer=self.observer
         )
 
-    def _registration(self) -> Register:
-        config = self._config
+    def _registration(self, config: Config) -> Register:
         needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
         later = (LATER_PORTS,) if PORTS in needs else ()
         return Register(
@@ -455,6 +516,7 @@ class Agent:
                 REASONS,
                 UPGRADES,
                 REFUSALS,
+                OVERLAP,
                 *later,
                 *sorted(needs),
             ),  # fmt: skip
@@ -465,11 +527,11 @@ class Agent:
             instance=self._instance,
         )
 
-    def _take_answer(self, ack: Ack) -> None:
+    def _take_answer(self, service: Service, ack: Ack) -> None:
         """Mark the tunnels that the gateway cannot serve as configured. Their visits are turned
         away: a password that the gateway does not check must not look like one that it checks."""
         routes = {}
-        for hostname, route in self._routes.items():
+        for hostname, route in service.routes.items():
             tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
             missing = [name for name in tunnel.needs if name not in ack.features]
             if missing:
@@ -489,47 +551,37 @@ class Agent:
                 refusals=REFUSALS in ack.features,
             )
         with self._lock:
-            self._routes = routes
+            service.routes, service.features = routes, ack.features
 
-    def _take_port(self, message: Port) -> None:
+    def _take_port(self, service: Service, message: Port) -> None:
         """Serve a tunnel whose public port was not available at first."""
         with self._lock:
-            route = self._routes.get(message.hostname)
+            route = service.routes.get(message.hostname)
             if route is None or not route.awaits_port:
                 return
             served = route._replace(problem="", awaits_port=False)
-            self._routes = {**self._routes, message.hostname: served}
+            service.routes = {**service.routes, message.hostname: served}
         port = on_one_line(message.port, 5)
         log.info("%s: on port %s of the gateway", message.hostname, port)
 
-    def _log_certificate(self, message: Certificate, told: dict[str, str]) -> None:
-        """Log the state of a hostname's certificate, if it has changed. ``told``: the last state of
-        each hostname that was logged."""
-        route = self._routes.get(message.hostname)
-        if route is None or route.problem or told.get(message.hostname) == message.state:
-            return
-        told[message.hostname] = message.state
-        level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
-        log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
-
-    def _accept(self, session: Session, workers: Workers) -> None:
+    def _accept(self, service: Service, workers: Workers) -> None:
         while True:
             try:
-                stream = session.accept()
+                stream = service.session.accept()
             except SessionClosed:
                 return
             with self._lock:
                 self._running += 1
             try:
-                workers.submit(self._serve_stream, stream)
+                workers.submit(self._serve_stream, service, stream)
             except Stopped:  # the agent has stopped, and all streams have ended with the session
                 with self._lock:
                     self._running -= 1
                 return
 
-    def _serve_stream(self, stream: Stream) -> None:
+    def _serve_stream(self, service: Service, stream: Stream) -> None:
         try:
-            serve(stream, self._routes.get, self._targets)
+            serve(stream, service.routes.get, self._targets)
         except Exception:
             log.exception("stream %d: reset by an unexpected error (bug, traceback follows)",
                           stream.id)  # fmt: skip
@@ -538,6 +590,17 @@ class Agent:
             with self._lock:
                 self._running -= 1
                 self._lock.notify_all()
+
+
+def _log_certificate(service: Service, message: Certificate, told: dict[str, str]) -> None:
+    """Log the state of a hostname's certificate, if it has changed. ``told``: the last state of
+    each hostname that was logged."""
+    route = service.routes.get(message.hostname)
+    if route is None or route.problem or told.get(message.hostname) == message.state:
+        return
+    told[message.hostname] = message.state
+    level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
+    log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
 
 
 def _messages(control: Stream) -> Iterator[Message]:
@@ -577,21 +640,6 @@ def _problem(error: OSError) -> str:
     if SPEAKS_HTTP in text:
         return f"the program there speaks HTTP, so this may be the port for visitors; {RIGHT_PORT}"
     return text
-
-
-def _trust(target: Target) -> tuple[str | None, bool] | None:
-    """How to check a target's certificate, as arguments of tls_context(); None without TLS."""
-    return (target.ca_file, target.skip_tls_verify) if target.tls else None
-
-
-def tls_context(ca_file: str | None, skip_verify: bool, key: str = "ca_file") -> ssl.SSLContext:
-    """A context that checks a gateway or a target. Raises CannotTrust if ``ca_file``, which the
-    configuration names under ``key``, holds no certificates."""
-    try:
-        return client_context(ca_file, skip_verify, renegotiates=key == "target_ca_file")
-    except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or error
-        raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None
 
 
 def make_token(secret: str, issuer: str, lifetime: int) -> str:

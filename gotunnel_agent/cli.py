@@ -15,13 +15,14 @@ import sys
 
 from gotunnel import __version__, spawn
 
-from .agent import Agent, CannotTrust
+from .agent import Agent
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
-from .common.process import Signals, print_answer, set_up_process, stay_on_one_cpu
+from .common.process import HANG_UP, Signals, print_answer, set_up_process, stay_on_one_cpu
 from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
 from .status import PROGRAM, describe, status_places, status_socket_of
+from .trust import CannotTrust
 
 log = logging.getLogger("gotunnel")
 
@@ -64,12 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for line in exposures(config.secret_files):
         log.warning("%s", line)
-    signals = Signals()
+    signals = Signals(hang_up=True)
     spawn("agent", signals.after, agent.run)
     status = status_socket_of(config, lambda: describe(agent.snapshot()))
     if status is not None:
         status.start()
-    if signals.wait() == 0:
+    while (number := signals.wait()) == HANG_UP:
+        reload(agent, options.config)
+    if number == 0:
         return 1  # the agent ended by a bug, which was logged
     log.info("stopping; a second signal stops at once")
     agent.stop()
@@ -77,6 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
         status.close()
     log.info("stopped")
     return 0
+
+
+def reload(agent: Agent, path: str) -> None:
+    """SIGHUP: read the configuration again, and log in one line what differs. A faulty one changes
+    nothing."""
+    try:
+        config = load(path)
+        changes = agent.change(config)
+    except (ConfigError, CannotTrust) as error:
+        log.error("SIGHUP: %s; what was read before stays in use", error)
+        return
+    logging.getLogger().setLevel(config.log_level.upper())
+    log.info("SIGHUP: %s: %s", path, "; ".join(changes) or "nothing has changed")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

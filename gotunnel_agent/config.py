@@ -62,6 +62,7 @@ KEYS = (
     "jwt_issuer",
     "jwt_expire_sec",
     "stall_timeout",
+    "drain_timeout",
     "log_level",
     "status_socket",
     "tunnels",
@@ -106,6 +107,12 @@ MOST_EXPIRE = 365 * 24 * 3600
 LEAST_IDLE = 1
 MOST_IDLE = 31 * 24 * 3600
 
+# Seconds for running visits when the agent stops. With what follows them (agent.LAST_WORDS,
+# standard_error.LAST_LINES) the default is below the 10 s after which Docker and others kill a
+# process, which then could not log how its visits ended. More than a day is a typing error.
+DRAIN_TIMEOUT = 5
+MOST_DRAIN = 24 * 3600
+
 # Characters of a bad value that a message shows: the length of the longest hostname.
 MAX_SHOWN = 253
 
@@ -145,6 +152,7 @@ class Tunnel(NamedTuple):
     proxy_protocol: str = ""  # version of the PROXY header that the target gets; "": none
     idle_timeout: float | None = None  # tcp mode: seconds without a byte that end a visit
     policy: Policy = Policy()  # what the gateway asks of visitors
+    basic_auth_file: str = ""  # where the policy's users came from; "": from the document
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -175,12 +183,15 @@ class Config:
     jwt_issuer: str
     jwt_expire_sec: int  # seconds that a token signed by the agent is valid
     stall_timeout: float  # seconds that a visitor or a target may read nothing of what it gets
+    drain_timeout: float  # seconds that running visits have when the agent stops
     log_level: str  # one of LOG_LEVELS
     status_socket: (
         str  # where `gotunnel-agent status` asks, OFF for nowhere; "": see runtime_places()
     )
     tunnels: tuple[Tunnel, ...]
     secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
+    # The key that names the credential's file, and the path there; "" for one in the document.
+    credential_file: tuple[str, str] = ("", "")
 
     def routes(self) -> dict[str, str]:
         """Hostname to target, for the register message."""
@@ -221,6 +232,31 @@ def load(path: str | os.PathLike[str]) -> Config:
     except ConfigError as error:
         missing = "" if os.path.lexists(path) else ": name it with -c, or copy conf/agent.yaml"
         raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
+
+
+def with_secrets(config: Config) -> Config:
+    """The configuration with the secrets that its files hold now. Raises ConfigError."""
+    key, path = config.credential_file
+    if key:
+        credential = _credential_of(key, path)
+        if key == "token_file":
+            config = replace(config, token=credential)
+        else:
+            config = replace(config, jwt_secret=credential)
+    if any(tunnel.basic_auth_file for tunnel in config.tunnels):
+        config = replace(config, tunnels=tuple(map(_with_users, config.tunnels)))
+        _check_policies(config)
+    return config
+
+
+def _with_users(tunnel: Tunnel) -> Tunnel:
+    if not tunnel.basic_auth_file:
+        return tunnel
+    try:
+        found = _users_of_file(tunnel.basic_auth_file)
+    except ConfigError as error:
+        raise ConfigError(f"basic_auth_file of {tunnel.hostname}: {error}") from None
+    return tunnel._replace(policy=replace(tunnel.policy, basic_auth=found))
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -278,7 +314,7 @@ def _secret_files(path: str, document: Mapping[str, Any]) -> Iterator[str]:
 
 def _config(document: Mapping[str, object]) -> Config:
     tunnel_host, tunnel_port = _tunnel_addr(document)
-    jwt_secret, token = _credential(document)
+    jwt_secret, token, credential_file = _credential(document)
     ca_file, skip_tls_verify = _trust(document)
     config = Config(
         tunnel_host=normal_hostname(tunnel_host),
@@ -290,17 +326,23 @@ def _config(document: Mapping[str, object]) -> Config:
         jwt_issuer=_text(document, "jwt_issuer", "text") if "jwt_issuer" in document else "",
         jwt_expire_sec=_expire_sec(document),
         stall_timeout=_stall_timeout(document),
+        drain_timeout=_drain_timeout(document),
         log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
         status_socket=_status_socket(document),
         tunnels=_tunnels(document),
+        credential_file=credential_file,
     )
+    _check_policies(config)
+    return config
+
+
+def _check_policies(config: Config) -> None:
     size = len(json.dumps(config.policies(), separators=(",", ":")))
     if size > MOST_POLICIES:
         raise ConfigError(
             f"{', '.join(POLICY_KEYS)}: {size} bytes came in all tunnels together, expected at "
             f"most {MOST_POLICIES}: use fewer users or networks, or a second agent"
         )
-    return config
 
 
 def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
@@ -316,27 +358,38 @@ def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
     )
 
 
-def _credential(document: Mapping[str, object]) -> tuple[str, str]:
-    """The secret and the token, one of which is ""; read from a file if the key names one."""
+def _credential(document: Mapping[str, object]) -> tuple[str, str, tuple[str, str]]:
+    """The secret and the token, one of which is ""; and Config.credential_file."""
     given = [key for key in CREDENTIAL_KEYS if key in document]
     if len(given) != 1:
         came = " and ".join(given) or "no credential"
         raise ConfigError(f"{came} came, expected exactly one of {', '.join(CREDENTIAL_KEYS)}")
     (key,) = given
+    file = ("", "")
     if key.endswith("_file"):
-        path = _text(document, key, "the path of a file")
-        try:
-            credential = _read_file(path).rstrip("\r\n")
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {shown_path(path)[:MAX_SHOWN]}: {error}") from None
+        file = (key, _text(document, key, "the path of a file"))
+        credential = _credential_of(*file)
     else:
-        credential = _text(document, key, "text", secret=True)
+        credential = _checked_credential(key, _text(document, key, "text", secret=True))
+    return (credential, "", file) if key.startswith("jwt_secret") else ("", credential, file)
+
+
+def _credential_of(key: str, path: str) -> str:
+    """The secret or token in the file ``path``, which stands under ``key``."""
+    try:
+        credential = _read_file(path).rstrip("\r\n")
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {shown_path(path)[:MAX_SHOWN]}: {error}") from None
+    return _checked_credential(key, credential)
+
+
+def _checked_credential(key: str, credential: str) -> str:
     # A lone surrogate (YAML's "\ud800" makes one) cannot be encoded, so neither sent nor signed.
     if not credential.strip() or re.search("[\ud800-\udfff]", credential):
         raise ConfigError(
             f"{key}: no text came, expected the gateway's JWT_SECRET or a token that it accepts"
         )
-    return (credential, "") if key.startswith("jwt_secret") else ("", credential)
+    return credential
 
 
 def _trust(
@@ -407,6 +460,7 @@ def _tunnel(item: object, where: str) -> Tunnel:
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
         idle_timeout=_idle_timeout(item, mode, where),
         policy=_policy(item, mode, where),
+        basic_auth_file=str(item.get("basic_auth_file", "")),
     )
 
 
@@ -502,6 +556,14 @@ def _status_socket(document: Mapping[str, object]) -> str:
     if problem := why_not(path):
         raise ConfigError(f"status_socket: {problem}: name a shorter one, or write {OFF}")
     return path
+
+
+def _drain_timeout(document: Mapping[str, object]) -> float:
+    if "drain_timeout" not in document:
+        return DRAIN_TIMEOUT
+    expected = f"seconds, a number from 0 to {MOST_DRAIN}"
+    text = _text(document, "drain_timeout", expected)
+    return _seconds(text, "drain_timeout", expected, 0, MOST_DRAIN)
 
 
 def _seconds(text: str, key: str, expected: str, least: float, most: float) -> float:

@@ -6,6 +6,8 @@ neither the gateway nor another part of the agent ever sees one. No PolicyError 
 password, a hash, or a text that may have been meant as one.
 """
 
+import hmac
+import secrets
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +27,10 @@ from .common.strict_yaml import kind
 A_RATE = f"requests a second such as 10, or 10/s, 600/m, 1/h; from 1/h to {MOST_RATE}/s"
 
 MOST_SHOWN = 60  # characters of a bad value that a message shows
+MOST_HASHES = 1000  # remembered hashes: ten tunnels with as many users as each may have
+
+_KEY = secrets.token_bytes(32)  # so that what is remembered shows nothing of a password
+_hashes: dict[bytes, str] = {}  # a user and password, as HMAC: the hash
 
 
 class PolicyError(Exception):
@@ -77,7 +83,7 @@ def users(value: object) -> tuple[str, ...]:
         if user in found:
             raise PolicyError(f"[{number}]: this user comes twice, expected each user once")
         try:
-            found[user] = _hash(password)
+            found[user] = _hash(user, password)
         except PolicyError as error:
             raise PolicyError(f"[{number}]: {error}") from None
     return tuple(f"{user}:{hashed}" for user, hashed in found.items())
@@ -100,13 +106,21 @@ def _pair(text: str, number: int) -> tuple[str, str]:
     return name, password
 
 
-def _hash(password: object) -> str:
+def _hash(user: str, password: object) -> str:
+    """The password's hash; the same one if the two come again, as they do whenever the file is read
+    anew: to hash takes some 50 ms, and another salt would look like another password."""
     if not isinstance(password, str):
         raise PolicyError(f"{kind(password)} came, expected a password")
+    text = f"{user}:{password}".encode("utf-8", "surrogatepass")
+    key = hmac.digest(_KEY, text, "sha256")
     try:
-        return hash_if_plain(password)
+        hashed = _hashes.get(key) or hash_if_plain(password)
     except PasswordError as error:
         raise PolicyError(str(error)) from None
+    if len(_hashes) >= MOST_HASHES:
+        _hashes.clear()
+    _hashes[key] = hashed
+    return hashed
 
 
 # --- Addresses -----------------------------------------------------------------------------------

@@ -30,3 +30,17 @@ def client_context(
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+class CannotTrust(Exception):
+    """A CA file cannot be used; the text is one line for the operator."""
+
+
+def tls_context(ca_file: str | None, skip_verify: bool, key: str = "ca_file") -> ssl.SSLContext:
+    """A context that checks a gateway or a target. Raises CannotTrust if ``ca_file``, which the
+    configuration names under ``key``, holds no certificates."""
+    try:
+        return client_context(ca_file, skip_verify, renegotiates=key == "target_ca_file")
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or error
+        raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None

@@ -167,7 +167,8 @@ def test_the_agents_defaults_are_those_of_the_tables(tmp_path):
     top, tunnel = table("agent.md", "the agent"), table("agent.md", "a tunnel")
     values, of_tunnel = literals(top), literals(tunnel)
     assert set(values) == {
-        "skip_tls_verify", "jwt_issuer", "jwt_expire_sec", "stall_timeout", "log_level"
+        "skip_tls_verify", "jwt_issuer", "jwt_expire_sec", "stall_timeout", "drain_timeout",
+        "log_level",
     }  # fmt: skip
     assert set(of_tunnel) == {"target_skip_tls_verify", "mode"}
     text = "".join(f"{key}: {value}\n" for key, value in values.items()) + MINIMAL

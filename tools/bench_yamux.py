@@ -34,9 +34,9 @@ from gotunnel import (
     StreamReset,
     spawn,
 )
-from gotunnel_agent.agent import tls_context
 from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Workers, set_up_process, stay_on_one_cpu
+from gotunnel_agent.trust import tls_context
 from gotunnel_server.certs.contexts import Certificates
 from gotunnel_server.certs.local_ca import Authority
 

@@ -40,8 +40,10 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     MOVE,
+    OVERLAP,
     PORTS,
     REASONS,
+    REFUSALS,
     UPGRADES,
     Ack,
     Certificate,
@@ -61,14 +63,14 @@ from gotunnel_agent.agent import (
     MAX_DELAY,
     REFUSED_DELAY,
     RESTART_DELAY,
-    CannotTrust,
     make_token,
     retry_delay,
-    tls_context,
 )
 from gotunnel_agent.common import standard_error
 from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.config import DRAIN_TIMEOUT
 from gotunnel_agent.target import hostname_of
+from gotunnel_agent.trust import CannotTrust, tls_context
 from gotunnel_server.certs.local_ca import Authority
 
 SECRET_OF_ANOTHER = "of another gateway, as long as it should be"
@@ -254,7 +256,14 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
         assert isinstance(registered, Register)
         assert registered.routes == {APP: "127.0.0.1:8000", RAW: "127.0.0.1:22"}
         assert registered.modes == {APP: "http", RAW: "tcp"}
-        assert registered.features == (CERTIFICATES, HALF_CLOSE, REASONS, UPGRADES, "refusals")
+        assert registered.features == (
+            CERTIFICATES,
+            HALF_CLOSE,
+            REASONS,
+            UPGRADES,
+            REFUSALS,
+            OVERLAP,
+        )
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
 
 
@@ -291,6 +300,7 @@ def ask_for_another(request, gateway, monkeypatch):
     """How the gateway asks for another session."""
     monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.1)
     monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
+    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
 
     def ask():
         if request.param == "End":
@@ -596,9 +606,9 @@ def test_stop_lets_running_visits_finish(gateway, tmp_path, origin):
         assert not stopping.is_alive()
 
 
-def test_stop_ends_visits_whose_target_does_not_read(gateway, tmp_path, origin, monkeypatch):
-    monkeypatch.setattr(agent_module, "DRAIN_TIMEOUT", 0.1)
-    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}) as agent:
+def test_stop_ends_visits_whose_target_does_not_read(gateway, tmp_path, origin):
+    keys = {"drain_timeout": 0.1}
+    with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}, **keys) as agent:
         gateway.meet()
         stream = gateway.open(RAW)
         with origin.accept() as target:
@@ -615,7 +625,6 @@ def test_stop_ends_visits_whose_target_does_not_read(gateway, tmp_path, origin, 
 # The agent's command, where a name does not resolve for as long as the process may live.
 HANGING = """
 import logging, socket, sys, time
-from gotunnel_agent import agent
 from gotunnel_agent.cli import main
 
 def getaddrinfo(host, *more, resolve=socket.getaddrinfo, **named):
@@ -625,7 +634,6 @@ def getaddrinfo(host, *more, resolve=socket.getaddrinfo, **named):
     return resolve(host, *more, **named)
 
 socket.getaddrinfo = getaddrinfo
-agent.DRAIN_TIMEOUT = 0.5
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -642,7 +650,8 @@ def test_agent_ends_in_its_drain_time_though_the_name_of_a_target_does_not_resol
 ):
     path = tmp_path / "agent.yaml"
     tunnel = {"hostname": APP, "mode": mode, "target": "hangs.example.com:80"}
-    path.write_text(agent_yaml(gateway.place, {}, {}, {"tunnels": [tunnel]}))
+    keys = {"tunnels": [tunnel], "drain_timeout": 0.5}
+    path.write_text(agent_yaml(gateway.place, {}, {}, keys))
     command = (sys.executable, "-c", HANGING, "-c", str(path))
     with running(*command, cwd=tmp_path, PYTHONPATH=str(ROOT)) as program:
         gateway.meet()
@@ -705,7 +714,7 @@ def test_agent_ends_at_once_though_its_gateway_is_silent(cache, tmp_path, phase)
 
 
 def test_agent_that_stops_leaves_time_for_its_last_lines_in_the_ten_seconds_that_docker_grants():
-    assert agent_module.DRAIN_TIMEOUT + agent_module.LAST_WORDS + standard_error.LAST_LINES < 10
+    assert DRAIN_TIMEOUT + agent_module.LAST_WORDS + standard_error.LAST_LINES < 10
 
 
 # Real gateways -----------------------------------------------------------------------------------
@@ -870,7 +879,7 @@ def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(cache,
 def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
     gateway, tmp_path, monkeypatch, caplog
 ):
-    def refuse(agent, workers):
+    def refuse(agent, plan, workers):
         error = ssl.SSLCertVerificationError(1, "certificate verify failed")
         error.verify_code, error.verify_message = 10, "certificate has expired"
         raise error

@@ -68,6 +68,7 @@ def test_defaults():
         jwt_issuer="",
         jwt_expire_sec=3600,
         stall_timeout=300,
+        drain_timeout=5,
         log_level="info",
         status_socket="",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
@@ -84,6 +85,7 @@ def test_every_key_that_stands_beside_the_others():
         jwt_issuer: mytunnel
         jwt_expire_sec: 60
         stall_timeout: 3600
+        drain_timeout: 0.5
         log_level: DEBUG
         status_socket: /run/office.sock
         tunnels:
@@ -100,6 +102,7 @@ def test_every_key_that_stands_beside_the_others():
         jwt_issuer="mytunnel",
         jwt_expire_sec=60,
         stall_timeout=3600,
+        drain_timeout=0.5,
         log_level="debug",
         status_socket="/run/office.sock",
         tunnels=(

@@ -31,8 +31,9 @@ from support import (
 
 from gotunnel import Register, StreamReset, encode_message
 from gotunnel_agent import agent as agent_module
+from gotunnel_agent import plan
 from gotunnel_agent import target as target_module
-from gotunnel_agent.agent import CannotTrust
+from gotunnel_agent.trust import CannotTrust
 from gotunnel_server.certs import local_ca as authority_module
 from gotunnel_server.certs.local_ca import Authority
 
@@ -222,8 +223,8 @@ def test_ca_file_of_a_target_without_certificates_ends_the_agent_at_its_start(tm
 
 def test_tunnels_that_trust_the_same_share_a_context(monkeypatch, tmp_path, gateway, authority):
     made = []
-    make = agent_module.tls_context
-    monkeypatch.setattr(agent_module, "tls_context",
+    make = plan.tls_context
+    monkeypatch.setattr(plan, "tls_context",
                         lambda *arguments: made.append(arguments) or make(*arguments))  # fmt: skip
     ca_file = str(authority.ca_file)
     keys = [{}, {}, {"target_ca_file": ca_file}, {"target_ca_file": ca_file}]

@@ -1,0 +1,91 @@
+"""A plan: a configuration with all that is made from it once, and how one differs from another.
+
+The agent serves one plan at a time. When its operator has changed the file, the agent makes a new
+plan of it. Sessions that began under the old one keep that to their end.
+"""
+
+import ssl
+from collections.abc import Iterator
+from dataclasses import fields
+
+from .common.hostnames import normal_hostname
+from .common.tls import AEAD
+from .config import Config, Target, Tunnel
+from .target import Route
+from .trust import tls_context
+
+# Keys whose change needs no other session: they concern the process alone.
+OF_PROCESS = ("drain_timeout", "log_level", "status_socket")
+AT_START = ("status_socket",)  # what is read at the start alone
+# Fields of Config that have another name in the file.
+KEYS = {
+    "tunnel_host": "tunnel_addr",
+    "tunnel_port": "tunnel_addr",
+    "credential_file": "path of the credential",
+}
+
+
+class Plan:
+    """What a session needs of a configuration. It is never changed."""
+
+    def __init__(self, config: Config):
+        """Raises CannotTrust."""
+        self.config = config
+        self.context = tls_context(config.ca_file, config.skip_tls_verify)
+        self.context.set_ciphers(AEAD)
+        # Tunnels with equal settings share a context: the system's CAs take megabytes in each.
+        contexts: dict[tuple[str | None, bool] | None, ssl.SSLContext | None] = {None: None}
+        for tunnel in config.tunnels:
+            trust = _trust(tunnel.target)
+            if trust is not None and trust not in contexts:
+                contexts[trust] = tls_context(*trust, "target_ca_file")
+        self.routes = {
+            normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
+            for tunnel in config.tunnels
+        }
+
+    @property
+    def cas(self) -> list[list[bytes]]:
+        """The certificates of the CAs that are trusted: a file may have changed under its name."""
+        contexts = (self.context, *(route.context for route in self.routes.values()))
+        return [context.get_ca_certs(True) for context in contexts if context is not None]
+
+    @property
+    def address(self) -> str:
+        """The gateway's, for the log."""
+        return f"{self.config.tunnel_host}:{self.config.tunnel_port}"
+
+
+def _trust(target: Target) -> tuple[str | None, bool] | None:
+    """How to check a target's certificate, as arguments of tls_context(); None without TLS."""
+    return (target.ca_file, target.skip_tls_verify) if target.tls else None
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What differs, a few words each, for the log: hostnames and names of keys, never a value."""
+    was, now = _by_hostname(old), _by_hostname(new)
+    kinds = {
+        "new": [name for name in now if name not in was],
+        "changed": [name for name in now if name in was and now[name] != was[name]],
+        "gone": [name for name in was if name not in now],
+    }
+    found = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    keys = [KEYS.get(key, key) for key in _changed_keys(old, new) if key != "tunnels"]
+    late = " (from the next start on)"
+    told = (f"another {key}{late if key in AT_START else ''}" for key in dict.fromkeys(keys))
+    return [*found, *told]
+
+
+def needs_session(old: Config, new: Config) -> bool:
+    """Whether the gateway, or a session, must hear of what differs."""
+    return any(key not in OF_PROCESS for key in _changed_keys(old, new))
+
+
+def _by_hostname(config: Config) -> dict[str, Tunnel]:
+    return {tunnel.hostname: tunnel for tunnel in config.tunnels}
+
+
+def _changed_keys(old: Config, new: Config) -> Iterator[str]:
+    for field in fields(Config):
+        if field.compare and getattr(old, field.name) != getattr(new, field.name):
+            yield field.name
