@@ -2,7 +2,7 @@
 
 It imports either the agent or the visitor's helper (`forward`), not both: ssh starts the helper for
 each of its connections, and importing YAML and JWT, which only the agent needs, takes longer than
-all that the helper does until it dials.
+the helper itself needs until it dials.
 """
 
 import os

@@ -88,7 +88,7 @@ LEAVE_LOOK = 0.5
 FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
 MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
-REFUSED_DELAY = 15  # shortest delay after a refusal: an operator must change something first
+REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator must act first
 # A session that lasted this many seconds before the gateway asked for a new one is followed by a
 # dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
 MOVED = 1
@@ -98,8 +98,8 @@ UNKNOWN_CA = (18, 19, 20, 21)
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
-# Seconds that the agent waits after a GO_AWAY before it dials: Session.close() and a Go gateway
-# send one, too, just before they end the session.
+# Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
+# GO_AWAY did not ask for a new session: Session.close() and a Go gateway send one at the end, too.
 GO_AWAY_LOOK = 1
 OLD_LOOK = 1  # seconds between checks whether an old session still has visits
 # Seconds without a visit after which an old session ends. A gateway that drains may be reading the
@@ -110,7 +110,7 @@ OLD_SESSIONS = 4  # old sessions at a time; of more, the oldest is ended with it
 HELD = 10  # a session that lasted this many seconds counts as a success, and resets the backoff
 
 
-# PyJWT warns of a short secret. The gateway chose it, and warns its own operator at its start.
+# PyJWT warns of a short secret. The gateway's operator chose it, and the gateway warns of it.
 warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
@@ -289,7 +289,7 @@ class Agent:
                 problem = f"the gateway refused: {on_one_line(str(error))}"
                 least = REFUSED_DELAY
                 if str(error).startswith(TAKEN):
-                    problem += "; another agent serves it, this one waits for that agent's end"
+                    problem += "; another agent serves the hostname, and this one keeps trying"
             except Ended as error:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
@@ -346,7 +346,7 @@ class Agent:
             if not earlier.asked and OVERLAP not in earlier.features:
                 self._leave(earlier)  # or its gateway would cut its visits for the new session
         try:
-            if self._stopping.is_set():  # and stop() may have looked for the session too early
+            if self._stopping.is_set():  # stop() may have run before it could see this session
                 raise SessionClosed("the agent stops")
             session.start()
             register = self._registration(config)._replace(overlap=bool(old))
@@ -410,7 +410,7 @@ class Agent:
                 elif isinstance(message, End):
                     raise Ended(message)
                 elif isinstance(message, Ping):
-                    # If the session is over, a message that has already come may say why.
+                    # The session may be over already. Then read on: End may have come, with why.
                     with contextlib.suppress(ConnectionError):
                         pong = encode_message(Pong(int(time() * 1000)))
                         control.write(pong, timeout=SILENCE_TIMEOUT)
@@ -491,7 +491,7 @@ class Agent:
         try:
             with self._lock:
                 self._unaccepted = duplex
-            if self._stopping.is_set():  # and stop() may have looked for it too early
+            if self._stopping.is_set():  # stop() may have run before it could see this connection
                 raise GivenUp("the agent stops")
             duplex.start_tls(plan.context, server_side=False, server_hostname=host)
             duplex.handshake_within(DIAL_TIMEOUT)
@@ -536,7 +536,10 @@ class Agent:
             missing = [name for name in tunnel.needs if name not in ack.features]
             if missing:
                 names = ", ".join(missing)
-                problem = f"this gateway does not know {names}; update it, or do without"
+                problem = (
+                    f"this gateway does not know {names}; update the gateway, or remove the "
+                    "keys that need it"
+                )
             elif tunnel.port and not problem and hostname not in ack.ports:
                 problem = "the gateway has opened no port for it"
             if problem:

@@ -87,8 +87,8 @@ SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # each may also name a file
 MODES = ("http", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-# Bytes of a file. A thousand tunnels take a tenth of this; a path to something else must not fill
-# the memory.
+# Bytes of a file. A thousand tunnels take a tenth of this. The limit is for a wrong path, such as
+# that of a device, which would fill the memory.
 MAX_FILE = 1024 * 1024
 
 # Bytes of all policies together: the register message also holds the hostnames and the token.
@@ -182,7 +182,7 @@ class Config:
     token: str = field(repr=False)
     jwt_issuer: str
     jwt_expire_sec: int  # seconds that a token signed by the agent is valid
-    stall_timeout: float  # seconds that a visitor or a target may read nothing of what it gets
+    stall_timeout: float  # seconds; a visit whose visitor or target reads nothing so long is reset
     drain_timeout: float  # seconds that running visits have when the agent stops
     log_level: str  # one of LOG_LEVELS
     status_socket: (

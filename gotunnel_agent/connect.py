@@ -71,8 +71,8 @@ def connect(
     """A connection, non-blocking, to the first of ``addresses`` that answers.
 
     Raises GivenUp as soon as ``stop`` is readable: then the caller does not want the connection any
-    more. Raises TimeoutError when the ``deadline`` is over, and OSError if all addresses fail: a
-    refusal if there was one, since that shows that the host is up.
+    more. Raises TimeoutError when the ``deadline`` is over, and OSError if all addresses fail:
+    ConnectionRefusedError if one refused, since that shows that the host is up.
     """
     with contextlib.closing(_Attempts(deadline, stop)) as attempts:
         return attempts.first_of(addresses)

@@ -4,10 +4,10 @@ A hostname in tcp mode is reached by TLS with its name as SNI, which ssh, psql a
 programs do not speak. The helper speaks it for them: it dials, checks the certificate, and copies
 bytes both ways, half-closes included.
 
-Without LOCAL its ends are standard input and output, for ssh's ProxyCommand. It ends when the
-other side has ended, even if standard input is still open. SIGINT and SIGTERM have their usual,
-quiet effect: the shell sees 130 and 143. With LOCAL it listens there, and makes a connection for
-each client, until SIGINT or SIGTERM.
+Without LOCAL it copies between standard input and output and the hostname, for ssh's ProxyCommand.
+It ends when the other side has ended, even if standard input is still open. SIGINT and SIGTERM end
+it without a traceback: the shell sees 130 and 143. With LOCAL it listens there, and makes a
+connection for each client, until SIGINT or SIGTERM.
 
 However this process ends, a cut connection never looks complete: until our half of a connection is
 finished, the kernel turns its close into a reset (cut_unless_finished()).
@@ -18,7 +18,7 @@ Threads: with LOCAL main waits for signals; without it, main reads the answer.
     input       1, without LOCAL   standard input to the hostname  its end, or the process
     listener    1, with LOCAL      accepts clients                 the process ends
     client      <= MAX_CLIENTS     dials, and relays one client    both directions are done
-    ... back    1 a client         the hostname's bytes to it      both directions are done
+    ... back    1 a client         copies bytes to the client      both directions are done
 
 and standard error, which writes log lines until the process ends (standard_error.py).
 
@@ -108,7 +108,7 @@ class End(Duplex):
         self.sent = self.received = 0  # bytes
         self._end_lock = threading.Lock()  # guards both below, as a visit has two threads
         self.broken_by: OSError | NoVisit | None = None  # the first error
-        self.dropped = False  # reset before an error of its own
+        self.dropped = False  # reset() came before any error, so later errors are its effect
 
     def read(self, *arguments: Any) -> bytes:
         try:
@@ -192,7 +192,10 @@ class Destination(NamedTuple):
         if isinstance(error, TimeoutError):
             return f"{where} does not answer in TLS within {DIAL_TIMEOUT} s"
         if isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-            return f"{where} closed the connection before TLS: it is no gateway, or a full one"
+            return (
+                f"{where} closed the connection before TLS: it is no gateway, or the gateway has "
+                "too many connections"
+            )
         if isinstance(error, ssl.SSLError) and error.reason == "TLSV1_UNRECOGNIZED_NAME":
             return f"no tunnel for {self.hostname} at this gateway, or its agent is away"
         reason = getattr(error, "reason", None) or error
@@ -246,7 +249,7 @@ def _send_input(visit: End) -> None:
         visit.finish()
     except NoVisit as error:
         visit.break_off(error)
-    except TimeoutError:  # it may still send, but without a reset ssh would wait for ever
+    except TimeoutError:  # reset also its other direction, or ssh would wait for ever
         visit.break_off(NoVisit(
             f"the other side has read nothing for {visit.stall_timeout:g} s, and the visit is "
             "reset"
@@ -340,7 +343,7 @@ def accept_all(listening: socket.socket, destination: Destination) -> NoReturn:
         client = End(sock)
         client.cut_unless_finished()
         if not room.acquire(blocking=False):
-            log.warning("%s refused: %d clients are connected, as many as may be", name,
+            log.warning("%s refused: %d clients are connected, which is the limit", name,
                         MAX_CLIENTS)  # fmt: skip
             client.close()
             continue
@@ -457,8 +460,8 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--skip-tls-verify", action="store_true",
-        help="accept any certificate, for trials only: on the way, others could read and change "
-        "everything",
+        help="accept any certificate, for trials only: an attacker on the network path could read "
+        "and change everything",
     )  # fmt: skip
     parser.add_argument(
         "--print-ssh-config", action="store_true",

@@ -39,7 +39,7 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True)
 class Policy:
-    """What one tunnel asks of its visitors. Empty parts ask nothing."""
+    """What one tunnel requires of its visitors. An empty part requires nothing."""
 
     basic_auth: tuple[str, ...] = field(default=(), repr=False)  # USER:HASH
     allow: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Policy:
     rate_limit: tuple[tuple[str, float], ...] = ()  # pairs of RATE_KEYS and number
 
     def wire(self) -> dict[str, Any]:
-        """The policy as a register message holds it; empty if it asks nothing."""
+        """The policy as a register message holds it; empty if it requires nothing."""
         parts: dict[str, Any] = {
             "basic_auth": list(self.basic_auth),
             "allow": list(self.allow),

@@ -80,10 +80,10 @@ class Route(NamedTuple):
     """Where the visits of a hostname go.
 
     ``tunnel`` is the configuration's. ``context`` checks the target's certificate; None for a
-    target without TLS. ``problem`` says why the gateway cannot serve the tunnel as the operator
-    wants, and then visits are turned away; "" if it can. ``awaits_port``: it can as soon as the
-    tunnel's public port is open. ``refusals``: the gateway makes the page for an http visit that is
-    turned away.
+    target without TLS. ``problem`` says why the gateway cannot serve the tunnel as configured; then
+    visits are refused. It is "" if the gateway can. ``awaits_port``: the problem ends when the
+    tunnel's public port is open. ``refusals``: the gateway makes the page for an http visit that
+    is refused.
     """
 
     tunnel: Tunnel

@@ -12,14 +12,16 @@ NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
 def client_context(
     ca_file: str | None = None, skip_verify: bool = False, renegotiates: bool = False
 ) -> ssl.SSLContext:
-    """A context that checks the peer we dial: against the system's CAs, or those in the file
-    ``ca_file`` (PEM), or not at all, to try things out. Raises OSError if the file holds none.
+    """A context that checks the certificate of the peer that we dial. It trusts the system's CAs,
+    or those in the file ``ca_file`` (PEM); with ``skip_verify`` it accepts any certificate, for
+    trials. Raises OSError if the file holds no certificate.
 
     The ciphers are Python's defaults, as a target may be an old device. For a gateway the caller
     sets AEAD.
 
-    ``renegotiates``: the peer may ask for another handshake (TLS 1.2). A gateway needs none, and
-    each costs us more than the peer; a target may need it (IIS does, to ask for a certificate).
+    ``renegotiates``: the peer may ask for another handshake (TLS 1.2). A gateway needs none, and a
+    handshake costs us more than the peer that asks. A target may need it (IIS does, to ask for a
+    certificate).
     """
     context = ssl.create_default_context(cafile=ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

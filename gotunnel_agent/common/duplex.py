@@ -25,19 +25,19 @@ if sys.platform.startswith("linux"):
     import fcntl
     import termios
 
-STALL_TIMEOUT = 300  # seconds that a peer may take nothing of what we write; then writing fails
-LEAST_STALL, MOST_STALL = 1, 86_400  # what an operator may set instead; a line may fail for 1 s
+STALL_TIMEOUT = 300  # seconds; writing fails if the peer takes nothing of our bytes for so long
+LEAST_STALL, MOST_STALL = 1, 86_400  # an operator's bounds; any network may fail for 1 s
 STALL_LOOK = 1.0  # seconds between two checks of how much the peer has taken
 TLS_RECORD = 16 * 1024  # payload bytes in a TLS record, at most (RFC 8446 §5.1)
-TLS_PIECE = 64 * 1024  # encrypted bytes that TLS gets in one piece
+TLS_PIECE = 64 * 1024  # most encrypted bytes written into TLS's input buffer at once
 # Encrypted bytes in a row that bring no payload; more are an attack. OpenSSL accepts 100 KB of
 # certificates in a handshake. Later a peer sends key updates and tickets, some hundred bytes a day.
 NO_PAYLOAD = 128 * 1024
-ANSWERS = 64 * 1024  # unsent answers of TLS itself (to key updates); a peer with more reads nothing
+ANSWERS = 64 * 1024  # unsent bytes of TLS itself (key updates); above it the peer does not read
 NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST and drops unsent bytes
-LINGER = struct.pack("ii", 0, 0)  # ... the default: close() sends unsent bytes, and FIN
-CUT_TIMEOUT = 30  # seconds that the peer's TCP may take nothing of the bytes before a RST
-CUT_LOOKS = 0.001, 0.05  # seconds between two checks of that: the first pause and the longest
+LINGER = struct.pack("ii", 0, 0)  # SO_LINGER's default: close() sends unsent bytes, and FIN
+CUT_TIMEOUT = 30  # seconds; cut() sends RST if the peer's TCP takes nothing for so long
+CUT_LOOKS = 0.001, 0.05  # seconds between two checks in cut(): the first pause and the longest
 TCP_CLOSE = 7  # tcpi_state in Linux's TCP_INFO: the connection is dead
 
 # TCP keepalive: the kernel probes a peer that is silent for a minute, then every 15 seconds. After
@@ -89,9 +89,10 @@ class Duplex:
         self._tls: ssl.SSLObject | None = None  # between the two buffers
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._no_payload = 0  # encrypted bytes since the last payload (NO_PAYLOAD). Reader only
-        self._early: deque[bytes] = deque()  # payload that we took out of TLS for our close_notify
+        self._early: deque[bytes] = deque()  # payload taken out of TLS by _write_close_notify()
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
-        self._send_lock = threading.Lock()  # guards all below but _finished, and the order of bytes
+        # Held to send, so that bytes leave in order. Guards all below, except _finished.
+        self._send_lock = threading.Lock()
         self._unsent: BytesLike = b""  # bytes that the kernel has not taken yet
         self._answers = 0  # bytes of TLS's own answers since _unsent was last empty (ANSWERS)
         self._finishing = False  # half-close the socket once _unsent is empty
@@ -113,8 +114,8 @@ class Duplex:
         return bool(self._unread or self._at_end or self._tls_at_end or self._tls_holds)
 
     def died(self) -> bool:
-        """Whether the connection is broken: by reset(), by the peer, or as TCP keepalive got no
-        answer. Works while no thread reads or writes. Afterwards reads raise and see no end."""
+        """Whether the connection is broken: by reset(), by the peer, or because TCP keepalive got
+        no answer. Works while no thread reads or writes. If it is, later reads raise OSError."""
         with contextlib.suppress(OSError):
             if not self._broken and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self.reset()  # SO_ERROR is cleared by reading it, and recv() would return an EOF
@@ -150,7 +151,7 @@ class Duplex:
     def handshake(self) -> bool:
         """Go on with the handshake, with at most one read; False if it needs more from the peer.
 
-        Raises ssl.SSLError if it fails; the TLS alert is on its way then.
+        Raises ssl.SSLError if it fails; the TLS alert has been sent then.
         """
         tls = self._tls
         if tls is None:
@@ -160,7 +161,7 @@ class Duplex:
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
-        self._check()  # after a reset() the EOF is not the peer's
+        self._check()  # reset() in another thread also makes recv() return EOF
         self._count_came(len(data), 0)
         with self._tls_lock:
             if data:
@@ -247,7 +248,7 @@ class Duplex:
         """Note that recv() returned EOF. It also does so if reset() has shut the socket down since
         the last check, and then the data must not look complete."""
         self._check()
-        with self._send_lock:  # the kernel reports an error once, perhaps to a sender just now
+        with self._send_lock:  # the kernel reports an error once: _push() may have got it instead
             if self._lost:
                 raise ConnectionResetError("the connection broke")
         self._at_end = True
@@ -311,8 +312,8 @@ class Duplex:
         """Decrypt earlier bytes, and those that just ``came``, into ``view``. Returns the number of
         bytes; 0 if there was no complete record, or at the end. Caller holds the TLS lock.
 
-        All complete records are decrypted at once, since the caller's work costs as much for one as
-        for many. TLS gets its input in pieces, since its buffer never shrinks.
+        All complete records are decrypted in one call, since each call has a fixed cost. TLS gets
+        its input in pieces, since its buffer (ssl.MemoryBIO) grows and never shrinks.
         """
         tls_in, count, room = self._tls_in, 0, len(view)
         while self._early and count < room:
@@ -394,7 +395,7 @@ class Duplex:
                 sent = self._socket.send(self._unsent)
             except (BlockingIOError, InterruptedError):
                 return False
-            except BrokenPipeError:  # the peer's EOF was real, or the reader has got the error
+            except BrokenPipeError:  # after a real EOF, or an error that the reader has got already
                 raise
             except OSError:
                 self._lost = True
@@ -415,8 +416,8 @@ class Duplex:
         """Send all of it, waiting for the kernel. Raises TimeoutError if the peer takes nothing for
         ``timeout`` seconds (None: ``stall_timeout``), since it has stopped reading.
 
-        If ``spend`` is given, it decides instead: it is called as spend(seconds, bytes taken) again
-        and again, and raises TimeoutError.
+        If ``spend`` is given, it decides instead of ``timeout``: it is called as spend(seconds,
+        bytes taken) after each short wait, and may raise TimeoutError.
         """
         if not self.send(data):
             self._outwait(timeout, spend)
@@ -450,7 +451,7 @@ class Duplex:
         if self._write_wait is None:
             self._write_wait = _WaitSelector()
             self._write_wait.register(self._socket, selectors.EVENT_WRITE)
-        with self._send_lock:  # so that reset() sees this writer waiting, or _check() the reset
+        with self._send_lock:  # a reset() is either before _check(), or sees _writer_waits
             self._check()
             self._writer_waits = True
         try:
@@ -584,5 +585,5 @@ class Duplex:
         for selector in (self._read_wait, self._write_wait):
             if selector is not None:
                 selector.close()
-        with self._send_lock:  # another thread's late call must not meet a reused descriptor
+        with self._send_lock:  # or a reset() in another thread could hit a reused descriptor
             self._socket.close()

@@ -1,9 +1,9 @@
 """Finds files with secrets that other users of this machine can read or replace, and says what to
 do.
 
-Only the file's own mode counts, as for SSH keys: a file that only a folder above protects is
-readable after a copy. Its group may read a file, because services get theirs that way; other users
-may not. Where modes mean nothing (Windows), nothing is found.
+Only the file's own mode counts, as for SSH keys: if only the folder's mode protects a file, a copy
+elsewhere is readable. The file's group may read it, because service managers share secrets that
+way; other users may not. Where modes mean nothing (Windows), nothing is found.
 """
 
 import os
@@ -60,8 +60,8 @@ def _open_file(file: str | os.PathLike[str]) -> str | None:
 
 
 def _mode(path: str | os.PathLike[str], is_kind: Callable[[int], bool]) -> int:
-    """The mode of a file of that kind. 0, open to nobody, for any other (such as a shell's pipe),
-    and where modes mean nothing."""
+    """The mode of a file of that kind; 0 (no rights) for any other, such as a shell's pipe, and
+    where modes mean nothing."""
     try:
         mode = os.stat(path).st_mode
     except OSError:  # gone: the code that needs the file reports it

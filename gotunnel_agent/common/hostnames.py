@@ -15,9 +15,9 @@ MAX_PORT = 65535
 _HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
-# A name as a visitor may send it, in Host or in a ClientHello's SNI: also with underscores, and
-# hyphens anywhere, as DNS allows (RFC 2181 §11). No route has such a name, so the visitor gets the
-# page for an unknown name instead of an error about spelling.
+# A name as a visitor may send it, in Host or in a ClientHello's SNI. It may have underscores, and
+# hyphens at any place, as DNS allows (RFC 2181 §11). No route has such a name, so the visitor gets
+# the page for an unknown hostname instead of an error about spelling.
 REQUESTED_NAME = r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?"
 
 WILDCARD = "*."  # before a hostname: all hostnames that end in it

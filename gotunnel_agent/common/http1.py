@@ -1,4 +1,4 @@
-"""HTTP/1.1 as values: heads, hostnames, hop-by-hop fields, body framing (RFC 9110, RFC 9112).
+"""Parses and writes HTTP/1.1: heads, hostnames, hop-by-hop fields, body framing (RFC 9110, 9112).
 
 Bytes come in, values go out; no socket, no clock, no thread. One message is read like this:
 
@@ -13,10 +13,10 @@ first and at another for the second, it carries a second request that only one o
 ("request smuggling", RFC 9112 §11.2). So a message has one length or none, lines end in CRLF and
 nothing else, and a field name is a token.
 
-The rule for answers is softer, since many targets break the strict one and do no harm by it: an
-answer that can be read in one way only is read (``loose``), and the gateway writes it anew. But a
-target that is careless with line ends may be careless with message ends, so its connection is not
-used again.
+The rule for answers is softer, since many targets break the strict one without harm. An answer that
+breaks it, but can be read in one way only, is accepted and marked ``loose``; the gateway writes it
+to the visitor in correct form. But a target that is careless with line ends may be careless with
+message ends, so its connection is not used again.
 
 The promise: whatever bytes come, these functions raise Malformed or nothing.
 
@@ -39,9 +39,9 @@ FIELD_LIMIT = 200
 TARGET_LIMIT = 8192
 # Bytes of a chunk-size line. The size needs 16; the rest is room for chunk extensions.
 CHUNK_LINE_LIMIT = 4096
-# Bytes of overhead that a chunked body may have: a chunk line adds its length, less CHUNK_SPARE and
-# twice its payload. Extensions have no meaning to us, and a body of extensions alone would cost
-# work without end (CVE-2023-39326; the numbers are Go's).
+# Bytes of overhead that a chunked body may have. Each chunk adds the length of its chunk line minus
+# CHUNK_SPARE and minus twice its payload. We ignore extensions, so a body of extensions alone would
+# be endless work (CVE-2023-39326; the numbers are Go's).
 CHUNK_EXCESS = 16 * 1024
 CHUNK_SPARE = 16
 # Pieces of a body that feed() returns one by one. More are joined: each piece costs the caller a
@@ -104,7 +104,7 @@ HOP_BY_HOP = frozenset({
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 # Fields that a Connection field must not remove and a trailer must not add: they name the
-# recipient, the sender and the content. As kind() has them, like all sets here.
+# recipient, the sender and the content. Names are in the form of kind(), as in all sets here.
 ESSENTIAL = frozenset({
     "host", "authorization", "cookie", "set-cookie", "origin", "referer", "forwarded", "x-real-ip",
     "x-forwarded-*", "cache-control", "content-type", "content-encoding", "content-range",
@@ -118,8 +118,8 @@ TOO_LATE = frozenset({
 })  # fmt: skip
 _NO_TRAILERS = HOP_BY_HOP | ESSENTIAL | TOO_LATE
 
-# Names that most messages have; others are worked out each time. A fixed table: one that learned
-# would be filled by a peer.
+# Names that most messages have: their kind() is computed once, that of others each time. The table
+# is fixed, since a peer could fill a cache with names of its own.
 _USUAL_NAMES = (
     "Accept", "Accept-Encoding", "Accept-Language", "Accept-Ranges", "Access-Control-Allow-Headers",
     "Access-Control-Allow-Methods", "Access-Control-Allow-Origin", "Age", "Alt-Svc",
@@ -261,7 +261,7 @@ def _check_size(unfinished: bytes | bytearray) -> None:
     if len(unfinished) > HEAD_LIMIT:
         if unfinished.find(b"\n", 0, HEAD_LIMIT) < 0:
             raise Malformed(414, f"first line of over {HEAD_LIMIT} bytes, expected a shorter one")
-        raise Malformed(431, f"no blank line in {HEAD_LIMIT} bytes, expected the fields to end")
+        raise Malformed(431, f"no blank line in {HEAD_LIMIT} bytes, expected fewer fields")
 
 
 def parse_request(head: bytes) -> Request:
@@ -498,16 +498,16 @@ def end_to_end(
 
 def plain_name(name: str) -> str:
     """A field name as the loosest target reads it: lower case, with "-" for every character that is
-    no letter or digit. CGI, WSGI and PHP turn all of these into "_" (RFC 3875 §4.1.18 names "-"
-    only, programs do more), and cannot tell X.Real~IP from X-Real-IP."""
+    no letter or digit. CGI, WSGI and PHP turn all of these into "_" and cannot tell X.Real~IP from
+    X-Real-IP (RFC 3875 §4.1.18 asks for it for "-" only)."""
     name = name.lower()
     # The first case is almost every name, and cheaper than a substitution.
     return name if name.replace("-", "").isalnum() else _ODD.sub("-", name)
 
 
 def kind(name: str) -> str:
-    """By which a field is passed on or dropped: its plain_name(), but "x-forwarded-*" for all names
-    that begin so, since a target may take any of them for the visitor's address."""
+    """The form of a field name that decides whether the field is passed on: its plain_name(), or
+    "x-forwarded-*" for all names that begin so, since a target may trust any of them."""
     name = plain_name(name)
     return "x-forwarded-*" if name.startswith("x-forwarded-") else name
 
@@ -668,7 +668,7 @@ class ChunkedBody(Body):
             self.chunks += 1
             self._excess = max(0, self._excess + len(line) - CHUNK_SPARE - 2 * self._left)
             if self._excess > CHUNK_EXCESS:
-                raise Malformed(400, "chunk lines are longer than the chunks, expected a body")
+                raise Malformed(400, "chunk lines are longer than the chunks, expected payload")
             self._read_on = self._payload
             if self._left == 0:
                 self._read_on = self._trailers

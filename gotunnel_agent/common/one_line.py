@@ -5,8 +5,8 @@ import re
 
 MOST = 500  # characters
 LINK = re.compile(r"https?://[!-~]+")
-# Longest link that is shown whole, in characters. The one with which Let's Encrypt lifts a pause
-# has up to a thousand, since it holds the hostnames and a signature.
+# Longest link that is shown whole, in characters. Let's Encrypt's link for resuming a paused
+# hostname has up to a thousand, since it holds the hostnames and a signature.
 MOST_LINK = 2000
 
 

@@ -1,24 +1,24 @@
 """How long a peer may keep us waiting: a limit of silence, and a minimum rate (against Slowloris).
 
-Two accounts, in seconds. One is the current silence; any byte sets it to 0. The other is the time
-waited in all, minus the time that the moved bytes are worth at the minimum rate: it finds a peer
-that trickles, with one byte just before each silence gets too long. There is no clock here: the
-caller says how long it has waited and how many bytes moved. Time of the caller's own work does not
-count.
+There are two counters, in seconds. One is the current silence; any byte sets it to 0. The other is
+the whole time that we waited, minus the time that the moved bytes would take at the minimum rate.
+It finds a peer that sends one byte just before each silence gets too long. There is no clock here:
+the caller says how long it has waited and how many bytes moved. Time of the caller's own work does
+not count.
 """
 
 from collections.abc import Callable
 
 
 class Patience:
-    """The accounts for one peer in one direction. One thread at a time; restore(): any thread."""
+    """The counters for one peer in one direction. One thread at a time; restore(): any thread."""
 
     def __init__(
         self, most: float, rate: float | None = None, hurry: Callable[[], bool] = lambda: True
     ):
-        """``most``: seconds that either account may reach. ``rate``: minimum bytes a second; None
-        for no minimum. ``hurry()``: whether the minimum holds now; the limit of silence always
-        does."""
+        """``most``: seconds that either counter may reach. ``rate``: minimum bytes a second; None
+        for no minimum. ``hurry()``: whether the minimum rate is enforced now; the limit of silence
+        always is."""
         self._most = most
         self._rate = rate
         self._hurry = hurry
@@ -26,7 +26,7 @@ class Patience:
 
     def spend(self, seconds: float, moved: int) -> None:
         """Note that we waited ``seconds``, in which ``moved`` bytes came or were taken. Raises
-        TimeoutError if either account is used up."""
+        TimeoutError if either counter reaches its limit."""
         self._silent = 0.0 if moved else self._silent + seconds
         if self._rate is not None:
             self._owed = max(0.0, self._owed + seconds - moved / self._rate)
@@ -36,5 +36,5 @@ class Patience:
             raise TimeoutError(f"less than {self._rate:g} bytes a second for {self._most:g} s")
 
     def restore(self) -> None:
-        """Empty both accounts: the peer had a reason to wait."""
+        """Set both counters to 0: the peer had a reason to wait."""
         self._silent = self._owed = 0.0

@@ -1,5 +1,4 @@
-"""The process that each program is: its signals, its pool of threads, its log, its standard output
-and its CPUs.
+"""What concerns a whole process: signals, a pool of threads, the log, standard output, CPUs.
 
 gotunnel.py needs none of this: it can be used in any process, and changes nothing of it.
 """
@@ -29,11 +28,11 @@ except ImportError:  # not a Unix
 
 log = logging.getLogger("gotunnel")
 
-# sys.setswitchinterval(), seconds: how long a thread waits for the GIL before it asks the holder to
-# release it. It wakes up to ask. With Python's 5 ms and 128 visitors nearly every wake-up was in
-# vain, and a seventh fewer requests were served.
+# sys.setswitchinterval(), seconds: how long a thread waits for the GIL before it wakes up and asks
+# the holder to release it. With Python's 5 ms and 128 visitors nearly every such wake-up was
+# useless, and 14 % fewer requests were served.
 SWITCH_INTERVAL = 0.02
-SMALL_MACHINE = 2  # CPUs up to which one CPU is faster for a process of ours than all of them
+SMALL_MACHINE = 2  # with so many CPUs or fewer, a process of ours is faster on one than on all
 SHORTAGE_SILENCE = 60  # seconds between two warnings about a lack of threads
 FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
 STDERR = 2  # file descriptor
@@ -125,7 +124,7 @@ class Workers:
             shortage = self._start_thread()
         if shortage:
             log.warning("the system gives us no further thread (%s); new jobs wait for the %d "
-                        "threads there are; raise the limit (ulimit -u)", shortage,
+                        "threads of the pool; raise the limit (ulimit -u)", shortage,
                         len(self._threads))  # fmt: skip
 
     def shutdown(self, timeout: float) -> bool:
@@ -162,8 +161,8 @@ class Workers:
         while (job := self._jobs.get()) is not None:
             function, arguments = job
             call_logged(function, *arguments)
-            # Or these names would keep a visitor's connection alive until the next job, which may
-            # take hours to come.
+            # Otherwise these names would keep a visitor's connection alive until the next job,
+            # which may take hours to come.
             del job, function, arguments
             with self._lock:
                 self._spare += 1

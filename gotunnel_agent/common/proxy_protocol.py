@@ -17,8 +17,8 @@ There are two versions:
 
 The header holds for the whole connection, so two visitors must not share a connection.
 
-Bytes in, values out, and the reverse. Anybody can send such a header; the caller decides which
-peers to believe.
+Bytes in, values out, and the reverse. Any peer can send such a header; the caller decides which
+peers it trusts.
 
 The promise: whatever bytes come, ``parse`` returns a value or raises NotProxy, and the result does
 not depend on how the bytes are cut. TLVs are ignored, CRC32c too: TCP has a checksum already, and
@@ -61,7 +61,7 @@ _FIXED = len(_SIGNATURE) + _HEAD.size  # bytes before the addresses
 _INET_SIZES = {_INET: 4, _INET6: 16}  # bytes of an address
 _UNIX_SIZE = 108  # bytes of a path
 
-# IP version: how header version 1, and how header version 2, name TCP over it.
+# By IP version: the family's name in a header of version 1, and its number in version 2.
 _FAMILIES = {4: ("TCP4", _INET), 6: ("TCP6", _INET6)}
 
 
@@ -97,8 +97,8 @@ def encode(version: str, source: tuple[str, int], destination: tuple[str, int]) 
 
 
 def encode_unknown(version: str) -> bytes:
-    """The header for a visitor whose address the gateway did not tell. The target then uses the
-    address of the connection, which is the agent's."""
+    """The header for a visitor whose address is unknown, since the gateway did not send it. The
+    target then uses the address of the connection, which is the agent's."""
     if version == "v1":
         return _LINE_START + f"{_UNKNOWN}\r\n".encode("ascii")
     return _binary(_LOCAL, _UNSPEC, _UNSPEC)

@@ -2,13 +2,13 @@
 
 import re
 
-# Requests a second. To allow less than one an hour, deny is the clearer way; more than a million
-# would never limit this gateway.
+# Requests a second. Less than one an hour is better written as deny. More than a million would have
+# no effect: this gateway cannot serve so many.
 LEAST_RATE = 1 / 3600
 MOST_RATE = MOST_BURST = 1_000_000
 RATE_KEYS = ("per_address", "burst", "total", "total_burst")  # the keys of a rate limit
 
-# A number of requests, and perhaps a period; without one, it is a second.
+# A number of requests, and the period if it is not a second.
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
 _PERIODS = {"s": 1, "m": 60, "h": 3600}  # seconds
 

@@ -34,8 +34,8 @@ class StandardError(io.TextIOBase):
         self.encoding, self.errors = stream.encoding, stream.errors
         self._stream = stream
         self._formatter = formatter
-        # Without Python's buffer: the interpreter needs its lock at exit, and our thread may hold
-        # that while it is blocked in a write.
+        # Without Python's buffer: at exit the interpreter takes the buffer's lock, which our thread
+        # may hold while it is blocked in a write.
         self._raw: io.RawIOBase | BinaryIO = getattr(stream.buffer, "raw", stream.buffer)
         self._changed = threading.Condition()  # guards all below; notified when any of it changes
         self._waiting: collections.deque[str] = collections.deque()  # texts, in their order

@@ -24,7 +24,7 @@ _KINDS: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", type(
 
 
 class YamlError(Exception):
-    """A text is not such YAML; one line that says where, what came and what was expected."""
+    """A text breaks these rules; one line that says where, what came and what was expected."""
 
 
 def load(text: str, *, plain: bool = True) -> object:

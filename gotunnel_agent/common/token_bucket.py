@@ -17,9 +17,9 @@ class Buckets:
     ``now`` is in seconds, by any clock; call shift() when that clock is set. A full bucket is like
     one that was never used, so it may be forgotten.
 
-    If ``most`` buckets are not full, a new key replaces the one that is closest to full. So no key
-    is kept out by others, and to make us forget an empty bucket, an attacker needs ``most`` other
-    keys with buckets as empty.
+    If ``most`` buckets are not full, a new key replaces the key whose bucket is closest to full. So
+    a new key always gets a bucket. To make us forget an empty bucket, an attacker would have to
+    empty the buckets of ``most`` other keys.
     """
 
     def __init__(self, rate: float, burst: int, most: int = MOST_KEYS):

@@ -510,7 +510,7 @@ def test_clients_beyond_the_limit_are_refused_until_one_ends(gateway, origin, mo
         with dial(), origin.accept() as target:
             with pytest.raises(ConnectionResetError), dial() as second:
                 second.read_to_end()
-            assert "refused: 1 clients are connected, as many as may be" in caplog.text
+            assert "refused: 1 clients are connected, which is the limit" in caplog.text
             target.finish()
         wait_until(all_served)
         with dial() as third, origin.accept() as target:

@@ -442,7 +442,8 @@ def test_go_gateway_does_not_know_host_header_so_the_tunnel_is_not_served(
     lines = [record.getMessage() for record in caplog.records
              if record.levelno >= logging.WARNING and APP in record.getMessage()]  # fmt: skip
     assert lines == [
-        f"{APP}: not served: this gateway does not know host_header; update it, or do without"
+        f"{APP}: not served: this gateway does not know host_header; update the gateway, or "
+        "remove the keys that need it"
     ]
 
 
