@@ -1,7 +1,9 @@
-"""How many connections each port takes: limited by the operator, and by the port's part of the
-file descriptors that the process may have. The rest of them is for files and listening sockets."""
+"""How many threads the pools have, and how many connections each port takes: limited by the
+operator, and by the port's part of the file descriptors that the process may have. The rest of them
+is for files and listening sockets."""
 
 import logging
+import os
 
 from .net.listener import descriptor_limit
 from .net.shares import Places
@@ -9,6 +11,16 @@ from .visitors.forwarded import Proxies
 
 log = logging.getLogger("gotunnel.capacity")
 
+# For TLS handshakes and request heads: short work that waits for no peer. No more than CPUs: with
+# more threads the listeners hardly run while addresses flood a port with ClientHellos. Beside five
+# such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
+STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
+# For granted registrations: reading CERT_DIR and the store, making local certificates. A pool of
+# its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
+# busy. AGENT_CONNECTIONS bounds the queue.
+REGISTRATION_THREADS = 8
+DASHBOARD_REQUESTS = 4  # answered at a time
+HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
 DASHBOARD_CONNECTIONS = 100  # at a time: the page is for a few people
 # On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.
 HTTP_CONNECTIONS = 1000

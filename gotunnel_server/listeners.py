@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from .net.inherited import Given, Inherited
 from .net.listener import Address, Listener, Parkable, PortError, bind
 from .net.round_robin import FairWorkers
 from .net.shares import Places, Seat
@@ -23,12 +25,15 @@ class Connections(Protocol):
 class Listeners:
     """The listeners that start and stop with the gateway. open() makes others, too."""
 
-    def __init__(self, addresses: Sequence[str], workers: FairWorkers):
+    def __init__(self, addresses: Sequence[str], workers: FairWorkers, inherited: Inherited):
         """``addresses``: IP addresses to bind, none for all. ``workers`` run the connections'
-        steps."""
+        steps. ``inherited``: sockets that the process was given."""
         self._addresses = addresses
         self._workers = workers
+        self._inherited = inherited
         self._all: list[Listener] = []
+        # All that are open, with the setting of their ports. A copy takes its place at a change.
+        self._open: dict[Listener, str] = {}
 
     def add(
         self,
@@ -56,7 +61,8 @@ class Listeners:
         """Open ``port``, 0 for any free one. ``connections`` gets the ``listener`` and welcomes its
         connections; ``places`` and ``first_timeout`` (seconds): see Listener. ``addresses`` replace
         those of all ports. Raises PortError, which names ``setting``."""
-        sockets = bind(setting, self._addresses if addresses is None else addresses, port)
+        addresses = self._addresses if addresses is None else addresses
+        sockets = bind(setting, addresses, port, self._inherited)
         name = setting.removesuffix("_PORT").lower() if setting.endswith("_PORT") else str(port)
         try:
             listener = Listener(
@@ -67,11 +73,35 @@ class Listeners:
                 sock.close()
             raise PortError(f"{setting} {port}: {error.strerror}") from None
         connections.listener = listener
+        kept = {other: name for other, name in self._open.items() if not other.stopping}
+        self._open = {**kept, listener: setting}
         return listener
 
     def start(self) -> None:
         for listener in self._all:
             listener.start()
+
+    def shared(self) -> Iterator[Given]:
+        """Copies of all listening sockets, for a successor; the caller closes them."""
+        for listener, setting in self._open.items():
+            for sock in listener.sockets:
+                with contextlib.suppress(OSError):  # an agent's port, closed in this moment
+                    yield Given(sock.dup(), setting, self._inherited.is_by_systemd(sock))
+        for given in self._inherited.left():
+            with contextlib.suppress(OSError):
+                yield given._replace(sock=given.sock.dup())
+
+    def stuck(self, timeout: float) -> str | None:
+        """The listener whose thread takes no turn within ``timeout`` seconds; None if all do."""
+        for listener in self._open:
+            if not listener.moves(timeout):
+                return f"the listener of port {listener.port}"
+        return None
+
+    def stop_accepting(self) -> None:
+        """Accept no further connections; the parked ones are watched on."""
+        for listener in self._open:
+            listener.stop_accepting()
 
     def stop(self) -> None:
         """Accept no further connections, and close the parked ones."""

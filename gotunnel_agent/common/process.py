@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -40,23 +40,23 @@ HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Signals:
-    """Lets the main thread wait for SIGTERM and SIGINT, with ``hang_up`` also for SIGHUP. Main
-    thread only.
+    """Lets the main thread wait for SIGTERM and SIGINT, with ``hang_up`` also for SIGHUP, and for
+    the signals in ``also``. Main thread only.
 
     A signal handler can interrupt code that holds any lock, so it must take none. Instead the
     interpreter writes the signal's number to a socket (signal.set_wakeup_fd), and wait() reads it.
     The second SIGTERM or SIGINT ends the process at once, with status 1.
     """
 
-    def __init__(self, hang_up: bool = False):
+    def __init__(self, hang_up: bool = False, also: Iterable[int] = ()):
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._count = 0
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        if hang_up and HANG_UP is not None:
-            signal.signal(HANG_UP, lambda number, frame: None)  # wait() returns its number
+        for number in [*([HANG_UP] if hang_up and HANG_UP is not None else []), *also]:
+            signal.signal(number, lambda number, frame: None)  # wait() returns its number
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._count += 1

@@ -358,6 +358,8 @@ class Newcomer:
         else:
             self.duplex.reset()
 
+    silent = True  # a newcomer can begin anew: see Parkable
+
     # From stage to stage
 
     def _enter(self, stage: Stage, step: Callable[[], Next | None]) -> None:

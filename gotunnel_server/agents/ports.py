@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from gotunnel import ANY_PORT
@@ -158,9 +158,16 @@ class Ports:
                     opened.stop()
 
     def close(self) -> None:
-        """Close all ports, and open none any more."""
+        """Open no further ports. Those that are open stop as all listeners do."""
         with self._lock:
             self._closed = True
-            for _, opened in self._open.values():
-                opened.stop()
-            self._open.clear()
+
+    def hostnames(self) -> dict[int, str]:
+        """The ports that are open, and the hostname of each."""
+        with self._lock:
+            return {port: self._last[port] for port in self._open}
+
+    def remember(self, hostnames: Mapping[int, str]) -> None:
+        """These hostnames had these ports: see hostnames()."""
+        with self._lock:
+            self._last.update(hostnames)

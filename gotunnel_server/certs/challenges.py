@@ -10,6 +10,7 @@ several times, from several places.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import ssl
 import tempfile
@@ -30,9 +31,13 @@ from ..net.client_hello import ACME_TLS
 from .acme_errors import HOST, CaError
 from .folder import sweep
 
+log = logging.getLogger("gotunnel.challenges")
+
 HTTP_01, TLS_ALPN_01 = "http-01", "tls-alpn-01"
 PATH = "/.well-known/acme-challenge/"
 PROOFS = ".proof-*.tmp"  # our temporary files; one is left if the gateway is killed meanwhile
+
+MOST_ADOPTED = 64  # proofs of a predecessor: it has 6 orders at a time (issuer.JOBS)
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")  # base64url (RFC 8555 §8.1); real ones have 43
 _ACME_IDENTIFIER = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")  # RFC 8737 §3
@@ -74,7 +79,8 @@ class Challenges:
                 sweep(path)
         self._bodies: dict[tuple[str, str], bytes] = {}  # by hostname and token
         self._contexts: dict[str, ssl.SSLContext] = {}  # by hostname
-        self._lock = threading.Lock()  # held to change both; reading one entry needs none
+        self._digests: dict[str, bytes] = {}  # by hostname: what the certificates are made of
+        self._lock = threading.Lock()  # held to change all three; reading one entry needs none
 
     @contextlib.contextmanager
     def http(self, hostname: str, token: str, body: bytes) -> Iterator[None]:
@@ -97,7 +103,8 @@ class Challenges:
                 "that the gateway can write there"
             ) from error  # fmt: skip
         with self._published(self._contexts, hostname, context):
-            yield
+            with self._published(self._digests, hostname, digest):
+                yield
 
     @contextlib.contextmanager
     def _published(self, table: dict[_Name, _Proof], name: _Name, proof: _Proof) -> Iterator[None]:
@@ -108,6 +115,30 @@ class Challenges:
         finally:
             with self._lock:
                 table.pop(name, None)
+
+    def published(self) -> tuple[tuple[str, str, str], ...]:
+        """What is published now, for a successor: hostname, challenge token and body of each file;
+        hostname, "" and the digest in hexadecimal digits of each certificate."""
+        with self._lock:
+            files = [(*name, body.decode()) for name, body in self._bodies.items()]
+            return (*files, *((name, "", digest.hex()) for name, digest in self._digests.items()))
+
+    def adopt(self, proofs: Iterable[tuple[str, str, str]]) -> None:
+        """Publish what a predecessor has published: the CA may look here now. It stays: a proof is
+        of no use to others, and of none once its order is over."""
+        for hostname, token, content in list(proofs)[:MOST_ADOPTED]:
+            if token:
+                with self._lock:
+                    self._bodies[hostname, token] = content.encode()
+                continue
+            try:
+                context = _context(hostname, bytes.fromhex(content), self._folder)
+            except OSError as error:
+                log.warning("%s: a predecessor's proof cannot be published (%s): its order may "
+                            "fail, and is repeated", hostname, error.strerror)  # fmt: skip
+                continue
+            with self._lock:
+                self._contexts[hostname] = context
 
     @staticmethod
     def is_asked_for(path: str) -> bool:

@@ -7,8 +7,9 @@ worker, which does what can be done now and then parks it again or closes it. Ow
 connection needs no lock: it is in the listener's selector, in the hands of one worker, or waits for
 its turn (call_later()).
 
-Any thread may call park(), await_more(), call_later() and stop(). Everything else happens in the
-listener's thread. One lock guards the state that it shares with other threads.
+Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop().
+Everything else happens in the listener's thread. One lock guards the state that it shares with
+other threads.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gotunnel_agent.common.addresses import counted_by, unmapped_host
 from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Stopped
 
+from .inherited import NOTHING, Inherited
 from .round_robin import FairWorkers
 from .shares import Places, Seat
 
@@ -47,6 +49,9 @@ LOOK_LATER = 0.1  # interval of the check for due call_later() calls, in seconds
 FREE_WAITS = 64
 TRICKLE = 0.1
 PAUSE = 0.2  # seconds without accepting, if the process has no descriptor left
+# Seconds that a silent connection is watched on once the listener accepts no more: the ClientHello
+# of a connection that was just accepted, or the next request of a busy one, is on its way.
+LINGER = 1.0
 
 Address = tuple[Any, ...]  # as accept() gives it: IP address, port; for IPv6 two numbers more
 Item = TypeVar("Item")
@@ -62,6 +67,10 @@ class Parkable(Protocol):
     @property
     def address(self) -> Address:
         """The peer's. Addresses take turns at the workers."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing of a message has come: while the gateway stops, it waits LINGER only."""
 
     def ready(self) -> None:
         """The peer has sent something. Called by a worker."""
@@ -86,15 +95,21 @@ class PortError(Exception):
     """The gateway cannot listen on a port; the text is one line for the operator."""
 
 
-def bind(setting: str, addresses: Sequence[str], port: int) -> list[socket.socket]:
-    """Listening sockets for a port (0: any free one) on the given IP addresses, () for all.
+def bind(
+    setting: str, addresses: Sequence[str], port: int, inherited: Inherited = NOTHING
+) -> list[socket.socket]:
+    """Listening sockets for a port (0: any free one) on the given IP addresses, () for all; those
+    that were ``inherited``, where they fit.
 
     Raises PortError, which calls the port by ``setting``, the name of its variable.
     """
-    sockets: list[socket.socket] = []
+    sockets = inherited.take(setting, port)
+    if sockets:
+        return sockets
     try:
         for address in addresses or ("",):
-            sockets.append(_bind_one(address, port))
+            found = inherited.take_at(setting, address, port)
+            sockets.append(_bind_one(address, port) if found is None else found)
             port = sockets[0].getsockname()[1]  # the same for all, if it was any free one
     except OSError as error:
         for sock in sockets:
@@ -183,6 +198,10 @@ class Listener:
         self._refused_host: str | None = None  # address of the last of them
         self._said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
         self._resume_at: float | None = None  # monotonic, end of a _pause(); None: accepting
+        self._leaving = threading.Event()  # stop_accepting() was called
+        self._accepting = True
+        self._accepts_no_more = threading.Event()  # the thread has seen that
+        self._turned = threading.Event()  # the thread has taken a turn since moves() cleared it
         self._stopping = threading.Event()
         self._waker = Waker()
         self._last_sweep = 0.0  # monotonic
@@ -210,6 +229,28 @@ class Listener:
         except NoThread as error:
             self.stop()
             raise PortError(f"port {self.port}: {error}") from None
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        """Its listening sockets, for a successor; closed ones once it accepts no more."""
+        return self._sockets
+
+    def moves(self, timeout: float) -> bool:
+        """Whether the thread takes a turn within ``timeout`` seconds, or is to take none."""
+        self._turned.clear()
+        self._waker.wake()
+        return self._thread is None or self._turned.wait(timeout) or self._stopping.is_set()
+
+    def stop_accepting(self) -> None:
+        """Accept no further connections, and close our descriptors of the port: a process that
+        shares its sockets gets those that come. Parked connections are watched on; silent ones for
+        LINGER seconds."""
+        self._leaving.set()
+        self._waker.wake()
+        if self._thread is not None:
+            self._accepts_no_more.wait()
+        for sock in self._sockets:
+            sock.close()
 
     def stop(self) -> None:
         """Stop accepting, and close all parked connections; waits for the thread. Connections in
@@ -298,6 +339,10 @@ class Listener:
                 self._waker.clear()
         self._take_newly_parked()
         now = monotonic()
+        if self._accepting and self._leaving.is_set():
+            self._leave(now)
+        if not self._turned.is_set():
+            self._turned.set()
         self._submit_due(now)
         if now - self._last_sweep >= self._sweep_every:
             self._last_sweep = now
@@ -308,6 +353,7 @@ class Listener:
         thread's last act; stop() repeats it, in case the thread never ran."""
         with self._lock:
             self._over = True
+        self._accepts_no_more.set()
         for connection in list(self._parked):
             self._unwatch(connection)
             call_logged(connection.close)
@@ -396,7 +442,24 @@ class Listener:
             for sock in self._sockets:
                 self._selector.unregister(sock)
 
+    def _leave(self, now: float) -> None:
+        """Accept no more. Silent connections are watched a little longer."""
+        self._accepting = False
+        self._sweep_every = min(self._sweep_every, SHORT_SWEEP)
+        if self._resume_at is None:
+            for sock in self._sockets:
+                self._selector.unregister(sock)
+        self._resume_at = None
+        self._accepts_no_more.set()
+        for connection, deadline in self._parked.items():
+            self._parked[connection] = self._shortened(connection, deadline, now)
+
+    def _shortened(self, connection: Parkable, deadline: float, now: float) -> float:
+        return min(deadline, now + LINGER) if connection.silent else deadline
+
     def _watch(self, connection: Parkable, deadline: float) -> None:
+        if not self._accepting:
+            deadline = self._shortened(connection, deadline, monotonic())
         try:
             self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
         except (OSError, ValueError):  # the connection is broken: its next step finds out

@@ -370,6 +370,6 @@ class Arrival(Introduction):
         State.FIRST_BYTES: Step(_read_first),
         State.TLS_ASKED: Step(_read_first),
         State.CERTIFICATE: Step(_await_certificate),
-        State.HANDSHAKE: Step(_handshake),
-        State.PROOF: Step(_handshake),
+        State.HANDSHAKE: Step(_handshake, begun=True),
+        State.PROOF: Step(_handshake, begun=True),
     }

@@ -17,7 +17,7 @@ from typing import Protocol
 from gotunnel_agent.common.http1 import Malformed
 
 from ..net.shares import Shares
-from . import pages, relays, steps
+from . import pages, relays
 from .forwarded import Proxies
 from .http1_server import Handler
 from .login import Owner
@@ -50,13 +50,15 @@ class State(Named):
     PARTING = enum.auto()  # lingering close: our side has ended
 
 
-class Port(steps.Port, Protocol):
+class Port(Protocol):
     """What an HttpConnection needs of its port.Port."""
 
     proxies: Proxies
     timeouts: Timeouts
     exchanges: Exchanges
     parting: Shares
+
+    def is_draining(self) -> bool: ...
 
 
 class HttpConnection(Stepwise):
@@ -194,7 +196,7 @@ class HttpConnection(Stepwise):
     STEPS = {
         State.NEW: Step(_read_head, first_byte=State.HEAD),
         State.IDLE: Step(_read_head, first_byte=State.HEAD),
-        State.HEAD: Step(_read_head, time_up=State.LATE, outlasts_drain=True),
+        State.HEAD: Step(_read_head, time_up=State.LATE, begun=True),
         State.LATE: Step(_refuse_late),
         State.ASKED: Step(_hand_over),
         State.PARTING: Step(_drop),

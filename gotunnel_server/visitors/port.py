@@ -8,8 +8,9 @@ TcpPort       one tunnel's own port, which leads to one Route
 import logging
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import socket
+from time import monotonic
 from typing import Any
 
 from gotunnel_agent.common.duplex import Duplex
@@ -98,12 +99,14 @@ class Port:
         """From now on each connection is closed after the answer to its present request."""
         self._draining.set()
 
-    def drain(self, timeout: float) -> int:
-        """Wait until all visitors have been served and have left; after ``timeout`` seconds, reset
-        the connections that remain. Returns how many those were."""
-        self.start_draining()
+    def await_last(self, timeout: float) -> None:
+        """Wait until all visitors have been served and have left, ``timeout`` seconds at most."""
         with self._gone:
             self._gone.wait_for(lambda: not self._visitors, timeout)
+
+    def reset(self) -> int:
+        """Reset the connections that remain. Returns how many those are."""
+        with self._gone:
             left = list(self._visitors)
         for visitor in left:
             visitor.fail_visit(STOPPED, 503)
@@ -112,8 +115,19 @@ class Port:
 
     def stop(self, timeout: float) -> None:
         """End the threads that serve requests, waiting ``timeout`` seconds at most. Call it after
-        drain(), and after that of all ports that share the Room."""
+        reset(), and after that of all ports that share the Room."""
         self.exchanges.stop(timeout)
+
+
+def drain(ports: Sequence[Port], timeout: float, close_parked: Callable[[], object]) -> None:
+    """Wait until the visitors of all ports have been served and have left, ``timeout`` seconds at
+    most; then reset their connections. ``close_parked()`` closes those that no thread has."""
+    until = monotonic() + timeout
+    for port in ports:
+        port.await_last(max(0, until - monotonic()))
+    close_parked()
+    if left := sum(port.reset() for port in ports):
+        log.warning("%d visits did not end in %g s and were cut", left, timeout)
 
 
 class PublicPort(Port):

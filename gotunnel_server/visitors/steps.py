@@ -12,7 +12,7 @@ import logging
 import ssl
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from gotunnel import NoThread
 
@@ -44,13 +44,9 @@ class Step(NamedTuple):
     take: Callable[[Any], bool]
     time_up: enum.Enum | None = None  # the state after a timeout; None: close the connection
     first_byte: enum.Enum | None = None  # the state from the first byte on; None: the same one
-    outlasts_drain: bool = False  # the connection may wait on while the gateway stops
-
-
-class Port(Protocol):
-    """What a Stepwise needs of its port."""
-
-    def is_draining(self) -> bool: ...
+    # Whether the visitor is in the midst of a message, so that the connection may wait for the rest
+    # of it while the gateway stops. Others wait for listener.LINGER only.
+    begun: bool = False
 
 
 class Stepwise:
@@ -59,7 +55,7 @@ class Stepwise:
 
     STEPS: dict[Any, Step] = {}  # by state
 
-    def __init__(self, port: Port, visitor: Visitor, state: enum.Enum):
+    def __init__(self, port: object, visitor: Visitor, state: enum.Enum):
         self.duplex = visitor.duplex
         self._port = port
         self._visitor = visitor
@@ -73,6 +69,11 @@ class Stepwise:
     def address(self) -> Address:
         """The visitor's address, or its proxy's as long as the proxy has not named the visitor."""
         return self._visitor.address
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing of a message has come: see Parkable."""
+        return not self.STEPS[self._state].begun
 
     def ready(self) -> None:
         """Worker: take all steps that can be taken now."""
@@ -124,9 +125,6 @@ class Stepwise:
     def _wait(self, seconds: float) -> bool:
         """Take this step again when the visitor sends something. ``seconds`` count from the first
         wait in this state. Returns a step's result."""
-        if self._port.is_draining() and not self.STEPS[self._state].outlasts_drain:
-            self.close()
-            return False
         if self._deadline is None:
             # The first wait in a state is likely to be short, so wait here; parking costs two
             # thread switches. A visitor that trickles its bytes is parked, and holds no worker.

@@ -13,7 +13,7 @@ from hand_made import HandMade, registered, registration, reply_to
 from support import APP, TIMEOUT, answer, gateway_here, request, routes_of, wait_until
 
 from gotunnel import Ack, NoThread
-from gotunnel_server import gateway as gateway_module
+from gotunnel_server import capacity
 from gotunnel_server.agents import newcomer
 from gotunnel_server.agents.newcomer import (
     MOST_REFUSALS,
@@ -63,7 +63,7 @@ def test_registrations_that_wait_for_the_disk_hold_up_no_visitor(gateway, monkey
     """As many as there are threads for handshakes."""
     with registered(gateway, APP) as served, contextlib.ExitStack() as stack:
         with hanging_disk(gateway, monkeypatch):
-            many_that_register(gateway, gateway_module.STEP_THREADS, stack)
+            many_that_register(gateway, capacity.STEP_THREADS, stack)
             with gateway.dial(APP) as visitor:
                 visitor.send(request())
                 served.session.accept(TIMEOUT).write(answer(b"served"))
@@ -72,16 +72,16 @@ def test_registrations_that_wait_for_the_disk_hold_up_no_visitor(gateway, monkey
 
 def test_registrations_that_wait_for_the_disk_hold_up_no_refusal(gateway, monkeypatch):
     with contextlib.ExitStack() as stack, hanging_disk(gateway, monkeypatch):
-        many_that_register(gateway, gateway_module.STEP_THREADS, stack)
+        many_that_register(gateway, capacity.STEP_THREADS, stack)
         assert reply_to(gateway, registration()) == Ack(False, "no routes")
 
 
 def test_registrations_that_had_to_wait_are_all_acknowledged(gateway, monkeypatch):
-    count = gateway_module.REGISTRATION_THREADS + 5
+    count = capacity.REGISTRATION_THREADS + 5
     with contextlib.ExitStack() as stack:
         with hanging_disk(gateway, monkeypatch) as waiting:
             agents = many_that_register(gateway, count, stack)
-            wait_until(lambda: len(waiting) == gateway_module.REGISTRATION_THREADS)
+            wait_until(lambda: len(waiting) == capacity.REGISTRATION_THREADS)
         assert [agent.hear() for agent in agents] == [Ack(True)] * count
         assert len(waiting) == count
         assert {thread.name.partition("_")[0] for thread in waiting} == {"registration"}

@@ -26,7 +26,6 @@ from tls_by_hand import PAYLOAD, HandTls
 
 from gotunnel_agent.common import duplex as duplex_module
 from gotunnel_server import capacity
-from gotunnel_server import gateway as gateway_module
 
 HONEST = "127.0.0.9"
 FLOOD = {"one": ("127.0.0.1",), "five": tuple(f"127.0.0.{n}" for n in range(1, 6))}
@@ -152,7 +151,7 @@ def test_connections_that_only_update_keys_end(
     ports = {"http": {APP: origin.port}, "tcp": {RAW: origin.port}}
     with agent_here(gateway, tmp_path, **ports), contextlib.ExitStack() as up:
         flooders = []
-        for number in range(gateway_module.STEP_THREADS + 8):
+        for number in range(capacity.STEP_THREADS + 8):
             sock = socket.create_connection(
                 ("127.0.0.1", getattr(gateway, port)), TIMEOUT, (f"127.0.0.{number % 8 + 1}", 0)
             )
