@@ -20,13 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gotunnel import __version__
-from gotunnel_agent.common.process import (
-    HANG_UP,
-    Signals,
-    print_answer,
-    set_up_process,
-    stay_on_one_cpu,
-)
+from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.show_status import add_json_option, show_status
 
 from .admin import certificates, check, grants
@@ -35,11 +29,12 @@ from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
-from .config import Config, faults, load, status_places
+from .config import Config, environment, faults, load, status_places
 from .gateway import Gateway
+from .handover import Failed, find_predecessor
+from .life import Life
 from .net.listener import PortError
 from .secret_files import exposed
-from .status import Status
 from .variables import ConfigError
 
 PROGRAM = "gotunnel-server"
@@ -80,9 +75,9 @@ def command(options: argparse.Namespace) -> int:
         if options.command == "status":  # the rest of the configuration may be wrong
             places = status_places(options.env_file)
             return show_status(places, PROGRAM, as_json=options.json)
-        config = load(options.env_file)
         if options.command is None:
-            return run(config)
+            return run(options.env_file)
+        config = load(options.env_file)
         # The operator reads the answer, not the log lines of the modules that find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
         if options.command == "token":
@@ -105,7 +100,7 @@ def command(options: argparse.Namespace) -> int:
         return fail(error, 2)
     except (CertificateError, AgentsFileError) as error:
         return fail(error, 2)
-    except (PortError, StoreError, GrantError) as error:
+    except (PortError, StoreError, GrantError, Failed) as error:
         return fail(error, 1)
 
 
@@ -121,24 +116,28 @@ def agents(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def run(config: Config) -> int:
-    """Run a gateway until a signal comes. Raises CertificateError, AgentsFileError, PortError."""
+def run(env_file: str | None) -> int:
+    """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
+    PortError; Failed if a predecessor has started this process and does not hand over."""
+    predecessor = find_predecessor(environment())
+    try:
+        return serve(load(env_file), Life(environment(), predecessor))
+    except Exception as error:
+        if predecessor is not None:
+            predecessor.tell_failure(str(error))
+        raise
+
+
+def serve(config: Config, life: Life) -> int:
+    """As run()."""
     set_up_process(config.log_level)
     stay_on_one_cpu(min)  # an agent on the same machine takes another one
     for warning in config.warnings:
         logging.getLogger("gotunnel").warning(warning)
-    signals = Signals(hang_up=True)
-    gateway = Gateway(config)
+    gateway = Gateway(config, inherited=life.inherit())
     for line in exposed(config):
         logging.getLogger("gotunnel").warning(line)
-    gateway.start()
-    status = Status(gateway, config.status_socket)
-    while signals.wait() == HANG_UP:
-        gateway.reload()
-    logging.getLogger("gotunnel").info("stopping; a second signal stops at once")
-    status.draining = True
-    gateway.stop()
-    status.close()
+    life.run(gateway, config.tcp_ports, config.status_socket)
     return 0
 
 

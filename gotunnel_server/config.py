@@ -135,6 +135,12 @@ class Config:
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
 
 
+def environment() -> dict[str, str]:
+    """The environment of the process, for what is no setting of ours: systemd's variables, and a
+    successor's environment."""
+    return dict(os.environ)
+
+
 def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
     """Read, check and complete the configuration.
 

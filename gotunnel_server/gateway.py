@@ -22,9 +22,7 @@ A port's listener accepts a connection. Then either the listener watches it, or 
 
 import functools
 import logging
-import os
-from collections.abc import Sequence
-from time import monotonic
+from collections.abc import Callable, Sequence
 
 from gotunnel import __version__
 from gotunnel_agent.common.process import Workers
@@ -44,29 +42,21 @@ from .certs.local_ca import Authority
 from .certs.rate_limits import UNLIMITED
 from .config import Config
 from .facts import facts
+from .handover import Estate
 from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
+from .net.inherited import NOTHING, Inherited
 from .net.round_robin import FairWorkers
 from .routes import Registry
 from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
-from .visitors.port import Port, PublicPort, TcpPort
+from .visitors.port import Port, PublicPort, TcpPort, drain
 from .visitors.room import Room, Timeouts
 from .visitors.visits import Subscriber, Visits
 from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
 
-# For TLS handshakes and request heads: short work that waits for no peer. No more than CPUs: with
-# more threads the listeners hardly run while addresses flood a port with ClientHellos. Beside five
-# such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
-STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
-# For granted registrations: reading CERT_DIR and the store, making local certificates. A pool of
-# its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
-# busy. AGENT_CONNECTIONS bounds the queue.
-REGISTRATION_THREADS = 8
-DASHBOARD_REQUESTS = 4  # answered at a time
-HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
 # Seconds between reads of CERT_DIR and AGENTS_FILE. A change counts when seen twice: within 5 s.
 RELOAD = 2
 LAST_JOBS = 2  # seconds that jobs in the pools have when the gateway stops: connections are closed
@@ -76,9 +66,11 @@ LAST_LOOK = 2  # seconds that a watcher's look has when the gateway stops: a dis
 class Gateway:
     """start(), then stop(). If it cannot be made it leaves nothing open."""
 
-    def __init__(self, config: Config, subscribers: Sequence[Subscriber] = ()):
+    def __init__(
+        self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
+    ):
         """``subscribers`` get a record of each visit, beside those that the configuration names.
-        Raises CertificateError, AgentsFileError, PortError."""
+        ``inherited``: listening sockets. Raises CertificateError, AgentsFileError, PortError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout,
@@ -97,17 +89,17 @@ class Gateway:
         self._ports = Ports(
             config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
         )
-        self._steps = FairWorkers(STEP_THREADS, "step")
-        self._registrations = Workers(REGISTRATION_THREADS, "registration")
+        self._steps = FairWorkers(capacity.STEP_THREADS, "step")
+        self._registrations = Workers(capacity.REGISTRATION_THREADS, "registration")
         self._visitor_ports: list[Port] = []
-        self._listeners = Listeners(config.bind, self._steps)
+        self.listeners = Listeners(config.bind, self._steps, inherited)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
             self._build_dashboard(config)
             self._build_http(config)
         except BaseException:
-            self._listeners.stop()
+            self.listeners.stop()
             raise
         self._watchers = (
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
@@ -170,7 +162,7 @@ class Gateway:
             submit=self._registrations.submit,
             stall_timeout=config.stall_timeout,
         )
-        self.tunnel_port = self._listeners.add(
+        self.tunnel_port = self.listeners.add(
             "TUNNEL_PORT", config.tunnel_port, self._newcomers,
             capacity.agents(self._proxies), REGISTER_TIMEOUT,
         )  # fmt: skip
@@ -201,7 +193,7 @@ class Gateway:
         )
         # Visitors of TCP_PORTS, and those that a proxy brings to HTTP_PORT, count here as well.
         self._visitor_places = capacity.visitors(config.max_connections, self._proxies)
-        self.public_port = self._listeners.add(
+        self.public_port = self.listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
         )  # fmt: skip
@@ -214,8 +206,8 @@ class Gateway:
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
             self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
-        port = self._build_port(Port, Room(DASHBOARD_REQUESTS, self._proxies), site=site)
-        self.dashboard_port = self._listeners.add(
+        port = self._build_port(Port, Room(capacity.DASHBOARD_REQUESTS, self._proxies), site=site)
+        self.dashboard_port = self.listeners.add(
             "DASHBOARD_PORT", config.dashboard_port, port,
             capacity.plain(capacity.DASHBOARD_CONNECTIONS, self._proxies),
             port.first_timeout, config.dashboard_bind,
@@ -233,10 +225,10 @@ class Gateway:
         if config.trusted_proxies:  # one that terminates TLS may bring all visitors here
             room, places = self._visitors.room, self._visitor_places
         else:
-            room = Room(HTTP_REQUESTS, self._proxies)
+            room = Room(capacity.HTTP_REQUESTS, self._proxies)
             places = capacity.plain(capacity.HTTP_CONNECTIONS, self._proxies)
         port = self._build_port(Port, room, site=site)
-        self.http_port = self._listeners.add(
+        self.http_port = self.listeners.add(
             "HTTP_PORT", config.http_port, port, places, port.first_timeout
         )
 
@@ -251,14 +243,17 @@ class Gateway:
     def _open_port(self, port, route):
         """Open a public port for an agent's tunnel. Raises PortError."""
         tcp_port = TcpPort(self._visitors, route)
-        self._listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0).start()
+        self.listeners.open("TCP_PORTS", port, tcp_port, self._visitor_places, 0).start()
         return tcp_port
 
     # Life
 
-    def start(self) -> None:
-        """Serve. Raises PortError, NoThread."""
-        for part in (self._listeners, *self._watchers, self.keeper):
+    def start(self, before_orders: Callable[[], object] = lambda: None) -> None:
+        """Serve; call ``before_orders()`` before certificates are ordered. Raises PortError,
+        NoThread, and what that raises."""
+        self.listeners.start()
+        before_orders()
+        for part in (*self._watchers, self.keeper):
             part.start()
         for fact in self._facts:
             log.info("%s", fact)
@@ -269,19 +264,31 @@ class Gateway:
         for watcher in self._watchers:
             watcher.ask()
 
-    def stop(self) -> None:
-        """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
-        for part in (*self._watchers, self.keeper):
-            part.stop()
+    def estate(self) -> Estate:
+        """What a successor gets beside the sockets. Any thread."""
+        hostnames, ports = tuple(self._registry.routes()), self._ports.hostnames()
+        return Estate(hostnames, ports, self._challenges.published())
+
+    def inherit(self, estate: Estate) -> None:
+        """Before start(): take what a predecessor leaves."""
+        self._ports.remember(estate.ports)
+        self._challenges.adopt(estate.proofs)
+
+    def stop_accepting(self) -> None:
+        """Take no new connections; visits, and connections that are here already, go on."""
         for port in self._visitor_ports:
             port.start_draining()
         self._ports.close()
-        self._listeners.stop()
+        self._newcomers.listener.stop()  # an agent that is not registered yet dials again
+        self.listeners.stop_accepting()
+
+    def stop(self) -> None:
+        """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
+        self.stop_accepting()
         self.tunnels.move()
-        until = monotonic() + self._drain_timeout
-        left = sum(port.drain(max(0, until - monotonic())) for port in self._visitor_ports)
-        if left:
-            log.warning("%d visits did not end in %g s and were cut", left, self._drain_timeout)
+        for part in (*self._watchers, self.keeper):
+            part.stop()
+        drain(self._visitor_ports, self._drain_timeout, self.listeners.stop)
         self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
         self._steps.shutdown(LAST_JOBS)

@@ -275,12 +275,13 @@ class Origin:
 class Program:
     """A running program, and the lines that it has printed."""
 
-    def __init__(self, command, cwd, environment):
+    def __init__(self, command, cwd, environment, sockets=()):
         self.lines = []
         self._grown = threading.Condition()  # guards lines; notified when they grow, or end
         self._process = subprocess.Popen(
             command, cwd=cwd, env={"PATH": os.environ["PATH"], **environment}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=[sock.fileno() for sock in sockets],
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, name="program's lines", daemon=True)
         self._reader.start()
@@ -305,6 +306,10 @@ class Program:
 
     def signal(self, number):
         self._process.send_signal(number)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait(self, timeout=TIMEOUT) -> int:
         """The exit status."""
