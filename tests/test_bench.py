@@ -15,7 +15,7 @@ import bench_rows
 import bench_subjects
 import bootstrap
 import pytest
-from bench_programs import Program, reserve_ports
+from bench_programs import Program, reserve_ports, version
 from bench_table import BEGIN, END, Table, cell, number, percentile, put_between
 from demo import Failed
 from support import ROOT, TIMEOUT, Origin, need
@@ -71,7 +71,7 @@ def test_the_ratio_of_gateway_and_agent_is_that_of_their_sums():
 
 
 def test_there_is_no_ratio_to_what_was_not_measured_or_is_nothing():
-    figure = table(ours=[(3.0, 1.0)], go=[(0.0, 0.0)]).figures["MB/s"]
+    figure = table(ours=[(3.0, 1.0), -1.0], go=[(0.0, 0.0), 2.0]).figures["MB/s"]
     assert (figure.ratio("go"), figure.ratio("frp")) == (None, None)
 
 
@@ -216,6 +216,19 @@ def test_a_reserved_port_is_for_a_program_that_asks_for_it_by_number():
         with pytest.raises(OSError), socket.socket() as another:
             another.bind(("127.0.0.1", port))
         socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize(
+    "says, expected",
+    [("echo nginx version: nginx/1.22.1 >&2", "1.22.1"),
+     ("echo 23:43:26.839Z; echo Build 0.5.0", "0.5.0"), ("exit 2", "?")],
+)  # fmt: skip
+def test_the_version_of_a_program_is_what_it_says(monkeypatch, tmp_path, says, expected):
+    program = tmp_path / "peer"
+    program.write_text(f"#!/bin/sh\n{says}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert version("peer") == expected
 
 
 def test_a_program_that_does_not_start_is_a_sentence_and_its_last_lines(tmp_path):

@@ -42,7 +42,7 @@ import tempfile
 
 import bench_multiplexer
 import bootstrap
-from bench_programs import need, say
+from bench_programs import need, say, version
 from bench_rows import Rows
 from bench_subjects import PEERS, Direct, Ours, Site, present
 from bench_table import Table, put_between
@@ -122,7 +122,7 @@ def show(python, rows, options, kept):
         subjects = [subject(site) for subject in (Direct, Ours, *peers)]
         contenders = [(subject, stack.enter_context(subject.start())) for subject in subjects]
         places = {running.name: placed(running) for _, running in contenders}
-        notes = [*describe(options), *told(places)]
+        notes = [*describe(options, (Direct, *peers)), *told(places)]
         for note in notes:
             say(note)
         for _, running in contenders:
@@ -151,14 +151,16 @@ def measure(measuring, row, contenders, table, rounds):
         say(line)
 
 
-def describe(options):
-    """Lines that say where, and how long, was measured."""
+def describe(options, others):
+    """Lines that say where, how long and beside which versions was measured."""
     load = os.getloadavg()[0]
     yield (
         f"{os.cpu_count()} CPUs, Python {platform.python_version()}; load average before the run "
         f"{load:.1f}"
     )
-    yield f"{options.rounds} rounds, {options.seconds:g} s of load for each figure"
+    yield ", ".join(f"{other.program} {version(other.program)}" for other in others)
+    rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds"
+    yield f"{rounds}, {options.seconds:g} s of load for each figure"
 
 
 def placed(running):

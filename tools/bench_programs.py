@@ -158,6 +158,17 @@ def find(program):
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
+def version(program):
+    """What a program calls its version, such as "1.22.1"; a question mark if it does not say."""
+    word = {"nginx": "-v", "go": "version"}.get(program, "--version")
+    said = subprocess.run(
+        [need(program), word], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    ).stdout  # fmt: skip
+    match = re.search(r"\d+\.\d+\.\d+", said)
+    return match[0] if match else "?"
+
+
 def need(program):
     """The path of a program. Raises Failed if it is not installed."""
     path = find(program)

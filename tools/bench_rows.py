@@ -251,7 +251,11 @@ class Rows:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         if wrong := re.search(r"Socket errors.*|Non-2xx.*", text):
             say(f"    wrk at port {port}: {wrong[0]}")
-        return read_wrk(text)
+        rate, late = read_wrk(text)
+        if not rate:
+            say(f"    wrk at port {port}: no answer in time, so this figure is 0; --seconds is too "
+                "short for this machine")  # fmt: skip
+        return rate, late
 
     def _visitor(self, kind, port, hostname, amount):
         """A process of bench_visitor.py."""

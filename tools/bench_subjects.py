@@ -165,9 +165,9 @@ class Running:
     tcp_port: int | None = None  # ... and for TCP_HOSTNAME; None if there is no such mode
     gateway: Program | None = None
     agent: Program | None = None
-    tunnel_port: int = 0  # of the gateway; what dials there is idle agents
-    sni: str = ""  # ... and the name they dial it by
-    secret: str = ""  # ... and the secret of their tokens; empty if others cannot be made here
+    tunnel_port: int = 0  # of the gateway, for agents
+    sni: str = ""  # the name that idle agents dial; empty if the bench cannot make such agents
+    secret: str = ""  # of the agents' tokens
 
     @property
     def processes(self):

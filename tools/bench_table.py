@@ -33,7 +33,9 @@ class Figure:
         pairs is the ratio of their sums.
         """
         rounds = zip(self.values.get(OURS, ()), self.values.get(subject, ()))
-        ratios = [total(ours) / total(other) for ours, other in rounds if total(other) > 0]
+        sums = [(total(ours), total(other)) for ours, other in rounds]
+        # Memory that shrank while it was looked at has no ratio, nor has what was not there.
+        ratios = [ours / other for ours, other in sums if ours >= 0 and other > 0]
         return statistics.median(ratios) if ratios else None
 
 
