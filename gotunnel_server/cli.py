@@ -36,6 +36,7 @@ from .life import Life
 from .net.listener import PortError
 from .secret_files import exposed
 from .variables import ConfigError
+from .visitors.log_file import LogFileError
 
 PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
@@ -100,7 +101,7 @@ def command(options: argparse.Namespace) -> int:
         return fail(error, 2)
     except (CertificateError, AgentsFileError) as error:
         return fail(error, 2)
-    except (PortError, StoreError, GrantError, Failed) as error:
+    except (PortError, LogFileError, StoreError, GrantError, Failed) as error:
         return fail(error, 1)
 
 
@@ -118,7 +119,8 @@ def agents(config: Config, options: argparse.Namespace) -> int:
 
 def run(env_file: str | None) -> int:
     """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
-    PortError; Failed if a predecessor has started this process and does not hand over."""
+    PortError, LogFileError; Failed if a predecessor has started this process and does not hand
+    over."""
     predecessor = find_predecessor(environment())
     try:
         return serve(load(env_file), Life(environment(), predecessor))
@@ -130,7 +132,7 @@ def run(env_file: str | None) -> int:
 
 def serve(config: Config, life: Life) -> int:
     """As run()."""
-    set_up_process(config.log_level)
+    set_up_process(config.log_level, config.log_format)
     stay_on_one_cpu(min)  # an agent on the same machine takes another one
     for warning in config.warnings:
         logging.getLogger("gotunnel").warning(warning)

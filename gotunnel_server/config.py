@@ -41,6 +41,8 @@ LEAST_WORKERS = 512
 MOST_WORKERS = 2048
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+OFF = "off"  # as ACCESS_LOG
 LOCAL = "local"
 # Let's Encrypt's directories (RFC 8555 §7.1.1), by ACME_ENV.
 DIRECTORIES = {
@@ -50,15 +52,16 @@ DIRECTORIES = {
 ACME_ENVS = (*DIRECTORIES, LOCAL)
 
 NAMES = frozenset({  # all variables that load() may read
-    "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY", "ACME_EAB_HMAC_KEY_FILE",
-    "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN", "AGENTS_FILE", "BIND",
-    "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE",
-    "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH", "DEFAULT_BASIC_AUTH_FILE",
-    "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT", "GATEWAY_HOST", "GATEWAY_PORT",
+    "ACCESS_LOG", "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY",
+    "ACME_EAB_HMAC_KEY_FILE", "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN",
+    "AGENTS_FILE", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
+    "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
+    "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
+    "GATEWAY_HOST", "GATEWAY_PORT",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
-    "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "RAW_TCP_HOST", "RESPONSE_TIMEOUT",
-    "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES", "TUNNEL_HOST", "TUNNEL_PORT",
-    "WORKERS",
+    "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "RAW_TCP_HOST",
+    "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
+    "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
 # An unknown name in the env file that begins like this was meant for the gateway.
 PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "GATEWAY_", "JWT_", "TUNNEL_")
@@ -131,6 +134,8 @@ class Config:
     drain_timeout: float  # may be 0
     log_level: str  # one of LOG_LEVELS
     status_socket: Path | None  # where `gotunnel-server status` asks; None: nowhere
+    log_format: str  # one of LOG_FORMATS
+    access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
 
@@ -227,6 +232,8 @@ def _complete(read: Variables) -> Config:
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
         status_socket=_status_socket(read),
+        log_format=read.choice("LOG_FORMAT", LOG_FORMATS, "text"),
+        access_log=_access_log(read),
         warnings=_secret_warnings(jwt_secret),
         secret_files=(),
     )
@@ -237,6 +244,15 @@ def _complete(read: Variables) -> Config:
         HTTP_PORT=config.http_port,
     )
     return replace(config, warnings=(*config.warnings, *_port_warnings(config)))
+
+
+def _access_log(read: Variables) -> str:
+    text = read.text("ACCESS_LOG") or OFF
+    if os.path.isdir(text):
+        raise ConfigError(
+            f"ACCESS_LOG is {text!r}, a folder; expected off, -, or the path of a file"
+        )
+    return text
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:

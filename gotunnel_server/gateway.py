@@ -1,23 +1,8 @@
 """Composes the gateway: builds all parts, starts and stops them in order, decides nothing.
 
-    thread                  how many                     ends when
-    main                    1 (cli.py)                   a signal comes; it stops the gateway
-    standard error          1 (standard_error.py)        the process ends; it writes the log
-    listener PORT           1 a port, also of agents     stop(), by a wake-up byte
-    step                    at most STEP_THREADS         the step is done; addresses take turns
-    registration            at most REGISTRATION_THREADS the agent has its ack
-    exchange                at most WORKERS, and 68 [1]  the request is answered
-    upload                  at most 1 an exchange        the request's body has come, or is given up
-    relay, relay back       2 a tcp visit or WebSocket   both ends are done
-    demux ADDRESS           1 a registered agent         the session ends
-    keeper, credentials     1 each                       stop(); they look at what changes
-    issuer, order, window,
-    timer of a request      see issuer.py                stop()
-
-    [1] HTTP_REQUESTS (none with TRUSTED_PROXIES) and DASHBOARD_REQUESTS
-
 A port's listener accepts a connection. Then either the listener watches it, or one thread has it
 (steps.py, newcomer.py). An agent's demultiplexer reads for all of its streams (gotunnel.py).
+docs/architecture.md has a table of all threads.
 """
 
 import functools
@@ -47,12 +32,13 @@ from .listeners import Listeners
 from .net.client_hello import ALWAYS_TAKEN
 from .net.inherited import NOTHING, Inherited
 from .net.round_robin import FairWorkers
+from .recording import Recording
 from .routes import Registry
 from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
 from .visitors.port import Port, PublicPort, TcpPort, drain
 from .visitors.room import Room, Timeouts
-from .visitors.visits import Subscriber, Visits
+from .visitors.visits import Subscriber
 from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
@@ -70,7 +56,8 @@ class Gateway:
         self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
     ):
         """``subscribers`` get a record of each visit, beside those that the configuration names.
-        ``inherited``: listening sockets. Raises CertificateError, AgentsFileError, PortError."""
+        ``inherited``: listening sockets. Raises CertificateError, AgentsFileError, PortError,
+        LogFileError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout,
@@ -85,7 +72,6 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
-        self._visits = Visits(subscribers, self._proxies) if subscribers else None
         self._ports = Ports(
             config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
         )
@@ -93,6 +79,7 @@ class Gateway:
         self._registrations = Workers(capacity.REGISTRATION_THREADS, "registration")
         self._visitor_ports: list[Port] = []
         self.listeners = Listeners(config.bind, self._steps, inherited)
+        self._recording = Recording(config, self._proxies, subscribers)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
@@ -100,6 +87,7 @@ class Gateway:
             self._build_http(config)
         except BaseException:
             self.listeners.stop()
+            self._recording.stop()
             raise
         self._watchers = (
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
@@ -235,7 +223,11 @@ class Gateway:
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort."""
         port = kind(
-            room=room, proxies=self._proxies, timeouts=self._timeouts, visits=self._visits, **rest
+            room=room,
+            proxies=self._proxies,
+            timeouts=self._timeouts,
+            visits=self._recording.visits,
+            **rest,
         )
         self._visitor_ports.append(port)
         return port
@@ -251,6 +243,7 @@ class Gateway:
     def start(self, before_orders: Callable[[], object] = lambda: None) -> None:
         """Serve; call ``before_orders()`` before certificates are ordered. Raises PortError,
         NoThread, and what that raises."""
+        self._recording.start()
         self.listeners.start()
         before_orders()
         for part in (*self._watchers, self.keeper):
@@ -263,6 +256,7 @@ class Gateway:
         """Read now what may have changed. Any thread; waits for nothing."""
         for watcher in self._watchers:
             watcher.ask()
+        self._recording.reopen()
 
     def estate(self) -> Estate:
         """What a successor gets beside the sockets. Any thread."""
@@ -297,4 +291,5 @@ class Gateway:
             port.stop(LAST_JOBS)
         for watcher in self._watchers:
             watcher.join(LAST_LOOK)
+        self._recording.stop()
         log.info("stopped")

@@ -19,6 +19,7 @@ from typing import Any
 
 from gotunnel import call_logged
 
+from .json_lines import JsonLines
 from .standard_error import free_standard_error
 
 try:
@@ -35,6 +36,7 @@ SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # with so many CPUs or fewer, a process of ours is faster on one than on all
 SHORTAGE_SILENCE = 60  # seconds between two warnings about a lack of threads
 FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+FORMATTERS = {"text": FORMATTER, "json": JsonLines()}
 STDERR = 2  # file descriptor
 HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
 
@@ -176,7 +178,9 @@ def _say_at_once(text: str) -> None:
     record = logging.LogRecord(log.name, logging.WARNING, __file__, 0, text, None, None)
     with contextlib.suppress(OSError, ValueError):  # its reader is gone
         if select.select([], [STDERR], [], 0)[1]:
-            os.write(STDERR, FORMATTER.format(record).encode() + b"\n")
+            handler = next(iter(logging.getLogger().handlers), None)
+            formatter = (handler and handler.formatter) or FORMATTER
+            os.write(STDERR, formatter.format(record).encode() + b"\n")
 
 
 # Rate limit of the log: each log statement in our source may write LOG_LINES lines in LOG_PERIOD
@@ -207,13 +211,15 @@ class LogLimit(logging.Filter):
         return count < LOG_LINES
 
 
-def set_up_process(log_level: str) -> None:
-    """Log lines of ``log_level`` (a name) and above to standard error, without making a thread wait
-    for its reader; set the switch interval; raise the limit of open files to what is allowed."""
-    free_standard_error(FORMATTER)
+def set_up_process(log_level: str, log_format: str = "text") -> None:
+    """Log lines of ``log_level`` (a name) and above to standard error, as ``log_format`` (a key of
+    FORMATTERS) says, without making a thread wait for its reader; set the switch interval; raise
+    the limit of open files to what is allowed."""
+    formatter = FORMATTERS[log_format]
+    free_standard_error(formatter)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(LogLimit())
-    handler.setFormatter(FORMATTER)
+    handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=log_level.upper())
     sys.setswitchinterval(SWITCH_INTERVAL)
     logging.raiseExceptions = False  # no traceback when the terminal has been closed

@@ -24,7 +24,7 @@ from gotunnel_agent.common.http1 import Body, Malformed, Response
 from gotunnel_agent.common.patience import Patience
 
 from ..routes import AgentBusy
-from . import forwarded, login, pages
+from . import forwarded, login, pages, request_id
 from .forwarded import Proxies
 from .pages import RETRY, Page
 from .request import LEAST_BYTE_RATE, Request, Upgraded, VisitorGone
@@ -41,6 +41,7 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 # target must not tell a visitor what only the gateway may say.
 NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
 NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
+NOT_WITH_AN_ID = NOT_FOR_VISITORS | {request_id.KIND}
 # Work budget for the chunks of an answer: chunks a second in the long run, and at once. Each
 # CHUNK_PAYLOAD bytes permit one more. A stream of server-sent events has about a hundred a second.
 # Without it, sixteen endless answers of one-byte chunks slowed every other visit from 5 to 400 ms.
@@ -244,6 +245,8 @@ class Exchange:
     ):
         """``response_timeout``: seconds from the whole request to the first byte of the answer."""
         self._request = request
+        self._visit = request.visit
+        self._id = "" if request.visit is None else request.visit.request_id
         self._forward = forward
         self._route = forward.route
         self._proxies = proxies
@@ -266,11 +269,12 @@ class Exchange:
         except (TargetFailed, AgentBusy, Malformed) as error:
             failure = self._failure(error)
             if self._head_sent:
-                if self._request.visit is not None:
+                if self._visit is not None:
                     is_cut = isinstance(error, Malformed)
-                    self._request.visit.fail(CUT if is_cut else failure.page.code)
+                    self._visit.fail(CUT if is_cut else failure.page.code)
                 raise ConnectionAbortedError("the answer was cut short") from None
-            log.info("%s %s: %s", self._request.hostname, self._request.method, failure)
+            named = f" {self._id}" if self._id else ""
+            log.info("%s %s%s: %s", self._request.hostname, self._request.method, named, failure)
             send_page(self._request, failure.page)
         finally:
             if self._upload is not None:
@@ -312,6 +316,8 @@ class Exchange:
             raise _bad_request(error) from None
         if (stream := self._take_up(repeatable and not relayed)) is not None:
             self._stream, self._holds_stream = stream, True
+            if self._visit is not None:
+                self._visit.stream = stream.id
             try:
                 stream.write(head, timeout)
                 # A request that must not arrive twice is sent again only if writing its head
@@ -334,6 +340,8 @@ class Exchange:
             raise TargetFailed(503, "agent-busy", text) from error
         self._holds_stream = True
         self._fresh = stream = self._stream
+        if self._visit is not None:
+            self._visit.stream = stream.id
         try:
             return self._await_answer()
         finally:
@@ -367,6 +375,8 @@ class Exchange:
     def _head(self) -> bytes:
         """The request's head, as the target gets it."""
         request, strip = self._request, self._forward.strip
+        if self._id:
+            strip = (*strip, request_id.KIND)
         dropping = NOT_FOR_TARGETS.union(strip) if strip else NOT_FOR_TARGETS
         fields = http1.end_to_end(request.fields, request.wants_upgrade, dropping)
         if self._route.host_header is not None:
@@ -378,6 +388,8 @@ class Exchange:
             request.fields, request.peer, request.scheme, request.authority, self._proxies
         )
         fields += self._forward.add
+        if self._id:
+            fields.append((request_id.FIELD, self._id))
         if request.wants_upgrade:
             fields.append(("Connection", "Upgrade"))
         if request.has_body:
@@ -463,7 +475,7 @@ class Exchange:
             interim += size
             if interim > http1.HEAD_LIMIT:
                 raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
-            request.send_interim(response.status, response.reason, _of_target(response))
+            request.send_interim(response.status, response.reason, self._of_target(response))
             if response.status == 100 and self._upload is not None:
                 self._upload.ask_for_it()
         body = http1.response_body(response, request.method)
@@ -507,7 +519,7 @@ class Exchange:
 
     def _send_head(self, response: Response, body: Body | None) -> None:
         # 426 (Upgrade Required): its Upgrade field names the protocol (RFC 9110 §15.5.22).
-        fields = _of_target(response, keep_upgrade=response.status == 426)
+        fields = self._of_target(response, keep_upgrade=response.status == 426)
         if body is not None:
             length = body.length
         else:  # of the body that GET would have got; none is sent
@@ -548,13 +560,17 @@ class Exchange:
             data += more
         return end, http1.parse_response(data[:end]), data[end:]
 
+    def _of_target(self, response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
+        dropping = NOT_WITH_AN_ID if self._id else NOT_FOR_VISITORS
+        return http1.end_to_end(response.fields, keep_upgrade, dropping)
+
     def _switch(self, response: Response, data: bytes) -> None:
         """The target has answered 101 (Switching Protocols, RFC 9110 §7.8)."""
         if not self._request.wants_upgrade:
             text = "The service switched to another protocol, which the request did not ask for."
             raise TargetFailed(502, "bad-answer", text)
         self._await_upload()
-        fields = _of_target(response, keep_upgrade=True)
+        fields = self._of_target(response, keep_upgrade=True)
         onward = Upgraded(self._stream, self._half_close)
         if not self._request.switch(101, response.reason, fields, data, onward):
             raise TargetFailed(503, "gateway-busy", pages.BUSY)
@@ -572,10 +588,6 @@ class Exchange:
         if not self._upload.sent():
             text = "The service switched to another protocol before it had read the whole request."
             raise TargetFailed(502, "bad-answer", text)
-
-
-def _of_target(response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
-    return http1.end_to_end(response.fields, keep_upgrade, NOT_FOR_VISITORS)
 
 
 def _bad_request(malformed: Malformed) -> TargetFailed:

@@ -22,7 +22,7 @@ from gotunnel_agent.common.patience import Patience
 
 from ..net.hung_up import hung_up
 from ..net.listener import Address
-from . import pages
+from . import pages, request_id
 from .exchange import Exchange, send_page
 from .forwarded import Proxies
 from .login import Owner
@@ -328,7 +328,7 @@ class Http1Request:
     ) -> None:
         handler = self._handler
         if self.visit is not None:
-            self.visit.status, self.visit.first_byte_at = status, monotonic()
+            self._note_head(self.visit, status, fields)
         if status == 426:  # it has an Upgrade field, which Connection must name
             fields.append(("Connection", "Upgrade"))
         if length is not None:
@@ -350,6 +350,11 @@ class Http1Request:
         elif self.minor == 0:
             fields.append(("Connection", "keep-alive"))
         self._waiting = http1.encode_head(f"HTTP/1.1 {status} {reason}", fields)
+
+    def _note_head(self, visit: Visit, status: int, fields: list[tuple[str, str]]) -> None:
+        visit.status, visit.first_byte_at = status, monotonic()
+        if visit.request_id:
+            fields.append((request_id.FIELD, visit.request_id))
 
     def send_data(self, pieces: list[bytes]) -> None:
         self._send(map(http1.encode_chunk, pieces) if self._chunked else pieces)
@@ -379,7 +384,7 @@ class Http1Request:
         if not self._handler.claim_relay():
             return False
         if self.visit is not None:
-            self.visit.status, self.visit.first_byte_at = status, monotonic()
+            self._note_head(self.visit, status, fields)
         if status == 101:
             fields.append(("Connection", "Upgrade"))
         self._handler.write(http1.encode_head(f"HTTP/1.1 {status} {reason}", fields) + data)

@@ -89,6 +89,7 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
     visit = visitor.visit
     if visit is not None:
         visit.status = visit.status or 200  # of a CONNECT it is known
+        visit.stream = stream.id
     end: End = visitor.duplex
     watched = None
     if not visitor.sni:

@@ -15,6 +15,7 @@ from gotunnel_agent.common.http1 import Fields
 from ..routes import Route
 from . import forwarded
 from .forwarded import Proxies
+from .request_id import request_id
 
 TCP = "tcp"  # the protocol of visits in tcp mode
 # Words in ``error`` for visits that were cut short, beside the codes of pages.py. A word that both
@@ -33,6 +34,7 @@ class Visits(Protocol):
     """What a Visit needs of the visits.Visits that began it."""
 
     proxies: Proxies
+    ids: bool  # requests get an X-Request-Id
 
     def emit(self, visit: Visit, /) -> None: ...
 
@@ -48,11 +50,12 @@ class Visit:
     protocol = ""  # such as HTTP/1.1; TCP in tcp mode
     scheme = ""  # https or http; "" in tcp mode
     referer = user_agent = ""  # fields of the request, as they came
-    request_id = ""  # "" if none was made
+    request_id = ""  # see request_id.py; "" if none was made
     status = 0  # of the final answer; in tcp mode the one that a page would have had, or 200
     error = ""  # X-Gotunnel-Error's code, or one of the words above; "" if all went well
     received = sent = 0  # payload bytes of the visitor's connection: heads, bodies, relayed bytes
     first_byte_at: float | None = None  # monotonic, when the answer's head, or first byte, was sent
+    stream = 0  # the data stream's id in the agent's session, which its log names; 0: none was used
     route: Route | None = None  # None if the visit was not for a route, or refused before
     at = 0.0  # wall-clock seconds when it began; set at the end
     duration = 0.0  # seconds; set at the end
@@ -87,7 +90,10 @@ class Visit:
         self.protocol, self.scheme = protocol, scheme
         self.referer = fields.get("referer") or ""
         self.user_agent = fields.get("user-agent") or ""
-        self.visitor = forwarded.visitor(fields, self.visitor, self._visits.proxies)
+        proxies, peer = self._visits.proxies, self.visitor
+        self.visitor = forwarded.visitor(fields, peer, proxies)
+        if self._visits.ids:
+            self.request_id = request_id(fields, peer in proxies)
 
     def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:
         """Note why the visit is cut short; the first reason counts. ``status`` is for a visit

@@ -4,7 +4,7 @@ A subscriber is a plain function of one Visit (visit.py): the access log, the me
 dashboard's counts. They are decided when the gateway starts. Without any, there is no Visits, no
 record is made, and a visit costs one comparison.
 
-    seam: build_visits() in the hall names the subscribers; port.Port has the Visits, or None
+    seam: recording.py in the hall names the subscribers; port.Port has the Visits, or None
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,11 @@ Subscriber = Callable[[Visit], object]
 class Visits:
     """Any thread."""
 
-    def __init__(self, subscribers: Sequence[Subscriber], proxies: Proxies):
-        """``proxies`` may name the visitors that they stand for."""
+    def __init__(self, subscribers: Sequence[Subscriber], proxies: Proxies, ids: bool):
+        """``proxies`` may name the visitors that they stand for. ``ids``: requests get an
+        X-Request-Id."""
         self.proxies = proxies
+        self.ids = ids
         self._subscribers = tuple(subscribers)
 
     def begin(self, visitor: str) -> Visit:

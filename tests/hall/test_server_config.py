@@ -106,6 +106,8 @@ def test_defaults():
         drain_timeout=15,
         log_level="info",
         status_socket=Path("cert-cache/status.sock"),
+        log_format="text",
+        access_log="off",
         warnings=(),
         secret_files=(),
     )

@@ -1,0 +1,50 @@
+"""Decides which parts read the records of visits, and starts and stops them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import OFF, Config
+from .visitors import access_log
+from .visitors.access_log import Line
+from .visitors.forwarded import Proxies
+from .visitors.log_file import LogFile
+from .visitors.visit import Visit
+from .visitors.visits import Subscriber, Visits
+
+LAST_LINES = 1  # seconds to write the access log's last lines when the gateway stops
+
+
+class Recording:
+    """start(), then stop(). If it cannot be made it leaves nothing open."""
+
+    def __init__(self, config: Config, proxies: Proxies, subscribers: Sequence[Subscriber]):
+        """``subscribers`` are those that the configuration does not name. Raises LogFileError."""
+        self.log_file: LogFile | None = None
+        readers = list(subscribers)
+        if config.access_log != OFF:
+            self.log_file = LogFile("ACCESS_LOG", config.access_log)
+            readers.append(_writer(self.log_file, access_log.FORMATS[config.log_format]))
+        # For the ports; None: nothing reads records, so none are made.
+        self.visits = Visits(readers, proxies, ids=self.log_file is not None) if readers else None
+
+    def start(self) -> None:
+        """Raises NoThread."""
+        if self.log_file is not None:
+            self.log_file.start()
+
+    def reopen(self) -> None:
+        """Open the files anew. Any thread; waits for nothing."""
+        if self.log_file is not None:
+            self.log_file.reopen()
+
+    def stop(self) -> None:
+        if self.log_file is not None:
+            self.log_file.stop(LAST_LINES)
+
+
+def _writer(log_file: LogFile, line: Line) -> Subscriber:
+    def write(visit: Visit) -> None:
+        log_file.write(line(visit))
+
+    return write

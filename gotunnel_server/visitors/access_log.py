@@ -1,0 +1,89 @@
+"""Writes a visit as one line of the access log: the combined format, or JSON.
+
+The combined format is nginx's and Apache's, which goaccess, fail2ban and many others read. Behind
+it stand what else is known, as name="value", where such programs ignore it:
+
+    192.0.2.7 - - [29/Nov/2026:23:56:36 +0000] "GET /a HTTP/1.1" 200 612 "-" "curl/8"
+      host="app.example.com" agent="office" error="" in=80 first=0.012 time=0.013 stream=2 id="5f"
+
+on one line. A visitor chooses path, hostname, Referer and User-Agent. No character of theirs ends a
+line or a quoted value (log injection): all but printable ASCII, and the quote and the backslash,
+are written as \\xHH. JSON has escapes of its own. A visit in tcp mode has TCP as its method, and
+its hostname in place of the path.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime, timezone
+from time import localtime, strftime
+
+from .visit import TCP, Visit
+
+# Characters of a value that a visitor chooses; the rest is cut off. A head may have 64 KiB, and one
+# visitor should not fill a disk, or the queue (log_file.py), sooner than others.
+MOST = 2048
+_UNSAFE = re.compile(r"[^ !#-\[\]-~]")
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # ASCII alone
+
+Line = Callable[[Visit], str]
+
+
+def escaped(text: str) -> str:
+    """A value for the inside of quotes, at most MOST characters of it. As nginx escapes it."""
+    return _UNSAFE.sub(_escape, text[:MOST])
+
+
+def _escape(found: re.Match[str]) -> str:
+    # A head is read as Latin-1, so that a character is a byte. Others are written as UTF-8.
+    character = found[0]
+    data = character.encode("latin-1" if character <= "\xff" else "utf-8", "replace")
+    return "".join(f"\\x{byte:02X}" for byte in data)
+
+
+def combined(visit: Visit) -> str:
+    """The line, without its end."""
+    if visit.protocol == TCP:
+        request = f"TCP {escaped(visit.hostname)} TCP"
+    elif visit.method:
+        request = f"{escaped(visit.method)} {escaped(visit.path) or '-'} {visit.protocol}"
+    else:  # nothing could be read
+        request = "-"
+    first = "-" if visit.first_byte is None else f"{visit.first_byte:.3f}"
+    return (
+        f"{escaped(visit.visitor) or '-'} - - "
+        f'[{strftime("%d/%b/%Y:%H:%M:%S %z", localtime(visit.at))}] "{request}" '
+        f'{visit.status} {visit.sent} "{escaped(visit.referer) or "-"}" '
+        f'"{escaped(visit.user_agent) or "-"}" host="{escaped(visit.hostname)}" '
+        f'agent="{escaped(visit.agent)}" error="{visit.error}" in={visit.received} '
+        f'first={first} time={visit.duration:.3f} stream={visit.stream} id="{visit.request_id}"'
+    )
+
+
+def as_json(visit: Visit) -> str:
+    """The line as a JSON object, without its end. Times are in seconds, sizes in bytes."""
+    first = visit.first_byte
+    at = datetime.fromtimestamp(visit.at, timezone.utc)
+    return _encode({
+        "time": at.isoformat(timespec="milliseconds"),
+        "visitor": visit.visitor,
+        "hostname": visit.hostname[:MOST],
+        "agent": visit.agent,
+        "method": visit.method[:MOST],
+        "path": visit.path[:MOST],
+        "protocol": visit.protocol,
+        "scheme": visit.scheme,
+        "status": visit.status,
+        "error": visit.error,
+        "received": visit.received,
+        "sent": visit.sent,
+        "first_byte": None if first is None else round(first, 6),
+        "duration": round(visit.duration, 6),
+        "stream": visit.stream,
+        "request_id": visit.request_id,
+        "referer": visit.referer[:MOST],
+        "user_agent": visit.user_agent[:MOST],
+    })  # fmt: skip
+
+
+FORMATS: dict[str, Line] = {"text": combined, "json": as_json}  # by LOG_FORMAT
