@@ -497,10 +497,9 @@ def ca_of(cache) -> Path:
 
 
 @contextlib.contextmanager
-def gateway_process(cache, **changes):
-    """A gateway as an operator starts it."""
+def gateway_process(cache, *, command=(sys.executable, str(ROOT / "gotunnel_server")), **changes):
+    """A gateway as an operator starts it. ``changes`` are environment variables."""
     environment = gateway_environment(cache, **changes)
-    command = (sys.executable, str(ROOT / "gotunnel_server"))
     with running(*command, cwd=cache, **environment) as program:
         program.wait_for(" is ready$")
         dashboard = program.wait_for(rf"dashboard: http://{GATEWAY_HOST}:(\d+)/$")

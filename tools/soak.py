@@ -1,0 +1,38 @@
+"""Runs the fault bench (tests/faults/) for as long as you like, on this machine alone.
+
+    python3 tools/soak.py --minutes 60
+    python3 tools/soak.py --minutes 60 --seed 7      a run again, as far as threads can be repeated
+    python3 tools/soak.py --sabotage keeps           with a broken gateway, to see the bench fail
+
+Lines between visitors, gateway, agents and targets are cut, delayed and corrupted, processes are
+killed, stopped and restarted; each visit must be whole or fail visibly. Shows figures meanwhile,
+and a report at the end. The exit status is 1 if a visit got a wrong answer or hung, if a hostname
+was not served again, or if a program has logged a bug.
+"""
+
+import os
+import subprocess
+
+import bootstrap
+
+PATHS = (".", "tests", os.path.join("tests", "faults"))
+
+
+def main(arguments):
+    python = bootstrap.prepare("test")
+    paths = [os.path.join(bootstrap.ROOT, path) for path in PATHS]
+    bench = subprocess.Popen(
+        [python, os.path.join(paths[-1], "fault_bench.py")] + arguments,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
+    )
+    try:
+        return bench.wait()
+    except SystemExit:  # a SIGTERM, which came to us alone
+        bench.terminate()
+        raise
+    finally:  # after Ctrl-C, which it has had too, it ends its programs
+        bench.wait()
+
+
+if __name__ == "__main__":
+    bootstrap.tool(main)
