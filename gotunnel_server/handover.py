@@ -279,7 +279,7 @@ class Predecessor:
     def await_go(self) -> Estate:
         """All that can fail has been done. Returns what this gateway gets. Raises Failed."""
         self._say("ready")
-        return _estate(self._receive().get("estate"))
+        return read_estate(self._receive().get("estate"))
 
     def await_end(self) -> None:
         """This gateway serves. Wait until the predecessor accepts no more. Raises Failed."""
@@ -340,11 +340,17 @@ def _given(descriptor: int, name: str, by_systemd: bool) -> Given:
     return Given(sock, name, by_systemd)
 
 
-def _estate(fields: Any) -> Estate:
-    """An Estate of its JSON. Another version may leave some out."""
-    fields = fields if isinstance(fields, dict) else {}
-    return Estate(
-        tuple(map(str, fields.get("hostnames", ()))),
-        {int(port): str(name) for port, name in fields.get("ports", {}).items()},
-        tuple((str(a), str(b), str(c)) for a, b, c in fields.get("proofs", ())),
-    )
+def read_estate(fields: object) -> Estate:
+    """An Estate of its JSON. Another version may leave some out, or write them in another way."""
+    found = Estate((), {}, ())
+    if not isinstance(fields, dict):
+        return found
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = found._replace(hostnames=tuple(map(str, fields.get("hostnames", ()))))
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        ports = {int(port): str(name) for port, name in fields.get("ports", {}).items()}
+        found = found._replace(ports=ports)
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        proofs = tuple((str(a), str(b), str(c)) for a, b, c in fields.get("proofs", ()))
+        found = found._replace(proofs=proofs)
+    return found

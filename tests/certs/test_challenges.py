@@ -45,6 +45,35 @@ def test_where_a_ca_looks_is_known_whether_there_is_a_file_or_not(path, expected
     assert Challenges.is_asked_for(path) is expected
 
 
+def test_what_is_published_can_be_adopted_by_a_successor(tmp_path):
+    first, second = Challenges(()), Challenges((), tmp_path)
+    digest = hashlib.sha256(b"key authorization").digest()
+    assert first.published() == ()
+    with first.http(HOST, TOKEN, b"proof"), first.alpn(OTHER, digest):
+        proofs = first.published()
+    assert first.published() == ()
+    second.adopt(proofs)
+    assert second.body(HOST, PATH + TOKEN) == b"proof"
+    assert second.context(HOST) is None
+    der, protocol = shake_hands(second.context(OTHER))
+    proof = x509.load_der_x509_certificate(der).extensions.get_extension_for_oid(
+        x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
+    )
+    assert proof.value.value.endswith(digest) and protocol == ACME_TLS
+
+
+def test_adopted_proofs_have_a_bound_and_none_that_cannot_be_published_stops_the_others(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("gotunnel_server.certs.challenges.MOST_ADOPTED", 2)
+    challenges = Challenges((), tmp_path / "missing")
+    challenges.adopt([(HOST, "", "00" * 32), (HOST, TOKEN, "proof"), (OTHER, TOKEN, "more")])
+    assert challenges.context(HOST) is None
+    assert challenges.body(HOST, PATH + TOKEN) == b"proof"
+    assert challenges.body(OTHER, PATH + TOKEN) is None
+    assert "a predecessor's proof cannot be published" in caplog.text
+
+
 def test_certificate_carries_the_proof_and_no_other_name():
     challenges = Challenges(())
     digest = hashlib.sha256(b"key authorization").digest()

@@ -1,6 +1,7 @@
 """A hand-over to a successor by SIGUSR2, what comes of one that fails, and systemd's part."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 
 import pytest
+from held_sockets import SERVES, Held
 from support import (
     APP,
     GATEWAY_HOST,
@@ -17,26 +19,23 @@ from support import (
     ROOT,
     TIMEOUT,
     TUNNEL_HOST,
-    Gateway,
-    Program,
     Wire,
     agent_process,
     answer,
-    ca_of,
     fields_of,
     gateway_environment,
     gateway_here,
     gateway_process,
+    need,
     request,
     reserved_port,
+    running,
     status_of,
     wait_until,
 )
 
 from gotunnel_server import handover as handover_module
 from gotunnel_server.handover import Failed, HandOver, find_predecessor
-
-SERVES = r"the successor, process (\d+), serves"
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +148,7 @@ def test_a_successor_gets_sockets_names_and_estate(gateway, tmp_path):
         "WATCHDOG_PID": "1", "WATCHDOG_USEC": "1", "KEPT": "yes",
     }  # fmt: skip
     handover.run()
-    names, estate, environment = handover_module.json.loads(out.read_text())
+    names, estate, environment = json.loads(out.read_text())
     assert sorted(map(tuple, names)) == [
         ("DASHBOARD_PORT", gateway.dashboard_port),
         ("GATEWAY_PORT", gateway.public_port),
@@ -177,6 +176,24 @@ def test_a_predecessor_that_has_ended_is_an_error():
     ours.close()
     with pytest.raises(Failed, match="the predecessor ended before it had handed over"):
         find_predecessor({"GOTUNNEL_HANDOVER": str(theirs.detach())})
+
+
+def test_a_successor_shows_what_its_predecessor_proves_to_a_ca(cache):
+    token = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
+    with gateway_here(cache) as old, gateway_here(cache, HTTP_PORT="auto") as new:
+        with old.inner._challenges.http(APP, token, b"proof"):
+            estate = json.loads(json.dumps(old.inner.estate()._asdict()))
+        new.inner.inherit(handover_module.read_estate(estate))
+        with Wire(socket.create_connection(("127.0.0.1", new.inner.http_port))) as ca:
+            ca.send(request("GET", f"/.well-known/acme-challenge/{token}", "Connection: close"))
+            assert ca.read_to_end().endswith(b"\r\n\r\nproof")
+
+
+@pytest.mark.parametrize(
+    "fields", [None, [], {}, {"ports": None}, {"proofs": [["a"]]}, {"ports": {"x": "y"}}]
+)
+def test_an_estate_of_another_version_gives_what_can_be_read(fields):
+    assert handover_module.read_estate(fields) == handover_module.Estate((), {}, ())
 
 
 # The programs ------------------------------------------------------------------------------------
@@ -382,57 +399,6 @@ def test_an_agents_port_is_handed_over(cache, tmp_path, origin, wanted):
 
 # systemd -----------------------------------------------------------------------------------------
 
-# Gives descriptors to a program as systemd does: argv[1] are their numbers.
-LISTEN = (
-    "import os, sys\n"
-    "given = [os.dup(int(number) + 0) for number in sys.argv[1].split(',')]\n"
-    "given = [os.dup2(number, 500 + place) for place, number in enumerate(given)]\n"
-    "for place, number in enumerate(given):\n"
-    "    os.dup2(number, 3 + place)\n"
-    "    os.close(number)\n"
-    "os.environ.update(LISTEN_FDS=str(len(given)), LISTEN_PID=str(os.getpid()))\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
-
-
-class Held:
-    """The gateway's sockets, held as systemd holds them, and a socket to notify."""
-
-    def __init__(self, cache, stack):
-        self._cache = cache
-        self.public, self.tunnel = (
-            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
-            for _ in range(2)
-        )
-        self._notified = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        self._notified.bind(str(cache / "notify"))
-        self._notified.settimeout(TIMEOUT)
-
-    def start(self, **changes):
-        environment = gateway_environment(
-            self._cache, LISTEN_FDNAMES="gateway_port:tunnel_port",
-            NOTIFY_SOCKET=str(self._cache / "notify"), **changes,
-        )  # fmt: skip
-        sockets = (self.public, self.tunnel)
-        numbers = ",".join(str(sock.fileno()) for sock in sockets)
-        command = (sys.executable, "-c", LISTEN, numbers, sys.executable, ROOT / "gotunnel_server")
-        return Program(list(map(str, command)), self._cache, environment, sockets)
-
-    def hear(self):
-        return self._notified.recv(4096).decode()
-
-    def hear_all_but(self, other):
-        while (heard := self.hear()) == other:
-            pass
-        return heard
-
-    def gateway(self, program):
-        return Gateway(
-            self.public.getsockname()[1], self.tunnel.getsockname()[1], ca_of(self._cache),
-            lambda *hostnames: [program.wait_for(f" registered .*{name}") for name in hostnames],
-            program=program,
-        )  # fmt: skip
-
 
 @pytest.fixture
 def held(cache):
@@ -455,6 +421,21 @@ def test_systemds_sockets_are_served_and_systemd_is_told(held):
         assert program.wait() == 0
     finally:
         program.end()
+
+
+def test_the_sockets_of_systemd_socket_activate_are_served(cache, tmp_path):
+    with contextlib.ExitStack() as stack:
+        public, tunnel = (stack.enter_context(reserved_port()) for _ in range(2))
+        program = stack.enter_context(running(
+            need("systemd-socket-activate"), "-l", f"127.0.0.1:{public}",
+            "-l", f"127.0.0.1:{tunnel}", "--fdname=gateway_port:tunnel_port",
+            *(f"-E{name}={value}" for name, value in gateway_environment(cache).items()),
+            sys.executable, str(ROOT / "gotunnel_server"), cwd=tmp_path,
+        ))  # fmt: skip
+        wait_until(lambda: not refused(public))
+        program.wait_for(" is ready$")
+        program.wait_for(rf"visitors: https://{GATEWAY_HOST}:{public}/$")
+        program.wait_for(rf"agents: tunnel_addr {TUNNEL_HOST}:{tunnel}$")
 
 
 def test_visitors_wait_in_the_backlog_while_systemd_restarts_the_gateway(held):

@@ -44,6 +44,7 @@ class Parked:
         self.was_ready = threading.Event()
         self.has_expired = threading.Event()
         self.was_closed = threading.Event()
+        self.silent = True
 
     def ready(self):
         self.was_ready.set()
@@ -304,6 +305,54 @@ def test_stop_closes_what_is_parked_and_the_port(port):
     assert visitor.recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         port.visit()
+
+
+def test_stop_accepting_closes_the_port_and_watches_on_what_is_parked(port):
+    visitor, connection = port.meet()
+    port.listener.stop_accepting()
+    with pytest.raises(ConnectionRefusedError):
+        port.visit()
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
+    assert not connection.was_closed.is_set()
+
+
+def test_stop_accepting_leaves_the_backlog_to_those_that_share_the_socket(port):
+    other = port.listener.sockets[0].dup()
+    with other:
+        port.listener.stop_accepting()
+        with socket.create_connection(("127.0.0.1", port.listener.port)):
+            other.setblocking(True)
+            other.accept()[0].close()
+    assert port.welcomed == []
+
+
+def test_a_silent_connection_lingers_when_the_listener_accepts_no_more(port, monkeypatch):
+    monkeypatch.setattr(listener, "LINGER", 0.05)
+    _, silent = port.meet()
+    _, begun = port.meet()
+    begun.silent = False
+    port.listener.stop_accepting()
+    assert silent.has_expired.wait(TIMEOUT)
+    port.listener.park(silent, TIMEOUT)
+    silent.has_expired.clear()
+    assert silent.has_expired.wait(TIMEOUT)
+    assert not begun.has_expired.is_set()
+
+
+def test_moves_says_whether_the_thread_takes_turns(port):
+    go_on = threading.Event()
+    assert port.listener.moves(TIMEOUT)
+    port.listener._welcome = lambda sock, address, seat: go_on.wait(TIMEOUT) and None
+    port.visit()
+    wait_until(lambda: not port.listener.moves(0.05))
+    go_on.set()
+    assert port.listener.moves(TIMEOUT)
+
+
+def test_a_stopped_listener_is_not_stuck(port):
+    port.listener.stop()
+    assert port.listener.moves(0)
 
 
 def test_who_is_parked_after_the_end_is_closed(port):
