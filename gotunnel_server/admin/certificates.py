@@ -1,4 +1,5 @@
-"""The command `certificates`: a Row for each certificate that exists, or is missing.
+"""The command `certificates`: prints a table with a Row for each certificate that exists, or that
+is wanted and missing.
 
 It changes nothing, and may run beside a gateway: ACME_CACHE is only read. Only
 `certificates --renew` writes something: a request, which a running gateway takes up.
@@ -36,7 +37,7 @@ HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)")
 
 
 class Row(NamedTuple):
-    """A certificate, or that one is missing. Instants are seconds since 1970, None for unknown."""
+    """A certificate, or a missing one. Instants are seconds since 1970, None for unknown."""
 
     name: str
     source: str
@@ -136,7 +137,8 @@ def utc(instant: float) -> str:
 
 
 def _reader(folder: Path, directory_url: str) -> tuple[ReadOnly, CertStore, OrderQueue]:
-    """What ACME_CACHE has of one CA, read-only; the queue judges as the gateway's would."""
+    """What ACME_CACHE has of one CA, read-only. The queue computes the same states as that of a
+    gateway."""
     storage = ReadOnly(FolderStorage(folder))
     store = CertStore(storage, storage, directory_url)
     queue = OrderQueue(store)
@@ -188,7 +190,7 @@ def _what(row: Row) -> str:
 def _cells(row: Row, now: float) -> tuple[str, ...]:
     left = renewal = "-"
     if row.ends_at is not None:
-        left = str(int((row.ends_at - now) // DAY)) if row.ends_at > now else "ran out"
+        left = str(int((row.ends_at - now) // DAY)) if row.ends_at > now else "expired"
     if row.renew_at is not None:
         renewal = time.strftime("%Y-%m-%d %H:%M", time.gmtime(row.renew_at))
         renewal = "due" if row.renew_at <= now else renewal
@@ -211,9 +213,9 @@ def ask_renewal(config: Config, name: str) -> str:
         )
     certs = config.acme_cache / ca_id(config.acme.directory) / "certs"
     if not certs.is_dir():  # we must not make it: the gateway may run as another user
-        raise StoreError(f"{certs} is not there yet, expected a gateway that has run: start it")
+        raise StoreError(f"{certs} does not exist: start the gateway once, which makes it")
     open_store(config.acme_cache, config.acme.directory).ask_renewal(name)
-    return f"{name}: a gateway that runs here renews it within seconds, and says so in its log"
+    return f"{name}: the running gateway renews it within seconds, and logs the result"
 
 
 def one_line(words: object) -> str:

@@ -44,13 +44,12 @@ from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them
 
-# Seconds of silence in a request, and for the whole answer: the operator waits, and a CA answers in
-# one second.
-NETWORK_TIMEOUT, PATIENCE = 10.0, 15.0
+NETWORK_TIMEOUT = 10.0  # seconds of silence in a request to the CA, which usually answers in one
+PATIENCE = 15.0  # seconds for the CA's whole answer, since the operator waits for it
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
-# Hostnames without certificate, agents or ports that are listed; there may be hundreds, and
+# How many hostnames, agents or ports one finding lists, as there may be hundreds. The command
 # `certificates` lists all hostnames.
 MOST_NAMED = 20
 # Ports of TCP_PORTS that are tried, which may be all 65535: one takes some 50 us.
@@ -115,7 +114,7 @@ def examine(config: Config) -> Iterable[Finding]:
     yield from look_at_own_names(config)
     yield from look_at_waiting(config)
     if config.acme is None:
-        yield Finding(OK, "directory", "not used, nothing is ordered")
+        yield Finding(OK, "directory", "not used: no certificate is ordered")
     else:
         yield from look_at_directory(config.acme.directory, config.acme.ca_file)
 
@@ -147,7 +146,7 @@ def look_at_descriptors(max_connections: int) -> Finding:
     most = MAX_UINT32 if most == resource.RLIM_INFINITY else most
     visitors = int(most * VISITORS_SHARE)
     if visitors >= max_connections:
-        return Finding(OK, "MAX_CONNECTIONS", f"{max_connections}, descriptors suffice")
+        return Finding(OK, "MAX_CONNECTIONS", f"{max_connections}; the limit of open files is fine")
     return Finding(
         WARN, "MAX_CONNECTIONS",
         f"{max_connections}, but of {most} descriptors only {visitors} are for visitors: raise "
@@ -175,8 +174,8 @@ def look_at_port(
         if is_own(address) and _is_gotunnel(address, port, tls_name, tunnel=tunnel):
             return Finding(
                 WARN, setting,
-                f"{port} is in use, by a gotunnel gateway that runs: stop that one before you "
-                "start another")  # fmt: skip
+                f"{port} is in use by a running gotunnel gateway: stop it before you start "
+                "another")  # fmt: skip
         return Finding(FAIL, setting, str(error).removeprefix(f"{setting} "))
     return Finding(OK, setting, f"{port} is free")
 
@@ -259,8 +258,8 @@ def judge_dashboard(bind_to: Sequence[str], has_password: bool) -> Finding:
         on = "any address of this machine" if everywhere else ", ".join(bind_to)
         who = f"everybody that reaches {on}"
     if has_password:
-        return Finding(OK, "dashboard", f"{who} is asked for its password, which plain HTTP does "
-                       "not hide on its way")  # fmt: skip
+        return Finding(OK, "dashboard", f"{who} is asked for its password, which plain HTTP sends "
+                       "unencrypted")  # fmt: skip
     if who.endswith("on this machine"):
         return Finding(OK, "dashboard", f"{who} sees the hostnames and modes")
     return Finding(
@@ -300,8 +299,8 @@ def judge_addresses(
     return Finding(
         WARN, setting,
         f"{seen}{others} is no address of this machine, which has "
-        f"{', '.join(machine) or 'none'}: right if a router or provider passes that address on to "
-        "it (NAT), else correct the DNS record")  # fmt: skip
+        f"{', '.join(machine) or 'none'}. That is right if a router or provider forwards that "
+        "address to this machine (NAT); otherwise correct the DNS record")  # fmt: skip
 
 
 # The cache
@@ -323,9 +322,9 @@ def look_at_cache(config: Config) -> Iterable[Finding]:
     if not there:
         parent = next(path for path in config.acme_cache.absolute().parents if path.exists())
         if os.access(parent, os.W_OK | os.X_OK):
-            yield Finding(OK, "ACME_CACHE", f"{config.acme_cache} is not there, it will be made")
+            yield Finding(OK, "ACME_CACHE", f"{config.acme_cache} is missing, it will be made")
         else:
-            yield Finding(FAIL, "ACME_CACHE", f"{config.acme_cache} is not there and cannot be "
+            yield Finding(FAIL, "ACME_CACHE", f"{config.acme_cache} is missing and cannot be "
                           f"made in {parent}: make it, owned by the gateway's user")  # fmt: skip
         return
     findings = [finding for folder in there for finding in look_at_folder("ACME_CACHE", folder)]
@@ -340,7 +339,7 @@ def look_at_cache(config: Config) -> Iterable[Finding]:
 
 
 def look_at_folder(setting: str, folder: Path) -> Iterable[Finding]:
-    """The faults of a folder that the gateway has to write; none if it is fit."""
+    """The faults of a folder that the gateway has to write; none if there is no fault."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".check-", suffix=".tmp") as probe:
             probe.write(os.urandom(PROBE_BYTES))
@@ -380,10 +379,10 @@ def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
             days = (pair.ends - now).days
             yield Finding(OK, "CERT_DIR", f"{file}: {names}, {days} days left")
             continue
-        dates = (f"ran out on {pair.ends:%Y-%m-%d}: put a renewed one in its place"
+        dates = (f"expired on {pair.ends:%Y-%m-%d}: put a renewed one in its place"
                  if pair.ends <= now else
-                 f"is valid from {pair.begins:%Y-%m-%d} on: if that has passed, set this machine's"
-                 " clock")  # fmt: skip
+                 f"is valid from {pair.begins:%Y-%m-%d} on: if that date has passed, set this "
+                 "machine's clock")  # fmt: skip
         others = all(covers(cert_dir.served.valid, name) for name in pair.names)
         yield Finding(WARN if others else FAIL, "CERT_DIR", f"{file}: {names} {dates}"
                       + "; another pair serves these names now" * others)  # fmt: skip
@@ -508,7 +507,7 @@ def judge_clock(date: str | None, now: float) -> Finding:
     try:
         off = now - parsedate_to_datetime(date or "").timestamp()
     except (ValueError, TypeError, AttributeError, OverflowError):
-        return Finding(OK, "clock", "not known, the CA does not say what time it is")
+        return Finding(OK, "clock", "not compared: the CA's answer has no Date")
     if abs(off) <= CLOCK_OFF:
         return Finding(OK, "clock", "agrees with the CA's")
     side = "ahead of" if off > 0 else "behind"

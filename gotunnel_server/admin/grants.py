@@ -6,8 +6,8 @@
     agents list       prints the entries, without their secrets
     agents remove     removes an entry
 
-A result to be used goes to standard output, remarks to standard error. A gateway that runs takes up
-changes of AGENTS_FILE within seconds; none need run.
+Tokens, configurations and tables go to standard output, remarks to standard error. A running
+gateway takes up changes of AGENTS_FILE within seconds; the commands also work without one.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def run_token(
     _warn_of_closed_ports(config, ports)
     _say(
         f"valid until {_date(now + ttl)}, signed with {signed_by}, for {scope.shown(hosts)}; "
-        f"ports: {scope.shown(ports)}. The agent's configuration names it as token, or its file as "
-        "token_file, in place of a secret"
+        f"ports: {scope.shown(ports)}. In the agent's configuration, set token to it, or "
+        "token_file to a file that holds it, in place of a secret"
     )
 
 
@@ -137,7 +137,7 @@ def run_agents_add(
     block = f"{name}:\n" + "".join(f'  {key}: "{text}"\n' for key, text in keys.items())
     if not agents_file.add(path, name, block):
         raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
-    _say(f"{name} was added to {path}; a gateway that runs knows it within 5 s")
+    _say(f"{name} was added to {path}; a running gateway knows it within 5 s")
     _warn_of_closed_ports(config, ports)
     lines = [
         "# For the agent's configuration; conf/agent.yaml explains each key.",
@@ -169,7 +169,7 @@ def run_agents_list(config: Config, out: TextIO | None = None) -> None:
             "never" if entry.expires is None else _end(entry.expires),
             ", ".join(scope.written(entry.ports)) or "none",
             ", ".join(limits) or "none",
-            ", ".join(entry.hosts),  # last, so that long ones do not tear the table
+            ", ".join(entry.hosts),  # last, as it may be long and the other columns are aligned
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -182,7 +182,7 @@ def run_agents_remove(config: Config, name: str) -> None:
     path = _path(config)
     if not agents_file.remove(path, name):
         raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
-    _say(f"{name} was removed from {path}; a gateway that runs ends its sessions within 5 s")
+    _say(f"{name} was removed from {path}; a running gateway ends its sessions within 5 s")
 
 
 def _refuse_own_names(config: Config, hosts: Sequence[str]) -> None:
@@ -264,7 +264,7 @@ def _tunnel_addr(config: Config) -> str:
 
 
 def _end(seconds: float) -> str:
-    """An end as it was most likely typed: a date includes that day."""
+    """The end of validity as the operator most likely typed it: a date includes that day."""
     if seconds % DAY:
         return _date(seconds)
     return datetime.fromtimestamp(seconds - DAY, timezone.utc).strftime("%Y-%m-%d")

@@ -1,4 +1,4 @@
-"""How a certificate is ordered: RFC 8555 in its own order, one method a chapter.
+"""Orders one certificate by ACME (RFC 8555): one method for each step, in the RFC's order.
 
     directory       where everything is                    §7.1.1
     account         our key, known to the CA; made once    §7.3
@@ -12,8 +12,8 @@ The `acme` library signs requests and keeps nonces. The payloads are written her
 them, and the polling loops are ours: those of the library wait at least a second a round, repeat a
 bad nonce only once, and hide the CA's Retry-After.
 
-An order is one conversation of one thread; several may run at once. Whatever a CA answers, an order
-ends with a certificate, a CaError (acme_errors.py), or Abandoned.
+One thread runs one order, with requests of its own; several orders may run at once. Whatever a CA
+answers, an order ends with a certificate, a CaError (acme_errors.py), or Abandoned.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ log = logging.getLogger("gotunnel.acme")
 
 # Seconds of silence in one request. Let's Encrypt answers within one, and within ten on bad days.
 NETWORK_TIMEOUT = 30
-# Seconds for the request that deactivates an authorization: the gateway may be about to end.
+# Seconds for the request that deactivates an authorization. Short, as the gateway may be stopping.
 LAST_WORDS_TIMEOUT = 5.0
 # Tries of a request whose nonce is refused. The library repeats each once: six requests at most.
 NONCE_ROUNDS = 3
@@ -216,7 +216,7 @@ class Ca:
         return window, ask_delay(self._retry_after(answer))
 
     def _see_that_it_lives(self, url: str, chain: bytes) -> None:
-        """Refuse a new certificate that has already run out: it must not replace a valid one. The
+        """Refuse a new certificate that has already expired: it must not replace a valid one. The
         store checks the rest."""
         try:
             ends = x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
@@ -226,7 +226,7 @@ class Ca:
             ) from None
         if ends.timestamp() <= self._clock():
             raise CaError(
-                HOST, url, f"the CA sent a certificate that ran out on {ends:%Y-%m-%d %H:%M} UTC, "
+                HOST, url, f"the CA sent a certificate that expired on {ends:%Y-%m-%d %H:%M} UTC, "
                 "expected a new one")  # fmt: skip
 
     # §7.1.1
@@ -347,7 +347,7 @@ class Ca:
                 answer = ca.post(url, _Payload(**fields, replaces=ari_id(replaces)))
                 return _location(url, answer), _json(url, answer)
             except (CaError, x509.ExtensionNotFound) as error:
-                # It was replaced already, perhaps by an order whose end we did not see.
+                # The CA has a successor already, perhaps from an order whose answer we did not get.
                 if isinstance(error, CaError) and error.kind in (ACCOUNT, LIMITED, TRANSPORT):
                     raise
         answer = ca.post(url, _Payload(**fields))
@@ -388,7 +388,7 @@ class Ca:
             if authorization.get("status") != "valid":
                 raise self._not_proved(url, authorization, hostname, challenge)
         except (CaError, Abandoned):
-            # Otherwise it stays pending for days, and a CA allows few pending ones.
+            # Deactivate it. Otherwise it stays pending for days, and a CA limits pending ones.
             if authorization.get("status") == "pending":
                 ca.last_words(url, _Payload(status="deactivated"))
             raise
@@ -415,7 +415,7 @@ class Ca:
         """Why the validation failed: the error of the challenge."""
         status = authorization.get("status")
         if status == "pending":
-            return CaError(HOST, url, f"{challenge}: not decided in {PROOF_PATIENCE:g} s")
+            return CaError(HOST, url, f"{challenge}: no result within {PROOF_PATIENCE:g} s")
         for item in authorization.get("challenges") or ():
             if isinstance(item, dict) and item.get("error"):
                 return judge(url, item["error"], now=self._clock(), hostname=hostname,
@@ -492,8 +492,8 @@ class _Conversation:
                     raise
 
     def last_words(self, url: str, payload: _Payload) -> None:
-        """Send the conversation's last request: also after stop, with a short timeout, and its
-        failure does not matter to us."""
+        """Send the last request of an order, even after stop, with a short timeout. A failure is
+        ignored."""
         self._stop = self._session.stop = Stop()
         self._session.timeout = LAST_WORDS_TIMEOUT
         with contextlib.suppress(CaError, Abandoned):
@@ -524,7 +524,7 @@ class _Conversation:
         self._answers.clear()
         try:
             return ask()
-        except OSError as error:  # errors of requests are, and of a CA file that cannot be read
+        except OSError as error:  # requests' errors are OSErrors; so is an unreadable CA file
             if self._stop.is_set():
                 raise Abandoned(url) from None
             raise CaError(TRANSPORT, url, _reason(error)) from error

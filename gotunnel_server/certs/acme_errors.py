@@ -1,13 +1,13 @@
-"""What a certificate authority's refusal means: CaError, whatever the cause. No network here.
+"""Classifies the errors of a certificate authority: each becomes a CaError. No network here.
 
-What a refusal concerns decides what happens next. The CA says it by an error code (RFC 8555
-§6.7), the identifiers of its subproblems (§6.7.1), a status, a header and a sentence. The sentence
-is read last:
+What an error concerns (its kind) decides what happens next. It follows from an error code (RFC 8555
+§6.7), the identifiers of subproblems (§6.7.1), a status, a header and a sentence of the CA. The
+sentence is used last:
 
     kind         concerns                      for example
     CONFIG       what the operator set         an account without binding, a name it never signs
     HOST         one hostname                  the challenge was not answered
-    LATER        one hostname, not its fault   no resolver answered, so the CA was not asked
+    LATER        one hostname, for a while     no resolver answered, so the CA was not asked
     LIMITED      one hostname or domain        too many certificates for it; come back later
     ACCOUNT      everything we ask for         too many orders; come back later
     TRANSPORT    the CA or the way to it       no route, a timeout, status 500, an answer that is
@@ -66,7 +66,7 @@ ACCOUNT_CODES = {"accountDoesNotExist", "externalAccountRequired"}
 VAGUE_CODES = {"", "compound", "malformed"}
 # Matches a hostname in a sentence.
 NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)+"
-# Sentences of rate limits that name no hostname, and yet concern that of the order.
+# Sentences of rate limits that name no hostname, and concern the order's hostname alone.
 OF_ONE_NAME = re.compile(r"exact set of|failed (authoriz|valid)ation", re.IGNORECASE)
 
 # Bounds of a Retry-After, in seconds: "0" must not become a loop, and "in a year" is an error of

@@ -2,8 +2,8 @@
 
     time        REQUEST_TIMEOUT for the whole answer, however slowly it comes; less after a Stop
     size        MOST_BYTES of a body, counted after decompression
-    address     https, or exactly the address that we began with: no link or redirect leads to ports
-                of this machine or to its files (SSRF)
+    address     https; plain http only to the host and port of the first URL. So no link or redirect
+                makes us send plain requests to ports of this machine, or read its files (SSRF)
 
 The library's own timeout only bounds the silence between two bytes. So a timer, and the Stop, shut
 down the sockets, which wakes a thread that reads from them.
@@ -112,7 +112,7 @@ class _Adapter(HTTPAdapter):
 def _shown(pool: type, watch: Callable[[socket.socket], None]) -> type:
     """``pool``, a class of urllib3, whose connections call ``watch`` with their sockets."""
 
-    # mypy takes no class that is known at run time only.
+    # mypy does not accept a base class that is only known at run time.
     class Connection(pool.ConnectionCls):  # type: ignore[name-defined,misc]
         def connect(self) -> None:
             super().connect()

@@ -7,15 +7,15 @@ lies in CERT_DIR or one folder deeper, under one of the names that common tools 
     NAME.pem        NAME-key.pem or NAME.key    mkcert
     fullchain.pem   privkey.pem                 certbot's live/HOSTNAME/, or live/ as CERT_DIR
 
-Other files are ignored, and so are folders whose names begin with a dot. Links are followed, and
-the file that they lead to is watched: when certbot turns a link, that counts as a new file.
+Other files are ignored, and so are folders whose names begin with a dot. Symbolic links are
+followed: if certbot points a link at another file, that counts as a changed file.
 
 Which pair serves a name:
 
     of those valid now      the one that ends last; one for each kind of key (RSA, EC), together in
                             a context, from which OpenSSL takes what the client can use
-    of the others           the one that ends last, if no valid one is there, not even an issued
-                            one: an expired certificate tells a visitor more than none
+    of the others           the one that ends last, if there is no valid one, not even from a CA:
+                            a visitor learns more from an expired certificate than from none
 
 Another program may be writing while we read. If a changed pair cannot be used, the one read before
 is still served, and the files are tried again when they change. A pair whose certificate file was
@@ -75,15 +75,15 @@ class Served(NamedTuple):
     """The contexts by name; wildcards as the certificate has them. Immutable."""
 
     valid: Mapping[str, Loaded]
-    outdated: Mapping[str, Loaded]  # of pairs that ran out, or are not valid yet
+    outdated: Mapping[str, Loaded]  # of pairs that have expired, or are not valid yet
 
 
 class Report(NamedTuple):
     """The result of the latest look, for callers that do not read the log."""
 
-    pairs: tuple[Pair, ...]  # usable ones; their dates are not judged
-    broken: tuple[str, ...]  # a remark on each that is not usable
-    remarks: tuple[str, ...]  # all others, except on dates
+    pairs: tuple[Pair, ...]  # the usable ones, also expired ones
+    broken: tuple[str, ...]  # a remark on each pair that is not usable
+    remarks: tuple[str, ...]  # all other remarks, except those on dates
 
 
 class _Stamp(NamedTuple):
@@ -125,7 +125,7 @@ class CertDir:
         self._folder = str(folder)
         self._new_context = new_context
         self._entries: dict[str, _Entry] = {}  # by certificate file
-        self._pairs: list[Pair] = []  # the candidates for each name
+        self._pairs: list[Pair] = []  # all usable pairs, from which _choose() takes
         self._joined: dict[tuple[Pair, ...], Loaded] = {}
         self._seen: object = None  # the result of the last look
         self._said: set[str] = set()  # logged remarks that still hold
@@ -179,8 +179,8 @@ class CertDir:
             self._pairs = pairs
         elif self._pairs:
             remarks.add(
-                "no pair is left: those read before are served until there is one again or"
-                " the gateway is started anew"
+                "no pair is left: the gateway serves those read before, until there is a pair again"
+                " or it is restarted"
             )
         else:
             remarks.add(
@@ -218,7 +218,7 @@ class CertDir:
             except OSError as error:
                 unreadable[folder] = (
                     f"{self._short(folder)}: {error.strerror}, expected a folder that the gateway's"
-                    " user can read; what was read there before stays"
+                    " user can read; the pairs read there before stay in use"
                 )
         return watches, unreadable
 
@@ -244,13 +244,13 @@ class CertDir:
                     f"{file}: names no host, expected a certificate with subjectAltName"
                 )
         except CertificateError as error:
-            if watch.key is None and _is_of_a_ca(file):  # a chain in a file of its own, as lego's
+            if watch.key is None and _is_of_a_ca(file):  # a chain without key, as lego writes one
                 return _Entry(watch, None, ())
             kept = None if before is None else before.pair
-            stays = ", the one read before stays" if kept else ""
+            stays = ", the one read before stays in use" if kept else ""
             remark = (
-                f"{self._short(file)} not used{stays}: {error}; mend it, it is read again when its"
-                " files change"
+                f"{self._short(file)} not used{stays}: {error}; correct it, and the gateway reads"
+                " it again"
             )
             return _Entry(watch, kept, (remark,))
         log.info(
@@ -322,13 +322,13 @@ class CertDir:
         file = self._short(str(pair.certificate_file))
         if pair.ends <= now:
             return {
-                f"{file} ran out on {_day(pair.ends)}, served only where there is no other; put"
-                " a renewed one in its place"
+                f"{file} expired on {_day(pair.ends)}, and is served only to names without another"
+                " certificate; put a renewed one in its place"
             }
         if now < pair.begins:
             return {
-                f"{file} is valid from {_day(pair.begins)} on, served only where there is no"
-                " other until then; if that has passed, set this machine's clock"
+                f"{file} is valid from {_day(pair.begins)} on, and until then served only to names"
+                " without another certificate; if that date has passed, set this machine's clock"
             }
         return set()
 

@@ -12,8 +12,8 @@ A session ticket is encrypted with the front's ticket keys, which OpenSSL makes 
 never changes. So each hostname has a front of its own (Fronts), replaced every few hours: a ticket
 of one hostname does not resume at another, and stolen ticket keys only decrypt what was recorded in
 those hours (forward secrecy). A session may be resumed after the certificate was renewed. A ticket
-is no way around our check of the hostname: we are called in a resumption, too. In TLS 1.2 the name
-is then the one that the ticket was issued for (OpenSSL takes it from the session).
+does not bypass our check of the hostname: OpenSSL calls us in a resumption, too. In TLS 1.2 it then
+gives us the hostname that the ticket was issued for.
 
 A context in use is never changed, because loading a certificate into it breaks handshakes that run
 meanwhile. A new certificate is a new context, published by one assignment; so a handshake needs no
@@ -201,8 +201,8 @@ class Certificates:
         issued = load_pair(certificate_file, key_file, self._new_context())
         with self._publishing:
             known = self._issued.get(hostname)
-            # The end alone does not tell which is newer: after a CA has shortened its lifetimes, a
-            # new certificate may end before the old one.
+            # Not by the end alone: after a CA has shortened its lifetimes, a newer certificate may
+            # end before the old one.
             if known is None or (known.begins, known.ends) <= (issued.begins, issued.ends):
                 self._issued[hostname] = issued
 

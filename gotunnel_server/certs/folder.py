@@ -62,7 +62,7 @@ class _Folders:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._closed: set[Path] = set()  # those whose mode is 0700 already
+        self._closed: set[Path] = set()  # folders whose mode was set to 0700 already
         self._lock = threading.Lock()  # guards _closed
 
     def make(self, folder: Path) -> None:
@@ -128,7 +128,7 @@ class FolderStorage:
             os.replace(file, bad)
         except FileNotFoundError:
             return
-        except OSError as error:  # such as a folder of that name: nothing could be written here
+        except OSError as error:  # for example, there is a folder with the name of ``bad``
             raise OSError(
                 error.errno, f"cannot be moved to {bad.name} ({error.strerror}): remove both"
             ) from error

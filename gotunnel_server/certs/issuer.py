@@ -1,10 +1,12 @@
 """The threads that order certificates. Which is next: order_queue.py. How one is ordered: acme.py.
 
     thread              how many                      ends when
-    issuer              1                             stop(); it starts a job when one is due
-    order HOSTNAME      JOBS + 1, with the next       certificate or refusal; soon after stop()
-    window HOSTNAME     at most JOBS - 1              the CA has told its renewal window (ARI)
-    timer of a request  one a request (bounded_http)  the answer is there, or late
+    issuer              1; starts jobs that are due   stop()
+    order HOSTNAME      JOBS for new certificates,    certificate or refusal; soon after stop()
+                        and one more for renewals
+    window HOSTNAME     JOBS - 1; they and the        the CA has told its renewal window (ARI)
+                        orders are JOBS + 1 at most
+    timer of a request  one a request (bounded_http)  the answer has come, or the time is over
 
 A hostname is due when it has no certificate, when its certificate is to be renewed, or when the
 delay after a failure is over (schedule.py).
@@ -35,17 +37,18 @@ from .wanted import Wanted
 log = logging.getLogger("gotunnel.issuer")
 
 # Orders at a time. An order for a hostname whose address is silent takes a minute; the others must
-# not wait for it. One more is for renewals, lest certificates run out while new hostnames wait.
+# not wait for it. One more is allowed for a renewal: with many new hostnames waiting, a certificate
+# could expire otherwise.
 JOBS = 4
-# Seconds at most between two looks at the clock: it may be set, and the machine may have slept.
+# Seconds at most between two checks of what is due: the clock may be set, or the machine may sleep.
 LOOK_AGAIN = 600.0
 # Seconds until a store is tried again that could not be read or locked. The CA is not asked.
 STORE_AGAIN = 60.0
 # Seconds until the issuer looks again, and a hostname is ordered for again, after a bug.
 AFTER_BUG = 60.0
-# ... after the system had no thread for a job: others end soon, and a look costs little.
+# Seconds until the issuer looks again after the system had no thread for a job.
 AFTER_NO_THREAD = 30.0
-# Seconds for all jobs at stop(). One that connects, or sends its last request, is left behind.
+# Seconds that stop() waits for all jobs. A job that still connects then ends by itself (daemon).
 STOP_TIMEOUT = 1.5
 
 ORDER, WINDOW = "order", "window"  # what a job does
@@ -89,8 +92,8 @@ class Issuer:
         self._thread: threading.Thread | None = None  # once it is started
 
     def start(self) -> None:
-        """Begin, but not before the end of a pause that the CA asked an earlier gateway for. Raises
-        NoThread."""
+        """Begin to order. If the CA has asked an earlier process for a pause, wait until its end.
+        Raises NoThread."""
         self.queue.restore()
         self._thread = spawn("issuer", self._run)
 
@@ -155,7 +158,7 @@ class Issuer:
         ahead: dict[str, int] = {}
         for due_at, host in self.queue.idle(now):
             if len(self._jobs) >= JOBS + (host.stored is not None):
-                return wait  # the end of a job is a reason to look
+                return wait  # _work() notifies the issuer when a job has ended
             if due_at <= now:
                 turn_at = self.queue.give_turn(host, now, ahead)
                 if turn_at is None:
@@ -172,7 +175,7 @@ class Issuer:
                 else:
                     wait = min(wait, ask_at - now)
         for host, leaf in asking:
-            # The end of a job is a reason to look; one place is for orders.
+            # One place is left for orders. If all are taken, the end of a job starts another look.
             if len(self._jobs) < JOBS - 1 and not self._start(
                 host, WINDOW, functools.partial(self._ask, leaf)
             ):
@@ -274,7 +277,7 @@ class Issuer:
         self.queue.issued(host, challenge)
         try:
             stored = self._store.save(host.name, key_pem, chain_pem)
-        except StoreError as error:  # LATER would not count it, but the CA has: it issues few
+        except StoreError as error:  # HOST, since the CA has counted this certificate
             raise CaError(HOST, "ACME_CACHE", str(error)) from error
         self.queue.succeeded(host, stored, challenge)
         log.info("%s: certificate until %s UTC, by %s", host.name,

@@ -1,14 +1,14 @@
-"""Which certificates are wanted, and their state. Only the keeper decides that.
+"""Decides which hostnames need a certificate, and where each certificate comes from.
 
     a hostname's certificate is     as long as
     in CERT_DIR                     a valid pair there names it
-    signed by our own CA            the CA is on (ACME_ENV=local): made at once, and kept while its
-                                    agent is there; of the others MOST_ISSUED are kept
-    ordered                         its agent is there, or was at the hourly review before
+    signed by our own CA            its agent is connected (ACME_ENV=local); others are forgotten
+                                    when there are more than MOST_ISSUED
+    ordered                         its agent is connected, or was at the hourly review before
     kept from an earlier order      there is none of the others
 
-A wildcard is served from CERT_DIR, or by our own CA; none is ordered. A certificate that is there
-is served until there is another one, also if its hostname is no longer wanted.
+A wildcard's certificate is from CERT_DIR or from our own CA; none is ordered. A certificate is
+served until there is a newer one, even if its hostname is no longer wanted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON that a file of ours holds, any value of which may be damaged. Pure."""
+"""Reads values from JSON files that we have written. Any value may be damaged or missing. Pure."""
 
 from __future__ import annotations
 

@@ -4,10 +4,11 @@ No public CA signs `app.localhost` or `127.0.0.1`. Here a CA is made on first st
 folder. A visitor that trusts its `ca.crt` once sees no warning:
 
     ca.crt, ca.key               the CA; made once, then only read
-    HOSTNAME.crt, HOSTNAME.key   one certificate a hostname; made again before it runs out
+    HOSTNAME.crt, HOSTNAME.key   one certificate a hostname; made again before it expires
     .lock                        held while one process (or thread) looks and writes
 
-The CA signs its leaves itself, so a chain is the leaf alone: its verifier has the CA already.
+The CA signs its leaves itself, so a chain is the leaf alone: a visitor that trusts it has the CA's
+certificate already.
 
 A CA that cannot be read is an error and is never made anew, because users have trusted the old
 one. A leaf that cannot be read is replaced, because nobody has to trust it by hand.
@@ -42,8 +43,8 @@ from ..net.safe_read import MALFORMED
 FOLDER = "local"  # in ACME_CACHE, where the gateway's own CA lies
 # Trusted by hand, on every device that visits: it should outlive any trial.
 CA_LIFETIME = timedelta(days=3650)
-# Clients refused leaves of more than 398 days. The shorter limits of today's public CAs do not bind
-# a CA that was added by hand.
+# Below 398 days, above which some clients refuse a leaf. Today's shorter limits are for public CAs,
+# not for a CA that was added by hand.
 LEAF_LIFETIME = timedelta(days=397)
 # In its last month a leaf is renewed at the next start, registration or hourly review.
 RENEW_BEFORE = timedelta(days=30)
@@ -184,7 +185,7 @@ class Authority:
                 raise CertificateError(f"{self._key_file}: not an elliptic curve key, as we make")
             if certificate.not_valid_after_utc < datetime.now(timezone.utc):
                 raise CertificateError(
-                    f"{self.ca_file}: ran out on {certificate.not_valid_after_utc:%Y-%m-%d}"
+                    f"{self.ca_file}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}"
                 )
         except CertificateError as error:
             raise CertificateError(

@@ -30,6 +30,6 @@ def look_up(hostname: str) -> None:
             "that leads to this machine"
         ) from None  # fmt: skip
     if not any(map(is_own, found)):  # NAT, or a mistake: the validation will tell
-        log.warning("%s leads to %s, but this machine is %s: unless a router passes that address "
-                    "on, the CA asks another machine and refuses; if so, correct the DNS record",
+        log.warning("%s leads to %s, but this machine has %s. If no router forwards that address "
+                    "here, the CA will ask another machine and refuse: correct the DNS record",
                     hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip

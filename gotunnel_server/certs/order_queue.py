@@ -1,7 +1,7 @@
-"""The queue of certificate orders: which hostnames want one, and which may be ordered next.
+"""The queue of certificate orders: which hostnames need one, and which may be ordered next.
 
-It knows what earlier orders brought and decides what follows; it starts no thread and asks no CA
-(issuer.py does). What a failure delays depends on its kind (acme_errors.py):
+It remembers the results of earlier orders and decides what is next; it starts no thread and asks no
+CA (issuer.py does). What a failure delays depends on its kind (acme_errors.py):
 
     HOST        this hostname: 1, 10, 100 minutes, then daily; the next attempt uses the other
                 challenge type
@@ -10,8 +10,8 @@ It knows what earlier orders brought and decides what follows; it starts no thre
                 the CA says; not counted
     CONFIG      this hostname for a day; all hostnames if the error is account-wide
     ACCOUNT     all, for as long as the CA says
-    TRANSPORT   all, for a short time that grows; no hostname is blamed. Also if the store could
-                keep no certificate: then none is ordered
+    TRANSPORT   all, for a short time that grows with each failure; not counted against a hostname.
+                Also if no certificate could be written to the store
 
 How agents share the CA's rate limits is decided in rate_limits.py; which challenge type comes
 first, in proof_memory.py.
@@ -45,9 +45,9 @@ from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.order_queue")
 
-# Hostnames without certificate that one agent may have in the queue. Beyond it, those that have
-# waited longest are forgotten until the hourly review finds them served. An agent may register
-# MAX_HOSTS_PER_AGENT at once, and others when these have gone; each costs a small file.
+# Hostnames without certificate that one agent may have in the queue. Above it, those that have
+# waited longest are dropped; the hourly review takes up those that are still served. Without this
+# bound, an agent could register ever new hostnames, and each costs a small file.
 MOST_WAITING = 500
 # Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
@@ -85,8 +85,8 @@ class OrderQueue:
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
-        self._to_keep: list[Wanted] = []  # they have begun to wait for a turn: save their state
-        self._saving = threading.Lock()  # held to write turns.json: never older over newer
+        self._to_keep: list[Wanted] = []  # have begun to wait for tokens; their state is unsaved
+        self._saving = threading.Lock()  # held to write turns.json, so that the newest is last
 
     def restore(self) -> None:
         """Read the pause and the token buckets that the store has. If they cannot be read we start
@@ -121,10 +121,10 @@ class OrderQueue:
                 self.lock.notify_all()
             self._forget_longest_waiting(host)
         with self.lock:
-            if agent is not None:  # it may have been another's
+            if agent is not None:  # another agent may have registered it before
                 host.agent, host.limits = agent, limits
             known = self._to_tell(host)
-            if known[0] == WAITING:  # the result says so: it need not be reported again
+            if known[0] == WAITING:  # the caller gets it as result: news() need not report it
                 host.told = known
             return self._state(host)
 
@@ -269,9 +269,9 @@ class OrderQueue:
         """Take the tokens that an order needs. None if all are there, else when they will be.
 
         A renewal does not wait for tokens: an agent with many new names, or lifetimes too short for
-        the hour's orders, must not let a certificate run out. The CA takes it beyond its limits if
+        the hour's orders, must not let a certificate expire. The CA takes it beyond its limits if
         it says what it replaces (RFC 9773 §5). An order that the operator asks for does not wait
-        either. ``ahead`` counts by bucket the hostnames that have waited longer."""
+        either. ``ahead`` counts, for each bucket, the hostnames that are before this one."""
         if host.stored is not None or host.asked_for:
             tokens = self._limits.of_renewal()
         else:
@@ -312,8 +312,8 @@ class OrderQueue:
         self._give_back(host, ATTEMPT, ORDER, CERTIFICATE)
 
     def _give_back(self, host: Wanted, *spent_by: str) -> None:
-        """Give back the tokens of a hostname's order that are spent by ATTEMPT, ORDER or
-        CERTIFICATE, as named; the others are used up."""
+        """Give back the tokens of a hostname's order whose ``is_spent_by`` is in ``spent_by``; the
+        others are used up."""
         for token in host.tokens:
             if token.is_spent_by in spent_by:
                 self._limits.give_back(token)
@@ -322,7 +322,7 @@ class OrderQueue:
     # How an order goes
 
     def begin(self, host: Wanted) -> bool:
-        """An order begins. Whether the operator has asked for it."""
+        """An order begins. Returns whether the operator has asked for it."""
         with self.lock:
             asked_for, host.asked_for = host.asked_for, False
             return asked_for
@@ -366,7 +366,7 @@ class OrderQueue:
         self.succeeded(host, stored, host.challenge)
         with self.lock:
             self.not_begun(host)
-            host.not_before = 0.0  # nothing was ordered, and this one may have run out
+            host.not_before = 0.0  # nothing was ordered, and this one may have expired
 
     def issued(self, host: Wanted, challenge: str) -> None:
         """The CA has issued a certificate; it is not stored yet."""
@@ -382,7 +382,7 @@ class OrderQueue:
             before = host.stored
             host.stored, host.challenge = stored, challenge
             host.failures, host.error, host.ask_at = 0, "", 0.0
-            host.asked_for = False  # this is a new one
+            host.asked_for = False  # the operator has got a new certificate
             host.lost = host.lost and before is None
             # Without this delay we would order in a loop from a CA whose windows have all passed,
             # or whose clock is wrong.
@@ -395,7 +395,7 @@ class OrderQueue:
         """An attempt failed: when is the next one, and which hostnames wait?"""
         with self.lock:
             now = self._clock()
-            self.forgive_a_step_back(now)  # or the instants noted below would be moved, too
+            self.forgive_a_step_back(now)  # before the instants below, which are by the new clock
             pause = error.retry_after or 0.0
             host.error = str(error)
             if error.challenge:
@@ -430,7 +430,7 @@ class OrderQueue:
             paused = {"until": self._paused_until, "reason": self._pause}
         if is_kept:
             save(lambda: self._store.save_pause(paused))
-        others = ", all wait" if error.account_wide else (
+        others = ", all other hostnames wait, too" if error.account_wide else (
             f", new hostnames of {error.domain} wait" if error.domain else "")  # fmt: skip
         log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause, others,
                     error)  # fmt: skip

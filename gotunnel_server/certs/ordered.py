@@ -50,7 +50,7 @@ class Ordered:
         self._queue = self.issuer.queue
         self._unserved: set[str] = set()  # stored, but serving them failed: look() tries again
         self._lock = threading.Lock()  # guards _unserved
-        # Until its agent is back, a hostname shows a page that says so, and no TLS error.
+        # With a certificate, visitors get an error page until the agent is back, not a TLS error.
         self._serve_stored()
 
     def start(self) -> None:

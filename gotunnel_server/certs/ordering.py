@@ -1,6 +1,6 @@
-"""What certificates are ordered with: a CA, a store, the published proofs.
+"""Builds what the orders of certificates need: a CA, a store, a publisher of proofs.
 
-Only set_up() loads acme.py: its libraries take 15 MB, which a gateway that orders nothing saves.
+Only set_up() imports acme.py, whose libraries take 15 MB: a gateway without orders saves that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .store import CertStore, StoreError
 
 
 class Account(Protocol):
-    """At which CA to order, and as whom; config.Acme is one and explains its attributes."""
+    """The CA to order from, and the account there; config.Acme is one and explains its
+    attributes."""
 
     @property
     def directory(self) -> str: ...

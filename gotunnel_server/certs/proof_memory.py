@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from .kept import number
 from .schedule import DAY
 
-# How long a result is believed, in seconds. Ports are opened and closed, and a wrong first choice
-# costs only a minute.
+# How long a result counts, in seconds. Ports are opened and closed, and a wrong first choice costs
+# only a minute.
 BELIEVED = 7 * DAY
 # Error codes of a CA that could not reach the proof, or got something else in its place. A hostname
 # that does not resolve, or whose CAA record forbids the CA, says nothing about our ports.

@@ -249,8 +249,8 @@ class RateLimits:
 
     def restore(self, kept: Kept, now: float) -> None:
         """Take what as_dict() made. Invalid values count as missing. Instants that are too far
-        ahead (a bucket emptier than empty, a domain held longer than a CA asks for) were written
-        with another clock, and are cut."""
+        ahead (a bucket that needs more than its period to be full, a domain held longer than a CA
+        asks for) were written with another clock, and are cut."""
         full_at, held = kept.get("full_at"), kept.get("held")
         back = max(0.0, number(kept.get("at")) - now)  # the clock was set back meanwhile
         for bucket, at in full_at.items() if isinstance(full_at, dict) else ():

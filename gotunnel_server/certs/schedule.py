@@ -1,4 +1,4 @@
-"""When a certificate is renewed, and when a failed attempt is repeated. Pure: no clock, no dice.
+"""When a certificate is renewed, and when a failed attempt is repeated. Pure: no clock, no random.
 
 All instants are wall-clock seconds since 1970. Jitter comes from a hash of the hostname and the
 dates: it differs between hostnames, but is the same after a restart, so it need not be stored.
@@ -24,8 +24,8 @@ BACKOFF_SPREAD = 0.1
 # Parts of the lifetime that are left when a certificate is renewed. A third leaves weeks for
 # repairs; a certificate that lives less than SHORT_LIFE is renewed at half.
 LEFT, LEFT_IF_SHORT, SHORT_LIFE = 1 / 3, 1 / 2, 10 * DAY
-SPREAD = 1 / 50  # jitter, of the lifetime to either side: hostnames of one day are spread
-LEFT_AT_LATEST = 1 / 20  # whatever the CA suggests
+SPREAD = 1 / 50  # jitter: up to this part of the lifetime earlier or later, against load peaks
+LEFT_AT_LATEST = 1 / 20  # part that is left at the latest, whatever the CA suggests
 
 # Seconds between two requests for the CA's renewal window: at least, by default, at most. In
 # between the CA's Retry-After decides (RFC 9773 §4.3.1).

@@ -47,11 +47,11 @@ from .storage import Locker, Storage, Unreadable
 log = logging.getLogger("gotunnel.store")
 
 LONGEST_NAME = 255  # bytes of a file's name, in most file systems
-LONGEST_STEM = 200  # of these 255 bytes; suffixes, and ".bad", are added
+LONGEST_STEM = 200  # bytes of a file's name without suffixes such as ".pem" and ".bad"
 # A key's stem. Wider than the grammar of hostnames, to match what the Go program and older gateways
 # have written; but it must not lead out of the folder.
 HOSTNAME = re.compile(r"[a-z0-9*-][a-z0-9.*-]*")
-HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # ... of a longer hostname
+HASHED = re.compile(r".{100}-[0-9a-f]{32}")  # the stem of a hostname longer than LONGEST_STEM
 PROBE_BYTES = 16 * 1024  # as many as a certificate and what is written beside it
 # In the issuer's name of Let's Encrypt's staging CA; the Go program kept staging and production
 # certificates in one place.
@@ -103,7 +103,7 @@ class CertStore:
     def certificate(self, hostname: str) -> Stored | None:
         """The certificate of a hostname, ours or one that the Go program left; None if none.
 
-        Its dates are not checked: it may have run out, or begin later. Raises StoreError if it
+        Its dates are not checked: it may have expired, or be valid later. Raises StoreError if it
         cannot be read now, or is broken and cannot be set aside.
         """
         key = self.key(hostname, ".pem")
@@ -313,9 +313,8 @@ class CertStore:
     def account_lock(self) -> Iterator[None]:
         """Waits until no other process or thread holds the account. Raises StoreError if locking
         fails."""
-        with self._locked(
-            f"{self._ca}/account.lock", wait=True
-        ):  # in locks/ a hostname may be called so
+        # Not in locks/, where a hostname could have the same name.
+        with self._locked(f"{self._ca}/account.lock", wait=True):
             yield
 
     @contextlib.contextmanager
@@ -427,7 +426,7 @@ def check(pem: bytes, hostname: str) -> x509.Certificate:
         with pem_file(pem) as file:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
     except (InvalidSignature, *MALFORMED) as error:
-        raise Flaw("the chain does not lead on from the certificate") from error
+        raise Flaw("the first certificate of the chain has not signed the leaf") from error
     except ssl.SSLError as error:
         raise Flaw(f"OpenSSL refuses it: {error}") from error
     return leaf

@@ -35,12 +35,12 @@ class Wanted:
     challenge: str | None = None  # the type that worked last
     tried: str | None = None  # the type that failed last
     trying: str | None = None  # the type of the order that runs
-    window: Window | None = None  # the CA's, for the certificate with this serial number:
-    window_of: int | None = None
+    window: Window | None = None  # the CA's renewal window (ARI) for one certificate
+    window_of: int | None = None  # the serial number of that certificate
     ask_at: float = 0.0  # when to ask for the next window
     error: str = ""  # of the latest attempt
-    turn_at: float = 0.0  # if it waits for tokens: about when they are there, and why it waits
-    turn_why: str = ""
+    turn_at: float = 0.0  # if it waits for tokens: about when they will be there
+    turn_why: str = ""  # if it waits for tokens: which limit is reached
     busy: bool = False  # a job for it runs
     tokens: list[Token] = field(default_factory=list)  # that its order took from the RateLimits
     told: tuple[object, ...] = ()  # its state as last reported: OrderQueue._to_tell()
@@ -77,9 +77,9 @@ class Wanted:
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
 
     def judge_loss(self, now: float) -> None:
-        """Whether a certificate that was ordered within the day is gone, or an old one lies in its
-        place that ends before the next is due. Then order another at once, but only once: a CA
-        issues few for one hostname in a week."""
+        """Find out whether a certificate is lost: it was ordered within the day, and the store has
+        none, or an old one that ends before the next order is due. Then order another at once, but
+        only once: a CA issues few for one hostname in a week."""
         if self.stored is not None and self.stored.ends_at > max(now, self.not_before):
             self.lost = False
         elif self.not_before > now and not self.error:

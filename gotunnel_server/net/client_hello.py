@@ -65,8 +65,8 @@ class Hello(NamedTuple):
 
 
 def own_protocol(offered: tuple[str, ...]) -> str | None:
-    """The protocol to accept for a hostname in tcp mode, whose target speaks what its visitors
-    want: the visitor's first choice. None if the visitor offers none, or one of ALWAYS_TAKEN."""
+    """The ALPN protocol to select for a hostname in tcp mode: the visitor's first choice, since the
+    target probably speaks it. None if the visitor offers none, or one of ALWAYS_TAKEN."""
     if not offered or set(offered) & set(ALWAYS_TAKEN) or not _PROTOCOL.fullmatch(offered[0]):
         return None
     return offered[0]

@@ -1,5 +1,5 @@
-"""Resolves hostnames, and tells which addresses are this machine's. Only the system's resolver
-sends anything; it may take seconds."""
+"""Resolves hostnames, and tells which addresses are this machine's. Only resolve() uses the
+network, by the system's resolver; it may take seconds."""
 
 import contextlib
 import ipaddress

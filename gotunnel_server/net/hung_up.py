@@ -6,8 +6,8 @@ from gotunnel_agent.common.duplex import Duplex
 
 
 def hung_up(connection: Duplex) -> bool:
-    """True also while unread bytes stand before the end. Always False on systems other than
-    Linux, which cannot tell."""
+    """Whether the peer has closed its side, even if bytes before the end are still unread. Always
+    False on systems other than Linux, which cannot tell."""
     if not hasattr(select, "POLLRDHUP"):
         return False
     look = select.poll()

@@ -3,9 +3,9 @@ with input to workers.
 
 Waiting costs no worker here. A connection that waits for its peer is *parked* with its port's
 listener. When the peer sends something, or the time is up, the listener hands the connection to a
-worker, which does what can be done now and then parks it again or closes it. Ownership moves, so a
-connection needs no lock: it is in the listener's selector, in the hands of one worker, or waits for
-its turn (call_later()).
+worker, which does what can be done now and then parks it again or closes it. A connection needs no
+lock, since it has one owner at a time: the listener's selector, one worker, or the list of
+call_later().
 
 Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop().
 Everything else happens in the listener's thread. One lock guards the state that it shares with
@@ -43,9 +43,9 @@ SWEEP, SHORT_SWEEP = 1.0, 0.1
 ACCEPTS_A_TURN = 64  # connections accepted before parked ones get their turn
 REFUSALS_SILENCE = 60  # seconds between two log lines about connections that were turned away
 LOOK_LATER = 0.1  # interval of the check for due call_later() calls, in seconds
-# A hello, a head or a registration comes in a few pieces. From a peer that sends it byte by byte,
-# each byte would take a worker's step: after FREE_WAITS waits in one state its input is looked at
-# only every TRICKLE seconds.
+# A ClientHello, a request head or a registration comes in a few pieces. If a peer sends it byte by
+# byte, each byte costs a step of a worker. So after FREE_WAITS waits in one state, the connection's
+# input is read only every TRICKLE seconds.
 FREE_WAITS = 64
 TRICKLE = 0.1
 PAUSE = 0.2  # seconds without accepting, if the process has no descriptor left
@@ -66,7 +66,7 @@ class Parkable(Protocol):
 
     @property
     def address(self) -> Address:
-        """The peer's. Addresses take turns at the workers."""
+        """The peer's address. Addresses take turns at the workers."""
 
     @property
     def silent(self) -> bool:
@@ -79,7 +79,8 @@ class Parkable(Protocol):
         """The time is up. Called by a worker."""
 
     def close(self) -> None:
-        """The listener stops. Called by the thread that stops it, or that parks."""
+        """The listener stops. Called by the listener's thread, or the one that calls stop() or
+        park()."""
 
 
 Welcome = Callable[[socket.socket, Address, Seat], "Parkable | None"]
@@ -170,11 +171,11 @@ class Listener:
         places: Places,
         first_timeout: float,
     ):
-        """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or None if the
-        peer is not wanted. The Parkable settles its Seat, and leaves it in the end. ``workers`` run
-        the connections' steps; ``places`` limit how many are open at a time. ``first_timeout``:
-        seconds that a peer has for its first byte before expired() is called; with 0 it is called
-        at once.
+        """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or returns None
+        if the peer is not wanted. The Parkable calls Seat.settle() when its peer has asked for
+        something, and Seat.leave() when it is closed. ``workers`` run the connections' steps;
+        ``places`` limit how many are open at a time. ``first_timeout``: seconds that a peer has for
+        its first byte before expired() is called; with 0 it is called at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]
@@ -192,8 +193,8 @@ class Listener:
         self._newly_parked: list[tuple[Parkable, float]] = []  # with its deadline
         # When (monotonic), the function, the key of its turn.
         self._later: list[tuple[float, Callable[[], object], Hashable]] = []
-        self._over = False  # the thread has looked at both lists for the last time
-        self.refused = 0  # connections that found no place; counted by the thread alone
+        self._over = False  # the thread does not read the two lists any more
+        self.refused = 0  # connections that got no place; counted by the thread alone
         self._refused_said = 0  # how many of them the log has reported
         self._refused_host: str | None = None  # address of the last of them
         self._said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
@@ -209,7 +210,7 @@ class Listener:
 
     @property
     def stopping(self) -> bool:
-        """Whether call_later() may call at once, without its time."""
+        """Whether stop() was called. Then call_later() does not wait for its timeout."""
         return self._stopping.is_set()
 
     @property
@@ -267,7 +268,7 @@ class Listener:
 
     def park(self, connection: Parkable, timeout: float) -> None:
         """Watch a connection until its peer sends something, ``timeout`` seconds at most."""
-        if timeout <= 0:  # even if bytes are there: else a peer that trickles would never expire
+        if timeout <= 0:  # even if input is pending, or a peer that trickles would never expire
             self._hand_over(connection, connection.expired)
             return
         if connection.duplex.pending:  # bytes that were read already: the selector cannot see them
@@ -284,8 +285,8 @@ class Listener:
 
     def await_more(self, connection: Parkable, timeout: float, waits: int) -> None:
         """As park(), for a message that comes in a few pieces. ``waits``: how often the connection
-        has waited for it, this time included. Beyond FREE_WAITS its next step comes in TRICKLE
-        seconds, however often the peer sends."""
+        has waited for it, this time included. After FREE_WAITS, ready() is called only once in
+        TRICKLE seconds, however often the peer sends."""
         if waits > FREE_WAITS and timeout > 0 and not self.stopping:
             self.call_later(connection, connection.ready, min(timeout, TRICKLE))
         else:
@@ -430,7 +431,7 @@ class Listener:
             self._refused_said, self._said_at = self.refused, now
             log.warning("port %s: %d more connections were closed at once, the last from %s (%d "
                         "since the start): the limit of connections (%d) is reached, or one "
-                        "address has its share of it",
+                        "address has used up its share of it",
                         self.name, count, self._refused_host, self.refused, self._places.most,
                         )  # fmt: skip
 

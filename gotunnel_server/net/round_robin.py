@@ -92,8 +92,8 @@ class Gate:
             if self._free:
                 self._free -= 1
                 return True
-            # Places that the group may still take (a group alone: a third of all). One key may
-            # take a third of those.
+            # The places that the group may have, given the free ones and its own: a group alone may
+            # have a third of all. Each key in it may have a third of these.
             room = (self._places - PARTS * self._held[group] + PARTS) // (PARTS + 1)
             if PARTS * self._held[group, key] >= room:
                 return False

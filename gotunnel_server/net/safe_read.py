@@ -2,8 +2,8 @@
 stuck.
 
 Opening a FIFO would wait for a writer, and a device such as /dev/zero has no end. So read() takes
-regular files of bounded size only, and waits for nothing but the disk. MALFORMED lists the errors
-of looking into a broken certificate, which may show only when one of its fields is read.
+regular files of bounded size only, and waits for nothing but the disk. MALFORMED lists the
+exceptions that a broken certificate causes, some only when one of its fields is read.
 """
 
 import errno

@@ -1,15 +1,15 @@
-"""Limits by address: of so many places each address gets a share, so that none takes them all.
+"""Limits by address: places are shared among addresses, so that no address takes them all.
 
 Counted here are connections (``Places``, net/listener.py), requests and relays (``Shares``,
 visitors/port.py). An IPv6 address counts by its /64, the smallest block that a subscriber gets
 (addresses.counted_by).
 
 The share falls with the places left, as in the dynamic thresholds of shared switch buffers
-(Choudhury and Hahne, 1998): an address may take another place while it holds less than free places
-/ *parts*. With 2 *parts* one address alone gets a third, the next one a third of the rest, and so
-on: five addresses leave 13 % of all places, ten still leave 2 %. An address that holds nothing gets
-a place as long as one is free. A trusted proxy stands for many visitors and is exempt; once it has
-named a visitor, that visitor's address counts.
+(Choudhury and Hahne, 1998): an address may take another place while the number that it holds is
+below the number of free places divided by ``parts``. With 2 parts one address alone gets a third,
+the next one a third of the rest, and so on: five addresses leave 13 % of all places, ten still
+leave 2 %. An address that holds nothing gets a place as long as one is free. A trusted proxy stands
+for many visitors and is exempt; once it has named a visitor, that visitor's address counts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gotunnel_agent.common.addresses import counted_by
 # small gateway, and the rest serves all others.
 PARTS = 2
 # For connections that have not asked for anything yet, an address alone gets 1/8. This state lasts
-# some 0.1 s, in a browser's spare connection 10 s, so no honest address comes near. Five flooding
-# addresses leave half of the places free.
+# some 0.1 s (10 s if a browser opens a spare connection), so no honest address needs so many. Five
+# flooding addresses leave half of the places free.
 SILENT_PARTS = 7
 
 
@@ -77,8 +77,8 @@ class Places:
     """Places for the connections of one port or several, a Seat each. Any thread."""
 
     def __init__(self, most: int, exempt: Addresses = (), parts: int = PARTS):
-        """As for Shares. SILENT_PARTS limits connections that have not settled as well. With
-        ``parts`` 0 an address's settled connections have no limit."""
+        """As for Shares. SILENT_PARTS additionally limits an address's connections that have not
+        settled (Seat.settle()). With ``parts`` 0 its settled connections have no limit."""
         self.most = most
         self._exempt = exempt
         self._parts = parts
@@ -122,8 +122,8 @@ class Seat:
         places._silent[self._key] += 1
 
     def move(self, address: str) -> bool:
-        """A proxy says that the connection is that of ``address``. False if that address has no
-        share left: the caller closes the connection."""
+        """Count the connection for ``address``, the visitor that a proxy has named. False if that
+        address has no share left: the caller closes the connection."""
         places, key = self._places, counted_by(address)
         with places._lock:
             if not self._is_taken:
@@ -136,7 +136,8 @@ class Seat:
             return fits
 
     def settle(self) -> None:
-        """The connection has asked for something; from here on other limits bound it."""
+        """Note that the peer has asked for something: SILENT_PARTS does not limit the connection
+        any more."""
         if self._is_silent:
             with self._places._lock:
                 if self._is_silent and self._is_taken:

@@ -88,7 +88,7 @@ def test_table_is_aligned_and_tells_each_last_error_in_full():
     assert certificates.table(rows, NOW).splitlines() == [
         "NAME              FROM      ISSUER  DAYS LEFT  NEXT RENEWAL (UTC)",
         "a.test            CERT_DIR  R       3          -",
-        "long.example.com  ACME      -       ran out    due",
+        "long.example.com  ACME      -       expired    due",
         "    last error: dns: no address",
     ]
 
@@ -143,7 +143,7 @@ def test_long_hostname_is_shown_as_it_is(tmp_path, store, mint):
 
 def test_no_folder_is_made_to_ask_for_a_renewal(tmp_path, mint):
     (tmp_path / "left.example.com").write_bytes(b"".join(mint.pair("left.example.com")))
-    with pytest.raises(StoreError, match="start it"):
+    with pytest.raises(StoreError, match="start the gateway once"):
         certificates.ask_renewal(ordering(tmp_path), "left.example.com")
     assert not (tmp_path / ca_id(URL)).exists()
 

@@ -237,7 +237,7 @@ def test_an_authorization_that_never_becomes_valid_is_given_up_and_deactivated(
     }
     fake.script["authz"] = [(200, {}, pending)] * 50
     error = refused(ca)
-    assert error.kind == HOST and "not decided in 0.3 s" in error.words
+    assert error.kind == HOST and "no result within 0.3 s" in error.words
     assert fake.payloads("authz")[-1] == {"status": "deactivated"}
 
 
@@ -619,7 +619,7 @@ def test_a_certificate_that_has_run_out_is_not_taken(fake, ca):
     make = fake.mint.chain
     fake.mint.chain = lambda hostname, key, *_: make(hostname, key, NOW - 2 * DAY, DAY)
     error = refused(ca)
-    assert error.kind == HOST and "ran out on 2027-01-14" in error.words
+    assert error.kind == HOST and "expired on 2027-01-14" in error.words
 
 
 def test_an_order_that_is_stopped_leaves_no_authorization_pending(fake, ca):

@@ -196,7 +196,7 @@ def test_ca_that_is_away_is_told_to_the_agent_and_stops_nobody_else(tmp_path, or
          "resolve (Name or service not known)"),
         (NoAnswer("Temporary failure in name resolution"), "certificate: failed: DNS: no resolver "
          "answers for app.example.com (Temporary failure in name resolution)"),
-        (["203.0.113.7"], "app.example.com leads to 203.0.113.7, but this machine is "),
+        (["203.0.113.7"], "app.example.com leads to 203.0.113.7, but this machine has "),
     ],
 )  # fmt: skip
 def test_a_look_at_the_name_comes_before_the_first_order(

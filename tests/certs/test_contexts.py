@@ -758,7 +758,7 @@ def test_pem_whose_key_is_gone_is_still_a_pair(cert_dir, caplog):
     (cert_dir / "a-key.pem").unlink()
     certificates.reload()
     [line] = warnings(caplog)
-    assert line.startswith("CERT_DIR: a.pem not used, the one read before stays: ")
+    assert line.startswith("CERT_DIR: a.pem not used, the one read before stays in use: ")
     assert certificates.context("a.test")
 
 
@@ -770,7 +770,7 @@ def test_a_pair_seen_half_written_is_served_as_before(ca, cert_dir, tmp_path, ca
     (cert_dir / "a.crt").write_bytes(new_certificate.read_bytes())
     certificates.reload()
     assert served_serial(front, client_context(ca), "a.test") == serial
-    assert "a.crt not used, the one read before stays: " in caplog.text
+    assert "a.crt not used, the one read before stays in use: " in caplog.text
     (cert_dir / "a.key").write_bytes(new_key.read_bytes())
     certificates.reload()
     assert served_serial(
@@ -1047,7 +1047,7 @@ def test_removed_pair_is_served_no_more_unless_it_was_the_last(cert_dir, caplog)
     certificates.reload()
     assert certificates.context("b.test")
     [line] = warnings(caplog)
-    assert line.startswith("CERT_DIR: no pair is left: those read before are served")
+    assert line.startswith("CERT_DIR: no pair is left: the gateway serves those read")
     make("c.test").put(cert_dir / "c.crt", cert_dir / "c.key")
     certificates.reload()
     assert certificates.context("b.test") is None and certificates.context("c.test")
@@ -1082,7 +1082,7 @@ def test_valid_certificate_comes_before_one_that_is_not(cert_dir, caplog, pairs,
     assert certificates.ensure("one.app.test")
     assert serial_at(certificates, "one.app.test") == serials[served]
     outdated = [
-        f"CERT_DIR: {number}.crt {'ran out on' if validity == EXPIRED else 'is valid from'}"
+        f"CERT_DIR: {number}.crt {'expired on' if validity == EXPIRED else 'is valid from'}"
         for number, (_, validity) in enumerate(pairs)
         if validity in (EXPIRED, FUTURE)
     ]
@@ -1109,7 +1109,7 @@ def test_certificate_that_runs_out_gives_way_without_a_change_of_files(
     certificates.reload()
     assert serial_at(certificates, "a.test") == serial
     [line] = warnings(caplog)
-    assert line.startswith("CERT_DIR: a.crt ran out on ")
+    assert line.startswith("CERT_DIR: a.crt expired on ")
     monkeypatch.undo()  # a clock that is set back
     certificates.reload()
     assert serial_at(certificates, "a.test") != serial
