@@ -63,12 +63,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import re
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 __version__ = "0.2.0"
 
@@ -135,15 +136,21 @@ class Header(NamedTuple):
 
     @classmethod
     def decode(cls, data: BytesLike, at: int = 0) -> Header:
-        """Read a header at ``at``; raises ProtocolError if its version or type is unknown."""
-        version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
-        if version != VERSION:
-            if data[at : at + len(HTTP_ANSWER)] == HTTP_ANSWER:
-                raise ProtocolError(SPEAKS_HTTP)
-            raise ProtocolError(f"frame version {version}, expected {VERSION}")
-        if kind > GO_AWAY:
-            raise ProtocolError(f"frame type {kind}, expected 0 to {GO_AWAY}")
-        return cls(kind, flags, stream_id, length)
+        """As unpack_header()."""
+        return cls(*unpack_header(data, at))
+
+
+def unpack_header(data: BytesLike, at: int = 0) -> tuple[int, int, int, int]:
+    """Read the fields of a Header at ``at``; raises ProtocolError if the version or the type is
+    unknown."""
+    version, kind, flags, stream_id, length = HEADER.unpack_from(data, at)
+    if version != VERSION:
+        if data[at : at + len(HTTP_ANSWER)] == HTTP_ANSWER:
+            raise ProtocolError(SPEAKS_HTTP)
+        raise ProtocolError(f"frame version {version}, expected {VERSION}")
+    if kind > GO_AWAY:
+        raise ProtocolError(f"frame type {kind}, expected 0 to {GO_AWAY}")
+    return kind, flags, stream_id, length
 
 
 # Mux: the rules ----------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ class GoneAway(NamedTuple):
 
 
 Event = Opened | Received | Finished | WasReset | Writable | Answered | GoneAway
-NEVER = float("inf")  # an instant that is not reached
+NEVER = math.inf  # an instant that is not reached
 
 
 class _Flow:
@@ -300,26 +307,27 @@ class Memory:
 
 
 class Account:
-    """One session's part of a Memory. Not for two threads at once."""
+    """One session's part of a Memory. Not for two threads at once.
+
+    The session adds to ``held`` the bytes that enter a buffer, takes off those that leave it, and
+    calls tell() once ``held`` is not between ``low`` and ``high``.
+    """
 
     STEP = 256 * 1024  # smaller changes are not reported to the Memory: all sessions share its lock
 
     def __init__(self, memory: Memory):
         self.memory = memory
         self.promised = 0
-        self._held = self._told = 0
-        self._open = True
+        self.held = self._told = 0
+        self.low: float = -self.STEP
+        self.high: float = self.STEP
 
-    def hold(self, count: int) -> None:
-        """Count bytes that entered a buffer, or left it if ``count`` is negative."""
-        self._held += count
-        if not -self.STEP < self._held - self._told < self.STEP and self._open:
-            self._tell()
-
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Report to the Memory what is held."""
         with self.memory.lock:
-            self.memory.buffered += self._held - self._told
-        self._told = self._held
+            self.memory.buffered += self.held - self._told
+        self._told = self.held
+        self.low, self.high = self.held - self.STEP, self.held + self.STEP
 
     def promise(self, count: int) -> bool:
         """Permit a window to grow by ``count`` bytes, or return False: it may take half of the
@@ -342,9 +350,9 @@ class Account:
     def close(self) -> None:
         """Return everything. Payload that is still read afterwards is not counted any more."""
         self.take_back(self.promised)
-        self._held = 0
-        self._tell()
-        self._open = False
+        self.held = 0
+        self.tell()
+        self.low, self.high = -math.inf, math.inf
 
 
 class Mux:
@@ -420,31 +428,37 @@ class Mux:
             if self._body_left:
                 piece = bytes(data[at : at + self._body_left])
                 at += len(piece)
-                self._take_payload(piece, events)
-            elif self._partial or end - at < HEADER_SIZE:
+                self._body_left -= len(piece)
+                flow = self._body_flow
+                if flow is None or not flow.alive:
+                    continue
+                if flow.discarding:
+                    self._discard(flow, len(piece), events)
+                else:
+                    events.append(Received(flow.id, piece))
+                if self._body_ends and not self._body_left:
+                    self._peer_finished(flow, events)
+                continue
+            if self._partial or end - at < HEADER_SIZE:
                 missing = HEADER_SIZE - len(self._partial)
                 self._partial += data[at : at + missing]
                 at += missing
-                if len(self._partial) == HEADER_SIZE:
-                    whole, self._partial = self._partial, b""
-                    self._take_header(Header.decode(whole), events)
+                if len(self._partial) < HEADER_SIZE:
+                    break
+                kind, flags, stream_id, length = unpack_header(self._partial)
+                self._partial = b""
             else:
-                header = Header.decode(data, at)
+                kind, flags, stream_id, length = unpack_header(data, at)
                 at += HEADER_SIZE
-                self._take_header(header, events)
+            if kind == DATA:
+                self._take_data(flags, stream_id, length, events)
+            elif kind == WINDOW_UPDATE:
+                self._take_window_update(flags, stream_id, length, events)
+            elif kind == PING:
+                self._take_ping(flags, length)
+            else:
+                self._take_go_away(length, events)
         return events
-
-    def _take_payload(self, piece: bytes, events: list[Event]) -> None:
-        self._body_left -= len(piece)
-        flow = self._body_flow
-        if flow is None or not flow.alive:
-            return
-        if flow.discarding:
-            self._discard(flow, len(piece), events)
-        else:
-            events.append(Received(flow.id, piece))
-        if self._body_ends and not self._body_left:
-            self._peer_finished(flow, events)
 
     def _discard(self, flow: _Flow, count: int, events: list[Event]) -> None:
         flow.discarded += count
@@ -454,24 +468,10 @@ class Mux:
             self.reset(flow.id)
             events.append(WasReset(flow.id, 0, "the peer sent too much to a closed stream"))
 
-    def _take_header(self, header: Header, events: list[Event]) -> None:
-        if header.type == DATA:
-            self._take_data(header, events)
-        elif header.type == WINDOW_UPDATE:
-            self._take_window_update(header, events)
-        elif header.type == PING:
-            self._take_ping(header)
-        else:
-            if self.peer_left:
-                self._waste("GO_AWAY")
-            self.peer_left = True
-            events.append(GoneAway(header.length))
-
-    def _take_data(self, header: Header, events: list[Event]) -> None:
-        length = header.length
+    def _take_data(self, flags: int, stream_id: int, length: int, events: list[Event]) -> None:
         if length > self._largest:
             raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
-        flow = self._stream_of(header, events)
+        flow = self._stream_of(DATA, flags, stream_id, length, events)
         self._body_left, self._body_flow, self._body_ends = length, None, False
         if flow is None:
             return  # the stream is over: its late payload is dropped
@@ -483,37 +483,45 @@ class Mux:
             return
         flow.may_receive -= length
         if length:
-            self._body_flow, self._body_ends = flow, bool(header.flags & FIN)
+            self._body_flow, self._body_ends = flow, bool(flags & FIN)
             if flow.since == NEVER:
                 flow.since = self._now
-        elif header.flags & FIN:
+        elif flags & FIN:
             self._peer_finished(flow, events)
-        elif not header.flags & SYN:
+        elif not flags & SYN:
             self._waste("data without payload")
 
-    def _take_window_update(self, header: Header, events: list[Event]) -> None:
-        flow = self._stream_of(header, events)
+    def _take_window_update(
+        self, flags: int, stream_id: int, length: int, events: list[Event]
+    ) -> None:
+        flow = self._stream_of(WINDOW_UPDATE, flags, stream_id, length, events)
         if flow is None:
             return
-        if header.length:
-            flow.may_send += header.length
+        if length:
+            flow.may_send += length
             if flow.may_send > MAX_UINT32:
                 raise ProtocolError(f"stream {flow.id}: a window above {MAX_UINT32}")
             events.append(Writable(flow.id))
-        if header.flags & FIN and not flow.got_fin:
+        if flags & FIN and not flow.got_fin:
             self._peer_finished(flow, events)
-        elif not header.flags & SYN:
+        elif not flags & SYN:
             self._waste("credit")  # an honest peer gives it at most once for each frame of ours
 
-    def _take_ping(self, header: Header) -> None:
-        if header.flags & SYN:
+    def _take_ping(self, flags: int, value: int) -> None:
+        if flags & SYN:
             self._waste("pings")
-            self._reply(self._replies, Header(PING, ACK, 0, header.length))
-        elif header.flags & ACK and header.length == self._asked:
+            self._reply(self._replies, Header(PING, ACK, 0, value))
+        elif flags & ACK and value == self._asked:
             self._measure(self._asked_at)
             self._asked = None  # a second pong does not count
         else:
             self._waste("pongs")
+
+    def _take_go_away(self, code: int, events: list[Event]) -> None:
+        if self.peer_left:
+            self._waste("GO_AWAY")
+        self.peer_left = True
+        events.append(GoneAway(code))
 
     def _measure(self, asked_at: float) -> None:
         """Learn the round trip time from an answer. The shortest one counts, since longer ones
@@ -521,18 +529,19 @@ class Mux:
         took = self._now - asked_at
         self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
-    def _stream_of(self, header: Header, events: list[Event]) -> _Flow | None:
+    def _stream_of(
+        self, kind: int, flags: int, stream_id: int, length: int, events: list[Event]
+    ) -> _Flow | None:
         """Act on SYN, ACK and RST; return the frame's stream, or None if it is unknown or reset."""
-        stream_id, flags = header.stream_id, header.flags
         if flags & SYN:
-            self._peer_opens(header, events)
+            self._peer_opens(kind, flags, stream_id, length, events)
         flow = self._flows.get(stream_id)
         if flow is None:
             # A late frame of a stream that is over. Do not answer it with RST: the peer may have
             # forgotten the stream too, and two such peers would answer each other for ever.
             self.strays += 1
-            if header.type == DATA and 0 < header.length <= self._late:
-                self._late -= header.length
+            if kind == DATA and 0 < length <= self._late:
+                self._late -= length
             else:
                 self._waste("frames of streams that are over")
             return None
@@ -544,21 +553,22 @@ class Mux:
             self._forget(flow)
             if stream_id % 2 == self._parity:
                 self._waste("streams opened and reset")
-            code = header.length if header.type == WINDOW_UPDATE else 0
+            code = length if kind == WINDOW_UPDATE else 0
             events.append(WasReset(stream_id, code, "the peer reset the stream"))
             return None
         return flow
 
-    def _peer_opens(self, header: Header, events: list[Event]) -> None:
-        stream_id = header.stream_id
+    def _peer_opens(
+        self, kind: int, flags: int, stream_id: int, length: int, events: list[Event]
+    ) -> None:
         if stream_id == 0 or stream_id % 2 != self._parity:
             whose = "even" if self._parity == 0 else "odd"
             raise ProtocolError(f"the peer opened stream {stream_id}, its ids are {whose}")
         if stream_id in self._flows:
             raise ProtocolError(f"the peer opened stream {stream_id}, which is open")
-        if header.flags & RST:
+        if flags & RST:
             return
-        too_long = header.type == DATA and header.length > INITIAL_WINDOW
+        too_long = kind == DATA and length > INITIAL_WINDOW
         full = self._inbound >= self._max_streams or len(self._unaccepted) >= ACCEPT_BACKLOG
         self.refused += full
         if self.refuses or full or too_long or len(self._control) >= MAX_REPLIES:
@@ -644,30 +654,31 @@ class Mux:
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting:
             return 0
-        most = FRAME_SHARED if self._crowded else SEND_BUFFER
+        # If much is unsent, a stream may only queue its next frame.
+        crowded = self._queued >= Memory.FLOOR and self._queued >= min(
+            SEND_QUEUE, self._account.memory.share
+        )
+        most = FRAME_SHARED if crowded else SEND_BUFFER
         return max(0, min(flow.may_send, most - flow.queued))
-
-    @property
-    def _crowded(self) -> bool:
-        """Whether so much is unsent that a stream may only queue its next frame."""
-        if self._queued < Memory.FLOOR:
-            return False
-        return self._queued >= min(SEND_QUEUE, self._account.memory.share)
 
     def send(self, stream_id: int, payload: BytesLike) -> None:
         """Queue at most room() bytes of payload; this uses up the peer's window."""
-        flow = self._flows.get(stream_id)
-        if flow is None or flow.finishing or flow.cutting or len(payload) > flow.may_send:
-            raise ValueError(f"{len(payload)} bytes for a room of {self.room(stream_id)}")
-        flow.may_send -= len(payload)
-        flow.queued += len(payload)
+        flow, size = self._flows.get(stream_id), len(payload)
+        if flow is None or flow.finishing or flow.cutting or size > flow.may_send:
+            raise ValueError(f"{size} bytes for a room of {self.room(stream_id)}")
+        flow.may_send -= size
+        flow.queued += size
         put(flow.queue, payload)
-        self._count_queued(len(payload))
-        self._rotate(flow)
+        self._count_queued(size)
+        if not flow.in_rotation:
+            self._rotate(flow)
 
     def _count_queued(self, count: int) -> None:
+        account = self._account
         self._queued += count
-        self._account.hold(count)
+        account.held += count
+        if not account.low < account.held < account.high:
+            account.tell()
 
     def finish(self, stream_id: int) -> None:
         """Half-close: send FIN after the queued payload. Never twice: a second FIN would make a Go
@@ -675,7 +686,8 @@ class Mux:
         flow = self._flows.get(stream_id)
         if flow is not None and not (flow.finishing or flow.cutting):
             flow.finishing = True
-            self._rotate(flow)
+            if not flow.in_rotation:
+                self._rotate(flow)
 
     def reset(self, stream_id: int, code: int = 0) -> None:
         """Abort the stream: drop the queued payload and send RST. ``code``: see StreamReset."""
@@ -710,7 +722,7 @@ class Mux:
             if not idle:
                 self._grow_window(flow, now)
             flow.used, flow.since = 0, now
-        if flow.owed < min(flow.window // 2, CREDIT) and not idle:
+        if flow.owed < CREDIT and flow.owed < flow.window // 2 and not idle:
             return False
         if idle or self._unread(flow) > flow.window // 2:
             self._shrink_window(flow)
@@ -809,7 +821,7 @@ class Mux:
         payload; then one frame of each stream in turn (round robin)."""
         parts: list[BytesLike] = []
         served: list[int] = []
-        size = 0
+        size = payload = 0
         for queue in (self._replies, self._control):
             while queue and size < limit:
                 parts.append(queue.popleft())
@@ -828,8 +840,10 @@ class Mux:
             if not flow.alive:
                 continue
             if flow.queued:
-                most = FRAME_SHARED if self._rotation else FRAME_ALONE
-                size += self._pull_frame(flow, most, parts)
+                length = min(flow.queued, FRAME_SHARED if self._rotation else FRAME_ALONE)
+                self._pull_frame(flow, length, parts)
+                payload += length
+                size += HEADER_SIZE + length
                 served.append(flow.id)
             if flow.queued:
                 self._rotate(flow)
@@ -843,30 +857,28 @@ class Mux:
                 size += HEADER_SIZE
             if flow.cutting or flow.sent_fin and flow.got_fin:
                 self._end_flow(flow)
+        if not parts:
+            return b"", served
+        self._count_queued(-payload)
+        self._wasted -= len(served)
         return b"".join(parts), served
 
-    def _pull_frame(self, flow: _Flow, most: int, parts: list[BytesLike]) -> int:
+    def _pull_frame(self, flow: _Flow, length: int, parts: list[BytesLike]) -> None:
         """Move one DATA frame to ``parts``; it joins payloads that were queued by several sends."""
-        length = min(flow.queued, most)
-        parts.append(Header(DATA, 0, flow.id, length).encode())
-        left = length
-        while left:
-            payload = flow.queue.popleft()
-            if len(payload) > left:
-                payload = memoryview(payload)
-                flow.queue.appendleft(payload[left:])
-                payload = payload[:left]
-            parts.append(payload)
-            left -= len(payload)
+        parts.append(HEADER.pack(VERSION, DATA, 0, flow.id, length))
         flow.queued -= length
-        self._count_queued(-length)
-        self._wasted -= 1
-        return HEADER_SIZE + length
+        while length:
+            payload = flow.queue.popleft()
+            if (size := len(payload)) > length:
+                payload = memoryview(payload)
+                flow.queue.appendleft(payload[length:])
+                payload, size = payload[:length], length
+            parts.append(payload)
+            length -= size
 
     def _rotate(self, flow: _Flow) -> None:
-        if not flow.in_rotation:
-            flow.in_rotation = True
-            self._rotation.append(flow)
+        flow.in_rotation = True
+        self._rotation.append(flow)
 
     def _end_flow(self, flow: _Flow) -> None:
         """End a stream from our side: frames of it may still be on their way to us."""
@@ -894,7 +906,7 @@ class Mux:
 def put(queue: deque[BytesLike], payload: BytesLike) -> None:
     """Append payload to a deque of pieces. Small pieces are joined: the peer decides how small they
     are, and an object for each would need more memory than the flow control window permits."""
-    if len(payload) >= SMALL or not queue:
+    if not queue or len(payload) >= SMALL:
         queue.append(payload)
     elif type(queue[-1]) is bytearray and len(queue[-1]) < FRAME_ALONE:
         queue[-1] += payload
@@ -1247,7 +1259,6 @@ def _end(address: str, port: str) -> tuple[str, int]:
 import functools  # noqa: E402 (the pure half must not use these)
 import heapq  # noqa: E402
 import logging  # noqa: E402
-import math  # noqa: E402
 import os  # noqa: E402
 import selectors  # noqa: E402
 import socket  # noqa: E402
@@ -1299,6 +1310,9 @@ class Deadline:
         return left
 
 
+BinarySemaphore = threading.Lock  # any thread may release it
+
+
 class Waker:
     """Wakes a thread that waits in a selector, by a byte in a socket pair.
 
@@ -1327,6 +1341,46 @@ class Waker:
         with self._lock:
             self._receive.close()
             self._send.close()
+
+
+class Bell:
+    """Wakes threads that wait until what a lock guards has changed: a condition variable.
+
+    A threading.Condition allocates a lock for each wait and asks again and again whether its own
+    lock is held. This one has a binary semaphore from the start. It wakes one thread at a time, so
+    a thread that has waited rings for the next one.
+    """
+
+    __slots__ = ("waiting", "_lock", "_rung")
+
+    def __init__(self, lock: threading.Lock):
+        self.waiting = 0  # threads, in wait()
+        self._lock = lock
+        self._rung = BinarySemaphore()
+        self._rung.acquire()
+
+    def wait(self, timeout: float | None) -> float | None:
+        """Wait until the bell rings, or perhaps for no reason; returns what is left of ``timeout``.
+        Raises TimeoutError. The caller holds the lock, which is released meanwhile."""
+        began = 0.0 if timeout is None else monotonic()
+        self.waiting += 1
+        self._lock.release()
+        try:
+            rung = self._rung.acquire(timeout=-1 if timeout is None else max(0, timeout))
+        finally:
+            self._lock.acquire()
+            self.waiting -= 1
+        if not rung:
+            raise TimeoutError("timed out")
+        return None if timeout is None else timeout - (monotonic() - began)
+
+    def ring(self) -> None:
+        """Wake one thread, if one waits. With the lock, or after the change that was made with it."""
+        if self.waiting:
+            try:
+                self._rung.release()
+            except RuntimeError:  # the bell rings already
+                pass
 
 
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
@@ -1478,12 +1532,12 @@ class Sender:
                 self._jammed_at = monotonic()
                 self.jammed = True
                 self._wake()
-            elif len(data) >= self._quantum:
+            elif self._quantum < SEND_MOST and len(data) >= self._quantum:
                 self._pace(0)
             with self._lock:
                 for stream_id in served:
-                    if stream_id in self._streams:
-                        self._streams[stream_id]._writable.notify()
+                    if stream_id in self._streams and self._streams[stream_id]._writable.waiting:
+                        self._streams[stream_id]._writable.ring()
                 if not done:
                     return
                 data, served = self._mux.pull(self._quantum)
@@ -1553,9 +1607,11 @@ class StreamTable:
         self.unread = 0
         self.expiring: dict[int, tuple[float, Stream]] = {}  # by id: (when it is reset, Stream)
         self.arrived: deque[Stream] = deque()  # opened by the peer, for accept()
+        # Several threads may wait for these two, and get their turns in order.
         self.arrival = threading.Condition(lock)  # arrived grew, or the session ended
         self.slot = threading.Condition(lock)  # open() may be possible again, or the session ended
         self.callbacks: list[Callback] = []  # on_death() functions, to be called without the lock
+        self.bells: list[Bell] = []  # of readers for whom payload has come; likewise
         self._session, self._mux, self._account, self._lock = session, mux, account, lock
 
     def add(self, stream_id: int) -> Stream:
@@ -1563,9 +1619,12 @@ class StreamTable:
         return stream
 
     def count_unread(self, stream: Stream, count: int) -> None:
+        account = self._account
         stream._unread += count
         self.unread += count
-        self._account.hold(count)
+        account.held += count
+        if not account.low < account.held < account.high:
+            account.tell()
         if not stream._unread and stream in self.over:
             self.over.discard(stream)
             stream._on_death = None  # both directions have ended with FIN, and all is read
@@ -1582,7 +1641,7 @@ class StreamTable:
 
     def reset(self, stream: Stream, text: str, code: int = 0) -> None:
         """Reset a stream, if it is still known."""
-        if stream._is_known():
+        if stream._known:
             self._forget(stream.id)
             self._mux.reset(stream.id, code)
             self.slot.notify()
@@ -1591,7 +1650,7 @@ class StreamTable:
 
     def cut(self, stream: Stream, text: str) -> None:
         """Reset a stream after what was written, if it is still known."""
-        if stream._is_known():
+        if stream._known:
             self._forget(stream.id)
             self._mux.cut(stream.id, monotonic())
             self.slot.notify()
@@ -1616,6 +1675,8 @@ class StreamTable:
     def end(self, reason: str) -> None:
         """Forget all streams: the session is over."""
         streams = list(self.known.values())
+        for stream in streams:
+            stream._known = False
         self.known.clear()
         self.expiring.clear()
         for stream in self.over:
@@ -1638,8 +1699,10 @@ class StreamTable:
         """Remove a stream from the tables and return it; None if it was not there."""
         expires = self.expiring.pop(stream_id, None) is not None
         stream = self.known.pop(stream_id, None)
-        if stream is not None and expires and stream in self.arrived:
-            self.arrived.remove(stream)
+        if stream is not None:
+            stream._known = False
+            if expires and stream in self.arrived:
+                self.arrived.remove(stream)
         return stream
 
     def _make_room(self) -> None:
@@ -1657,16 +1720,18 @@ class StreamTable:
     # The Mux's events. _make_room() may have reset the stream since.
 
     def _on_received(self, event: Received) -> None:
-        stream = self.known.get(event.stream_id)
+        stream_id, payload = event
+        stream = self.known.get(stream_id)
         if stream is None:
             return
         if stream._at_rest:
             self.reset(stream, "the stream was reset: bytes came while it was at rest")
             return
-        put(stream._chunks, event.payload)
+        put(stream._chunks, payload)
         stream._silent = False
-        self.count_unread(stream, len(event.payload))
-        stream._readable.notify()
+        self.count_unread(stream, len(payload))
+        if stream._readable.waiting:
+            self.bells.append(stream._readable)
         if self.unread > Memory.FLOOR:
             self._make_room()
 
@@ -1683,7 +1748,7 @@ class StreamTable:
         if stream is None:
             return
         stream._got_fin = True
-        stream._readable.notify()
+        stream._readable.ring()
         if stream._at_rest:
             stream._announce_death()
             stream._finish()
@@ -1712,7 +1777,7 @@ class StreamTable:
 
     def _on_writable(self, event: Writable) -> None:
         if event.stream_id in self.known:  # not if both sides have finished
-            self.known[event.stream_id]._writable.notify()
+            self.known[event.stream_id]._writable.ring()
 
     def _on_answered(self, event: Answered) -> None:
         self.slot.notify()
@@ -1900,21 +1965,23 @@ class Session:
 
     def _serve(self, selector: selectors.BaseSelector, waker: Waker) -> str:
         """Work until the session must end; return the reason."""
-        sender, writing = self._sender, False
+        sender, writing, patience = self._sender, False, 0.0
         while True:
             if sender.jammed is not writing:
                 writing = sender.jammed
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
                 selector.modify(self._duplex, events)
-            for key, _ in selector.select(self._patience()):
+            for key, _ in selector.select(patience):
                 if key.fileobj is waker:
                     waker.clear()
             if sender.jammed:
                 sender.resume()
             self.turn()
-            self._run_timers()  # after turn(), which may have read a sign of life
-            if self._closing and (sender.idle() or monotonic() >= self._closing[1]):
-                return self._closing[0]
+            patience = self._run_timers()  # after turn(), which may have read a sign of life
+            if self._closing:
+                patience = min(patience, self._closing[1] - monotonic())
+                if sender.idle() or patience <= 0:
+                    return self._closing[0]
 
     def turn(self) -> None:
         """Read what has come and answer it, without waiting. Raises ProtocolError, OSError.
@@ -1937,6 +2004,9 @@ class Session:
                     batch = self._sender.take()
             finally:
                 LARGE_BUFFERS.give_back(buffer)
+                for bell in streams.bells:  # now the whole batch is there, and the lock is free
+                    bell.ring()
+                streams.bells.clear()
             self._sender.send(batch)
             if streams.callbacks:
                 streams.run_callbacks()
@@ -1963,17 +2033,14 @@ class Session:
         if threading.current_thread() is not self._thread:
             self._wake()
 
-    def _patience(self) -> float | None:
-        """Seconds until the next timer, or until close() stops waiting; None: for ever."""
-        at = min(self._timers.next_at, self._closing[1] if self._closing else math.inf)
-        return max(0, at - monotonic()) if at < math.inf else None
-
-    def _run_timers(self) -> None:
-        while self._timers.next_at <= monotonic():
+    def _run_timers(self) -> float:
+        """Call the functions that are due; returns the seconds until the next one is."""
+        while (wait := self._timers.next_at - monotonic()) <= 0:
             with self._lock:
                 function = self._timers.pop(monotonic())
             if function is not None:
                 function()
+        return wait
 
     def _sweep(self) -> None:
         with self._lock:
@@ -2078,7 +2145,7 @@ class Stream:
     __slots__ = (
         "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender", "_lock", "_readable",
         "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin", "_discarding", "_error",
-        "_on_death", "_at_rest",
+        "_on_death", "_at_rest", "_known",
     )  # fmt: skip
 
     def __init__(self, session: Session, stream_id: int):
@@ -2089,8 +2156,8 @@ class Stream:
         self._mux, self._streams = session._mux, session._streams
         self._sender = session._sender
         self._lock = session._lock  # guards all below
-        self._readable = threading.Condition(self._lock)
-        self._writable = threading.Condition(self._lock)
+        self._readable = Bell(self._lock)
+        self._writable = Bell(self._lock)
         self._chunks: deque[BytesLike] = deque()  # unread payload, as much as the window permits
         self._unread = 0  # bytes in it
         self._got_fin = False
@@ -2099,13 +2166,16 @@ class Stream:
         self._error: StreamReset | SessionClosed | None = None
         self._on_death: Callback | None = None
         self._at_rest = False  # from rest() until the next write()
+        # Whether the session knows this stream. Comparing ids is not enough: a peer that breaks the
+        # specification may reuse the id of a stream that is over.
+        self._known = True
 
     # Called by the session, which holds the lock
 
     def _fail(self, error: StreamReset | SessionClosed) -> None:
         self._error = error
-        self._readable.notify_all()
-        self._writable.notify_all()
+        self._readable.ring()
+        self._writable.ring()
 
     def _die(self, error: StreamReset | SessionClosed) -> None:
         self._fail(error)
@@ -2115,12 +2185,11 @@ class Stream:
         if self._on_death is not None:
             self._streams.callbacks.append(self._on_death)
 
-    def _check(self) -> None:
-        if self._error is not None:
-            # A new one each time: if threads raised the same one, their tracebacks would mix.
-            if isinstance(self._error, StreamReset):
-                raise StreamReset(str(self._error), self._error.code)
-            raise SessionClosed(str(self._error))
+    def _raise_error(self) -> NoReturn:
+        # A new one each time: if threads raised the same one, their tracebacks would mix.
+        if isinstance(self._error, StreamReset):
+            raise StreamReset(str(self._error), self._error.code)
+        raise SessionClosed(str(self._error))
 
     def _cut(self) -> None:
         """Drop unread payload: the bytes behind it are lost, so it must not look complete."""
@@ -2131,11 +2200,6 @@ class Stream:
     def _drop_chunks(self) -> None:
         self._streams.count_unread(self, -self._unread)
         self._chunks.clear()
-
-    def _is_known(self) -> bool:
-        """Whether the session knows this stream. Comparing ids is not enough: a peer that breaks
-        the specification may reuse the id of a stream that is over."""
-        return self._streams.known.get(self.id) is self
 
     # Called by the threads that use the stream
 
@@ -2160,7 +2224,7 @@ class Stream:
     @property
     def window(self) -> int:
         """The receive window in bytes; 0 once the stream is over."""
-        return self._mux.window(self.id) if self._is_known() else 0
+        return self._mux.window(self.id) if self._known else 0
 
     @property
     def stall_timeout(self) -> float:
@@ -2188,27 +2252,26 @@ class Stream:
 
     def read(self, size: int = READ_SIZE, timeout: float | None = None) -> bytes:
         """Wait for bytes; b"" after the peer's FIN. Raises TimeoutError, ConnectionError."""
-        deadline = Deadline(timeout)
-        waited = False
         with self._lock:
             try:
                 while not self._chunks:
                     if self._got_fin or self._discarding:
                         return b""
-                    self._check()
+                    if self._error is not None:
+                        self._raise_error()
                     if self._sender.postponed:
                         self._sender.send_postponed()
                     else:
-                        waited = True
-                        self._readable.wait(deadline.left())
+                        timeout = self._readable.wait(timeout)
                 data = self._take_out(size)
             finally:
-                if waited:
-                    self._readable.notify()  # an event wakes one reader; there may be others
+                if self._readable.waiting:
+                    self._readable.ring()  # an event wakes one reader; this may concern others
             self._streams.count_unread(self, -len(data))
-            due = self._is_known() and self._mux.consumed(self.id, len(data), monotonic())
+            due = self._known and self._mux.consumed(self.id, len(data), monotonic())
             batch = self._sender.take() if due else NOTHING
-        self._sender.send(batch)
+        if due:
+            self._sender.send(batch)
         return data
 
     def _take_out(self, size: int) -> bytes:
@@ -2219,10 +2282,10 @@ class Stream:
             if len(chunk) > size:
                 self._chunks.appendleft(chunk[size:])
                 chunk = chunk[:size]
+            if type(chunk) is bytes and not (parts or self._chunks):
+                return chunk
             parts.append(chunk)
             size -= len(chunk)
-        if len(parts) == 1 and type(parts[0]) is bytes:
-            return parts[0]
         return b"".join(parts)
 
     def read_exactly(self, count: int, timeout: float | None = None) -> bytes:
@@ -2259,12 +2322,12 @@ class Stream:
     def _write_some(self, data: BytesLike, timeout: float | None) -> BytesLike:
         """Queue what the window permits, and return the rest."""
         session, mux, sender = self._session, self._mux, self._sender
-        deadline = Deadline(session.stall_timeout if timeout is None else timeout)
-        waited = False
+        left: float | None = session.stall_timeout if timeout is None else timeout
         with self._lock:
             try:
                 while True:
-                    self._check()
+                    if self._error is not None:
+                        self._raise_error()
                     if session._closing:  # close() sends only what was queued before
                         raise SessionClosed(session._closing[0])
                     if self._sent_fin:
@@ -2272,8 +2335,7 @@ class Stream:
                     room = mux.room(self.id)
                     if room > 0:
                         break
-                    waited = True
-                    self._writable.wait(deadline.left())
+                    left = self._writable.wait(left)
                 if room >= len(data):
                     mux.send(self.id, data)
                     data = b""
@@ -2284,8 +2346,8 @@ class Stream:
                     mux.send(self.id, data[:room])
                     data = data[room:]
             finally:
-                if waited:
-                    self._writable.notify()  # credit wakes one writer; it may suffice for others
+                if self._writable.waiting:
+                    self._writable.ring()  # credit wakes one writer; it may suffice for others
             batch = sender.take()
         sender.send(batch)
         return data
@@ -2300,7 +2362,7 @@ class Stream:
     def _finish(self) -> None:
         if not self._sent_fin and self._error is None:
             self._sent_fin = True
-            self._writable.notify_all()
+            self._writable.ring()
             self._mux.finish(self.id)
             self._streams.drop_if_over(self)
 
@@ -2335,10 +2397,10 @@ class Stream:
             self._finish()
             self._discarding = True
             self._drop_chunks()
-            if self._is_known():
+            if self._known:
                 self._mux.discard(self.id, monotonic())
                 self._streams.expire(self, LINGER_TIMEOUT)
-            self._readable.notify_all()
+            self._readable.ring()
             batch = self._sender.take()
         self._sender.send(batch)
 

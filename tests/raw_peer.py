@@ -23,7 +23,7 @@ import pytest
 from support import running, wait_until
 
 import gotunnel
-from gotunnel import Mux, Session, SessionClosed
+from gotunnel import Bell, Mux, Session, SessionClosed
 from gotunnel_agent.common.duplex import Duplex
 from gotunnel_server.certs.local_ca import Authority
 
@@ -35,9 +35,9 @@ BARRIER = 0xBA441E44  # the value of a ping that no test sends otherwise
 NO_TABLES = (0, 0, 0, 0)  # tables() of a session that has no stream
 
 
-def wait_for_waiter(condition):
-    """Wait until a thread waits on a threading.Condition, so that what follows must wake it."""
-    wait_until(lambda: condition._waiters)
+def wait_for_waiter(bell):
+    """Wait until a thread waits for a Bell or a Condition, so that what follows must wake it."""
+    wait_until(lambda: bell.waiting if isinstance(bell, Bell) else bell._waiters)
 
 
 def spawn(function, *arguments, **named) -> Future:

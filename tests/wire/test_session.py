@@ -82,8 +82,8 @@ def test_fr_bad_version_wakes_whoever_waits():
         stream = accepted(peer, session)
         stream.write(bytes(INITIAL_WINDOW))
         calls = [spawn(stream.read), spawn(stream.write, b"x"), spawn(session.accept)]
-        for condition in (stream._readable, stream._writable, session._streams.arrival):
-            wait_for_waiter(condition)
+        for bell in (stream._readable, stream._writable, session._streams.arrival):
+            wait_for_waiter(bell)
         peer.send(frame(PING, 0, 0, version=1))
         for call in calls:  # although the peer does not hang up
             with pytest.raises(SessionClosed, match="frame version 1, expected 0"):
@@ -293,7 +293,7 @@ def test_credit_for_one_writer_wakes_another_that_it_does_for():
         writing = []
         for count in (1, 2):
             writing.append(spawn(stream.write, b"x"))
-            wait_until(lambda count=count: len(stream._writable._waiters) == count)
+            wait_until(lambda count=count: stream._writable.waiting == count)
         peer.send(frame(WINDOW_UPDATE, 0, stream.id, 2))
         for call in writing:
             call.result(PATIENCE)
@@ -305,7 +305,7 @@ def test_the_end_of_a_stream_wakes_all_its_readers():
         reading = []
         for count in (1, 2):
             reading.append(spawn(stream.read))
-            wait_until(lambda count=count: len(stream._readable._waiters) == count)
+            wait_until(lambda count=count: stream._readable.waiting == count)
         peer.send(frame(WINDOW_UPDATE, FIN, stream.id))
         for call in reading:
             assert call.result(PATIENCE) == b""
@@ -611,12 +611,12 @@ def test_a_reset_behind_the_end_is_no_way_out_of_the_count(how):
         stream.on_death(lambda: told.append("cut"))
         peer.send(frame(WINDOW_UPDATE, FIN, 1), frame(WINDOW_UPDATE, RST, 1))
         peer.barrier()
-        assert told == [] and session._account._held == INITIAL_WINDOW
+        assert told == [] and session._account.held == INITIAL_WINDOW
         if how == "read":
             assert len(read_all(stream)) == INITIAL_WINDOW
         else:
             getattr(stream, how)()
-        assert told == [] and session._account._held == 0 and not session._streams.over
+        assert told == [] and session._account.held == 0 and not session._streams.over
         hogs = [hoarded(peer, session, number) for number in range(3, 11, 2)]
         for number in (3, 5, 7, 9):
             peer.send(frame(WINDOW_UPDATE, FIN, number), frame(WINDOW_UPDATE, RST, number))
@@ -682,7 +682,7 @@ def test_what_was_not_read_is_counted_no_more_after_the_end(end):
     with raw_pair(memory=memory) as (peer, session):
         stream = hoarded(peer, session, 1)
         peer.barrier()
-        assert session._account._held == stream._unread == INITIAL_WINDOW
+        assert session._account.held == stream._unread == INITIAL_WINDOW
         if end == "read":
             stream.read_exactly(INITIAL_WINDOW, PATIENCE)
         elif end == "close":
@@ -692,7 +692,7 @@ def test_what_was_not_read_is_counted_no_more_after_the_end(end):
         elif end == "peer":
             peer.send(frame(WINDOW_UPDATE, RST, 1))
             peer.barrier()
-            assert session._account._held == INITIAL_WINDOW
+            assert session._account.held == INITIAL_WINDOW
             assert len(stream.read_exactly(INITIAL_WINDOW, PATIENCE)) == INITIAL_WINDOW
         elif end == "session":
             peer.close()
@@ -702,9 +702,9 @@ def test_what_was_not_read_is_counted_no_more_after_the_end(end):
             stream.finish()
             peer.send(frame(WINDOW_UPDATE, FIN, 1))
             peer.barrier()
-            assert tables(session) == NO_TABLES and session._account._held == INITIAL_WINDOW
+            assert tables(session) == NO_TABLES and session._account.held == INITIAL_WINDOW
             stream.close()
-        assert session._account._held == 0 or session.ended
+        assert session._account.held == 0 or session.ended
     assert memory.buffered == 0
 
 
@@ -715,7 +715,7 @@ def test_a_stream_that_was_reset_before_it_was_accepted_counts_no_more():
             peer.barrier()
             peer.send(frame(WINDOW_UPDATE, RST, 1))
             peer.barrier()
-        assert session._account._held == session._streams.unread == 0
+        assert session._account.held == session._streams.unread == 0
         assert tables(session) == NO_TABLES
 
 
@@ -900,8 +900,8 @@ def test_rs_wakes_all(who):
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
         calls = [spawn(stream.read), spawn(stream.write, bytes(INITIAL_WINDOW + 1))]
-        for condition in (stream._readable, stream._writable):
-            wait_for_waiter(condition)
+        for bell in (stream._readable, stream._writable):
+            wait_for_waiter(bell)
         if who == "peer":
             peer.send(frame(WINDOW_UPDATE, RST, 1, 42))
         else:
@@ -1215,8 +1215,8 @@ def test_ga_close_race(sessions):
         spawn(full.write, bytes(2 * INITIAL_WINDOW)), spawn(server.accept),
     ]  # fmt: skip
     arrivals = client._streams.arrival, server._streams.arrival
-    for condition in (*arrivals, stream._readable, full._writable):
-        wait_for_waiter(condition)
+    for bell in (*arrivals, stream._readable, full._writable):
+        wait_for_waiter(bell)
     with ThreadPoolExecutor(8) as pool:
         closing = [pool.submit(client.close) for _ in range(8)]
         for call in closing:

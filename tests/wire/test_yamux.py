@@ -526,8 +526,8 @@ def test_rs_wakes_all():
             peer.barrier()
             calls = [spawn(stream.read), spawn(queued.write, bytes(4 * MIB)),
                      spawn(stream.write, bytes(INITIAL_WINDOW + 1))]  # fmt: skip
-            for condition in (stream._readable, stream._writable, queued._writable):
-                wait_for_waiter(condition)
+            for bell in (stream._readable, stream._writable, queued._writable):
+                wait_for_waiter(bell)
             wait_until(lambda: session.jammed)
             assert session._mux._flows[3].queued == gotunnel.SEND_BUFFER
             began = time.monotonic()
@@ -686,8 +686,8 @@ def test_ga_close_race(transport, who):
         calls = [spawn(stream.read), spawn(full.write, bytes(INITIAL_WINDOW + 1)),
                  spawn(client.accept), spawn(client.open)]  # fmt: skip
         table = client._streams
-        for condition in (stream._readable, full._writable, table.arrival, table.slot):
-            wait_for_waiter(condition)
+        for bell in (stream._readable, full._writable, table.arrival, table.slot):
+            wait_for_waiter(bell)
         for call in CLOSERS[who](client, server):
             call.result(SOON)
         for call in calls:
@@ -921,7 +921,7 @@ def test_ld_fairness_among_those_who_send():
         peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
         streams = [accepted(peer, session, number) for number in range(1, 21, 2)]
         calls = send_endlessly(peer, streams)
-        wait_until(lambda: all(stream._writable._waiters for stream in streams))
+        wait_until(lambda: all(stream._writable.waiting for stream in streams))
 
         def most_to_least():
             counts = collections.Counter(dict.fromkeys(range(1, 21, 2), 0))

@@ -333,7 +333,7 @@ class Fuzzed:
         most = gotunnel.MAX_REPLIES + self.own_control + 1
         assert len(mux._replies) + len(mux._control) <= most
         assert mux._wasted <= gotunnel.WASTE + 1 and mux._late <= gotunnel.MAX_WINDOW
-        assert mux._queued == sum(flow.queued for flow in flows) == account._held
+        assert mux._queued == sum(flow.queued for flow in flows) == account.held
         assert abs(mux._queued - memory.buffered) < Account.STEP
         assert mux._queued <= gotunnel.SEND_QUEUE + len(flows) * gotunnel.SEND_BUFFER
         assert all(flow.queued <= gotunnel.SEND_BUFFER for flow in flows)
@@ -356,7 +356,7 @@ class Fuzzed:
         self.mux.end()
         check_tables(self.mux)
         assert len(self.mux._flows) == self.mux._inbound == self.mux._queued == 0
-        assert self.account._held == self.account.promised == 0
+        assert self.account.held == self.account.promised == 0
         self.account.close()
         assert self.memory.buffered == self.memory.promised == 0
 
@@ -560,7 +560,7 @@ class Model:
                 self.run.counts["whole"] += 1
         for mux, memory in zip(self.wire.ends, self.memories):
             check_tables(mux)
-            assert len(mux._flows) == mux._inbound == mux._queued == mux._account._held == 0
+            assert len(mux._flows) == mux._inbound == mux._queued == mux._account.held == 0
             assert mux.pull(EVERYTHING) == (b"", [])
             mux._account.close()
             assert memory.buffered == memory.promised == 0
