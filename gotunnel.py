@@ -1411,8 +1411,9 @@ class Buffers:
 
     def __init__(self, size: int, most: int):
         """At most ``most`` unused buffers are kept."""
-        self._size, self._most = size, most
-        self._spare: list[memoryview] = []
+        self._size = size
+        self._spare: deque[memoryview] = deque(maxlen=most)
+        self.give_back = self._spare.append
 
     def take(self) -> memoryview:
         try:
@@ -1420,15 +1421,11 @@ class Buffers:
         except IndexError:
             return memoryview(bytearray(self._size))
 
-    def give_back(self, buffer: memoryview) -> None:
-        if len(self._spare) < self._most:
-            self._spare.append(buffer)
 
-
-# A thread needs two: for encrypted and for plain bytes. Few sessions receive at one time, but many
-# visits do. The unused buffers of both pools together take 6 MiB at most.
+# Few sessions receive at one time, but many visits do. The unused buffers of both pools together
+# take 4 MiB at most.
 LARGE_BUFFERS = Buffers(READ_BATCH, 4)
-BUFFERS = Buffers(READ_SIZE, 64)
+BUFFERS = Buffers(READ_SIZE, 32)
 
 
 class Timers:

@@ -8,7 +8,7 @@ gotunnel shares a TLS connection between threads.
 from __future__ import annotations
 
 import contextlib
-import selectors
+import select
 import socket
 import ssl
 import struct
@@ -17,9 +17,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from time import monotonic, sleep
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from gotunnel import BUFFERS, LARGE_BUFFERS, READ_SIZE, BytesLike, Deadline
+from gotunnel import BUFFERS, READ_SIZE, BytesLike, Deadline
 
 if sys.platform.startswith("linux"):
     import fcntl
@@ -55,8 +55,16 @@ NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linu
 Spend = Callable[[float, int], None]  # see Duplex.write()
 Observer = Callable[[bool, BytesLike], None]  # see Duplex.observed()
 
-# A selector that needs no file descriptor, where the system has one (as in socketserver).
-_WaitSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+def _waiting(sock: socket.socket, *, writable: bool) -> Callable[[float | None], object]:
+    """A function that waits until a socket is readable, or writable: at most so many milliseconds
+    as it is told, None for ever; false afterwards. It needs no file descriptor, as epoll would."""
+    if not hasattr(select, "poll"):  # Windows
+        read, write = ([], [sock]) if writable else ([sock], [])
+        return lambda wait: any(select.select(read, write, [], wait and wait / 1000))
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT if writable else select.POLLIN)
+    return poll.poll
 
 
 class Duplex:
@@ -86,10 +94,12 @@ class Duplex:
         self._at_end = False  # the reader has seen the peer's half-close
         self._tls_at_end = False  # TLS has read it; the reader may have payload before it to read
         self._tls_holds = False  # TLS may have payload although the socket has none. Reader only
+        self._emptied = False  # the last receive() took all there was: wait first. Reader only
         self._tls: ssl.SSLObject | None = None  # between the two buffers
+        self._records: Any = None  # its read(), write() and pending()
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._no_payload = 0  # encrypted bytes since the last payload (NO_PAYLOAD). Reader only
-        self._early: deque[bytes] = deque()  # payload taken out of TLS by _write_close_notify()
+        self._early: deque[bytes] = deque()  # payload that we took out of TLS before there was room
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
         # Held to send, so that bytes leave in order. Guards all below, except _finished.
         self._send_lock = threading.Lock()
@@ -101,8 +111,8 @@ class Duplex:
         self._lost = False  # a send has failed, so an EOF that is read afterwards is not a real one
         self._lingers = True  # close() sends unsent bytes and FIN, not RST
         self._writer_waits = False
-        self._read_wait: selectors.BaseSelector | None = None  # made when first needed
-        self._write_wait: selectors.BaseSelector | None = None
+        self._wait_to_read: Callable[[float | None], object] | None = None  # made when first needed
+        self._wait_to_write: Callable[[float | None], object] | None = None
         self.stall_timeout: float = STALL_TIMEOUT  # the default timeout of write() and finish()
 
     def fileno(self) -> int:
@@ -147,6 +157,8 @@ class Duplex:
         self._tls_in.write(self._unread)
         self._tls_holds, self._unread = bool(self._unread), b""
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
+        # SSLObject only passes these calls on to a private object: spare each of them a call.
+        self._records = getattr(self._tls, "_sslobj", self._tls)
 
     def handshake(self) -> bool:
         """Go on with the handshake, with at most one read; False if it needs more from the peer.
@@ -162,7 +174,7 @@ class Duplex:
         if data is None:
             return False
         self._check()  # reset() in another thread also makes recv() return EOF
-        self._count_came(len(data), 0)
+        self._count_silent(len(data))
         with self._tls_lock:
             if data:
                 self._tls_in.write(data)
@@ -215,10 +227,12 @@ class Duplex:
     def receive(self, size: int = READ_SIZE) -> bytes | None:
         """At most ``size`` bytes that have come, b"" at the end, None if none have come."""
         if self._tls is None and not (self._unread or self._at_end):
-            self._check()
+            if self._broken:
+                self._check()
             data = self._receive_plain(size)
             if data == b"":
                 self._reach_end()
+            self._emptied = data is not None and 0 < len(data) < size
             return data
         buffer = BUFFERS.take()
         try:
@@ -229,17 +243,20 @@ class Duplex:
 
     def receive_into(self, view: memoryview) -> int | None:
         """As receive(), into a buffer: a number of bytes, 0 at the end, None if none have come."""
-        self._check()
+        if self._broken:
+            self._check()
         if self._unread:
             count = min(len(self._unread), len(view))
             view[:count], self._unread = self._unread[:count], self._unread[count:]
             return count
         if self._at_end:
             return 0
-        if self._tls is not None:
-            came = self._receive_tls(self._tls, view)
-        else:
+        if self._tls is None:
             came = self._receive_plain_into(view)
+        elif len(view) >= TLS_RECORD:
+            came = self._receive_tls(view)
+        else:
+            came = self._receive_some(view)
         if came == 0:
             self._reach_end()
         return came
@@ -265,32 +282,48 @@ class Duplex:
         except (BlockingIOError, InterruptedError):
             return None
 
-    def _receive_tls(self, tls: ssl.SSLObject, view: memoryview) -> int | None:
+    def _receive_some(self, view: memoryview) -> int | None:
+        """As _receive_tls(), if the buffer is too small for a record: keep what does not fit."""
+        buffer = BUFFERS.take()
+        try:
+            came = self._receive_tls(buffer)
+            if not came:
+                return came
+            count = min(came, len(view))
+            view[:count] = buffer[:count]
+            if count < came:
+                with self._tls_lock:
+                    self._early.appendleft(bytes(buffer[count:came]))
+                self._tls_holds, self._emptied = True, False
+            return count
+        finally:
+            BUFFERS.give_back(buffer)
+
+    def _receive_tls(self, view: memoryview) -> int | None:
         """As receive_into(). It reads the socket at most once: a peer that sends records without
         payload could hold the thread here for ever. So None may also mean that more can be read."""
-        buffers = BUFFERS if len(view) <= READ_SIZE else LARGE_BUFFERS
-        buffer = buffers.take()
-        try:
-            if self._tls_holds or self._early or self._tls_at_end:
-                count = self._open_records(tls, buffer[:0], view)
-                if count or self._tls_at_end:
-                    return count
-            came = self._receive_plain_into(buffer)
-            if came is None:
-                return None
-            if not came:
-                with self._tls_lock:
-                    self._tls_in.write_eof()
-            count = self._open_records(tls, buffer[:came], view)
-            self._count_came(came, count)
-            return count if count or self._tls_at_end else None
-        finally:
-            buffers.give_back(buffer)
+        if self._tls_holds or self._early or self._tls_at_end:
+            count = self._open_records(view, 0)
+            if count or self._tls_at_end:
+                return count
+        came = self._receive_plain_into(view)
+        if came is None:
+            return None
+        if not came:
+            with self._tls_lock:
+                self._tls_in.write_eof()
+        count = self._open_records(view, came)
+        if count:
+            self._no_payload = 0
+        else:
+            self._count_silent(came)
+        self._emptied = came < len(view) and not (self._tls_holds or self._tls_at_end)
+        return count if count or self._tls_at_end else None
 
-    def _open_records(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
+    def _open_records(self, view: memoryview, came: int) -> int:
         """Call _decrypt() with the lock, and send what TLS answers to the peer."""
         with self._tls_lock:
-            count = self._decrypt(tls, came, view)
+            count = self._decrypt(view, came)
             answers = self._tls_out.pending  # the peer asked for a key update
         if answers:
             with contextlib.suppress(OSError):  # the next write will fail too
@@ -299,8 +332,9 @@ class Duplex:
                 self._break("the peer does not read TLS's answers")
         return count
 
-    def _count_came(self, came: int, payload: int) -> None:
-        self._no_payload = 0 if payload else self._no_payload + came
+    def _count_silent(self, came: int) -> None:
+        """Count encrypted bytes that brought no payload."""
+        self._no_payload += came
         if self._no_payload > NO_PAYLOAD:
             self._break(f"more than {NO_PAYLOAD} bytes of TLS without payload")
 
@@ -308,14 +342,19 @@ class Duplex:
         self.reset()
         raise ConnectionAbortedError(text)
 
-    def _decrypt(self, tls: ssl.SSLObject, came: memoryview, view: memoryview) -> int:
-        """Decrypt earlier bytes, and those that just ``came``, into ``view``. Returns the number of
-        bytes; 0 if there was no complete record, or at the end. Caller holds the TLS lock.
+    def _decrypt(self, view: memoryview, came: int) -> int:
+        """Decrypt earlier bytes, and the ``came`` bytes that ``view`` begins with, into ``view``
+        itself. Returns the number of bytes; 0 if there was no complete record, or at the end.
+        Caller holds the TLS lock.
 
         All complete records are decrypted in one call, since each call has a fixed cost. TLS gets
         its input in pieces, since its buffer (ssl.MemoryBIO) grows and never shrinks.
         """
-        tls_in, count, room = self._tls_in, 0, len(view)
+        records, tls_in, count, room = self._records, self._tls_in, 0, len(view)
+        encrypted, given = view[:came], 0
+        if came:
+            given = came if self._early else TLS_PIECE
+            tls_in.write(encrypted[:given])
         while self._early and count < room:
             data = self._early.popleft()
             if len(data) > room - count:
@@ -323,55 +362,62 @@ class Duplex:
                 data = data[: room - count]
             view[count : count + len(data)] = data
             count += len(data)
-        while count < room and not self._tls_at_end:
+        holds = self._tls_holds
+        while not self._tls_at_end:
+            end = given if given < came else room  # TLS needs what is behind it
             try:
-                while count < room and (tls_in.pending or tls_in.eof or tls.pending()):
-                    # A count, if there is a buffer to read into: the library's stub is wrong.
-                    got: int = tls.read(TLS_RECORD, view[count:])  # type: ignore[assignment]
+                while count < end and (holds or tls_in.pending or tls_in.eof):
+                    got = records.read(TLS_RECORD, view[count:end])
                     if not got:
                         self._tls_at_end = True
                         break
                     count += got
+                    holds = count == end  # of this record there may be more
             except ssl.SSLWantReadError:  # part of a record
-                pass
+                holds = False
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # with or without close_notify
                 self._tls_at_end = True
-            if not came:
+            if given >= came:
                 break
-            tls_in.write(came[:TLS_PIECE])
-            came = came[TLS_PIECE:]
-        if came:
-            tls_in.write(came)
-        self._tls_holds = count > 0 and bool(self._early or tls_in.pending or tls.pending())
+            tls_in.write(encrypted[given : given + TLS_PIECE])
+            given += TLS_PIECE
+        self._tls_holds = count == room and bool(self._early or tls_in.pending or records.pending())
         return count
 
     def read(self, size: int = READ_SIZE, timeout: float | None = None) -> bytes:
         """Wait for bytes; b"" at the end. Raises TimeoutError after ``timeout`` seconds."""
-        deadline = Deadline(timeout)
+        if self._emptied:
+            timeout = self.wait_readable(timeout)
         while (data := self.receive(size)) is None:
-            self.wait_readable(deadline.left())
+            timeout = self.wait_readable(timeout)
         return data
 
     def unread(self, data: bytes) -> None:
         """Give bytes back: receive() returns them first. Reader only."""
         self._unread = data + self._unread
+        self._emptied = False
 
-    def wait_readable(self, timeout: float | None = None) -> None:
-        """Wait until the socket has bytes, or its end; raises TimeoutError."""
-        if self._read_wait is None:
-            self._read_wait = _WaitSelector()
-            self._read_wait.register(self._socket, selectors.EVENT_READ)
-        if not self._read_wait.select(timeout):
+    def wait_readable(self, timeout: float | None = None) -> float | None:
+        """Wait until the socket has bytes, or its end; returns what is left of ``timeout``. Raises
+        TimeoutError."""
+        if self._wait_to_read is None:
+            self._wait_to_read = _waiting(self._socket, writable=False)
+        if timeout is None:
+            self._wait_to_read(None)
+            return None
+        began = monotonic()
+        if not self._wait_to_read(1000 * max(0, timeout)):
             raise TimeoutError("the peer sent nothing in time")
+        return timeout - (monotonic() - began)
 
     # Writing
 
     def send(self, data: BytesLike) -> bool:
         """Give bytes to the kernel. False if some did not fit: call flush() until it is True."""
         with self._send_lock:
-            if self._tls is not None:
+            if self._records is not None:
                 with self._tls_lock:
-                    self._tls.write(data)
+                    self._records.write(data)
                     data = self._tls_out.read()
             self._unsent = b"".join((self._unsent, data)) if self._unsent else data
             return self._push()
@@ -389,7 +435,8 @@ class Duplex:
 
     def _push(self) -> bool:
         """Caller holds the send lock."""
-        self._check()
+        if self._broken:
+            self._check()
         while self._unsent:
             try:
                 sent = self._socket.send(self._unsent)
@@ -448,16 +495,15 @@ class Duplex:
     def _wait_writable(self, look: float, spend: Spend) -> None:
         """Wait until the kernel has room. It reports room only when a third of its buffer is free,
         and for a slow reader that takes minutes. So check every ``look`` seconds what was taken."""
-        if self._write_wait is None:
-            self._write_wait = _WaitSelector()
-            self._write_wait.register(self._socket, selectors.EVENT_WRITE)
+        if self._wait_to_write is None:
+            self._wait_to_write = _waiting(self._socket, writable=True)
         with self._send_lock:  # a reset() is either before _check(), or sees _writer_waits
             self._check()
             self._writer_waits = True
         try:
             untaken, began = self._untaken(), monotonic()
             while True:
-                ready = self._write_wait.select(look)
+                ready = self._wait_to_write(1000 * look)
                 left, now = self._untaken(), monotonic()
                 spend(now - began, max(untaken - left, 1 if ready else 0))
                 if ready:
@@ -582,8 +628,5 @@ class Duplex:
                 with self._tls_lock:
                     self._write_close_notify(self._tls)
                 self.flush()
-        for selector in (self._read_wait, self._write_wait):
-            if selector is not None:
-                selector.close()
         with self._send_lock:  # or a reset() in another thread could hit a reused descriptor
             self._socket.close()

@@ -162,7 +162,7 @@ def test_write_times_out_when_the_peer_does_not_read(duplexes):
         left.write(b"x", timeout=0.01)
 
 
-def test_write_waits_as_long_as_the_peer_reads(duplexes):
+def test_wait_to_writes_as_long_as_the_peer_reads(duplexes):
     left, right = duplexes
     writing = spawn(left.write, SOME, PATIENCE)
     count = 0
@@ -171,7 +171,7 @@ def test_write_waits_as_long_as_the_peer_reads(duplexes):
     writing.result(PATIENCE)
 
 
-def test_write_waits_for_a_slow_reader_before_the_kernel_has_room(duplexes, monkeypatch):
+def test_wait_to_writes_for_a_slow_reader_before_the_kernel_has_room(duplexes, monkeypatch):
     """Which takes megabytes: a third of what the kernel holds."""
     left, _ = duplexes
     fill(left)
@@ -316,7 +316,7 @@ def test_half_closed_tls_reads_on_to_an_end_without_farewell(transport):
 def test_stop_wakes_a_reader(duplexes):
     left, right = duplexes
     reading = spawn(left.read)
-    wait_until(lambda: left._read_wait)
+    wait_until(lambda: left._wait_to_read)
     left.stop()
     left.stop()
     assert reading.result(PATIENCE) == b""
@@ -337,7 +337,7 @@ def test_reset_wakes_a_reader_and_a_writer(duplexes):
     left, right = duplexes
     fill(left)
     reading, writing = spawn(left.read), spawn(write_on, left)
-    wait_until(lambda: left._read_wait and left._writer_waits)
+    wait_until(lambda: left._wait_to_read and left._writer_waits)
     left.reset()
     with pytest.raises(OSError):
         writing.result(PATIENCE)
@@ -416,7 +416,7 @@ def test_openssl_is_asked_only_under_its_lock():
             return getattr(self.part, name)
 
     with duplex_pair("tls") as (left, right):
-        for name in ("_tls", "_tls_in", "_tls_out"):
+        for name in ("_tls", "_records", "_tls_in", "_tls_out"):
             setattr(left, name, Guarded(getattr(left, name), left._tls_lock))
         assert not left.pending
         right.write(b"x")
