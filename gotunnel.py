@@ -176,8 +176,9 @@ DISCARD_LIMIT = 1 << 30  # bytes that we discard of a closed stream before we re
 SEND_BUFFER = 256 * 1024  # unsent bytes of one stream; more would use memory and bring no speed
 SEND_QUEUE = 8 * 1024 * 1024  # unsent bytes of all streams; above it each may queue FRAME_SHARED
 MAX_REPLIES = 32 * 1024  # unsent pongs and resets; above it the peer has stopped reading
-FRAME_ALONE = 64 * 1024  # payload of a DATA frame if only one stream sends: few headers
-FRAME_SHARED = 16 * 1024  # payload if several streams send: none waits long for its turn
+# Payload of a DATA frame. With its header it fills four records of TLS, or one.
+FRAME_ALONE = 64 * 1024 - HEADER_SIZE  # if only one stream sends: few headers
+FRAME_SHARED = 16 * 1024 - HEADER_SIZE  # if several streams send: none waits long for its turn
 SMALL = 1024  # bytes; smaller pieces of payload are joined, since each Python object costs memory
 
 # Useless frames (_waste) cost us work: many of them are a denial of service (compare HTTP/2's rapid
@@ -1385,7 +1386,7 @@ class Bell:
 
 # Session and Stream: a Mux driven by threads -----------------------------------------------------
 
-READ_SIZE = 64 * 1024  # bytes per read of one stream or visit
+READ_SIZE = FRAME_ALONE  # bytes per read of one stream or visit
 READ_BATCH = 512 * 1024  # bytes per read of a session, which carries many visits
 # Send quantum: bytes encrypted per write, and the limit of unsent bytes in the kernel
 # (TCP_NOTSENT_LOWAT). Pongs and credit queue behind both, so _pace() halves it on slow lines.
@@ -2274,9 +2275,13 @@ class Stream:
     def _take_out(self, size: int) -> bytes:
         """Remove up to ``size`` bytes of the payload; they are copied once at most."""
         parts: list[BytesLike] = []
+        most = size
         while self._chunks and size:
             chunk = self._chunks.popleft()
             if len(chunk) > size:
+                if size < most // 2:  # it is cheaper to leave the chunk whole for the next time
+                    self._chunks.appendleft(chunk)
+                    break
                 self._chunks.appendleft(chunk[size:])
                 chunk = chunk[:size]
             if type(chunk) is bytes and not (parts or self._chunks):
