@@ -38,8 +38,8 @@ This file is meant to be read from top to bottom:
     pure       errors, frames, Mux (the rules of yamux), control messages, the data header.
                Bytes in, events and frames out: no clock, no threads, no sockets.
     a banner   a line of "=" across the page
-    impure     threads, Waker; Session (a Mux driven by threads, with its parts Timers, Sender and
-               StreamTable) and Stream; relay (copies bytes both ways until both ends are done).
+    impure     threads, Waker, Bell; Session (a Mux driven by threads, with its parts Timers, Sender
+               and StreamTable) and Stream.
     process    what all sessions of the process share: its memory.
 
 A Session works over a Duplex: the TLS connection, of which one thread may read while another one
@@ -50,7 +50,6 @@ Importing this file imports no other file of ours and changes nothing in the pro
 
     thread          how many                 started by        ends when
     demultiplexer   one a session            Session.start     the session ends
-    relay           one a running relay      relay             both directions are done
     callers         any                      -                 the call returns; the end of the
                                                                session wakes all that wait
 
@@ -1376,7 +1375,7 @@ class Bell:
         return None if timeout is None else timeout - (monotonic() - began)
 
     def ring(self) -> None:
-        """Wake one thread, if one waits. With the lock, or after the change that was made with it."""
+        """Wake one thread, if one waits. With the lock, or after a change that was made with it."""
         if self.waiting:
             try:
                 self._rung.release()
@@ -2405,132 +2404,6 @@ class Stream:
             self._readable.ring()
             batch = self._sender.take()
         self._sender.send(batch)
-
-
-# relay -------------------------------------------------------------------------------------------
-
-LOOK_AT_ENDED = 15  # seconds between two checks whether an end that has sent FIN is still alive.
-# TCP keepalive takes minutes to find a dead one, so checking more often would not help
-DELIVERY_TIMEOUT = 30  # seconds without progress for the last bytes of an end that broke
-RESET_JOIN = 10  # seconds for the thread of a relay to notice a reset: it only has to wake up
-
-
-class Source(Protocol):
-    """Where pump() reads: a Stream, a Duplex or a wrapper of one."""
-
-    def read(self) -> bytes: ...
-    def cut(self) -> None: ...
-    def reset(self) -> None: ...
-
-
-class Sink(Protocol):
-    """Where pump() writes: a Stream, a Duplex or a wrapper of one."""
-
-    def write(self, data: bytes) -> None: ...
-    def finish(self) -> None: ...
-    def cut(self) -> None: ...
-    def reset(self) -> None: ...
-
-
-class RelayEnd(Source, Sink, Protocol):
-    """An end of a relay other than a Stream: a Duplex or a wrapper of one."""
-
-    def stop_reading(self) -> None: ...
-
-
-def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
-    """Copy bytes both ways until both ends are done; a half-close is passed on.
-
-    If one end breaks, the other one gets the bytes that came before, and then a reset: no byte that
-    came is lost, and data that was cut off does not look complete. One direction is copied by the
-    calling thread, the other one by a new thread. The caller closes both ends. Raises NoThread.
-
-    One direction may last for days after the other has ended. If the end that has sent FIN dies
-    then, nothing reads what still comes, and both are reset. A Stream reports its death
-    (on_death); a Duplex that no thread reads must be asked (died).
-    """
-    there, back = _Direction(left, right), _Direction(right, left)
-    for end, other in ((left, right), (right, left)):
-        if isinstance(end, Stream):  # wakes the thread that reads from the other end
-            end.on_death(other.cut if isinstance(other, Stream) else other.stop_reading)
-    name = f"{threading.current_thread().name} back"
-    thread = spawn(name, back.run, there)
-    there.run(back)
-    thread.join(RESET_JOIN)
-    if thread.is_alive():
-        log.error("thread %s still runs although its relay was reset (bug)", name)
-
-
-def pump(source: Source, sink: Sink) -> bool:
-    """Copy bytes one way until EOF, then half-close the sink; True if that succeeded.
-
-    If the source breaks, the sink is reset after what was copied. If the sink breaks, neither is
-    reset here: the thread that reads from the sink first reads what the sink sent before it broke,
-    and then resets the source. If the sink takes nothing for too long, or on any other error, both
-    are reset at once.
-    """
-    return _Direction(source, sink).copy()
-
-
-class _Direction:
-    """One direction of a relay."""
-
-    def __init__(self, source: Source, sink: Sink):
-        self.source, self.sink = source, sink
-        self.over = threading.Event()  # set when nothing more is copied
-        self.moved_at = monotonic()  # when the sink last took bytes
-
-    def run(self, back: _Direction) -> None:
-        """Copy everything; then wait for the other direction, and end it if an end is dead."""
-        source, sink = self.source, self.sink
-        well = self.copy()
-        self.over.set()
-        while not back.over.wait(LOOK_AT_ENDED):
-            if hasattr(source, "died") and source.died():
-                sink.cut()
-                break
-            if self._is_broken(well) and monotonic() - back.moved_at > DELIVERY_TIMEOUT:
-                self._reset()
-                break
-        if back.over.wait(RESET_JOIN) and self._is_broken(well):
-            source.cut()  # it may not know yet that its bytes were not delivered
-
-    def _is_broken(self, well: bool) -> bool:
-        """Whether bytes were not delivered. A dead Stream's finish() raises nothing, so ``well``
-        alone does not tell."""
-        return not well or (isinstance(self.sink, Stream) and self.sink.is_dead)
-
-    def copy(self) -> bool:
-        """See pump()."""
-        source, sink = self.source, self.sink
-        try:
-            while True:
-                try:
-                    data = source.read()
-                except OSError:
-                    sink.cut()
-                    source.reset()
-                    return False
-                if not data:
-                    sink.finish()
-                    return True
-                sink.write(data)
-                self.moved_at = monotonic()
-        except ConnectionError:  # the sink broke
-            return False
-        except TimeoutError as error:
-            log.info("%s: reset: %s", threading.current_thread().name, error)
-        except (OSError, ValueError):  # ValueError: closed or finished by another thread
-            pass
-        except Exception:
-            name = threading.current_thread().name
-            log.exception("thread %s: its relay is reset (bug, traceback follows)", name)
-        self._reset()
-        return False
-
-    def _reset(self) -> None:
-        self.source.reset()
-        self.sink.reset()
 
 
 # The process -------------------------------------------------------------------------------------

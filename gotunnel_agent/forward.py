@@ -45,11 +45,12 @@ from collections.abc import Callable
 from time import sleep
 from typing import Any, NamedTuple, NoReturn
 
-from gotunnel import BytesLike, Deadline, NoThread, relay, spawn
+from gotunnel import BytesLike, Deadline, NoThread, spawn
 
 from .common.duplex import Duplex
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
+from .common.relay import relay
 from .common.standard_error import free_standard_error
 from .common.tls import AEAD
 from .connect import addresses_of, connect

@@ -25,15 +25,12 @@ from typing import NamedTuple
 
 from gotunnel import (
     REFUSED,
-    RESET_JOIN,
     Deadline,
     Ends,
     NoThread,
     ProtocolError,
     Stream,
-    pump,
     read_data_header,
-    relay,
     spawn,
 )
 
@@ -41,6 +38,7 @@ from .common import proxy_protocol
 from .common.duplex import Duplex
 from .common.hostnames import normal_hostname
 from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED, Refusal
+from .common.relay import RESET_JOIN, pump, relay
 from .config import Target, Tunnel
 from .connect import addresses_of, connect
 

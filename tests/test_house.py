@@ -156,15 +156,16 @@ def test_a_wing_imports_only_what_it_may(module):
 
 
 def test_few_of_the_common_modules_know_the_wire():
-    """The connection that sessions run over; the codes of refusals, which are the wire's; the pool
-    of threads, whose jobs are called as spawn() calls a thread's function; and the status, for its
-    thread and the version."""
+    """The connection that sessions run over, and the relay between one and a stream; the codes of
+    refusals, which are the wire's; the pool of threads, whose jobs are called as spawn() calls a
+    thread's function; and the status, for its thread and the version."""
     modules = {module for module in HOUSE if module.startswith("gotunnel_agent/common/")}
     knowing = {module for module in modules if "gotunnel" in imports_of(module)}
     assert knowing == {
         "gotunnel_agent/common/duplex.py",
         "gotunnel_agent/common/process.py",
         "gotunnel_agent/common/refusals.py",
+        "gotunnel_agent/common/relay.py",
         "gotunnel_agent/common/show_status.py",
         "gotunnel_agent/common/status_socket.py",
     }

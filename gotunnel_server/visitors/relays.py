@@ -11,8 +11,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TypeVar
 
-from gotunnel import RESET_JOIN, NoThread, RelayEnd, Source, Stream, pump, relay, spawn
+from gotunnel import NoThread, Stream, spawn
 from gotunnel_agent.common import proxy_protocol, refusals
+from gotunnel_agent.common.relay import RESET_JOIN, RelayEnd, Source, pump, relay
 
 from ..routes import AgentBusy, Route
 from .postgres import Watched

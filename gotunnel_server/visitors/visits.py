@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic, time
 from typing import Protocol
 
-from gotunnel import RelayEnd, call_logged
+from gotunnel import call_logged
+from gotunnel_agent.common.relay import RelayEnd
 
 from . import visit as words
 from .forwarded import Proxies

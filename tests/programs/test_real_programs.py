@@ -48,8 +48,8 @@ from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 from websockets.sync.server import serve
 
-from gotunnel import relay
 from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.common.relay import relay
 
 PROGRAMS = ROOT / "tests" / "programs" / "sites"
 

@@ -9,9 +9,9 @@ import types
 import pytest
 from support import TIMEOUT
 
-import gotunnel
 from gotunnel import NoThread, StreamReset
 from gotunnel_agent.common import duplex as duplex_module
+from gotunnel_agent.common import relay as relay_module
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import relays
 from gotunnel_server.visitors.port import Port
@@ -158,7 +158,7 @@ class Tunnel:
 
 @pytest.mark.parametrize("sni", [None, "app.localhost"], ids=["plain", "TLS"])
 def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
-    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
+    monkeypatch.setattr(relay_module, "LOOK_AT_ENDED", 0.02)
     port = Port(site=None, room=Room(1, ()), proxies=(), timeouts=Timeouts(1, 1, 1))
     forgotten = threading.Event()
     seat = types.SimpleNamespace(leave=forgotten.set, settle=lambda: None)
@@ -199,7 +199,7 @@ def test_visit_without_a_thread_is_reset_on_both_sides_and_said(monkeypatch, cap
         raise NoThread("no thread to be had: raise the limit (ulimit -u)")
 
     monkeypatch.setattr(relays, "spawn", refuse)
-    monkeypatch.setattr(gotunnel, "spawn", refuse)
+    monkeypatch.setattr(relay_module, "spawn", refuse)
     relays._run(relays._relay_tcp, visitor, Route("app.localhost", "tcp", tunnel))
     assert stream.was_reset.is_set() and closed_at == [True] and forgotten.is_set()
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -25,9 +25,11 @@ from support import wait_until
 from tls_by_hand import ALERT, CHANGE_CIPHER_SPEC, PAYLOAD, USER_CANCELED, WARNING, HandTls
 
 import gotunnel
-from gotunnel import Deadline, pump, relay
+from gotunnel import Deadline
 from gotunnel_agent.common import duplex as duplex_module
+from gotunnel_agent.common import relay as relay_module
 from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.common.relay import pump, relay
 
 MIB = 1024 * 1024
 SOME = random.Random(3).randbytes(3 * MIB)  # more than the kernel takes at once
@@ -767,7 +769,7 @@ def test_relay_stops_when_an_end_is_gone():
 @pytest.mark.parametrize("reversed_", [False, True])
 def test_relay_ends_when_an_end_is_gone_whose_bytes_are_all_copied(monkeypatch, reversed_):
     """Its other direction would wait for ever: for a peer that ignores FIN and sends nothing."""
-    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
+    monkeypatch.setattr(relay_module, "LOOK_AT_ENDED", 0.02)
     outer, raw = tcp_pair()
     with duplex_pair("tcp") as (inner, silent), contextlib.closing(Duplex(raw)) as left:
         done = spawn(relay, *((inner, left) if reversed_ else (left, inner)))
@@ -782,7 +784,7 @@ def test_relay_ends_when_an_end_is_gone_whose_bytes_are_all_copied(monkeypatch, 
 
 
 def test_relay_stays_while_an_end_that_has_said_fin_still_reads(monkeypatch):
-    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.01)
+    monkeypatch.setattr(relay_module, "LOOK_AT_ENDED", 0.01)
     with relayed() as (left, right, done):
         left.finish()
         assert read_all(right) == b""
@@ -824,9 +826,9 @@ def test_pump_resets_both_ends_whatever_goes_wrong_and_logs_a_bug(error, caplog)
 def test_relay_does_not_wait_for_ever_for_a_direction_that_a_reset_does_not_end(
     monkeypatch, caplog
 ):
-    monkeypatch.setattr(gotunnel, "RESET_JOIN", 0.01)
-    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.01)
-    monkeypatch.setattr(gotunnel, "DELIVERY_TIMEOUT", 0.02)
+    monkeypatch.setattr(relay_module, "RESET_JOIN", 0.01)
+    monkeypatch.setattr(relay_module, "LOOK_AT_ENDED", 0.01)
+    monkeypatch.setattr(relay_module, "DELIVERY_TIMEOUT", 0.02)
     stuck, let_go = threading.Event(), threading.Event()
 
     class Stuck(Faulty):

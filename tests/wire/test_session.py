@@ -55,9 +55,10 @@ from gotunnel import (
     Session,
     SessionClosed,
     StreamReset,
-    relay,
 )
 from gotunnel_agent.common import duplex as duplex_module
+from gotunnel_agent.common import relay as relay_module
+from gotunnel_agent.common.relay import relay
 
 TRANSPORTS = ["tcp", "tls", "tls reversed"]
 ROLES = pytest.mark.parametrize("client", [True, False], ids=["client", "server"])
@@ -1677,8 +1678,8 @@ def test_relay_resets_a_stream_whose_other_side_broke():
 
 
 def test_relay_hears_of_a_dead_stream_while_both_ways_wait_for_the_other_end(monkeypatch):
-    monkeypatch.setattr(gotunnel, "LOOK_AT_ENDED", 0.02)
-    monkeypatch.setattr(gotunnel, "DELIVERY_TIMEOUT", 0.1)
+    monkeypatch.setattr(relay_module, "LOOK_AT_ENDED", 0.02)
+    monkeypatch.setattr(relay_module, "DELIVERY_TIMEOUT", 0.1)
     with raw_pair() as (peer, session), duplex_pair("socketpair") as (inner, _):
         inner._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         stream = accepted(peer, session)
