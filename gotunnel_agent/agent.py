@@ -152,7 +152,7 @@ class Service:
 
 
 class Snapshot(NamedTuple):
-    """How an agent does at a moment, for its operator."""
+    """An agent's state at one moment, for the status command."""
 
     gateway: str
     since: float | None  # monotonic time of the session's ack; None while none serves
@@ -233,7 +233,7 @@ class Agent:
             session.join(max(0, deadline - monotonic()))
 
     def snapshot(self) -> Snapshot:
-        """How it does now. Any thread."""
+        """The agent's state now. Any thread."""
         with self._lock:
             # While a new session is not registered yet, the one before serves.
             services = [self._service, *reversed(self._old)]

@@ -1,7 +1,7 @@
 """The agent's command line: arguments, logging, signals, exit codes.
 
-`gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` asks the running
-agent how it does: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
+`gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` shows the state
+of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
 `gotunnel-agent forward` is another program, in forward.py; __main__.py tells the two apart.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
@@ -32,7 +32,7 @@ its configuration from targets that it can reach. conf/agent.yaml explains each
 key."""
 EPILOG = """\
 gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
-gotunnel-agent status: asks the running agent how it does.
+gotunnel-agent status: shows the state of the running agent.
 gotunnel-agent hash-password: makes a hash for basic_auth."""
 
 HASH_PASSWORD = "hash-password"
@@ -110,7 +110,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def ask_status(arguments: list[str]) -> int:
-    """Print how the running agent does."""
+    """Print the state of the running agent."""
     parser = argparse.ArgumentParser(
         f"{PROGRAM} {STATUS}",
         description="Ask the agent that runs here for its session, tunnels and visits.\n"

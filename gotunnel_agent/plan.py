@@ -1,7 +1,8 @@
-"""A plan: a configuration with all that is made from it once, and how one differs from another.
+"""A plan: a configuration and the objects made from it (TLS contexts, routes). Also compares two
+configurations, for the log.
 
-The agent serves one plan at a time. When its operator has changed the file, the agent makes a new
-plan of it. Sessions that began under the old one keep that to their end.
+The agent serves one plan at a time. On SIGHUP it makes a new plan of the changed file. A session
+keeps the plan that it began with.
 """
 
 import ssl
@@ -14,9 +15,9 @@ from .config import Config, Target, Tunnel
 from .target import Route
 from .trust import tls_context
 
-# Keys whose change needs no other session: they concern the process alone.
+# Keys whose change needs no new session: they concern the process alone.
 OF_PROCESS = ("drain_timeout", "log_level", "status_socket")
-AT_START = ("status_socket",)  # what is read at the start alone
+AT_START = ("status_socket",)  # keys that have an effect at the start only
 # Fields of Config that have another name in the file.
 KEYS = {
     "tunnel_host": "tunnel_addr",
@@ -46,7 +47,8 @@ class Plan:
 
     @property
     def cas(self) -> list[list[bytes]]:
-        """The certificates of the CAs that are trusted: a file may have changed under its name."""
+        """The certificates of all trusted CAs. Two plans may differ in these only, if a CA file has
+        new content."""
         contexts = (self.context, *(route.context for route in self.routes.values()))
         return [context.get_ca_certs(True) for context in contexts if context is not None]
 
@@ -77,7 +79,7 @@ def changes(old: Config, new: Config) -> list[str]:
 
 
 def needs_session(old: Config, new: Config) -> bool:
-    """Whether the gateway, or a session, must hear of what differs."""
+    """Whether the difference needs a new session."""
     return any(key not in OF_PROCESS for key in _changed_keys(old, new))
 
 

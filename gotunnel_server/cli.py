@@ -210,7 +210,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     remove.add_argument("name", metavar="NAME", help="as the list shows it")
     status = commands.add_parser(
-        "status", help="ask the running gateway how it does",
+        "status", help="show the state of the running gateway",
         description="Ask the gateway that runs here for its sessions, hostnames, visits and\n"
         "certificates. Exit status: 0 it serves, 1 it drains, 2 nothing answers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

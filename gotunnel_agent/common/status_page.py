@@ -1,8 +1,8 @@
-"""Shows a status, as the status socket gives it, to a person. Values in, text out.
+"""Formats an answer of the status socket as text for people. Values in, text out.
 
 A plain value is a line "key  value". A list of objects is a table, whose columns are the keys of
-its first object. An object is shown as a line for each of its keys. Names say the kind: what ends
-in ``_seconds`` is a length of time, what ends in ``_at`` an instant.
+its first object. An object is shown as a line for each of its keys. A key that ends in ``_seconds``
+is a duration, one that ends in ``_at`` an instant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def render(status: Mapping[str, object], version: str) -> str:
-    """The lines. ``version`` is the asker's: another one of the process is remarked."""
+    """The text. ``version`` is that of this command; a line says so if the process has another."""
     plain = {key: value for key, value in status.items() if key not in HIDDEN}
     lines = [f"{key:<{MARGIN}}{text}" for key, text in _pairs(plain)]
     if status.get("version") != version:

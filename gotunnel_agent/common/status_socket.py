@@ -1,10 +1,11 @@
-"""The status socket: a unix socket on which a running program says how it does.
+"""The status socket: a unix socket on which a running program reports its state.
 
-The asker connects and sends ASK. The program sends one JSON object and a newline, and closes. The
-object's keys are the program's own, beside "format", "program", "version" and "pid".
+The client (the status command) connects and sends ASK. The program sends one JSON object and a
+newline, and closes. The object has "format", "program", "version", "pid", "started_at" and
+"uptime_seconds"; all other keys are the program's own.
 
 The socket's file has mode 0600, so only the program's own user and root can ask. One thread answers
-one asker at a time, and gives each PEER_TIMEOUT.
+one client at a time, and gives each PEER_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from .one_line import on_one_line
 
 log = logging.getLogger("gotunnel.status_socket")
 
-FORMAT = 1  # of the answer; raised when an older asker could misread it
+FORMAT = 1  # of the answer; raised when an older client could misread it
 ASK = b"status 1\n"
 OFF = "off"  # the value of STATUS_SOCKET and status_socket for no socket
 NAME = "status.sock"
 MAX_PATH = 107 if sys.platform == "linux" else 103  # bytes: sun_path without its terminating zero
-BACKLOG = 8  # askers that the kernel queues: a health check and an operator or two
-# Seconds for one asker to send its line and to take the answer. Both fit into the kernel's buffers,
-# and an asker that hangs keeps the others waiting.
+BACKLOG = 8  # clients that the kernel queues: a health check and an operator or two
+# Seconds for one client to send its line and to read the answer. Short, as both fit into the
+# kernel's buffers, and a client that hangs keeps the others waiting.
 PEER_TIMEOUT = 2
-ASK_TIMEOUT = 5  # seconds that the asker waits; some askers may be ahead of it
-MOST_ANSWER = 4 << 20  # bytes that the asker reads; the programs' own bounds keep far below
+ASK_TIMEOUT = 5  # seconds that a client waits; other clients may be ahead of it
+MOST_ANSWER = 4 << 20  # bytes that a client reads; an answer is far smaller
 # Seconds between two tries to get the socket's place, while another process has it: a gateway that
 # hands over to its successor drains for a while.
 RETRY = 1
@@ -45,15 +46,15 @@ NO_DESCRIPTOR = 0.2  # seconds until the next try, if the process has no descrip
 
 
 class NoAnswer(Exception):
-    """A program's status cannot be had; the text is one line for the operator."""
+    """There is no answer from a program; the text is one line for the operator."""
 
 
 class PlaceTaken(OSError):
-    """The socket's place belongs to something else; the text says to what."""
+    """Another process's socket, or another file, is at the path; the text says which."""
 
 
 def runtime_places(program: str) -> list[str]:
-    """Where a program's socket may be if no setting names one, the likeliest place first: in
+    """Where a program's socket may be if no setting names one, the preferred path first: in
     /run/PROGRAM (systemd's RuntimeDirectory), and in the user's own runtime folder."""
     if not hasattr(socket, "AF_UNIX") or not hasattr(os, "getuid"):
         return []
@@ -147,7 +148,7 @@ class StatusSocket:
             listening = listen(self.path)
             self._inode = _inode(self.path)
             log.debug("status socket %s: ready", self.path)
-            if self._ended:  # close() may have looked for the file too early
+            if self._ended:  # close() may have run before the file was there
                 self.close()
         except OSError as error:
             text = str(error) if isinstance(error, PlaceTaken) else error.strerror or str(error)
@@ -163,7 +164,7 @@ class StatusSocket:
             peer, _ = listening.accept()
         except BlockingIOError:  # the peer is gone
             return
-        except OSError:  # no descriptor is left
+        except OSError:  # no descriptor is left: without a pause the loop would spin
             sleep(NO_DESCRIPTOR)
             return
         with peer:
@@ -174,7 +175,7 @@ class StatusSocket:
                 peer.settimeout(PEER_TIMEOUT)
                 peer.sendall(self._text())  # its timeout counts for all bytes together
             except OSError as error:
-                log.debug("status socket: an asker got no answer: %s", error)
+                log.debug("status socket: a client got no answer: %s", error)
 
     def _text(self) -> bytes:
         uptime = monotonic() - self._began
@@ -195,11 +196,11 @@ def listen(path: str) -> socket.socket:
     gone. Raises PlaceTaken if a living process has it, or it is no socket; OSError."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise PlaceTaken("a file is there that is no socket, so it is left alone")
+            raise PlaceTaken("a file that is no socket has this path, and is not replaced")
         if _is_alive(path):
             raise PlaceTaken("another process answers there")
-    # Bound under another name and moved, so that there is no moment without the file, nor one in
-    # which others may connect.
+    # Bound under another name, then renamed: so the path always exists, and it never has a mode
+    # that lets other users connect.
     new = f"{path}.{os.getpid()}"
     if len(os.fsencode(new)) > MAX_PATH:
         new = path
@@ -254,7 +255,7 @@ def ask(places: Iterable[str], program: str) -> dict[str, Any]:
         except FileNotFoundError:
             continue
         except ConnectionRefusedError:
-            gone = gone or f"{path} is left of a process that has ended"
+            gone = gone or f"{path} was left by a process that has ended"
         except PermissionError:
             raise NoAnswer(f"{path}: permission denied; ask as the user that runs {program}, or as "
                            "root") from None  # fmt: skip
@@ -264,7 +265,7 @@ def ask(places: Iterable[str], program: str) -> dict[str, Any]:
         except OSError as error:
             raise NoAnswer(f"{path}: {error.strerror or error}") from None
     looked = gone or f"there is no socket {' or '.join(places) or 'of it here'}"
-    raise NoAnswer(f"it does not run here: {looked}")
+    raise NoAnswer(f"not running on this machine: {looked}")
 
 
 def _ask(path: str, program: str) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def _ask(path: str, program: str) -> dict[str, Any]:
                     break
                 data += more
         except (BrokenPipeError, ConnectionResetError):
-            pass  # judged by what has come
+            pass  # _read() reports what is missing
     return _read(bytes(data), path, program)
 
 
@@ -296,8 +297,8 @@ def _read(data: bytes, path: str, program: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict) or "format" not in answer:
-        raise NoAnswer(f"{path}: no status came; does another program listen there, or has "
-                       f"{program} just ended?")  # fmt: skip
+        raise NoAnswer(f"{path}: the answer is no status; does another program listen there, or "
+                       f"has {program} just ended?")  # fmt: skip
     who, version = on_one_line(str(answer.get("program")), 40), answer.get("version")
     if answer["format"] != FORMAT:
         raise NoAnswer(f"{path}: the process there has version {on_one_line(str(version), 40)}, "

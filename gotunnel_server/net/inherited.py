@@ -1,6 +1,7 @@
-"""Listening sockets that the process was given at its start, until a port takes them.
+"""Listening sockets that the process was given at its start (socket activation, hand-over), until a
+port takes them.
 
-They come from one of two givers:
+They come from one of two sources:
 
     systemd          LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES (sd_listen_fds(3)): the operator's unit
                      says which ports there are, so a socket serves the setting that it is named
@@ -8,8 +9,8 @@ They come from one of two givers:
     a predecessor    a gateway that hands over to this one (handover.py): its sockets serve where
                      the configuration, which may have changed, asks for the same address
 
-A port that finds no socket here is opened as ever. The backlog belongs to the socket: a connection
-that no process has accepted yet waits for the next one.
+A port without a socket here is opened as usual. The backlog belongs to the socket: a connection
+that no process has accepted yet waits until the next process accepts it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from gotunnel_agent.common.one_line import on_one_line
 log = logging.getLogger("gotunnel.inherited")
 
 FIRST = 3  # the first descriptor behind LISTEN_FDS (SD_LISTEN_FDS_START)
-# Sockets that a giver may hand over: a port of each setting on a few addresses, and public ports of
-# agents. Beyond it LISTEN_FDS is a typing error, and each number would be looked at.
+# Most sockets that may be given: a port of each setting on a few addresses, and public ports of
+# agents. A larger LISTEN_FDS is a typing error; without the limit each descriptor would be tried.
 MOST_SOCKETS = 4096
 MOST_NAME = 64  # characters of a name that the log shows
 LISTEN = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")  # variables of systemd's protocol
@@ -40,8 +41,8 @@ TCP_PORTS = "TCP_PORTS"
 
 
 class Given(NamedTuple):
-    """``name``: a setting such as GATEWAY_PORT, or TCP_PORTS; "" if it says nothing, then the port
-    number decides. ``by_systemd``: it was not a predecessor that opened the socket."""
+    """A given socket. ``name``: a setting such as GATEWAY_PORT, or TCP_PORTS; "" if the port number
+    decides for which setting it is. ``by_systemd``: opened by systemd, not by a predecessor."""
 
     sock: socket.socket
     name: str
@@ -62,7 +63,7 @@ class Inherited:
 
     def __init__(self, given: Iterable[Given] = ()) -> None:
         self._left = list(given)
-        # Those that were taken; a successor of ours has to know.
+        # Those of systemd that were taken: a successor must treat them as systemd's, too.
         self._by_systemd: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()  # guards both
 

@@ -88,7 +88,7 @@ def test_the_file_goes_when_the_program_stops(path, started):
 def test_a_socket_that_a_dead_process_left_is_replaced(path, started):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
-    assert "is left of a process that has ended" in refusal(path)
+    assert "was left by a process that has ended" in refusal(path)
     started(path, ready=False)
     wait_until(lambda: answers(path))
 
@@ -180,7 +180,7 @@ def test_an_asker_that_does_not_read_holds_the_thread_for_a_while_only(path, sta
 def test_a_bug_in_the_answer_is_logged_and_the_next_asker_is_answered(path, started, caplog):
     told = [{"state": "serving"}, {}]
     started(path, lambda: {"state": told.pop()["state"]})
-    assert "no status came" in refusal(path)
+    assert "the answer is no status" in refusal(path)
     assert ask([path], PROGRAM)["state"] == "serving"
     assert "bug, traceback follows" in caplog.text
 
@@ -213,10 +213,10 @@ def fake(path, *said, close=True):
 @pytest.mark.parametrize(
     "said, expected",
     [
-        (b"", "no status came"),
-        (b"220 smtp ready\r\n", "no status came"),
-        (b"[" * 100_000, "no status came"),
-        (b'{"status": 1}', "no status came"),
+        (b"", "the answer is no status"),
+        (b"220 smtp ready\r\n", "the answer is no status"),
+        (b"[" * 100_000, "the answer is no status"),
+        (b'{"status": 1}', "the answer is no status"),
         (b'{"format": 2, "program": "gotunnel-test", "version": "9.0"}', "has version 9.0"),
         (b'{"format": 1, "program": "gotunnel-agent"}', "gotunnel-agent answers there"),
         (b'{"format": 1, "program": "a\\nb"}', "a\\\\nb answers there"),
@@ -240,7 +240,7 @@ def test_a_process_that_does_not_answer_is_one_clear_line(path, monkeypatch):
 def test_an_endless_answer_is_cut(path, monkeypatch):
     monkeypatch.setattr(status_socket, "MOST_ANSWER", 1000)
     end = fake(path, b'{"format": 1, "x": "' + b"x" * 2000)
-    assert "no status came" in refusal(path)
+    assert "the answer is no status" in refusal(path)
     end()
 
 
@@ -279,7 +279,7 @@ def test_exit_status_says_whether_it_serves(path, started, capsys):
     assert "draining" in capsys.readouterr().out
     assert show_status.show_status(["none.sock"], PROGRAM, as_json=False) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"{PROGRAM}: it does not run here")
+    assert out == "" and err.startswith(f"{PROGRAM}: not running on this machine")
 
 
 def test_a_place_whose_folder_cannot_be_had_is_passed_over(tmp_path):

@@ -88,7 +88,9 @@ def test_a_running_gateway_and_its_agent_say_how_they_do(short):
 
     assert alone.returncode == 1 and "no session" in alone.stdout
     assert stopped.returncode == 2 and stopped.stdout == ""
-    assert stopped.stderr.startswith("gotunnel-agent: it does not run here: there is no socket ")
+    assert stopped.stderr.startswith(
+        "gotunnel-agent: not running on this machine: there is no socket "
+    )
 
 
 def test_a_gateway_that_stops_says_that_it_drains(short):
