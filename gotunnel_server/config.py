@@ -54,7 +54,7 @@ ACME_ENVS = (*DIRECTORIES, LOCAL)
 NAMES = frozenset({  # all variables that load() may read
     "ACCESS_LOG", "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY",
     "ACME_EAB_HMAC_KEY_FILE", "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN",
-    "AGENTS_FILE", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
+    "AGENTS_FILE", "AGENT_TIMEOUT", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
     "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
     "GATEWAY_HOST", "GATEWAY_PORT",
@@ -132,6 +132,7 @@ class Config:
     response_timeout: float  # until the first byte of the answer
     stall_timeout: float  # how long a reader may take nothing
     drain_timeout: float  # may be 0
+    agent_timeout: float  # how long a visit waits for an agent that has just left; 0: it does not
     log_level: str  # one of LOG_LEVELS
     status_socket: Path | None  # where `gotunnel-server status` asks; None: nowhere
     log_format: str  # one of LOG_FORMATS
@@ -230,6 +231,7 @@ def _complete(read: Variables) -> Config:
         response_timeout=read.seconds("RESPONSE_TIMEOUT", 300),
         stall_timeout=_stall_timeout(read),
         drain_timeout=read.seconds_or_zero("DRAIN_TIMEOUT", 15),
+        agent_timeout=read.seconds_or_zero("AGENT_TIMEOUT", 5),
         log_level=read.choice("LOG_LEVEL", LOG_LEVELS, "info"),
         status_socket=_status_socket(read),
         log_format=read.choice("LOG_FORMAT", LOG_FORMATS, "text"),

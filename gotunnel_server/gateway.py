@@ -34,11 +34,13 @@ from .net.inherited import NOTHING, Inherited
 from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
+from .served import ServedFile
 from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
 from .visitors.port import Port, PublicPort, TcpPort, drain
 from .visitors.room import Room, Timeouts
 from .visitors.visits import Subscriber
+from .visitors.waiting import WaitingRoom
 from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
@@ -65,6 +67,7 @@ class Gateway:
         )  # fmt: skip
         self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self.own_names)
+        self._served = ServedFile(config.acme_cache, self._registry)
         self._challenges = Challenges(
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),
             config.acme_cache,
@@ -72,6 +75,7 @@ class Gateway:
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
         self._build_keeper(config)
         self._proxies = Proxies(config.trusted_proxies)
+        self._waiting = WaitingRoom(self._registry, self._proxies, config.agent_timeout)
         self._ports = Ports(
             config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
         )
@@ -158,6 +162,7 @@ class Gateway:
     def _look_at_credentials(self, asked):
         self._credentials.reload(force=asked)
         self.tunnels.end_revoked()
+        self._served.write()
 
     # Visitors
 
@@ -173,6 +178,7 @@ class Gateway:
             Room(config.workers, self._proxies),
             context=self._certificates.fronts(config.gateway_host).context,
             site=self._site,
+            waiting=self._waiting,
             redirect=redirect,
             registry=self._registry,
             raw_host=config.raw_tcp_host,
@@ -215,7 +221,7 @@ class Gateway:
         else:
             room = Room(capacity.HTTP_REQUESTS, self._proxies)
             places = capacity.plain(capacity.HTTP_CONNECTIONS, self._proxies)
-        port = self._build_port(Port, room, site=site)
+        port = self._build_port(Port, room, site=site, waiting=self._waiting)
         self.http_port = self.listeners.add(
             "HTTP_PORT", config.http_port, port, places, port.first_timeout
         )
@@ -223,12 +229,9 @@ class Gateway:
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort."""
         port = kind(
-            room=room,
-            proxies=self._proxies,
-            timeouts=self._timeouts,
-            visits=self._recording.visits,
-            **rest,
-        )
+            room=room, proxies=self._proxies, timeouts=self._timeouts,
+            visits=self._recording.visits, **rest,
+        )  # fmt: skip
         self._visitor_ports.append(port)
         return port
 
@@ -260,11 +263,12 @@ class Gateway:
 
     def estate(self) -> Estate:
         """What a successor gets beside the sockets. Any thread."""
-        hostnames, ports = tuple(self._registry.routes()), self._ports.hostnames()
-        return Estate(hostnames, ports, self._challenges.published())
+        modes, ports = self._registry.modes(), self._ports.hostnames()
+        return Estate(modes, ports, self._challenges.published())
 
     def inherit(self, estate: Estate) -> None:
         """Before start(): take what a predecessor leaves."""
+        self._registry.expect(estate.modes)
         self._ports.remember(estate.ports)
         self._challenges.adopt(estate.proofs)
 

@@ -55,7 +55,7 @@ INIT = 1  # process id
 class Estate(NamedTuple):
     """What a successor gets beside the sockets."""
 
-    hostnames: tuple[str, ...]  # that agents serve now, and will serve again in a moment
+    modes: dict[str, str]  # of hostnames that agents serve now, and will serve again in a moment
     ports: dict[int, str]  # public ports that agents have: the hostname of each
     proofs: tuple[tuple[str, str, str], ...]  # published for a CA: see Challenges.published()
 
@@ -342,11 +342,12 @@ def _given(descriptor: int, name: str, by_systemd: bool) -> Given:
 
 def read_estate(fields: object) -> Estate:
     """An Estate of its JSON. Another version may leave some out, or write them in another way."""
-    found = Estate((), {}, ())
+    found = Estate({}, {}, ())
     if not isinstance(fields, dict):
         return found
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        found = found._replace(hostnames=tuple(map(str, fields.get("hostnames", ()))))
+        modes = {str(name): str(mode) for name, mode in fields.get("modes", {}).items()}
+        found = found._replace(modes=modes)
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         ports = {int(port): str(name) for port, name in fields.get("ports", {}).items()}
         found = found._replace(ports=ports)

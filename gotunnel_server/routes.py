@@ -6,13 +6,17 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel import Ends, Stream
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
 
-# Remembered hostnames in tcp mode whose agents have left, some 400 bytes each.
+# Remembered hostnames whose agents have left, some 400 bytes each.
 MOST_LEFT = 4096
+# Seconds after its agent has left in which a hostname is awaited: a drain of 5 s, a restart, and
+# the dial. Later it is more likely to be gone for good, and its visitors get their page at once.
+ABSENCE = 15
 
 
 class HostnameTaken(Exception):
@@ -107,6 +111,10 @@ class Registry:
         self._table: tuple[dict[str, Route], bool] = ({}, False)
         # Hostnames in tcp mode that are no longer served; the latest last.
         self._left_tcp: OrderedDict[str, None] = OrderedDict()
+        # Hostnames that are awaited: until when (monotonic); the latest last. Others only ask
+        # whether it is empty, as it nearly always is.
+        self.absent: OrderedDict[str, float] = OrderedDict()
+        self.on_claim: Callable[[], object] = lambda: None  # called when hostnames were claimed
 
     def claim(
         self,
@@ -136,6 +144,8 @@ class Registry:
             self._put(routes)
             for hostname in routes:
                 self._left_tcp.pop(hostname, None)
+                self.absent.pop(hostname, None)
+        self.on_claim()
 
     def _put(self, routes: dict[str, Route]) -> None:
         """Caller holds the lock, and does not change ``routes`` afterwards."""
@@ -161,10 +171,45 @@ class Registry:
                 if route.tunnel is not tunnel
             })  # fmt: skip
             for hostname, route in held.items():
-                if route.tunnel is tunnel and route.mode == "tcp":
-                    self._left_tcp[hostname] = None
-                    if len(self._left_tcp) > MOST_LEFT:
-                        self._left_tcp.popitem(last=False)
+                if route.tunnel is tunnel:
+                    self._miss(hostname, route.mode)
+
+    def expect(self, modes: Mapping[str, str]) -> None:
+        """Await hostnames, as if their agents had left just now: the gateway before served them.
+        ``modes``: mode by hostname."""
+        with self._lock:
+            for hostname, mode in modes.items():
+                if hostname not in self._table[0] and hostname not in self._reserved:
+                    self._miss(hostname, mode)
+
+    def _miss(self, hostname: str, mode: str) -> None:
+        """Caller holds the lock."""
+        self.absent.pop(hostname, None)
+        self.absent[hostname] = monotonic() + ABSENCE
+        if len(self.absent) > MOST_LEFT:
+            self.absent.popitem(last=False)
+        if mode == "tcp":
+            self._left_tcp[hostname] = None
+            if len(self._left_tcp) > MOST_LEFT:
+                self._left_tcp.popitem(last=False)
+
+    def modes(self) -> dict[str, str]:
+        """The mode of each hostname that is served, or awaited."""
+        now = monotonic()
+        with self._lock:
+            awaited = [hostname for hostname, until in self.absent.items() if until > now]
+            modes = {name: "tcp" if name in self._left_tcp else "http" for name in awaited}
+            return modes | {name: route.mode for name, route in self._table[0].items()}
+
+    def awaits(self, hostname: str) -> bool:
+        """Whether a hostname has no route, but had one less than ABSENCE seconds ago."""
+        if not self.absent or hostname in self._reserved or self.lookup(hostname) is not None:
+            return False
+        now = monotonic()
+        with self._lock:
+            while self.absent and next(iter(self.absent.values())) <= now:
+                self.absent.popitem(last=False)
+            return hostname in self.absent or any(n in self.absent for n in _wildcards(hostname))
 
     def only_tcp(self) -> Route | None:
         """The one Route in tcp mode; None if there is none, or more than one."""

@@ -54,6 +54,7 @@ class State(Named):
     GREETING = enum.auto()  # nothing any more: the visitor waits for the server's greeting
     FIRST_BYTES = enum.auto()  # enough first bytes to tell the protocol
     TLS_ASKED = enum.auto()  # the ClientHello that PostgreSQL's client has announced
+    AGENT = enum.auto()  # the agent of a tcp hostname, which is expected back (waiting.py)
     CERTIFICATE = enum.auto()  # a certificate that is being ordered
     HANDSHAKE = enum.auto()  # the rest of the TLS handshake
     PROOF = enum.auto()  # the rest of the TLS handshake of a TLS-ALPN-01 validation
@@ -178,6 +179,7 @@ class Arrival(Introduction):
         self._hello = client_hello.Reader()
         self._protocols: tuple[str, ...] = ()  # those offered by ALPN
         self._certificate_by = 0.0  # monotonic: wait no longer than that for a certificate
+        self._has_waited = False  # for its agent
         self._refused_gss = False  # PostgreSQL's client has asked for GSSAPI encryption
 
     def _await_first_bytes(self) -> bool:
@@ -205,8 +207,11 @@ class Arrival(Introduction):
         if self._route is None:
             self._receive()
         route = self._route or self._port.raw_route()
-        if route is None and not self._buffer and self._port.raw_host is not None:
-            return self._refuse_tcp(self._port.raw_host)
+        raw_host = self._port.raw_host
+        if route is None and not self._buffer and raw_host is not None:
+            if self._await_agent(raw_host, State.GREETING):
+                return False
+            return self._refuse_tcp(raw_host)
         if self._buffer or route is None:
             return self._go_to(State.FIRST_BYTES)
         return self._relay(route)
@@ -226,6 +231,9 @@ class Arrival(Introduction):
             return self._cancel()
         route = self._port.raw_route(ssh=kind == sniff.SSH)
         if route is None:
+            raw_host = self._port.raw_host
+            if raw_host is not None and self._await_agent(raw_host, State.FIRST_BYTES):
+                return False
             self._port.say_once(
                 "%s dropped: it speaks no TLS, and RAW_TCP_HOST names no tcp hostname for it",
                 self._visitor,
@@ -276,10 +284,28 @@ class Arrival(Introduction):
         if self._state is State.TLS_ASKED or client_hello.POSTGRESQL in said.alpn:
             self._visitor.cancel_keys = self._port.cancel_keys
         self._protocols = said.alpn
-        if self._port.awaits_certificate(said.server_name):
+        sni = said.server_name
+        # Before the handshake, which may name the service's own protocol (ALPN). Visits by http
+        # wait behind it, as their connections may be kept alive.
+        if sni and self._port.has_left_in_tcp(sni) and self._await_agent(sni, State.AGENT):
+            return False
+        return self._await_or_begin()
+
+    def _await_or_begin(self) -> bool:
+        """Begin the handshake, or wait for the certificate first."""
+        if self._port.awaits_certificate(self._visitor.sni):
             self._certificate_by = monotonic() + CERTIFICATE_TIMEOUT
             return self._go_to(State.CERTIFICATE)
         return self._begin_handshake()
+
+    def _await_agent(self, hostname: str, then: State) -> bool:
+        """Let the visit wait for its agent, once, if that is expected; ``then`` is its state."""
+        port = self._port
+        if not port.absent or port.waiting is None or self._has_waited or port.is_draining():
+            return False
+        self._has_waited = True
+        self._go_to(then)
+        return port.waiting.enter(hostname, self, self._visitor.listener, self.ready)
 
     def _begin_handshake(self) -> bool:
         sni, protocol = self._visitor.sni, None
@@ -369,6 +395,7 @@ class Arrival(Introduction):
         State.GREETING: Step(_listen_in_silence),
         State.FIRST_BYTES: Step(_read_first),
         State.TLS_ASKED: Step(_read_first),
+        State.AGENT: Step(_await_or_begin),
         State.CERTIFICATE: Step(_await_certificate),
         State.HANDSHAKE: Step(_handshake, begun=True),
         State.PROOF: Step(_handshake, begun=True),

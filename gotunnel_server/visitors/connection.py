@@ -11,23 +11,26 @@ Exchanges, and does not delay the steps of other connections.
 import contextlib
 import enum
 import logging
+from collections.abc import Collection
 from time import monotonic
 from typing import Protocol
 
 from gotunnel_agent.common.http1 import Malformed
 
 from ..net.shares import Shares
+from ..routes import Tunnel
 from . import pages, relays
 from .forwarded import Proxies
 from .http1_server import Handler
 from .login import Owner
 from .pages import Page
-from .request import Upgraded
+from .request import AgentLost, Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
 from .steps import Named, Step, Stepwise
 from .visit import CLIENT_CLOSED, SLOW
 from .visitor import Visitor
+from .waiting import WaitingRoom
 
 log = logging.getLogger("gotunnel.connection")
 
@@ -45,6 +48,7 @@ class State(Named):
     NEW = enum.auto()  # waiting for the first byte of the first head
     IDLE = enum.auto()  # keep-alive: waiting for the first byte of the next head
     HEAD = enum.auto()  # part of a head has arrived
+    AGENT = enum.auto()  # a head is complete, and its agent is expected back (waiting.py)
     LATE = enum.auto()  # ... and the rest took too long
     ASKED = enum.auto()  # a head is complete, and its request has a place in Exchanges.room
     PARTING = enum.auto()  # lingering close: our side has ended
@@ -57,6 +61,8 @@ class Port(Protocol):
     timeouts: Timeouts
     exchanges: Exchanges
     parting: Shares
+    waiting: WaitingRoom | None
+    absent: Collection[str]
 
     def is_draining(self) -> bool: ...
 
@@ -103,6 +109,29 @@ class HttpConnection(Stepwise):
             )
         self._begin_visit()
         self._visitor.seat.settle()
+        if self._port.absent and self._await_agent():
+            return False
+        return self._take_place()
+
+    def _await_agent(self, lost: Tunnel | None = None) -> bool:
+        """Let the request wait for its agent, if that is expected; its connection is the waiting
+        room's then. ``lost`` as for WaitingRoom.enter()."""
+        handler, visitor, waiting = self._handler, self._visitor, self._port.waiting
+        if waiting is None or not handler.may_wait or self._port.is_draining():
+            return False
+        handler.may_wait = False  # once a request
+        hostname = visitor.sni
+        if hostname is None:
+            try:
+                hostname = handler.read_request().hostname
+            except Malformed:
+                return False
+        self._go_to(State.AGENT)
+        return waiting.enter(hostname, self, visitor.listener, self.ready, lost)
+
+    def _take_place(self) -> bool:
+        """A place for the request, or the page that there is none."""
+        handler = self._handler
         if not self._port.exchanges.room.enter(self._visitor.address[0]):
             with contextlib.suppress(Malformed):  # "busy" will do as the answer
                 handler.read_request()  # whether it is HEAD, and what it accepts, shapes the page
@@ -125,13 +154,21 @@ class HttpConnection(Stepwise):
 
     def _answer(self) -> bool:
         handler = self._handler
+        lost: Tunnel | None = None
         try:
             handler.handle_one_request()
         except TimeoutError:
             self._visitor.fail_visit(SLOW, CLIENT_CLOSED)
             raise
+        except AgentLost as error:
+            lost = error.tunnel
         finally:
             self._leave_room()
+        if lost is not None:
+            waits = self._await_agent(lost)
+            handler.may_wait = False
+            return not waits and self._take_place()
+        handler.may_wait = True
         if handler.switched is not None:  # the visit ends with the relay
             if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)
@@ -198,6 +235,7 @@ class HttpConnection(Stepwise):
         State.IDLE: Step(_read_head, first_byte=State.HEAD),
         State.HEAD: Step(_read_head, time_up=State.LATE, begun=True),
         State.LATE: Step(_refuse_late),
+        State.AGENT: Step(_take_place),
         State.ASKED: Step(_hand_over),
         State.PARTING: Step(_drop),
     }

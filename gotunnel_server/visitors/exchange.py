@@ -27,7 +27,7 @@ from ..routes import AgentBusy
 from . import forwarded, login, pages, request_id
 from .forwarded import Proxies
 from .pages import RETRY, Page
-from .request import LEAST_BYTE_RATE, Request, Upgraded, VisitorGone
+from .request import LEAST_BYTE_RATE, AgentLost, Request, Upgraded, VisitorGone
 from .sites import Forward
 from .visit import CUT
 from .work import Work
@@ -261,8 +261,8 @@ class Exchange:
     def run(self) -> None:
         """Forward the request, and the answer back; without an answer, a page that says why.
 
-        Raises VisitorGone or an OSError if the visitor's connection cannot be used any more: the
-        visitor has left, or the answer was cut short and the connection reset.
+        Raises AgentLost. Raises VisitorGone or an OSError if the visitor's connection cannot be
+        used any more: the visitor has left, or the answer was cut short and the connection reset.
         """
         try:
             self._run()
@@ -334,6 +334,8 @@ class Exchange:
         try:
             self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
         except ConnectionError as error:
+            if upload is None and self._request.may_wait:
+                raise AgentLost(tunnel) from error
             raise self._agent_gone() from error
         except TimeoutError as error:
             text = f"The agent of {route.hostname} accepts no more requests at the moment. {RETRY}"

@@ -88,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         self.stall_timeout = stall_timeout
         self.visit: Visit | None = None  # the present one, if visits are recorded
         self.close_connection = False
+        self.may_wait = True  # as Request.may_wait
         self.current: Http1Request | None = None  # None while the next head is incomplete, too
         # For a visitor that reads slowly; made when a write has to wait for the first time.
         self._reader: Patience | None = None
@@ -154,8 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         return request
 
     def handle_one_request(self) -> None:
-        """Answer the request whose head has arrived. Raises VisitorGone or an OSError if the
-        connection cannot be used any more."""
+        """Answer the request whose head has arrived. Raises AgentLost if it can be called again;
+        VisitorGone or an OSError if the connection cannot be used any more."""
         try:
             request = self.read_request()
         except Malformed as error:
@@ -228,6 +229,7 @@ class Http1Request:
         self.scheme = handler.scheme
         self.sni = handler.sni
         self.owner = handler.owner
+        self.may_wait = handler.may_wait
         self.visit = handler.visit
         self.peer: str = handler.client_address[0]
         self.idle_timeout = handler.idle_timeout

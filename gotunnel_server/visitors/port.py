@@ -8,7 +8,7 @@ TcpPort       one tunnel's own port, which leads to one Route
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from socket import socket
 from time import monotonic
 from typing import Any
@@ -28,6 +28,7 @@ from .steps import Stepwise
 from .visit import STOPPED
 from .visitor import Visitor
 from .visits import Visits
+from .waiting import WaitingRoom
 
 log = logging.getLogger("gotunnel.port")
 
@@ -45,15 +46,19 @@ class Port:
         proxies: Proxies,
         timeouts: Timeouts,
         visits: Visits | None = None,
+        waiting: WaitingRoom | None = None,
     ):
         """``site``: see Handler. Several ports may share a ``room``. ``proxies``: the addresses
-        that stand for many visitors each. ``visits``: None if none are recorded."""
+        that stand for many visitors each. ``visits``: None if none are recorded. ``waiting``: None
+        if no visit waits for its agent."""
         self.site = site
         self.room = room
         self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
         self.proxies = proxies
         self.timeouts = timeouts
         self.visits = visits
+        self.waiting = waiting
+        self.absent: Collection[str] = () if waiting is None else waiting.absent
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
@@ -98,6 +103,8 @@ class Port:
     def start_draining(self) -> None:
         """From now on each connection is closed after the answer to its present request."""
         self._draining.set()
+        if self.waiting is not None:
+            self.waiting.give_up()
 
     def await_last(self, timeout: float) -> None:
         """Wait until all visitors have been served and have left, ``timeout`` seconds at most."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from gotunnel import Ends, Stream
 from gotunnel_agent.common.http1 import Fields
 
-from ..routes import Route
+from ..routes import Route, Tunnel
 from .login import Owner
 from .visit import Visit
 
@@ -23,6 +23,15 @@ LEAST_BYTE_RATE = 240
 
 class VisitorGone(Exception):
     """The visitor has left or cut its request short, so nobody reads an answer."""
+
+
+class AgentLost(Exception):
+    """The tunnel of a request's route takes no visit any more. Nothing of the request is lost: it
+    may be served by the next tunnel of its hostname."""
+
+    def __init__(self, tunnel: Tunnel):
+        super().__init__("the agent has left")
+        self.tunnel = tunnel
 
 
 class Upgraded(NamedTuple):
@@ -66,6 +75,7 @@ class Request(Protocol):
     body_length: int | None  # bytes, None if not known beforehand
     trailers: Iterable[tuple[str, str]]  # complete when the body is
     idle_timeout: float  # seconds that the visitor may send nothing while its body is awaited
+    may_wait: bool  # whether the visit may wait for another tunnel: see AgentLost
 
     @property
     def body_complete(self) -> bool:

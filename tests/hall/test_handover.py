@@ -154,7 +154,7 @@ def test_a_successor_gets_sockets_names_and_estate(gateway, tmp_path):
         ("GATEWAY_PORT", gateway.public_port),
         ("TUNNEL_PORT", gateway.tunnel_port),
     ]
-    assert estate == {"estate": {"hostnames": [], "ports": {}, "proofs": []}}
+    assert estate == {"estate": {"modes": {}, "ports": {}, "proofs": []}}
     assert {"KEPT", "WATCHDOG_USEC"} < set(environment)
     assert not {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID"} & set(environment)
 
@@ -193,7 +193,7 @@ def test_a_successor_shows_what_its_predecessor_proves_to_a_ca(cache):
     "fields", [None, [], {}, {"ports": None}, {"proofs": [["a"]]}, {"ports": {"x": "y"}}]
 )
 def test_an_estate_of_another_version_gives_what_can_be_read(fields):
-    assert handover_module.read_estate(fields) == handover_module.Estate((), {}, ())
+    assert handover_module.read_estate(fields) == handover_module.Estate({}, {}, ())
 
 
 # The programs ------------------------------------------------------------------------------------

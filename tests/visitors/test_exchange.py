@@ -33,6 +33,7 @@ class Visitor:
     scheme, sni, peer, authority, hostname = "https", APP, "192.0.2.1", f"{APP}:8443", APP
     idle_timeout = SOON
     owner = visit = None
+    may_wait = False
 
     def __init__(self, method="GET", path="/", *fields, body=None, wants_upgrade=False, room=True):
         """``body``: bytes that it announces, None if it has none, ... if it does not say."""
@@ -195,7 +196,7 @@ def test_http1_implements_the_whole_interface():
     """Attributes, and methods with as many parameters."""
     blank = Http1Request.__new__(Http1Request)
     # By its __init__(), of its handler.
-    made_later = {"scheme", "sni", "owner", "peer", "idle_timeout", "visit"}
+    made_later = {"scheme", "sni", "owner", "peer", "idle_timeout", "visit", "may_wait"}
     for name in Request.__annotations__.keys() - made_later - {"body_complete"}:
         assert hasattr(blank, name), name
     assert isinstance(Http1Request.body_complete, property)

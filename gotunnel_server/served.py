@@ -1,0 +1,57 @@
+"""Tells a gateway which hostnames its predecessor served, by a small file in ACME_CACHE.
+
+A gateway that has just started knows no agent, though the agents are about to dial. Visits of the
+hostnames in the file wait for them (visitors/waiting.py). Certificates would not do: they also
+stand for hostnames that nobody has served for months, and a wildcard names none.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from gotunnel_agent.common import atomic_file
+
+from .routes import MOST_LEFT, Registry
+
+log = logging.getLogger("gotunnel.served")
+
+FILE = "served.json"  # hostname to mode
+MAX_FILE = 2 * 1024 * 1024  # bytes: MOST_LEFT hostnames of 253 characters take half of it
+
+
+class ServedFile:
+    """The file. One thread at a time."""
+
+    def __init__(self, folder: Path, registry: Registry):
+        """Have the ``registry`` expect what the predecessor served, if that can be read."""
+        self._path = folder / FILE
+        self._registry = registry
+        self._written: dict[str, str] | None = None
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                found = json.loads(file.read(MAX_FILE))
+            modes = {name: mode for name, mode in found.items() if isinstance(name, str)}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            log.warning("%s cannot be read (%s): visits do not wait for the agents of the gateway "
+                        "before", self._path, error)  # fmt: skip
+            return
+        self._registry.expect(modes)
+
+    def write(self) -> None:
+        """Write what is served, or awaited, if it has changed. May wait for the disk."""
+        served = dict(sorted(self._registry.modes().items())[:MOST_LEFT])
+        if served == self._written:
+            return
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            new = self._path.with_name(f".{FILE}.new")
+            atomic_file.write(self._path, json.dumps(served).encode(), new=new)
+        except OSError as error:
+            log.debug("%s cannot be written: %s", self._path, error)
+            return
+        self._written = served
