@@ -406,6 +406,42 @@ def test_pump_does_not_pass_a_reset_on_as_an_end():
             right.read(timeout=PATIENCE)
 
 
+@pytest.mark.parametrize("transport", ["tcp", "tls"])
+def test_a_reader_that_has_emptied_the_socket_waits_before_it_reads_again(transport):
+    class Counting:
+        """A socket that counts the reads that found nothing."""
+
+        vain = 0
+
+        def __getattr__(self, name):
+            return getattr(raw, name)
+
+        def counted(self, function, argument):
+            try:
+                return function(argument)
+            except BlockingIOError:
+                self.vain += 1
+                raise
+
+        def recv(self, size):
+            return self.counted(raw.recv, size)
+
+        def recv_into(self, view):
+            return self.counted(raw.recv_into, view)
+
+    with duplex_pair(transport) as (left, right):
+        raw = right._socket
+        right._socket = counting = Counting()
+        for _ in range(10):
+            left.write(b"ping")
+            assert right.read(timeout=PATIENCE) == b"ping"
+            reading = spawn(right.read, timeout=PATIENCE)
+            left.write(b"pong")
+            assert reading.result(PATIENCE) == b"pong"
+        right.unread(b"back")
+        assert right.read(timeout=0) == b"back" and counting.vain <= 1
+
+
 def test_openssl_is_asked_only_under_its_lock():
     class Guarded:
         """Part of a Duplex's TLS that may only be touched under the lock."""

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support import wait_until
 
 import gotunnel
-from gotunnel import NoThread, Waker, spawn
+from gotunnel import Bell, NoThread, Waker, spawn
 
 
 def no_more_threads(monkeypatch):
@@ -53,6 +54,43 @@ def test_a_waker_that_was_closed_writes_to_no_other_descriptor():
     with socket.create_server(("127.0.0.1", 0)):  # takes the free number
         waker.wake()
     waker.close()
+
+
+def test_a_bell_wakes_one_thread_after_the_other_and_keeps_what_is_left_of_the_time():
+    lock, left, changed = threading.Lock(), [], []
+    bell = Bell(lock)
+
+    def wait(timeout):
+        with lock:
+            while not changed:
+                timeout = bell.wait(timeout)
+            left.append(timeout)
+            bell.ring()
+
+    with ThreadPoolExecutor(3) as pool:
+        waits = [pool.submit(wait, timeout) for timeout in (None, 60, 60)]
+        wait_until(lambda: bell.waiting == 3)
+        bell.ring()
+        bell.ring()  # in vain, and it does no harm
+        with lock:
+            changed.append(True)
+        bell.ring()
+        for done in waits:
+            done.result(10)
+    assert bell.waiting == 0 and left.count(None) == 1
+    assert all(0 < seconds < 60 for seconds in left if seconds is not None)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.01])
+def test_a_bell_that_nobody_rings_ends_the_wait_with_the_lock_held(timeout):
+    lock = threading.Lock()
+    bell = Bell(lock)
+    bell.ring()  # nobody waits: it is not kept
+    with lock:
+        with pytest.raises(TimeoutError):
+            bell.wait(timeout)
+        assert lock.locked()
+    assert bell.waiting == 0
 
 
 @pytest.mark.parametrize(("limit", "memory"), [("max", 8), (str(5 << 20), 5), (str(1 << 62), 8)])
