@@ -57,7 +57,7 @@ MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
 RESOURCES = ("newNonce", "newAccount", "newOrder")
 # A reserved name that no agent has (RFC 6761 §6.4): a gateway answers with an error of its own.
-NOBODY = "check.invalid"
+UNKNOWN_HOST = "check.invalid"
 
 
 class Finding(NamedTuple):
@@ -214,7 +214,7 @@ def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool)
     question, expected = (
         (Header(PING, SYN, 0, 1).encode(), Header(PING, ACK, 0, 1).encode())
         if tunnel else
-        (f"GET / HTTP/1.1\r\nHost: {NOBODY}\r\nConnection: close\r\n\r\n".encode(),
+        (f"GET / HTTP/1.1\r\nHost: {UNKNOWN_HOST}\r\nConnection: close\r\n\r\n".encode(),
          b"\r\nx-gotunnel-error:")
     )  # fmt: skip
     answer, deadline = b"", time.monotonic() + PROBE_TIMEOUT
@@ -224,7 +224,7 @@ def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool)
             open_ones.callback(sock.close)
             if tls_name is not None:
                 sni = tls_name if valid_hostname(tls_name) else None
-                sock = _trusting_anybody().wrap_socket(sock, server_hostname=sni)
+                sock = _unverified_context().wrap_socket(sock, server_hostname=sni)
                 open_ones.callback(sock.close)
             sock.sendall(question)
             while len(answer) < MOST_BYTES and time.monotonic() < deadline:
@@ -241,7 +241,7 @@ def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool)
     return False
 
 
-def _trusting_anybody() -> ssl.SSLContext:
+def _unverified_context() -> ssl.SSLContext:
     """A context that verifies nothing: we send no secret, and only ask which program it is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

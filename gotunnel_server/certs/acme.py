@@ -192,7 +192,7 @@ class Ca:
         order = self._finalize(ca, url, order, _request(hostname, key), hostname)
         url = _text(url, order, "certificate")
         chain = ca.post(url, None).content
-        self._see_that_it_lives(url, chain)
+        self._refuse_expired(url, chain)
         return chain
 
     def renewal_info(self, leaf: x509.Certificate, stop: Stop) -> tuple[Window | None, float]:
@@ -215,7 +215,7 @@ class Ca:
         window = Window(start, end) if start <= end else None
         return window, ask_delay(self._retry_after(answer))
 
-    def _see_that_it_lives(self, url: str, chain: bytes) -> None:
+    def _refuse_expired(self, url: str, chain: bytes) -> None:
         """Refuse a new certificate that has already expired: it must not replace a valid one. The
         store checks the rest."""
         try:

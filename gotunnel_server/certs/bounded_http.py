@@ -104,12 +104,12 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *arguments: Any, **keywords: Any) -> None:
         super().init_poolmanager(*arguments, **keywords)
         self.poolmanager.pool_classes_by_scheme = {
-            "http": _shown(urllib3.HTTPConnectionPool, self._watch),
-            "https": _shown(urllib3.HTTPSConnectionPool, self._watch),
+            "http": _watched(urllib3.HTTPConnectionPool, self._watch),
+            "https": _watched(urllib3.HTTPSConnectionPool, self._watch),
         }
 
 
-def _shown(pool: type, watch: Callable[[socket.socket], None]) -> type:
+def _watched(pool: type, watch: Callable[[socket.socket], None]) -> type:
     """``pool``, a class of urllib3, whose connections call ``watch`` with their sockets."""
 
     # mypy does not accept a base class that is only known at run time.

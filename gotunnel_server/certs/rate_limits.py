@@ -100,13 +100,13 @@ class Bounds(NamedTuple):
         return cls(domain=Quota(certificates, WEEK))
 
     @property
-    def part(self) -> Quota:
+    def all_per_credential(self) -> Quota:
         """One credential's part of ``all``."""
         return self.all._replace(most=max(1, self.all.most * 2 // 3))
 
     @property
-    def share(self) -> Quota:
-        """One credential's part of one domain's."""
+    def domain_per_credential(self) -> Quota:
+        """One credential's part of ``domain``."""
         return self.domain._replace(most=max(1, self.domain.most * 8 // 9))
 
     def of_credential(self, limits: Limits) -> tuple[Quota, Quota]:
@@ -160,11 +160,11 @@ class RateLimits:
         hour, week = bounds.of_credential(limits)
         more = "more new hostnames than this credential gets certificates for in"
         return tokens + [
-            Token(f"part {key}", bounds.part,
+            Token(f"part {key}", bounds.all_per_credential,
                   "more new hostnames than one credential gets of the CA's orders", ORDER),
-            Token(f"share {key} {domain}", bounds.share,
+            Token(f"share {key} {domain}", bounds.domain_per_credential,
                   f"more new hostnames of {domain} than one credential gets certificates for in a "
-                  f"week ({bounds.share.most})", CERTIFICATE),
+                  f"week ({bounds.domain_per_credential.most})", CERTIFICATE),
             Token(f"hour {key}", hour, f"{more} an hour ({hour.most})", ATTEMPT),
             Token(f"week {key}", week, f"{more} a week ({week.most})", ATTEMPT),
         ]  # fmt: skip
