@@ -29,7 +29,7 @@ from fault_ledger import ENDS, FAILED, HANG_BOUND, HUNG, MOST_SHOWN, WHOLE, WRON
 from fault_lines import KINDS, Deck, Line
 from fault_targets import Target
 from fault_visits import Site, Visitor
-from support import ROOT, agent_process, gateway_process, tls_context
+from support import ROOT, agent_process, gateway_process, tls_context, wait_until
 
 # A small share of a machine: so many visitors, and seconds between two visits of each, on average.
 AGENTS, HOSTNAMES, VISITORS = 3, 3, 8
@@ -49,18 +49,22 @@ GATEWAY = {
 }  # fmt: skip
 AGENT = {"stall_timeout": 6}
 
-# Process faults of agents and of the gateway, each with the seconds between two of them.
-KILL_AGENT, STOP_AGENT, STOP_LONG = AGENT_TROUBLES = (
-    "agent killed", "agent stopped", "agent stopped for long",
+# Process faults of agents and of the gateway, each kind with the seconds between two of them.
+KILL_AGENT, STOP_AGENT, STOP_LONG, RELOAD_AGENT = AGENT_TROUBLES = (
+    "agent killed", "agent stopped", "agent stopped for long", "agent told to read its file again",
 )  # fmt: skip
-RESTART_GATEWAY, KILL_GATEWAY = GATEWAY_TROUBLES = ("gateway restarted", "gateway killed")
+RESTART_GATEWAY, KILL_GATEWAY, HAND_OVER = GATEWAY_TROUBLES = (
+    "gateway restarted", "gateway killed", "gateway handed over",
+)  # fmt: skip
 TROUBLES = AGENT_TROUBLES + GATEWAY_TROUBLES
-BETWEEN_AGENTS, BETWEEN_GATEWAYS = (3.0, 6.0), (10.0, 18.0)
+BETWEEN_AGENTS, BETWEEN_GATEWAYS = (3.0, 6.0), (8.0, 14.0)
 SHORT_STOP = (0.5, 4.0)
 LONG_STOP = (12.0, 25.0)  # a session ends after 20 s of silence at the latest
 # Seconds at the end, without faults, until each hostname must be served again: an agent waits 30 at
 # most before it dials, and an old session may have to be found dead before.
 RECOVERY_BOUND = 60
+END_TIMEOUT = 10  # seconds for a gateway that drains (DRAIN_TIMEOUT)
+HANDED_OVER = re.compile(r"the successor, process (\d+), serves|hand-over failed")
 LEAST_WHOLE = 0.25  # of all visits; with fewer, faults would hide what the others do to each other
 SHOWN_EVERY, PRINTED_EVERY = 1, 15  # seconds between two figures, on a terminal and elsewhere
 
@@ -160,14 +164,17 @@ class Bench:
             gateway_process(self._cache, **how, **self._settings)
         )
         self._gateway, self._ca_file = gateway, gateway.ca_file
+        self._gateway_pid = gateway.program.pid  # or its successor's
         self._visitor_line.upstream = gateway.public_port
         for line in self._agent_lines.values():
             line.upstream = gateway.tunnel_port
 
-    def _end_gateway(self):
+    def _end_gateway(self, how=signal.SIGTERM):
         self._visitor_line.upstream = None
         for line in self._agent_lines.values():
             line.upstream = None
+        if self._gateway is not None:
+            end_process(self._gateway_pid, how)
         self._gateway_stack.close()
         if self._gateway is not None:
             self._note_lines("gateway", self._gateway.program.lines)
@@ -266,11 +273,29 @@ class Bench:
             agent.program.signal(signal.SIGSTOP)
             stop.wait(pause)
             agent.program.signal(signal.SIGCONT)
+        elif kind == RELOAD_AGENT:
+            agent.program.signal(signal.SIGHUP)
+        elif kind == HAND_OVER:
+            self._hand_over()
         else:
-            if kind == KILL_GATEWAY:
-                self._gateway.program.signal(signal.SIGKILL)
-            self._end_gateway()
+            self._end_gateway(signal.SIGKILL if kind == KILL_GATEWAY else signal.SIGTERM)
             self._start_gateway()
+
+    def _hand_over(self):
+        """Have the gateway start a successor, which keeps its ports."""
+        program = self._gateway.program
+        before = len(self._outcomes_of_handing_over())
+        os.kill(self._gateway_pid, signal.SIGUSR2)
+        [outcome] = wait_until(lambda: self._outcomes_of_handing_over()[before:])
+        if outcome[1]:
+            self._gateway_pid = int(outcome[1])
+        else:
+            self._bugs.append(f"gateway: {program.lines[-1]}")
+
+    def _outcomes_of_handing_over(self) -> list:
+        """Matches of HANDED_OVER in what the gateways have said since the first one started."""
+        lines = list(self._gateway.program.lines)
+        return [match for line in lines if (match := HANDED_OVER.search(line))]
 
     # The end
 
@@ -302,7 +327,7 @@ class Bench:
         return (
             f"{monotonic() - self._began:5.0f} s  {sum(map(count, ENDS))} visits: "
             f"{count(WHOLE)} whole, {count(FAILED)} failed visibly, {count(WRONG)} wrong, "
-            f"{count(HUNG)} hung; {faults} faults; gateway {memory_of(self._gateway.program.pid)}"
+            f"{count(HUNG)} hung; {faults} faults; gateway {memory_of(self._gateway_pid)}"
         )
 
     def _report(self, seconds, stuck, dead, of_worth=False) -> Report:
@@ -393,6 +418,24 @@ def table(title, columns, rows) -> list:
 
 def told(counts) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "none"
+
+
+def end_process(pid, how):
+    """Signal a process and wait for its end; SIGKILL if it takes more than END_TIMEOUT seconds. It
+    may be another process's child, and a zombie that nobody waits for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, how)
+        deadline = monotonic() + END_TIMEOUT
+        while not _is_zombie(pid):
+            os.kill(pid, 0 if monotonic() < deadline else signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def _is_zombie(pid) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:  # it has ended, or this is not Linux
+        return False
 
 
 def memory_of(pid) -> str:
