@@ -40,6 +40,10 @@ class Wrong(Exception):
     """A visit got what it must not get."""
 
 
+class Anothers(Wrong):
+    """A visit got the answer to another one. No altered byte excuses that."""
+
+
 class Hung(Exception):
     """A visit did not end within HANG_BOUND; the text says what it waited for."""
 

@@ -149,8 +149,9 @@ class Target:
         connection = self.line.connection_to(port)
         try:
             self._serve(Peer(sock), connection)
-        except Ended:
-            pass
+        except Ended as ended:
+            if not ended.clean:  # given up, perhaps by us: no end that looks like an answer's
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         except Garbled as error:
             if not connection.altered:
                 self._ledger.accuse(f"target of {self.hostname}: {error}")
@@ -189,7 +190,10 @@ class Target:
         if method == "POST" and not self._ledger.arrives_once(visit):
             raise Garbled(f"visit {visit}: its POST has come twice")
         size, kind = int(match[3] or 0), match[2].decode()
-        own = f"X-Visit: {visit}\r\nX-Target: {self.hostname}\r\nX-Received: {digest(body)}\r\n"
+        own = (
+            f"X-Visit: {visit}\r\nX-Target: {self.hostname}\r\n"
+            f"X-Names: {proof(self.hostname, visit)}\r\nX-Received: {digest(body)}\r\n"
+        )
         if kind == "/socket":
             self._serve_socket(peer, fields, own, f"{hostname} {visit} ".encode())
             return False

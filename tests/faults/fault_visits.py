@@ -23,6 +23,7 @@ from fault_ledger import (
     LEFT,
     WHOLE,
     WRONG,
+    Anothers,
     Failed,
     Hung,
     Left,
@@ -426,7 +427,8 @@ class Visitor:
             end, text = HUNG, f"{self._told(kind, asked)}: waits for {error}"
         except (Wrong, Garbled) as error:
             end, text = WRONG, f"{self._told(kind, asked)}: {error}"
-            if self._ledger.is_altered(asked.visit, asked.site.line, began):
+            excused = not isinstance(error, Anothers)
+            if excused and self._ledger.is_altered(asked.visit, asked.site.line, began):
                 end = ALTERED
         self._ledger.enter(kind, end, monotonic() - began, text, asked.visit)
         self._whole = end == WHOLE
@@ -464,6 +466,9 @@ def check_head(head, asked) -> dict:
         if blames or status < 400 or fields["x-gotunnel-error"] == "bad-answer":
             raise Wrong(word)
         raise Failed(word)
+    names = fields.get("x-target", ""), fields.get("x-visit", "")
+    if names != (asked.site.hostname, asked.visit) and fields.get("x-names") == proof(*names):
+        raise Anothers(f"the answer of {names[0]} to {names[1]}")
     if fields.get("x-visit") != asked.visit:
         raise Wrong(f"the answer to {fields.get('x-visit')!r}: {head[:200]!r}")
     if fields.get("x-target") != asked.site.hostname:
