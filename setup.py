@@ -46,6 +46,8 @@ TEST = [
     "websockets>=15.0",
     # Another one. Older ones were not tried.
     "flask>=3.0",
+    # Its parser reads our metrics. Older ones were not tried.
+    "prometheus_client>=0.20",
 ]
 
 CHECK = [

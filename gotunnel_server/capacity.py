@@ -19,9 +19,9 @@ STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
 # its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
 # busy. AGENT_CONNECTIONS bounds the queue.
 REGISTRATION_THREADS = 8
-DASHBOARD_REQUESTS = 4  # answered at a time
+PAGE_REQUESTS = 4  # answered at a time, each on DASHBOARD_PORT and METRICS_PORT
 HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
-DASHBOARD_CONNECTIONS = 100  # at a time: the page is for a few people
+PAGE_CONNECTIONS = 100  # at a time: those pages are for a few people and programs
 # On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.
 HTTP_CONNECTIONS = 1000
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
@@ -29,7 +29,7 @@ AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take 
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 PORTS_SHARE = 1 / 16  # for the agents' public ports (TCP_PORTS), without their visitors
 PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's two
-PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections and the dashboard's
+PLAIN_SHARE = 1 / 24  # each for HTTP_PORT's connections, the dashboard's and the metrics'
 
 
 def visitors(wanted: int, proxies: Proxies) -> Places:

@@ -42,6 +42,7 @@ MOST_WORKERS = 2048
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+LOOPBACK = "127.0.0.1"
 OFF = "off"  # as ACCESS_LOG
 LOCAL = "local"
 # Let's Encrypt's directories (RFC 8555 §7.1.1), by ACME_ENV.
@@ -59,7 +60,8 @@ NAMES = frozenset({  # all variables that load() may read
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
     "GATEWAY_HOST", "GATEWAY_PORT",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
-    "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "RAW_TCP_HOST",
+    "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
+    "METRICS_PORT", "RAW_TCP_HOST",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
@@ -111,6 +113,8 @@ class Config:
     dashboard_password: Hash | None = field(
         repr=False
     )  # None: all visitors see hostnames and modes alone
+    metrics_port: int | None  # None: no metrics
+    metrics_bind: tuple[str, ...]  # IP addresses
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
     jwt_secret: str | None = field(repr=False)  # None: agents_file alone counts
     jwt_issuer: str | None  # None: any issuer
@@ -210,6 +214,8 @@ def _complete(read: Variables) -> Config:
         dashboard_port=read.port_or_off("DASHBOARD_PORT", 8080),
         dashboard_bind=read.ip_addresses("DASHBOARD_BIND") or read.ip_addresses("BIND"),
         dashboard_password=_dashboard_password(read),
+        metrics_port=read.port_or_off("METRICS_PORT", None),
+        metrics_bind=read.ip_addresses("METRICS_BIND") or (LOOPBACK,),
         bind=read.ip_addresses("BIND"),
         jwt_secret=jwt_secret,
         jwt_issuer=read.text("JWT_ISSUER"),
@@ -244,6 +250,7 @@ def _complete(read: Variables) -> Config:
         TUNNEL_PORT=config.tunnel_port,
         DASHBOARD_PORT=config.dashboard_port,
         HTTP_PORT=config.http_port,
+        METRICS_PORT=config.metrics_port,
     )
     return replace(config, warnings=(*config.warnings, *_port_warnings(config)))
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from gotunnel_agent.common import addresses
+
 from .config import Config
 from .visitors import dashboard
 
@@ -17,6 +19,7 @@ class Ports(Protocol):
     tunnel_port: int
     dashboard_port: int | None
     http_port: int | None
+    metrics_port: int | None
 
 
 def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
@@ -33,3 +36,7 @@ def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
         yield f"dashboard: {dashboard.urls(*where)}"
     if ports.http_port is not None:
         yield f"plain HTTP: port {ports.http_port}"
+    if ports.metrics_port is not None:
+        for address in config.metrics_bind:
+            host = addresses.as_host(address)
+            yield f"metrics: http://{host}:{ports.metrics_port}/metrics"

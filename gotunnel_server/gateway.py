@@ -7,29 +7,24 @@ docs/architecture.md has a table of all threads.
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 
 from gotunnel import __version__
 from gotunnel_agent.common.process import Workers
 
-from . import capacity
+from . import capacity, metrics
 from .agents.attempts import Attempts
 from .agents.credentials import Credentials
 from .agents.newcomer import REGISTER_TIMEOUT, Newcomers
 from .agents.ports import Ports
 from .agents.tunnel import Tunnels
-from .certs import ordering
+from .certification import build_certification
 from .certs.challenges import HTTP_01, TLS_ALPN_01, Challenges
-from .certs.contexts import Certificates
-from .certs.keeper import Keeper
-from .certs.local_ca import FOLDER as LOCAL_FOLDER
-from .certs.local_ca import Authority
-from .certs.rate_limits import UNLIMITED
 from .config import Config
 from .facts import facts
 from .handover import Estate
 from .listeners import Listeners
-from .net.client_hello import ALWAYS_TAKEN
 from .net.inherited import NOTHING, Inherited
 from .net.round_robin import FairWorkers
 from .recording import Recording
@@ -73,7 +68,9 @@ class Gateway:
             config.acme_cache,
         )
         self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
-        self._build_keeper(config)
+        self._certificates, self.keeper, ca_file = build_certification(
+            config, self.own_names, self._registry, self._challenges
+        )
         self._proxies = Proxies(config.trusted_proxies)
         self._waiting = WaitingRoom(self._registry, self._proxies, config.agent_timeout)
         self._ports = Ports(
@@ -82,13 +79,15 @@ class Gateway:
         self._steps = FairWorkers(capacity.STEP_THREADS, "step")
         self._registrations = Workers(capacity.REGISTRATION_THREADS, "registration")
         self._visitor_ports: list[Port] = []
+        self._ready = threading.Event()  # the ports are open, and no drain has begun
         self.listeners = Listeners(config.bind, self._steps, inherited)
-        self._recording = Recording(config, self._proxies, subscribers)
+        self._recording = Recording(config, self._proxies, self._registry.lookup, subscribers)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
             self._build_dashboard(config)
             self._build_http(config)
+            self._build_metrics(config)
         except BaseException:
             self.listeners.stop()
             self._recording.stop()
@@ -97,37 +96,7 @@ class Gateway:
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
         )
-        self._facts = tuple(facts(config, self, self._ca_file))
-
-    # Certificates
-
-    def _build_keeper(self, config):
-        authority = Authority(config.acme_cache / LOCAL_FOLDER) if config.local_ca else None
-        self._ca_file = authority.ca_file if authority else None
-        self._certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
-        self.keeper = Keeper(
-            self._certificates,
-            own_names=self.own_names,
-            served=self._registry.routes,
-            owner=self._owner,
-            on_change=self._tell_certificate,
-            earlier=authority.hostnames() if authority else (),
-            ordering=config.acme
-            and ordering.set_up(config.acme, config.acme_cache, self._challenges),
-        )
-
-    def _owner(self, hostname):
-        """The key that orders for a hostname are counted by, and their limits: its agent's."""
-        route = self._registry.lookup(hostname)
-        if route is None:
-            return None, UNLIMITED
-        return route.tunnel.agent.blame, route.tunnel.agent.identity.limits
-
-    def _tell_certificate(self, hostname):
-        """Tell the agent that serves a hostname how its certificate stands now. Any thread."""
-        route = self._registry.lookup(hostname)
-        if route is not None:
-            route.tunnel.tell_certificate(hostname)
+        self._facts = tuple(facts(config, self, ca_file))
 
     # Agents
 
@@ -200,12 +169,28 @@ class Gateway:
             self.tunnels.registered, config.gateway_host, self.public_port, __version__,
             self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
-        port = self._build_port(Port, Room(capacity.DASHBOARD_REQUESTS, self._proxies), site=site)
-        self.dashboard_port = self.listeners.add(
-            "DASHBOARD_PORT", config.dashboard_port, port,
-            capacity.plain(capacity.DASHBOARD_CONNECTIONS, self._proxies),
-            port.first_timeout, config.dashboard_bind,
+        self.dashboard_port = self._add_page(
+            "DASHBOARD_PORT", config.dashboard_port, config.dashboard_bind, site
+        )
+
+    def _build_metrics(self, config):
+        self.metrics_port = None
+        if config.metrics_port is None:
+            return
+        parts = metrics.Parts(
+            self._recording, self.tunnels, self.own_names, self.keeper.state, self.listeners,
+            self._steps, self._visitors, self._newcomers, self._ready.is_set,
         )  # fmt: skip
+        site = metrics.build_site(parts, config.metrics_bind)
+        self.metrics_port = self._add_page(
+            "METRICS_PORT", config.metrics_port, config.metrics_bind, site, visits=None
+        )
+
+    def _add_page(self, setting, number, addresses, site, **rest):
+        room = Room(capacity.PAGE_REQUESTS, self._proxies)
+        port = self._build_port(Port, room, site=site, **rest)
+        places = capacity.plain(capacity.PAGE_CONNECTIONS, self._proxies)
+        return self.listeners.add(setting, number, port, places, port.first_timeout, addresses)
 
     def _build_http(self, config):
         """The port for plain HTTP: answers HTTP-01 validations, redirects visitors to https."""
@@ -228,10 +213,12 @@ class Gateway:
 
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort."""
-        port = kind(
-            room=room, proxies=self._proxies, timeouts=self._timeouts,
-            visits=self._recording.visits, **rest,
-        )  # fmt: skip
+        shared = {
+            "proxies": self._proxies,
+            "timeouts": self._timeouts,
+            "visits": self._recording.visits,
+        }
+        port = kind(room=room, **shared | rest)
         self._visitor_ports.append(port)
         return port
 
@@ -251,6 +238,7 @@ class Gateway:
         before_orders()
         for part in (*self._watchers, self.keeper):
             part.start()
+        self._ready.set()
         for fact in self._facts:
             log.info("%s", fact)
         log.info("gotunnel %s is ready", __version__)
@@ -274,6 +262,7 @@ class Gateway:
 
     def stop_accepting(self) -> None:
         """Take no new connections; visits, and connections that are here already, go on."""
+        self._ready.clear()
         for port in self._visitor_ports:
             port.start_draining()
         self._ports.close()

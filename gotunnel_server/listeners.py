@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .net.inherited import Given, Inherited
 from .net.listener import Address, Listener, Parkable, PortError, bind
@@ -22,6 +22,16 @@ class Connections(Protocol):
         """See Listener."""
 
 
+class PortFigures(NamedTuple):
+    """``taken`` of ``most`` places for connections; 0 of 0 if they are another port's. ``refused``
+    connections, since the start."""
+
+    name: str
+    taken: int
+    most: int
+    refused: int
+
+
 class Listeners:
     """The listeners that start and stop with the gateway. open() makes others, too."""
 
@@ -34,6 +44,7 @@ class Listeners:
         self._all: list[Listener] = []
         # All that are open, with the setting of their ports. A copy takes its place at a change.
         self._open: dict[Listener, str] = {}
+        self._refused: dict[str, int] = {}  # by setting: those of listeners that are closed
 
     def add(
         self,
@@ -74,6 +85,8 @@ class Listeners:
             raise PortError(f"{setting} {port}: {error.strerror}") from None
         connections.listener = listener
         kept = {other: name for other, name in self._open.items() if not other.stopping}
+        for other in self._open.keys() - kept.keys():
+            self._refused[setting] = self._refused.get(setting, 0) + other.refused
         self._open = {**kept, listener: setting}
         return listener
 
@@ -97,6 +110,22 @@ class Listeners:
             if not listener.moves(timeout):
                 return f"the listener of port {listener.port}"
         return None
+
+    def figures(self) -> list[PortFigures]:
+        """For the metrics. The ports of agents are one."""
+        found: dict[str, PortFigures] = {}
+        seen: list[Places] = []
+        for listener, setting in self._open.items():
+            taken, most, refused = 0, 0, listener.refused
+            if not any(listener.places is places for places in seen):
+                seen.append(listener.places)
+                taken, most = listener.places.taken, listener.places.most
+            name = setting.removesuffix("_PORT").lower()
+            earlier = found.get(name, PortFigures(name, 0, 0, self._refused.get(setting, 0)))
+            found[name] = PortFigures(
+                name, earlier.taken + taken, earlier.most + most, earlier.refused + refused
+            )
+        return list(found.values())
 
     def stop_accepting(self) -> None:
         """Accept no further connections; the parked ones are watched on."""

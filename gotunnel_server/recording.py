@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .config import OFF, Config
+from .routes import Route
 from .visitors import access_log
 from .visitors.access_log import Line
+from .visitors.counts import Counts
 from .visitors.forwarded import Proxies
 from .visitors.log_file import LogFile
 from .visitors.visit import Visit
@@ -18,10 +20,22 @@ LAST_LINES = 1  # seconds to write the access log's last lines when the gateway 
 class Recording:
     """start(), then stop(). If it cannot be made it leaves nothing open."""
 
-    def __init__(self, config: Config, proxies: Proxies, subscribers: Sequence[Subscriber]):
-        """``subscribers`` are those that the configuration does not name. Raises LogFileError."""
+    def __init__(
+        self,
+        config: Config,
+        proxies: Proxies,
+        lookup: Callable[[str], Route | None],
+        subscribers: Sequence[Subscriber],
+    ):
+        """``lookup``: see Counts. ``subscribers`` are those that the configuration does not name.
+        Raises LogFileError."""
         self.log_file: LogFile | None = None
+        # For those that show them: the metrics, and the dashboard behind its password.
+        shown = config.metrics_port is not None or config.dashboard_password is not None
+        self.counts = Counts(lookup) if shown else None
         readers = list(subscribers)
+        if self.counts is not None:
+            readers.append(self.counts)
         if config.access_log != OFF:
             self.log_file = LogFile("ACCESS_LOG", config.access_log)
             readers.append(_writer(self.log_file, access_log.FORMATS[config.log_format]))

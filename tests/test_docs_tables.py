@@ -96,6 +96,7 @@ def test_the_gateways_defaults_are_those_of_the_table():
     values = {name: getattr(plain, name.lower(), None) for name in defaults}
     values["ACME_ORDERS_PER_DOMAIN"] = plain.acme.orders_per_domain
     values["ACME_CACHE"] = f"./{plain.acme_cache}"
+    values["METRICS_BIND"] = ",".join(plain.metrics_bind)
     shown = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
     assert shown == defaults
 

@@ -43,8 +43,10 @@ TO_GO = set()
 # Bytes in, values out: nothing that waits, nor what they import of ours.
 PURE = [
     "gotunnel_agent/common/addresses.py",
+    "gotunnel_agent/common/exposition.py",
     "gotunnel_agent/common/hostnames.py",
     "gotunnel_agent/common/http1.py",
+    "gotunnel_agent/common/metrics_page.py",
     "gotunnel_agent/common/one_line.py",
     "gotunnel_agent/common/passwords.py",
     "gotunnel_agent/common/patience.py",

@@ -111,6 +111,11 @@ class Workers:
         """Whether jobs wait for a thread. Read without the lock, so it may be a moment old."""
         return self._spare < 0
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for a thread. Read without the lock, too."""
+        return max(0, -self._spare)
+
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have a thread of the pool call ``function(*arguments)``. Any thread.
 

@@ -50,6 +50,7 @@ from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
 from ..net import client_hello
 from ..net.listener import Address, Listener
 from ..net.shares import Addresses, Seat
+from ..net.total import Total
 from ..routes import HostnameTaken, Route
 from . import takeover
 from .attempts import Attempts
@@ -216,6 +217,7 @@ class Refusals:
         # Key of the address: monotonic time of the last line, connections since; the latest last.
         self._unheard: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()  # guards both
+        self.total = Total()  # of the refusals
 
     def log(self, agent: str, text: str, line: str = "%s refused: %s") -> None:
         """Log that ``agent`` was refused, and why; or another ``line`` with the two texts."""
@@ -576,6 +578,7 @@ class Newcomer:
     def _refuse(self, refusal: NotAdmitted) -> None:
         """Say no, and leave the agent time to read it: the end of the connection could overtake the
         text."""
+        self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), str(refusal))
         try:
             self._tell(str(refusal))
@@ -588,6 +591,7 @@ class Newcomer:
 
     def _refuse_unheard(self, session: Session, control: ControlStream, text: str) -> Next | None:
         """Say no in the middle of a registration: the agent reads it only when it has sent all."""
+        self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), text)
         self._tell(text)
         control.stream.close()

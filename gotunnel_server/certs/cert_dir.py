@@ -315,6 +315,7 @@ class CertDir:
                 _load(context, pair.certificate_file, pair.key_file)
         except CertificateError:  # being written: that was logged, or the next look reads it again
             return pairs[-1].context
+        context.ends_at = pairs[0].ends.timestamp()
         return context
 
     def _dates(self, pair: Pair, now: datetime) -> set[str]:
@@ -364,6 +365,7 @@ def load_pair(certificate_file: Path, key_file: Path, context: Loaded) -> Pair:
             " ones"
         )
     _load(context, certificate_file, key_file)
+    context.ends_at = pair.ends.timestamp()
     return pair
 
 

@@ -9,6 +9,7 @@ changed.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import ssl
 import threading
@@ -34,10 +35,12 @@ class Loaded(ssl.SSLContext):
     """A server's context that remembers the PEM that was loaded into it."""
 
     pairs: list[tuple[bytes, bytes]]  # certificates, key
+    ends_at: float  # seconds since 1970: when the first of its certificates ends
 
     def __new__(cls) -> Loaded:
         self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
         self.pairs = []
+        self.ends_at = math.inf
         return self
 
     def __init__(self) -> None:  # the protocol is given to __new__

@@ -168,8 +168,9 @@ class Keeper:
         state = self._ordered.state(hostname)
         if state is not None:
             return state
-        if self._certificates.context(hostname):
-            return State(READY)
+        context = self._certificates.context(hostname)
+        if context:
+            return State(READY, ends_at=context.ends_at)
         return State(FAILED, _why_none(hostname))
 
     def pending(self, hostname: str | None) -> bool:

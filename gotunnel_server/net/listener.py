@@ -147,7 +147,8 @@ def _reason(error: OSError, setting: str) -> str:
             "or grant the right (root, or the capability cap_net_bind_service)"
         )
     if error.errno == errno.EADDRNOTAVAIL:
-        names = "DASHBOARD_BIND" if setting == "DASHBOARD_PORT" else "BIND"
+        own = setting in ("DASHBOARD_PORT", "METRICS_PORT")
+        names = setting.replace("_PORT", "_BIND") if own else "BIND"
         return f"not an address of this machine; correct {names}"
     return error.strerror or str(error)
 
@@ -182,7 +183,7 @@ class Listener:
         self._sockets = sockets
         self._welcome = welcome
         self._workers = workers
-        self._places = places
+        self.places = places
         self._first_timeout = first_timeout
         # Sweep at least three times per first_timeout. With first_timeout 0, sweep every
         # SHORT_SWEEP seconds for the short timeouts passed to park().
@@ -398,7 +399,7 @@ class Listener:
                 self._pause()
                 return
             host = unmapped_host(address[0])
-            seat = self._places.take(host)
+            seat = self.places.take(host)
             if seat is not None:
                 self._take_in(sock, (host, *address[1:]), seat)
             else:
@@ -432,7 +433,7 @@ class Listener:
             log.warning("port %s: %d more connections were closed at once, the last from %s (%d "
                         "since the start): the limit of connections (%d) is reached, or one "
                         "address has used up its share of it",
-                        self.name, count, self._refused_host, self.refused, self._places.most,
+                        self.name, count, self._refused_host, self.refused, self.places.most,
                         )  # fmt: skip
 
     def _pause(self) -> None:

@@ -59,6 +59,11 @@ class FairWorkers:
         """Whether a job waits for a thread."""
         return self._workers.crowded
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for a thread. Read without a lock."""
+        return self._workers.waiting
+
     def submit(self, function: Callable[[], object], key: Hashable = None) -> None:
         """Have a thread call ``function`` when ``key`` has its turn. Raises Stopped after
         shutdown()."""

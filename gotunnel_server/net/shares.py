@@ -68,6 +68,11 @@ class Shares:
             self._taken -= 1
             _take_off(self._held, counted_by(address))
 
+    @property
+    def taken(self) -> int:
+        with self._lock:
+            return self._taken
+
     def crowded(self) -> bool:
         """Whether half of the places are taken: from then on slow visitors are cut."""
         return 2 * self._taken >= self.most

@@ -19,6 +19,7 @@ from typing import Protocol
 from gotunnel_agent.common import proxy_protocol
 
 from ..net import client_hello
+from ..net.total import Total
 from ..routes import Route
 from . import connection, relays, sniff
 from .connection import HttpConnection
@@ -78,6 +79,8 @@ class Port(PlainPort, Protocol):
     redirect: Site
     raw_host: str | None
     cancel_keys: CancelKeys
+    handshakes: Total
+    completed_handshakes: Total
     challenges: Challenges
 
     def context(self, sni: str | None, protocol: str | None, /) -> ssl.SSLContext: ...
@@ -315,6 +318,7 @@ class Arrival(Introduction):
         return self._start_tls(self._port.context(sni, protocol), State.HANDSHAKE)
 
     def _start_tls(self, context: ssl.SSLContext, state: State) -> bool:
+        self._port.handshakes.add()
         self.duplex.start_tls(context, server_side=True)
         return self._go_to(state)
 
@@ -342,6 +346,7 @@ class Arrival(Introduction):
     def _handshake(self) -> bool:
         if not self.duplex.handshake():
             return self._wait(self._port.timeouts.header)
+        self._port.completed_handshakes.add()
         if self._state is State.PROOF:
             self.close()
             return False

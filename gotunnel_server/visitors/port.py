@@ -17,6 +17,7 @@ from gotunnel_agent.common.duplex import Duplex
 
 from ..net.listener import Address, Listener
 from ..net.shares import Seat
+from ..net.total import Total
 from ..routes import Registry, Route
 from .arrival import SILENCE, Arrival, Challenges, PlainArrival
 from .connection import HttpConnection
@@ -164,6 +165,7 @@ class PublicPort(Port):
         self.has_left_in_tcp = registry.has_left_in_tcp
         self.raw_host = raw_host
         self.cancel_keys = CancelKeys()
+        self.handshakes, self.completed_handshakes = Total(), Total()
         self.challenges = challenges
         self.awaits_certificate = awaits_certificate
         self._only_tcp = registry.only_tcp

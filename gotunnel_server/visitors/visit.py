@@ -78,6 +78,12 @@ class Visit:
         return name
 
     @property
+    def failed(self) -> bool:
+        """Whether the gateway's side or the target's failed: status 5xx, or cut by one of them. Not
+        if the visitor left."""
+        return self.status >= 500 or self.error in (CUT, STOPPED, BUG)
+
+    @property
     def first_byte(self) -> float | None:
         """Seconds until the answer began, None if it did not."""
         return None if self.first_byte_at is None else self.first_byte_at - self.began

@@ -103,10 +103,10 @@ def test_connections_that_are_over_make_room_for_others(gateway):
     with registered(gateway, APP):
         assert not reply_to(gateway, registration()).ok
         with HandMade(gateway):
-            wait_until(lambda: listener._places.taken == 2)
-        wait_until(lambda: listener._places.taken == 1)
+            wait_until(lambda: listener.places.taken == 2)
+        wait_until(lambda: listener.places.taken == 1)
         assert not gateway.inner._newcomers._newcomers
-    wait_until(lambda: listener._places.taken == 0)
+    wait_until(lambda: listener.places.taken == 0)
     assert not gateway.inner.tunnels.registered()
 
 
@@ -116,9 +116,9 @@ def test_an_agent_that_is_refused_its_hostname_makes_room_once(gateway, monkeypa
     listener = gateway.inner._newcomers.listener
     with registered(gateway, APP):
         assert not reply_to(gateway, registration(APP)).ok
-        wait_until(lambda: listener._places.taken <= 1)
+        wait_until(lambda: listener.places.taken <= 1)
         assert len(gateway.inner.tunnels._tunnels) == 1
-    wait_until(lambda: listener._places.taken == 0)
+    wait_until(lambda: listener.places.taken == 0)
 
 
 def test_a_gateway_that_stops_while_agents_register_keeps_none_of_them(cache):
@@ -149,7 +149,7 @@ def test_a_gateway_that_stops_while_agents_register_keeps_none_of_them(cache):
         newcomers, tunnels = gateway.inner._newcomers, gateway.inner.tunnels
         assert not newcomers._newcomers and not tunnels._tunnels
         assert not tunnels.registry.routes()
-        assert newcomers.listener._places.taken == 0
+        assert newcomers.listener.places.taken == 0
 
 
 # Stages ------------------------------------------------------------------------------------------

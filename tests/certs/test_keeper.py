@@ -18,7 +18,7 @@ from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.keeper import Keeper
 from gotunnel_server.certs.local_ca import Authority, CertificateError
 from gotunnel_server.certs.ordering import Ordering
-from gotunnel_server.certs.state import FAILED, READY, WAITING, State
+from gotunnel_server.certs.state import FAILED, WAITING, State
 
 APP, OWN, URL = "app.localhost", "gateway.localhost", "https://ca.example/dir"
 
@@ -76,7 +76,8 @@ def test_where_nothing_is_ordered_there_is_a_certificate_or_there_is_none(tmp_pa
     keeper = Keeper(Certificates(None, authority), own_names=[OWN], served=list, on_change=print)
     assert keeper.state(hostname).name is FAILED and keeper.state(hostname).next_at is None
     keeper.want([hostname])
-    assert keeper.state(hostname) == State(READY)
+    state = keeper.state(hostname)
+    assert state.is_ready and state.ends_at > time.time()
     assert keeper.pending(hostname) is False
 
 
@@ -106,7 +107,7 @@ def test_a_hostname_for_which_our_own_ca_has_failed_is_tried_again_in_a_minute(
     assert keeper.state(APP).name is FAILED  # RETRY is not over yet
     now[0] += keeper_module.RETRY
     keeper.look()
-    assert keeper.state(APP) == State(READY) and told == [APP]
+    assert keeper.state(APP).is_ready and told == [APP]
     assert keeper.state("gone.localhost").name is FAILED  # no agent serves it any more
 
 
@@ -170,7 +171,7 @@ def test_what_was_ordered_earlier_is_served_before_anybody_wants_it(tmp_path):
         house.store.save(APP, *house.ca.mint.pair(APP, house.ca.clock()))
     again = House(tmp_path)
     assert again.certificates.context(APP) is not None
-    assert again.keeper.state(APP) == State(READY)
+    assert again.keeper.state(APP).is_ready
 
 
 def test_hostnames_that_fail_to_be_served_from_several_threads_are_all_tried_again(
@@ -225,7 +226,7 @@ def test_a_hostname_whose_agent_is_away_at_two_reviews_is_not_wanted_any_more(
         wait_until(lambda: house.certificates.context(APP))
         assert house.keeper.state(APP).next_at is not None  # of its renewal
         house.keeper.look()
-        assert house.keeper.state(APP) == State(READY)  # it is served, and that is all
+        assert house.keeper.state(APP).is_ready  # it is served, and that is all
 
 
 def test_a_certificate_that_another_process_has_renewed_is_served_too(tmp_path):

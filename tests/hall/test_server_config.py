@@ -83,6 +83,8 @@ def test_defaults():
         dashboard_port=8080,
         dashboard_bind=(),
         dashboard_password=None,
+        metrics_port=None,
+        metrics_bind=("127.0.0.1",),
         bind=(),
         jwt_secret=SECRET,
         jwt_issuer=None,

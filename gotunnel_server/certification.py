@@ -1,0 +1,57 @@
+"""Builds the parts that see to certificates, and joins them to the table of routes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .certs import ordering
+from .certs.challenges import Challenges
+from .certs.contexts import Certificates
+from .certs.keeper import Keeper
+from .certs.local_ca import FOLDER, Authority
+from .certs.rate_limits import UNLIMITED, Limits
+from .config import Config
+from .net.client_hello import ALWAYS_TAKEN
+from .routes import Registry
+
+
+class Certification(NamedTuple):
+    certificates: Certificates
+    keeper: Keeper
+    ca_file: Path | None  # the certificate of the CA of our own, None without one
+
+
+def build_certification(
+    config: Config, own_names: Sequence[str], registry: Registry, challenges: Challenges
+) -> Certification:
+    """Raises CertificateError."""
+
+    def owner(hostname: str) -> tuple[Hashable, Limits]:
+        """The key that orders for a hostname are counted by, and their limits: its agent's."""
+        route = registry.lookup(hostname)
+        if route is None:
+            return None, UNLIMITED
+        return route.tunnel.agent.blame, route.tunnel.agent.identity.limits
+
+    def tell(hostname: str) -> None:
+        """Tell the agent that serves a hostname how its certificate stands now. Any thread."""
+        route = registry.lookup(hostname)
+        if route is not None:
+            route.tunnel.tell_certificate(hostname)
+
+    authority = Authority(config.acme_cache / FOLDER) if config.local_ca else None
+    certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
+    keeper = Keeper(
+        certificates,
+        own_names=own_names,
+        served=registry.routes,
+        owner=owner,
+        on_change=tell,
+        earlier=authority.hostnames() if authority else (),
+        ordering=ordering.set_up(config.acme, config.acme_cache, challenges)
+        if config.acme
+        else None,
+    )
+    return Certification(certificates, keeper, authority.ca_file if authority else None)

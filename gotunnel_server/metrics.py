@@ -1,0 +1,234 @@
+"""What the gateway tells on METRICS_PORT. The figures are asked for when they are read: between two
+reads they cost nothing but what visitors/counts.py adds up.
+
+Labels are bounded: hostnames by counts.MOST_HOSTNAMES and MOST_CERTIFICATES, all others by the
+number of words that the gateway has for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from gotunnel import __version__, process_memory
+from gotunnel_agent.common import metrics_page
+from gotunnel_agent.common.exposition import (
+    HISTOGRAM,
+    Labels,
+    Metric,
+    Sample,
+    counter,
+    gauge,
+    histogram,
+)
+from gotunnel_agent.common.process_figures import process_figures
+
+from .agents.newcomer import Newcomers
+from .agents.tunnel import Tunnels
+from .certs.state import Standing, State
+from .listeners import Listeners
+from .net.round_robin import FairWorkers
+from .recording import Recording
+from .visitors.counts import BOUNDS, CLASSES, Count
+from .visitors.pages import Page
+from .visitors.port import PublicPort
+from .visitors.request import Request
+from .visitors.sites import Site
+
+MOST_CERTIFICATES = 500  # whose end is told, those of the gateway's own names first
+STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
+PREFIX = "gotunnel_gateway_"
+
+
+class Parts(NamedTuple):
+    """Which parts are asked. ``is_ready()``: the ports are open, and no drain has begun."""
+
+    recording: Recording
+    tunnels: Tunnels
+    own_names: Sequence[str]
+    certificate_state: Callable[[str], State]
+    listeners: Listeners
+    steps: FairWorkers
+    visitors: PublicPort
+    newcomers: Newcomers
+    is_ready: Callable[[], bool]
+
+
+def build_site(parts: Parts, bound: Sequence[str]) -> Site:
+    """The site of METRICS_PORT, which listens on the IP addresses ``bound``."""
+    loopback = metrics_page.is_loopback(bound)
+
+    def unhealthy() -> str | None:
+        stuck = parts.listeners.stuck(STUCK)
+        return None if stuck is None else f"{stuck} is stuck"
+
+    def unready() -> str | None:
+        return None if parts.is_ready() else "starting or draining"
+
+    def site(request: Request) -> Page:
+        answer = metrics_page.answer(
+            request.method, request.hostname, request.path, loopback=loopback,
+            metrics=lambda: figures(parts), unhealthy=unhealthy, unready=unready,
+        )  # fmt: skip
+        return Page(answer.status, answer.body.encode(), answer.content_type)
+
+    return site
+
+
+def figures(parts: Parts) -> Iterator[Metric]:
+    yield gauge(f"{PREFIX}info", "The program.", Sample(1, (("version", __version__),)))
+    yield gauge(
+        f"{PREFIX}ready", "1 if the ports are open and no drain has begun.",
+        Sample(parts.is_ready()),
+    )  # fmt: skip
+    yield from _visits(parts)
+    yield from _connections(parts)
+    yield from _sessions(parts)
+    yield from _certificates(parts)
+    yield from _queues(parts)
+    yield from process_figures()
+
+
+def _visits(parts: Parts) -> Iterator[Metric]:
+    counts = parts.recording.counts
+    if counts is None:
+        return
+    all_ = counts.all().items()
+
+    def each(read: Callable[[Count, Labels], Iterator[Sample]]) -> tuple[Sample, ...]:
+        return tuple(
+            sample
+            for hostname, count in all_
+            for sample in read(count, (("hostname", hostname),))
+        )  # fmt: skip
+
+    def visits(count: Count, name: Labels) -> Iterator[Sample]:
+        for mode, by_class in (("http", count.http), ("tcp", count.tcp)):
+            for word, number in zip(CLASSES, by_class):
+                if number:
+                    yield Sample(number, (*name, ("mode", mode), ("status", word)))
+
+    def sizes(count: Count, name: Labels) -> Iterator[Sample]:
+        yield Sample(count.received, (*name, ("direction", "in")))
+        yield Sample(count.sent, (*name, ("direction", "out")))
+
+    def failed(count: Count, name: Labels) -> Iterator[Sample]:
+        yield Sample(count.failed, name)
+
+    def durations(count: Count, name: Labels) -> Iterator[Sample]:
+        return histogram(BOUNDS, count.buckets, count.seconds, name)
+
+    yield counter(
+        f"{PREFIX}visits_total",
+        "Visits that have ended, by hostname, mode and class of their status.", *each(visits),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}visit_bytes_total", "Bytes of visits that have ended, from and to visitors.",
+        *each(sizes),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}failed_visits_total",
+        "Visits that failed on the side of the gateway or the target.", *each(failed),
+    )  # fmt: skip
+    yield Metric(
+        f"{PREFIX}request_duration_seconds", HISTOGRAM,
+        "Seconds from a request's head to the end of its answer, without upgraded connections.",
+        each(durations),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}visit_errors_total",
+        "Visits that got an error page, were refused or were cut short, by reason.",
+        *(Sample(count, (("reason", word),)) for word, count in sorted(counts.errors.items())),
+    )  # fmt: skip
+
+
+def _connections(parts: Parts) -> Iterator[Metric]:
+    ports = parts.listeners.figures()
+    yield gauge(
+        f"{PREFIX}connections", "Open connections, by the port whose places they take.",
+        *(Sample(port.taken, (("port", port.name),)) for port in ports if port.most),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}connections_limit", "Most open connections.",
+        *(Sample(port.most, (("port", port.name),)) for port in ports if port.most),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}refused_connections_total",
+        "Connections that were closed at once: no place was free, or their address had its share.",
+        *(Sample(port.refused, (("port", port.name),)) for port in ports),
+    )  # fmt: skip
+    begun, completed = parts.visitors.handshakes, parts.visitors.completed_handshakes
+    yield counter(
+        f"{PREFIX}tls_handshakes_total", "Visitors' TLS handshakes that were begun.",
+        Sample(begun.value),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}tls_handshakes_completed_total", "Visitors' TLS handshakes that were completed.",
+        Sample(completed.value),
+    )  # fmt: skip
+
+
+def _sessions(parts: Parts) -> Iterator[Metric]:
+    tunnels = parts.tunnels.registered()
+    usages = [tunnel.usage() for tunnel in tunnels]
+    hostnames = sum(len(tunnel.routes) for tunnel in tunnels)
+    yield gauge(f"{PREFIX}sessions", "Agents that are registered.", Sample(len(tunnels)))
+    yield gauge(f"{PREFIX}hostnames", "Hostnames that agents serve.", Sample(hostnames))
+    streams, visits = sum(each.streams for each in usages), sum(each.visits for each in usages)
+    yield gauge(f"{PREFIX}streams", "Open data streams, kept ones included.", Sample(streams))
+    yield gauge(f"{PREFIX}running_visits", "Streams that serve a visit now.", Sample(visits))
+    yield counter(
+        f"{PREFIX}refused_registrations_total", "Registrations of agents that were refused.",
+        Sample(parts.newcomers.refusals.total.value),
+    )  # fmt: skip
+
+
+def _certificates(parts: Parts) -> Iterator[Metric]:
+    served = (name for tunnel in parts.tunnels.registered() for name in tunnel.routes)
+    names = list(dict.fromkeys((*parts.own_names, *served)))
+    states = {name: parts.certificate_state(name) for name in names}
+    yield gauge(
+        f"{PREFIX}certificates", "Hostnames by the state of their certificate.",
+        *(
+            Sample(sum(state.name is word for state in states.values()), (("state", word.value),))
+            for word in Standing
+        ),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}certificate_expiry_timestamp_seconds",
+        "When the certificate of a hostname ends, in seconds since 1970.",
+        *(
+            Sample(state.ends_at, (("hostname", name),))
+            for name, state in list(states.items())[:MOST_CERTIFICATES]
+            if state.ends_at is not None
+        ),
+    )  # fmt: skip
+
+
+def _queues(parts: Parts) -> Iterator[Metric]:
+    room = parts.visitors.room
+    yield gauge(
+        f"{PREFIX}queued_steps", "Connections that wait for a thread (handshakes, heads).",
+        Sample(parts.steps.waiting),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}requests", "Requests that are being served.", Sample(room.exchanges.room.taken)
+    )
+    yield gauge(f"{PREFIX}requests_limit", "WORKERS.", Sample(room.exchanges.room.most))
+    yield gauge(f"{PREFIX}relays", "Relays: tcp visits, WebSockets.", Sample(room.relays.taken))
+    yield gauge(f"{PREFIX}relays_limit", "Most relays at a time.", Sample(room.relays.most))
+    memory = process_memory()
+    yield gauge(
+        f"{PREFIX}buffered_bytes", "Bytes of streams that wait in memory.", Sample(memory.buffered)
+    )
+    yield gauge(f"{PREFIX}buffered_bytes_limit", "Most of them.", Sample(memory.limit))
+    log_file = parts.recording.log_file
+    if log_file is not None:
+        yield gauge(
+            f"{PREFIX}access_log_queued_bytes", "Lines that wait for the access log's file.",
+            Sample(log_file.waiting),
+        )  # fmt: skip
+        yield counter(
+            f"{PREFIX}access_log_dropped_lines_total", "Lines that the access log has lost.",
+            Sample(log_file.dropped),
+        )  # fmt: skip
