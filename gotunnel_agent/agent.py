@@ -1,4 +1,4 @@
-"""The agent's main loop: dial the gateway, register, serve until the session ends, back off, again.
+"""The agent's main loop: dial the gateway, register, serve until the session ends, wait, repeat.
 
 Threads, besides the session's demultiplexer (see gotunnel.py):
 
@@ -138,7 +138,7 @@ class Service:
         self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
         self.control: Stream | None = None  # its control stream, once it is open
         self.asked = False  # the gateway asks for a new session
-        self.at_once = False  # ... by a message, so that it does not end this one right away
+        self.at_once = False  # "asked" is certain: MOVE came, and not only GO_AWAY
         self.outcome: BaseException | None = None  # why the session is over; None while it is not
         self.since = math.inf  # monotonic time of its ack
         self.ends_at = math.inf  # monotonic deadline, once a new session has replaced it

@@ -200,7 +200,7 @@ def _refuse_more_than(
     """Refuse a token for more than an agent of AGENTS_FILE may claim, or of an agent that may not
     register."""
     if why := lapsed(entry):
-        raise GrantError(f"issuer {issuer} {why}: a token of it would be refused")
+        raise GrantError(f"issuer {issuer} {why}: the gateway would refuse its tokens")
     for host in hosts:
         if not scope.allows(entry.hosts, host):
             raise GrantError(

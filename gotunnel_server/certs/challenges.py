@@ -124,8 +124,8 @@ class Challenges:
             return (*files, *((name, "", digest.hex()) for name, digest in self._digests.items()))
 
     def adopt(self, proofs: Iterable[tuple[str, str, str]]) -> None:
-        """Publish what a predecessor has published: the CA may look here now. It stays: a proof is
-        of no use to others, and of none once its order is over."""
+        """Publish the proofs of a predecessor, since the CA may now ask this process. They are not
+        removed: a proof is useless to others, and after the end of its order."""
         for hostname, token, content in list(proofs)[:MOST_ADOPTED]:
             if token:
                 with self._lock:
