@@ -305,6 +305,10 @@ class Agent:
                     problem += "; if it has a CA of its own, ca_file has to name that"
             except OSError as error:
                 problem = _problem(error)
+                if self._service is not None and self._service.asked:
+                    # The gateway restarts. Its port may go on listening (systemd's sockets) while
+                    # it drains, so the dial is late rather than refused.
+                    most = RESTART_DELAY
             except ProtocolError as error:
                 problem = f"it does not speak gotunnel's protocol: {error}"
             except ConfigError as error:  # a file with a secret

@@ -887,3 +887,25 @@ def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
     monkeypatch.setattr(agent_module.Agent, "_begin", refuse)
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         wait_until(lambda: "to be trusted: certificate has expired; next try in" in caplog.text)
+
+
+def test_agent_dials_often_while_its_gateway_restarts_behind_a_port_that_goes_on_listening(
+    cache, tmp_path, origin, monkeypatch
+):
+    """systemd holds the sockets: a dial is not refused, but nobody answers."""
+    monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.1)
+    limits = queue.Queue()
+
+    def delay(failures, least, most):
+        limits.put(most)
+        return 0.01
+
+    with gateway_here(cache) as gateway, contextlib.ExitStack() as stack:
+        with agent_here(gateway, tmp_path, http={APP: origin.port}):
+            for given in gateway.inner.listeners.shared():
+                stack.enter_context(given.sock)
+            monkeypatch.setattr(agent_module, "retry_delay", delay)
+            gateway.inner.stop()
+            limits.get(timeout=TIMEOUT)  # the session was a short one
+            for _ in range(5):
+                assert limits.get(timeout=TIMEOUT) == RESTART_DELAY

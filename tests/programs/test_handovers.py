@@ -153,7 +153,10 @@ def echoes(visitor):
 def test_nothing_fails_beside_hand_overs(cache, tmp_path, site, origin):
     port, content = site
     origin.serve(serve_echo)
-    with gateway_process(cache, DRAIN_TIMEOUT="60", AGENT_TIMEOUT="5") as gateway, contextlib.ExitStack() as stack:
+    with (
+        gateway_process(cache, DRAIN_TIMEOUT="60", AGENT_TIMEOUT="5") as gateway,
+        contextlib.ExitStack() as stack,
+    ):
         stack.enter_context(agent_process(gateway, tmp_path, {APP: port, ECHO: origin.port}))
         pids = [gateway.program.pid]
         stack.callback(lambda: end(pids[-1]))
