@@ -9,21 +9,30 @@ Exit status:
     token            printed              the gateway would refuse  the configuration is wrong
     agents           done                 NAME exists, or does not  the configuration is wrong
     status           it serves            it drains                nothing answers
+    service          done, or it runs     cannot be done, not run   the configuration is wrong
 
 Wrong arguments and a wrong AGENTS_FILE give 2 as well.
 """
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gotunnel import __version__
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
+from gotunnel_agent.common.service import (
+    Options,
+    Plan,
+    ServiceError,
+    add_arguments,
+    run_service,
+)
 from gotunnel_agent.common.show_status import add_json_option, show_status
 
-from .admin import certificates, check, grants
+from .admin import certificates, check, grants, service
 from .admin.grants import GrantError
 from .agents import scope
 from .agents.agents_file import AgentsFileError
@@ -35,7 +44,7 @@ from .handover import Failed, find_predecessor
 from .life import Life
 from .net.listener import PortError
 from .secret_files import exposed
-from .variables import ConfigError
+from .variables import ConfigError, chosen_env_file
 from .visitors.log_file import LogFileError
 
 PROGRAM = "gotunnel-server"
@@ -76,6 +85,8 @@ def command(options: argparse.Namespace) -> int:
         if options.command == "status":  # the rest of the configuration may be wrong
             places = status_places(options.env_file)
             return show_status(places, PROGRAM, as_json=options.json)
+        if options.command == "service":
+            return run_service(options, PROGRAM, lambda chosen: plan_service(chosen, options))
         if options.command is None:
             return run(options.env_file)
         config = load(options.env_file)
@@ -103,6 +114,14 @@ def command(options: argparse.Namespace) -> int:
         return fail(error, 2)
     except (PortError, LogFileError, StoreError, GrantError, Failed) as error:
         return fail(error, 1)
+    except ServiceError as error:
+        return max(fail(line, 1) for line in str(error).splitlines())
+
+
+def plan_service(chosen: Options, options: argparse.Namespace) -> Plan:
+    """What a unit of this gateway needs. Raises ConfigError, ServiceError."""
+    env_file = chosen_env_file(options.env_file)
+    return service.plan(chosen, load(env_file or os.devnull, environ={}), env_file)
 
 
 def agents(config: Config, options: argparse.Namespace) -> int:
@@ -216,7 +235,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_json_option(status)
-    for each in (check_, certificates_, token, agents_, add, show, remove, status):
+    service_ = commands.add_parser(
+        "service", help="run the gateway as a service of systemd",
+        description="Write a systemd unit for the gateway, remove it, or say how it stands.",
+    )  # fmt: skip
+    add_arguments(service_, PROGRAM, with_socket=True)
+    for each in (check_, certificates_, token, agents_, add, show, remove, status, service_):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -1,0 +1,101 @@
+"""The command `service`: what the agent's systemd unit has to say."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+from .common.process import print_answer
+from .common.service import (
+    Needs,
+    Options,
+    Plan,
+    ServiceError,
+    add_arguments,
+    in_homes,
+    program_files,
+    run_service,
+    this_program,
+)
+from .common.status_socket import OFF
+from .common.systemd_unit import Credential, Service
+from .config import Config, ConfigError, load
+
+PROGRAM = "gotunnel-agent"
+COMMAND = "service"
+STOP_TIMEOUT = 20  # seconds: DRAIN_TIMEOUT and LAST_WORDS of agent.py, and some to spare
+TMP = ("/tmp/", "/var/tmp/")  # what PrivateTmp= hides
+
+
+def main(arguments: list[str]) -> int:
+    """Do what stands behind `gotunnel-agent service`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        f"{PROGRAM} {COMMAND}",
+        description="Run the agent as a service of systemd. Exit status: 0 done, or it runs; 1 it "
+        "cannot be done, or does not run; 2 the configuration is wrong.",
+    )  # fmt: skip
+    parser.add_argument("-c", "--config", metavar="FILE", default="config.yaml",
+                        help="the configuration (default: config.yaml in the working folder)")  # fmt: skip
+    add_arguments(parser, PROGRAM, with_socket=False)
+    options = parser.parse_args(arguments)
+    try:
+        return print_answer(
+            parser.prog,
+            lambda: run_service(
+                options, PROGRAM, lambda chosen: plan(chosen, load(options.config), options.config)
+            ),
+        )
+    except (ConfigError, ServiceError) as error:
+        for line in str(error).splitlines():
+            print(f"{PROGRAM}: {line}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def plan(options: Options, config: Config, config_file: str) -> Plan:
+    """What an agent with that configuration needs."""
+    file, folder = os.path.abspath(config_file), os.getcwd()
+    program = this_program(sys.argv[0])
+    dynamic = not options.per_user and options.run_as is None
+    readable = [("--config", file)] if not dynamic else []
+    readable += [*program_files(program), *_files(config, file)]
+    sockets = [tunnel.target.path for tunnel in config.tunnels if tunnel.target.path]
+    writable = []
+    status = config.status_socket
+    if status and status != OFF and not status.startswith(f"/run/{options.name}/"):
+        writable.append(("status_socket", os.path.dirname(os.path.abspath(status))))
+    service = Service(
+        name=options.name,
+        program=PROGRAM,
+        description="gotunnel agent",
+        command=(*program, "-c", Credential("agent.yaml", file) if dynamic else file),
+        folder=folder,
+        per_user=options.per_user,
+        run_as=options.run_as,
+        stop_timeout=STOP_TIMEOUT,
+        writable=tuple(path for _, path in writable),
+        homes=in_homes([folder, *(path for _, path in readable), *sockets]),
+        shared_tmp=any(path.startswith(TMP) for path in sockets),
+    )
+    return Plan(service, Needs(readable, writable), tuple(_notes(service, config, file)))
+
+
+def _files(config: Config, config_file: str) -> Iterator[tuple[str, str]]:
+    """The files that the agent reads, besides its configuration."""
+    files = [("ca_file", config.ca_file)]
+    files += [("target_ca_file", tunnel.target.ca_file) for tunnel in config.tunnels]
+    files += [("a file with a secret", file) for file in config.secret_files]
+    for what, path in files:
+        if path is not None and os.path.abspath(path) != config_file:
+            yield what, os.path.abspath(path)
+
+
+def _notes(service: Service, config: Config, config_file: str) -> Iterator[str]:
+    if service.name != PROGRAM and not config.status_socket:
+        yield (f"to ask it for its status, set status_socket: /run/{service.name}/status.sock in "
+               f"{config_file}")  # fmt: skip
+    if any(isinstance(part, Credential) for part in service.command):
+        yield f"the service gets a copy of {config_file} at each start: restart it after a change"
+    if service.per_user:
+        yield "it ends when you log out, unless: loginctl enable-linger"
