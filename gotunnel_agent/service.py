@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 from .common.process import print_answer
 from .common.service import (
+    HOMES,
+    TMP,
     Needs,
     Options,
     Plan,
     ServiceError,
     add_arguments,
-    in_homes,
+    any_in,
     program_files,
     run_service,
     this_program,
@@ -26,7 +28,6 @@ from .config import Config, ConfigError, load
 PROGRAM = "gotunnel-agent"
 COMMAND = "service"
 STOP_TIMEOUT = 20  # seconds: DRAIN_TIMEOUT and LAST_WORDS of agent.py, and some to spare
-TMP = ("/tmp/", "/var/tmp/")  # what PrivateTmp= hides
 
 
 def main(arguments: list[str]) -> int:
@@ -65,6 +66,7 @@ def plan(options: Options, config: Config, config_file: str) -> Plan:
     status = config.status_socket
     if status and status != OFF and not status.startswith(f"/run/{options.name}/"):
         writable.append(("status_socket", os.path.dirname(os.path.abspath(status))))
+    used = [folder, *(path for _, path in (*readable, *writable)), *sockets]
     service = Service(
         name=options.name,
         program=PROGRAM,
@@ -75,8 +77,8 @@ def plan(options: Options, config: Config, config_file: str) -> Plan:
         run_as=options.run_as,
         stop_timeout=STOP_TIMEOUT,
         writable=tuple(path for _, path in writable),
-        homes=in_homes([folder, *(path for _, path in readable), *sockets]),
-        shared_tmp=any(path.startswith(TMP) for path in sockets),
+        homes=any_in(HOMES, used),
+        shared_tmp=any_in(TMP, used),
     )
     return Plan(service, Needs(readable, writable), tuple(_notes(service, config, file)))
 

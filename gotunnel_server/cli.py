@@ -16,20 +16,13 @@ Wrong arguments and a wrong AGENTS_FILE give 2 as well.
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gotunnel import __version__
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
-from gotunnel_agent.common.service import (
-    Options,
-    Plan,
-    ServiceError,
-    add_arguments,
-    run_service,
-)
+from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
 
 from .admin import certificates, check, grants, service
@@ -86,7 +79,8 @@ def command(options: argparse.Namespace) -> int:
             places = status_places(options.env_file)
             return show_status(places, PROGRAM, as_json=options.json)
         if options.command == "service":
-            return run_service(options, PROGRAM, lambda chosen: plan_service(chosen, options))
+            env_file = chosen_env_file(options.env_file)
+            return run_service(options, PROGRAM, lambda chosen: service.plan(chosen, env_file))
         if options.command is None:
             return run(options.env_file)
         config = load(options.env_file)
@@ -116,12 +110,6 @@ def command(options: argparse.Namespace) -> int:
         return fail(error, 1)
     except ServiceError as error:
         return max(fail(line, 1) for line in str(error).splitlines())
-
-
-def plan_service(chosen: Options, options: argparse.Namespace) -> Plan:
-    """What a unit of this gateway needs. Raises ConfigError, ServiceError."""
-    env_file = chosen_env_file(options.env_file)
-    return service.plan(chosen, load(env_file or os.devnull, environ={}), env_file)
 
 
 def agents(config: Config, options: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ except ImportError:  # not a Unix
 SYSTEM_UNITS = Path("/etc/systemd/system")
 RUNS = Path("/run/systemd/system")  # is there where systemd is the init system (sd_booted(3))
 HOMES = ("/home/", "/root/", "/run/user/")  # what ProtectHome= hides
+TMP = ("/tmp/", "/var/tmp/")  # what PrivateTmp= hides
 SYSTEMCTL_TIMEOUT = 120  # seconds; a service that drains may take most of it to stop
 READ, WRITE, ENTER = 4, 2, 1  # bits of a mode
 MOST_UNIT = 65536  # bytes of a unit that are read, to see whose it is
@@ -144,9 +145,10 @@ def program_files(command: Sequence[str]) -> list[tuple[str, str]]:
     return [("the program", path) for path in dict.fromkeys(files)]
 
 
-def in_homes(paths: Iterable[str]) -> bool:
-    return any(os.path.realpath(path).startswith(HOMES) or path.startswith(HOMES)
-               for path in paths)  # fmt: skip
+def any_in(folders: tuple[str, ...], paths: Iterable[str]) -> bool:
+    """Whether one of ``paths`` lies in one of ``folders``, or leads there."""
+    return any(os.path.join(each, "").startswith(folders)
+               for path in paths for each in (path, os.path.realpath(path)))  # fmt: skip
 
 
 def _units(per_user: bool) -> Path:

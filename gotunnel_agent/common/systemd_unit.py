@@ -175,8 +175,6 @@ def _service(service: Service) -> Iterator[str]:
     yield f"TasksMax={MOST_TASKS}"
     yield "UMask=0077"
     yield f"RuntimeDirectory={service.name}"
-    if service.notifies:
-        yield "RuntimeDirectoryPreserve=restart"
     if service.state_variable:
         yield f"StateDirectory={service.name}"
         yield "StateDirectoryMode=0700"

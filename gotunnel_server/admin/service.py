@@ -7,18 +7,20 @@ import sys
 from collections.abc import Iterator
 
 from gotunnel_agent.common.service import (
+    HOMES,
+    TMP,
     Needs,
     Options,
     Plan,
     ServiceError,
-    in_homes,
+    any_in,
     program_files,
     this_program,
 )
 from gotunnel_agent.common.status_socket import NAME as STATUS_SOCKET_NAME
 from gotunnel_agent.common.systemd_unit import Credential, Service
 
-from ..config import OFF, Config
+from ..config import OFF, Config, load
 
 PROGRAM = "gotunnel-server"
 NOTIFIES = True  # the gateway tells systemd when it is ready
@@ -26,15 +28,16 @@ LAST_JOBS = 15  # seconds beyond DRAIN_TIMEOUT that the gateway may take to end
 FIRST_PORT = 1024  # that is no privileged one
 
 
-def plan(options: Options, config: Config, env_file: str | None) -> Plan:
-    """``config`` was read from ``env_file`` alone: a service has nothing of a terminal's
-    environment. Raises ServiceError."""
-    if env_file is None:
+def plan(options: Options, chosen: str | None) -> Plan:
+    """What a gateway with the env file ``chosen`` needs; None: there is none. Raises ServiceError,
+    ConfigError."""
+    if chosen is None:
         raise ServiceError(
-            "there is no .env here: a service takes its settings from a file; write it, or name it "
-            "with --env-file"
+            "there is no .env here, and a service has nothing of a terminal's environment: write "
+            "the settings into a file .env, or name one with --env-file"
         )
-    env_file, folder = os.path.abspath(env_file), os.getcwd()
+    config = load(chosen, environ={})
+    env_file, folder = os.path.abspath(chosen), os.getcwd()
     program = this_program(sys.argv[0])
     dynamic = not options.per_user and options.run_as is None
     cache = os.path.abspath(config.acme_cache)
@@ -52,6 +55,7 @@ def plan(options: Options, config: Config, env_file: str | None) -> Plan:
     elif logs != f"/var/log/{options.name}":
         writable.append(("ACCESS_LOG", logs))
     sockets = tuple(_sockets(config)) if options.socket else ()
+    used = [folder, *(path for _, path in (*readable, *writable))]
     service = Service(
         name=options.name,
         program=PROGRAM,
@@ -66,7 +70,8 @@ def plan(options: Options, config: Config, env_file: str | None) -> Plan:
         status_variable="STATUS_SOCKET" if own_status else "",
         writable=tuple(path for _, path in writable),
         logs=logs == f"/var/log/{options.name}",
-        homes=in_homes([folder, *(path for _, path in readable)]),
+        homes=any_in(HOMES, used),
+        shared_tmp=any_in(TMP, used),
         low_ports=_low_ports(config, with_socket=options.socket),
         sockets=sockets,
     )
