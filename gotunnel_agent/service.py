@@ -27,7 +27,7 @@ from .config import Config, ConfigError, load
 
 PROGRAM = "gotunnel-agent"
 COMMAND = "service"
-STOP_TIMEOUT = 20  # seconds: DRAIN_TIMEOUT and LAST_WORDS of agent.py, and some to spare
+LAST_WORDS = 15  # seconds beyond drain_timeout that the agent may take to end
 
 
 def main(arguments: list[str]) -> int:
@@ -75,7 +75,7 @@ def plan(options: Options, config: Config, config_file: str) -> Plan:
         folder=folder,
         per_user=options.per_user,
         run_as=options.run_as,
-        stop_timeout=STOP_TIMEOUT,
+        stop_timeout=int(config.drain_timeout) + LAST_WORDS,
         writable=tuple(path for _, path in writable),
         homes=any_in(HOMES, used),
         shared_tmp=any_in(TMP, used),
