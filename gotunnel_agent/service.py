@@ -37,8 +37,10 @@ def main(arguments: list[str]) -> int:
         description="Run the agent as a service of systemd. Exit status: 0 done, or it runs; 1 it "
         "cannot be done, or does not run; 2 the configuration is wrong.",
     )  # fmt: skip
-    parser.add_argument("-c", "--config", metavar="FILE", default="config.yaml",
-                        help="the configuration (default: config.yaml in the working folder)")  # fmt: skip
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", default="config.yaml",
+        help="the configuration (default: config.yaml in the working folder)",
+    )  # fmt: skip
     add_arguments(parser, PROGRAM, with_socket=False)
     options = parser.parse_args(arguments)
     try:

@@ -75,8 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, *, with_socket: bo
     """Add the arguments of `service` to a parser. ``name``: the unit's, by default."""
     parser.add_argument("action", choices=("install", "uninstall", "status"), metavar="ACTION",
                         help="install, uninstall or status")  # fmt: skip
-    parser.add_argument("--user", action="store_true", dest="per_user",
-                        help="a unit of your own, without root (default: the system's)")  # fmt: skip
+    parser.add_argument(
+        "--user", action="store_true", dest="per_user",
+        help="a unit of your own, without root (default: the system's)",
+    )  # fmt: skip
     parser.add_argument("--name", type=_name, default=name, metavar="NAME",
                         help=f"the unit's name (default: {name})")  # fmt: skip
     parser.add_argument("--run-as", metavar="USER", help="run the program as this user (default: "
@@ -327,8 +329,8 @@ def _expect_ours(path: Path, program: str) -> None:
     """Raises ServiceError if there is a unit that this program did not write."""
     if os.path.lexists(path) and not _is_ours(path, program):
         raise ServiceError(
-            f"{path} was not written by {program} service install, so it stays as it is: remove it, "
-            "or choose another name with --name"
+            f"{path} was not written by {program} service install, so it stays as it is: remove "
+            "it, or choose another name with --name"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -123,7 +124,8 @@ def _notes(service: Service, config: Config, cache: str, env_file: str) -> Itera
         yield f"certificates and the account with the CA are kept in /var/lib/{service.name}"
         if os.path.isdir(cache) and cache != f"/var/lib/{service.name}":
             yield (f"to keep those in {cache}, before the first start: "
-                   f"mkdir /var/lib/{service.name} && cp -a {cache}/. /var/lib/{service.name}/")  # fmt: skip
+                   f"mkdir /var/lib/{service.name} && "
+                   f"cp -a {shlex.quote(cache)}/. /var/lib/{service.name}/")  # fmt: skip
     if any(isinstance(part, Credential) for part in service.command):
         yield f"the service gets a copy of {env_file} at each start: restart it after a change"
     if service.status_variable and service.name != PROGRAM:
