@@ -340,7 +340,7 @@ def test_without_agents_file_there_is_nothing_to_change(capsys, command):
 
 @pytest.mark.parametrize("command", [[], ["agents", "list"]])
 def test_bad_file_is_one_line_and_status_2(capsys, monkeypatch, command):
-    monkeypatch.setattr(cli, "set_up_process", lambda level: None)  # it is this process's
+    monkeypatch.setattr(cli, "set_up_process", lambda *_: None)  # it is this process's
     write(ENTRIES + "one: {}\n")
     said = refusal(capsys, 2, *command)
     assert said == (
