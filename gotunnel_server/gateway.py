@@ -166,7 +166,8 @@ class Gateway:
         if config.dashboard_port is None:
             return
         site = dashboard.build_site(
-            self.tunnels.registered, config.gateway_host, self.public_port, __version__,
+            self.tunnels.registered, self._recording.count, config.gateway_host,
+            self.public_port, __version__,
             self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
         self.dashboard_port = self._add_page(

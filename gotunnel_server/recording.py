@@ -8,7 +8,7 @@ from .config import OFF, Config
 from .routes import Route
 from .visitors import access_log
 from .visitors.access_log import Line
-from .visitors.counts import Counts
+from .visitors.counts import Count, Counts
 from .visitors.forwarded import Proxies
 from .visitors.log_file import LogFile
 from .visitors.visit import Visit
@@ -41,6 +41,10 @@ class Recording:
             readers.append(_writer(self.log_file, access_log.FORMATS[config.log_format]))
         # For the ports; None: nothing reads records, so none are made.
         self.visits = Visits(readers, proxies, ids=self.log_file is not None) if readers else None
+
+    def count(self, hostname: str) -> Count:
+        """The visits of a hostname, as far as they are counted."""
+        return Count() if self.counts is None else self.counts[hostname]
 
     def start(self) -> None:
         """Raises NoThread."""

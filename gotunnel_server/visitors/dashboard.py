@@ -1,8 +1,8 @@
 """Renders the dashboard, the page that lists the hostnames that agents serve.
 
 Without DASHBOARD_PASSWORD it shows only what visitors can find out anyway: hostnames and modes.
-With one, the page asks for it (any user name will do), and also shows agents, ports, failed visits
-and the errors of certificate orders. It never shows visitors' addresses.
+With one, the page asks for it (any user name will do), and also shows agents, ports, numbers of
+visits and the errors of certificate orders. It never shows visitors' addresses.
 
 It answers only under the gateway's own name, localhost and IP addresses. A web page elsewhere could
 make a browser send requests here under a name of its own (DNS rebinding). The browser sends that
@@ -24,6 +24,7 @@ from ..net.dns import is_always_here
 from ..routes import Route
 from . import forwarded, pages
 from .basic_auth import ANY_USER, Passwords
+from .counts import Count
 from .forwarded import Proxies
 from .pages import Page
 from .request import Request
@@ -36,7 +37,8 @@ METHODS = ("GET", "HEAD")
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 _TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
-_MORE_COLUMNS = "<th>Agent<th>Connected<th>Failed"
+_MORE_COLUMNS = "<th>Agent<th>Connected<th>Visits<th>Failed<th>Bytes"
+_COLUMNS = 7  # with Hostname and Mode
 _EMPTY = '<p class="empty">No agent is connected. When one is, its hostnames appear here.</p>'
 _HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
@@ -58,15 +60,6 @@ class Tunnel(Protocol):
 
     @property
     def identity(self) -> Identity: ...
-
-    @property
-    def failed(self) -> "Failed": ...
-
-
-class Failed(Protocol):
-    """How many visits have failed, by hostname."""
-
-    def __getitem__(self, hostname: str, /) -> int: ...
 
 
 class Word(Protocol):
@@ -104,6 +97,7 @@ def urls(
 
 def build_site(
     tunnels: Callable[[], Collection[Tunnel]],
+    count: Callable[[str], Count],
     gateway_host: str,
     public_port: int,
     version: str,
@@ -113,7 +107,8 @@ def build_site(
 ) -> Site:
     """The site of the dashboard's port.
 
-    ``tunnels()``: the registered ones. ``certificate_state(hostname)``: how its certificate
+    ``tunnels()``: the registered ones. ``count(hostname)``: its visits.
+    ``certificate_state(hostname)``: how its certificate
     stands. ``proxies`` may name the visitors that they stand for; wrong passwords are counted by
     the visitor's address. ``password``: None for the public form of the page.
     """
@@ -135,7 +130,7 @@ def build_site(
         if passwords is None:
             html = render_public(tunnels(), gateway_host, public_port)
         else:
-            html = render(tunnels(), gateway_host, public_port, version, certificate_state)
+            html = render(tunnels(), gateway_host, public_port, version, certificate_state, count)
         return Page(200, html.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
 
     def _may_be_host(name: str) -> bool:
@@ -158,10 +153,13 @@ def render(
     public_port: int,
     version: str,
     certificate_state: Callable[[str], Certificate],
+    count: Callable[[str], Count],
 ) -> str:
     """The full page as HTML. Tunnels are in the order in which they registered."""
     rows = [
-        _row(hostname, route, tunnel, public_port, certificate_state(hostname))
+        _row(
+            hostname, route, tunnel, public_port, certificate_state(hostname), count(route.hostname)
+        )
         for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
         for hostname, route in sorted(tunnel.routes.items())
     ]
@@ -195,24 +193,42 @@ def _link(hostname: str, route: Route, public_port: int) -> str:
 
 
 def _row(
-    hostname: str, route: Route, tunnel: Tunnel, public_port: int, certificate: Certificate
+    hostname: str,
+    route: Route,
+    tunnel: Tunnel,
+    public_port: int,
+    certificate: Certificate,
+    count: Count,
 ) -> str:
     name = _link(hostname, route, public_port)
     if route.port is not None:
         name += f" <small>port {route.port}</small>"
     agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
-    failed = tunnel.failed[route.hostname] or "–"
-    row = f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}<td>{failed}'
+    row = f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}'
+    row += f"<td>{count.visits or '–'}<td>{count.failed or '–'}"
+    row += f"<td>{_size(count.received + count.sent)}"
     if not certificate.is_ready:  # a row of its own: a CA's error can be long
         kind, text = certificate.name.value, escape(str(certificate))
         note = f'<small class="{kind}">certificate {text}</small>'
-        row += f'\n<tr class="note"><td colspan="5">{note}'
+        row += f'\n<tr class="note"><td colspan="{_COLUMNS}">{note}'
     return row
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    if not count:
+        return "–"
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
 
 
 def _ago(seconds: float) -> str:

@@ -65,6 +65,7 @@ class Visit:
         """``visitor``: the IP address of the connection. ``began``: monotonic seconds."""
         self.visitor = visitor  # "" if a trusted proxy hides it
         self.began = began
+        self._peer = visitor
         self._visits = visits
 
     @property
@@ -96,9 +97,9 @@ class Visit:
         self.protocol, self.scheme = protocol, scheme
         self.referer = fields.get("referer") or ""
         self.user_agent = fields.get("user-agent") or ""
-        proxies, peer = self._visits.proxies, self.visitor
+        proxies, peer = self._visits.proxies, self._peer
         self.visitor = forwarded.visitor(fields, peer, proxies)
-        if self._visits.ids:
+        if self._visits.ids and not self.request_id:  # a request that waits is read twice
             self.request_id = request_id(fields, peer in proxies)
 
     def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:

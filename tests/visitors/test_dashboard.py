@@ -1,14 +1,22 @@
 """The dashboard: what it shows with a password and without, and to which requests it answers."""
 
 import base64
-import collections
 import http.client
 import socket
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
 import pytest
-from support import APP, GATEWAY_HOST, RAW, TIMEOUT, agent_here, gateway_here
+from support import (
+    APP,
+    GATEWAY_HOST,
+    RAW,
+    TIMEOUT,
+    agent_here,
+    gateway_here,
+    reserved_port,
+    wait_until,
+)
 
 from gotunnel_server.agents.credentials import Identity
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
@@ -16,17 +24,19 @@ from gotunnel_server.net.listener import PortError
 from gotunnel_server.routes import Route
 from gotunnel_server.visitors import dashboard
 from gotunnel_server.visitors.basic_auth import FAILURES
+from gotunnel_server.visitors.counts import Count
 
 
 def a_tunnel(issuer="", since=0.0, **modes):
     routes = {f"{name}.test": Route(f"{name}.test", mode, None) for name, mode in modes.items()}
-    return SimpleNamespace(
-        routes=routes, identity=Identity(issuer), since=since, failed=collections.Counter()
-    )
+    return SimpleNamespace(routes=routes, identity=Identity(issuer), since=since)
 
 
-def page(*tunnels, public_port=443, certificates=lambda hostname: State(READY)):
-    return dashboard.render(tunnels, "gateway.test", public_port, "1.2.3", certificates)
+def page(*tunnels, public_port=443, certificates=lambda hostname: State(READY), counts={}):
+    return dashboard.render(
+        tunnels, "gateway.test", public_port, "1.2.3", certificates,
+        lambda hostname: counts.get(hostname) or Count(),
+    )  # fmt: skip
 
 
 def test_page_names_the_gateway_and_its_version():
@@ -42,12 +52,13 @@ def test_page_lists_hostnames_in_order_of_registration():
     assert '<a href="https://b.test' not in text  # tcp: a browser cannot open it
 
 
-def test_page_shows_ports_and_visits_that_failed():
+def test_page_shows_ports_and_counts_visits():
     tunnel = a_tunnel(a="tcp", b="tcp")
     tunnel.routes["a.test"] = tunnel.routes["a.test"]._replace(port=2222)
-    tunnel.failed["b.test"] = 17
-    text = page(tunnel)
-    assert "port 2222" in text and "<td>17" in text
+    count = Count()
+    count.failed, count.http[1], count.tcp[4], count.sent = 17, 40, 2, 1_234_567
+    text = page(tunnel, counts={"b.test": count})
+    assert "port 2222" in text and "<td>42<td>17<td>1.23 MB" in text
 
 
 def test_page_shows_certificates_that_are_not_there():
@@ -92,12 +103,11 @@ def test_length_of_time_in_its_largest_unit(monkeypatch, seconds, words):
 def test_page_for_everybody_shows_hostnames_and_modes_alone():
     first, second = a_tunnel("my agent", since=1, z="http", b="tcp"), a_tunnel(since=2, a="http")
     first.routes["b.test"] = first.routes["b.test"]._replace(port=2222)
-    first.failed["b.test"] = 17
     text = dashboard.render_public((first, second), "gateway.test", 443)
     assert [text.count(f"{name}.test</a>") for name in "abz"] == [1, 0, 1]
     assert text.index("a.test") < text.index("b.test") < text.index("z.test")
     assert '<td class="mode">tcp' in text and "3 hostnames" in text
-    for more in ("my agent", "session", "2222", "17", "certificate", "ago", "1.2.3"):
+    for more in ("my agent", "session", "2222", "Failed", "certificate", "ago", "1.2.3"):
         assert more not in text
 
 
@@ -183,6 +193,17 @@ def test_guesses_are_bounded_by_address(get_with_password):
 def test_a_wrong_name_is_told_so_before_a_password_is_asked_for(get_with_password):
     answer, _ = get_with_password(host=f"evil.{GATEWAY_HOST}")
     assert answer.status == 403 and answer.getheader("WWW-Authenticate") is None
+
+
+def test_http_visits_that_fail_are_counted(cache, tmp_path):
+    with reserved_port() as port, gateway_here(cache, DASHBOARD_PASSWORD=PASSWORD) as gateway:
+        with agent_here(gateway, tmp_path, http={APP: port}):
+            assert [gateway.get(APP)[0] for _ in range(2)] == [502, 502]
+            count = gateway.inner._recording.count
+            wait_until(lambda: count(APP).visits == count(APP).failed == 2)
+            assert (
+                count(APP).sent > 1000 and "127.0.0.1" not in gateway.inner._recording.counts.all()
+            )
 
 
 def test_it_listens_where_dashboard_bind_says(cache):
