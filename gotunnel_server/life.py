@@ -88,8 +88,12 @@ class Life:
 
     def _await_claims(self) -> None:
         """Close the ports of agents that do not come back."""
-        if self._inherited.left():
+        if not self._inherited.left():
+            return
+        try:
             spawn("unclaimed ports", self._inherited.close_unclaimed_after, CLAIM_TIME)
+        except NoThread as error:
+            log.warning("ports whose agents do not come back stay open: %s", error)
 
     def _serve(self, gateway: Gateway) -> HandOver | None:
         """Act on signals until one ends the gateway. Returns the HandOver if it has succeeded."""

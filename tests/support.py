@@ -33,6 +33,7 @@ from gotunnel_agent import agent as agent_module
 from gotunnel_agent import config as agent_config
 from gotunnel_server import config as server_config
 from gotunnel_server import gateway as gateway_module
+from gotunnel_server.net.inherited import NOTHING
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 20  # seconds for any one wait: far more than a busy machine needs
@@ -469,12 +470,12 @@ def gateway_environment(cache, **changes) -> dict:
 
 
 @contextlib.contextmanager
-def gateway_here(cache, subscribers=(), **changes):
+def gateway_here(cache, subscribers=(), inherited=NOTHING, **changes):
     """A gateway in this process. ``changes`` are environment variables; ``subscribers`` get the
-    record of each visit."""
+    record of each visit; ``inherited`` are listening sockets."""
     environment = gateway_environment(cache, **{"DRAIN_TIMEOUT": "0", "WORKERS": "192"} | changes)
     config = server_config.load(os.devnull, environment)
-    inner = gateway_module.Gateway(config, subscribers)
+    inner = gateway_module.Gateway(config, subscribers, inherited)
 
     def wait_for_routes(*hostnames):
         wait_until(lambda: routes_of(inner) >= set(hostnames))

@@ -49,6 +49,7 @@ from gotunnel_server.certs.local_ca import Authority, CertificateError
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.net.client_hello import ACME_TLS
 from gotunnel_server.net.dns import NoAnswer
+from gotunnel_server.net.inherited import NOTHING, Inherited
 from gotunnel_server.visitors import arrival
 
 TOKEN = "LoqXcYV8q5ONbJQxbmR7SCTNo3tiAXDfowyjxAjEuX0"
@@ -91,7 +92,7 @@ def fake_house(tmp_path, **changes):
 
 
 @contextlib.contextmanager
-def ordering(tmp_path, directory, ca_file, root, **changes):
+def ordering(tmp_path, directory, ca_file, root, inherited=NOTHING, **changes):
     """A gateway that orders; ``root`` is what its visitors trust. TUNNEL_HOST, which agents dial
     and no CA would sign, has a certificate of the operator's."""
     own = tmp_path / "own"
@@ -109,7 +110,7 @@ def ordering(tmp_path, directory, ca_file, root, **changes):
     }  # fmt: skip
     # A loaded machine may take longer for an order than a visitor has patience.
     with mock.patch.object(arrival, "CERTIFICATE_TIMEOUT", TIMEOUT), \
-            gateway_here(cache, **environment) as gateway:  # fmt: skip
+            gateway_here(cache, inherited=inherited, **environment) as gateway:  # fmt: skip
         yield gateway
 
 
@@ -401,6 +402,45 @@ def test_ca_finds_the_file_and_nothing_is_left_of_it(tmp_path, origin, monkeypat
     [file] = (tmp_path / "cache").glob(f"*/certs/{APP}.pem")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("kind", ["http", "alpn"])
+def test_the_proof_of_a_gateway_that_hands_over_is_found_at_its_successor(
+    tmp_path, origin, monkeypatch, kind
+):
+    """The old gateway listens no more when the CA looks, but its order is still at work."""
+    real, published, go_on = getattr(Challenges, kind), threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def publish(self, hostname, *proof):
+        with real(self, hostname, *proof):
+            if hostname == APP:
+                published.set()
+                go_on.wait(TIMEOUT)
+            yield
+
+    monkeypatch.setattr(Challenges, kind, publish)
+    serve_pages(origin)
+    with contextlib.ExitStack() as stack:
+        plain, public = (stack.enter_context(reserved_port()) for _ in range(2))
+        ca = stack.enter_context(pebble(tmp_path / "pebble", plain, public))
+        stack.callback(go_on.set)
+        place = (tmp_path, ca.directory, ca.ca_file, ca.root())
+        changes = {"GATEWAY_PORT": str(public), "HTTP_PORT": str(plain if kind == "http" else 0)}
+        old = stack.enter_context(ordering(*place, **changes))
+        stack.enter_context(agent_here(old, tmp_path, http={APP: origin.port}))
+        assert published.wait(TIMEOUT)
+        shared = Inherited(old.inner.listeners.shared())
+        new = stack.enter_context(ordering(*place, inherited=shared, **changes))
+        new.inner.inherit(old.inner.estate())
+        old.inner.stop_accepting()
+        go_on.set()
+        issuer = old.inner.keeper._ordered.issuer
+        wait_until(lambda: issuer.queue.state(APP).name is READY)
+        old.inner.stop()  # so the agent comes to the new one, which finds the certificate
+        new.wait_for_routes(APP)
+        assert new.get(APP) == (200, b"page")
+        assert len(list((tmp_path / "cache").glob(f"*/certs/{APP}.pem"))) == 1
 
 
 def test_visitor_during_a_proof_gets_the_previous_certificate(tmp_path, origin, monkeypatch):

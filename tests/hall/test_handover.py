@@ -34,6 +34,7 @@ from support import (
     wait_until,
 )
 
+from gotunnel_agent.common.status_socket import NoAnswer, ask
 from gotunnel_server import handover as handover_module
 from gotunnel_server.handover import Failed, HandOver, find_predecessor
 
@@ -234,6 +235,19 @@ def test_a_successor_serves_visitors_and_agents_and_the_old_gateway_ends(cache, 
             assert gateway.program.wait() == 0
             wait_until(lambda: sum(": serving " in line for line in list(agent.lines)) == 2)
             assert gateway.get(APP) == (200, b"ok")
+
+
+def test_the_status_socket_is_the_successors(cache):
+    path = str(cache / "status.sock")
+
+    def pid():
+        with contextlib.suppress(NoAnswer):
+            return ask([path], "gotunnel-server")["pid"]
+
+    with gateway_process(cache) as gateway, ending(gateway) as hand_over:
+        wait_until(lambda: pid() == gateway.program.pid)
+        successor = hand_over()
+        wait_until(lambda: pid() == successor)
 
 
 def test_a_successor_hands_over_as_well(cache):
