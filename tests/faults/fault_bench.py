@@ -45,7 +45,7 @@ TARGET_LINE = {"share": 0.3, "most": 300_000}
 # Seconds, in place of minutes: what waits for a peer that is silent must come to its end soon.
 GATEWAY = {
     "HEADER_TIMEOUT": "4", "IDLE_TIMEOUT": "6", "RESPONSE_TIMEOUT": "6", "STALL_TIMEOUT": "6",
-    "DRAIN_TIMEOUT": "1",
+    "DRAIN_TIMEOUT": "1", "AGENT_TIMEOUT": "5",
 }  # fmt: skip
 AGENT = {"stall_timeout": 6}
 
@@ -77,6 +77,7 @@ class Report(NamedTuple):
     text: str
     failures: list
     visits: collections.Counter  # (kind, end)
+    visible: collections.Counter  # how visits failed visibly
     faults: dict  # as Bench.faults()
     wrongs: list
     hangs: list
@@ -370,7 +371,7 @@ class Bench:
             lines += [f"    {text}" for text in texts[:MOST_SHOWN]]
         failing = [name for name, texts in verdicts.items() if texts]
         lines += ["", f"verdict: failed: {', '.join(failing)}" if failing else "verdict: passed"]
-        return Report("\n".join(lines), failing, visits, faults, wrongs, hangs)
+        return Report("\n".join(lines), failing, visits, failures, faults, wrongs, hangs)
 
     def _end_processes(self):
         for agent in self._agents.values():

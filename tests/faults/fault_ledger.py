@@ -20,10 +20,10 @@ from collections import Counter
 from time import monotonic
 
 # Seconds that a visit may take. The longest waits, one after the other: a session whose line
-# swallows bytes is given up after two keep-alives (20 s), the time for an answer begins anew on the
-# next one (RESPONSE_TIMEOUT, 6 s here), a target that waits gives up (IDLE, 8 s); and 11 s more for
-# a machine that is busy.
-HANG_BOUND = 45
+# swallows bytes is given up after two keep-alives (20 s), the visit waits for the agent to come
+# back (AGENT_TIMEOUT, 5 s), the time for an answer begins anew (RESPONSE_TIMEOUT, 6 s here), a
+# target that waits gives up (IDLE, 8 s); and 11 s more for a machine that is busy.
+HANG_BOUND = 50
 MOST_SHOWN = 20  # wrong answers that are told in full
 MOST_REMEMBERED = 4096  # visits whose connections to targets are known; far more than are under way
 

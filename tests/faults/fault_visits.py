@@ -7,6 +7,7 @@ An answer that is complete by its protocol's rules and is not the right one is w
 beginning of another's.
 """
 
+import functools
 import os
 import re
 import socket
@@ -276,21 +277,23 @@ class Visitor:
         self._several("pipelined", site, asked, at_once=True)
 
     def _several(self, kind, site, requests, at_once):
-        # The first one that fails ends the connection, and with it all that were sent.
+        """Make ``requests`` on one connection, and on a new one behind each answer that says
+        ``Connection: close``: those that were sent behind it are not acted on (RFC 9112 §9.6)."""
         tubes = []
 
-        def begin(asked):
+        def ask(index, asked):
             if not tubes:
                 tubes.append(self._tube(site))
                 if at_once:
-                    tubes[0].send(b"".join(each.bytes + _body(each) for each in requests))
+                    tubes[0].send(b"".join(each.bytes + _body(each) for each in requests[index:]))
             if not at_once:
                 tubes[0].send(asked.bytes + _body(asked))
-            self._read_answer(tubes[0], asked)
+            if self._read_answer(tubes[0], asked).get("connection") == "close":
+                tubes.pop().__exit__()
 
         try:
             for index, asked in enumerate(requests):
-                if not self._judge(kind, asked, lambda asked=asked: begin(asked)):
+                if not self._judge(kind, asked, functools.partial(ask, index, asked)):
                     for _ in requests[index + 1 :] if at_once and tubes else ():
                         self._ledger.enter(kind, FAILED, 0, "the connection ended before")
                     return
@@ -405,8 +408,8 @@ class Visitor:
             tube.send(asked.bytes + _body(asked))
             self._read_answer(tube, asked)
 
-    def _read_answer(self, tube, asked):
-        read_answer(tube, asked, shortened=lambda: self._ledger.is_shortened(asked.visit))
+    def _read_answer(self, tube, asked) -> dict:
+        return read_answer(tube, asked, shortened=lambda: self._ledger.is_shortened(asked.visit))
 
     def _end_too_early(self, asked, size, expected):
         if self._ledger.is_shortened(asked.visit):
@@ -476,9 +479,10 @@ def check_head(head, asked) -> dict:
     return fields
 
 
-def read_answer(tube, asked, head=None, shortened=lambda: False):
-    """Read one answer and check it. ``head``: if it was read already. ``shortened()``: whether a
-    script has ended this visit's connection to its target too early. Raises Failed, Wrong, Hung."""
+def read_answer(tube, asked, head=None, shortened=lambda: False) -> dict:
+    """Read one answer, check it, and return its fields. ``head``: if it was read already.
+    ``shortened()``: whether a script has ended this visit's connection to its target too early.
+    Raises Failed, Wrong, Hung."""
     head = head or tube.until(b"\r\n\r\n")
     fields = check_head(head, asked)
     status = int(head[9:12])
@@ -490,7 +494,7 @@ def read_answer(tube, asked, head=None, shortened=lambda: False):
     if asked.method == "HEAD" or status == 204:
         if asked.method == "HEAD" and fields.get("content-length") != str(asked.size):
             raise Wrong(f"Content-Length {fields.get('content-length')}, expected {asked.size}")
-        return
+        return fields
     body = bytearray()
     try:
         read_body(tube, fields, body)
@@ -504,6 +508,7 @@ def read_answer(tube, asked, head=None, shortened=lambda: False):
         if asked.path.startswith("/close") and shortened():
             raise Failed("half an answer; its target's end came too early, as scripted")
         raise Wrong(f"{len(body)} of {len(expected)} bytes, and an end that looks whole")
+    return fields
 
 
 def read_body(tube, fields, body):
