@@ -167,7 +167,12 @@ class HandOver:
     def _attempt(self) -> int:
         """The process id of a successor that serves. Raises Failed."""
         shared = list(self._gateway.listeners.shared())
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # no descriptor is left
+            for given in shared:
+                given.sock.close()
+            raise Failed(f"no successor can be talked to: {error.strerror}") from None
         self._channel = channel = _Channel(ours, self._timeout)
         try:
             process = self._start(theirs, shared)

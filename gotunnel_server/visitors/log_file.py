@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import select
+import sys
 import threading
 from time import monotonic
 
@@ -54,6 +55,12 @@ class LogFile:
         # The thread's own.
         self._file: int | None = None  # descriptor; None: opening it failed
         self._torn = False  # only a part of the last line was written
+        # Started without one (>&-): descriptor 1 is some other file or socket by now, such as the
+        # one that signals come by.
+        if path == STANDARD_OUTPUT and sys.stdout is None:
+            raise LogFileError(
+                f"{setting} {path}: there is no standard output; open it, or name a file"
+            )
         try:
             self._file = self._open(os.O_NONBLOCK)
         except OSError as error:

@@ -1,6 +1,7 @@
 """A hand-over to a successor by SIGUSR2, what comes of one that fails, and systemd's part."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -109,6 +110,18 @@ def test_a_successor_that_hangs_is_killed(gateway, caplog):
 def test_a_program_that_cannot_be_started_is_one_line(gateway, caplog):
     HandOver(gateway.inner, {}, ("/nowhere/python",)).run()
     assert "hand-over failed: /nowhere/python cannot be started" in caplog.text
+
+
+def test_without_a_free_descriptor_the_gateway_serves_on(gateway, caplog, monkeypatch):
+    def refuse():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(handover_module.socket, "socketpair", refuse)
+    HandOver(gateway.inner, {}, ("true",)).run()
+    (line,) = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith("hand-over failed: ") and "Too many open files" in line
+    monkeypatch.undo()
+    assert gateway.get(GATEWAY_HOST)[0] == 200
 
 
 def test_a_cancelled_hand_over_ends_its_successor_without_a_complaint(gateway, caplog):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
@@ -189,6 +190,12 @@ def _came(read):
 def test_a_path_that_cannot_be_opened_is_said_in_one_line(path):
     with pytest.raises(LogFileError, match=r"^ACCESS_LOG /.*: .*; correct it$"):
         LogFile("ACCESS_LOG", path)
+
+
+def test_without_a_standard_output_no_other_descriptor_is_written_to(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does it after >&-
+    with pytest.raises(LogFileError, match="^ACCESS_LOG -: there is no standard output; "):
+        LogFile("ACCESS_LOG", "-")
 
 
 def test_visits_go_on_beside_a_pipe_that_nobody_reads(cache, tmp_path, origin, monkeypatch):
