@@ -81,7 +81,7 @@ class Gateway:
         self._visitor_ports: list[Port] = []
         self._ready = threading.Event()  # the ports are open, and no drain has begun
         self.listeners = Listeners(config.bind, self._steps, inherited)
-        self._recording = Recording(config, self._proxies, self._registry.lookup, subscribers)
+        self.recording = Recording(config, self._proxies, self._registry.lookup, subscribers)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
@@ -90,7 +90,7 @@ class Gateway:
             self._build_metrics(config)
         except BaseException:
             self.listeners.stop()
-            self._recording.stop()
+            self.recording.stop()
             raise
         self._watchers = (
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
@@ -179,7 +179,7 @@ class Gateway:
         if config.metrics_port is None:
             return
         parts = metrics.Parts(
-            self._recording, self.tunnels, self.own_names, self.keeper.state, self.listeners,
+            self.recording, self.tunnels, self.own_names, self.keeper.state, self.listeners,
             self._steps, self._visitors, self._newcomers, self._ready.is_set,
         )  # fmt: skip
         site = metrics.build_site(parts, config.metrics_bind)
@@ -217,7 +217,7 @@ class Gateway:
         shared = {
             "proxies": self._proxies,
             "timeouts": self._timeouts,
-            "visits": self._recording.visits,
+            "visits": self.recording.visits,
         }
         port = kind(room=room, **shared | rest)
         self._visitor_ports.append(port)
@@ -234,7 +234,7 @@ class Gateway:
     def start(self, before_orders: Callable[[], object] = lambda: None) -> None:
         """Serve; call ``before_orders()`` before certificates are ordered. Raises PortError,
         NoThread, and what that raises."""
-        self._recording.start()
+        self.recording.start()
         self.listeners.start()
         before_orders()
         for part in (*self._watchers, self.keeper):
@@ -248,7 +248,7 @@ class Gateway:
         """Read now what may have changed. Any thread; waits for nothing."""
         for watcher in self._watchers:
             watcher.ask()
-        self._recording.reopen()
+        self.recording.reopen()
 
     def estate(self) -> Estate:
         """What a successor gets beside the sockets. Any thread."""
@@ -285,5 +285,5 @@ class Gateway:
             port.stop(LAST_JOBS)
         for watcher in self._watchers:
             watcher.join(LAST_LOOK)
-        self._recording.stop()
+        self.recording.stop()
         log.info("stopped")

@@ -13,6 +13,8 @@ from gotunnel_agent.common.status_socket import StatusSocket
 from .agents.tunnel import Tunnel
 from .certs.state import State
 from .gateway import Gateway
+from .routes import Route
+from .visitors.counts import Counts
 
 PROGRAM = "gotunnel-server"
 # Of sessions, hostnames and certificates, as many are listed in an answer, some 300 bytes each. The
@@ -41,7 +43,8 @@ class Status:
         gateway = self._gateway
         state = "draining" if self.draining else SERVING
         return {"state": state, **describe(
-            gateway.tunnels.registered(), gateway.own_names, gateway.keeper.state
+            gateway.tunnels.registered(), gateway.own_names, gateway.keeper.state,
+            gateway.recording.counts,
         )}  # fmt: skip
 
 
@@ -49,9 +52,11 @@ def describe(
     tunnels: Sequence[Tunnel],
     own_names: Iterable[str],
     certificate_state: Callable[[str], State],
+    counts: Counts | None = None,
     now: Callable[[], float] = time,
 ) -> dict[str, object]:
-    """The gateway's part of the answer. ``certificate_state(hostname)``: as Keeper.state()."""
+    """The gateway's part of the answer. ``certificate_state(hostname)``: as Keeper.state().
+    ``counts``: of visits; None if nothing counts them."""
     usages = [tunnel.usage() for tunnel in tunnels[:MOST_LISTED]]
     sessions = [
         {
@@ -64,14 +69,17 @@ def describe(
         }
         for tunnel, usage in zip(tunnels, usages)
     ]
-    routes = sorted((name, route) for tunnel in tunnels for name, route in tunnel.routes.items())
+    routes = sorted(
+        ((name, route) for tunnel in tunnels for name, route in tunnel.routes.items()),
+        key=lambda pair: pair[0],  # while an agent's second session takes over, a name comes twice
+    )
     hostnames = [
         {
             "hostname": name,
             "mode": route.mode,
             "port": route.port,
             "agent": on_one_line(route.tunnel.agent.identity.name, MOST_REASON),
-            "failed_visits": route.tunnel.failed[route.hostname],  # type: ignore[attr-defined]
+            **_of_hostname(route, counts),
         }
         for name, route in routes[:MOST_LISTED]
     ]
@@ -80,13 +88,33 @@ def describe(
         _certificate(name, certificate_state(name), now) for name in names[:MOST_LISTED]
     ]
     return {
-        "visits": {"running": sum(usage.visits for usage in usages)},
+        "visits": {"running": sum(usage.visits for usage in usages), **_of_all(counts)},
         "sessions_total": len(tunnels),
         "hostnames_total": len(routes),
         "certificates_total": len(names),
         "sessions": sessions,
         "hostnames": hostnames,
         "certificates": certificates,
+    }
+
+
+def _of_hostname(route: Route, counts: Counts | None) -> dict[str, int]:
+    if counts is None:  # then the visits in tcp mode that did not reach their target are known
+        return {"failed_visits": route.tunnel.failed[route.hostname]}  # type: ignore[attr-defined]
+    count = counts[route.hostname]
+    return {"visits": count.visits, "failed_visits": count.failed}
+
+
+def _of_all(counts: Counts | None) -> dict[str, int]:
+    """The visits that have ended, and their bytes; nothing if nothing counts them."""
+    if counts is None:
+        return {}
+    found = counts.all().values()
+    return {
+        "ended": sum(count.visits for count in found),
+        "failed": sum(count.failed for count in found),
+        "received_bytes": sum(count.received for count in found),
+        "sent_bytes": sum(count.sent for count in found),
     }
 
 

@@ -99,6 +99,7 @@ def _ports(config: Config) -> dict[str, tuple[int, tuple[str, ...]]]:
         "TUNNEL_PORT": (config.tunnel_port, config.bind),
         "HTTP_PORT": (config.http_port, config.bind),
         "DASHBOARD_PORT": (config.dashboard_port, config.dashboard_bind),
+        "METRICS_PORT": (config.metrics_port, config.metrics_bind),
     }
     return {name: (port, bind) for name, (port, bind) in ports.items() if port is not None}
 

@@ -141,13 +141,13 @@ def test_the_right_to_low_ports_is_given_where_there_are_some(machine, settings,
 
 
 def test_with_a_socket_unit_systemd_listens(machine):
-    write_env(BIND="192.0.2.1,2001:db8::1", DASHBOARD_BIND="127.0.0.1")
+    write_env(BIND="192.0.2.1,2001:db8::1", DASHBOARD_BIND="127.0.0.1", METRICS_PORT="9464")
     assert server("install", "--socket") == 0
     lines = text(machine, "gotunnel-server.socket").splitlines()
     assert [line for line in lines if line.startswith("Listen")] == [
         "ListenStream=192.0.2.1:443", "ListenStream=[2001:db8::1]:443",
         "ListenStream=192.0.2.1:9443", "ListenStream=[2001:db8::1]:9443",
-        "ListenStream=127.0.0.1:8080",
+        "ListenStream=127.0.0.1:8080", "ListenStream=127.0.0.1:9464",
     ]  # fmt: skip
     assert "AmbientCapabilities=" not in text(machine)
     assert "Requires=gotunnel-server.socket" in text(machine)

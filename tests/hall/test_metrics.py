@@ -87,7 +87,7 @@ def test_visits_are_counted(gateway, origin):
         target.close()
         visitor.read_to_end()
     assert gateway.get(GATEWAY_HOST)[0] == 200
-    counts = gateway.inner._recording.counts
+    counts = gateway.inner.recording.counts
     wait_until(lambda: sum(count.visits for count in counts.all().values()) == 6)
     found = figures(gateway)
 
@@ -190,7 +190,7 @@ def test_on_other_addresses_any_name_may_be_the_machines(cache):
 def test_it_is_off_and_on_loopback_by_default(cache):
     with gateway_here(cache) as gateway:
         assert gateway.inner.metrics_port is None
-        assert gateway.inner._recording.visits is None
+        assert gateway.inner.recording.visits is None
     with gateway_here(cache, METRICS_PORT="auto", BIND="0.0.0.0") as gateway:
         (listening,) = gateway.inner.listeners._all[-1].sockets
         assert listening.getsockname()[0] == "127.0.0.1"
@@ -306,7 +306,7 @@ def known(gateway, origin):
     with gateway.dial(GATEWAY_HOST) as visitor:
         visitor.send(request(host="else.example"))
         visitor.read_head()
-    errors = gateway.inner._recording.counts.errors
+    errors = gateway.inner.recording.counts.errors
     wait_until(lambda: errors["misdirected"])
     return {key[0] for key in figures(gateway)}
 

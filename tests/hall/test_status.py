@@ -22,6 +22,7 @@ from support import (
     gateway_here,
     gateway_process,
     request,
+    wait_until,
 )
 
 from gotunnel import __version__
@@ -126,6 +127,36 @@ def test_a_long_list_is_cut_and_counted(cache, tmp_path, monkeypatch):
             told = status.describe(inner.tunnels.registered(), inner.own_names, inner.keeper.state)
     assert (told["hostnames_total"], told["certificates_total"]) == (3, 5)
     assert len(told["hostnames"]) == len(told["certificates"]) == 1
+
+
+def test_visits_are_counted_where_something_counts_them(cache, tmp_path):
+    with Origin() as app, gateway_here(cache, METRICS_PORT="auto") as gateway:
+        with agent_here(gateway, tmp_path, {APP: app.port}), gateway.dial(APP) as visitor:
+            visitor.send(request())
+            with app.accept() as target:
+                target.read_head()
+                target.send(answer(b"hello"))
+                visitor.read_until(b"hello")
+            inner = gateway.inner
+
+            def told():
+                return status.describe(
+                    inner.tunnels.registered(), inner.own_names, inner.keeper.state,
+                    inner.recording.counts,
+                )  # fmt: skip
+
+            wait_until(lambda: told()["visits"]["ended"] == 1)
+            visits, (row,) = told()["visits"], told()["hostnames"]
+    assert visits["failed"] == 0 and visits["sent_bytes"] > 5 and visits["received_bytes"] > 5
+    assert (row["visits"], row["failed_visits"]) == (1, 0)
+
+
+def test_a_hostname_that_two_sessions_have_for_a_moment_is_listed_twice(cache, tmp_path):
+    with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, {APP: 9}):
+        inner = gateway.inner
+        tunnels = inner.tunnels.registered() * 2
+        told = status.describe(tunnels, inner.own_names, inner.keeper.state)
+    assert [row["hostname"] for row in told["hostnames"]] == [APP, APP]
 
 
 def test_a_failed_certificate_is_told_with_its_reason_on_one_line():
