@@ -166,7 +166,7 @@ class Gateway:
         if config.dashboard_port is None:
             return
         site = dashboard.build_site(
-            self.tunnels.registered, self._recording.count, config.gateway_host,
+            self.tunnels.registered, self.recording.count, config.gateway_host,
             self.public_port, __version__,
             self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip

@@ -199,10 +199,10 @@ def test_http_visits_that_fail_are_counted(cache, tmp_path):
     with reserved_port() as port, gateway_here(cache, DASHBOARD_PASSWORD=PASSWORD) as gateway:
         with agent_here(gateway, tmp_path, http={APP: port}):
             assert [gateway.get(APP)[0] for _ in range(2)] == [502, 502]
-            count = gateway.inner._recording.count
+            count = gateway.inner.recording.count
             wait_until(lambda: count(APP).visits == count(APP).failed == 2)
             assert (
-                count(APP).sent > 1000 and "127.0.0.1" not in gateway.inner._recording.counts.all()
+                count(APP).sent > 1000 and "127.0.0.1" not in gateway.inner.recording.counts.all()
             )
 
 
