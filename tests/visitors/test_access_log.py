@@ -288,6 +288,14 @@ def test_goaccess_reads_every_line(written, tmp_path):
                                        for line in written.read_text().splitlines())  # fmt: skip
 
 
+def test_filter_of_fail2ban_names_only_codes_that_the_gateway_has():
+    (words,) = re.findall(
+        r'error="\(\?:(.*)\)"', (ROOT / "conf/fail2ban-gotunnel.conf").read_text()
+    )
+    documented = (ROOT / "docs/visits.md").read_text()
+    assert [word for word in words.split("|") if f"`{word}`" not in documented] == []
+
+
 @pytest.mark.parametrize("name, matched", [("nginx-bad-request", 2), ("gotunnel", 3)])
 def test_fail2ban_finds_bad_visits(written, name, matched):
     program = need("fail2ban-regex")
