@@ -1,14 +1,14 @@
 """Writes a visit as one line of the access log: the combined format, or JSON.
 
-The combined format is nginx's and Apache's, which goaccess, fail2ban and many others read. Behind
-it stand what else is known, as name="value", where such programs ignore it:
+The combined format is nginx's and Apache's, which goaccess, fail2ban and many other programs read.
+More values follow it as name="value"; those programs ignore them. On one line:
 
     192.0.2.7 - - [29/Nov/2026:23:56:36 +0000] "GET /a HTTP/1.1" 200 612 "-" "curl/8"
       host="app.example.com" agent="office" error="" in=80 first=0.012 time=0.013 stream=2 id="5f"
 
-on one line. A visitor chooses path, hostname, Referer and User-Agent. No character of theirs ends a
-line or a quoted value (log injection): all but printable ASCII, and the quote and the backslash,
-are written as \\xHH. JSON has escapes of its own. A visit in tcp mode has TCP as its method, and
+A visitor chooses path, hostname, Referer and User-Agent. No character of them can end a line or a
+quoted value (log injection): the quote, the backslash, and all but printable ASCII are written as
+\\xHH. JSON has escapes of its own. A visit in tcp mode has TCP as its method, and
 its hostname in place of the path.
 """
 
@@ -30,24 +30,25 @@ Line = Callable[[Visit], str]
 
 
 def escaped(text: str) -> str:
-    """A value for the inside of quotes, at most MOST characters of it. As nginx escapes it."""
+    """The first MOST characters of a value, escaped to stand in quotes. nginx escapes alike."""
     return _UNSAFE.sub(_escape, text[:MOST])
 
 
 def _escape(found: re.Match[str]) -> str:
-    # A head is read as Latin-1, so that a character is a byte. Others are written as UTF-8.
+    # A head is read as Latin-1, so that a character is a byte. Characters beyond Latin-1, which an
+    # agent's name may have, are written as UTF-8.
     character = found[0]
     data = character.encode("latin-1" if character <= "\xff" else "utf-8", "replace")
     return "".join(f"\\x{byte:02X}" for byte in data)
 
 
 def combined(visit: Visit) -> str:
-    """The line, without its end."""
+    """The line in the combined format, without a newline."""
     if visit.protocol == TCP:
         request = f"TCP {escaped(visit.hostname)} TCP"
     elif visit.method:
         request = f"{escaped(visit.method)} {escaped(visit.path) or '-'} {visit.protocol}"
-    else:  # nothing could be read
+    else:  # the request's head could not be parsed
         request = "-"
     first = "-" if visit.first_byte is None else f"{visit.first_byte:.3f}"
     return (
@@ -61,7 +62,7 @@ def combined(visit: Visit) -> str:
 
 
 def as_json(visit: Visit) -> str:
-    """The line as a JSON object, without its end. Times are in seconds, sizes in bytes."""
+    """The line as a JSON object, without a newline. Times are in seconds, sizes in bytes."""
     first = visit.first_byte
     at = datetime.fromtimestamp(visit.at, timezone.utc)
     return _encode({

@@ -26,7 +26,7 @@ from .connection import HttpConnection
 from .postgres import CancelKeys
 from .request import VisitorGone
 from .sites import Site
-from .steps import Named, Step, Stepwise
+from .steps import StateEnum, Step, Stepwise
 from .verdict import Allow, Answer
 from .visit import TCP
 from .visitor import Visitor
@@ -45,7 +45,7 @@ CERTIFICATE_TIMEOUT = 10
 CERTIFICATE_LOOK = 0.25
 
 
-class State(Named):
+class State(StateEnum):
     """What the connection waits for."""
 
     CONNECTED = enum.auto()  # a trusted proxy's PROXY header; its time begins with the first step
@@ -112,7 +112,7 @@ class Introduction(Stepwise):
             raise VisitorGone
         if data is not None:
             if not self._buffer:
-                self._hear()
+                self._note_first_byte()
             self._buffer += data
 
     def _read_introduction(self) -> bool:
@@ -197,9 +197,9 @@ class Arrival(Introduction):
             return self._relay(self._route)
         self._receive()
         self._visitor.refuse_introduction(self._buffer)
-        knock = sniff.knock(self._buffer)
-        if knock is not None and not proxy_protocol.may_begin(self._buffer):
-            entered = self._enter(*knock)
+        found = sniff.recognise(self._buffer)
+        if found is not None and not proxy_protocol.may_begin(self._buffer):
+            entered = self._enter(*found)
             if entered is not None:
                 return entered
         return self._wait(SILENCE if self._state is State.SILENCE else self._port.timeouts.header)
@@ -220,7 +220,7 @@ class Arrival(Introduction):
         return self._relay(route)
 
     def _enter(self, kind: int, size: int) -> bool | None:
-        """Go on as the protocol requires. Returns a step's result, or None if it needs more."""
+        """Go on as the protocol requires. Returns a step's result, None if it needs more bytes."""
         if self._state is State.TLS_ASKED and kind != sniff.TLS:
             raise client_hello.NotTLS("no ClientHello behind PostgreSQL's SSLRequest")
         if kind == sniff.TLS:
@@ -238,7 +238,8 @@ class Arrival(Introduction):
             if raw_host is not None and self._await_agent(raw_host, State.FIRST_BYTES):
                 return False
             self._port.say_once(
-                "%s dropped: it speaks no TLS, and RAW_TCP_HOST names no tcp hostname for it",
+                "%s dropped: it speaks no TLS, and no tcp hostname is served for such visitors; "
+                "RAW_TCP_HOST may name one",
                 self._visitor,
             )  # fmt: skip
             self.duplex.reset()  # a mere close would look like an empty answer
@@ -254,7 +255,7 @@ class Arrival(Introduction):
         if kind == sniff.SSL_REQUEST:
             self.duplex.write(sniff.YES, timeout=0)
             return self._go_to(State.TLS_ASKED)
-        if self._refused_gss:  # each answer restarts the time for the first bytes
+        if self._refused_gss:  # each answer restarts the timeout, so it must not be repeated
             raise ConnectionAbortedError("a second GSSENCRequest")
         self._refused_gss = True
         self.duplex.write(sniff.NO, timeout=0)
@@ -277,19 +278,20 @@ class Arrival(Introduction):
 
     def _enter_tls(self) -> bool | None:
         """Read the ClientHello, before the costly handshake. As _enter()."""
-        said = self._hello.parse(self._buffer)
-        if said is None:
+        hello = self._hello.parse(self._buffer)
+        if hello is None:
             return None
-        self._visitor.sni = said.server_name
+        self._visitor.sni = hello.server_name
         self._give_back()
-        if said.alpn == (client_hello.ACME_TLS,):
+        if hello.alpn == (client_hello.ACME_TLS,):
             return self._prove()
-        if self._state is State.TLS_ASKED or client_hello.POSTGRESQL in said.alpn:
+        if self._state is State.TLS_ASKED or client_hello.POSTGRESQL in hello.alpn:
             self._visitor.cancel_keys = self._port.cancel_keys
-        self._protocols = said.alpn
-        sni = said.server_name
-        # Before the handshake, which may name the service's own protocol (ALPN). Visits by http
-        # wait behind it, as their connections may be kept alive.
+        self._protocols = hello.alpn
+        sni = hello.server_name
+        # A tcp visit waits for its agent before the handshake: only with a route can the handshake
+        # accept the service's own ALPN protocol. In http mode each request waits by itself, after
+        # its head (connection.py).
         if sni and self._port.has_left_in_tcp(sni) and self._await_agent(sni, State.AGENT):
             return False
         return self._await_or_begin()
@@ -302,7 +304,8 @@ class Arrival(Introduction):
         return self._begin_handshake()
 
     def _await_agent(self, hostname: str, then: State) -> bool:
-        """Let the visit wait for its agent, once, if that is expected; ``then`` is its state."""
+        """If the agent is expected back, let the visit wait for it in the state ``then``, once a
+        connection. Returns whether it waits."""
         port = self._port
         if not port.absent or port.waiting is None or self._has_waited or port.is_draining():
             return False

@@ -29,8 +29,9 @@ from .verdict import Allow, Answer, Caller, refusal, too_many
 FAILURES = 10
 FAILURES_A_SECOND = 1 / 10
 # While an address is locked by its failures, no hash is computed for it. A password that was right
-# from there before still works, since several people may share the address. That answers guesses
-# again, so it is limited, too; beyond this limit no password from the address works.
+# from there before still works, since several people may share the address. So an attacker there
+# can still test guesses against it. GUESSES limits these, too; beyond it no password from the
+# address works.
 GUESSES = 100
 GUESSES_A_SECOND = 1
 
@@ -38,10 +39,10 @@ GUESSES_A_SECOND = 1
 # that keeps using an old password costs one computation. About 250 bytes each.
 MOST_REMEMBERED = 4096
 
-# Computations in the whole process. Two keep two cores busy, with 128 MiB at most. Those that wait
-# do so for up to two seconds, each in a thread. Tunnels take turns, and so do the addresses at one
-# tunnel: a login waits for at most one guess at each other tunnel, however many are made there. One
-# tunnel alone gets a third of the places to wait.
+# Computations in the whole process. Two keep two cores busy, with 128 MiB at most (a hash may ask
+# for passwords.MOST_MEMORY). Those that wait do so for up to two seconds, each in a thread. Tunnels
+# take turns, and so do the addresses at one tunnel: a login waits for at most one guess at each
+# other tunnel, however many are made there. One tunnel alone gets a third of the places to wait.
 COMPUTED_AT_ONCE = 2
 WAITING_TO_COMPUTE = 30
 _gate = Gate(COMPUTED_AT_ONCE, WAITING_TO_COMPUTE)
@@ -77,7 +78,7 @@ class Passwords:
         self._wrong: OrderedDict[Case, None] = OrderedDict()
         self._failures = Buckets(FAILURES_A_SECOND, FAILURES)
         self._guesses = Buckets(GUESSES_A_SECOND, GUESSES)
-        self._running: dict[Case, Future[Allow | Answer]] = {}  # the verdicts to come
+        self._running: dict[Case, Future[Allow | Answer]] = {}  # verdicts that are being computed
         self._lock = threading.Lock()  # guards these five; never held while computing
 
     def judge(self, caller: Caller) -> Allow | Answer:

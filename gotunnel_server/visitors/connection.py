@@ -27,7 +27,7 @@ from .pages import Page
 from .request import AgentLost, Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
-from .steps import Named, Step, Stepwise
+from .steps import StateEnum, Step, Stepwise
 from .visit import CLIENT_CLOSED, SLOW
 from .visitor import Visitor
 from .waiting import WaitingRoom
@@ -42,7 +42,7 @@ PARTING_TIMEOUT = 5
 FULL_PARTING_TIME = 2  # in place of PARTING_TIME, while room.MAX_PARTING visitors linger
 
 
-class State(Named):
+class State(StateEnum):
     """Where the connection is between its requests."""
 
     NEW = enum.auto()  # waiting for the first byte of the first head
@@ -101,7 +101,7 @@ class HttpConnection(Stepwise):
         try:
             if not handler.head_came():
                 if handler.in_head and self._state is not State.HEAD:
-                    self._hear()
+                    self._note_first_byte()
                 return self._wait(timeouts.idle if self._state is State.IDLE else timeouts.header)
         except Malformed as error:
             return self._last_page(

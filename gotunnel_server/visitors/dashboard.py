@@ -44,7 +44,7 @@ _HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
 
 class Identity(Protocol):
-    """Which agent it is."""
+    """What the page shows of an agent's identity (agents/identity.py)."""
 
     @property
     def name(self) -> str: ...
@@ -63,7 +63,7 @@ class Tunnel(Protocol):
 
 
 class Word(Protocol):
-    """A member of an enum: ready, waiting or failed."""
+    """The word for a certificate's state: ready, waiting or failed."""
 
     @property
     def value(self) -> str: ...

@@ -37,8 +37,8 @@ log = logging.getLogger("gotunnel.exchange")
 # Methods whose effect is the same if the request arrives twice (RFC 9110 §9.2.2). Only these use a
 # kept stream: the target may close it while the request is on its way, and then it is sent again.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# Kinds of fields that end at the gateway: a visitor must not tell the target who it is, and a
-# target must not tell a visitor what only the gateway may say.
+# Fields that the gateway does not pass on. A target must not believe what a visitor itself says of
+# its address, nor a visitor what a target says in the gateway's name (X-Gotunnel-Error).
 NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
 NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
 NOT_WITH_AN_ID = NOT_FOR_VISITORS | {request_id.KIND}
@@ -94,7 +94,7 @@ class Upload:
         self._request = request
         self._timeout = timeout
         self._thread: threading.Thread | None = None
-        self._unwanted = threading.Event()  # the target, or the exchange, wants no more of it
+        self._unwanted = threading.Event()  # the target, or the exchange, wants no more of the body
         self._over = threading.Event()  # the request was answered, or never will be
         self._patience = Patience(request.idle_timeout, LEAST_BYTE_RATE, request.crowded)
         # The visitor waits for 100 (Continue) before it sends the body (RFC 9110 §10.1.1).
@@ -138,7 +138,7 @@ class Upload:
         wanted = not (self._unwanted.is_set() or self._held_back)
         return wanted and thread is not None and thread.is_alive()
 
-    def ask_for_it(self) -> None:
+    def ask_for_body(self) -> None:
         """The target has sent 100 (Continue): it wants the body."""
         self._held_back = False
 
@@ -261,8 +261,9 @@ class Exchange:
     def run(self) -> None:
         """Forward the request, and the answer back; without an answer, a page that says why.
 
-        Raises AgentLost. Raises VisitorGone or an OSError if the visitor's connection cannot be
-        used any more: the visitor has left, or the answer was cut short and the connection reset.
+        Raises AgentLost if the agent has left before it got the request, which may then wait for
+        another. Raises VisitorGone or an OSError if the visitor's connection cannot be used any
+        more: the visitor has left, or the answer was cut short and the connection reset.
         """
         try:
             self._run()
@@ -477,9 +478,9 @@ class Exchange:
             interim += size
             if interim > http1.HEAD_LIMIT:
                 raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
-            request.send_interim(response.status, response.reason, self._of_target(response))
+            request.send_interim(response.status, response.reason, self._fields(response))
             if response.status == 100 and self._upload is not None:
-                self._upload.ask_for_it()
+                self._upload.ask_for_body()
         body = http1.response_body(response, request.method)
         self._send_head(response, body)
         pieces: list[bytes]
@@ -498,8 +499,8 @@ class Exchange:
         # visitor would get those bytes as its answer (HTTP desync).
         certain = body is not None and response.status != 205
         self._login |= login.concerns_connection(response.fields, "www-authenticate")
-        # Before the answer's last bytes leave: the visitor's next request must find the stream, and
-        # must not be counted beside this one.
+        # The stream is given back before the answer's last bytes leave: the visitor's next request
+        # must find it, and must not be counted beside this one.
         stream, self._holds_stream = self._stream, False
         if self._upload is not None and not self._upload.sent():
             stream.reset()  # also wakes the upload's thread, if the target has stopped reading
@@ -521,7 +522,7 @@ class Exchange:
 
     def _send_head(self, response: Response, body: Body | None) -> None:
         # 426 (Upgrade Required): its Upgrade field names the protocol (RFC 9110 §15.5.22).
-        fields = self._of_target(response, keep_upgrade=response.status == 426)
+        fields = self._fields(response, keep_upgrade=response.status == 426)
         if body is not None:
             length = body.length
         else:  # of the body that GET would have got; none is sent
@@ -562,7 +563,8 @@ class Exchange:
             data += more
         return end, http1.parse_response(data[:end]), data[end:]
 
-    def _of_target(self, response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
+    def _fields(self, response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
+        """The fields of the target's answer that the visitor gets."""
         dropping = NOT_WITH_AN_ID if self._id else NOT_FOR_VISITORS
         return http1.end_to_end(response.fields, keep_upgrade, dropping)
 
@@ -572,7 +574,7 @@ class Exchange:
             text = "The service switched to another protocol, which the request did not ask for."
             raise TargetFailed(502, "bad-answer", text)
         self._await_upload()
-        fields = self._of_target(response, keep_upgrade=True)
+        fields = self._fields(response, keep_upgrade=True)
         onward = Upgraded(self._stream, self._half_close)
         if not self._request.switch(101, response.reason, fields, data, onward):
             raise TargetFailed(503, "gateway-busy", pages.BUSY)
@@ -582,7 +584,7 @@ class Exchange:
         §7.8), and a target may answer 101 as soon as it has the head."""
         if self._upload is None:
             return
-        self._upload.ask_for_it()
+        self._upload.ask_for_body()
         while not self._upload.ended(WATCH):
             if self._request.gone():
                 raise VisitorGone

@@ -1,4 +1,4 @@
-"""Tells the target who the visitor is, and decides which proxies may say so.
+"""Tells the target the visitor's address, and decides which proxies may name another one.
 
 A target sees only the connection of its agent. It learns about the visitor from X-Forwarded-For,
 X-Forwarded-Proto, X-Forwarded-Host and X-Real-IP. A visitor could forge these fields, and Forwarded
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from gotunnel_agent.common import addresses
 from gotunnel_agent.common.http1 import Fields, plain_name
 
-# Kinds of fields (http1.kind) that tell a target who its visitor is.
+# Kinds of fields (http1.kind) that tell a target its visitor's address.
 KINDS = frozenset({"forwarded", "x-forwarded-*", "x-real-ip"})
 # Spellings of an address with a port, as some proxies write them.
 _WITH_PORT = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([^:]*):[0-9]+")
@@ -60,7 +60,8 @@ def fields(
     return told + [
         (name, value)
         for name, value in came  # X-Forwarded-Port, -Prefix and the like
-        # Not spelled as X-Forwarded-Client_Cert: the proxy may pass that on from its visitor.
+        # Only in the plain spelling: a proxy that removes X-Forwarded-Client-Cert from a visitor's
+        # request may pass on X-Forwarded-Client_Cert, which many targets read as the same field.
         if (lower := name.lower()).startswith("x-forwarded-")
         and lower not in ours
         and lower == plain_name(name)

@@ -35,9 +35,9 @@ from .work import Work
 log = logging.getLogger("gotunnel.http1_server")
 
 # Work budget for a request's body: units a second in the long run, and at once. A chunk costs one
-# unit, about 2 µs; a read costs READ_WORK, with all that it causes; and WORK_PAYLOAD bytes permit
-# one more. So neither bulk data nor a person's typing is slowed. Tiny chunks or tiny segments are,
-# until one read finds several of them.
+# unit, about 2 µs; a read costs READ_WORK units, with all that it causes; each WORK_PAYLOAD bytes
+# give one unit back. So neither bulk data nor a person's typing is slowed. Tiny chunks and tiny
+# segments are, until one read finds several of them.
 WORK_RATE, WORK_BURST = 4000, 20_000
 READ_WORK = 50
 WORK_PAYLOAD = 64
@@ -155,8 +155,9 @@ class Handler(BaseHTTPRequestHandler):
         return request
 
     def handle_one_request(self) -> None:
-        """Answer the request whose head has arrived. Raises AgentLost if it can be called again;
-        VisitorGone or an OSError if the connection cannot be used any more."""
+        """Answer the request whose head has arrived. Raises AgentLost if its agent has left and
+        nothing was sent: call this again for another try. Raises VisitorGone or an OSError if the
+        connection cannot be used any more."""
         try:
             request = self.read_request()
         except Malformed as error:
@@ -310,7 +311,7 @@ class Http1Request:
             return hung_up(connection)
         try:
             data = connection.receive()
-        except OSError:  # by a RST; raised further, it would look like the stream's
+        except OSError:  # RST. If raised, the caller would take it for an error of the stream
             return True
         if data:
             connection.unread(data)  # the next request, sent early (pipelining)

@@ -1,7 +1,7 @@
-"""A file of lines that many threads write and none waits for.
+"""A log file: many threads queue lines, one thread writes them, and no other waits for the disk.
 
-A disk can hang or be full, a pipe may have no reader. So one thread writes, from a queue of bounded
-size. A line that does not fit is dropped and counted: it costs a line, never a visit.
+A disk can hang or be full, a pipe may have no reader. So the queue is bounded. A line that does not
+fit is dropped and counted: it costs a line, never a visit.
 
 The file is opened anew when reopen() is called (SIGHUP), and when the path leads to another file or
 to none (logrotate has renamed it). With logrotate's `copytruncate` it stays open: it is written in
@@ -37,7 +37,7 @@ class LogFileError(Exception):
 
 
 class LogFile:
-    """start(), then stop(). Any thread."""
+    """The file, its queue and its thread: call start(), then stop(). Any thread."""
 
     def __init__(self, setting: str, path: str):
         """``path``: STANDARD_OUTPUT, or of a file that is made if it is missing. Raises
@@ -52,7 +52,7 @@ class LogFile:
         self._stopping = threading.Event()  # set under the lock
         self._said_at: float = -SILENCE  # monotonic, of the last warning
         self._said = 0  # dropped lines that the log has reported
-        # The thread's own.
+        # Used by the writing thread only, once it runs.
         self._file: int | None = None  # descriptor; None: opening it failed
         self._torn = False  # only a part of the last line was written
         # Started without one (>&-): descriptor 1 is some other file or socket by now, such as the
@@ -86,7 +86,7 @@ class LogFile:
                 self._size += len(line) + 1
                 return
             self.dropped += 1
-        self._report("its file takes nothing at the moment")
+        self._report("its file cannot be written at the moment")
 
     def reopen(self) -> None:
         """Open the file anew, for the lines from now on. Waits for nothing."""
@@ -103,7 +103,7 @@ class LogFile:
             return self._close()
         self._thread.join(timeout)
         if self._thread.is_alive():
-            log.warning("%s: its last lines are lost: its file takes nothing", self._setting)
+            log.warning("%s: its last lines are lost: its file cannot be written", self._setting)
 
     def _report(self, why: str) -> None:
         """Log how many lines were dropped since the last warning, every SILENCE seconds at most."""
@@ -184,7 +184,7 @@ class LogFile:
     def _close(self) -> None:
         file, self._file = self._file, None
         if file is not None and file != STDOUT:
-            with contextlib.suppress(OSError):  # what the disk says now cannot be mended
+            with contextlib.suppress(OSError):  # a late write error, which nothing can mend now
                 os.close(file)
 
 

@@ -56,7 +56,7 @@ HTTP_KEYS = ("basic_auth",)
 KEYS = (*HTTP_KEYS, "allow", "deny", "rate_limit")
 
 
-Rules = dict[str, Any]  # by key; the values are what the functions below read
+Rules = dict[str, Any]  # by key; the values are of the types that the readers in _rules() return
 
 
 class PolicyError(ValueError):
@@ -174,8 +174,8 @@ class Place:
     def judge(self, caller: Caller) -> Allow | Answer:
         ip, deny, allow = caller.ip, self._deny, self._allow
         if ip is None or deny and ip in deny or allow and ip not in allow:
-            whence = caller.address[:MOST_SHOWN] or "hidden addresses"
-            return refusal(403, "not-allowed", f"Visitors from {whence} are not allowed here.")
+            source = caller.address[:MOST_SHOWN] or "hidden addresses"
+            return refusal(403, "not-allowed", f"Visitors from {source} are not allowed here.")
         return WELCOME
 
 
@@ -215,8 +215,8 @@ class Rates:
                 if total is not None:
                     total.take(None, now)
                 return WELCOME
-        whence = "your address" if wait else "all visitors together"
-        return too_many(f"Too many requests from {whence}", max(wait, total_wait))
+        source = "your address" if wait else "all visitors together"
+        return too_many(f"Too many requests from {source}", max(wait, total_wait))
 
 
 # --- The wire ------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _rules(wire: object, mode: str) -> Rules:
         if key not in KEYS:
             raise PolicyError(f"unknown key {_shown(key)}, expected one of {', '.join(KEYS)}")
     if mode != "http" and "basic_auth" in wire:
-        raise PolicyError(f"basic_auth: mode {_shown(mode)} came, expected http beside it")
+        raise PolicyError(f"basic_auth: the tunnel's mode is {_shown(mode)}, expected http")
     readers = {
         "allow": _networks, "deny": _networks, "rate_limit": _rate_limit, "basic_auth": _users,
     }  # fmt: skip

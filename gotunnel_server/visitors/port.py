@@ -1,7 +1,7 @@
 """The ports that visitors connect to, and the count of the visitors on each.
 
 Port          plain HTTP: the dashboard, the redirect to https
-PublicPort    TLS; without TLS HTTP, which is redirected, and raw bytes for a tcp hostname
+PublicPort    TLS; without TLS: HTTP, redirected to https, or raw bytes for a tcp hostname
 TcpPort       one tunnel's own port, which leads to one Route
 """
 

@@ -31,8 +31,8 @@ LAST_BYTES_TIMEOUT = 2
 # the target may be silent until FIN ends the visit. Most likely the visitor has left.
 HELD_FIN_TIMEOUT = 30
 # How many seconds the direction towards the visitor may be silent after our FIN has ended the other
-# one. An agent that cannot half-close ends its stream at our FIN; without this limit, an agent that
-# does not would keep the thread for ever.
+# one. An agent that cannot half-close should end its stream at our FIN. Without this limit, an
+# agent that leaves it open would hold the thread for ever.
 ENDING_TIMEOUT = 30
 
 Other = TypeVar("Other", Route, Stream)  # the other end of a relay, or where it is to be opened
@@ -89,7 +89,7 @@ def _relay_tcp(visitor: Visitor, route: Route) -> None:
         raise
     visit = visitor.visit
     if visit is not None:
-        visit.status = visit.status or 200  # of a CONNECT it is known
+        visit.status = visit.status or 200  # a CONNECT has set it already
         visit.stream = stream.id
     end: End = visitor.duplex
     watched = None
@@ -137,13 +137,13 @@ def relay_holding_fin(
         while data := end.read():
             stream.write(data)
     except (OSError, ValueError):
-        # Reset the stream behind what was copied. If it is dead already, the bytes that it still
-        # holds go to the visitor.
+        # End the stream by a reset after the copied bytes. If it is dead already, the bytes that it
+        # still holds go to the visitor.
         stream.cut()
     visitor_done.set()
-    _outlast(back, source, HELD_FIN_TIMEOUT)
+    _await_silence(back, source, HELD_FIN_TIMEOUT)
     stream.finish()
-    _outlast(back, source, ENDING_TIMEOUT)
+    _await_silence(back, source, ENDING_TIMEOUT)
     _end(back, end, stream)
     if stream.is_dead:
         end.cut()  # the visitor has not got all bytes, so it must not see a plain end
@@ -200,7 +200,7 @@ def _copy_back(function: Callable[..., None], *arguments: object) -> threading.T
     return spawn(f"{threading.current_thread().name} back", function, *arguments)
 
 
-def _outlast(back: threading.Thread, source: "_Timed", timeout: float) -> None:
+def _await_silence(back: threading.Thread, source: "_Timed", timeout: float) -> None:
     """Wait until the thread ``back`` ends, or its source was silent for ``timeout`` seconds."""
     began = monotonic()
     while back.is_alive():

@@ -111,14 +111,14 @@ class Request(Protocol):
         """
 
     def send_data(self, pieces: list[bytes]) -> None:
-        """Send pieces of the body behind all that still waits. Without ``pieces`` that is sent."""
+        """Send the head, if it is still here, and pieces of the body; an empty list is allowed."""
 
     def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
         """Send the last pieces of the body, and end the answer."""
 
     def refuse_body(self) -> None:
-        """Tell the visitor to stop sending its body: the answer is complete. What still comes is
-        read. Waits for nothing, and never raises."""
+        """Tell the visitor to stop sending its body: the answer is complete. Bytes that still come
+        are read and dropped later. Does not wait, and never raises."""
 
     def abort(self) -> None:
         """Reset the answer, so that the part that was sent does not look complete. Wakes a thread

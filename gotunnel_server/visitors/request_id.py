@@ -12,13 +12,13 @@ from gotunnel_agent.common.http1 import Fields
 
 FIELD = "X-Request-Id"
 KIND = FIELD.lower()  # as http1.plain_name() spells it
-# What is taken over: at most as long as Heroku's and Envoy's, and of characters that need no
-# escaping in a URL's path, a log or JSON.
+# An id that is taken over is at most as long as Heroku's and Envoy's, and has only characters that
+# need no escaping in a URL's path, a log or JSON.
 SANE = re.compile(r"[A-Za-z0-9._~=+:@-]{1,200}")
 
 
 def request_id(came: Fields, trusted: bool) -> str:
-    """``came``: the request's fields. ``trusted``: they are a trusted proxy's."""
+    """The id for a request. ``came``: its fields. ``trusted``: they are a trusted proxy's."""
     if trusted:
         told = came.get(KIND)
         if told is not None and SANE.fullmatch(told):

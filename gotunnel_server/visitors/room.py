@@ -1,4 +1,4 @@
-"""What the visitors of a port share: threads for their requests, places, and timeouts."""
+"""The resources that visitors of a port share: threads for requests, places, and timeouts."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Exchanges:
 
 
 class Room:
-    """What the visitors of one port, or of several together, may have at a time."""
+    """The limits of requests, relays and lingering closes of one port, or of several together."""
 
     def __init__(self, requests: int, proxies: Proxies):
         """``requests``: how many are served at a time. ``proxies`` have no limit of their own,

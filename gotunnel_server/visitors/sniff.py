@@ -32,42 +32,44 @@ _BEFORE_KEY = 8  # bytes of length and code
 # Sizes of a key, in bytes: a process number of 4, and a secret, which has 4 bytes up to version 3.0
 # of the protocol and at most 256 from 3.2 on.
 LEAST_KEY, MOST_KEY = 8, 260
+# Protocols that always begin with the same bytes.
 EXACT = ((b"SSH-", SSH), (_SSL_REQUEST, SSL_REQUEST), (_GSS_REQUEST, GSS_REQUEST))
 
 
-class Knock(NamedTuple):
-    """``kind``: one of TLS to OTHER. ``size``: how many of the first bytes only request TLS or
-    GSSAPI; they do not belong to what follows."""
+class Recognised(NamedTuple):
+    """The protocol of a connection. ``kind``: one of TLS to OTHER. ``size``: how many of the first
+    bytes only request TLS or GSSAPI; they do not belong to what follows."""
 
     kind: int
     size: int = 0
 
 
-def knock(data: bytes) -> Knock | None:
+def recognise(data: bytes) -> Recognised | None:
     """The protocol that ``data``, all bytes so far, begins; None if more bytes are needed. The
     result does not depend on how the bytes are split into reads."""
     for start, kind in EXACT:
         if data.startswith(start):
-            return Knock(kind, 0 if kind == SSH else len(start))
+            return Recognised(kind, 0 if kind == SSH else len(start))
         if start.startswith(data):
             return None
     cancels = _cancels(data)
     if cancels is not False:
-        return Knock(CANCEL_REQUEST) if cancels else None
+        return Recognised(CANCEL_REQUEST) if cancels else None
     if data[0] == 22:  # a TLS handshake record; client_hello.Reader checks the rest
-        return Knock(TLS)
+        return Recognised(TLS)
     method = _METHOD.match(data)
     if method and method.end() <= METHOD_LIMIT:
         if data[method.end() : method.end() + 1] == b" ":
-            return Knock(HTTP)
+            return Recognised(HTTP)
         if method.end() == len(data) < METHOD_LIMIT:
             return None
-    return Knock(OTHER)
+    return Recognised(OTHER)
 
 
 def _cancels(data: bytes) -> bool | None:
     """Whether ``data`` begins a CancelRequest; None if more bytes are needed."""
     length, code = data[:4], data[4:_BEFORE_KEY]
+    # The length is big-endian and below 65536, so its first two bytes are zero.
     if not length.startswith(b"\0\0"[: len(length)]) or not _CANCEL_CODE.startswith(code):
         return False
     size = int.from_bytes(length, "big") - _BEFORE_KEY

@@ -30,9 +30,9 @@ log = logging.getLogger("gotunnel.steps")
 NEXT_STEP_WAIT = 0.005
 
 
-class Named(enum.Enum):
-    """A state by its name. Each step looks one up in a table, so the hash is not Enum's own, which
-    is computed in Python."""
+class StateEnum(enum.Enum):
+    """The base of state enums. Each step looks its state up in a table, so the hash is object's:
+    Enum's own is computed in Python, which is slower."""
 
     __hash__ = object.__hash__
 
@@ -44,8 +44,8 @@ class Step(NamedTuple):
     take: Callable[[Any], bool]
     time_up: enum.Enum | None = None  # the state after a timeout; None: close the connection
     first_byte: enum.Enum | None = None  # the state from the first byte on; None: the same one
-    # Whether the visitor is in the midst of a message, so that the connection may wait for the rest
-    # of it while the gateway stops. Others wait for listener.LINGER only.
+    # Whether part of a message has arrived. Then the connection may wait for the rest of it while
+    # the gateway stops; otherwise it waits for listener.LINGER only.
     begun: bool = False
 
 
@@ -63,7 +63,7 @@ class Stepwise:
         # Monotonic end of the waiting in this state; None before the first wait.
         self._deadline: float | None = None
         self._waits = 0  # how often the connection was parked in this state
-        self._steps = self.STEPS  # the table of the thread that has the connection
+        self._steps = self.STEPS  # the table in use: an exchange's thread may use another
 
     @property
     def address(self) -> Address:
@@ -72,7 +72,7 @@ class Stepwise:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing of a message has come: see Parkable."""
+        """Whether no part of a message has arrived: see Parkable."""
         return not self.STEPS[self._state].begun
 
     def ready(self) -> None:
@@ -118,7 +118,7 @@ class Stepwise:
         self._state, self._deadline, self._waits = state, None, 0
         return True
 
-    def _hear(self) -> None:
+    def _note_first_byte(self) -> None:
         """The first byte in this state has arrived."""
         self._go_to(self.STEPS[self._state].first_byte or self._state)
 

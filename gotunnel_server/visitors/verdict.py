@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     reason: str
 
 
-WELCOME = Allow()
+WELCOME = Allow()  # the request goes on unchanged
 
 
 class Caller(NamedTuple):

@@ -1,4 +1,4 @@
-"""What is known of one visit, for the access log, the metrics and the dashboard. A value, no I/O.
+"""The record of one visit, for the access log, the metrics and the dashboard. A value, no I/O.
 
 A visit is one HTTP request with its answer, or one connection in tcp mode. An upgraded connection
 (WebSocket) and a CONNECT are one visit each, from the request's head to the relay's end. Visits
@@ -18,8 +18,8 @@ from .forwarded import Proxies
 from .request_id import request_id
 
 TCP = "tcp"  # the protocol of visits in tcp mode
-# Words in ``error`` for visits that were cut short, beside the codes of pages.py. A word that both
-# sides of a relay could set stays as it was set first.
+# Words in ``error`` for visits that were cut short, beside the codes of pages.py. If both ends of a
+# relay break, the word of the first one stays.
 LEFT = "visitor-left"  # the visitor's connection broke, or it left before it was answered
 SLOW = "visitor-slow"  # the visitor read too slowly, or nothing; its connection was reset
 CUT = "cut-short"  # the target or its agent broke off
@@ -44,7 +44,7 @@ class Visit:
     fills fields of its own. Not changed any more once end() was called."""
 
     # Values before more is known. A malformed head leaves some of them.
-    hostname = ""  # that the visitor asked for, in lower case, as it came: any characters
+    hostname = ""  # that the visitor asked for, in lower case, unchecked: any characters
     method = ""  # "" in tcp mode
     path = ""  # with the query; of a CONNECT host and port
     protocol = ""  # such as HTTP/1.1; TCP in tcp mode
@@ -92,7 +92,7 @@ class Visit:
     def describe(
         self, method: str, hostname: str, path: str, protocol: str, scheme: str, fields: Fields
     ) -> None:
-        """The head of the request has come. If it is malformed, with what is known of it."""
+        """Note the head of the request. Of a malformed head some arguments may be empty."""
         self.method, self.hostname, self.path = method, hostname, path
         self.protocol, self.scheme = protocol, scheme
         self.referer = fields.get("referer") or ""

@@ -47,8 +47,8 @@ class Visitor:
         self, port: Port, duplex: Duplex, address: Address, listener: Listener, seat: Seat
     ):
         """``port``: the Port that counts the visitor. ``address``: the peer's, until a trusted
-        proxy names the visitor's own. ``listener``: the one that accepted the connection, with
-        ``seat`` as the connection's place among its others."""
+        proxy names the visitor's own. ``listener``: the one that accepted the connection. ``seat``:
+        the connection's place among those that the listener may have."""
         self.duplex = duplex
         self.address = address
         self.listener = listener
@@ -68,7 +68,7 @@ class Visitor:
         return Ends(self.address[:2], self.duplex.local_address)
 
     def introduce(self, source: tuple[str, int]) -> None:
-        """Take ``source`` (IP address, port) for the visitor's address, as a trusted proxy says.
+        """A trusted proxy's PROXY header names ``source`` (IP address, port) as the visitor's.
         Raises ConnectionAbortedError if that address has no share of connections left."""
         self.address = source
         if not self.seat.move(source[0]):

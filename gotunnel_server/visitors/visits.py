@@ -4,7 +4,7 @@ A subscriber is a plain function of one Visit (visit.py): the access log, the me
 dashboard's counts. They are decided when the gateway starts. Without any, there is no Visits, no
 record is made, and a visit costs one comparison.
 
-    seam: recording.py in the hall names the subscribers; port.Port has the Visits, or None
+    recording.py in the hall chooses the subscribers; port.Port has the Visits, or None
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Subscriber = Callable[[Visit], object]
 
 
 class Visits:
-    """Any thread."""
+    """The subscribers, and the records that are made for them. Any thread."""
 
     def __init__(self, subscribers: Sequence[Subscriber], proxies: Proxies, ids: bool):
         """``proxies`` may name the visitors that they stand for. ``ids``: requests get an

@@ -36,8 +36,8 @@ class Guest:
 class WaitingRoom:
     """The visits that wait. Any thread.
 
-    Invariant: whoever takes a guest out of ``_guests`` owns its connection. So it goes on once,
-    though its time may end in the moment in which its agent comes.
+    Invariant: the thread that takes a guest out of ``_guests`` owns its connection. So the visit is
+    resumed once, though its timeout may end just when its agent comes.
     """
 
     def __init__(self, registry: Registry, proxies: Addresses, timeout: float):
@@ -60,9 +60,10 @@ class WaitingRoom:
         resume: Callable[[], object],
         lost: Tunnel | None = None,
     ) -> bool:
-        """Have a worker call ``resume()`` when the hostname is served again, or the time is up; the
-        connection is its thread's from then on. False if it need not wait, or must not:
-        then it stays the caller's. ``lost``: a tunnel that could not take the visit."""
+        """Have a worker call ``resume()`` when the hostname is served again, or the timeout has
+        passed; that worker owns the connection then. Returns False if the visit need not wait, or
+        no place is free: then the caller still owns it. ``lost``: a tunnel that could not take the
+        visit."""
         if not self._timeout or lost is None and not self._registry.awaits(hostname):
             return False
         if not self._places.enter(connection.address[0]):
@@ -77,14 +78,14 @@ class WaitingRoom:
         return not (self._is_back(guest) and self._take_out(guest))
 
     def look(self) -> None:
-        """Hostnames have been registered: let go on whose agent is there. Waits for nothing."""
-        self._let_go(self._is_back)
+        """Hostnames have been registered: resume the visits to them. Does not wait."""
+        self._resume(self._is_back)
 
     def give_up(self) -> None:
-        """The gateway stops, and no agent comes any more: let all go on. Waits for nothing."""
-        self._let_go(lambda guest: True)
+        """The gateway stops, and no agent comes any more: resume all visits. Does not wait."""
+        self._resume(lambda guest: True)
 
-    def _let_go(self, wanted: Callable[[Guest], bool]) -> None:
+    def _resume(self, wanted: Callable[[Guest], bool]) -> None:
         with self._lock:
             found = [guest for guest in self._guests if wanted(guest)]
         for guest in found:
@@ -95,7 +96,7 @@ class WaitingRoom:
         return route is not None and route.tunnel is not guest.lost
 
     def _call(self, guest: Guest) -> None:
-        """Worker: go on with a visit, unless that was done."""
+        """Worker: resume a visit, unless another thread has done so."""
         if self._take_out(guest):
             guest.resume()
 

@@ -154,7 +154,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_no_time(tmp_path, opened, capl
     file = opened(path)
     fill(file)
     assert file.dropped > 0 and file.waiting <= log_file_module.MOST_WAITING
-    assert "its file takes nothing at the moment" in caplog.text
+    assert "its file cannot be written at the moment" in caplog.text
     stopped = time.monotonic()
     file.stop(0.1)
     assert time.monotonic() - stopped < AT_ONCE and "its last lines are lost" in caplog.text

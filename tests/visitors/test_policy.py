@@ -218,7 +218,7 @@ def test_what_cannot_be_followed_is_refused_and_shows_no_secret(wire, expected):
 
 
 def test_password_in_tcp_mode_is_refused():
-    with pytest.raises(PolicyError, match="basic_auth: mode 'tcp' came, expected http beside it"):
+    with pytest.raises(PolicyError, match="basic_auth: the tunnel's mode is 'tcp', expected http"):
         read({"basic_auth": [f"me:{HASH}"]}, "tcp")
 
 
