@@ -6,8 +6,8 @@ operator. Every value is taken as the text that was typed.
 
 People and ``gotunnel-server agents`` write the file while a gateway may read it. So that command
 leaves all other lines as they are, checks its change by reading the result, holds a lock on the
-folder, and replaces the file in one step (rename). An empty file is refused: most likely it is just
-being written.
+folder, and replaces the file in one step (rename). An empty file is refused: most likely another
+program has just begun to write it.
 
 Every problem is an ``AgentsFileError``, one line that never shows a secret: the file, the place in
 it, what came and what was expected.
@@ -46,8 +46,8 @@ MAX_SECRET_FILE = 64 * 1024  # bytes
 MAX_NAME = 253  # characters of an issuer, which may be a hostname
 MAX_LIMIT = 1_000_000  # more is a typing error
 MAX_SHOWN = 100  # characters of a bad value in a message
-# Seconds. A file that changed so recently may change again without getting another time: some file
-# systems store times in steps of two seconds.
+# Some file systems store times in steps of two seconds. So a file that changed less than FRESH
+# seconds ago may change again and keep its time.
 FRESH = 2.0
 
 DATE = re.compile(
@@ -123,8 +123,8 @@ def stamps(files: tuple[Path, ...]) -> Stamps:
 
 
 def are_settled(stamps: Stamps, now: float) -> bool:
-    """Whether files with these stamps at ``now`` (wall-clock seconds) get other stamps whenever
-    they change from now on."""
+    """Whether any later change gives files with these stamps other stamps: they did not change in
+    the last FRESH seconds before ``now`` (wall clock)."""
     return all(stamp.changed < (now - FRESH) * 1e9 for stamp in stamps)
 
 
@@ -221,8 +221,8 @@ def _without(entries: Mapping[str, Entry], name: str) -> dict[str, Entry]:
     return {other: entry for other, entry in entries.items() if other != name}
 
 
-def _replace(path: Path, text: str, is_meant: Callable[[Mapping[str, Entry]], bool]) -> None:
-    """Replace the file's text, all of it or nothing. ``is_meant(entries)`` checks the entries of
+def _replace(path: Path, text: str, is_right: Callable[[Mapping[str, Entry]], bool]) -> None:
+    """Replace the file's text, all of it or nothing. ``is_right(entries)`` checks the entries of
     the new text: nothing else must have changed.
 
     The caller holds the lock, so the new file can always have the same name. If the process is
@@ -231,12 +231,13 @@ def _replace(path: Path, text: str, is_meant: Callable[[Mapping[str, Entry]], bo
     if len(text.encode()) > MAX_FILE:
         raise AgentsFileError(f"would be too long, expected at most {MAX_FILE} bytes")
     try:
-        fits = is_meant(_agents(text, path).entries)
+        fits = is_right(_agents(text, path).entries)
     except AgentsFileError:
         fits = False
     if not fits:
         raise AgentsFileError(
-            "is not written as one entry under the other, from the first column: change it by hand"
+            "this program can only change a file whose entries begin in the first column, each on "
+            "lines of its own: change it by hand"
         )
     path = Path(os.path.realpath(path))  # replace a symbolic link's target, not the link
     new = path.with_name(f".{path.name}.new")

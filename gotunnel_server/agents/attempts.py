@@ -5,8 +5,8 @@ What happens in a minute that begins with an address's first failure:
     failures            what happens
     1 to 10             refused at once
     11 to 120           refused after a delay, 0.25 s more each time, at most 5 s
-    more                the address is closed: only so many of its connections a second get to TLS
-                        (OPENINGS), and only so many of their tokens are checked (CHECKS)
+    more                the address is *closed*: of its connections only OPENINGS_A_SECOND get to
+                        TLS, and of their tokens only CHECKS_A_SECOND are checked
 
 Only refusals are delayed. A good token gets in at once, also from a slow address: several agents
 may be behind one NAT, one of them with a wrong secret; and behind a load balancer or in a container
@@ -58,21 +58,21 @@ class Attempts:
         self._now = now
         # Key: (monotonic end of its minute, failures); the oldest first.
         self._counts: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
-        self._openings = Buckets(OPENINGS_A_SECOND, OPENINGS)  # by key, as the next one
-        self._checks = Buckets(CHECKS_A_SECOND, CHECKS)
+        self._openings = Buckets(OPENINGS_A_SECOND, OPENINGS)  # by key
+        self._checks = Buckets(CHECKS_A_SECOND, CHECKS)  # by key
         self._known: OrderedDict[str, None] = OrderedDict()  # instances; the latest last
         self._lock = threading.Lock()  # guards these four
 
     def failed(self, address: str, instance: str = "") -> str:
-        """Count a failure of an agent with that instance. Returns a line for the log if from now on
-        the address is treated otherwise, else ""."""
+        """Count a failure of an agent with that instance. Returns a line for the log if the address
+        is slowed or closed by it, else ""."""
         key, now = counted_by(address), self._now()
         with self._lock:
             self._known.pop(instance, None)
             self._forget_old(now)
             if key not in self._counts:
                 if len(self._counts) >= MOST_ADDRESSES:
-                    del self._counts[self._coldest()]
+                    del self._counts[self._fewest_failures()]
                 self._counts[key] = (now + MINUTE, 0)
             ends, failures = self._counts[key]
             failures += 1
@@ -81,9 +81,10 @@ class Attempts:
             return f"{failures} bad tokens came in a minute: further refusals are delayed"
         if failures == MOST_FAILURES + 1:
             return (
-                f"{failures} bad tokens came in a minute: for now {CHECKS_A_SECOND} a second are "
-                "checked, and those of agents that were registered before; if it is a proxy, name "
-                "it in TRUSTED_PROXIES and have it send the PROXY protocol"
+                f"{failures} bad tokens came in a minute: until it is over, {CHECKS_A_SECOND} of "
+                "its tokens a second are checked, beside those of agents that were registered "
+                "before; if the address is a proxy, name it in TRUSTED_PROXIES and have it send "
+                "the PROXY protocol"
             )
         return ""
 
@@ -110,7 +111,7 @@ class Attempts:
         """Whether a new connection from there gets to TLS."""
         return not self.closed(address) or self._take(self._openings, address)
 
-    def may_show(self, address: str, instance: str) -> bool:
+    def may_check(self, address: str, instance: str) -> bool:
         """Whether the token of an agent with that instance is checked."""
         if not self.closed(address):
             return True
@@ -133,7 +134,7 @@ class Attempts:
             self._forget_old(now)
             return self._counts[key][1] if key in self._counts else 0
 
-    def _coldest(self) -> Hashable:
+    def _fewest_failures(self) -> Hashable:
         """The key with the fewest failures. Caller holds the lock."""
         for key, (_, failures) in self._counts.items():
             if failures == 1:  # the minimum: no need to look on

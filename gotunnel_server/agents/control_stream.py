@@ -38,7 +38,7 @@ class ControlStream:
         self.stream = stream
         self._agent = agent
         self.received = 0  # bytes
-        self._reader = MessageReader(self._pass_over)
+        self._reader = MessageReader(self._ignore)
         self._features: frozenset[str] = frozenset()  # extensions that the ack named; set once
         # Held while the state of a certificate is looked up and told: else an older state could be
         # told last.
@@ -58,7 +58,7 @@ class ControlStream:
             raise SessionClosed("the agent ended the control stream")
         return messages
 
-    def _pass_over(self, kind: str) -> None:
+    def _ignore(self, kind: str) -> None:
         kind = on_one_line(kind, MOST_SHOWN)
         log.debug("%s: messages of the unknown type %s are ignored", self._agent, kind)
 

@@ -1,4 +1,4 @@
-"""Checks agents' tokens, and tells who the agent is and what it may claim (JWT, RFC 7519).
+"""Checks agents' tokens (JWT, RFC 7519). A good token gives an Identity: what the agent may claim.
 
     the token's issuer (iss)      is checked with           may claim
     stands in AGENTS_FILE         the secret there alone    what the entry and the token both allow
@@ -35,11 +35,11 @@ from .identity import MOST_SHOWN, Identity
 log = logging.getLogger("gotunnel.credentials")
 
 ALGORITHM = "HS256"
-CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off; few small hosts keep better time
+CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off, as small hosts' clocks often are
 MAX_TOKEN = 64 * 1024  # characters; tokens have a few hundred, a control message has no more room
 MOST_TIME = 253_402_300_800  # seconds, the year 10000; a larger number is in milliseconds
 
-# What PyJWT would check of claims, with texts of its own.
+# Claims that PyJWT must not check: identify() checks those that matter, with better texts.
 CHECKS_OF_CLAIMS = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
 
 Scope = TypeVar("Scope")
@@ -69,7 +69,7 @@ class Credentials:
         self._path = agents_file
         # Random key for unknown issuers, so that rejecting them takes as long as rejecting a wrong
         # signature (no timing oracle).
-        self._nobodys = secrets.token_hex(32)
+        self._random_secret = secrets.token_hex(32)
         self._entries: Mapping[str, Entry] = {}  # by issuer; replaced whole: readers take no lock
         self._files: tuple[Path, ...] = () if agents_file is None else (agents_file,)
         self._seen: Stamps | None = None  # the files' stamps when they were read; None: read again
@@ -89,12 +89,12 @@ class Credentials:
             size = len(token)
             raise TokenInvalid(f"the token has {size} characters, expected at most {MAX_TOKEN}")
         if not _COMPACT.fullmatch(token):
-            raise TokenInvalid("what came is no token, expected three parts of base64url with dots")
+            raise TokenInvalid("the token is malformed, expected three base64url parts with dots")
         _check_algorithm(token)
         claimed = _decode(token, None).get("iss", "")
         entry = self._entries.get(claimed) if isinstance(claimed, str) else None
         secret = self._secret if entry is None else entry.secret
-        claims = _decode(token, self._nobodys if secret is None else secret)
+        claims = _decode(token, self._random_secret if secret is None else secret)
 
         # From here on the agent has the secret.
         if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
@@ -131,8 +131,8 @@ class Credentials:
                 return False
             stamps = agents_file.stamps(self._files)
             # A file that changed a moment ago may be half written, and the agents in its other half
-            # would be cut off. So it is read when it has settled, or when a second look finds it
-            # the same: after the clock was set back nothing would ever settle.
+            # would be cut off. So it is read when it has settled, or when a second check finds it
+            # the same: if the clock was set back, the file would not settle for long.
             settled = agents_file.are_settled(stamps, time.time()) or stamps == self._looked_at
             self._looked_at = stamps
             if not force and (stamps == self._seen or not settled):
@@ -142,7 +142,7 @@ class Credentials:
                 self._read(path)
             except AgentsFileError as error:  # _seen stays, so that each look reads it again
                 if str(error) != self._problem:
-                    log.error("%s; what was read before stays in use", error)
+                    log.error("%s; the entries read before stay in force", error)
                 self._problem = str(error)
                 return False
             if self._entries == before:
@@ -154,7 +154,7 @@ class Credentials:
             log.info("AGENTS_FILE has changed; agents in it now: %d", len(self._entries))
             return True
 
-    def taken_away(self, identity: Identity, hostnames: Iterable[str] = ()) -> str | None:
+    def why_revoked(self, identity: Identity, hostnames: Iterable[str] = ()) -> str | None:
         """Why a session with these hostnames must end now; None if it may go on. To be called from
         time to time, also if reload() saw no change: credentials expire."""
         entry, was = self._entries.get(identity.issuer), identity.entry

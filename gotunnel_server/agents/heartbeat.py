@@ -1,7 +1,8 @@
-"""Finds out by pings and pongs whether a registered agent lives.
+"""Finds out by pings and pongs whether a registered agent still responds.
 
 An agent is pinged every PING_INTERVAL, as a Go gateway does it. When another agent claims one of
-its hostnames (takeover.py), it is asked: it is pinged at once and has ANSWER_TIMEOUT for its pong.
+its hostnames (takeover.py), it is *asked*: the gateway pings it at once, and it has ANSWER_TIMEOUT
+for its pong.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""Who an agent is, once its token was checked, and what it may claim. Values in, values out."""
+"""The identity of an agent whose token is good, and what it may claim. Values in, values out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Identity:
 
     issuer: str  # "" if the token names none
     hosts: tuple[str, ...] | None = None  # patterns, as in scope.py; None: any hostname
-    ports: tuple[range, ...] | None = None  # None: any that the gateway gives
+    ports: tuple[range, ...] | None = None  # None: any of TCP_PORTS
     entry: Entry | None = field(default=None, repr=False)  # in AGENTS_FILE; None: there is none
     ends: float | None = None  # wall-clock seconds; None: the agent signs its tokens itself
 

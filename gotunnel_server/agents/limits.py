@@ -1,4 +1,4 @@
-"""Checks what the agents of one credential have at once against its limits. Values in, verdict
+"""Compares the streams and visits of one credential's agents with its limits. Values in, verdict
 out."""
 
 from collections.abc import Sequence

@@ -67,15 +67,15 @@ PARTING_TIMEOUT = 3  # seconds that a refused agent has to read the reason
 STRANGERS_READ = 4 * 1024
 # Bytes that a newcomer may send beside its messages: 341 frame headers. A registration has a few.
 STRANGERS_WASTE = 4 * 1024
-# A long registration comes in segments of a kilobyte and more. So each PIECE bytes behind TLS allow
-# one wait more before a newcomer counts as trickling (listener.FREE_WAITS).
+# A newcomer that waits too often counts as trickling (listener.FREE_WAITS). Each PIECE bytes that
+# it has sent inside TLS allow one more wait: a long registration comes in segments of a kilobyte.
 PIECE = 256
 HEARD_OUT = 1024 * 1024  # bytes that a refused newcomer may go on sending
 # Remembered refusals, so that a repeated one is logged once in REFUSAL_MEMORY seconds. A Go agent
 # comes back every 2 s.
 MOST_REFUSALS = 256
 REFUSAL_MEMORY = 600
-UNHEARD_SILENCE = 60  # seconds between two lines about connections of one address closed unheard
+TURNED_AWAY_SILENCE = 60  # seconds between two lines about an address whose connections are closed
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -85,9 +85,9 @@ _SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
 class NotAdmitted(Exception):
     """The gateway refuses an agent; the text is for the agent.
 
-    ``brief``: close the connection right behind the text. For refusals that come by the hundred,
-    whose connections must not keep their places. An agent that has sent no more than its
-    registration reads the text all the same."""
+    ``brief``: close the connection right after the text, without PARTING. Such refusals come by the
+    hundred, and their connections must not keep places. An agent that has sent no more than its
+    registration can still read the text."""
 
     def __init__(self, text: str, brief: bool = False):
         super().__init__(text)
@@ -173,10 +173,10 @@ class Newcomers:
         return newcomer
 
     def may_open(self, address: str) -> bool:
-        """Whether a new connection from there gets to TLS. If not, the log has it counted."""
+        """Whether a new connection from there gets to TLS. If not, it is counted for the log."""
         if self.attempts.may_open(address):
             return True
-        self.refusals.count_unheard(address)
+        self.refusals.count_turned_away(address)
         return False
 
     def hand_over(self, newcomer: Newcomer, tunnel: Tunnel) -> None:
@@ -184,11 +184,11 @@ class Newcomers:
         self.tunnels.add(tunnel)  # first, so that it is always in one of the two for close()
         with self._lock:
             self._newcomers.discard(newcomer)
-        newcomer.seat.settle()  # its credential bounds it from here on
+        newcomer.seat.settle()  # it has registered: see Seat.settle()
 
     def forget(self, newcomer: Newcomer) -> None:
-        """The connection is closed. After hand_over() that is the tunnel's to report, and this does
-        nothing."""
+        """The connection is closed: give back its place. Does nothing after hand_over(), as the
+        tunnel gives it back then."""
         with self._lock:
             known = newcomer in self._newcomers
             self._newcomers.discard(newcomer)
@@ -215,7 +215,7 @@ class Refusals:
         # (agent, text): monotonic time of the last warning, refusals since; the latest one last.
         self._logged: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
         # Key of the address: monotonic time of the last line, connections since; the latest last.
-        self._unheard: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
+        self._turned_away: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
         self._lock = threading.Lock()  # guards both
         self.total = Total()  # of the refusals
 
@@ -230,9 +230,9 @@ class Refusals:
         else:
             log.warning(line + " (%d times more since the last such line)", agent, text, repeats)
 
-    def count_unheard(self, address: str) -> None:
+    def count_turned_away(self, address: str) -> None:
         """Count a connection that was closed at once because of bad tokens of its address."""
-        count = self._count(self._unheard, counted_by(address), UNHEARD_SILENCE)
+        count = self._count(self._turned_away, counted_by(address), TURNED_AWAY_SILENCE)
         if count is not None:
             log.warning("agents at %s: too many bad tokens came from there; %d more connections "
                         "were closed at once", address, count + 1)  # fmt: skip
@@ -262,10 +262,10 @@ class Stage(enum.Enum):
     REGISTER = "the register message"
     CLAIM = "the verdict on its hostnames: the next look at the tunnels that hold them"
     ADMIT = "a worker of registrations"
-    DELAYED = "the time of its refusal: its address sends bad tokens"
-    HEAR_OUT = "its time, or its end: it was refused in the middle of its registration"
-    PARTING = "its time, or its end: it was refused, and may read the reason"
-    OVER = "nothing: it is closed, or its tunnel serves"
+    DELAYED = "the end of its delay; then it is refused, as its address sends bad tokens"
+    HEAR_OUT = "the rest of its registration, which was refused in the middle; or PARTING_TIMEOUT"
+    PARTING = "the peer's end of the connection, after the refusal; or PARTING_TIMEOUT"
+    OVER = "nothing: the connection is closed, or is its tunnel's"
 
 
 class Next(NamedTuple):
@@ -291,7 +291,7 @@ class Newcomer:
         self._waits = 0  # in the stage
         self._buffer = b""  # of a hello that is not whole
         self._hello = client_hello.Reader()
-        # For close(), end(), refusals and the log; a step has its values by itself.
+        # For close(), end(), refusals and the log. Steps get these values as arguments.
         self._session: Session | None = None
         self._control: ControlStream | None = None  # once the agent has opened its control stream
         self._agent: Agent | None = None  # once its token was found good
@@ -323,7 +323,7 @@ class Newcomer:
                 self._count_failed("")
             self.close(PROTOCOL_ERROR)
         except NoThread as error:
-            log.warning("%s: %s; the agent is turned away", self, error)
+            log.warning("%s: %s; the agent's connection is closed", self, error)
             self.close()
         except OSError as error:
             log.debug("%s: %s", self, error)
@@ -331,7 +331,7 @@ class Newcomer:
         except Exception:
             log.exception("%s: its registration failed (bug, traceback follows); the connection is "
                           "closed", self)  # fmt: skip
-            self._apologize()
+            self._report_bug()
 
     def expired(self) -> None:
         """Worker: its time is up."""
@@ -360,7 +360,7 @@ class Newcomer:
         else:
             self.duplex.reset()
 
-    silent = True  # a newcomer can begin anew: see Parkable
+    silent = True  # cutting a registration loses nothing, the agent dials again: see Parkable
 
     # From stage to stage
 
@@ -485,8 +485,8 @@ class Newcomer:
 
     def _take_frames(self, session: Session) -> None:
         session.turn()
-        if session.jammed:  # it has next to nothing to read so far
-            raise ProtocolError("the agent does not read its answers")
+        if session.jammed:  # it was sent next to nothing, so it does not read at all
+            raise ProtocolError("the agent does not read what it is sent")
 
     def _refuse_flood(self, heard: int) -> None:
         """``heard``: bytes of messages that came."""
@@ -497,7 +497,7 @@ class Newcomer:
         try:
             message = next(iter(control.read()), None)
         except ProtocolError as error:  # the agent's operator has to hear of it
-            return self._refuse_unheard(session, control, f"invalid registration: {error}")
+            return self._refuse_early(session, control, f"invalid registration: {error}")
         self._refuse_flood(control.received)
         if message is None:
             return self._park()
@@ -509,9 +509,10 @@ class Newcomer:
         """Check the token, and that the agent may have what it asks for."""
         newcomers, tunnels = self._newcomers, self._newcomers.tunnels
         instance = message.instance[:MAX_INSTANCE]
-        if not newcomers.attempts.may_show(self.address[0], instance):
+        if not newcomers.attempts.may_check(self.address[0], instance):
             raise NotAdmitted(
-                "too many bad tokens came from this address, so not all are looked at", brief=True
+                "too many bad tokens came from this address, so this one was not checked",
+                brief=True,
             )
         try:
             identity = tunnels.credentials.identify(message.token)
@@ -540,15 +541,15 @@ class Newcomer:
         """Refuse a bad token; the more of them its address has sent, the later."""
         self._count_failed(instance)
         seconds = self._newcomers.attempts.delay(self.address[0])
-        return self._look_again(Stage.DELAYED, partial(self._say_no, refusal), seconds)
+        return self._look_again(Stage.DELAYED, partial(self._raise, refusal), seconds)
 
     def _count_failed(self, instance: str) -> None:
         address = self.address[0]
         if news := self._newcomers.attempts.failed(address, instance):
             self._newcomers.refusals.log(f"agents at {address}", news, "%s: %s")
 
-    def _say_no(self, refusal: NotAdmitted) -> None:
-        """DELAYED"""
+    def _raise(self, refusal: NotAdmitted) -> None:
+        """DELAYED: the delay is over."""
         raise refusal
 
     def _try_claim(self, session: Session, tunnel: Tunnel, claim: takeover.Claim) -> Next | None:
@@ -557,7 +558,7 @@ class Newcomer:
         if session.ended:
             raise SessionClosed(session.ended)
         credentials = self._newcomers.tunnels.credentials
-        if why := credentials.taken_away(tunnel.identity, tuple(tunnel.wanted)):
+        if why := credentials.why_revoked(tunnel.identity, tuple(tunnel.wanted)):
             raise NotAdmitted(f"auth failed: {why}")
         try:
             claimed = claim.attempt()
@@ -568,7 +569,7 @@ class Newcomer:
         return Next(Stage.ADMIT, partial(self._admit, tunnel))
 
     def _admit(self, tunnel: Tunnel) -> None:
-        """ADMIT, by a worker of registrations: from here on the tunnel is on its own."""
+        """ADMIT, by a worker of registrations: the tunnel serves, and owns the connection."""
         self.duplex.rationed = False
         tunnel.serve()
         self._finish()
@@ -576,8 +577,8 @@ class Newcomer:
     # Refused
 
     def _refuse(self, refusal: NotAdmitted) -> None:
-        """Say no, and leave the agent time to read it: the end of the connection could overtake the
-        text."""
+        """Send the refusal, and wait for the agent to hang up: closing at once could destroy the
+        text on its way."""
         self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), str(refusal))
         try:
@@ -589,8 +590,9 @@ class Newcomer:
             return self.close()
         self._await_end(Stage.PARTING, self._part)
 
-    def _refuse_unheard(self, session: Session, control: ControlStream, text: str) -> Next | None:
-        """Say no in the middle of a registration: the agent reads it only when it has sent all."""
+    def _refuse_early(self, session: Session, control: ControlStream, text: str) -> Next | None:
+        """Refuse a registration that has not arrived whole. The agent reads the answer only after
+        it has sent everything, so its rest is read and dropped (HEAR_OUT)."""
         self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), text)
         self._tell(text)
@@ -602,10 +604,10 @@ class Newcomer:
         self._deadline = monotonic() + PARTING_TIMEOUT
         return self._park()
 
-    def _apologize(self) -> None:
-        """A bug has ended the registration: tell the agent's operator that it is the gateway's."""
+    def _report_bug(self) -> None:
+        """A bug of the gateway has ended the registration: tell the agent's operator so."""
         with contextlib.suppress(OSError):  # the agent has left
-            self._tell("the gateway failed by a bug: its log says more")
+            self._tell("the registration failed by a bug of the gateway: see the gateway's log")
         self.close(INTERNAL_ERROR)
 
     def _tell(self, text: str) -> None:

@@ -47,8 +47,8 @@ class Ports:
         named: Callable[[], frozenset[int]] = frozenset,
     ):
         """At most ``most`` ports of the ranges ``allowed`` are open at a time. ``listen(port,
-        route)`` opens one, or raises PortError. ``named()`` gives the ports that the operator has
-        meant for one agent each."""
+        route)`` opens one, or raises PortError. ``named()`` gives the ports that AGENTS_FILE names
+        one by one: another agent that asks for any port gets them last."""
         self._allowed = allowed
         self._listen = listen
         self._most = most
@@ -168,6 +168,6 @@ class Ports:
             return {port: self._last[port] for port in self._open}
 
     def remember(self, hostnames: Mapping[int, str]) -> None:
-        """These hostnames had these ports: see hostnames()."""
+        """Take over a predecessor's hostnames(), so that each hostname gets its port again."""
         with self._lock:
             self._last.update(hostnames)

@@ -35,8 +35,8 @@ class Agent(NamedTuple):
     """An agent whose token is good.
 
     ``address`` is as accept() gave it. ``instance`` is a random id that the agent's process keeps
-    over its reconnects, "" if it has none. ``overlaps``: its earlier session lives, and is to keep
-    its visits.
+    over its reconnects, "" if it has none. ``overlaps``: the agent says that its earlier session
+    still runs, and should finish its visits.
     """
 
     address: tuple[Any, ...]
@@ -56,14 +56,14 @@ class Agent(NamedTuple):
 
     @property
     def blame(self) -> tuple[Hashable, ...]:
-        """The key by which failed orders of certificates are counted. Agents with the common secret
-        differ by their addresses (IPv6: by their /64)."""
+        """The key by which failed certificate orders are counted: the credential. Agents with the
+        common secret also differ by their addresses (IPv6: by their /64)."""
         credential = self.identity.credential
         if self.identity.entry is not None:
             return credential
         return (*credential, counted_by(self.host))
 
-    def is_again(self, other: Agent) -> bool:
+    def is_same_process(self, other: Agent) -> bool:
         """Whether this is the same process as ``other``. The credential must be the same as well:
         an instance proves nothing by itself."""
         return (
@@ -158,7 +158,7 @@ def _by_hostname(policies: Mapping[str, object]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, policy in policies.items():
         hostname = _hostname(name)
-        if policy is None:  # it may be no policy, or one that got lost
+        if policy is None:  # it may mean no policy, or a policy that got lost: stay protected
             raise NotGranted(f"invalid policy of {hostname}: null came, expected an object")
         if hostname in found and found[hostname] != policy:
             raise NotGranted(f"two policies for {hostname}")

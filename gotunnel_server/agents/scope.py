@@ -4,11 +4,11 @@
     *.dev.example.com    every hostname below dev.example.com, however deep, and wildcard hostnames
                          there: itself, and *.b.dev.example.com; not dev.example.com
 
-A wildcard needs two labels behind it: ``*.com`` would be half the world. A ``*`` may stand nowhere
+A wildcard needs two labels behind it: ``*.com`` would cover far too much. A ``*`` may stand nowhere
 else. Of two patterns, either one contains the other or they have nothing in common. So the
 intersection of two lists is a list again.
 
-Values in, values out. Tokens may come from strangers: for any value whatsoever, the readers raise
+Values in, values out. Tokens may come from strangers: the readers accept any object, and raise
 ScopeError or nothing.
 """
 

@@ -2,12 +2,12 @@
 
 A hostname belongs to one session at a time, and is free as soon as that session ends. For an agent
 that comes back that is often too late: its link was cut, and to the gateway the old session is only
-silent. So a claim to a held hostname has the gateway find out:
+silent. So when an agent claims a hostname that another session holds, the gateway finds out:
 
     same credential, same instance    The agent itself has come back: the old session ends at once.
-                                      If the gateway has asked the agent to come anew, or the agent
-                                      says that its old session lives (OVERLAP), the visits of the
-                                      old session go on.
+                                      If the gateway has asked the agent for a new session, or the
+                                      agent says that its old one still runs (OVERLAP), the visits
+                                      of the old session go on.
     any other agent                   The holder's agent is asked for a sign of life. If it answers
                                       within ANSWER_TIMEOUT it keeps the hostname, else its session
                                       is replaced.
@@ -28,7 +28,7 @@ from .registration import Agent
 LOOK = 0.1  # seconds between two attempts: a session may have ended, or its agent answered
 # Seconds that a claim waits for holders to end. A demultiplexer, or the machine, may be busy.
 ENDING_TIMEOUT = 10
-MOMENT = 0.05  # seconds that the worker itself waits for it: most sessions end in milliseconds
+MOMENT = 0.05  # seconds that the worker waits for holders by itself: most end in milliseconds
 
 
 class Claim:
@@ -59,7 +59,9 @@ class Claim:
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:
                 raise
-            others = [holder for holder in taken.tunnels if not self._agent.is_again(holder.agent)]
+            others = [
+                holder for holder in taken.tunnels if not self._agent.is_same_process(holder.agent)
+            ]
             for holder in others:
                 if holder not in self._asked:
                     self._asked[holder] = holder.ask()

@@ -67,15 +67,15 @@ FEATURES = frozenset({  # the extensions that this gateway knows
     REFUSALS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
-# message may stand behind another thread's output. On a dead line it never leaves.
+# message may be queued behind other output; over a dead connection it can never be sent.
 LAST_WORD = 0.2
 REVOKED = "revoked"  # END's code: the credential no longer permits the session
 OPEN_TIMEOUT = 10  # seconds that a visit waits while 256 opened streams have no answer yet
 # When a session has so few stream ids left, its agent is asked for a new session. At 20,000 visits
 # a second that leaves a quarter of an hour.
 ID_RESERVE = 1 << 24
-# An agent that cannot be asked loses its session at so few ids, though visits run: they would be
-# cut anyway when no id is left for the next one.
+# The session of an agent that cannot be asked is ended at so few ids, and its visits are cut: they
+# would be cut anyway when no id is left for the next visit.
 LAST_IDS = 1 << 17
 USED_UP = "its stream ids are used up"
 # Seconds until a refused port is tried again, doubled each time up to the second number. A freed
@@ -101,8 +101,8 @@ class Tunnels:
         submit: Callable[[Callable[[], object]], object],
     ):
         """``ports`` are the public ports for agents. ``ensure_certificates(hostnames, blame,
-        limits)`` sees to it that hostnames have certificates, now or soon, and may wait for the
-        disk; failed orders are counted by ``blame``, and ``limits`` are the credential's.
+        limits)`` orders the certificates that hostnames lack, and may wait for the disk; failed
+        orders are counted by ``blame``, and ``limits`` are the credential's.
         ``certificate_state(hostname)`` says how a certificate stands; its text is for
         gotunnel.Certificate. ``submit(function)`` has a worker call it that may wait for the
         system."""
@@ -338,7 +338,7 @@ class Tunnel:
                 log.debug("%s: %s gets no port yet: %s", self, hostname, error)
             except OSError:  # no room for the message now: next time; or the session has ended
                 pass
-        # In CLAIMING, _serve() may still be at work: that is no end.
+        # In CLAIMING the session has not ended: _serve() may still be at work.
         if self._session.ended or self.stage > Stage.SERVING:
             self._tunnels.ports.release(self)  # opened after the tunnel gave its ports back
         elif self._missing:
@@ -420,7 +420,7 @@ class Tunnel:
 
     def end_if_revoked(self) -> None:
         """End the session if its credential no longer permits it. Any thread."""
-        why = self._tunnels.credentials.taken_away(self.identity, tuple(self.routes))
+        why = self._tunnels.credentials.why_revoked(self.identity, tuple(self.routes))
         if why:
             self._part(End(REVOKED, why))
 
@@ -443,7 +443,7 @@ class Tunnel:
         running visits go on."""
         with self._lock:
             if self._parting or self._stage is Stage.LEAVING:
-                return  # the gateway told it to: _ended() logs why
+                return  # the gateway ends this session itself, and logs why
         self._stop_serving("leaves")
 
     def step_aside(self, successor: Tunnel) -> None:

@@ -150,7 +150,7 @@ def count_true(function, *arguments):
     ("may", "at_once", "a_second"),
     [
         (lambda attempts: attempts.may_open("192.0.2.1"), OPENINGS, OPENINGS_A_SECOND),
-        (lambda attempts: attempts.may_show("192.0.2.1", "x"), CHECKS, CHECKS_A_SECOND),
+        (lambda attempts: attempts.may_check("192.0.2.1", "x"), CHECKS, CHECKS_A_SECOND),
     ],
     ids=["handshakes", "tokens"],
 )
@@ -168,16 +168,16 @@ def test_a_share_gets_in_at_a_closed_address_and_it_is_bounded(
 def test_an_agent_that_was_good_is_looked_at_until_it_is_not(attempts):
     attempts.proved("known")
     fail(attempts, "192.0.2.1", MOST_FAILURES + 1)
-    assert count_true(attempts.may_show, "192.0.2.1", "other") == CHECKS
-    assert all(attempts.may_show("192.0.2.1", "known") for _ in range(100))
+    assert count_true(attempts.may_check, "192.0.2.1", "other") == CHECKS
+    assert all(attempts.may_check("192.0.2.1", "known") for _ in range(100))
     attempts.failed("192.0.2.1", "known")
-    assert not attempts.may_show("192.0.2.1", "known")
+    assert not attempts.may_check("192.0.2.1", "known")
 
 
 def test_having_no_instance_is_no_pass(attempts):
     attempts.proved("")
     fail(attempts, "192.0.2.1", MOST_FAILURES + 1)
-    assert count_true(attempts.may_show, "192.0.2.1", "") == CHECKS
+    assert count_true(attempts.may_check, "192.0.2.1", "") == CHECKS
 
 
 def test_the_agents_that_were_good_are_bounded(attempts):

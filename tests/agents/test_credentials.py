@@ -200,14 +200,14 @@ def test_reject_claim(changes, why):
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ("", "what came is no token"),
-        ("no token", "what came is no token"),
+        ("", "the token is malformed"),
+        ("no token", "the token is malformed"),
         ("a.b.c", "the token cannot be read"),
-        ("a.b", "what came is no token"),
-        ("\ud800", "what came is no token"),
-        (token() + "=", "what came is no token"),
-        (token() + "\n", "what came is no token"),
-        (token() + ".x", "what came is no token"),
+        ("a.b", "the token is malformed"),
+        ("\ud800", "the token is malformed"),
+        (token() + "=", "the token is malformed"),
+        (token() + "\n", "the token is malformed"),
+        (token() + ".x", "the token is malformed"),
         ("x" * (MAX_TOKEN + 1), "the token has 65537 characters, expected at most 65536"),
         (token(secret=OTHER_SECRET), NO_FIT),
         (token(algorithm="HS384"), "the token's algorithm is HS384, expected HS256"),
@@ -449,11 +449,11 @@ def look_twice(credentials):
 def test_session_of_what_was_taken_away_must_end(credentials, path, old, new, why):
     mine = credentials.identify(own_token("mine"))
     hostnames = ["a.example.com", "x.dev.example.com"]
-    assert credentials.taken_away(mine, hostnames) is None
+    assert credentials.why_revoked(mine, hostnames) is None
     rewrite(path, (old, new))
-    assert credentials.taken_away(mine, hostnames) is None  # not yet read
+    assert credentials.why_revoked(mine, hostnames) is None  # not yet read
     assert look_twice(credentials) is True
-    verdict = credentials.taken_away(mine, hostnames)
+    verdict = credentials.why_revoked(mine, hostnames)
     assert verdict == why if why is None else verdict.startswith(why)
     assert look_twice(credentials) is False
 
@@ -462,24 +462,24 @@ def test_session_ends_when_its_entry_runs_out(credentials, path, monkeypatch):
     rewrite(path, ("hosts: a.", "expires: 2999-01-01T00:00Z\n  hosts: a."))
     assert look_twice(credentials)
     mine = credentials.identify(own_token("mine"))
-    assert mine.entry.expires is not None and credentials.taken_away(mine) is None
+    assert mine.entry.expires is not None and credentials.why_revoked(mine) is None
     monkeypatch.setattr(time, "time", lambda: mine.entry.expires + 7)
-    assert credentials.taken_away(mine) == "issuer mine expired in AGENTS_FILE 7 s ago"
+    assert credentials.why_revoked(mine) == "issuer mine expired in AGENTS_FILE 7 s ago"
 
 
 def test_session_of_the_shared_secret_ends_when_its_issuer_gets_one_of_its_own(credentials, path):
     agent, other = credentials.identify(token()), credentials.identify(token(iss="other"))
     rewrite(path, ("wide:\n", "agent:\n"))
     assert look_twice(credentials)
-    why = credentials.taken_away(agent)
+    why = credentials.why_revoked(agent)
     assert why == "issuer agent has got a secret of its own in AGENTS_FILE"
-    assert credentials.taken_away(other, ["any.example.com"]) is None
+    assert credentials.why_revoked(other, ["any.example.com"]) is None
 
 
 def test_without_a_file_nothing_changes():
     credentials = Credentials(SECRET)
     assert credentials.reload() is False and credentials.reload(force=True) is False
-    assert credentials.taken_away(Identity("agent"), ["a.example.com"]) is None
+    assert credentials.why_revoked(Identity("agent"), ["a.example.com"]) is None
 
 
 @pytest.mark.parametrize(
@@ -500,9 +500,9 @@ def test_broken_file_changes_nothing_and_is_named_once(credentials, path, caplog
     assert not any(credentials.reload(force=force) for force in (False, False, True, False, False))
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     message = record.getMessage()
-    assert message.startswith(f"AGENTS_FILE {path}: ") and "what was read before stays" in message
+    assert message.startswith(f"AGENTS_FILE {path}: ") and "the entries read before stay" in message
     assert "\n" not in message and "secret of" not in message
-    assert credentials.taken_away(mine, ["a.example.com"]) is None
+    assert credentials.why_revoked(mine, ["a.example.com"]) is None
     assert credentials.identify(own_token("mine")) == mine
 
     if path.is_dir():
@@ -522,10 +522,10 @@ def test_secret_in_a_file_of_its_own_is_read_again(tmp_path):
     credentials = Credentials(None, agents_file=path)
     mine = credentials.identify(own_token("mine"))
     own.unlink()
-    assert look_twice(credentials) is False and credentials.taken_away(mine) is None
+    assert look_twice(credentials) is False and credentials.why_revoked(mine) is None
     write(own, secret_of("somebody else"))
     assert look_twice(credentials) is True
-    assert "secret of issuer mine was changed" in credentials.taken_away(mine)
+    assert "secret of issuer mine was changed" in credentials.why_revoked(mine)
 
 
 def test_file_that_did_not_change_is_not_read_again(credentials, path, monkeypatch):
@@ -564,10 +564,10 @@ def test_file_that_is_being_written_is_left_until_it_rests(credentials, path, mo
     wide = credentials.identify(own_token("wide"))
     whole = path.read_text()
     path.write_text(whole[: whole.index("wide:")])
-    assert credentials.reload() is False and credentials.taken_away(wide) is None
+    assert credentials.reload() is False and credentials.why_revoked(wide) is None
     path.write_text(whole)
     assert credentials.reload() is False and credentials.reload() is False
-    assert credentials.taken_away(wide) is None
+    assert credentials.why_revoked(wide) is None
     rewrite(path, ("wide:\n", "ours:\n"))
     settle(path, monkeypatch, 2 * HOUR)
     assert credentials.reload() is True  # old enough at the first look

@@ -201,7 +201,7 @@ def test_an_agent_for_which_there_is_no_thread_is_turned_away_and_said(caplog, m
     stranger.ready()
     assert closed == ["connection", stranger]
     (line,) = warnings_in(caplog)
-    assert line.endswith("(ulimit -u); the agent is turned away")
+    assert line.endswith("(ulimit -u); the agent's connection is closed")
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_connections_closed_unheard_are_counted_once_a_minute_for_each_address(c
     )  # fmt: skip
     for address in ["2001:db8::1", "192.0.2.1", *5 * ["2001:db8::2"]]:  # of one /64
         assert newcomers.welcome(None, (address, 1), None) is None
-    now[0] += newcomer.UNHEARD_SILENCE + 1
+    now[0] += newcomer.TURNED_AWAY_SILENCE + 1
     assert newcomers.welcome(None, ("2001:db8::3", 1), None) is None
     assert newcomers.may_open("192.0.2.9")
     line = (
@@ -261,8 +261,8 @@ def test_connections_closed_unheard_are_counted_once_a_minute_for_each_address(c
 def test_no_more_addresses_of_unheard_connections_are_remembered_than_there_is_room_for():
     refusals = Refusals()
     for number in range(2 * MOST_REFUSALS):
-        refusals.count_unheard(f"192.0.{number // 256}.{number % 256}")
-    assert len(refusals._unheard) == MOST_REFUSALS
+        refusals.count_turned_away(f"192.0.{number // 256}.{number % 256}")
+    assert len(refusals._turned_away) == MOST_REFUSALS
 
 
 def test_a_newcomer_that_is_over_is_freed_at_once(gateway, caplog):

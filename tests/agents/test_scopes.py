@@ -301,7 +301,7 @@ def test_a_session_that_leaves_is_ended_too(gateway, agents_file):
 def test_a_file_that_breaks_takes_nothing_away(gateway, agents_file, caplog):
     with registered(gateway, APP, token=office()):
         agents_file.path.write_text("office: {secret: [")
-        wait_until(lambda: "what was read before stays" in caplog.text)
+        wait_until(lambda: "the entries read before stay" in caplog.text)
         assert OWN_SECRET not in caplog.text
         assert routes_of(gateway.inner) == {APP}
         assert reply_to(gateway, registration("x.dev.localhost", token=office())).ok
