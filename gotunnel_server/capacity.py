@@ -11,9 +11,9 @@ from .visitors.forwarded import Proxies
 
 log = logging.getLogger("gotunnel.capacity")
 
-# For TLS handshakes and request heads: short work that waits for no peer. No more than CPUs: with
-# more threads the listeners hardly run while addresses flood a port with ClientHellos. Beside five
-# such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
+# For TLS handshakes and request heads: short work that waits for no peer. One a CPU, at least two:
+# with more threads the listeners hardly run while addresses flood a port with ClientHellos. Beside
+# five such addresses, on two CPUs, a visit took 14 ms with 2 threads, and 12 s with 32 (median).
 STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
 # For granted registrations: reading CERT_DIR and the store, making local certificates. A pool of
 # its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
@@ -25,7 +25,7 @@ PAGE_CONNECTIONS = 100  # at a time: those pages are for a few people and progra
 # On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.
 HTTP_CONNECTIONS = 1000
 AGENT_CONNECTIONS = 4096  # at a time, strangers included; registered ones take a thread each
-# Parts of the descriptors. A visitor takes one, an agent four.
+# Parts of the file descriptors. A visitor takes one descriptor, an agent four.
 VISITORS_SHARE, AGENTS_SHARE = 1 / 2, 1 / 3
 PORTS_SHARE = 1 / 16  # for the agents' public ports (TCP_PORTS), without their visitors
 PORT_DESCRIPTORS = 5  # of one such port: two sockets, a selector, and a waker's two
@@ -43,7 +43,8 @@ def visitors(wanted: int, proxies: Proxies) -> Places:
 
 
 def agents(proxies: Proxies) -> Places:
-    """For agents. They have no share by address: many may have one, and a credential has limits."""
+    """For agents. An address has no share of its own: many agents may be behind one NAT, and their
+    credentials have limits."""
     limit = min(AGENT_CONNECTIONS, int(descriptor_limit() * AGENTS_SHARE / 4))
     return Places(limit, proxies, parts=0)
 

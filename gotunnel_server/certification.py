@@ -29,7 +29,8 @@ def build_certification(
     """Raises CertificateError."""
 
     def owner(hostname: str) -> tuple[Hashable, Limits]:
-        """The key that orders for a hostname are counted by, and their limits: its agent's."""
+        """Of the agent that serves ``hostname``: the key by which its certificate orders are
+        counted, and the limits for them."""
         route = registry.lookup(hostname)
         if route is None:
             return None, UNLIMITED

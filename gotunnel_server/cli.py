@@ -5,9 +5,11 @@ Exit status:
                      0                    1                         2
     (no command)     after a signal       a port cannot be opened   the configuration is wrong
     check            nothing has failed   something has failed      the configuration is wrong
-    certificates     printed, asked for   NAME cannot be renewed    the configuration is wrong
+    certificates     printed, or renewal  NAME cannot be renewed    the configuration is wrong
+                     of NAME requested
     token            printed              the gateway would refuse  the configuration is wrong
-    agents           done                 NAME exists, or does not  the configuration is wrong
+    agents           done                 add: NAME exists; remove: the configuration is wrong
+                                          there is no NAME
     status           it serves            it drains                nothing answers
     service          done, or it runs     cannot be done, not run   the configuration is wrong
 
@@ -99,7 +101,7 @@ def command(options: argparse.Namespace) -> int:
         print(certificates.ask_renewal(config, options.renew))
         return 0
     except ConfigError as error:
-        if options.command == "check":  # which names all faults, not only the first
+        if options.command == "check":  # this command names all faults, not only the first
             for fault in faults(options.env_file) or [str(error)]:
                 fail(fault, 2)
             return 2
@@ -113,11 +115,11 @@ def command(options: argparse.Namespace) -> int:
 
 
 def agents(config: Config, options: argparse.Namespace) -> int:
-    """Do what stands behind `agents`. Raises AgentsFileError, GrantError."""
-    if options.what == "add":
+    """Run a command of `agents`: add, list, remove. Raises AgentsFileError, GrantError."""
+    if options.agents_command == "add":
         grants.run_agents_add(config, name=options.name, hosts=options.hosts,
                                 ports=options.ports, expires=options.expires)  # fmt: skip
-    elif options.what == "list":
+    elif options.agents_command == "list":
         grants.run_agents_list(config)
     else:
         grants.run_agents_remove(config, options.name)
@@ -126,8 +128,8 @@ def agents(config: Config, options: argparse.Namespace) -> int:
 
 def run(env_file: str | None) -> int:
     """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
-    PortError, LogFileError; Failed if a predecessor has started this process and does not hand
-    over."""
+    PortError, LogFileError; Failed if a running gateway has started this process as its successor
+    (handover.py) and does not hand over."""
     predecessor = find_predecessor(environment())
     try:
         return serve(load(env_file), Life(environment(), predecessor))
@@ -138,9 +140,9 @@ def run(env_file: str | None) -> int:
 
 
 def serve(config: Config, life: Life) -> int:
-    """As run()."""
+    """Run a gateway with this configuration until a signal comes. Raises as run()."""
     set_up_process(config.log_level, config.log_format)
-    stay_on_one_cpu(min)  # an agent on the same machine takes another one
+    stay_on_one_cpu(min)  # the first CPU: an agent on the same machine chooses the last one
     for warning in config.warnings:
         logging.getLogger("gotunnel").warning(warning)
     gateway = Gateway(config, inherited=life.inherit())
@@ -163,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
     )
     check_ = commands.add_parser(
-        "check", help="check whether a gateway could start here, and say what to do",
+        "check", help="check whether a gateway could start here; each problem comes with a remedy",
         description="Check all that a gateway needs. Nothing is changed, nothing is ordered.",
     )  # fmt: skip
     certificates_ = commands.add_parser(
@@ -171,12 +173,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="List the certificates, and when they are renewed; also while a gateway runs.",
     )  # fmt: skip
     certificates_.add_argument(
-        "--renew", metavar="NAME", help="have the running gateway order a new one for NAME"
+        "--renew",
+        metavar="NAME",
+        help="have the running gateway order a new certificate for the hostname NAME",
     )
     token = commands.add_parser(
         "token", help="print a token for an agent that holds no secret",
-        description="Print a token for an agent that holds no secret. It permits some hostnames.\n"
-        "It cannot be revoked before it expires, unless its issuer is in AGENTS_FILE.",
+        description="Print a token for an agent that holds no secret. It permits only HOSTS and\n"
+        "PORTS. It cannot be revoked before it expires, unless its issuer is in AGENTS_FILE.",
         epilog=TOKEN_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_scope(token)
@@ -186,36 +190,39 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     token.add_argument(
         "--issuer", metavar="NAME",
-        help="the token's issuer: a name in AGENTS_FILE, whose secret signs the token; any other "
-        "is signed with JWT_SECRET (default: JWT_ISSUER)",
+        help="the token's issuer. With a name in AGENTS_FILE, the secret there signs the token; "
+        "with any other name JWT_SECRET does (default: JWT_ISSUER)",
     )  # fmt: skip
     agents_ = commands.add_parser(
         "agents", help="write AGENTS_FILE: agents with credentials of their own",
         description="Write AGENTS_FILE, or show it. A running gateway reads it again within 5 s.",
         epilog=AGENTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    whats = agents_.add_subparsers(title="commands", dest="what", metavar="COMMAND", required=True)
-    add = whats.add_parser(
+    subcommands = agents_.add_subparsers(
+        title="commands", dest="agents_command", metavar="COMMAND", required=True
+    )
+    add = subcommands.add_parser(
         "add", help="make a secret for a new agent; prints the lines for its configuration",
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
         "for the agent's configuration.",
     )  # fmt: skip
-    add.add_argument("name", metavar="NAME", type=_as(grants.read_name), help="its jwt_issuer")
+    add.add_argument("name", metavar="NAME", type=_as(grants.read_name),
+                     help="the agent's name: the jwt_issuer in its configuration")  # fmt: skip
     _add_scope(add)
     add.add_argument(
         "--expires", metavar="TIME", type=_as(grants.read_expires),
-        help="when it expires: 2030-12-31 (at the end of that day) or 2030-12-31T18:00:00Z "
+        help="when the secret expires: 2030-12-31 (end of that day) or 2030-12-31T18:00:00Z "
         "(default: never)",
     )  # fmt: skip
-    show = whats.add_parser(
+    show = subcommands.add_parser(
         "list", help="list the agents, without secrets",
         description="List the agents in AGENTS_FILE and what they may claim, without secrets.",
     )  # fmt: skip
-    remove = whats.add_parser(
+    remove = subcommands.add_parser(
         "remove", help="remove an agent; its sessions end",
         description="Remove an agent from AGENTS_FILE. A running gateway ends its sessions.",
     )  # fmt: skip
-    remove.add_argument("name", metavar="NAME", help="as the list shows it")
+    remove.add_argument("name", metavar="NAME", help="the name, as agents list shows it")
     status = commands.add_parser(
         "status", help="show the state of the running gateway",
         description="Ask the gateway that runs here for its sessions, hostnames, visits and\n"

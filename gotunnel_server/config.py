@@ -43,8 +43,8 @@ MOST_WORKERS = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"
-OFF = "off"  # as ACCESS_LOG
-LOCAL = "local"
+OFF = "off"  # ACCESS_LOG: no access log
+LOCAL = "local"  # ACME_ENV: certificates come from the gateway's own CA
 # Let's Encrypt's directories (RFC 8555 §7.1.1), by ACME_ENV.
 DIRECTORIES = {
     "production": "https://acme-v02.api.letsencrypt.org/directory",
@@ -68,7 +68,7 @@ NAMES = frozenset({  # all variables that load() may read
 # An unknown name in the env file that begins like this was meant for the gateway.
 PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "GATEWAY_", "JWT_", "TUNNEL_")
 
-# For faults(): a right value of each variable that must be set, or whose default may be at fault.
+# For faults(): a valid value of each variable that must be set, or whose default may be at fault.
 NEUTRAL = {
     "GATEWAY_HOST": "gateway.invalid",
     "TUNNEL_HOST": "tunnel.invalid",
@@ -110,18 +110,17 @@ class Config:
     tunnel_port: int
     dashboard_port: int | None  # None: no dashboard
     dashboard_bind: tuple[str, ...]  # IP addresses; empty: all
-    dashboard_password: Hash | None = field(
-        repr=False
-    )  # None: all visitors see hostnames and modes alone
+    # None: the dashboard asks for no password, and shows only hostnames and modes.
+    dashboard_password: Hash | None = field(repr=False)
     metrics_port: int | None  # None: no metrics
     metrics_bind: tuple[str, ...]  # IP addresses
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
-    jwt_secret: str | None = field(repr=False)  # None: agents_file alone counts
+    jwt_secret: str | None = field(repr=False)  # None: only agents in agents_file may register
     jwt_issuer: str | None  # None: any issuer
     agents_file: Path | None  # it need not exist yet
     acme_cache: Path
-    local_ca: bool  # certificates that cert_dir lacks come from a CA of our own ...
-    acme: Acme | None  # ... or from this one
+    local_ca: bool  # the gateway's own CA signs the certificates that cert_dir lacks
+    acme: Acme | None  # the CA that those are ordered from; None: from none
     http_port: int | None  # plain HTTP, for challenges and redirects; None: none
     cert_dir: Path | None
     raw_tcp_host: str | None  # hostname in tcp mode for plain bytes on the public port
@@ -134,7 +133,7 @@ class Config:
     header_timeout: float
     idle_timeout: float
     response_timeout: float  # until the first byte of the answer
-    stall_timeout: float  # how long a reader may take nothing
+    stall_timeout: float  # how long a peer may read nothing of what it is sent
     drain_timeout: float  # may be 0
     agent_timeout: float  # how long a visit waits for an agent that has just left; 0: it does not
     log_level: str  # one of LOG_LEVELS
@@ -146,8 +145,8 @@ class Config:
 
 
 def environment() -> dict[str, str]:
-    """The environment of the process, for what is no setting of ours: systemd's variables, and a
-    successor's environment."""
+    """The environment of the process, for systemd's variables and for a successor. Settings are
+    read by load()."""
     return dict(os.environ)
 
 
@@ -178,9 +177,9 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
                 _complete(Variables(values))
                 return found
             except ConfigError as error:
-                is_new = str(error) not in found and error.variables
+                is_mendable = str(error) not in found and error.variables
                 found.append(str(error))
-                if not is_new:  # no other value helps, so further faults stay hidden
+                if not is_mendable:  # no other value helps, so further faults stay hidden
                     return list(dict.fromkeys(found))
                 for name in error.variables:
                     _neutralise(values, name)
@@ -265,8 +264,7 @@ def _access_log(read: Variables) -> str:
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:
-    """Whether a CA of our own signs certificates; the folder of the operator's; the CA that others
-    are ordered from."""
+    """The values of Config.local_ca, cert_dir and acme."""
     cert_dir = read.text("CERT_DIR")
     if cert_dir is not None and not os.path.isdir(cert_dir):
         raise ConfigError(
@@ -290,7 +288,7 @@ def _acme(read: Variables, directory: str) -> Acme:
     kid, hmac = read.text("ACME_EAB_KID"), read.secret("ACME_EAB_HMAC_KEY")
     if (kid is None) != (hmac is None):
         raise ConfigError(
-            "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is set, expected both, as the CA "
+            "ACME_EAB_KID and ACME_EAB_HMAC_KEY: only one of them is set, expected both, as the CA "
             "gave them, or neither"
         )
     if hmac is not None and not re.fullmatch(r"[A-Za-z0-9_-]+=*", hmac.strip()):
@@ -353,7 +351,7 @@ def _rate_limit(read: Variables, name: str) -> dict[str, float | int]:
         if len(numbers) == len(pairs):
             return numbers
     raise ConfigError(
-        f"{name} is {text!r}, expected requests a second and address such as 10 or 600/m, or "
+        f"{name} is {text!r}, expected requests per second from an address such as 10 or 600/m, or "
         f"some of {', '.join(RATE_KEYS)}, such as per_address=10/s burst=100 total=200/s"
     )
 
@@ -383,7 +381,7 @@ def status_places(
     env_file: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> list[str]:
     """The paths where a running gateway may have its status socket. The rest of the configuration
-    may be wrong, or another user's. Raises ConfigError."""
+    is not checked: it may be wrong. Raises ConfigError."""
     read = Variables({**read_env_file(chosen_env_file(env_file)), **not_blank(environ)})
     path = _status_socket(read)
     if path is None:
@@ -427,7 +425,8 @@ def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
 
 
 def _spelling_warnings(in_file: Iterable[str], env_file: str | None) -> Iterator[str]:
-    """The environment has variables of many programs; the env file was written for the gateway."""
+    """Warnings of unknown names in the env file. The environment is not searched: it has variables
+    of many programs."""
     for name, near in misspelt(in_file, NAMES, PREFIXES):
         hint = f"did you mean {near}?" if near else "conf/server.env lists all of them"
         yield f"env file {env_file}: {name} is ignored, the gateway has no such variable; {hint}"

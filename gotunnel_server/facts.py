@@ -23,7 +23,7 @@ class Ports(Protocol):
 
 
 def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
-    """``ca_file``: the certificate of the CA of our own, None without one."""
+    """``ca_file``: the certificate of the gateway's own CA (ACME_ENV=local), None without one."""
     if config.acme:
         yield f"certificates from {config.acme.directory}"
     if ca_file:

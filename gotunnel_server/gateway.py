@@ -40,14 +40,16 @@ from .watcher import Watcher
 
 log = logging.getLogger("gotunnel.gateway")
 
-# Seconds between reads of CERT_DIR and AGENTS_FILE. A change counts when seen twice: within 5 s.
+# Seconds between checks of CERT_DIR and AGENTS_FILE. A changed file may be half written, so it is
+# read once it has stayed the same for such an interval: within 5 s.
 RELOAD = 2
-LAST_JOBS = 2  # seconds that jobs in the pools have when the gateway stops: connections are closed
-LAST_LOOK = 2  # seconds that a watcher's look has when the gateway stops: a disk may hang
+# Seconds for which stop() waits for jobs of the thread pools. Their connections are closed by then.
+LAST_JOBS = 2
+LAST_LOOK = 2  # seconds for which stop() waits for a watcher's check: a disk may hang
 
 
 class Gateway:
-    """start(), then stop(). If it cannot be made it leaves nothing open."""
+    """A gateway: start(), then stop(). If __init__ raises, it leaves no socket or file open."""
 
     def __init__(
         self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
@@ -111,7 +113,7 @@ class Gateway:
         )
         self._newcomers = Newcomers(
             self.tunnels,
-            # Agents name either of the two in SNI, or none.
+            # Agents send GATEWAY_HOST or TUNNEL_HOST as SNI, or no SNI.
             context=self._certificates.fronts(
                 config.tunnel_host, self.own_names.__contains__
             ).context,
@@ -154,7 +156,7 @@ class Gateway:
             challenges=self._challenges,
             awaits_certificate=self.keeper.pending,
         )
-        # Visitors of TCP_PORTS, and those that a proxy brings to HTTP_PORT, count here as well.
+        # Visitors of TCP_PORTS, and those that a proxy brings to HTTP_PORT, take these places, too.
         self._visitor_places = capacity.visitors(config.max_connections, self._proxies)
         self.public_port = self.listeners.add(
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
@@ -202,7 +204,7 @@ class Gateway:
             self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
             proxies=self._proxies, secured=self._site,
         )  # fmt: skip
-        if config.trusted_proxies:  # one that terminates TLS may bring all visitors here
+        if config.trusted_proxies:  # a proxy that terminates TLS may bring all visitors here
             room, places = self._visitors.room, self._visitor_places
         else:
             room = Room(capacity.HTTP_REQUESTS, self._proxies)
@@ -233,7 +235,7 @@ class Gateway:
 
     def start(self, before_orders: Callable[[], object] = lambda: None) -> None:
         """Serve; call ``before_orders()`` before certificates are ordered. Raises PortError,
-        NoThread, and what that raises."""
+        NoThread, and whatever ``before_orders()`` raises."""
         self.recording.start()
         self.listeners.start()
         before_orders()
@@ -251,12 +253,12 @@ class Gateway:
         self.recording.reopen()
 
     def estate(self) -> Estate:
-        """What a successor gets beside the sockets. Any thread."""
+        """The state that a successor gets in a hand-over, beside the sockets. Any thread."""
         modes, ports = self._registry.modes(), self._ports.hostnames()
         return Estate(modes, ports, self._challenges.published())
 
     def inherit(self, estate: Estate) -> None:
-        """Before start(): take what a predecessor leaves."""
+        """Before start(): take over a predecessor's state."""
         self._registry.expect(estate.modes)
         self._ports.remember(estate.ports)
         self._challenges.adopt(estate.proofs)

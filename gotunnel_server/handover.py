@@ -1,5 +1,6 @@
-"""Hands a running gateway over to a successor (SIGUSR2): the same command line, environment and
-working folder, so a new version or a changed configuration, with the sockets of this one.
+"""Hands a running gateway over to a successor (SIGUSR2), which gets its listening sockets. It is
+started with the same command line, environment and working folder; the installed version and the
+files of the configuration may be new.
 
     this gateway (HandOver)                     the successor (Predecessor)
     starts it, with copies of its sockets -->   reads its configuration, takes the sockets
@@ -13,8 +14,8 @@ Both accept for a moment, which does no harm: a connection is served by the proc
 it. Until "serving" the successor may fail, or say {"failed": TEXT}: then it is killed if it still
 runs, and this gateway serves on.
 
-The messages are JSON, one a line, over a socket pair. GOTUNNEL_HANDOVER has the number of the
-successor's end, which also tells that there is a predecessor.
+The messages are JSON, one a line, over a socket pair. GOTUNNEL_HANDOVER has the descriptor of the
+successor's end. A gateway that finds it set has a predecessor.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ VARIABLE = "GOTUNNEL_HANDOVER"
 READY_TIMEOUT = 60
 # Seconds that a successor waits until its predecessor accepts no more: that takes milliseconds.
 YOURS_TIMEOUT = 10
-# Seconds for a killed successor to end, and for one that hung up to say its exit status.
+# Seconds to wait for the end of a successor that was killed, or has closed its end of the pair.
 END_TIMEOUT = 5
-# Bytes of a message: a few hundred thousand hostnames, which one gateway does not serve.
+# Bytes of a message: room for a few hundred thousand hostnames, more than one gateway serves.
 MOST_MESSAGE = 16 * 1024 * 1024
 MOST_REASON = 500  # characters of a successor's reason in the log
 INIT = 1  # process id
@@ -93,7 +94,7 @@ class _Channel:
         self._sock.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any]:
-        """Raises EOFError, OSError; ValueError for a message that is none."""
+        """The next message. Raises EOFError, OSError; ValueError for bytes that are no message."""
         while b"\n" not in self._buffer:
             self._sock.settimeout(self._deadline.left())
             data = self._sock.recv(64 * 1024)
@@ -123,7 +124,7 @@ class HandOver:
         command: Sequence[str] = (),
         timeout: float = READY_TIMEOUT,
     ) -> None:
-        """``command`` starts the successor; that of this process if it is empty."""
+        """``command`` starts the successor; empty: the command of this process."""
         self._gateway = gateway
         self._environment = environment
         self._command = command or (sys.executable, *sys.orig_argv[1:])
@@ -149,7 +150,7 @@ class HandOver:
         log.info("the successor, process %d, serves; this gateway drains and ends", pid)
 
     def cancel(self) -> bool:
-        """End the successor, unless it serves already. Returns whether it does not."""
+        """End the successor. Returns False, and does nothing, if it serves already."""
         with self._lock:
             if self.successor is not None:
                 return False
@@ -160,7 +161,7 @@ class HandOver:
     def release(self) -> None:
         """Tell the successor that this gateway accepts no more."""
         if self._channel is not None:
-            with contextlib.suppress(OSError):  # it has ended: there is nobody to tell
+            with contextlib.suppress(OSError):  # the successor has ended
                 self._channel.send(said="yours")
             self._channel.close()
 
@@ -195,7 +196,7 @@ class HandOver:
         except ConnectionResetError:
             raise Failed(self._how_it_ended()) from None
         except (OSError, ValueError) as error:
-            raise Failed(f"the successor cannot be talked to: {error}") from None
+            raise Failed(f"messages with the successor failed: {error}") from None
         finally:
             theirs.close()
             for given in shared:
@@ -209,7 +210,8 @@ class HandOver:
     def _start(self, theirs: socket.socket, shared: Sequence[Given]) -> subprocess.Popen[bytes]:
         environment = {
             name: value for name, value in self._environment.items()
-            # They name this process. Without WATCHDOG_PID the watchdog is any process's.
+            # These hold for this process id alone. The successor's sockets come by message; without
+            # WATCHDOG_PID it takes WATCHDOG_USEC as meant for itself.
             if name not in (*LISTEN, "WATCHDOG_PID")
         }  # fmt: skip
         environment[VARIABLE] = str(theirs.fileno())
@@ -259,7 +261,7 @@ class HandOver:
 def why_not_here() -> str | None:
     """Why this process cannot hand over; None if it can."""
     if os.getpid() == INIT:
-        return "this gateway is process 1 of its container, which ends with it: restart that"
+        return "it is process 1 of its container, which would end with it: restart the container"
     return None
 
 
@@ -282,23 +284,25 @@ class Predecessor:
         ]
 
     def await_go(self) -> Estate:
-        """All that can fail has been done. Returns what this gateway gets. Raises Failed."""
+        """Say that this gateway is ready: all steps that can fail are done. Returns the
+        predecessor's state. Raises Failed."""
         self._say("ready")
         return read_estate(self._receive().get("estate"))
 
     def await_end(self) -> None:
-        """This gateway serves. Wait until the predecessor accepts no more. Raises Failed."""
+        """Say that this gateway serves, and wait until the predecessor accepts no more. Raises
+        Failed."""
         self._say("serving")
         sock = self._channel._sock
         if select.select([sock], [], [], YOURS_TIMEOUT)[0]:
-            log.info("takes over from process %s", self._pid)
+            log.info("this gateway takes over from process %s", self._pid)
         else:
-            log.warning("process %s still listens after %g s; this gateway serves as well",
+            log.warning("the predecessor, process %s, still listens after %g s; both serve now",
                         self._pid, YOURS_TIMEOUT)  # fmt: skip
         self._channel.close()
 
     def tell_failure(self, text: str) -> None:
-        """This process cannot take over."""
+        """Tell the predecessor why this process cannot take over."""
         with contextlib.suppress(OSError):  # the predecessor has ended
             self._channel.send(failed=text)
 
@@ -306,7 +310,7 @@ class Predecessor:
         try:
             self._channel.send(said=word)
         except OSError as error:
-            raise Failed(f"the predecessor does not listen: {error.strerror or error}") from None
+            raise Failed(f"the predecessor has ended: {error.strerror or error}") from None
 
     def _receive(self) -> dict[str, Any]:
         try:
@@ -314,7 +318,7 @@ class Predecessor:
         except EOFError:
             raise Failed("the predecessor ended before it had handed over") from None
         except (OSError, ValueError) as error:
-            raise Failed(f"the predecessor cannot be talked to: {error}") from None
+            raise Failed(f"messages with the predecessor failed: {error}") from None
 
 
 def find_predecessor(environment: Mapping[str, str]) -> Predecessor | None:
@@ -346,7 +350,8 @@ def _given(descriptor: int, name: str, by_systemd: bool) -> Given:
 
 
 def read_estate(fields: object) -> Estate:
-    """An Estate of its JSON. Another version may leave some out, or write them in another way."""
+    """The Estate in a message. A gateway of another version may leave fields out, or write them in
+    another form: such fields stay empty."""
     found = Estate({}, {}, ())
     if not isinstance(fields, dict):
         return found

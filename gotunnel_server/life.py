@@ -73,7 +73,7 @@ class Life:
         status.draining = True
         if successor is not None:
             if watchdog is not None:
-                watchdog.stop()  # the successor sees to it from now on
+                watchdog.stop()  # the successor tells systemd from now on
             status.close()  # its path is the successor's now
             self._notifier.tell(f"MAINPID={successor.successor}")
             gateway.stop_accepting()
@@ -87,7 +87,7 @@ class Life:
             watchdog.stop()
 
     def _await_claims(self) -> None:
-        """Close the ports of agents that do not come back."""
+        """Start the thread that closes the ports of agents that do not come back in CLAIM_TIME."""
         if not self._inherited.left():
             return
         try:
@@ -114,6 +114,7 @@ class Life:
                     return current
                 current = None
                 self._notifier.tell("READY=1")
+            # SIGTERM or SIGINT. A successor that serves already takes over all the same.
             elif current is None or current.cancel():
                 return None
             else:

@@ -14,7 +14,7 @@ from .net.shares import Places, Seat
 
 
 class Connections(Protocol):
-    """What takes the connections of a port: newcomer.Newcomers, or one of visitors/port.py."""
+    """Takes a port's connections: newcomer.Newcomers, or a port of visitors/port.py."""
 
     listener: Listener
 
@@ -33,7 +33,8 @@ class PortFigures(NamedTuple):
 
 
 class Listeners:
-    """The listeners that start and stop with the gateway. open() makes others, too."""
+    """The listeners of a gateway. Those of add() start and stop with it; the caller of open()
+    starts and stops its own."""
 
     def __init__(self, addresses: Sequence[str], workers: FairWorkers, inherited: Inherited):
         """``addresses``: IP addresses to bind, none for all. ``workers`` run the connections'
@@ -42,7 +43,7 @@ class Listeners:
         self._workers = workers
         self._inherited = inherited
         self._all: list[Listener] = []
-        # All that are open, with the setting of their ports. A copy takes its place at a change.
+        # All open listeners, with the setting of their ports. Replaced whole (copy on write).
         self._open: dict[Listener, str] = {}
         self._refused: dict[str, int] = {}  # by setting: those of listeners that are closed
 
@@ -105,7 +106,7 @@ class Listeners:
                 yield given._replace(sock=given.sock.dup())
 
     def stuck(self, timeout: float) -> str | None:
-        """The listener whose thread takes no turn within ``timeout`` seconds; None if all do."""
+        """The listener whose thread does not respond in ``timeout`` seconds; None if all do."""
         for listener in self._open:
             if not listener.moves(timeout):
                 return f"the listener of port {listener.port}"
@@ -128,7 +129,7 @@ class Listeners:
         return list(found.values())
 
     def stop_accepting(self) -> None:
-        """Accept no further connections; the parked ones are watched on."""
+        """Accept no further connections; parked ones are still watched."""
         for listener in self._open:
             listener.stop_accepting()
 

@@ -1,5 +1,5 @@
-"""What the gateway tells on METRICS_PORT. The figures are asked for when they are read: between two
-reads they cost nothing but what visitors/counts.py adds up.
+"""The gateway's metrics on METRICS_PORT (Prometheus), and its health. The figures are collected for
+each request; between two requests only visitors/counts.py counts.
 
 Labels are bounded: hostnames by counts.MOST_HOSTNAMES and MOST_CERTIFICATES, all others by the
 number of words that the gateway has for them.
@@ -35,13 +35,13 @@ from .visitors.port import PublicPort
 from .visitors.request import Request
 from .visitors.sites import Site
 
-MOST_CERTIFICATES = 500  # whose end is told, those of the gateway's own names first
+MOST_CERTIFICATES = 500  # hostnames with an expiry time; the gateway's own names come first
 STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
 PREFIX = "gotunnel_gateway_"
 
 
 class Parts(NamedTuple):
-    """Which parts are asked. ``is_ready()``: the ports are open, and no drain has begun."""
+    """The parts with the figures. ``is_ready()``: the ports are open, and no drain has begun."""
 
     recording: Recording
     tunnels: Tunnels
@@ -149,7 +149,7 @@ def _connections(parts: Parts) -> Iterator[Metric]:
         *(Sample(port.taken, (("port", port.name),)) for port in ports if port.most),
     )  # fmt: skip
     yield gauge(
-        f"{PREFIX}connections_limit", "Most open connections.",
+        f"{PREFIX}connections_limit", "Most open connections at a time.",
         *(Sample(port.most, (("port", port.name),)) for port in ports if port.most),
     )  # fmt: skip
     yield counter(
@@ -214,14 +214,19 @@ def _queues(parts: Parts) -> Iterator[Metric]:
     yield gauge(
         f"{PREFIX}requests", "Requests that are being served.", Sample(room.exchanges.room.taken)
     )
-    yield gauge(f"{PREFIX}requests_limit", "WORKERS.", Sample(room.exchanges.room.most))
+    yield gauge(
+        f"{PREFIX}requests_limit", "Most requests at a time: WORKERS.",
+        Sample(room.exchanges.room.most),
+    )  # fmt: skip
     yield gauge(f"{PREFIX}relays", "Relays: tcp visits, WebSockets.", Sample(room.relays.taken))
     yield gauge(f"{PREFIX}relays_limit", "Most relays at a time.", Sample(room.relays.most))
     memory = process_memory()
     yield gauge(
         f"{PREFIX}buffered_bytes", "Bytes of streams that wait in memory.", Sample(memory.buffered)
     )
-    yield gauge(f"{PREFIX}buffered_bytes_limit", "Most of them.", Sample(memory.limit))
+    yield gauge(
+        f"{PREFIX}buffered_bytes_limit", "Most bytes of streams in memory.", Sample(memory.limit)
+    )
     log_file = parts.recording.log_file
     if log_file is not None:
         yield gauge(

@@ -1,10 +1,10 @@
-"""Tells systemd how the gateway stands (sd_notify(3)): datagrams to the socket in NOTIFY_SOCKET.
+"""Tells systemd the gateway's state (sd_notify(3)), in datagrams to the socket in NOTIFY_SOCKET.
 
     READY=1                  it serves
     RELOADING=1              it reads again what may have changed, or hands over to a successor
     MAINPID=NUMBER           the successor is the service's main process from now on
     STOPPING=1               it drains and ends
-    WATCHDOG=1               its listeners still turn; at half of WATCHDOG_USEC
+    WATCHDOG=1               its listeners respond; sent twice in WATCHDOG_USEC
 
 Without NOTIFY_SOCKET nothing is sent.
 """
@@ -25,15 +25,15 @@ log = logging.getLogger("gotunnel.notify")
 
 # Seconds to wait while systemd does not read its socket: it is busy, and reads soon.
 SEND_TIMEOUT = 5
-# WATCHDOG_USEC in microseconds: shorter, a busy machine would be taken for a hanging gateway, and
-# longer than a month is a typing error.
+# Microseconds of WATCHDOG_USEC. With less than the first, systemd would restart a gateway that is
+# merely busy. More than the second, a month, is a typing error.
 LEAST_WATCHDOG, MOST_WATCHDOG = 100_000, 31 * 24 * 3600 * 1_000_000
 MOST_ADDRESS = 107  # bytes of a unix socket's address (sun_path, unix(7)), without the last 0
 MOST_SHOWN = 64  # characters of a bad value that the log shows
 
 
 class Notifier:
-    """The service manager, or nobody. Any thread."""
+    """Sends to systemd; does nothing, and is false, without NOTIFY_SOCKET. Any thread."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._address = _address(environment.get("NOTIFY_SOCKET", ""))
@@ -53,7 +53,7 @@ class Notifier:
         except OSError as error:
             level = logging.DEBUG if self._failed else logging.WARNING
             self._failed = True
-            log.log(level, "NOTIFY_SOCKET: %s was not told: %s; the gateway goes on", lines[0],
+            log.log(level, "NOTIFY_SOCKET: sending %s failed: %s; the gateway goes on", lines[0],
                     error.strerror or error)  # fmt: skip
 
     def tell_reloading(self) -> None:
@@ -72,7 +72,7 @@ def _address(text: str) -> str | bytes | None:
 
 
 def watchdog_interval(environment: Mapping[str, str]) -> float | None:
-    """Seconds between two WATCHDOG=1 (sd_watchdog_enabled(3)); None if systemd wants none of this
+    """Seconds between two WATCHDOG=1 (sd_watchdog_enabled(3)); None if systemd does not watch this
     process."""
     text = environment.get("WATCHDOG_USEC", "").strip()
     pid = environment.get("WATCHDOG_PID", "").strip()
@@ -88,13 +88,13 @@ def watchdog_interval(environment: Mapping[str, str]) -> float | None:
 
 
 class Watchdog:
-    """Thread "watchdog": tells systemd that the gateway lives, as long as it does."""
+    """Thread "watchdog": sends WATCHDOG=1 as long as all listeners respond."""
 
     def __init__(
         self, notifier: Notifier, interval: float, stuck: Callable[[float], str | None]
     ) -> None:
-        """``stuck(timeout)`` returns what has not moved for ``timeout`` seconds, or None. Raises
-        NoThread."""
+        """``stuck(timeout)`` names a part that does not respond in ``timeout`` seconds, or returns
+        None. Raises NoThread."""
         self._notifier = notifier
         self._interval = interval
         self._stuck = stuck
@@ -109,14 +109,15 @@ class Watchdog:
         said = False
         while not self._over.is_set():
             began = monotonic()
-            # Half an interval, so that a listener that is merely slow may fail once.
+            # Half an interval, so that a merely slow listener has a second chance before systemd
+            # misses a WATCHDOG=1.
             stuck = self._stuck(self._interval / 2)
             if stuck is None:
                 self._notifier.tell("WATCHDOG=1")
                 said = False
             elif not said:
                 said = True
-                log.error("%s has not moved for %.1f s: systemd is not told that the gateway "
-                          "lives, and will restart it if that goes on", stuck,
+                log.error("%s has not responded for %.1f s: systemd gets no WATCHDOG=1, and will "
+                          "restart the gateway if that goes on", stuck,
                           self._interval / 2)  # fmt: skip
             self._over.wait(max(0, began + self._interval - monotonic()) if stuck is None else 0.1)

@@ -18,7 +18,7 @@ LAST_LINES = 1  # seconds to write the access log's last lines when the gateway 
 
 
 class Recording:
-    """start(), then stop(). If it cannot be made it leaves nothing open."""
+    """The readers of visits: call start(), then stop(). If __init__ raises, no file stays open."""
 
     def __init__(
         self,

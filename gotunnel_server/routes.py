@@ -20,8 +20,9 @@ ABSENCE = 15
 
 
 class HostnameTaken(Exception):
-    """Hostnames cannot be claimed. ``tunnels`` hold them; there is none if the hostnames are the
-    gateway's own. Their type is Any: the agents' wing, which asks, knows that it is its own."""
+    """Hostnames cannot be claimed. ``tunnels`` hold them; it is empty if the hostnames are the
+    gateway's own. Their type is Any here: only the agents' wing uses them, and knows their
+    type."""
 
     def __init__(self, text: str, tunnels: Iterable[Any] = ()):
         super().__init__(text)
@@ -76,7 +77,7 @@ class Policy(Protocol):
 
 
 class Route(NamedTuple):
-    """What a hostname leads to.
+    """Where visits of a hostname go, and how.
 
     ``hostname`` is spelled as the agent registered it: Go agents look it up as it stands.
     ``mode`` is "http" or "tcp". ``host_header`` is the Host that the target gets, None for the
@@ -111,7 +112,7 @@ class Registry:
         self._table: tuple[dict[str, Route], bool] = ({}, False)
         # Hostnames in tcp mode that are no longer served; the latest last.
         self._left_tcp: OrderedDict[str, None] = OrderedDict()
-        # Hostnames that are awaited: until when (monotonic); the latest last. Others only ask
+        # Awaited hostnames, and until when (monotonic); the latest last. Other modules read only
         # whether it is empty, as it nearly always is.
         self.absent: OrderedDict[str, float] = OrderedDict()
         self.on_claim: Callable[[], object] = lambda: None  # called when hostnames were claimed
@@ -172,7 +173,7 @@ class Registry:
             })  # fmt: skip
             for hostname, route in held.items():
                 if route.tunnel is tunnel:
-                    self._miss(hostname, route.mode)
+                    self._await(hostname, route.mode)
 
     def expect(self, modes: Mapping[str, str]) -> None:
         """Await hostnames, as if their agents had left just now: the gateway before served them.
@@ -180,10 +181,10 @@ class Registry:
         with self._lock:
             for hostname, mode in modes.items():
                 if hostname not in self._table[0] and hostname not in self._reserved:
-                    self._miss(hostname, mode)
+                    self._await(hostname, mode)
 
-    def _miss(self, hostname: str, mode: str) -> None:
-        """Caller holds the lock."""
+    def _await(self, hostname: str, mode: str) -> None:
+        """Note that a hostname has lost its route just now. Caller holds the lock."""
         self.absent.pop(hostname, None)
         self.absent[hostname] = monotonic() + ABSENCE
         if len(self.absent) > MOST_LEFT:

@@ -14,5 +14,5 @@ def exposed(config: Config) -> list[str]:
     lines = exposures(key_files(config.acme_cache))
     if len(lines) > MOST_LINES:
         more = len(lines) - MOST_LINES
-        lines[MOST_LINES:] = [f"ACME_CACHE {config.acme_cache}: {more} more like these"]
+        lines[MOST_LINES:] = [f"ACME_CACHE {config.acme_cache}: {more} more such files"]
     return [*exposures(config.secret_files), *lines]

@@ -1,8 +1,9 @@
 """Tells a gateway which hostnames its predecessor served, by a small file in ACME_CACHE.
 
 A gateway that has just started knows no agent, though the agents are about to dial. Visits of the
-hostnames in the file wait for them (visitors/waiting.py). Certificates would not do: they also
-stand for hostnames that nobody has served for months, and a wildcard names none.
+hostnames in the file wait for them (visitors/waiting.py). The stored certificates could not tell
+which hostnames those are: some are of hostnames that were last served months ago, and a wildcard
+certificate does not say which of its hostnames were.
 """
 
 import json
@@ -20,7 +21,7 @@ MAX_FILE = 2 * 1024 * 1024  # bytes: MOST_LEFT hostnames of 253 characters take 
 
 
 class ServedFile:
-    """The file. One thread at a time."""
+    """The file in ACME_CACHE. One thread at a time."""
 
     def __init__(self, folder: Path, registry: Registry):
         """Have the ``registry`` expect what the predecessor served, if that can be read."""
@@ -37,8 +38,8 @@ class ServedFile:
         except FileNotFoundError:
             return
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            log.warning("%s cannot be read (%s): visits do not wait for the agents of the gateway "
-                        "before", self._path, error)  # fmt: skip
+            log.warning("%s cannot be read (%s): visits do not wait for agents that were connected "
+                        "before this start", self._path, error)  # fmt: skip
             return
         self._registry.expect(modes)
 

@@ -17,7 +17,7 @@ from .routes import Route
 from .visitors.counts import Counts
 
 PROGRAM = "gotunnel-server"
-# Of sessions, hostnames and certificates, as many are listed in an answer, some 300 bytes each. The
+# Entries of each list in an answer (sessions, hostnames, certificates), some 300 bytes each. The
 # totals count all.
 MOST_LISTED = 1000
 MOST_REASON = 500  # characters

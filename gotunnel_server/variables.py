@@ -47,7 +47,8 @@ MAX_COUNT = 1_000_000
 # 31 bits and would fail after 24 days.
 MAX_TIMEOUT = 86_400
 # How alike an unknown name must be to a known one to count as misspelt (difflib's ratio, 0 to 1).
-# HSOT for HOST in a name of ours has 0.9; SMTP_PORT, an honest name, has 0.78 to HTTP_PORT.
+# HSOT for HOST in a name of ours has 0.9. SMTP_PORT, a name of another program, has 0.78 to
+# HTTP_PORT.
 ALIKE = 0.8
 MAX_NAME = 60  # characters of a name that are compared, or shown
 
@@ -63,7 +64,8 @@ class ConfigError(Exception):
 
     @property
     def variables(self) -> list[str]:
-        """The names at fault, with other words in capitals; none if the env file is at fault."""
+        """The names at fault, and perhaps other words in capitals; none if the env file is at
+        fault."""
         return re.findall(r"[A-Z][A-Z0-9_]{3,}", re.split("[,:]", str(self), maxsplit=1)[0])
 
 

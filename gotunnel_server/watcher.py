@@ -10,8 +10,8 @@ log = logging.getLogger("gotunnel.watcher")
 
 
 class Watcher:
-    """Calls ``look(asked)`` every ``seconds``, and at once after ask(). A call that raises is
-    logged, and the next one comes in time."""
+    """Calls ``look(asked)``, which checks for changes, every ``seconds``, and at once after ask().
+    A call that raises is logged, and the next one comes in time."""
 
     def __init__(self, name: str, look: Callable[[bool], object], seconds: float):
         """``asked`` is true if ask() has caused the call. The thread is called ``name``."""
@@ -27,16 +27,16 @@ class Watcher:
         self._thread = spawn(self._name, self._run)
 
     def ask(self) -> None:
-        """Look now. Any thread; waits for nothing."""
+        """Check now. Any thread; waits for nothing."""
         self._wake.set()
 
     def stop(self) -> None:
-        """No further look. Does not wait for the one that runs, as a disk may hang: see join()."""
+        """Begin no further check. Does not wait for a running one (a disk may hang): see join()."""
         self._ended.set()
         self._wake.set()
 
     def join(self, timeout: float) -> None:
-        """After stop(): wait for the look that runs, ``timeout`` seconds at most."""
+        """After stop(): wait for a running check, ``timeout`` seconds at most."""
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -49,5 +49,5 @@ class Watcher:
             try:
                 self._look(asked)
             except Exception:
-                log.exception("%s: a look at what has changed failed (bug, traceback follows); "
+                log.exception("%s: the check for changes failed (bug, traceback follows); "
                               "next try in %g s", self._name, self._seconds)  # fmt: skip

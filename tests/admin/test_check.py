@@ -476,10 +476,10 @@ def test_check_names_all_faults_of_a_configuration(tmp_path):
     assert (status, out) == (2, "") and len(lines) == 9
     named = {line.partition(": ")[2].split()[0].rstrip(":") for line in lines}
     assert named == {
-        "JWT_SECRET_FILE", "CERT_DIR", "of", "GATEWAY_HOST", "TUNNEL_HOST", "DASHBOARD_PORT",
-        "WORKERS", "DEFAULT_ALLOW", "GATEWAY_PORT",
+        "JWT_SECRET_FILE", "CERT_DIR", "ACME_EAB_KID", "GATEWAY_HOST", "TUNNEL_HOST",
+        "DASHBOARD_PORT", "WORKERS", "DEFAULT_ALLOW", "GATEWAY_PORT",
     }  # fmt: skip
-    assert "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is set" in errors
+    assert "ACME_EAB_KID and ACME_EAB_HMAC_KEY: only one of them is set" in errors
     assert "GATEWAY_PORT and TUNNEL_PORT are both 8443" in errors
 
 

@@ -79,7 +79,7 @@ def test_a_socket_that_is_gone_is_one_warning(tmp_path, caplog):
     line, again = caplog.records
     assert (line.levelname, again.levelname) == ("WARNING", "DEBUG")
     line = line.getMessage()
-    assert "READY=1 was not told: No such file" in line
+    assert "sending READY=1 failed: No such file" in line
 
 
 # The watchdog ------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_watchdog_tells_as_long_as_nothing_is_stuck(notifier, manager, caplog):
         assert time.monotonic() < deadline
         asked.clear()
         assert asked.wait(TIMEOUT)
-    assert "the listener of port 443 has not moved" in caplog.messages[0]
+    assert "the listener of port 443 has not responded" in caplog.messages[0]
     stuck.clear()
     assert manager.hear() == "WATCHDOG=1"
     watchdog.stop()

@@ -564,8 +564,8 @@ def test_password_in_a_url_is_neither_taken_nor_shown():
         ({"ACME_CA_FILE": __file__}, f"ACME_CA_FILE: {__file__!r} holds no certificate"),
         ({"ACME_EMAIL": "me"}, "ACME_EMAIL is 'me', expected an address"),
         ({"ACME_EMAIL": "a@b.test, c@d.test"}, "expected an address"),
-        ({"ACME_EAB_KID": "kid"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
-        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "of ACME_EAB_KID and ACME_EAB_HMAC_KEY one alone is"),
+        ({"ACME_EAB_KID": "kid"}, "ACME_EAB_KID and ACME_EAB_HMAC_KEY: only one"),
+        ({"ACME_EAB_HMAC_KEY": "c2VjcmV0"}, "ACME_EAB_KID and ACME_EAB_HMAC_KEY: only one"),
         ({"ACME_EAB_KID": "kid", "ACME_EAB_HMAC_KEY": "a b!"}, "ACME_EAB_HMAC_KEY is not base64"),
     ],
 )
@@ -643,7 +643,7 @@ def test_default_password_is_kept_as_a_hash_only(tmp_path, hashed, in_file):
         ("DEFAULT_ALLOW", "10.0.0.1/8", "networks without host bits"),
         ("DEFAULT_DENY", "localhost", "DEFAULT_DENY is 'localhost', expected IP addresses"),
         ("DEFAULT_RATE_LIMIT", "0", "DEFAULT_RATE_LIMIT: per_address: 0.0 came, expected requests"),
-        ("DEFAULT_RATE_LIMIT", "-1", "DEFAULT_RATE_LIMIT is '-1', expected requests a second and"),
+        ("DEFAULT_RATE_LIMIT", "-1", "DEFAULT_RATE_LIMIT is '-1', expected requests per second"),
         ("DEFAULT_RATE_LIMIT", "nan", "DEFAULT_RATE_LIMIT is 'nan'"),
         ("DEFAULT_RATE_LIMIT", "1e309", "DEFAULT_RATE_LIMIT is '1e309'"),
         ("DEFAULT_RATE_LIMIT", "10/d", "DEFAULT_RATE_LIMIT is '10/d'"),
@@ -704,7 +704,7 @@ def test_files_of_a_cache_that_hold_keys_are_known(tmp_path):
         }
         patch.setattr(secret_files, "MOST_LINES", 2)
         *two, last = secret_files.exposed(loaded)
-        assert len(two) == 2 and last == f"ACME_CACHE {tmp_path}/cache: 5 more like these"
+        assert len(two) == 2 and last == f"ACME_CACHE {tmp_path}/cache: 5 more such files"
     assert secret_files.exposed(config(ACME_CACHE=str(tmp_path / "none"))) == []
 
 

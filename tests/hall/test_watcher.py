@@ -45,7 +45,7 @@ def test_a_look_that_raises_is_logged_and_the_next_one_comes(watch, caplog):
     watch(fail, 0.01)
     for _ in range(3):
         looks.get(timeout=TIMEOUT)
-    line = "watched: a look at what has changed failed (bug, traceback follows); next try in 0.01 s"
+    line = "watched: the check for changes failed (bug, traceback follows); next try in 0.01 s"
     assert line in caplog.text and "RuntimeError: a bug" in caplog.text
 
 
