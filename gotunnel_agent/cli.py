@@ -33,10 +33,12 @@ The private half of gotunnel: connects to a gateway and serves the hostnames of
 its configuration from targets that it can reach. conf/agent.yaml explains each
 key."""
 EPILOG = """\
-gotunnel-agent forward --help: the visitor's helper, for SSH and databases.
-gotunnel-agent status: shows the state of the running agent.
-gotunnel-agent service: runs the agent as a service of systemd.
-gotunnel-agent hash-password: makes a hash for basic_auth."""
+other commands, each with a --help:
+  gotunnel-agent forward        connect a visitor's SSH or database client to a
+                                hostname in tcp mode; needs no configuration
+  gotunnel-agent status         show the state of the running agent
+  gotunnel-agent service        run the agent as a service of systemd
+  gotunnel-agent hash-password  make a hash for basic_auth"""
 
 HASH_PASSWORD = "hash-password"
 STATUS = "status"
@@ -124,7 +126,7 @@ def ask_status(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "-c", "--config", metavar="FILE",
-        help="its configuration; needed if that names a status_socket",
+        help="the agent's configuration; needed if it sets status_socket",
     )  # fmt: skip
     add_json_option(parser)
     options = parser.parse_args(arguments)
