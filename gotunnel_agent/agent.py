@@ -164,6 +164,15 @@ class Snapshot(NamedTuple):
     stopping: bool
 
 
+class Totals(NamedTuple):
+    """What has happened since the agent's start."""
+
+    sessions: int  # that have begun to serve
+    failures: int  # dials without a session, and sessions that ended by a fault
+    streams: int
+    failed_targets: Mapping[tuple[str, str], int]  # by hostname, and Refusal.word
+
+
 class Agent:
     """Serves one gateway until stop() is called. run() is the agent's thread."""
 
@@ -178,6 +187,7 @@ class Agent:
         self._old: list[Service] = []  # earlier ones that are not over yet
         self._unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
         self._running = 0  # data streams that have a worker
+        self._sessions = self._failures = self._streams = 0  # see Totals
         self._targets = Targets()
         self._problem = ""  # why the last session or dial has ended
         self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
@@ -250,6 +260,12 @@ class Agent:
             dict(self._certificates),
             self._stopping.is_set(),
         )
+
+    def totals(self) -> Totals:
+        """Any thread."""
+        failed = self._targets.failed()
+        with self._lock:
+            return Totals(self._sessions, self._failures, self._streams, failed)
 
     def _drain(self, sessions: list[Session], timeout: float) -> int:
         """Wait until all sessions have ended, which a gateway of ours does when their visits are
@@ -324,6 +340,7 @@ class Agent:
             failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
             self._problem = problem
+            self._failures += 1  # by this thread alone
             log.warning("%s: %s; next try in %.1f s", address, problem, delay)
             self._pause(plan, delay)
 
@@ -359,6 +376,7 @@ class Agent:
             self._take_answer(service, _expect_ack(next(messages)))
             with self._lock:
                 self._unaccepted = None
+                self._sessions += 1
             service.since = monotonic()
             served = [name for name, route in service.routes.items() if not route.problem]
             log.info("%s: serving %s", plan.address, ", ".join(served) or "nothing")
@@ -579,6 +597,7 @@ class Agent:
                 return
             with self._lock:
                 self._running += 1
+                self._streams += 1
             try:
                 workers.submit(self._serve_stream, service, stream)
             except Stopped:  # the agent has stopped, and all streams have ended with the session

@@ -6,7 +6,8 @@ of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing
 forward.py; __main__.py tells the two apart.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
-hash cannot be printed; 2 if the configuration or the password is wrong.
+hash cannot be printed, or metrics_port cannot be opened; 2 if the configuration or the password is
+wrong.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from .common.passwords import PasswordError, hash_password
 from .common.process import HANG_UP, Signals, print_answer, set_up_process, stay_on_one_cpu
 from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
+from .metrics import MetricsPort, PortUnusable
 from .status import PROGRAM, describe, status_places, status_socket_of
 from .trust import CannotTrust
 
@@ -64,12 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         config = load(options.config)
-        set_up_process(config.log_level)
+        set_up_process(config.log_level, config.log_format)
         stay_on_one_cpu(max)  # a gateway on the same machine takes the first CPU
         agent = Agent(config)
+        metrics = None
+        if config.metrics_port is not None:
+            metrics = MetricsPort(config.metrics_bind, config.metrics_port, agent)
+            log.info("metrics: port %d", metrics.port)
     except (ConfigError, CannotTrust) as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 2
+    except PortUnusable as error:
+        print(f"gotunnel-agent: {error}", file=sys.stderr)
+        return 1
     for line in exposures(config.secret_files):
         log.warning("%s", line)
     signals = Signals(hang_up=True)
@@ -77,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     status = status_socket_of(config, lambda: describe(agent.snapshot()))
     if status is not None:
         status.start()
+    if metrics is not None:
+        metrics.start()
     while (number := signals.wait()) == HANG_UP:
         reload(agent, options.config)
     if number == 0:
@@ -85,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     agent.stop()
     if status is not None:
         status.close()
+    if metrics is not None:
+        metrics.close()
     log.info("stopped")
     return 0
 

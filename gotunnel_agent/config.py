@@ -32,7 +32,7 @@ from gotunnel import (
     WILDCARDS,
 )
 
-from .common import strict_yaml
+from .common import addresses, strict_yaml
 from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
 from .common.hostnames import (
@@ -64,6 +64,9 @@ KEYS = (
     "stall_timeout",
     "drain_timeout",
     "log_level",
+    "log_format",
+    "metrics_port",
+    "metrics_bind",
     "status_socket",
     "tunnels",
 )
@@ -86,6 +89,8 @@ SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # each may also name a file
 
 MODES = ("http", "tcp")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says otherwise
 
 # Bytes of a file. A thousand tunnels take a tenth of this. The limit is for a wrong path, such as
 # that of a device, which would fill the memory.
@@ -185,6 +190,9 @@ class Config:
     stall_timeout: float  # seconds; a visit whose visitor or target reads nothing so long is reset
     drain_timeout: float  # seconds that running visits have when the agent stops
     log_level: str  # one of LOG_LEVELS
+    log_format: str  # one of LOG_FORMATS
+    metrics_port: int | None  # None: no metrics; 0: any free one
+    metrics_bind: tuple[str, ...]  # IP addresses
     status_socket: (
         str  # where `gotunnel-agent status` asks, OFF for nowhere; "": see runtime_places()
     )
@@ -328,6 +336,9 @@ def _config(document: Mapping[str, object]) -> Config:
         stall_timeout=_stall_timeout(document),
         drain_timeout=_drain_timeout(document),
         log_level=_choice(document, "log_level", LOG_LEVELS, "info"),
+        log_format=_choice(document, "log_format", LOG_FORMATS, "text"),
+        metrics_port=_metrics_port(document),
+        metrics_bind=_metrics_bind(document),
         status_socket=_status_socket(document),
         tunnels=_tunnels(document),
         credential_file=credential_file,
@@ -556,6 +567,30 @@ def _status_socket(document: Mapping[str, object]) -> str:
     if problem := why_not(path):
         raise ConfigError(f"status_socket: {problem}: name a shorter one, or write {OFF}")
     return path
+
+
+def _metrics_port(document: Mapping[str, object]) -> int | None:
+    if "metrics_port" not in document:
+        return None
+    expected = f"a port from 1 to {MAX_PORT}, or {ANY_PORT}"
+    text = _text(document, "metrics_port", expected).lower()
+    number = whole_number(text)
+    if text == ANY_PORT:
+        return 0
+    if number is None or not 1 <= number <= MAX_PORT:
+        raise ConfigError(f"metrics_port: {_shown(text)} came, expected {expected}")
+    return number
+
+
+def _metrics_bind(document: Mapping[str, object]) -> tuple[str, ...]:
+    if "metrics_bind" not in document:
+        return (LOOPBACK,)
+    expected = "IP addresses to listen on, separated by commas"
+    texts = [text.strip() for text in _text(document, "metrics_bind", expected).split(",")]
+    for text in texts:
+        if addresses.parse(text) is None:
+            raise ConfigError(f"metrics_bind: {_shown(text)} came, expected {expected}")
+    return tuple(texts)
 
 
 def _drain_timeout(document: Mapping[str, object]) -> float:

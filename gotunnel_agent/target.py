@@ -19,6 +19,7 @@ import socket
 import ssl
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import NamedTuple
@@ -97,7 +98,18 @@ class Targets:
     def __init__(self) -> None:
         self._open: set[Duplex] = set()
         self._over = False  # reset() was called
-        self._lock = threading.Lock()  # guards both
+        self._failed: Counter[tuple[str, str]] = Counter()  # those that were not reached
+        self._lock = threading.Lock()  # guards all
+
+    def count_failed(self, hostname: str, word: str) -> None:
+        """The target of a hostname was not reached; ``word`` is Refusal's."""
+        with self._lock:
+            self._failed[hostname, word] += 1
+
+    def failed(self) -> dict[tuple[str, str], int]:
+        """How often which target was not reached, by hostname and word."""
+        with self._lock:
+            return dict(self._failed)
 
     @contextlib.contextmanager
     def hold(self, target: Duplex) -> Iterator[None]:
@@ -150,6 +162,7 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
         target = dial(tunnel.target, route.context, introduction(tunnel.proxy_protocol, ends))
     except Unserved as error:
         log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
+        targets.count_failed(tunnel.hostname, error.refusal.word)
         refuse(stream, route, error.refusal)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)

@@ -169,7 +169,7 @@ def test_the_agents_defaults_are_those_of_the_tables(tmp_path):
     values, of_tunnel = literals(top), literals(tunnel)
     assert set(values) == {
         "skip_tls_verify", "jwt_issuer", "jwt_expire_sec", "stall_timeout", "drain_timeout",
-        "log_level",
+        "log_level", "log_format",
     }  # fmt: skip
     assert set(of_tunnel) == {"target_skip_tls_verify", "mode"}
     text = "".join(f"{key}: {value}\n" for key, value in values.items()) + MINIMAL

@@ -70,6 +70,9 @@ def test_defaults():
         stall_timeout=300,
         drain_timeout=5,
         log_level="info",
+        log_format="text",
+        metrics_port=None,
+        metrics_bind=("127.0.0.1",),
         status_socket="",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
     )
@@ -87,6 +90,9 @@ def test_every_key_that_stands_beside_the_others():
         stall_timeout: 3600
         drain_timeout: 0.5
         log_level: DEBUG
+        log_format: json
+        metrics_port: 9465
+        metrics_bind: "127.0.0.1, ::1"
         status_socket: /run/office.sock
         tunnels:
           - {hostname: App.Example.com., target: web_1:80}
@@ -104,6 +110,9 @@ def test_every_key_that_stands_beside_the_others():
         stall_timeout=3600,
         drain_timeout=0.5,
         log_level="debug",
+        log_format="json",
+        metrics_port=9465,
+        metrics_bind=("127.0.0.1", "::1"),
         status_socket="/run/office.sock",
         tunnels=(
             Tunnel("app.example.com", Target("web_1", 80), "http"),
@@ -262,6 +271,9 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
         ("jwt_expire_sec: true", "jwt_expire_sec: 'true' came, expected seconds"),
         (f"jwt_expire_sec: {'9' * 5000}", "jwt_expire_sec: '999"),
         ("log_level: verbose", "log_level: 'verbose' came, expected one of debug, info, warning, "),
+        ("metrics_port: 0", "metrics_port: '0' came, expected a port from 1 to 65535, or auto"),
+        ("metrics_bind: here", "metrics_bind: 'here' came, expected IP addresses to listen on"),
+        ("log_format: xml", "log_format: 'xml' came, expected one of text, json"),
         ("status_socket: []", "status_socket: a list came, expected the path of a unix socket, or"),
         (f"status_socket: {'x' * 108}", "status_socket: the path has 108 bytes, a unix socket's"),
         ("log_level: {}", "log_level: a mapping came, expected one of debug, info, warning, error"),
@@ -702,10 +714,12 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     text = EXAMPLE.read_text(encoding="utf-8")
     config = loaded(text)
     assert config.modes() == {"app.localhost": "http", "ssh.localhost": "tcp"}
-    shown = "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level|status_socket"
+    shown = (
+        "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level|status_socket|log_format"
+    )
     defaults = re.compile(rf"(?m)^#(?=({shown}): )")
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
-    assert count == 6
+    assert count == 7
     assert loaded(uncommented) == dataclasses.replace(config, ca_file=None)
 
 

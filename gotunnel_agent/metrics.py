@@ -1,0 +1,186 @@
+"""The agent's metrics port: /metrics, /healthz and /readyz (common/metrics_page.py).
+
+One thread, "metrics", answers one peer at a time and gives each PEER_TIMEOUT. It is a small server
+of its own: the agent has no listeners, and a scrape comes every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from time import monotonic, sleep
+
+from gotunnel import Deadline, NoThread, Waker, __version__, call_logged, process_memory, spawn
+
+from .agent import Agent
+from .common import http1, metrics_page
+from .common.duplex import Duplex
+from .common.exposition import Metric, Sample, counter, gauge
+from .common.metrics_page import Answer
+from .common.process_figures import process_figures
+
+log = logging.getLogger("gotunnel.metrics")
+
+PREFIX = "gotunnel_agent_"
+BACKLOG = 8  # peers that the kernel queues: a scraper and a health check or two
+PEER_TIMEOUT = 2  # seconds for one peer to ask and to take the answer; others wait meanwhile
+NO_DESCRIPTOR = 0.2  # seconds until the next try, if the process has no descriptor left
+
+
+class PortUnusable(Exception):
+    """The port cannot be opened. One line for the operator."""
+
+
+class MetricsPort:
+    """start(), then close()."""
+
+    def __init__(self, bound: Sequence[str], port: int, agent: Agent):
+        """``bound``: the IP addresses to listen on. ``port`` 0: any free one. Raises
+        PortUnusable."""
+        self._agent = agent
+        self._loopback = metrics_page.is_loopback(bound)
+        self._sockets: list[socket.socket] = []
+        self._waker: Waker | None = None  # while the thread runs
+        self._ended = False
+        for address in bound:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                sock = socket.create_server((address, port), family=family, backlog=BACKLOG)
+            except OSError as error:
+                self.close()
+                why = error.strerror or error
+                raise PortUnusable(f"metrics_port {port} on {address}: {why}") from None
+            sock.setblocking(False)
+            self._sockets.append(sock)
+            port = sock.getsockname()[1]  # the same for all, if it was any free one
+        self.port = port
+
+    def start(self) -> None:
+        """Begin to answer. What prevents it is logged: the agent serves without it as well."""
+        self._waker = waker = Waker()
+        try:
+            spawn("metrics", self._run, waker)
+        except NoThread as error:
+            waker.close()
+            log.warning("metrics_port: %s; it does not answer", error)
+
+    def close(self) -> None:
+        """Answer no more. Any thread."""
+        self._ended = True
+        if self._waker is not None:
+            self._waker.wake()
+        else:
+            for sock in self._sockets:
+                sock.close()
+
+    def _run(self, waker: Waker) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(waker, selectors.EVENT_READ)
+            for sock in self._sockets:
+                selector.register(sock, selectors.EVENT_READ)
+            while not self._ended:
+                for key, _ in selector.select():
+                    if isinstance(key.fileobj, socket.socket) and not self._ended:
+                        call_logged(self._accept, key.fileobj)
+        for sock in self._sockets:
+            sock.close()
+        waker.close()
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except BlockingIOError:  # the peer is gone
+            return
+        except OSError:  # no descriptor is left
+            sleep(NO_DESCRIPTOR)
+            return
+        peer = Duplex(sock)
+        try:
+            self._serve(peer, Deadline(PEER_TIMEOUT))
+        except OSError as error:
+            log.debug("metrics: a peer got no answer: %s", error)
+        finally:
+            peer.close()
+
+    def _serve(self, peer: Duplex, deadline: Deadline) -> None:
+        came = b""
+        try:
+            while (end := http1.head_end(came, 0)) < 0:
+                data = peer.read(timeout=deadline.left())
+                if not data:
+                    return
+                came += data
+            head = http1.parse_request(came[:end])
+            answer = self._answer(head.method, http1.hostname(head), http1.origin_target(head))
+            is_head = head.method == "HEAD"
+        except http1.Malformed as error:
+            answer, is_head = Answer(error.status, f"{error}\n"), False
+        body = answer.body.encode()
+        fields = [
+            ("Content-Type", answer.content_type), ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"), ("Connection", "close"),
+        ]  # fmt: skip
+        line = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
+        out = http1.encode_head(line, fields) + (b"" if is_head else body)
+        peer.write(out, timeout=deadline.left())
+        peer.finish(timeout=deadline.left())
+        with contextlib.suppress(OSError):  # a plain close with bytes unread could destroy it
+            while peer.read(timeout=deadline.left()):
+                pass
+
+    def _answer(self, method: str, hostname: str | None, path: str) -> Answer:
+        def unready() -> str | None:
+            snapshot = self._agent.snapshot()
+            if snapshot.stopping:
+                return "stopping"
+            return snapshot.problem or "no session" if snapshot.since is None else None
+
+        return metrics_page.answer(
+            method, hostname or "", path, loopback=self._loopback,
+            metrics=lambda: figures(self._agent), unhealthy=lambda: None, unready=unready,
+        )  # fmt: skip
+
+
+def figures(agent: Agent) -> Iterator[Metric]:
+    snapshot, totals = agent.snapshot(), agent.totals()
+    since = snapshot.since
+    yield gauge(f"{PREFIX}info", "The program.", Sample(1, (("version", __version__),)))
+    yield gauge(f"{PREFIX}connected", "1 if a session serves.", Sample(since is not None))
+    yield gauge(
+        f"{PREFIX}session_seconds", "For how long it has served; 0 without one.",
+        Sample(0 if since is None else monotonic() - since),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}old_sessions", "Sessions that only end their visits.",
+        Sample(snapshot.old_sessions),
+    )  # fmt: skip
+    yield counter(
+        f"{PREFIX}sessions_total", "Sessions that have begun to serve.", Sample(totals.sessions)
+    )
+    yield counter(
+        f"{PREFIX}failed_dials_total", "Dials that brought no session, and sessions that broke.",
+        Sample(totals.failures),
+    )  # fmt: skip
+    yield gauge(f"{PREFIX}tunnels", "Tunnels of the configuration.", Sample(len(snapshot.routes)))
+    yield gauge(
+        f"{PREFIX}refused_tunnels", "Those of them that the gateway does not serve.",
+        Sample(sum(route.problem != "" for route in snapshot.routes.values())),
+    )  # fmt: skip
+    yield counter(f"{PREFIX}streams_total", "Streams that have come.", Sample(totals.streams))
+    yield gauge(f"{PREFIX}streams", "Streams that are served now.", Sample(snapshot.visits))
+    yield counter(
+        f"{PREFIX}failed_targets_total", "Streams whose target was not reached, by reason.",
+        *(
+            Sample(count, (("hostname", hostname), ("reason", word)))
+            for (hostname, word), count in sorted(totals.failed_targets.items())
+        ),
+    )  # fmt: skip
+    memory = process_memory()
+    yield gauge(
+        f"{PREFIX}buffered_bytes", "Bytes of streams that wait in memory.", Sample(memory.buffered)
+    )
+    yield from process_figures()
