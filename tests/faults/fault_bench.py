@@ -57,7 +57,7 @@ RESTART_GATEWAY, KILL_GATEWAY, HAND_OVER = GATEWAY_TROUBLES = (
     "gateway restarted", "gateway killed", "gateway handed over",
 )  # fmt: skip
 TROUBLES = AGENT_TROUBLES + GATEWAY_TROUBLES
-BETWEEN_AGENTS, BETWEEN_GATEWAYS = (3.0, 6.0), (8.0, 14.0)
+BETWEEN_AGENTS, BETWEEN_GATEWAYS = (3.0, 6.0), (10.0, 18.0)
 SHORT_STOP = (0.5, 4.0)
 LONG_STOP = (12.0, 25.0)  # a session ends after 20 s of silence at the latest
 # Seconds at the end, without faults, until each hostname must be served again: an agent waits 30 at
@@ -65,7 +65,7 @@ LONG_STOP = (12.0, 25.0)  # a session ends after 20 s of silence at the latest
 RECOVERY_BOUND = 60
 END_TIMEOUT = 10  # seconds for a gateway that drains (DRAIN_TIMEOUT)
 HANDED_OVER = re.compile(r"the successor, process (\d+), serves|hand-over failed")
-LEAST_WHOLE = 0.25  # of all visits; with fewer, faults would hide what the others do to each other
+LEAST_WHOLE = 0.1  # of all visits; with fewer, faults would hide what the others do to each other
 SHOWN_EVERY, PRINTED_EVERY = 1, 15  # seconds between two figures, on a terminal and elsewhere
 
 BUG = re.compile(r"Traceback|\(bug|Exception in thread|Fatal Python")
