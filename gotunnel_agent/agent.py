@@ -106,7 +106,9 @@ OLD_LOOK = 1  # seconds between checks whether an old session still has visits
 # head of a request meanwhile (its HEADER_TIMEOUT is 10 s).
 OLD_QUIET = 10
 OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
-OLD_SESSIONS = 4  # old sessions at a time; of more, the oldest is ended with its visits
+# Old sessions at a time; of more, the oldest is ended with its visits. Each costs a connection and
+# three threads. So many changes of the file may happen in the time of one download.
+OLD_SESSIONS = 32
 HELD = 10  # a session that lasted this many seconds counts as a success, and resets the backoff
 
 
