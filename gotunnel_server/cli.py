@@ -60,6 +60,7 @@ examples:
   gotunnel-server agents add office --hosts 'app.example.com,*.dev.example.com'
   gotunnel-server agents add ssh --hosts ssh.example.com --ports 2200-2299
   gotunnel-server agents list
+  gotunnel-server agents rotate office
   gotunnel-server agents remove office"""
 
 
@@ -119,6 +120,11 @@ def agents(config: Config, options: argparse.Namespace) -> int:
     if options.agents_command == "add":
         grants.run_agents_add(config, name=options.name, hosts=options.hosts,
                                 ports=options.ports, expires=options.expires)  # fmt: skip
+    elif options.agents_command == "rotate":
+        if options.finish:
+            grants.run_agents_finish(config, options.name)
+        else:
+            grants.run_agents_rotate(config, options.name, until=options.until)
     elif options.agents_command == "list":
         grants.run_agents_list(config)
     else:
@@ -214,6 +220,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="when the secret expires: 2030-12-31 (end of that day) or 2030-12-31T18:00:00Z "
         "(default: never)",
     )  # fmt: skip
+    rotate = subcommands.add_parser(
+        "rotate", help="give an agent a new secret; the old one is accepted as well for a while",
+        description="Write a new secret for an agent into AGENTS_FILE, before the one that it has, "
+        "and print the lines for the agent's configuration. Both are accepted until --finish, or "
+        "until a date.",
+    )  # fmt: skip
+    rotate.add_argument("name", metavar="NAME", help="as the list shows it")
+    end = rotate.add_mutually_exclusive_group()
+    end.add_argument(
+        "--until", metavar="TIME", type=_as(grants.read_expires),
+        help="until when the old secret is accepted: 2030-12-31 (the end of that day) or "
+        "2030-12-31T18:00:00Z (default: until --finish)",
+    )  # fmt: skip
+    end.add_argument("--finish", action="store_true", help="no longer accept the old secret")
     show = subcommands.add_parser(
         "list", help="list the agents, without secrets",
         description="List the agents in AGENTS_FILE and what they may claim, without secrets.",
@@ -235,7 +255,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Write a systemd unit for the gateway, remove it, or say how it stands.",
     )  # fmt: skip
     add_arguments(service_, PROGRAM, with_socket=True)
-    for each in (check_, certificates_, token, agents_, add, show, remove, status, service_):
+    agents_all = (agents_, add, rotate, show, remove)
+    for each in (check_, certificates_, token, *agents_all, status, service_):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     return parser.parse_args(arguments)

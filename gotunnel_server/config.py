@@ -60,6 +60,7 @@ NAMES = frozenset({  # all variables that load() may read
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
     "GATEWAY_HOST", "GATEWAY_PORT",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
+    "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
     "METRICS_PORT", "RAW_TCP_HOST",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
@@ -116,6 +117,7 @@ class Config:
     metrics_bind: tuple[str, ...]  # IP addresses
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
     jwt_secret: str | None = field(repr=False)  # None: only agents in agents_file may register
+    jwt_secret_old: str | None = field(repr=False)  # accepted as well; None: there is none
     jwt_issuer: str | None  # None: any issuer
     agents_file: Path | None  # it need not exist yet
     acme_cache: Path
@@ -142,6 +144,11 @@ class Config:
     access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
+
+    @property
+    def credentials(self) -> tuple[str | None, str | None, Path | None, str | None]:
+        """The arguments of Credentials."""
+        return self.jwt_secret, self.jwt_issuer, self.agents_file, self.jwt_secret_old
 
 
 def environment() -> dict[str, str]:
@@ -217,6 +224,7 @@ def _complete(read: Variables) -> Config:
         metrics_bind=read.ip_addresses("METRICS_BIND") or (LOOPBACK,),
         bind=read.ip_addresses("BIND"),
         jwt_secret=jwt_secret,
+        jwt_secret_old=_old_jwt_secret(read, jwt_secret),
         jwt_issuer=read.text("JWT_ISSUER"),
         agents_file=agents_file,
         acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
@@ -412,6 +420,16 @@ def _status_socket(read: Variables) -> Path | None:
 def default_workers(cores: int) -> int:
     """How many workers a machine with so many cores gets if WORKERS is unset."""
     return min(max(WORKERS_PER_CORE * cores, LEAST_WORKERS), MOST_WORKERS)
+
+
+def _old_jwt_secret(read: Variables, jwt_secret: str | None) -> str | None:
+    old = read.secret("JWT_SECRET_OLD")
+    if old is not None and (jwt_secret is None or old == jwt_secret):
+        came = "is set without JWT_SECRET" if jwt_secret is None else "is the same as JWT_SECRET"
+        raise ConfigError(
+            f"JWT_SECRET_OLD {came}, expected the secret before that one: correct it, or unset it"
+        )
+    return old
 
 
 def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Gateway:
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),
             config.acme_cache,
         )
-        self._credentials = Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
+        self._credentials = Credentials(*config.credentials)
         self._certificates, self.keeper, ca_file = build_certification(
             config, self.own_names, self._registry, self._challenges
         )

@@ -3,6 +3,7 @@
     token             prints a token that may claim some hostnames, for an agent without a secret
     agents add        adds an entry with a secret of its own to AGENTS_FILE, and prints the lines
                       for the agent's configuration
+    agents rotate     gives an entry a new secret beside its old one, which stays for a while
     agents list       prints the entries, without their secrets
     agents remove     removes an entry
 
@@ -143,8 +144,7 @@ def run_agents_add(
         "# For the agent's configuration; conf/agent.yaml explains each key.",
         f'tunnel_addr: "{_tunnel_addr(config)}"',
         *([CA_LINE.format(config.acme_cache / LOCAL_FOLDER)] if config.local_ca else []),
-        f'jwt_issuer: "{name}"',
-        f'jwt_secret: "{secret}"',
+        *_credential_lines(name, secret),
         "tunnels:",
         f'  - hostname: "{hosts[0].replace("*", "app")}"',
     ]
@@ -157,6 +157,35 @@ def run_agents_add(
         _say("TUNNEL_PORT is auto: replace 9443 in tunnel_addr by the port in the gateway's log")
 
 
+def _credential_lines(name: str, secret: str) -> list[str]:
+    return [f'jwt_issuer: "{name}"', f'jwt_secret: "{secret}"']
+
+
+def run_agents_rotate(
+    config: Config, name: str, *, until: str | None, out: TextIO | None = None
+) -> None:
+    """Make a new secret for an agent beside the one that it has, and print the lines for its
+    configuration. Raises GrantError, AgentsFileError."""
+    path = _path(config)
+    secret = secrets.token_hex(SECRET_BYTES)
+    if not agents_file.rotate(path, name, secret, until):
+        raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
+    lines = ["# In the agent's configuration, in place of what is there:"]
+    print("\n".join([*lines, *_credential_lines(name, secret)]), file=out or sys.stdout)
+    end = f"until {until}" if until else f"until: agents rotate --finish {name}"
+    _say(f"{name} has a new secret; a gateway that runs knows it within 5 s. The old one is "
+         f"accepted as well {end}")  # fmt: skip
+
+
+def run_agents_finish(config: Config, name: str) -> None:
+    """Remove the older one of an agent's two secrets. Raises GrantError, AgentsFileError."""
+    path = _path(config)
+    if not agents_file.finish_rotation(path, name):
+        raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
+    _say(f"{name}: the old secret is no longer accepted; within 5 s a gateway that runs asks "
+         "sessions of it to come again with the new one, and ends those that do not")  # fmt: skip
+
+
 def run_agents_list(config: Config, out: TextIO | None = None) -> None:
     """Print the entries of AGENTS_FILE as a table. Raises GrantError, AgentsFileError."""
     entries = agents_file.read(_path(config)).entries
@@ -165,7 +194,7 @@ def run_agents_list(config: Config, out: TextIO | None = None) -> None:
         limits = [f"{key} {most}" for key, most in entry.limits._asdict().items() if most]
         rows.append((
             name,
-            "disabled" if entry.disabled else "expired" if lapsed(entry) else "active",
+            _state(entry),
             "never" if entry.expires is None else _end(entry.expires),
             ", ".join(scope.written(entry.ports)) or "none",
             ", ".join(limits) or "none",
@@ -175,6 +204,12 @@ def run_agents_list(config: Config, out: TextIO | None = None) -> None:
     for row in rows:
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths))
         print(line.rstrip(), file=out or sys.stdout)
+
+
+def _state(entry: Entry) -> str:
+    if lapsed(entry):
+        return "disabled" if entry.disabled else "expired"
+    return "two secrets" if len(entry.accepted(time.time())) > 1 else "active"
 
 
 def run_agents_remove(config: Config, name: str) -> None:

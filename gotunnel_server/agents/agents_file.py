@@ -18,11 +18,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +37,9 @@ from gotunnel_agent.common.strict_yaml import BOOLEANS, YamlError, kind
 from . import scope
 from .secret import secret_weakness
 
-KEYS = ("secret", "secret_file", "hosts", "ports", "limits", "expires", "disabled")
+UNTIL = "old_secret_until"
+KEYS = ("secret", "secret_file", UNTIL, "hosts", "ports", "limits", "expires", "disabled")
+MOST_SECRETS = 2  # of an entry: the one that signs, and the one before
 LIMIT_KEYS = ("hostnames", "streams", "visits", "orders_per_hour", "orders_per_week")
 
 # A gateway reads the whole file whenever it changes; a small machine reads some 200 kB a second.
@@ -77,7 +80,9 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One agent's credential, checked and complete."""
+    """One agent's credential, checked and complete. ``secret`` signs tokens; ``old_secret`` is
+    accepted as well until ``old_until`` (wall-clock seconds; None: until it is removed), "" for
+    none."""
 
     secret: str = field(repr=False)
     hosts: tuple[str, ...]  # patterns, as in scope.py
@@ -85,6 +90,13 @@ class Entry:
     limits: Limits = Limits()
     expires: float | None = None  # wall-clock seconds since 1970; None: never
     disabled: bool = False
+    old_secret: str = field(default="", repr=False)
+    old_until: float | None = None
+
+    def accepted(self, now: float) -> tuple[str, ...]:
+        """The secrets that a token may be signed with at ``now`` (wall-clock seconds)."""
+        over = self.old_until is not None and self.old_until <= now
+        return (self.secret,) if over or not self.old_secret else (self.secret, self.old_secret)
 
 
 class Stamp(NamedTuple):
@@ -150,6 +162,54 @@ def remove(path: Path, name: str) -> bool:
             # {} is no agent at all; an empty file would be taken for one that is being written.
             new = f"{new.rstrip()}\n\n{{}}\n".lstrip()
         _replace(path, new, lambda found: found == _without(entries, name))
+    return True
+
+
+def rotate(path: Path, name: str, secret: str, until: str | None) -> bool:
+    """Put a new secret before the one that an entry has, which stays, ``until`` a date or time if
+    there is one. False if the entry is not there. Raises AgentsFileError."""
+
+    def change(text: str, entry: Entry) -> str:
+        if entry.old_secret:
+            raise AgentsFileError(
+                f"{name} has two secrets already: end that with: agents rotate --finish {name}"
+            )
+        end = f'"{until}"' if until else None
+        return _with_secrets(text, name, [secret, entry.secret], end)
+
+    return _change_secrets(path, name, change, secret=secret, until=until)
+
+
+def finish_rotation(path: Path, name: str) -> bool:
+    """Remove the older one of an entry's two secrets. False if the entry is not there. Raises
+    AgentsFileError."""
+
+    def change(text: str, entry: Entry) -> str:
+        if not entry.old_secret:
+            raise AgentsFileError(f"{name} has one secret, expected two: see agents rotate {name}")
+        return _with_secrets(text, name, [entry.secret], None)
+
+    return _change_secrets(path, name, change)
+
+
+def _change_secrets(
+    path: Path,
+    name: str,
+    change: Callable[[str, Entry], str],
+    secret: str | None = None,
+    until: str | None = None,
+) -> bool:
+    """Rewrite an entry's secrets. Its new ones are ``secret`` and the one that it had, or without
+    ``secret`` the first of its two."""
+    with _changing(path) as (text, entries):
+        if name not in entries:
+            return False
+        was = entries[name]
+        meant = replace(was, old_secret="", old_until=None)
+        if secret is not None:
+            end = None if until is None else read_expires(until)
+            meant = replace(was, secret=secret, old_secret=was.secret, old_until=end)
+        _replace(path, change(text, was), lambda found: found == {**entries, name: meant})
     return True
 
 
@@ -295,6 +355,31 @@ def _entry_lines(text: str, name: str) -> tuple[int, int]:
     return key.start_mark.line, stop
 
 
+def _with_secrets(text: str, name: str, secrets: list[str], until: str | None) -> str:
+    """The text in which an entry has these secrets, and UNTIL if it is given."""
+    nodes = _parse(text, strict_yaml.compose).value
+    entry = next(value for key, value in nodes if key.value == name)
+    pairs = {key.value: (key, value) for key, value in entry.value}
+    if "secret" not in pairs:
+        raise AgentsFileError(
+            f"{name} has secret_file: make it a list of two files, the one with the new secret "
+            "first, by hand"
+        )
+    new = json.dumps(secrets[0] if len(secrets) == 1 else secrets)
+    key, value = pairs["secret"]
+    if until is not None:
+        indent = ", " if entry.flow_style else "\n" + " " * key.start_mark.column
+        new += f"{indent}{UNTIL}: {until}"
+    spans = [(value.start_mark.index, value.end_mark.index, new)]
+    if UNTIL in pairs:  # with what parts it from the key before
+        names = list(pairs)
+        before = names[max(0, names.index(UNTIL) - 1)]
+        spans.append((pairs[before][1].end_mark.index, pairs[UNTIL][1].end_mark.index, ""))
+    for start, stop, piece in sorted(spans, reverse=True):
+        text = text[:start] + piece + text[stop:]
+    return text
+
+
 def _last_line(node: yaml.Node) -> int:
     """The last line of a node. PyYAML has a block end where the next thing begins, behind comments
     and blank lines, so the last line of its last part is taken."""
@@ -331,7 +416,8 @@ def _agents(text: str, path: Path) -> Agents:
                 f"name {_shown(name)} came, expected 1 to {MAX_NAME} printable characters"
             )
         entries[name] = _entry(name, keys, path.parent, files)
-        weakness = secret_weakness(entries[name].secret)
+        weaknesses = map(secret_weakness, filter(None, _secrets_of(entries[name])))
+        weakness = next(filter(None, weaknesses), None)
         if weakness and not entries[name].disabled:
             warnings.append(
                 f"AGENTS_FILE {path}: the secret of {name} {weakness}: an attacker who guesses it "
@@ -347,12 +433,17 @@ def _entry(name: str, keys: object, folder: Path, files: list[Path]) -> Entry:
     _refuse_unknown_keys(keys, KEYS, name)
     if "hosts" not in keys:
         raise AgentsFileError(f"{name}.hosts: missing, expected {scope.HOSTS_EXPECTED}")
+    secret, old_secret = _secrets(name, keys, folder, files)
+    if UNTIL in keys and not old_secret:
+        raise AgentsFileError(f"{name}: {UNTIL} came, expected two secrets with it")
     return Entry(
-        secret=_secret(name, keys, folder, files),
+        secret=secret,
+        old_secret=old_secret,
+        old_until=_time(name, keys, UNTIL),
         hosts=_scope(name, keys, "hosts", scope.read_hosts),
         ports=_scope(name, keys, "ports", scope.read_ports) if "ports" in keys else (),
         limits=_limits(name, keys),
-        expires=_expires(name, keys),
+        expires=_time(name, keys, "expires"),
         disabled=_boolean(name, keys, "disabled"),
     )
 
@@ -362,24 +453,44 @@ def _refuse_unknown_keys(mapping: Keys, known: tuple[str, ...], where: str) -> N
         raise AgentsFileError(f"{where}: {problem}")
 
 
-def _secret(name: str, keys: Keys, folder: Path, files: list[Path]) -> str:
-    """The secret, or the content of its file, which is appended to ``files``."""
+def _secrets_of(entry: Entry) -> tuple[str, str]:
+    return entry.secret, entry.old_secret
+
+
+def _secrets(name: str, keys: Keys, folder: Path, files: list[Path]) -> tuple[str, str]:
+    """The secret that signs and the old one, "" for none; or the contents of their files, which are
+    appended to ``files``."""
     given = [key for key in ("secret", "secret_file") if key in keys]
     if len(given) != 1:
         came = "both came" if given else "neither came"
         raise AgentsFileError(f"{name}: {came}, expected exactly one of secret and secret_file")
     (key,) = given
-    value = keys[key]
+    values = keys[key]
+    if not isinstance(values, list):
+        return _secret(name, key, values, folder, files), ""
+    if len(values) != MOST_SECRETS:
+        raise AgentsFileError(
+            f"{name}.{key}: a list came of {len(values)}, expected text, or a list of "
+            f"{MOST_SECRETS}: the new one and the old one"
+        )
+    new, old = (_secret(name, key, value, folder, files) for value in values)
+    if new == old:
+        raise AgentsFileError(f"{name}.{key}: both are the same, expected a new one and an old one")
+    return new, old
+
+
+def _secret(name: str, key: str, value: object, folder: Path, files: list[Path]) -> str:
     if not isinstance(value, str):
         raise AgentsFileError(f"{name}.{key}: {kind(value)} came, expected text")
     if key == "secret_file":
+        path = value
         if not value.isprintable():
             raise AgentsFileError(f"{name}.{key}: {_shown(value)} came, expected a file's path")
         files.append(folder / value)
         try:
             value = _text(files[-1], MAX_SECRET_FILE)
         except AgentsFileError as error:
-            raise AgentsFileError(f"{name}.{key}: {shown_path(keys[key])} {error}") from None
+            raise AgentsFileError(f"{name}.{key}: {shown_path(path)} {error}") from None
     value = value.rstrip("\r\n")  # a secret in an agent's configuration ends without them
     # A lone surrogate, which YAML's "\ud800" makes, cannot be encoded to sign with.
     if not value.strip() or re.search("[\ud800-\udfff]", value):
@@ -414,13 +525,13 @@ def _limits(name: str, keys: Keys) -> Limits:
     return Limits(**{key: int(text) for key, text in limits.items()})
 
 
-def _expires(name: str, keys: Keys) -> float | None:
-    if "expires" not in keys:
+def _time(name: str, keys: Keys, key: str) -> float | None:
+    if key not in keys:
         return None
     try:
-        return read_expires(keys["expires"])
+        return read_expires(keys[key])
     except ValueError as error:
-        raise AgentsFileError(f"{name}.expires: {error}") from None
+        raise AgentsFileError(f"{name}.{key}: {error}") from None
 
 
 def read_expires(text: object) -> float:

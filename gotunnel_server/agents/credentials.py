@@ -4,6 +4,9 @@
     stands in AGENTS_FILE         the secret there alone    what the entry and the token both allow
     any other, or none            JWT_SECRET                what the token allows
 
+Each of them may have two secrets for a while, the new one and the old one. When the old one is
+gone, sessions that it has signed for are asked to come again (RETIRED), and end if they do not.
+
 HS256 is the only algorithm, so that a token cannot choose how it is checked. A token must have an
 end (``exp``) and may have ``hosts`` and ``ports``; a token whose hosts or ports cannot be read is
 refused. The signature is checked before anything that depends on the file. An unknown issuer costs
@@ -35,6 +38,9 @@ from .identity import MOST_SHOWN, Identity
 log = logging.getLogger("gotunnel.credentials")
 
 ALGORITHM = "HS256"
+# Seconds that a session may go on whose token was signed with the older one of two secrets, when
+# that is removed or its date has passed. A new token signed with it is refused at once.
+RETIRED = 30
 CLOCK_LEEWAY = 60  # seconds that an agent's clock may be off, as small hosts' clocks often are
 MAX_TOKEN = 64 * 1024  # characters; tokens have a few hundred, a control message has no more room
 MOST_TIME = 253_402_300_800  # seconds, the year 10000; a larger number is in milliseconds
@@ -55,17 +61,28 @@ class TokenInvalid(Exception):
     """A token is refused; the text says why, and the agent may read it."""
 
 
+class NoFit(TokenInvalid):
+    """The token was signed with another secret."""
+
+
 class Credentials:
     """Checks tokens. Any thread."""
 
     def __init__(
-        self, secret: str | None, issuer: str | None = None, agents_file: Path | None = None
+        self,
+        secret: str | None,
+        issuer: str | None = None,
+        agents_file: Path | None = None,
+        old_secret: str | None = None,
     ):
         """``secret`` checks the tokens of agents that are not in ``agents_file``; None: no other
-        agents may register. ``issuer`` is the one that their tokens must have; None: any. Raises
-        AgentsFileError."""
-        self._secret = secret
+        agents may register. ``old_secret`` is accepted as well; None: there is none. ``issuer`` is
+        the one that their tokens must have; None: any. Raises AgentsFileError."""
+        self._shared = _pair(secret, old_secret)  # replaced whole
         self._issuer = issuer
+        # Issuer and secret that was the older one of two: until when (monotonic) its sessions may
+        # go on. The issuer of the shared secret is None.
+        self._retired: dict[tuple[str | None, str], float] = {}
         self._path = agents_file
         # Random key for unknown issuers, so that rejecting them takes as long as rejecting a wrong
         # signature (no timing oracle).
@@ -93,8 +110,8 @@ class Credentials:
         _check_algorithm(token)
         claimed = _decode(token, None).get("iss", "")
         entry = self._entries.get(claimed) if isinstance(claimed, str) else None
-        secret = self._secret if entry is None else entry.secret
-        claims = _decode(token, self._random_secret if secret is None else secret)
+        accepted = self._shared if entry is None else entry.accepted(time.time())
+        claims, secret = self._check(token, accepted)
 
         # From here on the agent has the secret.
         if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
@@ -111,7 +128,38 @@ class Credentials:
         # outlive it. A token with hosts was given to the agent, and ends the session with it.
         ends = _time_of(claims, "exp") if "hosts" in claims else None
         hosts, ports = _claimable(claims, entry)
-        return Identity(claimed, hosts, ports, entry, ends)
+        return Identity(claimed, hosts, ports, entry, ends, secret)
+
+    def _check(self, token: str, accepted: Iterable[str]) -> tuple[dict[str, Any], str]:
+        """The claims, and the secret that fits. Always two are tried before a refusal, so that its
+        time does not tell which issuers have two (no timing oracle). Raises TokenInvalid."""
+        first, second, *_ = *accepted, self._random_secret, self._random_secret
+        try:
+            return _decode(token, first), first
+        except NoFit:
+            return _decode(token, second), second
+
+    def change_shared(self, secret: str | None, old_secret: str | None, issuer: str | None) -> None:
+        """Accept another shared secret from now on. Call Tunnels.end_revoked() then."""
+        before, self._shared = self._shared, _pair(secret, old_secret)
+        self._issuer = issuer
+        self._retire(None, before, self._shared)
+
+    def _retire(self, issuer: str | None, before: tuple[str, ...], now: tuple[str, ...]) -> None:
+        """Note an old secret that is gone while the new one stays: a rotation has ended."""
+        if len(before) == 2 and now[:1] == before[:1] and before[1] not in now:
+            at = time.monotonic()
+            self._retired = {key: until for key, until in self._retired.items() if until > at}
+            self._retired[issuer, before[1]] = at + RETIRED
+
+    def is_retired(self, identity: Identity) -> bool:
+        """Whether the agent should come again, with a token of the new secret."""
+        entry = None if identity.entry is None else self._entries.get(identity.issuer)
+        if entry is not None and entry.old_until is not None:
+            if identity.secret == entry.old_secret:
+                return entry.old_until <= time.time() < entry.old_until + RETIRED
+        issuer = None if identity.entry is None else identity.issuer
+        return time.monotonic() < self._retired.get((issuer, identity.secret), 0)
 
     def named_ports(self) -> frozenset[int]:
         """The ports that AGENTS_FILE names one by one, not as part of a range. Any thread."""
@@ -145,6 +193,7 @@ class Credentials:
                     log.error("%s; the entries read before stay in force", error)
                 self._problem = str(error)
                 return False
+            self._retire_all(before)
             if self._entries == before:
                 if self._problem:
                     log.info("AGENTS_FILE can be read again")
@@ -154,6 +203,14 @@ class Credentials:
             log.info("AGENTS_FILE has changed; agents in it now: %d", len(self._entries))
             return True
 
+    def _retire_all(self, before: Mapping[str, Entry]) -> None:
+        """Note which old secrets are gone since the last look."""
+        for name, was in before.items():
+            entry = self._entries.get(name)
+            if entry is not None and was.old_secret:
+                now = (entry.secret, entry.old_secret)
+                self._retire(name, (was.secret, was.old_secret), now)
+
     def why_revoked(self, identity: Identity, hostnames: Iterable[str] = ()) -> str | None:
         """Why a session with these hostnames must end now; None if it may go on. To be called from
         time to time, also if reload() saw no change: credentials expire."""
@@ -161,16 +218,22 @@ class Credentials:
         issuer = f"issuer {identity.name}"
         if identity.ends is not None and identity.ends <= time.time() - CLOCK_LEEWAY:
             return f"its token expired {shown_seconds(time.time() - identity.ends)} ago"
+        if entry is None and was is None:
+            gone = identity.secret and identity.secret not in self._shared
+            gone = gone and not self.is_retired(identity)
+            return "JWT_SECRET was changed" if gone else None
         if entry is None:
-            return None if was is None else f"{issuer} was removed from AGENTS_FILE"
+            return f"{issuer} was removed from AGENTS_FILE"
         if was is None:
             return f"{issuer} has got a secret of its own in AGENTS_FILE"
         if why := lapsed(entry):
             return f"{issuer} {why}"
-        for what in ("secret", "ports", "limits"):
+        accepted = (identity.secret or was.secret) in entry.accepted(time.time())
+        if not accepted and not self.is_retired(identity):
+            return f"the secret of {issuer} was changed in AGENTS_FILE"
+        for what in ("ports", "limits"):
             if getattr(entry, what) != getattr(was, what):
-                verb = "was" if what == "secret" else "were"
-                return f"the {what} of {issuer} {verb} changed in AGENTS_FILE"
+                return f"the {what} of {issuer} were changed in AGENTS_FILE"
         for hostname in hostnames:
             if not scope.allows(entry.hosts, hostname):
                 return f"{issuer} may no longer claim {hostname}"
@@ -188,6 +251,10 @@ class Credentials:
                 log.warning("%s", warning)
         self._said = frozenset(agents.warnings)
         self._entries = agents.entries
+
+
+def _pair(secret: str | None, old_secret: str | None) -> tuple[str, ...]:
+    return tuple(text for text in (secret, old_secret) if text is not None)
 
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -214,7 +281,7 @@ def _decode(token: str, secret: str | None) -> dict[str, Any]:
         return jwt.decode(token, secret or "", algorithms=[ALGORITHM], options=options)
     except jwt.InvalidSignatureError:
         # The same text for a wrong secret and for an unknown issuer: see the module.
-        raise TokenInvalid(
+        raise NoFit(
             "the token's signature does not fit: compare jwt_secret and jwt_issuer with the "
             "gateway's"
         ) from None

@@ -22,6 +22,8 @@ class Identity:
     ports: tuple[range, ...] | None = None  # None: any of TCP_PORTS
     entry: Entry | None = field(default=None, repr=False)  # in AGENTS_FILE; None: there is none
     ends: float | None = None  # wall-clock seconds; None: the agent signs its tokens itself
+    # What signed the token: its credential may have two secrets for a while.
+    secret: str = field(default="", repr=False, compare=False)
 
     @property
     def name(self) -> str:

@@ -147,6 +147,7 @@ class Tunnels:
         for tunnel in self._all():
             if tunnel.stage is not Stage.CLAIMING:  # newcomer.py checks it again for each claim
                 tunnel.end_if_revoked()
+                tunnel.move_if_retired()
 
     def move(self) -> None:
         """Ask all agents to dial again at once; running visits go on. The gateway stops, and no
@@ -423,6 +424,12 @@ class Tunnel:
         why = self._tunnels.credentials.why_revoked(self.identity, tuple(self.routes))
         if why:
             self._part(End(REVOKED, why))
+
+    def move_if_retired(self) -> None:
+        """Ask the agent to come again if its secret is no longer accepted. Any thread."""
+        if not self.moving and self.stage is Stage.SERVING:
+            if self._tunnels.credentials.is_retired(self.identity):
+                self.move("its secret was replaced by a new one")
 
     def _part(self, end: End) -> None:
         """End the session at once. Of several reasons the first one counts."""

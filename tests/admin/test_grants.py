@@ -16,7 +16,7 @@ from gotunnel_agent.config import load as load_agent
 from gotunnel_server import cli
 from gotunnel_server.admin import grants
 from gotunnel_server.agents.agents_file import read
-from gotunnel_server.agents.credentials import Credentials
+from gotunnel_server.agents.credentials import Credentials, TokenInvalid
 from gotunnel_server.cli import main
 from gotunnel_server.config import load
 
@@ -68,7 +68,7 @@ def write(text):
 
 def credentials():
     config = load(environ={})
-    return Credentials(config.jwt_secret, config.jwt_issuer, config.agents_file)
+    return Credentials(*config.credentials)
 
 
 def status_of(*arguments):
@@ -240,6 +240,97 @@ def test_first_agent_makes_the_file_and_each_gets_a_secret_of_its_own(capsys):
     entries = read(Path("agents.yaml")).entries
     assert entries["one"].secret != entries["two"].secret and entries["one"].expires
     assert Path("agents.yaml").stat().st_mode & 0o777 == 0o600
+
+
+# Rotate ------------------------------------------------------------------------------------------
+
+
+def token_of(issuer, secret):
+    return jwt.encode({"iss": issuer, "exp": time.time() + 60}, secret)
+
+
+def rotated(capsys, *arguments):
+    """The new secret that is printed."""
+    assert main(["agents", "rotate", *arguments]) == 0
+    out, err = capsys.readouterr()
+    first, name, secret = out.splitlines()
+    assert first.startswith("# ") and name == f'jwt_issuer: "{arguments[-1]}"'
+    assert secret.startswith('jwt_secret: "') and secret[13:-1] not in err
+    return secret[13:-1]
+
+
+def test_an_agent_has_two_secrets_until_its_rotation_is_finished(capsys):
+    old = read(Path("agents.yaml")).entries["one"].secret
+    new = rotated(capsys, "one")
+    assert read(Path("agents.yaml")).entries["one"].secret == new  # it signs
+    for secret in (new, old):
+        assert credentials().identify(token_of("one", secret)).secret == secret
+    assert main(["agents", "list"]) == 0
+    assert "two secrets" in capsys.readouterr().out
+    assert "--finish one" in refusal(capsys, 2, "agents", "rotate", "one")
+    assert main(["agents", "rotate", "--finish", "one"]) == 0
+    assert "no longer accepted" in capsys.readouterr().err
+    assert credentials().identify(token_of("one", new))
+    with pytest.raises(TokenInvalid, match="does not fit"):
+        credentials().identify(token_of("one", old))
+    assert "has one secret" in refusal(capsys, 2, "agents", "rotate", "--finish", "one")
+    assert Path("agents.yaml").read_text() == ENTRIES.replace(old, new, 1)
+
+
+def test_an_old_secret_ends_by_itself_at_its_date(capsys, monkeypatch):
+    old = read(Path("agents.yaml")).entries["one"].secret
+    new = rotated(capsys, "--until", "2999-01-01", "one")
+    assert credentials().identify(token_of("one", old))
+    entry = read(Path("agents.yaml")).entries["one"]
+    assert entry.accepted(entry.old_until - 1) == (new, old)
+    assert entry.accepted(entry.old_until) == (new,)
+    assert main(["agents", "rotate", "--finish", "one"]) == 0
+    assert Path("agents.yaml").read_text() == ENTRIES.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'one: {secret: "an old secret of one", hosts: a.b, disabled: no}\n',
+        "one: {hosts: a.b, secret: 'an old secret of one'}\n",
+        "# about one\none:\n    hosts: [a.b]\n    secret: an old secret of one   # short\n\n"
+        "two: {secret: another one for two, hosts: c.d}\n",
+        '"one":\n  secret: "an old secret of one"\n  hosts:\n  - a.b\n',
+    ],
+)
+@pytest.mark.parametrize("until", [[], ["--until", "2999-01-01T10:00:00Z"]], ids=["", "until"])
+def test_a_file_that_a_person_wrote_is_changed_in_that_place_alone(capsys, text, until):
+    write(text)
+    new = rotated(capsys, *until, "one")
+    assert read(Path("agents.yaml")).entries["one"].old_secret == "an old secret of one"
+    assert main(["agents", "rotate", "--finish", "one"]) == 0
+    quotes = "[\"']?"
+    expected = re.sub(f"{quotes}an old secret of one{quotes}", f'"{new}"', text)
+    assert Path("agents.yaml").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        ("two: {secret: a secret for two, hosts: a.b}\n", 1, "'one' is not in AGENTS_FILE"),
+        ("one: {secret_file: s, hosts: a.b}\n", 2, "make it a list of two files"),
+        ("one: {secret: |\n  a secret\n, hosts: a.b}\n", 2, ""),
+    ],
+)
+def test_what_cannot_be_rotated_stays_as_it_is(capsys, text, status, said):
+    Path("s").write_text("a secret of a file")
+    Path("s").chmod(0o600)
+    write(text)
+    assert said in refusal(capsys, status, "agents", "rotate", "one")
+    assert Path("agents.yaml").read_text() == text
+
+
+def test_a_date_in_the_past_is_no_end_of_an_old_secret(capsys):
+    said = refusal(capsys, 2, "agents", "rotate", "--until", "2020-01-01", "one")
+    assert "is in the past" in said and Path("agents.yaml").read_text() == ENTRIES
+
+
+# Add again ---------------------------------------------------------------------------------------
 
 
 def test_agent_that_is_there_is_not_added_again(capsys):

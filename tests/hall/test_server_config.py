@@ -87,6 +87,7 @@ def test_defaults():
         metrics_bind=("127.0.0.1",),
         bind=(),
         jwt_secret=SECRET,
+        jwt_secret_old=None,
         jwt_issuer=None,
         agents_file=None,
         acme_cache=Path("cert-cache"),
@@ -761,4 +762,5 @@ def test_example_explains_every_variable():
     policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
     fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS", "SECRET_FILES"}
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
-    assert shown == fields | {"JWT_SECRET_FILE", "DASHBOARD_PASSWORD_FILE"}
+    files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE"}
+    assert shown == fields | files
