@@ -38,6 +38,7 @@ from .gateway import Gateway
 from .handover import Failed, find_predecessor
 from .life import Life
 from .net.listener import PortError
+from .reloading import Reloading
 from .secret_files import exposed
 from .variables import ConfigError, chosen_env_file
 from .visitors.log_file import LogFileError
@@ -138,14 +139,14 @@ def run(env_file: str | None) -> int:
     (handover.py) and does not hand over."""
     predecessor = find_predecessor(environment())
     try:
-        return serve(load(env_file), Life(environment(), predecessor))
+        return serve(load(env_file), env_file, Life(environment(), predecessor))
     except Exception as error:
         if predecessor is not None:
             predecessor.tell_failure(str(error))
         raise
 
 
-def serve(config: Config, life: Life) -> int:
+def serve(config: Config, env_file: str | None, life: Life) -> int:
     """Run a gateway with this configuration until a signal comes. Raises as run()."""
     set_up_process(config.log_level, config.log_format)
     stay_on_one_cpu(min)  # the first CPU: an agent on the same machine chooses the last one
@@ -154,7 +155,8 @@ def serve(config: Config, life: Life) -> int:
     gateway = Gateway(config, inherited=life.inherit())
     for line in exposed(config):
         logging.getLogger("gotunnel").warning(line)
-    life.run(gateway, config.tcp_ports, config.status_socket)
+    reloading = Reloading(gateway, config, env_file, environment())
+    life.run(gateway, config.tcp_ports, config.status_socket, reloading.start)
     return 0
 
 

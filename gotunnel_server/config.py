@@ -144,6 +144,8 @@ class Config:
     access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
+    # The variables as they were typed, a secret's file as its content. For comparing only.
+    typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def credentials(self) -> tuple[str | None, str | None, Path | None, str | None]:
@@ -165,12 +167,14 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     """
     env_file = chosen_env_file(env_file)
     in_file = read_env_file(env_file)
-    read = Variables({**in_file, **not_blank(environ)})
+    values = {**in_file, **not_blank(environ)}
+    read = Variables(values)
     config = _complete(read)
     holds_secrets = read.secrets & in_file.keys()
     files = (*([env_file] if env_file and holds_secrets else []), *read.secret_files)
     warnings = (*config.warnings, *_spelling_warnings(in_file, env_file))
-    return replace(config, warnings=warnings, secret_files=files)
+    typed = {name: text for name, text in values.items() if name in NAMES} | read.contents
+    return replace(config, warnings=warnings, secret_files=files, typed=typed)
 
 
 def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> list[str]:

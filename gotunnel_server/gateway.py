@@ -5,7 +5,6 @@ A port's listener accepts a connection. Then either the listener watches it, or 
 docs/architecture.md has a table of all threads.
 """
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from .routes import Registry
 from .served import ServedFile
 from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
-from .visitors.port import Port, PublicPort, TcpPort, drain
+from .visitors.port import Port, PublicPort, TcpPort, change_timeouts, drain
 from .visitors.room import Room, Timeouts
 from .visitors.visits import Subscriber
 from .visitors.waiting import WaitingRoom
@@ -120,7 +119,7 @@ class Gateway:
             challenges=self._challenges,
             attempts=Attempts(),
             proxies=self._proxies,
-            read_policy=functools.partial(policy.read, defaults=config.policy_defaults),
+            read_policy=policy.reader(config.policy_defaults),
             max_hosts=config.max_hosts_per_agent,
             submit=self._registrations.submit,
             stall_timeout=config.stall_timeout,
@@ -251,6 +250,15 @@ class Gateway:
         for watcher in self._watchers:
             watcher.ask()
         self.recording.reopen()
+
+    def change(self, config: Config) -> None:
+        """Take over what can change: see reloading.py. Any thread."""
+        self._drain_timeout = config.drain_timeout
+        timeouts = (config.idle_timeout, config.response_timeout, config.stall_timeout)
+        change_timeouts(self._visitor_ports, *timeouts)
+        self._newcomers.read_policy = policy.reader(config.policy_defaults)
+        self._newcomers.max_hosts = config.max_hosts_per_agent
+        self._credentials.change_shared(config.jwt_secret, config.jwt_secret_old, config.jwt_issuer)
 
     def estate(self) -> Estate:
         """The state that a successor gets in a hand-over, beside the sockets. Any thread."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gotunnel import NoThread, spawn
@@ -53,9 +53,16 @@ class Life:
         self._inherited = Inherited(given)
         return self._inherited
 
-    def run(self, gateway: Gateway, tcp_ports: Sequence[range], status_socket: Path | None) -> None:
+    def run(
+        self,
+        gateway: Gateway,
+        tcp_ports: Sequence[range],
+        status_socket: Path | None,
+        reload: Callable[[], object],
+    ) -> None:
         """Start a gateway, and stop it when a signal says so. Raises PortError, NoThread, Failed.
-        ``tcp_ports``: those that agents may ask for. ``status_socket``: see Status."""
+        ``tcp_ports``: those that agents may ask for. ``status_socket``: see Status. ``reload()`` is
+        called on SIGHUP, and does not wait."""
         self._inherited.close_unfit(tcp_ports)
         if self._predecessor is None:
             gateway.start()
@@ -69,7 +76,7 @@ class Life:
         if interval is not None and self._notifier:
             watchdog = Watchdog(self._notifier, interval, gateway.listeners.stuck)
         status = Status(gateway, status_socket)
-        successor = self._serve(gateway)
+        successor = self._serve(gateway, reload)
         status.draining = True
         if successor is not None:
             if watchdog is not None:
@@ -95,14 +102,14 @@ class Life:
         except NoThread as error:
             log.warning("ports whose agents do not come back stay open: %s", error)
 
-    def _serve(self, gateway: Gateway) -> HandOver | None:
+    def _serve(self, gateway: Gateway, reload: Callable[[], object]) -> HandOver | None:
         """Act on signals until one ends the gateway. Returns the HandOver if it has succeeded."""
         current: HandOver | None = None
         while True:
             number = self._signals.wait()
             if number == HANG_UP:
                 self._notifier.tell_reloading()
-                gateway.reload()
+                reload()
                 self._notifier.tell("READY=1")
             elif number == HAND_OVER:
                 if current is not None:

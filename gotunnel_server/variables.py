@@ -76,6 +76,7 @@ class Variables:
         self._values = values
         self.secrets: set[str] = set()  # the names that secret() was called for
         self.secret_files: list[str] = []  # the files that secret() has read
+        self.contents: dict[str, str] = {}  # their contents, by the variable that names the file
 
     def is_set(self, *names: str) -> bool:
         """Whether any of the variables is set."""
@@ -112,6 +113,7 @@ class Variables:
             raise ConfigError(
                 f"{file_name}: {path!r} is empty, expected a secret: write one into it"
             )
+        self.contents[file_name] = secret
         return secret
 
     def hostname(self, name: str) -> str:

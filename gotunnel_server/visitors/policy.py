@@ -27,6 +27,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
@@ -61,6 +62,11 @@ Rules = dict[str, Any]  # by key; the values are of the types that the readers i
 
 class PolicyError(ValueError):
     """A policy is malformed. The text is one line, for the agent's operator."""
+
+
+def reader(defaults: "Defaults | None") -> Callable[[object, str], "Policy | None"]:
+    """read() with these defaults."""
+    return partial(read, defaults=defaults)
 
 
 def read(

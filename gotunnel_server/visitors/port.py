@@ -127,6 +127,12 @@ class Port:
         self.exchanges.stop(timeout)
 
 
+def change_timeouts(ports: Sequence[Port], idle: float, response: float, stall: float) -> None:
+    """Give the ports other timeouts, for connections from now on."""
+    for port in ports:
+        port.timeouts = port.timeouts._replace(idle=idle, response=response, stall=stall)
+
+
 def drain(ports: Sequence[Port], timeout: float, close_parked: Callable[[], object]) -> None:
     """Wait until the visitors of all ports have been served and have left, ``timeout`` seconds at
     most; then reset their connections. ``close_parked()`` closes those that no thread has."""
