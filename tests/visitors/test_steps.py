@@ -77,8 +77,9 @@ def test_visit_without_a_thread_is_reset_and_said(caplog):
     waiting.STEPS = {"waiting": Step(relay)}
     waiting.duplex.reset = lambda: done.append("reset")
     waiting._visitor.close = lambda: done.append("close")
+    waiting._visitor.fail_visit = lambda error, status: done.append(status)
     waiting.ready()
-    assert done == ["reset", "close"]
+    assert done == [503, "reset", "close"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().endswith("(ulimit -u); the visit is reset")
