@@ -254,7 +254,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_json_option(status)
     service_ = commands.add_parser(
         "service", help="run the gateway as a service of systemd",
-        description="Write a systemd unit for the gateway, remove it, or say how it stands.",
+        description="Write a systemd unit for the gateway, remove it, or show its state.",
     )  # fmt: skip
     add_arguments(service_, PROGRAM, with_socket=True)
     agents_all = (agents_, add, rotate, show, remove)

@@ -113,7 +113,7 @@ class KeptStreams:
             stream.close()
 
     def served(self, hostname: str, stream: Stream) -> None:
-        """The target has answered on a new stream, or its visit is over."""
+        """The target has answered on a new stream, or the stream's visit has ended without that."""
         if not self._held_up:  # nearly always: spare each answer the lock
             return
         with self._lock:

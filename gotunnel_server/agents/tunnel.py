@@ -432,7 +432,7 @@ class Tunnel:
                 self.move("its secret was replaced by a new one")
 
     def _part(self, end: End) -> None:
-        """End the session at once. Of several reasons the first one counts."""
+        """End the session at once, and tell the agent why; of several reasons, the first one."""
         with self._lock:
             first, self._parting = self._parting is None, self._parting or end
             may_be_told = self._stage is not Stage.CLAIMING  # else _serve() does it, after the ack
@@ -457,12 +457,12 @@ class Tunnel:
         """A new session of the same agent has taken the hostnames; running visits go on. Any
         thread."""
         self._tunnels.ports.pass_on(self, successor)
-        self._stop_serving("has a new session, and ends this one")
+        self._stop_serving("has a new session, and this one takes no more visits")
 
     def _stop_serving(self, how: str) -> None:
         with self._lock:
             self._enter(Stage.LEAVING)
-        log.info("%s %s, with %s", self, how, ", ".join(self.routes))
+        log.info("%s %s; it served %s", self, how, ", ".join(self.routes))
         self._give_back()
         with self._lock:
             self.routes = {}
@@ -477,7 +477,8 @@ class Tunnel:
             routes, self.routes = self.routes, {}
         self.gone.set()
         if routes:
-            log.info("%s gone, with %s: %s", self, ", ".join(routes), self._session.ended)
+            log.info("%s: its session ended: %s; no longer served: %s",
+                     self, self._session.ended, ", ".join(routes))  # fmt: skip
 
     def _give_back(self) -> None:
         self._tunnels.ports.release(self)  # first: the hostname's next holder may want its port

@@ -14,7 +14,7 @@ from .visit import TCP, Visit
 # Hostnames that are counted by name; the rest is counted as OTHER. An agent may register as many as
 # MAX_HOSTS_PER_AGENT says, and each has some 25 lines in a scrape.
 MOST_HOSTNAMES = 500
-# As a label: of visits for hostnames that no agent serves, which any stranger can invent, too.
+# The label for the rest, and for hostnames that no agent serves, as any stranger can invent those.
 OTHER = "other"
 # Upper ends of the histogram's buckets, in seconds: from a small answer out of a cache to the
 # default RESPONSE_TIMEOUT.
@@ -34,7 +34,7 @@ class Count:
         self.failed = 0  # see Visit.failed
         self.received = self.sent = 0  # bytes of visitors, and to them
         self.buckets = [0] * (len(BOUNDS) + 1)  # of http visits, by their duration
-        self.seconds = 0.0  # their sum
+        self.seconds = 0.0  # sum of their durations
 
     @property
     def visits(self) -> int:

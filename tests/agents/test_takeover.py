@@ -349,8 +349,8 @@ def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
             leaves(agent.session)
             wait_until(lambda: incumbent._session._mux.peer_left)
     assert incumbent.gone.wait(TIMEOUT)
-    wait_until(lambda: f"gone, with {APP}" in caplog.text)
-    assert f"gone, with {APP}: another session takes over: the test wants it" in caplog.text
+    wait_until(lambda: f"no longer served: {APP}" in caplog.text)
+    assert "its session ended: another session takes over: the test wants it; " in caplog.text
     assert "leaves" not in caplog.text
 
 
