@@ -14,8 +14,9 @@ its hostname in place of the path.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from functools import lru_cache
 from time import localtime, strftime
 
 from .visit import TCP, Visit
@@ -44,21 +45,33 @@ def _escape(found: re.Match[str]) -> str:
 
 def combined(visit: Visit) -> str:
     """The line in the combined format, without a newline."""
+    words: Iterable[str] = (
+        visit.visitor, visit.method, visit.path, visit.referer, visit.user_agent, visit.hostname,
+        visit.agent,
+    )  # fmt: skip
+    all_ = "".join(words)
+    # Few lines have anything to escape, so one search looks at all values.
+    if len(all_) > MOST or _UNSAFE.search(all_) is not None:
+        words = map(escaped, words)
+    visitor, method, path, referer, user_agent, hostname, agent = words
     if visit.protocol == TCP:
-        request = f"TCP {escaped(visit.hostname)} TCP"
-    elif visit.method:
-        request = f"{escaped(visit.method)} {escaped(visit.path) or '-'} {visit.protocol}"
+        request = f"TCP {hostname} TCP"
+    elif method:
+        request = f"{method} {path or '-'} {visit.protocol}"
     else:  # the request's head could not be parsed
         request = "-"
-    first = "-" if visit.first_byte is None else f"{visit.first_byte:.3f}"
+    first = "-" if visit.first_byte_at is None else f"{visit.first_byte_at - visit.began:.3f}"
     return (
-        f"{escaped(visit.visitor) or '-'} - - "
-        f'[{strftime("%d/%b/%Y:%H:%M:%S %z", localtime(visit.at))}] "{request}" '
-        f'{visit.status} {visit.sent} "{escaped(visit.referer) or "-"}" '
-        f'"{escaped(visit.user_agent) or "-"}" host="{escaped(visit.hostname)}" '
-        f'agent="{escaped(visit.agent)}" error="{visit.error}" in={visit.received} '
-        f'first={first} time={visit.duration:.3f} stream={visit.stream} id="{visit.request_id}"'
+        f'{visitor or "-"} - - [{_local(int(visit.at))}] "{request}" {visit.status} {visit.sent} '
+        f'"{referer or "-"}" "{user_agent or "-"}" host="{hostname}" agent="{agent}" '
+        f'error="{visit.error}" in={visit.received} first={first} time={visit.duration:.3f} '
+        f'stream={visit.stream} id="{visit.request_id}"'
     )
+
+
+@lru_cache(maxsize=8)  # many visits begin in the same second
+def _local(at: int) -> str:
+    return strftime("%d/%b/%Y:%H:%M:%S %z", localtime(at))
 
 
 def as_json(visit: Visit) -> str:

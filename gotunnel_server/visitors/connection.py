@@ -30,6 +30,7 @@ from .sites import Site
 from .steps import StateEnum, Step, Stepwise
 from .visit import CLIENT_CLOSED, SLOW
 from .visitor import Visitor
+from .visits import Visits
 from .waiting import WaitingRoom
 
 log = logging.getLogger("gotunnel.connection")
@@ -62,6 +63,7 @@ class Port(Protocol):
     exchanges: Exchanges
     parting: Shares
     waiting: WaitingRoom | None
+    visits: Visits | None
     absent: Collection[str]
 
     def is_draining(self) -> bool: ...
@@ -197,7 +199,9 @@ class HttpConnection(Stepwise):
         return self._part()
 
     def _begin_visit(self) -> None:
-        self._handler.visit = self._visitor.begin_visit()
+        visits, visitor = self._port.visits, self._visitor
+        if visits is not None:
+            self._handler.visit = visitor.visit = visits.begin(visitor.address[0])
 
     def _part(self) -> bool:
         """Begin the lingering close: half-close, then drop what still arrives. A plain close with

@@ -60,7 +60,9 @@ class Counts:
         is_tcp = visit.protocol == TCP
         kind = min(max(visit.status // 100, 1), 5) - 1
         with self._lock:
-            count = self._other if route is None else self._of(route.hostname)
+            count = self._other
+            if route is not None:
+                count = self._by_hostname.get(route.hostname) or self._of(route.hostname)
             if is_tcp:
                 count.tcp[kind] += 1
             else:
@@ -70,20 +72,18 @@ class Counts:
                     count.seconds += visit.duration
             count.received += visit.received
             count.sent += visit.sent
-            if visit.error:
-                self.errors[visit.error] += 1
-            if visit.failed:
-                count.failed += 1
+            if visit.error or kind == 4:  # 5xx
+                if visit.error:
+                    self.errors[visit.error] += 1
+                count.failed += visit.failed
 
     def _of(self, hostname: str) -> Count:
-        """Caller holds the lock."""
-        count = self._by_hostname.get(hostname)
-        if count is None:
-            if hostname == OTHER:
-                return self._other
-            if len(self._by_hostname) >= MOST_HOSTNAMES and not self._make_room():
-                return self._other
-            count = self._by_hostname[hostname] = Count()
+        """The Count of a hostname that has none. Caller holds the lock."""
+        if hostname == OTHER:
+            return self._other
+        if len(self._by_hostname) >= MOST_HOSTNAMES and not self._make_room():
+            return self._other
+        count = self._by_hostname[hostname] = Count()
         return count
 
     def _make_room(self) -> bool:

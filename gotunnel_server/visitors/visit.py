@@ -28,6 +28,7 @@ BUG = "gateway-bug"  # a bug of the gateway; the log has the traceback
 # Status of a visit whose visitor left before an answer began. nginx has introduced it, and programs
 # that read access logs know it.
 CLIENT_CLOSED = 499
+MOST_NAME = 100  # characters of an agent's name, which may be any characters
 
 
 class Visits(Protocol):
@@ -75,7 +76,7 @@ class Visit:
         if self.route is None:
             return ""
         agent = self.route.tunnel.agent
-        name: str = agent.identity.name or agent.host
+        name: str = agent.identity.issuer[:MOST_NAME] or agent.host
         return name
 
     @property
@@ -97,10 +98,12 @@ class Visit:
         self.protocol, self.scheme = protocol, scheme
         self.referer = fields.get("referer") or ""
         self.user_agent = fields.get("user-agent") or ""
-        proxies, peer = self._visits.proxies, self._peer
-        self.visitor = forwarded.visitor(fields, peer, proxies)
+        peer = self._peer
+        trusted = peer in self._visits.proxies
+        if trusted:
+            self.visitor = forwarded.visitor(fields, peer, self._visits.proxies)
         if self._visits.ids and not self.request_id:  # a request that waits is read twice
-            self.request_id = request_id(fields, peer in proxies)
+            self.request_id = request_id(fields, trusted)
 
     def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:
         """Note why the visit is cut short; the first reason counts. ``status`` is for a visit

@@ -7,16 +7,18 @@ record is made, and a visit costs one comparison.
     recording.py in the hall chooses the subscribers; port.Port has the Visits, or None
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from time import monotonic, time
 from typing import Protocol
 
-from gotunnel import call_logged
 from gotunnel_agent.common.relay import RelayEnd
 
 from . import visit as words
 from .forwarded import Proxies
 from .visit import Visit
+
+log = logging.getLogger("gotunnel.visits")
 
 # Called by the thread that has served the visit, after its answer was sent. It must wait for
 # nothing, and return soon: the visitor's next request may be waiting.
@@ -43,7 +45,10 @@ class Visits:
         visit.duration = monotonic() - visit.began
         visit.at = time() - visit.duration
         for subscriber in self._subscribers:
-            call_logged(subscriber, visit)
+            try:
+                subscriber(visit)
+            except Exception:
+                log.exception("a visit is not recorded (bug, traceback follows)")
 
 
 class End(RelayEnd, Protocol):
