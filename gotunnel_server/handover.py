@@ -24,7 +24,6 @@ import contextlib
 import json
 import logging
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -108,6 +107,18 @@ class _Channel:
         if not isinstance(message, dict):
             raise ValueError("a message that is no object")
         return message
+
+    def stirs(self, timeout: float) -> bool:
+        """Wait ``timeout`` seconds at most until something comes, or the other end is closed."""
+        # Not select.select(): it refuses descriptors from 1024 on, which a busy gateway's pair has.
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return False
+        except OSError:  # the other process has ended
+            pass
+        return True
 
     def close(self) -> None:
         self._sock.close()
@@ -293,8 +304,7 @@ class Predecessor:
         """Say that this gateway serves, and wait until the predecessor accepts no more. Raises
         Failed."""
         self._say("serving")
-        sock = self._channel._sock
-        if select.select([sock], [], [], YOURS_TIMEOUT)[0]:
+        if self._channel.stirs(YOURS_TIMEOUT):
             log.info("this gateway takes over from process %s", self._pid)
         else:
             log.warning("the predecessor, process %s, still listens after %g s; both serve now",

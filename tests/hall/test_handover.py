@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -37,7 +39,7 @@ from support import (
 
 from gotunnel_agent.common.status_socket import NoAnswer, ask
 from gotunnel_server import handover as handover_module
-from gotunnel_server.handover import Failed, HandOver, find_predecessor
+from gotunnel_server.handover import Failed, HandOver, Predecessor, find_predecessor
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,27 @@ def test_without_a_free_descriptor_the_gateway_serves_on(gateway, caplog, monkey
     assert line.startswith("hand-over failed: ") and "Too many open files" in line
     monkeypatch.undo()
     assert gateway.get(GATEWAY_HOST)[0] == 200
+
+
+@pytest.mark.parametrize("end", ["it says so", "it has ended", "it hangs"])
+def test_a_successor_serves_though_its_descriptor_is_too_high_for_select(monkeypatch, caplog, end):
+    """As that of a gateway with more than 1000 connections is."""
+    monkeypatch.setattr(handover_module, "YOURS_TIMEOUT", 0.1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptor = fcntl.fcntl(theirs, fcntl.F_DUPFD, 1500)
+    with ours:
+        ours.sendall(b'{"pid": 7, "sockets": []}\n')
+        predecessor = Predecessor(descriptor)
+        if end == "it says so":
+            ours.sendall(b'{"said": "yours"}\n')
+        elif end == "it has ended":
+            ours.shutdown(socket.SHUT_WR)
+        predecessor.await_end()
+        assert ours.recv(100) == b'{"said": "serving"}\n'
+    assert (end == "it hangs") == ("process 7, still listens after 0.1 s" in caplog.text)
 
 
 def test_a_cancelled_hand_over_ends_its_successor_without_a_complaint(gateway, caplog):
