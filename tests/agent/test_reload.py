@@ -1,7 +1,9 @@
 """An agent whose configuration changes while it runs, and one whose gateway is replaced."""
 
+import contextlib
 import json
 import logging
+import os
 import signal
 import threading
 from dataclasses import replace
@@ -26,7 +28,8 @@ from test_agent import HandMadeGateway
 
 from gotunnel import MOVE, OVERLAP, Ack, End, encode_message
 from gotunnel_agent import agent as agent_module
-from gotunnel_agent.config import load, with_secrets
+from gotunnel_agent import config as config_module
+from gotunnel_agent.config import ConfigError, load, with_secrets
 from gotunnel_agent.plan import changes, needs_session
 
 OTHER = "other.localhost"
@@ -259,6 +262,31 @@ def test_a_secret_and_passwords_are_read_again(gateway, tmp_path):
     users.write_text("alice:another password\nbob:a third password")
     (only,) = with_secrets(config).tunnels
     assert [entry.partition(":")[0] for entry in only.policy.basic_auth] == ["alice", "bob"]
+
+
+def test_a_secret_that_came_from_a_pipe_stays(gateway, tmp_path):
+    """As from /dev/stdin, or a shell's <(...), which give it once."""
+    read, write = os.pipe()
+    with open(read, "rb"):
+        with open(write, "wb") as pipe:
+            pipe.write(b"a secret of a vault")
+        keys = {"jwt_secret": None, "jwt_secret_file": f"/dev/fd/{read}"}
+        config = config_of(gateway, tmp_path, {APP: 1}, **keys)
+        assert config.jwt_secret == "a secret of a vault"
+        assert with_secrets(config) == config
+
+
+@pytest.mark.parametrize("writer", [False, True])
+def test_a_pipe_that_nobody_writes_into_holds_up_nothing(gateway, tmp_path, monkeypatch, writer):
+    monkeypatch.setattr(config_module, "PIPE_TIMEOUT", 0.1)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with contextlib.ExitStack() as stack:
+        if writer:
+            both = os.open(path, os.O_RDWR)
+            stack.callback(os.close, both)
+        with pytest.raises(ConfigError, match="its writer did not end within 0.1 s"):
+            config_of(gateway, tmp_path, jwt_secret=None, jwt_secret_file=str(path))
 
 
 # The end -----------------------------------------------------------------------------------------
