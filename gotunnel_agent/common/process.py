@@ -54,6 +54,7 @@ class Signals:
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
         self._count = 0
+        self._stop = 0  # the number of the SIGTERM or SIGINT that has come
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -62,6 +63,7 @@ class Signals:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._count += 1
+        self._stop = number
         if self._count == 2:
             _say_at_once("second signal: stopping at once, running visits are cut")
         if self._count > 1:
@@ -69,8 +71,10 @@ class Signals:
 
     def wait(self) -> int:
         """Wait for a signal and return its number, or 0 if a function that after() runs has
-        returned."""
-        return self._receive.recv(1)[0]
+        returned. SIGTERM and SIGINT overtake others."""
+        number = self._receive.recv(1)[0]
+        # Behind hundreds of SIGHUPs the socket has no room for a SIGTERM's number.
+        return self._stop or number
 
     def after(self, function: Callable[[], object]) -> None:
         """Call ``function``, log what it raises, and then wake wait(), which returns 0. Any

@@ -40,6 +40,19 @@ def test_second_signal_ends_a_process_at_once_though_nobody_reads_its_standard_e
         os.close(write)
 
 
+def test_a_stop_is_not_lost_behind_a_storm_of_other_signals():
+    """The socket that they come by holds a few hundred."""
+    code = (
+        "import os, signal; from gotunnel_agent.common.process import Signals\n"
+        "signals = Signals(hang_up=True)\n"
+        "for _ in range(2000): os.kill(os.getpid(), signal.SIGHUP)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "signal.alarm(5)\n"
+        "while signals.wait() != signal.SIGTERM: pass\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_workers_take_up_what_came_while_there_was_no_thread_and_complain_once(monkeypatch, caplog):
     called = threading.Semaphore(0)
     workers = Workers(2, "worker")
