@@ -140,6 +140,12 @@ def test_a_bad_request_id_is_replaced(told):
     assert re.fullmatch("[0-9a-f]{32}", request_id.request_id(fields, trusted=True))
 
 
+def test_of_two_request_ids_none_is_taken_over():
+    """A proxy may add its own to that of its visitor."""
+    fields = Fields([("X-Request-Id", "the-visitors"), ("X-Request-Id", "the-proxys")])
+    assert re.fullmatch("[0-9a-f]{32}", request_id.request_id(fields, trusted=True))
+
+
 @pytest.mark.parametrize("told", ["x", "x" * 200, "7f1c2a90-5d1e-4bb5-b0b4-0f1e", "a.b_c~d=+:@-"])
 def test_a_trusted_proxys_request_id_is_taken_over_a_visitors_is_not(told):
     fields = Fields([("x-request-id", told)])
