@@ -98,6 +98,8 @@ class HttpConnection(Stepwise):
             stall_timeout=port.timeouts.stall,
         )
 
+        self._handler.absent = port.absent
+
     def _read_head(self) -> bool:
         handler, timeouts = self._handler, self._port.timeouts
         try:
@@ -156,18 +158,18 @@ class HttpConnection(Stepwise):
 
     def _answer(self) -> bool:
         handler = self._handler
-        lost: Tunnel | None = None
+        lost: AgentLost | None = None
         try:
             handler.handle_one_request()
         except TimeoutError:
             self._visitor.fail_visit(SLOW, CLIENT_CLOSED)
             raise
         except AgentLost as error:
-            lost = error.tunnel
+            lost = error
         finally:
             self._leave_room()
         if lost is not None:
-            waits = self._await_agent(lost)
+            waits = self._await_agent(lost.tunnel)
             handler.may_wait = False
             return not waits and self._take_place()
         handler.may_wait = True

@@ -9,7 +9,7 @@ it (request smuggling).
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from http.server import BaseHTTPRequestHandler
 from time import monotonic
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from .exchange import Exchange, send_page
 from .forwarded import Proxies
 from .login import Owner
 from .pages import Page
-from .request import LEAST_BYTE_RATE, Connect, Upgraded, VisitorGone
+from .request import LEAST_BYTE_RATE, AgentLost, Connect, Upgraded, VisitorGone
 from .sites import Site
 from .visit import Visit
 from .work import Work
@@ -89,6 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         self.visit: Visit | None = None  # the present one, if visits are recorded
         self.close_connection = False
         self.may_wait = True  # as Request.may_wait
+        self.absent: Collection[str] = ()  # as WaitingRoom.absent
         self.current: Http1Request | None = None  # None while the next head is incomplete, too
         # For a visitor that reads slowly; made when a write has to wait for the first time.
         self._reader: Patience | None = None
@@ -165,6 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_page(page, last=True)
         answer = self._site(request)
         if isinstance(answer, Page):
+            if answer.code == pages.NO_TUNNEL and self.absent and self.may_wait:
+                raise AgentLost(None)  # the agent may have left since the head was read
             send_page(request, answer)
         elif isinstance(answer, Connect):
             if self.visit is not None:

@@ -40,6 +40,8 @@ _FRAME = """<!doctype html>
 """
 
 
+NO_TUNNEL = "no-tunnel"  # the code of no_tunnel()
+
 HTML, JSON = "text/html", "application/json"
 
 # A weight in Accept (RFC 9110 §12.4.2).

@@ -29,7 +29,8 @@ class AgentLost(Exception):
     """The tunnel of a request's route takes no visit any more. Nothing of the request is lost: it
     may be served by the next tunnel of its hostname."""
 
-    def __init__(self, tunnel: Tunnel):
+    def __init__(self, tunnel: Tunnel | None):
+        """``tunnel``: None if the route is gone already."""
         super().__init__("the agent has left")
         self.tunnel = tunnel
 

@@ -174,6 +174,24 @@ def test_a_request_whose_agent_leaves_in_that_moment_is_served_by_the_next(gatew
             assert visitor.read_message()[1] == b"page"
 
 
+def test_a_request_whose_route_goes_as_it_is_handed_over_waits_as_well(gateway, monkeypatch):
+    with registered(gateway, APP), gateway.dial(APP) as visitor:
+        exchanges = gateway.inner._visitors.exchanges
+        start = exchanges.start
+
+        def late(function):
+            gateway.inner._registry.release(gateway.inner.tunnels.registered()[0])
+            start(function)
+
+        monkeypatch.setattr(exchanges, "start", late)
+        visitor.send(request())
+        wait_until(lambda: guests(gateway) == 1)
+        monkeypatch.undo()
+        with registered(gateway, APP) as successor:
+            serve_one(successor)
+            assert visitor.read_message()[1] == b"page"
+
+
 def test_a_tunnel_that_takes_no_visit_is_tried_once_more_and_no_more(own_cache):
     with gateway_here(own_cache, AGENT_TIMEOUT="0.3") as gateway:
         with registered(gateway, APP), gateway.dial(APP) as visitor:
