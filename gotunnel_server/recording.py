@@ -40,7 +40,10 @@ class Recording:
             self.log_file = LogFile("ACCESS_LOG", config.access_log)
             readers.append(_writer(self.log_file, access_log.FORMATS[config.log_format]))
         # For the ports; None: nothing reads records, so none are made.
-        self.visits = Visits(readers, proxies, ids=self.log_file is not None) if readers else None
+        self.visits: Visits | None = None
+        if readers:
+            logs = self.log_file is not None
+            self.visits = Visits(readers, proxies, ids=logs, detailed=logs or bool(subscribers))
 
     def count(self, hostname: str) -> Count:
         """The visits of a hostname, as far as they are counted."""

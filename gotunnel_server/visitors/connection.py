@@ -28,7 +28,7 @@ from .request import AgentLost, Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
 from .steps import StateEnum, Step, Stepwise
-from .visit import CLIENT_CLOSED, SLOW
+from .visit import CLIENT_CLOSED, SLOW, Visit
 from .visitor import Visitor
 from .visits import Visits
 from .waiting import WaitingRoom
@@ -179,7 +179,10 @@ class HttpConnection(Stepwise):
             else:
                 relays.start_tcp(self._visitor, handler.switched.route)
             return False
-        self._visitor.end_visit()
+        visit = self._visitor.visit
+        if visit is not None:
+            self._visitor.visit = None
+            visit.end()
         if handler.close_connection:
             return self._part()
         return self._go_to(State.IDLE)
@@ -203,7 +206,8 @@ class HttpConnection(Stepwise):
     def _begin_visit(self) -> None:
         visits, visitor = self._port.visits, self._visitor
         if visits is not None:
-            self._handler.visit = visitor.visit = visits.begin(visitor.address[0])
+            visit = Visit(visits, visitor.address[0], monotonic())
+            self._handler.visit = visitor.visit = visit
 
     def _part(self) -> bool:
         """Begin the lingering close: half-close, then drop what still arrives. A plain close with

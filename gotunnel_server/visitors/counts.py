@@ -58,7 +58,7 @@ class Counts:
     def __call__(self, visit: Visit) -> None:
         route = visit.route or self._lookup(visit.hostname)
         is_tcp = visit.protocol == TCP
-        kind = min(max(visit.status // 100, 1), 5) - 1
+        kind = visit.status // 100 - 1 if 100 <= visit.status < 600 else 4
         with self._lock:
             count = self._other
             if route is not None:

@@ -28,6 +28,9 @@ class Proxies:
         """``networks``: none of them IPv4-mapped."""
         self._networks = tuple(networks)
 
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
     def __contains__(self, address: object) -> bool:
         if not self._networks:  # the usual case: do not parse the address for each request
             return False

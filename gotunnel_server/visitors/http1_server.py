@@ -333,8 +333,11 @@ class Http1Request:
         self, status: int, reason: str, fields: list[tuple[str, str]], length: int | None
     ) -> None:
         handler = self._handler
-        if self.visit is not None:
-            self._note_head(self.visit, status, fields)
+        visit = self.visit
+        if visit is not None:
+            visit.status, visit.first_byte_at = status, monotonic()
+            if visit.request_id:
+                fields.append((request_id.FIELD, visit.request_id))
         if status == 426:  # it has an Upgrade field, which Connection must name
             fields.append(("Connection", "Upgrade"))
         if length is not None:
@@ -356,11 +359,6 @@ class Http1Request:
         elif self.minor == 0:
             fields.append(("Connection", "keep-alive"))
         self._waiting = http1.encode_head(f"HTTP/1.1 {status} {reason}", fields)
-
-    def _note_head(self, visit: Visit, status: int, fields: list[tuple[str, str]]) -> None:
-        visit.status, visit.first_byte_at = status, monotonic()
-        if visit.request_id:
-            fields.append((request_id.FIELD, visit.request_id))
 
     def send_data(self, pieces: list[bytes]) -> None:
         self._send(map(http1.encode_chunk, pieces) if self._chunked else pieces)
@@ -389,8 +387,11 @@ class Http1Request:
     ) -> bool:
         if not self._handler.claim_relay():
             return False
-        if self.visit is not None:
-            self._note_head(self.visit, status, fields)
+        visit = self.visit
+        if visit is not None:
+            visit.status, visit.first_byte_at = status, monotonic()
+            if visit.request_id:
+                fields.append((request_id.FIELD, visit.request_id))
         if status == 101:
             fields.append(("Connection", "Upgrade"))
         self._handler.write(http1.encode_head(f"HTTP/1.1 {status} {reason}", fields) + data)

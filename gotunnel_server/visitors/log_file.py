@@ -45,7 +45,8 @@ class LogFile:
         self.dropped = 0  # lines, since the start
         self._path = path
         self._setting = setting
-        self._changed = threading.Condition()  # guards all below
+        self._lock = threading.Lock()  # guards all below
+        self._changed = threading.Condition(self._lock)  # notified when there is work
         self._waiting: list[str] = []
         self._size = 0  # characters in them, and in those that are being written
         self._reopen = False  # reopen() was called
@@ -78,7 +79,7 @@ class LogFile:
 
     def write(self, line: str) -> None:
         """Queue a line, which has no end yet. Waits for nothing."""
-        with self._changed:
+        with self._lock:  # not the Condition, whose methods are Python's
             if self._size + len(line) <= MOST_WAITING:
                 if not self._waiting:
                     self._changed.notify()

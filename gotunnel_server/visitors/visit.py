@@ -35,7 +35,9 @@ class Visits(Protocol):
     """What a Visit needs of the visits.Visits that began it."""
 
     proxies: Proxies
+    proxied: bool  # there are any proxies
     ids: bool  # requests get an X-Request-Id
+    detailed: bool  # a subscriber reads referer and user_agent
 
     def emit(self, visit: Visit, /) -> None: ...
 
@@ -96,14 +98,15 @@ class Visit:
         """Note the head of the request. Of a malformed head some arguments may be empty."""
         self.method, self.hostname, self.path = method, hostname, path
         self.protocol, self.scheme = protocol, scheme
-        self.referer = fields.get("referer") or ""
-        self.user_agent = fields.get("user-agent") or ""
-        peer = self._peer
-        trusted = peer in self._visits.proxies
+        visits, peer = self._visits, self._peer
+        trusted = visits.proxied and peer in visits.proxies
         if trusted:
-            self.visitor = forwarded.visitor(fields, peer, self._visits.proxies)
-        if self._visits.ids and not self.request_id:  # a request that waits is read twice
+            self.visitor = forwarded.visitor(fields, peer, visits.proxies)
+        if visits.ids and not self.request_id:  # a request that waits is read twice
             self.request_id = request_id(fields, trusted)
+        if visits.detailed:
+            self.referer = fields.get("referer") or ""
+            self.user_agent = fields.get("user-agent") or ""
 
     def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:
         """Note why the visit is cut short; the first reason counts. ``status`` is for a visit

@@ -28,11 +28,15 @@ Subscriber = Callable[[Visit], object]
 class Visits:
     """The subscribers, and the records that are made for them. Any thread."""
 
-    def __init__(self, subscribers: Sequence[Subscriber], proxies: Proxies, ids: bool):
+    def __init__(
+        self, subscribers: Sequence[Subscriber], proxies: Proxies, *, ids: bool, detailed: bool
+    ):
         """``proxies`` may name the visitors that they stand for. ``ids``: requests get an
-        X-Request-Id."""
+        X-Request-Id. ``detailed``: a subscriber reads Visit.referer and user_agent."""
         self.proxies = proxies
+        self.proxied = bool(proxies)
         self.ids = ids
+        self.detailed = detailed
         self._subscribers = tuple(subscribers)
 
     def begin(self, visitor: str) -> Visit:

@@ -228,7 +228,7 @@ def test_visitor_of_a_port_for_both_families_is_told_as_ipv4(visit, monkeypatch)
     assert b"\r\nX-Real-IP: 1.2.3.4\r\n" in believed
 
 
-def bind_for_both_families(setting, addresses, port):
+def bind_for_both_families(setting, addresses, port, inherited):
     """As bind() does where BIND is unset, but on loopback alone."""
     sock = socket.socket(socket.AF_INET6)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
