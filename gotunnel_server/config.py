@@ -24,6 +24,7 @@ from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
 from .agents.secret import secret_weakness
 from .variables import (
+    UNSET,
     ConfigError,
     Variables,
     chosen_env_file,
@@ -169,7 +170,10 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     in_file = read_env_file(env_file)
     values = {**in_file, **not_blank(environ)}
     read = Variables(values)
-    config = _complete(read)
+    try:
+        config = _complete(read)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_why_unset(error, in_file, env_file)}") from None
     holds_secrets = read.secrets & in_file.keys()
     files = (*([env_file] if env_file and holds_secrets else []), *read.secret_files)
     warnings = (*config.warnings, *_spelling_warnings(in_file, env_file))
@@ -182,14 +186,17 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
     mends them; none if it raises none."""
     found: list[str] = []
     try:
-        values = {**read_env_file(chosen_env_file(env_file)), **not_blank(environ)}
+        env_file = chosen_env_file(env_file)
+        in_file = read_env_file(env_file)
+        values = {**in_file, **not_blank(environ)}
         while True:
             try:
                 _complete(Variables(values))
                 return found
             except ConfigError as error:
-                is_mendable = str(error) not in found and error.variables
-                found.append(str(error))
+                text = f"{error}{_why_unset(error, in_file, env_file)}"
+                is_mendable = text not in found and error.variables
+                found.append(text)
                 if not is_mendable:  # no other value helps, so further faults stay hidden
                     return list(dict.fromkeys(found))
                 for name in error.variables:
@@ -212,7 +219,7 @@ def _complete(read: Variables) -> Config:
     jwt_secret, agents_file = read.secret("JWT_SECRET"), read.file_to_be("AGENTS_FILE")
     if jwt_secret is None and agents_file is None:
         raise ConfigError(
-            "JWT_SECRET is not set, expected the secret that signs the agents' tokens: "
+            f"JWT_SECRET {UNSET}, expected the secret that signs the agents' tokens: "
             "set it, or JWT_SECRET_FILE, to the output of: openssl rand -hex 32; or set AGENTS_FILE"
         )
     local_ca, cert_dir, acme = _certificates(read)
@@ -434,6 +441,18 @@ def _old_jwt_secret(read: Variables, jwt_secret: str | None) -> str | None:
             f"JWT_SECRET_OLD {came}, expected the secret before that one: correct it, or unset it"
         )
     return old
+
+
+def _why_unset(error: ConfigError, in_file: Iterable[str], env_file: str | None) -> str:
+    """The likely reason why the variable of ``error`` is not set, to be put behind its text."""
+    if UNSET not in str(error):
+        return ""
+    if env_file is None:
+        return " (the working folder has no .env)"
+    for name, near in misspelt(in_file, NAMES, PREFIXES):
+        if near and near in str(error):
+            return f" ({env_file} has {name}: a misspelt {near}?)"
+    return ""
 
 
 def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ MAX_TIMEOUT = 86_400
 ALIKE = 0.8
 MAX_NAME = 60  # characters of a name that are compared, or shown
 
+UNSET = "is not set"  # behind the name, in the error about a variable that is required
 SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 
 
@@ -289,7 +290,7 @@ class Variables:
     def _required(self, name: str, expected: str) -> str:
         text = self.text(name)
         if text is None:
-            raise ConfigError(f"{name} is not set, expected {expected}: set it")
+            raise ConfigError(f"{name} {UNSET}, expected {expected}: set it")
         return text
 
 

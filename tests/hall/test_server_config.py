@@ -486,6 +486,37 @@ def test_required_variable_must_be_set(variable):
 
 
 @pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (None, "set it (the working folder has no .env)"),
+        ("GATEWAY_HOTS=gw.example.com", "set it (.env has GATEWAY_HOTS: a misspelt GATEWAY_HOST?)"),
+        ("TUNNEL_HOTS=t.example.com", "set it"),  # the error about that one comes next
+        ("BIND=127.0.0.1", "set it"),
+    ],
+)
+def test_required_variable_that_is_unset_comes_with_the_likely_reason(
+    tmp_path, monkeypatch, lines, reason
+):
+    monkeypatch.chdir(tmp_path)
+    if lines:
+        (tmp_path / ".env").write_text(lines)
+    environ = {"JWT_SECRET": "s" * 32, "TUNNEL_HOST": "t.example.com"}
+    text = f"GATEWAY_HOST is not set, expected a hostname such as gateway.example.com: {reason}"
+    with pytest.raises(ConfigError) as caught:
+        load(None, environ)
+    assert str(caught.value) == text
+    assert faults(None, environ) == [text]
+
+
+def test_misspelt_agents_file_is_named_where_no_secret_is_set(tmp_path):
+    (tmp_path / "env").write_text("AGENTS_FIEL=agents.yaml")
+    with pytest.raises(
+        ConfigError, match=r"; or set AGENTS_FILE \(.* has AGENTS_FIEL: a misspelt "
+    ):
+        load(str(tmp_path / "env"), {})
+
+
+@pytest.mark.parametrize(
     ("ports", "expected"),
     [
         ({"TUNNEL_PORT": "443"}, "GATEWAY_PORT and TUNNEL_PORT are both 443"),
