@@ -459,8 +459,13 @@ def _trust(
             f"{skip_tls_verify} to have the certificate checked"
         )
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        problem, advice = "cannot be read", ""
+        if not os.path.exists(path):
+            problem = "does not exist"
+            if not prefix:
+                advice = "; a gateway with ACME_ENV=local makes its ca.crt when it first starts"
         raise ConfigError(
-            f"{where}{ca_file}: {_shown(path)} came, expected a file that can be read"
+            f"{where}{ca_file}: {_shown(path)} {problem}, expected a file that can be read{advice}"
         )
     return path, skip
 

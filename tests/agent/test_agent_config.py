@@ -255,8 +255,11 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
         ("skip_tls_verify: maybe", "skip_tls_verify: 'maybe' came, expected true or false"),
         ("skip_tls_verify: 1", "skip_tls_verify: '1' came, expected true or false"),
         ("skip_tls_verify:", "skip_tls_verify: no value came, expected true or false"),
-        ("ca_file: none.pem", "ca_file: 'none.pem' came, expected a file that can be read"),
-        ("ca_file: .", "ca_file: '.' came, expected a file that can be read"),
+        (
+            "ca_file: none.pem",
+            "ca_file: 'none.pem' does not exist, expected a file that can be read; a",
+        ),
+        ("ca_file: .", "ca_file: '.' cannot be read, expected a file that can be read"),
         ('ca_file: "a\\0b"', "ca_file: a line break or unprintable character came"),
         ("jwt_issuer: [a]", "jwt_issuer: a list came, expected text"),
         ("jwt_issuer: null", "jwt_issuer: no value came, expected text"),
@@ -386,7 +389,7 @@ def test_trust_in_a_target_is_its_own():
     [
         (
             {"target": "https://a:1", "target_ca_file": "none.pem"},
-            "target_ca_file: 'none.pem' came, expected a file that can be read",
+            "target_ca_file: 'none.pem' does not exist, expected a file that can be read",
         ),
         (
             {"target": "https://a:1", "target_skip_tls_verify": "maybe"},
