@@ -24,6 +24,7 @@ import logging
 import math
 import random
 import secrets
+import socket
 import ssl
 import threading
 import warnings
@@ -95,6 +96,7 @@ MOVED = 1
 # OpenSSL's numbers (x509_vfy.h) for a certificate of an unknown CA: self-signed, itself or in its
 # chain; issuer not found, of the last certificate or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
+OTHER_NAME = (62, 64)  # likewise, for a certificate of another hostname or IP address
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
@@ -318,9 +320,7 @@ class Agent:
             except ConnectionRefusedError:
                 problem, most = "connection refused: no program listens there", RESTART_DELAY
             except ssl.SSLCertVerificationError as error:
-                problem = f"its certificate is not to be trusted: {error.verify_message}"
-                if error.verify_code in UNKNOWN_CA:
-                    problem += "; if it has a CA of its own, ca_file has to name that"
+                problem = _distrust(error)
             except OSError as error:
                 problem = _problem(error)
                 if self._service is not None and self._service.asked:
@@ -660,8 +660,20 @@ def _expect_ack(message: Message) -> Ack:
     return message
 
 
+def _distrust(error: ssl.SSLCertVerificationError) -> str:
+    """Why the gateway's certificate does not count, with advice."""
+    text = f"its certificate is not to be trusted: {error.verify_message.rstrip('.')}"
+    if error.verify_code in UNKNOWN_CA:
+        text += "; if it has a CA of its own, ca_file has to name that"
+    elif error.verify_code in OTHER_NAME:
+        text += "; tunnel_addr has to name the gateway's TUNNEL_HOST"
+    return text
+
+
 def _problem(error: OSError) -> str:
-    """An OSError in words, with advice if the port is probably not the tunnel port."""
+    """An OSError in words, with advice if tunnel_addr is probably wrong."""
+    if isinstance(error, socket.gaierror):
+        return f"no address was found ({error.strerror}); check the name in tunnel_addr, and DNS"
     if getattr(error, "reason", None) in NO_TLS:
         return f"the program there does not speak TLS; {RIGHT_PORT}"
     text = error.strerror or str(error)

@@ -889,6 +889,34 @@ def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
         wait_until(lambda: "to be trusted: certificate has expired; next try in" in caplog.text)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ssl.SSLCertVerificationError(1, "certificate verify failed"),
+            "to be trusted: not valid for '127.0.0.1'; tunnel_addr has to name the gateway's "
+            "TUNNEL_HOST; next try in",
+        ),
+        (
+            socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+            "no address was found (Name or service not known); check the name in tunnel_addr, and "
+            "DNS; next try in",
+        ),
+    ],
+)
+def test_a_wrong_host_in_tunnel_addr_is_said_to_be_wrong(
+    gateway, tmp_path, monkeypatch, caplog, error, said
+):
+    error.verify_code, error.verify_message = 64, "not valid for '127.0.0.1'."
+
+    def refuse(agent, plan, workers):
+        raise error
+
+    monkeypatch.setattr(agent_module.Agent, "_begin", refuse)
+    with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
+        wait_until(lambda: said in caplog.text)
+
+
 def test_agent_dials_often_while_its_gateway_restarts_behind_a_port_that_goes_on_listening(
     cache, tmp_path, origin, monkeypatch
 ):
