@@ -119,6 +119,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "gotunnel-agent", description=DESCRIPTION,
         epilog=EPILOG,
+        usage="%(prog)s [-h] [--version] [-c FILE]\n       %(prog)s COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
@@ -126,7 +127,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="the configuration (default: config.yaml in the working folder)",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; -c FILE names the configuration")
+    return options
 
 
 def ask_status(arguments: list[str]) -> int:

@@ -194,6 +194,12 @@ def test_unknown_argument_ends_with_the_usage(tmp_path, package):
     assert status == 2 and lines[0].startswith("usage: ") and "--nonsense" in lines[-1]
 
 
+def test_configuration_without_c_is_refused_with_a_hint(tmp_path):
+    status, lines = run("gotunnel_agent", tmp_path, "agent.yaml")
+    assert status == 2 and lines[0].startswith("usage: ") and "gotunnel-agent COMMAND" in lines[1]
+    assert lines[-1].endswith("unknown argument 'agent.yaml'; -c FILE names the configuration")
+
+
 @pytest.mark.parametrize("package", ["gotunnel_server", "gotunnel_agent"])
 def test_program_runs_as_a_folder_and_as_a_module(tmp_path, package):
     as_folder = [sys.executable, str(ROOT / package), "--version"]
