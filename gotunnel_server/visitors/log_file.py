@@ -65,7 +65,10 @@ class LogFile:
         try:
             self._file = self._open(os.O_NONBLOCK)
         except OSError as error:
-            raise LogFileError(f"{setting} {path}: {error.strerror}; correct it") from None
+            raise LogFileError(
+                f"{setting} {path}: cannot be opened ({error.strerror}); name a file in a folder "
+                "that exists and can be written"
+            ) from None
         self._thread: threading.Thread | None = None
 
     @property
