@@ -113,6 +113,7 @@ TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
 HTTP_ANSWER = b"HTTP/1."  # from a gateway's port for visitors: the agent has a wrong port
+# The error that then ends the session. The agent logs which port to use instead (its RIGHT_PORT).
 SPEAKS_HTTP = "an answer in HTTP, expected frames"
 MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
 
@@ -281,7 +282,9 @@ class Memory:
     for all others, so one that holds much cannot starve one that holds little.
     """
 
-    FLOOR = START_WINDOW  # bytes that a session may buffer in any case
+    # Bytes that a session may buffer however little memory is left. Below it, none of its streams
+    # is reset because memory is short.
+    FLOOR = START_WINDOW
 
     def __init__(
         self,
@@ -469,13 +472,13 @@ class Mux:
             events.append(WasReset(flow.id, 0, "the peer sent too much to a closed stream"))
 
     def _take_data(self, flags: int, stream_id: int, length: int, events: list[Event]) -> None:
-        if length > self._largest:
+        if length > self._largest:  # no honest peer: it may never send more than a window
             raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
         flow = self._stream_of(DATA, flags, stream_id, length, events)
         self._body_left, self._body_flow, self._body_ends = length, None, False
         if flow is None:
             return  # the stream is over: its late payload is dropped
-        if flow.got_fin:
+        if flow.got_fin:  # the peer said that it sends no more: drop the payload, count the frame
             self._waste("data behind FIN")
             return
         if length > flow.may_receive:
@@ -505,7 +508,9 @@ class Mux:
         if flags & FIN and not flow.got_fin:
             self._peer_finished(flow, events)
         elif not flags & SYN:
-            self._waste("credit")  # an honest peer gives it at most once for each frame of ours
+            # An honest peer sends credit at most once for each DATA frame of ours, and each of
+            # these adds to the budget. So only credit without a cause uses the budget up.
+            self._waste("credit")
 
     def _take_ping(self, flags: int, value: int) -> None:
         if flags & SYN:
@@ -545,7 +550,9 @@ class Mux:
             else:
                 self._waste("frames of streams that are over")
             return None
-        # Any frame is an answer: a Go peer that has our FIN before it accepts never sends ACK.
+        # The first frame that comes on a stream we opened is its answer, with ACK or without: a Go
+        # peer that gets our FIN before it has accepted the stream never sends ACK. If only ACK
+        # counted, such streams could fill OPEN_BACKLOG, and none could be opened meanwhile.
         if stream_id in self._unanswered:
             self._measure(self._unanswered.pop(stream_id))
             events.append(Answered(stream_id))
@@ -654,7 +661,8 @@ class Mux:
         flow = self._flows.get(stream_id)
         if flow is None or flow.finishing or flow.cutting:
             return 0
-        # If much is unsent, a stream may only queue its next frame.
+        # If much is unsent in the session (SEND_QUEUE, or less if memory is short; never below
+        # FLOOR), a stream may only queue its next frame.
         crowded = self._queued >= Memory.FLOOR and self._queued >= min(
             SEND_QUEUE, self._account.memory.share
         )
@@ -915,8 +923,12 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 
 
 # Control messages --------------------------------------------------------------------------------
+#
+# "Text" in names, errors and docs is a JSON string. An error here says what the peer sent; in a log
+# it stands behind the words "protocol error" or the peer's name.
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
+# Only a registration gets so long: the words after the comma advise the operator of its agent.
 TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
             "expected fewer hostnames, or shorter policies")  # fmt: skip
 UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more end the session
@@ -1225,7 +1237,10 @@ def read_data_header(read_exactly: Callable[[int], bytes]) -> tuple[str, Ends | 
     """Read a data header with ``read_exactly(count) -> bytes``; returns its hostname, its Ends or
     None, and whether the stream is relayed. Raises ProtocolError if it is malformed.
 
-    A Go gateway writes the visitor's Host header there, perhaps with a port or in upper case.
+    Version 2 has four fields after the hostname: IP address and port of the visitor, and of the
+    gateway's end of the visitor's connection ("door"). If they are not two valid addresses and
+    ports, the header is malformed. A Go gateway writes the visitor's Host header as the hostname,
+    perhaps with a port or in upper case.
     """
     version, length = DATA_HEADER.unpack(read_exactly(DATA_HEADER.size))
     first, last = DATA_HEADER_PLAIN, DATA_HEADER_RELAYED
@@ -1703,7 +1718,8 @@ class StreamTable:
         return stream
 
     def _make_room(self) -> None:
-        """If the session has too many unread bytes, reset the stream that has most of them."""
+        """If the session holds more unread bytes than Memory allows it now, reset the stream that
+        has most of them, so that the others can go on."""
         if self.unread <= self._account.memory.share:
             return
         streams = [*self.known.values(), *self.over]

@@ -329,14 +329,17 @@ class Duplex:
             with contextlib.suppress(OSError):  # the next write will fail too
                 self.flush()
             if self._answers > ANSWERS:
+                # It asks for key updates and reads none of the replies: they would fill the memory.
                 self._break("the peer does not read TLS's answers")
         return count
 
     def _count_silent(self, came: int) -> None:
-        """Count encrypted bytes that brought no payload."""
+        """Count encrypted bytes that brought no payload (empty records, key updates). A peer that
+        sends only such bytes keeps us busy for nothing: above NO_PAYLOAD the connection is reset.
+        """
         self._no_payload += came
         if self._no_payload > NO_PAYLOAD:
-            self._break(f"more than {NO_PAYLOAD} bytes of TLS without payload")
+            self._break(f"the peer sent more than {NO_PAYLOAD} bytes of TLS without any payload")
 
     def _break(self, text: str) -> NoReturn:
         self.reset()
@@ -482,6 +485,8 @@ class Duplex:
 
     @staticmethod
     def _spender(timeout: float) -> Spend:
+        """write()'s default for ``spend``: TimeoutError once the peer has taken no byte for
+        ``timeout`` seconds."""
         silent = 0.0
 
         def spend(seconds: float, taken: int) -> None:

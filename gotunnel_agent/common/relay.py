@@ -57,7 +57,9 @@ def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
     """
     there, back = _Direction(left, right), _Direction(right, left)
     for end, other in ((left, right), (right, left)):
-        if isinstance(end, Stream):  # wakes the thread that reads from the other end
+        # If a Stream dies, the thread that reads from it wakes up by itself. The one that reads
+        # from the other end may wait there for ever, so it is woken here, and the relay can end.
+        if isinstance(end, Stream):
             end.on_death(other.cut if isinstance(other, Stream) else other.stop_reading)
     name = f"{threading.current_thread().name} back"
     thread = spawn(name, back.run, there)
@@ -89,7 +91,7 @@ class _Direction:
     def run(self, back: _Direction) -> None:
         """Copy everything; then wait for the other direction, and end it if an end is dead."""
         source, sink = self.source, self.sink
-        well = self.copy()
+        well = self.copy()  # whether all bytes and the EOF reached the sink
         self.over.set()
         while not back.over.wait(LOOK_AT_ENDED):
             if hasattr(source, "died") and source.died():
