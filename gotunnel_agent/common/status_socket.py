@@ -104,15 +104,16 @@ class StatusSocket:
         """Begin to answer. What prevents it is logged: a program serves without it as well."""
         problem = why_not(self.path)
         if problem:
-            log.warning("status socket %s: %s; the status command has no answer", self.path,
-                        problem)  # fmt: skip
+            log.warning("status socket %s: %s; the status command gets no answer from this "
+                        "process", self.path, problem)  # fmt: skip
             return
         self._waker = waker = Waker()
         try:
             spawn("status", self._run, waker)
         except NoThread as error:
             waker.close()
-            log.warning("status socket %s: %s; the status command has no answer", self.path, error)
+            log.warning("status socket %s: %s; the status command gets no answer from this "
+                        "process", self.path, error)  # fmt: skip
 
     def close(self) -> None:
         """Answer no more, and remove the file if it is still ours. Any thread, several times."""
@@ -153,7 +154,7 @@ class StatusSocket:
         except OSError as error:
             text = str(error) if isinstance(error, PlaceTaken) else error.strerror or str(error)
             if text != self._told:
-                log.warning("status socket %s: %s; the status command has no answer from this "
+                log.warning("status socket %s: %s; the status command gets no answer from this "
                             "process until that changes", self.path, text)  # fmt: skip
                 self._told = text
             return None

@@ -103,14 +103,16 @@ class Inherited:
         return None
 
     def close_unfit(self, tcp_ports: Sequence[range]) -> None:
-        """All settings have their ports: close what is left, except for the ports of agents, which
-        are still to come. Each is a line in the log."""
+        """Call it when all settings have their ports. Close the sockets that no setting has taken,
+        except for those that an agent may still take, and log each. A socket of systemd stays
+        open there, and its visitors would wait for an answer in vain: hence a warning."""
         for given in self._pop(lambda given: not _may_come(given, tcp_ports)):
             shown = str(given)
             given.sock.close()
             if given.by_systemd:
-                log.warning("%s fits no port of the configuration: closed here; systemd goes on "
-                            "listening; name it after a setting, such as gateway_port",
+                log.warning("%s fits no port of the configuration: the gateway closes it, systemd "
+                            "goes on listening; set its FileDescriptorName= to a setting's name, "
+                            "such as gateway_port",
                             shown)  # fmt: skip
             else:
                 log.info("%s is no longer wanted: closed", shown)
