@@ -10,6 +10,8 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
 
+(The dots stand for the name of the thread that starts the second one, as in "stream_3 back".)
+
 The process has two more: main, which waits for signals (cli.py), and standard error, which writes
 the log until the process ends (common/standard_error.py). All but main are daemons: none keeps a
 stopped process alive.
@@ -81,7 +83,9 @@ log = logging.getLogger("gotunnel.agent")
 DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
 ACK_TIMEOUT = 30  # seconds; a gateway may make certificates before it answers
 SILENCE_TIMEOUT = 40  # seconds without a ping; they come every 15, so the line is dead
-LAST_WORDS = 3  # when the agent stops: seconds for threads, after those for visits (drain_timeout)
+# When the agent stops, visits have drain_timeout seconds to end. Then threads have these: to send a
+# session's last frames (GO_AWAY, FIN), and to end.
+LAST_WORDS = 3
 # When the agent stops: seconds without a visit after which it ends a session that the gateway has
 # not ended. Before, a visit may come that the gateway began before it read our GO_AWAY.
 LEAVE_LOOK = 0.5
@@ -111,10 +115,13 @@ OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit
 # Old sessions at a time; of more, the oldest is ended with its visits. Each costs a connection and
 # three threads. So many changes of the file may happen in the time of one download.
 OLD_SESSIONS = 32
-HELD = 10  # a session that lasted this many seconds counts as a success, and resets the backoff
+# A session that held (lasted) for this many seconds was a success: the next delay is the first one
+# again. If any session counted, a gateway that ends each at once would never be backed off from.
+HELD = 10
 
 
-# PyJWT warns of a short secret. The gateway's operator chose it, and the gateway warns of it.
+# PyJWT warns of a short secret. The agent's operator cannot change it: the gateway's operator chose
+# the secret, and is warned by the gateway.
 warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
@@ -565,7 +572,7 @@ class Agent:
                     "keys that need it"
                 )
             elif tunnel.port and not problem and hostname not in ack.ports:
-                problem = "the gateway has opened no port for it"
+                problem = "the gateway has opened no public port for it, and gave no reason"
             if problem:
                 log.error("%s: not served: %s", hostname, on_one_line(problem))
             elif tunnel.port:

@@ -128,7 +128,8 @@ MAX_SHOWN = 253
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message is one line for the operator."""
+    """The configuration cannot be used. The message is one line for the operator, most often
+    "KEY: X came, expected Y": X is what the file has, Y what may stand there."""
 
 
 class Target(NamedTuple):
@@ -436,6 +437,7 @@ def _credential_of(key: str, path: str) -> str:
 
 
 def _checked_credential(key: str, credential: str) -> str:
+    """A secret or token. Raises ConfigError if it is empty or blank, or cannot be sent."""
     # A lone surrogate (YAML's "\ud800" makes one) cannot be encoded, so neither sent nor signed.
     if not credential.strip() or re.search("[\ud800-\udfff]", credential):
         raise ConfigError(

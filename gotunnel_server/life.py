@@ -94,7 +94,8 @@ class Life:
             watchdog.stop()
 
     def _await_claims(self) -> None:
-        """Start the thread that closes the ports of agents that do not come back in CLAIM_TIME."""
+        """An agent that comes back claims its public port again. Start the thread that closes the
+        ports that are not claimed within CLAIM_TIME."""
         if not self._inherited.left():
             return
         try:

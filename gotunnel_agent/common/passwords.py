@@ -15,7 +15,8 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 
-MOST_USERS = 100  # of one tunnel; with usual names they fit into a register message (64 KiB)
+# Users of one tunnel. With names of usual length, all fit into a register message (64 KiB).
+MOST_USERS = 100
 MOST_USER = 255  # bytes
 MOST_PASSWORD = 1024  # bytes
 CONTROL = re.compile(rb"[\x00-\x1f\x7f]")  # in no user name and no password (RFC 7617 §2)

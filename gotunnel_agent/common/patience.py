@@ -26,7 +26,8 @@ class Patience:
 
     def spend(self, seconds: float, moved: int) -> None:
         """Note that we waited ``seconds``, in which ``moved`` bytes came or were taken. Raises
-        TimeoutError if either counter reaches its limit."""
+        TimeoutError if either counter reaches its limit: the peer moved no byte at all ("nothing
+        for"), or too few. The caller's log line says which peer and in which direction."""
         self._silent = 0.0 if moved else self._silent + seconds
         if self._rate is not None:
             self._owed = max(0.0, self._owed + seconds - moved / self._rate)

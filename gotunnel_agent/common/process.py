@@ -62,6 +62,8 @@ class Signals:
             signal.signal(number, lambda number, frame: None)  # wait() returns its number
 
     def _on_signal(self, number: int, frame: object) -> None:
+        """The first signal stops the program in good order: wait() returns it. At the second one
+        the process exits here at once, and running visits are cut."""
         self._count += 1
         self._stop = number
         if self._count == 2:

@@ -2,7 +2,7 @@
 
 A program that passes bytes on unread cannot write X-Forwarded-For. Instead it sends the visitor's
 address in this header, which HAProxy's doc/proxy-protocol.txt specifies (the sections named here
-are its sections). Both our programs speak it:
+are its sections). The gateway and the agent both use it:
 
     the gateway   reads the header of a trusted proxy in front of it (HAProxy, nginx's stream
                   module, cloud load balancers)
@@ -17,8 +17,8 @@ There are two versions:
 
 The header holds for the whole connection, so two visitors must not share a connection.
 
-Bytes in, values out, and the reverse. Any peer can send such a header; the caller decides which
-peers it trusts.
+This module parses and builds headers, and does no I/O. Any peer can send such a header; the caller
+decides which peers it trusts.
 
 The promise: whatever bytes come, ``parse`` returns a value or raises NotProxy, and the result does
 not depend on how the bytes are cut. TLVs are ignored, CRC32c too: TCP has a checksum already, and

@@ -24,7 +24,7 @@ LAST_LINES = 1  # seconds to write the last lines when the process ends; there m
 class StandardError(io.TextIOBase):
     """Takes the place of sys.stderr. write() never blocks, and the order of texts is kept."""
 
-    # TextIOBase's are read-only attributes.
+    # Declared here as __init__() sets both: in TextIOBase they are read-only.
     encoding = "utf-8"
     errors: str | None = None
 
@@ -100,7 +100,8 @@ class StandardError(io.TextIOBase):
                 self._changed.notify_all()
 
     def _note(self) -> str:
-        """A line that says how many lines are missing here. Caller holds the lock."""
+        """The log line that stands in the place of the dropped lines: how many, and why. The usual
+        reason is that no program read the pipe or terminal. Caller holds the lock."""
         text = f"{self._dropped} lines for standard error were dropped: {self._why}"
         self._dropped = 0
         record = logging.LogRecord("gotunnel", logging.WARNING, __file__, 0, text, None, None)

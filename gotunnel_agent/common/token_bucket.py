@@ -14,8 +14,8 @@ MOST_KEYS = 4096  # keys that are remembered, about 200 bytes each
 class Buckets:
     """A token bucket for each key, all of one rate and burst. Not thread-safe: the caller locks.
 
-    ``now`` is in seconds, by any clock; call shift() when that clock is set. A full bucket is like
-    one that was never used, so it may be forgotten.
+    ``now`` is in seconds, by any clock. When a wall clock was set, call shift(), or the buckets
+    would fill too early or too late. A full bucket is like a new one, so it may be forgotten.
 
     If ``most`` buckets are not full, a new key replaces the key whose bucket is closest to full. So
     a new key always gets a bucket. To make us forget an empty bucket, an attacker would have to

@@ -32,6 +32,8 @@ from ..config import Config
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
 
+# Where a certificate comes from, as the table shows it. GO: it was ordered by the earlier gateway,
+# a program in Go, which left it in the folder that both use.
 OWN, ORDERED, GO, LOCAL = "CERT_DIR", "ACME", "ACME (left by the Go program)", "local CA"
 HEADINGS = ("NAME", "FROM", "ISSUER", "DAYS LEFT", "NEXT RENEWAL (UTC)")
 

@@ -343,7 +343,8 @@ def _scope_of(
 
 
 def lapsed(entry: Entry) -> str | None:
-    """Why an entry of AGENTS_FILE is no longer valid, as "is disabled"; None if it is."""
+    """Why an entry of AGENTS_FILE has lapsed, that is, was disabled or has expired: "is disabled in
+    AGENTS_FILE", for example. None if the entry is valid."""
     if entry.disabled:
         return "is disabled in AGENTS_FILE"
     left = math.inf if entry.expires is None else entry.expires - time.time()

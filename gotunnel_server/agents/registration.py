@@ -56,8 +56,9 @@ class Agent(NamedTuple):
 
     @property
     def blame(self) -> tuple[Hashable, ...]:
-        """The key by which failed certificate orders are counted: the credential. Agents with the
-        common secret also differ by their addresses (IPv6: by their /64)."""
+        """What is to blame if a certificate order fails: the key by which failures are counted.
+        It is the credential. Agents with the common secret also differ by their addresses (IPv6:
+        by their /64)."""
         credential = self.identity.credential
         if self.identity.entry is not None:
             return credential

@@ -39,8 +39,8 @@ class KeptStreams:
         # Hostname: (monotonic time, stream), the freshest last.
         self._by_hostname: dict[str, deque[tuple[float, Stream]]] = {}
         self._all: set[Stream] = set()  # the streams in it
-        # Hostnames for which none is kept now: the id of the newest stream that give_up() was
-        # called for.
+        # Hostnames whose visits are held up: a new stream has no answer yet, so no other stream is
+        # kept. The value is the id of the newest stream that give_up() was called for.
         self._held_up: dict[str, int] = {}
         self._closed = False
         self._lock = threading.Lock()  # guards these four

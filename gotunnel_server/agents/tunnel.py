@@ -204,7 +204,7 @@ class Tunnel:
         self.moving = False  # the agent was asked for another session; never False again
         self.failed = Tally()  # by hostname: visits in tcp mode whose target was not reached
         self._stage = Stage.CLAIMING
-        self._parting: End | None = None  # why the session has to end, once it has to
+        self._parting: End | None = None  # what _part() tells the agent: why the session ends
         self._lock = threading.Lock()  # guards _stage and _parting, and is held to replace routes
         self._tunnels = tunnels
         self._session = session

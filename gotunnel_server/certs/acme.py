@@ -67,8 +67,8 @@ NETWORK_TIMEOUT = 30
 LAST_WORDS_TIMEOUT = 5.0
 # Tries of a request whose nonce is refused. The library repeats each once: six requests at most.
 NONCE_ROUNDS = 3
-# Polling interval of an authorization or an order, in seconds, unless the CA gives one; doubled
-# each time up to the second number.
+# Polling interval of an authorization or an order, in seconds: the first one, doubled each time up
+# to the longest one. If the CA gives an interval (Retry-After), that one is used.
 FIRST_LOOK, LONGEST_LOOK = 0.1, 3.0
 # Seconds of polling in all. A CA that connects to a silent address gives up after 15 or so.
 PROOF_PATIENCE, FINALIZE_PATIENCE = 90.0, 180.0
@@ -617,7 +617,8 @@ def _instant(text: object) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost OSError of a failed request: the texts of outer ones name Python objects."""
+    """Why the CA could not be reached: the innermost OSError of a failed request, as the texts of
+    outer ones name Python objects. CaError puts the CA's URL before it."""
     reason, cause = error, error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, OSError):

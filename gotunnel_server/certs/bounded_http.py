@@ -36,7 +36,10 @@ MOST_REDIRECTS = 3
 
 
 class Session(requests.Session):
-    """Requests of one thread. ``stop`` and ``timeout`` (seconds) may be changed between two.
+    """The HTTP session of the requests library, with bounds. Not gotunnel.Session, which is an
+    agent's connection.
+
+    Requests of one thread. ``stop`` and ``timeout`` (seconds) may be changed between two.
 
     An answer that breaks a bound is raised as a requests.RequestException.
     """

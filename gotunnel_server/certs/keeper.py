@@ -1,11 +1,11 @@
 """Decides which hostnames need a certificate, and where each certificate comes from.
 
-    a hostname's certificate is     as long as
-    in CERT_DIR                     a valid pair there names it
-    signed by our own CA            its agent is connected (ACME_ENV=local); others are forgotten
-                                    when there are more than MOST_ISSUED
-    ordered                         its agent is connected, or was at the hourly review before
-    kept from an earlier order      there is none of the others
+    a certificate comes from        if
+    CERT_DIR                        a valid pair there names the hostname
+    our own CA (ACME_ENV=local)     its agent is connected; certificates of other hostnames are
+                                    forgotten when there are more than MOST_ISSUED
+    an order                        its agent is connected, or was at the hourly review before
+    an earlier order, in the store  none of the other three applies
 
 A wildcard's certificate is from CERT_DIR or from our own CA; none is ordered. A certificate is
 served until there is a newer one, even if its hostname is no longer wanted.

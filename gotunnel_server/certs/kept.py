@@ -1,4 +1,7 @@
-"""Reads values from JSON files that we have written. Any value may be damaged or missing. Pure."""
+"""Reads state that the gateway has kept (saved) in JSON files, such as the times of past orders.
+
+Any value in such a file may be damaged or missing. No I/O here.
+"""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ log = logging.getLogger("gotunnel.order_queue")
 MOST_WAITING = 500
 # Seconds of pause after the first failure to reach the CA, doubled with each up to the second.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+# In log and status; a Token's ``why`` follows: which rate limit the hostname waits for.
 WAITS = "it waits for its turn: "
 # Seconds until the next attempt if another process orders for the hostname. Orders take a few.
 ELSEWHERE = 5.0
@@ -85,7 +86,7 @@ class OrderQueue:
         self._pause = ""  # why
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
-        self._to_keep: list[Wanted] = []  # have begun to wait for tokens; their state is unsaved
+        self._to_keep: list[Wanted] = []  # they wait for tokens, and that is not saved yet
         self._saving = threading.Lock()  # held to write turns.json, so that the newest is last
 
     def restore(self) -> None:

@@ -1,5 +1,7 @@
 """Which challenge type works on this machine: learned from one hostname's order, used for the next.
 
+A "proof" is what we serve in answer to a challenge: it proves that we control the hostname.
+
 On a machine whose port 80 cannot be reached, HTTP-01 fails for every hostname. Each failure costs a
 minute and one of the few failed validations that a CA allows.
 """
@@ -11,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from .kept import number
 from .schedule import DAY
 
-# How long a result counts, in seconds. Ports are opened and closed, and a wrong first choice costs
-# only a minute.
+# How long a result is believed, in seconds. Ports are opened and closed, and a wrong first choice
+# costs only a minute.
 BELIEVED = 7 * DAY
-# Error codes of a CA that could not reach the proof, or got something else in its place. A hostname
-# that does not resolve, or whose CAA record forbids the CA, says nothing about our ports.
+# A CA's error codes if it has not seen our proof: it could not reach it, or got something else.
+# These count as failures of the challenge type. Others say nothing about our ports: the hostname
+# does not resolve, or its CAA record forbids the CA.
 UNSEEN = {"connection", "incorrectResponse", "tls", "unauthorized"}
 
 

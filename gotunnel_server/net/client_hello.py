@@ -3,9 +3,9 @@ RFC 7301).
 
 The owner of a new connection (arrival.py, newcomer.py) asks a ``Reader`` whether its first bytes
 are TLS, and if so, for which hostname and which protocols. It asks again when more bytes have come.
-Bytes in, values out. Then the owner gives the bytes back to the connection, and the TLS library
-reads them again. Versions, ciphers and keys are the library's business: this module reads only the
-parts that choose a certificate.
+Then the owner gives the bytes back to the connection, and the TLS library reads them again. This
+module does no I/O, and reads only the parts that choose a certificate; the library checks versions,
+ciphers and keys.
 
 From the outside in, a hello is
 
@@ -44,8 +44,8 @@ _NAME_HOST = 0  # RFC 6066 §3, the only name type there is
 ACME_TLS = "acme-tls/1"
 
 POSTGRESQL = "postgresql"  # offered by PostgreSQL's clients that begin with TLS at once
-# Accepted for every hostname, whatever its mode. In tcp mode, a visitor such as curl offers
-# HTTP/1.1 beside HTTP/2, and its target most likely speaks the former.
+# ALPN protocols that are accepted for every hostname, whatever its mode. In tcp mode, a visitor
+# such as curl offers HTTP/1.1 and HTTP/2, and its target most likely speaks HTTP/1.1.
 ALWAYS_TAKEN = ("http/1.1", POSTGRESQL)
 
 _PROTOCOL = re.compile(r"[!-~]{1,255}")  # printable ASCII, as every name in IANA's registry is

@@ -36,8 +36,8 @@ log = logging.getLogger("gotunnel.arrival")
 # Seconds after which a silent visitor is taken for one that waits for the server's greeting, if
 # RAW_TCP_HOST names that server. A visitor that speaks TLS or HTTP sends at once.
 SILENCE = 0.3
-# Seconds that a trusted proxy has for its PROXY header. Without one, the proxy itself is taken for
-# the visitor.
+# Seconds that a trusted proxy has for its PROXY header, with which it introduces a visitor. Without
+# one, the proxy itself is taken for the visitor. "Introduction" below always means that header.
 INTRODUCTION = 0.3
 # Seconds that a visitor waits for a certificate that is being ordered, and the interval of the
 # check whether it is there.

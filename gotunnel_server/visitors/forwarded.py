@@ -43,8 +43,8 @@ def fields(
 ) -> list[tuple[str, str]]:
     """The fields that tell a target about its visitor, as (name, value) pairs.
 
-    ``came``: the request's fields. ``peer``: the address of its connection. ``scheme``: "http" or
-    "https". ``host``: its Host.
+    ``came``: the fields that came with the request. ``peer``: the address of its connection.
+    ``scheme``: "http" or "https". ``host``: its Host.
     """
     if peer not in proxies:
         return _told(peer, peer, scheme, host)
@@ -98,6 +98,7 @@ def _chain(came: Fields) -> list[str]:
 
 
 def _told(forwarded_for: str, client: str, scheme: str, host: str) -> list[tuple[str, str]]:
+    """The fields with which the target is told of its visitor, as (name, value) pairs."""
     return [
         ("X-Forwarded-For", forwarded_for),
         ("X-Forwarded-Proto", scheme),

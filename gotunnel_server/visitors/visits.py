@@ -14,7 +14,7 @@ from typing import Protocol
 
 from gotunnel_agent.common.relay import RelayEnd
 
-from . import visit as words
+from . import visit as words  # the words that a Visit says of its end: LEFT, SLOW, CUT
 from .forwarded import Proxies
 from .visit import Visit
 

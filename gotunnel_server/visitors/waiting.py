@@ -78,7 +78,8 @@ class WaitingRoom:
         return not (self._is_back(guest) and self._take_out(guest))
 
     def look(self) -> None:
-        """Hostnames have been registered: resume the visits to them. Does not wait."""
+        """Look which waiting visits can go on. Called when hostnames have been registered: resumes
+        the visits to them. Does not wait."""
         self._resume(self._is_back)
 
     def give_up(self) -> None:
