@@ -311,7 +311,8 @@ class Arrival(Introduction):
             return False
         self._has_waited = True
         self._go_to(then)
-        return port.waiting.enter(hostname, self, self._visitor.listener, self.ready)
+        waiting, listener = port.waiting, self._visitor.listener
+        return waiting.enter(hostname, self, listener, self.ready, waiting.timeout)
 
     def _begin_handshake(self) -> bool:
         sni, protocol = self._visitor.sni, None

@@ -40,6 +40,8 @@ log = logging.getLogger("gotunnel.connection")
 # has sent everything. nginx has the same values (lingering_time, lingering_timeout).
 PARTING_TIME = 30
 PARTING_TIMEOUT = 5
+# How often a request whose agent has left is tried on the next route without a wait between.
+MOST_TRIES = 3
 FULL_PARTING_TIME = 2  # in place of PARTING_TIME, while room.MAX_PARTING visitors linger
 
 
@@ -82,6 +84,10 @@ class HttpConnection(Stepwise):
         # While PARTING, monotonic: when to close in any case, and when to close a silent visitor.
         self._part_by = self._silent_at = 0.0
         self._parts_slowly = False  # it has a place in port.parting
+        # Of this request, monotonic: when it gets its page though its agent is not back; 0 before
+        # it has waited. An agent may be restarted twice in that time.
+        self._wait_until = 0.0
+        self._tries = 0  # at once, without a wait
         self._handler = Handler(
             visitor.duplex,
             visitor.address,
@@ -123,7 +129,10 @@ class HttpConnection(Stepwise):
         handler, visitor, waiting = self._handler, self._visitor, self._port.waiting
         if waiting is None or not handler.may_wait or self._port.is_draining():
             return False
-        handler.may_wait = False  # once a request
+        now = monotonic()
+        self._wait_until = self._wait_until or now + waiting.timeout
+        if now >= self._wait_until:
+            return False
         hostname = visitor.sni
         if hostname is None:
             try:
@@ -131,7 +140,8 @@ class HttpConnection(Stepwise):
             except Malformed:
                 return False
         self._go_to(State.AGENT)
-        return waiting.enter(hostname, self, visitor.listener, self.ready, lost)
+        left = self._wait_until - now
+        return waiting.enter(hostname, self, visitor.listener, self.ready, left, lost)
 
     def _take_place(self) -> bool:
         """A place for the request, or the page that there is none."""
@@ -169,10 +179,13 @@ class HttpConnection(Stepwise):
         finally:
             self._leave_room()
         if lost is not None:
-            waits = self._await_agent(lost.tunnel)
-            handler.may_wait = False
-            return not waits and self._take_place()
-        handler.may_wait = True
+            if self._await_agent(lost.tunnel):
+                return False
+            # Its agent is back, or it must not wait: then this is the last try.
+            self._tries += 1
+            handler.may_wait = self._tries < MOST_TRIES and monotonic() < self._wait_until
+            return self._take_place()
+        handler.may_wait, self._wait_until, self._tries = True, 0.0, 0
         if handler.switched is not None:  # the visit ends with the relay
             if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)

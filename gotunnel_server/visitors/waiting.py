@@ -43,7 +43,7 @@ class WaitingRoom:
     def __init__(self, registry: Registry, proxies: Addresses, timeout: float):
         """``proxies`` have no limit of their own, since each stands for many visitors. A visit
         waits ``timeout`` seconds; 0: none waits."""
-        self._timeout = timeout
+        self.timeout = timeout
         # Empty: no agent is expected.
         self.absent: Collection[str] = registry.absent if timeout else ()
         self._registry = registry
@@ -58,13 +58,14 @@ class WaitingRoom:
         connection: Parkable,
         listener: Listener,
         resume: Callable[[], object],
+        timeout: float,
         lost: Tunnel | None = None,
     ) -> bool:
         """Have a worker call ``resume()`` when the hostname is served again, or the timeout has
         passed; that worker owns the connection then. Returns False if the visit need not wait, or
         no place is free: then the caller still owns it. ``lost``: a tunnel that could not take the
         visit."""
-        if not self._timeout or lost is None and not self._registry.awaits(hostname):
+        if not self.timeout or lost is None and not self._registry.awaits(hostname):
             return False
         if not self._places.enter(connection.address[0]):
             return False
@@ -72,7 +73,7 @@ class WaitingRoom:
         with self._lock:
             self._guests.add(guest)
         try:
-            listener.call_later(connection, partial(self._call, guest), self._timeout)
+            listener.call_later(connection, partial(self._call, guest), timeout)
         except OSError:  # the gateway stops
             return not self._take_out(guest)
         return not (self._is_back(guest) and self._take_out(guest))

@@ -192,6 +192,24 @@ def test_a_request_whose_route_goes_as_it_is_handed_over_waits_as_well(gateway, 
             assert visitor.read_message()[1] == b"page"
 
 
+def test_a_request_outlives_two_restarts_of_its_agent(gateway):
+    """The second one begins before the request has had its turn."""
+    with registered(gateway, APP):
+        pass
+    wait_until(lambda: not routes_of(gateway.inner))
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        wait_until(lambda: guests(gateway) == 1)
+        with registered(gateway, APP):
+            (tunnel,) = gateway.inner.tunnels.registered()
+            tunnel._session._mux.peer_left = True  # it leaves at once
+        wait_until(lambda: not routes_of(gateway.inner))
+        wait_until(lambda: guests(gateway) == 1)
+        with registered(gateway, APP) as successor:
+            serve_one(successor)
+            assert visitor.read_message()[1] == b"page"
+
+
 def test_a_tunnel_that_takes_no_visit_is_tried_once_more_and_no_more(own_cache):
     with gateway_here(own_cache, AGENT_TIMEOUT="0.3") as gateway:
         with registered(gateway, APP), gateway.dial(APP) as visitor:
@@ -205,6 +223,7 @@ def test_a_request_with_a_body_is_not_kept(gateway):
     with registered(gateway, APP), gateway.dial(APP) as visitor:
         (tunnel,) = gateway.inner.tunnels.registered()
         tunnel._session._mux.peer_left = True
+        tunnel._session.on_leave = None  # nor is it acted on later
         visitor.send(request("POST", body=b"body"))
         assert b"X-Gotunnel-Error: agent-gone" in visitor.read_message()[0]
 
