@@ -924,8 +924,8 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 
 # Control messages --------------------------------------------------------------------------------
 #
-# "Text" in names, errors and docs is a JSON string. An error here says what the peer sent; in a log
-# it stands behind the words "protocol error" or the peer's name.
+# "Text" in names, errors and docs is a JSON string. An error here says what the peer sent; a log
+# puts words such as "protocol error:" or "invalid registration:" before it.
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 # Only a registration gets so long: the words after the comma advise the operator of its agent.
