@@ -292,9 +292,10 @@ def test_a_pipe_that_nobody_writes_into_holds_up_nothing(gateway, tmp_path, monk
 # The end -----------------------------------------------------------------------------------------
 
 
-def test_a_stream_that_crosses_the_agents_good_bye_is_served(by_hand, tmp_path, origin):
+def test_a_stream_that_crosses_the_agents_good_bye_is_served(by_hand, tmp_path, origin, caplog):
     with agent_here(by_hand.place, tmp_path, tcp={RAW: origin.port}) as agent:
         by_hand.meet(Ack(True, features=(OVERLAP,)))
+        wait_until(lambda: f"serving {RAW}" in caplog.text)  # it has read the ack
         mux = by_hand.session._mux
         stopping = threading.Thread(target=agent.stop)
         stopping.start()
