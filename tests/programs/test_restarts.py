@@ -4,6 +4,7 @@ cut. With real processes, and wrk (https://github.com/wg/wrk) as the visitors.""
 import contextlib
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from support import (
     wait_until,
 )
 
-TIMES = 20  # restarts of each kind, and slow downloads
+TIMES = int(os.environ.get("GOTUNNEL_RESTARTS", "5"))  # of each kind, and slow downloads
 OTHER = "other.localhost"
 DOWNLOAD = bytes(range(256)) * 400
 PIECES = 40
