@@ -302,17 +302,20 @@ class Duplex:
     def _receive_tls(self, view: memoryview) -> int | None:
         """As receive_into(). It reads the socket at most once: a peer that sends records without
         payload could hold the thread here for ever. So None may also mean that more can be read."""
+        held = 0
         if self._tls_holds or self._early or self._tls_at_end:
-            count = self._open_records(view, 0)
-            if count or self._tls_at_end:
-                return count
+            held = self._open_records(view, 0)
+            # A few bytes that did not fit last time: read on behind them, as a piece has its price.
+            if self._tls_at_end or held > min(TLS_RECORD // 2, len(view) - TLS_RECORD):
+                return held
+            view = view[held:]
         came = self._receive_plain_into(view)
         if came is None:
-            return None
+            return held or None
         if not came:
             with self._tls_lock:
                 self._tls_in.write_eof()
-        count = self._open_records(view, came)
+        count = held + self._open_records(view, came)
         if count:
             self._no_payload = 0
         else:
