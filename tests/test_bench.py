@@ -274,7 +274,13 @@ def need_all(*programs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", bench_rows.Rows.NAMES)
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name not in ("http", "tcp", "memory")))
+        for name in bench_rows.Rows.NAMES
+    ],
+)
 def test_each_row_measures_ours(monkeypatch, tmp_path, row):
     need_all("wrk", *bench_rows.Rows.NEEDS.get(row, ()))
     figures = measured(monkeypatch, tmp_path, "--row", row)
@@ -292,6 +298,7 @@ def sum_of(value):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("peer", sorted(bench_subjects.PEERS))
 def test_each_peer_is_measured_near_and_far(capsys, monkeypatch, tmp_path, peer):
     need_all("wrk")

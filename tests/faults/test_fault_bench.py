@@ -61,6 +61,7 @@ def test_no_visit_gets_a_wrong_answer_and_none_hangs_whatever_breaks(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_visit_fails_while_gateways_hand_over_and_agents_read_their_files(bench, monkeypatch):
     monkeypatch.setattr(fault_bench, "BETWEEN_GATEWAYS", (1.0, 2.0))
     report = bench(15, kinds=(), troubles=(HAND_OVER, RELOAD_AGENT),
@@ -73,7 +74,10 @@ def test_no_visit_fails_while_gateways_hand_over_and_agents_read_their_files(ben
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sabotage", BROKEN)
+@pytest.mark.parametrize(
+    "sabotage",
+    [pytest.param(name, marks=[pytest.mark.long] * (name != "mixes")) for name in BROKEN],
+)
 def test_a_gateway_that_breaks_a_rule_is_found_out(bench, sabotage):
     report = bench(60, troubles=(), command=command_of(sabotage), until_failure=True,
                    **BROKEN[sabotage])  # fmt: skip
@@ -81,6 +85,7 @@ def test_a_gateway_that_breaks_a_rule_is_found_out(bench, sabotage):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sabotage", [None, "waits"])
 def test_a_gateway_that_waits_without_end_is_found_out(bench, sabotage):
     report = bench(8 if sabotage is None else 60, troubles=(), command=command_of(sabotage),

@@ -182,6 +182,7 @@ def end(pid):
         os.kill(pid, signal.SIGTERM)
 
 
+@pytest.mark.long
 def test_nothing_fails_beside_restarts_with_sockets_that_systemd_holds(cache, tmp_path, site):
     port, content = site
     with contextlib.ExitStack() as stack:

@@ -164,6 +164,7 @@ def test_restarts_of_the_agent_fail_no_visit(cache, tmp_path, site):
         assert (downloads.whole, downloads.cut) == (TIMES, [])
 
 
+@pytest.mark.long
 def test_restarts_of_the_agent_one_after_the_other_fail_no_visit(cache, tmp_path, site):
     """As systemd does it: the next one starts when the last one has ended."""
     with gateway_process(cache, AGENT_TIMEOUT="5") as gateway:
@@ -182,6 +183,7 @@ def test_restarts_of_the_agent_one_after_the_other_fail_no_visit(cache, tmp_path
                         stack.close()
 
 
+@pytest.mark.long
 def test_changes_of_the_agents_file_fail_no_visit(cache, tmp_path, site):
     with gateway_process(cache, AGENT_TIMEOUT="5") as gateway:
         ports = {"http": {APP: site}}
