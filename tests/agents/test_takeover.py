@@ -551,6 +551,7 @@ def few_ids(monkeypatch):
     monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.01)
     monkeypatch.setattr(agent_module, "OLD_LOOK", 0.05)
     monkeypatch.setattr(agent_module, "HELD", 0)
+    monkeypatch.setattr(agent_module, "MOVED", 0)  # here a session lasts no second
 
 
 def sessions_of(gateway):
