@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from prometheus_client import parser
 from support import (
     APP,
     ROOT,
@@ -26,8 +27,6 @@ from gotunnel_agent import metrics as metrics_module
 from gotunnel_agent.agent import Agent
 from gotunnel_agent.common import exposition
 from gotunnel_agent.metrics import MetricsPort, PortUnusable
-
-parser = pytest.importorskip("prometheus_client.parser")
 
 
 def ask(port, path="/metrics", host="127.0.0.1", method="GET"):

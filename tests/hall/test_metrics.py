@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from prometheus_client import parser
 from support import (
     APP,
     GATEWAY_HOST,
@@ -29,7 +30,6 @@ from gotunnel_server.visitors import counts as counts_module
 from gotunnel_server.visitors.counts import OTHER, Counts
 from gotunnel_server.visitors.visit import Visit
 
-parser = pytest.importorskip("prometheus_client.parser")
 DASHBOARD = ROOT / "conf" / "grafana-gotunnel.json"
 PAGE = ROOT / "docs" / "operations.md"
 NAMES = re.compile(r"\b(?:gotunnel|process)_\w+")
