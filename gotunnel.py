@@ -1526,7 +1526,7 @@ class Sender:
         return data, served
 
     def send(self, batch: Batch) -> None:
-        """Send a batch, and what is queued meanwhile, as long as the kernel takes it."""
+        """Send a batch, and frames that are queued meanwhile, until the kernel takes no more."""
         data, served = batch
         if not data:
             return

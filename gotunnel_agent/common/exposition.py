@@ -45,8 +45,8 @@ def gauge(name: str, help: str, *samples: Sample) -> Metric:
 def histogram(
     bounds: Sequence[float], counts: Sequence[int], total: float, labels: Labels = ()
 ) -> Iterator[Sample]:
-    """The samples of one histogram. ``bounds``: the upper ends of its buckets; ``counts``: how many
-    fell into each, with one more for what is above all. ``total``: the sum of what was counted."""
+    """The samples of one histogram. ``bounds``: the upper ends of its buckets. ``counts``: the
+    values in each bucket, and last the values above all. ``total``: the sum of all values."""
     sum_so_far = 0
     for bound, count in zip((*bounds, math.inf), counts):
         sum_so_far += count

@@ -230,8 +230,8 @@ def _check_paths(plan: Plan) -> None:
 
 
 class _Person:
-    """A user, and what the modes of files let it do. None: a dynamic user, whom no file belongs
-    to."""
+    """A user, and the files that it may use by their modes. The name None is a dynamic user, which
+    owns no file."""
 
     def __init__(self, name: str | None):
         self._name = name

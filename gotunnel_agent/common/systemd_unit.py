@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# First line of a unit of ours. A file without it was written by somebody else, and stays.
+# First line of a unit that `service` has written. It leaves a file without this line alone.
 MARK = "# Written by {} service install"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a unit, also a folder's name
 MOST_TASKS = (

@@ -40,7 +40,8 @@ log = logging.getLogger("gotunnel.issuer")
 # not wait for it. One more is allowed for a renewal: with many new hostnames waiting, a certificate
 # could expire otherwise.
 JOBS = 4
-# Seconds at most between two checks of what is due: the clock may be set, or the machine may sleep.
+# Longest time in seconds between two checks for due orders: the clock may be set meanwhile, or the
+# machine may sleep.
 LOOK_AGAIN = 600.0
 # Seconds until a store is tried again that could not be read or locked. The CA is not asked.
 STORE_AGAIN = 60.0
