@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
 
-from gotunnel import call_logged
+from gotunnel import NoThread, call_logged, spawn
 
 from .json_lines import JsonLines
 from .standard_error import free_standard_error
@@ -35,6 +35,11 @@ log = logging.getLogger("gotunnel")
 SWITCH_INTERVAL = 0.02
 SMALL_MACHINE = 2  # with so many CPUs or fewer, a process of ours is faster on one than on all
 SHORTAGE_SILENCE = 60  # seconds between two warnings about a lack of threads
+# A thread of a pool that was not needed for so many seconds ends. Its stack, and what the C library
+# keeps for it, take some 100 kB: after a rush of 1000 requests that would be 100 MB for ever.
+IDLE_TIME = 30
+# So many threads of a pool stay: without any, a pool would do nothing while the system gives none.
+KEPT_THREADS = 2
 FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
 FORMATTERS = {"text": FORMATTER, "json": JsonLines()}
 STDERR = 2  # file descriptor
@@ -92,23 +97,30 @@ class Stopped(OSError):
 
 
 class Workers:
-    """A bounded pool of threads. It keeps working when the system refuses further threads, and logs
-    what a job raises.
+    """A bounded pool of threads, as many as are needed. It keeps working when the system refuses
+    further threads, and logs what a job raises.
 
-    Not a ThreadPoolExecutor: the interpreter joins that one's threads at exit, so a job that hangs
-    (getaddrinfo() cannot be interrupted) would keep a stopped process alive. These threads are
-    daemons and end with the process.
+    Not a ThreadPoolExecutor: its threads never end, and the interpreter joins them at exit, so a
+    job that hangs (getaddrinfo() cannot be interrupted) would keep a stopped process alive. These
+    threads are daemons and end with the process.
     """
 
     def __init__(self, most: int, name: str):
-        """The threads are ``name``_0 to ``name``_(``most`` - 1), each started when it is needed."""
+        """At most ``most`` threads at a time, called ``name``_0, ``name``_1 and so on."""
         self._most, self._name = most, name
         # Pairs of function and arguments; None ends a thread.
         self._jobs: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None]
         self._jobs = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards all below
-        self._threads: list[threading.Thread] = []
+        self._threads: set[threading.Thread] = set()
+        self._started = 0  # threads so far
         self._spare = 0  # threads that wait for a job, minus jobs that wait for a thread
+        # Which thread gets a job is up to the system, usually the one that has waited longest. So
+        # no thread is idle for long while jobs come now and then, however many there are. What
+        # shows that there are too many is the least number of spare ones in a period.
+        self._least_spare = 0  # since the period began
+        self._period_began = monotonic()
+        self._surplus = 0  # threads that shall end, by the period before
         self._over = False  # shutdown() was called
         self._said_at: float = -SHORTAGE_SILENCE  # monotonic, of the last warning
 
@@ -122,6 +134,14 @@ class Workers:
         """How many jobs wait for a thread. Read without the lock, too."""
         return max(0, -self._spare)
 
+    def prepare(self) -> None:
+        """Start the first thread now, so that a pool that is needed does not begin without any.
+        Raises NoThread."""
+        with self._lock:
+            if self._threads:
+                return
+            self._start_thread()
+
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
         """Have a thread of the pool call ``function(*arguments)``. Any thread.
 
@@ -132,13 +152,18 @@ class Workers:
                 raise Stopped("the pool of threads has been shut down")
             self._jobs.put((function, arguments))
             self._spare -= 1
+            if self._spare < self._least_spare:
+                self._least_spare = self._spare
             if self._spare >= 0 or len(self._threads) == self._most:
                 return
-            shortage = self._start_thread()
-        if shortage:
-            log.warning("the system gives us no further thread (%s); new jobs wait for the %d "
-                        "threads of the pool; raise the limit (ulimit -u)", shortage,
-                        len(self._threads))  # fmt: skip
+            try:
+                return self._start_thread()
+            except NoThread as error:  # the job waits for a thread that the pool has, or gets later
+                if monotonic() - self._said_at < SHORTAGE_SILENCE:
+                    return
+                self._said_at, shortage, count = monotonic(), error, len(self._threads)
+        log.warning("%s: new jobs wait for the %d threads of the pool: %s", self._name, count,
+                    shortage)  # fmt: skip
 
     def shutdown(self, timeout: float) -> bool:
         """Take no more jobs, and wait at most ``timeout`` seconds for those that were submitted.
@@ -153,32 +178,45 @@ class Workers:
             thread.join(max(0, deadline - monotonic()))
         return not any(thread.is_alive() for thread in threads)
 
-    def _start_thread(self) -> RuntimeError | None:
-        """Start one more thread. Returns an error to log if the system refuses it; None if it was
-        started, or the last warning is recent. The job stays queued for a thread that the pool has,
-        or gets later. Caller holds the lock."""
-        name = f"{self._name}_{len(self._threads)}"
-        thread = threading.Thread(target=self._work, name=name, daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            if monotonic() - self._said_at < SHORTAGE_SILENCE:
-                return None
-            self._said_at = monotonic()
-            return error
-        self._threads.append(thread)
+    def _start_thread(self) -> None:
+        """Start one more thread. Raises NoThread. Caller holds the lock."""
+        self._threads.add(spawn(f"{self._name}_{self._started}", self._work))
+        self._started += 1
         self._spare += 1
-        return None
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=IDLE_TIME)
+            except queue.Empty:
+                if self._ends(done=0):
+                    return
+                continue
+            if job is None:
+                return
             function, arguments = job
             call_logged(function, *arguments)
             # Otherwise these names would keep a visitor's connection alive until the next job,
             # which may take hours to come.
             del job, function, arguments
-            with self._lock:
-                self._spare += 1
+            if self._ends(done=1):
+                return
+
+    def _ends(self, done: int) -> bool:
+        """A thread is spare again, after so many jobs. Returns whether it shall end."""
+        with self._lock:
+            self._spare += done
+            now = monotonic()
+            if now - self._period_began >= IDLE_TIME:
+                self._surplus = min(self._least_spare, len(self._threads) - KEPT_THREADS)
+                self._period_began, self._least_spare = now, self._spare
+            if self._surplus <= 0 or self._spare <= 0:
+                return False
+            self._surplus -= 1
+            self._spare -= 1
+            self._least_spare -= 1
+            self._threads.discard(threading.current_thread())
+            return True
 
 
 def _say_at_once(text: str) -> None:

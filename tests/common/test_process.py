@@ -12,6 +12,7 @@ import weakref
 import pytest
 from support import ROOT, wait_until
 
+from gotunnel import NoThread
 from gotunnel_agent.common import process
 from gotunnel_agent.common.process import Stopped, Workers, print_answer, stay_on_one_cpu
 
@@ -103,6 +104,39 @@ def test_workers_start_a_thread_only_if_none_is_spare():
     go_on.set()
     assert workers.shutdown(10)
     assert names.qsize() == 2  # what was taken is done
+
+
+def test_workers_that_were_not_needed_for_a_while_end_although_jobs_come_now_and_then(monkeypatch):
+    monkeypatch.setattr(process, "IDLE_TIME", 0.05)
+    workers, together = Workers(20, "worker"), threading.Barrier(20)
+    for _ in range(20):
+        workers.submit(together.wait, 10)
+    wait_until(lambda: workers._spare == 20)
+
+    def a_job_is_done_and_few_are_left():
+        done = threading.Event()
+        workers.submit(done.set)
+        assert done.wait(10)
+        return len(workers._threads) == process.KEPT_THREADS
+
+    wait_until(a_job_is_done_and_few_are_left)
+    assert len([t for t in threading.enumerate() if t.name.startswith("worker_")]) <= 3
+    again = threading.Barrier(20)
+    for _ in range(20):  # they come back when they are needed
+        workers.submit(again.wait, 10)
+    assert workers.shutdown(10) and not again.broken
+
+
+def test_workers_that_are_prepared_have_a_thread_or_say_that_there_is_none(monkeypatch):
+    workers = Workers(4, "worker")
+    with monkeypatch.context() as shortage:
+        no_more_threads(shortage)
+        with pytest.raises(NoThread, match="ulimit -u"):
+            workers.prepare()
+    for _ in range(2):
+        workers.prepare()
+    assert len(workers._threads) == 1
+    assert workers.shutdown(10)
 
 
 def test_workers_keep_nothing_of_a_job_that_is_done():
