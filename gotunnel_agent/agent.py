@@ -378,6 +378,7 @@ class Agent:
         try:
             if self._stopping.is_set():  # stop() may have run before it could see this session
                 raise SessionClosed("the agent stops")
+            workers.prepare()  # visits without a thread would wait for ever: rather dial again
             session.start()
             register = self._registration(config)._replace(overlap=bool(old))
             service.control = control = session.open(encode_message(register))

@@ -15,7 +15,7 @@ import getpass
 import logging
 import sys
 
-from gotunnel import __version__, spawn
+from gotunnel import NoThread, __version__, spawn
 
 from . import service
 from .agent import Agent
@@ -82,7 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     for line in exposures(config.secret_files):
         log.warning("%s", line)
     signals = Signals(hang_up=True)
-    spawn("agent", signals.after, agent.run)
+    try:
+        spawn("agent", signals.after, agent.run)
+    except NoThread as error:
+        print(f"gotunnel-agent: {error}", file=sys.stderr)
+        return 1
     status = status_socket_of(config, lambda: describe(agent.snapshot()))
     if status is not None:
         status.start()

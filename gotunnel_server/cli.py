@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from gotunnel import __version__
+from gotunnel import NoThread, __version__
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
@@ -110,7 +110,7 @@ def command(options: argparse.Namespace) -> int:
         return fail(error, 2)
     except (CertificateError, AgentsFileError) as error:
         return fail(error, 2)
-    except (PortError, LogFileError, StoreError, GrantError, Failed) as error:
+    except (PortError, LogFileError, StoreError, GrantError, NoThread, Failed) as error:
         return fail(error, 1)
     except ServiceError as error:
         return max(fail(line, 1) for line in str(error).splitlines())
@@ -135,8 +135,8 @@ def agents(config: Config, options: argparse.Namespace) -> int:
 
 def run(env_file: str | None) -> int:
     """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
-    PortError, LogFileError; Failed if a running gateway has started this process as its successor
-    (handover.py) and does not hand over."""
+    PortError, LogFileError, NoThread; Failed if a running gateway has started this process as its
+    successor (handover.py) and does not hand over."""
     predecessor = find_predecessor(environment())
     try:
         return serve(load(env_file), env_file, Life(environment(), predecessor))

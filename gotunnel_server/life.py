@@ -64,6 +64,10 @@ class Life:
         ``tcp_ports``: those that agents may ask for. ``status_socket``: see Status. ``reload()`` is
         called on SIGHUP, and does not wait."""
         self._inherited.close_unfit(tcp_ports)
+        interval = watchdog_interval(self._environment)
+        watchdog = None
+        if interval is not None and self._notifier:
+            watchdog = Watchdog(self._notifier, interval, gateway.listeners.stuck)
         if self._predecessor is None:
             gateway.start()
         else:
@@ -71,10 +75,8 @@ class Life:
             gateway.start(self._predecessor.await_end)
             self._await_claims()
         self._notifier.tell("READY=1")
-        interval = watchdog_interval(self._environment)
-        watchdog = None
-        if interval is not None and self._notifier:
-            watchdog = Watchdog(self._notifier, interval, gateway.listeners.stuck)
+        if watchdog is not None:
+            watchdog.start()
         status = Status(gateway, status_socket)
         successor = self._serve(gateway, reload)
         status.draining = True

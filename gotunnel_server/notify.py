@@ -93,19 +93,24 @@ class Watchdog:
     def __init__(
         self, notifier: Notifier, interval: float, stuck: Callable[[float], str | None]
     ) -> None:
-        """``stuck(timeout)`` names a part that does not respond in ``timeout`` seconds, or returns
-        None. Raises NoThread."""
+        """Start the thread, which waits for start(). ``stuck(timeout)`` names a part that does not
+        respond in ``timeout`` seconds, or returns None. Raises NoThread."""
         self._notifier = notifier
         self._interval = interval
         self._stuck = stuck
-        self._over = threading.Event()
+        self._begun, self._over = threading.Event(), threading.Event()
         spawn("watchdog", self._run)
+
+    def start(self) -> None:
+        self._begun.set()
 
     def stop(self) -> None:
         """Tell systemd nothing any more."""
         self._over.set()
+        self._begun.set()
 
     def _run(self) -> None:
+        self._begun.wait()
         said = False
         while not self._over.is_set():
             began = monotonic()

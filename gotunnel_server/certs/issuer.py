@@ -90,13 +90,20 @@ class Issuer:
         self._lock = self.queue.lock  # guards what follows, too
         self._jobs: set[threading.Thread] = set()
         self._stopping = False
-        self._thread: threading.Thread | None = None  # once it is started
+        self._thread: threading.Thread | None = None  # None until prepare()
+        self._begun = threading.Event()  # set by start() and stop()
+
+    def prepare(self) -> None:
+        """Start the thread, which waits for start(). Raises NoThread."""
+        self._thread = spawn("issuer", self._run)
 
     def start(self) -> None:
         """Begin to order. If the CA has asked an earlier process for a pause, wait until its end.
-        Raises NoThread."""
+        Raises NoThread, but not after prepare()."""
+        if self._thread is None:
+            self.prepare()
         self.queue.restore()
-        self._thread = spawn("issuer", self._run)
+        self._begun.set()
 
     def stop(self) -> None:
         """No more orders; returns within two seconds, whatever the CA does."""
@@ -105,6 +112,7 @@ class Issuer:
             self.queue.cancel()
             jobs = list(self._jobs)
             self._lock.notify_all()
+        self._begun.set()
         deadline = time.monotonic() + STOP_TIMEOUT
         for thread in (self._thread, *jobs):
             if thread is not None and thread is not threading.current_thread():
@@ -120,6 +128,7 @@ class Issuer:
 
     def _run(self) -> None:
         """Thread: order what is due, until stop()."""
+        self._begun.wait()
         while True:
             try:
                 if not self._turn():

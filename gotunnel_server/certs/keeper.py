@@ -82,8 +82,12 @@ class Keeper:
             self._want_own(name)
         self.want(earlier)
 
+    def prepare(self) -> None:
+        """Start the thread that orders; it waits for start(). Raises NoThread."""
+        self._ordered.prepare()
+
     def start(self) -> None:
-        """Begin to order. Raises NoThread."""
+        """Begin to order. Raises NoThread, but not after prepare()."""
         self._ordered.start()
 
     def stop(self) -> None:

@@ -53,8 +53,12 @@ class Ordered:
         # With a certificate, visitors get an error page until the agent is back, not a TLS error.
         self._serve_stored()
 
+    def prepare(self) -> None:
+        """Start the thread that orders; it waits for start(). Raises NoThread."""
+        self.issuer.prepare()
+
     def start(self) -> None:
-        """Begin to order. Raises NoThread."""
+        """Begin to order. Raises NoThread, but not after prepare()."""
         self.issuer.start()
 
     def stop(self) -> None:
@@ -153,6 +157,9 @@ class Ordered:
 
 class NothingOrdered:
     """In place of Ordered if no CA is asked: has nothing, does nothing."""
+
+    def prepare(self) -> None:
+        pass
 
     def start(self) -> None:
         pass

@@ -50,7 +50,7 @@ class FairWorkers:
     def __init__(self, most: int, name: str):
         """Parameters as for Workers."""
         self._workers = Workers(most, name)
-        self.shutdown = self._workers.shutdown
+        self.prepare, self.shutdown = self._workers.prepare, self._workers.shutdown
         self._waiting = RoundRobin()
         self._lock = threading.Lock()  # guards _waiting: one item for each job in the pool
 

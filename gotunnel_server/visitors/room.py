@@ -32,6 +32,7 @@ class Exchanges:
     def __init__(self, most: int, proxies: Proxies):
         self.room = Shares(most, proxies)
         self._workers = Workers(most, "exchange")
+        self.prepare = self._workers.prepare
         self.start = self._workers.submit  # start(function)
         self.stop = self._workers.shutdown  # stop(timeout)
 

@@ -113,6 +113,7 @@ def test_watchdog_tells_as_long_as_nothing_is_stuck(notifier, manager, caplog):
         return stuck[0] if stuck else None
 
     watchdog = Watchdog(notifier, 0.02, look)
+    watchdog.start()
     assert [manager.hear(), manager.hear()] == ["WATCHDOG=1"] * 2
     stuck.append("the listener of port 443")
     deadline = time.monotonic() + TIMEOUT
