@@ -31,20 +31,19 @@ from .routes import Registry
 from .served import ServedFile
 from .visitors import dashboard, policy, sites
 from .visitors.forwarded import Proxies
-from .visitors.port import Port, PublicPort, TcpPort, change_timeouts, drain
+from .visitors.port import HealthPort, Port, PublicPort, TcpPort, change_timeouts, drain
 from .visitors.room import Room, Timeouts
 from .visitors.visits import Subscriber
 from .visitors.waiting import WaitingRoom
-from .watcher import Watcher
+from .watcher import Watcher, Watchers
 
 log = logging.getLogger("gotunnel.gateway")
 
 # Seconds between checks of CERT_DIR and AGENTS_FILE. A changed file may be half written, so it is
 # read once it has stayed the same for such an interval: within 5 s.
 RELOAD = 2
-# Seconds for which stop() waits for jobs of the thread pools. Their connections are closed by then.
-LAST_JOBS = 2
-LAST_LOOK = 2  # seconds for which stop() waits for a watcher's check: a disk may hang
+METRICS = "METRICS_PORT"
+LAST_JOBS = 2  # seconds for which stop() waits for a pool's jobs, or a watcher's check
 
 
 class Gateway:
@@ -93,7 +92,7 @@ class Gateway:
             self.listeners.stop()
             self.recording.stop()
             raise
-        self._watchers = (
+        self._watchers = Watchers(
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
         )
@@ -185,12 +184,11 @@ class Gateway:
         )  # fmt: skip
         site = metrics.build_site(parts, config.metrics_bind)
         self.metrics_port = self._add_page(
-            "METRICS_PORT", config.metrics_port, config.metrics_bind, site, visits=None
+            METRICS, config.metrics_port, config.metrics_bind, site, HealthPort
         )
 
-    def _add_page(self, setting, number, addresses, site, **rest):
-        room = Room(capacity.PAGE_REQUESTS, self._proxies)
-        port = self._build_port(Port, room, site=site, **rest)
+    def _add_page(self, setting, number, addresses, site, kind=Port):
+        port = self._build_port(kind, Room(capacity.PAGE_REQUESTS, self._proxies), site=site)
         places = capacity.plain(capacity.PAGE_CONNECTIONS, self._proxies)
         return self.listeners.add(setting, number, port, places, port.first_timeout, addresses)
 
@@ -236,10 +234,16 @@ class Gateway:
         """Serve; call ``before_orders()`` before certificates are ordered. Raises PortError,
         NoThread, and whatever ``before_orders()`` raises."""
         self.recording.start()
+        for port in self._visitor_ports:
+            port.exchanges.prepare()
+        self._steps.prepare()
+        self._registrations.prepare()
+        self._watchers.prepare()
+        self.keeper.prepare()  # all threads that it needs are there before it says that it serves
         self.listeners.start()
         before_orders()
-        for part in (*self._watchers, self.keeper):
-            part.start()
+        self._watchers.start()
+        self.keeper.start()
         self._ready.set()
         for fact in self._facts:
             log.info("%s", fact)
@@ -247,8 +251,7 @@ class Gateway:
 
     def reload(self) -> None:
         """Read now what may have changed. Any thread; waits for nothing."""
-        for watcher in self._watchers:
-            watcher.ask()
+        self._watchers.ask()
         self.recording.reopen()
 
     def change(self, config: Config) -> None:
@@ -262,8 +265,7 @@ class Gateway:
 
     def estate(self) -> Estate:
         """The state that a successor gets in a hand-over, beside the sockets. Any thread."""
-        modes, ports = self._registry.modes(), self._ports.hostnames()
-        return Estate(modes, ports, self._challenges.published())
+        return Estate(self._registry.modes(), self._ports.hostnames(), self._challenges.published())
 
     def inherit(self, estate: Estate) -> None:
         """Before start(): take over a predecessor's state."""
@@ -271,21 +273,21 @@ class Gateway:
         self._ports.remember(estate.ports)
         self._challenges.adopt(estate.proofs)
 
-    def stop_accepting(self) -> None:
-        """Take no new connections; visits, and connections that are here already, go on."""
+    def stop_accepting(self, but: str = "") -> None:
+        """Take no new connections, except at the port ``but``; those that are here go on."""
         self._ready.clear()
         for port in self._visitor_ports:
             port.start_draining()
         self._ports.close()
         self._newcomers.listener.stop()  # an agent that is not registered yet dials again
-        self.listeners.stop_accepting()
+        self.listeners.stop_accepting(but)
 
     def stop(self) -> None:
         """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
-        self.stop_accepting()
+        self.stop_accepting(but=METRICS)  # until the end /readyz says that this gateway drains
         self.tunnels.move()
-        for part in (*self._watchers, self.keeper):
-            part.stop()
+        self._watchers.stop()
+        self.keeper.stop()
         drain(self._visitor_ports, self._drain_timeout, self.listeners.stop)
         self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
@@ -293,7 +295,6 @@ class Gateway:
         self._registrations.shutdown(LAST_JOBS)  # after the steps, which submit jobs to it
         for port in self._visitor_ports:
             port.stop(LAST_JOBS)
-        for watcher in self._watchers:
-            watcher.join(LAST_LOOK)
+        self._watchers.join(LAST_JOBS)
         self.recording.stop()
         log.info("stopped")

@@ -128,10 +128,12 @@ class Listeners:
             )
         return list(found.values())
 
-    def stop_accepting(self) -> None:
-        """Accept no further connections; parked ones are still watched."""
-        for listener in self._open:
-            listener.stop_accepting()
+    def stop_accepting(self, but: str = "") -> None:
+        """Accept no further connections, except at the port of the setting ``but``; parked ones are
+        still watched."""
+        for listener, setting in self._open.items():
+            if setting != but:
+                listener.stop_accepting()
 
     def stop(self) -> None:
         """Accept no further connections, and close the parked ones."""

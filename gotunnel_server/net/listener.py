@@ -239,9 +239,11 @@ class Listener:
 
     def moves(self, timeout: float) -> bool:
         """Whether the thread takes a turn within ``timeout`` seconds, or is to take none."""
+        if self._thread is None or self._stopping.is_set():
+            return True
         self._turned.clear()
         self._waker.wake()
-        return self._thread is None or self._turned.wait(timeout) or self._stopping.is_set()
+        return self._turned.wait(timeout) or self._stopping.is_set()
 
     def stop_accepting(self) -> None:
         """Accept no further connections, and close our descriptors of the port: a process that

@@ -1,6 +1,7 @@
 """The ports that visitors connect to, and the count of the visitors on each.
 
 Port          plain HTTP: the dashboard, the redirect to https
+HealthPort    plain HTTP: metrics and health
 PublicPort    TLS; without TLS: HTTP, redirected to https, or raw bytes for a tcp hostname
 TcpPort       one tunnel's own port, which leads to one Route
 """
@@ -16,7 +17,7 @@ from typing import Any
 from gotunnel_agent.common.duplex import Duplex
 
 from ..net.listener import Address, Listener
-from ..net.shares import Seat
+from ..net.shares import Seat, Shares
 from ..net.total import Total
 from ..routes import Registry, Route
 from .arrival import SILENCE, Arrival, Challenges, PlainArrival
@@ -33,11 +34,16 @@ from .waiting import WaitingRoom
 
 log = logging.getLogger("gotunnel.port")
 
+# Of a HealthPort, in seconds. A peer may have a third of its places. A scrape that keeps its
+# connection makes a new one each time, which costs a millisecond.
+HEALTH_TIMEOUTS = Timeouts(header=2, idle=2, response=2, stall=2)
+
 
 class Port:
     """A port for plain HTTP. Any thread."""
 
     listener: Listener  # set before the port is opened
+    drains = True  # a drain waits for the visits here, and closes the port at its beginning
 
     def __init__(
         self,
@@ -130,7 +136,8 @@ class Port:
 def change_timeouts(ports: Sequence[Port], idle: float, response: float, stall: float) -> None:
     """Give the ports other timeouts, for connections from now on."""
     for port in ports:
-        port.timeouts = port.timeouts._replace(idle=idle, response=response, stall=stall)
+        if port.drains:
+            port.timeouts = port.timeouts._replace(idle=idle, response=response, stall=stall)
 
 
 def drain(ports: Sequence[Port], timeout: float, close_parked: Callable[[], object]) -> None:
@@ -138,10 +145,24 @@ def drain(ports: Sequence[Port], timeout: float, close_parked: Callable[[], obje
     most; then reset their connections. ``close_parked()`` closes those that no thread has."""
     until = monotonic() + timeout
     for port in ports:
-        port.await_last(max(0, until - monotonic()))
+        if port.drains:
+            port.await_last(max(0, until - monotonic()))
     close_parked()
     if left := sum(port.reset() for port in ports):
         log.warning("%d visits did not end in %g s and were cut", left, timeout)
+
+
+class HealthPort(Port):
+    """METRICS_PORT. It is asked by programs on this machine or near it, often all from one address:
+    a peer that asks nothing, or does not read, must not keep another one's place for long. It
+    answers until the end of a drain, which does not wait for its peers. It records no visits."""
+
+    drains = False
+
+    def __init__(self, **rest: Any):
+        """``rest``: see Port."""
+        super().__init__(**rest | {"timeouts": HEALTH_TIMEOUTS, "visits": None})
+        self.parting = Shares(0)  # each lingering close is a short one
 
 
 class PublicPort(Port):

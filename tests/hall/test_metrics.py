@@ -1,10 +1,12 @@
 """What METRICS_PORT tells: figures that are true, in a form that Prometheus reads, and health."""
 
+import contextlib
 import http.client
 import json
 import re
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -26,8 +28,11 @@ from support import (
 from gotunnel_agent.common import exposition
 from gotunnel_agent.common.exposition import Sample, counter, gauge, histogram
 from gotunnel_server.routes import Route
+from gotunnel_server.visitors import connection as connection_module
 from gotunnel_server.visitors import counts as counts_module
+from gotunnel_server.visitors import port as port_module
 from gotunnel_server.visitors.counts import OTHER, Counts
+from gotunnel_server.visitors.room import Timeouts
 from gotunnel_server.visitors.visit import Visit
 
 DASHBOARD = ROOT / "conf" / "grafana-gotunnel.json"
@@ -160,11 +165,34 @@ def test_health_and_readiness(gateway):
     assert ask(port, "/healthz")[::2] == (503, "the listener of port 1 is stuck\n")
 
 
-def test_a_gateway_that_drains_is_not_ready(cache):
+def test_a_gateway_that_drains_says_until_its_end_that_it_is_not_ready(cache, tmp_path, origin):
+    with gateway_here(cache, METRICS_PORT="auto", DRAIN_TIMEOUT="30") as gateway:
+        port, stop = gateway.inner.metrics_port, threading.Thread(target=gateway.inner.stop)
+        with agent_here(gateway, tmp_path, tcp={RAW: origin.port}), contextlib.ExitStack() as open_:
+            visitor = open_.enter_context(gateway.dial(RAW))
+            target = open_.enter_context(origin.accept())
+            kept = open_.enter_context(socket.create_connection(("127.0.0.1", port)))
+            assert ask(port, "/readyz")[::2] == (200, "ok\n")
+            stop.start()
+            wait_until(lambda: not gateway.inner._ready.is_set())
+            for _ in range(3):
+                assert ask(port, "/readyz")[::2] == (503, "starting or draining\n")
+                assert ask(port, "/healthz")[0] == 200
+            visitor.send(b"x")
+            assert target.read_exactly(1) == b"x"  # it drains indeed
+            visitor.close()
+            target.close()
+            stop.join(10)  # it does not wait for the peer that asks nothing
+            assert not stop.is_alive() and kept.fileno() >= 0
+            with pytest.raises(ConnectionRefusedError):
+                ask(port, "/readyz")
+
+
+def test_in_a_hand_over_the_old_gateway_leaves_the_port_to_its_successor(cache):
     with gateway_here(cache, METRICS_PORT="auto") as gateway:
-        assert gateway.inner._ready.is_set()
         gateway.inner.stop_accepting()
-        assert not gateway.inner._ready.is_set()
+        with pytest.raises(ConnectionRefusedError):
+            ask(gateway.inner.metrics_port, "/readyz")
 
 
 @pytest.mark.parametrize(
@@ -203,11 +231,25 @@ def test_reading_it_is_no_visit(cache):
         assert not [key for key in found if key[0] == "gotunnel_gateway_visits_total"]
 
 
-def test_peers_that_ask_nothing_hold_up_no_other(gateway):
-    port = gateway.inner.metrics_port
-    address = ("127.0.0.1", port)
-    with socket.create_connection(address), socket.create_connection(address):
-        assert ask(port)[0] == 200
+@pytest.mark.parametrize(
+    "first", [b"", b"GET /healthz", b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n"]
+)
+def test_peers_that_ask_nothing_hold_up_no_other_for_long(cache, monkeypatch, first):
+    """All are of one address: of a container's host, say."""
+    monkeypatch.setattr(port_module, "HEALTH_TIMEOUTS", Timeouts(0.2, 0.2, 0.2, 0.2))
+    monkeypatch.setattr(connection_module, "FULL_PARTING_TIME", 0.2)
+    with gateway_here(cache, METRICS_PORT="auto") as gateway, contextlib.ExitStack() as open_:
+        port = gateway.inner.metrics_port
+        for _ in range(200):
+            sock = open_.enter_context(socket.create_connection(("127.0.0.1", port)))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(first)
+
+        def is_healthy():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return ask(port, "/healthz")[0] == 200
+
+        wait_until(is_healthy)
 
 
 # Labels -------------------------------------------------------------------------------------------
