@@ -1623,7 +1623,7 @@ class StreamTable:
         self.arrival = threading.Condition(lock)  # arrived grew, or the session ended
         self.slot = threading.Condition(lock)  # open() may be possible again, or the session ended
         self.callbacks: list[Callback] = []  # on_death() functions, to be called without the lock
-        self.bells: list[Bell] = []  # of readers for whom payload has come; likewise
+        self.bells: list[Callback] = []  # ring for readers whose payload has come; likewise
         self._session, self._mux, self._account, self._lock = session, mux, account, lock
 
     def add(self, stream_id: int) -> Stream:
@@ -1744,7 +1744,7 @@ class StreamTable:
         stream._silent = False
         self.count_unread(stream, len(payload))
         if stream._readable.waiting:
-            self.bells.append(stream._readable)
+            self.bells.append(stream._on_payload)
         if self.unread > Memory.FLOOR:
             self._make_room()
 
@@ -2017,8 +2017,8 @@ class Session:
                     batch = self._sender.take()
             finally:
                 LARGE_BUFFERS.give_back(buffer)
-                for bell in streams.bells:  # now the whole batch is there, and the lock is free
-                    bell.ring()
+                for ring in streams.bells:  # now the whole batch is there, and the lock is free
+                    ring()
                 streams.bells.clear()
             self._sender.send(batch)
             if streams.callbacks:
@@ -2158,7 +2158,7 @@ class Stream:
     __slots__ = (
         "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender", "_lock", "_readable",
         "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin", "_discarding", "_error",
-        "_on_death", "_at_rest", "_known",
+        "_on_payload", "_on_death", "_at_rest", "_known",
     )  # fmt: skip
 
     def __init__(self, session: Session, stream_id: int):
@@ -2177,6 +2177,7 @@ class Stream:
         self._sent_fin = False
         self._discarding = False  # close() was called: payload that comes is dropped
         self._error: StreamReset | SessionClosed | None = None
+        self._on_payload: Callback = self._readable.ring  # called if payload comes for a reader
         self._on_death: Callback | None = None
         self._at_rest = False  # from rest() until the next write()
         # Whether the session knows this stream. Comparing ids is not enough: a peer that breaks the
@@ -2304,6 +2305,38 @@ class Stream:
             parts.append(chunk)
             size -= len(chunk)
         return b"".join(parts)
+
+    def shortcut(self, take: Callable[[bytes], int]) -> None:
+        """While a thread waits in read(), have the demultiplexer offer small payload to
+        ``take(data)`` first: it spares the thread's wake-up. take() returns how many bytes it has
+        taken, and must not wait. read() returns the others, in order."""
+        self._on_payload = functools.partial(self._pass_on, take)
+
+    def _pass_on(self, take: Callable[[bytes], int]) -> None:
+        with self._lock:
+            if not self._chunks:  # the reader has them already
+                return
+            # A reader that does not wait may have earlier bytes in its hands.
+            mine = self._readable.waiting and not self._got_fin and self._error is None
+            if not mine or self._unread > FRAME_SHARED:
+                self._readable.ring()
+                return
+            data = self._take_out(FRAME_SHARED)
+            self._streams.count_unread(self, -len(data))
+        try:
+            taken = take(data)
+        except OSError:  # the reader meets it too, and deals with it
+            taken = 0
+        with self._lock:
+            if self._discarding or not self._known:  # it was closed or reset meanwhile
+                return
+            if taken < len(data):
+                self._chunks.appendleft(data[taken:])
+                self._streams.count_unread(self, len(data) - taken)
+                self._readable.ring()
+            due = self._mux.consumed(self.id, taken, monotonic())
+            batch = self._sender.take() if due else NOTHING
+        self._sender.send(batch)
 
     def read_exactly(self, count: int, timeout: float | None = None) -> bytes:
         """Wait for ``count`` bytes; raises ProtocolError if the peer's FIN comes before."""

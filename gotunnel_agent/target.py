@@ -171,6 +171,8 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:
+                if route.context is None:
+                    stream.shortcut(target.offer)
                 exchange(stream, target)
             elif tunnel.idle_timeout is None:
                 relay(stream, target)

@@ -428,6 +428,19 @@ class Duplex:
             self._unsent = b"".join((self._unsent, data)) if self._unsent else data
             return self._push()
 
+    def offer(self, data: BytesLike) -> int:
+        """Give bytes to the kernel, and return how many it took. The caller keeps the others; with
+        send() the Duplex would. Only without TLS, which cannot take back what it has encrypted."""
+        with self._send_lock:
+            if self._unsent:
+                return 0
+            self._unsent = data
+            try:
+                self._push()
+                return len(data) - len(self._unsent)
+            finally:
+                self._unsent = b""
+
     def flush(self) -> bool:
         """Go on sending; True once the kernel has everything."""
         with self._send_lock:

@@ -60,6 +60,19 @@ def test_bytes_arrive(duplexes):
     assert left.read(timeout=PATIENCE) == b"and back"
 
 
+def test_offer_takes_no_more_than_the_kernel_does():
+    with duplex_pair("tcp") as (left, right):
+        assert left.offer(b"there") == 5
+        assert right.read(timeout=PATIENCE) == b"there"
+        while (taken := left.offer(SOME)) == len(SOME):
+            pass
+        assert taken < len(SOME) and left.offer(b"more") == 0
+        assert left.flush()  # it has kept nothing
+        left.reset()
+        with pytest.raises(ConnectionResetError):
+            left.offer(b"x")
+
+
 def test_nothing_there_is_none_and_not_the_end(duplexes):
     left, _ = duplexes
     assert left.receive() is None

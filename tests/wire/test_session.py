@@ -155,6 +155,80 @@ def test_read_gives_no_more_than_asked():
         assert [stream.read(size) for size in (1, 4, 2, 100)] == [b"a", b"bcde", b"fg", b"hi"]
 
 
+@contextlib.contextmanager
+def with_a_shortcut(take):
+    """A raw peer, and a stream with a shortcut whose reader waits."""
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        stream.shortcut(take)
+        reading = spawn(stream.read)
+        wait_for_waiter(stream._readable)
+        yield peer, session, stream, reading
+        assert session._account.held == session._streams.unread == stream._unread == 0
+
+
+def test_payload_on_the_shortcut_does_not_wake_the_reader():
+    taken = []
+    with with_a_shortcut(lambda data: taken.append(data) or len(data)) as (
+        peer,
+        _,
+        stream,
+        reading,
+    ):
+        peer.send(*(frame(DATA, 0, 1, payload=data) for data in (b"one", b"two")))
+        peer.barrier()
+        assert b"".join(taken) == b"onetwo" and stream._readable.waiting
+        got = []
+        while not got:  # it gives credit, or the peer could not go on
+            peer.send(frame(DATA, 0, 1, payload=bytes(16_000)))
+            got = peer.barrier()
+        assert got[0][:3] == (WINDOW_UPDATE, 0, 1) and stream._readable.waiting
+        peer.send(frame(DATA, FIN, 1))
+        assert reading.result(PATIENCE) == b""
+        assert sum(map(len, taken)) > INITIAL_WINDOW // 2
+
+
+@pytest.mark.parametrize("taken", [0, 2, OSError])
+def test_reader_gets_what_the_shortcut_does_not_take(taken):
+    def take(data):
+        if taken is OSError:
+            raise taken
+        return taken
+
+    with with_a_shortcut(take) as (peer, _, stream, reading):
+        peer.send(frame(DATA, 0, 1, payload=b"abcd"))
+        assert reading.result(PATIENCE) == b"abcd"[taken if type(taken) is int else 0 :]
+        peer.send(frame(DATA, FIN, 1))
+        assert stream.read(timeout=PATIENCE) == b""
+
+
+def test_large_payload_and_a_busy_reader_take_no_shortcut():
+    taken = []
+    with with_a_shortcut(taken.append) as (peer, _, stream, reading):
+        peer.send(frame(DATA, 0, 1, payload=bytes(gotunnel.FRAME_SHARED + 1)))
+        assert len(reading.result(PATIENCE)) == gotunnel.FRAME_SHARED + 1
+        peer.send(frame(DATA, 0, 1, payload=b"behind it"))
+        peer.barrier()
+        assert stream.read(timeout=PATIENCE) == b"behind it"
+        assert not taken
+
+
+@pytest.mark.parametrize("end", [gotunnel.Stream.close, gotunnel.Stream.reset])
+def test_stream_that_ends_meanwhile_gets_nothing_back_from_the_shortcut(end):
+    def take(data):
+        end(stream)
+        return 1
+
+    with with_a_shortcut(take) as (peer, session, stream, reading):
+        peer.send(frame(DATA, 0, 1, payload=b"abcd"))
+        if end is gotunnel.Stream.close:
+            assert reading.result(PATIENCE) == b""
+        else:
+            with pytest.raises(StreamReset):
+                reading.result(PATIENCE)
+        peer.barrier()
+
+
 # Open and close ----------------------------------------------------------------------------------
 
 
