@@ -155,21 +155,22 @@ class Duplex:
     ) -> None:
         """Begin TLS, to be followed by handshake(). Bytes of unread() are its first input."""
         self._tls_in.write(self._unread)
-        self._tls_holds, self._unread = bool(self._unread), b""
+        self._tls_holds, self._unread = True, b""  # TLS has that to read, or a ClientHello to send
         self._tls = context.wrap_bio(self._tls_in, self._tls_out, server_side, server_hostname)
         # SSLObject only passes these calls on to a private object: spare each of them a call.
         self._records = getattr(self._tls, "_sslobj", self._tls)
 
     def handshake(self) -> bool:
-        """Go on with the handshake, with at most one read; False if it needs more from the peer.
+        """Go on with the handshake, with at most one read; False if it needs more from the peer,
+        which has got what TLS had to say.
 
         Raises ssl.SSLError if it fails; the TLS alert has been sent then.
         """
         tls = self._tls
         if tls is None:
             raise ValueError("handshake() before start_tls()")
-        if self._shake_hands(tls):
-            return True
+        if self._tls_holds:
+            return self._shake_hands(tls)
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
@@ -189,6 +190,7 @@ class Duplex:
                 self._tls_holds = bool(self._tls_in.pending or tls.pending())
             return True
         except ssl.SSLWantReadError:
+            self._tls_holds = False  # or a connection that waits for the peer would seem pending
             return False
         finally:
             self.flush()

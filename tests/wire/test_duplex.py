@@ -405,6 +405,7 @@ def test_a_reset_between_the_check_and_the_read_is_not_taken_for_an_end(duplexes
 def test_a_reset_during_the_handshake_is_not_taken_for_an_end():
     with duplex_pair("tcp") as (left, right):
         start_tls(left, right)
+        assert not left.handshake()  # sends the ClientHello
         left._socket = ResetInBetween(left)
         with pytest.raises(ConnectionResetError, match="on this side"):
             left.handshake()
@@ -551,6 +552,7 @@ def test_handshake_takes_bytes_that_were_given_back():
         server.unread(hello)
         server.start_tls(server_context, server_side=True)
         assert not server.handshake()
+        assert not server.pending  # or the connection would be asked again and again meanwhile
         client.handshake_within(PATIENCE)
         server.handshake_within(PATIENCE)
         client.write(b"secret")
