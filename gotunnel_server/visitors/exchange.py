@@ -1,7 +1,6 @@
 """Forwards one request to its route's target over a stream, and the answer back to the visitor.
 
-The visitor is a request.Request, whatever protocol it speaks. The target gets HTTP/1.1, written by
-http1.py.
+The visitor is a request.Request, and the target a target.Target, whatever protocols they speak.
 
 The request's body and the answer flow at the same time: a body that has not arrived whole with its
 head gets a thread of its own (`Upload`), so a target may answer before it has read everything. Both
@@ -12,25 +11,25 @@ target has not answered yet.
 """
 
 import logging
-import threading
-from collections.abc import Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 from time import monotonic
+from typing import Any
 
-from gotunnel import NoThread, SessionClosed, Stream, spawn
+from gotunnel import NoThread, SessionClosed, Stream
 from gotunnel_agent.common import http1, refusals
-from gotunnel_agent.common.http1 import Body, Malformed, Response
-from gotunnel_agent.common.patience import Patience
+from gotunnel_agent.common.http1 import Malformed, Response
 
 from ..routes import AgentBusy
 from . import forwarded, login, pages, request_id
 from .forwarded import Proxies
+from .http1_target import Http1Target
 from .pages import RETRY, Page
-from .request import LEAST_BYTE_RATE, AgentLost, Request, Upgraded, VisitorGone
+from .request import AgentLost, Request, Upgraded, VisitorGone
 from .sites import Forward
+from .target import Target, TargetFailed
+from .upload import Upload
 from .visit import CUT
-from .work import Work
 
 log = logging.getLogger("gotunnel.exchange")
 
@@ -42,26 +41,8 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
 NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
 NOT_WITH_AN_ID = NOT_FOR_VISITORS | {request_id.KIND}
-# Work budget for the chunks of an answer: chunks a second in the long run, and at once. Each
-# CHUNK_PAYLOAD bytes permit one more. A stream of server-sent events has about a hundred a second.
-# Without it, sixteen endless answers of one-byte chunks slowed every other visit from 5 to 400 ms.
-CHUNK_RATE, CHUNK_BURST = 10_000, 5_000
-CHUNK_PAYLOAD = 2048
-# Interval in seconds of the checks whether the visitor of a waiting request is still connected, and
-# whether the request's body is still wanted.
+# Interval in seconds of the checks whether the visitor of a waiting request is still connected.
 WATCH = 0.5
-# Seconds that an upload's thread gets to end. Nothing can block it by then: its stream is over, and
-# it checks every WATCH whether its request is.
-UPLOAD_END_TIMEOUT = 5
-
-
-class TargetFailed(Exception):
-    """The target gave no answer that can be passed on; ``page`` tells the visitor.
-    ``detail`` is for the log only: it may quote what the visitor must not learn."""
-
-    def __init__(self, status: int, code: str, text: str, detail: str = ""):
-        super().__init__(f"{text} {detail}".rstrip())
-        self.page = pages.error(status, code, text)
 
 
 def send_page(request: Request, page: Page) -> None:
@@ -80,165 +61,11 @@ def send_page(request: Request, page: Page) -> None:
     request.finish([] if request.method == "HEAD" else [page.body])
 
 
-class Upload:
-    """Copies a request's body from the visitor to a stream.
-
-    The exchange's thread calls the methods. The copying runs in a second thread, if start() finds
-    that the body is not complete yet.
-    """
-
-    _stream: Stream  # set by start()
-
-    def __init__(self, request: Request, timeout: float):
-        """``timeout``: how many seconds the target may read nothing."""
-        self._request = request
-        self._timeout = timeout
-        self._thread: threading.Thread | None = None
-        self._unwanted = threading.Event()  # the target, or the exchange, wants no more of the body
-        self._over = threading.Event()  # the request was answered, or never will be
-        self._patience = Patience(request.idle_timeout, LEAST_BYTE_RATE, request.crowded)
-        # The visitor waits for 100 (Continue) before it sends the body (RFC 9110 §10.1.1).
-        self._held_back = "100-continue" in request.fields.tokens("expect")
-        self.stuck = False  # the target has read nothing for ``timeout`` seconds
-        self._lock = threading.Lock()  # guards _problem
-        self._problem: Exception | None = None
-
-    @property
-    def problem(self) -> Exception | None:
-        """The Malformed, VisitorGone or OSError that ended the upload early and reset its stream.
-        It is a TimeoutError if the visitor was too slow."""
-        with self._lock:
-            return self._problem
-
-    def at_hand(self) -> bytes:
-        """The part of the body that has arrived already, framed for the target. Raises Malformed,
-        VisitorGone, OSError."""
-        request = self._request
-        try:
-            pieces: list[bytes] = [] if request.body_complete else request.read_body(0)
-        except TimeoutError:
-            return b""
-        self._held_back = False
-        return self._framed(pieces)
-
-    def start(self, stream: Stream, first: bytes = b"") -> None:
-        """Send the rest to ``stream``; in a thread, if it has not arrived yet. ``first`` is what
-        at_hand() returned, unless it was sent with the head. Raises NoThread."""
-        self._stream = stream
-        if first:
-            self._pass_on(first)
-        if not self._request.body_complete:
-            self._thread = spawn(f"upload {self._request.hostname}", self._run)
-
-    @property
-    def under_way(self) -> bool:
-        """Whether the target still waits for a part of the body, and so cannot be expected to
-        answer yet."""
-        thread = self._thread
-        wanted = not (self._unwanted.is_set() or self._held_back)
-        return wanted and thread is not None and thread.is_alive()
-
-    def ask_for_body(self) -> None:
-        """The target has sent 100 (Continue): it wants the body."""
-        self._held_back = False
-
-    def note_answer(self) -> None:
-        """A piece of the answer has come. The visitor may read it and send nothing meanwhile."""
-        self._patience.restore()
-
-    def _run(self) -> None:
-        request = self._request
-        try:
-            while not (request.body_complete or self._over.is_set()):
-                data = self._framed(self._read())
-                if data and not self._unwanted.is_set():
-                    self._pass_on(data)
-        except (Malformed, VisitorGone, OSError) as error:
-            self._fail(error)
-        except Exception as error:  # a bug; the thread's outermost function logs it
-            self._fail(error)
-            raise
-
-    def _read(self) -> list[bytes]:
-        """The next pieces; none if none came within WATCH. Raises TimeoutError if the visitor is
-        too slow."""
-        request, began = self._request, monotonic()
-        pieces: list[bytes] = []
-        try:
-            pieces = request.read_body(min(WATCH, request.idle_timeout / 4))
-            self._held_back = False
-        except TimeoutError:
-            if self._held_back:
-                return pieces
-        if not request.body_complete:
-            self._patience.spend(monotonic() - began, sum(map(len, pieces)))
-        return pieces
-
-    def _fail(self, error: Exception) -> None:
-        with self._lock:
-            self._problem = error
-        self._stream.reset()  # wakes the exchange's thread, which waits for an answer
-
-    def _pass_on(self, data: bytes) -> None:
-        try:
-            self._stream.write(data, timeout=self._timeout)
-        except TimeoutError:
-            self.stuck = True
-            self._unwanted.set()
-        except OSError:
-            # The target has answered, or its stream is reset; the exchange sees that by itself. Go
-            # on reading: the visitor may read the answer only after it has sent the whole body.
-            self._unwanted.set()
-
-    def _framed(self, pieces: list[bytes]) -> bytes:
-        """The pieces as they go to the target. Chunks are encoded anew, not copied: a target that
-        parses a copied frame differently would find another request in it (request smuggling)."""
-        request = self._request
-        if request.body_length is not None:
-            return b"".join(pieces)
-        data = b"".join(map(http1.encode_chunk, pieces))
-        return data + http1.encode_last_chunk(request.trailers) if request.body_complete else data
-
-    def ended(self, timeout: float) -> bool:
-        """Wait ``timeout`` seconds at most for the copying to end; whether it has."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-            return not self._thread.is_alive()
-        return True
-
-    def sent(self) -> bool:
-        """Whether the whole body was written to the stream. Waits up to WATCH: the answer can
-        arrive before the upload's thread has returned from its last write."""
-        thread, whole = self._thread, self._request.body_complete
-        if whole and thread is not None:
-            thread.join(WATCH)
-            whole = not thread.is_alive()
-        return whole and not self._unwanted.is_set()
-
-    def end(self) -> None:
-        """Stop the upload: the request is answered. The caller has closed or reset the stream, or
-        the whole body is sent.
-
-        The owner of the visitor's connection deals with what the visitor still sends. Raises
-        TimeoutError if the thread does not end, and so still uses the connection.
-        """
-        self._unwanted.set()
-        self._over.set()
-        thread = self._thread
-        if thread is None:
-            return
-        if thread.is_alive() and not self._request.body_complete and self.problem is None:
-            self._request.refuse_body()
-        thread.join(WATCH + UPLOAD_END_TIMEOUT)
-        if thread.is_alive():
-            self._request.abort()
-            raise TimeoutError("the upload of an answered request does not end")
-
-
 class Exchange:
     """One request to a route's target, and its answer."""
 
-    _stream: Stream  # the one that carries the request; set by _ask()
+    _stream: Stream  # the one that carries the request; set by _ask(), as is _target
+    _target: Target
 
     def __init__(
         self, request: Request, forward: Forward, proxies: Proxies, response_timeout: float
@@ -283,10 +110,11 @@ class Exchange:
 
     def _run(self) -> None:
         try:
-            self._answer(self._ask())
+            self._ask()
+            self._answer()
         except BaseException:
             if self._holds_stream:
-                self._stream.reset()  # so that the target stops working on the request
+                self._target.reset()  # so that it stops working on the request
             if self._head_sent:
                 self._request.abort()  # the part that the visitor got must not look complete
             raise
@@ -302,17 +130,18 @@ class Exchange:
 
     # Asking
 
-    def _ask(self) -> bytes:
-        """Send the request on self._stream, and return the first bytes of the answer."""
+    def _ask(self) -> None:
+        """Send the request on self._stream, and wait for the beginning of the answer."""
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
-        head, timeout = self._head(), self._timeout
+        timeout = self._timeout
+        target = self._target = Http1Target(self._request, self._head(), self._next, timeout)
         repeatable = upload is None and self._request.method in IDEMPOTENT
         self._login = login.concerns_connection(self._request.fields, "authorization")
         # The agent must know when the stream opens that FIN may end one direction only. Not with a
         # login: it takes several requests on one stream, and a relayed stream is not kept.
         relayed = self._request.wants_upgrade and tunnel.upgrades and not self._login
         try:
-            first = upload.at_hand() if upload else b""
+            pieces = upload.at_hand() if upload else []
         except Malformed as error:
             raise _bad_request(error) from None
         if (stream := self._take_up(repeatable and not relayed)) is not None:
@@ -320,20 +149,25 @@ class Exchange:
             if self._visit is not None:
                 self._visit.stream = stream.id
             try:
-                stream.write(head, timeout)
+                stream.write(target.opening(stream), timeout)
                 # A request that must not arrive twice is sent again only if writing its head
                 # failed: no target acts on half a head.
                 if not repeatable:
-                    return self._await_answer(first)
-                if data := self._wait(timeout):
-                    return data
+                    self._await_answer(target.framed(pieces) if upload else b"")
+                    return
+                target.arrived = self._wait(timeout)
+                if target.arrived:
+                    return
             except ConnectionError:
                 pass
             stream.close()  # the target had closed it: send the request again, on a new stream
         tunnel.make_way(route)
         self._half_close = relayed
+        first = target.opening(None)
+        if upload:
+            first += target.framed(pieces)
         try:
-            self._stream = tunnel.open(route, self._request.ends, head + first, relayed)
+            stream = self._stream = tunnel.open(route, self._request.ends, first, relayed)
         except ConnectionError as error:
             if upload is None and self._request.may_wait:
                 raise AgentLost(tunnel) from error
@@ -341,12 +175,13 @@ class Exchange:
         except TimeoutError as error:
             text = f"The agent of {route.hostname} accepts no more requests at the moment. {RETRY}"
             raise TargetFailed(503, "agent-busy", text) from error
+        target.carried_by(stream)
         self._holds_stream = True
-        self._fresh = stream = self._stream
+        self._fresh = stream
         if self._visit is not None:
             self._visit.stream = stream.id
         try:
-            return self._await_answer()
+            self._await_answer()
         finally:
             self._fresh = None
             tunnel.served(route, stream)
@@ -362,21 +197,22 @@ class Exchange:
             stream = route.tunnel.take_kept(route)
         return stream
 
-    def _await_answer(self, first: bytes = b"") -> bytes:
-        """self._stream has the head. Send ``first`` and the rest of the body, and return the first
-        bytes of the answer."""
+    def _await_answer(self, first: bytes = b"") -> None:
+        """self._stream has the head. Send ``first`` and the rest of the body, and wait for the
+        beginning of the answer."""
         if self._upload:
             try:
-                self._upload.start(self._stream, first)
+                self._upload.start(self._target, self._stream, first)
             except NoThread as error:
                 log.warning("%s: %s; a request is refused", self._route.hostname, error)
                 raise TargetFailed(503, "gateway-busy", pages.BUSY) from error
-        if data := self._next(self._timeout):
-            return data
-        raise TargetFailed(502, "no-answer", "The service closed the connection without an answer.")
+        self._target.arrived = self._next(self._timeout)
+        if not self._target.arrived:
+            text = "The service closed the connection without an answer."
+            raise TargetFailed(502, "no-answer", text)
 
-    def _head(self) -> bytes:
-        """The request's head, as the target gets it."""
+    def _head(self) -> list[tuple[str, str]]:
+        """The fields of the request that the target gets, without its framing."""
         request, strip = self._request, self._forward.strip
         if self._id:
             strip = (*strip, request_id.KIND)
@@ -393,25 +229,18 @@ class Exchange:
         fields += self._forward.add
         if self._id:
             fields.append((request_id.FIELD, self._id))
-        if request.wants_upgrade:
-            fields.append(("Connection", "Upgrade"))
-        if request.has_body:
-            if request.body_length is None:
-                fields.append(("Transfer-Encoding", "chunked"))
-            else:
-                fields.append(("Content-Length", str(request.body_length)))
-        return http1.encode_head(f"{request.method} {request.path} HTTP/1.1", fields)
+        return fields
 
     # Answering
 
-    def _wait(self, timeout: float | None = None) -> bytes:
-        """The next bytes of the answer, b"" at its end. Raises VisitorGone, ConnectionError; and
-        TargetFailed if they take more than ``timeout`` seconds, counted from the whole request."""
+    def _wait(self, timeout: float | None = None) -> Any:
+        """What the target's read() returns. Raises VisitorGone, ConnectionError; and TargetFailed
+        if it takes more than ``timeout`` seconds, counted from the whole request."""
         upload, began = self._upload, monotonic()
         looks = 0
         while True:
             try:
-                return self._stream.read(timeout=WATCH)
+                return self._target.read(timeout=WATCH)
             except TimeoutError:
                 pass
             if self._request.gone():
@@ -427,7 +256,7 @@ class Exchange:
             elif monotonic() - began >= timeout or upload is not None and upload.stuck:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
 
-    def _next(self, timeout: float | None = None) -> bytes:
+    def _next(self, timeout: float | None) -> Any:
         """As _wait(), but a broken stream raises TargetFailed: the request is not sent again."""
         try:
             return self._wait(timeout)
@@ -462,113 +291,54 @@ class Exchange:
         text = f"The connection to the agent of {self._route.hostname} was lost. {RETRY}"
         return TargetFailed(502, "agent-gone", text)
 
-    def _answer(self, data: bytes) -> None:
-        """Pass on interim answers (1xx), then the final one. ``data``: the first bytes."""
-        request = self._request
-        interim = 0  # bytes of interim heads, of which all together are limited
-        loose = False  # the target's HTTP is sloppy, so the answer's end is not certain either
-        while True:
-            size, response, data = self._read_head(data)
-            loose |= response.loose
-            if response.status >= 200:
-                break
+    def _answer(self) -> None:
+        """Pass on interim answers (1xx), then the final one."""
+        request, target = self._request, self._target
+        while (response := target.read_head()).status < 200:
             if response.status == 101:
-                self._switch(response, data)
+                self._switch(response)
                 return
-            interim += size
-            if interim > http1.HEAD_LIMIT:
-                raise Malformed(431, f"interim answers of {interim} bytes, expected the final one")
             request.send_interim(response.status, response.reason, self._fields(response))
             if response.status == 100 and self._upload is not None:
                 self._upload.ask_for_body()
-        body = http1.response_body(response, request.method)
-        self._send_head(response, body)
-        pieces: list[bytes]
-        trailers: Iterable[tuple[str, str]]
-        if body is None:
-            pieces, trailers, rest = [], (), data
-        else:
-            pieces, trailers, rest = self._pass_body(body, data), body.trailers, body.rest
-            loose |= body.loose
-        reusable = (
-            http1.keeps_alive(response)
-            and not (rest or loose)
-            and (not isinstance(body, http1.UntilCloseBody))
-        )
-        # Some targets send a body where none may be, such as to HEAD. On a kept stream the next
-        # visitor would get those bytes as its answer (HTTP desync).
-        certain = body is not None and response.status != 205
+        # 426 (Upgrade Required): its Upgrade field names the protocol (RFC 9110 §15.5.22).
+        fields = self._fields(response, keep_upgrade=response.status == 426)
+        self._head_sent = True
+        request.send_head(response.status, response.reason, fields, target.length)
+        pieces = target.pass_body(request.send_data if self._upload is None else self._send_data)
         self._login |= login.concerns_connection(response.fields, "www-authenticate")
         # The stream is given back before the answer's last bytes leave: the visitor's next request
         # must find it, and must not be counted beside this one.
         stream, self._holds_stream = self._stream, False
         if self._upload is not None and not self._upload.sent():
-            stream.reset()  # also wakes the upload's thread, if the target has stopped reading
+            target.reset()  # also wakes the upload's thread, if the target has stopped reading
         elif self._half_close:  # upgrade declined; a FIN would end one direction only
             stream.reset()
         elif self._login:
-            if reusable and request.owner is not None:
+            if target.reusable and request.owner is not None:
                 request.owner.keep(self._route, stream)
             else:
                 stream.close()
-        elif reusable and certain and self._upload is None:
-            # Never after a request with a body: a target that ignores such a body would parse it as
-            # the next request, and answer that to the next visitor (request smuggling).
+        elif target.shareable:
             self._route.tunnel.keep(self._route, stream)
         else:
             stream.close()
-        trailers = [field for field in trailers if http1.plain_name(field[0]) not in pages.OURS]
+        trailers = [
+            field for field in target.trailers if http1.plain_name(field[0]) not in pages.OURS
+        ]
         request.finish(pieces, trailers)
 
-    def _send_head(self, response: Response, body: Body | None) -> None:
-        # 426 (Upgrade Required): its Upgrade field names the protocol (RFC 9110 §15.5.22).
-        fields = self._fields(response, keep_upgrade=response.status == 426)
-        if body is not None:
-            length = body.length
-        else:  # of the body that GET would have got; none is sent
-            stated = response.fields.get("content-length")
-            length = None if stated is None else int(stated)
-        self._head_sent = True
-        self._request.send_head(response.status, response.reason, fields, length)
-
-    def _pass_body(self, body: Body, data: bytes) -> list[bytes]:
-        """Send the body as it comes, except for its last pieces. They are returned, so that a small
-        answer leaves in one write together with its head."""
-        work: Work | None = None
-        while True:
-            chunks = body.chunks
-            pieces = body.feed(data) if data else []
-            if body.complete:
-                return pieces
-            units = body.chunks - chunks - len(data) // CHUNK_PAYLOAD
-            if units > 0:
-                work = work or Work(CHUNK_RATE, CHUNK_BURST)
-                work.spend(units)
-            self._request.send_data(pieces)
-            if self._upload is not None:
-                self._upload.note_answer()
-            data = self._next()
-            if not data:
-                body.eof()
-
-    def _read_head(self, data: bytes) -> tuple[int, Response, bytes]:
-        """One head of the answer: its size, the parsed head, and the bytes behind it."""
-        seen = 0
-        while (end := http1.answer_end(data, seen)) < 0:
-            seen = len(data)
-            more = self._next(self._timeout)
-            if not more:
-                text = "The service closed the connection in the middle of its answer."
-                raise TargetFailed(502, "no-answer", text)
-            data += more
-        return end, http1.parse_response(data[:end]), data[end:]
+    def _send_data(self, pieces: list[bytes]) -> None:
+        self._request.send_data(pieces)
+        if self._upload is not None:
+            self._upload.note_answer()
 
     def _fields(self, response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
         """The fields of the target's answer that the visitor gets."""
         dropping = NOT_WITH_AN_ID if self._id else NOT_FOR_VISITORS
         return http1.end_to_end(response.fields, keep_upgrade, dropping)
 
-    def _switch(self, response: Response, data: bytes) -> None:
+    def _switch(self, response: Response) -> None:
         """The target has answered 101 (Switching Protocols, RFC 9110 §7.8)."""
         if not self._request.wants_upgrade:
             text = "The service switched to another protocol, which the request did not ask for."
@@ -576,7 +346,7 @@ class Exchange:
         self._await_upload()
         fields = self._fields(response, keep_upgrade=True)
         onward = Upgraded(self._stream, self._half_close)
-        if not self._request.switch(101, response.reason, fields, data, onward):
+        if not self._request.switch(101, response.reason, fields, self._target.arrived, onward):
             raise TargetFailed(503, "gateway-busy", pages.BUSY)
 
     def _await_upload(self) -> None:

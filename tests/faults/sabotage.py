@@ -24,7 +24,8 @@ from gotunnel_server.visitors import exchange, http1_server
 def keeps():
     def run(self):
         try:
-            self._answer(self._ask())
+            self._ask()
+            self._answer()
         except BaseException:
             if self._holds_stream:
                 self._route.tunnel.keep(self._route, self._stream)

@@ -14,7 +14,7 @@ from support import wait_until
 from gotunnel import Ends, NoThread, SessionClosed, StreamReset
 from gotunnel_agent.common.http1 import Fields, Malformed
 from gotunnel_server.routes import AgentBusy, Route
-from gotunnel_server.visitors import exchange
+from gotunnel_server.visitors import upload
 from gotunnel_server.visitors.exchange import Exchange
 from gotunnel_server.visitors.forwarded import Proxies
 from gotunnel_server.visitors.http1_server import Http1Request
@@ -602,7 +602,7 @@ def post(visitor, stream, **more):
 
 
 def test_body_at_hand_goes_with_the_head_and_takes_no_thread(monkeypatch):
-    monkeypatch.setattr(exchange, "spawn", None)
+    monkeypatch.setattr(upload, "spawn", None)
     visitor = Visitor("POST", body=2)
     visitor.body.put([b"h", b"i"])
     stream = Stream(OK, visitor=visitor)
@@ -616,7 +616,7 @@ def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(m
     def refuse(*_):
         raise NoThread("no thread to be had: raise the limit (ulimit -u)")
 
-    monkeypatch.setattr(exchange, "spawn", refuse)
+    monkeypatch.setattr(upload, "spawn", refuse)
     visitor = Visitor("POST", body=5)
     served(visitor)
     assert (visitor.status, visitor.code) == (503, "gateway-busy")
@@ -625,7 +625,7 @@ def test_request_without_a_thread_is_refused_and_the_operator_hears_what_helps(m
 
 
 def test_body_of_no_bytes_is_one(monkeypatch):
-    monkeypatch.setattr(exchange, "spawn", None)
+    monkeypatch.setattr(upload, "spawn", None)
     assert served(Visitor("POST", body=0), OK).sent.endswith(b"Content-Length: 0\r\n\r\n")
 
 
@@ -757,8 +757,8 @@ def test_visitor_that_is_silent_while_nothing_streams_has_its_answer_reset(caplo
 
 
 def test_upload_that_never_ends_is_not_waited_for_without_bound(monkeypatch):
-    for name in ("WATCH", "UPLOAD_END_TIMEOUT"):
-        monkeypatch.setattr(exchange, name, 0.01)
+    for name in ("WATCH", "END_TIMEOUT"):
+        monkeypatch.setattr(upload, name, 0.01)
     may_end = threading.Event()
 
     class Hanging(Visitor):
