@@ -12,18 +12,14 @@ Any fault is a ``ConfigError``, one line that never shows a secret: the file, th
 list count from 0), what came, what was expected, and what to do where that is not obvious.
 """
 
-import errno
 import ipaddress
 import json
 import os
 import re
-import selectors
 import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from gotunnel import (
@@ -36,7 +32,7 @@ from gotunnel import (
     WILDCARDS,
 )
 
-from .common import addresses, strict_yaml
+from .common import addresses, small_file, strict_yaml
 from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
 from .common.hostnames import (
@@ -99,7 +95,6 @@ LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says other
 # Bytes of a file. A thousand tunnels take a tenth of this. The limit is for a wrong path, such as
 # that of a device, which would fill the memory.
 MAX_FILE = 1024 * 1024
-PIPE_TIMEOUT = 10  # seconds in which the writer of a pipe has to come and to end
 
 # Bytes of all policies together: the register message also holds the hostnames and the token.
 MOST_POLICIES = MESSAGE_LIMIT // 2
@@ -252,7 +247,7 @@ def with_secrets(config: Config) -> Config:
     """The configuration with the secrets that its files hold now. What came from a pipe stays, as
     a pipe gives it once. Raises ConfigError."""
     key, path = config.credential_file
-    if key and not _is_pipe(path):
+    if key and not small_file.is_pipe(path):
         credential = _credential_of(key, path)
         if key == "token_file":
             config = replace(config, token=credential)
@@ -265,7 +260,7 @@ def with_secrets(config: Config) -> Config:
 
 
 def _with_users(tunnel: Tunnel) -> Tunnel:
-    if not tunnel.basic_auth_file or _is_pipe(tunnel.basic_auth_file):
+    if not tunnel.basic_auth_file or small_file.is_pipe(tunnel.basic_auth_file):
         return tunnel
     try:
         found = _users_of_file(tunnel.basic_auth_file)
@@ -279,14 +274,10 @@ def _with_users(tunnel: Tunnel) -> Tunnel:
 
 def _read_file(path: str | os.PathLike[str]) -> str:
     """The text of a small file, without the byte order mark that some editors write."""
-    if os.path.isdir(path):
-        raise ConfigError("this is a folder, expected a file")
     try:
-        if _is_pipe(path):
-            content = _read_pipe(path)
-        else:
-            with open(path, "rb") as file:
-                content = file.read(MAX_FILE + 1)
+        content = small_file.read(path, MAX_FILE)
+    except IsADirectoryError:
+        raise ConfigError("this is a folder, expected a file") from None
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror}), expected a readable file") from None
     if len(content) > MAX_FILE:
@@ -295,38 +286,6 @@ def _read_file(path: str | os.PathLike[str]) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
-
-
-def _is_pipe(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a FIFO, or a shell's pipe such as /dev/stdin."""
-    try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
-    except OSError:  # who reads it says why
-        return False
-
-
-def _read_pipe(path: str | os.PathLike[str]) -> bytes:
-    """What is written into a pipe, MAX_FILE bytes and one at most. Raises OSError."""
-    # Not open(): without a writer that would never return, and the main thread would act on no
-    # signal any more.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    deadline = monotonic() + PIPE_TIMEOUT
-    content = b""
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while len(content) <= MAX_FILE:
-                if not selector.select(max(0, deadline - monotonic())):
-                    raise OSError(
-                        errno.ETIMEDOUT, f"its writer did not end within {PIPE_TIMEOUT} s"
-                    )
-                data = os.read(descriptor, MAX_FILE + 1 - len(content))
-                if not data:
-                    break
-                content += data
-    finally:
-        os.close(descriptor)
-    return content
 
 
 def _parse(text: str) -> object:

@@ -3,10 +3,13 @@ dial."""
 
 import ssl
 
+from .common import small_file
 from .common.tls import IGNORE_UNEXPECTED_EOF
 
 # OpenSSL's reasons that mean that the peer does not speak TLS at all.
 NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
+
+MOST_CAS = 4 << 20  # bytes of a CA file that comes by a pipe; the system's has some 200 kB
 
 
 def client_context(
@@ -23,7 +26,11 @@ def client_context(
     handshake costs us more than the peer that asks. A target may need it (IIS does, to ask for a
     certificate).
     """
-    context = ssl.create_default_context(cafile=ca_file)
+    if ca_file is not None and small_file.is_pipe(ca_file):  # OpenSSL would wait for its writer
+        text = small_file.read(ca_file, MOST_CAS).decode("ascii", "ignore")
+        context = ssl.create_default_context(cadata=text or " ")  # "" would mean the system's CAs
+    else:
+        context = ssl.create_default_context(cafile=ca_file)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= IGNORE_UNEXPECTED_EOF
     if not renegotiates:

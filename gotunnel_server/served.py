@@ -10,7 +10,7 @@ import json
 import logging
 from pathlib import Path
 
-from gotunnel_agent.common import atomic_file
+from gotunnel_agent.common import atomic_file, small_file
 
 from .routes import MOST_LEFT, Registry
 
@@ -32,8 +32,7 @@ class ServedFile:
 
     def _read(self) -> None:
         try:
-            with open(self._path, "rb") as file:
-                found = json.loads(file.read(MAX_FILE))
+            found = json.loads(small_file.read(self._path, MAX_FILE))
             modes = {name: mode for name, mode in found.items() if isinstance(name, str)}
         except FileNotFoundError:
             return

@@ -26,6 +26,7 @@ from typing import TypeVar
 from dotenv.parser import parse_stream
 
 from gotunnel import ANY_PORT
+from gotunnel_agent.common import small_file
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.exposed import shown_path
 from gotunnel_agent.common.hostnames import MAX_PORT, normal_hostname, valid_hostname
@@ -344,8 +345,7 @@ def not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
 def _read_text(what: str, path: str) -> str:
     """The text of a small file, without the byte order mark that some editors put first."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE + 1)
+        content = small_file.read(path, MAX_FILE)
     except OSError as error:
         raise ConfigError(
             f"{what}: cannot read {shown_path(path)} ({error.strerror}), expected a readable file: "

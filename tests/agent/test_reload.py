@@ -28,7 +28,7 @@ from test_agent import HandMadeGateway
 
 from gotunnel import MOVE, OVERLAP, Ack, End, encode_message
 from gotunnel_agent import agent as agent_module
-from gotunnel_agent import config as config_module
+from gotunnel_agent.common import small_file
 from gotunnel_agent.config import ConfigError, load, with_secrets
 from gotunnel_agent.plan import changes, needs_session
 
@@ -278,7 +278,7 @@ def test_a_secret_that_came_from_a_pipe_stays(gateway, tmp_path):
 
 @pytest.mark.parametrize("writer", [False, True])
 def test_a_pipe_that_nobody_writes_into_holds_up_nothing(gateway, tmp_path, monkeypatch, writer):
-    monkeypatch.setattr(config_module, "PIPE_TIMEOUT", 0.1)
+    monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0.1)
     path = tmp_path / "fifo"
     os.mkfifo(path)
     with contextlib.ExitStack() as stack:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from gotunnel_agent.common import small_file
 from gotunnel_agent.common.passwords import Hash
 from gotunnel_server import secret_files
+from gotunnel_server.agents import agents_file
+from gotunnel_server.agents.agents_file import AgentsFileError
 from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.config import (
     NAMES,
@@ -193,6 +196,37 @@ def test_missing_named_env_file_is_refused(tmp_path):
 
 def test_folder_as_named_env_file_is_refused(tmp_path):
     assert "env file: cannot read" in refusal(env_file=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if name.endswith("_FILE")))
+def test_a_file_that_is_a_pipe_without_a_writer_holds_up_no_start(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0.01)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    if name == "AGENTS_FILE":  # looked at by its reader, which waits for nothing
+        with pytest.raises(AgentsFileError):
+            agents_file.read(path)
+        return
+    settings = {name: str(path), name.removesuffix("_FILE"): None}
+    if name.startswith("ACME_"):
+        settings["ACME_ENV"] = "staging"
+    if name == "ACME_EAB_HMAC_KEY_FILE":
+        settings["ACME_EAB_KID"] = "kid"
+    message = refusal(**settings)
+    expected = "a file that can be read" if name == "ACME_CA_FILE" else "did not end within 0.01 s"
+    assert name in message and expected in message
+
+
+def test_an_env_file_that_is_a_pipe_is_read_to_its_end_and_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0.01)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    assert "did not end within 0.01 s" in refusal(env_file=str(path))
+    read, write = os.pipe()
+    with open(read, "rb"):
+        with open(write, "wb") as pipe:
+            pipe.write(b"GATEWAY_PORT=1001\n")
+        assert load(f"/dev/fd/{read}", MINIMAL).gateway_port == 1001
 
 
 def test_unclosed_quote_does_not_show_the_secret_it_drew_in():
