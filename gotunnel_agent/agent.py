@@ -70,7 +70,7 @@ from gotunnel import (
 )
 
 from .common.duplex import Duplex, Observer
-from .common.one_line import on_one_line, words_and_link
+from .common.one_line import on_one_line, some, words_and_link
 from .common.process import Stopped, Workers
 from .config import Config, ConfigError, with_secrets
 from .connect import GivenUp, addresses_of, connect
@@ -389,7 +389,7 @@ class Agent:
                 self._sessions += 1
             service.since = monotonic()
             served = [name for name, route in service.routes.items() if not route.problem]
-            log.info("%s: serving %s", plan.address, ", ".join(served) or "nothing")
+            log.info("%s: serving %s", plan.address, some(served) or "nothing")
             spawn("accept", self._accept, service, workers)
             spawn("control", self._read_control, service, control, messages)
         except BaseException as error:

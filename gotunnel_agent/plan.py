@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from .common.hostnames import normal_hostname
+from .common.one_line import some
 from .common.tls import AEAD
 from .config import Config, Target, Tunnel
 from .target import Route
@@ -72,7 +73,7 @@ def changes(old: Config, new: Config) -> list[str]:
         "changed": [name for name in now if name in was and now[name] != was[name]],
         "gone": [name for name in was if name not in now],
     }
-    found = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    found = [f"{kind} {some(names)}" for kind, names in kinds.items() if names]
     keys = [KEYS.get(key, key) for key in _changed_keys(old, new) if key != "tunnels"]
     late = " (from the next start on)"
     told = (f"another {key}{late if key in AT_START else ''}" for key in dict.fromkeys(keys))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from gotunnel import Ends, Stream
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname
+from gotunnel_agent.common.one_line import some
 
 # Remembered hostnames whose agents have left, some 400 bytes each.
 MOST_LEFT = 4096
@@ -131,7 +132,7 @@ class Registry:
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
-                names = ", ".join(own)
+                names = some(own)
                 raise HostnameTaken(f"not allowed: {names}: reserved for the gateway itself")
             held = {
                 hostname: route for hostname, route in self._table[0].items()
@@ -139,7 +140,7 @@ class Registry:
             } if instead_of else self._table[0]  # fmt: skip
             if taken := [hostname for hostname in routes if hostname in held]:
                 tunnels = {held[hostname].tunnel for hostname in taken}
-                raise HostnameTaken(f"host already registered: {', '.join(taken)}", tunnels)
+                raise HostnameTaken(f"host already registered: {some(taken)}", tunnels)
             routes = {**held, **routes}
             permit(routes)
             self._put(routes)

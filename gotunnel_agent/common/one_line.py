@@ -1,13 +1,15 @@
 """Makes a peer's text safe for one line of a log: no line breaks, no terminal escapes, and not too
-long (log injection)."""
+long (log injection). Shortens lists for such a line."""
 
 import re
+from collections.abc import Iterable
 
 MOST = 500  # characters
 LINK = re.compile(r"https?://[!-~]+")
 # Longest link that is shown whole, in characters. Let's Encrypt's link for resuming a paused
 # hostname has up to a thousand, since it holds the hostnames and a signature.
 MOST_LINK = 2000
+MOST_NAMED = 20  # hostnames, agents or ports in a line; there may be thousands
 
 
 def on_one_line(text: str, limit: int = MOST) -> str:
@@ -38,3 +40,10 @@ def words_and_link(text: object, limit: int = MOST) -> str:
         return f"{words_on_one_line(before, limit)} {link[0]}"
     room = max(3, limit - len(before))
     return before + link[0] + (after if len(after) <= room else after[: room - 3] + "...")
+
+
+def some(names: Iterable[object]) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    words = list(names)
+    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    return ", ".join(map(str, words[:MOST_NAMED])) + more

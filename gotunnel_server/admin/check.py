@@ -27,6 +27,7 @@ from typing import NamedTuple, TextIO
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common.hostnames import valid_hostname
+from gotunnel_agent.common.one_line import MOST_NAMED, some
 
 from ..agents import agents_file
 from ..agents.credentials import lapsed
@@ -49,9 +50,6 @@ PATIENCE = 15.0  # seconds for the CA's whole answer, since the operator waits f
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
-# How many hostnames, agents or ports one finding lists, as there may be hundreds. The command
-# `certificates` lists all hostnames.
-MOST_NAMED = 20
 # Ports of TCP_PORTS that are tried, which may be all 65535: one takes some 50 us.
 MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
@@ -132,7 +130,7 @@ def look_at_agents(path: Path, has_jwt_secret: bool = False) -> Iterable[Finding
     gone = [name for name, entry in agents.entries.items() if lapsed(entry)]
     expired = [name for name in gone if not agents.entries[name].disabled]
     if expired:
-        yield Finding(WARN, "AGENTS_FILE", f"expired: {_some(expired)}; remove them, or give them "
+        yield Finding(WARN, "AGENTS_FILE", f"expired: {some(expired)}; remove them, or give them "
                       "another end (expires)")  # fmt: skip
     if len(gone) == len(agents.entries) and not has_jwt_secret:
         yield Finding(WARN, "AGENTS_FILE", "no agent can register: no entry in it is active, "
@@ -195,17 +193,10 @@ def look_at_tcp_ports(config: Config) -> Iterable[Finding]:
             problems.setdefault(str(error).partition(": ")[2], []).append(port)
     for why, taken in problems.items():
         why = why.replace(", another program listens", ", another program, or an agent's tunnel,")
-        yield Finding(WARN, "TCP_PORTS", f"{_some(map(str, taken))}: {why}")
+        yield Finding(WARN, "TCP_PORTS", f"{some(map(str, taken))}: {why}")
     if not problems:
         tried = "" if len(ports) <= MOST_TRIED else f", of which the first {MOST_TRIED} were tried"
         yield Finding(OK, "TCP_PORTS", f"{len(ports)} ports are free{tried}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names, separated by commas, and how many more there are."""
-    words = list(names)
-    more = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    return ", ".join(words[:MOST_NAMED]) + more
 
 
 def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool) -> bool:
@@ -293,13 +284,13 @@ def judge_addresses(
     """``addresses`` are the name's, ``ours`` those of them that this machine has, ``machine`` all
     that it has."""
     if ours == addresses:
-        return Finding(OK, setting, f"{name} is this machine ({', '.join(addresses)})")
-    seen = "" if addresses == [name] else f"{name} is {', '.join(addresses)}; "
-    others = ", ".join(address for address in addresses if address not in ours)
+        return Finding(OK, setting, f"{name} is this machine ({some(addresses)})")
+    seen = "" if addresses == [name] else f"{name} is {some(addresses)}; "
+    others = some(address for address in addresses if address not in ours)
     return Finding(
         WARN, setting,
         f"{seen}{others} is no address of this machine, which has "
-        f"{', '.join(machine) or 'none'}. That is right if a router or provider forwards that "
+        f"{some(machine) or 'none'}. That is right if a router or provider forwards that "
         "address to this machine (NAT); otherwise correct the DNS record")  # fmt: skip
 
 
@@ -374,7 +365,7 @@ def look_at_pairs(folder: Path | None) -> Iterable[Finding]:
     now = datetime.now(timezone.utc)
     for pair in sorted(cert_dir.report.pairs):
         file = os.path.relpath(pair.certificate_file, folder)
-        names = ", ".join(sorted(pair.names))
+        names = some(sorted(pair.names))
         if pair.begins <= now < pair.ends:
             days = (pair.ends - now).days
             yield Finding(OK, "CERT_DIR", f"{file}: {names}, {days} days left")

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gotunnel import ANY_PORT
 from gotunnel_agent.common.hostnames import MAX_PORT
+from gotunnel_agent.common.one_line import some
 
 from ..net.listener import PortError
 from ..routes import Route, Tunnel
@@ -140,7 +141,7 @@ class Ports:
         return [number]
 
     def _shown(self) -> str:
-        return "TCP_PORTS: " + ", ".join(
+        return "TCP_PORTS: " + some(
             f"{ports[0]}-{ports[-1]}" if len(ports) > 1 else str(ports[0])
             for ports in self._allowed
         )

@@ -18,7 +18,7 @@ from gotunnel_agent.common.hostnames import (
     valid_hostname,
     valid_wildcard,
 )
-from gotunnel_agent.common.one_line import on_one_line
+from gotunnel_agent.common.one_line import on_one_line, some
 
 from ..routes import Policy, Route, Tunnel
 from .identity import Identity
@@ -171,7 +171,7 @@ def _check_may_claim(routes: Iterable[str], identity: Identity) -> None:
     reasons = {hostname: identity.why_not(hostname) for hostname in routes}
     refused = [hostname for hostname, reason in reasons.items() if reason]
     if refused:
-        raise NotGranted(f"not allowed: {', '.join(refused)}: {reasons[refused[0]]}")
+        raise NotGranted(f"not allowed: {some(refused)}: {reasons[refused[0]]}")
 
 
 def _port_of(target: str) -> int | None:

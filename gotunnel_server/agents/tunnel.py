@@ -47,6 +47,7 @@ from gotunnel import (
     encode_data_header,
 )
 from gotunnel_agent.common.duplex import Observer
+from gotunnel_agent.common.one_line import some
 from gotunnel_agent.common.process import Stopped
 
 from ..routes import AgentBusy, Registry, Route
@@ -228,7 +229,7 @@ class Tunnel:
         return str(self.agent)
 
     def __repr__(self) -> str:
-        return f"<Tunnel {self.agent.host} {', '.join(self.routes) or self.stage.name}>"
+        return f"<Tunnel {self.agent.host} {some(self.routes) or self.stage.name}>"
 
     @property
     def identity(self) -> Identity:
@@ -272,7 +273,7 @@ class Tunnel:
         self._control.acknowledge(Ack(True, features=self.features, ports=ports, refused=refused))
         for hostname in routes:
             self.tell_certificate(hostname)
-        log.info("%s registered %s", self, ", ".join(routes))
+        log.info("%s registered %s", self, some(routes))
         if self._missing:
             session.call_later(self._port_delay, self._try_ports_later)
         session.start()
@@ -462,7 +463,7 @@ class Tunnel:
     def _stop_serving(self, how: str) -> None:
         with self._lock:
             self._enter(Stage.LEAVING)
-        log.info("%s %s; it served %s", self, how, ", ".join(self.routes))
+        log.info("%s %s; it served %s", self, how, some(self.routes))
         self._give_back()
         with self._lock:
             self.routes = {}
@@ -478,7 +479,7 @@ class Tunnel:
         self.gone.set()
         if routes:
             log.info("%s: its session ended: %s; no longer served: %s",
-                     self, self._session.ended, ", ".join(routes))  # fmt: skip
+                     self, self._session.ended, some(routes))  # fmt: skip
 
     def _give_back(self) -> None:
         self._tunnels.ports.release(self)  # first: the hostname's next holder may want its port

@@ -41,6 +41,7 @@ from cryptography import x509
 
 from gotunnel_agent.common.exposed import open_folders
 from gotunnel_agent.common.hostnames import normal_hostname
+from gotunnel_agent.common.one_line import some
 
 from ..net import safe_read
 from ..net.safe_read import MALFORMED
@@ -52,7 +53,6 @@ __all__ = ["CertDir", "Pair", "Report", "Served", "load_pair", "names_of"]
 log = logging.getLogger("gotunnel.cert_dir")
 
 _NEVER = datetime.max.replace(tzinfo=timezone.utc)
-_NAMES_SHOWN = 5  # in a log line: a certificate may have a hundred
 _PEM_BEGIN = b"-----BEGIN CERTIFICATE-----"
 # OpenSSL's reasons if key and certificate do not match, in their value or already in their kind.
 _MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
@@ -257,9 +257,7 @@ class CertDir:
             "CERT_DIR: %s read, good until %s: %s",
             self._short(file),
             _day(pair.ends),
-            ", ".join(
-                sorted(pair.names)[:_NAMES_SHOWN] + ["..."] * (len(pair.names) > _NAMES_SHOWN)
-            ),
+            some(sorted(pair.names)),
         )
         remarks = []
         if watch.key and watch.key.mode & stat.S_IROTH:

@@ -3,6 +3,8 @@ validation counts against the CA's rate limits."""
 
 import logging
 
+from gotunnel_agent.common.one_line import some
+
 from ..net.dns import NoAnswer, is_always_here, is_own, own_addresses, resolve
 from .acme_errors import HOST, LATER, CaError
 
@@ -32,4 +34,4 @@ def look_up(hostname: str) -> None:
     if not any(map(is_own, found)):  # NAT, or a mistake: the validation will tell
         log.warning("%s leads to %s, but this machine has %s. If no router forwards that address "
                     "here, the CA will ask another machine and refuse: correct the DNS record",
-                    hostname, ", ".join(found), ", ".join(own_addresses()))  # fmt: skip
+                    hostname, some(found), some(own_addresses()))  # fmt: skip

@@ -38,6 +38,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from gotunnel_agent.common.hostnames import valid_hostname
+from gotunnel_agent.common.one_line import some
 
 from ..net.safe_read import MALFORMED
 from .cert_dir import names_of
@@ -417,7 +418,7 @@ def check(pem: bytes, hostname: str) -> x509.Certificate:
     if not own:
         raise Flaw("the key is not that of the certificate")
     if not served & {hostname, "*." + hostname.partition(".")[2]}:
-        raise Flaw(f"a certificate of {', '.join(sorted(served))}, not {hostname}")
+        raise Flaw(f"a certificate of {some(sorted(served))}, not {hostname}")
     if not chain:
         raise Flaw("the chain is missing, expected the issuer's certificate")
     try:

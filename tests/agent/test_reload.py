@@ -87,6 +87,22 @@ def test_what_differs_is_told_by_hostnames_and_keys(gateway, tmp_path):
     assert changes(old, old) == [] and not needs_session(old, old)
 
 
+def test_a_line_of_a_log_names_some_hostnames_and_counts_the_others(gateway, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    many = {f"{number:02}.localhost": 1 for number in range(50)}
+    told = changes(config_of(gateway, tmp_path, {APP: 1}), config_of(gateway, tmp_path, many))
+    assert [words.rpartition(", ")[2] for words in told] == [
+        "19.localhost and 30 more",
+        f"gone {APP}",
+    ]
+    with agent_here(gateway, tmp_path, many):
+        wait_until(lambda: ": serving " in caplog.text)
+    wait_until(lambda: "; it served " in caplog.text)
+    listing = [line for line in caplog.messages if "18.localhost" in line and "00.loc" in line]
+    assert len(listing) == 3
+    assert all(line.endswith("19.localhost and 30 more") for line in listing), listing
+
+
 def test_what_concerns_the_process_alone_needs_no_session(gateway, tmp_path):
     old = config_of(gateway, tmp_path, {APP: 1})
     new = replace(old, drain_timeout=9, log_level="debug")

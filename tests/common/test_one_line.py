@@ -2,7 +2,13 @@
 
 import pytest
 
-from gotunnel_agent.common.one_line import MOST_LINK, on_one_line, words_and_link, words_on_one_line
+from gotunnel_agent.common.one_line import (
+    MOST_LINK,
+    on_one_line,
+    some,
+    words_and_link,
+    words_on_one_line,
+)
 
 ODD = "a\r\nb\x1b[31m\0\u202e\ud800\u00e9"
 
@@ -44,3 +50,11 @@ def test_a_link_has_a_bound_too():
     for text in (endless, endless * 1000, f"a {endless} b"):
         assert len(words_and_link(text)) == 500
     assert words_and_link(f"https://a.b/\x1b[31m{'x' * 600}").isprintable()
+
+
+@pytest.mark.parametrize(
+    "count, end",
+    [(0, ""), (1, "0"), (20, "18, 19"), (21, "19 and 1 more"), (3000, "and 2980 more")],
+)
+def test_a_list_has_twenty_names_and_a_count(count, end):
+    assert some(range(count)).endswith(end) and some(range(count)).count(", ") <= 19

@@ -142,6 +142,13 @@ def test_a_conflict_names_every_hostname_and_whose_they_are():
     assert caught.value.tunnels == {"first", "second"}
 
 
+def test_a_conflict_of_very_many_hostnames_is_a_short_line():
+    registry, many = Registry(), [f"{number}.test" for number in range(3000)]
+    registry.claim(routes("first", *many))
+    with pytest.raises(HostnameTaken, match="0.test, .*, 19.test and 2980 more$"):
+        registry.claim(routes("second", *many))
+
+
 def test_a_claim_that_is_not_permitted_takes_nothing():
     registry = Registry()
     first, second = routes("first", "a.test"), routes("second", "b.test", "c.test")
