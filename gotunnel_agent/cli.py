@@ -14,6 +14,7 @@ import argparse
 import getpass
 import logging
 import sys
+from functools import partial
 
 from gotunnel import NoThread, __version__, spawn
 
@@ -25,7 +26,14 @@ from .common.process import HANG_UP, Signals, print_answer, set_up_process, stay
 from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
 from .metrics import MetricsPort, PortUnusable
-from .status import PROGRAM, describe, status_places, status_socket_of
+from .status import (
+    PROGRAM,
+    agent_of,
+    describe,
+    first_of,
+    status_places,
+    status_socket_of,
+)
 from .trust import CannotTrust
 
 log = logging.getLogger("gotunnel")
@@ -87,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     except NoThread as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 1
-    status = status_socket_of(config, lambda: describe(agent.snapshot()))
+    status = status_socket_of(config, lambda: describe(agent.snapshot(), options.config))
     if status is not None:
         status.start()
     if metrics is not None:
@@ -147,16 +155,20 @@ def ask_status(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "-c", "--config", metavar="FILE",
-        help="the agent's configuration; needed if it sets status_socket",
+        help="the agent's configuration; needed if it sets status_socket, or several agents run",
     )  # fmt: skip
     add_json_option(parser)
     options = parser.parse_args(arguments)
     try:
-        places = status_places(options.config)
+        places, is_named = status_places(options.config)
     except ConfigError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    return print_answer(parser.prog, lambda: show_status(places, PROGRAM, as_json=options.json))
+    file = options.config
+    choose = first_of if file is None or is_named else partial(agent_of, file)
+    return print_answer(
+        parser.prog, lambda: show_status(places, PROGRAM, as_json=options.json, choose=choose)
+    )
 
 
 def print_hash(arguments: list[str]) -> int:

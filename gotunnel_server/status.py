@@ -17,6 +17,7 @@ from .routes import Route
 from .visitors.counts import Counts
 
 PROGRAM = "gotunnel-server"
+SETTING = "STATUS_SOCKET"
 # Entries of each list in an answer (sessions, hostnames, certificates), some 300 bytes each. The
 # totals count all.
 MOST_LISTED = 1000
@@ -31,7 +32,9 @@ class Status:
         """Answers at ``path`` from now on; None: nowhere."""
         self.draining = False
         self._gateway = gateway
-        self._socket = None if path is None else StatusSocket(str(path), PROGRAM, self._tell)
+        self._socket = (
+            None if path is None else StatusSocket(str(path), PROGRAM, self._tell, SETTING)
+        )
         if self._socket is not None:
             self._socket.start()
 

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from gotunnel import __version__
 
 from . import status_page
-from .status_socket import NoAnswer, ask
+from .status_socket import NoAnswer, answers
 
 SERVING = "serving"  # the value of an answer's "state" that gives exit status 0
 
@@ -17,11 +18,18 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def show_status(places: Sequence[str], program: str, *, as_json: bool) -> int:
+def show_status(
+    places: Sequence[str],
+    program: str,
+    *,
+    as_json: bool,
+    choose: Callable[[Iterator[dict[str, Any]]], dict[str, Any]] = next,
+) -> int:
     """Ask ``program`` at one of ``places``, and print what it says. Returns the exit status: 0 if
-    it serves, 1 if it runs and does not serve, 2 if there is no answer."""
+    it serves, 1 if it runs and does not serve, 2 if there is no answer. ``choose(answers)``: the
+    answer to print, if the program may run several times; may raise NoAnswer."""
     try:
-        answer = ask(places, program)
+        answer = choose(answers(places, program))
     except NoAnswer as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

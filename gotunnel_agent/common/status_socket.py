@@ -18,7 +18,7 @@ import selectors
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic, sleep, time
 from typing import Any
 
@@ -38,6 +38,7 @@ BACKLOG = 8  # clients that the kernel queues: a health check and an operator or
 # kernel's buffers, and a client that hangs keeps the others waiting.
 PEER_TIMEOUT = 2
 ASK_TIMEOUT = 5  # seconds that a client waits; other clients may be ahead of it
+QUEUE_LOOK = 0.05  # seconds between two tries of a client, while the socket's queue is full
 MOST_ANSWER = 4 << 20  # bytes that a client reads; an answer is far smaller
 # Seconds between two tries to get the socket's place, while another process has it: a gateway that
 # hands over to its successor drains for a while.
@@ -90,10 +91,12 @@ def why_not(path: str) -> str | None:
 class StatusSocket:
     """Answers at ``path`` from start() to close(). Its thread is called "status"."""
 
-    def __init__(self, path: str, program: str, tell: Callable[[], Mapping[str, Any]]):
+    def __init__(
+        self, path: str, program: str, tell: Callable[[], Mapping[str, Any]], setting: str
+    ):
         """``tell()`` gives the program's own part of the answer. Its thread calls it, so it must
-        not block for long, and its size must have a bound."""
-        self.path, self._program, self._tell = path, program, tell
+        not block for long, and its size must have a bound. ``setting`` names the path."""
+        self.path, self._program, self._tell, self._setting = path, program, tell, setting
         self._began = monotonic()
         self._waker: Waker | None = None  # while the thread runs
         self._ended = False
@@ -104,16 +107,17 @@ class StatusSocket:
         """Begin to answer. What prevents it is logged: a program serves without it as well."""
         problem = why_not(self.path)
         if problem:
-            log.warning("status socket %s: %s; the status command gets no answer from this "
-                        "process", self.path, problem)  # fmt: skip
-            return
+            return self._warn(problem)
         self._waker = waker = Waker()
         try:
             spawn("status", self._run, waker)
         except NoThread as error:
             waker.close()
-            log.warning("status socket %s: %s; the status command gets no answer from this "
-                        "process", self.path, error)  # fmt: skip
+            self._warn(str(error))
+
+    def _warn(self, problem: str, end: str = "") -> None:
+        log.warning("%s %s: %s; the status command gets no answer from this process%s",
+                    self._setting, self.path, problem, end)  # fmt: skip
 
     def close(self) -> None:
         """Answer no more, and remove the file if it is still ours. Any thread, several times."""
@@ -154,8 +158,7 @@ class StatusSocket:
         except OSError as error:
             text = str(error) if isinstance(error, PlaceTaken) else error.strerror or str(error)
             if text != self._told:
-                log.warning("status socket %s: %s; the status command gets no answer from this "
-                            "process until that changes", self.path, text)  # fmt: skip
+                self._warn(text, f" until that changes, or {self._setting} names another path")
                 self._told = text
             return None
         return listening
@@ -237,7 +240,9 @@ def _is_alive(path: str) -> bool:
             return False
         except FileNotFoundError:
             return False
-    return True  # also if its queue is full: BlockingIOError passes on as an OSError
+        except BlockingIOError:  # its queue is full
+            pass
+    return True
 
 
 def _inode(path: str) -> tuple[int, int]:
@@ -248,25 +253,41 @@ def _inode(path: str) -> tuple[int, int]:
 def ask(places: Iterable[str], program: str) -> dict[str, Any]:
     """The answer of the running ``program``, at the first of ``places`` where one is. Raises
     NoAnswer."""
+    return next(answers(places, program))
+
+
+def answers(places: Iterable[str], program: str) -> Iterator[dict[str, Any]]:
+    """The answers of each running ``program`` at ``places``. Raises NoAnswer if there is none."""
     places = list(places)
-    gone = ""
+    problem = gone = ""
+    found = False
     for path in places:
         try:
-            return _ask(path, program)
+            answer = _ask(path, program)
         except FileNotFoundError:
             continue
         except ConnectionRefusedError:
             gone = gone or f"{path} was left by a process that has ended"
-        except PermissionError:
-            raise NoAnswer(f"{path}: permission denied; ask as the user that runs {program}, or as "
-                           "root") from None  # fmt: skip
-        except TimeoutError:
-            raise NoAnswer(f"{path}: no answer in {ASK_TIMEOUT} s; {program} hangs, or is "
-                           "stopped") from None  # fmt: skip
+        except NoAnswer as error:
+            problem = problem or str(error)
         except OSError as error:
-            raise NoAnswer(f"{path}: {error.strerror or error}") from None
-    looked = gone or f"there is no socket {' or '.join(places) or 'of it here'}"
-    raise NoAnswer(f"not running on this machine: {looked}")
+            problem = problem or f"{path}: {_why_silent(error, program)}"
+        else:
+            found = True
+            yield answer
+    if not found:
+        looked = gone or f"there is no socket {' or '.join(places) or 'of it here'}"
+        raise NoAnswer(problem or f"not running here, or its status socket is elsewhere: {looked}")
+
+
+def _why_silent(error: OSError, program: str) -> str:
+    if isinstance(error, PermissionError):
+        return f"permission denied; ask as the user that runs {program}, or as root"
+    if isinstance(error, TimeoutError):
+        return f"no answer in {ASK_TIMEOUT} s; {program} hangs, or is stopped"
+    if isinstance(error, BlockingIOError):
+        return f"others wait for answers, too, and in {ASK_TIMEOUT} s no place was free; ask again"
+    return error.strerror or str(error)
 
 
 def _ask(path: str, program: str) -> dict[str, Any]:
@@ -277,7 +298,7 @@ def _ask(path: str, program: str) -> dict[str, Any]:
     data = bytearray()
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(ASK_TIMEOUT)
-        peer.connect(path)
+        _connect(peer, path, deadline)
         try:
             peer.sendall(ASK)
             while len(data) <= MOST_ANSWER:
@@ -289,6 +310,17 @@ def _ask(path: str, program: str) -> dict[str, Any]:
         except (BrokenPipeError, ConnectionResetError):
             pass  # _read() reports what is missing
     return _read(bytes(data), path, program)
+
+
+def _connect(peer: socket.socket, path: str, deadline: float) -> None:
+    """Raises OSError: BlockingIOError if the queue of the socket was full all the time."""
+    while True:
+        try:
+            return peer.connect(path)
+        except BlockingIOError:  # connect() with a timeout does not wait for a place
+            if monotonic() >= deadline:
+                raise
+            sleep(QUEUE_LOOK)
 
 
 def _read(data: bytes, path: str, program: str) -> dict[str, Any]:

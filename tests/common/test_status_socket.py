@@ -1,5 +1,6 @@
 """The status socket: who is answered and how, whose file it is, what the asker says otherwise."""
 
+import contextlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ def started():
 
     def start(path, tell=lambda: {"state": "serving"}, ready=True):
         before = set(threading.enumerate())
-        sockets.append(StatusSocket(path, PROGRAM, tell))
+        sockets.append(StatusSocket(path, PROGRAM, tell, "STATUS_SOCKET"))
         sockets[-1].start()
         threads.update(set(threading.enumerate()) - before)
         if ready:
@@ -124,7 +125,8 @@ def test_a_stopped_process_removes_only_its_own_file(path, started):
 def test_a_file_that_is_no_socket_is_left_alone(path, started, caplog):
     Path(path).write_text("precious")
     started(path, ready=False)
-    wait_until(lambda: "no socket" in caplog.text)
+    wait_until(lambda: f"STATUS_SOCKET {path}: a file that is no socket" in caplog.text)
+    assert "or STATUS_SOCKET names another path" in caplog.text
     assert Path(path).read_text() == "precious"
 
 
@@ -244,6 +246,50 @@ def test_an_endless_answer_is_cut(path, monkeypatch):
     end()
 
 
+@pytest.fixture
+def full(path):
+    """A socket whose queue is full: its program accepts nobody."""
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.ExitStack() as stack:
+        listening.bind(path)
+        listening.listen(0)
+        while True:
+            waits = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waits.setblocking(False)
+            try:
+                waits.connect(path)
+            except BlockingIOError:
+                yield listening
+                break
+
+
+def test_a_queue_that_is_full_is_waited_for_and_then_one_clear_line(path, full, monkeypatch):
+    monkeypatch.setattr(status_socket, "ASK_TIMEOUT", 0.1)
+    said = refusal(path)
+    assert (
+        said == f"{path}: others wait for answers, too, and in 0.1 s no place was free; ask again"
+    )
+    monkeypatch.setattr(status_socket, "ASK_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(status_socket, "_read", lambda data, *rest: data)
+    full.setblocking(False)
+    over = threading.Event()
+
+    def serve():
+        while not over.wait(0.05):
+            with contextlib.suppress(BlockingIOError):
+                full.accept()[0].close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ask([path], PROGRAM) == b""
+    over.set()
+    thread.join(TIMEOUT)
+
+
+def test_a_queue_that_is_full_is_a_living_processs(path, full):
+    with pytest.raises(status_socket.PlaceTaken, match="another process answers there"):
+        status_socket.listen(path)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user here")
 def test_an_asker_without_rights_is_told_so(path, started, tmp_path):
     started(path)
@@ -269,6 +315,13 @@ def test_the_first_place_with_a_living_process_answers(path, started):
     assert ask(["missing.sock", "dead.sock", path], PROGRAM)["state"] == "serving"
 
 
+def test_a_place_that_cannot_be_asked_does_not_hide_the_next(path, started):
+    end = fake("strange.sock", b"220 smtp ready\r\n")
+    started(path)
+    assert ask(["strange.sock", path], PROGRAM)["state"] == "serving"
+    end()
+
+
 def test_exit_status_says_whether_it_serves(path, started, capsys):
     state = ["serving"]
     started(path, lambda: {"state": state[0], "sessions": [{"agent": "office"}]})
@@ -279,7 +332,7 @@ def test_exit_status_says_whether_it_serves(path, started, capsys):
     assert "draining" in capsys.readouterr().out
     assert show_status.show_status(["none.sock"], PROGRAM, as_json=False) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"{PROGRAM}: not running on this machine")
+    assert out == "" and err.startswith(f"{PROGRAM}: not running here")
 
 
 def test_a_place_whose_folder_cannot_be_had_is_passed_over(tmp_path):

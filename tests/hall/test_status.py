@@ -1,6 +1,7 @@
 """`gotunnel-server status` and `gotunnel-agent status`, asked of programs that run."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from support import (
 )
 
 from gotunnel import __version__
+from gotunnel_agent.common.status_socket import NoAnswer
+from gotunnel_agent.status import agent_of, first_of, status_places, status_socket_of
 from gotunnel_agent.status import describe as describe_agent
-from gotunnel_agent.status import status_places, status_socket_of
 from gotunnel_server import status
 from gotunnel_server.certs.state import FAILED, State
 
@@ -90,7 +92,7 @@ def test_a_running_gateway_and_its_agent_say_how_they_do(short):
     assert alone.returncode == 1 and "no session" in alone.stdout
     assert stopped.returncode == 2 and stopped.stdout == ""
     assert stopped.stderr.startswith(
-        "gotunnel-agent: not running on this machine: there is no socket "
+        "gotunnel-agent: not running here, or its status socket is elsewhere: there is no socket "
     )
 
 
@@ -177,7 +179,29 @@ def test_an_agent_finds_the_place_of_its_socket(tmp_path, monkeypatch):
     assert of("off") is None
     assert of("mine.sock") == "mine.sock"
     assert of("") == f"{tmp_path}/p/s"
-    assert status_places(None) == [f"{tmp_path}/p/s"]
+    assert status_places(None) == ([f"{tmp_path}/p/s"], False)
+
+
+@pytest.mark.parametrize(
+    "told, chosen, answered, said",
+    [
+        (["a.yaml"], None, "a.yaml", ""),
+        (["a.yaml", "b.yaml"], None, "a.yaml",
+         "gotunnel-agent: this is the agent of a.yaml; that of b.yaml answers, too: choose by "
+         "-c FILE\n"),
+        (["a.yaml", "b.yaml"], "b.yaml", "b.yaml", ""),
+        (["a.yaml"], "b.yaml", None, "the agent of a.yaml answers, not that of b.yaml: give each a "
+         "status_socket of its own"),
+        (["/run/credentials/x/a.yaml"], "b.yaml", "/run/credentials/x/a.yaml", ""),
+    ],
+)  # fmt: skip
+def test_of_two_agents_the_one_that_is_asked_for_answers(told, chosen, answered, said, capsys):
+    answers = iter([{"configuration": path} for path in told])
+    try:
+        found = first_of(answers) if chosen is None else agent_of(chosen, answers)
+        assert found["configuration"] == answered and capsys.readouterr().err == said
+    except NoAnswer as error:
+        assert answered is None and str(error) == said
 
 
 def test_an_agent_without_a_session_says_why():
@@ -185,5 +209,6 @@ def test_an_agent_without_a_session_says_why():
         gateway="gateway:9443", since=None, problem="connection\nrefused", old_sessions=0, visits=0,
         routes={}, certificates={}, stopping=False,
     )  # fmt: skip
-    told = describe_agent(snapshot)
+    told = describe_agent(snapshot, "agent.yaml")
+    assert told["configuration"] == os.path.abspath("agent.yaml")
     assert (told["state"], told["problem"]) == ("no session", "connection\\nrefused")
