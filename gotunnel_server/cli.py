@@ -13,7 +13,8 @@ Exit status:
     status           it serves            it drains                nothing answers
     service          done, or it runs     cannot be done, not run   the configuration is wrong
 
-Wrong arguments and a wrong AGENTS_FILE give 2 as well.
+Wrong arguments, a wrong AGENTS_FILE and sockets of systemd that contradict each other give 2 as
+well.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from .config import Config, environment, faults, load, status_places
 from .gateway import Gateway
 from .handover import Failed, find_predecessor
 from .life import Life
+from .net.inherited import Contradiction
 from .net.listener import PortError
 from .reloading import Reloading
 from .secret_files import exposed
@@ -108,7 +110,7 @@ def command(options: argparse.Namespace) -> int:
                 fail(fault, 2)
             return 2
         return fail(error, 2)
-    except (CertificateError, AgentsFileError) as error:
+    except (CertificateError, AgentsFileError, Contradiction) as error:
         return fail(error, 2)
     except (PortError, LogFileError, StoreError, GrantError, NoThread, Failed) as error:
         return fail(error, 1)
@@ -135,8 +137,8 @@ def agents(config: Config, options: argparse.Namespace) -> int:
 
 def run(env_file: str | None) -> int:
     """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
-    PortError, LogFileError, NoThread; Failed if a running gateway has started this process as its
-    successor (handover.py) and does not hand over."""
+    PortError, Contradiction, LogFileError, NoThread; Failed if a running gateway has started this
+    process as its successor (handover.py) and does not hand over."""
     predecessor = find_predecessor(environment())
     try:
         return serve(load(env_file), env_file, Life(environment(), predecessor))

@@ -44,12 +44,12 @@ class Life:
         self._inherited = Inherited()
 
     def inherit(self) -> Inherited:
-        """The listening sockets that this process was given."""
+        """The listening sockets that this process was given. Raises Contradiction."""
         given: Sequence[Given]
         if self._predecessor is not None:
             given = self._predecessor.sockets
         else:
-            given = list(of_systemd(self._environment, PORTS))
+            given = of_systemd(self._environment, PORTS)
         self._inherited = Inherited(given)
         return self._inherited
 

@@ -22,12 +22,12 @@ import socket
 import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import sleep
 from typing import NamedTuple
 
 from gotunnel_agent.common.hostnames import MAX_PORT
-from gotunnel_agent.common.one_line import on_one_line
+from gotunnel_agent.common.one_line import on_one_line, some
 
 log = logging.getLogger("gotunnel.inherited")
 
@@ -38,6 +38,11 @@ MOST_SOCKETS = 4096
 MOST_NAME = 64  # characters of a name that the log shows
 LISTEN = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")  # variables of systemd's protocol
 TCP_PORTS = "TCP_PORTS"
+
+
+class Contradiction(Exception):
+    """The units of systemd leave open which port serves a setting, or which setting a port serves.
+    The text is one line for the operator."""
 
 
 class Given(NamedTuple):
@@ -63,6 +68,8 @@ class Inherited:
 
     def __init__(self, given: Iterable[Given] = ()) -> None:
         self._left = list(given)
+        # The settings that systemd's sockets are for, by port.
+        self._named = {entry.port: entry.name for entry in self._left if entry.by_systemd}
         # Those of systemd that were taken: a successor must treat them as systemd's, too.
         self._by_systemd: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._lock = threading.Lock()  # guards both
@@ -72,12 +79,20 @@ class Inherited:
             return sock in self._by_systemd
 
     def take(self, setting: str, port: int) -> list[socket.socket]:
-        """systemd's sockets for a setting, whose port is ``port`` (0: any)."""
+        """systemd's sockets for a setting, whose port is ``port`` (0: any). Raises
+        Contradiction."""
         with self._lock:
             found = [given for given in self._left if given.by_systemd and (
                 given.name == setting and (setting != TCP_PORTS or given.port == port)
                 or not given.name and given.port == port
             )]  # fmt: skip
+            ports = {given.port for given in found}
+            if len(ports) > 1:
+                raise Contradiction(
+                    f"{setting} has sockets of systemd at the ports {some(sorted(ports))}, expected "
+                    "one port: remove a ListenStream=, or name it for another setting by "
+                    "FileDescriptorName="
+                )
             if setting == TCP_PORTS:
                 # The agent may leave and come back, and systemd goes on listening.
                 socks = [given.sock.dup() for given in found]
@@ -90,6 +105,11 @@ class Inherited:
                 log.warning("%s is used for %s=%d: systemd's unit decides; set %s=%d",
                             given, setting, port, setting, given.port)  # fmt: skip
         return socks
+
+    def named_at(self, port: int) -> str:
+        """The setting that systemd's socket at a port is for; "" if there is no such socket, or
+        its name says nothing."""
+        return self._named.get(port, "")
 
     def take_at(self, setting: str, address: str, port: int) -> socket.socket | None:
         """A predecessor's socket at an IP address ("" for all) and ``port``; with 0, the one that
@@ -161,25 +181,27 @@ def _is_at(sock: socket.socket, address: str) -> bool:
     return not socket.has_dualstack_ipv6()
 
 
-def of_systemd(environment: Mapping[str, str], settings: Iterable[str]) -> Iterator[Given]:
+def of_systemd(environment: Mapping[str, str], settings: Iterable[str]) -> list[Given]:
     """What systemd has given to this process. ``settings``: the variables that name a port. What
-    does not fit is a warning in the log, one line each."""
+    does not fit is a warning in the log, one line each. Raises Contradiction if two sockets have
+    one address, or are one: a visitor would reach either setting at random."""
+    found: list[Given] = []
     if not any(environment.get(name) for name in LISTEN[:2]):
-        return
+        return found
     count = _number(environment.get("LISTEN_FDS", ""), MOST_SOCKETS)
     if count is None:
         log.warning("LISTEN_FDS is %s, expected a number of sockets from 0 to %d: it is ignored, "
                     "and all ports are opened anew",
                     on_one_line(repr(environment.get("LISTEN_FDS", "")), MOST_NAME),
                     MOST_SOCKETS)  # fmt: skip
-        return
+        return found
     if environment.get("LISTEN_PID", "").strip() != str(os.getpid()):
         log.warning("LISTEN_PID is %s, and this is process %d: the sockets of LISTEN_FDS are "
                     "another process's and are left alone; all ports are opened anew (a wrapper "
                     "script has to start the gateway by exec)",
                     on_one_line(repr(environment.get("LISTEN_PID", "")), MOST_NAME),
                     os.getpid())  # fmt: skip
-        return
+        return found
     names = environment.get("LISTEN_FDNAMES", "").split(":")
     if names == [""]:
         names = [""] * count
@@ -188,6 +210,7 @@ def of_systemd(environment: Mapping[str, str], settings: Iterable[str]) -> Itera
                     "the sockets' port numbers decide", len(names), count)  # fmt: skip
         names = [""] * count
     known = frozenset(settings)
+    seen: dict[object, str] = {}
     for descriptor, name in enumerate(names, start=FIRST):
         shown = f"LISTEN_FDS: descriptor {descriptor}"
         if name:
@@ -196,13 +219,24 @@ def of_systemd(environment: Mapping[str, str], settings: Iterable[str]) -> Itera
         if flaw is None:
             sock = socket.socket(fileno=descriptor)  # which also reads its family
             sock.set_inheritable(False)
+            at = sock.getsockname()[:2]
+            if at in seen:
+                for each in (sock, *(given.sock for given in found)):
+                    each.close()
+                raise Contradiction(
+                    f"{seen[at]} and {shown.removeprefix('LISTEN_FDS: ')} are both at {at[0]} port "
+                    f"{at[1]}, expected one socket for each address and setting: remove a "
+                    "ListenStream= from systemd's unit"
+                )
+            seen[at] = shown
             setting = _setting(name, known)
             if setting == TCP_PORTS and name.isdigit() and sock.getsockname()[1] != int(name):
                 flaw, setting = f"it is at port {sock.getsockname()[1]}, not {name}", ""
                 log.warning("%s: %s: the port number decides", shown, flaw)
-            yield Given(sock, setting, True)
+            found.append(Given(sock, setting, True))
         else:
             log.warning("%s: %s: it is not used", shown, flaw)
+    return found
 
 
 def _setting(name: str, known: frozenset[str]) -> str:

@@ -102,7 +102,7 @@ def bind(
     """Listening sockets for a port (0: any free one) on the given IP addresses, () for all; those
     that were ``inherited``, where they fit.
 
-    Raises PortError, which calls the port by ``setting``, the name of its variable.
+    Raises PortError, which calls the port by ``setting``, the name of its variable; Contradiction.
     """
     sockets = inherited.take(setting, port)
     if sockets:
@@ -115,7 +115,12 @@ def bind(
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise PortError(f"{setting} {port}{_on(address)}: {_reason(error, setting)}") from None
+        other = inherited.named_at(port) if error.errno == errno.EADDRINUSE else ""
+        why = _reason(error, setting) if not other else (
+            f"systemd's socket at this port is for {other}, expected one for {setting}: correct its "
+            "FileDescriptorName=, or choose another port"
+        )  # fmt: skip
+        raise PortError(f"{setting} {port}{_on(address)}: {why}") from None
     return sockets
 
 

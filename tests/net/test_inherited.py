@@ -9,8 +9,8 @@ import socket
 import pytest
 
 from gotunnel_server.net import inherited
-from gotunnel_server.net.inherited import Given, Inherited, of_systemd
-from gotunnel_server.net.listener import bind
+from gotunnel_server.net.inherited import Contradiction, Given, Inherited, of_systemd
+from gotunnel_server.net.listener import PortError, bind
 
 FIRST = 700  # in place of descriptor 3, which is in use here
 SETTINGS = ("GATEWAY_PORT", "TUNNEL_PORT", "TCP_PORTS")
@@ -21,7 +21,9 @@ LOCAL = ("127.0.0.1",)
 def sockets():
     """Makes listening sockets."""
     with contextlib.ExitStack() as stack:
-        yield lambda host="127.0.0.1": stack.enter_context(socket.create_server((host, 0)))
+        yield lambda host="127.0.0.1", port=0: stack.enter_context(
+            socket.create_server((host, port))
+        )
 
 
 def port_of(sock):
@@ -43,7 +45,8 @@ def test_a_socket_of_systemd_serves_the_setting_that_it_is_named_after(sockets, 
 
 
 def test_several_sockets_of_systemd_may_serve_one_setting(sockets):
-    given = [sockets(), sockets("127.0.0.2")]
+    first = sockets()
+    given = [first, sockets("127.0.0.2", port_of(first))]
     left = Inherited([Given(sock, "GATEWAY_PORT", True) for sock in given])
     assert bind("GATEWAY_PORT", LOCAL, 0, left) == given
 
@@ -122,7 +125,7 @@ def listen(monkeypatch):
             os.dup2(file.fileno(), number)
             used.append(number)
         environment = {"LISTEN_FDS": str(len(files)), "LISTEN_PID": str(os.getpid()), **changes}
-        return list(of_systemd(environment, SETTINGS))
+        return of_systemd(environment, SETTINGS)
 
     yield read
     for number in used:
@@ -136,7 +139,7 @@ def close_all(given):
 
 
 def test_without_the_variables_nothing_is_given(caplog):
-    assert list(of_systemd({}, SETTINGS)) == [] and caplog.messages == []
+    assert of_systemd({}, SETTINGS) == [] and caplog.messages == []
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,55 @@ def test_names_are_those_of_settings(listen, sockets, name, setting, caplog):
     assert not given.sock.get_inheritable()
     assert caplog.messages == []
     close_all(found)
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "said"),
+    [
+        (
+            "gateway_port:tunnel_port",
+            "same",
+            "descriptor 700 (gateway_port) and descriptor 701 (tunnel",
+        ),
+        ("gateway_port:gateway_port", "same", "are both at 127.0.0.1 port"),
+        (":", "same", "descriptor 700 and descriptor 701 are both at"),
+        (
+            "gateway_port:gateway_port",
+            "another",
+            "GATEWAY_PORT has sockets of systemd at the ports",
+        ),
+        ("gateway_port:", "gateway_port", "GATEWAY_PORT has sockets of systemd at the ports"),
+        (
+            "tunnel_port",
+            "gateway_port",
+            "systemd's socket at this port is for TUNNEL_PORT, expected",
+        ),
+        (
+            "port",
+            "gateway_port",
+            "systemd's socket at this port is for TCP_PORTS, expected one for",
+        ),
+    ],
+)
+def test_sockets_that_contradict_each_other_are_refused_in_one_line(
+    listen, sockets, names, own, said
+):
+    """``own``: whose port the last socket has."""
+    first = sockets()
+    last = first if own == "same" or ":" not in names else sockets()
+    files = [first, last] if ":" in names else [last]
+    names = names.replace("port", str(port_of(last))) if names == "port" else names
+    with contextlib.ExitStack() as stack:
+        with pytest.raises((Contradiction, PortError)) as caught:
+            found = listen(*files, LISTEN_FDNAMES=names)
+            stack.callback(close_all, found)
+            bind(
+                "GATEWAY_PORT",
+                LOCAL,
+                port_of(last) if own == "gateway_port" else 0,
+                Inherited(found),
+            )
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_agents_port_is_named_by_its_number(listen, sockets, caplog):
