@@ -89,8 +89,8 @@ class Inherited:
             ports = {given.port for given in found}
             if len(ports) > 1:
                 raise Contradiction(
-                    f"{setting} has sockets of systemd at the ports {some(sorted(ports))}, expected "
-                    "one port: remove a ListenStream=, or name it for another setting by "
+                    f"{setting} has sockets of systemd at the ports {some(sorted(ports))}, "
+                    "expected one port: remove a ListenStream=, or name it for another setting by "
                     "FileDescriptorName="
                 )
             if setting == TCP_PORTS:

@@ -117,8 +117,8 @@ def bind(
             sock.close()
         other = inherited.named_at(port) if error.errno == errno.EADDRINUSE else ""
         why = _reason(error, setting) if not other else (
-            f"systemd's socket at this port is for {other}, expected one for {setting}: correct its "
-            "FileDescriptorName=, or choose another port"
+            f"systemd's socket at this port is for {other}, expected one for {setting}: correct "
+            "its FileDescriptorName=, or choose another port"
         )  # fmt: skip
         raise PortError(f"{setting} {port}{_on(address)}: {why}") from None
     return sockets
