@@ -24,8 +24,8 @@ from typing import Any
 
 from gotunnel import START_WINDOW, Stream
 
-# Kept streams, at most: a busy page has as many visitors at once. A visit that finds none costs a new
-# stream, and its target a new connection.
+# Kept streams, at most: a busy page has as many visitors at once. A visit that finds none costs a
+# new stream, and its target a new connection.
 OF_A_HOSTNAME = 128
 OF_A_SESSION = 256  # kept streams of all its hostnames; an agent takes 1024 streams in all
 # Idle streams of a session that logins (NTLM) have bound to one visitor's connection each: half of

@@ -198,7 +198,9 @@ class HttpConnection(Stepwise):
             visit.end()
         if handler.close_connection:
             return self._part()
-        return self._go_to(State.IDLE)
+        self._go_to(State.IDLE)
+        # Hardly any visitor has sent its next request already: wait first, and read then.
+        return self.duplex.pending or self._wait(self._port.timeouts.idle)
 
     def _leave_room(self) -> None:
         self._port.exchanges.room.leave(self._visitor.address[0])

@@ -98,7 +98,6 @@ class Handler(BaseHTTPRequestHandler):
         self._proxies = proxies
         self._response_timeout = response_timeout
         self._buffer = b""  # the beginning of a head
-        self._seen = 0  # bytes of it that were searched for its end
         # The base class only stores these; setup() below is all that it does with them.
         super().__init__(duplex, address, None)  # type: ignore[arg-type]
 
@@ -126,19 +125,21 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises VisitorGone, Malformed, OSError.
         """
-        while (end := http1.head_end(self._buffer, self._seen)) < 0:
-            self._seen = len(self._buffer)
+        end = -1
+        while end < 0:
             data = self.connection.receive()
             if data is None:
                 return False
             if not data:
                 raise VisitorGone
+            seen = len(self._buffer)
             self._buffer += data
             self.current = None
+            end = http1.head_end(self._buffer, seen)
         self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
         if rest:
             self.connection.unread(rest)
-        self._buffer, self._seen = b"", 0
+        self._buffer = b""
         return True
 
     def read_request(self) -> "Http1Request":

@@ -24,10 +24,11 @@ from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.steps")
 
-# Seconds that a worker waits for more bytes by itself, before it parks the connection. Most
-# visitors go on at once, and are spared the detour through the listener. Workers do not wait while
-# other connections need one.
-NEXT_STEP_WAIT = 0.005
+# Seconds that a thread waits for more bytes by itself, before it parks the connection. Most
+# visitors go on at once, and are spared the detour through the listener. Step workers are few, and
+# do not wait while other connections need one. An exchange's thread waits for the next request,
+# which comes a round trip after the answer.
+NEXT_STEP_WAIT, NEXT_REQUEST_WAIT = 0.005, 0.02
 
 
 class StateEnum(enum.Enum):
@@ -129,12 +130,14 @@ class Stepwise:
             # The first wait in a state is likely to be short, so wait here; parking costs two
             # thread switches. A visitor that trickles its bytes is parked, and holds no worker.
             self._deadline = monotonic() + seconds
-            # "crowded" is about the step workers. An exchange's thread may wait here in any case.
-            if self._steps is self.STEPS and self._visitor.listener.crowded:
-                self._visitor.listener.park(self, seconds)
-                return False
+            patience = NEXT_REQUEST_WAIT
+            if self._steps is self.STEPS:  # a step worker
+                patience = NEXT_STEP_WAIT
+                if self._visitor.listener.crowded:
+                    self._visitor.listener.park(self, seconds)
+                    return False
             with contextlib.suppress(TimeoutError):
-                self.duplex.wait_readable(NEXT_STEP_WAIT)
+                self.duplex.wait_readable(patience)
                 return True
         self._waits += 1
         left = max(0, self._deadline - monotonic())
