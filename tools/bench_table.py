@@ -130,10 +130,11 @@ def percentile(values, share):
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def put_between(text, table):
-    """``text`` with ``table`` between BEGIN and END. Raises ValueError if it does not have both."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def put_between(text, table, first=BEGIN, last=END):
+    """``text`` with ``table`` between ``first`` and ``last``. Raises ValueError if it does not have
+    both."""
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"expected a line {BEGIN} and, below it, a line {END}")
+        raise ValueError(f"expected a line {first} and, below it, a line {last}")
     return f"{before}{begin}\n\n{table}\n{end}{after}"
