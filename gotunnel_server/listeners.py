@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,13 +24,14 @@ class Connections(Protocol):
 
 
 class PortFigures(NamedTuple):
-    """``taken`` of ``most`` places for connections; 0 of 0 if they are another port's. ``refused``
-    connections, since the start."""
+    """``taken`` of ``most`` places for connections; 0 of 0 if they are another port's. Since the
+    start: ``refused`` connections, and ``dropped`` ones by reason (net/drops.py)."""
 
     name: str
     taken: int
     most: int
     refused: int
+    dropped: Counter[str]
 
 
 class Listeners:
@@ -45,7 +47,9 @@ class Listeners:
         self._all: list[Listener] = []
         # All open listeners, with the setting of their ports. Replaced whole (copy on write).
         self._open: dict[Listener, str] = {}
-        self._refused: dict[str, int] = {}  # by setting: those of listeners that are closed
+        # By setting: those of listeners that are closed.
+        self._refused: dict[str, int] = {}
+        self._dropped: dict[str, Counter[str]] = {}
 
     def add(
         self,
@@ -87,7 +91,9 @@ class Listeners:
         connections.listener = listener
         kept = {other: name for other, name in self._open.items() if not other.stopping}
         for other in self._open.keys() - kept.keys():
-            self._refused[setting] = self._refused.get(setting, 0) + other.refused
+            closed = self._open[other]
+            self._refused[closed] = self._refused.get(closed, 0) + other.refused
+            self._dropped[closed] = self._dropped.get(closed, Counter()) + other.drops.counts()
         self._open = {**kept, listener: setting}
         return listener
 
@@ -122,10 +128,12 @@ class Listeners:
                 seen.append(listener.places)
                 taken, most = listener.places.taken, listener.places.most
             name = setting.removesuffix("_PORT").lower()
-            earlier = found.get(name, PortFigures(name, 0, 0, self._refused.get(setting, 0)))
+            gone = self._refused.get(setting, 0), self._dropped.get(setting, Counter())
+            earlier = found.get(name, PortFigures(name, 0, 0, *gone))
             found[name] = PortFigures(
-                name, earlier.taken + taken, earlier.most + most, earlier.refused + refused
-            )
+                name, earlier.taken + taken, earlier.most + most, earlier.refused + refused,
+                earlier.dropped + listener.drops.counts(),
+            )  # fmt: skip
         return list(found.values())
 
     def stop_accepting(self, but: str = "") -> None:

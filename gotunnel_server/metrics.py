@@ -157,6 +157,15 @@ def _connections(parts: Parts) -> Iterator[Metric]:
         "Connections that were closed at once: no place was free, or their address had its share.",
         *(Sample(port.refused, (("port", port.name),)) for port in ports),
     )  # fmt: skip
+    yield counter(
+        f"{PREFIX}dropped_connections_total",
+        "Connections that ended before their peer had asked for anything, by reason.",
+        *(
+            Sample(count, (("port", port.name), ("reason", word)))
+            for port in ports
+            for word, count in sorted(port.dropped.items())
+        ),
+    )  # fmt: skip
     begun, completed = parts.visitors.handshakes, parts.visitors.completed_handshakes
     yield counter(
         f"{PREFIX}tls_handshakes_total", "Visitors' TLS handshakes that were begun.",

@@ -48,6 +48,22 @@ from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
 
 from ..net import client_hello
+from ..net.drops import (
+    ADDRESS_FULL,
+    BAD_TOKENS,
+    BUG,
+    LEFT,
+    NO_PROOF,
+    NO_THREAD,
+    NOT_TLS,
+    PROTOCOL,
+    PROXY_HEADER,
+    SILENT,
+    SLOW,
+    STOPPED,
+    TLS_FAILED,
+    Dropped,
+)
 from ..net.listener import Address, Listener
 from ..net.shares import Addresses, Seat
 from ..net.total import Total
@@ -92,6 +108,14 @@ class NotAdmitted(Exception):
     def __init__(self, text: str, brief: bool = False):
         super().__init__(text)
         self.brief = brief
+
+
+class Unfit(ProtocolError):
+    """The peer's bytes are no registration; ``reason`` is a word of drops.REASONS."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
 
 
 class Flood(ProtocolError):
@@ -194,6 +218,7 @@ class Newcomers:
             self._newcomers.discard(newcomer)
         if known:
             newcomer.seat.leave()
+            newcomer.count_drop()
 
     def close(self) -> None:
         """Break off all connections; their workers, or the listener, notice it and forget them."""
@@ -296,6 +321,8 @@ class Newcomer:
         self._control: ControlStream | None = None  # once the agent has opened its control stream
         self._agent: Agent | None = None  # once its token was found good
         self._tunnel: Tunnel | None = None
+        # A word of drops.REASONS; "" as long as none but LEFT is known; None: counted elsewhere.
+        self._why: str | None = ""
 
     def __str__(self) -> str:
         return f"agent at {self.address[0]}" if self._agent is None else str(self._agent)
@@ -319,16 +346,23 @@ class Newcomer:
             self._refuse(refusal)
         except ProtocolError as error:
             log.debug("%s: protocol error: %s", self, error)
+            self._why = error.reason if isinstance(error, Unfit) else PROTOCOL
             if isinstance(error, Flood):
                 self._count_failed("")
             self.close(PROTOCOL_ERROR)
         except NoThread as error:
             log.warning("%s: %s; the agent's connection is closed", self, error)
+            self._why = NO_THREAD
             self.close()
         except OSError as error:
             log.debug("%s: %s", self, error)
+            if isinstance(error, Dropped):
+                self._why = error.reason
+            elif isinstance(error, ssl.SSLError):
+                self._why = TLS_FAILED
             self.close()
         except Exception:
+            self._why = BUG
             log.exception("%s: its registration failed (bug, traceback follows); the connection is "
                           "closed", self)  # fmt: skip
             self._report_bug()
@@ -336,6 +370,7 @@ class Newcomer:
     def expired(self) -> None:
         """Worker: its time is up."""
         log.debug("%s: closed, %s", self, RULES[self._stage].late)
+        self._why = self._why or (SILENT if self._deadline == math.inf else SLOW)
         self.close()
 
     def close(self, code: int = NORMAL) -> None:
@@ -348,6 +383,12 @@ class Newcomer:
         else:
             self.duplex.close()
         self._newcomers.forget(self)
+
+    def count_drop(self) -> None:
+        """It is closed, and has not registered: count it, unless it was refused."""
+        if self._why is not None:
+            listener = self._newcomers.listener
+            listener.drops.add(self._why or (STOPPED if listener.stopping else LEFT))
 
     def _finish(self) -> None:
         self._stage, self._step = Stage.OVER, _rest  # a method here would be a reference cycle
@@ -407,7 +448,7 @@ class Newcomer:
                 found = proxy_protocol.parse(self._buffer)
             except proxy_protocol.NotProxy as error:
                 self._newcomers.refusals.log(f"trusted proxy at {self.address[0]}", str(error))
-                raise ProtocolError(str(error)) from None
+                raise Unfit(PROXY_HEADER, str(error)) from None
             if found is None:
                 return self._park()
             size, source = found
@@ -415,9 +456,9 @@ class Newcomer:
             if source is not None:
                 self.address = source
                 if not self.seat.move(source[0]):
-                    raise SessionClosed("its address has no place left for another connection")
+                    raise Dropped(ADDRESS_FULL, "its address has no place left for another one")
         if not self._newcomers.may_open(self.address[0]):
-            raise SessionClosed("too many bad tokens came from its address")
+            raise Dropped(BAD_TOKENS, "too many bad tokens came from its address")
         return Next(Stage.HELLO, self._read_hello)
 
     def _read_hello(self) -> Next | None:
@@ -431,7 +472,8 @@ class Newcomer:
                 self._newcomers.refusals.log(
                     str(self), "it sent a PROXY header, and TRUSTED_PROXIES does not name it"
                 )
-            raise ProtocolError(str(error)) from None
+                raise Unfit(PROXY_HEADER, str(error)) from None
+            raise Unfit(NOT_TLS, str(error)) from None
         if said is None:
             return self._park()
         if said.alpn != (client_hello.ACME_TLS,):
@@ -439,7 +481,7 @@ class Newcomer:
             return Next(Stage.HANDSHAKE, self._shake_hands)
         proof = self._newcomers.challenges.context(said.server_name)
         if proof is None:
-            raise ProtocolError("a CA asks for a proof that was not published")
+            raise Unfit(NO_PROOF, "a CA asks for a proof that was not published")
         self._start_tls(proof)
         return Next(Stage.VALIDATION, self._prove)
 
@@ -464,6 +506,7 @@ class Newcomer:
         """VALIDATION: the handshake has shown the CA its proof."""
         if not self.duplex.handshake():
             return self._park()
+        self._why = None
         self.close()
         return None
 
@@ -579,8 +622,7 @@ class Newcomer:
     def _refuse(self, refusal: NotAdmitted) -> None:
         """Send the refusal, and wait for the agent to hang up: closing at once could destroy the
         text on its way."""
-        self._newcomers.refusals.total.add()
-        self._newcomers.refusals.log(str(self), str(refusal))
+        self._count_refusal(str(refusal))
         try:
             self._tell(str(refusal))
             if refusal.brief:
@@ -593,11 +635,15 @@ class Newcomer:
     def _refuse_early(self, session: Session, control: ControlStream, text: str) -> Next | None:
         """Refuse a registration that has not arrived whole. The agent reads the answer only after
         it has sent everything, so its rest is read and dropped (HEAR_OUT)."""
-        self._newcomers.refusals.total.add()
-        self._newcomers.refusals.log(str(self), text)
+        self._count_refusal(text)
         self._tell(text)
         control.stream.close()
         return self._await_end(Stage.HEAR_OUT, partial(self._hear_out, session))
+
+    def _count_refusal(self, text: str) -> None:
+        self._why = None
+        self._newcomers.refusals.total.add()
+        self._newcomers.refusals.log(str(self), text)
 
     def _await_end(self, stage: Stage, step: Callable[[], Next | None]) -> Next | None:
         self._enter(stage, step)

@@ -31,6 +31,7 @@ from gotunnel_agent.common.addresses import counted_by, unmapped_host
 from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.process import Stopped
 
+from .drops import BAD_TOKENS, Drops
 from .inherited import NOTHING, Inherited
 from .round_robin import FairWorkers
 from .shares import Places, Seat
@@ -178,7 +179,7 @@ class Listener:
         first_timeout: float,
     ):
         """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or returns None
-        if the peer is not wanted. The Parkable calls Seat.settle() when its peer has asked for
+        if the peer is not wanted because of its bad tokens. The Parkable calls Seat.settle() when its peer has asked for
         something, and Seat.leave() when it is closed. ``workers`` run the connections' steps;
         ``places`` limit how many are open at a time. ``first_timeout``: seconds that a peer has for
         its first byte before expired() is called; with 0 it is called at once.
@@ -201,6 +202,7 @@ class Listener:
         self._later: list[tuple[float, Callable[[], object], Hashable]] = []
         self._over = False  # the thread does not read the two lists any more
         self.refused = 0  # connections that got no place; counted by the thread alone
+        self.drops = Drops()  # of the others, counted by the Parkables
         self._refused_said = 0  # how many of them the log has reported
         self._refused_host: str | None = None  # address of the last of them
         self._said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
@@ -424,6 +426,7 @@ class Listener:
                 sock.close()
                 seat.leave()
         if connection is None:
+            self.drops.add(BAD_TOKENS)
             return
         if self._first_timeout:
             self._watch(connection, monotonic() + self._first_timeout)

@@ -19,6 +19,7 @@ from typing import Protocol
 from gotunnel_agent.common import proxy_protocol
 
 from ..net import client_hello
+from ..net.drops import NO_PROOF, NO_TCP_HOSTNAME, NOT_TLS, PROXY_HEADER, Dropped
 from ..net.total import Total
 from ..routes import Route
 from . import connection, relays, sniff
@@ -126,7 +127,7 @@ class Introduction(Stepwise):
             except proxy_protocol.NotProxy as error:
                 log.warning("trusted proxy at %s: %s; its connection is closed",
                             self._visitor.address[0], error)  # fmt: skip
-                raise VisitorGone from None
+                raise Dropped(PROXY_HEADER, str(error)) from None
             if found is None:
                 return self._wait(self._port.timeouts.header if self._buffer else INTRODUCTION)
             size, source = found
@@ -243,20 +244,20 @@ class Arrival(Introduction):
                 self._visitor,
             )  # fmt: skip
             self.duplex.reset()  # a mere close would look like an empty answer
-            raise VisitorGone
+            raise Dropped(NO_TCP_HOSTNAME, "no tcp hostname is served for it")
         return self._relay(route)
 
     def _answer_postgres(self, kind: int, size: int) -> bool:
         # Bytes behind the request may be injected by a man in the middle, to be taken for encrypted
         # ones (CVE-2021-23214).
         if len(self._buffer) > size:
-            raise ConnectionAbortedError("bytes between PostgreSQL's SSLRequest and TLS")
+            raise Dropped(NOT_TLS, "bytes between PostgreSQL's SSLRequest and TLS")
         self._buffer = b""
         if kind == sniff.SSL_REQUEST:
             self.duplex.write(sniff.YES, timeout=0)
             return self._go_to(State.TLS_ASKED)
         if self._refused_gss:  # each answer restarts the timeout, so it must not be repeated
-            raise ConnectionAbortedError("a second GSSENCRequest")
+            raise Dropped(NOT_TLS, "a second GSSENCRequest")
         self._refused_gss = True
         self.duplex.write(sniff.NO, timeout=0)
         return self._go_to(State.FIRST_BYTES)
@@ -271,7 +272,7 @@ class Arrival(Introduction):
                 "%s dropped: its PostgreSQL CancelRequest is for no session here. That session has "
                 "ended, or was made without TLS", self._visitor,
             )  # fmt: skip
-            raise VisitorGone
+            raise Dropped(NO_TCP_HOSTNAME, "a CancelRequest without a session")
         return self._relay(route)
 
     # TLS
@@ -344,7 +345,7 @@ class Arrival(Introduction):
         sni = self._visitor.sni
         context = None if sni is None else self._port.challenges.context(sni)
         if context is None:
-            raise client_hello.NotTLS("a TLS-ALPN-01 validation without a published proof")
+            raise Dropped(NO_PROOF, "a TLS-ALPN-01 validation without a published proof")
         return self._start_tls(context, State.PROOF)
 
     def _handshake(self) -> bool:
@@ -352,6 +353,7 @@ class Arrival(Introduction):
             return self._wait(self._port.timeouts.header)
         self._port.completed_handshakes.add()
         if self._state is State.PROOF:
+            self._visitor.has_asked = True
             self.close()
             return False
         sni = self._visitor.sni

@@ -220,6 +220,7 @@ class HttpConnection(Stepwise):
 
     def _begin_visit(self) -> None:
         visits, visitor = self._port.visits, self._visitor
+        visitor.has_asked = True
         if visits is not None:
             visit = Visit(visits, visitor.address[0], monotonic())
             self._handler.visit = visitor.visit = visit

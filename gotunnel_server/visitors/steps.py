@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from gotunnel import NoThread
 
-from ..net import client_hello
+from ..net import client_hello, drops
+from ..net.drops import NO_THREAD, NOT_TLS, SILENT, SLOW, TLS_FAILED, Dropped
 from ..net.listener import Address
 from .request import VisitorGone
 from .visit import BUG
@@ -84,6 +85,7 @@ class Stepwise:
         """Worker: the time for this state is up."""
         state = self.STEPS[self._state].time_up
         if state is None:
+            self._visitor.why_dropped = SLOW if self._visitor.has_spoken else SILENT
             self.close()
         else:
             self._state = state
@@ -100,19 +102,28 @@ class Stepwise:
                 pass
         except ssl.SSLError as error:
             log.debug("%s: TLS: %s", self._visitor, error.reason or error)
-            self.close()
+            self._close_for(TLS_FAILED)
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", self._visitor, error)
             self._visitor.fail_visit("gateway-busy", 503)
             self.duplex.reset()  # a mere close would look like an empty answer
-            self.close()
-        except (OSError, VisitorGone, client_hello.NotTLS) as error:
+            self._close_for(NO_THREAD)
+        except client_hello.NotTLS as error:
+            log.debug("%s: %s", self._visitor, error)
+            self._close_for(NOT_TLS)
+        except (OSError, VisitorGone) as error:
             log.debug("%s: %s", self._visitor, error or "left")
-            self.close()
+            self._close_for(error.reason if isinstance(error, Dropped) else "")
         except Exception:
             log.exception("%s: its connection is closed (bug, traceback follows)", self._visitor)
             self._visitor.fail_visit(BUG, 500)
-            self.close()
+            self._close_for(drops.BUG)
+
+    def _close_for(self, reason: str) -> None:
+        """Close the connection. ``reason`` counts if the visitor has not asked for anything; ""
+        for one that has left."""
+        self._visitor.why_dropped = reason
+        self.close()
 
     def _go_to(self, state: enum.Enum) -> bool:
         """Enter a state; its time begins now. Returns a step's result."""
@@ -121,6 +132,7 @@ class Stepwise:
 
     def _note_first_byte(self) -> None:
         """The first byte in this state has arrived."""
+        self._visitor.has_spoken = True
         self._go_to(self.STEPS[self._state].first_byte or self._state)
 
     def _wait(self, seconds: float) -> bool:

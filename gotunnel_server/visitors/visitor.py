@@ -14,11 +14,13 @@ from gotunnel import Ends
 from gotunnel_agent.common import proxy_protocol
 from gotunnel_agent.common.duplex import Duplex
 
+from ..net.drops import ADDRESS_FULL, LEFT, PROXY_HEADER, STOPPED, Dropped
 from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
 from .login import Owner
 from .postgres import CancelKeys
-from .visit import CLIENT_CLOSED, LEFT, Visit
+from .visit import CLIENT_CLOSED, Visit
+from .visit import LEFT as VISITOR_LEFT
 from .visits import Visits
 
 log = logging.getLogger("gotunnel.visitor")
@@ -40,7 +42,7 @@ class Visitor:
 
     __slots__ = (
         "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "visit",
-        "_port", "_holds_relay",
+        "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +59,9 @@ class Visitor:
         self.owner: Owner | None = None  # set if the connection may own a stream
         self.cancel_keys: CancelKeys | None = None  # set if the visitor speaks PostgreSQL
         self.visit: Visit | None = None  # the present one, if visits are recorded
+        self.has_asked = False  # a visit has begun: how that ends is counted, not the connection
+        self.has_spoken = False  # a byte has come
+        self.why_dropped = ""  # a word of drops.REASONS; "" as long as none but LEFT is known
         self._port = port
         self._holds_relay = False  # it is counted among MAX_RELAYS
 
@@ -69,13 +74,14 @@ class Visitor:
 
     def introduce(self, source: tuple[str, int]) -> None:
         """A trusted proxy's PROXY header names ``source`` (IP address, port) as the visitor's.
-        Raises ConnectionAbortedError if that address has no share of connections left."""
+        Raises Dropped if that address has no share of connections left."""
         self.address = source
         if not self.seat.move(source[0]):
-            raise ConnectionAbortedError("its address has too many connections already")
+            raise Dropped(ADDRESS_FULL, "its address has too many connections already")
 
     def begin_visit(self) -> Visit | None:
         """The visitor has asked for something: begin a Visit, if visits are recorded."""
+        self.has_asked = True
         if self._port.visits is not None:
             self.visit = self._port.visits.begin(self.address[0])
         return self.visit
@@ -103,21 +109,25 @@ class Visitor:
         return self._holds_relay
 
     def refuse_introduction(self, data: bytes) -> None:
-        """Raise ConnectionAbortedError if ``data``, the first bytes, begin a PROXY header. Only a
+        """Raise Dropped if ``data``, the first bytes, begin a PROXY header. Only a
         trusted proxy may name another address as the visitor's, and only once."""
         if proxy_protocol.begins(data):
             self._port.say_once("%s dropped: it sent a PROXY header, but TRUSTED_PROXIES does not "
                                 "name it", self)  # fmt: skip
-            raise ConnectionAbortedError("a PROXY header from an untrusted address")
+            raise Dropped(PROXY_HEADER, "a PROXY header from an untrusted address")
 
     def close(self) -> None:
         """Close the connection and give back all that it holds. Only for the part that has it."""
         self.duplex.close()
-        self.fail_visit(LEFT, CLIENT_CLOSED)  # unless it has ended as it should
+        self.fail_visit(VISITOR_LEFT, CLIENT_CLOSED)  # unless it has ended as it should
         self.end_visit()
         if self.owner is not None:
             self.owner.close()
         if self._holds_relay:
             self._holds_relay = False
             self._port.relays.leave(self.address[0])
+        if not self.has_asked:
+            self.has_asked = True  # counted once
+            stopping = self.listener.stopping
+            self.listener.drops.add(self.why_dropped or (STOPPED if stopping else LEFT))
         self._port.forget(self)
