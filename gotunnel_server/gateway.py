@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from gotunnel import __version__
+from gotunnel_agent.common.free_memory import FreeMemory
 from gotunnel_agent.common.process import Workers
 
 from . import capacity, metrics
@@ -39,10 +40,9 @@ from .watcher import Watcher, Watchers
 
 log = logging.getLogger("gotunnel.gateway")
 
-# Seconds between checks of CERT_DIR and AGENTS_FILE. A changed file may be half written, so it is
-# read once it has stayed the same for such an interval: within 5 s.
+# Seconds between checks of files. A changed one may be half written: it is read once it has stayed
+# the same for such an interval, within 5 s.
 RELOAD = 2
-METRICS = "METRICS_PORT"
 LAST_JOBS = 2  # seconds for which stop() waits for a pool's jobs, or a watcher's check
 
 
@@ -52,9 +52,8 @@ class Gateway:
     def __init__(
         self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
     ):
-        """``subscribers`` get a record of each visit, beside those that the configuration names.
-        ``inherited``: listening sockets. Raises CertificateError, AgentsFileError, PortError,
-        LogFileError."""
+        """``subscribers`` get a record of each visit, ``inherited`` are listening sockets. Raises
+        CertificateError, AgentsFileError, PortError, LogFileError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(
             config.header_timeout, config.idle_timeout,
@@ -95,6 +94,7 @@ class Gateway:
         self._watchers = Watchers(
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
+            Watcher("memory", FreeMemory(self.listeners.taken).look, RELOAD),
         )
         self._facts = tuple(facts(config, self, ca_file))
 
@@ -184,7 +184,7 @@ class Gateway:
         )  # fmt: skip
         site = metrics.build_site(parts, config.metrics_bind)
         self.metrics_port = self._add_page(
-            METRICS, config.metrics_port, config.metrics_bind, site, HealthPort
+            metrics.SETTING, config.metrics_port, config.metrics_bind, site, HealthPort
         )
 
     def _add_page(self, setting, number, addresses, site, kind=Port):
@@ -284,7 +284,7 @@ class Gateway:
 
     def stop(self) -> None:
         """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
-        self.stop_accepting(but=METRICS)  # until the end /readyz says that this gateway drains
+        self.stop_accepting(but=metrics.SETTING)  # there, /readyz answers 503 until the end
         self.tunnels.move()
         self._watchers.stop()
         self.keeper.stop()

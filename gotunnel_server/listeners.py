@@ -118,6 +118,10 @@ class Listeners:
                 return f"the listener of port {listener.port}"
         return None
 
+    def taken(self) -> int:
+        """How many connections are open."""
+        return sum(port.taken for port in self.figures())
+
     def figures(self) -> list[PortFigures]:
         """For the metrics. The ports of agents are one."""
         found: dict[str, PortFigures] = {}

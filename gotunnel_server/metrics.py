@@ -38,6 +38,7 @@ from .visitors.sites import Site
 MOST_CERTIFICATES = 500  # hostnames with an expiry time; the gateway's own names come first
 STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
 PREFIX = "gotunnel_gateway_"
+SETTING = "METRICS_PORT"
 
 
 class Parts(NamedTuple):

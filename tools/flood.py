@@ -1,11 +1,11 @@
 """Floods a gateway on this machine, and shows whether others are served and what it leaves behind.
 
-    python3 tools/flood.py                               all kinds, each from one address and from six
+    python3 tools/flood.py                               all kinds, from one address and from six
     python3 tools/flood.py --kind silent --kind agents   some kinds
     python3 tools/flood.py --from one                    from one address only
     python3 tools/flood.py --seconds 30                  longer floods
     python3 tools/flood.py --json FILE                   keep all figures
-    python3 tools/flood.py --markdown FILE               put the table into FILE, between two comments
+    python3 tools/flood.py --markdown FILE               put the table into FILE
 
 Starts a target, a gateway and an agent with their default limits, and an honest visitor with an
 address of its own. Every 50 ms it makes a new TLS connection, and asks again on one that it keeps.
@@ -68,6 +68,7 @@ LOOK_EVERY = 0.25  # seconds
 WORST = 1.0  # seconds that the honest visitor may wait
 WITHIN = 1.2  # times the figures of before
 FEW = 2  # threads more than before do not count
+LAST = 60  # seconds that a helper may take to end
 AGENTS_TIMEOUT = 120  # seconds until all agents are registered
 BEGIN, END = "<!-- flood: begin -->", "<!-- flood: end -->"
 
@@ -210,7 +211,7 @@ class Helper:
     def __exit__(self, *exc_info):
         self._process.stdin.close()
         try:
-            self._process.wait(10)
+            self._process.wait(LAST)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -1,6 +1,6 @@
 """The floods of flood.py: many connections that cost a gateway something and bring nobody anything.
 
-    flood_load.py KIND PORT HOSTNAME COUNT ADDRESS...    until standard input ends; prints a JSON object
+    flood_load.py KIND PORT HOSTNAME COUNT ADDRESS...    until standard input ends; prints JSON
 
 COUNT connections are open at a time, from each ADDRESS its part, on the loopback interface alone.
 One that ends is made anew, RATES a second at most.

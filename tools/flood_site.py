@@ -1,4 +1,4 @@
-"""The target of flood.py: small pages, large ones, bodies that are read; and a port that says nothing.
+"""The target of flood.py: small pages, large ones, bodies that are read; and a silent port.
 
     flood_site.py      prints two ports, then serves until standard input ends
 

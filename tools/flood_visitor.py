@@ -3,7 +3,7 @@
     flood_visitor.py PORT HOSTNAME ADDRESS     until standard input ends
 
 One thread makes a new TLS connection for each request, the other one keeps its connection. Prints a
-line for each request: "new" or "kept", when it began (monotonic), the seconds, and "ok" or an error.
+line for each request: "new" or "kept", when it began (monotonic), the seconds, "ok" or an error.
 """
 
 import contextlib

@@ -272,7 +272,7 @@ class Arrival(Introduction):
                 "%s dropped: its PostgreSQL CancelRequest is for no session here. That session has "
                 "ended, or was made without TLS", self._visitor,
             )  # fmt: skip
-            raise Dropped(NO_TCP_HOSTNAME, "a CancelRequest without a session")
+            raise Dropped(NO_TCP_HOSTNAME, "no session has this key")
         return self._relay(route)
 
     # TLS

@@ -57,7 +57,7 @@ def test_credentials_are_looked_at_while_the_folder_of_certificates_hangs(cache,
 
 # All threads that a gateway without visitors has, by the beginnings of their names.
 NEEDED = (
-    "access log", "step", "registration", "exchange", "keeper", "credentials",
+    "access log", "step", "registration", "exchange", "keeper", "credentials", "memory",
     "listener gateway", "listener tunnel", "listener http", "listener dashboard",
     "listener metrics",
 )  # fmt: skip

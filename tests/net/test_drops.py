@@ -121,7 +121,7 @@ def test_an_agent_that_is_refused_is_counted_as_that_alone(gateway):
     assert dropped(gateway, "tunnel") - before == {drops.LEFT: 1}
 
 
-# The places in the code -----------------------------------------------------------------------------
+# The places in the code --------------------------------------------------------------------------
 
 
 def calls(folder):

@@ -1,0 +1,54 @@
+"""Gives freed memory back to the system after a rush.
+
+What thousands of connections have taken, the C library keeps when they are gone: it returns only
+what is free at the end of its heap, and one small block there holds back all before it. glibc's
+malloc_trim(3) returns all free pages. It takes some milliseconds, in which other threads may have
+to wait for memory, so it is not called while there is much to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger("gotunnel.free_memory")
+
+# A rush is over when the load has fallen by so much since its peak, and to half of it or less. 200
+# connections with TLS take some 5 MB.
+FALL = 200
+
+
+def _trim_function() -> Callable[[int], object] | None:
+    """glibc's malloc_trim(); None in a process without it (musl, macOS)."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+class FreeMemory:
+    """Call look() every few seconds, in one thread."""
+
+    def __init__(self, connections: Callable[[], int] = lambda: 0):
+        """The load are the process' threads, and its ``connections()`` that may have none."""
+        self._connections = connections
+        self._peak = 0
+        self._trim = _trim_function()
+
+    def look(self, asked: bool = False) -> bool:
+        """Give memory back if a rush is over. Returns whether that was so."""
+        load = threading.active_count() + self._connections()
+        self._peak = max(self._peak, load)
+        if load > self._peak - FALL or load > self._peak / 2:
+            return False
+        log.debug("a rush is over: %d threads and connections, from %d; its memory goes back to "
+                  "the system", load, self._peak)  # fmt: skip
+        self._peak = load
+        if self._trim is not None:
+            self._trim(0)
+        return True
