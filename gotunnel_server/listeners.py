@@ -25,13 +25,15 @@ class Connections(Protocol):
 
 class PortFigures(NamedTuple):
     """``taken`` of ``most`` places for connections; 0 of 0 if they are another port's. Since the
-    start: ``refused`` connections, and ``dropped`` ones by reason (net/drops.py)."""
+    start: ``refused`` connections, ``dropped`` ones by reason (net/drops.py), and tries to accept
+    one that failed (``starved``)."""
 
     name: str
     taken: int
     most: int
     refused: int
     dropped: Counter[str]
+    starved: int
 
 
 class Listeners:
@@ -50,6 +52,7 @@ class Listeners:
         # By setting: those of listeners that are closed.
         self._refused: dict[str, int] = {}
         self._dropped: dict[str, Counter[str]] = {}
+        self._starved: dict[str, int] = {}
 
     def add(
         self,
@@ -94,6 +97,7 @@ class Listeners:
             closed = self._open[other]
             self._refused[closed] = self._refused.get(closed, 0) + other.refused
             self._dropped[closed] = self._dropped.get(closed, Counter()) + other.drops.counts()
+            self._starved[closed] = self._starved.get(closed, 0) + other.starved
         self._open = {**kept, listener: setting}
         return listener
 
@@ -132,11 +136,14 @@ class Listeners:
                 seen.append(listener.places)
                 taken, most = listener.places.taken, listener.places.most
             name = setting.removesuffix("_PORT").lower()
-            gone = self._refused.get(setting, 0), self._dropped.get(setting, Counter())
-            earlier = found.get(name, PortFigures(name, 0, 0, *gone))
+            gone = PortFigures(
+                name, 0, 0, self._refused.get(setting, 0), self._dropped.get(setting, Counter()),
+                self._starved.get(setting, 0),
+            )  # fmt: skip
+            earlier = found.get(name, gone)
             found[name] = PortFigures(
                 name, earlier.taken + taken, earlier.most + most, earlier.refused + refused,
-                earlier.dropped + listener.drops.counts(),
+                earlier.dropped + listener.drops.counts(), earlier.starved + listener.starved,
             )  # fmt: skip
         return list(found.values())
 

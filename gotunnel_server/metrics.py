@@ -159,6 +159,11 @@ def _connections(parts: Parts) -> Iterator[Metric]:
         *(Sample(port.refused, (("port", port.name),)) for port in ports),
     )  # fmt: skip
     yield counter(
+        f"{PREFIX}failed_accepts_total",
+        "Tries to accept a connection that failed for lack of descriptors; it waits.",
+        *(Sample(port.starved, (("port", port.name),)) for port in ports),
+    )  # fmt: skip
+    yield counter(
         f"{PREFIX}dropped_connections_total",
         "Connections that ended before their peer had asked for anything, by reason.",
         *(

@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 log = logging.getLogger("gotunnel.free_memory")
 
-# A rush is over when the load has fallen by so much since its peak, and to half of it or less. 200
-# connections with TLS take some 5 MB.
-FALL = 200
+# A rush is over when the load has fallen by so much since its peak, and to half of it or less. 50
+# connections with TLS take a megabyte or two.
+FALL = 50
 
 
 def _trim_function() -> Callable[[int], object] | None:

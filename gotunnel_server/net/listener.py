@@ -207,6 +207,8 @@ class Listener:
         self._refused_said = 0  # how many of them the log has reported
         self._refused_host: str | None = None  # address of the last of them
         self._said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
+        self.starved = 0  # tries to accept that have failed for lack of a descriptor, or memory
+        self._starved_said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
         self._resume_at: float | None = None  # monotonic, end of a _pause(); None: accepting
         self._leaving = threading.Event()  # stop_accepting() was called
         self._accepting = True
@@ -340,8 +342,7 @@ class Listener:
         self._finish()
 
     def _turn(self) -> None:
-        busy = bool(self._parked) or self._resume_at is not None
-        for key, _ in self._selector.select(self._patience(busy)):
+        for key, _ in self._selector.select(self._patience(bool(self._parked))):
             if key.data is not None:
                 self._unwatch(key.data)
                 self._hand_over(key.data, key.data.ready)
@@ -356,6 +357,10 @@ class Listener:
         if not self._turned.is_set():
             self._turned.set()
         self._submit_due(now)
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            for sock in self._sockets:
+                self._selector.register(sock, selectors.EVENT_READ)
         if now - self._last_sweep >= self._sweep_every:
             self._last_sweep = now
             self._sweep(now)
@@ -384,6 +389,8 @@ class Listener:
         """How long the selector may wait, in seconds; None: until something happens."""
         if self._later:
             return LOOK_LATER
+        if self._resume_at is not None:
+            return PAUSE
         return self._sweep_every if busy else None
 
     def _submit_due(self, now: float) -> None:
@@ -403,9 +410,7 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                more = _raise_limit(error)
-                log.warning("port %s: cannot accept: %s; accepting pauses for %g s%s",
-                            self.name, error.strerror, PAUSE, more)  # fmt: skip
+                self._report_starved(error)
                 self._pause()
                 return
             host = unmapped_host(address[0])
@@ -446,6 +451,15 @@ class Listener:
                         "address has used up its share of it",
                         self.name, count, self._refused_host, self.refused, self.places.most,
                         )  # fmt: skip
+
+    def _report_starved(self, error: OSError) -> None:
+        """Count, and log every REFUSALS_SILENCE at most, that a connection cannot be accepted."""
+        self.starved += 1
+        now = monotonic()
+        if now - self._starved_said_at >= REFUSALS_SILENCE:
+            self._starved_said_at = now
+            log.warning("port %s: cannot accept: %s; connections wait, next tries every %g s%s",
+                        self.name, error.strerror, PAUSE, _raise_limit(error))  # fmt: skip
 
     def _pause(self) -> None:
         """Do not accept for a while. While there is no descriptor for an accepted connection, the
@@ -493,7 +507,3 @@ class Listener:
         for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
             self._unwatch(connection)
             self._hand_over(connection, connection.expired)
-        if self._resume_at is not None and now >= self._resume_at:
-            self._resume_at = None
-            for sock in self._sockets:
-                self._selector.register(sock, selectors.EVENT_READ)

@@ -13,7 +13,7 @@ from gotunnel_agent.common.free_memory import FALL, FreeMemory
     "loads, given_back",
     [
         ([1000, 1000, 400, 400], [False, False, True, False]),
-        ([10, 150, 10], [False, False, False]),  # little to give
+        ([10, 50, 10], [False, False, False]),  # little to give
         ([10000, 9000, 6000, 9000], [False] * 4),  # it goes on
         ([5000, 900, 600, 300, 600, 0], [False, True, False, True, False, True]),
         ([0], [False]),

@@ -440,11 +440,13 @@ def test_a_port_that_cannot_accept_says_for_how_long_and_what_helps(caplog, numb
 
     tested = Listener("test", bind("X_PORT", LOCAL, 0), None, Workers(), Places(1), 1)
     tested._pause = lambda: None
-    tested._accept(Listening())
+    for _ in range(3):
+        tested._accept(Listening())
     tested.stop()
-    (record,) = caplog.records
+    assert tested.starved == 3
+    (record,) = caplog.records  # said once
     assert record.getMessage() == (
-        f"port test: cannot accept: no more; accepting pauses for 0.2 s{advice}"
+        f"port test: cannot accept: no more; connections wait, next tries every 0.2 s{advice}"
     )
 
 
