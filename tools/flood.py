@@ -45,7 +45,7 @@ import threading
 import time
 
 import bootstrap
-from bench_programs import PAGE, Program, reserve_ports, say
+from bench_programs import PAGE, TICK, Program, reserve_ports, say
 from bench_table import percentile, put_between
 from demo import KEPT_VARIABLES, LOOPBACK, Failed
 
@@ -232,8 +232,9 @@ class Watched:
             descriptors = len(os.listdir(f"/proc/{self.pid}/fd"))
         except OSError:
             raise Failed(f"the {self.role} ended by itself") from None
+        cpu = (int(fields[11]) + int(fields[12])) / TICK
         return {"threads": int(fields[17]), "memory": int(fields[21]) * PAGE,
-                "descriptors": descriptors}  # fmt: skip
+                "descriptors": descriptors, "cpu": cpu}  # fmt: skip
 
 
 class House:
@@ -434,7 +435,8 @@ def told(row):
             f"{name} {' / '.join(shown(name, row[when][role][name]) for when in WHENS)}"
             for name in ("threads", "memory", "descriptors")
         )
-        yield f"  {role}: {', '.join(figures)} (before / most / after)"
+        cpu = row["most"][role]["cpu"] - row["before"][role]["cpu"]
+        yield f"  {role}: {', '.join(figures)} (before / most / after), CPU {cpu:.1f} s"
     yield f"  back after {row['back']} s"
     for when, found in row["visits"].items():
         for how in ("new", "kept"):
