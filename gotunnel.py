@@ -1864,8 +1864,8 @@ class Session:
     ) -> Stream:  # fmt: skip
         """Open a stream; ``first`` bytes leave together with its SYN, if the window permits.
 
-        Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError,
-        ConnectionError. The stream is added within ``permit``, a context manager that counts
+        Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError, SessionClosed
+        if nothing was sent, StreamReset if a part of ``first`` was. The stream is added within ``permit``, a context manager that counts
         streams and may raise an exception to refuse this one. It must take no session's lock.
         """
         deadline = Deadline(timeout)
@@ -1889,8 +1889,10 @@ class Session:
         if len(first) > room:
             try:
                 stream.write(first[room:], deadline.left())
-            except OSError:
+            except OSError as error:
                 stream.reset()
+                if isinstance(error, SessionClosed):
+                    raise StreamReset(str(error)) from error
                 raise
         return stream
 

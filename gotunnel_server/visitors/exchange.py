@@ -169,7 +169,10 @@ class Exchange:
         try:
             stream = self._stream = tunnel.open(route, self._request.ends, first, relayed)
         except ConnectionError as error:
-            if upload is None and self._request.may_wait:
+            # Not if a part of the body was sent: its target may have acted on it.
+            if self._request.may_wait and (upload is None or isinstance(error, SessionClosed)):
+                if upload is not None:
+                    self._request.unread_body(pieces)
                 raise AgentLost(tunnel) from error
             raise self._agent_gone() from error
         except TimeoutError as error:

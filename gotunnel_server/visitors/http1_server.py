@@ -98,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         self._proxies = proxies
         self._response_timeout = response_timeout
         self._buffer = b""  # the beginning of a head
+        self._again: Http1Request | None = None  # its tunnel did not get it: see unread_body()
         # The base class only stores these; setup() below is all that it does with them.
         super().__init__(duplex, address, None)  # type: ignore[arg-type]
 
@@ -139,11 +140,14 @@ class Handler(BaseHTTPRequestHandler):
         self.raw_requestline, rest = self._buffer[:end], self._buffer[end:]
         if rest:
             self.connection.unread(rest)
-        self._buffer = b""
+        self._buffer, self._again = b"", None
         return True
 
     def read_request(self) -> "Http1Request":
         """Parse the head that has arrived. Raises Malformed."""
+        if self._again is not None:
+            self._again.may_wait = self.may_wait
+            return self._again
         request = self.current = Http1Request(self)
         try:
             request.read_head(self.raw_requestline)
@@ -155,6 +159,10 @@ class Handler(BaseHTTPRequestHandler):
                     f"HTTP/1.{request.minor}", self.scheme, request.fields,
                 )  # fmt: skip
         return request
+
+    def keep(self, request: "Http1Request") -> None:
+        """The next try is to have this request: a part of its body was read already."""
+        self._again = request
 
     def handle_one_request(self) -> None:
         """Answer the request whose head has arrived. Raises AgentLost if its agent has left and
@@ -241,6 +249,7 @@ class Http1Request:
         self._handler = handler
         self._connection = handler.connection
         self._incoming: Incoming | None = None  # None: the request has no body
+        self._given_back: list[bytes] = []  # pieces of the body
         self._waiting = b""  # the answer's head, until the first bytes of its body leave with it
         self._chunked = False  # the answer's body is sent in chunks
 
@@ -278,7 +287,7 @@ class Http1Request:
         return self._incoming is None or self._incoming.was_read.is_set()
 
     def read_body(self, timeout: float) -> list[bytes]:
-        pieces: list[bytes] = []
+        pieces, self._given_back = self._given_back, []
         if self._incoming is None:
             return pieces
         body, work, was_read = self._incoming
@@ -298,9 +307,16 @@ class Http1Request:
         if body.complete and not was_read.is_set():
             if body.rest:
                 connection.unread(body.rest)
+                body.rest = b""
             self.trailers = body.trailers
             was_read.set()
         return pieces
+
+    def unread_body(self, pieces: list[bytes]) -> None:
+        if self._incoming is not None:
+            self._given_back = pieces
+            self._incoming.was_read.clear()
+            self._handler.keep(self)
 
     def refuse_body(self) -> None:
         # Half-close: the visitor sees the end of the answer and can stop sending. Closing now would

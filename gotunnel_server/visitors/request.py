@@ -93,6 +93,10 @@ class Request(Protocol):
         of a piece is kept for the next call. Raises VisitorGone, http1.Malformed.
         """
 
+    def unread_body(self, pieces: list[bytes]) -> None:
+        """Give back all that read_body() has returned: AgentLost follows, and the next try reads
+        the body from its beginning."""
+
     def crowded(self) -> bool:
         """Whether other visitors need the places of slow ones, which then must reach
         LEAST_BYTE_RATE."""

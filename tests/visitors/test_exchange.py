@@ -65,6 +65,9 @@ class Visitor:
             self.body_complete = True
         return came or []
 
+    def unread_body(self, pieces):
+        self.events.append(("unread", pieces))
+
     def send_interim(self, status, reason, fields):
         self.events.append(("interim", status, fields))
 

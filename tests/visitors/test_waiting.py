@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from support import (
 
 from gotunnel import SessionClosed, read_data_header
 from gotunnel_server import routes, served
+from gotunnel_server.agents.tunnel import Tunnel
 from gotunnel_server.routes import Registry, Route
 from gotunnel_server.visitors import waiting
 
@@ -223,12 +225,73 @@ def test_a_tunnel_that_takes_no_visit_is_tried_once_more_and_no_more(own_cache):
             assert visitor.read_message()[0].startswith(b"HTTP/1.1 502 ")
 
 
-def test_a_request_with_a_body_is_not_kept(gateway):
-    with registered(gateway, APP), gateway.dial(APP) as visitor:
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    "framing, before, after",
+    [
+        ("Content-Length: 10", b"helloworld", b""),
+        ("Content-Length: 10", b"hello", b"world"),
+        ("Content-Length: 10", b"", b"helloworld"),
+        ("Content-Length: 0", b"", b""),
+        (CHUNKED, b"a\r\nhelloworld\r\n0\r\n\r\n", b""),
+        (CHUNKED, b"a\r\nhello", b"world\r\n0\r\n\r\n"),
+        (CHUNKED, b"a\r\nhelloworld\r\n0\r", b"\n\r\n"),
+        (CHUNKED, b"a", b"\r\nhelloworld\r\n0\r\n\r\n"),
+        (CHUNKED, b"0\r\n\r\n", b""),
+    ],
+)
+def test_a_body_that_no_agent_has_got_waits_with_its_request(
+    gateway, framing, before, after, times, monkeypatch
+):
+    """The agent leaves when the stream is to be opened. A part of the body was read by then."""
+    real, tried = Tunnel.open, []
+
+    def late(tunnel, *arguments):
+        tried.append(tunnel)
+        if len(tried) <= times:
+            raise SessionClosed("the agent has left")
+        return real(tunnel, *arguments)
+
+    monkeypatch.setattr(Tunnel, "open", late)
+    with contextlib.ExitStack() as stack:
+        for number in range(times):
+            with registered(gateway, APP) as agent:
+                if number == 0:
+                    visitor = stack.enter_context(gateway.dial(APP))
+                    visitor.send(request("POST", "/", framing) + before)
+                wait_until(lambda number=number: len(tried) == number + 1 and guests(gateway) == 1)
+                agent.session.close()
+        with registered(gateway, APP) as successor:
+            visitor.send(after + request(path="/next"))  # the next request comes early
+            stream = successor.session.accept(TIMEOUT)
+            read_data_header(stream.read_exactly)
+            whole = b"".join(body for body in (before, after))
+            end = b"" if not whole else b"0\r\n\r\n" if framing == CHUNKED else b"world"
+            got = b""
+            while not (b"\r\n\r\n" in got and got.endswith(end)):
+                got += stream.read(timeout=TIMEOUT)
+            head, _, body = got.partition(b"\r\n\r\n")
+            assert head.startswith(b"POST / ") and framing.encode() in head
+            assert re.sub(rb"[0-9a]+\r\n|\r\n", b"", body) == (
+                b"helloworld" if b"w" in whole else b""
+            )
+            stream.write(answer(b"posted"))
+            assert visitor.read_message()[1] == b"posted"
+            serve_one(successor)
+            assert visitor.read_message()[1] == b"page"
+
+
+def test_a_body_of_which_an_agent_may_have_got_a_part_does_not_wait(gateway, monkeypatch):
+    """The session ends while the request, which is larger than the stream's window, is sent."""
+    with registered(gateway, APP) as agent, gateway.dial(APP) as visitor:
         (tunnel,) = gateway.inner.tunnels.registered()
-        tunnel._session._mux.peer_left = True
-        tunnel._session.on_leave = None  # nor is it acted on later
+        monkeypatch.setattr(tunnel._session._mux, "room", lambda stream_id: 0)
         visitor.send(request("POST", body=b"body"))
+        wait_until(lambda: len(tunnel._session.streams_in_use()) == 2)
+        agent.session.close()
         assert b"X-Gotunnel-Error: agent-gone" in visitor.read_message()[0]
 
 
