@@ -1865,8 +1865,9 @@ class Session:
         """Open a stream; ``first`` bytes leave together with its SYN, if the window permits.
 
         Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError, SessionClosed
-        if nothing was sent, StreamReset if a part of ``first`` was. The stream is added within ``permit``, a context manager that counts
-        streams and may raise an exception to refuse this one. It must take no session's lock.
+        if nothing was sent, StreamReset if a part of ``first`` was. ``permit`` is a context manager
+        that counts streams, and may raise an exception to refuse this one. It must take no
+        session's lock.
         """
         deadline = Deadline(timeout)
         mux, slot = self._mux, self._streams.slot
