@@ -7,9 +7,10 @@ worker, which does what can be done now and then parks it again or closes it. A 
 lock, since it has one owner at a time: the listener's selector, one worker, or the list of
 call_later().
 
-Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop().
-Everything else happens in the listener's thread. One lock guards the state that it shares with
-other threads.
+Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop(). A thread
+that parks a connection adds it to the selector by itself, while the listener's thread waits there
+(epoll and kqueue permit that). Everything else happens in the listener's thread. One lock guards
+the state that it shares with other threads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from gotunnel import NoThread, Waker, call_logged, spawn
 from gotunnel_agent.common.addresses import counted_by, unmapped_host
@@ -55,7 +56,6 @@ PAUSE = 0.2  # seconds without accepting, if the process has no descriptor left
 LINGER = 1.0
 
 Address = tuple[Any, ...]  # as accept() gives it: IP address, port; for IPv6 two numbers more
-Item = TypeVar("Item")
 
 
 class Parkable(Protocol):
@@ -195,13 +195,14 @@ class Listener:
         # Sweep at least three times per first_timeout. With first_timeout 0, sweep every
         # SHORT_SWEEP seconds for the short timeouts passed to park().
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
-        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()  # guards the six below
+        self._selector = selectors.DefaultSelector()  # its registrations; select() needs no lock
         self._parked: dict[Parkable, float] = {}  # monotonic deadlines
-        self._lock = threading.Lock()  # guards the three below
-        self._newly_parked: list[tuple[Parkable, float]] = []  # with its deadline
+        self._sleeps = False  # the thread waits in the selector without a timeout
+        self._accepting = True
         # When (monotonic), the function, the key of its turn.
         self._later: list[tuple[float, Callable[[], object], Hashable]] = []
-        self._over = False  # the thread does not read the two lists any more
+        self._over = False  # what is parked is closed, what is called later is called at once
         self.refused = 0  # connections that got no place; counted by the thread alone
         self.drops = Drops()  # of the others, counted by the Parkables
         self._refused_said = 0  # how many of them the log has reported
@@ -211,7 +212,6 @@ class Listener:
         self._starved_said_at: float = -REFUSALS_SILENCE  # monotonic, of the last line about them
         self._resume_at: float | None = None  # monotonic, end of a _pause(); None: accepting
         self._leaving = threading.Event()  # stop_accepting() was called
-        self._accepting = True
         self._accepts_no_more = threading.Event()  # the thread has seen that
         self._turned = threading.Event()  # the thread has taken a turn since moves() cleared it
         self._stopping = threading.Event()
@@ -287,14 +287,7 @@ class Listener:
         if connection.duplex.pending:  # bytes that were read already: the selector cannot see them
             self._hand_over(connection, connection.ready)
             return
-        with self._lock:
-            over = self._over
-            if not over:
-                self._newly_parked.append((connection, monotonic() + timeout))
-        if over:
-            connection.close()
-        else:
-            self._waker.wake()
+        self._watch(connection, monotonic() + timeout)
 
     def await_more(self, connection: Parkable, timeout: float, waits: int) -> None:
         """As park(), for a message that comes in a few pieces. ``waits``: how often the connection
@@ -321,6 +314,24 @@ class Listener:
         else:
             self._waker.wake()
 
+    def _watch(self, connection: Parkable, deadline: float) -> None:
+        try:
+            with self._lock:
+                over, wake = self._over, self._sleeps
+                if not over:
+                    if not self._accepting:
+                        deadline = self._shortened(connection, deadline, monotonic())
+                    self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
+                    self._parked[connection] = deadline
+                    self._sleeps = False
+        except (OSError, ValueError):  # the connection is broken: its next step finds out
+            self._hand_over(connection, connection.ready)
+            return
+        if over:
+            connection.close()
+        elif wake:  # or the thread would not see the deadline
+            self._waker.wake()
+
     def _hand_over(self, connection: Parkable, step: Callable[[], object]) -> None:
         """Have a worker call ``step``, a method of the connection."""
         try:
@@ -342,15 +353,15 @@ class Listener:
         self._finish()
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(self._patience(bool(self._parked))):
+        for key, _ in self._selector.select(self._patience()):
             if key.data is not None:
-                self._unwatch(key.data)
+                with self._lock:
+                    self._unwatch(key.data)
                 self._hand_over(key.data, key.data.ready)
             elif isinstance(key.fileobj, socket.socket):
                 self._accept(key.fileobj)
             else:
                 self._waker.clear()
-        self._take_newly_parked()
         now = monotonic()
         if self._accepting and self._leaving.is_set():
             self._leave(now)
@@ -359,8 +370,9 @@ class Listener:
         self._submit_due(now)
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
-            for sock in self._sockets:
-                self._selector.register(sock, selectors.EVENT_READ)
+            with self._lock:
+                for sock in self._sockets:
+                    self._selector.register(sock, selectors.EVENT_READ)
         if now - self._last_sweep >= self._sweep_every:
             self._last_sweep = now
             self._sweep(now)
@@ -370,28 +382,23 @@ class Listener:
         thread's last act; stop() repeats it, in case the thread never ran."""
         with self._lock:
             self._over = True
+            left = list(self._parked)
+            for connection in left:
+                self._unwatch(connection)
         self._accepts_no_more.set()
-        for connection in list(self._parked):
-            self._unwatch(connection)
-            call_logged(connection.close)
-        for connection, _ in self._take(self._newly_parked):
+        for connection in left:
             call_logged(connection.close)
         self._submit_due(math.inf)
 
-    def _take(self, entries: list[Item]) -> list[Item]:
-        """Empty one of the lists that other threads append to; returns its entries."""
-        with self._lock:
-            taken = entries.copy()
-            entries.clear()
-        return taken
-
-    def _patience(self, busy: bool) -> float | None:
+    def _patience(self) -> float | None:
         """How long the selector may wait, in seconds; None: until something happens."""
         if self._later:
             return LOOK_LATER
         if self._resume_at is not None:
             return PAUSE
-        return self._sweep_every if busy else None
+        with self._lock:
+            self._sleeps = not self._parked
+            return None if self._sleeps else self._sweep_every
 
     def _submit_due(self, now: float) -> None:
         if not self._later:
@@ -466,44 +473,36 @@ class Listener:
         listening socket stays ready, and the thread would spin."""
         if self._resume_at is None:
             self._resume_at = monotonic() + PAUSE
-            for sock in self._sockets:
-                self._selector.unregister(sock)
+            with self._lock:
+                for sock in self._sockets:
+                    self._selector.unregister(sock)
 
     def _leave(self, now: float) -> None:
         """Accept no more. Silent connections are watched a little longer."""
-        self._accepting = False
         self._sweep_every = min(self._sweep_every, SHORT_SWEEP)
-        if self._resume_at is None:
-            for sock in self._sockets:
-                self._selector.unregister(sock)
+        with self._lock:
+            self._accepting = False
+            if self._resume_at is None:
+                for sock in self._sockets:
+                    self._selector.unregister(sock)
+            for connection, deadline in self._parked.items():
+                self._parked[connection] = self._shortened(connection, deadline, now)
         self._resume_at = None
         self._accepts_no_more.set()
-        for connection, deadline in self._parked.items():
-            self._parked[connection] = self._shortened(connection, deadline, now)
 
     def _shortened(self, connection: Parkable, deadline: float, now: float) -> float:
         return min(deadline, now + LINGER) if connection.silent else deadline
 
-    def _watch(self, connection: Parkable, deadline: float) -> None:
-        if not self._accepting:
-            deadline = self._shortened(connection, deadline, monotonic())
-        try:
-            self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
-        except (OSError, ValueError):  # the connection is broken: its next step finds out
-            self._hand_over(connection, connection.ready)
-            return
-        self._parked[connection] = deadline
-
-    def _take_newly_parked(self) -> None:
-        for connection, deadline in self._take(self._newly_parked) if self._newly_parked else ():
-            self._watch(connection, deadline)
-
     def _unwatch(self, connection: Parkable) -> None:
+        """Caller holds the lock."""
         self._selector.unregister(connection.duplex)
         del self._parked[connection]
 
     def _sweep(self, now: float) -> None:
         self._report_refused(now)
-        for connection in [c for c, deadline in self._parked.items() if deadline <= now]:
-            self._unwatch(connection)
+        with self._lock:
+            expired = [c for c, deadline in self._parked.items() if deadline <= now]
+            for connection in expired:
+                self._unwatch(connection)
+        for connection in expired:
             self._hand_over(connection, connection.expired)
