@@ -50,6 +50,7 @@ KEEPALIVE = [
 ]
 
 # Linux's option for limit_unsent(). Python has its name only since 3.12.
+MORE = getattr(socket, "MSG_MORE", 0)  # send(): more bytes follow at once. Linux only
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 Spend = Callable[[float, int], None]  # see Duplex.write()
@@ -460,7 +461,8 @@ class Duplex:
             self._check()
         while self._unsent:
             try:
-                sent = self._socket.send(self._unsent)
+                # With MORE the last bytes leave together with the FIN of shutdown() below.
+                sent = self._socket.send(self._unsent, MORE if self._finishing else 0)
             except (BlockingIOError, InterruptedError):
                 return False
             except BrokenPipeError:  # after a real EOF, or an error that the reader has got already
@@ -475,7 +477,10 @@ class Duplex:
         self._answers = 0
         if self._finishing:
             self._finishing = False
-            self._socket.shutdown(socket.SHUT_WR)
+            try:
+                self._socket.shutdown(socket.SHUT_WR)
+            except OSError:  # the peer has reset the connection: receive() raises the reason
+                self._lost = True
         return True
 
     def write(
@@ -488,6 +493,27 @@ class Duplex:
         bytes taken) after each short wait, and may raise TimeoutError.
         """
         if not self.send(data):
+            self._outwait(timeout, spend)
+
+    def write_last(
+        self, data: BytesLike, timeout: float | None = None, spend: Spend | None = None
+    ) -> None:
+        """write(), then finish(). The bytes, TLS's close_notify and FIN leave together."""
+        if not self._lingers:  # until the kernel has all, a close must not look complete
+            self.write(data, timeout, spend)
+            self.finish(timeout)
+            return
+        self._finished = True
+        with self._send_lock:
+            if self._tls is not None:
+                with self._tls_lock:
+                    self._records.write(data)
+                    self._write_close_notify(self._tls)
+                    data = self._tls_out.read()
+            self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+            self._finishing = True
+            done = self._push()
+        if not done:
             self._outwait(timeout, spend)
 
     def _outwait(self, timeout: float | None, spend: Spend | None = None) -> None:

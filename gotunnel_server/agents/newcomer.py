@@ -402,6 +402,7 @@ class Newcomer:
             self.duplex.reset()
 
     silent = True  # cutting a registration loses nothing, the agent dials again: see Parkable
+    brief = False  # see Parkable
 
     # From stage to stage
 

@@ -73,8 +73,12 @@ class Parkable(Protocol):
     def silent(self) -> bool:
         """Whether nothing of a message has come: while the gateway stops, it waits LINGER only."""
 
+    @property
+    def brief(self) -> bool:
+        """Whether ready() takes so little time now that the listener's thread may call it."""
+
     def ready(self) -> None:
-        """The peer has sent something. Called by a worker."""
+        """The peer has sent something. Called by a worker, or as ``brief`` says."""
 
     def expired(self) -> None:
         """The time is up. Called by a worker."""
@@ -357,7 +361,10 @@ class Listener:
             if key.data is not None:
                 with self._lock:
                     self._unwatch(key.data)
-                self._hand_over(key.data, key.data.ready)
+                if key.data.brief:
+                    call_logged(key.data.ready)
+                else:
+                    self._hand_over(key.data, key.data.ready)
             elif isinstance(key.fileobj, socket.socket):
                 self._accept(key.fileobj)
             else:

@@ -228,14 +228,19 @@ class HttpConnection(Stepwise):
     def _part(self) -> bool:
         """Begin the lingering close: half-close, then drop what still arrives. A plain close with
         bytes unread makes the kernel send RST, and that can destroy our answer on its way."""
+        visitor = self._visitor
         with contextlib.suppress(TimeoutError):  # the visitor is not reading; _drop() flushes later
             self.duplex.finish(timeout=0)
+        if visitor.owner is not None:
+            visitor.owner.close()  # here, since it may wait, and brief steps must not
         self._go_to(State.PARTING)
-        self._parts_slowly = self._port.parting.enter(self._visitor.address[0])
+        self._parts_slowly = self._port.parting.enter(visitor.address[0])
         now = monotonic()
         self._part_by = now + (PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME)
         self._silent_at = now + PARTING_TIMEOUT
-        return True
+        self.brief = True  # most visitors close the connection, and that is all which happens
+        visitor.listener.park(self, min(self._part_by, self._silent_at) - now)
+        return False
 
     def _drop(self) -> bool:
         # One read a step, so that a visitor that never stops sending does not keep a thread.
@@ -246,6 +251,7 @@ class HttpConnection(Stepwise):
         self.duplex.flush()
         now = monotonic()
         if data:
+            self.brief = False  # there may be much more
             self._silent_at = now + PARTING_TIMEOUT
         self._visitor.listener.park(self, min(self._part_by, self._silent_at) - now)
         return False

@@ -195,13 +195,15 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         send_page(self.current or Http1Request(self), page)
 
-    def write(self, data: bytes) -> None:
-        """Send ``data``. Raises TimeoutError if the visitor reads nothing for ``stall_timeout``
-        seconds, or less than LEAST_BYTE_RATE (request.py). Then the connection is reset, so that
-        the part which the visitor has read does not look complete."""
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Send ``data``; with ``last`` also half-close the connection. Raises TimeoutError if the
+        visitor reads nothing for ``stall_timeout`` seconds, or less than LEAST_BYTE_RATE
+        (request.py). Then the connection is reset, so that the part which the visitor has read does
+        not look complete."""
         spend = self._wait_for_reader if self.stall_timeout else None
         try:
-            self.connection.write(data, self.stall_timeout, spend)
+            write = self.connection.write_last if last else self.connection.write
+            write(data, self.stall_timeout, spend)
             if self.visit is not None:
                 self.visit.sent += len(data)
         except OSError as error:
@@ -383,13 +385,13 @@ class Http1Request:
     def finish(self, pieces: list[bytes], trailers: Iterable[tuple[str, str]] = ()) -> None:
         if self._chunked:
             pieces = [*map(http1.encode_chunk, pieces), http1.encode_last_chunk(trailers)]
-        self._send(pieces)
+        self._send(pieces, self._handler.close_connection)
 
-    def _send(self, parts: Iterable[bytes]) -> None:
+    def _send(self, parts: Iterable[bytes], last: bool = False) -> None:
         data = b"".join((self._waiting, *parts))
         self._waiting = b""
         if data:
-            self._handler.write(data)
+            self._handler.write(data, last)
 
     def abort(self) -> None:
         self._connection.reset()

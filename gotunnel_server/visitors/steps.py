@@ -56,6 +56,7 @@ class Stepwise:
     in the hands of one worker."""
 
     STEPS: dict[Any, Step] = {}  # by state
+    brief = False  # see Parkable
 
     def __init__(self, port: object, visitor: Visitor, state: enum.Enum):
         self.duplex = visitor.duplex

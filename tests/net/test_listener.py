@@ -46,6 +46,7 @@ class Parked:
         self.has_expired = threading.Event()
         self.was_closed = threading.Event()
         self.silent = True
+        self.brief = False
 
     def ready(self):
         self.was_ready.set()
@@ -195,6 +196,14 @@ def test_parked_again_it_is_handed_over_again(port):
         connection.was_ready.clear()
         port.listener.park(connection, TIMEOUT)
     assert not connection.has_expired.is_set()
+
+
+def test_a_brief_step_needs_no_worker(port):
+    visitor, connection = port.meet()
+    connection.brief = True
+    port.listener._workers.submit = None
+    visitor.send(b"x")
+    assert connection.was_ready.wait(TIMEOUT)
 
 
 def test_what_was_read_from_the_socket_but_not_used_counts_as_come(port):

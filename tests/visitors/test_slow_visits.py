@@ -273,7 +273,7 @@ def test_page_that_does_not_fit_is_reset():
     class Full:
         events = []
 
-        def write(self, data, timeout, spend):
+        def write_last(self, data, timeout, spend):
             raise TimeoutError("the peer has stopped reading")
 
         def reset(self):

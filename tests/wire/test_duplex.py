@@ -261,6 +261,19 @@ def test_half_close_lets_the_other_half_go_on(duplexes):
     assert left.read(timeout=PATIENCE) == b""
 
 
+@pytest.mark.parametrize("cuts", [False, True])
+def test_the_last_bytes_and_the_end_leave_together(duplexes, cuts):
+    left, right = duplexes
+    if cuts:
+        left.cut_unless_finished()
+    left.write_last(b"bye", PATIENCE)
+    assert read_all(right) == b"bye"
+    right.write(b"still heard")
+    assert left.read(timeout=PATIENCE) == b"still heard"
+    left.finish(PATIENCE)  # nothing is left of it
+    left.close()
+
+
 def test_finish_waits_behind_what_was_written(duplexes):
     left, right = duplexes
     total = fill(left)
