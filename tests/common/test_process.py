@@ -219,9 +219,21 @@ def test_process_stays_on_one_cpu_of_a_small_machine_only(monkeypatch, cpus, cho
     asked = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cpus)
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: asked.append(chosen))
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, param: asked.append(policy))
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
     stay_on_one_cpu(min)
-    assert asked == ([chosen] if chosen else [])
+    assert asked == ([chosen, os.SCHED_BATCH] if chosen else [])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_process_may_be_forbidden_to_choose_how_it_is_scheduled(monkeypatch):
+    def forbid(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, chosen: None)
+    monkeypatch.setattr(os, "sched_setscheduler", forbid)
+    stay_on_one_cpu(min)
 
 
 def test_a_line_that_comes_too_often_is_dropped_and_counted(monkeypatch):
