@@ -7,10 +7,9 @@ worker, which does what can be done now and then parks it again or closes it. A 
 lock, since it has one owner at a time: the listener's selector, one worker, or the list of
 call_later().
 
-Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop(). A thread
-that parks a connection adds it to the selector by itself, while the listener's thread waits there
-(epoll and kqueue permit that). Everything else happens in the listener's thread. One lock guards
-the state that it shares with other threads.
+Any thread may call park(), await_more(), call_later(), stop_accepting(), moves() and stop(). What
+another thread parks is watched at once, while the listener's thread waits (readable.py). Everything
+else happens in the listener's thread. One lock guards the state that it shares with other threads.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import errno
 import logging
 import math
 import resource
-import selectors
 import socket
 import sys
 import threading
@@ -34,6 +32,7 @@ from gotunnel_agent.common.process import Stopped
 
 from .drops import BAD_TOKENS, Drops
 from .inherited import NOTHING, Inherited
+from .readable import Readable
 from .round_robin import FairWorkers
 from .shares import Places, Seat
 
@@ -200,8 +199,9 @@ class Listener:
         # SHORT_SWEEP seconds for the short timeouts passed to park().
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
         self._lock = threading.Lock()  # guards the six below
-        self._selector = selectors.DefaultSelector()  # its registrations; select() needs no lock
-        self._parked: dict[Parkable, float] = {}  # monotonic deadlines
+        self._readable = Readable()  # all of it except wait()
+        # By descriptor: the connection, and its monotonic deadline.
+        self._parked: dict[int, tuple[Parkable, float]] = {}
         self._sleeps = False  # the thread waits in the selector without a timeout
         self._accepting = True
         # When (monotonic), the function, the key of its turn.
@@ -238,8 +238,8 @@ class Listener:
         """Begin to accept. Raises PortError if the system gives no thread."""
         for sock in self._sockets:
             sock.setblocking(False)
-            self._selector.register(sock, selectors.EVENT_READ)
-        self._selector.register(self._waker, selectors.EVENT_READ)
+            self._readable.watch_always(sock.fileno())
+        self._readable.watch_always(self._waker.fileno())
         try:
             self._thread = spawn(f"listener {self.name}", self._run)
         except NoThread as error:
@@ -280,7 +280,7 @@ class Listener:
         self._finish()
         for sock in self._sockets:
             sock.close()
-        self._selector.close()
+        self._readable.close()
         self._waker.close()
 
     def park(self, connection: Parkable, timeout: float) -> None:
@@ -291,7 +291,7 @@ class Listener:
         if connection.duplex.pending:  # bytes that were read already: the selector cannot see them
             self._hand_over(connection, connection.ready)
             return
-        self._watch(connection, monotonic() + timeout)
+        self._watch(connection, monotonic() + timeout, self._readable.watch)
 
     def await_more(self, connection: Parkable, timeout: float, waits: int) -> None:
         """As park(), for a message that comes in a few pieces. ``waits``: how often the connection
@@ -318,15 +318,17 @@ class Listener:
         else:
             self._waker.wake()
 
-    def _watch(self, connection: Parkable, deadline: float) -> None:
+    def _watch(self, connection: Parkable, deadline: float, watch: Callable[[int], object]) -> None:
+        """``watch`` is a method of Readable."""
         try:
             with self._lock:
                 over, wake = self._over, self._sleeps
                 if not over:
                     if not self._accepting:
                         deadline = self._shortened(connection, deadline, monotonic())
-                    self._selector.register(connection.duplex, selectors.EVENT_READ, connection)
-                    self._parked[connection] = deadline
+                    fd = connection.duplex.fileno()
+                    watch(fd)
+                    self._parked[fd] = connection, deadline
                     self._sleeps = False
         except (OSError, ValueError):  # the connection is broken: its next step finds out
             self._hand_over(connection, connection.ready)
@@ -357,18 +359,15 @@ class Listener:
         self._finish()
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(self._patience()):
-            if key.data is not None:
-                with self._lock:
-                    self._unwatch(key.data)
-                if key.data.brief:
-                    call_logged(key.data.ready)
-                else:
-                    self._hand_over(key.data, key.data.ready)
-            elif isinstance(key.fileobj, socket.socket):
-                self._accept(key.fileobj)
+        for fd in self._readable.wait(self._patience()):
+            with self._lock:
+                connection, _ = self._parked.pop(fd, (None, 0))
+            if connection is None:
+                self._find_out(fd)
+            elif connection.brief:
+                call_logged(connection.ready)
             else:
-                self._waker.clear()
+                self._hand_over(connection, connection.ready)
         now = monotonic()
         if self._accepting and self._leaving.is_set():
             self._leave(now)
@@ -379,19 +378,25 @@ class Listener:
             self._resume_at = None
             with self._lock:
                 for sock in self._sockets:
-                    self._selector.register(sock, selectors.EVENT_READ)
+                    self._readable.watch_always(sock.fileno())
         if now - self._last_sweep >= self._sweep_every:
             self._last_sweep = now
             self._sweep(now)
+
+    def _find_out(self, fd: int) -> None:
+        """A visitor has come, or stop() or another method has woken the thread."""
+        if fd == self._waker.fileno():
+            self._waker.clear()
+        for sock in self._sockets:
+            if fd == sock.fileno():
+                self._accept(sock)
 
     def _finish(self) -> None:
         """Close all that is parked; from here on park() closes, and call_later() calls at once. The
         thread's last act; stop() repeats it, in case the thread never ran."""
         with self._lock:
             self._over = True
-            left = list(self._parked)
-            for connection in left:
-                self._unwatch(connection)
+            left = [self._unwatch(fd) for fd in list(self._parked)]
         self._accepts_no_more.set()
         for connection in left:
             call_logged(connection.close)
@@ -449,7 +454,8 @@ class Listener:
             self.drops.add(BAD_TOKENS)
             return
         if self._first_timeout:
-            self._watch(connection, monotonic() + self._first_timeout)
+            deadline = monotonic() + self._first_timeout
+            self._watch(connection, deadline, self._readable.watch_new)
         else:
             self._hand_over(connection, connection.expired)
 
@@ -482,7 +488,7 @@ class Listener:
             self._resume_at = monotonic() + PAUSE
             with self._lock:
                 for sock in self._sockets:
-                    self._selector.unregister(sock)
+                    self._readable.forget(sock.fileno())
 
     def _leave(self, now: float) -> None:
         """Accept no more. Silent connections are watched a little longer."""
@@ -491,25 +497,24 @@ class Listener:
             self._accepting = False
             if self._resume_at is None:
                 for sock in self._sockets:
-                    self._selector.unregister(sock)
-            for connection, deadline in self._parked.items():
-                self._parked[connection] = self._shortened(connection, deadline, now)
+                    self._readable.forget(sock.fileno())
+            for fd, (connection, deadline) in self._parked.items():
+                self._parked[fd] = connection, self._shortened(connection, deadline, now)
         self._resume_at = None
         self._accepts_no_more.set()
 
     def _shortened(self, connection: Parkable, deadline: float, now: float) -> float:
         return min(deadline, now + LINGER) if connection.silent else deadline
 
-    def _unwatch(self, connection: Parkable) -> None:
-        """Caller holds the lock."""
-        self._selector.unregister(connection.duplex)
-        del self._parked[connection]
+    def _unwatch(self, fd: int) -> Parkable:
+        """Take a connection back. Caller holds the lock."""
+        self._readable.forget(fd)
+        return self._parked.pop(fd)[0]
 
     def _sweep(self, now: float) -> None:
         self._report_refused(now)
         with self._lock:
-            expired = [c for c, deadline in self._parked.items() if deadline <= now]
-            for connection in expired:
-                self._unwatch(connection)
+            late = [fd for fd, (_, deadline) in self._parked.items() if deadline <= now]
+            expired = [self._unwatch(fd) for fd in late]
         for connection in expired:
             self._hand_over(connection, connection.expired)
