@@ -181,7 +181,8 @@ def _server_name(content: bytes | None) -> str | None:
 
 def _hostname(name: bytes) -> str | None:
     text = name.decode("latin-1")
-    if addresses.parse(text) is not None:
+    # Only what may be an address is parsed, since that takes longer than the rest of the hello.
+    if (":" in text or text[-1:].isdigit()) and addresses.parse(text) is not None:
         return None
     if not _HOSTNAME.fullmatch(text):
         raise NotTLS(f"server name {text[:MAX_HOSTNAME]!r}, expected an ASCII hostname")
