@@ -18,6 +18,7 @@ the same whether the bytes come at once or one at a time.
 """
 
 import re
+import struct
 from typing import NamedTuple
 
 from gotunnel_agent.common import addresses
@@ -36,6 +37,7 @@ _MESSAGE_HEADER = 4  # bytes: type, length (3)
 _MESSAGE_CLIENT_HELLO = 1  # RFC 8446 §4
 _BEFORE_SESSION_ID = 34  # bytes: legacy_version (2), random (32)
 _SESSION_ID_LIMIT = 32  # bytes, RFC 8446 §4.1.2
+_EXTENSION = struct.Struct("!HH")  # type, length
 _EXTENSION_SERVER_NAME = 0  # RFC 6066 §3
 _EXTENSION_ALPN = 16  # RFC 7301 §3.1
 _NAME_HOST = 0  # RFC 6066 §3, the only name type there is
@@ -148,12 +150,16 @@ def _client_hello(body: bytes) -> Hello:
 
     extensions: dict[int, bytes] = {}
     at = 0
+    padded = block + bytes(3)  # so a header that is cut can be unpacked; it ends beyond the block
     while at < len(block):
-        kind = int.from_bytes(block[at : at + 2], "big")
-        content, at = _vector(block, at + 2, 2, "extension")
+        kind, length = _EXTENSION.unpack_from(padded, at)
+        start = at + _EXTENSION.size
+        at = start + length
+        if at > len(block):
+            raise NotTLS(f"extension up to byte {at}, expected an end within {len(block)} bytes")
         if kind in extensions:  # RFC 8446 §4.2; TLS libraries differ in which one they take
             raise NotTLS(f"extension {kind} twice, expected it once")
-        extensions[kind] = content
+        extensions[kind] = block[start:at]
     return Hello(
         _server_name(extensions.get(_EXTENSION_SERVER_NAME)),
         _protocols(extensions.get(_EXTENSION_ALPN)),
