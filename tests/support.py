@@ -59,6 +59,11 @@ def need(program) -> str:
     return path
 
 
+def at_length(*values):
+    """A parameter with which a test repeats at length what a smaller one shows: marked ``long``."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
+
+
 def wait_until(condition, timeout=TIMEOUT):
     """Return the first true value of ``condition()``; fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout

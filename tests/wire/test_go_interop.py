@@ -15,6 +15,7 @@ from support import (
     TIMEOUT,
     agent_here,
     answer,
+    at_length,
     gateway_here,
     go_agent,
     go_gateway,
@@ -32,7 +33,7 @@ from gotunnel_agent import agent as agent_module
 from gotunnel_server.agents import control_stream, heartbeat
 from gotunnel_server.visitors import relays
 
-SIZES = [1024, pytest.param(64 * MIB, marks=pytest.mark.slow)]
+SIZES = [1024, 8 * MIB, at_length(64 * MIB)]
 VISITORS = 50
 BOTH = ["go agent", "go gateway"]
 

@@ -107,7 +107,7 @@ Load and interop
     ld_no_deadlock          test_session::test_ld_no_deadlock
     ld_many_streams         test_yamux::test_ld_many_streams
                             test_yamux::test_ld_many_streams_in_turn
-    ld_very_large           test_yamux::test_ld_very_large (64 MiB a stream, for CI's sake)
+    ld_very_large           test_yamux::test_ld_very_large (of 16 MiB a stream, and of 64: long)
     ld_fairness             test_yamux::test_ld_fairness_to_those_who_talk
                             test_yamux::test_ld_fairness_among_those_who_send
     ld_slow_reader          test_yamux::test_ld_slow_reader
@@ -160,7 +160,7 @@ from raw_peer import (  # noqa: F401 (a fixture)
     tables,
     wait_for_waiter,
 )
-from support import TICK, wait_until
+from support import TICK, at_length, wait_until
 
 import gotunnel
 from gotunnel import (
@@ -466,9 +466,10 @@ def test_oc_ack_once_first():
 
 
 @pytest.mark.slow
-def test_oc_many_sequential():
+@pytest.mark.parametrize("count", [1000, at_length(10_000)])
+def test_oc_many_sequential(count):
     with session_pair("tcp") as (client, server), echoing(server, 1):
-        for number in range(10_000):
+        for number in range(count):
             stream = client.open(b"%d" % number, timeout=PATIENCE)
             stream.finish()
             assert read_all(stream) == b"%d" % number
@@ -853,9 +854,10 @@ def test_ld_many_streams_in_turn():
 
 
 @pytest.mark.slow
-def test_ld_very_large():
-    """1 GiB in 16 streams at once; behind the first quarter of it no more memory is needed."""
-    size, come = 64 * MIB, {}
+@pytest.mark.parametrize("size", [16 * MIB, at_length(64 * MIB)])
+def test_ld_very_large(size):
+    """16 streams at once; behind the first quarter of it no more memory is needed."""
+    come = {}
     with session_pair("tcp") as (client, server):
         pairs = [stream_pair(client, server) for _ in range(16)]
         sending = [spawn(send_over_and_over, stream, BLOCK, size // MIB) for stream, _ in pairs]
@@ -968,9 +970,10 @@ def test_ld_slow_reader():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("go_role", "window"), [("server", INITIAL_WINDOW), ("client", 4 * MIB)])
-def test_ld_interop_go_each_way(gopeer, tmp_path, go_role, window):
-    """1 GiB in one stream each way; Go half-closes, and compares what comes back."""
-    arguments = ("-streams", "1", "-bytes", str(1024 * MIB))
+@pytest.mark.parametrize("size", [128 * MIB, at_length(1024 * MIB)])
+def test_ld_interop_go_each_way(gopeer, tmp_path, go_role, window, size):
+    """One stream each way; Go half-closes, and compares what comes back."""
+    arguments = ("-streams", "1", "-bytes", str(size))
     with beside_go(gopeer, tmp_path, "load", *arguments, go_role=go_role, window=window) \
             as (go, session), echoing(session, 1):  # fmt: skip
         wait_until(lambda: go.lines[1:], 50)
