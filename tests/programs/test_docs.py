@@ -43,7 +43,7 @@ SECRET = "the secret that the gateway's operator has given you"
 
 # What a copy does not need, or must not have.
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", "*.egg-info", "build", ".*_cache", ".env", "/agent.yaml"
+    ".git", ".venv*", "__pycache__", "*.egg-info", "build", ".*_cache", ".env", "/agent.yaml"
 )
 
 

@@ -33,6 +33,7 @@ from support import (
     agent_here,
     agent_process,
     answer,
+    at_length,
     gateway_here,
     gateway_process,
     need,
@@ -640,16 +641,17 @@ def test_flask_sessions_and_chunks(gateway, served, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_flask_takes_an_upload_of_a_gibibyte(cache, tmp_path):
+@pytest.mark.parametrize("mebibytes", [64, at_length(1024)])
+def test_flask_takes_a_large_upload(cache, tmp_path, mebibytes):
     """Gateway and agent are processes here: it is what an operator's machine would do."""
     piece = random.Random(6).randbytes(MIB)
     whole = hashlib.sha256()
-    for _ in range(1024):
+    for _ in range(mebibytes):
         whole.update(piece)
     with gateway_process(cache) as gateway, flask(tmp_path) as port:
         with agent_process(gateway, tmp_path, http={APP: port}), gateway.visitor(APP) as visitor:
-            length = {"Content-Length": str(1024 * MIB)}
-            visitor.request("POST", "/digest", itertools.repeat(piece, 1024), length)
+            length = {"Content-Length": str(mebibytes * MIB)}
+            visitor.request("POST", "/digest", itertools.repeat(piece, mebibytes), length)
             assert visitor.getresponse().read() == whole.hexdigest().encode()
 
 
