@@ -24,6 +24,7 @@ from support import (
     Wire,
     agent_here,
     answer,
+    at_length,
     fields_of,
     gateway_here,
     go_agent,
@@ -814,7 +815,7 @@ def test_answer_that_has_begun_is_not_asked_for_again(gateway, origin):
 # Each visitor gets its own answers ---------------------------------------------------------------
 
 VISITORS = 50
-LENGTHS = [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+LENGTHS = [20, at_length(200)]
 
 
 def moody_echo(target):

@@ -11,14 +11,10 @@ import threading
 import time
 
 import pytest
-from support import APP, MIB, agent_here, answer, gateway_here, request
+from support import APP, MIB, agent_here, answer, at_length, gateway_here, request
 
 from gotunnel_server.net.listener import descriptor_limit
 from gotunnel_server.visitors import relays
-
-IDLE = 2000
-# Descriptors: both ends of each visit are here, and a gateway gives its visitors half of them.
-NEEDED = 2 * IDLE + 500
 
 # Seconds that a visit may take here beside those of others: a hundred times what it takes, and far
 # less than any timeout that would free a worker.
@@ -38,10 +34,12 @@ def visit(gateway, path="/"):
     return time.monotonic() - began
 
 
-@pytest.mark.slow
-def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
-    if descriptor_limit() < NEEDED:
-        pytest.skip(f"{descriptor_limit()} descriptors, {NEEDED} are needed: ulimit -n")
+@pytest.mark.parametrize("count", [200, at_length(2000)])
+def test_idle_connections_cost_no_worker(cache, tmp_path, origin, count):
+    # Both ends of each visit are here, and a gateway gives its visitors half of the descriptors.
+    needed = 2 * count + 500
+    if descriptor_limit() < needed:
+        pytest.skip(f"{descriptor_limit()} descriptors, {needed} are needed: ulimit -n")
     origin.serve(echo)
     with contextlib.ExitStack() as up:
         # Four exchange threads, of which one address gets two: one for the present visit, one for
@@ -52,7 +50,7 @@ def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
         alone = statistics.median(visit(gateway) for _ in range(20))
         threads = threading.active_count()
         idle = []
-        for number in range(IDLE):
+        for number in range(count):
             visitor = up.enter_context(gateway.dial(APP))
             visitor.send(request("GET", f"/{number}"))
             assert visitor.read_message()[1] == f"/{number}".encode()
@@ -60,10 +58,10 @@ def test_idle_connections_cost_no_worker(cache, tmp_path, origin):
         # Step threads, at most 32, are started when two steps happen at the same time.
         assert threading.active_count() <= threads + 32
         beside = statistics.median(visit(gateway) for _ in range(20))
-        print(f"visit: {alone * 1000:.1f} ms alone, {beside * 1000:.1f} ms beside {IDLE} idle, "
+        print(f"visit: {alone * 1000:.1f} ms alone, {beside * 1000:.1f} ms beside {count} idle, "
               f"{threads} threads, then {threading.active_count()}")  # fmt: skip
         assert beside < PROMPT
-        for number in (0, IDLE // 2, IDLE - 1):  # the idle ones still work
+        for number in (0, count // 2, count - 1):  # the idle ones still work
             idle[number].send(request("GET", "/again"))
             assert idle[number].read_message()[1] == b"/again"
 

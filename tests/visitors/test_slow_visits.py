@@ -67,7 +67,7 @@ def test_upload_may_take_longer_than_an_answer(serving, origin):
     with visitor:
         for _ in range(20):
             visitor.send(bytes(1000))
-            time.sleep(0.1)
+            time.sleep(0.05)
         target.read_exactly(20000)
         time.sleep(0.2)
         target.send(answer(b"thank you"))
@@ -78,7 +78,7 @@ def test_target_has_its_time_once_the_upload_is_whole(serving, origin):
     gateway = serving(RESPONSE_TIMEOUT="0.3")
     visitor, target = begin(gateway, origin, "Content-Length: 1000")
     with visitor:
-        time.sleep(1)
+        time.sleep(0.6)
         visitor.send(bytes(1000))
         head, _ = visitor.read_message()
         assert (status_of(head), code_of(head)) == (504, ["timed-out"])
@@ -88,7 +88,7 @@ def test_visitor_waits_as_long_as_the_target_for_its_continue(serving, origin):
     gateway = serving(IDLE_TIMEOUT="0.3")
     visitor, target = begin(gateway, origin, "Content-Length: 5", "Expect: 100-continue")
     with visitor:
-        time.sleep(1.2)
+        time.sleep(0.7)
         target.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert status_of(visitor.read_head()) == 100
         visitor.send(b"hello")
@@ -129,7 +129,7 @@ def test_body_that_trickles_makes_room_only_while_others_need_it(serving, origin
                 head, _ = visitor.read_message()
                 assert (status_of(head), code_of(head)) == (408, ["body-timeout"])
             else:
-                visitor.sock.settimeout(2)
+                visitor.sock.settimeout(1.2)
                 with pytest.raises(TimeoutError):
                     visitor.read()
         finally:
@@ -143,7 +143,7 @@ def test_visitor_that_is_silent_while_its_answer_streams_is_not_idle(serving, or
     with visitor:
         target.send(CHUNKS)
         visitor.read_head()
-        for _ in range(15):
+        for _ in range(10):
             target.send(b"2\r\nok\r\n")
             assert visitor.read_exactly(7) == b"2\r\nok\r\n"
             time.sleep(0.1)
@@ -182,7 +182,7 @@ def test_download_may_pause_for_longer_than_an_idle_visitor(serving, origin):
     with visitor:
         sending = send_all(target, UNTIL_CLOSE)
         visitor.read_head()
-        time.sleep(1.5)
+        time.sleep(0.7)
         assert len(visitor.read_to_end()) == SIZE
         sending.join()
 
@@ -212,7 +212,7 @@ def test_download_of_a_slow_reader_goes_on(serving, origin):
         sending = send_all(target, UNTIL_CLOSE)
         visitor.read_head()
         read = 0
-        for _ in range(40):
+        for _ in range(15):
             deadline = time.monotonic() + 0.1
             read += len(visitor.read_exactly(100_000))
             time.sleep(max(0, deadline - time.monotonic()))
@@ -231,7 +231,7 @@ def test_reader_that_trickles_makes_room_only_while_others_need_it(
         sending = send_all(target, UNTIL_CLOSE)
         visitor.read_head()
         with contextlib.nullcontext() if workers == "128" else pytest.raises(CUT):
-            for _ in range(40):
+            for _ in range(15):
                 visitor.read_exactly(100_000)
                 time.sleep(0.1)
             visitor.read_to_end()
@@ -298,14 +298,16 @@ def refuse(target):
     target.finish()
 
 
-def test_early_refusal_reaches_a_visitor_that_sends_on_for_long(serving, origin):
+def test_early_refusal_reaches_a_visitor_that_sends_on_for_long(serving, origin, monkeypatch):
+    """For longer than one that has fallen silent is waited for."""
+    monkeypatch.setattr(connection, "PARTING_TIMEOUT", 0.5)
     gateway = serving()
     visitor, target = begin(gateway, origin, "Content-Length: 100000000")
     with visitor:
         refuse(target)
-        for _ in range(45):
+        for _ in range(20):
             visitor.send(bytes(10_000))
-            time.sleep(0.1)
+            time.sleep(0.05)
         head, page = visitor.read_message()
         assert (status_of(head), page) == (413, b"too large")
         assert visitor.read_to_end() == b""
@@ -382,12 +384,12 @@ def test_body_of_tiny_chunks_is_slowed_and_arrives(serving, origin, little_work)
     visitor, target = begin(gateway, origin, CHUNKED)
     with visitor:
         began = time.monotonic()
-        visitor.send(b"1\r\nx\r\n" * 3000 + b"0\r\n\r\n")
+        visitor.send(b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n")
         body = b""
         while size := int(target.read_until(b"\r\n"), 16):
             body += target.read_exactly(size)
             target.read_exactly(2)
-        assert body == b"x" * 3000 and time.monotonic() - began > 1.5
+        assert body == b"x" * 2000 and time.monotonic() - began > 0.7
         target.send(answer(b"ok"))
         assert visitor.read_message()[1] == b"ok"
 
@@ -422,13 +424,13 @@ def test_body_of_tiny_segments_takes_few_reads(serving, origin, little_work, mon
         Work, "spend", lambda work, units: [reads.append(units), spend(work, units)]
     )
     gateway = serving()
-    visitor, target = begin(gateway, origin, "Content-Length: 1000")
+    visitor, target = begin(gateway, origin, "Content-Length: 500")
     with visitor:
-        for _ in range(1000):
+        for _ in range(500):
             visitor.send(b"x")
             time.sleep(0.001)
-        assert target.read_exactly(1000) == b"x" * 1000
-        assert len(reads) < 150
+        assert target.read_exactly(500) == b"x" * 500
+        assert len(reads) < 75
         target.send(answer(b"ok"))
         assert visitor.read_message()[1] == b"ok"
 

@@ -162,6 +162,7 @@ def test_a_visit_without_tls_waits_for_its_host(own_cache, tmp_path, first):
                 assert served.read_exactly(len(first)) == first
                 served.send(b"hello")
                 assert visitor.read_exactly(5) == b"hello"
+                visitor.close()  # the agent would give a visit that goes on its time
 
 
 def test_a_request_whose_agent_leaves_in_that_moment_is_served_by_the_next(gateway):
