@@ -26,6 +26,7 @@ from support import (
     agent_here,
     agent_process,
     answer,
+    at_length,
     gateway_here,
     go_agent,
     request,
@@ -392,7 +393,8 @@ def tables():
 
 
 @pytest.mark.slow
-def test_many_takeovers_leave_nothing(gateway, caplog):
+@pytest.mark.parametrize("count", [60, at_length(200)])
+def test_many_takeovers_leave_nothing(gateway, caplog, count):
     caplog.set_level(logging.ERROR, "gotunnel")  # what is logged is kept for the test's report
 
     def take_over():
@@ -404,13 +406,13 @@ def test_many_takeovers_leave_nothing(gateway, caplog):
     with gateway.dial(APP) as visitor:  # with a visit that it tears down
         visitor.send(request())
         agents[-1].session.accept(TIMEOUT)
-        for _ in range(150):
+        for _ in range(count):
             agents.append(take_over())
             agents.pop(0).session.join()
     wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
     gc.collect()
     before, memory = tables(), resident()
-    for _ in range(200):
+    for _ in range(count):
         agents.append(take_over())
         agents.pop(0).session.join()
     wait_until(lambda: len(gateway.inner.tunnels._tunnels) == 1)
@@ -458,9 +460,10 @@ def test_hostname_of_a_stopped_agent_is_its_own_at_once_when_it_comes_back(gatew
 @pytest.mark.parametrize("first", ["ours", "go"])
 @pytest.mark.parametrize("second", ["ours", "go"])
 def test_hostname_of_a_stopped_agent_is_anothers_soon(
-    gateway, tmp_path, site, gopeer, first, second
+    gateway, tmp_path, site, gopeer, monkeypatch, first, second
 ):
     """And the one that was stopped does not take it back."""
+    monkeypatch.setattr(heartbeat, "ANSWER_TIMEOUT", 1.5)
     ports = {APP: site}
 
     def agent(kind, ready):
@@ -474,7 +477,7 @@ def test_hostname_of_a_stopped_agent_is_anothers_soon(
             began = time.monotonic()
             with agent(second, ready=False):
                 wait_until(lambda: gateway.get(APP)[0] == 200)
-                assert time.monotonic() - began < BOUND
+                assert time.monotonic() - began < 1.5 + 3
                 winner = gateway.inner.tunnels.registered()
                 incumbent.signal(signal.SIGCONT)
                 incumbent.wait_for("host already registered|another session takes over")
@@ -576,7 +579,7 @@ def test_visitors_do_not_notice_that_the_ids_of_a_session_are_used_up(
     with Origin() as echo, agent_here(gateway, tmp_path, {APP: site}, {RAW: echo.port}):
         (first,) = sessions_of(gateway)
         with gateway.dial(RAW) as visitor, echo.accept() as target:
-            for number in range(900):
+            for number in range(500):
                 use_up_streams(gateway, 1)
                 if number % 100 == 0:
                     visitor.send(b"?")

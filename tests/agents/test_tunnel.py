@@ -303,7 +303,10 @@ def neighbour(gateway, tmp_path, origin):
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
-def test_garbage_ends_that_connection_and_no_other(gateway, neighbour, garbage, caplog):
+def test_garbage_ends_that_connection_and_no_other(
+    gateway, neighbour, garbage, caplog, monkeypatch
+):
+    monkeypatch.setattr(newcomer, "PARTING_TIMEOUT", 0.1)  # this one waits for its end
     caplog.set_level(logging.DEBUG, "gotunnel")
     with dial(gateway) as stranger:
         stranger.sock.settimeout(SOONER)
