@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -186,6 +187,43 @@ def test_a_peer_that_is_not_there_is_named_and_left_out(monkeypatch):
     ]  # fmt: skip
 
 
+def test_an_interpreter_gets_an_environment_and_says_what_it_is(monkeypatch):
+    code = "import os, sys; print(sys.executable, os.environ['GOTUNNEL_VENV'])"
+    monkeypatch.setattr(bench_subjects, "PREPARE", code)
+    monkeypatch.setattr(bench_subjects, "ABOUT", "print('with a GIL, OpenSSL 3')")
+    monkeypatch.setattr(bench_subjects, "ask", asked := Asked())
+    name = f"Python {platform.python_version()}"
+    folder = os.path.join(".venvs", platform.python_version())
+    python = f"{sys.executable} {folder}"
+    found = bench_subjects.environment_of(sys.executable)
+    assert found == (name, python, f"{name}: with a GIL, OpenSSL 3")
+    assert asked.programs == [sys.executable, sys.executable, python]
+
+
+class Asked:
+    """Asks this Python, whichever is to be asked."""
+
+    def __init__(self):
+        self.programs = []
+        self._ask = bench_subjects.ask
+
+    def __call__(self, python, *words, **settings):
+        self.programs.append(python)
+        return self._ask(sys.executable, *words, **settings)
+
+
+def test_what_our_programs_run_on_is_told():
+    told = bench_subjects.ask(
+        sys.executable, "-c", bench_subjects.ABOUT, PYTHONPATH=bootstrap.ROOT
+    )  # fmt: skip
+    assert re.fullmatch(r"with(out)? a GIL, OpenSSL 3.*", told)
+
+
+def test_an_interpreter_that_fails_is_named():
+    with pytest.raises(Failed, match=f"^{sys.executable} ended with status 3, expected 0$"):
+        bench_subjects.ask(sys.executable, "-c", "raise SystemExit(3)")
+
+
 def test_the_cpus_of_each_process_are_told(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     places = {
@@ -313,6 +351,18 @@ def test_each_peer_is_measured_near_and_far(capsys, monkeypatch, tmp_path, peer)
     assert ("memory of an idle agent (gateway), kB" in figures) and "Non-2xx" not in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_ours_is_measured_by_another_interpreter_too(monkeypatch, tmp_path):
+    need_all("wrk")
+    monkeypatch.setattr(bench_subjects, "PREPARE", "import sys; print(sys.executable)")
+    rows = ("--row", "visitors", "--python", sys.executable)
+    figures = measured(monkeypatch, tmp_path, *rows)
+    for title, medians in figures.items():
+        assert sum_of(medians["ours"]) > 0, title
+        assert sum_of(medians[f"Python {platform.python_version()}"]) > 0, title
 
 
 # The row yamux ------------------------------------------------------------------------------------

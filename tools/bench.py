@@ -3,6 +3,7 @@
     python3 tools/bench.py                          all rows, ours and nginx without a tunnel
     python3 tools/bench.py --row http --row beside  some rows
     python3 tools/bench.py --peer go --peer frp     beside others as well: go, frp, chisel, rathole
+    python3 tools/bench.py --python /usr/bin/python3.13    run ours by another Python as well
     python3 tools/bench.py --rounds 3               medians, and from what to what the rounds went
     python3 tools/bench.py --json FILE              keep all values
     python3 tools/bench.py --markdown FILE          put the table into FILE, between two comments
@@ -44,7 +45,7 @@ import bench_multiplexer
 import bootstrap
 from bench_programs import need, say, version
 from bench_rows import Rows
-from bench_subjects import PEERS, Direct, Ours, Site, present
+from bench_subjects import PEERS, Direct, Ours, Site, environment_of, present
 from bench_table import Table, put_between
 from demo import Failed
 
@@ -89,6 +90,11 @@ def read(arguments):
         help="measure this tunnel as well (repeatable)",
     )  # fmt: skip
     parser.add_argument(
+        "--python", action="append", metavar="PATH", default=[],
+        help="run gateway and agent by this interpreter as well, in an environment of its own "
+        "(repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rounds", type=int, default=1, help="measure everything so often (default: %(default)s)"
     )
     parser.add_argument(
@@ -114,15 +120,18 @@ def show(python, rows, options, kept):
     peers, missing = present(options.peer)
     for line in missing:
         say(line)
+    interpreters = [environment_of(path) for path in dict.fromkeys(options.python)]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gotunnel-bench-"))
         site = Site(stack, python, folder)
         stack.enter_context(site.serve())
         measuring = Rows(site, options.seconds)
         subjects = [subject(site) for subject in (Direct, Ours, *peers)]
+        subjects += [Ours(site, name, python) for name, python, _ in interpreters]
         contenders = [(subject, stack.enter_context(subject.start())) for subject in subjects]
         places = {running.name: placed(running) for _, running in contenders}
-        notes = [*describe(options, (Direct, *peers)), *told(places)]
+        about = [sentence for _, _, sentence in interpreters]
+        notes = [*describe(options, (Direct, *peers)), *about, *told(places)]
         for note in notes:
             say(note)
         for _, running in contenders:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import bootstrap
 from bench_programs import Program, build_gopeer, find, need, reserve_ports
+from bench_table import OURS
 from demo import LOOPBACK, START_TIMEOUT, Failed
 
 HOSTNAME = "localhost"
@@ -33,6 +34,23 @@ import sys
 from pathlib import Path
 from gotunnel_server.certs.local_ca import Authority
 print(*Authority(Path(sys.argv[1])).issue(sys.argv[2]), sep="\\n")
+"""
+
+# For the interpreters that are compared. One without a GIL has it back if a module that it imports
+# was not made for that.
+VERSION = """
+import platform, sysconfig
+print(platform.python_version() + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+"""
+PREPARE = """
+import bootstrap
+bootstrap.tool(lambda words: print(bootstrap.prepare("server")))
+"""
+ABOUT = """
+import ssl, sys
+import gotunnel_server.gateway
+has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+print("with" if has_gil else "without", "a GIL,", ssl.OPENSSL_VERSION)
 """
 
 NGINX = """
@@ -277,13 +295,17 @@ class Tunnel:
 
 
 class Ours(Tunnel):
-    name = "ours"
+    def __init__(self, site, name=OURS, python=None):
+        """``python``: the path of the one that runs gateway and agent, the site's unless given."""
+        super().__init__(site)
+        self.name = name
+        self._python = python or site.python
 
     def _gateway(self, stack):
         port, tunnel_port = reserve_ports(stack, 2)
         secret = secrets.token_hex(32)
         gateway = self._start(
-            stack, "gateway", self._site.python, os.path.join(bootstrap.ROOT, "gotunnel_server"),
+            stack, "gateway", self._python, os.path.join(bootstrap.ROOT, "gotunnel_server"),
             GATEWAY_HOST=GATEWAY_HOST, GATEWAY_PORT=str(port), TUNNEL_HOST=LOOPBACK,
             TUNNEL_PORT=str(tunnel_port), DASHBOARD_PORT="0", BIND=LOOPBACK, ACME_ENV="local",
             ACME_CACHE=os.path.join(self._site.folder, "cache"), JWT_SECRET=secret,
@@ -294,7 +316,27 @@ class Ours(Tunnel):
         config = self._write("agent", running, AGENT_CONFIG, dial=dial, tcp_hostname=TCP_HOSTNAME,
                              ssh_hostname=SSH_HOSTNAME)  # fmt: skip
         script = os.path.join(bootstrap.ROOT, "gotunnel_agent")
-        return self._start(stack, "agent", self._site.python, script, "-c", config)
+        return self._start(stack, "agent", self._python, script, "-c", config)
+
+
+def environment_of(interpreter):
+    """Make an environment of its own for the Python at the path ``interpreter``, unless it is there
+    already. Return a name with the version, the path of the environment's Python, and a sentence
+    about both. Raises Failed."""
+    version = ask(interpreter, "-c", VERSION, PYTHONPATH="")
+    folder = os.path.join(".venvs", version)
+    tools = os.path.join(bootstrap.ROOT, "tools")
+    python = ask(interpreter, "-c", PREPARE, PYTHONPATH=tools, GOTUNNEL_VENV=folder)
+    name = f"Python {version}"
+    return name, python, f"{name}: {ask(python, '-c', ABOUT, PYTHONPATH=bootstrap.ROOT)}"
+
+
+def ask(*command, **settings):
+    """What a command prints. Raises Failed."""
+    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise Failed(f"{command[0]} ended with status {done.returncode}, expected 0")
+    return done.stdout.strip()
 
 
 class Go(Tunnel):

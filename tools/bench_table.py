@@ -58,12 +58,13 @@ class Table:
 
     def lines(self, figures):
         """These figures as aligned text, a block for each."""
+        width = max([8, *map(len, self.subjects)])
         for figure in figures:
             yield figure.title
             for subject, values in figure.values.items():
                 ratio = figure.ratio(subject) if subject != OURS else None
                 beside = "" if ratio is None else f"   ours / {subject} {number(ratio)}"
-                yield f"    {subject:8} {cell(values):30}{beside}".rstrip()
+                yield f"    {subject:{width}} {cell(values):30}{beside}".rstrip()
 
     def markdown(self, notes=()):
         """The table in Markdown, with ``notes`` below it as a list."""
