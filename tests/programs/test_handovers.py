@@ -28,9 +28,9 @@ from support import (
 )
 
 HANDOVERS = int(os.environ.get("GOTUNNEL_HANDOVERS", "3"))
-PAUSE = 3  # seconds between two hand-overs, in which wrk and the downloads run on
+PAUSE = 1.5  # seconds between two hand-overs, in which wrk and the downloads run on
 DOWNLOADS = 20
-DOWNLOAD = 2 * MIB
+DOWNLOAD = MIB
 RATE = MIB // 4  # bytes a second of each download: it outlasts a hand-over or two
 CONNECTIONS = 64  # of wrk
 ECHO = "echo.localhost"

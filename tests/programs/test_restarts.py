@@ -29,7 +29,7 @@ from support import (
     wait_until,
 )
 
-TIMES = int(os.environ.get("GOTUNNEL_RESTARTS", "5"))  # of each kind, and slow downloads
+TIMES = int(os.environ.get("GOTUNNEL_RESTARTS", "3"))  # of each kind, and slow downloads
 OTHER = "other.localhost"
 DOWNLOAD = bytes(range(256)) * 400
 PIECES = 40
@@ -54,7 +54,7 @@ class Site(BaseHTTPRequestHandler):
     """Answers at once; /slow takes some seconds."""
 
     protocol_version = "HTTP/1.1"
-    seconds = 6
+    seconds = 4
 
     def do_GET(self):
         slow = self.path.startswith("/slow")
@@ -229,7 +229,7 @@ def test_a_websocket_lives_through_the_drain_time_of_its_agent_and_no_longer(cac
     upgrade = request("GET", "/", "Connection: Upgrade", "Upgrade: websocket")
     with gateway_process(cache) as gateway, Origin() as target:
         ports = {"http": {APP: target.port}}
-        with agent_process(gateway, tmp_path, **ports, drain_timeout=3) as agent:
+        with agent_process(gateway, tmp_path, **ports, drain_timeout=1.5) as agent:
             with gateway.dial(APP) as visitor:
                 visitor.send(upgrade)
                 with target.accept() as served:
@@ -241,16 +241,16 @@ def test_a_websocket_lives_through_the_drain_time_of_its_agent_and_no_longer(cac
                     began = time.monotonic()
                     agent.wait_for("stopping; a second signal")
                     for _ in range(4):
-                        time.sleep(0.5)
+                        time.sleep(0.2)
                         visitor.send(b"ping")
                         assert served.read_exactly(4) == b"ping"
                         served.send(b"pong")
                         assert visitor.read_exactly(4) == b"pong"
                     with contextlib.suppress(OSError):
                         assert visitor.read() == b""
-                    assert 3 <= time.monotonic() - began < 3 + TIMEOUT
+                    assert 1.5 <= time.monotonic() - began < 1.5 + TIMEOUT
             assert agent.wait() == 0
-            agent.wait_for("1 visits did not end in 3 s and were cut")
+            agent.wait_for("1 visits did not end in 1.5 s and were cut")
 
 
 @pytest.mark.parametrize("raw", [RAW])
