@@ -69,7 +69,7 @@ WORST = 1.0  # seconds that the honest visitor may wait
 WITHIN = 1.2  # times the figures of before
 FEW = 2  # threads more than before do not count
 LAST = 60  # seconds that a helper may take to end
-AGENTS_TIMEOUT = 120  # seconds until all agents are registered
+AGENTS_TIMEOUT = 240  # seconds until all agents are registered
 BEGIN, END = "<!-- flood: begin -->", "<!-- flood: end -->"
 
 AGENT_CONFIG = """\
@@ -193,11 +193,15 @@ class Helper:
                 self.lines.append(line.rstrip())
                 self._grown.notify_all()
 
-    def wait_for(self, is_there, timeout):
-        """Wait until a line is so. Raises Failed."""
+    def says(self, is_it, timeout=0.0):
+        """Whether it has said such a line, or does so in time."""
         with self._grown:
-            if not self._grown.wait_for(lambda: any(map(is_there, self.lines)), timeout):
-                raise Failed(f"{self.name} said {self.lines[-3:]}, and no more for {timeout} s")
+            return self._grown.wait_for(lambda: any(map(is_it, self.lines)), timeout)
+
+    def wait_for(self, is_it, timeout):
+        """Wait until it has said such a line. Raises Failed."""
+        if not self.says(is_it, timeout):
+            raise Failed(f"{self.name} said {self.lines[-3:]}, and no more for {timeout} s")
 
     def take(self):
         """The lines that have come since the last call."""
@@ -309,7 +313,7 @@ def measure(house, kind, addresses, options):
                 house.python, "flood_agents.py", house.tunnel_port, GATEWAY_HOST, house.secret,
                 count,
             ))  # fmt: skip
-            agents.wait_for(str(count).__eq__, AGENTS_TIMEOUT)
+            agents.wait_for(f"{count} {count}".__eq__, AGENTS_TIMEOUT)
             time.sleep(1)
         house.visitor.take()
         time.sleep(BEFORE)
@@ -319,8 +323,10 @@ def measure(house, kind, addresses, options):
             began, most = time.monotonic(), before
             agents.take()
             house.hand_over()
-            agents.wait_for("0".__eq__, AGENTS_TIMEOUT)
-            agents.wait_for(str(count).__eq__, AGENTS_TIMEOUT)
+            back = f"{count} {2 * count}".__eq__
+            while not agents.says(back, LOOK_EVERY) and time.monotonic() < began + AGENTS_TIMEOUT:
+                most = larger(most, house.figures())
+            agents.wait_for(back, 0)
             load = {"connections": count, "seconds": round(time.monotonic() - began, 1)}
             earlier = {}
         else:

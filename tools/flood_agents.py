@@ -3,7 +3,7 @@
     flood_agents.py PORT HOSTNAME SECRET COUNT     until standard input ends
 
 HOSTNAME is the gateway's name (SNI). They speak like Go agents: no features, one hostname each, and
-pongs. Prints how many are registered whenever that has changed.
+pongs. Prints, whenever it has changed, how many are registered, and how often one was so far.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Agents:
         self._port, self._hostname, self._secret = int(port), hostname, secret
         self._trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._trust.check_hostname, self._trust.verify_mode = False, ssl.CERT_NONE
-        self.registered = 0
+        self.registered = self.registrations = 0
 
     def _registration(self, number):
         now = int(time.time())
@@ -75,6 +75,7 @@ class Agents:
                                 return False
                             served = True
                             self.registered += 1
+                            self.registrations += 1
         finally:
             self.registered -= served
             writer.close()
@@ -82,9 +83,9 @@ class Agents:
     async def say(self):
         said = None
         while True:
-            if self.registered != said:
-                said = self.registered
-                print(said, flush=True)
+            if (self.registered, self.registrations) != said:
+                said = self.registered, self.registrations
+                print(*said, flush=True)
             await asyncio.sleep(SAY_EVERY)
 
 

@@ -43,16 +43,28 @@ class Visitor:
         if got.status != 200:
             raise http.client.HTTPException(f"status {got.status}")
 
+    def ask_again(self, kept):
+        """Ask on a kept connection. None if there is none, or if the gateway has closed it since
+        its last answer: a browser then asks on a new one (RFC 9112 section 9.3.1)."""
+        if kept is None or kept.sock is None:
+            return None
+        try:
+            self.ask(kept)
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            kept.close()
+            return None
+        return kept
+
     def run(self, how):
         """Ask for ever."""
         kept = None
         while True:
             began, problem = time.monotonic(), "ok"
-            visitor = kept
+            visitor = None
             try:
-                if visitor is None:
-                    visitor = self.connect()
-                self.ask(visitor)
+                visitor = self.ask_again(kept) or self.connect()
+                if visitor is not kept:
+                    self.ask(visitor)
             except (OSError, http.client.HTTPException) as error:
                 problem = repr(error)
             took = time.monotonic() - began
