@@ -22,7 +22,14 @@ from . import service
 from .agent import Agent
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
-from .common.process import HANG_UP, Signals, print_answer, set_up_process, stay_on_one_cpu
+from .common.process import (
+    HANG_UP,
+    Signals,
+    print_answer,
+    set_up_process,
+    stay_on_one_cpu,
+    watch_memory,
+)
 from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
 from .metrics import MetricsPort, PortUnusable
@@ -95,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except NoThread as error:
         print(f"gotunnel-agent: {error}", file=sys.stderr)
         return 1
+    watch_memory()
     status = status_socket_of(config, lambda: describe(agent.snapshot(), options.config))
     if status is not None:
         status.start()

@@ -55,6 +55,11 @@ ANSWER_TIMEOUT = 30
 # that has ended lives until its next check, so a long idle_timeout must not set the interval.
 LONGEST_LOOK = 60
 
+# What Targets counts beside the words of refusals.py. A stream for none of our hostnames counts as
+# UNNAMED, so that a gateway cannot invent labels.
+UNNAMED = "other"
+NO_HEADER, NO_TUNNEL, NO_THREAD = "no-header", "no-tunnel", "no-thread"
+
 PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
 # What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
@@ -102,7 +107,8 @@ class Targets:
         self._lock = threading.Lock()  # guards all
 
     def count_failed(self, hostname: str, word: str) -> None:
-        """The target of a hostname was not reached; ``word`` is Refusal's."""
+        """The target of a hostname, or UNNAMED, was not reached. ``word``: Refusal's, or one of
+        those above."""
         with self._lock:
             self._failed[hostname, word] += 1
 
@@ -147,15 +153,18 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
         # A visitor that leaves at once is normal.
         level = logging.DEBUG if isinstance(error, ConnectionError) else logging.WARNING
         log.log(level, "stream %d dropped: %s", stream.id, error)
+        targets.count_failed(UNNAMED, NO_HEADER)
         stream.reset()
         return
     route = find_route(hostname_of(name))
     if route is None:
         log.warning("stream %d refused: this agent has no tunnel for %.253r", stream.id, name)
+        targets.count_failed(UNNAMED, NO_TUNNEL)
         stream.reset(code=REFUSED)
         return
     tunnel = route.tunnel
     if route.problem:  # logged when the gateway's answer came
+        targets.count_failed(tunnel.hostname, MISCONFIGURED.word)
         refuse(stream, route, MISCONFIGURED)
         return
     try:
@@ -180,6 +189,7 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
                 relay_watched(stream, target, tunnel.hostname, tunnel.idle_timeout)
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", tunnel.hostname, error)
+            targets.count_failed(tunnel.hostname, NO_THREAD)
             stream.reset()
         finally:
             stream.close()

@@ -14,11 +14,12 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from gotunnel import NoThread, call_logged, spawn
 
+from .free_memory import FreeMemory
 from .json_lines import JsonLines
 from .standard_error import free_standard_error
 
@@ -40,6 +41,7 @@ SHORTAGE_SILENCE = 60  # seconds between two warnings about a lack of threads
 IDLE_TIME = 30
 # So many threads of a pool stay: without any, a pool would do nothing while the system gives none.
 KEPT_THREADS = 2
+MEMORY_LOOK = 2  # seconds between two looks whether a rush is over
 FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
 FORMATTERS = {"text": FORMATTER, "json": JsonLines()}
 STDERR = 2  # file descriptor
@@ -277,6 +279,18 @@ def set_up_process(log_level: str, log_format: str = "text") -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # some systems refuse the limit they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def watch_memory() -> None:
+    """Have a thread "memory" give memory back after a rush, as long as the process lives."""
+    with contextlib.suppress(NoThread):  # then the memory of a rush stays with the process
+        spawn("memory", _watch_memory, FreeMemory())
+
+
+def _watch_memory(memory: FreeMemory) -> None:
+    while True:
+        sleep(MEMORY_LOOK)
+        memory.look()
 
 
 def print_answer(program: str, command: Callable[[], int]) -> int:
