@@ -158,7 +158,7 @@ def unpack_header(data: BytesLike, at: int = 0) -> tuple[int, int, int, int]:
 # Windows. A stream moves at most one window in a round trip: 1 MiB at 50 ms is 20 MB/s.
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
 START_WINDOW = 4 * INITIAL_WINDOW  # receive window of new streams once the peer is authenticated
-MAX_WINDOW = 32 * 1024 * 1024  # no window grows beyond: 160 MB/s at 200 ms, more than we can do
+MAX_WINDOW = 64 * 1024 * 1024  # no window grows beyond: 335 MB/s at 200 ms, about what we can do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes that all windows of a session together may grow by
 CREDIT = 1024 * 1024  # a WINDOW_UPDATE is sent for this many used bytes, or for half a window
 IDLE_WINDOW = 10  # seconds; if using half of a grown window takes longer, it shrinks
