@@ -158,6 +158,7 @@ def unpack_header(data: BytesLike, at: int = 0) -> tuple[int, int, int, int]:
 # Windows. A stream moves at most one window in a round trip: 1 MiB at 50 ms is 20 MB/s.
 INITIAL_WINDOW = 256 * 1024  # bytes each way before any credit (yamux spec, "Flow Control")
 START_WINDOW = 4 * INITIAL_WINDOW  # receive window of new streams once the peer is authenticated
+SHARED_WINDOW = 2 * INITIAL_WINDOW  # to which it shrinks beside other busy streams on a near line
 MAX_WINDOW = 64 * 1024 * 1024  # no window grows beyond: 335 MB/s at 200 ms, about what we can do
 SESSION_GROWTH = 128 * 1024 * 1024  # bytes that all windows of a session together may grow by
 CREDIT = 1024 * 1024  # a WINDOW_UPDATE is sent for this many used bytes, or for half a window
@@ -397,7 +398,7 @@ class Mux:
         self._asked_at = 0.0  # when the last ping was queued
         self._asked: int | None = None  # its value, until the pong comes
         self._pings = 0  # sent so far
-        self._credited = False  # we have sent credit
+        self._credited = 0  # the stream that was due credit last
         self.round_trip: float | None = None  # seconds, the shortest of all opens and pings
         self.we_left = False  # go_away() was called
         self.refuses = False  # ... and a stream that the peer opens is reset
@@ -726,29 +727,31 @@ class Mux:
         flow.owed += count
         flow.used += count
         idle = flow.grown and now - flow.since > IDLE_WINDOW
+        crowds = False
         if flow.used >= flow.window // 2 or idle:
             if not idle:
-                self._grow_window(flow, now)
+                crowds = self._crowds_out(flow, now - flow.since)
+                self._grow_window(flow, now - flow.since)
             flow.used, flow.since = 0, now
         if flow.owed < CREDIT and flow.owed < flow.window // 2 and not idle:
             return False
-        if idle or self._unread(flow) > flow.window // 2:
+        if idle or crowds or self._unread(flow) > flow.window // 2:
             self._shrink_window(flow)
+        first, self._credited = not self._credited, stream_id
         if not flow.owed:
             return False
         flow.may_receive += flow.owed
         self._updates[stream_id] = self._updates.get(stream_id, 0) + flow.owed
         flow.owed = 0
-        if self.round_trip is None and self._credited and self._asked is None:
+        if self.round_trip is None and not first and self._asked is None:
             self._ask(now)  # _grow_window() needs the round trip time, and no answer has given it
-        self._credited = True
         return True
 
-    def _grow_window(self, flow: _Flow, now: float) -> None:
+    def _grow_window(self, flow: _Flow, took: float) -> None:
         """Double a window of which half was used within two round trips, if its reader keeps up.
         So it grows to four times the line's bandwidth-delay product. More would only lengthen the
-        queues."""
-        if self.round_trip is None or now - flow.since >= 2 * self.round_trip:
+        queues. ``took``: the seconds in which half of it was used."""
+        if self.round_trip is None or took >= 2 * self.round_trip:
             return
         more = min(flow.window, MAX_WINDOW - flow.window)
         needed = more and not flow.discarding and self._unread(flow) <= flow.window // 4
@@ -758,13 +761,21 @@ class Mux:
             flow.grown += more
             self._largest = max(self._largest, flow.window)
 
+    def _crowds_out(self, flow: _Flow, took: float) -> bool:
+        """Whether another stream is busy too, and would wait behind the payload that this window
+        permits: more than eight times the line's bandwidth-delay product."""
+        busy = self._credited != flow.id and self._credited in self._flows
+        return busy and self.round_trip is not None and took > 4 * self.round_trip
+
     def _shrink_window(self, flow: _Flow) -> None:
-        """Withhold credit: few bytes come, or the reader has not used half of the window."""
-        less = min(flow.owed, flow.grown)
+        """Withhold credit: few bytes come, or the reader has not used half of the window, or other
+        streams would wait."""
+        less = min(flow.owed, max(flow.grown, flow.window - SHARED_WINDOW))
         flow.owed -= less
         flow.window -= less
-        flow.grown -= less
-        self._account.take_back(less)
+        grown = min(less, flow.grown)
+        flow.grown -= grown
+        self._account.take_back(grown)
 
     def _unread(self, flow: _Flow) -> int:
         """Bytes of a stream that have come and were not used."""

@@ -593,6 +593,32 @@ def test_a_slow_reader_gives_back_what_its_window_has_grown_by():
     check_tables(mux)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "beside", "expected"),
+    [
+        (4.1, True, gotunnel.SHARED_WINDOW),
+        (4.1, False, MIB),  # no other stream would wait
+        (3.9, True, MIB),  # the line needs it
+    ],
+)
+def test_a_window_that_is_large_for_the_line_shrinks_beside_another_busy_stream(
+    ratio, beside, expected
+):
+    mux = reading(MIB)
+    receive(mux, frame(WINDOW_UPDATE, SYN, 3))
+    mux.accept(3)
+    now = 0.0
+    for _ in range(8):
+        for number in (1, 3) if beside else (1,):
+            half = mux.window(number) // 2
+            deliver(mux, half, now, number)
+            mux.consumed(number, half, now + ratio * ROUND_TRIP)
+        now += ratio * ROUND_TRIP
+    assert mux.window(1) == expected
+    sent(mux)
+    check_tables(mux)
+
+
 def test_a_stream_that_hardly_moves_gives_back_as_much_as_it_reads():
     mux = reading()
     window = grow(mux, 4 * INITIAL_WINDOW)
