@@ -677,7 +677,7 @@ class Mux:
             raise ValueError(f"{size} bytes for a room of {self.room(stream_id)}")
         flow.may_send -= size
         flow.queued += size
-        put(flow.queue, payload)
+        put(flow.queue, payload) if flow.queue else flow.queue.append(payload)
         self._count_queued(size)
         if not flow.in_rotation:
             self._rotate(flow)
@@ -1751,7 +1751,7 @@ class StreamTable:
         if stream._at_rest:
             self.reset(stream, "the stream was reset: bytes came while it was at rest")
             return
-        put(stream._chunks, payload)
+        put(stream._chunks, payload) if stream._chunks else stream._chunks.append(payload)
         stream._silent = False
         self.count_unread(stream, len(payload))
         if stream._readable.waiting:
@@ -2321,9 +2321,9 @@ class Stream:
         return b"".join(parts)
 
     def shortcut(self, take: Callable[[bytes], int]) -> None:
-        """While a thread waits in read(), have the demultiplexer offer small payload to
-        ``take(data)`` first: it spares the thread's wake-up. take() returns how many bytes it has
-        taken, and must not wait. read() returns the others, in order."""
+        """While a thread waits in read(), have the demultiplexer offer small payload to take(data)
+        first, to spare the thread's wake-up. take() returns how many bytes it took, and must not
+        wait. read() returns the others, in order."""
         self._on_payload = functools.partial(self._pass_on, take)
 
     def _pass_on(self, take: Callable[[bytes], int]) -> None:

@@ -151,43 +151,44 @@ class Malformed(Exception):
 class Fields:
     """The fields of one message: ordered, spelled as they came, looked up in lower case.
 
-    ``connection`` are the options of its Connection fields, in lower case.
+    ``named`` maps a name in lower case to the values of that name, in order. ``connection`` are the
+    options of its Connection fields, in lower case.
     """
 
     def __init__(self, items: list[tuple[str, str]]):
         self.items = items
-        values: dict[str, list[str]] = {}
+        self.named: dict[str, list[str]] = {}
+        named = self.named
         for name, value in items:
             name = name.lower()
-            if name in values:
-                values[name].append(value)
+            if name in named:
+                named[name].append(value)
             else:
-                values[name] = [value]
-        self._values = values
-        self.connection = self.tokens("connection") if "connection" in values else []
+                named[name] = [value]
+        self.connection = self.tokens("connection") if "connection" in named else []
 
     def get(self, name: str, default: str | None = None) -> str | None:
         """The value of the first field of that name."""
-        values = self._values.get(name)
+        values = self.named.get(name)
         return values[0] if values else default
 
     def all(self, name: str) -> Sequence[str]:
         """The values of all fields of that name, in order."""
-        return self._values.get(name, ())
+        return self.named.get(name, ())
 
     def tokens(self, name: str) -> list[str]:
         """The members of a comma-separated list, over all its lines, in lower case.
 
         Empty members are left out (RFC 9110 §5.6.1).
         """
-        values = self._values.get(name)
+        values = self.named.get(name)
         if not values:  # most fields that are asked for are not there
             return []
         members = ",".join(values).lower().split(",")
         return [token for member in members if (token := member.strip(" \t"))]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._values
+        return name in self.named
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.items)
@@ -237,10 +238,11 @@ def head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     searched once. Raises Malformed as soon as a line ends in a bare LF (its sender now waits for an
     answer, so no blank line would come), and when HEAD_LIMIT bytes hold no blank line.
     """
-    end = buffer.find(b"\r\n\r\n", max(start - 3, 0), HEAD_LIMIT)
+    end = buffer.find(b"\r\n\r\n", max(start - 3, 0) if start else 0, HEAD_LIMIT)
     seen = end + 4 if end >= 0 else min(len(buffer), HEAD_LIMIT)
     # Every LF from start on must be the second half of a CRLF, which may begin one byte earlier.
-    if buffer.count(b"\n", start, seen) != buffer.count(b"\r\n", max(start - 1, 0), seen):
+    before = start - 1 if start else 0
+    if buffer.count(b"\n", start, seen) != buffer.count(b"\r\n", before, seen):
         raise Malformed(400, "a line ends in LF alone, expected CRLF")
     if end >= 0:
         return seen
@@ -339,10 +341,10 @@ def parse_response(head: bytes) -> Response:
             400, f"status line {_shown(line)}, expected version, status 100 to 999 and reason"
         )
     version, status, reason = match.groups("")
-    minor, lengths = _MINOR.get(version), fields.all("content-length")
+    minor, lengths = _MINOR.get(version), fields.named.get("content-length")
     if minor is None:
         raise _bad_version(version)
-    if lengths and (len(lengths) > 1 or "," in lengths[0] or "transfer-encoding" in fields):
+    if lengths and (len(lengths) > 1 or "," in lengths[0] or "transfer-encoding" in fields.named):
         loose = True
         fields = _with_one_length(fields, minor)
     return Response(int(status), reason, minor, fields, loose or int(status) > 599)
@@ -442,7 +444,7 @@ def hostname(request: Request) -> str:
     authority-form; if both name a host, it must be the same (RFC 9112 §3.2). An IPv6 address keeps
     its brackets. "" for an HTTP/1.0 request that names none. Raises Malformed.
     """
-    hosts = request.fields.all("host")
+    hosts = request.fields.named.get("host", ())
     if len(hosts) > 1:
         raise Malformed(400, f"{len(hosts)} Host fields, expected one")
     if not hosts and request.minor > 0:
@@ -568,13 +570,11 @@ class Body:
     """
 
     length: int | None = None
+    complete = False
+    trailers: Sequence[tuple[str, str]] = ()
+    rest = b""
     loose = False
     chunks = 0
-
-    def __init__(self) -> None:
-        self.complete = False
-        self.trailers: list[tuple[str, str]] = []
-        self.rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take the next bytes, return the payload in them: pieces in order, none of them empty.
@@ -595,7 +595,6 @@ class SizedBody(Body):
     """A body of ``length`` bytes, as Content-Length said (RFC 9112 §6.2)."""
 
     def __init__(self, length: int):
-        super().__init__()
         self.length = length
         self.complete = length == 0
         self._left = length
@@ -632,7 +631,6 @@ class ChunkedBody(Body):
 
     def __init__(self, *, lenient: bool = False):
         """``lenient``: an answer's body, whose lines may end in LF, with blanks behind sizes."""
-        super().__init__()
         self._lenient = lenient
         self._read_on = self._size_line
         self._held = bytearray()  # an unfinished line or trailer section
@@ -773,8 +771,8 @@ def response_body(response: Response, method: str) -> Body | None:
 def _framed(message: Request | Response, *, lenient: bool) -> SizedBody | ChunkedBody | None:
     """The decoder by the message's own fields, None if they give no length. ``lenient``: see
     ChunkedBody."""
-    codings = message.fields.all("transfer-encoding")
-    lengths = message.fields.all("content-length")
+    named = message.fields.named
+    codings, lengths = named.get("transfer-encoding"), named.get("content-length")
     if codings:
         # RFC 9112 §6.1 and §6.3 leave the choice to the reader, so two readers could differ.
         if lengths:

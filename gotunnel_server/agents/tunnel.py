@@ -543,11 +543,9 @@ class Tunnel:
 
     def take_kept(self, route: Route) -> Stream | None:
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
-        while (stream := self._counted(self._kept.pop, route.hostname)) is not None:
-            if stream.quiet:
-                return stream
-            stream.close()
-        return None
+        if self._allowance is None:
+            return self._kept.pop(route.hostname)
+        return self._counted(self._kept.pop, route.hostname)
 
     def _counted(self, pop: Callable[..., Stream | None], *arguments: object) -> Stream | None:
         """Take a kept stream, which counts as a visit from then on."""

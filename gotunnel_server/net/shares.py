@@ -53,13 +53,11 @@ class Shares:
         """Take a place; False if the address has no share left."""
         key = counted_by(address)
         with self._lock:
-            free = self.most - self._taken
-            if free <= 0:
-                return False
-            if self._parts * self._held[key] >= free and address not in self._exempt:
+            free, held = self.most - self._taken, self._held.get(key, 0)
+            if free <= 0 or self._parts * held >= free and address not in self._exempt:
                 return False
             self._taken += 1
-            self._held[key] += 1
+            self._held[key] = held + 1
             return True
 
     def leave(self, address: str) -> None:

@@ -224,7 +224,7 @@ class Exchange:
         if self._route.host_header is not None:
             fields = [(name, value) for name, value in fields if name.lower() != "host"]
             fields.insert(0, ("Host", self._route.host_header))
-        elif "host" not in request.fields:  # HTTP/1.1 requires it
+        elif "host" not in request.fields.named:  # HTTP/1.1 requires it
             fields.append(("Host", request.authority))
         fields += forwarded.fields(
             request.fields, request.peer, request.scheme, request.authority, self._proxies
@@ -326,9 +326,9 @@ class Exchange:
             self._route.tunnel.keep(self._route, stream)
         else:
             stream.close()
-        trailers = [
-            field for field in target.trailers if http1.plain_name(field[0]) not in pages.OURS
-        ]
+        trailers = target.trailers
+        if trailers:
+            trailers = [field for field in trailers if http1.plain_name(field[0]) not in pages.OURS]
         request.finish(pieces, trailers)
 
     def _send_data(self, pieces: list[bytes]) -> None:

@@ -261,9 +261,12 @@ class Http1Request:
         self.method, self.minor, self.fields = head.method, head.minor, head.fields
         self.hostname = http1.hostname(head) or self.sni or ""
         is_connect = head.method == "CONNECT"
-        self.path = "" if is_connect else http1.origin_target(head)
-        host = head.target if is_connect else head.fields.get("host")
-        self.authority = self.hostname if host is None else host
+        self.path = head.path or ""
+        if is_connect:
+            self.authority = head.target
+        else:
+            hosts = head.fields.named.get("host")
+            self.authority = hosts[0] if hosts else self.hostname
         body = http1.request_body(head)
         if body is not None:
             self.has_body, self.body_length = True, body.length
@@ -369,7 +372,7 @@ class Http1Request:
             else:
                 handler.close_connection = True  # closing it ends the body
                 self._connection.cut_unless_finished()
-        if not self.body_complete or handler.is_draining():
+        if self._incoming is not None and not self.body_complete or handler.is_draining():
             # An answer before the body's end: the rest may never arrive, so the next request could
             # not be found.
             handler.close_connection = True

@@ -21,7 +21,8 @@ _SCHEMES = re.compile(r"(?:^|[,\s])(?:ntlm|negotiate|kerberos|nego2)(?:[,\s]|$)"
 def concerns_connection(fields: Fields, name: str) -> bool:
     """Whether a message carries such a login or asks for one. ``name`` is the field to look at:
     "authorization" in a request, "www-authenticate" in an answer."""
-    return name in fields and any(map(_SCHEMES.search, fields.all(name)))
+    values = fields.named.get(name)
+    return values is not None and any(map(_SCHEMES.search, values))
 
 
 class Owner:

@@ -699,7 +699,7 @@ def read_body(body, parts):
 def test_sized_body_ends_at_its_length(split):
     body = http1.SizedBody(5)
     assert read_body(body, split(b"hello")) == b"hello"
-    assert body.complete and body.rest == b"" and body.trailers == []
+    assert body.complete and body.rest == b"" and not body.trailers
     body = http1.SizedBody(5)
     assert read_body(body, split(b"helloGET /")) == b"hello"
     assert body.complete and body.rest == b"GET /"
