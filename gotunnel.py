@@ -935,8 +935,7 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 
 # Control messages --------------------------------------------------------------------------------
 #
-# "Text" in names, errors and docs is a JSON string. An error here says what the peer sent; a log
-# puts words such as "protocol error:" or "invalid registration:" before it.
+# "Text" in names, errors and docs is a JSON string. An error here says what the peer sent.
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
 # Only a registration gets so long: the words after the comma advise the operator of its agent.
@@ -949,6 +948,7 @@ MAX_TS = 1 << 63  # Go's int64
 
 # Features: extensions of the Go program's protocol. The agent lists those that it knows in its
 # Register, the gateway answers with those that it uses in its Ack. Go peers ignore them.
+HTTP2 = "http2"  # the gateway speaks HTTP/2 with a target, over the data stream
 HALF_CLOSE = "half_close"  # the agent passes FIN on to its target, and goes on reading from it
 HOST_HEADER = "host_header"  # the gateway replaces the visitor's Host header as the agent says
 PORTS = "ports"  # the gateway opens public ports for tcp hostnames
@@ -975,11 +975,11 @@ class Register(NamedTuple):
     agent keeps over its reconnects: with the same id and the same credential it takes its
     hostnames over at once from its earlier session. The rest needs the feature in parentheses:
 
-    ``host_headers`` maps hostname to the Host header that its target gets (HOST_HEADER). ``ports``
-    maps hostname to the public port that it wants, as a text, or to ANY_PORT (PORTS). ``addressed``
-    lists the hostnames whose data headers are to contain the visitor's address (VISITOR_ADDRESS).
-    ``policies`` maps hostname to the rules for its visitors (POLICIES); see policy.py. ``overlap``:
-    the agent's earlier session lives, and keeps its visits to their end (OVERLAP).
+    ``host_headers`` maps hostname to the Host header of its target (HOST_HEADER). ``ports`` maps
+    hostname to the public port that it wants, as a text, or to ANY_PORT (PORTS). ``addressed``: the
+    hostnames whose data headers must have the visitor's address (VISITOR_ADDRESS). ``policies``
+    maps hostname to the rules for its visitors (POLICIES); see policy.py. ``overlap``: the earlier
+    session keeps its visits (OVERLAP). ``protocols`` maps hostname to "h2c" or "h2" (HTTP2).
     """
 
     token: str
@@ -992,6 +992,7 @@ class Register(NamedTuple):
     policies: dict[str, Any] = {}
     instance: str = ""
     overlap: bool = False
+    protocols: dict[str, str] = {}
 
 
 class Ack(NamedTuple):
@@ -1017,8 +1018,7 @@ class Certificate(NamedTuple):
 
 
 class Port(NamedTuple):
-    """Gateway to agent: a public port that could not be opened at first (Ack.refused) is open now
-    (feature LATER_PORTS). ``port`` is a text, as in Ack."""
+    """Gateway to agent: a public port of Ack.refused is open now (LATER_PORTS). It is a text."""
 
     hostname: str
     port: str
@@ -1054,7 +1054,7 @@ Message = Register | Ack | Certificate | Port | End | Ping | Pong
 ANY_PORT = "auto"  # any free port of the range that the gateway has for agents
 LEFT_OUT_EMPTY = frozenset({
     "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
-    "overlap",
+    "overlap", "protocols",
 })  # fmt: skip
 
 
@@ -1085,7 +1085,7 @@ def decode_message(data: bytes) -> Message | Unknown:
             features=_text_list(fields, "features"), ports=_text_map(fields, "ports"),
             host_headers=_text_map(fields, "host_headers"), policies=_map(fields, "policies"),
             addressed=_text_list(fields, "addressed"), instance=_text(fields, "instance"),
-            overlap=fields.get("overlap") is True,
+            overlap=fields.get("overlap") is True, protocols=_text_map(fields, "protocols"),
         )  # fmt: skip
     if kind == "ack":
         if not isinstance(fields.get("ok"), bool):
@@ -2170,9 +2170,9 @@ class Stream:
     """
 
     __slots__ = (
-        "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender", "_lock", "_readable",
-        "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin", "_discarding", "_error",
-        "_on_payload", "_on_death", "_at_rest", "_known",
+        "id", "refused", "_silent", "_session", "_mux", "_streams", "_sender",
+        "_lock", "_readable", "_writable", "_chunks", "_unread", "_got_fin", "_sent_fin",
+        "_discarding", "_error", "_on_payload", "_on_death", "_at_rest", "_known", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, session: Session, stream_id: int):

@@ -2,10 +2,11 @@
 
     pip install .              the agent
     pip install '.[server]'    the agent and the gateway
+    pip install '.[http2]'     ... for targets that speak HTTP/2, too
     pip install '.[test]'      what the tests need, too
     pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
-The four lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+The five lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
 import re
@@ -37,6 +38,11 @@ SERVER = [
     "urllib3>=2.2",
 ]
 
+HTTP2 = [
+    # Older ones do not refuse all that RFC 9113 forbids.
+    "h2>=4.3,<5",
+]
+
 TEST = [
     # The first that also hears of a thread that dies late, after the test that started it.
     "pytest>=8.4",
@@ -48,6 +54,8 @@ TEST = [
     "flask>=3.0",
     # Its parser reads our metrics. Older ones were not tried.
     "prometheus_client>=0.20",
+    # A program that speaks HTTP/2. Older ones were not tried.
+    "grpcio>=1.60",
 ]
 
 CHECK = [
@@ -98,7 +106,12 @@ setup(
     },
     cmdclass={"build_py": FreshBuild},
     install_requires=AGENT,
-    extras_require={"server": SERVER, "test": SERVER + TEST, "check": SERVER + CHECK},
+    extras_require={
+        "server": SERVER,
+        "http2": SERVER + HTTP2,
+        "test": SERVER + HTTP2 + TEST,
+        "check": SERVER + HTTP2 + CHECK,
+    },
     entry_points={
         "console_scripts": [
             "gotunnel-agent = gotunnel_agent.__main__:main",

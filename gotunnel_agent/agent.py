@@ -553,6 +553,7 @@ class Agent:
                 *sorted(needs),
             ),  # fmt: skip
             host_headers=config.host_headers(),
+            protocols=config.protocols(),
             ports=config.ports(),
             addressed=config.addressed(),
             policies=config.policies(),

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from gotunnel import (
     ANY_PORT,
     HOST_HEADER,
+    HTTP2,
     MESSAGE_LIMIT,
     POLICIES,
     PORTS,
@@ -77,6 +78,7 @@ TUNNEL_KEYS = (
     "target_ca_file",
     "target_skip_tls_verify",
     "mode",
+    "protocol",
     "host_header",
     "port",
     "proxy_protocol",
@@ -88,6 +90,9 @@ CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # each may also name a file: with _file
 
 MODES = ("http", "tcp")
+# What a target in http mode may speak, named as in ALPN: the default; HTTP/2 without TLS, by prior
+# knowledge (RFC 9113 §3.3); HTTP/2 with TLS.
+PROTOCOLS = HTTP1, H2C, H2 = ("http/1.1", "h2c", "h2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says otherwise
@@ -157,6 +162,7 @@ class Tunnel(NamedTuple):
     port: str = ""  # the tunnel's own public port, ANY_PORT for any; "": none
     proxy_protocol: str = ""  # version of the PROXY header that the target gets; "": none
     idle_timeout: float | None = None  # tcp mode: seconds without a byte that end a visit
+    protocol: str = ""  # what the target speaks in http mode: H2C or H2; "": HTTP/1.1
     policy: Policy = Policy()  # what the gateway asks of visitors
     basic_auth_file: str = ""  # where the policy's users came from; "": from the document
 
@@ -165,6 +171,7 @@ class Tunnel(NamedTuple):
         """The features that a gateway must know to serve the tunnel as configured."""
         wanted = (
             (HOST_HEADER, self.host_header),
+            (HTTP2, self.protocol),
             (PORTS, self.port),
             (VISITOR_ADDRESS, self.proxy_protocol),
             (POLICIES, self.policy.wire()),
@@ -214,6 +221,10 @@ class Config:
         """Hostname to the Host that its target gets instead of the visitor's, for the register
         message."""
         return {t.hostname: t.host_header for t in self.tunnels if t.host_header}
+
+    def protocols(self) -> dict[str, str]:
+        """Hostname to what its target speaks, if that is HTTP/2, for the register message."""
+        return {t.hostname: t.protocol for t in self.tunnels if t.protocol}
 
     def ports(self) -> dict[str, str]:
         """Hostname to the public port that it asks for, for the register message."""
@@ -469,10 +480,12 @@ def _tunnel(item: object, where: str) -> Tunnel:
     where += "."
     hostname = _hostname(item, where)
     mode = _choice(item, "mode", MODES, "http", where)
+    target = _target(item, where)
     return Tunnel(
         hostname,
-        _target(item, where),
+        target,
         mode,
+        protocol=_protocol(item, mode, target, where),
         host_header=_host_header(item, mode, where),
         port=_port(item, mode, where),
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
@@ -523,6 +536,22 @@ def _unix_path(path: str, refused: Callable[[str], ConfigError]) -> str:
     if len(path.encode()) > MAX_UNIX_PATH:
         raise refused(f"has a path of more than {MAX_UNIX_PATH} bytes")
     return path
+
+
+def _protocol(item: Mapping[str, object], mode: str, target: Target, where: str) -> str:
+    if "protocol" not in item:
+        return ""
+    protocol = _choice(item, "protocol", PROTOCOLS, "", where)
+    _expect_mode("protocol", "http", mode, where)
+    if protocol == H2 and not target.tls:
+        raise ConfigError(
+            f"{where}protocol: {H2} came, which is with TLS, expected {H2C} for target {target}"
+        )
+    if protocol == H2C and target.tls:
+        raise ConfigError(
+            f"{where}protocol: {H2C} came, which is without TLS, expected {H2} for target {target}"
+        )
+    return "" if protocol == HTTP1 else protocol
 
 
 def _host_header(item: Mapping[str, object], mode: str, where: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from .common.hostnames import normal_hostname
 from .common.one_line import some
 from .common.tls import AEAD
-from .config import Config, Target, Tunnel
+from .config import Config, Tunnel
 from .target import Route
 from .trust import tls_context
 
@@ -37,13 +37,15 @@ class Plan:
         self.context = tls_context(config.ca_file, config.skip_tls_verify)
         self.context.set_ciphers(AEAD)
         # Tunnels with equal settings share a context: the system's CAs take megabytes in each.
-        contexts: dict[tuple[str | None, bool] | None, ssl.SSLContext | None] = {None: None}
+        contexts: dict[tuple[str | None, bool, str] | None, ssl.SSLContext | None] = {None: None}
         for tunnel in config.tunnels:
-            trust = _trust(tunnel.target)
+            trust = _trust(tunnel)
             if trust is not None and trust not in contexts:
-                contexts[trust] = tls_context(*trust, "target_ca_file")
+                context = contexts[trust] = tls_context(*trust[:2], "target_ca_file")
+                if tunnel.protocol:
+                    context.set_alpn_protocols([tunnel.protocol])
         self.routes = {
-            normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel.target)])
+            normal_hostname(tunnel.hostname): Route(tunnel, contexts[_trust(tunnel)])
             for tunnel in config.tunnels
         }
 
@@ -60,9 +62,11 @@ class Plan:
         return f"{self.config.tunnel_host}:{self.config.tunnel_port}"
 
 
-def _trust(target: Target) -> tuple[str | None, bool] | None:
-    """How to check a target's certificate, as arguments of tls_context(); None without TLS."""
-    return (target.ca_file, target.skip_tls_verify) if target.tls else None
+def _trust(tunnel: Tunnel) -> tuple[str | None, bool, str] | None:
+    """How to check a target's certificate, as arguments of tls_context(), and the protocol to be
+    offered, "" for none; None without TLS."""
+    target = tunnel.target
+    return (target.ca_file, target.skip_tls_verify, tunnel.protocol) if target.tls else None
 
 
 def changes(old: Config, new: Config) -> list[str]:

@@ -28,6 +28,7 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
         {
             "hostname": hostname,
             "mode": route.tunnel.mode,
+            "protocol": route.tunnel.protocol,
             "target": str(route.tunnel.target),
             "served": since is not None and not route.problem,
             "certificate": snapshot.certificates.get(hostname, "").partition(":")[0],

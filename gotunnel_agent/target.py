@@ -168,7 +168,8 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
         refuse(stream, route, MISCONFIGURED)
         return
     try:
-        target = dial(tunnel.target, route.context, introduction(tunnel.proxy_protocol, ends))
+        first = introduction(tunnel.proxy_protocol, ends)
+        target = dial(tunnel.target, route.context, first, tunnel.protocol)
     except Unserved as error:
         log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
         targets.count_failed(tunnel.hostname, error.refusal.word)
@@ -212,9 +213,11 @@ def introduction(version: str, ends: Ends | None) -> bytes:
     return proxy_protocol.encode(version, ends.visitor, ends.door)
 
 
-def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> Duplex:
+def dial(
+    target: Target, context: ssl.SSLContext | None, first: bytes = b"", protocol: str = ""
+) -> Duplex:
     """Connect to a target of the configuration and send it the ``first`` bytes, then start TLS if
-    there is a ``context``.
+    there is a ``context``. Its handshake must choose ``protocol``, unless that is "".
 
     Raises Unserved, at the latest DIAL_TIMEOUT after the name was resolved.
     """
@@ -226,6 +229,10 @@ def dial(target: Target, context: ssl.SSLContext | None, first: bytes = b"") -> 
         duplex = _introduce(Duplex(connect(addresses, deadline)), first)
         if context is not None:
             _start_tls(duplex, context, target.host, deadline)
+            if protocol and duplex.protocol != protocol:
+                duplex.close()
+                raise Unserved(UNREACHABLE, f"its TLS does not take {protocol} by ALPN; remove "
+                               "protocol, or turn HTTP/2 on there")  # fmt: skip
         return duplex
     except TimeoutError:
         raise Unserved(TIMED_OUT, f"no answer in {DIAL_TIMEOUT} s") from None

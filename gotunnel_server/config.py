@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from gotunnel_agent.common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
 from gotunnel_agent.common.quantities import RATE_KEYS, rate, whole_number
 
+from .agents import scope
+from .agents.registration import Terms
 from .agents.secret import secret_weakness
 from .variables import (
     UNSET,
@@ -32,7 +35,7 @@ from .variables import (
     not_blank,
     read_env_file,
 )
-from .visitors.policy import Defaults, PolicyError, hashed_entry
+from .visitors.policy import Defaults, PolicyError, hashed_entry, reader
 
 # A transfer holds a worker until its slower end is done, so most workers wait and few compute. A
 # waiting thread costs some 50 kB and no CPU time, so there may be many: with few, a handful of slow
@@ -59,7 +62,7 @@ NAMES = frozenset({  # all variables that load() may read
     "AGENTS_FILE", "AGENT_TIMEOUT", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
     "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
-    "GATEWAY_HOST", "GATEWAY_PORT",
+    "GATEWAY_HOST", "GATEWAY_PORT", "H2C_HOSTS",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
@@ -128,6 +131,7 @@ class Config:
     cert_dir: Path | None
     raw_tcp_host: str | None  # hostname in tcp mode for plain bytes on the public port
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
+    h2c_hosts: tuple[str, ...]  # patterns: their targets speak HTTP/2, whatever their agents say
     trusted_proxies: tuple[Network, ...]
     policy_defaults: Defaults | None  # for tunnels whose agents set no policy of their own
     max_connections: int
@@ -147,6 +151,13 @@ class Config:
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
     # The variables as they were typed, a secret's file as its content. For comparing only.
     typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def terms(self) -> Terms:
+        """What registrations may ask for."""
+        return Terms(
+            self.max_hosts_per_agent, reader(self.policy_defaults), self.h2c_hosts, _has_h2()
+        )
 
     @property
     def credentials(self) -> tuple[str | None, str | None, Path | None, str | None]:
@@ -245,6 +256,7 @@ def _complete(read: Variables) -> Config:
         http_port=read.port_or_off("HTTP_PORT", 80 if acme else None),
         raw_tcp_host=read.hostname_or_none("RAW_TCP_HOST"),
         tcp_ports=read.port_ranges("TCP_PORTS"),
+        h2c_hosts=_h2c_hosts(read),
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         policy_defaults=_policy_defaults(read),
         max_connections=read.count("MAX_CONNECTIONS", 10_000),
@@ -271,6 +283,27 @@ def _complete(read: Variables) -> Config:
         METRICS_PORT=config.metrics_port,
     )
     return replace(config, warnings=(*config.warnings, *_port_warnings(config)))
+
+
+def _has_h2() -> bool:
+    """Whether there is the library for HTTP/2."""
+    return find_spec("h2") is not None
+
+
+def _h2c_hosts(read: Variables) -> tuple[str, ...]:
+    text = read.text("H2C_HOSTS")
+    if text is None:
+        return ()
+    try:
+        patterns = scope.read_hosts(text)
+    except scope.ScopeError as error:
+        raise ConfigError(f"H2C_HOSTS is {text!r}: {error}") from None
+    if not _has_h2():
+        raise ConfigError(
+            f"H2C_HOSTS is {text!r}, but there is no Python package h2: install it "
+            "(pip install 'gotunnel[http2]'), or unset H2C_HOSTS"
+        )
+    return patterns
 
 
 def _access_log(read: Variables) -> str:

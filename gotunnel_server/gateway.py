@@ -30,7 +30,7 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
-from .visitors import dashboard, policy, sites
+from .visitors import dashboard, sites
 from .visitors.forwarded import Proxies
 from .visitors.port import HealthPort, Port, PublicPort, TcpPort, change_timeouts, drain
 from .visitors.room import Room, Timeouts
@@ -118,8 +118,7 @@ class Gateway:
             challenges=self._challenges,
             attempts=Attempts(),
             proxies=self._proxies,
-            read_policy=policy.reader(config.policy_defaults),
-            max_hosts=config.max_hosts_per_agent,
+            terms=config.terms,
             submit=self._registrations.submit,
             stall_timeout=config.stall_timeout,
         )
@@ -259,8 +258,7 @@ class Gateway:
         self._drain_timeout = config.drain_timeout
         timeouts = (config.idle_timeout, config.response_timeout, config.stall_timeout)
         change_timeouts(self._visitor_ports, *timeouts)
-        self._newcomers.read_policy = policy.reader(config.policy_defaults)
-        self._newcomers.max_hosts = config.max_hosts_per_agent
+        self._newcomers.terms = config.terms
         self._credentials.change_shared(config.jwt_secret, config.jwt_secret_old, config.jwt_issuer)
 
     def estate(self) -> Estate:

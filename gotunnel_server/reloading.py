@@ -1,7 +1,7 @@
 """Reads the configuration again on SIGHUP, and applies what can change while the gateway runs.
 
-    at once                  the settings in APPLIED; for DEFAULT_..., tunnels that register from
-                             then on
+    at once                  the settings in APPLIED; for DEFAULT_... and H2C_HOSTS, tunnels that
+                             register from then on
     within seconds anyway    AGENTS_FILE and CERT_DIR, with their files, which are looked at now
     from the next start on   all other settings; SIGUSR2 is a start without a gap
 
@@ -25,7 +25,7 @@ log = logging.getLogger("gotunnel.reloading")
 
 APPLIED = frozenset({
     "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH", "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY",
-    "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET",
+    "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT", "H2C_HOSTS", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET",
     "JWT_SECRET_FILE", "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE", "LOG_LEVEL", "MAX_HOSTS_PER_AGENT",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT",
 })  # fmt: skip

@@ -20,6 +20,11 @@ MOST_LEFT = 4096
 ABSENCE = 15
 
 
+# HTTP/2 of a target: without TLS, by prior knowledge (RFC 9113 §3.3); or with TLS, which its agent
+# speaks.
+H2C, H2 = "h2c", "h2"
+
+
 class HostnameTaken(Exception):
     """Hostnames cannot be claimed. ``tunnels`` hold them; it is empty if the hostnames are the
     gateway's own. Their type is Any here: only the agents' wing uses them, and knows their
@@ -84,7 +89,8 @@ class Route(NamedTuple):
     ``mode`` is "http" or "tcp". ``host_header`` is the Host that the target gets, None for the
     visitor's. ``addressed``: the agent wants the visitor's address. ``target_port`` is the
     target's, ``port`` the public one that was opened for it; None if there is none. ``policy``
-    decides which visitors are let in; None: all.
+    decides which visitors are let in; None: all. ``protocol`` is what the target speaks in http
+    mode: H2C or H2 for HTTP/2, "" for HTTP/1.1.
     """
 
     hostname: str
@@ -95,6 +101,7 @@ class Route(NamedTuple):
     target_port: int | None = None
     port: int | None = None
     policy: Policy | None = None
+    protocol: str = ""
 
 
 class Registry:

@@ -80,6 +80,7 @@ def describe(
         {
             "hostname": name,
             "mode": route.mode,
+            "protocol": route.protocol,
             "port": route.port,
             "agent": on_one_line(route.tunnel.agent.identity.name, MOST_REASON),
             **_of_hostname(route, counts),

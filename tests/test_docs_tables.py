@@ -29,7 +29,7 @@ def table(page, title) -> dict:
     for row in rows.splitlines():
         names, default, meaning = (cell.strip() for cell in re.split(r" \| ", row.strip("| ")))
         assert meaning
-        for name in re.findall(r"`([A-Za-z_]+)`", names):
+        for name in re.findall(r"`([A-Za-z0-9_]+)`", names):
             assert name not in defaults
             defaults[name] = default
     return defaults

@@ -31,8 +31,8 @@ OLDEST_PYTHON = (3, 10)
 # The lists in setup.py that each tool needs.
 NEEDS = {
     "server": ("AGENT", "SERVER"),
-    "test": ("AGENT", "SERVER", "TEST"),
-    "check": ("AGENT", "SERVER", "CHECK"),
+    "test": ("AGENT", "SERVER", "HTTP2", "TEST"),
+    "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
 }
 
 # As shells count: a program that a signal ended has 128 and the signal's number.

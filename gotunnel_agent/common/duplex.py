@@ -161,6 +161,11 @@ class Duplex:
         # SSLObject only passes these calls on to a private object: spare each of them a call.
         self._records = getattr(self._tls, "_sslobj", self._tls)
 
+    @property
+    def protocol(self) -> str | None:
+        """The protocol that the handshake has chosen by ALPN, None without one."""
+        return None if self._tls is None else self._tls.selected_alpn_protocol()
+
     def handshake(self) -> bool:
         """Go on with the handshake, with at most one read; False if it needs more from the peer,
         which has got what TLS had to say.

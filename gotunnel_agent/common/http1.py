@@ -711,7 +711,7 @@ class ChunkedBody(Body):
         end = (answer_end if self._lenient else head_end)(self._held, searched)
         if end >= 0:
             fields = self._read_trailers(bytes(self._held[:end]))
-            self.trailers = [(name, value) for name, value in fields if not _comes_too_late(name)]
+            self.trailers = [(name, value) for name, value in fields if not comes_too_late(name)]
             self.rest = bytes(self._held[end:])
             self.complete = True
         return len(data)
@@ -737,7 +737,7 @@ class ChunkedBody(Body):
         return b"", len(data)
 
 
-def _comes_too_late(name: str) -> bool:
+def comes_too_late(name: str) -> bool:
     """Whether to drop a trailer of that name: a target might take it for a field of the head."""
     return kind(name) in _NO_TRAILERS
 

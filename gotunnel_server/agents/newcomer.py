@@ -72,7 +72,7 @@ from . import takeover
 from .attempts import Attempts
 from .control_stream import ControlStream
 from .credentials import TokenInvalid
-from .registration import MAX_INSTANCE, Agent, NotGranted, ReadPolicy, read_routes
+from .registration import MAX_INSTANCE, Agent, NotGranted, Terms, read_routes
 from .tunnel import Tunnel, Tunnels
 
 log = logging.getLogger("gotunnel.newcomer")
@@ -158,15 +158,13 @@ class Newcomers:
         challenges: Challenges,
         attempts: Attempts,
         proxies: Addresses,
-        read_policy: ReadPolicy,
-        max_hosts: int,
+        terms: Terms,
         submit: Callable[[Callable[[], object]], object],
         stall_timeout: float = STALL_TIMEOUT,
     ):
         """``tunnels`` gets the registered agents. ``context(sni)`` is the TLS context of a
         handshake; ``challenges`` are for CAs that validate at this port. ``attempts`` counts bad
-        tokens. ``proxies`` are the addresses whose PROXY header is believed. ``read_policy`` is as
-        for read_routes().
+        tokens. ``proxies`` are the addresses whose PROXY header is believed.
 
         ``submit(function)`` has a worker of registrations call it, which may wait for the disk. A
         newcomer has at most one call there, so that queue is never longer than the listener's
@@ -176,8 +174,7 @@ class Newcomers:
         self.challenges = challenges
         self.attempts = attempts
         self.proxies = proxies
-        self.read_policy = read_policy
-        self.max_hosts = max_hosts
+        self.terms = terms
         self.submit = submit
         self.stall_timeout = stall_timeout
         self.refusals = Refusals()
@@ -566,7 +563,7 @@ class Newcomer:
         overlaps = message.overlap and OVERLAP in message.features
         self._agent = agent = Agent(self.address, identity, message.instance, overlaps)
         try:
-            routes = read_routes(message, identity, newcomers.max_hosts, newcomers.read_policy)
+            routes = read_routes(message, identity, newcomers.terms)
         except NotGranted as error:
             raise NotAdmitted(str(error)) from None
         _check_count(agent, len(routes))  # too many by themselves must not end another session

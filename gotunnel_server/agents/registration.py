@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from gotunnel import HOST_HEADER, VISITOR_ADDRESS, Register
+from gotunnel import HOST_HEADER, HTTP2, VISITOR_ADDRESS, Register
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.hostnames import (
     normal_hostname,
@@ -20,7 +20,8 @@ from gotunnel_agent.common.hostnames import (
 )
 from gotunnel_agent.common.one_line import on_one_line, some
 
-from ..routes import Policy, Route, Tunnel
+from ..routes import H2, H2C, Policy, Route, Tunnel
+from . import scope
 from .identity import Identity
 
 MODES = ("http", "tcp")
@@ -74,6 +75,20 @@ class Agent(NamedTuple):
         )
 
 
+class Terms(NamedTuple):
+    """What registrations may ask for, by the gateway's settings.
+
+    ``most`` hostnames may be in one message. Targets of the hostnames in ``h2c_hosts`` (patterns,
+    see scope.py) speak H2C though their agents do not say so. ``speaks_http2``: the library for
+    HTTP/2 is installed.
+    """
+
+    most: int
+    read_policy: ReadPolicy
+    h2c_hosts: tuple[str, ...] = ()
+    speaks_http2: bool = False
+
+
 class NotGranted(Exception):
     """The registration is refused; the text is for the agent's operator."""
 
@@ -87,24 +102,23 @@ class Wanted(NamedTuple):
     addressed: bool
     target_port: int | None
     policy: Policy | None
+    protocol: str
 
     def route(self, tunnel: Tunnel) -> Route:
         return Route(
             self.hostname, self.mode, tunnel, self.host_header,
             addressed=self.addressed, target_port=self.target_port, policy=self.policy,
+            protocol=self.protocol,
         )  # fmt: skip
 
 
-def read_routes(
-    message: Register, identity: Identity, most: int, read_policy: ReadPolicy
-) -> dict[str, Wanted]:
-    """What a register message asks for, by hostname in its normal form. ``most`` hostnames may be
-    in one message. Raises NotGranted."""
+def read_routes(message: Register, identity: Identity, terms: Terms) -> dict[str, Wanted]:
+    """What a register message asks for, by hostname in its normal form. Raises NotGranted."""
     if not message.routes:
         raise NotGranted("no routes")
-    if len(message.routes) > most:
+    if len(message.routes) > terms.most:
         raise NotGranted(
-            f"too many hostnames: {len(message.routes)}, at most {most} (MAX_HOSTS_PER_AGENT)"
+            f"too many hostnames: {len(message.routes)}, at most {terms.most} (MAX_HOSTS_PER_AGENT)"
         )
     if len(message.instance) > MAX_INSTANCE:
         raise NotGranted(f"an instance of more than {MAX_INSTANCE} characters")
@@ -124,7 +138,7 @@ def read_routes(
         if host is not None and not valid_host(host):
             raise NotGranted(f"invalid host_header of {name}: {host[:253]!r}")
         try:
-            policy = read_policy(policies.pop(hostname, None), mode)
+            policy = terms.read_policy(policies.pop(hostname, None), mode)
         except ValueError as error:
             raise NotGranted(f"invalid policy of {name}: {error}") from None
         routes[hostname] = Wanted(
@@ -132,6 +146,7 @@ def read_routes(
             addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
             target_port=_port_of(message.routes[name]),
             policy=policy,
+            protocol=_protocol(message, name, hostname, mode, terms),
         )  # fmt: skip
     if policies:  # such a policy would protect nothing
         raise NotGranted(f"a policy for {next(iter(policies))}, which is not among the routes")
@@ -151,6 +166,25 @@ def _hostname(name: str) -> str:
         f"invalid hostname: {on_one_line(name, 253)}; expected letters, digits, hyphens and dots, "
         "or *. and at least two labels"
     )
+
+
+def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Terms) -> str:
+    """What a target speaks: H2C or H2, "" for HTTP/1.1. Raises NotGranted."""
+    protocol = message.protocols.get(name, "") if HTTP2 in message.features else ""
+    if protocol not in ("", H2C, H2):
+        raise NotGranted(f"unknown protocol of {name}: {on_one_line(protocol, 20)}")
+    if mode != "http":
+        if protocol:
+            raise NotGranted(f"a protocol of {name}, which has mode {mode}")
+        return ""
+    if not protocol and scope.allows(terms.h2c_hosts, hostname):
+        return H2C
+    if protocol and not terms.speaks_http2:
+        raise NotGranted(
+            f"{name} has protocol {protocol}, and this gateway lacks the Python package h2: its "
+            "operator can install it (pip install 'gotunnel[http2]')"
+        )
+    return protocol
 
 
 def _by_hostname(policies: Mapping[str, object]) -> dict[str, object]:

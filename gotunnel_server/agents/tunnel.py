@@ -25,6 +25,7 @@ from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
     HOST_HEADER,
+    HTTP2,
     LATER_PORTS,
     MOVE,
     NORMAL,
@@ -64,8 +65,8 @@ from .stream_pool import KeptStreams, OwnStreams
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # the extensions that this gateway knows
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, LATER_PORTS, OVERLAP, POLICIES, PORTS, REASONS, UPGRADES,
-    REFUSALS, VISITOR_ADDRESS, WILDCARDS,
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, HTTP2, LATER_PORTS, OVERLAP, POLICIES, PORTS, REASONS,
+    UPGRADES, REFUSALS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
 # message may be queued behind other output; over a dead connection it can never be sent.

@@ -171,7 +171,7 @@ def render_public(tunnels: Iterable[Tunnel], gateway_host: str, public_port: int
     """The page without a password, as HTML: sorted hostnames, and modes."""
     routes = {hostname: route for tunnel in tunnels for hostname, route in tunnel.routes.items()}
     rows = [
-        f'<tr><td>{_link(hostname, route, public_port)}<td class="mode">{route.mode}'
+        f'<tr><td>{_link(hostname, route, public_port)}<td class="mode">{_mode(route)}'
         for hostname, route in sorted(routes.items())
     ]
     return _page(gateway_host, _count(len(rows), "hostname"), "", rows, _HINT)
@@ -182,6 +182,10 @@ def _page(gateway_host: str, summary: str, more_columns: str, rows: list[str], f
     return PAGE.substitute(
         gateway_host=escape(gateway_host), summary=summary, table=table, footer=footer
     )
+
+
+def _mode(route: Route) -> str:
+    return f"{route.mode}, {route.protocol}" if route.protocol else route.mode
 
 
 def _link(hostname: str, route: Route, public_port: int) -> str:
@@ -205,7 +209,7 @@ def _row(
         name += f" <small>port {route.port}</small>"
     agent = escape(tunnel.identity.name) or "–"
     since = _ago(time() - tunnel.since)
-    row = f'<tr><td>{name}<td class="mode">{route.mode}<td>{agent}<td>{since}'
+    row = f'<tr><td>{name}<td class="mode">{_mode(route)}<td>{agent}<td>{since}'
     row += f"<td>{count.visits or '–'}<td>{count.failed or '–'}"
     row += f"<td>{_size(count.received + count.sent)}"
     if not certificate.is_ready:  # a row of its own: a CA's error can be long

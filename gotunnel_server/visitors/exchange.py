@@ -13,6 +13,7 @@ target has not answered yet.
 import logging
 from email.utils import formatdate
 from http import HTTPStatus
+from importlib import import_module
 from time import monotonic
 from typing import Any
 
@@ -20,14 +21,14 @@ from gotunnel import NoThread, SessionClosed, Stream
 from gotunnel_agent.common import http1, refusals
 from gotunnel_agent.common.http1 import Malformed, Response
 
-from ..routes import AgentBusy
+from ..routes import H2, AgentBusy
 from . import forwarded, login, pages, request_id
 from .forwarded import Proxies
 from .http1_target import Http1Target
 from .pages import RETRY, Page
 from .request import AgentLost, Request, Upgraded, VisitorGone
 from .sites import Forward
-from .target import Target, TargetFailed
+from .target import Target, TargetFailed, Unprocessed
 from .upload import Upload
 from .visit import CUT
 
@@ -94,7 +95,7 @@ class Exchange:
         """
         try:
             self._run()
-        except (TargetFailed, AgentBusy, Malformed) as error:
+        except (TargetFailed, AgentBusy, Malformed, Unprocessed) as error:
             failure = self._failure(error)
             if self._head_sent:
                 if self._visit is not None:
@@ -119,14 +120,17 @@ class Exchange:
                 self._request.abort()  # the part that the visitor got must not look complete
             raise
 
-    def _failure(self, error: TargetFailed | AgentBusy | Malformed) -> TargetFailed:
+    def _failure(self, error: Exception) -> TargetFailed:
+        if isinstance(error, TargetFailed):
+            return error
         if isinstance(error, AgentBusy):
             text = f"{self._route.hostname} has reached a limit: {error}. {RETRY}"
             return TargetFailed(503, "agent-limit", text)
         if isinstance(error, Malformed):
             text = "The service's answer is broken: it is not valid HTTP."
             return TargetFailed(502, "bad-answer", text, f"{error}.")
-        return error
+        text = f"The service took no request at the moment. {RETRY}"
+        return TargetFailed(502, "no-answer", text, f"{error}.")
 
     # Asking
 
@@ -134,7 +138,11 @@ class Exchange:
         """Send the request on self._stream, and wait for the beginning of the answer."""
         tunnel, route, upload = self._route.tunnel, self._route, self._upload
         timeout = self._timeout
-        target = self._target = Http1Target(self._request, self._head(), self._next, timeout)
+        if route.protocol:
+            self._target = self._speak_http2()
+        else:
+            self._target = Http1Target(self._request, self._head(), self._next, timeout)
+        target = self._target
         repeatable = upload is None and self._request.method in IDEMPOTENT
         self._login = login.concerns_connection(self._request.fields, "authorization")
         # The agent must know when the stream opens that FIN may end one direction only. Not with a
@@ -144,7 +152,10 @@ class Exchange:
             pieces = upload.at_hand() if upload else []
         except Malformed as error:
             raise _bad_request(error) from None
-        if (stream := self._take_up(repeatable and not relayed)) is not None:
+        # A target that speaks HTTP/2 says which requests it has not seen before it closes, so there
+        # any request may use a kept stream.
+        may_be_late = repeatable and not relayed or route.protocol != ""
+        if (stream := self._take_up(may_be_late)) is not None:
             self._stream, self._holds_stream = stream, True
             if self._visit is not None:
                 self._visit.stream = stream.id
@@ -188,6 +199,16 @@ class Exchange:
         finally:
             self._fresh = None
             tunnel.served(route, stream)
+
+    def _speak_http2(self) -> Target:
+        if self._request.wants_upgrade:
+            text = "This service speaks HTTP/2, over which the gateway passes no WebSocket on."
+            raise TargetFailed(501, "no-upgrade", text)
+        # Loaded when the first such target is asked, so that other gateways do not need h2.
+        speak = import_module(f"{__package__}.http2_target").Http2Target
+        scheme = "https" if self._route.protocol == H2 else "http"
+        target: Target = speak(self._request, self._head(), self._next, self._timeout, scheme)
+        return target
 
     def _take_up(self, repeatable: bool) -> Stream | None:
         """A stream that was used before, or None. The visitor's own stream may carry any request:
@@ -260,10 +281,13 @@ class Exchange:
                 raise TargetFailed(504, "timed-out", "The service did not answer in time.")
 
     def _next(self, timeout: float | None) -> Any:
-        """As _wait(), but a broken stream raises TargetFailed: the request is not sent again."""
+        """As _wait(), but a broken stream raises TargetFailed: the request is not sent again. Only
+        Unprocessed is raised as it is, if the whole request is here."""
         try:
             return self._wait(timeout)
         except ConnectionError as error:
+            if isinstance(error, Unprocessed) and not (self._upload and self._upload.has_thread):
+                raise
             self._check_upload()
             if isinstance(error, SessionClosed):
                 raise self._agent_gone() from error

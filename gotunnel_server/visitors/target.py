@@ -1,7 +1,7 @@
 """The interface of a target's side of an exchange, the same for every protocol that targets speak.
 
 exchange.py forwards a request by it: it hands over the fields, and gets the answer's head, body and
-trailers. `http1_target.Http1Target` implements it.
+trailers. `Http1Target` and `Http2Target`, each in a module of its own, implement it.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,6 +20,10 @@ class TargetFailed(Exception):
     def __init__(self, status: int, code: str, text: str, detail: str = ""):
         super().__init__(f"{text} {detail}".rstrip())
         self.page = pages.error(status, code, text)
+
+
+class Unprocessed(ConnectionError):
+    """The target has not begun with the request, and says so: it may be sent once more."""
 
 
 class Target(Protocol):

@@ -73,6 +73,11 @@ class Upload:
             self._thread = spawn(f"upload {self._request.hostname}", self._run)
 
     @property
+    def has_thread(self) -> bool:
+        """Whether a part of the body has gone, or goes, to the target alone."""
+        return self._thread is not None
+
+    @property
     def under_way(self) -> bool:
         """Whether the target still waits for a part of the body, and so cannot be expected to
         answer yet."""

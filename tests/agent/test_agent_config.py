@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel import HOST_HEADER
+from gotunnel import HOST_HEADER, HTTP2
 from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Target, Tunnel, load
 from gotunnel_server.visitors.policy import read
 
@@ -426,6 +426,22 @@ def test_trust_in_a_target_is_its_own():
             {"target": "a:1", "host_header": "b", "mode": "tcp"},
             "host_header: the tunnel has mode tcp, expected mode http: change mode, or",
         ),
+        (
+            {"target": "a:1", "protocol": "h3"},
+            "protocol: 'h3' came, expected one of http/1.1, h2c, h2",
+        ),
+        (
+            {"target": "a:1", "protocol": "h2c", "mode": "tcp"},
+            "protocol: the tunnel has mode tcp, expected mode http: change mode, or remove",
+        ),
+        (
+            {"target": "a:1", "protocol": "h2"},
+            "protocol: h2 came, which is with TLS, expected h2c for target a:1",
+        ),
+        (
+            {"target": "https://a:1", "protocol": "H2C"},
+            "protocol: h2c came, which is without TLS, expected h2 for target https://a:1",
+        ),
     ],
 )
 def test_bad_keys_of_a_tunnel(keys, expected):
@@ -438,6 +454,17 @@ def test_host_header_needs_a_gateway_that_knows_it():
     config = loaded(MINIMAL + more)
     assert config.host_headers() == {"b.example.com": "intranet:8080"}
     assert [tunnel.needs for tunnel in config.tunnels] == [(), (HOST_HEADER,)]
+
+
+def test_protocol_needs_a_gateway_that_knows_it_unless_it_is_the_usual_one():
+    more = (
+        "  - {hostname: b.example.com, target: 'https://b:1', protocol: H2}\n"
+        "  - {hostname: c.example.com, target: 'unix:/c', protocol: h2c}\n"
+        "  - {hostname: d.example.com, target: d:1, protocol: http/1.1}\n"
+    )
+    config = loaded(MINIMAL + more)
+    assert config.protocols() == {"b.example.com": "h2", "c.example.com": "h2c"}
+    assert [tunnel.needs for tunnel in config.tunnels] == [(), (HTTP2,), (HTTP2,), ()]
 
 
 @pytest.mark.parametrize(("address", "expected"), BAD_ADDRESSES)

@@ -240,8 +240,8 @@ def test_connections_closed_unheard_are_counted_once_a_minute_for_each_address(c
     monkeypatch.setattr(newcomer, "monotonic", lambda: now[0])
     attempts = SimpleNamespace(may_open=lambda address: address == "192.0.2.9")
     newcomers = Newcomers(
-        None, context=None, challenges=None, attempts=attempts, proxies=(), read_policy=None,
-        max_hosts=1, submit=None,
+        None, context=None, challenges=None, attempts=attempts, proxies=(), terms=None,
+        submit=None,
     )  # fmt: skip
     for address in ["2001:db8::1", "192.0.2.1", *5 * ["2001:db8::2"]]:  # of one /64
         assert newcomers.welcome(None, (address, 1), None) is None

@@ -99,6 +99,7 @@ def test_defaults():
         acme=None,
         http_port=None,
         raw_tcp_host=None,
+        h2c_hosts=(),
         tcp_ports=(),
         trusted_proxies=(),
         policy_defaults=None,
@@ -354,7 +355,7 @@ def test_misspelt_variable_of_the_environment_is_no_warning():
 
 def test_names_are_those_that_are_read_and_those_that_the_example_explains(monkeypatch):
     """Else a variable of the gateway's would be called none, or a misspelt one not be found."""
-    explained = re.findall(r"^#?([A-Z_]+)=", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
+    explained = re.findall(r"^#?([A-Z0-9_]+)=", EXAMPLE.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(explained) == NAMES
     asked, text = set(), Variables.text
 
@@ -406,6 +407,8 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         ("TCP_PORTS", "5432", "tcp_ports", (range(5432, 5433),)),
         ("TCP_PORTS", "2200-2299, 5432 1-65535", "tcp_ports",
          (range(2200, 2300), range(5432, 5433), range(1, 65536))),
+        ("H2C_HOSTS", "Grpc.example.com, *.g.example.com", "h2c_hosts",
+         ("grpc.example.com", "*.g.example.com")),
         ("TRUSTED_PROXIES", ",", "trusted_proxies", ()),
         ("TRUSTED_PROXIES", "192.0.2.1", "trusted_proxies", networks("192.0.2.1/32")),
         (
@@ -459,6 +462,7 @@ def test_value_is_taken(variable, text, field, value):
         ("BIND", "127.0.0.1,", "expected IP addresses separated by commas"),
         ("BIND", "127.0.0.1:80", "expected IP addresses separated by commas"),
         ("RAW_TCP_HOST", "ssh.example.com:22", "expected a hostname"),
+        ("H2C_HOSTS", "*.com", "expected at least two labels behind the *"),
         ("TCP_PORTS", "0", "correct '0'"),
         ("TCP_PORTS", "65536", "expected ports from 1 to 65535"),
         ("TCP_PORTS", "2299-2200", "correct '2299-2200'"),
@@ -815,12 +819,12 @@ def test_example_starts_as_it_stands_and_warns_of_its_secret():
 def test_example_shows_the_defaults_in_its_comments(tmp_path):
     """With every commented variable read, the configuration is the same."""
     uncommented = tmp_path / "server.env"
-    uncommented.write_text(re.sub(r"(?m)^#(?=[A-Z_]+=)", "", EXAMPLE.read_text()))
+    uncommented.write_text(re.sub(r"(?m)^#(?=[A-Z0-9_]+=)", "", EXAMPLE.read_text()))
     assert load(str(uncommented), {}) == load(str(EXAMPLE), {})
 
 
 def test_example_explains_every_variable():
-    shown = set(re.findall(r"(?m)^#?([A-Z_]+)=", EXAMPLE.read_text()))
+    shown = set(re.findall(r"(?m)^#?([A-Z0-9_]+)=", EXAMPLE.read_text()))
     fields = {field.name.upper() for field in dataclasses.fields(config())}
     acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV",
             "ORDERS_PER_DOMAIN"}  # fmt: skip

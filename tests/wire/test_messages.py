@@ -8,6 +8,7 @@ import pytest
 from gotunnel import (
     HALF_CLOSE,
     HOST_HEADER,
+    HTTP2,
     MESSAGE_LIMIT,
     UNKNOWN_KINDS,
     UNKNOWN_LEAST,
@@ -43,6 +44,11 @@ WIRE = [
         Register("t", {}, {}, (HOST_HEADER,), {"app.example.com": "intranet:8080"}),
         b'{"type":"register","token":"t","routes":{},"modes":{},"features":["host_header"],'
         b'"host_headers":{"app.example.com":"intranet:8080"}}\n',
+    ),
+    (
+        Register("t", {}, {}, (HTTP2,), protocols={"grpc.example.com": "h2c"}),
+        b'{"type":"register","token":"t","routes":{},"modes":{},"features":["http2"],'
+        b'"protocols":{"grpc.example.com":"h2c"}}\n',
     ),
     (Ack(True), b'{"type":"ack","ok":true}\n'),
     (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
@@ -110,6 +116,7 @@ def test_what_other_programs_may_leave_out_or_add(data, message):
         (b'{"type":"register","features":{"a":"b"}}', '"features" is not a list of texts'),
         (b'{"type":"register","features":[1]}', '"features" is not a list of texts'),
         (b'{"type":"register","host_headers":["a"]}', '"host_headers" is not an object'),
+        (b'{"type":"register","protocols":["a"]}', '"protocols" is not an object'),
     ],
 )
 def test_reject_messages(data, sentence):
