@@ -508,7 +508,7 @@ def _spelling_warnings(in_file: Iterable[str], env_file: str | None) -> Iterator
 
 def _port_warnings(config: Config) -> Iterator[str]:
     """A warning, not an error: TCP_PORTS may be a wide range."""
-    for name in ("GATEWAY_PORT", "TUNNEL_PORT", "DASHBOARD_PORT", "HTTP_PORT"):
+    for name in ("GATEWAY_PORT", "TUNNEL_PORT", "DASHBOARD_PORT", "HTTP_PORT", "METRICS_PORT"):
         port = getattr(config, name.lower())
         if port and any(port in ports for ports in config.tcp_ports):
             yield f"TCP_PORTS holds {port}, which is {name}: no agent gets it; leave it out"

@@ -15,6 +15,7 @@ from .exposition import CONTENT_TYPE, Metric, text
 
 PLAIN = "text/plain; charset=utf-8"
 METHODS = ("GET", "HEAD")
+NO_SUCH_PAGE = "There are /metrics, /healthz and /readyz."
 
 
 class Answer(NamedTuple):
@@ -47,7 +48,7 @@ def answer(
     if path in looks:
         problem = looks[path]()
         return Answer(200, "ok\n") if problem is None else Answer(503, f"{problem}\n")
-    return Answer(404, "There are /metrics, /healthz and /readyz.\n")
+    return Answer(404, f"{NO_SUCH_PAGE}\n")
 
 
 def is_loopback(bound: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ be writable, and removes it. It may run beside a gateway.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import ipaddress
 import json
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
+from gotunnel_agent.common import status_socket
 from gotunnel_agent.common.hostnames import valid_hostname
+from gotunnel_agent.common.metrics_page import NO_SUCH_PAGE
 from gotunnel_agent.common.one_line import MOST_NAMED, some
 
 from ..agents import agents_file
@@ -36,10 +39,11 @@ from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG
 from ..certs.store import PROBE_BYTES, StoreError, ca_id
-from ..config import Config
+from ..config import OFF, Config
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed
+from ..visitors.log_file import STANDARD_OUTPUT
 from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -98,9 +102,10 @@ def examine(config: Config) -> Iterable[Finding]:
         ("TUNNEL_PORT", config.tunnel_port, config.tunnel_host),
         ("DASHBOARD_PORT", config.dashboard_port, None),
         ("HTTP_PORT", config.http_port, None),
+        ("METRICS_PORT", config.metrics_port, None),
     ):
-        bind_to = config.dashboard_bind if setting == "DASHBOARD_PORT" else config.bind
-        yield look_at_port(setting, bind_to, port, tls_name)
+        own = {"DASHBOARD_PORT": config.dashboard_bind, "METRICS_PORT": config.metrics_bind}
+        yield look_at_port(setting, own.get(setting, config.bind), port, tls_name)
     yield from look_at_tcp_ports(config)
     if config.dashboard_port is not None:
         yield judge_dashboard(config.dashboard_bind, config.dashboard_password is not None)
@@ -108,6 +113,8 @@ def examine(config: Config) -> Iterable[Finding]:
     if config.tunnel_host != config.gateway_host:
         yield look_at_name("TUNNEL_HOST", config.tunnel_host)
     yield from look_at_cache(config)
+    yield look_at_access_log(config.access_log)
+    yield look_at_status_socket(config.status_socket, config.acme_cache)
     yield from look_at_pairs(config.cert_dir)
     yield from look_at_own_names(config)
     yield from look_at_waiting(config)
@@ -168,8 +175,7 @@ def look_at_port(
             sock.close()
     except PortError as error:
         address = addresses[0] if addresses else "127.0.0.1"
-        tunnel = setting == "TUNNEL_PORT"
-        if is_own(address) and _is_gotunnel(address, port, tls_name, tunnel=tunnel):
+        if is_own(address) and _is_gotunnel(setting, address, port, tls_name):
             return Finding(
                 WARN, setting,
                 f"{port} is in use by a running gotunnel gateway: stop it before you start "
@@ -180,7 +186,8 @@ def look_at_port(
 
 def look_at_tcp_ports(config: Config) -> Iterable[Finding]:
     """Which of TCP_PORTS are taken. The gateway's own ports are in config.warnings."""
-    own = {config.gateway_port, config.tunnel_port, config.dashboard_port, config.http_port}
+    own = {config.gateway_port, config.tunnel_port, config.dashboard_port, config.http_port,
+           config.metrics_port}  # fmt: skip
     ports = sorted({port for ports in config.tcp_ports for port in ports} - own)
     if not ports:
         return
@@ -199,15 +206,16 @@ def look_at_tcp_ports(config: Config) -> Iterable[Finding]:
         yield Finding(OK, "TCP_PORTS", f"{len(ports)} ports are free{tried}")
 
 
-def _is_gotunnel(address: str, port: int, tls_name: str | None, *, tunnel: bool) -> bool:
+def _is_gotunnel(setting: str, address: str, port: int, tls_name: str | None) -> bool:
     """Whether the program that listens there answers as a gateway: to a ping of the multiplexer, or
-    to a request for a hostname that it does not know."""
-    question, expected = (
-        (Header(PING, SYN, 0, 1).encode(), Header(PING, ACK, 0, 1).encode())
-        if tunnel else
-        (f"GET / HTTP/1.1\r\nHost: {UNKNOWN_HOST}\r\nConnection: close\r\n\r\n".encode(),
-         b"\r\nx-gotunnel-error:")
-    )  # fmt: skip
+    to a request for a hostname, or a page, that it does not know."""
+    host = "localhost" if setting == "METRICS_PORT" else UNKNOWN_HOST
+    question = f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    expected = b"\r\nx-gotunnel-error:"
+    if setting == "METRICS_PORT":
+        expected = NO_SUCH_PAGE.lower().encode()
+    elif setting == "TUNNEL_PORT":
+        question, expected = Header(PING, SYN, 0, 1).encode(), Header(PING, ACK, 0, 1).encode()
     answer, deadline = b"", time.monotonic() + PROBE_TIMEOUT
     try:
         with contextlib.ExitStack() as open_ones:
@@ -327,6 +335,52 @@ def look_at_cache(config: Config) -> Iterable[Finding]:
             findings.append(Finding(FAIL, "ACME_CACHE", f"{error}; restore ca.crt and ca.key from "
                                     "a copy, or remove both to get a new CA"))  # fmt: skip
     yield from findings or [Finding(OK, "ACME_CACHE", f"{config.acme_cache} can be written")]
+
+
+def look_at_access_log(path: str) -> Finding:
+    """Whether the file of ACCESS_LOG can be opened, or made. It is not made."""
+    setting = "ACCESS_LOG"
+    if path in (OFF, STANDARD_OUTPUT):
+        return Finding(OK, setting, "off" if path == OFF else "standard output")
+    try:
+        with open(path, "ab", opener=_open_what_is_there):
+            return Finding(OK, setting, f"{path} can be written")
+    except FileNotFoundError:
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.access(folder, os.W_OK | os.X_OK):
+            return Finding(OK, setting, f"{path} is missing, it will be made")
+        why = (f"its folder {folder} cannot be written" if os.path.isdir(folder) else
+               f"there is no folder {folder}")  # fmt: skip
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return Finding(WARN, setting, f"{path} is a pipe that no program reads: lines wait, "
+                           "and are lost if no reader comes")  # fmt: skip
+        why = error.strerror or str(error)
+    return Finding(FAIL, setting, f"{path} cannot be opened ({why}): name a file in a folder that "
+                   "exists and can be written by the gateway's user")  # fmt: skip
+
+
+def _open_what_is_there(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT | os.O_NONBLOCK)  # a pipe's reader is not waited for
+
+
+def look_at_status_socket(path: Path | None, cache: Path) -> Finding:
+    """Whether `gotunnel-server status` could be answered. The gateway starts in any case."""
+    setting = "STATUS_SOCKET"
+    if path is None:
+        return Finding(OK, setting, "off")
+    why = status_socket.why_not(str(path))
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        if not why and not stat.S_ISSOCK(path.lstat().st_mode):
+            why = "this is a file, and no socket"
+    folder = path.absolute().parent
+    will_be_made = folder == cache.absolute() and not folder.exists()
+    if not why and not will_be_made and not os.access(folder, os.W_OK | os.X_OK):
+        why = f"{folder} is no folder that can be written"
+    if why:
+        return Finding(WARN, setting, f"{path}: {why}; the gateway starts, and gotunnel-server "
+                       "status gets no answer: name another path")  # fmt: skip
+    return Finding(OK, setting, str(path))
 
 
 def look_at_folder(setting: str, folder: Path) -> Iterable[Finding]:

@@ -1,6 +1,7 @@
 """`gotunnel-server check`: its findings, their words, and its exit status."""
 
 import contextlib
+import errno
 import http.server
 import io
 import json
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 from fake_ca import DAY, NOW, FakeCa
@@ -80,10 +82,11 @@ def test_an_address_of_another_machine_fails_and_is_not_called(monkeypatch):
         ("TUNNEL_PORT", "tunnel_port", TUNNEL_HOST),
         ("DASHBOARD_PORT", "dashboard_port", None),
         ("HTTP_PORT", "http_port", None),
+        ("METRICS_PORT", "metrics_port", None),
     ],
 )
 def test_a_port_of_a_gateway_that_runs_is_a_warning(cache, setting, attribute, tls_name):
-    with gateway_here(cache, HTTP_PORT="auto") as gateway:
+    with gateway_here(cache, HTTP_PORT="auto", METRICS_PORT="auto") as gateway:
         port = getattr(gateway.inner, attribute)
         finding = check.look_at_port(setting, ("127.0.0.1",), port, tls_name)
     assert finding.level == WARN and "by a running gotunnel gateway" in finding.text
@@ -428,6 +431,74 @@ def test_check_that_finds_nothing_has_status_0(tmp_path):
     status, out, errors = run("check", **gateway_environment(tmp_path))
     assert (status, errors) == (0, "") and "fail" not in out
     assert "ok    directory: not used" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "words"),
+    [
+        (None, OK, "off"),
+        ("-", OK, "standard output"),
+        ("there", OK, "there can be written"),
+        ("new", OK, "new is missing, it will be made"),
+        ("none/new", FAIL, "/none): name a file"),
+        ("there/new", FAIL, "Not a directory"),
+        ("closed/new", FAIL, "/closed cannot be written"),
+        ("read-only", FAIL, "Permission denied"),
+        ("pipe", WARN, "is a pipe that no program reads"),
+    ],
+)
+def test_an_access_log_that_cannot_be_written_fails(tmp_path, name, level, words, monkeypatch):
+    (tmp_path / "there").touch()
+    (tmp_path / "read-only").touch()
+    (tmp_path / "closed").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    if os.geteuid() == 0:  # root may write everywhere
+        access, real = os.access, os.open
+        monkeypatch.setattr(os, "access", lambda p, m: "closed" not in str(p) and access(p, m))
+        monkeypatch.setattr(os, "open", lambda p, *rest: (
+            refuse(p) if str(p).endswith("read-only") else real(p, *rest)
+        ))  # fmt: skip
+    (tmp_path / "read-only").chmod(0o400)
+    before = tree(tmp_path)
+    path = "off" if name is None else name if name == "-" else str(tmp_path / name)
+    finding = check.look_at_access_log(path)
+    assert (finding.level, finding.subject) == (level, "ACCESS_LOG") and words in finding.text
+    assert tree(tmp_path) == before
+
+
+def refuse(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "words"),
+    [
+        (None, OK, "off"),
+        ("new.sock", OK, "new.sock"),
+        ("cache/status.sock", OK, "cache/status.sock"),
+        ("none/new.sock", WARN, "/none is no folder that can be written"),
+        ("file", WARN, "this is a file, and no socket"),
+        ("x" * 120, WARN, "a unix socket's may have"),
+    ],
+)
+def test_a_status_socket_that_cannot_be_is_a_warning(tmp_path, name, level, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    finding = check.look_at_status_socket(name and Path(name), Path("cache"))
+    assert (finding.level, finding.subject) == (level, "STATUS_SOCKET") and words in finding.text
+
+
+def test_check_looks_at_all_that_the_gateway_opens(tmp_path):
+    """Each of these ends or hinders a start, and stands in a line of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = gateway_environment(
+            tmp_path, METRICS_PORT=str(taken.getsockname()[1]), ACCESS_LOG=str(tmp_path / "no/log"),
+            STATUS_SOCKET=str(tmp_path / "no/s"),
+        )  # fmt: skip
+        status, out, errors = run("check", **settings)
+    assert (status, errors) == (1, "")
+    assert "fail  METRICS_PORT: " in out and "fail  ACCESS_LOG: " in out
+    assert "warn  STATUS_SOCKET: " in out
 
 
 def test_check_that_finds_something_has_status_1(tmp_path):
