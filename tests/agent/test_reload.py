@@ -385,24 +385,23 @@ def test_an_agent_moves_to_the_successor_and_its_visits_end_at_the_old_gateway(
 ):
     caplog.set_level(logging.INFO)
     with reserved_port() as port:
-        pass
-    changed = {"TUNNEL_PORT": str(port), "DRAIN_TIMEOUT": "20"}
-    with site(b"page") as page, gateway_here(cache, **changed) as old:
-        ports = {"http": {APP: page.port}, "tcp": {RAW: origin.port}}
-        with agent_here(old, tmp_path, **ports), old.dial(RAW) as visitor:
-            with origin.accept() as target:
-                stopping = threading.Thread(target=old.inner.stop)
-                stopping.start()
-                wait_until(lambda: all(t.moving for t in old.inner.tunnels.registered()))
-                with gateway_here(cache, TUNNEL_PORT=str(port)) as new:
-                    new.wait_for_routes(APP, RAW)
-                    assert new.get(APP) == (200, b"page")
-                    visitor.send(b"question")
-                    assert target.read_exactly(8) == b"question"
-                    target.send(b"answer")
-                    assert visitor.read_exactly(6) == b"answer"
-                    visitor.close()
-                    target.close()
-                    stopping.join(TIMEOUT)
-                    assert not stopping.is_alive()
-                    assert new.get(APP) == (200, b"page")
+        changed = {"TUNNEL_PORT": str(port), "DRAIN_TIMEOUT": "20"}
+        with site(b"page") as page, gateway_here(cache, **changed) as old:
+            ports = {"http": {APP: page.port}, "tcp": {RAW: origin.port}}
+            with agent_here(old, tmp_path, **ports), old.dial(RAW) as visitor:
+                with origin.accept() as target:
+                    stopping = threading.Thread(target=old.inner.stop)
+                    stopping.start()
+                    wait_until(lambda: all(t.moving for t in old.inner.tunnels.registered()))
+                    with gateway_here(cache, TUNNEL_PORT=str(port)) as new:
+                        new.wait_for_routes(APP, RAW)
+                        assert new.get(APP) == (200, b"page")
+                        visitor.send(b"question")
+                        assert target.read_exactly(8) == b"question"
+                        target.send(b"answer")
+                        assert visitor.read_exactly(6) == b"answer"
+                        visitor.close()
+                        target.close()
+                        stopping.join(TIMEOUT)
+                        assert not stopping.is_alive()
+                        assert new.get(APP) == (200, b"page")

@@ -235,21 +235,23 @@ def test_a_go_agent_is_limited_by_its_issuer(gateway, gopeer, origin, agents_fil
 def test_a_port_beyond_the_credentials_is_refused_and_any_is_one_of_its_own(cache, agents_file):
     with contextlib.ExitStack() as free:
         ports = [free.enter_context(reserved_port()) for _ in range(3)]
-    agents_file.write(ports=[ports[1]])
-    changes = {"TCP_PORTS": ",".join(map(str, ports)), "AGENTS_FILE": str(agents_file.path)}
-    message = {"token": office(), "modes": {APP: "tcp"}, "features": (PORTS,)}
-    with gateway_here(cache, **changes) as gateway:
-        for wanted, given in (ANY_PORT, ports[1]), (ports[1], ports[1]), (ports[2], None):
-            ack = reply_to(gateway, registration(APP, ports={APP: str(wanted)}, **message))
-            assert ack.ports == ({APP: str(given)} if given else {})
-        assert ack.refused == {APP: f"this credential may have the ports {ports[1]}"}
-        with registered(gateway, APP, ports={APP: ANY_PORT}, **message):
-            more = {**message, "modes": {"x.dev.localhost": "tcp"}}
-            message = registration("x.dev.localhost", ports={"x.dev.localhost": ANY_PORT}, **more)
-            assert reply_to(gateway, message).refused == {
-                "x.dev.localhost": "none of the free ports is for this agent: this credential may "
-                f"have the ports {ports[1]}"
-            }
+        agents_file.write(ports=[ports[1]])
+        changes = {"TCP_PORTS": ",".join(map(str, ports)), "AGENTS_FILE": str(agents_file.path)}
+        message = {"token": office(), "modes": {APP: "tcp"}, "features": (PORTS,)}
+        with gateway_here(cache, **changes) as gateway:
+            for wanted, given in (ANY_PORT, ports[1]), (ports[1], ports[1]), (ports[2], None):
+                ack = reply_to(gateway, registration(APP, ports={APP: str(wanted)}, **message))
+                assert ack.ports == ({APP: str(given)} if given else {})
+            assert ack.refused == {APP: f"this credential may have the ports {ports[1]}"}
+            with registered(gateway, APP, ports={APP: ANY_PORT}, **message):
+                more = {**message, "modes": {"x.dev.localhost": "tcp"}}
+                message = registration(
+                    "x.dev.localhost", ports={"x.dev.localhost": ANY_PORT}, **more
+                )
+                assert reply_to(gateway, message).refused == {
+                    "x.dev.localhost": "none of the free ports is for this agent: this credential may "
+                    f"have the ports {ports[1]}"
+                }
 
 
 # What is taken away ------------------------------------------------------------------------------

@@ -596,25 +596,24 @@ def test_a_port_of_its_own_stays_open_while_its_agent_moves(
 ):
     caplog.set_level(logging.INFO)
     with reserved_port() as port:
-        pass
-    tunnels = [
-        {"hostname": APP, "target": f"127.0.0.1:{site}"},
-        {"hostname": RAW, "target": f"127.0.0.1:{site}", "mode": "tcp", "port": str(port)},
-    ]
-    with gateway_here(cache, TCP_PORTS=str(port)) as gateway:
-        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
-            gateway.wait_for_routes(APP, RAW)
-            listener = gateway.inner._ports._open[port][1].listener
-            (first,) = sessions_of(gateway)
-            while not first.ended:
-                with Wire(socket.create_connection(("127.0.0.1", port), TIMEOUT)) as visitor:
-                    visitor.send(request())
-                    assert visitor.read_message()[1] == b"page"
-            (served,) = gateway.inner.tunnels.registered()
-            assert gateway.inner._ports._open[port][0] is served
-            assert gateway.inner._ports._open[port][1].listener is listener
-            assert served.routes[RAW].port == port
-        wait_until(lambda: not gateway.inner._ports._open)
+        tunnels = [
+            {"hostname": APP, "target": f"127.0.0.1:{site}"},
+            {"hostname": RAW, "target": f"127.0.0.1:{site}", "mode": "tcp", "port": str(port)},
+        ]
+        with gateway_here(cache, TCP_PORTS=str(port)) as gateway:
+            with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels):
+                gateway.wait_for_routes(APP, RAW)
+                listener = gateway.inner._ports._open[port][1].listener
+                (first,) = sessions_of(gateway)
+                while not first.ended:
+                    with Wire(socket.create_connection(("127.0.0.1", port), TIMEOUT)) as visitor:
+                        visitor.send(request())
+                        assert visitor.read_message()[1] == b"page"
+                (served,) = gateway.inner.tunnels.registered()
+                assert gateway.inner._ports._open[port][0] is served
+                assert gateway.inner._ports._open[port][1].listener is listener
+                assert served.routes[RAW].port == port
+            wait_until(lambda: not gateway.inner._ports._open)
 
 
 def test_a_port_that_is_passed_on_and_not_asked_for_again_is_closed():

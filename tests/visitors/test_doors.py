@@ -560,8 +560,7 @@ def test_connect_on_another_hostnames_connection_is_misdirected(cache, tmp_path,
 @pytest.fixture
 def free_port():
     with reserved_port() as port:
-        pass
-    return port
+        yield port
 
 
 def test_port_of_its_own_leads_to_its_tunnel_and_ends_with_it(
