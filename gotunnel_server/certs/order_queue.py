@@ -466,11 +466,21 @@ class OrderQueue:
         save(lambda: self._store.save_state(host.name, state))
 
     def keep_turns(self) -> None:
-        """Save the token buckets, and which challenge types work."""
+        """Save the token buckets, and which challenge types work. Another gateway may share the
+        folder, and have taken tokens: those count, too."""
         with self._saving:
+            save(self._save_turns)
+
+    def _save_turns(self) -> None:
+        with self._store.turns_lock():
+            found = read_or(_nothing, self._store.turns)
             with self.lock:
-                turns = {**self._limits.as_dict(self._clock()), "proofs": self._proofs.as_dict()}
-            save(lambda: self._store.save_turns(turns))
+                now = self._clock()
+                self._limits.join(found, now)
+                turns = {**self._limits.as_dict(now), "proofs": self._proofs.as_dict()}
+            self._store.save_turns(turns)
+        with self.lock:
+            self._limits.note_kept(turns)
 
 
 def _nothing() -> dict[str, Any]:

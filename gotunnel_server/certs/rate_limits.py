@@ -142,6 +142,9 @@ class RateLimits:
         self._bounds = bounds
         self._full_at: dict[str, float] = {}  # when a bucket is full again; full ones are missing
         self._held: dict[str, tuple[float, str]] = {}  # domain: until when, and why
+        # What the file had when it was last read or written, and _full_at at that time.
+        self._in_file: Kept = {}
+        self._counted: dict[str, float] = {}
 
     def needed(self, hostname: str, agent: object, limits: Limits) -> list[Token]:
         """The tokens that a first order takes. ``agent`` None is the gateway, whose own names take
@@ -239,13 +242,15 @@ class RateLimits:
         """The clock was set forward by so many seconds, back if they are negative. Each bucket
         keeps its tokens."""
         self._full_at = {bucket: at + seconds for bucket, at in self._full_at.items()}
+        self._counted = {bucket: at + seconds for bucket, at in self._counted.items()}
         self._held = {name: (at + seconds, why) for name, (at, why) in self._held.items()}
 
     def as_dict(self, now: float) -> dict[str, object]:
         """What has to outlive a restart, for JSON."""
         self._forget(now)
         self._held = {name: held for name, held in self._held.items() if held[0] > now}
-        return {"full_at": dict(self._full_at), "held": dict(self._held), "at": now}
+        held = {domain: list(entry) for domain, entry in self._held.items()}
+        return {"full_at": dict(self._full_at), "held": held, "at": now}
 
     def restore(self, kept: Kept, now: float) -> None:
         """Take what as_dict() made. Invalid values count as missing. Instants that are too far
@@ -262,4 +267,28 @@ class RateLimits:
                 until = min(number(entry[0]) - back, now + DAY)
                 if until > now:
                     self.hold(domain, until, words_and_link(entry[1]))
+        self._forget(now)
+        self.note_kept(kept)
+
+    def note_kept(self, kept: Kept) -> None:
+        """The file has this now."""
+        full_at = kept.get("full_at")
+        self._in_file = kept
+        self._counted = dict(full_at) if isinstance(full_at, dict) else {}
+
+    def join(self, kept: Kept, now: float) -> None:
+        """Take in what another process has written into the file: the tokens that either of the two
+        has taken since are taken from the same bucket."""
+        if not kept or all(kept.get(key) == self._in_file.get(key) for key in ("full_at", "held")):
+            return
+        other = RateLimits(self._bounds)
+        other.restore(kept, now)
+        for bucket in {*other._full_at, *self._full_at}:
+            ours, theirs = self._full_at.get(bucket, now), other._full_at.get(bucket, now)
+            taken = max(ours, now) - max(number(self._counted.get(bucket)), now)
+            self._full_at[bucket] = max(theirs, now) + taken
+        known = self._in_file.get("held")
+        for domain, (until, why) in other._held.items():
+            if not isinstance(known, dict) or domain not in known:  # else we know more of it
+                self.hold(domain, until, why)
         self._forget(now)

@@ -4,6 +4,7 @@
                             staging and production never mix
     CA/account.lock         held while a process reads the account, or makes it
     CA/pause.json           until when the CA takes no orders, and why
+    CA/turns.lock           held while a process reads and writes turns.json
     CA/turns.json           the token buckets of all, of credentials and of domains
                             (rate_limits.py), and which challenge type works (proof_memory.py)
     CA/certs/HOST.pem       private key, certificate and chain in one, so that no writer can leave a
@@ -316,6 +317,13 @@ class CertStore:
         fails."""
         # Not in locks/, where a hostname could have the same name.
         with self._locked(f"{self._ca}/account.lock", wait=True):
+            yield
+
+    @contextlib.contextmanager
+    def turns_lock(self) -> Iterator[None]:
+        """Waits until no other process or thread reads and writes the turns. Raises StoreError if
+        locking fails."""
+        with self._locked(f"{self._ca}/turns.lock", wait=True):
             yield
 
     @contextlib.contextmanager

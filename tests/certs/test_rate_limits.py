@@ -291,6 +291,49 @@ def test_a_gateway_that_is_killed_during_an_order_has_taken_its_turn(house):
     assert any(bucket.startswith("domain example.com") for bucket in taken[0])
 
 
+def test_two_gateways_with_one_folder_count_each_others_orders(house):
+    with House(house.folder, clock=house.clock) as other:
+        want(house, of("example.com", 30))
+        want(other, of("example.com", 30, start=100), agent="another")
+        # The second one reads of the first one's when it writes its own.
+        assert 45 <= len(house.look()) + len(other.look()) < 50
+        full_at = house.store.turns()["full_at"]
+        assert full_at["domain example.com"] >= NOW + WEEK
+        assert sum(bucket.startswith("hour ") for bucket in full_at) == 2
+        house.at(1)
+        want(house, of("example.org", 1))
+        assert [order[0] for order in house.look()] == ["h0.example.org"]
+        want(house, of("example.com", 1, start=200), agent="a third")
+        assert house.look() == []
+
+
+def test_a_domain_that_another_gateway_holds_is_held_and_one_that_is_released_is_not(tmp_path):
+    ours, theirs = RateLimits(), RateLimits()
+    theirs.hold("example.com", NOW + HOUR, "paused")
+    kept = theirs.as_dict(NOW)
+    ours.join(kept, NOW)
+    assert ours.held(APP, NOW)[1] == "paused"
+    ours.note_kept(kept)
+    ours.release(APP)
+    theirs.take(theirs.of_certificate("b.test"), NOW)
+    ours.join(theirs.as_dict(NOW), NOW)
+    assert ours.held(APP, NOW) == (0.0, "")
+
+
+def test_a_token_that_is_given_back_is_there_again_beside_another_gateway():
+    ours, theirs = RateLimits(), RateLimits()
+    token = ours.of_certificate(APP)
+    for limits_ in (ours, theirs):
+        assert limits_.take(token, NOW)
+    kept = ours.as_dict(NOW)
+    ours.note_kept(kept)
+    theirs.join(kept, NOW)
+    assert theirs.as_dict(NOW)["full_at"] == {token.bucket: NOW + 2 * token.quota.interval}
+    ours.give_back(token)
+    ours.join(theirs.as_dict(NOW), NOW)
+    assert ours.as_dict(NOW)["full_at"] == {token.bucket: NOW + token.quota.interval}
+
+
 @pytest.mark.parametrize("step", [-30 * DAY, -HOUR, -MINUTE])
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_clock_that_is_set_back_neither_gives_turns_nor_takes_any(house, step, restarted):
