@@ -249,8 +249,8 @@ def test_a_port_beyond_the_credentials_is_refused_and_any_is_one_of_its_own(cach
                     "x.dev.localhost", ports={"x.dev.localhost": ANY_PORT}, **more
                 )
                 assert reply_to(gateway, message).refused == {
-                    "x.dev.localhost": "none of the free ports is for this agent: this credential may "
-                    f"have the ports {ports[1]}"
+                    "x.dev.localhost": "none of the free ports is for this agent: this "
+                    f"credential may have the ports {ports[1]}"
                 }
 
 
