@@ -166,9 +166,12 @@ class Duplex:
         """The protocol that the handshake has chosen by ALPN, None without one."""
         return None if self._tls is None else self._tls.selected_alpn_protocol()
 
-    def handshake(self) -> bool:
+    def handshake(self, hold_ticket: bool = False) -> bool:
         """Go on with the handshake, with at most one read; False if it needs more from the peer,
         which has got what TLS had to say.
+
+        With ``hold_ticket`` a session ticket may stay here until the next send() or flush(), so
+        that it leaves together with the answer to the peer's first bytes.
 
         Raises ssl.SSLError if it fails; the TLS alert has been sent then.
         """
@@ -176,7 +179,7 @@ class Duplex:
         if tls is None:
             raise ValueError("handshake() before start_tls()")
         if self._tls_holds:
-            return self._shake_hands(tls)
+            return self._shake_hands(tls, hold_ticket)
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
@@ -187,19 +190,25 @@ class Duplex:
                 self._tls_in.write(data)
             else:
                 self._tls_in.write_eof()
-        return self._shake_hands(tls)
+        return self._shake_hands(tls, hold_ticket)
 
-    def _shake_hands(self, tls: ssl.SSLObject) -> bool:
+    def _shake_hands(self, tls: ssl.SSLObject, hold_ticket: bool) -> bool:
+        done = False
         try:
             with self._tls_lock:
                 tls.do_handshake()
                 self._tls_holds = bool(self._tls_in.pending or tls.pending())
-            return True
+            done = True
         except ssl.SSLWantReadError:
             self._tls_holds = False  # or a connection that waits for the peer would seem pending
-            return False
         finally:
-            self.flush()
+            # Before TLS 1.3 the peer waits for what comes with the ticket.
+            if done and hold_ticket and tls.version() == "TLSv1.3":
+                with self._send_lock:
+                    self._collect()
+            else:
+                self.flush()
+        return done
 
     def handshake_within(self, timeout: float | None) -> None:
         """Wait for the whole handshake; raises TimeoutError after ``timeout`` seconds."""
@@ -453,12 +462,16 @@ class Duplex:
         """Go on sending; True once the kernel has everything."""
         with self._send_lock:
             if self._tls is not None:
-                with self._tls_lock:
-                    data = self._tls_out.read()
-                if data:
-                    self._answers += len(data)
-                    self._unsent = b"".join((self._unsent, data)) if self._unsent else data
+                self._collect()
             return self._push()
+
+    def _collect(self) -> None:
+        """Take what TLS itself has to say. Caller holds the send lock."""
+        with self._tls_lock:
+            data = self._tls_out.read()
+        if data:
+            self._answers += len(data)
+            self._unsent = b"".join((self._unsent, data)) if self._unsent else data
 
     def _push(self) -> bool:
         """Caller holds the send lock."""

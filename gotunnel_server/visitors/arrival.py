@@ -349,7 +349,7 @@ class Arrival(Introduction):
         return self._start_tls(context, State.PROOF)
 
     def _handshake(self) -> bool:
-        if not self.duplex.handshake():
+        if not self.duplex.handshake(hold_ticket=True):
             return self._wait(self._port.timeouts.header)
         self._port.completed_handshakes.add()
         if self._state is State.PROOF:
@@ -359,6 +359,7 @@ class Arrival(Introduction):
         sni = self._visitor.sni
         route = self._port.lookup(sni) if sni else None
         if route and route.mode == "tcp":
+            self.duplex.flush()
             return self._relay(route)
         if sni and route is None and self._port.has_left_in_tcp(sni):
             return self._refuse_tcp(sni)

@@ -110,6 +110,8 @@ class HttpConnection(Stepwise):
         handler, timeouts = self._handler, self._port.timeouts
         try:
             if not handler.head_came():
+                if self._state is State.NEW:
+                    self.duplex.flush()  # TLS's session ticket: there is no answer yet to go with
                 if handler.in_head and self._state is not State.HEAD:
                     self._note_first_byte()
                 return self._wait(timeouts.idle if self._state is State.IDLE else timeouts.header)

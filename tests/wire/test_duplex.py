@@ -572,6 +572,24 @@ def test_handshake_takes_bytes_that_were_given_back():
         assert server.read(timeout=PATIENCE) == b"secret"
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_ticket_leaves_with_the_first_answer_if_no_peer_waits_for_it(version):
+    with duplex_pair("tcp") as (client, server):
+        client_context, server_context = tls_contexts()
+        client_context.maximum_version = version
+        client.start_tls(client_context, server_side=False, server_hostname="localhost")
+        server.start_tls(server_context, server_side=True)
+        done = spawn(client.handshake_within, PATIENCE)
+        while not server.handshake(hold_ticket=True):
+            server.wait_readable(PATIENCE)
+        done.result(PATIENCE)
+        assert not client.pending
+        with pytest.raises(TimeoutError):
+            client.wait_readable(0.01)
+        server.write(b"answer")
+        assert client.read(timeout=PATIENCE) == b"answer"
+
+
 def test_handshake_times_out():
     with duplex_pair("tcp") as (client, server):
         start_tls(client, server)
