@@ -49,12 +49,26 @@ KEEPALIVE = [
     if hasattr(socket, name)
 ]
 
+# Linux gives an accepted socket the options of the listening one: only that one needs tune().
+OPTIONS_ARE_INHERITED = sys.platform == "linux"
+
 # Linux's option for limit_unsent(). Python has its name only since 3.12.
 MORE = getattr(socket, "MSG_MORE", 0)  # send(): more bytes follow at once. Linux only
 NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform == "linux" else None)
 
 Spend = Callable[[float, int], None]  # see Duplex.write()
 Observer = Callable[[bool, BytesLike], None]  # see Duplex.observed()
+
+
+def tune(sock: socket.socket) -> None:
+    """Set the options that each socket of ours has."""
+    with contextlib.suppress(OSError):  # AF_UNIX has no such options, and needs none
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Keep TCP's urgent byte in the stream, or it would be lost (FTP's ABOR has one).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        for option, value in KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _waiting(sock: socket.socket, *, writable: bool) -> Callable[[float | None], object]:
@@ -80,16 +94,11 @@ class Duplex:
     All methods raise OSError (ssl.SSLError is one) when the connection is broken.
     """
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, tuned: bool = False):
+        """``tuned``: tune() was called for the socket, or it has inherited that."""
         sock.setblocking(False)
-        # AF_UNIX has no such options, and needs none.
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            # Keep TCP's urgent byte in the stream, or it would be lost (FTP's ABOR has one).
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            for option, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        if not tuned:
+            tune(sock)
         self._socket = sock
         self._unread = b""  # given back by unread(), or read before TLS began
         self._at_end = False  # the reader has seen the peer's half-close
@@ -97,7 +106,7 @@ class Duplex:
         self._tls_holds = False  # TLS may have payload although the socket has none. Reader only
         self._emptied = False  # the last receive() took all there was: wait first. Reader only
         self._tls: ssl.SSLObject | None = None  # between the two buffers
-        self._records: Any = None  # its read(), write() and pending()
+        self._records: Any = None  # the same, for the calls that are made often
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._no_payload = 0  # encrypted bytes since the last payload (NO_PAYLOAD). Reader only
         self._early: deque[bytes] = deque()  # payload that we took out of TLS before there was room
@@ -175,11 +184,10 @@ class Duplex:
 
         Raises ssl.SSLError if it fails; the TLS alert has been sent then.
         """
-        tls = self._tls
-        if tls is None:
+        if self._records is None:
             raise ValueError("handshake() before start_tls()")
         if self._tls_holds:
-            return self._shake_hands(tls, hold_ticket)
+            return self._shake_hands(hold_ticket)
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
@@ -190,10 +198,10 @@ class Duplex:
                 self._tls_in.write(data)
             else:
                 self._tls_in.write_eof()
-        return self._shake_hands(tls, hold_ticket)
+        return self._shake_hands(hold_ticket)
 
-    def _shake_hands(self, tls: ssl.SSLObject, hold_ticket: bool) -> bool:
-        done = False
+    def _shake_hands(self, hold_ticket: bool) -> bool:
+        done, tls = False, self._records
         try:
             with self._tls_lock:
                 tls.do_handshake()
@@ -629,11 +637,15 @@ class Duplex:
         unwrap() also looks for the peer's close_notify, and would drop payload in the input buffer.
         So that payload is moved to _early first.
         """
-        with contextlib.suppress(OSError):  # nothing is left, or TLS has failed
+        try:
             while (self._tls_in.pending or tls.pending()) and (data := tls.read(READ_SIZE)):
                 self._early.append(data)
-        with contextlib.suppress(OSError):  # it always raises: the peer's has not come yet
+        except OSError:  # nothing is left, or TLS has failed
+            pass
+        try:
             tls.unwrap()
+        except OSError:  # as always: the peer's has not come yet
+            pass
 
     def stop(self) -> None:
         """End both directions: threads that read or write wake up. The kernel still sends what it

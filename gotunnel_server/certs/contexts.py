@@ -144,7 +144,10 @@ class Certificates:
 
         Any thread; no lock, no disk.
         """
-        hostname = normal_hostname(hostname)
+        return self._context(normal_hostname(hostname))
+
+    def _context(self, hostname: str) -> Loaded | None:
+        """As context(), for a normalised hostname."""
         valid, outdated = self.given
         if context := _find(valid, hostname):
             return context
@@ -177,7 +180,7 @@ class Certificates:
             try:
                 hostname = default if sni is None else normal_hostname(sni)
                 welcome = hostname == default or allowed is None or allowed(hostname)
-                context = self.context(hostname) if welcome else None
+                context = self._context(hostname) if welcome else None
                 if context is None:
                     return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
                 if protocol is not None:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from gotunnel import NoThread, Waker, call_logged, spawn
 from gotunnel_agent.common.addresses import counted_by, unmapped_host
-from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.common.duplex import Duplex, tune
 from gotunnel_agent.common.process import Stopped
 
 from .drops import BAD_TOKENS, Drops
@@ -238,6 +238,7 @@ class Listener:
         """Begin to accept. Raises PortError if the system gives no thread."""
         for sock in self._sockets:
             sock.setblocking(False)
+            tune(sock)  # for the sockets that it accepts
             self._readable.watch_always(sock.fileno())
         self._readable.watch_always(self._waker.fileno())
         try:

@@ -14,7 +14,7 @@ from socket import socket
 from time import monotonic
 from typing import Any
 
-from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.common.duplex import OPTIONS_ARE_INHERITED, Duplex
 
 from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
@@ -70,7 +70,8 @@ class Port:
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
         self._visitors: set[Visitor] = set()
-        self._gone = threading.Condition()  # guards _visitors; notified when it shrinks
+        self._lock = threading.Lock()  # guards _visitors
+        self._gone = threading.Condition(self._lock)  # notified when the last one has left
         self._said: set[str] = set()  # texts of say_once()
         self._say_lock = threading.Lock()  # guards _said
 
@@ -83,19 +84,20 @@ class Port:
 
     def add(self, sock: socket, address: Address, listener: Listener, seat: Seat) -> Visitor:
         """Make a Visitor of a new connection, and count it."""
-        duplex = Duplex(sock)
+        duplex = Duplex(sock, tuned=OPTIONS_ARE_INHERITED)
         duplex.stall_timeout = self.timeouts.stall
         visitor = Visitor(self, duplex, address, listener, seat)
-        with self._gone:
+        with self._lock:
             self._visitors.add(visitor)
         return visitor
 
     def forget(self, visitor: Visitor) -> None:
         """The visitor's connection is closed."""
-        with self._gone:
+        with self._lock:
             known = visitor in self._visitors
             self._visitors.discard(visitor)
-            self._gone.notify_all()
+            if not self._visitors:
+                self._gone.notify_all()
         if known:
             visitor.seat.leave()
 
@@ -120,7 +122,7 @@ class Port:
 
     def reset(self) -> int:
         """Reset the connections that remain. Returns how many those are."""
-        with self._gone:
+        with self._lock:
             left = list(self._visitors)
         for visitor in left:
             visitor.fail_visit(STOPPED, 503)

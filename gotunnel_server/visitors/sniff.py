@@ -44,9 +44,14 @@ class Recognised(NamedTuple):
     size: int = 0
 
 
+_TLS = Recognised(TLS)
+
+
 def recognise(data: bytes) -> Recognised | None:
     """The protocol that ``data``, all bytes so far, begins; None if more bytes are needed. The
     result does not depend on how the bytes are split into reads."""
+    if data[:1] == b"\x16":  # a TLS handshake record; client_hello.Reader checks the rest
+        return _TLS
     for start, kind in EXACT:
         if data.startswith(start):
             return Recognised(kind, 0 if kind == SSH else len(start))
@@ -55,8 +60,6 @@ def recognise(data: bytes) -> Recognised | None:
     cancels = _cancels(data)
     if cancels is not False:
         return Recognised(CANCEL_REQUEST) if cancels else None
-    if data[0] == 22:  # a TLS handshake record; client_hello.Reader checks the rest
-        return Recognised(TLS)
     method = _METHOD.match(data)
     if method and method.end() <= METHOD_LIMIT:
         if data[method.end() : method.end() + 1] == b" ":

@@ -11,7 +11,7 @@ import pytest
 from support import TIMEOUT, reserved_port, wait_until
 
 from gotunnel_agent.common.addresses import counted_by
-from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.common.duplex import KEEPALIVE, OPTIONS_ARE_INHERITED, Duplex
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
 from gotunnel_server.net.listener import Listener, PortError, bind
@@ -168,6 +168,24 @@ def test_connection_is_handed_over_when_its_peer_speaks(port):
     assert connection.was_ready.wait(TIMEOUT)
     assert connection.duplex.receive() == b"x"
     assert connection.address == visitor.getsockname()
+
+
+@pytest.mark.skipif(not OPTIONS_ARE_INHERITED, reason="sockets inherit no options here")
+def test_what_is_accepted_needs_no_tuning(port):
+    asked = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    asked += [(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)]
+    asked += [(socket.IPPROTO_TCP, option, value) for option, value in KEEPALIVE]
+    found = []
+
+    def welcome(sock, address, seat):
+        found.extend((level, option, sock.getsockopt(level, option)) for level, option, _ in asked)
+
+    port.listener._welcome = welcome
+    port.visit().recv(1)
+    assert found == asked
 
 
 def test_connection_is_handed_over_when_its_peer_leaves(port):
