@@ -191,7 +191,8 @@ class Duplex:
         data = self._receive_plain(READ_SIZE)
         if data is None:
             return False
-        self._check()  # reset() in another thread also makes recv() return EOF
+        if self._broken:  # reset() in another thread also makes recv() return EOF
+            self._check()
         self._count_silent(len(data))
         with self._tls_lock:
             if data:

@@ -252,17 +252,19 @@ class Fronts:
         """The front for the hostname in a ClientHello (None if it names none). No disk. With a
         `protocol`, only that is accepted by ALPN, and no session is resumed."""
         hostname = self._default if sni is None else normal_hostname(sni)
-        if not self._is_welcome(hostname):
-            return self._refusing
         if protocol is not None:
+            if not self._is_welcome(hostname):
+                return self._refusing
             return self._certificates.front(hostname, lambda other: False, protocol)
         now = self._now()
         with self._lock:
             while self._fronts and next(iter(self._fronts.values()))[1] <= now:
                 self._fronts.popitem(last=False)
             known = self._fronts.get(hostname)
-            if known is not None:
+            if known is not None:  # it refuses by itself, once there is no certificate any more
                 return known[0]
+            if not self._is_welcome(hostname):
+                return self._refusing
             front = self._certificates.front(hostname, lambda other: False)
             self._fronts[hostname] = front, now + KEY_LIFE
             if len(self._fronts) > MOST_FRONTS:
