@@ -16,10 +16,9 @@ the target checks the key again.
 import threading
 from collections.abc import Callable
 
-from gotunnel_agent.common.duplex import Duplex
-
 from ..routes import Route
 from .sniff import LEAST_KEY, MOST_KEY
+from .visits import End
 
 # The key must be within this many first bytes of the target. A login and about twenty parameters
 # take 700.
@@ -91,7 +90,7 @@ class Watched:
     """The relay end of a visitor that speaks PostgreSQL. While the relay runs, the session's
     CancelRequests find its Route. After the target's first bytes it costs nothing."""
 
-    def __init__(self, duplex: Duplex, keys: CancelKeys, route: Route):
+    def __init__(self, duplex: End, keys: CancelKeys, route: Route):
         self.write: Callable[[bytes], None] = self._scan_and_write
         self.read, self.finish = duplex.read, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died

@@ -9,16 +9,16 @@ import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from gotunnel import NoThread, Stream, spawn
+from gotunnel import Ends, NoThread, Stream, spawn
 from gotunnel_agent.common import proxy_protocol, refusals
 from gotunnel_agent.common.relay import RESET_JOIN, RelayEnd, Source, pump, relay
 
+from ..net.listener import Address
 from ..routes import AgentBusy, Route
-from .postgres import Watched
-from .visit import BUG
-from .visitor import Visitor
+from .postgres import CancelKeys, Watched
+from .visit import BUG, Visit
 from .visits import Counted, End
 
 log = logging.getLogger("gotunnel.relays")
@@ -35,16 +35,52 @@ HELD_FIN_TIMEOUT = 30
 # agent that leaves it open would hold the thread for ever.
 ENDING_TIMEOUT = 30
 
+
+class Line(End, Protocol):
+    """A visitor's end of a relay: its Duplex, or a stream of its HTTP/2 connection."""
+
+    def cut_unless_finished(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Party(Protocol):
+    """What a relay needs of its visitor: a Visitor, or a StreamVisitor (http2_relay.py), whose
+    methods are explained there."""
+
+    visit: Visit | None
+    cancel_keys: CancelKeys | None
+
+    @property
+    def duplex(self) -> Line: ...
+
+    @property
+    def address(self) -> Address: ...
+
+    @property
+    def sni(self) -> str | None: ...
+
+    def ends(self) -> Ends: ...
+
+    def refuse_introduction(self, data: bytes) -> None: ...
+
+    def fail_visit(self, error: str, status: int) -> None: ...
+
+    def end_visit(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 Other = TypeVar("Other", Route, Stream)  # the other end of a relay, or where it is to be opened
 
 
-def start_tcp(visitor: Visitor, route: Route) -> None:
+def start_tcp(visitor: Party, route: Route) -> None:
     """Relay between ``visitor`` and a new stream of ``route``, in threads that close both. Raises
     NoThread; then the Visitor still belongs to the caller."""
     _start(_relay_tcp, visitor, route)
 
 
-def start_switched(visitor: Visitor, stream: Stream, half_close: bool) -> None:
+def start_switched(visitor: Party, stream: Stream, half_close: bool) -> None:
     """Relay between ``visitor`` and the stream that has answered 101, in threads that close both.
     ``half_close``: the agent passes a FIN on to its target. Raises NoThread; then the Visitor still
     belongs to the caller, and the stream is reset."""
@@ -55,11 +91,11 @@ def start_switched(visitor: Visitor, stream: Stream, half_close: bool) -> None:
         raise
 
 
-def _start(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
+def _start(function: Callable[[Party, Other], None], visitor: Party, other: Other) -> None:
     spawn(f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
 
 
-def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Other) -> None:
+def _run(function: Callable[[Party, Other], None], visitor: Party, other: Other) -> None:
     """Thread: one relay, from beginning to end."""
     visitor.duplex.cut_unless_finished()
     try:
@@ -77,7 +113,7 @@ def _run(function: Callable[[Visitor, Other], None], visitor: Visitor, other: Ot
         visitor.close()
 
 
-def _relay_tcp(visitor: Visitor, route: Route) -> None:
+def _relay_tcp(visitor: Party, route: Route) -> None:
     tunnel = route.tunnel
     try:
         stream = tunnel.open(route, visitor.ends)
@@ -149,7 +185,7 @@ def relay_holding_fin(
         end.cut()  # the visitor has not got all bytes, so it must not see a plain end
 
 
-def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
+def relay_upgraded(visitor: Party, stream: Stream) -> None:
     """Relay after a 101, for an agent that can half-close. The half-close is passed on: `docker
     exec -i` ends its program's standard input by one, and the program may answer afterwards."""
     try:
@@ -161,7 +197,7 @@ def relay_upgraded(visitor: Visitor, stream: Stream) -> None:
         stream.close()
 
 
-def relay_switched(visitor: Visitor, stream: Stream) -> None:
+def relay_switched(visitor: Party, stream: Stream) -> None:
     """Relay after a 101, for an agent that closes its target at FIN."""
     try:
         relay_holding_fin(_end_of(visitor), stream, visitor.duplex.stop)
@@ -172,7 +208,7 @@ def relay_switched(visitor: Visitor, stream: Stream) -> None:
         stream.close()
 
 
-def _end_of(visitor: Visitor) -> End:
+def _end_of(visitor: Party) -> End:
     return visitor.duplex if visitor.visit is None else Counted(visitor.duplex, visitor.visit)
 
 
@@ -226,7 +262,7 @@ class _Guarded:
     """The relay end of a visitor without TLS. The visitor's first bytes must not be a PROXY header.
     No byte is held back meanwhile: a program may wait for the answer to it."""
 
-    def __init__(self, visitor: Visitor):
+    def __init__(self, visitor: Party):
         duplex = visitor.duplex
         self.read: Callable[[], bytes] = self._read_guarded
         self.write, self.finish = duplex.write, duplex.finish

@@ -8,6 +8,7 @@ back everything, so no part needs to know what an earlier part took.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from gotunnel import Ends
@@ -42,7 +43,7 @@ class Visitor:
 
     __slots__ = (
         "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "visit",
-        "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
+        "fail_visits", "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +63,8 @@ class Visitor:
         self.has_asked = False  # a visit has begun: how that ends is counted, not the connection
         self.has_spoken = False  # a byte has come
         self.why_dropped = ""  # a word of drops.REASONS; "" as long as none but LEFT is known
+        # Set if the connection has several visits at a time (HTTP/2): as fail_visit(), for all
+        self.fail_visits: Callable[[str, int], None] | None = None
         self._port = port
         self._holds_relay = False  # it is counted among MAX_RELAYS
 
@@ -88,6 +91,8 @@ class Visitor:
 
     def fail_visit(self, error: str, status: int) -> None:
         """As Visit.fail(), if there is one."""
+        if self.fail_visits is not None:
+            self.fail_visits(error, status)
         visit = self.visit  # another thread may end it meanwhile
         if visit is not None:
             visit.fail(error, status)
@@ -100,13 +105,21 @@ class Visitor:
 
     def claim_relay(self) -> bool:
         """Count the connection as a relay; False if there is no room for another one."""
-        relays = self._port.relays
-        self._holds_relay = relays.enter(self.address[0])
+        self._holds_relay = self._port.relays.enter(self.address[0])
         if not self._holds_relay:
-            log.warning("%s refused: too many relays are running (at most %d in all, and a share "
-                        "of them for each address)", self, relays.most)  # fmt: skip
+            self.refuse_relay()
         self.seat.settle()
         return self._holds_relay
+
+    @property
+    def relays(self) -> Shares:
+        """The places of relays."""
+        return self._port.relays
+
+    def refuse_relay(self) -> None:
+        """Log that there is no place for one."""
+        log.warning("%s refused: too many relays are running (at most %d in all, and a share "
+                    "of them for each address)", self, self._port.relays.most)  # fmt: skip
 
     def refuse_introduction(self, data: bytes) -> None:
         """Raise Dropped if ``data``, the first bytes, begin a PROXY header. Only a
