@@ -16,7 +16,7 @@ WORKDIR /src
 COPY setup.py gotunnel.py LICENSE ./
 COPY gotunnel_server gotunnel_server
 COPY gotunnel_agent gotunnel_agent
-RUN pip install --no-cache-dir '.[server]'
+RUN pip install --no-cache-dir '.[http2]'
 COPY conf /usr/share/gotunnel/conf
 
 # A user without rights, with the same number in each build: its files in a volume stay its own. It

@@ -2,7 +2,7 @@
 
     pip install .              the agent
     pip install '.[server]'    the agent and the gateway
-    pip install '.[http2]'     ... for targets that speak HTTP/2, too
+    pip install '.[http2]'     ... and HTTP/2 at the gateway
     pip install '.[test]'      what the tests need, too
     pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
@@ -39,11 +39,15 @@ SERVER = [
 ]
 
 HTTP2 = [
-    # Older ones do not refuse all that RFC 9113 forbids.
+    # Brings hpack. Older ones do not refuse all that RFC 9113 forbids.
     "h2>=4.3,<5",
+    # Reads the header lists of visitors.
+    "hpack>=4.1,<5",
 ]
 
 TEST = [
+    # A program that speaks HTTP/2. Older ones were not tried.
+    "httpx[http2]>=0.27",
     # The first that also hears of a thread that dies late, after the test that started it.
     "pytest>=8.4",
     # Older ones were not tried with that pytest.

@@ -15,6 +15,7 @@ from .certs.rate_limits import UNLIMITED, Limits
 from .config import Config
 from .net.client_hello import ALWAYS_TAKEN
 from .routes import Registry
+from .visitors import http2
 
 
 class Certification(NamedTuple):
@@ -43,7 +44,9 @@ def build_certification(
             route.tunnel.tell_certificate(hostname)
 
     authority = Authority(config.acme_cache / FOLDER) if config.local_ca else None
-    certificates = Certificates(config.cert_dir, authority, alpn=ALWAYS_TAKEN)
+    # The order is ours: a visitor that speaks both gets HTTP/2.
+    alpn = (http2.PROTOCOL, *ALWAYS_TAKEN) if config.http2 else ALWAYS_TAKEN
+    certificates = Certificates(config.cert_dir, authority, alpn=alpn)
     keeper = Keeper(
         certificates,
         own_names=own_names,

@@ -35,6 +35,7 @@ from .variables import (
     not_blank,
     read_env_file,
 )
+from .visitors import http2
 from .visitors.policy import Defaults, PolicyError, hashed_entry, reader
 
 # A transfer holds a worker until its slower end is done, so most workers wait and few compute. A
@@ -47,7 +48,8 @@ MOST_WORKERS = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"
-OFF = "off"  # ACCESS_LOG: no access log
+OFF = "off"  # ACCESS_LOG: no access log; HTTP2: not offered
+ON = "on"  # HTTP2
 LOCAL = "local"  # ACME_ENV: certificates come from the gateway's own CA
 # Let's Encrypt's directories (RFC 8555 §7.1.1), by ACME_ENV.
 DIRECTORIES = {
@@ -62,7 +64,7 @@ NAMES = frozenset({  # all variables that load() may read
     "AGENTS_FILE", "AGENT_TIMEOUT", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
     "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
-    "GATEWAY_HOST", "GATEWAY_PORT", "H2C_HOSTS",
+    "GATEWAY_HOST", "GATEWAY_PORT", "H2C_HOSTS", "HTTP2",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
@@ -129,6 +131,7 @@ class Config:
     acme: Acme | None  # the CA that those are ordered from; None: from none
     http_port: int | None  # plain HTTP, for challenges and redirects; None: none
     cert_dir: Path | None
+    http2: bool  # visitors may speak HTTP/2
     raw_tcp_host: str | None  # hostname in tcp mode for plain bytes on the public port
     tcp_ports: tuple[range, ...]  # public ports that agents may ask for
     h2c_hosts: tuple[str, ...]  # patterns: their targets speak HTTP/2, whatever their agents say
@@ -254,6 +257,7 @@ def _complete(read: Variables) -> Config:
         cert_dir=cert_dir,
         acme=acme,
         http_port=read.port_or_off("HTTP_PORT", 80 if acme else None),
+        http2=_http2(read),
         raw_tcp_host=read.hostname_or_none("RAW_TCP_HOST"),
         tcp_ports=read.port_ranges("TCP_PORTS"),
         h2c_hosts=_h2c_hosts(read),
@@ -313,6 +317,16 @@ def _access_log(read: Variables) -> str:
             f"ACCESS_LOG is {text!r}, a folder; expected off, -, or the path of a file"
         )
     return text
+
+
+def _http2(read: Variables) -> bool:
+    choice = read.choice("HTTP2", (ON, OFF), None)
+    if choice == ON and not http2.is_installed():
+        raise ConfigError(
+            "HTTP2 is 'on', but there is no Python package hpack: install it "
+            "(pip install 'gotunnel[http2]'), or unset HTTP2"
+        )
+    return http2.is_installed() if choice is None else choice == ON
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:

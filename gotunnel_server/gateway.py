@@ -143,7 +143,7 @@ class Gateway:
         )
         self._visitors = self._build_port(
             PublicPort,
-            Room(config.workers, self._proxies),
+            Room(config.workers, self._proxies, http2=config.http2),
             context=self._certificates.fronts(config.gateway_host).context,
             site=self._site,
             waiting=self._waiting,

@@ -51,6 +51,7 @@ IN_WORDS = {
     "ACME_ENV": "`production`, or none with `CERT_DIR`",
     "ACME_DIRECTORY": "that of `ACME_ENV`",
     "HTTP_PORT": "`80` with ACME, else off",
+    "HTTP2": "`on`, if the extra `http2` is installed",
     "STATUS_SOCKET": "`status.sock` in `ACME_CACHE`",
     "WORKERS": "256 for each CPU core, but at least 512 and at most 2048",
 }

@@ -287,15 +287,19 @@ def parse_request(head: bytes) -> Request:
     minor = _MINOR.get(version)
     if minor is None:
         raise _bad_version(version)
+    target = read_target(target)
+    return Request(method, target, minor, fields, *_split_target(method, target))
+
+
+def read_target(target: str) -> str:
+    """A request target as it may be passed on. Raises Malformed."""
     if len(target) > TARGET_LIMIT:
         raise Malformed(414, f"target of {len(target)} bytes, expected at most {TARGET_LIMIT}")
     if not _TARGET.fullmatch(target):
         raise Malformed(
             400, f"target {_shown(target)}, expected visible ASCII or UTF-8, and no fragment"
         )
-    if not target.isascii():
-        target = _read_utf8(target)
-    return Request(method, target, minor, fields, *_split_target(method, target))
+    return target if target.isascii() else _read_utf8(target)
 
 
 def _read_utf8(target: str) -> str:

@@ -74,6 +74,12 @@ def own_protocol(offered: tuple[str, ...]) -> str | None:
     return offered[0]
 
 
+def older_protocol(offered: tuple[str, ...]) -> str:
+    """The one of ALWAYS_TAKEN to select for a hostname in tcp mode whose visitor offers HTTP/2 as
+    well, which only hostnames in http mode have."""
+    return next((name for name in offered if name in ALWAYS_TAKEN), ALWAYS_TAKEN[0])
+
+
 class NotTLS(Exception):
     """The bytes do not begin a TLS connection, or its hello breaks the rules."""
 

@@ -1,7 +1,7 @@
 """Finds out which protocol a new connection speaks and which route it is for, then hands it over.
 
     first bytes --> TLS: ClientHello, handshake --> tcp: relay
-            |                                   \\-> http: HttpConnection
+            |                                   \\-> http: HttpConnection, or HTTP/2 (http2.py)
             |-> PROXY header of a trusted proxy, then first bytes
             |-> PostgreSQL's SSLRequest: answer, then TLS; its CancelRequest: relay
             |-> HTTP without TLS: HttpConnection, which redirects to https
@@ -19,11 +19,12 @@ from typing import Protocol
 from gotunnel_agent.common import proxy_protocol
 
 from ..net import client_hello
-from ..net.drops import NO_PROOF, NO_TCP_HOSTNAME, NOT_TLS, PROXY_HEADER, Dropped
+from ..net.drops import NO_PROOF, NO_TCP_HOSTNAME, NOT_TLS, PROTOCOL, PROXY_HEADER, Dropped
 from ..net.total import Total
 from ..routes import Route
-from . import connection, relays, sniff
+from . import connection, http2, relays, sniff
 from .connection import HttpConnection
+from .http2 import Http2
 from .postgres import CancelKeys
 from .request import VisitorGone
 from .sites import Site
@@ -83,6 +84,7 @@ class Port(PlainPort, Protocol):
     handshakes: Total
     completed_handshakes: Total
     challenges: Challenges
+    http2: Http2 | None
 
     def context(self, sni: str | None, protocol: str | None, /) -> ssl.SSLContext: ...
 
@@ -182,6 +184,7 @@ class Arrival(Introduction):
             self._await_first_bytes()
         self._hello = client_hello.Reader()
         self._protocols: tuple[str, ...] = ()  # those offered by ALPN
+        self._chosen: str | None = None  # the only one that we accept; None: the usual ones
         self._certificate_by = 0.0  # monotonic: wait no longer than that for a certificate
         self._has_waited = False  # for its agent
         self._refused_gss = False  # PostgreSQL's client has asked for GSSAPI encryption
@@ -320,7 +323,17 @@ class Arrival(Introduction):
         route = self._port.lookup(sni) if sni else None
         if route and route.mode == "tcp":
             protocol = client_hello.own_protocol(self._protocols)
+        if protocol is None and http2.PROTOCOL in self._protocols and self._is_tcp(route):
+            protocol = client_hello.older_protocol(self._protocols)
+        self._chosen = protocol
         return self._start_tls(self._port.context(sni, protocol), State.HANDSHAKE)
+
+    def _is_tcp(self, route: Route | None) -> bool:
+        """Whether the visitor's hostname is in tcp mode, or was when it was last served."""
+        sni = self._visitor.sni
+        if route is None:
+            return sni is not None and self._port.has_left_in_tcp(sni)
+        return route.mode == "tcp"
 
     def _start_tls(self, context: ssl.SSLContext, state: State) -> bool:
         self._port.handshakes.add()
@@ -358,6 +371,8 @@ class Arrival(Introduction):
             return False
         sni = self._visitor.sni
         route = self._port.lookup(sni) if sni else None
+        if self._chosen is None and self.duplex.protocol == http2.PROTOCOL:
+            return self._serve_http2(route)
         if route and route.mode == "tcp":
             self.duplex.flush()
             return self._relay(route)
@@ -366,6 +381,12 @@ class Arrival(Introduction):
         return self._serve_http(self._port.site, scheme="https")
 
     # Handing over
+
+    def _serve_http2(self, route: Route | None) -> bool:
+        if self._port.http2 is None or self._is_tcp(route):
+            raise Dropped(PROTOCOL, "its hostname came into tcp mode during the handshake")
+        self._port.http2.serve(self._port, self._visitor, self._port.site, "https")
+        return False
 
     def _refuse_tcp(self, hostname: str) -> bool:
         """No agent serves this hostname in tcp mode now. Its visitors cannot read a page."""

@@ -61,6 +61,7 @@ class Port:
         self.site = site
         self.room = room
         self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
+        self.http2 = room.http2
         self.proxies = proxies
         self.timeouts = timeouts
         self.visits = visits
@@ -112,6 +113,8 @@ class Port:
     def start_draining(self) -> None:
         """From now on each connection is closed after the answer to its present request."""
         self._draining.set()
+        if self.http2 is not None:
+            self.http2.drain()
         if self.waiting is not None:
             self.waiting.give_up()
 
@@ -132,6 +135,8 @@ class Port:
     def stop(self, timeout: float) -> None:
         """End the threads that serve requests, waiting ``timeout`` seconds at most. Call it after
         reset(), and after that of all ports that share the Room."""
+        if self.http2 is not None:
+            self.http2.stop(timeout)
         self.exchanges.stop(timeout)
 
 

@@ -8,6 +8,7 @@ from gotunnel_agent.common.process import Workers
 from ..net.shares import Shares
 from . import relays
 from .forwarded import Proxies
+from .http2 import Http2
 
 # How many connections may be in a lingering close of PARTING_TIME (connection.py) at a time. Each
 # address has a share; beyond it a connection has FULL_PARTING_TIME.
@@ -40,9 +41,10 @@ class Exchanges:
 class Room:
     """The limits of requests, relays and lingering closes of one port, or of several together."""
 
-    def __init__(self, requests: int, proxies: Proxies):
+    def __init__(self, requests: int, proxies: Proxies, *, http2: bool = False):
         """``requests``: how many are served at a time. ``proxies`` have no limit of their own,
-        since each stands for many visitors."""
+        since each stands for many visitors. ``http2``: whether visitors may speak it."""
         self.exchanges = Exchanges(requests, proxies)
         self.relays = Shares(relays.MAX_RELAYS, proxies)
         self.parting = Shares(MAX_PARTING, proxies)
+        self.http2 = Http2() if http2 else None

@@ -98,6 +98,7 @@ def test_defaults():
         cert_dir=None,
         acme=None,
         http_port=None,
+        http2=True,
         raw_tcp_host=None,
         h2c_hosts=(),
         tcp_ports=(),

@@ -686,7 +686,7 @@ def test_hostname_without_a_certificate_is_refused_with_the_alert(gateway):
 
 def test_visitors_are_offered_http_1_1(gateway):
     context = tls_context(gateway.ca_file)
-    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.set_alpn_protocols(["spdy/3", "http/1.1"])
     with dial_tls(gateway.public_port, APP, context) as visitor:
         assert visitor.sock.selected_alpn_protocol() == "http/1.1"
 
