@@ -177,7 +177,7 @@ class HttpConnection(Stepwise):
             self._visitor.fail_visit(SLOW, CLIENT_CLOSED)
             raise
         except AgentLost as error:
-            lost = error
+            lost = error.with_traceback(None)  # its frames would hold the error, and the visitor
         finally:
             self._leave_room()
         if lost is not None:
@@ -189,6 +189,7 @@ class HttpConnection(Stepwise):
             return self._take_place()
         handler.may_wait, self._wait_until, self._tries = True, 0.0, 0
         if handler.switched is not None:  # the visit ends with the relay
+            handler.forget()
             if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)
             else:
@@ -260,6 +261,7 @@ class HttpConnection(Stepwise):
 
     def close(self) -> None:
         super().close()
+        self._handler.forget()
         if self._parts_slowly:
             self._parts_slowly = False
             self._port.parting.leave(self._visitor.address[0])

@@ -108,6 +108,10 @@ class Exchange:
         finally:
             if self._upload is not None:
                 self._upload.end()
+            # The target has our _next: a reference cycle, which would keep the visitor's connection
+            # in memory until Python looks for cycles, perhaps hours later.
+            self._upload = None
+            self.__dict__.pop("_target", None)
 
     def _run(self) -> None:
         try:

@@ -160,6 +160,11 @@ class Handler(BaseHTTPRequestHandler):
                 )  # fmt: skip
         return request
 
+    def forget(self) -> None:
+        """The connection is closed, or a relay's. Without this, Handler and request would hold each
+        other in a reference cycle, and with it the connection."""
+        self.current = self._again = None
+
     def keep(self, request: "Http1Request") -> None:
         """The next try is to have this request: a part of its body was read already."""
         self._again = request
