@@ -2,13 +2,14 @@
 
 What thousands of connections have taken, the C library keeps when they are gone: it returns only
 what is free at the end of its heap, and one small block there holds back all before it. glibc's
-malloc_trim(3) returns all free pages. It takes some milliseconds, in which other threads may have
-to wait for memory, so it is not called while there is much to do.
+malloc_trim(3) returns all free pages. That, and a search for reference cycles before it, take some
+ten milliseconds, in which other threads wait, so it is not done while there is much to do.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import sys
 import threading
@@ -49,6 +50,7 @@ class FreeMemory:
         log.debug("a rush is over: %d threads and connections, from %d; its memory goes back to "
                   "the system", load, self._peak)  # fmt: skip
         self._peak = load
+        gc.collect()  # sessions and streams are in reference cycles, which wait for this
         if self._trim is not None:
             self._trim(0)
         return True
