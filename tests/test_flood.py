@@ -22,7 +22,7 @@ def row(**changes):
     visits = flood.visits(LINES)
     return {
         "kind": "silent", "from": "1 address", "load": {"connections": 3000}, "before": figures(),
-        "most": figures(200), "after": figures(), "back": 61.0, "counted": {"refused": 3.0},
+        "most": figures(200), "after": figures(), "back": 61.0, "counted": {"refused": 3000.0},
         "visits": {"before": visits, "during": visits, "after": visits}, **changes,
     }  # fmt: skip
 
@@ -46,6 +46,8 @@ def test_latencies_are_of_each_way_and_failures_are_kept():
         ({"visits": {"before": flood.visits(["new 1.0 1.500000 ok"])}}, None),
         ({"visits": {"after": flood.visits(["new 1.0 0.1 ConnectionResetError()"])}},
          "after: 1 honest requests failed: new: ConnectionResetError()"),
+        ({"counted": {"refused": 2000.0, "dropped": 999.0}},
+         "3000 connections came, and 2999 are counted"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_flood(changes, fault):
@@ -60,7 +62,7 @@ def test_the_largest_figures_are_those_of_a_flood():
 def test_a_row_becomes_a_line_of_the_table():
     line = flood.markdown([row(wrong=[]), row(wrong=[], back=None)], ["a note"]).splitlines()
     assert line[2] == (
-        "| silent | 1 address | 3000 | 20 / 40 / 40 | 5 / 5 / 5 | 0 | 10 + 10, 200 + 200, 10 + 10 "
+        "| silent | 1 address | 3000; 3000 | 20 / 40 / 40 | 5 / 5 / 5 | 0 | 10 + 10, 200 + 200, 10 + 10 "
         "| 50 + 50, 50 + 50, 50 + 50 | 61 s |"
     )
     assert line[3].endswith("| not |") and line[-1] == "- a note"

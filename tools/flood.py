@@ -25,8 +25,9 @@ All is on the loopback interface, which takes 127.0.0.1, 127.0.0.2 and so on, an
 peers. The floods' own program gives way to the others (nice), and makes 1000 connections a second
 at most, 200 with handshakes: on one machine it would else take the CPU that it measures.
 
-The exit status is 1 if the honest visitor failed or waited for a second, or if threads and memory
-were not back to within 20 % of before in --patience seconds. Needs Linux.
+The exit status is 1 if the honest visitor failed or waited for a second, if threads and memory
+were not back to within 20 % of before in --patience seconds, or if /metrics has not counted each
+connection of the flood as refused, dropped or failed. Needs Linux.
 """
 
 import argparse
@@ -68,6 +69,7 @@ LOOK_EVERY = 0.25  # seconds
 WORST = 1.0  # seconds that the honest visitor may wait
 WITHIN = 1.2  # times the figures of before
 FEW = 2  # threads more than before do not count
+COUNTED = 10  # seconds until all connections of a flood are counted
 LAST = 60  # seconds that a helper may take to end
 AGENTS_TIMEOUT = 240  # seconds until all agents are registered
 BEGIN, END = "<!-- flood: begin -->", "<!-- flood: end -->"
@@ -335,22 +337,18 @@ def measure(house, kind, addresses, options):
                 house.python, "flood_load.py", kind, house.port, hostname, count, *addresses
             ))  # fmt: skip
             most = watch(house, options.seconds, before)
-            during = house.counted()
             flooding.__exit__()
             load = json.loads(flooding.take()[-1])
         visits_during = visits(house.visitor.take())
         after, seconds = await_return(house, before, options.patience)
-        later = house.counted()
+        counted = await_counted(house, earlier, load["connections"] if kind != "agents" else 0)
         visits_after = visits(house.visitor.take())
     row = {
         "kind": kind, "from": named(addresses), "load": load, "before": before, "most": most,
         "after": after, "back": seconds,
-        "counted": {name: value - earlier.get(name, 0) for name, value in later.items()
-                    if value > earlier.get(name, 0)},
+        "counted": counted,
         "visits": {"before": visits_before, "during": visits_during, "after": visits_after},
     }  # fmt: skip
-    if kind != "agents":
-        row["counted_during"] = sum(during.values()) - sum(earlier.values())
     row["wrong"] = list(faults(row))
     return row
 
@@ -384,6 +382,20 @@ def await_return(house, before, patience):
             return now, round(seconds, 1)
         if seconds >= patience:
             return now, None
+        time.sleep(LOOK_EVERY)
+
+
+def await_counted(house, earlier, connections):
+    """How often each counter of refusals has counted since ``earlier``, as soon as it is so many
+    in all, or after COUNTED."""
+    until = time.monotonic() + COUNTED
+    while True:
+        found = {
+            name: value - earlier.get(name, 0) for name, value in house.counted().items()
+            if value > earlier.get(name, 0)
+        }  # fmt: skip
+        if sum(found.values()) >= connections or time.monotonic() >= until:
+            return found
         time.sleep(LOOK_EVERY)
 
 
@@ -424,6 +436,9 @@ def faults(row):
                 yield f"{when}: an honest request ({how}) took {found[how]['worst']:.2f} s"
     if row["back"] is None:
         yield from too_much(row["before"], row["after"])
+    counted = sum(row["counted"].values())
+    if row["kind"] != "agents" and counted < row["load"].get("connections", 0):
+        yield f"{row['load']['connections']:.0f} connections came, and {counted:.0f} are counted"
 
 
 # What is shown
@@ -464,7 +479,7 @@ def latency(found):
 
 
 HEAD = (
-    "flood", "from", "connections", "visitor, new connection: median / p99 / worst, ms",
+    "flood", "from", "connections; refused, dropped or failed by /metrics", "visitor, new connection: median / p99 / worst, ms",
     "visitor, kept connection", "failed", "threads of gateway + agent: before, most, after",
     "memory, MB: before, most, after", "back after",
 )  # fmt: skip
@@ -483,7 +498,8 @@ def markdown(rows, notes):
         }
         failed = sum(len(found["failed"]) for found in row["visits"].values())
         cells = (
-            row["kind"], row["from"], row["load"].get("connections", 0), latency(during["new"]),
+            row["kind"], row["from"],
+            f"{row['load'].get('connections', 0)}; {sum(row['counted'].values()):.0f}", latency(during["new"]),
             latency(during["kept"]), failed, both["threads"], both["memory"],
             "not" if row["back"] is None else f"{row['back']:.0f} s",
         )  # fmt: skip
