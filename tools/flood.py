@@ -471,6 +471,13 @@ def told(row):
         yield f"  WRONG: {fault}"
 
 
+def connections(row):
+    """How many connections a flood has made: by the gateway's counters, which the flood's own
+    program, on a busy machine, lags behind."""
+    made = row["load"].get("connections", 0)
+    return made if row["kind"] == "agents" else int(max(made, sum(row["counted"].values())))
+
+
 WHENS = ("before", "most", "after")
 
 
@@ -479,7 +486,7 @@ def latency(found):
 
 
 HEAD = (
-    "flood", "from", "connections; refused, dropped or failed by /metrics", "visitor, new connection: median / p99 / worst, ms",
+    "flood", "from", "connections", "visitor, new connection: median / p99 / worst, ms",
     "visitor, kept connection", "failed", "threads of gateway + agent: before, most, after",
     "memory, MB: before, most, after", "back after",
 )  # fmt: skip
@@ -498,8 +505,7 @@ def markdown(rows, notes):
         }
         failed = sum(len(found["failed"]) for found in row["visits"].values())
         cells = (
-            row["kind"], row["from"],
-            f"{row['load'].get('connections', 0)}; {sum(row['counted'].values()):.0f}", latency(during["new"]),
+            row["kind"], row["from"], connections(row), latency(during["new"]),
             latency(during["kept"]), failed, both["threads"], both["memory"],
             "not" if row["back"] is None else f"{row['back']:.0f} s",
         )  # fmt: skip

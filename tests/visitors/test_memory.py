@@ -1,5 +1,5 @@
-"""A connection that is closed leaves nothing in memory, although Python has not looked for reference
-cycles: a flood's connections would stay, each with 60 kB of TLS, until it does."""
+"""A connection that is closed leaves nothing in memory, although Python has not looked for
+reference cycles: a flood's connections would stay, each with 60 kB of TLS, until it does."""
 
 import contextlib
 import gc
