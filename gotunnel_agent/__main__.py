@@ -1,8 +1,9 @@
 """The start of `python gotunnel_agent` and `gotunnel-agent`.
 
-It imports either the agent or the visitor's helper (`forward`), not both: ssh starts the helper for
-each of its connections, and importing YAML and JWT, which only the agent needs, takes longer than
-the helper itself needs until it dials.
+It imports the agent, the visitor's helper (`forward`) or the command `service`, never two of them:
+ssh starts the helper for each of its connections, and importing YAML, which only the agent needs,
+takes longer than the helper itself needs until it dials; and an agent that runs needs nothing of
+`service`.
 """
 
 import os
@@ -15,6 +16,8 @@ if not __package__:
 
 if sys.argv[1:2] == ["forward"]:
     from gotunnel_agent.forward import main
+elif sys.argv[1:2] == ["service"]:
+    from gotunnel_agent.service import main
 else:
     from gotunnel_agent.cli import main
 

@@ -2,8 +2,8 @@
 
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` shows the state
 of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
-`gotunnel-agent service` is in service.py. `gotunnel-agent forward` is another program, in
-forward.py; __main__.py tells the two apart.
+`gotunnel-agent service` (service.py) and `gotunnel-agent forward` (forward.py) are programs of
+their own; __main__.py tells them apart.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
 hash cannot be printed, or metrics_port cannot be opened; 2 if the configuration or the password is
@@ -18,7 +18,6 @@ from functools import partial
 
 from gotunnel import NoThread, __version__, spawn
 
-from . import service
 from .agent import Agent
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
@@ -76,8 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
         return print_hash(arguments[1:])
     if arguments[:1] == [STATUS]:
         return ask_status(arguments[1:])
-    if arguments[:1] == [service.COMMAND]:
-        return service.main(arguments[1:])
     options = parse(arguments)
     try:
         config = load(options.config)

@@ -30,7 +30,7 @@ COMMAND = "service"
 LAST_WORDS = 15  # seconds beyond drain_timeout that the agent may take to end
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Do what stands behind `gotunnel-agent service`; returns the exit status."""
     parser = argparse.ArgumentParser(
         f"{PROGRAM} {COMMAND}",
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         help="the configuration (default: config.yaml in the working folder)",
     )  # fmt: skip
     add_arguments(parser, PROGRAM, with_socket=False)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
     try:
         return print_answer(
             parser.prog,

@@ -12,7 +12,7 @@ try:
     from gotunnel_server.cli import main
 except ModuleNotFoundError as error:
     # An installation for the agent alone lacks these.
-    if (error.name or "").partition(".")[0] not in ("cryptography", "dotenv"):
+    if (error.name or "").partition(".")[0] not in ("cryptography", "dotenv", "jwt"):
         raise
     sys.exit(
         f"gotunnel-server: the package {error.name} is missing; "

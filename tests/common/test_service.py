@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from gotunnel_agent import cli as agent_cli
+from gotunnel_agent import service as agent_service
 from gotunnel_agent.common import service
 from gotunnel_server import cli as server_cli
 
@@ -67,7 +67,7 @@ def server(*arguments):
 
 
 def agent(*arguments):
-    return agent_cli.main(["service", *arguments])
+    return agent_service.main(list(arguments))
 
 
 def units(machine):
