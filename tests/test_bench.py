@@ -19,7 +19,7 @@ import pytest
 from bench_programs import Program, reserve_ports, version
 from bench_table import BEGIN, END, Table, cell, number, percentile, put_between
 from demo import Failed
-from support import ROOT, TIMEOUT, Origin, need
+from support import ROOT, TIMEOUT, Origin, at_length, need
 
 pytestmark = pytest.mark.usefixtures("temporary_folder")
 
@@ -311,24 +311,30 @@ def need_all(*programs):
         need(program)
 
 
+SHOWN = ("http", "tcp", "memory")  # the rows of one run, in CI
+DIRECT_TOO = {"http", "visitors", "download", "upload", "beside", "tcp", "scp"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "row",
-    [
-        pytest.param(name, marks=[pytest.mark.long] * (name not in ("http", "tcp", "memory")))
-        for name in bench_rows.Rows.NAMES
-    ],
+    "rows",
+    [SHOWN, *(at_length((name,)) for name in bench_rows.Rows.NAMES if name not in SHOWN)],
+    ids=" ".join,
 )
-def test_each_row_measures_ours(monkeypatch, tmp_path, row):
-    need_all("wrk", *bench_rows.Rows.NEEDS.get(row, ()))
-    figures = measured(monkeypatch, tmp_path, "--row", row)
+def test_each_row_measures_ours(monkeypatch, tmp_path, rows):
+    need_all("wrk", *(program for row in rows for program in bench_rows.Rows.NEEDS.get(row, ())))
+    monkeypatch.setattr(bench_rows, "SETTLE", 0.1)
+    figures = measured(monkeypatch, tmp_path, *(word for row in rows for word in ("--row", row)))
     assert figures
     for title, medians in figures.items():
         assert "ours" in medians, title
         if re.search("/s|p99|^CPU", title):
             assert all(total > 0 for total in map(sum_of, medians.values())), title
-    if row in ("http", "visitors", "download", "upload", "beside", "tcp", "scp"):
+    if DIRECT_TOO.issuperset(rows[:1]):
         assert "direct" in next(iter(figures.values()))
+    if rows == SHOWN:
+        titles = ("requests/s, 32 visitors", "mode tcp: ", "memory at start, MB")
+        assert all(any(title.startswith(words) for title in figures) for words in titles)
 
 
 def sum_of(value):

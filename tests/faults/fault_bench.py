@@ -6,7 +6,7 @@ All faults come from one seed: what happens to which connection (fault_lines.py)
 made (fault_visits.py), which process is killed, stopped or restarted when (TROUBLES). Threads are
 not in our hands, so a repeated run is a similar one, not the same.
 
-tests/faults/test_fault_bench.py runs it for a minute, tools/soak.py for as long as you like.
+tests/faults/test_fault_bench.py runs it for a while, tools/soak.py for as long as you like.
 """
 
 import argparse

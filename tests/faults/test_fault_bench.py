@@ -9,13 +9,14 @@ import pytest
 from fault_bench import HAND_OVER, RELOAD_AGENT, Bench, Screen, command_of
 from fault_ledger import FAILED, WHOLE
 from fault_lines import KINDS
+from support import at_length
 
 # Python's wrap_socket() leaves its new socket open if a reset comes before the handshake.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"
 )
 
-SECONDS = 40  # of faults; the beginning and the end take some ten more
+SECONDS, LONG = 25, 60  # of faults; the beginning and the end take some ten more
 
 # Sabotage, and the faults and visits that show it soonest.
 QUIET = {"share": 0}
@@ -48,9 +49,13 @@ def bench(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_no_visit_gets_a_wrong_answer_and_none_hangs_whatever_breaks(bench):
+@pytest.mark.parametrize("seconds", [SECONDS, at_length(LONG)])
+def test_no_visit_gets_a_wrong_answer_and_none_hangs_whatever_breaks(bench, monkeypatch, seconds):
     """GOTUNNEL_FAULT_SEED repeats a run."""
-    report = bench(SECONDS, os.environ.get("GOTUNNEL_FAULT_SEED"))
+    if seconds == SECONDS:  # as many troubles in less time
+        monkeypatch.setattr(fault_bench, "BETWEEN_AGENTS", (1.5, 3.0))
+        monkeypatch.setattr(fault_bench, "BETWEEN_GATEWAYS", (5.0, 9.0))
+    report = bench(seconds, os.environ.get("GOTUNNEL_FAULT_SEED"))
     assert not report.failures
     # It was worth something: faults of all kinds, and visits of both ends.
     lines = [report.faults[name] for name in ("visitor", "agent", "target")]
