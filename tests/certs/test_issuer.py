@@ -1510,7 +1510,7 @@ def test_pebble_and_certificates_of_seconds(tmp_path):
         try:
             for number in range(3):
                 issuer.queue.want(f"h{number}.example.com")
-            for _ in range(15):
+            for _ in range(9):
                 hostname = changed.get(timeout=TIMEOUT)
                 assert issuer.queue.state(hostname).name == READY, issuer.queue.state(hostname)
         finally:

@@ -407,7 +407,7 @@ def test_killed_at_any_moment_the_cache_is_never_broken(tmp_path, mint):
     open_store(tmp_path / "cache", URL).save(HOST, *mint.pair(HOST))
     script = KILLED.replace("os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)", (
         "print(flush=True)")).replace("    store.save", "    while True: store.save")  # fmt: skip
-    for delay in (0.001 * step for step in range(12)):
+    for delay in (0.002 * step for step in range(6)):
         command = [
             sys.executable, "-c", script, ROOT, ROOT / "tests", tmp_path / "cache", URL, HOST,
         ]  # fmt: skip
