@@ -129,6 +129,11 @@ class Duplex:
         return self._socket.fileno()
 
     @property
+    def plain(self) -> bool:
+        """Whether TLS was not started."""
+        return self._tls is None
+
+    @property
     def pending(self) -> bool:
         """Whether receive() may have something although the socket is not readable."""
         return bool(self._unread or self._at_end or self._tls_at_end or self._tls_holds)

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from gotunnel import Stream, spawn
 
+from .duplex import Duplex
+
 log = logging.getLogger("gotunnel")
 
 LOOK_AT_ENDED = 15  # seconds between two checks whether an end that has sent FIN is still alive.
@@ -56,6 +58,8 @@ def relay(left: Stream | RelayEnd, right: Stream | RelayEnd) -> None:
     (on_death); a Duplex that no thread reads must be asked (died).
     """
     there, back = _Direction(left, right), _Direction(right, left)
+    there.shorten()
+    back.shorten()
     for end, other in ((left, right), (right, left)):
         # If a Stream dies, the thread that reads from it wakes up by itself. The one that reads
         # from the other end may wait there for ever, so it is woken here, and the relay can end.
@@ -87,6 +91,21 @@ class _Direction:
         self.source, self.sink = source, sink
         self.over = threading.Event()  # set when nothing more is copied
         self.moved_at = monotonic()  # when the sink last took bytes
+
+    def shorten(self) -> None:
+        """From a Stream to a Duplex without TLS: spare this direction's thread the wake-up for
+        small payload (Stream.shortcut)."""
+        source, sink = self.source, self.sink
+        if not (isinstance(source, Stream) and isinstance(sink, Duplex) and sink.plain):
+            return
+
+        def take(data: bytes) -> int:
+            taken = sink.offer(data)
+            if taken:
+                self.moved_at = monotonic()
+            return taken
+
+        source.shortcut(take)
 
     def run(self, back: _Direction) -> None:
         """Copy everything; then wait for the other direction, and end it if an end is dead."""

@@ -1715,6 +1715,27 @@ def test_relay_carries_a_visit_with_half_close(transport, outside):
             done.result(PATIENCE)
 
 
+def test_relay_keeps_the_order_of_small_and_large_pieces():
+    """Small ones may take Stream.shortcut(), until the target's buffer is full."""
+    with tunnelled() as (visitor, target, _):
+        data, sizes = noise(4 * MIB), [1, 300, 16_000, 70_000, 5] * 48
+        sending = spawn(send_pieces, visitor, data, sizes)
+        assert digest(target.read(1, PATIENCE)) == digest(data[:1])
+        left = bytearray(data[1 : sum(sizes)])
+        while left:
+            piece = target.read(5000, PATIENCE)
+            assert left.startswith(piece)
+            del left[: len(piece)]
+        sending.result(PATIENCE)
+
+
+def send_pieces(duplex, data, sizes):
+    at = 0
+    for size in sizes:
+        duplex.write(data[at : at + size], PATIENCE)
+        at += size
+
+
 def test_relay_goes_on_reading_while_the_other_way_is_full():
     with tunnelled() as (visitor, target, _):
         sending = [spawn(end.write, noise(3 * MIB), PATIENCE) for end in (visitor, target)]
