@@ -343,8 +343,11 @@ def check_rules(file, text):
 
 @pytest.fixture
 def known(gateway, origin):
-    """The names of all samples, after a visit that went well and one that did not."""
+    """The names of all samples, after a visit that went well, one that did not, and a peer that
+    asked nothing."""
     visit(gateway, origin)
+    socket.create_connection(("127.0.0.1", gateway.public_port)).close()
+    wait_until(lambda: any(port.dropped for port in gateway.inner.listeners.figures()))
     with gateway.dial(GATEWAY_HOST) as visitor:
         visitor.send(request(host="else.example"))
         visitor.read_head()

@@ -13,7 +13,6 @@ from support import (
     APP,
     RAW,
     agent_here,
-    agent_process,
     answer,
     gateway_here,
     wait_until,
@@ -21,8 +20,9 @@ from support import (
 from test_metrics import figures
 
 from gotunnel_agent.common import atomic_file
+from gotunnel_server.net import listener as listener_module
 
-SOON = 1.0  # seconds in which an honest visitor is served
+SOON = 5.0  # seconds in which an honest visitor is served here, where other tests may run
 
 
 @pytest.fixture
@@ -61,17 +61,15 @@ def test_a_port_without_descriptors_waits_calmly_and_serves_when_there_are_some(
         with agent_here(gateway, tmp_path, http={APP: page.port}), contextlib.ExitStack() as open_:
             served(gateway)
             (listener,) = (each for each in gateway.inner.listeners._open if each.name == "gateway")
-            clock = time.pthread_getcpuclockid(listener._thread.ident)
-            visitors = [open_.enter_context(socket.socket()) for _ in range(20)]
+            visitors = [open_.enter_context(socket.socket()) for _ in range(5)]
             caplog.clear()
             with no_descriptors():
-                busy_before = time.clock_gettime(clock)
+                began = time.monotonic()
                 for visitor in visitors:
                     visitor.connect(("127.0.0.1", gateway.public_port))
                 wait_until(lambda: listener.starved >= 3)
-                assert (
-                    time.clock_gettime(clock) - busy_before < 0.2
-                )  # of the 0.5 s: it does not spin
+                most = (time.monotonic() - began) / listener_module.PAUSE + 1
+                assert listener.starved <= most  # it does not spin
             lines = [line for line in caplog.messages if "cannot accept" in line]
             assert len(lines) == 1 and "ulimit -n" in lines[0]
             for visitor in visitors:  # those that have waited are served, too
@@ -89,12 +87,16 @@ def test_a_port_without_descriptors_waits_calmly_and_serves_when_there_are_some(
 def test_without_further_threads_requests_are_served_and_relays_are_counted(
     cache, tmp_path, page, monkeypatch
 ):
+    start, refused = threading.Thread.start, ("relay", "exchange", "step", "upload")
+
     def refuse(thread):
-        raise RuntimeError("can't start new thread")
+        if thread.name.startswith(refused):  # the gateway's; the agent here has some
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
     ports = {"http": {APP: page.port}, "tcp": {RAW: page.port}}
     with gateway_here(cache, METRICS_PORT="auto") as gateway:
-        with agent_process(gateway, tmp_path, **ports):
+        with agent_here(gateway, tmp_path, **ports):
             served(gateway)
             with monkeypatch.context() as shortage:
                 shortage.setattr(threading.Thread, "start", refuse)
