@@ -65,27 +65,45 @@ class Site(BaseHTTPRequestHandler):
         if not slow:
             self.wfile.write(body)
             return
+        self.server.slow += 1
         size = len(body) // PIECES
         for at in range(0, len(body), size):
             self.wfile.write(body[at : at + size])
             time.sleep(self.seconds / PIECES)
+            if at == 0:
+                self.server.goes_on.wait()
 
     def log_message(self, *arguments):
         pass
 
 
-@pytest.fixture
-def site():
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 256
+class Server(ThreadingHTTPServer):
+    """``slow``: how many slow downloads have begun. They go on while ``goes_on`` is set."""
 
-    with Server(("127.0.0.1", 0), Site) as server:
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Site)
+        self.slow = 0
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server.server_address[1]
+        yield server
+        server.goes_on.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def site(server):
+    return server.server_address[1]
 
 
 class Downloads:
@@ -145,7 +163,7 @@ def agent_command(gateway, folder, port, **keys):
     return (sys.executable, str(ROOT / "gotunnel_agent"), "-c", str(path))
 
 
-def test_restarts_of_the_agent_fail_no_visit(cache, tmp_path, site):
+def test_restarts_of_the_agent_fail_no_visit(cache, tmp_path, server, site):
     """Each drains while the next one serves. Its download goes on."""
     with gateway_process(cache, AGENT_TIMEOUT="5") as gateway, contextlib.ExitStack() as stack:
         command = agent_command(gateway, tmp_path, site)
@@ -153,13 +171,15 @@ def test_restarts_of_the_agent_fail_no_visit(cache, tmp_path, site):
         agent.wait_for(": serving ")
         downloads = Downloads(gateway)
         with wrk(gateway, tmp_path, 200):
-            for _ in range(TIMES):
+            for number in range(TIMES):
+                server.goes_on.clear()
                 downloads.start()
-                time.sleep(0.5)
+                wait_until(lambda number=number: server.slow > number)
                 agent.signal(signal.SIGTERM)
                 last, agent = agent, stack.enter_context(running(*command, cwd=tmp_path))
                 agent.wait_for(": serving ")
                 assert last.pid != agent.pid and not any("stopped" in line for line in last.lines)
+                server.goes_on.set()
         downloads.join()
         assert (downloads.whole, downloads.cut) == (TIMES, [])
 
