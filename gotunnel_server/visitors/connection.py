@@ -217,6 +217,7 @@ class HttpConnection(Stepwise):
         self._handler.stall_timeout = 0
         if self._visitor.visit is None:
             self._begin_visit()
+        self._handler.describe_visit()
         self._handler.send_page(page, last=True)
         self._visitor.end_visit()
         return self._part()

@@ -155,8 +155,9 @@ class Handler(BaseHTTPRequestHandler):
             if self.visit is not None:
                 self.visit.received = len(self.raw_requestline)
                 self.visit.describe(
-                    request.method, request.hostname, request.path or request.authority,
-                    f"HTTP/1.{request.minor}", self.scheme, request.fields,
+                    request.method, request.hostname or self.sni or "",
+                    request.path or request.authority, f"HTTP/1.{request.minor}", self.scheme,
+                    request.fields,
                 )  # fmt: skip
         return request
 
@@ -164,6 +165,12 @@ class Handler(BaseHTTPRequestHandler):
         """The connection is closed, or a relay's. Without this, Handler and request would hold each
         other in a reference cycle, and with it the connection."""
         self.current = self._again = None
+
+    def describe_visit(self) -> None:
+        """Note what is known of a request whose head could not be read whole."""
+        if self.visit is not None and not self.visit.scheme:
+            self.visit.received = len(self._buffer)
+            self.visit.describe("", self.sni or "", "", "", self.scheme, NO_FIELDS)
 
     def keep(self, request: "Http1Request") -> None:
         """The next try is to have this request: a part of its body was read already."""

@@ -123,6 +123,9 @@ def test_pages_of_the_gateway_are_visits(cache, records, sni, data, status, erro
         visit = records.next()
     assert (visit.status, visit.error, visit.route) == (status, error, None)
     assert visit.sent > 100 and visit.first_byte <= visit.duration
+    assert visit.hostname and visit.received and visit.scheme
+    if status in (400, 431):
+        assert visit.hostname == GATEWAY_HOST
     if status == 400:
         assert (visit.method, visit.received) == ("GET", len(data))
 
@@ -141,6 +144,7 @@ def test_a_head_that_never_ends_is_a_visit(cache, records, monkeypatch):
             assert status_of(visitor.read_head()) == 408
             visit = records.next()
     assert (visit.status, visit.error, visit.visitor) == (408, "head-timeout", "127.0.0.1")
+    assert (visit.hostname, visit.received) == (GATEWAY_HOST, len(b"GET / HT"))
 
 
 def test_connections_that_ask_for_nothing_are_no_visits(gateway, records):
