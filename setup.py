@@ -17,14 +17,14 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 AGENT = [
+    # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
+    # of it (CVE-2024-53861).
+    "PyJWT>=2.4,!=2.10.0",
     # The first with wheels for Python 3.10.
     "PyYAML>=6.0",
 ]
 
 SERVER = [
-    # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
-    # of it (CVE-2024-53861).
-    "PyJWT>=2.4,!=2.10.0",
     # The first that knows not_valid_after_utc.
     "cryptography>=42.0.0",
     # The first that was made for Python 3.10, and the parser that we use is in its package.

@@ -1,9 +1,9 @@
 """The start of `python gotunnel_agent` and `gotunnel-agent`.
 
 It imports the agent, the visitor's helper (`forward`) or the command `service`, never two of them:
-ssh starts the helper for each of its connections, and importing YAML, which only the agent needs,
-takes longer than the helper itself needs until it dials; and an agent that runs needs nothing of
-`service`.
+ssh starts the helper for each of its connections, and importing YAML and JWT, which only the agent
+needs, takes longer than the helper itself needs until it dials; and an agent that runs needs
+nothing of `service`.
 """
 
 import os

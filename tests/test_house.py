@@ -21,7 +21,7 @@ NET, VISITORS, AGENTS, CERTS, ADMIN = (
 RULES = {
     "gotunnel": set(),
     COMMON: {"gotunnel", "yaml"},
-    "gotunnel_agent": {"gotunnel", COMMON, "yaml"},
+    "gotunnel_agent": {"gotunnel", COMMON, "jwt", "yaml"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
     VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack"},
