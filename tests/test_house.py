@@ -24,7 +24,7 @@ RULES = {
     "gotunnel_agent": {"gotunnel", COMMON, "jwt", "yaml"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
-    VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack"},
+    VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack", "hyperframe"},
     AGENTS: {"gotunnel", COMMON, NET, ROUTES, "jwt", "yaml"},
     CERTS: {
         "gotunnel", COMMON, NET, "acme", "cryptography", "josepy", "requests", "urllib3",

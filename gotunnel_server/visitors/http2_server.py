@@ -50,6 +50,8 @@ from .visit import Visit
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.http2_server")
+# The library's lines at debug level have each field with its value, secrets too.
+logging.getLogger("hpack").setLevel(logging.INFO)
 
 # Bytes of header lists of a connection's requests together, as http2_head.LIST_LIMIT counts. HPACK
 # makes such a list out of some bytes.

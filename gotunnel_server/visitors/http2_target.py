@@ -37,6 +37,7 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
+from hyperframe.frame import DataFrame
 
 from gotunnel import START_WINDOW, Deadline, Stream
 from gotunnel_agent.common import http1
@@ -97,6 +98,9 @@ _SETTINGS = {
 
 # Its lines at debug level have each field and its value, secrets too.
 logging.getLogger("hpack").setLevel(logging.INFO)
+# h2 has each frame that comes written out, for a log that it does not write: of DATA that takes
+# more time than all else.
+DataFrame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 class _H2(H2Connection):
@@ -201,8 +205,9 @@ class Http2Target:
 
     def _begin(self) -> None:
         """The state of a request that was not sent yet."""
-        self._pending: deque[bytes] = deque()  # pieces of the body that no window permits yet
+        self._pending: deque[memoryview] = deque()  # pieces of the body that no window permits yet
         self._body_complete = not self._request.has_body  # no more pieces will come
+        self._trailers: list[tuple[str, str]] = []  # of the request, once its body is complete
         self._sent_all = self._body_complete  # END_STREAM is queued
         self._output = bytearray()
         self._events: list[Event] = []  # of the answer, not read yet
@@ -238,15 +243,14 @@ class Http2Target:
         self._stream = stream
 
     def framed(self, pieces: list[bytes]) -> bytes:
+        self._take_pieces(pieces)
         with self._changed:
-            self._take_pieces(pieces)
             self._queue_body()
             data, self._output = bytes(self._output), bytearray()
         return data
 
     def send_body(self, pieces: list[bytes], timeout: float) -> None:
-        with self._changed:
-            self._take_pieces(pieces)
+        self._take_pieces(pieces)
         while True:
             with self._changed:
                 self._check_wanted()
@@ -259,8 +263,12 @@ class Http2Target:
                 raise TimeoutError(f"the target has granted nothing for {timeout:g} s")
 
     def _take_pieces(self, pieces: list[bytes]) -> None:
-        self._pending += pieces
-        self._body_complete = self._request.body_complete
+        complete = self._request.body_complete  # not under the lock: the visitor's side has its own
+        trailers = list(self._request.trailers) if complete else []
+        with self._changed:
+            self._pending += map(memoryview, pieces)  # cutting them copies nothing
+            self._body_complete = complete
+            self._trailers = [(name.lower(), value) for name, value in trailers]
 
     def _check_wanted(self) -> None:
         if self._broken or self._at_end or self._ended:
@@ -272,10 +280,7 @@ class Http2Target:
 
     def _queue_body(self) -> None:
         """Frame what the windows permit, QUANTUM at most. Caller holds the lock."""
-        h2, pending = self._h2, self._pending
-        trailers: list[tuple[str, str]] = []
-        if self._body_complete:
-            trailers = [(name.lower(), value) for name, value in self._request.trailers]
+        h2, pending, trailers = self._h2, self._pending, self._trailers
         try:
             while pending:
                 piece = pending[0]
@@ -288,7 +293,7 @@ class Http2Target:
                 else:
                     pending.popleft()
                 self._sent_all = self._body_complete and not (pending or trailers)
-                h2.send_data(self._id, piece, end_stream=self._sent_all)
+                h2.send_data(self._id, bytes(piece), end_stream=self._sent_all)
                 self._output += h2.data_to_send()
             if self._body_complete and not self._sent_all:
                 self._sent_all = True
@@ -510,6 +515,8 @@ class Http2Target:
                     self._h2.reset_stream(self._id, ErrorCodes.CANCEL)
             self._output += self._h2.data_to_send()
             data = b"" if self._sending else bytes(self._output)
+            self._broken = self._broken or ConnectionAbortedError("the request was given up")
+            self._changed.notify_all()
         with contextlib.suppress(OSError):  # the target does not get it: the end says the same
             self._stream.write(data, 0)
         self._stream.cut()

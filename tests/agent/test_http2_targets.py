@@ -173,7 +173,8 @@ def test_real_server_of_grpc_answers_a_visitor_with_http1(gateway, tmp_path):
             if call.method == "/a/Shout":
                 return grpc.unary_unary_rpc_method_handler(lambda message, _: message.upper())
 
-    server = grpc.server(futures.ThreadPoolExecutor(2), [Methods()])
+    pool = futures.ThreadPoolExecutor(2)
+    server = grpc.server(pool, [Methods()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     fields = ("Content-Type: application/grpc", "TE: trailers")
@@ -191,3 +192,4 @@ def test_real_server_of_grpc_answers_a_visitor_with_http1(gateway, tmp_path):
                 assert b"grpc-status: 12\r\n" in head and body == b""
     finally:
         server.stop(0).wait(TIMEOUT)
+        pool.shutdown()

@@ -200,6 +200,14 @@ def test_target_with_tls_is_asked_for_https_and_a_host_of_its_own():
     assert stream.fields()[1:3] == [(":scheme", "https"), (":authority", "intranet:8080")]
 
 
+def test_no_value_of_a_field_gets_into_the_log(caplog):
+    """The library hpack would write them at debug level."""
+    caplog.set_level("DEBUG")
+    served(Visitor("GET", "/", ("Cookie", "hidden")), settings() + head(("set-cookie", "hidden")),
+           data(b"", ends=True))  # fmt: skip
+    assert "hidden" not in caplog.text
+
+
 def test_settings_give_no_pushes_and_small_headers():
     stream = served(Visitor(), OK)
     payload = stream.frames(SETTINGS)[0][3]
@@ -533,6 +541,18 @@ def test_visitor_that_leaves_cancels_the_request():
     (error,) = ended()
     assert type(error).__name__ == "VisitorGone"
     assert stream.sent.endswith(reset(CANCEL)) and stream.events == ["cut"]
+
+
+def test_visitor_that_leaves_ends_the_upload_that_waits_for_a_window(caplog):
+    visitor = Visitor("POST", body=100_000)
+    visitor.body.put([bytes(100_000)])
+    stream = Stream(settings(), events=visitor.events)
+    ended = started(visitor, stream)
+    wait_until(lambda: len(stream.body()) == 65535)
+    visitor.left = True
+    (error,) = ended()
+    assert type(error).__name__ == "VisitorGone" and "bug" not in caplog.text
+    assert stream.events == ["cut"]
 
 
 @pytest.mark.parametrize("code", [0, CANCEL])
