@@ -26,7 +26,7 @@ BLOCK_LIMIT = 65_536
 MOST_CONTINUATIONS = 16
 
 # Token bucket of frames that cost work and carry nothing: SETTINGS, PING, PRIORITY, WINDOW_UPDATE,
-# empty DATA, unknown types. BURST at once, RATE a second in the long run. A frame with payload in
+# empty DATA, unknown types, and HEADERS that we refuse. BURST at once, RATE a second in the long run. A frame with payload in
 # either direction returns one token, since a visitor answers payload with WINDOW_UPDATE, and gRPC's
 # clients also with a PING. Beyond it the connection ends.
 IDLE_FRAMES_RATE, IDLE_FRAMES_BURST = 100, 1000
@@ -117,6 +117,7 @@ class Screen:
     """One connection's bytes. One thread at a time, but any thread may call note_sent()."""
 
     def __init__(self) -> None:
+        self.frames = 0  # that were whole
         self._preface = PREFACE  # the part that has not come yet
         self._first_frame = True  # the next one is the first
         self._held = b""  # an unfinished frame
@@ -130,6 +131,11 @@ class Screen:
     def in_message(self) -> bool:
         """Whether a part of a frame or header block has come: the rest must follow soon."""
         return bool(self._held or self._block or self._preface)
+
+    @property
+    def in_data(self) -> bool:
+        """Whether that is a DATA frame, which takes its time on a slow line."""
+        return self._held[3:4] == b"\0" and not (self._block or self._preface)
 
     def feed(self, data: bytes, now: float) -> Iterator[Frame]:
         """Take the next bytes; the frames that are whole. A caller that stops early, because a
@@ -154,6 +160,7 @@ class Screen:
             frame = self._pass(kind, flags, stream_id, data[at + HEADER_SIZE : behind], now)
             at = behind
             if frame is not None:
+                self.frames += 1
                 yield frame
         self._held = data[at:]
         paid = max(self._paid_at, now - PACE_BURST / PACE_RATE)
@@ -168,6 +175,10 @@ class Screen:
         if not self._resets.take(now):
             text = f"more than {RESETS_RATE} streams a second are reset, and {RESETS_BURST} at once"
             raise Fault(Code.ENHANCE_YOUR_CALM, text)
+
+    def count_refused(self, now: float) -> None:
+        """A stream was refused. Raises Fault."""
+        self._count_idle(now)
 
     def note_sent(self, size: int) -> None:
         """A DATA frame of ``size`` bytes was sent."""

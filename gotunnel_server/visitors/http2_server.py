@@ -94,7 +94,7 @@ class Http2Connection:
         self._screen = Screen()
         self._new: list[Http2Request] = []  # requests that have come in this turn
         self._malformed: list[Visit] = []  # records of those that were reset in this turn
-        # Since when a part of a frame is here: the rest must follow within the header timeout
+        # Since when a part of a frame is here, whose rest must follow in time
         self._incomplete_since: float | None = self._idle_since
         self._parting: tuple[float, float] | None = None  # when to close: in any case, if silent
         self._parts_slowly = False  # it has a place in port.parting
@@ -153,6 +153,7 @@ class Http2Connection:
             return None
 
     def _take(self, data: bytes, now: float) -> None:
+        frames = self._screen.frames
         try:
             with self.lock:
                 try:
@@ -169,7 +170,7 @@ class Http2Connection:
                 self._begin(request)
         if not self._screen.in_message:
             self._incomplete_since = None
-        elif self._incomplete_since is None:
+        elif self._incomplete_since is None or frames != self._screen.frames:
             self._incomplete_since = now
 
     def _receive(self, frame: Frame, now: float) -> None:
@@ -221,8 +222,7 @@ class Http2Connection:
         # room for more requests (CVE-2023-44487).
         if self._leaving or len(self._requests) >= MOST_STREAMS or self._heads + size > HEADS_LIMIT:
             self._frames.reset(came.stream_id, Code.REFUSED_STREAM)
-            if not self._leaving:
-                self._screen.count_reset(now)
+            self._screen.count_refused(now)
             return
         ended = bool(frame.flags & END_STREAM)
         visits, visit = self.port.visits, None
@@ -385,8 +385,10 @@ class Http2Connection:
                 self._end("closed")
                 return False
             return True
-        since = self._incomplete_since
-        if since is not None and now - since >= self.timeouts.header:
+        since, most = self._incomplete_since, self.timeouts.header
+        if self._screen.in_data:
+            most = self.timeouts.idle
+        if since is not None and now - since >= most:
             self.visitor.why_dropped = SLOW if self.visitor.has_spoken else SILENT
             return self._refuse(Fault(Code.NO_ERROR, "a frame is incomplete"), now) is not None
         if self._requests or now - self._idle_since < self.timeouts.idle:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 
 import pytest
 from http2_by_hand import (
@@ -467,6 +468,18 @@ def test_slow_preface_is_not_waited_for(cache, tmp_path, origin, quick_sweeps):
         with dial_tls(gateway.public_port, APP, context_for(gateway)) as wire:
             wire.send(b"PRI * HT")
             assert wire.read_to_end()  # SETTINGS, GOAWAY, then the end
+
+
+def test_long_upload_is_no_unfinished_frame(cache, tmp_path, origin, quick_sweeps):
+    origin.serve(echo)
+    with served(cache, tmp_path, origin, HEADER_TIMEOUT="0.3") as gateway:
+        with http2_visitor(gateway) as visitor:
+            visitor.ask(1, method="PUT", end=False)
+            body = frame(DATA, 0, 1, b"x" * 1000) * 20 + frame(DATA, END_STREAM, 1, b"y")
+            for at in range(0, len(body), 900):  # each piece ends in the middle of a frame
+                visitor.send(body[at : at + 900])
+                time.sleep(0.04)
+            assert visitor.answer(1)[2] == b"PUT / " + b"x" * 20_000 + b"y"
 
 
 def test_visit_waits_for_its_agent_with_its_body(tmp_path, origin):
