@@ -26,9 +26,9 @@ BLOCK_LIMIT = 65_536
 MOST_CONTINUATIONS = 16
 
 # Token bucket of frames that cost work and carry nothing: SETTINGS, PING, PRIORITY, WINDOW_UPDATE,
-# empty DATA, unknown types, and HEADERS that we refuse. BURST at once, RATE a second in the long run. A frame with payload in
-# either direction returns one token, since a visitor answers payload with WINDOW_UPDATE, and gRPC's
-# clients also with a PING. Beyond it the connection ends.
+# empty DATA, unknown types, and HEADERS that we refuse. BURST at once, RATE a second in the long
+# run. A frame with payload in either direction returns one token, since a visitor answers payload
+# with WINDOW_UPDATE, and gRPC's clients also with a PING. Beyond it the connection ends.
 IDLE_FRAMES_RATE, IDLE_FRAMES_BURST = 100, 1000
 # A frame that we send returns its token from so many bytes on: otherwise a visitor that opens its
 # window by one byte at a time would have each WINDOW_UPDATE paid for by the byte that it got.
