@@ -312,7 +312,7 @@ def need_all(*programs):
 
 
 SHOWN = ("http", "tcp", "memory")  # the rows of one run, in CI
-DIRECT_TOO = {"http", "visitors", "download", "upload", "beside", "tcp", "scp"}
+DIRECT_TOO = {"http", "http2", "visitors", "download", "upload", "beside", "tcp", "scp"}
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def main(arguments):
                 need(program)
         if options.markdown:
             put(options.markdown, None)
-        python = bootstrap.prepare("server")
+        python = bootstrap.prepare("http2")
         if rows:
             show(python, rows, options, kept)
         if not options.row or YAMUX in options.row:

@@ -22,6 +22,8 @@ from demo import LOOPBACK, Failed
 
 VISITORS = (1, 32, 128)
 NEW_VISITORS = 16  # at once
+HTTP2_LOADS = (1, 32), (32, 1)  # connections, and requests at once on each
+CURL_TIMED_OUT = 28  # its status when --max-time is over, as it should be
 DOWNLOADS = 4  # at once
 ROUND_TRIPS = (50, 200)  # ms
 WARM_UP = 1  # seconds of load for each subject before the first round
@@ -53,10 +55,10 @@ LOOK_AGAIN = 0.05  # seconds between two looks at what processes that end by the
 class Rows:
     """Measures. Every row is a method of its name, in the order of NAMES."""
 
-    NAMES = ("http", "visitors", "download", "upload", "beside", "tcp", "far", "memory", "cpu",
-             "scp")  # fmt: skip
+    NAMES = ("http", "http2", "visitors", "download", "upload", "beside", "tcp", "far", "memory",
+             "cpu", "scp")  # fmt: skip
     NEEDS = {
-        "http": ["wrk"], "visitors": ["wrk"], "upload": ["curl"], "tcp": ["wrk", "curl"],
+        "http": ["wrk"], "http2": ["h2load", "curl"], "visitors": ["wrk"], "upload": ["curl"], "tcp": ["wrk", "curl"],
         "cpu": ["wrk"], "scp": ["scp", "ssh-keygen", "sshd"],
     }  # fmt: skip
 
@@ -95,6 +97,21 @@ class Rows:
             measured |= {f"requests/s, {who}": rate, f"p99, {who}, ms": late}
             units = rate * self._whole / 1e6
             measured |= cost(running, before, units, f"CPU a request, {who}", "µs")
+        return measured
+
+    def http2(self, _subject, running):
+        measured = {}
+        for connections, streams in HTTP2_LOADS:
+            what = f"{connections} connections with {streams} streams"
+            before = running.cpu_seconds()
+            rate = self._h2load(running.port, connections, streams)
+            if rate is None:
+                return {}  # it does not speak HTTP/2
+            measured[f"HTTP/2: requests/s, {what}"] = rate
+            units = rate * self._whole / 1e6
+            measured |= cost(running, before, units, f"HTTP/2: CPU a request, {what}", "µs")
+        measured["HTTP/2: one download, MB/s"] = self._curl_download(running.port, "--http2")
+        measured["HTTP/1.1: one download, MB/s"] = self._curl_download(running.port, "--http1.1")
         return measured
 
     def visitors(self, _subject, running):
@@ -257,6 +274,32 @@ class Rows:
                 "short for this machine")  # fmt: skip
         return rate, late
 
+    def _h2load(self, port, connections, streams):
+        """Load by HTTP/2 for a while; return requests/s, None if it is not spoken."""
+        command = [
+            need("h2load"), "-t1", f"-c{connections}", f"-m{streams}", f"-D{self._whole}",
+            f"https://{HOSTNAME}:{port}/small",
+        ]  # fmt: skip
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if "Application protocol: h2\n" not in text:
+            return None
+        if wrong := re.search(r"\d+ failed", text):
+            if wrong[0] != "0 failed":
+                say(f"    h2load at port {port}: {wrong[0]}")
+        return float(re.search(r"finished in .*, ([0-9.]+) req/s", text)[1])
+
+    def _curl_download(self, port, version):
+        """Load the large file for a while; return MB/s."""
+        command = [
+            need("curl"), "-sS", "-k", version, "-o", os.devnull, "--max-time", str(self._seconds),
+            "--connect-to", f"::{LOOPBACK}:", "-w", "%{speed_download}",
+            f"https://{HOSTNAME}:{port}/large",
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if done.returncode not in (0, CURL_TIMED_OUT):
+            raise Failed(f"the download from port {port} failed: curl: {done.returncode}")
+        return float(done.stdout) / 1e6
+
     def _visitor(self, kind, port, hostname, amount):
         """A process of bench_visitor.py."""
         script = os.path.join(bootstrap.ROOT, "tools", "bench_visitor.py")
@@ -275,7 +318,7 @@ class Rows:
     def _curl_upload(self, port, hostname):
         """Send the file for uploads; return MB/s."""
         command = [
-            need("curl"), "-sSf", "-k", "-o", os.devnull, "--connect-to", f"::{LOOPBACK}:",
+            need("curl"), "-sSf", "-k", "--http1.1", "-o", os.devnull, "--connect-to", f"::{LOOPBACK}:",
             "-T", self._upload, "-H", "Expect:", f"https://{hostname}:{port}/put/up",
         ]  # fmt: skip
         began = time.monotonic()

@@ -44,7 +44,7 @@ print(platform.python_version() + "t" * bool(sysconfig.get_config_var("Py_GIL_DI
 """
 PREPARE = """
 import bootstrap
-bootstrap.tool(lambda words: print(bootstrap.prepare("server")))
+bootstrap.tool(lambda words: print(bootstrap.prepare("http2")))
 """
 ABOUT = """
 import ssl, sys
@@ -62,7 +62,7 @@ http {{
     fastcgi_temp_path {folder}/unused; uwsgi_temp_path {folder}/unused;
     scgi_temp_path {folder}/unused;
     server {{
-        listen 127.0.0.1:{plain} backlog=4096; listen 127.0.0.1:{tls} ssl backlog=4096;
+        listen 127.0.0.1:{plain} backlog=4096; listen 127.0.0.1:{tls} ssl http2 backlog=4096;
         ssl_certificate {certificate}; ssl_certificate_key {key};
         ssl_protocols TLSv1.3;  # as ours and the peers; a resumed session of 1.2 costs far less
         root {folder}/www;

@@ -31,6 +31,7 @@ OLDEST_PYTHON = (3, 10)
 # The lists in setup.py that each tool needs.
 NEEDS = {
     "server": ("AGENT", "SERVER"),
+    "http2": ("AGENT", "SERVER", "HTTP2"),
     "test": ("AGENT", "SERVER", "HTTP2", "TEST"),
     "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
 }
