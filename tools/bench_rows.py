@@ -22,7 +22,8 @@ from demo import LOOPBACK, Failed
 
 VISITORS = (1, 32, 128)
 NEW_VISITORS = 16  # at once
-HTTP2_LOADS = (1, 32), (32, 1)  # connections, and requests at once on each
+# Connections, and requests at once on each.
+HTTP2_LOADS = {"1 visitor with 32 at once": (1, 32), "32 visitors": (32, 1)}
 CURL_TIMED_OUT = 28  # its status when --max-time is over, as it should be
 DOWNLOADS = 4  # at once
 ROUND_TRIPS = (50, 200)  # ms
@@ -101,8 +102,7 @@ class Rows:
 
     def http2(self, _subject, running):
         measured = {}
-        for connections, streams in HTTP2_LOADS:
-            what = f"{connections} connections with {streams} streams"
+        for what, (connections, streams) in HTTP2_LOADS.items():
             before = running.cpu_seconds()
             rate = self._h2load(running.port, connections, streams)
             if rate is None:
