@@ -15,6 +15,7 @@ from collections import defaultdict
 
 import pytest
 from fake_ca import FakeCa, Proofs
+from http2_by_hand import DATA, END_STREAM, frame, http2_visitor
 from support import (
     APP,
     RAW,
@@ -131,7 +132,7 @@ def test_the_table_has_no_cycle():
 
 
 def serve_one(wire):
-    wire.read_head()
+    wire.read_message()
     wire.send(answer())
 
 
@@ -166,6 +167,13 @@ def use_a_gateway(tmp_path):
             with gateway.dial(RAW) as visitor:
                 visitor.send(request())
                 assert visitor.read_message()[1] == b"ok"
+            with http2_visitor(gateway) as visitor:
+                visitor.ask(1, method="PUT", end=False)
+                for piece in range(4):  # as much as makes a window grow
+                    last = END_STREAM if piece == 3 else 0
+                    visitor.send(frame(DATA, last, 1, b"x" * 16_000))
+                assert visitor.answer(1)[2] == b"ok"
+                visitor.wire.reset()
 
 
 def documented_threads():

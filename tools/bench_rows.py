@@ -59,8 +59,8 @@ class Rows:
     NAMES = ("http", "http2", "visitors", "download", "upload", "beside", "tcp", "far", "memory",
              "cpu", "scp")  # fmt: skip
     NEEDS = {
-        "http": ["wrk"], "http2": ["h2load", "curl"], "visitors": ["wrk"], "upload": ["curl"], "tcp": ["wrk", "curl"],
-        "cpu": ["wrk"], "scp": ["scp", "ssh-keygen", "sshd"],
+        "http": ["wrk"], "http2": ["h2load", "curl"], "visitors": ["wrk"], "upload": ["curl"],
+        "tcp": ["wrk", "curl"], "cpu": ["wrk"], "scp": ["scp", "ssh-keygen", "sshd"],
     }  # fmt: skip
 
     def __init__(self, site, seconds):
@@ -318,8 +318,9 @@ class Rows:
     def _curl_upload(self, port, hostname):
         """Send the file for uploads; return MB/s."""
         command = [
-            need("curl"), "-sSf", "-k", "--http1.1", "-o", os.devnull, "--connect-to", f"::{LOOPBACK}:",
-            "-T", self._upload, "-H", "Expect:", f"https://{hostname}:{port}/put/up",
+            need("curl"), "-sSf", "-k", "--http1.1", "-o", os.devnull, "-T", self._upload,
+            "--connect-to", f"::{LOOPBACK}:", "-H", "Expect:",
+            f"https://{hostname}:{port}/put/up",
         ]  # fmt: skip
         began = time.monotonic()
         if status := subprocess.run(command).returncode:

@@ -62,7 +62,8 @@ http {{
     fastcgi_temp_path {folder}/unused; uwsgi_temp_path {folder}/unused;
     scgi_temp_path {folder}/unused;
     server {{
-        listen 127.0.0.1:{plain} backlog=4096; listen 127.0.0.1:{tls} ssl http2 backlog=4096;
+        listen 127.0.0.1:{plain} backlog=4096;
+        listen 127.0.0.1:{tls} ssl http2 backlog=4096;
         ssl_certificate {certificate}; ssl_certificate_key {key};
         ssl_protocols TLSv1.3;  # as ours and the peers; a resumed session of 1.2 costs far less
         root {folder}/www;

@@ -470,6 +470,15 @@ def test_slow_preface_is_not_waited_for(cache, tmp_path, origin, quick_sweeps):
             assert wire.read_to_end()  # SETTINGS, GOAWAY, then the end
 
 
+def test_body_that_never_comes_is_a_408(cache, tmp_path, origin):
+    with served(cache, tmp_path, origin, IDLE_TIMEOUT="0.4") as gateway:
+        with http2_visitor(gateway) as visitor:
+            visitor.ask(1, method="PUT", end=False)
+            status, fields, _ = visitor.answer(1)
+            assert (status, fields["x-gotunnel-error"]) == (408, "body-timeout")
+            assert visitor.reset(1) == "NO_ERROR"
+
+
 def test_long_upload_is_no_unfinished_frame(cache, tmp_path, origin, quick_sweeps):
     origin.serve(echo)
     with served(cache, tmp_path, origin, HEADER_TIMEOUT="0.3") as gateway:
