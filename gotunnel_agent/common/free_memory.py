@@ -20,6 +20,9 @@ log = logging.getLogger("gotunnel.free_memory")
 # A rush is over when the load has fallen by so much since its peak, and to half of it or less. 50
 # connections with TLS take a megabyte or two.
 FALL = 50
+# So many looks later, memory is given back once more: what the last visits and threads of a rush
+# have left. A thread that is not needed ends within a minute.
+ONCE_MORE = 40
 
 
 def _trim_function() -> Callable[[int], object] | None:
@@ -39,14 +42,20 @@ class FreeMemory:
         """The load are the process' threads, and its ``connections()`` that may have none."""
         self._connections = connections
         self._peak = 0
+        self._until_more = 0  # looks until memory is given back once more; 0: it will not be
         self._trim = _trim_function()
 
     def look(self, asked: bool = False) -> bool:
         """Give memory back if a rush is over. Returns whether that was so."""
         load = threading.active_count() + self._connections()
         self._peak = max(self._peak, load)
-        if load > self._peak - FALL or load > self._peak / 2:
+        if load <= self._peak - FALL and load <= self._peak / 2:
+            self._until_more = ONCE_MORE
+        elif self._until_more != 1:
+            self._until_more = max(0, self._until_more - 1)
             return False
+        else:
+            self._until_more = 0
         log.debug("a rush is over: %d threads and connections, from %d; its memory goes back to "
                   "the system", load, self._peak)  # fmt: skip
         self._peak = load

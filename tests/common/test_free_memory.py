@@ -26,6 +26,14 @@ def test_a_rush_is_over_when_the_load_has_fallen_far(loads, given_back):
     assert [memory.look() for _ in loads] == given_back
 
 
+def test_what_the_end_of_a_rush_has_left_is_given_back_later(monkeypatch):
+    monkeypatch.setattr(free_memory, "ONCE_MORE", 3)
+    loads = iter([1000, 40, 10, 10, 10, 10, 10, 10])
+    memory = FreeMemory(lambda: next(loads))
+    memory._trim = lambda pad: None
+    assert [memory.look() for _ in range(8)] == [False, True, False, False, True, *[False] * 3]
+
+
 def test_without_glibc_nothing_is_called(monkeypatch):
     monkeypatch.setattr(free_memory.sys, "platform", "win32")
     loads = iter([FALL, 0])
