@@ -429,6 +429,15 @@ class Duplex:
             timeout = self.wait_readable(timeout)
         return data
 
+    def drop(self) -> int | None:
+        """Throw away what has come, without decrypting it: a number of bytes, 0 at the end, None if
+        nothing has come. From now on only the end of the connection can be read."""
+        if self._at_end or self._tls_at_end:
+            return 0
+        self._unread, self._tls_holds = b"", False
+        data = self._receive_plain(READ_SIZE)
+        return None if data is None else len(data)
+
     def unread(self, data: bytes) -> None:
         """Give bytes back: receive() returns them first. Reader only."""
         self._unread = data + self._unread

@@ -200,9 +200,12 @@ class Arrival(Introduction):
         if self._route is not None:
             return self._relay(self._route)
         self._receive()
-        self._visitor.refuse_introduction(self._buffer)
         found = sniff.recognise(self._buffer)
-        if found is not None and not proxy_protocol.may_begin(self._buffer):
+        if found is None or found.kind != sniff.TLS:  # no PROXY header begins as TLS does
+            self._visitor.refuse_introduction(self._buffer)
+            if proxy_protocol.may_begin(self._buffer):
+                found = None
+        if found is not None:
             entered = self._enter(*found)
             if entered is not None:
                 return entered

@@ -111,7 +111,9 @@ class HttpConnection(Stepwise):
         try:
             if not handler.head_came():
                 if self._state is State.NEW:
-                    self.duplex.flush()  # TLS's session ticket: there is no answer yet to go with
+                    # TLS's session ticket: there is no answer yet to go with. A visitor's kernel
+                    # may hold the request back until it gets a packet of ours (Nagle's algorithm).
+                    self.duplex.flush()
                 if handler.in_head and self._state is not State.HEAD:
                     self._note_first_byte()
                 return self._wait(timeouts.idle if self._state is State.IDLE else timeouts.header)
@@ -247,14 +249,15 @@ class HttpConnection(Stepwise):
         return False
 
     def _drop(self) -> bool:
-        # One read a step, so that a visitor that never stops sending does not keep a thread.
-        data = self.duplex.receive()
-        if data == b"":
+        # One read a step, so that a visitor that never stops sending does not keep a thread; two at
+        # first, for TLS's close_notify and the end right behind it.
+        came = self.duplex.drop()
+        if came == 0 or (came and self.brief and self.duplex.drop() == 0):
             self.close()
             return False
         self.duplex.flush()
         now = monotonic()
-        if data:
+        if came:
             self.brief = False  # there may be much more
             self._silent_at = now + PARTING_TIMEOUT
         self._visitor.listener.park(self, min(self._part_by, self._silent_at) - now)

@@ -99,19 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         self._response_timeout = response_timeout
         self._buffer = b""  # the beginning of a head
         self._again: Http1Request | None = None  # its tunnel did not get it: see unread_body()
-        # The base class only stores these; setup() below is all that it does with them.
-        super().__init__(duplex, address, None)  # type: ignore[arg-type]
-
-    # Called by the base's __init__(), which by itself would serve the whole connection.
-
-    def setup(self) -> None:
-        self.connection = self.request
-
-    def handle(self) -> None:
-        """Nothing: the visitor's first bytes come later, see head_came()."""
-
-    def finish(self) -> None:
-        """Nothing: the owner of the connection closes it."""
+        # As the base's __init__(), which would also serve the whole connection.
+        self.request = self.connection = duplex
+        self.client_address = address
 
     # Requests
 

@@ -308,6 +308,26 @@ def test_read_never_gives_more_than_asked():
         assert right.read(4, PATIENCE) == b"89"
 
 
+def test_what_is_dropped_is_not_read_but_its_end_is(duplexes):
+    left, right = duplexes
+    right.write(b"0123456789")
+    assert left.read(4, PATIENCE) == b"0123"
+    right.write(b"more")
+    left.wait_readable(PATIENCE)
+    assert left.drop() and not left.pending
+    right.finish(PATIENCE)
+    while (came := left.drop()) != 0:
+        if came is None:
+            left.wait_readable(PATIENCE)
+
+
+def test_an_end_that_was_read_before_is_an_end_when_the_rest_is_dropped(duplexes):
+    left, right = duplexes
+    right.finish(PATIENCE)
+    assert left.read(timeout=PATIENCE) == b""
+    assert left.drop() == 0
+
+
 def test_close_is_an_end_for_the_peer(duplexes):
     left, right = duplexes
     left.write(b"last words")
