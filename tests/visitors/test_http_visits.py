@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import random
+import select
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from support import (
     GATEWAY_HOST,
     MIB,
     RAW,
+    TIMEOUT,
     Wire,
     agent_here,
     answer,
@@ -129,6 +131,13 @@ def test_large_answer_arrives_whole(gateway, origin):
     with gateway.visitor(APP) as visitor:
         visitor.request("GET", "/")
         assert digest(visitor.getresponse().read()) == digest(body)
+
+
+def test_a_session_ticket_does_not_wait_for_the_request(gateway):
+    """The visitor's kernel may hold its request back until it has a packet of ours (Nagle)."""
+    with gateway.dial(APP) as visitor:
+        wait = TIMEOUT / 4  # less than HEADER_TIMEOUT, when the ticket leaves with a page
+        assert select.select([visitor.sock], [], [], wait)[0]
 
 
 @pytest.mark.parametrize(
