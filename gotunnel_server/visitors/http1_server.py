@@ -393,8 +393,10 @@ class Http1Request:
         self._send(pieces, self._handler.close_connection)
 
     def _send(self, parts: Iterable[bytes], last: bool = False) -> None:
-        data = b"".join((self._waiting, *parts))
-        self._waiting = b""
+        if self._waiting:
+            parts = (self._waiting, *parts)
+            self._waiting = b""
+        data = b"".join(parts)  # no copy if it is a list of one piece: bulk
         if data:
             self._handler.write(data, last)
 
