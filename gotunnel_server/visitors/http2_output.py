@@ -73,7 +73,8 @@ class Output:
     ):
         """``wake_reader()``: have the reader's thread look at the connection. ``note_sent(size)``:
         a DATA frame was sent."""
-        self.over: str | None = None  # why nothing can be sent any more
+        self.over: str | None = None  # why no sender may go on
+        self.broken = False  # nothing can be written any more
         self.wants_to_write = (
             False  # the kernel has not taken all of it; the reader's thread flushes
         )
@@ -174,6 +175,7 @@ class Output:
             if self._out and not self._writing:
                 self._write()
                 continue
+            self.wake_next()
             began = monotonic()
             sender.waits_for = size
             self._waiting.add(sender)
@@ -225,6 +227,8 @@ class Output:
         if failure is not None:
             self._break(failure)
             raise failure
+        if self.over is not None and not self._out:
+            self._wake_reader()  # it waits for that to close the connection
 
     def _spend(self, seconds: float, taken: int) -> None:
         if self._patience is None:
@@ -270,7 +274,7 @@ class Output:
         """Write the output as far as the kernel takes it at once. Without the lock."""
         with self._lock:
             # What the kernel did not take is kept by the Duplex, which has no bound: no more then.
-            while self._out and not (self._writing or self.wants_to_write or self.over):
+            while self._out and not (self._writing or self.wants_to_write or self.broken):
                 data = self._take()
                 failure: OSError | None = None
                 done = True
@@ -306,8 +310,9 @@ class Output:
         """Caller holds the lock."""
         if isinstance(error, TimeoutError):
             log.info("an HTTP/2 connection is reset, its visitor read %s", error)
-        if self.over is None:
-            self.over = str(error) or "broken"
+        self.over = self.over or str(error) or "broken"
+        if not self.broken:
+            self.broken = True
             self._duplex.reset()
             self._wake_reader()
         for sender in self._waiting:

@@ -116,6 +116,7 @@ class Http2Request:
         self.came = bytearray()  # payload that was not read yet
         self.came_flow = 0  # ... as flow control counts it, with padding
         self.ended = ended  # the visitor has sent END_STREAM
+        self._unwanted = False  # see stop_reading()
         self.reset: str | None = None  # why the stream is over before its end
         self._received = 0  # payload bytes of the body so far
         self._read_whole = ended and (not self.has_body or self.body_length == 0)
@@ -315,7 +316,7 @@ class Http2Request:
         until = None if timeout is None else monotonic() + timeout
         connection = self._connection
         with connection.lock:
-            while not self.came and not self.ended:
+            while not (self.came or self.ended or self._unwanted):
                 if self.reset is not None:
                     raise VisitorGone(self.reset)
                 left = None if until is None else until - monotonic()
@@ -436,7 +437,7 @@ class Http2Request:
     def stop_reading(self) -> None:
         """Make read() return what has come, and then b""."""
         with self._connection.lock:
-            self.ended = True
+            self._unwanted = True
             self.changed.notify_all()
 
     def leave(self) -> None:

@@ -127,8 +127,8 @@ class Http2Connection:
     def turn(self, now: float) -> float | None:
         """As Reader's Connection.turn()."""
         try:
-            if self.output.over is not None and self._parting is None:
-                self._end(self.output.over)
+            if self.output.broken:
+                self._end(self.output.over or "broken")
                 return None
             if self.output.wants_to_write:
                 self.output.flush_kernel()
@@ -139,7 +139,8 @@ class Http2Connection:
             if self._parting is not None:
                 if data:
                     self._parting = self._parting[0], now + PARTING_TIMEOUT
-                return 0.0
+                self.output.flush()
+                return self._half_close()
             if data:
                 self.visitor.has_spoken = True
                 self._take(data, now)
@@ -411,15 +412,22 @@ class Http2Connection:
         which can destroy our GOAWAY on its way."""
         with self.lock:
             self._give_up("closed")
+        self._parts_slowly = self.port.parting.enter(self.address[0])
+        most = PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME
+        self._parting = now + most, now + min(silence, most)
+        return self._half_close()
+
+    def _half_close(self) -> float | None:
+        """Half-close once all is written; another thread may be writing still."""
+        with self.lock:
+            if not self.output.is_empty:
+                return 0.0
         try:
             with contextlib.suppress(TimeoutError):  # the visitor is not reading; a turn flushes
                 self.duplex.finish(timeout=0)
         except OSError:
             self._end("broken")
             return None
-        self._parts_slowly = self.port.parting.enter(self.address[0])
-        most = PARTING_TIME if self._parts_slowly else FULL_PARTING_TIME
-        self._parting = now + most, now + min(silence, most)
         return 0.0
 
     def _give_up(self, why: str) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 
@@ -46,9 +47,11 @@ from gotunnel_server import config as server_config
 from gotunnel_server.net import listener as listener_module
 from gotunnel_server.variables import ConfigError
 from gotunnel_server.visitors import http2 as http2_door
-from gotunnel_server.visitors import http2_output, http2_reader, http2_windows
+from gotunnel_server.visitors import http2_output, http2_reader, http2_windows, relays
 from gotunnel_server.visitors.http2_frames import START_WINDOW
 from gotunnel_server.visitors.http2_windows import Growth, Window
+
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 
 
 @pytest.fixture
@@ -381,7 +384,7 @@ def test_websocket_over_a_stream(gateway, origin):
             fields = dict(line.split(": ", 1) for line in asked.decode().split("\r\n")[1:-2])
             fields = {name.lower(): value for name, value in fields.items()}
             assert (fields["upgrade"], fields["connection"]) == ("websocket", "Upgrade")
-            key = fields["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            key = fields["sec-websocket-key"] + GUID
             accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
             target.send(
                 b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -398,6 +401,52 @@ def test_websocket_over_a_stream(gateway, origin):
             visitor.send(frame(DATA, END_STREAM, 1))  # a half-close
             assert target.read() == b""
         assert visitor.wait_for(DATA, RST_STREAM)[0] == DATA  # END_STREAM
+        wait_until(lambda: not streams_of(gateway))
+
+
+def connections_of(gateway):
+    return list(gateway.inner._visitors.http2.reader._known)
+
+
+def streams_of(gateway):
+    """The streams that are open, as the rules of the connections have them."""
+    return [id for connection in connections_of(gateway) for id in connection._frames._streams]
+
+
+@pytest.mark.parametrize("half_close", [True, False])
+def test_websocket_that_its_target_ends_is_over(gateway, origin, monkeypatch, half_close):
+    """Also if its agent cannot half-close, and its visitor says nothing more."""
+    monkeypatch.setattr(relays, "LAST_BYTES_TIMEOUT", 0.1)
+    (tunnel,) = gateway.inner.tunnels.registered()
+    monkeypatch.setattr(tunnel, "upgrades", half_close)
+    with http2_visitor(gateway) as visitor:
+        block = head((":protocol", "websocket"), method="CONNECT")
+        visitor.send(visitor.headers(1, block, end=False))
+        with origin.accept() as target:
+            asked = target.read_head().decode()
+            key = re.search("(?i)sec-websocket-key: (.*)\r", asked)[1] + GUID
+            accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+            target.send(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
+                b"Connection: Upgrade\r\nSec-WebSocket-Accept: %b\r\n\r\nlast" % accept.encode()
+            )
+        assert visitor.wait_for(DATA)[3] == b"last"
+        if half_close:
+            visitor.send(frame(DATA, END_STREAM, 1))
+        wait_until(lambda: not streams_of(gateway))
+
+
+def test_fault_beside_a_download_that_waits_for_its_visitor_ends_by_a_goodbye(gateway, origin):
+    """The thread that writes is not disturbed, and GOAWAY comes behind what it writes."""
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"x" * 40 * MIB))))
+    with http2_visitor(gateway, first=settings(s4=2**30)) as visitor:
+        visitor.grant()
+        visitor.ask(1)
+        visitor.wait_for(DATA)
+        wait_until(lambda: any(c.duplex._writer_waits for c in connections_of(gateway)))
+        visitor.send(frame(PING, 0, 1, b"12345678"))
+        assert visitor.goodbye() == (1, "PROTOCOL_ERROR")
+        assert visitor.wire.read() == b""
 
 
 def _settings_of(payload):
@@ -635,8 +684,7 @@ def test_more_urgent_answer_goes_first(gateway, origin):
 
 
 def _waiting(gateway):
-    reader = gateway.inner._visitors.http2.reader
-    return sum(len(connection.output._waiting) for connection in list(reader._known))
+    return sum(len(connection.output._waiting) for connection in connections_of(gateway))
 
 
 def test_window_that_opens_later_lets_the_answer_go_on(gateway, origin):
