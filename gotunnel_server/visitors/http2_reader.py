@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from time import monotonic
+from time import monotonic, sleep
 from typing import Protocol
 
 from gotunnel import Waker, spawn
@@ -126,7 +126,7 @@ class Reader:
                 self._round()
             except Exception:
                 log.exception("an unexpected error (bug, traceback follows); HTTP/2 goes on")
-                threading.Event().wait(PAUSE)
+                sleep(PAUSE)
         for connection in list(self._known):
             self._forget(connection)
             connection.break_off()

@@ -1,8 +1,8 @@
 """The interface of a visitor's request, the same for every protocol that visitors speak.
 
 sites.py reads the attributes, and decides what the request gets. exchange.py calls the methods: it
-reads the body and sends the answer. `http1_server.Http1Request` implements it for HTTP/1.1; tests
-use plain objects.
+reads the body and sends the answer. `http1_server.Http1Request` implements it for HTTP/1.1,
+`http2_request.Http2Request` for HTTP/2; tests use plain objects.
 """
 
 from collections.abc import Iterable
