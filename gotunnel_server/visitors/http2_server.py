@@ -14,7 +14,6 @@ visitor down. Windows start small and double while the exchange keeps up.
 **Sending.** http2_output.py says how threads take turns.
 """
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -423,8 +422,9 @@ class Http2Connection:
             if not self.output.is_empty:
                 return 0.0
         try:
-            with contextlib.suppress(TimeoutError):  # the visitor is not reading; a turn flushes
-                self.duplex.finish(timeout=0)
+            self.duplex.finish(timeout=0)
+        except TimeoutError:
+            self.output.wants_to_write = True  # the visitor is not reading; a later turn flushes
         except OSError:
             self._end("broken")
             return None
