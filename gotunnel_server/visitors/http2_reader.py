@@ -67,10 +67,12 @@ class Connection(Protocol):
 class Reader:
     """The thread, and the connections that it reads. Any thread may call the public methods."""
 
+    # Made together with the thread: a gateway that is never started, or that no visitor asks for
+    # HTTP/2, needs no descriptors for it.
+    _selector: selectors.BaseSelector
+    _waker: Waker
+
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._waker = Waker()
-        self._selector.register(self._waker, selectors.EVENT_READ)
         self._calls: deque[Callable[[], object]] = deque()  # for the thread; appended by others
         self._lock = threading.Lock()  # guards _thread and _over
         self._thread: threading.Thread | None = None  # started with the first connection
@@ -90,8 +92,22 @@ class Reader:
             if self._over:
                 raise ConnectionAbortedError("the gateway stops")
             if self._thread is None:
-                self._thread = spawn("http2 reader", self._run)
+                self._start()
         self._call(partial(self._take_in, connection))
+
+    def _start(self) -> None:
+        """Caller holds the lock. Raises NoThread."""
+        self._selector, self._waker = selectors.DefaultSelector(), Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        try:
+            self._thread = spawn("http2 reader", self._run)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        self._selector.close()
+        self._waker.close()
 
     def wake(self, connection: Connection) -> None:
         """Give a connection a turn: it has something to write, or to end."""
@@ -106,17 +122,16 @@ class Reader:
         with self._lock:
             self._over = True
             thread = self._thread
-        self._waker.wake()
         if thread is not None:
+            self._waker.wake()
             thread.join(timeout)
-            if thread.is_alive():
-                return
-        self._selector.close()
-        self._waker.close()
+            if not thread.is_alive():
+                self._close()
 
     def _call(self, function: Callable[[], object]) -> None:
         self._calls.append(function)
-        self._waker.wake()
+        if self._thread is not None:  # otherwise it looks by itself when it is started
+            self._waker.wake()
 
     # The thread
 
