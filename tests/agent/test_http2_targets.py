@@ -12,7 +12,10 @@ from concurrent import futures
 import pytest
 from support import APP, TIMEOUT, agent_here, gateway_here, go_agent, request, wait_until
 
+from gotunnel_agent.status import describe
 from gotunnel_server.certs.local_ca import Authority
+from gotunnel_server.status import describe as describe_gateway
+from gotunnel_server.visitors import dashboard
 
 pytest.importorskip("h2", reason="the Python package h2 is missing")
 
@@ -90,6 +93,17 @@ def test_connection_is_kept_for_other_visitors_and_bodies(gateway, tmp_path, ori
             path, body = f"/{number}", b"%d" % number
             assert ask(gateway, path, body)[:2] == (200, path.encode() + b" " + body)
     assert len(wires) == 1
+
+
+def test_status_and_dashboard_say_what_a_target_speaks(gateway, tmp_path):
+    with serving(gateway, tmp_path, "127.0.0.1:1", "h2c") as agent:
+        tunnels = gateway.inner.tunnels.registered()
+        told = describe_gateway(tunnels, (), gateway.inner.keeper.state)
+        assert [row["protocol"] for row in told["hostnames"]] == ["h2c"]
+        assert [row["protocol"] for row in describe(agent.snapshot(), "agent.yaml")["tunnels"]] == [
+            "h2c"
+        ]
+        assert '<td class="mode">http, h2c' in dashboard.render_public(tunnels, "g", 443)
 
 
 def with_alpn(authority, *protocols):
