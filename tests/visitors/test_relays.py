@@ -168,6 +168,7 @@ def test_visitor_that_is_gone_after_its_fin_keeps_no_relay(monkeypatch, sni):
         sock, address = server.accept()
     visitor = port.add(sock, address, None, seat)
     visitor.sni = sni
+    visitor.has_asked = True
     assert visitor.claim_relay()
     relays.start_tcp(visitor, Route("app.localhost", "tcp", Tunnel(stream)))
     outer.sendall(b"question")
@@ -189,6 +190,7 @@ def test_visit_without_a_thread_is_reset_on_both_sides_and_said(monkeypatch, cap
     ours, outer = socket.socketpair()
     visitor = port.add(ours, ("192.0.2.1", 1), None, seat)
     visitor.sni = "app.localhost"
+    visitor.has_asked = True
     assert visitor.claim_relay()
     stream, tunnel = End(), Tunnel(End())
     tunnel._stream, tunnel.half_close = stream, half_close
