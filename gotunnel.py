@@ -2273,7 +2273,7 @@ class Stream:
         answer to the next one (HTTP desync).
         """
         with self._lock:
-            self._at_rest = self.quiet
+            self._at_rest = not (self._chunks or self._got_fin or self._sent_fin or self._error)
             if self._at_rest:
                 self._on_death = on_end
             return self._at_rest

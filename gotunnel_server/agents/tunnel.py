@@ -18,7 +18,6 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from time import time
 
 from gotunnel import (
@@ -85,8 +84,6 @@ USED_UP = "its stream ids are used up"
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
 KEPT_LOOK = 5  # interval of the check for kept streams that are too old, in seconds
 LEFT_LOOK = 0.25  # interval of the check whether a session that takes no visits has none left
-
-_NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Tunnels:
@@ -544,13 +541,13 @@ class Tunnel:
 
     def take_kept(self, route: Route) -> Stream | None:
         """A stream that an earlier visit left in good order, or None. Raises AgentBusy."""
-        if self._allowance is None:
-            return self._kept.pop(route.hostname)
         return self._counted(self._kept.pop, route.hostname)
 
     def _counted(self, pop: Callable[..., Stream | None], *arguments: object) -> Stream | None:
         """Take a kept stream, which counts as a visit from then on."""
-        with _NOTHING if self._allowance is None else self._allowance.permit(streams=0):
+        if self._allowance is None:
+            return pop(*arguments)
+        with self._allowance.permit(streams=0):
             return pop(*arguments)
 
     def keep(self, route: Route, stream: Stream) -> None:

@@ -121,8 +121,9 @@ class HttpConnection(Stepwise):
             return self._last_page(
                 pages.error(error.status, "malformed-request", pages.MALFORMED.format(error))
             )
+        if not self._visitor.has_asked:
+            self._visitor.seat.settle()
         self._begin_visit()
-        self._visitor.seat.settle()
         if self._port.absent and self._await_agent():
             return False
         return self._take_place()

@@ -6,7 +6,6 @@ bytes arrive, or expired() when the time is up. Each class has a table, STEPS: t
 each state, and the state that follows a timeout.
 """
 
-import contextlib
 import enum
 import logging
 import ssl
@@ -149,9 +148,11 @@ class Stepwise:
                 if self._visitor.listener.crowded:
                     self._visitor.listener.park(self, seconds)
                     return False
-            with contextlib.suppress(TimeoutError):
+            try:
                 self.duplex.wait_readable(patience)
                 return True
+            except TimeoutError:
+                pass  # it is parked
         self._waits += 1
         left = max(0, self._deadline - monotonic())
         self._visitor.listener.await_more(self, left, self._waits)
