@@ -155,6 +155,11 @@ def test_cpu_time_is_told_for_a_unit_and_not_where_there_is_no_tunnel():
     assert bench_rows.cost(SimpleNamespace(cpu_seconds=list), [], 4, "CPU a GB", "s") == {}
 
 
+def test_no_cpu_time_is_told_for_what_was_not_done():
+    tunnel = SimpleNamespace(cpu_seconds=lambda: [3.0, 1.5])
+    assert bench_rows.cost(tunnel, [1.0, 1.0], 0, "CPU a GB", "s") == {}
+
+
 # The run ------------------------------------------------------------------------------------------
 
 

@@ -423,9 +423,12 @@ def speed(moved):
 
 
 def cost(running, before, units, what, unit):
-    """CPU time of gateway and agent since ``before``, for one of the ``units`` done."""
+    """CPU time of gateway and agent since ``before``, for one of the ``units`` done. Nothing if
+    none was done, as on a machine that is too busy."""
     spent = [now - then for now, then in zip(running.cpu_seconds(), before)]
-    return {f"{what}, {unit}": tuple(seconds / units for seconds in spent)} if spent else {}
+    if not (spent and units):
+        return {}
+    return {f"{what}, {unit}": tuple(seconds / units for seconds in spent)}
 
 
 def read_wrk(text):
