@@ -26,8 +26,8 @@ if sys.platform.startswith("linux"):
     import termios
 
 # Bytes of a read, at most. A target on the same machine has more ready than READ_SIZE, which is
-# what a read brings with TLS: there each piece is decrypted.
-PLAIN_READ = 256 * 1024
+# what a read brings with TLS: there each piece is decrypted. It is a number of whole frames.
+PLAIN_READ = 4 * READ_SIZE
 STALL_TIMEOUT = 300  # seconds; writing fails if the peer takes nothing of our bytes for so long
 LEAST_STALL, MOST_STALL = 1, 86_400  # an operator's bounds; any network may fail for 1 s
 STALL_LOOK = 1.0  # seconds between two checks of how much the peer has taken
