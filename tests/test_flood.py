@@ -78,7 +78,7 @@ def test_sources_of_a_flood(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", ["handshake", "agents"])
+@pytest.mark.parametrize("kind", ["handshake", pytest.param("agents", marks=pytest.mark.long)])
 def test_a_short_flood(kind, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bootstrap, "prepare", lambda need: sys.executable)
     monkeypatch.setattr(flood, "BEFORE", 0.5)
