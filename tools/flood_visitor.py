@@ -70,10 +70,11 @@ class Visitor:
             took = time.monotonic() - began
             if how == "kept" and problem == "ok":
                 kept = visitor
-            elif visitor is not None:
+            else:
+                for over in filter(None, (visitor, kept)):
+                    with contextlib.suppress(OSError):
+                        over.close()
                 kept = None
-                with contextlib.suppress(OSError):
-                    visitor.close()
             print(how, f"{began:.6f} {took:.6f}", problem, flush=True)
             time.sleep(max(0, EVERY - took) if problem == "ok" else SLOW_START)
 
