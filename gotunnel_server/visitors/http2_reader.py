@@ -164,7 +164,7 @@ class Reader:
                 self._turn(connection, now)
         for connection in [c for c, until in self._paused.items() if until <= now]:
             del self._paused[connection]
-            self._watch(connection)
+            self._queue(connection)  # TLS may hold bytes, which the selector cannot see
         if now - self._last_sweep >= SWEEP:
             self._last_sweep = now
             for connection in list(self._known):

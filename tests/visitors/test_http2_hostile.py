@@ -512,6 +512,17 @@ def test_replies_that_nobody_reads_end_the_connection(gateway, monkeypatch):
     wait_until(lambda: not reader._known)
 
 
+def test_connection_that_was_paused_goes_on_with_what_tls_holds(gateway, monkeypatch):
+    """One TLS record has more frames than one read takes, and nothing comes behind it."""
+    monkeypatch.setattr(http2_screen, "PACE_BURST", 10)
+    with http2_visitor(gateway) as visitor:
+        visitor.ask(1, method="PUT", end=False)
+        visitor.send(frame(DATA, 0, 1, b"x") * 1500)
+        visitor.send(frame(DATA, END_STREAM, 1, b"y"), frame(PING, 0, 0, b"12345678"))
+        assert visitor.wait_for(PING)[3] == b"12345678"
+        assert visitor.answer(1)[2] == b"ok"
+
+
 def test_priority_update_of_an_unknown_stream_is_ignored(gateway):
     with http2_visitor(gateway) as visitor:
         visitor.send(frame(PRIORITY_UPDATE, 0, 0, number(99) + b"u=1"))
