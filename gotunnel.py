@@ -1439,7 +1439,7 @@ class Buffers:
         """At most ``most`` unused buffers are kept."""
         self._size = size
         self._spare: deque[memoryview] = deque(maxlen=most)
-        self.give_back = self._spare.append
+        self.give_back, self.clear = self._spare.append, self._spare.clear
 
     def take(self) -> memoryview:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from gotunnel import __version__
 from gotunnel_agent.common.free_memory import FreeMemory
-from gotunnel_agent.common.process import Workers
+from gotunnel_agent.common.process import Workers, free_buffers
 
 from . import capacity, metrics
 from .agents.attempts import Attempts
@@ -94,7 +94,7 @@ class Gateway:
         self._watchers = Watchers(
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
             Watcher("credentials", self._look_at_credentials, RELOAD),
-            Watcher("memory", FreeMemory(self.listeners.taken).look, RELOAD),
+            Watcher("memory", FreeMemory(self.listeners.taken, free_buffers).look, RELOAD),
         )
         self._facts = tuple(facts(config, self, ca_file))
 

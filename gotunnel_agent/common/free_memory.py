@@ -38,9 +38,15 @@ def _trim_function() -> Callable[[int], object] | None:
 class FreeMemory:
     """Call look() every few seconds, in one thread."""
 
-    def __init__(self, connections: Callable[[], int] = lambda: 0):
-        """The load are the process' threads, and its ``connections()`` that may have none."""
+    def __init__(
+        self,
+        connections: Callable[[], int] = lambda: 0,
+        free: Callable[[], object] = lambda: None,
+    ):
+        """The load are the process' threads, and its ``connections()`` that may have none.
+        ``free()`` frees what the process keeps for the next connections."""
         self._connections = connections
+        self._free = free
         self._peak = 0
         self._until_more = 0  # looks until memory is given back once more; 0: it will not be
         self._trim = _trim_function()
@@ -59,6 +65,7 @@ class FreeMemory:
         log.debug("a rush is over: %d threads and connections, from %d; its memory goes back to "
                   "the system", load, self._peak)  # fmt: skip
         self._peak = load
+        self._free()
         gc.collect()  # sessions and streams are in reference cycles, which wait for this
         if self._trim is not None:
             self._trim(0)

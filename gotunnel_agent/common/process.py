@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic, sleep
 from typing import Any
 
-from gotunnel import NoThread, call_logged, spawn
+from gotunnel import BUFFERS, LARGE_BUFFERS, NoThread, call_logged, spawn
 
 from .free_memory import FreeMemory
 from .json_lines import JsonLines
@@ -287,10 +287,16 @@ def set_up_process(log_level: str, log_format: str = "text") -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def free_buffers() -> None:
+    """Free the unused receive buffers of this process. Any thread."""
+    for pool in (BUFFERS, LARGE_BUFFERS):
+        pool.clear()
+
+
 def watch_memory() -> None:
     """Have a thread "memory" give memory back after a rush, as long as the process lives."""
     with contextlib.suppress(NoThread):  # then the memory of a rush stays with the process
-        spawn("memory", _watch_memory, FreeMemory())
+        spawn("memory", _watch_memory, FreeMemory(free=free_buffers))
 
 
 def _watch_memory(memory: FreeMemory) -> None:

@@ -5,8 +5,10 @@ import resource
 import pytest
 from support import wait_until
 
+from gotunnel import BUFFERS
 from gotunnel_agent.common import free_memory
 from gotunnel_agent.common.free_memory import FALL, FreeMemory
+from gotunnel_agent.common.process import free_buffers
 
 
 @pytest.mark.parametrize(
@@ -28,10 +30,20 @@ def test_a_rush_is_over_when_the_load_has_fallen_far(loads, given_back):
 
 def test_what_the_end_of_a_rush_has_left_is_given_back_later(monkeypatch):
     monkeypatch.setattr(free_memory, "ONCE_MORE", 3)
-    loads = iter([1000, 40, 10, 10, 10, 10, 10, 10])
-    memory = FreeMemory(lambda: next(loads))
+    loads, freed = iter([1000, 40, 10, 10, 10, 10, 10, 10]), []
+    memory = FreeMemory(lambda: next(loads), lambda: freed.append(1))
     memory._trim = lambda pad: None
     assert [memory.look() for _ in range(8)] == [False, True, False, False, True, *[False] * 3]
+    assert len(freed) == 2
+
+
+def test_the_unused_receive_buffers_of_a_process_can_be_freed():
+    buffer = BUFFERS.take()
+    BUFFERS.give_back(buffer)
+    assert BUFFERS._spare
+    free_buffers()
+    assert not BUFFERS._spare
+    assert len(BUFFERS.take()) == len(buffer)
 
 
 def test_without_glibc_nothing_is_called(monkeypatch):
