@@ -41,6 +41,7 @@ def counted(came, route=None):
 
 
 TUNNEL = SimpleNamespace(hostname=HOSTNAME, mode="tcp", target="127.0.0.1:1", proxy_protocol="",
+                         protocol="",
                          idle_timeout=None)  # fmt: skip
 
 
