@@ -302,11 +302,17 @@ def neighbour(gateway, tmp_path, origin):
         yield visit
 
 
+@pytest.fixture
+def soon_parted(monkeypatch):
+    """A stranger that was refused, and waits for the end of its connection, has it soon."""
+    monkeypatch.setattr(newcomer, "PARTING_TIMEOUT", 0.1)
+    monkeypatch.setattr(listener, "SWEEP", 0.05)
+
+
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_ends_that_connection_and_no_other(
-    gateway, neighbour, garbage, caplog, monkeypatch
+    soon_parted, gateway, neighbour, garbage, caplog
 ):
-    monkeypatch.setattr(newcomer, "PARTING_TIMEOUT", 0.1)  # this one waits for its end
     caplog.set_level(logging.DEBUG, "gotunnel")
     with dial(gateway) as stranger:
         stranger.sock.settimeout(SOONER)
