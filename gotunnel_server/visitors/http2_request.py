@@ -422,7 +422,7 @@ class Http2Request:
         digest = hashlib.sha1((self._websocket_key + _WEBSOCKET_GUID).encode()).digest()
         came = Fields(fields)
         if came.get("sec-websocket-accept") != b64encode(digest).decode():
-            raise Malformed(502, "answer 101 without the right Sec-WebSocket-Accept")
+            raise Malformed(400, "answer 101 without the right Sec-WebSocket-Accept")
         dropped = ("upgrade", "sec-websocket-accept")
         return [item for item in fields if item[0].lower() not in dropped]
 

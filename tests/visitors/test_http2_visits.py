@@ -406,6 +406,21 @@ def test_websocket_over_a_stream(gateway, origin):
         wait_until(lambda: not streams_of(gateway))
 
 
+def test_target_that_does_not_prove_to_speak_websocket_is_refused(gateway, origin):
+    """An HTTP/2 visitor cannot check it: RFC 8441 has no Sec-WebSocket-Accept."""
+    with http2_visitor(gateway) as visitor:
+        block = head((":protocol", "websocket"), method="CONNECT", path="/chat")
+        visitor.send(visitor.headers(1, block, end=False))
+        with origin.accept() as target:
+            target.read_head()
+            target.send(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Accept: no\r\n\r\n"
+            )
+            found = dict(visitor.wait_for(HEADERS)[3])
+            assert (found[":status"], found["x-gotunnel-error"]) == ("502", "bad-answer")
+
+
 def connections_of(gateway):
     return list(gateway.inner._visitors.http2.reader._known)
 
