@@ -2459,7 +2459,7 @@ class Stream:
         """
         with self._lock:
             self._finish()
-            self._discarding = True
+            self._discarding |= self._error is None  # else its reader must get the error, not b""
             self._drop_chunks()
             if self._known:
                 self._mux.discard(self.id, monotonic())

@@ -857,6 +857,21 @@ def test_close_wakes_a_reader():
         assert reading.result(PATIENCE) == b""
 
 
+@pytest.mark.parametrize("death", ["the stream's", "the session's"])
+def test_close_of_a_dead_stream_does_not_look_like_a_fin_to_its_reader(death):
+    """Or the reader would end properly what it has passed on, instead of cutting it."""
+    with raw_pair() as (peer, session):
+        stream = accepted(peer, session)
+        if death == "the stream's":
+            peer.send(frame(DATA, RST, 1))
+        else:
+            peer.socket.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: stream.is_dead)
+        stream.close()
+        with pytest.raises(ConnectionError):
+            stream.read()
+
+
 def test_after_close_what_comes_is_dropped():
     with raw_pair() as (peer, session):
         stream = accepted(peer, session)
