@@ -1040,7 +1040,7 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(cache, monkeypatch):
         go_on.wait(TIMEOUT)
 
     monkeypatch.setattr(gateway_module, "RELOAD", 0.02)
-    monkeypatch.setattr(gateway_module, "LAST_LOOK", 0.05)
+    monkeypatch.setattr(gateway_module, "LAST_JOBS", 0.05)
     with gateway_here(cache) as gateway:
         [thread] = [one for one in threading.enumerate() if one.name == "keeper"]
         monkeypatch.setattr(gateway.inner._certificates, "reload", hang)
