@@ -249,8 +249,8 @@ class _Flow:
     """What the Mux knows of one stream. Received bytes are "used" once a thread has read them."""
 
     __slots__ = ("id", "may_send", "window", "grown", "may_receive", "owed", "used", "since",
-                 "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin", "got_fin",
-                 "discarding", "discarded", "alive")  # fmt: skip
+                 "kept_up", "queue", "queued", "in_rotation", "finishing", "cutting", "sent_fin",
+                 "got_fin", "discarding", "discarded", "alive")  # fmt: skip
 
     def __init__(self, stream_id: int, window: int):
         self.id = stream_id
@@ -259,9 +259,9 @@ class _Flow:
         self.grown = 0  # how much it has grown
         self.may_receive = window  # bytes that the peer may still send
         self.owed = 0  # bytes used here, for which the peer has no credit yet
-        # Bytes used since the instant ``since``, to measure how long half a window takes. It is
-        # set when the first payload comes, and when half a window has been used.
-        self.used, self.since = 0, NEVER
+        # Bytes used since the instant ``since``, when the first payload came or half a window had
+        # been used; and whether the reader has had all that had come, at any time after it.
+        self.used, self.since, self.kept_up = 0, NEVER, False
         self.queue: deque[BytesLike] = deque()  # payload to be sent
         self.queued = 0  # bytes in it
         self.in_rotation = False  # it is in Mux._rotation, to send payload or FIN
@@ -726,13 +726,13 @@ class Mux:
             return False
         flow.owed += count
         flow.used += count
-        idle = flow.grown and now - flow.since > IDLE_WINDOW
-        crowds = False
+        flow.kept_up |= flow.owed == flow.window - flow.may_receive
+        idle, crowds = flow.grown and now - flow.since > IDLE_WINDOW, False
         if flow.used >= flow.window // 2 or idle:
             if not idle:
                 crowds = self._crowds_out(flow, now - flow.since)
                 self._grow_window(flow, now - flow.since)
-            flow.used, flow.since = 0, now
+            flow.used, flow.since, flow.kept_up = 0, now, False
         if flow.owed < CREDIT and flow.owed < flow.window // 2 and not idle:
             return False
         if idle or crowds or self._unread(flow) > flow.window // 2:
@@ -748,14 +748,14 @@ class Mux:
         return True
 
     def _grow_window(self, flow: _Flow, took: float) -> None:
-        """Double a window of which half was used within two round trips, if its reader keeps up.
-        So it grows to four times the line's bandwidth-delay product. More would only lengthen the
-        queues. ``took``: the seconds in which half of it was used."""
+        """Double a window of which half was used, in ``took`` seconds, within two round trips, if
+        its reader keeps up. So it grows to four times the line's bandwidth-delay product."""
         if self.round_trip is None or took >= 2 * self.round_trip:
             return
         more = min(flow.window, MAX_WINDOW - flow.window)
-        needed = more and not flow.discarding and self._unread(flow) <= flow.window // 4
-        if needed and self._account.promise(more):
+        # Half a window is unread for a moment even if the reader is fast: lines deliver in bursts.
+        keeps_up = flow.kept_up or self._unread(flow) <= flow.window // 4
+        if keeps_up and more and not flow.discarding and self._account.promise(more):
             flow.owed += more
             flow.window += more
             flow.grown += more

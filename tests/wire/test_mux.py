@@ -554,6 +554,19 @@ def test_fc_autotune_wants_a_reader_that_keeps_up():
     assert mux.window(1) == credit(mux) * 2 == INITIAL_WINDOW
 
 
+def test_fc_autotune_grows_though_each_round_trip_delivers_a_whole_window_at_once():
+    """Then more than a quarter is unread whenever half of the window has been used."""
+    mux = reading()
+    for now in (0.0, ROUND_TRIP):
+        unread = mux._flows[1].may_receive
+        deliver(mux, unread, now)
+        while unread and mux.window(1) == INITIAL_WINDOW:
+            piece = min(unread, INITIAL_WINDOW // 4 - 12)  # of a large read, which holds headers
+            mux.consumed(1, piece, now)
+            unread -= piece
+    assert mux.window(1) > INITIAL_WINDOW
+
+
 def test_fc_autotune_ends_at_the_largest_window_and_gives_no_more_than_so_much_credit_at_once():
     mux = reading(MIB)
     assert grow(mux, 2 * MAX_WINDOW) == MAX_WINDOW
