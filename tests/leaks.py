@@ -8,7 +8,7 @@ import re
 SECRET = re.compile(
     r"only for tests|correct[- ]horse|visitor's password|own-secret|secret-of-one-alone"
     r"|of many, words|eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]{10,}|PRIVATE KEY"
-    r"|\$scrypt\$ln=[0-9]+,r=[0-9]+,p=[0-9]+\$(?!SALT)\w"
+    r"|\$scrypt\$ln=[0-9]+,r=[0-9]+,p=[0-9]+\$(?!SALT)[\w+/]"
 )
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 
