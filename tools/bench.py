@@ -43,10 +43,10 @@ import tempfile
 
 import bench_multiplexer
 import bootstrap
-from bench_programs import need, say, version
+from bench_programs import need, put, say, version
 from bench_rows import Rows
 from bench_subjects import PEERS, Direct, Ours, Site, environment_of, present
-from bench_table import Table, put_between
+from bench_table import Table
 from demo import Failed
 
 SECONDS = 5  # of load for each figure
@@ -191,19 +191,6 @@ def told(places):
             yield f"{name}: {', '.join(words)}"
     yield "nginx, wrk, the visitors and the long line: on any CPU"
     yield "a + b: gateway and agent; from what to what the rounds went, and ratios, are of the sum"
-
-
-def put(path, text):
-    """Put a table into a file, or print it. None only looks whether the file has a place for it,
-    before half an hour is spent. Raises ValueError, OSError."""
-    if path != "-":
-        with open(path, encoding="utf-8") as file:
-            page = put_between(file.read(), text or "")
-        if text is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(page)
-    elif text is not None:
-        say("\n" + text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 
 import bootstrap
+from bench_table import BEGIN, END, put_between
 from demo import KEPT_VARIABLES, LOOPBACK, Failed
 
 START_TIMEOUT = 30  # seconds: a small machine that is busy may need ten times the usual one
@@ -190,3 +191,16 @@ def build_gopeer(folder):
 
 def say(text):
     print(text, flush=True)
+
+
+def put(path, table, first=BEGIN, last=END):
+    """Put a table into a file, or print it if the path is "-". None only looks whether the file has
+    a place for it, before half an hour is spent. Raises ValueError, OSError."""
+    if path != "-":
+        with open(path, encoding="utf-8") as file:
+            page = put_between(file.read(), table or "", first, last)
+        if table is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(page)
+    elif table is not None:
+        say("\n" + table)

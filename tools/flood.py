@@ -46,8 +46,8 @@ import threading
 import time
 
 import bootstrap
-from bench_programs import PAGE, TICK, Program, reserve_ports, say
-from bench_table import percentile, put_between
+from bench_programs import PAGE, TICK, Program, put, reserve_ports, say
+from bench_table import percentile
 from demo import KEPT_VARIABLES, LOOPBACK, Failed
 
 GATEWAY_HOST, HOSTNAME, SILENT = "gateway.localhost", "app.localhost", "silent.localhost"
@@ -91,7 +91,7 @@ def main(arguments):
     rows = []
     try:
         if options.markdown:
-            put(options.markdown, None)
+            put(options.markdown, None, BEGIN, END)
         python = bootstrap.prepare("server")
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gotunnel-flood-"))
@@ -112,7 +112,7 @@ def main(arguments):
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(rows, file, indent=1)
     if options.markdown:
-        put(options.markdown, markdown(rows, notes))
+        put(options.markdown, markdown(rows, notes), BEGIN, END)
     wrong = [f"{row['kind']} from {row['from']}: {fault}" for row in rows for fault in row["wrong"]]
     for line in wrong:
         say(line)
@@ -511,19 +511,6 @@ def markdown(rows, notes):
         )  # fmt: skip
         lines.append(" | ".join(map(str, cells)).join(("| ", " |")))
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
-
-
-def put(path, text):
-    """Put a table into a file, or print it. None only looks whether the file has a place for it.
-    Raises ValueError, OSError."""
-    if path != "-":
-        with open(path, encoding="utf-8") as file:
-            page = put_between(file.read(), text or "", BEGIN, END)
-        if text is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(page)
-    elif text is not None:
-        say("\n" + text)
 
 
 if __name__ == "__main__":
