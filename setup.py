@@ -96,6 +96,7 @@ setup(
     packages=[
         "gotunnel_agent",
         "gotunnel_agent.common",
+        "gotunnel_agent.quick",
         "gotunnel_server",
         "gotunnel_server.admin",
         "gotunnel_server.agents",
@@ -118,6 +119,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
+            "gotunnel = gotunnel_agent.__main__:main",
             "gotunnel-agent = gotunnel_agent.__main__:main",
             "gotunnel-server = gotunnel_server.__main__:main",
         ]

@@ -15,13 +15,15 @@ WIDTH = 100  # characters of a line
 # One rule a wing: the other wings whose modules it may import, and packages of other projects.
 # "routes" is the one module of the hall that the wings know: visitors and agents meet there.
 COMMON, ROUTES = "gotunnel_agent.common", "gotunnel_server.routes"
+QUICK = "gotunnel_agent.quick"
 NET, VISITORS, AGENTS, CERTS, ADMIN = (
     f"gotunnel_server.{wing}" for wing in ("net", "visitors", "agents", "certs", "admin")
 )
 RULES = {
     "gotunnel": set(),
     COMMON: {"gotunnel", "yaml"},
-    "gotunnel_agent": {"gotunnel", COMMON, "jwt", "yaml"},
+    "gotunnel_agent": {"gotunnel", COMMON, QUICK, "jwt", "yaml"},
+    QUICK: {"gotunnel", COMMON, "gotunnel_agent"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
     VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack", "hyperframe"},
@@ -176,6 +178,16 @@ def test_few_of_the_common_modules_know_the_wire():
         "gotunnel_agent/common/show_status.py",
         "gotunnel_agent/common/status_socket.py",
     }
+
+
+def test_only_the_start_of_the_agents_program_knows_the_quick_commands():
+    users = {
+        module
+        for module in HOUSE
+        if rule_of(dotted(module)) != QUICK
+        and QUICK in {rule_of(name) for name in imports_of(module)}
+    }
+    assert users == {"gotunnel_agent/__main__.py"}
 
 
 def test_the_gateway_only_composes():

@@ -107,6 +107,7 @@ WINGS = {
     "wire": "gotunnel",
     "common": test_house.COMMON,
     "agent": "gotunnel_agent",
+    "quick": test_house.QUICK,
     "net": test_house.NET,
     "routes": test_house.ROUTES,
     "visitors": test_house.VISITORS,
