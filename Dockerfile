@@ -11,9 +11,9 @@
 ARG PYTHON=python:3.13-slim
 FROM ${PYTHON}
 
-# setup.py reads the version out of gotunnel.py.
+# setup.py reads the version out of gotunnel.py, and the description out of README.md.
 WORKDIR /src
-COPY setup.py gotunnel.py LICENSE ./
+COPY setup.py gotunnel.py README.md LICENSE ./
 COPY gotunnel_server gotunnel_server
 COPY gotunnel_agent gotunnel_agent
 RUN pip install --no-cache-dir '.[http2]'

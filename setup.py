@@ -9,12 +9,24 @@
 The five lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
+import gzip
+import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1: the package wheel has it, where a wheel is built
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
 
 AGENT = [
     # 2.4 refuses what CVE-2022-29217 let through; 2.10.0 takes a part of an issuer for the whole
@@ -72,6 +84,18 @@ CHECK = [
 
 ROOT = Path(__file__).parent
 
+# What an archive of the sources holds besides the packages: all that a checkout has.
+SOURCES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Dockerfile", "compose.yaml",
+           ".gitignore")  # fmt: skip
+SOURCE_FOLDERS = (".ci", "conf", "docs", "tests", "tools")
+
+# Builds are reproducible: the same sources and the same setuptools give the same bytes. So the
+# files in an archive have one time and one mode, whatever those of the checkout are. The wheel's
+# writer reads the variable (https://reproducible-builds.org/specs/source-date-epoch/). Its default
+# is the earliest time that a zip archive can say.
+EPOCH = int(os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800"))  # 1980-01-01
+MODE, PROGRAM_MODE = 0o644, 0o755
+
 
 class FreshBuild(build_py):
     """Builds from nothing: setuptools would install all that lies in build/lib, and so modules of
@@ -83,33 +107,88 @@ class FreshBuild(build_py):
         super().run()
 
 
+class PlainSources(sdist):
+    """The archive of the sources: a checkout, without what is not of the project."""
+
+    def make_distribution(self):
+        for folder in SOURCE_FOLDERS:
+            self.filelist.graft(folder)
+        self.filelist.extend(name for name in SOURCES if (ROOT / name).exists())
+        self.filelist.exclude_pattern(r"(^|/)__pycache__(/|$)", is_regex=True)
+        super().make_distribution()
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, **_):
+        """Distutils would write the time of the build and the builder's name."""
+        path = f"{base_name}.tar.gz"
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=EPOCH) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for each in sorted(Path(base_dir).rglob("*")):
+                if each.is_file():
+                    tar.add(each, each.as_posix(), filter=self._plain)
+        return path
+
+    @staticmethod
+    def _plain(member):
+        member.mtime, member.uid, member.gid, member.uname, member.gname = EPOCH, 0, 0, "", ""
+        member.mode = PROGRAM_MODE if member.mode & 0o100 else MODE
+        return member
+
+
+if bdist_wheel is not None:
+
+    class PlainWheel(bdist_wheel):
+        """A wheel whose files have one mode: else a builder's umask would show in it."""
+
+        def write_wheelfile(self, *arguments, **keywords):
+            super().write_wheelfile(*arguments, **keywords)  # the last file before all are packed
+            for path in Path(self.bdist_dir).rglob("*"):
+                if path.is_file():
+                    path.chmod(MODE)
+
+
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "gotunnel.py").read_text("utf-8"), re.M)
 
 setup(
     name="gotunnel",
     version=VERSION[1],
     description="A reverse tunnel: services behind NAT, on hostnames of your own, over HTTPS",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     author="the gotunnel authors",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["tunnel", "reverse proxy", "NAT", "HTTPS", "TLS", "ACME", "yamux"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: No Input/Output (Daemon)",
+        "Intended Audience :: Developers",
+        "Intended Audience :: System Administrators",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Topic :: Internet :: Proxy Servers",
+        "Topic :: Internet :: WWW/HTTP",
+        "Topic :: System :: Networking",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     py_modules=["gotunnel"],
-    packages=[
-        "gotunnel_agent",
-        "gotunnel_agent.common",
-        "gotunnel_agent.quick",
-        "gotunnel_server",
-        "gotunnel_server.admin",
-        "gotunnel_server.agents",
-        "gotunnel_server.certs",
-        "gotunnel_server.net",
-        "gotunnel_server.visitors",
-    ],
-    package_data={
-        "gotunnel_agent": ["py.typed"],
-        "gotunnel_server": ["py.typed"],
-        "gotunnel_server.visitors": ["dashboard.html"],
+    packages=find_packages(str(ROOT), include=["gotunnel_agent*", "gotunnel_server*"]),
+    package_data={"": ["py.typed", "*.html", "*.yaml", "*.env"]},
+    cmdclass={
+        "build_py": FreshBuild,
+        "sdist": PlainSources,
+        **({} if bdist_wheel is None else {"bdist_wheel": PlainWheel}),
     },
-    cmdclass={"build_py": FreshBuild},
     install_requires=AGENT,
     extras_require={
         "server": SERVER,

@@ -144,25 +144,51 @@ def test_a_process_that_stays_silent_ends_the_demo(capsys, monkeypatch):
     assert "the site did not say" in capsys.readouterr().out
 
 
+def test_every_package_and_file_is_installed():
+    """setup.py finds packages by itself, and other files by their names."""
+    patterns = re.search(r'package_data=\{"": \[(.+)\]\}', SETUP)[1].replace('"', "").split(", ")
+    for top in ("gotunnel_agent", "gotunnel_server"):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_dir() or "__pycache__" in path.parts:
+                continue
+            assert (path.parent / "__init__.py").is_file(), path
+            assert path.suffix == ".py" or any(map(path.match, patterns)), path
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The folder with the programs of a virtual environment."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    return folder / ("Scripts" if os.name == "nt" else "bin")
+
+
+def checkout(folder, mode=0o644):
+    """A copy of the sources: a build leaves folders beside what it builds."""
+    folder.mkdir()
+    for name in ("setup.py", "gotunnel.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("gotunnel_agent", "gotunnel_server"):
+        shutil.copytree(ROOT / name, folder / name, ignore=lambda *_: ["__pycache__"])
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+            os.utime(path, (mode, mode))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # seconds: a build, and packages from the network
-def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()  # the build leaves folders beside what it builds
-    for name in ("setup.py", "gotunnel.py", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("gotunnel_agent", "gotunnel_server"):
-        shutil.copytree(ROOT / name, source / name)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environment):
+    source = checkout(tmp_path / "source")
 
     def pip(*arguments):
-        command = [programs / "python", "-m", "pip", "--disable-pip-version-check", *arguments]
+        command = [environment / "python", "-m", "pip", "--disable-pip-version-check", *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def ask(program):
         done = subprocess.run(
-            [programs / program, "--version"], capture_output=True, text=True, cwd=tmp_path
+            [environment / program, "--version"], capture_output=True, text=True, cwd=tmp_path
         )
         return done.returncode, done.stdout, done.stderr
 
@@ -183,5 +209,31 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path):
 
     pip("install", f"{wheel}[server]")
     assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")
-    page = programs.parent.glob("[Ll]ib/**/gotunnel_server/visitors/dashboard.html")
+    page = environment.parent.glob("[Ll]ib/**/gotunnel_server/visitors/dashboard.html")
     assert list(page)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # seconds: a build, and packages from the network
+def test_a_wheel_has_the_same_bytes_whoever_builds_it_and_from_what(tmp_path, environment):
+    """From two checkouts whose files differ in time and mode, and from the archive of the sources.
+    The archive has the same bytes, too."""
+    python = environment / "python"
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--upgrade", "setuptools", "wheel"], check=True)
+
+    def build(what, source):
+        out = tmp_path / f"{what} of {source.name}"
+        script = f"import setuptools.build_meta as b; b.build_{what}(r'{out}')"
+        subprocess.run([python, "-c", script], cwd=source, check=True, capture_output=True)
+        (file,) = out.iterdir()
+        return file
+
+    one = checkout(tmp_path / "one")
+    other = checkout(tmp_path / "other", mode=0o600)
+    archives = [build("sdist", source) for source in (one, other)]
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    shutil.unpack_archive(archives[0], tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("gotunnel-*")
+    wheels = {build("wheel", source).read_bytes() for source in (one, other, unpacked)}
+    assert len(wheels) == 1

@@ -96,7 +96,9 @@ def test_the_image_runs_as_a_user_without_rights_and_checks_its_health(image):
 
 def test_the_image_has_all_that_setup_installs_and_the_examples(image):
     copied = " ".join(line for line in image if line.startswith("COPY")).split()
-    for name in ("setup.py", "gotunnel.py", "gotunnel_server", "gotunnel_agent", "conf"):
+    for name in (
+        "setup.py", "gotunnel.py", "README.md", "gotunnel_server", "gotunnel_agent", "conf",
+    ):  # fmt: skip
         assert name in copied
     assert EXAMPLES.rstrip("/") in copied
 
