@@ -30,6 +30,7 @@ OLDEST_PYTHON = (3, 10)
 
 # The lists in setup.py that each tool needs.
 NEEDS = {
+    "agent": ("AGENT",),
     "server": ("AGENT", "SERVER"),
     "http2": ("AGENT", "SERVER", "HTTP2"),
     "test": ("AGENT", "SERVER", "HTTP2", "TEST"),
@@ -41,6 +42,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 # Of what pip says, the reason is at the end; all before it is retries.
 REASON_LINES = 3
+IN_REACH = "is the package index in reach? HTTPS_PROXY names a proxy, PIP_INDEX_URL another index"
 
 
 class CannotPrepare(Exception):
@@ -123,7 +125,7 @@ def pip_install(python, needed):
     run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"] + needed,
         "pip could not install that",
-        "is the package index in reach? HTTPS_PROXY names a proxy, PIP_INDEX_URL another index",
+        IN_REACH,
     )
 
 
