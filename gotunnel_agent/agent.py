@@ -324,12 +324,10 @@ class Agent:
                     # replace each other for ever. With a new id, this agent gets the hostnames
                     # when the other one is gone.
                     self._instance, least = new_instance(), REFUSED_DELAY
-            except ConnectionRefusedError:
-                problem, most = "connection refused: no program listens there", RESTART_DELAY
-            except ssl.SSLCertVerificationError as error:
-                problem = _distrust(error)
+            except ConnectionRefusedError as error:
+                problem, most = dial_problem(error), RESTART_DELAY
             except OSError as error:
-                problem = _problem(error)
+                problem = dial_problem(error)
                 if self._service is not None and self._service.asked:
                     # The gateway restarts. Its port may go on listening (systemd's sockets) while
                     # it drains, so the dial is late rather than refused.
@@ -667,6 +665,15 @@ def _expect_ack(message: Message) -> Ack:
     if not message.ok:
         raise Refused(message.error or "no reason given")
     return message
+
+
+def dial_problem(error: OSError) -> str:
+    """Why a dial has failed, in words, with advice."""
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused: no program listens there"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _distrust(error)
+    return _problem(error)
 
 
 def _distrust(error: ssl.SSLCertVerificationError) -> str:

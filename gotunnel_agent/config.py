@@ -240,18 +240,24 @@ class Config:
         return {hostname: wire for hostname, wire in wires.items() if wire}
 
 
-def load(path: str | os.PathLike[str]) -> Config:
-    """Read and check the configuration in the file ``path``, and add the defaults.
+def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
+    """Read and check the configuration in the file ``path``, and add the defaults. The file may
+    have no tunnels if the caller has some of its own, and so does not need them.
 
     Raises ConfigError for the first fault.
     """
     try:
         document = _mapping(_parse(_read_file(path)))
-        config = _config(document)
+        config = of_document(document, needs_tunnels=needs_tunnels)
         return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
         missing = "" if os.path.lexists(path) else ": name it with -c, or copy conf/agent.yaml"
         raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
+
+
+def of_document(document: Mapping[str, object], *, needs_tunnels: bool = True) -> Config:
+    """As load(), of a document with known keys. Raises ConfigError."""
+    return _config(document, needs_tunnels)
 
 
 def with_secrets(config: Config) -> Config:
@@ -322,7 +328,7 @@ def _mapping(document: object) -> dict[str, Any]:
 def _secret_files(path: str, document: Mapping[str, Any]) -> Iterator[str]:
     """The files that hold secrets, ``path`` included if the document itself holds any. The document
     has been checked."""
-    mappings = (document, *document["tunnels"])
+    mappings = (document, *(document.get("tunnels") or ()))
     if any(key in mapping for mapping in mappings for key in SECRET_KEYS):
         yield path
     for mapping in mappings:
@@ -332,7 +338,7 @@ def _secret_files(path: str, document: Mapping[str, Any]) -> Iterator[str]:
 # --- The keys ------------------------------------------------------------------------------------
 
 
-def _config(document: Mapping[str, object]) -> Config:
+def _config(document: Mapping[str, object], needs_tunnels: bool) -> Config:
     tunnel_host, tunnel_port = _tunnel_addr(document)
     jwt_secret, token, credential_file = _credential(document)
     ca_file, skip_tls_verify = _trust(document)
@@ -352,7 +358,7 @@ def _config(document: Mapping[str, object]) -> Config:
         metrics_port=_metrics_port(document),
         metrics_bind=_metrics_bind(document),
         status_socket=_status_socket(document),
-        tunnels=_tunnels(document),
+        tunnels=_tunnels(document) if needs_tunnels or document.get("tunnels") else (),
         credential_file=credential_file,
     )
     _check_policies(config)

@@ -27,6 +27,8 @@ def write(
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # else a power cut could undo the move

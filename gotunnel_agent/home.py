@@ -1,0 +1,124 @@
+"""Where the agent's files are if no option names them, and the account that `join` has made.
+
+    config_file()      $GOTUNNEL_CONFIG, else agent.yaml in the user's folder for configurations
+    state_folder()     where the agent may keep what it can do without
+    chosen_config()    the file that an agent reads
+    account()          the gateway and the credential, without tunnels
+
+The folders are those of the XDG Base Directory Specification, and of Windows there. $GOTUNNEL_JOIN
+may hold a join string (common/join_string.py) in the place of a file, as containers like it. No
+other module of the agent reads the environment.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from .common import atomic_file, join_string
+from .common.join_string import JoinString, JoinStringError
+from .config import Config, ConfigError, load, of_document
+from .pin import CannotPin, fetch_ca, is_pinned
+
+FOLDER = "gotunnel"
+NAME = "agent.yaml"
+WORKING = "config.yaml"  # the configuration in the working folder
+# Variables of ours.
+CONFIG = "GOTUNNEL_CONFIG"
+JOIN = "GOTUNNEL_JOIN"
+
+NEXT = "gotunnel-agent join STRING makes one; gotunnel-server agents add prints STRING"
+
+
+def config_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `join` writes the agent's configuration. It need not exist."""
+    if named := environ.get(CONFIG):
+        return Path(named).absolute()
+    return _folder("XDG_CONFIG_HOME", ".config", "APPDATA", environ) / NAME
+
+
+def state_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder for what may be lost, such as the random name of a tunnel. It need not exist."""
+    return _folder("XDG_STATE_HOME", ".local/state", "LOCALAPPDATA", environ)
+
+
+def chosen_config(option: str | None, environ: Mapping[str, str] = os.environ) -> str:
+    """The configuration that an agent reads: what -c names, else $GOTUNNEL_CONFIG, else config.yaml
+    in the working folder if there is one, else config_file() if there is one, else config.yaml."""
+    if option is not None:
+        return option
+    joined = config_file(environ)
+    if environ.get(CONFIG) or not os.path.lexists(WORKING) and joined.exists():
+        return str(joined)
+    return WORKING
+
+
+def join_string_of_environment(environ: Mapping[str, str] = os.environ) -> JoinString | None:
+    """The join string in $GOTUNNEL_JOIN; None if there is none. Raises ConfigError."""
+    text = environ.get(JOIN, "")
+    try:
+        return join_string.parse(text) if text.strip() else None
+    except JoinStringError as error:
+        raise ConfigError(f"{JOIN}: {error}") from None
+
+
+def account(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The gateway and the credential of this user, without tunnels: of the file ``path`` if there
+    is one, else of $GOTUNNEL_JOIN, else of config_file(). Raises ConfigError, which says to run
+    `join` if there is none."""
+    if path is None and (joined := join_string_of_environment(environ)):
+        return of_document(document_of(joined, ca_file=_pinned(joined, environ)),
+                           needs_tunnels=False)  # fmt: skip
+    file = config_file(environ) if path is None else Path(path)
+    if path is None and not os.path.lexists(file):
+        raise ConfigError(f"no gateway is known here: there is no {file}; {NEXT}")
+    return replace(load(file, needs_tunnels=False), tunnels=())
+
+
+def document_of(joined: JoinString, *, ca_file: str | None) -> dict[str, object]:
+    """The keys of an agent's configuration that a join string stands for."""
+    document: dict[str, object] = {"tunnel_addr": joined.address}
+    if ca_file is not None:
+        document["ca_file"] = ca_file
+    if joined.token:
+        return document | {"token": joined.token}
+    return document | {"jwt_issuer": joined.name, "jwt_secret": joined.secret}
+
+
+def _pinned(joined: JoinString, environ: Mapping[str, str]) -> str | None:
+    """The file with the CA that the join string names; None if it names none. The gateway is asked
+    for it once. Raises ConfigError."""
+    if not joined.fingerprint:
+        return None
+    file = state_folder(environ) / f"ca-{joined.fingerprint}.crt"
+    with contextlib.suppress(OSError):
+        if is_pinned(file.read_bytes(), joined.fingerprint):
+            return str(file)
+    try:
+        pem = fetch_ca(joined.host, joined.port, joined.fingerprint)
+    except CannotPin as error:
+        raise ConfigError(f"{JOIN}: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{JOIN}: {joined.address} cannot be asked for its CA ({error.strerror or error})"
+        ) from None
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = file.with_name(f"{file.name}.{os.getpid()}.new")
+        atomic_file.write(file, pem, new=new, mode=0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"{JOIN}: {file}: {error.strerror}, expected a folder for the gateway's CA: set "
+            "XDG_STATE_HOME to one that can be written"
+        ) from None
+    return str(file)
+
+
+def _folder(variable: str, below_home: str, on_windows: str, environ: Mapping[str, str]) -> Path:
+    """A folder of the user's. A relative path in the variable does not count, by the XDG
+    specification."""
+    for name in (variable, on_windows) if os.name == "nt" else (variable,):
+        if os.path.isabs(named := environ.get(name, "")):
+            return Path(named) / FOLDER
+    return Path(os.path.expanduser("~")) / below_home / FOLDER
