@@ -74,6 +74,7 @@ from .common.one_line import on_one_line, some, words_and_link
 from .common.process import Stopped, Workers
 from .config import Config, ConfigError, with_secrets
 from .connect import GivenUp, addresses_of, connect
+from .follow import Follower
 from .plan import Plan, changes, needs_session
 from .target import Route, Targets, serve
 from .trust import NO_TLS
@@ -173,6 +174,7 @@ class Snapshot(NamedTuple):
     routes: Mapping[str, Route]
     certificates: Mapping[str, str]  # the gateway's words, by hostname
     stopping: bool
+    retry_at: float | None  # monotonic time of the next dial; None while it does not wait for one
 
 
 class Totals(NamedTuple):
@@ -201,8 +203,10 @@ class Agent:
         self._sessions = self._failures = self._streams = 0  # see Totals
         self._targets = Targets()
         self._problem = ""  # why the last session or dial has ended
+        self._retry_at: float | None = None  # monotonic time of the next dial, during _pause()
         self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
+        self.follower: Follower | None = None  # of each visit; to be set before run()
 
     def run(self) -> None:
         """Serve until stop() is called. Nothing that the gateway or the network does makes it
@@ -270,6 +274,7 @@ class Agent:
             plan.routes if service is None else service.routes,
             dict(self._certificates),
             self._stopping.is_set(),
+            self._retry_at,
         )
 
     def totals(self) -> Totals:
@@ -354,7 +359,9 @@ class Agent:
     def _pause(self, plan: Plan, seconds: float) -> None:
         """Wait, unless there is another plan than ``plan``, or the agent stops."""
         with self._lock:
+            self._retry_at = monotonic() + seconds
             self._lock.wait_for(lambda: self._plan is not plan or self._stopping.is_set(), seconds)
+            self._retry_at = None
 
     # One session
 
@@ -616,7 +623,7 @@ class Agent:
 
     def _serve_stream(self, service: Service, stream: Stream) -> None:
         try:
-            serve(stream, service.routes.get, self._targets)
+            serve(stream, service.routes.get, self._targets, self.follower)
         except Exception:
             log.exception("stream %d: reset by an unexpected error (bug, traceback follows)",
                           stream.id)  # fmt: skip

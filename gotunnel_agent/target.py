@@ -8,9 +8,10 @@ more. In tcp mode a half-close is passed on, and the visit lasts until both side
 same holds in http mode if the gateway asks for it, since the visitor wants to change the protocol
 (Upgrade).
 
-The agent never reads the bytes. If an http target cannot be reached, the gateway gets the reason
-and answers 502; to a gateway that does not know such reasons (common/refusals.py) the agent sends a
-502 page itself. Our log tells the operator what to change.
+The relay never reads the bytes. A Follower (follow.py), if there is one, reads them beside it. If
+an http target cannot be reached, the gateway gets the reason and answers 502; to a gateway that
+does not know such reasons (common/refusals.py) the agent sends a 502 page itself. Our log tells the
+operator what to change.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED, R
 from .common.relay import RESET_JOIN, pump, relay
 from .config import Target, Tunnel
 from .connect import addresses_of, connect
+from .follow import Follower
 
 log = logging.getLogger("gotunnel.target")
 
@@ -140,10 +142,16 @@ class Targets:
                 target.reset()
 
 
-def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Targets) -> None:
+def serve(
+    stream: Stream,
+    find_route: Callable[[str], Route | None],
+    targets: Targets,
+    follower: Follower | None = None,
+) -> None:
     """Serve one data stream to its end. Raises nothing: what goes wrong is logged.
 
     ``find_route(hostname)`` returns the Route of a hostname, or None; ``targets`` are the agent's.
+    ``follower`` follows the visit, if there is one.
     """
     try:
         name, ends, relayed = read_data_header(
@@ -178,6 +186,8 @@ def serve(stream: Stream, find_route: Callable[[str], Route | None], targets: Ta
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)
     target.stall_timeout = stream.stall_timeout
     target.cut_unless_finished()
+    if follower is not None:
+        follower.follow(target, tunnel)
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:

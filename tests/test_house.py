@@ -59,6 +59,7 @@ PURE = [
     "gotunnel_agent/common/strict_yaml.py",
     "gotunnel_agent/common/systemd_unit.py",
     "gotunnel_agent/common/token_bucket.py",
+    "gotunnel_agent/dialogue.py",
     "gotunnel_server/agents/identity.py",
     "gotunnel_server/agents/limits.py",
     "gotunnel_server/agents/registration.py",

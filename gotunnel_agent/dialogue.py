@@ -1,0 +1,325 @@
+"""Reads the requests and answers of one http stream from its bytes, beside the relay (RFC 9112).
+
+A Dialogue is told what passes in both directions, in the order in which it passes: asked(),
+answered(), and ended() at last. It returns nothing and raises nothing; it calls ``tell`` for each
+Exchange that is over. It holds no byte back, since the relay passes them on without it.
+
+The gateway keeps a stream for several requests after each other (RFC 9112 §9.3), so one Dialogue
+has many exchanges. A Dialogue that is not sure where a message ends gives up: a wrong guess would
+take the bytes of a body for a request. From then on it only counts, and the exchange says why.
+
+Pure: no socket, no clock, no thread. ``now`` is always monotonic time.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+from .common.http1 import (
+    HEAD_LIMIT,
+    Body,
+    Malformed,
+    Request,
+    Response,
+    answer_end,
+    head_end,
+    parse_request,
+    parse_response,
+    request_body,
+    response_body,
+)
+
+# Requests that wait for their answers (pipelining, RFC 9112 §9.3.2). A gateway sends the next
+# request after the answer, so more than a few are no visit of ours.
+MOST_WAITING = 100
+SWITCHING_PROTOCOLS = 101  # afterwards the stream speaks another protocol, such as WebSocket's
+
+# Why an exchange is not whole.
+NO_ANSWER = "no answer"
+CUT_SHORT = "cut short"
+
+# Hears the content of bodies, one call a piece: hear(False, piece) for the request's,
+# hear(True, piece) for the answer's. Chunk lines are no content.
+Hear: TypeAlias = Callable[[bool, bytes], None]
+
+
+class Exchange:
+    """One request and its answer, as far as they have come.
+
+    ``request`` is None if it could not be read, ``response`` until the head of the final answer has
+    come; ``request_head`` and ``response_head`` are their bytes. ``began`` is when the request's
+    first byte came, ``answer_began`` when the final answer's head was whole, ``over`` when the
+    exchange ended. ``bytes_in`` and ``bytes_out`` count the content of both bodies; after a change
+    of protocol, and once it is not followed any more, all bytes. ``problem`` says why it is not
+    whole or not followed; "" if all is well.
+    """
+
+    __slots__ = (
+        "request", "response", "request_head", "response_head", "began", "answer_began", "over",
+        "bytes_in", "bytes_out", "problem", "hear",
+    )  # fmt: skip
+
+    def __init__(self, began: float):
+        self.request: Request | None = None
+        self.response: Response | None = None
+        self.request_head = self.response_head = b""
+        self.began = began
+        self.answer_began = self.over = 0.0
+        self.bytes_in = self.bytes_out = 0
+        self.problem = ""
+        self.hear: Hear | None = None
+
+    @property
+    def method(self) -> str:
+        """The request's; "" if it could not be read."""
+        return "" if self.request is None else self.request.method
+
+    def may_switch(self) -> bool:
+        """Whether the request asks for another protocol on its stream (RFC 9110 §7.8, §9.3.6)."""
+        request = self.request
+        return request is not None and (request.method == "CONNECT" or "upgrade" in request.fields)
+
+    def switches(self) -> bool:
+        """Whether the answer agrees to that."""
+        if self.response is None or not self.may_switch():
+            return False
+        status = self.response.status
+        return 200 <= status < 300 if self.method == "CONNECT" else status == SWITCHING_PROTOCOLS
+
+
+Tell: TypeAlias = Callable[[Exchange], None]
+
+
+class Counted:
+    """A stream whose bytes are counted and not read: in tcp mode, or to an HTTP/2 target."""
+
+    def __init__(self, tell: Tell, began: float, problem: str = ""):
+        """``problem``: why it is not followed; "" in tcp mode, in which nothing can be."""
+        self._tell = tell
+        self._exchange = Exchange(began)
+        self._exchange.problem = problem
+
+    def current(self) -> Exchange | None:
+        """The exchange that goes on. Any thread."""
+        return self._exchange
+
+    def asked(self, data: bytes, now: float) -> None:
+        self._exchange.bytes_in += len(data)
+
+    def answered(self, data: bytes, now: float) -> None:
+        self._exchange.bytes_out += len(data)
+
+    def give_up(self, why: str, now: float) -> None:
+        """Nothing is expected of it but its count, which lacks some bytes then."""
+
+    def ended(self, now: float) -> None:
+        self._exchange.over = now
+        self._tell(self._exchange)
+
+
+class Dialogue:
+    """The exchanges of one http stream.
+
+    Each direction has a state: the method that reads its next bytes. It returns those of them that
+    are for the next state.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        hold: Callable[[int], bool] = lambda count: True,
+        listen: Callable[[Exchange], Hear | None] | None = None,
+    ):
+        """``tell(exchange)`` is called once for each exchange, when it is over. ``hold(count)``
+        takes memory for ``count`` bytes of unfinished heads, or gives it back if count is negative;
+        false: there is none. ``listen(exchange)`` is called when a request's head is whole, and
+        returns the function that hears the bodies, or None."""
+        self._tell, self._hold, self._listen = tell, hold, listen
+        self._read_request, self._read_answer = self._request_head, self._answer_head
+        self._held_in, self._held_out = bytearray(), bytearray()  # unfinished heads
+        # Exchanges whose answers are not whole, the oldest first. There is one at least once the
+        # stream is not followed any more, or has switched to another protocol.
+        self._waiting: deque[Exchange] = deque()
+        self._asking = Exchange(0)  # whose request is being read, or was read last
+        self._request_body: Body = Body()
+        self._answer_body: Body = Body()
+
+    def current(self) -> Exchange | None:
+        """The oldest exchange that is not over. Any thread."""
+        try:
+            return self._waiting[0]
+        except IndexError:
+            return None
+
+    def asked(self, data: bytes, now: float) -> None:
+        """These bytes go to the target."""
+        try:
+            while data:
+                data = self._read_request(data, now)
+        except Malformed as error:
+            self.give_up(f"not followed, as to the request: {error}", now)
+            self._count_in(data, now)
+
+    def answered(self, data: bytes, now: float) -> None:
+        """These bytes came from the target; b"" is the end of its side."""
+        try:
+            if not data and self._read_answer == self._answer_content:
+                self._answer_body.eof()
+                self._end_answer(now)
+            while data:
+                data = self._read_answer(data, now)
+        except Malformed as error:
+            if data:
+                self.give_up(f"not followed, as to the answer: {error}", now)
+                self._count_out(data, now)
+            # Or the body was cut short: ended() says so.
+
+    def give_up(self, why: str, now: float) -> None:
+        """Only count from now on, because of ``why``."""
+        self._drop_heads()
+        self._read_request, self._read_answer = self._count_in, self._count_out
+        if not self._waiting:
+            self._waiting.append(Exchange(now))
+        for exchange in self._waiting:
+            exchange.problem, exchange.hear = why, None
+
+    def ended(self, now: float) -> None:
+        """The visit is over."""
+        self._drop_heads()
+        while self._waiting:
+            exchange = self._waiting[0]
+            if not exchange.problem and not exchange.switches():
+                exchange.problem = NO_ANSWER if exchange.response is None else CUT_SHORT
+            self._finish(now)
+
+    def _finish(self, now: float) -> None:
+        exchange = self._waiting.popleft()
+        exchange.over, exchange.hear = now, None
+        self._tell(exchange)
+
+    def _count_in(self, data: bytes, now: float) -> bytes:
+        self._waiting[0].bytes_in += len(data)
+        return b""
+
+    def _count_out(self, data: bytes, now: float) -> bytes:
+        self._waiting[0].bytes_out += len(data)
+        return b""
+
+    def _keep(self, held: bytearray, data: bytes) -> None:
+        """Hold ``data`` until more comes, instead of what is held. Raises Malformed."""
+        more = len(data) - len(held)
+        if not self._hold(more):
+            raise Malformed(431, "no memory is left for its head")
+        held[:] = data
+
+    def _drop_heads(self) -> None:
+        for held in (self._held_in, self._held_out):
+            if held:
+                self._keep(held, b"")
+
+    # The request's states
+
+    def _request_head(self, data: bytes, now: float) -> bytes:
+        held = self._held_in
+        if not held:
+            self._asking = Exchange(now)
+        whole = bytes(held) + data if held else data
+        end = head_end(whole, len(held))
+        if end < 0:
+            self._keep(held, whole)
+            return b""
+        if held:
+            self._keep(held, b"")
+        exchange = self._asking
+        exchange.request_head = whole[:end]
+        exchange.request = request = parse_request(exchange.request_head)
+        body = request_body(request)
+        if len(self._waiting) == MOST_WAITING:
+            raise Malformed(400, f"over {MOST_WAITING} requests wait for their answers")
+        self._waiting.append(exchange)
+        if self._listen is not None:
+            exchange.hear = self._listen(exchange)
+        if body is None or body.complete:
+            self._end_request()
+        else:
+            self._request_body, self._read_request = body, self._request_content
+        return whole[end:]
+
+    def _request_content(self, data: bytes, now: float) -> bytes:
+        body, exchange = self._request_body, self._asking
+        for piece in body.feed(data):
+            if not exchange.over:  # or the answer came early, and was told with what had come
+                exchange.bytes_in += len(piece)
+            if exchange.hear is not None:
+                exchange.hear(False, piece)
+        if not body.complete:
+            return b""
+        self._end_request()
+        return body.rest
+
+    def _end_request(self) -> None:
+        undecided = self._asking.may_switch() and self._asking.response is None
+        self._read_request = self._undecided if undecided else self._request_head
+
+    def _undecided(self, data: bytes, now: float) -> bytes:
+        """What comes behind a request for another protocol is in that one, or a next request: the
+        answer decides."""
+        whole = bytes(self._held_in) + data
+        if len(whole) > HEAD_LIMIT:
+            raise Malformed(400, "it goes on before the protocol is agreed on")
+        self._keep(self._held_in, whole)
+        return b""
+
+    # The answer's states
+
+    def _answer_head(self, data: bytes, now: float) -> bytes:
+        if not self._waiting:
+            raise Malformed(400, "it came without a request")
+        held = self._held_out
+        whole = bytes(held) + data if held else data
+        end = answer_end(whole, len(held))
+        if end < 0:
+            self._keep(held, whole)
+            return b""
+        if held:
+            self._keep(held, b"")
+        head = whole[:end]
+        response = parse_response(head)
+        if response.status < 200 and response.status != SWITCHING_PROTOCOLS:
+            return whole[end:]  # an interim answer (RFC 9110 §15.2); the final one follows
+        exchange = self._waiting[0]
+        exchange.response, exchange.response_head, exchange.answer_began = response, head, now
+        switches = exchange.switches()
+        if response.status == SWITCHING_PROTOCOLS and not switches:
+            raise Malformed(400, "status 101, which the request did not ask for")
+        undecided = b""
+        if exchange is self._asking and self._read_request == self._undecided:
+            undecided = bytes(self._held_in)
+            self._keep(self._held_in, b"")
+            self._read_request = self._request_head
+        if switches:
+            self._read_request, self._read_answer = self._count_in, self._count_out
+        else:
+            body = response_body(response, exchange.method)
+            if body is None or body.complete:
+                self._finish(now)
+            else:
+                self._answer_body, self._read_answer = body, self._answer_content
+        if undecided:
+            self.asked(undecided, now)
+        return whole[end:]
+
+    def _answer_content(self, data: bytes, now: float) -> bytes:
+        body, exchange = self._answer_body, self._waiting[0]
+        for piece in body.feed(data):
+            exchange.bytes_out += len(piece)
+            if exchange.hear is not None:
+                exchange.hear(True, piece)
+        if not body.complete:
+            return b""
+        self._end_answer(now)
+        return body.rest
+
+    def _end_answer(self, now: float) -> None:
+        self._read_answer = self._answer_head
+        self._finish(now)

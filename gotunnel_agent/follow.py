@@ -1,0 +1,284 @@
+"""Follows the visits of an agent beside the relay: which came, and how they were answered.
+
+A Follower sees the bytes of each visit while they pass between stream and target. It never holds
+one back and never changes one; what it cannot read, it counts. An agent without a Follower does
+nothing for it, as the methods of a target are replaced for each visit that is followed.
+
+What was passed on is read afterwards: a thread reads what it has passed on before it waits for more
+bytes. So parsing makes no byte late, except the next one of the same direction.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic, time
+from typing import Any, NamedTuple
+
+from gotunnel import BytesLike
+
+from .common.duplex import Duplex
+from .config import Tunnel
+from .dialogue import Counted, Dialogue, Exchange, Hear
+
+log = logging.getLogger("gotunnel.follow")
+
+KEPT = 1000  # visits that take() has not fetched; of more, the oldest are lost
+# Bytes of unfinished heads, of all streams together. A head usually comes whole, and needs none.
+MOST_HELD = 4 * 1024 * 1024
+# Pieces of one visit that have passed and were not read yet. The threads of a visit read them
+# themselves, so a few wait at most, unless a piece is slow to read (a million tiny chunks).
+MOST_PIECES = 64
+FEW_PIECES = 8  # so many wait for the thread that reads the answer; then the asking one reads, too
+HTTP2 = "not followed: HTTP/2"
+TOO_FAST = "not followed: it came faster than it could be read"
+
+
+class Seen(NamedTuple):
+    """A visit that is over: in http mode one request and its answer, in tcp mode a connection.
+
+    ``hostname`` is the tunnel's. ``method`` and ``path`` are "" in tcp mode and if the stream could
+    not be followed; a path is as it came, latin-1, with its query. ``status`` is 0 without an
+    answer. ``started`` is wall-clock time, ``duration`` is in seconds. ``bytes_in`` and
+    ``bytes_out`` count the content of the request and of the answer; after a change of protocol
+    and in tcp mode all bytes. ``problem`` says why the visit is not whole or was not followed.
+    """
+
+    hostname: str
+    method: str
+    path: str
+    status: int
+    started: float
+    duration: float
+    bytes_in: int
+    bytes_out: int
+    problem: str = ""
+    mode: str = "http"
+
+
+class Totals(NamedTuple):
+    """What a Follower has seen since its start."""
+
+    visits: int  # that are over
+    failed: int  # of them, those with a status of 500 or more, or none, or cut short
+    bytes_in: int
+    bytes_out: int
+
+
+class Follower:
+    """Follows all visits of an agent. Any thread may call any method."""
+
+    def __init__(
+        self,
+        on_seen: Callable[[Seen], object] | None = None,
+        listen: Callable[[Tunnel, Exchange], Hear | None] | None = None,
+    ):
+        """``on_seen(seen)`` is called by the visit's own thread: it must not block. ``listen`` is
+        called for each request as soon as its head is whole, and returns the function that hears
+        the bodies (see dialogue.Hear), or None; it must not block either."""
+        self._on_seen, self._listen = on_seen, listen
+        self._lock = threading.Lock()  # guards all below
+        self._live: set[_Followed] = set()
+        self._seen: deque[Seen] = deque(maxlen=KEPT)
+        self._held = 0  # bytes of unfinished heads
+        self._totals = Totals(0, 0, 0, 0)
+
+    def follow(self, target: Duplex, tunnel: Tunnel) -> None:
+        """Follow a visit from now on until its target is closed."""
+        followed = _Followed(self, tunnel)
+        with self._lock:
+            self._live.add(followed)
+        followed.watch(target)
+
+    def take(self) -> list[Seen]:
+        """The visits that have ended since the last call, KEPT at most."""
+        with self._lock:
+            seen = list(self._seen)
+            self._seen.clear()
+        return seen
+
+    def running(self) -> list[Seen]:
+        """The visits that go on, as far as they have come; ``duration`` is so far."""
+        with self._lock:
+            live = list(self._live)
+        now = monotonic()
+        found = [followed.current(now) for followed in live]
+        return [seen for seen in found if seen is not None]
+
+    def totals(self) -> Totals:
+        with self._lock:
+            return self._totals
+
+    # Called by _Followed
+
+    def hold(self, count: int) -> bool:
+        """See Dialogue."""
+        with self._lock:
+            if count > 0 and self._held + count > MOST_HELD:
+                return False
+            self._held += count
+            return True
+
+    def listening(self, tunnel: Tunnel) -> Callable[[Exchange], Hear | None] | None:
+        """``listen`` of __init__(), for the exchanges of a tunnel."""
+        listen = self._listen
+        return None if listen is None else lambda exchange: listen(tunnel, exchange)
+
+    def tell(self, seen: Seen) -> None:
+        with self._lock:
+            self._seen.append(seen)
+            visits, failed, bytes_in, bytes_out = self._totals
+            self._totals = Totals(
+                visits + 1,
+                failed + has_failed(seen),
+                bytes_in + seen.bytes_in,
+                bytes_out + seen.bytes_out,
+            )
+        if self._on_seen is not None:
+            self._on_seen(seen)
+
+    def forget(self, followed: _Followed) -> None:
+        with self._lock:
+            self._live.discard(followed)
+
+
+def has_failed(seen: Seen) -> bool:
+    """Whether the target failed: a status of 500 or more, or no whole answer."""
+    if seen.mode != "http" or not seen.method:
+        return False
+    return seen.status >= 500 or seen.status == 0 or bool(seen.problem)
+
+
+class _Followed:
+    """One visit. Its two threads note what passes, and whichever has passed something on reads what
+    was noted, also by the other one (flat combining). So the order in which it passed is kept."""
+
+    def __init__(self, follower: Follower, tunnel: Tunnel):
+        self._follower, self._tunnel = follower, tunnel
+        self._over: deque[Exchange] = deque()  # exchanges to tell of
+        # What has passed and was not read yet: (function to call, bytes, monotonic time).
+        self._noted: deque[tuple[Callable[[bytes, float], None], bytes, float]] = deque()
+        self._lost = False  # a piece was not noted (MOST_PIECES)
+        self._ahead = 0  # bytes at the front of what is written next that were noted already
+        self._reading = threading.Lock()  # held by the thread that reads: guards _dialogue
+        tell = self._over.append
+        self._dialogue: Counted | Dialogue
+        if tunnel.mode != "http":
+            self._dialogue = Counted(tell, monotonic())
+        elif tunnel.protocol:
+            self._dialogue = Counted(tell, monotonic(), HTTP2)
+        else:
+            self._dialogue = Dialogue(tell, follower.hold, follower.listening(tunnel))
+
+    def watch(self, target: Duplex) -> None:
+        """Replace the methods of this one target by which the bytes of a visit pass."""
+        read, write, offer, close = target.read, target.write, target.offer, target.close
+        look, note_asked, answered = self._look, self._note_asked, self._dialogue.answered
+        noted = self._noted
+
+        def read_followed(*args: Any, **named: Any) -> bytes:
+            look()  # at what this thread has passed on
+            data = read(*args, **named)
+            if len(noted) < MOST_PIECES:
+                noted.append((answered, data, monotonic()))
+            else:
+                self._lost = True
+            return data
+
+        # What is written is noted before, as the answer to it may come before write() returns.
+
+        def write_followed(data: BytesLike, *args: Any, **named: Any) -> None:
+            note_asked(data)
+            write(data, *args, **named)
+            look()
+
+        def offer_followed(data: BytesLike) -> int:
+            """Demultiplexer thread: leaves the reading to the thread that reads the answer."""
+            note_asked(data)
+            taken = 0
+            try:
+                taken = offer(data)
+            finally:
+                self._ahead += len(data) - taken  # they come again
+            if len(noted) > FEW_PIECES:
+                look()
+            return taken
+
+        def close_followed() -> None:
+            # Only these functions hold the target's own methods: a cycle, if they stayed.
+            del target.read, target.write, target.offer, target.close
+            close()
+            noted.append((self._end, b"", monotonic()))
+            look()
+
+        target.read, target.write = read_followed, write_followed  # type: ignore[method-assign]
+        target.offer, target.close = offer_followed, close_followed  # type: ignore[method-assign]
+
+    def current(self, now: float) -> Seen | None:
+        """The visit, or its request that is not answered; None if it only waits for the next one.
+        Any thread."""
+        self._look()
+        exchange = self._dialogue.current()
+        return None if exchange is None else self._record(exchange, now)
+
+    def _note_asked(self, data: BytesLike) -> None:
+        if self._ahead:
+            seen = min(self._ahead, len(data))
+            self._ahead -= seen
+            data = data[seen:]
+        if not data:
+            return
+        if len(self._noted) < MOST_PIECES:
+            self._noted.append((self._dialogue.asked, bytes(data), monotonic()))
+        else:
+            self._lost = True
+
+    def _look(self) -> None:
+        """Read what was noted, unless another thread does: that one goes on with ours."""
+        noted, reading = self._noted, self._reading
+        while noted and reading.acquire(blocking=False):
+            try:
+                self._read_noted()
+            finally:
+                reading.release()
+        while self._over:
+            try:
+                exchange = self._over.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._follower.tell(self._record(exchange, exchange.over))
+
+    def _read_noted(self) -> None:
+        noted = self._noted
+        while noted:
+            act, data, now = noted.popleft()
+            try:
+                if self._lost:
+                    self._lost = False
+                    self._dialogue.give_up(TOO_FAST, now)
+                act(data, now)
+            except Exception:
+                log.exception("%s: a visit is not followed any more (bug, traceback follows); it "
+                              "goes on", self._tunnel.hostname)  # fmt: skip
+                self._dialogue.give_up("not followed", now)
+
+    def _end(self, _: bytes, now: float) -> None:
+        self._dialogue.ended(now)
+        self._follower.forget(self)
+
+    def _record(self, exchange: Exchange, now: float) -> Seen:
+        request, response = exchange.request, exchange.response
+        return Seen(
+            hostname=self._tunnel.hostname,
+            method=exchange.method,
+            path="" if request is None else request.target,
+            status=0 if response is None else response.status,
+            started=time() - (monotonic() - exchange.began),
+            duration=now - exchange.began,
+            bytes_in=exchange.bytes_in,
+            bytes_out=exchange.bytes_out,
+            problem=exchange.problem,
+            mode=self._tunnel.mode,
+        )
