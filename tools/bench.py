@@ -4,6 +4,7 @@
     python3 tools/bench.py --row http --row beside  some rows
     python3 tools/bench.py --peer go --peer frp     beside others as well: go, frp, chisel, rathole
     python3 tools/bench.py --python /usr/bin/python3.13    run ours by another Python as well
+    python3 tools/bench.py --with ACCESS_LOG=-      run ours with settings as well
     python3 tools/bench.py --rounds 3               medians, and from what to what the rounds went
     python3 tools/bench.py --json FILE              keep all values
     python3 tools/bench.py --markdown FILE          put the table into FILE, between two comments
@@ -95,6 +96,11 @@ def read(arguments):
         "(repeatable)",
     )  # fmt: skip
     parser.add_argument(
+        "--with", dest="with_", action="append", metavar="SETTINGS", default=[], type=settings,
+        help="run ours with these settings of the gateway as well, such as 'ACCESS_LOG=- "
+        "METRICS_PORT=auto' (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rounds", type=int, default=1, help="measure everything so often (default: %(default)s)"
     )
     parser.add_argument(
@@ -114,6 +120,14 @@ def read(arguments):
     return options
 
 
+def settings(text):
+    """The settings in a text such as "NAME=VALUE NAME=VALUE", by name."""
+    pairs = [word.partition("=") for word in text.split()]
+    if not pairs or not all(name and equals for name, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} came, expected NAME=VALUE, with blanks between")
+    return {name: value for name, _, value in pairs}
+
+
 def show(python, rows, options, kept):
     """Measure these rows and print their figures as they come. All goes into ``kept``, also what
     was measured before a row that failed."""
@@ -128,6 +142,7 @@ def show(python, rows, options, kept):
         measuring = Rows(site, options.seconds)
         subjects = [subject(site) for subject in (Direct, Ours, *peers)]
         subjects += [Ours(site, name, python) for name, python, _ in interpreters]
+        subjects += [Ours(site, f"with {' '.join(each)}", settings=each) for each in options.with_]
         contenders = [(subject, stack.enter_context(subject.start())) for subject in subjects]
         places = {running.name: placed(running) for _, running in contenders}
         about = [sentence for _, _, sentence in interpreters]

@@ -297,11 +297,13 @@ class Tunnel:
 
 
 class Ours(Tunnel):
-    def __init__(self, site, name=OURS, python=None):
-        """``python``: the path of the one that runs gateway and agent, the site's unless given."""
+    def __init__(self, site, name=OURS, python=None, settings=None):
+        """``python``: the path of the one that runs gateway and agent, the site's unless given.
+        ``settings``: of the gateway, beside those that the bench needs."""
         super().__init__(site)
         self.name = name
         self._python = python or site.python
+        self._settings = settings or {}
 
     def _gateway(self, stack):
         port, tunnel_port = reserve_ports(stack, 2)
@@ -311,6 +313,7 @@ class Ours(Tunnel):
             GATEWAY_HOST=GATEWAY_HOST, GATEWAY_PORT=str(port), TUNNEL_HOST=LOOPBACK,
             TUNNEL_PORT=str(tunnel_port), DASHBOARD_PORT="0", BIND=LOOPBACK, ACME_ENV="local",
             ACME_CACHE=os.path.join(self._site.folder, "cache"), JWT_SECRET=secret,
+            **self._settings,
         )  # fmt: skip
         return Running(self.name, port, port, gateway, None, tunnel_port, GATEWAY_HOST, secret)
 

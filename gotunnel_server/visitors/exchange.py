@@ -42,6 +42,7 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 NOT_FOR_TARGETS = http1.HOP_BY_HOP | forwarded.KINDS
 NOT_FOR_VISITORS = http1.HOP_BY_HOP | pages.OURS
 NOT_WITH_AN_ID = NOT_FOR_VISITORS | {request_id.KIND}
+NOT_FOR_TARGETS_WITH_AN_ID = NOT_FOR_TARGETS | {request_id.KIND}
 # Interval in seconds of the checks whether the visitor of a waiting request is still connected.
 WATCH = 0.5
 
@@ -242,9 +243,9 @@ class Exchange:
     def _head(self) -> list[tuple[str, str]]:
         """The fields of the request that the target gets, without its framing."""
         request, strip = self._request, self._forward.strip
-        if self._id:
-            strip = (*strip, request_id.KIND)
-        dropping = NOT_FOR_TARGETS.union(strip) if strip else NOT_FOR_TARGETS
+        dropping = NOT_FOR_TARGETS_WITH_AN_ID if self._id else NOT_FOR_TARGETS
+        if strip:
+            dropping = dropping.union(strip)
         fields = http1.end_to_end(request.fields, request.wants_upgrade, dropping)
         if self._route.host_header is not None:
             fields = [(name, value) for name, value in fields if name.lower() != "host"]
