@@ -94,6 +94,7 @@ def _visits(parts: Parts) -> Iterator[Metric]:
     counts = parts.recording.counts
     if counts is None:
         return
+    parts.recording.settle()
     all_ = counts.all().items()
 
     def each(read: Callable[[Count, Labels], Iterator[Sample]]) -> tuple[Sample, ...]:

@@ -47,10 +47,18 @@ class Recording:
 
     def count(self, hostname: str) -> Count:
         """The visits of a hostname, as far as they are counted."""
+        self.settle()
         return Count() if self.counts is None else self.counts[hostname]
+
+    def settle(self) -> None:
+        """Return when all visits that have ended are counted."""
+        if self.visits is not None:
+            self.visits.settle()
 
     def start(self) -> None:
         """Raises NoThread."""
+        if self.visits is not None:
+            self.visits.start()
         if self.log_file is not None:
             self.log_file.start()
 
@@ -60,6 +68,8 @@ class Recording:
             self.log_file.reopen()
 
     def stop(self) -> None:
+        if self.visits is not None:
+            self.visits.stop()
         if self.log_file is not None:
             self.log_file.stop(LAST_LINES)
 

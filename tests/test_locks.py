@@ -7,6 +7,7 @@ table, and the table must have no cycle: so no two threads can wait for each oth
 
 import graphlib
 import linecache
+import os
 import re
 import sys
 import threading
@@ -158,7 +159,13 @@ def use_a_gateway(tmp_path):
             {"hostname": RAW, "target": f"127.0.0.1:{origin.port}", "mode": "tcp", "port": port},
         ]
         with (
-            gateway_here(tmp_path, TCP_PORTS=str(port), **settings) as gateway,
+            gateway_here(
+                tmp_path,
+                TCP_PORTS=str(port),
+                ACCESS_LOG=os.devnull,
+                METRICS_PORT="auto",
+                **settings,
+            ) as gateway,
             agent_here(gateway, tmp_path, jwt_issuer="limited", tunnels=tunnels),
         ):
             gateway.wait_for_routes(APP, RAW)

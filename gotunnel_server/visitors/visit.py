@@ -60,7 +60,7 @@ class Visit:
     first_byte_at: float | None = None  # monotonic, when the answer's head, or first byte, was sent
     stream = 0  # the data stream's id in the agent's session, which its log names; 0: none was used
     route: Route | None = None  # None if the visit was not for a route, or refused before
-    at = 0.0  # wall-clock seconds when it began; set at the end
+    at = 0.0  # wall-clock seconds when it began; set for the subscribers
     duration = 0.0  # seconds; set at the end
     ended = False
 
@@ -115,7 +115,7 @@ class Visit:
         self.status = self.status or status
 
     def end(self) -> None:
-        """The visit is over: hand it to the subscribers. Further calls do nothing."""
+        """The visit is over, and is for the subscribers now. Further calls do nothing."""
         if not self.ended:
             self.ended = True
             self._visits.emit(self)

@@ -209,6 +209,7 @@ def test_visits_go_on_beside_a_pipe_that_nobody_reads(cache, tmp_path, origin, m
             began = time.monotonic()
             assert gateway.get(GATEWAY_HOST)[0] == 200
             assert time.monotonic() - began < AT_ONCE
+        gateway.inner.recording.settle()
         assert gateway.inner.recording.log_file.dropped > 30
         with open(path, encoding="ascii") as pipe:
             threading.Timer(0.2, gateway.inner.stop).start()

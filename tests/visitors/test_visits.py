@@ -1,6 +1,7 @@
 """The record of each visit: what it says, that there is one of each, and none without a reader."""
 
 import queue
+import threading
 import time
 
 import pytest
@@ -22,6 +23,7 @@ from support import (
 
 from gotunnel_server.net import listener
 from gotunnel_server.visitors import visits as visits_module
+from gotunnel_server.visitors.visits import Visits
 
 
 class Records:
@@ -38,7 +40,7 @@ class Records:
 
     def nothing_more(self):
         with pytest.raises(queue.Empty):
-            self._came.get(timeout=0.05)
+            self._came.get(timeout=3 * visits_module.DELAY)
         return True
 
 
@@ -326,3 +328,69 @@ def test_without_subscribers_no_record_is_made(cache, tmp_path, origin, monkeypa
         assert gateway.get(GATEWAY_HOST)[0] == 200
         wait_until(lambda: not gateway.inner._visitors._visitors)
     assert made == []
+
+
+def ended_visits(subscribers, count):
+    """The Visits, whose thread does not run, and ``count`` of its visits, which have ended."""
+    visits = Visits(subscribers, (), ids=False, detailed=False)
+    ended = [visits.begin("127.0.0.1") for _ in range(count)]
+    for visit in ended:
+        visit.end()
+    return visits, ended
+
+
+def test_records_are_handed_over_in_their_order_once_a_batch_has_ended():
+    got = []
+    visits, ended = ended_visits([got.append], visits_module.BATCH - 1)
+    assert got == []
+    (last := visits.begin("127.0.0.1")).end()
+    assert got == [*ended, last]
+
+
+def test_what_waits_is_handed_over_when_it_is_asked_for_and_at_the_end():
+    got = []
+    visits, ended = ended_visits([got.append], 3)
+    visits.settle()
+    assert got == ended
+    (last := visits.begin("127.0.0.1")).end()
+    visits.stop()
+    assert got == [*ended, last]
+
+
+def test_a_subscriber_that_raises_hurts_neither_visits_nor_other_subscribers(caplog):
+    got = []
+
+    def broken(_visit):
+        raise ValueError("oh")
+
+    visits, ended = ended_visits([broken, got.append], 2)
+    visits.settle()
+    assert got == ended
+    assert caplog.text.count("a visit is not recorded (bug, traceback follows)") == 2
+
+
+def test_threads_wait_for_the_one_that_hands_over_when_too_many_records_wait(monkeypatch):
+    monkeypatch.setattr(visits_module, "BATCH", 2)
+    monkeypatch.setattr(visits_module, "MOST_WAITING", 4)
+    hold, held, got = threading.Event(), threading.Event(), []
+
+    def slow(visit):
+        held.set()
+        hold.wait(TIMEOUT)
+        got.append(visit)
+
+    visits = Visits([slow], (), ids=False, detailed=False)
+    first = threading.Thread(target=lambda: [visits.begin("").end() for _ in range(2)])
+    first.start()
+    assert held.wait(TIMEOUT)
+    for _ in range(3):
+        visits.begin("").end()  # they wait for nothing
+    fourth = threading.Thread(target=lambda: visits.begin("").end())
+    fourth.start()
+    fourth.join(0.05)
+    assert fourth.is_alive() and got == []
+    hold.set()
+    fourth.join(TIMEOUT)
+    first.join(TIMEOUT)
+    visits.settle()
+    assert len(got) == 6
