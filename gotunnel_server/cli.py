@@ -21,7 +21,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
@@ -40,6 +40,7 @@ from .handover import Failed, find_predecessor
 from .life import Life
 from .net.inherited import Contradiction
 from .net.listener import PortError
+from .no_option import advice
 from .reloading import Reloading
 from .secret_files import exposed
 from .variables import ConfigError, chosen_env_file
@@ -105,11 +106,10 @@ def command(options: argparse.Namespace) -> int:
         print(certificates.ask_renewal(config, options.renew))
         return 0
     except ConfigError as error:
-        if options.command == "check":  # this command names all faults, not only the first
-            for fault in faults(options.env_file) or [str(error)]:
-                fail(fault, 2)
-            return 2
-        return fail(error, 2)
+        # These two do not read the configuration as the gateway does.
+        alone = options.command in ("status", "service")
+        found = [] if alone else faults(options.env_file)
+        return max(fail(fault, 2) for fault in found or [str(error)])
     except (CertificateError, AgentsFileError, Contradiction) as error:
         return fail(error, 2)
     except (PortError, LogFileError, StoreError, GrantError, NoThread, Failed) as error:
@@ -162,9 +162,19 @@ def serve(config: Config, env_file: str | None, life: Life) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the setting that an unknown option stands for."""
+
+    def error(self, message: str) -> NoReturn:
+        typed = self.typed if "invalid choice" in message else message.split()
+        super().error(advice(typed) or message)
+
+    typed: Sequence[str] = ()  # the arguments, for a command that is the value of such an option
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the arguments; None: those of the process."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         PROGRAM, description=DESCRIPTION,
         usage="%(prog)s [-h] [--version] [--env-file FILE] [COMMAND]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -263,6 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for each in (check_, certificates_, token, *agents_all, status, service_):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
+    parser.typed = sys.argv[1:] if arguments is None else arguments
     return parser.parse_args(arguments)
 
 

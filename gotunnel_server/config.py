@@ -1,9 +1,14 @@
 """The gateway's configuration: environment variables in, one frozen ``Config`` out.
 
-`variables.py` says how one variable is read, and which source wins. Variables with other names are
-ignored; those in the env file that look like misspelt ones of ours cause a warning.
-``conf/server.env`` explains each variable to the operator. Relative paths are relative to the
-working folder.
+`variables.py` says how one variable is read, which source wins, and where a relative path begins:
+all paths in a ``Config`` are absolute. ``conf/server.env`` explains each variable to the operator.
+
+Variables with other names are ignored, unless they look like misspelt ones of ours:
+
+    alike, and ours is not set       an error in the env file; in the environment a warning, and an
+                                     error if ours lets fewer people in (GUARDS)
+    alike, and ours is set as well   a warning, in the env file only
+    our prefix alone (PREFIXES)      the same
 
 No other module reads ``os.environ``, and no part of the gateway keeps the ``Config``: each part
 gets the values that it needs, by name.
@@ -11,11 +16,11 @@ gets the values that it needs, by name.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gotunnel_agent.common import status_socket
 from gotunnel_agent.common.addresses import Network
@@ -28,9 +33,12 @@ from .agents.registration import Terms
 from .agents.secret import secret_weakness
 from .variables import (
     UNSET,
+    VERY_ALIKE,
     ConfigError,
     Variables,
+    absolute,
     chosen_env_file,
+    folder_of,
     misspelt,
     not_blank,
     read_env_file,
@@ -48,6 +56,7 @@ MOST_WORKERS = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"
+CACHE = "cert-cache"  # ACME_CACHE, if it is unset
 OFF = "off"  # ACCESS_LOG: no access log; HTTP2: not offered
 ON = "on"  # HTTP2
 LOCAL = "local"  # ACME_ENV: certificates come from the gateway's own CA
@@ -73,7 +82,16 @@ NAMES = frozenset({  # all variables that load() may read
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
 # An unknown name in the env file that begins like this was meant for the gateway.
-PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "GATEWAY_", "JWT_", "TUNNEL_")
+PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "DEFAULT_", "GATEWAY_", "JWT_", "TUNNEL_")
+# Settings that keep people out: one of these that is misspelt would leave a door open.
+GUARDS = frozenset({
+    "DASHBOARD_BIND", "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE", "DEFAULT_ALLOW",
+    "DEFAULT_BASIC_AUTH", "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT",
+})  # fmt: skip
+# Without all of these, most likely the gateway was started in the wrong folder, or for the first
+# time.
+FIRST = ("GATEWAY_HOST", "TUNNEL_HOST", "JWT_SECRET", "JWT_SECRET_FILE", "AGENTS_FILE")
+EXPLAINED = "gotunnel-server --print-example explains all settings"
 
 # For faults(): a valid value of each variable that must be set, or whose default may be at fault.
 NEUTRAL = {
@@ -174,23 +192,46 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+class Source(NamedTuple):
+    """Where the settings come from."""
+
+    env_file: str | None  # absolute
+    in_file: Mapping[str, str]  # the variables in it
+    environ: Mapping[str, str]  # those of the process; both without blank ones
+
+    def values(self) -> dict[str, str]:
+        return {**self.in_file, **self.environ}
+
+    def read(self, values: Mapping[str, str]) -> Variables:
+        """``values`` as Variables."""
+        folder = folder_of(self.env_file, self.environ)
+        return Variables(values, folder, self.in_file.keys() - self.environ.keys())
+
+
+def _source(env_file: str | None, environ: Mapping[str, str]) -> Source:
+    """Raises ConfigError if the env file cannot be read."""
+    chosen = chosen_env_file(env_file)
+    return Source(chosen, read_env_file(chosen), not_blank(environ))
+
+
 def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
     """Read, check and complete the configuration.
 
     ``env_file`` must exist if it is given; with None, ``.env`` is read if there is one. Raises
-    ConfigError at the first fault.
+    ConfigError at the first fault; faults() has the others.
     """
-    env_file = chosen_env_file(env_file)
-    in_file = read_env_file(env_file)
-    values = {**in_file, **not_blank(environ)}
-    read = Variables(values)
+    source = _source(env_file, environ)
+    for _, text in _first_faults(source):
+        raise ConfigError(text)
+    values = source.values()
+    read = source.read(values)
     try:
         config = _complete(read)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_why_unset(error, in_file, env_file)}") from None
-    holds_secrets = read.secrets & in_file.keys()
-    files = (*([env_file] if env_file and holds_secrets else []), *read.secret_files)
-    warnings = (*config.warnings, *_spelling_warnings(in_file, env_file))
+        raise ConfigError(f"{error}{_why_unset(error, source)}") from None
+    holds_secrets = read.secrets & source.in_file.keys()
+    files = (*([source.env_file] if source.env_file and holds_secrets else []), *read.secret_files)
+    warnings = (*config.warnings, *read.remarks.values(), *_spelling_warnings(source))
     typed = {name: text for name, text in values.items() if name in NAMES} | read.contents
     return replace(config, warnings=warnings, secret_files=files, typed=typed)
 
@@ -200,15 +241,19 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
     mends them; none if it raises none."""
     found: list[str] = []
     try:
-        env_file = chosen_env_file(env_file)
-        in_file = read_env_file(env_file)
-        values = {**in_file, **not_blank(environ)}
+        source = _source(env_file, environ)
+        values = source.values()
+        for name, text in _first_faults(source):
+            if not name:
+                return [text]
+            found.append(text)
+            _neutralise(values, name)
         while True:
             try:
-                _complete(Variables(values))
+                _complete(source.read(values))
                 return found
             except ConfigError as error:
-                text = f"{error}{_why_unset(error, in_file, env_file)}"
+                text = f"{error}{_why_unset(error, source)}"
                 is_mendable = text not in found and error.variables
                 found.append(text)
                 if not is_mendable:  # no other value helps, so further faults stay hidden
@@ -217,6 +262,40 @@ def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ)
                     _neutralise(values, name)
     except ConfigError as error:  # the env file's
         return [str(error)]
+
+
+def _first_faults(source: Source) -> Iterator[tuple[str, str]]:
+    """Faults that are no single variable's, each as the variable that was meant, "" if there is
+    none, and the text."""
+    values = source.values()
+    if source.env_file is None and not any(name in values for name in FIRST):
+        text = (
+            f"there are no settings: no file {absolute('.env')}, and neither GATEWAY_HOST nor "
+            "TUNNEL_HOST nor JWT_SECRET in the environment. gotunnel-server init asks for what "
+            "is needed and writes .env; gotunnel-server --print-example prints one to be edited; "
+            "--env-file FILE names one elsewhere"
+        )
+        yield "", text
+        return
+    no_setting = "is no setting of the gateway, did you mean"
+    for name, meant in misspelt(source.in_file, NAMES):
+        if meant is not None and not _is_set(meant, values):
+            text = (
+                f"{name} in {source.env_file} {no_setting} {meant}? Correct it; if it is another "
+                "program's, keep the gateway's settings in a file of their own (--env-file). "
+                f"{EXPLAINED}"
+            )
+            yield meant, text
+    for name, meant in misspelt(source.environ, NAMES, alike=VERY_ALIKE):
+        if meant in GUARDS and not _is_set(meant, values):
+            text = f"{name} in the environment {no_setting} {meant}? Correct it, or unset it. "
+            yield meant, text + EXPLAINED
+
+
+def _is_set(name: str | None, values: Mapping[str, str]) -> bool:
+    """Whether a setting has a value, in a file of its own or otherwise."""
+    stem = (name or "").removesuffix("_FILE")
+    return bool(values.keys() & {name, stem, f"{stem}_FILE"})
 
 
 def _neutralise(values: dict[str, str], name: str) -> None:
@@ -252,7 +331,7 @@ def _complete(read: Variables) -> Config:
         jwt_secret_old=_old_jwt_secret(read, jwt_secret),
         jwt_issuer=read.text("JWT_ISSUER"),
         agents_file=agents_file,
-        acme_cache=read.folder_to_be("ACME_CACHE", "./cert-cache"),
+        acme_cache=read.folder_to_be("ACME_CACHE", CACHE),
         local_ca=local_ca,
         cert_dir=cert_dir,
         acme=acme,
@@ -312,6 +391,9 @@ def _h2c_hosts(read: Variables) -> tuple[str, ...]:
 
 def _access_log(read: Variables) -> str:
     text = read.text("ACCESS_LOG") or OFF
+    if text in (OFF, "-"):
+        return text
+    text = read.path("ACCESS_LOG") or OFF
     if os.path.isdir(text):
         raise ConfigError(
             f"ACCESS_LOG is {text!r}, a folder; expected off, -, or the path of a file"
@@ -331,7 +413,7 @@ def _http2(read: Variables) -> bool:
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:
     """The values of Config.local_ca, cert_dir and acme."""
-    cert_dir = read.text("CERT_DIR")
+    cert_dir = read.path("CERT_DIR")
     if cert_dir is not None and not os.path.isdir(cert_dir):
         raise ConfigError(
             f"CERT_DIR is {cert_dir!r}, expected a folder that exists: create it, and put your "
@@ -448,7 +530,8 @@ def status_places(
 ) -> list[str]:
     """The paths where a running gateway may have its status socket. The rest of the configuration
     is not checked: it may be wrong. Raises ConfigError."""
-    read = Variables({**read_env_file(chosen_env_file(env_file)), **not_blank(environ)})
+    source = _source(env_file, environ)
+    read = source.read(source.values())
     path = _status_socket(read)
     if path is None:
         raise ConfigError(
@@ -463,9 +546,10 @@ def status_places(
 def _status_socket(read: Variables) -> Path | None:
     text = read.text("STATUS_SOCKET")
     if text is None:
-        return read.folder_to_be("ACME_CACHE", "./cert-cache") / status_socket.NAME
+        return read.folder_to_be("ACME_CACHE", CACHE) / status_socket.NAME
     if text.lower() == status_socket.OFF:
         return None
+    text = read.path("STATUS_SOCKET") or text
     if problem := status_socket.why_not(text):
         raise ConfigError(
             f"STATUS_SOCKET: {problem}: name a shorter one, or set it to {status_socket.OFF}"
@@ -490,16 +574,11 @@ def _old_jwt_secret(read: Variables, jwt_secret: str | None) -> str | None:
     return old
 
 
-def _why_unset(error: ConfigError, in_file: Iterable[str], env_file: str | None) -> str:
+def _why_unset(error: ConfigError, source: Source) -> str:
     """The likely reason why the variable of ``error`` is not set, to be put behind its text."""
-    if UNSET not in str(error):
+    if UNSET not in str(error) or source.env_file is not None:
         return ""
-    if env_file is None:
-        return " (the working folder has no .env)"
-    for name, near in misspelt(in_file, NAMES, PREFIXES):
-        if near and near in str(error):
-            return f" ({env_file} has {name}: a misspelt {near}?)"
-    return ""
+    return f" (there is no {absolute('.env')})"
 
 
 def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
@@ -512,12 +591,15 @@ def _secret_warnings(jwt_secret: str | None) -> tuple[str, ...]:
     )
 
 
-def _spelling_warnings(in_file: Iterable[str], env_file: str | None) -> Iterator[str]:
-    """Warnings of unknown names in the env file. The environment is not searched: it has variables
-    of many programs."""
-    for name, near in misspelt(in_file, NAMES, PREFIXES):
-        hint = f"did you mean {near}?" if near else "conf/server.env lists all of them"
-        yield f"env file {env_file}: {name} is ignored, the gateway has no such variable; {hint}"
+def _spelling_warnings(source: Source) -> Iterator[str]:
+    """Warnings of unknown names that _first_faults() does not refuse."""
+    for name, near in misspelt(source.in_file, NAMES, PREFIXES):
+        hint = f"did you mean {near}?" if near else EXPLAINED
+        yield f"{name} in {source.env_file} is ignored, the gateway has no such setting; {hint}"
+    for name, near in misspelt(source.environ, NAMES, alike=VERY_ALIKE):
+        if not _is_set(near, source.values()):
+            yield (f"{name} in the environment is ignored, the gateway has no such setting; "
+                   f"did you mean {near}?")  # fmt: skip
 
 
 def _port_warnings(config: Config) -> Iterator[str]:

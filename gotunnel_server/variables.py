@@ -1,9 +1,11 @@
 """Reads one variable of the gateway's configuration at a time: a text in, a checked value out.
 
-Four rules hold for every variable:
+Five rules hold for every variable:
 
 - The process environment wins over the env file. That is the file that ``--env-file`` names, else
   ``.env`` in the working folder if there is one.
+- A relative path in the env file is relative to that file's folder, one in the environment to the
+  working folder.
 - An empty or blank value counts as unset: an empty variable in the environment does not hide the
   one in the env file.
 - A secret ``X`` may stand in a file that ``X_FILE`` names (UTF-8, newlines at its end are
@@ -19,7 +21,7 @@ import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +31,12 @@ from gotunnel import ANY_PORT
 from gotunnel_agent.common import small_file
 from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.exposed import shown_path
-from gotunnel_agent.common.hostnames import MAX_PORT, normal_hostname, valid_hostname
+from gotunnel_agent.common.hostnames import (
+    MAX_PORT,
+    normal_hostname,
+    valid_hostname,
+    why_no_hostname,
+)
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.quantities import whole_number
 
@@ -51,9 +58,13 @@ MAX_TIMEOUT = 86_400
 # HSOT for HOST in a name of ours has 0.9. SMTP_PORT, a name of another program, has 0.78 to
 # HTTP_PORT.
 ALIKE = 0.8
+# The same in the process environment, which has variables of many programs. DEFAULT_ALOW has 0.96.
+VERY_ALIKE = 0.9
 MAX_NAME = 60  # characters of a name that are compared, or shown
 
 UNSET = "is not set"  # behind the name, in the error about a variable that is required
+# Kubernetes puts such values into NAME_PORT in each container, if there is a Service called NAME.
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://", re.ASCII)
 SECONDS = f"seconds such as 10 or 2.5, at most {MAX_TIMEOUT}"
 
 
@@ -74,8 +85,14 @@ class ConfigError(Exception):
 class Variables:
     """The variables by name. Each method reads one kind of value, or raises ConfigError."""
 
-    def __init__(self, values: Mapping[str, str]):
+    def __init__(
+        self, values: Mapping[str, str], folder: str | None = None, in_file: Container[str] = ()
+    ):
+        """``in_file``: the names whose values come from the env file; relative paths in them count
+        from ``folder``. None: from the working folder, as all others do."""
         self._values = values
+        self._folder, self._in_file = folder, in_file
+        self.remarks: dict[str, str] = {}  # warnings for the log, by variable
         self.secrets: set[str] = set()  # the names that secret() was called for
         self.secret_files: list[str] = []  # the files that secret() has read
         self.contents: dict[str, str] = {}  # their contents, by the variable that names the file
@@ -95,22 +112,54 @@ class Variables:
                 f"{name} holds a line break or an unprintable character, "
                 "expected one line of text: look for a missing quote"
             )
+        if is_quoted(text):  # no value has quotes at both ends, and it may be a secret's path
+            raise ConfigError(
+                f"{name} begins and ends with a quote, expected the value alone: remove the quotes "
+                "(docker run --env-file takes them for a part of the value)"
+            )
         return text
+
+    def path(self, name: str, default: str | None = None) -> str | None:
+        """An absolute path; None if it is unset and has no default, which counts as if it stood in
+        the env file."""
+        text = self.text(name)
+        is_ours = text is None or name in self._in_file
+        text = default if text is None else text
+        if text is None:
+            return None
+        here = absolute(text)
+        if self._folder is None or not is_ours or os.path.isabs(text):
+            return here
+        there = os.path.join(self._folder, os.path.normpath(text))
+        if there == here or os.path.lexists(there) or not os.path.lexists(here):
+            return there
+        self.remarks[name] = (
+            f"{name}: {here} is used, which is there, but relative paths in the env file count "
+            f"from that file's folder, and there is no {there}: write the absolute path"
+        )
+        return here
 
     def secret(self, name: str) -> str | None:
         """The secret, or the content of its file; None if both are unset."""
         file_name = f"{name}_FILE"
         self.secrets.add(name)
-        path = self.text(file_name)
+        path = self.path(file_name)
         secret = self._values.get(name)
         if path is None:
             if secret is not None and not _is_utf8(secret):
                 raise ConfigError(f"{name} is not UTF-8, expected UTF-8 text: set another secret")
+            if secret is not None and is_quoted(secret) and name not in self._in_file:
+                self.remarks[name] = (
+                    f"{name} begins and ends with a quote, which counts as a part of it: remove "
+                    "the quotes if they are not meant (docker run --env-file keeps them)"
+                )
             return secret
         if secret is not None:
             raise ConfigError(f"{name} and {file_name} are both set, expected one: unset the other")
         self.secret_files.append(path)
-        secret = _read_text(file_name, path).rstrip("\r\n")
+        typed = self.text(file_name) or ""
+        shown = repr(path) if shown_path(typed) == repr(typed) else shown_path(typed)
+        secret = _read_text(file_name, path, shown).rstrip("\r\n")
         if not secret.strip():
             raise ConfigError(
                 f"{file_name}: {path!r} is empty, expected a secret: write one into it"
@@ -125,6 +174,7 @@ class Variables:
             raise ConfigError(
                 f"{name} is {text!r}, expected a hostname such as gateway.example.com: "
                 "letters, digits, hyphens and dots, without scheme or port"
+                f"{why_no_hostname(text)}"
             )
         return normal_hostname(text)
 
@@ -143,6 +193,7 @@ class Variables:
             raise ConfigError(
                 f"{name} is {text!r}, expected a hostname such as tunnel.example.com, or an IP "
                 "address without brackets: without scheme or port"
+                f"{'' if text.startswith('[') else why_no_hostname(text)}"
             ) from None
 
     def ip_addresses(self, name: str) -> tuple[str, ...]:
@@ -191,7 +242,11 @@ class Variables:
             return 0
         port = whole_number(text)
         if port is None or not 1 <= port <= MAX_PORT:
-            raise ConfigError(f"{name} is {text!r}, expected {expected}")
+            hint = ""
+            if SERVICE_LINK.match(text):
+                hint = (": Kubernetes has set it, for a Service of that name: rename the Service, "
+                        "or set enableServiceLinks: false for the pod")  # fmt: skip
+            raise ConfigError(f"{name} is {text!r}, expected {expected}{hint}")
         return port
 
     def port_ranges(self, name: str) -> tuple[range, ...]:
@@ -247,7 +302,7 @@ class Variables:
 
     def folder_to_be(self, name: str, default: str) -> Path:
         """A folder that exists or can be made."""
-        path = self.text(name) or default
+        path = self.path(name, default) or default
         if os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(
                 f"{name} is {path!r}, which is not a folder: name another one, or remove it"
@@ -256,7 +311,7 @@ class Variables:
 
     def file_to_be(self, name: str) -> Path | None:
         """A file that exists or can be made."""
-        path = self.text(name)
+        path = self.path(name)
         if path is not None and os.path.isdir(path):
             raise ConfigError(f"{name} is {path!r}, which is a folder: name a file in it")
         return None if path is None else Path(path)
@@ -273,7 +328,7 @@ class Variables:
 
     def file(self, name: str) -> str | None:
         """A file that can be read."""
-        path = self.text(name)
+        path = self.path(name)
         if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):
             raise ConfigError(f"{name} is {path!r}, expected a file that can be read")
         return path
@@ -296,10 +351,30 @@ class Variables:
 
 
 def chosen_env_file(env_file: str | None) -> str | None:
-    """The env file to read: ``env_file``, else .env if there is one, else None."""
+    """The absolute path of the env file to read: ``env_file``, else .env if there is one; else
+    None."""
     # A folder named .env is most likely a virtual environment.
     there = os.path.exists(DEFAULT_ENV_FILE) and not os.path.isdir(DEFAULT_ENV_FILE)
-    return env_file or (DEFAULT_ENV_FILE if there else None)
+    chosen = env_file or (DEFAULT_ENV_FILE if there else None)
+    return None if chosen is None else absolute(chosen)
+
+
+def folder_of(env_file: str | None, environ: Mapping[str, str]) -> str | None:
+    """The folder that relative paths in the env file count from; None: the working folder. So it is
+    for what is no file of the operator's: a pipe, or systemd's copy (LoadCredential=), whose unit
+    runs in the original's folder."""
+    if env_file is None or not os.path.isfile(env_file):
+        return None
+    folder = os.path.dirname(env_file)
+    return None if folder == environ.get("CREDENTIALS_DIRECTORY") else folder
+
+
+def absolute(path: str) -> str:
+    """The path, absolute. Links in it stay."""
+    try:
+        return os.path.abspath(path)
+    except OSError:  # the working folder was removed
+        return path
 
 
 def read_env_file(env_file: str | None) -> dict[str, str]:
@@ -323,7 +398,10 @@ def read_env_file(env_file: str | None) -> dict[str, str]:
 
 
 def misspelt(
-    names: Iterable[str], known: Iterable[str], prefixes: tuple[str, ...]
+    names: Iterable[str],
+    known: Iterable[str],
+    prefixes: tuple[str, ...] = (),
+    alike: float = ALIKE,
 ) -> Iterator[tuple[str, str | None]]:
     """Of ``names`` those that most likely should be one of ``known``: they are alike, or begin with
     one of ``prefixes``. Each comes with the known name that it is most like, or None."""
@@ -332,8 +410,8 @@ def misspelt(
         if name in known:
             continue
         upper = name[:MAX_NAME].upper()
-        near = difflib.get_close_matches(upper, known, n=1, cutoff=ALIKE)
-        if near or upper.startswith(prefixes):
+        near = difflib.get_close_matches(upper, known, n=1, cutoff=alike)
+        if near or prefixes and upper.startswith(prefixes):
             yield on_one_line(name, MAX_NAME), near[0] if near else None
 
 
@@ -342,14 +420,20 @@ def not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in values.items() if value and value.strip()}
 
 
-def _read_text(what: str, path: str) -> str:
-    """The text of a small file, without the byte order mark that some editors put first."""
+def is_quoted(text: str) -> bool:
+    """Whether a text begins and ends with the same quote."""
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
+def _read_text(what: str, path: str, shown: str | None = None) -> str:
+    """The text of a small file, without the byte order mark that some editors put first.
+    ``shown``: its path in a message, if it must not be quoted as it is."""
     try:
         content = small_file.read(path, MAX_FILE)
     except OSError as error:
         raise ConfigError(
-            f"{what}: cannot read {shown_path(path)} ({error.strerror}), expected a readable file: "
-            "check the path and its permissions"
+            f"{what}: cannot read {shown or shown_path(path)} ({error.strerror}), "
+            "expected a readable file: check the path and its permissions"
         ) from None
     if len(content) > MAX_FILE:
         raise ConfigError(f"{what}: {path!r} is too long, expected at most {MAX_FILE} bytes")

@@ -96,7 +96,7 @@ def test_the_gateways_defaults_are_those_of_the_table():
     # And each is a value: a text that the code takes as unset would pass the comparison above.
     values = {name: getattr(plain, name.lower(), None) for name in defaults}
     values["ACME_ORDERS_PER_DOMAIN"] = plain.acme.orders_per_domain
-    values["ACME_CACHE"] = f"./{plain.acme_cache}"
+    values["ACME_CACHE"] = f"./{os.path.relpath(plain.acme_cache)}"
     values["METRICS_BIND"] = ",".join(plain.metrics_bind)
     shown = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
     assert shown == defaults
@@ -125,7 +125,7 @@ def test_the_gateways_defaults_in_words_are_true(tmp_path):
     assert plain.acme.directory == server_config.DIRECTORIES["production"]
     assert not plain.local_ca and plain.http_port == 80
     assert own.acme is None and not own.local_ca and own.http_port is None
-    assert load_gateway(ACME_CACHE="kept").status_socket == Path("kept/status.sock")
+    assert load_gateway(ACME_CACHE="/kept").status_socket == Path("/kept/status.sock")
     workers = server_config.default_workers
     assert [workers(cores) for cores in (1, 2, 4, 64)] == [512, 512, 1024, 2048]
 

@@ -9,6 +9,7 @@ import re
 import unicodedata
 
 MAX_HOSTNAME = 253  # characters: 255 bytes on the DNS wire (RFC 1035 §2.3.4)
+MAX_LABEL = 63  # characters between two dots (RFC 1035 §2.3.4)
 MAX_PORT = 65535
 
 # A name, or an IPv6 address in brackets (without a zone, which only one machine understands).
@@ -50,6 +51,47 @@ def valid_hostname(name: str) -> bool:
         and not labels[-1].isdigit()
         and ("xn--" not in name.lower() or all(map(_idn_label_or_plain, labels)))
     )
+
+
+def why_no_hostname(text: str) -> str:
+    """What keeps a text from being a hostname, to be put behind a message: "; no hostname has an
+    underscore (_)", for example. "" if there is no more to say than what was expected."""
+    name = text.removesuffix(".")
+    labels = name.split(".")
+    reasons = (
+        ("://" in text, "leave out the scheme, which is what stands before ://"),
+        ("/" in text, "leave out the path, which begins with /"),
+        ("_" in text, "no hostname has an underscore (_); a hyphen can take its place"),
+        (_is_address(text), "it is an IP address"),
+        (":" in text, "leave out the port, which is what stands behind the colon"),
+        (len(labels) == 2 and labels[0] == "*", "behind *. two labels are needed, or it would be "
+         "other people's hostnames too"),
+        ("*" in text, "a * is for wildcards such as *.dev.example.com, and stands in front"),
+        (not text.isascii(), f"write it in its xn-- form{_xn_form(text)}"),
+        (any(character.isspace() for character in text), "it has a blank in it"),
+        ("" in labels, "there is a dot too many"),
+        (any(len(label) > MAX_LABEL for label in labels),
+         f"between two dots there are {MAX_LABEL} characters at most"),
+        (len(name) > MAX_HOSTNAME, f"it has {len(name)} characters, {MAX_HOSTNAME} is the most"),
+        (any(label.startswith("-") or label.endswith("-") for label in labels),
+         "no part between dots begins or ends with a hyphen"),
+        (labels[-1].isdigit(), "the last part is never a number"),
+    )  # fmt: skip
+    return next((f"; {reason}" for holds, reason in reasons if holds), "")
+
+
+def _xn_form(text: str) -> str:
+    """The xn-- form of a name, to be put behind a message; "" if it has none."""
+    normal = normal_hostname(text)
+    return f": {normal}" if valid_hostname(normal) else ""
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _idn_label_or_plain(label: str) -> bool:

@@ -82,10 +82,21 @@ def why_not(path: str) -> str | None:
     """Why a path cannot be a socket's, in a few words; None if it can."""
     if not hasattr(socket, "AF_UNIX"):
         return "Python offers no unix sockets on this system"
-    size = len(os.fsencode(path))
+    size = len(os.fsencode(address(path)))
     if size > MAX_PATH:
         return f"the path has {size} bytes, a unix socket's may have {MAX_PATH}"
     return None
+
+
+def address(path: str) -> str:
+    """``path``, or if a unix socket's address has no room for it, the path from the working folder,
+    if that is shorter."""
+    if len(os.fsencode(path)) <= MAX_PATH:
+        return path
+    try:
+        return min(path, os.path.relpath(path), key=lambda text: len(os.fsencode(text)))
+    except (OSError, ValueError):  # no working folder, or it is on another drive
+        return path
 
 
 class StatusSocket:
@@ -150,7 +161,7 @@ class StatusSocket:
 
     def _open(self) -> socket.socket | None:
         try:
-            listening = listen(self.path)
+            listening = listen(address(self.path))
             self._inode = _inode(self.path)
             log.debug("status socket %s: ready", self.path)
             if self._ended:  # close() may have run before the file was there
@@ -316,7 +327,7 @@ def _connect(peer: socket.socket, path: str, deadline: float) -> None:
     """Raises OSError: BlockingIOError if the queue of the socket was full all the time."""
     while True:
         try:
-            return peer.connect(path)
+            return peer.connect(address(path))
         except BlockingIOError:  # connect() with a timeout does not wait for a place
             if monotonic() >= deadline:
                 raise

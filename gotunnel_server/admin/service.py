@@ -35,10 +35,13 @@ def plan(options: Options, chosen: str | None) -> Plan:
     if chosen is None:
         raise ServiceError(
             "there is no .env here, and a service has nothing of a terminal's environment: write "
-            "the settings into a file .env, or name one with --env-file"
+            "the settings into a file .env (gotunnel-server init does), or name one with --env-file"
         )
     config = load(chosen, environ={})
     env_file, folder = os.path.abspath(chosen), os.getcwd()
+    # The program gets a copy of the env file in another folder (Credential). Relative paths in the
+    # copy count from the working folder, which must therefore be the original's.
+    folder = os.path.dirname(env_file) if os.path.isfile(env_file) else folder
     program = this_program(sys.argv[0])
     dynamic = not options.per_user and options.run_as is None
     cache = os.path.abspath(config.acme_cache)

@@ -17,6 +17,7 @@ from gotunnel_agent.common.hostnames import (
     valid_host,
     valid_hostname,
     valid_wildcard,
+    why_no_hostname,
 )
 from gotunnel_agent.common.one_line import on_one_line, some
 
@@ -164,7 +165,7 @@ def _hostname(name: str) -> str:
         return hostname
     raise NotGranted(
         f"invalid hostname: {on_one_line(name, 253)}; expected letters, digits, hyphens and dots, "
-        "or *. and at least two labels"
+        f"or *. and at least two labels{why_no_hostname(text)}"
     )
 
 

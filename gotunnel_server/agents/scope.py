@@ -23,6 +23,7 @@ from gotunnel_agent.common.hostnames import (
     WILDCARD,
     normal_hostname,
     valid_hostname,
+    why_no_hostname,
 )
 
 # Patterns or ranges of one credential. Nobody writes so many by hand. At a registration each one in
@@ -129,8 +130,8 @@ def _pattern(item: object) -> str:
             "*.dev.example.com"
         )
     if not valid_hostname(name) or len(pattern) > MAX_HOSTNAME:
-        hint = "" if text.isascii() else "; write other scripts in their xn-- form"
-        raise ScopeError(f"{_quoted(text)} came, expected {HOSTS_EXPECTED}{hint}")
+        why = why_no_hostname(text)
+        raise ScopeError(f"{_quoted(text)} came, expected {HOSTS_EXPECTED}{why}")
     return pattern
 
 

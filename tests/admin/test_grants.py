@@ -335,7 +335,7 @@ def test_a_date_in_the_past_is_no_end_of_an_old_secret(capsys):
 
 def test_agent_that_is_there_is_not_added_again(capsys):
     said = refusal(capsys, 1, "agents", "add", "one", "--hosts", "a.example.com")
-    assert said.endswith("one is in AGENTS_FILE agents.yaml already: remove it, or name another")
+    assert said.endswith("/agents.yaml already: remove it, or name another")
     assert Path("agents.yaml").read_text() == ENTRIES
 
 
@@ -435,8 +435,8 @@ def test_bad_file_is_one_line_and_status_2(capsys, monkeypatch, command):
     write(ENTRIES + "one: {}\n")
     said = refusal(capsys, 2, *command)
     assert said == (
-        "gotunnel-server: AGENTS_FILE agents.yaml: line 9, column 1: key 'one' comes twice, "
-        "expected once"
+        f"gotunnel-server: AGENTS_FILE {os.getcwd()}/agents.yaml: line 9, column 1: "
+        "key 'one' comes twice, expected once"
     )
 
 

@@ -7,6 +7,7 @@ from gotunnel_agent.common.hostnames import (
     valid_host,
     valid_hostname,
     valid_wildcard,
+    why_no_hostname,
 )
 
 LABEL = "a" * 63
@@ -115,3 +116,33 @@ def test_valid_hosts(text):
 )  # fmt: skip
 def test_invalid_hosts(text):
     assert not valid_host(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("my_app.example.com", "no hostname has an underscore (_)"),
+        ("https://my_app.example.com/", "leave out the scheme"),
+        ("app.example.com/x", "leave out the path"),
+        ("app.example.com:443", "leave out the port"),
+        ("192.0.2.1", "it is an IP address"),
+        ("[2001:db8::1]", "it is an IP address"),
+        ("*.com", "behind *. two labels are needed"),
+        ("*.localhost", "behind *. two labels are needed"),
+        ("a.*.example.com", "a * is for wildcards"),
+        ("b\u00fccher.example", "write it in its xn-- form: xn--bcher-kva.example"),
+        ("fa\u00df.de", "write it in its xn-- form"),
+        ("a b.example", "it has a blank in it"),
+        ("a..example", "there is a dot too many"),
+        (".example", "there is a dot too many"),
+        (LABEL + "a.example", "there are 63 characters at most"),
+        (".".join([LABEL] * 4), "it has 255 characters, 253 is the most"),
+        ("-a.example", "begins or ends with a hyphen"),
+        ("a.example.1", "the last part is never a number"),
+        ("a!.example", ""),
+    ],
+)
+def test_a_name_that_is_none_comes_with_the_reason(text, reason):
+    assert not valid_hostname(text)
+    said = why_no_hostname(text)
+    assert reason in said and said.startswith("; ") == bool(reason)

@@ -93,7 +93,7 @@ def test_defaults():
         jwt_secret_old=None,
         jwt_issuer=None,
         agents_file=None,
-        acme_cache=Path("cert-cache"),
+        acme_cache=Path.cwd() / "cert-cache",
         local_ca=True,
         cert_dir=None,
         acme=None,
@@ -114,7 +114,7 @@ def test_defaults():
         drain_timeout=15,
         agent_timeout=5,
         log_level="info",
-        status_socket=Path("cert-cache/status.sock"),
+        status_socket=Path.cwd() / "cert-cache/status.sock",
         log_format="text",
         access_log="off",
         warnings=(),
@@ -189,7 +189,8 @@ def test_dollar_in_the_env_file_is_not_expanded():
 def test_bad_env_file_is_refused(content, expected):
     Path(".env").write_bytes(content)
     message = refusal()
-    assert message.startswith("env file") and "'.env'" in message and expected in message
+    assert message.startswith("env file") and f"'{Path.cwd()}/.env'" in message
+    assert expected in message
 
 
 def test_missing_named_env_file_is_refused(tmp_path):
@@ -281,7 +282,7 @@ def test_without_a_secret_the_gateway_does_not_start(secret):
 
 def test_without_a_secret_the_gateway_starts_if_agents_have_their_own():
     loaded = config(JWT_SECRET=None, AGENTS_FILE="agents.yaml")
-    assert (loaded.jwt_secret, loaded.agents_file) == (None, Path("agents.yaml"))
+    assert (loaded.jwt_secret, loaded.agents_file) == (None, Path.cwd() / "agents.yaml")
     assert loaded.warnings == ()
 
 
@@ -323,22 +324,48 @@ def test_ports_of_its_own_among_those_of_agents_are_a_warning():
     assert config(TCP_PORTS="2200-2299").warnings == ()
 
 
+NO_SETTING = "is no setting of the gateway, did you mean"
+
+
 @pytest.mark.parametrize(
-    ("line", "warning"),
+    ("line", "name", "meant"),
     [
-        ("GATEWAY_HSOT=x", "GATEWAY_HSOT is ignored, .*; did you mean GATEWAY_HOST[?]"),
-        ("gateway_host=x", "gateway_host is ignored, .*; did you mean GATEWAY_HOST[?]"),
-        ("WORKRES=4", "WORKRES is ignored, .*; did you mean WORKERS[?]"),
-        ("export CERTDIR=x", "CERTDIR is ignored, .*; did you mean CERT_DIR[?]"),
-        ("ACME_X=1", "ACME_X is ignored, .*; conf/server.env lists all of them"),
-        ("'JWT_\x1bx'=1", "JWT_.x1bx is ignored, .*; conf/server.env lists all of them"),
-        (f"JWT_{'Y' * 9999}=1", "JWT_Y{56} is ignored, .*; conf/server.env lists all of them"),
+        ("GATEWAY_HSOT=x", "GATEWAY_HSOT", "GATEWAY_HOST"),
+        ("gateway_host=x", "gateway_host", "GATEWAY_HOST"),
+        ("AGENTS_FIEL=agents.yaml", "AGENTS_FIEL", "AGENTS_FILE"),
+        ("WORKRES=4", "WORKRES", "WORKERS"),
+        ("export CERTDIR=x", "CERTDIR", "CERT_DIR"),
+        ("DEFAULT_ALOW=10.0.0.0/8", "DEFAULT_ALOW", "DEFAULT_ALLOW"),
+        ("DASHBOARD_PASWORD=x", "DASHBOARD_PASWORD", "DASHBOARD_PASSWORD"),
+        ("HTTPS_PORT=443", "HTTPS_PORT", "HTTP_PORT"),
     ],
 )
-def test_misspelt_variable_of_the_env_file_is_a_warning(line, warning):
+def test_misspelt_variable_of_the_env_file_is_refused(line, name, meant):
+    Path(".env").write_text(f"{line}\n")
+    message = refusal(**{meant: None})
+    assert message.startswith(f"{name} in {os.getcwd()}/.env {NO_SETTING} {meant}? Correct it")
+    # Beside the one that was meant, it is most likely another program's.
+    value = MINIMAL.get(meant, line.partition("=")[2]).replace("x", os.curdir)
+    (warning,) = config(**{meant: "80" if "PORT" in meant else value}).warnings
+    assert f"{name} in {os.getcwd()}/.env is ignored" in warning and warning.endswith(f"{meant}?")
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("ACME_X=1", "ACME_X"),
+        ("DEFAULT_LOCALE=C", "DEFAULT_LOCALE"),
+        ("'JWT_\x1bx'=1", r"JWT_\x1bx"),
+        (f"JWT_{'Y' * 9999}=1", f"JWT_{'Y' * 56}"),
+    ],
+)
+def test_variable_that_only_begins_like_ours_is_a_warning(line, name):
     Path(".env").write_text(f"{line}\n")
     (found,) = config().warnings
-    assert re.fullmatch(f"env file .env: {warning}", found)
+    assert found == (
+        f"{name} in {os.getcwd()}/.env is ignored, the gateway has no such setting; "
+        "gotunnel-server --print-example explains all settings"
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,8 +377,27 @@ def test_variable_of_another_program_in_the_env_file_is_no_warning(line):
     assert config().warnings == ()
 
 
-def test_misspelt_variable_of_the_environment_is_no_warning():
-    assert config(GATEWAY_HSOT="x").warnings == ()
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DEFAULT_ALOW", "DEFAULT_ALLOW"),
+        ("DEFAULT_BASICAUTH", "DEFAULT_BASIC_AUTH"),
+        ("dashboard_bind", "DASHBOARD_BIND"),
+        ("DASHBOARD_PASSWORT", "DASHBOARD_PASSWORD"),
+    ],
+)
+def test_misspelt_guard_in_the_environment_is_refused(name, meant):
+    message = refusal(**{name: "x"})
+    assert message.startswith(f"{name} in the environment {NO_SETTING} {meant}? Correct it")
+
+
+def test_other_misspelt_variable_of_the_environment_is_a_warning():
+    (warning,) = config(LOGLEVEL="debug", LOGNAME="me", HTTP_PROXY="x", SMTP_PORT="1").warnings
+    assert warning == (
+        "LOGLEVEL in the environment is ignored, the gateway has no such setting; did you mean "
+        "LOG_LEVEL?"
+    )
+    assert config(LOGLEVEL="debug", LOG_LEVEL="info").warnings == ()
 
 
 def test_names_are_those_that_are_read_and_those_that_the_example_explains(monkeypatch):
@@ -431,7 +477,7 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         ("AGENT_TIMEOUT", "0", "agent_timeout", 0),
         ("AGENT_TIMEOUT", "2.5", "agent_timeout", 2.5),
         ("LOG_LEVEL", "Debug", "log_level", "debug"),
-        ("ACME_CACHE", "kept", "status_socket", Path("kept/status.sock")),
+        ("ACME_CACHE", "/kept", "status_socket", Path("/kept/status.sock")),
         ("STATUS_SOCKET", "/run/gotunnel/s", "status_socket", Path("/run/gotunnel/s")),
         ("STATUS_SOCKET", "Off", "status_socket", None),
     ],
@@ -450,6 +496,9 @@ def test_value_is_taken(variable, text, field, value):
         ("GATEWAY_HOST", "bücher.example", "expected a hostname"),
         ("TUNNEL_HOST", "[2001:db8::1]", "an IP address without brackets"),
         ("TUNNEL_HOST", "256.0.0.1", "expected a hostname"),
+        ("GATEWAY_HOST", "my_gateway.example.com", "; no hostname has an underscore (_)"),
+        ("RAW_TCP_HOST", "*.com", "; behind *. two labels are needed"),
+        ("H2C_HOSTS", "a_b.example.com", "; no hostname has an underscore (_)"),
         ("TUNNEL_HOST", "tunnel.example.com:9443", "without scheme or port"),
         ("GATEWAY_PORT", "0", "expected a port from 1 to 65535 or auto"),
         ("GATEWAY_PORT", "65536", "expected a port from 1 to 65535 or auto"),
@@ -513,8 +562,9 @@ def test_places_of_the_status_socket_need_no_other_setting(tmp_path):
     def places(**environ):
         return status_places(os.devnull, environ)
 
-    assert places(ACME_CACHE="kept")[:2] == ["kept/status.sock", "/run/gotunnel-server/status.sock"]
-    assert places(STATUS_SOCKET="s", JWT_SECRET="short") == ["s"]
+    kept = f"{os.getcwd()}/kept/status.sock"
+    assert places(ACME_CACHE="kept")[:2] == [kept, "/run/gotunnel-server/status.sock"]
+    assert places(STATUS_SOCKET="s", JWT_SECRET="short") == [f"{os.getcwd()}/s"]
     with pytest.raises(ConfigError, match="STATUS_SOCKET is off, expected a path"):
         places(STATUS_SOCKET="off")
 
@@ -524,35 +574,141 @@ def test_required_variable_must_be_set(variable):
     assert refusal(**{variable: None}).startswith(f"{variable} is not set, expected a hostname")
 
 
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        (None, "set it (the working folder has no .env)"),
-        ("GATEWAY_HOTS=gw.example.com", "set it (.env has GATEWAY_HOTS: a misspelt GATEWAY_HOST?)"),
-        ("TUNNEL_HOTS=t.example.com", "set it"),  # the error about that one comes next
-        ("BIND=127.0.0.1", "set it"),
-    ],
-)
-def test_required_variable_that_is_unset_comes_with_the_likely_reason(
-    tmp_path, monkeypatch, lines, reason
-):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(("lines", "reason"), [(None, " (there is no {}/.env)"), ("BIND=::1", "")])
+def test_required_variable_that_is_unset_comes_with_the_likely_reason(lines, reason):
     if lines:
-        (tmp_path / ".env").write_text(lines)
+        Path(".env").write_text(lines)
     environ = {"JWT_SECRET": "s" * 32, "TUNNEL_HOST": "t.example.com"}
-    text = f"GATEWAY_HOST is not set, expected a hostname such as gateway.example.com: {reason}"
+    text = "GATEWAY_HOST is not set, expected a hostname such as gateway.example.com: set it"
+    text += reason.format(os.getcwd())
     with pytest.raises(ConfigError) as caught:
         load(None, environ)
     assert str(caught.value) == text
     assert faults(None, environ) == [text]
 
 
-def test_misspelt_agents_file_is_named_where_no_secret_is_set(tmp_path):
-    (tmp_path / "env").write_text("AGENTS_FIEL=agents.yaml")
-    with pytest.raises(
-        ConfigError, match=r"; or set AGENTS_FILE \(.* has AGENTS_FIEL: a misspelt "
-    ):
-        load(str(tmp_path / "env"), {})
+def test_without_any_setting_it_says_how_to_begin():
+    with pytest.raises(ConfigError) as caught:
+        load(None, {"PATH": "/bin", "LOG_LEVEL": "info"})
+    (line,) = faults(None, {"WORKERS": "none"})
+    assert str(caught.value) == line and "\n" not in line
+    assert line.startswith(f"there are no settings: no file {os.getcwd()}/.env, and neither")
+    assert "gotunnel-server init" in line and "gotunnel-server --print-example" in line
+
+
+def test_all_settings_that_are_missing_are_named_at_once():
+    Path(".env").write_text("BIND=127.0.0.1\nTUNEL_HOST=t.example.com\n")
+    assert [fault.split()[0] for fault in faults(None, {})] == [
+        "TUNEL_HOST", "JWT_SECRET", "GATEWAY_HOST",
+    ]  # fmt: skip
+
+
+# --- Relative paths -----------------------------------------------------------------------------
+
+PATHS = {
+    "ACCESS_LOG": "access_log", "ACME_CACHE": "acme_cache", "AGENTS_FILE": "agents_file",
+    "CERT_DIR": "cert_dir", "STATUS_SOCKET": "status_socket",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_relative_path_counts_from_its_env_file_or_from_the_working_folder(tmp_path, name):
+    for folder in (tmp_path / "etc", Path.cwd()):
+        (folder / "x").mkdir(parents=True)
+    env_file = tmp_path / "etc" / "server.env"
+    env_file.write_text(
+        f"{name}=./x/y/..\n" if name in ("CERT_DIR", "ACME_CACHE") else f"{name}=./x/y\n"
+    )
+    leaf = "x" if name in ("CERT_DIR", "ACME_CACHE") else "x/y"
+    for given in (str(env_file), os.path.relpath(env_file)):
+        loaded = load(given, MINIMAL)
+        assert str(getattr(loaded, PATHS[name])) == f"{tmp_path}/etc/{leaf}"
+        assert loaded.warnings == ()
+    loaded = load(str(env_file), {**MINIMAL, name: leaf})
+    assert str(getattr(loaded, PATHS[name])) == f"{os.getcwd()}/{leaf}"
+
+
+def test_files_of_secrets_and_the_default_cache_lie_beside_the_env_file(tmp_path):
+    (tmp_path / "secret").write_text(SECRET)
+    env_file = tmp_path / "server.env"
+    env_file.write_text("JWT_SECRET_FILE=secret\n")
+    loaded = load(str(env_file), {**MINIMAL, "JWT_SECRET": ""})
+    assert loaded.jwt_secret == SECRET and loaded.secret_files == (f"{tmp_path}/secret",)
+    assert loaded.acme_cache == tmp_path / "cert-cache"
+    assert status_places(str(env_file), {})[0] == f"{tmp_path}/cert-cache/status.sock"
+    env_file.write_text("JWT_SECRET_FILE=none\n")
+    assert f"cannot read '{tmp_path}/none'" in refusal(str(env_file), JWT_SECRET=None)
+    env_file.write_text(f"JWT_SECRET_FILE={SECRET}\n")  # never shown, though it has a folder now
+    assert "not shown" in refusal(str(env_file), JWT_SECRET=None)
+
+
+def test_path_that_is_only_in_the_working_folder_is_used_with_a_warning(tmp_path):
+    """As it was before paths counted from the env file: an upgrade loses no certificates."""
+    Path("cert-cache").mkdir()
+    env_file = tmp_path / "server.env"
+    env_file.write_text("LOG_LEVEL=info\n")
+    loaded = load(str(env_file), MINIMAL)
+    assert loaded.acme_cache == Path.cwd() / "cert-cache"
+    (warning,) = loaded.warnings
+    assert warning == (
+        f"ACME_CACHE: {os.getcwd()}/cert-cache is used, which is there, but relative paths in the "
+        f"env file count from that file's folder, and there is no {tmp_path}/cert-cache: write the "
+        "absolute path"
+    )
+    (tmp_path / "cert-cache").mkdir()
+    assert load(str(env_file), MINIMAL).acme_cache == tmp_path / "cert-cache"
+
+
+def test_copy_of_the_env_file_that_systemd_made_has_no_folder_of_its_own(tmp_path):
+    (tmp_path / "env").write_text("AGENTS_FILE=agents.yaml\n")
+    loaded = load(str(tmp_path / "env"), {**MINIMAL, "CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert loaded.agents_file == Path.cwd() / "agents.yaml"
+
+
+def test_env_file_that_is_a_pipe_has_no_folder():
+    read, write = os.pipe()
+    with open(read, "rb"):
+        with open(write, "wb") as pipe:
+            pipe.write(b"AGENTS_FILE=agents.yaml\n")
+        loaded = load(f"/dev/fd/{read}", MINIMAL)
+    assert loaded.agents_file == Path.cwd() / "agents.yaml"
+
+
+# --- Quotes that somebody left in ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("GATEWAY_HOST", '"gateway.example.com"'),
+        ("ACME_CACHE", "'/var/lib/gotunnel'"),
+        ("GATEWAY_PORT", '"443"'),
+        ("JWT_ISSUER", '"office"'),
+        ("JWT_SECRET_FILE", f'"{SECRET}"'),
+    ],
+)
+def test_quotes_that_docker_keeps_are_named(name, text):
+    changes = {"JWT_SECRET": None} if name == "JWT_SECRET_FILE" else {}
+    message = refusal(**changes | {name: text})
+    assert message == (
+        f"{name} begins and ends with a quote, expected the value alone: remove the quotes "
+        "(docker run --env-file takes them for a part of the value)"
+    )
+
+
+def test_quotes_around_a_secret_are_a_warning_where_they_may_be_docker_s(tmp_path):
+    loaded = config(JWT_SECRET=f'"{SECRET}"')
+    assert loaded.jwt_secret == f'"{SECRET}"'
+    (warning,) = loaded.warnings
+    assert warning.startswith("JWT_SECRET begins and ends with a quote, which counts as a part")
+    assert SECRET not in warning
+    Path(".env").write_text(f"""JWT_SECRET='"{SECRET}"'\n""")
+    assert config(JWT_SECRET=None).warnings == ()  # our own reader takes the outer ones off
+
+
+def test_port_that_kubernetes_has_set_is_explained():
+    message = refusal(GATEWAY_PORT="tcp://10.0.0.1:443")
+    assert "Kubernetes has set it, for a Service of that name" in message
 
 
 @pytest.mark.parametrize(
@@ -754,7 +910,7 @@ def test_it_knows_the_files_that_it_read_secrets_from(tmp_path):
     env_file.write_text(f"JWT_SECRET={SECRET}\n")
     assert load(str(env_file), MINIMAL).secret_files == (str(env_file),)
     Path(".env").write_text(f"DASHBOARD_PASSWORD={PASSWORD}\n")
-    assert config().secret_files == (".env",)
+    assert config().secret_files == (f"{os.getcwd()}/.env",)
 
 
 def test_files_of_a_cache_that_hold_keys_are_known(tmp_path):
@@ -821,7 +977,8 @@ def test_example_shows_the_defaults_in_its_comments(tmp_path):
     """With every commented variable read, the configuration is the same."""
     uncommented = tmp_path / "server.env"
     uncommented.write_text(re.sub(r"(?m)^#(?=[A-Z0-9_]+=)", "", EXAMPLE.read_text()))
-    assert load(str(uncommented), {}) == load(str(EXAMPLE), {})
+    folder = {"ACME_CACHE": str(tmp_path)}  # which is beside the env file otherwise
+    assert load(str(uncommented), folder) == load(str(EXAMPLE), folder)
 
 
 def test_example_explains_every_variable():

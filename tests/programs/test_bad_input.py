@@ -70,7 +70,7 @@ def test_gateway_names_the_variable_that_is_wrong(cache, tmp_path, changes, word
 
 def test_gateway_names_an_env_file_that_is_missing(cache, tmp_path):
     line = refusal_of_gateway(cache, tmp_path, "--env-file", "nowhere.env")
-    assert "'nowhere.env'" in line and "No such file" in line
+    assert f"'{tmp_path}/nowhere.env'" in line and "No such file" in line
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])

@@ -1,0 +1,73 @@
+"""Answers an option that the command line does not have with the setting that was meant.
+
+Other programs take ``--port 443``; this one has variables, so that a service, a container and a
+terminal configure it in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .config import NAMES
+from .variables import misspelt
+
+# Names that other programs give to what is a setting here.
+MEANT = {
+    "acme": "ACME_ENV",
+    "address": "BIND",
+    "agents": "AGENTS_FILE",
+    "cache": "ACME_CACHE",
+    "cert": "CERT_DIR",
+    "certs": "CERT_DIR",
+    "dashboard": "DASHBOARD_PORT",
+    "debug": "LOG_LEVEL",
+    "domain": "GATEWAY_HOST",
+    "email": "ACME_EMAIL",
+    "host": "GATEWAY_HOST",
+    "hostname": "GATEWAY_HOST",
+    "https-port": "GATEWAY_PORT",
+    "key": "CERT_DIR",
+    "listen": "BIND",
+    "log": "LOG_LEVEL",
+    "metrics": "METRICS_PORT",
+    "port": "GATEWAY_PORT",
+    "proxies": "TRUSTED_PROXIES",
+    "secret": "JWT_SECRET",
+    "staging": "ACME_ENV",
+    "tls-cert": "CERT_DIR",
+    "tls-key": "CERT_DIR",
+    "verbose": "LOG_LEVEL",
+}
+# Of these no example is made of what was typed: a secret, or a value of another kind.
+NO_EXAMPLE = frozenset({"JWT_SECRET", "CERT_DIR", "ACME_ENV", "LOG_LEVEL"})
+PLAIN = re.compile(r"[A-Za-z0-9.,:_*@-]{1,60}")  # a value that needs no quotes in a shell
+
+
+def advice(arguments: Sequence[str]) -> str | None:
+    """What to do instead of the first option in ``arguments`` that looks like a setting; None if
+    none does."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.lstrip("-").partition("=")
+        setting = _setting(name) if argument.startswith("-") else None
+        if setting is None:
+            continue
+        following = arguments[place + 1 : place + 2]
+        if not value and following and not following[0].startswith("-"):
+            value = following[0]
+        example = f"{setting}={value}" if PLAIN.fullmatch(value) else setting
+        example = setting if setting in NO_EXAMPLE or "PASSWORD" in setting else example
+        return (
+            f"there is no option --{name}: settings are environment variables, or lines of the "
+            f"file .env. Set {example} there; gotunnel-server --print-example explains all of them"
+        )
+    return None
+
+
+def _setting(name: str) -> str | None:
+    if name.lower() in MEANT:
+        return MEANT[name.lower()]
+    variable = name.upper().replace("-", "_")
+    if variable in NAMES:
+        return variable
+    return next((meant for _, meant in misspelt([variable], NAMES)), None)
