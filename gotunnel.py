@@ -134,11 +134,6 @@ class Header(NamedTuple):
     def encode(self) -> bytes:
         return HEADER.pack(VERSION, *self)
 
-    @classmethod
-    def decode(cls, data: BytesLike, at: int = 0) -> Header:
-        """As unpack_header()."""
-        return cls(*unpack_header(data, at))
-
 
 def unpack_header(data: BytesLike, at: int = 0) -> tuple[int, int, int, int]:
     """Read the fields of a Header at ``at``; raises ProtocolError if the version or the type is
@@ -961,6 +956,9 @@ REASONS = "reasons"  # the gateway tells why it ends the session
 UPGRADES = "upgrades"  # data headers say when an http stream is relayed like one in tcp mode
 REFUSALS = "refusals"  # the gateway makes the error page when the agent rejects an http visit
 OVERLAP = "overlap"  # a second session of an agent takes over, and the first one's visits go on
+URLS = "urls"  # the gateway tells the public address of each hostname
+NAMES = "names"  # the gateway completes a hostname LABEL.* by the credential's first wildcard
+PARTIAL = "partial"  # the gateway may refuse some hostnames of a registration and serve the others
 
 # Codes of End messages (feature REASONS).
 REPLACED = "replaced"  # another session has taken over the hostnames
@@ -1000,6 +998,8 @@ class Ack(NamedTuple):
 
     ``features`` are those of the agent's that the gateway will use. ``ports`` maps hostname to the
     public port that was opened for it, as a text; ``refused`` maps hostname to why none was.
+    ``denied`` maps a hostname that is not served to the reason (PARTIAL), ``urls`` each other one
+    to its public address (URLS), ``names`` a LABEL.* to its whole hostname (NAMES).
     """
 
     ok: bool
@@ -1007,6 +1007,9 @@ class Ack(NamedTuple):
     features: tuple[str, ...] = ()
     ports: dict[str, str] = {}
     refused: dict[str, str] = {}
+    denied: dict[str, str] = {}
+    urls: dict[str, str] = {}
+    names: dict[str, str] = {}
 
 
 class Certificate(NamedTuple):
@@ -1018,10 +1021,12 @@ class Certificate(NamedTuple):
 
 
 class Port(NamedTuple):
-    """Gateway to agent: a public port of Ack.refused is open now (LATER_PORTS). It is a text."""
+    """Gateway to agent: a public port of Ack.refused is open now (LATER_PORTS). It is a text.
+    ``url`` is the hostname's public address from now on (URLS)."""
 
     hostname: str
     port: str
+    url: str = ""
 
 
 class End(NamedTuple):
@@ -1052,18 +1057,14 @@ class Unknown(NamedTuple):
 
 Message = Register | Ack | Certificate | Port | End | Ping | Pong
 ANY_PORT = "auto"  # any free port of the range that the gateway has for agents
-LEFT_OUT_EMPTY = frozenset({
-    "error", "features", "host_headers", "ports", "addressed", "refused", "policies", "instance",
-    "overlap", "protocols",
-})  # fmt: skip
 
 
 def encode_message(message: Message) -> bytes:
-    """Write a control message as Go's json.Encoder does: one object, one newline. Empty fields of
-    extensions are left out, so that a peer without them does not see any."""
+    """Write a control message as Go's json.Encoder does: one object, one newline. Empty fields that
+    have a default are left out: a peer without extensions does not see any."""
     fields: dict[str, Any] = {"type": type(message).__name__.lower()}
     for name, value in message._asdict().items():
-        if value or name not in LEFT_OUT_EMPTY:
+        if value or name not in message._field_defaults:
             fields[name] = value
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
@@ -1093,11 +1094,13 @@ def decode_message(data: bytes) -> Message | Unknown:
         return Ack(
             ok=fields["ok"], error=_text(fields, "error"), features=_text_list(fields, "features"),
             ports=_text_map(fields, "ports"), refused=_text_map(fields, "refused"),
+            denied=_text_map(fields, "denied"), urls=_text_map(fields, "urls"),
+            names=_text_map(fields, "names"),
         )  # fmt: skip
     if kind == "certificate":
         return Certificate(_text(fields, "hostname"), _text(fields, "state"))
     if kind == "port":
-        return Port(_text(fields, "hostname"), _text(fields, "port"))
+        return Port(_text(fields, "hostname"), _text(fields, "port"), _text(fields, "url"))
     if kind == "end":
         return End(_text(fields, "code"), _text(fields, "reason"))
     if kind in ("ping", "pong"):
@@ -1110,22 +1113,21 @@ def decode_message(data: bytes) -> Message | Unknown:
     return Unknown(kind)
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def _value(fields: dict[str, Any], name: str, kind: type, wanted: str) -> Any:
     value = fields.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ProtocolError(f'"{name}" is not a text')
+    if value is None:  # Go writes an empty map as null
+        return kind()
+    if not isinstance(value, kind):
+        raise ProtocolError(f'"{name}" is not {wanted}')
     return value
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    return _value(fields, name, str, "a text")
 
 
 def _map(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    value = fields.get(name)
-    if value is None:  # Go writes an empty map as null
-        return {}
-    if not isinstance(value, dict):
-        raise ProtocolError(f'"{name}" is not an object')
-    return value
+    return _value(fields, name, dict, "an object")
 
 
 def _text_map(fields: dict[str, Any], name: str) -> dict[str, str]:
@@ -1136,10 +1138,8 @@ def _text_map(fields: dict[str, Any], name: str) -> dict[str, str]:
 
 
 def _text_list(fields: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = fields.get(name)
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    value = _value(fields, name, list, "a list of texts")
+    if not all(isinstance(text, str) for text in value):
         raise ProtocolError(f'"{name}" is not a list of texts')
     return tuple(value)
 

@@ -65,6 +65,7 @@ from gotunnel import (
     SessionClosed,
     Stream,
     Waker,
+    call_logged,
     encode_message,
     spawn,
 )
@@ -175,6 +176,7 @@ class Snapshot(NamedTuple):
     certificates: Mapping[str, str]  # the gateway's words, by hostname
     stopping: bool
     retry_at: float | None  # monotonic time of the next dial; None while it does not wait for one
+    refused: Mapping[str, str]  # why the gateway does not serve a hostname of the configuration
 
 
 class Totals(NamedTuple):
@@ -207,6 +209,9 @@ class Agent:
         self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
         self.follower: Follower | None = None  # of each visit; to be set before run()
+        # Called by any thread after each change of what snapshot() shows; to be set before run().
+        # It must not block.
+        self.on_change: Callable[[], object] = lambda: None
 
     def run(self) -> None:
         """Serve until stop() is called. Nothing that the gateway or the network does makes it
@@ -238,6 +243,7 @@ class Agent:
         visits and LAST_WORDS for the session's last frames. A connection that the gateway has not
         accepted yet is reset at once."""
         self._stopping.set()
+        self._tell()
         self._waker.wake()
         with self._lock:
             self._lock.notify_all()
@@ -275,7 +281,12 @@ class Agent:
             dict(self._certificates),
             self._stopping.is_set(),
             self._retry_at,
+            {},
         )
+
+    def _tell(self) -> None:
+        """What snapshot() shows has changed. Not with the lock."""
+        call_logged(self.on_change)
 
     def totals(self) -> Totals:
         """Any thread."""
@@ -353,6 +364,7 @@ class Agent:
             delay = retry_delay(failures, least, most)
             self._problem = problem
             self._failures += 1  # by this thread alone
+            self._tell()
             log.warning("%s: %s; next try in %.1f s", address, problem, delay)
             self._pause(plan, delay)
 
@@ -395,6 +407,7 @@ class Agent:
             service.since = monotonic()
             served = [name for name, route in service.routes.items() if not route.problem]
             log.info("%s: serving %s", plan.address, some(served) or "nothing")
+            self._tell()
             spawn("accept", self._accept, service, workers)
             spawn("control", self._read_control, service, control, messages)
         except BaseException as error:
@@ -440,6 +453,7 @@ class Agent:
             for message in messages:
                 if isinstance(message, Certificate):
                     _log_certificate(service, message, certificates)
+                    self._tell()
                 elif isinstance(message, Port):
                     self._take_port(service, message)
                 elif isinstance(message, End) and message.code == MOVE:
@@ -470,6 +484,7 @@ class Agent:
                 self._old.remove(service)
                 log.debug("%s: an old session is over: %s", service.plan.address, outcome)
             self._lock.notify_all()
+        self._tell()
 
     # Old sessions, which a new one has replaced
 
@@ -604,6 +619,7 @@ class Agent:
             service.routes = {**service.routes, message.hostname: served}
         port = on_one_line(message.port, 5)
         log.info("%s: on port %s of the gateway", message.hostname, port)
+        self._tell()
 
     def _accept(self, service: Service, workers: Workers) -> None:
         while True:
@@ -614,6 +630,7 @@ class Agent:
             with self._lock:
                 self._running += 1
                 self._streams += 1
+            self._tell()
             try:
                 workers.submit(self._serve_stream, service, stream)
             except Stopped:  # the agent has stopped, and all streams have ended with the session
@@ -632,6 +649,7 @@ class Agent:
             with self._lock:
                 self._running -= 1
                 self._lock.notify_all()
+            self._tell()
 
 
 def _log_certificate(service: Service, message: Certificate, told: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ from gotunnel import (
     HOST_HEADER,
     HTTP2,
     MESSAGE_LIMIT,
+    NAMES,
     POLICIES,
     PORTS,
     VISITOR_ADDRESS,
@@ -38,10 +39,12 @@ from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
 from .common.hostnames import (
     MAX_PORT,
+    OPEN,
     WILDCARD,
     normal_hostname,
     valid_host,
     valid_hostname,
+    valid_open_name,
     valid_wildcard,
 )
 from .common.proxy_protocol import VERSIONS
@@ -155,7 +158,7 @@ class Target(NamedTuple):
 class Tunnel(NamedTuple):
     """One hostname and where its visits go. ``mode`` is one of MODES."""
 
-    hostname: str  # or a wildcard such as *.dev.example.com
+    hostname: str  # or a wildcard such as *.dev.example.com, or an open name such as quick-otter.*
     target: Target
     mode: str
     host_header: str = ""  # the Host that the target gets; "": the visitor's
@@ -176,6 +179,7 @@ class Tunnel(NamedTuple):
             (VISITOR_ADDRESS, self.proxy_protocol),
             (POLICIES, self.policy.wire()),
             (WILDCARDS, self.hostname.startswith(WILDCARD)),
+            (NAMES, self.hostname.endswith(OPEN)),
         )
         return tuple(feature for feature, value in wanted if value)
 
@@ -505,7 +509,7 @@ def _hostname(item: Mapping[str, object], where: str) -> str:
     expected = "a hostname such as app.example.com or *.dev.example.com, without scheme or port"
     text = _text(item, "hostname", expected, where)
     name = text if text.isascii() else normal_hostname(text)
-    if valid_hostname(name) or valid_wildcard(name):
+    if valid_hostname(name) or valid_wildcard(name) or valid_open_name(name):
         return normal_hostname(name)
     advice = "" if text.isascii() else ": write this one in its xn-- form"
     raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{advice}")

@@ -89,7 +89,7 @@ class Route(NamedTuple):
     target without TLS. ``problem`` says why the gateway cannot serve the tunnel as configured; then
     visits are refused. It is "" if the gateway can. ``awaits_port``: the problem ends when the
     tunnel's public port is open. ``refusals``: the gateway makes the page for an http visit that
-    is refused.
+    is refused. ``url`` is the public address that the gateway has told; "" if it has not.
     """
 
     tunnel: Tunnel
@@ -97,6 +97,7 @@ class Route(NamedTuple):
     problem: str = ""
     awaits_port: bool = False
     refusals: bool = False
+    url: str = ""
 
 
 class Targets:

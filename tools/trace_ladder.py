@@ -23,6 +23,7 @@ from gotunnel import (
     SYN,
     WINDOW_UPDATE,
     Header,
+    unpack_header,
 )
 
 LANES = ("visitor", "gateway", "agent", "target")
@@ -112,7 +113,7 @@ class FrameCutter:
         self._buffer += data
         frames, at = [], 0
         while len(self._buffer) - at >= HEADER_SIZE:
-            header = Header.decode(self._buffer, at)
+            header = Header(*unpack_header(self._buffer, at))
             start = at + HEADER_SIZE
             end = start + (header.length if header.type == DATA else 0)
             if end > len(self._buffer):

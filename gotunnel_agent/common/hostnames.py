@@ -22,6 +22,7 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.IGNORECASE | re.AS
 REQUESTED_NAME = r"[0-9A-Za-z_-]+(?:\.[0-9A-Za-z_-]+)*\.?"
 
 WILDCARD = "*."  # before a hostname: all hostnames that end in it
+OPEN = ".*"  # behind a label: an open name, which the gateway completes (feature NAMES)
 
 # Characters that IDNA 2003 (RFC 3490, Python's "idna" codec) and IDNA 2008 (RFC 5891, browsers)
 # turn into different names. A name with one of them is valid in its xn-- form only.
@@ -113,6 +114,16 @@ def valid_wildcard(name: str) -> bool:
     star, as in ``*.com``: that would be other people's hostnames."""
     rest = name.removeprefix(WILDCARD)
     return rest != name and "." in rest.removesuffix(".") and valid_hostname(rest)
+
+
+def valid_open_name(name: str) -> bool:
+    """Whether a name is one label and a star, such as ``quick-otter.*``."""
+    label = name.removesuffix(OPEN)
+    return (
+        label != name
+        and _LABEL.fullmatch(label) is not None
+        and ("xn--" not in name.lower() or _idn_label_or_plain(label))
+    )
 
 
 def valid_host(text: str) -> bool:

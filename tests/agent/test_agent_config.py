@@ -537,12 +537,14 @@ def test_hostname_in_another_script_and_wildcard_are_normalised():
         + "  - {hostname: BÜCHER.example., target: a:1}\n"
         + "  - {hostname: '*.Dev.example.com', target: a:1, mode: tcp}\n"
         + "  - {hostname: '*.bücher.example', target: a:1}\n"
+        + "  - {hostname: 'Bücher.*', target: a:1}\n"
     )
     assert list(config.routes())[1:] == [
         "xn--bcher-kva.example", "*.dev.example.com", "*.xn--bcher-kva.example",
+        "xn--bcher-kva.*",
     ]  # fmt: skip
     assert [tunnel.needs for tunnel in config.tunnels] == [
-        (), (), ("wildcards",), ("wildcards",),
+        (), (), ("wildcards",), ("wildcards",), ("names",),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from gotunnel_agent.common.hostnames import (
     normal_hostname,
     valid_host,
     valid_hostname,
+    valid_open_name,
     valid_wildcard,
     why_no_hostname,
 )
@@ -92,6 +93,20 @@ def test_look_alikes_in_punycode_are_invalid(name):
 )  # fmt: skip
 def test_wildcards(name, valid):
     assert valid_wildcard(name) is valid
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("quick-otter.*", True), ("A.*", True), ("7.*", True), (LABEL + ".*", True),
+        ("xn--bcher-kva.*", True), ("*", False), (".*", False), ("*.*", False), ("a.b.*", False),
+        ("a*.*", False), ("-a.*", False), ("a_b.*", False), (LABEL + "a.*", False),
+        ("a.*.", False), ("a.**", False), ("a\n.*", False), ("a.*\n", False), ("a .*", False),
+        ("xn--a-ecp.*", False), ("b\u00fccher.*", False), ("a", False), ("", False),
+    ],
+)  # fmt: skip
+def test_open_names(name, valid):
+    assert valid_open_name(name) is valid
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ from gotunnel import (
     HOST_HEADER,
     HTTP2,
     MESSAGE_LIMIT,
+    NAMES,
+    PARTIAL,
     UNKNOWN_KINDS,
     UNKNOWN_LEAST,
     UNKNOWN_LIMIT,
+    URLS,
     Ack,
     Ends,
     MessageReader,
@@ -54,6 +57,23 @@ WIRE = [
     (Ack(True, features=(HALF_CLOSE,)), b'{"type":"ack","ok":true,"features":["half_close"]}\n'),
     (Ack(False, "auth failed"), b'{"type":"ack","ok":false,"error":"auth failed"}\n'),
     (Port("a.example", "2222"), b'{"type":"port","hostname":"a.example","port":"2222"}\n'),
+    (
+        Port("a.example", "2222", "tcp://a.example:2222"),
+        b'{"type":"port","hostname":"a.example","port":"2222","url":"tcp://a.example:2222"}\n',
+    ),
+    (
+        Ack(
+            True,
+            features=(URLS, NAMES, PARTIAL),
+            denied={"b.example": "taken"},
+            urls={"quick-otter.*": "https://quick-otter.dev.example:8443"},
+            names={"quick-otter.*": "quick-otter.dev.example"},
+        ),
+        b'{"type":"ack","ok":true,"features":["urls","names","partial"],'
+        b'"denied":{"b.example":"taken"},'
+        b'"urls":{"quick-otter.*":"https://quick-otter.dev.example:8443"},'
+        b'"names":{"quick-otter.*":"quick-otter.dev.example"}}\n',
+    ),
     (Ping(1700000000123), b'{"type":"ping","ts":1700000000123}\n'),
     (Pong(0), b'{"type":"pong","ts":0}\n'),
 ]
@@ -117,6 +137,10 @@ def test_what_other_programs_may_leave_out_or_add(data, message):
         (b'{"type":"register","features":[1]}', '"features" is not a list of texts'),
         (b'{"type":"register","host_headers":["a"]}', '"host_headers" is not an object'),
         (b'{"type":"register","protocols":["a"]}', '"protocols" is not an object'),
+        (b'{"type":"ack","ok":true,"urls":["a"]}', '"urls" is not an object'),
+        (b'{"type":"ack","ok":true,"names":{"a.*":1}}', '"names" does not map texts to texts'),
+        (b'{"type":"ack","ok":true,"denied":{"a":[]}}', '"denied" does not map texts to texts'),
+        (b'{"type":"port","url":5}', '"url" is not a text'),
     ],
 )
 def test_reject_messages(data, sentence):

@@ -45,6 +45,7 @@ from gotunnel import (
     encode_data_header,
     encode_message,
     read_data_header,
+    unpack_header,
 )
 from gotunnel_agent.common.refusals import BY_CODE
 from gotunnel_server.agents import credentials
@@ -106,7 +107,7 @@ def frames(kind):
 
 def test_frames_mean_what_the_page_says():
     for _, header, data in frames("frames") + frames("session"):
-        assert Header.decode(data) == header
+        assert Header(*unpack_header(data)) == header
         assert header.encode() == data[: gotunnel.HEADER_SIZE]
         payload = data[gotunnel.HEADER_SIZE :]
         assert len(payload) == (header.length if header.type == DATA else 0)
