@@ -68,12 +68,13 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "0.2.0"
 
 BytesLike = bytes | bytearray | memoryview
 Callback = Callable[[], None]
+T = TypeVar("T")
 
 
 # Errors ------------------------------------------------------------------------------------------
@@ -1084,7 +1085,8 @@ def decode_message(data: bytes) -> Message | Unknown:
             token=_text(fields, "token") or _text(fields, "auth_token"),
             routes=_text_map(fields, "routes"), modes=_text_map(fields, "modes"),
             features=_text_list(fields, "features"), ports=_text_map(fields, "ports"),
-            host_headers=_text_map(fields, "host_headers"), policies=_map(fields, "policies"),
+            host_headers=_text_map(fields, "host_headers"),
+            policies=_value(fields, "policies", dict, "an object"),
             addressed=_text_list(fields, "addressed"), instance=_text(fields, "instance"),
             overlap=fields.get("overlap") is True, protocols=_text_map(fields, "protocols"),
         )  # fmt: skip
@@ -1113,7 +1115,7 @@ def decode_message(data: bytes) -> Message | Unknown:
     return Unknown(kind)
 
 
-def _value(fields: dict[str, Any], name: str, kind: type, wanted: str) -> Any:
+def _value(fields: dict[str, Any], name: str, kind: type[T], wanted: str) -> T:
     value = fields.get(name)
     if value is None:  # Go writes an empty map as null
         return kind()
@@ -1126,12 +1128,8 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return _value(fields, name, str, "a text")
 
 
-def _map(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    return _value(fields, name, dict, "an object")
-
-
 def _text_map(fields: dict[str, Any], name: str) -> dict[str, str]:
-    value = _map(fields, name)
+    value = _value(fields, name, dict, "an object")
     if not all(isinstance(text, str) for text in value.values()):
         raise ProtocolError(f'"{name}" does not map texts to texts')
     return value
