@@ -264,6 +264,12 @@ def of_document(document: Mapping[str, object], *, needs_tunnels: bool = True) -
     return _config(document, needs_tunnels)
 
 
+def tunnel_of(item: Mapping[str, object]) -> Tunnel:
+    """A tunnel of a program that has no file: ``item`` is as one of ``tunnels``. Raises
+    ConfigError."""
+    return _tunnel(item, "")
+
+
 def with_secrets(config: Config) -> Config:
     """The configuration with the secrets that its files hold now. What came from a pipe stays, as
     a pipe gives it once. Raises ConfigError."""
@@ -485,9 +491,9 @@ def _tunnel(item: object, where: str) -> Tunnel:
         raise ConfigError(
             f"{where}: {kind(item)} came, expected a mapping with hostname and target"
         )
-    _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: ")
+    _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: " if where else "")
 
-    where += "."
+    where += "." if where else ""
     hostname = _hostname(item, where)
     mode = _choice(item, "mode", MODES, "http", where)
     target = _target(item, where)

@@ -57,23 +57,36 @@ def chosen_config(option: str | None, environ: Mapping[str, str] = os.environ) -
 def join_string_of_environment(environ: Mapping[str, str] = os.environ) -> JoinString | None:
     """The join string in $GOTUNNEL_JOIN; None if there is none. Raises ConfigError."""
     text = environ.get(JOIN, "")
-    try:
-        return join_string.parse(text) if text.strip() else None
-    except JoinStringError as error:
-        raise ConfigError(f"{JOIN}: {error}") from None
+    return _parsed(text, JOIN) if text.strip() else None
 
 
-def account(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The gateway and the credential of this user, without tunnels: of the file ``path`` if there
-    is one, else of $GOTUNNEL_JOIN, else of config_file(). Raises ConfigError, which says to run
-    `join` if there is none."""
+def account(
+    path: str | None = None, environ: Mapping[str, str] = os.environ, *, join: str | None = None
+) -> Config:
+    """The gateway and the credential of this user, without tunnels: of the file ``path`` or the
+    join string ``join`` if there is one, else of $GOTUNNEL_JOIN, else of config_file(). Raises
+    ConfigError, which says to run `join` if there is none."""
+    if join is not None:
+        return _joined(_parsed(join, "join"), "join", environ)
     if path is None and (joined := join_string_of_environment(environ)):
-        return of_document(document_of(joined, ca_file=_pinned(joined, environ)),
-                           needs_tunnels=False)  # fmt: skip
+        return _joined(joined, JOIN, environ)
     file = config_file(environ) if path is None else Path(path)
     if path is None and not os.path.lexists(file):
         raise ConfigError(f"no gateway is known here: there is no {file}; {NEXT}")
     return replace(load(file, needs_tunnels=False), tunnels=())
+
+
+def _parsed(text: str, where: str) -> JoinString:
+    """The join string that stands ``where`` an error then points to. Raises ConfigError."""
+    try:
+        return join_string.parse(text)
+    except JoinStringError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _joined(joined: JoinString, where: str, environ: Mapping[str, str]) -> Config:
+    document = document_of(joined, ca_file=_pinned(joined, where, environ))
+    return of_document(document, needs_tunnels=False)
 
 
 def document_of(joined: JoinString, *, ca_file: str | None) -> dict[str, object]:
@@ -86,7 +99,7 @@ def document_of(joined: JoinString, *, ca_file: str | None) -> dict[str, object]
     return document | {"jwt_issuer": joined.name, "jwt_secret": joined.secret}
 
 
-def _pinned(joined: JoinString, environ: Mapping[str, str]) -> str | None:
+def _pinned(joined: JoinString, where: str, environ: Mapping[str, str]) -> str | None:
     """The file with the CA that the join string names; None if it names none. The gateway is asked
     for it once. Raises ConfigError."""
     if not joined.fingerprint:
@@ -98,10 +111,10 @@ def _pinned(joined: JoinString, environ: Mapping[str, str]) -> str | None:
     try:
         pem = fetch_ca(joined.host, joined.port, joined.fingerprint)
     except CannotPin as error:
-        raise ConfigError(f"{JOIN}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     except OSError as error:
         raise ConfigError(
-            f"{JOIN}: {joined.address} cannot be asked for its CA ({error.strerror or error})"
+            f"{where}: {joined.address} cannot be asked for its CA ({error.strerror or error})"
         ) from None
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,7 +122,7 @@ def _pinned(joined: JoinString, environ: Mapping[str, str]) -> str | None:
         atomic_file.write(file, pem, new=new, mode=0o644)
     except OSError as error:
         raise ConfigError(
-            f"{JOIN}: {file}: {error.strerror}, expected a folder for the gateway's CA: set "
+            f"{where}: {file}: {error.strerror}, expected a folder for the gateway's CA: set "
             "XDG_STATE_HOME to one that can be written"
         ) from None
     return str(file)

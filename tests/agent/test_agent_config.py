@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from gotunnel import HOST_HEADER, HTTP2
-from gotunnel_agent.config import KEYS, TUNNEL_KEYS, Config, ConfigError, Target, Tunnel, load
+from gotunnel_agent.config import (
+    KEYS,
+    TUNNEL_KEYS,
+    Config,
+    ConfigError,
+    Target,
+    Tunnel,
+    load,
+    tunnel_of,
+)
 from gotunnel_server.visitors.policy import read
 
 EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "agent.yaml"
@@ -76,6 +85,18 @@ def test_defaults():
         status_socket="",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
     )
+
+
+def test_a_tunnel_of_a_program_has_the_keys_of_one_in_a_file():
+    item = {"hostname": "app.example.com", "target": "127.0.0.1:8080", "mode": "tcp", "port": "22"}
+    target = Target("127.0.0.1", 8080)
+    assert tunnel_of(item) == Tunnel("app.example.com", target, "tcp", port="22")
+    for faulty, text in (
+        ({"port": "0"}, "^port: '0' came"),
+        ({"prot": "1"}, "^unknown key 'prot'"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            tunnel_of(item | faulty)
 
 
 def test_every_key_that_stands_beside_the_others():

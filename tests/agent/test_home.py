@@ -67,6 +67,14 @@ def test_the_environment_may_hold_the_account(tmp_path):
     assert (config.jwt_issuer, config.jwt_secret, config.token) == ("", "", "a.b.c")
 
 
+def test_a_join_string_that_is_given_wins_over_the_environment():
+    other = JOIN.replace("office", "home")
+    assert account(environ={"GOTUNNEL_JOIN": JOIN}, join=other).jwt_issuer == "home"
+    with pytest.raises(ConfigError, match="^join: the join string does not begin") as caught:
+        account(environ={"GOTUNNEL_JOIN": JOIN}, join="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_file_that_is_named_wins_over_the_environment(tmp_path):
     path = written(tmp_path / "a.yaml", ACCOUNT.replace("office", "home"))
     assert account(str(path), {"GOTUNNEL_JOIN": JOIN}).jwt_issuer == "home"
