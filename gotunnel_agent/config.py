@@ -17,6 +17,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from gotunnel import (
     WILDCARDS,
 )
 
+from . import mistakes
 from .common import addresses, small_file, strict_yaml
 from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
@@ -93,12 +95,15 @@ CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
 SECRET_KEYS = ("jwt_secret", "token", "basic_auth")  # each may also name a file: with _file
 
 MODES = ("http", "tcp")
+NO_ADVICE: Mapping[str, str] = {}
 # What a target in http mode may speak, named as in ALPN: the default; HTTP/2 without TLS, by prior
 # knowledge (RFC 9113 §3.3); HTTP/2 with TLS.
 PROTOCOLS = HTTP1, H2C, H2 = ("http/1.1", "h2c", "h2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says otherwise
+# Where metrics are told unless metrics_bind says otherwise, and the host of a target that is a port
+# alone.
+LOOPBACK = "127.0.0.1"
 
 # Bytes of a file. A thousand tunnels take a tenth of this. The limit is for a wrong path, such as
 # that of a device, which would fill the memory.
@@ -251,7 +256,8 @@ def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
     Raises ConfigError for the first fault.
     """
     try:
-        document = _mapping(_parse(_read_file(path)))
+        text = _read_file(path)
+        document = _mapping(_parse(text), text)
         config = of_document(document, needs_tunnels=needs_tunnels)
         return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
@@ -312,7 +318,11 @@ def _read_file(path: str | os.PathLike[str]) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"byte {error.start} is not UTF-8, expected UTF-8 text") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"byte {error.start} is not UTF-8, expected UTF-8 text: line {line}; "
+            f"{mistakes.of_bytes(content)}"
+        ) from None
 
 
 def _parse(text: str) -> object:
@@ -320,18 +330,29 @@ def _parse(text: str) -> object:
     try:
         return strict_yaml.load(text, plain=False)
     except YamlError as error:
-        raise ConfigError(str(error)) from None
+        advice = ""
+        if "\0" in text[:4]:
+            advice = mistakes.of_bytes(text.encode())
+        elif error.line is not None:
+            advice = mistakes.of_yaml(text, error.line, str(error))
+        raise ConfigError(f"{error}; {advice}" if advice else str(error)) from None
     except RecursionError:
         raise ConfigError("lists or mappings nested too deeply, expected two levels") from None
 
 
-def _mapping(document: object) -> dict[str, Any]:
-    """The document, which must be a mapping with known keys."""
+def _mapping(document: object, text: str) -> dict[str, Any]:
+    """The document in ``text``, which must be a mapping with known keys."""
     if document is None:
         raise ConfigError("the file is empty, expected tunnel_addr, a credential and tunnels")
     if not isinstance(document, dict):
-        raise ConfigError(f"{kind(document)} came, expected a mapping of keys to values")
-    _refuse_unknown_keys(document, KEYS, "")
+        advice = mistakes.other_file(text)
+        raise ConfigError(
+            f"{kind(document)} came, expected a mapping of keys to values"
+            + (f"; {advice}" if advice else "")
+        )
+    if advice := mistakes.other_document(document):
+        raise ConfigError(f"no key of a configuration came; {advice}")
+    _refuse_unknown_keys(document, KEYS, "", mistakes.OTHER_KEYS)
     return document
 
 
@@ -384,7 +405,14 @@ def _check_policies(config: Config) -> None:
         )
 
 
-def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
+def _refuse_unknown_keys(
+    mapping: Mapping[str, object], known: tuple[str, ...], where: str, others: Mapping[str, str]
+) -> None:
+    """Raise ConfigError for the first key that is not ``known``. ``others`` has advice for keys of
+    other programs."""
+    for key in mapping:
+        if key not in known and key in others:
+            raise ConfigError(f"{where}unknown key {key!r}; {others[key]}")
     if problem := strict_yaml.unknown_key(mapping, known):
         raise ConfigError(f"{where}{problem}")
 
@@ -392,9 +420,12 @@ def _refuse_unknown_keys(mapping: Mapping[str, object], known: tuple[str, ...], 
 def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
     expected = '"HOST:PORT" such as "tunnel.example.com:9443"'
     text = _text(document, "tunnel_addr", expected)
-    return _host_and_port(
-        text, lambda why: ConfigError(f"tunnel_addr: {_shown(text)} {why}, expected {expected}")
-    )
+
+    def refused(why: str) -> ConfigError:
+        advice = mistakes.of_tunnel_addr(text)
+        return ConfigError(f"tunnel_addr: {_shown(text)} {why}, expected {expected}{advice}")
+
+    return _host_and_port(text, refused)
 
 
 def _credential(document: Mapping[str, object]) -> tuple[str, str, tuple[str, str]]:
@@ -409,7 +440,8 @@ def _credential(document: Mapping[str, object]) -> tuple[str, str, tuple[str, st
         file = (key, _text(document, key, "the path of a file"))
         credential = _credential_of(*file)
     else:
-        credential = _checked_credential(key, _text(document, key, "text", secret=True))
+        text = _text(document, key, "text", secret=True)
+        credential = _checked_credential(key, text.rstrip("\r\n"))  # a YAML block ends with one
     return (credential, "", file) if key.startswith("jwt_secret") else ("", credential, file)
 
 
@@ -446,16 +478,36 @@ def _trust(
             f"{where}{ca_file} and {skip_tls_verify}: true came, expected only one of them: remove "
             f"{skip_tls_verify} to have the certificate checked"
         )
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        problem, advice = "cannot be read", ""
-        if not os.path.exists(path):
-            problem = "does not exist"
-            if not prefix:
-                advice = "; a gateway with ACME_ENV=local makes its ca.crt when it first starts"
+    if problem := _why_unreadable(path):
+        advice = ""
+        if path.startswith("~"):
+            advice = "; write the whole path, as ~ has no meaning here"
+        elif problem == MISSING and not prefix:
+            advice = "; a gateway with ACME_ENV=local makes its ca.crt when it first starts"
         raise ConfigError(
             f"{where}{ca_file}: {_shown(path)} {problem}, expected a file that can be read{advice}"
         )
     return path, skip
+
+
+MISSING = "does not exist"
+
+
+def _why_unreadable(path: str) -> str:
+    """Why a path is no file that this user may read; "" if it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    if not stat.S_ISREG(mode):
+        return "cannot be read, as it is no regular file"
+    if not os.access(path, os.R_OK):
+        return "cannot be read (this user has no right to)"
+    return ""
 
 
 def _expire_sec(document: Mapping[str, object]) -> int:
@@ -473,7 +525,8 @@ def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
     items = document.get("tunnels")
     if not isinstance(items, list) or not items:
         came = "an empty list" if items == [] else kind(items)
-        raise ConfigError(f"tunnels: {came} came, expected a list with at least one tunnel")
+        advice = '; begin each tunnel with - hostname: "HOST"' if isinstance(items, dict) else ""
+        raise ConfigError(f"tunnels: {came} came, expected a list with at least one tunnel{advice}")
     tunnels: dict[str, Tunnel] = {}
     for number, item in enumerate(items):
         tunnel = _tunnel(item, f"tunnels[{number}]")
@@ -491,12 +544,13 @@ def _tunnel(item: object, where: str) -> Tunnel:
         raise ConfigError(
             f"{where}: {kind(item)} came, expected a mapping with hostname and target"
         )
-    _refuse_unknown_keys(item, TUNNEL_KEYS, f"{where}: " if where else "")
+    here = f"{where}: " if where else ""
+    _refuse_unknown_keys(item, TUNNEL_KEYS, here, mistakes.OTHER_TUNNEL_KEYS)
 
     where += "." if where else ""
     hostname = _hostname(item, where)
-    mode = _choice(item, "mode", MODES, "http", where)
-    target = _target(item, where)
+    mode = _choice(item, "mode", MODES, "http", where, mistakes.OTHER_MODES)
+    target = _target(item, mode, where)
     return Tunnel(
         hostname,
         target,
@@ -521,12 +575,13 @@ def _hostname(item: Mapping[str, object], where: str) -> str:
     raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{advice}")
 
 
-def _target(item: Mapping[str, object], where: str) -> Target:
+def _target(item: Mapping[str, object], mode: str, where: str) -> Target:
     expected = '"HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
     text = _text(item, "target", expected, where)
 
     def refused(why: str) -> ConfigError:
-        return ConfigError(f"{where}target: {_shown(text)} {why}, expected {expected}")
+        advice = mistakes.of_target(text, mode)
+        return ConfigError(f"{where}target: {_shown(text)} {why}, expected {expected}{advice}")
 
     scheme, slashes, address = text.partition("://")
     tls = bool(slashes) and scheme.lower() == "https"
@@ -537,6 +592,8 @@ def _target(item: Mapping[str, object], where: str) -> Target:
         return Target(path=_unix_path(text.removeprefix("unix:"), refused))
     if not slashes:
         address = text
+        if text.removeprefix(":").isdigit():  # a port alone
+            address = f"{LOOPBACK}:{text.removeprefix(':')}"
     elif scheme.lower() not in ("http", "https"):
         raise refused("has an unknown scheme")
     host, port = _host_and_port(address, refused)
@@ -723,6 +780,7 @@ def _text(
         # Not shown: a missing quotation mark may have made the next line's secret a part of it.
         raise ConfigError(
             f"{where}{key}: a line break or unprintable character came, expected {expected}"
+            f"{mistakes.of_unprintable(value)}"
         )
     return value
 
@@ -737,14 +795,21 @@ def _boolean(mapping: Mapping[str, object], key: str, default: bool, where: str 
 
 
 def _choice(
-    mapping: Mapping[str, object], key: str, choices: tuple[str, ...], default: str, where: str = ""
+    mapping: Mapping[str, object],
+    key: str,
+    choices: tuple[str, ...],
+    default: str,
+    where: str = "",
+    others: Mapping[str, str] = NO_ADVICE,
 ) -> str:
+    """One of ``choices``; ``others`` has advice for some other values."""
     if key not in mapping:
         return default
     expected = f"one of {', '.join(choices)}"
     text = _text(mapping, key, expected, where)
     if text.lower() not in choices:
-        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
+        advice = f"; {others[text.lower()]}" if text.lower() in others else ""
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}{advice}")
     return text.lower()
 
 
@@ -785,5 +850,7 @@ def _is_ip_address(text: str, version: Callable[[str], object]) -> bool:
 
 
 def _shown(text: str) -> str:
-    """The text in quotes, on one line, cut if it is very long."""
+    """The text in quotes, on one line, cut if it is very long, without the user and password of a
+    URL."""
+    text = mistakes.hidden(text)
     return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")

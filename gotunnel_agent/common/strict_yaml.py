@@ -24,7 +24,12 @@ _KINDS: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", type(
 
 
 class YamlError(Exception):
-    """A text breaks these rules; one line that says where, what came and what was expected."""
+    """A text breaks these rules; one line that says where, what came and what was expected.
+    ``line`` counts from 0; None if it is not known."""
+
+    def __init__(self, text: str, line: int | None = None):
+        super().__init__(text)
+        self.line = line
 
 
 def load(text: str, *, plain: bool = True) -> object:
@@ -109,7 +114,7 @@ def _read(function: Callable[..., T], text: str, loader: type[_Loader]) -> T:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
         raise YamlError(
-            f"line {line}, column {column}: not YAML, an unprintable character"
+            f"line {line}, column {column}: not YAML, an unprintable character", line - 1
         ) from None
     except (ValueError, OverflowError):  # from PyYAML's chr() of a \U escape
         raise YamlError("not YAML, an escape sequence that names no character") from None
@@ -117,7 +122,7 @@ def _read(function: Callable[..., T], text: str, loader: type[_Loader]) -> T:
 
 def _at(mark: _Mark | None, message: str) -> YamlError:
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return YamlError(where + message)
+    return YamlError(where + message, mark.line if mark else None)
 
 
 def _shown_key(key: str) -> str:

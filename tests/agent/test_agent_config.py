@@ -280,7 +280,7 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
             "ca_file: none.pem",
             "ca_file: 'none.pem' does not exist, expected a file that can be read; a",
         ),
-        ("ca_file: .", "ca_file: '.' cannot be read, expected a file that can be read"),
+        ("ca_file: .", "ca_file: '.' is a folder, expected a file that can be read"),
         ('ca_file: "a\\0b"', "ca_file: a line break or unprintable character came"),
         ("jwt_issuer: [a]", "jwt_issuer: a list came, expected text"),
         ("jwt_issuer: null", "jwt_issuer: no value came, expected text"),
@@ -323,8 +323,6 @@ def test_ca_file_together_with_skip_tls_verify_is_refused():
 BAD_ADDRESSES = [
     ("", "no value came"),
     ("[a, b]", "a list came"),
-    ("8080", "'8080' has no host"),
-    ("':8080'", "':8080' has no host"),
     ("localhost", "'localhost' has no port"),
     ("'localhost:'", "'localhost:' has no port"),
     ("'[::1]'", "'[::1]' has no port"),
@@ -346,7 +344,7 @@ BAD_ADDRESSES = [
 def test_bad_target(address, expected):
     message = refusal(tunnel(hostname="app.example.com", target=address))
     assert message.startswith(f"tunnels[0].target: {expected}")
-    assert message.endswith('expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"')
+    assert ', expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"' in message
 
 
 @pytest.mark.parametrize(
@@ -356,7 +354,7 @@ def test_bad_target(address, expected):
         ("https://localhost", "'https://localhost' has no port"),
         ("https://:443", "'https://:443' has no host"),
         ("https://localhost:443/app", "'https://localhost:443/app' has a path"),
-        ("https://me@localhost:443", "'https://me@localhost:443' has a host that is neither"),
+        ("https://me@localhost:443", "'https://...@localhost:443' has a host that is neither"),
         ("https://https://a:1", "'https://https://a:1' has a scheme or a path"),
         ("ftp://localhost:21", "'ftp://localhost:21' has an unknown scheme"),
         ("://localhost:21", "'://localhost:21' has an unknown scheme"),
@@ -368,7 +366,7 @@ def test_bad_target(address, expected):
 def test_bad_target_with_a_scheme(target, expected):
     message = refusal(tunnel(hostname="app.example.com", target=target))
     assert message.startswith(f"tunnels[0].target: {expected}")
-    assert message.endswith('expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"')
+    assert ', expected "HOST:PORT", "https://HOST:PORT" or "unix:/PATH"' in message
 
 
 def test_unix_socket_is_refused_where_there_are_none(monkeypatch):
@@ -488,11 +486,14 @@ def test_protocol_needs_a_gateway_that_knows_it_unless_it_is_the_usual_one():
     assert [tunnel.needs for tunnel in config.tunnels] == [(), (HTTP2,), (HTTP2,), ()]
 
 
-@pytest.mark.parametrize(("address", "expected"), BAD_ADDRESSES)
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [*BAD_ADDRESSES, ("8080", "'8080' has no host"), ("':8080'", "':8080' has no host")],
+)
 def test_bad_tunnel_addr(address, expected):
     message = refusal(f"tunnel_addr: {address}\n{CREDENTIAL}{TUNNELS}")
     assert message.startswith(f"tunnel_addr: {expected}")
-    assert message.endswith('expected "HOST:PORT" such as "tunnel.example.com:9443"')
+    assert ', expected "HOST:PORT" such as "tunnel.example.com:9443"' in message
 
 
 @pytest.mark.parametrize(
