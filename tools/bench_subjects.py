@@ -304,6 +304,9 @@ class Ours(Tunnel):
         self.name = name
         self._python = python or site.python
         self._settings = settings or {}
+        # As an installed copy has it: else each start takes the memory that the compiler needs.
+        ask(self._python, "-m", "compileall", "-q", *(os.path.join(bootstrap.ROOT, name)
+            for name in ("gotunnel.py", "gotunnel_agent", "gotunnel_server")))  # fmt: skip
 
     def _gateway(self, stack):
         port, tunnel_port = reserve_ports(stack, 2)

@@ -105,8 +105,11 @@ class Visit:
         if visits.ids and not self.request_id:  # a request that waits is read twice
             self.request_id = request_id(fields, trusted)
         if visits.detailed:
-            self.referer = fields.get("referer") or ""
-            self.user_agent = fields.get("user-agent") or ""
+            named = fields.named
+            if "referer" in named:
+                self.referer = named["referer"][0]
+            if "user-agent" in named:
+                self.user_agent = named["user-agent"][0]
 
     def fail(self, error: str, status: int = CLIENT_CLOSED) -> None:
         """Note why the visit is cut short; the first reason counts. ``status`` is for a visit
