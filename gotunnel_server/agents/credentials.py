@@ -291,18 +291,25 @@ def _decode(token: str, secret: str | None) -> dict[str, Any]:
 
 
 def _check_times(claims: Mapping[str, Any]) -> None:
+    """Only after the signature: a stranger is told nothing about the gateway's clock."""
     now = time.time()
+    # An agent that holds a secret signs its tokens when it dials. One with hosts was made for it.
+    whose = "its issuer's" if "hosts" in claims else "the agent's"
+    set_it = f"; {CLOCK_LEEWAY} s are allowed. Set the clock that is wrong"
     exp, iat, nbf = (_time_of(claims, name) for name in ("exp", "iat", "nbf"))
     if exp is None:
         raise TokenInvalid("the token has no exp, expected the time when it expires")
     if exp <= now - CLOCK_LEEWAY:
-        ago = shown_seconds(now - exp)
-        raise TokenInvalid(f"the token expired {ago} ago: get a new one, or compare the clocks")
+        advice = "get a new one, or compare the clocks"
+        if iat is not None and iat < exp and "hosts" not in claims:
+            advice = f"the agent's clock is {now - iat:.0f} s behind the gateway's{set_it}"
+        raise TokenInvalid(f"the token expired {shown_seconds(now - exp)} ago: {advice}")
     if iat is not None and iat > now + CLOCK_LEEWAY:
-        ahead = shown_seconds(iat - now)
-        raise TokenInvalid(f"the token was issued {ahead} from now: compare the clocks")
+        advice = f"{whose} clock is {iat - now:.0f} s ahead of the gateway's{set_it}"
+        raise TokenInvalid(f"the token was issued {shown_seconds(iat - now)} from now: {advice}")
     if nbf is not None and nbf > now + CLOCK_LEEWAY:
-        raise TokenInvalid(f"the token begins {shown_seconds(nbf - now)} from now")
+        advice = f"wait {nbf - now:.0f} s, or set {whose} clock back if it is that much ahead"
+        raise TokenInvalid(f"the token begins {shown_seconds(nbf - now)} from now: {advice}")
 
 
 def _time_of(claims: Mapping[str, Any], name: str) -> float | None:

@@ -95,7 +95,7 @@ TURNED_AWAY_SILENCE = 60  # seconds between two lines about an address whose con
 
 Key = TypeVar("Key", bound=Hashable)
 
-_SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now)")
+_SPAN = re.compile("[0-9]+ (s|min|h|d)(?= ago| from now| behind| ahead|, or set)")
 
 
 class NotAdmitted(Exception):

@@ -139,7 +139,16 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
     ("changes", "why"),
     [
         ({"exp": None}, "the token has no exp"),
-        ({"exp": lambda now: now - 3 * HOUR - 5}, "the token expired 3 h ago"),
+        ({"exp": lambda now: now - 3 * HOUR - 5}, "the token expired 3 h ago: get a new one"),
+        (
+            {"exp": lambda now: now - 3 * HOUR, "iat": lambda now: now - 4 * HOUR},
+            "the token expired 3 h ago: the agent's clock is 14400 s behind the gateway's; 60 s are "
+            "allowed. Set the clock that is wrong",
+        ),
+        (
+            {"exp": lambda now: now - 3 * HOUR, "iat": lambda now: now - 4 * HOUR, "hosts": "a.b"},
+            "the token expired 3 h ago: get a new one, or compare the clocks",
+        ),
         ({"exp": lambda now: now - CLOCK_LEEWAY - 1}, "the token expired 1 min ago"),
         ({"exp": 0}, "the token expired "),
         ({"exp": -5}, "the token's exp is not a time"),
@@ -152,12 +161,22 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"exp": 10**400}, "the token's exp is not a time"),
         ({"exp": -(10**400)}, "the token's exp is not a time"),
         ({"exp": lambda now: now * 1000}, "the token's exp is not a time"),
-        ({"iat": lambda now: now + HOUR + 30}, "the token was issued 1 h from now"),
+        (
+            {"iat": lambda now: now + HOUR + 30},
+            "the token was issued 1 h from now: the agent's clock is 3630 s ahead of the gateway's",
+        ),
+        (
+            {"iat": lambda now: now + HOUR + 30, "hosts": "a.b"},
+            "the token was issued 1 h from now: its issuer's clock is 3630 s ahead",
+        ),
         ({"iat": lambda now: now + CLOCK_LEEWAY + 5.5}, "the token was issued 1 min from now"),
         ({"iat": "now"}, "the token's iat is not a time"),
         ({"iat": float("nan")}, "the token's iat is not a time"),
         ({"iat": 10**400}, "the token's iat is not a time"),
-        ({"nbf": lambda now: now + HOUR + 30}, "the token begins 1 h from now"),
+        (
+            {"nbf": lambda now: now + HOUR + 30},
+            "the token begins 1 h from now: wait 3630 s, or set the agent's clock back",
+        ),
         ({"nbf": {}}, "the token's nbf is not a time"),
         ({"iss": 5}, "the token's iss is not text"),
         ({"iss": ["mine"]}, "the token's iss is not text"),
@@ -191,8 +210,9 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"ports": "٢٢"}, "the token's ports cannot be read"),
     ],
 )
-def test_reject_claim(changes, why):
+def test_reject_claim(changes, why, monkeypatch):
     now = int(time.time())
+    monkeypatch.setattr(time, "time", lambda: float(now))
     changes = {name: v(now) if callable(v) else v for name, v in changes.items()}
     assert reason(Credentials(SECRET), token(**changes)).startswith(why)
 

@@ -228,9 +228,12 @@ def test_a_refusal_is_a_warning_again_after_a_while(caplog, monkeypatch):
     for text in ("the token expired 3 min ago", "the token expired 4 min ago"):
         refusals.log("agent", text)
     assert len(warnings_in(caplog)) == 1
+    for seconds in (3600, 3602):
+        refusals.log("another", f"expired 1 h ago: the agent's clock is {seconds} s behind the")
+    assert len(warnings_in(caplog)) == 2
     now[0] += newcomer.REFUSAL_MEMORY + 1
     refusals.log("agent", "the token expired 15 min ago")
-    assert warnings_in(caplog)[1:] == [
+    assert warnings_in(caplog)[2:] == [
         "agent refused: the token expired 15 min ago (1 times more since the last such line)"
     ]
 
