@@ -170,6 +170,7 @@ class Config:
     access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
+    env_file: str | None = field(default=None, compare=False)  # absolute; None: there is none
     # The variables as they were typed, a secret's file as its content. For comparing only.
     typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -233,7 +234,9 @@ def load(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -
     files = (*([source.env_file] if source.env_file and holds_secrets else []), *read.secret_files)
     warnings = (*config.warnings, *read.remarks.values(), *_spelling_warnings(source))
     typed = {name: text for name, text in values.items() if name in NAMES} | read.contents
-    return replace(config, warnings=warnings, secret_files=files, typed=typed)
+    return replace(
+        config, warnings=warnings, secret_files=files, env_file=source.env_file, typed=typed
+    )
 
 
 def faults(env_file: str | None = None, environ: Mapping[str, str] = os.environ) -> list[str]:

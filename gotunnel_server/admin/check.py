@@ -26,7 +26,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from gotunnel import ACK, MAX_UINT32, PING, SYN, Header
+from gotunnel import ACK, ANY_PORT, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common import status_socket
 from gotunnel_agent.common.hostnames import valid_hostname
 from gotunnel_agent.common.metrics_page import NO_SUCH_PAGE
@@ -39,7 +39,7 @@ from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import CertificateError, read_pair
 from ..certs.schedule import CLOCK_OFF, CLOCK_WRONG
 from ..certs.store import PROBE_BYTES, StoreError, ca_id
-from ..config import OFF, Config
+from ..config import DIRECTORIES, OFF, Config
 from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed
@@ -54,6 +54,7 @@ PATIENCE = 15.0  # seconds for the CA's whole answer, since the operator waits f
 MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a gateway's ping less
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
+HTTP, HTTPS = 80, 443  # the only ports that a CA validates at (RFC 8555 §8.3, RFC 8737 §3)
 # Ports of TCP_PORTS that are tried, which may be all 65535: one takes some 50 us.
 MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
@@ -89,7 +90,11 @@ def finding_line(finding: Finding, *, colour: bool) -> str:
 
 def examine(config: Config) -> Iterable[Finding]:
     """All checks."""
-    yield Finding(OK, "configuration", "read and understood")
+    came_from = config.env_file or "the environment alone, there is no .env"
+    yield Finding(OK, "configuration", f"read and understood, from {came_from}")
+    if config.env_file is not None:
+        yield from look_at_env_file(config.env_file)
+    yield from look_at_reach(config)
     if config.agents_file is not None:
         yield from look_at_agents(config.agents_file, config.jwt_secret is not None)
     for warning in config.warnings:
@@ -143,6 +148,54 @@ def look_at_agents(path: Path, has_jwt_secret: bool = False) -> Iterable[Finding
         yield Finding(WARN, "AGENTS_FILE", "no agent can register: no entry in it is active, "
                       "and JWT_SECRET is not set; see: gotunnel-server agents "
                       "add")  # fmt: skip
+
+
+def look_at_env_file(path: str) -> Iterable[Finding]:
+    """Whether others can change the settings. Secrets in the file: see exposed()."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode = f"{stat.S_IMODE(found.st_mode):04o}"
+            yield Finding(WARN, "configuration", f"{path} has mode {mode}: others can "
+                          f"change the gateway's settings; chmod go-w {path}")  # fmt: skip
+
+
+def look_at_reach(config: Config) -> Iterable[Finding]:
+    """Whether visitors, agents and the CA can reach a gateway whose names are for the world."""
+    public = [name for name in (config.gateway_host, config.tunnel_host) if not is_here(name)]
+    if not public:
+        return
+    for setting, name in (
+        ("GATEWAY_HOST", config.gateway_host),
+        ("TUNNEL_HOST", config.tunnel_host),
+        ("RAW_TCP_HOST", config.raw_tcp_host),
+        *(("H2C_HOSTS", name) for name in config.h2c_hosts),
+    ):
+        if name is not None and is_here(name):
+            yield Finding(WARN, setting, f"{name} is this machine for everybody, beside "
+                          f"{public[0]} for the world: an example's that was left over? Set a name "
+                          "that leads here from elsewhere")  # fmt: skip
+    if config.bind and all(map(is_here, config.bind)) and not config.trusted_proxies:
+        yield Finding(WARN, "BIND", f"{', '.join(config.bind)} is for this machine alone, so from "
+                      f"elsewhere {public[0]} reaches nothing, nor does a CA: unset BIND, or name "
+                      "a proxy on this machine in TRUSTED_PROXIES")  # fmt: skip
+    http, https = config.http_port, config.gateway_port
+    if config.acme is not None and http != HTTP and https != HTTPS:
+        yield Finding(WARN, "orders", f"a CA comes to port {HTTP} or port {HTTPS} alone, and "
+                      f"HTTP_PORT is {_shown_port(http)}, GATEWAY_PORT {_shown_port(https)}: unset "
+                      f"one of them, or have port {HTTP} of the public address lead to HTTP_PORT "
+                      f"(or {HTTPS} to GATEWAY_PORT)")  # fmt: skip
+
+
+def is_here(name: str) -> bool:
+    """Whether a hostname, a pattern of them or an IP address means this machine for everybody."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return is_always_here(name)
+
+
+def _shown_port(port: int | None) -> str:
+    return "off" if port is None else str(port or ANY_PORT)
 
 
 def look_at_descriptors(max_connections: int) -> Finding:
@@ -459,6 +512,10 @@ def look_at_own_names(config: Config) -> Iterable[Finding]:
             yield Finding(OK, "certificates", f"{name}: by a local CA, for trials")
         elif name in failed:
             yield Finding(WARN, "certificates", f"{name}: no certificate yet: {failed[name]}")
+        elif config.acme and is_here(name) and config.acme.directory in DIRECTORIES.values():
+            yield Finding(FAIL, "certificates", f"{name}: no public CA certifies it, since it is "
+                          "this machine for everybody: set a name of your own domain, or "
+                          "ACME_ENV=local for a trial")  # fmt: skip
         elif config.acme and valid_hostname(name):
             yield Finding(OK, "certificates", f"{name}: ordered from {config.acme.directory}")
         elif config.acme:

@@ -147,6 +147,51 @@ def test_check_names_secrets_that_everybody_can_read(tmp_path):
     assert "secrets" not in {finding.subject for finding in check.examine(config)}
 
 
+def test_check_names_an_env_file_that_others_can_change(tmp_path):
+    path = tmp_path / "server.env"
+    path.write_text("LOG_LEVEL=info\n")
+    for mode, expected in ((0o644, []), (0o664, [WARN]), (0o646, [WARN])):
+        path.chmod(mode)
+        findings = list(check.look_at_env_file(str(path)))
+        assert levels(findings) == expected
+        assert all(f"chmod go-w {path}" in finding.text for finding in findings)
+
+
+# Reach
+
+PUBLIC = {"GATEWAY_HOST": "gw.example.com", "TUNNEL_HOST": "gw.example.com", "BIND": ""}
+ORDERS = {"ACME_ENV": "production", "GATEWAY_PORT": "443", "HTTP_PORT": "80"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"GATEWAY_HOST": "gw.localhost", "TUNNEL_HOST": "127.0.0.1", "BIND": "127.0.0.1"}, {}),
+        ({}, {}),
+        ({"BIND": "127.0.0.1,::1"}, {"BIND": "127.0.0.1, ::1 is for this machine alone"}),
+        ({"BIND": "127.0.0.1", "TRUSTED_PROXIES": "127.0.0.1"}, {}),
+        ({"BIND": "127.0.0.1,192.0.2.1"}, {}),
+        ({"TUNNEL_HOST": "localhost"}, {"TUNNEL_HOST": "beside gw.example.com for the world"}),
+        ({"TUNNEL_HOST": "127.0.0.1"}, {"TUNNEL_HOST": "an example's that was left over?"}),
+        ({"GATEWAY_HOST": "gw.localhost"}, {"GATEWAY_HOST": "this machine for everybody"}),
+        ({"RAW_TCP_HOST": "ssh.localhost"}, {"RAW_TCP_HOST": "ssh.localhost is this machine"}),
+        ({"H2C_HOSTS": "*.g.localhost"}, {"H2C_HOSTS": "*.g.localhost is this machine"}),
+        (ORDERS, {}),
+        (ORDERS | {"GATEWAY_PORT": "8443"}, {}),
+        (ORDERS | {"HTTP_PORT": "0"}, {}),
+        (ORDERS | {"GATEWAY_PORT": "8443", "HTTP_PORT": "8081"},
+         {"orders": "HTTP_PORT is 8081, GATEWAY_PORT 8443: unset one of them"}),
+        (ORDERS | {"GATEWAY_PORT": "auto", "HTTP_PORT": "0"},
+         {"orders": "HTTP_PORT is off, GATEWAY_PORT auto: unset one of them"}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_reached_from_elsewhere_is_a_warning(tmp_path, settings, expected):
+    found = list(check.look_at_reach(config_of(tmp_path, **PUBLIC | settings)))
+    assert levels(found) == [WARN] * len(expected)
+    for finding in found:
+        assert expected[finding.subject] in finding.text
+
+
 # Names
 
 
@@ -368,6 +413,7 @@ def test_an_empty_cert_dir_is_a_warning(tmp_path):
         ({"ACME_ENV": "", "ACME_DIRECTORY": URL}, [OK, OK]),
         ({"ACME_ENV": "", "ACME_DIRECTORY": URL, "TUNNEL_HOST": "192.0.2.1"}, [OK, FAIL]),
         ({"ACME_ENV": "", "CERT_DIR": "pairs"}, [OK, FAIL]),
+        ({"ACME_ENV": "production", "TUNNEL_HOST": "t.example.com"}, [FAIL, OK]),
     ],
 )
 def test_own_names_need_a_certificate(tmp_path, mint, monkeypatch, settings, expected):

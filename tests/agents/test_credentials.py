@@ -142,8 +142,8 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"exp": lambda now: now - 3 * HOUR - 5}, "the token expired 3 h ago: get a new one"),
         (
             {"exp": lambda now: now - 3 * HOUR, "iat": lambda now: now - 4 * HOUR},
-            "the token expired 3 h ago: the agent's clock is 14400 s behind the gateway's; 60 s are "
-            "allowed. Set the clock that is wrong",
+            "the token expired 3 h ago: the agent's clock is 14400 s behind the gateway's; 60 s "
+            "are allowed. Set the clock that is wrong",
         ),
         (
             {"exp": lambda now: now - 3 * HOUR, "iat": lambda now: now - 4 * HOUR, "hosts": "a.b"},

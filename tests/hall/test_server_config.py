@@ -987,7 +987,15 @@ def test_example_explains_every_variable():
     acme = {"DIRECTORY", "CA_FILE", "EMAIL", "EAB_KID", "EAB_HMAC_KEY", "EAB_HMAC_KEY_FILE", "ENV",
             "ORDERS_PER_DOMAIN"}  # fmt: skip
     policy = {"ALLOW", "DENY", "RATE_LIMIT", "BASIC_AUTH", "BASIC_AUTH_FILE"}
-    fields -= {"ACME", "LOCAL_CA", "POLICY_DEFAULTS", "WARNINGS", "SECRET_FILES", "TYPED"}
+    fields -= {
+        "ACME",
+        "LOCAL_CA",
+        "POLICY_DEFAULTS",
+        "WARNINGS",
+        "SECRET_FILES",
+        "ENV_FILE",
+        "TYPED",
+    }
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
     files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE"}
     assert shown == fields | files
