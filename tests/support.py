@@ -590,12 +590,12 @@ def agent_here(gateway, folder, http={}, tcp={}, *, ready=True, **keys):
 
 
 @contextlib.contextmanager
-def agent_process(gateway, folder, http={}, tcp={}, *, ready=True, **keys):
+def agent_process(gateway, folder, http={}, tcp={}, *, ready=True,
+                  command=(sys.executable, str(ROOT / "gotunnel_agent")), **keys):  # fmt: skip
     """An agent as an operator starts it."""
     path = folder / "agent.yaml"
     path.write_text(agent_yaml(gateway, http, tcp, keys))
-    command = (sys.executable, str(ROOT / "gotunnel_agent"), "-c", str(path))
-    with running(*command, cwd=folder) as program:
+    with running(*command, "-c", str(path), cwd=folder) as program:
         if ready:
             program.wait_for(r": serving ")
             gateway.wait_for_routes(*http, *tcp)

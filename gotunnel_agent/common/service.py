@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -132,18 +133,22 @@ def run_service(
 
 
 def this_program(argv0: str) -> tuple[str, ...]:
-    """The command that starts this program again: its script, or Python and its folder."""
+    """The command that starts this program again: its script, or Python and its folder, or Python
+    and its archive (gotunnel.pyz). An archive may lack the right to be executed, and its first line
+    may lead to another Python."""
     path = os.path.abspath(argv0)
     if path.endswith("__main__.py"):
         path = os.path.dirname(path)
-    if os.path.isdir(path):
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
         return sys.executable, path
     return (path,)
 
 
 def program_files(command: Sequence[str]) -> list[tuple[str, str]]:
     """What the service's user must be able to read to start the program, for Needs."""
-    files = [*command, sys.executable, os.path.realpath(sys.executable), __file__]
+    files = [*command, sys.executable, os.path.realpath(sys.executable)]
+    if os.path.isfile(__file__):  # else it is in an archive, which the command names
+        files.append(__file__)
     return [("the program", path) for path in dict.fromkeys(files)]
 
 

@@ -8,6 +8,7 @@ import pwd
 import shutil
 import stat
 import sys
+import zipfile
 
 import pytest
 
@@ -313,10 +314,14 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(machine, capsys, monk
         ("/opt/gt/bin/gotunnel-agent", ("/opt/gt/bin/gotunnel-agent",)),
         ("{}/folder", (sys.executable, "{}/folder")),
         ("{}/folder/__main__.py", (sys.executable, "{}/folder")),
+        ("{}/gotunnel.pyz", (sys.executable, "{}/gotunnel.pyz")),
     ],
 )
 def test_the_unit_starts_the_program_that_was_started(tmp_path, argv0, expected):
     (tmp_path / "folder").mkdir()
+    with open(tmp_path / "gotunnel.pyz", "wb") as file:
+        file.write(b"#!/usr/bin/env python3\n")
+        zipfile.ZipFile(file, "w").close()
     found = service.this_program(argv0.format(tmp_path))
     assert found == tuple(part.format(tmp_path) for part in expected)
 
