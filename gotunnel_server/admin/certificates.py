@@ -30,6 +30,7 @@ from ..certs.storage import ReadOnly
 from ..certs.store import CertStore, StoreError, ca_id
 from ..config import Config
 from ..net import safe_read
+from ..net.certificate import ends, load_certificates
 from ..net.safe_read import MALFORMED
 
 # Where a certificate comes from, as the table shows it. GO: it was ordered by the earlier gateway,
@@ -106,7 +107,7 @@ def local_rows(folder: Path) -> list[Row]:
             rows.append(Row(file.stem, LOCAL, error=f"{file}: cannot be read as PEM; the gateway "
                             "makes a new one when it needs it"))  # fmt: skip
             continue
-        ends_at = leaf.not_valid_after_utc.timestamp()
+        ends_at = ends(leaf).timestamp()
         renew_at = ends_at - RENEW_BEFORE.total_seconds()
         name = file.stem
         if HASHED_STEM.fullmatch(name):  # of a longer hostname, which only the certificate has
@@ -118,7 +119,7 @@ def local_rows(folder: Path) -> list[Row]:
 def _leaf(file: Path) -> x509.Certificate | None:
     """The first certificate in a file, None if it cannot be read."""
     try:
-        leaf = x509.load_pem_x509_certificates(safe_read.read(file))[0]
+        leaf = load_certificates(safe_read.read(file))[0]
         issuer_of(leaf)  # raises now if the name is malformed, not in a later reader
         return leaf
     except (OSError, *MALFORMED):

@@ -41,6 +41,7 @@ from josepy.interfaces import JSONDeSerializable
 from josepy.jwa import ES256, RS256
 from josepy.jwk import JWK, JWKEC
 
+from ..net.certificate import ends, load_certificates
 from ..net.safe_read import MALFORMED
 from .acme_errors import (
     ACCOUNT,
@@ -219,14 +220,14 @@ class Ca:
         """Refuse a new certificate that has already expired: it must not replace a valid one. The
         store checks the rest."""
         try:
-            ends = x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
+            end = ends(load_certificates(chain)[0])
         except (ValueError, x509.InvalidVersion):
             raise CaError(
                 TRANSPORT, url, f"the CA sent {chain[:SHOWN]!r}, expected a certificate as PEM"
             ) from None
-        if ends.timestamp() <= self._clock():
+        if end.timestamp() <= self._clock():
             raise CaError(
-                HOST, url, f"the CA sent a certificate that expired on {ends:%Y-%m-%d %H:%M} UTC, "
+                HOST, url, f"the CA sent a certificate that expired on {end:%Y-%m-%d %H:%M} UTC, "
                 "expected a new one")  # fmt: skip
 
     # §7.1.1

@@ -44,6 +44,7 @@ from gotunnel_agent.common.hostnames import normal_hostname
 from gotunnel_agent.common.one_line import some
 
 from ..net import safe_read
+from ..net.certificate import begins, ends, load_certificates
 from ..net.safe_read import MALFORMED
 from .choices import Loaded
 from .local_ca import CertificateError
@@ -341,15 +342,15 @@ def load_pair(certificate_file: Path, key_file: Path, context: Loaded) -> Pair:
     """
     try:
         pem = safe_read.read(certificate_file)
-        leaf, *chain = x509.load_pem_x509_certificates(pem)
+        leaf, *chain = load_certificates(pem)
         signers = {certificate.subject for certificate in chain} | {leaf.subject}
         pair = Pair(
             certificate_file,
             key_file,
             names_of(leaf),
             type(leaf.public_key()),
-            leaf.not_valid_before_utc,
-            leaf.not_valid_after_utc,
+            begins(leaf),
+            ends(leaf),
             "" if leaf.issuer in signers else leaf.issuer.rfc4514_string(),
             context,
         )
@@ -404,7 +405,7 @@ def names_of(certificate: x509.Certificate) -> frozenset[str]:
 
 def _is_of_a_ca(file: str) -> bool:
     try:
-        leaf = x509.load_pem_x509_certificates(safe_read.read(file))[0]
+        leaf = load_certificates(safe_read.read(file))[0]
         return leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (OSError, *MALFORMED):
         return False

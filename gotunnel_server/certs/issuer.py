@@ -25,6 +25,7 @@ from cryptography import x509
 
 from gotunnel import NoThread, spawn
 
+from ..net.certificate import ends
 from .acme_errors import HOST, LATER, TRANSPORT, Abandoned, CaError
 from .cancel import Stop
 from .challenges import Publisher
@@ -291,7 +292,7 @@ class Issuer:
             raise CaError(HOST, "ACME_CACHE", str(error)) from error
         self.queue.succeeded(host, stored, challenge)
         log.info("%s: certificate until %s UTC, by %s", host.name,
-                 stored.leaf.not_valid_after_utc.strftime("%Y-%m-%d %H:%M"), challenge)  # fmt: skip
+                 ends(stored.leaf).strftime("%Y-%m-%d %H:%M"), challenge)  # fmt: skip
 
     def _find(self, host: Wanted) -> None:
         try:

@@ -26,19 +26,23 @@ import secrets
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gotunnel_agent.common import atomic_file
 from gotunnel_agent.common.hostnames import MAX_HOSTNAME, WILDCARD, normal_hostname, valid_hostname
 
 from ..net import safe_read
+from ..net.certificate import are_equal, check_issued_by, ends, load_certificates
 from ..net.safe_read import MALFORMED
+
+if TYPE_CHECKING:  # older versions of cryptography do not name this type
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 FOLDER = "local"  # in ACME_CACHE, where the gateway's own CA lies
 # Trusted by hand, on every device that visits: it should outlive any trial.
@@ -72,7 +76,7 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
     Raises CertificateError, naming the file, if either cannot be read or they do not match.
     """
     try:
-        certificate = x509.load_pem_x509_certificates(safe_read.read(certificate_file))[0]
+        certificate = load_certificates(safe_read.read(certificate_file))[0]
         public_key = certificate.public_key()
     except OSError as error:
         raise CertificateError(f"{certificate_file}: {error.strerror}") from error
@@ -86,7 +90,7 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
         raise CertificateError(f"{key_file}: encrypted, expected a key without password") from error
     except MALFORMED as error:
         raise CertificateError(f"{key_file}: not a private key, expected PEM") from error
-    if key.public_key() != public_key:
+    if not are_equal(key.public_key(), public_key):
         raise CertificateError(f"{key_file}: not the key of {certificate_file.name}")
     return certificate, key
 
@@ -183,10 +187,8 @@ class Authority:
             certificate, key = read_pair(self.ca_file, self._key_file)
             if not isinstance(key, ec.EllipticCurvePrivateKey):
                 raise CertificateError(f"{self._key_file}: not an elliptic curve key, as we make")
-            if certificate.not_valid_after_utc < datetime.now(timezone.utc):
-                raise CertificateError(
-                    f"{self.ca_file}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}"
-                )
+            if ends(certificate) < datetime.now(timezone.utc):
+                raise CertificateError(f"{self.ca_file}: expired on {ends(certificate):%Y-%m-%d}")
         except CertificateError as error:
             raise CertificateError(
                 f"{error}; restore ca.crt and ca.key from a copy, or remove both to get a new CA,"
@@ -197,10 +199,10 @@ class Authority:
     def _still_good(self, certificate_file: Path, key_file: Path) -> bool:
         try:
             certificate, _ = read_pair(certificate_file, key_file)
-            certificate.verify_directly_issued_by(self._certificate)
+            check_issued_by(certificate, self._certificate)
         except (CertificateError, InvalidSignature, *MALFORMED):
             return False  # missing, cut short, or another CA's: a new one is made
-        return certificate.not_valid_after_utc - datetime.now(timezone.utc) >= RENEW_BEFORE
+        return ends(certificate) - datetime.now(timezone.utc) >= RENEW_BEFORE
 
     def _sign_leaf(
         self, name: x509.GeneralName, public_key: ec.EllipticCurvePublicKey

@@ -41,6 +41,7 @@ from cryptography.hazmat.primitives import serialization
 from gotunnel_agent.common.hostnames import valid_hostname
 from gotunnel_agent.common.one_line import some
 
+from ..net.certificate import are_equal, begins, check_issued_by, ends, load_certificates
 from ..net.safe_read import MALFORMED
 from .cert_dir import names_of
 from .pem_file import pem_file
@@ -76,11 +77,11 @@ class Stored(NamedTuple):
 
     @property
     def begins_at(self) -> float:
-        return self.leaf.not_valid_before_utc.timestamp()
+        return begins(self.leaf).timestamp()
 
     @property
     def ends_at(self) -> float:
-        return self.leaf.not_valid_after_utc.timestamp()
+        return ends(self.leaf).timestamp()
 
     @property
     def is_left_by_go(self) -> bool:
@@ -187,7 +188,7 @@ class CertStore:
         """The long hostname of a hashed ``stem``, as its certificate says."""
         try:
             pem = self._storage.read(f"{self._certs}/{stem}.pem")
-            leaf = x509.load_pem_x509_certificates(pem or b"")[0]
+            leaf = load_certificates(pem or b"")[0]
         except (OSError, *MALFORMED):
             return None
         return next((name for name in names_of(leaf) if len(name) > LONGEST_STEM), None)
@@ -416,8 +417,8 @@ def check(pem: bytes, hostname: str) -> x509.Certificate:
     """
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-        leaf, *chain = x509.load_pem_x509_certificates(pem)
-        own = key.public_key() == leaf.public_key()
+        leaf, *chain = load_certificates(pem)
+        own = are_equal(key.public_key(), leaf.public_key())
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         served = {name.lower() for name in names.get_values_for_type(x509.DNSName)}
         leaf.issuer.rfc4514_string()  # raises now if the name is malformed, not in a later reader
@@ -430,7 +431,7 @@ def check(pem: bytes, hostname: str) -> x509.Certificate:
     if not chain:
         raise Flaw("the chain is missing, expected the issuer's certificate")
     try:
-        leaf.verify_directly_issued_by(chain[0])
+        check_issued_by(leaf, chain[0])
         # Only OpenSSL notices a chain that is cut within its last certificate.
         with pem_file(pem) as file:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(file)
