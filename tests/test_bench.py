@@ -1,5 +1,6 @@
 """The bench: its arithmetic by values, and each of its rows once, as short as can be."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -412,3 +413,22 @@ def test_an_end_that_fails_ends_the_bench_in_a_sentence(capfd, monkeypatch):
     monkeypatch.setattr(bootstrap, "prepare", lambda need: sys.executable)
     assert bench.main(["--row", "yamux"]) == 1
     assert capfd.readouterr().err.splitlines()[-1].startswith("bench.py: tls: ")
+
+
+@pytest.mark.parametrize("text", ["", "ACCESS_LOG", "=x", "A=1 B"])
+def test_settings_that_are_none_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=VALUE"):
+        bench.settings(text)
+
+
+def test_settings_are_read_by_name_and_reach_the_gateway(monkeypatch):
+    assert bench.settings("A=1 B=x=y") == {"A": "1", "B": "x=y"}
+    started = {}
+    monkeypatch.setattr(bench_subjects, "ask", lambda *command: "")
+    monkeypatch.setattr(
+        bench_subjects.Ours, "_start", lambda self, stack, role, *command, **s: started.update(s)
+    )
+    with contextlib.ExitStack() as stack:
+        site = SimpleNamespace(python="python", folder="folder")
+        bench_subjects.Ours(site, settings={"ACCESS_LOG": "-"})._gateway(stack)
+    assert started["ACCESS_LOG"] == "-"
