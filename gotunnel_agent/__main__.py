@@ -1,9 +1,9 @@
 """The start of `python gotunnel_agent`, `gotunnel-agent` and `gotunnel`, which are one program.
 
-It imports the agent, the visitor's helper (`forward`), the command `service` or the quick commands,
-never two of them: ssh starts the helper for each of its connections, and importing YAML and JWT,
-which only the agent needs, takes longer than the helper itself needs until it dials; and an agent
-that runs needs nothing of `service` or of the quick commands.
+It imports the agent, the visitor's helper (`forward`), the command `service` or `join`, or a quick
+command, never two of them: ssh starts the helper for each of its connections, and importing YAML
+and JWT, which only the agent needs, takes longer than the helper itself needs until it dials; and
+an agent that runs needs nothing of the other commands.
 """
 
 import os
@@ -18,6 +18,8 @@ if sys.argv[1:2] == ["forward"]:
     from gotunnel_agent.forward import main
 elif sys.argv[1:2] == ["service"]:
     from gotunnel_agent.service import main
+elif sys.argv[1:2] == ["join"]:
+    from gotunnel_agent.join import main
 elif sys.argv[1:2] in (["http"], ["tcp"], ["files"]):
     from gotunnel_agent.quick.commands import main
 else:

@@ -103,6 +103,7 @@ MOVED = 1
 # chain; issuer not found, of the last certificate or of the first.
 UNKNOWN_CA = (18, 19, 20, 21)
 OTHER_NAME = (62, 64)  # likewise, for a certificate of another hostname or IP address
+UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
@@ -715,6 +716,11 @@ def _problem(error: OSError) -> str:
     """An OSError in words, with advice if tunnel_addr is probably wrong."""
     if isinstance(error, socket.gaierror):
         return f"no address was found ({error.strerror}); check the name in tunnel_addr, and DNS"
+    if getattr(error, "reason", None) == UNKNOWN_NAME:
+        return (
+            "the gateway there knows no such hostname; tunnel_addr has to name the gateway's "
+            "TUNNEL_HOST"
+        )
     if getattr(error, "reason", None) in NO_TLS:
         return f"the program there does not speak TLS; {RIGHT_PORT}"
     text = error.strerror or str(error)

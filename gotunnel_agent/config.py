@@ -256,13 +256,18 @@ def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
     Raises ConfigError for the first fault.
     """
     try:
-        text = _read_file(path)
-        document = _mapping(_parse(text), text)
+        document = read_document(_read_file(path))
         config = of_document(document, needs_tunnels=needs_tunnels)
         return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
         missing = "" if os.path.lexists(path) else ": name it with -c, or copy conf/agent.yaml"
         raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
+
+
+def read_document(text: str) -> dict[str, Any]:
+    """The keys and values in the text of a configuration. Raises ConfigError unless it is a mapping
+    with known keys."""
+    return _mapping(_parse(text), text)
 
 
 def of_document(document: Mapping[str, object], *, needs_tunnels: bool = True) -> Config:

@@ -13,11 +13,14 @@ MOST_CAS = 4 << 20  # bytes of a CA file that comes by a pipe; the system's has 
 
 
 def client_context(
-    ca_file: str | None = None, skip_verify: bool = False, renegotiates: bool = False
+    ca_file: str | None = None,
+    skip_verify: bool = False,
+    renegotiates: bool = False,
+    ca: str | None = None,
 ) -> ssl.SSLContext:
     """A context that checks the certificate of the peer that we dial. It trusts the system's CAs,
-    or those in the file ``ca_file`` (PEM); with ``skip_verify`` it accepts any certificate, for
-    trials. Raises OSError if the file holds no certificate.
+    or those in the file ``ca_file``, or in the text ``ca`` (PEM); with ``skip_verify`` it accepts
+    any certificate, for trials. Raises OSError if there is no certificate in them.
 
     The ciphers are Python's defaults, as a target may be an old device. For a gateway the caller
     sets AEAD.
@@ -30,7 +33,7 @@ def client_context(
         text = small_file.read(ca_file, MOST_CAS).decode("ascii", "ignore")
         context = ssl.create_default_context(cadata=text or " ")  # "" would mean the system's CAs
     else:
-        context = ssl.create_default_context(cafile=ca_file)
+        context = ssl.create_default_context(cafile=ca_file, cadata=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= IGNORE_UNEXPECTED_EOF
     if not renegotiates:

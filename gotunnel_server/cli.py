@@ -95,7 +95,7 @@ def command(options: argparse.Namespace) -> int:
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
         if options.command == "token":
             grants.run_token(config, hosts=options.hosts, ports=options.ports, ttl=options.ttl,
-                               issuer=options.issuer)  # fmt: skip
+                               issuer=options.issuer, join=options.join)  # fmt: skip
             return 0
         if options.command == "agents":
             return agents(config, options)
@@ -121,13 +121,13 @@ def command(options: argparse.Namespace) -> int:
 def agents(config: Config, options: argparse.Namespace) -> int:
     """Run a command of `agents`: add, list, remove. Raises AgentsFileError, GrantError."""
     if options.agents_command == "add":
-        grants.run_agents_add(config, name=options.name, hosts=options.hosts,
-                                ports=options.ports, expires=options.expires)  # fmt: skip
+        grants.run_agents_add(config, name=options.name, hosts=options.hosts, ports=options.ports,
+                              expires=options.expires, join=options.join)  # fmt: skip
     elif options.agents_command == "rotate":
         if options.finish:
             grants.run_agents_finish(config, options.name)
         else:
-            grants.run_agents_rotate(config, options.name, until=options.until)
+            grants.run_agents_rotate(config, options.name, until=options.until, join=options.join)
     elif options.agents_command == "list":
         grants.run_agents_list(config)
     else:
@@ -213,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the token's issuer. With a name in AGENTS_FILE, the secret there signs the token; "
         "with any other name JWT_SECRET does (default: JWT_ISSUER)",
     )  # fmt: skip
+    _add_join(token)
     agents_ = commands.add_parser(
         "agents", help="write AGENTS_FILE: agents with credentials of their own",
         description="Write AGENTS_FILE, or show it. A running gateway reads it again within 5 s.",
@@ -222,9 +223,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         title="commands", dest="agents_command", metavar="COMMAND", required=True
     )
     add = subcommands.add_parser(
-        "add", help="make a secret for a new agent; prints the lines for its configuration",
+        "add", help="make a secret for a new agent; prints the command by which it joins",
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
-        "for the agent's configuration.",
+        "for the agent's configuration, with the command gotunnel-agent join that writes them.",
     )  # fmt: skip
     add.add_argument("name", metavar="NAME", type=_as(grants.read_name),
                      help="the agent's name: the jwt_issuer in its configuration")  # fmt: skip
@@ -234,6 +235,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="when the secret expires: 2030-12-31 (end of that day) or 2030-12-31T18:00:00Z "
         "(default: never)",
     )  # fmt: skip
+    _add_join(add)
     rotate = subcommands.add_parser(
         "rotate", help="give an agent a new secret; the old one is accepted as well for a while",
         description="Write a new secret for an agent into AGENTS_FILE, before the one that it has, "
@@ -248,6 +250,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "2030-12-31T18:00:00Z (default: until --finish)",
     )  # fmt: skip
     end.add_argument("--finish", action="store_true", help="no longer accept the old secret")
+    _add_join(rotate)
     show = subcommands.add_parser(
         "list", help="list the agents, without secrets",
         description="List the agents in AGENTS_FILE and what they may claim, without secrets.",
@@ -285,6 +288,13 @@ def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ports", type=_as(scope.read_ports), default=(), metavar="PORTS",
         help="the public ports that may be requested, such as 2200-2299,5432 (default: none)",
+    )  # fmt: skip
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--join", action="store_true",
+        help="print only the join string, as gotunnel-agent join reads it",
     )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """What an operator grants to agents: the commands `token` and `agents`.
 
     token             prints a token that may claim some hostnames, for an agent without a secret
-    agents add        adds an entry with a secret of its own to AGENTS_FILE, and prints the lines
-                      for the agent's configuration
-    agents rotate     gives an entry a new secret beside its old one, which stays for a while
+    agents add        adds an entry with a secret of its own to AGENTS_FILE, and prints the command
+                      that joins the agent, and the lines for its configuration
+    agents rotate     gives an entry a new secret beside its old one, which stays for a while, and
+                      prints the same
     agents list       prints the entries, without their secrets
     agents remove     removes an entry
 
-Tokens, configurations and tables go to standard output, remarks to standard error. A running
+Tokens, join strings, configurations and tables go to standard output, remarks to standard error, so
+no secret is among them. What `agents add` prints can be redirected into a configuration. A running
 gateway takes up changes of AGENTS_FILE within seconds; the commands also work without one.
 """
 
@@ -26,6 +28,7 @@ from typing import TextIO
 import jwt
 
 from gotunnel_agent.common import addresses
+from gotunnel_agent.common.join_string import TOKEN
 
 from ..agents import agents_file, scope
 from ..agents.agents_file import MAX_NAME, AgentsFileError, Entry
@@ -33,6 +36,8 @@ from ..agents.credentials import ALGORITHM, MAX_TOKEN, lapsed
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.schedule import DAY
 from ..config import Config
+from . import invitation
+from .invitation import NoInvitation
 
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
 
@@ -63,6 +68,8 @@ def read_ttl(text: str) -> int:
 
 def read_name(text: str) -> str:
     """A name for a new agent. Raises ValueError."""
+    if text == TOKEN:
+        raise ValueError(f"{text} came, which in a join string stands for a token: name another")
     if not _NAME.fullmatch(text) or len(text) > MAX_NAME:
         raise ValueError(
             f"{ascii(text[:MAX_NAME])} came, expected letters, digits, dots, hyphens and "
@@ -85,10 +92,12 @@ def run_token(
     ports: Sequence[range],
     ttl: int,
     issuer: str | None,
+    join: bool = False,
     out: TextIO | None = None,
 ) -> None:
-    """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds. With ``issuer``
-    None its issuer is JWT_ISSUER. Raises GrantError, AgentsFileError."""
+    """Print a token for ``hosts`` and ``ports`` that is valid for ``ttl`` seconds; with ``join`` a
+    join string with it. With ``issuer`` None its issuer is JWT_ISSUER. Raises GrantError,
+    AgentsFileError."""
     _refuse_own_names(config, hosts)
     named, issuer = issuer, config.jwt_issuer or "" if issuer is None else issuer
     entries = {} if config.agents_file is None else agents_file.read(config.agents_file).entries
@@ -107,12 +116,15 @@ def run_token(
     # The registration that carries it has no more room, and also holds the hostnames.
     if len(token) > MAX_TOKEN // 2:
         raise GrantError(f"a token of {len(token)} characters is too long: name fewer hosts")
-    print(token, file=out or sys.stdout)
+    print(_join_string(config, token=token) if join else token, file=out or sys.stdout)
     _warn_of_closed_ports(config, ports)
+    use = f"On the agent's machine: {invitation.COMMAND} STRING" if join else (
+        "In the agent's configuration, set token to it, or token_file to a file that holds it, in "
+        "place of a secret; --join prints a join string with it"
+    )  # fmt: skip
     _say(
         f"valid until {_date(now + ttl)}, signed with {signed_by}, for {scope.shown(hosts)}; "
-        f"ports: {scope.shown(ports)}. In the agent's configuration, set token to it, or "
-        "token_file to a file that holds it, in place of a secret"
+        f"ports: {scope.shown(ports)}. {use}"
     )
 
 
@@ -123,12 +135,16 @@ def run_agents_add(
     hosts: Sequence[str],
     ports: Sequence[range],
     expires: str | None,
+    join: bool = False,
     out: TextIO | None = None,
 ) -> None:
-    """Make a secret for a new agent, write its entry, and print the lines for its configuration.
-    Raises GrantError, AgentsFileError."""
+    """Make a secret for a new agent, write its entry, and print the command that joins it and the
+    lines for its configuration; with ``join`` only the join string. Raises GrantError,
+    AgentsFileError."""
     path = _path(config)
     _refuse_own_names(config, hosts)
+    if join:  # find out before the entry is written
+        _join_string(config, name=name, secret="tried")
     secret = secrets.token_hex(SECRET_BYTES)
     keys = {"secret": secret, "hosts": ", ".join(hosts)}
     if ports:
@@ -141,7 +157,7 @@ def run_agents_add(
     _say(f"{name} was added to {path}; a running gateway knows it within 5 s")
     _warn_of_closed_ports(config, ports)
     lines = [
-        "# For the agent's configuration; conf/agent.yaml explains each key.",
+        "# For the agent's configuration; gotunnel-agent --print-example explains each key.",
         f'tunnel_addr: "{_tunnel_addr(config)}"',
         *([CA_LINE.format(config.acme_cache / LOCAL_FOLDER)] if config.local_ca else []),
         *_credential_lines(name, secret),
@@ -152,9 +168,40 @@ def run_agents_add(
         lines += ['    target: "127.0.0.1:22"', '    mode: "tcp"', '    port: "auto"']
     else:
         lines += ['    target: "127.0.0.1:8000"']
-    print("\n".join(lines), file=out or sys.stdout)
+    _print_credential(config, name, secret, lines, join, out or sys.stdout)
     if not config.tunnel_port:
         _say("TUNNEL_PORT is auto: replace 9443 in tunnel_addr by the port in the gateway's log")
+
+
+def _print_credential(
+    config: Config, name: str, secret: str, lines: Sequence[str], join: bool, out: TextIO
+) -> None:
+    """Print the command that joins an agent, and the lines for its configuration; or the join
+    string alone. In a file, the command is a comment; on a terminal it is a line to be copied."""
+    try:
+        text = invitation.join_string(config, name=name, secret=secret)
+    except NoInvitation as why:
+        print("\n".join(lines), file=out)
+        _say(f"there is no join string for {name}: {why}")
+        return
+    command = invitation.command(text)
+    if join:
+        print(text, file=out)
+    elif out.isatty():
+        print(*lines, "", "# Or type this on the agent's machine:", command, sep="\n", file=out)
+    else:
+        print("# Or, on the agent's machine, in place of these lines:", f"# {command}", *lines,
+              sep="\n", file=out)  # fmt: skip
+    for remark in invitation.remarks(config):
+        _say(remark)
+
+
+def _join_string(config: Config, *, name: str = "", secret: str = "", token: str = "") -> str:
+    """The join string. Raises GrantError if there can be none."""
+    try:
+        return invitation.join_string(config, name=name, secret=secret, token=token)
+    except NoInvitation as why:
+        raise GrantError(f"there is no join string: {why}") from None
 
 
 def _credential_lines(name: str, secret: str) -> list[str]:
@@ -162,16 +209,27 @@ def _credential_lines(name: str, secret: str) -> list[str]:
 
 
 def run_agents_rotate(
-    config: Config, name: str, *, until: str | None, out: TextIO | None = None
+    config: Config,
+    name: str,
+    *,
+    until: str | None,
+    join: bool = False,
+    out: TextIO | None = None,
 ) -> None:
-    """Make a new secret for an agent beside the one that it has, and print the lines for its
-    configuration. Raises GrantError, AgentsFileError."""
+    """Make a new secret for an agent beside the one that it has, and print the command that joins
+    it and the lines for its configuration; with ``join`` only the join string. Raises
+    GrantError, AgentsFileError."""
     path = _path(config)
     secret = secrets.token_hex(SECRET_BYTES)
+    if join:  # find out before the entry is changed
+        _join_string(config, name=name, secret="tried")
     if not agents_file.rotate(path, name, secret, until):
         raise GrantError(f"{ascii(name)} is not in AGENTS_FILE {path}; see: agents list")
-    lines = ["# In the agent's configuration, in place of what is there:"]
-    print("\n".join([*lines, *_credential_lines(name, secret)]), file=out or sys.stdout)
+    lines = [
+        "# In the agent's configuration, in place of what is there:",
+        *_credential_lines(name, secret),
+    ]
+    _print_credential(config, name, secret, lines, join, out or sys.stdout)
     end = f"until {until}" if until else f"until: agents rotate --finish {name}"
     _say(f"{name} has a new secret; a gateway that runs knows it within 5 s. The old one is "
          f"accepted as well {end}")  # fmt: skip

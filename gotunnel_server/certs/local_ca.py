@@ -7,8 +7,8 @@ folder. A visitor that trusts its `ca.crt` once sees no warning:
     HOSTNAME.crt, HOSTNAME.key   one certificate a hostname; made again before it expires
     .lock                        held while one process (or thread) looks and writes
 
-The CA signs its leaves itself, so a chain is the leaf alone: a visitor that trusts it has the CA's
-certificate already.
+The CA signs its leaves itself. A chain is the leaf and the CA's certificate. A visitor that trusts
+the CA does not need the latter; an agent that knows only its fingerprint gets it there (`join`).
 
 A CA that cannot be read is an error and is never made anew, because users have trusted the old
 one. A leaf that cannot be read is replaced, because nobody has to trust it by hand.
@@ -128,7 +128,7 @@ class Authority:
                 key = ec.generate_private_key(ec.SECP256R1())
                 certificate = self._sign_leaf(name, key.public_key())
                 _write_key(key_file, key)
-                _write_certificate(certificate_file, certificate)
+                _write_certificates(certificate_file, certificate, self._certificate)
         return certificate_file, key_file
 
     def forget(self, hostname: str) -> None:
@@ -180,7 +180,7 @@ class Authority:
             .sign(key, hashes.SHA256())
         )
         _write_key(self._key_file, key)
-        _write_certificate(self.ca_file, certificate)
+        _write_certificates(self.ca_file, certificate)
 
     def _read_ca(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         try:
@@ -200,8 +200,11 @@ class Authority:
         try:
             certificate, _ = read_pair(certificate_file, key_file)
             check_issued_by(certificate, self._certificate)
-        except (CertificateError, InvalidSignature, *MALFORMED):
+            has_ca = safe_read.read(certificate_file).endswith(_pem(self._certificate))
+        except (CertificateError, InvalidSignature, OSError, *MALFORMED):
             return False  # missing, cut short, or another CA's: a new one is made
+        if not has_ca:  # an earlier version made it
+            return False
         return ends(certificate) - datetime.now(timezone.utc) >= RENEW_BEFORE
 
     def _sign_leaf(
@@ -275,8 +278,12 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     _write(path, pem, mode=0o600)
 
 
-def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
-    _write(path, certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+def _write_certificates(path: Path, *certificates: x509.Certificate) -> None:
+    _write(path, b"".join(map(_pem, certificates)), mode=0o644)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _write(path: Path, content: bytes, *, mode: int) -> None:

@@ -1,8 +1,10 @@
 """The commands `token` and `agents`: what they print, what they write, and what they refuse."""
 
+import hashlib
 import os
 import re
 import shlex
+import ssl
 import subprocess
 import sys
 import time
@@ -12,11 +14,14 @@ import jwt
 import pytest
 from support import ROOT
 
+from gotunnel_agent.common import join_string
+from gotunnel_agent.common.join_string import JoinString
 from gotunnel_agent.config import load as load_agent
 from gotunnel_server import cli
 from gotunnel_server.admin import grants
 from gotunnel_server.agents.agents_file import read
 from gotunnel_server.agents.credentials import Credentials, TokenInvalid
+from gotunnel_server.certs.local_ca import Authority
 from gotunnel_server.cli import main
 from gotunnel_server.config import load
 
@@ -242,6 +247,119 @@ def test_first_agent_makes_the_file_and_each_gets_a_secret_of_its_own(capsys):
     assert Path("agents.yaml").stat().st_mode & 0o777 == 0o600
 
 
+# Join strings ------------------------------------------------------------------------------------
+
+
+def invitation(out):
+    """The join string in an output, which is a comment there."""
+    (line,) = (line for line in out.splitlines() if "gotunnel-agent join " in line)
+    assert line.startswith("# ")
+    return join_string.parse(line.partition("join ")[2])
+
+
+def test_an_agent_joins_by_one_line(capsys):
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    out, err = capsys.readouterr()
+    joined = invitation(out)
+    secret = read(Path("agents.yaml")).entries["two"].secret
+    ca = ssl.PEM_cert_to_DER_cert(Path("cert-cache/local/ca.crt").read_text())
+    fingerprint = hashlib.sha256(ca).hexdigest()
+    assert joined == JoinString("tunnel.example.com", 9443, "two", secret, "", fingerprint)
+    assert str(joined) in out and secret not in err
+    assert main(["agents", "rotate", "two"]) == 0
+    assert invitation(capsys.readouterr().out).secret != secret
+
+
+def test_on_a_terminal_the_line_can_be_copied(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith('gotunnel-agent join "gotunnel://two:')
+    assert "gotunnel://" not in err
+
+
+def test_a_public_ca_needs_no_fingerprint_and_no_quotes(capsys, monkeypatch):
+    configure(ACME_ENV="production")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("gotunnel-agent join gotunnel://two:") and "?" not in last
+
+
+@pytest.mark.parametrize(
+    ("words", "credential"),
+    [
+        (["agents", "add", "two", "--hosts", "a.example.com"], "secret"),
+        (["agents", "rotate", "one"], "secret"),
+        (["token", "--hosts", "a.example.com", "--ttl", "1h"], "token"),
+    ],
+)
+def test_the_join_string_alone_can_be_had(capsys, words, credential):
+    assert main([*words, "--join"]) == 0
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    credential = getattr(join_string.parse(line), credential)
+    assert credential and credential not in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"TUNNEL_PORT": "auto"}, "TUNNEL_PORT is auto"),
+        ({"ACME_CACHE": "/proc/1"}, "when it first starts, as its own user"),
+    ],
+)
+def test_without_a_join_string_the_lines_do(capsys, monkeypatch, changes, words):
+    """The reason is told; --join is refused before anything is written."""
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    configure(**changes)
+    add = ["agents", "add", "two", "--hosts", "a.example.com"]
+    assert words in refusal(capsys, 1, *add, "--join")
+    assert Path("agents.yaml").read_text() == ENTRIES
+    assert main(add) == 0
+    out, err = capsys.readouterr()
+    assert "gotunnel://" not in out and 'jwt_issuer: "two"' in out and words in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ACME_ENV": "staging"}, "no agent trusts those certificates"),
+        ({"ACME_ENV": "", "ACME_DIRECTORY": "https://ca.example/dir",
+          "ACME_CA_FILE": "cert-cache/local/ca.crt"}, "--ca-file ROOT"),
+    ],
+)  # fmt: skip
+def test_what_keeps_an_agent_from_joining_is_told(capsys, changes, words):
+    Authority(Path("cert-cache/local"))
+    configure(**changes)
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    assert words in capsys.readouterr().err
+
+
+def test_a_private_ca_in_cert_dir_is_pinned_if_it_is_in_the_file(capsys):
+    authority = Authority(Path("pki"))
+    certificate, key = authority.issue("tunnel.example.com")
+    Path("certs").mkdir()
+    Path("certs/t.crt").write_bytes(certificate.read_bytes())
+    Path("certs/t.key").write_bytes(key.read_bytes())
+    Path("certs/t.key").chmod(0o600)
+    configure(ACME_ENV=None, CERT_DIR="certs")
+    words = ["token", "--hosts", "a.example.com", "--ttl", "1h", "--join"]
+    assert main(words) == 0
+    der = ssl.PEM_cert_to_DER_cert(authority.ca_file.read_text())
+    joined = join_string.parse(capsys.readouterr().out)
+    assert joined.fingerprint == hashlib.sha256(der).hexdigest()
+    leaf = certificate.read_text().partition("-----END")[0] + "-----END CERTIFICATE-----\n"
+    Path("certs/t.crt").write_text(leaf)
+    assert main(words) == 0
+    assert join_string.parse(capsys.readouterr().out).fingerprint == ""
+
+
+def test_token_is_no_name_of_an_agent(capsys):
+    said = refusal(capsys, 2, "agents", "add", "token", "--hosts", "a.example.com")
+    assert "name another" in said
+
+
 # Rotate ------------------------------------------------------------------------------------------
 
 
@@ -253,8 +371,9 @@ def rotated(capsys, *arguments):
     """The new secret that is printed."""
     assert main(["agents", "rotate", *arguments]) == 0
     out, err = capsys.readouterr()
-    first, name, secret = out.splitlines()
-    assert first.startswith("# ") and name == f'jwt_issuer: "{arguments[-1]}"'
+    *comments, name, secret = out.splitlines()
+    assert all(line.startswith("# ") for line in comments)
+    assert name == f'jwt_issuer: "{arguments[-1]}"'
     assert secret.startswith('jwt_secret: "') and secret[13:-1] not in err
     return secret[13:-1]
 
@@ -489,7 +608,7 @@ def test_answer_that_nobody_can_get_is_told_in_one_line(program, words, output, 
     )  # fmt: skip
     *more, last = process.stderr.splitlines()
     assert last.startswith("gotunnel-") and last.endswith(said) and process.returncode == 1
-    added = any("new was added to agents.yaml" in line for line in more)
+    added = any("new was added to " in line for line in more)
     assert added == ("new" in read(Path("agents.yaml")).entries)
     assert added == (output == ">/dev/full" and words[0] == "agents")
 

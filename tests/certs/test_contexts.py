@@ -689,7 +689,7 @@ def link_to_nothing(cert_dir, ca):
         (encrypted_key, "bad.key: encrypted, expected a key without password"),
         (no_key, "bad.key: No such file or directory"),
         (broken_certificate, "bad.crt: not a certificate, expected PEM"),
-        (chain_cut_short, "bad.crt: cut short in its certificate 3"),
+        (chain_cut_short, "bad.crt: cut short in its certificate 4"),
         (no_names, "bad.crt: names no host"),
         (other_kind_of_key, "bad.key: not the key of bad.crt"),
         (key_cut_short, "bad.key: not a private key, expected PEM"),

@@ -139,6 +139,15 @@ def test_leaf_is_for_a_server_of_that_name(tmp_path):
     assert isinstance(leaf.public_key().curve, ec.SECP256R1)
 
 
+def test_a_chain_ends_with_the_ca_also_if_an_earlier_version_left_it_out(tmp_path):
+    ca = Authority(tmp_path)
+    certificate_file, _ = ca.issue("app.test")
+    pem = certificate_file.read_bytes()
+    assert pem.endswith(ca.ca_file.read_bytes()) and pem.count(b"BEGIN CERTIFICATE") == 2
+    certificate_file.write_bytes(pem.removesuffix(ca.ca_file.read_bytes()))
+    assert ca.issue("app.test")[0].read_bytes().endswith(ca.ca_file.read_bytes())
+
+
 def test_leaf_lives_397_days_and_began_an_hour_ago(tmp_path):
     leaf = certificate_in(Authority(tmp_path).issue("app.test")[0])
     now = datetime.now(timezone.utc)
