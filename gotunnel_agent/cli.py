@@ -2,15 +2,17 @@
 
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` shows the state
 of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
-`gotunnel-agent service` (service.py) and `gotunnel-agent forward` (forward.py) are programs of
-their own; __main__.py tells them apart.
+`gotunnel-agent service` (service.py), `gotunnel-agent forward` (forward.py) and the quick commands
+(quick/) are programs of their own; __main__.py tells them apart. `gotunnel` is the same program as
+`gotunnel-agent`; without a command and without -c it prints what it can do.
 
 Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
 hash cannot be printed, or metrics_port cannot be opened; 2 if the configuration or the password is
-wrong.
+wrong, or there is no such command.
 """
 
 import argparse
+import difflib
 import getpass
 import logging
 import sys
@@ -19,6 +21,7 @@ from functools import partial
 from gotunnel import NoThread, __version__, spawn
 
 from .agent import Agent
+from .called import SHORT, program
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
 from .common.process import (
@@ -49,12 +52,29 @@ The private half of gotunnel: connects to a gateway and serves the hostnames of
 its configuration from targets that it can reach. conf/agent.yaml explains each
 key."""
 EPILOG = """\
+share a port or a folder, without a configuration of tunnels:
+  {0} http 8080          an HTTP server of this machine
+  {0} tcp 22             SSH, databases and everything else
+  {0} files .            the files of a folder
+
 other commands, each with a --help:
-  gotunnel-agent forward        connect a visitor's SSH or database client to a
-                                hostname in tcp mode; needs no configuration
-  gotunnel-agent status         show the state of the running agent
-  gotunnel-agent service        run the agent as a service of systemd
-  gotunnel-agent hash-password  make a hash for basic_auth"""
+  {0} join               store the credential of a gateway
+  {0} forward            connect to a hostname in tcp mode, as a visitor
+  {0} status             show the state of the running agent
+  {0} service            run the agent as a service of systemd
+  {0} hash-password      make a hash for basic_auth"""
+SHORT_HELP = """\
+gotunnel makes a port or a folder of this machine public, on a hostname of your
+gateway:
+
+  gotunnel join STRING      once: what `gotunnel-server agents add` has printed
+  gotunnel http 8080        an HTTP server of this machine
+  gotunnel tcp 22           SSH, databases and everything else
+  gotunnel files .          the files of a folder
+  gotunnel -c FILE          all tunnels of a configuration
+
+gotunnel --help names all commands, and each command has a --help."""
+COMMANDS = ("http", "tcp", "files", "join", "forward", "status", "service", "hash-password")
 
 HASH_PASSWORD = "hash-password"
 STATUS = "status"
@@ -75,6 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         return print_hash(arguments[1:])
     if arguments[:1] == [STATUS]:
         return ask_status(arguments[1:])
+    if program() == SHORT and not arguments:
+        print(SHORT_HELP, file=sys.stderr)
+        return 2
     options = parse(arguments)
     try:
         config = load(options.config)
@@ -86,10 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
             metrics = MetricsPort(config.metrics_bind, config.metrics_port, agent)
             log.info("metrics: port %d", metrics.port)
     except (ConfigError, CannotTrust) as error:
-        print(f"gotunnel-agent: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 2
     except PortUnusable as error:
-        print(f"gotunnel-agent: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 1
     for line in exposures(config.secret_files):
         log.warning("%s", line)
@@ -97,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         spawn("agent", signals.after, agent.run)
     except NoThread as error:
-        print(f"gotunnel-agent: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 1
     watch_memory()
     status = status_socket_of(config, lambda: describe(agent.snapshot(), options.config))
@@ -134,8 +157,8 @@ def reload(agent: Agent, path: str) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "gotunnel-agent", description=DESCRIPTION,
-        epilog=EPILOG,
+        program(), description=DESCRIPTION,
+        epilog=EPILOG.format(program()),
         usage="%(prog)s [-h] [--version] [-c FILE]\n       %(prog)s COMMAND ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -146,14 +169,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; -c FILE names the configuration")
+        parser.error(unknown_argument(unknown[0]))
     return options
+
+
+def unknown_argument(text: str) -> str:
+    """What to say about an argument that there is not: a command, or a file without its -c."""
+    if close := difflib.get_close_matches(text, COMMANDS, n=1):
+        return f"unknown command {text!r}; did you mean {close[0]}?"
+    if text.isalpha():
+        return f"unknown command {text!r}, expected one of {', '.join(COMMANDS)}"
+    return f"unknown argument {text!r}; -c FILE names the configuration"
 
 
 def ask_status(arguments: list[str]) -> int:
     """Print the state of the running agent."""
     parser = argparse.ArgumentParser(
-        f"{PROGRAM} {STATUS}",
+        f"{program()} {STATUS}",
         description="Ask the agent that runs here for its session, tunnels and visits.\n"
         "Exit status: 0 it serves, 1 it has no session, 2 nothing answers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -167,7 +199,7 @@ def ask_status(arguments: list[str]) -> int:
     try:
         places, is_named = status_places(options.config)
     except ConfigError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{program()}: {error}", file=sys.stderr)
         return 2
     file = options.config
     choose = first_of if file is None or is_named else partial(agent_of, file)
@@ -179,7 +211,8 @@ def ask_status(arguments: list[str]) -> int:
 def print_hash(arguments: list[str]) -> int:
     """Read a password from the terminal or standard input, and print its hash."""
     parser = argparse.ArgumentParser(
-        f"gotunnel-agent {HASH_PASSWORD}", description=HASH_DESCRIPTION,
+        f"{program()} {HASH_PASSWORD}",
+        description=HASH_DESCRIPTION.replace("gotunnel-agent", program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.parse_args(arguments)

@@ -47,6 +47,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from gotunnel import BytesLike, Deadline, NoThread, spawn
 
+from .called import program
 from .common.duplex import Duplex
 from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
 from .common.process import Signals, print_answer, set_up_process
@@ -58,7 +59,7 @@ from .trust import NO_TLS, client_context
 
 log = logging.getLogger("gotunnel.forward")
 
-PROGRAM = "gotunnel-agent forward"
+PROGRAM = f"{program()} forward"
 DEFAULT_PORT = 443  # https, a gateway's usual port for visitors
 LOOPBACK = "127.0.0.1"  # the default address to listen on: other machines must not use the tunnel
 AUTO = "auto"  # as a port: any free one

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from .called import program
 from .common.process import print_answer
 from .common.service import (
     HOMES,
@@ -33,7 +34,7 @@ LAST_WORDS = 15  # seconds beyond drain_timeout that the agent may take to end
 def main(arguments: list[str] | None = None) -> int:
     """Do what stands behind `gotunnel-agent service`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        f"{PROGRAM} {COMMAND}",
+        f"{program()} {COMMAND}",
         description="Run the agent as a service of systemd. Exit status: 0 done, or it runs; 1 it "
         "cannot be done, or does not run; 2 the configuration is wrong.",
     )  # fmt: skip
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (ConfigError, ServiceError) as error:
         for line in str(error).splitlines():
-            print(f"{PROGRAM}: {line}", file=sys.stderr)
+            print(f"{program()}: {line}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
