@@ -1,0 +1,590 @@
+"""Serves the files of a folder by HTTP on a port of this machine, for `gotunnel files`.
+
+Only the tunnel is answered. Its requests carry a Host that this process has drawn at random (the
+tunnel's host_header). Without it another user of the machine, or a web page in a browser here (DNS
+rebinding), could read the folder past the password that the gateway asks for.
+
+What is served lies in the folder. The path of a request is taken apart, each part is checked, and
+what it leads to by symlinks must lie in the folder, too. The file is then opened part by part,
+without symlinks, so that nothing can be exchanged between check and open. Hidden files, whose names
+begin with a dot, are served with ``hidden`` only, and devices, pipes and sockets never.
+
+The head of a request is read by Python's http.server, one request a connection: a connection that
+waits for the next one would hold a thread. Methods are GET and HEAD, with conditions (RFC 9110 §13)
+and one byte range (§14); a request for several ranges gets the whole file, as §14.2 allows.
+
+Threads:
+
+    thread   how many           does                                ends when
+    files    1                  accepts connections                 close()
+    file_N   at most MOST_SENT  one request, and the file's bytes   the answer is sent
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import email.utils
+import errno
+import html
+import io
+import logging
+import mimetypes
+import os
+import re
+import secrets
+import selectors
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from time import gmtime, monotonic, strftime, time
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote_to_bytes
+
+from gotunnel import Waker, spawn
+
+from ..common.one_line import on_one_line
+from ..common.process import Stopped, Workers
+
+log = logging.getLogger("gotunnel.folder")
+
+LOOPBACK = "127.0.0.1"
+BACKLOG = 128  # connections that wait to be accepted
+MOST_SENT = 256  # answers at a time, each with a thread; further requests wait for a thread
+# Seconds that a request may have waited for a thread. Then it gets 503 at once: its visitor has
+# most likely gone.
+MOST_WAITED = 20
+HEAD_TIMEOUT = 10  # seconds for the head of a request, which the gateway sends whole
+# Seconds without progress in an answer. Longer than the agent's stall_timeout may be, so that the
+# agent decides, and says why.
+SEND_TIMEOUT = 24 * 3600
+# A request's body is not wanted. So much of it is read, and so long, before the connection is
+# closed: with unread bytes the kernel would send a reset, and the answer could be lost.
+MOST_DRAINED, DRAIN_TIME = 1024 * 1024, 2
+ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor for a connection
+LAST_WORDS = 1  # seconds that the threads have to end
+MOST_LISTED = 10_000  # entries of a folder on its page
+INDEX = "index.html"
+SNIFFED = 1024  # bytes of a file without a known ending that are looked at: are they text?
+
+# Python's table is short, and the system's may be wrong (a registry of Windows often says
+# text/plain for .js, which browsers then do not run).
+TYPES = {
+    ".avif": "image/avif",
+    ".flac": "audio/flac",
+    ".gz": "application/gzip",
+    ".ico": "image/vnd.microsoft.icon",
+    ".ipynb": "application/json",
+    ".js": "text/javascript",
+    ".log": "text/plain",
+    ".m4a": "audio/mp4",
+    ".map": "application/json",
+    ".md": "text/markdown",
+    ".mjs": "text/javascript",
+    ".mkv": "video/x-matroska",
+    ".ogg": "audio/ogg",
+    ".opus": "audio/ogg",
+    ".otf": "font/otf",
+    ".toml": "text/plain",
+    ".ttf": "font/ttf",
+    ".wasm": "application/wasm",
+    ".webm": "video/webm",
+    ".webmanifest": "application/manifest+json",
+    ".webp": "image/webp",
+    ".woff": "font/woff",
+    ".woff2": "font/woff2",
+    ".xz": "application/x-xz",
+    ".yaml": "text/plain",
+    ".yml": "text/plain",
+    ".7z": "application/x-7z-compressed",
+}
+ENCODED = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}
+UNKNOWN = "application/octet-stream"
+
+_RANGE = re.compile(r"bytes\s*=\s*([0-9]{0,18})\s*-\s*([0-9]{0,18})", re.ASCII | re.IGNORECASE)
+_TAG = re.compile(r'(?:W/)?"[^"]*"')
+# Opening a file part by part needs both; Windows has neither.
+_BY_PARTS = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
+# No wait for the writer of a FIFO; Windows opens a file as text without O_BINARY.
+_FLAGS = os.O_RDONLY | sum(getattr(os, n, 0) for n in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+_ON_WINDOWS = os.name == "nt"
+
+PAGE = """\
+<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.25rem; overflow-wrap: anywhere }}
+table {{ width: 100%; border-collapse: collapse }}
+td {{ padding: .25rem .5rem; border-top: 1px solid #8884; white-space: nowrap }}
+td:first-child {{ width: 100%; white-space: normal; overflow-wrap: anywhere }}
+td:nth-child(2) {{ text-align: right }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+ERROR = PAGE.format(title="%(code)d %(message)s", body="<p>%(explain)s</p>").replace(
+    "width: 100%", "width: 100%%"
+)
+
+
+class NotServed(Exception):
+    """A path leads to nothing that is served; ``status`` is the answer's."""
+
+    def __init__(self, status: HTTPStatus = HTTPStatus.NOT_FOUND):
+        super().__init__(status.phrase)
+        self.status = status
+
+
+class Entry(NamedTuple):
+    """A line of a folder's page. ``size`` is in bytes, ``changed`` in seconds since 1970."""
+
+    name: str
+    is_folder: bool
+    size: int
+    changed: float
+
+
+class Found(NamedTuple):
+    """What a path leads to: a folder, or an open file."""
+
+    status: os.stat_result
+    path: str  # the real one
+    file: io.FileIO | None  # None: it is a folder
+
+
+class Root:
+    """The folder that is shared. Any thread."""
+
+    def __init__(self, folder: str, *, hidden: bool):
+        self.path = os.path.realpath(folder)
+        self._inside = self.path.rstrip(os.sep) + os.sep  # how each path in it begins
+        self._hidden = hidden
+
+    def find(self, parts: list[str]) -> Found:
+        """What lies at a path below the folder; a file is to be closed. Raises NotServed."""
+        try:
+            descriptor, real = self._open(self._real_parts(parts))
+            try:
+                status = os.stat(real) if descriptor is None else os.fstat(descriptor)
+                if stat.S_ISREG(status.st_mode) and descriptor is not None:
+                    file = io.FileIO(descriptor, "rb")
+                    descriptor = None
+                    return Found(status, real, file)
+                if stat.S_ISDIR(status.st_mode):
+                    return Found(status, real, None)
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        except PermissionError:
+            raise NotServed(HTTPStatus.FORBIDDEN) from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+                log.warning("%s: %s", on_one_line("/".join(parts)), error.strerror)
+                raise NotServed(HTTPStatus.SERVICE_UNAVAILABLE) from None
+            raise NotServed from None  # there is none, its name is too long, symlinks in a circle
+        raise NotServed  # a device, a pipe, a socket
+
+    def entries(self, parts: list[str]) -> Iterator[Entry]:
+        """What find() would serve in a folder, in no order. Raises OSError, NotServed."""
+        with os.scandir(os.path.join(self.path, *self._real_parts(parts))) as scan:
+            for entry in scan:
+                if not self._may_be_asked_for(entry.name):
+                    continue
+                with contextlib.suppress(OSError, NotServed):  # it is not served, or just gone
+                    path = entry.path
+                    if entry.is_symlink():
+                        path = os.path.join(self.path, *self._real_parts([*parts, entry.name]))
+                    status = os.lstat(path)
+                    is_folder = stat.S_ISDIR(status.st_mode)
+                    if is_folder or stat.S_ISREG(status.st_mode):
+                        yield Entry(entry.name, is_folder, status.st_size, status.st_mtime)
+
+    def _real_parts(self, parts: list[str]) -> list[str]:
+        """The path below the folder that ``parts`` lead to, without symlinks. Raises NotServed,
+        OSError."""
+        if not all(map(self._may_be_asked_for, parts)):
+            raise NotServed
+        real = os.path.realpath(os.path.join(self.path, *parts))
+        if os.path.normcase(real) == os.path.normcase(self.path):
+            return []
+        if not os.path.normcase(real).startswith(os.path.normcase(self._inside)):
+            raise NotServed  # a symlink out of the folder
+        found = real[len(self._inside) :].split(os.sep)
+        if not all(map(self._may_be_asked_for, found)):
+            raise NotServed  # a symlink to a hidden file, or a short name (GIT~1) of Windows
+        return found
+
+    def _may_be_asked_for(self, part: str) -> bool:
+        if part in ("", ".", "..") or "/" in part or os.sep in part or "\0" in part:
+            return False
+        # A colon is a drive or another stream of a file; Windows drops a dot or space at the end.
+        if _ON_WINDOWS and (":" in part or part[-1] in ". "):
+            return False
+        return self._hidden or not part.startswith(".")
+
+    def _open(self, parts: list[str]) -> tuple[int | None, str]:
+        """A descriptor of what lies there, and its path; None for a folder that this system does
+        not open. Raises OSError, also if a symlink has come there meanwhile."""
+        real = os.path.join(self.path, *parts)
+        if not _BY_PARTS:
+            return (None, real) if os.path.isdir(real) else (os.open(real, _FLAGS), real)
+        descriptor = os.open(self.path, _FLAGS)
+        for part in parts:
+            try:
+                inner = os.open(part, _FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
+            finally:
+                os.close(descriptor)
+            descriptor = inner
+        return descriptor, real
+
+
+class FolderServer:
+    """An HTTP server of one folder, on a free port of this machine."""
+
+    def __init__(self, folder: str, *, hidden: bool = False):
+        """Listens from now on, and answers when start() was called. Raises OSError."""
+        self.root = Root(folder, hidden=hidden)
+        self.host = f"{secrets.token_hex(16)}.invalid"  # the Host of requests that are answered
+        self._listening = socket.create_server((LOOPBACK, 0), backlog=BACKLOG)
+        self._listening.setblocking(False)
+        self.port: int = self._listening.getsockname()[1]
+        self._waker = Waker()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._workers = Workers(MOST_SENT, "file")
+
+    def start(self) -> None:
+        """Raises NoThread."""
+        self._workers.prepare()
+        self._thread = spawn("files", self._accept_all)
+
+    def close(self) -> None:
+        """Accept no more. Answers that are being sent end with their visits."""
+        self._stopping = True
+        self._waker.wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._listening.close()
+        self._waker.close()
+        self._workers.shutdown(LAST_WORDS)
+
+    def _accept_all(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._waker, selectors.EVENT_READ)
+            selector.register(self._listening, selectors.EVENT_READ)
+            while not self._stopping:
+                selector.select()
+                try:
+                    sock, address = self._listening.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:  # it has left already, or we are out of descriptors
+                    log.debug("a connection could not be accepted: %s", error.strerror)
+                    selector.unregister(self._listening)
+                    selector.select(ACCEPT_PAUSE)
+                    selector.register(self._listening, selectors.EVENT_READ)
+                    continue
+                try:
+                    self._workers.submit(self._serve, sock, address, monotonic())
+                except Stopped:
+                    sock.close()
+
+    def _serve(self, sock: socket.socket, address: tuple[str, int], since: float) -> None:
+        with contextlib.closing(sock), contextlib.suppress(OSError):  # the visitor has left
+            sock.setblocking(True)
+            late = monotonic() - since > MOST_WAITED
+            (_LateRequest if late else _Request)(sock, address, self)  # type: ignore[arg-type]
+
+
+class _Request(BaseHTTPRequestHandler):
+    """One connection with one request. http.server makes it a call of ``do_METHOD``."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = HEAD_TIMEOUT
+    server_version, sys_version = "gotunnel", ""
+    error_message_format, error_content_type = ERROR, "text/html; charset=utf-8"
+    server: Any  # the FolderServer
+
+    def do_GET(self) -> None:
+        self.connection.settimeout(SEND_TIMEOUT)
+        try:
+            self._answer()
+        except NotServed as error:
+            self._refuse(error.status)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED)
+
+    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
+
+    def _answer(self) -> None:
+        if self.headers.get_all("Host") != [self.server.host]:
+            raise NotServed(HTTPStatus.MISDIRECTED_REQUEST)
+        path, question, query = self.path.partition("?")
+        if not path.startswith("/"):
+            raise NotServed(HTTPStatus.BAD_REQUEST)
+        root: Root = self.server.root
+        parts, is_named_as_folder = parts_of(path)
+        found = root.find(parts)
+        if found.file is not None:
+            with found.file:
+                if is_named_as_folder:
+                    raise NotServed
+                self._send_file(found.file, found.status, parts[-1])
+            return
+        if not is_named_as_folder:
+            location = "/" + "".join(f"{quote(os.fsencode(part))}/" for part in parts)
+            # Not a permanent one: a file may come to stand there.
+            location += question + query
+            self._begin(HTTPStatus.TEMPORARY_REDIRECT, 0, {"Location": location})
+            return
+        with contextlib.suppress(NotServed):
+            index = root.find([*parts, INDEX])
+            if index.file is not None:
+                with index.file:
+                    self._send_file(index.file, index.status, INDEX)
+                return
+        self._send_listing(root, parts)
+
+    def _send_file(self, file: io.FileIO, status: os.stat_result, name: str) -> None:
+        size, changed = status.st_size, int(status.st_mtime)
+        # Strong validators, for ranges: what has these numbers in common has the same bytes.
+        tag = f'"{size:x}-{status.st_mtime_ns:x}-{status.st_ctime_ns:x}"'
+        fields = {
+            "ETag": tag,
+            "Last-Modified": email.utils.formatdate(max(0, changed), usegmt=True),
+            "Accept-Ranges": "bytes",
+        }
+        outcome = _condition(self.headers, tag, changed)
+        if outcome == HTTPStatus.NOT_MODIFIED:
+            self._begin(outcome, None, fields)
+            return
+        if outcome is not None:
+            raise NotServed(outcome)
+        start, end, code = 0, size, HTTPStatus.OK
+        if self.command == "GET" and _range_counts(self.headers, tag, fields["Last-Modified"]):
+            chosen = byte_range(self.headers.get("Range", ""), size)
+            if chosen is not None:
+                start, end = chosen
+                if start >= end:
+                    fields["Content-Range"] = f"bytes */{size}"
+                    self._begin(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, fields)
+                    return
+                fields["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+                code = HTTPStatus.PARTIAL_CONTENT
+        fields["Content-Type"] = type_of(name) or (
+            "text/plain; charset=utf-8" if _looks_like_text(file) else UNKNOWN
+        )
+        self._begin(code, end - start, fields)
+        if self.command == "GET" and end > start:
+            sent = self.connection.sendfile(file, start, end - start)
+            if sent < end - start:
+                # The connection closes too soon, by which the gateway sees that bytes are missing.
+                log.warning("%s has become shorter while it was sent", on_one_line(self.path))
+
+    def _send_listing(self, root: Root, parts: list[str]) -> None:
+        entries: list[Entry] = []
+        try:
+            for entry in root.entries(parts):
+                if len(entries) == MOST_LISTED:
+                    break
+                entries.append(entry)
+        except PermissionError:
+            raise NotServed(HTTPStatus.FORBIDDEN) from None
+        except OSError:
+            raise NotServed from None
+        content = listing(parts, entries).encode("utf-8", "replace")
+        self._begin(HTTPStatus.OK, len(content), {"Content-Type": self.error_content_type})
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def _begin(self, code: HTTPStatus, length: int | None, fields: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in fields.items():
+            self.send_header(name, value)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self._end_head()
+
+    def _refuse(self, code: HTTPStatus) -> None:
+        page = (
+            ERROR % {"code": code, "message": code.phrase, "explain": code.description}
+        ).encode()
+        self.send_response(code)
+        if code == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "GET, HEAD")
+        self.send_header("Content-Type", self.error_content_type)
+        self.send_header("Content-Length", str(len(page)))
+        self._end_head()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+    def _end_head(self) -> None:
+        # The visitor's browser asks each time whether a file has changed, which costs no body.
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def handle_expect_100(self) -> bool:
+        return True  # no body is wanted, so the answer comes at once
+
+    def finish(self) -> None:
+        super().finish()
+        if getattr(self, "headers", None) and self._has_body():
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(DRAIN_TIME)
+            deadline, left = monotonic() + DRAIN_TIME, MOST_DRAINED
+            while left > 0 and monotonic() < deadline:
+                if not (data := self.connection.recv(64 * 1024)):
+                    return
+                left -= len(data)
+
+    def _has_body(self) -> bool:
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        log.debug("files: %s", on_one_line(format % arguments))
+
+
+class _LateRequest(_Request):
+    """One that has waited for too long."""
+
+    def _answer(self) -> None:
+        raise NotServed(HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def parts_of(path: str) -> tuple[list[str], bool]:
+    """The names in a request's path, decoded, and whether it ends with a slash. Raises
+    NotServed."""
+    *texts, last = path.split("/")[1:]
+    if last:
+        texts.append(last)
+    try:
+        return [os.fsdecode(unquote_to_bytes(text)) for text in texts], not last
+    except UnicodeDecodeError:  # on Windows, where each name is valid UTF-16
+        raise NotServed from None
+
+
+def byte_range(text: str, size: int) -> tuple[int, int] | None:
+    """Begin and end of the bytes that a Range field asks for, of a file of ``size`` bytes. None: it
+    asks for several ranges, or is not valid, and is ignored. Without a byte in it: there are none
+    (416)."""
+    match = _RANGE.fullmatch(text.strip())
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:  # the last bytes
+        return max(0, size - int(match[2])), size
+    start = int(match[1])
+    if not match[2]:
+        return start, size
+    last = int(match[2])
+    return None if last < start else (start, min(last + 1, size))
+
+
+def _range_counts(fields: Any, tag: str, changed: str) -> bool:
+    """Whether the Range field applies (If-Range, RFC 9110 §13.1.5)."""
+    condition = fields.get("If-Range", "").strip()
+    if not condition:
+        return True
+    if condition.startswith('"'):
+        return bool(condition == tag)
+    # A date is a strong validator only if the file was older than a second (§8.8.2.2).
+    instant = _instant(condition)
+    return bool(condition == changed) and instant is not None and time() - instant > 1
+
+
+def _condition(fields: Any, tag: str, changed: int) -> HTTPStatus | None:
+    """The answer to a request whose conditions do not hold (RFC 9110 §13.2.2); None if they do."""
+    if (match := fields.get("If-Match")) is not None:
+        if not _names(match, tag, weak=False):
+            return HTTPStatus.PRECONDITION_FAILED
+    elif (instant := _instant(fields.get("If-Unmodified-Since"))) is not None:
+        if changed > instant:
+            return HTTPStatus.PRECONDITION_FAILED
+    if (match := fields.get("If-None-Match")) is not None:
+        return HTTPStatus.NOT_MODIFIED if _names(match, tag, weak=True) else None
+    instant = _instant(fields.get("If-Modified-Since"))
+    return HTTPStatus.NOT_MODIFIED if instant is not None and changed <= instant else None
+
+
+def _names(field: str, tag: str, *, weak: bool) -> bool:
+    """Whether a list of entity tags has ``tag``."""
+    if field.strip() == "*":
+        return True
+    tags = _TAG.findall(field)
+    return tag in tags or weak and f"W/{tag}" in tags
+
+
+def _instant(text: str | None) -> float | None:
+    """The seconds since 1970 of an HTTP date; None if it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(text or "").timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+_python_types = mimetypes.MimeTypes()  # Python's own, without the files and registry of the system
+
+
+def type_of(name: str) -> str:
+    """The Content-Type by a file's name; "" if its ending says nothing."""
+    ending = os.path.splitext(name)[1].lower()
+    kind = TYPES.get(ending)
+    if kind is None:
+        guessed, encoding = _python_types.guess_type(f"name{ending}")
+        kind = ENCODED.get(encoding or "", guessed or "")
+    return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+
+
+def _looks_like_text(file: io.FileIO) -> bool:
+    """Whether a file begins with text in UTF-8, as README and Makefile do."""
+    start = file.read(SNIFFED) or b""
+    file.seek(0)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return bool(start) and b"\0" not in start
+
+
+def listing(parts: list[str], entries: list[Entry]) -> str:
+    """The page of a folder: its entries, folders first."""
+    rows = [_row("../", "..", "", "")] if parts else []
+    for entry in sorted(entries, key=lambda e: (not e.is_folder, e.name.casefold(), e.name)):
+        slash = "/" if entry.is_folder else ""
+        rows.append(_row(
+            quote(os.fsencode(entry.name)) + slash,
+            entry.name + slash,
+            "" if entry.is_folder else _size(entry.size),
+            strftime("%Y-%m-%d %H:%M", gmtime(max(0, entry.changed))),
+        ))  # fmt: skip
+    body = f"<table>{''.join(rows)}</table>" if rows else "<p>This folder is empty.</p>"
+    if len(entries) == MOST_LISTED:
+        body += f"\n<p>Only {MOST_LISTED} entries are shown.</p>"
+    return PAGE.format(title=html.escape("/" + "".join(f"{part}/" for part in parts)), body=body)
+
+
+def _row(link: str, name: str, size: str, changed: str) -> str:
+    # "./": a name with a colon would else be taken for a scheme.
+    return (
+        f'<tr><td><a href="./{html.escape(link)}">{html.escape(name)}</a></td>'
+        f"<td>{size}</td><td>{changed}</td></tr>\n"
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
