@@ -213,6 +213,10 @@ class Agent:
         # Called by any thread after each change of what snapshot() shows; to be set before run().
         # It must not block.
         self.on_change: Callable[[], object] = lambda: None
+        # Called by run() with the gateway's words when it has refused a registration; to be set
+        # before. It may return another configuration, which is registered at once, or raise: then
+        # run() ends with that exception.
+        self.on_refusal: Callable[[str], Config | None] = lambda text: None
 
     def run(self) -> None:
         """Serve until stop() is called. Nothing that the gateway or the network does makes it
@@ -329,6 +333,9 @@ class Agent:
                     continue
             except Refused as error:
                 if str(error).startswith(TAKEN) and self._await_old(plan):
+                    continue
+                if (other := self.on_refusal(str(error))) is not None:
+                    self.change(other)
                     continue
                 problem = f"the gateway refused: {on_one_line(str(error))}"
                 least = REFUSED_DELAY

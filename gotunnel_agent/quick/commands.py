@@ -1,7 +1,8 @@
 """The quick commands: `gotunnel http 8080`, `gotunnel tcp 22`, `gotunnel files .`
 
-Standard output gets the public URL, on one line, as soon as visitors can use it, and nothing else.
-Everything else goes to standard error.
+On a terminal they draw a screen (screen.py). Without one, or with --plain, standard output gets the
+public address, on one line, as soon as it is served, and nothing else; all else goes to standard
+error.
 
 Exit status: 0 after a signal; 1 after a second signal or a bug, or if the gateway refuses the
 tunnel; 2 if an argument or the configuration is wrong.
@@ -10,20 +11,81 @@ tunnel; 2 if an argument or the configuration is wrong.
 from __future__ import annotations
 
 import argparse
+import getpass
+import logging
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
+from gotunnel import ANY_PORT, NoThread
+
+from .. import home
 from ..called import program
-from ..common.hostnames import normal_hostname, valid_hostname, valid_wildcard
+from ..common import small_file
+from ..common.exposed import exposures
+from ..common.hostnames import (
+    MAX_PORT,
+    OPEN,
+    normal_hostname,
+    valid_host,
+    valid_hostname,
+    valid_open_name,
+    valid_wildcard,
+)
 from ..common.process import set_up_process, stay_on_one_cpu
+from ..common.quantities import whole_number
 from ..common.status_socket import OFF
-from ..config import Config, ConfigError, Tunnel, load
+from ..config import H2, H2C, HTTP1, MAX_FILE, PROTOCOLS, Config, ConfigError, Target, Tunnel
+from ..policy import Policy, PolicyError, networks, users, users_of_lines
 from ..trust import CannotTrust
-from .serving import run
+from .folder import LOOPBACK, FolderServer
+from .names import Labels, Memory, key_of
+from .serving import GivenUp, serve
 from .targets import EXAMPLES, BadTarget, read_target
 
-HTTP, TCP, FILES = "http", "tcp", "files"
-COMMANDS = (HTTP, TCP, FILES)
+log = logging.getLogger("gotunnel")
+
+T = TypeVar("T")
+COMMANDS = HTTP, TCP, FILES = "http", "tcp", "files"
+MOST_LINE = 8192  # bytes of standard input that are read for a password
+
+DESCRIPTIONS = {
+    HTTP: """\
+Make an HTTP server of this machine, or one that it can reach, public:
+
+    {0} http 8080
+    {0} http 3000 --host shop --basic-auth guest
+    {0} http https://192.168.1.20
+
+TARGET is {1}.""",
+    TCP: """\
+Make a port public that does not speak HTTP, such as SSH or a database:
+
+    {0} tcp 22 --host ssh.example.com
+    {0} tcp 5432 --port auto
+
+TARGET is 22, 127.0.0.1:5432, HOST:PORT or unix:/PATH. Visitors come by TLS, as
+`{0} forward` does; with --port also without it.""",
+    FILES: """\
+Make the files of a folder public, for reading:
+
+    {0} files
+    {0} files ~/photos --basic-auth guest
+
+Hidden files, and links that lead out of the folder, are not served.""",
+}
+EPILOG = """\
+The public address is printed on standard output; everything else goes to
+standard error. Exit status: 0 after a signal, 1 if the gateway refuses the
+tunnel, 2 if an argument or the configuration is wrong.
+
+The gateway is that of `{0} join`, or of the file that -c names."""
+
+
+class BadOption(Exception):
+    """An option cannot be used; one line for the user."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,20 +93,155 @@ def main(arguments: list[str] | None = None) -> int:
     command, *words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(command)
     options = parser.parse_args(words)
+    server = None
     try:
-        tunnel = Tunnel(options.host, read_target(options.target), HTTP)
-        config = quick_config(load(options.config), tunnel, verbose=options.verbose)
+        account = home.account(options.config)
+        target, server = what_to_share(command, options)
+        labels = None if options.host else labels_of(account, command, target, options)
+        hostname = options.host if labels is None else f"{labels.another()}{OPEN}"
+        tunnel = make_tunnel(command, options, hostname, target, server)
+        config = quick_config(account, tunnel, verbose=options.verbose)
         set_up_process(config.log_level, config.log_format)
         stay_on_one_cpu(max)  # as the agent does
-        return run(config, lambda text: complain(parser.prog, text))
-    except (BadTarget, ConfigError, CannotTrust) as error:
+        for line in exposures(config.secret_files):
+            log.warning("%s", line)
+        if server is not None:
+            server.start()
+        drawn = not options.plain and is_terminal()
+        return serve(config, labels, drawn=drawn, qr=options.qr, looks=server is None)
+    except (BadOption, BadTarget, ConfigError, CannotTrust) as error:
         complain(parser.prog, error)
         return 2
+    except (GivenUp, NoThread) as error:
+        complain(parser.prog, error)
+        return 1
+    except KeyboardInterrupt:  # before serve(), which waits for signals
+        return 1
+    finally:
+        if server is not None:
+            server.close()
+
+
+def what_to_share(command: str, options: argparse.Namespace) -> tuple[Target, FolderServer | None]:
+    """The target, and the server behind it if it is a folder. Raises BadTarget, BadOption."""
+    if command != FILES:
+        schemes = ("http", "https") if command == HTTP else ("tcp",)
+        target = read_target(options.target, schemes=schemes)
+        if command == HTTP:
+            check_protocol(options.protocol, target)
+            if options.target_skip_tls_verify:
+                if not target.tls:
+                    raise BadOption("--target-skip-tls-verify came, expected an https:// TARGET")
+                target = target._replace(skip_tls_verify=True)
+        return target, None
+    folder = options.target
+    if not os.path.isdir(folder):
+        why = "is a file, expected a folder" if os.path.exists(folder) else "does not exist"
+        raise BadTarget(f"FOLDER: {folder!r} {why}")
+    try:
+        server = FolderServer(folder, hidden=options.all)
+        server.root.find([])
+    except OSError as error:
+        raise BadTarget(f"FOLDER: {folder!r} cannot be served ({error.strerror})") from None
+    return Target(LOOPBACK, server.port), server
+
+
+def make_tunnel(
+    command: str,
+    options: argparse.Namespace,
+    hostname: str,
+    target: Target,
+    server: FolderServer | None,
+) -> Tunnel:
+    """Raises BadOption."""
+    tunnel = Tunnel(hostname, target, TCP if command == TCP else HTTP, policy=policy_of(options))
+    if command == TCP:
+        return tunnel._replace(port=options.port or "")
+    if server is not None:
+        return tunnel._replace(host_header=server.host)
+    protocol = "" if options.protocol == HTTP1 else options.protocol
+    return tunnel._replace(host_header=options.host_header or "", protocol=protocol)
+
+
+def check_protocol(protocol: str, target: Target) -> None:
+    """Raises BadOption if the target cannot speak it."""
+    if protocol == H2 and not target.tls:
+        raise BadOption(
+            f"--protocol {H2} came, which is with TLS, expected {H2C} or an https:// TARGET"
+        )
+    if protocol == H2C and target.tls:
+        raise BadOption(f"--protocol {H2C} came, which is without TLS, expected {H2}")
+
+
+def policy_of(options: argparse.Namespace) -> Policy:
+    """What the gateway asks of visitors. Passwords are hashed here. Raises BadOption."""
+    pairs = getattr(options, "basic_auth", [])
+    file = getattr(options, "basic_auth_file", None)
+    if pairs and file:
+        raise BadOption("--basic-auth and --basic-auth-file came, expected only one of them")
+    entries: tuple[str, ...] = ()
+    if pairs:
+        texts = [text if ":" in text else f"{text}:{ask_password(text)}" for text in pairs]
+        entries = read_part("--basic-auth", users, texts)
+    elif file:
+        entries = read_part("--basic-auth-file", users_of_lines, read_file(file))
+    allowed = [text for part in options.allow for text in part.replace(",", " ").split()]
+    allow = read_part("--allow", networks, allowed) if options.allow else ()
+    return Policy(basic_auth=entries, allow=allow)
+
+
+def read_part(option: str, read: Callable[[T], tuple[str, ...]], value: T) -> tuple[str, ...]:
+    try:
+        return read(value)
+    except PolicyError as error:
+        raise BadOption(f"{option}: {error}") from None
+
+
+def read_file(path: str) -> str:
+    try:
+        content = small_file.read(path, MAX_FILE)
+        if len(content) > MAX_FILE:
+            raise BadOption(f"--basic-auth-file {path}: more than {MAX_FILE} bytes came")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise BadOption(f"--basic-auth-file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise BadOption(f"--basic-auth-file {path}: no text in UTF-8 came") from None
+
+
+def ask_password(user: str) -> str:
+    """The password of a user, asked for on the terminal, else the next line of standard input.
+    Raises BadOption."""
+    try:
+        if sys.stdin is None:
+            raise EOFError
+        if sys.stdin.isatty():
+            return getpass.getpass(f"Password for {user}: ")
+        # Read as bytes: decoded by the locale, the same password could get another hash.
+        line = sys.stdin.buffer.readline(MOST_LINE)
+        if not line:
+            raise EOFError
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except (EOFError, KeyboardInterrupt):
+        raise BadOption(
+            f"--basic-auth {user}: no password came, expected one line on standard input"
+        ) from None
+    except UnicodeDecodeError:
+        raise BadOption(f"--basic-auth {user}: expected a password in UTF-8") from None
+
+
+def labels_of(account: Config, command: str, target: Target, options: argparse.Namespace) -> Labels:
+    """The random names of a tunnel. A folder counts by its path, a port by the working folder,
+    too: two projects that use the same port have names of their own."""
+    shared = os.path.realpath(options.target) if command == FILES else str(target)
+    gateway = f"{account.tunnel_host}:{account.tunnel_port}"
+    key = key_of(gateway, command, shared, "" if command == FILES else os.getcwd())
+    return Labels(Memory(home.state_folder()), key, anew=options.new)
 
 
 def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
-    """The account's configuration with this one tunnel. Ports and sockets of an agent that may
-    run with the same account are not opened."""
+    """The account's configuration with this one tunnel. Ports and sockets are left to an agent
+    that may run with the same account."""
     return replace(
         account,
         tunnels=(tunnel,),
@@ -54,23 +251,123 @@ def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
     )
 
 
+def is_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
 def complain(name: str, text: object) -> None:
     if sys.stderr is not None:  # with file=None print() would use standard output
         print(f"{name}: {text}", file=sys.stderr)
 
 
+# Arguments ---------------------------------------------------------------------------------------
+
+
 def make_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"{program()} {command}")
-    parser.add_argument("target", metavar="TARGET", help=f"what is shared: {EXAMPLES}")
-    parser.add_argument("--host", metavar="NAME", required=True, type=a_host, help="the hostname")
-    parser.add_argument("-c", "--config", metavar="FILE", required=True, help="the account")
-    parser.add_argument("--plain", action="store_true", help="no status screen")
-    parser.add_argument("--verbose", action="store_true", help="log each visit")
+    name = program()
+    parser = argparse.ArgumentParser(
+        f"{name} {command}",
+        description=DESCRIPTIONS[command].format(name, EXAMPLES),
+        epilog=EPILOG.format(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if command == FILES:
+        parser.add_argument(
+            "target", metavar="FOLDER", nargs="?", default=".",
+            help="the folder (default: the working folder)",
+        )  # fmt: skip
+    else:
+        parser.add_argument("target", metavar="TARGET", help="what is shared, most often a port")
+    names = parser.add_mutually_exclusive_group()
+    names.add_argument(
+        "--host", metavar="NAME", type=a_host,
+        help="the hostname; a name without a dot is one below the credential's wildcard (default: "
+        "a random name, the same one each time)",
+    )  # fmt: skip
+    names.add_argument("--new", action="store_true", help="another random name than the last time")
+    add_options_of[command](parser)
+    parser.add_argument(
+        "--allow", metavar="ADDRESS", action="append", default=[],
+        help="only visitors from this address or network; may come several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "-c", "--config", metavar="FILE",
+        help="gateway and credential are those of this configuration; its tunnels are not served",
+    )  # fmt: skip
+    parser.add_argument("--qr", action="store_true", help="draw the address as a QR code")
+    parser.add_argument("--plain", action="store_true", help="lines instead of a screen")
+    parser.add_argument("--verbose", action="store_true", help="tell more of what happens")
     return parser
+
+
+def _add_password_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--basic-auth", metavar="USER[:PASSWORD]", action="append", default=[],
+        help="visitors need this password; without it here, where other users of this machine can "
+        "see it, it is asked for, or read from standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--basic-auth-file",
+        metavar="FILE",
+        help="the same, by a file with one USER:PASSWORD a line",
+    )
+
+
+def _add_http_options(parser: argparse.ArgumentParser) -> None:
+    _add_password_options(parser)
+    parser.add_argument(
+        "--host-header", metavar="HOST", type=a_host_header,
+        help="the Host that TARGET gets, for servers that know no other name than localhost",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=HTTP1,
+        help="what TARGET speaks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-skip-tls-verify", action="store_true",
+        help="accept any certificate of an https:// TARGET",
+    )  # fmt: skip
+
+
+def _add_tcp_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--port", metavar="PORT", type=a_port,
+        help=f"also a public port of the gateway, without TLS: a number, or {ANY_PORT} for any",
+    )  # fmt: skip
+
+
+def _add_files_options(parser: argparse.ArgumentParser) -> None:
+    _add_password_options(parser)
+    parser.add_argument("--all", action="store_true", help="hidden files, too")
+
+
+add_options_of = {HTTP: _add_http_options, TCP: _add_tcp_options, FILES: _add_files_options}
 
 
 def a_host(text: str) -> str:
     name = normal_hostname(text)
-    if not valid_hostname(name) and not valid_wildcard(name):
-        raise argparse.ArgumentTypeError(f"{text!r} is no hostname such as app.example.com")
+    if "." not in name:
+        name += OPEN
+    if not (valid_hostname(name) or valid_wildcard(name) or valid_open_name(name)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no hostname such as app.example.com, and no name such as app"
+        )
     return name
+
+
+def a_host_header(text: str) -> str:
+    if not valid_host(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no hostname or IP address, with or without a port"
+        )
+    return text
+
+
+def a_port(text: str) -> str:
+    number = whole_number(text)
+    if text.lower() != ANY_PORT and (number is None or not 1 <= number <= MAX_PORT):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 1 to {MAX_PORT}, or {ANY_PORT}")
+    return text.lower() if number is None else str(number)

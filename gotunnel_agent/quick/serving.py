@@ -1,85 +1,210 @@
-"""Runs an agent for one quick tunnel: announces its public address, and ends when it cannot be had.
+"""Runs an agent for one quick tunnel: asks for its name, tells its public address, and ends when
+the gateway will never serve it.
 
-Threads, besides those of the agent (agent.py):
+Threads, besides those of the agent (agent.py), the screen and the server of a folder:
 
-    thread   how many   does                                             ends when
-    main     1          waits for signals                                the process ends
-    quick    1          reacts to each change of the agent's state       the agent stops
+    thread   how many   does                                         ends when
+    main     1          waits for signals                            the process ends
+    quick    1          waits until the tunnel is served, tells it   stop(), or it is not to be had
+    target   1          looks once whether the target answers        it has answered, or not
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TextIO
+from dataclasses import replace
+from urllib.parse import urlsplit
 
-from gotunnel import spawn
+from gotunnel import NAMES, NoThread, spawn
 
-from ..agent import Agent, Snapshot
+from ..agent import TAKEN, Agent
+from ..called import program
+from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line
 from ..common.process import HANG_UP, Signals, watch_memory
 from ..config import Config, Tunnel
+from ..target import Route, Unserved, dial
+from .names import MOST_TRIES, Labels
+from .screen import Screen
 
 log = logging.getLogger("gotunnel.serving")
 
-REFUSED = "the gateway refused: "  # how Snapshot.problem begins after a refusal
-TAKEN = "host already registered"
-LOOK = 0.2  # seconds
+INVALID = "invalid hostname"  # how a refusal begins for a name that the gateway cannot read
+SSH_PORT, HTTPS_PORT = 22, 443
+LOCAL_PORT = 10_000  # of the example for visitors: added to the target's port, it is seldom in use
+SCREEN_TIMEOUT = 1  # seconds for the screen to end; the terminal may not read
 
 
-class Announcer:
-    """Thread "quick": tells the user the public address, or why there is none."""
+class GivenUp(Exception):
+    """The gateway refuses the tunnel for good; the text is one line for the user."""
 
-    def __init__(self, agent: Agent, tunnel: Tunnel, out: TextIO | None):
-        self._agent, self._tunnel, self._out = agent, tunnel, out
-        self._stop = threading.Event()
-        self.failure = ""  # why the command ends; "" if it does not
+
+class Serving:
+    """The one tunnel of an agent: what is asked for, and what the user is told."""
+
+    def __init__(self, config: Config, labels: Labels | None, tell: Callable[[str], object]):
+        """``labels``: the random names of the tunnel; None if the user has named it. ``tell(url)``
+        is called once, with the public address. Raises CannotTrust."""
+        self._config, self._labels, self._tell = config, labels, tell
+        self._asked = label_of(config.tunnels[0])
+        self._served = False  # it was, at least once
+        self._stop = False
+        self._changed = threading.Event()
+        self.failure = ""  # why the command ends by itself; "" if it does not
+        self.agent = Agent(config)
+        self.agent.on_change = self._changed.set
+        self.agent.on_refusal = self.instead
+
+    @property
+    def tunnel(self) -> Tunnel:
+        return self._config.tunnels[0]
+
+    def run_agent(self) -> None:
+        """Thread "agent"."""
+        with contextlib.suppress(GivenUp):  # main tells why
+            self.agent.run()
 
     def run(self) -> None:
-        """Returns when stop() is called, or when the gateway refuses the tunnel."""
-        while not self._stop.wait(LOOK):
-            snapshot = self._agent.snapshot()
-            if snapshot.since is not None:
-                self._announce(snapshot)
-                self._stop.wait()
-            elif self.refused(snapshot.problem):
-                self.failure = snapshot.problem
-                return
+        """Thread "quick". Returns after stop(), or if the gateway cannot serve the tunnel."""
+        while not self._stop and not self.failure:
+            self._changed.wait()
+            self._changed.clear()
+            snapshot = self.agent.snapshot()
+            if self._served or snapshot.since is None:
+                continue
+            for hostname, route in snapshot.routes.items():
+                if route.problem:
+                    self.failure = f"{hostname}: {self._in_words(route.problem)}"
+                else:
+                    self._served = True
+                    self._announce(hostname, route)
 
     def stop(self) -> None:
-        self._stop.set()
+        """Any thread."""
+        self._stop = True
+        self._changed.set()
 
-    def refused(self, problem: str) -> bool:
-        return problem.startswith(REFUSED) and TAKEN not in problem
+    def instead(self, refusal: str) -> Config | None:
+        """The gateway has refused the tunnel, with these words: another configuration to register
+        at once; None to try the same one later. Raises GivenUp. Thread "agent"."""
+        if self._served:
+            return None
+        taken = refusal.startswith(TAKEN)
+        if taken and self._labels is not None:
+            label = self._labels.another()
+            if label is None:
+                self.failure = f"other agents have all of {MOST_TRIES} names; --host chooses one"
+                raise GivenUp(self.failure)
+            log.info("another agent has %s; asking for %s", self._asked, label)
+            self._asked = label
+            tunnel = self.tunnel._replace(hostname=f"{label}{OPEN}")
+            self._config = replace(self._config, tunnels=(tunnel,))
+            return self._config
+        if taken:
+            return None
+        self.failure = f"the gateway refused: {self._in_words(refusal)}"
+        raise GivenUp(self.failure)
 
-    def _announce(self, snapshot: Snapshot) -> None:
-        scheme = "https" if self._tunnel.mode == "http" else "tls"
-        url = f"{scheme}://{self._tunnel.hostname}"
-        if self._out is not None:
-            print(on_one_line(url), file=self._out, flush=True)
+    def _in_words(self, refusal: str) -> str:
+        """A refusal for the user. An older gateway, or a Go one, takes a random name for a hostname
+        that is wrong, or for one that it serves as it stands."""
+        if self._labels is not None and (NAMES in refusal or refusal.startswith(INVALID)):
+            return "it gives no random names; update it, or name a hostname with --host"
+        return on_one_line(refusal)
+
+    def _announce(self, hostname: str, route: Route) -> None:
+        url = route.url or f"{'https' if route.tunnel.mode == 'http' else 'tls'}://{hostname}"
+        self._tell(url)
+        for line in how_to_connect(url, route.tunnel, self._config.ca_file):
+            log.info("%s", line)
+        if self._labels is not None:
+            self._labels.granted(self._asked)
 
 
-def run(config: Config, say: Callable[[str], object]) -> int:
-    """Serve the one tunnel of ``config`` until a signal comes; returns the exit status.
-    ``say(text)`` reports an error. Raises CannotTrust."""
-    agent = Agent(config)
-    announcer = Announcer(agent, config.tunnels[0], sys.stdout)
-    # The terminal is closed: end in good order, unless nohup has it ignored.
+def label_of(tunnel: Tunnel) -> str:
+    return tunnel.hostname.removesuffix(OPEN)
+
+
+def how_to_connect(url: str, tunnel: Tunnel, ca_file: str | None) -> list[str]:
+    """What a visitor of a tunnel in tcp mode types; empty in http mode."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https") or parts.hostname is None:
+        return []
+    host, port = parts.hostname, parts.port
+    is_ssh = tunnel.target.port == SSH_PORT
+    if parts.scheme == "tcp":
+        example = f"ssh -p {port} USER@{host}" if is_ssh else f"{host} port {port}"
+        return [f"visitors connect to it without TLS: {example}"]
+    words = [program(), "forward"]
+    if ca_file is not None:
+        words += ["--ca-file", "CA_FILE"]
+    behind = "" if port in (None, HTTPS_PORT) else f":{port}"
+    if is_ssh:
+        command = " ".join([*words, f"%h{behind}"])
+        return [f"visitors connect by: ssh -o ProxyCommand='{command}' USER@{host}"]
+    local = LOCAL_PORT + tunnel.target.port % LOCAL_PORT
+    command = " ".join([*words, f"{host}{behind}", str(local)])
+    return [f"visitors run: {command}, and connect to port {local} of their own machine"]
+
+
+def look_at_target(route: Route) -> None:
+    """Thread "target": say so if the target does not answer yet. It may be started later."""
+    tunnel = route.tunnel
+    try:
+        dial(tunnel.target, route.context, b"", tunnel.protocol).close()
+    except Unserved as error:
+        visitors = "get an error page" if tunnel.mode == "http" else "cannot connect"
+        log.warning("target %s: %s; until then visitors %s", tunnel.target, error, visitors)
+
+
+def print_url(url: str) -> None:
+    """The first line of standard output, for scripts."""
+    if sys.stdout is None:
+        return
+    try:
+        print(on_one_line(url), flush=True)
+    except OSError as error:  # its reader is gone
+        log.warning("the address cannot be written to standard output (%s)", error.strerror)
+        # Python flushes standard output again at exit; then it must not fail a second time.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def serve(
+    config: Config, labels: Labels | None, *, drawn: bool, qr: bool, looks: bool = True
+) -> int:
+    """Serve the one tunnel of ``config`` until a signal comes; returns 0 then. ``drawn``: on a
+    screen, else the address is printed. ``looks``: whether to look if the target answers. Raises
+    GivenUp, CannotTrust, NoThread."""
+    serving = Serving(config, labels, (lambda url: None) if drawn else print_url)
+    agent = serving.agent
+    screen = Screen(agent, sys.stdout if drawn else None, qr=qr)
+    # The terminal was closed: stop in good order, unless nohup has it ignored.
     ends = [HANG_UP] if HANG_UP and signal.getsignal(HANG_UP) is not signal.SIG_IGN else []
     signals = Signals(also=ends)
-    spawn("agent", signals.after, agent.run)
-    spawn("quick", signals.after, announcer.run)
+    stop = threading.Event()
+    route = next(iter(agent.snapshot().routes.values()))
+    spawn("agent", signals.after, serving.run_agent)
+    spawn("quick", signals.after, serving.run)
+    shown = spawn("screen", screen.run, stop)
+    if looks:
+        with contextlib.suppress(NoThread):
+            spawn("target", look_at_target, route)
     watch_memory()
     number = signals.wait()
     if number:
         log.info("stopping; a second signal stops at once")
-    announcer.stop()
+    serving.stop()
     agent.stop()
+    stop.set()
+    shown.join(SCREEN_TIMEOUT)
     if number:
         log.info("stopped")
         return 0
-    say(announcer.failure or "ended by a bug, which was logged")
-    return 1
+    raise GivenUp(serving.failure or "ended by a bug, which was logged")

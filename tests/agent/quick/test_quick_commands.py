@@ -1,31 +1,335 @@
-"""`gotunnel http`, `tcp` and `files` as programs, with a gateway in this process."""
+"""`gotunnel http`, `tcp` and `files`: their arguments, and as programs with a gateway here."""
 
+import base64
+import io
+import json
+import os
+import re
 import signal
 import sys
 
 import pytest
-from support import APP, ROOT, agent_yaml, answer, gateway_here, running
+from support import RAW, ROOT, SECRET, TUNNEL_HOST, answer, gateway_here, reserved_port, running
+
+from gotunnel_agent import called, cli
+from gotunnel_agent.config import H2, H2C, Target, Tunnel
+from gotunnel_agent.quick import commands
+from gotunnel_agent.quick.commands import make_parser, make_tunnel, policy_of, what_to_share
+from gotunnel_agent.quick.serving import how_to_connect
 
 PROGRAM = [sys.executable, str(ROOT / "gotunnel_agent")]
+DEV = "dev.localhost"
+APP = f"app.{DEV}"
+RANDOM = rf"[a-z]+-[a-z]+-[0-9]+\.{DEV}"
+PASSWORD = "correct-horse-battery"
+
+
+def account_text(tunnel_port=9443, **keys):
+    """The file that `join` writes."""
+    return json.dumps({
+        "tunnel_addr": f"{TUNNEL_HOST}:{tunnel_port}",
+        "jwt_issuer": "laptop",
+        "jwt_secret": SECRET,
+        **keys,
+    })  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A user's home, with an account, and a working folder."""
+    path = tmp_path / "account.yaml"
+    path.write_text(account_text())
+    path.chmod(0o600)
+    monkeypatch.setenv("GOTUNNEL_CONFIG", str(path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def tunnel_of(*words, hostname=APP):
+    """The tunnel that a command line stands for."""
+    options = make_parser(words[0]).parse_args(words[1:])
+    target, server = what_to_share(words[0], options)
+    try:
+        return make_tunnel(words[0], options, options.host or hostname, target, server)
+    finally:
+        if server is not None:
+            server.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "tunnel"),
+    [
+        ("http 8080", Tunnel(APP, Target("localhost", 8080), "http")),
+        ("http 80 --host App.Example.com.",
+         Tunnel("app.example.com", Target("localhost", 80), "http")),
+        ("http 80 --host shop", Tunnel("shop.*", Target("localhost", 80), "http")),
+        ("http 80 --host *.example.com", Tunnel("*.example.com", Target("localhost", 80), "http")),
+        ("http 80 --host-header localhost:5173",
+         Tunnel(APP, Target("localhost", 80), "http", host_header="localhost:5173")),
+        ("http 80 --protocol h2c", Tunnel(APP, Target("localhost", 80), "http", protocol=H2C)),
+        ("http https://x --protocol h2 --target-skip-tls-verify",
+         Tunnel(APP, Target("x", 443, tls=True, skip_tls_verify=True), "http", protocol=H2)),
+        ("tcp 22", Tunnel(APP, Target("localhost", 22), "tcp")),
+        ("tcp tcp://db:5432 --port auto", Tunnel(APP, Target("db", 5432), "tcp", port="auto")),
+        ("tcp unix:/run/db --port 007", Tunnel(APP, Target(path="/run/db"), "tcp", port="7")),
+    ],
+)  # fmt: skip
+def test_command_line_is_a_tunnel(words, tunnel):
+    assert tunnel_of(*words.split()) == tunnel
+
+
+def test_folder_is_a_tunnel_to_a_server_that_knows_its_visits(tmp_path):
+    tunnel = tunnel_of("files", str(tmp_path))
+    assert tunnel.target.host == "127.0.0.1" and tunnel.target.port
+    assert re.fullmatch(r"[0-9a-f]{32}\.invalid", tunnel.host_header)
+
+
+def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
+    def policy(*words):
+        return policy_of(make_parser("http").parse_args(["80", *words]))
+
+    found = policy("--allow", "10.0.0.0/8, 192.0.2.7", "--allow", "2001:db8::/32")
+    assert found.allow == ("10.0.0.0/8", "192.0.2.7", "2001:db8::/32") and not found.basic_auth
+    file = tmp_path / "users"
+    file.write_text(f"# two\nann:{PASSWORD}\nbob:{PASSWORD}\n")
+    stdin = io.TextIOWrapper(io.BytesIO(f"{PASSWORD}\r\n{PASSWORD}".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    for words in (
+        ["--basic-auth", f"ann:{PASSWORD}", "--basic-auth", f"bob:{PASSWORD}"],
+        ["--basic-auth-file", str(file)],
+        ["--basic-auth", "ann", "--basic-auth", "bob"],
+    ):
+        entries = policy(*words).basic_auth
+        assert [entry.partition(":")[0] for entry in entries] == ["ann", "bob"]
+        assert all(re.match(r"\w+:\$scrypt\$", entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("http 80800", "TARGET: '80800' has no port from 1 to 65535"),
+        ("http web", "TARGET: 'web' has no port"),
+        ("http .", "is a folder; `gotunnel files .` shares a folder"),
+        ("http", "the following arguments are required: TARGET"),
+        ("http 80 --protocol h2", "expected h2c or an https:// TARGET"),
+        ("http https://x --protocol h2c", "which is without TLS, expected h2"),
+        ("http 80 --protocol spdy", "invalid choice"),
+        ("http 80 --target-skip-tls-verify", "expected an https:// TARGET"),
+        ("http 80 --host a_b", "'a_b' is no hostname such as app.example.com, and no name such"),
+        ("http 80 --host https://x.y", "is no hostname"),
+        ("http 80 --host x --new", "not allowed with argument --host"),
+        ("http 80 --host-header a/b", "is no hostname or IP address"),
+        ("http 80 --port 22", "unrecognized arguments: --port 22"),
+        ("http 80 --allow 10.0.0.0/99", "--allow: "),
+        ("http 80 --allow ,", "--allow: an empty list came"),
+        ("http 80 --basic-auth a: ", "--basic-auth: [0]: expected a password of 1 to"),
+        ("http 80 --basic-auth a:$2y$05$abc", "a hash of another kind came"),
+        ("http 80 --basic-auth a", "--basic-auth a: no password came, expected one line on stand"),
+        ("http 80 --basic-auth-file no-such", "--basic-auth-file no-such: cannot be read (No such"),
+        ("http 80 --basic-auth-file .", "--basic-auth-file .: cannot be read (Is a directory)"),
+        ("http 80 --basic-auth-file x --basic-auth a:b", "expected only one of them"),
+        ("tcp http://x:80", "begins with http://, expected tcp:// or none"),
+        ("tcp 22 --port 0", "'0' is no port from 1 to 65535, or auto"),
+        ("tcp 22 --basic-auth a:b", "unrecognized arguments: --basic-auth a:b"),
+        ("files no-such", "FOLDER: 'no-such' does not exist"),
+        ("files account.yaml", "FOLDER: 'account.yaml' is a file, expected a folder"),
+        ("http 80 -c no-such", "no-such"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(capsys, monkeypatch, words, said):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    try:
+        status = commands.main(words.split())
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert said in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith(f"gotunnel-agent {words.split()[0]}: ")
+
+
+def test_without_an_account_the_way_to_one_is_named(capsys, place):
+    place.unlink()
+    assert commands.main(["http", "80"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert " join " in line
+
+
+def test_names_belong_to_gateway_kind_target_and_folder(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+
+    def key(*words, gateway="a", folder="."):
+        monkeypatch.chdir(tmp_path / folder)
+        options = make_parser(words[0]).parse_args(words[1:])
+        target, server = what_to_share(words[0], options)
+        if server is not None:
+            server.close()
+        account = commands.home.account()
+        account = commands.replace(account, tunnel_host=gateway)
+        return commands.labels_of(account, words[0], target, options)._key
+
+    keys = [
+        key("http", "80"), key("tcp", "80"), key("http", "81"), key("http", "80", gateway="b"),
+        key("http", "80", folder="sub"), key("files", "."), key("files", "sub"),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert key("http", "localhost:80") == keys[0]
+    assert key("files", ".", folder="sub") == key("files", str(tmp_path / "sub")) == keys[-1]
+
+
+def test_documentation_has_each_option():
+    """docs/agent.md, in its own table, with the commands that have the option."""
+    page = (ROOT / "docs" / "agent.md").read_text(encoding="utf-8")
+    rows = page.partition("<!-- options: the quick commands -->")[2].partition("\n\n")[0]
+    documented = {}
+    for options, commands_of_it in re.findall(r"^\| (`-.+?`) \| (.+?) \|", rows, re.MULTILINE):
+        those = commands.COMMANDS if commands_of_it == "all" else commands_of_it.split(", ")
+        for option in re.findall(r"--[a-z-]+", options):
+            documented[option] = set(those)
+    known = {}
+    for command in commands.COMMANDS:
+        for action in make_parser(command)._actions:
+            for option in action.option_strings:
+                if option.startswith("--") and option != "--help":
+                    known.setdefault(option, set()).add(command)
+    assert documented == known
+
+
+# How visitors come -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "port", "said"),
+    [
+        ("https://a.b", 80, []),
+        ("tcp://a.b:2200", 22, ["visitors connect to it without TLS: ssh -p 2200 USER@a.b"]),
+        ("tcp://a.b:2200", 5432, ["visitors connect to it without TLS: a.b port 2200"]),
+        ("tls://a.b:443", 22, ["visitors connect by: ssh -o ProxyCommand='gotunnel-agent forward "
+                               "%h' USER@a.b"]),
+        ("tls://a.b:8443", 22, ["visitors connect by: ssh -o ProxyCommand='gotunnel-agent forward "
+                                "%h:8443' USER@a.b"]),
+        ("tls://a.b:443", 5432, ["visitors run: gotunnel-agent forward a.b 15432, and connect to "
+                                 "port 15432 of their own machine"]),
+        ("tls://a.b:8443", 65000, ["visitors run: gotunnel-agent forward a.b:8443 15000, and "
+                                   "connect to port 15000 of their own machine"]),
+    ],
+)  # fmt: skip
+def test_visitors_of_a_tcp_tunnel_are_told_their_command(url, port, said):
+    assert how_to_connect(url, Tunnel("a.b", Target("localhost", port), "tcp"), None) == said
+
+
+# The name of the program -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/usr/bin/gotunnel", "gotunnel"),
+        ("gotunnel", "gotunnel"),
+        ("C:\\Scripts\\gotunnel.exe", "gotunnel"),
+        ("C:\\Scripts\\gotunnel-script.py", "gotunnel"),
+        ("/x/gotunnel.pyz", "gotunnel"),
+        ("/usr/bin/gotunnel-agent", "gotunnel-agent"),
+        ("/src/gotunnel_agent", "gotunnel-agent"),
+        ("/src/gotunnel_agent/__main__.py", "gotunnel-agent"),
+        ("", "gotunnel-agent"),
+    ],
+)
+def test_program_has_the_name_that_was_called(path, name):
+    assert called.name_of(path) == name
+
+
+def test_short_name_without_a_command_says_what_it_can_do(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/gotunnel"])
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "gotunnel http 8080" in err and len(err.splitlines()) < 15
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "\n  gotunnel http 8080 " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        make_parser("http").parse_args(["--help"])
+    assert "    gotunnel http 3000 --host shop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("htpp", "unknown command 'htpp'; did you mean http?"),
+        ("file", "unknown command 'file'; did you mean files?"),
+        ("stauts", "unknown command 'stauts'; did you mean status?"),
+        ("frob", "unknown command 'frob', expected one of http, tcp, "),
+        ("agent.yaml", "unknown argument 'agent.yaml'; -c FILE names the configuration"),
+    ],
+)
+def test_unknown_command_is_answered_with_the_one_that_was_meant(capsys, word, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([word])
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+# As programs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def gateway(cache):
-    with gateway_here(cache) as gateway:
+def gateway(cache, tmp_path, place):
+    """A gateway that gives the account a wildcard, one hostname, and ports."""
+    path = tmp_path / "agents.yaml"
+    path.write_text(
+        f'laptop:\n  secret: "{SECRET}"\n  hosts: ["*.{DEV}", "{RAW}"]\n  ports: "1024-65535"\n'
+    )
+    path.chmod(0o600)
+    with gateway_here(cache, AGENTS_FILE=str(path), TCP_PORTS="1024-65535") as gateway:
+        place.write_text(account_text(gateway.tunnel_port, ca_file=str(gateway.ca_file)))
         yield gateway
 
 
-def quick(gateway, folder, *words):
-    """A quick command with the account of a file."""
-    path = folder / "account.yaml"
-    path.write_text(agent_yaml(gateway, {"unused.localhost": 1}, {}, {}))
-    return running(*PROGRAM, *words, "-c", str(path), "--plain", cwd=folder)
+def quick(*words):
+    variables = ("GOTUNNEL_CONFIG", "XDG_STATE_HOME")
+    environment = {name: os.environ[name] for name in variables}
+    return running(*PROGRAM, *words, cwd=os.getcwd(), **environment)
 
 
-def test_a_port_is_public_by_one_command(gateway, tmp_path, origin):
+def test_port_is_public_by_one_command(gateway, origin):
     origin.serve(lambda wire: wire.read_head() and wire.send(answer(b"from the port")))
-    with quick(gateway, tmp_path, "http", str(origin.port), "--host", APP) as program:
-        program.wait_for(rf"^https://{APP}")
+    with quick("http", str(origin.port), "--host", APP) as program:
+        program.wait_for(rf"^https://{APP}(:\d+)?$")
         assert gateway.get(APP) == (200, b"from the port")
         program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+        assert sum(line.startswith("https://") for line in program.lines) == 1
+
+
+def test_folder_is_public_by_one_command_behind_a_password(gateway, tmp_path):
+    (tmp_path / "page.html").write_bytes(b"<p>page")
+    login = "Basic " + base64.b64encode(f"guest:{PASSWORD}".encode()).decode()
+    with quick("files", ".", "--host", APP, "--basic-auth", f"guest:{PASSWORD}") as program:
+        program.wait_for(rf"^https://{APP}(:\d+)?$")
+        assert gateway.get(APP, "/page.html")[0] == 401
+        with gateway.visitor(APP) as visitor:
+            visitor.request(
+                "GET", "/page.html", headers={"Authorization": login, "Range": "bytes=3-"}
+            )
+            found = visitor.getresponse()
+            assert (found.status, found.read()) == (206, b"page")
+        program.signal(signal.SIGINT)
+        assert program.wait() == 0
+
+
+def test_what_the_gateway_refuses_ends_the_command_with_its_words(gateway):
+    with quick("http", "80", "--host", "app.example.com") as program:
+        program.wait_for(r"^gotunnel-agent http: the gateway refused: .*app\.example\.com")
+        assert program.wait() == 1
+        assert not any("next try" in line for line in program.lines)
+
+
+def test_target_that_does_not_answer_yet_is_named(gateway):
+    with reserved_port() as port, quick("http", str(port), "--host", APP) as program:
+        program.wait_for(rf"target localhost:{port}: .*until then visitors get an error page")
+        program.wait_for(rf"^https://{APP}")
+        program.signal(signal.SIGHUP)
         assert program.wait() == 0
