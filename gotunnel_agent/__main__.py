@@ -14,16 +14,24 @@ if not __package__:
     # and relative imports fail: the path must hold its parent instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-if sys.argv[1:2] == ["forward"]:
-    from gotunnel_agent.forward import main
-elif sys.argv[1:2] == ["service"]:
-    from gotunnel_agent.service import main
-elif sys.argv[1:2] == ["join"]:
-    from gotunnel_agent.join import main
-elif sys.argv[1:2] in (["http"], ["tcp"], ["files"]):
-    from gotunnel_agent.quick.commands import main
-else:
-    from gotunnel_agent.cli import main
+try:
+    if sys.argv[1:2] == ["forward"]:
+        from gotunnel_agent.forward import main
+    elif sys.argv[1:2] == ["service"]:
+        from gotunnel_agent.service import main
+    elif sys.argv[1:2] == ["join"]:
+        from gotunnel_agent.join import main
+    elif sys.argv[1:2] in (["http"], ["tcp"], ["files"]):
+        from gotunnel_agent.quick.commands import main
+    else:
+        from gotunnel_agent.cli import main
+except (ImportError, AttributeError):  # a package is missing, or is too old to have such a name
+    from gotunnel_agent.common.packages import AGENT, explain, faults
+
+    if not (lacking := faults(AGENT)):
+        raise
+    print(f"gotunnel-agent: {explain(lacking)}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,15 +10,14 @@ if not __package__:
 
 try:
     from gotunnel_server.cli import main
-except ModuleNotFoundError as error:
-    # An installation for the agent alone lacks these.
-    if (error.name or "").partition(".")[0] not in ("cryptography", "dotenv", "jwt"):
+except (ImportError, AttributeError):
+    # An installation for the agent alone lacks packages, and old ones lack names that we import.
+    from gotunnel_agent.common.packages import GATEWAY, explain, faults
+
+    if not (lacking := faults(GATEWAY)):
         raise
-    sys.exit(
-        f"gotunnel-server: the package {error.name} is missing; "
-        "install what a gateway needs: pip install 'gotunnel[server]', "
-        "or in a checkout pip install '.[server]'"
-    )
+    print(f"gotunnel-server: {explain(lacking)}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     sys.exit(main())

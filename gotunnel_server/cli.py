@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from gotunnel import NoThread, __version__
+from gotunnel_agent.common import packages
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
@@ -141,7 +142,10 @@ def run(env_file: str | None) -> int:
     process as its successor (handover.py) and does not hand over."""
     predecessor = find_predecessor(environment())
     try:
-        return serve(load(env_file), env_file, Life(environment(), predecessor))
+        config = load(env_file)
+        if lacking := packages.faults(packages.of_gateway(orders=config.acme is not None)):
+            raise ConfigError(packages.explain(lacking))
+        return serve(config, env_file, Life(environment(), predecessor))
     except Exception as error:
         if predecessor is not None:
             predecessor.tell_failure(str(error))

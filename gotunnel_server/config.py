@@ -18,11 +18,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gotunnel_agent.common import status_socket
+from gotunnel_agent.common import packages, status_socket
 from gotunnel_agent.common.addresses import Network
 from gotunnel_agent.common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from gotunnel_agent.common.passwords import Hash, PasswordError, hash_if_plain
@@ -372,8 +371,8 @@ def _complete(read: Variables) -> Config:
 
 
 def _has_h2() -> bool:
-    """Whether there is the library for HTTP/2."""
-    return find_spec("h2") is not None
+    """Whether there is the library for targets that speak HTTP/2."""
+    return packages.fault(packages.H2) is None
 
 
 def _h2c_hosts(read: Variables) -> tuple[str, ...]:
@@ -384,10 +383,10 @@ def _h2c_hosts(read: Variables) -> tuple[str, ...]:
         patterns = scope.read_hosts(text)
     except scope.ScopeError as error:
         raise ConfigError(f"H2C_HOSTS is {text!r}: {error}") from None
-    if not _has_h2():
+    if lacking := packages.faults([packages.H2]):
         raise ConfigError(
-            f"H2C_HOSTS is {text!r}, but there is no Python package h2: install it "
-            "(pip install 'gotunnel[http2]'), or unset H2C_HOSTS"
+            f"H2C_HOSTS is {text!r}, but the Python package {packages.explain(lacking)}; or unset "
+            "H2C_HOSTS"
         )
     return patterns
 
@@ -406,12 +405,19 @@ def _access_log(read: Variables) -> str:
 
 def _http2(read: Variables) -> bool:
     choice = read.choice("HTTP2", (ON, OFF), None)
-    if choice == ON and not http2.is_installed():
+    if choice == OFF:
+        return False
+    lacking = http2.lacks()
+    if lacking is not None and choice == ON:
         raise ConfigError(
-            "HTTP2 is 'on', but there is no Python package hpack: install it "
-            "(pip install 'gotunnel[http2]'), or unset HTTP2"
+            f"HTTP2 is 'on', but the Python package {packages.explain([lacking])}; or unset HTTP2"
         )
-    return http2.is_installed() if choice is None else choice == ON
+    if lacking is not None and lacking.found is not None:
+        read.remarks["HTTP2"] = (
+            f"visitors get no HTTP/2: the Python package {packages.explain([lacking])}; or set "
+            "HTTP2=off"
+        )
+    return lacking is None
 
 
 def _certificates(read: Variables) -> tuple[bool, Path | None, Acme | None]:

@@ -204,8 +204,12 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environm
     assert ask("gotunnel-agent") == (0, f"gotunnel {version}\n", "")
     assert "cryptography" not in pip("list")
     status, _, error = ask("gotunnel-server")
-    assert status == 1
-    assert re.fullmatch(r"gotunnel-server: the package \w+ is missing; .* '\.\[server\]'\n", error)
+    assert status == 2
+    assert re.fullmatch(
+        r"gotunnel-server: cryptography is missing, expected >=38; python-dotenv is missing, .*; "
+        r"to install it: .*python3? -m pip install 'cryptography>=38' 'python-dotenv>=0.19.1'\n",
+        error,
+    )
 
     pip("install", f"{wheel}[server]")
     assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from gotunnel import ACK, ANY_PORT, MAX_UINT32, PING, SYN, Header
-from gotunnel_agent.common import status_socket
+from gotunnel_agent.common import packages, status_socket
 from gotunnel_agent.common.hostnames import valid_hostname
 from gotunnel_agent.common.metrics_page import NO_SUCH_PAGE
 from gotunnel_agent.common.one_line import MOST_NAMED, some
@@ -101,6 +101,7 @@ def examine(config: Config) -> Iterable[Finding]:
         yield Finding(WARN, "configuration", warning)
     for line in exposed(config):
         yield Finding(WARN, "secrets", line)
+    yield look_at_packages(packages.of_gateway(orders=config.acme is not None))
     yield look_at_descriptors(config.max_connections)
     for setting, port, tls_name in (
         ("GATEWAY_PORT", config.gateway_port, config.gateway_host),
@@ -127,6 +128,13 @@ def examine(config: Config) -> Iterable[Finding]:
         yield Finding(OK, "directory", "not used: no certificate is ordered")
     else:
         yield from look_at_directory(config.acme.directory, config.acme.ca_file)
+
+
+def look_at_packages(needed: Iterable[packages.Package]) -> Finding:
+    """Whether the Python packages are there, and new enough."""
+    if lacking := packages.faults(needed):
+        return Finding(FAIL, "packages", packages.explain(lacking))
+    return Finding(OK, "packages", "all that is needed is there, in fitting versions")
 
 
 def look_at_agents(path: Path, has_jwt_secret: bool = False) -> Iterable[Finding]:

@@ -183,7 +183,7 @@ def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Ter
     if protocol and not terms.speaks_http2:
         raise NotGranted(
             f"{name} has protocol {protocol}, and this gateway lacks the Python package h2: its "
-            "operator can install it (pip install 'gotunnel[http2]')"
+            "operator can install it (pip install h2)"
         )
     return protocol
 

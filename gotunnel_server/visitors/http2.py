@@ -7,8 +7,9 @@ library hpack nor the memory for all of it.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
+
+from gotunnel_agent.common.packages import HPACK, Fault, fault
 
 from .sites import Site
 from .visitor import Visitor
@@ -16,9 +17,9 @@ from .visitor import Visitor
 PROTOCOL = "h2"  # its name in ALPN (RFC 9113 §3.1)
 
 
-def is_installed() -> bool:
-    """Whether there is the library hpack, which the extra http2 brings."""
-    return find_spec("hpack") is not None
+def lacks() -> Fault | None:
+    """What is wrong with the library hpack, which the extra http2 brings; None if it will do."""
+    return fault(HPACK)
 
 
 class Http2:

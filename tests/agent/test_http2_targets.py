@@ -171,7 +171,7 @@ def test_agent_in_go_needs_the_gateways_setting(cache, gopeer, origin):
 
 
 def test_gateway_without_the_library_says_so(cache, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("gotunnel_server.config.find_spec", lambda name: None)
+    monkeypatch.setattr("gotunnel_server.config._has_h2", lambda: False)
     with gateway_here(cache) as gateway:
         tunnel = {"hostname": APP, "target": "127.0.0.1:1", "protocol": "h2c"}
         with agent_here(gateway, tmp_path, ready=False, tunnels=[tunnel]):

@@ -53,7 +53,7 @@ def test_gateway_says_it_for_agents_that_cannot(pattern):
         (
             {"asked": H2C, "speaks_http2": False},
             f"{APP} has protocol h2c, and this gateway lacks the Python package h2: its operator "
-            "can install it (pip install 'gotunnel[http2]')",
+            "can install it (pip install h2)",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import time
 
@@ -43,6 +44,7 @@ from support import (
     wait_until,
 )
 
+from gotunnel_agent.common import packages
 from gotunnel_server import config as server_config
 from gotunnel_server.net import listener as listener_module
 from gotunnel_server.variables import ConfigError
@@ -107,12 +109,24 @@ def test_http2_can_be_turned_off(cache):
             assert wire.sock.selected_alpn_protocol() == "http/1.1"
 
 
-def test_without_the_library_http2_is_off_unless_it_is_asked_for(cache, monkeypatch):
+@pytest.mark.parametrize("found, state", [(None, "is missing"), ("4.0.0", "is 4.0.0")])
+def test_without_the_library_http2_is_off_unless_it_is_asked_for(monkeypatch, found, state):
+    said = (
+        f"hpack {state}, expected >=4.1,<5; to install it: {sys.executable} -m pip install "
+        "'hpack>=4.1,<5'"
+    )
     least = {"GATEWAY_HOST": "a.test", "TUNNEL_HOST": "b.test", "JWT_SECRET": "x" * 32}
     assert server_config.load(os.devnull, least).http2
-    monkeypatch.setattr(http2_door, "is_installed", lambda: False)
-    assert not server_config.load(os.devnull, least).http2
-    with pytest.raises(ConfigError, match="no Python package hpack"):
+    monkeypatch.setattr(http2_door, "lacks", lambda: packages.Fault(packages.HPACK, found))
+    config = server_config.load(os.devnull, least)
+    assert not config.http2
+    assert [line for line in config.warnings if "HTTP/2" in line] == (
+        [] if found is None else [f"visitors get no HTTP/2: the Python package {said}; or set "
+                                  "HTTP2=off"]
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=re.escape(f"HTTP2 is 'on', but the Python package {said}")
+    ):
         server_config.load(os.devnull, least | {"HTTP2": "on"})
 
 
