@@ -98,14 +98,25 @@ EPOCH = int(os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800"))  # 1980-01-
 MODE, PROGRAM_MODE = 0o644, 0o755
 
 
+# The example configurations that a package needs for --print-example. A build copies them from
+# conf into the package's folder "examples" (gotunnel_agent/common/examples.py).
+EXAMPLES = {"gotunnel_agent": ["agent.yaml"], "gotunnel_server": ["server.env", "agents.yaml"]}
+
+
 class FreshBuild(build_py):
     """Builds from nothing: setuptools would install all that lies in build/lib, and so modules of
-    an earlier version that are gone from the source."""
+    an earlier version that are gone from the source. Adds the examples."""
 
     def run(self):
-        if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+        if self.editable_mode:
+            return super().run()
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        for package, names in EXAMPLES.items():
+            for name in names:
+                copy = os.path.join(self.build_lib, package, "examples", name)
+                self.mkpath(os.path.dirname(copy))
+                self.copy_file(str(ROOT / "conf" / name), copy)
 
 
 class PlainSources(sdist):

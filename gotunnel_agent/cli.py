@@ -22,6 +22,7 @@ from gotunnel import NoThread, __version__, spawn
 
 from .agent import Agent
 from .called import SHORT, program
+from .common.examples import add_print_example
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
 from .common.process import (
@@ -49,7 +50,7 @@ log = logging.getLogger("gotunnel")
 
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of
-its configuration from targets that it can reach. conf/agent.yaml explains each
+its configuration from targets that it can reach. --print-example explains each
 key."""
 EPILOG = """\
 share a port or a folder, without a configuration of tunnels:
@@ -166,6 +167,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "-c", "--config", metavar="FILE", default="config.yaml",
         help="the configuration (default: config.yaml in the working folder)",
     )  # fmt: skip
+    add_print_example(parser, "gotunnel_agent", "agent.yaml", "a configuration")
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -260,7 +260,11 @@ def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
         config = of_document(document, needs_tunnels=needs_tunnels)
         return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
-        missing = "" if os.path.lexists(path) else ": name it with -c, or copy conf/agent.yaml"
+        missing = (
+            ""
+            if os.path.lexists(path)
+            else (": name it with -c, or see gotunnel-agent join and --print-example")
+        )
         raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
 
 

@@ -163,7 +163,8 @@ def of_unprintable(value: str) -> str:
 
 def hidden(text: str) -> str:
     """A text without what may be a secret in it: the user and password of a URL."""
-    return re.sub(r"[^/\s]*@", "...@", text)
+    # Each part between slashes and blanks is read once, however long it is.
+    return re.sub(r"(?<![^/\s])[^/\s]*@", "...@", text)
 
 
 def of_quotes(text: str) -> str:

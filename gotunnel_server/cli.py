@@ -25,6 +25,7 @@ from typing import NoReturn, TypeVar
 
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common import packages
+from gotunnel_agent.common.examples import add_print_example
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
@@ -51,7 +52,7 @@ PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
 The public half of gotunnel: terminates TLS for the hostnames that agents
 register, and passes visitors' requests and connections to those agents. It is
-configured by environment variables; conf/server.env explains each of them.
+configured by environment variables; --print-example explains each of them.
 Without a command it runs until it gets a signal."""
 
 TOKEN_EXAMPLES = """\
@@ -184,6 +185,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_env_file(parser, default=None)
+    add_print_example(parser, "gotunnel_server", "server.env", "an env file")
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     commands = parser.add_subparsers(
         title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
@@ -223,6 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Write AGENTS_FILE, or show it. A running gateway reads it again within 5 s.",
         epilog=AGENTS_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    add_print_example(agents_, "gotunnel_server", "agents.yaml", "a file of agents")
     subcommands = agents_.add_subparsers(
         title="commands", dest="agents_command", metavar="COMMAND", required=True
     )

@@ -168,7 +168,7 @@ def checkout(folder, mode=0o644):
     folder.mkdir()
     for name in ("setup.py", "gotunnel.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("gotunnel_agent", "gotunnel_server"):
+    for name in ("gotunnel_agent", "gotunnel_server", "conf"):
         shutil.copytree(ROOT / name, folder / name, ignore=lambda *_: ["__pycache__"])
     for path in folder.rglob("*"):
         if path.is_file():
@@ -200,6 +200,9 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environm
     pip("install", str(wheel))
     assert "gotunnel_agent/gone.py" not in pip("show", "-f", "gotunnel")
     assert "gotunnel_agent/py.typed" in pip("show", "-f", "gotunnel")
+    printed = subprocess.run([environment / "gotunnel-agent", "--print-example"],
+                             capture_output=True, cwd=tmp_path)  # fmt: skip
+    assert printed.stdout == (ROOT / "conf" / "agent.yaml").read_bytes()
     version = re.search(r'__version__ = "(.+)"', (ROOT / "gotunnel.py").read_text("utf-8"))[1]
     assert ask("gotunnel-agent") == (0, f"gotunnel {version}\n", "")
     assert "cryptography" not in pip("list")

@@ -96,6 +96,8 @@ def ours():
     for name in names:
         with open(os.path.join(bootstrap.ROOT, name), "rb") as file:
             content[name.replace(os.sep, "/")] = file.read()
+    with open(os.path.join(bootstrap.ROOT, "conf", "agent.yaml"), "rb") as file:
+        content["gotunnel_agent/examples/agent.yaml"] = file.read()  # as setup.py has it
     return content
 
 
