@@ -16,6 +16,7 @@ WORKDIR /src
 COPY setup.py gotunnel.py README.md LICENSE ./
 COPY gotunnel_server gotunnel_server
 COPY gotunnel_agent gotunnel_agent
+COPY conf conf
 RUN pip install --no-cache-dir '.[http2]'
 COPY conf /usr/share/gotunnel/conf
 
