@@ -11,11 +11,12 @@ tunnel; 2 if an argument or the configuration is wrong.
 from __future__ import annotations
 
 import argparse
+import difflib
 import getpass
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -43,12 +44,14 @@ from ..trust import CannotTrust
 from .folder import LOOPBACK, FolderServer
 from .names import Labels, Memory, key_of
 from .serving import GivenUp, serve
-from .targets import EXAMPLES, BadTarget, read_target
+from .targets import BadTarget, read_target
 
 log = logging.getLogger("gotunnel")
 
 T = TypeVar("T")
 COMMANDS = HTTP, TCP, FILES = "http", "tcp", "files"
+EXAMPLE_PORT = 8080
+MOST_SHOWN = 60  # characters of an unknown option that are shown
 MOST_LINE = 8192  # bytes of standard input that are read for a password
 
 DESCRIPTIONS = {
@@ -59,14 +62,14 @@ Make an HTTP server of this machine, or one that it can reach, public:
     {0} http 3000 --host shop --basic-auth guest
     {0} http https://192.168.1.20
 
-TARGET is {1}.""",
+TARGET is a port, HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:/PATH.""",
     TCP: """\
 Make a port public that does not speak HTTP, such as SSH or a database:
 
     {0} tcp 22 --host ssh.example.com
     {0} tcp 5432 --port auto
 
-TARGET is 22, 127.0.0.1:5432, HOST:PORT or unix:/PATH. Visitors come by TLS, as
+TARGET is a port, HOST:PORT or unix:/PATH. Visitors come by TLS, as
 `{0} forward` does; with --port also without it.""",
     FILES: """\
 Make the files of a folder public, for reading:
@@ -92,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a quick command until a signal comes; return the exit status."""
     command, *words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(command)
-    options = parser.parse_args(words)
+    options = parse(parser, words)
     server = None
     try:
         account = home.account(options.config)
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = quick_config(account, tunnel, verbose=options.verbose)
         set_up_process(config.log_level, config.log_format)
         stay_on_one_cpu(max)  # as the agent does
-        for line in exposures(config.secret_files):
+        for line in warnings(config, options, server):
             log.warning("%s", line)
         if server is not None:
             server.start()
@@ -216,7 +219,10 @@ def ask_password(user: str) -> str:
         if sys.stdin is None:
             raise EOFError
         if sys.stdin.isatty():
-            return getpass.getpass(f"Password for {user}: ")
+            password = getpass.getpass(f"Password for {user}: ")
+            if getpass.getpass("Again: ") != password:
+                raise BadOption(f"--basic-auth {user}: two different passwords came")
+            return password
         # Read as bytes: decoded by the locale, the same password could get another hash.
         line = sys.stdin.buffer.readline(MOST_LINE)
         if not line:
@@ -251,6 +257,19 @@ def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
     )
 
 
+def warnings(
+    config: Config, options: argparse.Namespace, server: FolderServer | None
+) -> Iterator[str]:
+    """What the user should know before the tunnel is public, a line each."""
+    file = getattr(options, "basic_auth_file", None)
+    yield from exposures([*config.secret_files, *([file] if file else [])])
+    if server is not None:
+        folder = server.root.path
+        if folder in (os.path.abspath(os.sep), os.path.realpath(os.path.expanduser("~"))):
+            hidden = "" if options.all else ", but for hidden files"
+            yield f"the whole of {folder} is shared{hidden}"
+
+
 def is_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
@@ -267,7 +286,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     name = program()
     parser = argparse.ArgumentParser(
         f"{name} {command}",
-        description=DESCRIPTIONS[command].format(name, EXAMPLES),
+        description=DESCRIPTIONS[command].format(name),
         epilog=EPILOG.format(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -278,7 +297,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
             help="the folder (default: the working folder)",
         )  # fmt: skip
     else:
-        parser.add_argument("target", metavar="TARGET", help="what is shared, most often a port")
+        parser.add_argument(
+            "target", metavar="TARGET", nargs="?", help="what is shared, most often a port"
+        )
     names = parser.add_mutually_exclusive_group()
     names.add_argument(
         "--host", metavar="NAME", type=a_host,
@@ -299,6 +320,25 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="lines instead of a screen")
     parser.add_argument("--verbose", action="store_true", help="tell more of what happens")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """The options of a command line. Ends the process with a line that never shows what may be a
+    password: argparse itself shows all that it does not know."""
+    options, unknown = parser.parse_known_args(words)
+    if unknown and unknown[0].startswith("-"):
+        option = unknown[0].partition("=")[0]
+        if option in ("--basic-auth", "--basic-auth-file"):
+            parser.error(f"{option}: a tunnel in tcp mode cannot ask for passwords; use --allow")
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(option, known, n=1)
+        meant = f"; did you mean {close[0]}?" if close else "; --help shows all"
+        parser.error(f"unknown option {option[:MOST_SHOWN]!r}{meant}")
+    if unknown:
+        parser.error(f"{1 + len(unknown)} targets came, expected one")
+    if options.target is None:
+        parser.error(f"TARGET is missing, expected one such as in `{parser.prog} {EXAMPLE_PORT}`")
+    return options
 
 
 def _add_password_options(parser: argparse.ArgumentParser) -> None:

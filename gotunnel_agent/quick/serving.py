@@ -160,7 +160,8 @@ def look_at_target(route: Route) -> None:
         dial(tunnel.target, route.context, b"", tunnel.protocol).close()
     except Unserved as error:
         visitors = "get an error page" if tunnel.mode == "http" else "cannot connect"
-        log.warning("target %s: %s; until then visitors %s", tunnel.target, error, visitors)
+        log.warning("nothing answers at %s yet (%s); until then visitors %s", tunnel.target, error,
+                    visitors)  # fmt: skip
 
 
 def print_url(url: str) -> None:

@@ -88,6 +88,26 @@ def test_folder_is_a_tunnel_to_a_server_that_knows_its_visits(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{32}\.invalid", tunnel.host_header)
 
 
+def test_user_is_warned_of_what_is_shared_by_mistake(tmp_path, monkeypatch):
+    def warned(*words):
+        options = make_parser(words[0]).parse_args(words[1:])
+        server = what_to_share(words[0], options)[1]
+        if server is not None:
+            server.close()
+        return list(commands.warnings(commands.home.account(), options, server))
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    assert warned("files", "sub") == warned("http", "80") == []
+    assert warned("files", ".") == [f"the whole of {tmp_path} is shared, but for hidden files"]
+    assert warned("files", "/", "--all") == ["the whole of / is shared"]
+    file = tmp_path / "users"
+    file.write_text(f"ann:{PASSWORD}")
+    file.chmod(0o644)
+    [line] = warned("http", "80", "--basic-auth-file", str(file))
+    assert str(file) in line and PASSWORD not in line
+
+
 def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
     def policy(*words):
         return policy_of(make_parser("http").parse_args(["80", *words]))
@@ -114,7 +134,7 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("http 80800", "TARGET: '80800' has no port from 1 to 65535"),
         ("http web", "TARGET: 'web' has no port"),
         ("http .", "is a folder; `gotunnel files .` shares a folder"),
-        ("http", "the following arguments are required: TARGET"),
+        ("http", "TARGET is missing, expected one such as in `gotunnel-agent http 8080`"),
         ("http 80 --protocol h2", "expected h2c or an https:// TARGET"),
         ("http https://x --protocol h2c", "which is without TLS, expected h2"),
         ("http 80 --protocol spdy", "invalid choice"),
@@ -123,7 +143,8 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("http 80 --host https://x.y", "is no hostname"),
         ("http 80 --host x --new", "not allowed with argument --host"),
         ("http 80 --host-header a/b", "is no hostname or IP address"),
-        ("http 80 --port 22", "unrecognized arguments: --port 22"),
+        ("http 80 --port 22", "unknown option '--port'; did you mean "),
+        ("http 80 81", "2 targets came, expected one"),
         ("http 80 --allow 10.0.0.0/99", "--allow: "),
         ("http 80 --allow ,", "--allow: an empty list came"),
         ("http 80 --basic-auth a: ", "--basic-auth: [0]: expected a password of 1 to"),
@@ -134,7 +155,9 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("http 80 --basic-auth-file x --basic-auth a:b", "expected only one of them"),
         ("tcp http://x:80", "begins with http://, expected tcp:// or none"),
         ("tcp 22 --port 0", "'0' is no port from 1 to 65535, or auto"),
-        ("tcp 22 --basic-auth a:b", "unrecognized arguments: --basic-auth a:b"),
+        (f"tcp 22 --basic-auth a:{PASSWORD}", "cannot ask for passwords; use --allow"),
+        (f"http 80 --basic-auht=a:{PASSWORD}", "'--basic-auht'; did you mean --basic-auth?"),
+        (f"http 80 --basic-auth a {PASSWORD}", "2 targets came, expected one"),
         ("files no-such", "FOLDER: 'no-such' does not exist"),
         ("files account.yaml", "FOLDER: 'account.yaml' is a file, expected a folder"),
         ("http 80 -c no-such", "no-such"),
@@ -147,7 +170,7 @@ def test_wrong_arguments_are_one_clear_line(capsys, monkeypatch, words, said):
     except SystemExit as ended:
         status = ended.code
     out, err = capsys.readouterr()
-    assert (status, out) == (2, "")
+    assert (status, out) == (2, "") and PASSWORD not in err
     assert said in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith(f"gotunnel-agent {words.split()[0]}: ")
 
@@ -329,7 +352,9 @@ def test_what_the_gateway_refuses_ends_the_command_with_its_words(gateway):
 
 def test_target_that_does_not_answer_yet_is_named(gateway):
     with reserved_port() as port, quick("http", str(port), "--host", APP) as program:
-        program.wait_for(rf"target localhost:{port}: .*until then visitors get an error page")
+        program.wait_for(
+            rf"nothing answers at localhost:{port} yet .*; until then visitors get an error page"
+        )
         program.wait_for(rf"^https://{APP}")
         program.signal(signal.SIGHUP)
         assert program.wait() == 0
