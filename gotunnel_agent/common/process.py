@@ -65,13 +65,17 @@ class Signals:
     def __init__(self, hang_up: bool = False, also: Iterable[int] = ()):
         self._receive, self._send = socket.socketpair()
         self._send.setblocking(False)
+        # What wait() returns; 0 is of after(). Other parts of the process may handle other signals,
+        # whose numbers are written to the socket as well.
+        others = {*also, HANG_UP} if hang_up and HANG_UP is not None else {*also}
+        self._awaited = {0, signal.SIGTERM, signal.SIGINT, *others}
         self._count = 0
         self._stop = 0  # the number of the SIGTERM or SIGINT that has come
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        for number in [*([HANG_UP] if hang_up and HANG_UP is not None else []), *also]:
-            signal.signal(number, lambda number, frame: None)  # wait() returns its number
+        for other in others:
+            signal.signal(other, lambda number, frame: None)  # wait() returns its number
 
     def _on_signal(self, number: int, frame: object) -> None:
         """The first signal stops the program in good order: wait() returns it. At the second one
@@ -86,7 +90,8 @@ class Signals:
     def wait(self) -> int:
         """Wait for a signal and return its number, or 0 if a function that after() runs has
         returned. SIGTERM and SIGINT overtake others."""
-        number = self._receive.recv(1)[0]
+        while (number := self._receive.recv(1)[0]) not in self._awaited:
+            pass
         # Behind hundreds of SIGHUPs the socket has no room for a SIGTERM's number.
         return self._stop or number
 
