@@ -1,12 +1,13 @@
 """How gotunnel is installed:
 
     pip install .              the agent
+    pip install '.[qr]'        the agent, and QR codes of `gotunnel http --qr`
     pip install '.[server]'    the agent and the gateway
     pip install '.[http2]'     ... and HTTP/2 at the gateway
     pip install '.[test]'      what the tests need, too
     pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
-The five lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+The six lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
 import gzip
@@ -56,6 +57,13 @@ HTTP2 = [
     "h2>=4.3,<5",
     # Reads the header lists of visitors.
     "hpack>=4.1,<5",
+]
+
+QR = [
+    # Pure Python without dependencies of its own, typed, and in Debian. `--qr` draws an address as
+    # a QR code by it; writing an encoder of our own would be as long as the agent. Older ones were
+    # not tried.
+    "segno>=1.6",
 ]
 
 TEST = [
@@ -205,7 +213,8 @@ setup(
     extras_require={
         "server": SERVER,
         "http2": SERVER + HTTP2,
-        "test": SERVER + HTTP2 + TEST,
+        "qr": QR,
+        "test": SERVER + HTTP2 + QR + TEST,
         "check": SERVER + HTTP2 + CHECK,
     },
     entry_points={

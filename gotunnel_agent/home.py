@@ -4,6 +4,7 @@
     state_folder()     where the agent may keep what it can do without
     chosen_config()    the file that an agent reads
     account()          the gateway and the credential, without tunnels
+    terminal()         what the variables of a terminal say
 
 The folders are those of the XDG Base Directory Specification, and of Windows there. $GOTUNNEL_JOIN
 may hold a join string (common/join_string.py) in the place of a file, as containers like it. No
@@ -15,6 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .common import atomic_file, join_string
 from .common.join_string import JoinString, JoinStringError
@@ -126,6 +128,17 @@ def _pinned(joined: JoinString, where: str, environ: Mapping[str, str]) -> str |
             "XDG_STATE_HOME to one that can be written"
         ) from None
     return str(file)
+
+
+class Terminal(NamedTuple):
+    """``kind`` is "" if it is not known, and "dumb" if it knows no escape sequences."""
+
+    kind: str
+    colours: bool  # unless the user wants none (no-color.org)
+
+
+def terminal(environ: Mapping[str, str] = os.environ) -> Terminal:
+    return Terminal(environ.get("TERM", ""), not environ.get("NO_COLOR"))
 
 
 def _folder(variable: str, below_home: str, on_windows: str, environ: Mapping[str, str]) -> Path:

@@ -33,7 +33,7 @@ NEEDS = {
     "agent": ("AGENT",),
     "server": ("AGENT", "SERVER"),
     "http2": ("AGENT", "SERVER", "HTTP2"),
-    "test": ("AGENT", "SERVER", "HTTP2", "TEST"),
+    "test": ("AGENT", "SERVER", "HTTP2", "QR", "TEST"),
     "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
 }
 

@@ -45,6 +45,7 @@ from .folder import LOOPBACK, FolderServer
 from .names import Labels, Memory, key_of
 from .serving import GivenUp, serve
 from .targets import BadTarget, read_target
+from .terminal import is_terminal
 
 log = logging.getLogger("gotunnel")
 
@@ -110,8 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
             log.warning("%s", line)
         if server is not None:
             server.start()
-        drawn = not options.plain and is_terminal()
-        return serve(config, labels, drawn=drawn, qr=options.qr, looks=server is None)
+        drawn = not (options.plain or options.verbose) and is_terminal(sys.stdout)
+        folder = "" if server is None else os.path.realpath(options.target)
+        return serve(config, labels, drawn=drawn, qr=options.qr, folder=folder)
     except (BadOption, BadTarget, ConfigError, CannotTrust) as error:
         complain(parser.prog, error)
         return 2
@@ -268,10 +270,6 @@ def warnings(
         if folder in (os.path.abspath(os.sep), os.path.realpath(os.path.expanduser("~"))):
             hidden = "" if options.all else ", but for hidden files"
             yield f"the whole of {folder} is shared{hidden}"
-
-
-def is_terminal() -> bool:
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def complain(name: str, text: object) -> None:

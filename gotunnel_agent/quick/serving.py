@@ -56,6 +56,7 @@ class Serving:
         self._served = False  # it was, at least once
         self._stop = False
         self._changed = threading.Event()
+        self.notes: list[str] = []  # how visitors connect, once that is known
         self.failure = ""  # why the command ends by itself; "" if it does not
         self.agent = Agent(config)
         self.agent.on_change = self._changed.set
@@ -123,6 +124,7 @@ class Serving:
         self._tell(url)
         for line in how_to_connect(url, route.tunnel, self._config.ca_file):
             log.info("%s", line)
+            self.notes.append(line)
         if self._labels is not None:
             self._labels.granted(self._asked)
 
@@ -177,15 +179,16 @@ def print_url(url: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def serve(
-    config: Config, labels: Labels | None, *, drawn: bool, qr: bool, looks: bool = True
-) -> int:
+def serve(config: Config, labels: Labels | None, *, drawn: bool, qr: bool, folder: str = "") -> int:
     """Serve the one tunnel of ``config`` until a signal comes; returns 0 then. ``drawn``: on a
-    screen, else the address is printed. ``looks``: whether to look if the target answers. Raises
-    GivenUp, CannotTrust, NoThread."""
+    screen, else the address is printed. ``folder``: what our own server serves; "" for a target
+    that may not answer. Raises GivenUp, CannotTrust, NoThread."""
     serving = Serving(config, labels, (lambda url: None) if drawn else print_url)
     agent = serving.agent
     screen = Screen(agent, sys.stdout if drawn else None, qr=qr)
+    screen.notes = serving.notes
+    if folder:
+        screen.target_words = lambda tunnel: folder
     # The terminal was closed: stop in good order, unless nohup has it ignored.
     ends = [HANG_UP] if HANG_UP and signal.getsignal(HANG_UP) is not signal.SIG_IGN else []
     signals = Signals(also=ends)
@@ -194,7 +197,7 @@ def serve(
     spawn("agent", signals.after, serving.run_agent)
     spawn("quick", signals.after, serving.run)
     shown = spawn("screen", screen.run, stop)
-    if looks:
+    if not folder:
         with contextlib.suppress(NoThread):
             spawn("target", look_at_target, route)
     watch_memory()
