@@ -42,7 +42,8 @@ from .variables import (
     not_blank,
     read_env_file,
 )
-from .visitors import http2
+from .visitors import http2, own_pages
+from .visitors.pages import NO_TEMPLATES, TemplateError, Templates
 from .visitors.policy import Defaults, PolicyError, hashed_entry, reader
 
 # A transfer holds a worker until its slower end is done, so most workers wait and few compute. A
@@ -76,7 +77,7 @@ NAMES = frozenset({  # all variables that load() may read
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
-    "METRICS_PORT", "RAW_TCP_HOST",
+    "METRICS_PORT", "PAGES_DIR", "RAW_TCP_HOST",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
@@ -169,6 +170,8 @@ class Config:
     access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
+    pages_dir: str | None = None  # folder of the operator's own error pages
+    templates: Templates = field(default_factory=dict, compare=False, repr=False)  # in pages_dir
     env_file: str | None = field(default=None, compare=False)  # absolute; None: there is none
     # The variables as they were typed, a secret's file as its content. For comparing only.
     typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -318,6 +321,7 @@ def _complete(read: Variables) -> Config:
             "set it, or JWT_SECRET_FILE, to the output of: openssl rand -hex 32; or set AGENTS_FILE"
         )
     local_ca, cert_dir, acme = _certificates(read)
+    pages_dir, templates = _pages(read)
     config = Config(
         gateway_host=read.hostname("GATEWAY_HOST"),
         gateway_port=read.port("GATEWAY_PORT", 443),
@@ -359,6 +363,8 @@ def _complete(read: Variables) -> Config:
         access_log=_access_log(read),
         warnings=_secret_warnings(jwt_secret),
         secret_files=(),
+        pages_dir=pages_dir,
+        templates=templates,
     )
     _refuse_equal_ports(
         GATEWAY_PORT=config.gateway_port,
@@ -401,6 +407,29 @@ def _access_log(read: Variables) -> str:
             f"ACCESS_LOG is {text!r}, a folder; expected off, -, or the path of a file"
         )
     return text
+
+
+def _pages(read: Variables) -> tuple[str | None, Templates]:
+    """PAGES_DIR, and the templates in it."""
+    folder = read.path("PAGES_DIR")
+    if folder is None:
+        return None, NO_TEMPLATES
+    if not os.path.isdir(folder):
+        raise ConfigError(
+            f"PAGES_DIR is {folder!r}, expected a folder that exists, with pages such as "
+            "no-tunnel.html or 5xx.html"
+        )
+    try:
+        templates = own_pages.read(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"PAGES_DIR: cannot read {error.filename or folder} ({error.strerror}), expected pages "
+            "that can be read: check the permissions"
+        ) from None
+    except TemplateError as error:
+        raise ConfigError(f"PAGES_DIR, {folder}: {error}") from None
+    read.contents["PAGES_DIR"] = f"{folder} {[(n, t.text) for n, t in sorted(templates.items())]}"
+    return folder, templates
 
 
 def _http2(read: Variables) -> bool:

@@ -32,7 +32,7 @@ from .routes import Registry
 from .served import ServedFile
 from .visitors import dashboard, sites
 from .visitors.forwarded import Proxies
-from .visitors.port import HealthPort, Port, PublicPort, TcpPort, change_timeouts, drain
+from .visitors.port import HealthPort, Port, PublicPort, TcpPort, change_ports, drain
 from .visitors.room import Room, Timeouts
 from .visitors.visits import Subscriber
 from .visitors.waiting import WaitingRoom
@@ -70,7 +70,7 @@ class Gateway:
         self._certificates, self.keeper, ca_file = build_certification(
             config, self.own_names, self._registry, self._challenges
         )
-        self._proxies = Proxies(config.trusted_proxies)
+        self._proxies, self._templates = Proxies(config.trusted_proxies), config.templates
         self._waiting = WaitingRoom(self._registry, self._proxies, config.agent_timeout)
         self._ports = Ports(
             config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
@@ -216,6 +216,7 @@ class Gateway:
             "proxies": self._proxies,
             "timeouts": self._timeouts,
             "visits": self.recording.visits,
+            "templates": self._templates,
         }
         port = kind(room=room, **shared | rest)
         self._visitor_ports.append(port)
@@ -257,7 +258,7 @@ class Gateway:
         """Take over what can change: see reloading.py. Any thread."""
         self._drain_timeout = config.drain_timeout
         timeouts = (config.idle_timeout, config.response_timeout, config.stall_timeout)
-        change_timeouts(self._visitor_ports, *timeouts)
+        change_ports(self._visitor_ports, *timeouts, config.templates)
         self._newcomers.terms = config.terms
         self._credentials.change_shared(config.jwt_secret, config.jwt_secret_old, config.jwt_issuer)
 

@@ -21,6 +21,7 @@ class Visitor:
     scheme, sni, peer, authority, hostname = "https", APP, "192.0.2.1", f"{APP}:8443", APP
     idle_timeout = SOON
     owner = visit = None
+    templates = {}
     may_wait = False
 
     def __init__(self, method="GET", path="/", *fields, body=None, wants_upgrade=False, room=True):

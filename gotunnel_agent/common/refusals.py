@@ -26,18 +26,20 @@ class Refusal(NamedTuple):
 
 UNREACHABLE = Refusal(
     TARGET_UNREACHABLE, "target-unreachable",
-    "The service behind this address does not answer.",
+    "The server of this site does not answer. Try again in a few minutes.",
 )  # fmt: skip
 TIMED_OUT = Refusal(
     TARGET_TIMED_OUT, "target-timed-out",
-    "The service behind this address does not answer in time.",
+    "The server of this site does not answer in time. Try again in a few minutes.",
 )  # fmt: skip
 UNTRUSTED = Refusal(
     TARGET_UNTRUSTED, "target-untrusted",
-    "The service behind this address has a certificate that is not to be trusted.",
+    "The server of this site could not prove who it is, so nothing was sent to it. The people who "
+    "run the site have to mend that.",
 )  # fmt: skip
 MISCONFIGURED = Refusal(
     TARGET_MISCONFIGURED, "target-misconfigured",
-    "The service behind this address needs more than this gateway can do.",
+    "This site needs more than this gateway can do. The people who run it have to change its "
+    "settings.",
 )  # fmt: skip
 BY_CODE = {refusal.code: refusal for refusal in (UNREACHABLE, TIMED_OUT, UNTRUSTED, MISCONFIGURED)}

@@ -120,6 +120,8 @@ def examine(config: Config) -> Iterable[Finding]:
         yield look_at_name("TUNNEL_HOST", config.tunnel_host)
     yield from look_at_cache(config)
     yield look_at_access_log(config.access_log)
+    if config.pages_dir is not None:
+        yield look_at_pages(config.pages_dir, config.templates)
     yield look_at_status_socket(config.status_socket, config.acme_cache)
     yield from look_at_pairs(config.cert_dir)
     yield from look_at_own_names(config)
@@ -423,6 +425,15 @@ def look_at_access_log(path: str) -> Finding:
 
 def _open_what_is_there(path: str, flags: int) -> int:
     return os.open(path, flags & ~os.O_CREAT | os.O_NONBLOCK)  # a pipe's reader is not waited for
+
+
+def look_at_pages(folder: str, templates: Iterable[str]) -> Finding:
+    """Whose error pages those in PAGES_DIR are. They were read with the configuration."""
+    mode = os.stat(folder).st_mode
+    if mode & stat.S_IWOTH:
+        return Finding(WARN, "PAGES_DIR", f"{folder} has mode {stat.S_IMODE(mode):04o}: everybody "
+                       f"on this machine can put pages there; chmod o-w {folder}")  # fmt: skip
+    return Finding(OK, "PAGES_DIR", f"{folder}, pages in it: {some(sorted(templates)) or 'none'}")
 
 
 def look_at_status_socket(path: Path | None, cache: Path) -> Finding:

@@ -88,6 +88,8 @@ def _files(config: Config, env_file: str) -> Iterator[tuple[str, str]]:
         yield "AGENTS_FILE", os.path.abspath(config.agents_file)
     if config.cert_dir is not None:
         yield "CERT_DIR", os.path.abspath(config.cert_dir)
+    if config.pages_dir is not None:
+        yield "PAGES_DIR", config.pages_dir
     if config.acme is not None and config.acme.ca_file is not None:
         yield "ACME_CA_FILE", os.path.abspath(config.acme.ca_file)
     for file in map(os.path.abspath, config.secret_files):

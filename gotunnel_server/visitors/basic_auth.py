@@ -57,11 +57,13 @@ _BASIC = re.compile(r"basic +([A-Za-z0-9+/]+={0,2}) *", re.IGNORECASE | re.ASCII
 _ADMITTED = Allow(strip=("authorization",))
 _ASK = (("WWW-Authenticate", 'Basic realm="gotunnel", charset="UTF-8"'),)
 _NO_PASSWORD = refusal(
-    401, "password-required", "This page needs a user name and a password.", _ASK
+    401, "password-required", "This site needs a user name and a password.", _ASK
 )
-_WRONG_PASSWORD = refusal(401, "password-required", "The user name or the password is wrong.", _ASK)
+_WRONG_PASSWORD = refusal(
+    401, "password-required", "The user name or the password is wrong. Try again.", _ASK
+)
 _BUSY = refusal(
-    503, "gateway-busy", "Too many passwords are being checked at the moment. Try again in 1 s.",
+    503, "gateway-busy", "Too many visitors are logging in at the moment. Try again in a second.",
     (("Retry-After", "1"),),
 )  # fmt: skip
 

@@ -19,11 +19,11 @@ from gotunnel_agent.common.http1 import Malformed
 
 from ..net.shares import Shares
 from ..routes import Tunnel
-from . import pages, relays
+from . import own_pages, pages, relays
 from .forwarded import Proxies
 from .http1_server import Handler
 from .login import Owner
-from .pages import Page
+from .pages import Page, Templates
 from .request import AgentLost, Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
@@ -67,6 +67,7 @@ class Port(Protocol):
     waiting: WaitingRoom | None
     visits: Visits | None
     absent: Collection[str]
+    templates: Templates
 
     def is_draining(self) -> bool: ...
 
@@ -105,6 +106,7 @@ class HttpConnection(Stepwise):
         )
 
         self._handler.absent = port.absent
+        self._handler.templates = port.templates
 
     def _read_head(self) -> bool:
         handler, timeouts = self._handler, self._port.timeouts
@@ -212,12 +214,13 @@ class HttpConnection(Stepwise):
         self._port.exchanges.room.leave(self._visitor.address[0])
 
     def _refuse_late(self) -> bool:
-        text = "The request's head took too long to arrive. Try again."
+        text = "Your request took too long to arrive. Try again."
         return self._last_page(pages.error(408, "head-timeout", text))
 
     def _last_page(self, page: Page) -> bool:
         # A step must not wait. If the page does not fit, the visitor was not reading anyway.
         self._handler.stall_timeout = 0
+        self._handler.templates = own_pages.small(self._handler.templates)
         if self._visitor.visit is None:
             self._begin_visit()
         self._handler.describe_visit()

@@ -25,7 +25,7 @@ from ..routes import H2, AgentBusy
 from . import forwarded, login, pages, request_id
 from .forwarded import Proxies
 from .http1_target import Http1Target
-from .pages import RETRY, Page
+from .pages import LATER, RETRY, Page
 from .request import AgentLost, Request, Upgraded, VisitorGone
 from .sites import Forward
 from .target import Target, TargetFailed, Unprocessed
@@ -51,7 +51,9 @@ def send_page(request: Request, page: Page) -> None:
     """Answer with one of the gateway's own pages. Raises OSError."""
     if request.visit is not None:
         request.visit.error = request.visit.error or page.code
-    page = pages.suited(page, request.fields.all("accept"))
+    id_ = "" if request.visit is None else request.visit.request_id
+    dress = pages.Dress(request.templates, request.hostname, id_)
+    page = pages.suited(page, request.fields.all("accept"), dress)
     fields = [
         ("Content-Type", page.content_type),
         ("Cache-Control", "no-store"),
@@ -129,12 +131,12 @@ class Exchange:
         if isinstance(error, TargetFailed):
             return error
         if isinstance(error, AgentBusy):
-            text = f"{self._route.hostname} has reached a limit: {error}. {RETRY}"
-            return TargetFailed(503, "agent-limit", text)
+            text = f"{self._route.hostname} serves as many visitors as it may. {RETRY}"
+            return TargetFailed(503, "agent-limit", text, f"{error}.")
         if isinstance(error, Malformed):
-            text = "The service's answer is broken: it is not valid HTTP."
+            text = f"The site's answer is broken, and cannot be shown. {LATER}"
             return TargetFailed(502, "bad-answer", text, f"{error}.")
-        text = f"The service took no request at the moment. {RETRY}"
+        text = f"The site took no request at the moment. {RETRY}"
         return TargetFailed(502, "no-answer", text, f"{error}.")
 
     # Asking
@@ -192,7 +194,7 @@ class Exchange:
                 raise AgentLost(tunnel) from error
             raise self._agent_gone() from error
         except TimeoutError as error:
-            text = f"The agent of {route.hostname} accepts no more requests at the moment. {RETRY}"
+            text = f"{route.hostname} takes no more visitors at the moment. {RETRY}"
             raise TargetFailed(503, "agent-busy", text) from error
         target.carried_by(stream)
         self._holds_stream = True
@@ -207,7 +209,7 @@ class Exchange:
 
     def _speak_http2(self) -> Target:
         if self._request.wants_upgrade:
-            text = "This service speaks HTTP/2, over which the gateway passes no WebSocket on."
+            text = "This site has no WebSocket here: it speaks HTTP/2 to the gateway."
             raise TargetFailed(501, "no-upgrade", text)
         # Loaded when the first such target is asked, so that other gateways do not need h2.
         speak = import_module(f"{__package__}.http2_target").Http2Target
@@ -237,7 +239,7 @@ class Exchange:
                 raise TargetFailed(503, "gateway-busy", pages.BUSY) from error
         self._target.arrived = self._next(self._timeout)
         if not self._target.arrived:
-            text = "The service closed the connection without an answer."
+            text = f"The site closed the connection without an answer. {RETRY}"
             raise TargetFailed(502, "no-answer", text)
 
     def _head(self) -> list[tuple[str, str]]:
@@ -283,7 +285,7 @@ class Exchange:
             if upload is not None and upload.under_way:
                 began = monotonic()
             elif monotonic() - began >= timeout or upload is not None and upload.stuck:
-                raise TargetFailed(504, "timed-out", "The service did not answer in time.")
+                raise TargetFailed(504, "timed-out", f"The site did not answer in time. {LATER}")
 
     def _next(self, timeout: float | None) -> Any:
         """As _wait(), but a broken stream raises TargetFailed: the request is not sent again. Only
@@ -299,7 +301,7 @@ class Exchange:
             refusal = refusals.BY_CODE.get(getattr(error, "code", 0))
             if refusal is not None:
                 raise TargetFailed(502, refusal.word, refusal.text) from error
-            text = "The connection to the service broke before the answer was complete."
+            text = f"The connection to the site broke before its answer was complete. {RETRY}"
             raise TargetFailed(502, "cut-short", text, f"{error}.") from error
 
     def _check_upload(self) -> None:
@@ -313,14 +315,14 @@ class Exchange:
             raise VisitorGone
 
     def _too_slow(self, problem: TimeoutError) -> TargetFailed:
-        text = f"The request's body came too slowly: {problem}."
+        text = "What you sent came too slowly. Try again, by a better connection if there is one."
         if self._head_sent:  # too late for a page
-            log.info("%s %s: the answer is reset. %s",
-                     self._request.hostname, self._request.method, text)  # fmt: skip
-        return TargetFailed(408, "body-timeout", text)
+            log.info("%s %s: the answer is reset. The request's body came too slowly: %s.",
+                     self._request.hostname, self._request.method, problem)  # fmt: skip
+        return TargetFailed(408, "body-timeout", text, f"{problem}.")
 
     def _agent_gone(self) -> TargetFailed:
-        text = f"The connection to the agent of {self._route.hostname} was lost. {RETRY}"
+        text = f"The connection to {self._route.hostname} was lost. {RETRY}"
         return TargetFailed(502, "agent-gone", text)
 
     def _answer(self) -> None:
@@ -373,7 +375,7 @@ class Exchange:
     def _switch(self, response: Response) -> None:
         """The target has answered 101 (Switching Protocols, RFC 9110 §7.8)."""
         if not self._request.wants_upgrade:
-            text = "The service switched to another protocol, which the request did not ask for."
+            text = "The site's answer is broken: it changes to a protocol that was not asked for."
             raise TargetFailed(502, "bad-answer", text)
         self._await_upload()
         fields = self._fields(response, keep_upgrade=True)
@@ -392,7 +394,7 @@ class Exchange:
                 raise VisitorGone
         self._check_upload()
         if not self._upload.sent():
-            text = "The service switched to another protocol before it had read the whole request."
+            text = "The site's answer is broken: it changes its protocol within a request."
             raise TargetFailed(502, "bad-answer", text)
 
 

@@ -90,6 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = False
         self.may_wait = True  # as Request.may_wait
         self.absent: Collection[str] = ()  # as WaitingRoom.absent
+        self.templates = pages.NO_TEMPLATES  # as Request.templates
         self.current: Http1Request | None = None  # None while the next head is incomplete, too
         # For a visitor that reads slowly; made when a write has to wait for the first time.
         self._reader: Patience | None = None
@@ -248,6 +249,7 @@ class Http1Request:
         self.owner = handler.owner
         self.may_wait = handler.may_wait
         self.visit = handler.visit
+        self.templates = handler.templates
         self.peer: str = handler.client_address[0]
         self.idle_timeout = handler.idle_timeout
         self._handler = handler

@@ -6,6 +6,7 @@ from gotunnel import Stream
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Body, Malformed, Response
 
+from .pages import RETRY
 from .request import Request
 from .target import TargetFailed
 from .work import Work
@@ -86,7 +87,7 @@ class Http1Target:
             seen = len(data)
             more = self._next(self._timeout)
             if not more:
-                text = "The service closed the connection in the middle of its answer."
+                text = f"The site broke off in the middle of its answer. {RETRY}"
                 raise TargetFailed(502, "no-answer", text)
             data += more
         response = http1.parse_response(data[:end])

@@ -96,6 +96,7 @@ class Http2Request:
         self.scheme = connection.scheme
         self.sni = connection.visitor.sni
         self.visit = visit
+        self.templates = connection.port.templates
         self.peer: str = connection.visitor.address[0]
         self.has_body, self.body_length = head.has_body, head.body_length
         self.trailers: Iterable[tuple[str, str]] = ()

@@ -43,6 +43,7 @@ from gotunnel import START_WINDOW, Deadline, Stream
 from gotunnel_agent.common import http1
 from gotunnel_agent.common.http1 import Fields, Malformed, Response
 
+from .pages import RETRY
 from .request import Request
 from .target import TargetFailed, Unprocessed
 from .work import Work
@@ -425,7 +426,7 @@ class Http2Target:
     def read_head(self) -> Response:
         events = self.arrived or self._next(self._timeout)
         if not events:
-            text = "The service closed the connection in the middle of its answer."
+            text = f"The site broke off in the middle of its answer. {RETRY}"
             raise TargetFailed(502, "no-answer", text)
         event, self.arrived = events[0], events[1:]
         if not isinstance(event, (InformationalResponseReceived, ResponseReceived)):
@@ -476,7 +477,7 @@ class Http2Target:
             credit = 0
             self.arrived = self._next(None)
             if not self.arrived:
-                text = "The service closed the connection in the middle of its answer."
+                text = f"The site broke off in the middle of its answer. {RETRY}"
                 raise TargetFailed(502, "cut-short", text)
         self._grant(credit)
         with self._changed:

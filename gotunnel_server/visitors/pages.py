@@ -1,13 +1,18 @@
 """The gateway's own pages: errors, redirects, and the page under its own name. Values, no I/O.
 
 Every error page has a code word in ``X-Gotunnel-Error``, so that people and programs can tell it
-from an answer of the target. A visitor whose ``Accept`` prefers JSON gets the error as JSON. The
-texts are for visitors: what happened, and what the visitor can do.
+from an answer of the target. The texts are for visitors: what happened, and what the visitor can
+do. Only the code is for programs, and for people that run the site or the gateway.
+
+An error gets its body when it is sent (suited()): as JSON, if the visitor's ``Accept`` prefers
+that, else as HTML by a template, which the operator may replace (own_pages.py).
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from html import escape
 from http import HTTPStatus
 from typing import NamedTuple
@@ -18,29 +23,76 @@ CODE_FIELD = "X-Gotunnel-Error"
 OURS = frozenset({CODE_FIELD.lower()})
 
 RETRY = "Try again in a few seconds."
-BUSY = f"This gateway has no room for another request at the moment. {RETRY}"
+LATER = "Try again in a few minutes."
+BUSY = f"Too many visitors are here at the moment. {RETRY}"
 MALFORMED = "This request cannot be served: {}."  # of an http1.Malformed
 
+NO_TUNNEL = "no-tunnel"  # the code of no_tunnel()
+
+# The headings of the errors, by code.
+TITLES = {
+    "agent-busy": "This site is busy",
+    "agent-gone": "This site has just gone offline",
+    "agent-limit": "This site is busy",
+    "bad-answer": "This site has a problem",
+    "body-timeout": "That took too long",
+    "cut-short": "This site broke off",
+    "gateway-busy": "Too many visitors",
+    "head-timeout": "That took too long",
+    "malformed-request": "This request cannot be served",
+    "misdirected": "Wrong connection",
+    "no-answer": "This site does not answer",
+    "no-page": "There is no such page",
+    "no-proof": "There is no such page",
+    "no-tls": "Only with encryption",
+    NO_TUNNEL: "This site is offline",
+    "no-upgrade": "This does not work here",
+    "not-allowed": "No access from here",
+    "not-get": "This does not work here",
+    "not-http": "This is not a website",
+    "not-tcp": "This is a website",
+    "password-required": "A password is needed",
+    "target-misconfigured": "This site is not set up yet",
+    "target-timed-out": "This site does not answer",
+    "target-unreachable": "This site is offline",
+    "target-untrusted": "This site cannot be reached safely",
+    "timed-out": "This site takes too long",
+    "too-many-requests": "Too many requests",
+    "wrong-host": "Wrong address",
+    "wrong-method": "This does not work here",
+    "wrong-port": "Wrong port",
+}
+
+# The colours of each pair have a contrast of 4.5 or more in both schemes (WCAG 2.2, 1.4.3 "AA").
 _FRAME = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
+<link rel="icon" href="data:,">
 <style>
-  body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 36em; margin: 15vh auto;
-         padding: 0 1.5em; color: #223; background: #fafafc }}
-  h1 {{ font-size: 1.5em; font-weight: 600 }}
-  p.small {{ color: #778; font-size: .85em }}
-  @media (prefers-color-scheme: dark) {{ body {{ color: #dde; background: #16181d }} }}
+  :root {{ color-scheme: light dark; --back: #fafafc; --text: #22262e; --quiet: #5b6270;
+          --line: #d9dce3; --link: #0b57c2 }}
+  @media (prefers-color-scheme: dark) {{
+    :root {{ --back: #15171c; --text: #e4e7ee; --quiet: #9ba3b2; --line: #333843;
+            --link: #8fb8ff }} }}
+  body {{ margin: 0; padding: 18vh 1.5rem 3rem; background: var(--back); color: var(--text);
+         font: 1.0625rem/1.6 system-ui, sans-serif }}
+  main {{ max-width: 34rem; margin: 0 auto; overflow-wrap: anywhere }}
+  h1 {{ margin: 0 0 .75rem; font-size: 1.75rem; line-height: 1.25; font-weight: 600;
+       text-wrap: balance }}
+  p {{ margin: 0 }}
+  a {{ color: var(--link) }}
+  footer {{ margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line);
+           color: var(--quiet); font-size: .875rem }}
 </style>
+<main>
 <h1>{title}</h1>
 <p>{text}</p>
-<p class="small">{footer}</p>
+<footer>{footer}</footer>
+</main>
 </html>
 """
-
-
-NO_TUNNEL = "no-tunnel"  # the code of no_tunnel()
 
 HTML, JSON = "text/html", "application/json"
 
@@ -49,16 +101,69 @@ _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 Pairs = tuple[tuple[str, str], ...]  # fields of a message, as (name, value)
 
+# What may stand in {{...}} of a template.
+PLACEHOLDERS = ("title", "message", "status", "reason", "code", "hostname", "request_id", "details")
+_PLACEHOLDER = re.compile(r"\{\{\s*([^{}]{0,60}?)\s*\}\}")
+ANY = "error"  # the name of the template for all errors that have none of their own
+
+
+class TemplateError(ValueError):
+    """A template cannot be used; the text is one clause: what came, what was expected."""
+
+
+class Template:
+    """A page with {{placeholders}}."""
+
+    def __init__(self, text: str):
+        """Raises TemplateError if it names a placeholder that there is not."""
+        self.text = text
+        parts = _PLACEHOLDER.split(text)
+        self._names = parts[1::2]
+        self._literals = [part.encode() for part in parts[::2]]
+        self.size = sum(map(len, self._literals))  # bytes, without what is filled in
+        for name in self._names:
+            if name not in PLACEHOLDERS:
+                near = get_close_matches(name, PLACEHOLDERS, n=1)
+                hint = f"did you mean {{{{{near[0]}}}}}?" if near else (
+                    f"expected one of {', '.join(PLACEHOLDERS)}")  # fmt: skip
+                raise TemplateError(f"there is no placeholder {{{{{ascii(name)[1:-1]}}}}}, {hint}")
+
+    def fill(self, values: Mapping[str, str]) -> bytes:
+        """The page; ``values`` are plain text, by placeholder."""
+        pieces = self._literals[:1]
+        for name, literal in zip(self._names, self._literals[1:]):
+            pieces += escape(values[name]).encode(), literal
+        return b"".join(pieces)
+
+
+Templates = Mapping[str, Template]  # by name: see names_for()
+
+BUILT_IN = Template(_FRAME.format(title="{{title}}", text="{{message}}", footer="{{details}}"))
+NO_TEMPLATES: Templates = {}
+
+
+def names_for(code: str, status: int) -> Iterable[str]:
+    """The names of the templates that fit an error, the best one first: no-tunnel, 502, 5xx."""
+    return code, str(status), f"{status // 100}xx", ANY
+
+
+class Dress(NamedTuple):
+    """What the page for a request is made with, beside the error."""
+
+    templates: Templates = NO_TEMPLATES
+    hostname: str = ""  # "" if the request names none
+    request_id: str = ""  # "" if it has none
+
 
 class Page(NamedTuple):
-    """A complete answer. ``fields`` are those beside Content-Type. ``as_json`` is the body for
-    visitors that prefer JSON, None if there is no JSON form."""
+    """An answer. ``fields`` are those beside Content-Type. That of an error has no body until
+    suited() makes it, of the text ``message``."""
 
     status: int
     body: bytes
     content_type: str = f"{HTML}; charset=utf-8"
     fields: Pairs = ()
-    as_json: bytes | None = None
+    message: str = ""
 
     @property
     def code(self) -> str:
@@ -68,22 +173,40 @@ class Page(NamedTuple):
 
 def error(status: int, code: str, text: str, fields: Pairs = ()) -> Page:
     """An error page: ``text``, plain text, for people, and the word ``code`` for programs.
-    ``fields`` are added to the answer.
+    ``fields`` are added to the answer."""
+    return Page(int(status), b"", fields=((CODE_FIELD, code), *fields), message=text)
 
-    The JSON form is an object with "error" (the code word), "message" (the text) and "status".
+
+def suited(page: Page, accept: Sequence[str], dress: Dress = Dress()) -> Page:
+    """The page in the form that the visitor prefers. ``accept``: values of its Accept fields.
+
+    The JSON form of an error is an object with "error" (the code word), "message" (the text) and
+    "status".
     """
-    title = f"{int(status)} {HTTPStatus(status).phrase}"
-    body = _FRAME.format(title=title, text=escape(text), footer=f"gotunnel: {code}")
-    as_json = json.dumps({"error": code, "message": text, "status": int(status)}) + "\n"
-    fields = ((CODE_FIELD, code), *fields)
-    return Page(status, body.encode(), fields=fields, as_json=as_json.encode())
-
-
-def suited(page: Page, accept: Sequence[str]) -> Page:
-    """The page in the form that the visitor prefers. ``accept``: values of its Accept fields."""
-    if page.as_json is None or _preference(accept, JSON) <= _preference(accept, HTML):
+    code = page.code
+    if not code:
         return page
-    return page._replace(body=page.as_json, content_type=JSON)
+    if _preference(accept, JSON) > _preference(accept, HTML):
+        told = {"error": code, "message": page.message, "status": page.status}
+        return page._replace(body=f"{json.dumps(told)}\n".encode(), content_type=JSON)
+    template = BUILT_IN
+    if dress.templates:
+        names = names_for(code, page.status)
+        template = next((dress.templates[n] for n in names if n in dress.templates), BUILT_IN)
+    reason = HTTPStatus(page.status).phrase
+    values = {
+        "title": TITLES.get(code, reason),
+        "message": page.message,
+        "status": str(page.status),
+        "reason": reason,
+        "code": code,
+        "hostname": dress.hostname,
+        "request_id": dress.request_id,
+        "details": " \u00b7 ".join(
+            part for part in (f"{page.status} {code}", dress.hostname, dress.request_id) if part
+        ),
+    }
+    return page._replace(body=template.fill(values))
 
 
 def _preference(accept: Sequence[str], media_type: str) -> tuple[float, int]:
@@ -104,8 +227,10 @@ def _preference(accept: Sequence[str], media_type: str) -> tuple[float, int]:
 
 def landing(hostname: str) -> Page:
     """The page under the gateway's own name."""
-    text = f"This is the gateway {escape(hostname)}. The services behind it have other hostnames."
-    return Page(200, _FRAME.format(title="gotunnel", text=text, footer="It works.").encode())
+    text = (
+        f"This is the gateway {escape(hostname)}. The sites behind it have addresses of their own."
+    )
+    return Page(200, _FRAME.format(title="It works", text=text, footer="gotunnel").encode())
 
 
 def moved(url: str, method: str) -> Page:
@@ -113,11 +238,23 @@ def moved(url: str, method: str) -> Page:
     method and body (RFC 9110 §15.4.9)."""
     status = HTTPStatus(301 if method in ("GET", "HEAD") else 308)
     link = f'<a href="{escape(url)}">{escape(url)}</a>'
-    title = f"{int(status)} {status.phrase}"
-    body = _FRAME.format(title=title, text=f"This page has moved to {link}.", footer="gotunnel")
+    text = f"This page has moved to {link}."
+    body = _FRAME.format(title=status.phrase, text=text, footer=f"{int(status)}")
     return Page(int(status), body.encode(), fields=(("Location", url),))
 
 
 def no_tunnel(hostname: str) -> Page:
-    text = f"No service is connected for {hostname} at the moment. Check the name, or try later."
+    text = f"{hostname} is not connected at the moment. Check the address, or try again later."
     return error(502, "no-tunnel", text)
+
+
+def in_words(seconds: float) -> str:
+    """A time for a visitor to wait, rounded up: "1 second", "3 minutes", "2 hours"."""
+    for unit, length in (("hour", 3600), ("minute", 60)):
+        if seconds > 1.5 * length:
+            return _counted(math.ceil(seconds / length), unit)
+    return _counted(max(1, math.ceil(seconds)), "second")
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"

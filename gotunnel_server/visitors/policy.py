@@ -181,7 +181,7 @@ class Place:
         ip, deny, allow = caller.ip, self._deny, self._allow
         if ip is None or deny and ip in deny or allow and ip not in allow:
             source = caller.address[:MOST_SHOWN] or "hidden addresses"
-            return refusal(403, "not-allowed", f"Visitors from {source} are not allowed here.")
+            return refusal(403, "not-allowed", f"Visitors from {source} are not let in here.")
         return WELCOME
 
 
@@ -222,7 +222,7 @@ class Rates:
                     total.take(None, now)
                 return WELCOME
         source = "your address" if wait else "all visitors together"
-        return too_many(f"Too many requests from {source}", max(wait, total_wait))
+        return too_many(f"Too many requests came from {source}", max(wait, total_wait))
 
 
 # --- The wire ------------------------------------------------------------------------------------

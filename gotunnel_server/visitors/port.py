@@ -23,6 +23,7 @@ from ..routes import Registry, Route
 from .arrival import SILENCE, Arrival, Challenges, PlainArrival
 from .connection import HttpConnection
 from .forwarded import Proxies
+from .pages import NO_TEMPLATES, Templates
 from .postgres import CancelKeys
 from .room import Room, Timeouts
 from .sites import Site
@@ -54,10 +55,11 @@ class Port:
         timeouts: Timeouts,
         visits: Visits | None = None,
         waiting: WaitingRoom | None = None,
+        templates: Templates = NO_TEMPLATES,
     ):
         """``site``: see Handler. Several ports may share a ``room``. ``proxies``: the addresses
         that stand for many visitors each. ``visits``: None if none are recorded. ``waiting``: None
-        if no visit waits for its agent."""
+        if no visit waits for its agent. ``templates``: of the operator's own error pages."""
         self.site = site
         self.room = room
         self.exchanges, self.relays, self.parting = room.exchanges, room.relays, room.parting
@@ -65,6 +67,7 @@ class Port:
         self.proxies = proxies
         self.timeouts = timeouts
         self.visits = visits
+        self.templates = templates
         self.waiting = waiting
         self.absent: Collection[str] = () if waiting is None else waiting.absent
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
@@ -140,9 +143,12 @@ class Port:
         self.exchanges.stop(timeout)
 
 
-def change_timeouts(ports: Sequence[Port], idle: float, response: float, stall: float) -> None:
-    """Give the ports other timeouts, for connections from now on."""
+def change_ports(
+    ports: Sequence[Port], idle: float, response: float, stall: float, templates: Templates
+) -> None:
+    """Give the ports other timeouts and error pages, for connections from now on."""
     for port in ports:
+        port.templates = templates
         if port.drains:
             port.timeouts = port.timeouts._replace(idle=idle, response=response, stall=stall)
 

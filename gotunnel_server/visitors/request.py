@@ -13,6 +13,7 @@ from gotunnel_agent.common.http1 import Fields
 
 from ..routes import Route, Tunnel
 from .login import Owner
+from .pages import Templates
 from .visit import Visit
 
 # Bytes a second, on average over IDLE_TIMEOUT or STALL_TIMEOUT, that a visitor must send of a body
@@ -70,6 +71,7 @@ class Request(Protocol):
     sni: str | None  # the hostname in the ClientHello, None without one
     owner: Owner | None  # see login.py; None if the connection serves several visitors (a proxy)
     visit: Visit | None  # its record; None if visits are not recorded
+    templates: Templates  # of the operator's own error pages
     peer: str  # IP address of the other end of the connection
     wants_upgrade: bool  # to a protocol in its Upgrade field
     has_body: bool

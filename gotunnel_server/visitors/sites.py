@@ -53,7 +53,7 @@ def choose_site(
             return connect(request)
         if sni is not None and hostname != sni:
             # The visitor has checked the certificate of another name (RFC 9110 §15.5.20).
-            text = f"This connection was opened for {sni}, not for {hostname}. Open another one."
+            text = f"This connection was opened for {sni}, not for {hostname}. Load the page again."
             return pages.error(421, "misdirected", text)
         if is_connect:
             return connect(request)
@@ -63,7 +63,7 @@ def choose_site(
         if route is None:
             return pages.no_tunnel(hostname)
         if route.mode != "http":
-            text = f"{hostname} is not a website. Connect to it by TLS, with its name as SNI."
+            text = f"{hostname} is for other programs than browsers. Connect to it by TLS, by name."
             return pages.error(421, "not-http", text)
         return Forward(route) if route.policy is None else judge(request, route, route.policy)
 
@@ -84,7 +84,9 @@ def choose_site(
         if route is None:
             return pages.no_tunnel(hostname)
         if route.mode != "tcp":
-            text = f"{hostname} is a website. CONNECT is for hostnames in tcp mode."
+            text = (
+                f"{hostname} is a website, and CONNECT is for other services. Open it in a browser."
+            )
             return pages.error(403, "not-tcp", text)
         port = request.authority.rpartition(":")[2]
         ports = (route.target_port, route.port, public_port())
@@ -132,7 +134,8 @@ def choose_redirect(
         if route is None and hostname != gateway_host:
             return pages.no_tunnel(hostname)
         if route is not None and route.mode != "http":
-            return pages.error(421, "not-http", f"{hostname} is not a website.")
+            text = f"{hostname} is for other programs than browsers."
+            return pages.error(421, "not-http", text)
         if public_port is None:
             host = request.authority
         else:

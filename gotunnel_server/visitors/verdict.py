@@ -60,5 +60,5 @@ def too_many(what: str, wait: float) -> Answer:
     """An Answer with status 429. ``what`` is a sentence without its full stop; ``wait``: seconds
     until another visit may be allowed."""
     seconds = max(1, math.ceil(wait))
-    text = f"{what}. Try again in {seconds} s."
+    text = f"{what}. Try again in {pages.in_words(seconds)}."
     return refusal(429, "too-many-requests", text, (("Retry-After", str(seconds)),))

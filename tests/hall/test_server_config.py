@@ -994,6 +994,7 @@ def test_example_explains_every_variable():
         "WARNINGS",
         "SECRET_FILES",
         "ENV_FILE",
+        "TEMPLATES",
         "TYPED",
     }
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}

@@ -35,7 +35,8 @@ def test_http1_implements_the_whole_interface():
     """Attributes, and methods with as many parameters."""
     blank = Http1Request.__new__(Http1Request)
     # By its __init__(), of its handler.
-    made_later = {"scheme", "sni", "owner", "peer", "idle_timeout", "visit", "may_wait"}
+    made_later = {"scheme", "sni", "owner", "peer", "idle_timeout", "visit", "may_wait",
+                  "templates"}  # fmt: skip
     for name in Request.__annotations__.keys() - made_later - {"body_complete"}:
         assert hasattr(blank, name), name
     assert isinstance(Http1Request.body_complete, property)

@@ -666,7 +666,7 @@ def test_words_of_a_target_that_speaks_no_http_are_for_the_log_alone(gateway, or
         target.send(b"220 mail.internal.example ESMTP\r\n\r\n")
         head, page = visitor.read_message()
     assert error_of(head) == (502, "bad-answer")
-    assert b"mail.internal" not in head + page and b"The service&#x27;s answer is broken" in page
+    assert b"mail.internal" not in head + page and b"The site&#x27;s answer is broken" in page
     assert "mail.internal.example ESMTP" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -13,12 +14,18 @@ from support import (
     agent_here,
     agent_process,
     answer,
+    gateway_environment,
     gateway_here,
     request,
+    reserved_port,
     status_of,
 )
 
-from gotunnel_server.visitors import pages
+from gotunnel_agent.common import refusals
+from gotunnel_server.config import load
+from gotunnel_server.reloading import Reloading
+from gotunnel_server.variables import ConfigError
+from gotunnel_server.visitors import own_pages, pages
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -85,8 +92,166 @@ def test_error_has_further_fields_in_either_form():
 
 
 def test_text_of_a_page_is_no_markup():
-    page = pages.error(400, "code", "<script>alert('x')</script>")
+    page = pages.suited(pages.error(400, "code", "<script>alert('x')</script>"), [])
     assert b"<script>" not in page.body and b"&lt;script&gt;" in page.body
+
+
+def test_page_is_for_people_and_names_what_the_people_who_run_the_site_need():
+    dress = pages.Dress({}, APP, "an-id")
+    body = pages.suited(pages.no_tunnel(APP), [BROWSER], dress).body.decode()
+    assert "<title>This site is offline</title>" in body and "<h1>This site is offline</h1>" in body
+    assert f"<p>{APP} is not connected at the moment. Check the address, or try again" in body
+    assert f"<footer>502 no-tunnel \u00b7 {APP} \u00b7 an-id</footer>" in body
+    assert "<footer>502 no-tunnel</footer>" in pages.suited(pages.no_tunnel(APP), []).body.decode()
+
+
+JARGON = re.compile(
+    r"agent|tunnel(?!\.)|target|upstream|service behind|stream|header", re.IGNORECASE
+)
+
+
+@pytest.mark.parametrize("text", [
+    *pages.TITLES.values(), *(refusal.text for refusal in refusals.BY_CODE.values()),
+    pages.no_tunnel("app.example.com").message, pages.BUSY,
+])  # fmt: skip
+def test_words_are_those_of_visitors(text):
+    assert not JARGON.search(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "1 second"), (0.2, "1 second"), (1, "1 second"), (1.2, "2 seconds"),
+        (90, "90 seconds"), (90.5, "2 minutes"), (121, "3 minutes"), (3600, "60 minutes"),
+        (5401, "2 hours"), (86_400, "24 hours"),
+    ],
+)  # fmt: skip
+def test_times_are_in_words_and_long_ones_in_minutes(seconds, words):
+    assert pages.in_words(seconds) == words
+
+
+# Colours -----------------------------------------------------------------------------------------
+
+
+def luminance(colour):
+    """WCAG 2.2, "relative luminance"."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(one, other):
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_contrast_is_computed_as_wcag_does():
+    assert round(contrast("#000000", "#ffffff"), 2) == 21
+    assert round(contrast("#777777", "#ffffff"), 2) == 4.48
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_in_both_colour_schemes(scheme):
+    page = pages.landing(GATEWAY_HOST).body.decode()
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    sets = [dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", part)) for part in style.split("@media")]
+    assert "prefers-color-scheme: dark" in style and "color-scheme: light dark" in style
+    colours = sets[0] if scheme == "light" else sets[1]
+    assert set(colours) == {"back", "text", "quiet", "line", "link"}
+    used = set(re.findall(r"[^-]color: var\(--([a-z]+)\)", style))
+    assert used == {"text", "quiet", "link"}
+    for name in used:
+        assert contrast(colours[name], colours["back"]) >= 4.5, name
+    # And no colour is written anywhere else.
+    assert len(re.findall("#[0-9a-f]{3,6}", style)) == 10
+
+
+# The operator's own ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    return folder
+
+
+def test_placeholders_are_filled_in_as_text(folder):
+    names = " ".join(f"{{{{{name}}}}}" for name in pages.PLACEHOLDERS)
+    (folder / "error.html").write_text(f"<p>\xe9 {names} {{{{ code }}}} {{a}} }}}}", "utf-8")
+    dress = pages.Dress(own_pages.read(str(folder)), "<h>", "id")
+    page = pages.suited(pages.error(400, "malformed-request", "<b> & 'q'"), [], dress)
+    assert page.body.decode() == (
+        "<p>\xe9 This request cannot be served &lt;b&gt; &amp; &#x27;q&#x27; 400 Bad Request "
+        "malformed-request &lt;h&gt; id 400 malformed-request \u00b7 &lt;h&gt; \u00b7 id "
+        "malformed-request {a} }}"
+    )
+    assert page.content_type == "text/html; charset=utf-8"
+
+
+def test_template_that_fits_best_is_taken_and_json_stays(folder):
+    for name in ("no-tunnel", "502", "5xx", "421"):
+        (folder / f"{name}.html").write_text(f"own {name}")
+    (folder / "notes.txt").write_text("no page")
+    (folder / ".hidden.html").write_text("no page")
+    dress = pages.Dress(own_pages.read(str(folder)))
+
+    def body(status, code, accept=BROWSER):
+        return pages.suited(pages.error(status, code, "Text."), [accept], dress).body
+
+    assert body(502, "no-tunnel") == b"own no-tunnel"
+    assert body(502, "agent-gone") == b"own 502"
+    assert body(503, "gateway-busy") == b"own 5xx"
+    assert body(421, "misdirected") == b"own 421"
+    assert b"<h1>No access from here</h1>" in body(403, "not-allowed")
+    assert json.loads(body(502, "no-tunnel", "application/json"))["message"] == "Text."
+    (folder / "error.html").write_text("own any")
+    dress = pages.Dress(own_pages.read(str(folder)))
+    assert body(403, "not-allowed") == b"own any"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (
+            "no-tunel.html",
+            b"x",
+            "no-tunel.html is the page of no error, did you mean no-tunnel.htm",
+        ),
+        ("index.html", b"x", "index.html is the page of no error, expected a code such as no-tun"),
+        ("200.html", b"x", "200.html is the page of no error"),
+        ("502.html", b"{{host}}", "502.html: there is no placeholder {{host}}, did you mean {{ho"),
+        (
+            "502.html",
+            b"{{ \xc3\xa9 }}",
+            "502.html: there is no placeholder {{\\xe9}}, expected one",
+        ),
+        ("502.html", b"", "502.html: it is empty"),
+        ("502.html", b"\xff", "502.html: it is not UTF-8"),
+        ("502.html", b"x" * 65537, "502.html: it is too long, expected at most 65536 bytes"),
+    ],
+)
+def test_template_that_cannot_be_used_is_one_clear_line(folder, name, content, expected):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(os.devnull, gateway_environment(folder, PAGES_DIR=str(folder)))
+    line = str(caught.value)
+    assert line.startswith(f"PAGES_DIR, {folder}: {expected}") and "\n" not in line
+    assert caught.value.variables[0] == "PAGES_DIR"
+
+
+def test_folder_of_pages_that_is_none_is_refused(folder):
+    with pytest.raises(ConfigError, match="PAGES_DIR is '.*/none', expected a folder that exists"):
+        load(os.devnull, gateway_environment(folder, PAGES_DIR=str(folder / "none")))
+    os.mkdir(folder / "502.html")
+    with pytest.raises(ConfigError, match="PAGES_DIR: cannot read .*/502.html .Is a directory"):
+        load(os.devnull, gateway_environment(folder, PAGES_DIR=str(folder)))
+
+
+def test_large_template_is_not_for_those_that_must_not_wait(folder):
+    (folder / "503.html").write_text("x" * 16_385)
+    (folder / "502.html").write_text("x" * 16_384)
+    assert list(own_pages.small(own_pages.read(str(folder)))) == ["502"]
 
 
 def test_landing_page_has_no_other_form():
@@ -211,6 +376,52 @@ def test_target_that_breaks_off_is_told_from_one_that_says_nothing(cache, tmp_pa
                     assert said(visitor.read_message()[0])[:2] == expected
 
 
+@pytest.mark.parametrize("form", [pages.HTML, pages.JSON])
+@pytest.mark.parametrize("sent", [
+    request(), request("POST", "/", body=b"abc" * 50_000),
+    request("GET", "/", "Connection: upgrade", "Upgrade: websocket"),
+], ids=["get", "post", "upgrade"])  # fmt: skip
+def test_target_that_is_away_gets_the_gateways_page_in_the_form_that_is_wanted(
+    cache, tmp_path, form, sent
+):
+    with gateway_here(cache) as gateway, reserved_port() as nobody:
+        with agent_here(gateway, tmp_path, http={APP: nobody}):
+            sent = sent.replace(b"\r\nHost:", f"\r\nAccept: {form}\r\nHost:".encode())
+            head, body = ask(gateway, sent)
+    assert said(head)[:2] == (502, "target-unreachable")
+    if form == pages.JSON:
+        assert json.loads(body)["error"] == "target-unreachable"
+    else:
+        assert b"<h1>This site is offline</h1>" in body and APP.encode() in body
+
+
+def test_pages_of_the_operator_are_served_and_read_again(cache, folder):
+    template = folder / "no-tunnel.html"
+    template.write_text("{{hostname}}: closed <script>{{message}}</script>")
+    environment = gateway_environment(cache, PAGES_DIR=str(folder))
+    with gateway_here(cache, PAGES_DIR=str(folder)) as gateway:
+        gateway.inner.keeper.want([APP])
+        config = load(os.devnull, environment)
+        reloading = Reloading(gateway.inner, config, os.devnull, environment)
+        _, body = ask(gateway, request())
+        assert body.startswith(f"{APP}: closed <script>{APP} is not connected".encode())
+        template.write_text("{{oops}}")  # the old one stays
+        reloading.run()
+        assert ask(gateway, request())[1].startswith(f"{APP}: closed".encode())
+        template.write_text("{{hostname}}: for ever")
+        reloading.run()
+        assert ask(gateway, request())[1] == f"{APP}: for ever".encode()
+        head, body = ask(gateway, request("GET", "/" + "x" * 8192))
+        assert said(head)[1] == MALFORMED and body.startswith(b"<!doctype html>")
+
+
+def test_page_names_the_request_by_its_id(cache, tmp_path):
+    with gateway_here(cache, ACCESS_LOG=str(tmp_path / "log")) as gateway:
+        gateway.inner.keeper.want([APP])
+        _, body = ask(gateway, request())
+    assert re.search(rb"<footer>502 no-tunnel \xc2\xb7 app.localhost \xc2\xb7 [0-9a-f]{32}<", body)
+
+
 # The table of codes ------------------------------------------------------------------------------
 
 # How the source makes a page with a code: the names of the functions, by whose first two arguments.
@@ -247,6 +458,10 @@ def codes_of_the_docs():
         for status in statuses.split(", ")
         for code in re.findall(r"[a-z-]+", codes)
     }
+
+
+def test_every_code_has_a_heading():
+    assert {code for _, code in codes_of_the_source()} == set(pages.TITLES)
 
 
 def test_the_docs_list_every_code_and_no_other():

@@ -324,7 +324,7 @@ def test_visitor_learns_when_to_come_again():
     denial = judged.judge_request(HOME, None)
     assert outcome(denial) == TOO_MANY
     assert fields(denial) == (("Retry-After", "4"),)
-    assert "Try again in 4 s." in denial.reason
+    assert "Try again in 4 seconds." in denial.reason
     assert comes_in(judged.judge_request(ABROAD, None))
     clock.now += 4
     assert comes_in(judged.judge_request(HOME, None))
