@@ -26,8 +26,6 @@ import logging
 import math
 import random
 import secrets
-import socket
-import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +45,6 @@ from gotunnel import (
     REASONS,
     REFUSALS,
     REPLACED,
-    SPEAKS_HTTP,
     START_WINDOW,
     UPGRADES,
     Ack,
@@ -70,6 +67,7 @@ from gotunnel import (
     spawn,
 )
 
+from . import trouble
 from .common.duplex import Duplex, Observer
 from .common.one_line import on_one_line, some, words_and_link
 from .common.process import Stopped, Workers
@@ -78,7 +76,7 @@ from .connect import GivenUp, addresses_of, connect
 from .follow import Follower
 from .plan import Plan, changes, needs_session
 from .target import Route, Targets, serve
-from .trust import NO_TLS
+from .trust import begin_tls
 
 log = logging.getLogger("gotunnel.agent")
 
@@ -99,12 +97,6 @@ REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator
 # A session that lasted this many seconds before the gateway asked for a new one is followed by a
 # dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
 MOVED = 1
-# OpenSSL's numbers (x509_vfy.h) for a certificate of an unknown CA: self-signed, itself or in its
-# chain; issuer not found, of the last certificate or of the first.
-UNKNOWN_CA = (18, 19, 20, 21)
-OTHER_NAME = (62, 64)  # likewise, for a certificate of another hostname or IP address
-UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
-RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
 # Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
@@ -338,6 +330,7 @@ class Agent:
                     self.change(other)
                     continue
                 problem = f"the gateway refused: {on_one_line(str(error))}"
+                problem += trouble.of_refusal(str(error), plan.config)
                 least = REFUSED_DELAY
                 if str(error).startswith(TAKEN):
                     problem += "; another agent serves the hostname, and this one keeps trying"
@@ -351,7 +344,7 @@ class Agent:
             except ConnectionRefusedError as error:
                 problem, most = dial_problem(error), RESTART_DELAY
             except OSError as error:
-                problem = dial_problem(error)
+                problem = dial_problem(error, plan.config, served=service is not None)
                 if self._service is not None and self._service.asked:
                     # The gateway restarts. Its port may go on listening (systemd's sockets) while
                     # it drains, so the dial is late rather than refused.
@@ -553,8 +546,7 @@ class Agent:
                 self._unaccepted = duplex
             if self._stopping.is_set():  # stop() may have run before it could see this connection
                 raise GivenUp("the agent stops")
-            duplex.start_tls(plan.context, server_side=False, server_hostname=host)
-            duplex.handshake_within(DIAL_TIMEOUT)
+            begin_tls(duplex, plan.context, host, DIAL_TIMEOUT)
         except BaseException:
             duplex.close()
             raise
@@ -700,40 +692,9 @@ def _expect_ack(message: Message) -> Ack:
     return message
 
 
-def dial_problem(error: OSError) -> str:
-    """Why a dial has failed, in words, with advice."""
-    if isinstance(error, ConnectionRefusedError):
-        return "connection refused: no program listens there"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return _distrust(error)
-    return _problem(error)
-
-
-def _distrust(error: ssl.SSLCertVerificationError) -> str:
-    """Why the gateway's certificate does not count, with advice."""
-    text = f"its certificate is not to be trusted: {error.verify_message.rstrip('.')}"
-    if error.verify_code in UNKNOWN_CA:
-        text += "; if it has a CA of its own, ca_file has to name that"
-    elif error.verify_code in OTHER_NAME:
-        text += "; tunnel_addr has to name the gateway's TUNNEL_HOST"
-    return text
-
-
-def _problem(error: OSError) -> str:
-    """An OSError in words, with advice if tunnel_addr is probably wrong."""
-    if isinstance(error, socket.gaierror):
-        return f"no address was found ({error.strerror}); check the name in tunnel_addr, and DNS"
-    if getattr(error, "reason", None) == UNKNOWN_NAME:
-        return (
-            "the gateway there knows no such hostname; tunnel_addr has to name the gateway's "
-            "TUNNEL_HOST"
-        )
-    if getattr(error, "reason", None) in NO_TLS:
-        return f"the program there does not speak TLS; {RIGHT_PORT}"
-    text = error.strerror or str(error)
-    if SPEAKS_HTTP in text:
-        return f"the program there speaks HTTP, so this may be the port for visitors; {RIGHT_PORT}"
-    return text
+def dial_problem(error: OSError, config: Config | None = None, *, served: bool = False) -> str:
+    """Why a dial has failed, or a session has ended, in words, with advice; see trouble.py."""
+    return trouble.of_dial(error, config, served=served)
 
 
 def make_token(secret: str, issuer: str, lifetime: int) -> str:

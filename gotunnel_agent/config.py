@@ -48,6 +48,7 @@ from .common.hostnames import (
     valid_hostname,
     valid_open_name,
     valid_wildcard,
+    why_no_hostname,
 )
 from .common.proxy_protocol import VERSIONS
 from .common.quantities import whole_number
@@ -101,9 +102,10 @@ NO_ADVICE: Mapping[str, str] = {}
 PROTOCOLS = HTTP1, H2C, H2 = ("http/1.1", "h2c", "h2")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
-# Where metrics are told unless metrics_bind says otherwise, and the host of a target that is a port
-# alone.
-LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says otherwise
+# The host of a target that is a port alone. By its name, since many development servers listen on
+# ::1 and not on 127.0.0.1: both are tried.
+LOCALHOST = "localhost"
 
 # Bytes of a file. A thousand tunnels take a tenth of this. The limit is for a wrong path, such as
 # that of a device, which would fill the memory.
@@ -580,8 +582,8 @@ def _hostname(item: Mapping[str, object], where: str) -> str:
     name = text if text.isascii() else normal_hostname(text)
     if valid_hostname(name) or valid_wildcard(name) or valid_open_name(name):
         return normal_hostname(name)
-    advice = "" if text.isascii() else ": write this one in its xn-- form"
-    raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{advice}")
+    why = why_no_hostname(text)
+    raise ConfigError(f"{where}hostname: {_shown(text)} came, expected {expected}{why}")
 
 
 def _target(item: Mapping[str, object], mode: str, where: str) -> Target:
@@ -602,7 +604,7 @@ def _target(item: Mapping[str, object], mode: str, where: str) -> Target:
     if not slashes:
         address = text
         if text.removeprefix(":").isdigit():  # a port alone
-            address = f"{LOOPBACK}:{text.removeprefix(':')}"
+            address = f"{LOCALHOST}:{text.removeprefix(':')}"
     elif scheme.lower() not in ("http", "https"):
         raise refused("has an unknown scheme")
     host, port = _host_and_port(address, refused)

@@ -40,6 +40,10 @@ class Readable(Protocol):
     def fileno(self) -> int: ...
 
 
+class NoAnswer(TimeoutError):
+    """No address has answered in time."""
+
+
 class GivenUp(ConnectionAbortedError):
     """The caller of connect() does not want the connection any more."""
 
@@ -71,11 +75,14 @@ def connect(
     """A connection, non-blocking, to the first of ``addresses`` that answers.
 
     Raises GivenUp as soon as ``stop`` is readable: then the caller does not want the connection any
-    more. Raises TimeoutError when the ``deadline`` is over, and OSError if all addresses fail:
+    more. Raises NoAnswer when the ``deadline`` is over, and OSError if all addresses fail:
     ConnectionRefusedError if one refused, since that shows that the host is up.
     """
     with contextlib.closing(_Attempts(deadline, stop)) as attempts:
-        return attempts.first_of(addresses)
+        try:
+            return attempts.first_of(addresses)
+        except TimeoutError as error:
+            raise NoAnswer(str(error)) from None
 
 
 class _Attempts:

@@ -49,13 +49,33 @@ from gotunnel import BytesLike, Deadline, NoThread, spawn
 
 from .called import program
 from .common.duplex import Duplex
-from .common.hostnames import MAX_PORT, normal_hostname, valid_host, valid_hostname
+from .common.hostnames import (
+    MAX_PORT,
+    normal_hostname,
+    valid_host,
+    valid_hostname,
+    why_no_hostname,
+)
 from .common.process import Signals, print_answer, set_up_process
 from .common.relay import relay
 from .common.standard_error import free_standard_error
 from .common.tls import AEAD
 from .connect import addresses_of, connect
-from .trust import NO_TLS, client_context
+from .mistakes import hidden
+from .second_look import is_of_staging, shown, trusted_names
+from .trust import (
+    EXPIRED,
+    NOT_YET_VALID,
+    OTHER_ADDRESS,
+    OTHER_NAME,
+    UNKNOWN_CA,
+    ClosedInHandshake,
+    NoTLS,
+    begin_tls,
+    client_context,
+    clock_advice,
+    why_no_cas,
+)
 
 log = logging.getLogger("gotunnel.forward")
 
@@ -77,17 +97,19 @@ its certificate checked. Without LOCAL, standard input and output are the
 connection (ssh's ProxyCommand); with LOCAL, each connection made to that port
 of this machine is one to HOST, until Ctrl-C."""
 
-# What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
-ADVICE = {
-    9: "set this machine's clock",  # not yet valid
-    10: "the gateway has to renew it",  # has expired
-    62: "it is another hostname's; is it the right gateway?",
-}
 # Why listen() fails, and what to do, by errno (which may be None).
 LISTEN_PROBLEMS: dict[int | None, str] = {
     errno.EADDRINUSE: "in use, another program listens there; stop it or choose another port",
     errno.EACCES: "no right to listen on a port below 1024; choose a higher one",
     errno.EADDRNOTAVAIL: "no address of this machine; choose another",
+}
+# Options of programs that do something like this.
+OTHER_OPTIONS = {
+    **dict.fromkeys(("-p", "--port"), "write the port behind HOST: HOST:PORT"),
+    **dict.fromkeys(("-L", "-l", "--local", "--listen"), "the local port comes behind HOST"),
+    **dict.fromkeys(("-c", "--config"), "forward needs no configuration"),
+    **dict.fromkeys(("-k", "--insecure"), "--skip-tls-verify does that, for trials"),
+    **dict.fromkeys(("--ca", "--cacert"), "--ca-file names a file of CA certificates"),
 }
 OTHER_ADVICE = "--ca-file names a CA to trust"
 
@@ -159,6 +181,7 @@ class Destination(NamedTuple):
     host: str
     port: int
     context: ssl.SSLContext
+    ca_file: str | None = None  # that the context has been made with; None: the system's CAs
 
     def dial(self) -> End:
         """Connect, with TLS. Raises NoVisit, which says what to do where that is known."""
@@ -176,8 +199,7 @@ class Destination(NamedTuple):
             raise NoVisit(f"{where} cannot be reached: {error.strerror or error}") from None
         end = End(sock)
         try:
-            end.start_tls(self.context, server_side=False, server_hostname=self.hostname)
-            end.handshake_within(DIAL_TIMEOUT)
+            begin_tls(end, self.context, self.hostname, DIAL_TIMEOUT)
             end.cut_unless_finished()
             return end
         except BaseException as error:
@@ -188,22 +210,41 @@ class Destination(NamedTuple):
 
     def _why_no_tls(self, error: OSError, where: str) -> str:
         if isinstance(error, ssl.SSLCertVerificationError):
-            advice = ADVICE.get(error.verify_code, OTHER_ADVICE)
+            advice = self._advice(error.verify_code)
             problem = error.verify_message.rstrip(".")
             return f"the certificate of {self.hostname} is not to be trusted ({problem}); {advice}"
         if isinstance(error, TimeoutError):
             return f"{where} does not answer in TLS within {DIAL_TIMEOUT} s"
-        if isinstance(error, (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        if isinstance(error, ClosedInHandshake):
             return (
                 f"{where} closed the connection before TLS: it is no gateway, or the gateway has "
                 "too many connections"
             )
         if isinstance(error, ssl.SSLError) and error.reason == "TLSV1_UNRECOGNIZED_NAME":
             return f"no tunnel for {self.hostname} at this gateway, or its agent is away"
+        if isinstance(error, NoTLS):
+            return f"{where} {error}; is it a gateway's port for visitors?"
         reason = getattr(error, "reason", None) or error
-        if reason in NO_TLS:
-            return f"{where} does not speak TLS; is it a gateway's port for visitors?"
         return f"the TLS handshake with {where} failed ({reason}); is it a gateway's port?"
+
+    def _advice(self, code: int) -> str:
+        """What to do about a bad certificate, by OpenSSL's number of the error. Dials again, to say
+        more."""
+        if code in (NOT_YET_VALID, EXPIRED):
+            return clock_advice(code, "the gateway has to renew it")
+        place = self.host, self.port, self.hostname
+        if code in (OTHER_NAME, OTHER_ADDRESS):
+            names = trusted_names(*place, ca_file=self.ca_file)
+            whose = f" ({shown(names)})" if names else ""
+            return f"it is another hostname's{whose}; is it the right gateway?"
+        if code in UNKNOWN_CA:
+            if self.ca_file is not None and trusted_names(*place) is not None:
+                return "its CA is one that this system trusts; leave out --ca-file"
+            if is_of_staging(*place):
+                return "it is from Let's Encrypt's staging environment, which is for trials"
+            if self.ca_file is not None:
+                return f"{OTHER_ADVICE}, and {self.ca_file} names another one"
+        return OTHER_ADVICE
 
     def check(self, visit: End) -> None:
         """Raise NoVisit if a visit that is over was broken by an error of its own."""
@@ -315,6 +356,9 @@ def listen(destination: Destination, local: Local) -> int:
     try:
         listening = socket.create_server(local, family=family, backlog=BACKLOG)
     except OSError as error:
+        if isinstance(error.__context__, socket.gaierror):  # which create_server() has replaced
+            raise NoVisit(f"cannot listen on {local.address}: it does not resolve; write an "
+                          f"address of this machine such as {LOOPBACK}") from None  # fmt: skip
         # Not error.strerror: create_server() adds the address to it.
         reason = LISTEN_PROBLEMS.get(error.errno) or (
             os.strerror(error.errno) if error.errno else error
@@ -403,7 +447,13 @@ def ssh_config(options: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run `gotunnel-agent forward` with ``arguments``; return the exit status."""
     parser = make_parser()
-    options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    arguments = sys.argv[2:] if arguments is None else arguments
+    for argument in arguments:  # first, or its value would be taken for HOST, and refused
+        if advice := OTHER_OPTIONS.get(argument.partition("=")[0]):
+            parser.error(f"unknown option {argument.partition('=')[0]!r}; {advice}")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}, expected HOST[:PORT] and LOCAL")
     if options.ca_file and options.skip_tls_verify:
         parser.error("--ca-file and --skip-tls-verify came, expected only one of them")
     if options.print_ssh_config:
@@ -414,10 +464,11 @@ def main(arguments: list[str] | None = None) -> int:
         context = client_context(options.ca_file, options.skip_tls_verify)
         context.set_ciphers(AEAD)
     except OSError as error:  # ssl.SSLError is one
-        parser.error(f"--ca-file {options.ca_file}: {error.strerror or error}, expected PEM")
+        reason = why_no_cas(options.ca_file or "", error)
+        parser.error(f"--ca-file {options.ca_file}: {reason}, expected PEM")
     hostname, port = split_address(options.destination)
     host, port = split_address(options.via, port) if options.via else (hostname, port)
-    destination = Destination(normal_hostname(hostname), host, port, context)
+    destination = Destination(normal_hostname(hostname), host, port, context, options.ca_file)
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     free_standard_error()
     try:
@@ -475,7 +526,8 @@ def make_parser() -> argparse.ArgumentParser:
 def a_destination(text: str) -> str:
     if not valid_host(text) or not valid_hostname(split_address(text)[0]):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no hostname such as ssh.example.com, with or without a port"
+            f"{hidden(text)!r} is no hostname such as ssh.example.com, with or without a port"
+            + ("; HOST comes first, LOCAL behind it" if text.isdigit() else _why(text))
         )
     return text
 
@@ -483,9 +535,24 @@ def a_destination(text: str) -> str:
 def an_address(text: str) -> str:
     if not valid_host(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no hostname or IP address, with or without a port"
+            f"{hidden(text)!r} is no hostname or IP address, with or without a port{_why(text)}"
         )
     return text
+
+
+def _why(text: str) -> str:
+    """What is wrong with a hostname and port, to be put behind a message."""
+    host, colon, port = text.rpartition(":")
+    if "@" in text:
+        return "; leave out the user"
+    if "/" in text or not colon:
+        why = why_no_hostname(text)
+        return f"{why}, which only --via takes" if why.endswith("IP address") else why
+    if not port.isdigit():
+        return "; its port is no number"
+    if valid_host(host) and not valid_hostname(host):
+        return "; it is an IP address, which only --via takes"
+    return why_no_hostname(host)
 
 
 def a_local(text: str) -> Local:

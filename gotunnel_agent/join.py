@@ -50,7 +50,7 @@ from .config import MAX_FILE, Config, ConfigError, of_document, read_document
 from .connect import addresses_of, connect
 from .home import JOIN, config_file, document_of, join_string_of_environment
 from .pin import CannotPin, fetch_ca
-from .trust import client_context
+from .trust import begin_tls, client_context
 
 PROGRAM = "gotunnel-agent join"
 BEFORE = ".before"  # behind the name of a file that was replaced
@@ -250,8 +250,7 @@ def _register(joined: JoinString, ca: str | None) -> Ack:
     context.set_ciphers(AEAD)
     duplex = Duplex(connect(addresses_of(joined.host, joined.port), Deadline(DIAL_TIMEOUT)))
     with contextlib.closing(duplex):
-        duplex.start_tls(context, server_side=False, server_hostname=joined.host)
-        duplex.handshake_within(DIAL_TIMEOUT)
+        begin_tls(duplex, context, joined.host, DIAL_TIMEOUT)
         session = Session(duplex, client=True, name=joined.address)
         session.start()
         try:

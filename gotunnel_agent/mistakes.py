@@ -9,7 +9,7 @@ nothing. None shows a value that may be a secret.
 import codecs
 import re
 
-from .common.hostnames import valid_host, valid_hostname
+from .common.hostnames import valid_host
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 QUOTES = "\u201c\u201d\u201e\u201f\u00ab\u00bb\u2018\u2019\u201a\u201b"  # typographic ones
@@ -213,9 +213,3 @@ def _host_of(text: str) -> tuple[str, str]:
         host, port = address.rstrip(":"), ""
     usable = valid_host(host) and (not port or valid_host(f"{host}:{port}"))
     return (host, port) if usable and not host.isdigit() else ("", "")
-
-
-def bare_hostname(text: str) -> str:
-    """The hostname in a URL, to be put behind a message."""
-    host, _ = _host_of(text)
-    return f": write {host}" if host != text and valid_hostname(host) else ""

@@ -44,6 +44,15 @@ from .common.relay import RESET_JOIN, pump, relay
 from .config import Target, Tunnel
 from .connect import addresses_of, connect
 from .follow import Follower
+from .trust import (
+    EXPIRED,
+    NOT_YET_VALID,
+    OTHER_ADDRESS,
+    OTHER_NAME,
+    NoTLS,
+    begin_tls,
+    clock_advice,
+)
 
 log = logging.getLogger("gotunnel.target")
 
@@ -64,14 +73,9 @@ NO_HEADER, NO_TUNNEL, NO_THREAD = "no-header", "no-tunnel", "no-thread"
 
 PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
 
-# What to do about a bad certificate, by OpenSSL's number of the error (x509_vfy.h).
-ADVICE = {
-    9: "set this machine's clock",  # not yet valid
-    10: "renew it",  # has expired
-    62: "write a host in target that the certificate names",
-    64: "write a host in target that the certificate names",  # an IP address
-}
-OTHER_ADVICE = "name its CA in target_ca_file"
+# What to do about a bad certificate.
+OTHER_HOST = "write a host in target that the certificate names"
+OTHER_CA = "name its CA in target_ca_file"
 
 
 class Unserved(Exception):
@@ -248,10 +252,13 @@ def dial(
     except TimeoutError:
         raise Unserved(TIMED_OUT, f"no answer in {DIAL_TIMEOUT} s") from None
     except ssl.SSLCertVerificationError as error:
-        advice = ADVICE.get(error.verify_code, OTHER_ADVICE)
         problem = error.verify_message.rstrip(".")
-        text = f"its certificate is not to be trusted ({problem}); {advice}"
+        text = f"its certificate is not to be trusted ({problem}); {_advice(error.verify_code)}"
         raise Unserved(UNTRUSTED, text) from None
+    except NoTLS as error:
+        plain = "; write the target without https://" if error.protocol == "HTTP" else ""
+        text = f"it {error}{plain or '; is it a port with TLS?'}"
+        raise Unserved(UNREACHABLE, text) from None
     except ssl.SSLError as error:
         text = f"the TLS handshake failed ({error.reason or error}); is it a port with TLS?"
         raise Unserved(UNREACHABLE, text) from None
@@ -259,6 +266,13 @@ def dial(
         raise Unserved(UNREACHABLE, f"{error.strerror}; does a program listen there?") from None
     except OSError as error:
         raise Unserved(UNREACHABLE, error.strerror or str(error)) from None
+
+
+def _advice(code: int) -> str:
+    """What to do about a bad certificate, by OpenSSL's number of the error."""
+    if code in (NOT_YET_VALID, EXPIRED):
+        return clock_advice(code, "renew it")
+    return OTHER_HOST if code in (OTHER_NAME, OTHER_ADDRESS) else OTHER_CA
 
 
 def _introduce(duplex: Duplex, first: bytes) -> Duplex:
@@ -289,8 +303,7 @@ def _connect_unix(path: str) -> socket.socket:
 
 def _start_tls(duplex: Duplex, context: ssl.SSLContext, host: str, deadline: Deadline) -> None:
     try:
-        duplex.start_tls(context, server_side=False, server_hostname=normal_hostname(host))
-        duplex.handshake_within(deadline.left())
+        begin_tls(duplex, context, normal_hostname(host), deadline.left())
     except BaseException:
         duplex.close()
         raise

@@ -1,10 +1,13 @@
-"""TLS contexts with which the agent and ``forward`` check the certificate of a peer that they
-dial."""
+"""TLS with a peer that the agent or ``forward`` dials: the context that checks its certificate, the
+handshake, and words for what is wrong with a CA file or a certificate."""
 
 import ssl
+from datetime import datetime, timezone
 
 from .common import small_file
+from .common.duplex import Duplex
 from .common.tls import IGNORE_UNEXPECTED_EOF
+from .greeting import protocol_of
 
 # OpenSSL's reasons that mean that the peer does not speak TLS at all.
 NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
@@ -44,6 +47,64 @@ def client_context(
     return context
 
 
+class NoTLS(OSError):
+    """The peer does not speak TLS. str() says what it does, to be put behind its name: "speaks SSH
+    without TLS"; ``protocol`` is what it speaks, "" if that is not known."""
+
+    def __init__(self, text: str, protocol: str = ""):
+        super().__init__(text)
+        self.protocol = protocol
+
+
+class ClosedInHandshake(NoTLS):
+    """The peer closes the connection in the TLS handshake."""
+
+
+def begin_tls(
+    duplex: Duplex, context: ssl.SSLContext, hostname: str, timeout: float | None
+) -> None:
+    """TLS with a peer that we have dialled, its handshake included.
+
+    Raises NoTLS; ssl.SSLCertVerificationError for a certificate that does not count; TimeoutError
+    after ``timeout`` seconds; ssl.SSLError if the handshake fails for any other reason.
+    """
+    duplex.start_tls(context, server_side=False, server_hostname=hostname)
+    try:
+        duplex.handshake_within(timeout)
+    except TimeoutError:
+        raise TimeoutError("the program there did not answer in TLS in time") from None
+    except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        raise ClosedInHandshake("closed the connection in the TLS handshake") from None
+    except ssl.SSLError as error:
+        if error.reason not in NO_TLS:
+            raise
+        protocol = protocol_of(duplex.refused)
+        text = f"speaks {protocol} without TLS" if protocol else "does not speak TLS"
+        raise NoTLS(text, protocol) from None
+
+
+# Numbers of OpenSSL for what is wrong with a certificate (x509_vfy.h).
+NOT_YET_VALID, EXPIRED = 9, 10
+OTHER_NAME, OTHER_ADDRESS = 62, 64
+# Of an unknown CA: self-signed, itself or in its chain; issuer not found, of the last certificate
+# or of the first.
+UNKNOWN_CA = (18, 19, 20, 21)
+
+
+def clock_advice(code: int, renew: str) -> str:
+    """What to do about a certificate that is NOT_YET_VALID or EXPIRED. ``renew`` says who renews
+    it."""
+    clock = this_clock()
+    if code == NOT_YET_VALID:
+        return f"set this machine's clock, which says {clock}"
+    return f"{renew}, unless this machine's clock is wrong, which says {clock}"
+
+
+def this_clock() -> str:
+    """What this machine's clock says now, in UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
 class CannotTrust(Exception):
     """A CA file cannot be used; the text is one line for the operator."""
 
@@ -54,5 +115,34 @@ def tls_context(ca_file: str | None, skip_verify: bool, key: str = "ca_file") ->
     try:
         return client_context(ca_file, skip_verify, renegotiates=key == "target_ca_file")
     except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or error
+        reason = why_no_cas(ca_file or "", error)
         raise CannotTrust(f"{key} {ca_file}: {reason}, expected certificates as PEM") from None
+
+
+def why_no_cas(path: str, error: OSError) -> str:
+    """Why the file ``path`` has no CA certificates that client_context() could use; ``error`` is
+    what that has raised."""
+    try:
+        content = b"" if small_file.is_pipe(path) else small_file.read(path, MOST_CAS)
+    except IsADirectoryError:
+        return "it is a folder"
+    except OSError as unreadable:
+        return unreadable.strerror or str(unreadable)
+    if b"-----BEGIN CERTIFICATE-----" in content:
+        return f"a certificate in it cannot be read ({getattr(error, 'reason', None) or error})"
+    if b" PRIVATE KEY-----" in content:
+        return "it holds a private key, and no certificate"
+    if b"-----BEGIN CERTIFICATE REQUEST-----" in content:
+        return "it holds a request for a certificate, and no certificate"
+    if _is_der(content):
+        return f"it is not text (DER); openssl x509 -inform der -in {path} -out ca.pem converts it"
+    return "no certificate is in it" if content.strip() else "it is empty"
+
+
+def _is_der(content: bytes) -> bool:
+    """Whether a file holds a certificate in its binary form."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content)
+    except (OSError, ValueError):
+        return False
+    return True

@@ -111,6 +111,7 @@ class Duplex:
         self._tls: ssl.SSLObject | None = None  # between the two buffers
         self._records: Any = None  # the same, for the calls that are made often
         self._tls_in, self._tls_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.refused = b""  # the peer's bytes at which the handshake failed, the latest read alone
         self._no_payload = 0  # encrypted bytes since the last payload (NO_PAYLOAD). Reader only
         self._early: deque[bytes] = deque()  # payload that we took out of TLS before there was room
         self._tls_lock = threading.Lock()  # guards the TLS object, its buffers and _early
@@ -207,7 +208,11 @@ class Duplex:
                 self._tls_in.write(data)
             else:
                 self._tls_in.write_eof()
-        return self._shake_hands(hold_ticket)
+        try:
+            return self._shake_hands(hold_ticket)
+        except ssl.SSLError:
+            self.refused = data
+            raise
 
     def _shake_hands(self, hold_ticket: bool) -> bool:
         done, tls = False, self._records

@@ -1,5 +1,6 @@
 """The visitor's helper, as a program: standard input and output, a local port, beneath ssh."""
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -35,6 +36,7 @@ from support import (
 
 from gotunnel import NoThread
 from gotunnel_agent import forward
+from gotunnel_server.certs.local_ca import Authority
 
 AGENT = [sys.executable, str(ROOT / "gotunnel_agent")]
 SSH = "ssh.localhost"
@@ -307,6 +309,30 @@ def test_unknown_ca_is_said_with_what_to_do(gateway):
           f"the certificate of {RAW} is not to be trusted", "--ca-file")  # fmt: skip
 
 
+def test_other_cas_are_said(gateway, tmp_path, monkeypatch):
+    other = Authority(tmp_path / "another CA").ca_file
+
+    def refusal(ca_file):
+        context = forward.client_context(ca_file)
+        place = RAW, "127.0.0.1", gateway.public_port
+        with pytest.raises(forward.NoVisit) as caught:
+            forward.Destination(*place, context, ca_file).dial()
+        return str(caught.value).partition("); ")[2]
+
+    assert refusal(None) == "--ca-file names a CA to trust"
+    assert refusal(str(other)) == f"--ca-file names a CA to trust, and {other} names another one"
+    monkeypatch.setenv("SSL_CERT_FILE", str(gateway.ca_file))  # a public CA, as it were
+    assert refusal(str(other)) == "its CA is one that this system trusts; leave out --ca-file"
+
+
+@pytest.mark.parametrize("via", [(), ("--via", "any.name.localhost")])
+def test_names_under_localhost_lead_to_this_machine(gateway, origin, via):
+    """With or without --via; the certificate is that of the hostname."""
+    origin.serve(echo)
+    arguments = ["forward", "--ca-file", str(gateway.ca_file), *via]
+    assert run([*arguments, f"{RAW}:{gateway.public_port}"], b"hello") == (0, b"hello", "")
+
+
 def test_any_certificate_will_do_if_it_is_not_checked(gateway, origin):
     origin.serve(echo)
     arguments = ["forward", "--skip-tls-verify", "--via", "127.0.0.1"]
@@ -372,7 +398,7 @@ def test_name_that_does_not_resolve_is_said():
 def test_port_that_speaks_no_tls_is_said(origin):
     arguments = ["forward", "--via", f"127.0.0.1:{origin.port}", RAW]
     origin.serve(lambda wire: wire.send(b"SSH-2.0-it\r\n"))
-    fails(arguments, f"127.0.0.1 port {origin.port} does not speak TLS; is it a gateway's port")
+    fails(arguments, f"127.0.0.1 port {origin.port} speaks SSH without TLS; is it a gateway's")
 
 
 def test_port_that_hangs_up_before_tls_is_said(origin):
@@ -405,12 +431,41 @@ def test_gateway_that_does_not_answer_is_said(origin, monkeypatch, step):
         (["--ca-file", os.devnull, "a.example"], "expected PEM"),
         (["--print-ssh-config", "a.example", "2222"], "takes no LOCAL"),
         (["--skip-tls-verify", "--ca-file", os.devnull, "a.example"], "expected only one of them"),
-        (["--what", "a.example"], "unrecognized arguments: --what"),
+        (["--what", "a.example"], "unknown argument '--what', expected HOST[:PORT] and LOCAL"),
+        (["a.example", "22", "2222"], "unknown argument '2222', expected HOST[:PORT] and LOCAL"),
+        (["-p", "2222", "a.example"], "unknown option '-p'; write the port behind HOST: HOST:PORT"),
+        (["-L", "2222:b:22", "a.example"], "unknown option '-L'; the local port comes behind HOST"),
+        (["--config=x", "a.example"], "unknown option '--config'; forward needs no configuration"),
     ],
 )
 def test_bad_usage_is_status_2(arguments, text):
     status, stdout, stderr = run(["forward", *arguments])
     assert (status, stdout) == (2, b"") and text in stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "why"),
+    [
+        (
+            forward.a_destination,
+            "https://a.example",
+            "; leave out the scheme, which is what stands",
+        ),
+        (forward.a_destination, "me@a.example", "; leave out the user"),
+        (forward.a_destination, "my_app.example.com", "; no hostname has an underscore (_); a "),
+        (forward.a_destination, "a.example:https", "; its port is no number"),
+        (forward.a_destination, "192.0.2.1", "; it is an IP address, which only --via takes"),
+        (forward.a_destination, "192.0.2.1:443", "; it is an IP address, which only --via takes"),
+        (forward.a_destination, "5433", "; HOST comes first, LOCAL behind it"),
+        (forward.a_destination, "*.example.com", "; a * is for wildcards"),
+        (forward.an_address, "https://a.example/", "; leave out the scheme, which is what stands"),
+        (forward.an_address, "my_app.example.com:443x", "; its port is no number"),
+    ],
+)
+def test_address_that_is_none_is_told_why(kind, text, why):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        kind(text)
+    assert why in str(caught.value) and "no hostname" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -620,6 +675,12 @@ def test_port_that_is_taken_is_said(gateway, origin):
     fails([*words(gateway), str(origin.port)],
           f"cannot listen on 127.0.0.1 port {origin.port}: in use, another program listens there; "
           "stop it or choose another port\n")  # fmt: skip
+
+
+def test_local_name_that_does_not_resolve_is_said():
+    fails(["forward", "a.example", "nowhere.invalid:0"],
+          "cannot listen on nowhere.invalid: it does not resolve; write an address of this "
+          "machine such as 127.0.0.1\n")  # fmt: skip
 
 
 def test_address_of_another_machine_is_said(gateway):

@@ -268,9 +268,28 @@ def test_target_is_told_as_it_should_be(typed, said):
     assert said in refusal(tunnel(target=typed))
 
 
-@pytest.mark.parametrize("typed", ["8080", "':8080'", "http://127.0.0.1:8080", "127.0.0.1:8080"])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("my_app.example.com", "; no hostname has an underscore (_); a hyphen can take its place"),
+        ("'*.com'", "; behind *. two labels are needed, or it would be other people's hostnames"),
+        ("'*'", "; a * is for wildcards such as *.dev.example.com, and stands in front"),
+        ("https://app.example.com", "; leave out the scheme, which is what stands before ://"),
+        ("app.example.com:443", "; leave out the port, which is what stands behind the colon"),
+        ("app.example.com/api", "; leave out the path, which begins with /"),
+        ("192.0.2.1", "; it is an IP address"),
+        ("straße.example", "; write it in its xn-- form"),
+        (f"https://me:{SECRET}@app.example.com", "'https://...@app.example.com' came, expected"),
+    ],
+)
+def test_hostname_is_told_what_is_wrong_with_it(typed, said):
+    message = refusal(tunnel(hostname=typed))
+    assert message.startswith("tunnels[0].hostname: ") and said in message
+
+
+@pytest.mark.parametrize("typed", ["8080", "':8080'", "http://localhost:8080", "localhost:8080"])
 def test_port_alone_is_a_target_on_this_machine(typed):
-    assert loaded(tunnel(target=typed)).routes() == {"a.example": "127.0.0.1:8080"}
+    assert loaded(tunnel(target=typed)).routes() == {"a.example": "localhost:8080"}
 
 
 @pytest.mark.parametrize(
