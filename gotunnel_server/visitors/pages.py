@@ -39,7 +39,7 @@ TITLES = {
     "cut-short": "This site broke off",
     "gateway-busy": "Too many visitors",
     "head-timeout": "That took too long",
-    "malformed-request": "This request cannot be served",
+    "malformed-request": "Something is wrong with this request",
     "misdirected": "Wrong connection",
     "no-answer": "This site does not answer",
     "no-page": "There is no such page",
@@ -57,7 +57,7 @@ TITLES = {
     "target-unreachable": "This site is offline",
     "target-untrusted": "This site cannot be reached safely",
     "timed-out": "This site takes too long",
-    "too-many-requests": "Too many requests",
+    "too-many-requests": "One moment, please",
     "wrong-host": "Wrong address",
     "wrong-method": "This does not work here",
     "wrong-port": "Wrong port",
@@ -85,6 +85,7 @@ _FRAME = """<!doctype html>
   a {{ color: var(--link) }}
   footer {{ margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line);
            color: var(--quiet); font-size: .875rem }}
+  footer span {{ display: inline-block; margin-right: 1.25rem }}
 </style>
 <main>
 <h1>{title}</h1>
@@ -138,7 +139,14 @@ class Template:
 
 Templates = Mapping[str, Template]  # by name: see names_for()
 
-BUILT_IN = Template(_FRAME.format(title="{{title}}", text="{{message}}", footer="{{details}}"))
+_DETAILS = ("{{status}} {{code}}", "{{hostname}}", "{{request_id}}")  # an empty one takes no room
+BUILT_IN = Template(
+    _FRAME.format(
+        title="{{title}}",
+        text="{{message}}",
+        footer="\n".join(f"<span>{detail}</span>" for detail in _DETAILS),
+    )
+)
 NO_TEMPLATES: Templates = {}
 
 
@@ -238,8 +246,9 @@ def moved(url: str, method: str) -> Page:
     method and body (RFC 9110 §15.4.9)."""
     status = HTTPStatus(301 if method in ("GET", "HEAD") else 308)
     link = f'<a href="{escape(url)}">{escape(url)}</a>'
-    text = f"This page has moved to {link}."
-    body = _FRAME.format(title=status.phrase, text=text, footer=f"{int(status)}")
+    body = _FRAME.format(
+        title="This page has moved", text=f"It is now at {link}.", footer="gotunnel"
+    )
     return Page(int(status), body.encode(), fields=(("Location", url),))
 
 

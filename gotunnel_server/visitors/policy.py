@@ -181,7 +181,8 @@ class Place:
         ip, deny, allow = caller.ip, self._deny, self._allow
         if ip is None or deny and ip in deny or allow and ip not in allow:
             source = caller.address[:MOST_SHOWN] or "hidden addresses"
-            return refusal(403, "not-allowed", f"Visitors from {source} are not let in here.")
+            text = f"Visitors from {source} are not let in. Ask the people who run the site."
+            return refusal(403, "not-allowed", text)
         return WELCOME
 
 

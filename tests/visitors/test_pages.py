@@ -101,8 +101,7 @@ def test_page_is_for_people_and_names_what_the_people_who_run_the_site_need():
     body = pages.suited(pages.no_tunnel(APP), [BROWSER], dress).body.decode()
     assert "<title>This site is offline</title>" in body and "<h1>This site is offline</h1>" in body
     assert f"<p>{APP} is not connected at the moment. Check the address, or try again" in body
-    assert f"<footer>502 no-tunnel \u00b7 {APP} \u00b7 an-id</footer>" in body
-    assert "<footer>502 no-tunnel</footer>" in pages.suited(pages.no_tunnel(APP), []).body.decode()
+    assert f"<span>502 no-tunnel</span>\n<span>{APP}</span>\n<span>an-id</span>" in body
 
 
 JARGON = re.compile(
@@ -166,6 +165,24 @@ def test_all_text_can_be_read_in_both_colour_schemes(scheme):
     assert len(re.findall("#[0-9a-f]{3,6}", style)) == 10
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_of_the_dashboard_can_be_read_in_both_colour_schemes(scheme):
+    page = (ROOT / "gotunnel_server" / "visitors" / "dashboard.html").read_text("utf-8")
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    light, _, dark = style.partition("@media (prefers-color-scheme: dark) {")
+    colours, back = {}, ""
+    for part in (light, dark) if scheme == "dark" else (light,):
+        for selectors, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", part):
+            for colour in re.findall(r"(?<![-a-z])color: #([0-9a-f]+)", rule):
+                long = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+                colours |= {one.strip(): f"#{long}" for one in selectors.split(",")}
+            for colour in re.findall(r"background: (#[0-9a-f]{6})", rule):
+                back = colour
+    assert {"body", "footer", "th", "a", ".failed"} <= set(colours)
+    for selector, colour in colours.items():
+        assert contrast(colour, back) >= 4.5, selector
+
+
 # The operator's own ------------------------------------------------------------------------------
 
 
@@ -182,9 +199,9 @@ def test_placeholders_are_filled_in_as_text(folder):
     dress = pages.Dress(own_pages.read(str(folder)), "<h>", "id")
     page = pages.suited(pages.error(400, "malformed-request", "<b> & 'q'"), [], dress)
     assert page.body.decode() == (
-        "<p>\xe9 This request cannot be served &lt;b&gt; &amp; &#x27;q&#x27; 400 Bad Request "
-        "malformed-request &lt;h&gt; id 400 malformed-request \u00b7 &lt;h&gt; \u00b7 id "
-        "malformed-request {a} }}"
+        "<p>\xe9 Something is wrong with this request &lt;b&gt; &amp; &#x27;q&#x27; 400 "
+        "Bad Request malformed-request &lt;h&gt; id 400 malformed-request \u00b7 &lt;h&gt; "
+        "\u00b7 id malformed-request {a} }}"
     )
     assert page.content_type == "text/html; charset=utf-8"
 
@@ -419,7 +436,7 @@ def test_page_names_the_request_by_its_id(cache, tmp_path):
     with gateway_here(cache, ACCESS_LOG=str(tmp_path / "log")) as gateway:
         gateway.inner.keeper.want([APP])
         _, body = ask(gateway, request())
-    assert re.search(rb"<footer>502 no-tunnel \xc2\xb7 app.localhost \xc2\xb7 [0-9a-f]{32}<", body)
+    assert re.search(rb"<span>app.localhost</span>\n<span>[0-9a-f]{32}</span>", body)
 
 
 # The table of codes ------------------------------------------------------------------------------
