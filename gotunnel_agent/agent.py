@@ -19,16 +19,22 @@ stopped process alive.
 There is one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE), or the
 agent has got another plan (plan.py): then it dials again. The old session keeps serving until the
 new one is registered, and ends when its visits have ended.
+
+If the gateway refuses some of the hostnames (feature PARTIAL), the session serves the others. From
+time to time a second session asks for the refused ones alone, so the first one is not disturbed. If
+it gets any, the agent dials again, and that session takes over the hostnames of both.
 """
 
 import contextlib
 import logging
 import math
 import random
+import re
 import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from time import monotonic, time
 from typing import NamedTuple
 
@@ -40,13 +46,16 @@ from gotunnel import (
     LATER_PORTS,
     MAX_STREAMS,
     MOVE,
+    NAMES,
     OVERLAP,
+    PARTIAL,
     PORTS,
     REASONS,
     REFUSALS,
     REPLACED,
     START_WINDOW,
     UPGRADES,
+    URLS,
     Ack,
     Certificate,
     Deadline,
@@ -69,9 +78,10 @@ from gotunnel import (
 
 from . import trouble
 from .common.duplex import Duplex, Observer
-from .common.one_line import on_one_line, some, words_and_link
+from .common.hostnames import OPEN, normal_hostname, valid_hostname
+from .common.one_line import on_one_line, some, words_and_link, words_on_one_line
 from .common.process import Stopped, Workers
-from .config import Config, ConfigError, with_secrets
+from .config import Config, ConfigError, Tunnel, with_secrets
 from .connect import GivenUp, addresses_of, connect
 from .follow import Follower
 from .plan import Plan, changes, needs_session
@@ -94,10 +104,19 @@ FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
 MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
 RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
 REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator must act first
+# Longest delay until the agent asks again for hostnames that were refused while it serves others.
+MOST_REFUSED_DELAY = 120
 # A session that lasted this many seconds before the gateway asked for a new one is followed by a
 # dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
 MOVED = 1
+NO_NAMES = (
+    "this gateway cannot complete names such as quick-otter.*: update it, or ask for a whole "
+    "hostname"
+)
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
+# Beginnings of refusals that may end by themselves, or by what the gateway's operator does.
+FOR_NOW = (TAKEN, "not allowed", "too many hostnames")
+MOST_URL = 300  # characters of a public address: the longest hostname, a scheme and a port
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
 # Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
 # GO_AWAY did not ask for a new session: Session.close() and a Go gateway send one at the end, too.
@@ -121,7 +140,12 @@ warnings.filterwarnings("ignore", message="The HMAC key is")
 
 
 class Refused(Exception):
-    """The gateway refused a registration; the text is the gateway's."""
+    """The gateway refused a registration; the text is the gateway's. ``denied``: its reason for
+    each hostname, if it has told them."""
+
+    def __init__(self, text: str, denied: Mapping[str, str]):
+        super().__init__(text)
+        self.denied = denied
 
 
 class Ended(Exception):
@@ -133,14 +157,16 @@ class Ended(Exception):
 
 
 class Service:
-    """One session and its state. The agent's lock guards ``routes``, ``outcome``, ``asked`` and
-    ``at_once``."""
+    """One session and its state. The agent's lock guards ``routes``, ``refused``, ``outcome``,
+    ``asked`` and ``at_once``."""
 
     def __init__(self, session: Session, plan: Plan):
         self.session = session
         self.plan = plan
         # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
         self.routes = plan.routes
+        # Hostname of the configuration to the gateway's reason; replaced whole, as well.
+        self.refused: Mapping[str, str] = {}
         self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
         self.control: Stream | None = None  # its control stream, once it is open
         self.asked = False  # the gateway asks for a new session
@@ -152,6 +178,14 @@ class Service:
 
     def serves(self) -> bool:
         return self.outcome is None and self.since < math.inf
+
+    def refused_for_now(self) -> frozenset[str]:
+        """The refused hostnames that the gateway may grant later."""
+        if OVERLAP not in self.features:  # a second session would end this one
+            return frozenset()
+        return frozenset(
+            name for name, reason in self.refused.items() if reason.startswith(FOR_NOW)
+        )
 
     def has_visits(self) -> bool:
         return any(stream is not self.control for stream in self.session.streams_in_use())
@@ -170,6 +204,15 @@ class Snapshot(NamedTuple):
     stopping: bool
     retry_at: float | None  # monotonic time of the next dial; None while it does not wait for one
     refused: Mapping[str, str]  # why the gateway does not serve a hostname of the configuration
+    configured: Mapping[str, Route]  # all of the configuration, with open names as they stand there
+
+    def all_routes(self) -> dict[str, Route]:
+        """Also those of refused hostnames, with the gateway's reason as their problem."""
+        refused = {
+            name: self.configured[name]._replace(problem=f"refused: {reason}", url="")
+            for name, reason in self.refused.items()
+        }
+        return {**self.routes, **refused}
 
 
 class Totals(NamedTuple):
@@ -198,6 +241,10 @@ class Agent:
         self._sessions = self._failures = self._streams = 0  # see Totals
         self._targets = Targets()
         self._problem = ""  # why the last session or dial has ended
+        self._refused: Mapping[str, str] = {}  # ... and the gateway's reasons by hostname
+        # What the log has told last: address and target, or reason of the refusal, by hostname.
+        # For the agent's thread, and the control thread if a port has opened.
+        self._logged: dict[str, tuple[str, ...]] = {}
         self._retry_at: float | None = None  # monotonic time of the next dial, during _pause()
         self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
@@ -278,7 +325,8 @@ class Agent:
             dict(self._certificates),
             self._stopping.is_set(),
             self._retry_at,
-            {},
+            self._refused if service is None else service.refused,
+            plan.routes if service is None else service.plan.routes,
         )
 
     def _tell(self) -> None:
@@ -314,22 +362,27 @@ class Agent:
             least, most = 0, MAX_DELAY
             service = None
             replaced = False
+            refused: dict[str, str] = {}
             plan = self._plan
             try:
                 service = self._begin(plan, workers)
-                self._serve(service)
-                problem = "the gateway asks for a new session; this one ends when its visits do"
-                replaced = True
-                if service.plan is not self._plan:
+                if self._serve(service, workers):
                     failures = 0
                     continue
+                problem = "the gateway asks for a new session; this one ends when its visits do"
+                replaced = True
             except Refused as error:
                 if str(error).startswith(TAKEN) and self._await_old(plan):
                     continue
                 if (other := self.on_refusal(str(error))) is not None:
                     self.change(other)
                     continue
-                problem = f"the gateway refused: {on_one_line(str(error))}"
+                refused = {
+                    name: words_on_one_line(reason)
+                    for name, reason in error.denied.items()
+                    if name in plan.routes
+                }
+                problem = f"the gateway refused: {on_one_line(str(error))}{_advice(error, plan)}"
                 problem += trouble.of_refusal(str(error), plan.config)
                 least = REFUSED_DELAY
                 if str(error).startswith(TAKEN):
@@ -363,18 +416,19 @@ class Agent:
                 continue
             failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
-            self._problem = problem
+            self._problem, self._refused = problem, refused
             self._failures += 1  # by this thread alone
-            self._tell()
             log.warning("%s: %s; next try in %.1f s", address, problem, delay)
             self._pause(plan, delay)
 
     def _pause(self, plan: Plan, seconds: float) -> None:
         """Wait, unless there is another plan than ``plan``, or the agent stops."""
+        self._retry_at = monotonic() + seconds
+        self._tell()
         with self._lock:
-            self._retry_at = monotonic() + seconds
             self._lock.wait_for(lambda: self._plan is not plan or self._stopping.is_set(), seconds)
-            self._retry_at = None
+        self._retry_at = None
+        self._tell()
 
     # One session
 
@@ -397,38 +451,73 @@ class Agent:
             if self._stopping.is_set():  # stop() may have run before it could see this session
                 raise SessionClosed("the agent stops")
             workers.prepare()  # visits without a thread would wait for ever: rather dial again
-            session.start()
-            register = self._registration(config)._replace(overlap=bool(old))
-            service.control = control = session.open(encode_message(register))
-            messages = _messages(control)
-            self._take_answer(service, _expect_ack(next(messages)))
-            with self._lock:
-                self._unaccepted = None
-                self._sessions += 1
-            service.since = monotonic()
+            control, messages = self._register(service, config, overlap=bool(old))
             served = [name for name, route in service.routes.items() if not route.problem]
             log.info("%s: serving %s", plan.address, some(served) or "nothing")
-            self._tell()
-            spawn("accept", self._accept, service, workers)
-            spawn("control", self._read_control, service, control, messages)
+            for hostname in served:
+                self._log_url(hostname, service.routes[hostname])
+            self._attend(service, control, messages, workers)
         except BaseException as error:
             self._end(service, error)
             raise
+        self._tell()
         self._retire_old()
         return service
 
-    def _serve(self, service: Service) -> None:
-        """Wait until a session is over, and raise its outcome. Returns if the gateway asks for a
-        new session, or the agent has another plan."""
+    def _register(
+        self, service: Service, config: Config, *, overlap: bool
+    ) -> tuple[Stream, Iterator[Message]]:
+        """Register a new session. Returns its control stream and the messages that follow there.
+        Raises Refused, and what ends the session."""
+        service.session.start()
+        register = self._registration(config)._replace(overlap=overlap)
+        service.control = control = service.session.open(encode_message(register))
+        messages = _messages(control)
+        self._take_answer(service, _expect_ack(next(messages)))
         with self._lock:
-            self._lock.wait_for(
-                lambda: (
-                    service.asked
-                    or service.outcome is not None
-                    or self._plan is not service.plan
-                    or self._stopping.is_set()
-                )
+            self._unaccepted = None
+            self._sessions += 1
+        return control, messages
+
+    def _attend(
+        self, service: Service, control: Stream, messages: Iterator[Message], workers: Workers
+    ) -> None:
+        """Have threads serve a session that is registered."""
+        service.since = monotonic()
+        spawn("accept", self._accept, service, workers)
+        spawn("control", self._read_control, service, control, messages)
+
+    def _log_url(self, hostname: str, route: Route) -> None:
+        """Say once where a tunnel leads from and to."""
+        told = (route.url, shown_target(route.tunnel))
+        if route.url and self._logged.get(hostname) != told:
+            self._logged[hostname] = told
+            log.info("%s -> %s", *told)
+
+    def _serve(self, service: Service, workers: Workers) -> bool:
+        """Wait until a session is over, and raise its outcome. Returns False if the gateway asks
+        for a new session; True if the agent wants one, for another plan, or for hostnames that were
+        refused before."""
+
+        def over() -> bool:
+            return (
+                service.asked
+                or service.outcome is not None
+                or self._plan is not service.plan
+                or self._stopping.is_set()
             )
+
+        tries = 0
+        while True:
+            refused = service.refused_for_now()
+            tries += 1
+            delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
+            with self._lock:
+                if self._lock.wait_for(over, delay):
+                    break
+            if self._ask_again(service, refused, workers):
+                return True
+        with self._lock:
             if service.asked and not service.at_once:
                 self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
         if self._stopping.is_set():  # stop() ends the session when its visits are done
@@ -437,6 +526,49 @@ class Agent:
         if service.outcome is not None:
             service.session.join(LAST_WORDS)
             raise service.outcome
+        return self._plan is not service.plan
+
+    def _ask_again(self, service: Service, names: frozenset[str], workers: Workers) -> bool:
+        """Ask for refused hostnames by a session of their own. True if the gateway has granted one:
+        that session serves it until a session with all hostnames takes over."""
+        plan, probe = service.plan, None
+        try:
+            config = with_secrets(plan.config)
+            tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
+            probe = Service(self._dial(plan), plan)
+            probe.routes = {name: plan.routes[name] for name in names}
+            asked = replace(config, tunnels=tunnels)
+            control, messages = self._register(probe, asked, overlap=True)
+            log.info("%s: grants %s now", plan.address, some(probe.routes))
+            with self._lock:
+                if self._stopping.is_set():  # stop() may have run before it could see this session
+                    raise SessionClosed("the agent stops")
+                self._old.append(probe)  # it serves until the next one takes over
+            self._attend(probe, control, messages, workers)
+            return True
+        except (Refused, OSError, ProtocolError, ConfigError) as error:
+            if probe is not None:
+                self._end(probe, error)
+            if isinstance(error, Refused):
+                told = {
+                    name: words_on_one_line(error.denied.get(name, str(error))) for name in names
+                }
+                self._note_refused(service, {**service.refused, **told})
+                self._tell()
+            else:
+                log.debug("%s: cannot ask again for %s: %s", plan.address, some(names), error)
+            return False
+
+    def _note_refused(self, service: Service, refused: Mapping[str, str]) -> None:
+        """Note which hostnames the gateway refuses, and log each reason once."""
+        with self._lock:
+            service.refused = refused
+        for name, reason in refused.items():
+            if self._logged.get(name) != (reason,):
+                self._logged[name] = (reason,)
+                more = "; the agent keeps asking for it" * (name in service.refused_for_now())
+                log.error("%s: not served: the gateway refused: %s%s",
+                          name, reason, more)  # fmt: skip
 
     def _ask(self, service: Service, at_once: bool = False) -> None:
         """Note that the gateway asks for a new session. Any thread; does not block."""
@@ -450,7 +582,8 @@ class Agent:
         outcome: Exception = SessionClosed("the gateway ended the session")
         try:
             certificates: dict[str, str] = {}
-            self._certificates = certificates
+            if service is self._service:
+                self._certificates = certificates
             for message in messages:
                 if isinstance(message, Certificate):
                     _log_certificate(service, message, certificates)
@@ -569,6 +702,8 @@ class Agent:
                 UPGRADES,
                 REFUSALS,
                 OVERLAP,
+                URLS,
+                PARTIAL,
                 *later,
                 *sorted(needs),
             ),  # fmt: skip
@@ -584,10 +719,19 @@ class Agent:
         """Mark the tunnels that the gateway cannot serve as configured. Their visits are turned
         away: a password that the gateway does not check must not look like one that it checks."""
         routes = {}
+        refused: dict[str, str] = {}
+        denied = ack.denied if PARTIAL in ack.features else {}
+        urls = ack.urls if URLS in ack.features else {}
         for hostname, route in service.routes.items():
+            if hostname in denied:
+                refused[hostname] = words_on_one_line(denied[hostname])
+                continue
             tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
             missing = [name for name in tunnel.needs if name not in ack.features]
-            if missing:
+            granted = hostname
+            if NAMES in missing:
+                problem = NO_NAMES
+            elif missing:
                 names = ", ".join(missing)
                 problem = (
                     f"this gateway does not know {names}; update the gateway, or remove the "
@@ -595,19 +739,26 @@ class Agent:
                 )
             elif tunnel.port and not problem and hostname not in ack.ports:
                 problem = "the gateway has opened no public port for it, and gave no reason"
+            elif NAMES in tunnel.needs:
+                granted = normal_hostname(ack.names.get(hostname, ""))
+                if not valid_hostname(granted):
+                    granted = hostname
+                    problem = "the gateway has not said which hostname it gives"
             if problem:
                 log.error("%s: not served: %s", hostname, on_one_line(problem))
             elif tunnel.port:
                 port = on_one_line(ack.ports[hostname], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
             awaits_port = bool(problem) and not missing and LATER_PORTS in ack.features
-            routes[hostname] = route._replace(
+            routes[granted] = route._replace(
                 problem=problem,
                 awaits_port=awaits_port,
                 refusals=REFUSALS in ack.features,
+                url="" if problem else _url(urls.get(hostname, "")),
             )
         with self._lock:
             service.routes, service.features = routes, ack.features
+        self._note_refused(service, refused)
 
     def _take_port(self, service: Service, message: Port) -> None:
         """Serve a tunnel whose public port was not available at first."""
@@ -615,10 +766,11 @@ class Agent:
             route = service.routes.get(message.hostname)
             if route is None or not route.awaits_port:
                 return
-            served = route._replace(problem="", awaits_port=False)
+            served = route._replace(problem="", awaits_port=False, url=_url(message.url))
             service.routes = {**service.routes, message.hostname: served}
         port = on_one_line(message.port, 5)
         log.info("%s: on port %s of the gateway", message.hostname, port)
+        self._log_url(message.hostname, served)
         self._tell()
 
     def _accept(self, service: Service, workers: Workers) -> None:
@@ -688,8 +840,27 @@ def _expect_ack(message: Message) -> Ack:
     if not isinstance(message, Ack):
         raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
     if not message.ok:
-        raise Refused(message.error or "no reason given")
+        raise Refused(message.error or "no reason given", message.denied)
     return message
+
+
+def _advice(refused: Refused, plan: Plan) -> str:
+    """What to add to a refusal by a gateway that takes an open name for a bad hostname."""
+    asked = [name for name in plan.routes if name.endswith(OPEN)]
+    is_old = not refused.denied and str(refused).startswith("invalid hostname")
+    return f"; {NO_NAMES}" if is_old and any(name in str(refused) for name in asked) else ""
+
+
+def _url(text: str) -> str:
+    """A public address from the gateway; "" if it would not be safe to show."""
+    return text if len(text) <= MOST_URL and re.fullmatch("[!-~]+", text) else ""
+
+
+def shown_target(tunnel: Tunnel) -> str:
+    """A tunnel's target for people: as a URL, if it is a website."""
+    target = tunnel.target
+    plain = tunnel.mode == "http" and not target.tls and not target.path
+    return f"http://{target}" if plain else str(target)
 
 
 def dial_problem(error: OSError, config: Config | None = None, *, served: bool = False) -> str:

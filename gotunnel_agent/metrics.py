@@ -147,7 +147,7 @@ class MetricsPort:
 
 def figures(agent: Agent) -> Iterator[Metric]:
     snapshot, totals = agent.snapshot(), agent.totals()
-    since = snapshot.since
+    since, routes = snapshot.since, snapshot.all_routes()
     yield gauge(f"{PREFIX}info", "The program.", Sample(1, (("version", __version__),)))
     yield gauge(f"{PREFIX}connected", "1 if a session serves.", Sample(since is not None))
     yield gauge(
@@ -165,10 +165,10 @@ def figures(agent: Agent) -> Iterator[Metric]:
         f"{PREFIX}failed_dials_total", "Dials that brought no session, and sessions that broke.",
         Sample(totals.failures),
     )  # fmt: skip
-    yield gauge(f"{PREFIX}tunnels", "Tunnels of the configuration.", Sample(len(snapshot.routes)))
+    yield gauge(f"{PREFIX}tunnels", "Tunnels of the configuration.", Sample(len(routes)))
     yield gauge(
         f"{PREFIX}refused_tunnels", "Those of them that the gateway does not serve.",
-        Sample(sum(route.problem != "" for route in snapshot.routes.values())),
+        Sample(sum(route.problem != "" for route in routes.values())),
     )  # fmt: skip
     yield counter(f"{PREFIX}streams_total", "Streams that have come.", Sample(totals.streams))
     yield gauge(f"{PREFIX}streams", "Streams that are served now.", Sample(snapshot.visits))

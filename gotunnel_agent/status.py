@@ -22,7 +22,7 @@ COPIES = "/run/credentials/"  # a service reads a copy of its file there
 
 def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
     """The agent's part of the answer. ``config_file``: the path of its configuration."""
-    since, routes = snapshot.since, snapshot.routes
+    since, routes = snapshot.since, snapshot.all_routes()
     state = "stopping" if snapshot.stopping else SERVING if since is not None else "no session"
     tunnels = [
         {
@@ -30,6 +30,7 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
             "mode": route.tunnel.mode,
             "protocol": route.tunnel.protocol,
             "target": str(route.tunnel.target),
+            "url": route.url,
             "served": since is not None and not route.problem,
             "certificate": snapshot.certificates.get(hostname, "").partition(":")[0],
             "reason": on_one_line(

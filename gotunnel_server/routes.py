@@ -26,13 +26,27 @@ H2C, H2 = "h2c", "h2"
 
 
 class HostnameTaken(Exception):
-    """Hostnames cannot be claimed. ``tunnels`` hold them; it is empty if the hostnames are the
-    gateway's own. Their type is Any here: only the agents' wing uses them, and knows their
-    type."""
+    """Hostnames cannot be claimed. ``holders``: the tunnel that has each of them, or None if they
+    are the gateway's own. The tunnels' type is Any here: only the agents' wing uses them, and knows
+    their type."""
 
-    def __init__(self, text: str, tunnels: Iterable[Any] = ()):
-        super().__init__(text)
-        self.tunnels = frozenset(tunnels)
+    def __init__(self, holders: Mapping[str, Any]):
+        names = some(holders)
+        own = None in holders.values()
+        super().__init__(
+            f"not allowed: {names}: reserved for the gateway itself"
+            if own
+            else f"host already registered: {names}"
+        )
+        self.holders = holders
+        self.tunnels = frozenset() if own else frozenset(holders.values())
+
+    def one_by_one(self) -> dict[str, str]:
+        """The text for each of the hostnames alone."""
+        return {
+            hostname: str(HostnameTaken({hostname: holder}))
+            for hostname, holder in self.holders.items()
+        }
 
 
 class AgentBusy(OSError):
@@ -139,15 +153,13 @@ class Registry:
         """
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
-                names = some(own)
-                raise HostnameTaken(f"not allowed: {names}: reserved for the gateway itself")
+                raise HostnameTaken(dict.fromkeys(own))
             held = {
                 hostname: route for hostname, route in self._table[0].items()
                 if route.tunnel not in instead_of
             } if instead_of else self._table[0]  # fmt: skip
             if taken := [hostname for hostname in routes if hostname in held]:
-                tunnels = {held[hostname].tunnel for hostname in taken}
-                raise HostnameTaken(f"host already registered: {some(taken)}", tunnels)
+                raise HostnameTaken({hostname: held[hostname].tunnel for hostname in taken})
             routes = {**held, **routes}
             permit(routes)
             self._put(routes)

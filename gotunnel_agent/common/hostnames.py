@@ -11,6 +11,7 @@ import unicodedata
 MAX_HOSTNAME = 253  # characters: 255 bytes on the DNS wire (RFC 1035 §2.3.4)
 MAX_LABEL = 63  # characters between two dots (RFC 1035 §2.3.4)
 MAX_PORT = 65535
+HTTPS_PORT = 443  # which URLs leave out (RFC 9110 §4.2.2)
 
 # A name, or an IPv6 address in brackets (without a zone, which only one machine understands).
 _HOST = re.compile(r"(?P<name>[^][:]+|\[[0-9a-fA-F:.]+\])(:(?P<port>[0-9]{1,5}))?")

@@ -40,6 +40,12 @@ class Identity:
         """What the agents of this credential may have at once, together."""
         return Limits() if self.entry is None else self.entry.limits
 
+    @property
+    def wildcard(self) -> str:
+        """The wildcard that completes an open name (feature NAMES): the first one of the patterns;
+        "" if there is none."""
+        return next((host for host in self.hosts or () if host.startswith(WILDCARD)), "")
+
     def why_not(self, hostname: str) -> str | None:
         """Why a hostname, as normal_hostname() gives it, may not be claimed; None if it may."""
         if self.hosts is None:

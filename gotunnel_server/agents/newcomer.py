@@ -29,12 +29,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from time import monotonic
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 from gotunnel import (
     INTERNAL_ERROR,
     NORMAL,
     OVERLAP,
+    PARTIAL,
     PROTOCOL_ERROR,
     Ack,
     NoThread,
@@ -46,6 +48,7 @@ from gotunnel import (
 from gotunnel_agent.common import proxy_protocol
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.duplex import STALL_TIMEOUT, Duplex
+from gotunnel_agent.common.one_line import words_on_one_line
 
 from ..net import client_hello
 from ..net.drops import (
@@ -72,8 +75,8 @@ from . import takeover
 from .attempts import Attempts
 from .control_stream import ControlStream
 from .credentials import TokenInvalid
-from .registration import MAX_INSTANCE, Agent, NotGranted, Terms, read_routes
-from .tunnel import Tunnel, Tunnels
+from .registration import MAX_INSTANCE, Agent, NotGranted, Terms, of_all, read_routes
+from .tunnel import Tunnel, Tunnels, fitting
 
 log = logging.getLogger("gotunnel.newcomer")
 
@@ -103,11 +106,12 @@ class NotAdmitted(Exception):
 
     ``brief``: close the connection right after the text, without PARTING. Such refusals come by the
     hundred, and their connections must not keep places. An agent that has sent no more than its
-    registration can still read the text."""
+    registration can still read the text. ``denied``: see Ack."""
 
-    def __init__(self, text: str, brief: bool = False):
+    def __init__(self, text: str, brief: bool = False, denied: Mapping[str, str] | None = None):
         super().__init__(text)
         self.brief = brief
+        self.denied = dict(denied or {})
 
 
 class Unfit(ProtocolError):
@@ -563,18 +567,21 @@ class Newcomer:
         overlaps = message.overlap and OVERLAP in message.features
         self._agent = agent = Agent(self.address, identity, message.instance, overlaps)
         try:
-            routes = read_routes(message, identity, newcomers.terms)
+            asked = read_routes(message, identity, newcomers.terms)
         except NotGranted as error:
-            raise NotAdmitted(str(error)) from None
-        _check_count(agent, len(routes))  # too many by themselves must not end another session
+            raise NotAdmitted(str(error), denied=error.denied) from None
+        _check_count(
+            agent, len(asked.routes)
+        )  # too many by themselves must not end another session
         self._tunnel = tunnel = Tunnel(
             tunnels, agent, session, control,
-            features=message.features, routes=routes, ports=message.ports,
+            features=message.features, asked=asked, ports=message.ports,
             make_room=self.seat.leave,
         )  # fmt: skip
         claim = takeover.Claim(
-            tunnels.registry, agent, tunnel.wanted, permit=partial(_check_hostnames, agent)
-        )
+            tunnels.registry, agent, tunnel.wanted, permit=partial(_check_hostnames, agent),
+            partial=PARTIAL in message.features,
+        )  # fmt: skip
         newcomers.hand_over(self, tunnel)
         return Next(Stage.CLAIM, partial(self._try_claim, session, tunnel, claim))
 
@@ -604,9 +611,16 @@ class Newcomer:
         try:
             claimed = claim.attempt()
         except HostnameTaken as taken:
-            raise NotAdmitted(str(taken)) from None
+            tunnel.deny(claim.denied)
+            text = of_all(tunnel.denied) if tunnel.denied else str(taken)
+            raise NotAdmitted(text, denied=tunnel.denied) from None
         if not claimed:
             return self._look_again(Stage.CLAIM, self._step, takeover.LOOK)
+        tunnel.deny(claim.denied)
+        if tunnel.denied:
+            text = words_on_one_line("; ".join(tunnel.denied.values()))
+            line = "%s registers, and some hostnames are refused: %s"
+            self._newcomers.refusals.log(str(self), text, line)
         return Next(Stage.ADMIT, partial(self._admit, tunnel))
 
     def _admit(self, tunnel: Tunnel) -> None:
@@ -622,7 +636,7 @@ class Newcomer:
         text on its way."""
         self._count_refusal(str(refusal))
         try:
-            self._tell(str(refusal))
+            self._tell(str(refusal), refusal.denied)
             if refusal.brief:
                 return self.close()
             self.duplex.finish(timeout=0)
@@ -654,10 +668,11 @@ class Newcomer:
             self._tell("the registration failed by a bug of the gateway: see the gateway's log")
         self.close(INTERNAL_ERROR)
 
-    def _tell(self, text: str) -> None:
-        """Send the agent a refusal, if it can have one yet."""
+    def _tell(self, text: str, denied: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Send the agent a refusal, if it can have one yet. ``denied``: see Ack."""
         if self._control is not None:
-            self._control.send(Ack(False, text))
+            features = (PARTIAL,) if denied else ()
+            self._control.send(fitting(Ack(False, text, features, denied=dict(denied))))
 
     def _hear_out(self, session: Session) -> Next | None:
         """HEAR_OUT"""

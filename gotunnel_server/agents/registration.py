@@ -1,21 +1,25 @@
 """Reads what an agent asks for: a register message in, the wanted routes out, or why it gets none.
 
-Values in, values out. A registration that breaks a rule is refused as a whole: an agent that got
-half of what its operator wrote would look as if all was well.
+Values in, values out. A hostname that breaks a rule is refused alone, if the agent knows PARTIAL
+and so tells its operator. Any other registration is refused as a whole: an agent that got half of
+what its operator wrote would look as if all was well.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from gotunnel import HOST_HEADER, HTTP2, VISITOR_ADDRESS, Register
+from gotunnel import HOST_HEADER, HTTP2, NAMES, PARTIAL, VISITOR_ADDRESS, Register
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.hostnames import (
+    OPEN,
     normal_hostname,
     valid_host,
     valid_hostname,
+    valid_open_name,
     valid_wildcard,
     why_no_hostname,
 )
@@ -27,6 +31,7 @@ from .identity import Identity
 
 MODES = ("http", "tcp")
 MAX_INSTANCE = 64  # characters; ours are 32
+MOST_REASONS = 5  # in the text of a refusal
 
 # read_policy(object, mode) reads a policy off the wire; the object is None if there is none. Raises
 # ValueError.
@@ -91,12 +96,19 @@ class Terms(NamedTuple):
 
 
 class NotGranted(Exception):
-    """The registration is refused; the text is for the agent's operator."""
+    """The registration, or one hostname of it, is refused; the text is for the agent's operator.
+    ``denied``: the texts for the hostnames, if all were refused one by one."""
+
+    def __init__(self, text: str, denied: Mapping[str, str] = MappingProxyType({})):
+        super().__init__(text)
+        self.denied = denied
 
 
 class Wanted(NamedTuple):
-    """A Route that an agent asks for. The fields are the Route's."""
+    """A Route that an agent asks for. The fields are the Route's, but for ``name``: how the agent
+    spells the hostname in its registration. It differs from the Route's if it is an open name."""
 
+    name: str
     hostname: str
     mode: str
     host_header: str | None
@@ -113,8 +125,17 @@ class Wanted(NamedTuple):
         )  # fmt: skip
 
 
-def read_routes(message: Register, identity: Identity, terms: Terms) -> dict[str, Wanted]:
-    """What a register message asks for, by hostname in its normal form. Raises NotGranted."""
+class Asked(NamedTuple):
+    """What a register message asks for. ``routes`` is by hostname in its normal form. ``denied``
+    says why a hostname gets none, by hostname as the agent spells it."""
+
+    routes: dict[str, Wanted]
+    denied: dict[str, str]
+
+
+def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
+    """Raises NotGranted if no hostname is left, or if one is denied and the agent does not know
+    PARTIAL."""
     if not message.routes:
         raise NotGranted("no routes")
     if len(message.routes) > terms.most:
@@ -123,44 +144,82 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> dict[str
         )
     if len(message.instance) > MAX_INSTANCE:
         raise NotGranted(f"an instance of more than {MAX_INSTANCE} characters")
-    policies = _by_hostname(message.policies)
-    host_headers = message.host_headers if HOST_HEADER in message.features else {}
+    is_partial = PARTIAL in message.features
+    wildcard = identity.wildcard if NAMES in message.features else None
+    policies = _by_hostname(message, wildcard)
     routes: dict[str, Wanted] = {}
+    denied: dict[str, str] = {}
     # Agents of a Go gateway register "name:port" beside "name". To us they are the same hostname;
-    # the shortest spelling, the plain one, comes first and stays.
-    for name in sorted(message.routes, key=len):
-        hostname = _hostname(name)
-        if hostname in routes:
-            continue
-        mode = message.modes.get(name) or "http"
-        if mode not in MODES:
-            raise NotGranted(f"unknown mode of {name}: {on_one_line(mode, 20)}")
-        host = host_headers.get(name)
-        if host is not None and not valid_host(host):
-            raise NotGranted(f"invalid host_header of {name}: {host[:253]!r}")
+    # the shortest spelling, the plain one, comes first and stays. Open names come last: which
+    # hostname one gets is the gateway's choice, so it must not take a hostname that is spelled out.
+    for name in sorted(message.routes, key=lambda name: (name.endswith(OPEN), len(name))):
         try:
-            policy = terms.read_policy(policies.pop(hostname, None), mode)
-        except ValueError as error:
-            raise NotGranted(f"invalid policy of {name}: {error}") from None
-        routes[hostname] = Wanted(
-            name, mode, host,
-            addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
-            target_port=_port_of(message.routes[name]),
-            policy=policy,
-            protocol=_protocol(message, name, hostname, mode, terms),
-        )  # fmt: skip
+            hostname = _hostname(name, wildcard)
+            policy = policies.pop(hostname, None)
+            if hostname not in routes:
+                routes[hostname] = _wanted(message, name, hostname, policy, terms)
+            elif name.endswith(OPEN):
+                raise NotGranted(f"host already registered: {hostname}, by the same agent")
+        except NotGranted as error:
+            if not is_partial:
+                raise
+            denied[name] = str(error)
     if policies:  # such a policy would protect nothing
         raise NotGranted(f"a policy for {next(iter(policies))}, which is not among the routes")
-    _check_may_claim(routes, identity)
-    return routes
+    reasons = {hostname: identity.why_not(hostname) for hostname in routes}
+    if refused := [hostname for hostname, reason in reasons.items() if reason]:
+        if not is_partial:
+            raise NotGranted(f"not allowed: {some(refused)}: {reasons[refused[0]]}")
+        for hostname in refused:
+            denied[routes.pop(hostname).name] = f"not allowed: {hostname}: {reasons[hostname]}"
+    if not routes:
+        raise NotGranted(of_all(denied), denied)
+    return Asked(routes, denied)
 
 
-def _hostname(name: str) -> str:
-    """The hostname in a route's name, in its normal form. Raises NotGranted."""
+def of_all(denied: Mapping[str, str]) -> str:
+    """Why a registration is refused whose hostnames were all denied."""
+    reasons = list(dict.fromkeys(denied.values()))
+    more = f"; and {len(reasons) - MOST_REASONS} more" if len(reasons) > MOST_REASONS else ""
+    return "; ".join(reasons[:MOST_REASONS]) + more
+
+
+def _wanted(message: Register, name: str, hostname: str, policy: object, terms: Terms) -> Wanted:
+    """The route of one hostname. Raises NotGranted."""
+    mode = message.modes.get(name) or "http"
+    if mode not in MODES:
+        raise NotGranted(f"unknown mode of {name}: {on_one_line(mode, 20)}")
+    host = message.host_headers.get(name) if HOST_HEADER in message.features else None
+    if host is not None and not valid_host(host):
+        raise NotGranted(f"invalid host_header of {name}: {host[:253]!r}")
+    try:
+        read = terms.read_policy(policy, mode)
+    except ValueError as error:
+        raise NotGranted(f"invalid policy of {name}: {error}") from None
+    return Wanted(
+        name, hostname if name.endswith(OPEN) else name, mode, host,
+        addressed=name in message.addressed and VISITOR_ADDRESS in message.features,
+        target_port=_port_of(message.routes[name]),
+        policy=read,
+        protocol=_protocol(message, name, hostname, mode, terms),
+    )  # fmt: skip
+
+
+def _hostname(name: str, wildcard: str | None) -> str:
+    """The hostname in a route's name, in its normal form. ``wildcard`` completes an open name; ""
+    if the credential has none, None if the agent does not know NAMES. Raises NotGranted."""
     text, colon, port = name.partition(":")
     hostname = normal_hostname(text)
     if colon and not re.fullmatch("[0-9]{1,5}", port):
         hostname = ""
+    if wildcard is not None and name.endswith(OPEN) and valid_open_name(hostname):
+        if not wildcard:
+            raise NotGranted(
+                f"not allowed: {name}: the credential has no wildcard, such as *.dev.example.com, "
+                "that could complete it; ask for a whole hostname, or for a credential with a "
+                "wildcard (gotunnel-server agents add NAME --hosts '*.dev.example.com')"
+            )
+        hostname = hostname.removesuffix(OPEN) + wildcard.removeprefix("*")
     if valid_hostname(hostname) or valid_wildcard(hostname):
         return hostname
     raise NotGranted(
@@ -188,25 +247,23 @@ def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Ter
     return protocol
 
 
-def _by_hostname(policies: Mapping[str, object]) -> dict[str, object]:
+def _by_hostname(message: Register, wildcard: str | None) -> dict[str, object]:
     """The policies, keyed by normalised hostname: under another spelling a policy would never be
     found, and its tunnel would be unprotected."""
     found: dict[str, object] = {}
-    for name, policy in policies.items():
-        hostname = _hostname(name)
+    for name, policy in message.policies.items():
+        try:
+            hostname = _hostname(name, wildcard)
+        except NotGranted:
+            if name not in message.routes:
+                raise
+            continue  # its route is refused for the same reason
         if policy is None:  # it may mean no policy, or a policy that got lost: stay protected
             raise NotGranted(f"invalid policy of {hostname}: null came, expected an object")
         if hostname in found and found[hostname] != policy:
             raise NotGranted(f"two policies for {hostname}")
         found[hostname] = policy
     return found
-
-
-def _check_may_claim(routes: Iterable[str], identity: Identity) -> None:
-    reasons = {hostname: identity.why_not(hostname) for hostname in routes}
-    refused = [hostname for hostname, reason in reasons.items() if reason]
-    if refused:
-        raise NotGranted(f"not allowed: {some(refused)}: {reasons[refused[0]]}")
 
 
 def _port_of(target: str) -> int | None:

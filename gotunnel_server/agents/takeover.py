@@ -14,6 +14,9 @@ silent. So when an agent claims a hostname that another session holds, the gatew
 
 So two agents with one configuration do not take hostnames from each other for ever: the first one
 keeps them while it lives. The other one is told which hostnames are taken, and tries again later.
+
+A claim gets all hostnames or none, unless it is partial: then it goes on without the hostnames that
+others keep.
 """
 
 from __future__ import annotations
@@ -40,21 +43,42 @@ class Claim:
         agent: Agent,
         routes: Mapping[str, Route],
         permit: Callable[[Mapping[str, Route]], object],
+        partial: bool = False,
     ):
         """``agent`` wants ``routes``, by hostname. ``permit`` is as for Registry.claim()."""
+        self.routes = routes  # those that are not denied
+        self.denied: dict[str, str] = {}  # by hostname: why the claim goes on without it
         self._registry = registry
         self._agent = agent
-        self._routes = routes
         self._permit = permit
+        self._partial = partial
         self._asked: dict[Any, float] = {}  # holder: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
         self._replaced: set[Any] = set()  # holders that were told to end
 
     def attempt(self) -> bool:
         """Take the hostnames if that can be decided now. False: call again in LOOK seconds. Raises
-        HostnameTaken, and what ``permit`` raises."""
+        HostnameTaken, also if all were denied, and what ``permit`` raises."""
+        while True:
+            try:
+                return self._attempt()
+            except HostnameTaken as taken:
+                if not self._partial:
+                    raise
+                self.denied |= taken.one_by_one()
+                self.routes = {
+                    hostname: route
+                    for hostname, route in self.routes.items()
+                    if hostname not in taken.holders
+                }
+                if not self.routes:
+                    raise
+
+    def _attempt(self) -> bool:
+        """As attempt(). HostnameTaken names the hostnames that others keep, or all that are held if
+        the claim is not partial."""
         try:
-            self._registry.claim(self._routes, self._permit)
+            self._registry.claim(self.routes, self._permit)
             return True
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:
@@ -66,21 +90,27 @@ class Claim:
                 if holder not in self._asked:
                     self._asked[holder] = holder.ask()
                 elif holder.has_answered(self._asked[holder]):
+                    if self._partial:
+                        raise HostnameTaken(_held_by(holder, taken)) from None
                     raise
             overlaps = self._agent.overlaps or all(holder.moving for holder in taken.tunnels)
             if not others and overlaps:
-                self._registry.claim(self._routes, self._permit, instead_of=taken.tunnels)
-                successor = next(iter(self._routes.values())).tunnel
+                self._registry.claim(self.routes, self._permit, instead_of=taken.tunnels)
+                successor = next(iter(self.routes.values())).tunnel
                 for holder in taken.tunnels:
                     holder.step_aside(successor)
                 return True
-            # A claim gets all hostnames or none. While another agent keeps one of them, the old
-            # session of this agent goes on: it may still serve.
+            # While another agent may keep a hostname, the old session of this agent goes on: it may
+            # still serve.
             if not others:
                 replaced = taken.tunnels - self._replaced
                 self._replaced |= replaced
                 for holder in replaced:
                     holder.replace(f"its agent has come back, from {self._agent.host}")
                 if replaced and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
-                    return self.attempt()
+                    return self._attempt()
             return False
+
+
+def _held_by(holder: Any, taken: HostnameTaken) -> dict[str, Any]:
+    return {hostname: each for hostname, each in taken.holders.items() if each is holder}

@@ -26,9 +26,12 @@ from gotunnel import (
     HOST_HEADER,
     HTTP2,
     LATER_PORTS,
+    MESSAGE_LIMIT,
     MOVE,
+    NAMES,
     NORMAL,
     OVERLAP,
+    PARTIAL,
     POLICIES,
     PORTS,
     REASONS,
@@ -36,6 +39,7 @@ from gotunnel import (
     REPLACED,
     START_WINDOW,
     UPGRADES,
+    URLS,
     VISITOR_ADDRESS,
     WILDCARDS,
     Ack,
@@ -45,9 +49,11 @@ from gotunnel import (
     Session,
     Stream,
     encode_data_header,
+    encode_message,
 )
 from gotunnel_agent.common.duplex import Observer
-from gotunnel_agent.common.one_line import some
+from gotunnel_agent.common.hostnames import HTTPS_PORT, OPEN
+from gotunnel_agent.common.one_line import some, words_on_one_line
 from gotunnel_agent.common.process import Stopped
 
 from ..routes import AgentBusy, Registry, Route
@@ -58,14 +64,14 @@ from .credentials import Credentials
 from .heartbeat import Heartbeat
 from .identity import Identity
 from .ports import PortRefused, Ports
-from .registration import Agent, Wanted
+from .registration import Agent, Asked
 from .stream_pool import KeptStreams, OwnStreams
 
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # the extensions that this gateway knows
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, HTTP2, LATER_PORTS, OVERLAP, POLICIES, PORTS, REASONS,
-    UPGRADES, REFUSALS, VISITOR_ADDRESS, WILDCARDS,
+    CERTIFICATES, HALF_CLOSE, HOST_HEADER, HTTP2, LATER_PORTS, NAMES, OVERLAP, PARTIAL, POLICIES,
+    PORTS, REASONS, UPGRADES, REFUSALS, URLS, VISITOR_ADDRESS, WILDCARDS,
 })  # fmt: skip
 # Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
 # message may be queued behind other output; over a dead connection it can never be sent.
@@ -82,6 +88,7 @@ USED_UP = "its stream ids are used up"
 # Seconds until a refused port is tried again, doubled each time up to the second number. A freed
 # port should serve soon, and a try costs little.
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
+MOST_REASON = 200  # characters of a denied hostname's reason, in an ack that would be too long
 KEPT_LOOK = 5  # interval of the check for kept streams that are too old, in seconds
 LEFT_LOOK = 0.25  # interval of the check whether a session that takes no visits has none left
 
@@ -98,19 +105,21 @@ class Tunnels:
         ensure_certificates: Callable[[tuple[str, ...], tuple[Hashable, ...], Limits], object],
         certificate_state: Callable[[str], object],
         submit: Callable[[Callable[[], object]], object],
+        visitors_port: Callable[[], int] = lambda: HTTPS_PORT,
     ):
         """``ports`` are the public ports for agents. ``ensure_certificates(hostnames, blame,
         limits)`` orders the certificates that hostnames lack, and may wait for the disk; failed
         orders are counted by ``blame``, and ``limits`` are the credential's.
         ``certificate_state(hostname)`` says how a certificate stands; its text is for
         gotunnel.Certificate. ``submit(function)`` has a worker call it that may wait for the
-        system."""
+        system. ``visitors_port()`` is the port that visitors of hostnames type."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
         self.submit = submit
+        self.visitors_port = visitors_port
         self.observer: Observer | None = None  # of each session; tools set it before agents come
         # Held to count what the sessions of a credential have, and to begin a visit then.
         self.limiting = threading.Lock()
@@ -184,19 +193,20 @@ class Tunnel:
         control: ControlStream,
         *,
         features: Iterable[str],
-        routes: Mapping[str, Wanted],
+        asked: Asked,
         ports: Mapping[str, str],
         make_room: Callable[[], object],
     ):
         """Takes ``session`` over, which is not started yet; ``control`` is its control stream.
-        ``features`` are the extensions that the agent knows, in its order. ``routes`` are the
-        wanted ones, by normalised hostname; ``ports`` the wanted public ports, by hostname as the
-        agent spells it. ``make_room()`` is called once, when the connection is closed."""
+        ``features`` are the extensions that the agent knows, in its order. ``asked`` has the wanted
+        routes; ``ports`` the wanted public ports, by hostname as the agent spells it.
+        ``make_room()`` is called once, when the connection is closed."""
         self.agent = agent
         self.features = tuple(name for name in features if name in FEATURES)
         self.half_close = HALF_CLOSE in self.features  # a visitor's FIN may be passed to the agent
         self.upgrades = UPGRADES in self.features  # ... also in http mode, after open(relayed=True)
-        self.wanted = {name: wanted.route(self) for name, wanted in routes.items()}
+        self.wanted = {name: wanted.route(self) for name, wanted in asked.routes.items()}
+        self.denied = dict(asked.denied)  # hostnames that are not served, and why; see Ack
         self.routes: dict[str, Route] = {}  # by hostname; those served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
         self.gone = threading.Event()  # it holds no hostname any more, and never will
@@ -208,6 +218,8 @@ class Tunnel:
         self._tunnels = tunnels
         self._session = session
         self._control = control
+        # How the agent spells each hostname in its registration.
+        self._spelt = {hostname: wanted.name for hostname, wanted in asked.routes.items()}
         self._ports = ports if PORTS in self.features else {}
         # Hostnames that get a port later: the port, or None while it is not open.
         self._missing: dict[str, int | None] = {}
@@ -240,6 +252,12 @@ class Tunnel:
 
     # Registration
 
+    def deny(self, hostnames: Mapping[str, str]) -> None:
+        """Do without wanted hostnames, for the reasons given."""
+        for hostname, reason in hostnames.items():
+            self.wanted.pop(hostname, None)
+            self.denied[self._spelt[hostname]] = reason
+
     def serve(self) -> None:
         """The hostnames are claimed: send the ack, and begin to serve.
 
@@ -268,7 +286,7 @@ class Tunnel:
         session.call_later(KEPT_LOOK, self._close_old)
         # The ack is sent before the demultiplexer starts, so no visit's bytes follow at once: a Go
         # agent loses what comes in the same read as the ack.
-        self._control.acknowledge(Ack(True, features=self.features, ports=ports, refused=refused))
+        self._control.acknowledge(self._ack(routes, ports, refused))
         for hostname in routes:
             self.tell_certificate(hostname)
         log.info("%s registered %s", self, some(routes))
@@ -282,6 +300,27 @@ class Tunnel:
             self._end_with(end)
         self.end_if_revoked()
 
+    def _ack(
+        self, routes: Mapping[str, Route], ports: dict[str, str], refused: dict[str, str]
+    ) -> Ack:
+        urls, names = {}, {}
+        for hostname, route in routes.items():
+            name = self._spelt[hostname]
+            if URLS in self.features:
+                urls[name] = self._url(hostname, route)
+            if name.endswith(OPEN):
+                names[name] = hostname
+        return fitting(Ack(True, "", self.features, ports, refused, self.denied, urls, names))
+
+    def _url(self, hostname: str, route: Route) -> str:
+        """The public address of a hostname."""
+        if route.port is not None:
+            return f"tcp://{hostname}:{route.port}"
+        port = self._tunnels.visitors_port()
+        if route.mode != "http":
+            return f"tls://{hostname}:{port}"
+        return f"https://{hostname}" + (f":{port}" if port != HTTPS_PORT else "")
+
     def _open_ports(self) -> tuple[dict[str, Route], dict[str, str], dict[str, str]]:
         """Open the public ports that the agent asks for, at most one for each hostname. Returns the
         routes, the ports opened, and the reasons for those refused; the last two by hostnames as
@@ -290,7 +329,8 @@ class Tunnel:
         opened: dict[str, str] = {}
         refused: dict[str, str] = {}
         for hostname, route in self.wanted.items():
-            wanted = self._ports.get(route.hostname)
+            name = self._spelt[hostname]
+            wanted = self._ports.get(name)
             if wanted is None or self._session.ended:
                 continue
             try:
@@ -301,10 +341,10 @@ class Tunnel:
                     problem += "; the gateway goes on trying"
                     self._missing[hostname] = None
                 log.warning("%s: %s gets no port: %s", self, hostname, problem)
-                refused[route.hostname] = problem
+                refused[name] = problem
                 continue
             routes[hostname] = route._replace(port=port)
-            opened[route.hostname] = str(port)
+            opened[name] = str(port)
         # A predecessor may have passed on ports that this session does not want.
         self._tunnels.ports.keep_only(self, set(map(int, opened.values())))
         if opened:
@@ -329,10 +369,12 @@ class Tunnel:
             route = self.wanted[hostname]
             try:
                 if port is None:
-                    port = self._open_port(self._ports[route.hostname], route)
+                    port = self._open_port(self._ports[self._spelt[hostname]], route)
                     self._missing[hostname] = port
                     self._add_port(hostname, port)
-                self._control.send(Port(route.hostname, str(port)))
+                url = self._url(hostname, route._replace(port=port))
+                told = url if URLS in self.features else ""
+                self._control.send(Port(route.hostname, str(port), told))
                 del self._missing[hostname]
             except PortRefused as error:
                 log.debug("%s: %s gets no port yet: %s", self, hostname, error)
@@ -584,6 +626,16 @@ class Tunnel:
     def drop_own(self, owner: object) -> None:
         """``owner`` has left: close its stream, if there is one."""
         self._own.drop(owner)
+
+
+def fitting(ack: Ack) -> Ack:
+    """The ack without what it can do without, if it would be too long for one message."""
+    if len(encode_message(ack)) > MESSAGE_LIMIT:
+        ack = ack._replace(urls={})
+    if len(encode_message(ack)) > MESSAGE_LIMIT:
+        short = {name: words_on_one_line(why, MOST_REASON) for name, why in ack.denied.items()}
+        ack = ack._replace(denied=short)
+    return ack
 
 
 class Allowance:

@@ -41,10 +41,12 @@ from gotunnel import (
     HALF_CLOSE,
     MOVE,
     OVERLAP,
+    PARTIAL,
     PORTS,
     REASONS,
     REFUSALS,
     UPGRADES,
+    URLS,
     Ack,
     Certificate,
     End,
@@ -271,6 +273,8 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
             UPGRADES,
             REFUSALS,
             OVERLAP,
+            URLS,
+            PARTIAL,
         )
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
 

@@ -176,13 +176,21 @@ def test_no_visit_fails_while_the_file_changes_again_and_again(gateway, tmp_path
 
 
 def test_what_the_gateway_refuses_changes_nothing(gateway, tmp_path, quick, caplog):
+    with site(b"page") as page, agent_here(gateway, tmp_path, {APP: page.port}) as agent:
+        agent.change(config_of(gateway, tmp_path, {APP: 1, OTHER: 1}, jwt_secret="x" * 32))
+        wait_until(lambda: "refused: auth failed" in caplog.text)
+        assert gateway.get(APP) == (200, b"page")
+
+
+def test_the_hostname_that_the_gateway_refuses_stays_as_it_is(gateway, tmp_path, quick, caplog):
     (tmp_path / "a").mkdir()
-    with site(b"page") as page, site(b"other") as other:
+    with site(b"page") as page, site(b"new") as new, site(b"other") as other:
         with agent_here(gateway, tmp_path / "a", {OTHER: other.port}):
             with agent_here(gateway, tmp_path, {APP: page.port}) as agent:
-                agent.change(config_of(gateway, tmp_path, {APP: 1, OTHER: 1}))
-                wait_until(lambda: f"refused: {agent_module.TAKEN}: {APP}, {OTHER}" in caplog.text)
-                assert gateway.get(APP) == (200, b"page")
+                agent.change(config_of(gateway, tmp_path, {APP: new.port, OTHER: 1}))
+                text = f"{OTHER}: not served: the gateway refused: {agent_module.TAKEN}: {OTHER};"
+                wait_until(lambda: text in caplog.text)
+                wait_until(lambda: gateway.get(APP) == (200, b"new"))
                 assert gateway.get(OTHER) == (200, b"other")
 
 

@@ -1,10 +1,13 @@
-"""What a register message asks for, by values: the protocols of targets. The rest is tested where
-agents register (test_tunnel.py, test_scopes.py)."""
+"""What a register message asks for, by values: the protocols of targets, open names, and what one
+bad hostname does to the others. The rest is tested where agents register (test_tunnel.py,
+test_scopes.py, test_partial.py)."""
 
 import pytest
 
-from gotunnel import HTTP2, Register
-from gotunnel_server.agents.registration import NotGranted, Terms, read_routes
+from gotunnel import HOST_HEADER, HTTP2, NAMES, PARTIAL, VISITOR_ADDRESS, Register
+from gotunnel_agent.common.hostnames import MAX_LABEL
+from gotunnel_server.agents.identity import Identity
+from gotunnel_server.agents.registration import MOST_REASONS, NotGranted, Terms, read_routes
 from gotunnel_server.routes import H2, H2C
 
 APP, OTHER = "app.example.com", "other.example.com"
@@ -23,7 +26,7 @@ def protocol_of(asked=None, *, hostname=APP, mode="http", features=(HTTP2,), **t
         protocols={} if asked is None else {hostname: asked},
     )  # fmt: skip
     terms = Terms(1, lambda policy, mode: None, **{"speaks_http2": True} | terms)
-    (wanted,) = read_routes(message, Anybody(), terms).values()
+    (wanted,) = read_routes(message, Anybody(), terms).routes.values()
     assert wanted.route(None).protocol == wanted.protocol
     return wanted.protocol
 
@@ -61,3 +64,135 @@ def test_registration_that_cannot_be_served_is_refused(how, reason):
     with pytest.raises(NotGranted) as refused:
         protocol_of(**how)
     assert str(refused.value) == reason
+
+
+DEV = "*.dev.example.com"
+HOLDER = Identity("office", (APP, DEV, "*.qa.example.com"))
+NO_WILDCARD = "the credential has no wildcard"
+LONGEST = "a" * MAX_LABEL
+FAR = "*." + ".".join([LONGEST] * 3) + ".com"
+
+
+def asked(*names, identity=HOLDER, features=(NAMES, PARTIAL), most=64, modes=None, **more):
+    def read_policy(policy, mode):
+        if policy == "bad":
+            raise ValueError("bad came")
+        return policy
+
+    message = Register("t", dict.fromkeys(names, "127.0.0.1:1"), modes or {}, features, **more)
+    return read_routes(message, identity, Terms(most, read_policy))
+
+
+def hostnames(*names, **how):
+    """The hostname that each name gets, or the reason for none."""
+    found = asked(*names, **how)
+    return found.denied | {wanted.name: wanted.hostname for wanted in found.routes.values()}
+
+
+def test_an_open_name_is_completed_by_the_first_wildcard():
+    found = asked("quick-otter.*", "Other.*", APP)
+    assert list(found.routes) == [APP, "other.dev.example.com", "quick-otter.dev.example.com"]
+    assert hostnames("Other.*") == {"Other.*": "other.dev.example.com"}
+    assert found.denied == {}
+
+
+@pytest.mark.parametrize("hosts", [None, (), (APP,)])
+def test_an_open_name_needs_a_wildcard(hosts):
+    with pytest.raises(NotGranted, match=rf"^not allowed: a\.\*: {NO_WILDCARD}.* agents add NAME"):
+        asked("a.*", identity=Identity("office", hosts), features=(NAMES,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.b.*", ".*", "*.*", "*", "-a.*", "a_b.*", "a\x1b[31m.*", "a\n.*", f"{LONGEST}a.*", "a.*.",
+        "a.*:80", "xn--a-ecp.*", "a.*.b",
+    ],
+)  # fmt: skip
+def test_no_other_star_is_completed(name):
+    with pytest.raises(NotGranted, match="^invalid hostname: ") as refused:
+        asked(name)
+    assert str(refused.value).isprintable()
+
+
+def test_a_hostname_that_gets_too_long_is_invalid():
+    with pytest.raises(NotGranted, match="^invalid hostname: "):
+        asked(f"{LONGEST}.*", identity=Identity("office", (FAR,)))
+    assert len(hostnames("a.*", identity=Identity("office", (FAR,)))["a.*"]) < 253
+
+
+def test_an_agent_that_does_not_know_open_names_has_none():
+    with pytest.raises(NotGranted, match=r"^invalid hostname: a\.\*"):
+        asked("a.*", features=())
+
+
+def test_what_is_said_of_an_open_name_holds_for_its_hostname():
+    found = asked(
+        "a.*", APP, features=(NAMES, HOST_HEADER, VISITOR_ADDRESS), modes={"a.*": "tcp"},
+        host_headers={"a.*": "intranet"}, addressed=("a.*",), policies={"a.*": "good"},
+    )  # fmt: skip
+    wanted = found.routes["a.dev.example.com"]
+    assert wanted[:5] == ("a.*", "a.dev.example.com", "tcp", "intranet", True)
+    assert wanted.policy == "good"
+    assert found.routes[APP].policy is None
+
+
+@pytest.mark.parametrize(
+    ("names", "denied"),
+    [
+        (("a.*", "a.dev.example.com"), "a.*"),
+        (("a.*", "A.*"), "A.*"),
+        (("very-long-label-of-a-name.*", "very-long-label-of-a-name.dev.example.com:1"),
+         "very-long-label-of-a-name.*"),
+    ],
+)  # fmt: skip
+def test_two_names_for_one_hostname_are_one_too_many(names, denied):
+    found = asked(*names)
+    assert list(found.denied) == [denied] and len(found.routes) == 1
+    assert found.denied[denied].startswith("host already registered: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [
+        ("bad_name.example.com", {}, "invalid hostname: bad_name.example.com"),
+        ("bad_name.example.com", {"policies": {"bad_name.example.com": "x"}}, "invalid hostname: "),
+        (OTHER, {}, f"not allowed: {OTHER}: this credential may claim {APP}, {DEV}"),
+        ("b.dev.example.com", {"modes": {"b.dev.example.com": "udp"}}, "unknown mode of b."),
+        ("b.dev.example.com", {"policies": {"b.dev.example.com": "bad"}}, "invalid policy of b."),
+        ("b.*", {"policies": {"b.*": "bad"}}, r"invalid policy of b.*: bad came"),
+        (
+            "b.dev.example.com",
+            {"host_headers": {"b.dev.example.com": "a b"}},
+            "invalid host_header",
+        ),
+        ("b.dev.example.com", {"protocols": {"b.dev.example.com": "h9"}}, "unknown protocol of b."),
+        ("a.b.*", {"policies": {"a.b.*": "x"}}, "invalid hostname: a.b.*"),
+    ],
+)
+def test_one_bad_hostname_is_refused_alone(name, how, reason):
+    features = (NAMES, HOST_HEADER, HTTP2)
+    found = asked(APP, name, features=(*features, PARTIAL), **how)
+    assert list(found.routes) == [APP] and list(found.denied) == [name]
+    assert found.denied[name].startswith(reason)
+    with pytest.raises(NotGranted) as refused:
+        asked(APP, name, features=features, **how)
+    assert str(refused.value).startswith(reason) and not refused.value.denied
+
+
+def test_what_is_wrong_with_the_message_refuses_it_whole():
+    for how in (
+        {"policies": {OTHER: "x"}}, {"policies": {APP: None}}, {"instance": "x" * 65}, {"most": 1},
+    ):  # fmt: skip
+        with pytest.raises(NotGranted) as refused:
+            asked(APP, "b.dev.example.com", **how)
+        assert not refused.value.denied
+
+
+def test_a_registration_without_any_good_hostname_says_why_for_each():
+    names = [f"bad_{number}.example.com" for number in range(64)]
+    with pytest.raises(NotGranted) as refused:
+        asked(*names)
+    assert list(refused.value.denied) == sorted(names, key=len)
+    assert str(refused.value).count("invalid hostname: ") == MOST_REASONS
+    assert str(refused.value).endswith(f"; and {64 - MOST_REASONS} more")

@@ -27,6 +27,7 @@ from support import (
 )
 
 from gotunnel import __version__
+from gotunnel_agent.agent import Snapshot
 from gotunnel_agent.common.status_socket import NoAnswer
 from gotunnel_agent.status import agent_of, first_of, status_places, status_socket_of
 from gotunnel_agent.status import describe as describe_agent
@@ -205,9 +206,9 @@ def test_of_two_agents_the_one_that_is_asked_for_answers(told, chosen, answered,
 
 
 def test_an_agent_without_a_session_says_why():
-    snapshot = types.SimpleNamespace(
+    snapshot = Snapshot(
         gateway="gateway:9443", since=None, problem="connection\nrefused", old_sessions=0, visits=0,
-        routes={}, certificates={}, stopping=False,
+        routes={}, certificates={}, stopping=False, retry_at=None, refused={}, configured={},
     )  # fmt: skip
     told = describe_agent(snapshot, "agent.yaml")
     assert told["configuration"] == os.path.abspath("agent.yaml")

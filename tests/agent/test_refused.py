@@ -1,0 +1,404 @@
+"""What an agent makes of a gateway's answers that differ by hostname: addresses, completed names,
+refusals of some; and who hears of it (the log, snapshot(), on_change, status)."""
+
+import logging
+import threading
+from time import monotonic
+
+import pytest
+from support import (
+    APP,
+    RAW,
+    TIMEOUT,
+    Origin,
+    agent_here,
+    answer,
+    gateway_here,
+    request,
+    wait_until,
+)
+from test_agent import HandMadeGateway
+
+from gotunnel import (
+    LATER_PORTS,
+    MOVE,
+    NAMES,
+    OVERLAP,
+    PARTIAL,
+    PORTS,
+    URLS,
+    Ack,
+    Certificate,
+    End,
+    Port,
+    encode_message,
+)
+from gotunnel_agent import agent as agent_module
+from gotunnel_agent.agent import (
+    MOST_REFUSED_DELAY,
+    REFUSED_DELAY,
+    retry_delay,
+    shown_target,
+)
+from gotunnel_agent.config import Target, Tunnel
+from gotunnel_agent.metrics import figures
+from gotunnel_agent.status import describe
+
+OTHER = "other.localhost"
+OPEN = "quick-otter.*"
+GRANTED = "quick-otter.dev.localhost"
+TAKEN = f"host already registered: {OTHER}"
+FEATURES = (OVERLAP, URLS, PARTIAL, NAMES)
+SOME = Ack(True, features=FEATURES, denied={OTHER: TAKEN}, urls={APP: f"https://{APP}"})
+ALL = Ack(True, features=FEATURES, urls={APP: f"https://{APP}", OTHER: f"https://{OTHER}"})
+
+
+@pytest.fixture
+def gateway(cache):
+    with HandMadeGateway(cache) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Retries come at once, and old sessions end soon."""
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
+    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
+    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """No retry comes."""
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
+
+
+def over(*sessions):
+    for session in sessions:
+        session.close()
+        session.join()
+
+
+# Some are refused --------------------------------------------------------------------------------
+
+
+def test_refused_hostname_is_told_and_the_others_are_served(gateway, tmp_path, never, caplog):
+    caplog.set_level(logging.INFO)
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        assert PARTIAL in gateway.meet(SOME).features
+        wait_until(lambda: f"serving {APP}" in caplog.text)
+        told = agent.snapshot()
+        assert list(told.routes) == [APP] and told.refused == {OTHER: TAKEN}
+        assert f"{OTHER}: not served: the gateway refused: {TAKEN}; the agent keeps" in caplog.text
+        rows = {row["hostname"]: row for row in describe(told, "agent.yaml")["tunnels"]}
+        assert rows[APP]["served"] and rows[APP]["url"] == f"https://{APP}"
+        assert not rows[OTHER]["served"] and rows[OTHER]["target"] == "127.0.0.1:2"
+        assert rows[OTHER]["reason"] == f"refused: {TAKEN}"
+        samples = {metric.name: metric.samples for metric in figures(agent)}
+        assert samples["gotunnel_agent_tunnels"][0].value == 2
+        assert samples["gotunnel_agent_refused_tunnels"][0].value == 1
+        gateway.hang_up()
+
+
+def test_agent_asks_again_for_what_was_refused_alone(gateway, tmp_path, quick, caplog):
+    caplog.set_level(logging.INFO)
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(SOME)
+        good = gateway.session
+        for _ in range(3):
+            asked = gateway.meet(Ack(False, TAKEN, (PARTIAL,), denied={OTHER: TAKEN}))
+            assert set(asked.routes) == {OTHER} and asked.overlap
+            gateway.hang_up()
+        assert not good.ended and agent.snapshot().refused == {OTHER: TAKEN}
+        assert caplog.text.count("not served: the gateway refused") == 1
+
+        # another reason is news
+        gateway.meet(Ack(False, "not allowed: today", (PARTIAL,), denied={OTHER: "not allowed: x"}))
+        gateway.hang_up()
+        wait_until(
+            lambda: f"{OTHER}: not served: the gateway refused: not allowed: x" in caplog.text
+        )
+
+        gateway.meet(Ack(True, features=FEATURES, urls={OTHER: f"https://{OTHER}"}))
+        probe = gateway.session
+        wait_until(lambda: f"grants {OTHER} now" in caplog.text)
+        both = gateway.meet(ALL)
+        assert set(both.routes) == {APP, OTHER} and both.overlap
+        wait_until(lambda: not agent.snapshot().refused)
+        assert set(agent.snapshot().routes) == {APP, OTHER}
+        assert f"https://{OTHER} -> http://127.0.0.1:2" in caplog.messages
+        wait_until(lambda: good.ended and probe.ended)  # they had no visits
+        gateway.hang_up()
+
+
+def test_a_session_that_got_a_refused_hostname_serves_it_meanwhile(
+    gateway, tmp_path, quick, origin
+):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: origin.port}):
+        gateway.meet(SOME)
+        good = gateway.session
+        gateway.meet(Ack(True, features=FEATURES))
+        stream = gateway.open(OTHER)
+        stream.write(request())
+        assert b"page" in stream.read(timeout=TIMEOUT)
+        probe = gateway.session
+        gateway.meet(ALL)
+        gateway.hang_up()
+        over(good, probe)
+
+
+def test_a_dead_line_does_not_end_the_session_that_serves(gateway, tmp_path, quick, caplog):
+    caplog.set_level(logging.DEBUG)
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(SOME)
+        good = gateway.session
+        for _ in range(2):
+            gateway.meet(Certificate(OTHER, "ready"))  # no ack
+            gateway.hang_up()
+        wait_until(lambda: f"cannot ask again for {OTHER}: a certificate, exp" in caplog.text)
+        assert agent.snapshot().refused == {OTHER: TAKEN} and not good.ended
+        over(good)
+
+
+def test_the_end_of_the_session_is_not_lost_while_the_agent_asks(gateway, tmp_path, quick):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}):
+        gateway.meet(SOME)
+        over(gateway.session)
+        while set(gateway.meet(ALL).routes) != {APP, OTHER}:
+            gateway.hang_up()
+        gateway.hang_up()
+
+
+def test_agent_stops_at_once_while_it_asks_again(gateway, tmp_path, quick):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}):
+        gateway.meet(SOME)
+        good = gateway.session
+        sock, _ = gateway._listening.accept()  # and says nothing
+        began = monotonic()
+    assert monotonic() - began < agent_module.DIAL_TIMEOUT / 2
+    sock.close()
+    over(good)
+
+
+@pytest.mark.parametrize("reason", ["invalid hostname: other", "unknown mode of other"])
+def test_what_no_gateway_will_grant_is_not_asked_for_again(
+    gateway, tmp_path, quick, caplog, reason
+):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}):
+        gateway.meet(SOME._replace(denied={OTHER: reason}))
+        good = gateway.session
+        wait_until(lambda: f"{OTHER}: not served: the gateway refused: {reason}" in caplog.text)
+        assert "keeps asking" not in caplog.text
+        gateway.control.write(encode_message(End(MOVE, "now")))
+        assert set(gateway.meet(ALL).routes) == {APP, OTHER}  # no probe came before
+        gateway.hang_up()
+        over(good)
+
+
+def test_delays_between_two_questions_grow():
+    delays = [
+        retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY, lambda: 1.0) for tries in range(1, 20)
+    ]
+    assert delays[0] == REFUSED_DELAY and delays[-1] == MOST_REFUSED_DELAY
+    assert delays == sorted(delays)
+
+
+def test_all_refused_one_by_one(gateway, tmp_path, quick, caplog):
+    denied = {APP: "not allowed: x", OTHER: "\x1b[31m" + TAKEN, "none of ours": "x"}
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(Ack(False, TAKEN, (PARTIAL,), denied=denied))
+        gateway.hang_up()
+        wait_until(lambda: agent.snapshot().refused)
+        refused = agent.snapshot().refused
+        assert set(refused) == {APP, OTHER} and "\x1b" not in refused[OTHER]
+        assert agent.snapshot().all_routes()[APP].problem == "refused: not allowed: x"
+        gateway.meet(ALL)
+        wait_until(lambda: agent.snapshot().refused == {} and agent.snapshot().since)
+        gateway.hang_up()
+
+
+def test_refusals_without_the_feature_mean_nothing(gateway, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with agent_here(gateway.place, tmp_path, {APP: 1}) as agent:
+        gateway.meet(Ack(True, denied={APP: "x"}, urls={APP: "https://x"}, names={APP: OTHER}))
+        wait_until(lambda: f"serving {APP}" in caplog.text)
+        assert agent.snapshot().routes[APP].url == "" and not agent.snapshot().refused
+        gateway.hang_up()
+
+
+# Names and addresses -----------------------------------------------------------------------------
+
+
+def open_name(**more):
+    return [{"hostname": OPEN, "target": "127.0.0.1:9", **more}]
+
+
+def test_a_completed_name_is_served(gateway, tmp_path, origin, caplog):
+    caplog.set_level(logging.INFO)
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    tunnels = open_name(target=f"127.0.0.1:{origin.port}")
+    with agent_here(gateway.place, tmp_path, ready=False, tunnels=tunnels) as agent:
+        url = f"https://{GRANTED}:8443"
+        ack = Ack(True, features=FEATURES, names={OPEN: GRANTED}, urls={OPEN: url})
+        asked = gateway.meet(ack)
+        assert list(asked.routes) == [OPEN] and NAMES in asked.features
+        wait_until(lambda: f"serving {GRANTED}" in caplog.text)
+        assert f"{url} -> http://127.0.0.1:{origin.port}" in caplog.messages
+        assert agent.snapshot().routes[GRANTED].url == url
+        gateway.control.write(encode_message(Certificate(GRANTED, "ready")))
+        stream = gateway.open(GRANTED)
+        stream.write(request())
+        assert b"page" in stream.read(timeout=TIMEOUT)
+        wait_until(lambda: f"{GRANTED}: certificate: ready" in caplog.text)
+        gateway.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (Ack(True), f"{OPEN}: not served: this gateway cannot complete names"),
+        (Ack(True, features=FEATURES), f"{OPEN}: not served: the gateway has not said which"),
+        (Ack(True, features=FEATURES, names={OPEN: "a b\x1b[2J"}), "has not said which hostname"),
+        (Ack(False, f"invalid hostname: {OPEN}; expected letters"),
+         "expected letters; this gateway cannot complete names such as quick-otter.*: update it"),
+        (Ack(False, f"not allowed: {OPEN}: no"), f"not allowed: {OPEN}: no; next"),
+    ],
+)  # fmt: skip
+def test_a_name_that_the_gateway_does_not_complete(gateway, tmp_path, never, caplog, reply, said):
+    with agent_here(gateway.place, tmp_path, ready=False, tunnels=open_name()):
+        gateway.meet(reply)
+        wait_until(lambda: said in caplog.text)
+        gateway.hang_up()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "https://a b", "https://a\x1b[2J", "https://\u00e4", "x" * 301]
+)
+def test_addresses_that_could_harm_a_terminal_are_not_shown(gateway, tmp_path, caplog, url):
+    caplog.set_level(logging.INFO)
+    with agent_here(gateway.place, tmp_path, {APP: 1}) as agent:
+        gateway.meet(Ack(True, features=FEATURES, urls={APP: url}))
+        wait_until(lambda: f"serving {APP}" in caplog.text)
+        assert agent.snapshot().routes[APP].url == "" and " -> " not in caplog.text
+        gateway.hang_up()
+
+
+def test_an_address_is_logged_once(gateway, tmp_path, quick, caplog):
+    caplog.set_level(logging.INFO)
+    with agent_here(gateway.place, tmp_path, {APP: 1}):
+        for port in ("", "", ":8443"):
+            gateway.meet(Ack(True, features=FEATURES, urls={APP: f"https://{APP}{port}"}))
+            gateway.hang_up()
+        wait_until(lambda: f"https://{APP}:8443 -> http://127.0.0.1:1" in caplog.messages)
+    assert sum(" -> " in text for text in caplog.messages) == 2
+
+
+def test_a_port_that_opens_later_brings_its_address(gateway, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tunnels = [{"hostname": RAW, "target": "127.0.0.1:22", "mode": "tcp", "port": "auto"}]
+    ack = Ack(True, features=(*FEATURES, PORTS, LATER_PORTS), refused={RAW: "port 5 is taken"},
+              urls={RAW: f"tls://{RAW}:443"})  # fmt: skip
+    with agent_here(gateway.place, tmp_path, ready=False, tunnels=tunnels) as agent:
+        gateway.meet(ack)
+        wait_until(lambda: "port 5 is taken" in caplog.text)
+        route = agent.snapshot().routes[RAW]
+        assert route.url == "" and route.problem and not agent.snapshot().refused
+        gateway.control.write(encode_message(Port(RAW, "5", f"tcp://{RAW}:5")))
+        wait_until(lambda: f"tcp://{RAW}:5 -> 127.0.0.1:22" in caplog.messages)
+        assert agent.snapshot().routes[RAW].url == f"tcp://{RAW}:5"
+        gateway.hang_up()
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "shown"),
+    [
+        (Target("127.0.0.1", 8080), "http", "http://127.0.0.1:8080"),
+        (Target("::1", 8080), "http", "http://[::1]:8080"),
+        (Target("intranet", 443, tls=True), "http", "https://intranet:443"),
+        (Target(path="/run/app"), "http", "unix:/run/app"),
+        (Target("127.0.0.1", 22), "tcp", "127.0.0.1:22"),
+    ],
+)
+def test_targets_for_people(target, mode, shown):
+    assert shown_target(Tunnel(APP, target, mode)) == shown
+
+
+# Who hears of it ---------------------------------------------------------------------------------
+
+
+def test_each_change_of_the_snapshot_is_told(gateway, tmp_path, quick, origin):
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    seen, came = [], threading.Condition()
+
+    with agent_here(gateway.place, tmp_path, {APP: origin.port}) as agent:
+
+        def note():
+            with came:
+                seen.append(agent.snapshot())
+                came.notify_all()
+
+        def saw(what):
+            with came:
+                assert came.wait_for(lambda: any(map(what, seen)), TIMEOUT)
+                seen.clear()
+
+        agent.on_change = note
+        gateway.meet(Ack(False, "not today"))
+        gateway.hang_up()
+        saw(lambda told: "not today" in told.problem and told.retry_at)
+        gateway.meet(ALL)
+        saw(lambda told: told.since and told.routes[APP].url)
+        gateway.control.write(encode_message(Certificate(APP, "ready")))
+        saw(lambda told: told.certificates == {APP: "ready"})
+        stream = gateway.open(APP)
+        saw(lambda told: told.visits == 1)
+        stream.close()
+        saw(lambda told: told.visits == 0)
+        gateway.hang_up()
+        saw(lambda told: told.since is None)
+        gateway.meet(ALL)
+        agent.stop()
+        saw(lambda told: told.stopping)
+        gateway.hang_up()
+
+
+def test_a_listener_that_fails_harms_no_session(gateway, tmp_path, caplog):
+    with agent_here(gateway.place, tmp_path, {APP: 1}) as agent:
+        agent.on_change = lambda: 1 / 0
+        gateway.meet(ALL)
+        wait_until(lambda: agent.snapshot().since and "ZeroDivisionError" in caplog.text)
+        gateway.hang_up()
+
+
+# With a whole gateway ----------------------------------------------------------------------------
+
+
+def test_a_hostname_that_gets_free_is_served_without_cutting_visits(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.2)
+    (tmp_path / "a").mkdir()
+    go_on = threading.Event()
+
+    def slowly(target):
+        target.read_head()
+        target.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npa")
+        assert go_on.wait(TIMEOUT)
+        target.send(b"ge")
+
+    with gateway_here(cache) as gateway, Origin() as slow:
+        slow.serve(slowly)
+        with agent_here(gateway, tmp_path / "a", {OTHER: 9}):
+            both = agent_here(gateway, tmp_path, {APP: slow.port, OTHER: 9}, ready=False)
+            agent = both.__enter__()
+            wait_until(lambda: agent.snapshot().refused == {OTHER: TAKEN})
+            visitor = gateway.dial(APP)
+            visitor.send(request(host=APP))
+            assert visitor.sock.recv(4096)
+        wait_until(lambda: set(agent.snapshot().routes) == {APP, OTHER})
+        assert agent.snapshot().refused == {}
+        go_on.set()
+        rest = b""
+        while not rest.endswith(b"ge"):
+            rest += visitor.sock.recv(4096)
+        visitor.close()
+        both.__exit__(None, None, None)
