@@ -77,7 +77,7 @@ NAMES = frozenset({  # all variables that load() may read
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
-    "METRICS_PORT", "PAGES_DIR", "RAW_TCP_HOST",
+    "METRICS_PORT", "PAGES_DIR", "PUBLIC_PORT", "RAW_TCP_HOST",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
@@ -131,6 +131,7 @@ class Config:
 
     gateway_host: str
     gateway_port: int
+    public_port: int  # that visitors type, if it is not gateway_port; 0: it is
     tunnel_host: str  # a hostname or an IP address
     tunnel_port: int
     dashboard_port: int | None  # None: no dashboard
@@ -325,6 +326,7 @@ def _complete(read: Variables) -> Config:
     config = Config(
         gateway_host=read.hostname("GATEWAY_HOST"),
         gateway_port=read.port("GATEWAY_PORT", 443),
+        public_port=read.port("PUBLIC_PORT", 0),
         tunnel_host=read.hostname_or_ip("TUNNEL_HOST"),
         tunnel_port=read.port("TUNNEL_PORT", 9443),
         dashboard_port=read.port_or_off("DASHBOARD_PORT", 8080),

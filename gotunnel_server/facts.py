@@ -15,7 +15,7 @@ from .visitors import dashboard
 class Ports(Protocol):
     """The ports of a gateway.Gateway; None: not open."""
 
-    public_port: int
+    shown_port: int
     tunnel_port: int
     dashboard_port: int | None
     http_port: int | None
@@ -29,7 +29,7 @@ def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
     if ca_file:
         path = ca_file.resolve()
         yield f"certificates from a local CA, for trials; clients must trust {path}"
-    yield f"visitors: https://{config.gateway_host}:{ports.public_port}/"
+    yield f"visitors: https://{config.gateway_host}:{ports.shown_port}/"
     yield f"agents: tunnel_addr {config.tunnel_host}:{ports.tunnel_port}"
     if ports.dashboard_port is not None:
         where = config.dashboard_bind, config.bind, config.gateway_host, ports.dashboard_port

@@ -108,6 +108,7 @@ class Gateway:
             ensure_certificates=self.keeper.want,
             certificate_state=self.keeper.state,
             submit=self._registrations.submit,
+            visitors_port=lambda: self.shown_port,
         )
         self._newcomers = Newcomers(
             self.tunnels,
@@ -136,7 +137,7 @@ class Gateway:
 
     def _build_visitors(self, config):
         self._site = sites.choose_site(
-            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._proxies
+            self._registry.lookup, config.gateway_host, lambda: self.shown_port, self._proxies
         )
         redirect = sites.choose_redirect(
             self._registry.lookup, config.gateway_host, proxies=self._proxies, secured=self._site
@@ -159,6 +160,7 @@ class Gateway:
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
         )  # fmt: skip
+        self.shown_port = config.public_port or self.public_port  # the one that visitors type
 
     def _build_dashboard(self, config):
         self.dashboard_port = None
@@ -166,7 +168,7 @@ class Gateway:
             return
         site = dashboard.build_site(
             self.tunnels.registered, self.recording.count, config.gateway_host,
-            self.public_port, __version__,
+            self.shown_port, __version__,
             self.keeper.state, self._proxies, config.dashboard_password,
         )  # fmt: skip
         self.dashboard_port = self._add_page(
@@ -197,7 +199,7 @@ class Gateway:
         if config.http_port is None:
             return
         site = sites.choose_redirect(
-            self._registry.lookup, config.gateway_host, lambda: self.public_port, self._challenges,
+            self._registry.lookup, config.gateway_host, lambda: self.shown_port, self._challenges,
             proxies=self._proxies, secured=self._site,
         )  # fmt: skip
         if config.trusted_proxies:  # a proxy that terminates TLS may bring all visitors here

@@ -48,6 +48,7 @@ LEAST = {"GATEWAY_HOST": "gateway.test", "TUNNEL_HOST": "tunnel.test", "JWT_SECR
 # Their defaults depend on something else: what the table says of each, and where it is tested.
 IN_WORDS = {
     "DASHBOARD_BIND": "as `BIND`",
+    "PUBLIC_PORT": "as `GATEWAY_PORT`",
     "ACME_ENV": "`production`, or none with `CERT_DIR`",
     "ACME_DIRECTORY": "that of `ACME_ENV`",
     "HTTP_PORT": "`80` with ACME, else off",

@@ -81,6 +81,7 @@ def test_defaults():
     assert config() == Config(
         gateway_host="gateway.example.com",
         gateway_port=443,
+        public_port=0,
         tunnel_host="tunnel.example.com",
         tunnel_port=9443,
         dashboard_port=8080,
@@ -450,6 +451,7 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         ("HTTP_PORT", "8081", "http_port", 8081),
         ("HTTP_PORT", "auto", "http_port", 0),
         ("HTTP_PORT", "0", "http_port", None),
+        ("PUBLIC_PORT", "8443", "public_port", 8443),
         ("RAW_TCP_HOST", "SSH.Example.com.", "raw_tcp_host", "ssh.example.com"),
         ("TCP_PORTS", "5432", "tcp_ports", (range(5432, 5433),)),
         ("TCP_PORTS", "2200-2299, 5432 1-65535", "tcp_ports",
