@@ -204,7 +204,7 @@ class Snapshot(NamedTuple):
     stopping: bool
     retry_at: float | None  # monotonic time of the next dial; None while it does not wait for one
     refused: Mapping[str, str]  # why the gateway does not serve a hostname of the configuration
-    configured: Mapping[str, Route]  # all of the configuration, with open names as they stand there
+    configured: Mapping[str, Route] = {}  # all of the configuration, by hostname as it stands there
 
     def all_routes(self) -> dict[str, Route]:
         """Also those of refused hostnames, with the gateway's reason as their problem."""

@@ -108,7 +108,6 @@ class Gateway:
             ensure_certificates=self.keeper.want,
             certificate_state=self.keeper.state,
             submit=self._registrations.submit,
-            visitors_port=lambda: self.shown_port,
         )
         self._newcomers = Newcomers(
             self.tunnels,
@@ -160,7 +159,7 @@ class Gateway:
             "GATEWAY_PORT", config.gateway_port, self._visitors, self._visitor_places,
             self._visitors.first_timeout,
         )  # fmt: skip
-        self.shown_port = config.public_port or self.public_port  # the one that visitors type
+        self.shown_port = self.tunnels.visitors_port = config.public_port or self.public_port
 
     def _build_dashboard(self, config):
         self.dashboard_port = None

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-from gotunnel import NAMES, NoThread, spawn
+from gotunnel import NoThread, spawn
 
-from ..agent import TAKEN, Agent
+from ..agent import NO_NAMES, TAKEN, Agent
 from ..called import program
 from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line
@@ -115,7 +115,7 @@ class Serving:
     def _in_words(self, refusal: str) -> str:
         """A refusal for the user. An older gateway, or a Go one, takes a random name for a hostname
         that is wrong, or for one that it serves as it stands."""
-        if self._labels is not None and (NAMES in refusal or refusal.startswith(INVALID)):
+        if self._labels is not None and (NO_NAMES in refusal or refusal.startswith(INVALID)):
             return "it gives no random names; update it, or name a hostname with --host"
         return on_one_line(refusal)
 

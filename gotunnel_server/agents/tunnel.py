@@ -105,21 +105,20 @@ class Tunnels:
         ensure_certificates: Callable[[tuple[str, ...], tuple[Hashable, ...], Limits], object],
         certificate_state: Callable[[str], object],
         submit: Callable[[Callable[[], object]], object],
-        visitors_port: Callable[[], int] = lambda: HTTPS_PORT,
     ):
         """``ports`` are the public ports for agents. ``ensure_certificates(hostnames, blame,
         limits)`` orders the certificates that hostnames lack, and may wait for the disk; failed
         orders are counted by ``blame``, and ``limits`` are the credential's.
         ``certificate_state(hostname)`` says how a certificate stands; its text is for
         gotunnel.Certificate. ``submit(function)`` has a worker call it that may wait for the
-        system. ``visitors_port()`` is the port that visitors of hostnames type."""
+        system."""
         self.credentials = credentials
         self.registry = registry
         self.ports = ports
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
         self.submit = submit
-        self.visitors_port = visitors_port
+        self.visitors_port = HTTPS_PORT  # that visitors type; to be set before agents come
         self.observer: Observer | None = None  # of each session; tools set it before agents come
         # Held to count what the sessions of a credential have, and to begin a visit then.
         self.limiting = threading.Lock()
@@ -316,7 +315,7 @@ class Tunnel:
         """The public address of a hostname."""
         if route.port is not None:
             return f"tcp://{hostname}:{route.port}"
-        port = self._tunnels.visitors_port()
+        port = self._tunnels.visitors_port
         if route.mode != "http":
             return f"tls://{hostname}:{port}"
         return f"https://{hostname}" + (f":{port}" if port != HTTPS_PORT else "")
