@@ -4,6 +4,7 @@ Exit status:
 
                      0                    1                         2
     (no command)     after a signal       a port cannot be opened   the configuration is wrong
+    init             .env is written      it is not (130: Ctrl-C)   an argument is wrong
     check            nothing has failed   something has failed      the configuration is wrong
     certificates     printed, or renewal  NAME cannot be renewed    the configuration is wrong
                      of NAME requested
@@ -30,8 +31,9 @@ from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
 
-from .admin import certificates, check, grants, service
+from .admin import certificates, check, grants, init, service
 from .admin.grants import GrantError
+from .admin.init import InitError
 from .agents import scope
 from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
@@ -92,6 +94,8 @@ def command(options: argparse.Namespace) -> int:
             return run_service(options, PROGRAM, lambda chosen: service.plan(chosen, env_file))
         if options.command is None:
             return run(options.env_file)
+        if options.command == "init":
+            return init.run_init(options, environment())
         config = load(options.env_file)
         # The operator reads the answer, not the log lines of the modules that find it.
         logging.getLogger("gotunnel").addHandler(logging.NullHandler())
@@ -108,13 +112,13 @@ def command(options: argparse.Namespace) -> int:
         print(certificates.ask_renewal(config, options.renew))
         return 0
     except ConfigError as error:
-        # These two do not read the configuration as the gateway does.
-        alone = options.command in ("status", "service")
+        # These do not read the configuration as the gateway does.
+        alone = options.command in ("status", "service", "init")
         found = [] if alone else faults(options.env_file)
         return max(fail(fault, 2) for fault in found or [str(error)])
     except (CertificateError, AgentsFileError, Contradiction) as error:
         return fail(error, 2)
-    except (PortError, LogFileError, StoreError, GrantError, NoThread, Failed) as error:
+    except (PortError, LogFileError, StoreError, GrantError, InitError, NoThread, Failed) as error:
         return fail(error, 1)
     except ServiceError as error:
         return max(fail(line, 1) for line in str(error).splitlines())
@@ -190,6 +194,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(
         title="commands", prog=PROGRAM, dest="command", metavar="COMMAND"
     )
+    init_ = commands.add_parser(
+        "init", help="ask for what a gateway needs, and write .env",
+        description="Ask for what a gateway needs, at most five things, or take it from options; "
+        "write\nthe env file, look whether DNS and ports fit, and say what comes next.",
+        epilog=init.EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    init.add_arguments(init_)
     check_ = commands.add_parser(
         "check", help="check whether a gateway could start here; each problem comes with a remedy",
         description="Check all that a gateway needs. Nothing is changed, nothing is ordered.",
@@ -280,7 +291,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add_arguments(service_, PROGRAM, with_socket=True)
     agents_all = (agents_, add, rotate, show, remove)
-    for each in (check_, certificates_, token, *agents_all, status, service_):
+    for each in (init_, check_, certificates_, token, *agents_all, status, service_):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     parser.typed = sys.argv[1:] if arguments is None else arguments
