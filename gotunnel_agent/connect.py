@@ -164,5 +164,7 @@ class _Attempts:
             return sock
         sock.close()
         # OSError picks the subclass for the number, as a failed socket.connect() does.
-        self._errors.append(OSError(code, os.strerror(code)))
+        # Windows has the texts for its sockets' codes in a table of their own.
+        text = getattr(socket, "errorTab", {}).get(code) or os.strerror(code)
+        self._errors.append(OSError(code, text))
         return None

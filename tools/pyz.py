@@ -19,12 +19,13 @@ import bootstrap
 
 OUTPUT = os.path.join("dist", "gotunnel.pyz")
 
-# What the agent needs besides Python: setup.py's list AGENT, and what that needs. pip compares the
-# wheels with these sums (--require-hashes). Raise them by hand, with `pip download` and
-# `sha256sum`; PyYAML's is the one for PLATFORM, of which the compiled part is left out.
+# What the agent needs besides Python: setup.py's lists AGENT and QR, and what those need. pip
+# compares the wheels with these sums (--require-hashes). Raise them by hand, with `pip download`
+# and `sha256sum`; PyYAML's is the one for PLATFORM, of which the compiled part is left out.
 PINNED = (
     ("PyJWT", "2.15.1", "42d59d631f7768a1028a64c7ff581a9bf7519804daf91fc5b6c56e30eec5e193"),
     ("PyYAML", "6.0.4", "88a089e6424a8a256321270620d5a4328ad5227fb2061b07d33f596894336914"),
+    ("segno", "1.6.6", "28c7d081ed0cf935e0411293a465efd4d500704072cdb039778a2ab8736190c7"),
     # PyJWT's, on Python 3.10.
     (
         "typing_extensions",

@@ -37,8 +37,9 @@ TLS_PIECE = 64 * 1024  # most encrypted bytes written into TLS's input buffer at
 # certificates in a handshake. Later a peer sends key updates and tickets, some hundred bytes a day.
 NO_PAYLOAD = 128 * 1024
 ANSWERS = 64 * 1024  # unsent bytes of TLS itself (key updates); above it the peer does not read
-NO_LINGER = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST and drops unsent bytes
-LINGER = struct.pack("ii", 0, 0)  # SO_LINGER's default: close() sends unsent bytes, and FIN
+LINGER_PARTS = "hh" if sys.platform == "win32" else "ii"  # of C's struct linger
+NO_LINGER = struct.pack(LINGER_PARTS, 1, 0)  # SO_LINGER: close() sends RST, drops unsent bytes
+LINGER = struct.pack(LINGER_PARTS, 0, 0)  # SO_LINGER's default: close() sends all, and FIN
 CUT_TIMEOUT = 30  # seconds; cut() sends RST if the peer's TCP takes nothing for so long
 CUT_LOOKS = 0.001, 0.05  # seconds between two checks in cut(): the first pause and the longest
 TCP_CLOSE = 7  # tcpi_state in Linux's TCP_INFO: the connection is dead

@@ -51,6 +51,8 @@ FORMATTER = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
 FORMATTERS = {"text": FORMATTER, "json": JsonLines()}
 STDERR = 2  # file descriptor
 HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+# Windows sends no SIGTERM from outside, but SIGBREAK for Ctrl-Break.
+STOPS = [signal.SIGTERM, signal.SIGINT, *filter(None, [getattr(signal, "SIGBREAK", None)])]
 
 
 class Signals:
@@ -68,11 +70,11 @@ class Signals:
         # What wait() returns; 0 is of after(). Other parts of the process may handle other signals,
         # whose numbers are written to the socket as well.
         others = {*also, HANG_UP} if hang_up and HANG_UP is not None else {*also}
-        self._awaited = {0, signal.SIGTERM, signal.SIGINT, *others}
+        self._awaited = {0, *STOPS, *others}
         self._count = 0
         self._stop = 0  # the number of the SIGTERM or SIGINT that has come
         signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, self._on_signal)
         for other in others:
             signal.signal(other, lambda number, frame: None)  # wait() returns its number

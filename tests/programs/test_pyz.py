@@ -10,6 +10,8 @@ import pytest
 import pyz
 from support import APP, ROOT, agent_process, answer, gateway_process, request
 
+from gotunnel_agent.common import packages
+
 # As if no package was installed: -S leaves out site-packages, -I the folders of the environment.
 BARE = (sys.executable, "-I", "-S")
 
@@ -47,14 +49,20 @@ def test_it_holds_all_of_the_agent_and_nothing_of_the_gateway():
         for path in (ROOT / "gotunnel_agent").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert names == agent | {"__main__.py", "gotunnel.py", "LICENSE"}
+    more = {"__main__.py", "gotunnel.py", "LICENSE", "gotunnel_agent/examples/agent.yaml"}
+    assert names == agent | more
 
 
 def test_what_is_pinned_is_what_setup_py_asks_for():
     setup = (ROOT / "setup.py").read_text("utf-8")
-    agent = re.search(r"^AGENT = \[(.*?)^\]", setup, re.MULTILINE | re.DOTALL)[1]
-    asked = {re.match(r"\w+", line)[0] for line in re.findall(r'"(.+)"', agent)}
-    assert asked == {name for name, _, _ in pyz.PINNED} - {"typing_extensions"}
+    lists = re.findall(r"^(?:AGENT|QR) = \[(.*?)^\]", setup, re.MULTILINE | re.DOTALL)
+    asked = {
+        re.match(r"\w+", line)[0]: line for line in re.findall(r'^    "(.+)"', "".join(lists), re.M)
+    }
+    pinned = {name: version for name, version, _ in pyz.PINNED if name != "typing_extensions"}
+    assert pinned.keys() == asked.keys()
+    for name, version in pinned.items():
+        assert packages.fits(version, asked[name].removeprefix(name))
 
 
 def test_an_old_python_is_refused_in_a_sentence():
@@ -82,15 +90,27 @@ def test_a_visit_by_the_one_file(archive, cache, tmp_path, origin):
                     assert visitor.read_message()[1] == b"from one file"
 
 
-COMMANDS = ["forward", "status", "service", "hash-password", "http", "tcp", "files"]
-
-
 @pytest.mark.slow
 def test_each_command_is_in_the_one_file(archive):
-    for command in COMMANDS:
+    example = say(*BARE, archive, "--print-example")
+    assert example == (0, (ROOT / "conf" / "agent.yaml").read_text("utf-8"), "")
+    listed = say(*BARE, archive, "--help")[1]
+    commands = set(re.findall(r"^  gotunnel (\w[\w-]*)", listed, re.MULTILINE))
+    assert {"http", "tcp", "files", "join", "forward", "status", "service"} <= commands
+    for command in commands:
         status, out, error = say(*BARE, archive, command, "--help")
         assert (status, error) == (0, ""), command
         assert out.startswith("usage: "), command
+
+
+@pytest.mark.slow
+def test_a_qr_code_can_be_drawn_by_the_one_file(archive):
+    script = (
+        f"import sys; sys.path[:] = [{str(archive)!r}, *sys.path[1:]]\n"
+        "from gotunnel_agent.quick.qr import qr_lines\n"
+        "assert len(qr_lines('https://a.example.com', dark_ink=True)) > 10"
+    )
+    assert say(*BARE, "-c", script) == (0, "", "")
 
 
 @pytest.mark.slow
