@@ -5,9 +5,9 @@ all paths in a ``Config`` are absolute. ``conf/server.env`` explains each variab
 
 Variables with other names are ignored, unless they look like misspelt ones of ours:
 
-    alike, and ours is not set       an error in the env file; in the environment a warning, and an
+    much alike, ours is not set      an error in the env file; in the environment a warning, and an
                                      error if ours lets fewer people in (GUARDS)
-    alike, and ours is set as well   a warning, in the env file only
+    alike otherwise                  a warning, in the env file only
     our prefix alone (PREFIXES)      the same
 
 No other module reads ``os.environ``, and no part of the gateway keeps the ``Config``: each part
@@ -31,6 +31,7 @@ from .agents import scope
 from .agents.registration import Terms
 from .agents.secret import secret_weakness
 from .variables import (
+    SURELY_ALIKE,
     UNSET,
     VERY_ALIKE,
     ConfigError,
@@ -285,7 +286,7 @@ def _first_faults(source: Source) -> Iterator[tuple[str, str]]:
         return
     no_setting = "is no setting of the gateway, did you mean"
     for name, meant in misspelt(source.in_file, NAMES):
-        if meant is not None and not _is_set(meant, values):
+        if meant is not None and _is_ours(name, meant) and not _is_set(meant, values):
             text = (
                 f"{name} in {source.env_file} {no_setting} {meant}? Correct it; if it is another "
                 "program's, keep the gateway's settings in a file of their own (--env-file). "
@@ -298,10 +299,19 @@ def _first_faults(source: Source) -> Iterator[tuple[str, str]]:
             yield meant, text + EXPLAINED
 
 
+def _is_ours(name: str, meant: str) -> bool:
+    """Whether a name that is like that of a setting is hardly another program's, as READ_TIMEOUT
+    and DB_MAX_CONNECTIONS are."""
+    if name.upper().endswith(f"_{meant}"):
+        return False
+    return name.upper().startswith(PREFIXES) or any(misspelt([name], [meant], alike=SURELY_ALIKE))
+
+
 def _is_set(name: str | None, values: Mapping[str, str]) -> bool:
-    """Whether a setting has a value, in a file of its own or otherwise."""
+    """Whether a setting has a value, in a file of its own or otherwise, or needs none."""
     stem = (name or "").removesuffix("_FILE")
-    return bool(values.keys() & {name, stem, f"{stem}_FILE"})
+    instead = {"AGENTS_FILE"} if stem == "JWT_SECRET" else set()
+    return bool(values.keys() & {name, stem, f"{stem}_FILE", *instead})
 
 
 def _neutralise(values: dict[str, str], name: str) -> None:

@@ -58,6 +58,9 @@ MAX_TIMEOUT = 86_400
 # HSOT for HOST in a name of ours has 0.9. SMTP_PORT, a name of another program, has 0.78 to
 # HTTP_PORT.
 ALIKE = 0.8
+# The same for an error, if the name has no prefix of ours. WORKRES for WORKERS has 0.857.
+# READ_TIMEOUT and FTP_PORT, names of other programs, have 0.846 and 0.824.
+SURELY_ALIKE = 0.85
 # The same in the process environment, which has variables of many programs. DEFAULT_ALOW has 0.96.
 VERY_ALIKE = 0.9
 MAX_NAME = 60  # characters of a name that are compared, or shown

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from gotunnel_agent.common.service import (
     HOMES,
@@ -39,11 +41,12 @@ def plan(options: Options, chosen: str | None) -> Plan:
         )
     config = load(chosen, environ={})
     env_file, folder = os.path.abspath(chosen), os.getcwd()
-    # The program gets a copy of the env file in another folder (Credential). Relative paths in the
-    # copy count from the working folder, which must therefore be the original's.
-    folder = os.path.dirname(env_file) if os.path.isfile(env_file) else folder
     program = this_program(sys.argv[0])
     dynamic = not options.per_user and options.run_as is None
+    if dynamic and _everybody_may_enter(os.path.dirname(env_file)):
+        # The program gets a copy of the env file in another folder (Credential). Relative paths in
+        # the copy count from the working folder, which therefore is the original's.
+        folder = os.path.dirname(env_file)
     cache = os.path.abspath(config.acme_cache)
     own_state = dynamic or not (options.per_user or os.path.isdir(cache))
     status = config.status_socket
@@ -80,6 +83,12 @@ def plan(options: Options, chosen: str | None) -> Plan:
         sockets=sockets,
     )
     return Plan(service, Needs(readable, writable), tuple(_notes(service, config, cache, env_file)))
+
+
+def _everybody_may_enter(folder: str) -> bool:
+    """Whether a service without rights can read what lies there."""
+    path = Path(folder)
+    return all(each.stat().st_mode & stat.S_IXOTH for each in (path, *path.parents))
 
 
 def _files(config: Config, env_file: str) -> Iterator[tuple[str, str]]:

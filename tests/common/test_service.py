@@ -160,6 +160,20 @@ def test_a_socket_unit_needs_port_numbers(machine, capsys):
     assert "--socket: TUNNEL_PORT is auto, expected a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "enters", "folder"),
+    [([], True, "work"), ([], False, ""), (["--run-as", "root"], True, "")],
+)
+def test_the_gateways_copy_of_its_settings_counts_paths_from_where_they_were(
+    machine, monkeypatch, arguments, enters, folder
+):
+    monkeypatch.setattr("gotunnel_server.admin.service._everybody_may_enter", lambda path: enters)
+    monkeypatch.chdir(machine)
+    assert server("install", "--env-file", "work/.env", *arguments) == 0
+    lines = text(machine).splitlines()
+    assert f"WorkingDirectory={machine / folder}" in lines
+
+
 def test_another_user_reads_the_configuration_itself(machine):
     me = pwd.getpwuid(os.getuid()).pw_name
     os.mkdir("cert-cache")

@@ -130,6 +130,18 @@ def test_a_file_that_is_no_socket_is_left_alone(path, started, caplog):
     assert Path(path).read_text() == "precious"
 
 
+def test_too_long_a_path_is_taken_from_the_working_folder_where_that_is_short(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / ("d" * MAX_PATH)
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    path = str(folder / "status.sock")
+    status_socket.listen(status_socket.address(path)).close()
+    assert status_socket.address(path) == "status.sock" and os.path.exists(path)
+    assert status_socket.why_not(path) is None
+
+
 def test_too_long_a_path_is_one_clear_line(tmp_path, started, caplog):
     long = str(tmp_path / ("x" * MAX_PATH))
     started(long, ready=False)

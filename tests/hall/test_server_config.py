@@ -351,22 +351,34 @@ def test_misspelt_variable_of_the_env_file_is_refused(line, name, meant):
     assert f"{name} in {os.getcwd()}/.env is ignored" in warning and warning.endswith(f"{meant}?")
 
 
+ALL = "gotunnel-server --print-example explains all settings"
+
+
 @pytest.mark.parametrize(
-    ("line", "name"),
+    ("line", "name", "hint"),
     [
-        ("ACME_X=1", "ACME_X"),
-        ("DEFAULT_LOCALE=C", "DEFAULT_LOCALE"),
-        ("'JWT_\x1bx'=1", r"JWT_\x1bx"),
-        (f"JWT_{'Y' * 9999}=1", f"JWT_{'Y' * 56}"),
+        ("ACME_X=1", "ACME_X", ALL),
+        ("DEFAULT_LOCALE=C", "DEFAULT_LOCALE", ALL),
+        ("'JWT_\x1bx'=1", r"JWT_\x1bx", ALL),
+        (f"JWT_{'Y' * 9999}=1", f"JWT_{'Y' * 56}", ALL),
+        ("READ_TIMEOUT=1", "READ_TIMEOUT", "did you mean HEADER_TIMEOUT?"),
+        ("FTP_PORT=21", "FTP_PORT", "did you mean TCP_PORTS?"),
+        ("DB_MAX_CONNECTIONS=9", "DB_MAX_CONNECTIONS", "did you mean MAX_CONNECTIONS?"),
     ],
 )
-def test_variable_that_only_begins_like_ours_is_a_warning(line, name):
+def test_variable_that_may_well_be_another_program_s_is_a_warning(line, name, hint):
     Path(".env").write_text(f"{line}\n")
     (found,) = config().warnings
     assert found == (
-        f"{name} in {os.getcwd()}/.env is ignored, the gateway has no such setting; "
-        "gotunnel-server --print-example explains all settings"
+        f"{name} in {os.getcwd()}/.env is ignored, the gateway has no such setting; {hint}"
     )
+
+
+def test_name_like_that_of_a_secret_is_no_fault_where_none_is_needed():
+    Path(".env").write_text("JWT_SECRET_KEY=x\nAGENTS_FILE=agents.yaml\n")
+    assert "did you mean JWT_SECRET?" in config(JWT_SECRET=None).warnings[0]
+    Path(".env").write_text("JWT_SECRET_KEY=x\n")
+    assert "did you mean JWT_SECRET?" in refusal(JWT_SECRET=None)
 
 
 @pytest.mark.parametrize(
