@@ -4,6 +4,9 @@ What thousands of connections have taken, the C library keeps when they are gone
 what is free at the end of its heap, and one small block there holds back all before it. glibc's
 malloc_trim(3) returns all free pages. That, and a search for reference cycles before it, take some
 ten milliseconds, in which other threads wait, so it is not done while there is much to do.
+
+It does not return the end of an arena. glibc gives threads arenas (heaps) of their own, eight a
+CPU, of which each may keep some megabytes there. So a process has one arena: use_one_arena().
 """
 
 from __future__ import annotations
@@ -23,16 +26,28 @@ FALL = 50
 # So many looks later, memory is given back once more: what the last visits and threads of a rush
 # have left. A thread that is not needed ends within a minute.
 ONCE_MORE = 40
+M_ARENA_MAX = -8  # for mallopt(3), from malloc.h
 
 
-def _trim_function() -> Callable[[int], object] | None:
-    """glibc's malloc_trim(); None in a process without it (musl, macOS)."""
+def _of_glibc(name: str) -> Callable[..., object] | None:
+    """A function of glibc's; None in a process without it (musl, macOS)."""
     if sys.platform != "linux":
         return None
     try:
-        return ctypes.CDLL(None).malloc_trim
+        function: Callable[..., object] = getattr(ctypes.CDLL(None), name)
+        return function
     except (OSError, AttributeError):
         return None
+
+
+def use_one_arena() -> None:
+    """Have all threads allocate from one heap. To be called before the first thread is started.
+
+    Without Python's GIL threads would wait for each other there; with it, hardly two allocate at
+    the same time."""
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None and getattr(sys, "_is_gil_enabled", lambda: True)():
+        mallopt(M_ARENA_MAX, 1)
 
 
 class FreeMemory:
@@ -49,7 +64,7 @@ class FreeMemory:
         self._free = free
         self._peak = 0
         self._until_more = 0  # looks until memory is given back once more; 0: it will not be
-        self._trim = _trim_function()
+        self._trim = _of_glibc("malloc_trim")
 
     def look(self, asked: bool = False) -> bool:
         """Give memory back if a rush is over. Returns whether that was so."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from gotunnel import BUFFERS, LARGE_BUFFERS, NoThread, call_logged, spawn
 
-from .free_memory import FreeMemory
+from .free_memory import FreeMemory, use_one_arena
 from .json_lines import JsonLines
 from .standard_error import free_standard_error
 
@@ -276,8 +276,10 @@ class LogLimit(logging.Filter):
 
 def set_up_process(log_level: str, log_format: str = "text") -> None:
     """Log lines of ``log_level`` (a name) and above to standard error, as ``log_format`` (a key of
-    FORMATTERS) says, without making a thread wait for its reader; set the switch interval; keep
-    freed memory for the next payload; raise the limit of open files to what is allowed."""
+    FORMATTERS) says, without making a thread wait for its reader; set the switch interval; have
+    one heap, and keep freed memory for the next payload; raise the limit of open files to what is
+    allowed."""
+    use_one_arena()
     formatter = FORMATTERS[log_format]
     free_standard_error(formatter)
     handler = logging.StreamHandler(sys.stderr)

@@ -1,9 +1,11 @@
 """Memory goes back to the system when a rush is over, and at no other time."""
 
 import resource
+import subprocess
+import sys
 
 import pytest
-from support import wait_until
+from support import ROOT, wait_until
 
 from gotunnel import BUFFERS
 from gotunnel_agent.common import free_memory
@@ -58,9 +60,12 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.skipif(
-    free_memory._trim_function() is None, reason="this C library has no malloc_trim"
+glibc_alone = pytest.mark.skipif(
+    free_memory._of_glibc("malloc_trim") is None, reason="this C library has no malloc_trim"
 )
+
+
+@glibc_alone
 def test_memory_goes_back_though_the_heap_cannot_shrink():
     loads = iter([FALL, 0])
     memory = FreeMemory(lambda: next(loads))
@@ -72,3 +77,29 @@ def test_memory_goes_back_though_the_heap_cannot_shrink():
     memory.look()
     assert block_at_the_end
     wait_until(lambda: resident() < full - 30e6)
+
+
+COUNT_ARENAS = """
+import ctypes, sys, threading
+from gotunnel_agent.common.free_memory import use_one_arena
+use_one_arena()
+all_at_once = threading.Barrier(6)
+def allocate():
+    blocks = [bytes(1500) for _ in range(1000)]
+    all_at_once.wait()
+threads = [threading.Thread(target=allocate) for _ in range(6)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@glibc_alone
+def test_all_threads_share_one_heap(tmp_path):
+    told = tmp_path / "malloc.xml"
+    subprocess.run((sys.executable, "-c", COUNT_ARENAS, told), cwd=ROOT, check=True)
+    assert told.read_text().count("<heap nr=") == 1
