@@ -35,6 +35,7 @@ from .common.process import (
 )
 from .common.show_status import add_json_option, show_status
 from .config import ConfigError, load
+from .home import chosen_config
 from .metrics import MetricsPort, PortUnusable
 from .status import (
     PROGRAM,
@@ -164,14 +165,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "-c", "--config", metavar="FILE", default="config.yaml",
-        help="the configuration (default: config.yaml in the working folder)",
+        "-c", "--config", metavar="FILE",
+        help="the configuration (default: $GOTUNNEL_CONFIG, or config.yaml in the working folder, "
+        "or the file that join has written)",
     )  # fmt: skip
     add_print_example(parser, "gotunnel_agent", "agent.yaml", "a configuration")
     parser.add_argument("--version", action="version", version=f"gotunnel {__version__}")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(unknown_argument(unknown[0]))
+    options.config = chosen_config(options.config)
     return options
 
 

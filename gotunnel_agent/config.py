@@ -537,6 +537,8 @@ def _tunnels(document: Mapping[str, object]) -> tuple[Tunnel, ...]:
     if not isinstance(items, list) or not items:
         came = "an empty list" if items == [] else kind(items)
         advice = '; begin each tunnel with - hostname: "HOST"' if isinstance(items, dict) else ""
+        if items is None:  # as `join` leaves it
+            advice = "; or share a port without one in the file: gotunnel http 8080"
         raise ConfigError(f"tunnels: {came} came, expected a list with at least one tunnel{advice}")
     tunnels: dict[str, Tunnel] = {}
     for number, item in enumerate(items):

@@ -25,6 +25,7 @@ from .common.service import (
 from .common.status_socket import OFF
 from .common.systemd_unit import Credential, Service
 from .config import Config, ConfigError, load
+from .home import chosen_config
 
 PROGRAM = "gotunnel-agent"
 COMMAND = "service"
@@ -39,11 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         "cannot be done, or does not run; 2 the configuration is wrong.",
     )  # fmt: skip
     parser.add_argument(
-        "-c", "--config", metavar="FILE", default="config.yaml",
-        help="the configuration (default: config.yaml in the working folder)",
+        "-c", "--config", metavar="FILE",
+        help="the configuration (default: the one that the agent would read)",
     )  # fmt: skip
     add_arguments(parser, PROGRAM, with_socket=False)
     options = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    options.config = chosen_config(options.config)
     try:
         return print_answer(
             parser.prog,

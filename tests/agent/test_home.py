@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gotunnel_agent.cli import main as agent_main
 from gotunnel_agent.config import ConfigError, load
 from gotunnel_agent.home import account, chosen_config, config_file, state_folder
+from gotunnel_agent.service import main as service_main
 
 ACCOUNT = 'tunnel_addr: "tunnel.example.com:9443"\njwt_issuer: "office"\njwt_secret: "5ec7e7"\n'
 TUNNELS = 'tunnels:\n  - {hostname: "a.example.com", target: "127.0.0.1:1"}\n'
@@ -110,3 +112,15 @@ def test_a_file_without_tunnels_can_be_loaded_by_a_caller_that_has_some(tmp_path
 def test_a_relative_name_of_the_configuration_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert os.path.isabs(config_file({"GOTUNNEL_CONFIG": "a.yaml"}))
+
+
+def test_the_agent_reads_the_file_that_was_joined(tmp_path, monkeypatch, capsys):
+    """It has no tunnels yet, and the error says what can be done without any."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOTUNNEL_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = written(tmp_path / "gotunnel" / "agent.yaml", ACCOUNT)
+    for main in (agent_main, service_main):
+        assert main([] if main is agent_main else ["install", "--dry-run"]) == 2
+        said = capsys.readouterr().err
+        assert f"{path}: tunnels: no value came" in said and "gotunnel http 8080" in said
