@@ -105,7 +105,7 @@ MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait
 RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
 REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator must act first
 # Longest delay until the agent asks again for hostnames that were refused while it serves others.
-MOST_REFUSED_DELAY = 120
+MOST_REFUSED_DELAY = 60
 # A session that lasted this many seconds before the gateway asked for a new one is followed by a
 # dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
 MOVED = 1
@@ -237,6 +237,7 @@ class Agent:
         self._service: Service | None = None  # the latest
         self._old: list[Service] = []  # earlier ones that are not over yet
         self._unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
+        self._probing = False  # ... and which asks for refused hostnames alone
         self._running = 0  # data streams that have a worker
         self._sessions = self._failures = self._streams = 0  # see Totals
         self._targets = Targets()
@@ -280,6 +281,8 @@ class Agent:
             if needs_session(before, config) or plan.cas != self._plan.cas:
                 self._plan = plan
                 self._lock.notify_all()
+        self._break_off()
+        self._tell()
         return found
 
     def stop(self) -> None:
@@ -315,6 +318,8 @@ class Agent:
             live = [each for each in services if each is not None and each.serves()]
             visits, plan = self._running, self._plan
         service = live[0] if live else None
+        configured = plan.routes if service is None else service.plan.routes
+        refused = self._refused if service is None else service.refused
         return Snapshot(
             plan.address,
             None if service is None else service.since,
@@ -325,8 +330,8 @@ class Agent:
             dict(self._certificates),
             self._stopping.is_set(),
             self._retry_at,
-            self._refused if service is None else service.refused,
-            plan.routes if service is None else service.plan.routes,
+            {name: reason for name, reason in refused.items() if name in configured},
+            configured,
         )
 
     def _tell(self) -> None:
@@ -532,6 +537,7 @@ class Agent:
         """Ask for refused hostnames by a session of their own. True if the gateway has granted one:
         that session serves it until a session with all hostnames takes over."""
         plan, probe = service.plan, None
+        self._probing = True
         try:
             config = with_secrets(plan.config)
             tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
@@ -539,6 +545,8 @@ class Agent:
             probe.routes = {name: plan.routes[name] for name in names}
             asked = replace(config, tunnels=tunnels)
             control, messages = self._register(probe, asked, overlap=True)
+            if not probe.routes:
+                raise Refused("no reason given", probe.refused)
             log.info("%s: grants %s now", plan.address, some(probe.routes))
             with self._lock:
                 if self._stopping.is_set():  # stop() may have run before it could see this session
@@ -558,6 +566,16 @@ class Agent:
             else:
                 log.debug("%s: cannot ask again for %s: %s", plan.address, some(names), error)
             return False
+        finally:
+            self._probing = False
+
+    def _break_off(self) -> None:
+        """Stop asking again, because the agent's thread has to dial for all hostnames. Any
+        thread."""
+        with self._lock:
+            unaccepted = self._unaccepted if self._probing else None
+        if unaccepted is not None:
+            unaccepted.reset()
 
     def _note_refused(self, service: Service, refused: Mapping[str, str]) -> None:
         """Note which hostnames the gateway refuses, and log each reason once."""
@@ -576,6 +594,7 @@ class Agent:
             service.asked = True
             service.at_once |= at_once
             self._lock.notify_all()
+        self._break_off()
 
     def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
         """Thread "control": act on the gateway's messages until the session is over."""
@@ -611,6 +630,8 @@ class Agent:
         with self._lock:
             service.outcome = outcome
             self._lock.notify_all()
+        if service is self._service:
+            self._break_off()
         service.session.close("the agent ends the session")
         service.session.join(LAST_WORDS)
         with self._lock:
@@ -722,39 +743,29 @@ class Agent:
         refused: dict[str, str] = {}
         denied = ack.denied if PARTIAL in ack.features else {}
         urls = ack.urls if URLS in ack.features else {}
-        for hostname, route in service.routes.items():
-            if hostname in denied:
-                refused[hostname] = words_on_one_line(denied[hostname])
+        for name, route in service.routes.items():
+            if name in denied:
+                refused[name] = words_on_one_line(denied[name])
                 continue
-            tunnel, problem = route.tunnel, ack.refused.get(hostname, "")
-            missing = [name for name in tunnel.needs if name not in ack.features]
-            granted = hostname
-            if NAMES in missing:
-                problem = NO_NAMES
-            elif missing:
-                names = ", ".join(missing)
-                problem = (
-                    f"this gateway does not know {names}; update the gateway, or remove the "
-                    "keys that need it"
-                )
-            elif tunnel.port and not problem and hostname not in ack.ports:
+            tunnel = route.tunnel
+            missing = [feature for feature in tunnel.needs if feature not in ack.features]
+            hostname = _granted(tunnel, ack)
+            problem = _unknown(missing) or ack.refused.get(name, "")
+            if not problem and hostname is None:
+                problem = "the gateway has not said which hostname it gives"
+            elif not problem and tunnel.port and name not in ack.ports:
                 problem = "the gateway has opened no public port for it, and gave no reason"
-            elif NAMES in tunnel.needs:
-                granted = normal_hostname(ack.names.get(hostname, ""))
-                if not valid_hostname(granted):
-                    granted = hostname
-                    problem = "the gateway has not said which hostname it gives"
+            hostname = hostname or name
             if problem:
                 log.error("%s: not served: %s", hostname, on_one_line(problem))
             elif tunnel.port:
-                port = on_one_line(ack.ports[hostname], 5)
+                port = on_one_line(ack.ports[name], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
-            awaits_port = bool(problem) and not missing and LATER_PORTS in ack.features
-            routes[granted] = route._replace(
+            routes[hostname] = route._replace(
                 problem=problem,
-                awaits_port=awaits_port,
+                awaits_port=bool(problem) and not missing and LATER_PORTS in ack.features,
                 refusals=REFUSALS in ack.features,
-                url="" if problem else _url(urls.get(hostname, "")),
+                url="" if problem else _url(urls.get(name, "")),
             )
         with self._lock:
             service.routes, service.features = routes, ack.features
@@ -842,6 +853,28 @@ def _expect_ack(message: Message) -> Ack:
     if not message.ok:
         raise Refused(message.error or "no reason given", message.denied)
     return message
+
+
+def _unknown(missing: list[str]) -> str:
+    """Why a tunnel is not served whose gateway does not know features that it needs; "" if it knows
+    them."""
+    if NAMES in missing:
+        return NO_NAMES
+    if not missing:
+        return ""
+    names = ", ".join(missing)
+    return (
+        f"this gateway does not know {names}; update the gateway, or remove the keys that need it"
+    )
+
+
+def _granted(tunnel: Tunnel, ack: Ack) -> str | None:
+    """The hostname that a tunnel has; None if the gateway has not said what it made of an open
+    name."""
+    if not tunnel.hostname.endswith(OPEN) or NAMES not in ack.features:
+        return normal_hostname(tunnel.hostname)
+    hostname = normal_hostname(ack.names.get(tunnel.hostname, ""))
+    return hostname if valid_hostname(hostname) else None
 
 
 def _advice(refused: Refused, plan: Plan) -> str:

@@ -1,8 +1,10 @@
 """What an agent makes of a gateway's answers that differ by hostname: addresses, completed names,
 refusals of some; and who hears of it (the log, snapshot(), on_change, status)."""
 
+import json
 import logging
 import threading
+from dataclasses import replace
 from time import monotonic
 
 import pytest
@@ -14,7 +16,9 @@ from support import (
     agent_here,
     answer,
     gateway_here,
+    go_gateway,
     request,
+    reserved_port,
     wait_until,
 )
 from test_agent import HandMadeGateway
@@ -43,6 +47,7 @@ from gotunnel_agent.agent import (
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.metrics import figures
 from gotunnel_agent.status import describe
+from gotunnel_server import gateway as gateway_module
 
 OTHER = "other.localhost"
 OPEN = "quick-otter.*"
@@ -260,6 +265,8 @@ def test_a_completed_name_is_served(gateway, tmp_path, origin, caplog):
         (Ack(True), f"{OPEN}: not served: this gateway cannot complete names"),
         (Ack(True, features=FEATURES), f"{OPEN}: not served: the gateway has not said which"),
         (Ack(True, features=FEATURES, names={OPEN: "a b\x1b[2J"}), "has not said which hostname"),
+        (Ack(True, features=FEATURES, refused={OPEN: "port 5 is taken"}, names={OPEN: GRANTED}),
+         f"{GRANTED}: not served: port 5 is taken"),
         (Ack(False, f"invalid hostname: {OPEN}; expected letters"),
          "expected letters; this gateway cannot complete names such as quick-otter.*: update it"),
         (Ack(False, f"not allowed: {OPEN}: no"), f"not allowed: {OPEN}: no; next"),
@@ -402,3 +409,116 @@ def test_a_hostname_that_gets_free_is_served_without_cutting_visits(cache, tmp_p
             rest += visitor.sock.recv(4096)
         visitor.close()
         both.__exit__(None, None, None)
+
+
+def test_open_names_with_all_that_a_tunnel_may_have(cache, tmp_path, origin):
+    """What the configuration says of an open name holds for the hostname that it becomes."""
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    agents_file = tmp_path / "agents.yaml"
+    secret = "an-agent's-own-secret-of-32-bytes"
+    with reserved_port() as port:
+        pass
+    hosts = [APP, "*.dev.localhost", "*.qa.localhost"]
+    entry = {"secret": secret, "hosts": hosts, "ports": str(port)}
+    agents_file.write_text(json.dumps({"office": entry}))
+    agents_file.chmod(0o600)
+    tunnels = [
+        {"hostname": OPEN, "target": f"127.0.0.1:{origin.port}", "host_header": "intranet"},
+        {"hostname": "closed.*", "target": f"127.0.0.1:{origin.port}", "deny": ["127.0.0.0/8"]},
+        {"hostname": "Db.*", "target": f"127.0.0.1:{origin.port}", "mode": "tcp", "port": "auto"},
+    ]
+    settings = {"AGENTS_FILE": str(agents_file), "TCP_PORTS": str(port)}
+    with gateway_here(cache, **settings) as gateway:
+        keys = {"tunnels": tunnels, "jwt_secret": secret, "jwt_issuer": "office"}
+        with agent_here(gateway, tmp_path, ready=False, **keys) as agent:
+            gateway.wait_for_routes(GRANTED, "closed.dev.localhost", "db.dev.localhost")
+            assert gateway.get(GRANTED) == (200, b"page")
+            assert gateway.get("closed.dev.localhost")[0] == 403
+            wait_until(lambda: agent.snapshot().since)
+            assert {name: route.url for name, route in agent.snapshot().routes.items()} == {
+                GRANTED: f"https://{GRANTED}:{gateway.public_port}",
+                "closed.dev.localhost": f"https://closed.dev.localhost:{gateway.public_port}",
+                "db.dev.localhost": f"tcp://db.dev.localhost:{port}",
+            }
+            assert not any(route.problem for route in agent.snapshot().routes.values())
+
+
+def test_a_pattern_that_is_taken_away_costs_the_other_hostnames_no_more_than_a_dial(
+    cache, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr(gateway_module, "RELOAD", 0.05)
+    agents_file = tmp_path / "agents.yaml"
+    secret = "an-agent's-own-secret-of-32-bytes"
+
+    def permit(*hosts):
+        agents_file.write_text(json.dumps({"office": {"secret": secret, "hosts": hosts}}))
+        agents_file.chmod(0o600)
+
+    permit(APP, OTHER)
+    with gateway_here(cache, AGENTS_FILE=str(agents_file)) as gateway:
+        keys = {"jwt_secret": secret, "jwt_issuer": "office"}
+        with agent_here(gateway, tmp_path, {APP: 1, OTHER: 2}, **keys) as agent:
+            permit(APP)
+            wait_until(lambda: list(agent.snapshot().refused) == [OTHER])
+            assert list(agent.snapshot().routes) == [APP]
+            permit(APP, OTHER)
+            wait_until(lambda: set(agent.snapshot().routes) == {APP, OTHER})
+
+
+def test_a_change_does_not_wait_for_a_gateway_that_says_nothing(gateway, tmp_path, quick):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        for reason in ("end", "move", "change"):
+            gateway.meet(SOME)
+            good = gateway.session
+            control = gateway.control
+            silent, _ = gateway._listening.accept()
+            wait_until(lambda: agent._unaccepted is not None and agent._probing)
+            if reason == "end":
+                over(good)
+            elif reason == "move":
+                control.write(encode_message(End(MOVE, "now")))
+            else:
+                agent.change(replace(agent._config, stall_timeout=100.0))
+            while set(gateway.meet(ALL).routes) != {APP, OTHER}:
+                gateway.hang_up()
+            silent.close()
+            over(gateway.session, good)
+
+
+def test_a_gateway_that_grants_nothing_is_not_dialled_again_and_again(gateway, tmp_path, quick):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(SOME)
+        good = gateway.session
+        for _ in range(2):
+            asked = gateway.meet(Ack(True, features=FEATURES, denied={OTHER: TAKEN}))
+            assert set(asked.routes) == {OTHER}
+            gateway.hang_up()
+        assert agent.snapshot().refused == {OTHER: TAKEN}
+        over(good)
+
+
+def test_refusals_of_an_earlier_configuration_are_not_shown(gateway, tmp_path, never):
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(Ack(False, TAKEN, (PARTIAL,), denied={APP: "x", OTHER: TAKEN}))
+        gateway.hang_up()
+        wait_until(lambda: len(agent.snapshot().refused) == 2)
+        tunnels = tuple(each for each in agent._config.tunnels if each.hostname == APP)
+        agent.change(replace(agent._config, tunnels=tunnels))
+        assert agent.snapshot().refused == {APP: "x"}
+        assert list(agent.snapshot().all_routes()) == [APP]
+        gateway.meet(ALL)
+        gateway.hang_up()
+
+
+def test_go_gateway_completes_no_name_and_the_other_hostnames_are_served(
+    gopeer, cache, tmp_path, origin, caplog
+):
+    caplog.set_level(logging.INFO)
+    origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+    tunnels = [*open_name(), {"hostname": APP, "target": f"127.0.0.1:{origin.port}"}]
+    with go_gateway(gopeer, cache) as gateway:
+        with agent_here(gateway, tmp_path, ready=False, tunnels=tunnels) as agent:
+            wait_until(lambda: f"serving {APP}" in caplog.text)
+            assert f"{OPEN}: not served: this gateway cannot complete names" in caplog.text
+            assert gateway.get(APP) == (200, b"page")
+            assert agent.snapshot().routes[APP].url == "" and not agent.snapshot().refused
