@@ -3,6 +3,7 @@ starts if there are too few.
 """
 
 import gc
+import http.client
 import os
 import queue
 import subprocess
@@ -11,7 +12,8 @@ import threading
 import weakref
 
 import pytest
-from support import ROOT, TIMEOUT, gateway_environment, gateway_here
+from hand_made import registered
+from support import APP, ROOT, TIMEOUT, gateway_environment, gateway_here
 
 from gotunnel import NoThread
 from gotunnel_server.config import load
@@ -52,6 +54,20 @@ def test_credentials_are_looked_at_while_the_folder_of_certificates_hangs(cache,
         go_on.set()
 
 
+@pytest.mark.parametrize(("number", "shown"), [(8443, ":8443"), (443, "")])
+def test_the_port_that_visitors_type_stands_in_redirects_and_links(cache, number, shown):
+    settings = {"PUBLIC_PORT": str(number), "HTTP_PORT": "auto"}
+    with gateway_here(cache, **settings) as gateway, registered(gateway, APP):
+        plain = http.client.HTTPConnection("127.0.0.1", gateway.inner.http_port, TIMEOUT)
+        plain.request("GET", "/x", headers={"Host": APP})
+        assert plain.getresponse().headers["Location"] == f"https://{APP}{shown}/x"
+        plain.close()
+        page = http.client.HTTPConnection("127.0.0.1", gateway.dashboard_port, TIMEOUT)
+        page.request("GET", "/")
+        assert f'href="https://{APP}{shown}/"' in page.getresponse().read().decode()
+        page.close()
+
+
 # Too few threads ---------------------------------------------------------------------------------
 
 
@@ -59,7 +75,7 @@ def test_credentials_are_looked_at_while_the_folder_of_certificates_hangs(cache,
 NEEDED = (
     "access log", "step", "registration", "exchange", "keeper", "credentials", "memory",
     "listener gateway", "listener tunnel", "listener http", "listener dashboard",
-    "listener metrics",
+    "listener metrics", "visits",
 )  # fmt: skip
 
 
