@@ -92,6 +92,7 @@ GUARDS = frozenset({
 # Without all of these, most likely the gateway was started in the wrong folder, or for the first
 # time.
 FIRST = ("GATEWAY_HOST", "TUNNEL_HOST", "JWT_SECRET", "JWT_SECRET_FILE", "AGENTS_FILE")
+SERVICE_ENV_FILE = "/etc/gotunnel/.env"  # where init writes the settings of the system's service
 EXPLAINED = "gotunnel-server --print-example explains all settings"
 
 # For faults(): a valid value of each variable that must be set, or whose default may be at fault.
@@ -278,10 +279,15 @@ def _first_faults(source: Source) -> Iterator[tuple[str, str]]:
     if source.env_file is None and not any(name in values for name in FIRST):
         text = (
             f"there are no settings: no file {absolute('.env')}, and neither GATEWAY_HOST nor "
-            "TUNNEL_HOST nor JWT_SECRET in the environment. gotunnel-server init asks for what "
-            "is needed and writes .env; gotunnel-server --print-example prints one to be edited; "
-            "--env-file FILE names one elsewhere"
+            "TUNNEL_HOST nor JWT_SECRET in the environment. "
         )
+        if os.path.exists(SERVICE_ENV_FILE):
+            text += f"Those of the service are in {SERVICE_ENV_FILE}: --env-file {SERVICE_ENV_FILE}"
+        else:
+            text += (
+                "gotunnel-server init asks for what is needed and writes .env; gotunnel-server "
+                "--print-example prints one to be edited; --env-file FILE names one elsewhere"
+            )
         yield "", text
         return
     no_setting = "is no setting of the gateway, did you mean"

@@ -52,7 +52,13 @@ class Row(NamedTuple):
 
 def run_certificates(config: Config, out: TextIO) -> int:
     """Print the table; return the exit status. Raises CertificateError, as find_rows() does."""
-    print(table(find_rows(config), time.time()), file=out)
+    rows = find_rows(config)
+    if rows:
+        print(table(rows, time.time()), file=out)
+    else:
+        folder = config.cert_dir or config.acme_cache
+        print(f"There is no certificate yet in {folder}; a gateway gets its own when it starts.",
+              file=out)  # fmt: skip
     if config.acme is not None:
         for line in pauses(config.acme_cache, config.acme.directory):
             print(line, file=out)
@@ -177,8 +183,6 @@ def issuer_of(leaf: x509.Certificate) -> str:
 
 def table(rows: list[Row], now: float) -> str:
     """The rows under headings; below a row, indented, its last error or the reason why it waits."""
-    if not rows:
-        return "There is no certificate yet; a gateway gets its own when it starts."
     cells = [HEADINGS, *(_cells(row, now) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]

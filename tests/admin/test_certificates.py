@@ -76,7 +76,7 @@ def test_local_certificates_are_listed_without_the_ca_itself(tmp_path):
 def test_where_there_is_no_certificate_a_sentence_says_so(tmp_path):
     out = io.StringIO()
     assert certificates.run_certificates(ordering(tmp_path), out) == 0
-    assert out.getvalue().startswith("There is no certificate yet")
+    assert out.getvalue().startswith(f"There is no certificate yet in {tmp_path}; a gateway")
     assert out.getvalue().count("\n") == 1
 
 

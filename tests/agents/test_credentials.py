@@ -217,6 +217,13 @@ def test_reject_claim(changes, why, monkeypatch):
     assert reason(Credentials(SECRET), token(**changes)).startswith(why)
 
 
+@pytest.mark.parametrize("ahead", [-2 * HOUR, 2 * HOUR])
+def test_stranger_learns_nothing_about_the_gateways_clock(ahead):
+    now = int(time.time()) + ahead
+    bad = token("another secret, another secret, another secret", iat=now, exp=now + 60)
+    assert "clock" not in reason(Credentials(SECRET), bad)
+
+
 @pytest.mark.parametrize(
     ("bad", "why"),
     [

@@ -12,6 +12,7 @@ import pytest
 
 from gotunnel_agent.common import small_file
 from gotunnel_agent.common.passwords import Hash
+from gotunnel_server import config as config_module
 from gotunnel_server import secret_files
 from gotunnel_server.agents import agents_file
 from gotunnel_server.agents.agents_file import AgentsFileError
@@ -601,13 +602,17 @@ def test_required_variable_that_is_unset_comes_with_the_likely_reason(lines, rea
     assert faults(None, environ) == [text]
 
 
-def test_without_any_setting_it_says_how_to_begin():
+def test_without_any_setting_it_says_how_to_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "SERVICE_ENV_FILE", str(tmp_path / "of-the-service"))
     with pytest.raises(ConfigError) as caught:
         load(None, {"PATH": "/bin", "LOG_LEVEL": "info"})
     (line,) = faults(None, {"WORKERS": "none"})
     assert str(caught.value) == line and "\n" not in line
     assert line.startswith(f"there are no settings: no file {os.getcwd()}/.env, and neither")
     assert "gotunnel-server init" in line and "gotunnel-server --print-example" in line
+    (tmp_path / "of-the-service").touch()
+    (line,) = faults(None, {})
+    assert line.endswith(f" are in {tmp_path}/of-the-service: --env-file {tmp_path}/of-the-service")
 
 
 def test_all_settings_that_are_missing_are_named_at_once():
