@@ -33,6 +33,7 @@ from gotunnel_agent.common.addresses import Network, unmapped_network
 from gotunnel_agent.common.exposed import shown_path
 from gotunnel_agent.common.hostnames import (
     MAX_PORT,
+    WILDCARD,
     normal_hostname,
     valid_hostname,
     why_no_hostname,
@@ -177,7 +178,7 @@ class Variables:
             raise ConfigError(
                 f"{name} is {text!r}, expected a hostname such as gateway.example.com: "
                 "letters, digits, hyphens and dots, without scheme or port"
-                f"{why_no_hostname(text)}"
+                f"{_why_no_host(text)}"
             )
         return normal_hostname(text)
 
@@ -196,7 +197,7 @@ class Variables:
             raise ConfigError(
                 f"{name} is {text!r}, expected a hostname such as tunnel.example.com, or an IP "
                 "address without brackets: without scheme or port"
-                f"{'' if text.startswith('[') else why_no_hostname(text)}"
+                f"{'' if text.startswith('[') else _why_no_host(text)}"
             ) from None
 
     def ip_addresses(self, name: str) -> tuple[str, ...]:
@@ -391,9 +392,11 @@ def read_env_file(env_file: str | None) -> dict[str, str]:
         if binding.error:
             statement = binding.original.string
             blank_lines = statement[: -len(statement.lstrip())].count("\n")
+            with_colon = re.match(r"\s*[A-Za-z_]+\s*:", statement)
+            hint = "write = in place of the colon" if with_colon else "look for a missing quote"
             raise ConfigError(
                 f"env file {env_file!r}, line {binding.original.line + blank_lines}: this is not "
-                "NAME=value, expected one variable a line: look for a missing quote"
+                f"NAME=value, expected one variable a line: {hint}"
             )
         if binding.key is not None:  # a comment or a blank line has none
             values[binding.key] = binding.value
@@ -421,6 +424,13 @@ def misspelt(
 def not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
     """The variables that count as set."""
     return {name: value for name, value in values.items() if value and value.strip()}
+
+
+def _why_no_host(text: str) -> str:
+    """As why_no_hostname(), where one host is to be named."""
+    if text.startswith(WILDCARD):
+        return f"; this is one host's name, and no pattern: leave out the {WILDCARD}"
+    return why_no_hostname(text)
 
 
 def is_quoted(text: str) -> bool:

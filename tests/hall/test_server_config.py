@@ -183,6 +183,11 @@ def test_dollar_in_the_env_file_is_not_expanded():
     ("content", "expected"),
     [
         (b"GATEWAY_PORT=1\n\n\nGATEWAY_HOST gateway.example.com\n", "line 4: this is not NAME=val"),
+        (
+            b"GATEWAY_PORT=1\nGATEWAY_HOST: gateway.example.com\n",
+            "line 2: this is not NAME=value, "
+            "expected one variable a line: write = in place of the colon",
+        ),
         (b'JWT_ISSUER="open\nGATEWAY_PORT=1\n', "line 1: this is not NAME=value"),
         (b"JWT_SECRET=\xff\n", "is not UTF-8"),
         (b"#" * (1024 * 1024 + 1), "is too long, expected at most 1048576 bytes"),
@@ -512,7 +517,9 @@ def test_value_is_taken(variable, text, field, value):
         ("TUNNEL_HOST", "[2001:db8::1]", "an IP address without brackets"),
         ("TUNNEL_HOST", "256.0.0.1", "expected a hostname"),
         ("GATEWAY_HOST", "my_gateway.example.com", "; no hostname has an underscore (_)"),
-        ("RAW_TCP_HOST", "*.com", "; behind *. two labels are needed"),
+        ("RAW_TCP_HOST", "*.com", "; this is one host's name, and no pattern: leave out the *."),
+        ("TUNNEL_HOST", "*.example.com", "; this is one host's name"),
+        ("GATEWAY_HOST", "gateway.*.com", "; a * is for wildcards"),
         ("H2C_HOSTS", "a_b.example.com", "; no hostname has an underscore (_)"),
         ("TUNNEL_HOST", "tunnel.example.com:9443", "without scheme or port"),
         ("GATEWAY_PORT", "0", "expected a port from 1 to 65535 or auto"),
