@@ -84,6 +84,7 @@ class Serving:
                     self.failure = f"{hostname}: {self._in_words(route.problem)}"
                 else:
                     self._served = True
+                    self.agent.on_change = lambda: None  # each visit is a change, too
                     self._announce(hostname, route)
 
     def stop(self) -> None:
@@ -120,13 +121,13 @@ class Serving:
         return on_one_line(refusal)
 
     def _announce(self, hostname: str, route: Route) -> None:
+        if self._labels is not None:
+            self._labels.granted(self._asked)
         url = route.url or f"{'https' if route.tunnel.mode == 'http' else 'tls'}://{hostname}"
         self._tell(url)
         for line in how_to_connect(url, route.tunnel, self._config.ca_file):
             log.info("%s", line)
             self.notes.append(line)
-        if self._labels is not None:
-            self._labels.granted(self._asked)
 
 
 def label_of(tunnel: Tunnel) -> str:

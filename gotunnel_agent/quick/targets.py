@@ -42,13 +42,6 @@ def read_target(text: str, *, schemes: tuple[str, ...] = ("http", "https")) -> T
     return Target(host, port, tls=scheme == "https" and bool(slashes))
 
 
-def url_of(target: Target, mode: str) -> str:
-    """A target as a URL, for the user's eyes: http://localhost:8080."""
-    if target.path or target.tls or mode != "http":
-        return str(target)
-    return f"http://{target}"
-
-
 def _host_and_port(text: str, address: str, default: int | None) -> tuple[str, int]:
     digits = address.removeprefix(":")
     if digits.isascii() and digits.isdigit():

@@ -20,7 +20,6 @@ from gotunnel_agent.quick.serving import how_to_connect
 PROGRAM = [sys.executable, str(ROOT / "gotunnel_agent")]
 DEV = "dev.localhost"
 APP = f"app.{DEV}"
-RANDOM = rf"[a-z]+-[a-z]+-[0-9]+\.{DEV}"
 PASSWORD = "correct-horse-battery"
 
 
@@ -317,11 +316,12 @@ def quick(*words):
     return running(*PROGRAM, *words, cwd=os.getcwd(), **environment)
 
 
-def test_port_is_public_by_one_command(gateway, origin):
+def test_port_is_public_under_a_random_name_by_one_command(gateway, origin):
     origin.serve(lambda wire: wire.read_head() and wire.send(answer(b"from the port")))
-    with quick("http", str(origin.port), "--host", APP) as program:
-        program.wait_for(rf"^https://{APP}(:\d+)?$")
-        assert gateway.get(APP) == (200, b"from the port")
+    with quick("http", str(origin.port)) as program:
+        url = rf"^https://([a-z]+-[a-z]+-[0-9]+\.{DEV}):{gateway.public_port}$"
+        host = program.wait_for(url)[1]
+        assert gateway.get(host) == (200, b"from the port")
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
         assert sum(line.startswith("https://") for line in program.lines) == 1
@@ -331,7 +331,7 @@ def test_folder_is_public_by_one_command_behind_a_password(gateway, tmp_path):
     (tmp_path / "page.html").write_bytes(b"<p>page")
     login = "Basic " + base64.b64encode(f"guest:{PASSWORD}".encode()).decode()
     with quick("files", ".", "--host", APP, "--basic-auth", f"guest:{PASSWORD}") as program:
-        program.wait_for(rf"^https://{APP}(:\d+)?$")
+        program.wait_for(rf"^https://{APP}:{gateway.public_port}$")
         assert gateway.get(APP, "/page.html")[0] == 401
         with gateway.visitor(APP) as visitor:
             visitor.request(

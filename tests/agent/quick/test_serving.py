@@ -1,0 +1,185 @@
+"""A quick tunnel and its agent, in this process: its name, its address, and refusals."""
+
+import contextlib
+import json
+import logging
+import threading
+from unittest import mock
+
+import pytest
+from support import (
+    RAW,
+    SECRET,
+    TICK,
+    TIMEOUT,
+    TUNNEL_HOST,
+    answer,
+    gateway_here,
+    reserved_port,
+    wait_until,
+)
+
+from gotunnel_agent import config as agent_config
+from gotunnel_agent.agent import NO_NAMES
+from gotunnel_agent.config import Target, Tunnel
+from gotunnel_agent.quick import names, serving
+from gotunnel_agent.quick.commands import quick_config
+from gotunnel_agent.quick.names import Labels, Memory, key_of
+from gotunnel_agent.quick.serving import Serving
+from gotunnel_server.agents import tunnel as tunnel_module
+
+DEV = "dev.localhost"
+APP = f"app.{DEV}"
+KEY = key_of("some tunnel")
+
+
+@pytest.fixture
+def gateway(cache, tmp_path):
+    """A gateway that gives the account a wildcard, one hostname, and ports."""
+    path = tmp_path / "agents.yaml"
+    path.write_text(
+        f'laptop:\n  secret: "{SECRET}"\n  hosts: ["*.{DEV}", "{RAW}"]\n  ports: "1024-65535"\n'
+    )
+    path.chmod(0o600)
+    with gateway_here(cache, AGENTS_FILE=str(path), TCP_PORTS="1024-65535") as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def memory(tmp_path):
+    return Memory(tmp_path / "state")
+
+
+class Here:
+    """A quick tunnel in this process. ``told`` are the addresses that its user was told."""
+
+    def __init__(self, gateway, folder, tunnel, labels):
+        path = folder / "account.yaml"
+        path.write_text(json.dumps({
+            "tunnel_addr": f"{TUNNEL_HOST}:{gateway.tunnel_port}",
+            "ca_file": str(gateway.ca_file),
+            "jwt_issuer": "laptop",
+            "jwt_secret": SECRET,
+        }))  # fmt: skip
+        account = agent_config.load(path, needs_tunnels=False)
+        self.told = []
+        config = quick_config(account, tunnel, verbose=False)
+        self.serving = Serving(config, labels, self.told.append)
+        functions = (self.serving.run_agent, self.serving.run)
+        self._threads = [threading.Thread(target=function) for function in functions]
+        for thread in self._threads:
+            thread.start()
+
+    def address(self):
+        return wait_until(lambda: self.told or self.serving.failure and [""])[0]
+
+    def failure(self):
+        return wait_until(lambda: self.serving.failure)
+
+    def end(self):
+        self.serving.stop()
+        with mock.patch.object(tunnel_module, "LEFT_LOOK", TICK):
+            self.serving.agent.stop()
+            for thread in self._threads:
+                thread.join(TIMEOUT)
+
+
+@pytest.fixture
+def start(gateway, tmp_path):
+    """Starts quick tunnels: by a hostname, or by labels."""
+    with contextlib.ExitStack() as stack:
+
+        def start(name, target=1, mode="http", **more):
+            labels = None if isinstance(name, str) else name
+            hostname = name if labels is None else f"{labels.another()}.*"
+            tunnel = Tunnel(hostname, Target("localhost", target), mode, **more)
+            here = Here(gateway, tmp_path, tunnel, labels)
+            stack.callback(here.end)
+            return here
+
+        yield start
+
+
+def test_hostname_is_served_and_its_address_told_once(gateway, start, origin):
+    origin.serve(lambda wire: wire.read_head() and wire.send(answer(b"from the port")))
+    here = start(APP, origin.port)
+    assert here.address() == f"https://{APP}:{gateway.public_port}"
+    assert gateway.get(APP) == (200, b"from the port")
+    assert gateway.get(APP) == (200, b"from the port")
+    assert len(here.told) == 1
+
+
+def test_name_without_a_dot_lies_below_the_wildcard(gateway, start):
+    assert start("shop.*").address() == f"https://shop.{DEV}:{gateway.public_port}"
+
+
+def test_random_name_is_that_of_the_last_time(gateway, start, memory):
+    first = start(Labels(memory, KEY)).address()
+    [label] = memory.recall(KEY)
+    assert first == f"https://{label}.{DEV}:{gateway.public_port}"
+
+
+def test_name_that_another_agent_has_is_left_to_it(gateway, start, memory, caplog):
+    memory.note(KEY, "quick-otter-10")
+    caplog.set_level(logging.INFO, "gotunnel")
+    assert "quick-otter-10." in start(Labels(memory, KEY)).address()
+    second = start(Labels(memory, KEY)).address()
+    mine, other = wait_until(lambda: len(memory.recall(KEY)) == 2 and memory.recall(KEY))
+    assert mine == "quick-otter-10" and f"//{other}." in second
+    assert f"another agent has {mine}; asking for {other}" in caplog.messages
+    assert not any("keeps trying" in line for line in caplog.messages)
+
+
+def test_command_gives_up_after_some_names(start, memory, monkeypatch):
+    monkeypatch.setattr(names, "random_label", lambda: "quick-otter-10")
+    monkeypatch.setattr(names, "MOST_TRIES", 3)
+    monkeypatch.setattr(serving, "MOST_TRIES", 3)
+    start(Labels(memory, KEY)).address()
+    failure = start(Labels(memory, KEY, anew=True)).failure()
+    assert failure == "other agents have all of 3 names; --host chooses one"
+
+
+def test_hostname_of_another_agent_is_waited_for(start, caplog):
+    start(APP).address()
+    second = start(APP)
+    wait_until(
+        lambda: "another agent serves the hostname, and this one keeps trying" in caplog.text
+    )
+    assert not second.serving.failure
+
+
+def test_what_the_gateway_refuses_is_told_in_its_words(start, caplog):
+    failure = start("app.example.com").failure()
+    assert failure.startswith("the gateway refused: not allowed: app.example.com")
+    assert f"*.{DEV}, {RAW}" in failure
+    assert "next try" not in caplog.text
+
+
+def test_port_that_the_gateway_refuses_is_told_in_its_words(start):
+    assert "port 99" in start(RAW, mode="tcp", port="99").failure()
+
+
+def test_gateway_that_gives_no_random_names_is_told_from_a_wrong_name():
+    """An older gateway, or a Go one."""
+    config = mock.Mock(tunnels=[Tunnel("quick-otter-10.*", Target("localhost", 1), "http")])
+    with mock.patch.object(serving, "Agent"):
+        new = Serving(config, mock.Mock(), print)
+        for words in ("invalid hostname: quick-otter-10.*; expected letters", NO_NAMES):
+            assert new._in_words(words).endswith("update it, or name a hostname with --host")
+        assert Serving(config, None, print)._in_words("invalid hostname: x") == (
+            "invalid hostname: x"
+        )
+
+
+def test_tcp_tunnel_tells_how_visitors_come(gateway, start):
+    here = start(RAW, 22, "tcp")
+    assert here.address() == f"tls://{RAW}:{gateway.public_port}"
+    [note] = wait_until(lambda: here.serving.notes)
+    assert f"forward --ca-file CA_FILE %h:{gateway.public_port}' USER@{RAW}" in note
+
+
+def test_public_port_is_the_address(start):
+    with reserved_port() as port:
+        pass
+    here = start(RAW, mode="tcp", port=str(port))
+    assert here.address() == f"tcp://{RAW}:{port}"
