@@ -65,6 +65,7 @@ from .mistakes import hidden
 from .second_look import is_of_staging, shown, trusted_names
 from .trust import (
     EXPIRED,
+    NO_SYSTEM_CAS,
     NOT_YET_VALID,
     OTHER_ADDRESS,
     OTHER_NAME,
@@ -74,6 +75,7 @@ from .trust import (
     begin_tls,
     client_context,
     clock_advice,
+    system_has_no_cas,
     why_no_cas,
 )
 
@@ -238,6 +240,8 @@ class Destination(NamedTuple):
             whose = f" ({shown(names)})" if names else ""
             return f"it is another hostname's{whose}; is it the right gateway?"
         if code in UNKNOWN_CA:
+            if self.ca_file is None and system_has_no_cas(code):
+                return NO_SYSTEM_CAS
             if self.ca_file is not None and trusted_names(*place) is not None:
                 return "its CA is one that this system trusts; leave out --ca-file"
             if is_of_staging(*place):

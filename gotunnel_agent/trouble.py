@@ -15,6 +15,7 @@ from .mistakes import QUOTES, TOKEN
 from .second_look import is_of_staging, shown, trusted_names
 from .trust import (
     EXPIRED,
+    NO_SYSTEM_CAS,
     NO_TLS,
     NOT_YET_VALID,
     OTHER_ADDRESS,
@@ -23,6 +24,7 @@ from .trust import (
     ClosedInHandshake,
     NoTLS,
     clock_advice,
+    system_has_no_cas,
     this_clock,
 )
 
@@ -84,6 +86,8 @@ def _advice(code: int, config: Config | None) -> str:
         return RIGHT_HOST + (f"; the certificate there is for {shown(names)}" if names else "")
     if code not in UNKNOWN_CA:
         return ""
+    if ca_file is None and system_has_no_cas(code):
+        return NO_SYSTEM_CAS
     if place and ca_file and trusted_names(*place) is not None:
         return "it is from a CA that this system trusts, so remove ca_file"
     if place and is_of_staging(*place):

@@ -1,6 +1,7 @@
 """TLS with a peer that the agent or ``forward`` dials: the context that checks its certificate, the
 handshake, and words for what is wrong with a CA file or a certificate."""
 
+import os
 import ssl
 from datetime import datetime, timezone
 
@@ -86,9 +87,30 @@ def begin_tls(
 # Numbers of OpenSSL for what is wrong with a certificate (x509_vfy.h).
 NOT_YET_VALID, EXPIRED = 9, 10
 OTHER_NAME, OTHER_ADDRESS = 62, 64
-# Of an unknown CA: self-signed, itself or in its chain; issuer not found, of the last certificate
-# or of the first.
-UNKNOWN_CA = (18, 19, 20, 21)
+# Of an unknown CA: issuer not found, of the last certificate or of the first; self-signed, itself
+# or in its chain.
+NO_ISSUER = (20, 21)
+UNKNOWN_CA = (18, 19, *NO_ISSUER)
+
+
+NO_SYSTEM_CAS = (
+    "this system has no CA certificates: install them (in Debian, apt install ca-certificates; on "
+    "macOS, run Install Certificates.command of Python from python.org)"
+)
+
+
+def system_has_no_cas(code: int) -> bool:
+    """Whether there is no CA that this system trusts, so that no public certificate counts.
+    ``code``: OpenSSL's number of what is wrong with one. A chain that ends in a self-signed
+    certificate is from a private CA: others do not send that."""
+    if code not in NO_ISSUER:
+        return False
+    folder = ssl.get_default_verify_paths().capath
+    if folder is not None and os.path.isdir(folder) and os.listdir(folder):
+        return False  # OpenSSL reads them when it needs them
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
+    return context.cert_store_stats()["x509_ca"] == 0
 
 
 def clock_advice(code: int, renew: str) -> str:

@@ -29,7 +29,7 @@ from support import (
 
 from gotunnel import SessionClosed
 from gotunnel_agent import agent as agent_module
-from gotunnel_agent import greeting, trouble
+from gotunnel_agent import greeting, trouble, trust
 from gotunnel_server.certs.local_ca import Authority
 
 PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
@@ -226,6 +226,22 @@ def test_ca_file_of_another_ca(said, cache, tmp_path, monkeypatch):
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca_file))  # a public CA, as it were
         remove = "it is from a CA that this system trusts, so remove ca_file"
         assert advice(other.ca_file) == remove
+
+
+def test_system_without_any_ca(said, cache, tmp_path, monkeypatch):
+    """As a bare Debian has none, and a Python of python.org on macOS."""
+    chain, key = Authority(cache / "local").issue(TUNNEL_HOST)
+    leaf = (
+        tmp_path / "leaf.crt"
+    )  # as a public CA's: the last certificate, the CA's own, is not sent
+    leaf.write_text(chain.read_text().partition("-----END CERTIFICATE-----\n")[0]
+                    + "-----END CERTIFICATE-----\n")  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none either"))
+    with tls_program((leaf, key), lambda wire: wire.read()) as port:
+        assert said(f"localhost:{port}").endswith(f"; {trust.NO_SYSTEM_CAS}")
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # which is not empty
+        assert said(f"localhost:{port}").endswith(f"; {OWN_CA}")
 
 
 def test_certificate_of_lets_encrypts_staging(said, tmp_path):
