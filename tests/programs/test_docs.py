@@ -33,7 +33,7 @@ from gotunnel_server.certs.local_ca import Authority
 PAGES = ("README.md", "docs/gateway.md", "docs/agent.md", "docs/visits.md")
 MARK = re.compile(r"<!-- (not run|runs online|runs on|prints|writes|settings)(?:: (.+))? -->")
 FENCE = re.compile(r"(?ms)^(?:(<!--[^\n]*-->)\n)?```([a-z]*)\n(.*?)^```$")
-LANGUAGES = {"sh", "yaml", "nginx", "text"}
+LANGUAGES = {"sh", "yaml", "nginx", "text", "html"}
 UNTIL_OPEN = "until (exec 3<>/dev/tcp/127.0.0.1/{}) 2>/dev/null; do sleep 0.05; done"
 
 INSTALL_TIMEOUT = 240  # seconds: packages from the network
@@ -109,6 +109,7 @@ class Story:
 
     def __init__(self, folder, enter, environment, open_ones):
         self.folder = folder
+        self.terminals = []  # what goes on
         self._enter = enter  # the words that bring a command there
         self.environment = environment
         self._open_ones = open_ones
@@ -122,10 +123,12 @@ class Story:
                 self.run(command)
 
     def run(self, command):
-        shell = (*self._enter, "bash", "-euo", "pipefail", "-c", command.text)
+        text = self._with_secret(command.text)
+        shell = (*self._enter, "bash", "-euo", "pipefail", "-c", text)
         if command.mark == "runs on":
             terminal = Terminal(("setsid", *shell), self.folder, self.environment)
             self._open_ones.callback(terminal.end)
+            self.terminals.append(terminal)
             if command.argument.startswith("port "):
                 self.run(command._replace(mark="", text=UNTIL_OPEN.format(command.argument[5:])))
             else:
@@ -138,6 +141,13 @@ class Story:
         assert done.returncode == 0, f"{command.text}\n{done.stdout}"
         if command.mark == "prints":
             assert re.search(command.argument, done.stdout, re.M), f"{command.text}\n{done.stdout}"
+
+    def _with_secret(self, text):
+        """The text with the secret of the only agent, where the page says SECRET."""
+        if "SECRET@" not in text:
+            return text
+        (secret,) = re.findall('secret: "(.+)"', (self.folder / "agents.yaml").read_text())
+        return text.replace("SECRET@", f"{secret}@")
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +214,10 @@ def with_certificates(story):
     folder = story.folder.parent / "certificates"
     authority = Authority(folder.parent / "authority")
     folder.mkdir()
-    certificate, key = authority.issue("*.example.com")
-    shutil.copy(certificate, folder / "example.com.crt")
-    shutil.copy(key, folder / "example.com.key")
+    for name in ("example.com", "gateway.example.com"):
+        certificate, key = authority.issue(f"*.{name}")
+        shutil.copy(certificate, folder / f"{name}.crt")
+        shutil.copy(key, folder / f"{name}.key")
     story.environment |= {
         "CERT_DIR": str(folder),
         "SSL_CERT_FILE": str(authority.ca_file),
@@ -239,6 +250,10 @@ def is_a_story(test):
 def test_readme_leads_a_newcomer_to_a_first_visit(story):
     with_certificates(story)
     story.tell("README.md")
+    told = "\n".join(story.terminals[-1].lines)
+    (url,) = re.findall(r"(?m)^https://\S+\.gateway\.example\.com$", told)
+    visit = f"curl -fsS --connect-to ::127.0.0.1 {url}/"
+    story.run(Command("prints", "hello from a private machine", "sh", visit))
 
 
 @is_a_story
