@@ -4,8 +4,10 @@ A Follower sees the bytes of each visit while they pass between stream and targe
 one back and never changes one; what it cannot read, it counts. An agent without a Follower does
 nothing for it, as the methods of a target are replaced for each visit that is followed.
 
-What was passed on is read afterwards: a thread reads what it has passed on before it waits for more
-bytes. So parsing makes no byte late, except the next one of the same direction.
+The threads of a visit only note what they pass on. It is read later, many pieces at a time: when
+look() or take() is called, when a visit has much that is not read, and at its end. Parsing each
+piece at once would cost three times as much, as the threads of all visits would take the GIL and
+the processor's caches from each other.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from gotunnel import BytesLike
 
 from .common.duplex import Duplex
+from .common.hostnames import WILDCARD
 from .config import Tunnel
 from .dialogue import Counted, Dialogue, Exchange, Hear
 
@@ -28,10 +31,12 @@ log = logging.getLogger("gotunnel.follow")
 KEPT = 1000  # visits that take() has not fetched; of more, the oldest are lost
 # Bytes of unfinished heads, of all streams together. A head usually comes whole, and needs none.
 MOST_HELD = 4 * 1024 * 1024
-# Pieces of one visit that have passed and were not read yet. The threads of a visit read them
-# themselves, so a few wait at most, unless a piece is slow to read (a million tiny chunks).
-MOST_PIECES = 64
-FEW_PIECES = 8  # so many wait for the thread that reads the answer; then the asking one reads, too
+# Of one visit, what has passed and was not read: above MUCH bytes or MANY pieces its own threads
+# read it. If one of them is slow at that (a million tiny chunks) and the other one goes on, then of
+# more than MOST_PIECES the visit is not followed any more.
+MUCH = 32 * 1024
+MANY = 32
+MOST_PIECES = 2 * MANY
 HTTP2 = "not followed: HTTP/2"
 TOO_FAST = "not followed: it came faster than it could be read"
 
@@ -39,11 +44,12 @@ TOO_FAST = "not followed: it came faster than it could be read"
 class Seen(NamedTuple):
     """A visit that is over: in http mode one request and its answer, in tcp mode a connection.
 
-    ``hostname`` is the tunnel's. ``method`` and ``path`` are "" in tcp mode and if the stream could
-    not be followed; a path is as it came, latin-1, with its query. ``status`` is 0 without an
-    answer. ``started`` is wall-clock time, ``duration`` is in seconds. ``bytes_in`` and
-    ``bytes_out`` count the content of the request and of the answer; after a change of protocol
-    and in tcp mode all bytes. ``problem`` says why the visit is not whole or was not followed.
+    ``hostname`` is the tunnel's; for that of a wildcard, the request's Host. ``method`` and
+    ``path`` are "" in tcp mode and if the stream could not be followed; a path is as it came,
+    latin-1, with its query. ``status`` is 0 without an answer. ``started`` is wall-clock time,
+    ``duration`` is in seconds. ``bytes_in`` and ``bytes_out`` count the content of the request and
+    of the answer; after a change of protocol and in tcp mode all bytes. ``problem`` says why the
+    visit is not whole or was not followed.
     """
 
     hostname: str
@@ -75,15 +81,16 @@ class Follower:
         on_seen: Callable[[Seen], object] | None = None,
         listen: Callable[[Tunnel, Exchange], Hear | None] | None = None,
     ):
-        """``on_seen(seen)`` is called by the visit's own thread: it must not block. ``listen`` is
-        called for each request as soon as its head is whole, and returns the function that hears
-        the bodies (see dialogue.Hear), or None; it must not block either."""
+        """``on_seen(seen)`` is called for each visit that is over, ``listen(tunnel, exchange)`` for
+        each request whose head is whole; it returns the function that hears the bodies (see
+        dialogue.Hear), or None. The thread that reads calls them: see look(). They must not block,
+        as it may be one of a visit."""
         self._on_seen, self._listen = on_seen, listen
         self._lock = threading.Lock()  # guards all below
         self._live: set[_Followed] = set()
         self._seen: deque[Seen] = deque(maxlen=KEPT)
         self._held = 0  # bytes of unfinished heads
-        self._totals = Totals(0, 0, 0, 0)
+        self._visits = self._failed = self._bytes_in = self._bytes_out = 0  # see Totals
 
     def follow(self, target: Duplex, tunnel: Tunnel) -> None:
         """Follow a visit from now on until its target is closed."""
@@ -92,24 +99,33 @@ class Follower:
             self._live.add(followed)
         followed.watch(target)
 
+    def look(self) -> None:
+        """Read what has passed. To be called a few times a second if visits are to be told soon."""
+        for followed in self._all():
+            followed.look()
+
     def take(self) -> list[Seen]:
-        """The visits that have ended since the last call, KEPT at most."""
+        """look(), and return the visits that have ended since the last call, KEPT at most."""
+        self.look()
         with self._lock:
             seen = list(self._seen)
             self._seen.clear()
         return seen
 
     def running(self) -> list[Seen]:
-        """The visits that go on, as far as they have come; ``duration`` is so far."""
-        with self._lock:
-            live = list(self._live)
+        """look(), and return the visits that go on, as far as they have come. Their ``duration`` is
+        so far."""
         now = monotonic()
-        found = [followed.current(now) for followed in live]
+        found = [followed.current(now) for followed in self._all()]
         return [seen for seen in found if seen is not None]
 
     def totals(self) -> Totals:
         with self._lock:
-            return self._totals
+            return Totals(self._visits, self._failed, self._bytes_in, self._bytes_out)
+
+    def _all(self) -> list[_Followed]:
+        with self._lock:
+            return list(self._live)
 
     # Called by _Followed
 
@@ -127,15 +143,13 @@ class Follower:
         return None if listen is None else lambda exchange: listen(tunnel, exchange)
 
     def tell(self, seen: Seen) -> None:
+        failed = has_failed(seen)
         with self._lock:
             self._seen.append(seen)
-            visits, failed, bytes_in, bytes_out = self._totals
-            self._totals = Totals(
-                visits + 1,
-                failed + has_failed(seen),
-                bytes_in + seen.bytes_in,
-                bytes_out + seen.bytes_out,
-            )
+            self._visits += 1
+            self._failed += failed
+            self._bytes_in += seen.bytes_in
+            self._bytes_out += seen.bytes_out
         if self._on_seen is not None:
             self._on_seen(seen)
 
@@ -152,14 +166,16 @@ def has_failed(seen: Seen) -> bool:
 
 
 class _Followed:
-    """One visit. Its two threads note what passes, and whichever has passed something on reads what
-    was noted, also by the other one (flat combining). So the order in which it passed is kept."""
+    """One visit. Its two threads note what passes, in the order in which it passes. One thread at a
+    time reads what was noted; if others want to, it goes on with what they have noted, too (flat
+    combining)."""
 
     def __init__(self, follower: Follower, tunnel: Tunnel):
         self._follower, self._tunnel = follower, tunnel
         self._over: deque[Exchange] = deque()  # exchanges to tell of
         # What has passed and was not read yet: (function to call, bytes, monotonic time).
         self._noted: deque[tuple[Callable[[bytes, float], None], bytes, float]] = deque()
+        self._bytes = 0  # about so many are noted: no lock guards it
         self._lost = False  # a piece was not noted (MOST_PIECES)
         self._ahead = 0  # bytes at the front of what is written next that were noted already
         self._reading = threading.Lock()  # held by the thread that reads: guards _dialogue
@@ -175,16 +191,15 @@ class _Followed:
     def watch(self, target: Duplex) -> None:
         """Replace the methods of this one target by which the bytes of a visit pass."""
         read, write, offer, close = target.read, target.write, target.offer, target.close
-        look, note_asked, answered = self._look, self._note_asked, self._dialogue.answered
-        noted = self._noted
+        noted, note, note_asked = self._noted, self._note, self._note_asked
+        answered = self._dialogue.answered
 
         def read_followed(*args: Any, **named: Any) -> bytes:
-            look()  # at what this thread has passed on
+            # What this thread has noted is passed on: now nothing waits for it.
+            if self._bytes > MUCH or len(noted) > MANY:
+                self.look()
             data = read(*args, **named)
-            if len(noted) < MOST_PIECES:
-                noted.append((answered, data, monotonic()))
-            else:
-                self._lost = True
+            note(answered, data)
             return data
 
         # What is written is noted before, as the answer to it may come before write() returns.
@@ -192,26 +207,29 @@ class _Followed:
         def write_followed(data: BytesLike, *args: Any, **named: Any) -> None:
             note_asked(data)
             write(data, *args, **named)
-            look()
+            if self._bytes > MUCH or len(noted) > MANY:
+                self.look()
 
         def offer_followed(data: BytesLike) -> int:
-            """Demultiplexer thread: leaves the reading to the thread that reads the answer."""
+            """Demultiplexer thread: leaves the reading to the others as long as it can."""
             note_asked(data)
             taken = 0
             try:
                 taken = offer(data)
             finally:
                 self._ahead += len(data) - taken  # they come again
-            if len(noted) > FEW_PIECES:
-                look()
+            if self._bytes > 2 * MUCH or len(noted) > MANY:
+                self.look()
             return taken
 
         def close_followed() -> None:
             # Only these functions hold the target's own methods: a cycle, if they stayed.
             del target.read, target.write, target.offer, target.close
-            close()
-            noted.append((self._end, b"", monotonic()))
-            look()
+            try:
+                close()
+            finally:
+                noted.append((self._end, b"", monotonic()))
+                self.look()
 
         target.read, target.write = read_followed, write_followed  # type: ignore[method-assign]
         target.offer, target.close = offer_followed, close_followed  # type: ignore[method-assign]
@@ -219,39 +237,42 @@ class _Followed:
     def current(self, now: float) -> Seen | None:
         """The visit, or its request that is not answered; None if it only waits for the next one.
         Any thread."""
-        self._look()
+        self.look()
         exchange = self._dialogue.current()
         return None if exchange is None else self._record(exchange, now)
+
+    def look(self) -> None:
+        """Read what was noted, unless another thread does: that one goes on with ours."""
+        noted, reading, over = self._noted, self._reading, self._over
+        while noted and reading.acquire(blocking=False):
+            try:
+                self._read_noted()
+            finally:
+                reading.release()
+        while over:
+            try:
+                exchange = over.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self._follower.tell(self._record(exchange, exchange.over))
+
+    def _note(self, act: Callable[[bytes, float], None], data: bytes) -> None:
+        if len(self._noted) < MOST_PIECES:
+            self._noted.append((act, data, monotonic()))
+            self._bytes += len(data)
+        else:
+            self._lost = True
 
     def _note_asked(self, data: BytesLike) -> None:
         if self._ahead:
             seen = min(self._ahead, len(data))
             self._ahead -= seen
             data = data[seen:]
-        if not data:
-            return
-        if len(self._noted) < MOST_PIECES:
-            self._noted.append((self._dialogue.asked, bytes(data), monotonic()))
-        else:
-            self._lost = True
-
-    def _look(self) -> None:
-        """Read what was noted, unless another thread does: that one goes on with ours."""
-        noted, reading = self._noted, self._reading
-        while noted and reading.acquire(blocking=False):
-            try:
-                self._read_noted()
-            finally:
-                reading.release()
-        while self._over:
-            try:
-                exchange = self._over.popleft()
-            except IndexError:  # another thread was faster
-                return
-            self._follower.tell(self._record(exchange, exchange.over))
+        if data:
+            self._note(self._dialogue.asked, bytes(data))
 
     def _read_noted(self) -> None:
-        noted = self._noted
+        noted, self._bytes = self._noted, 0
         while noted:
             act, data, now = noted.popleft()
             try:
@@ -269,16 +290,18 @@ class _Followed:
         self._follower.forget(self)
 
     def _record(self, exchange: Exchange, now: float) -> Seen:
-        request, response = exchange.request, exchange.response
+        hostname = self._tunnel.hostname
+        if hostname.startswith(WILDCARD) and (request := exchange.request) is not None:
+            hostname = request.fields.get("host") or hostname
         return Seen(
-            hostname=self._tunnel.hostname,
-            method=exchange.method,
-            path="" if request is None else request.target,
-            status=0 if response is None else response.status,
-            started=time() - (monotonic() - exchange.began),
-            duration=now - exchange.began,
-            bytes_in=exchange.bytes_in,
-            bytes_out=exchange.bytes_out,
-            problem=exchange.problem,
-            mode=self._tunnel.mode,
+            hostname,
+            exchange.method,
+            exchange.target,
+            exchange.status,
+            time() - (monotonic() - exchange.began),
+            now - exchange.began,
+            exchange.bytes_in,
+            exchange.bytes_out,
+            exchange.problem,
+            self._tunnel.mode,
         )
