@@ -22,6 +22,7 @@ from gotunnel import __version__
 
 from .. import home
 from ..agent import Agent, Snapshot
+from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line, words_on_one_line
 from ..config import Tunnel
 from ..follow import Follower, Seen
@@ -183,11 +184,18 @@ def _tunnels(snapshot: Snapshot, target_words: Callable[[Tunnel], str]) -> Itera
         state, _, why = snapshot.certificates.get(hostname, "").partition(": ")
         words = {"waiting": CERTIFICATE_WAITS, "failed": f"no certificate: {why}"}.get(state, "")
         yield Shown(
-            route.url or hostname,
+            route.url or _url(hostname, route.tunnel, snapshot.since is not None),
             target_words(route.tunnel),
             words_on_one_line(problem),
             words_on_one_line(words),
         )
+
+
+def _url(hostname: str, tunnel: Tunnel, granted: bool) -> str:
+    """The address of a tunnel whose gateway does not tell it, or has not yet."""
+    if not granted:
+        return hostname.removesuffix(OPEN)
+    return f"{'https' if tunnel.mode == 'http' else 'tls'}://{hostname}"
 
 
 def target_of(tunnel: Tunnel) -> str:

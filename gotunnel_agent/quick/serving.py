@@ -210,6 +210,7 @@ def serve(config: Config, labels: Labels | None, *, drawn: bool, qr: bool, folde
     stop.set()
     shown.join(SCREEN_TIMEOUT)
     if number:
-        log.info("stopped")
+        if not screen.draws:  # the last picture says so, too
+            log.info("stopped")
         return 0
     raise GivenUp(serving.failure or "ended by a bug, which was logged")

@@ -258,6 +258,21 @@ def test_the_address_as_a_qr_code(pseudo, monkeypatch, answer, words):
 
 
 @pytest.mark.parametrize(
+    "hostname, since, mode, words",
+    [
+        ("quick-otter.*", None, "http", "  quick-otter → http"),
+        ("a.example.com", None, "http", "  a.example.com → http"),
+        ("a.example.com", 1.0, "http", "  https://a.example.com → http"),
+        ("a.example.com", 1.0, "tcp", "  tls://a.example.com → 127"),
+    ],
+)
+def test_an_address_that_no_gateway_has_told(pseudo, monkeypatch, hostname, since, mode, words):
+    routes = {hostname: Route(TUNNEL._replace(hostname=hostname, mode=mode))}
+    with shown(FakeAgent(routes=routes, since=since), pseudo, monkeypatch):
+        wait_until(lambda: pseudo.shows(words))
+
+
+@pytest.mark.parametrize(
     "target, mode, words",
     [
         (Target("127.0.0.1", 80), "http", "http://127.0.0.1:80"),
