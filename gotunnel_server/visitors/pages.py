@@ -81,7 +81,7 @@ _FRAME = """<!doctype html>
   main {{ max-width: 34rem; margin: 0 auto; overflow-wrap: anywhere }}
   h1 {{ margin: 0 0 .75rem; font-size: 1.75rem; line-height: 1.25; font-weight: 600;
        text-wrap: balance }}
-  p {{ margin: 0 }}
+  p {{ margin: 0; text-wrap: pretty }}
   a {{ color: var(--link) }}
   footer {{ margin-top: 2.5rem; padding-top: 1rem; border-top: 1px solid var(--line);
            color: var(--quiet); font-size: .875rem }}
