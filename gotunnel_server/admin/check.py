@@ -190,11 +190,13 @@ def look_at_reach(config: Config) -> Iterable[Finding]:
                       f"elsewhere {public[0]} reaches nothing, nor does a CA: unset BIND, or name "
                       "a proxy on this machine in TRUSTED_PROXIES")  # fmt: skip
     http, https = config.http_port, config.gateway_port
-    if config.acme is not None and http != HTTP and https != HTTPS:
+    is_led_there = config.public_port == HTTPS  # the operator says so
+    if config.acme is not None and http != HTTP and https != HTTPS and not is_led_there:
         yield Finding(WARN, "orders", f"a CA comes to port {HTTP} or port {HTTPS} alone, and "
                       f"HTTP_PORT is {_shown_port(http)}, GATEWAY_PORT {_shown_port(https)}: unset "
-                      f"one of them, or have port {HTTP} of the public address lead to HTTP_PORT "
-                      f"(or {HTTPS} to GATEWAY_PORT)")  # fmt: skip
+                      f"one of them, or have port {HTTP} of the public address lead to HTTP_PORT, "
+                      f"or {HTTPS} to GATEWAY_PORT (and say so by "
+                      f"PUBLIC_PORT={HTTPS})")  # fmt: skip
 
 
 def is_here(name: str) -> bool:

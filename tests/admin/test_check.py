@@ -181,6 +181,7 @@ ORDERS = {"ACME_ENV": "production", "GATEWAY_PORT": "443", "HTTP_PORT": "80"}
         (ORDERS | {"HTTP_PORT": "0"}, {}),
         (ORDERS | {"GATEWAY_PORT": "8443", "HTTP_PORT": "8081"},
          {"orders": "HTTP_PORT is 8081, GATEWAY_PORT 8443: unset one of them"}),
+        (ORDERS | {"GATEWAY_PORT": "8443", "HTTP_PORT": "8081", "PUBLIC_PORT": "443"}, {}),
         (ORDERS | {"GATEWAY_PORT": "auto", "HTTP_PORT": "0"},
          {"orders": "HTTP_PORT is off, GATEWAY_PORT auto: unset one of them"}),
     ],

@@ -73,6 +73,31 @@ def test_gateway_names_an_env_file_that_is_missing(cache, tmp_path):
     assert f"'{tmp_path}/nowhere.env'" in line and "No such file" in line
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["there are no settings: no file {}/.env, and neither GATEWAY_HOST nor"]),
+        (
+            "GATEWAY_HOST=my_gw.example.com\nDEFAULT_ALOW=10.0.0.0/8\nTUNNEL_PORT=70000\n",
+            [
+                "DEFAULT_ALOW in {}/.env is no setting of the gateway, did you mean DEFAULT_ALLOW?",
+                "JWT_SECRET is not set",
+                "GATEWAY_HOST is 'my_gw.example.com', expected a hostname",
+                "TUNNEL_HOST is not set",
+                "TUNNEL_PORT is '70000'",
+            ],
+        ),
+    ],
+)
+def test_gateway_names_all_that_is_missing_or_wrong_at_once(tmp_path, content, words):
+    if content:
+        (tmp_path / ".env").write_text(content)
+    status, lines = run("gotunnel_server", tmp_path)
+    assert (status, len(lines)) == (WRONG_CONFIGURATION, len(words)), lines
+    for line, expected in zip(lines, words):
+        assert line.startswith(f"gotunnel-server: {expected.format(tmp_path)}")
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o644])
 def test_gateway_warns_of_secrets_that_everybody_can_read(cache, tmp_path, mode):
     path = tmp_path / ".env"
