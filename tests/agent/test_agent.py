@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import warnings
 from time import monotonic
 
 import jwt
@@ -125,6 +126,16 @@ def test_token_has_the_three_claims_that_go_agents_send():
     claims = jwt.decode(made, "x" * 32, ["HS256"])
     assert set(claims) == {"iss", "iat", "exp"} and claims["iss"] == "mine"
     assert claims["exp"] - claims["iat"] == 3600
+
+
+def test_a_short_secret_signs_without_a_warning():
+    """Which pytest would make an error, and which only the gateway's operator could heed."""
+    for secret in ("short", "x" * 31, "ü"):
+        made = make_token(secret, "me", 60)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            claims = jwt.decode(made, secret, ["HS256"])
+        assert claims["iss"] == "me"
 
 
 def test_file_without_certificates_is_refused_by_name(tmp_path):
