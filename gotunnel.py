@@ -60,6 +60,7 @@ the text says "we".
 from __future__ import annotations
 
 import contextlib
+import importlib
 import ipaddress
 import json
 import math
@@ -238,6 +239,7 @@ class GoneAway(NamedTuple):
 
 
 Event = Opened | Received | Finished | WasReset | Writable | Answered | GoneAway
+Events = list[Event]
 NEVER = math.inf  # an instant that is not reached
 
 
@@ -263,8 +265,7 @@ class _Flow:
         self.in_rotation = False  # it is in Mux._rotation, to send payload or FIN
         self.finishing = False  # a FIN follows the queue, or was sent
         self.cutting = False  # a RST follows the queue and the FIN
-        self.sent_fin = False
-        self.got_fin = False
+        self.sent_fin = self.got_fin = False
         self.discarding = False  # payload that comes is dropped
         self.discarded = 0  # bytes of it
         self.alive = True
@@ -284,14 +285,12 @@ class Memory:
     FLOOR = START_WINDOW
 
     def __init__(
-        self,
-        machine: int = 1 << 32,
+        self, machine: int = 1 << 32,
         lock: AbstractContextManager[object] = contextlib.nullcontext(),
-    ):
+    ):  # fmt: skip
         """``machine`` is the memory of the machine in bytes. Several threads need a ``lock``."""
         self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS and all else
-        self.buffered = 0
-        self.promised = 0
+        self.buffered = self.promised = 0
         self.lock = lock
 
     @property
@@ -418,11 +417,11 @@ class Mux:
 
     # From the peer
 
-    def receive(self, data: BytesLike, now: float) -> list[Event]:
+    def receive(self, data: BytesLike, now: float) -> Events:
         """Take bytes from the peer, in any pieces; return the events that they cause. Events hold
         copies, so the caller may use the buffer ``data`` again."""
         self._now = now
-        events: list[Event] = []
+        events: Events = []
         at, end = 0, len(data)
         while at < end:
             if self._body_left:
@@ -460,7 +459,7 @@ class Mux:
                 self._take_go_away(length, events)
         return events
 
-    def _discard(self, flow: _Flow, count: int, events: list[Event]) -> None:
+    def _discard(self, flow: _Flow, count: int, events: Events) -> None:
         flow.discarded += count
         if flow.discarded <= DISCARD_LIMIT:
             self.consumed(flow.id, count, self._now)
@@ -468,7 +467,7 @@ class Mux:
             self.reset(flow.id)
             events.append(WasReset(flow.id, 0, "the peer sent too much to a closed stream"))
 
-    def _take_data(self, flags: int, stream_id: int, length: int, events: list[Event]) -> None:
+    def _take_data(self, flags: int, stream_id: int, length: int, events: Events) -> None:
         if length > self._largest:  # no honest peer: it may never send more than a window
             raise ProtocolError(f"{length} bytes in a frame, our largest window is {self._largest}")
         flow = self._stream_of(DATA, flags, stream_id, length, events)
@@ -491,9 +490,7 @@ class Mux:
         elif not flags & SYN:
             self._waste("data without payload")
 
-    def _take_window_update(
-        self, flags: int, stream_id: int, length: int, events: list[Event]
-    ) -> None:
+    def _take_window_update(self, flags: int, stream_id: int, length: int, events: Events) -> None:
         flow = self._stream_of(WINDOW_UPDATE, flags, stream_id, length, events)
         if flow is None:
             return
@@ -519,7 +516,7 @@ class Mux:
         else:
             self._waste("pongs")
 
-    def _take_go_away(self, code: int, events: list[Event]) -> None:
+    def _take_go_away(self, code: int, events: Events) -> None:
         if self.peer_left:
             self._waste("GO_AWAY")
         self.peer_left = True
@@ -532,7 +529,7 @@ class Mux:
         self.round_trip = took if self.round_trip is None else min(took, self.round_trip)
 
     def _stream_of(
-        self, kind: int, flags: int, stream_id: int, length: int, events: list[Event]
+        self, kind: int, flags: int, stream_id: int, length: int, events: Events
     ) -> _Flow | None:
         """Act on SYN, ACK and RST; return the frame's stream, or None if it is unknown or reset."""
         if flags & SYN:
@@ -563,7 +560,7 @@ class Mux:
         return flow
 
     def _peer_opens(
-        self, kind: int, flags: int, stream_id: int, length: int, events: list[Event]
+        self, kind: int, flags: int, stream_id: int, length: int, events: Events
     ) -> None:
         if stream_id == 0 or stream_id % 2 != self._parity:
             whose = "even" if self._parity == 0 else "odd"
@@ -593,14 +590,14 @@ class Mux:
         if self._wasted > self._most_waste:
             raise ProtocolError(f"too many useless frames, the last of them: {what}")
 
-    def _peer_finished(self, flow: _Flow, events: list[Event]) -> None:
+    def _peer_finished(self, flow: _Flow, events: Events) -> None:
         flow.got_fin = True
         self._updates.pop(flow.id, None)  # nothing more comes, so no credit is needed
         events.append(Finished(flow.id))
         if flow.sent_fin:
             self._end_flow(flow)
 
-    def _overrun(self, flow: _Flow, length: int, events: list[Event]) -> None:
+    def _overrun(self, flow: _Flow, length: int, events: Events) -> None:
         """The peer exceeded a window. The first time resets the stream, the second time ends the
         session: a Go peer whose write timed out sends the bytes anyway and does not count them."""
         text = f"stream {flow.id}: {length} bytes came, {flow.may_receive} were permitted"
@@ -1231,9 +1228,8 @@ def encode_data_header(hostname: str, ends: Ends | None = None, relayed: bool = 
     """The first bytes of a data stream. ``hostname`` is exactly as the agent registered it. With
     ``relayed``, FIN ends one direction and not the visit, in http mode too. ``ends`` needs the
     feature VISITOR_ADDRESS, ``relayed`` UPGRADES."""
-    if ends is None:
-        version, text = DATA_HEADER_PLAIN, hostname
-    else:
+    version, text = DATA_HEADER_PLAIN, hostname
+    if ends is not None:
         version = DATA_HEADER_ADDRESSED
         text = " ".join(map(str, (hostname, *ends.visitor, *ends.door)))
     if relayed:
@@ -1288,7 +1284,7 @@ import selectors  # noqa: E402
 import socket  # noqa: E402
 import threading  # noqa: E402
 from time import monotonic  # noqa: E402
-from typing import Protocol  # noqa: E402
+from typing import TYPE_CHECKING, Protocol  # noqa: E402
 
 log = logging.getLogger("gotunnel")
 
@@ -1328,8 +1324,7 @@ class Deadline:
         """The seconds that are left, None for ever; raises TimeoutError when none are."""
         if self._at is None:
             return None
-        left = self._at - monotonic()
-        if left <= 0:
+        if (left := self._at - monotonic()) <= 0:
             raise TimeoutError("timed out")
         return left
 
@@ -1434,9 +1429,8 @@ class Buffers:
     """
 
     def __init__(self, size: int, most: int):
-        """At most ``most`` unused buffers are kept."""
         self._size = size
-        self._spare: deque[memoryview] = deque(maxlen=most)
+        self._spare: deque[memoryview] = deque(maxlen=most)  # unused ones
         self.give_back, self.clear = self._spare.append, self._spare.clear
 
     def take(self) -> memoryview:
@@ -2479,9 +2473,8 @@ def machine_memory() -> int:
     with contextlib.suppress(ValueError, OSError, AttributeError):  # not a Unix
         sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for path in CGROUP_LIMITS:
-        with contextlib.suppress(ValueError, OSError):  # "max": there is no limit
-            with open(path, encoding="ascii") as file:
-                sizes.append(int(file.read()))
+        with contextlib.suppress(ValueError, OSError), open(path, encoding="ascii") as file:
+            sizes.append(int(file.read()))  # "max" is no number: there is no limit
     return min(sizes, default=1 << 30)
 
 
@@ -2493,6 +2486,15 @@ def process_memory() -> Memory:
     """The Memory that all sessions share; made on the first call, since that reads files."""
     global _process_memory
     with _process_memory_lock:
-        if _process_memory is None:
-            _process_memory = Memory(machine_memory(), threading.Lock())
+        _process_memory = _process_memory or Memory(machine_memory(), threading.Lock())
         return _process_memory
+
+
+EMBEDDED = "forward", "ForwardError", "NoAccount", "NotGranted", "OpenTunnel", "Unreachable"
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """gotunnel.forward() and its errors (PEP 562). Imported on use: they import this file."""
+        if name not in EMBEDDED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("gotunnel_agent.embedded"), name)

@@ -5,9 +5,10 @@
     pip install '.[server]'    the agent and the gateway
     pip install '.[http2]'     ... and HTTP/2 at the gateway
     pip install '.[test]'      what the tests need, too
+    pip install '.[apps]'      what some examples of docs/python.md need
     pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
-The six lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+The seven lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
 import gzip
@@ -83,6 +84,16 @@ TEST = [
     "grpcio>=1.60",
 ]
 
+# What a reader's own program may be. .ci/run tests with them; elsewhere their tests are skipped, as
+# the packages are many. Older ones were not tried.
+APPS = [
+    "fastapi>=0.110",
+    # The server for it.
+    "uvicorn>=0.30",
+    # A kernel of Jupyter, and what talks to it.
+    "ipykernel>=6.29",
+]
+
 CHECK = [
     # One version each: another would format other lines, or find other faults. Raise them by hand.
     "ruff==0.17.6",
@@ -125,6 +136,17 @@ class FreshBuild(build_py):
                 copy = os.path.join(self.build_lib, package, "examples", name)
                 self.mkpath(os.path.dirname(copy))
                 self.copy_file(str(ROOT / "conf" / name), copy)
+        self._write_stub()
+
+    def _write_stub(self):
+        """Let type checkers see the types in gotunnel.py. They read none of an installed module
+        that is no package (PEP 561), except in a package of stubs: so it is its own stub. There
+        stand, too, the names that it has by __getattr__()."""
+        folder = Path(self.build_lib) / "gotunnel-stubs"
+        folder.mkdir(parents=True)
+        source = (ROOT / "gotunnel.py").read_text("utf-8")
+        names = "from gotunnel_agent.embedded import *\n"
+        (folder / "__init__.pyi").write_text(f"{source}\n{names}", "utf-8", newline="\n")
 
 
 class PlainSources(sdist):
@@ -215,6 +237,7 @@ setup(
         "http2": SERVER + HTTP2,
         "qr": QR,
         "test": SERVER + HTTP2 + QR + TEST,
+        "apps": APPS,
         "check": SERVER + HTTP2 + CHECK,
     },
     entry_points={

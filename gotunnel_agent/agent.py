@@ -200,6 +200,7 @@ class Snapshot(NamedTuple):
     retry_at: float | None  # monotonic time of the next dial; None while it does not wait for one
     refused: Mapping[str, str]  # why the gateway does not serve a hostname of the configuration
     configured: Mapping[str, Route] = {}  # all of the configuration, by hostname as it stands there
+    lasting: bool = False  # the problem does not end by itself: somebody has to change something
 
     def all_routes(self) -> dict[str, Route]:
         """Also those of refused hostnames, with the gateway's reason as their problem."""
@@ -237,6 +238,7 @@ class Agent:
         self._sessions = self._failures = self._streams = 0  # see Totals
         self._targets = Targets()
         self._problem = ""  # why the last session or dial has ended
+        self._lasting = False  # see Snapshot
         self._refused: Mapping[str, str] = {}  # ... and the gateway's reasons by hostname
         # What the log has told last: address and target, or reason of the refusal, by hostname.
         # For the agent's thread, and the control thread if a port has opened.
@@ -327,6 +329,7 @@ class Agent:
             self._retry_at,
             {name: reason for name, reason in refused.items() if name in configured},
             configured,
+            self._lasting and service is None,
         )
 
     def _tell(self) -> None:
@@ -363,6 +366,7 @@ class Agent:
             service = None
             replaced = False
             refused: dict[str, str] = {}
+            lasting = False
             plan = self._plan
             try:
                 service = self._begin(plan, workers)
@@ -398,14 +402,15 @@ class Agent:
                 problem, most = dial_problem(error), RESTART_DELAY
             except OSError as error:
                 problem = dial_problem(error, plan.config, served=service is not None)
+                lasting = trouble.lasts(error)
                 if self._service is not None and self._service.asked:
                     # The gateway restarts. Its port may go on listening (systemd's sockets) while
                     # it drains, so the dial is late rather than refused.
                     most = RESTART_DELAY
             except ProtocolError as error:
-                problem = f"it does not speak gotunnel's protocol: {error}"
+                problem, lasting = f"it does not speak gotunnel's protocol: {error}", True
             except ConfigError as error:  # a file with a secret
-                problem = str(error)
+                problem, lasting = str(error), True
             if self._stopping.is_set():
                 break
             lasted = 0 if service is None else monotonic() - service.since
@@ -416,7 +421,7 @@ class Agent:
                 continue
             failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
-            self._problem, self._refused = problem, refused
+            self._problem, self._refused, self._lasting = problem, refused, lasting
             self._failures += 1  # by this thread alone
             log.warning("%s: %s; next try in %.1f s", address, problem, delay)
             self._pause(plan, delay)

@@ -28,6 +28,7 @@ from .trust import (
     this_clock,
 )
 
+UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 OWN_CA = "if it has a CA of its own, ca_file has to name that"
 STAGING = (
@@ -55,7 +56,7 @@ def of_dial(error: OSError, config: Config | None, *, served: bool = False) -> s
     if SPEAKS_HTTP in text:
         return f"the program there speaks HTTP, so this may be the port for visitors; {RIGHT_PORT}"
     if isinstance(error, ssl.SSLError):
-        if error.reason == "TLSV1_UNRECOGNIZED_NAME":
+        if error.reason == UNKNOWN_NAME:
             return f"the gateway there knows no such hostname; {RIGHT_HOST}"
         if error.reason in NO_TLS:
             return f"the program there does not speak TLS; {RIGHT_PORT}"
@@ -93,6 +94,13 @@ def _advice(code: int, config: Config | None) -> str:
     if place and is_of_staging(*place):
         return STAGING
     return OWN_CA if ca_file is None else f"{OWN_CA}, and names another one now"
+
+
+def lasts(error: OSError) -> bool:
+    """Whether a dial fails again until somebody changes something."""
+    if isinstance(error, (ssl.SSLCertVerificationError, NoTLS)) or SPEAKS_HTTP in str(error):
+        return True
+    return isinstance(error, ssl.SSLError) and error.reason in (*NO_TLS, UNKNOWN_NAME)
 
 
 def of_refusal(text: str, config: Config) -> str:

@@ -13,6 +13,7 @@ its ``with`` has, also when the test failed.
 import contextlib
 import errno
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -59,6 +60,14 @@ def need(program) -> str:
         give_up = pytest.fail if os.environ.get("GOTUNNEL_CI") == "1" else pytest.skip
         give_up(f"{program} is not installed")
     return path
+
+
+def need_package(name, extra="apps"):
+    """A module of a package that an extra in setup.py installs. As need()."""
+    if importlib.util.find_spec(name) is None:
+        give_up = pytest.fail if os.environ.get("GOTUNNEL_CI") == "1" else pytest.skip
+        give_up(f"{name} is not installed; pip install '.[{extra}]'")
+    return importlib.import_module(name)
 
 
 def at_length(*values):

@@ -12,6 +12,7 @@ import bootstrap
 import check
 import demo
 import pytest
+from support import need_package
 
 ROOT = Path(__file__).parent.parent
 SETUP = (ROOT / "setup.py").read_text("utf-8")
@@ -177,6 +178,38 @@ def checkout(folder, mode=0o644):
     return folder
 
 
+USER = """\
+import gotunnel
+from gotunnel_agent import Agent, load
+
+with gotunnel.forward(8080, host="demo") as tunnel:
+    reveal_type(tunnel.url)
+reveal_type(Agent(load("agent.yaml")).snapshot().visits)
+reveal_type(gotunnel.HEADER_SIZE)
+gotunnel.forward(8080, hots="demo")
+gotunnel.nonsense
+"""
+
+
+def check_types(folder, python):
+    """Have mypy look at a program that uses what is installed for ``python``."""
+    need_package("mypy", "check")
+    (folder / "user.py").write_text(USER)
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--no-error-summary")
+    done = subprocess.run(
+        [*mypy, "--python-executable", str(python), "user.py"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    said = [re.sub(r"^user.py:|  \[.*", "", line) for line in done.stdout.splitlines()]
+    assert [line for line in said if "defined in" not in line] == [
+        '5: note: Revealed type is "str"',
+        '6: note: Revealed type is "int"',
+        '7: note: Revealed type is "int"',
+        '8: error: Unexpected keyword argument "hots" for "forward"',
+        '9: error: Module has no attribute "nonsense"',
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # seconds: a build, and packages from the network
 def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environment):
@@ -203,6 +236,7 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environm
     printed = subprocess.run([environment / "gotunnel-agent", "--print-example"],
                              capture_output=True, cwd=tmp_path)  # fmt: skip
     assert printed.stdout == (ROOT / "conf" / "agent.yaml").read_bytes()
+    check_types(tmp_path, environment / "python")
     version = re.search(r'__version__ = "(.+)"', (ROOT / "gotunnel.py").read_text("utf-8"))[1]
     assert ask("gotunnel-agent") == (0, f"gotunnel {version}\n", "")
     assert "cryptography" not in pip("list")

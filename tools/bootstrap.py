@@ -34,6 +34,7 @@ NEEDS = {
     "server": ("AGENT", "SERVER"),
     "http2": ("AGENT", "SERVER", "HTTP2"),
     "test": ("AGENT", "SERVER", "HTTP2", "QR", "TEST"),
+    "apps": ("AGENT", "SERVER", "HTTP2", "QR", "TEST", "APPS"),
     "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
 }
 

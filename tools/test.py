@@ -17,7 +17,7 @@ SETTINGS = os.path.join("tests", "pytest.ini")
 
 
 def main(arguments):
-    python = bootstrap.prepare("test")
+    python = bootstrap.prepare("apps" if os.environ.get("GOTUNNEL_CI") == "1" else "test")
     # The last -m counts, so one among the arguments wins.
     command = [python, "-m", "pytest", "-c", SETTINGS, "-m", "not slow"] + arguments
     pytest = subprocess.Popen(command, cwd=bootstrap.ROOT)
