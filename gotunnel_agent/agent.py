@@ -762,6 +762,7 @@ class Agent:
                 port = on_one_line(ack.ports[name], 5)
                 log.info("%s: on port %s of the gateway", hostname, port)
             routes[hostname] = route._replace(
+                tunnel=tunnel._replace(hostname=hostname),
                 problem=problem,
                 awaits_port=bool(problem) and not missing and LATER_PORTS in ack.features,
                 refusals=REFUSALS in ack.features,

@@ -179,6 +179,15 @@ def test_a_running_visit_ends_whole_when_the_tunnel_is_closed(gateway, account, 
         assert tunnel.wait(timeout=0)
 
 
+def test_visits_are_told_when_they_are_over(gateway, account, site):
+    seen = queue.SimpleQueue()
+    with gotunnel.forward(site.port, on_visit=seen.put) as tunnel:
+        assert gateway.get(tunnel.hostname, "/a?b")[0] == 200
+        visit = seen.get(timeout=TIMEOUT)
+    assert visit[:4] == (tunnel.hostname, "GET", "/a?b", 200)
+    assert visit.bytes_out == len("from the site")
+
+
 def test_another_thread_that_closes_ends_wait(gateway, account, site):
     tunnel = gotunnel.forward(site.port)
     closing = threading.Thread(target=tunnel.close, name="closing")
