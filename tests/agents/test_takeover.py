@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -539,6 +540,64 @@ def test_who_comes_back_has_its_hostname_at_the_first_attempt():
     holder.replace = lambda reason: (registry.release(holder), holder.gone.set())
     registry.claim({APP: Route(APP, "http", holder)})
     assert claim_to_app(registry, Holder(SAME)).attempt() is True
+
+
+class Answering(Holder):
+    """A session whose agent answers."""
+
+    def has_answered(self, since):
+        return True
+
+
+class Ending(Holder):
+    """An earlier session of the newcomer's process, which ends at once."""
+
+    def __init__(self, registry):
+        super().__init__(SAME)
+        self._registry = registry
+
+    def step_aside(self, successor):
+        self._registry.release(self)
+
+    def replace(self, reason):
+        self._registry.release(self)
+        self.gone.set()
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_claim_among_all_kinds_of_holders(partial, overlaps):
+    """Random tables: the newcomer gets what is free, its own or a dead agent's, and disturbs no
+    agent that answers. Unless the claim is partial, it gets all or nothing."""
+    rng = random.Random(f"{partial} {overlaps}")
+    names = [f"{letter}.test" for letter in "abcdefgh"]
+    for _ in range(200):
+        registry, new = Registry({names[0]}), Holder(SAME)
+        new.agent = new.agent._replace(overlaps=overlaps)
+        own = Ending(registry)
+        kinds = {"alive": Answering("other"), "dead": Holder("another"), "own": own}
+        held = {name: rng.choice([*kinds, "free", "free"]) for name in names[1:]}
+        for kind, holder in kinds.items():
+            mine = [name for name in held if held[name] == kind]
+            registry.claim({name: Route(name, "http", holder) for name in mine})
+        wanted = rng.sample(names, rng.randint(1, len(names)))
+        keeps = {n for n in wanted if n == names[0] or held[n] == "alive"}
+        routes = {name: Route(name, "http", new) for name in wanted}
+        claim = takeover.Claim(registry, new.agent, routes, permit=len, partial=partial)
+        is_refused = keeps == set(wanted) if partial else bool(keeps)
+        try:
+            for _ in range(len(names)):
+                if claim.attempt():
+                    break
+                registry.release(kinds["dead"])  # by its heartbeat
+            assert not is_refused and set(claim.routes) == set(wanted) - keeps
+            assert all(registry.lookup(name).tunnel is new for name in claim.routes)
+        except HostnameTaken:
+            assert is_refused and not own.gone.is_set()
+            assert not any(route.tunnel is new for route in registry.routes().values())
+        assert set(claim.denied) == (keeps if partial else set())
+        alive = [name for name in held if held[name] == "alive"]
+        assert all(registry.lookup(name).tunnel is kinds["alive"] for name in alive)
 
 
 # A session that the gateway wants another one for -----------------------------------------------
