@@ -395,6 +395,8 @@ def _install(answers: Answers) -> None:
     def plan(chosen: Options) -> Plan:
         return service.plan(chosen, str(answers.env_file))
 
+    here = os.getcwd()
+    os.chdir(answers.env_file.parent)  # the service's working folder
     try:
         run_service(options, PROGRAM, plan)
     except ServiceError as error:
@@ -403,6 +405,8 @@ def _install(answers: Answers) -> None:
             f"{error}\n{answers.env_file} is written, and no service is installed; when that is "
             f"mended: {PROGRAM} service install {again} --env-file {answers.env_file}"
         ) from None
+    finally:
+        os.chdir(here)
 
 
 # What is there -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, TIMEOUT
+from support import ROOT, TIMEOUT, wait_until
 
 from gotunnel_agent.common import join_string
 from gotunnel_server.admin import check, init
@@ -215,6 +215,11 @@ def test_an_env_file_that_is_there_is_asked_about(on_terminal, folder, answer, s
     assert Path(".env.before").exists() == (Path(".env").read_text() != "A=b\n") == (status == 0)
 
 
+def sleeps(process_id):
+    state = Path(f"/proc/{process_id}/stat").read_text().rpartition(") ")[2]
+    return state.startswith("S")
+
+
 def on_pty(folder, *steps):
     """Run init at a terminal: each step is a text to wait for, and the answer. Returns the exit
     status and all that was shown."""
@@ -240,6 +245,9 @@ def on_pty(folder, *steps):
                     assert wanted is None, shown
                     break
                 shown += data
+            if answer:
+                # A signal just before the program reads would not be seen before the next key.
+                wait_until(lambda: sleeps(process.pid))
             os.write(ours, answer)
         return process.wait(TIMEOUT), shown.decode()
     finally:
