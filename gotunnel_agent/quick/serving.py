@@ -35,6 +35,8 @@ from .screen import Screen
 
 log = logging.getLogger("gotunnel.serving")
 
+NOT_KNOWN = "auth failed"  # how it begins for a credential that is wrong or has ended
+KEYS_ADVICE = ", or remove the keys that need it"  # there are no keys here
 INVALID = "invalid hostname"  # how a refusal begins for a name that the gateway cannot read
 SSH_PORT, HTTPS_PORT = 22, 443
 LOCAL_PORT = 10_000  # of the example for visitors: added to the target's port, it is seldom in use
@@ -118,7 +120,9 @@ class Serving:
         that is wrong, or for one that it serves as it stands."""
         if self._labels is not None and (NO_NAMES in refusal or refusal.startswith(INVALID)):
             return "it gives no random names; update it, or name a hostname with --host"
-        return on_one_line(refusal)
+        if refusal.startswith(NOT_KNOWN):
+            return f"{on_one_line(refusal)}; `{program()} join` stores another credential"
+        return on_one_line(refusal.replace(KEYS_ADVICE, ""))
 
     def _announce(self, hostname: str, route: Route) -> None:
         if self._labels is not None:

@@ -358,3 +358,16 @@ def test_target_that_does_not_answer_yet_is_named(gateway):
         program.wait_for(rf"^https://{APP}")
         program.signal(signal.SIGHUP)
         assert program.wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_folder_is_public_from_other_systems(gateway, tmp_path, system):
+    (tmp_path / "page.html").write_bytes(b"<p>page")
+    words = (str(ROOT / "tests" / "other_systems.py"), system, "gotunnel_agent", "files")
+    variables = ("GOTUNNEL_CONFIG", "XDG_STATE_HOME")
+    environment = {name: os.environ[name] for name in variables}
+    with running(sys.executable, *words, cwd=tmp_path, **environment) as program:
+        host = program.wait_for(r"^https://(.+?):[0-9]+$")[1]
+        assert gateway.get(host, "/page.html") == (200, b"<p>page")
+        assert b"page.html" in gateway.get(host)[1]

@@ -19,8 +19,9 @@ from support import (
     wait_until,
 )
 
+from gotunnel import HOST_HEADER
 from gotunnel_agent import config as agent_config
-from gotunnel_agent.agent import NO_NAMES
+from gotunnel_agent.agent import NO_NAMES, _unknown
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.quick import names, serving
 from gotunnel_agent.quick.commands import quick_config
@@ -109,8 +110,10 @@ def test_hostname_is_served_and_its_address_told_once(gateway, start, origin):
     assert len(here.told) == 1
 
 
-def test_name_without_a_dot_lies_below_the_wildcard(gateway, start):
+def test_name_without_a_dot_lies_below_the_wildcard(gateway, start, caplog):
     assert start("shop.*").address() == f"https://shop.{DEV}:{gateway.public_port}"
+    assert gateway.get(f"shop.{DEV}")[0] == 502
+    assert f"shop.{DEV}: target localhost:1: " in caplog.text
 
 
 def test_random_name_is_that_of_the_last_time(gateway, start, memory):
@@ -159,15 +162,20 @@ def test_port_that_the_gateway_refuses_is_told_in_its_words(start):
     assert "port 99" in start(RAW, mode="tcp", port="99").failure()
 
 
-def test_gateway_that_gives_no_random_names_is_told_from_a_wrong_name():
-    """An older gateway, or a Go one."""
+def test_refusals_are_told_in_words_for_a_command():
+    """By an older gateway, or a Go one, too."""
     config = mock.Mock(tunnels=[Tunnel("quick-otter-10.*", Target("localhost", 1), "http")])
     with mock.patch.object(serving, "Agent"):
         new = Serving(config, mock.Mock(), print)
         for words in ("invalid hostname: quick-otter-10.*; expected letters", NO_NAMES):
             assert new._in_words(words).endswith("update it, or name a hostname with --host")
-        assert Serving(config, None, print)._in_words("invalid hostname: x") == (
-            "invalid hostname: x"
+        given = Serving(config, None, print)
+        assert given._in_words("invalid hostname: x") == "invalid hostname: x"
+        assert given._in_words(_unknown([HOST_HEADER])) == (
+            f"this gateway does not know {HOST_HEADER}; update the gateway"
+        )
+        assert given._in_words("auth failed") == (
+            "auth failed; `gotunnel-agent join` stores another credential"
         )
 
 
