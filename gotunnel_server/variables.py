@@ -131,10 +131,16 @@ class Variables:
         text = default if text is None else text
         if text is None:
             return None
+        if text.startswith(("~", "$")):  # a folder of that name would be made
+            shown = shown_path(text) if name.endswith("_FILE") else repr(text)
+            raise ConfigError(
+                f"{name} is {shown}, expected a path: ~ and $ stand for themselves here, so write "
+                "the whole path (or ./~ if that is its name)"
+            )
         here = absolute(text)
         if self._folder is None or not is_ours or os.path.isabs(text):
             return here
-        there = os.path.join(self._folder, os.path.normpath(text))
+        there = os.path.normpath(os.path.join(self._folder, text))
         if there == here or os.path.lexists(there) or not os.path.lexists(here):
             return there
         self.remarks[name] = (
@@ -162,7 +168,8 @@ class Variables:
             raise ConfigError(f"{name} and {file_name} are both set, expected one: unset the other")
         self.secret_files.append(path)
         typed = self.text(file_name) or ""
-        shown = repr(path) if shown_path(typed) == repr(typed) else shown_path(typed)
+        is_path = shown_path(typed) == repr(typed) or os.path.lexists(path)
+        shown = repr(path) if is_path else shown_path(typed)
         secret = _read_text(file_name, path, shown).rstrip("\r\n")
         if not secret.strip():
             raise ConfigError(

@@ -58,6 +58,8 @@ def valid_hostname(name: str) -> bool:
 def why_no_hostname(text: str) -> str:
     """What keeps a text from being a hostname, to be put behind a message: "; no hostname has an
     underscore (_)", for example. "" if there is no more to say than what was expected."""
+    if not text:
+        return ""
     name = text.removesuffix(".")
     labels = name.split(".")
     reasons = (

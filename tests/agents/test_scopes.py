@@ -563,7 +563,10 @@ def test_hostnames_of_other_credentials_do_not_count(gateway, agents_file):
 
 
 @pytest.mark.parametrize("limit", ["visits", "streams"])
-def test_a_visit_more_than_permitted_hears_which_limit(gateway, agents_file, limit):
+def test_a_visit_more_than_permitted_hears_of_a_limit_and_the_log_says_which(
+    gateway, agents_file, limit, caplog
+):
+    caplog.set_level(logging.INFO)
     agents_file.write(limits={limit: 2})
     gateway.inner.reload()
     wait_until(lambda: getattr(gateway.inner._credentials._entries["office"].limits, limit) == 2)
@@ -579,7 +582,8 @@ def test_a_visit_more_than_permitted_hears_which_limit(gateway, agents_file, lim
             visitor.send(request())
             head, body = visitor.read_message()
             assert status_of(head) == 503 and b"X-Gotunnel-Error: agent-limit\r\n" in head
-            assert f"its agent may have 2 {limit} at once, and has 2".encode() in body
+            assert f"{APP} serves as many visitors as it may. Try again".encode() in body
+            assert f"its agent may have 2 {limit} at once, and has 2." in caplog.text
         streams[0].write(answer(b"done", "Connection: close"))
         streams[0].close()
 

@@ -155,6 +155,7 @@ def test_invalid_hosts(text):
         ("-a.example", "begins or ends with a hyphen"),
         ("a.example.1", "the last part is never a number"),
         ("a!.example", ""),
+        ("", ""),
     ],
 )
 def test_a_name_that_is_none_comes_with_the_reason(text, reason):

@@ -654,6 +654,28 @@ def test_relative_path_counts_from_its_env_file_or_from_the_working_folder(tmp_p
     assert str(getattr(loaded, PATHS[name])) == f"{os.getcwd()}/{leaf}"
 
 
+@pytest.mark.parametrize("text", ["~/cache", "$HOME/cache", "~"])
+def test_path_that_only_a_shell_understands_is_refused(text):
+    message = refusal(ACME_CACHE=text)
+    assert message.startswith(f"ACME_CACHE is {text!r}, expected a path: ~ and $ stand for them")
+    assert config(ACME_CACHE="./~").acme_cache == Path.cwd() / "~"
+    secret = f"$scrypt${SECRET}"  # where its file was to be named
+    assert "not shown" in refusal(JWT_SECRET=None, JWT_SECRET_FILE=secret)
+
+
+def test_path_with_dots_is_shown_without_them(tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "env").write_text("ACME_CACHE=../var/./cache\n")
+    assert str(load(str(tmp_path / "etc" / "env"), MINIMAL).acme_cache) == f"{tmp_path}/var/cache"
+
+
+def test_file_of_a_secret_that_is_there_is_named_though_its_path_is_long(tmp_path):
+    (tmp_path / "secrets-of-the-gateway").mkdir()
+    (tmp_path / "env").write_text("JWT_SECRET_FILE=secrets-of-the-gateway\n")
+    message = refusal(str(tmp_path / "env"), JWT_SECRET=None)
+    assert message.startswith(f"JWT_SECRET_FILE: cannot read '{tmp_path}/secrets-of-the-gateway'")
+
+
 def test_files_of_secrets_and_the_default_cache_lie_beside_the_env_file(tmp_path):
     (tmp_path / "secret").write_text(SECRET)
     env_file = tmp_path / "server.env"
