@@ -8,7 +8,8 @@ more. In tcp mode a half-close is passed on, and the visit lasts until both side
 same holds in http mode if the gateway asks for it, since the visitor wants to change the protocol
 (Upgrade).
 
-The relay never reads the bytes. A Follower (follow.py), if there is one, reads them beside it. If
+The relay never reads the bytes. A Follower (follow.py), if there is one, reads them beside it, and
+first_answer.py looks at the first bytes of an answer, to tell a target of another kind. If
 an http target cannot be reached, the gateway gets the reason and answers 502; to a gateway that
 does not know such reasons (common/refusals.py) the agent sends a 502 page itself. Our log tells the
 operator what to change.
@@ -16,6 +17,7 @@ operator what to change.
 
 import contextlib
 import logging
+import math
 import socket
 import ssl
 import struct
@@ -43,6 +45,7 @@ from .common.refusals import MISCONFIGURED, TIMED_OUT, UNREACHABLE, UNTRUSTED, R
 from .common.relay import RESET_JOIN, pump, relay
 from .config import Target, Tunnel
 from .connect import addresses_of, connect
+from .first_answer import LOOK_AGAIN, FirstAnswer, tell
 from .follow import Follower
 from .trust import (
     EXPIRED,
@@ -111,6 +114,8 @@ class Targets:
         self._open: set[Duplex] = set()
         self._over = False  # reset() was called
         self._failed: Counter[tuple[str, str]] = Counter()  # those that were not reached
+        # By hostname: monotonic time of the latest may_tell(), or of an ordinary answer.
+        self._told: dict[str, float] = {}
         self._lock = threading.Lock()  # guards all
 
     def count_failed(self, hostname: str, word: str) -> None:
@@ -123,6 +128,21 @@ class Targets:
         """How often which target was not reached, by hostname and word."""
         with self._lock:
             return dict(self._failed)
+
+    def may_tell(self, hostname: str) -> bool:
+        """Whether it is time for a line about the target of a hostname; False for LOOK_AGAIN from
+        then on."""
+        now = monotonic()
+        with self._lock:
+            if now - self._told.get(hostname, -math.inf) < LOOK_AGAIN:
+                return False
+            self._told[hostname] = now
+            return True
+
+    def note_ordinary(self, hostname: str) -> None:
+        """The target of a hostname has answered as its tunnel says."""
+        with self._lock:
+            self._told[hostname] = monotonic()
 
     @contextlib.contextmanager
     def hold(self, target: Duplex) -> Iterator[None]:
@@ -193,12 +213,14 @@ def serve(
     target.cut_unless_finished()
     if follower is not None:
         follower.follow(target, tunnel)
+    answer = None
     with targets.hold(target):
         try:
             if tunnel.mode == "http" and not relayed:
                 if route.context is None:
                     stream.shortcut(target.offer)
-                exchange(stream, target)
+                answer = FirstAnswer(target, tunnel, lambda: targets.note_ordinary(tunnel.hostname))
+                exchange(stream, target, answer)
             elif tunnel.idle_timeout is None:
                 relay(stream, target)
             else:
@@ -209,6 +231,8 @@ def serve(
             stream.reset()
         finally:
             stream.close()
+    if answer is not None:
+        tell(answer, tunnel, lambda: targets.may_tell(tunnel.hostname))
 
 
 def hostname_of(name: str) -> str:
@@ -309,12 +333,21 @@ def _start_tls(duplex: Duplex, context: ssl.SSLContext, host: str, deadline: Dea
         raise
 
 
-def exchange(stream: Stream, target: Duplex) -> None:
-    """Copy both ways until either side has ended."""
-    stream.on_death(target.stop_reading)  # _ask() still passes on what has come
+def exchange(stream: Stream, target: Duplex, source: FirstAnswer) -> None:
+    """Copy both ways until either side has ended. The answer is read from ``source``, which is the
+    target."""
+
+    def stop_reading() -> None:
+        source.over = True
+        target.stop_reading()
+
+    stream.on_death(stop_reading)  # _ask() still passes on what has come
     asked = threading.Event()
-    answer = spawn(f"{threading.current_thread().name} answer", _answer, stream, target, asked)
-    if _ask(stream, target):
+    name = f"{threading.current_thread().name} answer"
+    answer = spawn(name, _answer, stream, target, source, asked)
+    ended_well = _ask(stream, target)
+    source.over = True
+    if ended_well:
         target.stop()  # the gateway has its answer: free the target and the thread that reads it
     else:
         target.cut()
@@ -404,8 +437,8 @@ def _ask(stream: Stream, target: Duplex) -> bool:
         return False
 
 
-def _answer(stream: Stream, target: Duplex, asked: threading.Event) -> None:
-    pump(target, stream)
+def _answer(stream: Stream, target: Duplex, source: FirstAnswer, asked: threading.Event) -> None:
+    pump(source, stream)
     stream.close()
     if not asked.wait(ANSWER_TIMEOUT):  # _ask() is blocked in a write that the target does not take
         target.reset()

@@ -158,7 +158,7 @@ def test_any_certificate_will_do_if_the_operator_says_so(gateway, tmp_path, orig
         (
             "localhost",
             False,
-            "self-signed certificate in certificate chain); name its CA in target_ca",
+            "certificate in certificate chain); name its CA in target_ca_file",
         ),
         (OTHER, True, "is not valid for 'localhost'); write a host in target that the certificate"),
         ("expired", True, "certificate has expired); renew it"),
@@ -483,7 +483,8 @@ class Generous:
 def test_exchange_waits_for_no_gateway_that_has_ended_and_does_not_take_the_answer(monkeypatch):
     monkeypatch.setattr(target_module, "ANSWER_TIMEOUT", 0.05)
     stream = Stuck()
-    target_module.exchange(stream, Generous())
+    target = Generous()
+    target_module.exchange(stream, target, target)
     assert stream.was_reset.is_set()
 
 
