@@ -20,6 +20,7 @@ from functools import partial
 
 from gotunnel import NoThread, __version__, spawn
 
+from . import mistakes
 from .agent import Agent
 from .called import SHORT, program
 from .common.examples import add_print_example
@@ -34,7 +35,7 @@ from .common.process import (
     watch_memory,
 )
 from .common.show_status import add_json_option, show_status
-from .config import ConfigError, load
+from .config import KEYS, TUNNEL_KEYS, ConfigError, load
 from .home import chosen_config
 from .metrics import MetricsPort, PortUnusable
 from .status import (
@@ -184,7 +185,9 @@ def unknown_argument(text: str) -> str:
         return f"unknown command {text!r}; did you mean {close[0]}?"
     if text.isalpha():
         return f"unknown command {text!r}, expected one of {', '.join(COMMANDS)}"
-    return f"unknown argument {text!r}; -c FILE names the configuration"
+    advice = mistakes.of_argument(text, KEYS, TUNNEL_KEYS)
+    advice = advice or "-c FILE names the configuration"
+    return f"unknown argument {mistakes.shown_argument(text)!r}; {advice}"
 
 
 def ask_status(arguments: list[str]) -> int:
@@ -220,7 +223,8 @@ def print_hash(arguments: list[str]) -> int:
         description=HASH_DESCRIPTION.replace("gotunnel-agent", program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.parse_args(arguments)
+    if parser.parse_known_args(arguments)[1]:  # not shown: it may be the password
+        parser.error("an argument came, expected the password on the terminal or standard input")
     return print_answer(parser.prog, lambda: _hash_password(parser.prog))
 
 

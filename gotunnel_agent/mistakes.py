@@ -76,6 +76,49 @@ OTHER_MODES = {
 _TCP_SCHEMES = ("tcp", "ssh", "postgres", "postgresql", "mysql", "redis", "rdp", "ftp")
 
 
+# Options that the agent does not have, and no key of a configuration has the name of.
+_OPTIONS = {
+    **dict.fromkeys(
+        ("port", "p"),
+        "the gateway's port is a part of tunnel_addr, and a tunnel's own is its key port",
+    ),
+    **dict.fromkeys(
+        ("host", "subdomain", "url"), "gotunnel http PORT --host NAME serves a hostname"
+    ),
+    **dict.fromkeys(("verbose", "v", "debug"), "log_level: debug in the configuration does that"),
+    **dict.fromkeys(("daemon", "d", "background"), "gotunnel-agent service install does that"),
+}
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+def of_argument(text: str, keys: tuple[str, ...], tunnel_keys: tuple[str, ...]) -> str:
+    """What was meant by an argument that the agent does not have. ``keys`` are those of a
+    configuration."""
+    if text.startswith(JOIN_STRING):
+        return "this is a join string: give it to gotunnel-agent join"
+    if TOKEN.fullmatch(text):
+        return "this is a token: the key token of a configuration takes it"
+    if not text.startswith("-"):
+        return ""
+    name = text.lstrip("-").partition("=")[0].replace("-", "_")
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    if name in keys:
+        return f"write {name}: VALUE into the configuration"
+    if name in tunnel_keys:
+        return f"write {name}: VALUE into a tunnel of the configuration"
+    return f"{OTHER_KEYS[name]}, in the configuration" if name in OTHER_KEYS else ""
+
+
+def shown_argument(text: str) -> str:
+    """An argument for a message, without what may be a secret in it."""
+    if text.startswith(JOIN_STRING) or TOKEN.fullmatch(text):
+        return text[:9] + "..."
+    return hidden(text.partition("=")[0] if text.startswith("-") else text)
+
+
 # --- The file ------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel_agent import mistakes
+from gotunnel_agent import cli, mistakes
 from gotunnel_agent.config import KEYS, TUNNEL_KEYS, ConfigError, load
 
 SECRET = "correct-horse-battery-staple"
@@ -202,6 +202,49 @@ def test_tunnels_as_a_mapping_get_advice():
         "tunnels: a mapping came, expected a list with at least one tunnel; begin each tunnel with "
         '- hostname: "HOST"'
     )
+
+
+def test_file_without_tunnels_is_told_of_the_quick_commands():
+    said = "; or share a port without one in the file: gotunnel http 8080"
+    assert refusal(ADDR + CREDENTIAL).endswith(said)
+    assert not refusal(f"{ADDR}{CREDENTIAL}tunnels: []\n").endswith(said)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--port", "'--port'; the gateway's port is a part of tunnel_addr, and a tunnel's own is"),
+        (f"--token={SECRET}", "'--token'; write token: VALUE into the configuration"),
+        ("--tunnel-addr", "'--tunnel-addr'; write tunnel_addr: VALUE into the configuration"),
+        ("--hostname=a", "'--hostname'; write hostname: VALUE into a tunnel of the configuration"),
+        (
+            f"--authtoken={SECRET}",
+            "'--authtoken'; here it is token for a token, and jwt_secret for",
+        ),
+        ("--host", "'--host'; gotunnel http PORT --host NAME serves a hostname"),
+        ("-v", "'-v'; log_level: debug in the configuration does that"),
+        ("--nonsense", "'--nonsense'; -c FILE names the configuration"),
+        ("agent.yaml", "'agent.yaml'; -c FILE names the configuration"),
+        (f"gotunnel://office:{SECRET}@a.example:1", "'gotunnel:...'; this is a join string: give"),
+        (TOKEN, "'eyJhbGciO...'; this is a token: the key token of a configuration takes it"),
+    ],
+)
+def test_argument_that_there_is_not_is_told_where_it_belongs(argument, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse([argument])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and SECRET not in line
+    assert line.startswith(f"gotunnel-agent: error: unknown argument {said}")
+
+
+def test_password_as_an_argument_is_not_shown(capsys):
+    with pytest.raises(SystemExit):
+        cli.print_hash([SECRET])
+    said = capsys.readouterr().err
+    assert SECRET not in said and "expected the password on the terminal or standard input" in said
 
 
 # Values ------------------------------------------------------------------------------------------
