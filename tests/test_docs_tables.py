@@ -2,8 +2,11 @@
 
 A table is marked by a comment before it, `<!-- settings: TITLE -->`. Its first column names
 settings, its second one their default: `a value`, "none", "required", or words about several.
+
+The table of what the agent says (`<!-- words: the agent -->`) quotes texts of the code.
 """
 
+import ast
 import dataclasses
 import os
 import re
@@ -39,6 +42,28 @@ def literals(defaults) -> dict:
     """The settings whose default is a value."""
     found = {name: re.fullmatch(r"`([^`]*)`", default) for name, default in defaults.items()}
     return {name: match[1] for name, match in found.items() if match}
+
+
+# What the agent says ------------------------------------------------------------------------------
+
+WORDS = re.compile(r"<!-- words: the agent -->\n(?:\|.*\n){2}((?:\|.*\n)+)")
+
+
+def test_the_agent_says_what_its_page_explains():
+    """Each piece of the first column, between its dots, stands in a text of the code."""
+    (rows,) = WORDS.findall((ROOT / "docs" / "agent.md").read_text(encoding="utf-8"))
+    sources = [*(ROOT / "gotunnel_agent").rglob("*.py"), *(ROOT / "gotunnel_server").rglob("*.py")]
+    texts = [
+        node.value
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for row in rows.splitlines():
+        said, meaning = (cell.strip() for cell in row.strip("| ").split(" | "))
+        assert meaning and re.fullmatch("`[^`]+`", said)
+        for piece in said.strip("`").split("..."):
+            assert any(piece.strip() in text for text in texts), piece
 
 
 # The gateway --------------------------------------------------------------------------------------
