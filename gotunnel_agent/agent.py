@@ -409,6 +409,8 @@ class Agent:
                     most = RESTART_DELAY
             except ProtocolError as error:
                 problem, lasting = f"it does not speak gotunnel's protocol: {error}", True
+                if service is None:
+                    problem += f"; {trouble.RIGHT_PORT}"
             except ConfigError as error:  # a file with a secret
                 problem, lasting = str(error), True
             if self._stopping.is_set():

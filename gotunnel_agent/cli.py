@@ -166,7 +166,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "-c", "--config", metavar="FILE",
+        "-c", "--config", metavar="FILE", action=Once,
         help="the configuration (default: $GOTUNNEL_CONFIG, or config.yaml in the working folder, "
         "or the file that join has written)",
     )  # fmt: skip
@@ -177,6 +177,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(unknown_argument(unknown[0]))
     options.config = chosen_config(options.config)
     return options
+
+
+class Once(argparse.Action):
+    """Stores the value of an option that may come once: of two files, one would not be read."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, f"{self.dest}_came", False):
+            parser.error(f"{option_string} came twice, expected one file")
+        setattr(namespace, f"{self.dest}_came", True)
+        setattr(namespace, self.dest, values)
 
 
 def unknown_argument(text: str) -> str:

@@ -30,6 +30,7 @@ from .trust import (
 
 UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
+PROTOCOL_ERROR = "protocol error"  # how a session says that it ends by one
 OWN_CA = "if it has a CA of its own, ca_file has to name that"
 STAGING = (
     "it is from Let's Encrypt's staging environment, which is for trials; the gateway needs "
@@ -64,6 +65,8 @@ def of_dial(error: OSError, config: Config | None, *, served: bool = False) -> s
     if isinstance(error, NoAnswer):
         return f"no answer; {RIGHT_PORT}, and firewalls have to let that through"
     if not served and isinstance(error, SessionClosed):
+        if text.startswith(PROTOCOL_ERROR):
+            return f"it does not speak gotunnel's protocol ({text}); {RIGHT_PORT}"
         return f"{text} before it accepted the agent; {RIGHT_PORT}"
     if not served and isinstance(error, TimeoutError):
         return f"{text}; {RIGHT_PORT}"

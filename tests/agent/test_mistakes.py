@@ -240,6 +240,13 @@ def test_argument_that_there_is_not_is_told_where_it_belongs(argument, said, cap
     assert line.startswith(f"gotunnel-agent: error: unknown argument {said}")
 
 
+def test_two_files_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["-c", "a.yaml", "--config", "b.yaml"])
+    assert capsys.readouterr().err.endswith("error: --config came twice, expected one file\n")
+    assert cli.parse(["-c", "a.yaml"]).config == "a.yaml"
+
+
 def test_password_as_an_argument_is_not_shown(capsys):
     with pytest.raises(SystemExit):
         cli.print_hash([SECRET])

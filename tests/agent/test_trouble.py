@@ -110,6 +110,11 @@ def tls_program(pair, script):
             lambda wire: (wire.read(), wire.sock.unwrap()),
             f"the peer closed the connection before it accepted the agent; {PORT}",
         ),
+        (
+            lambda wire: (wire.send(b"* OK IMAP4 ready, and more\r\n"), wire.read_to_end()),
+            f"it does not speak gotunnel's protocol (protocol error: frame version 42, expected 0)"
+            f"; {PORT}",
+        ),
         (lambda wire: wire.read_to_end(), f"the gateway was silent for 0.3 s; {PORT}"),
     ],
 )
