@@ -1,11 +1,15 @@
-"""The name by which the user has called this program, for help texts and errors.
+"""The name by which the user has called this program, for help texts and errors; and the errors
+about its arguments.
 
 `gotunnel` and `gotunnel-agent` are one program with the same commands. Without a command,
 `gotunnel` prints a help and `gotunnel-agent` runs the agent of its configuration.
 """
 
+import argparse
 import os
+import re
 import sys
+from typing import NoReturn
 
 SHORT, LONG = "gotunnel", "gotunnel-agent"
 
@@ -19,3 +23,17 @@ def name_of(path: str) -> str:
 def program() -> str:
     """SHORT or LONG, as this process was called."""
     return name_of(sys.argv[0] if sys.argv else "")
+
+
+# What may be a secret in the words of argparse: a join string, a token (JWT), the value of an
+# option.
+_SECRETS = re.compile(
+    r"(gotunnel://|\beyJ[\w-]+\.(?=[\w-])|(?<=[ '])--?[a-zA-Z][\w-]*=)[^\s']+", re.ASCII
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors show no secret that was typed as an argument."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_SECRETS.sub(r"\1...", message))

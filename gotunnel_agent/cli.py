@@ -22,7 +22,7 @@ from gotunnel import NoThread, __version__, spawn
 
 from . import mistakes
 from .agent import Agent
-from .called import SHORT, program
+from .called import SHORT, Parser, program
 from .common.examples import add_print_example
 from .common.exposed import exposures
 from .common.passwords import PasswordError, hash_password
@@ -159,7 +159,7 @@ def reload(agent: Agent, path: str) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         program(), description=DESCRIPTION,
         epilog=EPILOG.format(program()),
         usage="%(prog)s [-h] [--version] [-c FILE]\n       %(prog)s COMMAND ...",
@@ -208,7 +208,7 @@ def unknown_argument(text: str) -> str:
 
 def ask_status(arguments: list[str]) -> int:
     """Print the state of the running agent."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{program()} {STATUS}",
         description="Ask the agent that runs here for its session, tunnels and visits.\n"
         "Exit status: 0 it serves, 1 it has no session, 2 nothing answers.",
@@ -234,7 +234,7 @@ def ask_status(arguments: list[str]) -> int:
 
 def print_hash(arguments: list[str]) -> int:
     """Read a password from the terminal or standard input, and print its hash."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{program()} {HASH_PASSWORD}",
         description=HASH_DESCRIPTION.replace("gotunnel-agent", program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

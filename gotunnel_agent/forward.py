@@ -47,7 +47,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from gotunnel import BytesLike, Deadline, NoThread, spawn
 
-from .called import program
+from .called import Parser, program
 from .common.duplex import Duplex
 from .common.hostnames import (
     MAX_PORT,
@@ -495,7 +495,7 @@ def complain(text: object) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

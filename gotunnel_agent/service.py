@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 
-from .called import program
+from .called import Parser, program
 from .common.process import print_answer
 from .common.service import (
     HOMES,
@@ -34,7 +33,7 @@ LAST_WORDS = 15  # seconds beyond drain_timeout that the agent may take to end
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what stands behind `gotunnel-agent service`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{program()} {COMMAND}",
         description="Run the agent as a service of systemd. Exit status: 0 done, or it runs; 1 it "
         "cannot be done, or does not run; 2 the configuration is wrong.",

@@ -111,7 +111,9 @@ def of_refusal(text: str, config: Config) -> str:
     to say."""
     if not text.startswith("auth failed"):
         return ""
-    found = list(_doubts(config))
+    found = _doubts(config)
+    if "signature" in text and config.jwt_secret and not config.jwt_issuer:
+        found.append("there is no jwt_issuer, which a secret of AGENTS_FILE needs")
     if "clock" in text:
         found.append(f"this machine's clock says {this_clock()}")
     return "".join(f"; {doubt}" for doubt in found)
@@ -133,13 +135,7 @@ def _doubts(config: Config) -> list[str]:
             (_is_file(bare), "is the path of a file: token_file takes that"),
         ]
     else:
-        checks += [
-            (TOKEN.fullmatch(bare) is not None, "looks like a token: token takes that"),
-            (
-                not config.jwt_issuer,
-                "comes without jwt_issuer, which a secret of AGENTS_FILE needs",
-            ),
-        ]
+        checks.append((TOKEN.fullmatch(bare) is not None, "looks like a token: token takes that"))
     return [f"{key} {words}" for doubtful, words in checks if doubtful]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gotunnel_agent import cli, mistakes
+from gotunnel_agent import cli, forward, mistakes, service
 from gotunnel_agent.config import KEYS, TUNNEL_KEYS, ConfigError, load
 
 SECRET = "correct-horse-battery-staple"
@@ -245,6 +245,23 @@ def test_two_files_are_refused(capsys):
         cli.parse(["-c", "a.yaml", "--config", "b.yaml"])
     assert capsys.readouterr().err.endswith("error: --config came twice, expected one file\n")
     assert cli.parse(["-c", "a.yaml"]).config == "a.yaml"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (cli.main, ["status", f"gotunnel://office:{SECRET}@a.example:1"], "gotunnel://..."),
+        (cli.main, ["status", f"--token={SECRET}"], "unrecognized arguments: --token=..."),
+        (cli.main, ["status", TOKEN], "unrecognized arguments: eyJhbGciOiJIUzI1NiJ9...."),
+        (service.main, [f"gotunnel://office:{SECRET}@a.example:1"], "'gotunnel://...' (choose fr"),
+        (forward.main, [f"gotunnel://office:{SECRET}@a.example:1"], "'gotunnel://...'"),
+    ],
+)
+def test_secret_as_an_argument_is_not_shown(main, arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert SECRET not in error and said in error
 
 
 def test_password_as_an_argument_is_not_shown(capsys):

@@ -21,6 +21,7 @@ from support import (
     status_of,
 )
 
+from gotunnel_agent import first_answer
 from gotunnel_agent.common import refusals
 from gotunnel_server.config import load
 from gotunnel_server.reloading import Reloading
@@ -377,7 +378,10 @@ def test_visitor_who_waits_learns_that_the_agent_has_gone(cache, tmp_path, origi
                 assert said(head)[:2] == (502, "agent-gone")
 
 
-def test_target_that_breaks_off_is_told_from_one_that_says_nothing(cache, tmp_path, origin):
+def test_target_that_breaks_off_is_told_from_one_that_says_nothing(
+    cache, tmp_path, origin, monkeypatch
+):
+    monkeypatch.setattr(first_answer, "speaks_tls", lambda target: False)  # its dial is no visit
     with gateway_here(cache, RESPONSE_TIMEOUT="0.5") as gateway:
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             for end, expected in (
