@@ -105,8 +105,8 @@ class Terminal:
             return True
         try:
             return os.tcgetpgrp(self._descriptor) == os.getpgrp()
-        except OSError:  # no longer our controlling terminal
-            return False
+        except OSError:  # not our controlling terminal, so there is no job control (su -c)
+            return True
 
     def read_typed(self) -> None:
         """Take what was typed, and note how far that has moved the cursor. In the foreground only:

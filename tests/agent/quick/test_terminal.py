@@ -177,7 +177,11 @@ def test_what_is_no_terminal(monkeypatch, pseudo_terminal, tmp_path):
     assert not is_terminal(pseudo_terminal)
 
 
-def test_a_terminal_that_is_not_ours_is_in_other_hands(pseudo_terminal):
-    """The test's process has another controlling terminal, or none: as a job in the background."""
+def test_a_job_in_the_background_does_not_have_the_terminal(pseudo_terminal, monkeypatch):
     terminal = Terminal(pseudo_terminal)
-    assert terminal.size() == (80, 24) and not terminal.in_foreground()
+    assert terminal.size() == (80, 24)
+    assert terminal.in_foreground()  # it controls no job: it is not the test's own terminal
+    monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
+    assert terminal.in_foreground()
+    monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp() + 1)
+    assert not terminal.in_foreground()
