@@ -229,6 +229,27 @@ def test_visits_through_a_gateway_are_seen(cache, tmp_path, origin):
     assert heard == [(True, b"hello"), (True, b"ok")]
 
 
+def test_a_websocket_through_a_gateway_is_one_visit(cache, tmp_path, origin):
+    switch = b"HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: chat\r\n\r\n"
+    with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, {APP: origin.port}) as agent:
+        agent.follower = follower = Follower()
+        with gateway.dial(APP) as visitor:
+            visitor.send(request("GET", "/chat", "Connection: Upgrade", "Upgrade: chat"))
+            target = origin.accept()
+            target.read_head()
+            target.send(switch + b"hi")
+            assert visitor.read_head().startswith(b"HTTP/1.1 101 ")
+            assert visitor.read_exactly(2) == b"hi"
+            visitor.send(b"hello")
+            assert target.read_exactly(5) == b"hello"
+            [seen] = follower.running()
+            assert facts(seen) == ("GET", "/chat", 101, 5, 2, "")
+            target.finish()
+            visitor.finish()
+        wait_until(lambda: follower.look() or follower.totals().visits)
+    assert [facts(seen) for seen in follower.take()] == [("GET", "/chat", 101, 5, 2, "")]
+
+
 def test_a_visit_in_tcp_mode_is_seen_when_it_ends(cache, tmp_path, origin):
     with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, tcp={RAW: origin.port}) as a:
         a.follower = follower = Follower()

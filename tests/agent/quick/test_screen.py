@@ -16,7 +16,7 @@ from time import monotonic, time
 import pytest
 from emulator import Emulator
 from on_terminal import TUNNEL, FakeAgent, seen
-from support import TIMEOUT, wait_until
+from support import APP, ROOT, TIMEOUT, agent_yaml, answer, gateway_here, wait_until
 
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent.config import Target
@@ -283,6 +283,42 @@ def test_an_address_that_no_gateway_has_told(pseudo, monkeypatch, hostname, sinc
 )
 def test_targets_in_words(target, mode, words):
     assert target_of(TUNNEL._replace(target=target, mode=mode)) == words
+
+
+@pytest.mark.slow
+def test_a_quick_command_on_a_terminal(pseudo, cache, tmp_path, origin, monkeypatch):
+    origin.serve(lambda wire: [wire.read_head(), wire.send(answer())])
+    starter = tmp_path / "starter.py"  # as a shell starts a program: on a terminal of its own
+    starter.write_text(
+        "import os, sys\n"
+        "terminal = os.open(sys.argv[1], os.O_RDWR)\n"
+        "for number in range(3):\n"
+        "    os.dup2(terminal, number)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])\n"
+    )
+    pseudo.resize(120, 40)
+    with gateway_here(cache) as gateway:
+        account = tmp_path / "account.yaml"
+        account.write_text(agent_yaml(gateway, {APP: origin.port}, {}, {}))
+        account.chmod(0o600)
+        words = ["http", str(origin.port), "--host", APP, "-c", str(account)]
+        program = subprocess.Popen(
+            [sys.executable, starter, pseudo.name, str(ROOT / "gotunnel_agent"), *words],
+            start_new_session=True,
+            env={"TERM": "xterm", "PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        )
+        try:
+            wait_until(lambda: pseudo.shows(f"  https://{APP}"))
+            assert gateway.get(APP, "/hello") == (200, b"ok")
+            wait_until(lambda: pseudo.shows("/hello"))
+            os.write(pseudo.ours, b"\x03")
+            assert program.wait(TIMEOUT) == 0
+        finally:
+            program.kill()
+            program.wait()
+    wait_until(lambda: pseudo.shows("stopped at"))
+    pictures = [line for line in pseudo.emulator.lines if line.startswith("gotunnel ")]
+    assert len(pictures) == 1 and "INFO" not in "\n".join(pseudo.emulator.lines)
 
 
 @pytest.mark.slow
