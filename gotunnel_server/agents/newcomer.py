@@ -75,7 +75,7 @@ from . import takeover
 from .attempts import Attempts
 from .control_stream import ControlStream
 from .credentials import TokenInvalid
-from .registration import MAX_INSTANCE, Agent, NotGranted, Terms, of_all, read_routes
+from .registration import MAX_INSTANCE, NO_ROUTES, Agent, NotGranted, Terms, of_all, read_routes
 from .tunnel import Tunnel, Tunnels, fitting
 
 log = logging.getLogger("gotunnel.newcomer")
@@ -245,16 +245,18 @@ class Refusals:
         self._lock = threading.Lock()  # guards both
         self.total = Total()  # of the refusals
 
-    def log(self, agent: str, text: str, line: str = "%s refused: %s") -> None:
+    def log(
+        self, agent: str, text: str, line: str = "%s refused: %s", level: int = logging.WARNING
+    ) -> None:
         """Log that ``agent`` was refused, and why; or another ``line`` with the two texts."""
         key = (agent, _SPAN.sub("#", text))  # without times: the same reason, whenever it comes
         repeats = self._count(self._logged, key, REFUSAL_MEMORY)
         if repeats is None:
             log.debug(line, agent, text)
         elif not repeats:
-            log.warning(line, agent, text)
+            log.log(level, line, agent, text)
         else:
-            log.warning(line + " (%d times more since the last such line)", agent, text, repeats)
+            log.log(level, line + " (%d times more since the last such line)", agent, text, repeats)
 
     def count_turned_away(self, address: str) -> None:
         """Count a connection that was closed at once because of bad tokens of its address."""
@@ -654,6 +656,10 @@ class Newcomer:
 
     def _count_refusal(self, text: str) -> None:
         self._why = None
+        if text == NO_ROUTES:  # `gotunnel-agent join` tries its credential so
+            line = "%s has tried its credential: it is good (%s)"
+            self._newcomers.refusals.log(str(self), text, line, logging.INFO)
+            return
         self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), text)
 

@@ -95,6 +95,9 @@ class Terms(NamedTuple):
     speaks_http2: bool = False
 
 
+NO_ROUTES = "no routes"  # the refusal of a registration without hostnames
+
+
 class NotGranted(Exception):
     """The registration, or one hostname of it, is refused; the text is for the agent's operator.
     ``denied``: the texts for the hostnames, if all were refused one by one."""
@@ -137,7 +140,7 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
     """Raises NotGranted if no hostname is left, or if one is denied and the agent does not know
     PARTIAL."""
     if not message.routes:
-        raise NotGranted("no routes")
+        raise NotGranted(NO_ROUTES)
     if len(message.routes) > terms.most:
         raise NotGranted(
             f"too many hostnames: {len(message.routes)}, at most {terms.most} (MAX_HOSTS_PER_AGENT)"

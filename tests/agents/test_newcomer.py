@@ -221,6 +221,14 @@ def test_no_more_refusals_are_remembered_than_there_is_room_for(caplog):
     assert len(warnings_in(caplog)) == 3 * MOST_REFUSALS + 1
 
 
+def test_a_trial_of_a_credential_is_no_warning_and_counts_as_no_refusal(gateway, caplog):
+    caplog.set_level(logging.INFO)
+    assert reply_to(gateway, registration()) == Ack(False, "no routes")
+    assert "has tried its credential: it is good" in caplog.text
+    assert warnings_in(caplog) == []
+    assert gateway.inner._newcomers.refusals.total.value == 0
+
+
 def test_a_refusal_is_a_warning_again_after_a_while(caplog, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(newcomer, "monotonic", lambda: now[0])
