@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from .follow import Follower, Seen
 from .quick.names import random_label
 from .quick.targets import BadTarget, read_target
 from .trust import CannotTrust
+
+log = logging.getLogger("gotunnel.embedded")
 
 # By these names gotunnel has them, too.
 __all__ = ["ForwardError", "NoAccount", "NotGranted", "OpenTunnel", "Unreachable", "forward"]
@@ -131,7 +134,7 @@ class OpenTunnel:
         """Why visitors cannot be served at the moment, such as a lost connection; "" if they can.
         The agent tries again by itself."""
         state = self._agent.snapshot()
-        return state.problem or _route_problem(state)
+        return state.problem or _refusal(state)
 
     @property
     def certificate(self) -> str:
@@ -172,7 +175,7 @@ class OpenTunnel:
             self._changed.clear()
             state = self._agent.snapshot()
             if state.since is not None:
-                if refusal := _route_problem(state):
+                if refusal := _refusal(state):
                     raise NotGranted(self._in_words(refusal))
                 ((self._hostname, route),) = state.routes.items()
                 self._url = route.url or _usual_url(self._hostname, route.tunnel.mode)
@@ -249,7 +252,7 @@ def forward(
     try:
         agent = Agent(whole)
         if on_visit is not None:
-            agent.follower = Follower(on_visit)
+            agent.follower = Follower(_guarded(on_visit))
         opened = OpenTunnel(agent, whole, random=host is None)
     except (CannotTrust, ConfigError) as error:
         raise NoAccount(str(error)) from None
@@ -278,11 +281,19 @@ def _tunnel(
         if port is not None:
             item["port"] = str(port)
         if basic_auth is not None:
-            many = isinstance(basic_auth, (str, Mapping))
-            item["basic_auth"] = basic_auth if many else list(basic_auth)
+            item["basic_auth"] = _users(basic_auth)
         return tunnel_of(item)
-    except (BadTarget, ConfigError) as error:
+    except BadTarget as error:  # its words are those of a command
+        raise ValueError(str(error).replace("TARGET", "target", 1)) from None
+    except ConfigError as error:
         raise ValueError(str(error)) from None
+
+
+def _users(basic_auth: str | Sequence[str] | Mapping[str, str]) -> object:
+    """As a configuration has them."""
+    if isinstance(basic_auth, Mapping):
+        return dict(basic_auth)
+    return basic_auth if isinstance(basic_auth, str) else list(basic_auth)
 
 
 def _hostname(host: str | None) -> str:
@@ -297,14 +308,29 @@ def _account(join: str | None, config: str | os.PathLike[str] | None) -> Config:
         raise ValueError("join and config came, expected only one of them")
     try:
         return home.account(None if config is None else os.fspath(config), join=join)
+    except home.CannotAsk as error:
+        raise Unreachable(str(error)) from None
     except ConfigError as error:
         raise NoAccount(str(error)) from None
-    except OSError as error:
-        raise Unreachable(str(error)) from None
 
 
-def _route_problem(state: Snapshot) -> str:
-    return next((route.problem for route in state.routes.values() if route.problem), "")
+def _refusal(state: Snapshot) -> str:
+    """Why the gateway, which has accepted the agent, does not serve its one tunnel; "" if it
+    does."""
+    problems = [*(route.problem for route in state.routes.values()), *state.refused.values()]
+    return next(filter(None, problems), "")
+
+
+def _guarded(on_visit: Callable[[Seen], object]) -> Callable[[Seen], None]:
+    """``on_visit``, whose errors are logged: they would look like ours, and cut the visit."""
+
+    def tell(seen: Seen) -> None:
+        try:
+            on_visit(seen)
+        except Exception:
+            log.exception("on_visit has failed (traceback follows); the visit goes on")
+
+    return tell
 
 
 def _usual_url(hostname: str, mode: str) -> str:

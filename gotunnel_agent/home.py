@@ -33,6 +33,10 @@ JOIN = "GOTUNNEL_JOIN"
 NEXT = "gotunnel-agent join STRING makes one; gotunnel-server agents add prints STRING"
 
 
+class CannotAsk(ConfigError):
+    """A join string names a CA, and its gateway cannot be asked for that now."""
+
+
 def config_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Where `join` writes the agent's configuration. It need not exist."""
     if named := environ.get(CONFIG):
@@ -115,7 +119,7 @@ def _pinned(joined: JoinString, where: str, environ: Mapping[str, str]) -> str |
     except CannotPin as error:
         raise ConfigError(f"{where}: {error}") from None
     except OSError as error:
-        raise ConfigError(
+        raise CannotAsk(
             f"{where}: {joined.address} cannot be asked for its CA ({error.strerror or error})"
         ) from None
     try:

@@ -188,6 +188,13 @@ def test_visits_are_told_when_they_are_over(gateway, account, site):
     assert visit.bytes_out == len("from the site")
 
 
+def test_a_callback_that_fails_harms_no_visit(gateway, account, site, caplog):
+    with gotunnel.forward(site.port, on_visit=lambda seen: seen.nonsense) as tunnel:
+        assert [gateway.get(tunnel.hostname) for _ in range(2)] == [(200, b"from the site")] * 2
+        wait_until(lambda: "on_visit has failed" in caplog.text)
+    assert "(bug" not in caplog.text
+
+
 def test_another_thread_that_closes_ends_wait(gateway, account, site):
     tunnel = gotunnel.forward(site.port)
     closing = threading.Thread(target=tunnel.close, name="closing")
@@ -231,7 +238,8 @@ def test_a_configuration_gives_its_account_and_not_its_tunnels(gateway, account,
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"target": 0}, "TARGET: '0' has no port from 1 to 65535"),
+        ({"target": 0}, "target: '0' has no port from 1 to 65535"),
+        ({"target": "a:b@c"}, "target holds a user or password"),
         ({"target": "nowhere"}, "has no port"),
         ({"host": "under_score.example.com"}, "hostname: 'under_score.example.com'"),
         ({"host": ""}, "hostname"),
@@ -327,6 +335,13 @@ def test_a_gateway_that_is_away_is_waited_for_until_the_timeout(tmp_path, monkey
         joined(monkeypatch, tmp_path, tunnel_addr=f"{TUNNEL_HOST}:{port}")
         text = refused(gotunnel.Unreachable, 8080, timeout=0.1)
     assert text.startswith(f"{TUNNEL_HOST}:{port}: connection refused")
+
+
+def test_a_gateway_that_cannot_be_asked_for_its_ca_is_unreachable(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with reserved_port() as port:
+        join = str(JoinString(TUNNEL_HOST, port, "office", OFFICE, fingerprint="0" * 64))
+        assert "cannot be asked for its CA" in refused(gotunnel.Unreachable, 8080, join=join)
 
 
 def test_a_network_that_swallows_all_is_told(tmp_path, monkeypatch):
