@@ -44,6 +44,7 @@ _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n(?![ \t])"
 # Why an exchange is not whole.
 NO_ANSWER = "no answer"
 CUT_SHORT = "cut short"
+NOT_FOLLOWED = "not followed"  # how the other reasons begin
 
 # Hears the content of bodies, one call a piece: hear(False, piece) for the request's,
 # hear(True, piece) for the answer's. Chunk lines are no content.
@@ -229,7 +230,7 @@ class Dialogue:
             while data:
                 data = self._read_request(data, now)
         except Malformed as error:
-            self.give_up(f"not followed, as to the request: {error}", now)
+            self.give_up(f"{NOT_FOLLOWED}, as to the request: {error}", now)
             self._count_in(data, now)
 
     def answered(self, data: bytes, now: float) -> None:
@@ -242,7 +243,7 @@ class Dialogue:
                 data = self._read_answer(data, now)
         except Malformed as error:
             if data:
-                self.give_up(f"not followed, as to the answer: {error}", now)
+                self.give_up(f"{NOT_FOLLOWED}, as to the answer: {error}", now)
                 self._count_out(data, now)
             # Or the body was cut short: ended() says so.
 

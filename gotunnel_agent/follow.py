@@ -12,6 +12,7 @@ the processor's caches from each other.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -19,15 +20,17 @@ from collections.abc import Callable
 from time import monotonic, time
 from typing import Any, NamedTuple
 
-from gotunnel import BytesLike
+from gotunnel import BytesLike, Stream
 
 from .common.duplex import Duplex
 from .common.hostnames import WILDCARD
+from .common.http1 import HEAD_LIMIT
 from .config import Tunnel
-from .dialogue import Counted, Dialogue, Exchange, Hear
+from .dialogue import NOT_FOLLOWED, Counted, Dialogue, Exchange, Hear
 
 log = logging.getLogger("gotunnel.follow")
 
+BAD_GATEWAY = 502  # what the visitor of a target that was not reached gets
 KEPT = 1000  # visits that take() has not fetched; of more, the oldest are lost
 # Bytes of unfinished heads, of all streams together. A head usually comes whole, and needs none.
 MOST_HELD = 4 * 1024 * 1024
@@ -37,8 +40,8 @@ MOST_HELD = 4 * 1024 * 1024
 MUCH = 32 * 1024
 MANY = 32
 MOST_PIECES = 2 * MANY
-HTTP2 = "not followed: HTTP/2"
-TOO_FAST = "not followed: it came faster than it could be read"
+HTTP2 = f"{NOT_FOLLOWED}: HTTP/2"
+TOO_FAST = f"{NOT_FOLLOWED}: it came faster than it could be read"
 
 
 class Seen(NamedTuple):
@@ -98,6 +101,19 @@ class Follower:
         with self._lock:
             self._live.add(followed)
         followed.watch(target)
+
+    def missed(self, stream: Stream, tunnel: Tunnel, why: str) -> None:
+        """A visit found no target, and is about to be turned away: tell of it, with what has come
+        of its request. Does not wait."""
+        now = monotonic()
+        dialogue = Dialogue(lambda exchange: None)
+        if tunnel.mode == "http" and not tunnel.protocol:
+            with contextlib.suppress(OSError):  # nothing has come yet
+                dialogue.asked(stream.read(HEAD_LIMIT, timeout=0), now)
+        exchange = dialogue.current() or Exchange(now)
+        exchange.status = BAD_GATEWAY if tunnel.mode == "http" else 0
+        exchange.problem, exchange.bytes_in = why, 0
+        self.tell(record(exchange, tunnel, now))
 
     def look(self) -> None:
         """Read what has passed. To be called a few times a second if visits are to be told soon."""
@@ -160,9 +176,28 @@ class Follower:
 
 def has_failed(seen: Seen) -> bool:
     """Whether the target failed: a status of 500 or more, or no whole answer."""
-    if seen.mode != "http" or not seen.method:
+    if not seen.method and seen.problem.startswith(NOT_FOLLOWED):
         return False
-    return seen.status >= 500 or seen.status == 0 or bool(seen.problem)
+    return seen.status >= 500 or bool(seen.problem)
+
+
+def record(exchange: Exchange, tunnel: Tunnel, now: float) -> Seen:
+    """An exchange that is over, or that has come so far by ``now``."""
+    hostname = tunnel.hostname
+    if hostname.startswith(WILDCARD) and (request := exchange.request) is not None:
+        hostname = request.fields.get("host") or hostname
+    return Seen(
+        hostname,
+        exchange.method,
+        exchange.target,
+        exchange.status,
+        time() - (monotonic() - exchange.began),
+        now - exchange.began,
+        exchange.bytes_in,
+        exchange.bytes_out,
+        exchange.problem,
+        tunnel.mode,
+    )
 
 
 class _Followed:
@@ -239,7 +274,7 @@ class _Followed:
         Any thread."""
         self.look()
         exchange = self._dialogue.current()
-        return None if exchange is None else self._record(exchange, now)
+        return None if exchange is None else record(exchange, self._tunnel, now)
 
     def look(self) -> None:
         """Read what was noted, unless another thread does: that one goes on with ours."""
@@ -254,7 +289,7 @@ class _Followed:
                 exchange = over.popleft()
             except IndexError:  # another thread was faster
                 return
-            self._follower.tell(self._record(exchange, exchange.over))
+            self._follower.tell(record(exchange, self._tunnel, exchange.over))
 
     def _note(self, act: Callable[[bytes, float], None], data: bytes) -> None:
         if len(self._noted) < MOST_PIECES:
@@ -283,25 +318,8 @@ class _Followed:
             except Exception:
                 log.exception("%s: a visit is not followed any more (bug, traceback follows); it "
                               "goes on", self._tunnel.hostname)  # fmt: skip
-                self._dialogue.give_up("not followed", now)
+                self._dialogue.give_up(NOT_FOLLOWED, now)
 
     def _end(self, _: bytes, now: float) -> None:
         self._dialogue.ended(now)
         self._follower.forget(self)
-
-    def _record(self, exchange: Exchange, now: float) -> Seen:
-        hostname = self._tunnel.hostname
-        if hostname.startswith(WILDCARD) and (request := exchange.request) is not None:
-            hostname = request.fields.get("host") or hostname
-        return Seen(
-            hostname,
-            exchange.method,
-            exchange.target,
-            exchange.status,
-            time() - (monotonic() - exchange.began),
-            now - exchange.began,
-            exchange.bytes_in,
-            exchange.bytes_out,
-            exchange.problem,
-            self._tunnel.mode,
-        )

@@ -206,6 +206,8 @@ def serve(
     except Unserved as error:
         log.warning("%s: target %s: %s", tunnel.hostname, tunnel.target, error)
         targets.count_failed(tunnel.hostname, error.refusal.word)
+        if follower is not None:
+            follower.missed(stream, tunnel, error.refusal.word.replace("-", " "))
         refuse(stream, route, error.refusal)
         return
     log.debug("%s: stream %d to %s", tunnel.hostname, stream.id, tunnel.target)

@@ -14,6 +14,7 @@ from support import (
     answer,
     gateway_here,
     request,
+    reserved_port,
     wait_until,
 )
 
@@ -195,6 +196,29 @@ def test_a_target_has_its_own_methods_again_afterwards(follower):
     assert not {"read", "write", "offer", "close"} & set(vars(visit.target))
 
 
+@pytest.mark.parametrize(
+    "tunnel, data, expected",
+    [
+        (PAGE, GET, ("GET", "/a", 502, 0, 0, "target unreachable")),
+        (PAGE, GET[:9], ("", "", 502, 0, 0, "target unreachable")),
+        (PAGE, b"", ("", "", 502, 0, 0, "target unreachable")),
+        (PAGE._replace(mode="tcp"), GET, ("", "", 0, 0, 0, "target unreachable")),
+        (PAGE._replace(protocol="h2c"), GET, ("", "", 502, 0, 0, "target unreachable")),
+    ],
+)
+def test_a_visit_without_a_target_is_told(follower, tunnel, data, expected):
+    class Stream:
+        def read(self, size, timeout):
+            assert timeout == 0
+            if not data:
+                raise TimeoutError
+            return data
+
+    follower.missed(Stream(), tunnel, "target unreachable")
+    [seen] = follower.take()
+    assert facts(seen) == expected and has_failed(seen)
+
+
 def test_failures_are_the_targets():
     seen = Seen("x", "GET", "/", 200, 0, 0, 0, 0)
     assert not has_failed(seen) and not has_failed(seen._replace(status=404))
@@ -227,6 +251,14 @@ def test_visits_through_a_gateway_are_seen(cache, tmp_path, origin):
         ("GET", "/broken", 500, 0, 2, ""),
     ]
     assert heard == [(True, b"hello"), (True, b"ok")]
+
+
+def test_a_visit_through_a_gateway_without_a_target_is_seen(cache, tmp_path):
+    with reserved_port() as port, gateway_here(cache) as gateway:
+        with agent_here(gateway, tmp_path, {APP: port}) as agent:
+            agent.follower = Follower()
+            assert gateway.get(APP, "/page")[0] == 502
+            assert [facts(seen)[:3] for seen in agent.follower.take()] == [("GET", "/page", 502)]
 
 
 def test_a_websocket_through_a_gateway_is_one_visit(cache, tmp_path, origin):
