@@ -124,6 +124,7 @@ table {{ width: 100%; border-collapse: collapse }}
 td {{ padding: .25rem .5rem; border-top: 1px solid #8884; white-space: nowrap }}
 td:first-child {{ width: 100%; white-space: normal; overflow-wrap: anywhere }}
 td:nth-child(2) {{ text-align: right }}
+@media (max-width: 30rem) {{ td:nth-child(3) {{ display: none }} }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -132,6 +133,13 @@ td:nth-child(2) {{ text-align: right }}
 ERROR = PAGE.format(title="%(code)d %(message)s", body="<p>%(explain)s</p>").replace(
     "width: 100%", "width: 100%%"
 )
+# For visitors; Python's words speak of URIs. The others are for programs.
+WORDS = {
+    HTTPStatus.NOT_FOUND: "There is no such file or folder here.",
+    HTTPStatus.FORBIDDEN: "This file or folder cannot be read.",
+    HTTPStatus.METHOD_NOT_ALLOWED: "Files are here for reading.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "Too much is asked for at the moment. Please try again.",
+}
 
 
 class NotServed(Exception):
@@ -163,14 +171,19 @@ class Root:
     """The folder that is shared. Any thread."""
 
     def __init__(self, folder: str, *, hidden: bool):
-        self.path = os.path.realpath(folder)
-        self._inside = self.path.rstrip(os.sep) + os.sep  # how each path in it begins
+        self._folder = os.path.abspath(folder)
         self._hidden = hidden
+
+    @property
+    def path(self) -> str:
+        """The real one, at the moment: the folder may be a link that leads to another one later."""
+        return os.path.realpath(self._folder)
 
     def find(self, parts: list[str]) -> Found:
         """What lies at a path below the folder; a file is to be closed. Raises NotServed."""
         try:
-            descriptor, real = self._open(self._real_parts(parts))
+            top = self.path
+            descriptor, real = self._open(top, self._real_parts(top, parts))
             try:
                 status = os.stat(real) if descriptor is None else os.fstat(descriptor)
                 if stat.S_ISREG(status.st_mode) and descriptor is not None:
@@ -193,30 +206,32 @@ class Root:
 
     def entries(self, parts: list[str]) -> Iterator[Entry]:
         """What find() would serve in a folder, in no order. Raises OSError, NotServed."""
-        with os.scandir(os.path.join(self.path, *self._real_parts(parts))) as scan:
+        top = self.path
+        with os.scandir(os.path.join(top, *self._real_parts(top, parts))) as scan:
             for entry in scan:
                 if not self._may_be_asked_for(entry.name):
                     continue
                 with contextlib.suppress(OSError, NotServed):  # it is not served, or just gone
                     path = entry.path
                     if entry.is_symlink():
-                        path = os.path.join(self.path, *self._real_parts([*parts, entry.name]))
+                        path = os.path.join(top, *self._real_parts(top, [*parts, entry.name]))
                     status = os.lstat(path)
                     is_folder = stat.S_ISDIR(status.st_mode)
                     if is_folder or stat.S_ISREG(status.st_mode):
                         yield Entry(entry.name, is_folder, status.st_size, status.st_mtime)
 
-    def _real_parts(self, parts: list[str]) -> list[str]:
-        """The path below the folder that ``parts`` lead to, without symlinks. Raises NotServed,
-        OSError."""
+    def _real_parts(self, top: str, parts: list[str]) -> list[str]:
+        """The path below the folder ``top`` that ``parts`` lead to, without symlinks. Raises
+        NotServed, OSError."""
         if not all(map(self._may_be_asked_for, parts)):
             raise NotServed
-        real = os.path.realpath(os.path.join(self.path, *parts))
-        if os.path.normcase(real) == os.path.normcase(self.path):
+        real = os.path.realpath(os.path.join(top, *parts))
+        if os.path.normcase(real) == os.path.normcase(top):
             return []
-        if not os.path.normcase(real).startswith(os.path.normcase(self._inside)):
+        inside = top.rstrip(os.sep) + os.sep  # how each path in it begins
+        if not os.path.normcase(real).startswith(os.path.normcase(inside)):
             raise NotServed  # a symlink out of the folder
-        found = real[len(self._inside) :].split(os.sep)
+        found = real[len(inside) :].split(os.sep)
         if not all(map(self._may_be_asked_for, found)):
             raise NotServed  # a symlink to a hidden file, or a short name (GIT~1) of Windows
         return found
@@ -229,13 +244,13 @@ class Root:
             return False
         return self._hidden or not part.startswith(".")
 
-    def _open(self, parts: list[str]) -> tuple[int | None, str]:
+    def _open(self, top: str, parts: list[str]) -> tuple[int | None, str]:
         """A descriptor of what lies there, and its path; None for a folder that this system does
         not open. Raises OSError, also if a symlink has come there meanwhile."""
-        real = os.path.join(self.path, *parts)
+        real = os.path.join(top, *parts)
         if not _BY_PARTS:
             return (None, real) if os.path.isdir(real) else (os.open(real, _FLAGS), real)
-        descriptor = os.open(self.path, _FLAGS)
+        descriptor = os.open(top, _FLAGS)
         for part in parts:
             try:
                 inner = os.open(part, _FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
@@ -416,9 +431,8 @@ class _Request(BaseHTTPRequestHandler):
         self._end_head()
 
     def _refuse(self, code: HTTPStatus) -> None:
-        page = (
-            ERROR % {"code": code, "message": code.phrase, "explain": code.description}
-        ).encode()
+        words = WORDS.get(code, code.description)
+        page = (ERROR % {"code": code, "message": code.phrase, "explain": words}).encode()
         self.send_response(code)
         if code == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")

@@ -28,6 +28,7 @@ from ..called import program
 from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line
 from ..common.process import HANG_UP, Signals, watch_memory
+from ..common.refusals import UNTRUSTED
 from ..config import Config, Tunnel
 from ..target import Route, Unserved, dial
 from .names import MOST_TRIES, Labels
@@ -167,8 +168,15 @@ def look_at_target(route: Route) -> None:
         dial(tunnel.target, route.context, b"", tunnel.protocol).close()
     except Unserved as error:
         visitors = "get an error page" if tunnel.mode == "http" else "cannot connect"
-        log.warning("nothing answers at %s yet (%s); until then visitors %s", tunnel.target, error,
-                    visitors)  # fmt: skip
+        if error.refusal == UNTRUSTED:
+            text = (
+                f"the certificate of {tunnel.target} is not to be trusted, and visitors {visitors}"
+            )
+            advice = "; --target-skip-tls-verify accepts any" if tunnel.mode == "http" else ""
+            log.warning("%s%s", text, advice)
+        else:
+            log.warning("nothing answers at %s yet (%s); until then visitors %s", tunnel.target,
+                        error, visitors)  # fmt: skip
 
 
 def print_url(url: str) -> None:

@@ -308,6 +308,7 @@ def test_page_of_a_folder_is_bounded(folder, monkeypatch):
 def test_path_that_is_not_below_the_folder_leads_nowhere(server, path):
     code, _, body = ask(server, path)
     assert code == 404 and b"secret" not in body and TEXT not in body
+    assert b"There is no such file or folder here." in body
 
 
 def test_links_are_followed_inside_and_never_out(server, folder, tmp_path):
@@ -332,8 +333,8 @@ def test_link_that_comes_between_check_and_open_is_not_followed(folder, tmp_path
     root = folder_module.Root(str(folder), hidden=False)
     real_parts = root._real_parts
 
-    def exchanged(parts):
-        found = real_parts(parts)
+    def exchanged(top, parts):
+        found = real_parts(top, parts)
         (folder / "text.txt").unlink()
         (folder / "text.txt").symlink_to(tmp_path / "secret")
         return found
@@ -380,6 +381,19 @@ def test_folder_that_is_made_anew_is_served_on(server, folder):
     folder.mkdir()
     (folder / "text.txt").write_bytes(b"new")
     assert ask(server, "/text.txt")[2] == b"new"
+
+
+def test_folder_may_be_a_link_that_is_changed(folder, tmp_path):
+    """As a deployment does: current -> release-2."""
+    (tmp_path / "next").mkdir()
+    (tmp_path / "next" / "text.txt").write_bytes(b"next")
+    link = tmp_path / "current"
+    link.symlink_to(folder)
+    with serving(link) as server:
+        assert ask(server, "/text.txt")[2] == TEXT
+        link.unlink()
+        link.symlink_to("next")
+        assert ask(server, "/text.txt")[2] == b"next"
 
 
 @pytest.mark.parametrize("system", ["unix", "windows"])

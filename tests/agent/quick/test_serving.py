@@ -22,11 +22,13 @@ from support import (
 from gotunnel import HOST_HEADER
 from gotunnel_agent import config as agent_config
 from gotunnel_agent.agent import NO_NAMES, _unknown
+from gotunnel_agent.common.refusals import TIMED_OUT, UNREACHABLE, UNTRUSTED
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.quick import names, serving
 from gotunnel_agent.quick.commands import quick_config
 from gotunnel_agent.quick.names import Labels, Memory, key_of
 from gotunnel_agent.quick.serving import Serving
+from gotunnel_agent.target import Route, Unserved
 from gotunnel_server.agents import tunnel as tunnel_module
 
 DEV = "dev.localhost"
@@ -191,3 +193,25 @@ def test_public_port_is_the_address(start):
         pass
     here = start(RAW, mode="tcp", port=str(port))
     assert here.address() == f"tcp://{RAW}:{port}"
+
+
+@pytest.mark.parametrize(
+    ("mode", "refusal", "said"),
+    [
+        ("http", UNREACHABLE, "nothing answers at localhost:1 yet (why); until then visitors get "
+         "an error page"),
+        ("tcp", TIMED_OUT, "nothing answers at localhost:1 yet (why); until then visitors cannot "
+         "connect"),
+        ("http", UNTRUSTED, "the certificate of localhost:1 is not to be trusted, and visitors get "
+         "an error page; --target-skip-tls-verify accepts any"),
+    ],
+)  # fmt: skip
+def test_target_that_does_not_answer_is_told_with_what_helps(
+    monkeypatch, caplog, mode, refusal, said
+):
+    def dial(*arguments):
+        raise Unserved(refusal, "why")
+
+    monkeypatch.setattr(serving, "dial", dial)
+    serving.look_at_target(Route(Tunnel(APP, Target("localhost", 1), mode)))
+    assert caplog.messages == [said]
