@@ -44,7 +44,7 @@ from .handover import Failed, find_predecessor
 from .life import Life
 from .net.inherited import Contradiction
 from .net.listener import PortError
-from .no_option import advice
+from .no_option import advice, command_advice
 from .reloading import Reloading
 from .secret_files import exposed
 from .variables import ConfigError, chosen_env_file
@@ -176,7 +176,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         typed = self.typed if "invalid choice" in message else message.split()
-        super().error(advice(typed) or message)
+        super().error(advice(typed) or command_advice(message) or message)
 
     typed: Sequence[str] = ()  # the arguments, for a command that is the value of such an option
 

@@ -1,4 +1,5 @@
-"""Answers an option that the command line does not have with the setting that was meant.
+"""Answers an option that the command line does not have with the setting that was meant, and a
+command with the one that was meant.
 
 Other programs take ``--port 443``; this one has variables, so that a service, a container and a
 terminal configure it in the same way.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from .config import NAMES
 from .variables import misspelt
@@ -41,6 +43,7 @@ MEANT = {
 }
 # Of these no example is made of what was typed: a secret, or a value of another kind.
 NO_EXAMPLE = frozenset({"JWT_SECRET", "CERT_DIR", "ACME_ENV", "LOG_LEVEL"})
+RUN = frozenset({"run", "serve", "server", "start", "up"})  # what other programs call it
 PLAIN = re.compile(r"[A-Za-z0-9.,:_*@-]{1,60}")  # a value that needs no quotes in a shell
 
 
@@ -62,6 +65,20 @@ def advice(arguments: Sequence[str]) -> str | None:
             f"file .env. Set {example} there; gotunnel-server --print-example explains all of them"
         )
     return None
+
+
+def command_advice(message: str) -> str | None:
+    """What to do instead of the command that argparse's ``message`` refuses; None if nothing comes
+    to mind."""
+    refused = re.search(r"COMMAND: invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    if refused is None:
+        return None
+    typed, choices = refused[1], re.findall(r"[\w-]+", refused[2])
+    if typed.lower() in RUN and typed not in choices:
+        alone = "gotunnel-server alone, without a command, runs the gateway"
+        return f"there is no command {typed}: {alone}"
+    near = get_close_matches(typed, choices, n=1)
+    return f"there is no command {typed!r}, did you mean {near[0]}?" if near else None
 
 
 def _setting(name: str) -> str | None:

@@ -46,11 +46,14 @@ def test_option_that_is_a_setting_is_answered_with_it(capsys, arguments, said):
     ("arguments", "said"),
     [
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
-        ("chekc", "invalid choice: 'chekc'"),
+        ("chekc", "there is no command 'chekc', did you mean check?"),
+        ("agents ad x", "there is no command 'ad', did you mean add?"),
+        ("start", "there is no command start: gotunnel-server alone, without a command, runs the"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
         ("agents add x --port 1", "the following arguments are required: --hosts"),
     ],
 )
-def test_other_mistakes_are_answered_as_ever(capsys, arguments, said):
+def test_other_mistakes_are_answered_with_what_was_meant_or_as_ever(capsys, arguments, said):
     assert said in refusal(capsys, *arguments.split())
 
 
