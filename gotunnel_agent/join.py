@@ -39,7 +39,7 @@ from gotunnel import (
     encode_message,
 )
 
-from .agent import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS, dial_problem, make_token
+from .agent import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS, make_token
 from .common import atomic_file, join_string, small_file
 from .common.duplex import Duplex
 from .common.join_string import MOST, JoinString, JoinStringError
@@ -50,6 +50,7 @@ from .config import MAX_FILE, Config, ConfigError, of_document, read_document
 from .connect import addresses_of, connect
 from .home import JOIN, config_file, document_of, join_string_of_environment
 from .pin import CannotPin, fetch_ca
+from .trouble import OWN_CA, of_dial, of_refusal
 from .trust import begin_tls, client_context
 
 PROGRAM = "gotunnel-agent join"
@@ -223,24 +224,32 @@ def _ca(joined: JoinString, ca_file: str | None) -> str | None:
         raise CannotJoin(str(error)) from None
     except OSError as error:
         if ca_file is None:
-            raise CannotJoin(f"{joined.address}: {dial_problem(error)}") from None
+            why = _in_our_words(of_dial(error, None))
+            raise CannotJoin(f"{joined.address}: {why}. Nothing is written") from None
         why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise CannotJoin(f"--ca-file {ca_file}: {why}, expected certificates as PEM") from None
 
 
 def _try(joined: JoinString, ca: str | None) -> None:
     """Ask the gateway whether it accepts the credential. Raises CannotJoin."""
+    config = of_document(document_of(joined, ca_file=None), needs_tunnels=False)
     try:
         answer = _register(joined, ca)
     except OSError as error:
-        why = dial_problem(error)
+        why = _in_our_words(of_dial(error, config if ca is None else None))
     except (ProtocolError, NoThread) as error:
         why = f"it does not speak gotunnel's protocol: {error}"
     else:
         if answer.ok or answer.error.startswith(NO_ROUTES):
             return
-        why = f"the gateway refused: {on_one_line(answer.error)}"
+        why = f"the gateway refused: {on_one_line(answer.error)}{of_refusal(answer.error, config)}"
     raise CannotJoin(f"{joined.address}: {why}. Nothing is written")
+
+
+def _in_our_words(text: str) -> str:
+    """Advice for a configuration's keys, as advice for a join string."""
+    own_ca = "if it has a CA of its own, --ca-file FILE has to name that"
+    return text.replace(OWN_CA, own_ca).replace("tunnel_addr", "the join string")
 
 
 def _register(joined: JoinString, ca: str | None) -> Ack:
