@@ -199,9 +199,9 @@ def join(
         ) from None
     done = "not asked" if offline else "it accepts"
     who = f"the agent {joined.name}" if joined.name else "this agent"
-    there = "written to" if is_news else "was already in"
+    there = "is written to" if is_news else "was already in"
     return (
-        f"{joined.address}: {done} {who}; the configuration is {there} {file}. Next: "
+        f"{joined.address}: {done} {who}; the configuration {there} {file}. Next: "
         "gotunnel http 8080"
     )
 

@@ -109,10 +109,12 @@ def test_the_string_may_come_from_standard_input_or_the_environment(
     assert files(home) == ["agent.yaml", "ca.crt"]
 
 
-def test_the_trial_claims_nothing_and_disturbs_no_agent(gateway, capsys, tmp_path):
+def test_the_trial_claims_nothing_and_disturbs_no_agent(gateway, capsys, tmp_path, caplog):
     with Origin() as origin, agent_here(gateway, tmp_path, {APP: origin.port}) as agent:
         joined(capsys, string_for(gateway))
         assert routes_of(gateway.inner) == {APP} and agent.totals().sessions == 1
+    (line,) = (record for record in caplog.records if "has tried its credential" in record.message)
+    assert line.levelname == "INFO" and line.message.startswith("agent at 127.0.0.1 has ")
 
 
 @pytest.mark.slow

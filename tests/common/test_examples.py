@@ -1,6 +1,8 @@
 """--print-example: the example configurations, also in a copy that was installed."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -49,3 +51,24 @@ def test_a_copy_without_examples_says_so(monkeypatch, tmp_path, capsys):
         agent(["--print-example"])
     assert end.value.code == 1
     assert "this copy of the program has no examples" in capsys.readouterr().err
+
+
+def docstrings(tree):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    owners = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    return {id(node.body[0].value) for node in owners if ast.get_docstring(node)}
+
+
+def test_no_message_leads_to_a_file_that_an_installed_copy_does_not_have():
+    found = []
+    for package in ("gotunnel_agent", "gotunnel_server"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            known = docstrings(tree)
+            found += [
+                (path.name, node.value)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                and id(node) not in known and re.search(r"\b(conf|docs)/", node.value)
+            ]  # fmt: skip
+    assert found == []
