@@ -226,8 +226,8 @@ def _ca(joined: JoinString, ca_file: str | None) -> str | None:
         if ca_file is None:
             why = _in_our_words(of_dial(error, None))
             raise CannotJoin(f"{joined.address}: {why}. Nothing is written") from None
-        why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise CannotJoin(f"--ca-file {ca_file}: {why}, expected certificates as PEM") from None
+        problem = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise CannotJoin(f"--ca-file {ca_file}: {problem}, expected certificates as PEM") from None
 
 
 def _try(joined: JoinString, ca: str | None) -> None:
