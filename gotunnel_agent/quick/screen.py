@@ -218,9 +218,13 @@ class Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._said: deque[Said] = deque(maxlen=MOST_MESSAGES)
+        # With tracebacks, for which a picture has no room: they are written when it is over.
+        self._bugs: deque[logging.LogRecord] = deque(maxlen=MOST_MESSAGES)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
+        if record.exc_info:
+            self._bugs.append(record)
         if record.name != "gotunnel.agent" or not any(words in text for words in STATES):
             self.add(text)
 
@@ -253,6 +257,8 @@ class Messages(logging.Handler):
             root.removeHandler(self)
             for handler in silenced:
                 root.addHandler(handler)
+                for record in self._bugs:
+                    handler.handle(record)
 
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:

@@ -90,6 +90,14 @@ def test_what_has_passed_is_read_when_it_is_much(follower):
         assert follower.totals().visits == follow_module.MANY
 
 
+def test_the_hostname_of_a_wildcard_is_the_visitors(follower):
+    with visit_of(follower, PAGE._replace(hostname="*.example.com")) as visit:
+        visit.ask(GET.replace(b"Host: x", b"Host: a.example.com"))
+        visit.answer()
+        visit.ask(b"no HTTP\r\n\r\n")
+    assert [seen.hostname for seen in follower.take()] == ["a.example.com", "*.example.com"]
+
+
 def test_what_goes_on_is_told_so_far(follower):
     with visit_of(follower) as visit:
         assert follower.running() == []  # a stream that waits for a request is no visit

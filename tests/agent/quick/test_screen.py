@@ -181,10 +181,16 @@ def test_warnings_are_in_the_picture_and_nowhere_else(pseudo, monkeypatch, caplo
             for _ in range(3):
                 logging.getLogger("gotunnel.target").warning("target %s: refused\x1b[2J", "x")
             wait_until(lambda: pseudo.shows("target x: refused [2J (3 times)"))
+            try:
+                raise ZeroDivisionError("told later")
+            except ZeroDivisionError:
+                agent_log.exception("a bug, traceback follows")
+            wait_until(lambda: pseudo.shows("a bug, traceback follows"))
             assert not pseudo.shows("next try") and not written
         assert handler in root.handlers
         agent_log.warning("after")
         assert "after\n" in written
+        assert "ZeroDivisionError: told later" in "".join(written)
     finally:
         root.removeHandler(handler)
 
