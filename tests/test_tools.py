@@ -167,7 +167,7 @@ def environment(tmp_path_factory):
 def checkout(folder, mode=0o644):
     """A copy of the sources: a build leaves folders beside what it builds."""
     folder.mkdir()
-    for name in ("setup.py", "gotunnel.py", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "gotunnel.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("gotunnel_agent", "gotunnel_server", "conf"):
         shutil.copytree(ROOT / name, folder / name, ignore=lambda *_: ["__pycache__"])

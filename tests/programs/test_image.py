@@ -1,6 +1,9 @@
 """What stands in Dockerfile and compose.yaml fits the programs; containers are not started here."""
 
+import json
+import os
 import re
+import subprocess
 
 import pytest
 import yaml
@@ -90,14 +93,45 @@ def test_the_image_runs_as_a_user_without_rights_and_checks_its_health(image):
     assert image.index("USER gotunnel") > max(
         place for place, line in enumerate(image) if line.startswith("RUN")
     )
+
+
+@pytest.mark.parametrize(
+    ("runs", "asked", "status"),
+    [
+        (["python", "/usr/local/bin/gotunnel-server"], "gotunnel-server status", 0),
+        (["docker-init", "--", "gotunnel-server"], "gotunnel-server status", 2),
+        (
+            ["/usr/local/bin/gotunnel-agent", "-c", "gotunnel-server.yaml"],
+            "gotunnel-agent status",
+            2,
+        ),
+        (["/usr/local/bin/gotunnel", "http", "site:8000"], "", 0),
+    ],
+)
+def test_the_image_asks_for_the_health_of_the_program_that_runs(
+    image, tmp_path, runs, asked, status
+):
     (check,) = (line for line in image if line.startswith("HEALTHCHECK"))
-    assert "$program status" in check and "|| exit 1" in check
+    *_, script = json.loads(check.partition(" CMD ")[2])
+    (tmp_path / "cmdline").write_text("\0".join(runs) + "\0")
+    for name in ("gotunnel-server", "gotunnel-agent"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\nexit {status}\n')
+        program.chmod(0o755)
+    (tmp_path / "asked").touch()
+    done = subprocess.run(
+        ["sh", "-c", script.replace("/proc/1/cmdline", str(tmp_path / "cmdline"))],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (tmp_path / "asked").read_text().strip() == asked
+    assert (done.returncode, done.stderr) == (min(status, 1), "")
 
 
 def test_the_image_has_all_that_setup_installs_and_the_examples(image):
     copied = " ".join(line for line in image if line.startswith("COPY")).split()
     for name in (
-        "setup.py", "gotunnel.py", "README.md", "gotunnel_server", "gotunnel_agent", "conf",
+        "setup.py", "pyproject.toml", "gotunnel.py", "README.md", "LICENSE", "gotunnel_server",
+        "gotunnel_agent", "conf",
     ):  # fmt: skip
         assert name in copied
     assert EXAMPLES.rstrip("/") in copied
