@@ -101,6 +101,8 @@ def _advice(code: int, config: Config | None) -> str:
 
 def lasts(error: OSError) -> bool:
     """Whether a dial fails again until somebody changes something."""
+    if isinstance(error, ClosedInHandshake):  # the gateway stops, or has too many connections
+        return False
     if isinstance(error, (ssl.SSLCertVerificationError, NoTLS)) or SPEAKS_HTTP in str(error):
         return True
     return isinstance(error, ssl.SSLError) and error.reason in (*NO_TLS, UNKNOWN_NAME)

@@ -27,9 +27,10 @@ from support import (
     wait_until,
 )
 
-from gotunnel import SessionClosed
+from gotunnel import SPEAKS_HTTP, SessionClosed
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent import greeting, trouble, trust
+from gotunnel_agent.trust import ClosedInHandshake, NoTLS
 from gotunnel_server.certs.local_ca import Authority
 
 PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
@@ -162,6 +163,21 @@ def test_port_that_accepts_and_says_nothing(said, origin):
 def test_a_session_that_was_accepted_gets_no_advice_about_the_port():
     error = SessionClosed("the gateway ended the session")
     assert trouble.of_dial(error, None, served=True) == "the gateway ended the session"
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (NoTLS("speaks SSH without TLS", "SSH"), True),
+        (ClosedInHandshake("closed the connection in the TLS handshake"), False),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), True),
+        (SessionClosed(f"protocol error: {SPEAKS_HTTP}"), True),
+        (SessionClosed("the gateway ended the session"), False),
+        (ConnectionRefusedError(111, "Connection refused"), False),
+    ],
+)
+def test_what_somebody_has_to_change_is_told_from_what_passes(error, lasts):
+    assert trouble.lasts(error) is lasts
 
 
 @pytest.mark.parametrize(
