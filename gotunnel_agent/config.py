@@ -323,7 +323,10 @@ def _read_file(path: str | os.PathLike[str]) -> str:
     except IsADirectoryError:
         raise ConfigError("this is a folder, expected a file") from None
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror}), expected a readable file") from None
+        where = mistakes.base_of(path) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(
+            f"cannot be read ({error.strerror}), expected a readable file{where}"
+        ) from None
     if len(content) > MAX_FILE:
         raise ConfigError(f"the file is too long, expected at most {MAX_FILE} bytes of text")
     try:
@@ -493,8 +496,10 @@ def _trust(
         advice = ""
         if path.startswith("~"):
             advice = "; write the whole path, as ~ has no meaning here"
-        elif problem == MISSING and not prefix:
-            advice = "; a gateway with ACME_ENV=local makes its ca.crt when it first starts"
+        elif problem == MISSING:
+            if not prefix:
+                advice = "; a gateway with ACME_ENV=local makes its ca.crt when it first starts"
+            advice += mistakes.base_of(path)
         raise ConfigError(
             f"{where}{ca_file}: {_shown(path)} {problem}, expected a file that can be read{advice}"
         )

@@ -7,6 +7,7 @@ nothing. None shows a value that may be a secret.
 """
 
 import codecs
+import os
 import re
 
 from .common.hostnames import valid_host
@@ -120,6 +121,16 @@ def shown_argument(text: str) -> str:
 
 
 # --- The file ------------------------------------------------------------------------------------
+
+
+def base_of(path: str | os.PathLike[str]) -> str:
+    """Where a relative path leads from, to be put behind a message; "" for an absolute one."""
+    if os.path.isabs(path):
+        return ""
+    try:
+        return f"; a relative path begins in {os.getcwd()}"
+    except OSError:  # the working folder is gone
+        return ""
 
 
 def of_bytes(content: bytes) -> str:

@@ -389,13 +389,22 @@ def test_other_modes_are_told_which_of_ours_is_meant(mode, said):
         ("ca_file: .", "ca_file: '.' is a folder, expected a file that can be read"),
         ("ca_file: pipe", "ca_file: 'pipe' cannot be read, as it is no regular file, expected"),
         ("ca_file: file/ca.crt", "ca_file: 'file/ca.crt' does not exist, expected a file that can"),
+        ("ca_file: none.crt", "; a relative path begins in {folder}"),
+        (
+            "    basic_auth_file: none",
+            "expected a readable file; a relative path begins in {folder}",
+        ),
     ],
 )
-def test_ca_file_that_is_none_is_told_why(line, said):
+def test_file_that_is_none_is_told_why(line, said):
     Path("file").touch()
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
-    assert said in refusal(f"{WHOLE}{line}\n")
+    assert said.format(folder=os.getcwd()) in refusal(f"{WHOLE}{line}\n")
+
+
+def test_absolute_path_needs_no_word_of_the_folder(tmp_path):
+    assert "relative" not in refusal(f"{WHOLE}ca_file: {tmp_path / 'none'}\n")
 
 
 @pytest.mark.parametrize(
