@@ -36,9 +36,10 @@ from .screen import Screen
 
 log = logging.getLogger("gotunnel.serving")
 
-NOT_KNOWN = "auth failed"  # how it begins for a credential that is wrong or has ended
-KEYS_ADVICE = ", or remove the keys that need it"  # there are no keys here
-INVALID = "invalid hostname"  # how a refusal begins for a name that the gateway cannot read
+# How refusals begin: of a name that the gateway cannot read; of one that the credential may not
+# claim; of a credential that is wrong or has ended.
+INVALID, NOT_ALLOWED, NOT_KNOWN = "invalid hostname", "not allowed", "auth failed"
+KEYS_ADVICE = ", or remove the keys that need it"  # what a quick command has no use for
 SSH_PORT, HTTPS_PORT = 22, 443
 LOCAL_PORT = 10_000  # of the example for visitors: added to the target's port, it is seldom in use
 SCREEN_TIMEOUT = 1  # seconds for the screen to end; the terminal may not read
@@ -123,6 +124,8 @@ class Serving:
             return "it gives no random names; update it, or name a hostname with --host"
         if refusal.startswith(NOT_KNOWN):
             return f"{on_one_line(refusal)}; `{program()} join` stores another credential"
+        if refusal.startswith(NOT_ALLOWED) and self._labels is not None:
+            return f"{on_one_line(refusal)}; --host names a hostname"
         return on_one_line(refusal.replace(KEYS_ADVICE, ""))
 
     def _announce(self, hostname: str, route: Route) -> None:

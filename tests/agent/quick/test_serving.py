@@ -20,6 +20,7 @@ from support import (
 )
 
 from gotunnel import HOST_HEADER
+from gotunnel_agent import agent as agent_module
 from gotunnel_agent import config as agent_config
 from gotunnel_agent.agent import NO_NAMES, _unknown
 from gotunnel_agent.common.refusals import TIMED_OUT, UNREACHABLE, UNTRUSTED
@@ -124,6 +125,17 @@ def test_random_name_is_that_of_the_last_time(gateway, start, memory):
     assert first == f"https://{label}.{DEV}:{gateway.public_port}"
 
 
+def test_random_name_stays_when_the_agent_dials_again(gateway, start, memory, monkeypatch, caplog):
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
+    here = start(Labels(memory, KEY))
+    hostname = here.address().removeprefix("https://").rpartition(":")[0]
+    agent = here.serving.agent
+    before = agent.snapshot().since
+    agent._service.session.close("the line is cut")
+    wait_until(lambda: agent.snapshot().since not in (None, before))
+    assert list(agent.snapshot().routes) == [hostname] and len(here.told) == 1
+
+
 def test_name_that_another_agent_has_is_left_to_it(gateway, start, memory, caplog):
     memory.note(KEY, "quick-otter-10")
     caplog.set_level(logging.INFO, "gotunnel")
@@ -171,6 +183,9 @@ def test_refusals_are_told_in_words_for_a_command():
         new = Serving(config, mock.Mock(), print)
         for words in ("invalid hostname: quick-otter-10.*; expected letters", NO_NAMES):
             assert new._in_words(words).endswith("update it, or name a hostname with --host")
+        assert new._in_words("not allowed: quick-otter-10.*: no wildcard") == (
+            "not allowed: quick-otter-10.*: no wildcard; --host names a hostname"
+        )
         given = Serving(config, None, print)
         assert given._in_words("invalid hostname: x") == "invalid hostname: x"
         assert given._in_words(_unknown([HOST_HEADER])) == (
