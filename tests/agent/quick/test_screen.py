@@ -346,11 +346,16 @@ def test_a_program_on_a_terminal(pseudo):
         assert emulator.shown()[0].startswith("gotunnel ")
         os.kill(program.pid, signal.SIGSTOP)
         os.waitpid(program.pid, os.WUNTRACED)
-        emulator.feed(b"text of a shell\r\n")
+        os.write(pseudo.theirs, b"text of a shell\n")
+        wait_until(lambda: pseudo.shows("text of a shell"))
         os.kill(program.pid, signal.SIGCONT)
-        wait_until(lambda: emulator.lines[-2].strip() == "Ctrl-C stops")
-        lines = list(emulator.lines)
-        assert any(line.startswith("gotunnel ") for line in lines[lines.index("text of a shell") :])
+
+        def is_drawn_below():
+            lines = list(emulator.lines)
+            below = lines[lines.index("text of a shell") :]
+            return below[-2:-1] == ["  Ctrl-C stops"] and any("gotunnel " in line for line in below)
+
+        wait_until(is_drawn_below)
         os.write(pseudo.ours, b"\x03")
         assert program.wait(TIMEOUT) == 0
     finally:
