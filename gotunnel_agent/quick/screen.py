@@ -67,6 +67,9 @@ class Screen:
         self._agent, self._follower = agent, agent.follower
         self._messages = Messages()
         self._visits: deque[Seen] = deque(maxlen=MOST_VISITS)
+        # The tunnels of the last session: without one the agent knows no addresses.
+        self._tunnels: list[Shown] = []
+        self._served = False  # there was a session
         self._since = (0.0, 0.0)  # of the session: monotonic and wall-clock time
         # Texts that the command adds: lines below the tunnels that stay, such as how visitors
         # connect, and what to call a target. To be set before run(), or replaced whole.
@@ -133,7 +136,10 @@ class Screen:
     def _view(self, over: bool) -> View:
         snapshot, now = self._agent.snapshot(), monotonic()
         running = [seen for seen in self._follower.running() if seen.duration > OPEN_AFTER]
-        tunnels = list(_tunnels(snapshot, self.target_words))
+        if snapshot.since is not None or not self._served:
+            self._tunnels = list(_tunnels(snapshot, self.target_words))
+            self._served = snapshot.since is not None
+        tunnels = self._tunnels
         if self._wants_qr and snapshot.since is not None and tunnels:
             self._wants_qr = False
             self._make_qr(tunnels[0].url)

@@ -263,6 +263,18 @@ def test_the_address_as_a_qr_code(pseudo, monkeypatch, answer, words):
     assert asked == [("https://app.example.com", True)]
 
 
+def test_an_address_stays_when_the_gateway_is_gone(pseudo, monkeypatch):
+    asked = {"app.*": Route(TUNNEL._replace(hostname="app.*"))}
+    agent = FakeAgent(routes=asked)
+    with shown(agent, pseudo, monkeypatch):
+        wait_until(lambda: pseudo.shows("  app → "))
+        agent.shown = FakeAgent(since=monotonic()).shown
+        wait_until(lambda: pseudo.shows("  https://app.example.com → "))
+        agent.shown = agent.shown._replace(routes=asked, since=None, problem="no route")
+        wait_until(lambda: pseudo.shows("reconnecting"))
+        assert pseudo.shows("  https://app.example.com → ")
+
+
 @pytest.mark.parametrize(
     "hostname, since, mode, words",
     [
