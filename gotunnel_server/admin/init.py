@@ -257,6 +257,8 @@ def _acme(options: argparse.Namespace, asks: bool, host: str) -> dict[str, str]:
         leads_here = options.no_check or check.look_at_name("", host).level != FAIL
         acme = PRODUCTION if leads_here else STAGING
         if asks:
+            if not leads_here:
+                print(f"\n{host} does not resolve yet, so {STAGING} is proposed.")
             acme = _ask(ASK_ACME, acme, _one_of(PRODUCTION, STAGING))
     return {"ACME_ENV": acme, **({"ACME_EMAIL": email} if email else {})}
 
@@ -282,8 +284,11 @@ def _may_replace(env_file: Path) -> bool:
 
 def _ask(question: str, default: str, read: Callable[[str], Value]) -> Value:
     """Ask until the answer can be read. An empty line stands for the default. Raises EOFError."""
+    explanation, _, prompt = question.rpartition("\n")
+    if explanation:
+        print(f"\n{explanation}")
     while True:
-        text = input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
+        text = input(f"{prompt}{f' [{default}]' if default else ''}: ").strip() or default
         try:
             return read(text)
         except ValueError as error:
