@@ -325,18 +325,29 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     password: argparse itself shows all that it does not know."""
     options, unknown = parser.parse_known_args(words)
     if unknown and unknown[0].startswith("-"):
-        option = unknown[0].partition("=")[0]
-        if option in ("--basic-auth", "--basic-auth-file"):
-            parser.error(f"{option}: a tunnel in tcp mode cannot ask for passwords; use --allow")
-        known = [name for action in parser._actions for name in action.option_strings]
-        close = difflib.get_close_matches(option, known, n=1)
-        meant = f"; did you mean {close[0]}?" if close else "; --help shows all"
-        parser.error(f"unknown option {option[:MOST_SHOWN]!r}{meant}")
+        parser.error(about_unknown(unknown[0].partition("=")[0][:MOST_SHOWN], parser))
     if unknown:
-        parser.error(f"{1 + len(unknown)} targets came, expected one")
+        all_of_them = f"`{program()} -c FILE` serves all tunnels of a configuration"
+        parser.error(f"{1 + len(unknown)} targets came, expected one; {all_of_them}")
     if options.target is None:
         parser.error(f"TARGET is missing, expected one such as in `{parser.prog} {EXAMPLE_PORT}`")
     return options
+
+
+def about_unknown(option: str, parser: argparse.ArgumentParser) -> str:
+    """What to say about an option that a command does not have."""
+    if TCP in parser.prog.split() and option.startswith("--basic-auth"):
+        return f"{option}: a tunnel in tcp mode cannot ask for passwords; use --allow"
+    for command in COMMANDS:
+        if option in options_of(make_parser(command)):
+            return f"{option} is an option of `{program()} {command}`, not of `{parser.prog}`"
+    close = difflib.get_close_matches(option, options_of(parser), n=1)
+    meant = f"did you mean {close[0]}?" if close else "--help shows all"
+    return f"unknown option {option!r}; {meant}"
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings]
 
 
 def _add_password_options(parser: argparse.ArgumentParser) -> None:

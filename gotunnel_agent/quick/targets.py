@@ -29,9 +29,11 @@ def read_target(text: str, *, schemes: tuple[str, ...] = ("http", "https")) -> T
         known = " or ".join(f"{known}://" for known in schemes)
         raise _bad(text, f"begins with {scheme}://, expected {known} or none")
     address = (rest if slashes else text).removesuffix("/") if slashes else text
-    if not slashes and (os.sep in address or "/" in address or os.path.isdir(address)):
+    if not slashes and not _is_port(address) and os.path.exists(address):
         if os.path.isdir(address):
             raise _bad(text, f"is a folder; `gotunnel files {text}` shares a folder")
+        raise _bad(text, "is a file; `gotunnel files FOLDER` shares a folder")
+    if not slashes and (os.sep in address or "/" in address):
         raise _bad(text, f"has a path, expected {EXAMPLES}")
     if "@" in address:  # not shown: it may hold a password
         raise BadTarget("TARGET holds a user or password, expected a host and port alone")
@@ -43,9 +45,8 @@ def read_target(text: str, *, schemes: tuple[str, ...] = ("http", "https")) -> T
 
 
 def _host_and_port(text: str, address: str, default: int | None) -> tuple[str, int]:
-    digits = address.removeprefix(":")
-    if digits.isascii() and digits.isdigit():
-        return HERE, _port(text, digits)
+    if _is_port(address):
+        return HERE, _port(text, address.removeprefix(":"))
     if addresses.parse(address) is not None and ":" in address:
         raise _bad(text, f"is an IPv6 address without brackets, expected [{address}]:PORT")
     host, colon, port = address.rpartition(":")
@@ -56,6 +57,11 @@ def _host_and_port(text: str, address: str, default: int | None) -> tuple[str, i
     if not host or not _is_host(host):
         raise _bad(text, f"has no valid host, expected {EXAMPLES}")
     return host.strip("[]"), _port(text, port)
+
+
+def _is_port(address: str) -> bool:
+    digits = address.removeprefix(":")
+    return digits.isascii() and digits.isdigit()
 
 
 def _is_host(host: str) -> bool:

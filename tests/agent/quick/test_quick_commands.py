@@ -142,7 +142,12 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("http 80 --host https://x.y", "is no hostname"),
         ("http 80 --host x --new", "not allowed with argument --host"),
         ("http 80 --host-header a/b", "is no hostname or IP address"),
-        ("http 80 --port 22", "unknown option '--port'; did you mean "),
+        ("http 80 --port 22", "--port is an option of `gotunnel-agent tcp`, not of `gotunnel-"),
+        (
+            "tcp 80 --all",
+            "--all is an option of `gotunnel-agent files`, not of `gotunnel-agent tcp`",
+        ),
+        ("tcp 80 --frobnicate=1", "unknown option '--frobnicate'; --help shows all"),
         ("http 80 81", "2 targets came, expected one"),
         ("http 80 --allow 10.0.0.0/99", "--allow: "),
         ("http 80 --allow ,", "--allow: an empty list came"),

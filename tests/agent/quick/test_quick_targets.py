@@ -68,6 +68,11 @@ def test_refusals_say_what_is_expected(text, said):
 def test_folder_leads_to_its_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dist").mkdir()
+    (tmp_path / "8080").mkdir()
+    (tmp_path / "index.html").write_text("")
+    with pytest.raises(BadTarget, match=r"is a file; `gotunnel files FOLDER` shares"):
+        read_target("index.html")
+    assert read_target("8080").port == 8080
     for text in (".", "dist", "./dist", str(tmp_path)):
         with pytest.raises(BadTarget, match=f"is a folder; `gotunnel files {text}` shares"):
             read_target(text)
