@@ -218,6 +218,7 @@ def forward(
     tcp: bool = False,
     port: int | str | None = None,
     basic_auth: str | Sequence[str] | Mapping[str, str] | None = None,
+    host_header: str | None = None,
     join: str | None = None,
     config: str | os.PathLike[str] | None = None,
     on_visit: Callable[[Seen], object] | None = None,
@@ -233,6 +234,8 @@ def forward(
     ``tcp``: pass bytes on as they are (SSH, databases), and do not speak HTTP.
     ``port``: with ``tcp``, a public port of its own; "auto" is any free one.
     ``basic_auth``: what visitors must know: "USER:PASSWORD", several of them, or a mapping.
+    ``host_header``: the Host that the target gets instead of the public one, for development
+    servers that accept no other than "localhost".
     ``join``: the join string of an account, as `gotunnel-server agents add` prints it.
     ``config``: an agent's configuration, of which only the gateway and the credential are used.
     With neither: $GOTUNNEL_JOIN, or the account that `gotunnel-agent join` has made.
@@ -246,7 +249,8 @@ def forward(
     """
     if timeout <= 0:
         raise ValueError(f"timeout: {timeout} came, expected seconds, more than 0")
-    tunnel = _tunnel(target, host, tcp, port, basic_auth)
+    keys = {"port": port, "host_header": host_header, "basic_auth": basic_auth}
+    tunnel = _tunnel(target, host, tcp, keys)
     account = _account(join, config)
     whole = replace(account, tunnels=(tunnel,), status_socket=OFF, metrics_port=None)
     try:
@@ -266,22 +270,14 @@ def forward(
     return opened
 
 
-def _tunnel(
-    target: int | str,
-    host: str | None,
-    tcp: bool,
-    port: int | str | None,
-    basic_auth: str | Sequence[str] | Mapping[str, str] | None,
-) -> Tunnel:
-    """The tunnel that the arguments describe. Raises ValueError."""
+def _tunnel(target: int | str, host: str | None, tcp: bool, keys: Mapping[str, object]) -> Tunnel:
+    """The tunnel that the arguments describe. ``keys``: those that may be None. Raises
+    ValueError."""
     item: dict[str, object] = {"mode": "tcp" if tcp else "http"}
     try:
         item["target"] = str(read_target(str(target)))
         item["hostname"] = _hostname(host)
-        if port is not None:
-            item["port"] = str(port)
-        if basic_auth is not None:
-            item["basic_auth"] = _users(basic_auth)
+        item |= {key: _value(given) for key, given in keys.items() if given is not None}
         return tunnel_of(item)
     except BadTarget as error:  # its words are those of a command
         raise ValueError(str(error).replace("TARGET", "target", 1)) from None
@@ -289,11 +285,13 @@ def _tunnel(
         raise ValueError(str(error)) from None
 
 
-def _users(basic_auth: str | Sequence[str] | Mapping[str, str]) -> object:
-    """As a configuration has them."""
-    if isinstance(basic_auth, Mapping):
-        return dict(basic_auth)
-    return basic_auth if isinstance(basic_auth, str) else list(basic_auth)
+def _value(given: object) -> object:
+    """An argument as a configuration has it: texts, lists and mappings."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return list(given)
+    return str(given)
 
 
 def _hostname(host: str | None) -> str:

@@ -1,5 +1,6 @@
 """gotunnel.forward(): a tunnel inside another program, its errors, and what it leaves behind."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -24,6 +26,7 @@ from support import (
     Origin,
     answer,
     deaf_port,
+    fields_of,
     gateway_here,
     request,
     reserved_port,
@@ -31,9 +34,12 @@ from support import (
     status_of,
     wait_until,
 )
+from test_agent import HandMadeGateway
 
 import gotunnel
 import gotunnel_agent
+from gotunnel import Ack
+from gotunnel_agent import agent as agent_module
 from gotunnel_agent import embedded
 from gotunnel_agent.common.join_string import JoinString
 from gotunnel_server.agents import tunnel as tunnel_module
@@ -105,6 +111,9 @@ def test_a_tunnel_serves_when_forward_returns_and_is_gone_when_it_is_closed(gate
     assert tunnel.wait(timeout=0) and "closed" in repr(tunnel)
     assert tunnel.hostname not in served(gateway)
     tunnel.close()
+    gone = weakref.ref(tunnel)
+    del tunnel
+    assert wait_until(lambda: gc.collect() and gone() is None)
 
 
 def test_several_tunnels_of_one_program_have_names_of_their_own(gateway, account, site):
@@ -150,6 +159,17 @@ def test_basic_auth_asks_visitors_for_a_password(gateway, account, site):
                 request("GET", "/", f"Authorization: Basic {credentials}", host=tunnel.hostname)
             )
             assert status_of(visitor.read_head()) == 200
+
+
+def test_the_target_may_get_another_host(gateway, account, origin):
+    with gotunnel.forward(origin.port, host_header="localhost:3000") as tunnel:
+        with gateway.dial(tunnel.hostname) as visitor:
+            visitor.send(request(host=tunnel.hostname))
+            target = origin.accept()
+            assert "host: localhost:3000" in fields_of(target.read_head())
+            target.send(answer())
+            visitor.read_message()
+            target.close()
 
 
 def test_a_random_name_that_is_taken_is_replaced_by_another(gateway, account, site, monkeypatch):
@@ -244,6 +264,7 @@ def test_a_configuration_gives_its_account_and_not_its_tunnels(gateway, account,
         ({"host": "under_score.example.com"}, "hostname: 'under_score.example.com'"),
         ({"host": ""}, "hostname"),
         ({"port": 2222}, "expected mode tcp"),
+        ({"host_header": "a b"}, "host_header: 'a b' came"),
         ({"tcp": True, "port": 70000}, "port: '70000' came"),
         ({"tcp": True, "basic_auth": "a:visitor's password"}, "expected mode http"),
         ({"basic_auth": ["without a colon"]}, "expected USER:PASSWORD"),
@@ -304,6 +325,35 @@ def test_a_refusal_is_told_in_the_gateways_words_at_once(account, options, text)
     assert time.monotonic() - began < TIMEOUT / 2
 
 
+def test_a_refusal_is_no_bug_in_the_log(gateway, account, caplog):
+    refused(gotunnel.NotGranted, 8080, host="www.example.com")
+    assert not [record for record in caplog.records if record.name == "gotunnel"]
+
+
+def test_a_tunnel_that_was_granted_is_asked_for_again_whatever_the_gateway_says_later(
+    cache, tmp_path, monkeypatch
+):
+    """Another agent may have the hostname while the connection is lost."""
+    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: TICK)
+    with HandMadeGateway(cache) as by_hand:
+        place = by_hand.place
+        joined(monkeypatch, tmp_path, tunnel_addr=f"{TUNNEL_HOST}:{place.tunnel_port}",
+               ca_file=str(place.ca_file))  # fmt: skip
+        meeting = threading.Thread(target=by_hand.meet, name="meeting")
+        meeting.start()
+        with gotunnel.forward(8080, host="a.example.com") as tunnel:
+            meeting.join(TIMEOUT)
+            assert tunnel.url == "https://a.example.com"
+            by_hand.hang_up()
+            by_hand.meet(Ack(False, "host already registered: a.example.com"))
+            wait_until(lambda: "already registered" in tunnel.problem)
+            by_hand.hang_up()
+            by_hand.meet()
+            wait_until(lambda: tunnel.problem == "")
+            assert not tunnel.wait(timeout=0)
+            by_hand.hang_up()
+
+
 def test_a_hostname_in_use_is_refused(gateway, account, site):
     with gotunnel.forward(site.port, host="fixed.localhost"):
         text = refused(gotunnel.NotGranted, site.port, host="fixed.localhost")
@@ -352,11 +402,15 @@ def test_a_network_that_swallows_all_is_told(tmp_path, monkeypatch):
 
 def test_ctrl_c_meanwhile_leaves_nothing_behind(tmp_path, monkeypatch):
     """no_thread_left looks."""
-    with deaf_port() as port:
-        joined(monkeypatch, tmp_path, tunnel_addr=f"127.0.0.1:{port}")
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            gotunnel.forward(8080)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
+    try:
+        with deaf_port() as port:
+            joined(monkeypatch, tmp_path, tunnel_addr=f"127.0.0.1:{port}")
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                gotunnel.forward(8080)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # The process -------------------------------------------------------------------------------------
@@ -416,6 +470,31 @@ def test_a_program_that_closes_nothing_ends_at_once_and_frees_the_hostname(gatew
     script = f"import gotunnel; print(gotunnel.forward({site.port}, host='left-open').hostname)"
     assert run(script, account, options=["-W", "error", "-X", "dev"]) == "left-open.dev.localhost\n"
     assert "left-open.dev.localhost" not in served(gateway)
+
+
+def test_a_visit_that_runs_when_the_program_ends_is_still_served(gateway, account, origin):
+    script = (
+        "import gotunnel, os, sys\n"
+        f"tunnel = gotunnel.forward({origin.port}, host='at-the-end')\n"
+        "print(tunnel.url, flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    hostname = "at-the-end.dev.localhost"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=account.parent, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as program:  # fmt: skip
+        program.stdout.readline()
+        with gateway.dial(hostname) as visitor:
+            visitor.send(request(host=hostname))
+            target = origin.accept()
+            target.read_head()
+            program.stdin.close()
+            wait_until(lambda: not any(gateway.inner.tunnels.registered()) or program.poll())
+            target.send(answer(b"late but whole"))
+            assert visitor.read_message()[1] == b"late but whole"
+            target.close()
+        assert program.wait(TIMEOUT) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")

@@ -146,6 +146,7 @@ def provider():
 """
 
 
+@pytest.mark.slow
 def test_a_fixture_of_pytest_has_a_public_address(gateway, account, tmp_path):
     (tmp_path / "shop.py").write_text(SHOP)
     (tmp_path / "conftest.py").write_text(EXAMPLES["conftest.py"] + PROVIDER)
