@@ -74,7 +74,21 @@ LONGEST_LOOK = 60
 UNNAMED = "other"
 NO_HEADER, NO_TUNNEL, NO_THREAD = "no-header", "no-tunnel", "no-thread"
 
-PAGE = "<!doctype html><title>502</title><h1>502 Bad Gateway</h1><p>{}</p>\n"
+# For gateways that make no page of a refusal. Plain, and readable in both colour schemes.
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>This site cannot be reached</title>
+<style>
+  :root {{ color-scheme: light dark }}
+  body {{ max-width: 34rem; margin: 18vh auto; padding: 0 1.5rem;
+         font: 1.0625rem/1.6 system-ui, sans-serif }}
+</style>
+<h1>This site cannot be reached</h1>
+<p>{}</p>
+</html>
+"""
 
 # What to do about a bad certificate.
 OTHER_HOST = "write a host in target that the certificate names"

@@ -526,6 +526,7 @@ def test_target_that_is_down_is_a_502_in_http_mode_and_a_reset_in_tcp_mode(gatew
             while data := stream.read(timeout=TIMEOUT):
                 page += data
             assert page.startswith(b"HTTP/1.1 502 ") and b"target-unreachable" in page
+            assert b"<h1>This site cannot be reached</h1>\n<p>The server of this site does" in page
             with pytest.raises(StreamReset):
                 gateway.open(RAW).read(timeout=TIMEOUT)
             gateway.hang_up()
