@@ -24,6 +24,8 @@ _SETTING = re.compile(r"(?m)^[ \t]*(export[ \t]+)?[A-Z][A-Z0-9_]*[ \t]*=")
 _ASSIGNMENT = re.compile(r"(?m)^[ \t]*[a-z][\w.-]*[ \t]*=")
 # A line of YAML with a key, and no blank behind the colon.
 _NO_BLANK = re.compile(r"[ \t-]*[A-Za-z_][\w-]*:[^\s/]")
+MOST_LOOKED_AT = 1000  # characters of a line: some of these expressions take quadratic time
+_NO_BLANK_HYPHEN = re.compile(r"[ \t]*-[A-Za-z]")
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:")
 
 _ADDRESS = 'the gateway\'s address is one key here, tunnel_addr: "HOST:PORT"'
@@ -177,9 +179,12 @@ def other_document(document: dict[str, object]) -> str:
 def of_yaml(text: str, line: int, problem: str) -> str:
     """What is wrong with a line of a file that is not YAML; it counts from 0. ``problem`` has
     PyYAML's words."""
-    lines = text.splitlines()
+    lines = [each[:MOST_LOOKED_AT] for each in text.splitlines()]
     here = lines[line] if line < len(lines) else ""
     before = next((each for each in reversed(lines[:line]) if _has_content(each)), "")
+    first = next((each for each in lines if _has_content(each)), "")
+    if _SETTING.match(first) or first.startswith(("-----BEGIN ", "<")):
+        return other_file(text)
     if "escape" in problem and "double-quoted" in problem:
         return r"in double quotes a \ begins an escape: use single quotes for a Windows path"
     if "'\\t'" in problem:
@@ -195,9 +200,13 @@ def of_yaml(text: str, line: int, problem: str) -> str:
             return "YAML has a colon and a blank where a line here has ="
         if _NO_BLANK.match(before) or _NO_BLANK.match(here):
             return "a blank is missing behind a colon, here or in the line before"
+        if _NO_BLANK_HYPHEN.match(before) or _NO_BLANK_HYPHEN.match(here):
+            return "a blank is missing behind a hyphen, here or in the line before"
         if re.match(r"[ \t-]*[\w-]+: *[^\s\"'].*: ", here):
             return "put a value with a colon and a blank in quotes"
         return "indent the keys of one tunnel alike"
+    if "<block end>" in problem and "<scalar>" in problem:
+        return "a quotation mark is missing or too many, here or in a line before"
     return ""
 
 
@@ -232,8 +241,12 @@ def of_tunnel_addr(text: str) -> str:
         return "; this is a join string: give it to gotunnel-agent join"
     if any(character.isspace() for character in text):
         return "; leave out the blank"
+    if re.search(r"[<>{}$]", text):
+        return "; write the gateway's hostname in the place of that"
+    if "," in text:
+        return "; an agent has one gateway"
     host, port = _host_of(text)
-    if not host or re.search(r"[{}\[\]<>$]", host):
+    if not host:
         return of_quotes(text)
     advice = "; the port is the gateway's TUNNEL_PORT, 9443 unless it is set"
     return f'; write "{host}:{port or 9443}"' + ("" if port else advice)
@@ -247,6 +260,8 @@ def of_target(text: str, mode: str) -> str:
         return f'; a unix socket is "unix:{text}"'
     if scheme == "file" or text.startswith(("./", "~")):
         return "; a folder is served by: gotunnel files FOLDER"
+    if any(character.isspace() for character in text):
+        return "; leave out the blank"
     host, port = _host_of(text)
     if not host:
         return of_quotes(text)

@@ -133,6 +133,18 @@ def test_byte_order_mark_windows_line_ends_and_json_are_fine(text):
         ("tunnel_addr = t.example\njwt_issuer: x\n", "; YAML has a colon and a blank where a line"),
         ("tunnel_addr: t.example: 9443\n", "; put a value with a colon and a blank in quotes"),
         ("tunnels:\n- hostname: a\n    target: a:1\n", "; indent the keys of one tunnel alike"),
+        (
+            "tunnels:\n  -hostname: a\n   target: a:1\n",
+            "; a blank is missing behind a hyphen, here",
+        ),
+        (
+            f'jwt_secret: "{SECRET}\n{ADDR}',
+            "; a quotation mark is missing or too many, here or in a",
+        ),
+        (
+            f"A=b\nX=https://a: b\nJWT_SECRET={SECRET}\n",
+            "; this is a file of settings (NAME=VALUE)",
+        ),
     ],
 )
 def test_text_that_is_no_yaml_gets_advice(text, said):
@@ -142,6 +154,12 @@ def test_text_that_is_no_yaml_gets_advice(text, said):
 @pytest.mark.parametrize("text", ["--- a\n--- b\n", "a: 1\nb: \x07\n", "jwt_issuer: a\n" * 2])
 def test_other_faults_of_yaml_get_no_guess(text):
     assert "; " not in refusal(text)
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("line", ["-" * 500_000, "A" * 500_000, "a" * 500_000 + ": b: c"])
+def test_very_long_line_takes_no_time(line):
+    assert len(refusal(f"x: [{line}\n{line}: y: z\n")) < 1000
 
 
 # Keys --------------------------------------------------------------------------------------------
@@ -294,6 +312,9 @@ def test_password_as_an_argument_is_not_shown(capsys):
             '; write "192.0.2.1:9443"; the port is the gateway\'s TUNNEL_PORT, 9443 unle',
         ),
         ("'t.example: 9443'", "; leave out the blank"),
+        ("<TUNNEL_HOST>:9443", "; write the gateway's hostname in the place of that"),
+        ("'${TUNNEL_HOST}:9443'", "; write the gateway's hostname in the place of that"),
+        ("a.example:9443,b.example:9443", "; an agent has one gateway"),
         ("“t.example:9443”", "; its quotation marks are typographic, use \" or '"),
         (f"gotunnel://office:{SECRET}@t.example:1", "'gotunnel://...@t.example:1' has a scheme"),
         (
@@ -310,6 +331,7 @@ def test_tunnel_addr_is_told_as_it_should_be(typed, said):
     ("typed", "said"),
     [
         ("localhost", '; write "localhost:80"'),
+        ("'localhost:80 '", "; leave out the blank"),
         ("http://localhost", '; write "localhost:80"'),
         ("https://localhost", '; write "https://localhost:443"'),
         ("localhost:8080/path", "'localhost:8080/path' has a path, expected"),
