@@ -40,6 +40,7 @@ from gotunnel import (
 )
 
 from .agent import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS, make_token
+from .called import program
 from .common import atomic_file, join_string, small_file
 from .common.duplex import Duplex
 from .common.join_string import MOST, JoinString, JoinStringError
@@ -53,7 +54,7 @@ from .pin import CannotPin, fetch_ca
 from .trouble import OWN_CA, of_dial, of_refusal
 from .trust import begin_tls, client_context
 
-PROGRAM = "gotunnel-agent join"
+COMMAND = "join"
 BEFORE = ".before"  # behind the name of a file that was replaced
 CA_NAME = "ca.crt"
 TOKEN_LIFETIME = 300  # seconds; the trial is over long before, but clocks differ
@@ -67,9 +68,9 @@ $GOTUNNEL_JOIN, or the terminal. The gateway is asked whether it accepts the
 credential; then the configuration is written, for you alone to read."""
 EPILOG = """\
 examples:
-  gotunnel-agent join gotunnel://office:SECRET@tunnel.example.com:9443
+  {0} join gotunnel://office:SECRET@tunnel.example.com:9443
   ssh GATEWAY gotunnel-server agents add office --hosts '*.dev.example.com' \\
-      --join | gotunnel-agent join -"""
+      --join | {0} join -"""
 
 # The keys that a join string decides. All others stay as they are.
 ACCOUNT_KEYS = (
@@ -95,12 +96,16 @@ class CannotJoin(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Join a gateway; return the exit status."""
     options = _parse(sys.argv[2:] if arguments is None else arguments)
-    return print_answer(PROGRAM, lambda: _run(options))
+    return print_answer(_name(), lambda: _run(options))
+
+
+def _name() -> str:
+    return f"{program()} {COMMAND}"
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        PROGRAM, description=DESCRIPTION, epilog=EPILOG,
+        _name(), description=DESCRIPTION, epilog=EPILOG.format(program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("string", metavar="STRING", nargs="?", help="the join string, or -")
@@ -144,7 +149,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"{PROGRAM}: {text}", file=sys.stderr)
+    print(f"{_name()}: {text}", file=sys.stderr)
     return status
 
 
@@ -202,7 +207,7 @@ def join(
     there = "is written to" if is_news else "was already in"
     return (
         f"{joined.address}: {done} {who}; the configuration {there} {file}. Next: "
-        "gotunnel http 8080"
+        f"{program()} http 8080"
     )
 
 

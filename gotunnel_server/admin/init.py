@@ -327,14 +327,15 @@ def _write(answers: Answers, may_replace: bool) -> None:
                             "with --env-file")  # fmt: skip
         owned = _owned_by_service if answers.service == SYSTEM else _owned_by_us
         _try(content, env_file)
+        before = env_file.read_bytes() if os.path.lexists(env_file) else None
         if not agents.exists():
             _put(agents, NO_AGENTS.encode(), owned)
-        if os.path.lexists(env_file):
-            _put(env_file.with_name(env_file.name + BEFORE), env_file.read_bytes(), owned)
+        if before is not None:
+            _put(env_file.with_name(env_file.name + BEFORE), before, owned)
         _put(env_file, content, owned)
     except OSError as error:
-        raise InitError(f"{error.filename or env_file}: {error.strerror}; nothing was written: "
-                        "--env-file FILE names another place") from None  # fmt: skip
+        raise InitError(f"{error.filename or env_file}: {error.strerror}; the settings are "
+                        "as they were: --env-file FILE names another place") from None  # fmt: skip
     print(f"wrote {env_file}")
 
 

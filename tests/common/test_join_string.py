@@ -1,6 +1,9 @@
 """The join string: what it holds, and that no error shows any of it."""
 
+import re
+
 import pytest
+from support import ROOT
 
 from gotunnel_agent.common.join_string import JoinString, JoinStringError, parse
 
@@ -100,3 +103,13 @@ def test_no_secret_is_in_its_repr():
 def test_none_is_written_that_could_not_be_read(joined):
     with pytest.raises(JoinStringError):
         str(joined)
+
+
+def test_the_examples_of_the_protocol_are_read():
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    lines = re.search(r"^```text join\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1].splitlines()
+    assert [str(parse(line)) for line in lines] == lines and len(lines) == 3
+    secret, token, pinned = map(parse, lines)
+    assert secret.secret == "a secret of thirty-two bytes" and secret.name == "mytunnel"
+    assert token.token.count(".") == 2 and token.host == "2001:db8::1"
+    assert len(pinned.fingerprint) == 64
