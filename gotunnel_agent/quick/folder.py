@@ -163,7 +163,6 @@ class Found(NamedTuple):
     """What a path leads to: a folder, or an open file."""
 
     status: os.stat_result
-    path: str  # the real one
     file: io.FileIO | None  # None: it is a folder
 
 
@@ -189,9 +188,9 @@ class Root:
                 if stat.S_ISREG(status.st_mode) and descriptor is not None:
                     file = io.FileIO(descriptor, "rb")
                     descriptor = None
-                    return Found(status, real, file)
+                    return Found(status, file)
                 if stat.S_ISDIR(status.st_mode):
-                    return Found(status, real, None)
+                    return Found(status, None)
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
