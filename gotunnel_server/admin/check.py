@@ -30,7 +30,7 @@ from gotunnel import ACK, ANY_PORT, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common import packages, status_socket
 from gotunnel_agent.common.hostnames import valid_hostname
 from gotunnel_agent.common.metrics_page import NO_SUCH_PAGE
-from gotunnel_agent.common.one_line import MOST_NAMED, some
+from gotunnel_agent.common.one_line import MOST_NAMED, on_one_line, some
 
 from ..agents import agents_file
 from ..agents.credentials import lapsed
@@ -180,6 +180,7 @@ def look_at_reach(config: Config) -> Iterable[Finding]:
         ("TUNNEL_HOST", config.tunnel_host),
         ("RAW_TCP_HOST", config.raw_tcp_host),
         *(("H2C_HOSTS", name) for name in config.h2c_hosts),
+        *_hosts_of_agents(config.agents_file),
     ):
         if name is not None and is_here(name):
             yield Finding(WARN, setting, f"{name} is this machine for everybody, beside "
@@ -197,6 +198,15 @@ def look_at_reach(config: Config) -> Iterable[Finding]:
                       f"one of them, or have port {HTTP} of the public address lead to HTTP_PORT, "
                       f"or {HTTPS} to GATEWAY_PORT (and say so by "
                       f"PUBLIC_PORT={HTTPS})")  # fmt: skip
+
+
+def _hosts_of_agents(path: Path | None) -> Iterable[tuple[str, str]]:
+    """What agents may claim, each with the setting; none if the file cannot be read, which
+    look_at_agents() reports."""
+    if path is not None:
+        with contextlib.suppress(agents_file.AgentsFileError):
+            for name, entry in agents_file.read(path).entries.items():
+                yield from ((f"AGENTS_FILE, {on_one_line(name, 60)}", host) for host in entry.hosts)
 
 
 def is_here(name: str) -> bool:

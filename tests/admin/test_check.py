@@ -193,6 +193,17 @@ def test_what_cannot_be_reached_from_elsewhere_is_a_warning(tmp_path, settings, 
         assert expected[finding.subject] in finding.text
 
 
+def test_hostname_of_this_machine_that_an_agent_may_claim_is_a_warning(tmp_path):
+    path = tmp_path / "agents.yaml"
+    path.write_text(f"office: {{secret: '{SECRET}', hosts: 'a.example.com, a.localhost'}}\n")
+    path.chmod(0o600)
+    config = config_of(tmp_path, **PUBLIC, AGENTS_FILE=str(path))
+    (finding,) = check.look_at_reach(config)
+    assert finding.subject == "AGENTS_FILE, office" and "a.localhost is this" in finding.text
+    path.write_text("office: {}\n")
+    assert list(check.look_at_reach(config)) == []
+
+
 # Names
 
 
