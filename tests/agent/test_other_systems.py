@@ -101,15 +101,52 @@ def test_visits_in_both_modes_and_a_visitors_helper(system, cache, tmp_path, ori
             assert "Traceback" not in "\n".join(agent.lines)
 
 
+FORWARD = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import other_systems
+other_systems.pretend({system!r})
+import gotunnel
+with gotunnel.forward({port}, host={host!r}, join=sys.stdin.readline()) as tunnel:
+    print(tunnel.url, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+def test_a_tunnel_of_a_python_program(system, cache, tmp_path, origin):
+    origin.serve(lambda target: target.read_head() and target.send(answer(b"embedded")))
+    script = FORWARD.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), system=system, port=origin.port, host=APP
+    )
+    with gateway_process(cache) as gateway:
+        program = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, cwd=tmp_path,
+            env={"XDG_STATE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)},
+        )  # fmt: skip
+        with program:
+            program.stdin.write(f"{join_string(gateway)}\n")
+            program.stdin.flush()
+            assert program.stdout.readline() == f"https://{APP}:{gateway.public_port}\n"
+            assert gateway.get(APP) == (200, b"embedded")
+            program.stdin.close()
+            assert program.wait(TIMEOUT) == 0
+
+
+def join_string(gateway):
+    ca = ssl.PEM_cert_to_DER_cert(gateway.ca_file.read_text())
+    return JoinString(TUNNEL_HOST, gateway.tunnel_port, "office", SECRET,
+                      fingerprint=hashlib.sha256(ca).hexdigest())  # fmt: skip
+
+
 @pytest.mark.slow
 def test_joining_and_sharing_a_folder(system, cache, tmp_path):
     (tmp_path / "hello.txt").write_text("hello from far\n")
     place = {"windows": "APPDATA", "macos": "XDG_CONFIG_HOME"}[system]
     home = {"HOME": str(tmp_path), place: str(tmp_path / "user"), "LOCALAPPDATA": str(tmp_path)}
     with gateway_process(cache) as gateway:
-        ca = ssl.PEM_cert_to_DER_cert(gateway.ca_file.read_text())
-        text = JoinString(TUNNEL_HOST, gateway.tunnel_port, "office", SECRET,
-                          fingerprint=hashlib.sha256(ca).hexdigest())  # fmt: skip
+        text = join_string(gateway)
         status, _, error = say(system, "join", "-", folder=tmp_path, input=f"{text}\n", env=home)
         assert (status, error) == (0, "")
         assert (tmp_path / "user" / "gotunnel" / "agent.yaml").is_file()
