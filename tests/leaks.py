@@ -9,6 +9,7 @@ SECRET = re.compile(
     r"only for tests|correct[- ]horse|visitor's password|own-secret|secret-of-one-alone"
     r"|of many, words|eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]{10,}|PRIVATE KEY"
     r"|\$scrypt\$ln=[0-9]+,r=[0-9]+,p=[0-9]+\$(?!SALT)[\w+/]"
+    r"|gotunnel://[\w.~%-]*:(?!SECRET@)[\w.~%-]+@"
 )
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
 

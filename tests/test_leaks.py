@@ -12,9 +12,10 @@ from gotunnel_agent.common.passwords import hash_password
 
 TOKEN = make_token(SECRET, "x", 60)
 KEY = "-----BEGIN PRIVATE KEY-----"
+JOIN = "gotunnel://office:5ec7e7@tunnel.example.com:9443"
 
 
-@pytest.mark.parametrize("secret", [SECRET, TOKEN, hash_password("x"), KEY])
+@pytest.mark.parametrize("secret", [SECRET, TOKEN, hash_password("x"), KEY, JOIN])
 def test_a_secret_in_a_log_line_is_found(secret):
     logging.getLogger("gotunnel.any").debug("what came is %s", secret)
     found, leaks.found = leaks.found, []

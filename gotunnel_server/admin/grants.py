@@ -190,7 +190,7 @@ def _print_credential(
     elif out.isatty():
         print(*lines, "", "# Or type this on the agent's machine:", command, sep="\n", file=out)
     else:
-        print("# Or, on the agent's machine, in place of these lines:", f"# {command}", *lines,
+        print("# Instead of these lines, on the agent's machine:", f"# {command}", *lines,
               sep="\n", file=out)  # fmt: skip
     for remark in invitation.remarks(config):
         _say(remark)
