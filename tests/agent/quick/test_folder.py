@@ -1,6 +1,7 @@
 """The server of a folder, asked directly."""
 
 import contextlib
+import errno
 import http.client
 import os
 import re
@@ -368,10 +369,16 @@ def test_no_pipe_or_socket_is_opened(server, folder):
     assert b"pipe" not in page and b"sock" not in page
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_file_without_rights_is_forbidden(server, folder):
-    (folder / "text.txt").chmod(0)
-    assert status(server, "/text.txt") == 403
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 403), (errno.ENOENT, 404), (errno.ELOOP, 404), (errno.EMFILE, 503)],
+)
+def test_file_that_cannot_be_opened_is_answered_with_why(server, monkeypatch, number, code):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(server.root, "_open", refuse)
+    assert status(server, "/text.txt") == code
 
 
 def test_folder_that_is_made_anew_is_served_on(server, folder):
