@@ -12,11 +12,12 @@ try:
     from gotunnel_server.cli import main
 except (ImportError, AttributeError):
     # An installation for the agent alone lacks packages, and old ones lack names that we import.
-    from gotunnel_agent.common.packages import GATEWAY, explain, faults
+    from gotunnel_agent.common.packages import GATEWAY, explain, faults, of_gateway
 
-    if not (lacking := faults(GATEWAY)):
+    if not faults(GATEWAY):
         raise
-    print(f"gotunnel-server: {explain(lacking)}", file=sys.stderr)
+    # Those that only orders of certificates need are named as well: most gateways order some.
+    print(f"gotunnel-server: {explain(faults(of_gateway(orders=True)))}", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -244,7 +244,8 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environm
     assert status == 2
     assert re.fullmatch(
         r"gotunnel-server: cryptography is missing, expected >=38; python-dotenv is missing, .*; "
-        r"to install it: .*python3? -m pip install 'cryptography>=38' 'python-dotenv>=0.19.1'\n",
+        r"to install it: .*python3? -m pip install 'cryptography>=38' 'python-dotenv>=0.19.1' "
+        r"'acme>=2.1,<6' 'josepy>=1.13,<3' 'requests>=2.28' 'urllib3>=1.26'\n",
         error,
     )
 
