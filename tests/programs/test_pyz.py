@@ -104,6 +104,18 @@ def test_each_command_is_in_the_one_file(archive):
 
 
 @pytest.mark.slow
+def test_a_program_can_open_a_tunnel_with_the_one_file_alone(archive):
+    script = (
+        f"import sys; sys.path[:] = [{str(archive)!r}, *sys.path[1:]]\n"
+        "import gotunnel\n"
+        "try: gotunnel.forward(8080, join='gotunnel://a:b@127.0.0.1:1', timeout=0.01)\n"
+        "except gotunnel.Unreachable as error: print(error)"
+    )
+    status, said, _ = say(*BARE, "-c", script)
+    assert status == 0 and said.startswith("127.0.0.1:1: ")
+
+
+@pytest.mark.slow
 def test_a_qr_code_can_be_drawn_by_the_one_file(archive):
     script = (
         f"import sys; sys.path[:] = [{str(archive)!r}, *sys.path[1:]]\n"
