@@ -24,6 +24,7 @@ import os
 import re
 import ssl
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +60,10 @@ BEFORE = ".before"  # behind the name of a file that was replaced
 CA_NAME = "ca.crt"
 TOKEN_LIFETIME = 300  # seconds; the trial is over long before, but clocks differ
 NO_ROUTES = "no routes"  # a gateway's refusal of a registration without hostnames
+AUTH_FAILED = "auth failed"  # how a refusal of a credential begins
+# Seconds in which a running gateway has read a new credential: it looks every 5, and not at a file
+# that has changed only now.
+NEWS = 8
 
 DESCRIPTION = """\
 Make this machine an agent of a gateway. STRING is the line gotunnel://... that
@@ -240,6 +245,11 @@ def _try(joined: JoinString, ca: str | None) -> None:
     config = of_document(document_of(joined, ca_file=None), needs_tunnels=False)
     try:
         answer = _register(joined, ca)
+        if answer.error.startswith(AUTH_FAILED) and not joined.token:
+            print(f"{_name()}: {joined.address} does not know the credential; if that is new, it "
+                  f"soon does: asking again in {NEWS} s", file=sys.stderr)  # fmt: skip
+            time.sleep(NEWS)
+            answer = _register(joined, ca)
     except OSError as error:
         why = _in_our_words(of_dial(error, config if ca is None else None))
     except (ProtocolError, NoThread) as error:

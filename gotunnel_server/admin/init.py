@@ -206,8 +206,11 @@ def run_init(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         _look(config, answers.hosts)
     if answers.service != NO:
         _install(answers)
-    joins = _first_agent(config, options.agent, answers.hosts)
-    _print_next(answers, config, joins)
+    joins = ""
+    try:
+        joins = _first_agent(config, options.agent, answers.hosts)
+    finally:  # what comes next is the same without it
+        _print_next(answers, config, joins)
     return 0
 
 

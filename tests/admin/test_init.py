@@ -102,6 +102,17 @@ def test_a_first_agent_can_join_at_once(capsys):
     assert config.local_ca and config.bind == ("127.0.0.1",) and config.gateway_port == 8443
 
 
+def test_a_first_agent_that_is_there_already_is_named_beside_what_comes_next(capsys):
+    words = ["init", "--local", "--yes", "--agent", "office"]
+    assert main(words) == 0
+    secret = read(Path("agents.yaml")).entries["office"].secret
+    capsys.readouterr()
+    assert main([*words, "--force"]) == 1
+    out, err = capsys.readouterr()
+    assert "office is in AGENTS_FILE" in err and "run the gateway" in out
+    assert read(Path("agents.yaml")).entries["office"].secret == secret
+
+
 def test_each_answer_has_an_option(folder):
     words = ["--tunnel-host", "tunnel.example.com", "--hosts", "a.example.com,*.b.example.com",
              "--acme", "staging", "--set", "HTTP_PORT=8081", "--set", "DASHBOARD_PASSWORD=a #$b",
