@@ -116,10 +116,13 @@ def test_a_program_can_open_a_tunnel_with_the_one_file_alone(archive):
 
 
 @pytest.mark.slow
-def test_a_qr_code_can_be_drawn_by_the_one_file(archive):
+def test_a_program_can_import_the_one_file(archive):
+    """Open a tunnel by it, and draw a QR code."""
     script = (
         f"import sys; sys.path[:] = [{str(archive)!r}, *sys.path[1:]]\n"
+        "import gotunnel\n"
         "from gotunnel_agent.quick.qr import qr_lines\n"
+        "assert callable(gotunnel.forward)\n"
         "assert len(qr_lines('https://a.example.com', dark_ink=True)) > 10"
     )
     assert say(*BARE, "-c", script) == (0, "", "")
