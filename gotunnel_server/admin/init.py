@@ -270,6 +270,9 @@ def _service(options: argparse.Namespace, asks: bool) -> str:
     kind = USER if os.geteuid() else SYSTEM
     if options.service == SYSTEM and kind != SYSTEM:
         raise InitError(f"--service {SYSTEM} is for root; --service {USER} needs no rights")
+    if options.service in (USER, SYSTEM) and not RUNS.is_dir():
+        raise InitError("systemd does not run on this machine, so no service can be installed: "
+                        "leave out --service")  # fmt: skip
     if options.service is not None or not asks or not RUNS.is_dir():
         return options.service or NO
     whose = f"the system's, as user {SERVICE_USER}" if kind == SYSTEM else "your own"
@@ -321,15 +324,16 @@ def _write(answers: Answers, may_replace: bool) -> None:
     lines = (f"{name}={_quoted(value)}\n" for name, value in answers.settings.items())
     content = (HEAD + "".join(lines)).encode()
     agents = env_file.parent / answers.settings["AGENTS_FILE"]
+    if answers.service != SYSTEM and not env_file.parent.is_dir():
+        raise InitError(f"there is no folder {env_file.parent}: make it, or name another place "
+                        "with --env-file")  # fmt: skip
     try:
+        _try(content, env_file)
+        owned = _owned_by_us
         if answers.service == SYSTEM:
+            owned = _owned_by_service
             _make_user()
             env_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if not env_file.parent.is_dir():
-            raise InitError(f"there is no folder {env_file.parent}: make it, or name another place "
-                            "with --env-file")  # fmt: skip
-        owned = _owned_by_service if answers.service == SYSTEM else _owned_by_us
-        _try(content, env_file)
         before = env_file.read_bytes() if os.path.lexists(env_file) else None
         if not agents.exists():
             _put(agents, NO_AGENTS.encode(), owned)
@@ -348,7 +352,8 @@ def _quoted(value: str) -> str:
 
 def _try(content: bytes, env_file: Path) -> None:
     """Raises ConfigError if the gateway would refuse the file."""
-    with tempfile.NamedTemporaryFile(dir=env_file.parent, prefix=".env-", suffix=".new") as trial:
+    folder = env_file.parent if env_file.parent.is_dir() else None  # None: that of the system
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".env-", suffix=".new") as trial:
         trial.write(content)
         trial.flush()
         try:

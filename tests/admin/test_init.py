@@ -297,6 +297,7 @@ def units(monkeypatch, folder):
         installed.append((options, make_plan(init.Options("gotunnel-server", options.per_user,
                                                           options.run_as, False))))  # fmt: skip
 
+    monkeypatch.setattr(init, "RUNS", folder)
     monkeypatch.setattr(init, "run_service", install)
     monkeypatch.setattr(init, "SERVICE_USER", pwd.getpwuid(os.getuid()).pw_name)
     monkeypatch.setattr(init, "SERVICE_ENV", folder / "etc" / ".env")
@@ -327,18 +328,23 @@ def test_the_systems_service_is_for_root(units, monkeypatch, folder, capsys):
     assert "is for root" in capsys.readouterr().err and list(folder.iterdir()) == []
 
 
-def test_a_service_that_cannot_be_installed_leaves_the_file(monkeypatch, capsys):
+def test_without_systemd_nothing_is_written_for_a_service(folder, capsys):
+    assert main([*YES, "--service", "user"]) == 1
+    assert "systemd does not run" in capsys.readouterr().err and list(folder.iterdir()) == []
+
+
+def test_a_service_that_cannot_be_installed_leaves_the_file(units, monkeypatch, capsys):
     def refuse(*_):
-        raise init.ServiceError("systemd does not run on this machine")
+        raise init.ServiceError("a unit is there")
 
     monkeypatch.setattr(init, "run_service", refuse)
     assert main([*YES, "--service", "user"]) == 1
     err = capsys.readouterr().err
-    assert "systemd does not run" in err and "gotunnel-server service install --user" in err
+    assert "a unit is there" in err and "gotunnel-server service install --user" in err
     assert settings()["GATEWAY_HOST"] == HOST
 
 
-def test_a_user_that_cannot_be_made_is_named(monkeypatch, folder, capsys):
+def test_a_user_that_cannot_be_made_is_named(units, monkeypatch, folder, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(init, "SERVICE_USER", "no such user")
     monkeypatch.setattr(init, "SERVICE_ENV", folder / "etc" / ".env")
