@@ -150,6 +150,7 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
     is_partial = PARTIAL in message.features
     wildcard = identity.wildcard if NAMES in message.features else None
     policies = _by_hostname(message, wildcard)
+    unused = set(policies)
     routes: dict[str, Wanted] = {}
     denied: dict[str, str] = {}
     # Agents of a Go gateway register "name:port" beside "name". To us they are the same hostname;
@@ -158,8 +159,9 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
     for name in sorted(message.routes, key=lambda name: (name.endswith(OPEN), len(name))):
         try:
             hostname = _hostname(name, wildcard)
-            policy = policies.pop(hostname, None)
-            if hostname not in routes:
+            unused.discard(hostname)
+            if hostname not in routes:  # nor denied under another spelling: it is protected alike
+                policy = policies.get(hostname)
                 routes[hostname] = _wanted(message, name, hostname, policy, terms)
             elif name.endswith(OPEN):
                 raise NotGranted(f"host already registered: {hostname}, by the same agent")
@@ -167,8 +169,8 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
             if not is_partial:
                 raise
             denied[name] = str(error)
-    if policies:  # such a policy would protect nothing
-        raise NotGranted(f"a policy for {next(iter(policies))}, which is not among the routes")
+    if unused:  # such a policy would protect nothing
+        raise NotGranted(f"a policy for {min(unused)}, which is not among the routes")
     reasons = {hostname: identity.why_not(hostname) for hostname in routes}
     if refused := [hostname for hostname, reason in reasons.items() if reason]:
         if not is_partial:

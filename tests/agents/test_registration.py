@@ -180,6 +180,17 @@ def test_one_bad_hostname_is_refused_alone(name, how, reason):
     assert str(refused.value).startswith(reason) and not refused.value.denied
 
 
+def test_no_other_spelling_is_served_without_the_policy():
+    bad = {"policies": {"b.dev.example.com": "bad"}}
+    found = asked(APP, "b.dev.example.com", "B.dev.example.com:1", **bad)
+    assert list(found.routes) == [APP] and len(found.denied) == 2
+    found = asked(
+        "b.dev.example.com", "B.dev.example.com:1",
+        modes={"b.dev.example.com": "udp"}, policies={"b.dev.example.com": "good"},
+    )  # fmt: skip
+    assert found.routes["b.dev.example.com"].policy == "good"
+
+
 def test_what_is_wrong_with_the_message_refuses_it_whole():
     for how in (
         {"policies": {OTHER: "x"}}, {"policies": {APP: None}}, {"instance": "x" * 65}, {"most": 1},
