@@ -104,7 +104,8 @@ Pairs = tuple[tuple[str, str], ...]  # fields of a message, as (name, value)
 
 # What may stand in {{...}} of a template.
 PLACEHOLDERS = ("title", "message", "status", "reason", "code", "hostname", "request_id", "details")
-_PLACEHOLDER = re.compile(r"\{\{\s*([^{}]{0,60}?)\s*\}\}")
+# Bounded, as blanks without an end would else take minutes to read (quadratic backtracking).
+_PLACEHOLDER = re.compile(r"\{\{([^{}]{0,100})\}\}")
 ANY = "error"  # the name of the template for all errors that have none of their own
 
 
@@ -119,7 +120,7 @@ class Template:
         """Raises TemplateError if it names a placeholder that there is not."""
         self.text = text
         parts = _PLACEHOLDER.split(text)
-        self._names = parts[1::2]
+        self._names = [name.strip() for name in parts[1::2]]
         self._literals = [part.encode() for part in parts[::2]]
         self.size = sum(map(len, self._literals))  # bytes, without what is filled in
         for name in self._names:

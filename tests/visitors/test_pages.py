@@ -6,11 +6,13 @@ import os
 import re
 import signal
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from support import (
     APP,
     GATEWAY_HOST,
+    TIMEOUT,
     agent_here,
     agent_process,
     answer,
@@ -205,6 +207,13 @@ def test_placeholders_are_filled_in_as_text(folder):
         "\u00b7 id malformed-request {a} }}"
     )
     assert page.content_type == "text/html; charset=utf-8"
+
+
+def test_blanks_without_an_end_are_read_at_once():
+    started = monotonic()
+    for text in ("{{" + 60_000 * " ", 30_000 * "{{", 1000 * ("{{" + 58 * "\n")):
+        assert pages.Template(text).fill({}).decode() == text
+    assert monotonic() - started < TIMEOUT
 
 
 def test_template_that_fits_best_is_taken_and_json_stays(folder):
