@@ -151,4 +151,7 @@ def _folder(variable: str, below_home: str, on_windows: str, environ: Mapping[st
     for name in (variable, on_windows) if os.name == "nt" else (variable,):
         if os.path.isabs(named := environ.get(name, "")):
             return Path(named) / FOLDER
-    return Path(os.path.expanduser("~")) / below_home / FOLDER
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # the user has none: never a folder called ~ in the working one
+        home = os.path.abspath(os.sep)
+    return Path(home) / below_home / FOLDER

@@ -39,6 +39,13 @@ def test_files_are_where_xdg_says(environ, config, state):
     assert state_folder(environ) == Path(state).expanduser()
 
 
+@pytest.mark.parametrize("home", ["~", "here", ""])
+def test_user_without_a_home_gets_no_folder_where_it_stands(home, monkeypatch):
+    monkeypatch.setenv("HOME", home)
+    assert config_file({}) == Path("/.config/gotunnel/agent.yaml")
+    assert state_folder({}) == Path("/.local/state/gotunnel")
+
+
 def test_the_file_that_is_read_is_the_nearest_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     environ = {"XDG_CONFIG_HOME": str(tmp_path)}
