@@ -245,13 +245,19 @@ class Root:
 
     def _open(self, top: str, parts: list[str]) -> tuple[int | None, str]:
         """A descriptor of what lies there, and its path; None for a folder that this system does
-        not open. Raises OSError, also if a symlink has come there meanwhile."""
+        not open. Raises OSError, also if a symlink has come there meanwhile, and NotServed.
+
+        What is neither file nor folder is not even opened: that would wake the writer of a FIFO,
+        and break its pipe, rewind a tape or start a watchdog."""
         real = os.path.join(top, *parts)
         if not _BY_PARTS:
             return (None, real) if os.path.isdir(real) else (os.open(real, _FLAGS), real)
         descriptor = os.open(top, _FLAGS)
         for part in parts:
             try:
+                kind = os.stat(part, dir_fd=descriptor, follow_symlinks=False).st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                    raise NotServed
                 inner = os.open(part, _FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
             finally:
                 os.close(descriptor)

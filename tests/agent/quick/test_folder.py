@@ -381,6 +381,26 @@ def test_file_that_cannot_be_opened_is_answered_with_why(server, monkeypatch, nu
     assert status(server, "/text.txt") == code
 
 
+def test_writer_of_a_pipe_does_not_notice_visitors(server, folder):
+    """Opening a FIFO wakes the program that waits for a reader, whose bytes are then lost."""
+    os.mkfifo(folder / "pipe")
+    (folder / "sub" / "index.html").symlink_to("../pipe")
+    opened = threading.Event()
+
+    def write():
+        with contextlib.suppress(OSError), open(folder / "pipe", "wb"):
+            opened.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for path in ("/pipe", "/pipe/", "/pipe/inner", "/sub/"):
+        assert status(server, path) == (200 if path == "/sub/" else 404), path
+    assert not opened.is_set()
+    with open(folder / "pipe", "rb"):
+        writer.join(TIMEOUT)
+    assert opened.is_set()
+
+
 def test_folder_that_is_made_anew_is_served_on(server, folder):
     """As a build does with its result."""
     folder.rename(folder.with_name("old"))
