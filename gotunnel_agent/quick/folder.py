@@ -28,6 +28,7 @@ import email.utils
 import errno
 import html
 import io
+import itertools
 import logging
 import mimetypes
 import os
@@ -37,7 +38,8 @@ import selectors
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from time import gmtime, monotonic, strftime, time
@@ -67,6 +69,10 @@ MOST_DRAINED, DRAIN_TIME = 1024 * 1024, 2
 ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor for a connection
 LAST_WORDS = 1  # seconds that the threads have to end
 MOST_LISTED = 10_000  # entries of a folder on its page
+# The page of a large folder takes 0.1 s of CPU time and a megabyte: a few visitors that reload it
+# could stop all other visits. So it is kept KEPT_FACTOR times as long as making it has taken, up to
+# MOST_KEPT seconds, if that was COSTLY seconds or more. The pages of KEPT_PAGES folders are kept.
+COSTLY, KEPT_FACTOR, MOST_KEPT, KEPT_PAGES = 0.02, 10, 5, 4
 INDEX = "index.html"
 SNIFFED = 1024  # bytes of a file without a known ending that are looked at: are they text?
 
@@ -265,12 +271,49 @@ class Root:
         return descriptor, real
 
 
+class Listings:
+    """The pages of folders that took long to make, for a moment. Any thread."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, ...], _Listing] = OrderedDict()  # the latest one last
+        self._lock = threading.Lock()  # guards _kept
+
+    def get(self, parts: list[str], make: Callable[[], bytes]) -> bytes:
+        """The page of a folder; ``make()`` makes it, and may raise. Of many threads that want the
+        same page at once, one makes it."""
+        key = tuple(parts)
+        with self._lock:
+            listing = self._kept.setdefault(key, _Listing())
+            self._kept.move_to_end(key)
+            if len(self._kept) > KEPT_PAGES:
+                self._kept.popitem(last=False)
+        with listing.lock:
+            began = monotonic()
+            if began >= listing.ends:
+                listing.page = page = make()
+                took = monotonic() - began
+                if took < COSTLY:
+                    listing.page = b""
+                    return page
+                listing.ends = began + took + min(KEPT_FACTOR * took, MOST_KEPT)
+            return listing.page
+
+
+class _Listing:
+    """A page, and until when it is kept. The lock guards both."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while the page is made
+        self.page, self.ends = b"", 0.0
+
+
 class FolderServer:
     """An HTTP server of one folder, on a free port of this machine."""
 
     def __init__(self, folder: str, *, hidden: bool = False):
         """Listens from now on, and answers when start() was called. Raises OSError."""
         self.root = Root(folder, hidden=hidden)
+        self.listings = Listings()
         self.host = f"{secrets.token_hex(16)}.invalid"  # the Host of requests that are answered
         self._listening = socket.create_server((LOOPBACK, 0), backlog=BACKLOG)
         self._listening.setblocking(False)
@@ -412,17 +455,12 @@ class _Request(BaseHTTPRequestHandler):
                 log.warning("%s has become shorter while it was sent", on_one_line(self.path))
 
     def _send_listing(self, root: Root, parts: list[str]) -> None:
-        entries: list[Entry] = []
         try:
-            for entry in root.entries(parts):
-                if len(entries) == MOST_LISTED:
-                    break
-                entries.append(entry)
+            content = self.server.listings.get(parts, lambda: _page(root, parts))
         except PermissionError:
             raise NotServed(HTTPStatus.FORBIDDEN) from None
         except OSError:
             raise NotServed from None
-        content = listing(parts, entries).encode("utf-8", "replace")
         self._begin(HTTPStatus.OK, len(content), {"Content-Type": self.error_content_type})
         if self.command == "GET":
             self.wfile.write(content)
@@ -574,6 +612,12 @@ def _looks_like_text(file: io.FileIO) -> bool:
     except UnicodeDecodeError:
         return False
     return bool(start) and b"\0" not in start
+
+
+def _page(root: Root, parts: list[str]) -> bytes:
+    """Raises OSError, NotServed."""
+    entries = list(itertools.islice(root.entries(parts), MOST_LISTED))
+    return listing(parts, entries).encode("utf-8", "replace")
 
 
 def listing(parts: list[str], entries: list[Entry]) -> str:

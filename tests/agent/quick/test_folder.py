@@ -15,7 +15,11 @@ from support import MIB, TIMEOUT, Wire, wait_until
 
 from gotunnel_agent.quick import folder as folder_module
 from gotunnel_agent.quick.folder import (
+    COSTLY,
+    KEPT_FACTOR,
+    KEPT_PAGES,
     FolderServer,
+    Listings,
     NotServed,
     byte_range,
     listing,
@@ -282,6 +286,36 @@ def test_no_redirect_leads_to_another_host(server, folder):
     for path in ("//evil.example", "//evil.example/..", "/%2Fevil.example", "/\\evil.example"):
         code, fields, _ = ask(server, path)
         assert code == 404 or fields["Location"] == "/evil.example/"
+
+
+def test_page_that_is_costly_is_made_once_for_many(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(folder_module, "monotonic", lambda: now)
+    made = []
+
+    def make(seconds):
+        def make_it():
+            nonlocal now
+            now += seconds
+            made.append(now)
+            return str(now).encode()
+
+        return make_it
+
+    listings = Listings()
+    for parts in (["a"], ["a"]):  # what costs little is always made anew
+        listings.get(parts, make(COSTLY / 2))
+    assert len(made) == 2
+    page = listings.get(["a"], make(0.1))
+    assert listings.get(["a"], make(0.1)) == page and len(made) == 3
+    assert listings.get(["b"], make(0.1)) != page and len(made) == 4
+    now += 0.1 * KEPT_FACTOR
+    assert listings.get(["a"], make(0.1)) != page and len(made) == 5
+    with pytest.raises(ZeroDivisionError):
+        listings.get(["c"], lambda: 1 // 0)
+    for number in range(100):
+        listings.get([str(number)], make(0.1))
+    assert len(listings._kept) == KEPT_PAGES
 
 
 def test_page_of_a_folder_is_bounded(folder, monkeypatch):
