@@ -82,6 +82,7 @@ NO_NAME = {
 }  # fmt: skip
 NO_FOLDER = {"windows": ("/proc", "/run", "/dev", "/etc", "/sys"), "macos": ("/proc", "/run")}
 PLATFORM = {"windows": "win32", "macos": "darwin"}
+BREAK = signal.SIGUSR2  # plays Windows' SIGBREAK
 
 
 def pretend(system):
@@ -96,6 +97,7 @@ def pretend(system):
     if system == "macos":
         selectors.DefaultSelector = selectors.PollSelector  # as like a KqueueSelector as there is
         return
+    signal.SIGBREAK = BREAK
     sys.modules["msvcrt"] = types.ModuleType("msvcrt")  # a key is never pressed
     sys.modules["msvcrt"].kbhit = lambda: False
     selectors.DefaultSelector = selectors.SelectSelector

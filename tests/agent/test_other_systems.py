@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from other_systems import BREAK
 from support import (
     APP,
     ROOT,
@@ -95,7 +96,7 @@ def test_visits_in_both_modes_and_a_visitors_helper(system, cache, tmp_path, ori
                        folder=tmp_path, input="hello")  # fmt: skip
             assert said[:2] == (0, "HELLO"), said
 
-            agent.signal(signal.SIGINT)
+            agent.signal(BREAK if system == "windows" else signal.SIGTERM)
             assert agent.wait() == 0
             agent.wait_for(" stopped$")
             assert "Traceback" not in "\n".join(agent.lines)
