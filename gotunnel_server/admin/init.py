@@ -36,7 +36,7 @@ from ..config import DIRECTORIES, LOCAL, NAMES, Config, load
 from ..net.dns import is_always_here, own_addresses
 from ..variables import DEFAULT_ENV_FILE, ConfigError
 from . import check, grants, invitation, service
-from .check import FAIL, OK, Finding
+from .check import OK, Finding
 
 PROGRAM = "gotunnel-server"
 INIT = f"{PROGRAM} init"
@@ -80,8 +80,7 @@ Hostnames for agents"""
 ASK_EMAIL = "E-mail address that the CA may write to (may be empty)"
 ASK_ACME = f"""\
 Certificates come from Let's Encrypt, whose terms you agree to by using it:
-  {PRODUCTION}  is trusted by all. Wrong DNS records or closed ports use up attempts, of which there
-              are few in an hour
+  {PRODUCTION}  is trusted by all. Closed ports use up attempts, of which there are few in an hour
   {STAGING}     is a test without such limits. Neither visitors nor agents trust it: set
               ACME_ENV={PRODUCTION} later
 {PRODUCTION} or {STAGING}"""
@@ -120,8 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where the CA may write to (ACME_EMAIL)")  # fmt: skip
     parser.add_argument(
         "--acme", choices=(PRODUCTION, STAGING),
-        help=f"Let's Encrypt's CA, or its test, which nobody trusts (default: {PRODUCTION}, if the "
-        "gateway's name leads here)",
+        help=f"Let's Encrypt's CA, or its test, which nobody trusts (default: {PRODUCTION})",
     )  # fmt: skip
     parser.add_argument(
         "--local", action="store_true",
@@ -240,7 +238,7 @@ def _answers(options: argparse.Namespace, asks: bool) -> Answers:
     if options.local:
         settings |= {"ACME_ENV": LOCAL, **LOCAL_SETTINGS}
     else:
-        settings |= _acme(options, asks, host)
+        settings |= _acme(options, asks)
         settings["DASHBOARD_BIND"] = "127.0.0.1"  # else all the world sees the hostnames
     kind = _service(options, asks)
     if kind == SYSTEM:
@@ -252,17 +250,14 @@ def _answers(options: argparse.Namespace, asks: bool) -> Answers:
     return Answers(settings, hosts, kind, env_file)
 
 
-def _acme(options: argparse.Namespace, asks: bool, host: str) -> dict[str, str]:
+def _acme(options: argparse.Namespace, asks: bool) -> dict[str, str]:
     email, acme = options.email, options.acme
     if asks and email is None:
         email = _ask(ASK_EMAIL, "", read_email)
     if acme is None:
-        leads_here = options.no_check or check.look_at_name("", host).level != FAIL
-        acme = PRODUCTION if leads_here else STAGING
-        if asks:
-            if not leads_here:
-                print(f"\n{host} does not resolve yet, so {STAGING} is proposed.")
-            acme = _ask(ASK_ACME, acme, _one_of(PRODUCTION, STAGING))
+        # The gateway orders nothing for a name that does not lead to it, so production does no harm
+        # before the DNS records are there.
+        acme = _ask(ASK_ACME, PRODUCTION, _one_of(PRODUCTION, STAGING)) if asks else PRODUCTION
     return {"ACME_ENV": acme, **({"ACME_EMAIL": email} if email else {})}
 
 
