@@ -197,6 +197,8 @@ class Once(argparse.Action):
 
 def unknown_argument(text: str) -> str:
     """What to say about an argument that there is not: a command, or a file without its -c."""
+    if text in mistakes.OTHER_COMMANDS:
+        return f"unknown command {text!r}; {mistakes.OTHER_COMMANDS[text]}"
     if close := difflib.get_close_matches(text, COMMANDS, n=1):
         return f"unknown command {text!r}; did you mean {close[0]}?"
     if text.isalpha():

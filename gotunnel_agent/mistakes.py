@@ -92,6 +92,46 @@ _OPTIONS = {
     **dict.fromkeys(("daemon", "d", "background"), "gotunnel-agent service install does that"),
 }
 
+_SHARE = "gotunnel http PORT shares a web server, gotunnel files FOLDER a folder"
+_JOIN = "gotunnel join STRING stores a credential; gotunnel-server agents add prints STRING"
+_ALL = "gotunnel -c FILE serves all tunnels of a configuration, gotunnel http PORT one port"
+# Commands of other tunnel programs, and words that users try.
+OTHER_COMMANDS = {
+    **dict.fromkeys(("authtoken", "auth", "config", "login", "credential", "signup"), _JOIN),
+    **dict.fromkeys(("start", "up", "run", "connect", "tunnel", "client"), _ALL),
+    **dict.fromkeys(("share", "expose", "serve", "open", "web", "localhost"), _SHARE),
+    **dict.fromkeys(
+        ("https", "tls"), "gotunnel http https://HOST:PORT shares a web server that speaks TLS"
+    ),
+    "ssh": "gotunnel tcp 22 shares an SSH server",
+    "udp": "udp is not tunnelled",
+    "help": "gotunnel --help shows all commands",
+    "version": "gotunnel --version shows it",
+    **dict.fromkeys(("stop", "down", "kill"), "Ctrl-C or SIGTERM ends a command that runs"),
+    **dict.fromkeys(("list", "ls", "ps"), "gotunnel status shows the agent that runs"),
+    **dict.fromkeys(
+        ("init", "agents", "gateway", "server", "check", "certificates"),
+        "gotunnel-server on the gateway's machine has such commands",
+    ),
+}
+# Options of theirs, of a command such as `gotunnel http`.
+OTHER_OPTIONS = {
+    **dict.fromkeys(
+        ("subdomain", "domain", "hostname", "url", "name", "label"), "--host NAME chooses it"
+    ),
+    **dict.fromkeys(("authtoken", "token"), _JOIN),
+    **dict.fromkeys(("cidr-allow", "ip", "allow-ip"), "--allow ADDRESS does that"),
+    **dict.fromkeys(("log", "log-level", "debug", "v"), "--verbose does that"),
+    **dict.fromkeys(("remote-addr", "remote-port"), "--port of gotunnel tcp does that"),
+    **dict.fromkeys(
+        ("insecure", "no-tls-verify", "skip-verify"), "--target-skip-tls-verify does that"
+    ),
+    **dict.fromkeys(("p", "local-port"), "the port stands alone, as in gotunnel http 8080"),
+    **dict.fromkeys(("daemon", "d", "background"), "gotunnel-agent service install does that"),
+}
+# A target without a command: a port, or a host with one.
+_TARGET = re.compile(r"(https?://)?([A-Za-z0-9.-]*:)?[0-9]{1,5}/?", re.ASCII)
+
 
 # --- The command line ----------------------------------------------------------------------------
 
@@ -103,6 +143,10 @@ def of_argument(text: str, keys: tuple[str, ...], tunnel_keys: tuple[str, ...]) 
         return "this is a join string: give it to gotunnel-agent join"
     if TOKEN.fullmatch(text):
         return "this is a token: the key token of a configuration takes it"
+    if _TARGET.fullmatch(text):
+        return f"did you mean gotunnel http {text}?"
+    if os.path.isdir(text):
+        return f"did you mean gotunnel files {text}?"
     if not text.startswith("-"):
         return ""
     name = text.lstrip("-").partition("=")[0].replace("-", "_")
@@ -233,6 +277,14 @@ def hidden(text: str) -> str:
 def of_quotes(text: str) -> str:
     """Whether the quotation marks of a text are typographic ones, which are part of it."""
     return "; its quotation marks are typographic, use \" or '" if text[:1] in QUOTES else ""
+
+
+def of_host(text: str) -> str:
+    """What is wrong with a public hostname."""
+    if "_" in text:
+        return "; an underscore is not valid in a hostname: write a hyphen"
+    host = _host_of(text)[0]
+    return f"; write {host}" if host else ""
 
 
 def of_tunnel_addr(text: str) -> str:

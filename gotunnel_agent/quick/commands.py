@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from gotunnel import ANY_PORT, NoThread
 
-from .. import home
+from .. import home, mistakes
 from ..called import program
 from ..common import small_file
 from ..common.exposed import exposures
@@ -51,7 +51,7 @@ log = logging.getLogger("gotunnel")
 
 T = TypeVar("T")
 COMMANDS = HTTP, TCP, FILES = "http", "tcp", "files"
-EXAMPLE_PORT = 8080
+EXAMPLE_PORTS = {HTTP: 8080, TCP: 22}
 MOST_SHOWN = 60  # characters of an unknown option that are shown
 MOST_LINE = 8192  # bytes of standard input that are read for a password
 
@@ -330,7 +330,8 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
         all_of_them = f"`{program()} -c FILE` serves all tunnels of a configuration"
         parser.error(f"{1 + len(unknown)} targets came, expected one; {all_of_them}")
     if options.target is None:
-        parser.error(f"TARGET is missing, expected one such as in `{parser.prog} {EXAMPLE_PORT}`")
+        port = EXAMPLE_PORTS[parser.prog.split()[-1]]
+        parser.error(f"TARGET is missing, expected one such as in `{parser.prog} {port}`")
     return options
 
 
@@ -341,6 +342,8 @@ def about_unknown(option: str, parser: argparse.ArgumentParser) -> str:
     for command in COMMANDS:
         if option in options_of(make_parser(command)):
             return f"{option} is an option of `{program()} {command}`, not of `{parser.prog}`"
+    if advice := mistakes.OTHER_OPTIONS.get(option.lstrip("-")):
+        return f"unknown option {option!r}; {advice}"
     close = difflib.get_close_matches(option, options_of(parser), n=1)
     meant = f"did you mean {close[0]}?" if close else "--help shows all"
     return f"unknown option {option!r}; {meant}"
@@ -403,6 +406,7 @@ def a_host(text: str) -> str:
     if not (valid_hostname(name) or valid_wildcard(name) or valid_open_name(name)):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no hostname such as app.example.com, and no name such as app"
+            f"{mistakes.of_host(text)}"
         )
     return name
 
