@@ -265,7 +265,7 @@ def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
         missing = (
             ""
             if os.path.lexists(path)
-            else (": name it with -c, or see gotunnel-agent join and --print-example")
+            else (": name it with -c, or see gotunnel join and --print-example")
         )
         raise ConfigError(f"{os.fspath(path)}: {error}{missing}") from None
 

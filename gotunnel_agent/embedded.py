@@ -238,7 +238,7 @@ def forward(
     servers that accept no other than "localhost".
     ``join``: the join string of an account, as `gotunnel-server agents add` prints it.
     ``config``: an agent's configuration, of which only the gateway and the credential are used.
-    With neither: $GOTUNNEL_JOIN, or the account that `gotunnel-agent join` has made.
+    With neither: $GOTUNNEL_JOIN, or the account that `gotunnel join` has made.
     ``on_visit``: called with a Seen (follow.py) after each request, in tcp mode after each
     connection, by a thread of the agent. It must not wait.
     ``timeout``: seconds that the gateway has to grant the hostname.

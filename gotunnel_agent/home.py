@@ -30,7 +30,10 @@ WORKING = "config.yaml"  # the configuration in the working folder
 CONFIG = "GOTUNNEL_CONFIG"
 JOIN = "GOTUNNEL_JOIN"
 
-NEXT = "gotunnel-agent join STRING makes one; gotunnel-server agents add prints STRING"
+NEXT = (
+    "run gotunnel join STRING once; gotunnel-server agents add prints STRING, on the gateway's "
+    "machine"
+)
 
 
 class CannotAsk(ConfigError):
@@ -78,7 +81,7 @@ def account(
         return _joined(joined, JOIN, environ)
     file = config_file(environ) if path is None else Path(path)
     if path is None and not os.path.lexists(file):
-        raise ConfigError(f"no gateway is known here: there is no {file}; {NEXT}")
+        raise ConfigError(f"this machine has joined no gateway (there is no {file}): {NEXT}")
     return replace(load(file, needs_tunnels=False), tunnels=())
 
 

@@ -52,7 +52,7 @@ from .config import MAX_FILE, Config, ConfigError, of_document, read_document
 from .connect import addresses_of, connect
 from .home import JOIN, config_file, document_of, join_string_of_environment
 from .pin import CannotPin, fetch_ca
-from .trouble import OWN_CA, of_dial, of_refusal
+from .trouble import NO_PROGRAM, OWN_CA, of_dial, of_refusal
 from .trust import begin_tls, client_context
 
 COMMAND = "join"
@@ -89,9 +89,29 @@ ACCOUNT_KEYS = (
     "jwt_issuer",
 )
 HEAD = """\
-# Written by gotunnel-agent join. The lines of gotunnel-agent --print-example explain each key;
+# Written by gotunnel join. The lines of gotunnel-agent --print-example explain each key;
 # tunnels may be added here.
 """
+# Advice for the keys of a configuration, and the same for a join string.
+_WORDS = (
+    (
+        OWN_CA,
+        "if it has a CA of its own, the join string ends in ?ca=sha256:..., or --ca-file FILE "
+        "names that",
+    ),
+    (
+        NO_PROGRAM,
+        f"{NO_PROGRAM}; does the gateway run, and is that its TUNNEL_PORT (9443)?",
+    ),
+    (
+        "compare jwt_secret and jwt_issuer with the gateway's",
+        "copy the whole join string again, or have the gateway print a new one (gotunnel-server "
+        "agents rotate)",
+    ),
+    ("tunnel_addr", "the join string"),
+    ("jwt_secret", "the secret"),
+)
+PLACEHOLDER = "SECRET"  # where the documentation shows a join string
 
 
 class CannotJoin(Exception):
@@ -133,7 +153,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     options, unknown = parser.parse_known_args(arguments)
     if unknown:  # not shown, as parse_args() would do it: it may be a part of the secret
-        parser.error("more arguments came than STRING: put STRING in double quotes")
+        parser.error("more arguments came than STRING: put STRING alone in double quotes")
     return options
 
 
@@ -251,20 +271,26 @@ def _try(joined: JoinString, ca: str | None) -> None:
             time.sleep(NEWS)
             answer = _register(joined, ca)
     except OSError as error:
-        why = _in_our_words(of_dial(error, config if ca is None else None))
+        why = of_dial(error, config if ca is None else None)
     except (ProtocolError, NoThread) as error:
         why = f"it does not speak gotunnel's protocol: {error}"
     else:
         if answer.ok or answer.error.startswith(NO_ROUTES):
             return
+        if joined.secret == PLACEHOLDER:
+            raise CannotJoin(
+                f"{PLACEHOLDER} stands for the secret: type the line that gotunnel-server agents "
+                "add has printed"
+            )
         why = f"the gateway refused: {on_one_line(answer.error)}{of_refusal(answer.error, config)}"
-    raise CannotJoin(f"{joined.address}: {why}. Nothing is written")
+    raise CannotJoin(f"{joined.address}: {_in_our_words(why)}. Nothing is written")
 
 
 def _in_our_words(text: str) -> str:
     """Advice for a configuration's keys, as advice for a join string."""
-    own_ca = "if it has a CA of its own, --ca-file FILE has to name that"
-    return text.replace(OWN_CA, own_ca).replace("tunnel_addr", "the join string")
+    for words, ours in _WORDS:
+        text = text.replace(words, ours)
+    return text
 
 
 def _register(joined: JoinString, ca: str | None) -> Ack:

@@ -140,7 +140,7 @@ def of_argument(text: str, keys: tuple[str, ...], tunnel_keys: tuple[str, ...]) 
     """What was meant by an argument that the agent does not have. ``keys`` are those of a
     configuration."""
     if text.startswith(JOIN_STRING):
-        return "this is a join string: give it to gotunnel-agent join"
+        return "this is a join string: give it to gotunnel join"
     if TOKEN.fullmatch(text):
         return "this is a token: the key token of a configuration takes it"
     if _TARGET.fullmatch(text):
@@ -191,7 +191,7 @@ def other_file(text: str) -> str:
     if TOKEN.fullmatch(text.strip()):
         return "this is a token: name its file under token_file in a configuration"
     if text.lstrip().startswith(JOIN_STRING):
-        return "this is a join string: give it to gotunnel-agent join"
+        return "this is a join string: give it to gotunnel join"
     if "-----BEGIN " in text:
         return "this is a certificate or a key (PEM): ca_file in a configuration names a CA's"
     if re.match(r"\s*- +[\"']?hostname\b", text):
@@ -290,7 +290,7 @@ def of_host(text: str) -> str:
 def of_tunnel_addr(text: str) -> str:
     """What to write as tunnel_addr instead of ``text``."""
     if text.startswith(JOIN_STRING):
-        return "; this is a join string: give it to gotunnel-agent join"
+        return "; this is a join string: give it to gotunnel join"
     if any(character.isspace() for character in text):
         return "; leave out the blank"
     if re.search(r"[<>{}$]", text):

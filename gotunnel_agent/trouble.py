@@ -29,9 +29,14 @@ from .trust import (
 )
 
 UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
+NO_PROGRAM = "connection refused: no program listens there"
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 PROTOCOL_ERROR = "protocol error"  # how a session says that it ends by one
 OWN_CA = "if it has a CA of its own, ca_file has to name that"
+OTHER_CA = (
+    "ca_file names another CA: if the gateway has a new one, join it again, with what "
+    "gotunnel-server agents rotate prints"
+)
 STAGING = (
     "it is from Let's Encrypt's staging environment, which is for trials; the gateway needs "
     "ACME_ENV=production"
@@ -44,7 +49,7 @@ def of_dial(error: OSError, config: Config | None, *, served: bool = False) -> s
     With a ``config`` the gateway may be dialled again, to say more about its certificate."""
     text = error.strerror or str(error)
     if isinstance(error, ConnectionRefusedError):
-        return "connection refused: no program listens there"
+        return NO_PROGRAM
     if isinstance(error, ssl.SSLCertVerificationError):
         return of_certificate(error, config)
     if isinstance(error, socket.gaierror):
@@ -96,7 +101,7 @@ def _advice(code: int, config: Config | None) -> str:
         return "it is from a CA that this system trusts, so remove ca_file"
     if place and is_of_staging(*place):
         return STAGING
-    return OWN_CA if ca_file is None else f"{OWN_CA}, and names another one now"
+    return OWN_CA if ca_file is None else OTHER_CA
 
 
 def lasts(error: OSError) -> bool:

@@ -243,7 +243,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = subcommands.add_parser(
         "add", help="make a secret for a new agent; prints the command by which it joins",
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
-        "for the agent's configuration, with the command gotunnel-agent join that writes them.",
+        "for the agent's configuration, with the command gotunnel join that writes them.",
     )  # fmt: skip
     add.add_argument("name", metavar="NAME", type=_as(grants.read_name),
                      help="the agent's name: the jwt_issuer in its configuration")  # fmt: skip
@@ -312,7 +312,7 @@ def _add_scope(parser: argparse.ArgumentParser) -> None:
 def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--join", action="store_true",
-        help="print only the join string, as gotunnel-agent join reads it",
+        help="print only the join string, as gotunnel join reads it",
     )  # fmt: skip
 
 

@@ -24,10 +24,14 @@ from .quantities import whole_number
 SCHEME = "gotunnel://"
 TOKEN = "token"  # in the place of NAME: a token follows, and no secret
 CA = "ca=sha256:"
-EXPECTED = f"{SCHEME}NAME:SECRET@HOST:PORT, as gotunnel-server agents add prints it"
+EXPECTED = (
+    f"{SCHEME}NAME:SECRET@HOST:PORT, as gotunnel-server agents add prints it on the gateway's "
+    "machine"
+)
 # Characters. A registration has 64 KiB, in which a token is the only long part.
 MOST = 64 * 1024
 
+_COMMAND = re.compile(r"(?:[#$%>] *)?gotunnel(?:-agent)? join +", re.ASCII)
 _PIECE = re.compile(r"(?:[A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})*", re.ASCII)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:]*):([0-9]{1,5})", re.ASCII)
 
@@ -66,9 +70,9 @@ class JoinString:
 
 
 def parse(text: str) -> JoinString:
-    """Read a join string. Blanks or quotes around it are not a part of it. Raises
-    JoinStringError."""
-    text = text.strip()
+    """Read a join string. Blanks or quotes around it are not a part of it, nor is the
+    command before it, if the whole line was copied. Raises JoinStringError."""
+    text = _COMMAND.sub("", text.strip())
     if text[:1] in ("'", '"') and text[-1:] == text[:1]:
         text = text[1:-1]  # the Windows command prompt leaves single quotes where they are
     if not text:
@@ -139,6 +143,8 @@ def _address(text: str) -> tuple[str, int]:
 def _fingerprint(query: str) -> str:
     if not query:
         return ""
+    if CA.startswith(query):
+        raise JoinStringError("the join string is cut: copy the whole line, and put it in quotes")
     if not query.startswith(CA):
         raise JoinStringError(
             f"what follows the ? in the join string is not {CA}HEX: the gateway may be newer than "

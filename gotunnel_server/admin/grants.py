@@ -47,6 +47,7 @@ LEAST_TTL, MOST_TTL = 60, 5 * 365 * DAY
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": DAY, "y": 365 * DAY}
 TTL_EXPECTED = "a time such as 90s, 45m, 12h, 30d or 1y, from 60s to 5y"
 
+SIMPLER = "# Simpler: type this on the agent's machine, in place of these lines:"
 CA_LINE = 'ca_file: "ca.crt"   # a copy of the gateway\'s {}/ca.crt'
 
 # Names that need no quotes in YAML, in a shell or in a log line.
@@ -153,7 +154,8 @@ def run_agents_add(
         keys["expires"] = expires
     block = f"{name}:\n" + "".join(f'  {key}: "{text}"\n' for key, text in keys.items())
     if not agents_file.add(path, name, block):
-        raise GrantError(f"{name} is in AGENTS_FILE {path} already: remove it, or name another")
+        raise GrantError(f"{name} is in AGENTS_FILE {path} already: name another, or let "
+                         f"gotunnel-server agents rotate {name} print it a new secret")  # fmt: skip
     _say(f"{name} was added to {path}; a running gateway knows it within 5 s")
     _warn_of_closed_ports(config, ports)
     lines = [
@@ -188,10 +190,9 @@ def _print_credential(
     if join:
         print(text, file=out)
     elif out.isatty():
-        print(*lines, "", "# Or type this on the agent's machine:", command, sep="\n", file=out)
+        print(*lines, "", SIMPLER, command, sep="\n", file=out)
     else:
-        print("# Instead of these lines, on the agent's machine:", f"# {command}", *lines,
-              sep="\n", file=out)  # fmt: skip
+        print(SIMPLER, f"# {command}", *lines, sep="\n", file=out)
     for remark in invitation.remarks(config):
         _say(remark)
 

@@ -28,7 +28,7 @@ from ..net import safe_read
 from ..net.safe_read import MALFORMED
 from .certificates import read_pairs
 
-COMMAND = "gotunnel-agent join"
+COMMAND = "gotunnel join"
 
 
 class NoInvitation(Exception):

@@ -656,7 +656,7 @@ class Newcomer:
 
     def _count_refusal(self, text: str) -> None:
         self._why = None
-        if text == NO_ROUTES:  # `gotunnel-agent join` tries its credential so
+        if text == NO_ROUTES:  # `gotunnel join` tries its credential so
             line = "%s has tried its credential: it is good (%s)"
             self._newcomers.refusals.log(str(self), text, line, logging.INFO)
             return

@@ -252,7 +252,7 @@ def test_first_agent_makes_the_file_and_each_gets_a_secret_of_its_own(capsys):
 
 def invitation(out):
     """The join string in an output, which is a comment there."""
-    (line,) = (line for line in out.splitlines() if "gotunnel-agent join " in line)
+    (line,) = (line for line in out.splitlines() if "gotunnel join " in line)
     assert line.startswith("# ")
     return join_string.parse(line.partition("join ")[2])
 
@@ -274,7 +274,7 @@ def test_on_a_terminal_the_line_can_be_copied(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1].startswith('gotunnel-agent join "gotunnel://two:')
+    assert out.splitlines()[-1].startswith('gotunnel join "gotunnel://two:')
     assert "gotunnel://" not in err
 
 
@@ -283,7 +283,7 @@ def test_a_public_ca_needs_no_fingerprint_and_no_quotes(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("gotunnel-agent join gotunnel://two:") and "?" not in last
+    assert last.startswith("gotunnel join gotunnel://two:") and "?" not in last
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_a_date_in_the_past_is_no_end_of_an_old_secret(capsys):
 
 def test_agent_that_is_there_is_not_added_again(capsys):
     said = refusal(capsys, 1, "agents", "add", "one", "--hosts", "a.example.com")
-    assert said.endswith("/agents.yaml already: remove it, or name another")
+    assert "/agents.yaml already: name another, or let gotunnel-server agents rotate " in said
     assert Path("agents.yaml").read_text() == ENTRIES
 
 

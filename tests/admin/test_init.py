@@ -92,7 +92,7 @@ def test_one_command_writes_what_a_gateway_needs(folder, capsys):
 def test_a_first_agent_can_join_at_once(capsys):
     assert main(["init", "--local", "--yes", "--agent", "office"]) == 0
     out, err = capsys.readouterr()
-    (line,) = (line for line in out.splitlines() if "gotunnel-agent join" in line)
+    (line,) = (line for line in out.splitlines() if "gotunnel join" in line)
     joined = join_string.parse(line.partition("join ")[2])
     entry = read(Path("agents.yaml")).entries["office"]
     assert (joined.name, joined.secret) == ("office", entry.secret)

@@ -92,7 +92,7 @@ def test_a_file_that_is_named_wins_over_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({}, "agent.yaml; gotunnel-agent join STRING makes one"),
+        ({}, "agent.yaml): run gotunnel join STRING once; gotunnel-server"),
         ({"GOTUNNEL_JOIN": "hunter2"}, "GOTUNNEL_JOIN: the join string does not begin"),
     ],
 )

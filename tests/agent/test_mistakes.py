@@ -319,7 +319,7 @@ def test_password_as_an_argument_is_not_shown(capsys):
         (f"gotunnel://office:{SECRET}@t.example:1", "'gotunnel://...@t.example:1' has a scheme"),
         (
             f"gotunnel://office:{SECRET}@t.example:1",
-            "; this is a join string: give it to gotunnel-",
+            "; this is a join string: give it to gotunnel ",
         ),
     ],
 )

@@ -186,7 +186,7 @@ def test_agent_names_a_file_that_is_missing(tmp_path, arguments):
     status, lines = run("gotunnel_agent", tmp_path, *arguments)
     assert (status, len(lines)) == (WRONG_CONFIGURATION, 1), lines
     assert "No such file" in lines[0] and (arguments or ("", "config.yaml"))[1] in lines[0]
-    assert lines[0].endswith(": name it with -c, or see gotunnel-agent join and --print-example")
+    assert lines[0].endswith(": name it with -c, or see gotunnel join and --print-example")
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])

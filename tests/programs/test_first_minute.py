@@ -14,7 +14,7 @@ SERVER, AGENT = (
     [sys.executable, str(ROOT / name)] for name in ("gotunnel_server", "gotunnel_agent")
 )
 NAME = "gateway.localhost"  # names below it are this machine's as well
-GOTUNNEL = re.compile(r'gotunnel-agent join "?(gotunnel://[^"\s]+)')
+GOTUNNEL = re.compile(r'gotunnel join "?(gotunnel://[^"\s]+)')
 
 
 def typed(command, folder, **environment):
