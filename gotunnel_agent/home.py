@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .common import atomic_file, join_string
+from .common import atomic_file, join_string, small_file
 from .common.join_string import JoinString, JoinStringError
-from .config import Config, ConfigError, load, of_document
+from .config import MAX_FILE, Config, ConfigError, load, of_document
 from .pin import CannotPin, fetch_ca, is_pinned
 
 FOLDER = "gotunnel"
@@ -115,7 +115,7 @@ def _pinned(joined: JoinString, where: str, environ: Mapping[str, str]) -> str |
         return None
     file = state_folder(environ) / f"ca-{joined.fingerprint}.crt"
     with contextlib.suppress(OSError):
-        if is_pinned(file.read_bytes(), joined.fingerprint):
+        if is_pinned(small_file.read(file, MAX_FILE), joined.fingerprint):
             return str(file)
     try:
         pem = fetch_ca(joined.host, joined.port, joined.fingerprint)

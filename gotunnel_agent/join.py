@@ -385,7 +385,7 @@ def _keep_ca(folder: Path, pem: str) -> str:
         if not file.exists():
             atomic_file.write(file, content, new=_new(file), mode=0o644)
             return str(file)
-        if file.read_bytes() == content:
+        if small_file.read(file, len(content)) == content:
             return str(file)
     raise CannotJoin(f"{file}: another certificate is there: remove it")
 
@@ -394,7 +394,7 @@ def _replace(file: Path, text: str) -> bool:
     """Write the file, and keep the one before. Returns whether there is anything new in it."""
     content = text.encode()
     if os.path.lexists(file):
-        before = file.read_bytes()
+        before = small_file.read_whole(file, MAX_FILE)
         if before == content:
             return False
         old = file.with_name(file.name + BEFORE)

@@ -33,6 +33,14 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
         os.close(descriptor)
 
 
+def read_whole(path: str | os.PathLike[str], most: int) -> bytes:
+    """As read(), and raises OSError if the content is longer than ``most`` bytes."""
+    content = read(path, most)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", os.fspath(path))
+    return content
+
+
 def is_pipe(path: str | os.PathLike[str]) -> bool:
     """Whether it is a FIFO, or a shell's pipe such as /dev/stdin: it gives its content once."""
     try:

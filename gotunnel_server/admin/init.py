@@ -27,14 +27,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from gotunnel_agent.common import atomic_file
+from gotunnel_agent.common import atomic_file, small_file
 from gotunnel_agent.common.hostnames import WILDCARD, normal_hostname, valid_hostname
 from gotunnel_agent.common.service import RUNS, Options, Plan, ServiceError, run_service
 
 from ..agents import scope
 from ..config import DIRECTORIES, LOCAL, NAMES, Config, load
 from ..net.dns import is_always_here, own_addresses
-from ..variables import DEFAULT_ENV_FILE, ConfigError
+from ..variables import DEFAULT_ENV_FILE, MAX_FILE, ConfigError
 from . import check, grants, invitation, service
 from .check import OK, Finding
 
@@ -329,7 +329,9 @@ def _write(answers: Answers, may_replace: bool) -> None:
             owned = _owned_by_service
             _make_user()
             env_file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        before = env_file.read_bytes() if os.path.lexists(env_file) else None
+        before = None
+        if os.path.lexists(env_file):
+            before = small_file.read_whole(env_file, MAX_FILE)
         if not agents.exists():
             _put(agents, NO_AGENTS.encode(), owned)
         if before is not None:

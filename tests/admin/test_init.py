@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from support import ROOT, TIMEOUT, wait_until
 
-from gotunnel_agent.common import join_string
+from gotunnel_agent.common import join_string, small_file
 from gotunnel_server.admin import check, init
 from gotunnel_server.admin.check import FAIL, OK, WARN, Finding
 from gotunnel_server.agents.agents_file import read
 from gotunnel_server.cli import main
 from gotunnel_server.config import load
+from gotunnel_server.variables import MAX_FILE
 
 HOST = "gateway.example.com"
 YES = ["init", "--host", HOST, "--yes"]
@@ -179,6 +180,24 @@ def test_an_env_file_that_is_there_is_replaced_by_force_only(folder, capsys):
     assert Path(".env.before").read_text() == "JWT_SECRET=hunter2\n"
     assert mode(".env.before") == 0o600
     assert sorted(path.name for path in folder.iterdir()) == [".env", ".env.before", "agents.yaml"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "long", "folder"])
+def test_what_is_no_env_file_is_named_and_stays(folder, capsys, monkeypatch, kind):
+    monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0)
+    env_file = folder / ".env"
+    if kind == "pipe":
+        os.mkfifo(env_file)
+    elif kind == "endless":
+        env_file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        env_file.mkdir()
+    else:
+        env_file.write_bytes(b"#" * (MAX_FILE + 1))
+    assert main([*YES, "--force"]) == 1
+    err = capsys.readouterr().err
+    assert str(env_file) in err and "the settings are as they were" in err
+    assert [path.name for path in folder.iterdir()] == [".env"]
 
 
 # --- Questions -----------------------------------------------------------------------------------

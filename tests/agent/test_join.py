@@ -25,6 +25,7 @@ from support import (
 
 from gotunnel_agent import join
 from gotunnel_agent.agent import make_token
+from gotunnel_agent.common import small_file
 from gotunnel_agent.common.join_string import JoinString
 from gotunnel_agent.config import load
 from gotunnel_agent.home import account, state_folder
@@ -251,6 +252,16 @@ def test_another_account_is_replaced_by_force_only(home, capsys, text):
     assert account().jwt_secret == NEW
     assert (home / "agent.yaml.before").read_text() == text
     assert files(home) == ["agent.yaml", "agent.yaml.before"]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_named(home, capsys, monkeypatch):
+    monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0)
+    home.mkdir(parents=True)
+    os.mkfifo(home / "agent.yaml")
+    string = f"gotunnel://a:{NEW}@localhost:1"
+    said = joined(capsys, string, "--offline", "--force", status=1)
+    assert str(home / "agent.yaml") in said and "nothing is written" in said
+    assert files(home) == ["agent.yaml"]
 
 
 def test_another_ca_of_the_same_name_stays(gateway, home, capsys):
