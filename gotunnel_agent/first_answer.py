@@ -106,7 +106,7 @@ def _with_tls(tunnel: Tunnel) -> str:
         return "speaks TLS, which a target that is a unix socket cannot have; name its port"
     url = tunnel.target._replace(tls=True)
     more = f", and protocol: {H2}" if tunnel.protocol else ""
-    return f"speaks TLS; write {url} in target{more}"
+    return f"speaks TLS; write {url} as target{more}"
 
 
 def speaks_tls(target: Target) -> bool:

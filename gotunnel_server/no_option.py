@@ -44,6 +44,9 @@ MEANT = {
 # Of these no example is made of what was typed: a secret, or a value of another kind.
 NO_EXAMPLE = frozenset({"JWT_SECRET", "CERT_DIR", "ACME_ENV", "LOG_LEVEL"})
 RUN = frozenset({"run", "serve", "server", "start", "up"})  # what other programs call it
+# Commands that are below `agents`, or are those of the agent.
+OF_AGENTS = frozenset({"add", "rotate", "remove", "list"})
+OF_THE_AGENT = frozenset({"join", "http", "tcp", "files", "forward", "tunnel"})
 PLAIN = re.compile(r"[A-Za-z0-9.,:_*@-]{1,60}")  # a value that needs no quotes in a shell
 
 
@@ -77,6 +80,12 @@ def command_advice(message: str) -> str | None:
     if typed.lower() in RUN and typed not in choices:
         alone = "gotunnel-server alone, without a command, runs the gateway"
         return f"there is no command {typed}: {alone}"
+    if typed in OF_AGENTS and typed not in choices:
+        return f"there is no command {typed}: did you mean agents {typed}?"
+    if typed in OF_THE_AGENT:
+        return f"there is no command {typed}: that is one of gotunnel, on the agent's machine"
+    if typed == "help":
+        return "there is no command help: --help shows all"
     near = get_close_matches(typed, choices, n=1)
     return f"there is no command {typed!r}, did you mean {near[0]}?" if near else None
 

@@ -71,18 +71,19 @@ NO_AGENTS = """\
 """
 
 ASK_HOST = """\
-The gateway needs a hostname of its own. Its DNS record must lead to this machine.
+The gateway needs a hostname of its own, whose DNS record leads to this machine.
 Name of the gateway, such as gateway.example.com"""
 ASK_HOSTS = """\
-The hostnames that agents serve lead to this machine, too. A wildcard stands for all hostnames
-below a name, and needs one DNS record.
+The hostnames that agents serve lead to this machine, too. A wildcard stands for
+all hostnames below a name, and needs one DNS record.
 Hostnames for agents"""
 ASK_EMAIL = "E-mail address that the CA may write to (may be empty)"
 ASK_ACME = f"""\
 Certificates come from Let's Encrypt, whose terms you agree to by using it:
-  {PRODUCTION}  is trusted by all. Closed ports use up attempts, of which there are few in an hour
-  {STAGING}     is a test without such limits. Neither visitors nor agents trust it: set
-              ACME_ENV={PRODUCTION} later
+  {PRODUCTION}  is trusted by all. Closed ports use up attempts, of which there are
+              few in an hour
+  {STAGING}     is a test without such limits. Neither visitors nor agents trust
+              it: set ACME_ENV={PRODUCTION} later
 {PRODUCTION} or {STAGING}"""
 ASK_SERVICE = "Run it as a service of systemd ({}), yes or no"
 
@@ -314,7 +315,8 @@ def _write(answers: Answers, may_replace: bool) -> None:
     """Write the env file, and AGENTS_FILE if it is missing. Raises InitError, ConfigError."""
     env_file = answers.env_file
     if os.path.lexists(env_file) and not may_replace:
-        raise InitError(f"{env_file} is there already: --force replaces it, and keeps it as "
+        raise InitError(f"{env_file} is there already, and {PROGRAM} alone runs the gateway: "
+                        "--force replaces the file, and keeps it as "
                         f"{env_file.name}{BEFORE}; --env-file FILE writes another")  # fmt: skip
     lines = (f"{name}={_quoted(value)}\n" for name, value in answers.settings.items())
     content = (HEAD + "".join(lines)).encode()

@@ -173,7 +173,7 @@ def test_an_env_file_that_is_there_is_replaced_by_force_only(folder, capsys):
     Path(".env").write_text("JWT_SECRET=hunter2\n")
     Path("agents.yaml").write_text("{}\n")
     assert main(YES) == 1
-    assert "--force replaces it" in capsys.readouterr().err
+    assert "--force replaces the file" in capsys.readouterr().err
     assert Path(".env").read_text() == "JWT_SECRET=hunter2\n"
     assert main([*YES, "--force"]) == 0
     assert settings()["GATEWAY_HOST"] == HOST and Path("agents.yaml").read_text() == "{}\n"

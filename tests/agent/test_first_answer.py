@@ -42,11 +42,11 @@ TLS = Target("a", 1, tls=True)
 @pytest.mark.parametrize(
     ("first", "of", "problem"),
     [
-        (ALERT, tunnel(), "speaks TLS; write https://a:1 in target"),
+        (ALERT, tunnel(), "speaks TLS; write https://a:1 as target"),
         (
             ALERT,
             tunnel(protocol="h2c"),
-            "speaks TLS; write https://a:1 in target, and protocol: h2",
+            "speaks TLS; write https://a:1 as target, and protocol: h2",
         ),
         (
             ALERT,
@@ -54,10 +54,10 @@ TLS = Target("a", 1, tls=True)
             "speaks TLS, which a target that is a unix socket cannot",
         ),
         (ALERT, tunnel(TLS), ""),
-        (answer(NGINX, status=BAD), tunnel(), "speaks TLS; write https://a:1 in target"),
-        (answer(GO, status=BAD), tunnel(), "speaks TLS; write https://a:1 in target"),
-        (answer(APACHE, status=BAD), tunnel(), "speaks TLS; write https://a:1 in target"),
-        (answer(TOMCAT, status=BAD), tunnel(), "speaks TLS; write https://a:1 in target"),
+        (answer(NGINX, status=BAD), tunnel(), "speaks TLS; write https://a:1 as target"),
+        (answer(GO, status=BAD), tunnel(), "speaks TLS; write https://a:1 as target"),
+        (answer(APACHE, status=BAD), tunnel(), "speaks TLS; write https://a:1 as target"),
+        (answer(TOMCAT, status=BAD), tunnel(), "speaks TLS; write https://a:1 as target"),
         (answer(b"no such page", status=BAD), tunnel(), ""),
         (answer(NGINX, status=BAD), tunnel(TLS), ""),
         (SETTINGS, tunnel(), "speaks HTTP/2; add protocol: h2c to the tunnel"),
@@ -107,8 +107,8 @@ def ended_in_tls(wire, authority):
 @pytest.mark.parametrize(
     ("first", "keys", "problem"),
     [
-        (ALERT, {}, "speaks TLS; write https://localhost:{port} in target"),
-        (answer(GO, status=BAD), {}, "speaks TLS; write https://localhost:{port} in target"),
+        (ALERT, {}, "speaks TLS; write https://localhost:{port} as target"),
+        (answer(GO, status=BAD), {}, "speaks TLS; write https://localhost:{port} as target"),
         (SETTINGS, {}, "speaks HTTP/2; add protocol: h2c to the tunnel"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", {}, "speaks SSH; write mode: tcp"),
         (answer(), {"protocol": "h2c"}, "answers in HTTP/1.1; remove protocol from the tunnel"),
@@ -136,7 +136,7 @@ def test_target_with_tls_that_closes_without_a_word_is_told_once(
         wait_until(lambda: lines(caplog))
         assert visit(gateway) == 502
     port = origin.port
-    said = f"{APP}: target localhost:{port} speaks TLS; write https://localhost:{port} in target"
+    said = f"{APP}: target localhost:{port} speaks TLS; write https://localhost:{port} as target"
     assert lines(caplog) == [said]
 
 
@@ -188,7 +188,7 @@ def test_nginx_with_tls_behind_a_target_without(gateway, tmp_path, cache, caplog
         with running(*nginx, cwd=tmp_path), serving(gateway, tmp_path, target):
             wait_until(lambda: visit(gateway) == 400)
             wait_until(lambda: lines(caplog))
-    assert lines(caplog) == [f"{APP}: target {target} speaks TLS; write https://{target} in target"]
+    assert lines(caplog) == [f"{APP}: target {target} speaks TLS; write https://{target} as target"]
 
 
 def test_a_hostname_gets_one_line_a_minute(monkeypatch):

@@ -47,6 +47,9 @@ def test_option_that_is_a_setting_is_answered_with_it(capsys, arguments, said):
     [
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
         ("chekc", "there is no command 'chekc', did you mean check?"),
+        ("add desk", "there is no command add: did you mean agents add?"),
+        ("join x", "there is no command join: that is one of gotunnel, on the agent's machine"),
+        ("agents help", "there is no command help: --help shows all"),
         ("agents ad x", "there is no command 'ad', did you mean add?"),
         ("start", "there is no command start: gotunnel-server alone, without a command, runs the"),
         ("frobnicate", "invalid choice: 'frobnicate'"),
