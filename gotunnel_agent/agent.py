@@ -113,6 +113,7 @@ NO_NAMES = (
     "hostname"
 )
 TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
+INVALID = "invalid hostname"  # likewise; a gateway that knows no open names takes them for such
 # Beginnings of refusals that may end by themselves, or by what the gateway's operator does.
 FOR_NOW = (TAKEN, "not allowed", "too many hostnames")
 MOST_URL = 300  # characters of a public address: the longest hostname, a scheme and a port
@@ -883,7 +884,7 @@ def _granted(tunnel: Tunnel, ack: Ack) -> str | None:
 def _advice(refused: Refused, plan: Plan) -> str:
     """What to add to a refusal by a gateway that takes an open name for a bad hostname."""
     asked = [name for name in plan.routes if name.endswith(OPEN)]
-    is_old = not refused.denied and str(refused).startswith("invalid hostname")
+    is_old = not refused.denied and str(refused).startswith(INVALID)
     return f"; {NO_NAMES}" if is_old and any(name in str(refused) for name in asked) else ""
 
 

@@ -29,7 +29,7 @@ from types import TracebackType
 from gotunnel import NoThread, spawn
 
 from . import home, trouble
-from .agent import LAST_WORDS, NO_NAMES, TAKEN, Agent, Snapshot
+from .agent import INVALID, LAST_WORDS, NO_NAMES, TAKEN, Agent, Snapshot
 from .common.hostnames import OPEN
 from .common.one_line import on_one_line
 from .common.status_socket import OFF
@@ -52,7 +52,6 @@ TIMEOUT = 20
 NAMES = 5
 # Seconds between two looks of wait() whether a signal has come: Windows wakes no thread for one.
 SIGNAL_LOOK = 1
-INVALID = "invalid hostname"  # how a gateway's refusal begins that does not know open names
 
 
 class ForwardError(Exception):
@@ -178,7 +177,7 @@ class OpenTunnel:
                 if refusal := _refusal(state):
                     raise NotGranted(self._in_words(refusal))
                 ((self._hostname, route),) = state.routes.items()
-                self._url = route.url or _usual_url(self._hostname, route.tunnel.mode)
+                self._url = route.address(self._hostname)
                 return
             problem = state.problem or problem
             if state.lasting or not self._changed.wait(max(0, end - monotonic())):
@@ -329,9 +328,3 @@ def _guarded(on_visit: Callable[[Seen], object]) -> Callable[[Seen], None]:
             log.exception("on_visit has failed (traceback follows); the visit goes on")
 
     return tell
-
-
-def _usual_url(hostname: str, mode: str) -> str:
-    """The public address at a gateway that does not tell it, and so has most likely the usual
-    port."""
-    return f"https://{hostname}" if mode == "http" else f"tls://{hostname}:443"

@@ -120,6 +120,12 @@ class Route(NamedTuple):
     refusals: bool = False
     url: str = ""
 
+    def address(self, hostname: str) -> str:
+        """The public address. A gateway that does not tell it has most likely the usual port."""
+        if self.url:
+            return self.url
+        return f"https://{hostname}" if self.tunnel.mode == "http" else f"tls://{hostname}:443"
+
 
 class Targets:
     """The open connections to targets, so that an agent that stops can end them."""

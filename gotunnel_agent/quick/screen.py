@@ -186,22 +186,16 @@ def _state(snapshot: Snapshot) -> str:
 
 def _tunnels(snapshot: Snapshot, target_words: Callable[[Tunnel], str]) -> Iterator[Shown]:
     for hostname, route in snapshot.routes.items():
+        is_asked_for = not route.url and snapshot.since is None  # and not granted yet
         problem = route.problem or snapshot.refused.get(hostname, "")
         state, _, why = snapshot.certificates.get(hostname, "").partition(": ")
         words = {"waiting": CERTIFICATE_WAITS, "failed": f"no certificate: {why}"}.get(state, "")
         yield Shown(
-            route.url or _url(hostname, route.tunnel, snapshot.since is not None),
+            hostname.removesuffix(OPEN) if is_asked_for else route.address(hostname),
             target_words(route.tunnel),
             words_on_one_line(problem),
             words_on_one_line(words),
         )
-
-
-def _url(hostname: str, tunnel: Tunnel, granted: bool) -> str:
-    """The address of a tunnel whose gateway does not tell it, or has not yet."""
-    if not granted:
-        return hostname.removesuffix(OPEN)
-    return f"{'https' if tunnel.mode == 'http' else 'tls'}://{hostname}"
 
 
 def target_of(tunnel: Tunnel) -> str:

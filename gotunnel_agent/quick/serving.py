@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from gotunnel import NoThread, spawn
 
-from ..agent import NO_NAMES, TAKEN, Agent
+from ..agent import INVALID, NO_NAMES, TAKEN, Agent
 from ..called import program
 from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line
@@ -36,9 +36,9 @@ from .screen import Screen
 
 log = logging.getLogger("gotunnel.serving")
 
-# How refusals begin: of a name that the gateway cannot read; of one that the credential may not
-# claim; of a credential that is wrong or has ended.
-INVALID, NOT_ALLOWED, NOT_KNOWN = "invalid hostname", "not allowed", "auth failed"
+# How refusals begin: of a name that the credential may not claim; of a credential that is wrong or
+# has ended.
+NOT_ALLOWED, NOT_KNOWN = "not allowed", "auth failed"
 KEYS_ADVICE = ", or remove the keys that need it"  # what a quick command has no use for
 SSH_PORT, HTTPS_PORT = 22, 443
 LOCAL_PORT = 10_000  # of the example for visitors: added to the target's port, it is seldom in use
@@ -131,7 +131,7 @@ class Serving:
     def _announce(self, hostname: str, route: Route) -> None:
         if self._labels is not None:
             self._labels.granted(self._asked)
-        url = route.url or f"{'https' if route.tunnel.mode == 'http' else 'tls'}://{hostname}"
+        url = route.address(hostname)
         self._tell(url)
         for line in how_to_connect(url, route.tunnel, self._config.ca_file):
             log.info("%s", line)

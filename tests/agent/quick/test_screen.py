@@ -281,7 +281,7 @@ def test_an_address_stays_when_the_gateway_is_gone(pseudo, monkeypatch):
         ("quick-otter.*", None, "http", "  quick-otter → http"),
         ("a.example.com", None, "http", "  a.example.com → http"),
         ("a.example.com", 1.0, "http", "  https://a.example.com → http"),
-        ("a.example.com", 1.0, "tcp", "  tls://a.example.com → 127"),
+        ("a.example.com", 1.0, "tcp", "  tls://a.example.com:443 → 127"),
     ],
 )
 def test_an_address_that_no_gateway_has_told(pseudo, monkeypatch, hostname, since, mode, words):
