@@ -77,7 +77,7 @@ from gotunnel import (
 
 from . import trouble
 from .common.duplex import Duplex, Observer
-from .common.hostnames import OPEN, normal_hostname, valid_hostname
+from .common.hostnames import OPEN, normal_hostname, valid_host, valid_hostname
 from .common.one_line import on_one_line, some, words_and_link, words_on_one_line
 from .common.process import Stopped, Workers
 from .config import Config, ConfigError, Tunnel, with_secrets
@@ -116,6 +116,8 @@ TAKEN = "host already registered"  # how such a refusal begins, also a Go gatewa
 INVALID = "invalid hostname"  # likewise; a gateway that knows no open names takes them for such
 # Beginnings of refusals that may end by themselves, or by what the gateway's operator does.
 FOR_NOW = (TAKEN, "not allowed", "too many hostnames")
+# A public address: scheme, perhaps a wildcard, host and port.
+_ADDRESS = re.compile(r"(?:https?|tls|tcp)://(?:\*\.)?(?P<host>[^/?#@\s]+)/?")
 MOST_URL = 300  # characters of a public address: the longest hostname, a scheme and a port
 MOST_KIND = 50  # characters of an unknown message's type that the log shows
 # Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
@@ -889,8 +891,11 @@ def _advice(refused: Refused, plan: Plan) -> str:
 
 
 def _url(text: str) -> str:
-    """A public address from the gateway; "" if it would not be safe to show."""
-    return text if len(text) <= MOST_URL and re.fullmatch("[!-~]+", text) else ""
+    """A public address from the gateway; "" if it is none. People copy it, and commands that are
+    made of it, into a shell."""
+    if len(text) > MOST_URL or (match := _ADDRESS.fullmatch(text)) is None:
+        return ""
+    return text if valid_host(match["host"]) else ""
 
 
 def shown_target(tunnel: Tunnel) -> str:

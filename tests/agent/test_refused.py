@@ -280,15 +280,33 @@ def test_a_name_that_the_gateway_does_not_complete(gateway, tmp_path, never, cap
 
 
 @pytest.mark.parametrize(
-    "url", ["", "https://a b", "https://a\x1b[2J", "https://\u00e4", "x" * 301]
-)
-def test_addresses_that_could_harm_a_terminal_are_not_shown(gateway, tmp_path, caplog, url):
+    "url",
+    [
+        "", "https://a b", "https://a\x1b[2J", "https://\u00e4", "x" * 301, "javascript:alert(1)",
+        "tls://x';id;':443", "tcp://$(id):5", "tls://[::1", f"tls://{APP}:99999",
+        f"https://{APP}/`id`", f"https://me@{APP}",
+    ],
+)  # fmt: skip
+def test_addresses_that_could_harm_a_terminal_or_a_shell_are_not_shown(
+    gateway, tmp_path, caplog, url
+):
     caplog.set_level(logging.INFO)
     with agent_here(gateway.place, tmp_path, {APP: 1}) as agent:
         gateway.meet(Ack(True, features=FEATURES, urls={APP: url}))
         wait_until(lambda: f"serving {APP}" in caplog.text)
         assert agent.snapshot().routes[APP].url == "" and " -> " not in caplog.text
         gateway.hang_up()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://{APP}", f"https://{APP}:8443/", "https://*.dev.example.com", "http://localhost",
+        f"tls://{APP}:443", "tcp://127.0.0.1:5", "tcp://[::1]:65535",
+    ],
+)  # fmt: skip
+def test_addresses_of_all_kinds_are_shown(url):
+    assert agent_module._url(url) == url
 
 
 def test_an_address_is_logged_once(gateway, tmp_path, quick, caplog):
