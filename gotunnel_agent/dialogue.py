@@ -65,7 +65,7 @@ class Exchange:
 
     __slots__ = (
         "method", "target", "status", "request_head", "response_head", "began", "answer_began",
-        "over", "bytes_in", "bytes_out", "may_switch", "problem", "hear",
+        "over", "bytes_in", "bytes_out", "may_switch", "problem", "hear", "_host",
     )  # fmt: skip
 
     def __init__(self, began: float):
@@ -77,6 +77,18 @@ class Exchange:
         self.bytes_in = self.bytes_out = 0
         self.may_switch = False
         self.hear: Hear | None = None
+        self._host: str | None = None  # None: not looked up yet
+
+    @property
+    def host(self) -> str:
+        """The request's Host; "" if there is none. It is parsed once: a screen asks for it four
+        times a second, for each visit that goes on."""
+        if self._host is None:
+            if not self.request_head:
+                return ""
+            request = self.request
+            self._host = "" if request is None else request.fields.get("host") or ""
+        return self._host
 
     @property
     def request(self) -> Request | None:

@@ -184,8 +184,8 @@ def has_failed(seen: Seen) -> bool:
 def record(exchange: Exchange, tunnel: Tunnel, now: float) -> Seen:
     """An exchange that is over, or that has come so far by ``now``."""
     hostname = tunnel.hostname
-    if hostname.startswith(WILDCARD) and (request := exchange.request) is not None:
-        hostname = request.fields.get("host") or hostname
+    if hostname.startswith(WILDCARD):
+        hostname = exchange.host or hostname
     return Seen(
         hostname,
         exchange.method,

@@ -90,6 +90,18 @@ def test_what_has_passed_is_read_when_it_is_much(follower):
         assert follower.totals().visits == follow_module.MANY
 
 
+def test_the_hostname_of_a_visit_that_goes_on_is_parsed_once(follower, monkeypatch):
+    heads = []
+    parse = dialogue_module.parse_request
+    monkeypatch.setattr(
+        dialogue_module, "parse_request", lambda head: (heads.append(head), parse(head))[1]
+    )
+    with visit_of(follower, PAGE._replace(hostname="*.example.com")) as visit:
+        visit.ask()
+        assert {follower.running()[0].hostname for _ in range(3)} == {"x"}
+    assert len(heads) == 1
+
+
 def test_the_hostname_of_a_wildcard_is_the_visitors(follower):
     with visit_of(follower, PAGE._replace(hostname="*.example.com")) as visit:
         visit.ask(GET.replace(b"Host: x", b"Host: a.example.com"))
