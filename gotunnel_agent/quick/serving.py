@@ -125,7 +125,7 @@ class Serving:
         if refusal.startswith(NOT_KNOWN):
             return f"{on_one_line(refusal)}; `{program()} join` stores another credential"
         if refusal.startswith(NOT_ALLOWED) and self._labels is not None:
-            return f"{on_one_line(refusal)}; --host names a hostname"
+            return f"{on_one_line(refusal)}; --host NAME asks for a certain one"
         return on_one_line(refusal.replace(KEYS_ADVICE, ""))
 
     def _announce(self, hostname: str, route: Route) -> None:

@@ -46,6 +46,11 @@ class Identity:
         "" if there is none."""
         return next((host for host in self.hosts or () if host.startswith(WILDCARD)), "")
 
+    @property
+    def may_claim(self) -> str:
+        """The patterns, for a message."""
+        return "any hostname" if self.hosts is None else scope.shown(self.hosts)
+
     def why_not(self, hostname: str) -> str | None:
         """Why a hostname, as normal_hostname() gives it, may not be claimed; None if it may."""
         if self.hosts is None:
@@ -54,7 +59,7 @@ class Identity:
             return None
         if scope.allows(self.hosts, hostname):
             return None
-        return f"this credential may claim {scope.shown(self.hosts)}"
+        return f"this credential may claim {self.may_claim}"
 
     def why_not_port(self, port: int) -> str | None:
         """Why the agent may not have a public port; None if it may."""

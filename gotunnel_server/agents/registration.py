@@ -148,8 +148,8 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
     if len(message.instance) > MAX_INSTANCE:
         raise NotGranted(f"an instance of more than {MAX_INSTANCE} characters")
     is_partial = PARTIAL in message.features
-    wildcard = identity.wildcard if NAMES in message.features else None
-    policies = _by_hostname(message, wildcard)
+    completes = identity if NAMES in message.features else None
+    policies = _by_hostname(message, completes)
     unused = set(policies)
     routes: dict[str, Wanted] = {}
     denied: dict[str, str] = {}
@@ -158,7 +158,7 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
     # hostname one gets is the gateway's choice, so it must not take a hostname that is spelled out.
     for name in sorted(message.routes, key=lambda name: (name.endswith(OPEN), len(name))):
         try:
-            hostname = _hostname(name, wildcard)
+            hostname = _hostname(name, completes)
             unused.discard(hostname)
             if hostname not in routes:  # nor denied under another spelling: it is protected alike
                 policy = policies.get(hostname)
@@ -210,21 +210,21 @@ def _wanted(message: Register, name: str, hostname: str, policy: object, terms: 
     )  # fmt: skip
 
 
-def _hostname(name: str, wildcard: str | None) -> str:
-    """The hostname in a route's name, in its normal form. ``wildcard`` completes an open name; ""
-    if the credential has none, None if the agent does not know NAMES. Raises NotGranted."""
+def _hostname(name: str, completes: Identity | None) -> str:
+    """The hostname in a route's name, in its normal form. The wildcard of ``completes`` completes
+    an open name; None if the agent does not know NAMES. Raises NotGranted."""
     text, colon, port = name.partition(":")
     hostname = normal_hostname(text)
     if colon and not re.fullmatch("[0-9]{1,5}", port):
         hostname = ""
-    if wildcard is not None and name.endswith(OPEN) and valid_open_name(hostname):
-        if not wildcard:
+    if completes is not None and name.endswith(OPEN) and valid_open_name(hostname):
+        if not completes.wildcard:
             raise NotGranted(
                 f"not allowed: {name}: the credential has no wildcard, such as *.dev.example.com, "
-                "that could complete it; ask for a whole hostname, or for a credential with a "
-                "wildcard (gotunnel-server agents add NAME --hosts '*.dev.example.com')"
+                f"that could complete it; it may claim {completes.may_claim}; one with a wildcard is "
+                "made by gotunnel-server agents add NAME --hosts '*.dev.example.com'"
             )
-        hostname = hostname.removesuffix(OPEN) + wildcard.removeprefix("*")
+        hostname = hostname.removesuffix(OPEN) + completes.wildcard.removeprefix("*")
     if valid_hostname(hostname) or valid_wildcard(hostname):
         return hostname
     raise NotGranted(
@@ -252,13 +252,13 @@ def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Ter
     return protocol
 
 
-def _by_hostname(message: Register, wildcard: str | None) -> dict[str, object]:
+def _by_hostname(message: Register, completes: Identity | None) -> dict[str, object]:
     """The policies, keyed by normalised hostname: under another spelling a policy would never be
     found, and its tunnel would be unprotected."""
     found: dict[str, object] = {}
     for name, policy in message.policies.items():
         try:
-            hostname = _hostname(name, wildcard)
+            hostname = _hostname(name, completes)
         except NotGranted:
             if name not in message.routes:
                 raise

@@ -96,9 +96,12 @@ def test_an_open_name_is_completed_by_the_first_wildcard():
     assert found.denied == {}
 
 
-@pytest.mark.parametrize("hosts", [None, (), (APP,)])
-def test_an_open_name_needs_a_wildcard(hosts):
-    with pytest.raises(NotGranted, match=rf"^not allowed: a\.\*: {NO_WILDCARD}.* agents add NAME"):
+@pytest.mark.parametrize(
+    ("hosts", "may"), [(None, "any hostname"), ((), "none"), ((APP,), APP)]
+)  # fmt: skip
+def test_an_open_name_needs_a_wildcard(hosts, may):
+    words = rf"^not allowed: a\.\*: {NO_WILDCARD}.* may claim {may}; .* agents add NAME"
+    with pytest.raises(NotGranted, match=words):
         asked("a.*", identity=Identity("office", hosts), features=(NAMES,))
 
 

@@ -184,7 +184,7 @@ def test_refusals_are_told_in_words_for_a_command():
         for words in ("invalid hostname: quick-otter-10.*; expected letters", NO_NAMES):
             assert new._in_words(words).endswith("update it, or name a hostname with --host")
         assert new._in_words("not allowed: quick-otter-10.*: no wildcard") == (
-            "not allowed: quick-otter-10.*: no wildcard; --host names a hostname"
+            "not allowed: quick-otter-10.*: no wildcard; --host NAME asks for a certain one"
         )
         given = Serving(config, None, print)
         assert given._in_words("invalid hostname: x") == "invalid hostname: x"
