@@ -70,6 +70,7 @@ from .trust import (
     OTHER_ADDRESS,
     OTHER_NAME,
     UNKNOWN_CA,
+    UNKNOWN_NAME,
     ClosedInHandshake,
     NoTLS,
     begin_tls,
@@ -222,7 +223,7 @@ class Destination(NamedTuple):
                 f"{where} closed the connection before TLS: it is no gateway, or the gateway has "
                 "too many connections"
             )
-        if isinstance(error, ssl.SSLError) and error.reason == "TLSV1_UNRECOGNIZED_NAME":
+        if isinstance(error, ssl.SSLError) and error.reason == UNKNOWN_NAME:
             return f"no tunnel for {self.hostname} at this gateway, or its agent is away"
         if isinstance(error, NoTLS):
             return f"{where} {error}; is it a gateway's port for visitors?"

@@ -52,6 +52,7 @@ from .trust import (
     NOT_YET_VALID,
     OTHER_ADDRESS,
     OTHER_NAME,
+    UNKNOWN_NAME,
     NoTLS,
     begin_tls,
     clock_advice,
@@ -307,6 +308,8 @@ def dial(
         raise Unserved(UNREACHABLE, text) from None
     except ssl.SSLError as error:
         text = f"the TLS handshake failed ({error.reason or error}); is it a port with TLS?"
+        if error.reason == UNKNOWN_NAME:
+            text = f"it has no certificate for the name {target.host}; {OTHER_HOST}"
         raise Unserved(UNREACHABLE, text) from None
     except ConnectionRefusedError as error:
         raise Unserved(UNREACHABLE, f"{error.strerror}; does a program listen there?") from None

@@ -21,6 +21,7 @@ from .trust import (
     OTHER_ADDRESS,
     OTHER_NAME,
     UNKNOWN_CA,
+    UNKNOWN_NAME,
     ClosedInHandshake,
     NoTLS,
     clock_advice,
@@ -28,7 +29,6 @@ from .trust import (
     this_clock,
 )
 
-UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # OpenSSL's reason, of the peer's alert
 NO_PROGRAM = "connection refused: no program listens there"
 RIGHT_PORT = "tunnel_addr has to name the gateway's TUNNEL_PORT (9443)"
 PROTOCOL_ERROR = "protocol error"  # how a session says that it ends by one

@@ -12,6 +12,7 @@ from .greeting import protocol_of
 
 # OpenSSL's reasons that mean that the peer does not speak TLS at all.
 NO_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG")
+UNKNOWN_NAME = "TLSV1_UNRECOGNIZED_NAME"  # likewise: the peer's alert about the SNI
 
 MOST_CAS = 4 << 20  # bytes of a CA file that comes by a pipe; the system's has some 200 kB
 

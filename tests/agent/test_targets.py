@@ -203,6 +203,15 @@ def test_target_without_tls_is_not_spoken_to_in_plain(gateway, tmp_path, origin,
     assert came[0][:1] == b"\x16" and b"GET" not in came[0]  # a ClientHello
 
 
+def test_target_that_knows_no_such_name_is_told_so(gateway, tmp_path, origin, caplog):
+    unrecognized_name = bytes((21, 3, 3, 0, 2, 2, ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME))
+    origin.serve(lambda wire: [wire.read(), wire.send(unrecognized_name)])
+    with serving(gateway, tmp_path, f"https://localhost:{origin.port}"):
+        code, line = refused(gateway, caplog)
+    assert code == "target-unreachable"
+    assert ": it has no certificate for the name localhost; write a host in target that" in line
+
+
 def test_target_that_closes_in_the_handshake(gateway, tmp_path, origin, caplog):
     origin.serve(lambda wire: wire.read())
     with serving(gateway, tmp_path, f"https://localhost:{origin.port}"):
