@@ -221,8 +221,8 @@ def _hostname(name: str, completes: Identity | None) -> str:
         if not completes.wildcard:
             raise NotGranted(
                 f"not allowed: {name}: the credential has no wildcard, such as *.dev.example.com, "
-                f"that could complete it; it may claim {completes.may_claim}; one with a wildcard is "
-                "made by gotunnel-server agents add NAME --hosts '*.dev.example.com'"
+                f"that could complete it; it may claim {completes.may_claim}; one with a wildcard "
+                "is made by gotunnel-server agents add NAME --hosts '*.dev.example.com'"
             )
         hostname = hostname.removesuffix(OPEN) + completes.wildcard.removeprefix("*")
     if valid_hostname(hostname) or valid_wildcard(hostname):
