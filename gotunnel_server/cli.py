@@ -176,7 +176,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         typed = self.typed if "invalid choice" in message else message.split()
-        super().error(advice(typed) or command_advice(message) or message)
+        super().error(
+            advice(typed, of_init="init" in self.typed) or command_advice(message) or message
+        )
 
     typed: Sequence[str] = ()  # the arguments, for a command that is the value of such an option
 

@@ -44,15 +44,22 @@ MEANT = {
 # Of these no example is made of what was typed: a secret, or a value of another kind.
 NO_EXAMPLE = frozenset({"JWT_SECRET", "CERT_DIR", "ACME_ENV", "LOG_LEVEL"})
 RUN = frozenset({"run", "serve", "server", "start", "up"})  # what other programs call it
+# The options of `init` for settings; it takes all others by --set.
+OF_INIT = {
+    "GATEWAY_HOST": "--host",
+    "TUNNEL_HOST": "--tunnel-host",
+    "ACME_EMAIL": "--email",
+    "ACME_ENV": "--acme",
+}
 # Commands that are below `agents`, or are those of the agent.
 OF_AGENTS = frozenset({"add", "rotate", "remove", "list"})
 OF_THE_AGENT = frozenset({"join", "http", "tcp", "files", "forward", "tunnel"})
 PLAIN = re.compile(r"[A-Za-z0-9.,:_*@-]{1,60}")  # a value that needs no quotes in a shell
 
 
-def advice(arguments: Sequence[str]) -> str | None:
+def advice(arguments: Sequence[str], *, of_init: bool = False) -> str | None:
     """What to do instead of the first option in ``arguments`` that looks like a setting; None if
-    none does."""
+    none does. ``of_init``: of the command that writes settings."""
     for place, argument in enumerate(arguments):
         name, _, value = argument.lstrip("-").partition("=")
         setting = _setting(name) if argument.startswith("-") else None
@@ -63,6 +70,11 @@ def advice(arguments: Sequence[str]) -> str | None:
             value = following[0]
         example = f"{setting}={value}" if PLAIN.fullmatch(value) else setting
         example = setting if setting in NO_EXAMPLE or "PASSWORD" in setting else example
+        if of_init:
+            meant = OF_INIT.get(setting, f"--set {example.partition('=')[0]}=VALUE")
+            if meant == f"--{name}":
+                return f"--{name} is an option of init: write it behind that"
+            return f"there is no option --{name}, did you mean {meant}?"
         return (
             f"there is no option --{name}: settings are environment variables, or lines of the "
             f"file .env. Set {example} there; gotunnel-server --print-example explains all of them"

@@ -80,12 +80,15 @@ Hostnames for agents"""
 ASK_EMAIL = "E-mail address that the CA may write to (may be empty)"
 ASK_ACME = f"""\
 Certificates come from Let's Encrypt, whose terms you agree to by using it:
-  {PRODUCTION}  is trusted by all. Closed ports use up attempts, of which there are
-              few in an hour
+  {PRODUCTION}  is trusted by all. Closed ports use up attempts, of which there
+              are few in an hour
   {STAGING}     is a test without such limits. Neither visitors nor agents trust
               it: set ACME_ENV={PRODUCTION} later
 {PRODUCTION} or {STAGING}"""
 ASK_SERVICE = "Run it as a service of systemd ({}), yes or no"
+FOR_TRIALS = f"; for trials on this machine: {INIT} --local"
+NO_WILDCARD = """\
+Without a wildcard agents have to name their hostnames (gotunnel http 8080 --host NAME)."""
 
 Value = TypeVar("Value")
 
@@ -162,7 +165,7 @@ def read_host(text: str) -> str:
     if not valid_hostname(name) or "." not in name:
         raise ValueError(
             f"{ascii(text.strip()[:253])} came, expected a hostname such as gateway.example.com, "
-            "without scheme or port"
+            f"without scheme or port{FOR_TRIALS if name == 'localhost' else ''}"
         )
     return name
 
@@ -231,6 +234,8 @@ def _answers(options: argparse.Namespace, asks: bool) -> Answers:
     hosts = options.hosts or scope.read_hosts(WILDCARD + host)
     if asks and options.hosts is None:
         hosts = _ask(ASK_HOSTS, ", ".join(hosts), scope.read_hosts)
+        if not any(host.startswith(WILDCARD) for host in hosts):
+            print(NO_WILDCARD)
     settings["GATEWAY_HOST"] = host
     settings["TUNNEL_HOST"] = options.tunnel_host or (
         LOCAL_TUNNEL_HOST if options.local else host

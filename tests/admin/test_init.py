@@ -150,7 +150,7 @@ def test_what_is_missing_is_told_and_the_next_lines_name_the_file(monkeypatch, c
         (["init"], 1, "no terminal to ask on"),
         (["init", "--yes"], 1, "--host came not"),
         (["init", "--yes", "--host", "https://a.example.com"], 2, "without scheme or port"),
-        (["init", "--yes", "--host", "localhost"], 2, "expected a hostname such as"),
+        (["init", "--yes", "--host", "localhost"], 2, "for trials on this machine: gotunnel-serv"),
         ([*YES, "--email", "me"], 2, "expected an address such as"),
         ([*YES, "--set", "NO_SUCH=1"], 2, "'NO_SUCH' is no setting"),
         ([*YES, "--set", "JWT_SECRET=a'hunter2"], 2, "cannot be written"),
@@ -224,7 +224,13 @@ def test_a_wrong_answer_is_asked_again_and_what_options_say_is_not(on_terminal, 
     assert settings()["GATEWAY_HOST"] == HOST and settings()["ACME_ENV"] == "staging"
     out = capsys.readouterr().out
     assert "'no' came, expected production or staging" in out
-    assert "--hosts '*.dev.example.com'" in out
+    assert "--hosts '*.dev.example.com'" in out and init.NO_WILDCARD not in out
+
+
+def test_hosts_without_a_wildcard_are_told_what_that_means(on_terminal, capsys):
+    on_terminal(HOST, "a.example.com, b.example.com", "", "", "")
+    assert main(["init"]) == 0
+    assert init.NO_WILDCARD in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
