@@ -11,6 +11,8 @@ import re
 import sys
 from typing import NoReturn
 
+from .common.one_line import without_secrets
+
 SHORT, LONG = "gotunnel", "gotunnel-agent"
 
 
@@ -25,15 +27,12 @@ def program() -> str:
     return name_of(sys.argv[0] if sys.argv else "")
 
 
-# What may be a secret in the words of argparse: a join string, a token (JWT), the value of an
-# option.
-_SECRETS = re.compile(
-    r"(gotunnel://|\beyJ[\w-]+\.(?=[\w-])|(?<=[ '])--?[a-zA-Z][\w-]*=)[^\s']+", re.ASCII
-)
+# The value of an option in the words of argparse: it may be a secret.
+_VALUE = re.compile(r"((?<=[ '])--?[a-zA-Z][\w-]*=)[^\s']+", re.ASCII)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors show no secret that was typed as an argument."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(_SECRETS.sub(r"\1...", message))
+        super().error(_VALUE.sub(r"\1...", without_secrets(message)))

@@ -50,6 +50,7 @@ from .common.hostnames import (
     valid_wildcard,
     why_no_hostname,
 )
+from .common.one_line import without_secrets
 from .common.proxy_protocol import VERSIONS
 from .common.quantities import whole_number
 from .common.status_socket import OFF, why_not
@@ -140,6 +141,9 @@ MAX_SHOWN = 253
 class ConfigError(Exception):
     """The configuration cannot be used. The message is one line for the operator, most often
     "KEY: X came, expected Y": X is what the file has, Y what may stand there."""
+
+    def __init__(self, text: str):
+        super().__init__(without_secrets(text))
 
 
 class Target(NamedTuple):

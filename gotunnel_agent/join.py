@@ -41,11 +41,11 @@ from gotunnel import (
 )
 
 from .agent import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS, make_token
-from .called import program
+from .called import Parser, program
 from .common import atomic_file, join_string, small_file
 from .common.duplex import Duplex
 from .common.join_string import MOST, JoinString, JoinStringError
-from .common.one_line import on_one_line
+from .common.one_line import on_one_line, without_secrets
 from .common.process import print_answer
 from .common.tls import AEAD
 from .config import MAX_FILE, Config, ConfigError, of_document, read_document
@@ -117,6 +117,9 @@ PLACEHOLDER = "SECRET"  # where the documentation shows a join string
 class CannotJoin(Exception):
     """The agent cannot join; the text is one line for the user."""
 
+    def __init__(self, text: str):
+        super().__init__(without_secrets(text))
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Join a gateway; return the exit status."""
@@ -129,7 +132,7 @@ def _name() -> str:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         _name(), description=DESCRIPTION, epilog=EPILOG.format(program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 """Makes a peer's text safe for one line of a log: no line breaks, no terminal escapes, and not too
-long (log injection). Shortens lists for such a line."""
+long (log injection). Shortens lists for such a line, and takes secrets out of it."""
 
 import re
 from collections.abc import Iterable
@@ -9,6 +9,13 @@ LINK = re.compile(r"https?://[!-~]+")
 # Longest link that is shown whole, in characters. Let's Encrypt's link for resuming a paused
 # hostname has up to a thousand, since it holds the hostnames and a signature.
 MOST_LINK = 2000
+# A join string, also as a path, which has one slash less; or a token (JWT). The punctuation of a
+# message behind it stays, and so do the pattern of a join string, and one that is hidden already.
+_SECRET = re.compile(
+    r"(gotunnel:(?://|/(?!/))(?!,|NAME:SECRET@|\.\.\.@)|\beyJ[\w-]+\.(?=[\w-]))"
+    r"[^\s'\"]+?(?=[):;,]{0,2}(?:[\s'\"]|$))",
+    re.ASCII,
+)
 MOST_NAMED = 20  # hostnames, agents or ports in a line; there may be thousands
 
 
@@ -40,6 +47,12 @@ def words_and_link(text: object, limit: int = MOST) -> str:
         return f"{words_on_one_line(before, limit)} {link[0]}"
     room = max(3, limit - len(before))
     return before + link[0] + (after if len(after) <= room else after[: room - 3] + "...")
+
+
+def without_secrets(text: str) -> str:
+    """A message without the join strings and tokens in it: users put them in the place of a file, a
+    host or a target, which the message then names."""
+    return _SECRET.sub(r"\1...", text)
 
 
 def some(names: Iterable[object]) -> str:

@@ -23,7 +23,7 @@ from typing import TypeVar
 from gotunnel import ANY_PORT, NoThread
 
 from .. import home, mistakes
-from ..called import program
+from ..called import Parser, program
 from ..common import small_file
 from ..common.exposed import exposures
 from ..common.hostnames import (
@@ -35,6 +35,7 @@ from ..common.hostnames import (
     valid_open_name,
     valid_wildcard,
 )
+from ..common.one_line import without_secrets
 from ..common.process import set_up_process, stay_on_one_cpu
 from ..common.quantities import whole_number
 from ..common.status_socket import OFF
@@ -90,6 +91,9 @@ The gateway is that of `{0} join`, or of the file that -c names."""
 
 class BadOption(Exception):
     """An option cannot be used; one line for the user."""
+
+    def __init__(self, text: str):
+        super().__init__(without_secrets(text))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -282,7 +286,7 @@ def complain(name: str, text: object) -> None:
 
 def make_parser(command: str) -> argparse.ArgumentParser:
     name = program()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"{name} {command}",
         description=DESCRIPTIONS[command].format(name),
         epilog=EPILOG.format(name),

@@ -5,6 +5,7 @@ import socket
 
 from ..common import addresses
 from ..common.hostnames import MAX_PORT, valid_host, valid_hostname
+from ..common.one_line import without_secrets
 from ..common.quantities import whole_number
 from ..config import MAX_SHOWN, MAX_UNIX_PATH, Target
 
@@ -17,6 +18,9 @@ PORTS = {"http": 80, "https": 443}  # of a URL that names none
 
 class BadTarget(ValueError):
     """A text is no target; one line for the user."""
+
+    def __init__(self, text: str):
+        super().__init__(without_secrets(text))
 
 
 def read_target(text: str, *, schemes: tuple[str, ...] = ("http", "https")) -> Target:

@@ -302,6 +302,17 @@ def test_a_join_string_that_is_damaged_is_not_shown(join):
     assert "join string" in text and "own-secret" not in text
 
 
+def test_a_join_string_in_a_wrong_place_is_not_shown(account, monkeypatch):
+    wrong = f"gotunnel://office:{OFFICE.replace(' ', '%20')}@localhost:1"
+    for options in ({"target": wrong}, {"host": wrong}, {"host_header": wrong}):
+        with pytest.raises(ValueError) as caught:
+            gotunnel.forward(**{"target": 8080} | options)
+        assert "secret-of" not in f"{caught.value!r} {caught.value.__context__!r}"
+    assert "secret-of" not in refused(gotunnel.NoAccount, 8080, config=wrong)
+    monkeypatch.setenv("GOTUNNEL_CONFIG", wrong)
+    assert "secret-of" not in refused(gotunnel.NoAccount, 8080)
+
+
 def test_a_configuration_that_cannot_be_used_is_named(tmp_path, monkeypatch):
     file = joined(monkeypatch, tmp_path)
     assert "tunnel_addr" in refused(gotunnel.NoAccount, 8080)

@@ -254,6 +254,15 @@ def test_another_account_is_replaced_by_force_only(home, capsys, text):
     assert files(home) == ["agent.yaml", "agent.yaml.before"]
 
 
+def test_a_string_in_the_place_of_a_file_is_not_shown(home, capsys):
+    string = f"gotunnel://a:{NEW}@localhost:1"
+    said = joined(capsys, string, "--ca-file", string, status=1)
+    assert "--ca-file gotunnel://...: No such file" in said
+    with pytest.raises(SystemExit):
+        join.main([f"--force={string}"])
+    assert NEW not in capsys.readouterr().err
+
+
 def test_a_pipe_in_the_place_of_a_file_is_named(home, capsys, monkeypatch):
     monkeypatch.setattr(small_file, "PIPE_TIMEOUT", 0)
     home.mkdir(parents=True)

@@ -272,7 +272,7 @@ def test_two_files_are_refused(capsys):
         (cli.main, ["status", f"--token={SECRET}"], "unrecognized arguments: --token=..."),
         (cli.main, ["status", TOKEN], "unrecognized arguments: eyJhbGciOiJIUzI1NiJ9...."),
         (service.main, [f"gotunnel://office:{SECRET}@a.example:1"], "'gotunnel://...' (choose fr"),
-        (forward.main, [f"gotunnel://office:{SECRET}@a.example:1"], "'gotunnel://...'"),
+        (forward.main, [f"gotunnel://office:{SECRET}@a.example:1"], "'gotunnel://...@a.example:"),
     ],
 )
 def test_secret_as_an_argument_is_not_shown(main, arguments, said, capsys):

@@ -1,11 +1,14 @@
 """A peer's texts on one line of a log."""
 
+from time import monotonic
+
 import pytest
 
 from gotunnel_agent.common.one_line import (
     MOST_LINK,
     on_one_line,
     some,
+    without_secrets,
     words_and_link,
     words_on_one_line,
 )
@@ -58,3 +61,27 @@ def test_a_link_has_a_bound_too():
 )
 def test_a_list_has_twenty_names_and_a_count(count, end):
     assert some(range(count)).endswith(end) and some(range(count)).count(", ") <= 19
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("'gotunnel://a:S@h:1' begins with gotunnel://, expected http://",
+         "'gotunnel://...' begins with gotunnel://, expected http://"),
+        ("gotunnel://a:S@h:1?ca=sha256:aa: cannot be read", "gotunnel://...: cannot be read"),
+        ("(there is no /x/gotunnel:/a:S@h:1): join", "(there is no /x/gotunnel:/...): join"),
+        ("no gotunnel://:S", "no gotunnel://..."),
+        ("token eyJhbGci.eyJpc3.S-x: no", "token eyJhbGci....: no"),
+        ("expected gotunnel://NAME:SECRET@HOST:PORT, as printed", None),
+        ("a target http://a:1", None),
+    ],
+)  # fmt: skip
+def test_no_join_string_or_token_stays_in_a_message(message, shown):
+    assert without_secrets(message) == (message if shown is None else shown)
+
+
+@pytest.mark.parametrize("piece", ["gotunnel:/", "gotunnel://:", ":", "eyJ", "eyJ.", "a"])
+def test_secrets_are_found_in_linear_time(piece):
+    started = monotonic()
+    without_secrets(f"gotunnel://{20_000 * piece}")
+    assert monotonic() - started < 1

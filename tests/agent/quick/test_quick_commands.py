@@ -169,6 +169,11 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("files no-such", "FOLDER: 'no-such' does not exist"),
         ("files account.yaml", "FOLDER: 'account.yaml' is a file, expected a folder"),
         ("http 80 -c no-such", "no-such"),
+        (f"http gotunnel://a:{PASSWORD}@h:1", "'gotunnel://...' begins with gotunnel://, exp"),
+        (f"http 80 -c gotunnel://a:{PASSWORD}@h:1", "gotunnel:/...: cannot be read"),
+        (f"http 80 --host gotunnel://a:{PASSWORD}@h:1", "'gotunnel://...' is no hostname"),
+        (f"http 80 --allow gotunnel://a:{PASSWORD}@h:1", "'gotunnel://...' came"),
+        (f"files gotunnel://a:{PASSWORD}@h:1", "'gotunnel://...' does not exist"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(capsys, monkeypatch, words, said):
