@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import signal
 import sys
 import threading
@@ -53,6 +54,10 @@ MESSAGE_STAYS = 300  # seconds
 DRAWN = "→●·…▀▄█"  # what an encoding must have for the better picture
 # Log lines of the agent that say what the picture shows anyway, by words in them.
 STATES = ("next try in", "not served:", "certificate:")
+# In a CA's words about a hostname: the address of its answer in front, and that of the proof, whose
+# last part is random. The reason comes behind them, and would be cut off.
+ANSWER = re.compile(r"https?://\S+: ")
+PROOF = re.compile(r"(/\.well-known/acme-challenge/)[\w-]+", re.ASCII)
 CERTIFICATE_WAITS = "certificate: being ordered; visitors cannot connect until it is there"
 
 
@@ -189,13 +194,20 @@ def _tunnels(snapshot: Snapshot, target_words: Callable[[Tunnel], str]) -> Itera
         is_asked_for = not route.url and snapshot.since is None  # and not granted yet
         problem = route.problem or snapshot.refused.get(hostname, "")
         state, _, why = snapshot.certificates.get(hostname, "").partition(": ")
-        words = {"waiting": CERTIFICATE_WAITS, "failed": f"no certificate: {why}"}.get(state, "")
+        failed = f"no certificate: {shorter(why)}"
+        words = {"waiting": CERTIFICATE_WAITS, "failed": failed}.get(state, "")
         yield Shown(
             hostname.removesuffix(OPEN) if is_asked_for else route.address(hostname),
             target_words(route.tunnel),
             words_on_one_line(problem),
             words_on_one_line(words),
         )
+
+
+def shorter(reason: str) -> str:
+    """Why there is no certificate, without the long addresses in it. The log has all."""
+    answer = ANSWER.match(reason)
+    return PROOF.sub(r"\1...", reason[answer.end() :] if answer else reason)
 
 
 def target_of(tunnel: Tunnel) -> str:

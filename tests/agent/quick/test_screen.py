@@ -23,7 +23,7 @@ from gotunnel_agent.config import Target
 from gotunnel_agent.follow import Follower, Seen
 from gotunnel_agent.quick import screen as screen_module
 from gotunnel_agent.quick.qr import MISSING, NoQr
-from gotunnel_agent.quick.screen import STATES, Screen, target_of
+from gotunnel_agent.quick.screen import STATES, Screen, shorter, target_of
 from gotunnel_agent.target import Route
 
 PROGRAM = Path(__file__).with_name("on_terminal.py")
@@ -145,6 +145,13 @@ def test_the_agent_is_shown_as_it_changes(pseudo, monkeypatch):
 def test_what_is_wrong_with_a_tunnel_is_shown(pseudo, monkeypatch, changes, words):
     with shown(FakeAgent(since=monotonic(), **changes), pseudo, monkeypatch):
         wait_until(lambda: pseudo.shows(words))
+
+
+def test_why_there_is_no_certificate_is_shown_without_long_addresses():
+    proof = "192.0.2.1: Fetching http://a.example.com/.well-known/acme-challenge/"
+    reason = f"https://ca.example/acme/authz/1/2: connection: http-01: {proof}r4nd0m-_: refused"
+    assert shorter(reason) == f"connection: http-01: {proof}...: refused"
+    assert shorter("waits for https://a.example: a") == "waits for https://a.example: a"
 
 
 def test_a_visit_that_goes_on_is_shown_after_a_while(pseudo, monkeypatch):
