@@ -27,6 +27,7 @@ from typing import NoReturn, TypeVar
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common import packages
 from gotunnel_agent.common.examples import add_print_example
+from gotunnel_agent.common.one_line import without_secrets
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_status
@@ -172,13 +173,12 @@ def serve(config: Config, env_file: str | None, life: Life) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the setting that an unknown option stands for."""
+    """Names the setting that an unknown option stands for. Shows no join string or token."""
 
     def error(self, message: str) -> NoReturn:
         typed = self.typed if "invalid choice" in message else message.split()
-        super().error(
-            advice(typed, of_init="init" in self.typed) or command_advice(message) or message
-        )
+        told = advice(typed, of_init="init" in self.typed) or command_advice(message) or message
+        super().error(without_secrets(told))
 
     typed: Sequence[str] = ()  # the arguments, for a command that is the value of such an option
 
@@ -339,5 +339,5 @@ def _add_env_file(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 def fail(error: Exception | str, status: int) -> int:
     """Say on standard error what is wrong; returns the exit status."""
-    print(f"{PROGRAM}: {error}", file=sys.stderr)
+    print(f"{PROGRAM}: {without_secrets(str(error))}", file=sys.stderr)
     return status
