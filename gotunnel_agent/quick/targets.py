@@ -13,6 +13,7 @@ from ..config import MAX_SHOWN, MAX_UNIX_PATH, Target
 # listen on ::1 alone. Both addresses are tried.
 HERE = "localhost"
 EXAMPLES = "8080, 127.0.0.1:8080, http://HOST:PORT, https://HOST:PORT or unix:/PATH"
+TCP_EXAMPLES = "22, 127.0.0.1:22 or unix:/PATH"
 PORTS = {"http": 80, "https": 443}  # of a URL that names none
 
 
@@ -37,18 +38,19 @@ def read_target(text: str, *, schemes: tuple[str, ...] = ("http", "https")) -> T
         if os.path.isdir(address):
             raise _bad(text, f"is a folder; `gotunnel files {text}` shares a folder")
         raise _bad(text, "is a file; `gotunnel files FOLDER` shares a folder")
+    examples = EXAMPLES if "http" in schemes else TCP_EXAMPLES
     if not slashes and (os.sep in address or "/" in address):
-        raise _bad(text, f"has a path, expected {EXAMPLES}")
+        raise _bad(text, f"has a path, expected {examples}")
     if "@" in address:  # not shown: it may hold a password
         raise BadTarget("TARGET holds a user or password, expected a host and port alone")
     if "/" in address or "?" in address or "#" in address:
         raise _bad(text, "has a path, expected none: each visitor's path is passed on as it is")
     default = PORTS.get(scheme) if slashes else None
-    host, port = _host_and_port(text, address, default)
+    host, port = _host_and_port(text, address, default, examples)
     return Target(host, port, tls=scheme == "https" and bool(slashes))
 
 
-def _host_and_port(text: str, address: str, default: int | None) -> tuple[str, int]:
+def _host_and_port(text: str, address: str, default: int | None, examples: str) -> tuple[str, int]:
     if _is_port(address):
         return HERE, _port(text, address.removeprefix(":"))
     if addresses.parse(address) is not None and ":" in address:
@@ -57,9 +59,9 @@ def _host_and_port(text: str, address: str, default: int | None) -> tuple[str, i
     if not colon or port.endswith("]"):
         host, port = address, "" if default is None else str(default)
     if not port:
-        raise _bad(text, f"has no port, expected {EXAMPLES}")
+        raise _bad(text, f"has no port, expected {examples}")
     if not host or not _is_host(host):
-        raise _bad(text, f"has no valid host, expected {EXAMPLES}")
+        raise _bad(text, f"has no valid host, expected {examples}")
     return host.strip("[]"), _port(text, port)
 
 

@@ -65,8 +65,8 @@ def remarks(config: Config) -> Iterator[str]:
         )
     elif config.acme.ca_file is not None:
         yield (
-            "the CA is none that every system knows (ACME_CA_FILE): an agent that does not know "
-            f"its root needs a copy: {COMMAND} --ca-file ROOT STRING"
+            "the CA is a private one (ACME_CA_FILE): an agent whose system does not trust it needs "
+            f"a copy of its root: {COMMAND} --ca-file ROOT STRING"
         )
 
 

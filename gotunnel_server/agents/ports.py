@@ -108,7 +108,9 @@ class Ports:
     ) -> list[int]:
         """The ports that fit, the best first; at least one. Raises PortRefused."""
         if not self._allowed:
-            raise PortRefused("this gateway gives agents no ports; its operator sets TCP_PORTS")
+            raise PortRefused(
+                "this gateway gives agents no public ports; its operator has to set TCP_PORTS"
+            )
         if wanted == ANY_PORT:
             free = [port for ports in self._allowed for port in ports if port not in self._open]
             if not free:

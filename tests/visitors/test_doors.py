@@ -158,7 +158,7 @@ def test_no_more_ports_are_open_than_the_descriptors_are_for():
 
 
 def test_gateway_without_ports_says_so():
-    with pytest.raises(PortRefused, match="this gateway gives agents no ports"):
+    with pytest.raises(PortRefused, match="this gateway gives agents no public ports"):
         Ports((), Doors()).open("auto", route(RAW))
 
 

@@ -161,6 +161,7 @@ def test_policies_are_those_of_a_configuration(tmp_path, monkeypatch):
         ("http 80 --basic-auth-file no-such", "--basic-auth-file no-such: cannot be read (No such"),
         ("http 80 --basic-auth-file .", "--basic-auth-file .: cannot be read (Is a directory)"),
         ("http 80 --basic-auth-file x --basic-auth a:b", "expected only one of them"),
+        ("tcp ssh", "'ssh' has no port, expected 22, 127.0.0.1:22 or unix:/PATH"),
         ("tcp http://x:80", "begins with http://, expected tcp:// or none"),
         ("tcp 22 --port 0", "'0' is no port from 1 to 65535, or auto"),
         (f"tcp 22 --basic-auth a:{PASSWORD}", "cannot ask for passwords; use --allow"),
