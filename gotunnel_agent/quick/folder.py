@@ -212,15 +212,20 @@ class Root:
     def entries(self, parts: list[str]) -> Iterator[Entry]:
         """What find() would serve in a folder, in no order. Raises OSError, NotServed."""
         top = self.path
-        with os.scandir(os.path.join(top, *self._real_parts(top, parts))) as scan:
+        # By its descriptor: a symlink that has come to its path meanwhile may lead out of here.
+        descriptor, real = self._open(top, self._real_parts(top, parts))
+        with contextlib.ExitStack() as stack:
+            if descriptor is not None:
+                stack.callback(os.close, descriptor)
+            scan = stack.enter_context(os.scandir(real if descriptor is None else descriptor))
             for entry in scan:
                 if not self._may_be_asked_for(entry.name):
                     continue
                 with contextlib.suppress(OSError, NotServed):  # it is not served, or just gone
-                    path = entry.path
-                    if entry.is_symlink():
-                        path = os.path.join(top, *self._real_parts(top, [*parts, entry.name]))
-                    status = os.lstat(path)
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISLNK(status.st_mode):
+                        inner = self._real_parts(top, [*parts, entry.name])
+                        status = os.lstat(os.path.join(top, *inner))
                     is_folder = stat.S_ISDIR(status.st_mode)
                     if is_folder or stat.S_ISREG(status.st_mode):
                         yield Entry(entry.name, is_folder, status.st_size, status.st_mtime)

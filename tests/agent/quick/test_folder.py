@@ -415,6 +415,21 @@ def test_file_that_cannot_be_opened_is_answered_with_why(server, monkeypatch, nu
     assert status(server, "/text.txt") == code
 
 
+def test_folder_that_is_exchanged_for_a_link_meanwhile_is_not_listed(server, folder, monkeypatch):
+    root, real_parts = server.root, server.root._real_parts
+
+    def exchange(top, parts):
+        found = real_parts(top, parts)
+        (folder / "sub").rename(folder / "was")
+        (folder / "sub").symlink_to("../shared-not")
+        return found
+
+    assert [entry.name for entry in root.entries(["sub"])] == ["inner.html"]
+    monkeypatch.setattr(root, "_real_parts", exchange)
+    with pytest.raises((OSError, NotServed)):
+        list(root.entries(["sub"]))
+
+
 def test_writer_of_a_pipe_does_not_notice_visitors(server, folder):
     """Opening a FIFO wakes the program that waits for a reader, whose bytes are then lost."""
     os.mkfifo(folder / "pipe")
