@@ -5,11 +5,13 @@ it.
 """
 
 import contextlib
+import socket
 import ssl
 from collections.abc import Iterator
 
 from gotunnel import Deadline
 
+from .common.duplex import NO_LINGER
 from .connect import addresses_of, connect
 from .trust import client_context
 
@@ -49,6 +51,9 @@ def _dial(host: str, port: int, sni: str, context: ssl.SSLContext) -> Iterator[s
     with connect(addresses_of(host, port), Deadline(TIMEOUT)) as sock:
         sock.settimeout(TIMEOUT)
         with context.wrap_socket(sock, server_hostname=sni) as peer:
+            # A gateway has dialled a target in tcp mode by now. A reset ends that visit at once;
+            # after a close, an SSH server would wait for more.
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             yield peer
 
 
