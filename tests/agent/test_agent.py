@@ -844,7 +844,7 @@ def test_gateway_of_an_unknown_ca_is_not_told_anything(cache, tmp_path):
     with gateway_here(cache) as gateway:
         keys = {"ca_file": str(stranger.ca_file), "ready": False}
         with agent_process(gateway, tmp_path, {APP: 1}, **keys) as agent:
-            agent.wait_for("not to be trusted: .*; if it has a CA of its own, ca_file has to name")
+            agent.wait_for("not to be trusted: .*; ca_file names another CA: ")
             assert not routes_of(gateway.inner)
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0
