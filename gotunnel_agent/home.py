@@ -154,7 +154,13 @@ def _folder(variable: str, below_home: str, on_windows: str, environ: Mapping[st
     for name in (variable, on_windows) if os.name == "nt" else (variable,):
         if os.path.isabs(named := environ.get(name, "")):
             return Path(named) / FOLDER
-    home = os.path.expanduser("~")
-    if not os.path.isabs(home):  # the user has none: never a folder called ~ in the working one
-        home = os.path.abspath(os.sep)
-    return Path(home) / below_home / FOLDER
+    return Path(user_folder()) / below_home / FOLDER
+
+
+def user_folder() -> str:
+    """The user's home. Without one the root, and never a folder called ~ in the working one."""
+    try:
+        home = os.path.expanduser("~")
+    except ImportError:  # Python 3.10 on a system without the module pwd
+        home = ""
+    return home if os.path.isabs(home) else os.path.abspath(os.sep)

@@ -271,7 +271,7 @@ def warnings(
     yield from exposures([*config.secret_files, *([file] if file else [])])
     if server is not None:
         folder = server.root.path
-        if folder in (os.path.abspath(os.sep), os.path.realpath(os.path.expanduser("~"))):
+        if folder in (os.path.abspath(os.sep), os.path.realpath(home.user_folder())):
             hidden = "" if options.all else ", but for hidden files"
             yield f"the whole of {folder} is shared{hidden}"
 
