@@ -21,8 +21,8 @@ well.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import NoReturn
 
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common import packages
@@ -71,9 +71,6 @@ examples:
   gotunnel-server agents list
   gotunnel-server agents rotate office
   gotunnel-server agents remove office"""
-
-
-Value = TypeVar("Value")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,7 +221,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     _add_scope(token)
     token.add_argument(
-        "--ttl", required=True, type=_as(grants.read_ttl), metavar="TIME",
+        "--ttl", required=True, type=grants.argument(grants.read_ttl), metavar="TIME",
         help="how long it is valid: 90s, 45m, 12h, 30d or 1y",
     )  # fmt: skip
     token.add_argument(
@@ -247,11 +244,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Make a secret for a new agent, write it into AGENTS_FILE, and print the lines "
         "for the agent's configuration, with the command gotunnel join that writes them.",
     )  # fmt: skip
-    add.add_argument("name", metavar="NAME", type=_as(grants.read_name),
+    add.add_argument("name", metavar="NAME", type=grants.argument(grants.read_name),
                      help="the agent's name: the jwt_issuer in its configuration")  # fmt: skip
     _add_scope(add)
     add.add_argument(
-        "--expires", metavar="TIME", type=_as(grants.read_expires),
+        "--expires", metavar="TIME", type=grants.argument(grants.read_expires),
         help="when the secret expires: 2030-12-31 (end of that day) or 2030-12-31T18:00:00Z "
         "(default: never)",
     )  # fmt: skip
@@ -265,7 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rotate.add_argument("name", metavar="NAME", help="as the list shows it")
     end = rotate.add_mutually_exclusive_group()
     end.add_argument(
-        "--until", metavar="TIME", type=_as(grants.read_expires),
+        "--until", metavar="TIME", type=grants.argument(grants.read_expires),
         help="until when the old secret is accepted: 2030-12-31 (the end of that day) or "
         "2030-12-31T18:00:00Z (default: until --finish)",
     )  # fmt: skip
@@ -302,11 +299,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hosts", required=True, type=_as(scope.read_hosts), metavar="HOSTS",
+        "--hosts", required=True, type=grants.argument(scope.read_hosts), metavar="HOSTS",
         help="the hostnames that may be claimed, such as 'a.example.com,*.dev.example.com'",
     )  # fmt: skip
     parser.add_argument(
-        "--ports", type=_as(scope.read_ports), default=(), metavar="PORTS",
+        "--ports", type=grants.argument(scope.read_ports), default=(), metavar="PORTS",
         help="the public ports that may be requested, such as 2200-2299,5432 (default: none)",
     )  # fmt: skip
 
@@ -316,18 +313,6 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
         "--join", action="store_true",
         help="print only the join string, as gotunnel join reads it",
     )  # fmt: skip
-
-
-def _as(read: Callable[[str], Value]) -> Callable[[str], Value]:
-    """An argument's type for argparse. It calls ``read``, whose ValueErrors are shown."""
-
-    def read_argument(text: str) -> Value:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read_argument
 
 
 def _add_env_file(parser: argparse.ArgumentParser, default: str | None) -> None:

@@ -15,15 +15,16 @@ gateway takes up changes of AGENTS_FILE within seconds; the commands also work w
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import jwt
 
@@ -38,6 +39,8 @@ from ..certs.schedule import DAY
 from ..config import Config
 from . import invitation
 from .invitation import NoInvitation
+
+Value = TypeVar("Value")
 
 SECRET_BYTES = 32  # as many as HS256's digest has; more add nothing (RFC 7518 §3.2)
 
@@ -56,6 +59,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
 class GrantError(Exception):
     """The token or entry that was asked for is refused; the text is one line."""
+
+
+def argument(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """An argument's type for argparse. It calls ``read``, whose ValueErrors are shown."""
+
+    def read_argument(text: str) -> Value:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read_argument
 
 
 def read_ttl(text: str) -> int:

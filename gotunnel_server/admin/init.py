@@ -110,16 +110,16 @@ class Answers(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", type=_as(read_host), metavar="NAME",
+    parser.add_argument("--host", type=grants.argument(read_host), metavar="NAME",
                         help="the gateway's hostname (GATEWAY_HOST)")  # fmt: skip
-    parser.add_argument("--tunnel-host", type=_as(read_host), metavar="NAME",
+    parser.add_argument("--tunnel-host", type=grants.argument(read_host), metavar="NAME",
                         help="the hostname that agents dial (default: the gateway's)")  # fmt: skip
     parser.add_argument(
-        "--hosts", type=_as(scope.read_hosts), metavar="HOSTS",
+        "--hosts", type=grants.argument(scope.read_hosts), metavar="HOSTS",
         help="the hostnames that agents may serve, such as 'a.example.com,*.dev.example.com' "
         "(default: the wildcard below the gateway's name)",
     )  # fmt: skip
-    parser.add_argument("--email", type=_as(read_email), metavar="ADDRESS",
+    parser.add_argument("--email", type=grants.argument(read_email), metavar="ADDRESS",
                         help="where the CA may write to (ACME_EMAIL)")  # fmt: skip
     parser.add_argument(
         "--acme", choices=(PRODUCTION, STAGING),
@@ -131,7 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "high ports",
     )  # fmt: skip
     parser.add_argument(
-        "--set", action="append", default=[], type=_as(read_setting), metavar="NAME=VALUE",
+        "--set", action="append", default=[],
+        type=grants.argument(read_setting), metavar="NAME=VALUE",
         dest="more", help="a further setting; may be given several times",
     )  # fmt: skip
     parser.add_argument(
@@ -139,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"install a service of systemd: your own, or the system's as user {SERVICE_USER}, "
         "which is made if it is missing (root alone)",
     )  # fmt: skip
-    parser.add_argument("--agent", type=_as(grants.read_name), metavar="NAME",
+    parser.add_argument("--agent", type=grants.argument(grants.read_name), metavar="NAME",
                         help="add a first agent, and print the line by which it joins")  # fmt: skip
     parser.add_argument("--no-check", action="store_true",
                         help="do not look at DNS, ports and the CA")  # fmt: skip
@@ -147,16 +148,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="ask nothing: what no option says gets its default")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an env file that is there; "
                         f"it stays, with {BEFORE} behind its name")  # fmt: skip
-
-
-def _as(read: Callable[[str], Value]) -> Callable[[str], Value]:
-    def read_argument(text: str) -> Value:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read_argument
 
 
 def read_host(text: str) -> str:
