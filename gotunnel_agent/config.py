@@ -59,7 +59,8 @@ from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_l
 
 T = TypeVar("T")
 
-KEYS = (
+# The gateway and the credential.
+ACCOUNT_KEYS = (
     "tunnel_addr",
     "skip_tls_verify",
     "ca_file",
@@ -68,6 +69,9 @@ KEYS = (
     "token",
     "token_file",
     "jwt_issuer",
+)
+KEYS = (
+    *ACCOUNT_KEYS,
     "jwt_expire_sec",
     "stall_timeout",
     "drain_timeout",

@@ -48,7 +48,7 @@ from .common.join_string import MOST, JoinString, JoinStringError
 from .common.one_line import on_one_line, without_secrets
 from .common.process import print_answer
 from .common.tls import AEAD
-from .config import MAX_FILE, Config, ConfigError, of_document, read_document
+from .config import ACCOUNT_KEYS, MAX_FILE, Config, ConfigError, of_document, read_document
 from .connect import addresses_of, connect
 from .home import JOIN, config_file, document_of, join_string_of_environment
 from .pin import CannotPin, fetch_ca
@@ -77,17 +77,6 @@ examples:
   ssh GATEWAY gotunnel-server agents add office --hosts '*.dev.example.com' \\
       --join | {0} join -"""
 
-# The keys that a join string decides. All others stay as they are.
-ACCOUNT_KEYS = (
-    "tunnel_addr",
-    "skip_tls_verify",
-    "ca_file",
-    "jwt_secret",
-    "jwt_secret_file",
-    "token",
-    "token_file",
-    "jwt_issuer",
-)
 HEAD = """\
 # Written by gotunnel join. The lines of gotunnel-agent --print-example explain each key;
 # tunnels may be added here.
