@@ -291,7 +291,7 @@ class Dialogue:
         return b""
 
     def _keep(self, held: bytearray, data: bytes) -> None:
-        """Hold ``data`` until more comes, instead of what is held. Raises Malformed."""
+        """Replace the bytes in ``held`` by ``data``, until more comes. Raises Malformed."""
         more = len(data) - len(held)
         if not self._hold(more):
             raise Malformed(431, "no memory is left for its head")

@@ -237,7 +237,7 @@ class _Followed:
             note(answered, data)
             return data
 
-        # What is written is noted before, as the answer to it may come before write() returns.
+        # A request is noted before it is written: its answer may come before write() returns.
 
         def write_followed(data: BytesLike, *args: Any, **named: Any) -> None:
             note_asked(data)

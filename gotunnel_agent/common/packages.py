@@ -69,8 +69,8 @@ def faults(packages: Iterable[Package]) -> list[Fault]:
 
 
 def fault(package: Package) -> Fault | None:
-    """What is wrong with a package; None if nothing is. One without metadata counts as new enough:
-    somebody has copied it here."""
+    """What is wrong with a package; None if nothing is. A copy without metadata counts as new
+    enough: an operator has put it there by hand."""
     # Loaded here because it takes 20 ms, which `status` and others need not wait for.
     metadata = import_module("importlib.metadata")
     try:

@@ -438,7 +438,7 @@ def run(script, account, *, options=(), status=0):
 
 
 STATE = """
-import logging, os, resource, signal, sys, threading, time, warnings
+import logging, os, resource, signal, sys, threading, warnings
 
 def state():
     loggers = [logging.getLogger(name) for name in ("root", "gotunnel", "gotunnel.agent")]
@@ -470,9 +470,9 @@ def use():
 before = state()
 import gotunnel
 during = use()
-for _ in range(100):  # the last thread of a session may be about to end
-    if threading.active_count() > before["threads"]:
-        time.sleep(0.05)
+for thread in threading.enumerate():  # the last one of a session may be about to end
+    if thread is not threading.main_thread():
+        thread.join(10)
 after = state()
 for name, value in before.items():
     assert after[name] == value, (name, value, after[name])

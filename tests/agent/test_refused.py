@@ -65,14 +65,6 @@ def gateway(cache):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Retries come at once, and old sessions end soon."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
-    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
-    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
-
-
-@pytest.fixture
 def never(monkeypatch):
     """No retry comes."""
     monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)

@@ -47,14 +47,6 @@ def by_hand(cache):
         yield gateway
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Retries come at once, and old sessions end soon."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
-    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
-    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
-
-
 def config_of(gateway, folder, http={}, tcp={}, **keys):
     path = folder / "changed.yaml"
     path.write_text(agent_yaml(gateway, http, tcp, keys))
