@@ -7,6 +7,7 @@ import re
 import ssl
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -30,6 +31,7 @@ from gotunnel_agent.common.join_string import JoinString
 from gotunnel_agent.config import load
 from gotunnel_agent.home import account, state_folder
 from gotunnel_agent.pin import fetch_ca, unverified_chain
+from gotunnel_server.certs.local_ca import Authority
 
 NEW = "a-new-secret-that-no-gateway-is-asked-about"
 WRONG = "a-wrong-secret-that-must-not-be-shown"
@@ -298,6 +300,15 @@ def test_an_account_in_the_environment_gets_the_ca_once(gateway, monkeypatch):
     assert os.path.dirname(first.ca_file) == str(state_folder())
     monkeypatch.setattr("gotunnel_agent.home.fetch_ca", None)
     assert account() == first
+
+
+def test_a_kept_ca_that_is_another_one_by_now_is_not_trusted(gateway, monkeypatch, tmp_path):
+    monkeypatch.setenv("GOTUNNEL_JOIN", string_for(gateway))
+    kept = Path(account().ca_file)
+    right = kept.read_bytes()
+    for wrong in (Authority(tmp_path / "another CA").ca_file.read_bytes(), b"", b"no PEM"):
+        kept.write_bytes(wrong)
+        assert account().ca_file == str(kept) and kept.read_bytes() == right
 
 
 # --- The chain that the gateway sends ------------------------------------------------------------
