@@ -956,11 +956,10 @@ def test_relay_does_not_wait_for_ever_for_a_direction_that_a_reset_does_not_end(
 
 def test_what_did_not_fit_of_a_record_comes_with_what_follows():
     """Alone it is a piece of a few bytes, and the gateway slows a visitor down that sends those."""
-    size = 4 * 1024 * 1024
+    size = 512 * 1024  # the kernel takes it at once, so that more has always come
     with duplex_pair("tls") as (left, right):
-        sending = spawn(left.write, bytes(size), PATIENCE)
+        left.write(bytes(size), PATIENCE)
         pieces = []
         while sum(pieces) < size:
             pieces.append(len(right.read(timeout=PATIENCE)))
-        sending.result(PATIENCE)
     assert len([piece for piece in pieces if piece < 1000]) <= 2  # the beginning and the end
