@@ -5,12 +5,12 @@ about its arguments.
 `gotunnel` prints a help and `gotunnel-agent` runs the agent of its configuration.
 """
 
-import argparse
 import os
 import re
 import sys
 from typing import NoReturn
 
+from .common.arguments import OneLineParser
 from .common.one_line import without_secrets
 
 SHORT, LONG = "gotunnel", "gotunnel-agent"
@@ -31,8 +31,8 @@ def program() -> str:
 _VALUE = re.compile(r"((?<=[ '])--?[a-zA-Z][\w-]*=)[^\s']+", re.ASCII)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors show no secret that was typed as an argument."""
+class Parser(OneLineParser):
+    """A parser whose errors show no secret that was typed as an argument."""
 
     def error(self, message: str) -> NoReturn:
         super().error(_VALUE.sub(r"\1...", without_secrets(message)))

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common import packages
+from gotunnel_agent.common.arguments import OneLineParser
 from gotunnel_agent.common.examples import add_print_example
 from gotunnel_agent.common.one_line import without_secrets
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
@@ -169,7 +170,7 @@ def serve(config: Config, env_file: str | None, life: Life) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OneLineParser):
     """Names the setting that an unknown option stands for. Shows no join string or token."""
 
     def error(self, message: str) -> NoReturn:

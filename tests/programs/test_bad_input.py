@@ -214,15 +214,15 @@ def test_agent_names_a_ca_file_without_certificates(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["gotunnel_server", "gotunnel_agent"])
-def test_unknown_argument_ends_with_the_usage(tmp_path, package):
-    status, lines = run(package, tmp_path, "--nonsense")
-    assert status == 2 and lines[0].startswith("usage: ") and "--nonsense" in lines[-1]
+def test_unknown_argument_is_refused_in_one_line(tmp_path, package):
+    status, (line,) = run(package, tmp_path, "--nonsense")
+    assert status == 2 and "--nonsense" in line
 
 
 def test_configuration_without_c_is_refused_with_a_hint(tmp_path):
-    status, lines = run("gotunnel_agent", tmp_path, "agent.yaml")
-    assert status == 2 and lines[0].startswith("usage: ") and "gotunnel-agent COMMAND" in lines[1]
-    assert lines[-1].endswith("unknown argument 'agent.yaml'; -c FILE names the configuration")
+    status, (line,) = run("gotunnel_agent", tmp_path, "agent.yaml")
+    assert status == 2
+    assert line.endswith("unknown argument 'agent.yaml'; -c FILE names the configuration")
 
 
 @pytest.mark.parametrize("package", ["gotunnel_server", "gotunnel_agent"])
