@@ -82,6 +82,9 @@ TEST = [
     "prometheus_client>=0.20",
     # A program that speaks HTTP/2. Older ones were not tried.
     "grpcio>=1.60",
+    # Drives Chromium by the driver of the browser's makers: waits, clicks, types. Older ones were
+    # not tried.
+    "selenium>=4.51",
 ]
 
 # What a reader's own program may be. .ci/run tests with them; elsewhere their tests are skipped, as

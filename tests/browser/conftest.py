@@ -1,0 +1,31 @@
+"""The browser of the tests in this folder. See chromium.py."""
+
+import pytest
+from chromium import SLOWEST, Browser
+
+
+def pytest_collection_modifyitems(items):
+    """A browser takes long on a slow machine, and nothing but time is lost by waiting for it."""
+    for item in items:
+        if "browser" in item.fixturenames and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3 * SLOWEST))
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    with Browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser, without tabs and cookies of another test. A JavaScript error or a violated
+    content security policy fails the test."""
+    yield chromium
+    assert not chromium.clear()
+
+
+@pytest.fixture
+def page(browser):
+    """A tab."""
+    return browser.page()
