@@ -52,7 +52,7 @@ from .common.hostnames import (
 )
 from .common.one_line import without_secrets
 from .common.proxy_protocol import VERSIONS
-from .common.quantities import whole_number
+from .common.quantities import bytes_of, whole_number
 from .common.status_socket import OFF, why_not
 from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
@@ -80,8 +80,10 @@ KEYS = (
     "metrics_port",
     "metrics_bind",
     "status_socket",
+    "inspect",
     "tunnels",
 )
+INSPECT_KEYS = ("listen", "memory", "body", "bodies", "allow_remote")
 POLICY_KEYS = ("basic_auth", "basic_auth_file", "allow", "deny", "rate_limit")
 TUNNEL_KEYS = (
     "hostname",
@@ -142,6 +144,16 @@ MOST_DRAIN = 24 * 3600
 MAX_SHOWN = 253
 
 
+# The inspector. ngrok's has this port, so people know it.
+INSPECT_PORT = 4040
+INSPECT_MEMORY = 64 * 1024 * 1024  # bytes; some ten thousand visits without bodies
+LEAST_MEMORY, MOST_MEMORY = 1024 * 1024, 64 * 1024**3
+INSPECT_BODY = 64 * 1024  # bytes that are kept of each body: most documents and forms
+MOST_BODY = 16 * 1024 * 1024  # more would be slow to show
+# At least this many bodies fit into the memory, or a visit could take the place of all others.
+LEAST_BODIES = 8
+
+
 class ConfigError(Exception):
     """The configuration cannot be used. The message is one line for the operator, most often
     "KEY: X came, expected Y": X is what the file has, Y what may stand there."""
@@ -199,6 +211,16 @@ class Tunnel(NamedTuple):
         return tuple(feature for feature, value in wanted if value)
 
 
+class Inspect(NamedTuple):
+    """The inspector's settings: where it listens, and what it keeps."""
+
+    host: str = LOOPBACK  # an IP address, or LOCALHOST
+    port: int = INSPECT_PORT
+    memory: int = INSPECT_MEMORY  # bytes
+    body: int = INSPECT_BODY  # bytes of each body that are kept; 0: none
+    allow_remote: bool = False  # ``host`` may be one that other machines reach
+
+
 @dataclass(frozen=True)
 class Config:
     """The operator's configuration, checked and with all defaults.
@@ -224,6 +246,7 @@ class Config:
         str  # where `gotunnel-agent status` asks, OFF for nowhere; "": see runtime_places()
     )
     tunnels: tuple[Tunnel, ...]
+    inspect: Inspect | None = None  # None: no inspector
     secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
     # The key that names the credential's file, and the path there; "" for one in the document.
     credential_file: tuple[str, str] = ("", "")
@@ -411,6 +434,7 @@ def _config(document: Mapping[str, object], needs_tunnels: bool) -> Config:
         metrics_port=_metrics_port(document),
         metrics_bind=_metrics_bind(document),
         status_socket=_status_socket(document),
+        inspect=inspect_of(document["inspect"]) if "inspect" in document else None,
         tunnels=_tunnels(document) if needs_tunnels or document.get("tunnels") else (),
         credential_file=credential_file,
     )
@@ -726,6 +750,68 @@ def _metrics_bind(document: Mapping[str, object]) -> tuple[str, ...]:
         if addresses.parse(text) is None:
             raise ConfigError(f"metrics_bind: {_shown(text)} came, expected {expected}")
     return tuple(texts)
+
+
+def inspect_of(value: object) -> Inspect | None:
+    """The inspector's settings: an address, a port alone, a mapping, or on or off. Raises
+    ConfigError."""
+    expected = f'an address such as "{LOOPBACK}:{INSPECT_PORT}", a mapping, or {OFF}'
+    if isinstance(value, str):
+        if not BOOLEANS.get(value.lower(), True):
+            return None
+        value = {} if value.lower() in BOOLEANS else {"listen": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"inspect: {kind(value)} came, expected {expected}")
+    _refuse_unknown_keys(value, INSPECT_KEYS, "inspect: ", NO_ADVICE)
+    where = "inspect."
+    host, port = _inspect_listen(value, where)
+    allow_remote = _boolean(value, "allow_remote", False, where)
+    if not (allow_remote or host == LOCALHOST or ipaddress.ip_address(host).is_loopback):
+        raise ConfigError(
+            f"inspect.listen: {_shown(host)} came, which other machines can reach, expected one of "
+            f"this machine alone such as {LOOPBACK}; allow_remote: true beside listen permits it, "
+            "but there is no TLS: everybody on the way sees what visitors send"
+        )
+    memory = _bytes(value, "memory", INSPECT_MEMORY, LEAST_MEMORY, MOST_MEMORY, where)
+    body = _bytes(value, "body", min(INSPECT_BODY, memory // LEAST_BODIES), 0, MOST_BODY, where)
+    if body > memory // LEAST_BODIES:
+        raise ConfigError(
+            f"inspect.body: {body} bytes came, expected at most {memory // LEAST_BODIES}, an "
+            "eighth of memory: a visit must not take the place of all others"
+        )
+    if not _boolean(value, "bodies", True, where):
+        body = 0
+    return Inspect(host, port, memory, body, allow_remote)
+
+
+def _inspect_listen(value: Mapping[str, object], where: str) -> tuple[str, int]:
+    if "listen" not in value:
+        return LOOPBACK, INSPECT_PORT
+    expected = f'"ADDRESS:PORT" such as "{LOOPBACK}:{INSPECT_PORT}", or a port'
+    text = _text(value, "listen", expected, where)
+
+    def refused(why: str) -> ConfigError:
+        return ConfigError(f"{where}listen: {_shown(text)} {why}, expected {expected}")
+
+    host, port = _host_and_port(f"{LOOPBACK}:{text}" if text.isdigit() else text, refused)
+    if host.lower() == LOCALHOST:
+        return LOCALHOST, port
+    if addresses.parse(host) is None:
+        raise refused("has a host that is no IP address")
+    return host, port
+
+
+def _bytes(
+    mapping: Mapping[str, object], key: str, default: int, least: int, most: int, where: str
+) -> int:
+    if key not in mapping:
+        return default
+    expected = f"bytes from {least} to {most}, such as 64KiB"
+    text = _text(mapping, key, expected, where)
+    size = bytes_of(text)
+    if size is None or not least <= size <= most:
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
+    return size
 
 
 def _drain_timeout(document: Mapping[str, object]) -> float:

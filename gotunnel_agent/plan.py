@@ -19,7 +19,7 @@ from .trust import tls_context
 # Keys that have an effect at the start only.
 AT_START = ("status_socket", "log_format", "metrics_port", "metrics_bind")
 # Keys whose change needs no new session: they concern the process alone.
-OF_PROCESS = (*AT_START, "drain_timeout", "log_level")
+OF_PROCESS = (*AT_START, "drain_timeout", "log_level", "inspect")
 # Fields of Config that have another name in the file.
 KEYS = {
     "tunnel_host": "tunnel_addr",

@@ -188,6 +188,13 @@ def load_agent(folder, text):
 def test_the_tables_of_the_agent_name_every_key_and_no_other():
     assert set(table("agent.md", "the agent")) == set(agent_config.KEYS)
     assert set(table("agent.md", "a tunnel")) == set(agent_config.TUNNEL_KEYS)
+    assert set(table("agent.md", "the inspector")) == set(agent_config.INSPECT_KEYS)
+
+
+def test_the_inspectors_defaults_are_those_of_the_table():
+    values = literals(table("agent.md", "the inspector"))
+    assert set(values) == set(agent_config.INSPECT_KEYS)
+    assert agent_config.inspect_of(values) == agent_config.Inspect()
 
 
 def test_the_agents_defaults_are_those_of_the_tables(tmp_path):

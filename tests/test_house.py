@@ -16,14 +16,16 @@ WIDTH = 100  # characters of a line
 # "routes" is the one module of the hall that the wings know: visitors and agents meet there.
 COMMON, ROUTES = "gotunnel_agent.common", "gotunnel_server.routes"
 QUICK = "gotunnel_agent.quick"
+INSPECTOR = "gotunnel_agent.inspector"
 NET, VISITORS, AGENTS, CERTS, ADMIN = (
     f"gotunnel_server.{wing}" for wing in ("net", "visitors", "agents", "certs", "admin")
 )
 RULES = {
     "gotunnel": set(),
     COMMON: {"gotunnel", "yaml"},
-    "gotunnel_agent": {"gotunnel", COMMON, QUICK, "jwt", "yaml"},
-    QUICK: {"gotunnel", COMMON, "gotunnel_agent"},
+    "gotunnel_agent": {"gotunnel", COMMON, QUICK, INSPECTOR, "jwt", "yaml"},
+    QUICK: {"gotunnel", COMMON, INSPECTOR, "gotunnel_agent"},
+    INSPECTOR: {"gotunnel", COMMON, "gotunnel_agent"},
     NET: {"gotunnel", COMMON, "cryptography"},
     ROUTES: {"gotunnel", COMMON},
     VISITORS: {"gotunnel", COMMON, NET, ROUTES, "h2", "hpack", "hyperframe"},

@@ -108,6 +108,7 @@ WINGS = {
     "common": test_house.COMMON,
     "agent": "gotunnel_agent",
     "quick": test_house.QUICK,
+    "inspector": test_house.INSPECTOR,
     "net": test_house.NET,
     "routes": test_house.ROUTES,
     "visitors": test_house.VISITORS,

@@ -1,4 +1,5 @@
-"""Numbers as an operator writes them: whole numbers, and rates of requests with their bounds."""
+"""Numbers as an operator writes them: whole numbers, bytes, and rates of requests with their
+bounds."""
 
 import re
 
@@ -11,6 +12,8 @@ RATE_KEYS = ("per_address", "burst", "total", "total_burst")  # the keys of a ra
 # A number of requests, and the period if it is not a second.
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
 _PERIODS = {"s": 1, "m": 60, "h": 3600}  # seconds
+_BYTES = re.compile(r"([0-9]{1,9}) ?(b?|[kmg](?:i?b)?)")
+_UNITS = {"": 1, "b": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
 
 def whole_number(text: str) -> int | None:
@@ -24,3 +27,10 @@ def rate(text: str) -> float | None:
     caller checks LEAST_RATE and MOST_RATE."""
     match = _RATE.fullmatch(text)
     return float(match[1]) / _PERIODS[match[2] or "s"] if match else None
+
+
+def bytes_of(text: str) -> int | None:
+    """The bytes that a text such as 65536, 64K, 64KB, 64 KiB or 1GiB stands for; None if it is no
+    such text. K is 1024 in all of them: for a limit the difference does not matter."""
+    match = _BYTES.fullmatch(text.lower())
+    return int(match[1]) * _UNITS[match[2][:1]] if match else None

@@ -9,10 +9,14 @@ import pytest
 
 from gotunnel import HOST_HEADER, HTTP2
 from gotunnel_agent.config import (
+    INSPECT_BODY,
+    INSPECT_KEYS,
     KEYS,
+    LEAST_BODIES,
     TUNNEL_KEYS,
     Config,
     ConfigError,
+    Inspect,
     Target,
     Tunnel,
     load,
@@ -300,11 +304,66 @@ def test_unknown_key_is_refused_with_the_nearest_known_one(text, expected):
         ("log_format: xml", "log_format: 'xml' came, expected one of text, json"),
         ("status_socket: []", "status_socket: a list came, expected the path of a unix socket, or"),
         (f"status_socket: {'x' * 108}", "status_socket: the path has 108 bytes, a unix socket's"),
+        ("inspect: []", 'inspect: a list came, expected an address such as "127.0.0.1:4040", a '),
+        ("inspect:", "inspect: no value came, expected an address"),
+        (
+            "inspect: 127.0.0.1",
+            "inspect.listen: '127.0.0.1' has no port, expected \"ADDR",
+        ),
+        ("inspect: 0", "inspect.listen: '0' has no port from 1 to 65535, expected"),
+        ("inspect: me.test:1", "inspect.listen: 'me.test:1' has a host that is no IP address, exp"),
+        ("inspect: http://127.0.0.1:1", "inspect.listen: 'http://127.0.0.1:1' has a scheme or a"),
+        (
+            "inspect: 0.0.0.0:4040",
+            "inspect.listen: '0.0.0.0' came, which other machines can reac",
+        ),
+        ("inspect: '[::]:4040'", "inspect.listen: '::' came, which other machines can reach, "),
+        (
+            "inspect: {listen: '10.0.0.1:1'}",
+            "inspect.listen: '10.0.0.1' came, which other machines",
+        ),
+        ("inspect: {listen: 1, memry: 1}", "inspect: unknown key 'memry', did you mean 'memory'?"),
+        ("inspect: {port: 1}", "inspect: unknown key 'port', expected one of listen, memory, body"),
+        ("inspect: {memory: 1}", "inspect.memory: '1' came, expected bytes from 1048576 to"),
+        ("inspect: {memory: much}", "inspect.memory: 'much' came, expected bytes from 1048576 to"),
+        ("inspect: {body: 17MiB}", "inspect.body: '17MiB' came, expected bytes from 0 to 16777216"),
+        ("inspect: {memory: 1MiB, body: 1MiB}", "inspect.body: 1048576 bytes came, expected at m"),
+        ("inspect: {bodies: some}", "inspect.bodies: 'some' came, expected true or false"),
+        ("inspect: {allow_remote: 1}", "inspect.allow_remote: '1' came, expected true or false"),
         ("log_level: {}", "log_level: a mapping came, expected one of debug, info, warning, error"),
     ],
 )
 def test_bad_value_of_an_optional_key(line, expected):
     assert refusal(f"{MINIMAL}{line}\n").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("off", None),
+        ("on", Inspect()),
+        ("4041", Inspect(port=4041)),
+        ("127.0.0.2:4040", Inspect("127.0.0.2")),
+        ("localhost:4040", Inspect("localhost")),
+        ("'[::1]:4040'", Inspect("::1")),
+        ("{}", Inspect()),
+        ("{listen: 5000, memory: 1 GiB, body: 0}", Inspect(port=5000, memory=2**30, body=0)),
+        ("{body: 1mb}", Inspect(body=2**20)),
+        ("{memory: 100000000, bodies: false}", Inspect(memory=10**8, body=0)),
+        ("{memory: 2MiB, body: 256KiB}", Inspect(memory=2**21, body=2**18)),
+        (
+            "{listen: '0.0.0.0:80', allow_remote: true}",
+            Inspect("0.0.0.0", 80, allow_remote=True),
+        ),
+    ],
+)
+def test_the_inspector_has_an_address_or_a_mapping(text, expected):
+    assert loaded(f"{MINIMAL}inspect: {text}\n").inspect == expected
+
+
+def test_a_small_memory_of_the_inspector_makes_the_bodies_smaller():
+    [least] = {loaded(f"{MINIMAL}inspect: {{memory: 1MiB}}\n").inspect.body}
+    assert least == min(INSPECT_BODY, 2**20 // LEAST_BODIES)
 
 
 def test_very_long_value_is_cut():
@@ -770,11 +829,12 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     assert config.modes() == {"app.localhost": "http", "ssh.localhost": "tcp"}
     shown = (
         "skip_tls_verify|jwt_issuer|jwt_expire_sec|stall_timeout|log_level|status_socket|log_format"
+        "|inspect"
     )
     defaults = re.compile(rf"(?m)^#(?=({shown}): )")
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
-    assert count == 7
-    assert loaded(uncommented) == dataclasses.replace(config, ca_file=None)
+    assert count == 8
+    assert loaded(uncommented) == dataclasses.replace(config, ca_file=None, inspect=Inspect())
 
 
 def test_example_shows_a_policy_that_can_be_followed():
@@ -788,7 +848,7 @@ def test_example_shows_a_policy_that_can_be_followed():
 
 def test_example_explains_every_key():
     shown = set(re.findall(r"(?m)^[# -]*([a-z_]+):(?: |$)", EXAMPLE.read_text(encoding="utf-8")))
-    assert shown >= {*KEYS, *TUNNEL_KEYS}
+    assert shown >= {*KEYS, *TUNNEL_KEYS, *INSPECT_KEYS}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gotunnel_agent.common.quantities import rate, whole_number
+from gotunnel_agent.common.quantities import bytes_of, rate, whole_number
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,16 @@ def test_whole_number_is_made_of_ascii_digits_alone(text, number):
 )
 def test_rate_is_a_number_and_perhaps_a_period(text, a_second):
     assert rate(text) == a_second
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("0", 0), ("65536", 65536), ("64KiB", 65536), ("64 kb", 65536), ("2MiB", 2**21),
+        ("1GIB", 2**30), ("7b", 7), ("", None), ("KiB", None), ("1.5MiB", None), ("-1", None),
+        ("64K", 65536), ("64i", None), ("1TiB", None), ("1  MiB", None), ("1_0", None),
+        ("9999999999", None),
+    ],
+)  # fmt: skip
+def test_bytes_have_a_unit_or_none(text, size):
+    assert bytes_of(text) == size

@@ -1,0 +1,1 @@
+"""The inspector: shows what passes through the tunnels of an agent."""
