@@ -62,6 +62,8 @@ PURE = [
     "gotunnel_agent/common/systemd_unit.py",
     "gotunnel_agent/common/token_bucket.py",
     "gotunnel_agent/dialogue.py",
+    "gotunnel_agent/inspector/answer.py",
+    "gotunnel_agent/inspector/order.py",
     "gotunnel_server/agents/identity.py",
     "gotunnel_server/agents/limits.py",
     "gotunnel_server/agents/registration.py",

@@ -1,0 +1,86 @@
+"""Reads the answer to a replayed request from its bytes, as leniently as a target's answers are
+read (common/http1.py), and keeps the beginning of its body.
+
+Pure: no socket, no clock, no thread.
+"""
+
+from __future__ import annotations
+
+from ..common.http1 import Body, Malformed, answer_end, parse_response, response_body
+
+SWITCHING_PROTOCOLS = 101
+# Interim answers (1xx) before the final one. A target may send some progress (102, 103); a thousand
+# is a target that will never answer.
+MOST_INTERIM = 1000
+
+
+class Answer:
+    """One answer, as far as it has come.
+
+    ``head`` are the bytes of the final answer's head, b"" before it is whole; ``status`` is 0 then.
+    ``kept`` is the beginning of the body, up to ``limit`` bytes, and ``size`` counts all of it.
+    ``over``: it is whole, and what follows does not belong to it.
+    """
+
+    def __init__(self, method: str, limit: int):
+        self.head = b""
+        self.status = 0
+        self.size = 0
+        self.over = False
+        self.interim: list[int] = []  # the statuses of the last few interim answers
+        self._method, self._limit = method, limit
+        self._kept = bytearray()
+        self._held = bytearray()  # a head that is not whole
+        self._body: Body | None = None
+        self._interim = 0
+
+    @property
+    def kept(self) -> bytes:
+        return bytes(self._kept)
+
+    def feed(self, data: bytes) -> None:
+        """Take what has come. Raises Malformed."""
+        while data and not self.over:
+            if self._body is not None:
+                self._take(self._body, data)
+                return
+            searched = len(self._held)
+            self._held += data
+            end = answer_end(self._held, searched)
+            if end < 0:
+                return
+            head, data = bytes(self._held[:end]), bytes(self._held[end:])
+            self._held.clear()
+            self._read_head(head)
+
+    def eof(self) -> None:
+        """The target has closed its side. Raises Malformed if the answer is not whole."""
+        if self.over:
+            return
+        if self._body is None:
+            raise Malformed(400, "the head was cut short" if self._held else "no answer")
+        self._body.eof()
+        self.over = True
+
+    def _read_head(self, head: bytes) -> None:
+        response = parse_response(head)
+        status = response.status
+        if status == SWITCHING_PROTOCOLS:
+            raise Malformed(400, "status 101, which the request did not ask for")
+        if status < 200:
+            self._interim += 1
+            if self._interim > MOST_INTERIM:
+                raise Malformed(400, f"over {MOST_INTERIM} interim answers, expected a final one")
+            self.interim = [*self.interim[-9:], status]
+            return
+        self.head, self.status = head, status
+        self._body = response_body(response, self._method)
+        self.over = self._body is None or self._body.complete
+
+    def _take(self, body: Body, data: bytes) -> None:
+        for piece in body.feed(data):
+            self.size += len(piece)
+            room = self._limit - len(self._kept)
+            if room > 0:
+                self._kept += piece[:room]
+        self.over = body.complete
