@@ -57,6 +57,8 @@ MOST_WORKERS = 2048
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"
+LEAST_TOKEN = 16  # characters of DASHBOARD_TOKEN, which nobody has to remember
+_TOKEN = re.compile(rf"[A-Za-z0-9._~+/-]{{{LEAST_TOKEN},}}=*")  # as Bearer sends it (RFC 6750 §2.1)
 CACHE = "cert-cache"  # ACME_CACHE, if it is unset
 OFF = "off"  # ACCESS_LOG: no access log; HTTP2: not offered
 ON = "on"  # HTTP2
@@ -72,7 +74,8 @@ NAMES = frozenset({  # all variables that load() may read
     "ACCESS_LOG", "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY",
     "ACME_EAB_HMAC_KEY_FILE", "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN",
     "AGENTS_FILE", "AGENT_TIMEOUT", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
-    "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
+    "DASHBOARD_PASSWORD_FILE", "DASHBOARD_PORT", "DASHBOARD_TOKEN", "DASHBOARD_TOKEN_FILE",
+    "DEFAULT_ALLOW", "DEFAULT_BASIC_AUTH",
     "DEFAULT_BASIC_AUTH_FILE", "DEFAULT_DENY", "DEFAULT_RATE_LIMIT", "DRAIN_TIMEOUT",
     "GATEWAY_HOST", "GATEWAY_PORT", "H2C_HOSTS", "HTTP2",
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
@@ -140,6 +143,7 @@ class Config:
     dashboard_bind: tuple[str, ...]  # IP addresses; empty: all
     # None: the dashboard asks for no password, and shows only hostnames and modes.
     dashboard_password: Hash | None = field(repr=False)
+    dashboard_token: Hash | None = field(repr=False)  # of programs that use its API; None: none
     metrics_port: int | None  # None: no metrics
     metrics_bind: tuple[str, ...]  # IP addresses
     bind: tuple[str, ...]  # IP addresses; empty: all, IPv4 and IPv6
@@ -348,6 +352,7 @@ def _complete(read: Variables) -> Config:
         dashboard_port=read.port_or_off("DASHBOARD_PORT", 8080),
         dashboard_bind=read.ip_addresses("DASHBOARD_BIND") or read.ip_addresses("BIND"),
         dashboard_password=_dashboard_password(read),
+        dashboard_token=_dashboard_token(read),
         metrics_port=read.port_or_off("METRICS_PORT", None),
         metrics_bind=read.ip_addresses("METRICS_BIND") or (LOOPBACK,),
         bind=read.ip_addresses("BIND"),
@@ -512,6 +517,23 @@ def _dashboard_password(read: Variables) -> Hash | None:
         return None if password is None else Hash.read(hash_if_plain(password))
     except PasswordError as error:
         raise ConfigError(f"DASHBOARD_PASSWORD: {error}: correct it") from None
+
+
+def _dashboard_token(read: Variables) -> Hash | None:
+    """DASHBOARD_TOKEN as a hash; a plain one is checked and hashed here."""
+    token = read.secret("DASHBOARD_TOKEN")
+    if token is None:
+        return None
+    try:
+        text = hash_if_plain(token)
+        if text != token and not _TOKEN.fullmatch(token):
+            raise PasswordError(
+                f"{len(token)} characters came, expected at least {LEAST_TOKEN} from A-Z, a-z, "
+                "0-9 and -._~+/, such as the output of openssl rand -hex 32"
+            )
+        return Hash.read(text)
+    except PasswordError as error:
+        raise ConfigError(f"DASHBOARD_TOKEN: {error}: correct it") from None
 
 
 def _policy_defaults(read: Variables) -> Defaults | None:

@@ -9,7 +9,7 @@ from typing import Protocol
 from gotunnel_agent.common import addresses
 
 from .config import Config
-from .visitors import dashboard
+from .dashboard.urls import urls
 
 
 class Ports(Protocol):
@@ -33,7 +33,7 @@ def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
     yield f"agents: tunnel_addr {config.tunnel_host}:{ports.tunnel_port}"
     if ports.dashboard_port is not None:
         where = config.dashboard_bind, config.bind, config.gateway_host, ports.dashboard_port
-        yield f"dashboard: {dashboard.urls(*where)}"
+        yield f"dashboard: {urls(*where)}"
     if ports.http_port is not None:
         yield f"plain HTTP: port {ports.http_port}"
     if ports.metrics_port is not None:

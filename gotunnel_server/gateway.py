@@ -30,7 +30,8 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
-from .visitors import dashboard, sites
+from .showing import Showing
+from .visitors import sites
 from .visitors.forwarded import Proxies
 from .visitors.port import HealthPort, Port, PublicPort, TcpPort, change_ports, drain
 from .visitors.room import Room, Timeouts
@@ -48,6 +49,8 @@ LAST_JOBS = 2  # seconds for which stop() waits for a pool's jobs, or a watcher'
 
 class Gateway:
     """A gateway: start(), then stop(). If __init__ raises, it leaves no socket or file open."""
+
+    shown_port: int  # that visitors type
 
     def __init__(
         self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
@@ -80,13 +83,14 @@ class Gateway:
         self._visitor_ports: list[Port] = []
         self._ready = threading.Event()  # the ports are open, and no drain has begun
         self.listeners = Listeners(config.bind, self._steps, inherited)
-        self.recording = Recording(config, self._proxies, self._registry.lookup, subscribers)
+        self._showing = Showing(config, self, self._proxies)
+        readers = (*subscribers, *self._showing.subscribers)
+        self.recording = Recording(config, self._proxies, self._registry.lookup, readers)
         try:
             self._build_tunnels(config)
             self._build_visitors(config)
-            self._build_dashboard(config)
             self._build_http(config)
-            self._build_metrics(config)
+            self._build_pages(config)
         except BaseException:
             self.listeners.stop()
             self.recording.stop()
@@ -136,8 +140,9 @@ class Gateway:
 
     def _build_visitors(self, config):
         self._site = sites.choose_site(
-            self._registry.lookup, config.gateway_host, lambda: self.shown_port, self._proxies
-        )
+            self._registry.lookup, config.gateway_host, lambda: self.shown_port, self._proxies,
+            self._showing.at_gateway,
+        )  # fmt: skip
         redirect = sites.choose_redirect(
             self._registry.lookup, config.gateway_host, proxies=self._proxies, secured=self._site
         )
@@ -161,20 +166,10 @@ class Gateway:
         )  # fmt: skip
         self.shown_port = self.tunnels.visitors_port = config.public_port or self.public_port
 
-    def _build_dashboard(self, config):
-        self.dashboard_port = None
-        if config.dashboard_port is None:
-            return
-        site = dashboard.build_site(
-            self.tunnels.registered, self.recording.count, config.gateway_host,
-            self.shown_port, __version__,
-            self.keeper.state, self._proxies, config.dashboard_password,
-        )  # fmt: skip
+    def _build_pages(self, config):
         self.dashboard_port = self._add_page(
-            "DASHBOARD_PORT", config.dashboard_port, config.dashboard_bind, site
+            "DASHBOARD_PORT", config.dashboard_port, config.dashboard_bind, self._showing.at_port
         )
-
-    def _build_metrics(self, config):
         self.metrics_port = None
         if config.metrics_port is None:
             return
@@ -188,6 +183,8 @@ class Gateway:
         )
 
     def _add_page(self, setting, number, addresses, site, kind=Port):
+        if number is None:
+            return None
         port = self._build_port(kind, Room(capacity.PAGE_REQUESTS, self._proxies), site=site)
         places = capacity.plain(capacity.PAGE_CONNECTIONS, self._proxies)
         return self.listeners.add(setting, number, port, places, port.first_timeout, addresses)
@@ -261,6 +258,7 @@ class Gateway:
         timeouts = (config.idle_timeout, config.response_timeout, config.stall_timeout)
         change_ports(self._visitor_ports, *timeouts, config.templates)
         self._newcomers.terms = config.terms
+        self._showing.change(config)
         self._credentials.change_shared(config.jwt_secret, config.jwt_secret_old, config.jwt_issuer)
 
     def estate(self) -> Estate:
@@ -276,6 +274,7 @@ class Gateway:
     def stop_accepting(self, but: str = "") -> None:
         """Take no new connections, except at the port ``but``; those that are here go on."""
         self._ready.clear()
+        self._showing.drain()
         for port in self._visitor_ports:
             port.start_draining()
         self._ports.close()

@@ -17,8 +17,9 @@ WIDTH = 100  # characters of a line
 COMMON, ROUTES = "gotunnel_agent.common", "gotunnel_server.routes"
 QUICK = "gotunnel_agent.quick"
 INSPECTOR = "gotunnel_agent.inspector"
-NET, VISITORS, AGENTS, CERTS, ADMIN = (
-    f"gotunnel_server.{wing}" for wing in ("net", "visitors", "agents", "certs", "admin")
+NET, VISITORS, AGENTS, CERTS, DASHBOARD, ADMIN = (
+    f"gotunnel_server.{wing}"
+    for wing in ("net", "visitors", "agents", "certs", "dashboard", "admin")
 )
 RULES = {
     "gotunnel": set(),
@@ -33,12 +34,13 @@ RULES = {
     CERTS: {
         "gotunnel", COMMON, NET, "acme", "cryptography", "josepy", "requests", "urllib3",
     },
+    DASHBOARD: {"gotunnel", COMMON, NET, ROUTES, VISITORS},
     ADMIN: {
         "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, "gotunnel_server",
         "cryptography", "jwt",
     },
     "gotunnel_server": {
-        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, ADMIN, "dotenv",
+        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, DASHBOARD, ADMIN, "dotenv",
     },
 }  # fmt: skip
 # Arrows that break a rule, and are to go.

@@ -251,7 +251,7 @@ def test_the_agent_installs_without_what_only_a_gateway_needs(tmp_path, environm
 
     pip("install", f"{wheel}[server]")
     assert ask("gotunnel-server") == (0, f"gotunnel {version}\n", "")
-    page = environment.parent.glob("[Ll]ib/**/gotunnel_server/visitors/dashboard.html")
+    page = environment.parent.glob("[Ll]ib/**/gotunnel_server/dashboard/page.html")
     assert list(page)
 
 

@@ -24,7 +24,7 @@ from .forwarded import Proxies
 from .http1_server import Handler
 from .login import Owner
 from .pages import Page, Templates
-from .request import AgentLost, Upgraded
+from .request import AgentLost, Connect, Upgraded
 from .room import Exchanges, Timeouts
 from .sites import Site
 from .steps import StateEnum, Step, Stepwise
@@ -197,8 +197,10 @@ class HttpConnection(Stepwise):
             handler.forget()
             if isinstance(handler.switched, Upgraded):
                 relays.start_switched(self._visitor, *handler.switched)
-            else:
+            elif isinstance(handler.switched, Connect):
                 relays.start_tcp(self._visitor, handler.switched.route)
+            else:
+                relays.start_feed(self._visitor, handler.switched)
             return False
         visit = self._visitor.visit
         if visit is not None:

@@ -27,8 +27,8 @@ from .exchange import Exchange, send_page
 from .forwarded import Proxies
 from .login import Owner
 from .pages import Page
-from .request import LEAST_BYTE_RATE, AgentLost, Connect, Upgraded, VisitorGone
-from .sites import Site
+from .request import LEAST_BYTE_RATE, AgentLost, Connect, Onward, VisitorGone
+from .sites import Forward, Site
 from .visit import Visit
 from .work import Work
 
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         response_timeout: float,
         stall_timeout: float,
     ):
-        """``site(request)`` decides what a request gets: a Page, a Connect or a sites.Forward.
+        """``site(request)`` decides what a request gets: see sites.py.
         ``scheme``, ``sni``, ``owner``: see request.Request. ``claim_relay()``: whether the
         connection may become a relay. ``is_draining()``: whether an answer that begins now is the
         last one. ``is_crowded()``: as Request.crowded(). Timeouts are in seconds;
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.current: Http1Request | None = None  # None while the next head is incomplete, too
         # For a visitor that reads slowly; made when a write has to wait for the first time.
         self._reader: Patience | None = None
-        self.switched: Upgraded | Connect | None = None  # the other end, once raw bytes flow
+        self.switched: Onward | None = None  # the other end, once raw bytes flow
         self._site = site
         self._proxies = proxies
         self._response_timeout = response_timeout
@@ -177,7 +177,11 @@ class Handler(BaseHTTPRequestHandler):
             page = pages.error(error.status, "malformed-request", pages.MALFORMED.format(error))
             return self.send_page(page, last=True)
         answer = self._site(request)
-        if isinstance(answer, Page):
+        if isinstance(answer, Forward):
+            if self.visit is not None:
+                self.visit.route = answer.route
+            Exchange(request, answer, self._proxies, self._response_timeout).run()
+        elif isinstance(answer, Page):
             if answer.code == pages.NO_TUNNEL and self.absent and self.may_wait:
                 raise AgentLost(None)  # the agent may have left since the head was read
             send_page(request, answer)
@@ -187,9 +191,7 @@ class Handler(BaseHTTPRequestHandler):
             if not request.switch(200, "Connection established", [], b"", answer):
                 send_page(request, pages.error(503, "gateway-busy", pages.BUSY))
         else:
-            if self.visit is not None:
-                self.visit.route = answer.route
-            Exchange(request, answer, self._proxies, self._response_timeout).run()
+            answer.serve(request)
 
     def send_page(self, page: Page, *, last: bool = False) -> None:
         """Answer with one of the gateway's own pages, even if no head could be parsed. With
@@ -411,7 +413,7 @@ class Http1Request:
         reason: str,
         fields: list[tuple[str, str]],
         data: bytes,
-        onward: Upgraded | Connect,
+        onward: Onward,
     ) -> bool:
         if not self._handler.claim_relay():
             return False

@@ -28,9 +28,9 @@ from .http2_screen import END_STREAM, Code, Frame
 from .http2_windows import MOST_WINDOW, Growth, Window
 from .login import Owner
 from .pages import Page
-from .request import LEAST_BYTE_RATE, AgentLost, Connect, Upgraded, VisitorGone
+from .request import LEAST_BYTE_RATE, AgentLost, Connect, Onward, Upgraded, VisitorGone
 from .room import Timeouts
-from .sites import Site
+from .sites import Forward, Site
 from .visit import BUG, CLIENT_CLOSED, LEFT, SLOW, Visit
 from .visitor import Visitor
 from .work import Work
@@ -73,7 +73,7 @@ class Http2Request:
     owner: Owner | None = (
         None  # logins that are bound to a connection need HTTP/1.1: see send_head()
     )
-    switched: Upgraded | Connect | None = None  # the other end, once raw bytes flow
+    switched: Onward | None = None  # the other end, once raw bytes flow
 
     _relayed: StreamVisitor  # set by switch()
 
@@ -234,26 +234,31 @@ class Http2Request:
             text = "This gateway knows no extended CONNECT for that protocol. It knows websocket."
             return send_page(self, pages.error(501, "malformed-request", text))
         answer = connection.site(self)
-        if isinstance(answer, Page):
+        if isinstance(answer, Forward):
+            if self.visit is not None:
+                self.visit.route = answer.route
+            Exchange(self, answer, connection.port.proxies, connection.timeouts.response).run()
+        elif isinstance(answer, Page):
             if answer.code == pages.NO_TUNNEL and connection.port.absent and self.may_wait:
                 raise AgentLost(None)  # the agent may have left since the head was read
             send_page(self, answer)
-            return
-        if self.visit is not None:
-            self.visit.route = answer.route
-        if isinstance(answer, Connect):
+        elif isinstance(answer, Connect):
+            if self.visit is not None:
+                self.visit.route = answer.route
             if not self.switch(200, "", [], b"", answer):
                 send_page(self, pages.error(503, "gateway-busy", pages.BUSY))
         else:
-            Exchange(self, answer, connection.port.proxies, connection.timeouts.response).run()
+            answer.serve(self)
 
-    def _start_relay(self, onward: Upgraded | Connect) -> None:
+    def _start_relay(self, onward: Onward) -> None:
         visitor = self._relayed
         try:
             if isinstance(onward, Upgraded):
                 relays.start_switched(visitor, *onward)
-            else:
+            elif isinstance(onward, Connect):
                 relays.start_tcp(visitor, onward.route)
+            else:
+                relays.start_feed(visitor, onward)
         except NoThread as error:
             log.warning("%s: %s; the visit is reset", visitor, error)
             visitor.fail_visit("gateway-busy", 503)
@@ -396,7 +401,7 @@ class Http2Request:
         reason: str,
         fields: list[tuple[str, str]],
         data: bytes,
-        onward: Upgraded | Connect,
+        onward: Onward,
     ) -> bool:
         if isinstance(onward, Upgraded):
             fields = self._accepted(fields)

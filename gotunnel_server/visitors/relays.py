@@ -13,11 +13,14 @@ from typing import Protocol, TypeVar
 
 from gotunnel import Ends, NoThread, Stream, spawn
 from gotunnel_agent.common import proxy_protocol, refusals
+from gotunnel_agent.common.duplex import Duplex
 from gotunnel_agent.common.relay import RESET_JOIN, RelayEnd, Source, pump, relay
 
+from ..net.hung_up import hung_up
 from ..net.listener import Address
 from ..routes import AgentBusy, Route
 from .postgres import CancelKeys, Watched
+from .request import Feed
 from .visit import BUG, Visit
 from .visits import Counted, End
 
@@ -71,7 +74,8 @@ class Party(Protocol):
     def close(self) -> None: ...
 
 
-Other = TypeVar("Other", Route, Stream)  # the other end of a relay, or where it is to be opened
+# The other end of a relay, where it is to be opened, or what takes its place
+Other = TypeVar("Other", Route, Stream, Feed)
 
 
 def start_tcp(visitor: Party, route: Route) -> None:
@@ -91,8 +95,29 @@ def start_switched(visitor: Party, stream: Stream, half_close: bool) -> None:
         raise
 
 
-def _start(function: Callable[[Party, Other], None], visitor: Party, other: Other) -> None:
-    spawn(f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
+def start_feed(visitor: Party, feed: Feed) -> None:
+    """Have ``feed`` write the rest of the answer, in a thread that closes the visitor's connection.
+    Raises NoThread; then the Visitor still belongs to the caller."""
+    try:
+        _start(_feed, visitor, feed, f"events {visitor.address[0]}")
+    except NoThread:
+        feed.give_up()
+        raise
+
+
+def _feed(visitor: Party, feed: Feed) -> None:
+    end, line = _end_of(visitor), visitor.duplex
+
+    def gone() -> bool:
+        return end.died() or isinstance(line, Duplex) and hung_up(line)
+
+    feed.run(end, gone)
+
+
+def _start(
+    function: Callable[[Party, Other], None], visitor: Party, other: Other, name: str = ""
+) -> None:
+    spawn(name or f"relay {visitor.sni or visitor.address[0]}", _run, function, visitor, other)
 
 
 def _run(function: Callable[[Party, Other], None], visitor: Party, other: Other) -> None:

@@ -5,7 +5,7 @@ reads the body and sends the answer. `http1_server.Http1Request` implements it f
 `http2_request.Http2Request` for HTTP/2; tests use plain objects.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from gotunnel import Ends, Stream
@@ -48,6 +48,27 @@ class Connect(NamedTuple):
     """A CONNECT request is granted: its connection becomes a visit in tcp mode to ``route``."""
 
     route: Route
+
+
+class FeedEnd(Protocol):
+    """The visitor's end of a Feed. write() waits for a visitor that reads slowly; it raises OSError
+    if the connection is broken, TimeoutError after STALL_TIMEOUT. finish() ends the answer."""
+
+    def write(self, data: bytes, /) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Feed(NamedTuple):
+    """The rest of the answer is written by ``run(end, gone)``, in a thread of its own, for as long
+    as it likes: it holds no worker. ``gone()``: whether the visitor has left; any thread may ask.
+    ``give_up()`` is called instead if there is no thread to be had."""
+
+    run: Callable[[FeedEnd, Callable[[], bool]], None]
+    give_up: Callable[[], None]
+
+
+Onward = Upgraded | Connect | Feed  # to what a connection switches: see Request.switch()
 
 
 class Request(Protocol):
@@ -141,7 +162,7 @@ class Request(Protocol):
         reason: str,
         fields: list[tuple[str, str]],
         data: bytes,
-        onward: Upgraded | Connect,
+        onward: Onward,
     ) -> bool:
         """Send the final answer, and ``data`` behind it. From then on raw bytes flow between the
         visitor and ``onward``. False if there is no room for another relay; then nothing was sent.

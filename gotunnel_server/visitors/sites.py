@@ -1,7 +1,7 @@
 """Decides what a request gets: one of the gateway's pages, a redirect, or the target's answer.
 
 Each port has a *site*, a function: ``site(request)`` takes a request.Request and returns a Page, a
-Connect or a Forward. Nothing is read or sent here.
+Connect, a Forward or a Local. Nothing is read or sent here.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,16 @@ class Forward(NamedTuple):
     strip: tuple[str, ...] = ()
 
 
-Site = Callable[[Request], Page | Connect | Forward]
+class Local(NamedTuple):
+    """A part of the gateway serves the request: ``serve(request)`` reads its body if it wants to,
+    and sends the whole answer, by the methods of Request. It is called in an exchange's thread, and
+    raises what those methods raise."""
+
+    serve: Callable[[Request], None]
+
+
+Decision = Page | Connect | Forward | Local
+Site = Callable[[Request], Decision]
 
 
 class Proofs(Protocol):
@@ -39,15 +48,20 @@ class Proofs(Protocol):
 
 
 def choose_site(
-    lookup: Lookup, gateway_host: str, public_port: Callable[[], int], proxies: Proxies
+    lookup: Lookup,
+    gateway_host: str,
+    public_port: Callable[[], int],
+    proxies: Proxies,
+    own: Callable[[Request], Page | Local] | None = None,
 ) -> Site:
     """The site of the public port.
 
     ``gateway_host`` is the gateway's own name, ``public_port()`` the port's number. ``proxies`` may
-    name the visitors that they stand for.
+    name the visitors that they stand for. ``own(request)`` decides what a request to the gateway's
+    own name gets; None: the landing page.
     """
 
-    def site(request: Request) -> Page | Connect | Forward:
+    def site(request: Request) -> Decision:
         hostname, sni, is_connect = request.hostname, request.sni, request.method == "CONNECT"
         if is_connect and sni in (None, gateway_host):
             return connect(request)
@@ -58,7 +72,7 @@ def choose_site(
         if is_connect:
             return connect(request)
         if hostname == gateway_host:
-            return pages.landing(gateway_host)
+            return pages.landing(gateway_host) if own is None else own(request)
         route = lookup(hostname)
         if route is None:
             return pages.no_tunnel(hostname)
@@ -121,7 +135,7 @@ def choose_redirect(
     both are None, and the redirect leads to the port that the visitor used.
     """
 
-    def site(request: Request) -> Page | Connect | Forward:
+    def site(request: Request) -> Decision:
         hostname, path = request.hostname, request.path
         if request.method == "CONNECT":
             text = "This gateway accepts CONNECT only through TLS. Use it as an https:// proxy."

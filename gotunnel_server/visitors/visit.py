@@ -62,6 +62,7 @@ class Visit:
     route: Route | None = None  # None if the visit was not for a route, or refused before
     at = 0.0  # wall-clock seconds when it began; set for the subscribers
     duration = 0.0  # seconds; set at the end
+    is_local = False  # the gateway itself has served it: the dashboard
     ended = False
 
     def __init__(self, visits: Visits, visitor: str, began: float):

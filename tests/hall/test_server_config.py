@@ -88,6 +88,7 @@ def test_defaults():
         dashboard_port=8080,
         dashboard_bind=(),
         dashboard_password=None,
+        dashboard_token=None,
         metrics_port=None,
         metrics_bind=("127.0.0.1",),
         bind=(),
@@ -1046,5 +1047,6 @@ def test_example_explains_every_variable():
         "TYPED",
     }
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
-    files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE"}
+    files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE",
+             "DASHBOARD_TOKEN_FILE"}  # fmt: skip
     assert shown == fields | files

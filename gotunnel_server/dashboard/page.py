@@ -1,40 +1,26 @@
-"""Renders the dashboard, the page that lists the hostnames that agents serve.
+"""Renders the dashboard as HTML: the page, and the form for its password.
 
-Without DASHBOARD_PASSWORD it shows only what visitors can find out anyway: hostnames and modes.
-With one, the page asks for it (any user name will do), and also shows agents, ports, numbers of
-visits and the errors of certificate orders. It never shows visitors' addresses.
-
-It answers only under the gateway's own name, localhost and IP addresses. A web page elsewhere could
-make a browser send requests here under a name of its own (DNS rebinding). The browser sends that
-name as the Host, so the page is refused.
+Without DASHBOARD_PASSWORD the page shows only what visitors can find out anyway: hostnames and
+modes.
 """
 
-import ipaddress
 from collections.abc import Callable, Collection, Iterable, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
-from time import monotonic, time
+from time import time
 from typing import Protocol
 
-from gotunnel_agent.common import addresses
-from gotunnel_agent.common.passwords import Hash
-
-from ..net.dns import is_always_here
 from ..routes import Route
-from . import forwarded, pages
-from .basic_auth import ANY_USER, Passwords
-from .counts import Count
-from .forwarded import Proxies
-from .pages import Page
-from .request import Request
-from .sites import Site
-from .verdict import Answer, Caller
+from ..visitors.counts import Count
+from ..visitors.pages import Page
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-METHODS = ("GET", "HEAD")
 # No scripts, no resources from elsewhere, and no other page may frame it (clickjacking).
-CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+CONTENT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 
 _TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
 _MORE_COLUMNS = "<th>Agent<th>Connected<th>Visits<th>Failed<th>Bytes"
@@ -77,74 +63,6 @@ class Certificate(Protocol):
 
     @property
     def name(self) -> Word: ...
-
-
-def urls(
-    bound: tuple[str, ...], others_bound: tuple[str, ...], gateway_host: str, port: int
-) -> str:
-    """The URLs of the page, separated by blanks. ``bound``: the IP addresses that its port listens
-    on, none for all. ``others_bound``: those of the other ports, where ``gateway_host`` leads."""
-    by_name = f"http://{gateway_host}:{port}/"
-    found = map(ipaddress.ip_address, bound)
-    if not bound or any(address.is_unspecified for address in found):
-        return by_name
-    urls = [f"http://{addresses.as_host(address)}:{port}/" for address in bound]
-    if bound != others_bound:  # the name may lead to another address
-        return " ".join(urls)
-    # The name leads here, unless it is the name of a proxy in front of the gateway.
-    return by_name if is_always_here(gateway_host) else " ".join((by_name, *urls))
-
-
-def build_site(
-    tunnels: Callable[[], Collection[Tunnel]],
-    count: Callable[[str], Count],
-    gateway_host: str,
-    public_port: int,
-    version: str,
-    certificate_state: Callable[[str], Certificate],
-    proxies: Proxies,
-    password: Hash | None,
-) -> Site:
-    """The site of the dashboard's port.
-
-    ``tunnels()``: the registered ones. ``count(hostname)``: its visits.
-    ``certificate_state(hostname)``: how its certificate
-    stands. ``proxies`` may name the visitors that they stand for; wrong passwords are counted by
-    the visitor's address. ``password``: None for the public form of the page.
-    """
-    passwords = None if password is None else Passwords({ANY_USER: password}, monotonic)
-
-    def site(request: Request) -> Page:
-        if not _may_be_host(request.hostname):
-            text = f"Open the dashboard as {gateway_host}, localhost or by its IP address."
-            return pages.error(403, "wrong-host", text)
-        if passwords is not None:
-            verdict = passwords.judge(_caller(request, proxies))
-            if isinstance(verdict, Answer):
-                return verdict.page
-        if request.method not in METHODS:
-            page = pages.error(405, "wrong-method", "The dashboard can only be read (GET, HEAD).")
-            return page._replace(fields=(*page.fields, ("Allow", ", ".join(METHODS))))
-        if request.path.partition("?")[0] != "/":
-            return pages.error(404, "no-page", "There is no such page. The dashboard is at /.")
-        if passwords is None:
-            html = render_public(tunnels(), gateway_host, public_port)
-        else:
-            html = render(tunnels(), gateway_host, public_port, version, certificate_state, count)
-        return Page(200, html.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
-
-    def _may_be_host(name: str) -> bool:
-        # No web page elsewhere can have one of these as its own name.
-        is_address = addresses.parse(name.removeprefix("[").removesuffix("]")) is not None
-        return name in (gateway_host, "localhost") or is_address
-
-    return site
-
-
-def _caller(request: Request, proxies: Proxies) -> Caller:
-    address = forwarded.visitor(request.fields, request.peer, proxies)
-    authorization = ", ".join(request.fields.all("authorization")) or None
-    return Caller(address, addresses.parse(address), authorization)
 
 
 def render(
@@ -241,3 +159,17 @@ def _ago(seconds: float) -> str:
         if seconds >= size:
             return f"{_count(int(seconds // size), noun)} ago"
     return "just now" if seconds < 5 else f"{int(seconds)} seconds ago"
+
+
+def as_page(html: str) -> Page:
+    return Page(200, html.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
+
+
+def login(problem: str) -> Page:
+    """The form for the password; ``problem``: what was wrong about the last try, "" at first."""
+    form = (
+        f'<p>{escape(problem)}</p><form method="post" action="login"><label>Password '
+        '<input type="password" name="password" autocomplete="current-password" required autofocus>'
+        "</label> <button>Log in</button></form>"
+    )
+    return as_page(PAGE.substitute(gateway_host="", summary="", table=form, footer="gotunnel"))

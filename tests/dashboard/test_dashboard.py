@@ -20,9 +20,9 @@ from support import (
 
 from gotunnel_server.agents.credentials import Identity
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
+from gotunnel_server.dashboard import page as dashboard
 from gotunnel_server.net.listener import PortError
 from gotunnel_server.routes import Route
-from gotunnel_server.visitors import dashboard
 from gotunnel_server.visitors.basic_auth import FAILURES
 from gotunnel_server.visitors.counts import Count
 
@@ -168,9 +168,8 @@ def test_live_page_with_the_password_shows_all_to_any_user(get_with_password, us
 
 
 @pytest.mark.parametrize("given", [{}, {"password": "wrong"}, {"password": PASSWORD[:-1]}])
-@pytest.mark.parametrize("path", ["/", "/other"])
-def test_without_the_password_that_is_set_nothing_is_shown(get_with_password, given, path):
-    answer, text = get_with_password(path, **given)
+def test_without_the_password_that_is_set_nothing_is_shown(get_with_password, given):
+    answer, text = get_with_password(**given)
     assert answer.status == 401 and answer.getheader("WWW-Authenticate").startswith("Basic ")
     assert APP not in text and RAW not in text
 

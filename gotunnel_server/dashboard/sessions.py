@@ -1,0 +1,87 @@
+"""The sessions of browsers that have logged in to the dashboard. Any thread.
+
+A session's id is 256 random bits, made at login and never taken over from a browser (no session
+fixation). It ends by logout, after LIFETIME, and with the process: nothing is written to a disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+LIFETIME = 12 * 3600  # seconds from the login: a working day
+# Some 500 bytes each. Only a login makes one, so this many are somebody's scripts that log in again
+# and again: the oldest session ends.
+MOST_SESSIONS = 256
+ID_BYTES = 32
+
+
+class Session:
+    """One login. ``csrf`` proves that a request comes from a page that the session was given."""
+
+    def __init__(self, until: float):
+        """``until``: when it ends, monotonic."""
+        self.csrf = secrets.token_urlsafe(ID_BYTES)
+        self.until = until
+        self.has_ended = False
+
+    def proves(self, csrf: str) -> bool:
+        """Whether ``csrf`` is this session's token. Takes the same time for all others (no timing
+        oracle)."""
+        return hmac.compare_digest(self.csrf.encode(), csrf.encode("utf-8", "replace"))
+
+
+class Sessions:
+    """All sessions, by a digest of their ids: to look one up takes a time that tells nothing about
+    the other ids (no timing oracle)."""
+
+    def __init__(self, now: Callable[[], float]):
+        """``now``: a monotonic clock."""
+        self._now = now
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # the latest one last
+        self._lock = threading.Lock()  # guards _sessions
+
+    def begin(self) -> tuple[str, Session]:
+        """A new session, and its id."""
+        name = secrets.token_urlsafe(ID_BYTES)
+        session = Session(self._now() + LIFETIME)
+        with self._lock:
+            self._sessions[_digest(name)] = session
+            while len(self._sessions) > MOST_SESSIONS:
+                self._sessions.popitem(last=False)[1].has_ended = True
+        return name, session
+
+    def find(self, names: Iterable[str]) -> Session | None:
+        """The first session that one of the ids belongs to."""
+        with self._lock:
+            for name in names:
+                session = self._sessions.get(_digest(name))
+                if session is not None and self.is_valid(session):
+                    return session
+        return None
+
+    def is_valid(self, session: Session) -> bool:
+        return not session.has_ended and self._now() < session.until
+
+    def end(self, names: Iterable[str]) -> None:
+        """Log out: end all sessions of these ids."""
+        with self._lock:
+            for name in names:
+                session = self._sessions.pop(_digest(name), None)
+                if session is not None:
+                    session.has_ended = True
+
+    def end_all(self) -> None:
+        """The password has changed."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.has_ended = True
+            self._sessions.clear()
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode("utf-8", "replace")).digest()
