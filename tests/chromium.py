@@ -172,7 +172,7 @@ class Page:
     @property
     def text(self) -> str:
         """What can be seen of the page."""
-        return self.one("body").text
+        return self.script("return document.body ? document.body.innerText : ''")
 
     def all(self, css) -> list:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
@@ -196,8 +196,8 @@ class Page:
         try:
             return wait.until(look)
         except webdriver.support.wait.TimeoutException:
-            shown = self.driver.find_element(By.TAG_NAME, "body").text
-            raise AssertionError(f"{what}: still not so after {TIMEOUT} s:\n{shown}") from None
+            message = f"{what}: still not so after {TIMEOUT} s:\n{self.text}"
+            raise AssertionError(message) from None
 
     def until_it_says(self, *texts):
         for text in texts:
