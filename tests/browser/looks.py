@@ -29,7 +29,8 @@ const behind = (element) => {
     layers.push(layer);
     if (layer[3] === 1) break;
   }
-  return layers.reduceRight((under, layer) => over(layer, under), dark ? [18, 18, 18] : [255, 255, 255]);
+  const paper = dark ? [18, 18, 18] : [255, 255, 255];
+  return layers.reduceRight((under, layer) => over(layer, under), paper);
 };
 const light = (rgb) => {
   const [r, g, b] = rgb.slice(0, 3).map((value) => {
@@ -38,12 +39,12 @@ const light = (rgb) => {
   });
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
+const UNREAD = ":disabled, [aria-disabled=true], script, style, noscript";
 const found = [];
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
   const node = walker.currentNode, element = node.parentElement;
-  if (!node.data.trim() || element.closest(":disabled, [aria-disabled=true], script, style, noscript"))
-    continue;
+  if (!node.data.trim() || element.closest(UNREAD)) continue;
   if (!element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
   const box = element.getBoundingClientRect();
   if (box.width <= 1 || box.height <= 1) continue;
@@ -52,7 +53,8 @@ while (walker.nextNode()) {
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   const size = parseFloat(style.fontSize), bold = Number(style.fontWeight) >= 700;
   const least = size >= 24 || (bold && size >= 18.66) ? 3 : 4.5;
-  if (ratio < least) found.push(`contrast ${ratio.toFixed(2)} of "${node.data.trim().slice(0, 40)}"`);
+  const text = node.data.trim().slice(0, 40);
+  if (ratio < least) found.push(`contrast ${ratio.toFixed(2)} of "${text}"`);
 }
 return [...new Set(found)];
 """

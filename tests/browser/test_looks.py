@@ -1,7 +1,9 @@
 """looks.py finds what is wrong with a page, and nothing else."""
 
 import looks
+import photographer
 import pytest
+from looks import SCHEMES, WIDTHS
 
 PAGE = "<!doctype html><meta name=viewport content='width=device-width'><body style='{}'>{}"
 
@@ -39,3 +41,20 @@ def test_a_page_takes_on_each_look(page):
         assert (page.script("return innerWidth"), dark) == (width, scheme == "dark")
         seen.append((width, scheme))
     assert len(seen) == 6
+
+
+def test_a_scene_is_photographed_in_each_look(browser, tmp_path):
+    def scene(stage):
+        return browser.page("data:text/html,<meta name=viewport content=width=device-width><input>")
+
+    faults = photographer.photograph(browser, None, scene, tmp_path / "a-scene")
+    assert len(faults) == 6 and set(faults) >= {"360 light: a textbox has no name"}
+    names = sorted(path.stem.removeprefix("a-scene-") for path in tmp_path.iterdir())
+    assert names == sorted(f"{width}-{scheme}" for width in WIDTHS for scheme in SCHEMES)
+
+
+def test_a_scene_that_does_not_come_about_is_a_fault(browser, tmp_path):
+    def scene(stage):
+        raise AssertionError("'Live': still not so")
+
+    assert photographer.photograph(browser, None, scene, tmp_path / "a") == ["'Live': still not so"]
