@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from time import time
 from typing import Any, Protocol
 
 from gotunnel_agent.common.passwords import Hash
@@ -45,21 +46,48 @@ def build(parts: Parts, password: Hash | None, token: Hash | None, proxies: Prox
         return Nothing()
 
     def full(csrf: str) -> Page:
-        html = page.render(
-            parts.tunnels(), parts.gateway_host, parts.public_port(), parts.version,
-            parts.certificate_state, parts.count,
-        )  # fmt: skip
-        return page.as_page(html)
+        return page.render(_document(parts, is_public=False), csrf)
 
     def public() -> Page:
-        html = page.render_public(parts.tunnels(), parts.gateway_host, parts.public_port())
-        return page.as_page(html)
+        return page.render(_document(parts, is_public=True))
+
+    def login_form(problem: str) -> Page:
+        return page.login(parts.gateway_host, problem)
 
     return Dashboard(
         ways=api.ways(),
-        views=Views(full, public, page.login),
+        views=Views(full, public, login_form),
         login=Login(password, token, proxies),
         events=Events(source),
         gateway_host=parts.gateway_host,
         proxies=proxies,
     )
+
+
+def _document(parts: Parts, *, is_public: bool) -> dict[str, Any]:
+    """The state as the page shows it."""
+    tunnels = sorted(parts.tunnels(), key=lambda tunnel: tunnel.since)
+    port = parts.public_port()
+    hostnames = []
+    for tunnel in tunnels:
+        for name, route in tunnel.routes.items():
+            opens = route.mode == "http" and not name.startswith("*")
+            url = f"https://{name}{'' if port == 443 else f':{port}'}/" if opens else ""
+            entry = {"hostname": name, "url": url, "mode": route.mode, "protocol": route.protocol}
+            if not is_public:
+                state, count = parts.certificate_state(name), parts.count(route.hostname)
+                entry |= {
+                    "port": route.port,
+                    "agent": tunnel.identity.name,
+                    "since": int(tunnel.since),
+                    "visits": count.visits,
+                    "failed": count.failed,
+                    "received_bytes": count.received,
+                    "sent_bytes": count.sent,
+                    "certificate": {"state": state.name.value, "error_text": state.reason},
+                }
+            hostnames.append(entry)
+    gateway: dict[str, Any] = {"host": parts.gateway_host}
+    if not is_public:
+        gateway |= {"version": parts.version, "now": time()}
+    return {"gateway": gateway, "hostnames": hostnames, "public": is_public}

@@ -1,175 +1,472 @@
-"""Renders the dashboard as HTML: the page, and the form for its password.
+"""Renders the dashboard's page and its login form. Values, no I/O.
 
-Without DASHBOARD_PASSWORD the page shows only what visitors can find out anyway: hostnames and
-modes.
+page.html holds the page with its style and its script. The script shows the state document (see
+state.py) and keeps it up to date. Without JavaScript the page shows the same document as tables,
+which are rendered here, and reloads itself.
+
+Peers' texts come from anywhere, so they are escaped and bounded, and what is invisible in them or
+turns a line around (bidi overrides) is shown as its code point. The Content-Security-Policy names
+the style and the script by hash: should HTML get in all the same, nothing in it would run.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
-from time import time
-from typing import Protocol
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from ..routes import Route
-from ..visitors.counts import Count
 from ..visitors.pages import Page
 
-PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-# No scripts, no resources from elsewhere, and no other page may frame it (clickjacking).
+Document = Mapping[str, Any]  # the state document, or one entry of its lists
+
+REFRESH = 10  # seconds between two reloads of a page without JavaScript
+MOST_TEXT = 100  # characters of a peer's text in a cell; its title shows more
+MOST_TITLE = 2048
+MOST_ERROR = 8000
+MOST_DIGITS = 20  # of a number in a name; to read one takes time by the square of its digits
+MOST_VISITS = 100  # rows without JavaScript
+MOST_MARKS = 4  # combining marks on one letter; more would paint over the lines around
+SOON = 14  # days; a certificate that ends sooner should have been renewed
+
+_SOURCE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+_PLACEHOLDER = re.compile(r"\{\{([a-z]+)\}\}")
+_PARTS = _PLACEHOLDER.split(_SOURCE)
+
+# Characters that isprintable() lets pass, but that show nothing.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+
+
+def _hashes(tag: str, text: str) -> str:
+    """The elements of a kind as sources of a Content-Security-Policy (CSP level 3, "hash-source").
+    Data blocks, which have a type, are not run and need none."""
+    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    digests = (hashlib.sha256(part.encode()).digest() for part in found)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+
+# No inline handlers or style attributes, nothing from elsewhere, forms and requests go to the
+# gateway only, and no other page may frame this one (clickjacking).
 CONTENT_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'"
+    f"default-src 'none'; script-src {_hashes('script', _SOURCE)}; "
+    f"style-src {_hashes('style', _SOURCE)}; img-src data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-_TABLE = "<table>\n<tr><th>Hostname<th>Mode{}\n{}\n</table>"
-_MORE_COLUMNS = "<th>Agent<th>Connected<th>Visits<th>Failed<th>Bytes"
-_COLUMNS = 7  # with Hostname and Mode
-_EMPTY = '<p class="empty">No agent is connected. When one is, its hostnames appear here.</p>'
-_HINT = "gotunnel · set DASHBOARD_PASSWORD to see more"
 
-
-class Identity(Protocol):
-    """What the page shows of an agent's identity (agents/identity.py)."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class Tunnel(Protocol):
-    """What the page shows of a registered tunnel (agents/tunnel.py)."""
-
-    since: float  # wall-clock time at which it registered
-
-    @property
-    def routes(self) -> Mapping[str, Route]: ...
-
-    @property
-    def identity(self) -> Identity: ...
-
-
-class Word(Protocol):
-    """The word for a certificate's state: ready, waiting or failed."""
-
-    @property
-    def value(self) -> str: ...
-
-
-class Certificate(Protocol):
-    """The state of a hostname's certificate; its str() explains it."""
-
-    @property
-    def is_ready(self) -> bool: ...
-
-    @property
-    def name(self) -> Word: ...
-
-
-def render(
-    tunnels: Collection[Tunnel],
-    gateway_host: str,
-    public_port: int,
-    version: str,
-    certificate_state: Callable[[str], Certificate],
-    count: Callable[[str], Count],
-) -> str:
-    """The full page as HTML. Tunnels are in the order in which they registered."""
-    rows = [
-        _row(
-            hostname, route, tunnel, public_port, certificate_state(hostname), count(route.hostname)
-        )
-        for tunnel in sorted(tunnels, key=lambda tunnel: tunnel.since)
-        for hostname, route in sorted(tunnel.routes.items())
-    ]
-    summary = f"{_count(len(tunnels), 'session')}, {_count(len(rows), 'hostname')}"
-    return _page(gateway_host, summary, _MORE_COLUMNS, rows, f"gotunnel {escape(version)}")
-
-
-def render_public(tunnels: Iterable[Tunnel], gateway_host: str, public_port: int) -> str:
-    """The page without a password, as HTML: sorted hostnames, and modes."""
-    routes = {hostname: route for tunnel in tunnels for hostname, route in tunnel.routes.items()}
-    rows = [
-        f'<tr><td>{_link(hostname, route, public_port)}<td class="mode">{_mode(route)}'
-        for hostname, route in sorted(routes.items())
-    ]
-    return _page(gateway_host, _count(len(rows), "hostname"), "", rows, _HINT)
-
-
-def _page(gateway_host: str, summary: str, more_columns: str, rows: list[str], footer: str) -> str:
-    table = _TABLE.format(more_columns, "\n".join(rows)) if rows else _EMPTY
-    return PAGE.substitute(
-        gateway_host=escape(gateway_host), summary=summary, table=table, footer=footer
+def render(document: Document, csrf: str = "") -> Page:
+    """The page of a state document. ``csrf``: the token that its forms and its script send with
+    what they ask for; "" for the public form of the page, which can only be read."""
+    is_public = bool(document.get("public"))
+    gateway = document.get("gateway") or {}
+    version = visible(gateway.get("version"))
+    logout = f'<form method="post" action="logout">{_csrf(csrf)}' + (
+        '<button class="button">Log out</button></form>'
+    )
+    return _page(
+        200,
+        kind="public" if is_public else "",
+        host=escape(visible(gateway.get("host"))),
+        about=escape(_about(gateway, version, is_public)),
+        csrf=escape(csrf),
+        refresh=str(REFRESH),
+        logout="" if is_public or not csrf else logout,
+        tables=_tables(document, csrf),
+        footer=_footer(version, is_public),
+        # Nothing in it may look like the end of its element.
+        state=json.dumps(document).replace("<", "\\u003c"),
     )
 
 
-def _mode(route: Route) -> str:
-    return f"{route.mode}, {route.protocol}" if route.protocol else route.mode
+def _page(status: int, **parts: str) -> Page:
+    pieces = [parts[p] if number % 2 else p for number, p in enumerate(_PARTS)]
+    return Page(
+        status, "".join(pieces).encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),)
+    )
 
 
-def _link(hostname: str, route: Route, public_port: int) -> str:
-    name = escape(hostname)
-    if route.mode != "http" or hostname.startswith("*"):  # a browser cannot open it
-        return name
-    port = "" if public_port == 443 else f":{public_port}"
-    return f'<a href="https://{name}{port}/">{name}</a>'
+def _csrf(token: str) -> str:
+    return f'<input type="hidden" name="csrf" value="{escape(token)}">'
 
 
-def _row(
-    hostname: str,
-    route: Route,
-    tunnel: Tunnel,
-    public_port: int,
-    certificate: Certificate,
-    count: Count,
-) -> str:
-    name = _link(hostname, route, public_port)
-    if route.port is not None:
-        name += f" <small>port {route.port}</small>"
-    agent = escape(tunnel.identity.name) or "–"
-    since = _ago(time() - tunnel.since)
-    row = f'<tr><td>{name}<td class="mode">{_mode(route)}<td>{agent}<td>{since}'
-    row += f"<td>{count.visits or '–'}<td>{count.failed or '–'}"
-    row += f"<td>{_size(count.received + count.sent)}"
-    if not certificate.is_ready:  # a row of its own: a CA's error can be long
-        kind, text = certificate.name.value, escape(str(certificate))
-        note = f'<small class="{kind}">certificate {text}</small>'
-        row += f'\n<tr class="note"><td colspan="{_COLUMNS}">{note}'
-    return row
+def _about(gateway: Document, version: str, is_public: bool) -> str:
+    if is_public:
+        return "The hostnames that agents serve here"
+    return f"gotunnel {version} \u00b7 up {span(gateway.get('uptime_seconds') or 0)}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _footer(version: str, is_public: bool) -> str:
+    if is_public:
+        return "gotunnel \u00b7 set DASHBOARD_PASSWORD to see more"
+    return f"gotunnel {escape(version)}"
 
 
-def _size(count: int) -> str:
+# Words and numbers, the same as those of the script.
+
+
+def visible(text: object) -> str:
+    """A peer's text with what cannot be seen as its code point: control characters, zero-width
+    ones, bidi overrides, blanks that are no space, lone surrogates."""
+    shown, marks = [], 0
+    for character in "" if text is None else str(text):
+        marks = marks + 1 if unicodedata.category(character)[0] == "M" else 0
+        if not character.isprintable() or character in _BLANK or _is_selector(character):
+            character = f"[U+{ord(character):04X}]"
+        if marks <= MOST_MARKS:
+            shown.append(character)
+    return "".join(shown)
+
+
+def _is_selector(character: str) -> bool:
+    """Variation selectors: invisible, and any text can be hidden in a row of them."""
+    return "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+
+
+def clip(text: str, most: int) -> str:
+    """The beginning of a text; one that is cut ends in an ellipsis."""
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def size(count: float | None) -> str:
     """Bytes as people say them."""
-    if not count:
-        return "–"
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    if count is None:
+        return "\u2013"
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    scaled, at = float(count), 0
+    while scaled >= 1000 and at < len(units) - 1:
+        scaled, at = scaled / 1000, at + 1
+    return f"{scaled:.3g} {units[at]}" if scaled < 1000 else f"{scaled:.0f} {units[at]}"
 
 
-def _ago(seconds: float) -> str:
-    """A past time as people say it, in the largest unit."""
-    for size, noun in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            return f"{_count(int(seconds // size), noun)} ago"
-    return "just now" if seconds < 5 else f"{int(seconds)} seconds ago"
+def span(seconds: float) -> str:
+    """A length of time in its two largest units: "3 d 4 h", "12 min"."""
+    left = max(0, int(seconds))
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    for (length, unit), (lesser, second) in zip(units, units[1:]):
+        if left >= length:
+            count, rest = left // length, left % length // lesser
+            return f"{count} {unit} {rest} {second}" if rest and count < 10 else f"{count} {unit}"
+    return f"{left} s"
 
 
-def as_page(html: str) -> Page:
-    return Page(200, html.encode(), fields=(("Content-Security-Policy", CONTENT_POLICY),))
+def lasting(milliseconds: float | None) -> str:
+    """A duration: "12 ms", "1.25 s", "3 min 20 s"."""
+    if milliseconds is None:
+        return "\u2013"
+    if milliseconds < 1000:
+        return f"{milliseconds:.3g} ms"
+    seconds = milliseconds / 1000
+    return f"{seconds:.3g} s" if seconds < 60 else span(seconds)
 
 
-def login(problem: str) -> Page:
-    """The form for the password; ``problem``: what was wrong about the last try, "" at first."""
-    form = (
-        f'<p>{escape(problem)}</p><form method="post" action="login"><label>Password '
-        '<input type="password" name="password" autocomplete="current-password" required autofocus>'
-        "</label> <button>Log in</button></form>"
+def natural(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Sorts names as people do: app2 before app10."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    numbered = (int(p[:MOST_DIGITS]) if number % 2 else p for number, p in enumerate(parts))
+    return tuple(numbered), name
+
+
+def _number(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:,}"
+
+
+def _rate(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.3g}/s"
+
+
+def _instant(at: object) -> str:
+    """An instant, seconds since 1970 or a text, in UTC; "" if there is none."""
+    if isinstance(at, str):
+        return visible(at)
+    if not isinstance(at, (int, float)):
+        return ""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    except (ValueError, OverflowError, OSError):  # beyond what the system's calendar holds
+        return ""
+
+
+# Tables
+
+
+class _Column(NamedTuple):
+    id: str  # the class of its cells, which page.html gives their places
+    label: str
+    cell: Callable[[Document], str]  # HTML
+    kind: str = ""
+
+
+def _text(value: object, most: int = MOST_TEXT) -> str:
+    """A peer's text as HTML; what is cut off is in its title."""
+    shown = visible(value)
+    if len(shown) <= most:
+        return escape(shown) or "\u2013"
+    return f'<span title="{escape(clip(shown, MOST_TITLE))}">{escape(clip(shown, most))}</span>'
+
+
+def _table(name: str, caption: str, columns: Sequence[_Column], rows: Iterable[Document]) -> str:
+    """A table with the roles that its elements lose when they are laid out as a grid."""
+    heads = "".join(
+        f'<th scope="col" role="columnheader" class="c-{c.id} {c.kind}">{c.label}' for c in columns
     )
-    return as_page(PAGE.substitute(gateway_host="", summary="", table=form, footer="gotunnel"))
+    lines = "\n".join(
+        '<tr role="row">'
+        + "".join(
+            f'<td role="cell" class="c-{c.id} {c.kind}" data-label="{c.label}">{c.cell(row)}'
+            for c in columns
+        )
+        for row in rows
+    )
+    return (
+        f'<table class="table {name}" role="table"><caption class="unseen">{caption}</caption>\n'
+        f'<thead role="rowgroup"><tr role="row">{heads}</thead>\n'
+        f'<tbody role="rowgroup">\n{lines}\n</tbody></table>'
+    )
+
+
+def _section(
+    id: str, title: str, columns: Sequence[_Column], rows: Sequence[Document], empty: str
+) -> str:
+    count = f" <b>{len(rows):,}</b>"
+    body = _table(id, title, columns, rows) if rows else f'<p class="empty">{empty}</p>'
+    return f'<section><div class="head"><h2>{title}{count}</h2></div>\n{body}\n</section>'
+
+
+def _tables(document: Document, csrf: str) -> str:
+    """The document as tables for browsers without JavaScript."""
+    hostnames = sorted(document.get("hostnames") or (), key=lambda h: natural(str(h["hostname"])))
+    no_agent = "No agent is connected. When one is, its hostnames appear here."
+    if document.get("public"):
+        sections = [_section("hostnames", "Hostnames", HOSTNAMES[:2], hostnames, no_agent)]
+    else:
+        now = (document.get("gateway") or {}).get("now")
+        since = _Column("since", "Since", lambda entry: _ago(entry, now), "number")
+        by_session: dict[object, list[str]] = {}
+        for entry in hostnames:
+            by_session.setdefault(entry.get("session"), []).append(str(entry["hostname"]))
+        names = _Column("hostnames", "Hostnames", lambda e: _names(e, by_session.get(e["id"], [])))
+        sessions = sorted(
+            document.get("sessions") or (), key=lambda s: natural(str(s.get("agent")))
+        )
+        visits = sorted(document.get("visits") or (), key=lambda v: v.get("id", 0), reverse=True)
+        blocks = list(document.get("blocks") or ())
+        end = _act("End session", lambda e: f"api/v1/sessions/{_in_path(e['id'])}/end", csrf)
+        renew = _act(
+            "Renew", lambda e: f"api/v1/certificates/{_in_path(e['hostname'])}/renew", csrf
+        )
+        sections = [
+            _totals(document.get("totals") or {}),
+            _section(
+                "sessions", "Agents", (*SESSIONS[:2], since, *SESSIONS[2:], names, *end), sessions,
+                no_agent,
+            ),
+            _section(
+                "hostnames", "Hostnames", (*HOSTNAMES[:4], since, *HOSTNAMES[4:], *renew),
+                hostnames, no_agent,
+            ),
+            _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
+            _section("blocks", "Blocked addresses", BLOCKS, blocks, "No address is blocked."),
+        ]  # fmt: skip
+    note = f"Without JavaScript this page has no live updates; it reloads every {REFRESH} seconds"
+    return "<noscript>\n" + "\n".join(sections) + f'\n<p class="note">{note}.</p></noscript>'
+
+
+def _in_path(text: object) -> str:
+    return quote(str(text), safe="", errors="replace")
+
+
+def _act(label: str, path: Callable[[Document], str], csrf: str) -> tuple[_Column, ...]:
+    """The column with a button for each row; none for a caller that may not act."""
+    if not csrf:
+        return ()
+    field = _csrf(csrf)
+
+    def cell(entry: Document) -> str:
+        button = f'<button class="button small">{label}</button>'
+        return f'<form method="post" action="{escape(path(entry))}">{field}{button}</form>'
+
+    return (_Column("act", "Action", cell, "act"),)
+
+
+def _totals(totals: Document) -> str:
+    share = totals.get("failed", 0) / totals["visits"] * 100 if totals.get("visits") else 0
+    told = (
+        ("Visits a second", _rate(totals.get("visits_per_second"))),
+        ("Under way", _number(totals.get("running"))),
+        ("Visits", _number(totals.get("visits"))),
+        ("Failed", f"{_number(totals.get('failed'))} ({share:.2g} %)"),
+        ("Received", size(totals.get("received_bytes"))),
+        ("Sent", size(totals.get("sent_bytes"))),
+    )
+    parts = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in told)
+    return f'<dl class="totals">{parts}</dl>'
+
+
+def _ago(entry: Document, now: object) -> str:
+    at = entry.get("connected_at", entry.get("since"))
+    if not isinstance(at, (int, float)) or not isinstance(now, (int, float)):
+        return _text(at)
+    return f'<span title="{_instant(at)}">{span(now - at)}</span>'
+
+
+def _hostname(entry: Document) -> str:
+    name, url = _text(entry["hostname"], 253), str(entry.get("url") or "")
+    if re.fullmatch(r"https?://\S+", url):
+        name = f'<a href="{escape(url)}" rel="noopener noreferrer">{name}</a>'
+    port = entry.get("port")
+    return f'{name} <small class="quiet">port {int(port)}</small>' if port else name
+
+
+def _mode(entry: Document) -> str:
+    mode, protocol = entry.get("mode"), entry.get("protocol")
+    return _text(f"{mode}, {protocol}" if protocol and protocol != mode else mode, 30)
+
+
+def _failed(entry: Document) -> str:
+    count = _number(entry.get("failed"))
+    return f'<span class="bad">{count}</span>' if entry.get("failed") else count
+
+
+def _names(session: Document, names: Sequence[str]) -> str:
+    """The ``names`` of a session's hostnames. The list that they come from may be cut short."""
+    count = session.get("hostnames")
+    count = count if isinstance(count, int) else len(names)
+    if not names:
+        return f"{count:,}"
+    if len(names) <= 2:
+        return ", ".join(map(_text, names))
+    lines = "".join(f"<li>{_text(name)}" for name in names)
+    summary = f"{_text(names[0])} and {count - 1:,} more"
+    return f'<details><summary>{summary}</summary><ul class="names">{lines}</ul></details>'
+
+
+def _certificate(entry: Document) -> str:
+    given = entry.get("certificate")
+    if not given:
+        return "<span>\u2013</span>"
+    state, days = given.get("state"), given.get("days_left")
+    kind = {"ready": "ok", "waiting": "warn", "failed": "bad"}.get(state, "")
+    if days is not None and days < SOON:
+        kind = "warn" if days >= 3 and kind != "bad" else "bad"
+    words = visible(state)
+    if days is not None:
+        words += f" \u00b7 {days:,.0f} day{'' if days == 1 else 's'}"
+    html = f'<span class="{kind}" data-label="Certificate">{escape(words)}</span>'
+    summary, text = given.get("error_summary"), given.get("error_text")
+    if summary or text:
+        full = "\n".join(map(visible, str(text or summary).splitlines()))
+        next_at = _instant(given.get("next_order_at"))
+        more = f'<p class="quiet">Next attempt {next_at}</p>' if next_at else ""
+        html += (
+            f'<details class="fault"><summary>{_text(summary or text, 200)}</summary>'
+            f"<p>{escape(clip(full, MOST_ERROR))}</p>{more}</details>"
+        )
+    return html
+
+
+def _status(entry: Document) -> str:
+    status = entry.get("status") or 0
+    kind = "bad strong" if status >= 500 else "warn" if status >= 400 else ""
+    return f'<span class="{kind}">{int(status) or "–"}</span>'
+
+
+SESSIONS = (
+    _Column("agent", "Agent", lambda e: _text(e.get("agent")), "title"),
+    _Column("address", "Address", lambda e: _text(e.get("address"))),
+    _Column("trip", "Round trip", lambda e: lasting(e.get("round_trip_ms")), "number"),
+    _Column("streams", "Streams", lambda e: _number(e.get("streams")), "number"),
+    _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),
+)
+HOSTNAMES = (
+    _Column("hostname", "Hostname", _hostname, "title"),
+    _Column("mode", "Mode", _mode),
+    _Column("target", "Target", lambda e: _text(e.get("target"))),
+    _Column("agent", "Agent", lambda e: _text(e.get("agent"))),
+    _Column("rate", "Visits/s", lambda e: _rate(e.get("visits_per_second")), "number"),
+    _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),
+    _Column("failed", "Failed", _failed, "number"),
+    _Column("received", "Received", lambda e: size(e.get("received_bytes")), "number"),
+    _Column("sent", "Sent", lambda e: size(e.get("sent_bytes")), "number"),
+    _Column("cert", "Certificate", _certificate),
+)
+VISITS = (
+    _Column("time", "Time", lambda e: escape(_instant(e.get("at")))),
+    _Column("status", "Status", _status),
+    _Column("method", "Method", lambda e: _text(e.get("method") or e.get("protocol"), 20)),
+    _Column("hostname", "Hostname", lambda e: _text(e.get("hostname"))),
+    _Column("path", "Path", lambda e: _text(e.get("path"), 160), "code"),
+    _Column("error", "Error", lambda e: _text(e.get("error")) if e.get("error") else "", "bad"),
+    _Column("duration", "Duration", lambda e: lasting(e.get("duration_ms")), "number"),
+    _Column("sent", "Sent", lambda e: size(e.get("sent")), "number"),
+    _Column("visitor", "Visitor", lambda e: _text(e.get("visitor"))),
+)
+BLOCKS = (
+    _Column("address", "Address", lambda e: _text(e.get("address")), "title"),
+    _Column("until", "Until", lambda e: escape(_instant(e.get("until"))) or "for ever"),
+    _Column("reason", "Reason", lambda e: _text(e.get("reason"), 200)),
+    _Column("by", "By", lambda e: _text(e.get("by"))),
+)
+
+
+# The login form
+
+
+_LOGIN = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Log in \u00b7 {host} \u00b7 gotunnel</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{host}</h1>
+<p class="quiet">The dashboard of this gateway</p>
+<form method="post" action="login">
+{problem}
+<input class="unseen" type="text" name="username" value="dashboard" autocomplete="username"
+ tabindex="-1" aria-hidden="true" readonly>
+<label for="password">Password</label>
+<input type="password" id="password" name="password" required autofocus
+ autocomplete="current-password"{described}>
+<button class="button strong">Log in</button>
+</form>
+</main>
+</body>
+</html>
+"""
+_LOGIN_STYLE = """
+  main { max-width: 22rem; margin: 0 auto; padding: 16vh 1.25rem 3rem; overflow-wrap: anywhere }
+  form { display: grid; gap: .4rem; margin-top: 1.75rem; padding: 1.25rem; background: var(--panel);
+    border: 1px solid var(--line); border-radius: 12px }
+  main .button, main input[type=password] { width: 100%; min-height: 2.5rem; font-size: 1rem }
+  main .button { margin-top: .6rem }
+  main label { font-weight: 600 }
+  main .fault { margin: 0 0 .6rem; color: var(--bad) }
+"""
+_STYLE = re.findall(r"<style>(.*?)</style>", _SOURCE, re.DOTALL)[0] + _LOGIN_STYLE
+LOGIN_POLICY = (
+    f"default-src 'none'; style-src {_hashes('style', f'<style>{_STYLE}</style>')}; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def login(host: str, problem: str = "", status: int = 200) -> Page:
+    """The login form. ``problem``: why the last attempt was refused; "" at the first."""
+    told = f'<p class="fault" id="problem" role="alert">{escape(problem)}</p>' if problem else ""
+    html = _LOGIN.format(
+        host=escape(visible(host)),
+        style=_STYLE,
+        problem=told,
+        described=' aria-describedby="problem" aria-invalid="true"' if problem else "",
+    )
+    return Page(status, html.encode(), fields=(("Content-Security-Policy", LOGIN_POLICY),))
