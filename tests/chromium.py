@@ -8,6 +8,7 @@ what a content security policy has refused, fail the test.
 Nothing is downloaded: the driver's path is given, so Selenium's manager is not asked.
 """
 
+import base64
 import contextlib
 import os
 import re
@@ -37,6 +38,7 @@ ARGUMENTS = (
 POLL = 0.05  # seconds between two looks of a wait
 SLOWEST = 3 * TIMEOUT  # seconds for a page to load or a script to end: never but on a fault
 BLANK = "about:blank"
+TALLEST = 5000  # pixels of a screenshot: with more, nobody sees anything in it
 
 
 class Browser:
@@ -172,7 +174,7 @@ class Page:
     @property
     def text(self) -> str:
         """What can be seen of the page."""
-        return self.one("body").text
+        return self.script("return document.body ? document.body.innerText : ''")
 
     def all(self, css) -> list:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
@@ -196,8 +198,8 @@ class Page:
         try:
             return wait.until(look)
         except webdriver.support.wait.TimeoutException:
-            shown = self.driver.find_element(By.TAG_NAME, "body").text
-            raise AssertionError(f"{what}: still not so after {TIMEOUT} s:\n{shown}") from None
+            message = f"{what}: still not so after {TIMEOUT} s:\n{self.text}"
+            raise AssertionError(message) from None
 
     def until_it_says(self, *texts):
         for text in texts:
@@ -260,5 +262,11 @@ class Page:
         return self
 
     def screenshot(self, path):
-        """Save the whole page, also what lies below the window."""
-        self.driver.save_screenshot(str(path))
+        """Save a picture (PNG) of the page, of TALLEST pixels at most."""
+        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+        height = min(size["height"], TALLEST)
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": height, "scale": 1}
+        picture = self.driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+        )
+        path.write_bytes(base64.b64decode(picture["data"]))

@@ -21,7 +21,9 @@ SETUP = (ROOT / "setup.py").read_text("utf-8")
 pytestmark = pytest.mark.usefixtures("temporary_folder")
 
 
-@pytest.mark.parametrize("name", ["bootstrap.py", "check.py", "demo.py", "soak.py", "test.py"])
+@pytest.mark.parametrize(
+    "name", ["bootstrap.py", "check.py", "demo.py", "screenshots.py", "soak.py", "test.py"]
+)
 def test_an_old_python_can_parse_the_tool_and_so_say_that_it_is_too_old(name):
     ast.parse((ROOT / "tools" / name).read_text("utf-8"), feature_version=(3, 6))
 

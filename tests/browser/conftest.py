@@ -1,7 +1,10 @@
 """The browser of the tests in this folder. See chromium.py."""
 
+import threading
+
 import pytest
 from chromium import SLOWEST, Browser
+from support import wait_until
 
 
 def pytest_collection_modifyitems(items):
@@ -9,6 +12,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "browser" in item.fixturenames and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3 * SLOWEST))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_thread_left():
+    """As for all tests, but the tests of a module here share a gateway and an agent, which start
+    threads as they need them."""
+    before = threads()
+    yield
+    wait_until(lambda: threads() <= before)
+
+
+def threads():
+    """All but the one with which pytest-timeout watches the running test."""
+    return {each for each in threading.enumerate() if not each.name.startswith("pytest_timeout")}
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from support import (
 )
 
 from gotunnel_server.net import listener
-from gotunnel_server.visitors import connection, exchange, http1_server
+from gotunnel_server.visitors import connection, http1_server
 from gotunnel_server.visitors import work as work_module
 from gotunnel_server.visitors.work import Work
 
