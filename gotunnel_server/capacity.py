@@ -19,7 +19,9 @@ STEP_THREADS = min(max(os.cpu_count() or 1, 2), 32)
 # its own, because a disk that hangs must not stop visitors' handshakes. A few threads keep a disk
 # busy. AGENT_CONNECTIONS bounds the queue.
 REGISTRATION_THREADS = 8
-PAGE_REQUESTS = 4  # answered at a time, each on DASHBOARD_PORT and METRICS_PORT
+# Answered at a time, each on DASHBOARD_PORT and METRICS_PORT. All that use the dashboard by ssh -L
+# have one address, whose share is 6 of them.
+PAGE_REQUESTS = 16
 HTTP_REQUESTS = 64  # on the port for plain HTTP, unless there are TRUSTED_PROXIES
 PAGE_CONNECTIONS = 100  # at a time: those pages are for a few people and programs
 # On the port for plain HTTP. With TRUSTED_PROXIES its visitors count towards MAX_CONNECTIONS.

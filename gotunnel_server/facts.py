@@ -9,7 +9,7 @@ from typing import Protocol
 from gotunnel_agent.common import addresses
 
 from .config import Config
-from .dashboard.urls import urls
+from .dashboard.urls import MOUNT, urls
 
 
 class Ports(Protocol):
@@ -34,6 +34,8 @@ def facts(config: Config, ports: Ports, ca_file: Path | None) -> Iterator[str]:
     if ports.dashboard_port is not None:
         where = config.dashboard_bind, config.bind, config.gateway_host, ports.dashboard_port
         yield f"dashboard: {urls(*where)}"
+    if config.dashboard_password is not None or config.dashboard_token is not None:
+        yield f"dashboard: https://{config.gateway_host}:{ports.shown_port}{MOUNT}"
     if ports.http_port is not None:
         yield f"plain HTTP: port {ports.http_port}"
     if ports.metrics_port is not None:

@@ -29,6 +29,10 @@ APPLIED = frozenset({
     "JWT_SECRET_FILE", "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE", "LOG_LEVEL", "MAX_HOSTS_PER_AGENT",
     "PAGES_DIR", "RESPONSE_TIMEOUT", "STALL_TIMEOUT",
 })  # fmt: skip
+# ... if one of these was set when the gateway started: else nothing counts visits for the dashboard.
+DASHBOARD = frozenset({
+    "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE", "DASHBOARD_TOKEN", "DASHBOARD_TOKEN_FILE",
+})  # fmt: skip
 LOOKED_AT = "AGENTS_FILE, CERT_DIR and the access log's file are looked at"
 
 
@@ -53,6 +57,7 @@ class Reloading:
         """``config`` is what the gateway was made of, as load() read it from the other two."""
         self._gateway = gateway
         self._typed = config.typed
+        self._applied = APPLIED | DASHBOARD if DASHBOARD & config.typed.keys() else APPLIED
         self._env_file, self._environ = env_file, environ
         self._lock = threading.Lock()  # held to read and to apply, which one thread does at a time
 
@@ -75,16 +80,15 @@ class Reloading:
             before, self._typed = self._typed, config.typed
             found = config.typed
             changed = {name for name in {*before, *found} if before.get(name) != found.get(name)}
-            if changed & APPLIED:
+            if changed & self._applied:
                 self._gateway.change(config)
                 logging.getLogger().setLevel(config.log_level.upper())
                 self._gateway.reload()  # sessions may have lost their secret
-            log.info("SIGHUP: %s", "; ".join([LOOKED_AT, *_told(changed)]))
+            log.info("SIGHUP: %s", "; ".join([LOOKED_AT, *self._told(changed)]))
 
-
-def _told(changed: set[str]) -> list[str]:
-    groups = {
-        "changed": changed & APPLIED,
-        "changed from the next start on, such as by SIGUSR2": changed - APPLIED,
-    }
-    return [f"{how}: {', '.join(sorted(names))}" for how, names in groups.items() if names]
+    def _told(self, changed: set[str]) -> list[str]:
+        groups = {
+            "changed": changed & self._applied,
+            "changed from the next start on, such as by SIGUSR2": changed - self._applied,
+        }
+        return [f"{how}: {', '.join(sorted(names))}" for how, names in groups.items() if names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from hashlib import sha256
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -58,6 +59,7 @@ class Showing:
         # What the gateway's own name shows on the port for visitors; None: the landing page
         self.at_gateway: Callable[[Request], Page | Local] | None = None
         self._dashboard: Any = None
+        self._typed = _typed(config)
         has_login = config.dashboard_password is not None or config.dashboard_token is not None
         if config.dashboard_port is None and not has_login:
             return
@@ -72,11 +74,28 @@ class Showing:
             self.at_gateway = self._dashboard.at_gateway
 
     def change(self, config: Config) -> None:
-        """Take over another password and token, if there were some before. Any thread."""
-        if self._dashboard is not None:
-            self._dashboard.login.change(config.dashboard_password, config.dashboard_token)
+        """Take over a password or a token that has changed. If there was none at the start, one is
+        taken over by the next start: nothing counts visits before. Any thread."""
+        if self.at_gateway is None:
+            return
+        before, self._typed = self._typed, _typed(config)
+        login = self._dashboard.login
+        if before[0] != self._typed[0]:
+            login.change_password(config.dashboard_password)
+        if before[1] != self._typed[1]:
+            login.change_token(config.dashboard_token)
 
     def drain(self) -> None:
         """The gateway stops: end the live events."""
         if self._dashboard is not None:
             self._dashboard.events.drain()
+
+
+def _typed(config: Config) -> tuple[bytes, bytes]:
+    """Digests of the password and of the token as they were typed. A plain one gets another hash
+    each time that it is read, so hashes cannot be compared."""
+    password, token = (
+        repr([config.typed.get(name) for name in (setting, f"{setting}_FILE")])
+        for setting in ("DASHBOARD_PASSWORD", "DASHBOARD_TOKEN")
+    )
+    return sha256(password.encode()).digest(), sha256(token.encode()).digest()

@@ -78,6 +78,12 @@ class Events:
         self._counted: Counter[Hashable] = Counter()
         self._is_draining = False
 
+    @property
+    def taken(self) -> int:
+        """How many readers there are."""
+        with self._lock:
+            return len(self._readers)
+
     def serve(self, request: Request, who: Who) -> None:
         """Make the caller a reader. Raises Refused if there is no place, OSError."""
         reader = self._enter(who)

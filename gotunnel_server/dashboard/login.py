@@ -53,7 +53,6 @@ class Login:
         self.sessions = Sessions(now)
         self._now = now
         self._proxies = proxies
-        self._password, self._token = password, token
         self.passwords, self._tokens = self._checks(password), self._checks(token)
 
     def _checks(self, secret: Hash | None) -> Passwords | None:
@@ -64,13 +63,14 @@ class Login:
         """Whether anybody may see more than hostnames and modes."""
         return self.passwords is not None or self._tokens is not None
 
-    def change(self, password: Hash | None, token: Hash | None) -> None:
-        """Take over another password or token; who has got in by an old one is out."""
-        if password != self._password:
-            self._password, self.passwords = password, self._checks(password)
-            self.sessions.end_all()
-        if token != self._token:
-            self._token, self._tokens = token, self._checks(token)
+    def change_password(self, password: Hash | None) -> None:
+        """Take over another password: all sessions end."""
+        self.passwords = self._checks(password)
+        self.sessions.end_all()
+
+    def change_token(self, token: Hash | None) -> None:
+        """Take over another token: readers of events that came with the old one leave."""
+        self._tokens = self._checks(token)
 
     def address(self, request: Request) -> str:
         """The caller's IP address, "" if a proxy hides it."""

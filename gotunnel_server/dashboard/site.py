@@ -145,7 +145,8 @@ class Dashboard:
     def _serve(self, request: Request, mount: str, anybody: May) -> None:
         if request.visit is not None:
             request.visit.is_local = True
-        is_api = request.path.startswith(mount + API)
+        is_form = _media_type(request) == FORM and wants_html(request)  # of the page, no JavaScript
+        is_api = request.path.startswith(mount + API) and not is_form
         try:
             page = self._answer(request, mount, anybody)
         except Refused as refused:
@@ -158,6 +159,10 @@ class Dashboard:
 
     def _answer(self, request: Request, mount: str, anybody: May) -> Page | None:
         self._check_host(request)
+        if (
+            request.wants_upgrade
+        ):  # over HTTP/2, a WebSocket's script would get a page as its frames
+            raise Refused(501, "no-upgrade", "The dashboard has no WebSocket. Ask by plain HTTP.")
         asked, entries = self._find(request, mount)
         reads = request.method in READING
         entry = entries.get("GET" if reads else request.method)
@@ -170,7 +175,13 @@ class Dashboard:
         self._check_origin(asked, reads)
         if self.login.passwords is not None:
             anybody = May.NOTHING
-        who = self.login.who(request, anybody)
+        try:
+            who = self.login.who(request, anybody)
+        except Refused as refused:
+            # A browser gets the form instead. What it sends may be for a proxy on the way.
+            if refused.status != 401 or entry.needs or not wants_html(request):
+                raise
+            who = Who(anybody, self.login.address(request))
         if who.may < entry.needs and (entry.needs < May.ACT or who.may < May.READ):
             raise self._nobody(request)
         return entry.answer(asked, who)
