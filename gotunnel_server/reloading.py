@@ -29,7 +29,7 @@ APPLIED = frozenset({
     "JWT_SECRET_FILE", "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE", "LOG_LEVEL", "MAX_HOSTS_PER_AGENT",
     "PAGES_DIR", "RESPONSE_TIMEOUT", "STALL_TIMEOUT",
 })  # fmt: skip
-# ... if one of these was set when the gateway started: else nothing counts visits for the dashboard.
+# ... if one of these was set when the gateway started: else nothing counts visits for the page.
 DASHBOARD = frozenset({
     "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE", "DASHBOARD_TOKEN", "DASHBOARD_TOKEN_FILE",
 })  # fmt: skip

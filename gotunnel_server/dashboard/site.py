@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import json
 import logging
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
+from hashlib import sha256
 from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote
@@ -50,11 +52,17 @@ MOST_PATH = 2048  # characters; the longest path names a network in a block
 READING = ("GET", "HEAD")
 FORM = "application/x-www-form-urlencoded"
 
+POLICY = "default-src 'none'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+# Of an error as a page, in which the built-in template's own style is the only one that is used
+_STYLE = pages.BUILT_IN.text.partition("<style>")[2].partition("</style>")[0]
+_STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
+ERROR_POLICY = f"{POLICY}; style-src 'sha256-{_STYLE_HASH}'; img-src data:"
+
 # Of all answers, unless they bring their own. No other page may frame them (clickjacking). With
 # no-referrer, browsers would send "Origin: null" with a form.
 FIELDS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": POLICY,
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
@@ -400,10 +408,10 @@ def _send(request: Request, page: Page, suit: bool) -> None:
     visit = request.visit
     if visit is not None:
         visit.error = visit.error or page.code
-    if suit:
-        id_ = "" if visit is None else visit.request_id
-        dress = pages.Dress(request.templates, request.hostname, id_)
+    if suit and page.code:  # the operator's own templates are for visitors
+        dress = pages.Dress(request_id="" if visit is None else visit.request_id)
         page = pages.suited(page, request.fields.all("accept"), dress)
+        page = page._replace(fields=(*page.fields, ("Content-Security-Policy", ERROR_POLICY)))
     own = {name.lower() for name, _ in page.fields}
     fields = [
         ("Content-Type", page.content_type),

@@ -171,3 +171,31 @@ def test_sighup_at_the_program(cache, env, tmp_path):
         program.wait_for(r"ERROR +SIGHUP: RESPONSE_TIMEOUT is 'never', .* stay as they were; ")
         program.signal(signal.SIGTERM)
         assert program.wait() == 0
+
+
+def test_another_password_of_the_dashboard_counts_at_once_if_there_was_one(cache, env, caplog):
+    caplog.set_level(logging.INFO)
+    env.write(DASHBOARD_PASSWORD="the first password")
+    with gateway_here(cache, DASHBOARD_PASSWORD="the first password") as gateway:
+        login = gateway.inner._showing._dashboard.login
+        config = server_config.load(str(env.path), {})
+        reloading = Reloading(gateway.inner, config, str(env.path), {})
+        before, (_, session) = login.passwords, login.sessions.begin()
+        env.write(IDLE_TIMEOUT="33")
+        reloading.run()  # a plain password has another hash now, and is the same
+        assert "changed: IDLE_TIMEOUT" in said(caplog)
+        assert login.passwords is before and login.sessions.is_valid(session)
+        env.write(DASHBOARD_PASSWORD="another password", DASHBOARD_TOKEN="a-token-of-programs")
+        reloading.run()
+        assert "; changed: DASHBOARD_PASSWORD, DASHBOARD_TOKEN" in said(caplog)
+        assert login.passwords is not before and not login.sessions.is_valid(session)
+
+
+def test_the_first_password_of_the_dashboard_waits_for_the_next_start(gateway, env, caplog):
+    """Nothing has counted visits for it."""
+    caplog.set_level(logging.INFO)
+    env.write(DASHBOARD_PASSWORD="the first password", IDLE_TIMEOUT="33")
+    gateway.reloading.run()
+    assert said(caplog).endswith("; changed from the next start on, such as by SIGUSR2: "
+                                 "DASHBOARD_PASSWORD")  # fmt: skip
+    assert gateway.inner._showing._dashboard.login.passwords is None
