@@ -1,5 +1,5 @@
 """Numbers as an operator writes them: whole numbers, bytes, and rates of requests with their
-bounds."""
+bounds; and as a person reads them in a table: durations and sizes."""
 
 import re
 
@@ -34,3 +34,23 @@ def bytes_of(text: str) -> int | None:
     such text. K is 1024 in all of them: for a limit the difference does not matter."""
     match = _BYTES.fullmatch(text.lower())
     return int(match[1]) * _UNITS[match[2][:1]] if match else None
+
+
+def duration(seconds: float) -> str:
+    """At most seven characters."""
+    if seconds < 0.9995:
+        return f"{max(0, seconds) * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """A number of bytes, in at most seven characters up to a petabyte."""
+    if count < 1000:
+        return f"{count} B"
+    amount, units = count / 1000, ["kB", "MB", "GB", "TB"]
+    while amount >= 999.5 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    return f"{amount:.1f} {units[0]}" if amount < 99.95 else f"{amount:.0f} {units[0]}"

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from time import localtime, strftime
 from typing import NamedTuple
 
+from ..common.cells import MOST_MARKS, fit, pad, safe, width, wrap
+from ..common.quantities import duration, size
 from ..follow import Seen, Totals, has_failed
-from .cells import MOST_MARKS, fit, pad, safe, width, wrap
 
 # States of an agent.
 CONNECTING, ONLINE, WAITING = "connecting", "online", "waiting"
@@ -307,23 +308,3 @@ def readable(path: str) -> str:
         return path.encode("latin-1").decode()
     except UnicodeError:
         return path
-
-
-def duration(seconds: float) -> str:
-    """At most seven characters."""
-    if seconds < 0.9995:
-        return f"{max(0, seconds) * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: int) -> str:
-    """A number of bytes, in at most seven characters up to a petabyte."""
-    if count < 1000:
-        return f"{count} B"
-    amount, units = count / 1000, ["kB", "MB", "GB", "TB"]
-    while amount >= 999.5 and len(units) > 1:
-        amount /= 1000
-        units.pop(0)
-    return f"{amount:.1f} {units[0]}" if amount < 99.95 else f"{amount:.0f} {units[0]}"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from .. import home
-from .cells import safe, width
+from ..common.cells import safe, width
 
 if sys.platform == "win32":
     import ctypes

@@ -3,7 +3,7 @@
 import codecs
 import re
 
-from gotunnel_agent.quick.cells import width
+from gotunnel_agent.common.cells import width
 
 SEQUENCE = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from gotunnel_agent.common.cells import width
+from gotunnel_agent.common.quantities import duration, size
 from gotunnel_agent.follow import Seen, Totals
-from gotunnel_agent.quick.cells import width
 from gotunnel_agent.quick.picture import (
     CONNECTING,
     ONLINE,
@@ -19,8 +20,6 @@ from gotunnel_agent.quick.picture import (
     Shown,
     View,
     draw,
-    duration,
-    size,
 )
 
 PLAIN, ASCII, COLOURED = Look(colour=False), Look(colour=False, unicode=False), Look()

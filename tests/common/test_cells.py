@@ -2,7 +2,7 @@
 
 import pytest
 
-from gotunnel_agent.quick.cells import MOST_MARKS, fit, pad, safe, width, wrap
+from gotunnel_agent.common.cells import MOST_MARKS, fit, pad, safe, width, wrap
 
 A, ACUTE = "a", "\N{COMBINING ACUTE ACCENT}"
 
