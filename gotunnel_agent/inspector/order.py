@@ -22,7 +22,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..common.http1 import (
@@ -43,6 +43,8 @@ from ..common.http1 import (
     origin_target,
     parse_request,
 )
+from . import mask
+from .mask import MASK
 
 MOST_TIMES = 1000  # answers that are still read side by side
 MOST_AT_ONCE = 8  # threads of one replay; a development server has few
@@ -54,7 +56,6 @@ UNTIL_TIMES = 20  # tries of such a replay unless the order names a number: a qu
 TIMEOUT, MOST_TIMEOUT = 60.0, 600.0  # seconds of one try
 MOST_METHOD = 40  # characters; the longest registered one has 17 (UPDATEREDIRECTREF)
 MOST_BODY = 8 * 1024 * 1024  # bytes of a body that is given; it is held in memory
-MASK = "••••"  # what stands for a secret that is not shown
 
 # Fields that are not sent again, beside those of one connection: the body follows at once, and
 # there are no trailers.
@@ -257,7 +258,9 @@ def rebuild(
     method = _method(recorded.method if edit.method is None else edit.method)
     target = path if edit.path is None else _target(edit.path, path, method)
     items = (
-        recorded.fields.items if edit.fields is None else [_field(*item) for item in edit.fields]
+        recorded.fields.items
+        if edit.fields is None
+        else [_field(*item, recorded.fields) for item in edit.fields]
     )
     _refuse_websocket(Fields(items), switched and edit.fields is None)
     body = edit.body
@@ -341,9 +344,10 @@ def _target(text: str, recorded: str, method: str) -> str:
     return target
 
 
-def _field(name: str, value: str) -> tuple[str, str]:
-    """A field of an edit, in latin-1 as all heads are here. A value with other letters goes out in
-    UTF-8. The lines never repeat a value, which may be a secret."""
+def _field(name: str, value: str, recorded: Fields) -> tuple[str, str]:
+    """A field of an edit, in latin-1 as all heads are here: each character is a byte. A recorded
+    value stays as it came; other letters than ASCII go out in UTF-8. The lines never repeat a
+    value, which may be a secret."""
     if not _TOKEN.fullmatch(name):
         raise CannotReplay(f"field name {_shown(name)}, expected letters, digits and hyphens")
     if _CONTROL.search(value):
@@ -351,11 +355,9 @@ def _field(name: str, value: str) -> tuple[str, str]:
             f"the value of {_cut(name)} has a line break or control character, expected one line"
         )
     value = value.strip(" \t")
-    try:
-        value.encode("latin-1")
+    if value.isascii() or value in recorded.all(name.lower()):
         return name, value
-    except UnicodeEncodeError:
-        return name, _utf8(value, f"the value of {_cut(name)}").decode("latin-1")
+    return name, _utf8(value, f"the value of {_cut(name)}").decode("latin-1")
 
 
 def _refuse_websocket(fields: Fields, switched: bool) -> None:
@@ -390,8 +392,36 @@ def _with_host(
 # Masked values ----------------------------------------------------------------------------------
 
 # What stands before a secret and says which it is: a name with = or :, or a word and a blank.
-_NAMED = re.compile(r"""["']?([\w.%\[\]-]+)["']?[ \t]*[:=]\s*["']?$|(\w+)[ \t]+$""")
+_NAMED = re.compile(r"""["']?([\w.%\[\]-]+)["']?[ \t]*[:=]\s*$|(\w+)[ \t]+$""")
 _LOOKED_AT = 200  # characters in front of a secret
+# In JSON a mask is a text, whatever the value was: the quotation marks belong to it.
+_MASKS = re.compile(f'"{MASK}"|{MASK}')
+
+
+def with_secrets(edit: Edit, head: bytes, shown_body: str, content_type: str) -> Edit:
+    """The edit with what was recorded in the place of masked values: secrets are masked when they
+    are shown, and what is shown is what users edit. ``head`` is the recorded request's, and
+    ``shown_body`` the text of its body before it was masked. What was not changed becomes None.
+    Raises CannotReplay."""
+    if edit == Edit():
+        return edit
+    try:
+        recorded = parse_request(head)
+    except Malformed:
+        return edit  # rebuild() says it
+    path, fields, body = edit.path, edit.fields, edit.body
+    if path is not None:
+        path = unmasked(path, recorded.target, mask.target(recorded.target), "path")
+    if fields is not None:
+        fields = unmasked_fields(fields, recorded.fields.items)
+    if body is not None and edit.body_is_text:
+        text = body.decode()
+        if text in (shown_body, mask.body(shown_body, content_type)):
+            body = None  # as it was, and perhaps compressed
+        else:
+            masked = mask.body(shown_body, content_type)
+            body = _utf8(unmasked(text, shown_body, masked, "body"), "body")
+    return edit._replace(path=path, fields=fields, body=body)
 
 
 def unmasked(edited: str, plain: str, masked: str, what: str) -> str:
@@ -405,40 +435,43 @@ def unmasked(edited: str, plain: str, masked: str, what: str) -> str:
     secrets: dict[str, list[str]] = {}
     for name, secret in _secrets(plain, masked):
         secrets.setdefault(name, []).append(secret)
-    literals = edited.split(MASK)
-    restored = literals[0]
-    before = literals[0]
-    for literal in literals[1:]:
+    restored, at = "", 0
+    for found in _MASKS.finditer(edited):
+        before = edited[at : found.start()]
         left = secrets.get(_name_before(before))
         if not left:
             raise CannotReplay(
                 f"{what}: nothing was recorded for a masked value ({MASK}): write the value itself",
                 "masked",
             )
-        restored += left.pop(0) + literal
-        before = literal
-    return restored
+        restored += before + left.pop(0)
+        at = found.end()
+    return restored + edited[at:]
 
 
 def _secrets(plain: str, masked: str) -> list[tuple[str, str]]:
     """The secrets of a text with the names before them. ``masked`` differs from ``plain`` only by
-    its MASKs."""
-    found = []
-    literals = masked.split(MASK)
-    if not plain.startswith(literals[0]):
-        return []
-    at = len(literals[0])
-    for number, literal in enumerate(literals[1:], start=1):
-        is_last = number == len(literals) - 1
-        if is_last:
-            end = len(plain) - len(literal) if plain.endswith(literal) else -1
+    its MASKs; if not, there are none."""
+    secrets = []
+    at = read = 0  # in plain, and in masked
+    masks = list(_MASKS.finditer(masked))
+    for number, found in enumerate(masks):
+        before = masked[read : found.start()]
+        if not plain.startswith(before, at):
+            return []
+        at += len(before)
+        read = found.end()
+        if number + 1 < len(masks):
+            behind = masked[read : masks[number + 1].start()]
+            end = plain.find(behind, at) if behind else at
         else:
-            end = plain.find(literal, at) if literal else at
+            behind = masked[read:]
+            end = len(plain) - len(behind) if plain.endswith(behind) else -1
         if end < at:
             return []
-        found.append((_name_before(literals[number - 1]), plain[at:end]))
-        at = end + len(literal)
-    return found
+        secrets.append((_name_before(before), plain[at:end]))
+        at = end
+    return secrets
 
 
 def _name_before(text: str) -> str:
@@ -446,25 +479,39 @@ def _name_before(text: str) -> str:
     return (match[1] or match[2]).lower() if match else ""
 
 
-Mask = Callable[[str, str], str]  # (name, value) -> the value as it is shown
-
-
 def unmasked_fields(
-    edited: Sequence[tuple[str, str]], recorded: Sequence[tuple[str, str]], mask: Mask
+    edited: Sequence[tuple[str, str]], recorded: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """Edited fields with the recorded values in the place of masked ones. The second field of a
-    name belongs to the second one recorded. Raises CannotReplay."""
-    values: dict[str, list[str]] = {}
+    """Edited fields with the recorded values in the place of those that were not changed, masked or
+    not: their bytes stay as they came. The second field of a name belongs to the second one
+    recorded, unless it looks like another one. Raises CannotReplay."""
+    left: dict[str, list[str]] = {}
     for name, value in recorded:
-        values.setdefault(name.lower(), []).append(value)
+        left.setdefault(name.lower(), []).append(value)
     fields = []
     for name, value in edited:
-        left = values.get(name.lower(), [])
-        plain = left.pop(0) if left else ""
+        plains = left.get(name.lower(), [])
+        same = next((plain for plain in plains if value in _looks(name, plain)), None)
+        if same is not None:
+            plains.remove(same)
+            fields.append((name, same))
+            continue
+        plain = plains.pop(0) if plains else ""
         if MASK in value:
-            value = unmasked(value, plain, mask(name, plain), f"field {_cut(name)}")
+            shown = _as_utf8(plain)
+            value = unmasked(value, shown, mask.field(name, shown), f"field {_cut(name)}")
         fields.append((name, value))
     return fields
+
+
+def _looks(name: str, plain: str) -> tuple[str, ...]:
+    """How a recorded value is shown: as it came, in UTF-8, and masked."""
+    shown = _as_utf8(plain)
+    return plain, shown, mask.field(name, shown), mask.field(name, plain)
+
+
+def _as_utf8(latin: str) -> str:
+    return latin.encode("latin-1").decode("utf-8", "backslashreplace")
 
 
 # Words ------------------------------------------------------------------------------------------

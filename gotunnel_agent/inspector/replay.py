@@ -14,6 +14,7 @@ at a time.
 from __future__ import annotations
 
 import ipaddress
+import math
 import selectors
 import threading
 from collections import Counter
@@ -30,10 +31,13 @@ from ..config import HTTP1, Tunnel
 from ..dialogue import CUT_SHORT, NO_ANSWER, SWITCHING_PROTOCOLS
 from ..target import Route, Unserved, dial, hostname_of, introduction
 from .answer import Answer
-from .order import CannotReplay, Order, Outgoing, read_order, rebuild
+from .compare import key_of
+from .order import CannotReplay, Order, Outgoing, read_order, rebuild, with_secrets
 from .record import ENDED, OPEN, Kept, Record, Ring
+from .search import content_type
 
 MOST_RUNNING = 4  # replays at a time; each has up to eight threads
+MOST_GROUPS = 20  # of equal answers: a target that answers with the time has as many as tries
 MOST_KEPT = 50  # replays that are over and can still be asked for
 # Seconds between two changes of a running replay, or of a record whose answer still comes, that
 # readers are told.
@@ -48,6 +52,34 @@ RUNNING, OVER, STOPPED, PASSED = "running", "ended", "stopped", "passed"
 
 # A selector that needs no descriptor of its own, where the system has one.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class _Group:
+    """Answers that are equal, except for dates and such (compare.USUAL)."""
+
+    def __init__(self, first: Record, mixed: bool):
+        self._first, self._mixed = first.id, mixed
+        self._status, self._problem = first.status, first.problem
+        self._size = first.response_body.size
+        self._count = 0
+        self._least, self._most = math.inf, 0.0
+
+    def note(self, record: Record) -> None:
+        took = record.duration or 0.0
+        self._count += 1
+        self._least, self._most = min(self._least, took), max(self._most, took)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "record": self._first,  # the first of them
+            "count": self._count,
+            "status": self._status,
+            "problem": self._problem,
+            "size": self._size,
+            "mixed": self._mixed,  # all that are equal to none of the other groups' first ones
+            "least_ms": round(1000 * self._least, 3),
+            "most_ms": round(1000 * self._most, 3),
+        }
 
 
 class Replay:
@@ -67,6 +99,7 @@ class Replay:
         self._statuses: Counter[str] = Counter()
         self._problems: Counter[str] = Counter()
         self._records: list[int] = []
+        self._groups: dict[object, _Group] = {}  # equal answers, by compare.key_of()
         self._open: set[Duplex] = set()
         self._told_at = 0.0
 
@@ -105,6 +138,7 @@ class Replay:
                 "statuses": dict(sorted(self._statuses.items())),
                 "problems": dict(self._problems.most_common(10)),
                 "records": list(self._records),
+                "groups": [group.document() for group in self._groups.values()],
                 "next_at": self._next_at,
                 "began": self._began,
                 "duration": ended_at - self._began_at,
@@ -144,7 +178,11 @@ class Replay:
 
     def note_ended(self, record: Record) -> None:
         until = self.order.until
+        key: object = key_of(record)
         with self._lock:
+            if key not in self._groups and len(self._groups) == MOST_GROUPS:
+                key = None  # the group of all others
+            self._groups.setdefault(key, _Group(record, key is None)).note(record)
             self._statuses[str(record.status or "none")] += 1
             if record.problem:
                 self._problems[record.problem] += 1
@@ -223,11 +261,13 @@ class Replayer:
     def carry_out(self, source: Record, order: Order) -> Replay:
         """Begin to replay a record. Raises CannotReplay."""
         route = route_for(source, order.hostname, self._routes())
+        head, kept = source.request_head, source.request_body
+        kind = content_type(head)
         outgoing = rebuild(
-            source.request_head,
-            source.request_body.data,
-            source.request_body.size,
-            order.edit,
+            head,
+            kept.data,
+            kept.size,
+            with_secrets(order.edit, head, kept.data.decode("utf-8", "replace"), kind),
             host_header=route.tunnel.host_header,
             switched=source.status == SWITCHING_PROTOCOLS,
         )

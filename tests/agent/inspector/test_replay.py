@@ -12,6 +12,7 @@ from support import TIMEOUT, answer, deaf_port, reserved_port, wait_until
 from gotunnel_agent import target as target_module
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.inspector import replay as replay_module
+from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import CannotReplay
 from gotunnel_agent.inspector.record import ENDED, Kept, Ring
 from gotunnel_agent.inspector.replay import Replayer, find_route
@@ -88,6 +89,26 @@ def test_a_target_gets_what_was_edited(bench, origin):
         (b"PUT /b%20c HTTP/1.1\r\nHost: b\r\nX-Try: 2\r\nContent-Length: 3\r\n\r\n", b"new")
     ]
     assert (record.method, record.path) == ("PUT", "/b%20c")
+
+
+def test_a_target_gets_the_secrets_that_were_masked(origin):
+    fields = ["Authorization: Bearer abc.def", "Cookie: session=s3cret; theme=dark"]
+    record = a_record("POST", "/?token=T", asked=b'{"password": "p"}', fields=fields)
+    bench = Bench(Target("127.0.0.1", origin.port), record=record)
+    got = []
+    answers(origin, answer(), got=got)
+    masked = [
+        ["Host", HOSTNAME],
+        ["Authorization", f"Bearer {MASK}"],
+        ["Cookie", f"session={MASK}"],
+    ]
+    bench.once(path=f"/b?token={MASK}", fields=masked, body=f'{{"password": "{MASK}", "a": 1}}')
+    head, body = got[0]
+    assert (
+        head.startswith(b"POST /b?token=T HTTP/1.1\r\n") and b"\r\nCookie: session=s3cret" in head
+    )
+    assert b"\r\nAuthorization: Bearer abc.def\r\n" in head
+    assert body == b'{"password": "p", "a": 1}'
 
 
 def test_pythons_own_server_is_a_target():

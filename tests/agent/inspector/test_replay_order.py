@@ -5,8 +5,8 @@ import base64
 import pytest
 
 from gotunnel_agent.common.http1 import parse_request
+from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import (
-    MASK,
     MOST_BODY,
     CannotReplay,
     Edit,
@@ -15,6 +15,7 @@ from gotunnel_agent.inspector.order import (
     rebuild,
     unmasked,
     unmasked_fields,
+    with_secrets,
 )
 
 POST = (
@@ -364,8 +365,61 @@ def test_a_mask_that_stands_for_nothing_is_not_sent(edited):
 
 
 def test_masked_fields_stand_for_the_recorded_ones_of_their_name():
-    recorded = [("Cookie", "a=1"), ("Cookie", "b=2"), ("Accept", "x")]
-    given = [("Accept", "y"), ("cookie", MASK), ("cookie", MASK)]
-    assert unmasked_fields(given, recorded, lambda name, value: MASK) == [
-        ("Accept", "y"), ("cookie", "a=1"), ("cookie", "b=2"),
+    recorded = [("Cookie", "a=1"), ("Cookie", "b=2"), ("Accept", "x"), ("X-Api-Key", "k")]
+    given = [("Accept", "y"), ("cookie", f"b={MASK}"), ("cookie", f"a={MASK}"), ("X-Api-Key", MASK)]
+    assert unmasked_fields(given, recorded) == [
+        ("Accept", "y"), ("cookie", "b=2"), ("cookie", "a=1"), ("X-Api-Key", "k"),
     ]  # fmt: skip
+
+
+def test_a_masked_field_of_another_name_is_not_sent():
+    with pytest.raises(CannotReplay, match="field X-Key: nothing was recorded"):
+        unmasked_fields([("X-Key", MASK)], [("X-Api-Key", "k")])
+
+
+def test_a_masked_field_may_be_edited_beside_its_secret():
+    recorded = [("Cookie", "session=s3cret; theme=dark")]
+    given = [("Cookie", f"session={MASK}; theme=light; new=1")]
+    assert unmasked_fields(given, recorded) == [
+        ("Cookie", "session=s3cret; theme=light; new=1")
+    ]  # fmt: skip
+
+
+def test_fields_that_were_not_edited_keep_their_bytes():
+    recorded = [("A", "gr\xc3\xbc\xdfe"), ("B", "\xff"), ("C", "gr\xc3\xbc\xc3\x9fe")]
+    shown = [(name, value.encode("latin-1").decode("utf-8", "backslashreplace"))
+             for name, value in recorded]  # fmt: skip
+    assert unmasked_fields(shown, recorded) == recorded
+
+
+def restored(document, head=POST, body="{}", kind="application/json"):
+    return with_secrets(read_order(document).edit, head, body, kind)
+
+
+def test_the_secrets_of_an_edit_are_the_recorded_ones():
+    head = (
+        b"POST /login?token=T&x=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer abc\r\n"
+        b"Content-Length: 29\r\n\r\n"
+    )
+    edit = restored(
+        {
+            "path": f"/login?token={MASK}&x=2",
+            "fields": [["Host", "a"], ["Authorization", f"Bearer {MASK}"]],
+            "body": f'{{\n  "user": "eve",\n  "password": "{MASK}",\n  "pin": "{MASK}"\n}}',
+        },
+        head,
+        '{"user":"bob","password":"p","pin":1234}',
+    )
+    assert edit.path == "/login?token=T&x=2"
+    assert edit.fields == [("Host", "a"), ("Authorization", "Bearer abc")]
+    assert edit.body == b'{\n  "user": "eve",\n  "password": "p",\n  "pin": 1234\n}'
+
+
+@pytest.mark.parametrize("body", ['{"password": "p"}', f'{{"password": "{MASK}"}}'])
+def test_a_body_that_was_not_changed_is_no_edit(body):
+    """So it may stay compressed, and its signature fits."""
+    assert restored({"body": body}, body='{"password": "p"}').body is None
+
+
+def test_asterisks_and_dots_that_hide_nothing_are_sent():
+    assert restored({"body": "*** … ..."}, body="plain").body == "*** … ...".encode()
