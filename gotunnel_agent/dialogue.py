@@ -13,7 +13,7 @@ Pure: no socket, no clock, no thread. ``now`` is always monotonic time.
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from .common.http1 import (
@@ -46,9 +46,12 @@ NO_ANSWER = "no answer"
 CUT_SHORT = "cut short"
 NOT_FOLLOWED = "not followed"  # how the other reasons begin
 
-# Hears the content of bodies, one call a piece: hear(False, piece) for the request's,
-# hear(True, piece) for the answer's. Chunk lines are no content.
-Hear: TypeAlias = Callable[[bool, bytes], None]
+# Hears the content of bodies, one call a piece: hear(False, piece, now) for the request's,
+# hear(True, piece, now) for the answer's. Chunk lines are no content. After a change of protocol it
+# hears all bytes.
+Hear: TypeAlias = Callable[[bool, bytes, float], None]
+
+MOST_INTERIM = 8  # interim answers whose heads an exchange keeps; a target may send them for ever
 
 
 class Exchange:
@@ -56,8 +59,10 @@ class Exchange:
 
     ``method`` and ``target`` are the request's, "" if it could not be read; ``status`` is the final
     answer's, 0 until its head has come. ``request_head`` and ``response_head`` are the bytes of
-    both heads. ``began`` is when the request's first byte came, ``answer_began`` when the final
-    answer's head was whole, ``over`` when the exchange ended. ``bytes_in`` and ``bytes_out`` count
+    both heads, ``interim`` the heads of 1xx answers before it, MOST_INTERIM at most. The trailers
+    are those that came behind chunked bodies. ``began`` is when the request's first byte came, ``answer_began`` when the final
+    answer's head was whole, ``over`` when both bodies had ended. ``answered``: the answer is whole,
+    though the request may go on. ``bytes_in`` and ``bytes_out`` count
     the content of both bodies; after a change of protocol, and once it is not followed any more,
     all bytes. ``may_switch``: the request asks for another protocol on its stream (RFC 9110 §7.8,
     §9.3.6). ``problem`` says why the exchange is not whole or not followed; "" if all is well.
@@ -65,7 +70,8 @@ class Exchange:
 
     __slots__ = (
         "method", "target", "status", "request_head", "response_head", "began", "answer_began",
-        "over", "bytes_in", "bytes_out", "may_switch", "problem", "hear", "_host",
+        "over", "answered", "bytes_in", "bytes_out", "may_switch", "problem", "hear", "interim",
+        "request_trailers", "response_trailers", "_host",
     )  # fmt: skip
 
     def __init__(self, began: float):
@@ -75,7 +81,10 @@ class Exchange:
         self.began = began
         self.answer_began = self.over = 0.0
         self.bytes_in = self.bytes_out = 0
-        self.may_switch = False
+        self.may_switch = self.answered = False
+        self.interim: tuple[bytes, ...] = ()
+        self.request_trailers: Sequence[tuple[str, str]] = ()
+        self.response_trailers: Sequence[tuple[str, str]] = ()
         self.hear: Hear | None = None
         self._host: str | None = None  # None: not looked up yet
 
@@ -178,11 +187,20 @@ Tell: TypeAlias = Callable[[Exchange], None]
 class Counted:
     """A stream whose bytes are counted and not read: in tcp mode, or to an HTTP/2 target."""
 
-    def __init__(self, tell: Tell, began: float, problem: str = ""):
-        """``problem``: why it is not followed; "" in tcp mode, in which nothing can be."""
+    def __init__(
+        self,
+        tell: Tell,
+        began: float,
+        problem: str = "",
+        listen: Callable[[Exchange], Hear | None] | None = None,
+    ):
+        """``problem``: why it is not followed; "" in tcp mode, in which nothing can be.
+        ``listen(exchange)`` is called at once; nothing is heard."""
         self._tell = tell
         self._exchange = Exchange(began)
         self._exchange.problem = problem
+        if listen is not None:
+            listen(self._exchange)
 
     def current(self) -> Exchange | None:
         """The exchange that goes on. Any thread."""
@@ -226,6 +244,7 @@ class Dialogue:
         # stream is not followed any more, or has switched to another protocol.
         self._waiting: deque[Exchange] = deque()
         self._asking = Exchange(0)  # whose request is being read, or was read last
+        self.uploading = False  # a request's head has come, and not all of its body
         self._request_body: Body = Body()
         self._answer_body: Body = Body()
 
@@ -273,8 +292,15 @@ class Dialogue:
         self._drop_heads()
         while self._waiting:
             exchange = self._waiting[0]
-            if not exchange.problem and not exchange.switches():
+            if not (exchange.problem or exchange.answered or exchange.switches()):
                 exchange.problem = CUT_SHORT if exchange.status else NO_ANSWER
+            self._finish(now)
+
+    def _finish_answer(self, now: float) -> None:
+        """The answer is whole. If it came early, the exchange goes on until the request is."""
+        if self.uploading and self._waiting[0] is self._asking:
+            self._asking.answered = True
+        else:
             self._finish(now)
 
     def _finish(self, now: float) -> None:
@@ -288,6 +314,20 @@ class Dialogue:
 
     def _count_out(self, data: bytes, now: float) -> bytes:
         self._waiting[0].bytes_out += len(data)
+        return b""
+
+    def _switched_in(self, data: bytes, now: float) -> bytes:
+        exchange = self._waiting[0]
+        exchange.bytes_in += len(data)
+        if exchange.hear is not None:
+            exchange.hear(False, data, now)
+        return b""
+
+    def _switched_out(self, data: bytes, now: float) -> bytes:
+        exchange = self._waiting[0]
+        exchange.bytes_out += len(data)
+        if exchange.hear is not None:
+            exchange.hear(True, data, now)
         return b""
 
     def _keep(self, held: bytearray, data: bytes) -> None:
@@ -324,24 +364,28 @@ class Dialogue:
         if self._listen is not None:
             exchange.hear = self._listen(exchange)
         if body is None or body.complete:
-            self._end_request()
+            self._end_request(now)
         else:
             self._request_body, self._read_request = body, self._request_content
+            self.uploading = True
         return whole[end:]
 
     def _request_content(self, data: bytes, now: float) -> bytes:
         body, exchange = self._request_body, self._asking
         for piece in body.feed(data):
-            if not exchange.over:  # or the answer came early, and was told with what had come
-                exchange.bytes_in += len(piece)
+            exchange.bytes_in += len(piece)
             if exchange.hear is not None:
-                exchange.hear(False, piece)
+                exchange.hear(False, piece, now)
         if not body.complete:
             return b""
-        self._end_request()
+        exchange.request_trailers = body.trailers
+        self._end_request(now)
         return body.rest
 
-    def _end_request(self) -> None:
+    def _end_request(self, now: float) -> None:
+        self.uploading = False
+        if self._asking.answered:
+            self._finish(now)
         undecided = self._asking.may_switch and not self._asking.status
         self._read_request = self._undecided if undecided else self._request_head
 
@@ -357,7 +401,7 @@ class Dialogue:
     # The answer's states
 
     def _answer_head(self, data: bytes, now: float) -> bytes:
-        if not self._waiting:
+        if not self._waiting or self._waiting[0].answered:
             raise Malformed(400, "it came without a request")
         held = self._held_out
         whole = bytes(held) + data if held else data
@@ -372,6 +416,8 @@ class Dialogue:
         body = read_answer(exchange)
         status = exchange.status
         if status < 200 and status != SWITCHING_PROTOCOLS:  # an interim answer (RFC 9110 §15.2)
+            if len(exchange.interim) < MOST_INTERIM:
+                exchange.interim += (exchange.response_head,)
             exchange.response_head, exchange.status = b"", 0
             return rest
         exchange.answer_began = now
@@ -384,12 +430,14 @@ class Dialogue:
             self._keep(self._held_in, b"")
             self._read_request = self._request_head
         if switches:
-            self._read_request, self._read_answer = self._count_in, self._count_out
+            self._read_request, self._read_answer = self._switched_in, self._switched_out
         elif body is None or body == 0:
-            self._finish(now)
-        elif isinstance(body, int) and len(rest) >= body and exchange.hear is None:
+            self._finish_answer(now)
+        elif isinstance(body, int) and len(rest) >= body:
             exchange.bytes_out = body
-            self._finish(now)
+            if exchange.hear is not None:
+                exchange.hear(True, rest[:body], now)
+            self._finish_answer(now)
             rest = rest[body:]
         else:
             self._answer_body = SizedBody(body) if isinstance(body, int) else body
@@ -403,7 +451,7 @@ class Dialogue:
         for piece in body.feed(data):
             exchange.bytes_out += len(piece)
             if exchange.hear is not None:
-                exchange.hear(True, piece)
+                exchange.hear(True, piece, now)
         if not body.complete:
             return b""
         self._end_answer(now)
@@ -411,4 +459,5 @@ class Dialogue:
 
     def _end_answer(self, now: float) -> None:
         self._read_answer = self._answer_head
-        self._finish(now)
+        self._waiting[0].response_trailers = self._answer_body.trailers
+        self._finish_answer(now)

@@ -16,9 +16,9 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic, time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gotunnel import BytesLike, Stream
 
@@ -40,6 +40,10 @@ MOST_HELD = 4 * 1024 * 1024
 MUCH = 32 * 1024
 MANY = 32
 MOST_PIECES = 2 * MANY
+# Of a visit whose target was not reached: seconds for the rest of its request to come if a listener
+# wants it, and bytes of its body that are read.
+BODY_WAIT = 0.2
+MOST_MISSED = 1024 * 1024
 HTTP2 = f"{NOT_FOLLOWED}: HTTP/2"
 TOO_FAST = f"{NOT_FOLLOWED}: it came faster than it could be read"
 
@@ -67,6 +71,18 @@ class Seen(NamedTuple):
     mode: str = "http"
 
 
+class Listener(Protocol):
+    """Hears of the visits of a Follower. The thread that reads calls it, and calls for different
+    visits may come at the same time. It must not block, as the thread may be one of a visit."""
+
+    def began(self, tunnel: Tunnel, exchange: Exchange) -> Hear | None:
+        """A request's head is whole, or a stream has begun that is not read (tcp mode, HTTP/2).
+        Returns the function that hears the bodies (see dialogue.Hear), or None."""
+
+    def over(self, tunnel: Tunnel, exchange: Exchange) -> None:
+        """An exchange is over. It may not have begun before, if no request could be read."""
+
+
 class Totals(NamedTuple):
     """What a Follower has seen since its start."""
 
@@ -79,21 +95,29 @@ class Totals(NamedTuple):
 class Follower:
     """Follows all visits of an agent. Any thread may call any method."""
 
-    def __init__(
-        self,
-        on_seen: Callable[[Seen], object] | None = None,
-        listen: Callable[[Tunnel, Exchange], Hear | None] | None = None,
-    ):
-        """``on_seen(seen)`` is called for each visit that is over, ``listen(tunnel, exchange)`` for
-        each request whose head is whole; it returns the function that hears the bodies (see
-        dialogue.Hear), or None. The thread that reads calls them: see look(). They must not block,
-        as it may be one of a visit."""
-        self._on_seen, self._listen = on_seen, listen
+    def __init__(self, on_seen: Callable[[Seen], object] | None = None):
+        """``on_seen(seen)`` is called for each visit that is over, by the thread that reads: see
+        look(). It must not block, as the thread may be one of a visit."""
+        self._on_seen = on_seen
         self._lock = threading.Lock()  # guards all below
         self._live: set[_Followed] = set()
         self._seen: deque[Seen] = deque(maxlen=KEPT)
         self._held = 0  # bytes of unfinished heads
         self._visits = self._failed = self._bytes_in = self._bytes_out = 0  # see Totals
+        # Replaced whole, as visits read it unlocked.
+        self._listeners: tuple[Listener, ...] = ()
+        # A thread waits in await_bytes(); _woken ends that. No lock guards them.
+        self.asleep = False
+        self._woken = threading.Event()
+
+    def add(self, listener: Listener) -> None:
+        """Have ``listener`` hear of the visits that begin from now on."""
+        with self._lock:
+            self._listeners += (listener,)
+
+    def remove(self, listener: Listener) -> None:
+        with self._lock:
+            self._listeners = tuple(each for each in self._listeners if each is not listener)
 
     def follow(self, target: Duplex, tunnel: Tunnel) -> None:
         """Follow a visit from now on until its target is closed."""
@@ -105,20 +129,46 @@ class Follower:
     def missed(self, stream: Stream, tunnel: Tunnel, why: str) -> None:
         """A visit found no target, and is about to be turned away: tell of it, with what has come
         of its request. Does not wait."""
-        now = monotonic()
-        dialogue = Dialogue(lambda exchange: None)
+        began = monotonic()
+        dialogue = Dialogue(lambda exchange: None, listen=self.listening(tunnel))
         if tunnel.mode == "http" and not tunnel.protocol:
-            with contextlib.suppress(OSError):  # nothing has come yet
-                dialogue.asked(stream.read(HEAD_LIMIT, timeout=0), now)
-        exchange = dialogue.current() or Exchange(now)
+            # What has come is there at once. A listener may want to send the request again when
+            # the target is back, which takes its body, so that has a moment.
+            wait, left = 0.0, HEAD_LIMIT + MOST_MISSED
+            with contextlib.suppress(OSError):  # nothing, or nothing more, has come
+                while left > 0 and (data := stream.read(left, timeout=wait)):
+                    dialogue.asked(data, began)
+                    left -= len(data)
+                    waited = monotonic() - began
+                    wait = max(0.0, BODY_WAIT - waited) if self._awaits_body(dialogue) else 0.0
+        exchange = dialogue.current() or Exchange(began)
         exchange.status = BAD_GATEWAY if tunnel.mode == "http" else 0
-        exchange.problem, exchange.bytes_in = why, 0
-        self.tell(record(exchange, tunnel, now))
+        exchange.problem, exchange.over = why, monotonic()
+        if not exchange.request_head:
+            exchange.bytes_in = 0
+        self.end(tunnel, exchange)
+
+    def _awaits_body(self, dialogue: Dialogue) -> bool:
+        return bool(self._listeners) and dialogue.uploading
 
     def look(self) -> None:
         """Read what has passed. To be called a few times a second if visits are to be told soon."""
         for followed in self._all():
             followed.look()
+
+    def await_bytes(self) -> None:
+        """Wait until there is something to read, or wake() is called. For one thread at a time,
+        which calls look() then."""
+        self.asleep = True
+        if any(followed.has_noted() for followed in self._all()):  # before asleep was set
+            self.asleep = False
+            return
+        self._woken.wait()
+        self._woken.clear()
+
+    def wake(self) -> None:
+        self.asleep = False
+        self._woken.set()
 
     def take(self) -> list[Seen]:
         """look(), and return the visits that have ended since the last call, KEPT at most."""
@@ -154,9 +204,28 @@ class Follower:
             return True
 
     def listening(self, tunnel: Tunnel) -> Callable[[Exchange], Hear | None] | None:
-        """``listen`` of __init__(), for the exchanges of a tunnel."""
-        listen = self._listen
-        return None if listen is None else lambda exchange: listen(tunnel, exchange)
+        """Tells the listeners that an exchange of a tunnel has begun; None if there are none."""
+        listeners = self._listeners
+        if not listeners:
+            return None
+        if len(listeners) == 1:
+            began = listeners[0].began
+            return lambda exchange: began(tunnel, exchange)
+
+        def tell_all(exchange: Exchange) -> Hear | None:
+            heard = [listener.began(tunnel, exchange) for listener in listeners]
+            return _joined([hear for hear in heard if hear is not None])
+
+        return tell_all
+
+    def end(self, tunnel: Tunnel, exchange: Exchange) -> None:
+        """An exchange is over."""
+        for listener in self._listeners:
+            try:
+                listener.over(tunnel, exchange)
+            except Exception:
+                log.exception("%s: a visit is not kept (bug, traceback follows)", tunnel.hostname)
+        self.tell(record(exchange, tunnel, exchange.over))
 
     def tell(self, seen: Seen) -> None:
         failed = has_failed(seen)
@@ -172,6 +241,17 @@ class Follower:
     def forget(self, followed: _Followed) -> None:
         with self._lock:
             self._live.discard(followed)
+
+
+def _joined(hears: Sequence[Hear]) -> Hear | None:
+    if len(hears) < 2:
+        return hears[0] if hears else None
+
+    def hear(answered: bool, data: bytes, now: float) -> None:
+        for each in hears:
+            each(answered, data, now)
+
+    return hear
 
 
 def has_failed(seen: Seen) -> bool:
@@ -217,9 +297,9 @@ class _Followed:
         tell = self._over.append
         self._dialogue: Counted | Dialogue
         if tunnel.mode != "http":
-            self._dialogue = Counted(tell, monotonic())
+            self._dialogue = Counted(tell, monotonic(), listen=follower.listening(tunnel))
         elif tunnel.protocol:
-            self._dialogue = Counted(tell, monotonic(), HTTP2)
+            self._dialogue = Counted(tell, monotonic(), HTTP2, follower.listening(tunnel))
         else:
             self._dialogue = Dialogue(tell, follower.hold, follower.listening(tunnel))
 
@@ -289,7 +369,10 @@ class _Followed:
                 exchange = over.popleft()
             except IndexError:  # another thread was faster
                 return
-            self._follower.tell(record(exchange, self._tunnel, exchange.over))
+            self._follower.end(self._tunnel, exchange)
+
+    def has_noted(self) -> bool:
+        return bool(self._noted)
 
     def _note(self, act: Callable[[bytes, float], None], data: bytes) -> None:
         if len(self._noted) < MOST_PIECES:
@@ -297,6 +380,8 @@ class _Followed:
             self._bytes += len(data)
         else:
             self._lost = True
+        if self._follower.asleep:
+            self._follower.wake()
 
     def _note_asked(self, data: BytesLike) -> None:
         if self._ahead:

@@ -15,6 +15,7 @@ from gotunnel_agent.common.http1 import (
 )
 from gotunnel_agent.dialogue import (
     CUT_SHORT,
+    MOST_INTERIM,
     MOST_WAITING,
     NO_ANSWER,
     Counted,
@@ -96,7 +97,16 @@ STORIES = {
     ),
     "an early answer": (
         [(ASK, POST[:-3]), (ANSWER, TOO_LARGE), (ASK, POST[-3:] + GET), (ANSWER, OK)],
-        [("POST", "/p", 413, 2, 0, ""), ("GET", "/a?b=1", 200, 0, 3, "")],
+        [("POST", "/p", 413, 5, 0, ""), ("GET", "/a?b=1", 200, 0, 3, "")],
+    ),
+    "an early answer, and the request is given up": (
+        [(ASK, POST[:-3]), (ANSWER, TOO_LARGE), (END, b"")],
+        [("POST", "/p", 413, 2, 0, "")],
+    ),
+    "an answer that goes on beside the request": (
+        [(ASK, CHUNKED_POST[:-30]), (ANSWER, CHUNKED[:-12]), (ASK, CHUNKED_POST[-30:-5]),
+         (ANSWER, CHUNKED[-12:]), (ASK, CHUNKED_POST[-5:] + GET), (ANSWER, OK)],
+        [("PUT", "/c", 200, 5, 5, ""), ("GET", "/a?b=1", 200, 0, 3, "")],
     ),
     "a WebSocket": (
         [(ASK, UPGRADE), (ANSWER, SWITCH + b"\x81\x02hi"), (ASK, b"\x88\x80mask"),
@@ -354,12 +364,71 @@ def test_a_listener_hears_the_bodies():
     def listen(exchange):
         if exchange.method == "HEAD":
             return None
-        return lambda answer, piece: heard.append((exchange.target, answer, piece))
+        return lambda answer, piece, now: heard.append((exchange.target, answer, piece, now))
 
     told([(ASK, CHUNKED_POST + HEAD), (ANSWER, CHUNKED + LONG_HEAD)], listen=listen)
     assert heard == [
-        ("/c", False, b"abc"), ("/c", False, b"de"), ("/c", True, b"four"), ("/c", True, b"!"),
+        ("/c", False, b"abc", 1), ("/c", False, b"de", 1), ("/c", True, b"four", 2),
+        ("/c", True, b"!", 2),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_a_listener_hears_as_much_as_is_counted_and_changes_nothing(story):
+    turns, expected = STORIES[story]
+    for seed, cut in enumerate([whole, byte_by_byte, *[cut_at_random] * 9]):
+        heard = {}
+
+        def listen(exchange, heard=heard):
+            heard[exchange] = [0, 0]
+
+            def hear(answer, piece, now):
+                assert piece and type(piece) is bytes
+                heard[exchange][answer] += len(piece)
+
+            return hear
+
+        found = told(cut(turns, random.Random(seed)), listen=listen)
+        assert [row(each) for each in found] == expected
+        for each in found:
+            assert heard[each] == [each.bytes_in, each.bytes_out]
+
+
+def test_a_listener_hears_both_directions_after_a_change_of_protocol():
+    heard = []
+    turns, _ = STORIES["a WebSocket"]
+    told(turns, listen=lambda exchange: lambda *what: heard.append(what))
+    assert heard == [
+        (True, b"\x81\x02hi", 2), (False, b"\x88\x80mask", 3), (True, b"GET / HTTP/1.1\r\n\r\n", 4),
+    ]  # fmt: skip
+
+
+def test_a_listener_hears_nothing_of_a_stream_that_is_not_followed_any_more():
+    heard = []
+    turns, _, _ = DOUBTS["a bad chunk"]
+    told([*turns, (ANSWER, b"x" * 99)], listen=lambda exchange: lambda *what: heard.append(what))
+    assert heard == []
+
+
+def test_trailers_and_interim_answers_are_kept():
+    answer = CHUNKED[:-2] + b"Etag: x\r\nGrpc-Status: 0\r\n\r\n"
+    asked = CHUNKED_POST.replace(b"Trailer: t", b"Digest: t")
+    for cut in (whole, byte_by_byte):
+        turns = [(ASK, asked), (ANSWER, CONTINUE + HINTS * 20), (ANSWER, answer)]
+        [exchange] = told(cut(turns, None))
+        assert exchange.request_trailers == [("Digest", "t")]
+        assert exchange.response_trailers == [("Etag", "x"), ("Grpc-Status", "0")]
+        assert exchange.interim == (CONTINUE, *[HINTS] * (MOST_INTERIM - 1))
+
+
+def test_an_exchange_with_an_early_answer_is_over_when_the_request_is():
+    found = []
+    dialogue = Dialogue(found.append)
+    dialogue.asked(POST[:-3], 1)
+    dialogue.answered(OK, 2)
+    assert not found and dialogue.current().answered
+    dialogue.asked(POST[-3:], 3)
+    assert [(each.answer_began, each.over) for each in found] == [(2, 3)]
 
 
 def test_a_stream_that_is_not_read_is_counted():

@@ -27,6 +27,7 @@ from gotunnel_agent.follow import HTTP2, TOO_FAST, Follower, Seen, has_failed
 
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nyes"
+POST = b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 PAGE = Tunnel("x", Target("127.0.0.1", 80), "http")
 
 
@@ -50,6 +51,20 @@ class Visit:
     def close(self):
         self.target.close()
         self.far.close()
+
+
+class Heard:
+    """A listener."""
+
+    def __init__(self, deaf=False):
+        self.events, self.pieces, self._deaf = [], [], deaf
+
+    def began(self, tunnel, exchange):
+        self.events.append(("began", exchange.method))
+        return None if self._deaf else lambda answer, data, now: self.pieces.append((answer, data))
+
+    def over(self, tunnel, exchange):
+        self.events.append(("over", exchange.method))
 
 
 @pytest.fixture
@@ -196,24 +211,95 @@ def test_old_visits_are_dropped(monkeypatch):
     assert len(follower.take()) == 2 and follower.totals().visits == 3
 
 
-def test_a_bug_of_the_follower_harms_no_visit(caplog):
-    def listen(tunnel, exchange):
-        raise ZeroDivisionError
+def test_a_bug_of_a_listener_harms_no_visit(follower, caplog):
+    class Broken:
+        def began(self, tunnel, exchange):
+            raise ZeroDivisionError
 
-    follower = Follower(listen=listen)
+        over = began
+
+    follower.add(Broken())
     with visit_of(follower) as visit:
         visit.ask()
         visit.answer()
-    assert "bug, traceback follows" in caplog.text
+    assert "not followed any more (bug, traceback follows)" in caplog.text
+    assert "not kept (bug, traceback follows)" in caplog.text
     caplog.clear()
     [seen] = follower.take()
     assert seen.problem.startswith("not followed")
+
+
+@pytest.mark.parametrize("deaf", [(), (False,), (True,), (False, False), (False, True, False)])
+def test_each_listener_hears_all_visits_that_begin_after_it_was_added(follower, deaf):
+    listeners = [Heard(each) for each in deaf]
+    with visit_of(follower) as visit:  # heard by nobody
+        visit.ask()
+        visit.answer()
+    for listener in listeners:
+        follower.add(listener)
+    with visit_of(follower) as visit:
+        visit.ask(POST)
+        visit.answer()
+    for listener in listeners:
+        follower.remove(listener)
+    with visit_of(follower) as visit:
+        visit.ask()
+        visit.answer()
+    for listener in listeners:
+        assert listener.events == [("began", "POST"), ("over", "POST")]
+        heard = [] if listener._deaf else [(False, b"hello"), (True, b"yes")]
+        assert listener.pieces == heard
+    assert follower.totals().visits == 3
+
+
+@pytest.mark.parametrize("tunnel", [PAGE._replace(protocol="h2c"), PAGE._replace(mode="tcp")])
+def test_a_listener_is_told_of_streams_that_are_not_read(follower, tunnel):
+    follower.add(listener := Heard())
+    with visit_of(follower, tunnel) as visit:
+        assert listener.events == [("began", "")]
+        visit.ask(b"1234")
+    assert listener.events == [("began", ""), ("over", "")] and listener.pieces == []
+
+
+def test_one_thread_sleeps_until_something_passes(follower):
+    looks = []
+
+    def watch():
+        while len(looks) < 3:
+            follower.await_bytes()
+            follower.look()
+            looks.append(follower.totals().visits)
+
+    with visit_of(follower) as visit:
+        visit.ask()  # before the thread begins
+        thread = threading.Thread(target=watch)
+        thread.start()
+        wait_until(lambda: len(looks) == 1 and follower.asleep)
+        visit.answer()
+        wait_until(lambda: len(looks) == 2 and follower.asleep)
+        assert looks == [0, 1]
+        follower.wake()
+        thread.join(TIMEOUT)
+    assert looks == [0, 1, 1]
 
 
 def test_a_target_has_its_own_methods_again_afterwards(follower):
     with visit_of(follower) as visit:
         assert {"read", "write", "offer", "close"} <= set(vars(visit.target))
     assert not {"read", "write", "offer", "close"} & set(vars(visit.target))
+
+
+class Pieces:
+    """A stream on which these pieces have come."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.waits = [piece for piece in pieces if piece], []
+
+    def read(self, size, timeout):
+        self.waits.append(timeout)
+        if not self.pieces:
+            raise TimeoutError
+        return self.pieces.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +313,22 @@ def test_a_target_has_its_own_methods_again_afterwards(follower):
     ],
 )
 def test_a_visit_without_a_target_is_told(follower, tunnel, data, expected):
-    class Stream:
-        def read(self, size, timeout):
-            assert timeout == 0
-            if not data:
-                raise TimeoutError
-            return data
-
-    follower.missed(Stream(), tunnel, "target unreachable")
+    follower.missed(Pieces(data), tunnel, "target unreachable")
     [seen] = follower.take()
     assert facts(seen) == expected and has_failed(seen)
+
+
+def test_the_body_of_a_visit_without_a_target_has_a_moment_if_there_is_a_listener(follower):
+    stream = Pieces(POST[:-4], POST[-4:])
+    follower.missed(stream, PAGE, "target unreachable")
+    assert set(stream.waits) == {0}
+    follower.add(listener := Heard())
+    stream = Pieces(POST[:-4], POST[-4:])
+    follower.missed(stream, PAGE, "target unreachable")
+    assert [wait > 0 for wait in stream.waits] == [False, True, False]
+    assert listener.pieces == [(False, b"h"), (False, b"ello")]
+    assert listener.events == [("began", "POST"), ("over", "POST")]
+    assert [seen.bytes_in for seen in follower.take()] == [5, 5]
 
 
 def test_failures_are_the_targets():
@@ -256,11 +348,10 @@ def test_visits_through_a_gateway_are_seen(cache, tmp_path, origin):
             wire.send(answer(b"hello") if b"/hello" in head else answer(status="500 Oops"))
 
     origin.serve(site)
-    seen, heard = [], []
+    seen, listener = [], Heard()
     with gateway_here(cache) as gateway, agent_here(gateway, tmp_path, {APP: origin.port}) as agent:
-        agent.follower = Follower(
-            seen.append, lambda tunnel, exchange: lambda *piece: heard.append(piece)
-        )
+        agent.follower = Follower(seen.append)
+        agent.follower.add(listener)
         with gateway.visitor(APP) as visitor:
             for path in ("/hello?x=1", "/broken"):
                 visitor.request("GET", path)
@@ -270,7 +361,8 @@ def test_visits_through_a_gateway_are_seen(cache, tmp_path, origin):
         ("GET", "/hello?x=1", 200, 0, 5, ""),
         ("GET", "/broken", 500, 0, 2, ""),
     ]
-    assert heard == [(True, b"hello"), (True, b"ok")]
+    assert listener.pieces == [(True, b"hello"), (True, b"ok")]
+    assert sorted(listener.events) == [("began", "GET")] * 2 + [("over", "GET")] * 2
 
 
 def test_a_visit_through_a_gateway_without_a_target_is_seen(cache, tmp_path):
