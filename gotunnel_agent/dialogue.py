@@ -60,12 +60,14 @@ class Exchange:
     ``method`` and ``target`` are the request's, "" if it could not be read; ``status`` is the final
     answer's, 0 until its head has come. ``request_head`` and ``response_head`` are the bytes of
     both heads, ``interim`` the heads of 1xx answers before it, MOST_INTERIM at most. The trailers
-    are those that came behind chunked bodies. ``began`` is when the request's first byte came, ``answer_began`` when the final
-    answer's head was whole, ``over`` when both bodies had ended. ``answered``: the answer is whole,
-    though the request may go on. ``bytes_in`` and ``bytes_out`` count
-    the content of both bodies; after a change of protocol, and once it is not followed any more,
-    all bytes. ``may_switch``: the request asks for another protocol on its stream (RFC 9110 §7.8,
-    §9.3.6). ``problem`` says why the exchange is not whole or not followed; "" if all is well.
+    are those that came behind chunked bodies.
+
+    ``began`` is when the request's first byte came, ``answer_began`` when the final answer's head
+    was whole, ``over`` when both bodies had ended. ``answered``: the answer is whole, though the
+    request may go on. ``bytes_in`` and ``bytes_out`` count the content of both bodies; after a
+    change of protocol, and once it is not followed any more, all bytes. ``may_switch``: the request
+    asks for another protocol on its stream (RFC 9110 §7.8, §9.3.6). ``problem`` says why the
+    exchange is not whole or not followed; "" if all is well.
     """
 
     __slots__ = (

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .kept import Kept as Kept
+
 OPEN, ENDED = "open", "ended"
 
 # Bytes that a record costs besides its texts and bodies, and a message besides its data: objects,
@@ -27,18 +29,6 @@ MOST_CHANGES = 500
 # Seconds between the first change and the return of take(): changes come in crowds, and a reader
 # that is woken for each takes the GIL from the visits.
 CROWD = 0.1
-
-
-class Kept(NamedTuple):
-    """The beginning of a body, and the size of the whole in bytes, as far as it has come."""
-
-    data: bytes = b""
-    size: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether all that has come is kept."""
-        return len(self.data) == self.size
 
 
 class Message(NamedTuple):
