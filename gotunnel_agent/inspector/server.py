@@ -317,13 +317,27 @@ class InspectorServer:
         connection: _Connection,
         serve: Callable[[], bool],
     ) -> None:
+        if self._workers.waiting >= MOST_QUEUED:
+            self._turn_away(selector, connection)
+            return
         self._forget(selector, connection)
         try:
-            if self._workers.waiting >= MOST_QUEUED:
-                raise Stopped
             self._workers.submit(self._in_worker, connection, serve)
         except Stopped:
             connection.sock.close()
+
+    def _turn_away(self, selector: selectors.BaseSelector, connection: _Connection) -> None:
+        """Send a few bytes, which a new connection always takes, and wait for no worker."""
+        sock = connection.sock
+        busy = Unanswered(503, "busy", f"{MOST_QUEUED} requests wait already, try it later")
+        try:
+            sock.send(_whole(refusal(busy)))
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:  # it has left
+            self._forget(selector, connection)
+            sock.close()
+            return
+        connection.is_over, connection.deadline = True, monotonic() + LINGER
 
     # Workers
 
@@ -433,12 +447,8 @@ class InspectorServer:
     def _send(
         self, sock: socket.socket, answer: Answer, *, with_body: bool = True, chunked: bool = True
     ) -> None:
-        fields = [("Content-Type", answer.content_type), *FIELDS, *answer.fields]
-        if not any(name == POLICY for name, _ in answer.fields):
-            fields.append((POLICY, NO_CONTENT_POLICY))
-        body = answer.body
+        fields, body = _fields(answer), answer.body
         if isinstance(body, bytes):
-            fields.append(("Content-Length", str(len(body))))
             head = _head(answer.status, fields)
             view = memoryview(head + body[:PIECE] if with_body else head)
             sock.sendall(view)
@@ -515,6 +525,20 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     listening.setblocking(False)
     return listening
+
+
+def _fields(answer: Answer) -> list[tuple[str, str]]:
+    fields = [("Content-Type", answer.content_type), *FIELDS, *answer.fields]
+    if not any(name == POLICY for name, _ in answer.fields):
+        fields.append((POLICY, NO_CONTENT_POLICY))
+    if isinstance(answer.body, bytes):
+        fields.append(("Content-Length", str(len(answer.body))))
+    return fields
+
+
+def _whole(answer: Answer) -> bytes:
+    body = answer.body if isinstance(answer.body, bytes) else b"".join(answer.body)
+    return _head(answer.status, _fields(answer)) + body
 
 
 def _head(status: int, fields: Iterable[tuple[str, str]]) -> bytes:

@@ -1,8 +1,9 @@
-"""Keeps the inspector's token: a file for each port in the agent's state folder, which only the user
-can read.
+"""Keeps the inspector's token: a file for each port in the agent's state folder, which only the
+user can read.
 
 The token of a port stays the same from one start of an agent to the next. So a page that is open in
-a browser goes on when the agent comes back. Remove the file and start the agent to have a new token.
+a browser goes on when the agent comes back. To have a new token, remove the file and start the
+agent.
 """
 
 from __future__ import annotations
