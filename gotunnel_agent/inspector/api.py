@@ -13,16 +13,21 @@ from __future__ import annotations
 import base64
 import json
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from time import monotonic, time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from gotunnel import __version__
 
 from . import copies, har, mask, search
 from .access import Door
+from .compare import compare
+from .order import CannotReplay
+from .page import page
 from .record import Changes, Kept, Message, Record, Ring, Subscription
+from .replay import Replay, Replayer
 from .server import JSON, POLICY, Answer, Asked, Live, Unanswered, as_json
 
 MOST_JSON = 16 * 1024 * 1024  # bytes of an order to replay: a body of 8 MiB in base64, and fields
@@ -33,7 +38,6 @@ MOST_TEXT = 512  # of other texts there
 # be slow. The file of a body has all.
 MOST_BODY_TEXT = 512 * 1024
 MOST_MESSAGE, MOST_MESSAGES = 64 * 1024, 2 * 1024 * 1024
-MOST_IMAGE = 2 * 1024 * 1024  # bytes of an image that the page shows
 PLAIN = "text/plain; charset=utf-8"
 SAVED = "application/octet-stream"
 TRUE = ("1", "true", "yes", "on")
@@ -57,24 +61,8 @@ ONWARD = """\
 </html>
 """
 HTML = "text/html; charset=utf-8"
-
-
-class Replay(Protocol):
-    def document(self) -> dict[str, Any]:
-        """How it stands, for JSON."""
-
-
-class Replays(Protocol):
-    """What replay.Replayer does."""
-
-    def start(self, record_id: int, document: object) -> Replay:
-        """Raises Refused."""
-
-    def get(self, number: int) -> Replay | None: ...
-
-    def all(self) -> list[Replay]: ...
-
-    def stop(self, number: int) -> Replay | None: ...
+# For these two: in a sandbox a browser would not lead on, nor take the page for one of ours.
+BARE_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
 class Api:
@@ -85,19 +73,18 @@ class Api:
         ring: Ring,
         door: Door,
         tell: Callable[[], Mapping[str, object]],
-        page: Callable[[], tuple[bytes, str]],
         *,
-        replays: Replays | None = None,
-        refused: type[Exception] = Unanswered,
-        compare: Callable[[Record, Record, bool], Mapping[str, object]] | None = None,
+        show: Callable[[], tuple[bytes, str]] = page,
+        replays: Replayer | None = None,
         body: int = 64 * 1024,
     ):
-        """``tell()``: what /info says of the agent. ``page()``: the page, and its Content Security
-        Policy. ``refused`` is what ``replays.start()`` raises,
-        with a line for the user and a ``code``. ``compare(left, right, unmask)`` compares two
-        records. ``body``: bytes that are kept of a body that is imported."""
-        self._ring, self._door, self._tell, self._show = ring, door, tell, page
-        self._replays, self._refused, self._compare = replays, refused, compare
+        """``tell()``: what /info says of the agent. ``show()``: the page, and its Content Security
+        Policy. ``replays`` is None without an agent. ``body``: bytes that are kept of each body of
+        an archive."""
+        self._ring, self._door, self._tell, self._show = ring, door, tell, show
+        # A page that has lost the connection learns by these whether it is another agent's now.
+        self._instance, self._started_at = secrets.token_hex(8), time()
+        self._replays = replays
         self._body = body
 
     def body_limit(self, method: str, path: str) -> int:
@@ -129,7 +116,7 @@ class Api:
         if token is not None and self._door.is_token(token):
             return self._let_in(asked)
         if asked.refusal is not None:
-            return Answer(asked.refusal.status, HTML, NO_TOKEN.encode())
+            return Answer(asked.refusal.status, HTML, NO_TOKEN.encode(), ((POLICY, BARE_POLICY),))
         body, policy = self._show()
         return Answer(200, HTML, body, ((POLICY, policy),))
 
@@ -138,7 +125,8 @@ class Api:
         door = self._door
         cookie = f"{door.cookie_name}={door.cookie_value}; HttpOnly; SameSite=Strict; Path=/"
         if asked.is_from_elsewhere:
-            return Answer(200, HTML, ONWARD.encode(), (("Set-Cookie", cookie),))
+            policy = (POLICY, BARE_POLICY)
+            return Answer(200, HTML, ONWARD.encode(), (("Set-Cookie", cookie), policy))
         return Answer(303, PLAIN, b"", (("Location", "./"), ("Set-Cookie", cookie)))
 
     # The visits
@@ -148,6 +136,8 @@ class Api:
         records = ring.all()
         return as_json({
             "version": __version__,
+            "instance": self._instance,
+            "started_at": self._started_at,
             "now": time(),
             "visits": len(records),
             "oldest": records[0].id if records else None,
@@ -164,12 +154,13 @@ class Api:
         records = self._ring.all()
         matching = self._matching(asked, records)
         limit = _whole(asked.query, "limit", MOST_LISTED, LISTED)
-        shown = matching[-limit:][::-1] if limit else []
+        shown = matching[-limit:][::-1] if limit else []  # the latest first
         unmask = _wants(asked, "unmask")
         return as_json({
             "visits": [summary(record, unmask) for record in shown],
-            "matched": len(matching),
-            "total": len(records),
+            "total": len(matching),
+            "more": len(shown) < len(matching),
+            "kept": len(records),
             "oldest": records[0].id if records else None,
         })  # fmt: skip
 
@@ -253,7 +244,12 @@ class Api:
         notes = list(found.notes)
         if len(kept) < len(ids):
             notes.append(f"{len(ids) - len(kept)} of them are not kept: the memory is full")
-        return as_json({"imported": len(kept), "ids": kept[:MOST_LISTED], "notes": notes})
+        return as_json({
+            "imported": len(kept),
+            "skipped": found.skipped + len(ids) - len(kept),
+            "ids": kept[:MOST_LISTED],
+            "notes": notes,
+        })  # fmt: skip
 
     # Replays
 
@@ -262,9 +258,8 @@ class Api:
         self._record(number)
         try:
             return as_json(replays.start(number, json_of(asked.body)).document(), 202)
-        except self._refused as error:
-            code = str(getattr(error, "code", "invalid"))
-            raise Unanswered(STATUS_OF.get(code, 400), code, str(error)) from None
+        except CannotReplay as error:
+            raise Unanswered(STATUS_OF.get(error.code, 400), error.code, str(error)) from None
 
     def _all_replays(self, asked: Asked) -> Answer:
         return as_json({"replays": [replay.document() for replay in self._replaying().all()]})
@@ -275,17 +270,15 @@ class Api:
     def _stop(self, asked: Asked, number: int) -> Answer:
         return as_json(_found(self._replaying().stop(number), number).document())
 
-    def _replaying(self) -> Replays:
+    def _replaying(self) -> Replayer:
         if self._replays is None:
             raise Unanswered(501, "replay", "this inspector replays nothing")
         return self._replays
 
     def _compared(self, asked: Asked) -> Answer:
-        if self._compare is None:
-            raise Unanswered(501, "compare", "this inspector compares nothing")
         both = [_whole(asked.query, name, 1 << 53, None) for name in ("left", "right")]
         left, right = map(self._record, both)
-        return as_json(self._compare(left, right, _wants(asked, "unmask")))
+        return as_json(compare(left, right, _wants(asked, "unmask")))
 
     # Events
 
@@ -350,9 +343,11 @@ class Events:
 
     def _told(self, changes: Changes) -> bytes:
         parts = []
-        if changes.records or changes.missed:
+        if changes.missed:
+            parts.append(event("missed", {"missed": changes.missed}))
+        if changes.records:
             visits = [summary(record, self._unmask) for record in changes.records]
-            parts.append(event("visit", {"visits": visits, "missed": changes.missed}))
+            parts.append(event("visit", {"visits": visits}))
         if changes.oldest != self._oldest:
             self._oldest = changes.oldest
             parts.append(event("gone", {"oldest": changes.oldest}))
@@ -381,17 +376,19 @@ def summary(record: Record, unmask: bool = False) -> dict[str, Any]:
         "mode": record.mode,
         "target": record.target[:MOST_TEXT],
         "visitor": record.visitor[:MOST_TEXT],
-        "began": record.began,
+        "at": record.began,
         "duration_ms": _milliseconds(record.duration),
         "first_byte_ms": _milliseconds(record.first_byte),
         "method": record.method[:MOST_TEXT],
         "path": readable(path)[:MOST_SHOWN],
         "status": record.status,
-        "type": search.content_type(record.response_head),
-        "request_bytes": record.request_body.size,
-        "response_bytes": record.response_body.size,
+        "content_type": readable(search.content_type(record.response_head)),
+        "request_size": record.request_body.size,
+        "response_size": record.response_body.size,
         "problem": record.problem[:MOST_TEXT],
         "failed": search.has_failed(record),
+        "followed": search.was_followed(record),
+        "messages": record.dropped + len(record.messages),
         "state": record.state,
         "replay_of": record.replay_of,
         "imported": record.imported,
@@ -402,10 +399,8 @@ def detail(record: Record, unmask: bool = False) -> dict[str, Any]:
     """A visit with all that is kept of it."""
     messages, dropped = _messages(record.messages, unmask)
     path = record.path if unmask else mask.target(record.path)
-    return {
-        **summary(record, unmask),
-        "path": readable(path),
-        "masked": not unmask,
+    url = har.url_of(record)
+    found = {
         "request": _message(
             record.request_head, record.request_body, record.request_trailers, unmask
         ),
@@ -415,6 +410,15 @@ def detail(record: Record, unmask: bool = False) -> dict[str, Any]:
         "interim": [_head_text(head, unmask) for head in record.interim],
         "messages": messages,
         "messages_dropped": record.dropped + dropped,
+    }
+    # Each secret once, though the path is in the first line as well.
+    masked = 0 if unmask else json.dumps(found).count(json.dumps(mask.MASK)[1:-1])
+    return {
+        **summary(record, unmask),
+        "path": readable(path),
+        "url": readable(url if unmask else mask.target(url)),
+        "masked": masked,
+        **found,
     }
 
 
@@ -427,7 +431,6 @@ def _message(
     return {
         "line": line,
         "fields": fields,
-        "head": text,
         "body": body_document(fields_of(head), kept, unmask),
         "trailers": [[name, readable(value)] for name, value in shown_trailers],
     }
@@ -513,7 +516,7 @@ def _messages(messages: list[Message], unmask: bool) -> tuple[list[dict[str, Any
     size = 0
     for number, message in enumerate(reversed(messages)):
         shown = _one_message(message, unmask)
-        size += len(shown["text"]) + 200
+        size += len(shown.get("text") or shown.get("base64") or "") + 200
         if size > MOST_MESSAGES:
             return found[::-1], len(messages) - number
         found.append(shown)
@@ -528,13 +531,12 @@ def _one_message(message: Message, unmask: bool) -> dict[str, Any]:
         "size": message.size,
         "kept": len(message.data),
         "note": message.note,
-        "encoding": "",
     }
     data = message.data[:MOST_MESSAGE]
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        return found | {"encoding": "base64", "text": base64.b64encode(data).decode()}
+        return found | {"base64": base64.b64encode(data).decode()}
     return found | {"text": text if unmask else mask.body(text)}
 
 

@@ -54,9 +54,10 @@ class NotHar(Exception):
 
 
 class Found(NamedTuple):
-    """What an archive has. ``notes``: what was left out, a line each."""
+    """What an archive has. ``skipped`` entries were left out; ``notes``: why, a line each."""
 
     records: list[Record]
+    skipped: int
     notes: tuple[str, ...]
 
 
@@ -111,14 +112,8 @@ def _request(record: Record, unmask: bool) -> dict[str, Any]:
     line, fields = _lines(record.request_head)
     words = line.split(" ")
     version = words[2] if len(words) == 3 else "HTTP/1.1"
-    target = record.path or "/"
     named = dict((name.lower(), value) for name, value in reversed(fields))
-    scheme = named.get("x-forwarded-proto", "https").lower()
-    if not target.startswith("/"):
-        target = "/" if not _is_url(target) else target
-    scheme = "http" if scheme == "http" else "https"
-    host = named.get("host") or record.hostname
-    url = target if _is_url(target) else f"{scheme}://{host}{target}"
+    url = url_of(record)
     shown, url = (fields, url) if unmask else (mask.fields(fields), mask.target(url))
     url = _text(url)
     query = url.partition("?")[2]
@@ -140,6 +135,17 @@ def _request(record: Record, unmask: bool) -> dict[str, Any]:
         found["postData"] = {"mimeType": _text(kind) or DEFAULT_TYPE, "params": []}
         found["postData"] |= _body(record.request_body, kind, unmask, "_encoding")
     return found
+
+
+def url_of(record: Record) -> str:
+    """The URL that the visitor used, latin-1."""
+    target = record.path or "/"
+    if _is_url(target):
+        return target
+    fields = {name.lower(): value for name, value in reversed(_lines(record.request_head)[1])}
+    scheme = "http" if fields.get("x-forwarded-proto", "").lower() == "http" else "https"
+    host = fields.get("host") or record.hostname
+    return f"{scheme}://{host}{target if target.startswith('/') else '/'}"
 
 
 def _response(record: Record, unmask: bool) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def read(data: bytes, *, body: int) -> Found:
             continue
         records.append(_record(each, where, body))
     notes = (f"{left_out} entries without an http URL were left out",) if left_out else ()
-    return Found(sorted(records, key=lambda record: record.began), notes)
+    return Found(sorted(records, key=lambda record: record.began), left_out, notes)
 
 
 def _parsed(data: bytes) -> dict[str, Any]:

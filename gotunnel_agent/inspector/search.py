@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from ..common import http1
+from ..dialogue import NOT_FOLLOWED
 from .record import OPEN, Record
 
 MOST_QUERY = 1000  # characters
@@ -220,11 +221,17 @@ def _id(value: str, now: float) -> Fits:
 
 def has_failed(record: Record) -> bool:
     """Whether the target failed: a status of 500 or more, or no whole answer."""
-    return record.status >= 500 or bool(record.problem)
+    return record.status >= 500 or (bool(record.problem) and was_followed(record))
+
+
+def was_followed(record: Record) -> bool:
+    """Whether its bytes could be read; a visit that could not be is no failure of the target."""
+    return not record.problem.startswith(NOT_FOLLOWED)
 
 
 STATES: dict[str, Fits] = {
     "failed": has_failed,
+    "followed": was_followed,
     "open": lambda record: record.state == OPEN,
     "replay": lambda record: record.replay_of is not None,
     "imported": lambda record: record.imported,

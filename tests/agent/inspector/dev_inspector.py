@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from gotunnel_agent.inspector.access import Door
 from gotunnel_agent.inspector.api import Api
+from gotunnel_agent.inspector.page import policy
 from gotunnel_agent.inspector.record import ENDED, OPEN, Kept, Message, Record, Ring
 from gotunnel_agent.inspector.server import InspectorServer, listen
 
@@ -119,10 +120,6 @@ def main():
     file = Path(options.page) if options.page else folder / "page.html"
 
     def page():
-        try:
-            from gotunnel_agent.inspector.page import policy
-        except ImportError:
-            return b"<!doctype html><title>no page yet</title>", "default-src 'none'"
         body = file.read_bytes()
         return body, policy(body)
 
@@ -130,9 +127,9 @@ def main():
     listening = listen("127.0.0.1", options.port)
     port = listening.getsockname()[1]
     door = Door(TOKEN, "127.0.0.1", port)
-    told = {"hostnames": [{"hostname": "app.example.com", "target": "localhost:3000",
+    told = {"tunnels": [{"hostname": "app.example.com", "target": "localhost:3000",
                            "url": "https://app.example.com/"}]}  # fmt: skip
-    server = InspectorServer(listening, door, Api(ring, door, lambda: told, page))
+    server = InspectorServer(listening, door, Api(ring, door, lambda: told, show=page))
     server.start()
     print(f"http://127.0.0.1:{port}/?token={TOKEN}", flush=True)
     for record in samples():
