@@ -333,7 +333,7 @@ def judge_dashboard(bind_to: Sequence[str], has_password: bool) -> Finding:
         who = f"everybody that reaches {on}"
     if has_password:
         return Finding(OK, "dashboard", f"{who} is asked for its password, which plain HTTP sends "
-                       "unencrypted")  # fmt: skip
+                       "unencrypted; /dashboard/ of GATEWAY_HOST has TLS")  # fmt: skip
     if who.endswith("on this machine"):
         return Finding(OK, "dashboard", f"{who} sees the hostnames and modes")
     return Finding(

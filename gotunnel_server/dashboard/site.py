@@ -47,8 +47,14 @@ API = "api/"
 MOST_BODY = 64 * 1024  # bytes: acts and the login are small
 # Seconds for a whole body. It holds one of the few workers of DASHBOARD_PORT meanwhile.
 BODY_TIMEOUT = 10
+HURRIED = 1  # ... while half of them are taken
 MOST_FIELDS = 100  # in a query or a form
 MOST_PATH = 2048  # characters; the longest path names a network in a block
+# Makes a browser ask once more, as this page now, so that it sends the cookie.
+AGAIN = (
+    b'<!doctype html><html lang="en"><meta charset="utf-8"><title>gotunnel</title>'
+    b'<meta http-equiv="refresh" content="0; url=./"><p><a href="./">Open the dashboard</a></p>\n'
+)
 READING = ("GET", "HEAD")
 FORM = "application/x-www-form-urlencoded"
 
@@ -222,17 +228,11 @@ class Dashboard:
 
     def _check_origin(self, asked: Asked, reads: bool) -> None:
         """Refuse what a page of another site has made a browser send."""
-        fields = asked.request.fields
-        fetch_site = fields.get("sec-fetch-site")
-        is_elsewhere = fetch_site in ("cross-site", "same-site")
-        if reads:
-            # That page cannot read the answer, but it could take the places of the readers.
-            if is_elsewhere and asked.path.startswith(API):
+        # A page elsewhere cannot read an answer, but it could take the places of the readers.
+        if not reads or asked.path.startswith(API):
+            if (fetch_site := _elsewhere(asked.request)) is not None:
                 raise _from_elsewhere(f"Sec-Fetch-Site is {fetch_site}")
-            return
-        if is_elsewhere:
-            raise _from_elsewhere(f"Sec-Fetch-Site is {fetch_site}")
-        origins = fields.all("origin")
+        origins = [] if reads else asked.request.fields.all("origin")
         if origins and not (len(origins) == 1 and self._is_own(origins[0], asked.request)):
             raise _from_elsewhere(f"its Origin is {origins[0][:100]}")
 
@@ -263,7 +263,8 @@ class Dashboard:
         if who.may >= May.LOOK:
             return self._views.public()
         if self.login.passwords is not None and wants_html(asked.request):
-            return see_other("login")
+            # Of a link elsewhere, the browser has kept the session's cookie back (SameSite=Strict).
+            return see_other("login") if _elsewhere(asked.request) is None else Page(200, AGAIN)
         raise self._nobody(asked.request)
 
     def _login_page(self, asked: Asked, who: Who) -> Page | None:
@@ -328,6 +329,13 @@ def _check_csrf(request: Request, who: Who, content: Mapping[str, object]) -> No
         raise Refused(403, "csrf", text)
 
 
+def _elsewhere(request: Request) -> str | None:
+    """Where the page was that has made the browser ask, in the browser's words; None if it was
+    ours, or there was none."""
+    site = request.fields.get("sec-fetch-site")
+    return site if site in ("cross-site", "same-site") else None
+
+
 def _from_elsewhere(why: str) -> Refused:
     text = f"This request comes from a page of another site ({why}). Use the dashboard's own page."
     return Refused(403, "wrong-origin", text)
@@ -368,7 +376,8 @@ def _read_body(request: Request) -> bytes:
         request.send_interim(100, "Continue", [])
     pieces: list[bytes] = []
     size = 0
-    deadline = Deadline(BODY_TIMEOUT)
+    timeout = HURRIED if request.crowded() else BODY_TIMEOUT
+    deadline = Deadline(timeout)
     try:
         while came := request.read_body(deadline.left() or 0):
             pieces += came
@@ -376,7 +385,7 @@ def _read_body(request: Request) -> bytes:
             if size > MOST_BODY:
                 raise _too_large()
     except TimeoutError:
-        text = f"The body did not come whole within {BODY_TIMEOUT} s. Try again."
+        text = f"The body did not come whole within {timeout} s. Try again."
         raise Refused(408, "body-timeout", text) from None
     except Malformed as error:
         text = pages.MALFORMED.format(error)

@@ -164,6 +164,8 @@ def test_a_browser_gets_the_form_and_no_window_of_its_own(board):
     status, fields, body = board.ask("/api/v1/state", Accept="*/*", Sec_Fetch_Mode="cors")
     assert status == 401 and fields.get("www-authenticate").startswith("Bearer ")
     assert json.loads(body)["error"] == "password-required"
+    linked = board.ask(Accept="text/html", Sec_Fetch_Mode="navigate", Sec_Fetch_Site="cross-site")
+    assert linked[0] == 200 and b'content="0; url=./"' in linked[2]  # then it sends its cookie
     foreign = {"Accept": "text/html", "Authorization": basic("for a proxy")}
     assert board.ask("/login", **foreign)[2] == b"form: "
     assert board.ask(**foreign)[1].get("location") == "login"
@@ -491,7 +493,7 @@ def test_a_body_of_unknown_length_is_bounded(board):
 
 
 def test_a_body_that_never_comes_or_is_broken_is_refused(board, monkeypatch):
-    monkeypatch.setattr(dashboard_site, "BODY_TIMEOUT", 0.05)
+    monkeypatch.setattr(dashboard_site, "HURRIED", 0.05)  # the room is crowded
     assert asking_with(board, [b"a=b"]).status == 408
     assert asking_with(board, Malformed(400, "a bad chunk")).status == 400
     assert not board.calls
