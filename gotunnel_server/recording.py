@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from .config import OFF, Config
@@ -13,6 +14,8 @@ from .visitors.forwarded import Proxies
 from .visitors.log_file import LogFile
 from .visitors.visit import Visit
 from .visitors.visits import Subscriber, Visits
+
+log = logging.getLogger("gotunnel.recording")
 
 LAST_LINES = 1  # seconds to write the access log's last lines when the gateway stops
 
@@ -75,7 +78,16 @@ class Recording:
 
 
 def _writer(log_file: LogFile, line: Line) -> Subscriber:
-    def write(visit: Visit) -> None:
-        log_file.write(line(visit))
+    def write(visits: Sequence[Visit]) -> None:
+        try:
+            lines = [line(visit) for visit in visits]
+        except Exception:
+            lines = []
+            for visit in visits:  # one of them has no line; the others have
+                try:
+                    lines.append(line(visit))
+                except Exception:
+                    log.exception("a visit has no line in the access log (bug, traceback follows)")
+        log_file.write_all(lines)
 
     return write

@@ -14,7 +14,7 @@ its hostname in place of the path.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import lru_cache
 from time import localtime, strftime
@@ -45,27 +45,31 @@ def _escape(found: re.Match[str]) -> str:
 
 def combined(visit: Visit) -> str:
     """The line in the combined format, without a newline."""
-    words: Iterable[str] = (
-        visit.visitor, visit.method, visit.path, visit.referer, visit.user_agent, visit.hostname,
-        visit.agent,
-    )  # fmt: skip
-    all_ = "".join(words)
-    # Few lines have anything to escape, so one search looks at all values.
-    if len(all_) > MOST or _UNSAFE.search(all_) is not None:
-        words = map(escaped, words)
-    visitor, method, path, referer, user_agent, hostname, agent = words
-    if visit.protocol == TCP:
-        request = f"TCP {hostname} TCP"
-    elif method:
+    visitor, method, path, hostname = visit.visitor, visit.method, visit.path, visit.hostname
+    referer, user_agent, agent = visit.referer, visit.user_agent, visit.agent
+    # Few lines have anything to escape, so one look is at all values.
+    all_ = f"{visitor}{method}{path}{referer}{user_agent}{hostname}{agent}"
+    if (
+        len(all_) > MOST
+        or not (all_.isascii() and all_.isprintable())
+        or '"' in all_
+        or "\\" in all_
+    ):
+        visitor, method, path, hostname = map(escaped, (visitor, method, path, hostname))
+        referer, user_agent, agent = map(escaped, (referer, user_agent, agent))
+    if method:
         request = f"{method} {path or '-'} {visit.protocol}"
+    elif visit.protocol == TCP:
+        request = f"TCP {hostname} TCP"
     else:  # the request's head could not be parsed
         request = "-"
-    first = "-" if visit.first_byte_at is None else f"{visit.first_byte_at - visit.began:.3f}"
+    first = visit.first_byte_at
     return (
         f'{visitor or "-"} - - [{_local(int(visit.at))}] "{request}" {visit.status} {visit.sent} '
         f'"{referer or "-"}" "{user_agent or "-"}" host="{hostname}" agent="{agent}" '
-        f'error="{visit.error}" in={visit.received} first={first} time={visit.duration:.3f} '
-        f'stream={visit.stream} id="{visit.request_id}"'
+        f'error="{visit.error}" in={visit.received} '
+        f"first={'-' if first is None else f'{first - visit.began:.3f}'} "
+        f'time={visit.duration:.3f} stream={visit.stream} id="{visit.request_id}"'
     )
 
 

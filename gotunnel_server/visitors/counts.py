@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from ..routes import Route
@@ -55,27 +55,31 @@ class Counts:
         self._other = Count()
         self._full_until = 0.0  # monotonic: a search found nothing to forget
 
-    def __call__(self, visit: Visit) -> None:
-        route = visit.route or self._lookup(visit.hostname)
-        is_tcp = visit.protocol == TCP
-        kind = visit.status // 100 - 1 if 100 <= visit.status < 600 else 4
+    def __call__(self, visits: Sequence[Visit]) -> None:
         with self._lock:
-            count = self._other
-            if route is not None:
-                count = self._by_hostname.get(route.hostname) or self._of(route.hostname)
-            if is_tcp:
-                count.tcp[kind] += 1
-            else:
-                count.http[kind] += 1
-                if visit.status != 101 and visit.method != "CONNECT":  # those last as they like
-                    count.buckets[bisect_left(BOUNDS, visit.duration)] += 1
-                    count.seconds += visit.duration
-            count.received += visit.received
-            count.sent += visit.sent
-            if visit.error or kind == 4:  # 5xx
-                if visit.error:
-                    self.errors[visit.error] += 1
-                count.failed += visit.failed
+            by_hostname = self._by_hostname
+            for visit in visits:
+                route = visit.route or self._lookup(visit.hostname)
+                count = self._other
+                if route is not None:
+                    count = by_hostname.get(route.hostname) or self._of(route.hostname)
+                status = visit.status
+                kind = status // 100 - 1 if 100 <= status < 600 else 4
+                if visit.protocol == TCP:
+                    count.tcp[kind] += 1
+                else:
+                    count.http[kind] += 1
+                    # Those others last as they like.
+                    if status != 101 and visit.method != "CONNECT":
+                        duration = visit.duration
+                        count.buckets[bisect_left(BOUNDS, duration)] += 1
+                        count.seconds += duration
+                count.received += visit.received
+                count.sent += visit.sent
+                if kind == 4 or visit.error:  # 4: 5xx
+                    if visit.error:
+                        self.errors[visit.error] += 1
+                    count.failed += visit.failed
 
     def _of(self, hostname: str) -> Count:
         """The Count of a hostname that has none. Caller holds the lock."""

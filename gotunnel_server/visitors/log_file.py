@@ -15,6 +15,7 @@ import os
 import select
 import sys
 import threading
+from collections.abc import Sequence
 from time import monotonic
 
 from gotunnel import spawn
@@ -82,15 +83,33 @@ class LogFile:
 
     def write(self, line: str) -> None:
         """Queue a line, which has no end yet. Waits for nothing."""
+        self.write_all([line])
+
+    def write_all(self, lines: Sequence[str]) -> None:
+        """As write(), for each of the lines: a batch costs one lock."""
+        size = sum(map(len, lines)) + len(lines)
         with self._lock:  # not the Condition, whose methods are Python's
-            if self._size + len(line) <= MOST_WAITING:
-                if not self._waiting:
-                    self._changed.notify()
-                self._waiting.append(line)
-                self._size += len(line) + 1
-                return
-            self.dropped += 1
-        self._report("its file cannot be written at the moment")
+            fits = self._size + size <= MOST_WAITING
+            if not fits:
+                lines, size = self._fitting(lines)
+            if lines and not self._waiting:
+                self._changed.notify()
+            self._waiting += lines
+            self._size += size
+        if not fits:
+            self._report("its file cannot be written at the moment")
+
+    def _fitting(self, lines: Sequence[str]) -> tuple[list[str], int]:
+        """The lines that the queue has room for, and their size; the others are dropped. Caller
+        holds the lock."""
+        taken, size = [], 0
+        for line in lines:
+            if self._size + size + len(line) < MOST_WAITING:
+                taken.append(line)
+                size += len(line) + 1
+            else:
+                self.dropped += 1
+        return taken, size
 
     def reopen(self) -> None:
         """Open the file anew, for the lines from now on. Waits for nothing."""

@@ -31,6 +31,12 @@ CLIENT_CLOSED = 499
 MOST_NAME = 100  # characters of an agent's name, which may be any characters
 
 
+def has_failed(status: int, error: str) -> bool:
+    """Whether the gateway's side or the target's failed: status 5xx, or cut by one of them. Not if
+    the visitor left."""
+    return status >= 500 or error in (CUT, STOPPED, BUG)
+
+
 class Visits(Protocol):
     """What a Visit needs of the visits.Visits that began it."""
 
@@ -84,9 +90,8 @@ class Visit:
 
     @property
     def failed(self) -> bool:
-        """Whether the gateway's side or the target's failed: status 5xx, or cut by one of them. Not
-        if the visitor left."""
-        return self.status >= 500 or self.error in (CUT, STOPPED, BUG)
+        """As has_failed()."""
+        return has_failed(self.status, self.error)
 
     @property
     def first_byte(self) -> float | None:

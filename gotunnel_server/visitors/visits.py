@@ -1,12 +1,12 @@
 """Begins the records of visits, and hands each to the subscribers soon after its end.
 
-A subscriber is a plain function of one Visit (visit.py): the access log, the metrics, the
-dashboard's counts. They are decided when the gateway starts. Without any, there is no Visits, no
-record is made, and a visit costs one comparison.
+A subscriber is a plain function of some Visits (visit.py): the access log, the counts, the
+dashboard. They are decided when the gateway starts. Without any, there is no Visits, no record is
+made, and a visit costs one comparison.
 
-Records are handed over some at a time. To do that at the end of each visit would cost the visits
-three times as much: the code and the data of the subscribers would come into the CPU's caches for
-one record, and be driven out by the next request.
+Records are handed over in batches. To do that at the end of each visit would cost the visits three
+times as much: the code and the data of the subscribers would come into the CPU's caches for one
+record, and be driven out by the next request. A batch also costs each subscriber one lock.
 
     recording.py in the hall chooses the subscribers; port.Port has the Visits, or None
 """
@@ -33,8 +33,9 @@ DELAY = 0.05  # seconds that a record waits for others, at most
 # it waits for nothing itself. A record may hold 64 KiB of a head.
 MOST_WAITING = 256
 
-# Called by one thread at a time, which may be one that serves visits. It must wait for nothing.
-Subscriber = Callable[[Visit], object]
+# Called by one thread at a time, which may be one that serves visits. It must wait for nothing, and
+# one bad record must not cost the others.
+Subscriber = Callable[[Sequence[Visit]], object]
 
 
 class Visits:
@@ -101,12 +102,12 @@ class Visits:
             began = time() - monotonic()  # the wall clock's time when the other clock was 0
             for visit in batch:
                 visit.at = began + visit.began
-            for subscriber in self._subscribers:
-                for visit in batch:
-                    try:
-                        subscriber(visit)
-                    except Exception:
-                        log.exception("a visit is not recorded (bug, traceback follows)")
+            for subscriber in self._subscribers if batch else ():
+                try:
+                    subscriber(batch)
+                except Exception:
+                    log.exception("%d visits may not be recorded (bug, traceback follows)",
+                                  len(batch))  # fmt: skip
         finally:
             self._handing_over.release()
 

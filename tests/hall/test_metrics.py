@@ -308,12 +308,12 @@ def test_hostnames_are_bounded(monkeypatch):
     routes = {name: Route(name, "http", None) for name in ("a", "b", "c", OTHER)}
     counts = Counts(routes.get)
     for name in ("a", "b", "c", "stranger", OTHER):
-        counts(ended(name, routes))
+        counts([ended(name, routes)])
     assert visits_by_hostname(counts) == {"a": 1, "b": 1, OTHER: 3}
     del routes["a"]  # it is forgotten if another one needs its place, not at once
     assert counts["a"].visits == 1
     counts._full_until = 0
-    counts(ended("c", routes))
+    counts([ended("c", routes)])
     assert visits_by_hostname(counts) == {"b": 1, "c": 1, OTHER: 3}
 
 
@@ -327,7 +327,7 @@ def test_hostnames_are_bounded(monkeypatch):
 )  # fmt: skip
 def test_what_counts_as_failed(status, error, failed):
     counts = Counts({}.get)
-    counts(ended("a", {}, error, status))
+    counts([ended("a", {}, error, status)])
     assert counts.all()[OTHER].failed == failed
 
 

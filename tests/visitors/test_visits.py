@@ -32,8 +32,9 @@ class Records:
     def __init__(self):
         self._came = queue.SimpleQueue()
 
-    def __call__(self, visit):
-        self._came.put(visit)
+    def __call__(self, visits):
+        for visit in visits:
+            self._came.put(visit)
 
     def next(self):
         return self._came.get(timeout=TIMEOUT)
@@ -341,7 +342,7 @@ def ended_visits(subscribers, count):
 
 def test_records_are_handed_over_in_their_order_once_a_batch_has_ended():
     got = []
-    visits, ended = ended_visits([got.append], visits_module.BATCH - 1)
+    visits, ended = ended_visits([got.extend], visits_module.BATCH - 1)
     assert got == []
     (last := visits.begin("127.0.0.1")).end()
     assert got == [*ended, last]
@@ -349,7 +350,7 @@ def test_records_are_handed_over_in_their_order_once_a_batch_has_ended():
 
 def test_what_waits_is_handed_over_when_it_is_asked_for_and_at_the_end():
     got = []
-    visits, ended = ended_visits([got.append], 3)
+    visits, ended = ended_visits([got.extend], 3)
     visits.settle()
     assert got == ended
     (last := visits.begin("127.0.0.1")).end()
@@ -363,10 +364,10 @@ def test_a_subscriber_that_raises_hurts_neither_visits_nor_other_subscribers(cap
     def broken(_visit):
         raise ValueError("oh")
 
-    visits, ended = ended_visits([broken, got.append], 2)
+    visits, ended = ended_visits([broken, got.extend], 2)
     visits.settle()
     assert got == ended
-    assert caplog.text.count("a visit is not recorded (bug, traceback follows)") == 2
+    assert "2 visits may not be recorded (bug, traceback follows)" in caplog.text
 
 
 def test_threads_wait_for_the_one_that_hands_over_when_too_many_records_wait(monkeypatch):
@@ -374,10 +375,10 @@ def test_threads_wait_for_the_one_that_hands_over_when_too_many_records_wait(mon
     monkeypatch.setattr(visits_module, "MOST_WAITING", 4)
     hold, held, got = threading.Event(), threading.Event(), []
 
-    def slow(visit):
+    def slow(visits):
         held.set()
         hold.wait(TIMEOUT)
-        got.append(visit)
+        got.extend(visits)
 
     visits = Visits([slow], (), ids=False, detailed=False)
     first = threading.Thread(target=lambda: [visits.begin("").end() for _ in range(2)])
