@@ -104,7 +104,8 @@ class Route(NamedTuple):
     visitor's. ``addressed``: the agent wants the visitor's address. ``target_port`` is the
     target's, ``port`` the public one that was opened for it; None if there is none. ``policy``
     decides which visitors are let in; None: all. ``protocol`` is what the target speaks in http
-    mode: H2C or H2 for HTTP/2, "" for HTTP/1.1.
+    mode: H2C or H2 for HTTP/2, "" for HTTP/1.1. ``target`` is what the agent calls its target: any
+    text, which is only shown.
     """
 
     hostname: str
@@ -116,6 +117,7 @@ class Route(NamedTuple):
     port: int | None = None
     policy: Policy | None = None
     protocol: str = ""
+    target: str = ""
 
 
 class Registry:

@@ -21,6 +21,9 @@ ANSWER_LOOK = 0.1  # interval of looking for that pong, in seconds
 # Any byte in the last so many seconds counts as an answer: the pong may wait behind an upload
 # (head-of-line blocking).
 SIGN_OF_LIFE = 1
+# After a ping, the pong is looked for after FIRST_LOOK seconds, and each time later by the factor
+# LATER, to measure the round trip: at a BEAT it could have lain there for five seconds.
+FIRST_LOOK, LATER = 0.004, 2
 
 
 class Heartbeat:
@@ -29,7 +32,7 @@ class Heartbeat:
     Invariants: The last pong of a session is at most PING_INTERVAL + PONG_TIMEOUT old, else the
     session ends. An asked agent has answered if a pong came after the question was sent, or any
     byte in the last SIGN_OF_LIFE of its time. An agent that does not answer in time is reported
-    once.
+    once. ``round_trip``: the seconds that the last pong took, None before the first one.
 
     ask() and has_answered() are for any thread. All else happens in timers of the session's
     demultiplexer, and waits for nothing.
@@ -44,6 +47,8 @@ class Heartbeat:
         self._control = control
         self._on_silence = on_silence
         self._ping_at = self._pong_at = monotonic()  # next ping due, last pong; demultiplexer only
+        self.round_trip: float | None = None
+        self._pinged_at: float | None = None  # monotonic, of a ping without pong; demultiplexer
         self._lock = threading.Lock()  # guards the next three
         self._is_asked = False  # a claim waits for an answer
         self._asked_at = 0.0  # monotonic, of the last question
@@ -81,6 +86,8 @@ class Heartbeat:
             if now >= self._ping_at:
                 self._ping_at = now + PING_INTERVAL
                 self._control.send(_ping())
+                self._pinged_at = now
+                self._session.call_later(FIRST_LOOK, lambda: self._look(FIRST_LOOK))
         except (OSError, ProtocolError) as error:
             self._session.close(str(error))
             return
@@ -89,8 +96,23 @@ class Heartbeat:
     def _take_pongs(self, now: float) -> None:
         if any(isinstance(message, Pong) for message in self._control.read()):
             self._pong_at = now
+            if self._pinged_at is not None:
+                # The pong may have waited for this look. If nothing came after it, heard_at is when
+                # it came.
+                came = max(self._pinged_at, min(now, self._session.heard_at))
+                self.round_trip, self._pinged_at = came - self._pinged_at, None
             with self._lock:
                 self._answered_at = now
+
+    def _look(self, waited: float) -> None:
+        """Look for the pong ``waited`` seconds after its ping."""
+        try:
+            self._take_pongs(monotonic())
+        except (OSError, ProtocolError) as error:
+            self._session.close(str(error))
+            return
+        if self._pinged_at is not None and waited < BEAT:
+            self._session.call_later(waited * (LATER - 1), lambda: self._look(waited * LATER))
 
     def _ask(self) -> None:
         """Ping at once. The agent's time begins only now, so that a late timer takes none of it."""

@@ -31,6 +31,7 @@ from .identity import Identity
 
 MODES = ("http", "tcp")
 MAX_INSTANCE = 64  # characters; ours are 32
+MOST_TARGET = 300  # characters: a hostname, a port, and a little more
 MOST_REASONS = 5  # in the text of a refusal
 
 # read_policy(object, mode) reads a policy off the wire; the object is None if there is none. Raises
@@ -119,12 +120,13 @@ class Wanted(NamedTuple):
     target_port: int | None
     policy: Policy | None
     protocol: str
+    target: str
 
     def route(self, tunnel: Tunnel) -> Route:
         return Route(
             self.hostname, self.mode, tunnel, self.host_header,
             addressed=self.addressed, target_port=self.target_port, policy=self.policy,
-            protocol=self.protocol,
+            protocol=self.protocol, target=self.target,
         )  # fmt: skip
 
 
@@ -207,6 +209,7 @@ def _wanted(message: Register, name: str, hostname: str, policy: object, terms: 
         target_port=_port_of(message.routes[name]),
         policy=read,
         protocol=_protocol(message, name, hostname, mode, terms),
+        target=message.routes[name][:MOST_TARGET],
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -77,6 +78,7 @@ FEATURES = frozenset({  # the extensions that this gateway knows
 # message may be queued behind other output; over a dead connection it can never be sent.
 LAST_WORD = 0.2
 REVOKED = "revoked"  # END's code: the credential no longer permits the session
+ENDED = "ended"  # END's code: the operator has ended the session
 OPEN_TIMEOUT = 10  # seconds that a visit waits while 256 opened streams have no answer yet
 # When a session has so few stream ids left, its agent is asked for a new session. At 20,000 visits
 # a second that leaves a quarter of an hour.
@@ -144,6 +146,10 @@ class Tunnels:
         """The tunnels that serve hostnames now."""
         return [tunnel for tunnel in self._all() if tunnel.routes]
 
+    def by_id(self, id: str) -> Tunnel | None:
+        """The tunnel with that id, also one that leaves; None if there is none."""
+        return next((tunnel for tunnel in self._all() if tunnel.id == id), None)
+
     def of_credential(self, credential: tuple[str, str]) -> list[Tunnel]:
         """All tunnels of one credential, also those that leave: they may have visits."""
         return [tunnel for tunnel in self._all() if tunnel.identity.credential == credential]
@@ -200,6 +206,7 @@ class Tunnel:
         ``features`` are the extensions that the agent knows, in its order. ``asked`` has the wanted
         routes; ``ports`` the wanted public ports, by hostname as the agent spells it.
         ``make_room()`` is called once, when the connection is closed."""
+        self.id = secrets.token_hex(6)  # random, so that no later session is mistaken for this one
         self.agent = agent
         self.features = tuple(name for name in features if name in FEATURES)
         self.half_close = HALF_CLOSE in self.features  # a visitor's FIN may be passed to the agent
@@ -243,6 +250,11 @@ class Tunnel:
     @property
     def identity(self) -> Identity:
         return self.agent.identity
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds that the last ping took to the agent and back, None before the first one."""
+        return self._heartbeat.round_trip
 
     @property
     def stage(self) -> Stage:
@@ -458,6 +470,10 @@ class Tunnel:
     def replace(self, reason: str) -> None:
         """End the session at once, as another one takes its place. Any thread."""
         self._part(End(REPLACED, f"another session takes over: {reason}"))
+
+    def end_by_operator(self, reason: str) -> None:
+        """End the session at once, and tell the agent so. It may dial again. Any thread."""
+        self._part(End(ENDED, reason))
 
     def end_if_revoked(self) -> None:
         """End the session if its credential no longer permits it. Any thread."""

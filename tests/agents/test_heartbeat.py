@@ -122,3 +122,41 @@ def test_a_control_stream_that_is_over_ends_the_session(house):
     house.came.append(SessionClosed)
     house.pass_time(BEAT)
     assert house.closed == ["the agent ended the control stream"]
+
+
+@pytest.mark.parametrize("took", [0.0007, 0.03, 0.9, 4.0])
+def test_the_round_trip_is_that_of_the_last_ping(house, took):
+    house.heart.start()
+    assert house.heart.round_trip is None
+    house.pass_time(PING_INTERVAL)
+    assert len(house.said) == 1
+    house.came.append(Pong(1))  # it comes after ``took`` seconds; a look before finds nothing
+    house.heard_at = house.now + took
+    reading, house.read = house.read, lambda: reading() if house.now >= house.heard_at else []
+    house.heart._control.read = house.read
+    house.pass_time(BEAT)
+    assert house.heart.round_trip == pytest.approx(took)
+
+
+def test_payload_that_comes_meanwhile_changes_the_round_trip_little(house):
+    """heard_at is then of the payload; the looks bound by how much."""
+    house.heart.start()
+    house.pass_time(PING_INTERVAL)
+    sent_at = house.now
+
+    def read():
+        house.heard_at = house.now
+        late = house.now - sent_at >= 0.1 and not house.closed
+        return [Pong(1)] if late else []
+
+    house.heart._control.read = read
+    house.pass_time(1)
+    assert 0.1 <= house.heart.round_trip < 0.2
+
+
+def test_a_control_stream_that_breaks_during_a_look_ends_the_session(house):
+    house.heart.start()
+    house.pass_time(PING_INTERVAL)
+    house.came.append(SessionClosed)
+    house.pass_time(1)
+    assert house.closed == ["the agent ended the control stream"]

@@ -7,7 +7,13 @@ import pytest
 from gotunnel import HOST_HEADER, HTTP2, NAMES, PARTIAL, VISITOR_ADDRESS, Register
 from gotunnel_agent.common.hostnames import MAX_LABEL
 from gotunnel_server.agents.identity import Identity
-from gotunnel_server.agents.registration import MOST_REASONS, NotGranted, Terms, read_routes
+from gotunnel_server.agents.registration import (
+    MOST_REASONS,
+    MOST_TARGET,
+    NotGranted,
+    Terms,
+    read_routes,
+)
 from gotunnel_server.routes import H2, H2C
 
 APP, OTHER = "app.example.com", "other.example.com"
@@ -210,3 +216,10 @@ def test_a_registration_without_any_good_hostname_says_why_for_each():
     assert list(refused.value.denied) == sorted(names, key=len)
     assert str(refused.value).count("invalid hostname: ") == MOST_REASONS
     assert str(refused.value).endswith(f"; and {64 - MOST_REASONS} more")
+
+
+def test_the_target_is_what_the_agent_says_and_not_longer_than_it_needs():
+    message = Register("t", {APP: "127.0.0.1:1", OTHER: "\x1b[2J" + 999 * "x"}, {})
+    routes = read_routes(message, Anybody(), Terms(2, lambda policy, mode: None)).routes
+    assert routes[APP].route(None).target == "127.0.0.1:1"
+    assert routes[OTHER].route(None).target == "\x1b[2J" + (MOST_TARGET - 4) * "x"
