@@ -25,7 +25,7 @@ from .local_ca import CertificateError
 from .ordered import NothingOrdered, Ordered
 from .ordering import Ordering
 from .rate_limits import UNLIMITED, Limits
-from .state import FAILED, READY, State
+from .state import FAILED, READY, NotRenewed, State
 
 log = logging.getLogger("gotunnel.keeper")
 
@@ -71,6 +71,7 @@ class Keeper:
         self._ordered = (
             NothingOrdered() if ordering is None else Ordered(ordering, certificates, on_change)
         )
+        self._orders = ordering is not None
         self._unissued: set[str] = set()  # our own CA has failed for them: look() tries again
         self._lock = threading.Lock()  # guards _unissued
         # For look(): as they were at the last one.
@@ -176,6 +177,23 @@ class Keeper:
         if context:
             return State(READY, ends_at=context.ends_at)
         return State(FAILED, _why_none(hostname))
+
+    def renew(self, hostname: str) -> None:
+        """Order a new certificate now, if the limits of the CA and of the hostname's agent permit
+        it. Any thread; no disk. Raises NotRenewed."""
+        if self._certificates.is_given(hostname):
+            raise NotRenewed(
+                f"the certificate of {hostname} is from CERT_DIR: put a newer one there"
+            )
+        if not self._ordered.takes(hostname):
+            raise NotRenewed(
+                f"{hostname} is a wildcard, and its certificate is not ordered: put one into "
+                "CERT_DIR"
+                if self._orders and hostname.startswith(WILDCARD) else
+                f"nothing is ordered here (ACME_ENV): the certificate of {hostname} is from our "
+                "own CA, which renews it by itself"
+            )  # fmt: skip
+        self._ordered.renew(hostname)
 
     def pending(self, hostname: str | None) -> bool:
         """Whether a hostname has no certificate yet, but will soon: its visitors may wait. Also

@@ -39,7 +39,7 @@ from .kept import number
 from .proof_memory import ProofMemory
 from .rate_limits import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, RateLimits
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, Window, retry_delay
-from .state import FAILED, READY, WAITING, State
+from .state import FAILED, READY, WAITING, NotRenewed, State
 from .store import CertStore, Stored, StoreError
 from .wanted import Wanted
 
@@ -192,6 +192,35 @@ class OrderQueue:
         if paused:
             save(lambda: self._store.save_pause({}))
         return True
+
+    def renew(self, hostname: str) -> None:
+        """As retry_now(), but within the limits of the CA, and those of the hostname's agent. It
+        counts against these, so that a button can be pressed as often as one likes. Raises
+        NotRenewed."""
+        with self.lock:
+            host = self._hosts.get(hostname)
+            if host is None:
+                raise NotRenewed(
+                    f"{hostname} has no agent now, and only hostnames with one are ordered"
+                )
+            if host.busy or host.asked_for:
+                raise NotRenewed(f"an order for {hostname} is under way; its result comes soon")
+            now = self._clock()
+            until, why = self._held(host, now)
+            if until > now:
+                raise NotRenewed(f"the CA takes no orders for {hostname} now: {why}", until)
+            taken, others = self._limits.of_request(
+                hostname, host.agent, host.limits, host.stored is not None
+            )
+            longest = max([*taken, *others], key=lambda token: self._limits.wait(token, now))
+            wait = self._limits.wait(longest, now)
+            if wait > 0:
+                why = longest.why or "more orders than the CA takes at once"
+                raise NotRenewed(f"{hostname} is not ordered now: {why}", now + wait)
+            for token in taken:
+                self._limits.take(token, now)
+            host.asked_for, host.not_before = True, 0.0
+            self.lock.notify_all()
 
     # Their state
 

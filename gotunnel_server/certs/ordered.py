@@ -78,6 +78,10 @@ class Ordered:
             return
         self._serve_ordered(hostname)
 
+    def renew(self, hostname: str) -> None:
+        """As OrderQueue.renew()."""
+        self._queue.renew(hostname)
+
     def drop(self, hostname: str) -> None:
         """As OrderQueue.drop()."""
         self._queue.drop(hostname)
@@ -171,6 +175,9 @@ class NothingOrdered:
         return False
 
     def want(self, hostname: str, agent: object, limits: Limits) -> None:
+        pass
+
+    def renew(self, hostname: str) -> None:
         pass
 
     def drop(self, hostname: str) -> None:

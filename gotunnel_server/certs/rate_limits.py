@@ -93,6 +93,10 @@ class Bounds(NamedTuple):
     hour: Quota = Quota(150, HOUR)
     week: Quota = Quota(500, WEEK)
     hostname: Quota = Quota(4, WEEK)
+    # What the operator asks for on the dashboard: of one hostname, and of all. A CA bears few failed
+    # validations of a hostname in an hour (Let's Encrypt 5), and our own attempts count as well.
+    asked: Quota = Quota(2, HOUR)
+    all_asked: Quota = Quota(30, HOUR)
 
     @classmethod
     def with_domain(cls, certificates: int) -> Bounds:
@@ -184,6 +188,25 @@ class RateLimits:
             "ACME_CACHE: find out what removes them"
         )
         return Token(f"name {hostname}", quota, why, CERTIFICATE)
+
+    def of_request(
+        self, hostname: str, agent: object, limits: Limits, is_renewal: bool
+    ) -> tuple[list[Token], list[Token]]:
+        """What must be there for an order that the operator asks for on the dashboard: the tokens
+        that the request takes, and those that its order takes or would take."""
+        bounds = self._bounds
+        asked = [
+            Token(f"asked {hostname}", bounds.asked,
+                  f"its certificate was asked for {bounds.asked.most} times in an hour", ATTEMPT),
+            Token("asked", bounds.all_asked, "more certificates were asked for in an hour than "
+                  f"{bounds.all_asked.most}", ATTEMPT),
+        ]  # fmt: skip
+        needed = self.needed(hostname, agent, limits)
+        asked += [token for token in needed if token.is_spent_by == ATTEMPT]
+        others = [token for token in needed if token.is_spent_by != ATTEMPT]
+        if is_renewal:  # which is beyond a domain's limits
+            others = [token for token in others if token.bucket == ALL]
+        return asked, [*others, self.of_certificate(hostname)]
 
     def wait(self, token: Token, now: float, ahead: int = 0) -> float:
         """Seconds until the bucket has a token; 0 if it has one. ``ahead`` tokens are taken by

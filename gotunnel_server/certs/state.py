@@ -6,6 +6,8 @@ import enum
 import time
 from typing import NamedTuple
 
+from .summary import summary
+
 
 class Standing(enum.Enum):
     """The state's word, in gotunnel.Certificate and on the dashboard."""
@@ -18,6 +20,15 @@ class Standing(enum.Enum):
 READY, WAITING, FAILED = Standing
 
 
+class NotRenewed(Exception):
+    """The operator asks for a new certificate now, and none is ordered. The text says why, and what
+    to do. ``until``: when to ask again, in seconds since 1970; None if that does not help."""
+
+    def __init__(self, text: str, until: float | None = None):
+        super().__init__(text)
+        self.until = until
+
+
 class State(NamedTuple):
     """READY: visitors are served until ``ends_at``; ``reason`` is why the certificate could not be
     renewed, "" if nothing failed. FAILED: ``reason`` is why there is no certificate. ``next_at`` is
@@ -28,6 +39,11 @@ class State(NamedTuple):
     reason: str = ""
     next_at: float | None = None
     ends_at: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """The reason in a few words."""
+        return summary(self.reason)
 
     @property
     def is_ready(self) -> bool:

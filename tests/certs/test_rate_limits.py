@@ -15,7 +15,7 @@ from gotunnel_server.certs.proof_memory import BELIEVED, ProofMemory
 from gotunnel_server.certs.rate_limits import MOST_BUCKETS, WEEK, Bounds, Quota, RateLimits
 from gotunnel_server.certs.registered_domain import registered_domain
 from gotunnel_server.certs.schedule import HOUR, MINUTE
-from gotunnel_server.certs.state import FAILED, READY
+from gotunnel_server.certs.state import FAILED, READY, NotRenewed
 
 APP = "app.example.com"
 
@@ -529,3 +529,72 @@ def test_a_memory_by_a_clock_far_ahead_counts_for_nothing():
     assert memory.ranked(["http-01", "tls-alpn-01"], NOW) == ["http-01", "tls-alpn-01"]
     memory.shift(-DAY)
     assert memory.ranked(["http-01", "tls-alpn-01"], NOW) == ["tls-alpn-01", "http-01"]
+
+
+# A new certificate, asked for on the dashboard
+
+
+def renew(house, name=APP):
+    house.issuer.queue.renew(name)
+    house.issuer.look()
+    finish_jobs()
+
+
+def why_not(house, name=APP):
+    with pytest.raises(NotRenewed) as refused:
+        house.issuer.queue.renew(name)
+    return refused.value
+
+
+def test_a_button_orders_within_the_hours_limit(house):
+    want(house, [APP])
+    assert len(house.look()) == 1
+    for _ in range(Bounds().asked.most):
+        renew(house)
+    assert len(house.ca.ordered()) == Bounds().asked.most
+    refused = why_not(house)
+    assert "asked for 2 times in an hour" in str(refused)
+    assert 0 < refused.until - house.clock() <= HOUR / 2
+    house.clock.now = refused.until
+    renew(house)
+    assert len(house.ca.ordered()) == 1
+
+
+def test_all_buttons_together_have_a_limit(tmp_path):
+    with House(tmp_path, bounds=Bounds(all_asked=Quota(3, HOUR))) as house:
+        names = want(house, of("example.com", 4))
+        house.look()
+        for name in names[:3]:
+            renew(house, name)
+        assert "more certificates were asked for in an hour than 3" in str(why_not(house, names[3]))
+
+
+def test_a_button_waits_for_what_the_ca_has_asked_for(house):
+    """Not so `certificates --renew`: that operator has read the CA's words."""
+    want(house, [APP])
+    house.look()
+    house.ca.script = [refused(TRANSPORT, retry_after=500.0)]
+    house.issuer.queue.retry_now(APP)
+    house.look()
+    found = why_not(house)
+    assert "the CA takes no orders" in str(found) and 0 < found.until - house.clock() <= 500
+    assert house.look() == []
+
+
+def test_a_button_uses_up_no_more_than_the_agents_hour(house):
+    name, other = want(house, ["a.example.com", "b.example.com"], orders_per_hour=3)
+    house.look()  # two orders
+    renew(house, name)
+    assert "certificates for in an hour (3)" in str(why_not(house, other))
+
+
+def test_a_button_orders_nothing_for_a_hostname_without_an_agent(house):
+    refused = why_not(house)
+    assert "has no agent" in str(refused) and refused.until is None
+
+
+def test_a_button_that_is_pressed_twice_orders_once(house):
+    want(house, [APP])
+    house.look()
+    house.issuer.queue.renew(APP)
+    assert "under way" in str(why_not(house))
