@@ -16,6 +16,7 @@ ADDRESS_FULL = "address-full"
 NO_TCP_HOSTNAME = "no-tcp-hostname"
 NO_PROOF = "no-proof"
 BAD_TOKENS = "bad-tokens"
+BLOCKED = "blocked"
 PROTOCOL = "protocol"
 NO_THREAD = "no-thread"
 BUG = "bug"
@@ -33,6 +34,7 @@ REASONS = {
     NO_TCP_HOSTNAME: "a protocol other than TLS or HTTP, and no tcp hostname that it is for",
     NO_PROOF: "a CA asked for a proof (TLS-ALPN-01) that is not published",
     BAD_TOKENS: "too many bad tokens came from the agent's address",
+    BLOCKED: "the operator has blocked its address",
     PROTOCOL: "an agent, or a visitor by HTTP/2, broke the protocol, or sent too much",
     NO_THREAD: "the system gave no thread",
     BUG: "a bug of the gateway; the log has the traceback",

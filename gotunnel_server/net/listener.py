@@ -30,7 +30,7 @@ from gotunnel_agent.common.addresses import counted_by, unmapped_host
 from gotunnel_agent.common.duplex import Duplex, tune
 from gotunnel_agent.common.process import Stopped
 
-from .drops import BAD_TOKENS, Drops
+from .drops import BAD_TOKENS, Dropped, Drops
 from .inherited import NOTHING, Inherited
 from .readable import Readable
 from .round_robin import FairWorkers
@@ -182,7 +182,7 @@ class Listener:
         first_timeout: float,
     ):
         """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or returns None
-        if bad tokens have come from its address. The Parkable calls Seat.settle() when its peer
+        if bad tokens have come from its address; it may raise Dropped. The Parkable calls Seat.settle() when its peer
         has asked for something, and Seat.leave() when it is closed. ``workers`` run the
         connections' steps; ``places`` limit how many are open at a time. ``first_timeout``:
         seconds that a peer has for its first byte before expired() is called; with 0 it is called
@@ -447,6 +447,9 @@ class Listener:
         connection = None
         try:
             connection = self._welcome(sock, address, seat)
+        except Dropped as error:
+            self.drops.add(error.reason)
+            return
         finally:
             if connection is None:  # the peer is not wanted, or welcome() failed
                 sock.close()

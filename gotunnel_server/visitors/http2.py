@@ -38,4 +38,5 @@ class Http2:
         ``port``: an http2_server.Port. Raises OSError, NoThread; then it is still the caller's."""
         connection = self._server.Http2Connection(port, self, visitor, site, scheme)
         visitor.fail_visits = connection.fail_visits
+        visitor.cut_visits = connection.cut_visits
         connection.start()

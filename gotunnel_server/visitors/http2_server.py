@@ -17,6 +17,7 @@ visitor down. Windows start small and double while the exchange keeps up.
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
@@ -45,7 +46,7 @@ from .http2_request import Http2Request
 from .http2_screen import END_STREAM, Code, Fault, Frame, Screen, Type
 from .http2_windows import MOST_WINDOW_ALL, Growth, Window
 from .sites import Site
-from .visit import Visit
+from .visit import BLOCKED, CLIENT_CLOSED, Visit
 from .visitor import Visitor
 
 log = logging.getLogger("gotunnel.http2_server")
@@ -467,6 +468,19 @@ class Http2Connection:
         if self._parts_slowly:
             self.port.parting.leave(self.address[0])
         self.visitor.close()
+
+    def cut_visits(self, is_cut: Callable[[str], bool]) -> int:
+        """Reset the requests under way whose visitor is_cut(address); returns how many. Any
+        thread."""
+        with self.lock:
+            found = [
+                request for request in self._requests.values()
+                if request.visit is not None and is_cut(request.visit.visitor)
+            ]  # fmt: skip
+        for request in found:
+            request.fail_visit(BLOCKED, CLIENT_CLOSED)
+            self.reset(request, Code.CANCEL, "the visitor is blocked")
+        return len(found)
 
     def fail_visits(self, error: str, status: int) -> None:
         """Note for all visits under way why they are cut. Any thread."""

@@ -47,6 +47,7 @@ TITLES = {
     "no-tls": "Only with encryption",
     NO_TUNNEL: "This site is offline",
     "no-upgrade": "This does not work here",
+    "blocked": "No access from here",
     "not-allowed": "No access from here",
     "not-get": "This does not work here",
     "not-http": "This is not a website",

@@ -16,6 +16,8 @@ from typing import Any
 
 from gotunnel_agent.common.duplex import OPTIONS_ARE_INHERITED, Duplex
 
+from ..net.blocks import Blocks
+from ..net.drops import BLOCKED, Dropped
 from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
 from ..net.total import Total
@@ -70,6 +72,7 @@ class Port:
         self.templates = templates
         self.waiting = waiting
         self.absent: Collection[str] = () if waiting is None else waiting.absent
+        self.blocks: Blocks | None = None  # blocked addresses; None: no address can be blocked
         self.first_timeout = timeouts.header  # seconds for a visitor's first byte
         self._draining = threading.Event()
         self.is_draining = self._draining.is_set  # is_draining(): see start_draining()
@@ -87,13 +90,34 @@ class Port:
         return HttpConnection(self, visitor, self.site, "http")
 
     def add(self, sock: socket, address: Address, listener: Listener, seat: Seat) -> Visitor:
-        """Make a Visitor of a new connection, and count it."""
+        """Make a Visitor of a new connection, and count it. Raises Dropped if its address is
+        blocked."""
         duplex = Duplex(sock, tuned=OPTIONS_ARE_INHERITED)
         duplex.stall_timeout = self.timeouts.stall
         visitor = Visitor(self, duplex, address, listener, seat)
         with self._lock:
             self._visitors.add(visitor)
+        try:
+            self.refuse_blocked(address[0])  # last: see cut()
+        except Dropped:
+            self.forget(visitor)
+            raise
         return visitor
+
+    def refuse_blocked(self, host: str) -> None:
+        """Raise Dropped if an IP address is blocked."""
+        if self.blocks is not None and host in self.blocks:
+            raise Dropped(BLOCKED, "the operator has blocked its address")
+
+    def cut(self, is_cut: Callable[[str], bool]) -> int:
+        """Reset the connections of visitors, and the visits that a trusted proxy brings, if
+        ``is_cut(address)``. Returns how many those are.
+
+        If an address was blocked before, none is missed: a new connection is counted here before
+        its address is looked for among the blocked ones."""
+        with self._lock:
+            visitors = list(self._visitors)
+        return sum(visitor.cut(is_cut) for visitor in visitors)
 
     def forget(self, visitor: Visitor) -> None:
         """The visitor's connection is closed."""

@@ -24,6 +24,7 @@ LEFT = "visitor-left"  # the visitor's connection broke, or it left before it wa
 SLOW = "visitor-slow"  # the visitor read too slowly, or nothing; its connection was reset
 CUT = "cut-short"  # the target or its agent broke off
 STOPPED = "gateway-stopped"  # the visit outlasted DRAIN_TIMEOUT
+BLOCKED = "blocked"  # the operator has blocked the visitor's address meanwhile
 BUG = "gateway-bug"  # a bug of the gateway; the log has the traceback
 # Status of a visit whose visitor left before an answer began. nginx has introduced it, and programs
 # that read access logs know it.

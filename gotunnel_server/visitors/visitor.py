@@ -20,7 +20,7 @@ from ..net.listener import Address, Listener
 from ..net.shares import Seat, Shares
 from .login import Owner
 from .postgres import CancelKeys
-from .visit import CLIENT_CLOSED, Visit
+from .visit import BLOCKED, CLIENT_CLOSED, Visit
 from .visit import LEFT as VISITOR_LEFT
 from .visits import Visits
 
@@ -35,6 +35,8 @@ class Port(Protocol):
 
     def say_once(self, text: str, *arguments: object) -> None: ...
 
+    def refuse_blocked(self, host: str) -> None: ...
+
     def forget(self, visitor: "Visitor") -> None: ...
 
 
@@ -43,7 +45,7 @@ class Visitor:
 
     __slots__ = (
         "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "visit",
-        "fail_visits", "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
+        "fail_visits", "cut_visits", "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +67,7 @@ class Visitor:
         self.why_dropped = ""  # a word of drops.REASONS; "" as long as none but LEFT is known
         # Set if the connection has several visits at a time (HTTP/2): as fail_visit(), for all
         self.fail_visits: Callable[[str, int], None] | None = None
+        self.cut_visits: Callable[[Callable[[str], bool]], int] | None = None  # as cut(), for some
         self._port = port
         self._holds_relay = False  # it is counted among MAX_RELAYS
 
@@ -77,8 +80,9 @@ class Visitor:
 
     def introduce(self, source: tuple[str, int]) -> None:
         """A trusted proxy's PROXY header names ``source`` (IP address, port) as the visitor's.
-        Raises Dropped if that address has no share of connections left."""
+        Raises Dropped if that address is blocked, or has no share of connections left."""
         self.address = source
+        self._port.refuse_blocked(source[0])
         if not self.seat.move(source[0]):
             raise Dropped(ADDRESS_FULL, "its address has too many connections already")
 
@@ -96,6 +100,17 @@ class Visitor:
         visit = self.visit  # another thread may end it meanwhile
         if visit is not None:
             visit.fail(error, status)
+
+    def cut(self, is_cut: Callable[[str], bool]) -> int:
+        """Reset the connection if ``is_cut(address)`` of its visitor, or those of its visits that
+        are from such an address, as a trusted proxy says. Returns how many that were. Any thread.
+        """
+        visit = self.visit
+        if is_cut(self.address[0]) or visit is not None and is_cut(visit.visitor):
+            self.fail_visit(BLOCKED, CLIENT_CLOSED)
+            self.duplex.reset()
+            return 1
+        return 0 if self.cut_visits is None else self.cut_visits(is_cut)
 
     def end_visit(self) -> None:
         """As Visit.end(), if there is one."""

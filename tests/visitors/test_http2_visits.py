@@ -329,7 +329,7 @@ def test_login_that_is_bound_to_a_connection_is_sent_back_to_http_1_1(gateway, o
 def test_visits_are_recorded(cache, tmp_path, origin):
     origin.serve(echo)
     visits = []
-    with served(cache, tmp_path, origin, [visits.append]) as gateway:
+    with served(cache, tmp_path, origin, [visits.extend]) as gateway:
         with http2_visitor(gateway) as visitor:
             visitor.ask(1, path="/good")
             visitor.answer(1)

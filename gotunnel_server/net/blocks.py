@@ -1,0 +1,216 @@
+"""The addresses that the operator has blocked: their connections are closed when they come.
+
+A block is of an IPv4 address, a network, or of the /64 of an IPv6 address, the smallest block that
+a subscriber gets. It ends by itself. A small file in ACME_CACHE keeps the blocks over a restart.
+
+The table is replaced whole and never changed (copy on write), so visitors take no lock. Without
+blocks it is empty, and costs one comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import monotonic, time
+from typing import Any, NamedTuple
+
+from gotunnel_agent.common import addresses, atomic_file, small_file
+
+log = logging.getLogger("gotunnel.blocks")
+
+FILE = "blocks.json"
+MAX_FILE = 1024 * 1024  # bytes: MOST_BLOCKS of them take a third
+MOST_BLOCKS = 1000
+# Seconds: the shortest and the longest, and without a wish. An address soon belongs to another
+# subscriber, so none is blocked for ever.
+LEAST, MOST, USUAL = 1, 30 * 86400, 3600
+# Shortest prefixes of networks. A wider one is more likely a slip than a wish.
+WIDEST = {4: 8, 6: 19}  # 19: the largest block that a registry has given to one network
+MOST_REASON = 200  # characters
+
+
+class Refused(ValueError):
+    """An address cannot be blocked; the text is one line for the operator."""
+
+
+class Block(NamedTuple):
+    """One blocked network. ``until`` is in seconds since 1970; ``by`` is the operator's address."""
+
+    network: addresses.Network
+    until: float
+    reason: str = ""
+    by: str = ""
+
+    @property
+    def address(self) -> str:
+        """As the operator reads and writes it: without the length if it is one address."""
+        alone = self.network.prefixlen == self.network.max_prefixlen
+        return str(self.network.network_address if alone else self.network)
+
+
+def read_network(text: str) -> addresses.Network:
+    """The network that is blocked for ``text``: an address or a network. Raises Refused."""
+    try:
+        network = addresses.unmapped_network(addresses.network(text.strip()))
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if network.version == 6 and network.prefixlen > addresses.IPV6_SUBSCRIBER:
+        network = network.supernet(new_prefix=addresses.IPV6_SUBSCRIBER)
+    if network.prefixlen < WIDEST[network.version]:
+        raise Refused(
+            f"{network} is too wide to be blocked, expected /{WIDEST[network.version]} or longer"
+        )
+    return network
+
+
+class Blocks:
+    """The blocks of a gateway. Any thread."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        now: Callable[[], float] = monotonic,
+        clock: Callable[[], float] = time,
+    ):
+        """``folder`` has the file, which is read now; None: nothing is kept. ``now()`` gives
+        monotonic seconds, ``clock()`` seconds since 1970."""
+        self._path = None if folder is None else folder / FILE
+        self._now = now
+        self._clock = clock
+        self._lock = threading.Lock()  # held to replace the tables
+        self._saving = threading.Lock()  # held to write the file, so that the newest is last
+        self._blocks: dict[addresses.Network, tuple[float, Block]] = {}  # with the monotonic end
+        # By version and length of the prefix: the prefixes, and when (monotonic) each ends. Other
+        # modules read only whether it is empty, as it nearly always is.
+        self.table: dict[tuple[int, int], dict[int, float]] = {}
+        self._next_end = math.inf  # monotonic, of the block that ends first
+        self._read()
+
+    def __contains__(self, host: object) -> bool:
+        """Whether an IP address as text is blocked now."""
+        if not self.table:
+            return False
+        address = addresses.parse(str(host))
+        if address is None:
+            return False
+        now, number, bits = self._now(), int(address), address.max_prefixlen
+        if now >= self._next_end:  # so that the table is empty again when the last one has ended
+            with self._lock:
+                self._forget_ended()
+        return any(
+            ends.get(number >> bits - length, 0.0) > now
+            for (version, length), ends in self.table.items()
+            if version == address.version
+        )
+
+    def add(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
+        """Block a network from now on. Raises Refused if there are too many blocks."""
+        block = Block(network, self._clock() + seconds, reason[:MOST_REASON], by)
+        with self._lock:
+            self._forget_ended()
+            if network not in self._blocks and len(self._blocks) >= MOST_BLOCKS:
+                raise Refused(
+                    f"{MOST_BLOCKS} addresses are blocked already, and that is the limit; remove "
+                    "one, or block a network in place of many addresses"
+                )
+            self._put({**self._blocks, network: (self._now() + seconds, block)})
+        self._save()
+        return block
+
+    def remove(self, network: addresses.Network) -> Block | None:
+        """The block that was removed; None if there was none."""
+        with self._lock:
+            self._forget_ended()
+            found = self._blocks.get(network)
+            if found is not None:
+                self._put({key: value for key, value in self._blocks.items() if key != network})
+        if found is None:
+            return None
+        self._save()
+        return found[1]
+
+    def all(self) -> list[Block]:
+        """The blocks, the latest last."""
+        with self._lock:
+            self._forget_ended()
+            return [block for _, block in self._blocks.values()]
+
+    def _forget_ended(self) -> None:
+        """Caller holds the lock."""
+        now = self._now()
+        if any(ends <= now for ends, _ in self._blocks.values()):
+            self._put({key: value for key, value in self._blocks.items() if value[0] > now})
+
+    def _put(self, blocks: dict[addresses.Network, tuple[float, Block]]) -> None:
+        """Caller holds the lock."""
+        table: dict[tuple[int, int], dict[int, float]] = {}
+        for network, (ends, _) in blocks.items():
+            prefixes = table.setdefault((network.version, network.prefixlen), {})
+            prefix = int(network.network_address) >> network.max_prefixlen - network.prefixlen
+            prefixes[prefix] = ends
+        self._next_end = min((ends for ends, _ in blocks.values()), default=math.inf)
+        self._blocks, self.table = blocks, table
+
+    # The file
+
+    def _read(self) -> None:
+        if self._path is None:
+            return
+        try:
+            found = json.loads(small_file.read_whole(self._path, MAX_FILE))
+            blocks = [_block(entry) for entry in found["blocks"]]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            log.warning("%s cannot be read (%s): addresses that were blocked before this start are "
+                        "not blocked now", self._path, error)  # fmt: skip
+            return
+        now, clock = self._now(), self._clock()
+        # A block that would last too long was written with another clock.
+        left = [(block, min(block.until - clock, MOST)) for block in blocks]
+        with self._lock:
+            self._put({
+                block.network: (now + seconds, block._replace(until=clock + seconds))
+                for block, seconds in left[-MOST_BLOCKS:] if seconds > 0
+            })  # fmt: skip
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        with self._saving:
+            kept = [
+                {"network": str(block.network), "until": int(block.until), "reason": block.reason,
+                 "by": block.by}
+                for block in self.all()
+            ]  # fmt: skip
+            try:
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                new = self._path.with_name(f".{FILE}.new")
+                atomic_file.write(self._path, json.dumps({"blocks": kept}).encode(), new=new)
+            except OSError as error:
+                log.warning("%s cannot be written (%s): a restart forgets what is blocked",
+                            self._path, error.strerror or error)  # fmt: skip
+
+
+def _block(entry: Any) -> Block:
+    """Raises ValueError, TypeError, KeyError."""
+    network = read_network(entry["network"])
+    until, reason, by = entry["until"], entry["reason"], entry["by"]
+    if isinstance(until, bool) or not isinstance(until, (int, float)):
+        raise ValueError(f"until {until!r}")
+    return Block(network, until, str(reason)[:MOST_REASON], str(by)[:MOST_REASON])
+
+
+def overlaps(network: addresses.Network, others: Iterable[addresses.Network]) -> bool:
+    """Whether a network has an address in common with one of the others."""
+    return any(network.version == other.version and network.overlaps(other) for other in others)
+
+
+def network_of(host: str) -> addresses.Network | None:
+    """The network that would be blocked for an address; None if the text is none."""
+    found = addresses.parse(host.partition("%")[0])
+    return None if found is None else read_network(str(found))
