@@ -191,6 +191,11 @@ class Config:
         )
 
     @property
+    def has_login(self) -> bool:
+        """Whether the dashboard shows all to those that log in, and lets them act."""
+        return self.dashboard_password is not None or self.dashboard_token is not None
+
+    @property
     def credentials(self) -> tuple[str | None, str | None, Path | None, str | None]:
         """The arguments of Credentials."""
         return self.jwt_secret, self.jwt_issuer, self.agents_file, self.jwt_secret_old

@@ -90,6 +90,7 @@ class Gateway:
             self._build_tunnels(config)
             self._build_visitors(config)
             self._build_http(config)
+            self._showing.guard(self._visitor_ports)
             self._build_pages(config)
         except BaseException:
             self.listeners.stop()

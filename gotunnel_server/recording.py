@@ -33,8 +33,8 @@ class Recording:
         """``lookup``: see Counts. ``subscribers`` are those that the configuration does not name.
         Raises LogFileError."""
         self.log_file: LogFile | None = None
-        # For those that show them: the metrics, and the dashboard behind its password.
-        shown = config.metrics_port is not None or config.dashboard_password is not None
+        # For those that show them: the metrics, and the dashboard behind its login.
+        shown = config.metrics_port is not None or config.has_login
         self.counts = Counts(lookup) if shown else None
         readers = list(subscribers)
         if self.counts is not None:

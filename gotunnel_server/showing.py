@@ -1,26 +1,35 @@
-"""Decides whether there is a dashboard, and tells it what the gateway's other parts know."""
+"""Decides whether there is a dashboard, and joins it to the gateway's other parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module
+from time import monotonic, time
 from typing import Any, Protocol
 
 from gotunnel import __version__
+from gotunnel_agent.common.addresses import Network
 
+from .certs.state import NotRenewed
 from .config import Config
+from .net.blocks import Blocks
+from .visitors import blocked
 from .visitors.counts import Count
 from .visitors.forwarded import Proxies
 from .visitors.pages import Page
+from .visitors.port import Port
 from .visitors.request import Request
 from .visitors.sites import Local, Site
 from .visitors.visits import Subscriber
+
+SERVING, DRAINING = "serving", "draining"
 
 
 class Gateway(Protocol):
     """What the dashboard shows of a gateway.Gateway. Its parts are built after this one."""
 
+    own_names: tuple[str, ...]
     tunnels: Any  # agents.tunnel.Tunnels
     keeper: Any  # certs.keeper.Keeper
     recording: Any  # recording.Recording
@@ -30,13 +39,24 @@ class Gateway(Protocol):
 class Parts:
     """A gateway as dashboard.build.Parts."""
 
-    def __init__(self, gateway: Gateway, gateway_host: str):
-        self.gateway_host = gateway_host
-        self.version = __version__
+    def __init__(self, gateway: Gateway, config: Config, blocks: Blocks):
+        self.blocks = blocks
+        self.state = SERVING
+        self.ports: tuple[Port, ...] = ()  # for visitors
+        self.gateway_host, self.version = config.gateway_host, __version__
+        self.started_at, self._began = time(), monotonic()
         self._gateway = gateway
+        self._protected = tuple(config.trusted_proxies)
+
+    @property
+    def own_names(self) -> Sequence[str]:
+        return self._gateway.own_names
 
     def public_port(self) -> int:
         return self._gateway.shown_port
+
+    def uptime(self) -> float:
+        return monotonic() - self._began
 
     def tunnels(self) -> Collection[Any]:
         tunnels: Collection[Any] = self._gateway.tunnels.registered()
@@ -45,9 +65,31 @@ class Parts:
     def certificate_state(self, hostname: str) -> Any:
         return self._gateway.keeper.state(hostname)
 
-    def count(self, hostname: str) -> Count:
-        count: Count = self._gateway.recording.count(hostname)
-        return count
+    def counts(self) -> Mapping[str, Count] | None:
+        """Of all visits that have ended."""
+        recording = self._gateway.recording
+        recording.settle()
+        counts: Mapping[str, Count] | None = recording.counts and recording.counts.all()
+        return counts
+
+    def session(self, id: str) -> Any:
+        return self._gateway.tunnels.by_id(id)
+
+    def renew(self, hostname: str) -> NotRenewed | None:
+        try:
+            self._gateway.keeper.renew(hostname)
+        except NotRenewed as error:
+            return error
+        return None
+
+    def cut(self, is_cut: Callable[[str], bool]) -> int:
+        return sum(port.cut(is_cut) for port in self.ports)
+
+    def protected(self) -> Iterable[Network]:
+        return self._protected
+
+    def now(self) -> float:
+        return time()
 
 
 class Showing:
@@ -59,19 +101,29 @@ class Showing:
         # What the gateway's own name shows on the port for visitors; None: the landing page
         self.at_gateway: Callable[[Request], Page | Local] | None = None
         self._dashboard: Any = None
+        self._parts: Parts | None = None  # if the dashboard can act
+        self._proxies = proxies
         self._typed = _typed(config)
-        has_login = config.dashboard_password is not None or config.dashboard_token is not None
-        if config.dashboard_port is None and not has_login:
+        if config.dashboard_port is None and not config.has_login:
             return
         # Loaded here, so that a gateway without a dashboard has no memory for it.
-        build = import_module(f"{__package__}.dashboard.build").build
-        self._dashboard = build(
-            Parts(gateway, config.gateway_host), config.dashboard_password, config.dashboard_token,
-            proxies,
-        )  # fmt: skip
+        build = import_module(f"{__package__}.dashboard.build")
+        parts = Parts(gateway, config, Blocks(config.acme_cache if config.has_login else None))
+        live = build.Live()
+        self._dashboard = build.build(
+            parts, live, config.dashboard_password, config.dashboard_token, proxies
+        )
         self.at_port = self._dashboard.at_port
-        if has_login:
+        if config.has_login:
             self.at_gateway = self._dashboard.at_gateway
+            self.subscribers = (live,)
+            self._parts = parts
+
+    def guard(self, ports: Sequence[Port]) -> None:
+        """Have these ports for visitors refuse the blocked ones. Before they are opened."""
+        if self._parts is not None:
+            self._parts.ports = tuple(ports)
+            blocked.guard(ports, self._parts.blocks, self._proxies)
 
     def change(self, config: Config) -> None:
         """Take over a password or a token that has changed. If there was none at the start, one is
@@ -87,6 +139,8 @@ class Showing:
 
     def drain(self) -> None:
         """The gateway stops: end the live events."""
+        if self._parts is not None:
+            self._parts.state = DRAINING
         if self._dashboard is not None:
             self._dashboard.events.drain()
 

@@ -147,8 +147,9 @@ class Tunnels:
         return [tunnel for tunnel in self._all() if tunnel.routes]
 
     def by_id(self, id: str) -> Tunnel | None:
-        """The tunnel with that id, also one that leaves; None if there is none."""
-        return next((tunnel for tunnel in self._all() if tunnel.id == id), None)
+        """The tunnel with that id whose session goes on, also one that leaves; or None."""
+        found = (tunnel for tunnel in self._all() if tunnel.id == id)
+        return next((tunnel for tunnel in found if tunnel.stage is not Stage.GONE), None)
 
     def of_credential(self, credential: tuple[str, str]) -> list[Tunnel]:
         """All tunnels of one credential, also those that leave: they may have visits."""

@@ -93,8 +93,9 @@ class Bounds(NamedTuple):
     hour: Quota = Quota(150, HOUR)
     week: Quota = Quota(500, WEEK)
     hostname: Quota = Quota(4, WEEK)
-    # What the operator asks for on the dashboard: of one hostname, and of all. A CA bears few failed
-    # validations of a hostname in an hour (Let's Encrypt 5), and our own attempts count as well.
+    # What the operator asks for on the dashboard: of one hostname, and of all. A CA bears few
+    # failed validations of a hostname in an hour (Let's Encrypt 5), and those of our own attempts
+    # are among them.
     asked: Quota = Quota(2, HOUR)
     all_asked: Quota = Quota(30, HOUR)
 

@@ -47,9 +47,13 @@ class Block(NamedTuple):
 
     @property
     def address(self) -> str:
-        """As the operator reads and writes it: without the length if it is one address."""
-        alone = self.network.prefixlen == self.network.max_prefixlen
-        return str(self.network.network_address if alone else self.network)
+        return as_text(self.network)
+
+
+def as_text(network: addresses.Network) -> str:
+    """As the operator reads and writes it: without the length if it is one address."""
+    alone = network.prefixlen == network.max_prefixlen
+    return str(network.network_address if alone else network)
 
 
 def read_network(text: str) -> addresses.Network:

@@ -182,11 +182,11 @@ class Listener:
         first_timeout: float,
     ):
         """``welcome(sock, address, seat)`` makes a Parkable of an accepted socket, or returns None
-        if bad tokens have come from its address; it may raise Dropped. The Parkable calls Seat.settle() when its peer
-        has asked for something, and Seat.leave() when it is closed. ``workers`` run the
-        connections' steps; ``places`` limit how many are open at a time. ``first_timeout``:
-        seconds that a peer has for its first byte before expired() is called; with 0 it is called
-        at once.
+        if bad tokens have come from its address; it may raise Dropped. The Parkable calls
+        Seat.settle() when its peer has asked for something, and Seat.leave() when it is closed.
+        ``workers`` run the connections' steps; ``places`` limit how many are open at a time.
+        ``first_timeout``: seconds that a peer has for its first byte before expired() is called;
+        with 0 it is called at once.
         """
         self.name = name
         self.port = sockets[0].getsockname()[1]

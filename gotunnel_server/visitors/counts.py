@@ -59,6 +59,8 @@ class Counts:
         with self._lock:
             by_hostname = self._by_hostname
             for visit in visits:
+                if visit.is_local:  # a dashboard that is open would count itself
+                    continue
                 route = visit.route or self._lookup(visit.hostname)
                 count = self._other
                 if route is not None:

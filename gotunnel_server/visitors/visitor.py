@@ -45,7 +45,8 @@ class Visitor:
 
     __slots__ = (
         "duplex", "address", "listener", "seat", "sni", "owner", "cancel_keys", "visit",
-        "fail_visits", "cut_visits", "has_asked", "has_spoken", "why_dropped", "_port", "_holds_relay",
+        "fail_visits", "cut_visits", "has_asked", "has_spoken", "why_dropped", "_port",
+        "_holds_relay",
     )  # fmt: skip
 
     def __init__(

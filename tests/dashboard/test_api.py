@@ -1,0 +1,86 @@
+"""The dashboard's JSON API, asked of a running gateway."""
+
+import http.client
+import json
+from contextlib import closing, contextmanager
+
+import pytest
+from support import APP, RAW, TIMEOUT, agent_here, answer, gateway_here
+
+TOKEN = "correct-horse-battery-staple-of-32-characters"
+
+
+class Api:
+    def __init__(self, gateway):
+        self.gateway = gateway
+
+    def __call__(self, method, path, body=None, token=TOKEN, **fields):
+        port = self.gateway.dashboard_port
+        if token:
+            fields["Authorization"] = f"Bearer {token}"
+        if body is not None:
+            fields["Content-Type"] = "application/json"
+            body = json.dumps(body)
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)) as connection:
+            connection.request(method, f"/api/v1/{path}", body, fields)
+            found = connection.getresponse()
+            self.fields = found.headers
+            return found.status, json.loads(found.read())
+
+    def get(self, path, status=200):
+        found, document = self("GET", path)
+        assert found == status, document
+        return document
+
+
+@contextmanager
+def serving(cache, tmp_path, origin, **changes):
+    with gateway_here(cache, DASHBOARD_TOKEN=TOKEN, **changes) as gateway:
+        with agent_here(gateway, tmp_path, {APP: origin.port}, {RAW: 9}, jwt_issuer="office"):
+            yield Api(gateway)
+
+
+@pytest.fixture
+def api(cache, tmp_path, origin):
+    with serving(cache, tmp_path, origin) as api:
+        yield api
+
+
+def visit(api, origin, path="/"):
+    with api.gateway.dial(APP) as visitor:
+        visitor.send(f"GET {path} HTTP/1.1\r\nHost: {APP}\r\n\r\n".encode())
+        with origin.accept() as target:
+            target.read_head()
+            target.send(answer(b"hello"))
+            visitor.read_message()
+
+
+def test_the_state_has_sessions_hostnames_and_the_last_visits(api, origin):
+    visit(api, origin, "/a?b=<script>")
+    state = api.get("state")
+    assert state["public"] is False and state["gateway"]["state"] == "serving"
+    (session,) = state["sessions"]
+    assert (session["agent"], session["address"], session["hostnames"]) == (
+        "office",
+        "127.0.0.1",
+        2,
+    )
+    rows = {row["hostname"]: row for row in state["hostnames"]}
+    assert (
+        rows[APP]["target"] == f"127.0.0.1:{origin.port}" and rows[RAW]["target"] == "127.0.0.1:9"
+    )
+    assert rows[APP]["session"] == session["id"] and rows[APP]["visits"] == 1
+    assert rows[APP]["certificate"]["state"] == "ready" and rows[APP]["certificate"]["days_left"]
+    assert len(rows[APP]["spark"]) == 60 and rows[APP]["sent_bytes"] > 5
+    assert state["totals"]["visits"] == 1 and state["totals"]["hostnames"] == 2
+    (seen,) = state["visits"]
+    assert (seen["path"], seen["status"], seen["agent"]) == ("/a?b=<script>", 200, "office")
+
+
+def test_an_act_ends_a_session_and_tells_the_agent(api, caplog):
+    (session,) = api.get("state")["sessions"]
+    status, told = api("POST", f"sessions/{session['id']}/end", {"reason": "old\nversion"})
+    assert (status, told["ended"], told["agent"]) == (200, session["id"], "office")
+    assert "gotunnel-server agents remove office" in told["message"]
+    assert api("POST", f"sessions/{session['id']}/end")[0] == 404
+    assert "at 127.0.0.1 ended the session of agent office at 127.0.0.1: old version" in caplog.text
