@@ -149,7 +149,7 @@ class Tunnels:
     def by_id(self, id: str) -> Tunnel | None:
         """The tunnel with that id whose session goes on, also one that leaves; or None."""
         found = (tunnel for tunnel in self._all() if tunnel.id == id)
-        return next((tunnel for tunnel in found if tunnel.stage is not Stage.GONE), None)
+        return next((tunnel for tunnel in found if tunnel.goes_on), None)
 
     def of_credential(self, credential: tuple[str, str]) -> list[Tunnel]:
         """All tunnels of one credential, also those that leave: they may have visits."""
@@ -261,6 +261,12 @@ class Tunnel:
     def stage(self) -> Stage:
         with self._lock:
             return self._stage
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the session has not ended, and is not about to."""
+        with self._lock:
+            return self._stage is not Stage.GONE and self._parting is None
 
     # Registration
 

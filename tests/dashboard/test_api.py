@@ -2,10 +2,11 @@
 
 import http.client
 import json
+import re
 from contextlib import closing, contextmanager
 
 import pytest
-from support import APP, RAW, TIMEOUT, agent_here, answer, gateway_here
+from support import APP, RAW, ROOT, TIMEOUT, agent_here, answer, gateway_here
 
 TOKEN = "correct-horse-battery-staple-of-32-characters"
 
@@ -84,3 +85,59 @@ def test_an_act_ends_a_session_and_tells_the_agent(api, caplog):
     assert "gotunnel-server agents remove office" in told["message"]
     assert api("POST", f"sessions/{session['id']}/end")[0] == 404
     assert "at 127.0.0.1 ended the session of agent office at 127.0.0.1: old version" in caplog.text
+
+
+PAGE = (ROOT / "docs" / "dashboard.md").read_text("utf-8")
+EXAMPLE = re.compile(
+    r"<!-- example: ([A-Z]+) (\S+)(?: ({[^\n]*}))? ([0-9]{3}) -->\n```json\n(.+?)```", re.S
+)
+
+
+def shape(value):
+    """Keys and types, in place of values; of a list only its first entry counts."""
+    if isinstance(value, dict):
+        return {key: shape(value) for key, value in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return "number" if isinstance(value, (int, float)) else type(value).__name__
+
+
+def fits(real, shown):
+    """Whether an answer has the keys of the example, and values of these types; in either, a value
+    may be unknown (null), and a list empty."""
+    if isinstance(real, dict) and isinstance(shown, dict):
+        assert real.keys() == shown.keys()
+        return all(fits(real[key], shown[key]) for key in real)
+    if isinstance(real, list) and isinstance(shown, list):
+        return not (real and shown) or fits(real[0], shown[0])
+    return "NoneType" in (real, shown) or real == shown
+
+
+def test_each_example_of_the_page_is_an_answer_of_the_api(api, origin, monkeypatch):
+    monkeypatch.setattr(api.gateway.inner.keeper, "renew", lambda hostname: None)
+    visit(api, origin, "/a?b=c")
+    (session,) = api.get("state")["sessions"]
+    examples = EXAMPLE.findall(PAGE)
+    assert len(examples) == PAGE.count("<!-- example:") == 8
+    for method, path, body, status, text in examples:
+        path = path.removeprefix("api/v1/").replace("SESSION", session["id"])
+        found, document = api(method, path, json.loads(body) if body else None)
+        assert found == int(status), document
+        shown = json.loads(text)
+        assert fits(shape(document), shape(shown)), (path, document)
+        if "message" in shown:
+            pattern = re.escape(shown["message"]).replace(re.escape("203.0.113.9"), ".*")
+            assert re.fullmatch(pattern, document["message"])
+
+
+def test_the_page_has_each_path_and_each_error_of_the_api():
+    source = "".join(
+        (ROOT / "gotunnel_server" / "dashboard" / name).read_text("utf-8")
+        for name in ("api.py", "acts.py", "site.py", "login.py", "events.py")
+    )
+    codes = set(re.findall(r'(?:Refused\(|_full\()\s*[0-9]{3}, "([a-z-]+)"', source))
+    assert {"no-session", "own-address", "not-yet", "bad-limit"} <= codes
+    told = re.findall(r"^\| [0-9, ]+ \| (.+?) \|", PAGE, re.M)
+    listed = set(re.findall("`([a-z-]+)`", " ".join(told)))
+    of_the_page = {"wrong-password", "no-upgrade"}
+    assert codes - of_the_page <= listed
