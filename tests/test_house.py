@@ -207,6 +207,18 @@ def test_few_modules_know_the_wing_of_the_quick_commands():
     assert users == {"gotunnel_agent/__main__.py", "gotunnel_agent/embedded.py"}
 
 
+def test_the_dashboard_is_loaded_only_where_it_is_on():
+    """The hall imports what its other parts need: showing.py loads the rest."""
+    loaded = {"build", "site", "login", "sessions", "events", "api", "page"}
+    users = {
+        module
+        for module in HOUSE
+        if rule_of(dotted(module)) != DASHBOARD
+        and {f"{DASHBOARD}.{name}" for name in loaded} & imports_of(module)
+    }
+    assert users == set()
+
+
 def test_the_gateway_only_composes():
     """A part that grows here belongs in a room of its own."""
     assert len(source("gotunnel_server/gateway.py").splitlines()) <= 300

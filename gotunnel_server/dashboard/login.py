@@ -106,7 +106,7 @@ class Login:
                 return Who(
                     May.READ, address, "password", is_valid=lambda: self.passwords is passwords
                 )
-        return Who(anybody, address)
+        return Who(anybody, address, is_valid=lambda: self.passwords is passwords)
 
     def _of(self, session: Session, address: str) -> Who:
         return Who(

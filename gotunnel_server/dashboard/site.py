@@ -250,7 +250,9 @@ class Dashboard:
 
     def _nobody(self, request: Request) -> Refused:
         """The refusal of a caller without a login."""
-        text = "The dashboard needs a login."
+        text = "This needs the dashboard's password or token."
+        if not self.login.is_on:
+            text += " Neither DASHBOARD_PASSWORD nor DASHBOARD_TOKEN is set at the gateway."
         if "sec-fetch-mode" in request.fields or self.login.passwords is None:
             return Refused(401, "password-required", text, (ASK_TOKEN,))
         return Refused(401, "password-required", text, (ASK_PASSWORD, ASK_TOKEN))
