@@ -17,11 +17,11 @@ import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
 from time import monotonic, time
-from typing import Any, NamedTuple
+from typing import Any
 
 from gotunnel import __version__
 
-from . import copies, har, mask, search
+from . import content, copies, har, mask, search
 from .access import Door
 from .compare import compare
 from .order import CannotReplay
@@ -158,9 +158,8 @@ class Api:
         unmask = _wants(asked, "unmask")
         return as_json({
             "visits": [summary(record, unmask) for record in shown],
-            "total": len(matching),
-            "more": len(shown) < len(matching),
-            "kept": len(records),
+            "matched": len(matching),
+            "total": len(records),
             "oldest": records[0].id if records else None,
         })  # fmt: skip
 
@@ -343,11 +342,9 @@ class Events:
 
     def _told(self, changes: Changes) -> bytes:
         parts = []
-        if changes.missed:
-            parts.append(event("missed", {"missed": changes.missed}))
-        if changes.records:
+        if changes.records or changes.missed:
             visits = [summary(record, self._unmask) for record in changes.records]
-            parts.append(event("visit", {"visits": visits}))
+            parts.append(event("visit", {"visits": visits, "missed": changes.missed}))
         if changes.oldest != self._oldest:
             self._oldest = changes.oldest
             parts.append(event("gone", {"oldest": changes.oldest}))
@@ -376,15 +373,15 @@ def summary(record: Record, unmask: bool = False) -> dict[str, Any]:
         "mode": record.mode,
         "target": record.target[:MOST_TEXT],
         "visitor": record.visitor[:MOST_TEXT],
-        "at": record.began,
+        "began": record.began,
         "duration_ms": _milliseconds(record.duration),
         "first_byte_ms": _milliseconds(record.first_byte),
         "method": record.method[:MOST_TEXT],
         "path": readable(path)[:MOST_SHOWN],
         "status": record.status,
-        "content_type": readable(search.content_type(record.response_head)),
-        "request_size": record.request_body.size,
-        "response_size": record.response_body.size,
+        "type": readable(search.content_type(record.response_head)),
+        "request_bytes": record.request_body.size,
+        "response_bytes": record.response_body.size,
         "problem": record.problem[:MOST_TEXT],
         "failed": search.has_failed(record),
         "followed": search.was_followed(record),
@@ -400,7 +397,11 @@ def detail(record: Record, unmask: bool = False) -> dict[str, Any]:
     messages, dropped = _messages(record.messages, unmask)
     path = record.path if unmask else mask.target(record.path)
     url = har.url_of(record)
-    found = {
+    return {
+        **summary(record, unmask),
+        "path": readable(path),
+        "url": readable(url if unmask else mask.target(url)),
+        "masked": not unmask,
         "request": _message(
             record.request_head, record.request_body, record.request_trailers, unmask
         ),
@@ -410,15 +411,6 @@ def detail(record: Record, unmask: bool = False) -> dict[str, Any]:
         "interim": [_head_text(head, unmask) for head in record.interim],
         "messages": messages,
         "messages_dropped": record.dropped + dropped,
-    }
-    # Each secret once, though the path is in the first line as well.
-    masked = 0 if unmask else json.dumps(found).count(json.dumps(mask.MASK)[1:-1])
-    return {
-        **summary(record, unmask),
-        "path": readable(path),
-        "url": readable(url if unmask else mask.target(url)),
-        "masked": masked,
-        **found,
     }
 
 
@@ -431,6 +423,7 @@ def _message(
     return {
         "line": line,
         "fields": fields,
+        "head": text,
         "body": body_document(fields_of(head), kept, unmask),
         "trailers": [[name, readable(value)] for name, value in shown_trailers],
     }
@@ -463,8 +456,8 @@ def fields_of(head: bytes) -> list[tuple[str, str]]:
 
 def body_document(fields: list[tuple[str, str]], kept: Kept, unmask: bool) -> dict[str, Any]:
     """A body as it is to be shown. ``text`` is cut at MOST_BODY_TEXT; ``note`` says so."""
-    shown = _describe(fields, kept)
-    kind_of = _field(fields, "content-type")
+    shown = content.describe(fields, kept)
+    kind_of = content.field(fields, "content-type")
     text = shown.text if unmask else mask.body(shown.text, kind_of)
     notes = [shown.note] if shown.note else []
     if len(text) > MOST_BODY_TEXT:
@@ -473,7 +466,8 @@ def body_document(fields: list[tuple[str, str]], kept: Kept, unmask: bool) -> di
     document = {
         "kind": shown.kind,
         "type": readable(kind_of),
-        "encoding": readable(_field(fields, "content-encoding")),
+        "image": shown.type,
+        "encoding": readable(content.field(fields, "content-encoding")),
         "size": kept.size,
         "kept": len(kept.data),
         "whole": kept.whole,
@@ -485,29 +479,21 @@ def body_document(fields: list[tuple[str, str]], kept: Kept, unmask: bool) -> di
     return document
 
 
-class _Shown(NamedTuple):
-    kind: str
-    text: str
-    parts: tuple[Any, ...]
-    note: str
-
-
-def _describe(fields: list[tuple[str, str]], kept: Kept) -> _Shown:
-    if not kept.size:
-        return _Shown("empty", "", (), "")
-    try:
-        text = kept.data.decode()
-    except UnicodeDecodeError:
-        return _Shown("hex", kept.data.hex(" "), (), "")
-    return _Shown("json" if "json" in _field(fields, "content-type") else "text", text, (), "")
-
-
-def _part(part: Any, unmask: bool) -> dict[str, Any]:
-    return {}
-
-
-def _field(fields: list[tuple[str, str]], name: str) -> str:
-    return next((value for each, value in fields if each.lower() == name), "")
+def _part(part: content.Part, unmask: bool) -> dict[str, Any]:
+    if unmask:
+        text = part.text
+    else:
+        is_secret = mask.is_secret(part.name) and part.text
+        text = mask.MASK if is_secret else mask.body(part.text, part.type)
+    return {
+        "name": part.name,
+        "filename": part.filename,
+        "type": part.type,
+        "kind": part.kind,
+        "size": part.size,
+        "text": text[:MOST_BODY_TEXT],
+        "note": part.note,
+    }
 
 
 def _messages(messages: list[Message], unmask: bool) -> tuple[list[dict[str, Any]], int]:
@@ -541,11 +527,13 @@ def _one_message(message: Message, unmask: bool) -> dict[str, Any]:
 
 
 def _as_file(asked: Asked, head: bytes, kept: Kept, name: str) -> Answer:
-    """A body as a file to be saved, masked unless the request says otherwise."""
-    data = kept.data
-    if not _wants(asked, "unmask"):
-        fields = fields_of(head)
-        data = mask.body_bytes(data, _field(fields, "content-type"))
+    """A body as a file to be saved. Secrets can be masked only in what is decoded."""
+    unmask = _wants(asked, "unmask")
+    fields, data = fields_of(head), kept.data
+    if _wants(asked, "decoded") or not unmask:
+        data = content.decoded(fields, kept)[0]
+    if not unmask:
+        data = mask.body_bytes(data, content.field(fields, "content-type"))
     saved = (("Content-Disposition", f'attachment; filename="{name}.bin"'),)
     return Answer(200, SAVED, data, saved)
 
@@ -558,7 +546,7 @@ def _masked_copy(request: copies.Copied) -> copies.Copied:
     fields = [
         (name, value.replace(mask.MASK, COPY_MASK)) for name, value in mask.fields(request.fields)
     ]
-    body = mask.body_bytes(request.body, _field(fields, "content-type"))
+    body = mask.body_bytes(request.body, content.field(fields, "content-type"))
     return request._replace(
         target=mask.target(request.target).replace(mask.MASK, COPY_MASK),
         fields=fields,

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 from gotunnel import __version__
 
 from ..common import http1
-from . import mask
+from . import content, mask
 from .record import ENDED, Kept, Message, Record
 
 MOST_FILE = 32 * 1024 * 1024  # bytes of an archive that is read
@@ -133,7 +133,7 @@ def _request(record: Record, unmask: bool) -> dict[str, Any]:
     if record.request_body.size:
         kind = named.get("content-type", "")
         found["postData"] = {"mimeType": _text(kind) or DEFAULT_TYPE, "params": []}
-        found["postData"] |= _body(record.request_body, kind, unmask, "_encoding")
+        found["postData"] |= _body(record.request_body, fields, unmask, "_encoding")
     return found
 
 
@@ -155,31 +155,41 @@ def _response(record: Record, unmask: bool) -> dict[str, Any]:
     kind = named.get("content-type", "")
     shown = fields if unmask else mask.fields(fields)
     location = next((value for name, value in shown if name.lower() == "location"), "")
-    content = {"size": record.response_body.size, "mimeType": _text(kind) or DEFAULT_TYPE}
-    content |= _body(record.response_body, kind, unmask, "encoding")
-    if coding := named.get("content-encoding", ""):
-        content["_contentEncoding"] = _text(coding)  # the text is as it was transferred
+    answer = {"size": record.response_body.size, "mimeType": _text(kind) or DEFAULT_TYPE}
+    answer |= _body(record.response_body, fields, unmask, "encoding")
     return {
         "status": record.status,
         "statusText": _text(rest.partition(" ")[2]),
         "httpVersion": version or "HTTP/1.1",
         "cookies": _cookies(shown, is_answer=True),
         "headers": _pairs(shown),
-        "content": content,
+        "content": answer,
         "redirectURL": _text(location),
         "headersSize": len(record.response_head) or -1,
         "bodySize": record.response_body.size,
     }
 
 
-def _body(kept: Kept, kind: str, unmask: bool, encoding: str) -> dict[str, Any]:
-    """``encoding``: the name of the field that says base64."""
+def _body(kept: Kept, fields: list[tuple[str, str]], unmask: bool, encoding: str) -> dict[str, Any]:
+    """The content as HAR has it: an answer's without its Content-Encoding. ``encoding``: the name
+    of the field that says base64."""
     found: dict[str, Any] = {}
+    data, coding = kept.data, content.field(fields, "content-encoding")
+    if coding and data:
+        if encoding == "encoding":
+            plain, whole, note = content.decoded(fields, kept)
+            if whole and not note.startswith(content.NOT_DECODED):
+                found["size"] = len(plain)
+                found["compression"] = len(plain) - kept.size
+                data, coding = plain, ""
+        if coding:
+            found["_contentEncoding"] = _text(coding)  # the text is as it was transferred
     try:
-        text = kept.data.decode()
+        text = data.decode()
+        kind = content.field(fields, "content-type")
         found["text"] = text if unmask else mask.body(text, kind)
     except UnicodeDecodeError:
-        found["text"], found[encoding] = base64.b64encode(kept.data).decode(), "base64"
+        found["text"], found[encoding] = base64.b64encode(data).decode(), "base64"
     if not kept.whole:
         found["_size"] = kept.size
         found["comment"] = f"only the first {len(kept.data)} of {kept.size} bytes were kept"
@@ -360,10 +370,10 @@ def _read_answer(record: Record, response: dict[str, Any], where: str, body: int
     if status == 0:  # there was no answer
         return
     fields = _fields(response, where)
-    content = response.get("content")
-    if isinstance(content, dict):
-        record.response_body = _kept(content, f"{where}.content", body, "encoding")
-        if "_contentEncoding" not in content:  # HAR has the text decoded
+    found = response.get("content")
+    if isinstance(found, dict):
+        record.response_body = _kept(found, f"{where}.content", body, "encoding")
+        if "_contentEncoding" not in found:  # HAR has the text decoded
             fields = [item for item in fields if item[0].lower() != "content-encoding"]
         fields = [item for item in fields if item[0].lower() != "transfer-encoding"]
     reason = response.get("statusText", "")

@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 from ..common import http1
 from ..dialogue import NOT_FOLLOWED
+from . import content
+from .kept import Kept
 from .record import OPEN, Record
 
 MOST_QUERY = 1000  # characters
@@ -124,10 +126,19 @@ def _text_anywhere(text: str) -> Fits:
 
 def _in_bodies(record: Record, needle: bytes) -> bool:
     return (
-        needle in record.request_body.data.lower()
-        or needle in record.response_body.data.lower()
+        needle in _plain(record.request_head, record.request_body)
+        or needle in _plain(record.response_head, record.response_body)
         or any(needle in message.data.lower() for message in record.messages)
     )
+
+
+def _plain(head: bytes, kept: Kept) -> bytes:
+    """A body without its Content-Encoding, in lower case."""
+    match = _CODING.search(head)
+    if match is None or not kept.data:
+        return kept.data.lower()
+    coding = match[1].decode("latin-1")
+    return content.decoded([("Content-Encoding", coding)], kept)[0].lower()
 
 
 # Filters
@@ -252,6 +263,7 @@ def content_type(head: bytes) -> str:
     return match[1].decode("latin-1") if match else ""
 
 
+_CODING = re.compile(rb"\ncontent-encoding:[ \t]*([^\r\n]{1,100})", re.IGNORECASE)
 _CONTENT_TYPE = re.compile(rb"\ncontent-type:[ \t]*([^\r\n]{1,200})", re.IGNORECASE)
 
 
@@ -267,10 +279,12 @@ FILTERS: dict[str, Callable[[str, float], Fits]] = {
     "path": _by_text(lambda record: record.path),
     "problem": _by_text(lambda record: record.problem),
     "request": _by_bytes(
-        lambda record: record.request_head, lambda record: record.request_body.data
+        lambda record: record.request_head,
+        lambda record: _plain(record.request_head, record.request_body),
     ),
     "response": _by_bytes(
-        lambda record: record.response_head, lambda record: record.response_body.data
+        lambda record: record.response_head,
+        lambda record: _plain(record.response_head, record.response_body),
     ),
     "size": _size,
     "status": _status,
