@@ -200,7 +200,7 @@ class _Column(NamedTuple):
     id: str  # the class of its cells, which page.html gives their places
     label: str
     cell: Callable[[Document], str]  # HTML
-    kind: str = ""
+    kind: str = ""  # a further class
 
 
 def _text(value: object, most: int = MOST_TEXT) -> str:
@@ -271,11 +271,21 @@ def _tables(document: Document, csrf: str) -> str:
                 "hostnames", "Hostnames", (*HOSTNAMES[:4], since, *HOSTNAMES[4:], *renew),
                 hostnames, no_agent,
             ),
+            *_own(document.get("certificates") or (), renew),
             _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
             _section("blocks", "Blocked addresses", BLOCKS, blocks, "No address is blocked."),
         ]  # fmt: skip
     note = f"Without JavaScript this page has no live updates; it reloads every {REFRESH} seconds"
     return "<noscript>\n" + "\n".join(sections) + f'\n<p class="note">{note}.</p></noscript>'
+
+
+def _own(entries: Sequence[Document], renew: Sequence[_Column]) -> Iterable[str]:
+    """The certificates of the gateway's own names."""
+    if entries:
+        name = _Column("hostname", "Hostname", lambda e: _text(e["hostname"], 253), "title")
+        state = _Column("cert", "Certificate", lambda e: _certificate({"certificate": e}))
+        title = "The gateway's own certificates"
+        yield _section("own", title, (name, state, *renew), entries, "")
 
 
 def _in_path(text: object) -> str:
@@ -301,11 +311,12 @@ def _totals(totals: Document) -> str:
         ("Visits a second", _rate(totals.get("visits_per_second"))),
         ("Under way", _number(totals.get("running"))),
         ("Visits", _number(totals.get("visits"))),
-        ("Failed", f"{_number(totals.get('failed'))} ({share:.2g} %)"),
+        ("Failed", f'<span title="{share:.2g} % of all">{_number(totals.get("failed"))}</span>'),
         ("Received", size(totals.get("received_bytes"))),
         ("Sent", size(totals.get("sent_bytes"))),
     )
     parts = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in told)
+    parts = parts.replace("<div>", '<div class="rate">', 1)
     return f'<dl class="totals">{parts}</dl>'
 
 
@@ -377,6 +388,16 @@ def _status(entry: Document) -> str:
     return f'<span class="{kind}">{int(status) or "–"}</span>'
 
 
+def _error(entry: Document) -> str:
+    error = entry.get("error")
+    return f'<span class="bad">{_text(error)}</span>' if error else ""
+
+
+def _time(entry: Document) -> str:
+    told = _instant(entry.get("at"))
+    return f'<span title="{escape(told)}">{escape(told[11:19] or told)}</span>'
+
+
 SESSIONS = (
     _Column("agent", "Agent", lambda e: _text(e.get("agent")), "title"),
     _Column("address", "Address", lambda e: _text(e.get("address"))),
@@ -389,7 +410,7 @@ HOSTNAMES = (
     _Column("mode", "Mode", _mode),
     _Column("target", "Target", lambda e: _text(e.get("target"))),
     _Column("agent", "Agent", lambda e: _text(e.get("agent"))),
-    _Column("rate", "Visits/s", lambda e: _rate(e.get("visits_per_second")), "number"),
+    _Column("rate", "Visits/s", lambda e: f"<span>{_rate(e.get('visits_per_second'))}</span>"),
     _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),
     _Column("failed", "Failed", _failed, "number"),
     _Column("received", "Received", lambda e: size(e.get("received_bytes")), "number"),
@@ -397,12 +418,12 @@ HOSTNAMES = (
     _Column("cert", "Certificate", _certificate),
 )
 VISITS = (
-    _Column("time", "Time", lambda e: escape(_instant(e.get("at")))),
+    _Column("time", "Time (UTC)", _time),
     _Column("status", "Status", _status),
     _Column("method", "Method", lambda e: _text(e.get("method") or e.get("protocol"), 20)),
     _Column("hostname", "Hostname", lambda e: _text(e.get("hostname"))),
-    _Column("path", "Path", lambda e: _text(e.get("path"), 160), "code"),
-    _Column("error", "Error", lambda e: _text(e.get("error")) if e.get("error") else "", "bad"),
+    _Column("path", "Path", lambda e: f'<span class="code">{_text(e.get("path"), 160)}</span>'),
+    _Column("error", "Error", _error),
     _Column("duration", "Duration", lambda e: lasting(e.get("duration_ms")), "number"),
     _Column("sent", "Sent", lambda e: size(e.get("sent")), "number"),
     _Column("visitor", "Visitor", lambda e: _text(e.get("visitor"))),

@@ -120,6 +120,7 @@ def test_without_javascript_the_page_reloads_itself_and_shows_all():
         sessions=[a_session()],
         visits=[a_visit(), a_visit(2, status=502, error="no-tunnel")],
         blocks=[{"address": "198.51.100.7", "until": 1_003_600, "reason": "guesses", "by": "me"}],
+        certificates=[{"hostname": "gateway.test", "state": "ready", "days_left": 59}],
         totals={"visits": 1000, "failed": 5, "running": 3, "visits_per_second": 2.5},
     )
     assert '<noscript><meta http-equiv="refresh" content="10"></noscript>' in text
@@ -127,7 +128,7 @@ def test_without_javascript_the_page_reloads_itself_and_shows_all():
     for shown in (
         "192.0.2.1", "12.5 ms", "5 min", ">42<", ">17<", "1.23 MB", "2.5/s", "127.0.0.1:3000",
         "tcp, ssh", "port 2222", "ready · 60 days", "192.0.2.9", "502", "no-tunnel",
-        "198.51.100.7", "guesses", "1970-01-12 14:46:40 UTC", "1,000", "5 (0.5 %)",
+        "198.51.100.7", "guesses", "1970-01-12 14:46:40 UTC", "1,000", 'title="0.5 % of all">5<', "gateway.test", "ready · 59 days",
     ):  # fmt: skip
         assert shown in body, shown
     assert 'href="tcp' not in body  # a browser cannot open it
