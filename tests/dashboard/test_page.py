@@ -128,7 +128,8 @@ def test_without_javascript_the_page_reloads_itself_and_shows_all():
     for shown in (
         "192.0.2.1", "12.5 ms", "5 min", ">42<", ">17<", "1.23 MB", "2.5/s", "127.0.0.1:3000",
         "tcp, ssh", "port 2222", "ready · 60 days", "192.0.2.9", "502", "no-tunnel",
-        "198.51.100.7", "guesses", "1970-01-12 14:46:40 UTC", "1,000", 'title="0.5 % of all">5<', "gateway.test", "ready · 59 days",
+        "198.51.100.7", "guesses", "1970-01-12 14:46:40 UTC", "1,000",
+        'title="0.5 % of all">5<', "gateway.test", "ready · 59 days",
     ):  # fmt: skip
         assert shown in body, shown
     assert 'href="tcp' not in body  # a browser cannot open it
