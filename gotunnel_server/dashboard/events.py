@@ -2,7 +2,7 @@
 
 A reader is a browser tab or a program. It has a thread of its own, as a relay has, so it takes no
 worker from visitors. The thread asks a `Source` every POLL seconds which events are due; nobody
-waits for it. A reader that reads nothing for STALL_TIMEOUT is cut, and may connect again.
+waits for it. A reader that reads nothing is cut (relays.FEED_STALL), and may connect again.
 """
 
 from __future__ import annotations

@@ -234,7 +234,8 @@ class Dashboard:
                 raise _from_elsewhere(f"Sec-Fetch-Site is {fetch_site}")
         origins = [] if reads else asked.request.fields.all("origin")
         if origins and not (len(origins) == 1 and self._is_own(origins[0], asked.request)):
-            raise _from_elsewhere(f"its Origin is {origins[0][:100]}")
+            told = f"its Origin is {origins[0][:100]}, this is {asked.request.authority}"
+            raise _from_elsewhere(f"{told}; a proxy in front must pass on the Host")
 
     def _is_own(self, origin: str, request: Request) -> bool:
         scheme, _, host = origin.lower().partition("://")

@@ -30,6 +30,9 @@ log = logging.getLogger("gotunnel.relays")
 MAX_RELAYS = 2048
 # Seconds that a WebSocket's visitor has for its last bytes after its target has ended.
 LAST_BYTES_TIMEOUT = 2
+# Seconds that the reader of a Feed may read nothing: a browser whose machine sleeps. It connects
+# again when it wakes up, and others need its place.
+FEED_STALL = 30
 # After a tcp visitor has half-closed, and its agent cannot half-close the target: how many seconds
 # the target may be silent until FIN ends the visit. Most likely the visitor has left.
 HELD_FIN_TIMEOUT = 30
@@ -107,6 +110,8 @@ def start_feed(visitor: Party, feed: Feed) -> None:
 
 def _feed(visitor: Party, feed: Feed) -> None:
     end, line = _end_of(visitor), visitor.duplex
+    if isinstance(line, Duplex):
+        line.stall_timeout = min(line.stall_timeout, FEED_STALL)
 
     def gone() -> bool:
         return end.died() or isinstance(line, Duplex) and hung_up(line)

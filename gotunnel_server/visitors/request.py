@@ -52,7 +52,7 @@ class Connect(NamedTuple):
 
 class FeedEnd(Protocol):
     """The visitor's end of a Feed. write() waits for a visitor that reads slowly; it raises OSError
-    if the connection is broken, TimeoutError after STALL_TIMEOUT. finish() ends the answer."""
+    if the connection is broken, TimeoutError if nothing is read. finish() ends the answer."""
 
     def write(self, data: bytes, /) -> None: ...
 

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 from contextlib import contextmanager
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
@@ -21,6 +22,7 @@ from support import (
 from gotunnel_agent.common import http1
 from gotunnel_server.dashboard import events
 from gotunnel_server.dashboard.login import COOKIE
+from gotunnel_server.visitors import relays
 
 PASSWORD, TOKEN = "correct horse", "a-token-of-programs"
 SETTINGS = {"DASHBOARD_PASSWORD": PASSWORD, "DASHBOARD_TOKEN": TOKEN}
@@ -132,7 +134,7 @@ def test_a_drain_ends_the_readers(cache):
 
 def test_the_dashboards_own_requests_are_marked_in_the_records(cache):
     visits = []
-    with gateway_here(cache, subscribers=[visits.append], **SETTINGS) as gateway:
+    with gateway_here(cache, subscribers=[visits.extend], **SETTINGS) as gateway:
         with gateway.dial(GATEWAY_HOST) as wire:
             assert ask(wire, "GET", "/dashboard/api/v1/nothing", BEARER)[0] == 404
             assert ask(wire, "GET", "/")[0] == 200
@@ -146,3 +148,14 @@ def test_a_request_body_that_is_not_read_ends_the_connection_behind_the_answer(g
         status, fields, body = parsed(*wire.read_message())
         assert (status, fields["connection"]) == (404, "close")
         assert json.loads(body)["error"] == "no-page"
+
+
+def test_a_reader_that_reads_nothing_is_cut(gateway, quick, monkeypatch):
+    monkeypatch.setattr(relays, "FEED_STALL", 0.1)
+    much = [SimpleNamespace(name="state", data="x" * 2**20)]
+    events = gateway.inner._showing._dashboard.events
+    monkeypatch.setattr(events, "_source", lambda may: SimpleNamespace(poll=lambda: much))
+    with at_port(gateway) as wire:
+        send(wire, "GET", "/api/v1/events", BEARER)
+        wire.read_head()
+        wait_until(lambda: events.taken == 0)
