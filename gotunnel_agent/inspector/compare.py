@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import mask
+from . import content, mask
 from .record import Kept, Record
 
 MOST_CHANGES = 300  # places in JSON that differ, and are shown
@@ -164,7 +164,7 @@ def _bodies(left: _Side, right: _Side, unmask: bool) -> Document:
     }
     if one == other:
         return document
-    shown = [_describe(side.kept) for side in (left, right)]
+    shown = [content.describe(side.fields, side.kept) for side in (left, right)]
     if not all(each.kind in (*TEXTS, "empty") for each in shown):
         return document | _binary(one.data, other.data)
     texts = [each.text for each in shown]
@@ -182,19 +182,6 @@ def _bodies(left: _Side, right: _Side, unmask: bool) -> Document:
         document["note"] = "; ".join(filter(None, [document["note"], why]))
         return document | {"kind": "text", "same": False}
     return document | (json_diff(*texts) or text_diff(*texts))
-
-
-class _Shown(NamedTuple):
-    kind: str
-    text: str
-
-
-def _describe(kept: Kept) -> _Shown:
-    """A body as text, if it is that."""
-    try:
-        return _Shown("text" if kept.data else "empty", kept.data.decode())
-    except UnicodeDecodeError:
-        return _Shown("hex", "")
 
 
 def _note(one: Kept, other: Kept) -> str:

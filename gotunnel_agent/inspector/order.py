@@ -43,7 +43,8 @@ from ..common.http1 import (
     origin_target,
     parse_request,
 )
-from . import mask
+from . import content, mask
+from .kept import Kept
 from .mask import MASK
 
 MOST_TIMES = 1000  # answers that are still read side by side
@@ -238,16 +239,15 @@ def _until(value: object) -> Until:
 
 def rebuild(
     head: bytes,
-    content: bytes,
-    size: int,
+    kept: Kept,
     edit: Edit = Edit(),
     *,
     host_header: str = "",
     switched: bool = False,
 ) -> Outgoing:
-    """The request to send. ``head`` is the recorded one, ``content`` what was kept of its body of
-    ``size`` bytes; ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101.
-    Masked values of the edit are replaced already (see unmasked()). Raises CannotReplay."""
+    """The request to send. ``head`` and ``kept`` are the recorded one's; ``host_header`` is the
+    tunnel's. ``switched``: the recorded answer was a 101. The edit has no masked values any more
+    (see with_secrets()). Raises CannotReplay."""
     if not head:
         raise CannotReplay("its request was not read, so there is nothing to send", "no-request")
     try:
@@ -265,34 +265,46 @@ def rebuild(
     _refuse_websocket(Fields(items), switched and edit.fields is None)
     body = edit.body
     if body is None:
-        if size > len(content):
+        if not kept.whole:
             raise CannotReplay(
-                f"only {len(content)} of its body's {size} bytes were kept: give a body, or raise "
+                f"only {len(kept.data)} of its body's {kept.size} bytes were kept: give a body, or raise "
                 "the inspector's limit of bodies", "incomplete-body",
             )  # fmt: skip
-        body = content
+        body = kept.data
     notes = []
     if "expect" in (kind(name) for name, _ in items):
         notes.append("Expect is left out: the body is sent at once")
-    if edit.body is not None and body != content:
+    if edit.body is not None and body != kept.data:
         signed = [name for name, _ in items if _SIGNED.search(name)]
         if signed:
             notes.append(f"{', '.join(signed)}: made for the recorded body, perhaps not for yours")
         if edit.body_is_text and any(kind(name) == "content-encoding" for name, _ in items):
             items = [item for item in items if kind(item[0]) != "content-encoding"]
             notes.append("Content-Encoding is left out: the body was given as text")
+        if edit.body_is_text and not body.isascii() and _charset(items) not in ("", "utf-8"):
+            notes.append(f"the body is sent in UTF-8, and Content-Type says {_charset(items)}")
     if edit.fields is not None and any(kind(name) in FRAMING for name, _ in edit.fields):
         lengths = [value for name, value in edit.fields if kind(name) in FRAMING]
         if lengths != [value for name, value in recorded.fields if kind(name) in FRAMING]:
             notes.append("the length of the body is always computed: yours is left out")
-    fields = end_to_end(Fields(_with_host(items, recorded, edit, host_header)), dropping=DROPPED)
+    items = _with_host(items, recorded, edit, host_header)
+    fields = end_to_end(Fields(items), dropping=DROPPED)
     chunked = "transfer-encoding" in recorded.fields and body != b""
+    length = None
     if chunked:
-        fields.append(("Transfer-Encoding", "chunked"))
+        length = ("Transfer-Encoding", "chunked")
     elif body or "content-length" in recorded.fields or method in WITH_LENGTH:
-        fields.append(("Content-Length", str(len(body))))
+        length = ("Content-Length", str(len(body)))
+    if length is not None:
+        fields.insert(_place_of_length(items, fields), length)
     data = encode_chunk(body) + encode_last_chunk() if chunked else body
     return Outgoing(method, target, _encode(method, target, fields), body, data, tuple(notes))
+
+
+def _charset(items: Sequence[tuple[str, str]]) -> str:
+    """The encoding that Content-Type names, "" for none."""
+    value = next((value for name, value in items if name.lower() == "content-type"), "")
+    return content.parameters(value).get("charset", "").lower()[:_SHOWN]
 
 
 def _encode(method: str, target: str, fields: list[tuple[str, str]]) -> bytes:
@@ -375,7 +387,7 @@ def _refuse_websocket(fields: Fields, switched: bool) -> None:
 def _with_host(
     items: Sequence[tuple[str, str]], recorded: Request, edit: Edit, host_header: str
 ) -> list[tuple[str, str]]:
-    """The fields with one Host: the edited one, else the tunnel's host_header, which the target
+    """The fields with one Host, where it was: the edited one, else the tunnel's host_header, which the target
     gets from the gateway, too; else the recorded one."""
     before = recorded.fields.get("host")
     hosts = [value for name, value in items if name.lower() == "host"]
@@ -385,8 +397,18 @@ def _with_host(
         host = hosts[0]
     else:
         host = host_header or before or ""
-    others = [item for item in items if item[0].lower() != "host"]
-    return [("Host", host), *others]
+    if not hosts:
+        return [("Host", host), *items]
+    return [(name, host if name.lower() == "host" else value) for name, value in items]
+
+
+def _place_of_length(items: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]]) -> int:
+    """Where the length stands among ``fields``, which are the ``items`` that are sent: where it was,
+    else at the end. Some signatures cover the order of fields."""
+    for number, item in enumerate(items):
+        if kind(item[0]) in FRAMING:
+            return sum(before in fields for before in items[:number])
+    return len(fields)
 
 
 # Masked values ----------------------------------------------------------------------------------
@@ -398,11 +420,10 @@ _LOOKED_AT = 200  # characters in front of a secret
 _MASKS = re.compile(f'"{MASK}"|{MASK}')
 
 
-def with_secrets(edit: Edit, head: bytes, shown_body: str, content_type: str) -> Edit:
+def with_secrets(edit: Edit, head: bytes, kept: Kept) -> Edit:
     """The edit with what was recorded in the place of masked values: secrets are masked when they
-    are shown, and what is shown is what users edit. ``head`` is the recorded request's, and
-    ``shown_body`` the text of its body before it was masked. What was not changed becomes None.
-    Raises CannotReplay."""
+    are shown, and what is shown is what users edit. ``head`` and ``kept`` are the recorded
+    request's. A body that was not changed becomes None. Raises CannotReplay."""
     if edit == Edit():
         return edit
     try:
@@ -415,12 +436,14 @@ def with_secrets(edit: Edit, head: bytes, shown_body: str, content_type: str) ->
     if fields is not None:
         fields = unmasked_fields(fields, recorded.fields.items)
     if body is not None and edit.body_is_text:
-        text = body.decode()
-        if text in (shown_body, mask.body(shown_body, content_type)):
+        text, shown = body.decode(), content.describe(recorded.fields.items, kept).text
+        kind_of = recorded.fields.get("content-type") or ""
+        masked = mask.body(shown, kind_of)
+        plain = kept.data.decode("utf-8", "replace")  # JSON that is shown is laid out
+        if text in (shown, masked, plain, mask.body(plain, kind_of)):
             body = None  # as it was, and perhaps compressed
         else:
-            masked = mask.body(shown_body, content_type)
-            body = _utf8(unmasked(text, shown_body, masked, "body"), "body")
+            body = unmasked(text, shown, masked, "body").encode()
     return edit._replace(path=path, fields=fields, body=body)
 
 

@@ -34,7 +34,6 @@ from .answer import Answer
 from .compare import key_of
 from .order import CannotReplay, Order, Outgoing, read_order, rebuild, with_secrets
 from .record import ENDED, OPEN, Kept, Record, Ring
-from .search import content_type
 
 MOST_RUNNING = 4  # replays at a time; each has up to eight threads
 MOST_GROUPS = 20  # of equal answers: a target that answers with the time has as many as tries
@@ -262,12 +261,11 @@ class Replayer:
         """Begin to replay a record. Raises CannotReplay."""
         route = route_for(source, order.hostname, self._routes())
         head, kept = source.request_head, source.request_body
-        kind = content_type(head)
+        edit = with_secrets(order.edit, head, kept)
         outgoing = rebuild(
             head,
-            kept.data,
-            kept.size,
-            with_secrets(order.edit, head, kept.data.decode("utf-8", "replace"), kind),
+            kept,
+            edit,
             host_header=route.tunnel.host_header,
             switched=source.status == SWITCHING_PROTOCOLS,
         )

@@ -1,10 +1,14 @@
 """Orders of replays, and the requests that they send, by values."""
 
 import base64
+import gzip
+import json
 
 import pytest
 
 from gotunnel_agent.common.http1 import parse_request
+from gotunnel_agent.inspector import content
+from gotunnel_agent.inspector.kept import Kept
 from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import (
     MOST_BODY,
@@ -27,7 +31,11 @@ GET = b"GET /a HTTP/1.1\r\nHost: app.example.com\r\nAccept: */*\r\n\r\n"
 
 def edited(document, head=POST, content=b"{}", size=None, **named):
     edit = read_order(document).edit
-    return rebuild(head, content, len(content) if size is None else size, edit, **named)
+    return rebuild(head, Kept(content, len(content) if size is None else size), edit, **named)
+
+
+def kept(body):
+    return Kept(body, len(body))
 
 
 def fields_of(outgoing):
@@ -122,14 +130,19 @@ def test_a_wrong_order_is_refused_in_one_line(document, words):
 
 
 def test_an_unedited_request_is_sent_as_it_was():
-    outgoing = rebuild(POST, b"{}", 2)
+    outgoing = rebuild(POST, kept(b"{}"))
     assert outgoing.head == POST and outgoing.data == b"{}" and outgoing.notes == ()
-    assert rebuild(GET, b"", 0).head == GET
+    assert rebuild(GET, Kept()).head == GET
+
+
+def test_fields_stay_in_their_order():
+    head = b"POST / HTTP/1.1\r\nA: 1\r\nContent-Length: 2\r\nHost: a\r\nContent-Type: x\r\n\r\n"
+    assert rebuild(head, kept(b"{}")).head == head
 
 
 def test_a_chunked_body_is_sent_chunked_again():
     head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    outgoing = rebuild(head, b"hello", 5)
+    outgoing = rebuild(head, kept(b"hello"))
     assert outgoing.data == b"5\r\nhello\r\n0\r\n\r\n"
     assert ("Transfer-Encoding", "chunked") in fields_of(outgoing)
 
@@ -140,20 +153,20 @@ def test_fields_of_one_connection_are_not_sent_again():
         b"TE: trailers\r\nTrailer: X\r\nExpect: 100-continue\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: x\r\nContent-Length: 1\r\nX-Kept: 1\r\n\r\n"
     )
-    outgoing = rebuild(head, b"x", 1)
-    assert fields_of(outgoing) == [("Host", "a"), ("X-Kept", "1"), ("Content-Length", "1")]
+    outgoing = rebuild(head, kept(b"x"))
+    assert fields_of(outgoing) == [("Host", "a"), ("Content-Length", "1"), ("X-Kept", "1")]
     assert outgoing.notes == ("Expect is left out: the body is sent at once",)
 
 
 def test_a_target_gets_the_host_of_its_tunnel():
-    assert fields_of(rebuild(GET, b"", 0, host_header="localhost:3000"))[0] == (
+    assert fields_of(rebuild(GET, Kept(), host_header="localhost:3000"))[0] == (
         "Host", "localhost:3000",
     )  # fmt: skip
 
 
 def test_bytes_of_other_encodings_stay_as_they_came():
     head = "GET /ü HTTP/1.1\r\nHost: a\r\nX: grüße\r\n\r\n".encode()
-    assert rebuild(head, b"", 0).head == head
+    assert rebuild(head, Kept()).head == head
 
 
 @pytest.mark.parametrize(
@@ -176,7 +189,7 @@ def test_bytes_of_other_encodings_stay_as_they_came():
 )  # fmt: skip
 def test_what_cannot_be_sent_again_is_refused(head, content, size, switched, words, code):
     with pytest.raises(CannotReplay, match=words) as caught:
-        rebuild(head, content, size, switched=switched)
+        rebuild(head, Kept(content, size), switched=switched)
     assert caught.value.code == code
 
 
@@ -253,7 +266,7 @@ def test_a_host_that_is_left_out_is_the_recorded_one():
 
 def test_an_edited_host_goes_before_that_of_the_tunnel():
     named = {"host_header": "localhost"}
-    assert fields_of(edited({"fields": [["host", "b"]]}, **named))[0] == ("Host", "b")
+    assert fields_of(edited({"fields": [["host", "b"]]}, **named))[0] == ("host", "b")
     same = {"fields": [["Host", "app.example.com"]]}
     assert fields_of(edited(same, **named))[0] == ("Host", "localhost")
 
@@ -392,8 +405,8 @@ def test_fields_that_were_not_edited_keep_their_bytes():
     assert unmasked_fields(shown, recorded) == recorded
 
 
-def restored(document, head=POST, body="{}", kind="application/json"):
-    return with_secrets(read_order(document).edit, head, body, kind)
+def restored(document, head=POST, body="{}"):
+    return with_secrets(read_order(document).edit, head, kept(body.encode()))
 
 
 def test_the_secrets_of_an_edit_are_the_recorded_ones():
@@ -419,6 +432,24 @@ def test_the_secrets_of_an_edit_are_the_recorded_ones():
 def test_a_body_that_was_not_changed_is_no_edit(body):
     """So it may stay compressed, and its signature fits."""
     assert restored({"body": body}, body='{"password": "p"}').body is None
+
+
+def test_a_compressed_body_that_was_not_changed_stays_compressed():
+    head = POST.replace(b"Content-Length: 2", b"Content-Encoding: gzip\r\nContent-Length: 40")
+    packed = gzip.compress(b'{"password": "p", "a": 1}')
+    (shown,) = [content.describe(parse_request(head).fields.items, kept(packed)).text]
+    edits = {text: read_order({"body": text}).edit for text in (shown, shown.replace("1", "2"))}
+    same, other = (with_secrets(edit, head, kept(packed)) for edit in edits.values())
+    assert same.body is None and rebuild(head, kept(packed), same).data == packed
+    assert json.loads(rebuild(head, kept(packed), other).data) == {"password": "p", "a": 2}
+
+
+def test_a_typed_body_in_another_encoding_is_noted():
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain; charset=ISO-8859-1\r\n\r\n"
+    assert edited({"body": "\xe9"}, head, b"").notes == (
+        "the body is sent in UTF-8, and Content-Type says iso-8859-1",
+    )
+    assert edited({"body": "e"}, head, b"").notes == ()
 
 
 def test_asterisks_and_dots_that_hide_nothing_are_sent():
