@@ -1,9 +1,9 @@
 """The start of `python gotunnel_agent`, `gotunnel-agent` and `gotunnel`, which are one program.
 
-It imports the agent, the visitor's helper (`forward`), the command `service` or `join`, or a quick
-command, never two of them: ssh starts the helper for each of its connections, and importing YAML
-and JWT, which only the agent needs, takes longer than the helper itself needs until it dials; and
-an agent that runs needs nothing of the other commands.
+It imports the agent, the visitor's helper (`forward`), the command `service`, `join` or `inspect`,
+or a quick command, never two of them: ssh starts the helper for each of its connections, and
+importing YAML and JWT, which only the agent needs, takes longer than the helper itself needs until
+it dials; and an agent that runs needs nothing of the other commands.
 """
 
 import os
@@ -21,6 +21,8 @@ try:
         from gotunnel_agent.service import main
     elif sys.argv[1:2] == ["join"]:
         from gotunnel_agent.join import main
+    elif sys.argv[1:2] == ["inspect"]:
+        from gotunnel_agent.inspector.terminal import main
     elif sys.argv[1:2] in (["http"], ["tcp"], ["files"]):
         from gotunnel_agent.quick.commands import main
     else:

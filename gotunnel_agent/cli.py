@@ -64,6 +64,7 @@ other commands, each with a --help:
   {0} join               store the credential of a gateway
   {0} forward            connect to a hostname in tcp mode, as a visitor
   {0} status             show the state of the running agent
+  {0} inspect            show the visits that its inspector has kept
   {0} service            run the agent as a service of systemd
   {0} hash-password      make a hash for basic_auth"""
 SHORT_HELP = """\
@@ -77,7 +78,9 @@ gateway:
   gotunnel -c FILE          all tunnels of a configuration
 
 gotunnel --help names all commands, and each command has a --help."""
-COMMANDS = ("http", "tcp", "files", "join", "forward", "status", "service", "hash-password")
+COMMANDS = (
+    "http", "tcp", "files", "join", "forward", "status", "inspect", "service", "hash-password",
+)  # fmt: skip
 
 HASH_PASSWORD = "hash-password"
 STATUS = "status"

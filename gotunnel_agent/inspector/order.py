@@ -267,8 +267,8 @@ def rebuild(
     if body is None:
         if not kept.whole:
             raise CannotReplay(
-                f"only {len(kept.data)} of its body's {kept.size} bytes were kept: give a body, or raise "
-                "the inspector's limit of bodies", "incomplete-body",
+                f"only {len(kept.data)} of its body's {kept.size} bytes were kept: give a body, or "
+                "raise the inspector's limit of bodies", "incomplete-body",
             )  # fmt: skip
         body = kept.data
     notes = []
@@ -387,8 +387,8 @@ def _refuse_websocket(fields: Fields, switched: bool) -> None:
 def _with_host(
     items: Sequence[tuple[str, str]], recorded: Request, edit: Edit, host_header: str
 ) -> list[tuple[str, str]]:
-    """The fields with one Host, where it was: the edited one, else the tunnel's host_header, which the target
-    gets from the gateway, too; else the recorded one."""
+    """The fields with one Host, where it was: the edited one, else the tunnel's host_header, which
+    the target gets from the gateway, too; else the recorded one."""
     before = recorded.fields.get("host")
     hosts = [value for name, value in items if name.lower() == "host"]
     if len(hosts) > 1:
@@ -403,8 +403,8 @@ def _with_host(
 
 
 def _place_of_length(items: Sequence[tuple[str, str]], fields: Sequence[tuple[str, str]]) -> int:
-    """Where the length stands among ``fields``, which are the ``items`` that are sent: where it was,
-    else at the end. Some signatures cover the order of fields."""
+    """Where the length stands among ``fields``, which are the ``items`` that are sent: where it
+    was, else at the end. Some signatures cover the order of fields."""
     for number, item in enumerate(items):
         if kind(item[0]) in FRAMING:
             return sum(before in fields for before in items[:number])

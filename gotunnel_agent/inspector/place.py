@@ -1,0 +1,90 @@
+"""Where a running inspector listens, and its token: a file in the user's folder for states.
+
+So `gotunnel inspect` finds it. The file is the user's alone (0600), like the agent's other secrets,
+and goes when the agent ends. An agent that was killed leaves it behind: what does not answer counts
+as not running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..common import atomic_file, small_file
+
+log = logging.getLogger("gotunnel.place")
+
+FILES = "inspector-{}.json"  # with the port
+MOST_BYTES = 64 * 1024  # of a file
+MOST_NAMED = 20  # hostnames in it
+
+
+class Place(NamedTuple):
+    """A running inspector. ``host`` is an IP address that it can be reached by from here."""
+
+    host: str
+    port: int
+    token: str
+    pid: int = 0
+    hostnames: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The address for a browser, with the token."""
+        return f"http://{self.address}/?token={self.token}"
+
+
+def reachable(listen: str) -> str:
+    """The address by which what listens at ``listen`` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
+
+
+def write(folder: Path, place: Place) -> None:
+    """Tell other programs of the user where the inspector is. Without it, it works all the same."""
+    path = folder / FILES.format(place.port)
+    document = place._asdict() | {"hostnames": place.hostnames[:MOST_NAMED]}
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}.new")
+        atomic_file.write(path, json.dumps(document).encode(), new=new)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); gotunnel inspect needs the address with --at",
+                    path, error.strerror or error)  # fmt: skip
+
+
+def remove(folder: Path, place: Place) -> None:
+    """The inspector ends. Another one may listen there already: its file stays."""
+    path = folder / FILES.format(place.port)
+    found = _read(path)
+    if found is not None and found.token == place.token:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def places(folder: Path) -> Sequence[Place]:
+    """All that a file tells of, by port. They need not run."""
+    found = [_read(path) for path in folder.glob(FILES.format("*"))]
+    return sorted((place for place in found if place is not None), key=lambda place: place.port)
+
+
+def _read(path: Path) -> Place | None:
+    """None for a file that is gone or broken."""
+    try:
+        document = json.loads(small_file.read_whole(path, MOST_BYTES))
+        host, port, token = document["host"], document["port"], document["token"]
+        pid, hostnames = document.get("pid", 0), document.get("hostnames", [])
+        if not (isinstance(host, str) and isinstance(token, str) and isinstance(port, int)):
+            return None
+        return Place(host, port, token, int(pid), tuple(map(str, hostnames)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
