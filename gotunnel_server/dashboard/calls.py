@@ -42,8 +42,8 @@ class Who(NamedTuple):
 class Call(NamedTuple):
     """One request. ``parts``: what stands for each {} of the path, percent-decoded; any characters.
     ``query``: the last value of each name. ``content``: the JSON object, or the fields of the form,
-    in the body; empty without one. ``is_form``: the body is a form, as a browser without JavaScript
-    sends it: it gets the page again in place of the answer."""
+    in the body; empty without one. ``is_form``: a browser has sent a form of the page without
+    JavaScript; it gets the page again in place of the answer."""
 
     who: Who
     parts: tuple[str, ...] = ()

@@ -159,8 +159,7 @@ class Dashboard:
     def _serve(self, request: Request, mount: str, anybody: May) -> None:
         if request.visit is not None:
             request.visit.is_local = True
-        is_form = _media_type(request) == FORM and wants_html(request)  # of the page, no JavaScript
-        is_api = request.path.startswith(mount + API) and not is_form
+        is_api = request.path.startswith(mount + API) and not _is_of_a_page(request)
         try:
             page = self._answer(request, mount, anybody)
         except Refused as refused:
@@ -173,20 +172,10 @@ class Dashboard:
 
     def _answer(self, request: Request, mount: str, anybody: May) -> Page | None:
         self._check_host(request)
-        if (
-            request.wants_upgrade
-        ):  # over HTTP/2, a WebSocket's script would get a page as its frames
+        if request.wants_upgrade:  # by HTTP/2, the WebSocket would get a page for its frames
             raise Refused(501, "no-upgrade", "The dashboard has no WebSocket. Ask by plain HTTP.")
-        asked, entries = self._find(request, mount)
-        reads = request.method in READING
-        entry = entries.get("GET" if reads else request.method)
-        if entry is None:
-            allowed = ", ".join(
-                name for method in entries for name in (READING if method == "GET" else (method,))
-            )
-            text = f"{request.method[:20]} does not work here; expected {allowed}."
-            raise Refused(405, "wrong-method", text, (("Allow", allowed),))
-        self._check_origin(asked, reads)
+        asked, entry = self._find(request, mount)
+        self._check_origin(asked)
         if self.login.passwords is not None:
             anybody = May.NOTHING
         try:
@@ -207,27 +196,28 @@ class Dashboard:
             text = f"Open the dashboard as {self._gateway_host}, localhost or by its IP address."
             raise Refused(403, "wrong-host", text)
 
-    def _find(self, request: Request, mount: str) -> tuple[Asked, Mapping[str, _Entry]]:
-        """The path's entries in the table, by method. Raises Refused if it has none."""
+    def _find(self, request: Request, mount: str) -> tuple[Asked, _Entry]:
+        """The entry of the path and the method in the table. Raises Refused if there is none."""
         path, _, query = request.path.partition("?")
         relative = path.removeprefix(mount)
-        if path.startswith(mount) and len(path) <= MOST_PATH:
-            parts = tuple(relative.split("/"))
-            if (entries := self._table.get(parts)) is not None:
-                return Asked(request, mount, relative, query, ()), entries
-            for pattern, entries in self._table.items():
-                if len(pattern) == len(parts) and all(
-                    wanted in ("{}", came) for wanted, came in zip(pattern, parts)
-                ):
-                    named = [
-                        unquote(came) for wanted, came in zip(pattern, parts) if wanted == "{}"
-                    ]
-                    if all(named):
-                        return Asked(request, mount, relative, query, tuple(named)), entries
-        raise Refused(404, "no-page", f"There is no such page. The dashboard is at {mount}.")
+        parts = relative.split("/") if path.startswith(mount) and len(path) <= MOST_PATH else ()
+        method = "GET" if request.method in READING else request.method
+        allowed: list[str] = []
+        for pattern, entries in self._table.items():
+            if (named := _named(pattern, parts)) is None:
+                continue
+            if method in entries:
+                return Asked(request, mount, relative, query, named), entries[method]
+            allowed += entries
+        if not allowed:
+            raise Refused(404, "no-page", f"There is no such page. The dashboard is at {mount}.")
+        shown = ", ".join("GET, HEAD" if name == "GET" else name for name in dict.fromkeys(allowed))
+        text = f"{request.method[:20]} does not work here; expected {shown}."
+        raise Refused(405, "wrong-method", text, (("Allow", shown),))
 
-    def _check_origin(self, asked: Asked, reads: bool) -> None:
+    def _check_origin(self, asked: Asked) -> None:
         """Refuse what a page of another site has made a browser send."""
+        reads = asked.request.method in READING
         # A page elsewhere cannot read an answer, but it could take the places of the readers.
         if not reads or asked.path.startswith(API):
             if (fetch_site := _elsewhere(asked.request)) is not None:
@@ -318,11 +308,29 @@ def _answered_by(way: Way) -> _Answer:
             content = read_content(request)
             if acts and who.may < May.ACT:
                 _check_csrf(request, who, content)
-        is_form = _media_type(request) == FORM
+        is_form = _is_of_a_page(request)
         page = way.answer(Call(who, asked.parts, _pairs(asked.query), content, is_form))
         return see_other("../" * asked.path.count("/") or "./") if is_form else page
 
     return answer
+
+
+def _named(pattern: Sequence[str], parts: Sequence[str]) -> tuple[str, ...] | None:
+    """What stands in ``parts`` of a path for each {} of ``pattern``; None if it does not fit."""
+    if len(pattern) != len(parts):
+        return None
+    named = []
+    for wanted, came in zip(pattern, parts):
+        if wanted == "{}" and came:
+            named.append(unquote(came))
+        elif wanted != came:
+            return None
+    return tuple(named)
+
+
+def _is_of_a_page(request: Request) -> bool:
+    """Whether a browser sends a form of a page, without JavaScript: it wants a page again."""
+    return _media_type(request) == FORM and wants_html(request)
 
 
 def _check_csrf(request: Request, who: Who, content: Mapping[str, object]) -> None:

@@ -66,6 +66,8 @@ class Board:
             Way("GET", "api/v1/visits", May.READ, self.note),
             Way("POST", "api/v1/sessions/{}/end", May.ACT, self.note),
             Way("DELETE", "api/v1/blocks/{}", May.ACT, self.note),
+            Way("DELETE", "api/v1/blocks/{}/{}", May.ACT, self.note),
+            Way("POST", "api/v1/blocks/{}/remove", May.ACT, self.note),
             Way("POST", "api/v1/blocks", May.ACT, self.refuse),
         ]
         views = Views(
@@ -209,6 +211,15 @@ def test_parts_of_a_path_are_decoded_after_it_was_split(board):
     assert board.calls[0].parts == ("2001:db8::/64\0\ufffd",)
 
 
+def test_of_two_paths_that_fit_the_method_decides(board):
+    path = "/api/v1/blocks/192.0.2.0/remove"
+    assert board.ask(path, "POST", Authorization=BEARER)[0] == 200
+    assert board.ask("/api/v1/blocks/192.0.2.0/24", "DELETE", Authorization=BEARER)[0] == 200
+    assert [call.parts for call in board.calls] == [("192.0.2.0",), ("192.0.2.0", "24")]
+    status, fields, _ = board.ask(path, Authorization=BEARER)
+    assert (status, fields.get("allow")) == (405, "DELETE, POST")
+
+
 def test_it_is_at_dashboard_under_the_gateways_name(board):
     status, fields, _ = board.ask("/dashboard?x", own_name=True)
     assert (status, fields.get("location")) == (301, "/dashboard/")
@@ -331,13 +342,15 @@ def test_a_session_reads_and_acts_with_its_csrf_token(board):
 
 def test_a_form_without_javascript_acts_and_gets_the_page_again(board):
     name = board.log_in()
-    how = {"Cookie": f"{COOKIE}={name}", "Content_Type": FORM}
+    how = {"Cookie": f"{COOKIE}={name}", "Content_Type": FORM, "Accept": "text/html"}
     body = urlencode({"csrf": board.csrf(name), "reason": "ü"}).encode()
     status, fields, _ = board.ask(END, "POST", body, **how)
     assert (status, fields.get("location")) == (303, "../../../../")
     assert board.calls[0].content["reason"] == "ü" and board.calls[0].is_form
-    status, fields, body = board.ask("/api/v1/blocks", "POST", body, Accept="text/html", **how)
+    status, fields, body = board.ask("/api/v1/blocks", "POST", body, **how)
     assert status == 409 and fields.get("content-type").startswith("text/html")
+    how["Accept"] = "*/*"  # a script
+    assert board.ask(END, "POST", urlencode({"csrf": board.csrf(name)}).encode(), **how)[0] == 200
 
 
 def test_a_logout_ends_the_session_everywhere(board):
@@ -456,7 +469,7 @@ def test_a_proxy_names_the_caller_and_whether_it_has_tls(board):
     ("body", "kind", "status", "code"),
     [
         (b'{"reason":"x"}', "application/json; charset=utf-8", 200, None),
-        (b"reason=x", FORM, 303, None),
+        (b"reason=x", FORM, 200, None),
         (b"", "text/plain", 200, None),
         (b"{}", "", 415, "wrong-type"),
         (b"{}", "text/plain", 415, "wrong-type"),
@@ -503,7 +516,7 @@ def test_a_caller_that_waits_for_permission_to_send_its_body_gets_it(board):
     how = {"Authorization": BEARER, "Content_Type": FORM, "Expect": "100-continue"}
     visitor = Visitor("POST", END, [(n.replace("_", "-"), v) for n, v in how.items()], b"a=b")
     board.dashboard.at_port(visitor).serve(visitor)
-    assert visitor.events[0] == ("interim", 100, []) and visitor.status == 303
+    assert visitor.events[0] == ("interim", 100, []) and visitor.status == 200
 
 
 def test_no_body_is_read_before_the_caller_is_known(board):
