@@ -13,6 +13,7 @@ from typing import NamedTuple
 CODINGS = ("gzip", "x-gzip", "deflate")  # those that are undone piece by piece
 MOST_INFLATED = 1024 * 1024  # bytes that one piece of a compressed stream may give
 CUT_SHORT = "cut short"
+INFLATER_COST = 48 * 1024  # bytes of memory: zlib's window of 32 KiB and its tables
 COMMENT = "a comment"
 NOT_READ = "the rest is not read: "
 
@@ -40,6 +41,11 @@ class EventStream:
         self._line_ended = True
         self._held = bytearray()  # the beginning of an event
         self._size = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that reading itself takes, about."""
+        return self._keep + (0 if self._zlib is None else INFLATER_COST)
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that end with these bytes."""

@@ -88,20 +88,26 @@ class Record:
     dropped: int = 0  # messages that were kept and are not any more
     _messages: list[Message] = field(default_factory=list)
     _message_bytes: int = 0  # what the messages cost
+    working: int = 0  # bytes that reading its messages takes, while it is open
     charged: int = 0  # bytes that the ring counts for it; the ring's lock guards it
 
     @property
     def messages(self) -> list[Message]:
         return self._messages[:]
 
-    def add_message(self, message: Message, most_bytes: int) -> None:
+    @property
+    def message_count(self) -> int:
+        return len(self._messages)
+
+    def add_message(self, message: Message, most_bytes: int) -> int:
         """Keep a message, and forget the oldest ones if all cost more than ``most_bytes`` or are
-        more than MOST_MESSAGES. For the thread that writes the record."""
-        messages = self._messages
+        more than MOST_MESSAGES. Returns how many bytes the record takes more. For the thread that
+        writes the record."""
+        messages, before = self._messages, self._message_bytes
         messages.append(message)
         self._message_bytes += _cost_of(message)
         if self._message_bytes <= most_bytes and len(messages) <= MOST_MESSAGES:
-            return
+            return self._message_bytes - before
         # A quarter at once: deleting from the front moves all the others.
         gone = 0
         while gone < len(messages) and (
@@ -112,6 +118,7 @@ class Record:
             gone += 1
         del messages[:gone]
         self.dropped += gone
+        return self._message_bytes - before
 
     def cost(self) -> int:
         """Bytes that the record takes in memory, about."""
@@ -125,6 +132,7 @@ class Record:
             + len(self.request_body.data)
             + len(self.response_body.data)
             + self._message_bytes
+            + self.working
             + (sum(map(len, self.interim)) if self.interim else 0)
             + _cost_of_fields(self.request_trailers)
             + _cost_of_fields(self.response_trailers)

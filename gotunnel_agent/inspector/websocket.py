@@ -100,7 +100,7 @@ class Reader:
     @property
     def memory(self) -> int:
         """Bytes of memory that reading itself takes, about."""
-        return 0 if self._inflater is None else INFLATER_COST
+        return self._keep if self._inflater is None else 2 * self._keep + INFLATER_COST
 
     def feed(self, data: bytes) -> list[Read]:
         """The messages that end with these bytes."""

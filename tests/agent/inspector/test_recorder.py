@@ -1,0 +1,348 @@
+"""The recorder, between a Dialogue and a Ring: no socket, no thread."""
+
+import gzip
+import threading
+
+import pytest
+from test_websocket import MASK, frame
+
+from gotunnel_agent.config import Target, Tunnel
+from gotunnel_agent.dialogue import CUT_SHORT, Dialogue, Exchange
+from gotunnel_agent.inspector import recorder as recorder_module
+from gotunnel_agent.inspector.record import ENDED, OPEN, RECORD_COST, Kept, Message, Ring
+from gotunnel_agent.inspector.recorder import MOST_PIECES, Recorder, visitor_of
+
+TUNNEL = Tunnel("app.test", Target("127.0.0.1", 80), "http")
+GET = b"GET /a?b=1 HTTP/1.1\r\nHost: x.test\r\nX-Forwarded-For: 192.0.2.7, 10.0.0.1\r\n\r\n"
+POST = b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nyes"
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+UPGRADE = b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: WebSocket\r\n"
+
+
+@pytest.fixture(autouse=True)
+def a_clock(monkeypatch):
+    """Wall-clock time is 1000 seconds ahead of the monotonic one, which is 100."""
+    monkeypatch.setattr(recorder_module, "monotonic", lambda: 100)
+    monkeypatch.setattr(recorder_module, "time", lambda: 1100)
+
+
+class Visit:
+    """A stream of which a recorder hears."""
+
+    def __init__(self, recorder=None, tunnel=TUNNEL, *, body=10, budget=10**6):
+        self.recorder = recorder or Recorder(Ring(budget), body)
+        self.ring = self.recorder.ring
+        self.dialogue = Dialogue(
+            lambda exchange: self.recorder.over(tunnel, exchange),
+            listen=lambda exchange: self.recorder.began(tunnel, exchange),
+        )
+        self.now = 50.0
+
+    def ask(self, data):
+        self.dialogue.asked(data, self.now)
+        self.now += 1
+
+    def answer(self, data):
+        self.dialogue.answered(data, self.now)
+        self.now += 1
+
+    def end(self):
+        self.dialogue.ended(self.now)
+
+    def look(self):
+        self.recorder.refresh()
+        return self.ring.all()[-1]
+
+
+def test_a_request_and_its_answer_are_a_record():
+    visit = Visit()
+    visit.ask(POST)
+    visit.answer(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+    visit.answer(OK)
+    [record] = visit.ring.all()
+    assert (record.id, record.hostname, record.mode, record.target) == (
+        1, "app.test", "http", "127.0.0.1:80",
+    )  # fmt: skip
+    assert (record.method, record.path, record.status) == ("POST", "/p", 200)
+    assert (record.began, record.first_byte, record.duration) == (1050, 2, 2)
+    assert record.request_head + b"hello" == POST and record.response_head + b"yes" == OK
+    assert record.request_body == Kept(b"hello", 5) and record.response_body == Kept(b"yes", 3)
+    assert record.interim == (b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n",)
+    assert (record.problem, record.state, record.replay_of, record.imported) == (
+        "", ENDED, None, False,
+    )  # fmt: skip
+    assert visit.recorder._open == {} and visit.ring.used == record.cost()
+
+
+def test_of_a_body_the_beginning_is_kept_and_the_whole_is_counted():
+    visit = Visit(body=10)
+    visit.ask(b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(50):
+        visit.ask(b"3\r\nabc\r\n")
+    visit.ask(b"0\r\nDigest: t\r\n\r\n")
+    visit.answer(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 4)
+    visit.answer(b"y" * 100_000)
+    visit.answer(b"")
+    [record] = visit.ring.all()
+    assert record.request_body == Kept(b"abcabcabca", 150)
+    assert record.response_body == Kept(b"xxxxyyyyyy", 100_004)
+    assert record.request_trailers == (("Digest", "t"),)
+    assert visit.ring.used == record.cost() < RECORD_COST + 400
+
+
+def test_without_bodies_only_heads_are_kept():
+    visit = Visit(body=0)
+    visit.ask(POST)
+    visit.answer(OK)
+    [record] = visit.ring.all()
+    assert (record.request_body, record.response_body) == (Kept(b"", 5), Kept(b"", 3))
+
+
+def test_a_visit_that_goes_on_is_told_as_it_changes():
+    visit = Visit()
+    with visit.ring.subscribe() as reader:
+        visit.ask(GET)
+        [record] = reader.take_now().records
+        assert (record.state, record.duration, record.status) == (OPEN, None, 0)
+        assert visit.look() is record and not reader.take_now().records
+        visit.answer(b"HTTP/1.1 200 OK\r\n\r\nab")
+        assert not reader.take_now().records  # a thread of the visit does nothing more
+        visit.look()
+        assert reader.take_now().records == [record]
+        assert (record.status, record.first_byte, record.state) == (200, 1, OPEN)
+        assert record.response_body == Kept(b"ab", 2)
+        visit.look()
+        assert not reader.take_now().records
+        visit.answer(b"cd")
+        visit.look()
+        assert reader.take_now().records and record.response_body == Kept(b"abcd", 4)
+        assert visit.ring.used == record.cost()
+        visit.answer(b"")
+        assert reader.take_now().records == [record] and record.state == ENDED
+
+
+def test_visits_that_are_not_whole_say_why():
+    visit = Visit()
+    visit.ask(GET)
+    visit.answer(OK[:-1])
+    visit.end()
+    assert visit.look().problem == CUT_SHORT
+    visit = Visit()
+    visit.ask(b"SSH-2.0-x\r\n\r\n")
+    visit.ask(b"more")
+    visit.end()
+    record = visit.look()
+    assert "not followed" in record.problem and record.state == ENDED
+    assert (record.method, record.status, record.request_body.data) == ("", 0, b"")
+
+
+def test_a_visit_that_cannot_be_followed_any_more_says_so_while_it_goes_on():
+    visit = Visit()
+    visit.ask(GET)
+    visit.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+    visit.answer(b"xyz\r\n")
+    record = visit.look()
+    assert "not followed" in record.problem and record.state == OPEN
+    visit.answer(b"more")
+    visit.end()
+    assert record.state == ENDED and record.response_body.data == b"a"
+
+
+def test_the_record_of_a_stream_that_is_only_counted():
+    recorder = Recorder(Ring(10**6), 10)
+    exchange = Exchange(50)
+    recorder.began(TUNNEL._replace(mode="tcp"), exchange)
+    exchange.bytes_in, exchange.bytes_out = 7, 8
+    recorder.refresh()
+    [record] = recorder.ring.all()
+    assert (record.mode, record.state, record.request_body.size) == ("tcp", OPEN, 7)
+    exchange.over = 52
+    recorder.over(TUNNEL, exchange)
+    assert (record.duration, record.response_body) == (2, Kept(b"", 8))
+
+
+def test_the_hostname_of_a_wildcard_is_the_visitors():
+    visit = Visit(tunnel=TUNNEL._replace(hostname="*.test"))
+    visit.ask(GET)
+    assert visit.look().hostname == "x.test"
+
+
+@pytest.mark.parametrize(
+    "fields, visitor",
+    [
+        (b"X-Forwarded-For: 192.0.2.7", "192.0.2.7"),
+        (b"x-forwarded-for:2001:db8::1 , 10.0.0.1", "2001:db8::1"),
+        (b"X-Real-IP: 192.0.2.8", "192.0.2.8"),
+        (b"X-Real-IP: 192.0.2.8\r\nX-Forwarded-For: 192.0.2.7", "192.0.2.7"),
+        (b"Y-X-Forwarded-For: 1", ""),
+        (b"X-Forwarded-For:", ""),
+        (b"X-Forwarded-For: " + b"\xff" * 500, "\xff" * 100),
+    ],
+)
+def test_the_visitor_is_who_the_gateway_says(fields, visitor):
+    assert visitor_of(b"GET / HTTP/1.1\r\n" + fields + b"\r\n\r\n") == visitor
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+def test_messages_of_a_websocket_are_kept_with_their_times():
+    visit = Visit(body=8)
+    visit.ask(UPGRADE)
+    visit.answer(SWITCH + b"\r\n" + frame(1, b"welcome to it"))
+    visit.ask(frame(1, b"hello", mask=MASK) + frame(9, mask=MASK))
+    record = visit.look()
+    assert record.messages == [
+        Message(1051, False, "text", b"welcome ", 13),
+        Message(1052, True, "text", b"hello", 5),
+        Message(1052, True, "ping", b"", 0),
+    ]
+    assert (record.status, record.state) == (101, OPEN)
+    assert record.request_body == Kept(b"", 17) and record.response_body == Kept(b"", 15)
+    visit.answer(frame(2, b"half")[:3])
+    visit.ask(b"\xff\xff\xff")
+    visit.end()
+    half = Message(1055, False, "binary", b"h", 1, CUT_SHORT)
+    lost = record.messages[3]
+    assert lost.kind == "lost" and lost.from_visitor and record.messages[4:] == [half]
+    assert visit.ring.used == record.cost()
+
+
+def test_compressed_messages_are_inflated_if_both_ends_have_agreed_on_it():
+    visit = Visit()
+    visit.ask(UPGRADE)
+    visit.answer(SWITCH + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n")
+    hello = bytes.fromhex("f248cdc9c90700")
+    visit.ask(frame(1, hello, mask=MASK, reserved=0x40))
+    visit.answer(frame(1, hello, reserved=0x40))
+    record = visit.look()
+    assert [(m.data, m.size, m.note) for m in record.messages] == [(b"Hello", 7, "compressed")] * 2
+    assert record.cost() > 2 * recorder_module.websocket.INFLATER_COST  # memory that it works with
+    visit.end()
+    assert visit.ring.used == record.cost() < 2 * RECORD_COST
+
+
+def test_the_bytes_of_another_protocol_are_kept_as_bodies():
+    visit = Visit()
+    visit.ask(UPGRADE.replace(b"websocket", b"chat"))
+    visit.answer(SWITCH.replace(b"WebSocket", b"chat") + b"\r\nhi")
+    visit.ask(b"hello")
+    visit.end()
+    record = visit.look()
+    assert (record.request_body, record.response_body) == (Kept(b"hello", 5), Kept(b"hi", 2))
+    assert record.problem == "" and record.messages == []
+
+
+@pytest.mark.parametrize(
+    "coding, pack", [(b"", bytes), (b"Content-Encoding: gzip\r\n", gzip.compress)]
+)
+def test_events_are_messages_and_the_body_is_kept_as_well(coding, pack):
+    visit = Visit(body=1000)
+    visit.ask(GET)
+    visit.answer(EVENTS + coding + b"\r\n")
+    sent = pack(b"data: 1\n\n: ping\n\n")
+    visit.answer(sent)
+    record = visit.look()
+    assert record.messages == [
+        Message(1052, False, "event", b"data: 1", 7),
+        Message(1052, False, "event", b": ping", 6, "a comment"),
+    ]
+    if not coding:
+        visit.answer(b"data: 2")
+        visit.answer(b"")
+        assert record.messages[2:] == [Message(1054, False, "event", b"data: 2", 7, CUT_SHORT)]
+    visit.end()
+    assert record.response_body.data.startswith(sent) and visit.ring.used == record.cost()
+
+
+def test_a_websocket_takes_a_part_of_the_memory():
+    visit = Visit(body=1000, budget=100_000)
+    visit.ask(GET)
+    visit.answer(OK)
+    visit.ask(UPGRADE)
+    visit.answer(SWITCH + b"\r\n")
+    for _ in range(1000):
+        visit.answer(frame(2, bytes(900)))
+    assert len(visit.ring.all()) == 2
+    record = visit.look()
+    assert record.dropped + len(record.messages) == 1000
+    assert visit.ring.used < 100_000 / 4
+
+
+# Memory and threads ------------------------------------------------------------------------------
+
+
+def test_nothing_more_is_done_for_a_record_that_is_gone():
+    visit = Visit(body=50_000)
+    visit.ask(GET)
+    visit.answer(b"HTTP/1.1 200 OK\r\n\r\nab")
+    exchange = visit.dialogue.current()
+    assert exchange.hear is not None
+    visit.ring.clear()
+    visit.answer(b"cd")
+    assert exchange.hear is None
+    visit.answer(b"ef")
+    visit.end()
+    assert (visit.ring.all(), visit.ring.used, visit.recorder._open) == ([], 0, {})
+
+
+def test_open_bodies_count():
+    recorder = Recorder(Ring(20_000), 5000)
+    visits = [Visit(recorder) for _ in range(100)]
+    for visit in visits:
+        visit.ask(GET)
+        visit.answer(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(9000))
+        assert recorder.ring.used <= 20_000
+    assert [len(record.response_body.data) for record in recorder.ring.all()] == [0, 0, 0]
+    recorder.refresh()
+    assert [len(record.response_body.data) for record in recorder.ring.all()] == [5000] * 3
+    for visit in visits:
+        visit.end()
+    assert len(recorder.ring.all()) == 3 and recorder._open == {}
+
+
+def test_a_body_of_tiny_pieces_is_joined():
+    visit = Visit(body=10_000)
+    visit.ask(GET)
+    visit.answer(b"HTTP/1.1 200 OK\r\n\r\n")
+    for number in range(2000):
+        visit.answer(b"%04d" % number)
+    [tape] = visit.recorder._open.values()
+    assert len(tape._bodies[True]._pieces) <= MOST_PIECES
+    expected = b"".join(b"%04d" % number for number in range(2000))
+    assert visit.look().response_body == Kept(expected, 8000)
+
+
+def test_a_visit_and_the_thread_that_looks_write_one_record():
+    visit = Visit(body=10**6, budget=10**8)
+    visit.ask(GET)
+    visit.answer(b"HTTP/1.1 200 OK\r\n\r\n")
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            visit.recorder.refresh()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(3000):
+        visit.answer(b"%04d" % number)
+    visit.answer(b"")
+    stop.set()
+    thread.join()
+    [record] = visit.ring.all()
+    assert record.response_body == Kept(b"".join(b"%04d" % n for n in range(3000)), 12_000)
+    assert record.state == ENDED and visit.ring.used == record.cost()
+
+
+def test_a_clock_that_jumps_changes_no_order(monkeypatch):
+    visit = Visit()
+    visit.ask(UPGRADE)
+    monkeypatch.setattr(recorder_module, "time", lambda: -(10**9))
+    visit.answer(SWITCH + b"\r\n")
+    visit.answer(frame(1, b"x"))
+    visit.end()
+    [record] = visit.ring.all()
+    assert record.messages[0].at == 1052 and record.duration == 3
