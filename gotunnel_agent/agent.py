@@ -249,7 +249,8 @@ class Agent:
         self._retry_at: float | None = None  # monotonic time of the next dial, during _pause()
         self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
-        self.follower: Follower | None = None  # of each visit; to be set before run()
+        # Of each visit. If it is set while the agent runs, it follows those on new streams.
+        self.follower: Follower | None = None
         # Called by any thread after each change of what snapshot() shows; to be set before run().
         # It must not block.
         self.on_change: Callable[[], object] = lambda: None
@@ -268,11 +269,12 @@ class Agent:
             workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which cannot be ended
             self._waker.close()
 
-    def change(self, config: Config) -> list[str]:
+    def change(self, config: Config, plan: Plan | None = None) -> list[str]:
         """Serve another configuration from now on, and return what differs, as changes() tells it.
         Any thread; waits for nothing. Visits go on, those of a tunnel that has changed or is gone
-        too: they have their session until they end. Raises CannotTrust."""
-        plan = Plan(config)
+        too: they have their session until they end. ``plan`` is of that configuration. Raises
+        CannotTrust."""
+        plan = plan or Plan(config)
         with self._lock:
             before, self._config = self._config, config
             found = changes(before, config)

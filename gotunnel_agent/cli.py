@@ -35,9 +35,11 @@ from .common.process import (
     watch_memory,
 )
 from .common.show_status import add_json_option, show_status
-from .config import KEYS, TUNNEL_KEYS, ConfigError, load
+from .config import KEYS, TUNNEL_KEYS, Config, ConfigError, load
 from .home import chosen_config
+from .inspector import CannotInspect, Inspection
 from .metrics import MetricsPort, PortUnusable
+from .plan import Plan
 from .status import (
     PROGRAM,
     agent_of,
@@ -110,14 +112,16 @@ def main(arguments: list[str] | None = None) -> int:
         set_up_process(config.log_level, config.log_format)
         stay_on_one_cpu(max)  # a gateway on the same machine takes the first CPU
         agent = Agent(config)
+        inspection = Inspection(agent)
         metrics = None
         if config.metrics_port is not None:
             metrics = MetricsPort(config.metrics_bind, config.metrics_port, agent)
             log.info("metrics: port %d", metrics.port)
+        inspect(inspection, config)
     except (ConfigError, CannotTrust) as error:
         print(f"{program()}: {error}", file=sys.stderr)
         return 2
-    except PortUnusable as error:
+    except (PortUnusable, CannotInspect) as error:
         print(f"{program()}: {error}", file=sys.stderr)
         return 1
     for line in exposures(config.secret_files):
@@ -135,11 +139,12 @@ def main(arguments: list[str] | None = None) -> int:
     if metrics is not None:
         metrics.start()
     while (number := signals.wait()) == HANG_UP:
-        reload(agent, options.config)
+        reload(agent, options.config, inspection)
     if number == 0:
         return 1  # the agent ended by a bug, which was logged
     log.info("stopping; a second signal stops at once")
     agent.stop()
+    inspection.close()
     if status is not None:
         status.close()
     if metrics is not None:
@@ -148,13 +153,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def reload(agent: Agent, path: str) -> None:
+def inspect(inspection: Inspection, config: Config) -> None:
+    """Start, change or end the inspector. Raises CannotInspect."""
+    if address := inspection.change(config.inspect):
+        log.info("inspector: %s (`%s inspect` has its token)", address, program())
+
+
+def reload(agent: Agent, path: str, inspection: Inspection) -> None:
     """SIGHUP: read the configuration again, and log in one line what differs. A faulty one changes
     nothing."""
     try:
         config = load(path)
-        changes = agent.change(config)
-    except (ConfigError, CannotTrust) as error:
+        plan = Plan(config)
+        inspect(inspection, config)  # before a new session, all of whose visits are to be seen
+        changes = agent.change(config, plan)
+    except (ConfigError, CannotTrust, CannotInspect) as error:
         log.error("SIGHUP: %s; what was read before stays in use", error)
         return
     logging.getLogger().setLevel(config.log_level.upper())

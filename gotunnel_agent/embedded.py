@@ -33,8 +33,9 @@ from .agent import INVALID, LAST_WORDS, NO_NAMES, TAKEN, Agent, Snapshot
 from .common.hostnames import OPEN
 from .common.one_line import on_one_line
 from .common.status_socket import OFF
-from .config import Config, ConfigError, Tunnel, tunnel_of
+from .config import Config, ConfigError, Inspect, Tunnel, inspect_of, tunnel_of
 from .follow import Follower, Seen
+from .inspector import CannotInspect, Started, start_inspector
 from .quick.names import random_label
 from .quick.targets import BadTarget, read_target
 from .trust import CannotTrust
@@ -79,9 +80,12 @@ class OpenTunnel:
     nothing there. Any thread may call any method.
     """
 
-    def __init__(self, agent: Agent, config: Config, *, random: bool):
-        """forward() makes it. ``config`` is the agent's; ``random``: the tunnel's name is. Raises
-        NoThread."""
+    def __init__(
+        self, agent: Agent, config: Config, *, random: bool, inspector: Started | None = None
+    ):
+        """forward() makes it. ``config`` is the agent's; ``random``: the tunnel's name is.
+        ``inspector``: the agent's, which close() ends. Raises NoThread."""
+        self._inspector = inspector
         self._agent, self._config = agent, config
         self._names = NAMES if random else 1  # that may still be asked for
         self._refusal = ""  # why the agent has ended
@@ -129,6 +133,12 @@ class OpenTunnel:
         return self._hostname
 
     @property
+    def inspector(self) -> str:
+        """The address of the inspector for a browser, with its token, with which its reader sees
+        all visits; "" if there is none."""
+        return "" if self._inspector is None else self._inspector.url
+
+    @property
     def problem(self) -> str:
         """Why visitors cannot be served at the moment, such as a lost connection; "" if they can.
         The agent tries again by itself."""
@@ -164,6 +174,8 @@ class OpenTunnel:
             return
         self._agent.stop()
         self._thread.join(2 * LAST_WORDS)  # it may hang in getaddrinfo(), which cannot be ended
+        if self._inspector is not None:
+            self._inspector.close()
         atexit.unregister(self.close)
 
     def _await(self, timeout: float) -> None:
@@ -221,6 +233,7 @@ def forward(
     join: str | None = None,
     config: str | os.PathLike[str] | None = None,
     on_visit: Callable[[Seen], object] | None = None,
+    inspect: bool | int | str | Mapping[str, object] = False,
     timeout: float = TIMEOUT,
 ) -> OpenTunnel:
     """Open a tunnel from a public hostname to ``target``, in threads of this process, and return it
@@ -240,6 +253,9 @@ def forward(
     With neither: $GOTUNNEL_JOIN, or the account that `gotunnel join` has made.
     ``on_visit``: called with a Seen (follow.py) after each request, in tcp mode after each
     connection, by a thread of the agent. It must not wait.
+    ``inspect``: have an inspector, a page that shows the visits: True, a port of 127.0.0.1, or what
+    an agent's configuration has under ``inspect``. If the port is in use, it takes one of the next;
+    the tunnel's ``inspector`` is its address.
     ``timeout``: seconds that the gateway has to grant the hostname.
 
     Blocks; in a coroutine, ``await asyncio.to_thread(gotunnel.forward, 8080)``.
@@ -250,16 +266,22 @@ def forward(
         raise ValueError(f"timeout: {timeout} came, expected seconds, more than 0")
     keys = {"port": port, "host_header": host_header, "basic_auth": basic_auth}
     tunnel = _tunnel(target, host, tcp, keys)
+    inspected = _inspect(inspect)
     account = _account(join, config)
-    whole = replace(account, tunnels=(tunnel,), status_socket=OFF, metrics_port=None)
+    whole = replace(account, tunnels=(tunnel,), status_socket=OFF, metrics_port=None, inspect=None)
+    inspector = None
     try:
         agent = Agent(whole)
         if on_visit is not None:
             agent.follower = Follower(_guarded(on_visit))
-        opened = OpenTunnel(agent, whole, random=host is None)
+        if inspected is not None:
+            inspector = start_inspector(agent, inspected, next_port=True)
+        opened = OpenTunnel(agent, whole, random=host is None, inspector=inspector)
     except (CannotTrust, ConfigError) as error:
         raise NoAccount(str(error)) from None
-    except NoThread as error:
+    except (CannotInspect, NoThread) as error:
+        if inspector is not None:
+            inspector.close()
         raise ForwardError(str(error)) from None
     try:
         opened._await(timeout)
@@ -280,6 +302,21 @@ def _tunnel(target: int | str, host: str | None, tcp: bool, keys: Mapping[str, o
         return tunnel_of(item)
     except BadTarget as error:  # its words are those of a command
         raise ValueError(str(error).replace("TARGET", "target", 1)) from None
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _inspect(given: bool | int | str | Mapping[str, object]) -> Inspect | None:
+    """Raises ValueError."""
+    if isinstance(given, Mapping):
+        texts: object = {
+            key: str(value).lower() if isinstance(value, bool) else str(value)
+            for key, value in given.items()
+        }
+    else:
+        texts = str(given)
+    try:
+        return inspect_of(texts)
     except ConfigError as error:
         raise ValueError(str(error)) from None
 

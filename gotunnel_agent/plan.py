@@ -85,8 +85,10 @@ def changes(old: Config, new: Config) -> list[str]:
 
 
 def needs_session(old: Config, new: Config) -> bool:
-    """Whether the difference needs a new session."""
-    return any(key not in OF_PROCESS for key in _changed_keys(old, new))
+    """Whether the difference needs a new session. With an inspector that there was not before it
+    does: the gateway has idle streams in the old one, whose visits it would not see."""
+    inspected = old.inspect is None and new.inspect is not None
+    return inspected or any(key not in OF_PROCESS for key in _changed_keys(old, new))
 
 
 def _by_hostname(config: Config) -> dict[str, Tunnel]:

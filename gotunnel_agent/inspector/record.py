@@ -286,6 +286,11 @@ class Ring:
             for subscription in self._subscriptions:
                 subscription._wake()  # Changes.oldest says it
 
+    def set_budget(self, budget: int) -> None:
+        with self._lock:
+            self.budget = budget
+            self._keep_budget()
+
     @property
     def used(self) -> int:
         """Bytes that the records take."""
@@ -312,6 +317,9 @@ class Ring:
     def _charge(self, record: Record, count: int) -> None:
         record.charged += count
         self._used += count
+        self._keep_budget()
+
+    def _keep_budget(self) -> None:
         while self._used > self.budget and self._records:
             _, oldest = self._records.popitem(last=False)
             self._used -= oldest.charged

@@ -259,6 +259,7 @@ def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
         tunnels=(tunnel,),
         status_socket=OFF,
         metrics_port=None,
+        inspect=None,
         log_level="debug" if verbose else "info",
     )
 

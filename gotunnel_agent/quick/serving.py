@@ -30,6 +30,7 @@ from ..common.one_line import on_one_line
 from ..common.process import HANG_UP, Signals, watch_memory
 from ..common.refusals import UNTRUSTED
 from ..config import Config, Tunnel
+from ..inspector import start_inspector
 from ..target import Route, Unserved, dial
 from .names import MOST_TRIES, Labels
 from .screen import Screen
@@ -198,11 +199,17 @@ def print_url(url: str) -> None:
 def serve(config: Config, labels: Labels | None, *, drawn: bool, qr: bool, folder: str = "") -> int:
     """Serve the one tunnel of ``config`` until a signal comes; returns 0 then. ``drawn``: on a
     screen, else the address is printed. ``folder``: what our own server serves; "" for a target
-    that may not answer. Raises GivenUp, CannotTrust, NoThread."""
+    that may not answer. Raises GivenUp, CannotTrust, CannotInspect, NoThread."""
     serving = Serving(config, labels, (lambda url: None) if drawn else print_url)
     agent = serving.agent
     screen = Screen(agent, sys.stdout if drawn else None, qr=qr)
     screen.notes = serving.notes
+    inspector = None
+    if config.inspect is not None:
+        inspector = start_inspector(agent, config.inspect, next_port=True)
+        line = f"inspector: {inspector.url}"
+        log.info("%s", line)
+        serving.notes.append(line)
     if folder:
         screen.target_words = lambda tunnel: folder
     # The terminal was closed: stop in good order, unless nohup has it ignored.
@@ -222,6 +229,8 @@ def serve(config: Config, labels: Labels | None, *, drawn: bool, qr: bool, folde
         log.info("stopping; a second signal stops at once")
     serving.stop()
     agent.stop()
+    if inspector is not None:
+        inspector.close()
     stop.set()
     shown.join(SCREEN_TIMEOUT)
     if number:

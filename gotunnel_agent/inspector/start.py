@@ -1,0 +1,157 @@
+"""An inspector, put together: the records of visits, and the server that shows them.
+
+Threads, besides those of the server (server.py) and of replays (replay.py):
+
+    inspect look   1   reads what has passed, LOOK seconds after the first byte   close()
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from gotunnel import NoThread, call_logged, spawn
+
+from .. import home
+from ..config import Inspect
+from ..follow import Follower
+from . import CannotInspect, Inspected
+from .access import Door
+from .api import Api
+from .page import page
+from .record import Ring
+from .recorder import Recorder
+from .replay import Replayer
+from .server import InspectorServer, listen
+from .token_file import kept_token, new_token
+
+log = logging.getLogger("gotunnel.start")
+
+# Seconds from the first byte of a visit until it is read. To read pieces together costs the visits
+# less than to read each at once.
+LOOK = 0.2
+NEXT_PORTS = 20  # that are tried if one is in use
+REACHED_BY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all addresses: one that leads here
+
+
+class Inspector:
+    """It runs from the start on, until close()."""
+
+    def __init__(
+        self,
+        agent: Inspected,
+        settings: Inspect,
+        *,
+        next_port: bool = False,
+        ring: Ring | None = None,
+    ):
+        """``ring``: records that there are already. Raises CannotInspect."""
+        self.settings = settings
+        self._agent = agent
+        listening = _listen(settings, next_port)
+        try:
+            host, self.port = listening.getsockname()[:2]
+            self._ring = Ring(settings.memory) if ring is None else ring
+            self._ring.set_budget(settings.memory)
+            self._recorder = Recorder(self._ring, settings.body)
+            self._replayer = Replayer(self._ring, self._routes, body=settings.body)
+            token = _token(self.port)
+            door = Door(token, host, self.port)
+            site = Api(
+                self._ring, door, self._tell, show=page, replays=self._replayer, body=settings.body
+            )
+            self._server = InspectorServer(listening, door, site)
+        except BaseException:
+            listening.close()
+            raise
+        host = REACHED_BY.get(host, host)
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
+        self.url = f"{self.address}?token={token}"
+        self._over = threading.Event()
+        self._made_follower = agent.follower is None
+        if agent.follower is None:
+            agent.follower = Follower()
+        self._follower = agent.follower
+        self._follower.add(self._recorder)
+        try:
+            self._server.start()
+            self._thread = spawn("inspect look", self._look)
+        except NoThread as error:
+            self._follower.remove(self._recorder)
+            self._server.close()
+            raise CannotInspect(f"inspect: {error}") from None
+
+    def replace(self, settings: Inspect) -> Inspector:
+        """See Started."""
+        if (settings.host, settings.port) == (self.settings.host, self.port):
+            self.close()
+            return Inspector(self._agent, settings, ring=self._ring)
+        inspector = Inspector(self._agent, settings, ring=self._ring)
+        inspector._made_follower |= self._made_follower
+        self._made_follower = False
+        self.close()
+        return inspector
+
+    @property
+    def closed(self) -> bool:
+        return self._over.is_set()
+
+    def close(self) -> None:
+        """See Started."""
+        self._over.set()
+        self._follower.remove(self._recorder)
+        if self._made_follower and self._agent.follower is self._follower:
+            self._agent.follower = None
+        self._follower.wake()
+        self._replayer.close()
+        self._server.close()
+        self._thread.join()
+
+    def _look(self) -> None:
+        """Thread "inspect look": bring the records up to date while something passes."""
+        while not self._over.is_set():
+            self._follower.await_bytes()
+            if not self._over.wait(LOOK):
+                call_logged(self._follower.look)
+                call_logged(self._recorder.refresh)
+
+    def _routes(self) -> Mapping[str, Any]:
+        return self._agent.snapshot().routes
+
+    def _tell(self) -> Mapping[str, object]:
+        """What the page shows of the agent."""
+        tunnels = [
+            {
+                "hostname": hostname,
+                "target": str(route.tunnel.target),
+                "url": route.address(hostname),
+            }
+            for hostname, route in self._routes().items()
+        ]
+        return {"tunnels": tunnels}
+
+
+def _listen(settings: Inspect, next_port: bool) -> socket.socket:
+    """Raises CannotInspect."""
+    tries = NEXT_PORTS if next_port else 1
+    for port in range(settings.port, min(settings.port + tries, 65536)):
+        try:
+            return listen(settings.host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == settings.port + tries - 1:
+                why = error.strerror or str(error)
+                raise CannotInspect(f"inspect: {settings.host}:{port}: {why}") from None
+    raise CannotInspect(f"inspect: no port from {settings.port} on is free")
+
+
+def _token(port: int) -> str:
+    try:
+        return kept_token(home.state_folder(), port)
+    except OSError as error:
+        log.warning("the inspector's token cannot be written to %s (%s); it has another one after "
+                    "the next start", home.state_folder(), error.strerror or error)  # fmt: skip
+        return new_token()
