@@ -31,9 +31,9 @@ from gotunnel_agent.common.examples import add_print_example
 from gotunnel_agent.common.one_line import without_secrets
 from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
-from gotunnel_agent.common.show_status import add_json_option, show_status
+from gotunnel_agent.common.show_status import add_json_option, show_answer, show_status
 
-from .admin import certificates, check, grants, init, service
+from .admin import certificates, check, grants, init, remote_status, service
 from .admin.grants import GrantError
 from .admin.init import InitError
 from .agents import scope
@@ -86,6 +86,14 @@ def command(options: argparse.Namespace) -> int:
     """Do what the options say; return the exit status."""
     try:
         if options.command == "status":  # the rest of the configuration may be wrong
+            if options.url is not None:
+                token = remote_status.read_token(options.token_file, environment())
+                return show_answer(
+                    lambda: remote_status.ask(options.url, token, options.ca_file), PROGRAM,
+                    as_json=options.json,
+                )  # fmt: skip
+            if options.token_file is not None or options.ca_file is not None:
+                raise ConfigError("--token-file and --ca-file are for a gateway that --url names")
             places = status_places(options.env_file)
             return show_status(places, PROGRAM, as_json=options.json)
         if options.command == "service":
@@ -280,11 +288,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     remove.add_argument("name", metavar="NAME", help="the name, as agents list shows it")
     status = commands.add_parser(
         "status", help="show the state of the running gateway",
-        description="Ask the gateway that runs here for its sessions, hostnames, visits and\n"
-        "certificates. Exit status: 0 it serves, 1 it drains, 2 nothing answers.",
+        description="Ask the gateway that runs here, or one elsewhere by --url, for its sessions,\n"
+        "hostnames, visits and certificates. Exit status: 0 it serves, 1 it drains, 2 nothing\n"
+        "answers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add_json_option(status)
+    remote_status.add_arguments(status)
     service_ = commands.add_parser(
         "service", help="run the gateway as a service of systemd",
         description="Write a systemd unit for the gateway, remove it, or show its state.",

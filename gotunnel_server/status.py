@@ -1,19 +1,24 @@
-"""What the gateway answers on its status socket."""
+"""What the gateway answers on its status socket, and what `status` shows of a gateway elsewhere.
+
+Both are made of the state document (dashboard/state.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import time
+from typing import Any
 
-from gotunnel_agent.common.one_line import on_one_line
+from gotunnel_agent.common.one_line import on_one_line, words_and_link
 from gotunnel_agent.common.show_status import SERVING
-from gotunnel_agent.common.status_socket import StatusSocket
+from gotunnel_agent.common.status_socket import FORMAT, StatusSocket
 
 from .agents.tunnel import Tunnel
 from .certs.state import State
+from .dashboard import state
+from .dashboard.state import Facts
 from .gateway import Gateway
-from .routes import Route
 from .visitors.counts import Counts
 
 PROGRAM = "gotunnel-server"
@@ -22,7 +27,6 @@ SETTING = "STATUS_SOCKET"
 # totals count all.
 MOST_LISTED = 1000
 MOST_REASON = 500  # characters
-DAY = 86400
 
 
 class Status:
@@ -60,73 +64,99 @@ def describe(
 ) -> dict[str, object]:
     """The gateway's part of the answer. ``certificate_state(hostname)``: as Keeper.state().
     ``counts``: of visits; None if nothing counts them."""
-    usages = [tunnel.usage() for tunnel in tunnels[:MOST_LISTED]]
-    sessions = [
-        {
-            "agent": on_one_line(tunnel.identity.name, MOST_REASON),
-            "address": tunnel.agent.host,
-            "connected_seconds": int(now() - tunnel.since),
-            "hostnames": len(tunnel.routes),
-            "visits": usage.visits,
-            "streams": usage.streams,
-        }
-        for tunnel, usage in zip(tunnels, usages)
-    ]
-    routes = sorted(
-        ((name, route) for tunnel in tunnels for name, route in tunnel.routes.items()),
-        key=lambda pair: pair[0],  # while an agent's second session takes over, a name comes twice
+    facts = Facts(host="", port=0, version="", state="", started_at=0, uptime=0, now=now())
+    found = None if counts is None else counts.all()
+    return of_document(state.full(facts, tunnels, own_names, certificate_state, found))
+
+
+def remote(document: Mapping[str, Any]) -> dict[str, object]:
+    """The whole answer for a gateway elsewhere. Raises nothing: what a newer or a broken gateway
+    leaves out is missing here, too."""
+    gateway = _object(document.get("gateway"))
+    return {
+        "format": FORMAT,
+        "program": PROGRAM,
+        "host": gateway.get("host"),
+        "version": gateway.get("version"),
+        "state": gateway.get("state"),
+        "started_at": gateway.get("started_at"),
+        "uptime_seconds": gateway.get("uptime_seconds"),
+        **of_document(document),
+    }
+
+
+def of_document(document: Mapping[str, Any]) -> dict[str, object]:
+    """What `status` tells of a state document."""
+    totals, now = _object(document.get("totals")), _object(document.get("gateway")).get("now")
+    sessions, hostnames, own = (
+        [_object(row) for row in rows] if isinstance(rows := document.get(key), list) else []
+        for key in ("sessions", "hostnames", "certificates")
     )
-    hostnames = [
-        {
-            "hostname": name,
-            "mode": route.mode,
-            "protocol": route.protocol,
-            "port": route.port,
-            "agent": on_one_line(route.tunnel.agent.identity.name, MOST_REASON),
-            **_of_hostname(route, counts),
-        }
-        for name, route in routes[:MOST_LISTED]
-    ]
-    names = list(dict.fromkeys((*own_names, *(name for name, _ in routes))))
-    certificates = [
-        _certificate(name, certificate_state(name), now) for name in names[:MOST_LISTED]
-    ]
+    certificates = {row.get("hostname"): row for row in own}
+    for row in hostnames:
+        certificates.setdefault(row.get("hostname"), _object(row.get("certificate")))
     return {
-        "visits": {"running": sum(usage.visits for usage in usages), **_of_all(counts)},
-        "sessions_total": len(tunnels),
-        "hostnames_total": len(routes),
-        "certificates_total": len(names),
-        "sessions": sessions,
-        "hostnames": hostnames,
-        "certificates": certificates,
+        "visits": {"running": totals.get("running"), **_ended(totals)},
+        "sessions_total": totals.get("sessions"),
+        "hostnames_total": totals.get("hostnames"),
+        "certificates_total": totals.get("certificates"),
+        "sessions": [_session(row, now) for row in sessions[:MOST_LISTED]],
+        "hostnames": [_hostname(row) for row in hostnames[:MOST_LISTED]],
+        "certificates": [
+            _certificate(name, row) for name, row in list(certificates.items())[:MOST_LISTED]
+        ],
     }
 
 
-def _of_hostname(route: Route, counts: Counts | None) -> dict[str, int]:
-    if counts is None:  # then the visits in tcp mode that did not reach their target are known
-        return {"failed_visits": route.tunnel.failed[route.hostname]}  # type: ignore[attr-defined]
-    count = counts[route.hostname]
-    return {"visits": count.visits, "failed_visits": count.failed}
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _of_all(counts: Counts | None) -> dict[str, int]:
+def _text(value: object) -> str:
+    return on_one_line(value, MOST_REASON) if isinstance(value, str) else ""
+
+
+def _ended(totals: Mapping[str, Any]) -> dict[str, object]:
     """The visits that have ended, and their bytes; nothing if nothing counts them."""
-    if counts is None:
+    if totals.get("visits") is None:
         return {}
-    found = counts.all().values()
+    keys = ("failed", "received_bytes", "sent_bytes")
+    return {"ended": totals["visits"], **{key: totals.get(key) for key in keys}}
+
+
+def _session(row: Mapping[str, Any], now: object) -> dict[str, object]:
+    at = row.get("connected_at")
+    known = isinstance(at, (int, float)) and isinstance(now, (int, float))
     return {
-        "ended": sum(count.visits for count in found),
-        "failed": sum(count.failed for count in found),
-        "received_bytes": sum(count.received for count in found),
-        "sent_bytes": sum(count.sent for count in found),
+        "agent": _text(row.get("agent")),
+        "address": _text(row.get("address")),
+        "connected_seconds": int(now - at) if known else None,  # type: ignore[operator]
+        "round_trip_ms": row.get("round_trip_ms"),
+        "hostnames": row.get("hostnames"),
+        "visits": row.get("visits"),
+        "streams": row.get("streams"),
     }
 
 
-def _certificate(name: str, state: State, now: Callable[[], float]) -> dict[str, object]:
+def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
+    visits = {} if row.get("visits") is None else {"visits": row["visits"]}
     return {
-        "hostname": name,
-        "state": state.name.value,
-        "days_left": None if state.ends_at is None else int((state.ends_at - now()) // DAY),
-        "next_order_at": None if state.next_at is None else int(state.next_at),
-        "reason": on_one_line(state.reason, MOST_REASON),
+        "hostname": _text(row.get("hostname")),
+        "mode": _text(row.get("mode")),
+        "protocol": _text(row.get("protocol")),
+        "port": row.get("port"),
+        "target": _text(row.get("target")),
+        "agent": _text(row.get("agent")),
+        **visits,
+        "failed_visits": row.get("failed"),
+    }
+
+
+def _certificate(name: object, row: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        "hostname": _text(name),
+        "state": _text(row.get("state")),
+        "days_left": row.get("days_left"),
+        "next_order_at": row.get("next_order_at"),
+        "reason": words_and_link(row.get("error_text") or "", MOST_REASON),
     }

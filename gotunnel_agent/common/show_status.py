@@ -28,8 +28,13 @@ def show_status(
     """Ask ``program`` at one of ``places``, and print what it says. Returns the exit status: 0 if
     it serves, 1 if it runs and does not serve, 2 if there is no answer. ``choose(answers)``: the
     answer to print, if the program may run several times; may raise NoAnswer."""
+    return show_answer(lambda: choose(answers(places, program)), program, as_json=as_json)
+
+
+def show_answer(ask: Callable[[], dict[str, Any]], program: str, *, as_json: bool) -> int:
+    """As show_status(), for the answer of ``ask()``, which may raise NoAnswer."""
     try:
-        answer = choose(answers(places, program))
+        answer = ask()
     except NoAnswer as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

@@ -81,7 +81,9 @@ class Tunnel(Protocol):
 
     id: str
     since: float  # seconds since 1970
-    failed: Failed  # visits in tcp mode whose target was not reached, by hostname
+
+    @property
+    def failed(self) -> Failed: ...  # visits in tcp mode that reached no target, by hostname
 
     @property
     def agent(self) -> Agent: ...
@@ -155,6 +157,7 @@ def full(
     how a certificate stands. ``counts``: by hostname as the agents spell it, and all others under
     a name that is no hostname; None if nothing counts. The last visits are added by live.py, which
     has them."""
+    own_names = tuple(dict.fromkeys(own_names))
     tunnels = sorted(tunnels, key=lambda tunnel: tunnel.since)
     usages = [tunnel.usage() for tunnel in tunnels]
     # While an agent's second session takes over, a hostname comes twice.
@@ -174,6 +177,7 @@ def full(
         "totals": {
             "sessions": len(tunnels),
             "hostnames": len(routes),
+            "certificates": len({*own_names, *(name for name, _, _ in routes)}),
             **_of_all(counts),
             "running": sum(usage.visits for usage in usages),
             **_rate(rates.total),
@@ -191,7 +195,7 @@ def full(
         ],
         "certificates": [
             {"hostname": name, **of_certificate(certificate(name), facts.now)}
-            for name in dict.fromkeys(own_names)
+            for name in own_names
         ],
         "blocks": [of_block(block) for block in blocks],
         "public": False,
