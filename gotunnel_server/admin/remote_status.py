@@ -75,8 +75,8 @@ def ask(url: str, token: str, ca_file: str | None) -> dict[str, Any]:
     argument, NoAnswer."""
     parts = _split(url)
     if parts.scheme == "http" and not _is_here(parts.hostname or ""):
-        print("gotunnel-server: the token goes to that URL without encryption; use https, or ssh -L",
-              file=sys.stderr)  # fmt: skip
+        line = "gotunnel-server: the token goes there without encryption; use https, or ssh -L"
+        print(line, file=sys.stderr)
     where = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
     request = urllib.request.Request(
         where + PATH, headers={"Authorization": f"Bearer {token}", "Accept": "application/json"}
@@ -158,8 +158,8 @@ def _document(where: str, data: bytes) -> dict[str, Any]:
 
 
 _NO_API = (
-    "no state of a gateway is there: the path may be wrong (on GATEWAY_HOST it is /dashboard), that "
-    "gateway may have neither DASHBOARD_PASSWORD nor DASHBOARD_TOKEN, or an older version"
+    "no state of a gateway is there: the path may be wrong (on GATEWAY_HOST it is /dashboard), "
+    "that gateway may have neither DASHBOARD_PASSWORD nor DASHBOARD_TOKEN, or an older version"
 )
 
 
