@@ -25,6 +25,7 @@ from .record import OPEN, Record
 MOST_QUERY = 1000  # characters
 MOST_TERMS = 30
 _TERM = re.compile(r'(-?)(?:([A-Za-z_]+):)?("(?:[^"\\]|\\.)*"|[^\s"]\S*|(?=\s|$))')
+_CUT = re.compile(r'-?[A-Za-z_]+:"[^"]*')
 _STATUS = re.compile(r"(?:([1-5])xx|(>=|<=|>|<)?([0-9]{1,3})|([0-9]{3})-([0-9]{3}))", re.IGNORECASE)
 _NUMBER = re.compile(r"(>=|<=|>|<)?([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]*)")
 SIZES = {"": 1, "b": 1, "k": 1024, "kb": 1024, "kib": 1024, "m": 1024**2, "mb": 1024**2,
@@ -63,7 +64,7 @@ def parse(text: str, *, now: float) -> Query:
     while rest := text[at:].lstrip():
         at = len(text) - len(rest)
         match = _TERM.match(text, at)
-        if match is None:
+        if match is None or _CUT.fullmatch(match[0]):
             raise QueryError('a quote (") has no end, expected a second one')
         at = match.end()
         if len(terms) == MOST_TERMS:
@@ -111,13 +112,13 @@ def _text_anywhere(text: str) -> Fits:
 
     def fits(record: Record) -> bool:
         return (
-            needle in record.hostname.lower().encode()
+            needle in _needle(record.hostname)
             or needle in record.request_head.lower()
-            or needle in record.path.lower().encode("utf-8", "surrogatepass")
-            or needle in record.method.lower().encode()
+            or needle in _needle(record.path)
+            or needle in _needle(record.method)
             or needle in str(record.status).encode()
             or needle in record.response_head.lower()
-            or needle in record.problem.lower().encode()
+            or needle in _needle(record.problem)
             or _in_bodies(record, needle)
         )
 
@@ -225,7 +226,8 @@ def _size(value: str, now: float) -> Fits:
 
 def _id(value: str, now: float) -> Fits:
     first, dash, last = value.partition("-")
-    if not (first.isdecimal() and (last.isdecimal() or not dash) and len(value) < 40):
+    digits = first + (last if dash else "0")
+    if not (first and digits.isascii() and digits.isdigit() and len(value) < 40):
         raise QueryError(f"id {_shown(value)}, expected one such as 12 or 12-20")
     return lambda record: int(first) <= record.id <= int(last or first)
 
