@@ -220,7 +220,12 @@ def _cookies(fields: list[tuple[str, str]], is_answer: bool = False) -> list[dic
 
 
 def _pairs(fields: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"name": _text(name), "value": _text(value)} for name, value in fields]
+    """A line that is no field has no place in HAR."""
+    return [
+        {"name": _text(name), "value": _text(value)}
+        for name, value in fields
+        if _TOKEN.fullmatch(name)
+    ]
 
 
 def _lines(head: bytes) -> tuple[str, list[tuple[str, str]]]:
@@ -463,7 +468,7 @@ def _messages(each: Mapping[str, Any], where: str) -> Iterator[Message]:
         if not isinstance(message, dict):
             raise NotHar(f"{at}: {_kind(message)} came, expected an object")
         text, kind = _member(message, "data", str, at), message.get("opcode")
-        if kind not in KINDS:
+        if type(kind) is not int or kind not in KINDS:
             raise NotHar(f"{at}.opcode: {_shown(kind)} came, expected one such as 1")
         data = _bytes(text) if kind == OPCODES["text"] else _decoded(text, at)
         when = message.get("time", 0.0)

@@ -96,9 +96,24 @@ def test_bodies_come_as_they_were(came, send):
 
 
 VALUES = [
-    "plain", "it's", '"quoted"', "$HOME `id` $(id)", "a\\b", "!x !!", "-dash", "@/etc/passwd",
-    "tab\there", "Gr\xc3\xbc\xc3\x9fe", "\xff\xfe", "a;b", "\xe2\x80\xae bidi", "#", "~", "%s", "",
-]  # fmt: skip
+    "plain",
+    "it's",
+    '"quoted"',
+    "$HOME `id` $(id)",
+    "a\\b",
+    "!x !!",
+    "-dash",
+    "@/etc/passwd",
+    "tab\there",
+    "Gr\xc3\xbc\xc3\x9fe",
+    "\xff\xfe",
+    "a;b",
+    "\xe2\x80\xae bidi",
+    "#",
+    "~",
+    "%s",
+    "",
+]
 
 
 @pytest.mark.parametrize("send", [by_curl, by_python])
@@ -157,8 +172,17 @@ def test_a_command_is_pasted_without_harm():
 
 
 def test_what_is_of_one_connection_or_of_the_gateway_is_left_out():
-    fields = ["Connection", "Keep-Alive", "TE", "Upgrade", "X-Forwarded-For", "X-Real-IP", "Forwarded",
-              "Proxy-Authorization", "Expect"]  # fmt: skip
+    fields = [
+        "Connection",
+        "Keep-Alive",
+        "TE",
+        "Upgrade",
+        "X-Forwarded-For",
+        "X-Real-IP",
+        "Forwarded",
+        "Proxy-Authorization",
+        "Expect",
+    ]
     asked = request(1, fields=[*((name, "x") for name in fields), ("X-Mine", "y")])
     assert list(asked.fields) == [("X-Mine", "y")]
 
@@ -200,8 +224,19 @@ def test_what_cannot_be_copied(head, words):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_each_word_is_one_word_for_bash():
     texts = [chr(byte) for byte in range(1, 256)]
-    texts += ["".join(texts), "".join(texts).encode().decode("latin-1"), "", "-n", "~", "=x", "a=b",
-              "\xc3\xbc'\n", "\x01" + "7", "a\\", "$'x'"]  # fmt: skip
+    texts += [
+        "".join(texts),
+        "".join(texts).encode().decode("latin-1"),
+        "",
+        "-n",
+        "~",
+        "=x",
+        "a=b",
+        "\xc3\xbc'\n",
+        "\x01" + "7",
+        "a\\",
+        "$'x'",
+    ]
     script = "".join(f"printf '%s\\0' {quoted(text)}\n" for text in texts)
     out = run([shutil.which("bash"), "--posix"], script.encode())
     assert out.split(b"\0")[:-1] == [text.encode("latin-1") for text in texts]

@@ -15,13 +15,21 @@ NOW = 1_000_000.0
 
 def record(**values):
     usual = dict(
-        id=7, hostname="app.example.com", target="localhost:3000", visitor="192.0.2.7", method="POST",
-        path="/api/users?x=1", status=500, began=NOW - 60, duration=0.25,
+        id=7,
+        hostname="app.example.com",
+        target="localhost:3000",
+        visitor="192.0.2.7",
+        method="POST",
+        path="/api/users?x=1",
+        status=500,
+        began=NOW - 60,
+        duration=0.25,
         request_head=b"POST /api/users?x=1 HTTP/1.1\r\nHost: app.example.com\r\nX-One: Uno\r\n\r\n",
         response_head=b"HTTP/1.1 500 Oops\r\nContent-Type: application/json; charset=utf-8\r\n\r\n",
         request_body=Kept(b'{"name": "J\xc3\xbcrgen, the first"}', 30),
-        response_body=Kept(b"Traceback (most recent)", 20_000), state=ENDED,
-    )  # fmt: skip
+        response_body=Kept(b"Traceback (most recent)", 20_000),
+        state=ENDED,
+    )
     return Record(**{**usual, **values})
 
 
@@ -30,17 +38,27 @@ WEBSOCKET = record(status=101, method="GET", path="/socket", state=OPEN, duratio
 WEBSOCKET.add_message(Message(NOW, True, "text", b"Needle in it", 12), 1000)
 GONE = record(status=0, problem="no answer", response_head=b"", response_body=Kept())
 UNREAD = record(
-    method="", path="", status=0, problem="not followed: HTTP/2", request_head=b"", response_head=b"",
-    request_body=Kept(), response_body=Kept(),
-)  # fmt: skip
+    method="",
+    path="",
+    status=0,
+    problem="not followed: HTTP/2",
+    request_head=b"",
+    response_head=b"",
+    request_body=Kept(),
+    response_body=Kept(),
+)
 ZIPPED = record(
-    response_head=b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", status=200,
+    response_head=b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n",
+    status=200,
     response_body=Kept(gzip.compress(b"inner Text"), 30),
-)  # fmt: skip
+)
 ODD = record(
-    path="/\xff\xfe", request_head=b"GET /\xff\xfe HTTP/1.1\r\nHost: \xff\r\n\r\n",
-    request_body=Kept(b"\xff\x00\xfe", 3), hostname="a\u202e", problem="\udcff",
-)  # fmt: skip
+    path="/\xff\xfe",
+    request_head=b"GET /\xff\xfe HTTP/1.1\r\nHost: \xff\r\n\r\n",
+    request_body=Kept(b"\xff\x00\xfe", 3),
+    hostname="a\u202e",
+    problem="\udcff",
+)
 
 
 @pytest.mark.parametrize(
