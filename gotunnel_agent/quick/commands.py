@@ -15,6 +15,7 @@ import difflib
 import getpass
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,7 +40,20 @@ from ..common.one_line import without_secrets
 from ..common.process import set_up_process, stay_on_one_cpu
 from ..common.quantities import whole_number
 from ..common.status_socket import OFF
-from ..config import H2, H2C, HTTP1, MAX_FILE, PROTOCOLS, Config, ConfigError, Target, Tunnel
+from ..config import (
+    H2,
+    H2C,
+    HTTP1,
+    INSPECT_PORT,
+    MAX_FILE,
+    PROTOCOLS,
+    Config,
+    ConfigError,
+    Inspect,
+    Target,
+    Tunnel,
+    inspect_of,
+)
 from ..policy import Policy, PolicyError, networks, users, users_of_lines
 from ..trust import CannotTrust
 from .folder import LOOPBACK, FolderServer
@@ -53,6 +67,8 @@ log = logging.getLogger("gotunnel")
 T = TypeVar("T")
 COMMANDS = HTTP, TCP, FILES = "http", "tcp", "files"
 EXAMPLE_PORTS = {HTTP: 8080, TCP: 22}
+INSPECT_ADDRESS = f"{LOOPBACK}:{INSPECT_PORT}"
+_ADDRESS = re.compile(r"(.*:)?[0-9]{1,5}")  # a port, or one behind an address
 MOST_SHOWN = 60  # characters of an unknown option that are shown
 MOST_LINE = 8192  # bytes of standard input that are read for a password
 
@@ -108,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         labels = None if options.host else labels_of(account, command, target, options)
         hostname = options.host if labels is None else f"{labels.another()}{OPEN}"
         tunnel = make_tunnel(command, options, hostname, target, server)
-        config = quick_config(account, tunnel, verbose=options.verbose)
+        inspect = inspect_settings(options)
+        config = quick_config(account, tunnel, verbose=options.verbose, inspect=inspect)
         set_up_process(config.log_level, config.log_format)
         stay_on_one_cpu(max)  # as the agent does
         for line in warnings(config, options, server):
@@ -251,7 +268,9 @@ def labels_of(account: Config, command: str, target: Target, options: argparse.N
     return Labels(Memory(home.state_folder()), key, anew=options.new)
 
 
-def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
+def quick_config(
+    account: Config, tunnel: Tunnel, *, verbose: bool, inspect: Inspect | None = None
+) -> Config:
     """The account's configuration with this one tunnel. Ports and sockets are left to an agent
     that may run with the same account."""
     return replace(
@@ -259,9 +278,22 @@ def quick_config(account: Config, tunnel: Tunnel, *, verbose: bool) -> Config:
         tunnels=(tunnel,),
         status_socket=OFF,
         metrics_port=None,
-        inspect=None,
+        inspect=inspect,
         log_level="debug" if verbose else "info",
     )
+
+
+def inspect_settings(options: argparse.Namespace) -> Inspect | None:
+    """What --inspect asks for; None without it. Raises BadOption."""
+    text = getattr(options, "inspect", None)
+    if text is None:
+        return None
+    try:
+        return inspect_of(text)
+    except ConfigError as error:
+        # The key of a configuration that would permit such an address has no option.
+        what = str(error).removeprefix("inspect.listen: ").partition("; allow_remote")[0]
+        raise BadOption(f"--inspect: {what}") from None
 
 
 def warnings(
@@ -270,6 +302,8 @@ def warnings(
     """What the user should know before the tunnel is public, a line each."""
     file = getattr(options, "basic_auth_file", None)
     yield from exposures([*config.secret_files, *([file] if file else [])])
+    if config.inspect is not None and config.tunnels[0].protocol:
+        yield "--inspect shows no single visits with --protocol h2 or h2c: HTTP/2 is not followed"
     if server is not None:
         folder = server.root.path
         if folder in (os.path.abspath(os.sep), os.path.realpath(home.user_folder())):
@@ -319,6 +353,12 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         "-c", "--config", metavar="FILE",
         help="gateway and credential are those of this configuration; its tunnels are not served",
     )  # fmt: skip
+    if command != TCP:
+        parser.add_argument(
+            "--inspect", metavar="ADDRESS", nargs="?", const=INSPECT_ADDRESS,
+            help="show what passes, on a page of this machine, and send it again (default: "
+            "%(const)s, or the next free port; see gotunnel inspect --help)",
+        )  # fmt: skip
     parser.add_argument("--qr", action="store_true", help="draw the address as a QR code")
     parser.add_argument("--plain", action="store_true", help="lines instead of a screen")
     parser.add_argument("--verbose", action="store_true", help="tell more of what happens")
@@ -329,6 +369,8 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     """The options of a command line. Ends the process with a line that never shows what may be a
     password: argparse itself shows all that it does not know."""
     options, unknown = parser.parse_known_args(words)
+    if is_target_of_inspect(options, parser):
+        options.target, options.inspect = options.inspect, INSPECT_ADDRESS
     if unknown and unknown[0].startswith("-"):
         parser.error(about_unknown(unknown[0].partition("=")[0][:MOST_SHOWN], parser))
     if unknown:
@@ -340,10 +382,20 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
     return options
 
 
+def is_target_of_inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    """Whether the value of --inspect is what is shared: `gotunnel http --inspect 8080`."""
+    text = getattr(options, "inspect", None)
+    if text in (None, INSPECT_ADDRESS) or options.target != parser.get_default("target"):
+        return False
+    return options.target is None or not _ADDRESS.fullmatch(text)
+
+
 def about_unknown(option: str, parser: argparse.ArgumentParser) -> str:
     """What to say about an option that a command does not have."""
     if TCP in parser.prog.split() and option.startswith("--basic-auth"):
         return f"{option}: a tunnel in tcp mode cannot ask for passwords; use --allow"
+    if TCP in parser.prog.split() and option == "--inspect":
+        return f"{option}: the bytes of a tunnel in tcp mode are not read, so nothing can be shown"
     for command in COMMANDS:
         if option in options_of(make_parser(command)):
             return f"{option} is an option of `{program()} {command}`, not of `{parser.prog}`"

@@ -12,7 +12,7 @@ import pytest
 from support import RAW, ROOT, SECRET, TUNNEL_HOST, answer, gateway_here, reserved_port, running
 
 from gotunnel_agent import called, cli
-from gotunnel_agent.config import H2, H2C, Target, Tunnel
+from gotunnel_agent.config import H2, H2C, Inspect, Target, Tunnel
 from gotunnel_agent.quick import commands
 from gotunnel_agent.quick.commands import make_parser, make_tunnel, policy_of, what_to_share
 from gotunnel_agent.quick.serving import how_to_connect
@@ -46,6 +46,48 @@ def place(tmp_path, monkeypatch):
 
 
 # Arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "target", "inspect"),
+    [
+        ("http 8080", "8080", None),
+        ("http 8080 --inspect", "8080", Inspect()),
+        ("http --inspect 8080", "8080", Inspect()),
+        ("http --inspect 4041 8080", "8080", Inspect(port=4041)),
+        ("http 8080 --inspect=127.0.0.1:5000", "8080", Inspect(port=5000)),
+        ("http 8080 --inspect [::1]:5000", "8080", Inspect("::1", 5000)),
+        ("files --inspect", ".", Inspect()),
+        ("files --inspect photos", "photos", Inspect()),
+        ("files --inspect 4041", ".", Inspect(port=4041)),
+        ("files photos --inspect localhost:4041", "photos", Inspect("localhost", 4041)),
+    ],
+)
+def test_inspect_names_an_address_and_not_the_target(words, target, inspect):
+    command, *rest = words.split()
+    options = commands.parse(make_parser(command), rest)
+    assert (options.target, commands.inspect_settings(options)) == (target, inspect)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("0.0.0.0:4040", "which other machines can reach, expected one of this machine alone"),
+        ("example.com:4040", "has a host that is no IP address"),
+        ("127.0.0.1:99999", "99999"),
+    ],
+)
+def test_a_wrong_address_of_inspect_is_refused(address, words):
+    options = commands.parse(make_parser("http"), ["8080", "--inspect", address])
+    with pytest.raises(commands.BadOption, match=words) as caught:
+        commands.inspect_settings(options)
+    assert str(caught.value).startswith("--inspect: ") and "allow_remote" not in str(caught.value)
+
+
+def test_nothing_is_inspected_in_tcp_mode(capsys):
+    with pytest.raises(SystemExit):
+        commands.parse(make_parser("tcp"), ["22", "--inspect"])
+    assert "--inspect: the bytes of a tunnel in tcp mode are not read" in capsys.readouterr().err
 
 
 def tunnel_of(*words, hostname=APP):
