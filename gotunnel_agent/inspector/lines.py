@@ -102,11 +102,11 @@ def row(visit: Document, paper: Paper, columns: Columns | None = None) -> str:
     is_open = visit.get("state") == "open" or visit.get("duration_ms") is None
     before = columns.texts(
         str(_number(visit, "id")),
-        clock(_at(visit)),
+        clock(visit.get("began", 0)),
         _method(visit),
         str(status or "-"),
         "open" if is_open else duration(took / 1000),
-        size(_number(visit, "response_size") or _number(visit, "response_bytes")),
+        size(_number(visit, "response_bytes")),
     )
     look = _status_look(visit)
     before = [(text, look if number == 2 + columns.clock else sgr)
@@ -168,7 +168,7 @@ def visit_lines(visit: Document, paper: Paper) -> Iterator[str]:
 
 
 def _summary(visit: Document) -> str:
-    parts = [clock(_at(visit)), _text(visit, "hostname")]
+    parts = [clock(visit.get("began", 0)), _text(visit, "hostname")]
     if _text(visit, "target"):
         parts.append(f"to {_text(visit, 'target')}")
     if _text(visit, "visitor"):
@@ -231,7 +231,7 @@ def text_lines(text: str) -> Iterator[str]:
 def _passed(message: Document, paper: Paper) -> str:
     arrow = ">" if message.get("from_visitor") else "<"
     kind = _text(message, "kind")
-    if message.get("encoding") or "base64" in message:
+    if "base64" in message:
         text = f"{message.get('size')} bytes"
     else:
         text = safe(str(message.get("text") or ""))
@@ -336,10 +336,6 @@ def clock(at: float) -> str:
         return strftime("%H:%M:%S", localtime(float(at)))
     except (OverflowError, ValueError, OSError, TypeError):  # a HAR may say anything
         return "--:--:--"
-
-
-def _at(visit: Document) -> float:
-    return visit.get("at") or visit.get("began") or 0
 
 
 def _number(document: Document, key: str) -> int:

@@ -173,10 +173,10 @@ def list_visits(inspector: Inspector, options: argparse.Namespace) -> int:
     visits = document["visits"][::-1]  # the latest last, where the eye is
     write(table(visits, paper()))
     if not visits:
-        kept = document.get("kept", document["total"])
+        kept = document["total"]
         tell(f"none of {kept} visits fits {query!a}" if query and kept else "no visits yet")
-    elif (fitting := document.get("matched", document["total"])) > len(visits):
-        tell(f"the latest {len(visits)} of {fitting}; --limit shows more")
+    elif document["matched"] > len(visits):
+        tell(f"the latest {len(visits)} of {document['matched']}; --limit shows more")
     return 0
 
 
