@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +19,7 @@ from ..common import atomic_file, small_file
 log = logging.getLogger("gotunnel.place")
 
 FILES = "inspector-{}.json"  # with the port
-MOST_BYTES = 64 * 1024  # of a file
-MOST_NAMED = 20  # hostnames in it
+MOST_BYTES = 4096  # of a file
 
 
 class Place(NamedTuple):
@@ -31,7 +29,6 @@ class Place(NamedTuple):
     port: int
     token: str
     pid: int = 0
-    hostnames: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -44,19 +41,13 @@ class Place(NamedTuple):
         return f"http://{self.address}/?token={self.token}"
 
 
-def reachable(listen: str) -> str:
-    """The address by which what listens at ``listen`` is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)
-
-
 def write(folder: Path, place: Place) -> None:
     """Tell other programs of the user where the inspector is. Without it, it works all the same."""
     path = folder / FILES.format(place.port)
-    document = place._asdict() | {"hostnames": place.hostnames[:MOST_NAMED]}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        atomic_file.write(path, json.dumps(document).encode(), new=new)
+        atomic_file.write(path, json.dumps(place._asdict()).encode(), new=new)
     except OSError as error:
         log.warning("%s cannot be written (%s); gotunnel inspect needs the address with --at",
                     path, error.strerror or error)  # fmt: skip
@@ -71,7 +62,7 @@ def remove(folder: Path, place: Place) -> None:
             path.unlink()
 
 
-def places(folder: Path) -> Sequence[Place]:
+def places(folder: Path) -> list[Place]:
     """All that a file tells of, by port. They need not run."""
     found = [_read(path) for path in folder.glob(FILES.format("*"))]
     return sorted((place for place in found if place is not None), key=lambda place: place.port)
@@ -82,9 +73,8 @@ def _read(path: Path) -> Place | None:
     try:
         document = json.loads(small_file.read_whole(path, MOST_BYTES))
         host, port, token = document["host"], document["port"], document["token"]
-        pid, hostnames = document.get("pid", 0), document.get("hostnames", [])
         if not (isinstance(host, str) and isinstance(token, str) and isinstance(port, int)):
             return None
-        return Place(host, port, token, int(pid), tuple(map(str, hostnames)))
+        return Place(host, port, token, int(document.get("pid", 0)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import threading
 from collections.abc import Mapping
@@ -19,10 +20,11 @@ from gotunnel import NoThread, call_logged, spawn
 from .. import home
 from ..config import Inspect
 from ..follow import Follower
-from . import CannotInspect, Inspected
+from . import CannotInspect, Inspected, place
 from .access import Door
 from .api import Api
 from .page import page
+from .place import Place
 from .record import Ring
 from .recorder import Recorder
 from .replay import Replayer
@@ -68,9 +70,8 @@ class Inspector:
         except BaseException:
             listening.close()
             raise
-        host = REACHED_BY.get(host, host)
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/"
-        self.url = f"{self.address}?token={token}"
+        self._place = Place(REACHED_BY.get(host, host), self.port, token, os.getpid())
+        self.address, self.url = f"http://{self._place.address}/", self._place.url
         self._over = threading.Event()
         self._made_follower = agent.follower is None
         if agent.follower is None:
@@ -84,6 +85,7 @@ class Inspector:
             self._follower.remove(self._recorder)
             self._server.close()
             raise CannotInspect(f"inspect: {error}") from None
+        place.write(home.state_folder(), self._place)
 
     def replace(self, settings: Inspect) -> Inspector:
         """See Started."""
@@ -103,6 +105,7 @@ class Inspector:
     def close(self) -> None:
         """See Started."""
         self._over.set()
+        place.remove(home.state_folder(), self._place)
         self._follower.remove(self._recorder)
         if self._made_follower and self._agent.follower is self._follower:
             self._agent.follower = None

@@ -110,16 +110,16 @@ def chosen(at: str | None, *, several: bool = False) -> list[Place]:
     found = places(home.state_folder())
     if at is not None:
         return [named(at, found)]
-    running = [place for place in found if runs(place)]
-    if not running:
+    tunnels = {place: asked for place in found if (asked := tunnels_of(place)) is not None}
+    if not tunnels:
         raise CannotAsk(
             f"no inspector runs here: start one with `{program()} http 8080 --inspect`, or with "
             "inspect: in the agent's configuration"
         )
-    if len(running) > 1 and not several:
-        lines = "; ".join(f"{place.port} ({_some(place.hostnames)})" for place in running)
-        raise BadArgument(f"{len(running)} inspectors run here, expected --at PORT of one: {lines}")
-    return running
+    if len(tunnels) > 1 and not several:
+        which = "; ".join(f"{place.port} ({names})" for place, names in tunnels.items())
+        raise BadArgument(f"{len(tunnels)} inspectors run here, expected --at PORT of one: {which}")
+    return list(tunnels)
 
 
 def named(at: str, found: Sequence[Place]) -> Place:
@@ -147,17 +147,15 @@ def named(at: str, found: Sequence[Place]) -> Place:
     )
 
 
-def runs(place: Place) -> bool:
+def tunnels_of(place: Place) -> str | None:
+    """The hostnames of an inspector's agent, in words; None if it does not run."""
     try:
-        Inspector(place).get("info")
-        return True
+        tunnels = Inspector(place).get("info").get("tunnels") or []
     except (CannotAsk, Refused):
-        return False
-
-
-def _some(hostnames: Sequence[str]) -> str:
-    names = ", ".join(hostnames[:3]) or "no hostname yet"
-    return names + (f" and {len(hostnames) - 3} more" if len(hostnames) > 3 else "")
+        return None
+    names = [str(tunnel.get("hostname")) for tunnel in tunnels]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "no tunnel") + more
 
 
 # Commands ---------------------------------------------------------------------------------------

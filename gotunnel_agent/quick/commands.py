@@ -54,6 +54,7 @@ from ..config import (
     Tunnel,
     inspect_of,
 )
+from ..inspector import CannotInspect
 from ..policy import Policy, PolicyError, networks, users, users_of_lines
 from ..trust import CannotTrust
 from .folder import LOOPBACK, FolderServer
@@ -138,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (BadOption, BadTarget, ConfigError, CannotTrust) as error:
         complain(parser.prog, error)
         return 2
-    except (GivenUp, NoThread) as error:
+    except (GivenUp, NoThread, CannotInspect) as error:
         complain(parser.prog, error)
         return 1
     except KeyboardInterrupt:  # before serve(), which waits for signals

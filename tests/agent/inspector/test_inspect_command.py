@@ -40,11 +40,12 @@ class Running:
         tunnel = Tunnel("app.example.com", Target("127.0.0.1", origin.port), "http")
         routes = {tunnel.hostname: Route(tunnel)}
         self.replayer = Replayer(self.ring, lambda: routes)
+        told = [{"hostname": hostname} for hostname in routes]
         listening = listen("127.0.0.1", 0)
         door = Door(TOKEN, "127.0.0.1", listening.getsockname()[1])
-        api = Api(self.ring, door, dict, replays=self.replayer)
+        api = Api(self.ring, door, lambda: {"tunnels": told}, replays=self.replayer)
         self.server = InspectorServer(listening, door, api)
-        self.place = Place("127.0.0.1", door.port, TOKEN, os.getpid(), ("app.example.com",))
+        self.place = Place("127.0.0.1", door.port, TOKEN, os.getpid())
         place_module.write(folder, self.place)
         self.server.start()
 
@@ -373,7 +374,7 @@ def test_a_proxy_of_the_environment_is_not_asked(running, capsys, monkeypatch):
 
 
 def test_a_file_is_the_users_alone_and_goes_with_the_inspector(tmp_path):
-    place = Place("::1", 4040, TOKEN, 7, ("a",))
+    place = Place("::1", 4040, TOKEN, 7)
     place_module.write(tmp_path / "new", place)
     (file,) = (tmp_path / "new").iterdir()
     assert os.stat(file).st_mode & 0o077 == 0
