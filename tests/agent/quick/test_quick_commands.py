@@ -391,6 +391,29 @@ def test_port_is_public_under_a_random_name_by_one_command(gateway, origin):
         assert sum(line.startswith("https://") for line in program.lines) == 1
 
 
+@pytest.mark.slow
+def test_what_passes_is_inspected_and_sent_again_by_two_commands(gateway, origin):
+    left = iter(["500 Oops", "503 Later", "200 OK"])
+    origin.serve(lambda wire: wire.read_message() and wire.send(answer(status=next(left))))
+    with reserved_port() as port:
+        pass
+    words = ["http", str(origin.port), "--host", APP, "--inspect", str(port)]
+    with quick(*words) as program:
+        url = program.wait_for(rf"inspector: (http://127.0.0.1:{port}/\?token=\S+)")[1]
+        program.wait_for(rf"^https://{APP}")
+        assert gateway.get(APP, "/hook")[0] == 500
+        with quick("inspect", "--url") as asked:
+            assert asked.wait_for("^http")[0] and asked.wait() == 0 and url in asked.lines
+        with quick("inspect", "replay", "1", "--until", "2xx", "--every", "0") as asked:
+            asked.wait_for("replay 1 of visit 1: passed at try 2: 1 x 200, 1 x 503")
+            assert asked.wait() == 0
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 0
+    with quick("inspect") as asked:
+        asked.wait_for("no inspector runs here")
+        assert asked.wait() == 2
+
+
 def test_folder_is_public_by_one_command_behind_a_password(gateway, tmp_path):
     (tmp_path / "page.html").write_bytes(b"<p>page")
     login = "Basic " + base64.b64encode(f"guest:{PASSWORD}".encode()).decode()
