@@ -85,6 +85,8 @@ PURE = [
     "gotunnel_server/certs/registered_domain.py",
     "gotunnel_server/certs/schedule.py",
     "gotunnel_server/certs/rate_limits.py",
+    "gotunnel_server/certs/summary.py",
+    "gotunnel_server/dashboard/state.py",
     "gotunnel_server/net/client_hello.py",
     "gotunnel_server/visitors/forwarded.py",
     "gotunnel_server/visitors/http2_frames.py",

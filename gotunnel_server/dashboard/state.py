@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 from gotunnel_agent.common.hostnames import HTTPS_PORT, WILDCARD
 from gotunnel_agent.common.one_line import on_one_line, words_and_link
 
-from ..net.blocks import Block
 from ..routes import Route
 from ..visitors.visit import Visit, has_failed
 
@@ -132,6 +131,22 @@ class Count(Protocol):
     failed: int
     received: int
     sent: int
+
+
+class Block(Protocol):
+    """... of a blocked address (net/blocks.py)."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def until(self) -> float: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def by(self) -> str: ...
 
 
 class Rates(NamedTuple):
