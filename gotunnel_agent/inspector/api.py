@@ -442,7 +442,7 @@ def _lines(head: str) -> tuple[str, list[list[str]]]:
     for each in rest:
         each = each.removesuffix("\r")
         if each[:1] in (" ", "\t") and fields:
-            fields[-1][1] += " " + each.strip()
+            fields[-1][1] = f"{fields[-1][1]} {each.strip()}".strip(" ")
         elif each:
             name, _, value = each.partition(":")
             fields.append([name, value.strip(" \t")])

@@ -61,17 +61,30 @@ HARMLESS_NAMES = frozenset({"accesscontrolallowcredentials"})
 _NOT_PLAIN = re.compile(r"[^a-z0-9]+")
 MOST_NAME = 100  # characters of a name in a body
 
-# Secrets that are known by their form, wherever they are.
-_FORMS = re.compile(
-    r"\beyJ[\w-]{5,}(?:\.[\w-]*){1,4}"  # JWT, JWE (RFC 7519, 7516)
-    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{20,}"
-    r"|\b[srp]k_(?:live|test)_[A-Za-z0-9]{10,}|\bwhsec_[A-Za-z0-9+/=]{16,}"  # Stripe
-    r"|\bsk-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,}|\bnpm_[A-Za-z0-9]{36}"
-    r"|\bA(?:KI|SI)A[0-9A-Z]{16}\b|\bAIza[\w-]{35}"  # AWS, Google
-    r"|-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z0-9 ]{0,40}-----|\Z)",
-    re.ASCII,
+# Secrets that are known by their form, wherever they are. Before each pattern the words of which a
+# text must have one: looking for these is a hundred times as fast.
+_FORMS = tuple(
+    (words, re.compile(pattern, re.ASCII))
+    for words, pattern in (
+        (("eyJ",), r"\beyJ[\w-]{5,}(?:\.[\w-]*){1,4}"),  # JWT, JWE (RFC 7519, 7516)
+        (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
+        (("github_pat_",), r"\bgithub_pat_\w{20,}"),
+        (("glpat-",), r"\bglpat-[\w-]{20,}"),
+        (("k_live_", "k_test_"), r"\b[srp]k_(?:live|test)_[A-Za-z0-9]{10,}"),  # Stripe
+        (("whsec_",), r"\bwhsec_[A-Za-z0-9+/=]{16,}"),
+        (("sk-",), r"\bsk-[\w-]{20,}"),
+        (("xox",), r"\bxox[abeoprs]-[\w-]{10,}"),  # Slack
+        (("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
+        (("AKIA", "ASIA"), r"\bA(?:KI|SI)A[0-9A-Z]{16}\b"),  # AWS
+        (("AIza",), r"\bAIza[\w-]{35}"),  # Google
+        (
+            ("PRIVATE KEY-----",),
+            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?s:.*?)"
+            r"(?:-----END [A-Z0-9 ]{0,40}-----|\Z)",
+        ),
+    )
 )
-_BEARER = re.compile(r"\b(Bearer )[\w.~+/=-]{8,}", re.IGNORECASE | re.ASCII)
+_BEARER = re.compile(r"\b([Bb]earer )[\w.~+/=-]{8,}", re.ASCII)
 _USER_OF_URL = re.compile(r"(://[^/\s:@\"'<>]{0,100}:)[^/\s@\"'<>]{1,300}@")
 # name=value, in a query or as a log line writes it.
 _PAIR = re.compile(r"(?<![^?&;#\s\"'<>{,(])([^=&?;#\s\"'<>{,(]{1,100})=([^&\s\"'<>]+)")
@@ -136,11 +149,13 @@ def head(text: str) -> str:
         bare = line.removesuffix("\r")
         end = line[len(bare) :]
         if number == 0:
-            words = bare.split(" ")
+            words = bare.split(" ", 2)
             lines[0] = " ".join(map(target, words)) + end
             continue
+        if not bare or bare.isspace():
+            continue
         if bare[:1] in (" ", "\t"):
-            lines[number] = (f" {MASK}" if hidden and bare.strip() else _text(bare)) + end
+            lines[number] = (f" {MASK}" if hidden else _text(bare)) + end
             continue
         name, colon, value = bare.partition(":")
         lead = value[: len(value) - len(value.lstrip(" \t"))]
@@ -185,10 +200,12 @@ def _text(text: str) -> str:
 
 
 def _by_form(text: str) -> str:
-    text = _FORMS.sub(MASK, text)
+    for words, pattern in _FORMS:
+        if any(word in text for word in words):
+            text = pattern.sub(MASK, text)
     if "://" in text:
         text = _USER_OF_URL.sub(rf"\1{MASK}@", text)
-    return _BEARER.sub(rf"\1{MASK}", text)
+    return _BEARER.sub(rf"\1{MASK}", text) if "earer " in text else text
 
 
 def _masked_pair(match: re.Match[str]) -> str:
