@@ -95,10 +95,14 @@ class Totals(NamedTuple):
 class Follower:
     """Follows all visits of an agent. Any thread may call any method."""
 
-    def __init__(self, on_seen: Callable[[Seen], object] | None = None):
+    def __init__(
+        self, on_seen: Callable[[Seen], object] | None = None, *, for_listeners: bool = False
+    ):
         """``on_seen(seen)`` is called for each visit that is over, by the thread that reads: see
-        look(). It must not block, as the thread may be one of a visit."""
+        look(). It must not block, as the thread may be one of a visit. ``for_listeners``: nobody
+        wants what take() and totals() return, so they return nothing."""
         self._on_seen = on_seen
+        self._for_listeners = for_listeners
         self._lock = threading.Lock()  # guards all below
         self._live: set[_Followed] = set()
         self._seen: deque[Seen] = deque(maxlen=KEPT)
@@ -225,7 +229,8 @@ class Follower:
                 listener.over(tunnel, exchange)
             except Exception:
                 log.exception("%s: a visit is not kept (bug, traceback follows)", tunnel.hostname)
-        self.tell(record(exchange, tunnel, exchange.over))
+        if not self._for_listeners:
+            self.tell(record(exchange, tunnel, exchange.over))
 
     def tell(self, seen: Seen) -> None:
         failed = has_failed(seen)

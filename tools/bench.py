@@ -5,6 +5,7 @@
     python3 tools/bench.py --peer go --peer frp     beside others as well: go, frp, chisel, rathole
     python3 tools/bench.py --python /usr/bin/python3.13    run ours by another Python as well
     python3 tools/bench.py --with ACCESS_LOG=-      run ours with settings as well
+    python3 tools/bench.py --inspect heads --inspect bodies    run ours with an inspector as well
     python3 tools/bench.py --rounds 3               medians, and from what to what the rounds went
     python3 tools/bench.py --json FILE              keep all values
     python3 tools/bench.py --markdown FILE          put the table into FILE, between two comments
@@ -46,7 +47,7 @@ import bench_multiplexer
 import bootstrap
 from bench_programs import need, put, say, version
 from bench_rows import Rows
-from bench_subjects import PEERS, Direct, Ours, Site, environment_of, present
+from bench_subjects import INSPECTED, PEERS, Direct, Ours, Site, environment_of, present
 from bench_table import Table
 from demo import Failed
 
@@ -101,6 +102,11 @@ def read(arguments):
         "METRICS_PORT=auto' (repeatable)",
     )  # fmt: skip
     parser.add_argument(
+        "--inspect", action="append", choices=sorted(INSPECTED), default=[],
+        help="run ours with an inspector at the agent as well, which keeps heads, or bodies too "
+        "(repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
         "--rounds", type=int, default=1, help="measure everything so often (default: %(default)s)"
     )
     parser.add_argument(
@@ -143,6 +149,7 @@ def show(python, rows, options, kept):
         subjects = [subject(site) for subject in (Direct, Ours, *peers)]
         subjects += [Ours(site, name, python) for name, python, _ in interpreters]
         subjects += [Ours(site, f"with {' '.join(each)}", settings=each) for each in options.with_]
+        subjects += [Ours(site, f"inspected: {each}", inspect=each) for each in options.inspect]
         contenders = [(subject, stack.enter_context(subject.start())) for subject in subjects]
         places = {running.name: placed(running) for _, running in contenders}
         about = [sentence for _, _, sentence in interpreters]

@@ -26,6 +26,7 @@ HOSTNAME = "localhost"
 TCP_HOSTNAME, SSH_HOSTNAME = "tcp.localhost", "ssh.localhost"
 GATEWAY_HOST = "gateway.localhost"
 SMALL, LARGE = 1024, 1 << 30  # bytes of the two files
+INSPECTED = {"heads": "false", "bodies": "true"}  # what an inspector keeps, and its key "bodies"
 NOT_HTTP = http.client.HTTPException
 LOOK_AGAIN = 0.05  # seconds until the next look whether a site answers
 
@@ -76,6 +77,7 @@ AGENT_CONFIG = """
 tunnel_addr: "127.0.0.1:{dial}"
 ca_file: "{ca_file}"
 jwt_secret: "{secret}"
+inspect: {inspect}
 tunnels:
   - hostname: "{hostname}"
     target: "127.0.0.1:{plain}"
@@ -297,10 +299,12 @@ class Tunnel:
 
 
 class Ours(Tunnel):
-    def __init__(self, site, name=OURS, python=None, settings=None):
+    def __init__(self, site, name=OURS, python=None, settings=None, inspect=None):
         """``python``: the path of the one that runs gateway and agent, the site's unless given.
-        ``settings``: of the gateway, beside those that the bench needs."""
+        ``settings``: of the gateway, beside those that the bench needs. ``inspect``: one of
+        INSPECTED, for an agent with an inspector."""
         super().__init__(site)
+        self._inspect = inspect
         self.name = name
         self._python = python or site.python
         self._settings = settings or {}
@@ -321,10 +325,15 @@ class Ours(Tunnel):
         return Running(self.name, port, port, gateway, None, tunnel_port, GATEWAY_HOST, secret)
 
     def _agent(self, stack, running, dial):
+        inspect = "off"
+        if self._inspect:
+            [port] = reserve_ports(stack, 1)
+            inspect = f"{{listen: {port}, bodies: {INSPECTED[self._inspect]}}}"
         config = self._write("agent", running, AGENT_CONFIG, dial=dial, tcp_hostname=TCP_HOSTNAME,
-                             ssh_hostname=SSH_HOSTNAME)  # fmt: skip
+                             ssh_hostname=SSH_HOSTNAME, inspect=inspect)  # fmt: skip
         script = os.path.join(bootstrap.ROOT, "gotunnel_agent")
-        return self._start(stack, "agent", self._python, script, "-c", config)
+        state = os.path.join(self._site.folder, "state")  # for the inspector's token
+        return self._start(stack, "agent", self._python, script, "-c", config, XDG_STATE_HOME=state)
 
 
 def environment_of(interpreter):

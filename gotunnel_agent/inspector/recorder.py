@@ -14,15 +14,18 @@ from ..config import Tunnel
 from ..dialogue import SWITCHING_PROTOCOLS, Exchange, Hear
 from . import websocket
 from .content import field
-from .event_stream import EventStream
+from .event_stream import Event, EventStream
 from .kept import Kept
 from .record import ENDED, OPEN, SHARE, Message, Record, Ring
 
+# Bytes of a body that a visit may have before it is in the ring, and so counted: a record is made
+# once, at the visit's end or when a look finds it, if it is no larger.
+SMALL = 4096
 MOST_PIECES = 64  # of a body; more are joined, as each is an object
 MOST_TARGETS = 1000  # tunnels whose target's text is kept
 MOST_ADDRESS = 100  # characters of a visitor's address: IPv6 with a zone, and more than one
 FORWARDED = (b"\r\nx-forwarded-for:", b"\r\nx-real-ip:")
-EVENT_STREAM = "text/event-stream"
+EVENT_STREAM = b"text/event-stream"
 WEBSOCKET = "websocket"
 
 
@@ -39,26 +42,17 @@ class Recorder:
         self._targets: dict[int, tuple[Tunnel, str]] = {}
 
     def began(self, tunnel: Tunnel, exchange: Exchange) -> Hear | None:
-        tape = _Tape(self, tunnel, exchange, OPEN)
-        self._open[exchange] = tape
-        self.ring.add(tape.record)
+        tape = self._open[exchange] = _Tape(self, tunnel, exchange)
         return tape.hear if self.body else None
 
     def over(self, tunnel: Tunnel, exchange: Exchange) -> None:
-        tape = self._open.pop(exchange, None)
-        if tape is None:  # its request could not be read
-            tape = _Tape(self, tunnel, exchange, ENDED)
-            tape.end()
-            self.ring.add(tape.record)
-        else:
-            tape.end()
-            self.ring.update(tape.record)
+        tape = self._open.pop(exchange, None) or _Tape(self, tunnel, exchange)
+        tape.end()
 
     def refresh(self) -> None:
         """Bring the records of visits that go on up to date."""
         for tape in list(self._open.values()):
-            if tape.refresh():
-                self.ring.update(tape.record)
+            tape.refresh()
 
     def target_of(self, tunnel: Tunnel) -> str:
         found = self._targets.get(id(tunnel))
@@ -70,32 +64,22 @@ class Recorder:
 
 
 class _Tape:
-    """Fills a record from its exchange."""
+    """Makes a record of an exchange. Most visits are over soon: their record is made then, whole.
+    Others get one when refresh() sees them, or when they take memory."""
 
-    __slots__ = ("record", "_recorder", "_exchange", "_told", "_lock", "_bodies", "_decided",
-                 "_frames", "_events")  # fmt: skip
+    __slots__ = (
+        "_record", "_recorder", "_tunnel", "_exchange", "_told", "_lock", "_asked", "_answered",
+        "_decided", "_frames", "_events",
+    )  # fmt: skip
 
-    def __init__(self, recorder: Recorder, tunnel: Tunnel, exchange: Exchange, state: str):
-        self._recorder, self._exchange = recorder, exchange
-        hostname = tunnel.hostname
-        if hostname.startswith(WILDCARD):
-            hostname = exchange.host or hostname
-        head = exchange.request_head
-        self.record = Record(
-            hostname=hostname,
-            mode=tunnel.mode,
-            target=recorder.target_of(tunnel),
-            visitor=visitor_of(head) if head else "",
-            began=time() - (monotonic() - exchange.began),
-            method=exchange.method,
-            path=exchange.target,
-            request_head=head,
-            problem=exchange.problem,
-            state=state,
-        )
-        self._told = (0, 0, 0, 0)  # see refresh()
-        self._lock = threading.Lock()  # guards the bodies, and the record against two refreshes
-        self._bodies: tuple[_Beginning, _Beginning] | None = None  # made when something comes
+    def __init__(self, recorder: Recorder, tunnel: Tunnel, exchange: Exchange):
+        self._recorder, self._tunnel, self._exchange = recorder, tunnel, exchange
+        self._lock = threading.Lock()  # guards all below, but for the messages
+        self._record: Record | None = None
+        self._told: tuple[object, ...] = ()  # see refresh()
+        self._asked: _Beginning | None = None  # bodies, made when something comes
+        self._answered: _Beginning | None = None
+        # The thread of the visit uses these alone.
         self._decided = False  # whether there are messages: the answer's head says it
         # Both directions of a WebSocket, the visitor's first; the answer's events.
         self._frames: tuple[websocket.Reader, websocket.Reader] | None = None
@@ -106,112 +90,181 @@ class _Tape:
         if not self._decided and self._exchange.status:
             self._decide()
         if self._frames is not None:
-            frames = self._frames[answered].feed(data)
-            if frames:
+            if frames := self._frames[answered].feed(data):
                 self._keep_frames(answered, frames, now)
             return
         if self._events is not None and answered:
-            for event in self._events.feed(data):
-                self._keep_message(Message(self._wall(now), False, "event", *event))
-        bodies = self._bodies
-        if bodies is None:
-            bodies = self._bodies = (_Beginning(), _Beginning())
-        body = bodies[answered]
+            self._keep_events(self._events.feed(data), now)
+        body = self._answered if answered else self._asked
+        if body is None:
+            body = _Beginning()
+            with self._lock:
+                if answered:
+                    self._answered = body
+                else:
+                    self._asked = body
         room = self._recorder.body - body.length
         if room <= 0:
             return
         piece = data if len(data) <= room else data[:room]
         with self._lock:
             body.add(piece)
-        self._charge(len(piece))
+            record = self._record
+        if record is not None:
+            self._charge(record, len(piece))
+        elif body.length > SMALL:
+            self._opened()
 
     def _decide(self) -> None:
         """The answer's head has come: are messages to follow?"""
         self._decided = True
-        exchange, keep = self._exchange, self._recorder.body
-        answer = exchange.response
-        fields = answer.fields.items if answer is not None else []
+        exchange = self._exchange
         if exchange.status == SWITCHING_PROTOCOLS:
-            if field(fields, "upgrade").lower() == WEBSOCKET:
-                values = [v for n, v in fields if n.lower() == "sec-websocket-extensions"]
-                agreed = websocket.agreed(",".join(values))
-                self._frames = (
-                    websocket.Reader(keep, agreed, from_visitor=True),
-                    websocket.Reader(keep, agreed),
-                )
-                self.record.working = sum(reader.memory for reader in self._frames)
-                self._charge(self.record.working)
-        elif field(fields, "content-type").partition(";")[0].strip().lower() == EVENT_STREAM:
-            self._events = EventStream(keep, field(fields, "content-encoding").strip().lower())
-            self.record.working = self._events.memory
-            self._charge(self.record.working)
+            self._read_frames(exchange)
+        # A look that costs little, as most answers are no streams; the parser decides.
+        elif EVENT_STREAM in exchange.response_head.lower():
+            self._read_events(exchange)
+
+    def _read_frames(self, exchange: Exchange) -> None:
+        fields = _fields(exchange)
+        if field(fields, "upgrade").strip().lower() != WEBSOCKET:
+            return
+        values = [value for name, value in fields if name.lower() == "sec-websocket-extensions"]
+        agreed, keep = websocket.agreed(",".join(values)), self._recorder.body
+        self._frames = (
+            websocket.Reader(keep, agreed, from_visitor=True),
+            websocket.Reader(keep, agreed),
+        )
+        self._work(sum(reader.memory for reader in self._frames))
+
+    def _read_events(self, exchange: Exchange) -> None:
+        fields = _fields(exchange)
+        media = field(fields, "content-type").partition(";")[0].strip().lower()
+        if media.encode("latin-1") == EVENT_STREAM:
+            coding = field(fields, "content-encoding").strip().lower()
+            self._events = EventStream(self._recorder.body, coding)
+            self._work(self._events.memory)
+
+    def _work(self, memory: int) -> None:
+        """Reading messages takes memory while the visit goes on."""
+        record = self._opened()
+        record.working = memory
+        self._charge(record, memory)
 
     def _keep_frames(self, answered: bool, frames: list[websocket.Read], now: float) -> None:
-        at = self._wall(now)
+        record = self._opened()
+        at = self._wall(record, now)
         for frame in frames:
-            self._keep_message(Message(at, not answered, *frame))
+            self._keep_message(record, Message(at, not answered, *frame))
 
-    def _keep_message(self, message: Message) -> None:
-        ring = self._recorder.ring
-        self._charge(self.record.add_message(message, ring.budget // SHARE))
+    def _keep_events(self, events: list[Event], now: float) -> None:
+        record = self._opened()
+        at = self._wall(record, now)
+        for event in events:
+            self._keep_message(record, Message(at, False, "event", *event))
 
-    def _charge(self, count: int) -> None:
+    def _keep_message(self, record: Record, message: Message) -> None:
+        self._charge(record, record.add_message(message, self._recorder.ring.budget // SHARE))
+
+    def _charge(self, record: Record, count: int) -> None:
         """The record takes ``count`` bytes more."""
-        if not self._recorder.ring.grow(self.record, count):
+        if not self._recorder.ring.grow(record, count):
             self._exchange.hear = None  # the record is gone: do no more for it
 
-    def _wall(self, now: float) -> float:
+    def _wall(self, record: Record, now: float) -> float:
         """Wall-clock time. By the beginning, so that a clock that jumps changes no order."""
-        return self.record.began + (now - self._exchange.began)
+        return record.began + (now - self._exchange.began)
 
-    def refresh(self) -> bool:
-        """Bring the record up to date. False if nothing has changed."""
-        exchange, record = self._exchange, self.record
+    def _made(self, state: str) -> Record:
+        """A new record, with what there is so far. Caller holds the lock."""
+        exchange, tunnel = self._exchange, self._tunnel
+        hostname = tunnel.hostname
+        if hostname.startswith(WILDCARD):
+            hostname = exchange.host or hostname
+        head = exchange.request_head
+        self._record = record = Record(
+            hostname=hostname,
+            mode=tunnel.mode,
+            target=self._recorder.target_of(tunnel),
+            visitor=visitor_of(head) if head else "",
+            began=time() - (monotonic() - exchange.began),
+            method=exchange.method,
+            path=exchange.target,
+            request_head=head,
+            state=state,
+        )
+        return record
+
+    def _fill(self, record: Record) -> None:
+        """Caller holds the lock."""
+        exchange, asked, answered = self._exchange, self._asked, self._answered
+        if exchange.status and not record.status:
+            record.response_head = exchange.response_head
+            if exchange.answer_began:
+                record.first_byte = exchange.answer_began - exchange.began
+            record.status = exchange.status
+        record.interim = exchange.interim
+        record.problem = exchange.problem
+        record.request_body = Kept(b"" if asked is None else asked.joined(), exchange.bytes_in)
+        record.response_body = Kept(
+            b"" if answered is None else answered.joined(), exchange.bytes_out
+        )
+
+    def _opened(self) -> Record:
+        """The record, which is in the ring from now on. Any thread."""
         with self._lock:
-            told = (
-                exchange.status,
-                exchange.bytes_in,
-                exchange.bytes_out,
-                record.dropped + record.message_count,
-            )
-            if told == self._told and not exchange.over and record.problem == exchange.problem:
-                return False
-            self._told = told
-            if exchange.status and not record.status:
-                record.response_head = exchange.response_head
-                if exchange.answer_began:
-                    record.first_byte = exchange.answer_began - exchange.began
-                record.status = exchange.status
-            record.interim = exchange.interim
-            record.problem = exchange.problem
-            bodies = self._bodies
-            asked = answered = b""
-            if bodies is not None:
-                asked, answered = bodies[False].joined(), bodies[True].joined()
-            record.request_body = Kept(asked, exchange.bytes_in)
-            record.response_body = Kept(answered, exchange.bytes_out)
-        return True
+            if self._record is not None:
+                return self._record
+            record = self._made(OPEN)
+            self._fill(record)
+            # With the lock: what comes is charged to a record that the ring has.
+            self._recorder.ring.add(record)
+        return record
+
+    def refresh(self) -> None:
+        """Tell what has changed."""
+        exchange, record = self._exchange, self._record
+        is_new = record is None
+        if record is None:
+            record = self._opened()
+        told = (
+            exchange.status, exchange.bytes_in, exchange.bytes_out, exchange.problem,
+            record.dropped + record.message_count,
+        )  # fmt: skip
+        is_told = is_new or told == self._told
+        self._told = told
+        if is_told:
+            return
+        with self._lock:
+            if record.state == ENDED:  # meanwhile, by the thread of the visit
+                return
+            self._fill(record)
+        self._recorder.ring.update(record)
 
     def end(self) -> None:
         """The exchange is over."""
-        exchange, record = self._exchange, self.record
-        at = self._wall(exchange.over)
+        exchange = self._exchange
         if self._frames is not None:
             for answered, reader in enumerate(self._frames):
-                for frame in reader.end():
-                    self._keep_message(Message(at, not answered, *frame))
-            self._frames = None
+                self._keep_frames(bool(answered), reader.end(), exchange.over)
         if self._events is not None:
-            for event in self._events.end():
-                self._keep_message(Message(at, False, "event", *event))
-            self._events = None
-        self.refresh()
+            self._keep_events(self._events.end(), exchange.over)
         with self._lock:
+            record = self._record
+            is_new = record is None
+            if record is None:
+                record = self._made(ENDED)
+            self._fill(record)
+            if exchange.request_trailers or exchange.response_trailers:
+                record.request_trailers = tuple(exchange.request_trailers)
+                record.response_trailers = tuple(exchange.response_trailers)
             record.working = 0
-            record.request_trailers = tuple(exchange.request_trailers)
-            record.response_trailers = tuple(exchange.response_trailers)
             record.duration = max(0.0, exchange.over - exchange.began)
             record.state = ENDED
+        if is_new:
+            self._recorder.ring.add(record)
+        else:
+            self._recorder.ring.update(record)
 
 
 class _Beginning:
@@ -233,6 +286,12 @@ class _Beginning:
         if len(self._pieces) > 1:
             self._pieces = [b"".join(self._pieces)]
         return self._pieces[0] if self._pieces else b""
+
+
+def _fields(exchange: Exchange) -> list[tuple[str, str]]:
+    """Those of the answer's head."""
+    answer = exchange.response
+    return [] if answer is None else answer.fields.items
 
 
 def visitor_of(head: bytes) -> str:

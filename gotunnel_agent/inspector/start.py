@@ -75,7 +75,7 @@ class Inspector:
         self._over = threading.Event()
         self._made_follower = agent.follower is None
         if agent.follower is None:
-            agent.follower = Follower()
+            agent.follower = Follower(for_listeners=True)
         self._follower = agent.follower
         self._follower.add(self._recorder)
         try:
