@@ -259,9 +259,9 @@ def replay_lines(replay: Document, paper: Paper) -> Iterator[str]:
     yield paper.line(
         (f"{'COUNT':>6}  {'STATUS':>6}  {'SIZE':>7}  {'TOOK':>17}  FIRST  PROBLEM", DIM)
     )
-    for group in groups:
+    for group in sorted(groups, key=lambda group: -_number(group, "count")):
         took = f"{duration(group['least_ms'] / 1000)} - {duration(group['most_ms'] / 1000)}"
-        mixed = "others" if group.get("mixed") else safe(str(group.get("problem") or ""))
+        mixed = "(other answers)" if group.get("mixed") else safe(str(group.get("problem") or ""))
         yield paper.line(
             (f"{group['count']:>6}  {group['status'] or '-':>6}  {size(group['size']):>7}  ", ""),
             (f"{took:>17}  {group['record']:>5}  ", ""), (mixed, BAD),

@@ -293,7 +293,7 @@ def rebuild(
     length = None
     if chunked:
         length = ("Transfer-Encoding", "chunked")
-    elif body or "content-length" in recorded.fields or method in WITH_LENGTH:
+    elif body or method in WITH_LENGTH or edit.body is None and "content-length" in recorded.fields:
         length = ("Content-Length", str(len(body)))
     if length is not None:
         fields.insert(_place_of_length(items, fields), length)

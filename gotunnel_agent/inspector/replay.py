@@ -36,7 +36,9 @@ from .order import CannotReplay, Order, Outgoing, read_order, rebuild, with_secr
 from .record import ENDED, OPEN, Kept, Record, Ring
 
 MOST_RUNNING = 4  # replays at a time; each has up to eight threads
-MOST_GROUPS = 20  # of equal answers: a target that answers with the time has as many as tries
+# Groups of equal answers. A target that answers with the time would have as many as there are
+# tries: further ones are grouped by their status.
+MOST_GROUPS = 12
 MOST_KEPT = 50  # replays that are over and can still be asked for
 # Seconds between two changes of a running replay, or of a record whose answer still comes, that
 # readers are told.
@@ -75,7 +77,7 @@ class _Group:
             "status": self._status,
             "problem": self._problem,
             "size": self._size,
-            "mixed": self._mixed,  # all that are equal to none of the other groups' first ones
+            "mixed": self._mixed,  # they have the status alone in common
             "least_ms": round(1000 * self._least, 3),
             "most_ms": round(1000 * self._most, 3),
         }
@@ -179,10 +181,11 @@ class Replay:
         until = self.order.until
         key: object = key_of(record)
         with self._lock:
-            if key not in self._groups and len(self._groups) == MOST_GROUPS:
-                key = None  # the group of all others
-            self._groups.setdefault(key, _Group(record, key is None)).note(record)
-            self._statuses[str(record.status or "none")] += 1
+            mixed = key not in self._groups and len(self._groups) >= MOST_GROUPS
+            if mixed:
+                key = record.status  # all others of that status
+            self._groups.setdefault(key, _Group(record, mixed)).note(record)
+            self._statuses[str(record.status)] += 1  # 0 without an answer
             if record.problem:
                 self._problems[record.problem] += 1
             passed = until is not None and not record.problem and until.passes(record.status)
@@ -219,13 +222,17 @@ def in_words(document: Mapping[str, Any]) -> str:
     """How a replay stands, in one line."""
     done, times, until = document["done"], document["times"], document["until"]
     found = ", ".join(
-        f"{count} x {'no answer' if status == 'none' else status}"
+        f"{count} x {'no answer' if status == '0' else status}"
         for status, count in document["statuses"].items()
     )
     if document["state"] == PASSED:
         return f"passed at try {done}: {found}"
+    if times == done == 1:
+        return found.removeprefix("1 x ")
     words = {RUNNING: "so far", STOPPED: "stopped", OVER: "ended"}[document["state"]]
-    line = f"{words}, {done} of {times} tries" + (f": {found}" if found else "")
+    line = f"{words}, {done} of {times} {'try' if times == 1 else 'tries'}"
+    if found:
+        line += f": {found}"
     if until is not None and document["state"] != RUNNING:
         line += f"; no answer was {until}"
     return line

@@ -214,8 +214,9 @@ def succeeded(document: dict[str, Any]) -> bool:
     """Whether all answers were whole and none told of a fault of the target."""
     if document["until"] is not None:
         return bool(document["state"] == PASSED)
-    statuses = [int(status) if status.isdigit() else FAILED for status in document["statuses"]]
-    return bool(statuses) and max(statuses) < FAILED and not document["problems"]
+    statuses = [int(status) for status in document["statuses"]]  # 0 without an answer
+    whole = bool(statuses) and min(statuses) > 0 and not document["problems"]
+    return whole and max(statuses) < FAILED
 
 
 def order_of(inspector: Inspector, options: argparse.Namespace) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_a_request_is_sent_again(running, capsys, origin, quick):
     got = []
     origin.serve(lambda wire: [got.append(wire.read_message()), wire.send(answer(b"thanks"))])
     status, out, _ = inspect(capsys, "replay", "2")
-    assert status == 0 and "1 x 200" in out and "thanks" in out
+    assert status == 0 and "replay 1 of visit 2: 200" in out and "thanks" in out
     assert got[0][0] == running.ring.get(2).request_head
 
 
@@ -291,7 +291,7 @@ def test_the_exit_status_says_how_the_target_has_answered(
 def test_a_target_without_an_answer_has_failed(running, capsys, origin, quick):
     origin.serve(lambda wire: wire.read_message())
     status, out, _ = inspect(capsys, "replay", "2")
-    assert status == 1 and "1 x no answer" in out
+    assert status == 1 and "replay 1 of visit 2: no answer" in out
 
 
 def test_ctrl_c_stops_the_replay(running, capsys, origin, monkeypatch):

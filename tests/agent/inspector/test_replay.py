@@ -362,6 +362,18 @@ def test_a_cut_answer_does_not_pass(bench, origin):
     assert replay.document()["state"] == "ended"
 
 
+def test_equal_answers_are_counted_together(bench, origin, monkeypatch):
+    monkeypatch.setattr(replay_module, "MOST_GROUPS", 2)
+    bodies = iter([b"a", b"b", b"a", b"c", b"d", b"a"])
+    origin.serve(lambda wire: [wire.read_message(), wire.send(answer(next(bodies)))])
+    replay = bench.start(times=6)
+    assert replay.over.wait(TIMEOUT)
+    groups = replay.document()["groups"]
+    assert [(group["record"], group["count"], group["mixed"]) for group in groups] == [
+        (2, 3, False), (3, 1, False), (5, 2, True),
+    ]  # fmt: skip
+
+
 def test_several_are_sent_at_once(bench, origin):
     meeting = threading.Barrier(4)
     origin.serve(lambda wire: [wire.read_message(), meeting.wait(TIMEOUT), wire.send(answer())])

@@ -229,6 +229,7 @@ def test_a_typed_body_is_not_called_compressed():
 def test_a_get_without_a_body_has_no_length_and_a_post_has_one():
     assert "Content-Length" not in dict(fields_of(edited({}, GET, b"")))
     assert dict(fields_of(edited({"method": "POST"}, GET, b"")))["Content-Length"] == "0"
+    assert "Content-Length" not in dict(fields_of(edited({"method": "GET", "body": ""})))
 
 
 @pytest.mark.parametrize(
