@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..common.cells import fit, pad, safe, width
 from ..common.quantities import duration, size
+from .mask import MASK
 
 Document = Mapping[str, Any]
 Spans = list[tuple[str, str]]  # texts with their SGR parameters
@@ -142,11 +143,12 @@ def _status_look(visit: Document) -> str:
 
 
 def visit_lines(visit: Document, paper: Paper) -> Iterator[str]:
-    """A visit with its heads, bodies and messages."""
+    """A visit with its heads, bodies and messages. Only messages are cut where the paper ends."""
+    page, paper = paper, paper._replace(columns=None)
     yield paper.line((f"visit {_number(visit, 'id')}", BOLD), (f"  {_summary(visit)}", ""))
     if problem := _text(visit, "problem"):
         yield paper.line((problem, BAD))
-    if visit.get("masked"):
+    if visit.get("masked") and MASK in json.dumps(visit, ensure_ascii=False):
         yield paper.line(("secrets are masked; --unmask shows them", DIM))
     for name in ("request", "response"):
         message = visit.get(name) or {}
@@ -164,7 +166,7 @@ def visit_lines(visit: Document, paper: Paper) -> Iterator[str]:
             (f", and {dropped} before them that are not kept" if dropped else "", DIM),
         )
         for each in messages:
-            yield _passed(each, paper)
+            yield _passed(each, page)
 
 
 def _summary(visit: Document) -> str:

@@ -208,8 +208,9 @@ def serve(config: Config, labels: Labels | None, *, drawn: bool, qr: bool, folde
     if config.inspect is not None:
         inspector = start_inspector(agent, config.inspect, next_port=True)
         line = f"inspector: {inspector.url}"
-        log.info("%s", line)
         serving.notes.append(line)
+        if not screen.draws:
+            log.info("%s", line)
     if folder:
         screen.target_words = lambda tunnel: folder
     # The terminal was closed: stop in good order, unless nohup has it ignored.

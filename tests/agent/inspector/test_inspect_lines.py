@@ -116,7 +116,10 @@ def test_a_visit_is_shown_with_heads_bodies_and_messages():
     assert '{\n  "b": [\n    1\n  ]\n}' in text
     assert "HTTP/1.1 200 Some Reason" in lines and "ok" in lines
     assert "> text    hello" in text and "< binary  1 bytes  (cut)" in text
-    assert "secrets are masked" in text
+    assert "secrets are masked" not in text
+    record = a_record(fields=["Cookie: session=s3cret"])
+    assert "secrets are masked" in "".join(visit_lines(detail(record), Paper()))
+    assert "secrets are masked" not in "".join(visit_lines(detail(record, True), Paper()))
 
 
 def test_a_body_that_was_not_kept_whole_is_said_so():
