@@ -29,7 +29,7 @@ ARGUMENTS = (
     "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
     "--disable-breakpad", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-extensions", "--no-proxy-server",
-    "--hide-scrollbars", "--disable-renderer-backgrounding",
+    "--hide-scrollbars", "--window-size=1400,2000", "--disable-renderer-backgrounding",
     "--disable-background-timer-throttling", "--disable-backgrounding-occluded-windows",
     "--host-resolver-rules=MAP *.localhost 127.0.0.1, MAP *.example 127.0.0.1, "
     "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
@@ -173,7 +173,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        """What can be seen of the page."""
+        """What can be seen of the page. Parts that lie outside of the window may be missing."""
         return self.script("return document.body ? document.body.innerText : ''")
 
     def all(self, css) -> list:
