@@ -10,13 +10,18 @@ Nothing is downloaded: the driver's path is given, so Selenium's manager is not 
 
 import base64
 import contextlib
+import logging
 import os
 import re
 import signal
 from pathlib import Path
 
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    StaleElementReferenceException,
+    TimeoutException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -24,21 +29,36 @@ from support import TIMEOUT, need, reserved_port, wait_until
 
 # No name but the tests' own is looked up, so the browser cannot call home. Root, as which tests may
 # run, needs --no-sandbox; a container with a small /dev/shm the flag behind it. A tab behind
-# another is timed like the one in front, as if it was a second window.
+# another is timed like the one in front, as if it was a second window. Nothing moves: what scrolls
+# smoothly could not be clicked meanwhile.
 ARGUMENTS = (
     "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
     "--disable-breakpad", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-extensions", "--no-proxy-server",
-    "--hide-scrollbars", "--window-size=1400,2000", "--disable-renderer-backgrounding",
+    "--disable-features=Translate,OptimizationHints,MediaRouter,InterestFeedContentSuggestions",
+    "--in-process-gpu", "--renderer-process-limit=2", "--no-zygote",
+    "--hide-scrollbars", "--window-size=1400,2000", "--force-prefers-reduced-motion",
+    "--disable-renderer-backgrounding",
     "--disable-background-timer-throttling", "--disable-backgrounding-occluded-windows",
     "--host-resolver-rules=MAP *.localhost 127.0.0.1, MAP *.example 127.0.0.1, "
     "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )  # fmt: skip
 
-POLL = 0.05  # seconds between two looks of a wait
+POLL = 0.1  # seconds between two looks of a wait
 SLOWEST = 3 * TIMEOUT  # seconds for a page to load or a script to end: never but on a fault
 BLANK = "about:blank"
+# Commands that undo what a test may have done: cookies, and what Page emulates.
+AS_IT_WAS = (
+    ("Network.clearBrowserCookies", {}),
+    ("Emulation.setScriptExecutionDisabled", {"value": False}),
+    ("Emulation.clearDeviceMetricsOverride", {}),
+    ("Emulation.setEmulatedMedia", {"features": []}),
+)
 TALLEST = 5000  # pixels of a screenshot: with more, nobody sees anything in it
+
+# They log each command with its result, which is long.
+for name in ("selenium", "urllib3"):
+    logging.getLogger(name).setLevel(logging.INFO)
 
 
 class Browser:
@@ -72,7 +92,8 @@ class Browser:
                 raise
         self.driver.set_page_load_timeout(SLOWEST)
         self.driver.set_script_timeout(SLOWEST)
-        self._first = self.driver.current_window_handle  # stays when the tabs of a test are closed
+        self._first = self.driver.current_window_handle  # a tab that all tests use, as it is cheap
+        self._is_taken = False
         self._expected = []  # patterns of what the console may say
 
     def __enter__(self):
@@ -98,8 +119,12 @@ class Browser:
             wait_until(lambda: not processes_of(session))
 
     def page(self, url=BLANK) -> "Page":
-        """A new tab."""
-        self.driver.switch_to.new_window("tab")
+        """A tab: the first one if it is free, or another."""
+        if self._is_taken:
+            self.driver.switch_to.new_window("tab")
+        else:
+            self._is_taken = True
+            self.driver.switch_to.window(self._first)
         page = Page(self, self.driver.current_window_handle)
         return page.open(url) if url != BLANK else page
 
@@ -118,7 +143,7 @@ class Browser:
         ]
 
     def clear(self) -> list:
-        """Close all tabs, forget cookies and downloads. Returns complaints()."""
+        """Close all tabs but one, forget cookies and downloads. Returns complaints()."""
         try:
             return self.complaints()
         finally:
@@ -127,7 +152,10 @@ class Browser:
                     self.driver.switch_to.window(handle)
                     self.driver.close()
             self.driver.switch_to.window(self._first)
-            self.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
+            self.driver.get(BLANK)
+            for command, parameters in AS_IT_WAS:
+                self.driver.execute_cdp_cmd(command, parameters)
+            self._is_taken = False
             self._expected.clear()
             for path in self.downloads.iterdir():
                 path.unlink()
@@ -197,7 +225,7 @@ class Page:
         wait = WebDriverWait(self.driver, TIMEOUT, POLL)
         try:
             return wait.until(look)
-        except webdriver.support.wait.TimeoutException:
+        except TimeoutException:
             message = f"{what}: still not so after {TIMEOUT} s:\n{self.text}"
             raise AssertionError(message) from None
 
@@ -208,16 +236,20 @@ class Page:
     def until_it_no_longer_says(self, text):
         self.until(lambda: text not in self.text, f"no {text!r}")
 
-    def click(self, css, text=""):
-        """Click the first visible element that fits and has ``text`` in it."""
+    def click(self, css, text="", inner=""):
+        """Click the first visible element that fits and has ``text`` in it, or the first ``inner``
+        one in that. A page that moves meanwhile is no fault: a person would aim again."""
 
         def press():
             for element in self.seen(css):
                 if text in element.text:
-                    element.click()
-                    return True
+                    if inner:
+                        element = element.find_element(By.CSS_SELECTOR, inner)
+                    with contextlib.suppress(ElementClickInterceptedException):
+                        element.click()
+                        return True
 
-        self.until(press, f"a click on {css} {text!r}")
+        self.until(press, f"a click on {css} {text!r} {inner}")
 
     def type(self, css, text, *, enter=False):
         """Write ``text`` into a field, in place of what is there."""

@@ -36,7 +36,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium):
-    """The browser, without tabs and cookies of another test. A JavaScript error or a violated
+    """The browser, without cookies and tabs of another test. A JavaScript error or a violated
     content security policy fails the test."""
     yield chromium
     assert not chromium.clear()
