@@ -113,7 +113,8 @@ class Events:
             if self._is_draining:
                 raise _full("The gateway is about to stop.")
             if self._is_full(reader.key):
-                # A tab that was closed or loaded again is noticed when it is written to. Look now.
+                # A tab that was closed or loaded again is noticed when it is written to. Look now:
+                # under the lock, as each connection is open until its reader has left.
                 for other in list(self._readers):
                     if other.gone():
                         self._drop(other)

@@ -113,8 +113,8 @@ def _feed(visitor: Party, feed: Feed) -> None:
     if isinstance(line, Duplex):
         line.stall_timeout = min(line.stall_timeout, FEED_STALL)
 
-    def gone() -> bool:
-        return end.died() or isinstance(line, Duplex) and hung_up(line)
+    def gone() -> bool:  # takes no lock
+        return hung_up(line) if isinstance(line, Duplex) else line.died()
 
     feed.run(end, gone)
 

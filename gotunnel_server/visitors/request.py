@@ -61,7 +61,8 @@ class FeedEnd(Protocol):
 
 class Feed(NamedTuple):
     """The rest of the answer is written by ``run(end, gone)``, in a thread of its own, for as long
-    as it likes: it holds no worker. ``gone()``: whether the visitor has left; any thread may ask.
+    as it likes: it holds no worker. ``gone()``: whether the visitor has left; any thread may ask,
+    as long as run() goes on.
     ``give_up()`` is called instead if there is no thread to be had."""
 
     run: Callable[[FeedEnd, Callable[[], bool]], None]
