@@ -14,9 +14,10 @@ import base64
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import Any
 
 from gotunnel import __version__
@@ -38,6 +39,7 @@ MOST_TEXT = 512  # of other texts there
 # be slow. The file of a body has all.
 MOST_BODY_TEXT = 512 * 1024
 MOST_MESSAGE, MOST_MESSAGES = 64 * 1024, 2 * 1024 * 1024
+FEW = 8  # records that take a millisecond or two, see in_turns()
 PLAIN = "text/plain; charset=utf-8"
 SAVED = "application/octet-stream"
 TRUE = ("1", "true", "yes", "on")
@@ -86,6 +88,9 @@ class Api:
         self._instance, self._started_at = secrets.token_hex(8), time()
         self._replays = replays
         self._body = body
+        # Held to look through all records: one search at a time, as it takes the processor from the
+        # visits.
+        self._looking = threading.Lock()
 
     def body_limit(self, method: str, path: str) -> int:
         return har.MOST_FILE if path == "/api/v1/har" else MOST_JSON
@@ -157,7 +162,7 @@ class Api:
         shown = matching[-limit:][::-1] if limit else []  # the latest first
         unmask = _wants(asked, "unmask")
         return as_json({
-            "visits": [summary(record, unmask) for record in shown],
+            "visits": [summary(record, unmask) for record in in_turns(shown)],
             "matched": len(matching),
             "total": len(records),
             "oldest": records[0].id if records else None,
@@ -179,10 +184,11 @@ class Api:
         after = _whole(query, "after", 1 << 53, 0)
         before = _whole(query, "before", 1 << 53, 1 << 53)
         ids = _numbers(query, "ids")
-        return [
-            record for record in records
-            if after < record.id < before and (ids is None or record.id in ids) and fits(record)
-        ]  # fmt: skip
+        with self._looking:
+            return [
+                record for record in in_turns(records)
+                if after < record.id < before and (ids is None or record.id in ids) and fits(record)
+            ]  # fmt: skip
 
     def _visit(self, asked: Asked, number: int) -> Answer:
         return as_json(detail(self._record(number), _wants(asked, "unmask")))
@@ -229,7 +235,7 @@ class Api:
 
     def _export(self, asked: Asked) -> Answer:
         records = self._matching(asked, self._ring.all())
-        pieces = har.export(records, unmask=_wants(asked, "unmask"))
+        pieces = har.export(in_turns(records), unmask=_wants(asked, "unmask"))
         saved = (("Content-Disposition", 'attachment; filename="gotunnel.har"'),)
         return Answer(200, JSON, pieces, saved)
 
@@ -283,6 +289,15 @@ class Api:
 
     def _events(self, asked: Asked) -> Live:
         return Live(Events(self._ring.subscribe(), _wants(asked, "unmask")))
+
+
+def in_turns(records: Iterable[Record]) -> Iterator[Record]:
+    """The records; every few of them, threads of visits that wait for the GIL get it. By itself
+    Python would let them wait for its switch interval (process.SWITCH_INTERVAL), each time."""
+    for number, record in enumerate(records):
+        if number % FEW == 0:
+            sleep(0)
+        yield record
 
 
 def _found(replay: Replay | None, number: int) -> Replay:
@@ -343,7 +358,7 @@ class Events:
     def _told(self, changes: Changes) -> bytes:
         parts = []
         if changes.records or changes.missed:
-            visits = [summary(record, self._unmask) for record in changes.records]
+            visits = [summary(record, self._unmask) for record in in_turns(changes.records)]
             parts.append(event("visit", {"visits": visits, "missed": changes.missed}))
         if changes.oldest != self._oldest:
             self._oldest = changes.oldest

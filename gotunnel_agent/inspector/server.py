@@ -55,6 +55,8 @@ HEAD_TIMEOUT = 10  # seconds for a whole head
 BODY_TIMEOUT = 30  # seconds for a whole body
 SEND_TIMEOUT = 20  # seconds for a piece of an answer; a browser that stops reading is cut
 PIECE = 256 * 1024  # bytes that are sent under one SEND_TIMEOUT
+# A body of more bytes than LARGE takes memory that a second one at the same time must not double.
+LARGE = 1024 * 1024
 # Seconds in which the peer may read the answer and close. A plain close with bytes unread would
 # send a RST, which could destroy the answer.
 LINGER = 2
@@ -182,6 +184,7 @@ class InspectorServer:
         # that are gone.
         self._to_park: deque[_Connection] = deque()
         self._to_close: deque[_Connection] = deque()
+        self._large = threading.BoundedSemaphore()  # held by the request with a LARGE body
         self._lock = threading.Lock()  # guards _readers
         self._readers: dict[_Connection, bool] = {}  # of events; whether it is a browser's
 
@@ -375,8 +378,10 @@ class InspectorServer:
             minor, is_browser = request.minor, self._door.is_browser(request)
             # A query may hold the token, and is not logged.
             path = (request.path or "").partition("?")[0]
-            asked = self._ask(sock, request, came[end:])
-            answer = self._site.answer(asked)
+            with contextlib.ExitStack() as held:
+                asked = self._ask(sock, request, came[end:], held)
+                del came
+                answer = self._site.answer(asked)
             if isinstance(answer, Live) and is_head:
                 answer.reader.close()
                 raise Unanswered(405, "method", "HEAD of events, expected GET", "GET")
@@ -395,8 +400,11 @@ class InspectorServer:
         self._send(sock, answer, with_body=not is_head, chunked=minor > 0)
         return False
 
-    def _ask(self, sock: socket.socket, request: http1.Request, came: bytes) -> Asked:
-        """Check a request and read its body. Raises Unanswered, Malformed, OSError."""
+    def _ask(
+        self, sock: socket.socket, request: http1.Request, came: bytes, held: contextlib.ExitStack
+    ) -> Asked:
+        """Check a request and read its body; ``held`` gets what is to be released after the answer.
+        Raises Unanswered, Malformed, OSError."""
         door = self._door
         refused = door.refuse_place(request)
         if refused is not None:
@@ -412,12 +420,18 @@ class InspectorServer:
             if stranger is not None:  # no stranger's body is kept
                 raise Unanswered(*stranger)
             limit = self._site.body_limit(request.method, path)
-            content = self._read_body(sock, request, body, came, limit)
+            content = self._read_body(sock, request, body, came, limit, held)
         named = dict(parse_qsl(query, keep_blank_values=True, errors="replace"))
         return Asked(request.method, path, named, request, content, stranger)
 
     def _read_body(
-        self, sock: socket.socket, request: http1.Request, body: http1.Body, came: bytes, limit: int
+        self,
+        sock: socket.socket,
+        request: http1.Request,
+        body: http1.Body,
+        came: bytes,
+        limit: int,
+        held: contextlib.ExitStack,
     ) -> bytes:
         too_long = Unanswered(413, "body", f"a body of over {limit} bytes, expected a shorter one")
         if (body.length or 0) > limit:
@@ -426,12 +440,18 @@ class InspectorServer:
         if "100-continue" in request.fields.tokens("expect") and request.minor and not came:
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         content = bytearray()
+        is_large = False
         try:
             while True:
                 for piece in body.feed(came):
                     content += piece
                 if len(content) > limit:
                     raise too_long
+                if not is_large and max(len(content), body.length or 0) > LARGE:
+                    if not self._large.acquire(blocking=False):
+                        raise Unanswered(503, "busy", "another large body is being read, try later")
+                    is_large = True
+                    held.callback(self._large.release)
                 if body.complete:
                     break
                 sock.settimeout(deadline.left())

@@ -247,6 +247,23 @@ def test_a_slow_body_is_cut(port, monkeypatch):
         assert wire.read_to_end().startswith(b"HTTP/1.1 408 ")
 
 
+def test_large_bodies_are_read_one_at_a_time(port, monkeypatch):
+    """Twelve archives of 32 MiB at once would be 400 MB."""
+    monkeypatch.setattr(server_module, "LARGE", 100)
+    head = f"POST / HTTP/1.1\r\nHost: localhost\r\n{AUTH}Content-Length: 200\r\n"
+    with dial(port) as first:
+        first.send(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        first.read_head()
+        first.send(b"a")
+        with dial(port) as second:
+            wait_until(lambda: exchange(port, f"{head}\r\na".encode())[0] == 503)
+            second.send(f"{head.replace('200', '100')}\r\n{'a' * 100}".encode())
+            assert second.read_to_end().startswith(b"HTTP/1.1 200 ")
+        first.send(b"a" * 199)
+        assert first.read_to_end().startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: exchange(port, f"{head}\r\n{'a' * 200}".encode())[0] == 200)
+
+
 def test_many_silent_connections_keep_nobody_out(port, monkeypatch):
     """The oldest are closed."""
     monkeypatch.setattr(server_module, "MOST_PARKED", 10)
