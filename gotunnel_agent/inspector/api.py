@@ -39,7 +39,9 @@ MOST_TEXT = 512  # of other texts there
 # be slow. The file of a body has all.
 MOST_BODY_TEXT = 512 * 1024
 MOST_MESSAGE, MOST_MESSAGES = 64 * 1024, 2 * 1024 * 1024
-FEW = 8  # records that take a millisecond or two, see in_turns()
+# Seconds after which a long look at records lets other threads go first, see in_turns(). Shorter
+# ones make it slow: on a busy machine, each turn costs it some milliseconds.
+TURN = 0.005
 PLAIN = "text/plain; charset=utf-8"
 SAVED = "application/octet-stream"
 TRUE = ("1", "true", "yes", "on")
@@ -292,11 +294,13 @@ class Api:
 
 
 def in_turns(records: Iterable[Record]) -> Iterator[Record]:
-    """The records; every few of them, threads of visits that wait for the GIL get it. By itself
-    Python would let them wait for its switch interval (process.SWITCH_INTERVAL), each time."""
-    for number, record in enumerate(records):
-        if number % FEW == 0:
+    """The records; every TURN, threads of visits that wait for the GIL get it. By itself Python
+    would let them wait for its switch interval (process.SWITCH_INTERVAL), each time."""
+    began = monotonic()
+    for record in records:
+        if monotonic() - began > TURN:
             sleep(0)
+            began = monotonic()
         yield record
 
 
