@@ -99,7 +99,8 @@ def _csrf(token: str) -> str:
 def _about(gateway: Document, version: str, is_public: bool) -> str:
     if is_public:
         return "The hostnames that agents serve here"
-    return f"gotunnel {version} \u00b7 up {span(gateway.get('uptime_seconds') or 0)}"
+    stops = " \u00b7 stopping" if gateway.get("state") == "draining" else ""
+    return f"gotunnel {version} \u00b7 up {span(gateway.get('uptime_seconds') or 0)}{stops}"
 
 
 def _footer(version: str, is_public: bool) -> str:
@@ -232,11 +233,23 @@ def _table(name: str, caption: str, columns: Sequence[_Column], rows: Iterable[D
 
 
 def _section(
-    id: str, title: str, columns: Sequence[_Column], rows: Sequence[Document], empty: str
+    id: str,
+    title: str,
+    columns: Sequence[_Column],
+    rows: Sequence[Document],
+    empty: str,
+    form: str = "",
 ) -> str:
     count = f" <b>{len(rows):,}</b>"
     body = _table(id, title, columns, rows) if rows else f'<p class="empty">{empty}</p>'
-    return f'<section><div class="head"><h2>{title}{count}</h2></div>\n{body}\n</section>'
+    return f'<section><div class="head"><h2>{title}{count}</h2>{form}</div>\n{body}\n</section>'
+
+
+_BLOCK_FORM = """<form method="post" action="api/v1/blocks" class="head">{}
+<label>Address <input type="text" name="address" required placeholder="192.0.2.7"></label>
+<label>Seconds <input type="text" name="seconds" value="3600" inputmode="numeric"></label>
+<label>Reason <input type="text" name="reason" maxlength="200"></label>
+<button class="button">Block</button></form>"""
 
 
 def _tables(document: Document, csrf: str) -> str:
@@ -261,6 +274,7 @@ def _tables(document: Document, csrf: str) -> str:
         renew = _act(
             "Renew", lambda e: f"api/v1/certificates/{_in_path(e['hostname'])}/renew", csrf
         )
+        unblock = _act("Unblock", lambda e: f"api/v1/blocks/{_in_path(e['address'])}/remove", csrf)
         sections = [
             _totals(document.get("totals") or {}),
             _section(
@@ -273,7 +287,10 @@ def _tables(document: Document, csrf: str) -> str:
             ),
             *_own(document.get("certificates") or (), renew),
             _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
-            _section("blocks", "Blocked addresses", BLOCKS, blocks, "No address is blocked."),
+            _section(
+                "blocks", "Blocked addresses", (*BLOCKS, *unblock), blocks, "No address is blocked.",
+                _BLOCK_FORM.format(_csrf(csrf)) if csrf else "",
+            ),
         ]  # fmt: skip
     note = f"Without JavaScript this page has no live updates; it reloads every {REFRESH} seconds"
     return "<noscript>\n" + "\n".join(sections) + f'\n<p class="note">{note}.</p></noscript>'

@@ -149,7 +149,8 @@ def test_page_for_everybody_shows_hostnames_and_modes_alone():
 
 
 def test_only_a_caller_with_a_session_gets_buttons():
-    documents = {"sessions": [a_session(id="a/b")], "visits": [a_visit()]}
+    block = {"address": "2001:db8::/64", "until": 1_003_600, "reason": "", "by": "me"}
+    documents = {"sessions": [a_session(id="a/b")], "visits": [a_visit()], "blocks": [block]}
     noscript = re.compile(r"<noscript>\n.*?</noscript>", re.DOTALL)
     reader = html(a_hostname(), **documents)
     assert "<form" not in noscript.search(reader)[0] and 'action="logout"' not in reader
@@ -157,7 +158,9 @@ def test_only_a_caller_with_a_session_gets_buttons():
     forms = noscript.search(actor)[0]
     assert 'action="api/v1/sessions/a%2Fb/end"' in forms
     assert 'action="api/v1/certificates/%C3%BC.test/renew"' in forms
-    assert forms.count('name="csrf" value="tok&quot;en"') == 2
+    assert 'action="api/v1/blocks/2001%3Adb8%3A%3A%2F64/remove"' in forms
+    assert 'action="api/v1/blocks"' in forms
+    assert forms.count('name="csrf" value="tok&quot;en"') == 4
     assert 'action="logout"' in actor and '<meta name="csrf" content="tok&quot;en">' in actor
 
 
