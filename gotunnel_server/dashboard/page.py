@@ -288,7 +288,8 @@ def _tables(document: Document, csrf: str) -> str:
             *_own(document.get("certificates") or (), renew),
             _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
             _section(
-                "blocks", "Blocked addresses", (*BLOCKS, *unblock), blocks, "No address is blocked.",
+                "blocks", "Blocked addresses", (*BLOCKS, *unblock), blocks,
+                "No address is blocked.",
                 _BLOCK_FORM.format(_csrf(csrf)) if csrf else "",
             ),
         ]  # fmt: skip
