@@ -13,6 +13,7 @@ The public form has only what visitors can find out anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel_agent.common.hostnames import HTTPS_PORT, WILDCARD
@@ -314,9 +315,14 @@ def of_certificate(state: Certificate, now: float) -> Document:
         "days_left": None if state.ends_at is None else int((state.ends_at - now) // DAY),
         "not_after": None if state.ends_at is None else int(state.ends_at),
         "error_summary": shown(state.summary, MOST_NAME),
-        "error_text": words_and_link(state.reason, MOST_ERROR),
+        "error_text": _error(state.reason),
         "next_order_at": None if state.next_at is None else int(state.next_at),
     }
+
+
+@lru_cache(MOST_LISTED)  # a long one takes 20 µs, and hundreds of hostnames may have one
+def _error(reason: str) -> str:
+    return words_and_link(reason, MOST_ERROR)
 
 
 def of_block(block: Block) -> Document:
