@@ -186,4 +186,5 @@ def _quoted(value: object) -> str:
 
 
 def _log(who: Who, text: str, *arguments: object) -> None:
-    log.info(f"%s at %s {text}", who.name, who.address or "an unknown address", *arguments)
+    by = "login" if who.name == "session" else who.name
+    log.info(f"dashboard: %s ({by}) {text}", who.address or "an unknown address", *arguments)

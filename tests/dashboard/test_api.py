@@ -3,10 +3,15 @@
 import http.client
 import json
 import re
+import socket
+import time
 from contextlib import closing, contextmanager
+from urllib.parse import quote
 
 import pytest
-from support import APP, RAW, ROOT, TIMEOUT, agent_here, answer, gateway_here
+from support import APP, CUT, RAW, ROOT, TIMEOUT, Wire, agent_here, answer, gateway_here
+
+from gotunnel_server.certs.state import NotRenewed
 
 TOKEN = "correct-horse-battery-staple-of-32-characters"
 
@@ -84,7 +89,106 @@ def test_an_act_ends_a_session_and_tells_the_agent(api, caplog):
     assert (status, told["ended"], told["agent"]) == (200, session["id"], "office")
     assert "gotunnel-server agents remove office" in told["message"]
     assert api("POST", f"sessions/{session['id']}/end")[0] == 404
-    assert "at 127.0.0.1 ended the session of agent office at 127.0.0.1: old version" in caplog.text
+    assert (
+        "127.0.0.1 (token) ended the session of agent office at 127.0.0.1: old version"
+        in caplog.text
+    )
+
+
+SENSELESS = [
+    ("blocks", {"address": "127.0.0.1"}, 409, "own-address"),
+    ("blocks", {"address": "127.0.0.0/8"}, 409, "own-address"),
+    ("blocks", {"address": "::ffff:127.0.0.1"}, 409, "own-address"),
+    ("blocks", {"address": "198.51.100.0/24"}, 409, "trusted-proxy"),
+    ("blocks", {"address": "0.0.0.0/0"}, 400, "bad-address"),
+    ("blocks", {"address": "::ffff:0:0/96"}, 400, "bad-address"),
+    ("blocks", {"address": "\ud800\x1b[2J<script>"}, 400, "bad-address"),
+    ("blocks", {"address": "1" * 5000}, 400, "bad-address"),
+    ("blocks", {"address": ["192.0.2.1"]}, 400, "bad-address"),
+    ("blocks", {}, 400, "bad-address"),
+    ("blocks", {"address": "192.0.2.1", "seconds": 0}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "seconds": -5}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "seconds": 1e9}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "seconds": 10**4000}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "seconds": True}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "seconds": "soon"}, 400, "bad-seconds"),
+    ("blocks", {"address": "192.0.2.1", "reason": "x" * 201}, 400, "bad-reason"),
+    ("blocks", {"address": "192.0.2.1", "reason": 5}, 400, "bad-reason"),
+    ("sessions/no/end", {}, 404, "no-session"),
+    ("sessions/%1b%5b2J%f0%9f/end", {}, 404, "no-session"),
+    (f"certificates/{APP}/renew", {}, 409, "not-renewed"),
+    ("certificates/%2a.example.com/renew", {}, 409, "not-renewed"),
+    ("certificates/%00%ff%e2%80%ae<script>/renew", {}, 409, "not-renewed"),
+    ("blocks/203.0.113.1/remove", {}, 404, "no-block"),
+    ("blocks/nonsense/remove", {}, 400, "bad-address"),
+]
+
+
+@pytest.fixture
+def trusting(cache):
+    """The API of a gateway with a trusted proxy."""
+    with gateway_here(cache, DASHBOARD_TOKEN=TOKEN, TRUSTED_PROXIES="198.51.100.7") as gateway:
+        yield Api(gateway)
+
+
+def test_acts_that_make_no_sense_are_refused_in_a_line(trusting):
+    for path, body, status, error in SENSELESS:
+        found, document = trusting("POST", path, body)
+        assert (found, document["error"]) == (status, error), document
+        message = document["message"]
+        assert len(message) < 1100 and message.isprintable() and message.endswith("."), message
+    assert trusting.get("blocks") == {"blocks": []}
+
+
+def test_a_choice_of_visits_that_makes_no_sense_is_refused(trusting):
+    for query in ("limit=-1", "limit=\u0661", "limit=1e3", "failed=maybe"):
+        status, document = trusting("GET", f"visits?{quote(query, safe='=')}")
+        assert status == 400 and document["error"] in ("bad-limit", "bad-failed")
+
+
+def test_a_network_is_unblocked_with_its_slash_or_without(trusting):
+    for path in ("blocks/10.0.0.0/8", "blocks/10.0.0.0%2F8"):
+        assert trusting("POST", "blocks", {"address": "10.0.0.0/8", "seconds": "60"})[0] == 201
+        assert trusting("DELETE", path)[0] == 200
+    assert trusting("DELETE", "blocks/10.0.0.0%2F8")[0] == 404
+
+
+def test_a_limit_of_the_ca_says_when_to_ask_again(trusting, monkeypatch):
+    def renew(hostname):
+        raise NotRenewed("the CA takes\nno orders", time.time() + 99.5)
+
+    monkeypatch.setattr(trusting.gateway.inner.keeper, "renew", renew)
+    status, document = trusting("POST", f"certificates/{APP}/renew")
+    assert status == 429 and document["error"] == "not-yet"
+    assert document["message"].startswith("the CA takes no orders. Try again in ")
+    assert 90 <= int(trusting.fields["Retry-After"]) <= 100
+
+
+def test_blocks_outlive_the_gateway(cache):
+    with gateway_here(cache, DASHBOARD_TOKEN=TOKEN) as gateway:
+        assert Api(gateway)("POST", "blocks", {"address": "192.0.2.7"})[0] == 201
+    with gateway_here(cache) as gateway:  # without a login nothing is blocked
+        assert gateway.inner._visitors.blocks is None
+    with gateway_here(cache, DASHBOARD_TOKEN=TOKEN) as gateway:
+        assert [entry["address"] for entry in Api(gateway).get("blocks")["blocks"]] == ["192.0.2.7"]
+        assert "192.0.2.7" in gateway.inner._visitors.blocks
+
+
+def test_an_act_cuts_a_visitor_that_is_there(api, origin):
+    """It comes from another address of this machine."""
+    source = ("127.0.0.2", 0)
+    port = api.gateway.public_port
+    with socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=source) as sock:
+        visitor = Wire(
+            api.gateway.context.wrap_socket(sock, server_hostname=APP, suppress_ragged_eofs=False)
+        )
+        visitor.send(f"GET / HTTP/1.1\r\nHost: {APP}\r\n\r\n".encode())
+        with origin.accept() as target:
+            target.read_head()
+            status, told = api("POST", "blocks", {"address": "127.0.0.2"})
+            assert (status, told["cut"]) == (201, 1)
+            with pytest.raises(CUT):
+                visitor.read_to_end()
 
 
 PAGE = (ROOT / "docs" / "dashboard.md").read_text("utf-8")
