@@ -309,15 +309,15 @@ def _parsed(data: bytes) -> dict[str, Any]:
         raise NotHar(
             f"line {error.lineno}, column {error.colno}: {error.msg}, expected a HAR file"
         ) from None
-    except ValueError as error:  # a number of thousands of digits
-        raise NotHar(f"{error}, expected a HAR file") from None
+    except ValueError:
+        raise NotHar("a number of thousands of digits came, expected a HAR file") from None
     if not isinstance(document, dict):
         raise NotHar(f"the file: {_kind(document)} came, expected an object")
     return document
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise NotHar(f"{name} came, which is no JSON, expected a HAR file")
 
 
 def _record(each: dict[str, Any], where: str, body: int) -> Record:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import pkgutil
 import re
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,8 @@ class Page(NamedTuple):
 @cache
 def page() -> Page:
     """The page, read at the first call."""
-    body = FILE.read_bytes()
+    # Not by its path: in gotunnel.pyz it is no file. A loader that finds nothing returns None.
+    body = pkgutil.get_data(__package__, FILE.name) or b""
     return Page(body, policy(body))
 
 

@@ -381,7 +381,7 @@ class InspectorServer:
             with contextlib.ExitStack() as held:
                 asked = self._ask(sock, request, came[end:], held)
                 del came
-                answer = self._site.answer(asked)
+                answer = self._answer(asked)
             if isinstance(answer, Live) and is_head:
                 answer.reader.close()
                 raise Unanswered(405, "method", "HEAD of events, expected GET", "GET")
@@ -399,6 +399,13 @@ class InspectorServer:
             return self._begin_events(connection, answer.reader, is_browser)
         self._send(sock, answer, with_body=not is_head, chunked=minor > 0)
         return False
+
+    def _answer(self, asked: Asked) -> Answer | Live:
+        """An OSError of the site is none of the peer's connection."""
+        try:
+            return self._site.answer(asked)
+        except OSError as error:
+            raise RuntimeError(f"the site has failed: {error}") from error
 
     def _ask(
         self, sock: socket.socket, request: http1.Request, came: bytes, held: contextlib.ExitStack

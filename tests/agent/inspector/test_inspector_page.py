@@ -3,7 +3,10 @@ it does in a browser is tested in tests/browser."""
 
 import base64
 import hashlib
+import importlib
 import re
+import sys
+import zipfile
 
 import pytest
 
@@ -26,6 +29,19 @@ def test_policy_allows_the_pages_own_style_and_script_and_nothing_else():
         "frame-ancestors 'none'", "img-src blob: data:", "require-trusted-types-for 'script'",
     ):  # fmt: skip
         assert rule in page().policy.split("; ")
+
+
+def test_the_page_is_found_in_an_archive(tmp_path, monkeypatch):
+    """gotunnel.pyz is one."""
+    archive = tmp_path / "program.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("boxed/__init__.py", "")
+        file.write(FILE.with_suffix(".py"), "boxed/page.py")
+        file.write(FILE, "boxed/page.html")
+    monkeypatch.syspath_prepend(archive)
+    monkeypatch.delitem(sys.modules, "boxed", raising=False)
+    assert importlib.import_module("boxed.page").page() == page()
+    monkeypatch.delitem(sys.modules, "boxed")
 
 
 def test_policy_names_each_style_and_script_of_a_page():

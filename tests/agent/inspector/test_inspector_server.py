@@ -58,6 +58,8 @@ class FakeSite:
             self.hold.wait(TIMEOUT)
         if asked.path == "/bug":
             raise ZeroDivisionError
+        if asked.path == "/missing":
+            raise FileNotFoundError
         if asked.path == "/pieces":
             return Answer(200, "text/plain", iter([b"a" * 10, b"", b"b" * 10]))
         return as_json({"path": asked.path, "query": asked.query, "body": asked.body.decode()})
@@ -199,6 +201,7 @@ BAD = {
     ),
     "no token": ("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 401),
     "events by head": (f"HEAD /events HTTP/1.1\r\n{H}\r\n", 405),
+    "a file that is missing": (f"GET /missing HTTP/1.1\r\n{H}\r\n", 500),
     "a bug": (f"GET /bug HTTP/1.1\r\n{H}\r\n", 500),
 }  # fmt: skip
 
