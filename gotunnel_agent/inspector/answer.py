@@ -6,9 +6,11 @@ Pure: no socket, no clock, no thread.
 
 from __future__ import annotations
 
-from ..common.http1 import Body, Malformed, answer_end, parse_response, response_body
+from ..common.http1 import Body, Fields, Malformed, answer_end, parse_response, response_body
+from .event_stream import Event, EventStream
 
 SWITCHING_PROTOCOLS = 101
+EVENT_STREAM = "text/event-stream"
 # Interim answers (1xx) before the final one. A target may send some progress (102, 103); a thousand
 # is a target that will never answer.
 MOST_INTERIM = 1000
@@ -19,7 +21,8 @@ class Answer:
 
     ``head`` are the bytes of the final answer's head, b"" before it is whole; ``status`` is 0 then.
     ``kept`` is the beginning of the body, up to ``limit`` bytes, and ``size`` counts all of it.
-    ``over``: it is whole, and what follows does not belong to it.
+    ``events`` are those of an event stream that the caller has not taken yet. ``over``: the answer
+    is whole, and what follows does not belong to it.
     """
 
     def __init__(self, method: str, limit: int):
@@ -27,11 +30,12 @@ class Answer:
         self.status = 0
         self.size = 0
         self.over = False
-        self.interim: list[int] = []  # the statuses of the last few interim answers
+        self.events: list[Event] = []
         self._method, self._limit = method, limit
         self._kept = bytearray()
         self._held = bytearray()  # a head that is not whole
         self._body: Body | None = None
+        self._stream: EventStream | None = None
         self._interim = 0
 
     @property
@@ -60,7 +64,7 @@ class Answer:
         if self._body is None:
             raise Malformed(400, "the head was cut short" if self._held else "no answer")
         self._body.eof()
-        self.over = True
+        self._end()
 
     def _read_head(self, head: bytes) -> None:
         response = parse_response(head)
@@ -71,10 +75,10 @@ class Answer:
             self._interim += 1
             if self._interim > MOST_INTERIM:
                 raise Malformed(400, f"over {MOST_INTERIM} interim answers, expected a final one")
-            self.interim = [*self.interim[-9:], status]
             return
         self.head, self.status = head, status
         self._body = response_body(response, self._method)
+        self._stream = _stream_of(response.fields, self._limit)
         self.over = self._body is None or self._body.complete
 
     def _take(self, body: Body, data: bytes) -> None:
@@ -83,4 +87,19 @@ class Answer:
             room = self._limit - len(self._kept)
             if room > 0:
                 self._kept += piece[:room]
-        self.over = body.complete
+            if self._stream is not None:
+                self.events += self._stream.feed(piece)
+        if body.complete:
+            self._end()
+
+    def _end(self) -> None:
+        self.over = True
+        if self._stream is not None:
+            self.events += self._stream.end()
+
+
+def _stream_of(fields: Fields, limit: int) -> EventStream | None:
+    media = (fields.get("content-type") or "").partition(";")[0].strip().lower()
+    if media != EVENT_STREAM:
+        return None
+    return EventStream(limit, (fields.get("content-encoding") or "").strip().lower())

@@ -59,7 +59,7 @@ MOST_METHOD = 40  # characters; the longest registered one has 17 (UPDATEREDIREC
 MOST_BODY = 8 * 1024 * 1024  # bytes of a body that is given; it is held in memory
 
 # Fields that are not sent again, beside those of one connection: the body follows at once, and
-# there are no trailers.
+# trailers belong to a recorded body.
 DROPPED = HOP_BY_HOP | {"expect", "trailer"}
 # Methods whose requests say that they have no body (RFC 9110 §8.6).
 WITH_LENGTH = ("POST", "PUT", "PATCH")
@@ -242,11 +242,12 @@ def rebuild(
     kept: Kept,
     edit: Edit = Edit(),
     *,
+    trailers: Sequence[tuple[str, str]] = (),
     host_header: str = "",
     switched: bool = False,
 ) -> Outgoing:
-    """The request to send. ``head`` and ``kept`` are the recorded one's; ``host_header`` is the
-    tunnel's. ``switched``: the recorded answer was a 101. The edit has no masked values any more
+    """The request to send. ``head``, ``kept`` and ``trailers`` are the recorded one's;
+    ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101. The edit has no masked values any more
     (see with_secrets()). Raises CannotReplay."""
     if not head:
         raise CannotReplay("its request was not read, so there is nothing to send", "no-request")
@@ -288,8 +289,11 @@ def rebuild(
         if lengths != [value for name, value in recorded.fields if kind(name) in FRAMING]:
             notes.append("the length of the body is always computed: yours is left out")
     items = _with_host(items, recorded, edit, host_header)
-    fields = end_to_end(Fields(items), dropping=DROPPED)
     chunked = "transfer-encoding" in recorded.fields and body != b""
+    if not chunked or edit.body is not None:
+        trailers = ()
+    dropped = DROPPED - {"trailer"} if trailers else DROPPED
+    fields = end_to_end(Fields(items), dropping=dropped)
     length = None
     if chunked:
         length = ("Transfer-Encoding", "chunked")
@@ -297,7 +301,7 @@ def rebuild(
         length = ("Content-Length", str(len(body)))
     if length is not None:
         fields.insert(_place_of_length(items, fields), length)
-    data = encode_chunk(body) + encode_last_chunk() if chunked else body
+    data = encode_chunk(body) + encode_last_chunk(trailers) if chunked else body
     return Outgoing(method, target, _encode(method, target, fields), body, data, tuple(notes))
 
 

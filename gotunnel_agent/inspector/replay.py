@@ -33,7 +33,7 @@ from ..target import Route, Unserved, dial, hostname_of, introduction
 from .answer import Answer
 from .compare import key_of
 from .order import CannotReplay, Order, Outgoing, read_order, rebuild, with_secrets
-from .record import ENDED, OPEN, Kept, Record, Ring
+from .record import ENDED, OPEN, SHARE, Kept, Message, Record, Ring
 
 MOST_RUNNING = 4  # replays at a time; each has up to eight threads
 # Groups of equal answers. A target that answers with the time would have as many as there are
@@ -273,6 +273,7 @@ class Replayer:
             head,
             kept,
             edit,
+            trailers=source.request_trailers,
             host_header=route.tunnel.host_header,
             switched=source.status == SWITCHING_PROTOCOLS,
         )
@@ -359,7 +360,7 @@ class Replayer:
         began, source, outgoing = monotonic(), replay.source, replay.outgoing
         tunnel = replay.route.tunnel
         record = Record(
-            hostname=source.hostname,
+            hostname=replay.order.hostname or source.hostname,
             target=str(tunnel.target),
             visitor=source.visitor,
             began=time(),
@@ -376,6 +377,7 @@ class Replayer:
         try:
             record.problem = self._ask(replay, answer, record, began)
         finally:
+            self._note_events(record, answer)
             self._note_answer(record, answer)
             record.duration = monotonic() - began
             record.state = ENDED
@@ -438,6 +440,7 @@ class Replayer:
                     return CUT_SHORT
                 break
             answer.feed(data)
+            self._note_events(record, answer)
             read += len(data)
             if read > MOST_ANSWER:
                 return f"{CUT_SHORT}: over {MOST_ANSWER} bytes"
@@ -449,6 +452,11 @@ class Replayer:
                 self._note_answer(record, answer)
                 self._ring.update(record)
         return ""
+
+    def _note_events(self, record: Record, answer: Answer) -> None:
+        events, answer.events = answer.events, []
+        for event in events:
+            record.add_message(Message(time(), False, "event", *event), self._ring.budget // SHARE)
 
     @staticmethod
     def _note_answer(record: Record, answer: Answer) -> None:

@@ -32,6 +32,7 @@ from ..common.process import print_answer
 from .ask import CannotAsk, Inspector, Refused
 from .lines import Paper, comparison_lines, replay_lines, row, table, text_lines, visit_lines
 from .place import Place, places
+from .search import FILTERS
 
 COMMANDS = (
     "list", "show", "replay", "curl", "python", "body", "compare", "har", "import", "follow",
@@ -299,6 +300,8 @@ def compare(inspector: Inspector, options: argparse.Namespace) -> int:
 
 
 def har(inspector: Inspector, options: argparse.Namespace) -> int:
+    if options.file and is_filter(options.file):
+        options.file, options.query = None, [options.file, *options.query]
     asked = {"q": " ".join(options.query), "unmask": options.unmask and 1}
     data = inspector.fetch("har", asked)
     if options.file is None or options.file == "-":
@@ -306,6 +309,12 @@ def har(inspector: Inspector, options: argparse.Namespace) -> int:
     else:
         save(options.file, data)
     return 0
+
+
+def is_filter(text: str) -> bool:
+    """`gotunnel inspect har status:5xx` means no file of that name."""
+    name, colon, _ = text.removeprefix("-").partition(":")
+    return bool(colon) and name.lower() in FILTERS
 
 
 def import_har(inspector: Inspector, options: argparse.Namespace) -> int:

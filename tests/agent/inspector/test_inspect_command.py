@@ -178,8 +178,9 @@ def test_visits_are_exported_and_imported(running, capsys, tmp_path):
     assert len(running.ring) == 4
 
 
-def test_a_har_file_is_written_to_standard_output(running, capsys):
-    assert len(json.loads(inspect(capsys, "har", "-", "status:500")[1])["log"]["entries"]) == 1
+@pytest.mark.parametrize("words", [["-", "status:500"], ["status:500"], ["status:500", "hook"]])
+def test_a_har_file_is_written_to_standard_output(running, capsys, words):
+    assert len(json.loads(inspect(capsys, "har", *words)[1])["log"]["entries"]) == 1
 
 
 def test_the_bytes_of_a_body_are_saved(running, capsys, tmp_path):

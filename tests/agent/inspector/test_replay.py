@@ -248,6 +248,23 @@ def test_a_large_body_is_sent_whole(bench, origin):
     assert len(got[0][1]) == 8_000_000
 
 
+def test_the_events_of_a_stream_are_kept_as_messages(bench, origin):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    replay = bench.start()
+    with origin.accept() as wire:
+        wire.read_message()
+        wire.send(head + b"data: 1\n\nda")
+        wait_until(lambda: bench.ring.all()[-1].messages)
+        wire.send(b"ta: 2\r\n\r\ndata: 3")
+        wire.finish()
+        assert replay.over.wait(TIMEOUT)
+    record = bench.ring.all()[-1]
+    assert [message.data for message in record.messages] == [b"data: 1", b"data: 2", b"data: 3"]
+    assert {(message.kind, message.from_visitor) for message in record.messages} == {
+        ("event", False)
+    }  # fmt: skip
+
+
 # Targets that fail -------------------------------------------------------------------------------
 
 

@@ -147,6 +147,14 @@ def test_a_chunked_body_is_sent_chunked_again():
     assert ("Transfer-Encoding", "chunked") in fields_of(outgoing)
 
 
+def test_trailers_belong_to_the_recorded_body():
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTrailer: X\r\nTransfer-Encoding: chunked\r\n\r\n"
+    outgoing = rebuild(head, kept(b"hello"), trailers=[("X", "1")])
+    assert outgoing.head == head and outgoing.data == b"5\r\nhello\r\n0\r\nX: 1\r\n\r\n"
+    outgoing = rebuild(head, kept(b"hello"), Edit(body=b"new"), trailers=[("X", "1")])
+    assert b"Trailer" not in outgoing.head and outgoing.data == b"3\r\nnew\r\n0\r\n\r\n"
+
+
 def test_fields_of_one_connection_are_not_sent_again():
     head = (
         b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5\r\n"
