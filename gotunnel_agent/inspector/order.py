@@ -43,6 +43,7 @@ from ..common.http1 import (
     origin_target,
     parse_request,
 )
+from ..common.one_line import on_one_line
 from . import content, mask
 from .kept import Kept
 from .mask import MASK
@@ -80,7 +81,7 @@ class CannotReplay(Exception):
     """A request is not sent again; the text is one line for the user. ``code`` is for programs."""
 
     def __init__(self, text: str, code: str = "invalid"):
-        super().__init__(text)
+        super().__init__(on_one_line(text))
         self.code = code
 
 
@@ -247,8 +248,8 @@ def rebuild(
     switched: bool = False,
 ) -> Outgoing:
     """The request to send. ``head``, ``kept`` and ``trailers`` are the recorded one's;
-    ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101. The edit has no masked values any more
-    (see with_secrets()). Raises CannotReplay."""
+    ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101. The edit has no
+    masked values any more (see with_secrets()). Raises CannotReplay."""
     if not head:
         raise CannotReplay("its request was not read, so there is nothing to send", "no-request")
     try:

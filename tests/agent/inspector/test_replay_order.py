@@ -30,7 +30,8 @@ GET = b"GET /a HTTP/1.1\r\nHost: app.example.com\r\nAccept: */*\r\n\r\n"
 
 
 def edited(document, head=POST, content=b"{}", size=None, **named):
-    edit = read_order(document).edit
+    whole = Kept(content, len(content))
+    edit = with_secrets(read_order(document).edit, head, whole)
     return rebuild(head, Kept(content, len(content) if size is None else size), edit, **named)
 
 
@@ -328,6 +329,7 @@ def test_a_value_beyond_latin_1_goes_out_in_utf_8():
         ({"fields": [["A B", "x"]]}, "field name 'A B', expected letters, digits and hyphens"),
         ({"fields": [["", "x"]]}, "field name ''"),
         ({"fields": [["A:", "x"]]}, "field name 'A:'"),
+        ({"fields": [["\x85\n", MASK]]}, r"field \x85\n: nothing was recorded"),
         ({"fields": [["A\r\nB", "x"]]}, r"field name 'A\r\nB'"),
         ({"fields": [["Ä", "x"]]}, "field name"),
         ({"fields": [["A", "secret\r\nB: x"]]}, "the value of A has a line break"),
