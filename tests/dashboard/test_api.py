@@ -178,10 +178,11 @@ def test_an_act_cuts_a_visitor_that_is_there(api, origin):
     """It comes from another address of this machine."""
     source = ("127.0.0.2", 0)
     port = api.gateway.public_port
-    with socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=source) as sock:
-        visitor = Wire(
-            api.gateway.context.wrap_socket(sock, server_hostname=APP, suppress_ragged_eofs=False)
-        )
+    sock = socket.create_connection(("127.0.0.1", port), TIMEOUT, source_address=source)
+    context = api.gateway.context
+    with Wire(
+        context.wrap_socket(sock, server_hostname=APP, suppress_ragged_eofs=False)
+    ) as visitor:
         visitor.send(f"GET / HTTP/1.1\r\nHost: {APP}\r\n\r\n".encode())
         with origin.accept() as target:
             target.read_head()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from support import (
@@ -29,6 +30,7 @@ from support import (
 )
 
 from gotunnel_agent.common.http1 import Fields
+from gotunnel_server.recording import _writer
 from gotunnel_server.visitors import request_id
 from gotunnel_server.visitors.access_log import MOST, as_json, combined, escaped
 from gotunnel_server.visitors.visit import Visit
@@ -314,3 +316,15 @@ def test_fail2ban_finds_bad_visits(written, name, matched):
     )
     assert f"Lines: 6 lines, 0 ignored, {matched} matched" in done.stdout, done.stdout
     assert "127.0.0.1" in done.stdout
+
+
+def test_a_visit_that_has_no_line_costs_the_others_of_its_batch_none(caplog):
+    lines = []
+
+    def line(visit):
+        if visit == "bad":
+            raise ValueError("a bug")
+        return visit
+
+    _writer(types.SimpleNamespace(write_all=lines.extend), line)(["a", "bad", "b"])
+    assert lines == ["a", "b"] and caplog.text.count("a visit has no line in the access log") == 1

@@ -15,6 +15,7 @@ from support import (
     agent_here,
     gateway_here,
     request,
+    reserved_port,
     status_of,
     wait_until,
 )
@@ -143,3 +144,31 @@ def test_a_block_resets_only_the_streams_of_its_visitor(cache, tmp_path, origin,
 def test_without_blocks_nothing_is_looked_up(cache, blocks, monkeypatch):
     monkeypatch.setattr("gotunnel_agent.common.addresses.parse", pytest.fail)
     assert "192.0.2.1" not in blocks
+
+
+def test_an_http2_connection_and_one_to_a_port_of_its_own_are_cut(cache, tmp_path, origin, blocks):
+    with reserved_port() as port:
+        tunnel = {
+            "hostname": RAW,
+            "target": f"127.0.0.1:{origin.port}",
+            "mode": "tcp",
+            "port": port,
+        }
+        with guarded(cache, blocks, TCP_PORTS=str(port)) as gateway:
+            tunnels = [tunnel, {"hostname": APP, "target": f"127.0.0.1:{origin.port}"}]
+            with agent_here(gateway, tmp_path, {APP: origin.port}, tunnels=tunnels):
+                gateway.wait_for_routes(APP, RAW)
+                with http2_visitor(gateway) as web, socket.create_connection((HERE, port)) as raw:
+                    raw.settimeout(TIMEOUT)
+                    web.ask(1)
+                    raw.sendall(b"hello")
+                    with origin.accept(), origin.accept():
+                        assert block(gateway, blocks, HERE) == 2
+                        for wire in (web.wire, raw):
+                            read = wire.read_to_end if wire is web.wire else lambda: raw.recv(1)
+                            with contextlib.suppress(*CUT, ConnectionError):
+                                assert read() == b""
+                with socket.create_connection((HERE, port)) as raw:
+                    raw.settimeout(TIMEOUT)
+                    with contextlib.suppress(ConnectionError):
+                        assert raw.recv(1) == b""

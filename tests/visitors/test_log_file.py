@@ -214,3 +214,19 @@ def test_visits_go_on_beside_a_pipe_that_nobody_reads(cache, tmp_path, origin, m
         with open(path, encoding="ascii") as pipe:
             threading.Timer(0.2, gateway.inner.stop).start()
             assert pipe.read().count("\n") >= 5
+
+
+def test_of_a_batch_that_does_not_fit_the_lines_that_do_are_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log_file_module, "MOST_WAITING", 10)
+    path = tmp_path / "a.log"
+    file = LogFile("ACCESS_LOG", str(path))  # its thread does not run yet
+    file.write_all(["12", "34567890", "34", "5"])
+    assert (file.dropped, file.waiting) == (1, 8)
+    assert "1 lines were dropped" in caplog.text
+    file.write_all([])
+    file.write("6")
+    file.write("7")
+    assert file.dropped == 2
+    file.start()
+    file.stop(AT_ONCE)
+    assert path.read_text() == "12\n34\n5\n6\n"
