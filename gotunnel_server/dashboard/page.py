@@ -53,11 +53,13 @@ def _hashes(tag: str, text: str) -> str:
 
 
 # No inline handlers or style attributes, nothing from elsewhere, forms and requests go to the
-# gateway only, and no other page may frame this one (clickjacking).
+# gateway only, no other page may frame this one (clickjacking), and the script cannot make HTML of
+# text (trusted types).
 CONTENT_POLICY = (
     f"default-src 'none'; script-src {_hashes('script', _SOURCE)}; "
     f"style-src {_hashes('style', _SOURCE)}; img-src data:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 
@@ -238,10 +240,15 @@ def _section(
     columns: Sequence[_Column],
     rows: Sequence[Document],
     empty: str,
+    *,
+    total: int = 0,
     form: str = "",
 ) -> str:
-    count = f" <b>{len(rows):,}</b>"
+    """``rows`` are the first of ``total``. ``form`` stands beside the title."""
+    count = f" <b>{max(total, len(rows)):,}</b>"
     body = _table(id, title, columns, rows) if rows else f'<p class="empty">{empty}</p>'
+    if total > len(rows):
+        body += f'<p class="note">{len(rows):,} of {total:,} are listed; the totals count all.</p>'
     return f'<section><div class="head"><h2>{title}{count}</h2>{form}</div>\n{body}\n</section>'
 
 
@@ -256,8 +263,12 @@ def _tables(document: Document, csrf: str) -> str:
     """The document as tables for browsers without JavaScript."""
     hostnames = sorted(document.get("hostnames") or (), key=lambda h: natural(str(h["hostname"])))
     no_agent = "No agent is connected. When one is, its hostnames appear here."
+    totals = document.get("totals") or {}
     if document.get("public"):
-        sections = [_section("hostnames", "Hostnames", HOSTNAMES[:2], hostnames, no_agent)]
+        total = totals.get("hostnames", 0)
+        sections = [
+            _section("hostnames", "Hostnames", HOSTNAMES[:2], hostnames, no_agent, total=total)
+        ]
     else:
         now = (document.get("gateway") or {}).get("now")
         since = _Column("since", "Since", lambda entry: _ago(entry, now), "number")
@@ -276,21 +287,21 @@ def _tables(document: Document, csrf: str) -> str:
         )
         unblock = _act("Unblock", lambda e: f"api/v1/blocks/{_in_path(e['address'])}/remove", csrf)
         sections = [
-            _totals(document.get("totals") or {}),
+            _totals(totals),
             _section(
                 "sessions", "Agents", (*SESSIONS[:2], since, *SESSIONS[2:], names, *end), sessions,
-                no_agent,
+                no_agent, total=totals.get("sessions", 0),
             ),
             _section(
                 "hostnames", "Hostnames", (*HOSTNAMES[:4], since, *HOSTNAMES[4:], *renew),
-                hostnames, no_agent,
+                hostnames, no_agent, total=totals.get("hostnames", 0),
             ),
             *_own(document.get("certificates") or (), renew),
             _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
             _section(
                 "blocks", "Blocked addresses", (*BLOCKS, *unblock), blocks,
                 "No address is blocked.",
-                _BLOCK_FORM.format(_csrf(csrf)) if csrf else "",
+                form=_BLOCK_FORM.format(_csrf(csrf)) if csrf else "",
             ),
         ]  # fmt: skip
     note = f"Without JavaScript this page has no live updates; it reloads every {REFRESH} seconds"
@@ -421,7 +432,7 @@ SESSIONS = (
     _Column("address", "Address", lambda e: _text(e.get("address"))),
     _Column("trip", "Round trip", lambda e: lasting(e.get("round_trip_ms")), "number"),
     _Column("streams", "Streams", lambda e: _number(e.get("streams")), "number"),
-    _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),
+    _Column("visits", "Under way", lambda e: _number(e.get("visits")), "number"),
 )
 HOSTNAMES = (
     _Column("hostname", "Hostname", _hostname, "title"),

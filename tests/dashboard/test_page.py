@@ -136,6 +136,12 @@ def test_without_javascript_the_page_reloads_itself_and_shows_all():
     assert body.index("no-tunnel") < body.index(">200<")  # the newest visit comes first
 
 
+def test_a_list_that_is_cut_short_says_so():
+    text = html(a_hostname(), totals={"hostnames": 1500, "sessions": 0})
+    assert "1 of 1,500 are listed" in text and "Hostnames <b>1,500</b>" in text
+    assert "are listed; the totals" not in html(a_hostname()).partition("<script>")[0]
+
+
 def test_page_for_everybody_shows_hostnames_and_modes_alone():
     entries = [{"hostname": name, "url": "", "mode": "http"} for name in ("b.test", "a.test")]
     document = {"gateway": {"host": "gateway.test"}, "hostnames": entries, "public": True}
