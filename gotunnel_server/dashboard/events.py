@@ -162,7 +162,10 @@ class Events:
             now = self._now()
             if now - looked_at >= LOOK:
                 looked_at = now
-                if reader.gone() or not reader.who.is_valid():
+                if reader.gone():
+                    return
+                if not reader.who.is_valid():
+                    end.write(b"event: ended\ndata: {}\n\n")
                     return
             text = "".join(
                 f"event: {event.name}\ndata: {event.data}\n\n" for event in source.poll()

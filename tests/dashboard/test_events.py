@@ -112,6 +112,7 @@ def test_a_reader_that_has_left_or_may_not_read_any_more_is_ended(all_events, mo
     assert tab.end.finished.wait(TIMEOUT)
     tab.thread.join(TIMEOUT)
     assert all_events.taken == 0
+    assert tab.end.sent.empty() == (why == "left")
 
 
 def test_a_drain_ends_all_and_takes_no_more(all_events):
