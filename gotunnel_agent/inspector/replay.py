@@ -32,7 +32,7 @@ from ..dialogue import CUT_SHORT, NO_ANSWER, SWITCHING_PROTOCOLS
 from ..target import Route, Unserved, dial, hostname_of, introduction
 from .answer import Answer
 from .compare import key_of
-from .order import CannotReplay, Order, Outgoing, read_order, rebuild, with_secrets
+from .order import CannotReplay, Edit, Order, Outgoing, read_order, rebuild, with_secrets
 from .record import ENDED, OPEN, SHARE, Kept, Message, Record, Ring
 
 MOST_RUNNING = 4  # replays at a time; each has up to eight threads
@@ -88,7 +88,10 @@ class Replay:
 
     def __init__(self, number: int, source: Record, order: Order, outgoing: Outgoing, route: Route):
         self.id = number
-        self.source, self.order, self.outgoing, self.route = source, order, outgoing, route
+        # Not the record itself: it may leave the ring, and its bodies would stay in memory.
+        self.record_id, self.visitor = source.id, source.visitor
+        self.hostname = order.hostname or source.hostname
+        self.order, self.outgoing, self.route = order, outgoing, route
         self.over = threading.Event()  # its threads have ended
         self._stop = threading.Event()
         self._began, self._began_at = time(), monotonic()
@@ -126,9 +129,9 @@ class Replay:
             ended_at = self._ended_at or monotonic()
             document = {
                 "id": self.id,
-                "record": self.source.id,
+                "record": self.record_id,
                 "state": self._state,
-                "hostname": self.source.hostname,
+                "hostname": self.hostname,
                 "target": str(self.route.tunnel.target),
                 "method": self.outgoing.method,
                 "times": order.times,
@@ -205,6 +208,9 @@ class Replay:
             if self._state == RUNNING:
                 self._state = OVER
             self._ended_at, self._next_at = monotonic(), None
+            # Replays that are over are kept, and their bodies are not.
+            self.outgoing = self.outgoing._replace(head=b"", content=b"", data=b"")
+            self.order = self.order._replace(edit=Edit())
         self.over.set()
         return True
 
@@ -357,18 +363,18 @@ class Replayer:
 
     def _try(self, replay: Replay) -> Record:
         """Send the request once. Returns the record of it, which is over."""
-        began, source, outgoing = monotonic(), replay.source, replay.outgoing
+        began, outgoing = monotonic(), replay.outgoing
         tunnel = replay.route.tunnel
         record = Record(
-            hostname=replay.order.hostname or source.hostname,
+            hostname=replay.hostname,
             target=str(tunnel.target),
-            visitor=source.visitor,
+            visitor=replay.visitor,
             began=time(),
             method=outgoing.method,
             path=outgoing.target,
             request_head=outgoing.head,
             request_body=Kept(outgoing.content[: self._body], len(outgoing.content)),
-            replay_of=source.id,
+            replay_of=replay.record_id,
             state=OPEN,
         )
         self._ring.add(record)

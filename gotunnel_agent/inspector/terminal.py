@@ -206,9 +206,22 @@ def replay(inspector: Inspector, options: argparse.Namespace) -> int:
     else:
         write(replay_lines(document, paper()))
         if document["done"] == 1 and document["records"]:
-            last = inspector.get(f"visits/{document['records'][-1]}")
-            write(visit_lines(last, paper()))
+            show_answer(inspector, options.id, document["records"][-1])
     return 0 if options.detach or succeeded(document) else 1
+
+
+def show_answer(inspector: Inspector, before: int, number: int) -> None:
+    """The visit that a replay has made, and whether its answer is the recorded one."""
+    try:
+        write(visit_lines(inspector.get(f"visits/{number}"), paper()))
+        asked = {"left": before, "right": number}
+        if inspector.get("compare", asked)["same"]:
+            tell(f"the answer is equal to that of visit {before}")
+        else:
+            tell(f"the answer differs from that of visit {before}: `{program()} inspect compare "
+                 f"{before} {number}` shows how")  # fmt: skip
+    except Refused as error:  # one of them has gone meanwhile
+        tell(str(error))
 
 
 def succeeded(document: dict[str, Any]) -> bool:

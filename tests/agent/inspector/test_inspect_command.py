@@ -233,8 +233,10 @@ def quick(monkeypatch):
 def test_a_request_is_sent_again(running, capsys, origin, quick):
     got = []
     origin.serve(lambda wire: [got.append(wire.read_message()), wire.send(answer(b"thanks"))])
-    status, out, _ = inspect(capsys, "replay", "2")
+    status, out, err = inspect(capsys, "replay", "2")
     assert status == 0 and "replay 1 of visit 2: 200" in out and "thanks" in out
+    assert "the answer differs from that of visit 2" in err and "inspect compare 2 3`" in err
+    assert "the answer is equal to that of visit 3" in inspect(capsys, "replay", "3")[2]
     assert got[0][0] == running.ring.get(2).request_head
 
 

@@ -438,6 +438,15 @@ def test_old_replays_are_forgotten(bench, origin, monkeypatch):
     assert bench.replayer.get(1) is None and bench.replayer.stop(1) is None
 
 
+def test_a_replay_that_is_over_holds_no_body(bench, origin):
+    answers(origin, answer())
+    replay = bench.start(body="x" * 1_000_000)
+    assert replay.over.wait(TIMEOUT)
+    held = [value for value in vars(replay).values() if value is not None]
+    assert "x" * 100 not in repr(held)
+    assert replay.document()["method"] == "POST"
+
+
 def test_readers_are_told_how_a_replay_goes(bench, origin):
     answers(origin, answer())
     with bench.ring.subscribe() as reader:
