@@ -39,6 +39,9 @@ MOST_TEXT = 512  # of other texts there
 # be slow. The file of a body has all.
 MOST_BODY_TEXT = 512 * 1024
 MOST_MESSAGE, MOST_MESSAGES = 64 * 1024, 2 * 1024 * 1024
+# Seconds between what a reader of events is told. More often would be of no use to an eye, and a
+# description of each visit, for each reader, takes time that a flood of visits needs itself.
+PAUSE = 0.25
 # Seconds after which a long look at records lets other threads go first, see in_turns(). Shorter
 # ones make it slow: on a busy machine, each turn costs it some milliseconds.
 TURN = 0.005
@@ -342,20 +345,22 @@ class Events:
     def __init__(self, changes: Subscription, unmask: bool):
         self._changes, self._unmask = changes, unmask
         self._oldest: int | None = None  # as the reader knows it
-        self._over = False
+        self._over = threading.Event()
+        self._told_at = float("-inf")  # monotonic
 
     def next(self, timeout: float) -> bytes | None:
         deadline = monotonic() + timeout
         if self._oldest is None:
             self._oldest = self._changes.take_now().oldest
             return event("hello", {"now": time(), "oldest": self._oldest})
+        if self._over.wait(max(0.0, self._told_at + PAUSE - monotonic())):
+            return None
         while (left := deadline - monotonic()) > 0:
             changes = self._changes.take(left)
-            if changes is None:
-                if self._over:
-                    return None
-                continue
-            if told := self._told(changes):
+            if self._over.is_set():
+                return None
+            if changes is not None and (told := self._told(changes)):
+                self._told_at = monotonic()
                 return told
         return b""
 
@@ -371,7 +376,7 @@ class Events:
         return b"".join(parts)
 
     def close(self) -> None:
-        self._over = True
+        self._over.set()
         self._changes.close()
 
 
@@ -477,11 +482,12 @@ def body_document(fields: list[tuple[str, str]], kept: Kept, unmask: bool) -> di
     """A body as it is to be shown. ``text`` is cut at MOST_BODY_TEXT; ``note`` says so."""
     shown = content.describe(fields, kept)
     kind_of = content.field(fields, "content-type")
-    text = shown.text if unmask else mask.body(shown.text, kind_of)
+    text = shown.text[:MOST_BODY_TEXT]
     notes = [shown.note] if shown.note else []
-    if len(text) > MOST_BODY_TEXT:
-        notes.append(f"the first {MOST_BODY_TEXT} of {len(text)} characters")
-        text = text[:MOST_BODY_TEXT]
+    if len(text) < len(shown.text):
+        notes.append(f"the first {len(text)} of {len(shown.text)} characters")
+    if not unmask:
+        text = mask.body(text, kind_of)
     document = {
         "kind": shown.kind,
         "type": readable(kind_of),

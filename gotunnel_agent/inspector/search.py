@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from ..common import http1
+from ..common.one_line import on_one_line
 from ..dialogue import NOT_FOLLOWED
 from . import content
 from .kept import Kept
@@ -24,6 +25,7 @@ from .record import OPEN, Record
 
 MOST_QUERY = 1000  # characters
 MOST_TERMS = 30
+MOST_SHOWN = 40  # characters of a wrong term that an error shows
 _TERM = re.compile(r'(-?)(?:([A-Za-z_]+):)?("(?:[^"\\]|\\.)*"|[^\s"]\S*|(?=\s|$))')
 _CUT = re.compile(r'-?[A-Za-z_]+:"[^"]*')
 _STATUS = re.compile(r"(?:([1-5])xx|(>=|<=|>|<)?([0-9]{1,3})|([0-9]{3})-([0-9]{3}))", re.IGNORECASE)
@@ -81,7 +83,7 @@ def _term(whole: str, negated: bool, name: str, value: str, now: float) -> Fits:
         if close:
             raise QueryError(
                 f"unknown filter {name}:, did you mean {close[0]}:? Text with a colon is put into "
-                f'quotes: "{whole}"'
+                f'quotes: "{on_one_line(whole, MOST_SHOWN)}"'
             )
         key, value = "", whole.removeprefix("-")  # text with a colon, such as localhost:3000
     if quoted:
@@ -298,4 +300,4 @@ FILTERS: dict[str, Callable[[str, float], Fits]] = {
 
 
 def _shown(value: str) -> str:
-    return ascii(value[:40])[1:-1] or "(nothing)"
+    return on_one_line(value, MOST_SHOWN) or "(nothing)"

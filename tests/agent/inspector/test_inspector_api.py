@@ -9,6 +9,7 @@ import time
 import pytest
 from support import TIMEOUT
 
+from gotunnel_agent.inspector import api as api_module
 from gotunnel_agent.inspector.access import Door
 from gotunnel_agent.inspector.api import Api
 from gotunnel_agent.inspector.kept import Kept
@@ -83,7 +84,8 @@ def told(answer):
 
 
 @pytest.fixture
-def inspector(ring):
+def inspector(ring, monkeypatch):
+    monkeypatch.setattr(api_module, "PAUSE", 0)
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     door = Door(TOKEN, "127.0.0.1", port)
@@ -224,7 +226,6 @@ def test_ten_thousand_fields_are_shown(inspector, ring):
     head = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 10_000 + b"\r\n"
     ring.add(record(request_head=head))
     assert len(inspector.get("visits/1")["request"]["fields"]) == 10_000
-    assert inspector.get("har")["log"]["entries"]
 
 
 def test_many_messages_are_cut_to_the_latest(inspector, ring):

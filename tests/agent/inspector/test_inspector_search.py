@@ -173,6 +173,7 @@ def test_odd_visits(which, query, fits):
     [
         ("statsu:500", "unknown filter statsu:, did you mean status:?"),
         ("methd:GET", "did you mean method:?"),
+        ("methd:\udcff\x1b", 'quotes: "methd:\\udcff\\x1b"'),
         ("status:abc", "status abc, expected one such as 404"),
         ("status:99999", "status 99999, expected"),
         ("status:", "nothing came behind status:"),
