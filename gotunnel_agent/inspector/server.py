@@ -360,8 +360,14 @@ class InspectorServer:
             sock.close()
             raise
         connection.is_over, connection.deadline = True, monotonic() + LINGER
-        self._to_park.append(connection)
+        self._leave(self._to_park, connection)
+
+    def _leave(self, where: deque[_Connection], connection: _Connection) -> None:
+        """Leave a connection to "inspect", unless that thread ends."""
+        where.append(connection)
         self._waker.wake()
+        if self._stopping:
+            connection.sock.close()
 
     def _refuse(self, connection: _Connection, error: http1.Malformed) -> bool:
         self._send(connection.sock, refusal(Unanswered(error.status, "request", str(error))))
@@ -540,8 +546,7 @@ class InspectorServer:
         reader.close()
         with self._lock:
             self._readers.pop(connection, None)
-        self._to_close.append(connection)
-        self._waker.wake()
+        self._leave(self._to_close, connection)
 
 
 def listen(host: str, port: int) -> socket.socket:
