@@ -149,7 +149,7 @@ def websocket(gateway, **options):
         try:
             with connect(
                 f"ws://{APP}/", sock=near, proxy=None, ping_interval=None,
-                max_size=LARGEST_FRAME, **options,
+                **{"max_size": LARGEST_FRAME, **options},
             ) as visitor:  # fmt: skip
                 yield visitor
         finally:
