@@ -8,7 +8,6 @@ what a content security policy has refused, fail the test.
 Nothing is downloaded: the driver's path is given, so Selenium's manager is not asked.
 """
 
-import base64
 import contextlib
 import logging
 import os
@@ -294,11 +293,17 @@ class Page:
         return self
 
     def screenshot(self, path):
-        """Save a picture (PNG) of the page, of TALLEST pixels at most."""
-        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        height = min(size["height"], TALLEST)
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": height, "scale": 1}
-        picture = self.driver.execute_cdp_cmd(
-            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
-        )
-        path.write_bytes(base64.b64decode(picture["data"]))
+        """Save a picture (PNG) of the page, at most TALLEST pixels high. The window grows for it,
+        as what is outside need not be drawn (content-visibility). Not for a dialog, which lies in
+        the window's middle."""
+        width, height = self.script("return [innerWidth, innerHeight]")
+        self.driver.save_screenshot(str(path))
+        tall = height
+        while not self.seen("dialog[open]"):
+            whole = min(self.script("return document.documentElement.scrollHeight"), TALLEST)
+            if whole <= tall:
+                break
+            tall = whole  # parts that come into the window may turn out higher, so look again
+            self.as_wide_as(width, tall)
+            self.driver.save_screenshot(str(path))
+        self.as_wide_as(width, height)

@@ -21,7 +21,10 @@ const colour = (css) => {
 };
 const over = ([r, g, b, a], [R, G, B]) =>
   [r * a + R * (1 - a), g * a + G * (1 - a), b * a + B * (1 - a), 1];
-const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+// What is behind everything is dark only in a page that says that it can be dark.
+const able = getComputedStyle(document.documentElement).colorScheme
+  + (document.querySelector("meta[name=color-scheme]")?.content ?? "");
+const dark = matchMedia("(prefers-color-scheme: dark)").matches && able.includes("dark");
 const behind = (element) => {
   const layers = [];
   for (let each = element; each; each = each.parentElement) {

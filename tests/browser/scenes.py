@@ -6,12 +6,18 @@ A scene is a function with a name; it gets a Stage, and returns the tab that is 
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import tempfile
 from pathlib import Path
+from unittest import mock
 
+from inspector_samples import samples
 from support import TIMEOUT, Origin, agent_here, answer, gateway_here
+
+from gotunnel_agent.config import Inspect
+from gotunnel_agent.inspector import start_inspector
 
 PASSWORD = "only for pictures"
 # Hostnames as people have them, with one that is as long as it may be.
@@ -64,6 +70,7 @@ class Stage:
         self.browser = browser
         self._stack = contextlib.ExitStack()
         self._gateways = {}
+        self._inspectors = {}
 
     def __enter__(self):
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -97,6 +104,31 @@ class Stage:
             self._stack.enter_context(
                 agent_here(gateway, folder, http=ports, tcp=tcp, jwt_issuer=name)
             )
+
+    def inspector(self, filled=True):
+        """The URL of an agent's inspector, with records of all kinds unless it is to be empty."""
+        name = "inspected" if filled else "empty"
+        folder = self.folder / name
+        if folder not in self._inspectors:
+            folder.mkdir()
+            gateway = self.gateway(agents=False)
+            enter = self._stack.enter_context
+            agent = enter(agent_here(gateway, folder, http={f"{name}.localhost": self.origin.port}))
+            enter(mock.patch.dict(os.environ, {"XDG_STATE_HOME": str(folder)}))
+            inspector = start_inspector(agent, Inspect(port=0))
+            self._stack.callback(inspector.close)
+            self._inspectors[folder] = inspector.url
+            if filled:
+                for record in samples():
+                    inspector._ring.add(record)
+                for number in range(40):
+                    visit(gateway, "inspected.localhost", PATHS[number % len(PATHS)])
+                visit(
+                    gateway, "inspected.localhost", "/api/v1/orders?token=0123456789abcdef",
+                    method="POST", body=json.dumps({"id": 7, "password": "secret", "tags": ["a"]}),
+                    Content_Type="application/json", Authorization="Bearer 0123456789abcdef",
+                )  # fmt: skip
+        return self._inspectors[folder]
 
     def visits(self, gateway, count=120):
         chance = random.Random(1)
@@ -169,7 +201,90 @@ def dashboard_without_javascript(stage):
     return page
 
 
+# The inspector ----------------------------------------------------------------------------------
+
+
+def inspector_list(stage):
+    page = stage.browser.page(stage.inspector())
+    page.until_it_says("Live", "/api/v1/orders")
+    return page
+
+
+def chosen(stage, text, tab):
+    page = inspector_list(stage)
+    page.click("#list .row", text)
+    page.click("#tabs button", tab)
+    return page
+
+
+def inspector_overview(stage):
+    return chosen(stage, "token=", "Overview")
+
+
+def inspector_request(stage):
+    return chosen(stage, "token=", "Request")
+
+
+def inspector_response(stage):
+    return chosen(stage, "token=", "Response")
+
+
+def inspector_messages(stage):
+    page = inspector_list(stage)
+    page.type("#search", "is:websocket")
+    page.click("#list .row")
+    page.click("#tabs button", "Messages")
+    return page
+
+
+def inspector_edit(stage):
+    page = chosen(stage, "token=", "Replay")
+    page.type("#replay-path", "/fail/edited")
+    return page
+
+
+def inspector_replayed(stage):
+    page = inspector_edit(stage)
+    page.click("#replay-send")
+    page.until_it_says("The responses differ in:")
+    return page
+
+
+def inspector_many(stage):
+    page = chosen(stage, "token=", "Replay")
+    page.type("#replay-times", "30")
+    page.click("#replay-send")
+    page.until_it_says("30 ×")
+    return page
+
+
+def inspector_failed(stage):
+    page = inspector_list(stage)
+    page.type("#search", "status:5xx")
+    page.click("#list .row", "/fail/checkout")
+    return page
+
+
+def inspector_empty(stage):
+    page = stage.browser.page(stage.inspector(filled=False))
+    page.until_it_says("Live")
+    return page
+
+
+def inspector_help(stage):
+    page = inspector_list(stage)
+    page.click("#help")
+    return page
+
+
+def inspector_without_the_token(stage):
+    stage.browser.expect("status of 401")
+    return stage.browser.page(stage.inspector().partition("?")[0])
+
+
 SCENES = [
     dashboard_login, dashboard_wrong_password, dashboard_full, dashboard_block, dashboard_public,
-    dashboard_empty, dashboard_without_javascript,
+    dashboard_empty, dashboard_without_javascript, inspector_list, inspector_overview,
+    inspector_request, inspector_response, inspector_messages, inspector_edit, inspector_replayed,
+    inspector_many, inspector_failed, inspector_empty, inspector_help, inspector_without_the_token,
 ]  # fmt: skip
