@@ -1013,6 +1013,28 @@ def test_dashboard_password_that_cannot_be_one_is_refused(text, sentence):
     assert message.startswith("DASHBOARD_PASSWORD: ") and sentence in message
 
 
+TOKEN = "a-token.of~programs_+/=="
+
+
+@pytest.mark.parametrize("form", [str, lambda token: str(Hash.of(token.encode()))])
+def test_dashboard_token_is_hashed_at_once(tmp_path, form):
+    path = tmp_path / "token"
+    path.write_text(form(TOKEN) + "\n")
+    for setting in ({"DASHBOARD_TOKEN": form(TOKEN)}, {"DASHBOARD_TOKEN_FILE": str(path)}):
+        loaded = config(**setting)
+        hashed = loaded.dashboard_token
+        assert hashed.compute(TOKEN.encode()) == hashed.digest
+        assert TOKEN not in repr(loaded) and "scrypt" not in repr(loaded)
+    assert str(path) in loaded.secret_files
+
+
+@pytest.mark.parametrize("text", ["x" * 15, "sixteen characters", "x" * 16 + "=y", "ü" * 20])
+def test_dashboard_token_that_no_program_could_send_or_that_is_short_is_refused(text):
+    message = refusal(DASHBOARD_TOKEN=text)
+    assert message.startswith(f"DASHBOARD_TOKEN: {len(text)} characters came, expected at least 16")
+    assert text not in message
+
+
 # --- The example --------------------------------------------------------------------------------
 
 
