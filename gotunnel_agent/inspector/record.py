@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .kept import Kept as Kept
@@ -86,23 +86,25 @@ class Record:
     imported: bool = False
     state: str = ENDED
     dropped: int = 0  # messages that were kept and are not any more
-    _messages: list[Message] = field(default_factory=list)
+    _messages: list[Message] | None = None  # made when the first one comes
     _message_bytes: int = 0  # what the messages cost
     working: int = 0  # bytes that reading its messages takes, while it is open
     charged: int = 0  # bytes that the ring counts for it; the ring's lock guards it
 
     @property
     def messages(self) -> list[Message]:
-        return self._messages[:]
+        return [] if self._messages is None else self._messages[:]
 
     @property
     def message_count(self) -> int:
-        return len(self._messages)
+        return 0 if self._messages is None else len(self._messages)
 
     def add_message(self, message: Message, most_bytes: int) -> int:
         """Keep a message, and forget the oldest ones if all cost more than ``most_bytes`` or are
         more than MOST_MESSAGES. Returns how many bytes the record takes more. For the thread that
         writes the record."""
+        if self._messages is None:
+            self._messages = []
         messages, before = self._messages, self._message_bytes
         messages.append(message)
         self._message_bytes += _cost_of(message)

@@ -24,6 +24,7 @@ SMALL = 4096
 MOST_PIECES = 64  # of a body; more are joined, as each is an object
 MOST_TARGETS = 1000  # tunnels whose target's text is kept
 MOST_ADDRESS = 100  # characters of a visitor's address: IPv6 with a zone, and more than one
+USUALLY = b"\r\nX-Forwarded-For:"  # as our gateway spells it
 FORWARDED = (b"\r\nx-forwarded-for:", b"\r\nx-real-ip:")
 EVENT_STREAM = b"text/event-stream"
 WEBSOCKET = "websocket"
@@ -205,10 +206,12 @@ class _Tape:
             record.status = exchange.status
         record.interim = exchange.interim
         record.problem = exchange.problem
-        record.request_body = Kept(b"" if asked is None else asked.joined(), exchange.bytes_in)
-        record.response_body = Kept(
-            b"" if answered is None else answered.joined(), exchange.bytes_out
-        )
+        if exchange.bytes_in:
+            record.request_body = Kept(b"" if asked is None else asked.joined(), exchange.bytes_in)
+        if exchange.bytes_out:
+            record.response_body = Kept(
+                b"" if answered is None else answered.joined(), exchange.bytes_out
+            )
 
     def _opened(self) -> Record:
         """The record, which is in the ring from now on. Any thread."""
@@ -297,11 +300,19 @@ def _fields(exchange: Exchange) -> list[tuple[str, str]]:
 def visitor_of(head: bytes) -> str:
     """The visitor's address, as the gateway has written it into a request's head; "" if it has
     not."""
-    lower = head.lower()
-    for name in FORWARDED:
-        at = lower.find(name)
-        if at >= 0:
-            at += len(name)
-            value = head[at : head.find(b"\r\n", at)]
-            return value.split(b",", 1)[0].strip()[:MOST_ADDRESS].decode("latin-1")
-    return ""
+    at = head.find(USUALLY)
+    if at >= 0:
+        at += len(USUALLY)
+    else:
+        lower = head.lower()
+        for name in FORWARDED:
+            at = lower.find(name)
+            if at >= 0:
+                at += len(name)
+                break
+        else:
+            return ""
+    value = str(head[at : head.find(b"\r\n", at)], "latin-1")
+    if "," in value:
+        value = value.partition(",")[0]
+    return value.strip()[:MOST_ADDRESS]

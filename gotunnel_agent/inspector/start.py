@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import os
 import socket
 import threading
 from collections.abc import Mapping
@@ -147,8 +146,8 @@ def _listen(settings: Inspect, next_port: bool) -> socket.socket:
             return listen(settings.host, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or port == settings.port + tries - 1:
-                # create_server() puts the address behind the words, which stands here already.
-                why = os.strerror(error.errno) if error.errno else str(error)
+                # create_server() adds the address, which stands here already.
+                why = (error.strerror or str(error)).partition(" (while")[0]
                 raise CannotInspect(f"inspect: {settings.host}:{port}: {why}") from None
     raise CannotInspect(f"inspect: no port from {settings.port} on is free")
 

@@ -1,6 +1,7 @@
 """The recorder, between a Dialogue and a Ring: no socket, no thread."""
 
 import gzip
+import random
 import threading
 
 import pytest
@@ -348,3 +349,51 @@ def test_a_clock_that_jumps_changes_no_order(monkeypatch):
     visit.end()
     [record] = visit.ring.all()
     assert record.messages[0].at == 1052 and record.duration == 3
+
+
+# Hostile ------------------------------------------------------------------------------------------
+
+
+def test_whatever_passes_nothing_is_raised_and_all_is_counted():
+    """Requests and answers with random faults, cut at random places, and looks between them."""
+    dice = random.Random(17)
+    deflate = SWITCH + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+    asked = [GET, POST, UPGRADE, frame(1, b"hello", mask=MASK), POST[:-2], b"\xff\x00" * 9]
+    answers = [
+        OK, EVENTS + b"\r\ndata: 1\n\n", SWITCH + b"\r\n", deflate, frame(2, bytes(300)),
+        EVENTS + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"data: 1\n\n"),
+        frame(1, b"\xf2H\xcd\xc9\xc9\x07\x00", reserved=0x40), OK[:-2], b"",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: y\r\n\r\n",
+    ]  # fmt: skip
+    ring = Ring(60_000)
+    for _ in range(400):
+        visit = Visit(Recorder(ring, dice.choice([0, 7, 5000])))
+        for _ in range(dice.randrange(8)):
+            is_answer = dice.random() < 0.5
+            data = bytearray(dice.choice(answers if is_answer else asked))
+            if data and dice.random() < 0.3:
+                data[dice.randrange(len(data))] = dice.randrange(256)
+            step = dice.choice([1, 3, 1000])
+            for at in range(0, max(1, len(data)), step):
+                (visit.answer if is_answer else visit.ask)(bytes(data[at : at + step]))
+            if dice.random() < 0.3:
+                visit.recorder.refresh()
+            if dice.random() < 0.02:
+                ring.clear()
+            assert ring.used <= 60_000
+        visit.end()
+        assert visit.recorder._open == {}
+    records = ring.all()
+    assert records and {record.state for record in records} == {ENDED}
+    assert ring.used == sum(record.charged for record in records)
+    assert ring.used == sum(record.cost() for record in records)
+
+
+def test_a_head_with_thousands_of_fields_is_kept_as_it_is():
+    fields = b"".join(b"X-%d: y\r\n" % number for number in range(5000))
+    visit = Visit()
+    visit.ask(GET[:-2] + fields + b"\r\n")
+    visit.answer(OK.replace(b"\r\n\r\n", b"\r\n" + fields + b"\r\n"))
+    [record] = visit.ring.all()
+    assert record.status == 200 and record.problem == "" and record.visitor == "192.0.2.7"
+    assert record.request_head.count(b"\r\n") == 5000 + 4
