@@ -2,6 +2,7 @@
 
     config_file()      $GOTUNNEL_CONFIG, else agent.yaml in the user's folder for configurations
     state_folder()     where the agent may keep what it can do without
+    state_folders()    where agents of this machine may have done so
     chosen_config()    the file that an agent reads
     account()          the gateway and the credential, without tunnels
     terminal()         what the variables of a terminal say
@@ -29,6 +30,9 @@ WORKING = "config.yaml"  # the configuration in the working folder
 # Variables of ours.
 CONFIG = "GOTUNNEL_CONFIG"
 JOIN = "GOTUNNEL_JOIN"
+STATE = "XDG_STATE_HOME"  # the folder for states
+# What it is for a service of systemd with an inspector, by its unit (service.py).
+SERVICE_STATE = "/var/lib/gotunnel-agent"
 
 NEXT = (
     "run gotunnel join STRING once; gotunnel-server agents add prints STRING, on the gateway's "
@@ -49,7 +53,13 @@ def config_file(environ: Mapping[str, str] = os.environ) -> Path:
 
 def state_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder for what may be lost, such as the random name of a tunnel. It need not exist."""
-    return _folder("XDG_STATE_HOME", ".local/state", "LOCALAPPDATA", environ)
+    return _folder(STATE, ".local/state", "LOCALAPPDATA", environ)
+
+
+def state_folders() -> list[Path]:
+    """Where agents of this machine may have written what others look for: this user's, and a
+    service, whose folder root alone can read."""
+    return list(dict.fromkeys([state_folder(), Path(SERVICE_STATE) / FOLDER]))
 
 
 def chosen_config(option: str | None, environ: Mapping[str, str] = os.environ) -> str:

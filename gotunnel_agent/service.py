@@ -24,7 +24,7 @@ from .common.service import (
 from .common.status_socket import OFF
 from .common.systemd_unit import Credential, Service
 from .config import Config, ConfigError, load
-from .home import chosen_config
+from .home import STATE, chosen_config
 
 PROGRAM = "gotunnel-agent"
 COMMAND = "service"
@@ -80,6 +80,8 @@ def plan(options: Options, config: Config, config_file: str) -> Plan:
         per_user=options.per_user,
         run_as=options.run_as,
         stop_timeout=int(config.drain_timeout) + LAST_WORDS,
+        # A user of a system's service has no folder of its own for the inspector's token.
+        state_variable=STATE if config.inspect is not None and not options.per_user else "",
         writable=tuple(path for _, path in writable),
         homes=any_in(HOMES, used),
         shared_tmp=any_in(TMP, used),
@@ -103,5 +105,7 @@ def _notes(service: Service, config: Config, config_file: str) -> Iterator[str]:
                f"{config_file}")  # fmt: skip
     if any(isinstance(part, Credential) for part in service.command):
         yield f"the service gets a copy of {config_file} at each start: restart it after a change"
+    if service.state_variable and service.name != PROGRAM:
+        yield (f"gotunnel inspect finds its inspector as root with {STATE}=/var/lib/{service.name}")
     if service.per_user:
         yield "it ends when you log out, unless: loginctl enable-linger"

@@ -246,10 +246,12 @@ def rebuild(
     trailers: Sequence[tuple[str, str]] = (),
     host_header: str = "",
     switched: bool = False,
+    complete: bool = True,
 ) -> Outgoing:
     """The request to send. ``head``, ``kept`` and ``trailers`` are the recorded one's;
-    ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101. The edit has no
-    masked values any more (see with_secrets()). Raises CannotReplay."""
+    ``host_header`` is the tunnel's. ``switched``: the recorded answer was a 101; ``complete``:
+    no more of the request comes. The edit has no masked values any more (see with_secrets()).
+    Raises CannotReplay."""
     if not head:
         raise CannotReplay("its request was not read, so there is nothing to send", "no-request")
     try:
@@ -267,11 +269,7 @@ def rebuild(
     _refuse_websocket(Fields(items), switched and edit.fields is None)
     body = edit.body
     if body is None:
-        if not kept.whole:
-            raise CannotReplay(
-                f"only {len(kept.data)} of its body's {kept.size} bytes were kept: give a body, or "
-                "raise the inspector's limit of bodies", "incomplete-body",
-            )  # fmt: skip
+        _refuse_incomplete(recorded, kept, complete)
         body = kept.data
     notes = []
     if "expect" in (kind(name) for name, _ in items):
@@ -304,6 +302,22 @@ def rebuild(
         fields.insert(_place_of_length(items, fields), length)
     data = encode_chunk(body) + encode_last_chunk(trailers) if chunked else body
     return Outgoing(method, target, _encode(method, target, fields), body, data, tuple(notes))
+
+
+def _refuse_incomplete(recorded: Request, kept: Kept, complete: bool) -> None:
+    length = recorded.fields.get("content-length") or "0"
+    expected = max(kept.size, int(length) if length.isdigit() else 0)
+    if len(kept.data) < expected:
+        why = "were kept" if kept.size == expected else "have come"
+        raise CannotReplay(
+            f"only {len(kept.data)} of its body's {expected} bytes {why}: give a body, or raise "
+            "the inspector's limit of bodies", "incomplete-body",
+        )  # fmt: skip
+    if not complete and "transfer-encoding" in recorded.fields:
+        raise CannotReplay(
+            "its body may still be coming: wait for the end of the visit, or give a body",
+            "incomplete-body",
+        )
 
 
 def _charset(items: Sequence[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Where a running inspector listens, and its token: a file in the user's folder for states.
+"""Where a running inspector listens, and its token: a file in its user's folder for states.
 
 So `gotunnel inspect` finds it. The file is the user's alone (0600), like the agent's other secrets,
 and goes when the agent ends. An agent that was killed leaves it behind: what does not answer counts
@@ -62,10 +62,13 @@ def remove(folder: Path, place: Place) -> None:
             path.unlink()
 
 
-def places(folder: Path) -> list[Place]:
+def places(*folders: Path) -> list[Place]:
     """All that a file tells of, by port. They need not run."""
-    found = [_read(path) for path in folder.glob(FILES.format("*"))]
-    return sorted((place for place in found if place is not None), key=lambda place: place.port)
+    found: list[Place] = []
+    for folder in folders:
+        with contextlib.suppress(OSError):  # another user's
+            found += filter(None, map(_read, folder.glob(FILES.format("*"))))
+    return sorted(found, key=lambda place: place.port)
 
 
 def _read(path: Path) -> Place | None:

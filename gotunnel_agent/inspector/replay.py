@@ -234,7 +234,9 @@ def in_words(document: Mapping[str, Any]) -> str:
     if document["state"] == PASSED:
         return f"passed at try {done}: {found}"
     if times == done == 1:
-        return found.removeprefix("1 x ")
+        problem = next(iter(document["problems"]), "")
+        parts = [] if problem and "0" in document["statuses"] else [found.removeprefix("1 x ")]
+        return ", ".join([*parts, problem] if problem else parts)
     words = {RUNNING: "so far", STOPPED: "stopped", OVER: "ended"}[document["state"]]
     line = f"{words}, {done} of {times} {'try' if times == 1 else 'tries'}"
     if found:
@@ -282,6 +284,7 @@ class Replayer:
             trailers=source.request_trailers,
             host_header=route.tunnel.host_header,
             switched=source.status == SWITCHING_PROTOCOLS,
+            complete=source.state == ENDED or source.status > 0,
         )
         with self._lock:
             running = [replay for replay in self._replays.values() if not replay.over.is_set()]

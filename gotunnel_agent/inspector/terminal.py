@@ -108,14 +108,15 @@ def run(options: argparse.Namespace) -> int:
 def chosen(at: str | None, *, several: bool = False) -> list[Place]:
     """The inspector that --at names, or the only one that runs. ``several``: all of them. Raises
     CannotAsk, BadArgument."""
-    found = places(home.state_folder())
+    found = places(*home.state_folders())
     if at is not None:
         return [named(at, found)]
     tunnels = {place: asked for place in found if (asked := tunnels_of(place)) is not None}
     if not tunnels:
         raise CannotAsk(
             f"no inspector runs here: start one with `{program()} http 8080 --inspect`, or with "
-            "inspect: in the agent's configuration"
+            "inspect: in the agent's configuration; that of another user, such as a service, needs "
+            "sudo"
         )
     if len(tunnels) > 1 and not several:
         which = "; ".join(f"{place.port} ({names})" for place, names in tunnels.items())

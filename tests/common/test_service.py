@@ -106,6 +106,18 @@ def test_dry_run_prints_the_unit_and_changes_nothing(machine, capsys, run, name)
     assert units(machine) == [] and asked(machine) == []
 
 
+def test_an_agent_with_an_inspector_has_a_folder_for_its_token(machine, capsys):
+    line = "Environment=XDG_STATE_HOME=%S/gotunnel-agent"
+    assert agent("install", "--dry-run") == 0 and line not in capsys.readouterr().out
+    with open("config.yaml", "a") as file:
+        file.write("inspect: 127.0.0.1:4040\n")
+    assert agent("install", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert line in lines and "StateDirectory=gotunnel-agent" in lines
+    assert agent("install", "--dry-run", "--user") == 0
+    assert line not in capsys.readouterr().out
+
+
 def test_the_gateways_unit_follows_its_settings(machine):
     write_env(HTTP_PORT="80", DRAIN_TIMEOUT="60", ACCESS_LOG="/var/log/gotunnel-server/access.log")
     assert server("install") == 0

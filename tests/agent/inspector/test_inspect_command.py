@@ -56,7 +56,9 @@ class Running:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(home, "state_folder", lambda: tmp_path)
+    monkeypatch.setenv(home.STATE, str(tmp_path.parent))
+    monkeypatch.setattr(home, "FOLDER", tmp_path.name)
+    monkeypatch.setattr(home, "SERVICE_STATE", str(tmp_path / "service"))
     return tmp_path
 
 
@@ -329,6 +331,14 @@ def test_a_file_that_was_left_behind_counts_for_nothing(folder, capsys):
         place_module.write(folder, Place("127.0.0.1", port, TOKEN))
         assert "no inspector runs here" in inspect(capsys)[2]
         assert f"no inspector answers at 127.0.0.1:{port}" in inspect(capsys, "--at", str(port))[2]
+
+
+def test_the_inspector_of_a_service_is_found(running, folder, capsys):
+    service = folder / "service" / folder.name
+    service.mkdir(parents=True)
+    (file,) = folder.glob("inspector-*.json")
+    file.rename(service / file.name)
+    assert inspect(capsys)[0] == 0
 
 
 def test_of_several_inspectors_one_must_be_named(running, folder, capsys):

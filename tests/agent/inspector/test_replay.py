@@ -15,7 +15,7 @@ from gotunnel_agent.inspector import replay as replay_module
 from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import CannotReplay
 from gotunnel_agent.inspector.record import ENDED, Kept, Ring
-from gotunnel_agent.inspector.replay import Replayer, find_route
+from gotunnel_agent.inspector.replay import Replayer, find_route, in_words
 from gotunnel_agent.target import Route
 from gotunnel_agent.trust import client_context
 from gotunnel_server.certs.local_ca import Authority
@@ -303,6 +303,19 @@ def test_a_target_that_accepts_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(target_module, "DIAL_TIMEOUT", 0.1)
     with deaf_port() as port:
         assert "no answer in 0.1 s" in Bench(Target("127.0.0.1", port)).once().problem
+
+
+@pytest.mark.parametrize(
+    "statuses, problems, text",
+    [
+        ({"200": 1}, {}, "200"),
+        ({"200": 1}, {"cut short": 1}, "200, cut short"),
+        ({"0": 1}, {"no answer in 5 s": 1}, "no answer in 5 s"),
+    ],
+)
+def test_one_try_is_told_in_few_words(statuses, problems, text):
+    document = {"done": 1, "times": 1, "until": None, "state": "ended"}
+    assert in_words({**document, "statuses": statuses, "problems": problems}) == text
 
 
 def test_a_target_that_never_answers_is_given_up(bench, origin):

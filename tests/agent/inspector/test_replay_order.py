@@ -202,6 +202,17 @@ def test_what_cannot_be_sent_again_is_refused(head, content, size, switched, wor
     assert caught.value.code == code
 
 
+def test_a_body_that_has_not_come_whole_is_not_sent_again():
+    long = POST.replace(b"Length: 2", b"Length: 200")
+    with pytest.raises(CannotReplay, match="only 2 of its body's 200 bytes have come"):
+        rebuild(long, kept(b"{}"))
+    chunked = POST.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked")
+    with pytest.raises(CannotReplay, match="its body may still be coming"):
+        rebuild(chunked, kept(b"{}"), complete=False)
+    assert rebuild(long, kept(b"{}"), Edit(body=b"{}"), complete=False).data == b"{}"
+    assert rebuild(POST, kept(b"{}"), complete=False).data == b"{}"
+
+
 def test_a_body_that_was_not_kept_whole_may_be_given():
     assert edited({"body": "all of it"}, content=b"{", size=70000).data == b"all of it"
 
