@@ -26,6 +26,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from support import TIMEOUT, need, reserved_port, wait_until
 
+# Features of Chromium that cost time and show nothing that a person would see. Without the first
+# three, one process draws all pages: to start another takes a third of a second of CPU.
+UNUSED = (
+    "IsolateOrigins", "site-per-process", "ProactivelySwapBrowsingInstance", "BackForwardCache",
+    "Translate", "OptimizationHints", "MediaRouter",
+)  # fmt: skip
+
 # No name but the tests' own is looked up, so the browser cannot call home. Root, as which tests may
 # run, needs --no-sandbox; a container with a small /dev/shm the flag behind it. A tab behind
 # another is timed like the one in front, as if it was a second window. Nothing moves: what scrolls
@@ -34,15 +41,16 @@ ARGUMENTS = (
     "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
     "--disable-breakpad", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-extensions", "--no-proxy-server",
-    "--disable-features=Translate,OptimizationHints,MediaRouter,InterestFeedContentSuggestions",
-    "--in-process-gpu", "--renderer-process-limit=2", "--no-zygote",
-    "--hide-scrollbars", "--window-size=1400,2000", "--force-prefers-reduced-motion",
+    "--in-process-gpu", "--renderer-process-limit=1", "--process-per-site", "--no-zygote",
+    "--disable-site-isolation-trials", "--disable-features=" + ",".join(UNUSED),
+    "--hide-scrollbars", "--window-size=1400,1500", "--force-prefers-reduced-motion",
     "--disable-renderer-backgrounding",
     "--disable-background-timer-throttling", "--disable-backgrounding-occluded-windows",
     "--host-resolver-rules=MAP *.localhost 127.0.0.1, MAP *.example 127.0.0.1, "
     "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )  # fmt: skip
 
+MOST_SHOWN = 3000  # characters of a page whose test has failed
 POLL = 0.1  # seconds between two looks of a wait
 SLOWEST = 3 * TIMEOUT  # seconds for a page to load or a script to end: never but on a fault
 BLANK = "about:blank"
@@ -172,6 +180,14 @@ def processes_of(session) -> list:
     return found
 
 
+_SEEN = """
+const [css, text] = arguments;
+return [...document.querySelectorAll(css)].filter((element) =>
+  element.checkVisibility({ visibilityProperty: true })
+  && (!text || (element.innerText + element.textContent).includes(text)));
+"""
+
+
 class Page:
     """A tab, as its reader uses it. A wait that takes TIMEOUT fails, and shows the page's text."""
 
@@ -210,8 +226,10 @@ class Page:
         """The first element that fits, seen or not, once there is one."""
         return self.until(lambda: next(iter(self.all(css)), None), css)
 
-    def seen(self, css) -> list:
-        return [element for element in self.all(css) if element.is_displayed()]
+    def seen(self, css, text="") -> list:
+        """Those of all() that can be seen and have ``text`` in them. The page finds them: to ask
+        each element by Selenium would be slow."""
+        return self.script(_SEEN, css, text)
 
     def until(self, condition, what="the condition"):
         """The first true value of ``condition()``. The page may replace an element while the
@@ -225,7 +243,7 @@ class Page:
         try:
             return wait.until(look)
         except TimeoutException:
-            message = f"{what}: still not so after {TIMEOUT} s:\n{self.text}"
+            message = f"{what}: still not so after {TIMEOUT} s:\n{self.text[:MOST_SHOWN]}"
             raise AssertionError(message) from None
 
     def until_it_says(self, *texts):
@@ -240,13 +258,12 @@ class Page:
         one in that. A page that moves meanwhile is no fault: a person would aim again."""
 
         def press():
-            for element in self.seen(css):
-                if text in element.text:
-                    if inner:
-                        element = element.find_element(By.CSS_SELECTOR, inner)
-                    with contextlib.suppress(ElementClickInterceptedException):
-                        element.click()
-                        return True
+            for element in self.seen(css, text):
+                if inner:
+                    element = element.find_element(By.CSS_SELECTOR, inner)
+                with contextlib.suppress(ElementClickInterceptedException):
+                    element.click()
+                    return True
 
         self.until(press, f"a click on {css} {text!r} {inner}")
 

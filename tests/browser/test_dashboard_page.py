@@ -119,9 +119,7 @@ def names(page):
 
 def row_with(page, css, text):
     """The first row with a text."""
-    return page.until(
-        lambda: next((row for row in page.seen(css) if text in row.text), None), f"row {text!r}"
-    )
+    return page.until(lambda: next(iter(page.seen(css, text)), None), f"row {text!r}")
 
 
 def visit(gateway, hostname, path="/", source="127.0.0.1"):
@@ -218,7 +216,7 @@ def test_any_column_can_be_sorted_by_keyboard(gateway, dashboard):
     for _ in range(50):
         visit(gateway, "page10.localhost")
     dashboard.until(lambda: any("5" in row for row in rows(dashboard, HOSTNAMES)))
-    column = next(e for e in dashboard.seen("#hostnames th button") if e.text == "Visits")
+    *_, column = dashboard.seen("#hostnames th button", "Visits")  # the first one is Visits/s
     dashboard.script("arguments[0].focus()", column)
     column.send_keys("\n")
     dashboard.until(lambda: names(dashboard)[0] == "page10.localhost", "most visits first")
@@ -295,7 +293,7 @@ def test_a_session_is_ended_when_that_is_confirmed(gateway, dashboard, origin, t
         dashboard.click(SESSIONS, "end.localhost", "button")
         dashboard.until_it_says("connects again by itself")
         confirm(dashboard)
-        dashboard.until_it_says("has ended")
+        dashboard.until(lambda: dashboard.seen("#told"), "what was done")
         wait_until(lambda: tunnel not in gateway.inner.tunnels.registered())
         # The agent has been told nothing against it, so it comes back.
         gateway.wait_for_routes("end.localhost")
@@ -314,7 +312,7 @@ def test_a_certificate_is_renewed_when_that_is_confirmed(gateway, dashboard, mon
     monkeypatch.setattr(Keeper, "renew", lambda keeper, hostname: asked.append(hostname))
     dashboard.click(HOSTNAMES, NAMES[0], "button")
     confirm(dashboard)
-    dashboard.until_it_says("is ordered")
+    dashboard.until(lambda: dashboard.seen("#told"), "what was done")
     assert asked == [NAMES[0]]
 
 

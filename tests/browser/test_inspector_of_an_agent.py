@@ -140,13 +140,7 @@ def watched(inspector, page):
 
 def row(page, text):
     """The first row with a text, once it is there."""
-
-    def look():
-        return next(
-            (row for row in page.seen(ROWS) if text in row.get_attribute("textContent")), None
-        )
-
-    return page.until(look, f"a row with {text!r}")
+    return page.until(lambda: next(iter(page.seen(ROWS, text)), None), f"a row with {text!r}")
 
 
 def choose(page, text, tab=""):
@@ -212,12 +206,7 @@ def test_visits_are_searched(gateway, watched):
     ):
         watched.type("#search", query)
         row(watched, found)
-        watched.until(
-            lambda other=other: (
-                not any(other in row.get_attribute("textContent") for row in watched.seen(ROWS))
-            ),
-            f"{query} without {other}",
-        )
+        watched.until(lambda other=other: not watched.seen(ROWS, other), f"{query} without {other}")
 
 
 # One visit --------------------------------------------------------------------------------------
