@@ -32,6 +32,7 @@ from .replay import Replay, Replayer
 from .server import JSON, POLICY, Answer, Asked, Live, Unanswered, as_json
 
 MOST_JSON = 16 * 1024 * 1024  # bytes of an order to replay: a body of 8 MiB in base64, and fields
+MOST_VALUES = 10_000  # in it; 16 MiB of [[],[], would become 300 MB of objects
 MOST_LISTED, LISTED = 1000, 200  # visits in an answer: at most, and without ``limit``
 MOST_SHOWN = 2048  # characters of a path in a list
 MOST_TEXT = 512  # of other texts there
@@ -619,6 +620,8 @@ def _numbers(query: Mapping[str, str], name: str) -> frozenset[int] | None:
 
 def json_of(body: bytes) -> object:
     """The document in a request's body; an empty body stands for {}. Raises Unanswered."""
+    if har.values_in(body) > MOST_VALUES:
+        raise Unanswered(400, "json", f"JSON of over {MOST_VALUES} values came, expected an order")
     try:
         return json.loads(body.decode()) if body.strip() else {}
     except (ValueError, RecursionError):

@@ -14,6 +14,7 @@ from gotunnel_agent.inspector.access import Door
 from gotunnel_agent.inspector.api import Api
 from gotunnel_agent.inspector.kept import Kept
 from gotunnel_agent.inspector.mask import MASK
+from gotunnel_agent.inspector.order import CannotReplay
 from gotunnel_agent.inspector.record import ENDED, OPEN, Message, Record, Ring
 from gotunnel_agent.inspector.server import InspectorServer, listen
 
@@ -43,8 +44,8 @@ def ring():
 
 
 class Inspector:
-    def __init__(self, port, door):
-        self.port, self.door = port, door
+    def __init__(self, port, api):
+        self.port, self.api = port, api
 
     def ask(self, path, method="GET", body=None, fields=None, token=True):
         """Status, fields and body of an answer."""
@@ -89,9 +90,10 @@ def inspector(ring, monkeypatch):
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     door = Door(TOKEN, "127.0.0.1", port)
-    server = InspectorServer(listening, door, Api(ring, door, lambda: {"tunnels": []}))
+    api = Api(ring, door, lambda: {"tunnels": []})
+    server = InspectorServer(listening, door, api)
     server.start()
-    yield Inspector(port, door)
+    yield Inspector(port, api)
     server.close()
 
 
@@ -279,6 +281,34 @@ def test_what_is_refused(inspector, ring, method, path, status, code):
     assert document["message"] and document["message"].isprintable()
     assert fields["Content-Type"] == "application/json"
     assert (status == 405) == ("Allow" in fields)
+
+
+class Replays:
+    """What an order comes to, of which nothing is sent."""
+
+    def start(self, number, document):
+        raise CannotReplay(f"visit {number}: {document}", "busy")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 503, "visit 1: {}"),
+        (b' {"times": 2} ', 503, "visit 1: {'times': 2}"),
+        (b"{", 400, "the body is no JSON in UTF-8"),
+        (b'"\xff"', 400, "the body is no JSON in UTF-8"),
+        (b"[" * 9000 + b"]" * 9000, 400, "the body is no JSON in UTF-8"),
+        (b"9" * 5000, 400, "the body is no JSON in UTF-8"),
+        (b"[" + b"[]," * 10_000 + b"[]]", 400, "JSON of over 10000 values came"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_an_order_is_read(inspector, ring, body, status, words):
+    ring.add(record())
+    inspector.api._replays = Replays()
+    found, _, answer = inspector.ask("/api/v1/visits/1/replay", "POST", body)
+    assert found == status
+    assert words in json.loads(answer)["message"]
 
 
 # HAR
