@@ -57,7 +57,8 @@ class Heartbeat:
     def start(self) -> None:
         """Begin to count. To be called right before the session's demultiplexer starts."""
         self._pong_at = monotonic()
-        self._ping_at = self._pong_at + PING_INTERVAL
+        # The first one soon, so that the round trip is known.
+        self._ping_at = self._pong_at + min(BEAT, PING_INTERVAL)
         self._session.call_later(BEAT, self._beat)
 
     def ask(self) -> float:
@@ -111,7 +112,7 @@ class Heartbeat:
         except (OSError, ProtocolError) as error:
             self._session.close(str(error))
             return
-        if self._pinged_at is not None and waited < BEAT:
+        if self._pinged_at is not None and waited * LATER < BEAT:
             self._session.call_later(waited * (LATER - 1), lambda: self._look(waited * LATER))
 
     def _ask(self) -> None:

@@ -128,7 +128,7 @@ def test_a_control_stream_that_is_over_ends_the_session(house):
 def test_the_round_trip_is_that_of_the_last_ping(house, took):
     house.heart.start()
     assert house.heart.round_trip is None
-    house.pass_time(PING_INTERVAL)
+    house.pass_time(BEAT)
     assert len(house.said) == 1
     house.came.append(Pong(1))  # it comes after ``took`` seconds; a look before finds nothing
     house.heard_at = house.now + took
@@ -141,7 +141,7 @@ def test_the_round_trip_is_that_of_the_last_ping(house, took):
 def test_payload_that_comes_meanwhile_changes_the_round_trip_little(house):
     """heard_at is then of the payload; the looks bound by how much."""
     house.heart.start()
-    house.pass_time(PING_INTERVAL)
+    house.pass_time(BEAT)
     sent_at = house.now
 
     def read():
@@ -156,7 +156,7 @@ def test_payload_that_comes_meanwhile_changes_the_round_trip_little(house):
 
 def test_a_control_stream_that_breaks_during_a_look_ends_the_session(house):
     house.heart.start()
-    house.pass_time(PING_INTERVAL)
+    house.pass_time(BEAT)
     house.came.append(SessionClosed)
     house.pass_time(1)
     assert house.closed == ["the agent ended the control stream"]

@@ -50,7 +50,7 @@ from gotunnel import (
 from gotunnel_agent.common.refusals import BY_CODE
 from gotunnel_server.agents import credentials
 from gotunnel_server.agents.credentials import Credentials
-from gotunnel_server.agents.tunnel import FEATURES, REVOKED
+from gotunnel_server.agents.tunnel import ENDED, FEATURES, REVOKED
 from gotunnel_server.visitors import policy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -236,7 +236,7 @@ def test_refusals_begin_as_the_page_says():
 
 
 def test_the_page_names_every_reason_for_an_end():
-    assert keys(section("`end`")) == {gotunnel.REPLACED, gotunnel.MOVE, REVOKED}
+    assert keys(section("`end`")) == {gotunnel.REPLACED, gotunnel.MOVE, REVOKED, ENDED}
 
 
 def test_the_page_names_every_code_beside_a_reset():
