@@ -17,6 +17,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic, time
 from typing import Any, NamedTuple, Protocol
 
@@ -115,7 +116,7 @@ class Follower:
         self._woken = threading.Event()
 
     def add(self, listener: Listener) -> None:
-        """Have ``listener`` hear of the visits that begin from now on."""
+        """Have ``listener`` hear of the visits on streams that begin from now on."""
         with self._lock:
             self._listeners += (listener,)
 
@@ -160,15 +161,16 @@ class Follower:
         for followed in self._all():
             followed.look()
 
-    def await_bytes(self) -> None:
-        """Wait until there is something to read, or wake() is called. For one thread at a time,
-        which calls look() then."""
+    def await_bytes(self, over: threading.Event) -> None:
+        """Wait until there is something to read, for a thread that calls look() then. wake() ends
+        it, after ``over`` was set."""
+        self._woken.clear()
         self.asleep = True
-        if any(followed.has_noted() for followed in self._all()):  # before asleep was set
+        # What came before that has woken nobody.
+        if over.is_set() or any(followed.has_noted() for followed in self._all()):
             self.asleep = False
             return
         self._woken.wait()
-        self._woken.clear()
 
     def wake(self) -> None:
         self.asleep = False
@@ -209,18 +211,14 @@ class Follower:
 
     def listening(self, tunnel: Tunnel) -> Callable[[Exchange], Hear | None] | None:
         """Tells the listeners that an exchange of a tunnel has begun; None if there are none."""
-        listeners = self._listeners
-        if not listeners:
-            return None
+        return partial(self._began, tunnel) if self._listeners else None
+
+    def _began(self, tunnel: Tunnel, exchange: Exchange) -> Hear | None:
+        listeners = self._listeners  # those of now: the stream may be older
         if len(listeners) == 1:
-            began = listeners[0].began
-            return lambda exchange: began(tunnel, exchange)
-
-        def tell_all(exchange: Exchange) -> Hear | None:
-            heard = [listener.began(tunnel, exchange) for listener in listeners]
-            return _joined([hear for hear in heard if hear is not None])
-
-        return tell_all
+            return listeners[0].began(tunnel, exchange)
+        heard = [listener.began(tunnel, exchange) for listener in listeners]
+        return _joined([hear for hear in heard if hear is not None])
 
     def end(self, tunnel: Tunnel, exchange: Exchange) -> None:
         """An exchange is over."""

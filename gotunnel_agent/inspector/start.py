@@ -49,17 +49,19 @@ class Inspector:
         settings: Inspect,
         *,
         next_port: bool = False,
-        ring: Ring | None = None,
+        before: Inspector | None = None,
     ):
-        """``ring``: records that there are already. Raises CannotInspect."""
+        """``before``: the inspector whose records this one takes over. Raises CannotInspect."""
         self.settings = settings
         self._agent = agent
         listening = _listen(settings, next_port)
         try:
             host, self.port = listening.getsockname()[:2]
-            self._ring = Ring(settings.memory) if ring is None else ring
-            self._ring.set_budget(settings.memory)
-            self._recorder = Recorder(self._ring, settings.body)
+            if before is None:
+                self._recorder = Recorder(Ring(settings.memory), settings.body)
+            else:
+                self._recorder = before._recorder
+            self._ring = self._recorder.ring
             self._replayer = Replayer(self._ring, self._routes, body=settings.body)
             token = _token(self.port)
             door = Door(token, host, self.port)
@@ -73,30 +75,48 @@ class Inspector:
         self._place = Place(REACHED_BY.get(host, host), self.port, token, os.getpid())
         self.address, self.url = f"http://{self._place.address}/", self._place.url
         self._over = threading.Event()
-        self._made_follower = agent.follower is None
-        if agent.follower is None:
-            agent.follower = Follower(for_listeners=True)
-        self._follower = agent.follower
-        self._follower.add(self._recorder)
+        self._made_follower: bool = (
+            agent.follower is None if before is None else before._made_follower
+        )
+        self._follower = agent.follower or Follower(for_listeners=True)
+        self._attach(before)
         try:
             self._server.start()
             self._thread = spawn("inspect look", self._look)
         except NoThread as error:
-            self._follower.remove(self._recorder)
+            self._detach()
             self._server.close()
             raise CannotInspect(f"inspect: {error}") from None
         place.write(home.state_folder(), self._place)
 
+    def _attach(self, before: Inspector | None) -> None:
+        """Have the agent's visits recorded."""
+        if before is not None:
+            self._ring.set_budget(self.settings.memory)
+            self._recorder.body = self.settings.body
+            return
+        self._follower.add(self._recorder)
+        self._agent.follower = self._follower
+
+    def _detach(self) -> None:
+        """Record no more. Visits that go on are heard no more, as their records are gone."""
+        self._follower.remove(self._recorder)
+        if self._made_follower and self._agent.follower is self._follower:
+            self._agent.follower = None
+        self._ring.clear()
+
     def replace(self, settings: Inspect) -> Inspector:
         """See Started."""
-        if (settings.host, settings.port) == (self.settings.host, self.port):
-            self.close()
-            return Inspector(self._agent, settings, ring=self._ring)
-        inspector = Inspector(self._agent, settings, ring=self._ring)
-        inspector._made_follower |= self._made_follower
-        self._made_follower = False
-        self.close()
-        return inspector
+        if (settings.host, settings.port) != (self.settings.host, self.port):
+            inspector = Inspector(self._agent, settings, before=self)
+            self._stop()
+            return inspector
+        self._stop()
+        try:
+            return Inspector(self._agent, settings, before=self)
+        except CannotInspect:
+            self._detach()
+            raise
 
     @property
     def closed(self) -> bool:
@@ -104,11 +124,13 @@ class Inspector:
 
     def close(self) -> None:
         """See Started."""
+        self._detach()
+        self._stop()
+
+    def _stop(self) -> None:
+        """Answer no more."""
         self._over.set()
         place.remove(home.state_folder(), self._place)
-        self._follower.remove(self._recorder)
-        if self._made_follower and self._agent.follower is self._follower:
-            self._agent.follower = None
         self._follower.wake()
         self._replayer.close()
         self._server.close()
@@ -117,7 +139,7 @@ class Inspector:
     def _look(self) -> None:
         """Thread "inspect look": bring the records up to date while something passes."""
         while not self._over.is_set():
-            self._follower.await_bytes()
+            self._follower.await_bytes(self._over)
             if not self._over.wait(LOOK):
                 call_logged(self._follower.look)
                 call_logged(self._recorder.refresh)

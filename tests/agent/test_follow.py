@@ -261,26 +261,43 @@ def test_a_listener_is_told_of_streams_that_are_not_read(follower, tunnel):
     assert listener.events == [("began", ""), ("over", "")] and listener.pieces == []
 
 
-def test_one_thread_sleeps_until_something_passes(follower):
-    looks = []
+def test_threads_sleep_until_something_passes(follower):
+    looks, over = [], threading.Event()
 
     def watch():
-        while len(looks) < 3:
-            follower.await_bytes()
+        while not over.is_set():
+            follower.await_bytes(over)
             follower.look()
             looks.append(follower.totals().visits)
 
     with visit_of(follower) as visit:
-        visit.ask()  # before the thread begins
-        thread = threading.Thread(target=watch)
-        thread.start()
-        wait_until(lambda: len(looks) == 1 and follower.asleep)
+        visit.ask()  # before the threads begin
+        threads = [threading.Thread(target=watch) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: looks and follower.asleep)
         visit.answer()
-        wait_until(lambda: len(looks) == 2 and follower.asleep)
-        assert looks == [0, 1]
+        wait_until(lambda: looks[-1] == 1 and follower.asleep)
+        over.set()
         follower.wake()
-        thread.join(TIMEOUT)
-    assert looks == [0, 1, 1]
+        for thread in threads:
+            thread.join(TIMEOUT)
+    assert set(looks) == {0, 1} and len(looks) < 8
+
+
+def test_a_listener_that_was_removed_hears_nothing_of_streams_that_go_on(follower):
+    follower.add(listener := Heard())
+    with visit_of(follower) as visit:
+        follower.remove(listener)
+        follower.add(other := Heard())
+        visit.ask()
+        visit.answer()
+        follower.look()
+        follower.remove(other)
+        visit.ask()
+        visit.answer()
+        follower.look()
+    assert listener.events == [] and other.events == [("began", "GET"), ("over", "GET")]
 
 
 def test_a_target_has_its_own_methods_again_afterwards(follower):

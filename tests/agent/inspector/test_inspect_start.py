@@ -233,6 +233,38 @@ def test_its_settings_may_change_while_the_agent_runs(gateway, tmp_path, origin)
             assert agent.follower is None
 
 
+def test_a_visit_that_goes_on_stays_with_its_record_when_the_settings_change(
+    gateway, tmp_path, origin
+):
+    ports = []
+    for _ in range(2):
+        with reserved_port() as port:
+            ports.append(port)
+    with agent_here(gateway, tmp_path, {APP: origin.port}) as agent:
+        inspection = Inspection(agent)
+        inspection.change(Inspect(port=ports[0]))
+        with gateway.dial(APP) as visitor:
+            visitor.send(request("GET", "/slow"))
+            target = origin.accept()
+            target.read_head()
+            [record] = records(inspection._started, state=OPEN)
+            inspection.change(Inspect(port=ports[1]))
+            inspection.change(Inspect(port=ports[1], memory=2**20))
+            target.send(answer(b"hi"))
+            visitor.read_head()
+            assert records(inspection._started) == [record]
+            assert record.response_body == Kept(b"hi", 2)
+            # Off: the stream goes on, and nothing of it is recorded.
+            ring = inspection._started._ring
+            inspection.change(None)
+            visitor.read_exactly(2)
+            visitor.send(request("GET", "/unseen"))
+            target.read_head()
+            target.send(answer(b"ho"))
+            visitor.read_head()
+            assert ring.all() == [] and ring.used == 0
+
+
 def test_an_inspector_that_is_new_needs_a_session_of_its_own(gateway, tmp_path):
     path = tmp_path / "agent.yaml"
     path.write_text(agent_yaml(gateway, {APP: 1}, {}, {}))
