@@ -6,6 +6,7 @@ it could not reach this machine's loopback address, and would learn the token.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -60,40 +61,41 @@ class Inspector:
 
     def events(self, query: Mapping[str, object] = {}) -> Iterator[Event]:
         """What happens from now on, until the inspector ends. Raises CannotAsk, Refused."""
-        connection = self._connection(SILENCE)
-        try:
-            answer = self._begin(connection, "GET", "events", query, None)
+        with self._answer("GET", "events", query, None, SILENCE) as answer:
             if answer.status != 200:
                 raise _refused(answer.status, answer.read(MOST_LINE))
-            name = ""
-            while line := answer.readline(MOST_LINE):
-                text = line.decode("utf-8", "replace").rstrip("\r\n")
-                if text.startswith("event: "):
-                    name = text[len("event: ") :]
-                elif text.startswith("data: "):
-                    yield Event(name, _document(text[len("data: ") :].encode()))
-        except (OSError, http.client.HTTPException) as error:
-            raise self._no_answer(error) from None
-        finally:
-            connection.close()
+            yield from _events(answer)
 
     def _ask(
         self, method: str, path: str, query: Mapping[str, object], body: bytes | None = None
     ) -> bytes:
-        connection = self._connection(TIMEOUT)
-        try:
-            answer = self._begin(connection, method, path, query, body)
-            data = answer.read(MOST_ANSWER)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._no_answer(error) from None
-        finally:
-            connection.close()
+        with self._answer(method, path, query, body, TIMEOUT) as answer:
+            try:
+                data = answer.read(MOST_ANSWER)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._no_answer(error) from None
         if answer.status >= 300:
             raise _refused(answer.status, data)
         return data
 
-    def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.place.host, self.place.port, timeout=timeout)
+    @contextlib.contextmanager
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, object],
+        body: bytes | None,
+        timeout: float,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer's head; the body is to be read in the ``with`` block. Raises CannotAsk."""
+        connection = http.client.HTTPConnection(self.place.host, self.place.port, timeout=timeout)
+        with contextlib.closing(connection):
+            try:
+                answer = self._begin(connection, method, path, query, body)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._no_answer(error) from None
+            with contextlib.closing(answer):  # which holds the socket, once it is there
+                yield answer
 
     def _begin(
         self,
@@ -119,6 +121,18 @@ class Inspector:
         else:
             why = "it does not speak HTTP"
         return CannotAsk(f"no inspector answers at {self.place.address} ({why})")
+
+
+def _events(answer: http.client.HTTPResponse) -> Iterator[Event]:
+    name = ""
+    # A connection that breaks is an end as well.
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while line := answer.readline(MOST_LINE):
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            if text.startswith("event: "):
+                name = text[len("event: ") :]
+            elif text.startswith("data: "):
+                yield Event(name, _document(text[len("data: ") :].encode()))
 
 
 def _document(data: bytes) -> Any:

@@ -69,6 +69,8 @@ HELPS = {
 }
 LISTED = 30  # visits, unless --limit says otherwise
 MOST_FILE = 64 * 1024 * 1024  # bytes of a HAR file or a body that is read
+MOST_TOLD = 5000  # visits that follow() remembers to have told: they may change once more
+AGAIN = 1.0  # seconds between two looks whether an inspector that has ended runs again
 LOOK = 0.2  # seconds between two looks at how a replay goes
 FAILED = 500  # a status from which on a target has failed
 RUNNING, PASSED = "running", "passed"
@@ -343,10 +345,21 @@ def import_har(inspector: Inspector, options: argparse.Namespace) -> int:
 
 
 def follow(inspector: Inspector, options: argparse.Namespace) -> int:
-    """A line for each visit that is over, as they come."""
+    """A line for each visit that is over, as they come, until Ctrl-C. If the agent ends, wait for
+    its next start."""
+    while True:
+        _follow(inspector, options)
+        tell("the inspector has ended; waiting for it (Ctrl-C ends this)")
+        while tunnels_of(inspector.place) is None:
+            sleep(AGAIN)
+        tell("the inspector runs again")
+
+
+def _follow(inspector: Inspector, options: argparse.Namespace) -> None:
+    """Until the inspector ends."""
     query, page = " ".join(options.query), paper()
     told: set[int] = set()
-    for event in inspector.events():
+    for event in inspector.events({"unmask": options.unmask and 1}):
         if missed := event.value.get("missed"):
             tell(f"{missed} changes were missed, as they came too fast")
         if event.name != "visit":
@@ -354,16 +367,14 @@ def follow(inspector: Inspector, options: argparse.Namespace) -> int:
         over = [visit for visit in event.value["visits"] if visit["state"] != "open"]
         new = [visit for visit in over if visit["id"] not in told]
         told.update(visit["id"] for visit in new)
-        if len(told) > 10_000:
-            told = set(sorted(told)[-5_000:])
+        if len(told) > 2 * MOST_TOLD:
+            told = set(sorted(told)[-MOST_TOLD:])
         if query and new:
             ids = ",".join(str(visit["id"]) for visit in new)
             asked = {"q": query, "ids": ids, "unmask": options.unmask and 1}
             new = inspector.get("visits", asked)["visits"][::-1]
         for visit in new:
             print(json.dumps(visit) if options.json else row(visit, page), flush=True)
-    tell("the inspector has ended")
-    return 0
 
 
 def clear(inspector: Inspector, options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ TOKEN = "t" * 43
 class Running:
     """An inspector that runs, with a few visits."""
 
-    def __init__(self, folder, origin):
+    def __init__(self, folder, origin, port=0):
         self.ring = Ring(1 << 24)
         for record in (
             a_record(path="/page"),
@@ -41,7 +41,7 @@ class Running:
         routes = {tunnel.hostname: Route(tunnel)}
         self.replayer = Replayer(self.ring, lambda: routes)
         told = [{"hostname": hostname} for hostname in routes]
-        listening = listen("127.0.0.1", 0)
+        listening = listen("127.0.0.1", port)
         door = Door(TOKEN, "127.0.0.1", listening.getsockname()[1])
         api = Api(self.ring, door, lambda: {"tunnels": told}, replays=self.replayer)
         self.server = InspectorServer(listening, door, api)
@@ -138,32 +138,43 @@ def test_the_page_is_opened(running, capsys, monkeypatch):
     assert inspect(capsys, "open")[0] == 0 and opened == [running.place.url]
 
 
-def test_visits_are_followed(running, capsys, monkeypatch):
-    greeted, printed = threading.Event(), threading.Event()
+def test_visits_are_followed_also_after_a_restart(running, folder, origin, capsys, monkeypatch):
+    """In another thread, as it only ends by Ctrl-C."""
+    greeted, printed = threading.Semaphore(0), threading.Semaphore(0)
     lines = []
     events = Inspector.events
 
-    def greeting(self):
-        for event in events(self):
-            greeted.set()  # from now on, no visit is missed
+    def greeting(self, query):
+        for event in events(self, query):
+            if event.name == "hello":
+                greeted.release()  # from now on, no visit is missed
             yield event
 
     def note(visit, page):
         lines.append(visit["path"])
-        printed.set()
+        printed.release()
         return visit["path"]
 
+    restarted = []
+
+    def asleep(seconds):
+        if restarted:
+            raise KeyboardInterrupt
+        restarted.append(Running(folder, origin, running.place.port))
+
+    monkeypatch.setattr(terminal, "sleep", asleep)
     monkeypatch.setattr(terminal, "row", note)
     monkeypatch.setattr(Inspector, "events", greeting)
     ending = threading.Thread(target=inspect, args=(capsys, "follow", "path:/wanted"))
     ending.start()
-    assert greeted.wait(TIMEOUT)
-    for path in ("/other", "/wanted"):
-        running.ring.add(a_record(path=path))
-    assert printed.wait(TIMEOUT)
-    running.server.close()
+    for current in (lambda: running, lambda: restarted[0]):
+        assert greeted.acquire(timeout=TIMEOUT)
+        for path in ("/other", "/wanted"):
+            current().ring.add(a_record(path=path))
+        assert printed.acquire(timeout=TIMEOUT)
+        current().close()
     ending.join(TIMEOUT)
-    assert lines == ["/wanted"]
+    assert not ending.is_alive() and lines == ["/wanted", "/wanted"]
 
 
 # Files -------------------------------------------------------------------------------------------
