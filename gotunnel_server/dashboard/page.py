@@ -83,7 +83,7 @@ def render(document: Document, csrf: str = "") -> Page:
         tables=_tables(document, csrf),
         footer=_footer(version, is_public),
         # Nothing in it may look like the end of its element.
-        state=json.dumps(document).replace("<", "\\u003c"),
+        state=json.dumps(document, separators=(",", ":")).replace("<", "\\u003c"),
     )
 
 
@@ -117,8 +117,11 @@ def _footer(version: str, is_public: bool) -> str:
 def visible(text: object) -> str:
     """A peer's text with what cannot be seen as its code point: control characters, zero-width
     ones, bidi overrides, blanks that are no space, lone surrogates."""
+    text = "" if text is None else str(text)
+    if text.isascii() and text.isprintable():
+        return text
     shown, marks = [], 0
-    for character in "" if text is None else str(text):
+    for character in text:
         marks = marks + 1 if unicodedata.category(character)[0] == "M" else 0
         if not character.isprintable() or character in _BLANK or _is_selector(character):
             character = f"[U+{ord(character):04X}]"
