@@ -558,7 +558,8 @@ def _as_file(asked: Asked, head: bytes, kept: Kept, name: str) -> Answer:
     fields, data = fields_of(head), kept.data
     if _wants(asked, "decoded") or not unmask:
         data = content.decoded(fields, kept)[0]
-    if not unmask:
+    # In an image, bytes that look like a secret are none, and the image would be broken.
+    if not unmask and not content.image_type(data):
         data = mask.body_bytes(data, content.field(fields, "content-type"))
     saved = (("Content-Disposition", f'attachment; filename="{name}.bin"'),)
     return Answer(200, SAVED, data, saved)

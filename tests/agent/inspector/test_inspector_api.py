@@ -186,6 +186,12 @@ def test_a_secret_in_a_compressed_body_is_masked(inspector, ring):
     assert inspector.ask(f"{path}?unmask=1&decoded=1")[2] == f"password={SECRET}".encode()
 
 
+def test_an_image_is_not_masked(inspector, ring):
+    data = PNG + b"&key=pixels;token=pixels"
+    ring.add(record(response_body=Kept(data, len(data))))
+    assert inspector.ask("/api/v1/visits/1/response-body")[2] == data
+
+
 def test_parts_of_forms_are_masked_by_their_names(inspector, ring):
     head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\n"
     form = f"user=ann&password={SECRET}".encode()
