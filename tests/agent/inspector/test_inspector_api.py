@@ -4,10 +4,11 @@ import contextlib
 import gzip
 import http.client
 import json
+import re
 import time
 
 import pytest
-from support import TIMEOUT
+from support import ROOT, TIMEOUT
 
 from gotunnel_agent.inspector import api as api_module
 from gotunnel_agent.inspector.access import Door
@@ -315,6 +316,23 @@ def test_an_order_is_read(inspector, ring, body, status, words):
     found, _, answer = inspector.ask("/api/v1/visits/1/replay", "POST", body)
     assert found == status
     assert words in json.loads(answer)["message"]
+
+
+def test_the_examples_of_the_documentation_have_all_keys(inspector, ring):
+    which = ring.add(record())
+    which.add_message(Message(0, True, "text", b"x", 1), 9999)
+    text = (ROOT / "docs/inspector.md").read_text(encoding="utf-8").partition("### Info")[2]
+    examples = [json.loads(each) for each in re.findall(r"```json\n(.+?)```", text, re.DOTALL)]
+    info, visits, visit, message = examples[:4]
+    assert info.keys() == inspector.get("info").keys()
+    found = inspector.get("visits")
+    assert visits.keys() == found.keys()
+    assert visits["visits"][0].keys() == found["visits"][0].keys()
+    detail = inspector.get("visits/1")
+    assert detail.keys() == visits["visits"][0].keys() | visit.keys()
+    assert detail["request"].keys() == visit["request"].keys()
+    assert detail["request"]["body"].keys() == visit["request"]["body"].keys()
+    assert detail["messages"][0].keys() == message.keys()
 
 
 # HAR
