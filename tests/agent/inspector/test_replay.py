@@ -326,17 +326,30 @@ def test_a_target_that_never_answers_is_given_up(bench, origin):
         assert replay.document()["problems"] == {"no answer in 0.1 s": 1}
 
 
-def test_a_target_that_answers_for_ever_is_cut(bench, origin):
+def test_a_target_that_answers_for_ever_is_cut(bench, origin, monkeypatch):
     def script(wire):
         wire.read_message()
         wire.send(b"HTTP/1.1 200 OK\r\n\r\n")
         while True:
             wire.send(b"x" * 65536)
 
+    class AfterSomeLooks:
+        """A deadline that does not depend on how fast this machine is."""
+
+        def __init__(self, timeout):
+            self.looks = 50
+
+        def left(self):
+            self.looks -= 1
+            if not self.looks:
+                raise TimeoutError
+            return TIMEOUT
+
     origin.serve(script)
-    record = bench.once(timeout=0.2)
-    assert record.problem == "cut short: not whole in 0.2 s" and record.status == 200
-    assert record.response_body.size > 65536 == len(record.response_body.data)
+    monkeypatch.setattr(replay_module, "Deadline", AfterSomeLooks)
+    record = bench.once(timeout=7)
+    assert record.problem == "cut short: not whole in 7 s" and record.status == 200
+    assert record.response_body.size > 0 and len(record.response_body.data) <= 65536
 
 
 def test_an_endless_answer_is_cut_at_a_limit(bench, origin, monkeypatch):
@@ -464,10 +477,15 @@ def test_readers_are_told_how_a_replay_goes(bench, origin):
     answers(origin, answer())
     with bench.ring.subscribe() as reader:
         replay = bench.start(times=3)
-        assert replay.over.wait(TIMEOUT)
-        events = [value for name, value in reader.take_now().events if name == "replay"]
-    wait_until(lambda: not replay.running)
-    assert events[-1] == replay.document() or events[-1]["done"] <= 3
+        told = []
+
+        def ended():
+            told.extend(reader.take_now().events)
+            return told and told[-1][1]["state"] == "ended"
+
+        wait_until(ended)
+    assert {name for name, _ in told} == {"replay"}
+    assert told[-1][1] == replay.document() and told[-1][1]["done"] == 3
 
 
 # What is refused ---------------------------------------------------------------------------------

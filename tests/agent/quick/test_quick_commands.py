@@ -402,6 +402,7 @@ def test_what_passes_is_inspected_and_sent_again_by_two_commands(gateway, origin
         url = program.wait_for(rf"inspector: (http://127.0.0.1:{port}/\?token=\S+)")[1]
         program.wait_for(rf"^https://{APP}")
         assert gateway.get(APP, "/hook")[0] == 500
+        program.wait_for("GET /hook 500 ")
         with quick("inspect", "--url") as asked:
             assert asked.wait_for("^http")[0] and asked.wait() == 0 and url in asked.lines
         with quick("inspect", "replay", "1", "--until", "2xx", "--every", "0") as asked:
