@@ -14,12 +14,14 @@ EVENT_STREAM = "text/event-stream"
 # Interim answers (1xx) before the final one. A target may send some progress (102, 103); a thousand
 # is a target that will never answer.
 MOST_INTERIM = 1000
+KEPT_INTERIM = 10  # of their heads
 
 
 class Answer:
     """One answer, as far as it has come.
 
     ``head`` are the bytes of the final answer's head, b"" before it is whole; ``status`` is 0 then.
+    ``interim`` are the heads of the first 1xx answers, ``trailers`` came behind the body.
     ``kept`` is the beginning of the body, up to ``limit`` bytes, and ``size`` counts all of it.
     ``events`` are those of an event stream that the caller has not taken yet. ``over``: the answer
     is whole, and what follows does not belong to it.
@@ -31,6 +33,8 @@ class Answer:
         self.size = 0
         self.over = False
         self.events: list[Event] = []
+        self.interim: tuple[bytes, ...] = ()
+        self.trailers: tuple[tuple[str, str], ...] = ()
         self._method, self._limit = method, limit
         self._kept = bytearray()
         self._held = bytearray()  # a head that is not whole
@@ -75,6 +79,8 @@ class Answer:
             self._interim += 1
             if self._interim > MOST_INTERIM:
                 raise Malformed(400, f"over {MOST_INTERIM} interim answers, expected a final one")
+            if len(self.interim) < KEPT_INTERIM:
+                self.interim += (head,)
             return
         self.head, self.status = head, status
         self._body = response_body(response, self._method)
@@ -90,6 +96,7 @@ class Answer:
             if self._stream is not None:
                 self.events += self._stream.feed(piece)
         if body.complete:
+            self.trailers = tuple(body.trailers)
             self._end()
 
     def _end(self) -> None:

@@ -470,6 +470,7 @@ class Replayer:
     @staticmethod
     def _note_answer(record: Record, answer: Answer) -> None:
         record.status, record.response_head = answer.status, answer.head
+        record.interim, record.response_trailers = answer.interim, answer.trailers
         record.response_body = Kept(answer.kept, answer.size)
 
 

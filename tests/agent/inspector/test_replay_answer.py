@@ -53,6 +53,14 @@ def test_the_head_is_kept_as_it_came():
     assert read(b"HTTP/1.1 100 \r\n\r\n" + head).head == head
 
 
+def test_interim_heads_and_trailers_are_kept():
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    chunked = OK + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX-Sum: 1\r\n\r\n"
+    answer = read(early * 20 + chunked, step=5)
+    assert answer.interim == (early,) * 10
+    assert answer.trailers == (("X-Sum", "1"),)
+
+
 @pytest.mark.parametrize(
     "data, words",
     [
