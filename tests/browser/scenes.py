@@ -232,7 +232,7 @@ def inspector_response(stage):
 def inspector_messages(stage):
     page = inspector_list(stage)
     page.type("#search", "is:websocket")
-    page.click("#list .row")
+    page.click("#list .row", "/ws")
     page.click("#tabs button", "Messages")
     return page
 
