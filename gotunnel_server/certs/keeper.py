@@ -185,6 +185,8 @@ class Keeper:
             raise NotRenewed(
                 f"the certificate of {hostname} is from CERT_DIR: put a newer one there"
             )
+        if self._certificates.context(hostname) is None and not self._ordered.state(hostname):
+            raise NotRenewed(f"{hostname} has no certificate here, and no agent serves it")
         if not self._ordered.takes(hostname):
             raise NotRenewed(
                 f"{hostname} is a wildcard, and its certificate is not ordered: put one into "

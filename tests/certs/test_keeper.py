@@ -18,7 +18,7 @@ from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.keeper import Keeper
 from gotunnel_server.certs.local_ca import Authority, CertificateError
 from gotunnel_server.certs.ordering import Ordering
-from gotunnel_server.certs.state import FAILED, WAITING, State
+from gotunnel_server.certs.state import FAILED, WAITING, NotRenewed, State
 
 APP, OWN, URL = "app.localhost", "gateway.localhost", "https://ca.example/dir"
 
@@ -259,3 +259,28 @@ def test_what_is_ordered_at_a_review_counts_as_its_agents(tmp_path, monkeypatch)
         wait_until(lambda: all(house.keeper.state(name).name != WAITING for name in names))
         assert sum(house.keeper.state(name).is_ready for name in names) == 6
         assert house.keeper.state(OWN).is_ready
+
+
+def why_not_renewed(keeper, hostname):
+    with pytest.raises(NotRenewed) as refused:
+        keeper.renew(hostname)
+    assert refused.value.until is None
+    return str(refused.value)
+
+
+def test_a_button_orders_a_new_certificate(tmp_path):
+    with House(tmp_path, [APP]) as house:
+        house.keeper.want([APP])
+        assert {house.changed.get(timeout=TIMEOUT) for _ in range(2)} == {APP, OWN}
+        house.keeper.renew(APP)
+        assert house.changed.get(timeout=TIMEOUT) == APP
+        assert len(house.ca.ordered()) == 3
+        assert "no certificate here" in why_not_renewed(house.keeper, "other.localhost")
+        assert "no certificate here" in why_not_renewed(house.keeper, "*.dev.localhost")
+
+
+def test_a_certificate_that_is_not_ordered_is_not_renewed_by_a_button(tmp_path):
+    authority = Authority(tmp_path / "local")
+    keeper = Keeper(Certificates(None, authority), own_names=[OWN], served=list, on_change=print)
+    assert "our own CA, which renews it by itself" in why_not_renewed(keeper, OWN)
+    assert "no certificate here" in why_not_renewed(keeper, APP)

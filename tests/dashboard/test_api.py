@@ -141,6 +141,7 @@ def test_acts_that_make_no_sense_are_refused_in_a_line(trusting):
 
 
 def test_a_choice_of_visits_that_makes_no_sense_is_refused(trusting):
+    assert trusting.get("visits?limit=99999999999999999999") == {"visits": []}
     for query in ("limit=-1", "limit=\u0661", "limit=1e3", "failed=maybe"):
         status, document = trusting("GET", f"visits?{quote(query, safe='=')}")
         assert status == 400 and document["error"] in ("bad-limit", "bad-failed")
