@@ -17,7 +17,6 @@ from .forwarded import Proxies
 from .port import Port, PublicPort
 from .request import Request
 from .sites import Site
-from .visit import BLOCKED
 
 TEXT = "The operator of this gateway has blocked your address for a while."
 
@@ -38,7 +37,7 @@ def refusing(site: Site, blocks: Blocks, proxies: Proxies) -> Site:
     def guarded(request: Request) -> Any:
         if blocks.table and request.peer in proxies:
             if forwarded.visitor(request.fields, request.peer, proxies) in blocks:
-                return pages.error(403, BLOCKED, TEXT)
+                return pages.error(403, "blocked", TEXT)
         return site(request)
 
     return guarded
