@@ -133,13 +133,14 @@ class Follower:
 
     def missed(self, stream: Stream, tunnel: Tunnel, why: str) -> None:
         """A visit found no target, and is about to be turned away: tell of it, with what has come
-        of its request. Does not wait."""
+        of its request. Waits BODY_WAIT at most, and not without listeners."""
         began = monotonic()
         dialogue = Dialogue(lambda exchange: None, listen=self.listening(tunnel))
         if tunnel.mode == "http" and not tunnel.protocol:
-            # What has come is there at once. A listener may want to send the request again when
-            # the target is back, which takes its body, so that has a moment.
-            wait, left = 0.0, HEAD_LIMIT + MOST_MISSED
+            # What has come is read at once. A listener may want to send the request again when the
+            # target is back, which takes all of it, so that has a moment.
+            wait = BODY_WAIT if self._listeners else 0.0
+            left = HEAD_LIMIT + MOST_MISSED
             with contextlib.suppress(OSError):  # nothing, or nothing more, has come
                 while left > 0 and (data := stream.read(left, timeout=wait)):
                     dialogue.asked(data, began)

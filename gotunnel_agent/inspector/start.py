@@ -18,6 +18,7 @@ from typing import Any
 from gotunnel import NoThread, call_logged, spawn
 
 from .. import home
+from ..common.hostnames import MAX_PORT
 from ..config import Inspect
 from ..follow import Follower
 from . import CannotInspect, Inspected, place
@@ -162,16 +163,23 @@ class Inspector:
 
 def _listen(settings: Inspect, next_port: bool) -> socket.socket:
     """Raises CannotInspect."""
-    tries = NEXT_PORTS if next_port else 1
-    for port in range(settings.port, min(settings.port + tries, 65536)):
+    host, first = settings.host, settings.port
+    last = min(first + NEXT_PORTS - 1, MAX_PORT) if next_port else first
+    port = first
+    while True:
         try:
-            return listen(settings.host, port)
+            return listen(host, port)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or port == settings.port + tries - 1:
-                # create_server() adds the address, which stands here already.
-                why = (error.strerror or str(error)).partition(" (while")[0]
-                raise CannotInspect(f"inspect: {settings.host}:{port}: {why}") from None
-    raise CannotInspect(f"inspect: no port from {settings.port} on is free")
+            in_use = error.errno == errno.EADDRINUSE
+            if in_use and port < last:
+                port += 1
+                continue
+            # create_server() adds the address, which stands here already.
+            why = (error.strerror or str(error)).partition(" (while")[0]
+            if in_use:
+                why += "; another agent's inspector or another program has it: choose another port"
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            raise CannotInspect(f"inspect: {where}: {why}") from None
 
 
 def _token(port: int) -> str:

@@ -342,7 +342,7 @@ def test_the_body_of_a_visit_without_a_target_has_a_moment_if_there_is_a_listene
     follower.add(listener := Heard())
     stream = Pieces(POST[:-4], POST[-4:])
     follower.missed(stream, PAGE, "target unreachable")
-    assert [wait > 0 for wait in stream.waits] == [False, True, False]
+    assert [wait > 0 for wait in stream.waits] == [True, True, False]
     assert listener.pieces == [(False, b"h"), (False, b"ello")]
     assert listener.events == [("began", "POST"), ("over", "POST")]
     assert [seen.bytes_in for seen in follower.take()] == [5, 5]

@@ -104,8 +104,9 @@ def test_nothing_of_it_stays_behind(gateway, tmp_path, origin):
         assert agent.follower is None
         with pytest.raises(urllib.error.URLError):
             ask(inspector.url, "api/v1/info")
-    names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("inspect")]
+    wait_until(
+        lambda: not any(thread.name.startswith("inspect") for thread in threading.enumerate())
+    )
 
 
 def test_a_webhook_whose_target_is_down_is_kept_whole(gateway, tmp_path):
