@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel import BytesLike, Stream
@@ -45,6 +45,7 @@ MOST_PIECES = 2 * MANY
 # wants it, and bytes of its body that are read.
 BODY_WAIT = 0.2
 MOST_MISSED = 1024 * 1024
+SLICE = 0.0004  # seconds of reading, see look(): about a hundred pieces
 HTTP2 = f"{NOT_FOLLOWED}: HTTP/2"
 TOO_FAST = f"{NOT_FOLLOWED}: it came faster than it could be read"
 
@@ -157,10 +158,16 @@ class Follower:
     def _awaits_body(self, dialogue: Dialogue) -> bool:
         return bool(self._listeners) and dialogue.uploading
 
-    def look(self) -> None:
-        """Read what has passed. To be called a few times a second if visits are to be told soon."""
+    def look(self, rest: float = 0.0) -> None:
+        """Read what has passed. To be called a few times a second if visits are to be told soon.
+        ``rest``: seconds to sleep after each SLICE of reading. A thread that reads for long keeps
+        the GIL for sys.getswitchinterval() at a time, and all visits stand still meanwhile."""
+        began = monotonic()
         for followed in self._all():
             followed.look()
+            if rest and monotonic() - began > SLICE:
+                sleep(rest)
+                began = monotonic()
 
     def await_bytes(self, over: threading.Event) -> None:
         """Wait until there is something to read, for a thread that calls look() then. wake() ends

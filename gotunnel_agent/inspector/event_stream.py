@@ -44,8 +44,8 @@ class EventStream:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that reading itself takes, about."""
-        return self._keep + (0 if self._zlib is None else INFLATER_COST)
+        """Bytes of memory that reading itself takes now, about."""
+        return len(self._held) + (0 if self._zlib is None else INFLATER_COST)
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that end with these bytes."""

@@ -21,6 +21,8 @@ from .record import ENDED, OPEN, SHARE, Message, Record, Ring
 # Bytes of a body that a visit may have before it is in the ring, and so counted: a record is made
 # once, at the visit's end or when a look finds it, if it is no larger.
 SMALL = 4096
+# Bytes by which the memory for a message that has not ended must change to be counted anew.
+LEAST_WORK = 1024
 MOST_PIECES = 64  # of a body; more are joined, as each is an object
 MOST_TARGETS = 1000  # tunnels whose target's text is kept
 MOST_ADDRESS = 100  # characters of a visitor's address: IPv6 with a zone, and more than one
@@ -93,9 +95,12 @@ class _Tape:
         if self._frames is not None:
             if frames := self._frames[answered].feed(data):
                 self._keep_frames(answered, frames, now)
+            self._work(self._frames[False].memory + self._frames[True].memory)
             return
         if self._events is not None and answered:
-            self._keep_events(self._events.feed(data), now)
+            if events := self._events.feed(data):
+                self._keep_events(events, now)
+            self._work(self._events.memory)
         body = self._answered if answered else self._asked
         if body is None:
             body = _Beginning()
@@ -136,7 +141,6 @@ class _Tape:
             websocket.Reader(keep, agreed, from_visitor=True),
             websocket.Reader(keep, agreed),
         )
-        self._work(sum(reader.memory for reader in self._frames))
 
     def _read_events(self, exchange: Exchange) -> None:
         fields = _fields(exchange)
@@ -144,13 +148,14 @@ class _Tape:
         if media.encode("latin-1") == EVENT_STREAM:
             coding = field(fields, "content-encoding").strip().lower()
             self._events = EventStream(self._recorder.body, coding)
-            self._work(self._events.memory)
 
     def _work(self, memory: int) -> None:
-        """Reading messages takes memory while the visit goes on."""
-        record = self._opened()
-        record.working = memory
-        self._charge(record, memory)
+        """Reading messages takes that much memory now."""
+        record = self._record or self._opened()
+        more = memory - record.working
+        if abs(more) >= LEAST_WORK:
+            record.working = memory
+            self._charge(record, more)
 
     def _keep_frames(self, answered: bool, frames: list[websocket.Read], now: float) -> None:
         record = self._opened()

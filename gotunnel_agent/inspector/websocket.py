@@ -99,8 +99,9 @@ class Reader:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that reading itself takes, about."""
-        return self._keep if self._inflater is None else 2 * self._keep + INFLATER_COST
+        """Bytes of memory that reading itself takes now, about."""
+        held = 0 if self._message is None else self._message.held
+        return held + (0 if self._inflater is None else INFLATER_COST + self._inflater.held)
 
     def feed(self, data: bytes) -> list[Read]:
         """The messages that end with these bytes."""
@@ -230,6 +231,10 @@ class _Message:
         self.notes: list[str] = []
         self._kept = bytearray()
 
+    @property
+    def held(self) -> int:
+        return len(self._kept)
+
     def keep(self, piece: bytes) -> None:
         if self.room:
             self._kept += piece[: self.room]
@@ -273,6 +278,10 @@ class _Inflater:
     def _begin(self) -> None:
         self._out = bytearray()
         self._fed = self._total = 0
+
+    @property
+    def held(self) -> int:
+        return len(self._out)
 
     def wants(self) -> bool:
         """Whether it needs all bytes, also those behind the beginning that is kept."""

@@ -261,6 +261,20 @@ def test_a_listener_is_told_of_streams_that_are_not_read(follower, tunnel):
     assert listener.events == [("began", ""), ("over", "")] and listener.pieces == []
 
 
+def test_a_look_at_many_visits_rests_in_between(follower, monkeypatch):
+    rests = []
+    monkeypatch.setattr(follow_module, "sleep", rests.append)
+    monkeypatch.setattr(follow_module, "SLICE", -1)
+    with visit_of(follower) as first, visit_of(follower) as second:
+        for visit in (first, second):
+            visit.ask()
+            visit.answer()
+        follower.look()
+        assert rests == []
+        follower.look(0.25)
+        assert rests == [0.25, 0.25] and follower.totals().visits == 2
+
+
 def test_threads_sleep_until_something_passes(follower):
     looks, over = [], threading.Event()
 

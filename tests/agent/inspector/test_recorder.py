@@ -227,6 +227,29 @@ def test_compressed_messages_are_inflated_if_both_ends_have_agreed_on_it():
     assert visit.ring.used == record.cost() < 2 * RECORD_COST
 
 
+def test_messages_that_have_not_ended_count():
+    recorder = Recorder(Ring(100_000), 5_000)
+    visits = [Visit(recorder) for _ in range(20)]
+    for visit in visits:
+        visit.ask(UPGRADE)
+        visit.answer(SWITCH + b"\r\n" + frame(2, bytes(50_000))[:30_000])
+        visit.ask(frame(1, bytes(9_000), mask=MASK)[:8_000])
+        assert recorder.ring.used <= 100_000
+    kept = len(recorder.ring.all())
+    assert 5 < kept < 9
+    for visit in visits:
+        visit.end()
+    assert kept - 2 <= len(recorder.ring.all()) <= kept and recorder.ring.used <= 100_000
+    [first, *_] = recorder.ring.all()
+    assert [len(message.data) for message in first.messages] == [5_000, 5_000]
+    many = Recorder(Ring(100_000), 20_000)
+    for _ in range(40):  # quiet ones take little
+        visit = Visit(many)
+        visit.ask(UPGRADE)
+        visit.answer(SWITCH + b"\r\n" + frame(1, b"x"))
+    assert len(many.ring.all()) == 40
+
+
 def test_the_bytes_of_another_protocol_are_kept_as_bodies():
     visit = Visit()
     visit.ask(UPGRADE.replace(b"websocket", b"chat"))
