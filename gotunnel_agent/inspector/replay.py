@@ -25,6 +25,7 @@ from typing import Any
 from gotunnel import Deadline, Ends, NoThread, spawn
 
 from ..common.duplex import Duplex
+from ..common.hostnames import OPEN as OPEN_NAME
 from ..common.hostnames import WILDCARD
 from ..common.http1 import Malformed
 from ..config import HTTP1, Tunnel
@@ -508,15 +509,17 @@ def _check(tunnel: Tunnel) -> None:
 
 
 def find_route(hostname: str, routes: Mapping[str, Route]) -> Route | None:
-    """The route of a hostname, or of the wildcard that it belongs to."""
+    """The route of a hostname, of the wildcard that it belongs to, or of the open name that it was
+    made of: without a session the agent knows no other name of that tunnel."""
     if hostname in routes:
         return routes[hostname]
-    rest = hostname
-    while "." in rest:
-        rest = rest.partition(".")[2]
+    label, _, rest = hostname.partition(".")
+    opened = routes.get(label + OPEN_NAME)
+    while rest:
         if route := routes.get(WILDCARD + rest):
             return route
-    return None
+        rest = rest.partition(".")[2]
+    return opened
 
 
 def _ends(visitor: str) -> Ends | None:

@@ -535,7 +535,8 @@ def test_an_imported_record_goes_to_the_only_tunnel_or_to_the_named_one(origin):
 @pytest.mark.parametrize(
     "hostname, found",
     [("a.example", "exact"), ("x.dev.example", "wild"), ("y.x.dev.example", "wild"),
-     ("dev.example", None), ("example", None)],
+     ("dev.example", None), ("example", None), ("otter.dev.test", "open"), ("a.otter.test", None)],
 )  # fmt: skip
-def test_a_hostname_may_belong_to_a_wildcard(hostname, found):
-    assert find_route(hostname, {"a.example": "exact", "*.dev.example": "wild"}) == found
+def test_a_hostname_may_belong_to_a_wildcard_or_an_open_name(hostname, found):
+    routes = {"a.example": "exact", "*.dev.example": "wild", "otter.*": "open"}
+    assert find_route(hostname, routes) == found
