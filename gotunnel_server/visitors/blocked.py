@@ -9,14 +9,13 @@ Blocks are of the ports for visitors. Agents, and the dashboard's own port, are 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from ..net.blocks import Blocks
 from . import forwarded, pages
 from .forwarded import Proxies
 from .port import Port, PublicPort
 from .request import Request
-from .sites import Site
+from .sites import Decision, Site
 
 TEXT = "The operator of this gateway has blocked your address for a while."
 
@@ -34,7 +33,7 @@ def guard(ports: Iterable[Port], blocks: Blocks, proxies: Proxies) -> None:
 def refusing(site: Site, blocks: Blocks, proxies: Proxies) -> Site:
     """``site``, but for requests of blocked visitors that one of ``proxies`` brings."""
 
-    def guarded(request: Request) -> Any:
+    def guarded(request: Request) -> Decision:
         if blocks.table and request.peer in proxies:
             if forwarded.visitor(request.fields, request.peer, proxies) in blocks:
                 return pages.error(403, "blocked", TEXT)

@@ -168,8 +168,8 @@ def test_a_limit_of_the_ca_says_when_to_ask_again(trusting, monkeypatch):
 def test_blocks_outlive_the_gateway(cache):
     with gateway_here(cache, DASHBOARD_TOKEN=TOKEN) as gateway:
         assert Api(gateway)("POST", "blocks", {"address": "192.0.2.7"})[0] == 201
-    with gateway_here(cache) as gateway:  # without a login nothing is blocked
-        assert gateway.inner._visitors.blocks is None
+    with gateway_here(cache) as gateway:  # without a login nothing is blocked, or recorded
+        assert gateway.inner._visitors.blocks is None and gateway.inner.recording.visits is None
     with gateway_here(cache, DASHBOARD_TOKEN=TOKEN) as gateway:
         assert [entry["address"] for entry in Api(gateway).get("blocks")["blocks"]] == ["192.0.2.7"]
         assert "192.0.2.7" in gateway.inner._visitors.blocks
