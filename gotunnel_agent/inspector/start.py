@@ -36,7 +36,7 @@ log = logging.getLogger("gotunnel.start")
 
 # Seconds from the first byte of a visit until it is read. To read pieces together costs the visits
 # less than to read each at once.
-LOOK = 0.2
+LOOK = 0.1
 REST = 0.001  # seconds, see Follower.look(): visits have the processor for most of the time
 NEXT_PORTS = 20  # that are tried if one is in use
 REACHED_BY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all addresses: one that leads here
