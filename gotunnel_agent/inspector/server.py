@@ -449,22 +449,22 @@ class InspectorServer:
         too_long = Unanswered(413, "body", f"a body of over {limit} bytes, expected a shorter one")
         if (body.length or 0) > limit:
             raise too_long
+        is_large = (body.length or 0) > LARGE
+        if is_large:  # before the peer is told to send it
+            self._hold_large(held)
         deadline = Deadline(BODY_TIMEOUT)
         if "100-continue" in request.fields.tokens("expect") and request.minor and not came:
             sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         content = bytearray()
-        is_large = False
         try:
             while True:
                 for piece in body.feed(came):
                     content += piece
                 if len(content) > limit:
                     raise too_long
-                if not is_large and max(len(content), body.length or 0) > LARGE:
-                    if not self._large.acquire(blocking=False):
-                        raise Unanswered(503, "busy", "another large body is being read, try later")
+                if not is_large and len(content) > LARGE:
+                    self._hold_large(held)
                     is_large = True
-                    held.callback(self._large.release)
                 if body.complete:
                     break
                 sock.settimeout(deadline.left())
@@ -476,6 +476,12 @@ class InspectorServer:
         finally:
             sock.settimeout(SEND_TIMEOUT)
         return bytes(content)
+
+    def _hold_large(self, held: contextlib.ExitStack) -> None:
+        """Take the place of the one LARGE body, until ``held`` is closed. Raises Unanswered."""
+        if not self._large.acquire(blocking=False):
+            raise Unanswered(503, "busy", "another large body is being read, try later")
+        held.callback(self._large.release)
 
     def _send(
         self, sock: socket.socket, answer: Answer, *, with_body: bool = True, chunked: bool = True
