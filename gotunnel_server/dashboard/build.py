@@ -84,7 +84,7 @@ def build(
     return Dashboard(
         ways=api.ways(parts, live, full, public),
         views=Views(full_page, public_page, login_form),
-        login=Login(password, token, proxies),
+        login=Login(password, token, proxies, parts.gateway_host),
         events=Events(source),
         gateway_host=parts.gateway_host,
         proxies=proxies,

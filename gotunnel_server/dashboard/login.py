@@ -1,8 +1,9 @@
 """Finds out who calls the dashboard, and lets browsers log in and out.
 
-    cookie gotunnel_session    a browser that has logged in by the form; acts with the CSRF token
-    Authorization: Basic       DASHBOARD_PASSWORD with any user name: reads
-    Authorization: Bearer      DASHBOARD_TOKEN: reads and acts
+    cookie gotunnel_session_GATEWAY_HOST    a browser that has logged in by the form; acts with the
+                                            CSRF token
+    Authorization: Basic                    DASHBOARD_PASSWORD with any user name: reads
+    Authorization: Bearer                   DASHBOARD_TOKEN: reads and acts
 
 Wrong passwords and tokens are counted by address, as those of tunnels are (basic_auth.py), so no
 address can lock out another one. They are compared as scrypt hashes; a right one is remembered.
@@ -26,12 +27,14 @@ from ..visitors.verdict import Answer, Caller
 from .calls import May, Refused, Who
 from .sessions import LIFETIME, Session, Sessions
 
-COOKIE = "gotunnel_session"
+# Followed by the gateway's name: a browser keeps cookies by hostname and not by port, and several
+# gateways may be reached at localhost (ssh -L).
+COOKIE = "gotunnel_session_"
 # A site under a name below the gateway's may set cookies for the gateway's name as well (cookie
-# tossing). So there may be several of our name: ours is looked for among this many.
-MOST_COOKIES = 8
+# tossing). So there may be several of our name: ours is looked for among more than a browser keeps
+# for a site (180), or such a site could log everybody out.
+MOST_COOKIES = 200
 
-_COOKIE = re.compile(rf"(?:^|;)[ \t]*{COOKIE}=\"?([A-Za-z0-9_-]{{1,100}})\"?[ \t]*(?=;|$)")
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*) *", re.IGNORECASE | re.ASCII)
 # What a 401 asks for. A browser shows a window of its own for Basic, even if a script of the page
 # has sent the request, so Basic is offered to other programs only.
@@ -47,9 +50,14 @@ class Login:
         password: Hash | None,
         token: Hash | None,
         proxies: Proxies,
+        gateway_host: str,
         now: Callable[[], float] = monotonic,
     ):
         """``proxies`` may name the visitors that they stand for."""
+        self.cookie = COOKIE + gateway_host  # its name
+        self._cookies = re.compile(
+            rf"(?:^|;)[ \t]*{re.escape(self.cookie)}=\"?([A-Za-z0-9_-]{{1,100}})\"?[ \t]*(?=;|$)"
+        )
         self.sessions = Sessions(now)
         self._now = now
         self._proxies = proxies
@@ -95,7 +103,7 @@ class Login:
             _check(tokens, address, bearer[1], "wrong-token", "The token is wrong.", ASK_TOKEN)
             return Who(May.ACT, address, "token", is_valid=lambda: self._tokens is tokens)
         if passwords is not None:
-            session = self.sessions.find(cookies(request))
+            session = self.sessions.find(self._ids(request))
             if session is not None:
                 return self._of(session, address)
             if authorization:
@@ -125,7 +133,7 @@ class Login:
             raise Refused(404, "no-page", "There is no login: DASHBOARD_PASSWORD is not set.")
         address = self.address(request)
         _check(passwords, address, password, "wrong-password", "The password is wrong.")
-        self.sessions.end(cookies(request))
+        self.sessions.end(self._ids(request))
         name, _ = self.sessions.begin()
         if passwords is not self.passwords:  # changed in the meantime
             self.sessions.end([name])
@@ -133,19 +141,18 @@ class Login:
 
     def log_out(self, request: Request, mount: str) -> tuple[str, str]:
         """End the caller's session; the field that removes its cookie."""
-        self.sessions.end(cookies(request))
+        self.sessions.end(self._ids(request))
         return self._cookie(request, "", mount, 0)
 
     def _cookie(self, request: Request, name: str, mount: str, age: int) -> tuple[str, str]:
         secure = "; Secure" if self.is_secure(request) else ""
-        value = f"{COOKIE}={name}; Path={mount}; Max-Age={age}; HttpOnly; SameSite=Strict{secure}"
-        return "Set-Cookie", value
+        value = f"{name}; Path={mount}; Max-Age={age}; HttpOnly; SameSite=Strict{secure}"
+        return "Set-Cookie", f"{self.cookie}={value}"
 
-
-def cookies(request: Request) -> list[str]:
-    """The ids in the cookies of our name."""
-    found = [name for line in request.fields.all("cookie") for name in _COOKIE.findall(line)]
-    return found[:MOST_COOKIES]
+    def _ids(self, request: Request) -> list[str]:
+        """The ids in the cookies of our name."""
+        lines = request.fields.all("cookie")
+        return [id for line in lines for id in self._cookies.findall(line)][:MOST_COOKIES]
 
 
 def _check(

@@ -20,11 +20,11 @@ from support import (
 )
 
 from gotunnel_agent.common import http1
-from gotunnel_server.dashboard import events
-from gotunnel_server.dashboard.login import COOKIE
+from gotunnel_server.dashboard import events, login
 from gotunnel_server.visitors import relays
 
 PASSWORD, TOKEN = "correct horse", "a-token-of-programs"
+COOKIE = f"{login.COOKIE}{GATEWAY_HOST}"
 SETTINGS = {"DASHBOARD_PASSWORD": PASSWORD, "DASHBOARD_TOKEN": TOKEN}
 BEARER = ("authorization", f"Bearer {TOKEN}")
 FORM = ("content-type", "application/x-www-form-urlencoded")

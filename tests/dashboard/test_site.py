@@ -11,16 +11,18 @@ import pytest
 from gotunnel_agent.common.addresses import network
 from gotunnel_agent.common.http1 import Fields, Malformed
 from gotunnel_agent.common.passwords import Hash
+from gotunnel_server.dashboard import login
 from gotunnel_server.dashboard import site as dashboard_site
 from gotunnel_server.dashboard.calls import Call, May, Refused, Way, json_page
 from gotunnel_server.dashboard.events import Events
-from gotunnel_server.dashboard.login import COOKIE, Login
+from gotunnel_server.dashboard.login import Login
 from gotunnel_server.dashboard.site import MOST_BODY, MOST_FIELDS, Dashboard, Views
 from gotunnel_server.visitors.basic_auth import FAILURES
 from gotunnel_server.visitors.forwarded import Proxies
 from gotunnel_server.visitors.pages import Page
 
 HOST = "gateway.test"
+COOKIE = f"{login.COOKIE}{HOST}"
 PASSWORD, TOKEN = "correct horse", "a-token-of-programs"
 PROXY = "192.0.2.9"
 FORM = "application/x-www-form-urlencoded"
@@ -59,7 +61,9 @@ class Visitor(fake_exchange.Visitor):
 class Board:
     """A dashboard whose API notes the calls."""
 
-    def __init__(self, password=PASSWORD, token=TOKEN, proxies=Proxies([network(PROXY)])):
+    def __init__(
+        self, password=PASSWORD, token=TOKEN, proxies=Proxies([network(PROXY)]), host=HOST
+    ):
         self.calls, self.now = [], 1000.0
         ways = [
             Way("GET", "api/v1/state", May.LOOK, self.note),
@@ -76,12 +80,13 @@ class Board:
             login=lambda problem: Page(200, f"form: {problem}".encode()),
         )
         self.login = Login(
-            password and hash_of(password), token and hash_of(token), proxies, lambda: self.now
-        )
+            password and hash_of(password), token and hash_of(token), proxies, host,
+            lambda: self.now,
+        )  # fmt: skip
         self.events = Events(lambda may: None)
         self.dashboard = Dashboard(
             ways=ways, views=views, login=self.login, events=self.events,
-            gateway_host=HOST, proxies=proxies,
+            gateway_host=host, proxies=proxies,
         )  # fmt: skip
 
     def note(self, call: Call):
@@ -379,8 +384,19 @@ def test_an_id_that_a_browser_brings_is_never_taken_over(board):
     assert name != planted and board.ask(Cookie=f"{COOKIE}={planted}")[0] == 401
     again = board.log_in(Cookie=f"{COOKIE}={name}")
     assert board.ask(Cookie=f"{COOKIE}={name}")[0] == 401  # the one before has ended
-    tossed = f"{COOKIE}={planted}; {COOKIE}={again}"  # by a site under a name below the gateway's
+    # By a site under a name below the gateway's
+    tossed = f"{COOKIE}={planted}; " * 180 + f"{COOKIE}={again}"
     assert board.ask(Cookie=tossed)[0] == 200
+
+
+def test_a_browser_may_have_logins_of_two_gateways_at_one_name(board):
+    """Such as localhost, by ssh -L: cookies do not know ports."""
+    other = Board(host="other.test")
+    board.log_in(host="localhost")
+    other.log_in(host="localhost")
+    kept = dict(each.cookie.partition(";")[0].split("=") for each in (board, other))
+    how = {"host": "localhost", "Cookie": "; ".join("=".join(pair) for pair in kept.items())}
+    assert board.ask(**how)[0] == other.ask(**how)[0] == 200
 
 
 def test_sessions_are_bounded(board):
