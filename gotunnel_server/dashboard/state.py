@@ -370,9 +370,9 @@ def of_visit(visit: Seen, number: int) -> Document:
     return {
         "id": number,
         "at": round(visit.at, 3),
-        "hostname": shown(visit.hostname, MOST_NAME),
-        "method": shown(visit.method, MOST_NAME),
-        "path": shown(visit.path, MOST_PATH),
+        "hostname": of_head(visit.hostname, MOST_NAME),
+        "method": of_head(visit.method, MOST_NAME),
+        "path": of_head(visit.path, MOST_PATH),
         "status": visit.status,
         "error": visit.error,
         "failed": visit.failed,
@@ -382,18 +382,23 @@ def of_visit(visit: Seen, number: int) -> Document:
         "visitor": shown(visit.visitor, MOST_NAME),
         "agent": shown(visit.agent, MOST_NAME),
         "protocol": visit.protocol,
-        "request_id": shown(visit.request_id, MOST_NAME),
+        "request_id": of_head(visit.request_id, MOST_NAME),
     }
 
 
 def shown(text: str, limit: int) -> str:
-    """At most ``limit`` characters of a foreign text, without control characters. A head is read as
-    Latin-1, so that a character is a byte: UTF-8 in it is decoded, other bytes become \\xHH."""
+    """At most ``limit`` characters of a foreign text, without control characters."""
     text = text[:limit]
-    if text.isascii():
-        return text if text.isprintable() else on_one_line(text, limit)[:limit]
-    try:
-        text = text.encode("latin-1").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # an agent's name, which may have any characters
-        pass
-    return on_one_line(text, limit)[:limit]
+    return text if text.isprintable() else on_one_line(text, limit)[:limit]
+
+
+def of_head(text: str, limit: int) -> str:
+    """As shown(), of a request's head. That is read as Latin-1, so that a character is a byte:
+    UTF-8 in it is decoded, other bytes become \\xHH."""
+    text = text[:limit]
+    if not text.isascii():
+        try:
+            text = text.encode("latin-1").decode("utf-8", "backslashreplace")
+        except UnicodeEncodeError:  # from no head: the hostname of a tcp visit may be any text
+            pass
+    return shown(text, limit)

@@ -9,7 +9,7 @@ import pytest
 from gotunnel_server.agents.identity import Identity
 from gotunnel_server.certs.state import FAILED, READY, WAITING, State
 from gotunnel_server.dashboard import state
-from gotunnel_server.dashboard.state import Facts, Rates, shown
+from gotunnel_server.dashboard.state import Facts, Rates, of_head, shown
 from gotunnel_server.net.blocks import Block, read_network
 from gotunnel_server.routes import H2C, Route
 from gotunnel_server.visitors.counts import Count
@@ -151,13 +151,29 @@ def test_blocks_are_told():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("plain", "plain"), ("<b>", "<b>"), ("a\x1b[2J", "a\\x1b[2J"), ("\xc3\xa4", "ä"),
-        ("\xff", "\\xff"), ("\u202eabc", "\\u202eabc"), ("ж", "ж"), ("\xe2\x80\xae", "\\u202e"),
-        ("\ud800", "\\ud800"), ("x" * 20, "x" * 10),
+        ("plain", "plain"), ("<b>", "<b>"), ("a\x1b[2J", "a\\x1b[2J"), ("\u202eabc", "\\u202eabc"),
+        ("ж", "ж"), ("\ud800", "\\ud800"), ("x" * 20, "x" * 10),
     ],
 )  # fmt: skip
 def test_foreign_text_is_made_visible(text, told):
-    assert shown(text, 10) == told[:10]
+    assert shown(text, 10) == of_head(text, 10) == told[:10]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("\xc3\xa4", "ä"), ("\xff", "\\xff"), ("\xe2\x80\xae", "\\u202e")],
+)
+def test_bytes_of_a_head_are_read_as_utf_8(text, told):
+    assert of_head(text, 10) == told
+
+
+def test_texts_that_are_of_no_head_keep_their_letters():
+    """These are read as UTF-8 already."""
+    block = Block(read_network("192.0.2.7"), 5.5, "für heute", "")
+    told = full(tunnel("Büro", app_test=route("app.test", target="é")), blocks=[block])
+    assert told["blocks"][0]["reason"] == "für heute"
+    assert told["sessions"][0]["agent"] == told["hostnames"][0]["agent"] == "Büro"
+    assert told["hostnames"][0]["target"] == "é"
 
 
 def test_agents_texts_are_bounded():
