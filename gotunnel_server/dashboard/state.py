@@ -20,7 +20,7 @@ from gotunnel_agent.common.hostnames import HTTPS_PORT, WILDCARD
 from gotunnel_agent.common.one_line import on_one_line, words_and_link
 
 from ..routes import Route
-from ..visitors.visit import Visit, has_failed
+from ..visitors.visit import MOST_HOSTNAMES, Visit, has_failed
 
 Document = dict[str, Any]
 
@@ -31,6 +31,7 @@ MOST_ERROR = 4000  # characters of a certificate's error, with the CA's link
 SPARK = 60  # points of a sparkline: visits of each of the last full seconds
 RECENT = 10  # seconds over which visits_per_second is the mean
 DAY = 86400
+FIGURES = ("visits", "failed", "received_bytes", "sent_bytes")
 
 
 class Facts(NamedTuple):
@@ -256,17 +257,22 @@ def _more(
 ) -> Document:
     """What only those see that may see all."""
     count = None if counts is None else counts.get(route.hostname)
-    failed = count.failed if count else 0 if counts is not None else tunnel.failed[route.hostname]
+    figures: tuple[int | None, ...]
+    if counts is None:
+        figures = (None, tunnel.failed[route.hostname], 0, 0)
+    elif count is not None:
+        figures = (count.visits, count.failed, count.received, count.sent)
+    elif len(counts) <= MOST_HOSTNAMES:
+        figures = (0, 0, 0, 0)
+    else:  # its visits may be counted among those of others
+        figures = (None, None, None, None)
     return {
         "port": route.port,
         "target": shown(route.target, MOST_NAME),
         "session": tunnel.id,
         "agent": agent_name(tunnel.agent),
         "since": int(tunnel.since),
-        "visits": None if counts is None else count.visits if count else 0,
-        "failed": failed,
-        "received_bytes": count.received if count else 0,
-        "sent_bytes": count.sent if count else 0,
+        **dict(zip(FIGURES, figures)),
         **_rate(rates.by_hostname.get(route.hostname, _NO_SPARK)),
     }
 
@@ -296,9 +302,8 @@ def agent_name(agent: Agent) -> str:
 
 def _of_all(counts: Mapping[str, Count] | None) -> Document:
     """The visits that have ended, and their bytes; None if nothing counts them."""
-    keys = ("visits", "failed", "received_bytes", "sent_bytes")
     if counts is None:
-        return dict.fromkeys(keys)
+        return dict.fromkeys(FIGURES)
     found = counts.values()
     sums = (
         sum(count.visits for count in found),
@@ -306,7 +311,7 @@ def _of_all(counts: Mapping[str, Count] | None) -> Document:
         sum(count.received for count in found),
         sum(count.sent for count in found),
     )
-    return dict(zip(keys, sums))
+    return dict(zip(FIGURES, sums))
 
 
 def of_certificate(state: Certificate, now: float) -> Document:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 from ..routes import Route
-from .visit import TCP, Visit
+from .visit import MOST_HOSTNAMES, TCP, Visit
 
-# Hostnames that are counted by name; the rest is counted as OTHER. An agent may register as many as
-# MAX_HOSTS_PER_AGENT says, and each has some 25 lines in a scrape.
-MOST_HOSTNAMES = 500
-# The label for the rest, and for hostnames that no agent serves, as any stranger can invent those.
+# The label for hostnames beyond MOST_HOSTNAMES, and for those that no agent serves, as any stranger
+# can invent those.
 OTHER = "other"
 # Upper ends of the histogram's buckets, in seconds: from a small answer out of a cache to the
 # default RESPONSE_TIMEOUT.

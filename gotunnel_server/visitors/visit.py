@@ -29,6 +29,9 @@ BUG = "gateway-bug"  # a bug of the gateway; the log has the traceback
 # Status of a visit whose visitor left before an answer began. nginx has introduced it, and programs
 # that read access logs know it.
 CLIENT_CLOSED = 499
+# Hostnames whose visits are counted by name, the rest together (counts.py). An agent may register
+# as many as MAX_HOSTS_PER_AGENT says, and each has some 25 lines in a scrape.
+MOST_HOSTNAMES = 500
 MOST_NAME = 100  # characters of an agent's name, which may be any characters
 
 

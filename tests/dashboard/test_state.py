@@ -13,6 +13,7 @@ from gotunnel_server.dashboard.state import Facts, Rates, of_head, shown
 from gotunnel_server.net.blocks import Block, read_network
 from gotunnel_server.routes import H2C, Route
 from gotunnel_server.visitors.counts import Count
+from gotunnel_server.visitors.visit import MOST_HOSTNAMES
 
 DAY = 86400
 NOW = 100 * DAY
@@ -83,6 +84,13 @@ def test_counts_are_those_of_the_hostname_as_the_agent_spells_it():
     totals = told["totals"]
     assert (totals["visits"], totals["failed"], totals["received_bytes"]) == (14, 4, 20)
     assert totals["visits_per_second"] == 3.0 and len(totals["spark"]) == 60
+
+
+def test_a_hostname_that_is_counted_among_others_has_no_figures():
+    """Zeros would say that nobody visits it."""
+    counts = {f"{number}.test": Count() for number in range(MOST_HOSTNAMES)} | {"other": Count()}
+    (row,) = full(tunnel(app_test=route("app.test")), counts=counts)["hostnames"]
+    assert [row[key] for key in state.FIGURES] == [None] * 4
 
 
 def test_without_counts_the_failed_visits_in_tcp_mode_are_known():
