@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import re
+import unicodedata
 from collections.abc import Callable
 from time import monotonic
 
@@ -132,6 +133,7 @@ class Login:
         if passwords is None:
             raise Refused(404, "no-page", "There is no login: DASHBOARD_PASSWORD is not set.")
         address = self.address(request)
+        password = unicodedata.normalize("NFC", password)  # as it was hashed
         _check(passwords, address, password, "wrong-password", "The password is wrong.")
         self.sessions.end(self._ids(request))
         name, _ = self.sessions.begin()

@@ -399,6 +399,12 @@ def test_a_browser_may_have_logins_of_two_gateways_at_one_name(board):
     assert board.ask(**how)[0] == other.ask(**how)[0] == 200
 
 
+def test_a_password_may_be_typed_in_either_unicode_form():
+    """It is hashed in NFC; a form sends what was typed or pasted."""
+    board = Board("Gr\xfcn")
+    assert board.log_in("Gru\u0308n") and board.log_in("Gr\xfcn")
+
+
 def test_sessions_are_bounded(board):
     names = [board.log_in() for _ in range(300)]
     assert board.ask(Cookie=f"{COOKIE}={names[0]}")[0] == 401
