@@ -58,6 +58,21 @@ def _facts(parts: Parts) -> Facts:
     )  # fmt: skip
 
 
+class Rendered:
+    """The page of a document, rendered once for all that ask while the document is the same one:
+    anybody may ask, and a page with 1000 hostnames takes 6 ms of CPU. Any thread."""
+
+    def __init__(self, document: Callable[[], Document]):
+        self._document = document
+        self._last: tuple[Document, Page] | None = None
+
+    def __call__(self) -> Page:
+        document, last = self._document(), self._last
+        if last is None or last[0] is not document:
+            last = self._last = document, page.render(document)
+        return last[1]
+
+
 def build(
     parts: Parts, live: Live, password: Hash | None, token: Hash | None, proxies: Proxies
 ) -> Dashboard:
@@ -75,8 +90,7 @@ def build(
     def full_page(csrf: str) -> Page:
         return page.render(full.document(), csrf)
 
-    def public_page() -> Page:
-        return page.render(public.document())
+    public_page = Rendered(public.document)
 
     def login_form(problem: str) -> Page:
         return page.login(parts.gateway_host, problem)

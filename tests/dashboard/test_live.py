@@ -8,6 +8,7 @@ import pytest
 from support import TIMEOUT
 
 from gotunnel_server.dashboard import live as live_module
+from gotunnel_server.dashboard.build import Rendered
 from gotunnel_server.dashboard.live import EVERY, FRESH, MOST_KEPT, MOST_SHOWN, Live, Overview
 from gotunnel_server.dashboard.state import SPARK
 from gotunnel_server.routes import Route
@@ -290,6 +291,13 @@ def test_a_build_that_fails_is_tried_again(live, clock):
         overview.text()
     fails[:] = [False]
     assert json.loads(overview.text()) == {"gateway": {}, "totals": {}, "visits": []}
+
+
+def test_a_page_is_rendered_once_for_all_that_ask_meanwhile():
+    documents = [{"public": True, "gateway": {"host": host}} for host in ("a.test", "b.test")]
+    rendered = Rendered(iter([documents[0], documents[0], documents[1]]).__next__)
+    first, second, third = rendered(), rendered(), rendered()
+    assert first is second and b"a.test" in first.body and b"b.test" in third.body
 
 
 def test_the_public_form_never_has_visits(live, clock):
