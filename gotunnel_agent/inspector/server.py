@@ -185,7 +185,8 @@ class InspectorServer:
         self._to_park: deque[_Connection] = deque()
         self._to_close: deque[_Connection] = deque()
         self._large = threading.BoundedSemaphore()  # held by the request with a LARGE body
-        self._lock = threading.Lock()  # guards _readers
+        self._lock = threading.Lock()  # guards all below, and adding to the two above
+        self._ended = False  # "inspect" takes nothing any more: workers close their connections
         self._readers: dict[_Connection, bool] = {}  # of events; whether it is a browser's
 
     def start(self) -> None:
@@ -206,31 +207,37 @@ class InspectorServer:
                 connection.reader.close()
         self._workers.shutdown(LAST_WORDS)
         self._live.shutdown(LAST_WORDS)
-        for connection in [*self._to_park, *self._to_close]:
-            connection.sock.close()
         self._listening.close()
         self._waker.close()
 
     # Thread "inspect"
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._waker, selectors.EVENT_READ)
-            selector.register(self._listening, selectors.EVENT_READ)
-            while not self._stopping:
-                ready = selector.select(self._next_deadline())
-                for key, _ in ready:
-                    if key.fileobj is self._waker:
-                        self._waker.clear()
-                    elif key.fileobj is self._listening:
-                        self._accept(selector)
-                    else:
-                        call_logged(self._read, selector, key.data)
-                self._park(selector)
-                self._close_late(selector)
-            for connection in self._parked.values():
-                if connection.reader is None:
-                    connection.sock.close()
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._waker, selectors.EVENT_READ)
+                selector.register(self._listening, selectors.EVENT_READ)
+                while not self._stopping:
+                    self._turn(selector)
+        finally:
+            with self._lock:
+                self._ended = True
+            left = [each for each in self._parked.values() if each.reader is None]
+            left += [each for each in self._to_park if each.reader is None]
+            # Of the others, a worker has the socket, and closes it.
+            for connection in [*left, *self._to_close]:
+                connection.sock.close()
+
+    def _turn(self, selector: selectors.BaseSelector) -> None:
+        for key, _ in selector.select(self._next_deadline()):
+            if key.fileobj is self._waker:
+                self._waker.clear()
+            elif key.fileobj is self._listening:
+                self._accept(selector)
+            else:
+                call_logged(self._read, selector, key.data)
+        self._park(selector)
+        self._close_late(selector)
 
     def _next_deadline(self) -> float | None:
         deadlines = [each.deadline for each in self._parked.values() if each.deadline is not None]
@@ -364,10 +371,14 @@ class InspectorServer:
 
     def _leave(self, where: deque[_Connection], connection: _Connection) -> None:
         """Leave a connection to "inspect", unless that thread ends."""
-        where.append(connection)
-        self._waker.wake()
-        if self._stopping:
+        with self._lock:
+            ended = self._ended
+            if not ended:
+                where.append(connection)
+        if ended:
             connection.sock.close()
+        else:
+            self._waker.wake()
 
     def _refuse(self, connection: _Connection, error: http1.Malformed) -> bool:
         self._send(connection.sock, refusal(Unanswered(error.status, "request", str(error))))
@@ -525,7 +536,9 @@ class InspectorServer:
             )))  # fmt: skip
             return False
         connection.deadline = None
-        self._to_park.append(connection)  # to notice when its reader leaves
+        with self._lock:
+            if not self._ended:
+                self._to_park.append(connection)  # to notice when its reader leaves
         self._waker.wake()
         try:
             self._live.submit(self._tell, connection, reader)
