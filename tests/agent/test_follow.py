@@ -286,7 +286,7 @@ def test_threads_sleep_until_something_passes(follower):
 
     with visit_of(follower) as visit:
         visit.ask()  # before the threads begin
-        threads = [threading.Thread(target=watch) for _ in range(2)]
+        threads = [threading.Thread(target=watch, daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
         wait_until(lambda: looks and follower.asleep)
