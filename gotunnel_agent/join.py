@@ -224,7 +224,7 @@ def join(
     there = "is written to" if is_news else "was already in"
     return (
         f"{joined.address}: {done} {who}; the configuration {there} {file}. Next: "
-        f"{program()} http 8080"
+        f"{program()} http 8000"
     )
 
 

@@ -500,7 +500,7 @@ def _next(answers: Answers, config: Config, joins: str) -> Iterable[tuple[str, l
         user = " --user" if answers.service == USER else ""
         yield "start the service", [f"systemctl{user} enable --now {PROGRAM}"]
     if joins:
-        yield "on the agent's machine", [invitation.command(joins), "gotunnel http 8080"]
+        yield "on the agent's machine", [invitation.command(joins), "gotunnel http 8000"]
     else:
         hosts = shlex.quote(",".join(answers.hosts))
         yield (

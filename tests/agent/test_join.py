@@ -84,7 +84,7 @@ def files(folder):
 
 def test_one_line_makes_an_account_that_serves(gateway, home, capsys, tmp_path):
     said = joined(capsys, string_for(gateway))
-    assert said.endswith(f"{home / 'agent.yaml'}. Next: gotunnel-agent http 8080")
+    assert said.endswith(f"{home / 'agent.yaml'}. Next: gotunnel-agent http 8000")
     assert files(home) == ["agent.yaml", "ca.crt"]
     assert (home / "agent.yaml").stat().st_mode & 0o777 == 0o600
     assert (home / "ca.crt").read_bytes() == gateway.ca_file.read_bytes()
