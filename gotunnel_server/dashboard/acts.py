@@ -118,9 +118,13 @@ def block(hall: Hall, call: Call) -> Document:
     shown = blocks.as_text(network)
     own = blocks.network_of(call.who.address)
     if own is not None and blocks.overlaps(network, [own]):
+        what, advice = "is your own address", ""
+        if network != own:
+            what = f"holds your own address, {call.who.address}"
+            advice = "Block a smaller network, or "
         raise Refused(
-            409, "own-address", f"{shown} has your own address, {call.who.address}: you would lock "
-            "yourself out. Block a smaller network, or come from elsewhere.",
+            409, "own-address",
+            f"{shown} {what}: you would lock yourself out. {advice}come from elsewhere.",
         )  # fmt: skip
     if blocks.overlaps(network, hall.protected()):
         raise Refused(

@@ -140,6 +140,17 @@ def test_acts_that_make_no_sense_are_refused_in_a_line(trusting):
     assert trusting.get("blocks") == {"blocks": []}
 
 
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        ("127.0.0.1", "127.0.0.1 is your own address: "),
+        ("127.0.0.0/8", "127.0.0.0/8 holds your own address, 127.0.0.1: "),
+    ],
+)
+def test_your_own_address_is_not_blocked(trusting, address, said):
+    assert trusting("POST", "blocks", {"address": address})[1]["message"].startswith(said)
+
+
 def test_a_choice_of_visits_that_makes_no_sense_is_refused(trusting):
     assert trusting.get("visits?limit=99999999999999999999") == {"visits": []}
     for query in ("limit=-1", "limit=\u0661", "limit=1e3", "failed=maybe"):
