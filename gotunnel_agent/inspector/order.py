@@ -311,7 +311,7 @@ def _refuse_incomplete(recorded: Request, kept: Kept, complete: bool) -> None:
         why = "were kept" if kept.size == expected else "have come"
         raise CannotReplay(
             f"only {len(kept.data)} of its body's {expected} bytes {why}: give a body, or raise "
-            "the inspector's limit of bodies", "incomplete-body",
+            "`body` in the agent's setting `inspect`", "incomplete-body",
         )  # fmt: skip
     if not complete and "transfer-encoding" in recorded.fields:
         raise CannotReplay(
