@@ -565,19 +565,16 @@ def _as_file(asked: Asked, head: bytes, kept: Kept, name: str) -> Answer:
     return Answer(200, SAVED, data, saved)
 
 
-# What stands for a secret in a command or a program: ASCII, so that it can be sent, and found.
-COPY_MASK = "***"
-
-
 def _masked_copy(request: copies.Copied) -> copies.Copied:
     fields = [
-        (name, value.replace(mask.MASK, COPY_MASK)) for name, value in mask.fields(request.fields)
+        (name, value.replace(mask.MASK, mask.COPY_MASK))
+        for name, value in mask.fields(request.fields)
     ]
     body = mask.body_bytes(request.body, content.field(fields, "content-type"))
     return request._replace(
-        target=mask.target(request.target).replace(mask.MASK, COPY_MASK),
+        target=mask.target(request.target).replace(mask.MASK, mask.COPY_MASK),
         fields=fields,
-        body=body.replace(mask.MASK.encode(), COPY_MASK.encode()),
+        body=body.replace(mask.MASK.encode(), mask.COPY_MASK.encode()),
     )
 
 

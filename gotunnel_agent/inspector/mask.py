@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from urllib.parse import unquote_plus
 
 MASK = "••••"  # no text of a visit is likely to have this
+# What stands for a secret in a command or a program: ASCII, so that it can be sent, and found.
+COPY_MASK = "***"
 
 # A name is compared in lower case, without all that is no letter or digit: X-Api-Key, api_key and
 # user[apiKey] are one. It is a secret's if it contains one of these ...

@@ -31,6 +31,7 @@ from ..common.cells import safe
 from ..common.process import print_answer
 from .ask import CannotAsk, Inspector, Refused
 from .lines import Paper, comparison_lines, replay_lines, row, table, text_lines, visit_lines
+from .mask import COPY_MASK, MASK
 from .place import Place, places
 from .search import FILTERS
 
@@ -49,7 +50,7 @@ save them:
     {0} inspect follow                   visits as they come
 
 An agent has an inspector with `inspect:` in its configuration, and with
-`{0} http 8080 --inspect`."""
+`{0} http 8000 --inspect`."""
 EPILOG = """\
 Exit status: 0 all is well; 1 a replay failed, or two answers differ; 2 an
 argument is wrong, no inspector runs here, or it has refused."""
@@ -116,7 +117,7 @@ def chosen(at: str | None, *, several: bool = False) -> list[Place]:
     tunnels = {place: asked for place in found if (asked := tunnels_of(place)) is not None}
     if not tunnels:
         raise CannotAsk(
-            f"no inspector runs here: start one with `{program()} http 8080 --inspect`, or with "
+            f"no inspector runs here: start one with `{program()} http 8000 --inspect`, or with "
             "inspect: in the agent's configuration; that of another user, such as a service, needs "
             "sudo"
         )
@@ -286,7 +287,16 @@ def copy(inspector: Inspector, options: argparse.Namespace) -> int:
     asked = {"unmask": options.unmask and 1}
     text = inspector.fetch(f"visits/{options.id}/{options.command}", asked).decode(errors="replace")
     write(text_lines(text.rstrip("\n")))
+    if not options.unmask and COPY_MASK in text:
+        tell(f"secrets are written as {COPY_MASK}; --unmask writes them as they are")
     return 0
+
+
+def tell_of_masks(options: argparse.Namespace, data: bytes) -> None:
+    """A file with masks is not what came: a program that reads it, or a replay, would fail."""
+    masks = MASK.encode(), json.dumps(MASK)[1:-1].encode()
+    if not options.unmask and any(each in data for each in masks):
+        tell(f"secrets are written as {MASK}; --unmask writes them as they are")
 
 
 def body(inspector: Inspector, options: argparse.Namespace) -> int:
@@ -294,6 +304,7 @@ def body(inspector: Inspector, options: argparse.Namespace) -> int:
     data = inspector.fetch(f"visits/{options.id}/{which}", {"unmask": options.unmask and 1})
     if options.output is not None:
         save(options.output, data)
+        tell_of_masks(options, data)
     elif sys.stdout.isatty():
         raise BadArgument(
             "these bytes could be control sequences of your terminal: name a file with -o, or use "
@@ -324,6 +335,7 @@ def har(inspector: Inspector, options: argparse.Namespace) -> int:
         write(text_lines(data.decode(errors="replace").rstrip("\n")))
     else:
         save(options.file, data)
+        tell_of_masks(options, data)
     return 0
 
 
@@ -347,17 +359,19 @@ def import_har(inspector: Inspector, options: argparse.Namespace) -> int:
 def follow(inspector: Inspector, options: argparse.Namespace) -> int:
     """A line for each visit that is over, as they come, until Ctrl-C. If the agent ends, wait for
     its next start."""
+    query = " ".join(options.query)
+    inspector.get("visits", {"q": query, "limit": 1})  # a query that is wrong is refused at once
     while True:
-        _follow(inspector, options)
+        _follow(inspector, query, options)
         tell("the inspector has ended; waiting for it (Ctrl-C ends this)")
         while tunnels_of(inspector.place) is None:
             sleep(AGAIN)
         tell("the inspector runs again")
 
 
-def _follow(inspector: Inspector, options: argparse.Namespace) -> None:
+def _follow(inspector: Inspector, query: str, options: argparse.Namespace) -> None:
     """Until the inspector ends."""
-    query, page = " ".join(options.query), paper()
+    page = paper()
     told: set[int] = set()
     for event in inspector.events({"unmask": options.unmask and 1}):
         if missed := event.value.get("missed"):

@@ -177,6 +177,12 @@ def test_visits_are_followed_also_after_a_restart(running, folder, origin, capsy
     assert not ending.is_alive() and lines == ["/wanted", "/wanted"]
 
 
+def test_a_wrong_query_is_refused_before_visits_are_followed(running, capsys, monkeypatch):
+    monkeypatch.setattr(Inspector, "events", lambda *_: pytest.fail("followed"))
+    status, out, err = inspect(capsys, "follow", "statsu:500")
+    assert (status, out) == (2, "") and "did you mean status:" in err
+
+
 # Files -------------------------------------------------------------------------------------------
 
 
@@ -200,6 +206,13 @@ def test_the_bytes_of_a_body_are_saved(running, capsys, tmp_path):
     file = tmp_path / "body"
     assert inspect(capsys, "body", "2", "--request", "-o", str(file))[0] == 0
     assert file.read_bytes() == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("words", [["curl", "2"], ["python", "2"], ["har", "{}"]])
+def test_what_is_copied_says_that_secrets_are_masked(running, capsys, tmp_path, words):
+    words = [word.format(tmp_path / "copy") for word in words]
+    assert "--unmask writes them" in inspect(capsys, *words)[2]
+    assert "--unmask" not in inspect(capsys, *words, "--unmask")[2]
 
 
 def test_all_visits_are_forgotten(running, capsys):
