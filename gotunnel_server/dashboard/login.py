@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from time import monotonic
 
 from gotunnel_agent.common import addresses
@@ -104,7 +104,7 @@ class Login:
             _check(tokens, address, bearer[1], "wrong-token", "The token is wrong.", ASK_TOKEN)
             return Who(May.ACT, address, "token", is_valid=lambda: self._tokens is tokens)
         if passwords is not None:
-            session = self.sessions.find(self._ids(request))
+            session = self.sessions.find(self._ids(request), _place(address))
             if session is not None:
                 return self._of(session, address)
             if authorization:
@@ -136,7 +136,9 @@ class Login:
         password = unicodedata.normalize("NFC", password)  # as it was hashed
         _check(passwords, address, password, "wrong-password", "The password is wrong.")
         self.sessions.end(self._ids(request))
-        name, _ = self.sessions.begin()
+        # Browsers send a cookie to all ports of a host, also to those of tunnels (TCP_PORTS).
+        # Without Secure such a site can read it, so it is worth nothing at another address.
+        name, _ = self.sessions.begin(None if self.is_secure(request) else _place(address))
         if passwords is not self.passwords:  # changed in the meantime
             self.sessions.end([name])
         return self._cookie(request, name, mount, LIFETIME)
@@ -155,6 +157,15 @@ class Login:
         """The ids in the cookies of our name."""
         lines = request.fields.all("cookie")
         return [id for line in lines for id in self._cookies.findall(line)][:MOST_COOKIES]
+
+
+def _place(address: str) -> Hashable:
+    """What a login by plain HTTP is bound to: the address, the /64 of an IPv6 address. By ssh -L a
+    browser may come from either loopback address."""
+    parsed = addresses.parse(address)
+    return (
+        "loopback" if parsed is not None and parsed.is_loopback else addresses.counted_by(address)
+    )
 
 
 def _check(

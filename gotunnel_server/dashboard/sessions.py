@@ -11,7 +11,7 @@ import hmac
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 LIFETIME = 12 * 3600  # seconds from the login: a working day
 # Some 500 bytes each. Only a login makes one, so this many are somebody's scripts that log in again
@@ -23,10 +23,11 @@ ID_BYTES = 32
 class Session:
     """One login. ``csrf`` proves that a request comes from a page that the session was given."""
 
-    def __init__(self, until: float):
-        """``until``: when it ends, monotonic."""
+    def __init__(self, until: float, only_from: Hashable):
+        """``until``: when it ends, monotonic. ``only_from``: see Sessions.begin()."""
         self.csrf = secrets.token_urlsafe(ID_BYTES)
         self.until = until
+        self.only_from = only_from
         self.has_ended = False
 
     def proves(self, csrf: str) -> bool:
@@ -45,23 +46,24 @@ class Sessions:
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()  # the latest one last
         self._lock = threading.Lock()  # guards _sessions
 
-    def begin(self) -> tuple[str, Session]:
-        """A new session, and its id."""
+    def begin(self, only_from: Hashable = None) -> tuple[str, Session]:
+        """A new session, and its id. ``only_from``: the one address that may use it; None: all."""
         name = secrets.token_urlsafe(ID_BYTES)
-        session = Session(self._now() + LIFETIME)
+        session = Session(self._now() + LIFETIME, only_from)
         with self._lock:
             self._sessions[_digest(name)] = session
             while len(self._sessions) > MOST_SESSIONS:
                 self._sessions.popitem(last=False)[1].has_ended = True
         return name, session
 
-    def find(self, names: Iterable[str]) -> Session | None:
-        """The first session that one of the ids belongs to."""
+    def find(self, names: Iterable[str], address: Hashable) -> Session | None:
+        """The first session that one of the ids belongs to, and that ``address`` may use."""
         with self._lock:
             for name in names:
                 session = self._sessions.get(_digest(name))
                 if session is not None and self.is_valid(session):
-                    return session
+                    if session.only_from in (None, address):
+                        return session
         return None
 
     def is_valid(self, session: Session) -> bool:

@@ -405,6 +405,24 @@ def test_a_password_may_be_typed_in_either_unicode_form():
     assert board.log_in("Gru\u0308n") and board.log_in("Gr\xfcn")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "began", "comes", "status"),
+    [
+        ("http", "192.0.2.1", "192.0.2.1", 200),
+        ("http", "192.0.2.1", "192.0.2.2", 401),
+        ("http", "2001:db8::1", "2001:db8::2", 200),
+        ("http", "127.0.0.1", "::1", 200),
+        ("https", "192.0.2.1", "192.0.2.2", 200),
+    ],
+)
+def test_a_cookie_that_other_ports_get_too_counts_for_one_address(
+    board, scheme, began, comes, status
+):
+    """A tunnel's site on a port of the same host reads what is not Secure."""
+    name = board.log_in(peer=began, scheme=scheme)
+    assert board.ask(peer=comes, scheme=scheme, Cookie=f"{COOKIE}={name}")[0] == status
+
+
 def test_sessions_are_bounded(board):
     names = [board.log_in() for _ in range(300)]
     assert board.ask(Cookie=f"{COOKIE}={names[0]}")[0] == 401
