@@ -26,7 +26,7 @@ from . import content, copies, har, mask, search
 from .access import Door
 from .compare import compare
 from .order import CannotReplay
-from .page import page
+from .page import page, policy
 from .record import Changes, Kept, Message, Record, Ring, Subscription
 from .replay import Replay, Replayer
 from .server import JSON, POLICY, Answer, Asked, Live, Unanswered, as_json
@@ -54,9 +54,20 @@ NO_TOKEN = """\
 <!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>gotunnel inspector</title>
+<link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; --back: #fafafc; --text: #22262e }
+  @media (prefers-color-scheme: dark) { :root { --back: #15171c; --text: #e4e7ee } }
+  body { margin: 0; padding: 18vh 1.5rem 3rem; background: var(--back); color: var(--text);
+         font: 1.0625rem/1.6 system-ui, sans-serif }
+  main { max-width: 34rem; margin: 0 auto }
+  h1 { margin: 0 0 .75rem; font-size: 1.75rem; line-height: 1.25; font-weight: 600 }
+</style>
+<main>
 <h1>The inspector needs its token</h1>
 <p>Open the address that gotunnel has printed at its start. <code>gotunnel inspect --url</code>
 prints it again.</p>
+</main>
 </html>
 """
 # For a link from another site: a browser sends no SameSite=Strict cookie on a redirect that follows
@@ -69,7 +80,7 @@ ONWARD = """\
 </html>
 """
 HTML = "text/html; charset=utf-8"
-# For these two: in a sandbox a browser would not lead on, nor take the page for one of ours.
+# For that page: in a sandbox a browser would not lead on.
 BARE_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
@@ -127,17 +138,18 @@ class Api:
         if token is not None and self._door.is_token(token):
             return self._let_in(asked)
         if asked.refusal is not None:
-            return Answer(asked.refusal.status, HTML, NO_TOKEN.encode(), ((POLICY, BARE_POLICY),))
-        body, policy = self._show()
-        return Answer(200, HTML, body, ((POLICY, policy),))
+            html = NO_TOKEN.encode()
+            return Answer(asked.refusal.status, HTML, html, ((POLICY, policy(html)),))
+        body, rules = self._show()
+        return Answer(200, HTML, body, ((POLICY, rules),))
 
     def _let_in(self, asked: Asked) -> Answer:
         """Exchange the token in the address for a cookie, and take it out of the address."""
         door = self._door
         cookie = f"{door.cookie_name}={door.cookie_value}; HttpOnly; SameSite=Strict; Path=/"
         if asked.is_from_elsewhere:
-            policy = (POLICY, BARE_POLICY)
-            return Answer(200, HTML, ONWARD.encode(), (("Set-Cookie", cookie), policy))
+            fields = ("Set-Cookie", cookie), (POLICY, BARE_POLICY)
+            return Answer(200, HTML, ONWARD.encode(), fields)
         return Answer(303, PLAIN, b"", (("Location", "./"), ("Set-Cookie", cookie)))
 
     # The visits

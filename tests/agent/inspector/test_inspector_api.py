@@ -16,6 +16,7 @@ from gotunnel_agent.inspector.api import Api
 from gotunnel_agent.inspector.kept import Kept
 from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import CannotReplay, read_order
+from gotunnel_agent.inspector.page import policy
 from gotunnel_agent.inspector.record import ENDED, OPEN, Message, Record, Ring
 from gotunnel_agent.inspector.server import InspectorServer, listen
 
@@ -132,6 +133,7 @@ def test_without_the_token_the_page_says_how_to_get_it(inspector, path):
     assert status == 401
     assert b"gotunnel inspect --url" in body
     assert "Set-Cookie" not in fields
+    assert fields["Content-Security-Policy"] == policy(body)  # its style is permitted
 
 
 def test_the_token_in_other_addresses_does_not_count(inspector):
