@@ -158,9 +158,9 @@ def read_order(document: object) -> Order:
     if at_once > 1 and (until is not None or every is not None):
         other = "every" if until is None else "until"
         raise CannotReplay(f"concurrency {at_once} with {other}, expected 1: it tries one by one")
-    timeout = _seconds(given, "timeout", MOST_TIMEOUT) if "timeout" in given else TIMEOUT
-    if not timeout:
-        raise CannotReplay("timeout: 0 came, expected seconds, more than 0")
+    timeout = TIMEOUT
+    if "timeout" in given:
+        timeout = _seconds(given, "timeout", MOST_TIMEOUT, can_be_0=False)
     host = _text(given, "hostname") or ""
     return Order(_edit(given), host.lower(), times, at_once, every, until, timeout)
 
@@ -216,10 +216,12 @@ def _whole(given: Mapping[str, Any], key: str, most: int, default: int) -> int:
     return value
 
 
-def _seconds(given: Mapping[str, Any], key: str, most: float) -> float:
+def _seconds(given: Mapping[str, Any], key: str, most: float, *, can_be_0: bool = True) -> float:
     value = given[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise CannotReplay(f"{key}: {_shown(value)} came, expected seconds, 0 to {most:g}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= most or not (value or can_be_0):
+        expected = f"0 to {most:g}" if can_be_0 else f"more than 0, at most {most:g}"
+        raise CannotReplay(f"{key}: {_shown(value)} came, expected seconds, {expected}")
     return float(value)
 
 
