@@ -9,6 +9,7 @@ import argparse
 import ipaddress
 import json
 import re
+import socket
 import ssl
 import sys
 import urllib.request
@@ -23,6 +24,7 @@ from gotunnel_agent.common import small_file
 from gotunnel_agent.common.one_line import words_on_one_line
 from gotunnel_agent.common.status_socket import NoAnswer
 
+from ..net.dns import is_always_here
 from ..status import remote
 from ..variables import ConfigError
 
@@ -116,7 +118,7 @@ def _split(url: str) -> SplitResult:
 
 def _is_here(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return is_always_here(host) or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -190,6 +192,12 @@ def _why_silent(error: object, parts: SplitResult) -> str:
         )
     if isinstance(error, ssl.SSLError):
         return f"TLS failed ({error.reason}): is that port one for https?"
+    if isinstance(error, socket.gaierror) and is_always_here(parts.hostname or ""):
+        # curl and browsers know these names by themselves; a system's resolver need not.
+        return (
+            f"this system finds no address of {parts.hostname}, which means this machine: expected "
+            "http://localhost:DASHBOARD_PORT, or status without --url"
+        )
     if isinstance(error, TimeoutError):
         return f"no whole answer in {TIMEOUT} s; is it the right port, and open?"
     if isinstance(error, ConnectionRefusedError):

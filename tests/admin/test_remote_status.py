@@ -169,6 +169,15 @@ def test_options_for_a_gateway_elsewhere_need_its_url(capsys):
     assert "--url" in capsys.readouterr().err
 
 
+def test_a_name_of_this_machine_that_the_system_does_not_know_is_said(ask, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    assert "expected http://localhost:" in ask("http://gateway.localhost:8080")[2]
+    assert "Name or service not known" in ask("http://gateway.example.com")[2]
+
+
 def test_a_gateway_that_refuses_the_connection_or_is_silent_is_said(ask, monkeypatch):
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
