@@ -210,7 +210,7 @@ class Dashboard:
                 return Asked(request, mount, relative, query, named), entries[method]
             allowed += entries
         if not allowed:
-            raise Refused(404, "no-page", f"There is no such page. The dashboard is at {mount}.")
+            raise Refused(404, "no-page", f"Nothing is at this path. The dashboard is at {mount}.")
         shown = ", ".join("GET, HEAD" if name == "GET" else name for name in dict.fromkeys(allowed))
         text = f"{request.method[:20]} does not work here; expected {shown}."
         raise Refused(405, "wrong-method", text, (("Allow", shown),))
