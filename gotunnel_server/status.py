@@ -27,6 +27,8 @@ SETTING = "STATUS_SOCKET"
 # totals count all.
 MOST_LISTED = 1000
 MOST_REASON = 500  # characters
+MOST_NUMBER = 2**63  # bytes of a long life
+MOST_INSTANT = 250_000_000_000  # seconds since 1970: calendars end with the year 9999
 
 
 class Status:
@@ -71,35 +73,36 @@ def describe(
 
 def remote(document: Mapping[str, Any]) -> dict[str, object]:
     """The whole answer for a gateway elsewhere. Raises nothing: what a newer or a broken gateway
-    leaves out is missing here, too."""
+    leaves out is missing here, too, and so is what has another type than expected."""
     gateway = _object(document.get("gateway"))
     return {
         "format": FORMAT,
         "program": PROGRAM,
-        "host": gateway.get("host"),
-        "version": gateway.get("version"),
-        "state": gateway.get("state"),
-        "started_at": gateway.get("started_at"),
-        "uptime_seconds": gateway.get("uptime_seconds"),
+        "host": _text(gateway.get("host")) or None,
+        "version": _text(gateway.get("version")) or None,
+        "state": _text(gateway.get("state")) or None,
+        "started_at": _instant(gateway.get("started_at")),
+        "uptime_seconds": _number(gateway.get("uptime_seconds")),
         **of_document(document),
     }
 
 
 def of_document(document: Mapping[str, Any]) -> dict[str, object]:
     """What `status` tells of a state document."""
-    totals, now = _object(document.get("totals")), _object(document.get("gateway")).get("now")
+    totals, gateway = _object(document.get("totals")), _object(document.get("gateway"))
     sessions, hostnames, own = (
         [_object(row) for row in rows] if isinstance(rows := document.get(key), list) else []
         for key in ("sessions", "hostnames", "certificates")
     )
-    certificates = {row.get("hostname"): row for row in own}
+    now = _number(gateway.get("now"))
+    certificates = {_text(row.get("hostname")): row for row in own}
     for row in hostnames:
-        certificates.setdefault(row.get("hostname"), _object(row.get("certificate")))
+        certificates.setdefault(_text(row.get("hostname")), _object(row.get("certificate")))
     return {
-        "visits": {"running": totals.get("running"), **_ended(totals)},
-        "sessions_total": totals.get("sessions"),
-        "hostnames_total": totals.get("hostnames"),
-        "certificates_total": totals.get("certificates"),
+        "visits": {"running": _number(totals.get("running")), **_ended(totals)},
+        "sessions_total": _number(totals.get("sessions")),
+        "hostnames_total": _number(totals.get("hostnames")),
+        "certificates_total": _number(totals.get("certificates")),
         "sessions": [_session(row, now) for row in sessions[:MOST_LISTED]],
         "hostnames": [_hostname(row) for row in hostnames[:MOST_LISTED]],
         "certificates": [
@@ -116,47 +119,60 @@ def _text(value: object) -> str:
     return on_one_line(value, MOST_REASON) if isinstance(value, str) else ""
 
 
+def _number(value: object) -> float | None:
+    """A number that can be shown; not NaN, and no infinity."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) <= MOST_NUMBER else None
+
+
+def _instant(value: object) -> float | None:
+    at = _number(value)
+    return None if at is None or not 0 <= at <= MOST_INSTANT else at
+
+
 def _ended(totals: Mapping[str, Any]) -> dict[str, object]:
     """The visits that have ended, and their bytes; nothing if nothing counts them."""
-    if totals.get("visits") is None:
+    ended = _number(totals.get("visits"))
+    if ended is None:
         return {}
     keys = ("failed", "received_bytes", "sent_bytes")
-    return {"ended": totals["visits"], **{key: totals.get(key) for key in keys}}
+    return {"ended": ended, **{key: _number(totals.get(key)) for key in keys}}
 
 
-def _session(row: Mapping[str, Any], now: object) -> dict[str, object]:
-    at = row.get("connected_at")
-    known = isinstance(at, (int, float)) and isinstance(now, (int, float))
+def _session(row: Mapping[str, Any], now: float | None) -> dict[str, object]:
+    at = _number(row.get("connected_at"))
     return {
         "agent": _text(row.get("agent")),
         "address": _text(row.get("address")),
-        "connected_seconds": int(now - at) if known else None,  # type: ignore[operator]
-        "round_trip_ms": row.get("round_trip_ms"),
-        "hostnames": row.get("hostnames"),
-        "visits": row.get("visits"),
-        "streams": row.get("streams"),
+        "connected_seconds": None if at is None or now is None else int(now - at),
+        "round_trip_ms": _number(row.get("round_trip_ms")),
+        "hostnames": _number(row.get("hostnames")),
+        "visits": _number(row.get("visits")),
+        "streams": _number(row.get("streams")),
     }
 
 
 def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
-    visits = {} if row.get("visits") is None else {"visits": row["visits"]}
+    count = _number(row.get("visits"))
+    visits = {} if count is None else {"visits": count}
     return {
         "hostname": _text(row.get("hostname")),
         "mode": _text(row.get("mode")),
         "protocol": _text(row.get("protocol")),
-        "port": row.get("port"),
+        "port": _number(row.get("port")),
         "target": _text(row.get("target")),
         "agent": _text(row.get("agent")),
         **visits,
-        "failed_visits": row.get("failed"),
+        "failed_visits": _number(row.get("failed")),
     }
 
 
-def _certificate(name: object, row: Mapping[str, Any]) -> dict[str, object]:
+def _certificate(name: str, row: Mapping[str, Any]) -> dict[str, object]:
     return {
-        "hostname": _text(name),
+        "hostname": name,
         "state": _text(row.get("state")),
-        "days_left": row.get("days_left"),
-        "next_order_at": row.get("next_order_at"),
+        "days_left": _number(row.get("days_left")),
+        "next_order_at": _instant(row.get("next_order_at")),
         "reason": words_and_link(row.get("error_text") or "", MOST_REASON),
     }

@@ -8,8 +8,10 @@ from contextlib import closing, contextmanager
 import pytest
 from support import APP, GATEWAY_HOST, TIMEOUT, agent_here, gateway_here
 
+from gotunnel_agent.common import status_page
 from gotunnel_server import cli
 from gotunnel_server.admin import remote_status
+from gotunnel_server.status import remote
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -135,6 +137,56 @@ def test_a_document_of_another_version_is_shown_as_far_as_it_goes(ask, document)
     with saying(answer(text)) as url:
         status, out, err = ask(url)
     assert status == 1 and err == "" and "\x1b" not in out
+
+
+DOCUMENT = {
+    "gateway": {
+        "host": "gateway.test", "version": "1.0", "state": "serving", "started_at": 1, "now": 9,
+        "uptime_seconds": 8,
+    },
+    "totals": {
+        "sessions": 1, "hostnames": 1, "certificates": 1, "visits": 1, "failed": 0, "running": 1,
+        "received_bytes": 5, "sent_bytes": 5,
+    },
+    "sessions": [{
+        "agent": "office", "address": "192.0.2.1", "connected_at": 5, "round_trip_ms": 1.5,
+        "hostnames": 1, "streams": 1, "visits": 1,
+    }],
+    "hostnames": [{
+        "hostname": "app.test", "mode": "http", "protocol": "", "port": 7, "target": "t",
+        "agent": "office", "visits": 1, "failed": 0,
+        "certificate": {
+            "state": "failed", "days_left": 1, "error_text": "no", "next_order_at": 99,
+        },
+    }],
+    "certificates": [{"hostname": "gateway.test", "state": "ready", "days_left": 1}],
+}  # fmt: skip
+ODD = (
+    None, True, -1, 1.5, 1e308, float("inf"), float("nan"), 10**30, "", "\x1b[2J", "\ud800",
+    [], [1, None], [[]], {}, {"a": 1},
+)  # fmt: skip
+
+
+def replaced(value, odd):
+    """All copies of a JSON value of which one part is another one."""
+    yield odd
+    parts = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        parts = enumerate(value)
+    for key, part in parts:
+        for other in replaced(part, odd):
+            copy = value.copy()
+            copy[key] = other
+            yield copy
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_no_value_of_a_broken_gateway_breaks_the_answer(odd):
+    for document in replaced(DOCUMENT, odd):
+        if isinstance(document, dict):
+            answer = remote(document)
+            json.dumps(answer, allow_nan=False)
+            assert "\x1b" not in status_page.render(answer, "1.0")
 
 
 @pytest.mark.parametrize(
