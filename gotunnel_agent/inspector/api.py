@@ -493,8 +493,12 @@ def fields_of(head: bytes) -> list[tuple[str, str]]:
 
 def body_document(fields: list[tuple[str, str]], kept: Kept, unmask: bool) -> dict[str, Any]:
     """A body as it is to be shown. ``text`` is cut at MOST_BODY_TEXT; ``note`` says so."""
-    shown = content.describe(fields, kept)
     kind_of = content.field(fields, "content-type")
+    shown = (
+        content.describe(fields, kept)
+        if unmask
+        else content.describe(fields, kept, lambda data: mask.body_bytes(data, kind_of))
+    )
     text = shown.text[:MOST_BODY_TEXT]
     notes = [shown.note] if shown.note else []
     if len(text) < len(shown.text):
@@ -560,6 +564,7 @@ def _one_message(message: Message, unmask: bool) -> dict[str, Any]:
     try:
         text = data.decode()
     except UnicodeDecodeError:
+        data = data if unmask else mask.body_bytes(data)
         return found | {"base64": base64.b64encode(data).decode()}
     return found | {"text": text if unmask else mask.body(text)}
 
@@ -583,6 +588,11 @@ def _masked_copy(request: copies.Copied) -> copies.Copied:
         for name, value in mask.fields(request.fields)
     ]
     body = mask.body_bytes(request.body, content.field(fields, "content-type"))
+    if content.field(fields, "content-encoding"):
+        kept = Kept(request.body, len(request.body))
+        if (plain := har.masked_plain(list(request.fields), kept)) is not None:
+            body = plain
+            fields = [item for item in fields if item[0].lower() != "content-encoding"]
     return request._replace(
         target=mask.target(request.target).replace(mask.MASK, mask.COPY_MASK),
         fields=fields,

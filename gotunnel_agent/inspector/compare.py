@@ -93,8 +93,12 @@ def _answer(record: Record) -> _Side:
 def _side(head: bytes, kept: Kept) -> _Side:
     """A head as far as it can be read; a target's may break rules."""
     line, _, block = head.decode("latin-1").partition("\n")
-    fields = []
+    fields: list[tuple[str, str]] = []
     for each in block.split("\n"):
+        if each[:1] in (" ", "\t") and fields:  # it belongs to the field before (RFC 9112 §5.2)
+            name, value = fields[-1]
+            fields[-1] = (name, f"{value} {each.strip()}".strip(" "))
+            continue
         name, colon, value = each.strip("\r").partition(":")
         if colon:
             fields.append((name.strip(), value.strip(" \t")))

@@ -97,8 +97,11 @@ class Shown(NamedTuple):
 Fields = Sequence[tuple[str, str]]
 
 
-def describe(fields: Fields, kept: Kept) -> Shown:
-    """How to show a body. ``fields`` are those of its head."""
+def describe(
+    fields: Fields, kept: Kept, hide: Callable[[bytes], bytes] = lambda data: data
+) -> Shown:
+    """How to show a body. ``fields`` are those of its head. ``hide`` masks the secrets in what is
+    shown in hex: no text is left in it in which they could be found afterwards."""
     if not kept.size:
         return Shown(EMPTY, "")
     notes = []
@@ -111,7 +114,7 @@ def describe(fields: Fields, kept: Kept) -> Shown:
         notes.append(note)
     # Of bytes that are still compressed, the type says nothing.
     kind = "" if note.startswith(NOT_DECODED) else field(fields, "content-type")
-    shown = _describe(kind, data, whole)
+    shown = _describe(kind, data, whole, hide)
     return shown._replace(note="; ".join([*notes, *filter(None, [shown.note])]))
 
 
@@ -135,7 +138,9 @@ def image_type(data: bytes) -> str:
     return next((name for name, fits in _IMAGES if fits(data)), "")
 
 
-def _describe(kind: str, data: bytes, whole: bool, *, inner: bool = False) -> Shown:
+def _describe(
+    kind: str, data: bytes, whole: bool, hide: Callable[[bytes], bytes], *, inner: bool = False
+) -> Shown:
     """``data`` is not compressed; ``whole``: it is all of the body. ``inner``: it is a part."""
     media = kind.partition(";")[0].strip().lower()
     image = image_type(data)
@@ -143,7 +148,7 @@ def _describe(kind: str, data: bytes, whole: bool, *, inner: bool = False) -> Sh
         note = f"it says {media[:MOST_NAME]}" if media not in (*_ANY, image) else ""
         return Shown(IMAGE, f"{image}, {len(data)} bytes", note=note, type=image)
     if media.startswith("multipart/") and not inner:
-        if parts := _multipart(kind, data, whole):
+        if parts := _multipart(kind, data, whole, hide):
             return parts
     text, note = _text(parameters(kind).get("charset", ""), media, data, whole)
     if media.startswith("image/") and media != "image/svg+xml":
@@ -151,7 +156,7 @@ def _describe(kind: str, data: bytes, whole: bool, *, inner: bool = False) -> Sh
             filter(None, ["it says that it is an image, and is none that is shown", note])
         )
     if text is None:
-        return Shown(HEX, hex_dump(data), note=note)
+        return Shown(HEX, hex_dump(hide(data)), note=note)
     if media == "application/x-www-form-urlencoded":
         return _form(text, note)
     if media == "text/event-stream":
@@ -409,7 +414,7 @@ def _unquoted(text: str) -> str:
     return unquote_plus(text, errors="backslashreplace")
 
 
-def _multipart(kind: str, data: bytes, whole: bool) -> Shown | None:
+def _multipart(kind: str, data: bytes, whole: bool, hide: Callable[[bytes], bytes]) -> Shown | None:
     """The parts of a multipart body (RFC 2046 §5.1); None if it has none."""
     boundary = parameters(kind).get("boundary", "").encode("latin-1", "replace")
     if not 0 < len(boundary) <= 70:
@@ -426,7 +431,7 @@ def _multipart(kind: str, data: bytes, whole: bool) -> Shown | None:
             notes.append(f"the first {MOST_PARTS} parts")
             break
         is_last = number == len(pieces) - 2
-        parts.append(_part(piece, not is_last))
+        parts.append(_part(piece, not is_last, hide))
     else:
         if whole:
             notes.append("its last boundary is missing")
@@ -435,7 +440,7 @@ def _multipart(kind: str, data: bytes, whole: bool) -> Shown | None:
     return Shown(MULTIPART, "", tuple(parts), "; ".join(notes))
 
 
-def _part(piece: bytes, whole: bool) -> Part:
+def _part(piece: bytes, whole: bool, hide: Callable[[bytes], bytes]) -> Part:
     """``piece`` is what stands between two boundaries."""
     piece = re.sub(rb"\A[ \t]*\r?\n", b"", piece)
     if piece.startswith((b"\r\n", b"\n")):
@@ -454,10 +459,10 @@ def _part(piece: bytes, whole: bool) -> Part:
     if "filename*" in given:
         filename = _extended(given["filename*"])
     media = field(fields, "content-type")
-    name = given.get("name", "")
+    name = given.get("name", "") or _extended(given.get("name*", ""))
     if not content:
         return Part(name, "", filename, media, EMPTY)
-    shown = _describe(media or "text/plain", content, whole, inner=True)
+    shown = _describe(media or "text/plain", content, whole, hide, inner=True)
     return Part(name, shown.text, filename, media, shown.kind, len(content), shown.note)
 
 

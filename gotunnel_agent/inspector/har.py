@@ -183,12 +183,17 @@ def _body(kept: Kept, fields: list[tuple[str, str]], unmask: bool, encoding: str
                 found["compression"] = len(plain) - kept.size
                 data, coding = plain, ""
         if coding:
-            found["_contentEncoding"] = _text(coding)  # the text is as it was transferred
+            hidden = None if unmask else masked_plain(fields, kept)
+            if hidden is None:
+                found["_contentEncoding"] = _text(coding)  # the text is as it was transferred
+            else:
+                data = hidden
+    kind = content.field(fields, "content-type")
     try:
         text = data.decode()
-        kind = content.field(fields, "content-type")
         found["text"] = text if unmask else mask.body(text, kind)
     except UnicodeDecodeError:
+        data = data if unmask or content.image_type(data) else mask.body_bytes(data, kind)
         found["text"], found[encoding] = base64.b64encode(data).decode(), "base64"
     if not kept.whole:
         found["_size"] = kept.size
@@ -196,9 +201,18 @@ def _body(kept: Kept, fields: list[tuple[str, str]], unmask: bool, encoding: str
     return found
 
 
+def masked_plain(fields: list[tuple[str, str]], kept: Kept) -> bytes | None:
+    """A compressed body decoded and with its secrets masked; None if no secret was found in it."""
+    plain, _, note = content.decoded(fields, kept)
+    if note.startswith(content.NOT_DECODED):
+        return None
+    masked = mask.body_bytes(plain, content.field(fields, "content-type"))
+    return None if masked == plain else masked
+
+
 def _websocket_message(message: Message, unmask: bool) -> dict[str, Any]:
     is_text = message.kind == "text"
-    data = message.data
+    data = message.data if unmask or is_text else mask.body_bytes(message.data)
     text = data.decode("utf-8", "replace") if is_text else base64.b64encode(data).decode()
     return {
         "type": "send" if message.from_visitor else "receive",

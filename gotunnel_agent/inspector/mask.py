@@ -4,7 +4,8 @@ What a user sees in the inspector is shown to others as well: on a shared screen
 in a HAR file beside a bug report. So secrets are masked in everything that leaves the inspector,
 until the user asks for them.
 
-What is a secret is decided by its name (SECRET_PARTS, SECRET_NAMES) or by its form (_FORMS). This
+What is a secret is decided by its name (SECRET_PARTS, SECRET_WORDS, SECRET_NAMES) or by its form
+(_FORMS), also in a text within a text: JSON in a string of JSON, a percent-encoded value. This
 finds what is called by its name; it cannot find all. A name stays in sight, and so does the form of
 a value where it helps: the scheme of Authorization, the names of cookies.
 
@@ -14,6 +15,8 @@ the length of the text and no faster: each pattern has bounds, or eats what it h
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
 from collections.abc import Sequence
@@ -47,11 +50,27 @@ SECRET_PARTS = (
     "csrf",
     "xsrf",
     "jwt",
+    "appkey",
+    "clientkey",
+    "licensekey",
+    "masterkey",
+    "sessionkey",
+    "sharedkey",
+    "webhookkey",
+    "codeverifier",
+    "mfacode",
+    "otpcode",
+    "samlresponse",
 )
-# ... or is one of these ...
+# ... or its last word is one of these: X-Auth, db_pass, userPin ...
+SECRET_WORDS = frozenset({
+    "auth", "authentication", "bearer", "hmac", "otp", "pass", "pin", "pwd", "sess", "session",
+    "totp",
+})  # fmt: skip
+# ... or it is one of these ...
 SECRET_NAMES = frozenset({
-    "assertion", "auth", "bearer", "cvc", "cvv", "key", "otp", "pass", "pin", "pwd", "sid", "sig",
-    "xamzsignature", "xgoogsignature", "xfunctionskey",
+    "assertion", "cvc", "cvv", "key", "sid", "sig", "signature", "xamzsignature", "xfunctionskey",
+    "xgoogsignature", "xsid",
 })  # fmt: skip
 # ... unless it ends with one of these: token_type and secretName are about a secret.
 HARMLESS_ENDS = (
@@ -60,7 +79,12 @@ HARMLESS_ENDS = (
 )  # fmt: skip
 HARMLESS_NAMES = frozenset({"accesscontrolallowcredentials"})
 
+# An OAuth code (RFC 6749 §4.1.2) is a secret, but "code" is many other things: what is beside it
+# decides.
+BESIDE_CODE = ("state=", "grant_type=", "client_id=")
+
 _NOT_PLAIN = re.compile(r"[^a-z0-9]+")
+_LAST_WORD = re.compile(r"(?:[A-Z]?[a-z]+|[A-Z]+)(?=[^A-Za-z]*\Z)")
 MOST_NAME = 100  # characters of a name in a body
 
 # Secrets that are known by their form, wherever they are. Before each pattern the words of which a
@@ -79,6 +103,9 @@ _FORMS = tuple(
         (("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
         (("AKIA", "ASIA"), r"\bA(?:KI|SI)A[0-9A-Z]{16}\b"),  # AWS
         (("AIza",), r"\bAIza[\w-]{35}"),  # Google
+        (("/services/T",), r"(?<=/services/)T[A-Z0-9]{6,}/B[A-Z0-9]{6,}/\w{16,}"),  # Slack's hooks
+        (("/webhooks/",), r"(?<=/webhooks/)[0-9]{10,}/[\w-]{40,}"),  # Discord's
+        ((":AA",), r"\b[0-9]{6,12}:AA[\w-]{30,}"),  # Telegram's bots
         (
             ("PRIVATE KEY-----",),
             r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----(?s:.*?)"
@@ -87,20 +114,64 @@ _FORMS = tuple(
     )
 )
 _BEARER = re.compile(r"\b([Bb]earer )[\w.~+/=-]{8,}", re.ASCII)
+_BASIC = re.compile(r"\b([Bb]asic )([A-Za-z0-9+/]{4,}={0,2})")
+_BASE64 = re.compile(r"(?<![\w+/-])eyJ[\w+/-]{8,}")  # a JSON object: {"
 _USER_OF_URL = re.compile(r"(://[^/\s:@\"'<>]{0,100}:)[^/\s@\"'<>]{1,300}@")
 # name=value, in a query or as a log line writes it.
-_PAIR = re.compile(r"(?<![^?&;#\s\"'<>{,(])([^=&?;#\s\"'<>{,(]{1,100})=([^&\s\"'<>]+)")
-_LINE = re.compile(r"^([ \t>-]{0,20}([\w.-]{1,100})[ \t]?:[ \t]?)(\S[^\r\n]*)", re.MULTILINE)
-_KEY = re.compile(r'"((?:[^"\\\r\n]|\\.){1,100})"\s{0,20}:\s{0,20}')
+_NAME = re.compile(r"(?<![^?&;#\s\"'<>{,(])([^=&?;#\s\"'<>{,(]{1,100})=(?=[^&\s\"'<>])")
+_VALUE = re.compile(r"[^&\s\"'<>]+")
+MOST_ENCODED = 3  # percent-encodings of a value that are undone to look for secrets
+# name: "value" and name = 'value', as JavaScript, Python, GraphQL, shells and attributes of HTML
+# have it, and JSON in a string of JSON: \"name\": \"value\", \"name\": 1.
+_ASSIGNED = re.compile(
+    r"(?<![\w.$-])([A-Za-z_$][\w.$-]{0,99})(\\{0,15})[\"'`]?\s{0,20}(?:=>|:=|[:=])\s{0,20}"
+    r"(?:(\\{0,15}[\"'`])|(?=[\[{]|-?[0-9]))"
+)
+_UNQUOTED = re.compile(r"[\[{][^\]}]*|[-+0-9.eE]+")
+_LINE = re.compile(
+    r"^([ \t>-]{0,20}([\"'])?([\w.-]{1,100})(?(2)\2|)(?:[ \t]?:|[ \t]{1,20}=>?)[ \t]?)"
+    r"((?(2)(?![\"'\[{0-9-]|null\b|true\b|false\b)|)\S[^\r\n]*)",
+    re.MULTILINE,
+)
+# A text of several lines in YAML.
+_BLOCK = re.compile(
+    r"^([ \t-]{0,20}[\"']?([\w.-]{1,100})[\"']?[ \t]?:[ \t]{0,20}[|>][-+0-9]{0,3}[ \t]{0,20}\r?\n)"
+    r"((?:[ \t]+\S[^\n]*(?:\n|\Z))+)",
+    re.MULTILINE,
+)
+_KEY = re.compile(r'"((?:[^"\\\r\n]|\\.){1,100})"\s*:\s*')
+# {"name": "password", "value": "..."} and ["password", "..."]
+_NAME_VALUE = re.compile(
+    r'(?:"(?:name|key|field|header)"\s*:\s*"([^"\\]{1,100})"\s*,\s*"val(?:ue)?"\s*:\s*'
+    r'|\[\s*"([^"\\]{1,100})"\s*,\s*(?="(?:[^"\\]|\\.)*"\s*(?:\]|\Z)))',
+    re.IGNORECASE | re.DOTALL,
+)
+_STRING = re.compile(
+    r'(?<!\\)((\\{1,15})"([^"\\]{1,100})\2"\s{0,20}:\s{0,20})'
+    r'(?:(\2")(?!\2").*?(?=(?<!\\)\2"|(?<!\\)"|\Z)|[\[{][^\]}]*|-?[0-9][0-9.eE+-]*)',
+    re.DOTALL,
+)
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NUMBER = re.compile(r"[-+0-9.eE]+")
 _NEXT = re.compile(r'["\[\]{}]')
+# From the beginning of a line on: a body of one long line would take for ever otherwise.
 _PART = re.compile(
-    r"(\bname=\"?([^\"\r\n;]{1,100})\"?[^\r\n]{0,1000}\r?\n(?:[^\r\n]{1,1000}\r?\n){0,20}\r?\n)"
-    r"(.*?)(?=\r?\n--|\Z)",
+    r"^(content-disposition:[^\r\n]*\r?\n(?:[^\r\n]{1,1000}\r?\n){0,20}\r?\n)(.*?)(?=\r?\n--|\Z)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+MOST_DISPOSITION = 1000  # characters of a part's head in which its name is looked for
+_NAME_OF_PART = re.compile(r"\bname(?:\*=[\w-]{0,20}'[\w-]{0,20}')?=?[\"']?([^\"\r\n;]{1,100})")
+_ELEMENT = re.compile(
+    r"(<([A-Za-z_][\w:.-]{0,99})(?:\s[^<>]{0,200})?>)"
+    r"(?:\s*<!\[CDATA\[.*?(?:\]\]>|\Z)|[^<]+(?=</|\Z))",
     re.DOTALL,
 )
-_ELEMENT = re.compile(r"(<([A-Za-z_][\w:.-]{0,99})(?:\s[^<>]{0,200})?>)([^<]+)(?=</)")
+# <input name="csrf_token" value="...">
+_TAG = re.compile(r"<[A-Za-z][^<>]{0,2000}")
+_NAME_OF_TAG = re.compile(r"\s(?:name|key|id|property|type)\s{0,9}=\s{0,9}[\"']?([^\s\"'>]{1,100})")
+_VALUE_OF_TAG = re.compile(
+    r"(\s(?:value|content)\s{0,9}=\s{0,9})(?:(\"[^\"]+\"?|'[^']+'?)|[^\s\"'>]+)", re.IGNORECASE
+)
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -111,7 +182,10 @@ def is_secret(name: str) -> bool:
         return True
     if plain in HARMLESS_NAMES or plain.endswith(HARMLESS_ENDS):
         return False
-    return any(part in plain for part in SECRET_PARTS)
+    if any(part in plain for part in SECRET_PARTS):
+        return True
+    word = _LAST_WORD.search(name[-MOST_NAME:])
+    return word is not None and word[0].lower() in SECRET_WORDS
 
 
 def field(name: str, value: str) -> str:
@@ -129,7 +203,7 @@ def field(name: str, value: str) -> str:
         return _cookie(pair) + semicolon + rest
     if is_secret(name):
         return MASK
-    return _by_form(_PAIR.sub(_masked_pair, value))
+    return _by_form(_pairs(value))
 
 
 def _cookie(pair: str) -> str:
@@ -140,7 +214,9 @@ def _cookie(pair: str) -> str:
 def target(text: str) -> str:
     """A request target, or any URL."""
     path, question, query = text.partition("?")
-    return _by_form(path + question + _form(query))
+    begin = re.search("[;#]", path)  # /x;jsessionid=... (RFC 3986 §3.3)
+    end = begin.start() if begin else len(path)
+    return _by_form(path[:end] + _pairs(path[end:]) + question + _form(query))
 
 
 def head(text: str) -> str:
@@ -187,51 +263,165 @@ def body_bytes(data: bytes, content_type: str = "") -> bytes:
 # Parts
 
 
-def _text(text: str) -> str:
-    if '":' in text or '" :' in text:
+def _text(text: str, encoded: bool = True) -> str:
+    """``encoded``: look into percent-encoded values as well."""
+    if '"' in text and (":" in text or "[" in text):
         text = _json(text)
     if "form-data" in text.lower():
-        text = _PART.sub(lambda m: m[1] + MASK if is_secret(m[2]) and m[3] else m[0], text)
-    if "</" in text:
+        text = _PART.sub(_masked_part, text)
+    if "<" in text:
         text = _ELEMENT.sub(lambda m: m[1] + MASK if is_secret(m[2]) else m[0], text)
-    if ":" in text:
-        text = _LINE.sub(lambda m: m[1] + field(m[2], m[3]) if is_secret(m[2]) else m[0], text)
+        text = _TAG.sub(lambda m: _tag(m[0]), text)
+    if ":" in text or "=" in text:
+        text = _assigned(text)
+        text = _BLOCK.sub(lambda m: m[1] + f"  {MASK}\n" if is_secret(m[2]) else m[0], text)
+        text = _LINE.sub(lambda m: m[1] + field(m[3], m[4]) if is_secret(m[3]) else m[0], text)
     if "=" in text:
-        text = _PAIR.sub(_masked_pair, text)
+        text = _pairs(text, encoded)
     return _by_form(text)
+
+
+def _masked_part(match: re.Match[str]) -> str:
+    names = _NAME_OF_PART.findall(match[1][:MOST_DISPOSITION])
+    return match[1] + MASK if match[2] and any(map(is_secret, names)) else match[0]
+
+
+def _tag(text: str) -> str:
+    names = _NAME_OF_TAG.findall(text)
+    if not any(map(is_secret, names)):
+        return text
+    return _VALUE_OF_TAG.sub(lambda m: f'{m[1]}"{MASK}"' if m[2] else m[1] + MASK, text)
+
+
+def _assigned(text: str) -> str:
+    """Values in quotes, escaped or not, behind names of secrets."""
+    parts, at, searched = [], 0, 0
+    while match := _ASSIGNED.search(text, searched):
+        searched = match.end()
+        if not is_secret(match[1]):
+            continue
+        end, quote = searched, match[3]
+        if quote:
+            end = _end_of_quoted(text, searched, quote)
+        elif match[2] and not match[1].lower().endswith("tokens"):
+            value = _UNQUOTED.match(text, searched)
+            end = value.end() if value else searched
+        if end > searched:
+            parts += [text[at:searched], MASK]
+            at = searched = end
+    return "".join(parts) + text[at:] if parts else text
+
+
+def _end_of_quoted(text: str, at: int, quote: str) -> int:
+    """Where that quotation mark comes next without a further backslash; else where the text ends,
+    which may be cut."""
+    end = at - 1
+    while (end := text.find(quote, end + 1)) > at and text[end - 1] == "\\":
+        pass
+    return end if end >= at else len(text)
 
 
 def _by_form(text: str) -> str:
     for words, pattern in _FORMS:
         if any(word in text for word in words):
             text = pattern.sub(MASK, text)
+    if "eyJ" in text:
+        text = _BASE64.sub(_masked_base64, text)
     if "://" in text:
         text = _USER_OF_URL.sub(rf"\1{MASK}@", text)
+    if "asic " in text:
+        text = _BASIC.sub(_masked_basic, text)
     return _BEARER.sub(rf"\1{MASK}", text) if "earer " in text else text
 
 
-def _masked_pair(match: re.Match[str]) -> str:
-    return f"{match[1]}={MASK}" if is_secret(unquote_plus(match[1])) else match[0]
+def _masked_basic(match: re.Match[str]) -> str:
+    """Of a user and a password. Words behind "basic" are no base64 with a colon in it."""
+    return match[1] + MASK if b":" in _from_base64(match[2]) else match[0]
+
+
+def _masked_base64(match: re.Match[str]) -> str:
+    plain = _from_base64(match[0]).decode("latin-1")
+    return MASK if plain and _json(plain) != plain else match[0]
+
+
+def _from_base64(text: str) -> bytes:
+    """In either alphabet, with or without padding, also cut; b"" if it is none."""
+    text = text.rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(text[: len(text) // 4 * 4] + _padded(text[len(text) // 4 * 4 :]))
+    except binascii.Error:
+        return b""
+
+
+def _padded(rest: str) -> str:
+    return rest.ljust(4, "=") if len(rest) > 1 else ""
+
+
+def _pairs(text: str, encoded: bool = True) -> str:
+    """name=value anywhere. ``encoded``: also a value that hides a secret in percent-encoding."""
+    parts, at, searched, looked = [], 0, 0, 0
+    while match := _NAME.search(text, searched):
+        searched = match.end()
+        hides = is_secret(unquote_plus(match[1]))
+        # Pairs may be within a value, so a value is looked at once.
+        if not hides and (not encoded or searched < looked):
+            continue
+        value = _VALUE.match(text, searched)
+        end = looked = value.end() if value else searched
+        if hides or _hides_secret(text[searched:end]):
+            parts += [text[at:searched], MASK]
+            at = searched = end
+    return "".join(parts) + text[at:] if parts else text
+
+
+def _hides_secret(value: str) -> bool:
+    """Whether there is a secret in a value once its percent-encoding is undone."""
+    for _ in range(MOST_ENCODED):
+        if "%" not in value:
+            return False
+        plain = unquote_plus(value)
+        if plain == value:
+            return False
+        if _text(plain, encoded=False) != plain:
+            return True
+        value = plain
+    return False
 
 
 def _form(text: str) -> str:
     """name=value pairs with & between them, and nothing else."""
     pairs = text.split("&")
+    has_code = any(pair.startswith(BESIDE_CODE) for pair in pairs)
     for number, pair in enumerate(pairs):
         name, equals, value = pair.partition("=")
-        if value and is_secret(unquote_plus(name)):
+        if not value:
+            continue
+        if (
+            is_secret(unquote_plus(name))
+            or (has_code and name == "code")
+            or ("%" in value and _hides_secret(value))
+        ):
             pairs[number] = f"{name}{equals}{MASK}"
+        elif "=" in value:
+            pairs[number] = name + equals + _pairs(value, encoded=False)
     return "&".join(pairs)
 
 
 def _json(text: str) -> str:
     """The values behind keys of secrets, in JSON that may be cut at both ends."""
+    text = _behind(_NAME_VALUE, text)
+    return _behind(_KEY, text)
+
+
+def _behind(pattern: re.Pattern[str], text: str) -> str:
+    """Mask the value behind each match whose first group that took part names a secret."""
     parts, at, searched = [], 0, 0
-    while match := _KEY.search(text, searched):
+    while match := pattern.search(text, searched):
         searched = match.end()
-        if not is_secret(_unescaped(match[1])):
+        key = match[match.lastindex or 0]
+        if not is_secret(_unescaped(key)):
             continue
-        end = _end_of_value(text, searched, match[1])
+        end = _end_of_value(text, searched, key)
         if end > searched:
             parts += [text[at:searched], f'"{MASK}"']
             at = searched = end

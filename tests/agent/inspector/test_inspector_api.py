@@ -1,5 +1,6 @@
 """The inspector's page and JSON API, over HTTP."""
 
+import base64
 import contextlib
 import gzip
 import http.client
@@ -187,6 +188,41 @@ def test_a_secret_in_a_compressed_body_is_masked(inspector, ring):
     assert inspector.ask(path)[2] == b"password=" + MASK.encode()
     assert inspector.ask(f"{path}?unmask=1")[2] == data
     assert inspector.ask(f"{path}?unmask=1&decoded=1")[2] == f"password={SECRET}".encode()
+
+
+BINARY = f'\x01{{"password": "{SECRET}"}}\xff'.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [("", BINARY), ("gzip", gzip.compress(BINARY)),
+     ("gzip", gzip.compress(f"password={SECRET}".encode()))],
+    ids=["bytes", "bytes in gzip", "text in gzip"],
+)  # fmt: skip
+def test_no_secret_leaves_in_hex_or_base64(inspector, ring, coding, body):
+    """Nor in a compressed body, whose bytes a copy or an archive would repeat."""
+    coded = f"Content-Encoding: {coding}\r\n" if coding else ""
+    head = f"POST / HTTP/1.1\r\nHost: a\r\n{coded}\r\n".encode()
+    kept = Kept(body, len(body))
+    each = record(
+        request_head=head, request_body=kept,
+        response_head=head.replace(b"POST / HTTP/1.1", b"HTTP/1.1 200 OK"), response_body=kept,
+    )  # fmt: skip
+    each.add_message(Message(1.0, True, "binary", BINARY, len(BINARY)), 10_000)
+    ring.add(each)
+    texts = []
+    for path in ("visits/1", "har", "visits/1/curl", "visits/1/python"):
+        text = inspector.ask(f"/api/v1/{path}")[2].decode()
+        assert len(text) > 50
+        # The ASCII at the right of hex is in pieces of 16.
+        texts.append(re.sub(r"\|(\\n|$)[0-9a-f]{8}[0-9a-f ]{52}\|", "", text))
+    for found in re.findall(r"[A-Za-z0-9+/]{20,}={0,2}", "".join(texts)):
+        with contextlib.suppress(ValueError):
+            plain = base64.b64decode(found)
+            with contextlib.suppress(OSError, EOFError):
+                plain += gzip.decompress(plain)
+            texts.append(plain.decode("latin-1"))
+    assert SECRET not in "".join(texts)
 
 
 def test_an_image_is_not_masked(inspector, ring):

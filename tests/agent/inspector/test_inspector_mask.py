@@ -136,6 +136,16 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+HOSTILE += [
+    seed * (60000 // len(seed))
+    for seed in (
+        "a=?", "a=%25", "<a name=token ", "token: |\n x\n", 'a: "\\', 'token="x', "Basic aaaa ",
+        '["token","', '\\"token\\":[', "<token><![CDATA[", "eyJaaaaaaaa ",
+    )
+]  # fmt: skip
+HOSTILE.append("form-data " + "name=a " * 9000)
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
 def test_the_time_grows_with_the_length_and_no_faster(text):
     """A pattern that backtracks over 60 kB would take minutes."""
@@ -143,3 +153,85 @@ def test_the_time_grows_with_the_length_and_no_faster(text):
     mask.body(text)
     mask.head(text)
     assert time.process_time() - began < 2
+
+
+HIDDEN = [  # a type, and a body in which the secret stands where it is not seen at once
+    ("application/json", '{"a": "{\\"password\\": \\"%s\\"}"}'),
+    ("application/json", r'{"a": "{\"b\": \"{\\\"token\\\": \\\"%s\\\"}\"}"}'),
+    ("application/json", '{"query": "mutation{login(password:\\"%s\\")}"}'),
+    ("application/json", '{"password"\n  :  \n"%s"}'),
+    ("application/json", '[{"name": "password", "value": "%s"}]'),
+    ("application/json", '{"headers": [["Authorization", "%s"]]}'),
+    ("application/json", '{"session": "%s", "user_session": "%s"}'),
+    ("application/x-www-form-urlencoded", "payload=%%7B%%22password%%22%%3A%%22%s%%22%%7D"),
+    ("application/x-www-form-urlencoded", "next=%%252Fcb%%253Ftoken%%253D%s"),
+    ("application/x-www-form-urlencoded", "code=%s&state=1"),
+    ("text/plain", "PASSWORD = '%s'\nTOKEN=\"%s\"\npass = %s\n"),
+    ("text/plain", "{'password': '%s', token: `%s`}"),
+    ("text/yaml", "password: |\n  %s\n  %s\nuser: me\n"),
+    ("text/yaml", "\"password\": %s\n'token': %s\n"),
+    ("text/html", '<input type=hidden name="csrf_token" value="%s">'),
+    ("text/html", "<meta content='%s' name=csrf-token>"),
+    ("application/xml", "<password><![CDATA[%s]]></password><a token='%s'/>"),
+    ("application/xml", "<password>%s"),  # cut
+    ("multipart/form-data; boundary=x",
+     "--x\r\nContent-Disposition: form-data; name*=utf-8''password\r\n\r\n%s\r\n--x--"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), HIDDEN)
+def test_a_secret_within_another_text(kind, text):
+    text = text % ((SECRET,) * (text.replace("%%", "").count("%s")))
+    assert SECRET in text
+    shown = mask.body(text, kind)
+    assert SECRET not in shown
+    assert MASK in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("X-Auth", SECRET, MASK),
+        ("X-Session", SECRET, MASK),
+        ("X-Client-Key", SECRET, MASK),
+        ("dbPass", SECRET, MASK),
+        ("Refresh", f"0; url=/x?token={SECRET}", f"0; url=/x?token={MASK}"),
+        ("Location", f"/cb#a=1&access_token={SECRET}", f"/cb#a=1&access_token={MASK}"),
+        ("Location", f"/in?next=%2Fcb%3Ftoken%3D{SECRET}", f"/in?next={MASK}"),
+        ("X-Data", "eyJ0b2tlbiI6ICJzM2NyM3QifQ==", f"{MASK}=="),  # {"token": "s3cr3t"}
+        ("X-Data", "eyJuYW1lIjogImJvYiJ9", "eyJuYW1lIjogImJvYiJ9"),  # {"name": "bob"}
+        ("X-Was", "Basic dXNlcjpwYXNz", f"Basic {MASK}"),
+        ("X-Was", "Basic information", "Basic information"),
+    ],
+)
+def test_a_secret_within_a_field(name, value, shown):
+    assert mask.field(name, value) == shown
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        (f"/a;jsessionid={SECRET}?b=1", f"/a;jsessionid={MASK}?b=1"),
+        (f"/a?b=1;token={SECRET}", f"/a?b=1;token={MASK}"),
+        ("/services/T00000000/B00000000/abcdefghijklmnop", f"/services/{MASK}"),
+        (f"/a?u=http%3A%2F%2Fu%3A{SECRET}%40h", f"/a?u={MASK}"),
+        ("/a?code=404&page=1", "/a?code=404&page=1"),
+        ("/a?q=50%25&AccountSid=AC1", "/a?q=50%25&AccountSid=AC1"),
+    ],
+)
+def test_a_secret_within_a_path(path, shown):
+    assert mask.target(path) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"password": null, "max_tokens": 5, "session_name": "x", "compass": "n"}',
+        '{\n  "token": null,\n  "user": "me"\n}',
+        "<p>Basic authentication needs a password</p>",
+        '<input name="user" value="bob"><meta name="author" content="me">',
+        '["password", "email", "name"]',
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert mask.body(text) == text
