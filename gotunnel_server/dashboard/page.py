@@ -11,8 +11,6 @@ the style and the script by hash: should HTML get in all the same, nothing in it
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import time
@@ -22,6 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
+
+from gotunnel_agent.common import content_policy
 
 from ..visitors.pages import Page
 
@@ -44,23 +44,7 @@ _PARTS = _PLACEHOLDER.split(_SOURCE)
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 
 
-def _hashes(tag: str, text: str) -> str:
-    """The elements of a kind as sources of a Content-Security-Policy (CSP level 3, "hash-source").
-    Data blocks, which have a type, are not run and need none."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    digests = (hashlib.sha256(part.encode()).digest() for part in found)
-    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-
-# No inline handlers or style attributes, nothing from elsewhere, forms and requests go to the
-# gateway only, no other page may frame this one (clickjacking), and the script cannot make HTML of
-# text (trusted types).
-CONTENT_POLICY = (
-    f"default-src 'none'; script-src {_hashes('script', _SOURCE)}; "
-    f"style-src {_hashes('style', _SOURCE)}; img-src data:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-)
+CONTENT_POLICY = content_policy.for_page(_SOURCE.encode(), "data:")
 
 
 def render(document: Document, csrf: str = "") -> Page:
@@ -507,8 +491,9 @@ _LOGIN_STYLE = """
   main .fault { margin: 0 0 .6rem; color: var(--bad) }
 """
 _STYLE = re.findall(r"<style>(.*?)</style>", _SOURCE, re.DOTALL)[0] + _LOGIN_STYLE
+_LOGIN_HASH = content_policy.hashes("style", f"<style>{_STYLE}</style>".encode())
 LOGIN_POLICY = (
-    f"default-src 'none'; style-src {_hashes('style', f'<style>{_STYLE}</style>')}; img-src data:; "
+    f"default-src 'none'; style-src {_LOGIN_HASH}; img-src data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 

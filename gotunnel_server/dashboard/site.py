@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import json
 import logging
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import formatdate
-from hashlib import sha256
 from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote
 
 from gotunnel import Deadline
-from gotunnel_agent.common import addresses
+from gotunnel_agent.common import addresses, content_policy
 from gotunnel_agent.common.http1 import Malformed
 
 from ..visitors import pages
@@ -60,9 +58,8 @@ FORM = "application/x-www-form-urlencoded"
 
 POLICY = "default-src 'none'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 # Of an error as a page, in which the built-in template's own style is the only one that is used
-_STYLE = pages.BUILT_IN.text.partition("<style>")[2].partition("</style>")[0]
-_STYLE_HASH = b64encode(sha256(_STYLE.encode()).digest()).decode()
-ERROR_POLICY = f"{POLICY}; style-src 'sha256-{_STYLE_HASH}'; img-src data:"
+_STYLE_HASH = content_policy.hashes("style", pages.BUILT_IN.text.encode())
+ERROR_POLICY = f"{POLICY}; style-src {_STYLE_HASH}; img-src data:"
 
 # Of all answers, unless they bring their own. No other page may frame them (clickjacking). With
 # no-referrer, browsers would send "Origin: null" with a form.

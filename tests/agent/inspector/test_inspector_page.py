@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 
+from gotunnel_agent.common import content_policy
 from gotunnel_agent.inspector.page import FILE, page, policy
 
 TEXT = FILE.read_text(encoding="utf-8")
@@ -35,13 +36,15 @@ def test_the_page_is_found_in_an_archive(tmp_path, monkeypatch):
     """gotunnel.pyz is one."""
     archive = tmp_path / "program.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("boxed/__init__.py", "")
-        file.write(FILE.with_suffix(".py"), "boxed/page.py")
-        file.write(FILE, "boxed/page.html")
+        for name in ("boxed", "boxed/common", "boxed/inspector"):
+            file.writestr(f"{name}/__init__.py", "")
+        file.write(content_policy.__file__, "boxed/common/content_policy.py")
+        file.write(FILE.with_suffix(".py"), "boxed/inspector/page.py")
+        file.write(FILE, "boxed/inspector/page.html")
     monkeypatch.syspath_prepend(archive)
-    monkeypatch.delitem(sys.modules, "boxed", raising=False)
-    assert importlib.import_module("boxed.page").page() == page()
-    monkeypatch.delitem(sys.modules, "boxed")
+    assert importlib.import_module("boxed.inspector.page").page() == page()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "boxed"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_policy_names_each_style_and_script_of_a_page():
