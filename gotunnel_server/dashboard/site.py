@@ -148,14 +148,14 @@ class Dashboard:
             if path.startswith(MOUNT):
                 return self._at_gateway(request)
             if path == MOUNT.rstrip("/"):
+                _not_to_be_shown(request)
                 return pages.moved(MOUNT, request.method)
         return pages.landing(self._gateway_host)
 
     # One request
 
     def _serve(self, request: Request, mount: str, anybody: May) -> None:
-        if request.visit is not None:
-            request.visit.is_local = True
+        _not_to_be_shown(request)
         is_api = request.path.startswith(mount + API) and not _is_of_a_page(request)
         try:
             page = self._answer(request, mount, anybody)
@@ -323,6 +323,12 @@ def _named(pattern: Sequence[str], parts: Sequence[str]) -> tuple[str, ...] | No
         elif wanted != came:
             return None
     return tuple(named)
+
+
+def _not_to_be_shown(request: Request) -> None:
+    """A dashboard that is open would show itself among the visits."""
+    if request.visit is not None:
+        request.visit.is_local = True
 
 
 def _is_of_a_page(request: Request) -> bool:

@@ -139,9 +139,11 @@ def test_the_dashboards_own_requests_are_marked_in_the_records(cache):
     with gateway_here(cache, subscribers=[visits.extend], **SETTINGS) as gateway:
         with gateway.dial(GATEWAY_HOST) as wire:
             assert ask(wire, "GET", "/dashboard/api/v1/nothing", BEARER)[0] == 404
+            assert ask(wire, "GET", "/dashboard")[0] == 301
             assert ask(wire, "GET", "/")[0] == 200
-        wait_until(lambda: len(visits) == 2)
-    assert [(visit.is_local, visit.status) for visit in visits] == [(True, 404), (False, 200)]
+        wait_until(lambda: len(visits) == 3)
+    told = [(visit.is_local, visit.status) for visit in visits]
+    assert told == [(True, 404), (True, 301), (False, 200)]
 
 
 def test_a_request_body_that_is_not_read_ends_the_connection_behind_the_answer(gateway):
