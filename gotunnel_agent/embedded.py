@@ -83,7 +83,7 @@ class OpenTunnel:
     def __init__(
         self, agent: Agent, config: Config, *, random: bool, inspector: Started | None = None
     ):
-        """forward() makes it. ``config`` is the agent's; ``random``: the tunnel's name is.
+        """forward() makes it. ``config`` is the agent's. ``random``: the tunnel has a random name.
         ``inspector``: the agent's, which close() ends. Raises NoThread."""
         self._inspector = inspector
         self._agent, self._config = agent, config

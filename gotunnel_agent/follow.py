@@ -174,7 +174,7 @@ class Follower:
         it, after ``over`` was set."""
         self._woken.clear()
         self.asleep = True
-        # What came before that has woken nobody.
+        # Bytes that were noted before ``asleep`` was set have not woken this thread.
         if over.is_set() or any(followed.has_noted() for followed in self._all()):
             self.asleep = False
             return

@@ -41,7 +41,7 @@ class Started(Protocol):
     def settings(self) -> Inspect: ...
     @property
     def url(self) -> str:
-        """For a browser, with the token: whoever has it sees all visits."""
+        """For a browser, with the token, which lets its reader see all visits."""
 
     @property
     def address(self) -> str:

@@ -193,8 +193,8 @@ class RateLimits:
     def of_request(
         self, hostname: str, agent: object, limits: Limits, is_renewal: bool
     ) -> tuple[list[Token], list[Token]]:
-        """What must be there for an order that the operator asks for on the dashboard: the tokens
-        that the request takes, and those that its order takes or would take."""
+        """The tokens of an order that the operator asks for on the dashboard: those that the
+        request takes, and those that must be there as well, since the order takes them later."""
         bounds = self._bounds
         asked = [
             Token(f"asked {hostname}", bounds.asked,

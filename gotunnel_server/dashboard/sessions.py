@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 
 LIFETIME = 12 * 3600  # seconds from the login: a working day
-# Some 500 bytes each. Only a login makes one, so this many are somebody's scripts that log in again
-# and again: the oldest session ends.
+# Some 500 bytes each. Only a login makes a session, so this many come from scripts that log in
+# again and again: the oldest session ends.
 MOST_SESSIONS = 256
 ID_BYTES = 32
 
