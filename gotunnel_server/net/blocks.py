@@ -31,6 +31,7 @@ LEAST, MOST, USUAL = 1, 30 * 86400, 3600
 # Shortest prefixes of networks. A wider one is more likely a slip than a wish.
 WIDEST = {4: 8, 6: 19}  # 19: the largest block that a registry has given to one network
 MOST_REASON = 200  # characters
+CLOCK_SET = 2  # seconds between two clocks that mean that one was set; less is the time of a look
 
 
 class Refused(ValueError):
@@ -138,10 +139,15 @@ class Blocks:
         return found[1]
 
     def all(self) -> list[Block]:
-        """The blocks, the latest last."""
+        """The blocks, the latest last. If the clock was set meanwhile, they end when it says."""
         with self._lock:
             self._forget_ended()
-            return [block for _, block in self._blocks.values()]
+            began = self._clock() - self._now()  # the clock's time when the other one was 0
+            return [
+                block if abs(began + ends - block.until) < CLOCK_SET
+                else block._replace(until=began + ends)
+                for ends, block in self._blocks.values()
+            ]  # fmt: skip
 
     def _forget_ended(self) -> None:
         """Caller holds the lock."""

@@ -92,6 +92,18 @@ def test_a_clock_that_jumps_changes_no_block(time):
     assert "192.0.2.7" in blocks
 
 
+def test_a_block_is_told_and_kept_by_the_clock_as_it_was_set(time, tmp_path):
+    """As at the start of a machine that asks for the time by network."""
+    blocks = made(time, tmp_path)
+    time.clock = 60.0
+    block(blocks, "192.0.2.7", 600)
+    time.pass_(10)
+    time.clock = 5e9
+    assert [each.until for each in blocks.all()] == [5e9 + 590]
+    block(blocks, "192.0.2.8", 600)
+    assert len(made(time, tmp_path).all()) == 2
+
+
 def test_a_block_that_is_set_again_has_the_new_end(time):
     blocks = made(time)
     block(blocks, "192.0.2.7", 60)
