@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from shlex import quote
 from typing import Protocol
 
 from gotunnel_agent.common import addresses
@@ -75,10 +76,11 @@ def end_session(hall: Hall, call: Call) -> Document:
     session.end_by_operator(told)
     _log(call.who, "ended the session of agent %s at %s%s", name or "without a name",
          session.agent.host, f": {reason}" if reason else "")  # fmt: skip
+    # With the shared secret, an agent gives itself any name.
     keep_out = (
-        f"To keep it out, remove its credential: gotunnel-server agents remove {name}"
-        if name
-        else "To keep it out, change its secret"
+        "To keep it out, change JWT_SECRET, which all agents without an entry in AGENTS_FILE share"
+        if session.agent.identity.entry is None
+        else f"To keep it out, remove its credential: gotunnel-server agents remove {quote(name)}"
     )
     return {
         "ended": id,

@@ -52,6 +52,9 @@ class Identity(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def entry(self) -> object: ...  # in AGENTS_FILE; None: there is none
+
 
 class Agent(Protocol):
     """... of an agent (agents/registration.py)."""

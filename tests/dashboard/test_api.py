@@ -6,12 +6,16 @@ import re
 import socket
 import time
 from contextlib import closing, contextmanager
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
 from support import APP, CUT, RAW, ROOT, TIMEOUT, Wire, agent_here, answer, gateway_here
 
+from gotunnel_server.agents.identity import Identity
 from gotunnel_server.certs.state import NotRenewed
+from gotunnel_server.dashboard import acts
+from gotunnel_server.dashboard.calls import Call, May, Who
 
 TOKEN = "correct-horse-battery-staple-of-32-characters"
 
@@ -87,12 +91,25 @@ def test_an_act_ends_a_session_and_tells_the_agent(api, caplog):
     (session,) = api.get("state")["sessions"]
     status, told = api("POST", f"sessions/{session['id']}/end", {"reason": "old\nversion"})
     assert (status, told["ended"], told["agent"]) == (200, session["id"], "office")
-    assert "gotunnel-server agents remove office" in told["message"]
+    # There is no credential of that name: the agent has the shared secret.
+    assert "JWT_SECRET" in told["message"] and "agents remove" not in told["message"]
     assert api("POST", f"sessions/{session['id']}/end")[0] == 404
     assert (
         "127.0.0.1 (token) ended the session of agent office at 127.0.0.1: old version"
         in caplog.text
     )
+
+
+def test_the_command_that_keeps_an_agent_out_can_be_pasted():
+    """An operator may have named it so; a shell must not run a part of that."""
+    identity = Identity("office; reboot", entry=object())
+    session = SimpleNamespace(
+        agent=SimpleNamespace(identity=identity, host="192.0.2.1"),
+        end_by_operator=lambda reason: None,
+    )
+    hall = SimpleNamespace(session=lambda id: session)
+    told = acts.end_session(hall, Call(Who(May.ACT, "192.0.2.9"), ("aa",)))
+    assert told["message"].endswith("gotunnel-server agents remove 'office; reboot'.")
 
 
 SENSELESS = [
