@@ -38,6 +38,9 @@ log = logging.getLogger("gotunnel.start")
 # less than to read each at once.
 LOOK = 0.1
 REST = 0.001  # seconds, see Follower.look(): visits have the processor for most of the time
+# The part of ``memory`` that records may take. The process takes about as much again for the gaps
+# between them: after a flood of small visits, one of large bodies made it 1.8 times what it kept.
+RECORDS_SHARE = 1 / 2
 NEXT_PORTS = 20  # that are tried if one is in use
 REACHED_BY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all addresses: one that leads here
 
@@ -60,7 +63,7 @@ class Inspector:
         try:
             host, self.port = listening.getsockname()[:2]
             if before is None:
-                self._recorder = Recorder(Ring(settings.memory), settings.body)
+                self._recorder = Recorder(Ring(_budget(settings)), settings.body)
             else:
                 self._recorder = before._recorder
             self._ring = self._recorder.ring
@@ -94,7 +97,7 @@ class Inspector:
     def _attach(self, before: Inspector | None) -> None:
         """Have the agent's visits recorded."""
         if before is not None:
-            self._ring.set_budget(self.settings.memory)
+            self._ring.set_budget(_budget(self.settings))
             self._recorder.body = self.settings.body
             return
         self._follower.add(self._recorder)
@@ -181,6 +184,10 @@ def _listen(settings: Inspect, next_port: bool) -> socket.socket:
                 why += "; another agent's inspector or another program has it: choose another port"
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             raise CannotInspect(f"inspect: {where}: {why}") from None
+
+
+def _budget(settings: Inspect) -> int:
+    return int(settings.memory * RECORDS_SHARE)
 
 
 def _token(port: int) -> str:

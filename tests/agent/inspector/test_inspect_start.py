@@ -226,7 +226,7 @@ def test_its_settings_may_change_while_the_agent_runs(gateway, tmp_path, origin)
             # The same port, and what is kept stays.
             inspection.change(Inspect(port=port, body=0, memory=2**20))
             assert [len(each.response_body.data) for each in records(inspection._started)] == [2]
-            assert inspection._started._ring.budget == 2**20
+            assert inspection._started._ring.budget == 2**20 / 2
             with socket.create_server(("127.0.0.1", 0)) as taken:
                 with pytest.raises(CannotInspect):
                     inspection.change(Inspect(port=taken.getsockname()[1]))
