@@ -97,10 +97,13 @@ class Login:
         address = self.address(request)
         passwords, tokens = self.passwords, self._tokens
         authorization = ", ".join(request.fields.all("authorization"))
-        if bearer := _BEARER.fullmatch(authorization):
+        if authorization.partition(" ")[0].lower() == "bearer":
             if tokens is None:
                 text = "This gateway takes no token: DASHBOARD_TOKEN is not set there."
                 raise Refused(401, "wrong-token", text, (ASK_TOKEN,))
+            bearer = _BEARER.fullmatch(authorization)
+            if bearer is None:  # no token has such characters
+                raise Refused(401, "wrong-token", "The token is wrong. Try again.", (ASK_TOKEN,))
             _check(tokens, address, bearer[1], "wrong-token", "The token is wrong.", ASK_TOKEN)
             return Who(May.ACT, address, "token", is_valid=lambda: self._tokens is tokens)
         if passwords is not None:

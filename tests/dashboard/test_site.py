@@ -448,6 +448,14 @@ def test_the_token_reads_and_acts_without_a_csrf_token(board):
     assert Board(token=None).ask(END, "POST", Authorization=BEARER)[0] == 401
 
 
+@pytest.mark.parametrize("wrong", ["Bearer", "Bearer caf\xe9", f"Bearer {TOKEN} x", "bearer \\"])
+@pytest.mark.parametrize("password", [PASSWORD, None])
+def test_what_can_be_no_token_is_called_a_wrong_token(password, wrong):
+    """It is not the password that is wrong, nor does a program get the form for everybody."""
+    status, fields, _ = Board(password).ask("/api/v1/state", Authorization=wrong)
+    assert (status, fields.get("x-gotunnel-error")) == (401, "wrong-token")
+
+
 @pytest.mark.parametrize("how", ["form", "basic", "bearer"])
 def test_attempts_are_limited_by_address(board, how):
     def attempt(secret, peer="192.0.2.1"):
