@@ -14,6 +14,8 @@ EVENT_STREAM = "text/event-stream"
 # Interim answers (1xx) before the final one. A target may send some progress (102, 103); a thousand
 # is a target that will never answer.
 MOST_INTERIM = 1000
+# Steps in which the events of one answer are read, see kept.py.
+MOST_STEPS = 100_000
 KEPT_INTERIM = 10  # of their heads
 
 
@@ -94,7 +96,8 @@ class Answer:
             if room > 0:
                 self._kept += piece[:room]
             if self._stream is not None:
-                self.events += self._stream.feed(piece)
+                left = MOST_STEPS - self._stream.steps
+                self.events += self._stream.feed(piece, max(0, left))
         if body.complete:
             self.trailers = tuple(body.trailers)
             self._end()

@@ -7,8 +7,11 @@ beginning is kept. Line ends become LF.
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import NamedTuple
+
+from .kept import INFLATED_A_STEP, NO_LIMIT, TOO_MANY
 
 CODINGS = ("gzip", "x-gzip", "deflate")  # those that are undone piece by piece
 MOST_INFLATED = 1024 * 1024  # bytes that one piece of a compressed stream may give
@@ -16,6 +19,7 @@ CUT_SHORT = "cut short"
 INFLATER_COST = 48 * 1024  # bytes of memory: zlib's window of 32 KiB and its tables
 COMMENT = "a comment"
 NOT_READ = "the rest is not read: "
+_BLANK_LINES = re.compile(rb"\n+")
 
 
 class Event(NamedTuple):
@@ -41,22 +45,32 @@ class EventStream:
         self._line_ended = True
         self._held = bytearray()  # the beginning of an event
         self._size = 0
+        self._inflated_bytes = self._events = 0  # in all
+
+    @property
+    def steps(self) -> int:
+        """Steps that the reading took, see kept.py."""
+        return self._events + self._inflated_bytes // INFLATED_A_STEP
 
     @property
     def memory(self) -> int:
         """Bytes of memory that reading itself takes now, about."""
         return len(self._held) + (0 if self._zlib is None else INFLATER_COST)
 
-    def feed(self, data: bytes) -> list[Event]:
-        """The events that end with these bytes."""
+    def feed(self, data: bytes, most: int = NO_LIMIT) -> list[Event]:
+        """The events that end with these bytes. After ``most`` steps the rest is not read."""
         found: list[Event] = []
         if self._over:
             return found
+        if most <= 0:
+            self._give_up(found)
+            return found
         if self._zlib is not None:
             data = self._inflated(data, found)
+        last = self.steps + most
         data = self._cr + data
         self._cr = data[-1:] if data.endswith(b"\r") else b""
-        self._split(data[: len(data) - len(self._cr)], found)
+        self._split(data[: len(data) - len(self._cr)], found, last)
         return found
 
     def end(self) -> list[Event]:
@@ -73,6 +87,7 @@ class EventStream:
             return data
         try:
             out = inflater.decompress(data, MOST_INFLATED)
+            self._inflated_bytes += len(out)
         except zlib.error:
             self._over = True
             found.append(Event(b"", 0, f"{NOT_READ}its compression is broken"))
@@ -82,15 +97,18 @@ class EventStream:
             found.append(Event(b"", 0, f"{NOT_READ}it becomes too long when it is decompressed"))
         return out
 
-    def _split(self, data: bytes, found: list[Event]) -> None:
+    def _split(self, data: bytes, found: list[Event], last: int = NO_LIMIT) -> None:
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         at = 0
         while at < len(data):
-            if self._line_ended and data[at] == 10:  # a blank line
+            if self._line_ended and (blank_lines := _BLANK_LINES.match(data, at)):
                 self._finish(found)
-                at += 1
+                at = blank_lines.end()
                 continue
+            if self.steps >= last:
+                self._give_up(found)
+                return
             blank = data.find(b"\n\n", at)
             end = len(data) if blank < 0 else blank + 1
             self._size += end - at
@@ -99,9 +117,16 @@ class EventStream:
             self._line_ended = data[end - 1] == 10
             at = end
 
+    def _give_up(self, found: list[Event]) -> None:
+        self._over = True
+        self._held.clear()
+        self._size = 0
+        found.append(Event(b"", 0, NOT_READ + TOO_MANY))
+
     def _finish(self, found: list[Event], note: str = "") -> None:
         if not self._size:
             return
+        self._events += 1
         data = bytes(self._held)
         lines = data.rstrip(b"\n").split(b"\n")
         if not note and all(line.startswith(b":") for line in lines):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from time import monotonic, time
+from typing import Protocol, TypeVar
 
 from ..common.hostnames import WILDCARD
 from ..config import Tunnel
@@ -23,6 +24,9 @@ from .record import ENDED, OPEN, SHARE, Message, Record, Ring
 SMALL = 4096
 # Bytes by which the memory for a message that has not ended must change to be counted anew.
 LEAST_WORK = 1024
+# Steps in which messages of a visit are read (kept.py): so many a second, and at once. Few programs
+# send as many messages, and the latest thousand are kept.
+STEP_RATE, MOST_STEPS = 2000, 8000
 MOST_PIECES = 64  # of a body; more are joined, as each is an object
 MOST_TARGETS = 1000  # tunnels whose target's text is kept
 MOST_ADDRESS = 100  # characters of a visitor's address: IPv6 with a zone, and more than one
@@ -66,13 +70,24 @@ class Recorder:
         return found[1]
 
 
+T = TypeVar("T")
+
+
+class _Reader(Protocol[T]):
+    """A websocket.Reader or an EventStream."""
+
+    @property
+    def steps(self) -> int: ...
+    def feed(self, data: bytes, most: int) -> list[T]: ...
+
+
 class _Tape:
     """Makes a record of an exchange. Most visits are over soon: their record is made then, whole.
     Others get one when refresh() sees them, or when they take memory."""
 
     __slots__ = (
         "_record", "_recorder", "_tunnel", "_exchange", "_told", "_lock", "_asked", "_answered",
-        "_decided", "_frames", "_events",
+        "_decided", "_frames", "_events", "_steps", "_counted_at",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, tunnel: Tunnel, exchange: Exchange):
@@ -87,18 +102,19 @@ class _Tape:
         # Both directions of a WebSocket, the visitor's first; the answer's events.
         self._frames: tuple[websocket.Reader, websocket.Reader] | None = None
         self._events: EventStream | None = None
+        self._steps, self._counted_at = float(MOST_STEPS), 0.0  # that are left, since when
 
     def hear(self, answered: bool, data: bytes, now: float) -> None:
         """A piece of a body, or bytes after a change of protocol. Thread of the visit."""
         if not self._decided and self._exchange.status:
             self._decide()
         if self._frames is not None:
-            if frames := self._frames[answered].feed(data):
+            if frames := self._feed(self._frames[answered], data, now):
                 self._keep_frames(answered, frames, now)
             self._work(self._frames[False].memory + self._frames[True].memory)
             return
         if self._events is not None and answered:
-            if events := self._events.feed(data):
+            if events := self._feed(self._events, data, now):
                 self._keep_events(events, now)
             self._work(self._events.memory)
         body = self._answered if answered else self._asked
@@ -120,6 +136,15 @@ class _Tape:
             self._charge(record, len(piece))
         elif body.length > SMALL:
             self._opened()
+
+    def _feed(self, reader: _Reader[T], data: bytes, now: float) -> list[T]:
+        """Read messages, within the steps that the visit has (a token bucket)."""
+        before = reader.steps
+        more = max(0.0, now - self._counted_at) * STEP_RATE
+        left = min(self._steps + more, MOST_STEPS)
+        found = reader.feed(data, max(0, int(left)))
+        self._steps, self._counted_at = left - (reader.steps - before), now
+        return found
 
     def _decide(self) -> None:
         """The answer's head has come: are messages to follow?"""

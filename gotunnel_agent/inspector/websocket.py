@@ -18,6 +18,8 @@ import codecs
 import zlib
 from typing import NamedTuple
 
+from .kept import INFLATED_A_STEP, NO_LIMIT, TOO_MANY
+
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 KINDS = {TEXT: "text", BINARY: "binary", CLOSE: "close", PING: "ping", PONG: "pong"}
 LOST = "lost"  # the kind of what is told once, when the rest cannot be read
@@ -80,6 +82,7 @@ class Reader:
     def __init__(self, keep: int, extensions: Agreed = Agreed(), *, from_visitor: bool = False):
         """``keep``: bytes of each message that are kept."""
         self.lost = False  # nothing more is read
+        self._frames = 0  # that were read
         self._keep = keep
         self._other = extensions.other
         self._inflater: _Inflater | None = None
@@ -103,10 +106,17 @@ class Reader:
         held = 0 if self._message is None else self._message.held
         return held + (0 if self._inflater is None else INFLATER_COST + self._inflater.held)
 
-    def feed(self, data: bytes) -> list[Read]:
-        """The messages that end with these bytes."""
+    @property
+    def steps(self) -> int:
+        """Steps that the reading took, see kept.py."""
+        inflated = 0 if self._inflater is None else self._inflater.given
+        return self._frames + inflated // INFLATED_A_STEP
+
+    def feed(self, data: bytes, most: int = NO_LIMIT) -> list[Read]:
+        """The messages that end with these bytes. After ``most`` steps the rest is not read."""
         found: list[Read] = []
         at, end = 0, len(data)
+        last = self.steps + most
         while at < end and not self.lost:
             if self._left:
                 count = min(self._left, end - at)
@@ -115,6 +125,8 @@ class Reader:
                 self._left -= count
                 if not self._left:
                     self._end_frame(found)
+            elif self.steps >= last:
+                self._lose(found, TOO_MANY)
             else:
                 at = self._read_header(data, at, found)
         return found
@@ -133,6 +145,7 @@ class Reader:
         return [Read(LOST, b"", 0, "cut short in the header of a frame")]
 
     def _lose(self, found: list[Read], why: str) -> int:
+        self._frames = self.steps  # the inflater's, too
         self.lost, self._message, self._inflater = True, None, None
         found.append(Read(LOST, b"", 0, f"the rest is not read: {why}"))
         return 0
@@ -147,6 +160,7 @@ class Reader:
             self._header = header
             return len(data)
         self._header = b""
+        self._frames += 1
         if length > 125:
             length = int.from_bytes(header[2:begin], "big")
         opcode, final, reserved = header[0] & 15, bool(header[0] & 128), header[0] & 0x70
@@ -273,6 +287,7 @@ class _Inflater:
         self._keep, self._alone = keep, alone
         self._zlib = zlib.decompressobj(-zlib.MAX_WBITS)
         self._broken = False  # of this message, and of those after it unless each is alone
+        self.given = 0  # bytes, of all messages
         self._begin()
 
     def _begin(self) -> None:
@@ -298,6 +313,7 @@ class _Inflater:
                 self._break()
                 return
             self._total += len(out)
+            self.given += len(out)
             if len(self._out) < self._keep:
                 self._out += out[: self._keep - len(self._out)]
             piece = self._zlib.unconsumed_tail

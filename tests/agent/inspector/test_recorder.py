@@ -3,6 +3,8 @@
 import gzip
 import random
 import threading
+import time
+import zlib
 
 import pytest
 from test_websocket import MASK, frame
@@ -10,9 +12,17 @@ from test_websocket import MASK, frame
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.dialogue import CUT_SHORT, Dialogue, Exchange
 from gotunnel_agent.inspector import recorder as recorder_module
+from gotunnel_agent.inspector.kept import TOO_MANY
 from gotunnel_agent.inspector.record import ENDED, OPEN, RECORD_COST, Kept, Message, Ring
-from gotunnel_agent.inspector.recorder import MOST_PIECES, Recorder, visitor_of
+from gotunnel_agent.inspector.recorder import (
+    MOST_PIECES,
+    MOST_STEPS,
+    STEP_RATE,
+    Recorder,
+    visitor_of,
+)
 
+MIB = 1024 * 1024
 TUNNEL = Tunnel("app.test", Target("127.0.0.1", 80), "http")
 GET = b"GET /a?b=1 HTTP/1.1\r\nHost: x.test\r\nX-Forwarded-For: 192.0.2.7, 10.0.0.1\r\n\r\n"
 POST = b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
@@ -420,3 +430,53 @@ def test_a_head_with_thousands_of_fields_is_kept_as_it_is():
     [record] = visit.ring.all()
     assert record.status == 200 and record.problem == "" and record.visitor == "192.0.2.7"
     assert record.request_head.count(b"\r\n") == 5000 + 4
+
+
+def packed(count):
+    """A message of permessage-deflate that becomes ``count`` bytes."""
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(bytes(count)) + packer.flush(zlib.Z_SYNC_FLUSH)[:-4]
+
+
+DEFLATED = b"Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "many"),
+    [
+        (SWITCH, frame(9), MOST_STEPS),
+        (SWITCH, frame(1, final=False) + frame(0, final=False) * 10, MOST_STEPS),
+        (SWITCH + DEFLATED, frame(2, packed(MIB), reserved=0x40), MOST_STEPS // 64),
+        (EVENTS, b"a\n\n", MOST_STEPS),
+    ],
+    ids=["pings", "fragments", "bombs", "events"],
+)
+def test_more_messages_than_can_be_read_are_only_counted(head, piece, many):
+    """A frame of two bytes takes as long to read as one of 64 KiB: a visit of these would crawl."""
+    visit = Visit()
+    visit.ask(UPGRADE if head.startswith(SWITCH) else GET)
+    visit.answer(head + b"\r\n")
+    began = time.process_time()
+    visit.answer(piece * many * 2)
+    size = len(piece) * many * 2
+    [record] = visit.ring.all()
+    assert TOO_MANY in record.messages[-1].note
+    read = record.message_count + record.dropped
+    assert read <= MOST_STEPS + 1
+    for _ in range(50):  # nothing more is read, and everything is counted
+        visit.answer(piece * 1000)
+        size += len(piece) * 1000
+    assert time.process_time() - began < 3
+    visit.end()
+    assert record.message_count + record.dropped == read
+    assert record.response_body.size == size and record.state == ENDED
+
+
+def test_as_many_messages_a_second_as_can_be_read_are_read():
+    visit = Visit()
+    visit.ask(UPGRADE)
+    visit.answer(SWITCH + b"\r\n")
+    for _ in range(10):
+        visit.answer(frame(9) * STEP_RATE)
+    [record] = visit.ring.all()
+    assert record.message_count + record.dropped == 10 * STEP_RATE > MOST_STEPS
