@@ -346,6 +346,7 @@ def _record(each: dict[str, Any], where: str, body: int) -> Record:
         raise NotHar(f"{at}.method: {_shown(method)} came, expected one such as GET")
     scheme, authority, target = _url(request["url"], at)
     fields = _fields(request, at)
+    fields = [item for item in fields if item[0].lower() != "host" or _is_host(item[1])]
     if not any(name.lower() == "host" for name, _ in fields):
         fields.insert(0, ("Host", authority))
     if not any(name.lower() == "x-forwarded-proto" for name, _ in fields):
@@ -420,6 +421,15 @@ def _url(url: str, where: str) -> tuple[str, str, str]:
     except http1.Malformed as error:
         raise NotHar(f"{where}.url: {error}") from None
     return {"ws": "http", "wss": "https"}.get(parts.scheme, parts.scheme), authority, target
+
+
+def _is_host(value: str) -> bool:
+    """An export writes it into a URL, which an import would refuse."""
+    try:
+        _url(f"http://{value}/", "")
+    except NotHar:
+        return False
+    return not set("/?#@") & set(value)
 
 
 def _name(authority: str) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 from gotunnel import Deadline, Ends, NoThread, spawn
 
 from ..common.duplex import Duplex
+from ..common.hostnames import MAX_HOSTNAME, WILDCARD
 from ..common.hostnames import OPEN as OPEN_NAME
-from ..common.hostnames import WILDCARD
 from ..common.http1 import Malformed
 from ..config import HTTP1, Tunnel
 from ..dialogue import CUT_SHORT, NO_ANSWER, SWITCHING_PROTOCOLS
@@ -49,6 +49,8 @@ BODY = 64 * 1024  # bytes of an answer's body that are kept, unless the configur
 # limit spares the machine a minute of it at full speed.
 MOST_ANSWER = 1 << 30
 HTTPS_PORT = 443  # the gateway's end in a PROXY header, whose real port is not known here
+
+MOST_PORT = 6  # characters of a port behind a hostname, with its colon
 
 RUNNING, OVER, STOPPED, PASSED = "running", "ended", "stopped", "passed"
 
@@ -481,7 +483,9 @@ def route_for(record: Record, hostname: str, routes: Mapping[str, Route]) -> Rou
     if record.mode != "http":
         raise CannotReplay("a visit in tcp mode cannot be replayed: its bytes are not read", "tcp")
     wanted = hostname or record.hostname
-    route = find_route(hostname_of(wanted), routes)
+    # A longer one is none, and the look for its wildcard would take seconds.
+    may_be_one = len(wanted) <= MAX_HOSTNAME + MOST_PORT
+    route = find_route(hostname_of(wanted), routes) if may_be_one else None
     if route is None:
         others = [name for name, route in routes.items() if route.tunnel.mode == "http"]
         if record.imported and not hostname and len(others) == 1:
@@ -489,8 +493,8 @@ def route_for(record: Record, hostname: str, routes: Mapping[str, Route]) -> Rou
         else:
             known = ", ".join(sorted(others)[:10]) or "there is none"
             raise CannotReplay(
-                f"no tunnel of this agent serves {ascii(wanted)[1:-1]}; name one by hostname: "
-                f"{known}", "no-tunnel",
+                f"no tunnel of this agent serves {ascii(wanted[:MAX_HOSTNAME])[1:-1]}; name one by "
+                f"hostname: {known}", "no-tunnel",
             )  # fmt: skip
     _check(route.tunnel)
     return route

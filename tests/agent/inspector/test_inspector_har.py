@@ -517,3 +517,13 @@ def test_an_export_comes_in_pieces():
     assert len(pieces) > 5
     assert max(map(len, pieces)) < 4 * har.PIECE
     assert json.loads(b"".join(pieces))
+
+
+def test_a_host_that_is_none_gives_way_to_that_of_the_url():
+    """Else what is exported again could not be imported."""
+    document = exported(record())
+    headers = document["log"]["entries"][0]["request"]["headers"]
+    headers[0]["value"] = "a b"
+    [found] = read(json.dumps(document).encode(), body=LIMIT).records
+    assert b"Host: app.example.com\r\n" in found.request_head
+    assert read(json.dumps(exported(found)).encode(), body=LIMIT).records

@@ -4,6 +4,7 @@ import http.server
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 from inspector_samples import a_record
@@ -15,7 +16,7 @@ from gotunnel_agent.inspector import replay as replay_module
 from gotunnel_agent.inspector.mask import MASK
 from gotunnel_agent.inspector.order import CannotReplay
 from gotunnel_agent.inspector.record import ENDED, Kept, Ring
-from gotunnel_agent.inspector.replay import Replayer, find_route, in_words
+from gotunnel_agent.inspector.replay import Replayer, find_route, in_words, route_for
 from gotunnel_agent.target import Route
 from gotunnel_agent.trust import client_context
 from gotunnel_server.certs.local_ca import Authority
@@ -540,3 +541,10 @@ def test_an_imported_record_goes_to_the_only_tunnel_or_to_the_named_one(origin):
 def test_a_hostname_may_belong_to_a_wildcard_or_an_open_name(hostname, found):
     routes = {"a.example": "exact", "*.dev.example": "wild", "otter.*": "open"}
     assert find_route(hostname, routes) == found
+
+
+def test_a_hostname_that_is_too_long_is_not_looked_for():
+    began = time.process_time()
+    with pytest.raises(CannotReplay, match="no tunnel of this agent serves a.a.a") as refused:
+        route_for(a_record(), "a." * 100_000, {})
+    assert time.process_time() - began < 0.5 and len(str(refused.value)) < 500
