@@ -67,6 +67,13 @@ QR = [
     "segno>=1.6",
 ]
 
+INSPECT = [
+    # Decode br and zstd for show: bodies of gzip need nothing. Both are C with wheels for most
+    # systems, so the agent does without them; Python 3.14 has zstd itself. Older ones were not tried.
+    "brotli>=1.1",
+    'zstandard>=0.22; python_version < "3.14"',
+]
+
 TEST = [
     # A program that speaks HTTP/2. Older ones were not tried.
     "httpx[http2]>=0.27",
@@ -239,7 +246,8 @@ setup(
         "server": SERVER,
         "http2": SERVER + HTTP2,
         "qr": QR,
-        "test": SERVER + HTTP2 + QR + TEST,
+        "inspect": INSPECT,
+        "test": SERVER + HTTP2 + QR + INSPECT + TEST,
         "apps": APPS,
         "check": SERVER + HTTP2 + CHECK,
     },
