@@ -22,6 +22,7 @@ from support import (
     agent_yaml,
     answer,
     gateway_here,
+    go_gateway,
     request,
     reserved_port,
     running,
@@ -95,6 +96,24 @@ def test_visits_appear_and_can_be_asked_for(gateway, tmp_path, origin):
             assert inspector.address in inspector.url and "token" not in inspector.address
         assert agent.follower is mine and not mine._listeners
         assert [seen.path for seen in mine.take()] == ["/hook"]
+
+
+def test_visits_through_a_go_gateway_are_kept_as_well(gopeer, cache, tmp_path, origin):
+    origin.serve(lambda wire: [wire.read_head(), wire.read_exactly(5), wire.send(answer(b"hi"))])
+    with go_gateway(gopeer, cache) as gateway:
+        with agent_here(gateway, tmp_path, {APP: origin.port}) as agent, inspecting(agent) as found:
+            for path in ("/first", "/second"):
+                with gateway.visitor(APP) as visitor:
+                    visitor.request("POST", path, b"12345", POST)
+                    assert visitor.getresponse().read() == b"hi"
+            kept = records(found, 2)
+            assert [(each.path, each.status, each.problem) for each in kept] == [
+                ("/first", 200, ""),
+                ("/second", 200, ""),
+            ]
+            assert {(each.request_body, each.response_body) for each in kept} == {
+                (Kept(b"12345", 5), Kept(b"hi", 2))
+            }
 
 
 def test_nothing_of_it_stays_behind(gateway, tmp_path, origin):
