@@ -69,7 +69,8 @@ QR = [
 
 INSPECT = [
     # Decode br and zstd for show: bodies of gzip need nothing. Both are C with wheels for most
-    # systems, so the agent does without them; Python 3.14 has zstd itself. Older ones were not tried.
+    # systems, so the agent does without them. Python 3.14 has zstd itself. Older ones were not
+    # tried.
     "brotli>=1.1",
     'zstandard>=0.22; python_version < "3.14"',
 ]

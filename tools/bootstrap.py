@@ -33,8 +33,8 @@ NEEDS = {
     "agent": ("AGENT",),
     "server": ("AGENT", "SERVER"),
     "http2": ("AGENT", "SERVER", "HTTP2"),
-    "test": ("AGENT", "SERVER", "HTTP2", "QR", "TEST"),
-    "apps": ("AGENT", "SERVER", "HTTP2", "QR", "TEST", "APPS"),
+    "test": ("AGENT", "SERVER", "HTTP2", "QR", "INSPECT", "TEST"),
+    "apps": ("AGENT", "SERVER", "HTTP2", "QR", "INSPECT", "TEST", "APPS"),
     "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
 }
 
