@@ -162,6 +162,24 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def run_tests_program(name, arguments):
+    """Run a program in tests/, such as "faults/fault_bench.py", with what tests need; return its
+    exit status. It finds the modules of tests/ and of its own folder."""
+    python = prepare("test")
+    program = os.path.join(ROOT, "tests", name)
+    paths = [ROOT, os.path.join(ROOT, "tests"), os.path.dirname(program)]
+    running = subprocess.Popen(
+        [python, program] + arguments, env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    )
+    try:
+        return running.wait()
+    except SystemExit:  # a SIGTERM, which came to us alone
+        running.terminate()
+        raise
+    finally:  # after Ctrl-C, which it has had too, it ends what it has started
+        running.wait()
+
+
 def tool(main):
     """Run the ``main`` of a tool and exit with its status; what must be said is one line."""
     name = os.path.basename(sys.argv[0])

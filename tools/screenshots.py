@@ -11,28 +11,11 @@ Chromium (Debian: chromium and chromium-driver), and the network once to install
 the exit status is 1.
 """
 
-import os
-import subprocess
-
 import bootstrap
-
-PATHS = (".", "tests", os.path.join("tests", "browser"))
 
 
 def main(arguments):
-    python = bootstrap.prepare("test")
-    paths = [os.path.join(bootstrap.ROOT, path) for path in PATHS]
-    photographer = subprocess.Popen(
-        [python, os.path.join(paths[-1], "photographer.py")] + arguments,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-    )
-    try:
-        return photographer.wait()
-    except SystemExit:  # a SIGTERM, which came to us alone
-        photographer.terminate()
-        raise
-    finally:  # after Ctrl-C, which it has had too, it ends what it has started
-        photographer.wait()
+    return bootstrap.run_tests_program("browser/photographer.py", arguments)
 
 
 if __name__ == "__main__":

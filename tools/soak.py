@@ -10,28 +10,11 @@ and a report at the end. The exit status is 1 if a visit got a wrong answer or h
 was not served again, or if a program has logged a bug.
 """
 
-import os
-import subprocess
-
 import bootstrap
-
-PATHS = (".", "tests", os.path.join("tests", "faults"))
 
 
 def main(arguments):
-    python = bootstrap.prepare("test")
-    paths = [os.path.join(bootstrap.ROOT, path) for path in PATHS]
-    bench = subprocess.Popen(
-        [python, os.path.join(paths[-1], "fault_bench.py")] + arguments,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-    )
-    try:
-        return bench.wait()
-    except SystemExit:  # a SIGTERM, which came to us alone
-        bench.terminate()
-        raise
-    finally:  # after Ctrl-C, which it has had too, it ends its programs
-        bench.wait()
+    return bootstrap.run_tests_program("faults/fault_bench.py", arguments)
 
 
 if __name__ == "__main__":
