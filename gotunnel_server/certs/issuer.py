@@ -201,7 +201,7 @@ class Issuer:
         except NoThread as error:
             log.error("%s: %s; next try in %g s", host.name, error, AFTER_NO_THREAD)
             return False
-        host.busy = True
+        host.busy, host.ordering = True, what == ORDER
         self._jobs.add(thread)
         return True
 
@@ -215,7 +215,7 @@ class Issuer:
                               "%g s", threading.current_thread().name, AFTER_BUG)  # fmt: skip
                 self.queue.delay(host, AFTER_BUG)
             with self._lock:
-                host.busy = False
+                host.busy = host.ordering = False
                 news = [] if self._stopping else self.queue.news()
             self._tell(news)
         finally:

@@ -203,7 +203,7 @@ class OrderQueue:
                 raise NotRenewed(
                     f"{hostname} has no agent now, and only hostnames with one are ordered"
                 )
-            if host.busy or host.asked_for:
+            if host.ordering or host.asked_for:
                 raise NotRenewed(f"an order for {hostname} is under way; its result comes soon")
             now = self._clock()
             until, why = self._held(host, now)

@@ -41,7 +41,8 @@ class Wanted:
     error: str = ""  # of the latest attempt
     turn_at: float = 0.0  # if it waits for tokens: about when they will be there
     turn_why: str = ""  # if it waits for tokens: which limit is reached
-    busy: bool = False  # a job for it runs
+    busy: bool = False  # a job for it runs: an order, or a question for its renewal window
+    ordering: bool = False  # ... an order
     tokens: list[Token] = field(default_factory=list)  # that its order took from the RateLimits
     told: tuple[object, ...] = ()  # its state as last reported: OrderQueue._to_tell()
     asked_for: bool = False  # the operator wants a new one: the next order must not wait

@@ -55,6 +55,7 @@ class ScriptedCa:
         self.orders = queue.Queue()  # (hostname, challenge, replaces) of each
         self.window = None
         self.asks = []
+        self.on_ask = lambda: None
         self.lock = threading.Lock()
 
     def order(self, hostname, challenge, challenges, stop, *, replaces=None):
@@ -69,6 +70,7 @@ class ScriptedCa:
 
     def renewal_info(self, leaf, stop):
         self.asks.append(leaf)
+        self.on_ask()
         return self.window, 6 * HOUR
 
     def ordered(self):

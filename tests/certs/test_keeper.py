@@ -279,6 +279,18 @@ def test_a_button_orders_a_new_certificate(tmp_path):
         assert "no certificate here" in why_not_renewed(house.keeper, "*.dev.localhost")
 
 
+def test_a_button_orders_while_the_ca_is_asked_when_to_renew(tmp_path):
+    is_asked, may_answer = threading.Event(), threading.Event()
+    with House(tmp_path) as house:
+        house.ca.on_ask = lambda: is_asked.set() or may_answer.wait(TIMEOUT)
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        assert is_asked.wait(TIMEOUT)
+        house.keeper.renew(OWN)
+        may_answer.set()
+        assert house.changed.get(timeout=TIMEOUT) == OWN
+        assert len(house.ca.ordered()) == 2
+
+
 def test_a_certificate_that_is_not_ordered_is_not_renewed_by_a_button(tmp_path):
     authority = Authority(tmp_path / "local")
     keeper = Keeper(Certificates(None, authority), own_names=[OWN], served=list, on_change=print)
