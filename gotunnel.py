@@ -46,15 +46,10 @@ A Session works over a Duplex: the TLS connection, of which one thread may read 
 writes. Visitors and targets have one too, so it has a file of its own:
 gotunnel_agent/common/duplex.py.
 
-Importing this file imports no other file of ours and changes nothing in the process. Its threads:
+Importing this file imports no other file of ours and changes nothing in the process. A session has
+one thread, the demultiplexer; its end wakes all callers that wait.
 
-    thread          how many                 started by        ends when
-    demultiplexer   one a session            Session.start     the session ends
-    callers         any                      -                 the call returns; the end of the
-                                                               session wakes all that wait
-
-Source: the yamux specification (github.com/hashicorp/yamux, spec.md). Where we differ from it,
-the text says "we".
+Source: github.com/hashicorp/yamux, spec.md. Where we differ from it, the text says "we".
 """
 
 from __future__ import annotations
@@ -68,8 +63,8 @@ import re
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 __version__ = "0.2.0"
 
@@ -115,8 +110,7 @@ TARGET_UNREACHABLE, TARGET_TIMED_OUT, TARGET_UNTRUSTED, TARGET_MISCONFIGURED = 2
 HEADER = struct.Struct("!BBHII")  # version, type, flags, stream id, length
 HEADER_SIZE = HEADER.size
 HTTP_ANSWER = b"HTTP/1."  # from a gateway's port for visitors: the agent has a wrong port
-# The error that then ends the session. The agent logs which port to use instead (its RIGHT_PORT).
-SPEAKS_HTTP = "an answer in HTTP, expected frames"
+SPEAKS_HTTP = "an answer in HTTP, expected frames"  # the error that then ends the session
 MAX_UINT32 = 0xFFFFFFFF  # the largest stream id, length and window
 
 
@@ -284,10 +278,7 @@ class Memory:
     # is reset because memory is short.
     FLOOR = START_WINDOW
 
-    def __init__(
-        self, machine: int = 1 << 32,
-        lock: AbstractContextManager[object] = contextlib.nullcontext(),
-    ):  # fmt: skip
+    def __init__(self, machine: int = 1 << 32, lock: AbstractContextManager[Any] = nullcontext()):
         """``machine`` is the memory of the machine in bytes. Several threads need a ``lock``."""
         self.limit = machine // 4  # of buffered bytes; the rest is for threads, TLS and all else
         self.buffered = self.promised = 0
@@ -365,10 +356,8 @@ class Mux:
     caller holds a lock around every call.
     """
 
-    def __init__(
-        self, *, client: bool, window: int = INITIAL_WINDOW, max_streams: int = MAX_STREAMS,
-        account: Account | None = None,
-    ):  # fmt: skip
+    def __init__(self, *, client: bool, window: int = INITIAL_WINDOW,
+                 max_streams: int = MAX_STREAMS, account: Account | None = None):  # fmt: skip
         """``window`` is the receive window of a new stream, ``max_streams`` the number of streams
         that the peer may have open at a time. The caller closes ``account``."""
         if not INITIAL_WINDOW <= window <= MAX_WINDOW:
@@ -931,9 +920,10 @@ def put(queue: deque[BytesLike], payload: BytesLike) -> None:
 # "Text" in names, errors and docs is a JSON string. An error here says what the peer sent.
 
 MESSAGE_LIMIT = 64 * 1024  # bytes of one message: a registration with some hundred hostnames
-# Only a registration gets so long: the words after the comma advise the operator of its agent.
-TOO_LONG = (f"a control message of more than {MESSAGE_LIMIT} bytes, "
-            "expected fewer hostnames, or shorter policies")  # fmt: skip
+TOO_LONG = (
+    f"a control message of more than {MESSAGE_LIMIT} bytes, "
+    "expected fewer hostnames, or shorter policies"
+)  # as only a registration gets so long
 UNKNOWN_LIMIT = 4 * MESSAGE_LIMIT  # bytes of unknown messages in a row; more end the session
 UNKNOWN_LEAST = 256  # bytes; a smaller one counts as so many, since parsing it takes no less time
 UNKNOWN_KINDS = 16  # unknown types that are reported; the sender could invent any number of them
@@ -957,10 +947,15 @@ OVERLAP = "overlap"  # a second session of an agent takes over, and the first on
 URLS = "urls"  # the gateway tells the public address of each hostname
 NAMES = "names"  # the gateway completes a hostname LABEL.* by the credential's first wildcard
 PARTIAL = "partial"  # the gateway may refuse some hostnames of a registration and serve the others
+WAITS = "waits"  # the gateway tells an agent when hostnames that it was denied are free
+POOLS = "pools"  # agents of one credential share a hostname, and each visit goes to one of them
+HEALTH = "health"  # the agent tells whether its targets are well, and visits go accordingly
+MEMBERS = "members"  # the gateway is one of several, and the agent opens a session with each
 
 # Codes of End messages (feature REASONS).
 REPLACED = "replaced"  # another session has taken over the hostnames
 MOVE = "move"  # the agent must open a new session; this one serves until then
+ALREADY = "already here"  # an Ack's error: see Register.besides
 
 
 class Register(NamedTuple):
@@ -976,6 +971,8 @@ class Register(NamedTuple):
     hostnames whose data headers must have the visitor's address (VISITOR_ADDRESS). ``policies``
     maps hostname to the rules for its visitors (POLICIES); see policy.py. ``overlap``: the earlier
     session keeps its visits (OVERLAP). ``protocols`` maps hostname to "h2c" or "h2" (HTTP2).
+    ``pools`` maps hostname to how its visits are shared out (POOLS); see pool.py. ``besides``: the
+    members with which the agent has sessions; one of them answers ALREADY (MEMBERS).
     """
 
     token: str
@@ -989,6 +986,8 @@ class Register(NamedTuple):
     instance: str = ""
     overlap: bool = False
     protocols: dict[str, str] = {}
+    pools: dict[str, Any] = {}
+    besides: tuple[str, ...] = ()
 
 
 class Ack(NamedTuple):
@@ -997,7 +996,8 @@ class Ack(NamedTuple):
     ``features`` are those of the agent's that the gateway will use. ``ports`` maps hostname to the
     public port that was opened for it, as a text; ``refused`` maps hostname to why none was.
     ``denied`` maps a hostname that is not served to the reason (PARTIAL), ``urls`` each other one
-    to its public address (URLS), ``names`` a LABEL.* to its whole hostname (NAMES).
+    to its public address (URLS), ``names`` a LABEL.* to its whole hostname (NAMES). ``member`` is
+    the gateway's own id, and a Members message follows (MEMBERS).
     """
 
     ok: bool
@@ -1008,6 +1008,7 @@ class Ack(NamedTuple):
     denied: dict[str, str] = {}
     urls: dict[str, str] = {}
     names: dict[str, str] = {}
+    member: str = ""
 
 
 class Certificate(NamedTuple):
@@ -1025,6 +1026,27 @@ class Port(NamedTuple):
     hostname: str
     port: str
     url: str = ""
+
+
+class Health(NamedTuple):
+    """Agent to gateway: whether a hostname's target is well, or the ``reason`` (HEALTH)."""
+
+    hostname: str
+    ok: bool
+    reason: str = ""
+
+
+class Free(NamedTuple):
+    """Gateway to agent: nobody has these hostnames now, which it was denied (WAITS)."""
+
+    hostnames: tuple[str, ...]
+
+
+class Members(NamedTuple):
+    """Gateway to agent: the gateways that are one, now (MEMBERS). ``members`` maps id to HOST:PORT,
+    for agents, or to "": the address that the agent has dialled, which leads to any of them."""
+
+    members: dict[str, str]
 
 
 class End(NamedTuple):
@@ -1047,13 +1069,9 @@ class Pong(NamedTuple):
     ts: float
 
 
-class Unknown(NamedTuple):
-    """A message of an unknown type: its sender is a newer version, or another program."""
-
-    kind: str
-
-
-Message = Register | Ack | Certificate | Port | End | Ping | Pong
+Message = Register | Ack | Certificate | Port | Health | Free | Members | End | Ping | Pong
+_MESSAGES: dict[str, type[Message]] = {kind.__name__.lower(): kind for kind in Message.__args__}
+_TYPES = {kind: get_type_hints(kind) for kind in Message.__args__}  # of its fields, by name
 ANY_PORT = "auto"  # any free port of the range that the gateway has for agents
 
 
@@ -1067,8 +1085,9 @@ def encode_message(message: Message) -> bytes:
     return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
 
-def decode_message(data: bytes) -> Message | Unknown:
-    """Read one JSON object into its message; raises ProtocolError if it is not a valid one."""
+def decode_message(data: bytes) -> Message | str:
+    """Read one JSON object into its message, or return its type if that is unknown: its sender is
+    a newer version, or another program. Raises ProtocolError."""
     try:
         fields = json.loads(data.decode())
         json.dumps(fields, ensure_ascii=False).encode()  # fails on half a surrogate pair
@@ -1077,39 +1096,16 @@ def decode_message(data: bytes) -> Message | Unknown:
     if not isinstance(fields, dict):
         raise ProtocolError("a control message that is not a JSON object")
     kind = fields.get("type")
-    if kind == "register":
-        return Register(
-            token=_text(fields, "token") or _text(fields, "auth_token"),
-            routes=_text_map(fields, "routes"), modes=_text_map(fields, "modes"),
-            features=_text_list(fields, "features"), ports=_text_map(fields, "ports"),
-            host_headers=_text_map(fields, "host_headers"),
-            policies=_value(fields, "policies", dict, "an object"),
-            addressed=_text_list(fields, "addressed"), instance=_text(fields, "instance"),
-            overlap=fields.get("overlap") is True, protocols=_text_map(fields, "protocols"),
-        )  # fmt: skip
-    if kind == "ack":
-        if not isinstance(fields.get("ok"), bool):
-            raise ProtocolError('an "ack" whose "ok" is neither true nor false')
-        return Ack(
-            ok=fields["ok"], error=_text(fields, "error"), features=_text_list(fields, "features"),
-            ports=_text_map(fields, "ports"), refused=_text_map(fields, "refused"),
-            denied=_text_map(fields, "denied"), urls=_text_map(fields, "urls"),
-            names=_text_map(fields, "names"),
-        )  # fmt: skip
-    if kind == "certificate":
-        return Certificate(_text(fields, "hostname"), _text(fields, "state"))
-    if kind == "port":
-        return Port(_text(fields, "hostname"), _text(fields, "port"), _text(fields, "url"))
-    if kind == "end":
-        return End(_text(fields, "code"), _text(fields, "reason"))
-    if kind in ("ping", "pong"):
-        ts = fields.get("ts", 0)
-        if not isinstance(ts, (int, float)) or not abs(ts) < MAX_TS:  # "not <" also rejects NaN
-            raise ProtocolError(f'a "{kind}" whose "ts" is not a number of milliseconds')
-        return (Ping if kind == "ping" else Pong)(ts)
     if not isinstance(kind, str):
         raise ProtocolError('a control message whose "type" is not a text')
-    return Unknown(kind)
+    message = _MESSAGES.get(kind)
+    if message is None:
+        return kind
+    if message is Register and not _text(fields, "token"):
+        fields["token"] = _text(fields, "auth_token")
+    if message is Ack and not isinstance(fields.get("ok"), bool):
+        raise ProtocolError('an "ack" whose "ok" is neither true nor false')
+    return message(**{name: _READERS[kind](fields, name) for name, kind in _TYPES[message].items()})
 
 
 def _value(fields: dict[str, Any], name: str, kind: type[T], wanted: str) -> T:
@@ -1137,6 +1133,21 @@ def _text_list(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in value):
         raise ProtocolError(f'"{name}" is not a list of texts')
     return tuple(value)
+
+
+def _milliseconds(fields: dict[str, Any], name: str) -> float:
+    value = fields.get(name, 0)
+    if not isinstance(value, (int, float)) or not abs(value) < MAX_TS:  # "not <" also rejects NaN
+        raise ProtocolError(f'a "{fields["type"]}" whose "{name}" is not a number of milliseconds')
+    return value
+
+
+# How a field is read, by its type as the message's class states it.
+_READERS: dict[Any, Callable[[dict[str, Any], str], Any]] = {
+    str: _text, dict[str, str]: _text_map, tuple[str, ...]: _text_list, float: _milliseconds,
+    bool: lambda fields, name: fields.get(name) is True,
+    dict[str, Any]: lambda fields, name: _value(fields, name, dict, "an object"),
+}  # fmt: skip
 
 
 class MessageReader:
@@ -1169,8 +1180,8 @@ class MessageReader:
             message = decode_message(bytes(self._buffer[:end]))
             del self._buffer[:end]
             self._at = 0
-            if isinstance(message, Unknown):
-                self._pass_over(message.kind, end)
+            if isinstance(message, str):
+                self._pass_over(message, end)
             else:
                 self._unknown_size = 0
                 messages.append(message)
@@ -1295,8 +1306,7 @@ class NoThread(OSError):
 
 def spawn(name: str, function: Callable[..., object], *arguments: object) -> threading.Thread:
     """Start a daemon thread that logs an exception of ``function``. Raises NoThread."""
-    arguments = function, *arguments
-    thread = threading.Thread(target=call_logged, args=arguments, name=name, daemon=True)
+    thread = threading.Thread(None, call_logged, name, (function, *arguments), daemon=True)
     try:
         thread.start()
     except RuntimeError as error:
@@ -1309,8 +1319,8 @@ def call_logged(function: Callable[..., object], *arguments: object) -> None:
     try:
         function(*arguments)
     except Exception:
-        name = threading.current_thread().name
-        log.exception("thread %s: an unexpected error (bug, traceback follows)", name)
+        log.exception("thread %s: an unexpected error (bug, traceback follows)",
+                      threading.current_thread().name)  # fmt: skip
 
 
 class Deadline:
@@ -1327,9 +1337,6 @@ class Deadline:
         if (left := self._at - monotonic()) <= 0:
             raise TimeoutError("timed out")
         return left
-
-
-BinarySemaphore = threading.Lock  # any thread may release it
 
 
 class Waker:
@@ -1375,7 +1382,7 @@ class Bell:
     def __init__(self, lock: threading.Lock):
         self.waiting = 0  # threads, in wait()
         self._lock = lock
-        self._rung = BinarySemaphore()
+        self._rung = threading.Lock()  # as a binary semaphore: any thread may release it
         self._rung.acquire()
 
     def wait(self, timeout: float | None) -> float | None:
@@ -1412,10 +1419,8 @@ SEND_LEAST, SEND_MOST = 16 * 1024, 64 * 1024
 SEND_QUICK = 0.01  # seconds; if the kernel takes a quantum in less, the quantum is doubled
 SEND_SLOW = 0.2  # seconds; if it takes more, the quantum is halved
 READS_A_TURN = 2  # reads before the demultiplexer sees to its timers and its output again
-ACCEPT_TIMEOUT = 30  # seconds until an unaccepted stream is reset. After 75 a Go peer would end the
-# whole session
-LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's FIN, as in Go. An earlier
-# RST would make a Go peer drop bytes that it has received and its application has not read
+ACCEPT_TIMEOUT = 30  # seconds until an unaccepted stream is reset. A Go peer ends all after 75
+LINGER_TIMEOUT = 300  # seconds that a closed stream waits for the peer's FIN, as in Go: see close()
 SWEEP = 5  # seconds between two checks for such streams
 FLUSH_TIMEOUT = 3  # seconds that a closing session may take to send its last frames
 Batch = tuple[bytes, Sequence[int]]  # frames, and the ids of the streams whose payload they hold
@@ -1502,10 +1507,8 @@ class Sender:
     resume() when the socket is writable.
     """
 
-    def __init__(
-        self, duplex: Transport, mux: Mux, lock: threading.Lock, streams: dict[int, Stream],
-        wake: Callback,
-    ):  # fmt: skip
+    def __init__(self, duplex: Transport, mux: Mux, lock: threading.Lock,
+                 streams: dict[int, Stream], wake: Callback):  # fmt: skip
         """``lock`` is the session's: take() is called with it held, all else without. ``wake()``
         wakes the demultiplexer."""
         self.busy = False
@@ -1821,11 +1824,9 @@ class Session:
     One lock guards the Mux, the streams and the timers. No I/O is done while it is held.
     """
 
-    def __init__(
-        self, duplex: Transport, *, client: bool, name: str, window: int = INITIAL_WINDOW,
-        max_streams: int = MAX_STREAMS, memory: Memory | None = None,
-        observer: Callable[[bool, BytesLike], None] | None = None,
-    ):  # fmt: skip
+    def __init__(self, duplex: Transport, *, client: bool, name: str, window: int = INITIAL_WINDOW,
+                 max_streams: int = MAX_STREAMS, memory: Memory | None = None,
+                 observer: Callable[[bool, BytesLike], None] | None = None):  # fmt: skip
         """``name`` is for thread names and the log. ``memory``: process_memory() if None. For
         ``observer`` see Duplex.observed(), for the rest Mux. The session closes ``duplex``."""
         self.name = name
@@ -1861,10 +1862,8 @@ class Session:
 
     # Streams
 
-    def open(
-        self, first: bytes = b"", timeout: float | None = None,
-        permit: AbstractContextManager[object] = contextlib.nullcontext(),
-    ) -> Stream:  # fmt: skip
+    def open(self, first: bytes = b"", timeout: float | None = None,
+             permit: AbstractContextManager[Any] = nullcontext()) -> Stream:  # fmt: skip
         """Open a stream; ``first`` bytes leave together with its SYN, if the window permits.
 
         Waits while the peer has OPEN_BACKLOG streams to accept. Raises TimeoutError, SessionClosed

@@ -24,9 +24,11 @@ from time import time
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
+    HEALTH,
     HOST_HEADER,
     HTTP2,
     LATER_PORTS,
+    MEMBERS,
     MESSAGE_LIMIT,
     MOVE,
     NAMES,
@@ -34,6 +36,7 @@ from gotunnel import (
     OVERLAP,
     PARTIAL,
     POLICIES,
+    POOLS,
     PORTS,
     REASONS,
     REFUSALS,
@@ -42,6 +45,7 @@ from gotunnel import (
     UPGRADES,
     URLS,
     VISITOR_ADDRESS,
+    WAITS,
     WILDCARDS,
     Ack,
     End,
@@ -71,8 +75,9 @@ from .stream_pool import KeptStreams, OwnStreams
 log = logging.getLogger("gotunnel.tunnel")
 
 FEATURES = frozenset({  # the extensions that this gateway knows
-    CERTIFICATES, HALF_CLOSE, HOST_HEADER, HTTP2, LATER_PORTS, NAMES, OVERLAP, PARTIAL, POLICIES,
-    PORTS, REASONS, UPGRADES, REFUSALS, URLS, VISITOR_ADDRESS, WILDCARDS,
+    CERTIFICATES, HALF_CLOSE, HEALTH, HOST_HEADER, HTTP2, LATER_PORTS, MEMBERS, NAMES, OVERLAP,
+    PARTIAL, POLICIES, POOLS, PORTS, REASONS, UPGRADES, REFUSALS, URLS, VISITOR_ADDRESS, WAITS,
+    WILDCARDS,
 })  # fmt: skip
 # Seconds that a session has to send its END message, if another tunnel waits for its hostnames. The
 # message may be queued behind other output; over a dead connection it can never be sent.

@@ -31,7 +31,10 @@ from gotunnel import (
     Certificate,
     End,
     Ends,
+    Free,
     Header,
+    Health,
+    Members,
     MessageReader,
     Mux,
     Opened,
@@ -58,7 +61,7 @@ PAGE = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
 
 TYPES = {"DATA": DATA, "WINDOW_UPDATE": WINDOW_UPDATE, "PING": PING, "GO_AWAY": GO_AWAY}
 FLAGS = {"SYN": SYN, "ACK": ACK, "FIN": FIN, "RST": RST}
-MESSAGES = (Register, Ack, Ping, Pong, Certificate, Port, End)
+MESSAGES = (Register, Ack, Ping, Pong, Certificate, Port, Health, Free, Members, End)
 
 # Bytes in hex, two spaces or more, what they mean.
 LINE = re.compile(r"((?:[0-9a-f]{2,} ?)+) {2,}(\S.*)")
@@ -228,7 +231,7 @@ def test_the_page_names_every_feature():
 
 def test_refusals_begin_as_the_page_says():
     wing = ROOT / "gotunnel_server"
-    sources = [*wing.glob("agents/*.py"), wing / "routes.py"]
+    sources = [*wing.glob("agents/*.py"), wing / "routes.py", ROOT / "gotunnel.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     beginnings = keys(section("Refused registrations"))
     assert len(beginnings) >= 6
