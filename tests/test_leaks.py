@@ -15,7 +15,7 @@ KEY = "-----BEGIN PRIVATE KEY-----"
 JOIN = "gotunnel://office:5ec7e7@tunnel.example.com:9443"
 
 
-@pytest.mark.parametrize("secret", [SECRET, TOKEN, hash_password("x"), KEY, JOIN])
+@pytest.mark.parametrize("secret", [SECRET, TOKEN, hash_password("x"), KEY, JOIN], ids=range(5))
 def test_a_secret_in_a_log_line_is_found(secret):
     logging.getLogger("gotunnel.any").debug("what came is %s", secret)
     found, leaks.found = leaks.found, []

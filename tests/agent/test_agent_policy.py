@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import pty
 import re
@@ -83,6 +84,7 @@ def test_password_and_user_are_hashed_as_browsers_send_them():
 @pytest.mark.parametrize(
     "value",
     ["me:" + HASH, ["me:" + HASH], {"me": HASH}, {"you": PASSWORD, "me": HASH}],
+    ids=["text", "list", "mapping", "two"],
 )
 def test_hash_is_taken_as_it_is(value):
     assert f"me:{HASH}" in users(value)
@@ -126,6 +128,7 @@ SALT, DIGEST = "c2FsdHNhbHRzYWx0c2FsdA", "A" * 43
         (f"me:$scrypt$ln=14,r=8,p=0${SALT}${DIGEST}", "ln=14,r=8,p=0 came"),
         (f"me:$scrypt$ln=14,r=8,p=1${SALT}${DIGEST[:-2]}", "with incomplete base64 came"),
     ],
+    ids=map(str, itertools.count()),
 )  # fmt: skip
 def test_what_is_no_password_is_refused_and_not_shown(value, expected):
     with pytest.raises(PolicyError) as caught:

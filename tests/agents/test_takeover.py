@@ -518,7 +518,7 @@ def test_the_gateways_own_name_is_refused_without_a_wait():
         claim_to_app(Registry({APP}), Holder()).attempt()
 
 
-@pytest.mark.parametrize("instance", ["", SAME])
+@pytest.mark.parametrize("instance", ["", SAME], ids=["another", "same"])
 def test_a_session_that_does_not_end_keeps_nobody_waiting_for_ever(monkeypatch, instance):
     now = [1000.0]
     monkeypatch.setattr(takeover, "monotonic", lambda: now[0])

@@ -115,7 +115,7 @@ def test_a_broken_file_is_set_aside_and_named_once(tmp_path, store, mint, what, 
     assert (certs(tmp_path) / f"{HOST}.pem.bad").exists() and not file.exists()
 
 
-@pytest.mark.parametrize("begins_at", [NOW - 1000 * DAY, time.time() + 3600])
+@pytest.mark.parametrize("begins_at", [NOW - 1000 * DAY, time.time() + 3600], ids=["ago", "ahead"])
 def test_dates_do_not_break_a_file(store, mint, begins_at):
     store.save(HOST, *mint.pair(HOST, begins_at))
     assert store.certificate(HOST).begins_at == int(begins_at)
