@@ -1,5 +1,6 @@
 """What tests share: the local CA, targets, the Go ends, and a look at what a test leaves behind."""
 
+import contextlib
 import logging
 import subprocess
 import tempfile
@@ -7,6 +8,7 @@ import threading
 
 import leaks
 import pytest
+from redis_server import Proxy, redis_process, sentinel_set
 from support import ROOT, Origin, need, wait_until
 
 SLOW_TIMEOUT = 300  # seconds for a test that is marked slow
@@ -51,6 +53,27 @@ def cache(tmp_path_factory):
 def origin():
     with Origin() as origin:
         yield origin
+
+
+@pytest.fixture
+def redis_server():
+    """A redis-server of the test's own, empty. See redis_server.py."""
+    with redis_process() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_sentinels():
+    """A master, a replica and three Sentinels."""
+    with sentinel_set() as servers:
+        yield servers
+
+
+@pytest.fixture
+def proxy_to():
+    """A function that makes a Proxy to a port, or to the path of a Unix socket."""
+    with contextlib.ExitStack() as stack:
+        yield lambda upstream: stack.enter_context(Proxy(upstream))
 
 
 @pytest.fixture(scope="session")
