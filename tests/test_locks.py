@@ -100,6 +100,8 @@ def name_of_lock():
         return None
     if made[2]:
         return "Memory.lock"
+    if made[1] == "_rung":  # Bell's binary semaphore: any thread may release it
+        return None
     code = frame.f_code
     for maker in type(frame.f_locals["self"]).__mro__:  # a subclass has it of its base
         if getattr(vars(maker).get(code.co_name), "__code__", None) is code:
