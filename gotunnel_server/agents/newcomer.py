@@ -33,7 +33,9 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 from gotunnel import (
+    ALREADY,
     INTERNAL_ERROR,
+    MEMBERS,
     NORMAL,
     OVERLAP,
     PARTIAL,
@@ -566,6 +568,9 @@ class Newcomer:
         except TokenInvalid as error:
             return self._delay(NotAdmitted(f"auth failed: {error}"), instance)
         newcomers.attempts.proved(instance)
+        membership = tunnels.membership
+        if membership and MEMBERS in message.features and membership.own in message.besides:
+            raise NotAdmitted(ALREADY, brief=True)
         overlaps = message.overlap and OVERLAP in message.features
         self._agent = agent = Agent(self.address, identity, message.instance, overlaps)
         try:
@@ -659,6 +664,9 @@ class Newcomer:
         if text == NO_ROUTES:  # `gotunnel join` tries its credential so
             line = "%s has tried its credential: it is good (%s)"
             self._newcomers.refusals.log(str(self), text, line, logging.INFO)
+            return
+        if text == ALREADY:  # such an agent looks for the other members, with many dials
+            log.debug("%s has a session here, and looks for the other members", self)
             return
         self._newcomers.refusals.total.add()
         self._newcomers.refusals.log(str(self), text)

@@ -68,6 +68,7 @@ from .control_stream import ControlStream
 from .credentials import Credentials
 from .heartbeat import Heartbeat
 from .identity import Identity
+from .members import Membership, Teller
 from .ports import PortRefused, Ports
 from .registration import Agent, Asked
 from .stream_pool import KeptStreams, OwnStreams
@@ -127,6 +128,8 @@ class Tunnels:
         self.submit = submit
         self.visitors_port = HTTPS_PORT  # that visitors type; to be set before agents come
         self.observer: Observer | None = None  # of each session; tools set it before agents come
+        # Of a gateway that is one of several; to be set before agents come.
+        self.membership: Membership | None = None
         # Held to count what the sessions of a credential have, and to begin a visit then.
         self.limiting = threading.Lock()
         self._tunnels: set[Tunnel] = set()
@@ -167,6 +170,11 @@ class Tunnels:
             if tunnel.stage is not Stage.CLAIMING:  # newcomer.py checks it again for each claim
                 tunnel.end_if_revoked()
                 tunnel.move_if_retired()
+
+    def members_changed(self) -> None:
+        """Tell all agents of the members as they are now. Any thread; waits for nothing."""
+        for tunnel in self._all():
+            tunnel.members_changed()
 
     def move(self) -> None:
         """Ask all agents to dial again at once; running visits go on. The gateway stops, and no
@@ -238,6 +246,9 @@ class Tunnel:
         self._port_delay = PORT_DELAY
         self._make_room = make_room
         self._heartbeat = Heartbeat(session, control, on_silence=self.replace)
+        self._members: Teller | None = None
+        if tunnels.membership is not None and MEMBERS in self.features:
+            self._members = Teller(tunnels.membership, session, control, agent.instance)
         self._kept = KeptStreams()
         self._own = OwnStreams()
         most = agent.identity.limits
@@ -310,6 +321,8 @@ class Tunnel:
         # The ack is sent before the demultiplexer starts, so no visit's bytes follow at once: a Go
         # agent loses what comes in the same read as the ack.
         self._control.acknowledge(self._ack(routes, ports, refused))
+        if self._members is not None:
+            self._members.begin()
         for hostname in routes:
             self.tell_certificate(hostname)
         log.info("%s registered %s", self, some(routes))
@@ -333,7 +346,11 @@ class Tunnel:
                 urls[name] = self._url(hostname, route)
             if name.endswith(OPEN):
                 names[name] = hostname
-        return fitting(Ack(True, "", self.features, ports, refused, self.denied, urls, names))
+        membership = self._tunnels.membership
+        member = "" if self._members is None or membership is None else membership.own
+        return fitting(
+            Ack(True, "", self.features, ports, refused, self.denied, urls, names, member)
+        )
 
     def _url(self, hostname: str, route: Route) -> str:
         """The public address of a hostname."""
@@ -424,6 +441,11 @@ class Tunnel:
     def tell_certificate(self, hostname: str) -> None:
         """Tell the agent how a certificate stands now. Any thread; waits for nothing."""
         self._control.tell_certificate(hostname, self._tunnels.certificate_state)
+
+    def members_changed(self) -> None:
+        """Tell the agent of the members, if it has its ack. Any thread; waits for nothing."""
+        if self._members is not None:
+            self._members.changed()
 
     def _close_old(self) -> None:
         """Demultiplexer: close old kept streams, each of which holds a connection to a target."""
