@@ -17,9 +17,9 @@ WIDTH = 100  # characters of a line
 COMMON, ROUTES = "gotunnel_agent.common", "gotunnel_server.routes"
 QUICK = "gotunnel_agent.quick"
 INSPECTOR = "gotunnel_agent.inspector"
-NET, VISITORS, AGENTS, CERTS, DASHBOARD, ADMIN = (
+NET, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN = (
     f"gotunnel_server.{wing}"
-    for wing in ("net", "visitors", "agents", "certs", "dashboard", "admin")
+    for wing in ("net", "visitors", "agents", "certs", "cluster", "dashboard", "admin")
 )
 RULES = {
     "gotunnel": set(),
@@ -34,13 +34,15 @@ RULES = {
     CERTS: {
         "gotunnel", COMMON, NET, "acme", "cryptography", "josepy", "requests", "urllib3",
     },
+    CLUSTER: {"gotunnel", COMMON, NET, ROUTES, AGENTS, CERTS, "cryptography", "redis"},
     DASHBOARD: {"gotunnel", COMMON, NET, ROUTES, VISITORS},
     ADMIN: {
-        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, "gotunnel_server",
+        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, CLUSTER, "gotunnel_server",
         "cryptography", "jwt",
     },
     "gotunnel_server": {
-        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, DASHBOARD, ADMIN, "dotenv",
+        "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN,
+        "dotenv",
     },
 }  # fmt: skip
 # Arrows that break a rule, and are to go.

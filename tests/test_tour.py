@@ -114,6 +114,7 @@ WINGS = {
     "visitors": test_house.VISITORS,
     "agents": test_house.AGENTS,
     "certs": test_house.CERTS,
+    "cluster": test_house.CLUSTER,
     "dashboard": test_house.DASHBOARD,
     "admin": test_house.ADMIN,
     "hall": "gotunnel_server",

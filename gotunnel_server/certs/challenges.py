@@ -114,7 +114,8 @@ class Challenges:
             yield
         finally:
             with self._lock:
-                table.pop(name, None)
+                if table.get(name) is proof:  # else another order's, of another member
+                    del table[name]
 
     def published(self) -> tuple[tuple[str, str, str], ...]:
         """What is published now, for a successor: hostname, challenge token and body of each file;

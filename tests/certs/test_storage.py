@@ -1,16 +1,24 @@
-"""Storage and Locker: a folder, a read-only folder, and another place."""
+"""Storage and Locker: what every place does (a folder, memory, Redis), a read-only folder, and
+a store on another place."""
 
 import contextlib
 import errno
 import logging
 import os
+import threading
 
 import pytest
 from fake_ca import Mint
+from fake_redis import FakeRedis, connection_to
+from support import TIMEOUT
 
 from gotunnel_server.certs.folder import FolderLocker, FolderStorage, open_store
 from gotunnel_server.certs.storage import ReadOnly, Unreadable
 from gotunnel_server.certs.store import CertStore, StoreError
+from gotunnel_server.cluster.locker import RedisLocker
+from gotunnel_server.cluster.sealed import Sealer
+from gotunnel_server.cluster.storage import RedisStorage
+from gotunnel_server.net.safe_read import MOST_BYTES
 
 HOST, URL = "app.example.com", "https://ca.example/dir"
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -43,7 +51,8 @@ class Memory:
                       if key.startswith(prefix) and "/" not in key[len(prefix):])  # fmt: skip
 
     def set_aside(self, key, flaw):
-        self.aside[key] = self.contents.pop(key), flaw
+        if key in self.contents:
+            self.aside[key] = self.contents.pop(key), flaw
 
     def where(self, key):
         return f"memory:{key}"
@@ -52,9 +61,11 @@ class Memory:
     def lock(self, name, *, wait):
         ours = name not in self.held
         self.held.add(name)
-        yield ours
-        if ours:
-            self.held.remove(name)
+        try:
+            yield ours
+        finally:
+            if ours:
+                self.held.remove(name)
 
 
 @pytest.fixture
@@ -62,9 +73,37 @@ def memory():
     return Memory()
 
 
-@pytest.fixture(params=["folder", "memory"])
-def storage(request, tmp_path, memory):
-    return memory if request.param == "memory" else FolderStorage(tmp_path / "cache")
+@pytest.fixture
+def redis(request):
+    """A RedisStorage and its RedisLocker, on a Redis of the test's own."""
+    call, close = connection_to(request.getfixturevalue("redis_server"))
+    yield on_redis(call)
+    close()
+
+
+def on_redis(call):
+    locker = RedisLocker(call, "gotunnel")
+    return RedisStorage(call, "gotunnel", Sealer([b"k" * 32]), locker), locker
+
+
+PLACES = ["folder", "memory", "redis", "fake redis"]
+
+
+@pytest.fixture(params=PLACES)
+def place(request, tmp_path, memory):
+    """A Storage and a Locker."""
+    if request.param == "redis":
+        return request.getfixturevalue("redis")
+    return {
+        "folder": lambda: (FolderStorage(tmp_path / "cache"), FolderLocker(tmp_path / "cache")),
+        "memory": lambda: (memory, memory),
+        "fake redis": lambda: on_redis(FakeRedis()),
+    }[request.param]()
+
+
+@pytest.fixture
+def storage(place):
+    return place[0]
 
 
 # Each place
@@ -94,6 +133,48 @@ def test_what_is_set_aside_is_gone_and_may_be_written_anew(storage):
     assert storage.read("ca/x") is None
     storage.write("ca/x", b"good")
     assert storage.read("ca/x") == b"good"
+
+
+def test_content_may_be_any_bytes_and_as_long_as_a_file(storage):
+    for content in (b"", bytes(range(256)), os.urandom(MOST_BYTES)):
+        storage.write("ca/certs/x.pem", content)
+        storage.write("ca/certs/x.json", content)
+        assert storage.read("ca/certs/x.pem") == storage.read("ca/certs/x.json") == content
+
+
+def test_what_is_gone_when_it_is_set_aside_is_no_error(storage, caplog):
+    storage.set_aside("ca/x", "a flaw")
+    assert storage.keys("ca/") == [] and not caplog.records
+
+
+def test_a_lock_has_one_holder_until_the_end_of_its_block(place):
+    locker = place[1]
+    with locker.lock("ca/locks/x", wait=False) as ours, locker.lock("ca/locks/y", wait=False):
+        with locker.lock("ca/locks/x", wait=False) as theirs:
+            assert (ours, theirs) == (True, False)
+    with pytest.raises(ZeroDivisionError), locker.lock("ca/locks/x", wait=False):
+        raise ZeroDivisionError
+    with locker.lock("ca/locks/x", wait=False) as again:
+        assert again is True
+
+
+@pytest.mark.parametrize("place", [each for each in PLACES if each != "memory"], indirect=True)
+def test_those_who_wait_for_a_lock_change_things_one_after_the_other(place):
+    storage, locker = place
+    storage.write("ca/turns.json", b"0")
+
+    def count():
+        for _ in range(5):
+            with locker.lock("ca/turns.lock", wait=True):
+                number = int(storage.read("ca/turns.json"))
+                storage.write("ca/turns.json", b"%d" % (number + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert storage.read("ca/turns.json") == b"15"
 
 
 # Another place than a folder

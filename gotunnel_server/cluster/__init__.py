@@ -1,0 +1,1 @@
+"""Several gateways as one: what they share, and how they find each other."""
