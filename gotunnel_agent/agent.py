@@ -1,9 +1,9 @@
-"""The agent's main loop: dial the gateway, register, serve until the session ends, wait, repeat.
+"""The agent: keeps a link to the gateway, and tells how it stands.
 
 Threads, besides the session's demultiplexer (see gotunnel.py):
 
     thread     how many              does                                   ends when
-    agent      1                     the loop above                         stop()
+    agent      1                     the link's loop (link.py)              stop()
     control    1 a session           reads the control stream, sends pongs  the session ends
     accept     1 a session           hands each new data stream a worker    the session ends
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
@@ -15,178 +15,25 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
 The process has two more: main, which waits for signals (cli.py), and standard error, which writes
 the log until the process ends (common/standard_error.py). All but main are daemons: none keeps a
 stopped process alive.
-
-There is one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE), or the
-agent has got another plan (plan.py): then it dials again. The old session keeps serving until the
-new one is registered, and ends when its visits have ended.
-
-If the gateway refuses some of the hostnames (feature PARTIAL), the session serves the others. From
-time to time a second session asks for the refused ones alone, so the first one is not disturbed. If
-it gets any, the agent dials again, and that session takes over the hostnames of both.
 """
 
-import contextlib
 import logging
-import math
-import random
-import re
-import secrets
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from time import monotonic, time
+from collections.abc import Mapping
+from time import monotonic
 from typing import NamedTuple
 
-import jwt
+from gotunnel import Session
 
-from gotunnel import (
-    CERTIFICATES,
-    HALF_CLOSE,
-    LATER_PORTS,
-    MAX_STREAMS,
-    MOVE,
-    NAMES,
-    OVERLAP,
-    PARTIAL,
-    PORTS,
-    REASONS,
-    REFUSALS,
-    REPLACED,
-    START_WINDOW,
-    UPGRADES,
-    URLS,
-    Ack,
-    Certificate,
-    Deadline,
-    End,
-    Message,
-    MessageReader,
-    Ping,
-    Pong,
-    Port,
-    ProtocolError,
-    Register,
-    Session,
-    SessionClosed,
-    Stream,
-    Waker,
-    call_logged,
-    encode_message,
-    spawn,
-)
-
-from . import trouble
-from .common.duplex import Duplex, Observer
-from .common.hostnames import OPEN, normal_hostname, valid_host, valid_hostname
-from .common.one_line import on_one_line, some, words_and_link, words_on_one_line
-from .common.process import Stopped, Workers
-from .config import Config, ConfigError, Tunnel, with_secrets
-from .connect import GivenUp, addresses_of, connect
-from .follow import Follower
+from .config import Config
+from .link import LAST_WORDS, Link, Shared
 from .plan import Plan, changes, needs_session
-from .target import Route, Targets, serve
-from .trust import begin_tls
+from .target import Route
 
 log = logging.getLogger("gotunnel.agent")
 
-DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
-ACK_TIMEOUT = 30  # seconds; a gateway may make certificates before it answers
-SILENCE_TIMEOUT = 40  # seconds without a ping; they come every 15, so the line is dead
-# When the agent stops, visits have drain_timeout seconds to end. Then threads have these: to send a
-# session's last frames (GO_AWAY, FIN), and to end.
-LAST_WORDS = 3
 # When the agent stops: seconds without a visit after which it ends a session that the gateway has
 # not ended. Before, a visit may come that the gateway began before it read our GO_AWAY.
 LEAVE_LOOK = 0.5
-
-FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
-MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
-RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
-REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator must act first
-# Longest delay until the agent asks again for hostnames that were refused while it serves others.
-MOST_REFUSED_DELAY = 60
-# A session that lasted this many seconds before the gateway asked for a new one is followed by a
-# dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
-MOVED = 1
-NO_NAMES = (
-    "this gateway cannot complete names such as quick-otter.*: update it, or ask for a whole "
-    "hostname"
-)
-TAKEN = "host already registered"  # how such a refusal begins, also a Go gateway's
-INVALID = "invalid hostname"  # likewise; a gateway that knows no open names takes them for such
-# Beginnings of refusals that may end by themselves, or by what the gateway's operator does.
-FOR_NOW = (TAKEN, "not allowed", "too many hostnames")
-# A public address: scheme, perhaps a wildcard, host and port.
-_ADDRESS = re.compile(r"(?:https?|tls|tcp)://(?:\*\.)?(?P<host>[^/?#@\s]+)/?")
-MOST_URL = 300  # characters of a public address: the longest hostname, a scheme and a port
-MOST_KIND = 50  # characters of an unknown message's type that the log shows
-# Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
-# GO_AWAY did not ask for a new session: Session.close() and a Go gateway send one at the end, too.
-GO_AWAY_LOOK = 1
-OLD_LOOK = 1  # seconds between checks whether an old session still has visits
-# Seconds without a visit after which an old session ends. A gateway that drains may be reading the
-# head of a request meanwhile (its HEADER_TIMEOUT is 10 s).
-OLD_QUIET = 10
-OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
-# Old sessions at a time; of more, the oldest is ended with its visits. Each costs a connection and
-# three threads. So many changes of the file may happen in the time of one download.
-OLD_SESSIONS = 32
-LEAST_KEY = 32  # bytes of a secret for HS256 (RFC 7518 §3.2)
-# A session that held (lasted) for this many seconds was a success: the next delay is the first one
-# again. If any session counted, a gateway that ends each at once would never be backed off from.
-HELD = 10
-
-
-class Refused(Exception):
-    """The gateway refused a registration; the text is the gateway's. ``denied``: its reason for
-    each hostname, if it has told them."""
-
-    def __init__(self, text: str, denied: Mapping[str, str]):
-        super().__init__(text)
-        self.denied = denied
-
-
-class Ended(Exception):
-    """The gateway has ended the session; the text is the gateway's, ``code`` is End's."""
-
-    def __init__(self, end: End):
-        super().__init__(end.reason)
-        self.code = end.code
-
-
-class Service:
-    """One session and its state. The agent's lock guards ``routes``, ``refused``, ``outcome``,
-    ``asked`` and ``at_once``."""
-
-    def __init__(self, session: Session, plan: Plan):
-        self.session = session
-        self.plan = plan
-        # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
-        self.routes = plan.routes
-        # Hostname of the configuration to the gateway's reason; replaced whole, as well.
-        self.refused: Mapping[str, str] = {}
-        self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
-        self.control: Stream | None = None  # its control stream, once it is open
-        self.asked = False  # the gateway asks for a new session
-        self.at_once = False  # "asked" is certain: MOVE came, and not only GO_AWAY
-        self.outcome: BaseException | None = None  # why the session is over; None while it is not
-        self.since = math.inf  # monotonic time of its ack
-        self.ends_at = math.inf  # monotonic deadline, once a new session has replaced it
-        self.busy_at = 0.0  # monotonic: when it was last seen with a visit, from then on
-
-    def serves(self) -> bool:
-        return self.outcome is None and self.since < math.inf
-
-    def refused_for_now(self) -> frozenset[str]:
-        """The refused hostnames that the gateway may grant later."""
-        if OVERLAP not in self.features:  # a second session would end this one
-            return frozenset()
-        return frozenset(
-            name for name, reason in self.refused.items() if reason.startswith(FOR_NOW)
-        )
-
-    def has_visits(self) -> bool:
-        return any(stream is not self.control for stream in self.session.streams_in_use())
 
 
 class Snapshot(NamedTuple):
@@ -223,51 +70,23 @@ class Totals(NamedTuple):
     failed_targets: Mapping[tuple[str, str], int]  # by hostname, and Refusal.word
 
 
-class Agent:
+class Agent(Shared):
     """Serves one gateway until stop() is called. run() is the agent's thread."""
 
     def __init__(self, config: Config):
         """Raises CannotTrust."""
-        self._config, self._plan = config, Plan(config)  # guarded by _lock
-        self._stopping = threading.Event()
-        self._waker = Waker()  # woken once, by stop(), to end a dial
-        self._instance = new_instance()
-        self._lock = threading.Condition()  # guards all below; notified when any of it changes
-        self._service: Service | None = None  # the latest
-        self._old: list[Service] = []  # earlier ones that are not over yet
-        self._unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
-        self._probing = False  # ... and which asks for refused hostnames alone
-        self._running = 0  # data streams that have a worker
-        self._sessions = self._failures = self._streams = 0  # see Totals
-        self._targets = Targets()
-        self._problem = ""  # why the last session or dial has ended
-        self._lasting = False  # see Snapshot
-        self._refused: Mapping[str, str] = {}  # ... and the gateway's reasons by hostname
-        # What the log has told last: address and target, or reason of the refusal, by hostname.
-        # For the agent's thread, and the control thread if a port has opened.
-        self._logged: dict[str, tuple[str, ...]] = {}
-        self._retry_at: float | None = None  # monotonic time of the next dial, during _pause()
-        self._certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
-        self.observer: Observer | None = None  # of each session; tools set it before run()
-        # Of each visit. If it is set while the agent runs, it follows those on new streams.
-        self.follower: Follower | None = None
-        # Called by any thread after each change of what snapshot() shows; to be set before run().
-        # It must not block.
-        self.on_change: Callable[[], object] = lambda: None
-        # Called by run() with the gateway's words when it has refused a registration; to be set
-        # before. It may return another configuration, which is registered at once, or raise: then
-        # run() ends with that exception.
-        self.on_refusal: Callable[[str], Config | None] = lambda text: None
+        super().__init__(config)
+        self.link = Link(self)
 
     def run(self) -> None:
         """Serve until stop() is called. Nothing that the gateway or the network does makes it
         raise."""
-        workers = Workers(MAX_STREAMS, "stream")
         try:
-            self._serve_sessions(workers)
+            self.link.run()
         finally:
-            workers.shutdown(LAST_WORDS)  # one may hang in getaddrinfo(), which cannot be ended
-            self._waker.close()
+            # A worker may hang in getaddrinfo(), which cannot be ended.
+            self.workers.shutdown(LAST_WORDS)
+            self.waker.close()
 
     def change(self, config: Config, plan: Plan | None = None) -> list[str]:
         """Serve another configuration from now on, and return what differs, as changes() tells it.
@@ -275,29 +94,29 @@ class Agent:
         too: they have their session until they end. ``plan`` is of that configuration. Raises
         CannotTrust."""
         plan = plan or Plan(config)
-        with self._lock:
-            before, self._config = self._config, config
+        with self.lock:
+            before, self.config = self.config, config
             found = changes(before, config)
-            if plan.cas != self._plan.cas:
+            if plan.cas != self.plan.cas:
                 found.append("other CA certificates")
-            if needs_session(before, config) or plan.cas != self._plan.cas:
-                self._plan = plan
-                self._lock.notify_all()
-        self._break_off()
-        self._tell()
+            if needs_session(before, config) or plan.cas != self.plan.cas:
+                self.plan = plan
+                self.lock.notify_all()
+        self.link.break_off()
+        self.tell()
         return found
 
     def stop(self) -> None:
         """End the session when its visits are done. Any thread. Waits at most drain_timeout for the
         visits and LAST_WORDS for the session's last frames. A connection that the gateway has not
         accepted yet is reset at once."""
-        self._stopping.set()
-        self._tell()
-        self._waker.wake()
-        with self._lock:
-            self._lock.notify_all()
-            services, unaccepted = [*self._old, self._service], self._unaccepted
-            drain_timeout = self._config.drain_timeout
+        self.stopping.set()
+        self.tell()
+        self.waker.wake()
+        with self.lock:
+            self.lock.notify_all()
+            services, unaccepted = [*self.link.old, self.link.service], self.link.unaccepted
+            drain_timeout = self.config.drain_timeout
         if unaccepted is not None:
             unaccepted.reset()
         sessions = [service.session for service in services if service is not None]
@@ -307,635 +126,53 @@ class Agent:
             log.warning("%d visits did not end in %g s and were cut", left, drain_timeout)
         for session in sessions:
             session.close("the agent stops")
-        self._targets.reset()
+        self.targets.reset()
         deadline = monotonic() + LAST_WORDS
         for session in sessions:
             session.join(max(0, deadline - monotonic()))
 
     def snapshot(self) -> Snapshot:
         """The agent's state now. Any thread."""
-        with self._lock:
+        with self.lock:
             # While a new session is not registered yet, the one before serves.
-            services = [self._service, *reversed(self._old)]
+            services = [self.link.service, *reversed(self.link.old)]
             live = [each for each in services if each is not None and each.serves()]
-            visits, plan = self._running, self._plan
+            visits, plan = self.running, self.plan
         service = live[0] if live else None
         configured = plan.routes if service is None else service.plan.routes
-        refused = self._refused if service is None else service.refused
+        refused = self.link.refused if service is None else service.refused
         return Snapshot(
             plan.address,
             None if service is None else service.since,
-            self._problem if service is None else "",
+            self.link.problem if service is None else "",
             max(0, len(live) - 1),
             visits,
             plan.routes if service is None else service.routes,
-            dict(self._certificates),
-            self._stopping.is_set(),
-            self._retry_at,
+            dict(self.certificates),
+            self.stopping.is_set(),
+            self.link.retry_at,
             {name: reason for name, reason in refused.items() if name in configured},
             configured,
-            self._lasting and service is None,
+            self.link.lasting and service is None,
         )
-
-    def _tell(self) -> None:
-        """What snapshot() shows has changed. Not with the lock."""
-        call_logged(self.on_change)
 
     def totals(self) -> Totals:
         """Any thread."""
-        failed = self._targets.failed()
-        with self._lock:
-            return Totals(self._sessions, self._failures, self._streams, failed)
+        failed = self.targets.failed()
+        with self.lock:
+            return Totals(self.sessions, self.failures, self.streams, failed)
 
     def _drain(self, sessions: list[Session], timeout: float) -> int:
         """Wait until all sessions have ended, which a gateway of ours does when their visits are
         over, or until there was no visit for LEAVE_LOOK; ``timeout`` seconds at most. Returns how
         many visits are left."""
         deadline = monotonic() + timeout
-        with self._lock:
+        with self.lock:
             while (left := deadline - monotonic()) > 0:
                 if all(session.ended for session in sessions):
                     return 0
-                if self._running:
-                    self._lock.wait(left)
-                elif not self._lock.wait(min(left, LEAVE_LOOK)) and not self._running:
+                if self.running:
+                    self.lock.wait(left)
+                elif not self.lock.wait(min(left, LEAVE_LOOK)) and not self.running:
                     break
-            return self._running
-
-    # Sessions, one after the other
-
-    def _serve_sessions(self, workers: Workers) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            least, most = 0, MAX_DELAY
-            service = None
-            replaced = False
-            refused: dict[str, str] = {}
-            lasting = False
-            plan = self._plan
-            try:
-                service = self._begin(plan, workers)
-                if self._serve(service, workers):
-                    failures = 0
-                    continue
-                problem = "the gateway asks for a new session; this one ends when its visits do"
-                replaced = True
-            except Refused as error:
-                if str(error).startswith(TAKEN) and self._await_old(plan):
-                    continue
-                if (other := self.on_refusal(str(error))) is not None:
-                    self.change(other)
-                    continue
-                refused = {
-                    name: words_on_one_line(reason)
-                    for name, reason in error.denied.items()
-                    if name in plan.routes
-                }
-                problem = f"the gateway refused: {on_one_line(str(error))}{_advice(error, plan)}"
-                problem += trouble.of_refusal(str(error), plan.config)
-                least = REFUSED_DELAY
-                if str(error).startswith(TAKEN):
-                    problem += "; another agent serves the hostname, and this one keeps trying"
-            except Ended as error:
-                problem = f"the gateway says: {on_one_line(str(error))}"
-                if error.code == REPLACED:
-                    # If the other agent has the same instance id (a cloned machine), the two would
-                    # replace each other for ever. With a new id, this agent gets the hostnames
-                    # when the other one is gone.
-                    self._instance, least = new_instance(), REFUSED_DELAY
-            except ConnectionRefusedError as error:
-                problem, most = dial_problem(error), RESTART_DELAY
-            except OSError as error:
-                problem = dial_problem(error, plan.config, served=service is not None)
-                lasting = trouble.lasts(error)
-                if self._service is not None and self._service.asked:
-                    # The gateway restarts. Its port may go on listening (systemd's sockets) while
-                    # it drains, so the dial is late rather than refused.
-                    most = RESTART_DELAY
-            except ProtocolError as error:
-                problem, lasting = f"it does not speak gotunnel's protocol: {error}", True
-                if service is None:
-                    problem += f"; {trouble.RIGHT_PORT}"
-            except ConfigError as error:  # a file with a secret
-                problem, lasting = str(error), True
-            if self._stopping.is_set():
-                break
-            lasted = 0 if service is None else monotonic() - service.since
-            address = plan.address
-            if replaced and lasted >= MOVED:
-                log.info("%s: %s", address, problem)
-                failures = 0
-                continue
-            failures = 1 if lasted >= HELD else failures + 1
-            delay = retry_delay(failures, least, most)
-            self._problem, self._refused, self._lasting = problem, refused, lasting
-            self._failures += 1  # by this thread alone
-            log.warning("%s: %s; next try in %.1f s", address, problem, delay)
-            self._pause(plan, delay)
-
-    def _pause(self, plan: Plan, seconds: float) -> None:
-        """Wait, unless there is another plan than ``plan``, or the agent stops."""
-        self._retry_at = monotonic() + seconds
-        self._tell()
-        with self._lock:
-            self._lock.wait_for(lambda: self._plan is not plan or self._stopping.is_set(), seconds)
-        self._retry_at = None
-        self._tell()
-
-    # One session
-
-    def _begin(self, plan: Plan, workers: Workers) -> Service:
-        """Dial and register. The new session replaces the one before. Raises ConfigError if a file
-        with a secret cannot be read."""
-        config = with_secrets(plan.config)
-        service = Service(self._dial(plan), plan)
-        session = service.session
-        session.on_leave = lambda: self._ask(service)
-        with self._lock:
-            before, self._service = self._service, service
-            if before is not None and before.outcome is None:
-                self._old.append(before)
-            old = list(self._old)
-        for earlier in old:
-            if not earlier.asked and OVERLAP not in earlier.features:
-                self._leave(earlier)  # or its gateway would cut its visits for the new session
-        try:
-            if self._stopping.is_set():  # stop() may have run before it could see this session
-                raise SessionClosed("the agent stops")
-            workers.prepare()  # visits without a thread would wait for ever: rather dial again
-            control, messages = self._register(service, config, overlap=bool(old))
-            served = [name for name, route in service.routes.items() if not route.problem]
-            log.info("%s: serving %s", plan.address, some(served) or "nothing")
-            for hostname in served:
-                self._log_url(hostname, service.routes[hostname])
-            self._attend(service, control, messages, workers)
-        except BaseException as error:
-            self._end(service, error)
-            raise
-        self._tell()
-        self._retire_old()
-        return service
-
-    def _register(
-        self, service: Service, config: Config, *, overlap: bool
-    ) -> tuple[Stream, Iterator[Message]]:
-        """Register a new session. Returns its control stream and the messages that follow there.
-        Raises Refused, and what ends the session."""
-        service.session.start()
-        register = self._registration(config)._replace(overlap=overlap)
-        service.control = control = service.session.open(encode_message(register))
-        messages = _messages(control)
-        self._take_answer(service, _expect_ack(next(messages)))
-        with self._lock:
-            self._unaccepted = None
-            self._sessions += 1
-        return control, messages
-
-    def _attend(
-        self, service: Service, control: Stream, messages: Iterator[Message], workers: Workers
-    ) -> None:
-        """Have threads serve a session that is registered."""
-        service.since = monotonic()
-        spawn("accept", self._accept, service, workers)
-        spawn("control", self._read_control, service, control, messages)
-
-    def _log_url(self, hostname: str, route: Route) -> None:
-        """Say once where a tunnel leads from and to."""
-        told = (route.url, shown_target(route.tunnel))
-        if route.url and self._logged.get(hostname) != told:
-            self._logged[hostname] = told
-            log.info("%s -> %s", *told)
-
-    def _serve(self, service: Service, workers: Workers) -> bool:
-        """Wait until a session is over, and raise its outcome. Returns False if the gateway asks
-        for a new session; True if the agent wants one, for another plan, or for hostnames that were
-        refused before."""
-
-        def over() -> bool:
-            return (
-                service.asked
-                or service.outcome is not None
-                or self._plan is not service.plan
-                or self._stopping.is_set()
-            )
-
-        tries = 0
-        while True:
-            refused = service.refused_for_now()
-            tries += 1
-            delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
-            with self._lock:
-                if self._lock.wait_for(over, delay):
-                    break
-            if self._ask_again(service, refused, workers):
-                return True
-        with self._lock:
-            if service.asked and not service.at_once:
-                self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
-        if self._stopping.is_set():  # stop() ends the session when its visits are done
-            with self._lock:
-                self._lock.wait_for(lambda: service.outcome is not None)
-        if service.outcome is not None:
-            service.session.join(LAST_WORDS)
-            raise service.outcome
-        return self._plan is not service.plan
-
-    def _ask_again(self, service: Service, names: frozenset[str], workers: Workers) -> bool:
-        """Ask for refused hostnames by a session of their own. True if the gateway has granted one:
-        that session serves it until a session with all hostnames takes over."""
-        plan, probe = service.plan, None
-        self._probing = True
-        try:
-            config = with_secrets(plan.config)
-            tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
-            probe = Service(self._dial(plan), plan)
-            probe.routes = {name: plan.routes[name] for name in names}
-            asked = replace(config, tunnels=tunnels)
-            control, messages = self._register(probe, asked, overlap=True)
-            if not probe.routes:
-                raise Refused("no reason given", probe.refused)
-            log.info("%s: grants %s now", plan.address, some(probe.routes))
-            with self._lock:
-                if self._stopping.is_set():  # stop() may have run before it could see this session
-                    raise SessionClosed("the agent stops")
-                self._old.append(probe)  # it serves until the next one takes over
-            self._attend(probe, control, messages, workers)
-            return True
-        except (Refused, OSError, ProtocolError, ConfigError) as error:
-            if probe is not None:
-                self._end(probe, error)
-            if isinstance(error, Refused):
-                told = {
-                    name: words_on_one_line(error.denied.get(name, str(error))) for name in names
-                }
-                self._note_refused(service, {**service.refused, **told})
-                self._tell()
-            else:
-                log.debug("%s: cannot ask again for %s: %s", plan.address, some(names), error)
-            return False
-        finally:
-            self._probing = False
-
-    def _break_off(self) -> None:
-        """Stop asking again, because the agent's thread has to dial for all hostnames. Any
-        thread."""
-        with self._lock:
-            unaccepted = self._unaccepted if self._probing else None
-        if unaccepted is not None:
-            unaccepted.reset()
-
-    def _note_refused(self, service: Service, refused: Mapping[str, str]) -> None:
-        """Note which hostnames the gateway refuses, and log each reason once."""
-        with self._lock:
-            service.refused = refused
-        for name, reason in refused.items():
-            if self._logged.get(name) != (reason,):
-                self._logged[name] = (reason,)
-                more = "; the agent keeps asking for it" * (name in service.refused_for_now())
-                log.error("%s: not served: the gateway refused: %s%s",
-                          name, reason, more)  # fmt: skip
-
-    def _ask(self, service: Service, at_once: bool = False) -> None:
-        """Note that the gateway asks for a new session. Any thread; does not block."""
-        with self._lock:
-            service.asked = True
-            service.at_once |= at_once
-            self._lock.notify_all()
-        self._break_off()
-
-    def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
-        """Thread "control": act on the gateway's messages until the session is over."""
-        outcome: Exception = SessionClosed("the gateway ended the session")
-        try:
-            certificates: dict[str, str] = {}
-            if service is self._service:
-                self._certificates = certificates
-            for message in messages:
-                if isinstance(message, Certificate):
-                    _log_certificate(service, message, certificates)
-                    self._tell()
-                elif isinstance(message, Port):
-                    self._take_port(service, message)
-                elif isinstance(message, End) and message.code == MOVE:
-                    self._ask(service, at_once=True)
-                elif isinstance(message, End):
-                    raise Ended(message)
-                elif isinstance(message, Ping):
-                    # The session may be over already. Then read on: End may have come, with why.
-                    with contextlib.suppress(ConnectionError):
-                        pong = encode_message(Pong(int(time() * 1000)))
-                        control.write(pong, timeout=SILENCE_TIMEOUT)
-                else:
-                    raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
-        except (OSError, ProtocolError, Ended) as error:
-            outcome = error
-        finally:
-            self._end(service, outcome)
-
-    def _end(self, service: Service, outcome: BaseException) -> None:
-        """End a session, and note why."""
-        with self._lock:
-            service.outcome = outcome
-            self._lock.notify_all()
-        if service is self._service:
-            self._break_off()
-        service.session.close("the agent ends the session")
-        service.session.join(LAST_WORDS)
-        with self._lock:
-            if service in self._old:
-                self._old.remove(service)
-                log.debug("%s: an old session is over: %s", service.plan.address, outcome)
-            self._lock.notify_all()
-        self._tell()
-
-    # Old sessions, which a new one has replaced
-
-    def _retire_old(self) -> None:
-        """Have the old sessions end when their visits have ended."""
-        now = monotonic()
-        with self._lock:
-            old = list(self._old)
-        for service in old[:-OLD_SESSIONS]:
-            service.session.close("there are too many old sessions")
-        for service in old:
-            if not service.asked:  # it was of another plan
-                service.session.leave(refuses=False)
-            self._end_later(service, now)
-
-    def _leave(self, service: Service) -> None:
-        """Have the gateway give a session's hostnames to the next one; its visits go on."""
-        service.session.leave(refuses=False)
-        self._end_later(service, monotonic())
-
-    def _end_later(self, service: Service, now: float) -> None:
-        if service.ends_at == math.inf:
-            service.ends_at, service.busy_at = now + OLD_SESSION, now
-            self._look_later(service)
-
-    def _look_later(self, service: Service) -> None:
-        service.session.call_later(OLD_LOOK, lambda: self._look(service))
-
-    def _look(self, service: Service) -> None:
-        """Close an old session if it has no visits. Its demultiplexer thread: must not block."""
-        now = monotonic()
-        if service.has_visits():
-            service.busy_at = now
-        if now < min(service.busy_at + OLD_QUIET, service.ends_at):
-            self._look_later(service)
-        else:
-            service.session.close("a new session has replaced it")
-
-    def _await_old(self, plan: Plan) -> bool:
-        """Wait for the end of our old sessions, if a gateway without OVERLAP has just refused their
-        hostnames. False if there are none."""
-        with self._lock:
-            if all(OVERLAP in service.features for service in self._old):
-                return False
-            log.info("%s: the gateway accepts a new session when the old one has ended; waiting "
-                     "for that", plan.address)  # fmt: skip
-            self._lock.wait_for(
-                lambda: not self._old or self._plan is not plan or self._stopping.is_set()
-            )
-        return True
-
-    def _dial(self, plan: Plan) -> Session:
-        host, port = plan.config.tunnel_host, plan.config.tunnel_port
-        duplex = Duplex(connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._waker))
-        duplex.stall_timeout = plan.config.stall_timeout
-        try:
-            with self._lock:
-                self._unaccepted = duplex
-            if self._stopping.is_set():  # stop() may have run before it could see this connection
-                raise GivenUp("the agent stops")
-            begin_tls(duplex, plan.context, host, DIAL_TIMEOUT)
-        except BaseException:
-            duplex.close()
-            raise
-        return Session(
-            duplex, client=True, name=plan.address, window=START_WINDOW, observer=self.observer
-        )
-
-    def _registration(self, config: Config) -> Register:
-        needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
-        later = (LATER_PORTS,) if PORTS in needs else ()
-        return Register(
-            token=config.token
-            or make_token(config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec),
-            routes=config.routes(),
-            modes=config.modes(),
-            features=(
-                CERTIFICATES,
-                HALF_CLOSE,
-                REASONS,
-                UPGRADES,
-                REFUSALS,
-                OVERLAP,
-                URLS,
-                PARTIAL,
-                *later,
-                *sorted(needs),
-            ),  # fmt: skip
-            host_headers=config.host_headers(),
-            protocols=config.protocols(),
-            ports=config.ports(),
-            addressed=config.addressed(),
-            policies=config.policies(),
-            instance=self._instance,
-        )
-
-    def _take_answer(self, service: Service, ack: Ack) -> None:
-        """Mark the tunnels that the gateway cannot serve as configured. Their visits are turned
-        away: a password that the gateway does not check must not look like one that it checks."""
-        routes = {}
-        refused: dict[str, str] = {}
-        denied = ack.denied if PARTIAL in ack.features else {}
-        urls = ack.urls if URLS in ack.features else {}
-        for name, route in service.routes.items():
-            if name in denied:
-                refused[name] = words_on_one_line(denied[name])
-                continue
-            tunnel = route.tunnel
-            missing = [feature for feature in tunnel.needs if feature not in ack.features]
-            hostname = _granted(tunnel, ack)
-            problem = _unknown(missing) or ack.refused.get(name, "")
-            if not problem and hostname is None:
-                problem = "the gateway has not said which hostname it gives"
-            elif not problem and tunnel.port and name not in ack.ports:
-                problem = "the gateway has opened no public port for it, and gave no reason"
-            hostname = hostname or name
-            if problem:
-                log.error("%s: not served: %s", hostname, on_one_line(problem))
-            elif tunnel.port:
-                port = on_one_line(ack.ports[name], 5)
-                log.info("%s: on port %s of the gateway", hostname, port)
-            routes[hostname] = route._replace(
-                tunnel=tunnel._replace(hostname=hostname),
-                problem=problem,
-                awaits_port=bool(problem) and not missing and LATER_PORTS in ack.features,
-                refusals=REFUSALS in ack.features,
-                url="" if problem else _url(urls.get(name, "")),
-            )
-        with self._lock:
-            service.routes, service.features = routes, ack.features
-        self._note_refused(service, refused)
-
-    def _take_port(self, service: Service, message: Port) -> None:
-        """Serve a tunnel whose public port was not available at first."""
-        with self._lock:
-            route = service.routes.get(message.hostname)
-            if route is None or not route.awaits_port:
-                return
-            served = route._replace(problem="", awaits_port=False, url=_url(message.url))
-            service.routes = {**service.routes, message.hostname: served}
-        port = on_one_line(message.port, 5)
-        log.info("%s: on port %s of the gateway", message.hostname, port)
-        self._log_url(message.hostname, served)
-        self._tell()
-
-    def _accept(self, service: Service, workers: Workers) -> None:
-        while True:
-            try:
-                stream = service.session.accept()
-            except SessionClosed:
-                return
-            with self._lock:
-                self._running += 1
-                self._streams += 1
-            self._tell()
-            try:
-                workers.submit(self._serve_stream, service, stream)
-            except Stopped:  # the agent has stopped, and all streams have ended with the session
-                with self._lock:
-                    self._running -= 1
-                return
-
-    def _serve_stream(self, service: Service, stream: Stream) -> None:
-        try:
-            serve(stream, service.routes.get, self._targets, self.follower)
-        except Exception:
-            log.exception("stream %d: reset by an unexpected error (bug, traceback follows)",
-                          stream.id)  # fmt: skip
-            stream.reset()
-        finally:
-            with self._lock:
-                self._running -= 1
-                self._lock.notify_all()
-            self._tell()
-
-
-def _log_certificate(service: Service, message: Certificate, told: dict[str, str]) -> None:
-    """Log the state of a hostname's certificate, if it has changed. ``told``: the last state of
-    each hostname that was logged."""
-    route = service.routes.get(message.hostname)
-    if route is None or route.problem or told.get(message.hostname) == message.state:
-        return
-    told[message.hostname] = message.state
-    level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
-    log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
-
-
-def _messages(control: Stream) -> Iterator[Message]:
-    """The gateway's messages. Raises SessionClosed when the gateway ends the session, TimeoutError
-    if it is silent."""
-    reader, timeout = MessageReader(_pass_over), ACK_TIMEOUT
-    while True:
-        try:
-            data = control.read(timeout=timeout)
-        except TimeoutError:
-            raise TimeoutError(f"the gateway was silent for {timeout} s") from None
-        if not data:
-            raise SessionClosed("the gateway ended the session")
-        yield from reader.feed(data)
-        timeout = SILENCE_TIMEOUT
-
-
-def _pass_over(kind: str) -> None:
-    kind = on_one_line(kind, MOST_KIND)
-    log.debug("messages of type %s from the gateway are ignored: this agent does not know them",
-              kind)  # fmt: skip
-
-
-def _expect_ack(message: Message) -> Ack:
-    if not isinstance(message, Ack):
-        raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
-    if not message.ok:
-        raise Refused(message.error or "no reason given", message.denied)
-    return message
-
-
-def _unknown(missing: list[str]) -> str:
-    """Why a tunnel is not served whose gateway does not know features that it needs; "" if it knows
-    them."""
-    if NAMES in missing:
-        return NO_NAMES
-    if not missing:
-        return ""
-    names = ", ".join(missing)
-    return (
-        f"this gateway does not know {names}; update the gateway, or remove the keys that need it"
-    )
-
-
-def _granted(tunnel: Tunnel, ack: Ack) -> str | None:
-    """The hostname that a tunnel has; None if the gateway has not said what it made of an open
-    name."""
-    if not tunnel.hostname.endswith(OPEN) or NAMES not in ack.features:
-        return normal_hostname(tunnel.hostname)
-    hostname = normal_hostname(ack.names.get(tunnel.hostname, ""))
-    return hostname if valid_hostname(hostname) else None
-
-
-def _advice(refused: Refused, plan: Plan) -> str:
-    """What to add to a refusal by a gateway that takes an open name for a bad hostname."""
-    asked = [name for name in plan.routes if name.endswith(OPEN)]
-    is_old = not refused.denied and str(refused).startswith(INVALID)
-    return f"; {NO_NAMES}" if is_old and any(name in str(refused) for name in asked) else ""
-
-
-def _url(text: str) -> str:
-    """A public address from the gateway; "" if it is none. People copy it, and commands that are
-    made of it, into a shell."""
-    if len(text) > MOST_URL or (match := _ADDRESS.fullmatch(text)) is None:
-        return ""
-    return text if valid_host(match["host"]) else ""
-
-
-def shown_target(tunnel: Tunnel) -> str:
-    """A tunnel's target for people: as a URL, if it is a website."""
-    target = tunnel.target
-    plain = tunnel.mode == "http" and not target.tls and not target.path
-    return f"http://{target}" if plain else str(target)
-
-
-def dial_problem(error: OSError, config: Config | None = None, *, served: bool = False) -> str:
-    """Why a dial has failed, or a session has ended, in words, with advice; see trouble.py."""
-    return trouble.of_dial(error, config, served=served)
-
-
-def make_token(secret: str, issuer: str, lifetime: int) -> str:
-    """A JWT as Go agents send it: HS256, with iss, iat and exp. ``lifetime`` is in seconds."""
-    now = int(time())
-    # PyJWT warns of a shorter secret, which only the gateway's operator can change. HMAC pads it
-    # with zeros anyway (RFC 2104 §2), so the signature is the same.
-    key = secret.encode().ljust(LEAST_KEY, b"\0")
-    return jwt.encode({"iss": issuer, "iat": now, "exp": now + lifetime}, key, "HS256")
-
-
-def new_instance() -> str:
-    """A random id that no other agent process has."""
-    return secrets.token_hex(16)
-
-
-def retry_delay(
-    failures: int,
-    least: float = 0,
-    most: float = MAX_DELAY,
-    random: Callable[[], float] = random.random,
-) -> float:
-    """Seconds to wait after ``failures`` in a row, at least one (exponential backoff with jitter).
-
-    The delay doubles with each failure, within ``least`` and ``most``, and is then cut by a random
-    part of up to a half: agents that a gateway lost all at once must not come back all at once.
-    """
-    delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: far past any limit, without overflow
-    return max(least, min(delay, most)) * (0.5 + random() / 2)
+            return self.running

@@ -29,15 +29,17 @@ from types import TracebackType
 from gotunnel import NoThread, spawn
 
 from . import home, trouble
-from .agent import INVALID, LAST_WORDS, NO_NAMES, TAKEN, Agent, Snapshot
+from .agent import Agent, Snapshot
 from .common.hostnames import OPEN
 from .common.one_line import on_one_line
 from .common.status_socket import OFF
 from .config import Config, ConfigError, Inspect, Tunnel, inspect_of, tunnel_of
 from .follow import Follower, Seen
 from .inspector import CannotInspect, Started, start_inspector
+from .link import LAST_WORDS
 from .quick.names import random_label
 from .quick.targets import BadTarget, read_target
+from .registering import INVALID, NO_NAMES, TAKEN
 from .trust import CannotTrust
 
 log = logging.getLogger("gotunnel.embedded")

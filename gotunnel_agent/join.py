@@ -40,7 +40,6 @@ from gotunnel import (
     encode_message,
 )
 
-from .agent import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS, make_token
 from .called import Parser, program
 from .common import atomic_file, join_string, small_file
 from .common.duplex import Duplex
@@ -51,7 +50,9 @@ from .common.tls import AEAD
 from .config import ACCOUNT_KEYS, MAX_FILE, Config, ConfigError, of_document, read_document
 from .connect import addresses_of, connect
 from .home import JOIN, config_file, document_of, join_string_of_environment
+from .link import ACK_TIMEOUT, DIAL_TIMEOUT, LAST_WORDS
 from .pin import CannotPin, fetch_ca
+from .registering import make_token
 from .trouble import NO_PROGRAM, OWN_CA, of_dial, of_refusal
 from .trust import begin_tls, client_context
 

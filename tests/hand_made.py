@@ -7,8 +7,8 @@ import threading
 from support import SECRET, TIMEOUT, TUNNEL_HOST, tls_context
 
 from gotunnel import MessageReader, Ping, Pong, Register, Session, SessionClosed, encode_message
-from gotunnel_agent.agent import make_token
 from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.registering import make_token
 
 HOUR = 3600  # seconds
 

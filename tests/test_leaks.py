@@ -7,8 +7,8 @@ import leaks
 import pytest
 from support import SECRET, running
 
-from gotunnel_agent.agent import make_token
 from gotunnel_agent.common.passwords import hash_password
+from gotunnel_agent.registering import make_token
 
 TOKEN = make_token(SECRET, "x", 60)
 KEY = "-----BEGIN PRIVATE KEY-----"

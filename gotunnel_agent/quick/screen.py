@@ -237,7 +237,7 @@ class Messages(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             self._bugs.append(record)
-        if record.name != "gotunnel.agent" or not any(words in text for words in STATES):
+        if record.name != "gotunnel.link" or not any(words in text for words in STATES):
             self.add(text)
 
     def add(self, text: str) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from gotunnel import NoThread, spawn
 
-from ..agent import INVALID, NO_NAMES, TAKEN, Agent
+from ..agent import Agent
 from ..called import program
 from ..common.hostnames import OPEN
 from ..common.one_line import on_one_line
@@ -31,6 +31,7 @@ from ..common.process import HANG_UP, Signals, watch_memory
 from ..common.refusals import UNTRUSTED
 from ..config import Config, Tunnel
 from ..inspector import start_inspector
+from ..registering import INVALID, NO_NAMES, TAKEN
 from ..target import Route, Unserved, dial
 from .names import MOST_TRIES, Labels
 from .screen import Screen

@@ -2,12 +2,12 @@
 
 import pytest
 
-from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Retries come at once, and old sessions end soon."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
-    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
-    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 0.05)
+    monkeypatch.setattr(link_module, "OLD_LOOK", 0.1)
+    monkeypatch.setattr(link_module, "OLD_QUIET", 0.3)

@@ -60,18 +60,19 @@ from gotunnel import (
     encode_data_header,
     encode_message,
 )
-from gotunnel_agent import agent as agent_module
-from gotunnel_agent.agent import (
+from gotunnel_agent import link as link_module
+from gotunnel_agent import registering
+from gotunnel_agent.common import standard_error
+from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.config import DRAIN_TIMEOUT
+from gotunnel_agent.link import (
     FIRST_DELAY,
     MAX_DELAY,
     REFUSED_DELAY,
     RESTART_DELAY,
-    make_token,
     retry_delay,
 )
-from gotunnel_agent.common import standard_error
-from gotunnel_agent.common.duplex import Duplex
-from gotunnel_agent.config import DRAIN_TIMEOUT
+from gotunnel_agent.registering import make_token
 from gotunnel_agent.target import hostname_of
 from gotunnel_agent.trust import CannotTrust, tls_context
 from gotunnel_server.certs.local_ca import Authority
@@ -267,7 +268,7 @@ def agent(gateway, tmp_path, origin):
 @pytest.fixture
 def impatient(monkeypatch):
     """Retries come at once."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.01)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 0.01)
 
 
 def test_registration_says_who_serves_what(gateway, tmp_path):
@@ -321,9 +322,9 @@ def test_a_flood_of_messages_that_nobody_knows_ends_the_session(gateway, agent, 
 @pytest.fixture(params=["GO_AWAY", "End"])
 def ask_for_another(request, gateway, monkeypatch):
     """How the gateway asks for another session."""
-    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.1)
-    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.1)
-    monkeypatch.setattr(agent_module, "OLD_QUIET", 0.3)
+    monkeypatch.setattr(link_module, "GO_AWAY_LOOK", 0.1)
+    monkeypatch.setattr(link_module, "OLD_LOOK", 0.1)
+    monkeypatch.setattr(link_module, "OLD_QUIET", 0.3)
 
     def ask():
         if request.param == "End":
@@ -370,7 +371,7 @@ def test_a_gateway_that_takes_no_other_session_keeps_the_old_one(
         gateway.meet()
         ask_for_another()
         old, control = gateway.session, gateway.control
-        gateway.meet(Ack(False, f"{agent_module.TAKEN}: {RAW}"))
+        gateway.meet(Ack(False, f"{registering.TAKEN}: {RAW}"))
         gateway.hang_up()
         stream = old.open(encode_data_header(RAW)) if not old._mux.we_left else None
         if stream is not None:
@@ -389,7 +390,7 @@ def test_a_gateway_that_takes_no_other_session_keeps_the_old_one(
 def test_an_old_session_does_not_last_for_ever(
     gateway, tmp_path, origin, impatient, ask_for_another, monkeypatch
 ):
-    monkeypatch.setattr(agent_module, "OLD_SESSION", 0.3)
+    monkeypatch.setattr(link_module, "OLD_SESSION", 0.3)
     with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
         gateway.meet()
         stream = gateway.open(RAW)
@@ -404,7 +405,7 @@ def test_an_old_session_does_not_last_for_ever(
 
 
 def test_old_sessions_are_few(gateway, tmp_path, origin, impatient, monkeypatch):
-    monkeypatch.setattr(agent_module, "OLD_SESSIONS", 2)
+    monkeypatch.setattr(link_module, "OLD_SESSIONS", 2)
     with agent_here(gateway.place, tmp_path, tcp={RAW: origin.port}):
         old = []
         for _ in range(5):
@@ -430,7 +431,7 @@ def test_stop_ends_old_sessions_too_when_their_visits_are_done(
             ask_for_another()
             old = gateway.session
             gateway.meet()
-            wait_until(lambda: agent._old)
+            wait_until(lambda: agent.link.old)
             stopping = threading.Thread(target=agent.stop)
             stopping.start()
             target.send(b"last words")
@@ -603,7 +604,7 @@ def test_texts_of_a_gateway_stay_on_their_line(gateway, tmp_path, impatient, cap
 
 
 def test_silent_gateway_is_left(gateway, tmp_path, impatient, monkeypatch):
-    monkeypatch.setattr(agent_module, "SILENCE_TIMEOUT", 0.2)
+    monkeypatch.setattr(link_module, "SILENCE_TIMEOUT", 0.2)
     with agent_here(gateway.place, tmp_path, {APP: 1}):
         gateway.meet()
         first = gateway.session
@@ -738,7 +739,7 @@ def test_agent_ends_at_once_though_its_gateway_is_silent(cache, tmp_path, phase)
 
 
 def test_agent_that_stops_leaves_time_for_its_last_lines_in_the_ten_seconds_that_docker_grants():
-    assert DRAIN_TIMEOUT + agent_module.LAST_WORDS + standard_error.LAST_LINES < 10
+    assert DRAIN_TIMEOUT + link_module.LAST_WORDS + standard_error.LAST_LINES < 10
 
 
 # Real gateways -----------------------------------------------------------------------------------
@@ -769,9 +770,9 @@ def test_agent_may_start_before_its_gateway(cache, tmp_path, origin, impatient, 
 def test_a_dial_that_takes_long_is_no_session_that_worked(cache, tmp_path, monkeypatch):
     """The delays must also grow while the network drops every packet."""
     counts = queue.Queue()
-    monkeypatch.setattr(agent_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
-    monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.1)
-    monkeypatch.setattr(agent_module, "HELD", 0.05)
+    monkeypatch.setattr(link_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
+    monkeypatch.setattr(link_module, "DIAL_TIMEOUT", 0.1)
+    monkeypatch.setattr(link_module, "HELD", 0.05)
     authority = Authority(cache / "local")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = Gateway(None, silent.getsockname()[1], authority.ca_file, None)
@@ -781,8 +782,8 @@ def test_a_dial_that_takes_long_is_no_session_that_worked(cache, tmp_path, monke
 
 def test_a_session_that_held_is_followed_by_a_short_delay(gateway, tmp_path, monkeypatch):
     counts = queue.Queue()
-    monkeypatch.setattr(agent_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
-    monkeypatch.setattr(agent_module, "HELD", 0)
+    monkeypatch.setattr(link_module, "retry_delay", lambda failures, *_: counts.put(failures) or 0)
+    monkeypatch.setattr(link_module, "HELD", 0)
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         for _ in range(3):
             gateway.meet()
@@ -905,12 +906,12 @@ def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(cache,
 def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
     gateway, tmp_path, monkeypatch, caplog
 ):
-    def refuse(agent, plan, workers):
+    def refuse(link, plan):
         error = ssl.SSLCertVerificationError(1, "certificate verify failed")
         error.verify_code, error.verify_message = 10, "certificate has expired"
         raise error
 
-    monkeypatch.setattr(agent_module.Agent, "_begin", refuse)
+    monkeypatch.setattr(link_module.Link, "_begin", refuse)
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         wait_until(lambda: "to be trusted: certificate has expired; the gateway has to renew it, "
                    "unless this machine's clock is wrong, which says " in caplog.text)  # fmt: skip
@@ -937,10 +938,10 @@ def test_a_wrong_host_in_tunnel_addr_is_said_to_be_wrong(
 ):
     error.verify_code, error.verify_message = 64, "not valid for '127.0.0.1'."
 
-    def refuse(agent, plan, workers):
+    def refuse(link, plan):
         raise error
 
-    monkeypatch.setattr(agent_module.Agent, "_begin", refuse)
+    monkeypatch.setattr(link_module.Link, "_begin", refuse)
     with agent_here(gateway.place, tmp_path, {APP: 1}, ready=False):
         wait_until(lambda: said in caplog.text)
 
@@ -949,7 +950,7 @@ def test_agent_dials_often_while_its_gateway_restarts_behind_a_port_that_goes_on
     cache, tmp_path, origin, monkeypatch
 ):
     """systemd holds the sockets: a dial is not refused, but nobody answers."""
-    monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.1)
+    monkeypatch.setattr(link_module, "DIAL_TIMEOUT", 0.1)
     limits = queue.Queue()
 
     def delay(failures, least, most):
@@ -960,7 +961,7 @@ def test_agent_dials_often_while_its_gateway_restarts_behind_a_port_that_goes_on
         with agent_here(gateway, tmp_path, http={APP: origin.port}):
             for given in gateway.inner.listeners.shared():
                 stack.enter_context(given.sock)
-            monkeypatch.setattr(agent_module, "retry_delay", delay)
+            monkeypatch.setattr(link_module, "retry_delay", delay)
             gateway.inner.stop()
             limits.get(timeout=TIMEOUT)  # the session was a short one
             for _ in range(5):

@@ -97,7 +97,7 @@ def test_an_agent_without_a_session_is_healthy_and_not_ready(serving, lonely):
     assert ask(port, "/healthz")[0] == 200
     assert ask(port, "/readyz")[::2] == (503, "no session\n")
     assert figures(port)["gotunnel_agent_connected",] == 0
-    lonely._problem = "connection refused"
+    lonely.link.problem = "connection refused"
     assert ask(port, "/readyz")[2] == "connection refused\n"
 
 

@@ -39,8 +39,8 @@ from test_agent import HandMadeGateway
 import gotunnel
 import gotunnel_agent
 from gotunnel import Ack
-from gotunnel_agent import agent as agent_module
 from gotunnel_agent import embedded
+from gotunnel_agent import link as link_module
 from gotunnel_agent.common.join_string import JoinString
 from gotunnel_server.agents import tunnel as tunnel_module
 
@@ -345,7 +345,7 @@ def test_a_tunnel_that_was_granted_is_asked_for_again_whatever_the_gateway_says_
     cache, tmp_path, monkeypatch
 ):
     """Another agent may have the hostname while the connection is lost."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: TICK)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: TICK)
     with HandMadeGateway(cache) as by_hand:
         place = by_hand.place
         joined(monkeypatch, tmp_path, tunnel_addr=f"{TUNNEL_HOST}:{place.tunnel_port}",
@@ -554,5 +554,5 @@ def test_warnings_of_a_tunnel_are_logged_and_not_printed_otherwise(tmp_path, mon
         joined(monkeypatch, tmp_path, tunnel_addr=f"{TUNNEL_HOST}:{port}")
         refused(gotunnel.Unreachable, 8080, timeout=0.1)
     assert {record.name for record in caplog.records if record.levelno >= logging.WARNING} == {
-        "gotunnel.agent"
+        "gotunnel.link"
     }

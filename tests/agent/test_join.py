@@ -25,12 +25,12 @@ from support import (
 )
 
 from gotunnel_agent import join
-from gotunnel_agent.agent import make_token
 from gotunnel_agent.common import small_file
 from gotunnel_agent.common.join_string import JoinString
 from gotunnel_agent.config import load
 from gotunnel_agent.home import account, state_folder
 from gotunnel_agent.pin import fetch_ca, unverified_chain
+from gotunnel_agent.registering import make_token
 from gotunnel_server.certs.local_ca import Authority
 
 NEW = "a-new-secret-that-no-gateway-is-asked-about"

@@ -37,14 +37,15 @@ from gotunnel import (
     Port,
     encode_message,
 )
-from gotunnel_agent import agent as agent_module
-from gotunnel_agent.agent import (
+from gotunnel_agent import link as link_module
+from gotunnel_agent import registering
+from gotunnel_agent.config import Target, Tunnel
+from gotunnel_agent.link import (
     MOST_REFUSED_DELAY,
     REFUSED_DELAY,
     retry_delay,
     shown_target,
 )
-from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.metrics import figures
 from gotunnel_agent.status import describe
 from gotunnel_server import gateway as gateway_module
@@ -67,7 +68,7 @@ def gateway(cache):
 @pytest.fixture
 def never(monkeypatch):
     """No retry comes."""
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
 
 
 def over(*sessions):
@@ -173,7 +174,7 @@ def test_agent_stops_at_once_while_it_asks_again(gateway, tmp_path, quick):
         good = gateway.session
         sock, _ = gateway._listening.accept()  # and says nothing
         began = monotonic()
-    assert monotonic() - began < agent_module.DIAL_TIMEOUT / 2
+    assert monotonic() - began < link_module.DIAL_TIMEOUT / 2
     sock.close()
     over(good)
 
@@ -298,7 +299,7 @@ def test_addresses_that_could_harm_a_terminal_or_a_shell_are_not_shown(
     ],
 )  # fmt: skip
 def test_addresses_of_all_kinds_are_shown(url):
-    assert agent_module._url(url) == url
+    assert registering.url_of(url) == url
 
 
 def test_an_address_is_logged_once(gateway, tmp_path, quick, caplog):
@@ -392,7 +393,7 @@ def test_a_listener_that_fails_harms_no_session(gateway, tmp_path, caplog):
 
 
 def test_a_hostname_that_gets_free_is_served_without_cutting_visits(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.2)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 0.2)
     (tmp_path / "a").mkdir()
     go_on = threading.Event()
 
@@ -482,13 +483,13 @@ def test_a_change_does_not_wait_for_a_gateway_that_says_nothing(gateway, tmp_pat
             good = gateway.session
             control = gateway.control
             silent, _ = gateway._listening.accept()
-            wait_until(lambda: agent._unaccepted is not None and agent._probing)
+            wait_until(lambda: agent.link.unaccepted is not None and agent.link.probing)
             if reason == "end":
                 over(good)
             elif reason == "move":
                 control.write(encode_message(End(MOVE, "now")))
             else:
-                agent.change(replace(agent._config, stall_timeout=100.0))
+                agent.change(replace(agent.config, stall_timeout=100.0))
             while set(gateway.meet(ALL).routes) != {APP, OTHER}:
                 gateway.hang_up()
             silent.close()
@@ -512,8 +513,8 @@ def test_refusals_of_an_earlier_configuration_are_not_shown(gateway, tmp_path, n
         gateway.meet(Ack(False, TAKEN, (PARTIAL,), denied={APP: "x", OTHER: TAKEN}))
         gateway.hang_up()
         wait_until(lambda: len(agent.snapshot().refused) == 2)
-        tunnels = tuple(each for each in agent._config.tunnels if each.hostname == APP)
-        agent.change(replace(agent._config, tunnels=tunnels))
+        tunnels = tuple(each for each in agent.config.tunnels if each.hostname == APP)
+        agent.change(replace(agent.config, tunnels=tunnels))
         assert agent.snapshot().refused == {APP: "x"}
         assert list(agent.snapshot().all_routes()) == [APP]
         gateway.meet(ALL)

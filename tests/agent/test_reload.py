@@ -28,6 +28,8 @@ from test_agent import HandMadeGateway
 
 from gotunnel import MOVE, OVERLAP, Ack, End, encode_message
 from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
+from gotunnel_agent import registering
 from gotunnel_agent.common import small_file
 from gotunnel_agent.config import ConfigError, load, with_secrets
 from gotunnel_agent.plan import changes, needs_session
@@ -180,7 +182,7 @@ def test_the_hostname_that_the_gateway_refuses_stays_as_it_is(gateway, tmp_path,
         with agent_here(gateway, tmp_path / "a", {OTHER: other.port}):
             with agent_here(gateway, tmp_path, {APP: page.port}) as agent:
                 agent.change(config_of(gateway, tmp_path, {APP: new.port, OTHER: 1}))
-                text = f"{OTHER}: not served: the gateway refused: {agent_module.TAKEN}: {OTHER};"
+                text = f"{OTHER}: not served: the gateway refused: {registering.TAKEN}: {OTHER};"
                 wait_until(lambda: text in caplog.text)
                 wait_until(lambda: gateway.get(APP) == (200, b"new"))
                 assert gateway.get(OTHER) == (200, b"other")
@@ -214,7 +216,7 @@ def test_a_gateway_that_would_cut_visits_hears_first_that_the_old_session_leaves
 
 
 def test_a_change_does_not_wait_for_the_next_try(cache, tmp_path, monkeypatch, origin):
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
     with reserved_port() as port, gateway_here(cache) as gateway:
         keys = {"tunnel_addr": f"localhost:{port}"}
         with agent_here(gateway, tmp_path, {APP: 1}, ready=False, **keys) as agent:
@@ -349,8 +351,8 @@ def test_the_gateway_ends_the_session_of_an_agent_that_has_left(gateway, tmp_pat
 
 
 def test_an_agent_that_is_asked_by_a_message_dials_at_once(by_hand, tmp_path, monkeypatch):
-    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 10 * TIMEOUT)
-    monkeypatch.setattr(agent_module, "MOVED", 0)
+    monkeypatch.setattr(link_module, "GO_AWAY_LOOK", 10 * TIMEOUT)
+    monkeypatch.setattr(link_module, "MOVED", 0)
     with agent_here(by_hand.place, tmp_path, {APP: 1}):
         by_hand.meet()
         old = by_hand.session
@@ -364,7 +366,7 @@ def test_an_agent_that_is_asked_by_a_message_dials_at_once(by_hand, tmp_path, mo
 def test_a_gateway_that_always_asks_is_not_dialled_without_a_pause(by_hand, tmp_path, monkeypatch):
     counts = []
     monkeypatch.setattr(
-        agent_module, "retry_delay", lambda failures, *rest: counts.append(failures) or 0.01
+        link_module, "retry_delay", lambda failures, *rest: counts.append(failures) or 0.01
     )
     with agent_here(by_hand.place, tmp_path, {APP: 1}):
         sessions = []

@@ -30,7 +30,7 @@ from support import (
 )
 
 from gotunnel import Register, StreamReset, encode_message
-from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
 from gotunnel_agent import plan
 from gotunnel_agent import target as target_module
 from gotunnel_agent.trust import CannotTrust
@@ -412,7 +412,7 @@ def altering(monkeypatch, **changes):
         altered = isinstance(message, Register)
         return encode_message(message._replace(**changes) if altered else message)
 
-    monkeypatch.setattr(agent_module, "encode_message", encode)
+    monkeypatch.setattr(link_module, "encode_message", encode)
 
 
 @pytest.mark.parametrize("host", ["", "http://intranet", "intranet\r\nX-Admin: yes", "a:99999"])

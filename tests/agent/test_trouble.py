@@ -28,8 +28,8 @@ from support import (
 )
 
 from gotunnel import SPEAKS_HTTP, SessionClosed
-from gotunnel_agent import agent as agent_module
 from gotunnel_agent import greeting, trouble, trust
+from gotunnel_agent import link as link_module
 from gotunnel_agent.trust import ClosedInHandshake, NoTLS
 from gotunnel_server.certs.local_ca import Authority
 
@@ -40,8 +40,8 @@ HOST = "tunnel_addr has to name the gateway's TUNNEL_HOST"
 @pytest.fixture
 def said(tmp_path, caplog, monkeypatch):
     """A function: what an agent with this tunnel_addr says, without the address and the delay."""
-    monkeypatch.setattr(agent_module, "DIAL_TIMEOUT", 0.3)
-    monkeypatch.setattr(agent_module, "ACK_TIMEOUT", 0.3)
+    monkeypatch.setattr(link_module, "DIAL_TIMEOUT", 0.3)
+    monkeypatch.setattr(link_module, "ACK_TIMEOUT", 0.3)
 
     def said(tunnel_addr, ca_file=None, **keys):
         nowhere = Gateway.__new__(Gateway)

@@ -11,7 +11,7 @@ import time
 import jwt
 import pytest
 
-from gotunnel_agent.agent import make_token
+from gotunnel_agent.registering import make_token
 from gotunnel_server.agents import agents_file
 from gotunnel_server.agents.agents_file import AgentsFileError, Limits
 from gotunnel_server.agents.credentials import (

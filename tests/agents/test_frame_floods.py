@@ -34,7 +34,7 @@ from gotunnel import (
     Register,
     encode_message,
 )
-from gotunnel_agent.agent import make_token
+from gotunnel_agent.registering import make_token
 from gotunnel_server.agents import newcomer
 
 # The flooders are a process of their own: they must not take the gateway's turns. It dials so many

@@ -9,7 +9,7 @@ from hand_made import registered
 from support import APP, RAW, SECRET, Origin, agent_here, gateway_here, routes_of, wait_until
 
 from gotunnel import MOVE, REASONS, End, Ping
-from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
 from gotunnel_server.agents import agents_file, credentials
 from gotunnel_server.agents.credentials import Credentials, TokenInvalid
 
@@ -41,7 +41,7 @@ def look(gateway):
 
 def test_visits_and_sessions_outlive_a_rotation(gateway, path, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(agent_module, "MOVED", 0)
+    monkeypatch.setattr(link_module, "MOVED", 0)
     secret = tmp_path / "secret"
     secret.write_text(OLD)
     keys = {"jwt_secret": None, "jwt_secret_file": str(secret), "jwt_issuer": "office"}

@@ -30,9 +30,9 @@ from support import (
 )
 
 from gotunnel import ANY_PORT, CERTIFICATES, PORTS, REASONS, Ack, Certificate, End
-from gotunnel_agent.agent import make_token
 from gotunnel_agent.common.proxy_protocol import VERSIONS, encode, encode_unknown
 from gotunnel_agent.common.token_bucket import Buckets
+from gotunnel_agent.registering import make_token
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.agents import attempts as attempts_module
 from gotunnel_server.agents import credentials

@@ -50,8 +50,8 @@ from gotunnel import (
     SessionClosed,
     read_data_header,
 )
-from gotunnel_agent import agent as agent_module
-from gotunnel_agent.agent import make_token
+from gotunnel_agent import link as link_module
+from gotunnel_agent.registering import make_token
 from gotunnel_server.agents import heartbeat, takeover, tunnel
 from gotunnel_server.agents.ports import Ports
 from gotunnel_server.agents.registration import Agent
@@ -358,7 +358,7 @@ def test_the_log_says_why_although_the_agent_was_quicker_to_hang_up(
 
 def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, caplog, monkeypatch):
     """The later one waits, and says so; it serves when the earlier one has gone."""
-    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.2)
+    monkeypatch.setattr(link_module, "REFUSED_DELAY", 0.2)
     ports = {APP: site}
     with agent_here(gateway, tmp_path, http=ports):
         first = gateway.inner.tunnels.registered()
@@ -375,8 +375,8 @@ def test_an_agent_that_was_replaced_does_not_fight_back(
     gateway, tmp_path, site, caplog, monkeypatch
 ):
     """One that was thought dead wakes up: it is somebody else from then on."""
-    monkeypatch.setattr(agent_module, "REFUSED_DELAY", 0.1)
-    monkeypatch.setattr(agent_module, "new_instance", iter([SAME, "new"]).__next__)
+    monkeypatch.setattr(link_module, "REFUSED_DELAY", 0.1)
+    monkeypatch.setattr(link_module, "new_instance", iter([SAME, "new"]).__next__)
     with agent_here(gateway, tmp_path, http={APP: site}):
         same = {"instance": SAME, "token": make_token(SECRET, "", HOUR)}
         with registered(gateway, APP, **same) as new, answering(new):
@@ -610,10 +610,10 @@ def few_ids(monkeypatch):
     monkeypatch.setattr(tunnel, "ID_RESERVE", 200)
     monkeypatch.setattr(tunnel, "LAST_IDS", 50)
     monkeypatch.setattr(tunnel, "KEPT_LOOK", 0.02)
-    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.01)
-    monkeypatch.setattr(agent_module, "OLD_LOOK", 0.05)
-    monkeypatch.setattr(agent_module, "HELD", 0)
-    monkeypatch.setattr(agent_module, "MOVED", 0)  # here a session lasts no second
+    monkeypatch.setattr(link_module, "GO_AWAY_LOOK", 0.01)
+    monkeypatch.setattr(link_module, "OLD_LOOK", 0.05)
+    monkeypatch.setattr(link_module, "HELD", 0)
+    monkeypatch.setattr(link_module, "MOVED", 0)  # here a session lasts no second
 
 
 def sessions_of(gateway):

@@ -41,7 +41,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel_agent.agent import make_token
+from gotunnel_agent.registering import make_token
 from gotunnel_server import gateway as gateway_module
 from gotunnel_server.certs import acme, keeper, look_up, schedule
 from gotunnel_server.certs.acme_errors import HOST, LATER, CaError

@@ -34,8 +34,8 @@ from support import (
 )
 
 from gotunnel import ANY_PORT, PORTS, MessageReader, Register, Session, encode_message
-from gotunnel_agent.agent import make_token
 from gotunnel_agent.common.duplex import Duplex
+from gotunnel_agent.registering import make_token
 from gotunnel_server.agents import tunnel as tunnel_module
 from gotunnel_server.agents.ports import PortRefused, Ports
 from gotunnel_server.net.listener import Listener, PortError

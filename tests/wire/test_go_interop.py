@@ -29,7 +29,7 @@ from support import (
 
 import gotunnel
 from gotunnel import MessageReader, Pong
-from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
 from gotunnel_server.agents import control_stream, heartbeat
 from gotunnel_server.visitors import relays
 
@@ -353,8 +353,8 @@ def test_an_agent_whose_go_gateway_sends_go_away_serves_on_by_the_old_session(
     gopeer, cache, tmp_path, origin, monkeypatch
 ):
     """For such a gateway the old session has the hostname as long as it lives."""
-    monkeypatch.setattr(agent_module, "GO_AWAY_LOOK", 0.05)
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
+    monkeypatch.setattr(link_module, "GO_AWAY_LOOK", 0.05)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 0.05)
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
     with go_gateway(gopeer, cache, "-go-away", "300ms", "-ping", "200ms") as gateway:
         with agent_here(gateway, tmp_path, http={APP: origin.port}):

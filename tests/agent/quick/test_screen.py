@@ -18,7 +18,7 @@ from emulator import Emulator
 from on_terminal import TUNNEL, FakeAgent, seen
 from support import APP, ROOT, TIMEOUT, agent_yaml, answer, gateway_here, wait_until
 
-from gotunnel_agent import agent as agent_module
+from gotunnel_agent import link as link_module
 from gotunnel_agent.config import Target
 from gotunnel_agent.follow import Follower, Seen
 from gotunnel_agent.quick import screen as screen_module
@@ -183,7 +183,7 @@ def test_warnings_are_in_the_picture_and_nowhere_else(pseudo, monkeypatch, caplo
     try:
         with shown(FakeAgent(since=monotonic()), pseudo, monkeypatch):
             wait_until(lambda: pseudo.shows("online"))
-            agent_log = logging.getLogger("gotunnel.agent")
+            agent_log = logging.getLogger("gotunnel.link")
             agent_log.warning("tunnel.example.com: no route; next try in 3.0 s")
             for _ in range(3):
                 logging.getLogger("gotunnel.target").warning("target %s: refused\x1b[2J", "x")
@@ -203,7 +203,7 @@ def test_warnings_are_in_the_picture_and_nowhere_else(pseudo, monkeypatch, caplo
 
 
 def test_the_log_lines_that_a_picture_shows_as_a_state_are_there():
-    source = Path(agent_module.__file__).read_text(encoding="utf-8")
+    source = Path(link_module.__file__).read_text(encoding="utf-8")
     for words in STATES:
         assert f"{words} %" in source
 

@@ -20,15 +20,15 @@ from support import (
 )
 
 from gotunnel import HOST_HEADER
-from gotunnel_agent import agent as agent_module
 from gotunnel_agent import config as agent_config
-from gotunnel_agent.agent import NO_NAMES, _unknown
+from gotunnel_agent import link as link_module
 from gotunnel_agent.common.refusals import TIMED_OUT, UNREACHABLE, UNTRUSTED
 from gotunnel_agent.config import Target, Tunnel
 from gotunnel_agent.quick import names, serving
 from gotunnel_agent.quick.commands import quick_config
 from gotunnel_agent.quick.names import Labels, Memory, key_of
 from gotunnel_agent.quick.serving import Serving
+from gotunnel_agent.registering import NO_NAMES, _unknown
 from gotunnel_agent.target import Route, Unserved
 from gotunnel_server.agents import tunnel as tunnel_module
 
@@ -126,12 +126,12 @@ def test_random_name_is_that_of_the_last_time(gateway, start, memory):
 
 
 def test_random_name_stays_when_the_agent_dials_again(gateway, start, memory, monkeypatch, caplog):
-    monkeypatch.setattr(agent_module, "retry_delay", lambda *arguments: 0.05)
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 0.05)
     here = start(Labels(memory, KEY))
     hostname = here.address().removeprefix("https://").rpartition(":")[0]
     agent = here.serving.agent
     before = agent.snapshot().since
-    agent._service.session.close("the line is cut")
+    agent.link.service.session.close("the line is cut")
     wait_until(lambda: agent.snapshot().since not in (None, before))
     assert list(agent.snapshot().routes) == [hostname] and len(here.told) == 1
 

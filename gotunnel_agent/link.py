@@ -1,0 +1,703 @@
+"""A link: the loop that keeps a session with one gateway. Dial, register, serve until the session
+ends, wait, repeat.
+
+A link has one session, unless the gateway asks for a new one (GO_AWAY, or End with MOVE), or the
+agent has got another plan (plan.py): then it dials again. The old session keeps serving until the
+new one is registered, and ends when its visits have ended.
+
+If the gateway refuses some of the hostnames (feature PARTIAL), the session serves the others. From
+time to time a second session asks for the refused ones alone, so the first one is not disturbed. If
+it gets any, the link dials again, and that session takes over the hostnames of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from time import monotonic, time
+
+from gotunnel import (
+    MAX_STREAMS,
+    MOVE,
+    OVERLAP,
+    REPLACED,
+    START_WINDOW,
+    Ack,
+    Certificate,
+    Deadline,
+    End,
+    Message,
+    MessageReader,
+    Ping,
+    Pong,
+    Port,
+    ProtocolError,
+    Session,
+    SessionClosed,
+    Stream,
+    Waker,
+    call_logged,
+    encode_message,
+    spawn,
+)
+
+from . import trouble
+from .common.duplex import Duplex, Observer
+from .common.hostnames import OPEN
+from .common.one_line import on_one_line, some, words_and_link, words_on_one_line
+from .common.process import Stopped, Workers
+from .config import Config, ConfigError, Tunnel, with_secrets
+from .connect import GivenUp, addresses_of, connect
+from .follow import Follower
+from .plan import Plan
+from .registering import (
+    FOR_NOW,
+    INVALID,
+    NO_NAMES,
+    TAKEN,
+    new_instance,
+    read_answer,
+    registration,
+    url_of,
+)
+from .target import Route, Targets, serve
+from .trust import begin_tls
+
+log = logging.getLogger("gotunnel.link")
+
+DIAL_TIMEOUT = 10  # seconds to connect, and again for the TLS handshake
+ACK_TIMEOUT = 30  # seconds; a gateway may make certificates before it answers
+SILENCE_TIMEOUT = 40  # seconds without a ping; they come every 15, so the line is dead
+# When the agent stops, visits have drain_timeout seconds to end. Then threads have these: to send a
+# session's last frames (GO_AWAY, FIN), and to end.
+LAST_WORDS = 3
+
+FIRST_DELAY = 0.5  # seconds before the first retry; doubled with each failure
+MAX_DELAY = 30  # longest delay in seconds: a gateway that is back must not wait long for its agents
+RESTART_DELAY = 3  # longest delay after "connection refused": the gateway is restarting
+REFUSED_DELAY = 15  # shortest delay after a refusal, before jitter: an operator must act first
+# Longest delay until the agent asks again for hostnames that were refused while it serves others.
+MOST_REFUSED_DELAY = 60
+# A session that lasted this many seconds before the gateway asked for a new one is followed by a
+# dial at once; a shorter one by a delay, or a gateway that always asks would keep both busy.
+MOVED = 1
+MOST_KIND = 50  # characters of an unknown message's type that the log shows
+# Seconds that the agent waits after a GO_AWAY before it dials. If the session ends meanwhile, the
+# GO_AWAY did not ask for a new session: Session.close() and a Go gateway send one at the end, too.
+GO_AWAY_LOOK = 1
+OLD_LOOK = 1  # seconds between checks whether an old session still has visits
+# Seconds without a visit after which an old session ends. A gateway that drains may be reading the
+# head of a request meanwhile (its HEADER_TIMEOUT is 10 s).
+OLD_QUIET = 10
+OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
+# Old sessions at a time; of more, the oldest is ended with its visits. Each costs a connection and
+# three threads. So many changes of the file may happen in the time of one download.
+OLD_SESSIONS = 32
+# A session that held (lasted) for this many seconds was a success: the next delay is the first one
+# again. If any session counted, a gateway that ends each at once would never be backed off from.
+HELD = 10
+
+
+class Refused(Exception):
+    """The gateway refused a registration; the text is the gateway's. ``denied``: its reason for
+    each hostname, if it has told them."""
+
+    def __init__(self, text: str, denied: Mapping[str, str]):
+        super().__init__(text)
+        self.denied = denied
+
+
+class Ended(Exception):
+    """The gateway has ended the session; the text is the gateway's, ``code`` is End's."""
+
+    def __init__(self, end: End):
+        super().__init__(end.reason)
+        self.code = end.code
+
+
+class Service:
+    """One session and its state. The agent's lock guards ``routes``, ``refused``, ``outcome``,
+    ``asked`` and ``at_once``."""
+
+    def __init__(self, session: Session, plan: Plan):
+        self.session = session
+        self.plan = plan
+        # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
+        self.routes = plan.routes
+        # Hostname of the configuration to the gateway's reason; replaced whole, as well.
+        self.refused: Mapping[str, str] = {}
+        self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
+        self.control: Stream | None = None  # its control stream, once it is open
+        self.asked = False  # the gateway asks for a new session
+        self.at_once = False  # "asked" is certain: MOVE came, and not only GO_AWAY
+        self.outcome: BaseException | None = None  # why the session is over; None while it is not
+        self.since = math.inf  # monotonic time of its ack
+        self.ends_at = math.inf  # monotonic deadline, once a new session has replaced it
+        self.busy_at = 0.0  # monotonic: when it was last seen with a visit, from then on
+
+    def serves(self) -> bool:
+        return self.outcome is None and self.since < math.inf
+
+    def refused_for_now(self) -> frozenset[str]:
+        """The refused hostnames that the gateway may grant later."""
+        if OVERLAP not in self.features:  # a second session would end this one
+            return frozenset()
+        return frozenset(
+            name for name, reason in self.refused.items() if reason.startswith(FOR_NOW)
+        )
+
+    def has_visits(self) -> bool:
+        return any(stream is not self.control for stream in self.session.streams_in_use())
+
+
+class Shared:
+    """What an agent's links share. An Agent is one."""
+
+    def __init__(self, config: Config):
+        """Raises CannotTrust."""
+        self.config, self.plan = config, Plan(config)  # guarded by lock
+        self.stopping = threading.Event()
+        self.waker = Waker()  # woken once, by stop(), to end a dial
+        self.instance = new_instance()
+        self.workers = Workers(MAX_STREAMS, "stream")
+        self.targets = Targets()
+        # Guards all below, and what the links say of theirs; notified when any of it changes.
+        self.lock = threading.Condition()
+        self.running = 0  # data streams that have a worker
+        self.sessions = self.failures = self.streams = 0  # see Totals
+        # What the log has told last: address and target, or reason of the refusal, by hostname.
+        self.logged: dict[str, tuple[str, ...]] = {}
+        self.certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
+        self.observer: Observer | None = None  # of each session; tools set it before run()
+        # Of each visit. If it is set while the agent runs, it follows those on new streams.
+        self.follower: Follower | None = None
+        # Called by any thread after each change of what snapshot() shows; to be set before run().
+        # It must not block.
+        self.on_change: Callable[[], object] = lambda: None
+        # Called by run() with the gateway's words when it has refused a registration; to be set
+        # before. It may return another configuration, which is registered at once, or raise: then
+        # run() ends with that exception.
+        self.on_refusal: Callable[[str], Config | None] = lambda text: None
+
+    def tell(self) -> None:
+        """What snapshot() shows has changed. Not with the lock."""
+        call_logged(self.on_change)
+
+    def change(self, config: Config, plan: Plan | None = None) -> list[str]:
+        """See Agent."""
+        raise NotImplementedError
+
+
+class Link:
+    """The sessions with one gateway. run() is its thread."""
+
+    def __init__(self, agent: Shared):
+        self._agent, self._lock = agent, agent.lock  # guards all below
+        self.service: Service | None = None  # the latest
+        self.old: list[Service] = []  # earlier ones that are not over yet
+        self.unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
+        self.probing = False  # ... and which asks for refused hostnames alone
+        self.problem = ""  # why the last session or dial has ended
+        self.lasting = False  # see Snapshot
+        self.refused: Mapping[str, str] = {}  # ... and the gateway's reasons by hostname
+        self.retry_at: float | None = None  # monotonic time of the next dial, during _pause()
+
+    # Sessions, one after the other
+
+    def run(self) -> None:
+        """Serve until the agent stops."""
+        failures = 0
+        while not self._agent.stopping.is_set():
+            least, most = 0, MAX_DELAY
+            service = None
+            replaced = False
+            refused: dict[str, str] = {}
+            lasting = False
+            plan = self._agent.plan
+            try:
+                service = self._begin(plan)
+                if self._serve(service):
+                    failures = 0
+                    continue
+                problem = "the gateway asks for a new session; this one ends when its visits do"
+                replaced = True
+            except Refused as error:
+                if str(error).startswith(TAKEN) and self._await_old(plan):
+                    continue
+                if (other := self._agent.on_refusal(str(error))) is not None:
+                    self._agent.change(other)
+                    continue
+                refused = {
+                    name: words_on_one_line(reason)
+                    for name, reason in error.denied.items()
+                    if name in plan.routes
+                }
+                problem = f"the gateway refused: {on_one_line(str(error))}{_advice(error, plan)}"
+                problem += trouble.of_refusal(str(error), plan.config)
+                least = REFUSED_DELAY
+                if str(error).startswith(TAKEN):
+                    problem += "; another agent serves the hostname, and this one keeps trying"
+            except Ended as error:
+                problem = f"the gateway says: {on_one_line(str(error))}"
+                if error.code == REPLACED:
+                    # If the other agent has the same instance id (a cloned machine), the two would
+                    # replace each other for ever. With a new id, this agent gets the hostnames
+                    # when the other one is gone.
+                    self._agent.instance, least = new_instance(), REFUSED_DELAY
+            except ConnectionRefusedError as error:
+                problem, most = dial_problem(error), RESTART_DELAY
+            except OSError as error:
+                problem = dial_problem(error, plan.config, served=service is not None)
+                lasting = trouble.lasts(error)
+                if self.service is not None and self.service.asked:
+                    # The gateway restarts. Its port may go on listening (systemd's sockets) while
+                    # it drains, so the dial is late rather than refused.
+                    most = RESTART_DELAY
+            except ProtocolError as error:
+                problem, lasting = f"it does not speak gotunnel's protocol: {error}", True
+                if service is None:
+                    problem += f"; {trouble.RIGHT_PORT}"
+            except ConfigError as error:  # a file with a secret
+                problem, lasting = str(error), True
+            if self._agent.stopping.is_set():
+                break
+            lasted = 0 if service is None else monotonic() - service.since
+            address = plan.address
+            if replaced and lasted >= MOVED:
+                log.info("%s: %s", address, problem)
+                failures = 0
+                continue
+            failures = 1 if lasted >= HELD else failures + 1
+            delay = retry_delay(failures, least, most)
+            self.problem, self.refused, self.lasting = problem, refused, lasting
+            self._agent.failures += 1  # by this thread alone
+            log.warning("%s: %s; next try in %.1f s", address, problem, delay)
+            self._pause(plan, delay)
+
+    def _pause(self, plan: Plan, seconds: float) -> None:
+        """Wait, unless there is another plan than ``plan``, or the agent stops."""
+        self.retry_at = monotonic() + seconds
+        self._agent.tell()
+        with self._lock:
+            self._lock.wait_for(
+                lambda: self._agent.plan is not plan or self._agent.stopping.is_set(), seconds
+            )
+        self.retry_at = None
+        self._agent.tell()
+
+    # One session
+
+    def _begin(self, plan: Plan) -> Service:
+        """Dial and register. The new session replaces the one before. Raises ConfigError if a file
+        with a secret cannot be read."""
+        config = with_secrets(plan.config)
+        service = Service(self._dial(plan), plan)
+        session = service.session
+        session.on_leave = lambda: self._ask(service)
+        with self._lock:
+            before, self.service = self.service, service
+            if before is not None and before.outcome is None:
+                self.old.append(before)
+            old = list(self.old)
+        for earlier in old:
+            if not earlier.asked and OVERLAP not in earlier.features:
+                self._leave(earlier)  # or its gateway would cut its visits for the new session
+        try:
+            if self._agent.stopping.is_set():  # stop() may have run before it could see this one
+                raise SessionClosed("the agent stops")
+            # Visits without a thread would wait for ever: rather dial again.
+            self._agent.workers.prepare()
+            control, messages = self._register(service, config, overlap=bool(old))
+            served = [name for name, route in service.routes.items() if not route.problem]
+            log.info("%s: serving %s", plan.address, some(served) or "nothing")
+            for hostname in served:
+                self._log_url(hostname, service.routes[hostname])
+            self._attend(service, control, messages)
+        except BaseException as error:
+            self._end(service, error)
+            raise
+        self._agent.tell()
+        self._retire_old()
+        return service
+
+    def _register(
+        self, service: Service, config: Config, *, overlap: bool
+    ) -> tuple[Stream, Iterator[Message]]:
+        """Register a new session. Returns its control stream and the messages that follow there.
+        Raises Refused, and what ends the session."""
+        service.session.start()
+        register = registration(config, self._agent.instance)._replace(overlap=overlap)
+        service.control = control = service.session.open(encode_message(register))
+        messages = _messages(control)
+        self._take_answer(service, _expect_ack(next(messages)))
+        with self._lock:
+            self.unaccepted = None
+            self._agent.sessions += 1
+        return control, messages
+
+    def _attend(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
+        """Have threads serve a session that is registered."""
+        service.since = monotonic()
+        spawn("accept", self._accept, service)
+        spawn("control", self._read_control, service, control, messages)
+
+    def _log_url(self, hostname: str, route: Route) -> None:
+        """Say once where a tunnel leads from and to."""
+        told = (route.url, shown_target(route.tunnel))
+        if route.url and self._agent.logged.get(hostname) != told:
+            self._agent.logged[hostname] = told
+            log.info("%s -> %s", *told)
+
+    def _serve(self, service: Service) -> bool:
+        """Wait until a session is over, and raise its outcome. Returns False if the gateway asks
+        for a new session; True if the agent wants one, for another plan, or for hostnames that were
+        refused before."""
+
+        def over() -> bool:
+            return (
+                service.asked
+                or service.outcome is not None
+                or self._agent.plan is not service.plan
+                or self._agent.stopping.is_set()
+            )
+
+        tries = 0
+        while True:
+            refused = service.refused_for_now()
+            tries += 1
+            delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
+            with self._lock:
+                if self._lock.wait_for(over, delay):
+                    break
+            if self._ask_again(service, refused):
+                return True
+        with self._lock:
+            if service.asked and not service.at_once:
+                self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
+        if self._agent.stopping.is_set():  # stop() ends the session when its visits are done
+            with self._lock:
+                self._lock.wait_for(lambda: service.outcome is not None)
+        if service.outcome is not None:
+            service.session.join(LAST_WORDS)
+            raise service.outcome
+        return self._agent.plan is not service.plan
+
+    def _ask_again(self, service: Service, names: frozenset[str]) -> bool:
+        """Ask for refused hostnames by a session of their own. True if the gateway has granted one:
+        that session serves it until a session with all hostnames takes over."""
+        plan, probe = service.plan, None
+        self.probing = True
+        try:
+            config = with_secrets(plan.config)
+            tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
+            probe = Service(self._dial(plan), plan)
+            probe.routes = {name: plan.routes[name] for name in names}
+            asked = replace(config, tunnels=tunnels)
+            control, messages = self._register(probe, asked, overlap=True)
+            if not probe.routes:
+                raise Refused("no reason given", probe.refused)
+            log.info("%s: grants %s now", plan.address, some(probe.routes))
+            with self._lock:
+                if (
+                    self._agent.stopping.is_set()
+                ):  # stop() may have run before it could see this session
+                    raise SessionClosed("the agent stops")
+                self.old.append(probe)  # it serves until the next one takes over
+            self._attend(probe, control, messages)
+            return True
+        except (Refused, OSError, ProtocolError, ConfigError) as error:
+            if probe is not None:
+                self._end(probe, error)
+            if isinstance(error, Refused):
+                told = {
+                    name: words_on_one_line(error.denied.get(name, str(error))) for name in names
+                }
+                self._note_refused(service, {**service.refused, **told})
+                self._agent.tell()
+            else:
+                log.debug("%s: cannot ask again for %s: %s", plan.address, some(names), error)
+            return False
+        finally:
+            self.probing = False
+
+    def break_off(self) -> None:
+        """Stop asking again, because the agent's thread has to dial for all hostnames. Any
+        thread."""
+        with self._lock:
+            unaccepted = self.unaccepted if self.probing else None
+        if unaccepted is not None:
+            unaccepted.reset()
+
+    def _note_refused(self, service: Service, refused: Mapping[str, str]) -> None:
+        """Note which hostnames the gateway refuses, and log each reason once."""
+        with self._lock:
+            service.refused = refused
+        for name, reason in refused.items():
+            if self._agent.logged.get(name) != (reason,):
+                self._agent.logged[name] = (reason,)
+                more = "; the agent keeps asking for it" * (name in service.refused_for_now())
+                log.error("%s: not served: the gateway refused: %s%s",
+                          name, reason, more)  # fmt: skip
+
+    def _ask(self, service: Service, at_once: bool = False) -> None:
+        """Note that the gateway asks for a new session. Any thread; does not block."""
+        with self._lock:
+            service.asked = True
+            service.at_once |= at_once
+            self._lock.notify_all()
+        self.break_off()
+
+    def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
+        """Thread "control": act on the gateway's messages until the session is over."""
+        outcome: Exception = SessionClosed("the gateway ended the session")
+        try:
+            certificates: dict[str, str] = {}
+            if service is self.service:
+                self._agent.certificates = certificates
+            for message in messages:
+                if isinstance(message, Certificate):
+                    _log_certificate(service, message, certificates)
+                    self._agent.tell()
+                elif isinstance(message, Port):
+                    self._take_port(service, message)
+                elif isinstance(message, End) and message.code == MOVE:
+                    self._ask(service, at_once=True)
+                elif isinstance(message, End):
+                    raise Ended(message)
+                elif isinstance(message, Ping):
+                    # The session may be over already. Then read on: End may have come, with why.
+                    with contextlib.suppress(ConnectionError):
+                        pong = encode_message(Pong(int(time() * 1000)))
+                        control.write(pong, timeout=SILENCE_TIMEOUT)
+                else:
+                    raise ProtocolError(f"a {type(message).__name__.lower()} after the ack")
+        except (OSError, ProtocolError, Ended) as error:
+            outcome = error
+        finally:
+            self._end(service, outcome)
+
+    def _end(self, service: Service, outcome: BaseException) -> None:
+        """End a session, and note why."""
+        with self._lock:
+            service.outcome = outcome
+            self._lock.notify_all()
+        if service is self.service:
+            self.break_off()
+        service.session.close("the agent ends the session")
+        service.session.join(LAST_WORDS)
+        with self._lock:
+            if service in self.old:
+                self.old.remove(service)
+                log.debug("%s: an old session is over: %s", service.plan.address, outcome)
+            self._lock.notify_all()
+        self._agent.tell()
+
+    # Old sessions, which a new one has replaced
+
+    def _retire_old(self) -> None:
+        """Have the old sessions end when their visits have ended."""
+        now = monotonic()
+        with self._lock:
+            old = list(self.old)
+        for service in old[:-OLD_SESSIONS]:
+            service.session.close("there are too many old sessions")
+        for service in old:
+            if not service.asked:  # it was of another plan
+                service.session.leave(refuses=False)
+            self._end_later(service, now)
+
+    def _leave(self, service: Service) -> None:
+        """Have the gateway give a session's hostnames to the next one; its visits go on."""
+        service.session.leave(refuses=False)
+        self._end_later(service, monotonic())
+
+    def _end_later(self, service: Service, now: float) -> None:
+        if service.ends_at == math.inf:
+            service.ends_at, service.busy_at = now + OLD_SESSION, now
+            self._look_later(service)
+
+    def _look_later(self, service: Service) -> None:
+        service.session.call_later(OLD_LOOK, lambda: self._look(service))
+
+    def _look(self, service: Service) -> None:
+        """Close an old session if it has no visits. Its demultiplexer thread: must not block."""
+        now = monotonic()
+        if service.has_visits():
+            service.busy_at = now
+        if now < min(service.busy_at + OLD_QUIET, service.ends_at):
+            self._look_later(service)
+        else:
+            service.session.close("a new session has replaced it")
+
+    def _await_old(self, plan: Plan) -> bool:
+        """Wait for the end of our old sessions, if a gateway without OVERLAP has just refused their
+        hostnames. False if there are none."""
+        with self._lock:
+            if all(OVERLAP in service.features for service in self.old):
+                return False
+            log.info("%s: the gateway accepts a new session when the old one has ended; waiting "
+                     "for that", plan.address)  # fmt: skip
+            self._lock.wait_for(
+                lambda: (
+                    not self.old or self._agent.plan is not plan or self._agent.stopping.is_set()
+                )
+            )
+        return True
+
+    def _dial(self, plan: Plan) -> Session:
+        host, port = plan.config.tunnel_host, plan.config.tunnel_port
+        duplex = Duplex(
+            connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._agent.waker)
+        )
+        duplex.stall_timeout = plan.config.stall_timeout
+        try:
+            with self._lock:
+                self.unaccepted = duplex
+            if (
+                self._agent.stopping.is_set()
+            ):  # stop() may have run before it could see this connection
+                raise GivenUp("the agent stops")
+            begin_tls(duplex, plan.context, host, DIAL_TIMEOUT)
+        except BaseException:
+            duplex.close()
+            raise
+        return Session(
+            duplex,
+            client=True,
+            name=plan.address,
+            window=START_WINDOW,
+            observer=self._agent.observer,
+        )
+
+    def _take_answer(self, service: Service, ack: Ack) -> None:
+        answer = read_answer(service.routes, ack)
+        for hostname, route in answer.routes.items():
+            if route.problem:
+                log.error("%s: not served: %s", hostname, on_one_line(route.problem))
+            elif hostname in answer.ports:
+                log.info("%s: on port %s of the gateway", hostname, answer.ports[hostname])
+        with self._lock:
+            service.routes, service.features = answer.routes, ack.features
+        self._note_refused(service, answer.refused)
+
+    def _take_port(self, service: Service, message: Port) -> None:
+        """Serve a tunnel whose public port was not available at first."""
+        with self._lock:
+            route = service.routes.get(message.hostname)
+            if route is None or not route.awaits_port:
+                return
+            served = route._replace(problem="", awaits_port=False, url=url_of(message.url))
+            service.routes = {**service.routes, message.hostname: served}
+        port = on_one_line(message.port, 5)
+        log.info("%s: on port %s of the gateway", message.hostname, port)
+        self._log_url(message.hostname, served)
+        self._agent.tell()
+
+    def _accept(self, service: Service) -> None:
+        while True:
+            try:
+                stream = service.session.accept()
+            except SessionClosed:
+                return
+            with self._lock:
+                self._agent.running += 1
+                self._agent.streams += 1
+            self._agent.tell()
+            try:
+                self._agent.workers.submit(self._serve_stream, service, stream)
+            except Stopped:  # the agent has stopped, and all streams have ended with the session
+                with self._lock:
+                    self._agent.running -= 1
+                return
+
+    def _serve_stream(self, service: Service, stream: Stream) -> None:
+        try:
+            serve(stream, service.routes.get, self._agent.targets, self._agent.follower)
+        except Exception:
+            log.exception("stream %d: reset by an unexpected error (bug, traceback follows)",
+                          stream.id)  # fmt: skip
+            stream.reset()
+        finally:
+            with self._lock:
+                self._agent.running -= 1
+                self._lock.notify_all()
+            self._agent.tell()
+
+
+def _log_certificate(service: Service, message: Certificate, told: dict[str, str]) -> None:
+    """Log the state of a hostname's certificate, if it has changed. ``told``: the last state of
+    each hostname that was logged."""
+    route = service.routes.get(message.hostname)
+    if route is None or route.problem or told.get(message.hostname) == message.state:
+        return
+    told[message.hostname] = message.state
+    level = logging.INFO if message.state in ("ready", "waiting") else logging.WARNING
+    log.log(level, "%s: certificate: %s", message.hostname, words_and_link(message.state))
+
+
+def _messages(control: Stream) -> Iterator[Message]:
+    """The gateway's messages. Raises SessionClosed when the gateway ends the session, TimeoutError
+    if it is silent."""
+    reader, timeout = MessageReader(_pass_over), ACK_TIMEOUT
+    while True:
+        try:
+            data = control.read(timeout=timeout)
+        except TimeoutError:
+            raise TimeoutError(f"the gateway was silent for {timeout} s") from None
+        if not data:
+            raise SessionClosed("the gateway ended the session")
+        yield from reader.feed(data)
+        timeout = SILENCE_TIMEOUT
+
+
+def _pass_over(kind: str) -> None:
+    kind = on_one_line(kind, MOST_KIND)
+    log.debug("messages of type %s from the gateway are ignored: this agent does not know them",
+              kind)  # fmt: skip
+
+
+def _expect_ack(message: Message) -> Ack:
+    if not isinstance(message, Ack):
+        raise ProtocolError(f"a {type(message).__name__.lower()}, expected an ack")
+    if not message.ok:
+        raise Refused(message.error or "no reason given", message.denied)
+    return message
+
+
+def _advice(refused: Refused, plan: Plan) -> str:
+    """What to add to a refusal by a gateway that takes an open name for a bad hostname."""
+    asked = [name for name in plan.routes if name.endswith(OPEN)]
+    is_old = not refused.denied and str(refused).startswith(INVALID)
+    return f"; {NO_NAMES}" if is_old and any(name in str(refused) for name in asked) else ""
+
+
+def shown_target(tunnel: Tunnel) -> str:
+    """A tunnel's target for people: as a URL, if it is a website."""
+    target = tunnel.target
+    plain = tunnel.mode == "http" and not target.tls and not target.path
+    return f"http://{target}" if plain else str(target)
+
+
+def dial_problem(error: OSError, config: Config | None = None, *, served: bool = False) -> str:
+    """Why a dial has failed, or a session has ended, in words, with advice; see trouble.py."""
+    return trouble.of_dial(error, config, served=served)
+
+
+def retry_delay(
+    failures: int,
+    least: float = 0,
+    most: float = MAX_DELAY,
+    random: Callable[[], float] = random.random,
+) -> float:
+    """Seconds to wait after ``failures`` in a row, at least one (exponential backoff with jitter).
+
+    The delay doubles with each failure, within ``least`` and ``most``, and is then cut by a random
+    part of up to a half: agents that a gateway lost all at once must not come back all at once.
+    """
+    delay = FIRST_DELAY * 2 ** min(failures - 1, 16)  # 16: far past any limit, without overflow
+    return max(least, min(delay, most)) * (0.5 + random() / 2)
