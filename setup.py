@@ -82,6 +82,9 @@ TEST = [
     "pytest>=8.4",
     # Older ones were not tried with that pytest.
     "pytest-timeout>=2.3.1",
+    # Shares the tests out among processes: most wait for something most of the time. Older ones
+    # were not tried.
+    "pytest-xdist>=3.6",
     # A program to be tunnelled. The first whose blocking client can be told to use no proxy.
     "websockets>=15.0",
     # Another one. Older ones were not tried.
