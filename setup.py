@@ -4,11 +4,12 @@
     pip install '.[qr]'        the agent, and QR codes of `gotunnel http --qr`
     pip install '.[server]'    the agent and the gateway
     pip install '.[http2]'     ... and HTTP/2 at the gateway
+    pip install '.[redis]'     the agent, and the gateway as one of several
     pip install '.[test]'      what the tests need, too
     pip install '.[apps]'      what some examples of docs/python.md need
     pip install '.[check]'     what tools/check.py needs: formatter, linter, types
 
-The seven lists below are also read, as text, by tools/bootstrap.py: keep them plain.
+The eight lists below are also read, as text, by tools/bootstrap.py: keep them plain.
 """
 
 import gzip
@@ -58,6 +59,11 @@ HTTP2 = [
     "h2>=4.3,<5",
     # Reads the header lists of visitors.
     "hpack>=4.1,<5",
+]
+
+REDIS = [
+    # Several gateways as one. Pure Python. 6 is Debian 13's, and the next may change what we use.
+    "redis>=6,<9",
 ]
 
 QR = [
@@ -249,11 +255,12 @@ setup(
     extras_require={
         "server": SERVER,
         "http2": SERVER + HTTP2,
+        "redis": SERVER + HTTP2 + REDIS,
         "qr": QR,
         "inspect": INSPECT,
-        "test": SERVER + HTTP2 + QR + INSPECT + TEST,
+        "test": SERVER + HTTP2 + REDIS + QR + INSPECT + TEST,
         "apps": APPS,
-        "check": SERVER + HTTP2 + CHECK,
+        "check": SERVER + HTTP2 + REDIS + CHECK,
     },
     entry_points={
         "console_scripts": [

@@ -14,12 +14,15 @@ No other module reads ``os.environ``, and no part of the gateway keeps the ``Con
 gets the values that it needs, by name.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gotunnel_agent.common import packages, status_socket
 from gotunnel_agent.common.addresses import Network
@@ -47,6 +50,9 @@ from .visitors import http2, own_pages
 from .visitors.pages import NO_TEMPLATES, TemplateError, Templates
 from .visitors.policy import Defaults, PolicyError, hashed_entry, reader
 
+if TYPE_CHECKING:
+    from .cluster.settings import Settings as ClusterSettings
+
 # A transfer holds a worker until its slower end is done, so most workers wait and few compute. A
 # waiting thread costs some 50 kB and no CPU time, so there may be many: with few, a handful of slow
 # downloads would stop all visitors. Threads are made when they are needed.
@@ -71,6 +77,8 @@ DIRECTORIES = {
 ACME_ENVS = (*DIRECTORIES, LOCAL)
 
 NAMES = frozenset({  # all variables that load() may read
+    "CLUSTER", "CLUSTER_ADDRESS", "CLUSTER_CA_FILE", "CLUSTER_KEY", "CLUSTER_KEY_FILE",
+    "CLUSTER_NAME", "CLUSTER_PASSWORD", "CLUSTER_PASSWORD_FILE",
     "ACCESS_LOG", "ACME_CACHE", "ACME_CA_FILE", "ACME_DIRECTORY", "ACME_EAB_HMAC_KEY",
     "ACME_EAB_HMAC_KEY_FILE", "ACME_EAB_KID", "ACME_EMAIL", "ACME_ENV", "ACME_ORDERS_PER_DOMAIN",
     "AGENTS_FILE", "AGENT_TIMEOUT", "BIND", "CERT_DIR", "DASHBOARD_BIND", "DASHBOARD_PASSWORD",
@@ -86,7 +94,7 @@ NAMES = frozenset({  # all variables that load() may read
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
 # An unknown name in the env file that begins like this was meant for the gateway.
-PREFIXES = ("ACME_", "AGENTS_", "DASHBOARD_", "DEFAULT_", "GATEWAY_", "JWT_", "TUNNEL_")
+PREFIXES = ("ACME_", "AGENTS_", "CLUSTER_", "DASHBOARD_", "DEFAULT_", "GATEWAY_", "JWT_", "TUNNEL_")
 # Settings that keep people out: one of these that is misspelt would leave a door open.
 GUARDS = frozenset({
     "DASHBOARD_BIND", "DASHBOARD_PASSWORD", "DASHBOARD_PASSWORD_FILE", "DEFAULT_ALLOW",
@@ -112,6 +120,8 @@ NEUTRAL = {
     "CERT_DIR": os.curdir,
     "ACME_EAB_KID": "neutral",
     "ACME_EAB_HMAC_KEY": "neutral",
+    "CLUSTER": "redis://redis.invalid",
+    "CLUSTER_KEY": f"{'A' * 43}=",
 }
 
 
@@ -177,6 +187,7 @@ class Config:
     access_log: str  # OFF, or a path; "-": standard output
     warnings: tuple[str, ...]  # lines for the log at start
     secret_files: tuple[str, ...] = field(compare=False)  # the files that secrets were read from
+    cluster: ClusterSettings | None = None  # None: this gateway is the only one
     pages_dir: str | None = None  # folder of the operator's own error pages
     templates: Templates = field(default_factory=dict, compare=False, repr=False)  # in pages_dir
     env_file: str | None = field(default=None, compare=False)  # absolute; None: there is none
@@ -189,6 +200,11 @@ class Config:
         return Terms(
             self.max_hosts_per_agent, reader(self.policy_defaults), self.h2c_hosts, _has_h2()
         )
+
+    @property
+    def timeouts(self) -> tuple[float, float, float, float]:
+        """The values of room.Timeouts."""
+        return self.header_timeout, self.idle_timeout, self.response_timeout, self.stall_timeout
 
     @property
     def has_login(self) -> bool:
@@ -393,6 +409,7 @@ def _complete(read: Variables) -> Config:
         secret_files=(),
         pages_dir=pages_dir,
         templates=templates,
+        cluster=_cluster(read),
     )
     _refuse_equal_ports(
         GATEWAY_PORT=config.gateway_port,
@@ -435,6 +452,29 @@ def _access_log(read: Variables) -> str:
             f"ACCESS_LOG is {text!r}, a folder; expected off, -, or the path of a file"
         )
     return text
+
+
+def _cluster(read: Variables) -> ClusterSettings | None:
+    if not read.is_set("CLUSTER"):
+        if alone := [
+            name for name in sorted(NAMES) if name[:8] == "CLUSTER_" and read.is_set(name)
+        ]:
+            raise ConfigError(
+                f"{alone[0]} is set without CLUSTER, expected the URL of a Redis server there, "
+                f"such as redis://redis.example.com:6379/0: set it, or unset {alone[0]}"
+            )
+        return None
+    # Loaded here, so that a gateway that is alone has no memory for it.
+    settings = import_module(f"{__package__}.cluster.settings")
+    try:
+        found: ClusterSettings = settings.read(read)
+    except settings.SettingsError as error:
+        raise ConfigError(str(error)) from None
+    if lacking := packages.faults([packages.REDIS]):
+        raise ConfigError(
+            f"CLUSTER is set, but the Python package {packages.explain(lacking)}; or unset CLUSTER"
+        )
+    return found
 
 
 def _pages(read: Variables) -> tuple[str | None, Templates]:

@@ -13,7 +13,7 @@ from gotunnel import __version__
 from gotunnel_agent.common.free_memory import FreeMemory
 from gotunnel_agent.common.process import Workers, free_buffers
 
-from . import capacity, metrics
+from . import capacity, membership, metrics
 from .agents.attempts import Attempts
 from .agents.credentials import Credentials
 from .agents.newcomer import REGISTER_TIMEOUT, Newcomers
@@ -58,12 +58,10 @@ class Gateway:
         """``subscribers`` get a record of each visit, ``inherited`` are listening sockets. Raises
         CertificateError, AgentsFileError, PortError, LogFileError."""
         self._drain_timeout = config.drain_timeout
-        self._timeouts = Timeouts(
-            config.header_timeout, config.idle_timeout,
-            config.response_timeout, config.stall_timeout,
-        )  # fmt: skip
+        self._timeouts = Timeouts(*config.timeouts)
         self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self.own_names)
+        self.cluster = membership.join(config, self._registry)
         self._served = ServedFile(config.acme_cache, self._registry)
         self._challenges = Challenges(
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),
@@ -109,6 +107,7 @@ class Gateway:
         self.tunnels = Tunnels(
             credentials=self._credentials,
             registry=self._registry,
+            claims=self.cluster.claims,
             ports=self._ports,
             ensure_certificates=self.keeper.want,
             certificate_state=self.keeper.state,
@@ -211,12 +210,8 @@ class Gateway:
 
     def _build_port(self, kind, room, **rest):
         """A Port or PublicPort."""
-        shared = {
-            "proxies": self._proxies,
-            "timeouts": self._timeouts,
-            "visits": self.recording.visits,
-            "templates": self._templates,
-        }
+        shared = {"proxies": self._proxies, "timeouts": self._timeouts,
+                  "visits": self.recording.visits, "templates": self._templates}  # fmt: skip
         port = kind(room=room, **shared | rest)
         self._visitor_ports.append(port)
         return port
@@ -237,6 +232,7 @@ class Gateway:
             port.exchanges.prepare()
         self._steps.prepare()
         self._registrations.prepare()
+        self.cluster.start(self.tunnel_port, self.tunnels)
         self._watchers.prepare()
         self.keeper.prepare()  # all threads that it needs are there before it says that it serves
         self.listeners.start()
@@ -256,8 +252,7 @@ class Gateway:
     def change(self, config: Config) -> None:
         """Take over what can change: see reloading.py. Any thread."""
         self._drain_timeout = config.drain_timeout
-        timeouts = (config.idle_timeout, config.response_timeout, config.stall_timeout)
-        change_ports(self._visitor_ports, *timeouts, config.templates)
+        change_ports(self._visitor_ports, *config.timeouts[1:], config.templates)
         self._newcomers.terms = config.terms
         self._showing.change(config)
         self._credentials.change_shared(config.jwt_secret, config.jwt_secret_old, config.jwt_issuer)
@@ -275,6 +270,7 @@ class Gateway:
     def stop_accepting(self, but: str = "") -> None:
         """Take no new connections, except at the port ``but``; those that are here go on."""
         self._ready.clear()
+        self.cluster.drain()
         self._showing.drain()
         for port in self._visitor_ports:
             port.start_draining()
@@ -291,6 +287,7 @@ class Gateway:
         drain(self._visitor_ports, self._drain_timeout, self.listeners.stop)
         self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
+        self.cluster.stop()
         self._steps.shutdown(LAST_JOBS)
         self._registrations.shutdown(LAST_JOBS)  # after the steps, which submit jobs to it
         for port in self._visitor_ports:

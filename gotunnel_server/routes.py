@@ -49,6 +49,32 @@ class HostnameTaken(Exception):
         }
 
 
+class Undecided(Exception):
+    """It is not known yet whether these hostnames can be claimed: other gateways decide it, too.
+    The text says what is awaited."""
+
+    def __init__(self, hostnames: Collection[str], reason: str):
+        super().__init__(reason)
+        self.hostnames = tuple(hostnames)
+
+
+class NotDecided(HostnameTaken):
+    """A claim was Undecided for too long."""
+
+    def __init__(self, undecided: Undecided):
+        super().__init__(dict.fromkeys(undecided.hostnames))
+        self._reason = str(undecided)
+
+    def __str__(self) -> str:
+        return f"cannot be decided now: {some(self.holders)}: {self._reason}; try again"
+
+    def one_by_one(self) -> dict[str, str]:
+        return {
+            hostname: f"cannot be decided now: {hostname}: {self._reason}; try again"
+            for hostname in self.holders
+        }
+
+
 class AgentBusy(OSError):
     """A visit cannot begin: its agent has as many streams or visits as its credential permits.
     The text says which, and how many."""

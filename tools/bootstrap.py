@@ -33,9 +33,10 @@ NEEDS = {
     "agent": ("AGENT",),
     "server": ("AGENT", "SERVER"),
     "http2": ("AGENT", "SERVER", "HTTP2"),
-    "test": ("AGENT", "SERVER", "HTTP2", "QR", "INSPECT", "TEST"),
-    "apps": ("AGENT", "SERVER", "HTTP2", "QR", "INSPECT", "TEST", "APPS"),
-    "check": ("AGENT", "SERVER", "HTTP2", "CHECK"),
+    "redis": ("AGENT", "SERVER", "HTTP2", "REDIS"),
+    "test": ("AGENT", "SERVER", "HTTP2", "REDIS", "QR", "INSPECT", "TEST"),
+    "apps": ("AGENT", "SERVER", "HTTP2", "REDIS", "QR", "INSPECT", "TEST", "APPS"),
+    "check": ("AGENT", "SERVER", "HTTP2", "REDIS", "CHECK"),
 }
 
 # As shells count: a program that a signal ended has 128 and the signal's number.

@@ -56,6 +56,7 @@ ORDERS = (  # of a gateway that orders certificates
 )
 H2 = Package("h2", "h2", ">=4.3,<5", "python3-h2")  # for targets that speak HTTP/2
 HPACK = Package("hpack", "hpack", ">=4.1,<5", "python3-hpack")  # for visitors that do
+REDIS = Package("redis", "redis", ">=6,<9", "python3-redis")  # of one of several gateways
 
 
 def of_gateway(*, orders: bool) -> tuple[Package, ...]:

@@ -586,7 +586,7 @@ class Newcomer:
             make_room=self.seat.leave,
         )  # fmt: skip
         claim = takeover.Claim(
-            tunnels.registry, agent, tunnel.wanted, permit=partial(_check_hostnames, agent),
+            tunnels.claims, agent, tunnel.wanted, permit=partial(_check_hostnames, agent),
             partial=PARTIAL in message.features,
         )  # fmt: skip
         newcomers.hand_over(self, tunnel)

@@ -17,6 +17,9 @@ keeps them while it lives. The other one is told which hostnames are taken, and 
 
 A claim gets all hostnames or none, unless it is partial: then it goes on without the hostnames that
 others keep.
+
+Where several gateways are one, the holder may be at another one. It is asked through that gateway,
+by the same rules, and the claim waits as long as the gateways have not decided.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
-from ..routes import HostnameTaken, Registry, Route
+from ..routes import HostnameTaken, NotDecided, Route, Undecided
+from .claims import Claims
 from .registration import Agent
 
 LOOK = 0.1  # seconds between two attempts: a session may have ended, or its agent answered
@@ -39,7 +43,7 @@ class Claim:
 
     def __init__(
         self,
-        registry: Registry,
+        claims: Claims,
         agent: Agent,
         routes: Mapping[str, Route],
         permit: Callable[[Mapping[str, Route]], object],
@@ -48,7 +52,7 @@ class Claim:
         """``agent`` wants ``routes``, by hostname. ``permit`` is as for Registry.claim()."""
         self.routes = routes  # those that are not denied
         self.denied: dict[str, str] = {}  # by hostname: why the claim goes on without it
-        self._registry = registry
+        self._claims = claims
         self._agent = agent
         self._permit = permit
         self._partial = partial
@@ -78,8 +82,12 @@ class Claim:
         """As attempt(). HostnameTaken names the hostnames that others keep, or all that are held if
         the claim is not partial."""
         try:
-            self._registry.claim(self.routes, self._permit)
+            self._claims.claim(self.routes, self._permit)
             return True
+        except Undecided as undecided:
+            if monotonic() > self._deadline:
+                raise NotDecided(undecided) from None
+            return False
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:
                 raise
@@ -95,7 +103,10 @@ class Claim:
                     raise
             overlaps = self._agent.overlaps or all(holder.moving for holder in taken.tunnels)
             if not others and overlaps:
-                self._registry.claim(self.routes, self._permit, instead_of=taken.tunnels)
+                try:
+                    self._claims.claim(self.routes, self._permit, instead_of=taken.tunnels)
+                except Undecided:
+                    return False
                 successor = next(iter(self.routes.values())).tunnel
                 for holder in taken.tunnels:
                     holder.step_aside(successor)

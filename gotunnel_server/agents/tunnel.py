@@ -64,6 +64,7 @@ from gotunnel_agent.common.process import Stopped
 from ..routes import AgentBusy, Registry, Route
 from . import limits
 from .agents_file import Limits
+from .claims import Claims
 from .control_stream import ControlStream
 from .credentials import Credentials
 from .heartbeat import Heartbeat
@@ -109,12 +110,14 @@ class Tunnels:
         *,
         credentials: Credentials,
         registry: Registry,
+        claims: Claims | None = None,
         ports: Ports,
         ensure_certificates: Callable[[tuple[str, ...], tuple[Hashable, ...], Limits], object],
         certificate_state: Callable[[str], object],
         submit: Callable[[Callable[[], object]], object],
     ):
-        """``ports`` are the public ports for agents. ``ensure_certificates(hostnames, blame,
+        """``claims`` decide who owns a hostname; None: ``registry``. ``ports`` are the public ports
+        for agents. ``ensure_certificates(hostnames, blame,
         limits)`` orders the certificates that hostnames lack, and may wait for the disk; failed
         orders are counted by ``blame``, and ``limits`` are the credential's.
         ``certificate_state(hostname)`` says how a certificate stands; its text is for
@@ -122,6 +125,7 @@ class Tunnels:
         system."""
         self.credentials = credentials
         self.registry = registry
+        self.claims: Claims = registry if claims is None else claims
         self.ports = ports
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
@@ -572,7 +576,7 @@ class Tunnel:
 
     def _give_back(self) -> None:
         self._tunnels.ports.release(self)  # first: the hostname's next holder may want its port
-        self._tunnels.registry.release(self)
+        self._tunnels.claims.release(self)
         self._kept.close()
         self._own.close()
 

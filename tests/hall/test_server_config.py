@@ -1068,6 +1068,8 @@ def test_example_explains_every_variable():
         "TEMPLATES",
         "TYPED",
     }
+    cluster = {"ADDRESS", "CA_FILE", "KEY", "KEY_FILE", "NAME", "PASSWORD", "PASSWORD_FILE"}
+    fields |= {f"CLUSTER_{name}" for name in cluster}
     fields |= {f"ACME_{name}" for name in acme} | {f"DEFAULT_{name}" for name in policy}
     files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE",
              "DASHBOARD_TOKEN_FILE"}  # fmt: skip

@@ -1,0 +1,268 @@
+"""The rules of a board, as a table: who holds which name, and when it may be another's.
+
+Pure: the time is handed in, as whole milliseconds of the board's machine. redis_board.py has the
+same rules as Lua scripts, and a test compares the two. All methods are for one thread at a time.
+
+**A lease belongs to a member**, not to a name. A member renews it every second, and it covers all
+names that the member holds: so a member with 100,000 names costs the board no more than one with a
+single name. A name is held by one *owner* at a time (an agent's process, or a pool). Any number of
+members may hold it for that owner, as an agent has a session with each of them.
+
+**The board's time** is not the machine's: it advances with the calls, by GAP at most from one call
+to the next, and never goes back. So a clock that is set, a server that stood still, and a replica
+with another clock that takes over expire no lease early.
+
+**A lease that has run out** is no proof that its member has stopped serving: without the board it
+may go on, if each other member that it knew has told it directly that it is without the board, too
+(members.py). Such an answer is a promise for PROMISE. So the names of a member that is out of
+contact can be taken if
+
+    a witness is there        a member that the lost one knew, that has been in contact for SETTLE,
+                              so that its earlier promises have run out, and that was in contact
+                              when the lease ran out, so that it cannot have promised then: the lost
+                              member has stopped
+    or FORGET has passed      since its lease ran out: nobody in contact was known to it
+
+and LATER is the answer until then. The lost member itself, and any member for the same owner, get
+the name at once.
+
+**A server that is new to the board** (a restart, a replica that took over, lost data) may lack the
+last claims. So for SETTLE no new name is granted: all members in contact ask again for what they
+hold meanwhile, and a member that cannot has stopped serving by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .board import (
+    FREE,
+    GRANTED,
+    LATER,
+    LOST,
+    TAKEN,
+    UNKNOWN,
+    Answer,
+    Ask,
+    Card,
+    Left,
+    Renewal,
+    Renewed,
+)
+
+
+class Times(NamedTuple):
+    """In milliseconds. ``lease``: how long a member holds its names after a renewal. ``settle``:
+    PROMISE and a margin. The margin is more than ``gap``: the board's time may jump by so much."""
+
+    lease: int = 4000
+    settle: int = 5500
+    forget: int = 60_000
+    gap: int = 1000
+
+
+TIMES = Times()
+MOST_LEFT = 500  # names that one leave() gives back, so that no call takes long
+
+
+class _Member:
+    """``since``: when it was sure to know of its contact, None before. ``last`` and ``before``: its
+    last two renewals. ``entered``: the version of the list in which it appeared. ``out``: it is out
+    of contact, and no longer in the list.
+
+    A member sends a renewal after it got the answer to the one before. So if ``before`` is later
+    than an instant, it had promised nothing up to then."""
+
+    __slots__ = ("card", "expires", "contact", "since", "last", "before", "knows", "entered", "out")
+
+    def __init__(self, card: Card, contact: int, entered: int):
+        self.card = card
+        self.expires = 0
+        self.contact = contact
+        self.since: int | None = None
+        self.last = 0
+        self.before = 0
+        self.knows = 0
+        self.entered = entered
+        self.out = False
+
+
+class _Name:
+    __slots__ = ("owner", "number", "holders")
+
+    def __init__(self, owner: str, number: int):
+        self.owner = owner
+        self.number = number
+        self.holders: set[str] = set()
+
+
+class Table:
+    """Members and names. ``now`` is the time of the board's machine, ``server`` its identity."""
+
+    def __init__(self, times: Times = TIMES):
+        self.times = times
+        self.clock = 0  # the board's time
+        self._seen: int | None = None  # the machine's time at the last call
+        self._server: str | None = None
+        self._settled = 0  # when new names are granted again
+        self._version = 0  # of the list of members
+        self._number = 0  # the last fencing number, or number of a contact
+        self._members: dict[str, _Member] = {}
+        self._names: dict[str, _Name] = {}
+        self._held: dict[str, set[str]] = {}  # names by member
+
+    # Calls of members
+
+    def renew(self, now: int, id: str, renewal: Renewal, server: str = "") -> Renewed:
+        self._tick(now, server)
+        gone = self._sweep()
+        member = self._members.get(id)
+        if member is None:
+            self._version += 1
+            member = self._members[id] = _Member(renewal.card, 0, self._version)
+        elif member.out:
+            self._version += 1
+            member.out, member.entered, member.contact = False, self._version, 0
+        anew = renewal.contact == 0 or renewal.contact != member.contact
+        if anew:
+            self._number += 1
+            member.contact, member.since, member.before = self._number, None, 0
+        else:
+            member.before = member.last
+            if member.since is None:
+                member.since = self.clock
+        member.last = self.clock
+        if member.card != renewal.card:
+            self._version += 1
+            member.card = renewal.card
+        member.expires = self.clock + self.times.lease
+        member.knows = renewal.knows
+        return Renewed(
+            member.contact, anew, self._version,
+            None if renewal.knows == self._version else self._cards(), gone,
+        )  # fmt: skip
+
+    def claim(
+        self, now: int, id: str, contact: int, asks: Sequence[Ask], server: str = ""
+    ) -> tuple[Answer, ...]:
+        self._tick(now, server)
+        self._sweep()
+        member = self._members.get(id)
+        if member is None or member.out or member.contact != contact:
+            return tuple(Answer(UNKNOWN) for _ in asks)
+        settled = member.since is not None and self.clock >= member.since + self.times.settle
+        verdicts = [self._verdict(id, settled, ask) for ask in asks]
+        refused = any(
+            verdict.verdict != FREE for ask, verdict in zip(asks, verdicts) if not ask.number
+        )
+        return tuple(
+            verdict
+            if verdict.verdict != FREE or refused and not ask.number
+            else self._grant(id, ask)
+            for ask, verdict in zip(asks, verdicts)
+        )
+
+    def release(self, now: int, id: str, names: Sequence[str], server: str = "") -> tuple[str, ...]:
+        self._tick(now, server)
+        return tuple(name for name in names if self._drop(id, name))
+
+    def held(self, now: int, id: str, server: str = "") -> tuple[str, ...]:
+        self._tick(now, server)
+        return tuple(sorted(self._held.get(id, ())))
+
+    def leave(self, now: int, id: str, server: str = "") -> Left:
+        self._tick(now, server)
+        member = self._members.pop(id, None)
+        if member is not None and not member.out:
+            self._version += 1
+        names = sorted(self._held.get(id, ()))[:MOST_LEFT]
+        freed = tuple(name for name in names if self._drop(id, name))
+        return Left(freed, bool(self._held.get(id)))
+
+    # The rules
+
+    def _tick(self, now: int, server: str) -> None:
+        """Advance the board's time. See the top of this module."""
+        if self._seen is not None:
+            self.clock += max(0, min(now - self._seen, self.times.gap))
+        self._seen = now
+        if server != self._server:
+            self._server = server
+            self._settled = self.clock + self.times.settle
+
+    def _sweep(self) -> tuple[str, ...]:
+        """Take members whose lease has run out off the list; forget those out for FORGET."""
+        gone = []
+        for id, member in sorted(self._members.items()):
+            if not member.out and member.expires < self.clock:
+                member.out = True
+                self._version += 1
+            if member.out and member.expires + self.times.forget < self.clock:
+                del self._members[id]
+                gone.append(id)
+        return tuple(gone)
+
+    def _cards(self) -> tuple[Card, ...]:
+        return tuple(each.card for _, each in sorted(self._members.items()) if not each.out)
+
+    def _verdict(self, id: str, settled: bool, ask: Ask) -> Answer:
+        """FREE if the claim can be granted. ``settled``: the claimant has promised nothing."""
+        name = self._names.get(ask.name)
+        if name is None or not name.holders:
+            is_open = ask.number or self.clock >= self._settled
+            return Answer(FREE if is_open else LATER)
+        if name.owner == ask.owner or ask.was and name.owner == ask.was and name.holders == {id}:
+            return Answer(FREE)
+        living = [each for each in sorted(name.holders) if self._is_in_contact(each)]
+        if living:
+            return Answer(LOST if ask.number else TAKEN, 0, tuple(living))
+        if settled and all(map(self._has_stopped, name.holders)):
+            is_open = ask.number or self.clock >= self._settled
+            return Answer(FREE if is_open else LATER)
+        return Answer(LOST if ask.number else LATER)
+
+    def _is_in_contact(self, id: str) -> bool:
+        return id in self._members and not self._members[id].out
+
+    def _has_stopped(self, id: str) -> bool:
+        """Whether a member that is out of contact has surely stopped serving."""
+        lost = self._members.get(id)
+        return lost is None or any(
+            not each.out
+            and each.entered <= lost.knows
+            and each.before > lost.expires
+            and each.since is not None
+            and self.clock >= each.since + self.times.settle
+            for each in self._members.values()
+        )
+
+    def _grant(self, id: str, ask: Ask) -> Answer:
+        self._number = max(self._number, ask.number)
+        name = self._names.get(ask.name)
+        if name is None or not name.holders or name.owner != ask.owner:
+            for holder in () if name is None else sorted(name.holders):
+                self._drop(holder, ask.name)
+            if ask.number and name is None:
+                number = ask.number
+            else:
+                self._number += 1
+                number = self._number
+            name = self._names[ask.name] = _Name(ask.owner, number)
+        name.holders.add(id)
+        self._held.setdefault(id, set()).add(ask.name)
+        return Answer(GRANTED, name.number, tuple(sorted(name.holders - {id})))
+
+    def _drop(self, id: str, name: str) -> bool:
+        """Whether nobody holds the name any more, and it was held by this member."""
+        held = self._held.get(id, set())
+        if name not in held:
+            return False
+        held.discard(name)
+        if not held:
+            del self._held[id]
+        self._names[name].holders.discard(id)
+        if self._names[name].holders:
+            return False
+        del self._names[name]
+        return True

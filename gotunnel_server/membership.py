@@ -1,0 +1,72 @@
+"""Decides whether the gateway is one of several, and loads what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from .agents.claims import Claims
+from .config import Config
+from .routes import Registry
+
+
+class Cluster(Protocol):
+    """What the other parts see of a cluster.cluster.Cluster, which says what each method does."""
+
+    id: str  # "" if the gateway is alone
+    claims: Claims
+
+    def members(self) -> Mapping[str, Any]: ...
+
+    def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None: ...
+
+    def storage(self) -> Any: ...
+
+    def locker(self) -> Any: ...
+
+    def start(self, tunnel_port: int, tunnels: Any) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Alone:
+    """A gateway that shares nothing: its registry alone decides who owns a hostname."""
+
+    id = ""
+
+    def __init__(self, registry: Registry):
+        self.claims: Claims = registry
+
+    def members(self) -> Mapping[str, Any]:
+        return {}
+
+    def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None:
+        """Never called."""
+
+    def storage(self) -> Any:
+        return None
+
+    def locker(self) -> Any:
+        return None
+
+    def start(self, tunnel_port: int, tunnels: Any) -> None:
+        """There is nobody to join."""
+
+    def drain(self) -> None:
+        """There is nobody to tell."""
+
+    def stop(self) -> None:
+        """There is nobody to leave."""
+
+
+def join(config: Config, registry: Registry, child: Any = None) -> Cluster:
+    """``child``: one of the processes of PROCESSES; None: this is the only one."""
+    if config.cluster is None and child is None:
+        return Alone(registry)
+    # Loaded here, so that a gateway that is alone has no memory for it.
+    module = import_module(f"{__package__}.cluster.cluster")
+    cluster: Cluster = module.Cluster(config, registry, child)
+    return cluster
