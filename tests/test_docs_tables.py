@@ -141,6 +141,8 @@ def test_the_gateways_other_defaults_are_those_of_the_table():
         assert defaults[name] == "none"
         if name.startswith("DEFAULT_"):
             assert plain["policy_defaults"] is None
+        elif name.startswith("CLUSTER_"):
+            assert plain["cluster"] is None
         elif not name.endswith("_FILE") and name != "JWT_SECRET":
             assert not plain[name.lower()], name
 

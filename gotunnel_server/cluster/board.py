@@ -44,8 +44,9 @@ class Card(NamedTuple):
 
 class Renewal(NamedTuple):
     """A member's sign of life. ``contact`` is the number of its contact with the board, as the last
-    Renewed said; 0 if it begins anew: at the start, and when the member may have told another one
-    that it is without the board. ``knows`` is the version of the list of members that it has."""
+    Renewed said; 0 if it begins anew: at the start, after a call that has failed, and when the
+    member may have told another one that it is without the board. ``knows`` is the version of
+    the list of members that it has."""
 
     card: Card
     contact: int = 0
@@ -67,8 +68,8 @@ class Renewed(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Claims ``name`` for ``owner``. ``number`` is 0 for a new claim; for a name that the member
-    believes to hold already, it is the fencing number that it was granted with. ``was``: the owner
+    """Claims ``name`` for ``owner``. ``number`` is 0 for a new claim. For a name that the member
+    may serve at this moment, it is the fencing number that it was granted with. ``was``: the owner
     that the member held it for before, if it alone held it and has passed it on meanwhile."""
 
     name: str
@@ -113,12 +114,14 @@ class Board(Protocol):
     def renew(self, id: str, renewal: Renewal) -> Renewed:
         """Extend the lease of all names that a member holds."""
 
-    def claim(self, id: str, contact: int, asks: Sequence[Ask]) -> tuple[Answer, ...]:
-        """One answer for each of ``asks``. Of the new claims all are granted or none; those with a
-        ``number`` are answered one by one."""
+    def claim(
+        self, id: str, contact: int, asks: Sequence[Ask], together: bool
+    ) -> tuple[Answer, ...]:
+        """One answer for each of ``asks``. ``together``: all are granted, or none."""
 
-    def release(self, id: str, names: Sequence[str]) -> tuple[str, ...]:
-        """Give names back. Returns those that no member holds any more."""
+    def release(self, id: str, contact: int, names: Sequence[str]) -> tuple[str, ...]:
+        """Give names back. Returns those that no member holds any more. Does nothing if the contact
+        is another one by now: a call that was given up may still arrive."""
 
     def held(self, id: str) -> tuple[str, ...]:
         """The names that a member holds, as the board has it."""

@@ -27,8 +27,9 @@ and LATER is the answer until then. The lost member itself, and any member for t
 the name at once.
 
 **A server that is new to the board** (a restart, a replica that took over, lost data) may lack the
-last claims. So for SETTLE no new name is granted: all members in contact ask again for what they
-hold meanwhile, and a member that cannot has stopped serving by then.
+last claims. So each member's contact begins anew, and for SETTLE no new name is granted: all
+members in contact ask again for what they hold meanwhile, and a member that cannot has stopped
+serving by then.
 """
 
 from __future__ import annotations
@@ -69,17 +70,20 @@ MOST_LEFT = 500  # names that one leave() gives back, so that no call takes long
 class _Member:
     """``since``: when it was sure to know of its contact, None before. ``last`` and ``before``: its
     last two renewals. ``entered``: the version of the list in which it appeared. ``out``: it is out
-    of contact, and no longer in the list.
+    of contact, and no longer in the list. ``turn``: which server its contact is with.
 
     A member sends a renewal after it got the answer to the one before. So if ``before`` is later
     than an instant, it had promised nothing up to then."""
 
-    __slots__ = ("card", "expires", "contact", "since", "last", "before", "knows", "entered", "out")
+    __slots__ = (
+        "card", "expires", "contact", "turn", "since", "last", "before", "knows", "entered", "out",
+    )  # fmt: skip
 
     def __init__(self, card: Card, contact: int, entered: int):
         self.card = card
         self.expires = 0
         self.contact = contact
+        self.turn = 0
         self.since: int | None = None
         self.last = 0
         self.before = 0
@@ -105,6 +109,7 @@ class Table:
         self.clock = 0  # the board's time
         self._seen: int | None = None  # the machine's time at the last call
         self._server: str | None = None
+        self._turn = 0  # counts the servers
         self._settled = 0  # when new names are granted again
         self._version = 0  # of the list of members
         self._number = 0  # the last fencing number, or number of a contact
@@ -124,47 +129,54 @@ class Table:
         elif member.out:
             self._version += 1
             member.out, member.entered, member.contact = False, self._version, 0
-        anew = renewal.contact == 0 or renewal.contact != member.contact
+        anew = renewal.contact == 0 or not self._is_current(member, renewal.contact)
         if anew:
             self._number += 1
-            member.contact, member.since, member.before = self._number, None, 0
+            member.contact, member.turn = self._number, self._turn
+            member.since, member.before, member.knows = None, 0, 0
         else:
-            member.before = member.last
+            member.before, member.knows = member.last, renewal.knows
             if member.since is None:
                 member.since = self.clock
-        member.last = self.clock
         if member.card != renewal.card:
             self._version += 1
             member.card = renewal.card
+        member.last = self.clock
         member.expires = self.clock + self.times.lease
-        member.knows = renewal.knows
-        return Renewed(
-            member.contact, anew, self._version,
-            None if renewal.knows == self._version else self._cards(), gone,
-        )  # fmt: skip
+        knows = not anew and renewal.knows == self._version
+        cards = None if knows else self._cards()
+        return Renewed(member.contact, anew, self._version, cards, gone)
 
     def claim(
-        self, now: int, id: str, contact: int, asks: Sequence[Ask], server: str = ""
+        self,
+        now: int,
+        id: str,
+        contact: int,
+        asks: Sequence[Ask],
+        together: bool,
+        server: str = "",
     ) -> tuple[Answer, ...]:
         self._tick(now, server)
         self._sweep()
         member = self._members.get(id)
-        if member is None or member.out or member.contact != contact:
+        if member is None or member.out or not self._is_current(member, contact):
             return tuple(Answer(UNKNOWN) for _ in asks)
         settled = member.since is not None and self.clock >= member.since + self.times.settle
         verdicts = [self._verdict(id, settled, ask) for ask in asks]
-        refused = any(
-            verdict.verdict != FREE for ask, verdict in zip(asks, verdicts) if not ask.number
-        )
+        if together and any(verdict.verdict != FREE for verdict in verdicts):
+            return tuple(verdicts)
         return tuple(
-            verdict
-            if verdict.verdict != FREE or refused and not ask.number
-            else self._grant(id, ask)
+            self._grant(id, ask) if verdict.verdict == FREE else verdict
             for ask, verdict in zip(asks, verdicts)
         )
 
-    def release(self, now: int, id: str, names: Sequence[str], server: str = "") -> tuple[str, ...]:
+    def release(
+        self, now: int, id: str, contact: int, names: Sequence[str], server: str = ""
+    ) -> tuple[str, ...]:
         self._tick(now, server)
+        member = self._members.get(id)
+        if member is None or not self._is_current(member, contact):
+            return ()
         return tuple(name for name in names if self._drop(id, name))
 
     def held(self, now: int, id: str, server: str = "") -> tuple[str, ...]:
@@ -189,6 +201,7 @@ class Table:
         self._seen = now
         if server != self._server:
             self._server = server
+            self._turn += 1
             self._settled = self.clock + self.times.settle
 
     def _sweep(self) -> tuple[str, ...]:
@@ -222,6 +235,9 @@ class Table:
             return Answer(FREE if is_open else LATER)
         return Answer(LOST if ask.number else LATER)
 
+    def _is_current(self, member: _Member, contact: int) -> bool:
+        return member.contact == contact and member.turn == self._turn
+
     def _is_in_contact(self, id: str) -> bool:
         return id in self._members and not self._members[id].out
 
@@ -230,6 +246,7 @@ class Table:
         lost = self._members.get(id)
         return lost is None or any(
             not each.out
+            and each.turn == self._turn
             and each.entered <= lost.knows
             and each.before > lost.expires
             and each.since is not None

@@ -81,8 +81,8 @@ class Tenure:
             self.until = self._lease_until
 
     def failed(self) -> None:
-        """A call to the board has failed."""
-        self._failed = True
+        """A call to the board has failed. It may still arrive there, so the contact begins anew."""
+        self._failed = self._broken = True
 
     def resume(self, now: float) -> None:
         """The member has asked again for its names: it may serve those that it got."""
