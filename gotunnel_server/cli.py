@@ -22,7 +22,8 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from gotunnel import NoThread, __version__
 from gotunnel_agent.common import packages
@@ -42,13 +43,14 @@ from .certs.local_ca import CertificateError
 from .certs.store import StoreError
 from .config import Config, environment, faults, load, status_places
 from .gateway import Gateway
-from .handover import Failed, find_predecessor
+from .handover import Failed, Predecessor, find_predecessor
 from .life import Life
 from .net.inherited import Contradiction
 from .net.listener import PortError
 from .no_option import advice, command_advice
 from .reloading import Reloading
 from .secret_files import exposed
+from .several import find_child, life_of, supervise
 from .variables import ConfigError, chosen_env_file
 from .visitors.log_file import LogFileError
 
@@ -152,11 +154,16 @@ def run(env_file: str | None) -> int:
     """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
     PortError, Contradiction, LogFileError, NoThread; Failed if a running gateway has started this
     process as its successor (handover.py) and does not hand over."""
-    predecessor = find_predecessor(environment())
+    child = find_child(environment())
+    predecessor = None if child is not None else find_predecessor(environment())
     try:
         config = load(env_file)
         if lacking := packages.faults(packages.of_gateway(orders=config.acme is not None)):
             raise ConfigError(packages.explain(lacking))
+        if child is not None:
+            return serve_as(child, config, env_file)
+        if config.processes > 1:
+            return supervise_all(config, env_file, predecessor)
         return serve(config, env_file, Life(environment(), predecessor))
     except Exception as error:
         if predecessor is not None:
@@ -176,6 +183,28 @@ def serve(config: Config, env_file: str | None, life: Life) -> int:
     reloading = Reloading(gateway, config, env_file, environment())
     life.run(gateway, config.tcp_ports, config.status_socket, reloading.start)
     return 0
+
+
+def serve_as(child: Any, config: Config, env_file: str | None) -> int:
+    """Run one of several gateways on the same ports, as its supervisor says. Raises as run()."""
+    set_up_process(config.log_level, config.log_format)
+    child.set_up()
+    config = replace(config, processes=child.count)
+    life = life_of(child)
+    gateway = Gateway(config.share(), inherited=life.inherit(), child=child)
+    reloading = Reloading(gateway, config, env_file, environment())
+    life.run(gateway, config.tcp_ports, config.status_socket, reloading.start)
+    return 0
+
+
+def supervise_all(config: Config, env_file: str | None, predecessor: Predecessor | None) -> int:
+    """Supervise several gateways on the same ports until a signal comes. Raises as run()."""
+    if predecessor is not None:
+        raise Failed("PROCESSES is set, which takes effect when the gateway is restarted")
+    set_up_process(config.log_level, config.log_format)
+    for warning in (*config.warnings, *exposed(config)):
+        logging.getLogger("gotunnel").warning(warning)
+    return supervise(config, env_file, environment())
 
 
 class Parser(OneLineParser):

@@ -60,6 +60,10 @@ WORKERS_PER_CORE = 256
 LEAST_WORKERS = 512
 MOST_WORKERS = 2048
 
+# PROCESSES: each one holds a session of each agent, so agents bear N times the connections.
+MOST_PROCESSES = 64
+AUTO = "auto"  # PROCESSES: one for each core
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"
@@ -89,7 +93,7 @@ NAMES = frozenset({  # all variables that load() may read
     "HEADER_TIMEOUT", "HTTP_PORT", "IDLE_TIMEOUT", "JWT_ISSUER", "JWT_SECRET", "JWT_SECRET_FILE",
     "JWT_SECRET_OLD", "JWT_SECRET_OLD_FILE",
     "LOG_FORMAT", "LOG_LEVEL", "MAX_CONNECTIONS", "MAX_HOSTS_PER_AGENT", "METRICS_BIND",
-    "METRICS_PORT", "PAGES_DIR", "PUBLIC_PORT", "RAW_TCP_HOST",
+    "METRICS_PORT", "PAGES_DIR", "PROCESSES", "PUBLIC_PORT", "RAW_TCP_HOST",
     "RESPONSE_TIMEOUT", "STALL_TIMEOUT", "STATUS_SOCKET", "TCP_PORTS", "TRUSTED_PROXIES",
     "TUNNEL_HOST", "TUNNEL_PORT", "WORKERS",
 })  # fmt: skip
@@ -191,8 +195,17 @@ class Config:
     pages_dir: str | None = None  # folder of the operator's own error pages
     templates: Templates = field(default_factory=dict, compare=False, repr=False)  # in pages_dir
     env_file: str | None = field(default=None, compare=False)  # absolute; None: there is none
+    processes: int = 1  # gateways on the same ports (processes/); 1: this process alone
     # The variables as they were typed, a secret's file as its content. For comparing only.
     typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def share(self) -> "Config":
+        """The decisions for one of the ``processes``. What limits all of them is divided. The
+        kernel spreads connections evenly, so none of them is full long before the others."""
+        return replace(
+            self, max_connections=max(1, self.max_connections // self.processes),
+            workers=max(1, self.workers // self.processes),
+        )  # fmt: skip
 
     @property
     def terms(self) -> Terms:
@@ -364,6 +377,7 @@ def _complete(read: Variables) -> Config:
         )
     local_ca, cert_dir, acme = _certificates(read)
     pages_dir, templates = _pages(read)
+    processes = _processes(read)
     config = Config(
         gateway_host=read.hostname("GATEWAY_HOST"),
         gateway_port=read.port("GATEWAY_PORT", 443),
@@ -393,7 +407,7 @@ def _complete(read: Variables) -> Config:
         trusted_proxies=read.networks("TRUSTED_PROXIES"),
         policy_defaults=_policy_defaults(read),
         max_connections=read.count("MAX_CONNECTIONS", 10_000),
-        workers=read.count("WORKERS", default_workers(os.cpu_count() or 1)),
+        workers=read.count("WORKERS", default_workers(os.cpu_count() or 1, processes)),
         max_hosts_per_agent=read.count("MAX_HOSTS_PER_AGENT", 50),
         header_timeout=read.seconds("HEADER_TIMEOUT", 10),
         idle_timeout=read.seconds("IDLE_TIMEOUT", 120),
@@ -410,7 +424,9 @@ def _complete(read: Variables) -> Config:
         pages_dir=pages_dir,
         templates=templates,
         cluster=_cluster(read),
+        processes=processes,
     )
+    _refuse_too_little(MAX_CONNECTIONS=config.max_connections, WORKERS=config.workers, of=processes)
     _refuse_equal_ports(
         GATEWAY_PORT=config.gateway_port,
         TUNNEL_PORT=config.tunnel_port,
@@ -682,9 +698,41 @@ def _status_socket(read: Variables) -> Path | None:
     return Path(text)
 
 
-def default_workers(cores: int) -> int:
-    """How many workers a machine with so many cores gets if WORKERS is unset."""
-    return min(max(WORKERS_PER_CORE * cores, LEAST_WORKERS), MOST_WORKERS)
+def default_workers(cores: int, processes: int = 1) -> int:
+    """How many workers a machine with so many cores gets if WORKERS is unset: each of the
+    processes has LEAST_WORKERS at least."""
+    return max(min(max(WORKERS_PER_CORE * cores, LEAST_WORKERS), MOST_WORKERS),
+               LEAST_WORKERS * processes)  # fmt: skip
+
+
+def _processes(read: Variables) -> int:
+    text = read.text("PROCESSES")
+    if text is None:
+        return 1
+    count = 0 if text.lower() == AUTO else whole_number(text)
+    if count is None or not 0 <= count <= MOST_PROCESSES:
+        raise ConfigError(
+            f"PROCESSES is {text!r}, expected a whole number from 1 to {MOST_PROCESSES}, or {AUTO} "
+            "for one on each core"
+        )
+    return count or min(cores(), MOST_PROCESSES)
+
+
+def cores() -> int:
+    """The cores that this process may use: a container or taskset may leave it fewer than the
+    machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _refuse_too_little(*, of: int, **limits: int) -> None:
+    for name, most in limits.items():
+        if most < of:
+            raise ConfigError(
+                f"{name} is {most}, expected at least {of}: it is divided among the processes "
+                "(PROCESSES)"
+            )
 
 
 def _old_jwt_secret(read: Variables, jwt_secret: str | None) -> str | None:

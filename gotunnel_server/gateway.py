@@ -8,6 +8,7 @@ docs/architecture.md has a table of all threads.
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gotunnel import __version__
 from gotunnel_agent.common.free_memory import FreeMemory
@@ -30,6 +31,7 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
+from .several import is_first
 from .showing import Showing
 from .visitors import sites
 from .visitors.forwarded import Proxies
@@ -53,10 +55,11 @@ class Gateway:
     shown_port: int  # that visitors type
 
     def __init__(
-        self, config: Config, subscribers: Sequence[Subscriber] = (), inherited: Inherited = NOTHING
-    ):
-        """``subscribers`` get a record of each visit, ``inherited`` are listening sockets. Raises
-        CertificateError, AgentsFileError, PortError, LogFileError."""
+        self, config: Config, subscribers: Sequence[Subscriber] = (),
+        inherited: Inherited = NOTHING, child: Any = None,
+    ):  # fmt: skip
+        """``subscribers`` get records of visits, ``inherited`` are listening sockets; ``child``:
+        see several.py. Raises CertificateError, AgentsFileError, PortError, LogFileError."""
         self._drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(*config.timeouts)
         self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
@@ -99,7 +102,7 @@ class Gateway:
             Watcher("credentials", self._look_at_credentials, RELOAD),
             Watcher("memory", FreeMemory(self.listeners.taken, free_buffers).look, RELOAD),
         )
-        self._facts = tuple(facts(config, self, ca_file))
+        self._facts = tuple(facts(config, self, ca_file)) if is_first(child) else ()
 
     # Agents
 

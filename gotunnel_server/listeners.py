@@ -115,6 +115,17 @@ class Listeners:
             with contextlib.suppress(OSError):
                 yield given._replace(sock=given.sock.dup())
 
+    def cover(self, given: Sequence[Given]) -> None:
+        """Accept the connections of other sockets as well, each at the port of its setting: the
+        process that they are for is away."""
+        for listener, setting in self._open.items():
+            listener.accept_also([each.sock for each in given if each.name == setting])
+
+    def uncover(self, given: Sequence[Given]) -> None:
+        """The opposite of cover()."""
+        for listener, setting in self._open.items():
+            listener.leave_out([each.sock for each in given if each.name == setting])
+
     def stuck(self, timeout: float) -> str | None:
         """The listener whose thread does not respond in ``timeout`` seconds; None if all do."""
         for listener in self._open:

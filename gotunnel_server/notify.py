@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from time import monotonic, monotonic_ns
+from typing import Protocol
 
 from gotunnel import spawn
 from gotunnel_agent.common.one_line import on_one_line
@@ -87,11 +88,17 @@ def watchdog_interval(environment: Mapping[str, str]) -> float | None:
     return usec / 2 / 1_000_000
 
 
+class Tells(Protocol):
+    """What a Watchdog needs of a Notifier."""
+
+    def tell(self, *lines: str) -> None: ...
+
+
 class Watchdog:
     """Thread "watchdog": sends WATCHDOG=1 as long as all listeners respond."""
 
     def __init__(
-        self, notifier: Notifier, interval: float, stuck: Callable[[float], str | None]
+        self, notifier: Tells, interval: float, stuck: Callable[[float], str | None]
     ) -> None:
         """Start the thread, which waits for start(). ``stuck(timeout)`` names a part that does not
         respond in ``timeout`` seconds, or returns None. Raises NoThread."""

@@ -5,6 +5,7 @@ Both are made of the state document (dashboard/state.py).
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import time
@@ -34,12 +35,12 @@ MOST_INSTANT = 250_000_000_000  # seconds since 1970: calendars end with the yea
 class Status:
     """The status socket of a running gateway."""
 
-    def __init__(self, gateway: Gateway, path: Path | None):
-        """Answers at ``path`` from now on; None: nowhere."""
+    def __init__(self, gateway: Gateway, path: Path | None, given: socket.socket | None = None):
+        """Answers at ``path`` from now on; None: nowhere. ``given``: see StatusSocket."""
         self.draining = False
         self._gateway = gateway
         self._socket = (
-            None if path is None else StatusSocket(str(path), PROGRAM, self._tell, SETTING)
+            None if path is None else StatusSocket(str(path), PROGRAM, self._tell, SETTING, given)
         )
         if self._socket is not None:
             self._socket.start()

@@ -17,9 +17,18 @@ WIDTH = 100  # characters of a line
 COMMON, ROUTES = "gotunnel_agent.common", "gotunnel_server.routes"
 QUICK = "gotunnel_agent.quick"
 INSPECTOR = "gotunnel_agent.inspector"
-NET, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN = (
+NET, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN, PROCESSES = (
     f"gotunnel_server.{wing}"
-    for wing in ("net", "visitors", "agents", "certs", "cluster", "dashboard", "admin")
+    for wing in (
+        "net",
+        "visitors",
+        "agents",
+        "certs",
+        "cluster",
+        "dashboard",
+        "admin",
+        "processes",
+    )  # fmt: skip
 )
 RULES = {
     "gotunnel": set(),
@@ -40,6 +49,7 @@ RULES = {
         "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, CLUSTER, "gotunnel_server",
         "cryptography", "jwt",
     },
+    PROCESSES: {"gotunnel", COMMON, NET, VISITORS, CLUSTER, DASHBOARD, "gotunnel_server"},
     "gotunnel_server": {
         "gotunnel", COMMON, NET, ROUTES, VISITORS, AGENTS, CERTS, CLUSTER, DASHBOARD, ADMIN,
         "dotenv",
@@ -94,6 +104,7 @@ PURE = [
     "gotunnel_server/cluster/tenure.py",
     "gotunnel_server/dashboard/state.py",
     "gotunnel_server/net/client_hello.py",
+    "gotunnel_server/processes/roster.py",
     "gotunnel_server/visitors/forwarded.py",
     "gotunnel_server/visitors/http2_frames.py",
     "gotunnel_server/visitors/http2_head.py",

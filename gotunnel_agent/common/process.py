@@ -79,6 +79,10 @@ class Signals:
         for other in others:
             signal.signal(other, lambda number, frame: None)  # wait() returns its number
 
+    def fileno(self) -> int:
+        """Of a socket that can be read when wait() would not wait: for a selector."""
+        return self._receive.fileno()
+
     def _on_signal(self, number: int, frame: object) -> None:
         """The first signal stops the program in good order: wait() returns it. At the second one
         the process exits here at once, and running visits are cut."""

@@ -103,10 +103,18 @@ class StatusSocket:
     """Answers at ``path`` from start() to close(). Its thread is called "status"."""
 
     def __init__(
-        self, path: str, program: str, tell: Callable[[], Mapping[str, Any]], setting: str
+        self,
+        path: str,
+        program: str,
+        tell: Callable[[], Mapping[str, Any]],
+        setting: str,
+        given: socket.socket | None = None,
     ):
         """``tell()`` gives the program's own part of the answer. Its thread calls it, so it must
-        not block for long, and its size must have a bound. ``setting`` names the path."""
+        not block for long, and its size must have a bound. ``setting`` names the path. ``given``:
+        a socket that listens at ``path`` already, and whose file is another process's to
+        remove."""
+        self._given = given
         self.path, self._program, self._tell, self._setting = path, program, tell, setting
         self._began = monotonic()
         self._waker: Waker | None = None  # while the thread runs
@@ -160,6 +168,8 @@ class StatusSocket:
         waker.close()
 
     def _open(self) -> socket.socket | None:
+        if self._given is not None:
+            return self._given
         try:
             listening = listen(address(self.path))
             self._inode = _inode(self.path)

@@ -1,13 +1,14 @@
 """Listening sockets that the process was given at its start (socket activation, hand-over), until a
 port takes them.
 
-They come from one of two sources:
+They come from one of three sources:
 
     systemd          LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES (sd_listen_fds(3)): the operator's unit
                      says which ports there are, so a socket serves the setting that it is named
                      after, whatever number the setting has
     a predecessor    a gateway that hands over to this one (handover.py): its sockets serve where
                      the configuration, which may have changed, asks for the same address
+    the supervisor   of several gateways on the same ports (processes/): as from a predecessor
 
 A port without a socket here is opened as usual. The backlog belongs to the socket: a connection
 that no process has accepted yet waits until the next process accepts it.
@@ -66,7 +67,10 @@ class Given(NamedTuple):
 class Inherited:
     """The sockets that no port has taken yet. Any thread."""
 
-    def __init__(self, given: Iterable[Given] = ()) -> None:
+    def __init__(self, given: Iterable[Given] = (), shares_ports: bool = False) -> None:
+        """``shares_ports``: other processes listen on the same ports (SO_REUSEPORT), so that a port
+        without a socket here is opened beside theirs."""
+        self.shares_ports = shares_ports
         self._left = list(given)
         # The settings that systemd's sockets are for, by port.
         self._named = {entry.port: entry.name for entry in self._left if entry.by_systemd}

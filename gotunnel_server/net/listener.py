@@ -14,6 +14,7 @@ else happens in the listener's thread. One lock guards the state that it shares 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -22,6 +23,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -114,7 +116,9 @@ def bind(
     try:
         for address in addresses or ("",):
             found = inherited.take_at(setting, address, port)
-            sockets.append(_bind_one(address, port) if found is None else found)
+            if found is None:
+                found = open_socket(address, port, shared=inherited.shares_ports)
+            sockets.append(found)
             port = sockets[0].getsockname()[1]  # the same for all, if it was any free one
     except OSError as error:
         for sock in sockets:
@@ -128,19 +132,20 @@ def bind(
     return sockets
 
 
-def _bind_one(address: str, port: int) -> socket.socket:
+def open_socket(address: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket at an IP address, "" for all. ``shared``: other sockets of ours may have
+    the same address, and each gets a part of the connections (SO_REUSEPORT). Raises OSError."""
+    create = partial(socket.create_server, backlog=BACKLOG, reuse_port=shared)
     if address:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        return socket.create_server((address, port), family=family, backlog=BACKLOG)
+        return create((address, port), family=family)
     if socket.has_dualstack_ipv6():
         try:
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
-            )
+            return create(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise  # on a machine without IPv6, listen on IPv4 alone
-    return socket.create_server(("", port), backlog=BACKLOG)
+    return create(("", port))
 
 
 def _on(address: str) -> str:
@@ -198,7 +203,7 @@ class Listener:
         # Sweep at least three times per first_timeout. With first_timeout 0, sweep every
         # SHORT_SWEEP seconds for the short timeouts passed to park().
         self._sweep_every = min(SWEEP, first_timeout / 3 or SHORT_SWEEP)
-        self._lock = threading.Lock()  # guards the six below
+        self._lock = threading.Lock()  # guards the six below, and what is accepted from
         self._readable = Readable()  # all of it except wait()
         # By descriptor: the connection, and its monotonic deadline.
         self._parked: dict[int, tuple[Parkable, float]] = {}
@@ -259,6 +264,29 @@ class Listener:
         self._turned.clear()
         self._waker.wake()
         return self._turned.wait(timeout) or self._stopping.is_set()
+
+    def accept_also(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept the connections of other listening sockets as well, until leave_out(). Any
+        thread; the caller closes them after leave_out()."""
+        with self._lock:
+            if not self._accepting or self._over or self._leaving.is_set():
+                return
+            for sock in sockets:
+                sock.setblocking(False)
+                if self._resume_at is None:
+                    self._readable.watch_always(sock.fileno())
+            self._sockets = (*self._sockets, *sockets)
+        self._waker.wake()
+
+    def leave_out(self, sockets: Sequence[socket.socket]) -> None:
+        """No longer accept the connections of these sockets. Any thread."""
+        with self._lock:
+            for sock in sockets:
+                if sock in self._sockets and self._resume_at is None and self._accepting:
+                    with contextlib.suppress(OSError, ValueError, KeyError):  # closed already
+                        self._readable.forget(sock.fileno())
+            self._sockets = tuple(sock for sock in self._sockets if sock not in sockets)
+        self._waker.wake()
 
     def stop_accepting(self) -> None:
         """Accept no further connections, and close our descriptors of the port: a process that
@@ -376,8 +404,8 @@ class Listener:
             self._turned.set()
         self._submit_due(now)
         if self._resume_at is not None and now >= self._resume_at:
-            self._resume_at = None
             with self._lock:
+                self._resume_at = None
                 for sock in self._sockets:
                     self._readable.watch_always(sock.fileno())
         if now - self._last_sweep >= self._sweep_every:
@@ -489,8 +517,8 @@ class Listener:
         """Do not accept for a while. While there is no descriptor for an accepted connection, the
         listening socket stays ready, and the thread would spin."""
         if self._resume_at is None:
-            self._resume_at = monotonic() + PAUSE
             with self._lock:
+                self._resume_at = monotonic() + PAUSE
                 for sock in self._sockets:
                     self._readable.forget(sock.fileno())
 

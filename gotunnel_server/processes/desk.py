@@ -1,0 +1,61 @@
+"""What the children share, kept by the supervisor: who has which public port of TCP_PORTS.
+
+With SO_REUSEPORT the kernel lets two children open one port for two hostnames, and visitors would
+reach either at random. So a child asks here before it opens a port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .channel import Message
+
+
+class Desk:
+    """Answers the children's calls; holds no child up. One thread."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """``now()``: monotonic seconds."""
+        self._now = now
+        self._ports: dict[int, tuple[str, set[int]]] = {}  # hostname, ids of the children
+        self._calls: dict[str, Callable[..., Any]] = {
+            "take port": self._take_port,
+            "give port": self._give_port,
+        }
+
+    def call(self, id: int, number: int, name: str, arguments: Any) -> Message:
+        """The answer to a call of the child's process ``id``: {"result": ...} or {"error": TEXT}.
+        ``number``: the child's."""
+        function = self._calls.get(name)
+        if function is None or not isinstance(arguments, list):
+            return {"error": f"there is no {name[:40]!r} here"}
+        try:
+            return {"result": function(id, *arguments)}
+        except (TypeError, ValueError) as error:
+            return {"error": str(error)[:200]}
+
+    def messages(self) -> Iterator[tuple[int, Any]]:
+        """What the calls have for other children: (id, message)."""
+        return iter(())
+
+    def gone(self, id: int) -> None:
+        """A child's process has ended."""
+        for port, (_, holders) in list(self._ports.items()):
+            holders.discard(id)
+            if not holders:
+                del self._ports[port]
+
+    def _take_port(self, id: int, port: int, hostname: str) -> str:
+        """The hostname that has the port at some child, or gets it now."""
+        holder, holders = self._ports.setdefault(port, (hostname, set()))
+        if holder == hostname:
+            holders.add(id)
+        return holder
+
+    def _give_port(self, id: int, port: int) -> None:
+        if port in self._ports:
+            holders = self._ports[port][1]
+            holders.discard(id)
+            if not holders:
+                del self._ports[port]
