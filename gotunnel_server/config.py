@@ -199,7 +199,7 @@ class Config:
     # The variables as they were typed, a secret's file as its content. For comparing only.
     typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def share(self) -> "Config":
+    def share(self) -> Config:
         """The decisions for one of the ``processes``. What limits all of them is divided. The
         kernel spreads connections evenly, so none of them is full long before the others."""
         return replace(

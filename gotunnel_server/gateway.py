@@ -64,7 +64,7 @@ class Gateway:
         self._timeouts = Timeouts(*config.timeouts)
         self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self.own_names)
-        self.cluster = membership.join(config, self._registry)
+        self.cluster = membership.join(config, self._registry, child)
         self._served = ServedFile(config.acme_cache, self._registry)
         self._challenges = Challenges(
             (HTTP_01, TLS_ALPN_01) if config.http_port is not None else (TLS_ALPN_01,),

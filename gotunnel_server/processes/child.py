@@ -19,8 +19,10 @@ from gotunnel_agent.common.json_lines import JsonLines
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.process import stay_on_one_cpu
 
+from ..cluster.board import Board
 from ..net.inherited import Given, Inherited
 from ..several import VARIABLE
+from .board import ChildBoard
 from .channel import ChildEnd, Message
 
 log = logging.getLogger("gotunnel.child")
@@ -59,7 +61,7 @@ class Child:
         self.processes: list[Message] = []  # all of them, as the supervisor knows them
         self.all_ready = False  # all have served, and none is to stop
         self._answers: dict[str, Callable[[Any], Any]] = {}  # to what siblings ask, by topic
-        self._on_board: Callable[[Any], object] = lambda told: None
+        self._hear: Callable[[Any], object] = lambda told: None  # messages of other members
         self._on_order: Callable[[Message], object] = lambda order: None
         self._lock = threading.Lock()  # guards the three below
         self._last_id = 0
@@ -102,6 +104,14 @@ class Child:
         if "error" in reply[0]:
             raise ValueError(reply[0]["error"])
         return reply[0]["result"]
+
+    def board(self) -> Board:
+        """The board that the children share, for a cluster without Redis."""
+        return ChildBoard(self)
+
+    def on_board(self, hear: Callable[[Any], object]) -> None:
+        """Have ``hear(message)`` called for each message by the board."""
+        self._hear = hear
 
     # To the siblings
 
@@ -179,7 +189,7 @@ class Child:
         elif "processes" in message:
             self.processes, self.all_ready = message["processes"], message["ready"]
         elif "board" in message:
-            self._on_board(message["board"])
+            self._hear(message["board"])
         elif "from" in message:
             body = message["body"]
             if "answer" in body:

@@ -1,4 +1,5 @@
-"""What the children share, kept by the supervisor: who has which public port of TCP_PORTS.
+"""What the children share, kept by the supervisor: who owns a hostname (board.py), and who has
+which public port of TCP_PORTS.
 
 With SO_REUSEPORT the kernel lets two children open one port for two hostnames, and visitors would
 reach either at random. So a child asks here before it opens a port.
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .board import TableOfChildren
 from .channel import Message
 
 
@@ -17,11 +19,12 @@ class Desk:
 
     def __init__(self, now: Callable[[], float]) -> None:
         """``now()``: monotonic seconds."""
-        self._now = now
+        self._board = TableOfChildren(now)
         self._ports: dict[int, tuple[str, set[int]]] = {}  # hostname, ids of the children
         self._calls: dict[str, Callable[..., Any]] = {
             "take port": self._take_port,
             "give port": self._give_port,
+            **self._board.calls,
         }
 
     def call(self, id: int, number: int, name: str, arguments: Any) -> Message:
@@ -37,10 +40,12 @@ class Desk:
 
     def messages(self) -> Iterator[tuple[int, Any]]:
         """What the calls have for other children: (id, message)."""
-        return iter(())
+        messages, self._board.messages = self._board.messages, []
+        return iter(messages)
 
     def gone(self, id: int) -> None:
         """A child's process has ended."""
+        self._board.gone(id)
         for port, (_, holders) in list(self._ports.items()):
             holders.discard(id)
             if not holders:
