@@ -115,6 +115,7 @@ WINGS = {
     "agents": test_house.AGENTS,
     "certs": test_house.CERTS,
     "cluster": test_house.CLUSTER,
+    "processes": "gotunnel_server.processes",
     "dashboard": test_house.DASHBOARD,
     "admin": test_house.ADMIN,
     "hall": "gotunnel_server",
