@@ -21,6 +21,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from gotunnel import (
@@ -30,6 +31,7 @@ from gotunnel import (
     MESSAGE_LIMIT,
     NAMES,
     POLICIES,
+    POOLS,
     PORTS,
     VISITOR_ADDRESS,
     WILDCARDS,
@@ -52,7 +54,7 @@ from .common.hostnames import (
 )
 from .common.one_line import without_secrets
 from .common.proxy_protocol import VERSIONS
-from .common.quantities import bytes_of, whole_number
+from .common.quantities import MOST_WEIGHT, bytes_of, whole_number
 from .common.status_socket import OFF, why_not
 from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
@@ -96,6 +98,9 @@ TUNNEL_KEYS = (
     "port",
     "proxy_protocol",
     "idle_timeout",
+    "pool",
+    "weight",
+    "sticky",
     *POLICY_KEYS,
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
@@ -107,6 +112,7 @@ NO_ADVICE: Mapping[str, str] = {}
 # What a target in http mode may speak, named as in ALPN: the default; HTTP/2 without TLS, by prior
 # knowledge (RFC 9113 §3.3); HTTP/2 with TLS.
 PROTOCOLS = HTTP1, H2C, H2 = ("http/1.1", "h2c", "h2")
+STICKY = COOKIE, ADDRESS = ("cookie", "address")  # by what a visitor keeps its agent in a pool
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 LOOPBACK = "127.0.0.1"  # where metrics are told, unless metrics_bind says otherwise
@@ -182,6 +188,17 @@ class Target(NamedTuple):
         return f"{'https://' if self.tls else ''}{host}:{self.port}"
 
 
+class Pool(NamedTuple):
+    """How visits are shared out among agents with the same hostname."""
+
+    weight: int = 1  # how many visits this agent gets, relative to the others
+    sticky: str = ""  # one of STICKY; "": any agent will do for each visit
+
+    def wire(self) -> dict[str, Any]:
+        """As a register message holds it."""
+        return {"weight": self.weight, **({"sticky": self.sticky} if self.sticky else {})}
+
+
 class Tunnel(NamedTuple):
     """One hostname and where its visits go. ``mode`` is one of MODES."""
 
@@ -195,6 +212,12 @@ class Tunnel(NamedTuple):
     protocol: str = ""  # what the target speaks in http mode: H2C or H2; "": HTTP/1.1
     policy: Policy = Policy()  # what the gateway asks of visitors
     basic_auth_file: str = ""  # where the policy's users came from; "": from the document
+    pool: Pool | None = None  # None: this agent has the hostname for itself
+
+    @property
+    def shared_by(self) -> str:
+        """The hostname, if the tunnel is in a pool; else "". See policy.users()."""
+        return "" if self.pool is None else self.hostname
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -205,6 +228,7 @@ class Tunnel(NamedTuple):
             (PORTS, self.port),
             (VISITOR_ADDRESS, self.proxy_protocol),
             (POLICIES, self.policy.wire()),
+            (POOLS, self.pool),
             (WILDCARDS, self.hostname.startswith(WILDCARD)),
             (NAMES, self.hostname.endswith(OPEN)),
         )
@@ -281,6 +305,10 @@ class Config:
         wires = {tunnel.hostname: tunnel.policy.wire() for tunnel in self.tunnels}
         return {hostname: wire for hostname, wire in wires.items() if wire}
 
+    def pools(self) -> dict[str, dict[str, Any]]:
+        """Hostname to how it is shared with other agents, for the register message."""
+        return {t.hostname: t.pool.wire() for t in self.tunnels if t.pool is not None}
+
 
 def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
     """Read and check the configuration in the file ``path``, and add the defaults. The file may
@@ -338,7 +366,7 @@ def _with_users(tunnel: Tunnel) -> Tunnel:
     if not tunnel.basic_auth_file or small_file.is_pipe(tunnel.basic_auth_file):
         return tunnel
     try:
-        found = _users_of_file(tunnel.basic_auth_file)
+        found = _users_of_file(tunnel.basic_auth_file, tunnel.shared_by)
     except ConfigError as error:
         raise ConfigError(f"basic_auth_file of {tunnel.hostname}: {error}") from None
     return tunnel._replace(policy=replace(tunnel.policy, basic_auth=found))
@@ -601,6 +629,7 @@ def _tunnel(item: object, where: str) -> Tunnel:
     hostname = _hostname(item, where)
     mode = _choice(item, "mode", MODES, "http", where, mistakes.OTHER_MODES)
     target = _target(item, mode, where)
+    pool = _pool(item, mode, hostname, where)
     return Tunnel(
         hostname,
         target,
@@ -610,8 +639,9 @@ def _tunnel(item: object, where: str) -> Tunnel:
         port=_port(item, mode, where),
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
         idle_timeout=_idle_timeout(item, mode, where),
-        policy=_policy(item, mode, where),
+        policy=_policy(item, mode, where, hostname if pool is not None else ""),
         basic_auth_file=str(item.get("basic_auth_file", "")),
+        pool=pool,
     )
 
 
@@ -698,6 +728,37 @@ def _port(item: Mapping[str, object], mode: str, where: str) -> str:
     if text != ANY_PORT and (number is None or not 1 <= number <= MAX_PORT):
         raise ConfigError(f"{where}port: {_shown(text)} came, expected {expected}")
     return text if number is None else str(number)
+
+
+def _pool(item: Mapping[str, object], mode: str, hostname: str, where: str) -> Pool | None:
+    if not _boolean(item, "pool", False, where):
+        for key in ("weight", "sticky"):
+            if key in item:
+                raise ConfigError(
+                    f"{where}{key}: came without pool: true, expected both or neither: it says how "
+                    "the agents of a pool share visits"
+                )
+        return None
+    if hostname.endswith(OPEN):
+        raise ConfigError(
+            f"{where}pool: the hostname {hostname!r} came, which the gateway completes, expected a "
+            "whole hostname: all agents of the pool must have the same"
+        )
+    expected = f"a whole number from 1 to {MOST_WEIGHT}"
+    weight = 1
+    if "weight" in item:
+        text = _text(item, "weight", expected, where)
+        number = whole_number(text)
+        if number is None or not 1 <= number <= MOST_WEIGHT:
+            raise ConfigError(f"{where}weight: {_shown(text)} came, expected {expected}")
+        weight = number
+    sticky = _choice(item, "sticky", STICKY, "", where)
+    if sticky == COOKIE and mode != "http":
+        raise ConfigError(
+            f"{where}sticky: {COOKIE} came, and the tunnel has mode {mode}, which has no cookies: "
+            f"expected {ADDRESS}, or mode http"
+        )
+    return Pool(weight, sticky)
 
 
 def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | None:
@@ -829,7 +890,7 @@ def _seconds(text: str, key: str, expected: str, least: float, most: float) -> f
     raise ConfigError(f"{key}: {_shown(text)} came, expected {expected}")
 
 
-def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:
+def _policy(item: Mapping[str, object], mode: str, where: str, shared_by: str) -> Policy:
     if mode != "http":
         for key in ("basic_auth", "basic_auth_file"):
             if key in item:
@@ -840,8 +901,10 @@ def _policy(item: Mapping[str, object], mode: str, where: str) -> Policy:
     if "basic_auth" in item and "basic_auth_file" in item:
         raise ConfigError(f"{where}basic_auth and basic_auth_file came, expected only one of them")
     return Policy(
-        basic_auth=_policy_part(item, "basic_auth", users, where)
-        or _policy_part(item, "basic_auth_file", _users_of_file, where),
+        basic_auth=_policy_part(item, "basic_auth", partial(users, shared_by=shared_by), where)
+        or _policy_part(
+            item, "basic_auth_file", partial(_users_of_file, shared_by=shared_by), where
+        ),
         allow=_policy_part(item, "allow", networks, where),
         deny=_policy_part(item, "deny", networks, where),
         rate_limit=_policy_part(item, "rate_limit", rate_limit, where),
@@ -859,11 +922,11 @@ def _policy_part(
         raise ConfigError(f"{where}{key}: {error}") from None
 
 
-def _users_of_file(path: object) -> tuple[str, ...]:
+def _users_of_file(path: object, shared_by: str) -> tuple[str, ...]:
     if not isinstance(path, str) or not path.isprintable():
         raise ConfigError(f"{kind(path)} came, expected the path of a file")
     try:
-        return users_of_lines(_read_file(path))
+        return users_of_lines(_read_file(path), shared_by)
     except (PolicyError, ConfigError) as error:
         raise ConfigError(f"{shown_path(path)[:MAX_SHOWN]}: {error}") from None
 

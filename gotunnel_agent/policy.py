@@ -6,6 +6,7 @@ neither the gateway nor another part of the agent ever sees one. No PolicyError 
 password, a hash, or a text that may have been meant as one.
 """
 
+import hashlib
 import hmac
 import secrets
 import unicodedata
@@ -17,6 +18,7 @@ from .common import addresses
 from .common.passwords import (
     MOST_USER,
     MOST_USERS,
+    SALT_SIZE,
     PasswordError,
     hash_if_plain,
     valid_user,
@@ -60,11 +62,12 @@ class Policy:
 # --- Passwords -----------------------------------------------------------------------------------
 
 
-def users(value: object) -> tuple[str, ...]:
+def users(value: object, shared_by: str = "") -> tuple[str, ...]:
     """Entries USER:HASH for a "USER:PASSWORD", a list of them, or a mapping of user to password.
 
     A password that begins with HASH_MARK is taken as a hash; to hash any other takes some 50 ms.
-    Raises PolicyError.
+    ``shared_by``: the hostname, if several agents have it (a pool). Their policies must be equal,
+    so the hashes of one password must be. Raises PolicyError.
     """
     if isinstance(value, dict):
         pairs = list(value.items())
@@ -83,20 +86,20 @@ def users(value: object) -> tuple[str, ...]:
         if user in found:
             raise PolicyError(f"[{number}]: this user comes twice, expected each user once")
         try:
-            found[user] = _hash(user, password)
+            found[user] = _hash(user, password, shared_by)
         except PolicyError as error:
             raise PolicyError(f"[{number}]: {error}") from None
     return tuple(f"{user}:{hashed}" for user, hashed in found.items())
 
 
-def users_of_lines(text: str) -> tuple[str, ...]:
+def users_of_lines(text: str, shared_by: str = "") -> tuple[str, ...]:
     """As ``users``, for the text of a file with one USER:PASSWORD a line. Blank lines and lines
     that begin with # are ignored."""
     lines = [line.rstrip("\r") for line in text.split("\n")]
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     if not lines:
         raise PolicyError("no user came, expected one USER:PASSWORD a line")
-    return users(lines)
+    return users(lines, shared_by)
 
 
 def _pair(text: str, number: int) -> tuple[str, str]:
@@ -106,15 +109,20 @@ def _pair(text: str, number: int) -> tuple[str, str]:
     return name, password
 
 
-def _hash(user: str, password: object) -> str:
+def _hash(user: str, password: object, shared_by: str) -> str:
     """The password's hash; the same one if the two come again, as they do whenever the file is read
     anew: to hash takes some 50 ms, and another salt would look like another password."""
     if not isinstance(password, str):
         raise PolicyError(f"{kind(password)} came, expected a password")
-    text = f"{user}:{password}".encode("utf-8", "surrogatepass")
+    text = f"{shared_by}:{user}:{password}".encode("utf-8", "surrogatepass")
     key = hmac.digest(_KEY, text, "sha256")
+    # Not random in a pool, but of its own for each user of each hostname. It must not depend on the
+    # password: then it would be a fast hash of it.
+    salt = b""
+    if shared_by:
+        salt = hashlib.sha256(f"gotunnel pool\0{shared_by}\0{user}".encode()).digest()[:SALT_SIZE]
     try:
-        hashed = _hashes.get(key) or hash_if_plain(password)
+        hashed = _hashes.get(key) or hash_if_plain(password, salt)
     except PasswordError as error:
         raise PolicyError(str(error)) from None
     if len(_hashes) >= MOST_HASHES:

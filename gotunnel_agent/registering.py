@@ -81,6 +81,7 @@ def registration(config: Config, instance: str) -> Register:
         ports=config.ports(),
         addressed=config.addressed(),
         policies=config.policies(),
+        pools=config.pools(),
         instance=instance,
     )
 

@@ -83,9 +83,9 @@ class Hash:
         return cls(ln, r, p, salt, digest)
 
     @classmethod
-    def of(cls, password: bytes) -> "Hash":
-        """A new hash of ``password``, with a random salt; takes some 50 ms."""
-        made = cls(LN, R, P, os.urandom(SALT_SIZE), bytes(HASH_SIZE))
+    def of(cls, password: bytes, salt: bytes = b"") -> "Hash":
+        """A new hash of ``password``, with a random salt unless there is one; takes some 50 ms."""
+        made = cls(LN, R, P, salt or os.urandom(SALT_SIZE), bytes(HASH_SIZE))
         return cls(LN, R, P, made.salt, made.compute(password))
 
     def __str__(self) -> str:
@@ -103,18 +103,20 @@ class Hash:
         )  # fmt: skip
 
 
-def hash_password(password: str) -> str:
-    """The text of a new hash of a password; takes some 50 ms. Raises PasswordError."""
+def hash_password(password: str, salt: bytes = b"") -> str:
+    """The text of a new hash of a password; takes some 50 ms. For ``salt`` see Hash.of(). Raises
+    PasswordError."""
     content = _encoded(unicodedata.normalize("NFC", password))  # RFC 7617 §2.1, as browsers send it
     if not 1 <= len(content) <= MOST_PASSWORD or CONTROL.search(content):
         raise PasswordError(
             f"expected a password of 1 to {MOST_PASSWORD} bytes, without control characters"
         )
-    return str(Hash.of(content))
+    return str(Hash.of(content, salt))
 
 
-def hash_if_plain(text: str) -> str:
-    """The hash for a text that a configuration gives as password or hash. Raises PasswordError."""
+def hash_if_plain(text: str, salt: bytes = b"") -> str:
+    """The hash for a text that a configuration gives as password or hash. For ``salt`` see
+    Hash.of(). Raises PasswordError."""
     if text.startswith(HASH_MARK):
         Hash.read(text)
         return text
@@ -123,7 +125,7 @@ def hash_if_plain(text: str) -> str:
             "a hash of another kind came, expected a password, or a hash that gotunnel-agent "
             "hash-password prints"
         )
-    return hash_password(text)
+    return hash_password(text, salt)
 
 
 def valid_user(name: str) -> bool:

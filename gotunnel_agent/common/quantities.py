@@ -9,6 +9,9 @@ LEAST_RATE = 1 / 3600
 MOST_RATE = MOST_BURST = 1_000_000
 RATE_KEYS = ("per_address", "burst", "total", "total_burst")  # the keys of a rate limit
 
+# Visits of an agent in a pool, relative to the others. Machines differ by less.
+MOST_WEIGHT = 100
+
 # A number of requests, and the period if it is not a second.
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
 _PERIODS = {"s": 1, "m": 60, "h": 3600}  # seconds
