@@ -38,10 +38,10 @@ def build_certification(
         return route.tunnel.agent.blame, route.tunnel.agent.identity.limits
 
     def tell(hostname: str) -> None:
-        """Tell the agent that serves a hostname how its certificate stands now. Any thread."""
+        """Tell the agents that serve a hostname how its certificate stands now. Any thread."""
         route = registry.lookup(hostname)
-        if route is not None:
-            route.tunnel.tell_certificate(hostname)
+        for tunnel in () if route is None else route.tunnels():
+            tunnel.tell_certificate(hostname)
 
     authority = Authority(config.acme_cache / FOLDER) if config.local_ca else None
     # The order is ours: a visitor that speaks both gets HTTP/2.

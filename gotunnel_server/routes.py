@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel import Ends, Stream
@@ -30,8 +31,9 @@ class HostnameTaken(Exception):
     are the gateway's own. The tunnels' type is Any here: only the agents' wing uses them, and knows
     their type."""
 
-    def __init__(self, holders: Mapping[str, Any]):
-        names = some(holders)
+    def __init__(self, holders: Mapping[str, Any], why: Mapping[str, str] = MappingProxyType({})):
+        """``why`` has more to say of some hostnames: in what a pool differs."""
+        names = some(f"{name}, {why[name]}" if name in why else name for name in holders)
         own = None in holders.values()
         super().__init__(
             f"not allowed: {names}: reserved for the gateway itself"
@@ -39,14 +41,20 @@ class HostnameTaken(Exception):
             else f"host already registered: {names}"
         )
         self.holders = holders
+        self.why = why
         self.tunnels = frozenset() if own else frozenset(holders.values())
 
     def one_by_one(self) -> dict[str, str]:
         """The text for each of the hostnames alone."""
         return {
-            hostname: str(HostnameTaken({hostname: holder}))
+            hostname: str(HostnameTaken({hostname: holder}, self.why))
             for hostname, holder in self.holders.items()
         }
+
+    def of(self, holder: Any) -> HostnameTaken:
+        """The part of it that is about one of the tunnels."""
+        held = {hostname: each for hostname, each in self.holders.items() if each is holder}
+        return HostnameTaken(held, self.why)
 
 
 class Undecided(Exception):
@@ -88,6 +96,16 @@ class Tunnel(Protocol):
     half_close: bool  # the agent can pass a visitor's half-close on to its target
     upgrades: bool  # ... also in http mode, on a stream opened with ``relayed``
 
+    @property
+    def round_trip(self) -> float | None: ...
+
+    @property
+    def heard_at(self) -> float: ...
+
+    def ask(self) -> float: ...
+
+    def well(self, hostname: str) -> bool: ...
+
     def open(
         self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False
     ) -> Stream: ...
@@ -122,6 +140,52 @@ class Policy(Protocol):
     def judge_connection(self, address: str) -> Any: ...
 
 
+class Member(Protocol):
+    """One of the agents of a Pool."""
+
+    route: Route  # of this agent alone; its ``pool`` is None
+    token: str  # names the agent in a visitor's cookie; it can be neither guessed nor read back
+
+    @property
+    def is_silent(self) -> bool: ...
+
+
+class Pool(Protocol):
+    """What visits and the Registry need of a pool.Pool: the agents that share a hostname. Any
+    thread. agents/pool.py implements it, and says how a member is chosen."""
+
+    owner: str  # the credential that has the hostname, as the owner of its claim
+    sticky: str  # COOKIE or ADDRESS, "" if any member will do for a visit
+
+    @property
+    def members(self) -> Sequence[Member]: ...
+
+    def well(self) -> bool: ...
+
+    def key(self, address: str, token: str = "") -> str: ...
+
+    def choose(self, key: str = "", but: Collection[Member] = ()) -> Member | None: ...
+
+    def leave(self, member: Any) -> None: ...
+
+    def refused(self, member: Any) -> None: ...
+
+    def reached(self, member: Any) -> None: ...
+
+    def silent(self, member: Any) -> None: ...
+
+    def update(self, route: Route) -> Route | None: ...
+
+    def in_the_way(self, newcomer: Any) -> tuple[Any, str] | None: ...
+
+    def joined(self, there: Route, newcomer: Any) -> Route: ...
+
+    def without(self, there: Route, tunnels: Collection[Tunnel]) -> Route | None: ...
+
+
+COOKIE, ADDRESS = "cookie", "address"  # by what a visitor keeps its member of a Pool
+
+
 class Route(NamedTuple):
     """Where visits of a hostname go, and how.
 
@@ -131,7 +195,8 @@ class Route(NamedTuple):
     target's, ``port`` the public one that was opened for it; None if there is none. ``policy``
     decides which visitors are let in; None: all. ``protocol`` is what the target speaks in http
     mode: H2C or H2 for HTTP/2, "" for HTTP/1.1. ``target`` is what the agent calls its target: any
-    text, which is only shown.
+    text, which is only shown. ``pool``: the agents that share the hostname, of which ``tunnel`` and
+    all that belongs to it are the first one's; None if one agent has the hostname alone.
     """
 
     hostname: str
@@ -144,6 +209,20 @@ class Route(NamedTuple):
     policy: Policy | None = None
     protocol: str = ""
     target: str = ""
+    pool: Pool | None = None
+
+    def tunnels(self) -> list[Tunnel]:
+        """The tunnels that serve the hostname: one, or those of the pool."""
+        if self.pool is None:
+            return [self.tunnel]
+        return [member.route.tunnel for member in self.pool.members]
+
+    def in_the_way(self, newcomer: Route) -> tuple[Tunnel, str] | None:
+        """The tunnel because of which a newcomer cannot have the hostname, too, and what to say of
+        it ("": no more than that it has the hostname); None if the newcomer joins a pool."""
+        if self.pool is None or newcomer.pool is None:
+            return self.tunnel, ""
+        return self.pool.in_the_way(newcomer.pool)
 
 
 class Registry:
@@ -174,7 +253,7 @@ class Registry:
         instead_of: Collection[Tunnel] = (),
     ) -> None:
         """Take every hostname of ``routes``, or none of them. Hostnames of the tunnels
-        ``instead_of`` count as free.
+        ``instead_of`` count as free. A route with a pool joins the pool that has its hostname.
 
         ``permit(routes)`` gets all routes that there would be then, and may raise. Raises
         HostnameTaken, which names the reserved hostnames, or else those that are taken.
@@ -182,13 +261,8 @@ class Registry:
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
                 raise HostnameTaken(dict.fromkeys(own))
-            held = {
-                hostname: route for hostname, route in self._table[0].items()
-                if route.tunnel not in instead_of
-            } if instead_of else self._table[0]  # fmt: skip
-            if taken := [hostname for hostname in routes if hostname in held]:
-                raise HostnameTaken({hostname: held[hostname].tunnel for hostname in taken})
-            routes = {**held, **routes}
+            held = _without(self._table[0], instead_of) if instead_of else self._table[0]
+            routes = {**held, **_joined(held, routes)}
             permit(routes)
             self._put(routes)
             for hostname in routes:
@@ -204,23 +278,24 @@ class Registry:
         """Replace routes of hostnames. Those that their tunnel no longer holds are left out."""
         with self._lock:
             held, _ = self._table
-            still = {
-                hostname: route for hostname, route in routes.items()
-                if hostname in held and held[hostname].tunnel is route.tunnel
-            }  # fmt: skip
+            still = {}
+            for hostname, route in routes.items():
+                there = held.get(hostname)
+                if there is not None and there.pool is not None:
+                    if (updated := there.pool.update(route)) is not None:
+                        still[hostname] = there._replace(port=updated.port or there.port)
+                elif there is not None and there.tunnel is route.tunnel:
+                    still[hostname] = route
             self._put({**held, **still})
 
     def release(self, tunnel: Tunnel) -> None:
         """Give back all hostnames that ``tunnel`` has claimed."""
         with self._lock:
             held, _ = self._table
-            self._put({
-                hostname: route
-                for hostname, route in held.items()
-                if route.tunnel is not tunnel
-            })  # fmt: skip
+            left = _without(held, (tunnel,))
+            self._put(left)
             for hostname, route in held.items():
-                if route.tunnel is tunnel:
+                if hostname not in left:
                     self._await(hostname, route.mode)
 
     def expect(self, modes: Mapping[str, str]) -> None:
@@ -283,6 +358,37 @@ class Registry:
     def routes(self) -> dict[str, Route]:
         """All routes by hostname, as they are now."""
         return dict(self._table[0])
+
+
+def _without(held: Mapping[str, Route], tunnels: Collection[Tunnel]) -> dict[str, Route]:
+    """The routes that are left without these tunnels."""
+    left = {}
+    for hostname, route in held.items():
+        if route.pool is not None:
+            rest = route.pool.without(route, tunnels)
+            if rest is not None:
+                left[hostname] = rest
+        elif route.tunnel not in tunnels:
+            left[hostname] = route
+    return left
+
+
+def _joined(held: Mapping[str, Route], routes: Mapping[str, Route]) -> dict[str, Route]:
+    """The routes as they are beside the held ones: alone, or in a pool. Raises HostnameTaken."""
+    taken, why, found = {}, {}, {}
+    for hostname, route in routes.items():
+        there = held.get(hostname)
+        if there is None:
+            found[hostname] = route
+        elif (obstacle := there.in_the_way(route)) is not None:
+            taken[hostname], reason = obstacle
+            if reason:
+                why[hostname] = reason
+        elif there.pool is not None:
+            found[hostname] = there.pool.joined(there, route.pool)
+    if taken:
+        raise HostnameTaken(taken, why)
+    return found
 
 
 def _wildcards(hostname: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Opens public ports for hostnames in tcp mode whose agents ask for one.
 
 The operator decides which ports agents may have (TCP_PORTS). A port belongs to one tunnel, and is
-free again as soon as the tunnel's session ends or its agent leaves.
+free again as soon as the tunnel's session ends or its agent leaves. The agents of a pool have the
+port together: the last one that leaves frees it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from gotunnel import ANY_PORT
-from gotunnel_agent.common.hostnames import MAX_PORT
+from gotunnel_agent.common.hostnames import MAX_PORT, normal_hostname
 from gotunnel_agent.common.one_line import some
 
 from ..net.listener import PortError
@@ -55,7 +56,8 @@ class Ports:
         self._most = most
         self._named = named
         self._asked: set[int] = set()  # allowed ports that an agent has asked for by number
-        self._open: dict[int, tuple[Tunnel, OpenPort]] = {}
+        # By port: the tunnels that have it, several if they are in a pool.
+        self._open: dict[int, tuple[set[Tunnel], OpenPort]] = {}
         self._last: dict[int, str] = {}  # the hostname that had a port last, to get it again
         # Guards these three, and is held while a port opens or closes.
         self._lock = threading.Lock()
@@ -71,6 +73,8 @@ class Ports:
                 raise PortRefused("the gateway stops")
             if (port := self._passed_on(wanted, route)) is not None:
                 return port
+            if (port := self._shared(wanted, route, why_not)) is not None:
+                return port
             if len(self._open) >= self._most:
                 raise PortRefused(f"{self._most} ports are open, as many as the gateway's limit of "
                                   "descriptors permits (ulimit -n)", for_now=True)  # fmt: skip
@@ -81,7 +85,7 @@ class Ports:
                 except PortError as error:
                     problem = str(error)
                     continue
-                self._open[port] = (route.tunnel, opened)
+                self._open[port] = ({route.tunnel}, opened)
                 self._last[port] = route.hostname
                 return port
         raise PortRefused(f"the gateway cannot open it: {problem}", for_now=True)
@@ -89,19 +93,36 @@ class Ports:
     def _passed_on(self, wanted: str, route: Route) -> int | None:
         """A port that pass_on() has given to the tunnel for that hostname; None if there is none.
         Caller holds the lock."""
-        for port, (owner, opened) in self._open.items():
-            mine = owner is route.tunnel and self._last[port] == route.hostname
+        for port, (owners, opened) in self._open.items():
+            mine = route.tunnel in owners and self._last[port] == route.hostname
             if mine and wanted in (ANY_PORT, str(port)):
                 opened.route = route
                 return port
         return None
 
+    def _shared(
+        self, wanted: str, route: Route, why_not: Callable[[int], str | None]
+    ) -> int | None:
+        """The port that other agents of the hostname's pool have; None if there is none. Caller
+        holds the lock."""
+        if route.pool is None:
+            return None
+        for port, (owners, opened) in self._open.items():
+            pool = opened.route.pool
+            same = pool is not None and pool.owner == route.pool.owner
+            if same and normal_hostname(opened.route.hostname) == normal_hostname(route.hostname):
+                if wanted in (ANY_PORT, str(port)) and why_not(port) is None:
+                    owners.add(route.tunnel)
+                    return port
+        return None
+
     def pass_on(self, tunnel: Tunnel, successor: Tunnel) -> None:
         """Make a tunnel's ports its successor's, which asks for them again or releases them."""
         with self._lock:
-            for port, (owner, opened) in self._open.items():
-                if owner is tunnel:
-                    self._open[port] = (successor, opened)
+            for owners, _ in self._open.values():
+                if tunnel in owners:
+                    owners.remove(tunnel)
+                    owners.add(successor)
 
     def _candidates(
         self, wanted: str, hostname: str, why_not: Callable[[int], str | None]
@@ -155,10 +176,12 @@ class Ports:
     def keep_only(self, tunnel: Tunnel, numbers: Collection[int]) -> None:
         """Close the ports of a tunnel except ``numbers``."""
         with self._lock:
-            for port, (owner, opened) in list(self._open.items()):
-                if owner is tunnel and port not in numbers:
-                    del self._open[port]
-                    opened.stop()
+            for port, (owners, opened) in list(self._open.items()):
+                if tunnel in owners and port not in numbers:
+                    owners.remove(tunnel)
+                    if not owners:
+                        del self._open[port]
+                        opened.stop()
 
     def close(self) -> None:
         """Open no further ports. Those that are open stop as all listeners do."""

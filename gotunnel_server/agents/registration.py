@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from gotunnel import HOST_HEADER, HTTP2, NAMES, PARTIAL, VISITOR_ADDRESS, Register
+from gotunnel import HOST_HEADER, HTTP2, NAMES, PARTIAL, POOLS, VISITOR_ADDRESS, Register
 from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.hostnames import (
     OPEN,
@@ -24,8 +24,9 @@ from gotunnel_agent.common.hostnames import (
     why_no_hostname,
 )
 from gotunnel_agent.common.one_line import on_one_line, some
+from gotunnel_agent.common.quantities import MOST_WEIGHT
 
-from ..routes import H2, H2C, Policy, Route, Tunnel
+from ..routes import ADDRESS, COOKIE, H2, H2C, Policy, Route, Tunnel
 from . import scope
 from .identity import Identity
 
@@ -108,9 +109,20 @@ class NotGranted(Exception):
         self.denied = denied
 
 
+class Pooled(NamedTuple):
+    """How an agent shares a hostname with others (pool.py). ``weight``: how many visits it gets,
+    relative to the others. ``sticky``: by what a visitor keeps its agent, COOKIE, ADDRESS or "".
+    ``policy``: what the agent has sent as the hostname's policy."""
+
+    weight: int = 1
+    sticky: str = ""
+    policy: Any = None
+
+
 class Wanted(NamedTuple):
-    """A Route that an agent asks for. The fields are the Route's, but for ``name``: how the agent
-    spells the hostname in its registration. It differs from the Route's if it is an open name."""
+    """A Route that an agent asks for. The fields are the Route's, but for ``name`` and ``pooled``.
+    ``name`` is how the agent spells the hostname in its registration; it differs from the Route's
+    if it is an open name. ``pooled`` is None if the agent wants the hostname for itself."""
 
     name: str
     hostname: str
@@ -121,6 +133,7 @@ class Wanted(NamedTuple):
     policy: Policy | None
     protocol: str
     target: str
+    pooled: Pooled | None = None
 
     def route(self, tunnel: Tunnel) -> Route:
         return Route(
@@ -210,6 +223,7 @@ def _wanted(message: Register, name: str, hostname: str, policy: object, terms: 
         policy=read,
         protocol=_protocol(message, name, hostname, mode, terms),
         target=message.routes[name][:MOST_TARGET],
+        pooled=_pooled(message, name, mode, policy),
     )  # fmt: skip
 
 
@@ -253,6 +267,27 @@ def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Ter
             "operator can install it (pip install h2)"
         )
     return protocol
+
+
+def _pooled(message: Register, name: str, mode: str, policy: object) -> Pooled | None:
+    """How the agent shares a hostname; None if it does not. Raises NotGranted."""
+    wire = message.pools.get(name) if POOLS in message.features else None
+    if wire is None:
+        return None
+    if not isinstance(wire, dict) or not wire.keys() <= {"weight", "sticky"}:
+        raise NotGranted(f"invalid pool of {name}: expected an object with weight, sticky, or none")
+    if not message.instance:
+        raise NotGranted(f"invalid pool of {name}: its agents need an instance")
+    weight, sticky = wire.get("weight", 1), wire.get("sticky", "")
+    if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
+        raise NotGranted(
+            f"invalid pool of {name}: weight: expected a whole number from 1 to {MOST_WEIGHT}"
+        )
+    if sticky not in ("", COOKIE, ADDRESS):
+        raise NotGranted(f"invalid pool of {name}: sticky: expected {COOKIE} or {ADDRESS}")
+    if sticky == COOKIE and mode != "http":
+        raise NotGranted(f"invalid pool of {name}: sticky: mode {mode} has no cookies")
+    return Pooled(weight, sticky, policy)
 
 
 def _by_hostname(message: Register, completes: Identity | None) -> dict[str, object]:

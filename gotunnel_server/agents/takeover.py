@@ -99,7 +99,7 @@ class Claim:
                     self._asked[holder] = holder.ask()
                 elif holder.has_answered(self._asked[holder]):
                     if self._partial:
-                        raise HostnameTaken(_held_by(holder, taken)) from None
+                        raise taken.of(holder) from None
                     raise
             overlaps = self._agent.overlaps or all(holder.moving for holder in taken.tunnels)
             if not others and overlaps:
@@ -121,7 +121,3 @@ class Claim:
                 if replaced and all(holder.gone.wait(MOMENT) for holder in taken.tunnels):
                     return self._attempt()
             return False
-
-
-def _held_by(holder: Any, taken: HostnameTaken) -> dict[str, Any]:
-    return {hostname: each for hostname, each in taken.holders.items() if each is holder}

@@ -70,8 +70,9 @@ from .credentials import Credentials
 from .heartbeat import Heartbeat
 from .identity import Identity
 from .members import Membership, Teller
+from .pool import with_pool
 from .ports import PortRefused, Ports
-from .registration import Agent, Asked
+from .registration import Agent, Asked, Wanted
 from .stream_pool import KeptStreams, OwnStreams
 
 log = logging.getLogger("gotunnel.tunnel")
@@ -229,12 +230,13 @@ class Tunnel:
         self.features = tuple(name for name in features if name in FEATURES)
         self.half_close = HALF_CLOSE in self.features  # a visitor's FIN may be passed to the agent
         self.upgrades = UPGRADES in self.features  # ... also in http mode, after open(relayed=True)
-        self.wanted = {name: wanted.route(self) for name, wanted in asked.routes.items()}
+        self.wanted = {name: self._route(wanted) for name, wanted in asked.routes.items()}
         self.denied = dict(asked.denied)  # hostnames that are not served, and why; see Ack
         self.routes: dict[str, Route] = {}  # by hostname; those served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
         self.gone = threading.Event()  # it holds no hostname any more, and never will
         self.moving = False  # the agent was asked for another session; never False again
+        self.unwell: Mapping[str, str] = {}  # by hostname: why its target is not well
         self.failed = Tally()  # by hostname: visits in tcp mode whose target was not reached
         self._stage = Stage.CLAIMING
         self._parting: End | None = None  # what _part() tells the agent: why the session ends
@@ -288,7 +290,20 @@ class Tunnel:
         with self._lock:
             return self._stage is not Stage.GONE and self._parting is None
 
+    @property
+    def heard_at(self) -> float:
+        """Monotonic time when the agent last sent something."""
+        return self._session.heard_at
+
+    def well(self, hostname: str) -> bool:
+        """Whether the target of a hostname is well, as far as is known."""
+        return hostname not in self.unwell
+
     # Registration
+
+    def _route(self, wanted: Wanted) -> Route:
+        route = wanted.route(self)
+        return route if wanted.pooled is None else with_pool(route, wanted.pooled, self.agent)
 
     def deny(self, hostnames: Mapping[str, str]) -> None:
         """Do without wanted hostnames, for the reasons given."""

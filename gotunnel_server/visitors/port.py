@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from gotunnel_agent.common.duplex import OPTIONS_ARE_INHERITED, Duplex
+from gotunnel_agent.common.hostnames import normal_hostname
 
 from ..net.blocks import Blocks
 from ..net.drops import BLOCKED, Dropped
@@ -264,8 +265,10 @@ class TcpPort:
 
     def welcome(self, sock: socket, address: Address, seat: Seat) -> Stepwise:
         """Listener's thread: a visitor has connected."""
-        visitor = self._public.add(sock, address, self.listener, seat)
-        return Arrival(self._public, visitor, self.route)
+        visitor, route = self._public.add(sock, address, self.listener, seat), self.route
+        if route.pool is not None:  # of one agent: the table has that of all
+            route = self._public.lookup(normal_hostname(route.hostname)) or route
+        return Arrival(self._public, visitor, route)
 
     def stop(self) -> None:
         """Close the port; visits that are running go on."""

@@ -669,7 +669,7 @@ def test_a_port_of_its_own_stays_open_while_its_agent_moves(
                         visitor.send(request())
                         assert visitor.read_message()[1] == b"page"
                 (served,) = gateway.inner.tunnels.registered()
-                assert gateway.inner._ports._open[port][0] is served
+                assert gateway.inner._ports._open[port][0] == {served}
                 assert gateway.inner._ports._open[port][1].listener is listener
                 assert served.routes[RAW].port == port
             wait_until(lambda: not gateway.inner._ports._open)
