@@ -87,7 +87,10 @@ class Exchange:
         self._head_sent = False  # the final answer's head went to the visitor
         self._half_close = False  # the agent was told that FIN on _stream ends one direction only
         self._login = False  # a login may bind _stream to this visitor (login.py)
-        self._upload = Upload(request, response_timeout) if request.has_body else None
+        self._upload = self._new_upload() if request.has_body else None
+
+    def _new_upload(self) -> Upload:
+        return Upload(self._request, self._timeout)
 
     def run(self) -> None:
         """Forward the request, and the answer back; without an answer, a page that says why.
@@ -188,7 +191,7 @@ class Exchange:
             stream = self._stream = tunnel.open(route, self._request.ends, first, relayed)
         except ConnectionError as error:
             # Not if a part of the body was sent: its target may have acted on it.
-            if self._request.may_wait and (upload is None or isinstance(error, SessionClosed)):
+            if self._may_be_lost() and (upload is None or isinstance(error, SessionClosed)):
                 if upload is not None:
                     self._request.unread_body(pieces)
                 raise AgentLost(tunnel) from error
@@ -206,6 +209,10 @@ class Exchange:
         finally:
             self._fresh = None
             tunnel.served(route, stream)
+
+    def _may_be_lost(self) -> bool:
+        """Whether AgentLost may be raised: another tunnel may get the request."""
+        return self._request.may_wait
 
     def _speak_http2(self) -> Target:
         if self._request.wants_upgrade:
@@ -276,6 +283,7 @@ class Exchange:
                 pass
             if self._request.gone():
                 raise VisitorGone
+            self._look()
             looks += 1
             # Only at looks 1, 2, 4, 8 ...: each closes kept streams that other visits could use.
             if self._fresh is not None and looks & (looks - 1) == 0:
@@ -286,6 +294,9 @@ class Exchange:
                 began = monotonic()
             elif monotonic() - began >= timeout or upload is not None and upload.stuck:
                 raise TargetFailed(504, "timed-out", f"The site did not answer in time. {LATER}")
+
+    def _look(self) -> None:
+        """Called every WATCH seconds while nothing comes from the target. For PooledExchange."""
 
     def _next(self, timeout: float | None) -> Any:
         """As _wait(), but a broken stream raises TargetFailed: the request is not sent again. Only
@@ -379,9 +390,12 @@ class Exchange:
             raise TargetFailed(502, "bad-answer", text)
         self._await_upload()
         fields = self._fields(response, keep_upgrade=True)
-        onward = Upgraded(self._stream, self._half_close)
+        onward = self._onward()
         if not self._request.switch(101, response.reason, fields, self._target.arrived, onward):
             raise TargetFailed(503, "gateway-busy", pages.BUSY)
+
+    def _onward(self) -> Upgraded:
+        return Upgraded(self._stream, self._half_close)
 
     def _await_upload(self) -> None:
         """Wait for the request's body: the new protocol begins behind the whole request (RFC 9110
@@ -396,6 +410,19 @@ class Exchange:
         if not self._upload.sent():
             text = "The site's answer is broken: it changes its protocol within a request."
             raise TargetFailed(502, "bad-answer", text)
+
+
+def exchange(
+    request: Request, forward: Forward, proxies: Proxies, response_timeout: float
+) -> Exchange:
+    """The Exchange for a request, by its route: for the arguments see there."""
+    pool = forward.route.pool
+    if pool is None:
+        return Exchange(request, forward, proxies, response_timeout)
+    # Loaded when the first pool is asked: other gateways have no need of it.
+    kind = import_module(f"{__package__}.pooled").PooledExchange
+    pooled: Exchange = kind(request, forward, pool, proxies, response_timeout)
+    return pooled
 
 
 def _bad_request(malformed: Malformed) -> TargetFailed:

@@ -23,7 +23,7 @@ from gotunnel_agent.common.patience import Patience
 from ..net.hung_up import hung_up
 from ..net.listener import Address
 from . import pages, request_id
-from .exchange import Exchange, send_page
+from .exchange import exchange, send_page
 from .forwarded import Proxies
 from .login import Owner
 from .pages import Page
@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(answer, Forward):
             if self.visit is not None:
                 self.visit.route = answer.route
-            Exchange(request, answer, self._proxies, self._response_timeout).run()
+            exchange(request, answer, self._proxies, self._response_timeout).run()
         elif isinstance(answer, Page):
             if answer.code == pages.NO_TUNNEL and self.absent and self.may_wait:
                 raise AgentLost(None)  # the agent may have left since the head was read

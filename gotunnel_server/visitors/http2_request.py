@@ -18,7 +18,7 @@ from ..net.listener import Address
 from ..routes import Tunnel
 from . import login, pages, relays, request_id
 from .connection import Port
-from .exchange import Exchange, send_page
+from .exchange import exchange, send_page
 from .http1_server import READ_WORK, WORK_BURST, WORK_PAYLOAD, WORK_RATE
 from .http2_frames import START_WINDOW
 from .http2_head import Head
@@ -237,7 +237,7 @@ class Http2Request:
         if isinstance(answer, Forward):
             if self.visit is not None:
                 self.visit.route = answer.route
-            Exchange(self, answer, connection.port.proxies, connection.timeouts.response).run()
+            exchange(self, answer, connection.port.proxies, connection.timeouts.response).run()
         elif isinstance(answer, Page):
             if answer.code == pages.NO_TUNNEL and connection.port.absent and self.may_wait:
                 raise AgentLost(None)  # the agent may have left since the head was read

@@ -8,6 +8,7 @@ reset, so that bytes that were cut off never look complete.
 import logging
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from time import monotonic
 from typing import Protocol, TypeVar
 
@@ -84,18 +85,38 @@ Other = TypeVar("Other", Route, Stream, Feed)
 def start_tcp(visitor: Party, route: Route) -> None:
     """Relay between ``visitor`` and a new stream of ``route``, in threads that close both. Raises
     NoThread; then the Visitor still belongs to the caller."""
-    _start(_relay_tcp, visitor, route)
+    if route.pool is None:
+        _start(_relay_tcp, visitor, route)
+    else:  # loaded when the first pool is asked: other gateways have no need of it
+        _start(import_module(f"{__package__}.pooled_relay").relay_tcp, visitor, route)
 
 
-def start_switched(visitor: Party, stream: Stream, half_close: bool) -> None:
+def start_switched(
+    visitor: Party, stream: Stream, half_close: bool, done: Callable[[], object] | None = None
+) -> None:
     """Relay between ``visitor`` and the stream that has answered 101, in threads that close both.
-    ``half_close``: the agent passes a FIN on to its target. Raises NoThread; then the Visitor still
-    belongs to the caller, and the stream is reset."""
+    ``half_close``: the agent passes a FIN on to its target. ``done()`` is called at the end. Raises
+    NoThread; then the Visitor still belongs to the caller, and the stream is reset."""
+    function = relay_upgraded if half_close else relay_switched
     try:
-        _start(relay_upgraded if half_close else relay_switched, visitor, stream)
+        _start(function if done is None else _then(function, done), visitor, stream)
     except NoThread:
         stream.reset()
+        if done is not None:
+            done()
         raise
+
+
+def _then(
+    function: Callable[[Party, Stream], None], done: Callable[[], object]
+) -> Callable[[Party, Stream], None]:
+    def both(visitor: Party, stream: Stream) -> None:
+        try:
+            function(visitor, stream)
+        finally:
+            done()
+
+    return both
 
 
 def start_feed(visitor: Party, feed: Feed) -> None:
@@ -144,16 +165,38 @@ def _run(function: Callable[[Party, Other], None], visitor: Party, other: Other)
 
 
 def _relay_tcp(visitor: Party, route: Route) -> None:
-    tunnel = route.tunnel
     try:
-        stream = tunnel.open(route, visitor.ends)
+        stream = route.tunnel.open(route, visitor.ends)
     except OSError as error:
-        visitor.duplex.reset()  # a mere close would look like an empty answer
-        visitor.fail_visit(*_refusal(error))
-        if isinstance(error, AgentBusy):
-            log.info("%s: %s: %s", route.hostname, visitor, error)
+        refuse(visitor, route, error)
         raise
-    visit = visitor.visit
+    carry(visitor, route, stream)
+
+
+def refuse(visitor: Party, route: Route, error: OSError) -> None:
+    """The agent has opened no stream for a visit in tcp mode."""
+    visitor.duplex.reset()  # a mere close would look like an empty answer
+    visitor.fail_visit(*_refusal(error))
+    if isinstance(error, AgentBusy):
+        log.info("%s: %s: %s", route.hostname, visitor, error)
+
+
+class StreamLike(RelayEnd, Protocol):
+    """What takes the place of a visit's Stream: a pooled_relay.PooledLine."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def refused(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+def carry(visitor: Party, route: Route, stream: Stream | StreamLike) -> None:
+    """Relay a visit in tcp mode between ``visitor`` and its new stream, to the end. Raises
+    NoThread."""
+    tunnel, visit = route.tunnel, visitor.visit
     if visit is not None:
         visit.status = visit.status or 200  # a CONNECT has set it already
         visit.stream = stream.id
@@ -166,7 +209,7 @@ def _relay_tcp(visitor: Party, route: Route) -> None:
     if visit is not None:
         end = Counted(end, visit)
     try:
-        if tunnel.half_close:
+        if tunnel.half_close or not isinstance(stream, Stream):
             relay(end, stream)
         else:
             relay_holding_fin(end, stream)

@@ -38,10 +38,11 @@ class AgentLost(Exception):
 
 class Upgraded(NamedTuple):
     """The target has answered 101 on ``stream``. ``half_close``: the agent passes a FIN on to the
-    target."""
+    target. ``done()`` is called when the visit is over; None: there is nothing to call."""
 
     stream: Stream
     half_close: bool
+    done: Callable[[], object] | None = None
 
 
 class Connect(NamedTuple):

@@ -222,7 +222,7 @@ def test_101_turns_the_visitor_over_to_the_stream_with_what_came_behind_it():
     assert b"\r\nUpgrade: chat\r\n" in stream.sent
     assert stream.sent.endswith(b"\r\nConnection: Upgrade\r\n\r\n")
     fields = [("Upgrade", "chat"), ("Sec-WebSocket-Accept", "x")]
-    assert visitor.events == [("switch", 101, fields, b"hello", (stream, True))]
+    assert visitor.events == [("switch", 101, fields, b"hello", (stream, True, None))]
 
 
 @pytest.mark.parametrize("knows", [True, False])
@@ -233,7 +233,7 @@ def test_agent_is_told_that_a_stream_may_be_upgraded_if_it_knows_what_that_is(kn
     tunnel = Tunnel(streams[0], kept=[streams[1]])
     tunnel.upgrades = knows
     run(visitor, tunnel)
-    assert visitor.events[-1][-1] == (streams[not knows], knows)
+    assert visitor.events[-1][-1] == (streams[not knows], knows, None)
     assert not knows or tunnel.relayed
 
 
@@ -258,7 +258,7 @@ def test_stream_that_replaces_a_dead_one_of_a_login_is_upgraded_as_its_agent_was
     tunnel = Tunnel(stream := Stream(SWITCHING, visitor=visitor))
     run(visitor, tunnel)
     assert tunnel.relayed
-    assert visitor.events[-1][-1] == (stream, True)
+    assert visitor.events[-1][-1] == (stream, True, None)
 
 
 def test_relayed_stream_of_a_login_is_not_kept():
