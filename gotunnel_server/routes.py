@@ -95,6 +95,8 @@ class Tunnel(Protocol):
     agent: Any  # a registration.Agent, for the agents' wing and the hall, which know the type
     half_close: bool  # the agent can pass a visitor's half-close on to its target
     upgrades: bool  # ... also in http mode, on a stream opened with ``relayed``
+    # Why it may refuse a visit, a common/refusals.Refusal by code: other codes mean nothing
+    refusals: Mapping[int, Any]
 
     @property
     def round_trip(self) -> float | None: ...
@@ -107,8 +109,9 @@ class Tunnel(Protocol):
     def well(self, hostname: str) -> bool: ...
 
     def open(
-        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False
-    ) -> Stream: ...
+        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False,
+        timeout: float = 10,
+    ) -> Stream: ...  # fmt: skip
 
     def count_failed(self, route: Route) -> None: ...
 
@@ -237,14 +240,19 @@ class Registry:
         self._reserved = frozenset(map(normal_hostname, reserved))
         self._lock = threading.Lock()  # held to replace _table
         # Routes by hostname, and whether a wildcard is among them. Replaced whole and never changed
-        # (copy on write), so that readers take no lock and see both of one state.
+        # (copy on write), so that readers take no lock and see both of one state. It joins the two
+        # below it: the routes of agents here, which win, and those of other gateways' agents.
         self._table: tuple[dict[str, Route], bool] = ({}, False)
+        self._held: dict[str, Route] = {}
+        self._elsewhere: dict[str, Route] = {}
         # Hostnames in tcp mode that are no longer served; the latest last.
         self._left_tcp: OrderedDict[str, None] = OrderedDict()
         # Awaited hostnames, and until when (monotonic); the latest last. Other modules read only
         # whether it is empty, as it nearly always is.
         self.absent: OrderedDict[str, float] = OrderedDict()
         self.on_claim: Callable[[], object] = lambda: None  # called when hostnames were claimed
+        # Called when routes of agents here have changed. Not under the lock; it must not wait.
+        self.on_change: Callable[[], object] = lambda: None
 
     def claim(
         self,
@@ -261,23 +269,48 @@ class Registry:
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
                 raise HostnameTaken(dict.fromkeys(own))
-            held = _without(self._table[0], instead_of) if instead_of else self._table[0]
+            held = _without(self._held, instead_of) if instead_of else self._held
             routes = {**held, **_joined(held, routes)}
             permit(routes)
             self._put(routes)
             for hostname in routes:
                 self._left_tcp.pop(hostname, None)
                 self.absent.pop(hostname, None)
+        self.on_change()
         self.on_claim()
 
-    def _put(self, routes: dict[str, Route]) -> None:
-        """Caller holds the lock, and does not change ``routes`` afterwards."""
+    def _put(self, held: dict[str, Route]) -> None:
+        """Caller holds the lock, and does not change ``held`` afterwards."""
+        self._held = held
+        self._join()
+
+    def _join(self) -> None:
+        """Caller holds the lock."""
+        routes = {**self._elsewhere, **self._held} if self._elsewhere else self._held
         self._table = (routes, any(hostname.startswith(WILDCARD) for hostname in routes))
+
+    def put_elsewhere(self, routes: Mapping[str, Route]) -> None:
+        """Replace all routes to agents of other gateways (cluster/peers.py). Nothing claims them:
+        the route of an agent here wins, and serves from the moment that it is claimed."""
+        with self._lock:
+            before = self._elsewhere
+            self._elsewhere = {
+                hostname: route for hostname, route in routes.items()
+                if hostname not in self._reserved
+            }  # fmt: skip
+            self._join()
+            for hostname, route in before.items():
+                if hostname not in self._table[0]:
+                    self._await(hostname, route.mode)
+            for hostname in self._elsewhere.keys() - before.keys():
+                self._left_tcp.pop(hostname, None)
+                self.absent.pop(hostname, None)
+        self.on_claim()
 
     def update(self, routes: Mapping[str, Route]) -> None:
         """Replace routes of hostnames. Those that their tunnel no longer holds are left out."""
         with self._lock:
-            held, _ = self._table
+            held = self._held
             still = {}
             for hostname, route in routes.items():
                 there = held.get(hostname)
@@ -287,16 +320,18 @@ class Registry:
                 elif there is not None and there.tunnel is route.tunnel:
                     still[hostname] = route
             self._put({**held, **still})
+        self.on_change()
 
     def release(self, tunnel: Tunnel) -> None:
         """Give back all hostnames that ``tunnel`` has claimed."""
         with self._lock:
-            held, _ = self._table
+            held = self._held
             left = _without(held, (tunnel,))
             self._put(left)
             for hostname, route in held.items():
-                if hostname not in left:
+                if hostname not in self._table[0]:
                     self._await(hostname, route.mode)
+        self.on_change()
 
     def expect(self, modes: Mapping[str, str]) -> None:
         """Await hostnames, as if their agents had left just now: the gateway before served them.
@@ -358,6 +393,10 @@ class Registry:
     def routes(self) -> dict[str, Route]:
         """All routes by hostname, as they are now."""
         return dict(self._table[0])
+
+    def held(self) -> Mapping[str, Route]:
+        """The routes of agents here by hostname, as they are now; it never changes."""
+        return self._held
 
 
 def _without(held: Mapping[str, Route], tunnels: Collection[Tunnel]) -> dict[str, Route]:

@@ -205,3 +205,53 @@ def test_hostnames_in_tcp_mode_are_remembered_when_they_are_released(monkeypatch
         registry.claim({f"{number}.test": Route("x", "tcp", "third")})
         registry.release("third")
     assert not registry.has_left_in_tcp("a.test") and registry.has_left_in_tcp("1.test")
+
+
+# Routes to agents of other gateways
+
+
+def test_a_route_elsewhere_is_found_until_an_agent_here_has_one():
+    registry = Registry(reserved={"gateway.test"})
+    registry.put_elsewhere(routes("peer", "a.test", "b.test", "gateway.test"))
+    assert registry.lookup("a.test").tunnel == "peer"
+    assert registry.lookup("gateway.test") is None
+    registry.claim(routes("own", "a.test"), permit=lambda all: all.pop("b.test", None))
+    assert registry.lookup("a.test").tunnel == "own"
+    assert registry.held() == routes("own", "a.test")
+    assert registry.routes() == {**routes("own", "a.test"), **routes("peer", "b.test")}
+    registry.release("own")
+    assert registry.lookup("a.test").tunnel == "peer"
+    assert not registry.absent
+    registry.put_elsewhere({})
+    assert registry.routes() == {}
+    assert set(registry.absent) == {"a.test", "b.test"}
+
+
+def test_the_longest_name_wins_wherever_its_agent_is():
+    registry = Registry()
+    registry.claim(routes("own", "*.dev.test"))
+    registry.put_elsewhere(routes("peer", "a.dev.test", "*.x.dev.test"))
+    assert registry.lookup("a.dev.test").tunnel == "peer"
+    assert registry.lookup("b.x.dev.test").tunnel == "peer"
+    assert registry.lookup("b.dev.test").tunnel == "own"
+
+
+def test_those_who_wait_for_a_hostname_hear_of_it_elsewhere():
+    registry, heard = Registry(), []
+    registry.on_claim = lambda: heard.append(registry.lookup("a.test") is not None)
+    registry.claim({"a.test": Route("a.test", "tcp", "own")})
+    registry.release("own")
+    assert registry.awaits("a.test") and registry.has_left_in_tcp("a.test")
+    registry.put_elsewhere(routes("peer", "a.test"))
+    assert heard == [True, True]
+    assert not registry.awaits("a.test") and not registry.has_left_in_tcp("a.test")
+
+
+def test_changes_of_agents_here_are_told():
+    registry, heard = Registry(), []
+    registry.on_change = lambda: heard.append(sorted(registry.held()))
+    registry.claim(routes("own", "a.test"))
+    registry.update({"a.test": Route("a.test", "http", "own", port=1)})
+    registry.put_elsewhere(routes("peer", "b.test"))
+    registry.release("own")
+    assert heard == [["a.test"], ["a.test"], []]
