@@ -8,6 +8,7 @@ import threading
 
 from gotunnel import Ends, StreamReset
 from gotunnel_agent.common.http1 import Fields
+from gotunnel_agent.common.refusals import BY_CODE
 
 APP = "app.example.com"
 SOON = 10  # seconds until a test gives up
@@ -149,6 +150,7 @@ class Tunnel:
         return self.kept.pop() if self.kept else None
 
     upgrades = True  # what its agent knows
+    refusals = BY_CODE
 
     def open(self, route, ends, first, relayed=False):
         self.opened.append(first)

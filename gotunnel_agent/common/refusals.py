@@ -17,11 +17,12 @@ from gotunnel import (
 
 class Refusal(NamedTuple):
     """``code`` goes with the RST, ``word`` is for programs (X-Gotunnel-Error), ``text`` for the
-    visitor."""
+    visitor, who gets it with ``status``."""
 
     code: int
     word: str
     text: str
+    status: int = 502
 
 
 UNREACHABLE = Refusal(
@@ -43,3 +44,16 @@ MISCONFIGURED = Refusal(
     "settings.",
 )  # fmt: skip
 BY_CODE = {refusal.code: refusal for refusal in (UNREACHABLE, TIMED_OUT, UNTRUSTED, MISCONFIGURED)}
+
+# Why a gateway does not pass on a visit that another one has sent to it (the gateway's
+# cluster/passage.py). Only gateways use these codes. GONE: nothing of the visit was passed on, so
+# it may be sent elsewhere; AGENT_GONE: the agent may have got a part of it.
+GONE = Refusal(6, "agent-gone", "The connection to this site was lost. Try again in a moment.")
+AGENT_GONE = Refusal(7, GONE.word, GONE.text)
+AGENT_LIMIT = Refusal(
+    8, "agent-limit", "This site serves as many visitors as it may. Try again in a moment.", 503
+)
+AGENT_BUSY = Refusal(
+    9, "agent-busy", "This site takes no more visitors at the moment. Try again in a moment.", 503
+)
+OF_GATEWAYS = {refusal.code: refusal for refusal in (GONE, AGENT_GONE, AGENT_LIMIT, AGENT_BUSY)}

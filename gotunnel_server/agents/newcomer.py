@@ -13,11 +13,15 @@ the next step when the peer has sent something. RULES says which stages may foll
                                 \\--> HEAR_OUT, PARTING --> closed
 
 From CLAIM on there is a Tunnel. It holds its hostnames as soon as the claim is decided.
+
+A gateway of the same cluster dials this port, too. Its ClientHello says so (Peers.name), and the
+handshake has to prove it. Then REGISTER waits only for its control stream, and Peers takes over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import logging
 import math
@@ -46,6 +50,7 @@ from gotunnel import (
     Register,
     Session,
     SessionClosed,
+    Stream,
 )
 from gotunnel_agent.common import proxy_protocol
 from gotunnel_agent.common.addresses import counted_by
@@ -151,10 +156,23 @@ class Challenges(Protocol):
         """The TLS context that proves a hostname to a CA; None if no proof was published."""
 
 
+class Peers(Protocol):
+    """What newcomers need of cluster/peers.py."""
+
+    name: str  # the SNI of the peers
+    context: ssl.SSLContext  # whose handshake only a peer can complete
+
+    def welcome(
+        self, session: Session, control: Stream, address: str, leave: Callable[[], object], /
+    ) -> None: ...
+
+
 class Newcomers:
     """The newcomers of a port, and what they share. Any thread."""
 
     listener: Listener  # set before it is started
+    peers: Peers | None = None  # set before it is started; None: there is no cluster
+    peers_only = False  # no agent may come by this port
 
     def __init__(
         self,
@@ -186,6 +204,13 @@ class Newcomers:
         self.refusals = Refusals()
         self._newcomers: set[Newcomer] = set()
         self._lock = threading.Lock()  # guards _newcomers
+
+    def beside(self) -> Newcomers:
+        """The newcomers of a port for peers alone, beside this one."""
+        other = copy.copy(self)
+        other._newcomers, other._lock = set(), threading.Lock()
+        other.peers_only = True
+        return other
 
     def welcome(self, sock: socket.socket, address: Address, seat: Seat) -> Newcomer | None:
         """For the listener: a connection was accepted. None if its address has sent too many bad
@@ -482,6 +507,12 @@ class Newcomer:
             raise Unfit(NOT_TLS, str(error)) from None
         if said is None:
             return self._park()
+        peers = self._newcomers.peers
+        if peers is not None and said.server_name == peers.name:
+            self._start_tls(peers.context)
+            return Next(Stage.HANDSHAKE, partial(self._shake_hands_with_peer, peers))
+        if self._newcomers.peers_only:
+            raise Unfit(NOT_TLS, "this port is for gateways of the cluster alone")
         if said.alpn != (client_hello.ACME_TLS,):
             self._start_tls(self._newcomers.context(said.server_name))
             return Next(Stage.HANDSHAKE, self._shake_hands)
@@ -507,6 +538,37 @@ class Newcomer:
         )  # fmt: skip
         self._session = session
         return Next(Stage.REGISTER, partial(self._await_control_stream, session))
+
+    def _shake_hands_with_peer(self, peers: Peers) -> Next | None:
+        """HANDSHAKE of a gateway, which has to prove that it is of this cluster."""
+        try:
+            if not self.duplex.handshake():
+                return self._park()
+        except ssl.SSLError as error:
+            self._count_failed("")
+            text = (
+                f"it does not prove that it has the cluster's key ({error.reason or error}); "
+                "if it is one of yours, give it the same CLUSTER_KEY_FILE"
+            )
+            self._newcomers.refusals.log(f"a gateway at {self.address[0]}", text)
+            raise
+        session = Session(self.duplex, client=False, name=f"peer {self.address[0]}", max_streams=1)
+        self._session = session
+        return Next(Stage.REGISTER, partial(self._await_peer, peers, session))
+
+    def _await_peer(self, peers: Peers, session: Session) -> Next | None:
+        """REGISTER of a gateway, until it has opened its control stream."""
+        self._take_frames(session)
+        if not session.arrived:
+            self._refuse_flood(0)
+            return self._park()
+        self.duplex.rationed = False
+        self._finish()
+        self._why = None
+        self.seat.settle()
+        forget = partial(self._newcomers.forget, self)
+        peers.welcome(session, session.accept(), self.address[0], forget)
+        return None
 
     def _prove(self) -> Next | None:
         """VALIDATION: the handshake has shown the CA its proof."""

@@ -144,11 +144,13 @@ class Wanted(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a register message asks for. ``routes`` is by hostname in its normal form. ``denied``
-    says why a hostname gets none, by hostname as the agent spells it."""
+    """What a register message asks for. ``routes`` is by hostname in its normal form, as are
+    ``policies`` in the form in which they came. ``denied`` says why a hostname gets none, by
+    hostname as the agent spells it."""
 
     routes: dict[str, Wanted]
     denied: dict[str, str]
+    policies: Mapping[str, object] = MappingProxyType({})
 
 
 def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
@@ -194,7 +196,7 @@ def read_routes(message: Register, identity: Identity, terms: Terms) -> Asked:
             denied[routes.pop(hostname).name] = f"not allowed: {hostname}: {reasons[hostname]}"
     if not routes:
         raise NotGranted(of_all(denied), denied)
-    return Asked(routes, denied)
+    return Asked(routes, denied, policies)
 
 
 def of_all(denied: Mapping[str, str]) -> str:

@@ -114,6 +114,14 @@ class KeptStreams:
         for stream in dropped:
             stream.close()
 
+    def forget(self, hostname: str) -> None:
+        """Close the streams of a hostname that is no longer served by this session."""
+        with self._lock:
+            dropped = [entry[1] for entry in self._by_hostname.pop(hostname, ())]
+            self._all.difference_update(dropped)
+        for stream in dropped:
+            stream.close()
+
     def served(self, hostname: str, stream: Stream) -> None:
         """The target has answered on a new stream, or the stream's visit has ended without that."""
         if not self._held_up:  # nearly always: spare each answer the lock
@@ -191,6 +199,14 @@ class OwnStreams:
             entry = self._by_owner.pop(owner, None)
         if entry is not None:
             entry[2].close()
+
+    def forget(self, hostname: str) -> None:
+        """As KeptStreams.forget()."""
+        with self._lock:
+            owners = [owner for owner, kept in self._by_owner.items() if kept[1] == hostname]
+            dropped = [self._by_owner.pop(owner)[2] for owner in owners]
+        for stream in dropped:
+            stream.close()
 
     def close_old(self) -> None:
         """Close the streams that were kept for MOST_AGE."""

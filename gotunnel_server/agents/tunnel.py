@@ -60,6 +60,7 @@ from gotunnel_agent.common.duplex import Observer
 from gotunnel_agent.common.hostnames import HTTPS_PORT, OPEN
 from gotunnel_agent.common.one_line import some, words_on_one_line
 from gotunnel_agent.common.process import Stopped
+from gotunnel_agent.common.refusals import BY_CODE, Refusal
 
 from ..routes import AgentBusy, Registry, Route
 from . import limits
@@ -209,6 +210,8 @@ class Stage(enum.IntEnum):
 class Tunnel:
     """A session with an agent whose registration is in order."""
 
+    refusals: Mapping[int, Refusal] = BY_CODE  # see routes.Tunnel
+
     def __init__(
         self,
         tunnels: Tunnels,
@@ -231,6 +234,7 @@ class Tunnel:
         self.half_close = HALF_CLOSE in self.features  # a visitor's FIN may be passed to the agent
         self.upgrades = UPGRADES in self.features  # ... also in http mode, after open(relayed=True)
         self.wanted = {name: self._route(wanted) for name, wanted in asked.routes.items()}
+        self.policies = asked.policies  # by hostname, for other gateways (cluster/origin.py)
         self.denied = dict(asked.denied)  # hostnames that are not served, and why; see Ack
         self.routes: dict[str, Route] = {}  # by hostname; those served now; replaced whole
         self.since = time()  # wall-clock seconds of the registration
@@ -616,26 +620,27 @@ class Tunnel:
     # Data streams, for visits
 
     def open(
-        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False
-    ) -> Stream:
+        self, route: Route, ends: Callable[[], Ends], first: bytes = b"", relayed: bool = False,
+        timeout: float = OPEN_TIMEOUT,
+    ) -> Stream:  # fmt: skip
         """A new stream for a visit; the bytes ``first`` go along. ``ends()`` gives the addresses of
         the visitor's connection, for an agent that wants them. ``relayed``: see
-        encode_data_header().
+        encode_data_header(). ``timeout``: seconds to wait for a place among the unanswered streams.
 
         Raises AgentBusy, ConnectionError, TimeoutError.
         """
         header = encode_data_header(route.hostname, ends() if route.addressed else None, relayed)
         allowance = self._allowance
         if allowance is None:
-            return self._session.open(header + first, timeout=OPEN_TIMEOUT)
+            return self._session.open(header + first, timeout)
         try:
-            return self._session.open(header + first, OPEN_TIMEOUT, allowance.permit(streams=1))
+            return self._session.open(header + first, timeout, allowance.permit(streams=1))
         except AgentBusy:
             if self.identity.limits.streams is None:
                 raise
         for tunnel in self._tunnels.of_credential(self.identity.credential):
             tunnel._kept.close_all()  # kept streams, for visits to come, give way to this visit
-        return self._session.open(header + first, OPEN_TIMEOUT, allowance.permit(streams=1))
+        return self._session.open(header + first, timeout, allowance.permit(streams=1))
 
     def usage(self) -> limits.Usage:
         """What the session has now, its control stream aside."""

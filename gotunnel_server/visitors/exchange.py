@@ -70,6 +70,7 @@ class Exchange:
 
     _stream: Stream  # the one that carries the request; set by _ask(), as is _target
     _target: Target
+    _pieces: list[bytes]  # of the body that had come with the head; likewise
 
     def __init__(
         self, request: Request, forward: Forward, proxies: Proxies, response_timeout: float
@@ -159,7 +160,7 @@ class Exchange:
         # login: it takes several requests on one stream, and a relayed stream is not kept.
         relayed = self._request.wants_upgrade and tunnel.upgrades and not self._login
         try:
-            pieces = upload.at_hand() if upload else []
+            pieces = self._pieces = upload.at_hand() if upload else []
         except Malformed as error:
             raise _bad_request(error) from None
         # A target that speaks HTTP/2 says which requests it has not seen before it closes, so there
@@ -309,11 +310,23 @@ class Exchange:
             self._check_upload()
             if isinstance(error, SessionClosed):
                 raise self._agent_gone() from error
-            refusal = refusals.BY_CODE.get(getattr(error, "code", 0))
+            refusal = self._route.tunnel.refusals.get(getattr(error, "code", 0))
             if refusal is not None:
-                raise TargetFailed(502, refusal.word, refusal.text) from error
+                self._look_for_another(refusal, error)
+                raise TargetFailed(refusal.status, refusal.word, refusal.text) from error
             text = f"The connection to the site broke before its answer was complete. {RETRY}"
             raise TargetFailed(502, "cut-short", text, f"{error}.") from error
+
+    def _look_for_another(self, refusal: refusals.Refusal, error: Exception) -> None:
+        """Raise AgentLost if another gateway has refused the request as its agent has left, and
+        the body is here: nothing of the request was passed on, so the next agent may get it."""
+        upload = self._upload
+        if refusal is not refusals.GONE or self._head_sent or not self._may_be_lost():
+            return
+        if not (upload and upload.has_thread):
+            if upload is not None:
+                self._request.unread_body(self._pieces)
+            raise AgentLost(self._route.tunnel) from error
 
     def _check_upload(self) -> None:
         """If the upload ended early, raise the reason."""

@@ -10,12 +10,13 @@ from support import wait_until
 
 from gotunnel import NoThread, SessionClosed, StreamReset
 from gotunnel_agent.common.http1 import Malformed
+from gotunnel_agent.common.refusals import BY_CODE, GONE, OF_GATEWAYS
 from gotunnel_server.routes import AgentBusy, Route
 from gotunnel_server.visitors import upload
 from gotunnel_server.visitors.exchange import Exchange
 from gotunnel_server.visitors.forwarded import Proxies
 from gotunnel_server.visitors.http1_server import Http1Request
-from gotunnel_server.visitors.request import Request, VisitorGone
+from gotunnel_server.visitors.request import AgentLost, Request, VisitorGone
 from gotunnel_server.visitors.sites import Forward
 
 
@@ -344,6 +345,37 @@ def test_target_that_gives_no_answer_is_a_page_and_is_hung_up_on(script, expecte
     served(visitor, *script)
     assert (visitor.status, visitor.code) == expected
     assert visitor.events[0] == "reset" and visitor.events[-1][0] == "finish"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (2, (502, "target-unreachable")),
+        (6, (502, "agent-gone")),
+        (7, (502, "agent-gone")),
+        (8, (503, "agent-limit")),
+        (9, (503, "agent-busy")),
+    ],
+)
+def test_what_another_gateway_says_of_its_agent_is_a_page(code, expected):
+    visitor = Visitor()
+    tunnel = Tunnel(Stream(StreamReset(code=code), visitor=visitor))
+    tunnel.refusals = BY_CODE | OF_GATEWAYS
+    run(visitor, tunnel)
+    assert (visitor.status, visitor.code) == expected
+
+
+@pytest.mark.parametrize("body", [b"", b"body"])
+def test_a_request_that_another_gateway_did_not_pass_on_waits_for_the_next_agent(body):
+    visitor = Visitor("POST", body=len(body) if body else None)
+    visitor.may_wait = True
+    visitor.body.put([body])
+    tunnel = Tunnel(Stream(StreamReset(code=GONE.code), visitor=visitor))
+    tunnel.refusals = BY_CODE | OF_GATEWAYS
+    with pytest.raises(AgentLost) as lost:
+        run(visitor, tunnel)
+    assert lost.value.tunnel is tunnel
+    assert ("unread", [body]) in visitor.events or not body
 
 
 @pytest.mark.parametrize(("looks", "given_up"), [(0, 0), (1, 1), (2, 2), (3, 2), (9, 4)])
