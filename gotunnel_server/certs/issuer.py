@@ -55,6 +55,11 @@ STOP_TIMEOUT = 1.5
 
 ORDER, WINDOW = "order", "window"  # what a job does
 
+# The parts of a hostname's state (Wanted.as_dict) that are kept without its lock. Another process
+# may have kept newer ones of the rest.
+WINDOW_FIELDS = ("window", "window_of", "ask_at", "lost")
+TURN = ("turn_at", "turn_why")
+
 
 class Orderer(Protocol):
     """How a CA is asked; acme.Ca does it."""
@@ -151,7 +156,7 @@ class Issuer:
             if not (news or to_keep):
                 self._lock.wait(wait)
         for host in to_keep:
-            self.queue.keep(host)
+            self.queue.keep_part(host, *TURN)
         self._tell(news)
         return True
 
@@ -224,7 +229,7 @@ class Issuer:
                 self._lock.notify_all()
 
     def _attempt(self, host: Wanted, what: str, job: Callable[[Wanted], None]) -> None:
-        """Do a job, and keep what was learned."""
+        """Do a job, and keep the tokens that it took."""
         try:
             job(host)
         except Abandoned:  # stop(), or drop(): its result is no longer wanted
@@ -233,7 +238,6 @@ class Issuer:
             log.exception("%s: failed (bug, traceback follows); that counts as the hostname's "
                           "failure", threading.current_thread().name)  # fmt: skip
             self.queue.failed(host, CaError(HOST, "gotunnel", repr(error)))
-        if not self._stopping:
             self.queue.keep(host)
         if what == ORDER:
             self.queue.keep_turns()
@@ -252,16 +256,36 @@ class Issuer:
         try:
             self._make_sure_of_room()
             with self._store.lock(host.name) as ours:
-                if not ours:
+                if ours:
+                    self._order_alone(host, asked_for)
+                else:
                     self.queue.ordered_elsewhere(host, asked_for)
-                elif not self._adopt(host):
-                    self._have_issued(host)
         except StoreError as error:
             self.queue.failed(
                 host, CaError(LATER, "ACME_CACHE", str(error), retry_after=STORE_AGAIN)
             )
+            self.queue.keep_part(host, "error")
         except CaError as error:
             self.queue.failed(host, error)
+            self.queue.keep_part(host, "error")
+
+    def _order_alone(self, host: Wanted, asked_for: bool) -> None:
+        """Order under the hostname's lock, and keep the result before another process gets the
+        lock. What others have learned counts for us, too: else each gateway of a cluster would
+        repeat the attempts of all others."""
+        if self._adopt(host):
+            self.queue.keep(host)
+            return
+        told = self._store.state(host.name), self._store.pause()
+        if not asked_for and self.queue.heed(host, *told):
+            return
+        try:
+            self._have_issued(host)
+        except CaError as error:
+            self.queue.failed(host, error)
+        finally:
+            if not self._stopping:
+                self.queue.keep(host)
 
     def _make_sure_of_room(self) -> None:
         try:
@@ -281,7 +305,11 @@ class Issuer:
         challenge = self.queue.choose(host)
         if host.stored is None:
             self._find(host)
-            self.queue.keep_turns()  # the tokens stay taken, also if the gateway is killed now
+            # The tokens stay taken, also if the gateway is killed now. Meanwhile others may have
+            # taken the last ones.
+            self.queue.keep_turns()
+            if not self.queue.has_turn(host):
+                return
         key_pem, chain_pem = self._ca.order(
             host.name, challenge, self._challenges, host.stop,
             replaces=None if host.stored is None else host.stored.leaf)  # fmt: skip
@@ -306,3 +334,5 @@ class Issuer:
         self.queue.asking(host)
         window, again = self._ca.renewal_info(leaf, host.stop)
         self.queue.told_window(host, leaf, window, again)
+        if not self._stopping:
+            self.queue.keep_part(host, *WINDOW_FIELDS)

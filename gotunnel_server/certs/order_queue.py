@@ -35,7 +35,7 @@ from gotunnel_agent.common.hostnames import normal_hostname, valid_hostname
 from gotunnel_agent.common.one_line import words_and_link
 
 from .acme_errors import ACCOUNT, CONFIG, HOST, LIMITED, TRANSPORT, CaError
-from .kept import number
+from .kept import Kept, number
 from .proof_memory import ProofMemory
 from .rate_limits import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, RateLimits
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, Window, retry_delay
@@ -84,6 +84,7 @@ class OrderQueue:
         self._proofs = ProofMemory()
         self._paused_until = 0.0
         self._pause = ""  # why
+        self._pause_kept: object = None  # until when, as the store has it
         self._outages = 0  # failures in a row to reach the CA
         self._looked_at = 0.0  # by our clock, which may be set
         self._to_keep: list[Wanted] = []  # they wait for tokens, and that is not saved yet
@@ -98,6 +99,7 @@ class OrderQueue:
             now = self._clock()
             self._paused_until = number(pause.get("until"), now + LONGEST_DELAY)
             self._pause = words_and_link(pause.get("reason") or "")
+            self._pause_kept = pause.get("until")
             self._limits.restore(turns, now)
             self._proofs.restore(turns.get("proofs"), self._types)
 
@@ -133,8 +135,9 @@ class OrderQueue:
         """A hostname as the store has it. What cannot be read now is read again before an order."""
         host = Wanted(hostname, agent, limits)
         host.stored = read_or(lambda: None, lambda: self._store.certificate(hostname))
-        now = self._clock()
-        host.restore(read_or(_nothing, lambda: self._store.state(hostname)), now + LONGEST_DELAY)
+        now, state = self._clock(), read_or(_nothing, lambda: self._store.state(hostname))
+        host.restore(state, now + LONGEST_DELAY)
+        host.kept = _attempt_in(state)
         host.judge_loss(now)
         return host
 
@@ -167,7 +170,12 @@ class OrderQueue:
             host.stop.set()
             was_kept = host.turn_why and host.has_only_waited
         if was_kept:
-            save(lambda: self._store.forget_state(hostname))
+            save(lambda: self._forget_turn(hostname))
+
+    def _forget_turn(self, hostname: str) -> None:
+        """Remove a state that says only that the hostname waits: another process may know more."""
+        if not any(_attempt_in(self._store.state(hostname))):
+            self._store.forget_state(hostname)
 
     def cancel(self) -> None:
         """End all orders that run. Caller holds the lock."""
@@ -187,6 +195,7 @@ class OrderQueue:
             paused = self._paused_until > 0
             host.asked_for = True
             host.not_before = self._paused_until = 0.0
+            self._pause_kept = None if paused else self._pause_kept
             self._limits.release(hostname)
             self.lock.notify_all()
         if paused:
@@ -384,6 +393,35 @@ class OrderQueue:
         with self.lock:
             self._give_back(host, ORDER, CERTIFICATE)
 
+    def heed(self, host: Wanted, state: Kept, pause: Kept) -> bool:
+        """Take over what another process has kept of the hostname since we last did: a failed
+        attempt, and a pause. True if no order is due any more."""
+        with self.lock:
+            now = self._clock()
+            latest = now + LONGEST_DELAY
+            if pause.get("until") != self._pause_kept:
+                self._pause_kept = pause.get("until")
+                self._paused_until = max(self._paused_until, number(self._pause_kept, latest))
+                self._pause = words_and_link(pause.get("reason") or "") or self._pause
+            if _attempt_in(state) != host.kept:
+                host.heed(state, latest)
+                host.kept = _attempt_in(state)
+            waits = max(host.not_before, self._paused_until) > now
+            if waits:
+                self.not_begun(host)
+            return waits
+
+    def has_turn(self, host: Wanted) -> bool:
+        """Whether the tokens of an order were still there when keep_turns() has joined those of all
+        processes, and the CA still takes the order. If not, they are given back."""
+        with self.lock:
+            now = self._clock()
+            over = any(self._limits.is_overdrawn(token, now) for token in host.tokens)
+            if over or self._held(host, now)[0] > now:
+                self.not_begun(host)
+                return False
+            return True
+
     def ordered_elsewhere(self, host: Wanted, asked_for: bool) -> None:
         """Another process orders for the hostname: look again soon."""
         with self.lock:
@@ -458,6 +496,8 @@ class OrderQueue:
             # Not a CONFIG error: the operator may have mended it, and restarted for that.
             is_kept = error.kind == ACCOUNT and error.status
             paused = {"until": self._paused_until, "reason": self._pause}
+            if is_kept:
+                self._pause_kept = self._paused_until
         if is_kept:
             save(lambda: self._store.save_pause(paused))
         others = ", all other hostnames wait, too" if error.account_wide else (
@@ -492,7 +532,19 @@ class OrderQueue:
             if self._hosts.get(host.name) is not host:
                 return
             state = host.as_dict()
+            host.kept = _attempt_in(state)
         save(lambda: self._store.save_state(host.name, state))
+
+    def keep_part(self, host: Wanted, *fields: str) -> None:
+        """As keep(), but only these fields of its state; the others stay as the store has them."""
+        with self.lock:
+            if self._hosts.get(host.name) is not host:
+                return
+            state = host.as_dict()
+        save(lambda: self._save_part(host.name, {key: state[key] for key in fields}))
+
+    def _save_part(self, hostname: str, part: dict[str, Any]) -> None:
+        self._store.save_state(hostname, {**self._store.state(hostname), **part})
 
     def keep_turns(self) -> None:
         """Save the token buckets, and which challenge types work. Another gateway may share the
@@ -510,6 +562,11 @@ class OrderQueue:
             self._store.save_turns(turns)
         with self.lock:
             self._limits.note_kept(turns)
+
+
+def _attempt_in(state: Kept) -> tuple[object, ...]:
+    """What a kept state says of the attempts so far; it differs after each one."""
+    return tuple(state.get(key) or None for key in ("failures", "next_attempt_at", "error"))
 
 
 def _nothing() -> dict[str, Any]:

@@ -228,6 +228,11 @@ class RateLimits:
             self._forget(now)
         return True
 
+    def is_overdrawn(self, token: Token, now: float) -> bool:
+        """Whether more tokens were taken than the bucket had: by several processes, see join()."""
+        debt = self._full_at.get(token.bucket, now) - now
+        return debt > (token.quota.most + 0.5) * token.quota.interval
+
     def give_back(self, token: Token) -> None:
         if token.bucket in self._full_at:
             self._full_at[token.bucket] -= token.quota.interval

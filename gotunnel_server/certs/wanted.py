@@ -44,6 +44,7 @@ class Wanted:
     busy: bool = False  # a job for it runs: an order, or a question for its renewal window
     ordering: bool = False  # ... an order
     tokens: list[Token] = field(default_factory=list)  # that its order took from the RateLimits
+    kept: tuple[object, ...] = ()  # what the store has of its attempts: order_queue._attempt_in()
     told: tuple[object, ...] = ()  # its state as last reported: OrderQueue._to_tell()
     asked_for: bool = False  # the operator wants a new one: the next order must not wait
     stop: Stop = field(default_factory=Stop)  # set when it is no longer wanted
@@ -76,6 +77,16 @@ class Wanted:
         if isinstance(window, list) and len(window) == 2 and isinstance(serial, str):
             self.window = Window(*map(number, window))
             self.window_of = int(serial, 16) if re.fullmatch("[0-9a-f]{1,64}", serial) else None
+
+    def heed(self, state: Kept, latest: float) -> None:
+        """Take over the attempts of another process from ``state``, as restore() does. If that one
+        has not failed, its certificate is missing: ours goes on."""
+        other = Wanted(self.name, self.agent)
+        other.restore(state, latest)
+        self.failures, self.tried = other.failures, other.tried
+        self.challenge = other.challenge or self.challenge
+        if other.error:
+            self.not_before, self.error = other.not_before, other.error
 
     def judge_loss(self, now: float) -> None:
         """Find out whether a certificate is lost: it was ordered within the day, and the store has

@@ -25,16 +25,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 SETTING = "CLUSTER_KEY_FILE"
-MOST_KEYS = 2  # the new one and the old one
-KEY_BYTES = 32
 ID_DIGITS = 16  # of a key: enough to tell the few keys of a cluster apart
 
 _MARK = b"gotunnel-sealed 1 "
 _HEAD = len(_MARK) + ID_DIGITS + 1  # bytes before the token
-
-
-class KeyFileError(ValueError):
-    """CLUSTER_KEY_FILE cannot be used; the text is one line, without the keys."""
 
 
 class WrongKey(OSError):
@@ -62,7 +56,7 @@ class Sealer:
     """Seals and opens content. Any thread."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        """``keys``: 32 bytes each; the first one seals. See read_keys()."""
+        """``keys``: 32 bytes each; the first one seals, all open."""
         self._fernets = {_id(key): Fernet(base64.urlsafe_b64encode(key)) for key in keys}
         self.ids = tuple(self._fernets)
 
@@ -92,32 +86,6 @@ class Sealer:
 def new_key() -> str:
     """A new line for CLUSTER_KEY_FILE."""
     return Fernet.generate_key().decode()
-
-
-def read_keys(text: str) -> tuple[bytes, ...]:
-    """The keys in the text of CLUSTER_KEY_FILE, one a line; empty lines and lines that begin with
-    ``#`` are passed over. Raises KeyFileError."""
-    lines = [line.strip() for line in text.splitlines()]
-    keys = tuple(_read_key(line) for line in lines if line and not line.startswith("#"))
-    if not 1 <= len(keys) <= MOST_KEYS or len(set(keys)) < len(keys):
-        raise KeyFileError(
-            f"{len(keys)} keys came, expected one, or a new one and the old one below it; "
-            "gotunnel-server cluster-key prints a new one"
-        )
-    return keys
-
-
-def _read_key(line: str) -> bytes:
-    try:
-        key = base64.b64decode(line.encode(), altchars=b"-_", validate=True)
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise KeyFileError(
-            f"a line of {len(line)} characters came, expected a key of 44 as gotunnel-server "
-            "cluster-key prints it"
-        )
-    return key
 
 
 def _id(key: bytes) -> str:
