@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .certs import ordering
 from .certs.challenges import Challenges
@@ -18,6 +18,13 @@ from .routes import Registry
 from .visitors import http2
 
 
+class Shared(ordering.Shared, Protocol):
+    """What the gateways of a cluster share of certificates: cluster.certificates."""
+
+    def share_local_ca(self) -> None:
+        """Have ACME_CACHE hold the CA of all. Raises CertificateError."""
+
+
 class Certification(NamedTuple):
     certificates: Certificates
     keeper: Keeper
@@ -25,9 +32,13 @@ class Certification(NamedTuple):
 
 
 def build_certification(
-    config: Config, own_names: Sequence[str], registry: Registry, challenges: Challenges
+    config: Config,
+    own_names: Sequence[str],
+    registry: Registry,
+    challenges: Challenges,
+    shared: Shared | None = None,
 ) -> Certification:
-    """Raises CertificateError."""
+    """``shared`` is None for a gateway that is alone. Raises CertificateError."""
 
     def owner(hostname: str) -> tuple[Hashable, Limits]:
         """Of the agent that serves ``hostname``: the key by which its certificate orders are
@@ -43,6 +54,8 @@ def build_certification(
         for tunnel in () if route is None else route.tunnels():
             tunnel.tell_certificate(hostname)
 
+    if config.local_ca and shared is not None:
+        shared.share_local_ca()
     authority = Authority(config.acme_cache / FOLDER) if config.local_ca else None
     # The order is ours: a visitor that speaks both gets HTTP/2.
     alpn = (http2.PROTOCOL, *ALWAYS_TAKEN) if config.http2 else ALWAYS_TAKEN
@@ -54,7 +67,7 @@ def build_certification(
         owner=owner,
         on_change=tell,
         earlier=authority.hostnames() if authority else (),
-        ordering=ordering.set_up(config.acme, config.acme_cache, challenges)
+        ordering=ordering.set_up(config.acme, config.acme_cache, challenges, shared)
         if config.acme
         else None,
     )

@@ -95,6 +95,31 @@ def read_pair(certificate_file: Path, key_file: Path) -> tuple[x509.Certificate,
     return certificate, key
 
 
+def put_ca(folder: Path, pem: bytes) -> bool:
+    """Have `folder` hold the CA in `pem`, made by Authority.as_pem() on another machine. Returns
+    whether there was another CA before, whose files then end in .bad. Raises CertificateError."""
+    key_file, ca_file = folder / "ca.key", folder / "ca.crt"
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+        certificate = load_certificates(pem)[0]
+        if not are_equal(key.public_key(), certificate.public_key()):
+            raise ValueError("key of another certificate")
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an elliptic curve key")
+    except MALFORMED as error:
+        raise CertificateError(f"the CA that is to go into {folder} is broken: {error}") from error
+    with _to_ourselves(folder):
+        found = ca_file.read_bytes() if ca_file.exists() else None
+        if found == _pem(certificate) and key_file.exists():
+            return False
+        for file in (key_file, ca_file) if found else ():
+            with contextlib.suppress(FileNotFoundError):
+                file.rename(file.with_name(file.name + ".bad"))
+        _write_key(key_file, key)
+        _write_certificates(ca_file, certificate)
+    return found is not None
+
+
 class Authority:
     """The CA in `folder`, made there if the folder has none yet.
 
@@ -107,7 +132,7 @@ class Authority:
         self.ca_file = folder / "ca.crt"
         self._folder = folder
         self._key_file = folder / "ca.key"
-        with self._folder_to_ourselves():
+        with _to_ourselves(self._folder):
             if not self.ca_file.exists() and not self._key_file.exists():
                 self._make_ca()
             self._certificate, self._key = self._read_ca()
@@ -123,7 +148,7 @@ class Authority:
         stem = _stem(hostname)
         certificate_file = self._folder / f"{stem}.crt"
         key_file = self._folder / f"{stem}.key"
-        with self._folder_to_ourselves():
+        with _to_ourselves(self._folder):
             if not self._still_good(certificate_file, key_file):
                 key = ec.generate_private_key(ec.SECP256R1())
                 certificate = self._sign_leaf(name, key.public_key())
@@ -133,7 +158,7 @@ class Authority:
 
     def forget(self, hostname: str) -> None:
         """Remove the files of issue(), if they are there. Raises CertificateError."""
-        with self._folder_to_ourselves():
+        with _to_ourselves(self._folder):
             for ending in (".crt", ".key"):
                 (self._folder / (_stem(hostname) + ending)).unlink(missing_ok=True)
 
@@ -143,22 +168,9 @@ class Authority:
         stems = (file.stem for file in self._folder.glob("*.crt") if file != self.ca_file)
         return sorted(stem for stem in stems if not HASHED_STEM.fullmatch(stem))
 
-    @contextlib.contextmanager
-    def _folder_to_ourselves(self) -> Iterator[None]:
-        """Keep other threads and processes out. An OSError is raised as CertificateError."""
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
-            finally:
-                os.close(lock)  # which also unlocks
-        except OSError as error:
-            raise CertificateError(
-                f"{self._folder}: {error.strerror}; the local CA needs a folder that it can write,"
-                " make it writable or set ACME_CACHE to another"
-            ) from error
+    def as_pem(self) -> bytes:
+        """The CA's key and certificate, for put_ca() on another machine."""
+        return _key_pem(self._key) + _pem(self._certificate)
 
     def _make_ca(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -226,6 +238,25 @@ class Authority:
         )
 
 
+@contextlib.contextmanager
+def _to_ourselves(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep other threads and processes out. An OSError is raised as
+    CertificateError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)  # which also unlocks
+    except OSError as error:
+        raise CertificateError(
+            f"{folder}: {error.strerror}; the local CA needs a folder that it can write,"
+            " make it writable or set ACME_CACHE to another"
+        ) from error
+
+
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
@@ -272,14 +303,17 @@ def _general_name(hostname: str) -> x509.GeneralName:
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    _write(path, pem, mode=0o600)
+    _write(path, _key_pem(key), mode=0o600)
 
 
 def _write_certificates(path: Path, *certificates: x509.Certificate) -> None:
     _write(path, b"".join(map(_pem, certificates)), mode=0o644)
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

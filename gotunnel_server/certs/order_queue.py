@@ -85,7 +85,8 @@ class OrderQueue:
         self._paused_until = 0.0
         self._pause = ""  # why
         self._pause_kept: object = None  # until when, as the store has it
-        self._outages = 0  # failures in a row to reach the CA
+        self._outages = 0  # failures in a row to reach the CA, or the store
+        self._outage_until = 0.0  # when the pause for the latest one ends
         self._looked_at = 0.0  # by our clock, which may be set
         self._to_keep: list[Wanted] = []  # they wait for tokens, and that is not saved yet
         self._saving = threading.Lock()  # held to write turns.json, so that the newest is last
@@ -436,6 +437,19 @@ class OrderQueue:
             self.not_begun(host)
             host.not_before = 0.0  # nothing was ordered, and this one may have expired
 
+    def found(self, hostname: str, stored: Stored) -> bool:
+        """The store has ``stored``, which another process may have ordered. False if the hostname
+        is not wanted here."""
+        with self.lock:
+            host = self._hosts.get(hostname)
+            if host is None:
+                return False
+            is_newer = host.stored is None or host.stored.ends_at < stored.ends_at
+            if is_newer and not host.ordering:  # else the order finds it
+                self.adopted(host, stored)
+                self.lock.notify_all()
+            return True
+
     def issued(self, host: Wanted, challenge: str) -> None:
         """The CA has issued a certificate; it is not stored yet."""
         with self.lock:
@@ -493,6 +507,7 @@ class OrderQueue:
             if error.account_wide or error.kind == TRANSPORT:
                 self._paused_until = max(self._paused_until, now + pause)
                 self._pause = str(error)
+                self._outage_until = now + pause if error.kind == TRANSPORT else 0.0
             # Not a CONFIG error: the operator may have mended it, and restarted for that.
             is_kept = error.kind == ACCOUNT and error.status
             paused = {"until": self._paused_until, "reason": self._pause}
@@ -504,6 +519,19 @@ class OrderQueue:
             f", new hostnames of {error.domain} wait" if error.domain else "")  # fmt: skip
         log.warning("%s: no certificate, next attempt in %.0f s%s: %s", host.name, pause, others,
                     error)  # fmt: skip
+
+    def end_outage(self) -> None:
+        """What could not be reached is back: what waits for that is due now."""
+        with self.lock:
+            until, self._outage_until, self._outages = self._outage_until, 0.0, 0
+            if not until:
+                return
+            if self._paused_until == until:
+                self._paused_until = 0.0
+            for host in self._hosts.values():
+                if host.not_before == until:
+                    host.not_before = 0.0
+            self.lock.notify_all()
 
     def delay(self, host: Wanted, seconds: float) -> None:
         """No attempt for a hostname in so many seconds."""

@@ -50,6 +50,7 @@ class Ordered:
         self._queue = self.issuer.queue
         self._unserved: set[str] = set()  # stored, but serving them failed: look() tries again
         self._lock = threading.Lock()  # guards _unserved
+        self._is_out_of_reach = False  # the store, at the last look
         # With a certificate, visitors get an error page until the agent is back, not a TLS error.
         self._serve_stored()
 
@@ -105,16 +106,37 @@ class Ordered:
         return state is not None and state.name is not FAILED
 
     def look(self) -> None:
-        """Take up `certificates --renew`, and try again what could not be served. One thread; it
-        waits for the disk."""
+        """Take up `certificates --renew` and what others have ordered, and try again what could not
+        be served. One thread; it waits for the disk."""
         for hostname in self._store.renewals():
             known = self._queue.retry_now(hostname)
             unknown = "" if known else ", but no agent serves it now: nothing is ordered"
             log.info("%s: a new certificate was asked for%s", hostname, unknown)
+        self._take_up_changes()
         with self._lock:
             unserved = tuple(self._unserved)
         for hostname in unserved:
             self._serve_ordered(hostname)
+
+    def _take_up_changes(self) -> None:
+        """Serve what other gateways have ordered, if the store tells."""
+        try:
+            hostnames = self._store.changed()
+        except StoreError as error:  # asked again in seconds
+            self._is_out_of_reach = True
+            log.debug("%s", error)
+            return
+        if self._is_out_of_reach:
+            self._is_out_of_reach = False
+            self._queue.end_outage()
+        for hostname in hostnames:
+            try:
+                stored = self._store.certificate(hostname)
+                if stored is not None and not self._queue.found(hostname, stored):
+                    self._serve(hostname, stored)
+            except (StoreError, CertificateError, OSError) as error:
+                log.warning("%s: the certificate that another gateway has ordered is not served "
+                            "yet: %s", hostname, error)  # fmt: skip
 
     def _serve_stored(self) -> None:
         """Serve what was ordered earlier."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from gotunnel import __version__
 
-from .challenges import Publisher
+from .challenges import Challenges, Publisher
 from .folder import open_store
 from .issuer import Orderer
 from .local_ca import CertificateError
@@ -42,6 +42,16 @@ class Account(Protocol):
     def orders_per_domain(self) -> int: ...
 
 
+class Shared(Protocol):
+    """What several gateways share that are one. cluster.certificates has it."""
+
+    def store(self, directory_url: str) -> CertStore:
+        """In place of folder.open_store(). Raises StoreError."""
+
+    def publisher(self, challenges: Challenges) -> Publisher:
+        """Publishes proofs at all of them."""
+
+
 class Ordering(NamedTuple):
     """``store`` keeps the certificates, ``challenges`` publishes proofs, ``bounds`` are our rate
     limits."""
@@ -52,11 +62,17 @@ class Ordering(NamedTuple):
     bounds: Bounds = Bounds()
 
 
-def set_up(account: Account, cache: Path, challenges: Publisher) -> Ordering:
-    """Order as ``account`` says; ``cache`` is ACME_CACHE. Raises CertificateError if the cache
-    cannot be written."""
+def set_up(
+    account: Account, cache: Path, challenges: Challenges, shared: Shared | None = None
+) -> Ordering:
+    """Order as ``account`` says; ``cache`` is ACME_CACHE. ``shared``: with other gateways. Raises
+    CertificateError if the cache cannot be written."""
+    publisher: Publisher = challenges
     try:
-        store = open_store(cache, account.directory)
+        if shared is None:
+            store = open_store(cache, account.directory)
+        else:
+            store, publisher = shared.store(account.directory), shared.publisher(challenges)
     except StoreError as error:
         raise CertificateError(str(error)) from None
     acme = importlib.import_module(f"{__package__}.acme")
@@ -65,4 +81,4 @@ def set_up(account: Account, cache: Path, challenges: Publisher) -> Ordering:
         eab=(account.eab_kid, account.eab_hmac) if account.eab_kid else None,
         user_agent=f"gotunnel/{__version__}",
     )  # fmt: skip
-    return Ordering(ca, store, challenges, Bounds.with_domain(account.orders_per_domain))
+    return Ordering(ca, store, publisher, Bounds.with_domain(account.orders_per_domain))

@@ -18,6 +18,11 @@ class Unreadable(OSError):
     owns the key sets it aside."""
 
 
+class OutOfReach(OSError):
+    """The place cannot be reached now, and nobody has to do anything here; ``strerror`` says
+    why."""
+
+
 class Storage(Protocol):
     """Bytes under keys. Any thread; several processes may share it.
 

@@ -31,7 +31,7 @@ import re
 import ssl
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from cryptography import x509
@@ -45,7 +45,7 @@ from ..net.certificate import are_equal, begins, check_issued_by, ends, load_cer
 from ..net.safe_read import MALFORMED
 from .cert_dir import names_of
 from .pem_file import pem_file
-from .storage import Locker, Storage, Unreadable
+from .storage import Locker, OutOfReach, Storage, Unreadable
 
 log = logging.getLogger("gotunnel.store")
 
@@ -91,10 +91,22 @@ class Stored(NamedTuple):
 class CertStore:
     """The certificates of one CA. Any thread; several processes may share it, see lock()."""
 
-    def __init__(self, storage: Storage, locker: Locker, directory_url: str) -> None:
-        """Reads and writes nothing yet; folder.open_store() also checks that it can be written."""
+    def __init__(
+        self,
+        storage: Storage,
+        locker: Locker,
+        directory_url: str,
+        changes: Callable[[], Iterable[str] | None] = tuple,
+    ) -> None:
+        """Reads and writes nothing yet; folder.open_store() also checks that it can be written.
+
+        ``changes()`` gives the keys of certificates that any process has written since its last
+        call, None if that may be all; it may raise OSError. Needed only if the certificates of
+        other processes are to be served at once.
+        """
         self._storage = storage
         self._locker = locker
+        self._changes = changes
         self._staging = "staging" in directory_url
         self._ca = ca_id(directory_url)
         self._certs = f"{self._ca}/certs"
@@ -138,9 +150,13 @@ class CertStore:
         try:
             self.probe(os.urandom(PROBE_BYTES))  # random bytes, which cannot be compressed
         except OSError as error:
+            advice = (
+                "" if isinstance(error, OutOfReach)
+                else "make room, and check that the gateway can write there: "
+            )  # fmt: skip
             raise StoreError(
-                f"{self._storage.where(self._certs)}: {error.strerror}; make room, and check that "
-                "the gateway can write there: nothing is ordered until then"
+                f"{self._storage.where(self._certs)}: {error.strerror}; {advice}nothing is ordered "
+                "until then"
             ) from error
 
     def probe(self, content: bytes) -> None:
@@ -169,6 +185,21 @@ class CertStore:
             for stem in self._stems(".pem")
             if "." in stem and HOSTNAME.fullmatch(stem) and not HASHED.fullmatch(stem)
         ]
+
+    def changed(self) -> list[str]:
+        """The hostnames whose certificates were perhaps written since the last call. Raises
+        StoreError."""
+        try:
+            keys = self._changes()
+        except OSError as error:
+            raise self._error(self._certs, error) from error
+        begin = f"{self._certs}/"
+        if keys is None:
+            keys = self._keys(begin)
+        stems = [key[len(begin) : -4] for key in keys
+                 if key.startswith(begin) and key.endswith(".pem")]  # fmt: skip
+        names = (self._spelled_out(stem) if HASHED.fullmatch(stem) else stem for stem in stems)
+        return [name for name in names if name is not None and HOSTNAME.fullmatch(name)]
 
     def known(self) -> list[str]:
         """All hostnames in the store: those with a certificate, also one of the Go program, and

@@ -101,6 +101,10 @@ return {epoch, serial, 1, redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. since, '+i
 """
 
 
+class Refused(OSError):
+    """Redis could be reached, and the content was not written; ``strerror`` says why."""
+
+
 class Call(Protocol):
     """Sends one command to Redis and returns its result, texts as bytes. Any thread.
 
@@ -182,7 +186,7 @@ class RedisStorage:
 
     def _write(self, key: str, content: bytes, *, only_new: bool) -> bool:
         if len(content) > MOST_BYTES:  # nobody could read it
-            raise OSError(errno.EFBIG, f"longer than {MOST_BYTES} bytes", self.where(key))
+            raise Refused(errno.EFBIG, f"longer than {MOST_BYTES} bytes", self.where(key))
         folder, file = _parts(key)
         sealing, fences = is_sealed(key), self._fences.fences()
         keys = (
@@ -198,7 +202,7 @@ class RedisStorage:
             *(token for _, token in fences),
         )  # fmt: skip
         if result == b"lost":
-            raise OSError(errno.ENOLCK, "not written: the lock for it was lost", self.where(key))
+            raise Refused(errno.ENOLCK, "not written: the lock for it was lost", self.where(key))
         if result == b"key":
             raise WrongKey(f"what the cluster keeps in {self._files(folder)}")
         return bool(result == b"written")
