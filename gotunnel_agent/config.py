@@ -54,7 +54,7 @@ from .common.hostnames import (
 )
 from .common.one_line import without_secrets
 from .common.proxy_protocol import VERSIONS
-from .common.quantities import MOST_WEIGHT, bytes_of, whole_number
+from .common.quantities import MOST_WEIGHT, bytes_of, seconds_of, whole_number
 from .common.status_socket import OFF, why_not
 from .common.strict_yaml import BOOLEANS, YamlError, kind
 from .policy import Policy, PolicyError, networks, rate_limit, users, users_of_lines
@@ -85,6 +85,7 @@ KEYS = (
     "inspect",
     "tunnels",
 )
+HEALTH_KEYS = ("path", "every", "timeout", "fails", "passes", "statuses")
 INSPECT_KEYS = ("listen", "memory", "body", "bodies", "allow_remote")
 POLICY_KEYS = ("basic_auth", "basic_auth_file", "allow", "deny", "rate_limit")
 TUNNEL_KEYS = (
@@ -101,6 +102,7 @@ TUNNEL_KEYS = (
     "pool",
     "weight",
     "sticky",
+    "health",
     *POLICY_KEYS,
 )
 CREDENTIAL_KEYS = ("jwt_secret", "jwt_secret_file", "token", "token_file")
@@ -139,6 +141,14 @@ MOST_EXPIRE = 365 * 24 * 3600
 # likely a typing error.
 LEAST_IDLE = 1
 MOST_IDLE = 31 * 24 * 3600
+
+# Looks at a target. More than one a second would be load; at less than one an hour nobody would
+# learn of a failure.
+LEAST_EVERY, MOST_EVERY = 1, 3600
+LEAST_LOOK, MOST_LOOK = 0.1, 60  # seconds that a look may take
+MOST_LOOKS = 100  # looks in a row that change the verdict
+MOST_PATH = 1000  # characters
+STATUSES = ((200, 399),)  # of a target that is well; a redirect shows that it works
 
 # Seconds for running visits when the agent stops. With what follows them (agent.LAST_WORDS,
 # standard_error.LAST_LINES) the default is below the 10 s after which Docker and others kill a
@@ -199,6 +209,20 @@ class Pool(NamedTuple):
         return {"weight": self.weight, **({"sticky": self.sticky} if self.sticky else {})}
 
 
+class Health(NamedTuple):
+    """How to find out whether a target is well: see health.py. Times are in seconds."""
+
+    path: str = ""  # of the GET request; "": a connection is enough
+    every: float = 5
+    timeout: float = 2
+    fails: int = 3  # bad looks in a row until the target counts as not well
+    passes: int = 1  # good looks in a row until it counts as well again
+    statuses: tuple[tuple[int, int], ...] = STATUSES  # ranges, with both ends
+
+    def expects(self, status: int) -> bool:
+        return any(least <= status <= most for least, most in self.statuses)
+
+
 class Tunnel(NamedTuple):
     """One hostname and where its visits go. ``mode`` is one of MODES."""
 
@@ -213,6 +237,9 @@ class Tunnel(NamedTuple):
     policy: Policy = Policy()  # what the gateway asks of visitors
     basic_auth_file: str = ""  # where the policy's users came from; "": from the document
     pool: Pool | None = None  # None: this agent has the hostname for itself
+    # None: its target is not looked at. Not in ``needs``: a gateway that holds no visits back still
+    # serves the tunnel as without the key, and to refuse all visits would be worse.
+    health: Health | None = None
 
     @property
     def shared_by(self) -> str:
@@ -630,11 +657,12 @@ def _tunnel(item: object, where: str) -> Tunnel:
     mode = _choice(item, "mode", MODES, "http", where, mistakes.OTHER_MODES)
     target = _target(item, mode, where)
     pool = _pool(item, mode, hostname, where)
+    protocol = _protocol(item, mode, target, where)
     return Tunnel(
         hostname,
         target,
         mode,
-        protocol=_protocol(item, mode, target, where),
+        protocol=protocol,
         host_header=_host_header(item, mode, where),
         port=_port(item, mode, where),
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
@@ -642,6 +670,9 @@ def _tunnel(item: object, where: str) -> Tunnel:
         policy=_policy(item, mode, where, hostname if pool is not None else ""),
         basic_auth_file=str(item.get("basic_auth_file", "")),
         pool=pool,
+        health=_health(item["health"], mode, protocol, f"{where}health")
+        if "health" in item
+        else None,
     )
 
 
@@ -768,6 +799,93 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
     text = _text(item, "idle_timeout", expected, where)
     _expect_mode("idle_timeout", "tcp", mode, where)
     return _seconds(text, f"{where}idle_timeout", expected, LEAST_IDLE, MOST_IDLE)
+
+
+def _health(value: object, mode: str, protocol: str, where: str) -> Health | None:
+    expected = f"a path such as /healthz, a mapping, tcp, or {OFF}"
+    if isinstance(value, str):
+        word = value.lower()
+        if not BOOLEANS.get(word, True):
+            return None
+        value = {} if word == "tcp" or word in BOOLEANS else {"path": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {kind(value)} came, expected {expected}")
+    _refuse_unknown_keys(value, HEALTH_KEYS, f"{where}: ", NO_ADVICE)
+    path = _health_path(value, mode, protocol, where)
+    where += "."
+    if "statuses" in value and not path:
+        raise ConfigError(f"{where}statuses came without a path, expected path beside it")
+    usual = Health()
+    every = _span(value, "every", usual.every, LEAST_EVERY, MOST_EVERY, where)
+    timeout = _span(value, "timeout", min(usual.timeout, every), LEAST_LOOK, MOST_LOOK, where)
+    if timeout > every:
+        raise ConfigError(
+            f"{where}timeout: {timeout:g} s came, expected at most every, which is {every:g} s"
+        )
+    return Health(
+        path, every, timeout,
+        fails=_looks(value, "fails", usual.fails, where),
+        passes=_looks(value, "passes", usual.passes, where),
+        statuses=_statuses(value["statuses"], f"{where}statuses")
+        if "statuses" in value else STATUSES,
+    )  # fmt: skip
+
+
+def _health_path(value: Mapping[str, object], mode: str, protocol: str, where: str) -> str:
+    if "path" not in value:
+        return ""
+    expected = "a path such as /healthz, of printable ASCII characters without blanks"
+    path = _text(value, "path", expected, f"{where}.")
+    _expect_mode(f"{where}.path", "http", mode, "")
+    if protocol:
+        raise ConfigError(
+            f"{where}.path: the tunnel has protocol {protocol}, expected no path: the agent speaks "
+            "no HTTP/2 itself, and looks whether it can connect"
+        )
+    if not re.fullmatch(r"/[!-\"$-~]*", path) or len(path) > MOST_PATH:
+        raise ConfigError(f"{where}.path: {_shown(path)} came, expected {expected}")
+    return path
+
+
+def _span(
+    value: Mapping[str, object], key: str, default: float, least: float, most: float, where: str
+) -> float:
+    if key not in value:
+        return default
+    expected = f"a time from {least:g} s to {most:g} s, such as 5s or 500ms"
+    text = _text(value, key, expected, where)
+    seconds = seconds_of(text)
+    if seconds is None or not least <= seconds <= most:
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
+    return seconds
+
+
+def _looks(value: Mapping[str, object], key: str, default: int, where: str) -> int:
+    if key not in value:
+        return default
+    expected = f"a number of looks in a row, from 1 to {MOST_LOOKS}"
+    text = _text(value, key, expected, where)
+    number = whole_number(text)
+    if number is None or not 1 <= number <= MOST_LOOKS:
+        raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
+    return number
+
+
+def _statuses(value: object, where: str) -> tuple[tuple[int, int], ...]:
+    """Ranges of statuses: a list, or a text with commas, of 200 and 200-299."""
+    expected = "statuses from 200 to 599, such as 200, 204 or 200-299"
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list) or not parts:
+        raise ConfigError(f"{where}: {kind(value)} came, expected {expected}")
+    found = []
+    for part in parts:
+        text = part.strip() if isinstance(part, str) else kind(part)
+        match = re.fullmatch(r"([2-5][0-9]{2})(?: ?- ?([2-5][0-9]{2}))?", text)
+        least, most = (match[1], match[2] or match[1]) if match else ("1", "0")
+        if int(most) < int(least):
+            raise ConfigError(f"{where}: {_shown(text)} came, expected {expected}")
+        found.append((int(least), int(most)))
+    return tuple(found)
 
 
 def _stall_timeout(document: Mapping[str, object]) -> float:

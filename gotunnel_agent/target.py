@@ -276,18 +276,24 @@ def introduction(version: str, ends: Ends | None) -> bytes:
 
 
 def dial(
-    target: Target, context: ssl.SSLContext | None, first: bytes = b"", protocol: str = ""
+    target: Target,
+    context: ssl.SSLContext | None,
+    first: bytes = b"",
+    protocol: str = "",
+    timeout: float | None = None,
 ) -> Duplex:
     """Connect to a target of the configuration and send it the ``first`` bytes, then start TLS if
     there is a ``context``. Its handshake must choose ``protocol``, unless that is "".
+    ``timeout`` is in seconds, None for DIAL_TIMEOUT.
 
-    Raises Unserved, at the latest DIAL_TIMEOUT after the name was resolved.
+    Raises Unserved, at the latest ``timeout`` after the name was resolved.
     """
+    timeout = DIAL_TIMEOUT if timeout is None else timeout
     try:
         if target.path:
-            return _introduce(Duplex(_connect_unix(target.path)), first)
+            return _introduce(Duplex(_connect_unix(target.path, timeout)), first)
         addresses = addresses_of(target.host, target.port)
-        deadline = Deadline(DIAL_TIMEOUT)
+        deadline = Deadline(timeout)
         duplex = _introduce(Duplex(connect(addresses, deadline)), first)
         if context is not None:
             _start_tls(duplex, context, target.host, deadline)
@@ -297,7 +303,7 @@ def dial(
                                "protocol, or turn HTTP/2 on there")  # fmt: skip
         return duplex
     except TimeoutError:
-        raise Unserved(TIMED_OUT, f"no answer in {DIAL_TIMEOUT} s") from None
+        raise Unserved(TIMED_OUT, f"no answer in {timeout:g} s") from None
     except ssl.SSLCertVerificationError as error:
         problem = error.verify_message.rstrip(".")
         text = f"its certificate is not to be trusted ({problem}); {_advice(error.verify_code)}"
@@ -333,12 +339,13 @@ def _introduce(duplex: Duplex, first: bytes) -> Duplex:
         raise
 
 
-def _connect_unix(path: str) -> socket.socket:
+def _connect_unix(path: str, timeout: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Not settimeout(): if the target's backlog is full, connect() waits on a blocking socket,
         # and fails on a non-blocking one.
-        timeval = struct.pack("ll", DIAL_TIMEOUT, 0)
+        seconds = int(timeout)
+        timeval = struct.pack("ll", seconds, int((timeout - seconds) * 1_000_000))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         sock.connect(path)
         return sock

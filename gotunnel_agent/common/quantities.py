@@ -15,6 +15,8 @@ MOST_WEIGHT = 100
 # A number of requests, and the period if it is not a second.
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:/([smh]))?")
 _PERIODS = {"s": 1, "m": 60, "h": 3600}  # seconds
+_SECONDS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(ms|s|sec|m|min|h)?")
+_LENGTHS = {"ms": 0.001, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}  # in seconds
 _BYTES = re.compile(r"([0-9]{1,9}) ?(b?|[kmg](?:i?b)?)")
 _UNITS = {"": 1, "b": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
@@ -30,6 +32,13 @@ def rate(text: str) -> float | None:
     caller checks LEAST_RATE and MOST_RATE."""
     match = _RATE.fullmatch(text)
     return float(match[1]) / _PERIODS[match[2] or "s"] if match else None
+
+
+def seconds_of(text: str) -> float | None:
+    """The seconds that a text such as 5, 5s, 500ms, 2 min or 1h stands for; None if it is no such
+    text."""
+    match = _SECONDS.fullmatch(text.lower())
+    return float(match[1]) * _LENGTHS[match[2] or "s"] if match else None
 
 
 def bytes_of(text: str) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 
 from gotunnel import HOST_HEADER, HTTP2
 from gotunnel_agent.config import (
+    HEALTH_KEYS,
     INSPECT_BODY,
     INSPECT_KEYS,
     KEYS,
@@ -848,7 +849,7 @@ def test_example_shows_a_policy_that_can_be_followed():
 
 def test_example_explains_every_key():
     shown = set(re.findall(r"(?m)^[# -]*([a-z_]+):(?: |$)", EXAMPLE.read_text(encoding="utf-8")))
-    assert shown >= {*KEYS, *TUNNEL_KEYS, *INSPECT_KEYS}
+    assert shown >= {*KEYS, *TUNNEL_KEYS, *INSPECT_KEYS, *HEALTH_KEYS}
 
 
 @pytest.mark.parametrize(
