@@ -9,6 +9,8 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
+    health     1, if wanted          decides which target is looked at      stop()
+    health_N   LOOKERS at most       look at targets, tell the gateway      stop()
 
 (The dots stand for the name of the thread that starts the second one, as in "stream_3 back".)
 
@@ -27,6 +29,7 @@ from gotunnel import Session
 from .config import Config
 from .link import LAST_WORDS, Link, Shared
 from .plan import Plan, changes, needs_session
+from .registering import in_wait
 from .target import Route
 
 log = logging.getLogger("gotunnel.agent")
@@ -51,14 +54,21 @@ class Snapshot(NamedTuple):
     refused: Mapping[str, str]  # why the gateway does not serve a hostname of the configuration
     configured: Mapping[str, Route] = {}  # all of the configuration, by hostname as it stands there
     lasting: bool = False  # the problem does not end by itself: somebody has to change something
+    waits: frozenset[str] = frozenset()  # those of ``refused`` that are awaited
+    # Whether the targets are well that health.py looks at, by hostname: "", or why it is not.
+    health: Mapping[str, str] = {}
 
     def all_routes(self) -> dict[str, Route]:
-        """Also those of refused hostnames, with the gateway's reason as their problem."""
+        """Also those of refused hostnames, with the reason as their problem."""
         refused = {
-            name: self.configured[name]._replace(problem=f"refused: {reason}", url="")
-            for name, reason in self.refused.items()
+            name: self.configured[name]._replace(problem=self.why_refused(name), url="")
+            for name in self.refused
         }
         return {**self.routes, **refused}
+
+    def why_refused(self, name: str) -> str:
+        """Why a hostname of ``refused`` is not served."""
+        return in_wait(name) if name in self.waits else f"refused: {self.refused[name]}"
 
 
 class Totals(NamedTuple):
@@ -84,6 +94,8 @@ class Agent(Shared):
         try:
             self.link.run()
         finally:
+            if self.health is not None:
+                self.health.close()
             # A worker may hang in getaddrinfo(), which cannot be ended.
             self.workers.shutdown(LAST_WORDS)
             self.waker.close()
@@ -154,6 +166,8 @@ class Agent(Shared):
             {name: reason for name, reason in refused.items() if name in configured},
             configured,
             self.link.lasting and service is None,
+            frozenset() if service is None else service.waited_for(),
+            {} if self.health is None else self.health.snapshot(),
         )
 
     def totals(self) -> Totals:

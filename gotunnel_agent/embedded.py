@@ -96,6 +96,7 @@ class OpenTunnel:
         self._over = threading.Event()  # the agent's thread has ended
         self._owner = os.getpid()
         agent.on_change, agent.on_refusal = self._changed.set, self._instead
+        agent.waits = False
         self._thread = spawn("agent", self._run)
         atexit.register(self.close)
 

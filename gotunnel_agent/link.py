@@ -8,6 +8,9 @@ new one is registered, and ends when its visits have ended.
 If the gateway refuses some of the hostnames (feature PARTIAL), the session serves the others. From
 time to time a second session asks for the refused ones alone, so the first one is not disturbed. If
 it gets any, the link dials again, and that session takes over the hostnames of both.
+
+If another agent serves all of the hostnames, the session waits (feature WAITS): it serves nothing
+until the gateway tells that one is free. Then the link dials again at once.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from importlib import import_module
 from time import monotonic, time
+from typing import TYPE_CHECKING
 
 from gotunnel import (
     MAX_STREAMS,
@@ -27,10 +32,12 @@ from gotunnel import (
     OVERLAP,
     REPLACED,
     START_WINDOW,
+    WAITS,
     Ack,
     Certificate,
     Deadline,
     End,
+    Free,
     Message,
     MessageReader,
     Ping,
@@ -60,6 +67,7 @@ from .registering import (
     INVALID,
     NO_NAMES,
     TAKEN,
+    in_wait,
     new_instance,
     read_answer,
     registration,
@@ -67,6 +75,9 @@ from .registering import (
 )
 from .target import Route, Targets, serve
 from .trust import begin_tls
+
+if TYPE_CHECKING:
+    from .health import Health
 
 log = logging.getLogger("gotunnel.link")
 
@@ -101,6 +112,9 @@ OLD_SESSIONS = 32
 # A session that held (lasted) for this many seconds was a success: the next delay is the first one
 # again. If any session counted, a gateway that ends each at once would never be backed off from.
 HELD = 10
+# Shortest interval, in seconds, between two tries for hostnames that the gateway says are free. It
+# is for a gateway that says so without end.
+FREE_PAUSE = 0.25
 
 
 class Refused(Exception):
@@ -122,7 +136,7 @@ class Ended(Exception):
 
 class Service:
     """One session and its state. The agent's lock guards ``routes``, ``refused``, ``outcome``,
-    ``asked`` and ``at_once``."""
+    ``asked``, ``at_once`` and ``freed``."""
 
     def __init__(self, session: Session, plan: Plan):
         self.session = session
@@ -131,6 +145,7 @@ class Service:
         self.routes = plan.routes
         # Hostname of the configuration to the gateway's reason; replaced whole, as well.
         self.refused: Mapping[str, str] = {}
+        self.freed: frozenset[str] = frozenset()  # refused hostnames that are free now
         self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
         self.control: Stream | None = None  # its control stream, once it is open
         self.asked = False  # the gateway asks for a new session
@@ -151,6 +166,12 @@ class Service:
             name for name, reason in self.refused.items() if reason.startswith(FOR_NOW)
         )
 
+    def waited_for(self) -> frozenset[str]:
+        """The refused hostnames that another agent serves. The gateway tells when one is free."""
+        if WAITS not in self.features:
+            return frozenset()
+        return frozenset(name for name, reason in self.refused.items() if reason.startswith(TAKEN))
+
     def has_visits(self) -> bool:
         return any(stream is not self.control for stream in self.session.streams_in_use())
 
@@ -166,6 +187,11 @@ class Shared:
         self.instance = new_instance()
         self.workers = Workers(MAX_STREAMS, "stream")
         self.targets = Targets()
+        # Looks at targets; made with the first session that has a tunnel with ``health``.
+        self.health: Health | None = None
+        # Whether the agent waits for hostnames that another agent serves. False: a gateway refuses
+        # it if there are no others, and on_refusal hears of it. To be set before run().
+        self.waits = True
         # Guards all below, and what the links say of theirs; notified when any of it changes.
         self.lock = threading.Condition()
         self.running = 0  # data streams that have a worker
@@ -187,6 +213,16 @@ class Shared:
     def tell(self) -> None:
         """What snapshot() shows has changed. Not with the lock."""
         call_logged(self.on_change)
+
+    def watch_targets(self, service: Service, control: Stream) -> None:
+        """Have the gateway of a new session know which targets are well, if any want it."""
+        if any(route.tunnel.health for route in service.routes.values()):
+            with self.lock:
+                if self.health is None:  # loaded here, so that other agents do without it
+                    self.health = import_module(f"{__package__}.health").Health(self.tell)
+        if self.health is not None:
+            address = service.plan.address
+            self.health.attend(service, service.features, service.routes, control, address)
 
     def change(self, config: Config, plan: Plan | None = None) -> list[str]:
         """See Agent."""
@@ -312,9 +348,12 @@ class Link:
                 raise SessionClosed("the agent stops")
             # Visits without a thread would wait for ever: rather dial again.
             self._agent.workers.prepare()
-            control, messages = self._register(service, config, overlap=bool(old))
+            control, messages = self._register(
+                service, config, overlap=bool(old), waits=self._agent.waits
+            )
             served = [name for name, route in service.routes.items() if not route.problem]
-            log.info("%s: serving %s", plan.address, some(served) or "nothing")
+            if served or not service.waited_for():
+                log.info("%s: serving %s", plan.address, some(served) or "nothing")
             for hostname in served:
                 self._log_url(hostname, service.routes[hostname])
             self._attend(service, control, messages)
@@ -326,12 +365,12 @@ class Link:
         return service
 
     def _register(
-        self, service: Service, config: Config, *, overlap: bool
+        self, service: Service, config: Config, *, overlap: bool, waits: bool
     ) -> tuple[Stream, Iterator[Message]]:
         """Register a new session. Returns its control stream and the messages that follow there.
-        Raises Refused, and what ends the session."""
+        ``waits``: see registration(). Raises Refused, and what ends the session."""
         service.session.start()
-        register = registration(config, self._agent.instance)._replace(overlap=overlap)
+        register = registration(config, self._agent.instance, waits)._replace(overlap=overlap)
         service.control = control = service.session.open(encode_message(register))
         messages = _messages(control)
         self._take_answer(service, _expect_ack(next(messages)))
@@ -343,6 +382,7 @@ class Link:
     def _attend(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
         """Have threads serve a session that is registered."""
         service.since = monotonic()
+        self._agent.watch_targets(service, control)
         spawn("accept", self._accept, service)
         spawn("control", self._read_control, service, control, messages)
 
@@ -366,15 +406,22 @@ class Link:
                 or self._agent.stopping.is_set()
             )
 
-        tries = 0
+        tries, asked_at = 0, service.since
         while True:
             refused = service.refused_for_now()
             tries += 1
             delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
             with self._lock:
-                if self._lock.wait_for(over, delay):
+                self._lock.wait_for(lambda: over() or service.freed, delay)
+                if service.freed:
+                    self._lock.wait_for(over, asked_at + FREE_PAUSE - monotonic())
+                if over():
                     break
-            if self._ask_again(service, refused):
+                freed, service.freed = service.freed, frozenset()
+            if freed and not service.routes:
+                return True
+            asked_at = monotonic()
+            if self._ask_again(service, freed & refused or refused):
                 return True
         with self._lock:
             if service.asked and not service.at_once:
@@ -398,7 +445,7 @@ class Link:
             probe = Service(self._dial(plan), plan)
             probe.routes = {name: plan.routes[name] for name in names}
             asked = replace(config, tunnels=tunnels)
-            control, messages = self._register(probe, asked, overlap=True)
+            control, messages = self._register(probe, asked, overlap=True, waits=False)
             if not probe.routes:
                 raise Refused("no reason given", probe.refused)
             log.info("%s: grants %s now", plan.address, some(probe.routes))
@@ -437,12 +484,19 @@ class Link:
         """Note which hostnames the gateway refuses, and log each reason once."""
         with self._lock:
             service.refused = refused
+        waited_for, news = service.waited_for(), []
         for name, reason in refused.items():
             if self._agent.logged.get(name) != (reason,):
                 self._agent.logged[name] = (reason,)
+                if name in waited_for:
+                    news.append(name)
+                    continue
                 more = "; the agent keeps asking for it" * (name in service.refused_for_now())
                 log.error("%s: not served: the gateway refused: %s%s",
                           name, reason, more)  # fmt: skip
+        if news:
+            log.warning("%s: %s; this one will serve as soon as it can",
+                        service.plan.address, in_wait(some(news)))  # fmt: skip
 
     def _ask(self, service: Service, at_once: bool = False) -> None:
         """Note that the gateway asks for a new session. Any thread; does not block."""
@@ -451,6 +505,12 @@ class Link:
             service.at_once |= at_once
             self._lock.notify_all()
         self.break_off()
+
+    def _note_free(self, service: Service, message: Free) -> None:
+        """Have the link's thread ask for hostnames that another agent served."""
+        with self._lock:
+            service.freed |= service.refused.keys() & set(message.hostnames)
+            self._lock.notify_all()
 
     def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
         """Thread "control": act on the gateway's messages until the session is over."""
@@ -465,6 +525,8 @@ class Link:
                     self._agent.tell()
                 elif isinstance(message, Port):
                     self._take_port(service, message)
+                elif isinstance(message, Free):
+                    self._note_free(service, message)
                 elif isinstance(message, End) and message.code == MOVE:
                     self._ask(service, at_once=True)
                 elif isinstance(message, End):
@@ -488,6 +550,8 @@ class Link:
             self._lock.notify_all()
         if service is self.service:
             self.break_off()
+        if self._agent.health is not None:
+            self._agent.health.forget(service)
         service.session.close("the agent ends the session")
         service.session.join(LAST_WORDS)
         with self._lock:

@@ -13,6 +13,7 @@ import jwt
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
+    HEALTH,
     LATER_PORTS,
     NAMES,
     OVERLAP,
@@ -22,6 +23,7 @@ from gotunnel import (
     REFUSALS,
     UPGRADES,
     URLS,
+    WAITS,
     Ack,
     Register,
 )
@@ -55,10 +57,12 @@ class Answer(NamedTuple):
     refused: dict[str, str]
 
 
-def registration(config: Config, instance: str) -> Register:
-    """The registration of all tunnels of ``config``. ``instance``: see Register."""
+def registration(config: Config, instance: str, waits: bool = False) -> Register:
+    """The registration of all tunnels of ``config``. ``instance``: see Register. ``waits``: if it
+    gets no hostname for now, its session may wait."""
     needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
     later = (LATER_PORTS,) if PORTS in needs else ()
+    health = (HEALTH,) if any(tunnel.health for tunnel in config.tunnels) else ()
     return Register(
         token=config.token
         or make_token(config.jwt_secret, config.jwt_issuer, config.jwt_expire_sec),
@@ -74,6 +78,8 @@ def registration(config: Config, instance: str) -> Register:
             URLS,
             PARTIAL,
             *later,
+            *health,
+            *((WAITS,) if waits else ()),
             *sorted(needs),
         ),  # fmt: skip
         host_headers=config.host_headers(),
@@ -139,6 +145,12 @@ def _granted(tunnel: Tunnel, ack: Ack) -> str | None:
         return normal_hostname(tunnel.hostname)
     hostname = normal_hostname(ack.names.get(tunnel.hostname, ""))
     return hostname if valid_hostname(hostname) else None
+
+
+def in_wait(hostnames: str) -> str:
+    """What to say of hostnames that are refused for now, if the gateway tells when they are free
+    (feature WAITS)."""
+    return f"waits for {hostnames}, which another agent serves"
 
 
 def url_of(text: str) -> str:

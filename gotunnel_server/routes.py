@@ -97,6 +97,8 @@ class Tunnel(Protocol):
     upgrades: bool  # ... also in http mode, on a stream opened with ``relayed``
     # Why it may refuse a visit, a common/refusals.Refusal by code: other codes mean nothing
     refusals: Mapping[int, Any]
+    # Why targets are not well, by Route.hostname. Nearly always empty; replaced whole.
+    unwell: Mapping[str, str]
 
     @property
     def round_trip(self) -> float | None: ...
@@ -220,6 +222,10 @@ class Route(NamedTuple):
             return [self.tunnel]
         return [member.route.tunnel for member in self.pool.members]
 
+    def is_well_elsewhere(self) -> bool:
+        """Whether an agent of the pool says that its target is well; False without a pool."""
+        return self.pool is not None and self.pool.well()
+
     def in_the_way(self, newcomer: Route) -> tuple[Tunnel, str] | None:
         """The tunnel because of which a newcomer cannot have the hostname, too, and what to say of
         it ("": no more than that it has the hostname); None if the newcomer joins a pool."""
@@ -253,6 +259,8 @@ class Registry:
         self.on_claim: Callable[[], object] = lambda: None  # called when hostnames were claimed
         # Called when routes of agents here have changed. Not under the lock; it must not wait.
         self.on_change: Callable[[], object] = lambda: None
+        # Called with hostnames that no tunnel has any more.
+        self.on_free: Callable[[Collection[str]], object] = lambda hostnames: None
 
     def claim(
         self,
@@ -269,7 +277,8 @@ class Registry:
         with self._lock:
             if own := [hostname for hostname in routes if hostname in self._reserved]:
                 raise HostnameTaken(dict.fromkeys(own))
-            held = _without(self._held, instead_of) if instead_of else self._held
+            before = self._held
+            held = _without(before, instead_of) if instead_of else before
             routes = {**held, **_joined(held, routes)}
             permit(routes)
             self._put(routes)
@@ -278,6 +287,8 @@ class Registry:
                 self.absent.pop(hostname, None)
         self.on_change()
         self.on_claim()
+        if instead_of and (freed := before.keys() - routes.keys()):
+            self.on_free(freed)
 
     def _put(self, held: dict[str, Route]) -> None:
         """Caller holds the lock, and does not change ``held`` afterwards."""
@@ -328,10 +339,13 @@ class Registry:
             held = self._held
             left = _without(held, (tunnel,))
             self._put(left)
-            for hostname, route in held.items():
+            freed = {name: route for name, route in held.items() if name not in left}
+            for hostname, route in freed.items():
                 if hostname not in self._table[0]:
                     self._await(hostname, route.mode)
         self.on_change()
+        if freed:
+            self.on_free(freed)
 
     def expect(self, modes: Mapping[str, str]) -> None:
         """Await hostnames, as if their agents had left just now: the gateway before served them.
@@ -369,6 +383,11 @@ class Registry:
             while self.absent and next(iter(self.absent.values())) <= now:
                 self.absent.popitem(last=False)
             return hostname in self.absent or any(n in self.absent for n in _wildcards(hostname))
+
+    def holders(self, hostname: str) -> list[Tunnel]:
+        """The tunnels here that have exactly this hostname, or wildcard: none, one or a pool."""
+        route = self._held.get(hostname)
+        return [] if route is None else route.tunnels()
 
     def only_tcp(self) -> Route | None:
         """The one Route in tcp mode; None if there is none, or more than one."""

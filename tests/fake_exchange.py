@@ -151,6 +151,7 @@ class Tunnel:
 
     upgrades = True  # what its agent knows
     refusals = BY_CODE
+    unwell = {}  # all of its targets are well
 
     def open(self, route, ends, first, relayed=False):
         self.opened.append(first)

@@ -67,6 +67,7 @@ class Serving:
         self.agent = Agent(config)
         self.agent.on_change = self._changed.set
         self.agent.on_refusal = self.instead
+        self.agent.waits = False
 
     @property
     def tunnel(self) -> Tunnel:

@@ -11,6 +11,7 @@ from gotunnel import (
     Ack,
     Certificate,
     End,
+    Free,
     Members,
     MessageReader,
     Ping,
@@ -68,7 +69,7 @@ class ControlStream:
         self.stream.write(encode_message(ack))
         self._features = frozenset(ack.features)
 
-    def send(self, message: Ack | Certificate | End | Members | Ping | Port) -> None:
+    def send(self, message: Ack | Certificate | End | Free | Members | Ping | Port) -> None:
         """Send a message. Any thread; raises OSError, also if there is no room for it now."""
         self.stream.write(encode_message(message), timeout=0)
 

@@ -681,11 +681,14 @@ class Newcomer:
             claimed = claim.attempt()
         except HostnameTaken as taken:
             tunnel.deny(claim.denied)
+            if tunnel.await_(claim.holders):
+                return Next(Stage.ADMIT, partial(self._admit, tunnel))
             text = of_all(tunnel.denied) if tunnel.denied else str(taken)
             raise NotAdmitted(text, denied=tunnel.denied) from None
         if not claimed:
             return self._look_again(Stage.CLAIM, self._step, takeover.LOOK)
         tunnel.deny(claim.denied)
+        tunnel.await_(claim.holders)
         if tunnel.denied:
             text = words_on_one_line("; ".join(tunnel.denied.values()))
             line = "%s registers, and some hostnames are refused: %s"
@@ -731,7 +734,8 @@ class Newcomer:
             log.debug("%s has a session here, and looks for the other members", self)
             return
         self._newcomers.refusals.total.add()
-        self._newcomers.refusals.log(str(self), text)
+        if self._tunnel is None or not self._tunnel.waits_elsewhere():
+            self._newcomers.refusals.log(str(self), text)
 
     def _await_end(self, stage: Stage, step: Callable[[], Next | None]) -> Next | None:
         self._enter(stage, step)

@@ -52,6 +52,7 @@ class Claim:
         """``agent`` wants ``routes``, by hostname. ``permit`` is as for Registry.claim()."""
         self.routes = routes  # those that are not denied
         self.denied: dict[str, str] = {}  # by hostname: why the claim goes on without it
+        self.holders: dict[str, Any] = {}  # of the denied hostnames that others hold
         self._claims = claims
         self._agent = agent
         self._permit = permit
@@ -70,6 +71,8 @@ class Claim:
                 if not self._partial:
                     raise
                 self.denied |= taken.one_by_one()
+                if taken.tunnels:
+                    self.holders |= taken.holders
                 self.routes = {
                     hostname: route
                     for hostname, route in self.routes.items()

@@ -7,7 +7,8 @@ may have to wait for its hostnames until another tunnel has ended (takeover.py).
        \\                     \\--- session over, replaced, or credential taken away --/
         \\--- refused, or session over ------------------------------------------------/
 
-The session's demultiplexer thread, which also sends the pings, runs from serve() on.
+The session's demultiplexer thread, which also sends the pings, runs from serve() on. A tunnel that
+gets no hostname may wait for one (standby.py): it is SERVING, and has no routes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ from gotunnel import (
     Ack,
     End,
     Ends,
+    Free,
+    Health,
+    Message,
     Port,
     Session,
     Stream,
@@ -68,12 +72,14 @@ from .agents_file import Limits
 from .claims import Claims
 from .control_stream import ControlStream
 from .credentials import Credentials
+from .health import TargetHealth
 from .heartbeat import Heartbeat
 from .identity import Identity
 from .members import Membership, Teller
 from .pool import with_pool
 from .ports import PortRefused, Ports
 from .registration import Agent, Asked, Wanted
+from .standby import Holder, Standby, in_wait
 from .stream_pool import KeptStreams, OwnStreams
 
 log = logging.getLogger("gotunnel.tunnel")
@@ -132,6 +138,8 @@ class Tunnels:
         self.ensure_certificates = ensure_certificates
         self.certificate_state = certificate_state
         self.submit = submit
+        self.standby = Standby(registry)  # the agents that wait for hostnames of others
+        registry.on_free = self.standby.freed
         self.visitors_port = HTTPS_PORT  # that visitors type; to be set before agents come
         self.observer: Observer | None = None  # of each session; tools set it before agents come
         # Of a gateway that is one of several; to be set before agents come.
@@ -237,10 +245,11 @@ class Tunnel:
         self.policies = asked.policies  # by hostname, for other gateways (cluster/origin.py)
         self.denied = dict(asked.denied)  # hostnames that are not served, and why; see Ack
         self.routes: dict[str, Route] = {}  # by hostname; those served now; replaced whole
+        self.health = TargetHealth(str(agent))
+        self.unwell: Mapping[str, str] = {}  # see routes.Tunnel
         self.since = time()  # wall-clock seconds of the registration
         self.gone = threading.Event()  # it holds no hostname any more, and never will
         self.moving = False  # the agent was asked for another session; never False again
-        self.unwell: Mapping[str, str] = {}  # by hostname: why its target is not well
         self.failed = Tally()  # by hostname: visits in tcp mode whose target was not reached
         self._stage = Stage.CLAIMING
         self._parting: End | None = None  # what _part() tells the agent: why the session ends
@@ -255,7 +264,8 @@ class Tunnel:
         self._missing: dict[str, int | None] = {}
         self._port_delay = PORT_DELAY
         self._make_room = make_room
-        self._heartbeat = Heartbeat(session, control, on_silence=self.replace)
+        self._awaited: Mapping[str, Holder] = {}  # denied hostnames that it waits for: see await_()
+        self._heartbeat = Heartbeat(session, control, self.replace, self._take_messages)
         self._members: Teller | None = None
         if tunnels.membership is not None and MEMBERS in self.features:
             self._members = Teller(tunnels.membership, session, control, agent.instance)
@@ -299,10 +309,6 @@ class Tunnel:
         """Monotonic time when the agent last sent something."""
         return self._session.heard_at
 
-    def well(self, hostname: str) -> bool:
-        """Whether the target of a hostname is well, as far as is known."""
-        return hostname not in self.unwell
-
     # Registration
 
     def _route(self, wanted: Wanted) -> Route:
@@ -314,6 +320,20 @@ class Tunnel:
         for hostname, reason in hostnames.items():
             self.wanted.pop(hostname, None)
             self.denied[self._spelt[hostname]] = reason
+
+    def await_(self, holders: Mapping[str, Holder]) -> bool:
+        """Others have these denied hostnames: the tunnel will wait for them, if its agent knows
+        WAITS. Returns whether it will wait for any. To be called before serve()."""
+        standby = self._tunnels.standby
+        if holders and WAITS in self.features and standby.has_room():
+            self._awaited = holders
+            if not standby.knows(self.agent):
+                log.info("%s %s", self, in_wait(holders))
+        return bool(self._awaited)
+
+    def waits_elsewhere(self) -> bool:
+        """Whether another session of the same agent waits: that was logged already."""
+        return self._tunnels.standby.knows(self.agent)
 
     def serve(self) -> None:
         """The hostnames are claimed: send the ack, and begin to serve.
@@ -339,7 +359,7 @@ class Tunnel:
         with self._lock:
             self.routes = routes
         session.widen(START_WINDOW)
-        self._heartbeat.start()
+        self._heartbeat.start(listens=HEALTH in self.features)
         session.call_later(KEPT_LOOK, self._close_old)
         # The ack is sent before the demultiplexer starts, so no visit's bytes follow at once: a Go
         # agent loses what comes in the same read as the ack.
@@ -348,7 +368,9 @@ class Tunnel:
             self._members.begin()
         for hostname in routes:
             self.tell_certificate(hostname)
-        log.info("%s registered %s", self, some(routes))
+        if routes:
+            log.info("%s registered %s", self, some(routes))
+            self._tunnels.standby.held(dict.fromkeys(routes, self))
         if self._missing:
             session.call_later(self._port_delay, self._try_ports_later)
         session.start()
@@ -358,6 +380,16 @@ class Tunnel:
         if end:
             self._end_with(end)
         self.end_if_revoked()
+        if self._awaited:
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for hostnames that others have."""
+        standby = self._tunnels.standby
+        if not standby.wait(self, self._awaited) and not self.routes:
+            self.end("too many agents wait for hostnames of others")
+        if self.stage > Stage.SERVING:  # it has ended or left meanwhile, and forgot before
+            standby.forget(self)
 
     def _ack(
         self, routes: Mapping[str, Route], ports: dict[str, str], refused: dict[str, str]
@@ -513,7 +545,27 @@ class Tunnel:
 
         self._session.call_later(LEFT_LOOK, look)
 
-    # Another agent wants one of its hostnames
+    # Another agent wants one of its hostnames, or has one that this agent wants
+
+    def holds(self, hostname: str) -> bool:
+        return self in self._tunnels.registry.holders(hostname)
+
+    def watch(self, watched: bool) -> None:
+        """Ask the agent for signs of life often, from now on or no more. Any thread."""
+        self._heartbeat.watch(watched)
+
+    def tell_free(self, hostname: str) -> bool:
+        """Tell the agent that a hostname is free that it waits for. Any thread; does not wait.
+        False if it cannot be told."""
+        try:
+            self._control.send(Free((self._spelt[hostname],)))
+            return True
+        except OSError:
+            return False
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Have the demultiplexer call ``function``, unless the session ends before."""
+        self._session.call_later(seconds, function)
 
     def ask(self) -> float:
         """Ask the agent for a sign of life; without one in ANSWER_TIMEOUT the session ends. Returns
@@ -556,6 +608,19 @@ class Tunnel:
         self._control.tell_end(end)
         self._session.close(end.reason, patience=LAST_WORD)
 
+    # Its targets
+
+    def _take_messages(self, messages: list[Message]) -> None:
+        """Demultiplexer: what the agent has sent beside pongs."""
+        told = [message for message in messages if isinstance(message, Health)]
+        if told and HEALTH in self.features:
+            self.health.note(told, self.routes)
+            self.unwell = self.health.unwell()
+
+    def well(self, hostname: str) -> bool:
+        """Whether visits may go to the target of a hostname, as its Route spells it. Any thread."""
+        return hostname not in self.unwell
+
     # The end
 
     def _leaving(self) -> None:
@@ -575,7 +640,8 @@ class Tunnel:
     def _stop_serving(self, how: str) -> None:
         with self._lock:
             self._enter(Stage.LEAVING)
-        log.info("%s %s; it served %s", self, how, some(self.routes))
+        if self.routes:
+            log.info("%s %s; it served %s", self, how, some(self.routes))
         self._give_back()
         with self._lock:
             self.routes = {}
@@ -594,6 +660,7 @@ class Tunnel:
                      self, self._session.ended, some(routes))  # fmt: skip
 
     def _give_back(self) -> None:
+        self._tunnels.standby.forget(self)
         self._tunnels.ports.release(self)  # first: the hostname's next holder may want its port
         self._tunnels.claims.release(self)
         self._kept.close()

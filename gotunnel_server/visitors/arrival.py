@@ -22,7 +22,7 @@ from ..net import client_hello
 from ..net.drops import NO_PROOF, NO_TCP_HOSTNAME, NOT_TLS, PROTOCOL, PROXY_HEADER, Dropped
 from ..net.total import Total
 from ..routes import Route
-from . import connection, http2, relays, sniff
+from . import connection, http2, pages, relays, sniff
 from .connection import HttpConnection
 from .http2 import Http2
 from .postgres import CancelKeys
@@ -415,6 +415,11 @@ class Arrival(Introduction):
             self.duplex.reset()  # a mere close would look like an empty answer
             log.info("%s: %s: %s", route.hostname, self._visitor, verdict.reason)
             raise ConnectionAbortedError("refused by its tunnel's policy")
+        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+            self._visitor.fail_visit(pages.UNHEALTHY, 503)
+            self.duplex.reset()
+            log.info("%s: %s is refused: the target is not well", route.hostname, self._visitor)
+            raise ConnectionAbortedError("the target is not well")
         if not self._visitor.claim_relay():
             self._visitor.fail_visit("gateway-busy", 503)
             self.duplex.reset()

@@ -28,6 +28,10 @@ BUSY = f"Too many visitors are here at the moment. {RETRY}"
 MALFORMED = "This request cannot be served: {}."  # of an http1.Malformed
 
 NO_TUNNEL = "no-tunnel"  # the code of no_tunnel()
+UNHEALTHY = "unhealthy"  # the code of unhealthy(), also of a visit in tcp mode
+# Seconds after which a visitor of a target that is not well shall come again: the usual interval at
+# which agents look at their targets.
+RETRY_UNHEALTHY = 5
 
 # The headings of the errors, by code.
 TITLES = {
@@ -59,6 +63,7 @@ TITLES = {
     "target-untrusted": "This site cannot be reached safely",
     "timed-out": "This site takes too long",
     "too-many-requests": "One moment, please",
+    UNHEALTHY: "This site is not ready",
     "wrong-host": "Wrong address",
     "wrong-method": "This does not work here",
     "wrong-port": "Wrong port",
@@ -257,6 +262,12 @@ def moved(url: str, method: str) -> Page:
 def no_tunnel(hostname: str) -> Page:
     text = f"{hostname} is not connected at the moment. Check the address, or try again later."
     return error(502, "no-tunnel", text)
+
+
+def unhealthy(hostname: str) -> Page:
+    """The target of a hostname is not well, so its agent's gateway does not ask it."""
+    text = f"{hostname} is not ready for visitors at the moment. {RETRY}"
+    return error(503, UNHEALTHY, text, (("Retry-After", str(RETRY_UNHEALTHY)),))
 
 
 def in_words(seconds: float) -> str:

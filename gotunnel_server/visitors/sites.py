@@ -79,12 +79,20 @@ def choose_site(
         if route.mode != "http":
             text = f"{hostname} is for other programs than browsers. Connect to it by TLS, by name."
             return pages.error(421, "not-http", text)
-        return Forward(route) if route.policy is None else judge(request, route, route.policy)
+        if route.policy is not None:
+            return judge(request, route, route.policy)
+        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+            return pages.unhealthy(hostname)
+        return Forward(route)
 
     def judge(request: Request, route: Route, policy: Policy) -> Page | Forward:
         authorization = ", ".join(request.fields.all("authorization")) or None
         verdict: Allow | Answer = policy.judge_request(visitor(request), authorization)
-        return verdict.page if isinstance(verdict, Answer) else Forward(route, *verdict)
+        if isinstance(verdict, Answer):
+            return verdict.page
+        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+            return pages.unhealthy(request.hostname)
+        return Forward(route, *verdict)
 
     def visitor(request: Request) -> str:
         return forwarded.visitor(request.fields, request.peer, proxies)
@@ -111,6 +119,8 @@ def choose_site(
             verdict: Allow | Answer = route.policy.judge_connection(visitor(request))
             if isinstance(verdict, Answer):
                 return verdict.page
+        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+            return pages.unhealthy(hostname)
         return Connect(route)
 
     return site

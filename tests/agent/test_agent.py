@@ -48,6 +48,7 @@ from gotunnel import (
     REFUSALS,
     UPGRADES,
     URLS,
+    WAITS,
     Ack,
     Certificate,
     End,
@@ -287,6 +288,7 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
             OVERLAP,
             URLS,
             PARTIAL,
+            WAITS,
         )
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
 

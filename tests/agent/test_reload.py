@@ -29,7 +29,6 @@ from test_agent import HandMadeGateway
 from gotunnel import MOVE, OVERLAP, Ack, End, encode_message
 from gotunnel_agent import agent as agent_module
 from gotunnel_agent import link as link_module
-from gotunnel_agent import registering
 from gotunnel_agent.common import small_file
 from gotunnel_agent.config import ConfigError, load, with_secrets
 from gotunnel_agent.plan import changes, needs_session
@@ -182,7 +181,7 @@ def test_the_hostname_that_the_gateway_refuses_stays_as_it_is(gateway, tmp_path,
         with agent_here(gateway, tmp_path / "a", {OTHER: other.port}):
             with agent_here(gateway, tmp_path, {APP: page.port}) as agent:
                 agent.change(config_of(gateway, tmp_path, {APP: new.port, OTHER: 1}))
-                text = f"{OTHER}: not served: the gateway refused: {registering.TAKEN}: {OTHER};"
+                text = f"waits for {OTHER}, which another agent serves"
                 wait_until(lambda: text in caplog.text)
                 wait_until(lambda: gateway.get(APP) == (200, b"new"))
                 assert gateway.get(OTHER) == (200, b"other")

@@ -363,7 +363,8 @@ def test_two_agents_of_one_configuration_do_not_fight(gateway, tmp_path, site, c
     with agent_here(gateway, tmp_path, http=ports):
         first = gateway.inner.tunnels.registered()
         with agent_here(gateway, tmp_path, http=ports, ready=False):
-            wait_until(lambda: caplog.text.count(f"host already registered: {APP}") >= 3)
+            # The agent says so, and the gateway.
+            wait_until(lambda: caplog.text.count(f"waits for {APP}, which another agent") == 2)
             assert gateway.inner.tunnels.registered() == first
     with agent_here(gateway, tmp_path, http=ports) as first:
         with agent_here(gateway, tmp_path, http=ports, ready=False):
@@ -380,7 +381,7 @@ def test_an_agent_that_was_replaced_does_not_fight_back(
     with agent_here(gateway, tmp_path, http={APP: site}):
         same = {"instance": SAME, "token": make_token(SECRET, "", HOUR)}
         with registered(gateway, APP, **same) as new, answering(new):
-            wait_until(lambda: f"host already registered: {APP}" in caplog.text)
+            wait_until(lambda: f"waits for {APP}, which another agent" in caplog.text)
             assert f"the gateway says: {TAKEN_OVER}: its agent has come back" in caplog.text
             assert len(gateway.inner.tunnels.registered()) == 1
         wait_until(lambda: gateway.get(APP)[0] == 200)

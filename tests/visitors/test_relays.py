@@ -148,6 +148,7 @@ def test_fin_is_held_as_long_as_a_slow_visitor_takes_what_has_come():
 
 class Tunnel:
     half_close = True
+    unwell = {}
 
     def __init__(self, stream):
         self._stream = stream
