@@ -191,12 +191,24 @@ def test_the_tables_of_the_agent_name_every_key_and_no_other():
     assert set(table("agent.md", "the agent")) == set(agent_config.KEYS)
     assert set(table("agent.md", "a tunnel")) == set(agent_config.TUNNEL_KEYS)
     assert set(table("agent.md", "the inspector")) == set(agent_config.INSPECT_KEYS)
+    assert set(table("agent.md", "health")) == set(agent_config.HEALTH_KEYS)
 
 
 def test_the_inspectors_defaults_are_those_of_the_table():
     values = literals(table("agent.md", "the inspector"))
     assert set(values) == set(agent_config.INSPECT_KEYS)
     assert agent_config.inspect_of(values) == agent_config.Inspect()
+
+
+def test_the_defaults_of_health_are_those_of_the_table(tmp_path):
+    values = literals(table("agent.md", "health"))
+    assert set(values) == set(agent_config.HEALTH_KEYS) - {"path"}
+    shown = ", ".join(f"{key}: {value}" for key, value in values.items())
+    plain, same = (
+        load_agent(tmp_path, MINIMAL + f"    health: {{{text}}}\n").tunnels[0].health
+        for text in ("path: /", f"path: /, {shown}")
+    )
+    assert plain == same == agent_config.Health("/")
 
 
 def test_the_agents_defaults_are_those_of_the_tables(tmp_path):

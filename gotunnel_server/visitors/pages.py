@@ -267,7 +267,7 @@ def no_tunnel(hostname: str) -> Page:
 def unhealthy(hostname: str) -> Page:
     """The target of a hostname is not well, so its agent's gateway does not ask it."""
     text = f"{hostname} is not ready for visitors at the moment. {RETRY}"
-    return error(503, UNHEALTHY, text, (("Retry-After", str(RETRY_UNHEALTHY)),))
+    return error(503, "unhealthy", text, (("Retry-After", str(RETRY_UNHEALTHY)),))
 
 
 def in_words(seconds: float) -> str:
