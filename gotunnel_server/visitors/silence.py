@@ -29,13 +29,13 @@ class Silence:
     def is_long(self) -> bool:
         """To be called every LOOK seconds: whether the link is silent."""
         tunnel, now = self._tunnel, monotonic()
-        if now - max(tunnel.heard_at, self._since) < QUIET:
-            self._asked_at = None
-        elif self._asked_at is None:
-            self._asked_at = now
-            tunnel.ask()
-        else:
+        heard_at = max(tunnel.heard_at, self._since)
+        if self._asked_at is not None and heard_at < self._asked_at:
             return now - self._asked_at > _patience(tunnel)
+        # It has not been asked yet, or has answered. A question of another visit may be answered.
+        self._asked_at = None
+        if now - heard_at >= QUIET and (asked_at := tunnel.ask()) > heard_at:
+            self._asked_at = asked_at
         return False
 
 

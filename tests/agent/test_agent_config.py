@@ -880,3 +880,47 @@ def test_what_a_tunnel_in_tcp_mode_may_say_more():
     assert tunnel.needs == ("ports", "visitor_address")
     assert config.ports() == {tunnel.hostname: "22"}
     assert config.addressed() == (tunnel.hostname,)
+
+
+POOL = MINIMAL + "    pool: true\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINIMAL + "    pool: maybe\n", "tunnels[0].pool: 'maybe' came, expected true or false"),
+        (MINIMAL + "    weight: 2\n", "tunnels[0].weight: came without pool: true, expected both"),
+        (
+            MINIMAL + "    pool: no\n    sticky: cookie\n",
+            "tunnels[0].sticky: came without pool: true",
+        ),
+        (POOL + "    weight: 0\n", "weight: '0' came, expected a whole number from 1 to 100"),
+        (POOL + "    weight: 101\n", "weight: '101' came, expected a whole number from 1 to 100"),
+        (POOL + "    weight: 1.5\n", "weight: '1.5' came, expected a whole number from 1 to 100"),
+        (POOL + "    sticky: ip\n", "sticky: 'ip' came, expected one of cookie, address"),
+        (
+            POOL + "    mode: tcp\n    sticky: cookie\n",
+            "sticky: cookie came, and the tunnel has mode",
+        ),
+        (
+            tunnel(hostname='"quick.*"', target="b:1", pool="true"),
+            "tunnels[0].pool: the hostname 'quick.*' came, which the gateway completes",
+        ),
+        (MINIMAL + "    pools: true\n", "unknown key 'pools', did you mean 'pool'"),
+    ],
+)
+def test_what_a_tunnel_cannot_say_of_a_pool_is_refused(text, expected):
+    assert expected in refusal(text)
+
+
+def test_a_pool_as_the_register_message_names_it():
+    config = loaded(
+        tunnel(hostname="a.example", target="b:1", pool="yes")
+        + "  - {hostname: b.example, target: b:1, pool: true, weight: 3, sticky: Cookie}\n"
+        + "  - {hostname: c.example, target: b:1, pool: false}\n"
+    )
+    assert config.pools() == {
+        "a.example": {"weight": 1},
+        "b.example": {"weight": 3, "sticky": "cookie"},
+    }
+    assert [each.needs for each in config.tunnels] == [("pools",), ("pools",), ()]

@@ -12,7 +12,7 @@ import sys
 import pytest
 from support import ROOT
 
-from gotunnel_agent import cli
+from gotunnel_agent import cli, policy
 from gotunnel_agent.common.addresses import MOST_NETWORKS
 from gotunnel_agent.common.passwords import MOST_USER, MOST_USERS, hash_password
 from gotunnel_agent.policy import Policy, PolicyError, networks, rate_limit, users
@@ -311,3 +311,17 @@ def test_a_hash_of_another_kind_is_not_taken_for_a_password(other):
 @pytest.mark.parametrize("password", ["$", "$5 for a beer", "{", "a$b$c", "{} []", "$$"])
 def test_a_password_may_look_a_little_like_one(password):
     assert users(f"me:{password}")[0].startswith("me:$scrypt$")
+
+
+def test_agents_of_a_pool_make_the_same_hash_of_a_password(monkeypatch):
+    made = users("me:" + PASSWORD, "app.example.com")
+    monkeypatch.setattr(policy, "_hashes", {})  # as in another process
+    assert users("me:" + PASSWORD, "app.example.com") == made
+    assert code(judged(*made).judge_request("192.0.2.1", basic("me"))) is None
+    salts = {
+        users(f"{user}:{PASSWORD}", hostname)[0].split("$")[3]
+        for user in ("me", "you")
+        for hostname in ("app.example.com", "other.example.com", "")
+    }
+    assert len(salts) == 6
+    assert users("me:another", "app.example.com")[0].split("$")[3] in made[0]
