@@ -235,7 +235,7 @@ class Gateway:
             port.exchanges.prepare()
         self._steps.prepare()
         self._registrations.prepare()
-        self.cluster.start(self.tunnel_port, self.tunnels)
+        self.cluster.start(self.tunnel_port, self._newcomers, self.listeners)
         self._watchers.prepare()
         self.keeper.prepare()  # all threads that it needs are there before it says that it serves
         self.listeners.start()

@@ -21,11 +21,7 @@ class Cluster(Protocol):
 
     def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None: ...
 
-    def storage(self) -> Any: ...
-
-    def locker(self) -> Any: ...
-
-    def start(self, tunnel_port: int, tunnels: Any) -> None: ...
+    def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None: ...
 
     def drain(self) -> None: ...
 
@@ -46,13 +42,7 @@ class Alone:
     def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None:
         """Never called."""
 
-    def storage(self) -> Any:
-        return None
-
-    def locker(self) -> Any:
-        return None
-
-    def start(self, tunnel_port: int, tunnels: Any) -> None:
+    def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None:
         """There is nobody to join."""
 
     def drain(self) -> None:

@@ -250,6 +250,8 @@ class Registry:
         # below it: the routes of agents here, which win, and those of other gateways' agents.
         self._table: tuple[dict[str, Route], bool] = ({}, False)
         self._held: dict[str, Route] = {}
+        self._withheld: frozenset[str] = frozenset()  # of these, those that are not served now
+        self._served: dict[str, Route] = {}  # the others
         self._elsewhere: dict[str, Route] = {}
         # Hostnames in tcp mode that are no longer served; the latest last.
         self._left_tcp: OrderedDict[str, None] = OrderedDict()
@@ -275,12 +277,8 @@ class Registry:
         HostnameTaken, which names the reserved hostnames, or else those that are taken.
         """
         with self._lock:
-            if own := [hostname for hostname in routes if hostname in self._reserved]:
-                raise HostnameTaken(dict.fromkeys(own))
             before = self._held
-            held = _without(before, instead_of) if instead_of else before
-            routes = {**held, **_joined(held, routes)}
-            permit(routes)
+            routes = self._checked(routes, permit, instead_of)
             self._put(routes)
             for hostname in routes:
                 self._left_tcp.pop(hostname, None)
@@ -290,6 +288,30 @@ class Registry:
         if instead_of and (freed := before.keys() - routes.keys()):
             self.on_free(freed)
 
+    def check(
+        self,
+        routes: Mapping[str, Route],
+        permit: Callable[[Mapping[str, Route]], object],
+        instead_of: Collection[Tunnel],
+    ) -> None:
+        """Raise what claim() would raise now."""
+        with self._lock:
+            self._checked(routes, permit, instead_of)
+
+    def _checked(
+        self,
+        routes: Mapping[str, Route],
+        permit: Callable[[Mapping[str, Route]], object],
+        instead_of: Collection[Tunnel],
+    ) -> dict[str, Route]:
+        """All routes of agents here as they are with ``routes``. Caller holds the lock."""
+        if own := [hostname for hostname in routes if hostname in self._reserved]:
+            raise HostnameTaken(dict.fromkeys(own))
+        held = _without(self._held, instead_of) if instead_of else self._held
+        found = {**held, **_joined(held, routes)}
+        permit(found)
+        return found
+
     def _put(self, held: dict[str, Route]) -> None:
         """Caller holds the lock, and does not change ``held`` afterwards."""
         self._held = held
@@ -297,7 +319,10 @@ class Registry:
 
     def _join(self) -> None:
         """Caller holds the lock."""
-        routes = {**self._elsewhere, **self._held} if self._elsewhere else self._held
+        self._served = held = self._held
+        if self._withheld:
+            self._served = held = {n: r for n, r in held.items() if n not in self._withheld}
+        routes = {**self._elsewhere, **held} if self._elsewhere else held
         self._table = (routes, any(hostname.startswith(WILDCARD) for hostname in routes))
 
     def put_elsewhere(self, routes: Mapping[str, Route]) -> None:
@@ -316,6 +341,24 @@ class Registry:
             for hostname in self._elsewhere.keys() - before.keys():
                 self._left_tcp.pop(hostname, None)
                 self.absent.pop(hostname, None)
+        self.on_claim()
+
+    def withhold(self, hostnames: Collection[str]) -> None:
+        """Do not serve these hostnames of agents here, and serve all others again: another gateway
+        may serve them. They stay claimed."""
+        withheld = frozenset(hostnames)
+        with self._lock:
+            before, self._withheld = self._withheld, withheld
+            if before == withheld:
+                return
+            self._join()
+            for hostname in withheld - before:
+                if hostname in self._held and hostname not in self._table[0]:
+                    self._await(hostname, self._held[hostname].mode)
+            for hostname in before - withheld:
+                self._left_tcp.pop(hostname, None)
+                self.absent.pop(hostname, None)
+        self.on_change()
         self.on_claim()
 
     def update(self, routes: Mapping[str, Route]) -> None:
@@ -414,8 +457,9 @@ class Registry:
         return dict(self._table[0])
 
     def held(self) -> Mapping[str, Route]:
-        """The routes of agents here by hostname, as they are now; it never changes."""
-        return self._held
+        """The routes of agents here that are served, by hostname, as they are now; it never
+        changes."""
+        return self._served
 
 
 def _without(held: Mapping[str, Route], tunnels: Collection[Tunnel]) -> dict[str, Route]:

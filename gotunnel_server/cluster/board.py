@@ -12,6 +12,7 @@ JSON: ``Renewed(*values)`` makes one again, with ``Card(*values)`` for each of i
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -27,12 +28,19 @@ UNKNOWN = "unknown"  # the board does not know this contact of the member: renew
 class Away(OSError):
     """The board cannot be reached, or cannot answer; the text says why, without a password."""
 
+    def __init__(self, text: str):
+        super().__init__(errno.ENOTCONN, text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 class Card(NamedTuple):
     """What the members know of each other. The ``id`` is random, 8 hex digits, one for the life of
     a process. ``agents`` and ``peer`` are HOST:PORT for agents and for other members; ``agents`` is
     "" if agents reach this member by the common address only. ``host`` is the machine's name,
-    ``since`` the wall-clock second in which the process started."""
+    ``since`` the wall-clock second in which the process started. ``leaving``: it ends soon, and
+    takes no new agents."""
 
     id: str
     agents: str = ""
@@ -40,6 +48,7 @@ class Card(NamedTuple):
     host: str = ""
     version: str = ""
     since: int = 0
+    leaving: bool = False
 
 
 class Renewal(NamedTuple):

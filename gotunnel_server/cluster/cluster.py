@@ -5,108 +5,229 @@ It is loaded only where CLUSTER or PROCESSES is set (membership.py in the hall).
 
 from __future__ import annotations
 
+import base64
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from time import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gotunnel import __version__
+from gotunnel_agent.common.addresses import as_host
+from gotunnel_agent.common.metrics_page import is_loopback
 
+from ..agents.members import Membership
+from ..agents.newcomer import REGISTER_TIMEOUT, Newcomers
 from ..routes import Registry
+from . import claims, members
 from .board import Board, Card, Message
+from .claims import SharedClaims
+from .members import Member
+from .peers import Peers
+from .secret import Secret
+from .settings import Settings
 
 log = logging.getLogger("gotunnel.cluster")
 
+LOOPBACK = "127.0.0.1"
+PEER_PORT = "PEER_PORT"  # as a setting in errors: the port for other members, with PROCESSES
 
-class Settings(Protocol):
+
+class Config(Protocol):
     """What a cluster needs of config.Config."""
 
     @property
-    def tunnel_port(self) -> int: ...
+    def cluster(self) -> Settings | None: ...
+
+    @property
+    def bind(self) -> tuple[str, ...]: ...
+
+    @property
+    def stall_timeout(self) -> float: ...
 
 
 class Child(Protocol):
     """What a cluster needs of processes.child.Child: one of the processes of PROCESSES."""
 
-    number: int
     secret: bytes
 
     def board(self) -> Board: ...
 
 
-class Peers(Protocol):
-    """The links to the other members, for the question that decides whether this member may go on
-    without the board. peers.py implements it."""
+class Listeners(Protocol):
+    """What a cluster needs of listeners.Listeners."""
 
-    def ask(self, ids: frozenset[str]) -> object:
-        """Ask these members whether they are without the board. Waits for nothing. For each one
-        that says so, Cluster.promised(id, asked_at) is called; ``asked_at`` is monotonic, of before
-        the question was sent."""
+    def add(
+        self, setting: str, port: int, connections: Any, places: Any, first_timeout: float,
+        addresses: Sequence[str] | None = None, /,
+    ) -> int: ...  # fmt: skip
+
+
+class Figures(NamedTuple):
+    """For status and metrics."""
+
+    member: members.Figures
+    claims: claims.Figures
 
 
 class Cluster:
-    """start(), then stop(). Any thread."""
+    """start(), then drain() and stop(). Any thread."""
 
-    def __init__(self, config: Settings, registry: Registry, child: Child | None = None):
+    def __init__(self, config: Config, registry: Registry, child: Child | None = None):
         self.id = secrets.token_hex(4)
-        self.claims = registry
-        self.peers: Peers | None = None
-        self._card = Card(self.id, host=socket.gethostname(), version=__version__,
-                          since=int(time()))  # fmt: skip
-        self._callbacks: list[Callable[[Mapping[str, Card]], object]] = []
+        self.settings = config.cluster
+        self._bind = config.bind
+        self._stall_timeout = config.stall_timeout
+        self._child = child
+        self._registry = registry
+        self.engine: Any = None  # an engine.Engine; None with PROCESSES alone
+        board, name = self._board()
+        # Raw keys, 32 bytes each: the first one signs and encrypts.
+        self.keys = _keys(self.settings, child)
+        self._member = Member(self.id, board, name)
+        self.claims = SharedClaims(self._member, board, registry)
+        self._member.claims = self.claims
+        self.peers: Peers | None = None  # from start() on
+        self._card = Card(self.id)
+        self._hear: dict[str, Callable[[Message], object]] = {}
+        board.on_message = self._heard
+        for do in ("ask", "alive", "free"):
+            self.on(do, getattr(self.claims, f"hear_{do}"))
+
+    def _board(self) -> tuple[Board, str]:
+        """The board, and its name for the log."""
+        if self.settings is None:
+            if self._child is None:
+                raise ValueError("neither CLUSTER nor PROCESSES is set")
+            return self._child.board(), "the supervisor"
+        # Loaded here: the package redis is not needed with PROCESSES alone.
+        self.engine = import_module(f"{__package__}.engine").Engine(self.settings)
+        board: Board = import_module(f"{__package__}.redis_board").RedisBoard(
+            self.engine, self.settings.name
+        )
+        return board, f"Redis at {self.engine}"
 
     # The members
 
     def members(self) -> Mapping[str, Card]:
         """The members in contact by id, this one included, as the board had it last."""
-        return {self.id: self._card}
+        return self._member.members()
 
     def on_members(self, callback: Callable[[Mapping[str, Card]], object]) -> None:
-        """Have ``callback(members)`` called after each change, in a thread of the cluster's."""
-        self._callbacks.append(callback)
+        """Have ``callback(members)`` called after each change, in a thread of the cluster's. It
+        must not wait. Before start()."""
+        self._member.on_members(callback)
+
+    def _for_agents(self) -> Mapping[str, str]:
+        """Where agents reach each member that does not end."""
+        return {id: card.agents for id, card in self.members().items() if not card.leaving}
 
     # Messages between members
 
     def publish(self, to: str, message: Message) -> None:
         """Send a message to the member ``to``, "" for all others. Waits for nothing; it may get
         lost. ``message["do"]`` names the function that hears it: see on()."""
+        self._member.publish(to, {**message, "from": self.id})
 
     def on(self, do: str, hear: Callable[[Message], object]) -> None:
         """Have ``hear(message)`` called for each message whose "do" is this word, in a thread of
-        the cluster's. ``message["from"]`` is the sender's id. Before start()."""
+        the cluster's. It must not wait. ``message["from"]`` is the sender's id. Before start()."""
+        self._hear[do] = hear
+
+    def _heard(self, message: Message) -> None:
+        hear = self._hear.get(str(message.get("do")))
+        if hear is None or message.get("from") == self.id:
+            return  # of a newer version; or our own, to all
+        try:
+            hear(message)
+        except Exception:
+            log.exception("a message of gateway %s was not understood (bug, traceback follows)",
+                          message.get("from"))  # fmt: skip
 
     # The safety rule
 
     def promise(self) -> bool:
         """Another member asks whether this one is without the board. True: it is, or cannot tell,
         and promises to take no name that it did not hold for the next PROMISE. Any thread."""
-        return False
+        return self._member.promise()
 
     def promised(self, id: str, asked_at: float) -> None:
         """A member that was asked at ``asked_at`` has given that promise. Any thread."""
+        self._member.promised(id, asked_at)
 
     def departed(self, id: str) -> None:
         """A member says by its link that it ends, and so will never take a name again."""
+        self._member.departed(id)
 
-    # What the members share
-
-    def storage(self) -> Any:
-        """A certs.storage.Storage that all members share; None: each has its own folder."""
-        return None
-
-    def locker(self) -> Any:
-        return None
+    def figures(self) -> Figures:
+        return Figures(self._member.figures(), self.claims.figures())
 
     # Life
 
-    def start(self, tunnel_port: int, tunnels: Any) -> None:
-        """Join. Waits for nothing: the board may be away. ``tunnel_port`` is the one that agents
-        reach this gateway by, ``tunnels`` are its agents.tunnel.Tunnels."""
+    def start(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> None:
+        """Join. Does not wait for the board, which may be away. ``tunnel_port`` is the one that
+        agents reach this gateway by. To be called before the listeners start. Raises NoThread,
+        PortError."""
+        tunnels = newcomers.tunnels
+        self._registry.on_free = lambda names: None  # the board says when nobody has them
+        self.claims.on_free = tunnels.standby.freed
+        tunnels.membership = Membership(self.id, self._for_agents)
+        self.peers = peers = Peers(
+            self.id, secret=Secret(self.keys), registry=self._registry, tunnels=tunnels,
+            terms=lambda: newcomers.terms, promise=self.promise, promised=self.promised,
+            departed=self.departed, stall_timeout=self._stall_timeout,
+        )  # fmt: skip
+        newcomers.peers = peers
+        self._member.peers = peers
+        self._card = self._own_card(tunnel_port, newcomers, listeners)
+        self.on_members(peers.change)
+        self.on_members(lambda members: tunnels.members_changed())
+        self.on_members(lambda members: self.claims.on_free(tunnels.standby.waited()))
+        peers.start()
+        self._member.start(self._card)
+
+    def _own_card(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> Card:
+        card = Card(self.id, host=socket.gethostname(), version=__version__, since=int(time()))
+        settings, port = self.settings, tunnel_port
+        is_shared = self._child is not None or settings is None or settings.address is None
+        if settings is None:
+            host: str | None = LOOPBACK
+        elif settings.address is not None and settings.address[0]:
+            host, port = settings.address[0], settings.address[1] or tunnel_port
+        else:
+            host = self.engine.own_address()
+            # Redis is on this machine, and agents elsewhere do not reach that address.
+            is_shared = is_shared or host == LOOPBACK and not is_loopback(self._bind)
+        if self._child is not None:  # the processes share TUNNEL_PORT
+            places = newcomers.listener.places
+            addresses = (LOOPBACK,) if settings is None else None
+            port = listeners.add(
+                PEER_PORT, 0, newcomers.beside(), places, REGISTER_TIMEOUT, addresses
+            )
+        if host is None:
+            log.warning("this gateway cannot tell by which address agents and gateways reach it: "
+                        "set CLUSTER_ADDRESS")  # fmt: skip
+            return card
+        address = f"{as_host(host)}:{port}"
+        return card._replace(peer=address, agents="" if is_shared else address)
 
     def drain(self) -> None:
         """The gateway ends soon: tell the other members, and so all agents, to dial it no more."""
+        self._card = self._card._replace(leaving=True)
+        self._member.change_card(self._card)
+        if self.peers is not None:
+            self.peers.drain()
 
     def stop(self) -> None:
         """Leave: the names are free for other members at once."""
+        self._member.stop()
+        if self.peers is not None:
+            self.peers.stop()
+
+
+def _keys(settings: Settings | None, child: Child | None) -> list[bytes]:
+    if settings is not None:
+        return [base64.urlsafe_b64decode(key) for key in settings.keys]
+    return [] if child is None else [child.secret]

@@ -29,7 +29,7 @@ the name at once.
 **A server that is new to the board** (a restart, a replica that took over, lost data) may lack the
 last claims. So each member's contact begins anew, and for SETTLE no new name is granted: all
 members in contact ask again for what they hold meanwhile, and a member that cannot has stopped
-serving by then.
+serving by then. For FORGET, a member whose own contact is younger than SETTLE gets none either.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Table:
         member = self._members.get(id)
         if member is None or member.out or not self._is_current(member, contact):
             return tuple(Answer(UNKNOWN) for _ in asks)
-        settled = member.since is not None and self.clock >= member.since + self.times.settle
-        verdicts = [self._verdict(id, settled, ask) for ask in asks]
+        has_promised = not self._is_settled(member)
+        verdicts = [self._verdict(id, has_promised, ask) for ask in asks]
         if together and any(verdict.verdict != FREE for verdict in verdicts):
             return tuple(verdicts)
         return tuple(
@@ -219,24 +219,32 @@ class Table:
     def _cards(self) -> tuple[Card, ...]:
         return tuple(each.card for _, each in sorted(self._members.items()) if not each.out)
 
-    def _verdict(self, id: str, settled: bool, ask: Ask) -> Answer:
-        """FREE if the claim can be granted. ``settled``: the claimant has promised nothing."""
+    def _verdict(self, id: str, has_promised: bool, ask: Ask) -> Answer:
+        """FREE if the claim can be granted. ``has_promised``: the claimant may have told a member
+        that is out of contact that it takes no name."""
+        is_open = ask.number or self.clock >= self._settled
         name = self._names.get(ask.name)
-        if name is None or not name.holders:
-            is_open = ask.number or self.clock >= self._settled
+        if name is None:  # perhaps lost with the data of another server, and held there
+            is_new = self.clock < self._settled - self.times.settle + self.times.forget
+            is_open = ask.number or is_open and not (has_promised and is_new)
             return Answer(FREE if is_open else LATER)
         if name.owner == ask.owner or ask.was and name.owner == ask.was and name.holders == {id}:
             return Answer(FREE)
         living = [each for each in sorted(name.holders) if self._is_in_contact(each)]
         if living:
             return Answer(LOST if ask.number else TAKEN, 0, tuple(living))
-        if settled and all(map(self._has_stopped, name.holders)):
-            is_open = ask.number or self.clock >= self._settled
+        if not has_promised and all(map(self._has_stopped, name.holders)):
             return Answer(FREE if is_open else LATER)
         return Answer(LOST if ask.number else LATER)
 
     def _is_current(self, member: _Member, contact: int) -> bool:
         return member.contact == contact and member.turn == self._turn
+
+    def _is_settled(self, member: _Member) -> bool:
+        """Whether all promises of a member are over that it gave before this contact."""
+        if not self.times.settle:  # a board that is never away
+            return True
+        return member.since is not None and self.clock >= member.since + self.times.settle
 
     def _is_in_contact(self, id: str) -> bool:
         return id in self._members and not self._members[id].out
@@ -249,15 +257,14 @@ class Table:
             and each.turn == self._turn
             and each.entered <= lost.knows
             and each.before > lost.expires
-            and each.since is not None
-            and self.clock >= each.since + self.times.settle
+            and self._is_settled(each)
             for each in self._members.values()
         )
 
     def _grant(self, id: str, ask: Ask) -> Answer:
         self._number = max(self._number, ask.number)
         name = self._names.get(ask.name)
-        if name is None or not name.holders or name.owner != ask.owner:
+        if name is None or name.owner != ask.owner:
             for holder in () if name is None else sorted(name.holders):
                 self._drop(holder, ask.name)
             if ask.number and name is None:

@@ -132,8 +132,10 @@ class Tenure:
         self._note(now)
         return not self.lapsed
 
-    def in_contact(self, now: float) -> bool:
-        return not self._failed and now < self._lease_until
+    @property
+    def begins_anew(self) -> bool:
+        """The next renewal begins a new contact, and until then nothing may be claimed."""
+        return self._broken
 
     def _note(self, now: float) -> None:
         """Note that the time is up, if it is."""
