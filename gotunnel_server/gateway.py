@@ -31,7 +31,7 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
-from .several import is_first
+from .several import is_first, together_of
 from .showing import Showing
 from .visitors import sites
 from .visitors.forwarded import Proxies
@@ -84,7 +84,7 @@ class Gateway:
         self._visitor_ports: list[Port] = []
         self._ready = threading.Event()  # the ports are open, and no drain has begun
         self.listeners = Listeners(config.bind, self._steps, inherited)
-        self._showing = Showing(config, self, self._proxies)
+        self._showing = Showing(config, self, self._proxies, together_of(child))
         readers = (*subscribers, *self._showing.subscribers)
         self.recording = Recording(config, self._proxies, self._registry.lookup, readers)
         try:
@@ -180,7 +180,7 @@ class Gateway:
             self.recording, self.tunnels, self.own_names, self.keeper.state, self.listeners,
             self._steps, self._visitors, self._newcomers, self._ready.is_set,
         )  # fmt: skip
-        site = metrics.build_site(parts, config.metrics_bind)
+        site = metrics.build_site(parts, config.metrics_bind, self._showing.together)
         self.metrics_port = self._add_page(
             metrics.SETTING, config.metrics_port, config.metrics_bind, site, HealthPort
         )

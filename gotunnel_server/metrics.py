@@ -7,8 +7,8 @@ number of words that the gateway has for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from gotunnel import __version__, process_memory
 from gotunnel_agent.common import metrics_page
@@ -55,21 +55,32 @@ class Parts(NamedTuple):
     is_ready: Callable[[], bool]
 
 
-def build_site(parts: Parts, bound: Sequence[str]) -> Site:
-    """The site of METRICS_PORT, which listens on the IP addresses ``bound``."""
+def build_site(parts: Parts, bound: Sequence[str], together: Any = None) -> Site:
+    """The site of METRICS_PORT, which listens on the IP addresses ``bound``. ``together``: a
+    processes.together.Together, if it answers for other processes as well; None: there is none."""
     loopback = metrics_page.is_loopback(bound)
 
     def unhealthy() -> str | None:
         stuck = parts.listeners.stuck(STUCK)
         return None if stuck is None else f"{stuck} is stuck"
 
+    def of_all() -> Iterable[Metric]:
+        return figures(parts) if together is None else together.metrics(figures(parts))
+
+    def any_unhealthy() -> str | None:
+        return unhealthy() if together is None else together.unhealthy(unhealthy())
+
     def unready() -> str | None:
-        return None if parts.is_ready() else "starting or draining"
+        is_ready = parts.is_ready() and (together is None or together.is_ready())
+        return None if is_ready else "starting or draining"
+
+    if together is not None:
+        together.share_metrics(lambda: figures(parts), unhealthy)
 
     def site(request: Request) -> Page:
         answer = metrics_page.answer(
             request.method, request.hostname, request.path, loopback=loopback,
-            metrics=lambda: figures(parts), unhealthy=unhealthy, unready=unready,
+            metrics=of_all, unhealthy=any_unhealthy, unready=unready,
         )  # fmt: skip
         return Page(answer.status, answer.body.encode(), answer.content_type)
 

@@ -8,6 +8,7 @@ certificate does not say which of its hostnames were.
 
 import json
 import logging
+import os
 from pathlib import Path
 
 from gotunnel_agent.common import atomic_file, small_file
@@ -49,7 +50,8 @@ class ServedFile:
             return
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = self._path.with_name(f".{FILE}.new")
+            # By process: several may share the folder (PROCESSES).
+            new = self._path.with_name(f".{FILE}.{os.getpid()}.new")
             atomic_file.write(self._path, json.dumps(served).encode(), new=new)
         except OSError as error:
             log.debug("%s cannot be written: %s", self._path, error)

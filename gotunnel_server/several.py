@@ -28,6 +28,11 @@ def is_first(child: Any) -> bool:
     return child is None or child.number == 1
 
 
+def together_of(child: Any) -> Any:
+    """The child's processes.together.Together; None if it is alone."""
+    return None if child is None else child.together
+
+
 def life_of(child: Any) -> Any:
     """A processes.child_life.ChildLife, which takes the place of a Life."""
     return import_module(f"{__package__}.processes.child_life").ChildLife(child)

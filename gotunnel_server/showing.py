@@ -39,8 +39,10 @@ class Gateway(Protocol):
 class Parts:
     """A gateway as dashboard.build.Parts."""
 
-    def __init__(self, gateway: Gateway, config: Config, blocks: Blocks):
+    def __init__(self, gateway: Gateway, config: Config, blocks: Blocks, together: Any = None):
+        """``together``: see Showing."""
         self.blocks = blocks
+        self._together = together
         self.state = SERVING
         self.ports: tuple[Port, ...] = ()  # for visitors
         self.gateway_host, self.version = config.gateway_host, __version__
@@ -73,9 +75,18 @@ class Parts:
         return counts
 
     def session(self, id: str) -> Any:
-        return self._gateway.tunnels.by_id(id)
+        found = self._gateway.tunnels.by_id(id)
+        if found is None and self._together is not None:
+            return self._together.session(id)
+        return found
 
     def renew(self, hostname: str) -> NotRenewed | None:
+        hindrance = self._renew_here(hostname)
+        if hindrance is not None and hindrance.until is None and self._together is not None:
+            return None if self._together.renew(hostname) else hindrance
+        return hindrance
+
+    def _renew_here(self, hostname: str) -> NotRenewed | None:
         try:
             self._gateway.keeper.renew(hostname)
         except NotRenewed as error:
@@ -83,7 +94,21 @@ class Parts:
         return None
 
     def cut(self, is_cut: Callable[[str], bool]) -> int:
-        return sum(port.cut(is_cut) for port in self.ports)
+        cut = sum(port.cut(is_cut) for port in self.ports)
+        return cut if self._together is None else cut + self._together.cut()
+
+    def share(self, full: Callable[[], Any], public: Callable[[], Any]) -> None:
+        if self._together is not None:
+            self._together.share_document(full)
+            self._together.share_public(public)
+            self._together.share_acts(
+                lambda: sum(port.cut(self.blocks.__contains__) for port in self.ports),
+                lambda id: self._gateway.tunnels.by_id(id),
+                self._renew_here,
+            )
+
+    def of_all(self, document: Any) -> Any:
+        return document if self._together is None else self._together.document(document)
 
     def protected(self) -> Iterable[Network]:
         return self._protected
@@ -95,7 +120,10 @@ class Parts:
 class Showing:
     """The dashboard, or none."""
 
-    def __init__(self, config: Config, gateway: Gateway, proxies: Proxies):
+    def __init__(self, config: Config, gateway: Gateway, proxies: Proxies, together: Any = None):
+        """``together``: a processes.together.Together, if other processes of the same gateway are
+        to be shown, too; None: there is none."""
+        self.together = together
         self.subscribers: tuple[Subscriber, ...] = ()  # that need a record of each visit
         self.at_port: Site | None = None  # the site of DASHBOARD_PORT
         # What the gateway's own name shows on the port for visitors; None: the landing page
@@ -108,11 +136,14 @@ class Showing:
             return
         # Loaded here, so that a gateway without a dashboard has no memory for it.
         build = import_module(f"{__package__}.dashboard.build")
-        parts = Parts(gateway, config, Blocks(config.acme_cache if config.has_login else None))
-        live = build.Live()
+        blocks = Blocks(config.acme_cache if config.has_login else None)
+        live = build.Live() if together is None else together.live()
+        parts = Parts(gateway, config, together.blocks(blocks) if together else blocks, together)
         self._dashboard = build.build(
             parts, live, config.dashboard_password, config.dashboard_token, proxies
         )
+        if together is not None:
+            together.share_logins(self._dashboard.login.sessions)
         self.at_port = self._dashboard.at_port
         if config.has_login:
             self.at_gateway = self._dashboard.at_gateway

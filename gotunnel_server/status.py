@@ -35,13 +35,23 @@ MOST_INSTANT = 250_000_000_000  # seconds since 1970: calendars end with the yea
 class Status:
     """The status socket of a running gateway."""
 
-    def __init__(self, gateway: Gateway, path: Path | None, given: socket.socket | None = None):
-        """Answers at ``path`` from now on; None: nowhere. ``given``: see StatusSocket."""
+    def __init__(
+        self,
+        gateway: Gateway,
+        path: Path | None,
+        given: socket.socket | None = None,
+        together: Any = None,
+    ):
+        """Answers at ``path`` from now on; None: nowhere. ``given``: see StatusSocket.
+        ``together``: a processes.together.Together, if it answers for other processes as well."""
         self.draining = False
         self._gateway = gateway
+        self._together = together
         self._socket = (
             None if path is None else StatusSocket(str(path), PROGRAM, self._tell, SETTING, given)
         )
+        if together is not None:
+            together.share_status(self._document)
         if self._socket is not None:
             self._socket.start()
 
@@ -50,12 +60,24 @@ class Status:
             self._socket.close()
 
     def _tell(self) -> dict[str, object]:
+        told: dict[str, object] = {"state": "draining" if self.draining else SERVING}
+        document = self._document()
+        if self._together is not None:
+            document = self._together.status(document)
+            uptime = self._together.uptime()
+            told |= {
+                "pid": self._together.supervisor,
+                "started_at": int(time() - uptime),
+                "uptime_seconds": int(uptime),
+            }
+        return {**told, **of_document(document)}
+
+    def _document(self) -> state.Document:
         gateway = self._gateway
-        state = "draining" if self.draining else SERVING
-        return {"state": state, **describe(
+        return document_of(
             gateway.tunnels.registered(), gateway.own_names, gateway.keeper.state,
             gateway.recording.counts,
-        )}  # fmt: skip
+        )  # fmt: skip
 
 
 def describe(
@@ -67,9 +89,20 @@ def describe(
 ) -> dict[str, object]:
     """The gateway's part of the answer. ``certificate_state(hostname)``: as Keeper.state().
     ``counts``: of visits; None if nothing counts them."""
+    return of_document(document_of(tunnels, own_names, certificate_state, counts, now))
+
+
+def document_of(
+    tunnels: Sequence[Tunnel],
+    own_names: Iterable[str],
+    certificate_state: Callable[[str], State],
+    counts: Counts | None = None,
+    now: Callable[[], float] = time,
+) -> state.Document:
+    """The state document that the answer is made of. Arguments as for describe()."""
     facts = Facts(host="", port=0, version="", state="", started_at=0, uptime=0, now=now())
     found = None if counts is None else counts.all()
-    return of_document(state.full(facts, tunnels, own_names, certificate_state, found))
+    return state.full(facts, tunnels, own_names, certificate_state, found)
 
 
 def remote(document: Mapping[str, Any]) -> dict[str, object]:
@@ -104,6 +137,7 @@ def of_document(document: Mapping[str, Any]) -> dict[str, object]:
         "sessions_total": _number(totals.get("sessions")),
         "hostnames_total": _number(totals.get("hostnames")),
         "certificates_total": _number(totals.get("certificates")),
+        **_processes(gateway.get("processes")),
         "sessions": [_session(row, now) for row in sessions[:MOST_LISTED]],
         "hostnames": [_hostname(row) for row in hostnames[:MOST_LISTED]],
         "certificates": [
@@ -141,9 +175,23 @@ def _ended(totals: Mapping[str, Any]) -> dict[str, object]:
     return {"ended": ended, **{key: _number(totals.get(key)) for key in keys}}
 
 
+def _processes(rows: object) -> dict[str, object]:
+    """The processes of PROCESSES; nothing if the gateway has only one."""
+    if not isinstance(rows, list):
+        return {}
+    keys = ("process", "pid", "restarts", "sessions", "visits", "running")
+    return {"processes": [
+        {"process": _number(row.get("process")), "state": _text(row.get("state")),
+         **{key: _number(row.get(key)) for key in keys[1:]}}
+        for row in map(_object, rows[:MOST_LISTED])
+    ]}  # fmt: skip
+
+
 def _session(row: Mapping[str, Any], now: float | None) -> dict[str, object]:
     at = _number(row.get("connected_at"))
+    process = {"process": _number(row["process"])} if "process" in row else {}
     return {
+        **process,
         "agent": _text(row.get("agent")),
         "address": _text(row.get("address")),
         "connected_seconds": None if at is None or now is None else int(now - at),

@@ -40,6 +40,12 @@ class Parts(acts.Hall, Protocol):
 
     def counts(self) -> Mapping[str, Count] | None: ...
 
+    def share(self, full: Callable[[], Document], public: Callable[[], Document]) -> None:
+        """Other processes of the same gateway may ask for these documents."""
+
+    def of_all(self, document: Document) -> Document:
+        """The document of all processes, made of this one's."""
+
 
 def describe(parts: Parts, live: Live) -> Callable[[], Document]:
     def described() -> Document:
@@ -78,8 +84,14 @@ def build(
 ) -> Dashboard:
     """``password``, ``token``: None for none. ``proxies`` may name the visitors that they stand
     for."""
-    full = Overview(describe(parts, live), live)
-    public = Overview(lambda: state.public(_facts(parts), parts.tunnels()))
+    own = describe(parts, live)
+
+    def own_public() -> Document:
+        return state.public(_facts(parts), parts.tunnels())
+
+    parts.share(own, own_public)
+    full = Overview(lambda: parts.of_all(own()), live)
+    public = Overview(lambda: parts.of_all(own_public()))
 
     def overview(may: May) -> Overview:
         return full if may >= May.READ else public

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -83,6 +84,7 @@ class Blocks:
     ):
         """``folder`` has the file, which is read now; None: nothing is kept. ``now()`` gives
         monotonic seconds, ``clock()`` seconds since 1970."""
+        self.folder = folder
         self._path = None if folder is None else folder / FILE
         self._now = now
         self._clock = clock
@@ -114,6 +116,12 @@ class Blocks:
 
     def add(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
         """Block a network from now on. Raises Refused if there are too many blocks."""
+        block = self.put(network, seconds, reason, by)
+        self._save()
+        return block
+
+    def put(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
+        """As add(), without writing the file: another process has."""
         block = Block(network, self._clock() + seconds, reason[:MOST_REASON], by)
         with self._lock:
             self._forget_ended()
@@ -123,20 +131,23 @@ class Blocks:
                     "one, or block a network in place of many addresses"
                 )
             self._put({**self._blocks, network: (self._now() + seconds, block)})
-        self._save()
         return block
 
     def remove(self, network: addresses.Network) -> Block | None:
         """The block that was removed; None if there was none."""
+        block = self.drop(network)
+        if block is not None:
+            self._save()
+        return block
+
+    def drop(self, network: addresses.Network) -> Block | None:
+        """As remove(), without writing the file: another process has."""
         with self._lock:
             self._forget_ended()
             found = self._blocks.get(network)
             if found is not None:
                 self._put({key: value for key, value in self._blocks.items() if key != network})
-        if found is None:
-            return None
-        self._save()
-        return found[1]
+        return None if found is None else found[1]
 
     def all(self) -> list[Block]:
         """The blocks, the latest last. If the clock was set meanwhile, they end when it says."""
@@ -199,7 +210,8 @@ class Blocks:
             ]  # fmt: skip
             try:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                new = self._path.with_name(f".{FILE}.new")
+                # By process: several may share the folder (PROCESSES).
+                new = self._path.with_name(f".{FILE}.{os.getpid()}.new")
                 atomic_file.write(self._path, json.dumps({"blocks": kept}).encode(), new=new)
             except OSError as error:
                 log.warning("%s cannot be written (%s): a restart forgets what is blocked",

@@ -24,6 +24,7 @@ from ..net.inherited import Given, Inherited
 from ..several import VARIABLE
 from .board import ChildBoard
 from .channel import ChildEnd, Message
+from .together import Together
 
 log = logging.getLogger("gotunnel.child")
 
@@ -47,6 +48,7 @@ class Child:
         self.number: int = hello["number"]  # from 1
         self.count: int = hello["count"]
         self.supervisor: int = hello["supervisor"]  # process id
+        self.began: float = hello["began"]  # monotonic, of the supervisor
         self.secret: bytes = bytes.fromhex(hello["secret"])  # that all children have
         self.sockets = [_given(*entry) for entry in hello["sockets"]]
         self._others = {
@@ -60,6 +62,7 @@ class Child:
             self.status.set_inheritable(False)
         self.processes: list[Message] = []  # all of them, as the supervisor knows them
         self.all_ready = False  # all have served, and none is to stop
+        self.together = Together(self)
         self._answers: dict[str, Callable[[Any], Any]] = {}  # to what siblings ask, by topic
         self._hear: Callable[[Any], object] = lambda told: None  # messages of other members
         self._on_order: Callable[[Message], object] = lambda order: None

@@ -86,7 +86,7 @@ class ChildLife:
             gateway.inherit(read_estate(go["estate"]))
         gateway.start()
         watchdog.start()
-        status = Status(gateway, status_socket, child.status)
+        status = Status(gateway, status_socket, child.status, child.together)
         child.tell(said="serving")
         stops = self._serve(gateway, reload)
         self._ends = True

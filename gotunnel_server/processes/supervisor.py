@@ -83,6 +83,7 @@ class Supervisor:
         self._desk = Desk(monotonic)
         self._children: dict[int, Child] = {}  # by id of the roster
         self._estates: dict[int, int] = {}  # id of a successor: of the one before, which is asked
+        self._began = monotonic()
         self._secret = secrets.token_hex(SECRET_BYTES)  # of the cluster that the children are
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals, selectors.EVENT_READ, None)
@@ -243,6 +244,7 @@ class Supervisor:
             "number": number,
             "count": self._count,
             "supervisor": os.getpid(),
+            "began": self._began,
             "secret": self._secret,
             "sockets": _described(own),
             "others": {str(other): _described(each) for other, each in others.items()},
