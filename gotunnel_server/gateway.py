@@ -31,7 +31,7 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
-from .several import is_first, together_of
+from .several import is_first, opener, together_of
 from .showing import Showing
 from .visitors import sites
 from .visitors.forwarded import Proxies
@@ -77,8 +77,8 @@ class Gateway:
         self._proxies, self._templates = Proxies(config.trusted_proxies), config.templates
         self._waiting = WaitingRoom(self._registry, self._proxies, config.agent_timeout)
         self._ports = Ports(
-            config.tcp_ports, self._open_port, capacity.ports(), self._credentials.named_ports
-        )
+            config.tcp_ports, opener(child, self._open_port), capacity.ports(),
+            self._credentials.named_ports)  # fmt: skip
         self._steps = FairWorkers(capacity.STEP_THREADS, "step")
         self._registrations = Workers(capacity.REGISTRATION_THREADS, "registration")
         self._visitor_ports: list[Port] = []

@@ -40,7 +40,7 @@ class Recording:
         if self.counts is not None:
             readers.append(self.counts)
         if config.access_log != OFF:
-            self.log_file = LogFile("ACCESS_LOG", config.access_log)
+            self.log_file = LogFile("ACCESS_LOG", config.access_log, config.processes > 1)
             readers.append(_writer(self.log_file, access_log.FORMATS[config.log_format]))
         # For the ports; None: nothing reads records, so none are made.
         self.visits: Visits | None = None

@@ -6,7 +6,7 @@ which the supervisor has started with VARIABLE in its environment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +31,15 @@ def is_first(child: Any) -> bool:
 def together_of(child: Any) -> Any:
     """The child's processes.together.Together; None if it is alone."""
     return None if child is None else child.together
+
+
+def opener(child: Any, listen: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
+    """``listen``, which opens an agent's port; one that asks the other processes first."""
+    if child is None:
+        return listen
+    opened: Callable[[int, Any], Any]
+    opened = import_module(f"{__package__}.processes.shared_ports").opener(listen, child)
+    return opened
 
 
 def life_of(child: Any) -> Any:

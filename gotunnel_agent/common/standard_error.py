@@ -16,6 +16,8 @@ import sys
 import threading
 from typing import BinaryIO, TextIO
 
+from .sole_writer import sole_writer
+
 MOST_WAITING = 1 << 20  # characters in the queue: several thousand lines, tracebacks among them
 PLAIN = logging.Formatter()
 LAST_LINES = 1  # seconds to write the last lines when the process ends; there may be no reader
@@ -44,6 +46,7 @@ class StandardError(io.TextIOBase):
         self._full = False  # a text was dropped, and the queue has not been empty since
         self._dropped = 0  # lines that were dropped and not reported yet
         self._why = ""  # why the last of them was dropped
+        self.is_shared = False  # other processes of ours write to the same pipe
         threading.Thread(target=self._write_all, name="standard error", daemon=True).start()
 
     def fileno(self) -> int:
@@ -109,19 +112,32 @@ class StandardError(io.TextIOBase):
 
     def _write(self, data: bytes) -> str:
         """Write bytes, however long that takes. Returns why some of them are lost; "" if none."""
-        left = memoryview(data)
         try:
-            while left:
-                written = self._raw.write(left)
-                if written is None:  # would block: another process made the file non-blocking
-                    select.select([], [self._raw], [])
-                else:
-                    left = left[written:]
+            if not self.is_shared:
+                self._write_bytes(data)
+            else:
+                with sole_writer(self._raw.fileno()):
+                    self._write_bytes(data)
         except OSError as error:  # the disk is full, or the pipe has no reader any more
             return error.strerror or str(error)
         except ValueError:  # code in this process has closed the file
             return "it is closed"
         return ""
+
+    def _write_bytes(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            written = self._raw.write(left)
+            if written is None:  # would block: another process made the file non-blocking
+                select.select([], [self._raw], [])
+            else:
+                left = left[written:]
+
+
+def share_standard_error() -> None:
+    """Several processes write to it from now on: none writes into another one's line."""
+    if isinstance(sys.stderr, StandardError):
+        sys.stderr.is_shared = True
 
 
 def free_standard_error(formatter: logging.Formatter = PLAIN) -> None:

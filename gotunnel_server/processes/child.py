@@ -18,6 +18,7 @@ from gotunnel import Deadline, call_logged, spawn
 from gotunnel_agent.common.json_lines import JsonLines
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.process import stay_on_one_cpu
+from gotunnel_agent.common.standard_error import share_standard_error
 
 from ..cluster.board import Board
 from ..net.inherited import Given, Inherited
@@ -82,6 +83,7 @@ class Child:
     def set_up(self) -> None:
         """Have the log's lines carry the number, and take a CPU of a small machine."""
         number_lines(self.number)
+        share_standard_error()
         stay_on_one_cpu(choose_cpu(self.number))
 
     def inherited(self) -> Inherited:

@@ -13,6 +13,8 @@ from typing import Any
 from .board import TableOfChildren
 from .channel import Message
 
+TAKE_PORT, GIVE_PORT = "take port", "give port"
+
 
 class Desk:
     """Answers the children's calls; holds no child up. One thread."""
@@ -22,8 +24,8 @@ class Desk:
         self._board = TableOfChildren(now)
         self._ports: dict[int, tuple[str, set[int]]] = {}  # hostname, ids of the children
         self._calls: dict[str, Callable[..., Any]] = {
-            "take port": self._take_port,
-            "give port": self._give_port,
+            TAKE_PORT: self._take_port,
+            GIVE_PORT: self._give_port,
             **self._board.calls,
         }
 
@@ -52,11 +54,18 @@ class Desk:
                 del self._ports[port]
 
     def _take_port(self, id: int, port: int, hostname: str) -> str:
-        """The hostname that has the port at some child, or gets it now."""
-        holder, holders = self._ports.setdefault(port, (hostname, set()))
-        if holder == hostname:
-            holders.add(id)
-        return holder
+        """Take a port for a hostname. Returns why it cannot be had now, "" if it can."""
+        holder, holders = self._ports.get(port, (hostname, set()))
+        if holder != hostname:
+            return f"{holder} has it at another process"
+        for other, (name, having) in self._ports.items():
+            # All processes are to open the same port for a hostname: its agent may have asked for
+            # any, and each process might choose another one.
+            if name == hostname and other != port and having - {id}:
+                return f"{hostname} has port {other} at another process"
+        holders.add(id)
+        self._ports[port] = (hostname, holders)
+        return ""
 
     def _give_port(self, id: int, port: int) -> None:
         if port in self._ports:

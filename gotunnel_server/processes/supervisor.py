@@ -27,6 +27,7 @@ from typing import Any
 from gotunnel import __version__
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.process import HANG_UP, Signals
+from gotunnel_agent.common.standard_error import share_standard_error
 
 from ..config import Config, load
 from ..net.inherited import LISTEN, Given, Inherited, of_systemd
@@ -94,6 +95,7 @@ class Supervisor:
     def run(self) -> int:
         log.info("gotunnel %s: %d processes serve %s", __version__, self._count,
                  ", ".join(sorted({given.name for given in self._sockets.of(1)})))  # fmt: skip
+        share_standard_error()
         try:
             self._act(self._roster.begin(monotonic()))
             while self._status is None:

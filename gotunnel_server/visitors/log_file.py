@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from time import monotonic
 
 from gotunnel import spawn
+from gotunnel_agent.common.sole_writer import sole_writer
 
 log = logging.getLogger("gotunnel.log_file")
 
@@ -40,9 +41,11 @@ class LogFileError(Exception):
 class LogFile:
     """The file, its queue and its thread: call start(), then stop(). Any thread."""
 
-    def __init__(self, setting: str, path: str):
-        """``path``: STANDARD_OUTPUT, or of a file that is made if it is missing. Raises
-        LogFileError, which names ``setting``, the variable that names the path."""
+    def __init__(self, setting: str, path: str, shared: bool = False):
+        """``path``: STANDARD_OUTPUT, or of a file that is made if it is missing. ``shared``: other
+        processes of ours write to it, too. Raises LogFileError, which names ``setting``, the
+        variable that names the path."""
+        self._shared = shared
         self.dropped = 0  # lines, since the start
         self._path = path
         self._setting = setting
@@ -168,10 +171,11 @@ class LogFile:
             file = self._file = self._open() if self._file is None else self._file
             if file is None:
                 raise OSError("it cannot be opened")
-            if self._torn:
-                self._torn = not _put(file, b"\n")
-            while written < len(data):
-                written += _put(file, view[written:])
+            with sole_writer(file) if self._shared else contextlib.nullcontext():
+                if self._torn:
+                    self._torn = not _put(file, b"\n")
+                while written < len(data):
+                    written += _put(file, view[written:])
         except OSError as error:  # the disk is full, the pipe has no reader, the folder is gone
             why = error.strerror or str(error)
         with self._changed:
