@@ -146,8 +146,9 @@ def metrics(found: Mapping[int, Sequence[Any]]) -> list[Metric]:
     for number, values in sorted(found.items()):
         for name, kind, help, samples in values:
             labelled = tuple(
-                Sample(value, _labelled(labels, number), suffix) for value, labels, suffix in samples
-            )  # fmt: skip
+                Sample(value, _labelled(labels, number), suffix)
+                for value, labels, suffix in samples
+            )
             before = joined.get(name, Metric(name, kind, help, ()))
             joined[name] = before._replace(samples=(*before.samples, *labelled))
     return list(joined.values())

@@ -11,7 +11,8 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from gotunnel_agent.common.sole_writer import sole_writer
 line = (sys.argv[2] * 20_000 + "\\n").encode()
-for _ in range(20):
+sys.stdin.read()  # both begin at once
+for _ in range(50):
     left = memoryview(line)
     with sole_writer(1):
         while left:
@@ -22,14 +23,19 @@ for _ in range(20):
 def test_long_lines_of_two_processes_stay_whole_in_a_pipe():
     reading, writing = os.pipe()
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(ROOT), letter], stdout=writing)
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(ROOT), letter],
+            stdin=subprocess.PIPE, stdout=writing,
+        )
         for letter in "ab"
-    ]
+    ]  # fmt: skip
     os.close(writing)
-    with open(reading, "rb") as pipe:
-        lines = pipe.read().split(b"\n")
+    for writer in writers:
+        writer.stdin.close()
+    with open(reading, "rb", buffering=0) as pipe:  # a slow reader: the pipe is full most times
+        lines = b"".join(iter(lambda: pipe.read(4096), b"")).split(b"\n")
     for writer in writers:
         assert writer.wait(TIMEOUT) == 0
-    assert len(lines) == 41 and lines.pop() == b""
+    assert len(lines) == 101 and lines.pop() == b""
     assert {(len(line), len(set(line))) for line in lines} == {(20_000, 1)}
     assert {line[:1] for line in lines} == {b"a", b"b"}
