@@ -94,6 +94,7 @@ FEATURES = frozenset({  # the extensions that this gateway knows
 LAST_WORD = 0.2
 REVOKED = "revoked"  # END's code: the credential no longer permits the session
 ENDED = "ended"  # END's code: the operator has ended the session
+SILENT = "silent"  # END's code: the agent has not answered in time, and dials again at once
 OPEN_TIMEOUT = 10  # seconds that a visit waits while 256 opened streams have no answer yet
 # When a session has so few stream ids left, its agent is asked for a new session. At 20,000 visits
 # a second that leaves a quarter of an hour.
@@ -265,7 +266,7 @@ class Tunnel:
         self._port_delay = PORT_DELAY
         self._make_room = make_room
         self._awaited: Mapping[str, Holder] = {}  # denied hostnames that it waits for: see await_()
-        self._heartbeat = Heartbeat(session, control, self.replace, self._take_messages)
+        self._heartbeat = Heartbeat(session, control, self._fell_silent, self._take_messages)
         self._members: Teller | None = None
         if tunnels.membership is not None and MEMBERS in self.features:
             self._members = Teller(tunnels.membership, session, control, agent.instance)
@@ -579,6 +580,13 @@ class Tunnel:
     def replace(self, reason: str) -> None:
         """End the session at once, as another one takes its place. Any thread."""
         self._part(End(REPLACED, f"another session takes over: {reason}"))
+
+    def _fell_silent(self, reason: str) -> None:
+        """The agent was asked for a sign of life, and has not answered in time."""
+        if any(route.pool is not None for route in self.routes.values()):
+            self._part(End(SILENT, reason))  # it does not need to go: it may come back at once
+        else:
+            self.replace(reason)
 
     def end_by_operator(self, reason: str) -> None:
         """End the session at once, and tell the agent so. It may dial again. Any thread."""

@@ -7,7 +7,7 @@ import pytest
 from hand_made import answering, registered, registration, reply_to
 from support import APP, RAW, gateway_here, wait_until
 
-from gotunnel import HALF_CLOSE, PARTIAL, POLICIES, POOLS, PORTS
+from gotunnel import HALF_CLOSE, PARTIAL, POLICIES, POOLS, PORTS, REASONS, End
 from gotunnel_server.agents import heartbeat
 from gotunnel_server.agents.identity import Identity
 from gotunnel_server.agents.pool import (
@@ -504,3 +504,15 @@ def test_a_pool_shares_its_port(gateway):
             assert ports.hostnames() == {port: RAW} and registry.lookup(RAW).port == port
             assert not last.session.ended
     wait_until(lambda: not ports.hostnames())
+
+
+def test_an_agent_of_a_pool_that_is_silent_is_told_that_and_not_that_it_was_replaced(
+    gateway, monkeypatch
+):
+    monkeypatch.setattr(heartbeat, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(heartbeat, "SIGN_OF_LIFE", 0.1)
+    with pooled(gateway, APP, features=(REASONS,)) as agent:
+        gateway.inner._registry.lookup(APP).tunnel.ask()
+        while not isinstance(end := agent.hear(), End):
+            pass
+        assert (end.code, end.reason) == ("silent", "its agent did not answer in 0.2 s")
