@@ -133,6 +133,7 @@ class Passage:
 
     def start(self) -> None:
         self._peer = Watched(self._stream, self._job.wake)
+        self._job.wake()
 
     def _work(self) -> None:
         if self._over:

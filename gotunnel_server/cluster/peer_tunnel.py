@@ -152,6 +152,7 @@ class Accepted:
         self.session.call_later(GREETING_TIMEOUT, self._await_greeting)
         self.session.call_later(KEPT_LOOK, self._close_old)
         self._watched = Watched(self._control, self._job.wake)
+        self._job.wake()
         self.session.start()
 
     def close(self, reason: str) -> None:

@@ -88,15 +88,14 @@ class Watched:
     __slots__ = ("stream",)
 
     def __init__(self, stream: Stream, on_change: Callable[[], None]):
-        """``on_change()`` is called when take() or put() may have more to do, perhaps for no
-        reason; also once now. The session's lock may be held then: it must not wait, nor take a
-        session's lock."""
+        """``on_change()`` is called when take() or put() may have more to do from now on, perhaps
+        for no reason. The session's lock may be held then: it must not wait, nor take a session's
+        lock."""
         self.stream = stream
         with stream._lock:
             stream._readable = _Call(stream._lock, on_change)
             stream._writable = _Call(stream._lock, on_change)
             stream._on_payload = on_change
-        on_change()
 
     def take(self, size: int = READ_SIZE) -> bytes | None:
         """Bytes that have come, b"" after the peer's FIN, None if none have come. Raises
