@@ -488,7 +488,7 @@ class Link:
         for name, reason in refused.items():
             if self._agent.logged.get(name) != (reason,):
                 self._agent.logged[name] = (reason,)
-                if name in waited_for:
+                if name in waited_for and reason == f"{TAKEN}: {name}":  # no more to say of it
                     news.append(name)
                     continue
                 more = "; the agent keeps asking for it" * (name in service.refused_for_now())

@@ -4,14 +4,19 @@ import types
 
 import pytest
 
-from gotunnel import Ping, Pong, SessionClosed
+from gotunnel import Health, Ping, Pong, SessionClosed
 from gotunnel_server.agents import heartbeat
 from gotunnel_server.agents.heartbeat import (
+    ANSWER_LOOK,
     ANSWER_TIMEOUT,
     BEAT,
+    LISTEN,
+    LISTEN_COST,
     PING_INTERVAL,
     PONG_TIMEOUT,
     SIGN_OF_LIFE,
+    WATCH_PAUSE,
+    WATCHED_TIMEOUT,
     Heartbeat,
 )
 
@@ -21,12 +26,13 @@ class House:
 
     def __init__(self, monkeypatch):
         self.now, self.said, self.came, self.silent, self.closed = 1000.0, [], [], [], []
+        self.others = []  # messages beside pongs
         self.timers = []
         self.heard_at = self.now
         monkeypatch.setattr(heartbeat, "monotonic", lambda: self.now)
         say = self.said.append
         control = types.SimpleNamespace(read=self.read, send=say, tell=say)
-        self.heart = Heartbeat(self, control, self.silent.append)
+        self.heart = Heartbeat(self, control, self.silent.append, self.others.extend)
 
     def read(self):
         messages, self.came = self.came, []
@@ -160,3 +166,91 @@ def test_a_control_stream_that_breaks_during_a_look_ends_the_session(house):
     house.came.append(SessionClosed)
     house.pass_time(1)
     assert house.closed == ["the agent ended the control stream"]
+
+
+# While another agent waits -----------------------------------------------------------------------
+
+
+def test_watched_agent_is_asked_again_and_again(house):
+    house.heart.watch(True)
+    house.heart.watch(True)  # it is already
+    house.pass_time(10 * WATCH_PAUSE, pongs=True)
+    assert 7 <= len(house.said) <= 10 and not house.silent
+    house.heart.watch(False)
+    house.pass_time(WATCH_PAUSE, pongs=True)
+    said = len(house.said)
+    house.pass_time(10 * ANSWER_TIMEOUT, pongs=True)
+    assert len(house.said) == said and not house.timers
+
+
+def test_watched_agent_that_dies_is_reported_soon(house):
+    house.heart.watch(True)
+    house.pass_time(10, pongs=True)
+    died = house.now
+    house.pass_time(WATCH_PAUSE + WATCHED_TIMEOUT + 3 * ANSWER_LOOK)
+    assert house.silent == [f"its agent did not answer in {WATCHED_TIMEOUT:g} s"]
+    assert house.now - died < 3.5
+    house.pass_time(60)
+    assert len(house.silent) == 1
+
+
+def test_agent_that_is_watched_again_is_asked_no_more_often(house):
+    for _ in range(5):
+        house.heart.watch(True)
+        house.pass_time(WATCH_PAUSE / 3, pongs=True)
+        house.heart.watch(False)
+    house.heart.watch(True)
+    house.pass_time(2 * WATCH_PAUSE, pongs=True)
+    before = len(house.said)
+    house.pass_time(10 * WATCH_PAUSE, pongs=True)
+    assert len(house.said) - before <= 10
+
+
+def test_claim_while_an_agent_is_watched_has_its_answer(house):
+    house.heart.watch(True)
+    house.pass_time(ANSWER_LOOK / 2)
+    since = house.heart.ask()
+    house.came.append(Pong(1))
+    house.pass_time(2 * ANSWER_LOOK)
+    assert house.heart.has_answered(since)
+
+
+# Other messages ----------------------------------------------------------------------------------
+
+ILL = Health("app.localhost", False, "503")
+
+
+def test_other_messages_are_passed_on_soon_if_they_are_expected(house):
+    house.heart.start(listens=True)
+    house.came.append(ILL)
+    house.heard_at = house.now + 0.01
+    house.pass_time(LISTEN)
+    assert house.others == [ILL]
+    house.came += [Pong(1), ILL]
+    house.pass_time(LISTEN)  # nothing was heard, so nothing is read
+    assert house.others == [ILL]
+    house.heard_at = house.now
+    house.pass_time(LISTEN)
+    assert house.others == [ILL, ILL]
+
+
+def test_other_messages_come_with_the_pongs_otherwise(house):
+    house.heart.start()
+    house.came.append(ILL)
+    house.heard_at = house.now + 0.01
+    house.pass_time(BEAT - 0.1)
+    assert not house.others
+    house.pass_time(0.2)
+    assert house.others == [ILL]
+
+
+def test_flood_of_messages_is_read_slowly(house):
+    house.heart.start(listens=True)
+    house.heard_at = house.now + 0.01
+    house.came += [ILL] * 3000
+    house.pass_time(LISTEN)
+    assert len(house.others) == 3000
+    house.heard_at = house.now
+    house.came.append(ILL)
+    house.pass_time(min(BEAT, 3000 * LISTEN_COST) - 2 * LISTEN)
+    assert len(house.others) == 3000
