@@ -170,6 +170,17 @@ def figures(agent: Agent) -> Iterator[Metric]:
         f"{PREFIX}refused_tunnels", "Those of them that the gateway does not serve.",
         Sample(sum(route.problem != "" for route in routes.values())),
     )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}waiting_tunnels", "... because another agent serves them, and this one waits.",
+        Sample(len(snapshot.waits)),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}target_well", "1 if the target is well, 0 if not, by the looks of health.",
+        *(
+            Sample(not problem, (("hostname", hostname),))
+            for hostname, problem in sorted(snapshot.health.items())
+        ),
+    )  # fmt: skip
     yield counter(f"{PREFIX}streams_total", "Streams that have come.", Sample(totals.streams))
     yield gauge(f"{PREFIX}streams", "Streams that are served now.", Sample(snapshot.visits))
     yield counter(

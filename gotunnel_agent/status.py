@@ -24,6 +24,8 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
     """The agent's part of the answer. ``config_file``: the path of its configuration."""
     since, routes = snapshot.since, snapshot.all_routes()
     state = "stopping" if snapshot.stopping else SERVING if since is not None else "no session"
+    if state == SERVING and snapshot.waits and not snapshot.routes:
+        state = "waiting"  # for another agent to leave
     tunnels = [
         {
             "hostname": hostname,
@@ -32,9 +34,12 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
             "target": str(route.tunnel.target),
             "url": route.url,
             "served": since is not None and not route.problem,
+            "health": _health(snapshot.health.get(hostname)),
             "certificate": snapshot.certificates.get(hostname, "").partition(":")[0],
             "reason": on_one_line(
-                route.problem or snapshot.certificates.get(hostname, "").partition(": ")[2],
+                route.problem
+                or snapshot.health.get(hostname)
+                or snapshot.certificates.get(hostname, "").partition(": ")[2],
                 MOST_REASON,
             ),
         }
@@ -51,6 +56,11 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
         "tunnels_total": len(routes),
         "tunnels": tunnels,
     }
+
+
+def _health(problem: str | None) -> str:
+    """``problem``: as Snapshot.health has it; None: the target is not looked at."""
+    return "" if problem is None else "failed" if problem else "ok"
 
 
 def status_socket_of(config: Config, tell: Callable[[], Mapping[str, Any]]) -> StatusSocket | None:

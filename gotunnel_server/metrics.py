@@ -7,6 +7,7 @@ number of words that the gateway has for them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from .visitors.request import Request
 from .visitors.sites import Site
 
 MOST_CERTIFICATES = 500  # hostnames with an expiry time; the gateway's own names come first
+MOST_TARGETS = 1000  # lines on the health of targets; a hostname has one, in a pool two
 STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
 PREFIX = "gotunnel_gateway_"
 SETTING = "METRICS_PORT"
@@ -201,6 +203,24 @@ def _sessions(parts: Parts) -> Iterator[Metric]:
     hostnames = sum(len(tunnel.routes) for tunnel in tunnels)
     yield gauge(f"{PREFIX}sessions", "Agents that are registered.", Sample(len(tunnels)))
     yield gauge(f"{PREFIX}hostnames", "Hostnames that agents serve.", Sample(hostnames))
+    targets = Counter(
+        (route.hostname, "failed" if problem else "ok")
+        for tunnel in tunnels
+        for route in tunnel.routes.values()
+        if (problem := tunnel.health.told.get(route.hostname)) is not None
+    )
+    yield gauge(
+        f"{PREFIX}targets",
+        "Targets that agents look at (health), by hostname and whether they are well.",
+        *(
+            Sample(count, (("hostname", hostname), ("state", state)))
+            for (hostname, state), count in sorted(targets.items())[:MOST_TARGETS]
+        ),
+    )  # fmt: skip
+    yield gauge(
+        f"{PREFIX}waiting_sessions", "Agents that wait for hostnames which others serve.",
+        Sample(len(parts.tunnels.standby.waiting())),
+    )  # fmt: skip
     streams, visits = sum(each.streams for each in usages), sum(each.visits for each in usages)
     yield gauge(f"{PREFIX}streams", "Open data streams, kept ones included.", Sample(streams))
     yield gauge(f"{PREFIX}running_visits", "Streams that serve a visit now.", Sample(visits))

@@ -61,7 +61,7 @@ class Parts:
         return monotonic() - self._began
 
     def tunnels(self) -> Collection[Any]:
-        tunnels: Collection[Any] = self._gateway.tunnels.registered()
+        tunnels: Collection[Any] = self._gateway.tunnels.shown()
         return tunnels
 
     def certificate_state(self, hostname: str) -> Any:

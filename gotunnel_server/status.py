@@ -11,7 +11,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from gotunnel_agent.common.one_line import on_one_line, words_and_link
+from gotunnel_agent.common.one_line import on_one_line, some, words_and_link
 from gotunnel_agent.common.show_status import SERVING
 from gotunnel_agent.common.status_socket import FORMAT, StatusSocket
 
@@ -75,7 +75,7 @@ class Status:
     def _document(self) -> state.Document:
         gateway = self._gateway
         return document_of(
-            gateway.tunnels.registered(), gateway.own_names, gateway.keeper.state,
+            gateway.tunnels.shown(), gateway.own_names, gateway.keeper.state,
             gateway.recording.counts,
         )  # fmt: skip
 
@@ -199,7 +199,14 @@ def _session(row: Mapping[str, Any], now: float | None) -> dict[str, object]:
         "hostnames": _number(row.get("hostnames")),
         "visits": _number(row.get("visits")),
         "streams": _number(row.get("streams")),
+        "reason": _in_wait(row.get("waits_for")),
     }
+
+
+def _in_wait(hostnames: object) -> str:
+    """What to say of a session that waits for hostnames of another one."""
+    names = [_text(name) for name in hostnames] if isinstance(hostnames, list) else []
+    return f"waits for {some(names)}, which another agent serves" if names else ""
 
 
 def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
@@ -211,9 +218,11 @@ def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
         "protocol": _text(row.get("protocol")),
         "port": _number(row.get("port")),
         "target": _text(row.get("target")),
+        "health": _text(row.get("health")),
         "agent": _text(row.get("agent")),
         **visits,
         "failed_visits": _number(row.get("failed")),
+        "reason": _text(row.get("health_reason")),
     }
 
 

@@ -25,6 +25,9 @@ class State(Protocol):
     @property
     def routes(self) -> Mapping[str, Route]: ...
 
+    @property
+    def health(self) -> Mapping[str, str]: ...
+
 
 class Inspected(Protocol):
     """What an inspector looks at: an Agent."""

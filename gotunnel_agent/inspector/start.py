@@ -154,13 +154,15 @@ class Inspector:
 
     def _tell(self) -> Mapping[str, object]:
         """What the page shows of the agent."""
+        snapshot = self._agent.snapshot()
         tunnels = [
             {
                 "hostname": hostname,
                 "target": str(route.tunnel.target),
                 "url": route.address(hostname),
+                "health": snapshot.health.get(hostname),  # see Snapshot; None: it is not looked at
             }
-            for hostname, route in self._routes().items()
+            for hostname, route in snapshot.routes.items()
         ]
         return {"tunnels": tunnels}
 

@@ -60,12 +60,14 @@ class Look(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A tunnel. ``problem``: why it is not served; ``certificate``: its state while it has none."""
+    """A tunnel. ``problem``: why it is not served; ``certificate``: its state while it has none;
+    ``ill``: why its target is not well."""
 
     url: str
     target: str
     problem: str = ""
     certificate: str = ""
+    ill: str = ""
 
 
 class Said(NamedTuple):
@@ -187,6 +189,8 @@ def _tunnels(view: View, paper: _Paper, most: int) -> list[str]:
             lines += paper.wrapped(f"{look.arrow} {target}", "", 2 * MARGIN)
         if tunnel.problem:
             lines += paper.wrapped(f"not served: {tunnel.problem}", BAD, 2 * MARGIN)
+        elif tunnel.ill:
+            lines += paper.wrapped(f"target not well: {tunnel.ill}", BAD, 2 * MARGIN)
         elif tunnel.certificate:
             lines += paper.wrapped(tunnel.certificate, ODD, 2 * MARGIN)
     if len(view.tunnels) > len(shown):

@@ -196,11 +196,21 @@ def _tunnels(snapshot: Snapshot, target_words: Callable[[Tunnel], str]) -> Itera
         state, _, why = snapshot.certificates.get(hostname, "").partition(": ")
         failed = f"no certificate: {shorter(why)}"
         words = {"waiting": CERTIFICATE_WAITS, "failed": failed}.get(state, "")
+        ill = snapshot.health.get(hostname, "")
         yield Shown(
             hostname.removesuffix(OPEN) if is_asked_for else route.address(hostname),
             target_words(route.tunnel),
             words_on_one_line(problem),
             words_on_one_line(words),
+            words_on_one_line(ill),
+        )
+    for name in snapshot.refused.keys() - snapshot.routes.keys():
+        route = snapshot.configured[name]
+        why = snapshot.why_refused(name).removeprefix("refused: ")
+        yield Shown(
+            route.address(name.removesuffix(OPEN)),
+            target_words(route.tunnel),
+            words_on_one_line(why),
         )
 
 

@@ -169,6 +169,10 @@ class Tunnels:
         """The tunnels that serve hostnames now."""
         return [tunnel for tunnel in self._all() if tunnel.routes]
 
+    def shown(self) -> list[Tunnel]:
+        """Those, and the ones that wait for hostnames."""
+        return [tunnel for tunnel in self._all() if tunnel.routes or tunnel.waits_for]
+
     def by_id(self, id: str) -> Tunnel | None:
         """The tunnel with that id whose session goes on, also one that leaves; or None."""
         found = (tunnel for tunnel in self._all() if tunnel.id == id)
@@ -288,6 +292,11 @@ class Tunnel:
     @property
     def identity(self) -> Identity:
         return self.agent.identity
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """The hostnames that it waits for, which others have."""
+        return tuple(self._awaited) if self.stage is Stage.SERVING else ()
 
     @property
     def round_trip(self) -> float | None:

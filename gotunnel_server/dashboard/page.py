@@ -356,6 +356,14 @@ def _mode(entry: Document) -> str:
     return _text(f"{mode}, {protocol}" if protocol and protocol != mode else mode, 30)
 
 
+def _target(entry: Document) -> str:
+    target = _text(entry.get("target"))
+    if entry.get("health") != "failed":
+        return target
+    reason = _text(entry.get("health_reason"), 200)
+    return f'{target} <span class="bad" title="{reason}">not well: {reason}</span>'
+
+
 def _failed(entry: Document) -> str:
     count = _number(entry.get("failed"))
     return f'<span class="bad">{count}</span>' if entry.get("failed") else count
@@ -366,6 +374,9 @@ def _names(session: Document, names: Sequence[str]) -> str:
     count = session.get("hostnames")
     count = count if isinstance(count, int) else len(names)
     if not names:
+        awaited = session.get("waits_for")
+        if isinstance(awaited, list) and awaited:
+            return f'<span class="warn">waits for {", ".join(map(_text, awaited))}</span>'
         return f"{count:,}"
     if len(names) <= 2:
         return ", ".join(map(_text, names))
@@ -424,7 +435,7 @@ SESSIONS = (
 HOSTNAMES = (
     _Column("hostname", "Hostname", _hostname, "title"),
     _Column("mode", "Mode", _mode),
-    _Column("target", "Target", lambda e: _text(e.get("target"))),
+    _Column("target", "Target", _target),
     _Column("agent", "Agent", lambda e: _text(e.get("agent"))),
     _Column("rate", "Visits/s", lambda e: f"<span>{_rate(e.get('visits_per_second'))}</span>"),
     _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),

@@ -26,6 +26,7 @@ Document = dict[str, Any]
 
 MOST_LISTED = 1000  # entries of each list; some 500 bytes each
 MOST_PATH = 2048  # characters of a path
+MOST_AWAITED = 20  # hostnames that one session waits for; the first ones say enough
 MOST_NAME = 253  # characters of any other text: the longest hostname
 MOST_ERROR = 4000  # characters of a certificate's error, with the CA's link
 SPARK = 60  # points of a sparkline: visits of each of the last full seconds
@@ -80,6 +81,13 @@ class Failed(Protocol):
     def __getitem__(self, hostname: str, /) -> int: ...
 
 
+class Health(Protocol):
+    """... of how the targets of a session are (agents/health.py)."""
+
+    @property
+    def told(self) -> Mapping[str, str]: ...
+
+
 class Tunnel(Protocol):
     """... of a session, which serves hostnames (agents/tunnel.py)."""
 
@@ -94,6 +102,12 @@ class Tunnel(Protocol):
 
     @property
     def routes(self) -> Mapping[str, Route]: ...
+
+    @property
+    def waits_for(self) -> Sequence[str]: ...  # hostnames that others have
+
+    @property
+    def health(self) -> Health: ...
 
     @property
     def round_trip(self) -> float | None: ...
@@ -272,12 +286,19 @@ def _more(
     return {
         "port": route.port,
         "target": shown(route.target, MOST_NAME),
+        **_health(tunnel.health.told.get(route.hostname)),
         "session": tunnel.id,
         "agent": agent_name(tunnel.agent),
         "since": int(tunnel.since),
         **dict(zip(FIGURES, figures)),
         **_rate(rates.by_hostname.get(route.hostname, _NO_SPARK)),
     }
+
+
+def _health(problem: str | None) -> Document:
+    """``problem``: as agents/health.py has it; None: the agent has not said how its target is."""
+    word = "" if problem is None else "failed" if problem else "ok"
+    return {"health": word, "health_reason": shown(problem or "", MOST_NAME)}
 
 
 def _rate(spark: Sequence[int]) -> Document:
@@ -295,6 +316,7 @@ def _session(tunnel: Tunnel, usage: Usage) -> Document:
         "hostnames": len(tunnel.routes),
         "streams": usage.streams,
         "visits": usage.visits,
+        "waits_for": [shown(name, MOST_NAME) for name in tunnel.waits_for[:MOST_AWAITED]],
     }
 
 

@@ -136,6 +136,15 @@ def test_without_javascript_the_page_reloads_itself_and_shows_all():
     assert body.index("no-tunnel") < body.index(">200<")  # the newest visit comes first
 
 
+def test_target_that_is_not_well_and_session_that_waits():
+    ill = a_hostname(health="failed", health_reason="503 for GET /<b>")
+    waiting = a_session(id="w", hostnames=0, waits_for=["db.test", "<i>"])
+    shown = html(ill, sessions=[waiting])
+    assert "not well: 503 for GET /&lt;b&gt;" in shown
+    assert "waits for db.test, &lt;i&gt;" in shown
+    assert "not well: 503" not in html(a_hostname(health="ok", health_reason="503"))
+
+
 def test_a_list_that_is_cut_short_says_so():
     text = html(a_hostname(), totals={"hostnames": 1500, "sessions": 0})
     assert "1 of 1,500 are listed" in text and "Hostnames <b>1,500</b>" in text

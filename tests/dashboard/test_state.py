@@ -20,12 +20,18 @@ NOW = 100 * DAY
 FACTS = Facts("gateway.test", 443, "1.2.3", "serving", NOW - 60.9, 60.9, NOW)
 
 
-def tunnel(name="office", since=0.0, round_trip=None, id="aa", **routes):
+NOTHING_TOLD = {}
+
+
+def tunnel(
+    name="office", since=0.0, round_trip=None, id="aa", waits_for=(), told=NOTHING_TOLD, **routes
+):
     return SimpleNamespace(
         id=id, since=since, round_trip=round_trip, failed=Counter({"tcp.test": 3}),
         agent=SimpleNamespace(host="192.0.2.1", identity=Identity(name)),
         routes={key.replace("_", "."): value for key, value in routes.items()},
-        usage=lambda: SimpleNamespace(streams=5, visits=2),
+        usage=lambda: SimpleNamespace(streams=5, visits=2), waits_for=waits_for,
+        health=SimpleNamespace(told=told),
     )  # fmt: skip
 
 
@@ -48,9 +54,31 @@ def test_what_is_told_of_the_gateway_and_its_sessions():
     assert told["sessions"] == [{
         "id": "aa", "agent": "office", "address": "192.0.2.1", "connected_at": 5,
         "round_trip_ms": 12.3, "hostnames": 1, "streams": 5, "visits": 2,
+        "waits_for": [],
     }]  # fmt: skip
     assert told["totals"]["running"] == 2 and told["totals"]["certificates"] == 2
     assert told["public"] is False
+
+
+def test_session_that_waits_says_for_what():
+    names = [f"{number}.test" for number in range(30)]
+    (session,) = full(tunnel(waits_for=("a\x1b.test", *names)))["sessions"]
+    assert session["hostnames"] == 0 and len(session["waits_for"]) == state.MOST_AWAITED
+    assert session["waits_for"][:2] == ["a\\x1b.test", "0.test"]
+
+
+@pytest.mark.parametrize(
+    ("told", "health", "reason"),
+    [
+        ({}, "", ""),
+        ({"A.test": ""}, "ok", ""),
+        ({"A.test": "503\x1b"}, "failed", "503\\x1b"),
+        ({"other.test": "503"}, "", ""),
+    ],
+)
+def test_health_of_a_target_is_as_its_agent_told(told, health, reason):
+    (row,) = full(tunnel(told=told, a_test=route("A.test")))["hostnames"]
+    assert (row["health"], row["health_reason"]) == (health, reason)
 
 
 @pytest.mark.parametrize(
