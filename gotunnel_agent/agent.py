@@ -1,9 +1,11 @@
-"""The agent: keeps a link to the gateway, and tells how it stands.
+"""The agent: keeps a link to the gateway, or to each of several that are one, and tells how it
+stands.
 
 Threads, besides the session's demultiplexer (see gotunnel.py):
 
     thread     how many              does                                   ends when
-    agent      1                     the link's loop (link.py)              stop()
+    agent      1                     the first link's loop (link.py)        stop()
+    link PLACE 1 a further gateway   the loop of a link to that one         it is no member any more
     control    1 a session           reads the control stream, sends pongs  the session ends
     accept     1 a session           hands each new data stream a worker    the session ends
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
@@ -20,16 +22,19 @@ stopped process alive.
 """
 
 import logging
+import threading
 from collections.abc import Mapping
 from time import monotonic
 from typing import NamedTuple
 
-from gotunnel import Session
+from gotunnel import NoThread, Session, spawn
 
+from .common.one_line import some
 from .config import Config
-from .link import LAST_WORDS, Link, Shared
+from .link import LAST_WORDS, Link, Service, Shared
 from .plan import Plan, changes, needs_session
 from .registering import in_wait
+from .roster import MOST_MEMBERS, chosen, reached, to_open, wanted
 from .target import Route
 
 log = logging.getLogger("gotunnel.agent")
@@ -37,6 +42,18 @@ log = logging.getLogger("gotunnel.agent")
 # When the agent stops: seconds without a visit after which it ends a session that the gateway has
 # not ended. Before, a visit may come that the gateway began before it read our GO_AWAY.
 LEAVE_LOOK = 0.5
+# Links at a time. A gateway could tell other members again and again, and each link that is not
+# needed any more takes a while to end.
+MOST_LINKS = 2 * MOST_MEMBERS
+
+
+class Linked(NamedTuple):
+    """One of several gateways, and how the agent's session with it stands."""
+
+    gateway: str  # its address
+    member: str  # its id; "" as long as it is not known
+    since: float | None  # monotonic time of the session's ack; None while none serves
+    problem: str  # why there is no session; "" while one serves
 
 
 class Snapshot(NamedTuple):
@@ -57,6 +74,7 @@ class Snapshot(NamedTuple):
     waits: frozenset[str] = frozenset()  # those of ``refused`` that are awaited
     # Whether the targets are well that health.py looks at, by hostname: "", or why it is not.
     health: Mapping[str, str] = {}
+    gateways: tuple[Linked, ...] = ()  # if several are one
 
     def all_routes(self) -> dict[str, Route]:
         """Also those of refused hostnames, with the reason as their problem."""
@@ -81,12 +99,20 @@ class Totals(NamedTuple):
 
 
 class Agent(Shared):
-    """Serves one gateway until stop() is called. run() is the agent's thread."""
+    """Serves one gateway, or several that are one, until stop() is called. run() is the agent's
+    thread."""
 
     def __init__(self, config: Config):
         """Raises CannotTrust."""
         super().__init__(config)
-        self.link = Link(self)
+        self._threads: list[threading.Thread] = []  # of the further links
+        # How many gateways serve what, as the log has told last; None if one has failed since.
+        self._told: tuple[int, tuple[str, ...]] | None = None
+
+    @property
+    def link(self) -> Link:
+        """The first one."""
+        return self.links[0]
 
     def run(self) -> None:
         """Serve until stop() is called. Nothing that the gateway or the network does makes it
@@ -96,6 +122,13 @@ class Agent(Shared):
         finally:
             if self.health is not None:
                 self.health.close()
+            with self.lock:
+                threads = list(self._threads)
+            if threads:
+                self.stop()  # it has been called, unless on_refusal() has ended the loop
+            deadline = monotonic() + LAST_WORDS
+            for thread in threads:
+                thread.join(max(0, deadline - monotonic()))
             # A worker may hang in getaddrinfo(), which cannot be ended.
             self.workers.shutdown(LAST_WORDS)
             self.waker.close()
@@ -112,9 +145,13 @@ class Agent(Shared):
             if plan.cas != self.plan.cas:
                 found.append("other CA certificates")
             if needs_session(before, config) or plan.cas != self.plan.cas:
+                if plan.places != self.plan.places:
+                    self.members = {}  # the new gateway tells others
                 self.plan = plan
                 self.lock.notify_all()
-        self.link.break_off()
+            links = list(self.links)
+        for link in links:
+            link.break_off()
         self.tell()
         return found
 
@@ -127,11 +164,12 @@ class Agent(Shared):
         self.waker.wake()
         with self.lock:
             self.lock.notify_all()
-            services, unaccepted = [*self.link.old, self.link.service], self.link.unaccepted
+            sessions = [service.session for link in self.links for service in link.services()]
+            unaccepted = [link.unaccepted for link in self.links]
             drain_timeout = self.config.drain_timeout
-        if unaccepted is not None:
-            unaccepted.reset()
-        sessions = [service.session for service in services if service is not None]
+        for duplex in unaccepted:
+            if duplex is not None:
+                duplex.reset()
         for session in sessions:
             session.leave(refuses=False)
         if left := self._drain(sessions, drain_timeout):
@@ -147,28 +185,40 @@ class Agent(Shared):
         """The agent's state now. Any thread."""
         with self.lock:
             # While a new session is not registered yet, the one before serves.
-            services = [self.link.service, *reversed(self.link.old)]
-            live = [each for each in services if each is not None and each.serves()]
-            visits, plan = self.running, self.plan
-        service = live[0] if live else None
+            live = [[each for each in link.services() if each.serves()] for link in self.links]
+            visits, plan, links = self.running, self.plan, list(self.links)
+            gateways = tuple(self._linked(link) for link in links) if self.members else ()
+        service = next((serving[0] for serving in live if serving), None)
+        first = links[0]
+        waits = [link.retry_at for link in links if link.retry_at is not None]
         configured = plan.routes if service is None else service.plan.routes
-        refused = self.link.refused if service is None else service.refused
+        refused = first.refused if service is None else service.refused
         return Snapshot(
-            plan.address,
+            _address(plan, service),
             None if service is None else service.since,
-            self.link.problem if service is None else "",
-            max(0, len(live) - 1),
+            first.problem if service is None else "",
+            sum(max(0, len(serving) - 1) for serving in live),
             visits,
             plan.routes if service is None else service.routes,
             dict(self.certificates),
             self.stopping.is_set(),
-            self.link.retry_at,
+            min(waits, default=None) if service is None else first.retry_at,
             {name: reason for name, reason in refused.items() if name in configured},
             configured,
-            self.link.lasting and service is None,
+            first.lasting and service is None,
             frozenset() if service is None else service.waited_for(),
             {} if self.health is None else self.health.snapshot(),
+            tuple(gateway for gateway in gateways if gateway is not None),
         )
+
+    def _linked(self, link: Link) -> Linked | None:
+        """None for a link that is not needed. Caller holds the lock."""
+        service = next((each for each in link.services() if each.serves()), None)
+        if service is not None:
+            return Linked(str(service.place), service.member, service.since, "")
+        if not link.is_needed():
+            return None
+        return Linked(str(link.place), "", None, link.problem)
 
     def totals(self) -> Totals:
         """Any thread."""
@@ -186,7 +236,110 @@ class Agent(Shared):
                 if all(session.ended for session in sessions):
                     return 0
                 if self.running:
-                    self.lock.wait(left)
-                elif not self.lock.wait(min(left, LEAVE_LOOK)) and not self.running:
+                    self.ended.wait(left)
+                elif not self.ended.wait(min(left, LEAVE_LOOK)) and not self.running:
                     break
             return self.running
+
+    # Several gateways that are one
+
+    def note_members(self) -> None:
+        with self.lock:
+            if self.stopping.is_set():
+                return
+            opened = self._open_links()
+            self.lock.notify_all()
+            line = self._gateways_line()
+        for link in opened:
+            try:
+                thread = spawn(f"link {link.place}", link.run)
+            except NoThread as error:
+                with self.lock:
+                    self.links.remove(link)
+                log.warning("%s: %s; no session with it for now", link.place, error)
+                continue
+            with self.lock:
+                self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        if line:
+            log.info("%s", line)
+
+    def _open_links(self) -> list[Link]:
+        """Take over what the sessions tell; the links that are needed besides. Caller holds the
+        lock."""
+        before, self.members = self.members, self._members()
+        addresses = self.addresses()
+        new = {address for id, address in addresses.items() if id not in before}
+        for link in self.links:
+            if link.address in new:  # it may wait for a member that has come back
+                link.hurried = True
+        opened = []
+        for address in to_open(addresses, self.views())[: MOST_LINKS - len(self.links)]:
+            name = next(name for found, name in self.members.values() if found == address)
+            opened.append(Link(self, address, name))
+        self.links += opened
+        return opened
+
+    def _members(self) -> dict[str, tuple[str, str]]:
+        """All members that any of the sessions tells. If there is no session, those that were told
+        last. Caller holds the lock."""
+        tellers = [
+            service
+            for link in self.links
+            for service in link.services()
+            if service.serves() and not service.asked and service.plan.places == self.plan.places
+        ]
+        lists = [service for service in tellers if service.members is not None]
+        if not lists and (not tellers or any(service.member for service in tellers)):
+            return self.members
+        names = {id: each.place.name for each in lists for id in each.members or ()}
+        told = {id: address for each in lists for id, address in (each.members or {}).items()}
+        told = chosen(told, self.instance, reached(self.views()))
+        return {id: (address, names[id]) for id, address in told.items()}
+
+    def _gateways_line(self) -> str:
+        """What there is to log of how many gateways serve; "" nothing. Caller holds the lock."""
+        views, services = self.views(), [link.service for link in self.links]
+        if wanted(self.addresses(), views):
+            self._told = None
+            return ""
+        serving = [
+            service
+            for view, service in zip(views, services)
+            if view.serves and view.member and service is not None
+        ]
+        if not serving or len(serving) == 1 and self._told is None:
+            return ""
+        names = tuple(name for name, route in serving[0].routes.items() if not route.problem)
+        told = (len(serving), names)
+        if told == self._told or not names:
+            return ""
+        self._told = told
+        return f"serving {some(names)} at {count_of(len(serving), 'gateway')}"
+
+    def retire_old(self, link: Link | None) -> None:
+        with self.lock:
+            plan, links, views = self.plan, list(self.links), self.views()
+            members = set(self.members)
+        if not any(view.serves for view in views):
+            return
+        found = reached(views)
+        for each in links:
+            is_own = each is link
+
+            def replaced(service: Service, is_own: bool = is_own) -> bool:
+                if not is_own and service.stays(plan):  # it asks for refused hostnames, or is new
+                    return False
+                return service.member in found or service.member not in members
+
+            each.retire_old(replaced)
+
+
+def count_of(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _address(plan: Plan, service: Service | None) -> str:
+    """The gateway's, as the operator knows it."""
+    if len(plan.places) == 1 or service is None or service.place not in plan.places:
+        return plan.address
+    return str(service.place)

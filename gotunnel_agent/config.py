@@ -299,6 +299,9 @@ class Config:
     tunnels: tuple[Tunnel, ...]
     inspect: Inspect | None = None  # None: no inspector
     secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
+    # Further addresses of the gateway, as tunnel_host and tunnel_port: the next one is dialled when
+    # one fails.
+    more_addrs: tuple[tuple[str, int], ...] = ()
     # The key that names the credential's file, and the path there; "" for one in the document.
     credential_file: tuple[str, str] = ("", "")
 

@@ -11,6 +11,10 @@ it gets any, the link dials again, and that session takes over the hostnames of 
 
 If another agent serves all of the hostnames, the session waits (feature WAITS): it serves nothing
 until the gateway tells that one is free. Then the link dials again at once.
+
+An agent has one link, unless its gateway says that it is one of several: then it has one to each
+(agent.py, and roster.py for the rules). The links share the plan, the threads that serve streams
+and the targets. Each has its own sessions, its own delays and a thread of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from time import monotonic, time
 from typing import TYPE_CHECKING
 
 from gotunnel import (
+    ALREADY,
     MAX_STREAMS,
+    MEMBERS,
     MOVE,
     OVERLAP,
     REPLACED,
@@ -38,6 +44,7 @@ from gotunnel import (
     Deadline,
     End,
     Free,
+    Members,
     Message,
     MessageReader,
     Ping,
@@ -53,7 +60,7 @@ from gotunnel import (
     spawn,
 )
 
-from . import trouble
+from . import roster, trouble
 from .common.duplex import Duplex, Observer
 from .common.hostnames import OPEN
 from .common.one_line import on_one_line, some, words_and_link, words_on_one_line
@@ -72,6 +79,16 @@ from .registering import (
     read_answer,
     registration,
     url_of,
+)
+from .roster import (
+    SHARED,
+    Place,
+    View,
+    is_id,
+    place_of,
+    reached,
+    seek_delay,
+    usable,
 )
 from .target import Route, Targets, serve
 from .trust import begin_tls
@@ -106,6 +123,9 @@ OLD_LOOK = 1  # seconds between checks whether an old session still has visits
 # head of a request meanwhile (its HEADER_TIMEOUT is 10 s).
 OLD_QUIET = 10
 OLD_SESSION = 24 * 3600  # longest life of an old session in seconds, as a visit may last for ever
+# Seconds that a session which was replaced waits to see whether another link of this agent has done
+# it: its ack may be on the way.
+REPLACED_LOOK = 2
 # Old sessions at a time; of more, the oldest is ended with its visits. Each costs a connection and
 # three threads. So many changes of the file may happen in the time of one download.
 OLD_SESSIONS = 32
@@ -136,11 +156,12 @@ class Ended(Exception):
 
 class Service:
     """One session and its state. The agent's lock guards ``routes``, ``refused``, ``outcome``,
-    ``asked``, ``at_once`` and ``freed``."""
+    ``asked``, ``at_once``, ``freed``, ``member``, ``members`` and ``ports``."""
 
-    def __init__(self, session: Session, plan: Plan):
+    def __init__(self, session: Session, plan: Plan, place: Place):
         self.session = session
         self.plan = plan
+        self.place = place  # the gateway's
         # Hostname to Route. The dict is replaced and never changed, as workers read it unlocked.
         self.routes = plan.routes
         # Hostname of the configuration to the gateway's reason; replaced whole, as well.
@@ -148,6 +169,10 @@ class Service:
         self.freed: frozenset[str] = frozenset()  # refused hostnames that are free now
         self.features: tuple[str, ...] = ()  # those that the gateway acknowledged
         self.control: Stream | None = None  # its control stream, once it is open
+        self.ports: Mapping[str, str] = {}  # its public ports, by hostname; replaced whole, too
+        self.member = ""  # the gateway's id, if it is one of several
+        # Their ids and addresses as this one tells them. None: not told yet, or it is alone.
+        self.members: Mapping[str, str] | None = None
         self.asked = False  # the gateway asks for a new session
         self.at_once = False  # "asked" is certain: MOVE came, and not only GO_AWAY
         self.outcome: BaseException | None = None  # why the session is over; None while it is not
@@ -157,6 +182,10 @@ class Service:
 
     def serves(self) -> bool:
         return self.outcome is None and self.since < math.inf
+
+    def stays(self, plan: Plan) -> bool:
+        """Whether it serves, and no other session is to take its place."""
+        return self.serves() and not self.asked and self.plan is plan
 
     def refused_for_now(self) -> frozenset[str]:
         """The refused hostnames that the gateway may grant later."""
@@ -184,7 +213,7 @@ class Shared:
         self.config, self.plan = config, Plan(config)  # guarded by lock
         self.stopping = threading.Event()
         self.waker = Waker()  # woken once, by stop(), to end a dial
-        self.instance = new_instance()
+        self.instance = new_instance()  # replaced whole
         self.workers = Workers(MAX_STREAMS, "stream")
         self.targets = Targets()
         # Looks at targets; made with the first session that has a tunnel with ``health``.
@@ -192,12 +221,23 @@ class Shared:
         # Whether the agent waits for hostnames that another agent serves. False: a gateway refuses
         # it if there are no others, and on_refusal hears of it. To be set before run().
         self.waits = True
-        # Guards all below, and what the links say of theirs; notified when any of it changes.
-        self.lock = threading.Condition()
+        guard = threading.Lock()
+        # Guards all below, and what the links say of theirs; notified when any of it changes, but
+        # for the streams.
+        self.lock = threading.Condition(guard)
+        # Over the same lock: a stream or a session has ended. By itself, or each visit would wake
+        # the threads of all links.
+        self.ended = threading.Condition(guard)
+        # The first one is there as long as the agent: it dials tunnel_addr.
+        self.links: list[Link] = [Link(self)]
+        # The gateways that are one, by id, as their sessions tell them: the address, and the name
+        # for TLS. Empty: the gateway is alone.
+        self.members: dict[str, tuple[str, str]] = {}
         self.running = 0  # data streams that have a worker
         self.sessions = self.failures = self.streams = 0  # see Totals
         # What the log has told last: address and target, or reason of the refusal, by hostname.
         self.logged: dict[str, tuple[str, ...]] = {}
+        self.news: dict[str, str] = {}  # the last other line about each hostname
         self.certificates: dict[str, str] = {}  # the latest session's, as the gateway told them
         self.observer: Observer | None = None  # of each session; tools set it before run()
         # Of each visit. If it is set while the agent runs, it follows those on new streams.
@@ -221,52 +261,124 @@ class Shared:
                 if self.health is None:  # loaded here, so that other agents do without it
                     self.health = import_module(f"{__package__}.health").Health(self.tell)
         if self.health is not None:
-            address = service.plan.address
+            address = str(service.place)
             self.health.attend(service, service.features, service.routes, control, address)
 
     def change(self, config: Config, plan: Plan | None = None) -> list[str]:
         """See Agent."""
         raise NotImplementedError
 
+    def note_members(self) -> None:
+        """The sessions or what they tell have changed: keep the right links. Any thread."""
+        raise NotImplementedError
+
+    def retire_old(self, link: Link | None) -> None:
+        """``link`` has a new session, or one has no use for its own any more: have the old sessions
+        end that others have replaced. Any thread."""
+        raise NotImplementedError
+
+    def views(self) -> list[View]:
+        """The links, for roster.py. Caller holds the lock."""
+        return [link.view() for link in self.links]
+
+    def addresses(self) -> dict[str, str]:
+        """The members' addresses, by id. Caller holds the lock."""
+        return {id: address for id, (address, _) in self.members.items()}
+
+    def served(self) -> int:
+        """How many gateways serve the agent now. Caller holds the lock."""
+        return sum(any(service.serves() for service in link.services()) for link in self.links)
+
 
 class Link:
     """The sessions with one gateway. run() is its thread."""
 
-    def __init__(self, agent: Shared):
-        self._agent, self._lock = agent, agent.lock  # guards all below
+    def __init__(self, agent: Shared, address: str = SHARED, name: str = ""):
+        """``address``: where to dial, see roster.View; ``name``: see Place."""
+        self._agent = agent
+        # Guarded by the agent's lock, as it becomes that of the member which it has led to: so a
+        # link that dials again comes to the same one.
+        self.address, self._name = address, name
+        self._turn = 0  # which of the configuration's addresses is dialled next
+        self._once: Place | None = None  # dialled next, whatever the members are
+        self._seeks = 0  # dials in a row that led to a gateway with a session
+        # The agent's lock guards all below.
         self.service: Service | None = None  # the latest
         self.old: list[Service] = []  # earlier ones that are not over yet
         self.unaccepted: Duplex | None = None  # a connection whose registration has no ack yet
         self.probing = False  # ... and which asks for refused hostnames alone
-        self.problem = ""  # why the last session or dial has ended
+        self.problem = ""  # why the last session or dial has ended; "" once one serves
         self.lasting = False  # see Snapshot
         self.refused: Mapping[str, str] = {}  # ... and the gateway's reasons by hostname
         self.retry_at: float | None = None  # monotonic time of the next dial, during _pause()
+        self.hurried = False  # a member has come whose address is this link's: dial at once
+        self.over = False  # it will not dial any more
+
+    def view(self) -> View:
+        """For roster.py. Caller holds the lock."""
+        service = self.service
+        if service is not None and service.stays(self._agent.plan):
+            return View(self.address, service.member, serves=True)
+        return View(self.address, ends=self.over)
+
+    def services(self) -> list[Service]:
+        """All sessions, the latest one first. Caller holds the lock."""
+        latest = [] if self.service is None else [self.service]
+        return [*latest, *(old for old in reversed(self.old) if old is not self.service)]
+
+    @property
+    def place(self) -> Place:
+        """Where it dials next, or has its session. Any thread."""
+        places = self._agent.plan.places
+        if self.address == SHARED:
+            return places[self._turn % len(places)]
+        return place_of(self.address, self._name) or places[0]
+
+    def _is_first(self) -> bool:
+        return self._agent.links[0] is self
+
+    def is_needed(self) -> bool:
+        """Caller holds the lock."""
+        agent = self._agent
+        return roster.is_needed(agent.addresses(), agent.views(), agent.links.index(self))
+
+    def _others(self) -> int:
+        """How many other gateways serve the agent now."""
+        with self._agent.lock:
+            own = any(service.serves() for service in self.services())
+            return self._agent.served() - own
 
     # Sessions, one after the other
 
     def run(self) -> None:
-        """Serve until the agent stops."""
-        failures = 0
-        while not self._agent.stopping.is_set():
+        """Serve until the agent stops, or the gateway is no member any more."""
+        agent, failures = self._agent, 0
+        while self._await_need():
             least, most = 0, MAX_DELAY
             service = None
             replaced = False
             refused: dict[str, str] = {}
             lasting = False
-            plan = self._agent.plan
+            plan = agent.plan
+            place, self._once = self._once or self.place, None
             try:
-                service = self._begin(plan)
+                service = self._begin(plan, place)
                 if self._serve(service):
                     failures = 0
+                    if agent.plan is plan:  # it goes on, and is to be replaced all the same
+                        self._once = place
                     continue
                 problem = "the gateway asks for a new session; this one ends when its visits do"
                 replaced = True
+                self._once = self._own_place(service)
             except Refused as error:
+                if str(error) == ALREADY and self._others():
+                    self._seek_on(plan)
+                    continue
                 if str(error).startswith(TAKEN) and self._await_old(plan):
                     continue
-                if (other := self._agent.on_refusal(str(error))) is not None:
-                    self._agent.change(other)
+                if not self._others() and (other := agent.on_refusal(str(error))) is not None:
+                    agent.change(other)
                     continue
                 refused = {
                     name: words_on_one_line(reason)
@@ -281,14 +393,20 @@ class Link:
             except Ended as error:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
+                    if service is not None and self._is_reached_anew(service.member):
+                        continue  # another link has got there at the same time
                     # If the other agent has the same instance id (a cloned machine), the two would
                     # replace each other for ever. With a new id, this agent gets the hostnames
                     # when the other one is gone.
-                    self._agent.instance, least = new_instance(), REFUSED_DELAY
+                    least = REFUSED_DELAY
+                    self._renew_instance()
             except ConnectionRefusedError as error:
                 problem, most = dial_problem(error), RESTART_DELAY
             except OSError as error:
-                problem = dial_problem(error, plan.config, served=service is not None)
+                config = plan.config if self.address == SHARED else None
+                if config is not None:
+                    config = replace(config, tunnel_host=place.host, tunnel_port=place.port)
+                problem = dial_problem(error, config, served=service is not None)
                 lasting = trouble.lasts(error)
                 if self.service is not None and self.service.asked:
                     # The gateway restarts. Its port may go on listening (systemd's sockets) while
@@ -300,68 +418,209 @@ class Link:
                     problem += f"; {trouble.RIGHT_PORT}"
             except ConfigError as error:  # a file with a secret
                 problem, lasting = str(error), True
-            if self._agent.stopping.is_set():
+            if agent.stopping.is_set():
                 break
             lasted = 0 if service is None else monotonic() - service.since
-            address = plan.address
             if replaced and lasted >= MOVED:
-                log.info("%s: %s", address, problem)
+                log.info("%s: %s", place, problem)
                 failures = 0
                 continue
             failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
+            if service is None and self.address == SHARED:
+                self._turn += 1
+                if self._turn % len(plan.places):  # the next one may work; it is dialled at once
+                    delay = 0
+            repeated = self.problem == problem
             self.problem, self.refused, self.lasting = problem, refused, lasting
-            self._agent.failures += 1  # by this thread alone
-            log.warning("%s: %s; next try in %.1f s", address, problem, delay)
-            self._pause(plan, delay)
+            with agent.lock:
+                agent.failures += 1
+                if self._is_first() and not any(view.serves for view in agent.views()):
+                    self.address = SHARED
+            self._log_failure(place, problem, delay, repeated)
+            if delay:
+                self._pause(plan, delay)
+        self._finish()
+
+    def _log_failure(self, place: Place, problem: str, delay: float, repeated: bool) -> None:
+        """While others serve, a gateway's failures are news once, and none if it has left them."""
+        others = self._others()
+        if not others and delay:
+            log.warning("%s: %s; next try in %.1f s", place, problem, delay)
+        elif not others:
+            log.warning("%s: %s; trying the next address", place, problem)
+        else:
+            with self._agent.lock:
+                needed = self._agent.stopping.is_set() or self.is_needed()
+            level = logging.WARNING if needed and not repeated else logging.DEBUG
+            serve = "1 other gateway serves" if others == 1 else f"{others} other gateways serve"
+            log.log(level, "%s: %s; next try in %.1f s; meanwhile %s",
+                    place, problem, delay, serve)  # fmt: skip
+
+    def _await_need(self) -> bool:
+        """Wait until the link has to dial. False if it never has to again."""
+        agent = self._agent
+        if self._must_dial():
+            return True
+        # Its session may go on, until another link's takes its place.
+        with agent.lock:
+            self._keep_old(self.service)
+        agent.retire_old(None)
+        with agent.lock:
+            while self._is_first() and not agent.stopping.is_set():
+                if self.is_needed():
+                    return True
+                agent.lock.wait()
+        return False
+
+    def _must_dial(self) -> bool:
+        agent = self._agent
+        with agent.lock:
+            if agent.stopping.is_set():
+                return False
+            if self._is_first() and self.address not in roster.wanted(
+                agent.addresses(), agent.views()
+            ):
+                self.address = SHARED
+            return self._once is not None or self.is_needed()
+
+    def _keep_old(self, service: Service | None) -> None:
+        """Count a session that may go on as an old one. Caller holds the lock."""
+        if service is not None and service.outcome is None and service not in self.old:
+            self.old.append(service)
+
+    def _finish(self) -> None:
+        """It dials no more. Sessions that it has may go on."""
+        with self._agent.lock:
+            self.over = True
+            self._forget_if_over()
+        self._agent.note_members()
+
+    def _forget_if_over(self) -> None:
+        """Caller holds the lock."""
+        if self.over and not self.old and not self._is_first() and self in self._agent.links:
+            self._agent.links.remove(self)
 
     def _pause(self, plan: Plan, seconds: float) -> None:
-        """Wait, unless there is another plan than ``plan``, or the agent stops."""
-        self.retry_at = monotonic() + seconds
-        self._agent.tell()
-        with self._lock:
-            self._lock.wait_for(
-                lambda: self._agent.plan is not plan or self._agent.stopping.is_set(), seconds
+        """Wait, unless there is another plan than ``plan``, the agent stops, or the dial is needed
+        at once or not at all."""
+        agent = self._agent
+
+        def over() -> bool:
+            return (
+                agent.plan is not plan
+                or agent.stopping.is_set()
+                or self.hurried
+                or self._once is None
+                and not self.is_needed()
             )
+
+        self.retry_at = monotonic() + seconds
+        agent.tell()
+        with agent.lock:
+            agent.lock.wait_for(over, seconds)
+            if self.hurried:
+                self.hurried, self._seeks = False, 0
         self.retry_at = None
-        self._agent.tell()
+        agent.tell()
+
+    # Members
+
+    def _seek_on(self, plan: Plan) -> None:
+        """The dial has led to a gateway with a session: wait before the next one."""
+        self._seeks += 1
+        with self._agent.lock:
+            members = self._agent.addresses()
+        log.debug("%s: a gateway with a session answered, %d times", self.place, self._seeks)
+        most = min(seek_delay(self._seeks, members), MAX_DELAY)
+        self._pause(plan, most * (0.5 + random.random() / 2))
+
+    def _own_place(self, service: Service) -> Place | None:
+        """The address of that gateway alone. Its successor may be there, before it is told as a
+        member."""
+        with self._agent.lock:
+            address = (service.members or {}).get(service.member, SHARED)
+        return place_of(address, service.place.name)
+
+    def _is_reached_anew(self, member: str) -> bool:
+        """Whether another link has a session with the member, or gets one just now: that one has
+        replaced ours."""
+        if not member:
+            return False
+
+        def found() -> bool:
+            return any(
+                service.member == member and service.outcome is None
+                for link in self._agent.links
+                if link is not self
+                for service in link.services()
+            )
+
+        def registers() -> bool:
+            others = (link for link in self._agent.links if link is not self)
+            return any(link.unaccepted is not None for link in others)
+
+        with self._agent.lock:
+            self._agent.lock.wait_for(lambda: found() or not registers(), REPLACED_LOOK)
+            return found()
+
+    def _renew_instance(self) -> None:
+        """Take another id, in all sessions: those with the old one would keep the hostnames."""
+        agent = self._agent
+        with agent.lock:
+            agent.instance = new_instance()
+            others = [
+                service.session
+                for link in agent.links
+                if link is not self
+                for service in link.services()
+            ]
+        for session in others:
+            session.close("the agent takes another instance id")
 
     # One session
 
-    def _begin(self, plan: Plan) -> Service:
+    def _begin(self, plan: Plan, place: Place) -> Service:
         """Dial and register. The new session replaces the one before. Raises ConfigError if a file
         with a secret cannot be read."""
+        agent = self._agent
         config = with_secrets(plan.config)
-        service = Service(self._dial(plan), plan)
+        service = Service(self._dial(plan, place), plan, place)
         session = service.session
         session.on_leave = lambda: self._ask(service)
-        with self._lock:
+        with agent.lock:
             before, self.service = self.service, service
-            if before is not None and before.outcome is None:
-                self.old.append(before)
+            self._keep_old(before)
             old = list(self.old)
+            overlap = bool(old) or any(
+                other.serves() and not other.stays(plan)
+                for link in agent.links
+                for other in link.services()
+            )
         for earlier in old:
             if not earlier.asked and OVERLAP not in earlier.features:
                 self._leave(earlier)  # or its gateway would cut its visits for the new session
+        alone = not self._others()
         try:
-            if self._agent.stopping.is_set():  # stop() may have run before it could see this one
+            if agent.stopping.is_set():  # stop() may have run before it could see this session
                 raise SessionClosed("the agent stops")
             # Visits without a thread would wait for ever: rather dial again.
-            self._agent.workers.prepare()
-            control, messages = self._register(
-                service, config, overlap=bool(old), waits=self._agent.waits
-            )
+            agent.workers.prepare()
+            control, messages = self._register(service, config, overlap=overlap, waits=agent.waits)
             served = [name for name, route in service.routes.items() if not route.problem]
             if served or not service.waited_for():
-                log.info("%s: serving %s", plan.address, some(served) or "nothing")
+                level = logging.INFO if alone else logging.DEBUG
+                log.log(level, "%s: serving %s", place, some(served) or "nothing")
             for hostname in served:
                 self._log_url(hostname, service.routes[hostname])
             self._attend(service, control, messages)
         except BaseException as error:
             self._end(service, error)
             raise
-        self._agent.tell()
-        self._retire_old()
+        self.problem, self._seeks = "", 0
+        agent.retire_old(self)
+        agent.note_members()
+        agent.tell()
         return service
 
     def _register(
@@ -369,27 +628,40 @@ class Link:
     ) -> tuple[Stream, Iterator[Message]]:
         """Register a new session. Returns its control stream and the messages that follow there.
         ``waits``: see registration(). Raises Refused, and what ends the session."""
+        agent = self._agent
         service.session.start()
-        register = registration(config, self._agent.instance, waits)._replace(overlap=overlap)
+        with agent.lock:
+            links = [link for link in agent.links if link is not self]
+            besides = sorted(reached(link.view() for link in links))
+            opened = [each.ports for link in links for each in link.services() if each.serves()]
+        register = registration(config, agent.instance, waits, opened)
+        register = register._replace(overlap=overlap, besides=tuple(besides))
         service.control = control = service.session.open(encode_message(register))
         messages = _messages(control)
-        self._take_answer(service, _expect_ack(next(messages)))
-        with self._lock:
+        ack = _expect_ack(next(messages))
+        self._take_answer(service, ack)
+        with agent.lock:
             self.unaccepted = None
-            self._agent.sessions += 1
+            agent.sessions += 1
+            service.since = monotonic()
+            if MEMBERS in ack.features and is_id(ack.member):
+                service.member = ack.member
+            agent.lock.notify_all()
         return control, messages
 
     def _attend(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
         """Have threads serve a session that is registered."""
-        service.since = monotonic()
         self._agent.watch_targets(service, control)
         spawn("accept", self._accept, service)
         spawn("control", self._read_control, service, control, messages)
 
     def _log_url(self, hostname: str, route: Route) -> None:
-        """Say once where a tunnel leads from and to."""
+        """Say once where a tunnel leads from and to. Of several gateways the first one tells it."""
         told = (route.url, shown_target(route.tunnel))
-        if route.url and self._agent.logged.get(hostname) != told:
+        before = self._agent.logged.get(hostname, ())
+        if len(before) == 2 and before[1] == told[1] and self._others():
+            return
+        if route.url and before != told:
             self._agent.logged[hostname] = told
             log.info("%s -> %s", *told)
 
@@ -397,13 +669,14 @@ class Link:
         """Wait until a session is over, and raise its outcome. Returns False if the gateway asks
         for a new session; True if the agent wants one, for another plan, or for hostnames that were
         refused before."""
+        agent = self._agent
 
         def over() -> bool:
             return (
                 service.asked
                 or service.outcome is not None
-                or self._agent.plan is not service.plan
-                or self._agent.stopping.is_set()
+                or agent.plan is not service.plan
+                or agent.stopping.is_set()
             )
 
         tries, asked_at = 0, service.since
@@ -411,10 +684,10 @@ class Link:
             refused = service.refused_for_now()
             tries += 1
             delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
-            with self._lock:
-                self._lock.wait_for(lambda: over() or service.freed, delay)
+            with agent.lock:
+                agent.lock.wait_for(lambda: over() or service.freed, delay)
                 if service.freed:
-                    self._lock.wait_for(over, asked_at + FREE_PAUSE - monotonic())
+                    agent.lock.wait_for(over, asked_at + FREE_PAUSE - monotonic())
                 if over():
                     break
                 freed, service.freed = service.freed, frozenset()
@@ -423,36 +696,34 @@ class Link:
             asked_at = monotonic()
             if self._ask_again(service, freed & refused or refused):
                 return True
-        with self._lock:
+        with agent.lock:
             if service.asked and not service.at_once:
-                self._lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
-        if self._agent.stopping.is_set():  # stop() ends the session when its visits are done
-            with self._lock:
-                self._lock.wait_for(lambda: service.outcome is not None)
+                agent.lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
+        if agent.stopping.is_set():  # stop() ends the session when its visits are done
+            with agent.lock:
+                agent.lock.wait_for(lambda: service.outcome is not None)
         if service.outcome is not None:
             service.session.join(LAST_WORDS)
             raise service.outcome
-        return self._agent.plan is not service.plan
+        return agent.plan is not service.plan
 
     def _ask_again(self, service: Service, names: frozenset[str]) -> bool:
         """Ask for refused hostnames by a session of their own. True if the gateway has granted one:
         that session serves it until a session with all hostnames takes over."""
-        plan, probe = service.plan, None
+        plan, place, probe = service.plan, service.place, None
         self.probing = True
         try:
             config = with_secrets(plan.config)
             tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
-            probe = Service(self._dial(plan), plan)
+            probe = Service(self._dial(plan, place), plan, place)
             probe.routes = {name: plan.routes[name] for name in names}
             asked = replace(config, tunnels=tunnels)
             control, messages = self._register(probe, asked, overlap=True, waits=False)
             if not probe.routes:
                 raise Refused("no reason given", probe.refused)
-            log.info("%s: grants %s now", plan.address, some(probe.routes))
-            with self._lock:
-                if (
-                    self._agent.stopping.is_set()
-                ):  # stop() may have run before it could see this session
+            log.info("%s: grants %s now", place, some(probe.routes))
+            with self._agent.lock:
+                if self._agent.stopping.is_set():  # stop() may have run before it could see it
                     raise SessionClosed("the agent stops")
                 self.old.append(probe)  # it serves until the next one takes over
             self._attend(probe, control, messages)
@@ -460,29 +731,29 @@ class Link:
         except (Refused, OSError, ProtocolError, ConfigError) as error:
             if probe is not None:
                 self._end(probe, error)
-            if isinstance(error, Refused):
+            if isinstance(error, Refused) and str(error) != ALREADY:
                 told = {
                     name: words_on_one_line(error.denied.get(name, str(error))) for name in names
                 }
                 self._note_refused(service, {**service.refused, **told})
                 self._agent.tell()
             else:
-                log.debug("%s: cannot ask again for %s: %s", plan.address, some(names), error)
+                log.debug("%s: cannot ask again for %s: %s", place, some(names), error)
             return False
         finally:
             self.probing = False
 
     def break_off(self) -> None:
-        """Stop asking again, because the agent's thread has to dial for all hostnames. Any
+        """Stop asking again, because the link's thread has to dial for all hostnames. Any
         thread."""
-        with self._lock:
+        with self._agent.lock:
             unaccepted = self.unaccepted if self.probing else None
         if unaccepted is not None:
             unaccepted.reset()
 
     def _note_refused(self, service: Service, refused: Mapping[str, str]) -> None:
         """Note which hostnames the gateway refuses, and log each reason once."""
-        with self._lock:
+        with self._agent.lock:
             service.refused = refused
         waited_for, news = service.waited_for(), []
         for name, reason in refused.items():
@@ -496,29 +767,27 @@ class Link:
                           name, reason, more)  # fmt: skip
         if news:
             log.warning("%s: %s; this one will serve as soon as it can",
-                        service.plan.address, in_wait(some(news)))  # fmt: skip
+                        service.place, in_wait(some(news)))  # fmt: skip
 
     def _ask(self, service: Service, at_once: bool = False) -> None:
         """Note that the gateway asks for a new session. Any thread; does not block."""
-        with self._lock:
+        with self._agent.lock:
             service.asked = True
             service.at_once |= at_once
-            self._lock.notify_all()
+            self._agent.lock.notify_all()
         self.break_off()
 
     def _note_free(self, service: Service, message: Free) -> None:
         """Have the link's thread ask for hostnames that another agent served."""
-        with self._lock:
+        with self._agent.lock:
             service.freed |= service.refused.keys() & set(message.hostnames)
-            self._lock.notify_all()
+            self._agent.lock.notify_all()
 
     def _read_control(self, service: Service, control: Stream, messages: Iterator[Message]) -> None:
         """Thread "control": act on the gateway's messages until the session is over."""
         outcome: Exception = SessionClosed("the gateway ended the session")
         try:
-            certificates: dict[str, str] = {}
-            if service is self.service:
-                self._agent.certificates = certificates
+            certificates = self._certificates_of(service)
             for message in messages:
                 if isinstance(message, Certificate):
                     _log_certificate(service, message, certificates)
@@ -527,6 +796,8 @@ class Link:
                     self._take_port(service, message)
                 elif isinstance(message, Free):
                     self._note_free(service, message)
+                elif isinstance(message, Members):
+                    self._take_members(service, message)
                 elif isinstance(message, End) and message.code == MOVE:
                     self._ask(service, at_once=True)
                 elif isinstance(message, End):
@@ -543,31 +814,67 @@ class Link:
         finally:
             self._end(service, outcome)
 
+    def _certificates_of(self, service: Service) -> dict[str, str]:
+        """Where the session notes the states of certificates. Gateways that are one share it, so
+        that each state is news once."""
+        agent = self._agent
+        with agent.lock:
+            if service is not self.service:
+                return {}
+            if not any(
+                other.serves()
+                for link in agent.links
+                if link is not self
+                for other in link.services()
+            ):
+                agent.certificates = {}
+            return agent.certificates
+
+    def _take_members(self, service: Service, message: Members) -> None:
+        """The gateway tells which gateways are one."""
+        if not service.member:  # it has not said in its ack that it is one of them
+            return
+        members = usable(message.members)
+        with self._agent.lock:
+            service.members = members
+            address = members.get(service.member, SHARED)
+            if service is self.service and address != SHARED:
+                self.address, self._name = address, service.place.name
+        self._agent.note_members()
+        self._agent.tell()
+
     def _end(self, service: Service, outcome: BaseException) -> None:
         """End a session, and note why."""
-        with self._lock:
+        agent = self._agent
+        with agent.lock:
             service.outcome = outcome
-            self._lock.notify_all()
+            if service.since == math.inf:  # there will be no ack
+                self.unaccepted = None
+            agent.lock.notify_all()
+            agent.ended.notify_all()
         if service is self.service:
             self.break_off()
         if self._agent.health is not None:
             self._agent.health.forget(service)
         service.session.close("the agent ends the session")
         service.session.join(LAST_WORDS)
-        with self._lock:
+        with agent.lock:
             if service in self.old:
                 self.old.remove(service)
-                log.debug("%s: an old session is over: %s", service.plan.address, outcome)
-            self._lock.notify_all()
-        self._agent.tell()
+                log.debug("%s: an old session is over: %s", service.place, outcome)
+            self._forget_if_over()
+            agent.lock.notify_all()
+            agent.ended.notify_all()
+        agent.note_members()
+        agent.tell()
 
     # Old sessions, which a new one has replaced
 
-    def _retire_old(self) -> None:
-        """Have the old sessions end when their visits have ended."""
+    def retire_old(self, replaced: Callable[[Service], bool]) -> None:
+        """Have the old sessions that are ``replaced`` end when their visits have ended."""
         now = monotonic()
-        with self._lock:
-            old = list(self.old)
+        with self._agent.lock:
+            old = [service for service in self.old if replaced(service)]
         for service in old[:-OLD_SESSIONS]:
             service.session.close("there are too many old sessions")
         for service in old:
@@ -601,64 +908,73 @@ class Link:
     def _await_old(self, plan: Plan) -> bool:
         """Wait for the end of our old sessions, if a gateway without OVERLAP has just refused their
         hostnames. False if there are none."""
-        with self._lock:
+        agent = self._agent
+        with agent.lock:
             if all(OVERLAP in service.features for service in self.old):
                 return False
             log.info("%s: the gateway accepts a new session when the old one has ended; waiting "
-                     "for that", plan.address)  # fmt: skip
-            self._lock.wait_for(
-                lambda: (
-                    not self.old or self._agent.plan is not plan or self._agent.stopping.is_set()
-                )
+                     "for that", self.place)  # fmt: skip
+            agent.lock.wait_for(
+                lambda: not self.old or agent.plan is not plan or agent.stopping.is_set()
             )
         return True
 
-    def _dial(self, plan: Plan) -> Session:
-        host, port = plan.config.tunnel_host, plan.config.tunnel_port
-        duplex = Duplex(
-            connect(addresses_of(host, port), Deadline(DIAL_TIMEOUT), stop=self._agent.waker)
-        )
+    def _dial(self, plan: Plan, place: Place) -> Session:
+        addresses = addresses_of(place.host, place.port)
+        if self._agent.stopping.is_set():  # the name may have taken long to resolve
+            raise GivenUp("the agent stops")
+        duplex = Duplex(connect(addresses, Deadline(DIAL_TIMEOUT), stop=self._agent.waker))
         duplex.stall_timeout = plan.config.stall_timeout
         try:
-            with self._lock:
+            with self._agent.lock:
                 self.unaccepted = duplex
-            if (
-                self._agent.stopping.is_set()
-            ):  # stop() may have run before it could see this connection
+            if self._agent.stopping.is_set():  # stop() may have run before it could see it
                 raise GivenUp("the agent stops")
-            begin_tls(duplex, plan.context, host, DIAL_TIMEOUT)
+            begin_tls(duplex, plan.context, place.name, DIAL_TIMEOUT)
         except BaseException:
+            with self._agent.lock:
+                self.unaccepted = None
             duplex.close()
             raise
         return Session(
-            duplex,
-            client=True,
-            name=plan.address,
-            window=START_WINDOW,
+            duplex, client=True, name=str(place), window=START_WINDOW,
             observer=self._agent.observer,
-        )
+        )  # fmt: skip
 
     def _take_answer(self, service: Service, ack: Ack) -> None:
-        answer = read_answer(service.routes, ack)
+        """Note what the gateway grants. What another gateway has said before is no news."""
+        agent, answer = self._agent, read_answer(service.routes, ack)
+        others = self._others()
         for hostname, route in answer.routes.items():
+            port = answer.ports.get(hostname, "")
             if route.problem:
-                log.error("%s: not served: %s", hostname, on_one_line(route.problem))
-            elif hostname in answer.ports:
-                log.info("%s: on port %s of the gateway", hostname, answer.ports[hostname])
-        with self._lock:
+                by = f" (by {service.place})" if others else ""
+                problem = on_one_line(route.problem) + by
+                self._log_news(logging.ERROR, "%s: not served: %s", hostname, problem)
+            elif port:
+                self._log_news(logging.INFO, "%s: on port %s of the gateway", hostname, port)
+        with agent.lock:
             service.routes, service.features = answer.routes, ack.features
+            service.ports = answer.ports
         self._note_refused(service, answer.refused)
+
+    def _log_news(self, level: int, line: str, hostname: str, text: str) -> None:
+        """Log a line about a hostname, but not again for another gateway."""
+        repeated = self._agent.news.get(hostname) == text and self._others()
+        self._agent.news[hostname] = text
+        log.log(logging.DEBUG if repeated else level, line, hostname, text)
 
     def _take_port(self, service: Service, message: Port) -> None:
         """Serve a tunnel whose public port was not available at first."""
-        with self._lock:
+        port = on_one_line(message.port, 5)
+        with self._agent.lock:
             route = service.routes.get(message.hostname)
             if route is None or not route.awaits_port:
                 return
             served = route._replace(problem="", awaits_port=False, url=url_of(message.url))
             service.routes = {**service.routes, message.hostname: served}
-        port = on_one_line(message.port, 5)
-        log.info("%s: on port %s of the gateway", message.hostname, port)
+            service.ports = {**service.ports, message.hostname: port}
+        self._log_news(logging.INFO, "%s: on port %s of the gateway", message.hostname, port)
         self._log_url(message.hostname, served)
         self._agent.tell()
 
@@ -668,14 +984,14 @@ class Link:
                 stream = service.session.accept()
             except SessionClosed:
                 return
-            with self._lock:
+            with self._agent.lock:
                 self._agent.running += 1
                 self._agent.streams += 1
             self._agent.tell()
             try:
                 self._agent.workers.submit(self._serve_stream, service, stream)
             except Stopped:  # the agent has stopped, and all streams have ended with the session
-                with self._lock:
+                with self._agent.lock:
                     self._agent.running -= 1
                 return
 
@@ -687,9 +1003,9 @@ class Link:
                           stream.id)  # fmt: skip
             stream.reset()
         finally:
-            with self._lock:
+            with self._agent.lock:
                 self._agent.running -= 1
-                self._lock.notify_all()
+                self._agent.ended.notify_all()
             self._agent.tell()
 
 

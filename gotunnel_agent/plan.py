@@ -13,6 +13,7 @@ from .common.hostnames import normal_hostname
 from .common.one_line import some
 from .common.tls import AEAD
 from .config import Config, Tunnel
+from .roster import Place
 from .target import Route
 from .trust import tls_context
 
@@ -24,6 +25,7 @@ OF_PROCESS = (*AT_START, "drain_timeout", "log_level", "inspect")
 KEYS = {
     "tunnel_host": "tunnel_addr",
     "tunnel_port": "tunnel_addr",
+    "more_addrs": "tunnel_addr",
     "credential_file": "path of the credential",
 }
 
@@ -57,9 +59,16 @@ class Plan:
         return [context.get_ca_certs(True) for context in contexts if context is not None]
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """The gateway's addresses, in the order of the configuration."""
+        config = self.config
+        first = (config.tunnel_host, config.tunnel_port)
+        return tuple(Place(host, port, host) for host, port in (first, *config.more_addrs))
+
+    @property
     def address(self) -> str:
         """The gateway's, for the log."""
-        return f"{self.config.tunnel_host}:{self.config.tunnel_port}"
+        return str(self.places[0])
 
 
 def _trust(tunnel: Tunnel) -> tuple[str | None, bool, str] | None:

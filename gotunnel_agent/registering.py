@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from time import time
 from typing import NamedTuple
 
 import jwt
 
 from gotunnel import (
+    ANY_PORT,
     CERTIFICATES,
     HALF_CLOSE,
     HEALTH,
     LATER_PORTS,
+    MEMBERS,
     NAMES,
     OVERLAP,
     PARTIAL,
@@ -57,9 +59,13 @@ class Answer(NamedTuple):
     refused: dict[str, str]
 
 
-def registration(config: Config, instance: str, waits: bool = False) -> Register:
+def registration(
+    config: Config, instance: str, waits: bool = False, opened: Iterable[Mapping[str, str]] = ()
+) -> Register:
     """The registration of all tunnels of ``config``. ``instance``: see Register. ``waits``: if it
-    gets no hostname for now, its session may wait."""
+    gets no hostname for now, its session may wait. ``opened``: the public ports that other gateways
+    have opened for it, by hostname. Of gateways that are one, each is asked for the same ones, so
+    that a tunnel has one public address."""
     needs = {feature for tunnel in config.tunnels for feature in tunnel.needs}
     later = (LATER_PORTS,) if PORTS in needs else ()
     health = (HEALTH,) if any(tunnel.health for tunnel in config.tunnels) else ()
@@ -77,6 +83,7 @@ def registration(config: Config, instance: str, waits: bool = False) -> Register
             OVERLAP,
             URLS,
             PARTIAL,
+            MEMBERS,
             *later,
             *health,
             *((WAITS,) if waits else ()),
@@ -84,12 +91,24 @@ def registration(config: Config, instance: str, waits: bool = False) -> Register
         ),  # fmt: skip
         host_headers=config.host_headers(),
         protocols=config.protocols(),
-        ports=config.ports(),
+        ports={name: _same_port(name, port, opened) for name, port in config.ports().items()},
         addressed=config.addressed(),
         policies=config.policies(),
         pools=config.pools(),
         instance=instance,
     )
+
+
+def _same_port(name: str, port: str, opened: Iterable[Mapping[str, str]]) -> str:
+    if port != ANY_PORT:
+        return port
+    hostname = normal_hostname(name)
+    label = hostname.removesuffix("*") if hostname.endswith(OPEN) else ""
+    for ports in opened:
+        for given, number in ports.items():
+            if number and (given == hostname or label and given.startswith(label)):
+                return number
+    return port
 
 
 def read_answer(asked: Mapping[str, Route], ack: Ack) -> Answer:

@@ -45,7 +45,7 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
         }
         for hostname, route in list(routes.items())[:MOST_LISTED]
     ]
-    return {
+    told: dict[str, object] = {
         "state": state,
         "configuration": os.path.abspath(config_file),
         "gateway": snapshot.gateway,
@@ -56,6 +56,18 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
         "tunnels_total": len(routes),
         "tunnels": tunnels,
     }
+    if snapshot.gateways:
+        told["gateways"] = [
+            {
+                "gateway": each.gateway,
+                "member": each.member,
+                "state": "no session" if each.since is None else SERVING,
+                "connected_seconds": None if each.since is None else int(monotonic() - each.since),
+                "reason": on_one_line(each.problem, MOST_REASON),
+            }
+            for each in snapshot.gateways
+        ]
+    return told
 
 
 def _health(problem: str | None) -> str:

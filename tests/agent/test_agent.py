@@ -40,6 +40,7 @@ from support import (
 from gotunnel import (
     CERTIFICATES,
     HALF_CLOSE,
+    MEMBERS,
     MOVE,
     OVERLAP,
     PARTIAL,
@@ -288,6 +289,7 @@ def test_registration_says_who_serves_what(gateway, tmp_path):
             OVERLAP,
             URLS,
             PARTIAL,
+            MEMBERS,
             WAITS,
         )
         assert jwt.decode(registered.token, "x" * 32, ["HS256"])["iss"] == "me"
@@ -908,7 +910,7 @@ def test_agent_that_was_sent_to_a_port_without_tls_is_told_which_it_needs(cache,
 def test_a_certificate_that_has_expired_is_no_question_of_its_ca(
     gateway, tmp_path, monkeypatch, caplog
 ):
-    def refuse(link, plan):
+    def refuse(link, plan, place):
         error = ssl.SSLCertVerificationError(1, "certificate verify failed")
         error.verify_code, error.verify_message = 10, "certificate has expired"
         raise error
@@ -940,7 +942,7 @@ def test_a_wrong_host_in_tunnel_addr_is_said_to_be_wrong(
 ):
     error.verify_code, error.verify_message = 64, "not valid for '127.0.0.1'."
 
-    def refuse(link, plan):
+    def refuse(link, plan, place):
         raise error
 
     monkeypatch.setattr(link_module.Link, "_begin", refuse)

@@ -1,0 +1,497 @@
+"""An agent with several gateways that are one: real ones in this process, whose list of members is
+the test's, and gateways that the test plays by hand."""
+
+import contextlib
+import logging
+import threading
+
+import pytest
+from support import (
+    APP,
+    TIMEOUT,
+    Origin,
+    agent_here,
+    agent_yaml,
+    answer,
+    gateway_here,
+    routes_of,
+    wait_until,
+)
+from test_agent import HandMadeGateway
+
+from gotunnel import (
+    ALREADY,
+    MEMBERS,
+    MOVE,
+    OVERLAP,
+    PARTIAL,
+    REPLACED,
+    Ack,
+    End,
+    Members,
+    Ping,
+    Pong,
+    encode_message,
+)
+from gotunnel_agent import link as link_module
+from gotunnel_agent import roster
+from gotunnel_agent.config import load
+from gotunnel_agent.status import describe
+from gotunnel_server.agents import members as members_module
+from gotunnel_server.agents.members import Membership
+
+OTHER = "other.localhost"
+FEATURES = (MEMBERS, OVERLAP, PARTIAL)
+A, B, C = "aaaa0000", "bbbb0000", "cccc0000"
+
+
+@pytest.fixture
+def site():
+    with Origin() as origin:
+        origin.serve(lambda target: (target.read_head(), target.send(answer(b"page"))))
+        yield origin
+
+
+def changed(agent, gateway, folder, http, **keys):
+    path = folder / "changed.yaml"
+    path.write_text(agent_yaml(gateway, http, {}, keys))
+    agent.change(load(path))
+
+
+def links_of(agent):
+    """The ids of the members with which the agent has sessions."""
+    with agent.lock:
+        return sorted(view.member for view in agent.views() if view.serves)
+
+
+# Real gateways -----------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Gateways in this process. ``told`` is the list of members that all of them tell."""
+
+    def __init__(self, cache, stack):
+        self.told, self.gateways = {}, {}
+        self._cache, self._stack = cache, stack
+
+    def start(self, id, **changes):
+        """Start a gateway, and tell its agents of all members."""
+        life = contextlib.ExitStack()
+        gateway = life.enter_context(gateway_here(self._cache, **changes))
+        self._stack.push(life)
+        gateway.stop = life.close
+        self.gateways[id] = gateway
+        gateway.inner.tunnels.membership = Membership(id, lambda: dict(self.told))
+        self.told[id] = f"localhost:{gateway.tunnel_port}"
+        self.tell()
+        return gateway
+
+    def tell(self):
+        for gateway in self.gateways.values():
+            gateway.inner.tunnels.members_changed()
+
+    def leave(self, id):
+        """A member is gone: the others tell so."""
+        del self.told[id]
+        gateway = self.gateways.pop(id)
+        self.tell()
+        return gateway
+
+    def serve(self, *ids, hostname=APP):
+        return all(hostname in routes_of(self.gateways[id].inner) for id in ids)
+
+
+@pytest.fixture
+def cluster(cache, monkeypatch, quick):
+    monkeypatch.setattr(members_module, "DEBOUNCE", 0.01)
+    with contextlib.ExitStack() as stack:
+        yield Cluster(cache, stack)
+
+
+def test_an_agent_has_a_session_with_each_member_and_says_so_once(cluster, tmp_path, site, caplog):
+    caplog.set_level(logging.INFO)
+    first = cluster.start(A)
+    cluster.start(B)
+    cluster.start(C)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B, C])
+        for gateway in cluster.gateways.values():
+            assert gateway.get(APP) == (200, b"page")
+        wait_until(lambda: f"serving {APP} at 3 gateways" in caplog.text)
+        said = [text for text in caplog.messages if "serving" in text and "agent" not in text]
+        assert said == [f"localhost:{first.tunnel_port}: serving {APP}",
+                        f"serving {APP} at 3 gateways"]  # fmt: skip
+        assert sum("->" in text for text in caplog.messages) == 1
+        told = agent.snapshot()
+        assert {each.member for each in told.gateways} == {A, B, C} and told.old_sessions == 0
+        rows = describe(told, "agent.yaml")["gateways"]
+        assert [row["state"] for row in rows] == ["serving"] * 3
+        assert rows[0]["gateway"] == f"localhost:{first.tunnel_port}"
+    assert not any(threads_of_links())
+
+
+def threads_of_links():
+    return [each.name for each in threading.enumerate() if each.name.startswith("link ")]
+
+
+def test_a_gateway_alone_has_one_link(cluster, tmp_path, site):
+    first = cluster.start(A)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A])
+        assert len(agent.links) == 1 and not threads_of_links()
+
+
+def test_a_member_that_comes_later_gets_a_session(cluster, tmp_path, site):
+    first = cluster.start(A)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A])
+        cluster.start(B)
+        wait_until(lambda: cluster.serve(B))
+        assert cluster.gateways[B].get(APP) == (200, b"page")
+
+
+def test_the_others_serve_on_when_the_first_gateway_dies_and_their_list_counts(
+    cluster, tmp_path, site, caplog
+):
+    caplog.set_level(logging.INFO)
+    first = cluster.start(A)
+    cluster.start(B)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        (kept,) = cluster.gateways[B].inner.tunnels.registered()
+        cluster.leave(A).stop()
+        wait_until(lambda: links_of(agent) == [B])
+        assert agent.snapshot().since is not None and agent.snapshot().problem == ""
+        assert cluster.gateways[B].get(APP) == (200, b"page")
+        cluster.start(C)
+        wait_until(lambda: links_of(agent) == [B, C])
+        assert cluster.gateways[C].get(APP) == (200, b"page")
+        assert cluster.gateways[B].inner.tunnels.registered() == [kept]
+
+
+def test_a_member_that_comes_back_at_its_address_is_reached(cluster, tmp_path, site):
+    first = cluster.start(A)
+    port = str(cluster.start(B).tunnel_port)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        cluster.leave(B).stop()
+        wait_until(lambda: links_of(agent) == [A])
+        cluster.start(C, TUNNEL_PORT=port)
+        wait_until(lambda: links_of(agent) == [A, C])
+        wait_until(lambda: len(agent.links) == 2)
+
+
+def test_the_first_gateway_that_comes_back_at_its_address_is_reached(cluster, tmp_path, site):
+    first = cluster.start(A)
+    port = str(first.tunnel_port)
+    cluster.start(B)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        cluster.leave(A).stop()
+        wait_until(lambda: links_of(agent) == [B])
+        cluster.start(C, TUNNEL_PORT=port)
+        wait_until(lambda: links_of(agent) == [B, C])
+
+
+def test_when_all_are_gone_the_agent_waits_for_its_own_gateway(cluster, tmp_path, site):
+    first = cluster.start(A)
+    port = str(first.tunnel_port)
+    cluster.start(B)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        gone = [cluster.leave(A), cluster.leave(B)]
+        for gateway in gone:
+            gateway.stop()
+        wait_until(lambda: agent.snapshot().since is None and agent.snapshot().problem)
+        cluster.start(C, TUNNEL_PORT=port)
+        wait_until(lambda: links_of(agent) == [C])
+        assert cluster.gateways[C].get(APP) == (200, b"page")
+
+
+def test_a_change_acts_on_all_links_and_visits_go_on(cluster, tmp_path, site):
+    first = cluster.start(A)
+    cluster.start(B)
+    over, failed, served = threading.Event(), [], []
+
+    def visit(gateway):
+        while not over.is_set():
+            got = gateway.get(APP)
+            (served if got == (200, b"page") else failed).append(got)
+
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        visitors = [
+            threading.Thread(target=visit, args=(gateway,)) for gateway in cluster.gateways.values()
+        ]
+        for visitor in visitors:
+            visitor.start()
+        try:
+            for _ in range(3):
+                changed(agent, first, tmp_path, {APP: site.port, OTHER: site.port})
+                wait_until(lambda: cluster.serve(A, B, hostname=OTHER))
+                changed(agent, first, tmp_path, {APP: site.port})
+                wait_until(lambda: not cluster.serve(A, hostname=OTHER))
+                wait_until(lambda: not cluster.serve(B, hostname=OTHER))
+        finally:
+            over.set()
+            for visitor in visitors:
+                visitor.join()
+        assert served and failed == []
+        wait_until(lambda: links_of(agent) == [A, B])
+        wait_until(lambda: not any(link.old for link in agent.links))
+
+
+def test_another_gateway_in_the_configuration_ends_all_sessions_with_the_members(
+    cluster, cache, tmp_path, site
+):
+    first = cluster.start(A)
+    cluster.start(B)
+    with gateway_here(cache) as elsewhere:
+        with agent_here(first, tmp_path, {APP: site.port}) as agent:
+            wait_until(lambda: links_of(agent) == [A, B])
+            changed(agent, elsewhere, tmp_path, {APP: site.port})
+            elsewhere.wait_for_routes(APP)
+            wait_until(lambda: not cluster.serve(A) and not cluster.serve(B))
+            wait_until(lambda: len(agent.links) == 1)
+
+
+def test_a_member_that_does_not_answer_disturbs_no_other(cluster, tmp_path, site, caplog):
+    first = cluster.start(A)
+    cluster.start(B)
+    cluster.told[C] = "localhost:9"
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        wait_until(lambda: agent.totals().failures > 3)
+        said = [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelno >= logging.WARNING and record.name == "gotunnel.link"
+        ]
+        assert len(said) == 1 and said[0].startswith("localhost:9: connection refused"), said
+        assert said[0].endswith("other gateways serve") or said[0].endswith("gateway serves")
+        problems = {each.gateway: each.problem for each in agent.snapshot().gateways}
+        assert problems["localhost:9"] == "connection refused: no program listens there"
+        assert agent.snapshot().problem == ""
+        del cluster.told[C]
+        cluster.tell()
+        wait_until(lambda: len(agent.links) == 2)
+
+
+def test_a_gateway_of_another_ca_among_the_members_gets_no_token(
+    cluster, tmp_path_factory, tmp_path, site, caplog
+):
+    first = cluster.start(A)
+    with gateway_here(tmp_path_factory.mktemp("other CA")) as stranger:
+        cluster.told[B] = f"localhost:{stranger.tunnel_port}"
+        with agent_here(first, tmp_path, {APP: site.port}) as agent:
+            wait_until(lambda: "its certificate is not to be trusted" in caplog.text)
+            assert not routes_of(stranger.inner) and links_of(agent) == [A]
+
+
+# Gateways made by hand, all at one address -------------------------------------------------------
+
+
+class Many(HandMadeGateway):
+    """Members that share an address; the test plays each."""
+
+    def be(self, id, *members):
+        """Accept an agent as member ``id``, and tell it all members."""
+        registered = self.meet(Ack(True, features=FEATURES, member=id))
+        self.say(Members(dict.fromkeys(members, "")))
+        return registered, self.session, self.control
+
+    def say(self, message):
+        self.control.write(encode_message(message))
+
+    def refuse(self):
+        registered = self.meet(Ack(False, ALREADY))
+        self.hang_up()
+        return registered
+
+
+@pytest.fixture
+def many(cache, monkeypatch):
+    monkeypatch.setattr(roster, "SEEK_DELAY", 0.001)
+    with Many(cache) as gateway:
+        yield gateway
+
+
+def over(*sessions):
+    for session in sessions:
+        session.close()
+        session.join()
+
+
+def test_members_without_an_address_are_looked_for_one_after_the_other(
+    many, tmp_path, quick, caplog
+):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        registered, *first = many.be(A, A, B, C)
+        assert MEMBERS in registered.features and registered.besides == ()
+        for _ in range(3):
+            assert many.refuse().besides == (A,)
+        registered, *second = many.be(C, A, B, C)
+        assert registered.besides == (A,)
+        assert many.refuse().besides == (A, C)
+        registered, *third = many.be(B, A, B, C)
+        assert registered.besides == (A, C)
+        wait_until(lambda: links_of(agent) == [A, B, C])
+        assert len({each.session.name for each in agent.links[0].services()}) == 1
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert agent.totals().failures == 0
+
+        # one of them dies, and another one takes its place
+        over(second[0])
+        assert many.refuse().besides == (A, B)
+        registered, *fourth = many.be("new", A, B, "new")
+        assert registered.besides == (A, B)
+        wait_until(lambda: links_of(agent) == [A, B, "new"])
+        over(first[0], third[0], fourth[0])
+
+
+def test_a_member_that_asks_for_another_session_gets_it(many, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(link_module, "MOVED", 0)
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        _, first, control = many.be(A, A, B)
+        _, second, _ = many.be(B, A, B)
+        wait_until(lambda: links_of(agent) == [A, B])
+        control.write(encode_message(End(MOVE, "a restart")))
+        assert many.refuse().besides == (B,)
+        registered, third, _ = many.be(A, A, B)
+        assert registered.overlap and registered.besides == (B,)
+        wait_until(lambda: first.ended)
+        over(second, third)
+
+
+def test_a_change_reaches_each_member_at_the_address_of_all(many, tmp_path, quick):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        _, first, _ = many.be(A, A, B)
+        _, second, _ = many.be(B, A, B)
+        wait_until(lambda: links_of(agent) == [A, B])
+        changed(agent, many.place, tmp_path, {OTHER: 1})
+        registered, third, _ = many.be(B, A, B)  # the link that had A
+        assert registered.besides == () and registered.overlap and set(registered.routes) == {OTHER}
+        wait_until(lambda: second.ended)
+        assert not first.ended
+        registered, fourth, _ = many.be(A, A, B)
+        assert registered.besides == (B,) and set(registered.routes) == {OTHER}
+        wait_until(lambda: first.ended)
+        wait_until(lambda: links_of(agent) == [A, B])
+        over(third, fourth)
+
+
+def test_two_links_that_reach_a_member_at_the_same_time_replace_no_instance(many, tmp_path, quick):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        registered, first, control = many.be(A, A, B)
+        _, second, _ = many.be(A, A, B)  # as if it had not read besides
+        control.write(encode_message(End(REPLACED, "another session takes over")))
+        over(first)
+        again, third, _ = many.be(B, A, B)
+        assert again.instance == registered.instance
+        wait_until(lambda: links_of(agent) == [A, B])
+        over(second, third)
+
+
+def test_another_process_with_the_same_id_makes_all_sessions_take_another(
+    many, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(link_module, "REFUSED_DELAY", 0.01)
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        registered, first, control = many.be(A, A, B)
+        _, second, _ = many.be(B, A, B)
+        wait_until(lambda: links_of(agent) == [A, B])
+        control.write(encode_message(End(REPLACED, "another agent takes over")))
+        wait_until(lambda: first.ended and second.ended)
+        again, third, _ = many.be(A, A)
+        assert again.instance != registered.instance
+        over(third)
+
+
+def test_already_without_another_session_is_a_refusal(many, tmp_path, quick, caplog):
+    with agent_here(many.place, tmp_path, {APP: 1}):
+        many.refuse()
+        wait_until(lambda: f"the gateway refused: {ALREADY}; next try in" in caplog.text)
+        many.refuse()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {B: "no address"},
+        {B: "localhost:0"},
+        {"\x1b[31m": ""},
+        {"x" * 65: ""},
+        {B: "a" * 300 + ":1"},
+        {},
+    ],
+)
+def test_members_that_make_no_sense_are_passed_over(many, tmp_path, told):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        many.meet(Ack(True, features=FEATURES, member=A))
+        many.say(Members({A: "", **told}))
+        many.say(Ping(1))
+        assert isinstance(many.hear(), Pong)
+        assert len(agent.links) == 1 and list(agent.members) == [A]
+        many.hang_up()
+
+
+def test_members_of_a_gateway_that_did_not_say_that_it_is_one_are_passed_over(many, tmp_path):
+    for reply in (Ack(True, features=FEATURES), Ack(True, member=A), Ack(True, (), member="a b")):
+        with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+            many.meet(reply)
+            many.say(Members({A: "", B: "localhost:9"}))
+            many.say(Ping(1))
+            assert isinstance(many.hear(), Pong)
+            assert len(agent.links) == 1 and not agent.members
+            many.hang_up()
+
+
+def test_a_gateway_that_tells_ever_other_members_keeps_no_army_of_links_busy(
+    many, tmp_path, monkeypatch
+):
+    """Their names take long to resolve."""
+    may_end = threading.Event()
+    resolve = link_module.addresses_of
+
+    def slow(host, port):
+        if host.endswith(".slow"):
+            may_end.wait(TIMEOUT)
+        return resolve("localhost", port)
+
+    monkeypatch.setattr(link_module, "addresses_of", slow)
+    monkeypatch.setattr("gotunnel_agent.agent.MOST_LINKS", 5)
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        many.meet(Ack(True, features=FEATURES, member=A))
+        for number in range(10):
+            told = {f"{number}-{each}": f"{number}-{each}.slow:9" for each in range(3)}
+            many.say(Members({A: "", **told}))
+        many.say(Ping(1))
+        assert isinstance(many.hear(), Pong)
+        assert len(agent.links) <= 5
+        many.say(Members({A: ""}))
+        may_end.set()
+        wait_until(lambda: len(agent.links) == 1)
+        many.hang_up()
+
+
+def test_stop_ends_the_sessions_with_all_members(many, tmp_path, quick):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        _, first, _ = many.be(A, A, B)
+        _, second, _ = many.be(B, A, B)
+        wait_until(lambda: links_of(agent) == [A, B])
+        stopping = threading.Thread(target=agent.stop)
+        stopping.start()
+        wait_until(lambda: first._mux.peer_left and second._mux.peer_left)
+        over(first, second)
+        stopping.join(TIMEOUT)
+        assert not stopping.is_alive()
+
+
+def test_stop_ends_a_dial_of_each_link(cache, many, tmp_path, quick):
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        _, first, _ = many.be(A, A, B)
+        sock, _ = many._listening.accept()  # and says nothing
+        wait_until(lambda: len(agent.links) == 2 and agent.links[1].unaccepted is not None)
+        over(first)
+    assert not threads_of_links()
+    sock.close()
