@@ -403,6 +403,7 @@ class Http2Connection:
         log.debug("%s: %s; GOAWAY with %s", self.visitor, fault, fault.code.name)
         with self.lock:
             self._say_goodbye(fault.code, str(fault))
+            self._give_up("closed")  # under one lock, so that no answer goes on behind GOAWAY
         self.output.flush()
         return self._part(now)
 

@@ -177,7 +177,7 @@ def test_a_wrong_string_is_refused_in_one_line(gateway, home, capsys, changes, w
 
 def test_a_clock_that_is_behind_is_named(gateway, home, capsys, monkeypatch):
     now = time.time()
-    monkeypatch.setattr("gotunnel_agent.agent.time", lambda: now + 3600)
+    monkeypatch.setattr("gotunnel_agent.registering.time", lambda: now + 3600)
     said = joined(capsys, string_for(gateway), status=1)
     assert "auth failed" in said and "clock" in said
     assert files(home) == []

@@ -467,8 +467,13 @@ def test_websocket_that_its_target_ends_is_over(gateway, origin, monkeypatch, ha
         wait_until(lambda: not streams_of(gateway))
 
 
-def test_fault_beside_a_download_that_waits_for_its_visitor_ends_by_a_goodbye(gateway, origin):
-    """The thread that writes is not disturbed, and GOAWAY comes behind what it writes."""
+def test_fault_beside_a_download_that_waits_for_its_visitor_ends_by_a_goodbye(
+    gateway, origin, monkeypatch
+):
+    """The thread that writes is not disturbed, and GOAWAY comes behind what it writes: no more is
+    added, however long the thread takes that has noticed the fault."""
+    flush = http2_output.Output.flush
+    monkeypatch.setattr(http2_output.Output, "flush", lambda self: time.sleep(0.1) or flush(self))
     origin.serve(lambda target: (target.read_head(), target.send(answer(b"x" * 40 * MIB))))
     with http2_visitor(gateway, first=settings(s4=2**30)) as visitor:
         visitor.grant()
