@@ -4,6 +4,7 @@ Exit status:
 
                      0                    1                         2
     (no command)     after a signal       a port cannot be opened   the configuration is wrong
+    cluster-key      printed
     init             .env is written      it is not (130: Ctrl-C)   an argument is wrong
     check            nothing has failed   something has failed      the configuration is wrong
     certificates     printed, or renewal  NAME cannot be renewed    the configuration is wrong
@@ -23,6 +24,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, NoReturn
 
 from gotunnel import NoThread, __version__
@@ -103,6 +105,9 @@ def command(options: argparse.Namespace) -> int:
             return run_service(options, PROGRAM, lambda chosen: service.plan(chosen, env_file))
         if options.command is None:
             return run(options.env_file)
+        if options.command == "cluster-key":
+            print(import_module(f"{__package__}.cluster.sealed").new_key())
+            return 0
         if options.command == "init":
             return init.run_init(options, environment())
         config = load(options.env_file)
@@ -242,6 +247,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "check", help="check whether a gateway could start here; each problem comes with a remedy",
         description="Check all that a gateway needs. Nothing is changed, nothing is ordered.",
     )  # fmt: skip
+    key = commands.add_parser(
+        "cluster-key", help="print a new key for several gateways that are one",
+        description="Print a new key for CLUSTER_KEY_FILE, which all gateways of a cluster share.",
+    )  # fmt: skip
     certificates_ = commands.add_parser(
         "certificates", help="list the certificates",
         description="List the certificates, and when they are renewed; also while a gateway runs.",
@@ -330,7 +339,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add_arguments(service_, PROGRAM, with_socket=True)
     agents_all = (agents_, add, rotate, show, remove)
-    for each in (init_, check_, certificates_, token, *agents_all, status, service_):
+    for each in (init_, check_, key, certificates_, token, *agents_all, status, service_):
         # The option may stand before the command as well: then the command must not unset it.
         _add_env_file(each, default=argparse.SUPPRESS)
     parser.typed = sys.argv[1:] if arguments is None else arguments

@@ -178,7 +178,7 @@ class Gateway:
             return
         parts = metrics.Parts(
             self.recording, self.tunnels, self.own_names, self.keeper.state, self.listeners,
-            self._steps, self._visitors, self._newcomers, self._ready.is_set,
+            self._steps, self._visitors, self._newcomers, self._ready.is_set, self.cluster,
         )  # fmt: skip
         site = metrics.build_site(parts, config.metrics_bind, self._showing.together)
         self.metrics_port = self._add_page(

@@ -21,6 +21,12 @@ class Cluster(Protocol):
 
     def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None: ...
 
+    def figures(self) -> Any: ...
+
+    def unready(self) -> str | None: ...
+
+    def describe(self) -> dict[str, Any] | None: ...
+
     def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None: ...
 
     def drain(self) -> None: ...
@@ -41,6 +47,15 @@ class Alone:
 
     def on_members(self, callback: Callable[[Mapping[str, Any]], object]) -> None:
         """Never called."""
+
+    def figures(self) -> Any:
+        return None
+
+    def unready(self) -> str | None:
+        return None
+
+    def describe(self) -> dict[str, Any] | None:
+        return None
 
     def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None:
         """There is nobody to join."""

@@ -28,6 +28,7 @@ from .agents.newcomer import Newcomers
 from .agents.tunnel import Tunnels
 from .certs.state import Standing, State
 from .listeners import Listeners
+from .membership import Cluster
 from .net.round_robin import FairWorkers
 from .recording import Recording
 from .visitors.counts import BOUNDS, CLASSES, Count
@@ -40,6 +41,7 @@ MOST_CERTIFICATES = 500  # hostnames with an expiry time; the gateway's own name
 MOST_TARGETS = 1000  # lines on the health of targets; a hostname has one, in a pool two
 STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
 PREFIX = "gotunnel_gateway_"
+CLUSTER = "gotunnel_cluster_"
 SETTING = "METRICS_PORT"
 
 
@@ -55,6 +57,7 @@ class Parts(NamedTuple):
     visitors: PublicPort
     newcomers: Newcomers
     is_ready: Callable[[], bool]
+    cluster: Cluster
 
 
 def build_site(parts: Parts, bound: Sequence[str], together: Any = None) -> Site:
@@ -74,7 +77,7 @@ def build_site(parts: Parts, bound: Sequence[str], together: Any = None) -> Site
 
     def unready() -> str | None:
         is_ready = parts.is_ready() and (together is None or together.is_ready())
-        return None if is_ready else "starting or draining"
+        return parts.cluster.unready() if is_ready else "starting or draining"
 
     if together is not None:
         together.share_metrics(lambda: figures(parts), unhealthy)
@@ -100,6 +103,7 @@ def figures(parts: Parts) -> Iterator[Metric]:
     yield from _sessions(parts)
     yield from _certificates(parts)
     yield from _queues(parts)
+    yield from _cluster(parts)
     yield from process_figures()
 
 
@@ -249,6 +253,49 @@ def _certificates(parts: Parts) -> Iterator[Metric]:
             for name, state in list(states.items())[:MOST_CERTIFICATES]
             if state.ends_at is not None
         ),
+    )  # fmt: skip
+
+
+def _cluster(parts: Parts) -> Iterator[Metric]:
+    """Nothing for a gateway that is alone."""
+    figures = parts.cluster.figures()
+    if figures is None:
+        return
+    member, claims = figures
+    yield gauge(
+        f"{CLUSTER}members", "Gateways that are one, with this one.", Sample(member.members)
+    )
+    yield gauge(
+        f"{CLUSTER}board_reachable", "1 if the last call to Redis, or the supervisor, succeeded.",
+        Sample(member.reachable),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}board_seconds", "How long the last renewal of the lease took.",
+        Sample(member.round_trip),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}serving", "1 if this gateway may serve the hostnames that it holds.",
+        Sample(member.serving),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}leases", "Hostnames that this gateway holds among the members.",
+        Sample(claims.held),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}waiting_claims", "Registrations that wait for the other gateways.",
+        Sample(claims.waiting),
+    )  # fmt: skip
+    yield counter(
+        f"{CLUSTER}outages_total", "How often Redis, or the supervisor, was no longer reached.",
+        Sample(member.outages),
+    )  # fmt: skip
+    yield counter(
+        f"{CLUSTER}stops_total", "How often this gateway stopped serving: others may have served.",
+        Sample(member.stops),
+    )  # fmt: skip
+    yield counter(
+        f"{CLUSTER}lost_total", "Hostnames that went to an agent of another gateway meanwhile.",
+        Sample(claims.lost),
     )  # fmt: skip
 
 

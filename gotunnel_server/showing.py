@@ -32,6 +32,7 @@ class Gateway(Protocol):
     own_names: tuple[str, ...]
     tunnels: Any  # agents.tunnel.Tunnels
     keeper: Any  # certs.keeper.Keeper
+    cluster: Any  # membership.Cluster
     recording: Any  # recording.Recording
     shown_port: int
 
@@ -73,6 +74,10 @@ class Parts:
         recording.settle()
         counts: Mapping[str, Count] | None = recording.counts and recording.counts.all()
         return counts
+
+    def cluster(self) -> dict[str, Any] | None:
+        described: dict[str, Any] | None = self._gateway.cluster.describe()
+        return described
 
     def session(self, id: str) -> Any:
         found = self._gateway.tunnels.by_id(id)

@@ -76,7 +76,7 @@ class Status:
         gateway = self._gateway
         return document_of(
             gateway.tunnels.shown(), gateway.own_names, gateway.keeper.state,
-            gateway.recording.counts,
+            gateway.recording.counts, cluster=gateway.cluster.describe(),
         )  # fmt: skip
 
 
@@ -86,10 +86,12 @@ def describe(
     certificate_state: Callable[[str], State],
     counts: Counts | None = None,
     now: Callable[[], float] = time,
+    cluster: Mapping[str, Any] | None = None,
 ) -> dict[str, object]:
     """The gateway's part of the answer. ``certificate_state(hostname)``: as Keeper.state().
-    ``counts``: of visits; None if nothing counts them."""
-    return of_document(document_of(tunnels, own_names, certificate_state, counts, now))
+    ``counts``: of visits; None if nothing counts them. ``cluster``: see Facts."""
+    document = document_of(tunnels, own_names, certificate_state, counts, now, cluster)
+    return of_document(document)
 
 
 def document_of(
@@ -98,9 +100,11 @@ def document_of(
     certificate_state: Callable[[str], State],
     counts: Counts | None = None,
     now: Callable[[], float] = time,
+    cluster: Mapping[str, Any] | None = None,
 ) -> state.Document:
     """The state document that the answer is made of. Arguments as for describe()."""
-    facts = Facts(host="", port=0, version="", state="", started_at=0, uptime=0, now=now())
+    facts = Facts(host="", port=0, version="", state="", started_at=0, uptime=0, now=now(),
+                  cluster=None if cluster is None else dict(cluster))  # fmt: skip
     found = None if counts is None else counts.all()
     return state.full(facts, tunnels, own_names, certificate_state, found)
 
@@ -143,6 +147,7 @@ def of_document(document: Mapping[str, Any]) -> dict[str, object]:
         "certificates": [
             _certificate(name, row) for name, row in list(certificates.items())[:MOST_LISTED]
         ],
+        **_cluster(_object(document.get("cluster"))),
     }
 
 
@@ -185,6 +190,32 @@ def _processes(rows: object) -> dict[str, object]:
          **{key: _number(row.get(key)) for key in keys[1:]}}
         for row in map(_object, rows[:MOST_LISTED])
     ]}  # fmt: skip
+
+
+def _cluster(cluster: Mapping[str, Any]) -> dict[str, object]:
+    """Nothing for a gateway that is alone."""
+    if not cluster:
+        return {}
+    rows = cluster.get("members")
+    members = [_object(row) for row in rows] if isinstance(rows, list) else []
+    return {
+        "cluster": {
+            "member": _text(cluster.get("member")),
+            "board": _text(cluster.get("board")),
+            "reachable": cluster.get("reachable") is True,
+            "serving": cluster.get("serving") is True,
+            "leases": _number(cluster.get("held")),
+            "waiting_claims": _number(cluster.get("waiting")),
+        },
+        "members": [
+            {
+                **{key: _text(row.get(key)) for key in ("id", "host", "version", "address")},
+                "started_at": _instant(row.get("started_at")),
+                "leaving": row.get("leaving") is True,
+            }
+            for row in members[:MOST_LISTED]
+        ],
+    }
 
 
 def _session(row: Mapping[str, Any], now: float | None) -> dict[str, object]:

@@ -23,8 +23,9 @@ import urllib.request
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from gotunnel import ACK, ANY_PORT, MAX_UINT32, PING, SYN, Header
 from gotunnel_agent.common import packages, status_socket
@@ -46,6 +47,9 @@ from ..secret_files import exposed
 from ..visitors.log_file import STANDARD_OUTPUT
 from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
 
+if TYPE_CHECKING:
+    from ..cluster.settings import Settings
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: "32", WARN: "33", FAIL: "31"}  # green, yellow, red, as terminals number them
 
@@ -55,6 +59,7 @@ MOST_BYTES = 64 * 1024  # of an answer; a CA's directory has about one KiB, a ga
 # Seconds for a gateway on this machine to show that it is one.
 PROBE_TIMEOUT = 2.0
 HTTP, HTTPS = 80, 443  # the only ports that a CA validates at (RFC 8555 §8.3, RFC 8737 §3)
+SLOW_REDIS = 0.1  # seconds for an answer of Redis
 # Ports of TCP_PORTS that are tried, which may be all 65535: one takes some 50 us.
 MOST_TRIED = 10_000
 # What a CA's directory must name for an order (RFC 8555 §7.1.1).
@@ -126,6 +131,8 @@ def examine(config: Config) -> Iterable[Finding]:
     yield from look_at_pairs(config.cert_dir)
     yield from look_at_own_names(config)
     yield from look_at_waiting(config)
+    if config.cluster is not None:
+        yield from look_at_cluster(config.cluster)
     if config.acme is None:
         yield Finding(OK, "directory", "not used: no certificate is ordered")
     else:
@@ -231,6 +238,42 @@ def look_at_descriptors(max_connections: int) -> Finding:
         WARN, "MAX_CONNECTIONS",
         f"{max_connections}, but of {most} descriptors only {visitors} are for visitors: raise "
         "the limit (ulimit -n)")  # fmt: skip
+
+
+# Redis
+
+
+def look_at_cluster(settings: Settings) -> Iterable[Finding]:
+    """Whether Redis can be used. Nothing is written there."""
+    # Loaded here: it needs the package redis.
+    engine = import_module("gotunnel_server.cluster.engine").Engine(settings)
+    try:
+        took = engine.time()
+        yield Finding(OK, "CLUSTER", f"{engine.version()} at {settings.redis} answers, in "
+                      f"{1000 * took:.1f} ms")  # fmt: skip
+        if took > SLOW_REDIS:
+            yield Finding(WARN, "CLUSTER", "that is slow: a lease is renewed every second, and "
+                          "lasts 4 seconds; take a server that is nearer")  # fmt: skip
+        yield from (Finding(WARN, "CLUSTER", text) for text in engine.flaws())
+    except OSError as error:
+        yield Finding(FAIL, "CLUSTER", f"{error}: correct CLUSTER or CLUSTER_PASSWORD, or start "
+                      "the server")  # fmt: skip
+        return
+    finally:
+        engine.close()
+    yield look_at_own_address(settings, engine.own_address())
+
+
+def look_at_own_address(settings: Settings, found: str | None) -> Finding:
+    """How agents and gateways reach this gateway alone. ``found``: see Engine.own_address()."""
+    if settings.address is None:
+        text = "shared: agents dial the common address until they have reached each gateway"
+        return Finding(OK, "CLUSTER_ADDRESS", text)
+    host = settings.address[0] or found
+    if not settings.address[0] and (host is None or is_here(host)):
+        return Finding(WARN, "CLUSTER_ADDRESS", "Redis is on this machine, so it cannot be found "
+                       "out how others reach the gateway: set CLUSTER_ADDRESS")  # fmt: skip
+    return Finding(OK, "CLUSTER_ADDRESS", f"agents and gateways dial {host}")
 
 
 # Ports

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from gotunnel import __version__
 from gotunnel_agent.common.addresses import as_host
 from gotunnel_agent.common.metrics_page import is_loopback
+from gotunnel_agent.common.one_line import on_one_line
 
 from ..agents.members import Membership
 from ..agents.newcomer import REGISTER_TIMEOUT, Newcomers
@@ -32,6 +33,8 @@ from .settings import Settings
 log = logging.getLogger("gotunnel.cluster")
 
 LOOPBACK = "127.0.0.1"
+MOST_LISTED = 1000  # members in a state document
+MOST_SHOWN = 300  # characters of what another member says of itself
 PEER_PORT = "PEER_PORT"  # as a setting in errors: the port for other members, with PROCESSES
 
 
@@ -161,8 +164,44 @@ class Cluster:
         """A member says by its link that it ends, and so will never take a name again."""
         self._member.departed(id)
 
-    def figures(self) -> Figures:
+    # What is shown
+
+    def figures(self) -> Figures | None:
+        """None with PROCESSES alone: the processes are shown as such."""
+        if self.settings is None:
+            return None
         return Figures(self._member.figures(), self.claims.figures())
+
+    def unready(self) -> str | None:
+        """Why no visitors should be sent here; None if they may be. Without the board a member that
+        serves is ready."""
+        found = self._member.figures()
+        if not found.joined:
+            return "no contact with the other gateways yet"
+        return None if found.serving else "no contact with the other gateways"
+
+    def describe(self) -> dict[str, Any] | None:
+        """For the state document (dashboard/state.py); None as figures()."""
+        found = self.figures()
+        if found is None:
+            return None
+        return {
+            "member": self.id,
+            "board": self._member.board_name,
+            "reachable": found.member.reachable,
+            "serving": found.member.serving,
+            "held": found.claims.held,
+            "waiting": found.claims.waiting,
+            "members": [
+                {
+                    "id": card.id, "host": on_one_line(card.host, MOST_SHOWN),
+                    "version": on_one_line(card.version, MOST_SHOWN),
+                    "address": on_one_line(card.agents or card.peer, MOST_SHOWN),
+                    "started_at": card.since, "leaving": card.leaving,
+                }
+                for card in list(self.members().values())[:MOST_LISTED]
+            ],
+        }  # fmt: skip
 
     # Life
 

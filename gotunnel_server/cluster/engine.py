@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ log = logging.getLogger("gotunnel.engine")
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 1.0, 1.0
 SENTINEL_TIMEOUT = 0.5  # seconds for an answer of one Sentinel; there are several
 MOST_CONNECTIONS = 32  # of all threads together: the issuer's, the order threads', those here
+LEAST_REDIS = 5  # whose scripts may ask for the time and then write
+NO_EVICTION = "noeviction"
 MOST_ERROR = 300  # characters
 # Seconds between two pings on the connection for messages, and without any answer until it counts
 # as cut: nothing else would be sent there.
@@ -119,6 +122,47 @@ class Engine:
                     yield None
                 elif message["type"] == "message" and isinstance(message["data"], bytes):
                     yield message["data"]
+
+    # For `check`
+
+    def time(self) -> float:
+        """Seconds for an answer, once connected. Raises Away."""
+        self.call("PING")
+        began = monotonic()
+        self.call("PING")
+        return monotonic() - began
+
+    def version(self) -> str:
+        """What the server calls itself. Raises Away."""
+        found = self._facts("server")
+        name = "Valkey" if "valkey_version" in found else "Redis"
+        return f"{name} {found.get('valkey_version') or found.get('redis_version', '')}"
+
+    def flaws(self) -> Iterator[str]:
+        """What is wrong with the server's settings, as sentences. Raises Away."""
+        version = re.match(r"[0-9]+", self._facts("server").get("redis_version", ""))
+        if version is not None and int(version[0]) < LEAST_REDIS:
+            yield f"this version is too old, expected {LEAST_REDIS} or newer"
+        policy = self._facts("memory").get("maxmemory_policy", NO_EVICTION)
+        if policy != NO_EVICTION:
+            yield (
+                f"maxmemory-policy is {policy}, expected {NO_EVICTION}: a hostname whose key is "
+                "evicted could get two owners"
+            )
+        if self._facts("replication").get("role", "master") != "master":
+            yield "this server is a replica, which cannot be written to: name the master"
+
+    def _facts(self, section: str) -> dict[str, str]:
+        """What INFO says. Raises Away."""
+        found = self.call("INFO", section)
+        if isinstance(found, bytes):
+            lines = found.decode(errors="replace").splitlines()
+            return dict(line.split(":", 1) for line in lines if ":" in line)
+        if not isinstance(found, dict):
+            return {}
+        if found and all(isinstance(value, dict) for value in found.values()):  # of all nodes
+            found = next(iter(found.values()))
+        return {str(key): str(value) for key, value in found.items()}
 
     def own_address(self) -> str | None:
         """The IP address by which this machine reaches Redis; None if it is a Unix socket, or if

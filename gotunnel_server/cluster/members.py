@@ -71,10 +71,11 @@ class Peers(Protocol):
 
 
 class Figures(NamedTuple):
-    """For status and metrics. ``reachable``: the last call to the board has succeeded.
-    ``serving``: what is held may be served. ``since``: how long (seconds) that is so, or not."""
+    """For status and metrics. ``reachable``: the last call to the board has succeeded; ``joined``:
+    one has. ``serving``: what is held may be served."""
 
     reachable: bool
+    joined: bool
     serving: bool
     members: int
     outages: int  # since the start
@@ -90,8 +91,8 @@ class Member:
         self.id = id
         self.claims: Claims  # set before start()
         self.peers: Peers | None = None
+        self.board_name = board_name
         self._board = board
-        self._board_name = board_name
         self._card = Card(id)
         self._callbacks: list[Callable[[Mapping[str, Card]], object]] = []
         self._members: Mapping[str, Card] = {}  # replaced whole
@@ -160,7 +161,8 @@ class Member:
 
     def figures(self) -> Figures:
         return Figures(
-            not self.is_away(), self.serves(), len(self._members), self._outages, self._stops,
+            not self.is_away(), self._was_there, self.serves(), len(self._members),
+            self._outages, self._stops,
             self._round_trip,
         )  # fmt: skip
 
@@ -291,7 +293,7 @@ class Member:
         if since is None:
             return
         if self._was_there or self._outages:
-            log.info("%s answers again, after %.1f s%s", self._board_name, monotonic() - since,
+            log.info("%s answers again, after %.1f s%s", self.board_name, monotonic() - since,
                      "; hostnames are served again" if begins else "")  # fmt: skip
         self._was_there = True
         self.wake()
@@ -348,5 +350,5 @@ class Member:
                 self._stops += 1
         if stops:
             log.warning("this gateway stops serving its hostnames: it has no contact with %s, and "
-                        "other gateways may have", self._board_name)  # fmt: skip
+                        "other gateways may have", self.board_name)  # fmt: skip
             self.claims.stop_serving()

@@ -40,6 +40,8 @@ class Parts(acts.Hall, Protocol):
 
     def counts(self) -> Mapping[str, Count] | None: ...
 
+    def cluster(self) -> Document | None: ...
+
     def share(self, full: Callable[[], Document], public: Callable[[], Document]) -> None:
         """Other processes of the same gateway may ask for these documents."""
 
@@ -60,7 +62,7 @@ def describe(parts: Parts, live: Live) -> Callable[[], Document]:
 def _facts(parts: Parts) -> Facts:
     return Facts(
         parts.gateway_host, parts.public_port(), parts.version, parts.state, parts.started_at,
-        parts.uptime(), parts.now(),
+        parts.uptime(), parts.now(), parts.cluster(),
     )  # fmt: skip
 
 

@@ -284,6 +284,7 @@ def _tables(document: Document, csrf: str) -> str:
                 hostnames, no_agent, total=totals.get("hostnames", 0),
             ),
             *_own(document.get("certificates") or (), renew),
+            *_members(document.get("cluster") or {}),
             _section("visits", "Last visits", VISITS, visits[:MOST_VISITS], "No visit yet."),
             _section(
                 "blocks", "Blocked addresses", (*BLOCKS, *unblock), blocks,
@@ -302,6 +303,13 @@ def _own(entries: Sequence[Document], renew: Sequence[_Column]) -> Iterable[str]
         state = _Column("cert", "Certificate", lambda e: _certificate({"certificate": e}))
         title = "The gateway's own certificates"
         yield _section("own", title, (name, state, *renew), entries, "")
+
+
+def _members(cluster: Document) -> Iterable[str]:
+    """The gateways that are one; nothing if this one is alone."""
+    if cluster:
+        rows = list(cluster.get("members") or ())
+        yield _section("members", "Gateways", MEMBERS, rows, "No gateway is known yet.")
 
 
 def _in_path(text: object) -> str:
@@ -454,6 +462,14 @@ VISITS = (
     _Column("duration", "Duration", lambda e: lasting(e.get("duration_ms")), "number"),
     _Column("sent", "Sent", lambda e: size(e.get("sent")), "number"),
     _Column("visitor", "Visitor", lambda e: _text(e.get("visitor"))),
+)
+MEMBERS = (
+    _Column("id", "Gateway", lambda e: _text(e.get("id")), "title"),
+    _Column("host", "Machine", lambda e: _text(e.get("host"))),
+    _Column("address", "Address", lambda e: _text(e.get("address"))),
+    _Column("version", "Version", lambda e: _text(e.get("version"))),
+    _Column("since", "Since", lambda e: escape(_instant(e.get("started_at")))),
+    _Column("state", "State", lambda e: "stopping" if e.get("leaving") else "serving"),
 )
 BLOCKS = (
     _Column("address", "Address", lambda e: _text(e.get("address")), "title"),

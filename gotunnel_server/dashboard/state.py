@@ -1,7 +1,7 @@
 """Makes the state document, which the dashboard, its API and `status` show. Values in, values out.
 
     {"gateway": {...}, "totals": {...}, "sessions": [...], "hostnames": [...],
-     "certificates": [...], "visits": [...], "blocks": [...], "public": false}
+     "certificates": [...], "visits": [...], "blocks": [...], "cluster": {...}, "public": false}
 
 docs/dashboard.md explains each key. Lists have at most MOST_LISTED entries, and the totals count
 all. Texts that a visitor, an agent or a CA has chosen are shortened, and have no control characters
@@ -45,6 +45,7 @@ class Facts(NamedTuple):
     started_at: float
     uptime: float  # seconds
     now: float
+    cluster: Document | None = None  # as cluster.Cluster.describe(); None: the gateway is alone
 
 
 class Identity(Protocol):
@@ -232,6 +233,7 @@ def full(
             for name in own_names
         ],
         "blocks": [of_block(block) for block in blocks],
+        **({} if facts.cluster is None else {"cluster": facts.cluster}),
         "public": False,
     }  # fmt: skip
 
