@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -143,6 +143,10 @@ class Policy(Protocol):
     def judge_request(self, address: str, authorization: str | None) -> Any: ...
 
     def judge_connection(self, address: str) -> Any: ...
+
+    def spent(self) -> dict[str, dict[Hashable, int]]: ...
+
+    def hear(self, bucket: str, share: Hashable, tokens: int) -> None: ...
 
 
 class Member(Protocol):
@@ -431,6 +435,12 @@ class Registry:
         """The tunnels here that have exactly this hostname, or wildcard: none, one or a pool."""
         route = self._held.get(hostname)
         return [] if route is None else route.tunnels()
+
+    @property
+    def table(self) -> Mapping[str, Route]:
+        """All routes by hostname, those of wildcards too. It never changes: after a change, this is
+        another mapping."""
+        return self._table[0]
 
     def only_tcp(self) -> Route | None:
         """The one Route in tcp mode; None if there is none, or more than one."""

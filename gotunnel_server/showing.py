@@ -155,10 +155,17 @@ class Showing:
             self.subscribers = (live,)
             self._parts = parts
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """None if no address can be blocked here."""
+        return None if self._parts is None else self._parts.blocks
+
     def guard(self, ports: Sequence[Port]) -> None:
         """Have these ports for visitors refuse the blocked ones. Before they are opened."""
         if self._parts is not None:
-            self._parts.ports = tuple(ports)
+            parts = self._parts
+            parts.ports = tuple(ports)
+            parts.blocks.on_heard = lambda: parts.cut(parts.blocks.__contains__)
             blocked.guard(ports, self._parts.blocks, self._proxies)
 
     def change(self, config: Config) -> None:

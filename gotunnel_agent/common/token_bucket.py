@@ -8,6 +8,9 @@ seconds. A request is allowed if the bucket would be full again within burst / r
 import heapq
 from collections.abc import Hashable
 
+# Seconds. Buckets that count as one may each have given a whole burst before they heard of each
+# other; with many of them, that would be a long debt.
+MOST_DEBT = 60.0
 MOST_KEYS = 4096  # keys that are remembered, about 200 bytes each
 
 
@@ -34,6 +37,8 @@ class Buckets:
         # corrected when the entry reaches the top.
         self._queue: list[tuple[float, int, Hashable]] = []
         self._count = 0  # number of the next entry, so that keys are never compared
+        # By key, the tokens taken since the last spent(); None: nobody asks for them.
+        self._spent: dict[Hashable, int] | None = None
 
     def wait(self, key: Hashable, now: float) -> float:
         """Seconds until there is a token; 0 if there is one now."""
@@ -48,6 +53,24 @@ class Buckets:
             heapq.heappush(self._queue, (now + self._interval, self._count, key))
             self._count += 1
         self._full_at[key] = max(full_at, now) + self._interval
+        if self._spent is not None and (key in self._spent or len(self._spent) < self._most):
+            self._spent[key] = self._spent.get(key, 0) + 1
+
+    def spent(self) -> dict[Hashable, int]:
+        """By key, the tokens taken since the last call; the first call begins to count."""
+        found, self._spent = self._spent, {}
+        return found or {}
+
+    def hear(self, key: Hashable, tokens: int, now: float) -> None:
+        """``tokens`` were taken elsewhere, from other Buckets that count as one with these. The
+        bucket may go into debt, and then gives no token until that is paid off; at most MOST_DEBT
+        seconds later."""
+        counted, self._spent = self._spent, None
+        self.take(key, now)
+        self._spent = counted
+        most = now + self._tolerance + MOST_DEBT
+        full_at = self._full_at[key] + (tokens - 1) * self._interval
+        self._full_at[key] = min(full_at, max(most, self._full_at[key]))
 
     def give_back(self, key: Hashable) -> None:
         """Undo a take()."""

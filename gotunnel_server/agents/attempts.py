@@ -61,22 +61,18 @@ class Attempts:
         self._openings = Buckets(OPENINGS_A_SECOND, OPENINGS)  # by key
         self._checks = Buckets(CHECKS_A_SECOND, CHECKS)  # by key
         self._known: OrderedDict[str, None] = OrderedDict()  # instances; the latest last
-        self._lock = threading.Lock()  # guards these four
+        self._spent: dict[Hashable, int] | None = None  # by key: see spent()
+        self._lock = threading.Lock()  # guards these five
 
     def failed(self, address: str, instance: str = "") -> str:
         """Count a failure of an agent with that instance. Returns a line for the log if the address
         is slowed or closed by it, else ""."""
-        key, now = counted_by(address), self._now()
+        key = counted_by(address)
         with self._lock:
             self._known.pop(instance, None)
-            self._forget_old(now)
-            if key not in self._counts:
-                if len(self._counts) >= MOST_ADDRESSES:
-                    del self._counts[self._fewest_failures()]
-                self._counts[key] = (now + MINUTE, 0)
-            ends, failures = self._counts[key]
-            failures += 1
-            self._counts[key] = (ends, failures)
+            failures = self._count(key, 1)
+            if self._spent is not None and (key in self._spent or len(self._spent) < MOST_KNOWN):
+                self._spent[key] = self._spent.get(key, 0) + 1
         if failures == FREE_FAILURES + 1:
             return f"{failures} bad tokens came in a minute: further refusals are delayed"
         if failures == MOST_FAILURES + 1:
@@ -87,6 +83,31 @@ class Attempts:
                 "the PROXY protocol"
             )
         return ""
+
+    def _count(self, key: Hashable, more: int) -> int:
+        """Its failures now. Caller holds the lock."""
+        now = self._now()
+        self._forget_old(now)
+        if key not in self._counts:
+            if len(self._counts) >= MOST_ADDRESSES:
+                del self._counts[self._fewest_failures()]
+            self._counts[key] = (now + MINUTE, 0)
+        ends, failures = self._counts[key]
+        self._counts[key] = (ends, failures + more)
+        return failures + more
+
+    # Several gateways whose failures count together (cluster/counts.py)
+
+    def spent(self) -> dict[Hashable, int]:
+        """By address, the failures here since the last call; the first call begins to count."""
+        with self._lock:
+            found, self._spent = self._spent, {}
+            return found or {}
+
+    def hear(self, key: Hashable, failures: int) -> None:
+        """So many came at another gateway. ``key`` is as addresses.counted_by() makes it."""
+        with self._lock:
+            self._count(key, min(failures, MOST_FAILURES + 1))
 
     def proved(self, instance: str) -> None:
         """The token of an agent with that instance was good."""

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import monotonic, time
@@ -50,6 +51,18 @@ class Block(NamedTuple):
     @property
     def address(self) -> str:
         return as_text(self.network)
+
+
+class Act(NamedTuple):
+    """What an operator did at one of several gateways, for the others: JSON. ``seconds``: for how
+    long the address stays blocked, 0 if it is not any more. ``at`` is when that was done, in
+    seconds since 1970; 0 if it was before this start."""
+
+    address: str
+    seconds: float
+    reason: str = ""
+    by: str = ""
+    at: float = 0.0
 
 
 def as_text(network: addresses.Network) -> str:
@@ -95,6 +108,12 @@ class Blocks:
         # modules read only whether it is empty, as it nearly always is.
         self.table: dict[tuple[int, int], dict[int, float]] = {}
         self._next_end = math.inf  # monotonic, of the block that ends first
+        # When each network was blocked or unblocked last, the latest last. In a cluster the latest
+        # act counts, whichever gateway hears of it first.
+        self._acted_at: OrderedDict[addresses.Network, float] = OrderedDict()
+        # Called after an act of an operator here, and when a block comes from another gateway.
+        self.on_act: Callable[[Act], object] = lambda act: None
+        self.on_heard: Callable[[], object] = lambda: None
         self._read()
 
     def __contains__(self, host: object) -> bool:
@@ -118,6 +137,7 @@ class Blocks:
         """Block a network from now on. Raises Refused if there are too many blocks."""
         block = self.put(network, seconds, reason, by)
         self._save()
+        self.on_act(Act(block.address, seconds, block.reason, by, self._acted_at[network]))
         return block
 
     def put(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
@@ -131,6 +151,7 @@ class Blocks:
                     "one, or block a network in place of many addresses"
                 )
             self._put({**self._blocks, network: (self._now() + seconds, block)})
+            self._note_act(network)
         return block
 
     def remove(self, network: addresses.Network) -> Block | None:
@@ -138,6 +159,7 @@ class Blocks:
         block = self.drop(network)
         if block is not None:
             self._save()
+            self.on_act(Act(block.address, 0.0, at=self._acted_at[network]))
         return block
 
     def drop(self, network: addresses.Network) -> Block | None:
@@ -147,7 +169,53 @@ class Blocks:
             found = self._blocks.get(network)
             if found is not None:
                 self._put({key: value for key, value in self._blocks.items() if key != network})
+                self._note_act(network)
         return None if found is None else found[1]
+
+    def _note_act(self, network: addresses.Network, at: float | None = None) -> None:
+        """Note when a network was blocked or unblocked; None: now, and after all earlier acts that
+        are known, as clocks differ. Caller holds the lock."""
+        after_all = max(self._clock(), self._acted_at.get(network, 0.0) + 0.001)
+        self._acted_at[network] = after_all if at is None else at
+        self._acted_at.move_to_end(network)
+        if len(self._acted_at) > 2 * MOST_BLOCKS:
+            self._acted_at.popitem(last=False)
+
+    # Several gateways whose blocks are one (cluster/counts.py)
+
+    def acts(self) -> list[Act]:
+        """All that a new gateway has to know: what is blocked, and what was unblocked."""
+        blocks = self.all()
+        with self._lock:
+            acted_at, clock = dict(self._acted_at), self._clock()
+        there = {block.network for block in blocks}
+        return [
+            *(Act(block.address, block.until - clock, block.reason, block.by,
+                  acted_at.get(block.network, 0.0)) for block in blocks),
+            *(Act(as_text(network), 0.0, at=at)
+              for network, at in acted_at.items() if network not in there),
+        ]  # fmt: skip
+
+    def hear(self, acts: Iterable[Act]) -> None:
+        """Take over what operators did at other gateways. Raises ValueError for a malformed one."""
+        changed = added = False
+        for act in acts:
+            network = read_network(act.address)
+            ends = min(max(act.seconds, 0.0), MOST)
+            block = Block(network, self._clock() + ends, act.reason[:MOST_REASON],
+                          act.by[:MOST_REASON])  # fmt: skip
+            with self._lock:
+                known = self._acted_at.get(network, 0.0 if network in self._blocks else -1.0)
+                if act.at <= known or len(self._blocks) >= MOST_BLOCKS and ends:
+                    continue
+                self._note_act(network, act.at)
+                others = {key: value for key, value in self._blocks.items() if key != network}
+                self._put({**others, network: (self._now() + ends, block)} if ends else others)
+            changed, added = True, added or ends > 0
+        if changed:
+            self._save()
+        if added:
+            self.on_heard()
 
     def all(self) -> list[Block]:
         """The blocks, the latest last. If the clock was set meanwhile, they end when it says."""

@@ -122,6 +122,18 @@ class Passwords:
             ours.set_result(verdict)
         return verdict
 
+    def spent(self) -> dict[str, dict[Hashable, int]]:
+        """As policy.Policy.spent()."""
+        with self._lock:
+            return {"wrong": self._failures.spent(), "guesses": self._guesses.spent()}
+
+    def hear(self, bucket: str, share: Hashable, tokens: int) -> None:
+        """As policy.Policy.hear()."""
+        buckets = {"wrong": self._failures, "guesses": self._guesses}.get(bucket)
+        if buckets is not None:
+            with self._lock:
+                buckets.hear(share, tokens, self._now())
+
     def _compute(self, case: Case, user: bytes, password: bytes) -> Allow | Answer:
         if not _gate.enter(self, case[0]):
             return _BUSY

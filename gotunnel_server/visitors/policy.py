@@ -25,7 +25,7 @@ password and no hash ever appears in a text or a repr.
 import math
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -124,6 +124,7 @@ class Policy:
         if "basic_auth" in rules:
             chain.append(Passwords(rules["basic_auth"], now))
         self._for_requests = tuple(chain)
+        self._counted = [rule for rule in chain if isinstance(rule, (Rates, Passwords))]
 
     def judge_request(self, address: str, authorization: str | None) -> Allow | Answer:
         """Whether a request may go to the agent; for the arguments see verdict.Caller. It may
@@ -133,6 +134,18 @@ class Policy:
     def judge_connection(self, address: str) -> Allow | Answer:
         """Whether a visit in tcp mode may go to the agent. Never waits."""
         return _judge(self._for_connections, address, None)
+
+    # Several gateways with one policy (cluster/counts.py)
+
+    def spent(self) -> dict[str, dict[Hashable, int]]:
+        """What visits have spent here since the last call: tokens by bucket and visitor. The first
+        call begins to count."""
+        return {name: spent for rule in self._counted for name, spent in rule.spent().items()}
+
+    def hear(self, bucket: str, share: Hashable, tokens: int) -> None:
+        """Visits at another gateway have spent so much. An unknown bucket is passed over."""
+        for rule in self._counted:
+            rule.hear(bucket, share, tokens)
 
 
 def _judge(chain: tuple[Rule, ...], address: str, authorization: str | None) -> Allow | Answer:
@@ -208,6 +221,8 @@ class Rates:
         self._now = now
         self._each = Buckets(*limit.per_address) if limit.per_address else None
         self._total = Buckets(*limit.total, most=1) if limit.total else None
+        both = {"each": self._each, "total": self._total}
+        self._buckets = {name: buckets for name, buckets in both.items() if buckets is not None}
         self._lock = threading.Lock()  # guards both Buckets
 
     def judge(self, caller: Caller) -> Allow | Answer:
@@ -224,6 +239,17 @@ class Rates:
                 return WELCOME
         source = "your address" if wait else "all visitors together"
         return too_many(f"Too many requests came from {source}", max(wait, total_wait))
+
+    def spent(self) -> dict[str, dict[Hashable, int]]:
+        """As Policy.spent()."""
+        with self._lock:
+            return {name: buckets.spent() for name, buckets in self._buckets.items()}
+
+    def hear(self, bucket: str, share: Hashable, tokens: int) -> None:
+        """As Policy.hear()."""
+        if bucket in self._buckets:
+            with self._lock:
+                self._buckets[bucket].hear(share, tokens, self._now())
 
 
 # --- The wire ------------------------------------------------------------------------------------
