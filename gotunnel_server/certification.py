@@ -10,7 +10,7 @@ from .certs import ordering
 from .certs.challenges import Challenges
 from .certs.contexts import Certificates
 from .certs.keeper import Keeper
-from .certs.local_ca import FOLDER, Authority
+from .certs.local_ca import FOLDER, Authority, CertificateError
 from .certs.rate_limits import UNLIMITED, Limits
 from .config import Config
 from .net.client_hello import ALWAYS_TAKEN
@@ -23,6 +23,9 @@ class Shared(ordering.Shared, Protocol):
 
     def share_local_ca(self) -> None:
         """Have ACME_CACHE hold the CA of all. Raises CertificateError."""
+
+    def close(self) -> object:
+        """Close all connections: the gateway does not start."""
 
 
 class Certification(NamedTuple):
@@ -39,7 +42,21 @@ def build_certification(
     shared: Shared | None = None,
 ) -> Certification:
     """``shared`` is None for a gateway that is alone. Raises CertificateError."""
+    try:
+        return _build(config, own_names, registry, challenges, shared)
+    except CertificateError:
+        if shared is not None:
+            shared.close()
+        raise
 
+
+def _build(
+    config: Config,
+    own_names: Sequence[str],
+    registry: Registry,
+    challenges: Challenges,
+    shared: Shared | None,
+) -> Certification:
     def owner(hostname: str) -> tuple[Hashable, Limits]:
         """Of the agent that serves ``hostname``: the key by which its certificate orders are
         counted, and the limits for them."""

@@ -72,7 +72,7 @@ class Gateway:
         )
         self._credentials = Credentials(*config.credentials)
         self._certificates, self.keeper, ca_file = build_certification(
-            config, self.own_names, self._registry, self._challenges
+            config, self.own_names, self._registry, self._challenges, self.cluster.certificates
         )
         self._proxies, self._templates = Proxies(config.trusted_proxies), config.templates
         self._waiting = WaitingRoom(self._registry, self._proxies, config.agent_timeout)
@@ -94,8 +94,8 @@ class Gateway:
             self._showing.guard(self._visitor_ports)
             self._build_pages(config)
         except BaseException:
-            self.listeners.stop()
-            self.recording.stop()
+            for part in (self.listeners, self.recording, self.cluster):
+                part.stop()
             raise
         self._watchers = Watchers(
             Watcher("keeper", lambda asked: self.keeper.look(), RELOAD),
@@ -235,7 +235,7 @@ class Gateway:
             port.exchanges.prepare()
         self._steps.prepare()
         self._registrations.prepare()
-        self.cluster.start(self.tunnel_port, self._newcomers, self.listeners)
+        self.cluster.start(self.tunnel_port, self._newcomers, self.listeners, self._showing.blocks)
         self._watchers.prepare()
         self.keeper.prepare()  # all threads that it needs are there before it says that it serves
         self.listeners.start()

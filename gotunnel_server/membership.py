@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from .agents.claims import Claims
+from .certification import Shared
 from .config import Config
 from .routes import Registry
 
@@ -16,6 +17,7 @@ class Cluster(Protocol):
 
     id: str  # "" if the gateway is alone
     claims: Claims
+    certificates: Shared | None  # None: those of this gateway are its own
 
     def members(self) -> Mapping[str, Any]: ...
 
@@ -27,7 +29,7 @@ class Cluster(Protocol):
 
     def describe(self) -> dict[str, Any] | None: ...
 
-    def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None: ...
+    def start(self, tunnel_port: int, newcomers: Any, listeners: Any, blocks: Any) -> None: ...
 
     def drain(self) -> None: ...
 
@@ -41,6 +43,7 @@ class Alone:
 
     def __init__(self, registry: Registry):
         self.claims: Claims = registry
+        self.certificates: Shared | None = None
 
     def members(self) -> Mapping[str, Any]:
         return {}
@@ -57,7 +60,7 @@ class Alone:
     def describe(self) -> dict[str, Any] | None:
         return None
 
-    def start(self, tunnel_port: int, newcomers: Any, listeners: Any) -> None:
+    def start(self, tunnel_port: int, newcomers: Any, listeners: Any, blocks: Any) -> None:
         """There is nobody to join."""
 
     def drain(self) -> None:

@@ -108,11 +108,11 @@ class Ordered:
     def look(self) -> None:
         """Take up `certificates --renew` and what others have ordered, and try again what could not
         be served. One thread; it waits for the disk."""
+        self._take_up_changes()
         for hostname in self._store.renewals():
             known = self._queue.retry_now(hostname)
             unknown = "" if known else ", but no agent serves it now: nothing is ordered"
             log.info("%s: a new certificate was asked for%s", hostname, unknown)
-        self._take_up_changes()
         with self._lock:
             unserved = tuple(self._unserved)
         for hostname in unserved:

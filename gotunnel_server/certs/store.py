@@ -96,17 +96,18 @@ class CertStore:
         storage: Storage,
         locker: Locker,
         directory_url: str,
-        changes: Callable[[], Iterable[str] | None] = tuple,
+        changes: Callable[[], Iterable[str] | None] | None = None,
     ) -> None:
         """Reads and writes nothing yet; folder.open_store() also checks that it can be written.
 
-        ``changes()`` gives the keys of certificates that any process has written since its last
-        call, None if that may be all; it may raise OSError. Needed only if the certificates of
-        other processes are to be served at once.
+        ``changes()`` gives the keys of certificates and requests that any process has written since
+        its last call, None if that may be all; it may raise OSError. With it, the certificates of
+        other processes are served at once, and requests are found without a list of all keys.
         """
         self._storage = storage
         self._locker = locker
         self._changes = changes
+        self._requests: list[str] | None = None  # what changed() has found; None: all are listed
         self._staging = "staging" in directory_url
         self._ca = ca_id(directory_url)
         self._certs = f"{self._ca}/certs"
@@ -189,6 +190,8 @@ class CertStore:
     def changed(self) -> list[str]:
         """The hostnames whose certificates were perhaps written since the last call. Raises
         StoreError."""
+        if self._changes is None:
+            return []
         try:
             keys = self._changes()
         except OSError as error:
@@ -196,6 +199,9 @@ class CertStore:
         begin = f"{self._certs}/"
         if keys is None:
             keys = self._keys(begin)
+        keys = list(keys)
+        if self._requests is not None:
+            self._requests += [key[len(begin) : -6] for key in keys if key.endswith(".renew")]
         stems = [key[len(begin) : -4] for key in keys
                  if key.startswith(begin) and key.endswith(".pem")]  # fmt: skip
         names = (self._spelled_out(stem) if HASHED.fullmatch(stem) else stem for stem in stems)
@@ -306,9 +312,11 @@ class CertStore:
         self._write(self.key(hostname, ".renew"), hostname.encode())  # a long one's key is hashed
 
     def renewals(self) -> list[str]:
-        """The hostnames of ask_renewal() since the last call. Their requests are removed."""
+        """The hostnames of ask_renewal() since the last call. Their requests are removed. If the
+        store tells changes, call changed() before."""
         try:
-            stems = self._stems(".renew")
+            stems = self._stems(".renew") if self._requests is None else self._requests
+            self._requests = None if self._changes is None else []
         except StoreError:  # such as no descriptor; the keeper calls again in seconds
             return []
         return [hostname for stem in stems if (hostname := self._take_request(stem))]

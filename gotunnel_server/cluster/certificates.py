@@ -7,6 +7,7 @@ both                   proofs that every member answers (proofs.py)
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from ..certs.challenges import Challenges, Publisher
 from ..certs.folder import FolderLocker, FolderStorage, open_store
 from ..certs.local_ca import FOLDER, Authority, CertificateError, put_ca
+from ..certs.storage import OutOfReach
 from ..certs.store import CertStore, StoreError, ca_id
 from .folder_changes import FolderChanges
 from .local_copy import CopiedStorage
@@ -48,14 +50,22 @@ class SharedCertificates:
     """Any thread, except that parts are built before start()."""
 
     def __init__(
-        self, call: Call | None, name: str, keys: Sequence[bytes], folder: Path, members: Members
+        self,
+        call: Call | None,
+        name: str,
+        keys: Sequence[bytes],
+        folder: Path,
+        members: Members,
+        close: Callable[[], object] = lambda: None,
     ) -> None:
         """``call`` is Redis; None: there is none. ``name`` is CLUSTER_NAME, ``keys`` are those of
-        CLUSTER_KEY_FILE or the supervisor's, ``folder`` is ACME_CACHE."""
+        CLUSTER_KEY_FILE or the supervisor's, ``folder`` is ACME_CACHE. ``close()`` closes the
+        connections to Redis."""
+        self.close = close
         self._sealer = Sealer(keys)
         self._folder = folder
         self._members = members
-        self._redis = None if call is None else _redis(call, name, self._sealer)
+        self._redis = None if call is None else _open(call, name, self._sealer)
         self._copied: CopiedStorage | None = None
         self._proofs: SharedProofs | None = None
         self._known: set[str] = set()  # the members at the last change
@@ -154,6 +164,17 @@ class SharedCertificates:
             self._copied.look_now()
 
 
-def _redis(call: Call, name: str, sealer: Sealer) -> tuple[RedisStorage, RedisLocker]:
-    locker = RedisLocker(call, name)
-    return RedisStorage(call, name, sealer, locker), locker
+def open_redis(call: Call, name: str, keys: Sequence[bytes]) -> tuple[RedisStorage, RedisLocker]:
+    """What a cluster keeps on Redis, without being a member: for an operator's command."""
+    return _open(call, name, Sealer(keys))
+
+
+def _open(call: Call, name: str, sealer: Sealer) -> tuple[RedisStorage, RedisLocker]:
+    def said_clearly(*command: str | bytes | int) -> Any:
+        try:
+            return call(*command)
+        except OSError as error:
+            raise OutOfReach(errno.EHOSTUNREACH, error.strerror or str(error)) from None
+
+    locker = RedisLocker(said_clearly, name)
+    return RedisStorage(said_clearly, name, sealer, locker), locker

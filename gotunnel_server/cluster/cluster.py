@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from time import time
 from typing import Any, NamedTuple, Protocol
 
@@ -21,10 +22,13 @@ from gotunnel_agent.common.one_line import on_one_line
 
 from ..agents.members import Membership
 from ..agents.newcomer import REGISTER_TIMEOUT, Newcomers
+from ..net.blocks import Blocks
 from ..routes import Registry
 from . import claims, members
 from .board import Board, Card, Message
+from .certificates import SharedCertificates
 from .claims import SharedClaims
+from .counts import SharedCounts
 from .members import Member
 from .peers import Peers
 from .secret import Secret
@@ -49,6 +53,9 @@ class Config(Protocol):
 
     @property
     def stall_timeout(self) -> float: ...
+
+    @property
+    def acme_cache(self) -> Path: ...
 
 
 class Child(Protocol):
@@ -86,10 +93,11 @@ class Cluster:
         self._child = child
         self._registry = registry
         self.engine: Any = None  # an engine.Engine; None with PROCESSES alone
-        board, name = self._board()
+        board, shown = self._board()
+        name = "" if self.settings is None else self.settings.name
         # Raw keys, 32 bytes each: the first one signs and encrypts.
         self.keys = _keys(self.settings, child)
-        self._member = Member(self.id, board, name)
+        self._member = Member(self.id, board, shown)
         self.claims = SharedClaims(self._member, board, registry)
         self._member.claims = self.claims
         self.peers: Peers | None = None  # from start() on
@@ -98,6 +106,8 @@ class Cluster:
         board.on_message = self._heard
         for do in ("ask", "alive", "free"):
             self.on(do, getattr(self.claims, f"hear_{do}"))
+        self.certificates = self._share(config.acme_cache, name)
+        self._counts: SharedCounts | None = None  # from start() on
 
     def _board(self) -> tuple[Board, str]:
         """The board, and its name for the log."""
@@ -111,6 +121,12 @@ class Cluster:
             self.engine, self.settings.name
         )
         return board, f"Redis at {self.engine}"
+
+    def _share(self, folder: Path, name: str) -> SharedCertificates:
+        if self.engine is None:
+            return SharedCertificates(None, name, self.keys, folder, self)
+        engine = self.engine
+        return SharedCertificates(engine.call, name, self.keys, folder, self, engine.close)
 
     # The members
 
@@ -205,10 +221,12 @@ class Cluster:
 
     # Life
 
-    def start(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> None:
+    def start(
+        self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners, blocks: Blocks | None
+    ) -> None:
         """Join. Does not wait for the board, which may be away. ``tunnel_port`` is the one that
-        agents reach this gateway by. To be called before the listeners start. Raises NoThread,
-        PortError."""
+        agents reach this gateway by; ``blocks`` None: no address can be blocked here. To be called
+        before the listeners start. Raises NoThread, PortError."""
         tunnels = newcomers.tunnels
         self._registry.on_free = lambda names: None  # the board says when nobody has them
         self.claims.on_free = tunnels.standby.freed
@@ -224,8 +242,16 @@ class Cluster:
         self.on_members(peers.change)
         self.on_members(lambda members: tunnels.members_changed())
         self.on_members(lambda members: self.claims.on_free(tunnels.standby.waited()))
+        self._counts = counts = SharedCounts(
+            self, lambda: self._registry.table, newcomers.attempts, blocks, self.certificates.tick
+        )
+        self.on_members(lambda members: counts.changed(members.keys() - {self.id}))
+        for do in counts.KINDS:
+            self.on(do, counts.hear)
         peers.start()
         self._member.start(self._card)
+        self.certificates.start()
+        counts.start()
 
     def _own_card(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> Card:
         card = Card(self.id, host=socket.gethostname(), version=__version__, since=int(time()))
@@ -261,6 +287,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Leave: the names are free for other members at once."""
+        if self._counts is not None:
+            self._counts.stop()
         self._member.stop()
         if self.peers is not None:
             self.peers.stop()

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 from gotunnel import spawn
@@ -39,6 +39,7 @@ MOST_WAITING = 4000
 # Most that one entry may say. A member tells each second.
 MOST_TOKENS = 100_000
 MOST_ACTS = 200  # in one message
+MOST_HEARD = 64  # messages about blocks that wait for our thread; all blocks take ten
 
 Entry = tuple[Hashable, ...]  # ("", "", address) or (hostname, bucket, visitor)
 
@@ -67,6 +68,8 @@ class Route(Protocol):
 class SharedCounts:
     """start(), then stop(). hear() is for any thread; tick() is for one."""
 
+    KINDS = ("spent", "blocks", "blocks-wanted")  # the messages for hear()
+
     def __init__(
         self,
         mail: Mail,
@@ -85,6 +88,11 @@ class SharedCounts:
         self._known: Mapping[str, Route] | None = None  # the routes at the last look
         self._policies: list[tuple[str, Policy]] = []  # those among them
         self._waiting: Counter[Entry] = Counter()
+        self._members: set[str] = set()  # in contact at the last change
+        # Messages about blocks, for our thread: it writes a file, and the thread that hears must
+        # not wait for a disk. Beyond the bound the oldest are lost.
+        self._heard: deque[Mapping[str, Any]] = deque(maxlen=MOST_HEARD)
+        self._wake = threading.Event()  # set when there are some, and by stop()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         if blocks is not None:
@@ -97,12 +105,17 @@ class SharedCounts:
 
     def stop(self) -> None:
         self._over.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(INTERVAL)
 
     def _run(self) -> None:
         """Thread, until stop()."""
-        while not self._over.wait(INTERVAL):
+        while True:
+            self._wake.wait(INTERVAL)
+            self._wake.clear()
+            if self._over.is_set():
+                return
             try:
                 self.tick()
             except Exception:
@@ -112,8 +125,9 @@ class SharedCounts:
     # What is told
 
     def tick(self) -> None:
-        """Tell what was spent since the last time."""
+        """Take over blocks that were heard of, and tell what was spent since the last time."""
         self._every_second()
+        self.take_heard()
         self._gather()
         if not self._waiting:
             return
@@ -145,6 +159,12 @@ class SharedCounts:
         for first in range(0, len(acts), MOST_ACTS):
             self._mail.publish(to, {"do": "blocks", "acts": acts[first : first + MOST_ACTS]})
 
+    def changed(self, members: Iterable[str]) -> None:
+        """These are the other members in contact now."""
+        new, self._members = set(members) - self._members, set(members)
+        for member in new:
+            self.joined(member)
+
     def joined(self, member: str) -> None:
         """Another member is in contact, perhaps after a while without: tell it what is blocked."""
         if self._blocks is not None:
@@ -154,13 +174,24 @@ class SharedCounts:
 
     def hear(self, message: Mapping[str, Any]) -> None:
         """A message of another member: "spent", "blocks" or "blocks-wanted"."""
+        if message["do"] == "blocks":
+            self._heard.append(message)
+            self._wake.set()
+        elif message["do"] == "blocks-wanted":
+            self.joined(str(message["from"]))
+        else:
+            self._understand(self._hear_spent, message)
+
+    def take_heard(self) -> None:
+        """Take over the blocks of messages that came."""
+        while self._heard:
+            self._understand(self._hear_blocks, self._heard.popleft())
+
+    def _understand(
+        self, take: Callable[[Mapping[str, Any]], object], message: Mapping[str, Any]
+    ) -> None:
         try:
-            if message["do"] == "blocks-wanted":
-                self.joined(message["from"])
-            elif message["do"] == "blocks":
-                self._hear_blocks(message["acts"])
-            else:
-                self._hear_spent(message)
+            take(message)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             log.warning("member %s sent a malformed message %r (%s): it is passed over",
                         message.get("from"), message.get("do"), error)  # fmt: skip
@@ -174,12 +205,12 @@ class SharedCounts:
             if route is not None and route.policy is not None:
                 route.policy.hear(bucket, _key(visitor), _tokens(tokens))
 
-    def _hear_blocks(self, acts: list[list[Any]]) -> None:
+    def _hear_blocks(self, message: Mapping[str, Any]) -> None:
         if self._blocks is None:
             return
         self._blocks.hear([
             Act(str(address), float(seconds), str(reason), str(by), float(at))
-            for address, seconds, reason, by, at in acts[:MOST_ACTS]
+            for address, seconds, reason, by, at in message["acts"][:MOST_ACTS]
         ])  # fmt: skip
 
 

@@ -26,7 +26,8 @@ class FolderChanges:
         self._files = self._list()
 
     def __call__(self) -> list[str]:
-        """The keys of the certificates that were written since the last call; raises OSError."""
+        """The keys of the certificates, and of requests to renew one, that were written since the
+        last call. Raises OSError."""
         try:
             changed_at = self._certs.stat().st_mtime
         except FileNotFoundError:
@@ -44,8 +45,10 @@ class FolderChanges:
         """File name to number and time of change: a new file has another number."""
         try:
             with os.scandir(self._certs) as entries:
-                found = [(entry.name, entry.stat(follow_symlinks=False))
-                         for entry in entries if entry.name.endswith(".pem")]  # fmt: skip
+                found = [
+                    (entry.name, entry.stat(follow_symlinks=False))
+                    for entry in entries if entry.name.endswith((".pem", ".renew"))
+                ]  # fmt: skip
         except FileNotFoundError:
             return {}
         return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found}

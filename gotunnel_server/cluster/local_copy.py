@@ -31,19 +31,20 @@ from ..certs.store import StoreError, check
 from ..net.certificate import ends, load_certificates
 from ..net.safe_read import MALFORMED
 from .sealed import WrongKey
-from .storage import CERTIFICATE, News, RedisStorage, Refused, Serial
+from .storage import CERTIFICATE, REQUEST, News, RedisStorage, Refused, Serial
 
 log = logging.getLogger("gotunnel.local_copy")
 
 # Seconds for which Redis is not tried again after it could not be reached: a start reads hundreds
 # of certificates, and each try may wait for a second.
 AGAIN = 2.0
-# Seconds between two looks which certificates other members have written. A message tells that
-# there are new ones; the look is for messages that got lost.
-LOOK = 10.0
+# Seconds between two looks which certificates other members have written, and what the operator
+# asks for. A message tells that there are new ones; the look is for those that got lost.
+LOOK = 5.0
 # Beside certificates, what a gateway needs to go on without CLUSTER: copied at each full look.
 OTHERS = ("account.json", "pause.json", "turns.json")
 IMPORTED = "imported.json"
+PASSING = (REQUEST, "/writable")  # these are soon deleted: no copy
 # Bound of certificates that wait for Redis, by key; what is beyond it is found at the next start.
 MOST_PENDING = 1000
 
@@ -124,12 +125,13 @@ class CopiedStorage:
             self._on_certificate()
 
     def delete(self, key: str) -> bool:
+        """As Storage.delete(): one member alone gets True."""
         found = self._shared.delete(key)
         try:
-            return self._copy.delete(key) or found
+            self._copy.delete(key)
         except OSError as error:
             log.debug("%s stays: %s", self._copy.where(key), error.strerror)
-            return found
+        return found
 
     def keys(self, prefix: str) -> list[str]:
         """As Storage.keys(); those of the copy if Redis cannot be reached."""
@@ -178,6 +180,8 @@ class CopiedStorage:
 
     def _put_copy(self, key: str, content: bytes) -> None:
         """Have the folder hold the same. If it cannot be written, Redis still has it."""
+        if key.endswith(PASSING):
+            return
         try:
             if self._copy.read(key) != content:
                 self._copy.write(key, content)

@@ -8,7 +8,8 @@ them lie on one node, as the scripts below need it.
     {NAME}:folders         set: the FOLDERs
     {NAME}:store           hash: epoch, serial, trimmed: see below; key: which key of
                            CLUSTER_KEY_FILE seals (its id)
-    {NAME}:news            sorted set: certificates, by the serial number of their latest write
+    {NAME}:news            sorted set: certificates, and requests to renew one, by the serial number
+                           of their latest write
     {NAME}:lock:LOCK       a lock (locker.py)
 
 Content that may hold private keys is sealed (sealed.py); the rest is kept as it is. A gateway whose
@@ -42,7 +43,7 @@ MOST_NEWS = 1000  # certificates that `news` remembers, some 100 bytes each
 # time, not a secret.
 PUBLIC = (".json", ".renew", ".crt", "/writable")
 ACCOUNT = "/account.json"  # the exception: it has the account's private key
-CERTIFICATE = ".pem"  # its writes are news
+CERTIFICATE, REQUEST = ".pem", ".renew"  # their writes are news
 
 # KEYS: files, folders, store, news, then the locks that the caller has to hold still.
 # ARGV: folder, file, content, the ids of our keys ("" if the content is not sealed), the name for
@@ -130,7 +131,7 @@ class Serial(NamedTuple):
 
 
 class News(NamedTuple):
-    """``keys`` are the certificates that changed; None: perhaps all."""
+    """``keys`` are the certificates and requests that changed; None: perhaps all."""
 
     keys: list[str] | None
     serial: Serial
@@ -197,7 +198,7 @@ class RedisStorage:
             "EVAL", WRITE, len(keys), *keys,
             folder, file, self._sealer.seal(key, content) if sealing else content,
             " ".join(self._sealer.ids) if sealing else "",
-            key if key.endswith(CERTIFICATE) else "",
+            key if key.endswith((CERTIFICATE, REQUEST)) else "",
             MOST_NEWS, secrets.token_hex(8), "new" if only_new else "any",
             *(token for _, token in fences),
         )  # fmt: skip
@@ -233,7 +234,7 @@ class RedisStorage:
         return f"{file} in {self._files(folder)} of Redis"
 
     def news(self, since: Serial) -> News:
-        """The certificates that were written after ``since``. Raises OSError."""
+        """What was written after ``since``. Raises OSError."""
         epoch, number, is_complete, found = self._call(
             "EVAL", NEWS, 2, f"{self._prefix}:store", f"{self._prefix}:news",
             since.epoch, since.number,

@@ -37,6 +37,7 @@ class Members:
         for member in self.parts:
             if member.id != sender and to in ("", member.id) and member.id not in self.deaf:
                 member.counts.hear(json.loads(text))
+                member.counts.take_heard()
 
     def second(self, seconds=1):
         """So much time passes, and each member tells what was spent."""
@@ -229,6 +230,7 @@ class Spender:
 def test_a_malformed_message_is_passed_over(message, caplog):
     [one] = Members(1, {"rate_limit": {"per_address": 1}})
     one.counts.hear({"from": "x", "do": "spent", **message})
+    one.counts.take_heard()
     assert "malformed message" in caplog.text
     assert one.blocks.all() == [] and one.attempts.delay(OTHER) == 0
 
