@@ -39,6 +39,7 @@ from .visitors.sites import Site
 
 MOST_CERTIFICATES = 500  # hostnames with an expiry time; the gateway's own names come first
 MOST_TARGETS = 1000  # lines on the health of targets; a hostname has one, in a pool two
+MOST_POOLS = 500  # hostnames with a line for each state of their pool's agents
 STUCK = 5  # seconds without a turn after which a listener's thread counts as stuck
 PREFIX = "gotunnel_gateway_"
 CLUSTER = "gotunnel_cluster_"
@@ -101,6 +102,7 @@ def figures(parts: Parts) -> Iterator[Metric]:
     yield from _visits(parts)
     yield from _connections(parts)
     yield from _sessions(parts)
+    yield from _pools(parts)
     yield from _certificates(parts)
     yield from _queues(parts)
     yield from _cluster(parts)
@@ -232,6 +234,24 @@ def _sessions(parts: Parts) -> Iterator[Metric]:
         f"{PREFIX}refused_registrations_total", "Registrations of agents that were refused.",
         Sample(parts.newcomers.refusals.total.value),
     )  # fmt: skip
+
+
+def _pools(parts: Parts) -> Iterator[Metric]:
+    states: Counter[tuple[str, str]] = Counter()
+    for tunnel in parts.tunnels.registered():
+        for hostname, route in tunnel.routes.items():
+            if route.pool is not None:
+                states[hostname, route.pool.members[0].state] += 1
+    if states:
+        listed = set(sorted({hostname for hostname, _ in states})[:MOST_POOLS])
+        yield gauge(
+            f"{PREFIX}pool_members", "Agents of a pool by their state.",
+            *(
+                Sample(count, (("hostname", hostname), ("state", state)))
+                for (hostname, state), count in sorted(states.items())
+                if hostname in listed
+            ),
+        )  # fmt: skip
 
 
 def _certificates(parts: Parts) -> Iterator[Metric]:

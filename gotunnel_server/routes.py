@@ -154,9 +154,14 @@ class Member(Protocol):
 
     route: Route  # of this agent alone; its ``pool`` is None
     token: str  # names the agent in a visitor's cookie; it can be neither guessed nor read back
+    weight: int
+    visits: int  # that it has now
 
     @property
     def is_silent(self) -> bool: ...
+
+    @property
+    def state(self) -> str: ...
 
 
 class Pool(Protocol):

@@ -133,6 +133,7 @@ def of_document(document: Mapping[str, Any]) -> dict[str, object]:
         for key in ("sessions", "hostnames", "certificates")
     )
     now = _number(gateway.get("now"))
+    pooled = any(isinstance(row.get("pool"), dict) for row in hostnames)
     certificates = {_text(row.get("hostname")): row for row in own}
     for row in hostnames:
         certificates.setdefault(_text(row.get("hostname")), _object(row.get("certificate")))
@@ -143,7 +144,7 @@ def of_document(document: Mapping[str, Any]) -> dict[str, object]:
         "certificates_total": _number(totals.get("certificates")),
         **_processes(gateway.get("processes")),
         "sessions": [_session(row, now) for row in sessions[:MOST_LISTED]],
-        "hostnames": [_hostname(row) for row in hostnames[:MOST_LISTED]],
+        "hostnames": [_hostname(row, pooled) for row in hostnames[:MOST_LISTED]],
         "certificates": [
             _certificate(name, row) for name, row in list(certificates.items())[:MOST_LISTED]
         ],
@@ -240,9 +241,14 @@ def _in_wait(hostnames: object) -> str:
     return f"waits for {some(names)}, which another agent serves" if names else ""
 
 
-def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
+def _hostname(row: Mapping[str, Any], pooled: bool) -> dict[str, object]:
+    """``pooled``: any of the rows is of an agent in a pool."""
     count = _number(row.get("visits"))
     visits = {} if count is None else {"visits": count}
+    pool, member = _object(row.get("pool")), {}
+    if pooled:
+        standing = f"{_text(pool.get('state'))}, {_number(pool.get('visits'))} now"
+        member = {"pool": standing if pool else ""}
     return {
         "hostname": _text(row.get("hostname")),
         "mode": _text(row.get("mode")),
@@ -251,6 +257,7 @@ def _hostname(row: Mapping[str, Any]) -> dict[str, object]:
         "target": _text(row.get("target")),
         "health": _text(row.get("health")),
         "agent": _text(row.get("agent")),
+        **member,
         **visits,
         "failed_visits": _number(row.get("failed")),
         "reason": _text(row.get("health_reason")),

@@ -35,6 +35,8 @@ from .registration import Agent, Pooled
 # Agents of a pool. Each choice looks at all of them: at 20 ns each, so many cost less than the rest
 # of a visit.
 MOST_MEMBERS = 256
+# The words for a member's state.
+READY, UNWELL, SILENT, PASSED_OVER = "ready", "unwell", "silent", "passed over"
 # Seconds for which a member is passed over after its target was not reached: a target that restarts
 # is back in a second or two, and one visit in MOST_PASS shows soon enough that it is.
 FIRST_PASS, MOST_PASS = 1, 30
@@ -72,6 +74,15 @@ class Member:
     @property
     def is_silent(self) -> bool:
         return self.silent_since > self.route.tunnel.heard_at
+
+    @property
+    def state(self) -> str:
+        """In a word, for people."""
+        if not self.is_well:
+            return UNWELL
+        if self.is_silent:
+            return SILENT
+        return PASSED_OVER if self.refusals else READY
 
 
 class Pool:

@@ -167,16 +167,18 @@ class SharedClaims:
         """See agents.claims.Claims."""
         owners = {name: self.owner(route) for name, route in routes.items()}
         taken: dict[str, Any] = {}
+        why: Mapping[str, str] = {}
         try:
             self._registry.check(routes, permit, instead_of)
         except HostnameTaken as error:
             if not error.tunnels or self._are_others(error.holders, owners):
                 raise
-            taken = dict(error.holders)  # earlier sessions of the same agent
+            # Earlier sessions of the same agent; or a pool that the agent does not fit into.
+            taken, why = dict(error.holders), error.why
         tunnel = next(iter(routes.values())).tunnel
         taken |= self._acquire(tunnel, owners, instead_of)
         if taken:
-            raise HostnameTaken(taken)
+            raise HostnameTaken(taken, why)
         self._registry.claim(routes, permit, instead_of)
 
     def owner(self, route: Route) -> str:

@@ -440,11 +440,21 @@ SESSIONS = (
     _Column("streams", "Streams", lambda e: _number(e.get("streams")), "number"),
     _Column("visits", "Under way", lambda e: _number(e.get("visits")), "number"),
 )
+
+
+def _member(pool: Any) -> str:
+    """How an agent stands in a pool; "" if it is in none."""
+    if not isinstance(pool, dict):
+        return ""
+    standing = f"{_text(pool.get('state'))}, {_number(pool.get('visits'))} now"
+    return f' <small class="quiet">{standing}</small>'
+
+
 HOSTNAMES = (
     _Column("hostname", "Hostname", _hostname, "title"),
     _Column("mode", "Mode", _mode),
     _Column("target", "Target", _target),
-    _Column("agent", "Agent", lambda e: _text(e.get("agent"))),
+    _Column("agent", "Agent", lambda e: _text(e.get("agent")) + _member(e.get("pool"))),
     _Column("rate", "Visits/s", lambda e: f"<span>{_rate(e.get('visits_per_second'))}</span>"),
     _Column("visits", "Visits", lambda e: _number(e.get("visits")), "number"),
     _Column("failed", "Failed", _failed, "number"),

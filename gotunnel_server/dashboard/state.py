@@ -291,6 +291,7 @@ def _more(
         **_health(tunnel.health.told.get(route.hostname)),
         "session": tunnel.id,
         "agent": agent_name(tunnel.agent),
+        "pool": _pool(route),
         "since": int(tunnel.since),
         **dict(zip(FIGURES, figures)),
         **_rate(rates.by_hostname.get(route.hostname, _NO_SPARK)),
@@ -301,6 +302,15 @@ def _health(problem: str | None) -> Document:
     """``problem``: as agents/health.py has it; None: the agent has not said how its target is."""
     word = "" if problem is None else "failed" if problem else "ok"
     return {"health": word, "health_reason": shown(problem or "", MOST_NAME)}
+
+
+def _pool(route: Route) -> Document | None:
+    """How the agent stands in the hostname's pool; None if it has the hostname alone. ``route`` is
+    the agent's own, whose pool has this agent first."""
+    if route.pool is None:
+        return None
+    member = route.pool.members[0]
+    return {"weight": member.weight, "visits": member.visits, "state": member.state}
 
 
 def _rate(spark: Sequence[int]) -> Document:

@@ -110,6 +110,9 @@ def _joined(one: Document, other: Document) -> Document:
     for key in SUMS:
         if key in one:
             joined[key] = _sum([one[key], other.get(key)])
+    pools = [row["pool"] for row in (one, other) if isinstance(row.get("pool"), dict)]
+    if len(pools) == 2:
+        joined["pool"] = {**pools[0], "visits": pools[0]["visits"] + pools[1]["visits"]}
     if "spark" in one:
         joined["spark"] = _summed([one["spark"], other["spark"]])
         joined["visits_per_second"] = _rate(joined["spark"])

@@ -2,12 +2,14 @@
 
 import collections
 import secrets
+import types
 
 import pytest
 from hand_made import answering, registered, registration, reply_to
 from support import APP, RAW, gateway_here, wait_until
 
 from gotunnel import HALF_CLOSE, PARTIAL, POLICIES, POOLS, PORTS, REASONS, End
+from gotunnel_server import metrics, status
 from gotunnel_server.agents import heartbeat
 from gotunnel_server.agents.identity import Identity
 from gotunnel_server.agents.pool import (
@@ -17,6 +19,7 @@ from gotunnel_server.agents.pool import (
     with_pool,
 )
 from gotunnel_server.agents.registration import Agent, Pooled
+from gotunnel_server.dashboard import page
 from gotunnel_server.routes import ADDRESS, COOKIE, HostnameTaken, Registry, Route
 
 TAKEN = f"host already registered: {APP}"
@@ -516,3 +519,33 @@ def test_an_agent_of_a_pool_that_is_silent_is_told_that_and_not_that_it_was_repl
         while not isinstance(end := agent.hear(), End):
             pass
         assert (end.code, end.reason) == ("silent", "its agent did not answer in 0.2 s")
+
+
+def test_the_members_are_shown(gateway):
+    inner = gateway.inner
+    with pooled(gateway, APP, pool={"weight": 3}), pooled(gateway, APP):
+        pool = inner._registry.lookup(APP).pool
+        pool.choose()
+        pool.refused(pool.members[1])
+        told = status.document_of(inner.tunnels.registered(), (), inner.keeper.state)
+        assert [row["pool"] for row in told["hostnames"]] == [
+            {"weight": 3, "visits": 1, "state": "ready"},
+            {"weight": 1, "visits": 0, "state": "passed over"},
+        ]
+        shown = status.of_document(told)["hostnames"]
+        assert [row["pool"] for row in shown] == ["ready, 1 now", "passed over, 0 now"]
+        assert '<small class="quiet">passed over, 0 now</small>' in page._tables(told, "")
+        parts = types.SimpleNamespace(tunnels=inner.tunnels)
+        (metric,) = metrics._pools(parts)
+        assert {dict(sample.labels)["state"]: sample.value for sample in metric.samples} == {
+            "passed over": 1, "ready": 1,
+        }  # fmt: skip
+
+
+def test_a_gateway_without_pools_shows_none(gateway):
+    inner = gateway.inner
+    with registered(gateway, APP):
+        told = status.document_of(inner.tunnels.registered(), (), inner.keeper.state)
+        assert told["hostnames"][0]["pool"] is None
+        assert "pool" not in status.of_document(told)["hostnames"][0]
+        assert not list(metrics._pools(types.SimpleNamespace(tunnels=inner.tunnels)))
