@@ -30,7 +30,8 @@ MOST_MESSAGE = 16 << 20
 # Bytes that wait for a child that does not read. It gets what others ask it, and their answers.
 MOST_QUEUED = 64 << 20
 READ = 256 * 1024  # bytes in one read
-SEND_TIMEOUT = 10  # seconds until a child gives up on a supervisor that does not read
+# Until a child gives up on a supervisor that does not read: seconds, and microseconds.
+SEND_TIMEOUT, SEND_MICROSECONDS = 10, 0
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -128,7 +129,7 @@ class ChildEnd:
         self._torn = False  # a part of a message was sent, and the rest cannot follow
         sock.setblocking(True)
         # Of sending alone: the thread that receives waits as long as nothing comes.
-        timeout = struct.pack("ll", SEND_TIMEOUT, 0)
+        timeout = struct.pack("ll", SEND_TIMEOUT, SEND_MICROSECONDS)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def send(self, message: Message) -> None:

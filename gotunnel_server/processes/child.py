@@ -71,7 +71,8 @@ class Child:
         self._last_id = 0
         self._waiting: dict[int, queue.SimpleQueue[Message]] = {}  # calls and questions, by id
         self._gone = False
-        self._asked: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
+        # What siblings ask; None ends the thread.
+        self._asked: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
 
     def start(self, on_order: Callable[[Message], object]) -> None:
         """Begin to read. ``on_order(order)`` is called for each order; for the end of the
@@ -79,6 +80,11 @@ class Child:
         self._on_order = on_order
         spawn("siblings", self._answer_all)
         spawn("supervisor", self._run)
+
+    def stop(self) -> None:
+        """End the threads, and close the channel. For tests: a child ends with its process."""
+        self._asked.put(None)
+        self._end.close()
 
     def set_up(self) -> None:
         """Have the log's lines carry the number, and take a CPU of a small machine."""
@@ -211,9 +217,8 @@ class Child:
             waiting.put(reply)
 
     def _answer_all(self) -> None:
-        while True:
-            number, body = self._asked.get()
-            call_logged(self._answer_one, number, body)
+        while (asked := self._asked.get()) is not None:
+            call_logged(self._answer_one, *asked)
 
     def _answer_one(self, number: int, body: Message) -> None:
         function = self._answers.get(body["topic"])
