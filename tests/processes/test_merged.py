@@ -100,10 +100,8 @@ def test_agents_of_a_pool_have_a_row_each():
 
 def test_lists_are_bounded_and_totals_count_all():
     many = [row(f"{number:04}.test", 0) for number in range(merged.MOST_LISTED)]
-    found = merged.documents(
-        1, {1: document([], many, totals={"hostnames": 5000}), 2: document([], many, totals={"hostnames": 5000})},
-        [process(1), process(2)], 0,
-    )  # fmt: skip
+    one = document([], many, totals={"hostnames": 5000})
+    found = merged.documents(1, {1: one, 2: one}, [process(1), process(2)], 0)
     assert len(found["hostnames"]) == merged.MOST_LISTED
     assert found["totals"]["hostnames"] == 5000
 
