@@ -437,14 +437,9 @@ class SharedClaims:
 
     def hear_ask(self, message: Message) -> None:
         """Another gateway asks for a sign of life of the agents that have these names here."""
-        routes = self._registry.routes()
         for name in _names(message):
-            route = routes.get(name)
-            for tunnel in () if route is None else route.tunnels():
-                ask = getattr(tunnel, "ask", None)
-                if ask is None:  # it is at another gateway itself
-                    continue
-                since = ask()
+            for tunnel in self._registry.holders(name):
+                since = tunnel.ask()
                 with self._lock:
                     if len(self._asked) < MOST_ASKED:
                         self._asked.append((tunnel, since, name, str(message.get("from"))))

@@ -343,7 +343,7 @@ def test_silent_incumbent_is_replaced_while_somebody_waits(gateway, monkeypatch)
         # From now on it reads nothing, so it does not answer.
         monkeypatch.setattr(tunnel._control, "read", lambda: [])
         assert next_free(agent) == Free((APP,))
-        assert tunnel.gone.is_set()
+        assert tunnel.gone.wait(TIMEOUT)
 
 
 # With agents of ours -----------------------------------------------------------------------------

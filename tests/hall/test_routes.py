@@ -255,3 +255,22 @@ def test_changes_of_agents_here_are_told():
     registry.put_elsewhere(routes("peer", "b.test"))
     registry.release("own")
     assert heard == [["a.test"], ["a.test"], []]
+
+
+def test_what_is_free_is_told_once_nobody_has_it():
+    registry, told = Registry(), []
+    registry.on_free = lambda hostnames: told.append(set(hostnames))
+    registry.claim(routes("first", "a.test", "b.test", "c.test"))
+    registry.claim(routes("second", "b.test", "d.test"), instead_of=["first"])
+    assert told == [{"a.test", "c.test"}]  # the successor has done without them
+    registry.release("first")
+    registry.release("second")
+    assert told[1:] == [{"b.test", "d.test"}]
+
+
+def test_holders_are_those_of_exactly_this_hostname_here():
+    registry = Registry()
+    registry.claim(routes("a tunnel", "a.test", "*.test"))
+    registry.put_elsewhere(routes("peer", "b.test"))
+    assert registry.holders("a.test") == registry.holders("*.test") == ["a tunnel"]
+    assert registry.holders("b.test") == registry.holders("c.test") == []
