@@ -620,8 +620,19 @@ class Link:
         self.problem, self._seeks = "", 0
         agent.retire_old(self)
         agent.note_members()
+        self._share(service)
         agent.tell()
         return service
+
+    def _share(self, service: Service) -> None:
+        """Have the other links ask for what this one has got: their gateways tell one waiting agent
+        after the other that it is free, and this agent may be a later one there."""
+        with self._agent.lock:
+            for link in self._agent.links:
+                other = link.service
+                if other is not None and other is not service:
+                    other.freed |= other.waited_for() & service.routes.keys()
+            self._agent.lock.notify_all()
 
     def _register(
         self, service: Service, config: Config, *, overlap: bool, waits: bool

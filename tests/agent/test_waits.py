@@ -1,6 +1,7 @@
 """What an agent does while another one serves its hostnames, by a gateway that is made by hand."""
 
 import logging
+import types
 
 import pytest
 from support import APP, TIMEOUT, agent_here, wait_until
@@ -130,4 +131,18 @@ def test_program_that_wants_to_hear_of_a_refusal_does_not_wait(gateway, tmp_path
         agent.waits = False  # as commands without a file do
         gateway.control.write(encode_message(End(MOVE, "for a test")))
         assert WAITS not in gateway.meet(GRANTED).features
+        gateway.hang_up()
+
+
+def test_what_one_gateway_has_granted_is_asked_of_the_others(gateway, tmp_path):
+    """Each tells one waiting agent after the other, and this one may be a later one there."""
+    with agent_here(gateway.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        gateway.meet(DENIED)
+        wait_until(lambda: agent.snapshot().waits == {APP})
+        granted = types.SimpleNamespace(routes={APP: None, "third.localhost": None})
+        agent.link._share(granted)
+        assert set(gateway.meet(GRANTED).routes) == {APP}
+        gateway.meet(GRANTED)
+        agent.link._share(granted)  # nothing is waited for any more
+        wait_until(lambda: not agent.snapshot().waits)
         gateway.hang_up()
