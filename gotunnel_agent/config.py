@@ -126,6 +126,10 @@ LOCALHOST = "localhost"
 # that of a device, which would fill the memory.
 MAX_FILE = 1024 * 1024
 
+# Addresses of one gateway: each that does not answer takes as long as a dial may. Gateways that are
+# one tell the agent of each other, so two or three are enough.
+MOST_ADDRS = 16
+
 # Bytes of all policies together: the register message also holds the hostnames and the token.
 MOST_POLICIES = MESSAGE_LIMIT // 2
 
@@ -473,12 +477,13 @@ def _secret_files(path: str, document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _config(document: Mapping[str, object], needs_tunnels: bool) -> Config:
-    tunnel_host, tunnel_port = _tunnel_addr(document)
+    (tunnel_host, tunnel_port), *more_addrs = _tunnel_addrs(document)
     jwt_secret, token, credential_file = _credential(document)
     ca_file, skip_tls_verify = _trust(document)
     config = Config(
-        tunnel_host=normal_hostname(tunnel_host),
+        tunnel_host=tunnel_host,
         tunnel_port=tunnel_port,
+        more_addrs=tuple(more_addrs),
         skip_tls_verify=skip_tls_verify,
         ca_file=ca_file,
         jwt_secret=jwt_secret,
@@ -521,15 +526,35 @@ def _refuse_unknown_keys(
         raise ConfigError(f"{where}{problem}")
 
 
-def _tunnel_addr(document: Mapping[str, object]) -> tuple[str, int]:
+def _tunnel_addrs(document: Mapping[str, object]) -> list[tuple[str, int]]:
+    """The gateway's addresses: a text, or a list of texts."""
+    given = document.get("tunnel_addr")
+    if not isinstance(given, list):
+        return [_tunnel_addr(document, "tunnel_addr")]
+    if not 1 <= len(given) <= MOST_ADDRS:
+        raise ConfigError(
+            f"tunnel_addr: {f'a list of {len(given)}' if given else 'an empty list'} came, "
+            f'expected "HOST:PORT", or a list of 1 to {MOST_ADDRS} of them'
+        )
+    named = {f"tunnel_addr[{number}]": text for number, text in enumerate(given)}
+    addresses = [_tunnel_addr(named, key) for key in named]
+    for number, address in enumerate(addresses):
+        if address in addresses[:number]:
+            text = _shown(str(given[number]))
+            raise ConfigError(f"tunnel_addr[{number}]: {text} comes twice, expected each once")
+    return addresses
+
+
+def _tunnel_addr(mapping: Mapping[str, object], key: str) -> tuple[str, int]:
     expected = '"HOST:PORT" such as "tunnel.example.com:9443"'
-    text = _text(document, "tunnel_addr", expected)
+    text = _text(mapping, key, expected)
 
     def refused(why: str) -> ConfigError:
         advice = mistakes.of_tunnel_addr(text)
-        return ConfigError(f"tunnel_addr: {_shown(text)} {why}, expected {expected}{advice}")
+        return ConfigError(f"{key}: {_shown(text)} {why}, expected {expected}{advice}")
 
-    return _host_and_port(text, refused)
+    host, port = _host_and_port(text, refused)
+    return normal_hostname(host), port
 
 
 def _credential(document: Mapping[str, object]) -> tuple[str, str, tuple[str, str]]:

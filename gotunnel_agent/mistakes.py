@@ -296,7 +296,7 @@ def of_tunnel_addr(text: str) -> str:
     if re.search(r"[<>{}$]", text):
         return "; write the gateway's hostname in the place of that"
     if "," in text:
-        return "; an agent has one gateway"
+        return '; several addresses are a list: ["A:9443", "B:9443"]'
     host, port = _host_of(text)
     if not host:
         return of_quotes(text)

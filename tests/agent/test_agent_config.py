@@ -548,12 +548,41 @@ def test_protocol_needs_a_gateway_that_knows_it_unless_it_is_the_usual_one():
 
 @pytest.mark.parametrize(
     ("address", "expected"),
-    [*BAD_ADDRESSES, ("8080", "'8080' has no host"), ("':8080'", "':8080' has no host")],
+    [
+        *(bad for bad in BAD_ADDRESSES if not bad[0].startswith("[a")),  # here a list is no fault
+        ("8080", "'8080' has no host"),
+        ("':8080'", "':8080' has no host"),
+    ],
 )
 def test_bad_tunnel_addr(address, expected):
     message = refusal(f"tunnel_addr: {address}\n{CREDENTIAL}{TUNNELS}")
     assert message.startswith(f"tunnel_addr: {expected}")
     assert ', expected "HOST:PORT" such as "tunnel.example.com:9443"' in message
+
+
+def test_a_gateway_may_have_several_addresses():
+    several = 'tunnel_addr: ["A.example.com:1", "[2001:db8::1]:443", c.example.com.:3]\n'
+    config = loaded(several + CREDENTIAL + TUNNELS)
+    assert (config.tunnel_host, config.tunnel_port) == ("a.example.com", 1)
+    assert config.more_addrs == (("2001:db8::1", 443), ("c.example.com", 3))
+    one = loaded("tunnel_addr: [tunnel.example.com:9443]\n" + CREDENTIAL + TUNNELS)
+    assert one == loaded(MINIMAL)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ("[]", 'tunnel_addr: an empty list came, expected "HOST:PORT", or a list of 1 to 16'),
+        (str(["a:1"] * 17), 'tunnel_addr: a list of 17 came, expected "HOST:PORT", or a list'),
+        ("[a.example:1, b]", "tunnel_addr[1]: 'b' has no port, expected \"HOST:PORT\" such as"),
+        ("[a.example:1, [b]]", 'tunnel_addr[1]: a list came, expected "HOST:PORT" such as'),
+        ("[a.example:1, {b: 1}]", "tunnel_addr[1]: a mapping came, expected"),
+        ("[a.example:1, A.example.:1]", "tunnel_addr[1]: 'A.example.:1' comes twice"),
+        ("{a: 1}", "tunnel_addr: a mapping came, expected"),
+    ],
+)
+def test_a_bad_list_of_addresses(addresses, expected):
+    assert expected in refusal(f"tunnel_addr: {addresses}\n{CREDENTIAL}{TUNNELS}")
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,49 @@ def test_a_gateway_of_another_ca_among_the_members_gets_no_token(
             assert not routes_of(stranger.inner) and links_of(agent) == [A]
 
 
+# Several addresses in the configuration ----------------------------------------------------------
+
+
+def test_the_next_address_is_dialled_at_once_when_one_fails(
+    cache, tmp_path, site, caplog, monkeypatch
+):
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
+    caplog.set_level(logging.INFO)
+    with gateway_here(cache) as gateway:
+        address = f"localhost:{gateway.tunnel_port}"
+        keys = {"tunnel_addr": ["localhost:9", "127.0.0.1:9", address]}
+        with agent_here(gateway, tmp_path, {APP: site.port}, **keys) as agent:
+            assert gateway.get(APP) == (200, b"page")
+            assert agent.snapshot().gateway == address
+            said = [text for text in caplog.messages if "trying the next address" in text]
+            assert [text.partition(": ")[0] for text in said] == ["localhost:9", "127.0.0.1:9"]
+
+
+def test_each_address_is_verified_by_its_own_name(cache, tmp_path, site, caplog, quick):
+    with gateway_here(cache) as gateway:
+        port = gateway.tunnel_port  # its certificate is for localhost
+        keys = {"tunnel_addr": [f"127.0.0.1:{port}", f"localhost:{port}"]}
+        with agent_here(gateway, tmp_path, {APP: site.port}, **keys):
+            wait_until(lambda: f"127.0.0.1:{port}: its certificate is not to be" in caplog.text)
+
+
+def test_when_all_addresses_have_failed_the_agent_waits(tmp_path, many, monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr(link_module, "retry_delay", lambda failures, *_: waits.append(1) or 0.05)
+    keys = {"tunnel_addr": ["localhost:9", f"localhost:{many.place.tunnel_port}"]}
+    with agent_here(many.place, tmp_path, {APP: 1}, **keys) as agent:
+        many.meet(Ack(False, "not today"))
+        many.hang_up()
+        wait_until(lambda: "next try in" in caplog.text)
+        many.meet()
+        wait_until(lambda: agent.snapshot().since is not None)
+        caplog.clear()
+        many.hang_up()
+        many.meet()  # the address that has answered is the first one now
+        assert "localhost:9: " not in caplog.text
+        many.hang_up()
+
+
 # Gateways made by hand, all at one address -------------------------------------------------------
 
 

@@ -314,7 +314,7 @@ def test_password_as_an_argument_is_not_shown(capsys):
         ("'t.example: 9443'", "; leave out the blank"),
         ("<TUNNEL_HOST>:9443", "; write the gateway's hostname in the place of that"),
         ("'${TUNNEL_HOST}:9443'", "; write the gateway's hostname in the place of that"),
-        ("a.example:9443,b.example:9443", "; an agent has one gateway"),
+        ("a.example:9443,b.example:9443", '; several addresses are a list: ["A:9443", "B:9443"]'),
         ("“t.example:9443”", "; its quotation marks are typographic, use \" or '"),
         (f"gotunnel://office:{SECRET}@t.example:1", "'gotunnel://...@t.example:1' has a scheme"),
         (
