@@ -86,6 +86,7 @@ PURE = [
     "gotunnel_agent/inspector/mask.py",
     "gotunnel_agent/inspector/order.py",
     "gotunnel_agent/inspector/websocket.py",
+    "gotunnel_agent/roster.py",
     "gotunnel_server/agents/identity.py",
     "gotunnel_server/agents/limits.py",
     "gotunnel_server/agents/registration.py",
