@@ -56,4 +56,9 @@ AGENT_LIMIT = Refusal(
 AGENT_BUSY = Refusal(
     9, "agent-busy", "This site takes no more visitors at the moment. Try again in a moment.", 503
 )
-OF_GATEWAYS = {refusal.code: refusal for refusal in (GONE, AGENT_GONE, AGENT_LIMIT, AGENT_BUSY)}
+UNHEALTHY = Refusal(
+    10, "unhealthy", "This site is not well at the moment. Try again in a minute.", 503
+)  # the gateway shows its own page instead, with Retry-After
+OF_GATEWAYS = {
+    refusal.code: refusal for refusal in (GONE, AGENT_GONE, AGENT_LIMIT, AGENT_BUSY, UNHEALTHY)
+}

@@ -169,7 +169,7 @@ def registers(tunnel: Any, routes: Mapping[str, Route]) -> Iterator[Register]:
             tuple(features),
             {name: route.host_header for name, route in part.items() if route.host_header},
             {},
-            tuple(name for name, route in part.items() if route.addressed),
+            tuple(name for name, route in part.items() if _needs_address(route)),
             {name: policies[name] for name in part if name in policies},
             part_name(tunnel.id, number),
             protocols={name: route.protocol for name, route in part.items() if route.protocol},
@@ -181,6 +181,11 @@ def registers(tunnel: Any, routes: Mapping[str, Route]) -> Iterator[Register]:
             continue
         number += 1
         yield message
+
+
+def _needs_address(route: Route) -> bool:
+    """Whether the visitor's address must come along: for the agent, or for the choice of one."""
+    return route.addressed or route.pool is not None and route.pool.sticky != ""
 
 
 def part_name(id: str, number: int) -> str:

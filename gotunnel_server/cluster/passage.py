@@ -38,7 +38,7 @@ from gotunnel_agent.common import refusals
 from gotunnel_agent.common.hostnames import normal_hostname
 
 from ..net.total import Total
-from ..routes import AgentBusy, Registry, Route
+from ..routes import AgentBusy, Member, Pool, Registry, Route
 from .watched import Job, Submit, Watched
 
 log = logging.getLogger("gotunnel.passage")
@@ -48,6 +48,7 @@ FIRST = 8 * 1024  # most bytes of a visit that the agent gets together with its 
 HEADER_TIMEOUT = 10  # seconds for the whole data header; it comes together with the SYN
 OPEN_TIMEOUT = 10  # seconds for the agent to accept earlier streams: as agents/tunnel.py has it
 OPEN_LOOK = 0.1  # seconds between two tries meanwhile
+MOST_TRIES = 4  # members of a pool that one visit is tried with
 
 
 class Passages:
@@ -129,6 +130,10 @@ class Passage:
         self._asked: tuple[str, Ends | None, bool] | None = None  # by the data header
         # Monotonic, for the data header; then for the agent's stream. None: no timer runs yet.
         self._deadline: float | None = None
+        # Of a pool: the present member, whose visits count it, and all that were asked.
+        self._pool: Pool | None = None
+        self._member: Member | None = None
+        self._tried: list[Member] = []
         self._over = False
 
     def start(self) -> None:
@@ -185,33 +190,71 @@ class Passage:
         self._deadline = None
 
     def _open_to(self, hostname: str, ends: Ends | None, relayed: bool) -> bool:
-        route = self._route(hostname)
-        if route is None or route.addressed and ends is None:
-            log.debug("a peer's visit to %.253r is refused: no agent here serves it", hostname)
-            self._refuse(refusals.GONE.code)
-            return False
-        tunnel, first, relayed = route.tunnel, self._head[:FIRST], relayed and route.tunnel.upgrades
-        try:
-            stream = tunnel.open(route, lambda: ends or NOBODY, first, relayed, timeout=0)
-        except AgentBusy as error:
+        failed: tuple[Route, OSError] | None = None
+        while True:
+            route = self._route(hostname, ends)
+            if route is None and failed is not None:  # all members of the pool were tried
+                self._fail(*failed)
+                return False
+            if route is None or route.addressed and ends is None:
+                log.debug("a peer's visit to %.253r is refused: no agent here serves it", hostname)
+                self._refuse(refusals.GONE.code)
+                return False
+            if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+                self._refuse(refusals.UNHEALTHY.code)
+                return False
+            try:
+                self._open_stream(route, ends, relayed)
+                return True
+            except OSError as error:
+                failed = route, error
+                if self._member is None or len(self._tried) >= MOST_TRIES:
+                    self._fail(*failed)
+                    return False
+
+    def _open_stream(self, route: Route, ends: Ends | None, relayed: bool) -> None:
+        """Raises OSError."""
+        first, relayed = self._head[:FIRST], relayed and route.tunnel.upgrades
+        stream = route.tunnel.open(route, lambda: ends or NOBODY, first, relayed, timeout=0)
+        agent = Watched(stream, self._job.wake)
+        there, back = _Direction(self._peer, agent), _Direction(agent, self._peer)
+        there.rest, self._head = self._head[FIRST:], b""
+        self._directions = there, back
+
+    def _fail(self, route: Route, error: OSError) -> None:
+        """There is no agent's stream: refuse the visit, or try again later."""
+        if isinstance(error, AgentBusy):
             log.info("%s: a peer's visit is refused: %s", route.hostname, error)
             self._refuse(refusals.AGENT_LIMIT.code)
-        except TimeoutError:
+        elif isinstance(error, TimeoutError):
             try:
+                self._tried.clear()
                 self._await(OPEN_TIMEOUT, OPEN_LOOK)
             except TimeoutError:
                 self._refuse(refusals.AGENT_BUSY.code)
-        except SessionClosed:
-            self._refuse(refusals.GONE.code)
-        except ConnectionError:
-            self._refuse(refusals.AGENT_GONE.code)
-        else:
-            agent = Watched(stream, self._job.wake)
-            there, back = _Direction(self._peer, agent), _Direction(agent, self._peer)
-            there.rest, self._head = self._head[FIRST:], b""
-            self._directions = there, back
-            return True
-        return False
+        else:  # if the session has ended before, nothing was sent
+            gone = isinstance(error, SessionClosed)
+            self._refuse((refusals.GONE if gone else refusals.AGENT_GONE).code)
+
+    def _route(self, hostname: str, ends: Ends | None) -> Route | None:
+        """The route to an agent here, never one to another gateway; of a pool the next member's,
+        None if all were tried."""
+        route = self._passages.registry.held().get(normal_hostname(hostname))
+        if route is None or route.pool is None:
+            return route
+        self._leave_pool()
+        key = route.pool.key("" if ends is None else ends.visitor[0])
+        member = route.pool.choose(key, self._tried)
+        if member is None:
+            return None
+        self._pool, self._member = route.pool, member
+        self._tried.append(member)
+        return member.route
+
+    def _leave_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.leave(self._member)
+            self._pool = self._member = None
 
     def _await(self, timeout: float, look: float) -> None:
         """Have the job done again in ``look`` seconds. Raises TimeoutError ``timeout`` seconds
@@ -225,10 +268,6 @@ class Passage:
             return
         self._stream.call_later(look, self._job.wake)
 
-    def _route(self, hostname: str) -> Route | None:
-        """The route to an agent here. Never one to another gateway."""
-        return self._passages.registry.held().get(normal_hostname(hostname))
-
     # Copying
 
     def _copy(self) -> None:
@@ -236,9 +275,12 @@ class Passage:
             return
         there, back = self._directions
         for _ in range(PIECES):
+            before = back.moved
             moved = self._move(there, self._lose_visitor) | self._move(back, self._lose_agent)
             if self._over:
                 return
+            if self._pool is not None and back.moved and not before:
+                self._pool.reached(self._member)
             if there.over and back.over:
                 # Both FINs were passed on; or one, and the other way broke: then none may follow.
                 if there.rest or back.rest:
@@ -275,7 +317,10 @@ class Passage:
         if self._directions is not None and self._directions[1].moved:
             self._cut()  # the peer's stream too, after what was passed back
         else:
-            self._stream.reset(code=_code_of(error))
+            code = _code_of(error)
+            if self._pool is not None and code not in (0, refusals.AGENT_GONE.code):
+                self._pool.refused(self._member)
+            self._stream.reset(code=code)
         self._end()
 
     def _cut(self) -> None:
@@ -295,6 +340,7 @@ class Passage:
     def _end(self) -> None:
         self._over = True
         self._directions = None
+        self._leave_pool()
         self._passages.end(self)
 
 

@@ -313,7 +313,10 @@ class Exchange:
             refusal = self._route.tunnel.refusals.get(getattr(error, "code", 0))
             if refusal is not None:
                 self._look_for_another(refusal, error)
-                raise TargetFailed(refusal.status, refusal.word, refusal.text) from error
+                failure = TargetFailed(refusal.status, refusal.word, refusal.text)
+                if refusal is refusals.UNHEALTHY:
+                    failure.page = pages.unhealthy(self._request.hostname)
+                raise failure from error
             text = f"The connection to the site broke before its answer was complete. {RETRY}"
             raise TargetFailed(502, "cut-short", text, f"{error}.") from error
 

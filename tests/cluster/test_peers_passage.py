@@ -38,6 +38,7 @@ class Tunnel:
     """An agent of this gateway, whose streams are of ``session``."""
 
     half_close = upgrades = True
+    unwell = {}
 
     def __init__(self, session):
         self.session = session
