@@ -287,7 +287,7 @@ class Gateway:
         self.tunnels.move()
         self._watchers.stop()
         self.keeper.stop()
-        drain(self._visitor_ports, self._drain_timeout, self.listeners.stop)
+        drain((*self._visitor_ports, *self.cluster.ports), self._drain_timeout, self.listeners.stop)
         self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
         self.cluster.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from .agents.claims import Claims
 from .certification import Shared
 from .config import Config
 from .routes import Registry
+from .visitors.port import Draining
 
 
 class Cluster(Protocol):
@@ -32,6 +33,9 @@ class Cluster(Protocol):
     def start(self, tunnel_port: int, newcomers: Any, listeners: Any, blocks: Any) -> None: ...
 
     def drain(self) -> None: ...
+
+    @property
+    def ports(self) -> Sequence[Draining]: ...
 
     def stop(self) -> None: ...
 
@@ -65,6 +69,8 @@ class Alone:
 
     def drain(self) -> None:
         """There is nobody to tell."""
+
+    ports: Sequence[Draining] = ()  # no visits come by other gateways
 
     def stop(self) -> None:
         """There is nobody to leave."""

@@ -30,6 +30,7 @@ from .certificates import SharedCertificates
 from .claims import SharedClaims
 from .counts import SharedCounts
 from .members import Member
+from .passage import Passages
 from .peers import Peers
 from .secret import Secret
 from .settings import Settings
@@ -284,6 +285,11 @@ class Cluster:
         self._member.change_card(self._card)
         if self.peers is not None:
             self.peers.drain()
+
+    @property
+    def ports(self) -> tuple[Passages, ...]:
+        """The visits that other members pass on to agents here."""
+        return () if self.peers is None else (self.peers.passages,)
 
     def stop(self) -> None:
         """Leave: the names are free for other members at once."""

@@ -21,6 +21,7 @@ A passage has no thread. A pool's thread works on it when one of its streams has
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from time import monotonic
 
@@ -59,7 +60,8 @@ class Passages:
         self.registry = registry
         self.submit = submit
         self.total = Total()  # of the passages that were begun
-        self._running: set[Passage] = set()  # adding and discarding are atomic
+        self._running: set[Passage] = set()  # adding, discarding and copying are atomic
+        self._none = threading.Event()  # none was running, after await_last() began
 
     def begin(self, stream: Stream) -> None:
         """Serve a stream that a peer has opened."""
@@ -70,11 +72,28 @@ class Passages:
 
     def end(self, passage: Passage) -> None:
         self._running.discard(passage)
+        if not self._running:
+            self._none.set()
 
     @property
     def running(self) -> int:
         """How many there are, idle ones included, which the other gateways keep."""
         return len(self._running)
+
+    # The gateway stops: see visitors/port.drain()
+
+    drains = True
+
+    def await_last(self, timeout: float) -> None:
+        """Wait until none is left. The peers open no new ones, and have ended the idle ones."""
+        self._none.clear()
+        if self._running:
+            self._none.wait(timeout)
+
+    def reset(self) -> int:
+        """End all that are left; returns how many there were."""
+        left = [passage for passage in self._running.copy() if passage.reset()]
+        return len(left)
 
 
 class _Incomplete(Exception):
@@ -139,6 +158,11 @@ class Passage:
     def start(self) -> None:
         self._peer = Watched(self._stream, self._job.wake)
         self._job.wake()
+
+    def reset(self) -> bool:
+        """Reset the peer's stream, and so end the passage. Any thread. False if it is over."""
+        self._stream.reset()
+        return not self._over
 
     def _work(self) -> None:
         if self._over:

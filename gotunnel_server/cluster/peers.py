@@ -147,10 +147,6 @@ class Peers:
         for session in sessions:
             session.leave()
 
-    def busy(self) -> int:
-        """How many visits of peers still run."""
-        return self.passages.running
-
     def stop(self) -> None:
         """End all connections, and wait for their threads."""
         with self._lock:

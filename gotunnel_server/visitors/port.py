@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from socket import socket
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from gotunnel_agent.common.duplex import OPTIONS_ARE_INHERITED, Duplex
 from gotunnel_agent.common.hostnames import normal_hostname
@@ -178,7 +178,19 @@ def change_ports(
             port.timeouts = port.timeouts._replace(idle=idle, response=response, stall=stall)
 
 
-def drain(ports: Sequence[Port], timeout: float, close_parked: Callable[[], object]) -> None:
+class Draining(Protocol):
+    """What drain() needs of a Port, or of the visits that other gateways pass on here
+    (cluster/peers.py)."""
+
+    @property
+    def drains(self) -> bool: ...
+
+    def await_last(self, timeout: float) -> object: ...
+
+    def reset(self) -> int: ...
+
+
+def drain(ports: Sequence[Draining], timeout: float, close_parked: Callable[[], object]) -> None:
     """Wait until the visitors of all ports have been served and have left, ``timeout`` seconds at
     most; then reset their connections. ``close_parked()`` closes those that no thread has."""
     until = monotonic() + timeout

@@ -1,10 +1,13 @@
 """Members that come and go, and agents that move between them."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from peers_here import join, member_here, peers_here
 from support import APP, agent_here, answer, request, status_of, wait_until
+
+from gotunnel_server.visitors.port import drain
 
 
 def test_a_visit_is_never_passed_on_twice(cache, origin, tmp_path):
@@ -38,22 +41,33 @@ def test_the_hostnames_of_a_member_that_is_gone_are_gone(cache, origin, tmp_path
                 assert status_of(visitor.read_head()) == 502
 
 
-def test_a_member_that_drains_gets_no_new_visits_and_its_running_ones_end_well(
-    cache, origin, tmp_path
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_member_that_drains_gets_no_new_visits_and_waits_for_those_it_has(
+    cache, origin, tmp_path, in_time
 ):
-    with peers_here(cache) as (here, there):
+    with peers_here(cache) as (here, there), ThreadPoolExecutor(1) as pool:
         with agent_here(there.gateway, tmp_path, {APP: origin.port}):
             here.sees(APP)
-            with here.gateway.dial(APP) as visitor:
-                visitor.send(request())
+            with here.gateway.dial(APP) as idle, here.gateway.dial(APP) as visitor:
+                idle.send(request())
                 target = origin.accept()
                 target.read_head()
+                visitor.send(request())
+                other = origin.accept()
+                other.read_head()
+                target.send(answer())
+                idle.read_message()  # its stream is kept
                 there.peers.drain()
                 here.sees_no(APP)
-                assert there.peers.busy() == 1
-                target.send(answer(b"whole"))
-                assert visitor.read_message()[1] == b"whole"
-            wait_until(lambda: not there.peers.busy())
+                wait_until(lambda: there.peers.passages.running == 1)
+                passages = [there.peers.passages]
+                drained = pool.submit(drain, passages, 20 if in_time else 0, lambda: None)
+                if in_time:
+                    other.send(answer(b"whole"))
+                    assert visitor.read_message()[1] == b"whole"
+                else:
+                    assert status_of(visitor.read_head()) == 502
+                drained.result()
 
 
 def test_an_agent_that_moves_to_a_third_member_is_found_there(cache, origin, tmp_path):
