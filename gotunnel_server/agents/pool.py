@@ -21,6 +21,7 @@ routes has the new one. What belongs to a member and to its visits goes from one
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -31,6 +32,8 @@ from gotunnel_agent.common.addresses import counted_by
 
 from ..routes import ADDRESS, COOKIE, Route, Tunnel
 from .registration import Agent, Pooled
+
+log = logging.getLogger("gotunnel.pool")
 
 # Agents of a pool. Each choice looks at all of them: at 20 ns each, so many cost less than the rest
 # of a visit.
@@ -43,7 +46,7 @@ FIRST_PASS, MOST_PASS = 1, 30
 
 
 class Terms(NamedTuple):
-    """What all members of a pool have in common. ``policy`` is what the agent has sent of it."""
+    """What all members of a pool have in common. ``policy`` is what the agents have sent of it."""
 
     owner: str
     mode: str
@@ -92,13 +95,16 @@ class Pool:
         self,
         terms: Terms,
         members: tuple[Member, ...],
+        read_by: object = None,
         lock: threading.Lock | None = None,
         now: Callable[[], float] = monotonic,
     ):
-        """``lock`` guards the members' figures: that of the Pool which this one replaces."""
+        """``read_by``: what has made the policy of the agents' rules and the gateway's defaults.
+        ``lock`` guards the members' figures: that of the Pool which this one replaces."""
         self.members = members
         self.owner, self.sticky = terms.owner, terms.sticky
         self._terms = terms
+        self._read_by = read_by
         self._lock = lock or threading.Lock()
         self._now = now
 
@@ -115,15 +121,20 @@ class Pool:
             return str(counted_by(address)) if address else ""
         return token if self.sticky == COOKIE else ""
 
-    def choose(self, key: str = "", but: Collection[object] = ()) -> Member | None:
+    def choose(
+        self, key: str = "", but: Collection[object] = (), bound: Tunnel | None = None
+    ) -> Member | None:
         """The member for a visit, which counts as its visit until leave(); None if all are in
-        ``but``. ``key``: see key()."""
+        ``but``. ``key``: see key(). ``bound``: a login binds the visitor to that tunnel's streams
+        (visitors/login.py), so it is taken if it is here."""
         now = self._now()
         with self._lock:
             rest = [member for member in self.members if member not in but] if but else self.members
             if not rest:
                 return None
-            member = self._best(_fittest(rest, now), key)
+            member = next(
+                (each for each in rest if each.route.tunnel is bound), None
+            ) or self._best(_fittest(rest, now), key)
             member.visits += 1
             if member.refusals and member.passed_until <= now:
                 member.passed_until = now + _pass(member.refusals)  # only this visit tries it
@@ -149,16 +160,26 @@ class Pool:
         with self._lock:
             member.refusals += 1
             member.passed_until = now + _pass(member.refusals)
+            is_first = member.refusals == 1
+        if is_first:
+            log.info("%s: %s did not reach its target, and is passed over at times until it does",
+                     member.route.hostname, member.route.tunnel)  # fmt: skip
 
     def reached(self, member: Member) -> None:
         """The target has answered."""
         if member.refusals:  # nearly never: spare each answer the lock
             with self._lock:
-                member.refusals = 0
+                was_passed, member.refusals = member.refusals > 0, 0
+            if was_passed:
+                log.info("%s: %s reaches its target again",
+                         member.route.hostname, member.route.tunnel)  # fmt: skip
 
     def silent(self, member: Member) -> None:
         """The agent was asked for a sign of life, and has not answered soon."""
-        member.silent_since = self._now()
+        was_silent, member.silent_since = member.is_silent, self._now()
+        if not was_silent:
+            log.info("%s: %s is silent, and is passed over until something comes from it",
+                     member.route.hostname, member.route.tunnel)  # fmt: skip
 
     # For the Registry, which calls them one at a time
 
@@ -200,18 +221,23 @@ class Pool:
 
     def joined(self, there: Route, newcomer: Pool) -> Route:
         """The hostname's Route with the newcomer. ``there``: the one that it has. The policy stays
-        the one that is there, and so do its counts of visits."""
-        return self._route(there, (*self.members, *newcomer.members))
+        the one that is there, and so do its counts of visits. But if the gateway has other defaults
+        now, the newcomer's has them."""
+        read_by, policy = self._read_by, there.policy
+        if newcomer._read_by is not read_by:
+            read_by, policy = newcomer._read_by, newcomer.members[0].route.policy
+        members = (*self.members, *newcomer.members)
+        return self._route(there._replace(policy=policy), members, read_by)
 
     def without(self, there: Route, tunnels: Collection[Tunnel]) -> Route | None:
         """The hostname's Route when these tunnels are gone; None if no member is left."""
         left = tuple(member for member in self.members if member.route.tunnel not in tunnels)
         if len(left) == len(self.members):
             return there
-        return self._route(there, left) if left else None
+        return self._route(there, left, self._read_by) if left else None
 
-    def _route(self, there: Route, members: tuple[Member, ...]) -> Route:
-        pool = Pool(self._terms, members, self._lock, self._now)
+    def _route(self, there: Route, members: tuple[Member, ...], read_by: object) -> Route:
+        pool = Pool(self._terms, members, read_by, self._lock, self._now)
         ports = (member.route.port for member in members if member.route.port is not None)
         first = members[0].route
         return first._replace(policy=there.policy, port=next(ports, None), pool=pool)
@@ -223,7 +249,7 @@ def with_pool(route: Route, pooled: Pooled, agent: Agent) -> Route:
     kind, issuer = agent.identity.credential
     terms = Terms(f"pool:{kind}:{issuer}", route.mode, pooled.sticky, pooled.policy)
     member = Member(route, pooled.weight, _token(route.hostname, agent.instance))
-    return route._replace(pool=Pool(terms, (member,)))
+    return route._replace(pool=Pool(terms, (member,), pooled.read_by))
 
 
 def _token(hostname: str, instance: str) -> str:

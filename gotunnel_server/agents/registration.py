@@ -112,11 +112,12 @@ class NotGranted(Exception):
 class Pooled(NamedTuple):
     """How an agent shares a hostname with others (pool.py). ``weight``: how many visits it gets,
     relative to the others. ``sticky``: by what a visitor keeps its agent, COOKIE, ADDRESS or "".
-    ``policy``: what the agent has sent as the hostname's policy."""
+    ``policy``: what the agent has sent as the hostname's policy; ``read_by``: what has read it."""
 
     weight: int = 1
     sticky: str = ""
     policy: Any = None
+    read_by: object = None
 
 
 class Wanted(NamedTuple):
@@ -225,7 +226,7 @@ def _wanted(message: Register, name: str, hostname: str, policy: object, terms: 
         policy=read,
         protocol=_protocol(message, name, hostname, mode, terms),
         target=message.routes[name][:MOST_TARGET],
-        pooled=_pooled(message, name, mode, policy),
+        pooled=_pooled(message, name, mode, policy, terms.read_policy),
     )  # fmt: skip
 
 
@@ -271,7 +272,9 @@ def _protocol(message: Register, name: str, hostname: str, mode: str, terms: Ter
     return protocol
 
 
-def _pooled(message: Register, name: str, mode: str, policy: object) -> Pooled | None:
+def _pooled(
+    message: Register, name: str, mode: str, policy: object, read_by: object
+) -> Pooled | None:
     """How the agent shares a hostname; None if it does not. Raises NotGranted."""
     wire = message.pools.get(name) if POOLS in message.features else None
     if wire is None:
@@ -289,7 +292,7 @@ def _pooled(message: Register, name: str, mode: str, policy: object) -> Pooled |
         raise NotGranted(f"invalid pool of {name}: sticky: expected {COOKIE} or {ADDRESS}")
     if sticky == COOKIE and mode != "http":
         raise NotGranted(f"invalid pool of {name}: sticky: mode {mode} has no cookies")
-    return Pooled(weight, sticky, policy)
+    return Pooled(weight, sticky, policy, read_by)
 
 
 def _by_hostname(message: Register, completes: Identity | None) -> dict[str, object]:

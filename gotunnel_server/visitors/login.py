@@ -32,6 +32,11 @@ class Owner:
         # The tunnel that keeps the stream, and may have ended it meanwhile.
         self._tunnel: Tunnel | None = None
 
+    @property
+    def tunnel(self) -> Tunnel | None:
+        """The tunnel that keeps the stream; None if there is none."""
+        return self._tunnel
+
     def take(self, route: Route) -> Stream | None:
         """The stream, if it belongs to ``route``; else None. Raises AgentBusy."""
         if self._tunnel is None:

@@ -83,7 +83,9 @@ class PooledExchange(Exchange):
 
     def _take_member(self) -> bool:
         """Choose the next member; False if there is none that was not tried."""
-        member = self._pool.choose(self._key, self._tried)
+        owner = self._request.owner
+        bound = None if owner is None else owner.tunnel
+        member = self._pool.choose(self._key, self._tried, bound)
         if member is None:
             return False
         self._holds_member = True

@@ -90,19 +90,20 @@ class Watched:
     """The relay end of a visitor that speaks PostgreSQL. While the relay runs, the session's
     CancelRequests find its Route. After the target's first bytes it costs nothing."""
 
-    def __init__(self, duplex: End, keys: CancelKeys, route: Route):
+    def __init__(self, duplex: End, keys: CancelKeys, find_route: Callable[[], Route]):
+        """``find_route()``: the Route of the session, once its target has said something."""
         self.write: Callable[[bytes], None] = self._scan_and_write
         self.read, self.finish = duplex.read, duplex.finish
         self.reset, self.died = duplex.reset, duplex.died
         self.cut, self.stop_reading = duplex.cut, duplex.stop_reading
         self._duplex = duplex
-        self._keys, self._route = keys, route
+        self._keys, self._find_route = keys, find_route
         self._scanner = Scanner()
         self._key: bytes | None = None  # as long as it is among the keys
 
     def _scan_and_write(self, data: bytes) -> None:
         key = self._scanner.feed(data)
-        if key is not None and self._keys.add(key, self._route):
+        if key is not None and self._keys.add(key, self._find_route()):
             self._key = key  # before the visitor gets it and can send a CancelRequest
         if self._scanner.over:
             self.write = self._duplex.write

@@ -190,6 +190,8 @@ class StreamLike(RelayEnd, Protocol):
     @property
     def refused(self) -> bool: ...
 
+    route: Route  # of its agent
+
     def close(self) -> None: ...
 
 
@@ -205,7 +207,8 @@ def carry(visitor: Party, route: Route, stream: Stream | StreamLike) -> None:
     if not visitor.sni:
         end = _Guarded(visitor)
     elif visitor.cancel_keys is not None:
-        end = watched = Watched(visitor.duplex, visitor.cancel_keys, route)
+        find_route = (lambda: route) if isinstance(stream, Stream) else (lambda: stream.route)
+        end = watched = Watched(visitor.duplex, visitor.cancel_keys, find_route)
     if visit is not None:
         end = Counted(end, visit)
     try:
@@ -221,7 +224,9 @@ def carry(visitor: Party, route: Route, stream: Stream | StreamLike) -> None:
             watched.forget()
         stream.close()
         if stream.refused:
-            tunnel.count_failed(route)
+            if not isinstance(stream, Stream):
+                route = stream.route  # it may have changed
+            route.tunnel.count_failed(route)
             if visit is not None:
                 visit.error = refusals.UNREACHABLE.word
                 visit.status = 200 if visit.method else 502

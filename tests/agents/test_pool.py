@@ -1,6 +1,7 @@
 """Pools: who may join one, and which member gets a visit."""
 
 import collections
+import logging
 import secrets
 import types
 
@@ -39,6 +40,9 @@ class Tunnel:
         self.heard_at = 0.0
         self.is_well = True
 
+    def __str__(self):
+        return f"<{self.name}>"
+
     def well(self, hostname):
         return self.is_well
 
@@ -55,9 +59,12 @@ def clock():
     return Clock()
 
 
-def route_of(name, hostname=APP, mode="http", weight=1, sticky="", policy=None, issuer="test"):
+def route_of(
+    name, hostname=APP, mode="http", weight=1, sticky="", policy=None, issuer="test", read_by=None
+):
     tunnel = Tunnel(name, issuer)
-    return with_pool(Route(hostname, mode, tunnel), Pooled(weight, sticky, policy), tunnel.agent)
+    pooled = Pooled(weight, sticky, policy, read_by)
+    return with_pool(Route(hostname, mode, tunnel), pooled, tunnel.agent)
 
 
 def pool_of(*weights, sticky="", clock=None):
@@ -241,6 +248,30 @@ def test_a_pool_without_stickiness_has_no_keys():
     assert pool_of(1, sticky=ADDRESS).key("") == ""
 
 
+def test_a_visitor_whose_login_is_bound_to_an_agents_stream_stays_there():
+    pool = pool_of(1, 1, sticky=COOKIE)
+    tunnel = pool.members[1].route.tunnel
+    token = pool.members[0].token
+    assert names(pool.choose(token, (), tunnel) for _ in range(3)) == "111"
+    assert names([pool.choose(token, [pool.members[1]], tunnel)]) == "0"
+    assert names([pool.choose(token, (), object())]) == "0"
+
+
+def test_an_incident_of_a_member_is_logged_once(clock, caplog):
+    caplog.set_level(logging.INFO)
+    pool = pool_of(1, 1, clock=clock)
+    for _ in range(3):
+        pool.refused(pool.members[0])
+        pool.silent(pool.members[1])
+    for _ in range(3):
+        pool.reached(pool.members[0])
+    assert [record.getMessage().partition("> ")[2] for record in caplog.records] == [
+        "did not reach its target, and is passed over at times until it does",
+        "is silent, and is passed over until something comes from it",
+        "reaches its target again",
+    ]
+
+
 # The table of routes
 
 
@@ -310,6 +341,23 @@ def test_update_of_a_tunnel_that_has_left_changes_nothing(registry):
     claim(registry, a)
     registry.update({APP: b._replace(target="new")})
     assert members(registry) == "a" and registry.lookup(APP).target == ""
+
+
+def test_a_newcomer_brings_the_gateways_new_defaults(registry):
+    old, new = object(), object()
+    a, b = route_of("a", read_by=old), route_of("b", read_by=old)
+    c, d = route_of("c", read_by=new), route_of("d", read_by=new)
+    for route, policy in ((a, "first"), (b, "second"), (c, "third"), (d, "fourth")):
+        claim(registry, with_policy(route, policy))
+    assert registry.lookup(APP).policy == "third"
+    registry.release(c.tunnel)
+    assert registry.lookup(APP).policy == "third"
+
+
+def with_policy(route, policy):
+    (member,) = route.pool.members
+    member.route = member.route._replace(policy=policy)
+    return route._replace(policy=policy)
 
 
 PLAIN = Route(APP, "http", Tunnel("plain"))

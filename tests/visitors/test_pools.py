@@ -450,6 +450,32 @@ def test_an_address_keeps_its_agent(gateway):
         assert len({gateway.get(APP)[1] for _ in range(6)}) == 1
 
 
+def signs_in(name):
+    """Asks each connection for a login of its own, as NTLM does."""
+
+    def script(stream):
+        head = b""
+        for body in (b"sign in", name.encode(), name.encode()):
+            while b"\r\n\r\n" not in head:
+                head += stream.read(timeout=TIMEOUT)
+            field = ("WWW-Authenticate: NTLM TlRM",) if body == b"sign in" else ()
+            status = "401 Unauthorized" if field else "200 OK"
+            stream.write(answer(body, *field, status=status))
+            head = b""
+        stream.read()
+
+    return script
+
+
+def test_a_login_of_a_connection_stays_with_its_agent(gateway):
+    with crew(gateway, signs_in("a"), signs_in("b")), gateway.dial(APP) as visitor:
+        visitor.send(request())
+        assert visitor.read_message()[1] == b"sign in"
+        for _ in range(2):
+            visitor.send(request("GET", "/", "Authorization: NTLM TlRM"))
+            assert visitor.read_message()[1] == b"a"
+
+
 # Policies
 
 
