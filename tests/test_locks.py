@@ -5,6 +5,7 @@ issuer orders a certificate. Each pair that a thread holds at once has to follow
 table, and the table must have no cycle: so no two threads can wait for each other.
 """
 
+import contextlib
 import graphlib
 import linecache
 import os
@@ -29,6 +30,7 @@ from support import (
     gateway_here,
     request,
     reserved_port,
+    wait_until,
 )
 
 import gotunnel
@@ -185,6 +187,29 @@ def use_a_gateway(tmp_path):
                 visitor.wire.reset()
 
 
+def use_a_pool(tmp_path):
+    """Visits of a pool in both modes, of which one agent's target is away."""
+    with (
+        gateway_here(tmp_path) as gateway,
+        reserved_port() as nobody,
+        Origin() as origin,
+        contextlib.ExitStack() as stack,
+    ):
+        origin.serve(serve_one)
+        for port in (nobody, origin.port):
+            place = {"target": f"127.0.0.1:{port}", "pool": "true"}
+            tunnels = [{"hostname": APP, **place}, {"hostname": RAW, "mode": "tcp", **place}]
+            folder = tmp_path / str(port)
+            folder.mkdir()
+            stack.enter_context(agent_here(gateway, folder, ready=False, tunnels=tunnels))
+        wait_until(lambda: len(gateway.inner.tunnels.registered()) == 2)
+        for _ in range(2):
+            assert gateway.get(APP) == (200, b"ok")
+            with gateway.dial(RAW) as visitor:
+                visitor.send(request())
+                assert visitor.read_message()[1] == b"ok"
+
+
 def documented_threads():
     """Patterns of the threads' names in the page's tables: capitals stand for something else."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -234,6 +259,8 @@ def order_a_certificate(folder):
 def test_threads_take_locks_in_the_order_of_the_page(pairs, tmp_path):
     use_a_gateway(tmp_path)
     order_a_certificate(tmp_path / "ordered")
+    (tmp_path / "pool").mkdir()
+    use_a_pool(tmp_path / "pool")
     order = documented()
     wrong = {(outer, inner) for outer, inner in pairs if inner not in within(order, outer)}
     assert wrong == set()
@@ -244,4 +271,5 @@ def test_threads_take_locks_in_the_order_of_the_page(pairs, tmp_path):
         ("ControlStream._newest", "Session._lock"),
         ("Ports._lock", "Listener._lock"),
         ("OrderQueue._saving", "OrderQueue.lock"),
+        ("PooledLine._lock", "Pool._lock"),
     } <= pairs

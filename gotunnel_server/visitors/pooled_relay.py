@@ -61,7 +61,9 @@ class PooledLine:
         self._key = pool.key(visitor.address[0])
         self._tried: list[Member] = []
         self._holds_member = False
-        self._lock = threading.Lock()  # guards stream, and all below
+        # Guards stream, and all below. Held while the visit moves, so the one thread waits for the
+        # other; no other visit does.
+        self._lock = threading.Lock()
         self._kept: list[bytes] = []  # what the visitor has sent, while may_move
         self._size = 0  # bytes in it
         self._finished = False
