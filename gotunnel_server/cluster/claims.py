@@ -19,6 +19,8 @@ from hashlib import sha256
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
+from gotunnel import MEMBERS
+
 from ..routes import HostnameTaken, Registry, Route, Tunnel, Undecided
 from .board import GRANTED, LATER, TAKEN, UNKNOWN, Answer, Ask, Board, Message
 from .members import Stale
@@ -30,6 +32,7 @@ RE_ASK = 0.25  # seconds from an answer that is not final to the next question
 ASK_AGAIN = 1.0  # seconds until a RemoteHolder that has not answered is asked again
 MOST_ASKED = 10_000  # agents here that are asked for other gateways at a time
 ANSWER_TIMEOUT = 5.0  # seconds for which their answers are awaited; heartbeat.py takes 3
+PATIENCE = 5.0  # seconds without serving until agents are asked to dial again
 MOST_NAMES = 5_000  # in one message
 # Members that are told to look after the earlier session of an agent that has come here: with
 # more, it most likely has a session with each of them.
@@ -155,6 +158,7 @@ class SharedClaims:
         self._asked: list[tuple[Any, float, str, str]] = []
         self._watched: dict[RemoteHolder, float] = {}  # and when it was asked last
         self._lost = 0
+        self._stopped_at: float | None = None  # monotonic; None: this gateway serves
 
     # For takeover.py
 
@@ -403,10 +407,21 @@ class SharedClaims:
     # What is served
 
     def stop_serving(self) -> None:
+        self._stopped_at = monotonic()
         self._withhold()
 
     def serve_again(self) -> None:
+        self._stopped_at = None
         self._withhold()
+
+    def _send_away(self) -> None:
+        """Ask agents that have no session with other gateways to dial again: they may reach one
+        that serves."""
+        with self._lock:
+            tunnels: list[Any] = list(self._used)
+        for tunnel in tunnels:
+            if MEMBERS not in tunnel.features and not tunnel.moving:
+                tunnel.move("this gateway has no contact with the other ones")
 
     def _withhold(self) -> None:
         """Have the registry serve what this member may serve, and no more."""
@@ -469,6 +484,9 @@ class SharedClaims:
                 each.holders is not None and now - each.sent_at > RE_ASK
                 for each in self._pending.values()
             )
+        stopped_at = self._stopped_at
+        if stopped_at is not None and now - stopped_at > PATIENCE:
+            self._send_away()
         for tunnel, since, name, asker in asked:
             if tunnel.has_answered(since):
                 alive.setdefault(asker, []).append(name)

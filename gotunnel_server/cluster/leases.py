@@ -222,19 +222,24 @@ class Table:
     def _verdict(self, id: str, has_promised: bool, ask: Ask) -> Answer:
         """FREE if the claim can be granted. ``has_promised``: the claimant may have told a member
         that is out of contact that it takes no name."""
-        is_open = ask.number or self.clock >= self._settled
+        # Of a new claim, while records may be missing or older than what is held.
+        if self.clock < self._settled and not ask.number:
+            free = Answer(LATER)
+        else:
+            free = Answer(FREE)
         name = self._names.get(ask.name)
         if name is None:  # perhaps lost with the data of another server, and held there
             is_new = self.clock < self._settled - self.times.settle + self.times.forget
-            is_open = ask.number or is_open and not (has_promised and is_new)
-            return Answer(FREE if is_open else LATER)
+            return Answer(LATER) if has_promised and is_new and not ask.number else free
         if name.owner == ask.owner or ask.was and name.owner == ask.was and name.holders == {id}:
-            return Answer(FREE)
+            return free
+        if ask.number > name.number:  # the record is older than what is held
+            return free
         living = [each for each in sorted(name.holders) if self._is_in_contact(each)]
         if living:
             return Answer(LOST if ask.number else TAKEN, 0, tuple(living))
         if not has_promised and all(map(self._has_stopped, name.holders)):
-            return Answer(FREE if is_open else LATER)
+            return free
         return Answer(LOST if ask.number else LATER)
 
     def _is_current(self, member: _Member, contact: int) -> bool:

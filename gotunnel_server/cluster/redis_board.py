@@ -201,17 +201,18 @@ local function has_stopped(each)
 end
 
 local function verdict(hostname, owner, asked, was)
-  local open = asked > 0 or clock >= settled
+  local free = {(asked > 0 or clock >= settled) and 'free' or 'later', 0}
   local name = name_of(hostname)
   if not name then
     local is_new = clock < settled - SETTLE + FORGET
-    open = asked > 0 or open and not (has_promised and is_new)
-    return {open and 'free' or 'later', 0}
+    if has_promised and is_new and asked == 0 then return {'later', 0} end
+    return free
   end
   if name.owner == owner or
       was ~= '' and name.owner == was and #name.holders == 1 and name.holders[1] == id then
-    return {'free', 0}
+    return free
   end
+  if asked > name.number then return free end
   local living = {asked > 0 and 'lost' or 'taken', 0}
   for _, holder in ipairs(name.holders) do
     if redis.call('ZSCORE', CONTACT, holder) then living[#living + 1] = holder end
@@ -219,7 +220,7 @@ local function verdict(hostname, owner, asked, was)
   if #living > 2 then return living end
   local stopped = not has_promised
   for _, holder in ipairs(name.holders) do stopped = stopped and has_stopped(holder) end
-  if stopped then return {open and 'free' or 'later', 0} end
+  if stopped then return free end
   return {asked > 0 and 'lost' or 'later', 0}
 end
 
@@ -320,11 +321,11 @@ class RedisBoard:
     now: int | None = None
     server = ""
 
-    def __init__(self, engine: Engine, name: str, times: Times = TIMES):
+    def __init__(self, engine: Engine, name: str, times: Times | None = None):
         self.on_message: Callable[[Message], object] = lambda message: None
         self._engine = engine
         self._prefix = f"{{{name}}}"
-        self._times = times
+        self._times = TIMES if times is None else times
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -25,6 +25,7 @@ LEASE = 4.0  # seconds; leases.Times has the board's
 MARGIN = 1.3
 LOOK = 0.2
 PROMISE = 4.0  # seconds that a promise counts for its holder. The board's SETTLE is longer
+SETTLE = 5.5  # seconds of the board's own; see leases.Times
 ASK_AGAIN = 1.0  # seconds after which a promise is asked for again
 # A member promises if its last renewal was sent longer ago than this, or has failed. It is more
 # than RENEW, so that a member in contact does not.
@@ -48,6 +49,10 @@ class Tenure:
         # What the board may have for the members that this one knows: those of the last renewal
         # that was answered, and of all that were sent since.
         self._said: list[frozenset[str]] = []
+        # Those known before the present contact, for its first seconds: an emptied board lists only
+        # the members that have renewed since.
+        self._earlier: frozenset[str] = frozenset()
+        self._earlier_until = -math.inf
         self._promises: dict[str, float] = {}  # member: when it was asked
         self._departed: set[str] = set()
 
@@ -67,6 +72,10 @@ class Tenure:
     ) -> None:  # fmt: skip
         """The renewal that was sent at ``sent_at`` was answered; see board.Renewed."""
         self._note(now)  # whether it has held until now
+        if anew:
+            self._earlier, self._earlier_until = self.known, now + SETTLE
+        elif now >= self._earlier_until:
+            self._earlier = frozenset()
         self._failed = False
         self._said = self._said[-1:]
         self._sent_at = sent_at
@@ -114,8 +123,9 @@ class Tenure:
     @property
     def known(self) -> frozenset[str]:
         """The members whose promises are needed."""
-        self._departed &= frozenset().union(self._members, *self._said)
-        return frozenset().union(self._members, *self._said) - {self._id} - self._departed
+        all_ = self._earlier.union(self._members, *self._said)
+        self._departed &= all_
+        return all_ - {self._id} - self._departed
 
     def to_ask(self, now: float) -> frozenset[str]:
         """The members that have to be asked for a promise now."""

@@ -1,0 +1,145 @@
+"""The connection to Redis: real servers, killed, paused, with passwords, behind Sentinels."""
+
+import threading
+from dataclasses import replace
+from time import monotonic
+
+import pytest
+from redis_server import redis_process
+from support import wait_until
+
+from gotunnel_server.cluster import engine as module
+from gotunnel_server.cluster.board import Away
+from gotunnel_server.cluster.engine import Engine, Script
+from gotunnel_server.cluster.settings import Settings, read_url
+
+
+@pytest.fixture
+def connect():
+    """connect(url, ...) makes an Engine, which is closed at the end."""
+    engines = []
+
+    def connected(url, **changes):
+        engines.append(Engine(Settings(replace(read_url(url), **changes))))
+        return engines[-1]
+
+    yield connected
+    for engine in engines:
+        engine.close()
+
+
+def test_commands_and_scripts(redis_server, connect):
+    engine = connect(redis_server.url)
+    assert engine.call("SET", "k", b"v") in (b"OK", True)
+    assert engine.call("GET", "k") == b"v"
+    script = Script("return {KEYS[1], ARGV[1], 5}")
+    for _ in range(2):  # by its text, then by its digest
+        assert engine.run(script, ["k"], ["a"]) == [b"k", b"a", 5]
+    engine.call("SCRIPT", "FLUSH")
+    assert engine.run(script, ["k"], ["a"]) == [b"k", b"a", 5]
+
+
+def test_a_unix_socket(redis_server, connect):
+    engine = connect(f"unix://{redis_server.unix_path}")
+    assert engine.call("PING") in (b"PONG", True)
+    assert engine.own_address() is None
+
+
+def test_its_own_address_is_the_one_that_reaches_redis(redis_server, connect):
+    assert connect(redis_server.url).own_address() == "127.0.0.1"
+
+
+def test_an_error_of_redis_is_away_with_its_words(redis_server, connect):
+    engine = connect(redis_server.url)
+    with pytest.raises(Away, match=f"^Redis at {redis_server.address}: .*wrong number of"):
+        engine.call("GET")
+    with pytest.raises(OSError) as caught:
+        engine.run(Script("return nonsense("), ["k"], [])
+    assert "\n" not in caught.value.strerror
+
+
+def test_a_server_that_is_not_there_and_comes(redis_server, connect):
+    engine = connect(redis_server.url)
+    engine.call("PING")
+    redis_server.kill()
+    for _ in range(2):
+        with pytest.raises(Away, match="refused|closed|reset"):
+            engine.call("PING")
+    redis_server.start()
+    assert engine.call("PING") in (b"PONG", True)
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_time(redis_server, connect, monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.1)
+    engine = connect(redis_server.url)
+    engine.call("PING")
+    redis_server.pause()
+    began = monotonic()
+    with pytest.raises(Away, match="imeout"):
+        engine.call("SET", "k", "v")
+    assert monotonic() - began < 10
+    redis_server.resume()
+
+
+def test_a_closed_engine_calls_nothing(redis_server, connect):
+    engine = connect(redis_server.url)
+    engine.call("PING")
+    engine.close()
+    with pytest.raises(Away, match="the gateway stops"):
+        engine.call("PING")
+
+
+def test_passwords(connect):
+    with redis_process(password="hunter2") as server:
+        engine = connect(server.url, password="hunter2")
+        assert engine.call("PING") in (b"PONG", True)
+        for wrong in (None, "wrong-password"):
+            with pytest.raises(Away) as caught:
+                connect(server.url, password=wrong).call("PING")
+            assert "hunter2" not in str(caught.value) and "wrong-password" not in str(caught.value)
+
+
+def test_messages_are_heard_and_heard_again(redis_server, connect):
+    engine, over, heard = connect(redis_server.url), threading.Event(), []
+    ready = threading.Semaphore(0)
+    life = threading.Thread(
+        target=engine.hear, args=(["one", "two"], heard.append, over, ready.release)
+    )
+    life.start()
+    try:
+        assert ready.acquire(timeout=10)
+        engine.call("PUBLISH", "one", "1")
+        engine.call("PUBLISH", "two", "2")
+        wait_until(lambda: heard == [b"1", b"2"])
+        redis_server.restart(keep=False)
+        assert ready.acquire(timeout=10)
+        engine.call("PUBLISH", "one", "3")
+        wait_until(lambda: heard[2:] == [b"3"])
+    finally:
+        over.set()
+        life.join(10)
+
+
+def test_what_check_says_of_a_server(redis_server, connect):
+    engine = connect(redis_server.url)
+    assert engine.version().startswith("Redis ") and engine.time() < 10
+    assert list(engine.flaws()) == []
+    redis_server.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    [flaw] = engine.flaws()
+    assert flaw.startswith("maxmemory-policy is allkeys-lru, expected noeviction")
+
+
+@pytest.mark.slow
+def test_a_failover_of_sentinels(redis_sentinels, connect):
+    engine = connect(redis_sentinels.url)
+    engine.call("SET", "k", "v")
+    redis_sentinels.wait_for_replicas()
+    redis_sentinels.master().kill()
+
+    def writes():
+        try:
+            return engine.call("SET", "k", "w") in (b"OK", True)
+        except Away:
+            return False
+
+    wait_until(writes, timeout=30)

@@ -1,0 +1,110 @@
+"""Two gateways in this process that are one on a real Redis, and agents that register with them."""
+
+import contextlib
+from time import monotonic
+
+import pytest
+from support import APP, agent_here, answer, gateway_here, request, wait_until
+
+from gotunnel_server.cluster import redis_board
+from gotunnel_server.cluster.leases import TIMES
+from gotunnel_server.cluster.sealed import new_key
+from gotunnel_server.cluster.tenure import LEASE
+
+KEY = new_key()
+
+
+@pytest.fixture
+def two(redis_server, proxy_to, cache, monkeypatch):
+    """Two gateways, each with a line of its own to Redis: ``lines``. An emptied server is no reason
+    to wait here, so that tests are quick."""
+    monkeypatch.setattr(redis_board, "TIMES", TIMES._replace(settle=0))
+    lines = [proxy_to(redis_server.port) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        gateways = [
+            stack.enter_context(gateway_here(cache, CLUSTER=line.url, CLUSTER_KEY=KEY,
+                                             METRICS_PORT="auto"))
+            for line in lines
+        ]  # fmt: skip
+        wait_until(lambda: all(len(each.inner.cluster.members()) == 2 for each in gateways))
+        for gateway, line in zip(gateways, lines, strict=True):
+            gateway.line = line
+        yield gateways
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Of agents."""
+    made = [tmp_path / name for name in ("one", "two")]
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
+def visit(gateway, origin):
+    with gateway.dial(APP) as visitor:
+        visitor.send(request())
+        with origin.accept() as target:
+            target.read_head()
+            target.send(answer(b"hello"))
+            assert visitor.read_message()[1] == b"hello"
+
+
+def board_of(gateway):
+    return gateway.inner.cluster.figures().member
+
+
+def test_a_visit_is_served_by_any_gateway(two, folders, origin):
+    with agent_here(two[0], folders[0], {APP: origin.port}):
+        for gateway in two:
+            wait_until(lambda each=gateway: each.inner._registry.lookup(APP))
+            visit(gateway, origin)
+    for gateway in two:
+        wait_until(lambda each=gateway: each.inner._registry.lookup(APP) is None)
+
+
+def test_a_second_agent_waits_and_serves_when_the_first_one_leaves(two, folders, origin):
+    one, other = two
+    with contextlib.ExitStack() as first:
+        first.enter_context(agent_here(other, folders[0], {APP: origin.port}))
+        with agent_here(one, folders[1], {APP: origin.port}, ready=False):
+            for gateway in two:
+                wait_until(lambda each=gateway: APP in each.inner.tunnels.standby.waited())
+            first.close()
+            for gateway in two:
+                gateway.wait_for_routes(APP)
+                visit(gateway, origin)
+
+
+@pytest.mark.slow
+def test_all_goes_on_without_redis_and_as_before_with_it(two, folders, origin, redis_server):
+    one = two[0]
+    with agent_here(one, folders[0], {APP: origin.port}):
+        for gateway in two:
+            wait_until(lambda each=gateway: each.inner._registry.lookup(APP))
+        redis_server.kill()
+        wait_until(lambda: not any(board_of(each).reachable for each in two))
+        gone_at = monotonic()
+        while monotonic() - gone_at < LEASE + 0.5:
+            for gateway in two:
+                visit(gateway, origin)
+        redis_server.start()
+        wait_until(lambda: all(board_of(each).reachable for each in two))
+        for gateway in two:
+            visit(gateway, origin)
+        assert [(board_of(each).outages, board_of(each).stops) for each in two] == [(1, 0)] * 2
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_cut_off_from_redis_withholds_its_hostnames(two, folders, origin):
+    one, other = two
+    with agent_here(one, folders[0], {APP: origin.port}):
+        wait_until(lambda: one.inner._registry.lookup(APP))
+        one.line.refuse()
+        wait_until(lambda: not board_of(one).serving)
+        assert APP not in one.inner._registry.held()
+        assert one.inner.cluster.unready() == "no contact with the other gateways"
+        one.line.admit()
+        wait_until(lambda: APP in one.inner._registry.held())
+        assert one.inner.cluster.unready() is None
+        visit(one, origin)
