@@ -95,18 +95,26 @@ class Program:
     # What it takes
 
     def cpu_seconds(self):
-        """User and system time so far."""
-        return sum(int(field) for field in self._stat()[11:13]) / TICK
+        """User and system time so far, of the processes that it has started, too."""
+        return sum(int(field) for stat in self._stats() for field in stat[11:13]) / TICK
 
     def memory(self):
-        """Resident bytes."""
-        return int(self._stat()[21]) * PAGE
+        """Resident bytes, of the processes that it has started, too."""
+        return sum(int(stat[21]) for stat in self._stats()) * PAGE
 
-    def _stat(self):
+    def _stats(self):
         if not self.alive:
             raise self.failure("ended by itself")
-        with open(f"/proc/{self.pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
+        for pid in (self.pid, *self._started()):
+            with open(f"/proc/{pid}/stat") as file:
+                yield file.read().rpartition(")")[2].split()
+
+    def _started(self):
+        """The process ids of a gateway with PROCESSES; none of most other programs."""
+        with contextlib.suppress(FileNotFoundError):  # a kernel without this file
+            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+                return file.read().split()
+        return []
 
     def cpus(self):
         """The CPUs that it may run on."""

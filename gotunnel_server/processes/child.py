@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gotunnel import Deadline, call_logged, spawn
+from gotunnel import Deadline, call_logged, process_memory, spawn
 from gotunnel_agent.common.json_lines import JsonLines
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.process import stay_on_one_cpu
@@ -87,7 +87,9 @@ class Child:
         self._end.close()
 
     def set_up(self) -> None:
-        """Have the log's lines carry the number, and take a CPU of a small machine."""
+        """Have the log's lines carry the number; take a CPU of a small machine, and a part of the
+        memory that one gateway would use for payload."""
+        process_memory().limit //= self.count
         number_lines(self.number)
         share_standard_error()
         stay_on_one_cpu(choose_cpu(self.number))
