@@ -99,18 +99,13 @@ class Parts:
         return None
 
     def cut(self, is_cut: Callable[[str], bool]) -> int:
-        cut = sum(port.cut(is_cut) for port in self.ports)
-        return cut if self._together is None else cut + self._together.cut()
+        return sum(port.cut(is_cut) for port in self.ports)
 
     def share(self, full: Callable[[], Any], public: Callable[[], Any]) -> None:
         if self._together is not None:
             self._together.share_document(full)
             self._together.share_public(public)
-            self._together.share_acts(
-                lambda: sum(port.cut(self.blocks.__contains__) for port in self.ports),
-                lambda id: self._gateway.tunnels.by_id(id),
-                self._renew_here,
-            )
+            self._together.share_acts(lambda id: self._gateway.tunnels.by_id(id), self._renew_here)
 
     def of_all(self, document: Any) -> Any:
         return document if self._together is None else self._together.document(document)
@@ -143,7 +138,7 @@ class Showing:
         build = import_module(f"{__package__}.dashboard.build")
         blocks = Blocks(config.acme_cache if config.has_login else None)
         live = build.Live() if together is None else together.live()
-        parts = Parts(gateway, config, together.blocks(blocks) if together else blocks, together)
+        parts = Parts(gateway, config, blocks, together)
         self._dashboard = build.build(
             parts, live, config.dashboard_password, config.dashboard_token, proxies
         )

@@ -97,7 +97,6 @@ class Blocks:
     ):
         """``folder`` has the file, which is read now; None: nothing is kept. ``now()`` gives
         monotonic seconds, ``clock()`` seconds since 1970."""
-        self.folder = folder
         self._path = None if folder is None else folder / FILE
         self._now = now
         self._clock = clock
@@ -135,13 +134,6 @@ class Blocks:
 
     def add(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
         """Block a network from now on. Raises Refused if there are too many blocks."""
-        block = self.put(network, seconds, reason, by)
-        self._save()
-        self.on_act(Act(block.address, seconds, block.reason, by, self._acted_at[network]))
-        return block
-
-    def put(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
-        """As add(), without writing the file: another process has."""
         block = Block(network, self._clock() + seconds, reason[:MOST_REASON], by)
         with self._lock:
             self._forget_ended()
@@ -152,25 +144,23 @@ class Blocks:
                 )
             self._put({**self._blocks, network: (self._now() + seconds, block)})
             self._note_act(network)
+        self._save()
+        self.on_act(Act(block.address, seconds, block.reason, by, self._acted_at[network]))
         return block
 
     def remove(self, network: addresses.Network) -> Block | None:
         """The block that was removed; None if there was none."""
-        block = self.drop(network)
-        if block is not None:
-            self._save()
-            self.on_act(Act(block.address, 0.0, at=self._acted_at[network]))
-        return block
-
-    def drop(self, network: addresses.Network) -> Block | None:
-        """As remove(), without writing the file: another process has."""
         with self._lock:
             self._forget_ended()
             found = self._blocks.get(network)
             if found is not None:
                 self._put({key: value for key, value in self._blocks.items() if key != network})
                 self._note_act(network)
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        self._save()
+        self.on_act(Act(found[1].address, 0.0, at=self._acted_at[network]))
+        return found[1]
 
     def _note_act(self, network: addresses.Network, at: float | None = None) -> None:
         """Note when a network was blocked or unblocked; None: now, and after all earlier acts that

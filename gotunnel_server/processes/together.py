@@ -1,5 +1,6 @@
 """What all processes show together: the dashboard, the metrics and `status` of any of them show
-all, and what an operator does at one of them is done at all.
+all, and what an operator does at one of them is done at all. (Blocked addresses are told by the cluster that
+the processes are: cluster/counts.py.)
 
 A process asks its siblings when it is asked itself; nothing is kept up to date meanwhile. A sibling
 that does not answer in time is missing in the sums, and its row in "processes" has no figures.
@@ -15,13 +16,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
-from gotunnel_agent.common import addresses
 from gotunnel_agent.common.exposition import Metric
 
 from ..dashboard.live import MOST_KEPT, VISITS_EVERY, Live
 from ..dashboard.state import Document, Seen
-from ..net import blocks
-from ..net.blocks import Block, Blocks
 from . import merged
 
 log = logging.getLogger("gotunnel.together")
@@ -30,9 +28,7 @@ log = logging.getLogger("gotunnel.together")
 STATE, PUBLIC, STATUS, VISITS, METRICS, HEALTH = (
     "state", "public", "status", "visits", "metrics", "health"
 )  # fmt: skip
-BLOCK, UNBLOCK, CUT, FIND, END, RENEW, LOGIN, LOGOUT = (
-    "block", "unblock", "cut", "find session", "end session", "renew", "login", "logout"
-)  # fmt: skip
+FIND, END, RENEW, LOGIN, LOGOUT = "find session", "end session", "renew", "login", "logout"
 MOST_UNKNOWN = 1000  # digests of cookies that are no login, which no sibling is asked for again
 
 
@@ -123,21 +119,12 @@ class Together:
 
     # Acts
 
-    def blocks(self, own: Blocks) -> Blocks:
-        """Blocks that hold at all processes."""
-        return BlocksOfAll(own, self._siblings)
-
     def share_acts(
-        self,
-        cut: Callable[[], int],
-        session: Callable[[str], Any],
-        renew: Callable[[str], object | None],
+        self, session: Callable[[str], Any], renew: Callable[[str], object | None]
     ) -> None:
-        """What siblings ask this process to do. ``cut()``: the connections of blocked addresses.
-        ``session(id)``: a session of this process, or None. ``renew(hostname)``: None if the
-        certificate is ordered."""
+        """What siblings ask this process to do. ``session(id)``: a session of this process, or
+        None. ``renew(hostname)``: None if the certificate is ordered."""
         siblings = self._siblings
-        siblings.answer(CUT, lambda question: cut())
         siblings.answer(FIND, lambda id: _described(session(id)))
         siblings.answer(RENEW, lambda hostname: renew(hostname) is None)
 
@@ -149,10 +136,6 @@ class Together:
             return found is not None
 
         siblings.answer(END, end)
-
-    def cut(self) -> int:
-        """Have the siblings cut the connections of blocked addresses; how many that were."""
-        return sum(self._siblings.ask(CUT).values())
 
     def session(self, id: str) -> Any:
         """The session of a sibling, as dashboard.acts.Session; None if there is none."""
@@ -228,34 +211,6 @@ def _described(session: Any) -> list[Any] | None:
         return None
     identity = session.agent.identity
     return [session.agent.host, identity.name, None if identity.entry is None else True]
-
-
-class BlocksOfAll(Blocks):
-    """The blocks of this process, which its siblings take over at once. Each reads the file when it
-    starts; the process where the operator acts writes it."""
-
-    def __init__(self, own: Blocks, siblings: Siblings) -> None:
-        super().__init__(own.folder)
-        self._siblings = siblings
-        siblings.answer(BLOCK, self._take_over)
-        siblings.answer(UNBLOCK, self._give_up)
-
-    def add(self, network: addresses.Network, seconds: float, reason: str, by: str) -> Block:
-        block = super().add(network, seconds, reason, by)
-        self._siblings.ask(BLOCK, [str(network), seconds, reason, by])
-        return block
-
-    def remove(self, network: addresses.Network) -> Block | None:
-        block = super().remove(network)
-        self._siblings.ask(UNBLOCK, str(network))
-        return block
-
-    def _take_over(self, told: Sequence[Any]) -> None:
-        network, seconds, reason, by = told
-        self.put(blocks.read_network(network), seconds, reason, by)
-
-    def _give_up(self, network: str) -> None:
-        self.drop(blocks.read_network(network))
 
 
 class LiveOfAll(Live):

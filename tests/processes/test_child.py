@@ -5,7 +5,6 @@ import logging
 import queue
 import socket
 import threading
-from pathlib import Path
 
 import pytest
 from support import TIMEOUT, wait_until
@@ -14,8 +13,6 @@ from gotunnel_agent.common.exposition import Sample, gauge
 from gotunnel_agent.common.json_lines import JsonLines
 from gotunnel_agent.common.process import FORMATTER
 from gotunnel_server.dashboard.sessions import Sessions
-from gotunnel_server.net import blocks
-from gotunnel_server.net.blocks import Blocks
 from gotunnel_server.processes import child as child_module
 from gotunnel_server.processes.channel import SupervisorEnd
 from gotunnel_server.processes.child import Child, Gone, Numbered, choose_cpu, connect
@@ -79,7 +76,9 @@ class Supervisor:
 
 
 @pytest.fixture
-def supervisor():
+def supervisor(monkeypatch):
+    monkeypatch.setattr(child_module, "ASK_TIMEOUT", 60)  # nothing here is late by itself
+    monkeypatch.setattr(child_module, "CALL_TIMEOUT", 60)
     supervisor = Supervisor(3)
     yield supervisor
     supervisor.end()
@@ -108,7 +107,16 @@ def test_a_sibling_that_cannot_answer_is_missing(children, caplog):
 
 
 def test_a_sibling_that_is_silent_is_waited_for_and_missing(supervisor, children, monkeypatch):
-    monkeypatch.setattr(child_module, "ASK_TIMEOUT", 0.2)
+    class Passes:
+        """A Deadline that is over when one answer has come."""
+
+        def __init__(self, timeout):
+            self._left = iter([timeout, 0])
+
+        def left(self):
+            return next(self._left)
+
+    monkeypatch.setattr(child_module, "Deadline", Passes)
     children[3].answer("topic", lambda question: "here")
     supervisor.deaf.add(1)
     assert children[2].ask("topic") == {3: "here"}
@@ -183,6 +191,7 @@ def test_metrics_are_those_of_all_and_health_is_that_of_all(supervisor, children
 
 
 def test_a_sibling_that_does_not_answer_is_unhealthy(children):
+    """It has no answer yet, and says so; one that hangs is missing in the same way."""
     assert children[1].together.unhealthy(None) == (
         "process 2: does not answer; process 3: does not answer"
     )
@@ -220,19 +229,6 @@ def test_cookies_that_are_no_login_are_asked_for_once(children):
     assert len(asked) == 2 and len(set(asked)) == 1
 
 
-def test_a_block_holds_at_all_and_is_in_the_file_once(children, tmp_path):
-    found = {number: child.together.blocks(Blocks(tmp_path)) for number, child in children.items()}
-    network = blocks.read_network("192.0.2.1")
-    found[1].add(network, 60, "why", "198.51.100.1")
-    assert all("192.0.2.1" in each for each in found.values())
-    assert [block.reason for block in found[2].all()] == ["why"]
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["blocks.json"]
-    assert "192.0.2.1" in Blocks(tmp_path)
-    assert found[3].remove(network) is not None
-    assert not any("192.0.2.1" in each for each in found.values())
-    assert "192.0.2.1" not in Blocks(tmp_path)
-
-
 class Tunnel:
     def __init__(self, name):
         self.agent = type("Agent", (), {"host": "192.0.2.7", "identity": type(
@@ -247,7 +243,6 @@ def test_an_act_at_one_process_reaches_the_session_and_the_certificate_of_anothe
     tunnel = Tunnel("office")
     for number, child in children.items():
         child.together.share_acts(
-            lambda number=number: number,
             lambda id, number=number: tunnel if (id, number) == ("s3", 3) else None,
             lambda hostname, number=number: None if number == 2 else "no agent here",
         )
@@ -258,7 +253,6 @@ def test_an_act_at_one_process_reaches_the_session_and_the_certificate_of_anothe
     there.end_by_operator("updates")
     assert tunnel.ended == ["updates"]
     assert children[1].together.renew("a.test")
-    assert children[1].together.cut() == 5
 
 
 class Visit:
