@@ -172,6 +172,8 @@ class Child:
             pass
         except Gone:
             raise
+        except ConnectionError:
+            raise Gone("the supervisor has ended") from None
         except OSError as error:
             raise Gone(f"the supervisor does not answer: {error.strerror or error}") from None
         finally:

@@ -1,6 +1,6 @@
 """What all processes show together: the dashboard, the metrics and `status` of any of them show
-all, and what an operator does at one of them is done at all. (Blocked addresses are told by the cluster that
-the processes are: cluster/counts.py.)
+all, and what an operator does at one of them is done at all. (Blocked addresses are told by the
+cluster that the processes are: cluster/counts.py.)
 
 A process asks its siblings when it is asked itself; nothing is kept up to date meanwhile. A sibling
 that does not answer in time is missing in the sums, and its row in "processes" has no figures.

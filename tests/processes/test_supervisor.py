@@ -20,7 +20,7 @@ from gotunnel_server.processes.supervisor import Supervisor
 
 # A child that does what FAULT says. It writes what it is ordered into the folder of the test.
 CHILD = """
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sock = socket.socket(fileno=int(os.environ["GOTUNNEL_PROCESS"]))
 lines = sock.makefile("rw")
@@ -28,7 +28,8 @@ def say(**message):
     lines.write(json.dumps(message) + "\\n")
     lines.flush()
 hello = json.loads(lines.readline())["hello"]
-out = open(f"{os.environ['FOLDER']}/{hello['number']}.{os.getpid()}", "a", buffering=1)
+name = f"{hello['number']}.{time.monotonic_ns()}.{os.getpid()}"
+out = open(f"{os.environ['FOLDER']}/{name}", "a", buffering=1)
 print(json.dumps(hello), file=out)
 fault = os.environ.get(f"FAULT{hello['number']}")
 if fault:
@@ -97,9 +98,7 @@ class Run:
     def told(self, number=None):
         """What the children were told: by process id, in the order of their start."""
         found = {}
-        for path in sorted(
-            self.folder.glob(f"{number or '*'}.*"), key=lambda path: path.stat().st_ctime_ns
-        ):
+        for path in sorted(self.folder.glob(f"{number or '*'}.*.*")):
             if path.name[0].isdigit():
                 lines = [json.loads(line) for line in path.read_text().splitlines() if line]
                 found[int(path.suffix[1:])] = lines
