@@ -151,7 +151,8 @@ limited:
 
 
 def use_a_gateway(tmp_path):
-    """Visits in both modes, within limits, and a public port of an agent's own."""
+    """Visits in both modes, within limits, and a public port of an agent's own. Another agent waits
+    for the hostnames meanwhile."""
     agents_file = tmp_path / "agents.yaml"
     agents_file.write_text(LIMITED)
     agents_file.chmod(0o600)
@@ -159,7 +160,7 @@ def use_a_gateway(tmp_path):
     with reserved_port() as port, Origin() as origin:
         origin.serve(serve_one)
         tunnels = [
-            {"hostname": APP, "target": f"127.0.0.1:{origin.port}"},
+            {"hostname": APP, "target": f"127.0.0.1:{origin.port}", "health": "/"},
             {"hostname": RAW, "target": f"127.0.0.1:{origin.port}", "mode": "tcp", "port": port},
         ]
         with (
@@ -173,6 +174,10 @@ def use_a_gateway(tmp_path):
             agent_here(gateway, tmp_path, jwt_issuer="limited", tunnels=tunnels),
         ):
             gateway.wait_for_routes(APP, RAW)
+            standby = tmp_path / "standby"
+            standby.mkdir()
+            with agent_here(gateway, standby, jwt_issuer="limited", tunnels=tunnels, ready=False):
+                wait_until(gateway.inner.tunnels.standby.waiting)
             for _ in range(3):
                 assert gateway.get(APP) == (200, b"ok")
             with gateway.dial(RAW) as visitor:
@@ -270,6 +275,7 @@ def test_threads_take_locks_in_the_order_of_the_page(pairs, tmp_path):
         ("Tunnels.limiting", "KeptStreams._lock"),
         ("ControlStream._newest", "Session._lock"),
         ("Ports._lock", "Listener._lock"),
+        ("Standby._reviewing", "Standby._lock"),
         ("OrderQueue._saving", "OrderQueue.lock"),
         ("PooledLine._lock", "Pool._lock"),
     } <= pairs

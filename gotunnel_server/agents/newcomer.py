@@ -689,8 +689,8 @@ class Newcomer:
             return self._look_again(Stage.CLAIM, self._step, takeover.LOOK)
         tunnel.deny(claim.denied)
         tunnel.await_(claim.holders)
-        if tunnel.denied:
-            text = words_on_one_line("; ".join(tunnel.denied.values()))
+        if refused := tunnel.refused():
+            text = words_on_one_line("; ".join(refused))
             line = "%s registers, and some hostnames are refused: %s"
             self._newcomers.refusals.log(str(self), text, line)
         return Next(Stage.ADMIT, partial(self._admit, tunnel))

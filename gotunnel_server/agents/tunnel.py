@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from time import time
 
 from gotunnel import (
@@ -108,6 +109,7 @@ USED_UP = "its stream ids are used up"
 PORT_DELAY, MOST_PORT_DELAY = 1, 30
 MOST_REASON = 200  # characters of a denied hostname's reason, in an ack that would be too long
 KEPT_LOOK = 5  # interval of the check for kept streams that are too old, in seconds
+MOVE_LATER = 1  # seconds that the agents that serve get ahead of those that wait
 LEFT_LOOK = 0.25  # interval of the check whether a session that takes no visits has none left
 
 
@@ -197,10 +199,14 @@ class Tunnels:
 
     def move(self) -> None:
         """Ask all agents to dial again at once; running visits go on. The gateway stops, and no
-        longer listens: they reach its successor."""
+        longer listens: they reach its successor. Those that wait for hostnames follow a moment
+        later, so that the same agents serve them there."""
+        reason = "the gateway stops"
         for tunnel in self._all():
-            if tunnel.stage is Stage.SERVING:
-                tunnel.move("the gateway stops")
+            if tunnel.waits_for and not tunnel.routes:
+                tunnel.call_later(MOVE_LATER, partial(tunnel.move, reason))
+            elif tunnel.stage is Stage.SERVING:
+                tunnel.move(reason)
 
     def close(self) -> None:
         """End all sessions, and wait until they have ended."""
@@ -340,6 +346,11 @@ class Tunnel:
             if not standby.knows(self.agent):
                 log.info("%s %s", self, in_wait(holders))
         return bool(self._awaited)
+
+    def refused(self) -> list[str]:
+        """Why hostnames are not served for which it does not wait."""
+        awaited = {self._spelt[hostname] for hostname in self._awaited}
+        return [reason for name, reason in self.denied.items() if name not in awaited]
 
     def waits_elsewhere(self) -> bool:
         """Whether another session of the same agent waits: that was logged already."""

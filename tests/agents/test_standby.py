@@ -21,9 +21,10 @@ from support import (
     wait_until,
 )
 
-from gotunnel import OVERLAP, PARTIAL, WAITS, Ack, Free, Ping, Pong
+from gotunnel import MOVE, OVERLAP, PARTIAL, REASONS, WAITS, Ack, End, Free, Ping, Pong
 from gotunnel_agent import link as link_module
 from gotunnel_server.agents import heartbeat, standby
+from gotunnel_server.agents import tunnel as tunnel_module
 from gotunnel_server.agents.standby import MOST_WAITING, Standby
 
 OTHER = "other.localhost"
@@ -430,3 +431,25 @@ def test_ack_says_what_the_agent_waits_for(gateway):
             ack = agent.hear()
     text = f"host already registered: {APP}"
     assert ack == Ack(True, features=PATIENT, denied={APP: text})
+
+
+def test_agents_that_wait_follow_those_that_serve_to_the_next_gateway(gateway, monkeypatch):
+    monkeypatch.setattr(tunnel_module, "MOVE_LATER", 0.2)
+    features = (*PATIENT, REASONS)
+    with registered(gateway, APP, features=features) as incumbent:
+        with HandMade(gateway, registration(APP, features=features, instance="1")) as agent:
+            while isinstance(message := incumbent.hear(), Ping):
+                incumbent.say(Pong(1))
+                if gateway.inner.tunnels.standby.waiting():
+                    gateway.inner.tunnels.move()
+            assert message == End(MOVE, "the gateway stops")
+            assert agent.hear().denied
+            assert next_free(agent) == End(MOVE, "the gateway stops")
+
+
+def test_log_says_once_what_is_waited_for_and_what_is_refused(gateway, caplog):
+    with registered(gateway, APP) as incumbent, answering(incumbent):
+        with HandMade(gateway, patient("1", APP, OTHER, "not a name")) as agent:
+            assert set(agent.hear().denied) == {APP, "not a name"}
+    lines = [line for line in caplog.messages if "some hostnames are refused" in line]
+    assert len(lines) == 1 and "not a name" in lines[0] and APP not in lines[0]
