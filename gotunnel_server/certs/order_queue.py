@@ -437,18 +437,15 @@ class OrderQueue:
             self.not_begun(host)
             host.not_before = 0.0  # nothing was ordered, and this one may have expired
 
-    def found(self, hostname: str, stored: Stored) -> bool:
-        """The store has ``stored``, which another process may have ordered. False if the hostname
-        is not wanted here."""
+    def found(self, hostname: str, stored: Stored) -> None:
+        """The store has ``stored``, which another process may have ordered."""
         with self.lock:
             host = self._hosts.get(hostname)
-            if host is None:
-                return False
-            is_newer = host.stored is None or host.stored.ends_at < stored.ends_at
-            if is_newer and not host.ordering:  # else the order finds it
+            if host is None or host.ordering:  # not wanted here; or the order finds it
+                return
+            if host.stored is None or host.stored.ends_at < stored.ends_at:
                 self.adopted(host, stored)
                 self.lock.notify_all()
-            return True
 
     def issued(self, host: Wanted, challenge: str) -> None:
         """The CA has issued a certificate; it is not stored yet."""

@@ -132,7 +132,8 @@ class Ordered:
         for hostname in hostnames:
             try:
                 stored = self._store.certificate(hostname)
-                if stored is not None and not self._queue.found(hostname, stored):
+                if stored is not None:
+                    self._queue.found(hostname, stored)
                     self._serve(hostname, stored)
             except (StoreError, CertificateError, OSError) as error:
                 log.warning("%s: the certificate that another gateway has ordered is not served "
