@@ -50,6 +50,9 @@ class FakeRedis:
     def _hdel(self, key, field):
         return int(self.hashes.get(key, {}).pop(field, None) is not None)
 
+    def _hget(self, key, field):
+        return self.hashes.get(key, {}).get(field)
+
     def _hkeys(self, key):
         return list(self.hashes.get(key, {}))
 

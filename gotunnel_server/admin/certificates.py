@@ -7,10 +7,13 @@ It changes nothing, and may run beside a gateway: ACME_CACHE is only read. Only
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
 import time
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -21,12 +24,12 @@ from gotunnel_agent.common.one_line import words_and_link
 
 from ..certs.cert_dir import CertDir, names_of
 from ..certs.choices import Loaded
-from ..certs.folder import FolderStorage, open_store
+from ..certs.folder import FolderLocker, FolderStorage, open_store
 from ..certs.local_ca import FOLDER as LOCAL_FOLDER
 from ..certs.local_ca import HASHED_STEM, RENEW_BEFORE, CertificateError
 from ..certs.order_queue import WAITS, OrderQueue
 from ..certs.schedule import DAY
-from ..certs.storage import ReadOnly
+from ..certs.storage import Locker, ReadOnly, Storage
 from ..certs.store import CertStore, StoreError, ca_id
 from ..config import Config
 from ..net import safe_read
@@ -52,7 +55,17 @@ class Row(NamedTuple):
 
 def run_certificates(config: Config, out: TextIO) -> int:
     """Print the table; return the exit status. Raises CertificateError, as find_rows() does."""
-    rows = find_rows(config)
+    try:
+        with opened(config) as place:
+            return _print(config, place, out)
+    except StoreError as error:
+        raise CertificateError(str(error)) from error
+
+
+def _print(config: Config, place: Place, out: TextIO) -> int:
+    rows = _rows(config, place)
+    if place.remark:
+        print(place.remark, file=out)
     if rows:
         print(table(rows, time.time()), file=out)
     else:
@@ -60,13 +73,55 @@ def run_certificates(config: Config, out: TextIO) -> int:
         print(f"There is no certificate yet in {folder}; a gateway gets its own when it starts.",
               file=out)  # fmt: skip
     if config.acme is not None:
-        for line in pauses(config.acme_cache, config.acme.directory):
+        for line in pauses(place, config.acme.directory):
             print(line, file=out)
     return 0
 
 
+class Place(NamedTuple):
+    """Where certificates lie that were ordered. ``remark``: what the reader has to know of it."""
+
+    storage: Storage
+    locker: Locker
+    remark: str = ""
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator[Place]:
+    """ACME_CACHE; with CLUSTER, what the gateways share on Redis, or their copy of it here. Closes
+    the connection at the end. Raises StoreError if the key of the cluster is another one."""
+    folder = Place(FolderStorage(config.acme_cache), FolderLocker(config.acme_cache))
+    if config.cluster is None or config.acme is None:
+        yield folder
+        return
+    # Loaded here: it needs the package redis.
+    engine = import_module("gotunnel_server.cluster.engine").Engine(config.cluster)
+    certificates = import_module("gotunnel_server.cluster.certificates")
+    keys = [base64.urlsafe_b64decode(key) for key in config.cluster.keys]
+    try:
+        storage, locker = certificates.open_redis(engine.call, config.cluster.name, keys)
+        place = Place(storage, locker)
+        try:
+            storage.check_key()
+        except certificates.WrongKey as error:
+            raise StoreError(str(error.strerror)) from None
+        except OSError as error:
+            place = folder._replace(remark=f"{error.strerror}: this is the copy in ACME_CACHE")
+        yield place
+    finally:
+        engine.close()
+
+
 def find_rows(config: Config) -> list[Row]:
     """All rows, sorted by name. Raises CertificateError if a folder cannot be read."""
+    try:
+        with opened(config) as place:
+            return _rows(config, place)
+    except StoreError as error:
+        raise CertificateError(str(error)) from error
+
+
+def _rows(config: Config, place: Place) -> list[Row]:
     rows = []
     if config.cert_dir is not None:
         rows += own_rows(config.cert_dir)
@@ -74,13 +129,14 @@ def find_rows(config: Config) -> list[Row]:
         if config.local_ca:
             rows += local_rows(config.acme_cache / LOCAL_FOLDER)
         if config.acme is not None:
-            rows += ordered_rows(config.acme_cache, config.acme.directory)
+            rows += ordered_rows(place, config.acme.directory)
     except PermissionError as error:
         raise CertificateError(
             f"{error.filename}: {error.strerror}, run this as the gateway's user"
         ) from error
     except StoreError as error:
-        raise CertificateError(f"{error}, run this as the gateway's user") from error
+        advice = ", run this as the gateway's user" if config.cluster is None else ""
+        raise CertificateError(f"{error}{advice}") from error
     return sorted(rows, key=lambda row: (row.name, row.source))
 
 
@@ -132,12 +188,12 @@ def _leaf(file: Path) -> x509.Certificate | None:
         return None
 
 
-def pauses(folder: Path, directory_url: str) -> list[str]:
+def pauses(place: Place, directory_url: str) -> list[str]:
     """A line for each refusal of that CA that delays more than one hostname."""
     return [
         f"{f'New hostnames of {domain}' if domain else 'All orders'} wait until {utc(until)}: "
         f"{one_line(why)}"
-        for domain, until, why in _reader(folder, directory_url)[2].waits()
+        for domain, until, why in _reader(place, directory_url)[2].waits()
     ]
 
 
@@ -145,21 +201,21 @@ def utc(instant: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(instant))
 
 
-def _reader(folder: Path, directory_url: str) -> tuple[ReadOnly, CertStore, OrderQueue]:
-    """What ACME_CACHE has of one CA, read-only. The queue computes the same states as that of a
+def _reader(place: Place, directory_url: str) -> tuple[ReadOnly, CertStore, OrderQueue]:
+    """What is kept of one CA, read-only. The queue computes the same states as that of a
     gateway."""
-    storage = ReadOnly(FolderStorage(folder))
+    storage = ReadOnly(place.storage)
     store = CertStore(storage, storage, directory_url)
     queue = OrderQueue(store)
     queue.restore()
     return storage, store, queue
 
 
-def ordered_rows(folder: Path, directory_url: str) -> list[Row]:
-    """The certificates from the CA with that directory, as ACME_CACHE has them. Raises StoreError
-    if it cannot be listed."""
+def ordered_rows(place: Place, directory_url: str) -> list[Row]:
+    """The certificates from the CA with that directory. Raises StoreError if they cannot be
+    listed."""
     rows: list[Row] = []
-    storage, store, queue = _reader(folder, directory_url)
+    storage, store, queue = _reader(place, directory_url)
     for name in store.known():
         try:
             state = queue.want(name)
@@ -210,7 +266,12 @@ def ask_renewal(config: Config, name: str) -> str:
     Raises StoreError if the name has no certificate that was ordered.
     """
     name = normal_hostname(name)
-    rows = find_rows(config)
+    with opened(config) as place:
+        return _ask(config, place, name)
+
+
+def _ask(config: Config, place: Place, name: str) -> str:
+    rows = _rows(config, place)
     known = {row.name for row in rows if row.source in (ORDERED, GO)}
     if config.acme is None or name not in known:
         why = next((f"its certificate is from {row.source}" for row in rows if row.name == name),
@@ -218,6 +279,11 @@ def ask_renewal(config: Config, name: str) -> str:
         raise StoreError(
             f"{name!r}: {why}, expected one that was ordered: see gotunnel-server certificates"
         )
+    if place.remark:
+        raise StoreError(f"{place.remark}, and nothing can be asked for until Redis is back")
+    if config.cluster is not None:
+        CertStore(place.storage, place.locker, config.acme.directory).ask_renewal(name)
+        return f"{name}: one of the running gateways renews it within seconds, and logs the result"
     certs = config.acme_cache / ca_id(config.acme.directory) / "certs"
     if not certs.is_dir():  # we must not make it: the gateway may run as another user
         raise StoreError(f"{certs} does not exist: start the gateway once, which makes it")

@@ -45,7 +45,7 @@ from ..net.dns import is_always_here, is_own, own_addresses, resolve
 from ..net.listener import PortError, bind
 from ..secret_files import exposed
 from ..visitors.log_file import STANDARD_OUTPUT
-from .certificates import one_line, ordered_rows, pauses, read_pairs, utc
+from .certificates import one_line, opened, ordered_rows, pauses, read_pairs, utc
 
 if TYPE_CHECKING:
     from ..cluster.settings import Settings
@@ -575,9 +575,10 @@ def look_at_own_names(config: Config) -> Iterable[Finding]:
             given = read_pairs(config.cert_dir).served.valid
     failed = {}
     if config.acme is not None:
-        with contextlib.suppress(StoreError):  # look_at_cache() has reported it
+        # look_at_cache() and look_at_cluster() have reported it
+        with contextlib.suppress(StoreError), opened(config) as place:
             failed = {row.name: row.error
-                      for row in ordered_rows(config.acme_cache, config.acme.directory)
+                      for row in ordered_rows(place, config.acme.directory)
                       if row.ends_at is None and row.error}  # fmt: skip
     for name in dict.fromkeys((config.gateway_host, config.tunnel_host)):
         if covers(given, name):
@@ -605,8 +606,9 @@ def look_at_waiting(config: Config, clock: Callable[[], float] = time.time) -> I
     if config.acme is None:
         return
     try:
-        lines = pauses(config.acme_cache, config.acme.directory)
-        rows = ordered_rows(config.acme_cache, config.acme.directory)
+        with opened(config) as place:
+            lines = pauses(place, config.acme.directory)
+            rows = ordered_rows(place, config.acme.directory)
     except (OSError, StoreError):  # look_at_cache() has reported it
         return
     for line in lines:

@@ -69,6 +69,9 @@ class SharedCertificates:
         self._copied: CopiedStorage | None = None
         self._proofs: SharedProofs | None = None
         self._known: set[str] = set()  # the members at the last change
+        # How often the others are still asked for their proofs: at the start, messages to us may
+        # get lost.
+        self._questions = 3
         members.on(NEWS, lambda message: self._look_now())
         members.on_members(self._changed)
 
@@ -87,6 +90,7 @@ class SharedCertificates:
         storage, locker = self._redis
         self._copied = copied = CopiedStorage(storage, locker, folder, ca, self._tell_certificate)
         try:
+            storage.check_key()
             copied.changes()
         except WrongKey as error:
             raise StoreError(str(error.strerror)) from None
@@ -134,15 +138,14 @@ class SharedCertificates:
 
     # Life
 
-    def start(self) -> None:
-        """The board can be used from now on."""
-        if self._proofs is not None:
-            self._proofs.ask()
-
     def tick(self) -> None:
-        """Call it every few seconds."""
-        if self._proofs is not None:
-            self._proofs.sweep()
+        """Call it every second, once the board can be used."""
+        if self._proofs is None:
+            return
+        if self._questions:
+            self._questions -= 1
+            self._proofs.ask()
+        self._proofs.sweep()
 
     # Messages
 

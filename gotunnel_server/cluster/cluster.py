@@ -251,7 +251,6 @@ class Cluster:
             self.on(do, counts.hear)
         peers.start()
         self._member.start(self._card)
-        self.certificates.start()
         counts.start()
 
     def _own_card(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> Card:

@@ -88,6 +88,9 @@ class SharedCounts:
         self._known: Mapping[str, Route] | None = None  # the routes at the last look
         self._policies: list[tuple[str, Policy]] = []  # those among them
         self._waiting: Counter[Entry] = Counter()
+        # How often the others are still asked for their blocks: at the start, messages to us may
+        # get lost.
+        self._questions = 3
         self._members: set[str] = set()  # in contact at the last change
         # Messages about blocks, for our thread: it writes a file, and the thread that hears must
         # not wait for a disk. Beyond the bound the oldest are lost.
@@ -101,7 +104,6 @@ class SharedCounts:
     def start(self) -> None:
         """Raises NoThread."""
         self._thread = spawn("shared counts", self._run)
-        self._mail.publish(ALL, {"do": "blocks-wanted"})
 
     def stop(self) -> None:
         self._over.set()
@@ -127,6 +129,9 @@ class SharedCounts:
     def tick(self) -> None:
         """Take over blocks that were heard of, and tell what was spent since the last time."""
         self._every_second()
+        if self._questions and self._blocks is not None:
+            self._questions -= 1
+            self._mail.publish(ALL, {"do": "blocks-wanted"})
         self.take_heard()
         self._gather()
         if not self._waiting:

@@ -227,6 +227,7 @@ class CopiedStorage:
             self.send()
             for name in OTHERS:
                 self.read(f"{self._ca}/{name}")
+            self._shared.seal_anew()
             again = self._shared.news(news.serial)
             news = news if news.keys is None else again
         return news

@@ -24,6 +24,7 @@ to look at all of them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import secrets
@@ -146,6 +147,7 @@ class RedisStorage:
         self._prefix = f"{{{name}}}"
         self._sealer = sealer
         self._fences = fences
+        self._is_sealed_anew = False
 
     def read(self, key: str) -> bytes | None:
         """As Storage.read(). Content that was sealed with the old key is sealed with the new one.
@@ -175,6 +177,21 @@ class RedisStorage:
                        file, found, sealed, self._sealer.ids[0])  # fmt: skip
         except OSError as error:
             log.debug("%s is not encrypted anew yet: %s", self.where(key), error.strerror)
+
+    def seal_anew(self) -> None:
+        """While keys are changed: seal everything with the new key. Raises OSError."""
+        if len(self._sealer.ids) < 2 or self._is_sealed_anew:
+            return
+        for folder in self.folders():
+            for key in self.keys(f"{folder}/" if folder else ""):
+                if is_sealed(key) and not key.endswith(".bad"):
+                    with contextlib.suppress(Unreadable, WrongKey):  # its reader will say so
+                        self.read(key)
+        self._is_sealed_anew = True
+        log.info(
+            "all private keys on Redis are encrypted with the first key of CLUSTER_KEY_FILE; "
+            "the second one can be removed once every gateway has started with both"
+        )
 
     def write(self, key: str, content: bytes) -> None:
         """As Storage.write(). Raises OSError also if a lock that the thread holds is lost, and
@@ -207,6 +224,13 @@ class RedisStorage:
         if result == b"key":
             raise WrongKey(f"what the cluster keeps in {self._files(folder)}")
         return bool(result == b"written")
+
+    def check_key(self) -> None:
+        """Raises WrongKey if the cluster seals with a key that we do not have; OSError if Redis
+        cannot be reached."""
+        known = self._call("HGET", f"{self._prefix}:store", "key")
+        if known is not None and known.decode("ascii", "replace") not in self._sealer.ids:
+            raise WrongKey("what the cluster keeps on Redis")
 
     def delete(self, key: str) -> bool:
         folder, file = _parts(key)

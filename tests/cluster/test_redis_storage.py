@@ -2,6 +2,7 @@
 long. What every Storage does is in tests/certs/test_storage.py."""
 
 import errno
+import logging
 
 import pytest
 from fake_redis import FakeRedis, connection_to
@@ -83,6 +84,21 @@ def test_what_is_read_with_the_old_key_is_written_with_the_new_one(place):
     assert place.member(NEW).read(PEM) == b"secret"
     with pytest.raises(WrongKey):
         place.member(OLD).write(OTHER, b"x")
+
+
+def test_a_member_that_starts_with_two_keys_seals_everything_with_the_first(place, caplog):
+    caplog.set_level(logging.INFO)
+    keys = [PEM, OTHER, "ca/account.json", "local/ca.pem", "go.example.com"]
+    old = place.member(OLD)
+    for key in keys:
+        old.write(key, key.encode())
+    old.seal_anew()
+    both = place.member(NEW, OLD)
+    both.seal_anew()
+    both.seal_anew()
+    assert "the second one can be removed" in caplog.text and len(caplog.records) == 1
+    new = place.member(NEW)
+    assert [new.read(key) for key in keys] == [key.encode() for key in keys]
 
 
 def test_sealing_anew_does_not_undo_another_members_write():
