@@ -57,6 +57,9 @@ OTHER_TUNNEL_KEYS = {
     **dict.fromkeys(("proto", "type"), "here it is mode: http or tcp"),
     "remote_port": "here it is port, in mode tcp",
     **dict.fromkeys(("tls", "https"), "write https:// in target for a target with TLS"),
+    **dict.fromkeys(("group", "group_key", "load_balancer", "pooling", "pooling_enabled"),
+                    "agents of one credential share a hostname with pool: true"),
+    **dict.fromkeys(("sticky_session", "session_affinity"), "in a pool it is sticky"),
     "ca_file": "for the target's CA it is target_ca_file",
     "skip_tls_verify": "for the target's certificate it is target_skip_tls_verify",
 }  # fmt: skip

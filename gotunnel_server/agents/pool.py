@@ -79,6 +79,11 @@ class Member:
         return self.silent_since > self.route.tunnel.heard_at
 
     @property
+    def is_ready(self) -> bool:
+        """Whether nothing is known that speaks against it."""
+        return self.refusals == 0 and not self.is_silent and self.is_well
+
+    @property
     def state(self) -> str:
         """In a word, for people."""
         if not self.is_well:

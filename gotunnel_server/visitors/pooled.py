@@ -165,10 +165,8 @@ class PooledExchange(Exchange):
                 raise Silent
 
     def _has_choice(self) -> bool:
-        """Whether there is another member, as far as is known."""
-        return any(
-            member not in self._tried and not member.is_silent for member in self._pool.members
-        )
+        """Whether there is another member that can serve, as far as is known."""
+        return any(member.is_ready and member not in self._tried for member in self._pool.members)
 
     # What the target and the visitor get
 

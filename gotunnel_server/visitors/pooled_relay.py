@@ -106,9 +106,7 @@ class PooledLine:
             self._pool.leave(self._tried[-1])
 
     def _has_choice(self) -> bool:
-        return any(
-            member not in self._tried and not member.is_silent for member in self._pool.members
-        )
+        return any(member.is_ready and member not in self._tried for member in self._pool.members)
 
     def _move(self, stream: Stream) -> bool:
         """Open the next member's stream in place of this one, if another thread has not; False if

@@ -24,19 +24,21 @@ class Silence:
     def __init__(self, tunnel: Tunnel):
         self._tunnel = tunnel
         self._since = monotonic()
-        self._asked_at: float | None = None  # monotonic
+        self._doubtful: float | None = None  # see is_long()
 
     def is_long(self) -> bool:
         """To be called every LOOK seconds: whether the link is silent."""
         tunnel, now = self._tunnel, monotonic()
         heard_at = max(tunnel.heard_at, self._since)
-        if self._asked_at is not None and heard_at < self._asked_at:
-            return now - self._asked_at > _patience(tunnel)
-        # It has not been asked yet, or has answered. A question of another visit may be answered.
-        self._asked_at = None
-        if now - heard_at >= QUIET and (asked_at := tunnel.ask()) > heard_at:
-            self._asked_at = asked_at
-        return False
+        if now - heard_at < QUIET:
+            return False
+        asked_at = tunnel.ask()  # now, or earlier if that question has no answer
+        if asked_at <= heard_at and asked_at != self._doubtful:
+            # What came since may be the answer, which is noticed a moment later. If the question is
+            # still open at the next look, it was not.
+            self._doubtful = asked_at
+            return False
+        return now - max(asked_at, heard_at) > _patience(tunnel)
 
 
 def gives_sign(tunnel: Tunnel) -> bool:

@@ -25,6 +25,7 @@ from support import (
 
 from gotunnel import (
     HALF_CLOSE,
+    HEALTH,
     POLICIES,
     POOLS,
     REFUSALS,
@@ -32,12 +33,13 @@ from gotunnel import (
     TARGET_UNREACHABLE,
     UPGRADES,
     VISITOR_ADDRESS,
+    Health,
     Pong,
     read_data_header,
 )
 from gotunnel_server.visitors import exchange, pooled, pooled_relay, silence, upload
 
-FEATURES = (POOLS, HALF_CLOSE, REFUSALS, UPGRADES, POLICIES, VISITOR_ADDRESS)
+FEATURES = (POOLS, HEALTH, HALF_CLOSE, REFUSALS, UPGRADES, POLICIES, VISITOR_ADDRESS)
 
 
 @pytest.fixture
@@ -375,6 +377,36 @@ def test_what_must_not_arrive_twice_is_not_sent_over_a_silent_link(gateway, hast
         for _ in range(3):
             assert ask(gateway, "POST", body=b"1")[1] == b"b 1"
         assert first.visits == 0
+
+
+def says(agent, ok, reason=""):
+    agent._hand_made.say(Health(APP, ok, reason))
+
+
+def test_an_agent_whose_target_is_not_well_is_passed_over(gateway):
+    with crew(gateway, page("a"), page("b")) as agents:
+        says(agents[0], False, "503 for GET /healthz")
+        wait_until(lambda: [m.state for m in pool_of(gateway).members] == ["unwell", "ready"])
+        assert [gateway.get(APP)[1] for _ in range(3)] == [b"b"] * 3
+        says(agents[1], False, "no answer")
+        wait_until(lambda: not pool_of(gateway).well())
+        head, _ = ask(gateway)
+        assert status_of(head) == 503 and "x-gotunnel-error: unhealthy" in fields_of(head)
+        says(agents[0], True)
+        wait_until(lambda: pool_of(gateway).well())
+        assert gateway.get(APP) == (200, b"a")
+
+
+def test_a_visit_does_not_leave_a_silent_agent_for_one_that_is_not_well(gateway, hasty):
+    def slow(stream):
+        stream.read_exactly(10)
+        wait_until(lambda: pool_of(gateway).members[0].is_silent)
+        stream.write(answer(b"at last"))
+
+    with crew(gateway, slow, page("b"), silent=[0]) as agents:
+        says(agents[1], False, "no answer")
+        wait_until(lambda: pool_of(gateway).members[1].state == "unwell")
+        assert gateway.get(APP) == (200, b"at last")
 
 
 # Sticky
