@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from .agents.claims import Claims
 from .certification import Shared
 from .config import Config
-from .routes import Registry
+from .routes import Registry, Route
 from .visitors.port import Draining
 
 
@@ -33,6 +33,8 @@ class Cluster(Protocol):
     def start(self, tunnel_port: int, newcomers: Any, listeners: Any, blocks: Any) -> None: ...
 
     def drain(self) -> None: ...
+
+    def elsewhere(self) -> Mapping[str, Route]: ...
 
     @property
     def ports(self) -> Sequence[Draining]: ...
@@ -69,6 +71,10 @@ class Alone:
 
     def drain(self) -> None:
         """There is nobody to tell."""
+
+    def elsewhere(self) -> Mapping[str, Route]:
+        """The routes to other gateways' agents: none."""
+        return {}
 
     ports: Sequence[Draining] = ()  # no visits come by other gateways
 

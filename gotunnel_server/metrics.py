@@ -281,7 +281,7 @@ def _cluster(parts: Parts) -> Iterator[Metric]:
     figures = parts.cluster.figures()
     if figures is None:
         return
-    member, claims = figures
+    member, claims, peers = figures
     yield gauge(
         f"{CLUSTER}members", "Gateways that are one, with this one.", Sample(member.members)
     )
@@ -316,6 +316,26 @@ def _cluster(parts: Parts) -> Iterator[Metric]:
     yield counter(
         f"{CLUSTER}lost_total", "Hostnames that went to an agent of another gateway meanwhile.",
         Sample(claims.lost),
+    )  # fmt: skip
+    if peers is None:
+        return
+    yield gauge(
+        f"{CLUSTER}peers", "Other gateways by the direction in which visits can be passed on.",
+        Sample(peers.accepted, (("direction", "out"),)),
+        Sample(peers.connected, (("direction", "in"),)),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}hostnames_elsewhere", "Hostnames that only other gateways' agents have.",
+        Sample(peers.hostnames),
+    )  # fmt: skip
+    yield counter(
+        f"{CLUSTER}passed_on_total", "Streams for visits that gateways passed on to each other.",
+        Sample(peers.sent, (("direction", "out"),)),
+        Sample(peers.received, (("direction", "in"),)),
+    )  # fmt: skip
+    yield gauge(
+        f"{CLUSTER}passing_on", "Such streams that came from others and are open, kept ones too.",
+        Sample(peers.running),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from gotunnel_agent.common.addresses import Network
 from .certs.state import NotRenewed
 from .config import Config
 from .net.blocks import Blocks
+from .routes import Route
 from .visitors import blocked
 from .visitors.counts import Count
 from .visitors.forwarded import Proxies
@@ -78,6 +79,10 @@ class Parts:
     def cluster(self) -> dict[str, Any] | None:
         described: dict[str, Any] | None = self._gateway.cluster.describe()
         return described
+
+    def elsewhere(self) -> Mapping[str, Route]:
+        found: Mapping[str, Route] = self._gateway.cluster.elsewhere()
+        return found
 
     def session(self, id: str) -> Any:
         found = self._gateway.tunnels.by_id(id)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import time
+from types import MappingProxyType
 from typing import Any
 
 from gotunnel_agent.common.one_line import on_one_line, some, words_and_link
@@ -20,6 +21,7 @@ from .certs.state import State
 from .dashboard import state
 from .dashboard.state import Facts
 from .gateway import Gateway
+from .routes import Route
 from .visitors.counts import Counts
 
 PROGRAM = "gotunnel-server"
@@ -77,6 +79,7 @@ class Status:
         return document_of(
             gateway.tunnels.shown(), gateway.own_names, gateway.keeper.state,
             gateway.recording.counts, cluster=gateway.cluster.describe(),
+            elsewhere=gateway.cluster.elsewhere(),
         )  # fmt: skip
 
 
@@ -101,10 +104,12 @@ def document_of(
     counts: Counts | None = None,
     now: Callable[[], float] = time,
     cluster: Mapping[str, Any] | None = None,
+    elsewhere: Mapping[str, Route] = MappingProxyType({}),
 ) -> state.Document:
     """The state document that the answer is made of. Arguments as for describe()."""
     facts = Facts(host="", port=0, version="", state="", started_at=0, uptime=0, now=now(),
-                  cluster=None if cluster is None else dict(cluster))  # fmt: skip
+                  cluster=None if cluster is None else dict(cluster),
+                  elsewhere=elsewhere)  # fmt: skip
     found = None if counts is None else counts.all()
     return state.full(facts, tunnels, own_names, certificate_state, found)
 

@@ -23,8 +23,8 @@ from gotunnel_agent.common.one_line import on_one_line
 from ..agents.members import Membership
 from ..agents.newcomer import REGISTER_TIMEOUT, Newcomers
 from ..net.blocks import Blocks
-from ..routes import Registry
-from . import claims, members
+from ..routes import Registry, Route
+from . import claims, members, peers
 from .board import Board, Card, Message
 from .certificates import SharedCertificates
 from .claims import SharedClaims
@@ -81,6 +81,7 @@ class Figures(NamedTuple):
 
     member: members.Figures
     claims: claims.Figures
+    peers: peers.Figures | None  # None before start()
 
 
 class Cluster:
@@ -187,7 +188,8 @@ class Cluster:
         """None with PROCESSES alone: the processes are shown as such."""
         if self.settings is None:
             return None
-        return Figures(self._member.figures(), self.claims.figures())
+        passed_on = None if self.peers is None else self.peers.figures()
+        return Figures(self._member.figures(), self.claims.figures(), passed_on)
 
     def unready(self) -> str | None:
         """Why no visitors should be sent here; None if they may be. Without the board a member that
@@ -232,15 +234,15 @@ class Cluster:
         self._registry.on_free = lambda names: None  # the board says when nobody has them
         self.claims.on_free = tunnels.standby.freed
         tunnels.membership = Membership(self.id, self._for_agents)
-        self.peers = peers = Peers(
+        self.peers = others = Peers(
             self.id, secret=Secret(self.keys), registry=self._registry, tunnels=tunnels,
             terms=lambda: newcomers.terms, promise=self.promise, promised=self.promised,
             departed=self.departed, stall_timeout=self._stall_timeout,
         )  # fmt: skip
-        newcomers.peers = peers
-        self._member.peers = peers
+        newcomers.peers = others
+        self._member.peers = others
         self._card = self._own_card(tunnel_port, newcomers, listeners)
-        self.on_members(peers.change)
+        self.on_members(others.change)
         self.on_members(lambda members: tunnels.members_changed())
         self.on_members(lambda members: self.claims.on_free(tunnels.standby.waited()))
         self._counts = counts = SharedCounts(
@@ -249,7 +251,7 @@ class Cluster:
         self.on_members(lambda members: counts.changed(members.keys() - {self.id}))
         for do in counts.KINDS:
             self.on(do, counts.hear)
-        peers.start()
+        others.start()
         self._member.start(self._card)
         counts.start()
 
@@ -284,6 +286,13 @@ class Cluster:
         self._member.change_card(self._card)
         if self.peers is not None:
             self.peers.drain()
+
+    def elsewhere(self) -> Mapping[str, Route]:
+        """The routes to other members' agents. None with PROCESSES: what the processes show is
+        joined, and each shows its own agents."""
+        if self.peers is None or self._child is not None:
+            return {}
+        return self.peers.served_elsewhere()
 
     @property
     def ports(self) -> tuple[Passages, ...]:

@@ -184,7 +184,7 @@ class PeerSession:
         """Log why there is no connection, once for each reason."""
         problem = _problem_of(error)
         if self._was_connected:  # the member restarts, perhaps: the next try shows it
-            log.info("%s: the connection ended: %s", self, problem)
+            log.debug("%s: the connection ended: %s", self, problem)
         elif problem != self._problem and not self._stopping.is_set():
             self._problem = problem
             log.warning("%s: no connection: %s; visits that it gets for agents of this gateway "
@@ -232,7 +232,8 @@ class PeerSession:
                 link.tell(self._told, frozenset(self._told))
             if self._stopping.is_set():
                 raise SessionClosed("the gateway stops")
-            log.info("%s: connected%s", self, " again" if self._problem else "")
+            level = logging.INFO if self._problem else logging.DEBUG
+            log.log(level, "%s: connected: it can pass visits on to the agents here", self)
             self._problem, self._was_connected = "", True
             while True:
                 self._passages.begin(session.accept())

@@ -45,6 +45,7 @@ from ..agents.limits import Usage
 from ..agents.registration import MAX_INSTANCE, Asked, NotGranted, Terms, read_routes
 from ..agents.stream_pool import KeptStreams, OwnStreams
 from ..agents.tunnel import KEPT_LOOK, OPEN_TIMEOUT, Tally, Tunnels
+from ..net.total import Total
 from ..routes import Registry, Route
 from .origin import Greeting, Origin, OtherAgent
 from .watched import Job, Submit, Watched
@@ -104,6 +105,7 @@ class Shared:
         ``on_greeting(connection)``: its member is known now. ``on_end(connection)``: it is
         closed."""
         self.own = own
+        self.sent = Total()  # streams that were opened to peers
         self.elsewhere = elsewhere
         self.tunnels = tunnels
         self.terms = terms
@@ -127,6 +129,7 @@ class Accepted:
         self.session = session
         self.kept, self.own_streams = KeptStreams(), OwnStreams()
         self.tunnels: Mapping[str, PeerTunnel] = {}  # by Register.instance; replaced whole
+        self.sent = shared.sent
         self._shared = shared
         self._address = address
         self._leave = leave
@@ -219,8 +222,8 @@ class Accepted:
         else:
             self._shared.on_greeting(self)
             self._answer(Ack(True, member=own))
-            log.info("%s (%s) at %s is connected: it can pass visits on to its agents from here",
-                     self, self.peer.id, self._address)  # fmt: skip
+            log.debug("%s (%s) at %s is connected: visits can be passed on to its agents",
+                      self, self.peer.id, self._address)  # fmt: skip
 
     def _register(self, message: Register) -> None:
         tunnel = self._tunnel_of(message) if message.routes else None
@@ -279,14 +282,17 @@ class Accepted:
 
     def _leaving_now(self) -> None:
         """Demultiplexer: the peer takes no more visits (GO_AWAY). Those that run go on."""
-        log.info("%s takes no more visits; it had %d hostnames", self, self._count)
+        log.debug("%s takes no more visits; it had %d hostnames", self, self._count)
         self._drop_all()
 
     def _ended(self) -> None:
         """Called by the thread that ends the session."""
-        self._drop_all()
         if self.peer.id:
-            log.info("%s: its connection ended: %s", self, self.session.ended)
+            lost = bool(self.tunnels)  # else the peer has left in good order, or had no hostnames
+            log.log(logging.INFO if lost else logging.DEBUG,
+                    "%s: its connection ended: %s; visits are no longer passed on to its agents",
+                    self, self.session.ended)  # fmt: skip
+        self._drop_all()
 
     def _closed(self) -> None:
         self._leave()
@@ -302,14 +308,20 @@ class Accepted:
         self.own_streams.close()
 
 
+class NotTold:
+    """What the targets of an agent elsewhere say of their health: nothing, here."""
+
+    told: Mapping[str, str] = {}
+
+
 class PeerTunnel:
     """An agent's session at another gateway, as routes.Tunnel has it; agents/tunnel.py says what
     the methods do."""
 
-    denied: Mapping[str, str] = {}
-    unwell: Mapping[str, str] = {}
+    id = ""  # of no session here
+    unwell: Mapping[str, str] = {}  # its own gateway looks at that
+    health = NotTold()
     refusals: Mapping[int, Refusal] = BY_CODE | OF_GATEWAYS
-    moving = False
 
     def __init__(
         self, connection: Accepted, agent: OtherAgent, origin: Origin,
@@ -353,7 +365,9 @@ class PeerTunnel:
         timeout: float = OPEN_TIMEOUT,
     ) -> Stream:  # fmt: skip
         header = encode_data_header(route.hostname, ends() if route.addressed else None, relayed)
-        return self._connection.session.open(header + first, timeout)
+        stream = self._connection.session.open(header + first, timeout)
+        self._connection.sent.add()
+        return stream
 
     def count_failed(self, route: Route) -> None:
         self.failed.add(route.hostname)

@@ -44,16 +44,17 @@ JOIN = 3  # seconds for a thread to end: it may be dialling
 
 
 class Figures(NamedTuple):
-    """For the metrics. ``members``: others, ``connected`` of them can send visits here and
-    ``accepted`` of them take visits from here. ``hostnames`` are served by other members alone.
-    ``begun``: visits of peers since the start; ``running``: streams of theirs, kept ones included.
-    """
+    """For the metrics. ``members``: others; ``connected`` of them can send visits here, and
+    ``accepted`` of them take visits from here. ``hostnames``: that only other members' agents have.
+    Streams: ``received`` from other members since the start, ``sent`` to them, and ``running`` ones
+    of the first kind, those included that are kept for the next visit."""
 
     members: int
     connected: int
     accepted: int
     hostnames: int
-    begun: int
+    received: int
+    sent: int
     running: int
 
 
@@ -121,10 +122,12 @@ class Peers:
         for session in sessions:
             session.ask()
 
-    def served_elsewhere(self) -> list[PeerTunnel]:
-        """Agents of other members with hostnames that none of the agents here has."""
-        tunnels: list[Any] = [route.tunnel for route in self._registry.routes().values()]
-        return list(dict.fromkeys(each for each in tunnels if isinstance(each, PeerTunnel)))
+    def served_elsewhere(self) -> dict[str, Route]:
+        """The routes of hostnames that only agents of other members have."""
+        return {
+            hostname: route for hostname, route in self._registry.routes().items()
+            if isinstance(route.tunnel, PeerTunnel)
+        }  # fmt: skip
 
     def figures(self) -> Figures:
         with self._lock:
@@ -136,6 +139,7 @@ class Peers:
             len({each.peer.id for each in accepted if each.peer.id}),
             hostnames,
             self.passages.total.value,
+            self._shared.sent.value,
             self.passages.running,
         )
 

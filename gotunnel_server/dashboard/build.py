@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gotunnel_agent.common.passwords import Hash
 
+from ..routes import Route
 from ..visitors.forwarded import Proxies
 from ..visitors.pages import Page
 from . import acts, api, page, state
@@ -42,6 +43,8 @@ class Parts(acts.Hall, Protocol):
 
     def cluster(self) -> Document | None: ...
 
+    def elsewhere(self) -> Mapping[str, Route]: ...
+
     def share(self, full: Callable[[], Document], public: Callable[[], Document]) -> None:
         """Other processes of the same gateway may ask for these documents."""
 
@@ -62,7 +65,7 @@ def describe(parts: Parts, live: Live) -> Callable[[], Document]:
 def _facts(parts: Parts) -> Facts:
     return Facts(
         parts.gateway_host, parts.public_port(), parts.version, parts.state, parts.started_at,
-        parts.uptime(), parts.now(), parts.cluster(),
+        parts.uptime(), parts.now(), parts.cluster(), parts.elsewhere(),
     )  # fmt: skip
 
 

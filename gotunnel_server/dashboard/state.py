@@ -46,6 +46,8 @@ class Facts(NamedTuple):
     uptime: float  # seconds
     now: float
     cluster: Document | None = None  # as cluster.Cluster.describe(); None: the gateway is alone
+    # Of hostnames that only other gateways' agents have; their visits are passed on
+    elsewhere: Mapping[str, Route] = {}
 
 
 class Identity(Protocol):
@@ -196,10 +198,11 @@ def full(
     tunnels = sorted(tunnels, key=lambda tunnel: tunnel.since)
     usages = [tunnel.usage() for tunnel in tunnels]
     # While an agent's second session takes over, a hostname comes twice.
-    routes = sorted(
-        ((name, tunnel, route) for tunnel in tunnels for name, route in tunnel.routes.items()),
-        key=lambda entry: entry[0],
+    served = ((name, tunnel, route) for tunnel in tunnels for name, route in tunnel.routes.items())
+    passed_on: Iterable[Any] = (
+        (name, route.tunnel, route) for name, route in facts.elsewhere.items()
     )
+    routes = sorted((*served, *passed_on), key=lambda entry: entry[0])
     return {
         "gateway": {
             "host": facts.host,
@@ -241,6 +244,7 @@ def full(
 def public(facts: Facts, tunnels: Iterable[Tunnel]) -> Document:
     """The document for everybody."""
     routes = {name: route for tunnel in tunnels for name, route in tunnel.routes.items()}
+    routes = {**facts.elsewhere, **routes}
     return {
         "gateway": {"host": facts.host},
         "totals": {"hostnames": len(routes)},
