@@ -686,7 +686,7 @@ class Newcomer:
             text = of_all(tunnel.denied) if tunnel.denied else str(taken)
             raise NotAdmitted(text, denied=tunnel.denied) from None
         if not claimed:
-            return self._look_again(Stage.CLAIM, self._step, takeover.LOOK)
+            return self._look_again(Stage.CLAIM, self._step, claim.look)
         tunnel.deny(claim.denied)
         tunnel.await_(claim.holders)
         if refused := tunnel.refused():

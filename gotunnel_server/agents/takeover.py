@@ -32,6 +32,9 @@ from ..routes import HostnameTaken, NotDecided, Route, Undecided
 from .claims import Claims
 from .registration import Agent
 
+# Seconds until a claim is looked at again that other gateways decide, at first; doubled up to LOOK.
+# They answer in milliseconds.
+FIRST_LOOK = 0.01
 LOOK = 0.1  # seconds between two attempts: a session may have ended, or its agent answered
 # Seconds that a claim waits for holders to end. A demultiplexer, or the machine, may be busy.
 ENDING_TIMEOUT = 10
@@ -57,13 +60,16 @@ class Claim:
         self._agent = agent
         self._permit = permit
         self._partial = partial
+        self.look = LOOK  # seconds until the next attempt, if the last one has decided nothing
+        self._soon = FIRST_LOOK
         self._asked: dict[Any, float] = {}  # holder: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
         self._replaced: set[Any] = set()  # holders that were told to end
 
     def attempt(self) -> bool:
-        """Take the hostnames if that can be decided now. False: call again in LOOK seconds. Raises
-        HostnameTaken, also if all were denied, and what ``permit`` raises."""
+        """Take the hostnames if that can be decided now. False: call again in ``look`` seconds.
+        Raises HostnameTaken, also if all were denied, and what ``permit`` raises."""
+        self.look = LOOK
         while True:
             try:
                 return self._attempt()
@@ -90,6 +96,7 @@ class Claim:
         except Undecided as undecided:
             if monotonic() > self._deadline:
                 raise NotDecided(undecided) from None
+            self.look, self._soon = self._soon, min(2 * self._soon, LOOK)
             return False
         except HostnameTaken as taken:
             if not taken.tunnels or monotonic() > self._deadline:

@@ -23,7 +23,12 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.exceptions import AuthenticationError, NoScriptError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+)
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -98,6 +103,8 @@ class Engine:
                         else:
                             on_message(data)
             except Away as error:
+                if over.is_set():
+                    return
                 log.debug("messages of other gateways: %s; tried again in %g s", error, delay)
             over.wait(delay)
             delay = min(2 * delay, MOST_BACKOFF)
@@ -252,7 +259,7 @@ class Engine:
             yield
         except Away:
             raise
-        except (RedisError, OSError, ValueError) as error:
+        except (RedisError, RedisClusterException, OSError, ValueError) as error:
             text = on_one_line(str(error) or type(error).__name__, MOST_ERROR)
             raise Away(f"Redis at {self._address}: {text}") from None
 

@@ -215,6 +215,10 @@ class Member:
                 self._lose(error)
             except Stale:
                 self._begin_anew()
+            except Exception as error:  # else the names would be lost for good
+                log.exception("a call to %s failed (bug, traceback follows); next try in %g s",
+                              self.board_name, RETRY)  # fmt: skip
+                self._lose(Away(type(error).__name__))
         self._leave()
 
     def _is_turn(self) -> bool:
@@ -334,7 +338,10 @@ class Member:
     def _watch(self) -> None:
         while not self._ended.wait(LOOK):
             self._look()
-            self.claims.tick()
+            try:
+                self.claims.tick()
+            except Exception:
+                log.exception("looking after claims failed (bug, traceback follows)")
 
     def _look(self) -> None:
         now = monotonic()

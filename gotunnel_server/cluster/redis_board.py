@@ -26,7 +26,7 @@ from typing import Any
 
 from gotunnel import spawn
 
-from .board import Answer, Ask, Card, Left, Message, Renewal, Renewed
+from .board import Answer, Ask, Away, Card, Left, Message, Renewal, Renewed
 from .engine import Engine, Script
 from .leases import MOST_LEFT, TIMES, Times
 
@@ -349,7 +349,12 @@ class RedisBoard:
         card = json.dumps(renewal.card._asdict(), separators=(",", ":"))
         found = self._run(RENEW, id, renewal.contact, renewal.knows, card)
         contact, anew, version, told, cards, gone = found
-        members = tuple(map(_card, cards)) if told else None
+        try:
+            members = tuple(map(_card, cards)) if told else None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Away(
+                f"a member in {self._prefix}:members cannot be understood: {error}"
+            ) from None
         return Renewed(contact, bool(anew), version, members, _texts(gone))
 
     def claim(
@@ -402,6 +407,14 @@ def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
 
 
 def _card(text: bytes) -> Card:
-    """A newer version may have more fields, an older one fewer."""
+    """A newer version may have more fields, an older one fewer. Raises ValueError, TypeError,
+    RecursionError."""
     found = json.loads(text)
-    return Card(**{name: found[name] for name in Card._fields if name in found})
+    card = Card(**{name: found[name] for name in Card._fields if name in found})
+    for name, value in zip(Card._fields, card):
+        if type(value) is not type(_SAMPLE[name]):
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    return card
+
+
+_SAMPLE = Card("")._asdict()
