@@ -51,7 +51,7 @@ class Start(NamedTuple):
 
 
 class Go(NamedTuple):
-    """Let it accept, with what ``predecessor`` (an id; None for none) served."""
+    """Let it accept. ``predecessor``: the id of the process before; None if there is none."""
 
     id: int
     predecessor: int | None

@@ -83,7 +83,7 @@ class Supervisor:
         self._roster = Roster(self._count)
         self._desk = Desk(monotonic)
         self._children: dict[int, Child] = {}  # by id of the roster
-        self._estates: dict[int, int] = {}  # id of a successor: of the one before, which is asked
+        self._estates: dict[int, int] = {}  # id of one that is to go: of the one that is asked
         self._began = monotonic()
         self._secret = secrets.token_hex(SECRET_BYTES)  # of the cluster that the children are
         self._selector = selectors.DefaultSelector()
@@ -254,15 +254,15 @@ class Supervisor:
         }})  # fmt: skip
 
     def _go(self, action: roster.Go) -> None:
-        before = self._children.get(action.predecessor or 0)
-        child = self._children.get(action.id)
-        if child is None:
-            return
-        if before is None or action.predecessor is None:
-            self._send(child, {"order": "go", "estate": None})
+        """Let a child accept. It learns which hostnames agents are about to bring, from the one
+        before, or else from another one: visits of these wait for the agents."""
+        others = [process.id for process in self._roster.serving()]
+        teller = action.predecessor or next(iter(others), None)
+        if teller is None or teller not in self._children:
+            self._order(action.id, "go", estate=None)
         else:
-            self._estates[action.id] = action.predecessor
-            self._send(before, {"order": "estate"})
+            self._estates[action.id] = teller
+            self._order(teller, "estate")
 
     def _pass_estate(self, predecessor: int, estate: object) -> None:
         for successor, before in list(self._estates.items()):

@@ -26,6 +26,7 @@ class Supervisor:
         self.desk = Desk(lambda: 0.0)
         self.ends, self.children, self.orders = {}, {}, {}
         self._over = False
+        self._told = queue.SimpleQueue()  # for the thread, which alone uses the ends
         self.deaf = set()  # numbers of those whose messages are not read
         pairs = {number: socket.socketpair() for number in range(1, count + 1)}
         for number, (ours, theirs) in pairs.items():
@@ -47,11 +48,13 @@ class Supervisor:
             wait_until(lambda child=child: child.all_ready)
 
     def tell(self, message):
-        for end in self.ends.values():
-            end.send(message)
+        self._told.put(message)
 
     def _run(self):
         while not self._over:
+            for message in [self._told.get() for _ in range(self._told.qsize())]:
+                for end in self.ends.values():
+                    end.send(message)
             for number, end in list(self.ends.items()):
                 for message in [] if number in self.deaf else end.receive() or []:
                     self._on_message(number, message)

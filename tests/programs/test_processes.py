@@ -104,8 +104,9 @@ def test_a_process_that_is_killed_under_load_is_covered_by_the_other_and_comes_b
     cache, tmp_path, origin
 ):
     origin.serve(lambda wire: wire.read_head() and wire.send(answer()))
-    with two_processes(cache) as gateway:
-        with agent_process(gateway, tmp_path, http={APP: origin.port}):
+    with two_processes(cache, AGENT_TIMEOUT="5") as gateway:
+        with agent_process(gateway, tmp_path, http={APP: origin.port}) as agent:
+            agent.wait_for("at 2 gateways$")
             before = processes(cache)
             assert sorted(before) == [1, 2]
             with Visitors(gateway) as visitors:
@@ -130,7 +131,8 @@ def test_a_process_that_is_killed_under_load_is_covered_by_the_other_and_comes_b
 def test_a_renewal_loses_no_visit(cache, tmp_path, origin):
     origin.serve(lambda wire: wire.read_head() and wire.send(answer()))
     with two_processes(cache, AGENT_TIMEOUT="5") as gateway:
-        with agent_process(gateway, tmp_path, http={APP: origin.port}):
+        with agent_process(gateway, tmp_path, http={APP: origin.port}) as agent:
+            agent.wait_for("at 2 gateways$")
             before = processes(cache)
             with Visitors(gateway) as visitors:
                 visitors.wait_for_more()
