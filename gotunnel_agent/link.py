@@ -694,7 +694,9 @@ class Link:
         while True:
             refused = service.refused_for_now()
             tries += 1
-            delay = retry_delay(tries, REFUSED_DELAY, MOST_REFUSED_DELAY) if refused else None
+            # Of those that are waited for the gateway tells; a message may get lost.
+            least = MOST_REFUSED_DELAY if refused <= service.waited_for() else REFUSED_DELAY
+            delay = retry_delay(tries, least, MOST_REFUSED_DELAY) if refused else None
             with agent.lock:
                 agent.lock.wait_for(lambda: over() or service.freed, delay)
                 if service.freed:

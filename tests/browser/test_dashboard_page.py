@@ -11,6 +11,7 @@ import urllib.parse
 
 import looks
 import pytest
+from hand_made import HandMade, answering, registered, registration
 from support import (
     APP,
     GATEWAY_HOST,
@@ -23,6 +24,7 @@ from support import (
     wait_until,
 )
 
+from gotunnel import HEALTH, OVERLAP, PARTIAL, WAITS, Health
 from gotunnel_server.certs.keeper import Keeper
 
 PASSWORD = "only for the dashboard of tests"
@@ -166,6 +168,20 @@ def test_a_row_tells_what_the_agent_and_the_visits_have_told(gateway, dashboard,
         ),
         f"{told}",
     )
+
+
+def test_a_target_that_is_not_well_and_an_agent_that_waits_are_marked(gateway, dashboard):
+    ill = "ill.localhost"
+    features = (HEALTH, OVERLAP, PARTIAL, WAITS)
+    with registered(gateway, ill, features=features) as agent, answering(agent):
+        with HandMade(gateway, registration(ill, features=features, instance="1")) as other:
+            assert other.hear().denied
+            dashboard.until(lambda: row_with(dashboard, SESSIONS, f"waits for {ill}"))
+        agent.say(Health(ill, False, f"503 {HOSTILE}"))
+        row = row_with(dashboard, HOSTNAMES, f"not well: 503 {HOSTILE}")
+        assert ill in row.text and not dashboard.all("img")
+        agent.say(Health(ill, True))
+        dashboard.until(lambda: "not well" not in row_with(dashboard, HOSTNAMES, ill).text)
 
 
 def test_visits_can_be_filtered(gateway, dashboard):
