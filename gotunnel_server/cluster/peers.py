@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
-from gotunnel import Session, Stream, spawn
+from gotunnel import NoThread, Session, Stream, spawn
 from gotunnel_agent.common.duplex import STALL_TIMEOUT
 from gotunnel_agent.common.process import Workers
 
@@ -88,7 +88,7 @@ class Peers:
         )  # fmt: skip
         self._lock = threading.Lock()  # guards all below, but for _told
         self._members: Mapping[str, Member] = {}
-        self._sessions: dict[str, PeerSession] = {}  # by the member's id
+        self._sessions: dict[str, PeerSession] = {}  # by the member's id; replaced whole
         self._left: list[PeerSession] = []  # that are ending
         self._accepted: set[Accepted] = set()
         self._draining = False
@@ -215,30 +215,41 @@ class Peers:
         """Dial new members, and end the sessions with those that are gone; the sessions."""
         with self._lock:
             if self._over.is_set() or self._draining:
-                return list(self._sessions.values())
+                return []
             wanted = {
                 id: member for id, member in self._members.items()
                 if id != self._own.id and member.peer
             }  # fmt: skip
-            gone = [
-                session for id, session in self._sessions.items()
-                if id not in wanted or session.member.peer != wanted[id].peer
-            ]  # fmt: skip
-            for session in gone:
-                del self._sessions[session.member.id]
-            self._left = [each for each in self._left if not each.is_over] + gone
-            for id, member in wanted.items():
-                if id not in self._sessions:
-                    session = PeerSession(
-                        member, self._own, self._dialling, self.passages, self._workers.submit,
-                        self._promised, self._stall_timeout,
-                    )  # fmt: skip
-                    session.tell(self._told, frozenset())
-                    self._sessions[id] = session
-            sessions = list(self._sessions.values())
+            sessions = dict(self._sessions)
+        gone = [
+            session for id, session in sessions.items()
+            if id not in wanted or session.member.peer != wanted[id].peer
+        ]  # fmt: skip
         for session in gone:
+            del sessions[session.member.id]
             session.stop("the gateway is no member any more")
-        return sessions
+        for id, member in wanted.items():
+            if id not in sessions:
+                try:
+                    sessions[id] = self._dial(member)
+                except NoThread as error:
+                    log.warning("gateway %s is not dialled yet: %s", id, error)
+        with self._lock:
+            self._sessions = sessions
+            self._left = [each for each in self._left if not each.is_over] + gone
+            late = self._over.is_set() or self._draining  # they have missed it
+        for session in sessions.values() if late else ():
+            session.stop("the gateway stops")
+        return list(sessions.values())
+
+    def _dial(self, member: Member) -> PeerSession:
+        """Raises NoThread."""
+        session = PeerSession(
+            member, self._own, self._dialling, self.passages, self._workers.submit,
+            self._promised, self._stall_timeout,
+        )  # fmt: skip
+        session.tell(self._told, frozenset())
+        return session
 
     def _tell(self, sessions: list[PeerSession]) -> None:
         """Have the peers told what has changed among the agents here."""

@@ -30,7 +30,7 @@ class Job:
     """A function that a pool's thread calls after each wake(), never two threads at once.
 
     wake() is for any thread, whatever locks it holds, and waits for nothing. It takes the lock of
-    the Job and then the pool's; the function is called with neither.
+    the Job, and then the pool's.
     """
 
     __slots__ = ("_function", "_submit", "_lock", "_busy", "_again")
