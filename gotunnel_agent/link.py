@@ -717,7 +717,9 @@ class Link:
                 agent.lock.wait_for(lambda: service.outcome is not None)
         if service.outcome is not None:
             service.session.join(LAST_WORDS)
-            raise service.outcome
+            if not service.at_once or not isinstance(service.outcome, SessionClosed):
+                raise service.outcome
+            return False  # it had no visits, so the gateway has ended it already
         return agent.plan is not service.plan
 
     def _ask_again(self, service: Service, names: frozenset[str]) -> bool:

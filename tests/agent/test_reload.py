@@ -362,6 +362,21 @@ def test_an_agent_that_is_asked_by_a_message_dials_at_once(by_hand, tmp_path, mo
         old.join()
 
 
+def test_an_agent_that_was_asked_dials_at_once_though_its_session_has_ended(
+    by_hand, tmp_path, monkeypatch
+):
+    """It had no visits, and so a gateway that stops has ended it right behind the message."""
+    monkeypatch.setattr(link_module, "retry_delay", lambda *arguments: 10 * TIMEOUT)
+    monkeypatch.setattr(link_module, "MOVED", 0)
+    with agent_here(by_hand.place, tmp_path, {APP: 1}):
+        for _ in range(3):
+            by_hand.meet()
+            by_hand.control.write(encode_message(End(MOVE, "for a test")))
+            by_hand.hang_up()
+        by_hand.meet()
+        by_hand.hang_up()
+
+
 def test_a_gateway_that_always_asks_is_not_dialled_without_a_pause(by_hand, tmp_path, monkeypatch):
     counts = []
     monkeypatch.setattr(
