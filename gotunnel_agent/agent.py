@@ -23,6 +23,7 @@ stopped process alive.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Mapping
 from time import monotonic
 from typing import NamedTuple
@@ -45,6 +46,10 @@ LEAVE_LOOK = 0.5
 # Links at a time. A gateway could tell other members again and again, and each link that is not
 # needed any more takes a while to end.
 MOST_LINKS = 2 * MOST_MEMBERS
+# Links that are opened in a minute, for the same reason: each dials, and may log why it failed.
+MOST_OPENED = 2 * MOST_MEMBERS
+MINUTE = 60
+OPEN_LATER = 5  # seconds until further ones are
 
 
 class Linked(NamedTuple):
@@ -106,6 +111,8 @@ class Agent(Shared):
         """Raises CannotTrust."""
         super().__init__(config)
         self._threads: list[threading.Thread] = []  # of the further links
+        self._opened: deque[float] = deque(maxlen=MOST_OPENED)  # when they began (monotonic)
+        self._look_at = 0.0  # monotonic: a call of note_members() is to come until then
         # How many gateways serve what, as the log has told last; None if one has failed since.
         self._told: tuple[int, tuple[str, ...]] | None = None
 
@@ -270,14 +277,30 @@ class Agent(Shared):
         addresses = self.addresses()
         new = {address for id, address in addresses.items() if id not in before}
         for link in self.links:
-            if link.address in new:  # it may wait for a member that has come back
+            if link.address in new and not link.view().serves:  # it may wait, and has no need to
                 link.hurried = True
-        opened = []
-        for address in to_open(addresses, self.views())[: MOST_LINKS - len(self.links)]:
+        opened: list[Link] = []
+        for address in to_open(addresses, self.views()):
+            if not self._may_open(len(opened)):
+                break
             name = next(name for found, name in self.members.values() if found == address)
             opened.append(Link(self, address, name))
         self.links += opened
         return opened
+
+    def _may_open(self, count: int) -> bool:
+        """Whether one more link may be opened now, besides ``count``. If not, note_members() is
+        called again later. Caller holds the lock."""
+        now = monotonic()
+        often = len(self._opened) == MOST_OPENED and now - self._opened[0] < MINUTE
+        if not often and len(self.links) + count < MOST_LINKS:
+            self._opened.append(now)
+            return True
+        sessions = [each.session for link in self.links for each in link.services()]
+        if sessions and now >= self._look_at:
+            self._look_at = now + OPEN_LATER
+            sessions[0].call_later(OPEN_LATER, self.note_members)
+        return False
 
     def _members(self) -> dict[str, tuple[str, str]]:
         """All members that any of the sessions tells. If there is no session, those that were told

@@ -301,6 +301,7 @@ class Link:
         self.address, self._name = address, name
         self._turn = 0  # which of the configuration's addresses is dialled next
         self._once: Place | None = None  # dialled next, whatever the members are
+        self._replacing: Service | None = None  # it serves, and is to be replaced all the same
         self._seeks = 0  # dials in a row that led to a gateway with a session
         # The agent's lock guards all below.
         self.service: Service | None = None  # the latest
@@ -316,9 +317,9 @@ class Link:
 
     def view(self) -> View:
         """For roster.py. Caller holds the lock."""
-        service = self.service
-        if service is not None and service.stays(self._agent.plan):
-            return View(self.address, service.member, serves=True)
+        for service in (self.service, self._replacing):
+            if service is not None and service.stays(self._agent.plan):
+                return View(self.address, service.member, serves=True)
         return View(self.address, ends=self.over)
 
     def services(self) -> list[Service]:
@@ -365,8 +366,8 @@ class Link:
                 service = self._begin(plan, place)
                 if self._serve(service):
                     failures = 0
-                    if agent.plan is plan:  # it goes on, and is to be replaced all the same
-                        self._once = place
+                    if agent.plan is plan:
+                        self._replacing = service
                     continue
                 problem = "the gateway asks for a new session; this one ends when its visits do"
                 replaced = True
@@ -482,7 +483,12 @@ class Link:
                 agent.addresses(), agent.views()
             ):
                 self.address = SHARED
-            return self._once is not None or self.is_needed()
+            return self._wants()
+
+    def _wants(self) -> bool:
+        """Whether it has to dial. Caller holds the lock."""
+        replacing = self._replacing is not None and self._replacing.serves()
+        return replacing or self._once is not None or self.is_needed()
 
     def _keep_old(self, service: Service | None) -> None:
         """Count a session that may go on as an old one. Caller holds the lock."""
@@ -511,8 +517,7 @@ class Link:
                 agent.plan is not plan
                 or agent.stopping.is_set()
                 or self.hurried
-                or self._once is None
-                and not self.is_needed()
+                or not self._wants()
             )
 
         self.retry_at = monotonic() + seconds
@@ -617,7 +622,7 @@ class Link:
         except BaseException as error:
             self._end(service, error)
             raise
-        self.problem, self._seeks = "", 0
+        self.problem, self._seeks, self._replacing = "", 0, None
         agent.retire_old(self)
         agent.note_members()
         self._share(service)
@@ -700,15 +705,20 @@ class Link:
             with agent.lock:
                 agent.lock.wait_for(lambda: over() or service.freed, delay)
                 if service.freed:
-                    agent.lock.wait_for(over, asked_at + FREE_PAUSE - monotonic())
+                    members = agent.addresses()
+                    pause = min(seek_delay(self._seeks, members), MAX_DELAY) if self._seeks else 0
+                    agent.lock.wait_for(over, asked_at + max(pause, FREE_PAUSE) - monotonic())
                 if over():
                     break
                 freed, service.freed = service.freed, frozenset()
             if freed and not service.routes:
                 return True
-            asked_at = monotonic()
-            if self._ask_again(service, freed & refused or refused):
+            asked_at, names = monotonic(), freed & refused or refused
+            if self._ask_again(service, names):
                 return True
+            if self._seeks:  # the dial has led to another gateway
+                with agent.lock:
+                    service.freed |= names
         with agent.lock:
             if service.asked and not service.at_once:
                 agent.lock.wait_for(lambda: service.outcome is not None, GO_AWAY_LOOK)
@@ -742,11 +752,14 @@ class Link:
                     raise SessionClosed("the agent stops")
                 self.old.append(probe)  # it serves until the next one takes over
             self._attend(probe, control, messages)
+            self._seeks = 0
             return True
         except (Refused, OSError, ProtocolError, ConfigError) as error:
             if probe is not None:
                 self._end(probe, error)
-            if isinstance(error, Refused) and str(error) != ALREADY:
+            is_elsewhere = isinstance(error, Refused) and str(error) == ALREADY
+            self._seeks = self._seeks + 1 if is_elsewhere else 0
+            if isinstance(error, Refused) and not is_elsewhere:
                 told = {
                     name: words_on_one_line(error.denied.get(name, str(error))) for name in names
                 }

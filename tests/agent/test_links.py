@@ -4,6 +4,7 @@ the test's, and gateways that the test plays by hand."""
 import contextlib
 import logging
 import threading
+from unittest import mock
 
 import pytest
 from support import (
@@ -26,8 +27,10 @@ from gotunnel import (
     OVERLAP,
     PARTIAL,
     REPLACED,
+    WAITS,
     Ack,
     End,
+    Free,
     Members,
     Ping,
     Pong,
@@ -39,6 +42,7 @@ from gotunnel_agent.config import load
 from gotunnel_agent.status import describe
 from gotunnel_server.agents import members as members_module
 from gotunnel_server.agents.members import Membership
+from gotunnel_server.agents.tunnel import Tunnels
 
 OTHER = "other.localhost"
 FEATURES = (MEMBERS, OVERLAP, PARTIAL)
@@ -76,12 +80,18 @@ class Cluster:
 
     def start(self, id, **changes):
         """Start a gateway, and tell its agents of all members."""
+        make = Tunnels.__init__
+
+        def make_member(tunnels, **parts):
+            make(tunnels, **parts)
+            tunnels.membership = Membership(id, lambda: dict(self.told))
+
         life = contextlib.ExitStack()
-        gateway = life.enter_context(gateway_here(self._cache, **changes))
+        with mock.patch.object(Tunnels, "__init__", make_member):
+            gateway = life.enter_context(gateway_here(self._cache, **changes))
         self._stack.push(life)
         gateway.stop = life.close
         self.gateways[id] = gateway
-        gateway.inner.tunnels.membership = Membership(id, lambda: dict(self.told))
         self.told[id] = f"localhost:{gateway.tunnel_port}"
         self.tell()
         return gateway
@@ -538,3 +548,80 @@ def test_stop_ends_a_dial_of_each_link(cache, many, tmp_path, quick):
         over(first)
     assert not threads_of_links()
     sock.close()
+
+
+@pytest.fixture
+def patient(monkeypatch, quick):
+    """What is refused is asked for again only if the gateway says that it is free, but then soon.
+    The rest is as with ``quick``."""
+    monkeypatch.setattr(link_module, "FREE_PAUSE", 0)
+    monkeypatch.setattr(
+        link_module, "retry_delay",
+        lambda tries, least=0, *_: 10 * TIMEOUT if least == link_module.REFUSED_DELAY else 0.05,
+    )  # fmt: skip
+
+
+def test_hostnames_that_are_free_are_asked_for_at_the_member_that_says_so(many, tmp_path, patient):
+    """At an address that leads to any of them."""
+    features = (*FEATURES, WAITS)
+    taken = f"host already registered: {OTHER}"
+    some = Ack(True, features=features, member=A, denied={OTHER: taken})
+    with agent_here(many.place, tmp_path, {APP: 1, OTHER: 2}) as agent:
+        many.meet(some)
+        many.say(Members({A: "", B: ""}))
+        first, control = many.session, many.control
+        many.meet(some._replace(member=B))
+        many.say(Members({A: "", B: ""}))
+        second = many.session
+        wait_until(lambda: links_of(agent) == [A, B])
+        control.write(encode_message(Free((OTHER,))))
+        for _ in range(3):
+            asked = many.refuse()
+            assert set(asked.routes) == {OTHER} and asked.besides == (B,)
+        many.meet(Ack(True, features=features, member=A))  # one hostname is granted
+        probe = many.session
+        while True:  # the session for all of them; the other member is asked, too
+            registered = many.meet(Ack(True, features=features, member=A))
+            if set(registered.routes) == {APP, OTHER} and registered.besides == (B,):
+                break
+            many.hang_up()
+        wait_until(lambda: first.ended and probe.ended)
+        over(many.session, second)
+
+
+def test_a_session_that_waits_is_replaced_though_dials_lead_to_other_members(
+    many, tmp_path, patient
+):
+    features = (*FEATURES, WAITS)
+    none = Ack(True, features=features, denied={APP: f"host already registered: {APP}"})
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        many.meet(none._replace(member=A))
+        many.say(Members({A: "", B: ""}))
+        first, control = many.session, many.control
+        many.meet(none._replace(member=B))
+        many.say(Members({A: "", B: ""}))
+        second = many.session
+        wait_until(lambda: links_of(agent) == [A, B])
+        control.write(encode_message(Free((APP,))))
+        for _ in range(3):
+            assert many.refuse().besides == (B,)
+        registered, third, _ = many.be(A, A, B)
+        assert registered.besides == (B,) and registered.overlap
+        wait_until(lambda: first.ended)
+        over(second, third)
+
+
+def test_members_that_change_all_the_time_are_dialled_no_more_than_so_often(
+    many, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gotunnel_agent.agent.MOST_OPENED", 3)
+    with agent_here(many.place, tmp_path, {APP: 1}) as agent:
+        many.meet(Ack(True, features=FEATURES, member=A))
+        for number in range(10):
+            many.say(Members({A: "", f"{number}": f"localhost:{number + 1}"}))
+            many.say(Members({A: ""}))
+        many.say(Ping(1))
+        assert isinstance(many.hear(), Pong)
+        wait_until(lambda: len(agent.links) == 1)
+        assert len(agent._opened) == 3
+        many.hang_up()
