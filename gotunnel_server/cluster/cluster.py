@@ -108,6 +108,7 @@ class Cluster:
         board.on_message = self._heard
         for do in ("ask", "alive", "free"):
             self.on(do, getattr(self.claims, f"hear_{do}"))
+        self.on("leaving", self._member.hear_leaving)
         self.certificates = self._share(config.acme_cache, name)
         self._counts: SharedCounts | None = None  # from start() on
 

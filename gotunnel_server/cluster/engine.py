@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
@@ -260,8 +261,22 @@ class Engine:
         except Away:
             raise
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
-            text = on_one_line(str(error) or type(error).__name__, MOST_ERROR)
-            raise Away(f"Redis at {self._address}: {text}") from None
+            raise Away(f"Redis at {self._address}: {_words(error)}") from None
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without the place, which redis-py repeats."""
+    if isinstance(error, redis.exceptions.TimeoutError):
+        return f"no answer in {ANSWER_TIMEOUT:g} s"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        text = f"its certificate is not to be trusted: {cause.verify_message}"
+    elif isinstance(cause, OSError) and cause.strerror:
+        text = cause.strerror[:1].lower() + cause.strerror[1:]
+    return on_one_line(text.rstrip(".") or type(error).__name__, MOST_ERROR)
 
 
 class Script:

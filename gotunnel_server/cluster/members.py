@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from gotunnel import spawn
 
 from .board import Away, Board, Card, Message, Renewal
-from .tenure import LOOK, RENEW, Tenure
+from .tenure import LEASE, LOOK, RENEW, Tenure
 
 log = logging.getLogger("gotunnel.members")
 
@@ -103,6 +103,7 @@ class Member:
         self._messages: deque[tuple[str, Message]] = deque(maxlen=MOST_MESSAGES)
         self._wanted = False  # there is work
         self._due = 0.0  # monotonic, of the next renewal
+        self._ended_well: set[str] = set()  # members that have said that they end
         self._over = False
         # Thread "cluster" only
         self._listed: Mapping[str, Card] = {}  # by the board
@@ -158,6 +159,16 @@ class Member:
         """See Cluster.departed()."""
         with self._lock:
             self._tenure.departed(monotonic(), id)
+
+    def hear_leaving(self, message: Message) -> None:
+        """Another member says that it ends: learn soon who is left."""
+        id = message.get("from")
+        if id not in self._members:
+            return
+        with self._turn:
+            self._ended_well.add(str(id))
+            self._due = min(self._due, monotonic() + SOON)
+            self._turn.notify_all()
 
     def figures(self) -> Figures:
         return Figures(
@@ -318,13 +329,20 @@ class Member:
         for id in members.keys() - before.keys() - {self.id}:
             log.info("gateway %s at %s has joined (version %s); members: %d", id,
                      members[id].host, members[id].version, len(members))  # fmt: skip
+        self._ended_well |= {id for id, card in before.items() if card.leaving}
         for id in before.keys() - members.keys() - {self.id}:
-            log.info("gateway %s at %s has left; members: %d", id, before[id].host, len(members))
+            how = (
+                "has left" if id in self._ended_well else f"is gone, no sign of life in {LEASE:g} s"
+            )
+            log.info("gateway %s at %s %s; members: %d", id, before[id].host, how,
+                     len(members))  # fmt: skip
+        self._ended_well &= members.keys()
         for callback in self._callbacks:
             callback(members)
 
     def _leave(self) -> None:
         try:
+            self._board.publish("", {"do": "leaving", "from": self.id})
             while (left := self._board.leave(self.id)).more:
                 pass
             if left.freed:

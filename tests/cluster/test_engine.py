@@ -75,7 +75,7 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(redis_server, connect
     engine.call("PING")
     redis_server.pause()
     began = monotonic()
-    with pytest.raises(Away, match="imeout"):
+    with pytest.raises(Away, match="no answer in 0.1 s"):
         engine.call("SET", "k", "v")
     assert monotonic() - began < 10
     redis_server.resume()
