@@ -206,7 +206,7 @@ def _connections(parts: Parts) -> Iterator[Metric]:
 def _sessions(parts: Parts) -> Iterator[Metric]:
     tunnels = parts.tunnels.registered()
     usages = [tunnel.usage() for tunnel in tunnels]
-    hostnames = sum(len(tunnel.routes) for tunnel in tunnels)
+    hostnames = len({name for tunnel in tunnels for name in tunnel.routes})
     yield gauge(f"{PREFIX}sessions", "Agents that are registered.", Sample(len(tunnels)))
     yield gauge(f"{PREFIX}hostnames", "Hostnames that agents serve.", Sample(hostnames))
     targets = Counter(

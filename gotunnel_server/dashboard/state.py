@@ -197,7 +197,8 @@ def full(
     own_names = tuple(dict.fromkeys(own_names))
     tunnels = sorted(tunnels, key=lambda tunnel: tunnel.since)
     usages = [tunnel.usage() for tunnel in tunnels]
-    # While an agent's second session takes over, a hostname comes twice.
+    # In a pool a hostname comes once for each agent, and while an agent's second session takes over
+    # for each session.
     served = ((name, tunnel, route) for tunnel in tunnels for name, route in tunnel.routes.items())
     passed_on: Iterable[Any] = (
         (name, route.tunnel, route) for name, route in facts.elsewhere.items()
@@ -214,7 +215,7 @@ def full(
         },
         "totals": {
             "sessions": len(tunnels),
-            "hostnames": len(routes),
+            "hostnames": len({name for name, _, _ in routes}),
             "certificates": len({*own_names, *(name for name, _, _ in routes)}),
             **_of_all(counts),
             "running": sum(usage.visits for usage in usages),

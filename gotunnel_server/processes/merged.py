@@ -36,10 +36,11 @@ def documents(
     numbers = [own, *sorted(found.keys() - {own})]
     mine = found[own]
     hostnames = _hostnames([found[number]["hostnames"] for number in numbers])
+    names = {row["hostname"] for row in hostnames}  # each agent of a pool has a row
     if mine["public"]:
         return {
             **mine,
-            "totals": {"hostnames": max(_count(found.values(), "hostnames"), len(hostnames))},
+            "totals": {"hostnames": max(_count(found.values(), "hostnames"), len(names))},
             "hostnames": hostnames[:MOST_LISTED],
         }
     sessions = [
@@ -60,9 +61,9 @@ def documents(
         "totals": {
             **mine["totals"],
             "sessions": sum(each["sessions"] for each in totals),
-            "hostnames": max(_count(found.values(), "hostnames"), len(hostnames)),
+            "hostnames": max(_count(found.values(), "hostnames"), len(names)),
             "certificates": max(
-                _count(found.values(), "certificates"), len(mine["certificates"]) + len(hostnames)
+                _count(found.values(), "certificates"), len(mine["certificates"]) + len(names)
             ),
             **{key: _sum([each[key] for each in totals]) for key in SUMS},
             "visits_per_second": _rate(spark),

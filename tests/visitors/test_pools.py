@@ -208,6 +208,44 @@ def test_a_body_that_comes_slowly_is_sent_again(gateway):
         idle(gateway)
 
 
+def test_a_chunked_body_is_sent_again_as_it_was(gateway):
+    def shows(stream):
+        came = b""
+        while b"\r\n0\r\n" not in came:
+            came += stream.read(timeout=TIMEOUT)
+        while not came.endswith(b"\r\n\r\n"):
+            came += stream.read(timeout=TIMEOUT)
+        stream.write(answer(came.partition(b"\r\n\r\n")[2]))
+
+    body = b"3\r\none\r\n5\r\n, two\r\n0\r\nSum: 7\r\n\r\n"
+    with crew(gateway, refuses, shows), gateway.dial(APP) as visitor:
+        for _ in range(2):
+            visitor.send(request("POST", "/", "Transfer-Encoding: chunked") + body)
+            assert visitor.read_message()[1].endswith(b"0\r\nSum: 7\r\n\r\n")
+
+
+def test_a_body_that_the_target_has_to_ask_for_is_asked_for_by_the_next_one(gateway, hasty):
+    def asks(stream):
+        came = b""
+        while b"\r\n\r\n" not in came:
+            came += stream.read(timeout=TIMEOUT)
+        stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        stream.write(answer(stream.read_exactly(4)))
+
+    with crew(gateway, refuses, asks), gateway.dial(APP) as visitor:
+        visitor.send(request("PUT", "/", "Expect: 100-continue", "Content-Length: 4"))
+        assert status_of(visitor.read_head()) == 100
+        visitor.send(b"body")
+        assert visitor.read_message()[1] == b"body"
+
+
+def test_the_request_behind_one_that_was_sent_again_is_read(gateway):
+    with crew(gateway, refuses, page("b")), gateway.dial(APP) as visitor:
+        visitor.send(request("POST", body=b"one") + request("POST", body=b"two"))
+        assert visitor.read_message()[1] == b"b one"
+        assert visitor.read_message()[1] == b"b two"
+
+
 def test_a_body_that_is_too_long_to_be_kept_is_not(gateway, monkeypatch):
     monkeypatch.setattr(pooled, "RESEND", 1000)
 
