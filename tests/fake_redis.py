@@ -12,7 +12,7 @@ from support import need_package
 
 from gotunnel_server.cluster import locker, storage
 
-AWAY = OSError(errno.ECONNREFUSED, "Connection refused")
+AWAY = OSError(errno.ECONNREFUSED, "Redis at fake: Connection refused")
 
 
 class FakeRedis:

@@ -32,7 +32,7 @@ from .challenges import Publisher
 from .order_queue import OrderQueue
 from .rate_limits import Bounds
 from .schedule import Window
-from .store import CertStore, StoreError
+from .store import CertStore, StoreAway, StoreError
 from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.issuer")
@@ -261,9 +261,8 @@ class Issuer:
                 else:
                     self.queue.ordered_elsewhere(host, asked_for)
         except StoreError as error:
-            self.queue.failed(
-                host, CaError(LATER, "ACME_CACHE", str(error), retry_after=STORE_AGAIN)
-            )
+            self.queue.failed(host, CaError(LATER, _place(error), str(error),
+                                            retry_after=STORE_AGAIN))  # fmt: skip
             self.queue.keep_part(host, "error")
         except CaError as error:
             self.queue.failed(host, error)
@@ -291,7 +290,7 @@ class Issuer:
         try:
             self._store.make_sure_of_room()
         except StoreError as error:
-            raise CaError(TRANSPORT, "ACME_CACHE", str(error)) from error
+            raise CaError(TRANSPORT, _place(error), str(error)) from error
 
     def _adopt(self, host: Wanted) -> bool:
         """Take what another process may have ordered since we looked."""
@@ -336,3 +335,8 @@ class Issuer:
         self.queue.told_window(host, leaf, window, again)
         if not self._stopping:
             self.queue.keep_part(host, *WINDOW_FIELDS)
+
+
+def _place(error: StoreError) -> str:
+    """The place that an error names first."""
+    return "" if isinstance(error, StoreAway) else "ACME_CACHE"

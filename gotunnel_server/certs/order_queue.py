@@ -40,7 +40,7 @@ from .proof_memory import ProofMemory
 from .rate_limits import ATTEMPT, CERTIFICATE, ORDER, UNLIMITED, Bounds, Limits, RateLimits
 from .schedule import ASK, CLOCK_OFF, DAY, HOUR, LEFT_AT_LATEST, Window, retry_delay
 from .state import FAILED, READY, WAITING, NotRenewed, State
-from .store import CertStore, Stored, StoreError
+from .store import CertStore, StoreAway, Stored, StoreError
 from .wanted import Wanted
 
 log = logging.getLogger("gotunnel.order_queue")
@@ -603,7 +603,7 @@ def read_or(default: Callable[[], _Read], read: Callable[[], _Read]) -> _Read:
     try:
         return read()
     except StoreError as error:
-        log.error("%s", error)
+        _log(error)
         return default()
 
 
@@ -612,4 +612,8 @@ def save(write: Callable[[], Any]) -> None:
     try:
         write()
     except StoreError as error:
-        log.error("%s", error)
+        _log(error)
+
+
+def _log(error: StoreError) -> None:
+    log.log(logging.DEBUG if isinstance(error, StoreAway) else logging.ERROR, "%s", error)

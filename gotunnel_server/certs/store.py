@@ -65,6 +65,10 @@ class StoreError(Exception):
     """ACME_CACHE cannot be used, or a certificate is not fit for it; the text is one line."""
 
 
+class StoreAway(StoreError):
+    """The store is on a server that cannot be reached now. The storage has logged that, once."""
+
+
 class Flaw(StoreError):
     """A certificate is broken; the text does not say where it lies."""
 
@@ -150,14 +154,12 @@ class CertStore:
         """Raises StoreError if no certificate could be written now."""
         try:
             self.probe(os.urandom(PROBE_BYTES))  # random bytes, which cannot be compressed
+        except OutOfReach as error:
+            raise StoreAway(f"{error.strerror}; nothing is ordered until it is back") from error
         except OSError as error:
-            advice = (
-                "" if isinstance(error, OutOfReach)
-                else "make room, and check that the gateway can write there: "
-            )  # fmt: skip
             raise StoreError(
-                f"{self._storage.where(self._certs)}: {error.strerror}; {advice}nothing is ordered "
-                "until then"
+                f"{self._storage.where(self._certs)}: {error.strerror}; make room, and check that "
+                "the gateway can write there: nothing is ordered until then"
             ) from error
 
     def probe(self, content: bytes) -> None:
@@ -429,6 +431,8 @@ class CertStore:
             ) from error
 
     def _error(self, key: str, error: OSError) -> StoreError:
+        if isinstance(error, OutOfReach):
+            return StoreAway(error.strerror)
         return StoreError(f"{self._storage.where(key)}: {error.strerror}")
 
 

@@ -124,12 +124,11 @@ class SharedCertificates:
         except OSError as error:
             if not (folder / "ca.key").exists():
                 raise CertificateError(
-                    f"the cluster's local CA cannot be read from Redis ({error.strerror}), and "
-                    f"{folder} has no copy yet: a member needs Redis when it starts for the first "
-                    "time"
+                    f"{error.strerror}: the local CA of the cluster cannot be read, and {folder} "
+                    "has no copy yet; a gateway needs Redis when it starts for the first time: "
+                    "start the server, or correct CLUSTER"
                 ) from error
-            log.warning("the local CA is the copy in %s: Redis cannot be reached (%s)",
-                        folder, error.strerror)  # fmt: skip
+            log.warning("%s: the local CA is the copy in %s", error.strerror, folder)
             return
         if put_ca(folder, pem):
             log.warning("%s has the local CA of the cluster now: who trusted the one before (now "
@@ -177,7 +176,8 @@ def _open(call: Call, name: str, sealer: Sealer) -> tuple[RedisStorage, RedisLoc
         try:
             return call(*command)
         except OSError as error:
-            raise OutOfReach(errno.EHOSTUNREACH, error.strerror or str(error)) from None
+            text = (error.strerror or str(error)).rstrip(".")
+            raise OutOfReach(errno.EHOSTUNREACH, text) from None
 
     locker = RedisLocker(said_clearly, name)
     return RedisStorage(said_clearly, name, sealer, locker), locker

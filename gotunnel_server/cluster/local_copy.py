@@ -70,7 +70,7 @@ class CopiedStorage:
         self._on_certificate = on_certificate
         self._lock = threading.Lock()  # guards what follows
         self._away_until = 0.0  # monotonic; 0: Redis was there at the last try
-        self._why = ""  # it could not be reached
+        self._why = ""  # it could not be reached; begins with its address
         self._pending: dict[str, None] = {}  # certificates that Redis does not have yet
         # Of changes().
         self._serial = Serial()
@@ -165,7 +165,7 @@ class CopiedStorage:
             is_news = not self._away_until
             if monotonic() >= self._away_until:
                 self._away_until = monotonic() + AGAIN
-                self._why = f"Redis cannot be reached ({error.strerror or error})"
+                self._why = error.strerror or str(error)
                 self._serial = Serial()  # other members may have put back what Redis has lost
         if is_news:
             log.info("%s: certificates are read from ACME_CACHE, and none is ordered until it is "

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 from fake_ca import NOW
 from fake_redis import FakeRedis
-from test_issuer import APP, OTHER, URL, House, refused
+from issuer_house import APP, OTHER, URL, House, refused
 
 from gotunnel_server.certs.acme_errors import ACCOUNT, LIMITED, CaError
 from gotunnel_server.certs.folder import open_store

@@ -4,10 +4,14 @@ and when it leaves."""
 import logging
 
 import pytest
-from fake_ca import DAY, NOW, Mint
+from fake_ca import DAY, NOW, Mint, Proofs
 from fake_redis import FakeRedis
+from issuer_house import House
 
+from gotunnel_server.certs.contexts import Certificates
 from gotunnel_server.certs.folder import FolderStorage, open_store
+from gotunnel_server.certs.ordered import Ordered
+from gotunnel_server.certs.ordering import Ordering
 from gotunnel_server.certs.storage import OutOfReach
 from gotunnel_server.certs.store import StoreError, ca_id
 from gotunnel_server.cluster import local_copy
@@ -132,9 +136,9 @@ def test_a_member_starts_without_redis_and_serves_what_it_had(cluster, mint, cap
     cluster.redis.away = True
     store = cluster.member("a")
     assert store.hostnames() == [APP] and store.certificate(APP) and store.known() == [APP]
-    with pytest.raises(StoreError, match=r"Redis cannot be reached \(Connection refused\)"):
+    with pytest.raises(StoreError, match="^Redis at fake: Connection refused$"):
         store.save_state(APP, {})
-    with pytest.raises(StoreError, match="refused.*; nothing is ordered until then") as raised:
+    with pytest.raises(StoreError, match="refused; nothing is ordered until it is back") as raised:
         store.make_sure_of_room()
     assert "make room" not in str(raised.value)
     assert isinstance(raised.value.__cause__, OutOfReach)
@@ -143,8 +147,8 @@ def test_a_member_starts_without_redis_and_serves_what_it_had(cluster, mint, cap
     assert store.changed() == [APP] and store.certificate(APP) == newer
     assert other.certificate(APP) == newer
     assert [record.message for record in caplog.records] == [
-        "Redis cannot be reached (Connection refused): certificates are read from ACME_CACHE, and "
-        "none is ordered until it is back",
+        "Redis at fake: Connection refused: certificates are read from ACME_CACHE, and none is "
+        "ordered until it is back",
         "certificates are shared by Redis again",
     ]
 
@@ -277,3 +281,30 @@ def test_a_folder_that_cannot_be_written_is_no_hindrance_once_it_runs(cluster, m
     monkeypatch.setattr(FolderStorage, "write", full)
     stored = save(store, mint, APP)
     assert store.certificate(APP) == stored
+
+
+def test_what_waits_for_redis_is_ordered_as_soon_as_it_is_back(cluster, tmp_path, caplog):
+    with House(tmp_path, open_store=lambda: cluster.member("a")) as house:
+        cluster.redis.away = True
+        house.issuer.queue.want(APP), house.issuer.queue.want(OTHER)
+        for seconds in (0, 10, 30, 70, 150):  # the pause grows
+            assert house.at(seconds) == []
+        assert house.state().reason.startswith("Redis at fake: Connection refused; nothing is")
+        assert {record.levelname for record in caplog.records} <= {"DEBUG", "INFO", "WARNING"}
+        cluster.redis.away = False
+        cluster.later()
+        assert house.at(151) == []
+        house.issuer.queue.end_outage()
+        assert sorted(order[0] for order in house.look()) == [APP, OTHER]
+
+
+def test_the_look_that_finds_redis_again_ends_the_outage(cluster, tmp_path):
+    store = cluster.member("a")
+    ordered = Ordered(Ordering(None, store, Proofs()), Certificates(None, None), print)
+    ended = []
+    ordered._queue.end_outage = lambda: ended.append(1)
+    for away, count in ((False, 0), (True, 0), (True, 0), (False, 1), (False, 1)):
+        cluster.redis.away = away
+        cluster.later()
+        ordered.look()
+        assert len(ended) == count

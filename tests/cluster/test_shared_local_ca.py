@@ -63,8 +63,10 @@ def test_without_redis_a_member_goes_on_with_its_copy_but_never_makes_a_ca(
     first = member("a")
     redis.away = True
     assert member("a").ca_file.read_bytes() == first.ca_file.read_bytes()
-    assert "Redis cannot be reached (Connection refused)" in caplog.text
-    with pytest.raises(CertificateError, match="needs Redis when it starts for the first time"):
+    assert "Redis at fake: Connection refused: the local CA is the copy" in caplog.text
+    with pytest.raises(
+        CertificateError, match="needs Redis when it starts for the first time: start the server"
+    ):
         member("b")
     assert not (tmp_path / "b/local").exists()
 
