@@ -22,7 +22,17 @@ pytestmark = pytest.mark.usefixtures("temporary_folder")
 
 
 @pytest.mark.parametrize(
-    "name", ["bootstrap.py", "check.py", "demo.py", "screenshots.py", "soak.py", "test.py"]
+    "name",
+    [
+        "bootstrap.py",
+        "chaos.py",
+        "check.py",
+        "demo.py",
+        "screenshots.py",
+        "simulate.py",
+        "soak.py",
+        "test.py",
+    ],
 )
 def test_an_old_python_can_parse_the_tool_and_so_say_that_it_is_too_old(name):
     ast.parse((ROOT / "tools" / name).read_text("utf-8"), feature_version=(3, 6))
