@@ -685,12 +685,11 @@ def _tunnel(item: object, where: str) -> Tunnel:
     mode = _choice(item, "mode", MODES, "http", where, mistakes.OTHER_MODES)
     target = _target(item, mode, where)
     pool = _pool(item, mode, hostname, where)
-    protocol = _protocol(item, mode, target, where)
     return Tunnel(
         hostname,
         target,
         mode,
-        protocol=protocol,
+        protocol=_protocol(item, mode, target, where),
         host_header=_host_header(item, mode, where),
         port=_port(item, mode, where),
         proxy_protocol=_choice(item, "proxy_protocol", VERSIONS, "", where),
@@ -698,9 +697,7 @@ def _tunnel(item: object, where: str) -> Tunnel:
         policy=_policy(item, mode, where, hostname if pool is not None else ""),
         basic_auth_file=str(item.get("basic_auth_file", "")),
         pool=pool,
-        health=_health(item["health"], mode, protocol, f"{where}health")
-        if "health" in item
-        else None,
+        health=_health(item["health"], mode, f"{where}health") if "health" in item else None,
     )
 
 
@@ -829,7 +826,7 @@ def _idle_timeout(item: Mapping[str, object], mode: str, where: str) -> float | 
     return _seconds(text, f"{where}idle_timeout", expected, LEAST_IDLE, MOST_IDLE)
 
 
-def _health(value: object, mode: str, protocol: str, where: str) -> Health | None:
+def _health(value: object, mode: str, where: str) -> Health | None:
     expected = f"a path such as /healthz, a mapping, tcp, or {OFF}"
     if isinstance(value, str):
         word = value.lower()
@@ -839,7 +836,7 @@ def _health(value: object, mode: str, protocol: str, where: str) -> Health | Non
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: {kind(value)} came, expected {expected}")
     _refuse_unknown_keys(value, HEALTH_KEYS, f"{where}: ", NO_ADVICE)
-    path = _health_path(value, mode, protocol, where)
+    path = _health_path(value, mode, where)
     where += "."
     if "statuses" in value and not path:
         raise ConfigError(f"{where}statuses came without a path, expected path beside it")
@@ -859,17 +856,12 @@ def _health(value: object, mode: str, protocol: str, where: str) -> Health | Non
     )  # fmt: skip
 
 
-def _health_path(value: Mapping[str, object], mode: str, protocol: str, where: str) -> str:
+def _health_path(value: Mapping[str, object], mode: str, where: str) -> str:
     if "path" not in value:
         return ""
     expected = "a path such as /healthz, of printable ASCII characters without blanks"
     path = _text(value, "path", expected, f"{where}.")
     _expect_mode(f"{where}.path", "http", mode, "")
-    if protocol:
-        raise ConfigError(
-            f"{where}.path: the tunnel has protocol {protocol}, expected no path: the agent speaks "
-            "no HTTP/2 itself, and looks whether it can connect"
-        )
     if not re.fullmatch(r"/[!-\"$-~]*", path) or len(path) > MOST_PATH:
         raise ConfigError(f"{where}.path: {_shown(path)} came, expected {expected}")
     return path

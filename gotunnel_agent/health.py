@@ -2,7 +2,7 @@
 visits to a target that is not (feature HEALTH).
 
 A look is a GET request whose answer has an expected status, or a connection alone. It uses the
-target as its visits do: with TLS, over a unix socket, with its Host and its PROXY header.
+target as its visits do: with TLS, HTTP/2, over a unix socket, with its Host and its PROXY header.
 
 Threads: "health" decides which look is due, and "health_N", LOOKERS at most, look and tell. They
 start with the first tunnel that wants it. An agent without one does not import this module.
@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 from gotunnel import HEALTH, Deadline, NoThread, __version__, encode_message, spawn
 from gotunnel import Health as HealthMessage
 
+from . import http2_look
 from .common.duplex import Duplex
 from .common.hostnames import WILDCARD
 from .common.http1 import Malformed, answer_end, encode_head, parse_response
@@ -295,23 +296,34 @@ def look(hostname: str, route: Route, settings: Settings, targets: Targets) -> s
         asked = f"GET {settings.path}"
         host = tunnel.host_header or hostname.removeprefix(WILDCARD)
         try:
-            status = _status(target, host, settings.path, deadline)
+            if tunnel.protocol:
+                scheme = "https" if tunnel.target.tls else "http"
+                fields = _fields(host)
+                status = http2_look.status(target, scheme, host, settings.path, fields, deadline)
+            else:
+                status = _status(target, host, settings.path, deadline)
         except TimeoutError:
             return f"no answer in {settings.timeout:g} s for {asked}"
         except OSError as error:
             return f"the connection broke ({error.strerror or error}) for {asked}"
         except Malformed as error:
             return f"an answer that is not HTTP ({error}) for {asked}"
+        except http2_look.NotHttp2 as error:
+            return f"an answer that is not HTTP/2 ({error}) for {asked}"
     return "" if settings.expects(status) else f"{status} for {asked}"
+
+
+def _fields(host: str) -> list[tuple[str, str]]:
+    return [
+        ("User-Agent", f"gotunnel-agent/{__version__} (health)"), ("Accept", "*/*"),
+        # As with a visitor's request, or many a target would answer by a redirect to https.
+        ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", host),
+    ]  # fmt: skip
 
 
 def _status(target: Duplex, host: str, path: str, deadline: Deadline) -> int:
     """The status of a GET request's answer. Raises OSError, Malformed."""
-    fields = [
-        ("Host", host), ("User-Agent", f"gotunnel-agent/{__version__} (health)"), ("Accept", "*/*"),
-        # As with a visitor's request, or many a target would answer by a redirect to https.
-        ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", host), ("Connection", "close"),
-    ]  # fmt: skip
+    fields = [("Host", host), *_fields(host), ("Connection", "close")]
     target.write(encode_head(f"GET {path} HTTP/1.1", fields), timeout=deadline.left())
     came = b""
     while True:

@@ -7,7 +7,7 @@ within TURN, the next one is told as well. So a crowd of waiting agents does not
 (thundering herd).
 
 While agents wait, the holder of their hostname is watched: the gateway asks it for a sign of life
-so often that one that has died without a word is noticed within heartbeat.WATCHED_TIMEOUT.
+so often that its death without a word is noticed within 3 s (heartbeat.WATCHED_TIMEOUT).
 """
 
 from __future__ import annotations

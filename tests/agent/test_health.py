@@ -2,6 +2,7 @@
 takes for well, and who hears of it."""
 
 import contextlib
+import importlib
 import socket
 import ssl
 import subprocess
@@ -9,12 +10,13 @@ import sys
 import threading
 
 import pytest
-from support import APP, ROOT, TIMEOUT, deaf_port, reserved_port, wait_until
+from support import APP, ROOT, TIMEOUT, deaf_port, need_package, reserved_port, wait_until
 from test_agent_config import MINIMAL, loaded, refusal
 
 from gotunnel import HEALTH, SessionClosed, decode_message
 from gotunnel import Health as Message
 from gotunnel_agent import health as watching
+from gotunnel_agent import http2_look
 from gotunnel_agent.config import STATUSES, Health, Target, Tunnel
 from gotunnel_agent.health import Judge, look
 from gotunnel_agent.target import Route, Targets
@@ -57,6 +59,7 @@ def test_health_of_a_tunnel(text, expected):
 
 def test_connection_is_enough_without_a_path():
     assert of("{every: 2s}", TCP) == of("{every: 2s}") == of("{every: 2s}", HTTP2)
+    assert of("/healthz", HTTP2) == Health("/healthz")
     assert loaded(MINIMAL).tunnels[0].health is None
 
 
@@ -78,7 +81,6 @@ def test_connection_is_enough_without_a_path():
         (MINIMAL, "{path: /, statuses: 299-200}", "health.statuses: '299-200' came"),
         (MINIMAL, "{path: /, statuses: []}", "health.statuses: a list came"),
         (TCP, "/healthz", "health.path: the tunnel has mode tcp, expected mode http"),
-        (HTTP2, "/healthz", "health.path: the tunnel has protocol h2c, expected no path"),
     ],
 )
 def test_health_that_cannot_be(start, text, expected):
@@ -134,7 +136,7 @@ def at(port, **more):
     return Target("127.0.0.1", port, **more)
 
 
-def answering(origin, *pieces):
+def answering(origin, *pieces, hangs_up=True):
     """The requests that a target gets which answers by these pieces."""
     asked = []
 
@@ -142,6 +144,8 @@ def answering(origin, *pieces):
         asked.append(wire.read_head())
         for piece in pieces:
             wire.send(piece)
+        if not hangs_up:
+            wire.read_to_end()
 
     origin.serve(script)
     return asked
@@ -255,6 +259,97 @@ def test_target_that_trickles_has_no_more_time(origin):
     origin.serve(script)
     assert look_at(at(origin.port), timeout=0.3) == "no answer in 0.3 s for GET /healthz"
     over.set()
+
+
+# In HTTP/2 ---------------------------------------------------------------------------------------
+
+
+def h2_frame(kind, payload=b"", flags=0, stream=0):
+    return http2_look.frame(kind, flags, stream, payload)
+
+
+def h2_answer(block, flags=http2_look.END_HEADERS):
+    return h2_frame(http2_look.SETTINGS) + h2_frame(http2_look.HEADERS, block, flags, 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        ("88", ""),
+        ("20 88", ""),  # behind a size update of the dynamic table, short and long
+        ("3f e1 1f 89", ""),
+        ("8e", "500 for"),
+        ("08 03 33 30 32", ""),  # 302: without indexing, with it, never indexed
+        ("48 03 35 30 33", "503 for"),
+        ("18 03 34 30 31", "401 for"),
+        ("48 82 64 02", ""),  # 302 as RFC 7541 C.6.1 has it
+        ("48 83 64 0e ff", ""),  # 307, C.6.2
+        ("48 82 6c 19", "503 for"),
+        ("88 0f 12 96 d0", ""),  # what follows is not read
+        ("82", "no :status"),
+        ("", "no :status"),
+        ("48 03 61 62 63", "no :status"),
+        ("48 82 ff ff", "no :status"),
+        ("be", "no :status"),  # of the dynamic table, which is off
+    ],
+)
+def test_status_of_an_answer_in_http2(origin, block, problem):
+    if block == "48 82 6c 19":
+        bits = "".join(http2_look.DIGITS[int(digit)] for digit in "503").ljust(24, "1")
+        data = int(bits, 2).to_bytes(3, "big")
+        block = (b"\x48\x83" + data).hex()
+    answering(origin, h2_answer(bytes.fromhex(block)), hangs_up=False)
+    found = look_at(at(origin.port), protocol="h2c")
+    assert problem in found if problem else found == ""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "problem"),
+    [
+        ([h2_answer(b"\x88")[:5], h2_answer(b"\x88")[5:]], ""),
+        ([h2_answer(b"\x02\x88xx", http2_look.END_HEADERS | http2_look.PADDED)], ""),
+        ([h2_answer(bytes(5) + b"\x88", http2_look.END_HEADERS | http2_look.PRIORITY)], ""),
+        ([h2_answer(b"\x08\x03103"), h2_answer(b"\x88")], ""),
+        ([h2_frame(http2_look.PING, bytes(8)), h2_answer(b"\x88")], ""),
+        ([h2_answer(b"\x09\x88", http2_look.PADDED)], "more padding than the frame has"),
+        ([h2_frame(http2_look.GOAWAY, bytes(8))], "it refused the request"),
+        ([h2_frame(http2_look.RST_STREAM, bytes(4), 0, 1)], "it refused the request"),
+        ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "an answer that is not HTTP/2"),
+        ([h2_frame(http2_look.PING, bytes(8), 1) * 20000], "no answer in its first"),
+    ],
+)
+def test_answer_in_http2_tells_whether_a_target_is_well(origin, pieces, problem):
+    # Its RST, because of what it has not read, could overtake the answer.
+    answering(origin, *pieces, hangs_up="without an answer" in problem)
+    found = look_at(at(origin.port), protocol="h2c")
+    assert problem in found if problem else found == ""
+
+
+def test_library_for_http2_understands_a_look(origin):
+    """With a long path, and settings that it acknowledges."""
+    config = need_package("h2", "http2")
+    events = []
+    path = "/" + "x" * 500
+
+    def script(wire):
+        server = config.connection.H2Connection(
+            config.config.H2Configuration(client_side=False, header_encoding="utf-8")
+        )
+        server.initiate_connection()
+        wire.send(server.data_to_send())
+        while not any(isinstance(event, config.events.StreamEnded) for event in events):
+            events.extend(server.receive_data(wire.read()))
+        server.send_headers(1, [(":status", "299"), ("server", "h2")], end_stream=True)
+        wire.send(server.data_to_send())
+
+    origin.serve(script)
+    importlib.import_module("h2.connection"), importlib.import_module("h2.events")
+    importlib.import_module("h2.config")
+    assert look_at(at(origin.port), protocol="h2c", path=path, host_header="in.test") == ""
+    (asked,) = [event for event in events if isinstance(event, config.events.RequestReceived)]
+    fields = dict(asked.headers)
+    assert fields[":path"] == path and fields[":authority"] == "in.test"
+    assert fields[":scheme"] == "http" and fields["x-forwarded-proto"] == "https"
 
 
 # All looks of an agent ---------------------------------------------------------------------------
