@@ -60,7 +60,7 @@ class Gateway:
     ):  # fmt: skip
         """``subscribers`` get records of visits, ``inherited`` are listening sockets; ``child``:
         see several.py. Raises CertificateError, AgentsFileError, PortError, LogFileError."""
-        self._drain_timeout = config.drain_timeout
+        self.drain_timeout = config.drain_timeout
         self._timeouts = Timeouts(*config.timeouts)
         self.own_names = tuple(dict.fromkeys((config.gateway_host, config.tunnel_host)))
         self._registry = Registry(reserved=self.own_names)
@@ -254,7 +254,7 @@ class Gateway:
 
     def change(self, config: Config) -> None:
         """Take over what can change: see reloading.py. Any thread."""
-        self._drain_timeout = config.drain_timeout
+        self.drain_timeout = config.drain_timeout
         change_ports(self._visitor_ports, *config.timeouts[1:], config.templates)
         self._newcomers.terms = config.terms
         self._showing.change(config)
@@ -287,7 +287,7 @@ class Gateway:
         self.tunnels.move()
         self._watchers.stop()
         self.keeper.stop()
-        drain((*self._visitor_ports, *self.cluster.ports), self._drain_timeout, self.listeners.stop)
+        drain((*self._visitor_ports, *self.cluster.ports), self.drain_timeout, self.listeners.stop)
         self._newcomers.close()  # before the tunnels, as newcomers may become tunnels meanwhile
         self.tunnels.close()
         self.cluster.stop()

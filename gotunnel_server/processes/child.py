@@ -21,16 +21,22 @@ from gotunnel_agent.common.process import stay_on_one_cpu
 from gotunnel_agent.common.standard_error import share_standard_error
 
 from ..cluster.board import Board
+from ..handover import Failed
 from ..net.inherited import Given, Inherited
 from ..several import VARIABLE
 from .board import ChildBoard
-from .channel import ChildEnd, Message
+from .channel import PROTOCOL, ChildEnd, Message
 from .together import Together
 
 log = logging.getLogger("gotunnel.child")
 
-CALL_TIMEOUT = 5.0  # seconds for the supervisor's answer, which takes less than a millisecond
+CALL_TIMEOUT = 2.0  # seconds for the supervisor's answer, which takes less than a millisecond
 ASK_TIMEOUT = 2.0  # seconds for the answers of other children to an operator's question
+
+
+class OtherVersion(Failed):
+    """The supervisor runs other code than this process, and the two do not understand each
+    other."""
 
 
 class Gone(OSError):
@@ -45,7 +51,13 @@ class Child:
         sock = socket.socket(fileno=descriptor)
         sock.set_inheritable(False)
         self._end = ChildEnd(sock)
-        hello: Mapping[str, Any] = self._end.receive()["hello"]
+        hello: Mapping[str, Any] = self._end.receive().get("hello", {})
+        if hello.get("protocol") != PROTOCOL:
+            self._end.close()
+            raise OtherVersion(
+                f"the supervisor speaks version {hello.get('protocol')} of its messages, and this "
+                f"process {PROTOCOL}: restart the gateway, supervisor included"
+            )
         self.number: int = hello["number"]  # from 1
         self.count: int = hello["count"]
         self.supervisor: int = hello["supervisor"]  # process id

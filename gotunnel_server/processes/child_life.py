@@ -94,14 +94,16 @@ class ChildLife:
         if not stops:  # others serve on at all ports, the metrics' too
             status.close()
             gateway.stop_accepting()
-        self._say_draining()
+        self._say_draining(gateway.drain_timeout)
         gateway.stop()
         status.close()
         watchdog.stop()
 
-    def _say_draining(self) -> None:
+    def _say_draining(self, timeout: float) -> None:
+        """``timeout``: a SIGHUP may have changed DRAIN_TIMEOUT, which the supervisor has read at its
+        start."""
         try:
-            self._child.tell(said="draining")
+            self._child.tell(said="draining", seconds=timeout)
         except OSError:
             pass  # the supervisor has ended
 

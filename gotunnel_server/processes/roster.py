@@ -364,9 +364,10 @@ class Roster:
             yield Kill(process.id)
 
     def drains(self, id: int, until: float) -> None:
-        """The child was told to drain, and is killed ``until`` then."""
+        """The child drains, and is killed if it has not ended by ``until``."""
         if id in self.processes:
             self.processes[id].leave_by = until
+            self._stop_by = max(self._stop_by, until)
 
     def stop(self, now: float, timeout: float) -> Iterator[Action]:
         """Drain all, and exit when they have ended. ``timeout``: DRAIN_TIMEOUT."""

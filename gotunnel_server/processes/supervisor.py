@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
-from gotunnel import __version__
+from gotunnel import NoThread, __version__, spawn
 from gotunnel_agent.common.one_line import on_one_line
 from gotunnel_agent.common.process import HANG_UP, Signals
 from gotunnel_agent.common.standard_error import share_standard_error
@@ -36,7 +36,7 @@ from ..notify import Notifier, watchdog_interval
 from ..several import VARIABLE
 from ..variables import ConfigError
 from . import roster
-from .channel import Broken, Message, SupervisorEnd
+from .channel import PROTOCOL, Broken, Message, SupervisorEnd
 from .desk import Desk
 from .roster import Roster
 from .sockets import SPREAD, Sockets
@@ -89,6 +89,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._signals, selectors.EVENT_READ, None)
         self._watched: dict[int, int] = {}  # id: the events that the selector waits for
+        self._loaded: Config | None = None  # for a renewal
         self._status: int | None = None  # exit status; None: it goes on
         self._told: Message = {}  # the processes, as the children know them
 
@@ -127,11 +128,16 @@ class Supervisor:
         if number == signal.SIGCHLD:
             return  # _reap() looks in each turn
         if number == HANG_UP:
+            # Each child reads the configuration, and refuses a bad one, by itself, and logs it.
             self._notifier.tell_reloading()
-            self._reload()
+            for child in list(self._children.values()):
+                self._send(child, {"order": "reload"})
             self._notifier.tell("READY=1")
         elif number == RENEW:
-            if self._change_ports():
+            self._load()
+        elif number == 0:  # _load() has read it
+            loaded, self._loaded = self._loaded, None
+            if loaded is not None and self._change_ports(loaded):
                 self._notifier.tell_reloading()
                 self._act(self._roster.renew(now))
         elif not self._roster.stopping:
@@ -139,28 +145,34 @@ class Supervisor:
             log.info("stopping; a second signal stops at once")
             self._act(self._roster.stop(now, self._drain_timeout))
 
-    def _reload(self) -> None:
-        """The children read the configuration, and refuse a bad one, each by itself; they log it.
-        Of the settings the supervisor needs only how long they drain."""
-        with contextlib.suppress(ConfigError):
-            self._drain_timeout = load(self._env_file, self._environment).drain_timeout
-        for child in list(self._children.values()):
-            self._send(child, {"order": "reload"})
+    def _load(self) -> None:
+        """Read the configuration for a renewal. In a thread: a disk may hang, and the children need
+        this one."""
 
-    def _change_ports(self) -> bool:
-        """Before a renewal: open the ports of a changed configuration. False, and a line in the
-        log, if there is a fault."""
+        def read() -> None:
+            try:
+                self._loaded = load(self._env_file, self._environment)
+            except ConfigError as error:
+                log.error("SIGUSR2: %s; all processes serve on as they are", error)
+
         try:
-            config = load(self._env_file, self._environment)
-            if config.processes != self._count:
-                log.warning("PROCESSES is %d now: it takes effect when the gateway is restarted",
-                            config.processes)  # fmt: skip
+            spawn("renewal", self._signals.after, read)
+        except NoThread as error:
+            log.error("SIGUSR2: %s; all processes serve on as they are", error)
+
+    def _change_ports(self, config: Config) -> bool:
+        """Open the ports of a changed configuration. False, and a line in the log, if one cannot be
+        opened."""
+        if config.processes != self._count:
+            log.warning("PROCESSES is %d now: it takes effect when the gateway is restarted",
+                        config.processes)  # fmt: skip
+        try:
             self._sockets.change(config)
-            self._drain_timeout = config.drain_timeout
-            return True
-        except (ConfigError, PortError) as error:
+        except PortError as error:
             log.error("SIGUSR2: %s; all processes serve on as they are", error)
             return False
+        self._drain_timeout = config.drain_timeout
+        return True
 
     # The children
 
@@ -243,6 +255,7 @@ class Supervisor:
         child = self._children[id] = Child(number, process, SupervisorEnd(ours))
         self._selector.register(child.end, selectors.EVENT_READ, id)
         self._send(child, {"hello": {
+            "protocol": PROTOCOL,
             "number": number,
             "count": self._count,
             "supervisor": os.getpid(),
@@ -298,6 +311,9 @@ class Supervisor:
 
     def _on_message(self, id: int, child: Child, message: Message) -> None:
         if "said" in message:
+            if "seconds" in message:
+                until = monotonic() + float(message["seconds"]) + roster.LAST_JOBS
+                self._roster.drains(id, until)
             self._act(self._roster.said(id, str(message["said"]), monotonic()))
         elif "estate" in message:
             self._pass_estate(id, message["estate"])

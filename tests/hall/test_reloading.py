@@ -77,10 +77,10 @@ def test_what_can_change_counts_at_once(gateway, env, caplog, level):
     caplog.set_level(logging.INFO)
     gateway.reloading.run()
     inner = gateway.inner
-    assert inner._drain_timeout == 7 and inner._visitors.timeouts.idle == 33
+    assert inner.drain_timeout == 7 and inner._visitors.timeouts.idle == 33
     assert inner._newcomers.terms.most == 1
     assert logging.getLogger().level == logging.WARNING
-    inner._drain_timeout = 0
+    inner.drain_timeout = 0
     with registered(gateway, APP):
         assert gateway.get(APP)[0] == 403
 

@@ -14,6 +14,7 @@ from gotunnel_agent.common.addresses import counted_by
 from gotunnel_agent.common.duplex import KEEPALIVE, OPTIONS_ARE_INHERITED, Duplex
 from gotunnel_agent.common.process import Stopped
 from gotunnel_server.net import listener
+from gotunnel_server.net.inherited import Inherited
 from gotunnel_server.net.listener import Listener, PortError, bind
 from gotunnel_server.net.shares import Places
 
@@ -156,6 +157,16 @@ def test_bind_that_fails_leaves_nothing_open():
         with pytest.raises(PortError):
             bind("X_PORT", ("127.0.0.1", "192.0.2.1"), number)
         bind("X_PORT", LOCAL, number)[0].close()
+
+
+def test_processes_that_share_ports_listen_side_by_side():
+    shared = Inherited(shares_ports=True)
+    one = bind("X_PORT", LOCAL, 0, shared)[0]
+    with one:
+        number = one.getsockname()[1]
+        bind("X_PORT", LOCAL, number, shared)[0].close()
+        with pytest.raises(PortError, match="in use"):
+            bind("X_PORT", LOCAL, number)
 
 
 # Parking -----------------------------------------------------------------------------------------
@@ -353,6 +364,44 @@ def test_stop_accepting_leaves_the_backlog_to_those_that_share_the_socket(port):
             other.setblocking(True)
             other.accept()[0].close()
     assert port.welcomed == []
+
+
+def test_a_port_accepts_what_waits_at_another_process_socket_until_it_leaves_it_out(port):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = other.getsockname()
+        with socket.create_connection(address), other.dup() as covered:
+            assert port.welcomed == []
+            port.listener.accept_also([covered])
+            wait_until(lambda: len(port.welcomed) == 1)
+            port.meet()
+            port.listener.leave_out([covered])
+            port.listener.leave_out([covered])  # a second time changes nothing
+            with socket.create_connection(address):
+                port.meet()  # a turn of the thread
+                assert len(port.welcomed) == 3
+                other.setblocking(True)
+                other.accept()[0].close()
+
+
+def test_a_port_that_pauses_accepts_from_a_covered_socket_when_it_goes_on(port, monkeypatch):
+    monkeypatch.setattr(listener, "PAUSE", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as other, other.dup() as covered:
+        port.listener._pause()
+        port.listener.accept_also([covered])
+        with socket.create_connection(other.getsockname()):
+            wait_until(lambda: len(port.welcomed) == 1)
+        port.meet()
+        port.listener._pause()
+        port.listener.leave_out([covered])
+        port.meet()
+
+
+def test_a_port_that_accepts_no_more_covers_nothing(port):
+    with socket.create_server(("127.0.0.1", 0)) as other, other.dup() as covered:
+        port.listener.stop_accepting()
+        port.listener.accept_also([covered])
+        assert covered not in port.listener.sockets
+        port.listener.leave_out([covered])
 
 
 def test_a_silent_connection_lingers_when_the_listener_accepts_no_more(port, monkeypatch):

@@ -13,8 +13,9 @@ from gotunnel_agent.common.exposition import Sample, gauge
 from gotunnel_agent.common.json_lines import JsonLines
 from gotunnel_agent.common.process import FORMATTER
 from gotunnel_server.dashboard.sessions import Sessions
+from gotunnel_server.handover import Failed
 from gotunnel_server.processes import child as child_module
-from gotunnel_server.processes.channel import SupervisorEnd
+from gotunnel_server.processes.channel import PROTOCOL, SupervisorEnd, encoded
 from gotunnel_server.processes.child import Child, Gone, Numbered, choose_cpu, connect
 from gotunnel_server.processes.desk import Desk
 
@@ -32,6 +33,7 @@ class Supervisor:
         for number, (ours, theirs) in pairs.items():
             self.ends[number] = SupervisorEnd(ours)
             self.ends[number].send({"hello": {
+                "protocol": PROTOCOL,
                 "number": number, "count": count, "supervisor": 1, "began": 0.0,
                 "secret": "00" * 32, "sockets": [], "others": {}, "status": None,
             }})  # fmt: skip
@@ -158,6 +160,14 @@ def test_the_end_of_the_supervisor_ends_calls_and_is_an_order(supervisor, childr
 def test_a_variable_without_a_supervisor_is_ignored(value, caplog):
     assert connect(value) is None
     assert "no channel to a supervisor: it is ignored" in caplog.text
+
+
+def test_a_supervisor_of_another_version_is_one_line():
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(encoded({"hello": {"protocol": PROTOCOL + 1, "number": 1}}))
+        with pytest.raises(Failed, match="speaks version 2 of its messages, and this process 1"):
+            connect(str(theirs.detach()))
 
 
 # The log -----------------------------------------------------------------------------------------

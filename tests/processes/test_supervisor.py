@@ -63,6 +63,10 @@ class FakeSignals:
     def wait(self):
         return self._receive.recv(1)[0]
 
+    def after(self, function):
+        function()
+        self.send(0)
+
     def send(self, number):
         self._send.send(bytes([number]))
 
@@ -207,6 +211,23 @@ def test_a_renewal_passes_on_what_was_served(run):
         assert (orders[0], *orders[-2:]) == ("go", "estate", "drain")
         (go,) = [line for line in new if line.get("order") == "go"]
         assert go["estate"] == {"modes": {"a.test": "http"}}
+
+
+@pytest.mark.parametrize("fault", ["a setting", "a port"])
+def test_a_renewal_with_a_bad_configuration_is_one_line_and_changes_nothing(run, caplog, fault):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        started = run()
+        before = started.wait_until_ready()
+        bad = {"WORKERS": "x"} if fault == "a setting" else {
+            "METRICS_PORT": str(other.getsockname()[1])
+        }  # fmt: skip
+        started.supervisor._environment |= bad
+        started.signals.send(signal.SIGUSR2)
+        wait_until(lambda: lines_of(caplog, "ERROR"))
+        (line,) = lines_of(caplog, "ERROR")
+        assert line.startswith("SIGUSR2: ") and line.endswith("serve on as they are")
+        assert next(iter(bad)) in line
+        assert started.serving() == before
 
 
 def test_a_renewal_of_which_the_predecessor_dies_goes_on(run):
