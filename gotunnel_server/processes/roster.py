@@ -25,6 +25,9 @@ START_TIMEOUT = 60
 # Seconds without a sign of life after which a child hangs, and is killed. Children send one every
 # BEAT seconds, as long as their listeners respond.
 BEAT, HANG = 2.0, 15.0
+# Seconds after which the others accept its connections, too. It may only be slow, which does no
+# harm: then it accepts some of them itself.
+SUSPECT = 5.0
 # Seconds between two tries to start a child, doubled each time up to the second number. The first
 # restart comes at once: it is most often a single accident.
 BACKOFF, MOST_BACKOFF = 1.0, 30.0
@@ -105,6 +108,7 @@ class Process:
         self.since = now  # of its start; when it serves, of that
         self.alive_at = now  # its last sign of life
         self.predecessor: int | None = None  # id; renewal
+        self.suspected = False  # it may hang: the others accept its connections
         self.killed_for = ""  # why it was killed
         self.leave_by: float | None = None  # when it is killed, once it drains
 
@@ -182,6 +186,9 @@ class Roster:
         if process is None:
             return
         process.alive_at = now
+        if process.suspected:
+            process.suspected = False
+            yield from self._uncover(self.slots[process.number])
         if word == "ready" and process.stage is Stage.STARTING:
             process.stage = Stage.READY
             before = process.predecessor
@@ -193,12 +200,7 @@ class Roster:
 
     def _serves(self, process: Process, now: float) -> Iterator[Action]:
         process.stage, process.since = Stage.SERVING, now
-        slot = self.slots[process.number]
-        if slot.covered:
-            slot.covered = False
-            for other in self.serving():
-                if other is not process:
-                    yield Cover(other.id, process.number, False)
+        yield from self._uncover(self.slots[process.number])
         for number, gone in self.slots.items():
             if gone.covered and number != process.number:
                 yield Cover(process.id, number, True)
@@ -217,6 +219,21 @@ class Roster:
         if len(self.serving()) == len(self.slots) and not self._all_served:
             self._all_served = True
             yield Ready()
+
+    def _cover(self, slot: Slot) -> Iterator[Action]:
+        """Have the others accept the connections of this child."""
+        if not slot.covered:
+            slot.covered = True
+            for other in self.serving():
+                if other.number != slot.number:
+                    yield Cover(other.id, slot.number, True)
+
+    def _uncover(self, slot: Slot) -> Iterator[Action]:
+        if slot.covered:
+            slot.covered = False
+            for other in self.serving():
+                if other.number != slot.number:
+                    yield Cover(other.id, slot.number, False)
 
     def _go_on_renewing(self, now: float) -> Iterator[Action]:
         if not self._renewing:
@@ -266,11 +283,9 @@ class Roster:
         )
 
     def _replace(self, slot: Slot, now: float) -> Iterator[Action]:
-        slot.covered = True
         slot.restarts += 1
         slot.start_at = now + MOMENT
-        for other in self.serving():
-            yield Cover(other.id, slot.number, True)
+        yield from self._cover(slot)
 
     def ended(self, id: int, status: int, now: float) -> Iterator[Action]:
         """The process of a child has ended; ``status`` is negative for a signal."""
@@ -313,10 +328,7 @@ class Roster:
         yield Say("error", f"process {process.number} ended {how}; {cut}the others take its "
                   f"connections, and it is restarted {when}")  # fmt: skip
         slot.restarts += 1
-        if not slot.covered:
-            slot.covered = True
-            for other in self.serving():
-                yield Cover(other.id, slot.number, True)
+        yield from self._cover(slot)
         if replaced:  # its successor starts already
             return
         if delay:
@@ -349,6 +361,15 @@ class Roster:
             yield from self._kill(process, f"does not serve after {START_TIMEOUT} s")
         elif process.stage is Stage.SERVING and now - process.alive_at > HANG:
             yield from self._kill(process, f"has given no sign of life for {HANG:g} s")
+        elif (
+            process.stage is Stage.SERVING
+            and now - process.alive_at > SUSPECT
+            and not process.suspected
+        ):
+            process.suspected = True
+            yield Say("warning", f"process {process.number} has given no sign of life for "
+                      f"{SUSPECT:g} s: the others accept its connections as well")  # fmt: skip
+            yield from self._cover(self.slots[process.number])
         elif process.leave_by is not None and now >= process.leave_by:
             yield from self._kill(process, "still drains, long after DRAIN_TIMEOUT")
 

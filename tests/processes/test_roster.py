@@ -137,17 +137,33 @@ def test_after_a_steady_while_the_next_crash_is_a_single_accident_again(two):
     assert Start(id + 1, 1) in two.ended(id, 1)
 
 
-def test_a_child_that_hangs_is_killed_once_and_restarted(two):
-    for _ in range(int(roster.HANG)):
+def silent(two, seconds):
+    """Process 1 gives no sign of life; the actions."""
+    actions = []
+    for _ in range(int(seconds)):
         two.now += 1
         two.said(2, "alive")
-        assert two.tick() == []
-    two.now += 1
-    two.said(2, "alive")
-    actions = two.tick()
+        actions += two.tick()
+    return actions
+
+
+def test_a_child_that_may_hang_is_covered_until_it_moves_again(two):
+    assert silent(two, roster.SUSPECT) == []
+    actions = silent(two, 3)
+    assert acts(actions) == [Cover(2, 1, True)] and "no sign of life for 5 s" in lines(actions)[0]
+    assert two.said(1, "alive") == [Cover(2, 1, False)]
+    assert two.said(1, "alive") == []
+
+
+def test_a_child_that_hangs_is_killed_once_and_restarted(two):
+    assert Kill(1) not in silent(two, roster.HANG)
+    actions = silent(two, 1)
     assert acts(actions) == [Kill(1)] and "no sign of life for 15 s" in lines(actions)[0]
     assert two.tick() == []
-    assert Start(3, 1) in two.ended(1, -9)
+    actions = two.ended(1, -9)
+    assert acts(actions) == [Start(3, 1)]  # it is covered already
+    two.said(3, "ready")
+    assert two.said(3, "serving") == [Cover(2, 1, False)]
 
 
 def test_a_supervisor_that_was_stopped_itself_kills_nobody(two):
