@@ -31,7 +31,7 @@ from .net.round_robin import FairWorkers
 from .recording import Recording
 from .routes import Registry
 from .served import ServedFile
-from .several import is_first, opener, together_of
+from .several import opener, tells_facts, together_of
 from .showing import Showing
 from .visitors import sites
 from .visitors.forwarded import Proxies
@@ -102,7 +102,7 @@ class Gateway:
             Watcher("credentials", self._look_at_credentials, RELOAD),
             Watcher("memory", FreeMemory(self.listeners.taken, free_buffers).look, RELOAD),
         )
-        self._facts = tuple(facts(config, self, ca_file)) if is_first(child) else ()
+        self._facts = tuple(facts(config, self, ca_file)) if tells_facts(child) else ()
 
     # Agents
 

@@ -23,9 +23,9 @@ def find_child(environment: Mapping[str, str]) -> Any:
     return import_module(f"{__package__}.processes.child").connect(text)
 
 
-def is_first(child: Any) -> bool:
-    """Whether this process says what concerns all of them. ``child``: as find_child() gives it."""
-    return child is None or child.number == 1
+def tells_facts(child: Any) -> bool:
+    """Whether this process logs what is open and where. ``child``: as find_child() gives it."""
+    return child is None or bool(child.tells_facts)
 
 
 def together_of(child: Any) -> Any:

@@ -62,6 +62,7 @@ class Config(Protocol):
 class Child(Protocol):
     """What a cluster needs of processes.child.Child: one of the processes of PROCESSES."""
 
+    number: int
     secret: bytes
 
     def board(self) -> Board: ...
@@ -93,6 +94,10 @@ class Cluster:
         self._bind = config.bind
         self._stall_timeout = config.stall_timeout
         self._child = child
+        # For people: the machine, and with PROCESSES which of its gateways.
+        self._host = socket.gethostname() if child is None else (
+            f"{socket.gethostname()}/{child.number}"
+        )  # fmt: skip
         self._registry = registry
         self.engine: Any = None  # an engine.Engine; None with PROCESSES alone
         board, shown = self._board()
@@ -238,7 +243,7 @@ class Cluster:
         self.peers = others = Peers(
             self.id, secret=Secret(self.keys), registry=self._registry, tunnels=tunnels,
             terms=lambda: newcomers.terms, promise=self.promise, promised=self.promised,
-            departed=self.departed, stall_timeout=self._stall_timeout,
+            departed=self.departed, stall_timeout=self._stall_timeout, host=self._host,
         )  # fmt: skip
         newcomers.peers = others
         self._member.peers = others
@@ -257,7 +262,7 @@ class Cluster:
         counts.start()
 
     def _own_card(self, tunnel_port: int, newcomers: Newcomers, listeners: Listeners) -> Card:
-        card = Card(self.id, host=socket.gethostname(), version=__version__, since=int(time()))
+        card = Card(self.id, host=self._host, version=__version__, since=int(time()))
         settings, port = self.settings, tunnel_port
         is_shared = self._child is not None or settings is None or settings.address is None
         if settings is None:

@@ -61,6 +61,8 @@ class Child:
         self.number: int = hello["number"]  # from 1
         self.count: int = hello["count"]
         self.supervisor: int = hello["supervisor"]  # process id
+        # Whether it logs what is open and where: one does for all.
+        self.tells_facts: bool = hello["tells_facts"]
         self.began: float = hello["began"]  # monotonic, of the supervisor
         self.secret: bytes = bytes.fromhex(hello["secret"])  # that all children have
         self.sockets = [_given(*entry) for entry in hello["sockets"]]

@@ -258,6 +258,7 @@ class Supervisor:
             "protocol": PROTOCOL,
             "number": number,
             "count": self._count,
+            "tells_facts": number == 1 and (not self._roster.has_served or self._roster.renewing),
             "supervisor": os.getpid(),
             "began": self._began,
             "secret": self._secret,
