@@ -24,7 +24,8 @@ from typing import Any
 
 Message = dict[str, Any]
 
-# Of these messages. A renewal starts children with the code of now, and the supervisor may be older.
+# Version of these messages. A renewal starts children with the code of now, and the supervisor may
+# be older.
 PROTOCOL = 1
 
 # Bytes of one message. The largest are a gateway's metrics, and what a child hands to its successor

@@ -100,8 +100,8 @@ class ChildLife:
         watchdog.stop()
 
     def _say_draining(self, timeout: float) -> None:
-        """``timeout``: a SIGHUP may have changed DRAIN_TIMEOUT, which the supervisor has read at its
-        start."""
+        """``timeout``: DRAIN_TIMEOUT. A SIGHUP may have changed it since the supervisor has read
+        it."""
         try:
             self._child.tell(said="draining", seconds=timeout)
         except OSError:

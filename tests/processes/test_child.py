@@ -34,7 +34,8 @@ class Supervisor:
             self.ends[number] = SupervisorEnd(ours)
             self.ends[number].send({"hello": {
                 "protocol": PROTOCOL,
-                "number": number, "count": count, "supervisor": 1, "tells_facts": True, "began": 0.0,
+                "number": number, "count": count, "supervisor": 1, "tells_facts": True,
+                "began": 0.0,
                 "secret": "00" * 32, "sockets": [], "others": {}, "status": None,
             }})  # fmt: skip
             self.children[number] = Child(theirs.detach())
