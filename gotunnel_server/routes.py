@@ -168,7 +168,7 @@ class Pool(Protocol):
     """What visits and the Registry need of a pool.Pool: the agents that share a hostname. Any
     thread. agents/pool.py implements it, and says how a member is chosen."""
 
-    owner: str  # the credential that has the hostname, as the owner of its claim
+    owner: str  # of the hostname's claim: the same for all agents that may join
     sticky: str  # COOKIE or ADDRESS, "" if any member will do for a visit
 
     @property

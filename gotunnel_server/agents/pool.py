@@ -21,6 +21,7 @@ routes has the new one. What belongs to a member and to its visits goes from one
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import threading
@@ -48,10 +49,17 @@ FIRST_PASS, MOST_PASS = 1, 30
 class Terms(NamedTuple):
     """What all members of a pool have in common. ``policy`` is what the agents have sent of it."""
 
-    owner: str
+    credential: str
     mode: str
     sticky: str
     policy: Any
+
+    @property
+    def owner(self) -> str:
+        """Differs if any of them does. So several gateways, each of which may have seen another
+        agent first, have the hostname for one of two pools that differ, not each for another."""
+        text = json.dumps([*self[1:3], _canonical(self.policy)], sort_keys=True)
+        return f"{self.credential}:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 class Member:
@@ -103,11 +111,12 @@ class Pool:
         read_by: object = None,
         lock: threading.Lock | None = None,
         now: Callable[[], float] = monotonic,
+        owner: str = "",
     ):
         """``read_by``: what has made the policy of the agents' rules and the gateway's defaults.
         ``lock`` guards the members' figures: that of the Pool which this one replaces."""
         self.members = members
-        self.owner, self.sticky = terms.owner, terms.sticky
+        self.owner, self.sticky = owner or terms.owner, terms.sticky
         self._terms = terms
         self._read_by = read_by
         self._lock = lock or threading.Lock()
@@ -203,19 +212,19 @@ class Pool:
         for member in self.members:
             if agent.is_same_process(member.route.tunnel.agent):
                 return member.route.tunnel, ""
-        why = self._why_not(newcomer._terms)
+        why = self._why_not(newcomer)
         return (self.members[0].route.tunnel, why) if why else None
 
-    def _why_not(self, terms: Terms) -> str:
-        """Why an agent with other ``terms`` cannot join; "" if it can."""
-        mine = self._terms
-        if terms.owner != mine.owner:
+    def _why_not(self, newcomer: Pool) -> str:
+        """Why the agent of another pool cannot join; "" if it can."""
+        mine, terms = self._terms, newcomer._terms
+        if terms.credential != mine.credential:
             return "by a pool of another credential"
         for name in ("mode", "sticky"):
             there, here = getattr(mine, name), getattr(terms, name)
             if there != here:
                 return f"by a pool with {name} {there or 'off'}, and this agent has {here or 'off'}"
-        if terms.policy != mine.policy:
+        if newcomer.owner != self.owner:
             return (
                 f"by a pool with another policy ({', '.join(_differing(mine.policy, terms.policy))}"
                 "): the agents of a pool need the same one"
@@ -242,7 +251,7 @@ class Pool:
         return self._route(there, left, self._read_by) if left else None
 
     def _route(self, there: Route, members: tuple[Member, ...], read_by: object) -> Route:
-        pool = Pool(self._terms, members, read_by, self._lock, self._now)
+        pool = Pool(self._terms, members, read_by, self._lock, self._now, self.owner)
         ports = (member.route.port for member in members if member.route.port is not None)
         first = members[0].route
         return first._replace(policy=there.policy, port=next(ports, None), pool=pool)
@@ -304,6 +313,15 @@ def _score(key: str, member: Member) -> float:
     """The rank of a member for a visitor's address (weighted rendezvous hashing)."""
     digest = hashlib.blake2b(f"{key}\0{member.token}".encode(), digest_size=8).digest()
     return member.weight / -math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1))
+
+
+def _canonical(value: Any) -> Any:
+    """A policy in which equal numbers are written alike."""
+    if isinstance(value, dict):
+        return {key: _canonical(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_canonical(each) for each in value]
+    return float(value) if type(value) is int else value
 
 
 def _differing(there: Any, here: Any) -> Iterable[str]:

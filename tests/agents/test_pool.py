@@ -365,6 +365,11 @@ JOINS = {
     "the same": (route_of("a"), route_of("b"), None),
     "other weights": (route_of("a"), route_of("b", weight=9), None),
     "the same policy": (route_of("a", policy={"x": [1]}), route_of("b", policy={"x": [1]}), None),
+    "the same policy, written otherwise": (
+        route_of("a", policy={"rate_limit": {"total": 5, "per_address": 1}}),
+        route_of("b", policy={"rate_limit": {"per_address": 1.0, "total": 5.0}}),
+        None,
+    ),
     "no pool there": (PLAIN, route_of("b"), ""),
     "none wanted": (route_of("a"), PLAIN, ""),
     "the same process": (route_of("a"), route_of("a"), ""),
@@ -388,6 +393,14 @@ JOINS = {
         "by a pool with another policy (basic_auth): the agents of a pool need the same one",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("there, newcomer, why", JOINS.values(), ids=JOINS)
+def test_those_that_may_join_are_one_owner_of_a_claim(there, newcomer, why):
+    """Other gateways compare only that."""
+    if there.pool is not None and newcomer.pool is not None:
+        same = why is None or there.tunnel.name == newcomer.tunnel.name
+        assert (there.pool.owner == newcomer.pool.owner) is same
 
 
 @pytest.mark.parametrize("there, newcomer, why", JOINS.values(), ids=JOINS)
