@@ -131,9 +131,9 @@ class Agent(Shared):
                 self.health.close()
             with self.lock:
                 threads = list(self._threads)
-            if threads:
-                self.stop()  # it has been called, unless on_refusal() has ended the loop
-            deadline = monotonic() + LAST_WORDS
+            if threads and not self.stopping.is_set():  # on_refusal() has ended the loop
+                self.stop()
+            deadline = monotonic() + self.config.drain_timeout + LAST_WORDS
             for thread in threads:
                 thread.join(max(0, deadline - monotonic()))
             # A worker may hang in getaddrinfo(), which cannot be ended.
@@ -254,9 +254,12 @@ class Agent(Shared):
         with self.lock:
             if self.stopping.is_set():
                 return
-            opened = self._open_links()
+            opened, all_opened = self._open_links()
             self.lock.notify_all()
             line = self._gateways_line()
+            later = None if all_opened else self._look_later()
+        if later is not None:
+            later.call_later(OPEN_LATER, self.note_members)
         for link in opened:
             try:
                 thread = spawn(f"link {link.place}", link.run)
@@ -270,9 +273,9 @@ class Agent(Shared):
         if line:
             log.info("%s", line)
 
-    def _open_links(self) -> list[Link]:
-        """Take over what the sessions tell; the links that are needed besides. Caller holds the
-        lock."""
+    def _open_links(self) -> tuple[list[Link], bool]:
+        """Take over what the sessions tell. Returns new links, and whether these are all that are
+        needed. Caller holds the lock."""
         before, self.members = self.members, self._members()
         addresses = self.addresses()
         new = {address for id, address in addresses.items() if id not in before}
@@ -280,27 +283,32 @@ class Agent(Shared):
             if link.address in new and not link.view().serves:  # it may wait, and has no need to
                 link.hurried = True
         opened: list[Link] = []
-        for address in to_open(addresses, self.views()):
-            if not self._may_open(len(opened)):
+        missing = to_open(addresses, self.views())
+        for address in missing:
+            if not self._may_open():
                 break
             name = next(name for found, name in self.members.values() if found == address)
             opened.append(Link(self, address, name))
-        self.links += opened
-        return opened
+            self.links.append(opened[-1])
+        return opened, len(opened) == len(missing)
 
-    def _may_open(self, count: int) -> bool:
-        """Whether one more link may be opened now, besides ``count``. If not, note_members() is
-        called again later. Caller holds the lock."""
+    def _may_open(self) -> bool:
+        """Whether one more link may be opened now. Caller holds the lock."""
         now = monotonic()
         often = len(self._opened) == MOST_OPENED and now - self._opened[0] < MINUTE
-        if not often and len(self.links) + count < MOST_LINKS:
-            self._opened.append(now)
-            return True
+        if often or len(self.links) >= MOST_LINKS:
+            return False
+        self._opened.append(now)
+        return True
+
+    def _look_later(self) -> Session | None:
+        """A session whose thread can call note_members() later; None if one does it anyway. Caller
+        holds the lock."""
         sessions = [each.session for link in self.links for each in link.services()]
-        if sessions and now >= self._look_at:
-            self._look_at = now + OPEN_LATER
-            sessions[0].call_later(OPEN_LATER, self.note_members)
-        return False
+        if not sessions or monotonic() < self._look_at:
+            return None
+        self._look_at = monotonic() + OPEN_LATER
+        return sessions[0]
 
     def _members(self) -> dict[str, tuple[str, str]]:
         """All members that any of the sessions tells. If there is no session, those that were told
@@ -321,15 +329,11 @@ class Agent(Shared):
 
     def _gateways_line(self) -> str:
         """What there is to log of how many gateways serve; "" nothing. Caller holds the lock."""
-        views, services = self.views(), [link.service for link in self.links]
-        if wanted(self.addresses(), views):
+        if wanted(self.addresses(), self.views()):
             self._told = None
             return ""
-        serving = [
-            service
-            for view, service in zip(views, services)
-            if view.serves and view.member and service is not None
-        ]
+        found = [link.current() for link in self.links]
+        serving = [service for service in found if service is not None and service.member]
         if not serving or len(serving) == 1 and self._told is None:
             return ""
         names = tuple(name for name, route in serving[0].routes.items() if not route.problem)

@@ -221,13 +221,11 @@ class Shared:
         # Whether the agent waits for hostnames that another agent serves. False: a gateway refuses
         # it if there are no others, and on_refusal hears of it. To be set before run().
         self.waits = True
-        guard = threading.Lock()
-        # Guards all below, and what the links say of theirs; notified when any of it changes, but
-        # for the streams.
-        self.lock = threading.Condition(guard)
-        # Over the same lock: a stream or a session has ended. By itself, or each visit would wake
-        # the threads of all links.
-        self.ended = threading.Condition(guard)
+        self.guard = threading.Lock()  # guards all below, and what the links say of theirs
+        self.lock = threading.Condition(self.guard)  # notified when any of it changes but streams
+        # Notified when a stream or a session has ended. It is one of its own, or each visit would
+        # wake the threads of all links.
+        self.ended = threading.Condition(self.guard)
         # The first one is there as long as the agent: it dials tunnel_addr.
         self.links: list[Link] = [Link(self)]
         # The gateways that are one, by id, as their sessions tell them: the address, and the name
@@ -317,10 +315,17 @@ class Link:
 
     def view(self) -> View:
         """For roster.py. Caller holds the lock."""
+        service = self.current()
+        if service is None:
+            return View(self.address, ends=self.over)
+        return View(self.address, service.member, serves=True)
+
+    def current(self) -> Service | None:
+        """The session by which the gateway counts as reached. Caller holds the lock."""
         for service in (self.service, self._replacing):
             if service is not None and service.stays(self._agent.plan):
-                return View(self.address, service.member, serves=True)
-        return View(self.address, ends=self.over)
+                return service
+        return None
 
     def services(self) -> list[Service]:
         """All sessions, the latest one first. Caller holds the lock."""
@@ -395,7 +400,9 @@ class Link:
                 problem = f"the gateway says: {on_one_line(str(error))}"
                 if error.code == REPLACED:
                     if service is not None and self._is_reached_anew(service.member):
-                        continue  # another link has got there at the same time
+                        failures += 1  # another link has got there at the same time
+                        self._pause(plan, retry_delay(failures))
+                        continue
                     # If the other agent has the same instance id (a cloned machine), the two would
                     # replace each other for ever. With a new id, this agent gets the hostnames
                     # when the other one is gone.
@@ -479,16 +486,18 @@ class Link:
         with agent.lock:
             if agent.stopping.is_set():
                 return False
-            if self._is_first() and self.address not in roster.wanted(
-                agent.addresses(), agent.views()
-            ):
+            addresses = roster.wanted(agent.addresses(), agent.views())
+            if self._is_first() and not self._replaces() and self.address not in addresses:
                 self.address = SHARED
             return self._wants()
 
+    def _replaces(self) -> bool:
+        """Whether its session goes on until it has another one. Caller holds the lock."""
+        return self._replacing is not None and self._replacing.serves()
+
     def _wants(self) -> bool:
         """Whether it has to dial. Caller holds the lock."""
-        replacing = self._replacing is not None and self._replacing.serves()
-        return replacing or self._once is not None or self.is_needed()
+        return self._replaces() or self._once is not None or self.is_needed()
 
     def _keep_old(self, service: Service | None) -> None:
         """Count a session that may go on as an old one. Caller holds the lock."""
@@ -634,7 +643,7 @@ class Link:
         after the other that it is free, and this agent may be a later one there."""
         with self._agent.lock:
             for link in self._agent.links:
-                other = link.service
+                other = link.current()
                 if other is not None and other is not service:
                     other.freed |= other.waited_for() & service.routes.keys()
             self._agent.lock.notify_all()

@@ -151,6 +151,10 @@ def figures(agent: Agent) -> Iterator[Metric]:
     yield gauge(f"{PREFIX}info", "The program.", Sample(1, (("version", __version__),)))
     yield gauge(f"{PREFIX}connected", "1 if a session serves.", Sample(since is not None))
     yield gauge(
+        f"{PREFIX}gateways", "Gateways with which it has a session, if several are one.",
+        Sample(sum(each.since is not None for each in snapshot.gateways) or since is not None),
+    )  # fmt: skip
+    yield gauge(
         f"{PREFIX}session_seconds", "For how long it has served; 0 without one.",
         Sample(0 if since is None else monotonic() - since),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from gotunnel import (
     MOVE,
     OVERLAP,
     PARTIAL,
+    PORTS,
     REPLACED,
     WAITS,
     Ack,
@@ -557,7 +558,7 @@ def patient(monkeypatch, quick):
     monkeypatch.setattr(link_module, "FREE_PAUSE", 0)
     monkeypatch.setattr(
         link_module, "retry_delay",
-        lambda tries, least=0, *_: 10 * TIMEOUT if least == link_module.REFUSED_DELAY else 0.05,
+        lambda tries, least=0, *_: 10 * TIMEOUT if least >= link_module.REFUSED_DELAY else 0.05,
     )  # fmt: skip
 
 
@@ -609,6 +610,23 @@ def test_a_session_that_waits_is_replaced_though_dials_lead_to_other_members(
         assert registered.besides == (B,) and registered.overlap
         wait_until(lambda: first.ended)
         over(second, third)
+
+
+def test_each_member_is_asked_for_the_port_that_the_first_has_opened(many, tmp_path, quick):
+    tunnels = [
+        {"hostname": APP, "target": "127.0.0.1:22", "mode": "tcp", "port": "auto"},
+        {"hostname": OTHER, "target": "127.0.0.1:22", "mode": "tcp", "port": "2222"},
+    ]
+    features = (*FEATURES, PORTS)
+    with agent_here(many.place, tmp_path, ready=False, tunnels=tunnels) as agent:
+        opened = {APP: "20001", OTHER: "2222"}
+        reply = Ack(True, features=features, member=A, ports=opened)
+        assert many.meet(reply).ports == {APP: "auto", OTHER: "2222"}
+        many.say(Members({A: "", B: ""}))
+        first = many.session
+        assert many.meet(reply._replace(member=B)).ports == opened
+        wait_until(lambda: links_of(agent) == [A, B])
+        over(first, many.session)
 
 
 def test_members_that_change_all_the_time_are_dialled_no_more_than_so_often(
