@@ -557,8 +557,12 @@ class OrderQueue:
             if self._hosts.get(host.name) is not host:
                 return
             state = host.as_dict()
+        save(lambda: self._save_state(host, state))
+
+    def _save_state(self, host: Wanted, state: dict[str, Any]) -> None:
+        self._store.save_state(host.name, state)
+        with self.lock:  # not if it failed: the store would seem to know less than we do
             host.kept = _attempt_in(state)
-        save(lambda: self._store.save_state(host.name, state))
 
     def keep_part(self, host: Wanted, *fields: str) -> None:
         """As keep(), but only these fields of its state; the others stay as the store has them."""

@@ -155,8 +155,7 @@ class SharedCertificates:
         new = set(members) - self._known - {self._members.id}
         self._known = set(members)
         if self._proofs is not None:
-            for member in sorted(new):
-                self._proofs.joined(member)
+            self._proofs.changed(sorted(new))
 
     def _tell_certificate(self) -> None:
         self._members.publish(ALL, {"do": NEWS})

@@ -277,12 +277,18 @@ class CopiedStorage:
         if content is None or (is_certificate or "/" not in key) and not _is_good(content):
             return False
         written = self._shared.write_new(key, content)
-        if not written and is_certificate and _ends(content) > _ends(self._shared.read(key)):
+        if not written and is_certificate and _ends(content) > self._ends_there(key):
             self._shared.write(key, content)
             written = True
         with self._lock:
             self._pending.pop(key, None)
         return written
+
+    def _ends_there(self, key: str) -> float:
+        try:
+            return _ends(self._shared.read(key))
+        except Unreadable:
+            return 0.0
 
 
 def _is_good(pem: bytes) -> bool:

@@ -128,14 +128,16 @@ class SharedProofs:
             self._mail.publish(ALL, {"do": "proof-gone", "number": number})
 
     def _wait_for(self, number: int, proof: _Proof) -> None:
+        def missing() -> set[str]:
+            return self._missing[number].intersection(self._others())
+
         with self._changed:
-            self._changed.wait_for(lambda: not self._missing[number], self._wait)
-            missing = self._missing[number].intersection(self._others())
-        if missing:
-            log.warning("%s: the proof for the CA has not reached %d members (%s) in %g s; if the "
-                        "CA asks one of them, the order fails and is repeated",
-                        proof.hostname, len(missing), ", ".join(sorted(missing)[:8]),
-                        self._wait)  # fmt: skip
+            self._changed.wait_for(lambda: not missing(), self._wait)
+            left = sorted(missing())
+        if left:
+            log.warning("%s: the proof for the CA has not reached %d other gateways (%s) in %g s; "
+                        "if the CA asks one of them, the order fails and is repeated",
+                        proof.hostname, len(left), ", ".join(left[:8]), self._wait)  # fmt: skip
 
     def _send(self, to: str, number: int, proof: _Proof) -> None:
         sealed = self._sealer.seal("proof", json.dumps(proof).encode()).decode()
@@ -146,6 +148,14 @@ class SharedProofs:
     def ask(self) -> None:
         """This member is new: have the others send what they have published."""
         self._mail.publish(ALL, {"do": "proof-wanted"})
+
+    def changed(self, new: Iterable[str]) -> None:
+        """The members have changed; these are ``new``. What one that left has not got is no longer
+        waited for."""
+        with self._changed:
+            self._changed.notify_all()
+        for member in new:
+            self.joined(member)
 
     def joined(self, member: str) -> None:
         """Another member is new: send it what we have published."""

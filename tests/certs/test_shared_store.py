@@ -13,7 +13,7 @@ from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.rate_limits import Bounds, Quota
 from gotunnel_server.certs.schedule import DAY, HOUR, MINUTE
 from gotunnel_server.certs.state import FAILED, READY
-from gotunnel_server.certs.store import CertStore
+from gotunnel_server.certs.store import CertStore, StoreError
 from gotunnel_server.cluster.locker import RedisLocker
 from gotunnel_server.cluster.sealed import Sealer
 from gotunnel_server.cluster.storage import RedisStorage
@@ -174,3 +174,18 @@ def test_a_window_that_is_kept_does_not_undo_an_attempt_of_the_other(houses):
     assert first.store.state(APP)["failures"] == 1
     assert at([second], 61 * DAY) == []
     assert first.state().name == READY
+
+
+def test_what_could_not_be_kept_is_not_taken_for_news_of_another(houses, monkeypatch):
+    [house, _] = houses
+    house.issuer.queue.want(APP)
+    house.ca.script = [refused(), refused()]
+
+    def full(*_):
+        raise StoreError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store, "save_state", full)
+        assert len(house.look()) == 1
+    assert len(house.at(2 * MINUTE)) == 1
+    assert house.state().next_at == pytest.approx(NOW + 12 * MINUTE, abs=70)

@@ -113,7 +113,24 @@ def test_a_member_that_does_not_answer_delays_an_order_only_so_long(members, cap
     members.deaf.add("c")
     with http(one):
         assert members.showing(HOST) == ["a", "b"]
-    assert "has not reached 1 members (c) in 0 s" in caplog.text
+    assert "has not reached 1 other gateways (c) in 0 s" in caplog.text
+
+
+def test_a_member_that_leaves_meanwhile_is_not_waited_for(members, caplog):
+    one = members.join("a")
+    members.join("b")
+    members.deaf.add("b")
+
+    def leave():
+        wait_until(lambda: members.sent)
+        del members.parts["b"]
+        one.changed([])
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    with http(one):
+        thread.join(TIMEOUT)
+    assert not caplog.records
 
 
 def test_a_member_that_joins_meanwhile_answers_too(members):
