@@ -168,15 +168,16 @@ class CopiedStorage:
                 self._why = error.strerror or str(error)
                 self._serial = Serial()  # other members may have put back what Redis has lost
         if is_news:
-            log.info("%s: certificates are read from ACME_CACHE, and none is ordered until it is "
-                     "back", self._why)  # fmt: skip
+            # The board's own line is for the operator (members.py).
+            log.debug("%s: certificates are read from ACME_CACHE, and none is ordered until it is "
+                      "back", self._why)  # fmt: skip
 
     def _note_back(self) -> None:
         if self._away_until:
             with self._lock:
                 was_away, self._away_until = self._away_until, 0.0
             if was_away:
-                log.info("certificates are shared by Redis again")
+                log.debug("certificates are shared by Redis again")
 
     def _put_copy(self, key: str, content: bytes) -> None:
         """Have the folder hold the same. If it cannot be written, Redis still has it."""
