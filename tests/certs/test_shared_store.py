@@ -2,13 +2,17 @@
 hostname is ordered once, and refusals, pauses and rate limits hold for all together."""
 
 import contextlib
+import threading
 
 import pytest
-from fake_ca import NOW
+from fake_ca import NOW, Clock, FakeCa, Proofs
 from fake_redis import FakeRedis
 from issuer_house import APP, OTHER, URL, House, refused
+from support import TIMEOUT
 
+from gotunnel_server.certs.acme import Ca
 from gotunnel_server.certs.acme_errors import ACCOUNT, LIMITED, CaError
+from gotunnel_server.certs.cancel import Stop
 from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.rate_limits import Bounds, Quota
 from gotunnel_server.certs.schedule import DAY, HOUR, MINUTE
@@ -189,3 +193,17 @@ def test_what_could_not_be_kept_is_not_taken_for_news_of_another(houses, monkeyp
         assert len(house.look()) == 1
     assert len(house.at(2 * MINUTE)) == 1
     assert house.state().next_at == pytest.approx(NOW + 12 * MINUTE, abs=70)
+
+
+def test_all_gateways_have_one_account(open_shared):
+    with FakeCa(Clock()) as fake:
+        threads = [
+            threading.Thread(target=Ca(fake.directory, open_shared(), clock=fake.clock).order,
+                             args=(hostname, "http-01", Proofs(), Stop()))
+            for hostname in (APP, OTHER, "third.example.com")
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        assert len(fake.accounts) == 1
