@@ -8,8 +8,8 @@ ways: payload, half-close, and resets with their codes. It reads nothing of a vi
 mean is between the other gateway and the agent.
 
 *Flow control goes through*: a piece is taken from one stream only when the piece before has gone
-into the other one. So a slow reader stops the sender, and a passage holds READ_SIZE bytes each way
-at most, beside the windows of the two streams.
+into the other one, and only if that has room. So a slow reader stops the sender, and what waits is
+in the windows of the two streams.
 
 *Never passed on twice*: only agents of this gateway are looked up. A visit whose hostname none of
 them has is refused with GONE, as nothing of it was forwarded, and the other gateway deals with it.
@@ -23,9 +23,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
+from typing import TypeVar
 
 from gotunnel import (
+    READ_SIZE,
     REFUSED,
     BytesLike,
     Ends,
@@ -43,6 +46,8 @@ from ..routes import AgentBusy, Member, Pool, Registry, Route
 from .watched import Job, Submit, Watched
 
 log = logging.getLogger("gotunnel.passage")
+
+T = TypeVar("T")
 
 PIECES = 16  # copied in a row, a MiB at most; then other passages have their turn
 FIRST = 8 * 1024  # most bytes of a visit that the agent gets together with its data header
@@ -105,22 +110,28 @@ class _SinkBroke(Exception):
 
 
 class _Direction:
-    """One direction of a passage. ``over``: nothing more is copied."""
+    """One direction of a passage. ``over``: nothing more is copied, since the source's FIN was
+    passed on, or the sink is ``broken``."""
 
-    __slots__ = ("source", "sink", "rest", "moved", "over")
+    __slots__ = ("source", "sink", "rest", "moved", "over", "broken")
 
     def __init__(self, source: Watched, sink: Watched):
         self.source, self.sink = source, sink
-        self.rest: BytesLike = b""  # taken, and not put yet
+        self.rest: BytesLike = b""  # taken, and not put yet; nearly always empty
         self.moved = False  # any byte was taken
-        self.over = False
+        self.over = self.broken = False
 
     def move(self) -> bool:
         """Copy one piece; whether anything was moved. Raises _SinkBroke; StreamReset and
         SessionClosed if the source broke, and all that came before has been copied."""
         count = len(self.rest)
         if not count:
-            data = self.source.take()
+            # No more is taken than the sink has room for, so that what waits does so in the
+            # windows, where it is counted (gotunnel.Memory).
+            room = self._of_sink(self.sink.room)
+            if not room:
+                return False
+            data = self.source.take(min(room, READ_SIZE))
             if data is None:
                 return False
             if not data:
@@ -128,12 +139,15 @@ class _Direction:
                 self.sink.stream.finish()
                 return True
             self.rest, self.moved = data, True
-        try:
-            self.rest = self.sink.put(self.rest)
-        except ConnectionError:
-            self.over = True
-            raise _SinkBroke from None
+        self.rest = self._of_sink(partial(self.sink.put, self.rest))
         return not count or len(self.rest) < count
+
+    def _of_sink(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except ConnectionError:
+            self.over = self.broken = True
+            raise _SinkBroke from None
 
 
 class Passage:
@@ -306,8 +320,7 @@ class Passage:
             if self._pool is not None and back.moved and not before:
                 self._pool.reached(self._member)
             if there.over and back.over:
-                # Both FINs were passed on; or one, and the other way broke: then none may follow.
-                if there.rest or back.rest:
+                if there.broken or back.broken:  # else both FINs were passed on
                     self._cut()
                 return self._end()
             if not moved:

@@ -47,6 +47,9 @@ from .watched import Job, Submit, Watched
 log = logging.getLogger("gotunnel.peer_session")
 
 DIAL_TIMEOUT = 3  # seconds to connect, and again for TLS: members are near each other
+# Seconds of failures before the log warns of them: a member that starts or is restarted has its
+# address before it accepts there, or its predecessor still does.
+GRACE = 5
 ACK_TIMEOUT = 10  # seconds for the answer to the greeting
 # Seconds before a retry; doubled each time up to the second number, with jitter. A member that is
 # back must not wait long, and a try costs little.
@@ -102,6 +105,7 @@ class PeerSession:
         self._stall_timeout = stall_timeout
         self._problem = ""  # the last one that was logged; "" while it is connected
         self._was_connected = False  # since the last dial
+        self._failed_at: float | None = None  # monotonic, of the first of the last failures
         self._stopping = threading.Event()
         self._told: Mapping[str, Told] = {}  # what is to be told, by Tunnel.id; replaced whole
         self._lock = threading.Lock()  # guards the next two
@@ -174,7 +178,10 @@ class PeerSession:
                 self._serve(self._dial())
             except (OSError, ProtocolError, ValueError) as error:
                 self._say(error)
-                self._was_connected = False
+            except Exception:
+                log.exception("%s: the connection ended by an unexpected error (bug, traceback "
+                              "follows); it is dialled again", self)  # fmt: skip
+            self._was_connected = False
             if monotonic() - began > HELD:
                 delay = FIRST_DELAY
             self._stopping.wait(delay * random.uniform(0.5, 1))
@@ -182,9 +189,12 @@ class PeerSession:
 
     def _say(self, error: Exception) -> None:
         """Log why there is no connection, once for each reason."""
-        problem = _problem_of(error)
-        if self._was_connected:  # the member restarts, perhaps: the next try shows it
+        problem, now = _problem_of(error), monotonic()
+        self._failed_at = self._failed_at or now
+        if self._was_connected:
             log.debug("%s: the connection ended: %s", self, problem)
+        elif not isinstance(error, ssl.SSLError) and now - self._failed_at < GRACE:
+            log.debug("%s: no connection yet: %s", self, problem)
         elif problem != self._problem and not self._stopping.is_set():
             self._problem = problem
             log.warning("%s: no connection: %s; visits that it gets for agents of this gateway "
@@ -234,7 +244,7 @@ class PeerSession:
                 raise SessionClosed("the gateway stops")
             level = logging.INFO if self._problem else logging.DEBUG
             log.log(level, "%s: connected: it can pass visits on to the agents here", self)
-            self._problem, self._was_connected = "", True
+            self._problem, self._was_connected, self._failed_at = "", True, None
             while True:
                 self._passages.begin(session.accept())
         finally:

@@ -41,10 +41,17 @@ from gotunnel_agent.common.one_line import on_one_line, some
 from gotunnel_agent.common.process import Stopped
 from gotunnel_agent.common.refusals import BY_CODE, OF_GATEWAYS, Refusal
 
-from ..agents.limits import Usage
 from ..agents.registration import MAX_INSTANCE, Asked, NotGranted, Terms, read_routes
 from ..agents.stream_pool import KeptStreams, OwnStreams
-from ..agents.tunnel import KEPT_LOOK, OPEN_TIMEOUT, Tally, Tunnels
+from ..agents.tunnel import (
+    ID_RESERVE,
+    KEPT_LOOK,
+    LAST_IDS,
+    OPEN_TIMEOUT,
+    USED_UP,
+    Tally,
+    Tunnels,
+)
 from ..net.total import Total
 from ..routes import Registry, Route
 from .origin import Greeting, Origin, OtherAgent
@@ -162,10 +169,6 @@ class Accepted:
         """Any thread; does not wait."""
         self.session.close(reason)
 
-    def streams(self) -> list[Stream]:
-        """The open ones, but for the control stream."""
-        return [each for each in self.session.streams_in_use() if each is not self._control]
-
     def _await_greeting(self) -> None:
         if not self.peer.id:
             self.close(f"no greeting came in {GREETING_TIMEOUT} s")
@@ -173,6 +176,9 @@ class Accepted:
     def _close_old(self) -> None:
         self.kept.close_old()
         self.own_streams.close_old()
+        left = self.session.ids_left
+        if left <= LAST_IDS or left <= ID_RESERVE and not self.session.streams_in_use()[1:]:
+            self.close(USED_UP)  # the peer dials again at once
         self.session.call_later(KEPT_LOOK, self._close_old)
 
     # The control stream
@@ -423,7 +429,3 @@ class PeerTunnel:
 
     def well(self, hostname: str) -> bool:
         return True
-
-    def usage(self) -> Usage:
-        """Not known by agent: see Accepted.streams()."""
-        return Usage(0, 0)

@@ -116,16 +116,26 @@ class Watched:
         sender.send(batch)
         return data
 
+    def room(self) -> int:
+        """Bytes that put() would take now. Raises StreamReset, SessionClosed."""
+        with self.stream._lock:
+            return self._room()
+
+    def _room(self) -> int:
+        """Caller holds the lock."""
+        stream, session = self.stream, self.stream._session
+        if stream._error is not None:
+            stream._raise_error()
+        if session._closing:
+            raise SessionClosed(session._closing[0])
+        return stream._mux.room(stream.id)
+
     def put(self, data: BytesLike) -> BytesLike:
         """Send what the peer's window permits; returns the rest. Raises StreamReset,
         SessionClosed."""
-        stream, session = self.stream, self.stream._session
+        stream = self.stream
         with stream._lock:
-            if stream._error is not None:
-                stream._raise_error()
-            if session._closing:
-                raise SessionClosed(session._closing[0])
-            room = stream._mux.room(stream.id)
+            room = self._room()
             if not room:
                 return data
             if room < len(data):

@@ -24,7 +24,7 @@ from gotunnel import (
     encode_message,
 )
 from gotunnel_agent.common.duplex import Duplex
-from gotunnel_server.cluster import peer_tunnel
+from gotunnel_server.cluster import peer_session, peer_tunnel
 from gotunnel_server.cluster.origin import Greeting, Origin
 from gotunnel_server.cluster.secret import NAME, Secret
 
@@ -222,7 +222,8 @@ def test_a_peer_that_says_nothing_is_hung_up_on(member, monkeypatch):
         assert impostor.is_hung_up_on()
 
 
-def test_a_member_that_dials_itself_hears_so(member, caplog):
+def test_a_member_that_dials_itself_hears_so(member, caplog, monkeypatch):
+    monkeypatch.setattr(peer_session, "GRACE", 0)
     member.peers.change({"00000009": member.card._replace(id="00000009")})
     wait_until(lambda: "this is the same gateway" in caplog.text)
     member.peers.change({})
