@@ -135,7 +135,7 @@ class Accepted:
         self.peer = Greeting("", "")  # once the greeting has come
         self.session = session
         self.kept, self.own_streams = KeptStreams(), OwnStreams()
-        self.tunnels: Mapping[str, PeerTunnel] = {}  # by Register.instance; replaced whole
+        self.tunnels: dict[str, PeerTunnel] = {}  # by Register.instance
         self.sent = shared.sent
         self._shared = shared
         self._address = address
@@ -236,11 +236,9 @@ class Accepted:
         with self._lock:
             if self._leaving:
                 return
-            tunnels = dict(self.tunnels)
-            before = tunnels.pop(message.instance, None)
+            before = self.tunnels.pop(message.instance, None)
             if tunnel is not None:
-                tunnels[message.instance] = tunnel
-            self.tunnels = tunnels
+                self.tunnels[message.instance] = tunnel
             self._count += len(tunnel.routes) if tunnel else 0
             self._count -= len(before.routes) if before else 0
             if tunnel is None and before is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import threading
+from importlib import import_module
 
 import pytest
 from peers_here import peers_here
@@ -213,6 +214,30 @@ def test_the_target_gets_the_visitors_address_if_it_wants_it(two, origin, tmp_pa
             line = origin.accept().read_until(b"\r\n").decode().split()
             assert line == ["PROXY", "TCP4", "127.0.0.1", "127.0.0.1", str(port),
                             str(here.gateway.public_port)]  # fmt: skip
+
+
+def test_a_target_that_speaks_http2_gets_its_visits(two, origin, tmp_path):
+    """Several after each other: their streams are kept, as those of HTTP/1.1 are."""
+    here, _ = two
+    pytest.importorskip("h2", reason="the Python package h2 is missing")
+    connection, config = import_module("h2.connection"), import_module("h2.config")
+
+    def serve(wire):
+        h2 = connection.H2Connection(config.H2Configuration(client_side=False))
+        h2.initiate_connection()
+        wire.send(h2.data_to_send())
+        while data := wire.read():
+            for event in h2.receive_data(data):
+                if type(event).__name__ == "RequestReceived":
+                    h2.send_headers(event.stream_id, [(":status", "200")])
+                    h2.send_data(event.stream_id, b"by HTTP/2", end_stream=True)
+            wire.send(h2.data_to_send())
+
+    origin.serve(serve)
+    tunnels = [{"hostname": APP, "target": f"127.0.0.1:{origin.port}", "protocol": "h2c"}]
+    with agent_there(two, tmp_path, {APP: origin.port}, tunnels=tunnels):
+        for _ in range(3):
+            assert here.gateway.get(APP) == (200, b"by HTTP/2")
 
 
 def test_an_agent_of_a_pool_gets_its_share(two, origin, tmp_path):
