@@ -378,6 +378,7 @@ class Passage:
         self._over = True
         self._directions = None
         self._leave_pool()
+        self._job.end()
         self._passages.end(self)
 
 

@@ -58,6 +58,7 @@ HELD = 10  # seconds; a connection that lasted so long was a success: the delay 
 # Open streams of a peer. It has 2048 relays at most (visitors/relays.py), 768 kept streams, and
 # some hundred exchanges.
 MOST_STREAMS = 4096
+LEFT_LOOK = 0.25  # interval of the check whether a session has visits left, in seconds
 DEPARTED = "departed"  # End's code between gateways: see Cluster.departed()
 # Questions without an answer; a peer that answers none has gone, and its connection ends by itself.
 MOST_QUESTIONS = 64
@@ -150,15 +151,25 @@ class PeerSession:
         if link is not None:
             link.session.leave(refuses=False)
         elif duplex is not None:
-            duplex.reset()
+            duplex.reset()  # also while it waits for the ack
+
+    def retire(self) -> None:
+        """As leave(), and end the connection when the last visit has ended. Does not wait."""
+        self.leave()
+        with self._lock:
+            link = self._link
+        if link is not None:
+            end_without_visits(link.session, "the gateway is no member any more")
 
     def stop(self, reason: str) -> None:
         """End the connection. Any thread; does not wait: see join()."""
         self.leave()
         with self._lock:
-            link = self._link
+            duplex, link = self._duplex, self._link
         if link is not None:
             link.session.close(reason)
+        elif duplex is not None:
+            duplex.reset()
 
     @property
     def is_over(self) -> bool:
@@ -214,11 +225,9 @@ class PeerSession:
             duplex.start_tls(self._context, server_side=False, server_hostname=NAME)
             duplex.handshake_within(DIAL_TIMEOUT)
         except BaseException:
+            self._forget_duplex()
             duplex.close()
             raise
-        finally:
-            with self._lock:
-                self._duplex = None
         return Session(
             duplex, client=True, name=f"peer {self.member.id}", window=START_WINDOW,
             max_streams=MOST_STREAMS,
@@ -237,7 +246,7 @@ class PeerSession:
                     "gateway a CLUSTER_ADDRESS that leads to it alone"
                 )
             with self._lock:
-                self._link = link
+                self._link, self._duplex = link, None
                 link.promised = self._note_promise
                 link.tell(self._told, frozenset(self._told))
             if self._stopping.is_set():
@@ -248,13 +257,30 @@ class PeerSession:
             while True:
                 self._passages.begin(session.accept())
         finally:
+            self._forget_duplex()
             with self._lock:
                 self._link = None
             session.close("the connection is given up")
             session.join()
 
+    def _forget_duplex(self) -> None:
+        with self._lock:
+            self._duplex = None
+
     def _note_promise(self, asked_at: float) -> None:
         self._promised(self.member.id, asked_at)
+
+
+def end_without_visits(session: Session, reason: str) -> None:
+    """End a session that takes no new visits as soon as only its control stream is left."""
+
+    def look() -> None:
+        if len(session.streams_in_use()) > 1:
+            session.call_later(LEFT_LOOK, look)
+        else:
+            session.close(reason)
+
+    session.call_later(LEFT_LOOK, look)
 
 
 class _Link:

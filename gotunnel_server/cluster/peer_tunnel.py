@@ -55,6 +55,7 @@ from ..agents.tunnel import (
 from ..net.total import Total
 from ..routes import Registry, Route
 from .origin import Greeting, Origin, OtherAgent
+from .peer_session import end_without_visits
 from .watched import Job, Submit, Watched
 
 log = logging.getLogger("gotunnel.peer_tunnel")
@@ -145,10 +146,11 @@ class Accepted:
         self._job = Job(shared.submit, self._work)
         self._reader = MessageReader()
         self._unsent = b""  # answers
-        # Guards these two and ``tunnels``: the peer may leave while a message of it is taken.
+        # Guards these three and ``tunnels``: the peer may leave while a message of it is taken.
         self._lock = threading.Lock()
         self._count = 0  # hostnames
         self._leaving = False  # the peer takes no visits any more
+        self._admitted = True  # see admit()
         session.on_leave = self._leaving_now
         session.on_end = self._ended
         session.on_close = self._closed
@@ -168,6 +170,23 @@ class Accepted:
     def close(self, reason: str) -> None:
         """Any thread; does not wait."""
         self.session.close(reason)
+
+    def admit(self, admitted: bool) -> None:
+        """Whether visits are passed on. Not while the peer is no member: its hostnames may be
+        another agent's. It may be back soon, and tells nothing twice. Any thread."""
+        with self._lock:
+            if self._leaving or admitted is self._admitted:
+                return
+            self._admitted = admitted
+            change = self._shared.elsewhere.put if admitted else self._shared.elsewhere.drop
+            for tunnel in self.tunnels.values():
+                change(tunnel)
+
+    def retire(self) -> None:
+        """Pass no more visits on; those that run go on, and the last one ends the connection. Any
+        thread; does not wait."""
+        self._drop_all()
+        end_without_visits(self.session, "it is no longer used")
 
     def _await_greeting(self) -> None:
         if not self.peer.id:
@@ -199,6 +218,9 @@ class Accepted:
             self.close(f"protocol error: {error}")
         except OSError as error:  # the session is over
             log.debug("%s: %s", self, error)
+        except Exception:
+            self.close("internal error")
+            raise
 
     def _take(self, message: Message) -> None:
         """Raises ProtocolError."""
@@ -259,7 +281,8 @@ class Accepted:
             tuple(tunnel.routes), agent.blame, agent.identity.limits
         )
         with self._lock:
-            if self.tunnels.get(instance) is tunnel:  # else it was replaced meanwhile, or has gone
+            # Else it was replaced meanwhile, or has gone.
+            if self.tunnels.get(instance) is tunnel and self._admitted:
                 self._shared.elsewhere.put(tunnel)
             if before is not None:
                 self._shared.elsewhere.drop(before)

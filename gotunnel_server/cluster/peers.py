@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
-from gotunnel import NoThread, Session, Stream, spawn
+from gotunnel import NoThread, Session, Stream, call_logged, spawn
 from gotunnel_agent.common.duplex import STALL_TIMEOUT
 from gotunnel_agent.common.process import Workers
 
@@ -108,10 +108,10 @@ class Peers:
         """These are the members now, by id; this one may be among them. Does not wait."""
         with self._lock:
             before, self._members = self._members, members
-            gone = before.keys() - members.keys()
-            closing = [each for each in self._accepted if each.peer.id in gone]
-        for connection in closing:
-            connection.close("the gateway is no member any more")
+            accepted = list(self._accepted)
+        for connection in accepted:
+            if connection.peer.id in before.keys() ^ members.keys():
+                connection.admit(connection.peer.id in members)
         self._changed.set()
 
     def ask(self, ids: frozenset[str]) -> None:
@@ -189,14 +189,15 @@ class Peers:
         connection.start()
 
     def _greeted(self, connection: Accepted) -> None:
-        """A member has one connection: a new one replaces one that has died unnoticed."""
+        """A member has one connection that takes visits, the newest: the one before has most likely
+        died unnoticed, or is retired."""
         with self._lock:
             older = [
                 each for each in self._accepted
                 if each is not connection and each.peer.id == connection.peer.id
             ]  # fmt: skip
         for each in older:
-            each.close("the gateway has dialled again")
+            each.retire()
 
     def _ended(self, connection: Accepted) -> None:
         with self._lock:
@@ -208,7 +209,7 @@ class Peers:
         while not self._over.is_set():
             self._changed.wait()
             self._changed.clear()
-            self._tell(self._look_at_members())
+            call_logged(lambda: self._tell(self._look_at_members()))
             self._over.wait(TELL)
 
     def _look_at_members(self) -> list[PeerSession]:
@@ -227,7 +228,7 @@ class Peers:
         ]  # fmt: skip
         for session in gone:
             del sessions[session.member.id]
-            session.stop("the gateway is no member any more")
+            session.retire()
         for id, member in wanted.items():
             if id not in sessions:
                 try:
@@ -237,9 +238,9 @@ class Peers:
         with self._lock:
             self._sessions = sessions
             self._left = [each for each in self._left if not each.is_over] + gone
-            late = self._over.is_set() or self._draining  # they have missed it
-        for session in sessions.values() if late else ():
-            session.stop("the gateway stops")
+            over, draining = self._over.is_set(), self._draining
+        for session in sessions.values() if over or draining else ():  # they have missed it
+            session.stop("the gateway stops") if over else session.leave()
         return list(sessions.values())
 
     def _dial(self, member: Member) -> PeerSession:

@@ -36,7 +36,7 @@ class Job:
     __slots__ = ("_function", "_submit", "_lock", "_busy", "_again")
 
     def __init__(self, submit: Submit, function: Callable[[], object]):
-        self._function = function
+        self._function: Callable[[], object] = function
         self._submit = submit
         self._lock = threading.Lock()  # guards the next two
         self._busy = False  # it is submitted, or a thread is at it
@@ -49,6 +49,11 @@ class Job:
                 return
             self._busy = True
         self._hand_in()
+
+    def end(self) -> None:
+        """Call the function no more, and forget it: it may be a method of what has this Job, and
+        the streams that wake it must not keep that in memory."""
+        self._function = _nothing
 
     def _hand_in(self) -> None:
         try:
@@ -65,6 +70,10 @@ class Job:
             if not self._busy:
                 return
         self._hand_in()  # behind the jobs that wait: one busy stream must not keep a thread
+
+
+def _nothing() -> None:
+    """What an ended Job does."""
 
 
 class _Call(Bell):

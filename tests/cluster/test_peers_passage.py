@@ -5,7 +5,9 @@ The Passage is between them.
 """
 
 import contextlib
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -303,3 +305,19 @@ def test_an_idle_passage_has_no_thread():
             assert stream.read_exactly(1, PATIENCE) == b"?"
         assert here.passages.running == 50
         assert sum(t.name.startswith("passage") for t in threading.enumerate()) <= 2
+
+
+def test_a_passage_that_is_over_is_not_kept_in_memory():
+    with bench() as here:
+        visit = here.open(b"?")
+        stream, _ = here.accept()
+        passage = weakref.ref(next(iter(here.passages._running)))
+        gc.disable()
+        try:
+            visit.reset()
+            wait_until(lambda: passage() is None)
+        finally:
+            gc.enable()
+        with pytest.raises(StreamReset):
+            while stream.read(timeout=PATIENCE):
+                pass
