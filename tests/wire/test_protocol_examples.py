@@ -239,7 +239,7 @@ def test_refusals_begin_as_the_page_says():
 
 
 def test_the_page_names_every_reason_for_an_end():
-    assert keys(section("`end`")) == {gotunnel.REPLACED, gotunnel.MOVE, REVOKED, ENDED}
+    assert keys(section("`end`")) == {gotunnel.REPLACED, gotunnel.MOVE, REVOKED, ENDED, SILENT}
 
 
 def test_the_page_names_every_code_beside_a_reset():
