@@ -59,7 +59,7 @@ class _Place:
     """A place in the queue of one hostname."""
 
     waiting: Waiting
-    told: bool = False  # since the hostname is free
+    told: bool = False  # since the hostname is free, or a pool has it
 
 
 class _Queue:
@@ -101,7 +101,7 @@ class Standby:
                 queue.holder = holder
                 for place in queue.places:
                     if waiting.agent.is_same_process(place.waiting.agent):
-                        place.waiting, place.told = waiting, False
+                        place.waiting = waiting
                         break
                 else:
                     queue.places.append(_Place(waiting))
@@ -167,16 +167,25 @@ class Standby:
                 place.waiting.call_later(TURN, lambda: self._tell_next(hostname))
                 return
 
-    def held(self, holders: Mapping[str, Holder]) -> None:
-        """Hostnames have these holders now."""
+    def held(self, holders: Mapping[str, Holder], pooled: Collection[str] = ()) -> None:
+        """Hostnames have these holders now. Those ``pooled`` are a pool's, which the others may
+        join: each is told once."""
         if not self._queues:
             return
         with self._lock:
             found = [hostname for hostname in holders if hostname in self._queues]
+            tell = []
             for hostname in found:
-                self._queues[hostname].holder = holders[hostname]
+                queue = self._queues[hostname]
+                queue.holder = holders[hostname]
+                if hostname in pooled:
+                    tell += [(place.waiting, hostname) for place in queue.places if not place.told]
+                    for place in queue.places:
+                        place.told = True
         if found:
             self._review()
+        for waiting, hostname in tell:
+            waiting.tell_free(hostname)
 
     def _review(self) -> None:
         """Watch the holders of hostnames that agents wait for, and no others."""

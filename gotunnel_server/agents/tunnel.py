@@ -391,7 +391,8 @@ class Tunnel:
             self.tell_certificate(hostname)
         if routes:
             log.info("%s registered %s", self, some(routes))
-            self._tunnels.standby.held(dict.fromkeys(routes, self))
+            pooled = [name for name, route in routes.items() if route.pool is not None]
+            self._tunnels.standby.held(dict.fromkeys(routes, self), pooled)
         if self._missing:
             session.call_later(self._port_delay, self._try_ports_later)
         session.start()

@@ -179,6 +179,19 @@ def test_hostname_that_somebody_has_again_when_it_is_said_to_be_free(house):
     assert not house.told and new.watched == [True]
 
 
+def test_pool_that_has_the_hostname_may_be_joined_by_all(house):
+    """Each that waits is told once, though one agent after the other joins."""
+    house.waiting("1", "2", "3")
+    house.table.held({"a": Holder("a")}, ["a"])
+    assert house.who() == "123"
+    again = house.session("3 again", process="3")  # it differs from the pool, so it waits on
+    house.table.wait(again, {"a": Holder("a")})
+    house.table.held({"a": Holder("a")}, ["a"])
+    assert house.who() == "123"
+    house.table.freed(["a"])
+    assert house.who() == "1231"
+
+
 def test_each_hostname_has_its_own_queue(house):
     both = house.session("1")
     house.table.wait(both, {"a": Holder("a"), "b": Holder("b")})

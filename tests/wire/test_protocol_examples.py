@@ -53,7 +53,7 @@ from gotunnel import (
 from gotunnel_agent.common.refusals import BY_CODE
 from gotunnel_server.agents import credentials
 from gotunnel_server.agents.credentials import Credentials
-from gotunnel_server.agents.tunnel import ENDED, FEATURES, REVOKED
+from gotunnel_server.agents.tunnel import ENDED, FEATURES, REVOKED, SILENT
 from gotunnel_server.visitors import policy
 
 ROOT = Path(__file__).parent.parent.parent
