@@ -211,7 +211,7 @@ def _cluster(cluster: Mapping[str, Any]) -> dict[str, object]:
             "reachable": cluster.get("reachable") is True,
             "serving": cluster.get("serving") is True,
             "leases": _number(cluster.get("held")),
-            "waiting_claims": _number(cluster.get("waiting")),
+            "waiting": _number(cluster.get("waiting")),
         },
         "members": [
             {

@@ -29,6 +29,7 @@ from .board import Board, Card, Message
 from .certificates import SharedCertificates
 from .claims import SharedClaims
 from .counts import SharedCounts
+from .former import Former
 from .members import Member
 from .passage import Passages
 from .peers import Peers
@@ -62,7 +63,7 @@ class Config(Protocol):
 class Child(Protocol):
     """What a cluster needs of processes.child.Child: one of the processes of PROCESSES."""
 
-    number: int
+    number: int  # from 1
     secret: bytes
 
     def board(self) -> Board: ...
@@ -107,6 +108,9 @@ class Cluster:
         self._member = Member(self.id, board, shown)
         self.claims = SharedClaims(self._member, board, registry)
         self._member.claims = self.claims
+        if self.settings is not None:  # else the supervisor sees a process die
+            number = 0 if child is None else child.number
+            self._member.former = Former(config.acme_cache, number)
         self.peers: Peers | None = None  # from start() on
         self._card = Card(self.id)
         self._hear: dict[str, Callable[[Message], object]] = {}

@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import NamedTuple, Protocol
 
 from gotunnel import spawn
 
 from .board import Away, Board, Card, Message, Renewal
+from .former import Former
 from .tenure import LEASE, LOOK, RENEW, Tenure
 
 log = logging.getLogger("gotunnel.members")
@@ -91,6 +92,7 @@ class Member:
         self.id = id
         self.claims: Claims  # set before start()
         self.peers: Peers | None = None
+        self.former: Former | None = None
         self.board_name = board_name
         self._board = board
         self._card = Card(id)
@@ -111,6 +113,7 @@ class Member:
         self._missed_until = 0.0  # monotonic
         self._away_since: float | None = monotonic()
         self._was_there = False
+        self._dead: set[str] = set()  # members whose names the board has to give back
         self._asks = False  # all names have to be asked for again
         self._outages = self._stops = 0
         self._round_trip = 0.0
@@ -266,9 +269,21 @@ class Member:
         if begins:
             self.claims.serve_again()
         self._note_contact(begins)
-        for id in renewed.gone:
+        self._dead |= {*renewed.gone, *self._dead_before()}
+        while self._dead:
+            id = next(iter(self._dead))
             while self._board.leave(id).more:
                 pass
+            self._dead.discard(id)
+
+    def _dead_before(self) -> Iterator[str]:
+        """The member that this gateway was before it was restarted, if it has died."""
+        former = self.former
+        if former is not None and not former.is_taken:
+            id = former.take(self.id)
+            if id is not None:
+                log.info("gateway %s, which ran here before, has died: its hostnames are free", id)
+                yield id
 
     def _work(self) -> None:
         with self._turn:
@@ -347,6 +362,8 @@ class Member:
                 pass
             if left.freed:
                 self._board.publish("", {"do": "free", "from": self.id, "names": left.freed})
+            if self.former is not None:
+                self.former.close()
         except Away as error:
             log.warning("the other gateways were not told that this one ends: %s; its hostnames "
                         "are free when its lease is over", error)  # fmt: skip
