@@ -433,9 +433,16 @@ def _time(entry: Document) -> str:
     return f'<span title="{escape(told)}">{escape(told[11:19] or told)}</span>'
 
 
+def _place(session: Document) -> str:
+    """The agent's address, and with PROCESSES which of them has the session."""
+    process = session.get("process")
+    address = str(session.get("address"))
+    return _text(f"{address} (process {process})" if isinstance(process, int) else address)
+
+
 SESSIONS = (
     _Column("agent", "Agent", lambda e: _text(e.get("agent")), "title"),
-    _Column("address", "Address", lambda e: _text(e.get("address"))),
+    _Column("address", "Address", _place),
     _Column("trip", "Round trip", lambda e: lasting(e.get("round_trip_ms")), "number"),
     _Column("streams", "Streams", lambda e: _number(e.get("streams")), "number"),
     _Column("visits", "Under way", lambda e: _number(e.get("visits")), "number"),

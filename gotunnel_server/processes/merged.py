@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from gotunnel_agent.common.exposition import Labels, Metric, Sample
+from gotunnel_agent.common.exposition import Labels, Metric, Sample, counter
 
 Document = dict[str, Any]
 
@@ -156,6 +156,16 @@ def metrics(found: Mapping[int, Sequence[Any]]) -> list[Metric]:
             before = joined.get(name, Metric(name, kind, help, ()))
             joined[name] = before._replace(samples=(*before.samples, *labelled))
     return list(joined.values())
+
+
+def restarts(processes: Sequence[Document]) -> Metric:
+    """What the supervisor knows: how often each process has ended though it should not."""
+    counts = {row[PROCESS]: row["restarts"] for row in processes}
+    return counter(
+        "gotunnel_gateway_process_restarts_total",
+        "Processes of PROCESSES that ended by themselves, or hung, and were started again.",
+        *(Sample(count, ((PROCESS, str(number)),)) for number, count in sorted(counts.items())),
+    )
 
 
 def _labelled(labels: Iterable[Sequence[str]], number: int) -> Labels:

@@ -96,7 +96,7 @@ class Together:
     def metrics(self, own: Iterable[Metric]) -> list[Metric]:
         found = self._siblings.ask(METRICS)
         found[self._siblings.number] = merged.as_values(own)
-        return merged.metrics(found)
+        return [*merged.metrics(found), merged.restarts(self._siblings.processes)]
 
     def unhealthy(self, own: str | None) -> str | None:
         """What is wrong with the processes that serve; None if nothing is. ``own``: of this one."""

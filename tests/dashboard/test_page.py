@@ -163,6 +163,12 @@ def test_page_for_everybody_shows_hostnames_and_modes_alone():
     assert '<body class="public">' in text and 'action="logout"' not in text
 
 
+def test_a_session_of_one_of_several_processes_names_it():
+    sessions = [a_session(), a_session(id="2", process=2)]
+    page = html(a_hostname(), sessions=sessions)
+    assert page.count("192.0.2.1 (process 2)") == 1
+
+
 def test_only_a_caller_with_a_session_gets_buttons():
     block = {"address": "2001:db8::/64", "until": 1_003_600, "reason": "", "by": "me"}
     documents = {"sessions": [a_session(id="a/b")], "visits": [a_visit()], "blocks": [block]}

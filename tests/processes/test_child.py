@@ -195,8 +195,11 @@ def test_metrics_are_those_of_all_and_health_is_that_of_all(supervisor, children
             lambda number=number: [gauge("number", "N.", Sample(number))],
             lambda number=number: problems[number],
         )
-    (metric,) = children[1].together.metrics([gauge("number", "N.", Sample(1))])
+    metric, restarts = children[1].together.metrics([gauge("number", "N.", Sample(1))])
     assert [sample.value for sample in metric.samples] == [1, 2, 3]
+    assert [sample.labels for sample in restarts.samples] == [
+        (("process", str(number)),) for number in (1, 2, 3)
+    ]
     assert children[1].together.unhealthy(None) is None
     problems[3] = "the listener of port 443 is stuck"
     assert children[1].together.unhealthy(None) == f"process 3: {problems[3]}"
