@@ -98,7 +98,7 @@ class Answer(NamedTuple):
 
 
 class Left(NamedTuple):
-    """``freed``: names that no member holds any more. ``more``: call leave() again."""
+    """``freed``: names that no member in contact holds any more. ``more``: call leave() again."""
 
     freed: tuple[str, ...]
     more: bool
@@ -129,8 +129,8 @@ class Board(Protocol):
         """One answer for each of ``asks``. ``together``: all are granted, or none."""
 
     def release(self, id: str, contact: int, names: Sequence[str]) -> tuple[str, ...]:
-        """Give names back. Returns those that no member holds any more. Does nothing if the contact
-        is another one by now: a call that was given up may still arrive."""
+        """Give names back. Returns those that no member in contact holds any more. Does nothing if
+        the contact is another one by now: a call that was given up may still arrive."""
 
     def held(self, id: str) -> tuple[str, ...]:
         """The names that a member holds, as the board has it."""

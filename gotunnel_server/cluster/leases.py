@@ -283,15 +283,16 @@ class Table:
         return Answer(GRANTED, name.number, tuple(sorted(name.holders - {id})))
 
     def _drop(self, id: str, name: str) -> bool:
-        """Whether nobody holds the name any more, and it was held by this member."""
+        """Whether this member held the name, and no member in contact holds it any more."""
         held = self._held.get(id, set())
         if name not in held:
             return False
         held.discard(name)
         if not held:
             del self._held[id]
-        self._names[name].holders.discard(id)
-        if self._names[name].holders:
-            return False
-        del self._names[name]
-        return True
+        holders = self._names[name].holders
+        holders.discard(id)
+        if not holders:
+            del self._names[name]
+        # Members that are out of contact are no reason to wait: a claim finds out about them.
+        return not any(map(self._is_in_contact, holders))

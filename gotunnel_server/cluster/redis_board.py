@@ -117,7 +117,10 @@ local function drop(each, hostname)
   end
   name.holders = left
   redis.call('HSET', NAMES, hostname, cjson.encode(name))
-  return false
+  for _, holder in ipairs(left) do
+    if redis.call('ZSCORE', CONTACT, holder) then return false end
+  end
+  return true
 end
 """
 

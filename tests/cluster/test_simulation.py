@@ -213,6 +213,25 @@ def test_the_names_of_a_member_that_has_crashed_are_free_within_seconds(quiet):
     assert seconds_until(world, lambda: has(world, other, "x", "b")) < 7
 
 
+def test_a_name_that_a_dead_member_holds_as_well_is_reported_free(quiet):
+    """Else agents that wait for it would not be told."""
+    world = quiet(3)
+    one, other, dead = world.members
+    assert all(has(world, member, "x", "a") for member in world.members)
+    world.bury(dead)
+    wait(world, 6)
+    freed = [
+        world.server.table.release(
+            world.server.clock(world.now), each.id, each.tenure.contact, ["x"],
+            server=world.server.name,
+        )
+        for each in (one, other)
+    ]  # fmt: skip
+    assert freed == [(), ("x",)]
+    other.held.clear()
+    assert has(world, other, "x", "b")
+
+
 def test_what_is_served_goes_on_while_nobody_reaches_the_board(quiet):
     world = quiet(3)
     one, other, third = world.members
