@@ -80,6 +80,7 @@ class Row(NamedTuple):
     healthy: float  # seconds until all was well everywhere
 
 
+HOLDER = "holder"  # the agent that has SINGLE at the time
 KILL, TERM, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 PLAN = [
     Step("an agent of a pool is killed", "agent", ("pool-a", KILL), 0.0, sites=(POOL,)),
@@ -88,7 +89,7 @@ PLAN = [
     Step("a gateway hands over to a new process", "hand_over", ("one",), 0.0, True),
     # Agents that dial one gateway alone are away until it is back: near here, the Go agent below.
     Step("a gateway is killed", "gateway", ("one", KILL), 1.0, sites=(POOL, SINGLE, GO)),
-    Step("an agent is stopped, another one waits", "agent", ("plain", STOP), 4.0, sites=(SINGLE,)),
+    Step("an agent is stopped, another one waits", "agent", (HOLDER, STOP), 4.0, sites=(SINGLE,)),
     Step("Redis is killed, its data are lost", "redis", (KILL,), 0.0, True),
     Step("Redis is stopped", "redis", (STOP,), 0.0, True),
     Step("a gateway is cut off from Redis", "cut_off", ("two",)),
@@ -254,6 +255,9 @@ class Bench:
     # What happens
 
     def agent(self, name, how):
+        if name == HOLDER:
+            [site] = (site for site in self.sites if site.hostname == SINGLE)
+            name = self._probe(site, "two").agent
         program, stack = self.agents[name]
         program.signal(how)
         if how == STOP:
@@ -365,8 +369,7 @@ class Bench:
         deadline = monotonic() + HEALTHY_BOUND
         while missing:
             for site, name in [*missing]:
-                probe = Visitors([site], {name: ports[name]}, self.context, 0)
-                visit = probe._visit(0, random.Random(), "small", site, [name], {})
+                visit = self._probe(site, name)
                 if visit.end == WHOLE:
                     del missing[site, name]
                 else:
@@ -375,6 +378,11 @@ class Bench:
                 assert monotonic() < deadline, self._told(missing)
                 time.sleep(0.05)
         return monotonic() - began
+
+    def _probe(self, site, gateway):
+        """A visit at one gateway."""
+        visitors = Visitors([site], {gateway: self.ports[gateway][0]}, self.context, 0)
+        return visitors.visit(0, random.Random(), "small", site, [gateway], {})
 
     def _told(self, missing):
         lines = [f"still not served after {HEALTHY_BOUND} s:"]

@@ -172,12 +172,12 @@ class Visitors:
         kept = {}
         while not self._stop.is_set():
             site = chance.choice(self.sites)
-            self.visits.append(self._visit(number, chance, kind, site, names, kept))
+            self.visits.append(self.visit(number, chance, kind, site, names, kept))
             self._stop.wait(chance.uniform(0, 2 * PAUSE))
         for connection in kept.values():
             connection.close()
 
-    def _visit(self, number, chance, kind, site, names, kept):
+    def visit(self, number, chance, kind, site, names, kept):
         visit = f"v{number}x{next(self._numbers)}"
         size = chance.randrange(*(LARGE if kind == "slow" else SMALL))
         began = monotonic()
