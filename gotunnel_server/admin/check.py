@@ -6,6 +6,7 @@ be writable, and removes it. It may run beside a gateway.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import http.client
@@ -255,6 +256,7 @@ def look_at_cluster(settings: Settings) -> Iterable[Finding]:
             yield Finding(WARN, "CLUSTER", "that is slow: a lease is renewed every second, and "
                           "lasts 4 seconds; take a server that is nearer")  # fmt: skip
         yield from (Finding(WARN, "CLUSTER", text) for text in engine.flaws())
+        yield look_at_cluster_key(settings, engine.call)
     except OSError as error:
         yield Finding(FAIL, "CLUSTER", f"{error}: correct CLUSTER or CLUSTER_PASSWORD, or start "
                       "the server")  # fmt: skip
@@ -262,6 +264,18 @@ def look_at_cluster(settings: Settings) -> Iterable[Finding]:
     finally:
         engine.close()
     yield look_at_own_address(settings, engine.own_address())
+
+
+def look_at_cluster_key(settings: Settings, call: Callable[..., object]) -> Finding:
+    """Whether it is that of the other gateways. Raises OSError."""
+    certificates = import_module("gotunnel_server.cluster.certificates")
+    keys = [base64.urlsafe_b64decode(key) for key in settings.keys]
+    storage, _ = certificates.open_redis(call, settings.name, keys)
+    try:
+        storage.check_key()
+    except certificates.WrongKey as error:
+        return Finding(FAIL, "CLUSTER_KEY_FILE", f"{error.strerror}")
+    return Finding(OK, "CLUSTER_KEY_FILE", "no gateway has written with another key")
 
 
 def look_at_own_address(settings: Settings, found: str | None) -> Finding:

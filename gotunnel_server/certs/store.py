@@ -116,6 +116,8 @@ class CertStore:
         self._ca = ca_id(directory_url)
         self._certs = f"{self._ca}/certs"
         self._named: set[str] = set()  # the Go program's broken keys, to log each only once
+        # What certificate() has read last, for pem(): at a start, each read may go to a server.
+        self._just_read: tuple[Stored | None, bytes] = (None, b"")
         self._lock = threading.Lock()  # guards _named
 
     # Certificates
@@ -130,7 +132,9 @@ class CertStore:
         try:
             pem = self._storage.read(key)
             if pem is not None:
-                return Stored(key, check(pem, hostname))
+                stored = Stored(key, check(pem, hostname))
+                self._just_read = stored, pem
+                return stored
         except Unreadable as error:
             self._set_aside(key, error.strerror)
         except Flaw as flaw:
@@ -142,6 +146,9 @@ class CertStore:
     def pem(self, stored: Stored) -> bytes:
         """Key, certificate and chain under the key of ``stored``, perhaps already renewed by
         another process. Raises StoreError if they are gone, or cannot be read."""
+        (latest, content), self._just_read = self._just_read, (None, b"")
+        if latest is stored:
+            return content
         try:
             pem = self._storage.read(stored.key)
         except OSError as error:
