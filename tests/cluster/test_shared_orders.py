@@ -1,5 +1,5 @@
-"""Three gateways on one Redis, and a real CA (Pebble): a hostname is ordered once, any gateway
-answers the CA, and all serve what one has ordered or renewed."""
+"""Three gateways on one Redis, or three processes, and a real CA (Pebble): a hostname is ordered
+once, any gateway answers the CA, and all serve what one has ordered or renewed."""
 
 import contextlib
 import ssl
@@ -11,10 +11,12 @@ from support import (
     GATEWAY_HOST,
     TUNNEL_HOST,
     agent_here,
+    agent_process,
     ca_of,
     dial_tls,
     gateway_environment,
     gateway_here,
+    gateway_process,
     reserved_port,
     wait_until,
 )
@@ -51,6 +53,15 @@ def serial(gateway, hostname):
         return None
 
 
+def give(own, authority):
+    """Make CERT_DIR for the gateways' own names, which no CA has to sign then."""
+    own.mkdir(mode=0o700)
+    for hostname in (GATEWAY_HOST, TUNNEL_HOST):
+        for file in authority.issue(hostname):
+            (own / file.name).write_bytes(file.read_bytes())
+            (own / file.name).chmod(0o600)
+
+
 @contextlib.contextmanager
 def trio(tmp_path, server, monkeypatch, *, http):
     orders = []
@@ -67,11 +78,7 @@ def trio(tmp_path, server, monkeypatch, *, http):
     key.write_text(new_key())
     key.chmod(0o600)
     own, authority = tmp_path / "own", Authority(tmp_path / "authority")
-    own.mkdir(mode=0o700)
-    for hostname in (GATEWAY_HOST, TUNNEL_HOST):
-        for file in authority.issue(hostname):
-            (own / file.name).write_bytes(file.read_bytes())
-            (own / file.name).chmod(0o600)
+    give(own, authority)
     with contextlib.ExitStack() as stack:
         plain, public = (stack.enter_context(reserved_port()) for _ in range(2))
         ca = stack.enter_context(pebble(tmp_path / "pebble", plain, public))
@@ -116,3 +123,29 @@ def test_a_hostname_is_ordered_and_renewed_once_and_another_gateway_answers_the_
             wait_until(lambda: house.serial_of_all() not in (None, first))
         assert house.orders == [APP, APP]
         assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("http", [True, False], ids=["http-01", "tls-alpn-01"])
+def test_processes_order_each_hostname_once_and_all_of_them_answer_the_ca(tmp_path, origin, http):
+    """Without Redis: the CA reaches one of three processes by chance, and validates three times."""
+    own, authority = tmp_path / "own", Authority(tmp_path / "authority")
+    give(own, authority)
+    names = [f"n{number}.localhost" for number in range(6)]
+    with contextlib.ExitStack() as stack:
+        plain, public = (stack.enter_context(reserved_port()) for _ in range(2))
+        ca = stack.enter_context(pebble(tmp_path / "pebble", plain, public))
+        cache = tmp_path / "cache"
+        (cache / "local").mkdir(parents=True)
+        ca_of(cache).write_text(ca.root() + authority.ca_file.read_text())
+        gateway = stack.enter_context(gateway_process(
+            cache, PROCESSES="3", ACME_ENV="production", ACME_DIRECTORY=ca.directory,
+            ACME_CA_FILE=str(ca.ca_file), CERT_DIR=str(own), GATEWAY_PORT=str(public),
+            HTTP_PORT=str(plain) if http else "0"))  # fmt: skip
+        gateway.program.wait_for("all 3 processes are ready$")
+        with agent_process(gateway, tmp_path, dict.fromkeys(names, origin.port), ready=False):
+            for name in names:  # at whichever process the visitor comes
+                wait_until(lambda name=name: all(serial(gateway, name) for _ in range(12)))
+        ordered = [line for line in gateway.program.lines if "certificate until" in line]
+        assert len(ordered) == len(names)
+        assert not [line for line in gateway.program.lines if "no certificate" in line]
