@@ -383,9 +383,10 @@ class Link:
                     continue
                 if str(error).startswith(TAKEN) and self._await_old(plan):
                     continue
-                if not self._others() and (other := agent.on_refusal(str(error))) is not None:
-                    agent.change(other)
-                    continue
+                if self._is_first() and not self._others():
+                    if (other := agent.on_refusal(str(error))) is not None:
+                        agent.change(other)
+                        continue
                 refused = {
                     name: words_on_one_line(reason)
                     for name, reason in error.denied.items()
@@ -958,6 +959,8 @@ class Link:
 
     def _dial(self, plan: Plan, place: Place) -> Session:
         addresses = addresses_of(place.host, place.port)
+        if self._seeks:  # the first one leads to a gateway with a session
+            random.shuffle(addresses)
         if self._agent.stopping.is_set():  # the name may have taken long to resolve
             raise GivenUp("the agent stops")
         duplex = Duplex(connect(addresses, Deadline(DIAL_TIMEOUT), stop=self._agent.waker))

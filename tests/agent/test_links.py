@@ -288,6 +288,23 @@ def test_a_member_that_does_not_answer_disturbs_no_other(cluster, tmp_path, site
         wait_until(lambda: len(agent.links) == 2)
 
 
+def test_members_behind_several_addresses_of_one_name_are_reached(
+    cluster, tmp_path, site, monkeypatch
+):
+    """Of which a resolver may give the same one first, always."""
+    gateways = [cluster.start(id) for id in (A, B, C)]
+    cluster.told = dict.fromkeys(cluster.told, "")
+    resolve = link_module.addresses_of
+
+    def addresses(host, port):
+        return [each for gateway in gateways for each in resolve("127.0.0.1", gateway.tunnel_port)]
+
+    monkeypatch.setattr(link_module, "addresses_of", addresses)
+    with agent_here(gateways[0], tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B, C])
+        assert [gateway.get(APP)[0] for gateway in gateways] == [200] * 3
+
+
 def test_a_gateway_of_another_ca_among_the_members_gets_no_token(
     cluster, tmp_path_factory, tmp_path, site, caplog
 ):
