@@ -103,15 +103,7 @@ class Exchange:
         try:
             self._run()
         except (TargetFailed, AgentBusy, Malformed, Unprocessed) as error:
-            failure = self._failure(error)
-            if self._head_sent:
-                if self._visit is not None:
-                    is_cut = isinstance(error, Malformed)
-                    self._visit.fail(CUT if is_cut else failure.page.code)
-                raise ConnectionAbortedError("the answer was cut short") from None
-            named = f" {self._id}" if self._id else ""
-            log.info("%s %s%s: %s", self._request.hostname, self._request.method, named, failure)
-            send_page(self._request, failure.page)
+            self._fail(error)
         finally:
             if self._upload is not None:
                 self._upload.end()
@@ -119,6 +111,19 @@ class Exchange:
             # in memory until Python looks for cycles, perhaps hours later.
             self._upload = None
             self.__dict__.pop("_target", None)
+
+    def _fail(self, error: Exception) -> None:
+        """The page, or a cut. Not in run(), whose frame would hold the error, and that the frame: a
+        reference cycle, which would keep the visitor's connection in memory."""
+        failure = self._failure(error)
+        if self._head_sent:
+            if self._visit is not None:
+                is_cut = isinstance(error, Malformed)
+                self._visit.fail(CUT if is_cut else failure.page.code)
+            raise ConnectionAbortedError("the answer was cut short") from None
+        named = f" {self._id}" if self._id else ""
+        log.info("%s %s%s: %s", self._request.hostname, self._request.method, named, failure)
+        send_page(self._request, failure.page)
 
     def _run(self) -> None:
         try:
@@ -301,7 +306,8 @@ class Exchange:
 
     def _next(self, timeout: float | None) -> Any:
         """As _wait(), but a broken stream raises TargetFailed: the request is not sent again. Only
-        Unprocessed is raised as it is, if the whole request is here."""
+        Unprocessed is raised as it is, if the whole request is here. No local name is given to what
+        is raised: see _fail()."""
         try:
             return self._wait(timeout)
         except ConnectionError as error:
@@ -313,12 +319,15 @@ class Exchange:
             refusal = self._route.tunnel.refusals.get(getattr(error, "code", 0))
             if refusal is not None:
                 self._look_for_another(refusal, error)
-                failure = TargetFailed(refusal.status, refusal.word, refusal.text)
-                if refusal is refusals.UNHEALTHY:
-                    failure.page = pages.unhealthy(self._request.hostname)
-                raise failure from error
+                raise self._refused(refusal) from error
             text = f"The connection to the site broke before its answer was complete. {RETRY}"
             raise TargetFailed(502, "cut-short", text, f"{error}.") from error
+
+    def _refused(self, refusal: refusals.Refusal) -> TargetFailed:
+        failure = TargetFailed(refusal.status, refusal.word, refusal.text)
+        if refusal is refusals.UNHEALTHY:
+            failure.page = pages.unhealthy(self._request.hostname)
+        return failure
 
     def _look_for_another(self, refusal: refusals.Refusal, error: Exception) -> None:
         """Raise AgentLost if another gateway has refused the request as its agent has left, and

@@ -106,12 +106,13 @@ class PooledExchange(Exchange):
             try:
                 return super()._run()
             except (AgentLost, TargetFailed, Unprocessed, Silent) as error:
-                failure = error.with_traceback(None)
-            if isinstance(failure, TargetFailed) and failure.page.code in REFUSED:
-                self._pool.refused(self._tried[-1])
-            if not (self._may_go_elsewhere(failure) and self._go_elsewhere()):
-                raise self._final(failure)
-            log.debug("%s: another agent gets the request: %s", self._route.hostname, failure)
+                # No other name for it: a frame that keeps an exception which has passed through it
+                # is a reference cycle, and holds the visitor.
+                if isinstance(error, TargetFailed) and error.page.code in REFUSED:
+                    self._pool.refused(self._tried[-1])
+                if not (self._may_go_elsewhere(error) and self._go_elsewhere()):
+                    raise self._final(error) from None
+                log.debug("%s: another agent gets the request: %s", self._route.hostname, error)
 
     def _may_go_elsewhere(self, failure: Exception) -> bool:
         """Whether another member may get the request. A body is given back then."""

@@ -40,7 +40,7 @@ def relay_tcp(visitor: Party, route: Route) -> None:
             raise
         carry(visitor, line.route, line if line.may_move else line.stream)
     finally:
-        line.leave()
+        line.end()
 
 
 class PooledLine:
@@ -92,12 +92,20 @@ class PooledLine:
             except AgentBusy:
                 raise  # the limit is that of all members together
             except OSError as error:
-                failure = error
+                failure = error.with_traceback(None)
                 continue
             self.may_move = self.may_move and route.tunnel.half_close
             self._silence = Silence(route.tunnel)
             return
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # else a reference cycle with this frame, which holds the visitor
+
+    def end(self) -> None:
+        """The visit is over."""
+        self.leave()
+        del self.write, self.read  # a reference cycle, which holds the visitor
 
     def leave(self) -> None:
         """The visit is over, or moves."""
