@@ -629,8 +629,8 @@ def test_port_that_another_program_has_is_given_when_that_one_ends(
             assert "the gateway goes on trying" in lines_with(caplog, "not served")[0]
             busy.close()
             wait_until(lambda: lines_with(caplog, f"{RAW}: on port {free_port} of the gateway"))
-            for door in (dial(free_port), gateway.dial(RAW)):
-                with door, origin.accept() as its_target:
+            for knock in (lambda: dial(free_port), lambda: gateway.dial(RAW)):
+                with knock() as door, origin.accept() as its_target:
                     its_target.send(b"hello")
                     assert door.read_exactly(5) == b"hello"
             target.send(b"still here")
