@@ -34,6 +34,7 @@ from gotunnel_server.visitors.verdict import Allow
 EXAMPLE = Path(__file__).parent.parent.parent / "conf" / "server.env"
 
 SECRET = "correct-horse-battery-staple"
+KEY = f"{'A' * 43}="  # for Fernet
 MINIMAL = {
     "GATEWAY_HOST": "gateway.example.com",
     "TUNNEL_HOST": "tunnel.example.com",
@@ -223,8 +224,11 @@ def test_a_file_that_is_a_pipe_without_a_writer_holds_up_no_start(tmp_path, name
         settings["ACME_ENV"] = "staging"
     if name == "ACME_EAB_HMAC_KEY_FILE":
         settings["ACME_EAB_KID"] = "kid"
+    if name.startswith("CLUSTER_"):
+        settings = {"CLUSTER": "redis://redis.invalid", "CLUSTER_KEY": KEY} | settings
     message = refusal(**settings)
-    expected = "a file that can be read" if name == "ACME_CA_FILE" else "did not end within 0.01 s"
+    is_ca = name in ("ACME_CA_FILE", "CLUSTER_CA_FILE")
+    expected = "a file that can be read" if is_ca else "did not end within 0.01 s"
     assert name in message and expected in message
 
 
@@ -435,10 +439,11 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         {"ACME_ENV": "staging"},
         {"DEFAULT_ALLOW": "::/0", "DEFAULT_DENY": "::1", "DEFAULT_RATE_LIMIT": "1"},
         {"DEFAULT_BASIC_AUTH": "me:password"},
+        {"CLUSTER": "redis://redis.invalid", "CLUSTER_KEY": KEY},
     ):
         config(**changes)
     secrets = {name.removesuffix("_FILE") for name in asked if name.endswith("_FILE")}
-    assert asked | secrets - {"ACME_CA", "AGENTS"} == NAMES
+    assert asked | secrets - {"ACME_CA", "AGENTS", "CLUSTER_CA"} == NAMES
 
 
 # --- Values -------------------------------------------------------------------------------------
