@@ -52,6 +52,8 @@ class Member(Protocol):
 
     def wake(self) -> None: ...
 
+    def keep(self) -> None: ...
+
     def is_away(self) -> bool: ...
 
     def serves(self) -> bool: ...
@@ -381,6 +383,7 @@ class SharedClaims:
                     Ask(name, hold.owner, hold.number if may_serve and hold.sure else 0, hold.was)
                     for name, hold in found
                 ]
+            self._member.keep()  # with very many names, all calls take longer than a lease
             if asks:
                 self._take_answers(asks, self._call(contact, asks, together=False))
         self._withhold()

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from gotunnel import spawn
 
-from .board import Away, Board, Card, Message, Renewal
+from .board import Away, Board, Card, Message, Renewal, Renewed
 from .former import Former
 from .tenure import LEASE, LOOK, RENEW, Tenure
 
@@ -241,20 +241,8 @@ class Member:
         return monotonic() >= self._due or bool(has_work)
 
     def _renew(self) -> None:
-        sent_at = monotonic()
-        self._due = sent_at + RENEW
-        with self._lock:
-            contact, knows = self._tenure.sending(sent_at)
-        renewed = self._board.renew(self.id, Renewal(self._card, contact, knows))
+        renewed, may_serve = self._send()
         now = monotonic()
-        self._round_trip = now - sent_at
-        ids = None if renewed.members is None else [card.id for card in renewed.members]
-        with self._lock:
-            may_serve = self._tenure.holds(now)
-            self._tenure.renewed(now, sent_at, renewed.contact, renewed.anew, renewed.version, ids)
-        if renewed.members is not None:
-            self._listed = {card.id: card for card in renewed.members}
-        self._learn(now, renewed.anew)
         if renewed.anew:
             self._due = now + SOON
             self._asks = True
@@ -275,6 +263,35 @@ class Member:
             while self._board.leave(id).more:
                 pass
             self._dead.discard(id)
+
+    def _send(self) -> tuple[Renewed, bool]:
+        """Renew the lease. Returns the board's answer, and whether the names were served without a
+        gap until now."""
+        sent_at = monotonic()
+        self._due = sent_at + RENEW
+        with self._lock:
+            contact, knows = self._tenure.sending(sent_at)
+        renewed = self._board.renew(self.id, Renewal(self._card, contact, knows))
+        now = monotonic()
+        self._round_trip = now - sent_at
+        ids = None if renewed.members is None else [card.id for card in renewed.members]
+        with self._lock:
+            may_serve = self._tenure.holds(now)
+            # As long as the names are not all asked for again, the contact has just begun.
+            anew = renewed.anew or self._asks
+            self._tenure.renewed(now, sent_at, renewed.contact, anew, renewed.version, ids)
+        if renewed.members is not None:
+            self._listed = {card.id: card for card in renewed.members}
+        self._learn(now, renewed.anew)
+        return renewed, may_serve
+
+    def keep(self) -> None:
+        """Renew the lease if it is time, in the middle of other calls. Thread "cluster". Raises
+        Away, Stale."""
+        if monotonic() >= self._due:
+            renewed, _ = self._send()
+            if renewed.anew:
+                raise Stale
 
     def _dead_before(self) -> Iterator[str]:
         """The member that this gateway was before it was restarted, if it has died."""

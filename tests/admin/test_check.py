@@ -1,11 +1,13 @@
 """`gotunnel-server check`: its findings, their words, and its exit status."""
 
+import base64
 import contextlib
 import errno
 import http.server
 import io
 import json
 import os
+import re
 import resource
 import secrets
 import socket
@@ -36,6 +38,7 @@ from gotunnel_server.admin import certificates, check
 from gotunnel_server.admin.check import FAIL, OK, WARN, Finding
 from gotunnel_server.certs.folder import open_store
 from gotunnel_server.certs.local_ca import Authority, CertificateError
+from gotunnel_server.cluster.settings import Settings, read_url
 
 LINK = f"https://portal.letsencrypt.org/sfe/v1/unpause?jwt={'x' * 900}"
 
@@ -708,3 +711,47 @@ def test_who_answers_tls_in_plain_text_is_no_gateway():
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert finding.level == FAIL
+
+
+# Redis
+
+
+def cluster(url, address=("", 0)):
+    return Settings(read_url(url), address=address)
+
+
+def test_a_redis_that_will_do_and_one_that_will_not(redis_server):
+    [found, address] = check.look_at_cluster(cluster(redis_server.url))
+    assert found.level == OK and re.fullmatch(r"Redis \S+ at \S+ answers, in \S+ ms", found.text)
+    assert address.level == WARN and address.subject == "CLUSTER_ADDRESS"
+    redis_server.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    _, evicts, _ = check.look_at_cluster(cluster(redis_server.url))
+    assert evicts.level == WARN and "expected noeviction" in evicts.text
+    redis_server.kill()
+    [gone] = check.look_at_cluster(cluster(redis_server.url))
+    assert gone.level == FAIL
+    assert gone.text == (
+        f"Redis at {redis_server.address}: connection refused: correct CLUSTER or "
+        "CLUSTER_PASSWORD, or start the server"
+    )
+
+
+@pytest.mark.parametrize(
+    "address, found, level, words",
+    [
+        (None, "192.0.2.1", OK, "shared: agents dial the common address"),
+        (("gw1.example.com", 0), "192.0.2.1", OK, "agents and gateways dial gw1.example.com"),
+        (("", 0), "192.0.2.1", OK, "agents and gateways dial 192.0.2.1"),
+        (("", 0), None, WARN, "set CLUSTER_ADDRESS"),
+        (("", 0), "127.0.0.1", WARN, "set CLUSTER_ADDRESS"),
+    ],
+)
+def test_how_others_reach_this_gateway(address, found, level, words):
+    finding = check.look_at_own_address(cluster("redis://h", address), found)
+    assert finding.level == level and words in finding.text
+
+
+def test_a_key_for_a_cluster_is_printed(tmp_path):
+    status, out, errors = run("cluster-key", ACME_CACHE=str(tmp_path))
+    assert (status, errors) == (0, "")
+    assert len(base64.urlsafe_b64decode(out)) == 32

@@ -62,6 +62,9 @@ class Gateway:
     def wake(self):
         pass
 
+    def keep(self):
+        pass
+
     def is_away(self):
         return self.away
 

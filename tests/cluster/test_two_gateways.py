@@ -2,14 +2,17 @@
 
 import contextlib
 from time import monotonic
+from urllib.request import urlopen
 
 import pytest
 from support import APP, agent_here, answer, gateway_here, request, wait_until
 
+from gotunnel_server import status
 from gotunnel_server.cluster import redis_board
 from gotunnel_server.cluster.leases import TIMES
 from gotunnel_server.cluster.sealed import new_key
 from gotunnel_server.cluster.tenure import LEASE
+from gotunnel_server.dashboard import page
 
 KEY = new_key()
 
@@ -61,6 +64,27 @@ def test_a_visit_is_served_by_any_gateway(two, folders, origin):
             visit(gateway, origin)
     for gateway in two:
         wait_until(lambda each=gateway: each.inner._registry.lookup(APP) is None)
+
+
+def test_operators_see_the_members(two):
+    one, other = two
+    with urlopen(f"http://127.0.0.1:{one.inner.metrics_port}/metrics") as answered:
+        text = answered.read().decode()
+    for line in ("gotunnel_cluster_members 2", "gotunnel_cluster_board_reachable 1",
+                 "gotunnel_cluster_serving 1", "gotunnel_cluster_lost_total 0"):  # fmt: skip
+        assert f"\n{line}\n" in text
+    with urlopen(f"http://127.0.0.1:{one.inner.metrics_port}/readyz") as answered:
+        assert answered.status == 200
+    described = one.inner.cluster.describe()
+    ids = {each.inner.cluster.id for each in two}
+    assert {member["id"] for member in described["members"]} == ids
+    told = status.of_document({"cluster": described})
+    assert told["cluster"]["member"] == one.inner.cluster.id and told["cluster"]["reachable"]
+    assert [row["leaving"] for row in told["members"]] == [False, False]
+    shown = page.render({"gateway": {}, "cluster": described}).body.decode()
+    assert all(f">{id}" in shown for id in ids) and "Gateways" in shown
+    other.inner.cluster.drain()
+    wait_until(lambda: [m["leaving"] for m in one.inner.cluster.describe()["members"]].count(True))
 
 
 def test_a_second_agent_waits_and_serves_when_the_first_one_leaves(two, folders, origin):
