@@ -8,7 +8,7 @@ import ssl
 import pytest
 from hand_made import HandMade, registration
 from peers_here import KEY, Card, join, member_here
-from support import APP, GATEWAY_HOST, TIMEOUT, agent_here, wait_until
+from support import APP, GATEWAY_HOST, TIMEOUT, agent_here, answer, request, wait_until
 
 from gotunnel import (
     MESSAGE_LIMIT,
@@ -227,6 +227,30 @@ def test_a_member_that_dials_itself_hears_so(member, caplog, monkeypatch):
     member.peers.change({"00000009": member.card._replace(id="00000009")})
     wait_until(lambda: "this is the same gateway" in caplog.text)
     member.peers.change({})
+
+
+def test_an_address_that_leads_to_another_member_is_not_used(member, cache, caplog, monkeypatch):
+    monkeypatch.setattr(peer_session, "GRACE", 0)
+    with member_here(cache, "00000002") as other:
+        other.peers.change({"00000009": member.card._replace(id="00000009")})
+        wait_until(lambda: "its address leads to the member 00000001" in caplog.text)
+        assert other.peers.figures().connected == 0
+        other.peers.change({})
+
+
+def test_a_stream_that_is_kept_ends_when_its_hostname_is_taken_back(member):
+    with Impostor(member) as impostor:
+        impostor.read()
+        impostor.send(names(APP))
+        member.sees(APP)
+        with member.gateway.dial(APP) as visitor:
+            visitor.send(request())
+            stream = impostor.session.accept(TIMEOUT)
+            assert b"GET / " in stream.read(timeout=TIMEOUT)
+            stream.write(answer(b"ok"))
+            assert visitor.read_message()[1] == b"ok"
+            impostor.send(Register("", {}, {}, instance="1.0"))
+            assert stream.read(timeout=TIMEOUT) == b""
 
 
 def test_a_peer_tells_of_so_many_hostnames_and_no_more(member, monkeypatch):
