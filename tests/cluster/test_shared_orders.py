@@ -62,6 +62,12 @@ def give(own, authority):
             (own / file.name).chmod(0o600)
 
 
+def never_orders(ordered):
+    """Have a gateway leave the orders, and the operator's requests for them, to the others."""
+    ordered.issuer.stop()
+    ordered._store.renewals = list
+
+
 @contextlib.contextmanager
 def trio(tmp_path, server, monkeypatch, *, http):
     orders = []
@@ -100,7 +106,7 @@ def trio(tmp_path, server, monkeypatch, *, http):
             house.gateways.append(
                 stack.enter_context(gateway_here(cache, **{**house.environment, **more}))
             )
-            house.gateways[0].inner.keeper._ordered.issuer.stop()
+            never_orders(house.gateways[0].inner.keeper._ordered)
         for gateway in house.gateways:
             wait_until(lambda gateway=gateway: len(gateway.inner.cluster.members()) == 3)
         yield house
