@@ -545,10 +545,14 @@ class Link:
         """The dial has led to a gateway with a session: wait before the next one."""
         self._seeks += 1
         with self._agent.lock:
-            members = self._agent.addresses()
+            pause = self._seek_pause()
         log.debug("%s: a gateway with a session answered, %d times", self.place, self._seeks)
-        most = min(seek_delay(self._seeks, members), MAX_DELAY)
-        self._pause(plan, most * (0.5 + random.random() / 2))
+        self._pause(plan, pause * (0.5 + random.random() / 2))
+
+    def _seek_pause(self) -> float:
+        """Seconds to wait after _seeks such dials. Caller holds the lock."""
+        delay = seek_delay(self._seeks, self._agent.addresses(), self.address)
+        return min(delay, MAX_DELAY)
 
     def _own_place(self, service: Service) -> Place | None:
         """The address of that gateway alone. Its successor may be there, before it is told as a
@@ -715,9 +719,8 @@ class Link:
             with agent.lock:
                 agent.lock.wait_for(lambda: over() or service.freed, delay)
                 if service.freed:
-                    members = agent.addresses()
-                    pause = min(seek_delay(self._seeks, members), MAX_DELAY) if self._seeks else 0
-                    agent.lock.wait_for(over, asked_at + max(pause, FREE_PAUSE) - monotonic())
+                    pause = max(FREE_PAUSE, self._seek_pause() if self._seeks else 0)
+                    agent.lock.wait_for(over, asked_at + pause - monotonic())
                 if over():
                     break
                 freed, service.freed = service.freed, frozenset()

@@ -28,6 +28,9 @@ _ID = re.compile(f"[0-9A-Za-z._-]{{1,{MOST_ID}}}")
 # one in 2 of 100 cases.
 SEEK_DELAY = 0.02
 QUICK_SEEKS = 4
+# The same for an address of its own, doubled with each dial. A gateway that has come back there is
+# another member, and the one before stays in the list for some seconds.
+OWN_SEEK_DELAY = 0.5
 
 
 class Place(NamedTuple):
@@ -117,9 +120,11 @@ def is_needed(members: Mapping[str, str], links: Sequence[View], index: int) -> 
     return link.address in wanted(members, links) and not earlier
 
 
-def seek_delay(tries: int, members: Mapping[str, str]) -> float:
+def seek_delay(tries: int, members: Mapping[str, str], address: str = SHARED) -> float:
     """Seconds until the next dial of an address that has led to members that the agent has reached
     before, so many times in a row (at least once). Without a limit, before jitter."""
+    if address != SHARED:
+        return OWN_SEEK_DELAY * 2.0 ** min(tries - 1, 30)
     shared = sum(address == SHARED for address in members.values())
     late = max(0, tries - QUICK_SEEKS * max(1, shared))
     return SEEK_DELAY * 2.0 ** min(late, 30)

@@ -154,3 +154,8 @@ def test_a_link_looks_often_at_first_and_the_longer_the_more_members_there_are()
     assert seek_delay(3 * QUICK_SEEKS + 2, PROCESSES) == 4 * SEEK_DELAY
     assert seek_delay(QUICK_SEEKS + 1, THREE) == 2 * SEEK_DELAY
     assert seek_delay(10**6, {}) > 3600
+
+
+def test_an_address_of_a_member_alone_that_leads_to_another_one_is_dialled_less_often():
+    assert [seek_delay(tries, THREE, B) for tries in (1, 2, 3)] == [0.5, 1, 2]
+    assert seek_delay(10**6, THREE, B) > 3600

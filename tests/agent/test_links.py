@@ -660,3 +660,27 @@ def test_members_that_change_all_the_time_are_dialled_no_more_than_so_often(
         wait_until(lambda: len(agent.links) == 1)
         assert len(agent._opened) == 3
         many.hang_up()
+
+
+def test_the_member_that_a_restarted_gateway_was_before_is_not_dialled_again_and_again(
+    cluster, tmp_path, site, caplog, monkeypatch
+):
+    """It stays in the list for a while, with the same address."""
+    delays = []
+    seek_delay = link_module.seek_delay
+    monkeypatch.setattr(
+        link_module, "seek_delay", lambda *given: delays.append(seek_delay(*given)) or delays[-1]
+    )
+    first = cluster.start(A)
+    second = cluster.start(B)
+    port = str(second.tunnel_port)
+    with agent_here(first, tmp_path, {APP: site.port}) as agent:
+        wait_until(lambda: links_of(agent) == [A, B])
+        cluster.gateways.pop(B).stop()
+        cluster.start(C, TUNNEL_PORT=port)
+        wait_until(lambda: links_of(agent) == [A, C])
+        wait_until(lambda: delays)
+        assert delays[0] >= roster.OWN_SEEK_DELAY
+        del cluster.told[B]
+        cluster.tell()
+        wait_until(lambda: len(agent.links) == 2)
