@@ -112,6 +112,7 @@ class Bench:
         self.gateways, self.agents = {}, {}
         self._stack = contextlib.ExitStack()
         self._pids = {}  # of gateways; after a hand-over another one's than the Program's
+        self._fault_at = 0.0  # monotonic, of the last step
         self._down = set()  # gateways that do not run, or stand still
 
     def __enter__(self):
@@ -258,6 +259,10 @@ class Bench:
         if name == HOLDER:
             [site] = (site for site in self.sites if site.hostname == SINGLE)
             name = self._probe(site, "two").agent
+            # With a gateway where it does not wait yet, it would take as long there once more.
+            programs = [gateway.program for gateway, _ in self.gateways.values()]
+            wait_until(lambda: all(_has_waiting(each.lines) for each in programs), HEALTHY_BOUND)
+            self._fault_at = monotonic()
         program, stack = self.agents[name]
         program.signal(how)
         if how == STOP:
@@ -334,9 +339,10 @@ class Bench:
 
     def _do(self, step, visitors):
         first = len(visitors.visits)
-        began = monotonic()
+        self._fault_at = monotonic()
         acting = getattr(self, {"redis": "redis_fault"}.get(step.what, step.what))(*step.arguments)
         next(acting)
+        began = self._fault_at
         lasts_long = step.what in ("redis", "cut_off") or STOP in step.arguments
         time.sleep(LONG if lasts_long else BRIEF)
         next(acting, None)
@@ -410,6 +416,12 @@ class Bench:
                     f"{_most(row.hows)}"
                 )
         return found
+
+
+def _has_waiting(lines):
+    """Whether an agent waits for SINGLE at the gateway that says this."""
+    said = [line for line in lines if SINGLE in line and re.search("waits for|registered", line)]
+    return bool(said) and "waits for" in said[-1]
 
 
 def _most(hows):
