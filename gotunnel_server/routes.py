@@ -299,6 +299,9 @@ class Registry:
         if instead_of and (freed := before.keys() - routes.keys()):
             self.on_free(freed)
 
+    def give_up(self, tunnel: Tunnel, hostnames: Collection[str]) -> None:
+        """See agents.claims.Claims: nothing is left to be decided here."""
+
     def check(
         self,
         routes: Mapping[str, Route],

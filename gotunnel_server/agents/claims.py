@@ -20,5 +20,8 @@ class Claims(Protocol):
         """See Registry.claim(). Several gateways also raise Undecided: call again later; and the
         tunnels of a HostnameTaken may be those of other gateways (RemoteHolder)."""
 
+    def give_up(self, tunnel: Tunnel, hostnames: Collection[str]) -> None:
+        """``tunnel`` no longer claims these hostnames, which were Undecided or taken."""
+
     def release(self, tunnel: Tunnel) -> None:
         """Give back all hostnames that ``tunnel`` has claimed, or is about to."""

@@ -74,6 +74,7 @@ class Claim:
             try:
                 return self._attempt()
             except HostnameTaken as taken:
+                self._claims.give_up(next(iter(self.routes.values())).tunnel, taken.holders)
                 if not self._partial:
                     raise
                 self.denied |= taken.one_by_one()

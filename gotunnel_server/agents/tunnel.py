@@ -707,6 +707,8 @@ class Tunnel:
     def close(self, code: int = NORMAL) -> None:
         """Drop a connection that does not serve yet. ``code`` is GO_AWAY's."""
         self._session.close(code=code)
+        # It may have ended, and given back its hostnames, while it claimed them.
+        self._tunnels.claims.release(self)
         self._closed()  # the session may have closed before it had our on_close
 
     def join(self) -> None:

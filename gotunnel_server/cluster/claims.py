@@ -39,8 +39,8 @@ MOST_NAMES = 5_000  # in one message
 MOST_LOOKED_AFTER = 4
 
 ASKING = "the other gateways are asked"
-WAITS = "the gateway that served it is silent, and may still serve it"
-AWAY = "the gateways have no contact with each other's board"
+WAITS = "another gateway may still serve it"
+AWAY = "this gateway cannot ask the other ones now"
 
 
 class Member(Protocol):
@@ -249,6 +249,13 @@ class SharedClaims:
         self._used.setdefault(tunnel, set()).add(name)
         self._vacant.discard(name)
         return True
+
+    def give_up(self, tunnel: Tunnel, hostnames: Collection[str]) -> None:
+        """See agents.claims.Claims. A grant that is on its way is given back."""
+        with self._lock:
+            pending = self._pending.get(tunnel)
+            if pending is not None and not pending.owners.keys().isdisjoint(hostnames):
+                del self._pending[tunnel]
 
     def release(self, tunnel: Tunnel) -> None:
         """See agents.claims.Claims."""

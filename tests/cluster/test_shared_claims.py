@@ -241,6 +241,26 @@ def test_another_credential_with_the_same_instance_is_another_owner(world, gatew
     assert not b.claim(b.tunnel("one", issuer="y"), APP).attempt()
 
 
+def test_a_name_that_was_denied_is_not_granted_later(world, gateways, monkeypatch):
+    """The agent waits, and claims it again when it is told that the name is free."""
+    monkeypatch.setattr(module, "RE_ASK", -1)
+    a, b, _ = gateways
+    holder, tunnel = a.tunnel("one"), b.tunnel("two")
+    a.serve(holder, APP)
+    claim = b.claim(tunnel, APP)
+    claim.attempt()
+    world.deliver()
+    holder.answers = True
+    a.claims.tick()
+    world.deliver()
+    with pytest.raises(HostnameTaken):
+        claim.attempt()
+    a.claims.release(holder)
+    a.work()
+    b.work()
+    assert world.holders(APP) == set() and b.claims._pending == {}
+
+
 def test_a_claim_that_was_given_up_leaves_nothing(world, gateways):
     a, _, _ = gateways
     tunnel = a.tunnel("one")

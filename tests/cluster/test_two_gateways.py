@@ -100,7 +100,7 @@ def test_a_second_agent_waits_and_serves_when_the_first_one_leaves(two, folders,
                 visit(gateway, origin)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_goes_on_without_redis_and_as_before_with_it(two, folders, origin, redis_server):
     one = two[0]
     with agent_here(one, folders[0], {APP: origin.port}):
