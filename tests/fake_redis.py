@@ -151,7 +151,7 @@ def _bytes(word):
 
 def connection_to(server):
     """A Call to a RedisServer, and a function that closes it."""
-    redis = need_package("redis", "cluster")
+    redis = need_package("redis", "redis")
     client = redis.Redis(unix_socket_path=server.unix_path)
 
     def call(*command):
