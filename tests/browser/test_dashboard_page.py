@@ -24,7 +24,7 @@ from support import (
     wait_until,
 )
 
-from gotunnel import HEALTH, OVERLAP, PARTIAL, WAITS, Health
+from gotunnel import HEALTH, OVERLAP, PARTIAL, POOLS, WAITS, Health
 from gotunnel_server.certs.keeper import Keeper
 
 PASSWORD = "only for the dashboard of tests"
@@ -182,6 +182,22 @@ def test_a_target_that_is_not_well_and_an_agent_that_waits_are_marked(gateway, d
         assert ill in row.text and not dashboard.all("img")
         agent.say(Health(ill, True))
         dashboard.until(lambda: "not well" not in row_with(dashboard, HOSTNAMES, ill).text)
+
+
+@pytest.mark.slow
+def test_an_agent_of_a_pool_has_a_row_that_says_how_it_stands(gateway, dashboard):
+    shared = "shared.localhost"
+    with contextlib.ExitStack() as stack:
+        for instance in ("one", "two"):
+            stack.enter_context(
+                registered(
+                    gateway, shared, features=(POOLS,), pools={shared: {}}, instance=instance
+                )
+            )
+        pool = gateway.inner._registry.lookup(shared).pool
+        pool.refused(pool.members[1])
+        assert shared in row_with(dashboard, HOSTNAMES, "passed over, 0 now").text
+        assert shared in row_with(dashboard, HOSTNAMES, "ready, 0 now").text
 
 
 def test_visits_can_be_filtered(gateway, dashboard):
