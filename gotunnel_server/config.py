@@ -434,7 +434,8 @@ def _complete(read: Variables) -> Config:
         HTTP_PORT=config.http_port,
         METRICS_PORT=config.metrics_port,
     )
-    return replace(config, warnings=(*config.warnings, *_port_warnings(config)))
+    warnings = (*config.warnings, *_port_warnings(config), *_process_warnings(config))
+    return replace(config, warnings=warnings)
 
 
 def _has_h2() -> bool:
@@ -771,6 +772,12 @@ def _spelling_warnings(source: Source) -> Iterator[str]:
         if not _is_set(near, source.values()):
             yield (f"{name} in the environment is ignored, the gateway has no such setting; "
                    f"did you mean {near}?")  # fmt: skip
+
+
+def _process_warnings(config: Config) -> Iterator[str]:
+    if 1 < config.processes > cores():
+        yield (f"PROCESSES is {config.processes}, and the gateway may use {cores()} cores: more "
+               "processes than cores serve no more visits; set auto")  # fmt: skip
 
 
 def _port_warnings(config: Config) -> Iterator[str]:

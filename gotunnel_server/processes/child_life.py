@@ -58,7 +58,7 @@ class ChildLife:
         self._child = child
         self._signals = Signals(hang_up=True, also=(RENEW,))
         self._orders: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._ends = False  # it drains; read by the channel's thread
+        self._ends = False  # it drains, or is to
         self._inherited = child.inherited()
 
     def inherit(self) -> Inherited:
@@ -111,6 +111,8 @@ class ChildLife:
         """The channel's thread."""
         if order["order"] == "orphaned" and self._ends:
             os._exit(1)  # a second signal has ended the supervisor: running visits are cut
+        if order["order"] == "drain":
+            self._ends = True
         self._signals.after(lambda: self._orders.put(order))
 
     def _next(self) -> Message | int:

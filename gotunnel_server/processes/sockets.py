@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from time import sleep
 from typing import NamedTuple
 
 from gotunnel_agent.common import status_socket
@@ -29,6 +30,9 @@ log = logging.getLogger("gotunnel.sockets")
 
 SPREAD = ("TUNNEL_PORT", "GATEWAY_PORT", "HTTP_PORT")
 STATUS_SOCKET = "STATUS_SOCKET"
+# Processes whose supervisor was killed have the status socket for a moment longer, in which the
+# next supervisor may start: tries, and seconds between them.
+STATUS_TRIES, STATUS_WAIT = 20, 0.1
 
 
 class Port(NamedTuple):
@@ -101,6 +105,10 @@ class Sockets:
         if config.status_socket is None:
             return
         path = str(config.status_socket)
+        for _ in range(STATUS_TRIES):
+            if not os.path.exists(path) or not _is_taken(path):
+                break
+            sleep(STATUS_WAIT)
         try:
             if config.status_socket.parent == config.acme_cache:  # the first start makes it
                 config.acme_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,6 +163,17 @@ class Sockets:
             with contextlib.suppress(OSError):
                 if _identity(self._status_path) == self._status_file:  # still ours
                     os.unlink(self._status_path)
+
+
+def _is_taken(path: str) -> bool:
+    """Whether a living process listens at the status socket's path."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(STATUS_WAIT)
+        try:
+            probe.connect(status_socket.address(path))
+        except OSError:
+            return False
+    return True
 
 
 def _identity(path: str) -> tuple[int, int]:

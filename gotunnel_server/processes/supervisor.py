@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from gotunnel import NoThread, __version__, spawn
@@ -49,6 +49,7 @@ SETTINGS = (*SPREAD, "DASHBOARD_PORT", "METRICS_PORT", "TCP_PORTS")
 # What concerns one process id alone, and is the supervisor's.
 OWN = (*LISTEN, "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 SECRET_BYTES = 32
+PAUSE = 0.2  # seconds after an error of ours
 
 
 class Child:
@@ -100,7 +101,12 @@ class Supervisor:
         try:
             self._act(self._roster.begin(monotonic()))
             while self._status is None:
-                self._turn()
+                try:
+                    self._turn()
+                except Exception:
+                    log.exception("an unexpected error (bug, traceback follows); the supervisor "
+                                  "goes on")  # fmt: skip
+                    sleep(PAUSE)  # the cause may still be there: no busy loop
         finally:
             for child in self._children.values():
                 child.process.kill()

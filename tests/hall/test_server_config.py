@@ -494,6 +494,7 @@ def test_names_are_those_that_are_read_and_those_that_the_example_explains(monke
         ),
         ("MAX_CONNECTIONS", "1", "max_connections", 1),
         ("WORKERS", "1000000", "workers", 1_000_000),
+        ("PROCESSES", "3", "processes", 3),
         ("MAX_HOSTS_PER_AGENT", "7", "max_hosts_per_agent", 7),
         ("HEADER_TIMEOUT", "0.25", "header_timeout", 0.25),
         ("IDLE_TIMEOUT", "86400", "idle_timeout", 86_400),
@@ -555,6 +556,8 @@ def test_value_is_taken(variable, text, field, value):
         ("MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
         ("MAX_CONNECTIONS", "1000001", "expected a whole number from 1 to 1000000"),
         ("WORKERS", "1_0", "expected a whole number from 1 to 1000000"),
+        ("PROCESSES", "65", "expected a whole number from 1 to 64, or auto for one on each core"),
+        ("PROCESSES", "many", "expected a whole number from 1 to 64, or auto"),
         ("MAX_HOSTS_PER_AGENT", "1.5", "expected a whole number from 1 to 1000000"),
         ("HEADER_TIMEOUT", "0", "at most 86400, more than 0"),
         ("HEADER_TIMEOUT", "0.000", "more than 0"),
@@ -1079,3 +1082,40 @@ def test_example_explains_every_variable():
     files = {"JWT_SECRET_FILE", "JWT_SECRET_OLD_FILE", "DASHBOARD_PASSWORD_FILE",
              "DASHBOARD_TOKEN_FILE"}  # fmt: skip
     assert shown == fields | files
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["auto", "Auto", "0"])
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (6, 6), (200, 64)])
+def test_as_many_processes_as_cores_that_may_be_used(monkeypatch, text, cores, count):
+    monkeypatch.setattr(config_module, "cores", lambda: cores)
+    found = config(PROCESSES=text, WORKERS="4096")
+    assert found.processes == count and found.warnings == ()
+
+
+def test_each_process_has_its_part_of_what_limits_all():
+    found = config(PROCESSES="4", MAX_CONNECTIONS="1000", WORKERS="10")
+    assert (found.max_connections, found.workers) == (1000, 10)
+    assert (found.share().max_connections, found.share().workers) == (250, 2)
+    alone = config(MAX_CONNECTIONS="1000", WORKERS="10")
+    assert alone.share() == alone
+
+
+def test_each_process_has_enough_workers_by_default():
+    assert default_workers(2) == 512
+    assert default_workers(2, 4) == 4 * 512
+    assert default_workers(8, 2) == 2048
+
+
+def test_a_limit_that_leaves_a_process_nothing_is_refused():
+    assert refusal(PROCESSES="4", WORKERS="3") == (
+        "WORKERS is 3, expected at least 4: it is divided among the processes (PROCESSES)"
+    )
+
+
+def test_more_processes_than_cores_is_a_warning(monkeypatch):
+    monkeypatch.setattr(config_module, "cores", lambda: 2)
+    (warning,) = config(PROCESSES="3").warnings
+    assert warning.startswith("PROCESSES is 3, and the gateway may use 2 cores: ")

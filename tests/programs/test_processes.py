@@ -11,25 +11,20 @@ import threading
 import time
 
 import pytest
-from pebble import pebble
 from support import (
     APP,
     ROOT,
     TIMEOUT,
-    TUNNEL_HOST,
     agent_process,
     answer,
-    ca_of,
     gateway_environment,
     gateway_process,
     request,
-    reserved_port,
     running,
     wait_until,
 )
 
 from gotunnel_agent.common.status_socket import NoAnswer, ask
-from gotunnel_server.certs.local_ca import Authority
 
 pytestmark = pytest.mark.slow
 
@@ -184,41 +179,3 @@ def test_a_port_in_use_is_one_line_and_status_1(cache):
             assert program.wait() == 1
     (line,) = program.lines
     assert line.startswith(f"gotunnel-server: GATEWAY_PORT {port} on 127.0.0.1: in use")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["http-01", "tls-alpn-01"])
-def test_two_processes_order_a_certificate_once_and_either_proves_and_serves_it(
-    tmp_path, origin, kind
-):
-    """Pebble looks several times, and so at both processes. GATEWAY_HOST's is ordered as well."""
-    origin.serve(lambda wire: wire.read_head() and wire.send(answer()))
-    own, folder = tmp_path / "own", tmp_path / "cache"
-    own.mkdir()
-    authority = Authority(tmp_path / "authority")
-    for file in authority.issue(TUNNEL_HOST):
-        (own / file.name).write_bytes(file.read_bytes())
-    with contextlib.ExitStack() as stack:
-        plain, public = (stack.enter_context(reserved_port()) for _ in range(2))
-        ca = stack.enter_context(pebble(tmp_path / "pebble", plain, public))
-        trusted = ca_of(folder)
-        trusted.parent.mkdir(parents=True)
-        trusted.write_text(ca.root() + authority.ca_file.read_text())
-        changes = {
-            "ACME_ENV": "production", "ACME_DIRECTORY": ca.directory,
-            "ACME_CA_FILE": str(ca.ca_file), "CERT_DIR": str(own), "GATEWAY_PORT": str(public),
-            "HTTP_PORT": str(plain if kind == "http-01" else 0),
-        }  # fmt: skip
-        gateway = stack.enter_context(two_processes(folder, **changes))
-        stack.enter_context(agent_process(gateway, tmp_path, http={APP: origin.port}))
-        program = gateway.program
-        program.wait_for(f"{APP}: certificate until .*, by {kind}$")
-
-        def serves():
-            """Ten connections, which the kernel spreads over both processes."""
-            with contextlib.suppress(OSError):
-                return [gateway.get(APP) for _ in range(10)] == [(200, b"ok")] * 10
-
-        wait_until(serves)
-        issued = [line for line in program.lines if f"{APP}: certificate until" in line]
-        assert len(issued) == 1
