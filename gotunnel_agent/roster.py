@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from .common.hostnames import normal_hostname, valid_host
 
-# Members that an agent has sessions with. Each session costs a connection, four threads and some
-# hundred kilobytes; a visit that comes to any other member is passed on by that one.
+# Members that an agent has sessions with. Each session costs a connection, four threads and about
+# 170 KB; a visit that comes to any other member is passed on by that one.
 MOST_MEMBERS = 64
 MOST_ID = 64  # characters of a member's id; ours are 8
 SHARED = ""  # the address of a member that has none of its own: tunnel_addr leads to it, too
