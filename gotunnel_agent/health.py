@@ -129,6 +129,7 @@ class Health:
         self._watches: dict[str, _Watch] = {}
         self._sessions: dict[Hashable, _Session] = {}
         self._thread: threading.Thread | None = None
+        self._warned: set[str] = set()  # hostnames of which NOT_HELD was said
         self._over = False
 
     def attend(
@@ -143,10 +144,10 @@ class Health:
         now and at each change. ``features`` are those that the gateway has acknowledged."""
         wanted = {name: r for name, r in routes.items() if r.tunnel.health and not r.problem}
         knows = HEALTH in features
-        if wanted and not knows:
-            log.warning(NOT_HELD, gateway, some(wanted))
         listener = _Listener(control, frozenset(wanted)) if wanted and knows else None
         with self._lock:
+            news = set() if knows else wanted.keys() - self._warned
+            self._warned |= news
             self._sessions[session] = _Session(wanted, listener)
             self._choose()
             try:
@@ -155,6 +156,8 @@ class Health:
             except NoThread as error:
                 log.warning("%s; targets are not looked at", error)
             self._lock.notify_all()
+        if news:
+            log.warning(NOT_HELD, gateway, some(sorted(news)))
 
     def forget(self, session: Hashable) -> None:
         """A session is over. Of the last one, the targets go on being looked at: the next one

@@ -452,6 +452,8 @@ def test_gateway_that_does_not_know_it_is_named_once_and_told_nothing(caplog):
     with looking(verdicts) as health:
         health.attend(1, (), routes("a"), control, "gateway:9443")
         wait_until(lambda: health.snapshot() == {"a": "503"})
+        health.forget(1)
+        health.attend(2, (), routes("a"), control, "gateway:9443")
         assert not control.said
     lines = [line for line in caplog.messages if "knows no health checks" in line]
     assert lines == [watching.NOT_HELD % ("gateway:9443", "a")]
