@@ -117,12 +117,12 @@ class Health:
     def __init__(
         self,
         on_change: Callable[[], object],
-        look: Callable[[str, Route, Settings, Targets], str] | None = None,
+        instead: Callable[[str, Route, Settings, Targets], str] | None = None,
     ):
-        """``on_change()`` is called when snapshot() has changed. ``look`` replaces look() in
-        tests."""
+        """``on_change()`` is called when snapshot() has changed. ``instead`` takes the place of
+        look() in tests."""
         self._on_change = on_change
-        self._look = look or globals()["look"]
+        self._look = instead or look
         self._workers = Workers(LOOKERS, "health")
         self._targets = Targets()  # connections of looks, which close() ends
         self._lock = threading.Condition()  # guards all below; notified when any of it changes
@@ -142,7 +142,11 @@ class Health:
     ) -> None:
         """A session begins to serve ``routes``: look at those that want it, and tell its gateway
         now and at each change. ``features`` are those that the gateway has acknowledged."""
-        wanted = {name: r for name, r in routes.items() if r.tunnel.health and not r.problem}
+        wanted = {
+            name: route
+            for name, route in routes.items()
+            if route.tunnel.health and (route.awaits_port or not route.problem)
+        }
         knows = HEALTH in features
         listener = _Listener(control, frozenset(wanted)) if wanted and knows else None
         with self._lock:

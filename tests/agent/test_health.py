@@ -479,6 +479,14 @@ def test_what_the_gateway_does_not_serve_is_not_looked_at():
         assert health.snapshot() == {} and health._thread is None
 
 
+def test_target_whose_port_comes_later_is_looked_at():
+    control = Control()
+    with looking({"a": "503"}) as health:
+        later = routes("a", problem="its port is in use", awaits_port=True)
+        health.attend(1, (HEALTH,), later, control, "gateway")
+        control.wait_for(ill("a"))
+
+
 def test_look_that_fails_by_a_bug_is_no_good_look(caplog):
     control = Control()
     with looking({}) as health:  # KeyError
