@@ -129,6 +129,10 @@ def test_a_hostname_is_ordered_and_renewed_once_and_another_gateway_answers_the_
             wait_until(lambda: house.serial_of_all() not in (None, first))
         assert house.orders == [APP, APP]
         assert not (tmp_path / "elsewhere").exists()
+        found = house.serial_of_all()
+        redis_server.kill()
+        with gateway_here(tmp_path / "b", **house.environment) as alone:
+            assert serial(alone, APP) == found is not None
 
 
 @pytest.mark.long
