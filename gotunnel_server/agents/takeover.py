@@ -38,6 +38,8 @@ FIRST_LOOK = 0.01
 LOOK = 0.1  # seconds between two attempts: a session may have ended, or its agent answered
 # Seconds that a claim waits for holders to end. A demultiplexer, or the machine, may be busy.
 ENDING_TIMEOUT = 10
+# Seconds that a claim waits for other gateways. Agents of ours wait 30 s for an answer.
+UNDECIDED_TIMEOUT = 20
 MOMENT = 0.05  # seconds that the worker waits for holders by itself: most end in milliseconds
 
 
@@ -64,6 +66,7 @@ class Claim:
         self._soon = FIRST_LOOK
         self._asked: dict[Any, float] = {}  # holder: monotonic time since when it is asked
         self._deadline = monotonic() + ENDING_TIMEOUT
+        self._patience = monotonic() + UNDECIDED_TIMEOUT
         self._replaced: set[Any] = set()  # holders that were told to end
 
     def attempt(self) -> bool:
@@ -95,7 +98,7 @@ class Claim:
             self._claims.claim(self.routes, self._permit)
             return True
         except Undecided as undecided:
-            if monotonic() > self._deadline:
+            if monotonic() > self._patience:
                 raise NotDecided(undecided) from None
             self.look, self._soon = self._soon, min(2 * self._soon, LOOK)
             return False

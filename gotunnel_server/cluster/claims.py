@@ -147,6 +147,8 @@ class SharedClaims:
 
     def __init__(self, member: Member, board: Board, registry: Registry):
         self.on_free: Callable[[Collection[str]], object] = lambda names: None
+        # The names that agents here wait for.
+        self.waited: Callable[[], Collection[str]] = tuple
         self._member = member
         self._board = board
         self._registry = registry
@@ -159,6 +161,7 @@ class SharedClaims:
         # Tunnels here that were asked for others: since when, the name, by whom.
         self._asked: list[tuple[Any, float, str, str]] = []
         self._watched: dict[RemoteHolder, float] = {}  # and when it was asked last
+        self._wanted: dict[str, float] = {}  # and when all gateways were asked last
         self._lost = 0
         self._stopped_at: float | None = None  # monotonic; None: this gateway serves
 
@@ -177,7 +180,10 @@ class SharedClaims:
         try:
             self._registry.check(routes, permit, instead_of)
         except HostnameTaken as error:
-            if not error.tunnels or self._are_others(error.holders, owners):
+            if not error.tunnels:
+                raise
+            if self._are_others(error.holders, owners):
+                self._ask_everywhere(error.holders)  # that agent may have sessions there as well
                 raise
             # Earlier sessions of the same agent; or a pool that the agent does not fit into.
             taken, why = dict(error.holders), error.why
@@ -452,6 +458,19 @@ class SharedClaims:
             message = {"do": "ask", "from": self._member.id, "names": list(holder.names)}
             self._member.publish(member, message)
 
+    def _ask_everywhere(self, names: Collection[str]) -> None:
+        """Have all gateways ask the agents that have these names for a sign of life, so that one
+        that is silent is replaced at all of them at the same time."""
+        now = monotonic()
+        with self._lock:
+            due = [name for name in names if now - self._wanted.get(name, 0.0) > ASK_AGAIN]
+            self._wanted |= dict.fromkeys(due[:MOST_NAMES], now)
+            while len(self._wanted) > MOST_ASKED:
+                del self._wanted[next(iter(self._wanted))]
+        if due:
+            message = {"do": "ask", "from": self._member.id, "names": due[:MOST_NAMES]}
+            self._member.publish("", message)
+
     def watch(self, holder: RemoteHolder, watched: bool) -> None:
         """Agents here wait for what this one has: ask it often."""
         with self._lock:
@@ -503,6 +522,8 @@ class SharedClaims:
             elif not tunnel.gone.is_set() and now - since < ANSWER_TIMEOUT:
                 with self._lock:
                     self._asked.append((tunnel, since, name, asker))
+        if waited := self.waited():
+            self._ask_everywhere(waited)
         for asker, names in alive.items():
             self._member.publish(asker, {"do": "alive", "from": self._member.id, "names": names})
         for holder in due:

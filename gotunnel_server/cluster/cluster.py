@@ -243,6 +243,7 @@ class Cluster:
         tunnels = newcomers.tunnels
         self._registry.on_free = lambda names: None  # the board says when nobody has them
         self.claims.on_free = tunnels.standby.freed
+        self.claims.waited = tunnels.standby.waited
         tunnels.membership = Membership(self.id, self._for_agents)
         self.peers = others = Peers(
             self.id, secret=Secret(self.keys), registry=self._registry, tunnels=tunnels,

@@ -311,7 +311,7 @@ def test_other_claims_wait_while_the_board_is_away(gateways):
 def test_a_claim_that_waits_too_long_is_refused_in_words(gateways, monkeypatch):
     a, _, _ = gateways
     a.away = True
-    monkeypatch.setattr(takeover, "ENDING_TIMEOUT", -1)
+    monkeypatch.setattr(takeover, "UNDECIDED_TIMEOUT", -1)
     tunnel = a.tunnel("one")
     routes = {APP: Route(APP, "http", tunnel)}
     claim = takeover.Claim(a.claims, tunnel.agent, routes, lambda routes: None)
@@ -372,6 +372,23 @@ def test_a_contact_that_the_board_does_not_know_begins_anew(world, gateways):
     a.work()
     a.claims.claim({APP: Route(APP, "http", tunnel)})
     assert world.holders(APP) == {"a"}
+
+
+def test_a_silent_agent_is_asked_at_all_gateways_at_the_same_time(world, gateways):
+    a, b, _ = gateways
+    holders = [gateway.tunnel("one") for gateway in gateways]
+    for gateway, holder in zip(gateways, holders, strict=True):
+        gateway.serve(holder, APP)
+    world.deliver()
+    before = [holder.asked for holder in holders]
+    assert not b.claim(b.tunnel("two"), APP).attempt()
+    world.deliver()
+    assert [holder.asked for holder in holders] == [count + 1 for count in before]
+    a.claims._wanted.clear()
+    a.claims.waited = lambda: [APP]  # an agent waits at the first one
+    a.claims.tick()
+    world.deliver()
+    assert [holder.asked for holder in holders[1:]] == [count + 2 for count in before[1:]]
 
 
 def test_an_agent_that_has_moved_has_its_old_gateway_look_after_it(world, gateways):
