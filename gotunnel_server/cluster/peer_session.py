@@ -16,7 +16,7 @@ import random
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
@@ -121,8 +121,9 @@ class PeerSession:
     def connected(self) -> bool:
         return self._link is not None
 
-    def tell(self, told: Mapping[str, Told], changed: frozenset[str]) -> None:
-        """Tell the peer: of ``told``, by Tunnel.id, those that are ``changed`` or have gone."""
+    def tell(self, told: Mapping[str, Told], changed: Iterable[str]) -> None:
+        """Tell the peer, in this order, of those that are ``changed`` or have gone. ``told`` is by
+        Tunnel.id, and complete."""
         with self._lock:
             self._told = told
             if self._link is not None:
@@ -248,7 +249,7 @@ class PeerSession:
             with self._lock:
                 self._link, self._duplex = link, None
                 link.promised = self._note_promise
-                link.tell(self._told, frozenset(self._told))
+                link.tell(self._told, self._told)
             if self._stopping.is_set():
                 raise SessionClosed("the gateway stops")
             level = logging.INFO if self._problem else logging.DEBUG
@@ -320,7 +321,7 @@ class _Link:
             raise OtherMember(words_on_one_line(self._ack.error, 200))
         self.member = self._ack.member
 
-    def tell(self, told: Mapping[str, Told], changed: frozenset[str]) -> None:
+    def tell(self, told: Mapping[str, Told], changed: Iterable[str]) -> None:
         with self._lock:
             self._told = told
             self._changed.update(dict.fromkeys(changed))

@@ -12,11 +12,11 @@ its visits; the others are asked when it takes its hostname back.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
+from typing import NamedTuple
 
 from gotunnel import (
     HALF_CLOSE,
@@ -38,7 +38,6 @@ from gotunnel import (
     encode_message,
 )
 from gotunnel_agent.common.one_line import on_one_line, some
-from gotunnel_agent.common.process import Stopped
 from gotunnel_agent.common.refusals import BY_CODE, OF_GATEWAYS, Refusal
 
 from ..agents.registration import MAX_INSTANCE, Asked, NotGranted, Terms, read_routes
@@ -63,6 +62,8 @@ log = logging.getLogger("gotunnel.peer_tunnel")
 # Hostnames that a peer may tell of: some 1.5 kB each. That is ten times what the agents of one
 # gateway have, if each of the 4096 has 25.
 MOST_HOSTNAMES = 1_000_000
+# Changes of hostnames that wait for a worker; further ones wait in the control stream's window.
+MOST_CHANGES = 256
 GREETING_TIMEOUT = 10  # seconds for the first message
 MOST_HOST = 64  # characters of the machine's name that a peer tells
 
@@ -124,6 +125,14 @@ class Shared:
         self.on_end = on_end
 
 
+class Change(NamedTuple):
+    """What a Register has told: ``tunnel`` takes the place of ``before``; None: there is none."""
+
+    instance: str
+    tunnel: PeerTunnel | None
+    before: PeerTunnel | None
+
+
 class Accepted:
     """A connection that a peer has opened."""
 
@@ -146,6 +155,8 @@ class Accepted:
         self._job = Job(shared.submit, self._work)
         self._reader = MessageReader()
         self._unsent = b""  # answers
+        self._changes: deque[Change] = deque()  # of hostnames, that were told and not made yet
+        self._changing = Job(shared.tunnels.submit, self._change)
         # Guards these three and ``tunnels``: the peer may leave while a message of it is taken.
         self._lock = threading.Lock()
         self._count = 0  # hostnames
@@ -204,8 +215,12 @@ class Accepted:
 
     def _work(self) -> None:
         try:
-            # An answer that the peer does not read must not make others pile up behind it.
-            while len(self._unsent) < MESSAGE_LIMIT and (data := self._watched.take()) is not None:
+            # What the peer does not read, or the disk holds up, must not pile up here.
+            while (
+                len(self._unsent) < MESSAGE_LIMIT
+                and len(self._changes) < MOST_CHANGES
+                and (data := self._watched.take()) is not None
+            ):
                 if not data:
                     self.close("the peer ended the control stream")
                     return
@@ -263,29 +278,31 @@ class Accepted:
                 self.tunnels[message.instance] = tunnel
             self._count += len(tunnel.routes) if tunnel else 0
             self._count -= len(before.routes) if before else 0
-            if tunnel is None and before is not None:
-                self._shared.elsewhere.drop(before)
-        if tunnel is None and before is not None:
-            before.end()
+            self._changes.append(Change(message.instance, tunnel, before))
         if self._count > MOST_HOSTNAMES:
             raise ProtocolError(f"more than {MOST_HOSTNAMES} hostnames")
-        if tunnel is not None:
-            with contextlib.suppress(Stopped):  # the gateway stops
-                self._shared.tunnels.submit(partial(self._serve, message.instance, tunnel, before))
+        self._changing.wake()
 
-    def _serve(self, instance: str, tunnel: PeerTunnel, before: PeerTunnel | None) -> None:
+    def _change(self) -> None:
         """Worker of registrations, as it may wait for the disk: see to the certificates, and then
-        have visits pass. ``before``: the one that ``tunnel`` replaces."""
-        agent = tunnel.agent
-        self._shared.tunnels.ensure_certificates(
-            tuple(tunnel.routes), agent.blame, agent.identity.limits
-        )
-        with self._lock:
-            # Else it was replaced meanwhile, or has gone.
-            if self.tunnels.get(instance) is tunnel and self._admitted:
-                self._shared.elsewhere.put(tunnel)
-            if before is not None:
-                self._shared.elsewhere.drop(before)
+        have visits pass. In the order of the messages: an agent that has a new session is told of
+        before the old one is taken back, and no visit must come in between."""
+        while self._changes:
+            instance, tunnel, before = self._changes.popleft()
+            if tunnel is not None:
+                agent = tunnel.agent
+                self._shared.tunnels.ensure_certificates(
+                    tuple(tunnel.routes), agent.blame, agent.identity.limits
+                )
+            with self._lock:
+                # Else it was replaced meanwhile, or has gone.
+                if tunnel is not None and self.tunnels.get(instance) is tunnel and self._admitted:
+                    self._shared.elsewhere.put(tunnel)
+                if before is not None:
+                    self._shared.elsewhere.drop(before)
+            if tunnel is None and before is not None:
+                before.end()
+        self._job.wake()  # it may have waited for this
 
     def _tunnel_of(self, message: Register) -> PeerTunnel | None:
         """Raises ProtocolError."""

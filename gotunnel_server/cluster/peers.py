@@ -249,7 +249,7 @@ class Peers:
             member, self._own, self._dialling, self.passages, self._workers.submit,
             self._promised, self._stall_timeout,
         )  # fmt: skip
-        session.tell(self._told, frozenset())
+        session.tell(self._told, ())
         return session
 
     def _tell(self, sessions: list[PeerSession]) -> None:
@@ -259,9 +259,9 @@ class Peers:
             routes.setdefault(route.tunnel, {})[hostname] = route
         told = {tunnel.id: Told(tunnel, its) for tunnel, its in routes.items()}
         before, self._told = self._told, told
-        changed = frozenset(
-            id for id in before.keys() | told.keys() if before.get(id) != told.get(id)
-        )
+        # Those that are gone come last: another session may have their hostnames now.
+        changed = [id for id in (*told, *(before.keys() - told.keys()))
+                   if before.get(id) != told.get(id)]  # fmt: skip
         if changed:
             for session in sessions:
                 session.tell(told, changed)

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import socket
 import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hand_made import HandMade, registration
@@ -309,6 +311,50 @@ def test_hostnames_change_without_a_new_connection(member, caplog):
         member.sees_no("0.localhost", "18.localhost")
         impostor.send(Register("", {}, {}, instance="1.0"))
         member.sees_no("19.localhost", "any.wild.localhost")
+
+
+def test_no_visit_comes_between_an_agents_old_session_and_its_new_one(member, monkeypatch):
+    """It is told of the new one first, and only then the old one is taken back."""
+    published, put = [], member.registry.put_elsewhere
+    with Impostor(member) as impostor:
+        impostor.read()
+        impostor.send(names(APP))
+        member.sees(APP)
+        monkeypatch.setattr(member.registry, "put_elsewhere", lambda routes: (
+            published.append(APP in routes), put(routes)
+        ))  # fmt: skip
+        for number in range(1, 6):
+            impostor.send(
+                names(APP, instance=f"{number + 1}.0"),
+                Register("", {}, {}, instance=f"{number}.0"),
+            )
+        impostor.send(names("last.localhost", instance="x"))
+        member.sees("last.localhost")
+        assert published and all(published)
+        monkeypatch.undo()
+
+
+def test_changes_that_wait_for_the_disk_do_not_pile_up(member, monkeypatch):
+    monkeypatch.setattr(peer_tunnel, "MOST_CHANGES", 5)
+    may_go_on = threading.Event()
+    monkeypatch.setattr(member.inner.tunnels, "ensure_certificates", lambda *_: may_go_on.wait())
+    padding = "x" * 60 + "."
+
+    def send(impostor):
+        for number in range(100):
+            hostnames = [f"{padding * 3}{number}-{n}.localhost" for n in range(20)]
+            impostor.send(names(*hostnames, instance=f"{number}.0"))
+        impostor.send(names("last.localhost", instance="last"))
+
+    with Impostor(member) as impostor, ThreadPoolExecutor(1) as pool:
+        impostor.read()
+        sent = pool.submit(send, impostor)
+        connection = next(iter(member.peers._accepted))
+        wait_until(lambda: len(connection._changes) >= 5)
+        assert len(connection.tunnels) < 50
+        may_go_on.set()
+        sent.result()
+        member.sees("last.localhost")
 
 
 # The question that the safety rule needs
