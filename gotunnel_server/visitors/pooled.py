@@ -181,7 +181,11 @@ class PooledExchange(Exchange):
 
     def _fields(self, response: Response, keep_upgrade: bool = False) -> list[tuple[str, str]]:
         fields = super()._fields(response, keep_upgrade)
-        if self._pool.sticky == COOKIE and (response.status >= 200 or keep_upgrade):
+        if response.status < 200 and not keep_upgrade:  # an interim answer
+            return fields
+        if isinstance(self._upload, KeptUpload):
+            self._upload.forget()
+        if self._pool.sticky == COOKIE:
             token = self._tried[-1].token
             if token != self._token:
                 fields.append(("Set-Cookie", COOKIE_FIELD.format(token)))
@@ -203,6 +207,7 @@ class KeptUpload(Upload):
         super().__init__(request, timeout)
         self._kept: list[bytes] = []
         self._size = 0  # bytes that were read of the body
+        self._keeps = True  # the final answer has not begun
 
     def at_hand(self) -> list[bytes]:
         return self._keep(super().at_hand())
@@ -212,11 +217,16 @@ class KeptUpload(Upload):
 
     def _keep(self, pieces: list[bytes]) -> list[bytes]:
         self._size += sum(map(len, pieces))
-        if self._size <= RESEND:
+        if self._size <= RESEND and self._keeps:
             self._kept += pieces
         else:
             self._kept.clear()
         return pieces
+
+    def forget(self) -> None:
+        """The final answer begins: nothing is sent again."""
+        self._keeps = False
+        self._kept.clear()
 
     def take_back(self) -> bool:
         """Stop, and give the body back for another Upload. False if that is no longer possible:
@@ -227,7 +237,7 @@ class KeptUpload(Upload):
             self._thread.join(WATCH + END_TIMEOUT)
             if self._thread.is_alive() or isinstance(self.problem, (Malformed, VisitorGone)):
                 return False
-        if self._size > RESEND:
+        if self._size > RESEND or not self._keeps:
             return False
         self._request.unread_body(self._kept)
         return True
