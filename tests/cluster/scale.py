@@ -299,6 +299,8 @@ class Simulation:
 
     def go_on(self, gateway, sent_at):
         """The next call of a gateway, as in members.py: names that it held, renewals, new names."""
+        if gateway.to_ask and self.now > sent_at + RENEW:
+            return self.renew(gateway)
         if gateway.to_ask:
             return self.claim(gateway, gateway.to_ask.pop(0), sent_at)
         gateway.away_since = None
