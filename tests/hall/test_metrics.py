@@ -25,6 +25,7 @@ from support import (
     wait_until,
 )
 
+from gotunnel import Health
 from gotunnel_agent.common import exposition
 from gotunnel_agent.common.exposition import Sample, counter, gauge, histogram
 from gotunnel_server.routes import Route
@@ -343,8 +344,10 @@ def check_rules(file, text):
 
 @pytest.fixture
 def known(gateway, origin):
-    """The names of all samples, after a visit that went well, one that did not, and a peer that
-    asked nothing."""
+    """The names of all samples, after a visit that went well, one that did not, a peer that asked
+    nothing, and an agent's word on a target."""
+    (tunnel,) = gateway.inner.tunnels.registered()
+    tunnel.health.note([Health(APP, True)], tunnel.routes)
     visit(gateway, origin)
     socket.create_connection(("127.0.0.1", gateway.public_port)).close()
     wait_until(lambda: any(port.dropped for port in gateway.inner.listeners.figures()))
