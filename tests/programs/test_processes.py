@@ -114,7 +114,7 @@ def test_processes_are_killed_and_renewed_under_load_and_end_with_their_supervis
                 visitors.wait_for_more()
                 os.kill(before[2], signal.SIGKILL)
                 killed_at = time.monotonic()
-                visitors.wait_for_more(200)
+                visitors.wait_for_more(100)
                 wait_until(lambda: len(processes(cache)) == 2 and processes(cache) != before)
                 visitors.wait_for_more()
             after = processes(cache)
@@ -148,7 +148,8 @@ def test_running_visits_end_when_the_gateway_stops_and_a_second_signal_cuts_them
     cache, tmp_path, origin
 ):
     with two_processes(cache, DRAIN_TIMEOUT="60") as gateway:
-        with agent_process(gateway, tmp_path, http={APP: origin.port}):
+        with agent_process(gateway, tmp_path, http={APP: origin.port}) as agent:
+            agent.wait_for("at 2 gateways$")
             with gateway.dial(APP) as one, gateway.dial(APP) as two:
                 wires = []
                 for visitor in (one, two):
