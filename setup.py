@@ -62,7 +62,8 @@ HTTP2 = [
 ]
 
 REDIS = [
-    # Several gateways as one. Pure Python. 6 is Debian 13's, and the next may change what we use.
+    # Several gateways as one. Pure Python. 6 is Debian 13's; tried with 6.1 and 8.1. The next may
+    # change what we use.
     "redis>=6,<9",
 ]
 
