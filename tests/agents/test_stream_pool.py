@@ -217,3 +217,20 @@ def test_no_owned_stream_is_lost_if_one_comes_while_a_full_pool_closes(own):
     own.put("late", APP, streams[-1])
     own.close()
     assert all(stream.closed for stream in streams)
+
+
+@pytest.mark.parametrize("kind", [KeptStreams, OwnStreams])
+def test_the_streams_of_a_hostname_that_is_gone_are_closed_and_no_others(kind):
+    pool, gone, stays = kind(), Quiet(), Quiet()
+    if kind is OwnStreams:
+        pool.put("one", APP, gone)
+        pool.put("other", "other.test", stays)
+    else:
+        pool.put(APP, gone)
+        pool.put("other.test", stays)
+    pool.forget(APP)
+    assert gone.closed and not stays.closed
+    if kind is OwnStreams:
+        assert pool.pop("other", "other.test") is stays and pool.pop("one", APP) is None
+    else:
+        assert pool.pop("other.test") is stays and pool.pop(APP) is None
