@@ -30,7 +30,7 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-from chaos_visits import FAILED, HUNG, WHOLE, WRONG, Site, Visitors
+from chaos_visits import FAILED, HUNG, PATIENT, USUAL, WHOLE, WRONG, Site, Visitors
 from redis_server import Proxy, redis_process
 from support import (
     ROOT,
@@ -49,7 +49,11 @@ POOL, SINGLE, NEAR, GO = "pool.localhost", "single.localhost", "near.localhost",
 VISITORS = 8
 CALM = 0.5  # seconds between two steps
 HEALTHY_BOUND = 45.0  # seconds until all is well again
-GONE_BOUND = 12  # seconds for a program that drains
+GONE_BOUND = 40  # seconds for a program that drains
+# Settings of gateways, as by default and where a busy machine must not decide: a visit waits then.
+GATEWAY = {"DRAIN_TIMEOUT": "8", "AGENT_TIMEOUT": "5"}
+PATIENT_GATEWAY = {"DRAIN_TIMEOUT": "30", "AGENT_TIMEOUT": "30"}
+SLACK = 10.0  # seconds that a busy machine may take longer
 # Seconds that a fault lasts. LONG is more than a lease, so that what the others decide then shows.
 BRIEF, LONG = 1.0, 5.0
 SLOW = 1.0  # seconds; a small visit that took longer counts as not well
@@ -71,10 +75,12 @@ class Step(NamedTuple):
 
 class Row(NamedTuple):
     """What a step has shown. ``recovery``: seconds from the fault to the end of the last visit of
-    ``sites`` that began after it and failed, or took longer than SLOW."""
+    ``sites`` that began after it and failed, or took longer than SLOW. ``failing``: ... that
+    failed."""
 
     step: Step
     recovery: float
+    failing: float
     counts: dict
     hows: dict
     healthy: float  # seconds until all was well everywhere
@@ -103,8 +109,10 @@ SHORT = [PLAN[number] for number in (0, 2, 4, 6)]
 class Bench:
     """One run. Use it in a ``with``."""
 
-    def __init__(self, folder, gopeer=None, seed=None, say=lambda text: None):
-        """``gopeer``: the program of the Go agent; without it there is none."""
+    def __init__(self, folder, gopeer=None, seed=None, say=lambda text: None, patient=False):
+        """``gopeer``: the program of the Go agent; without it there is none. ``patient``: nothing
+        is judged by how fast this machine is."""
+        self.patient = patient
         self.seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
         self.folder, self.gopeer, self.say = folder, gopeer, say
         self.rows = []
@@ -182,7 +190,8 @@ class Bench:
         gateway = stack.enter_context(gateway_process(
             cache, CLUSTER=self.lines[name].url, CLUSTER_KEY_FILE=str(self._key),
             CLUSTER_ADDRESS="127.0.0.1", GATEWAY_PORT=str(public), TUNNEL_PORT=str(tunnel),
-            DRAIN_TIMEOUT="8", AGENT_TIMEOUT="5", WORKERS="64",
+            WORKERS="64",
+            **(PATIENT_GATEWAY if self.patient else GATEWAY),
         ))  # fmt: skip
         self.gateways[name] = (gateway, stack)
         self._pids[name] = gateway.program.pid
@@ -270,7 +279,7 @@ class Bench:
             program.signal(signal.SIGCONT)
         else:
             if how == TERM:
-                program.wait(GONE_BOUND + 10)
+                program.wait(GONE_BOUND)
             yield
             self._close_agent(name, stack)
             self._start_agent(name)
@@ -288,7 +297,7 @@ class Bench:
             return
         if how == TERM:
             self._down.add(name)
-            wait_until(lambda: not _lives(pid), GONE_BOUND + 10)
+            wait_until(lambda: not _lives(pid), GONE_BOUND)
         yield
         self._close_gateway(name, stack)
         self._start_gateway(name)
@@ -302,7 +311,7 @@ class Bench:
             self.bugs.append(f"gateway {name}: {gateway.program.lines[-1]}")
         else:
             self._pids[name] = int(done[1])
-            wait_until(lambda: not _lives(before), GONE_BOUND + 10)
+            wait_until(lambda: not _lives(before), GONE_BOUND)
         yield
 
     def redis_fault(self, how):
@@ -325,7 +334,8 @@ class Bench:
     def run(self, plan):
         """The rows of the table."""
         gateways = {name: public for name, (public, _) in self.ports.items()}
-        visitors = Visitors(self.sites, gateways, self.context, VISITORS, self.seed)
+        patience = PATIENT if self.patient else USUAL
+        visitors = Visitors(self.sites, gateways, self.context, VISITORS, self.seed, patience)
         visitors.start()
         try:
             time.sleep(CALM)
@@ -355,7 +365,7 @@ class Bench:
         )
         visits = [each for each in [*visitors.visits][first:] if each.ended >= began]
         sites = step.sites or tuple(site.hostname for site in self.sites)
-        counts, hows, recovery = {}, {}, 0.0
+        counts, hows, recovery, failing = {}, {}, 0.0, 0.0
         for visit in visits:
             counts[visit.end] = counts.get(visit.end, 0) + 1
             if visit.end != WHOLE:
@@ -365,7 +375,8 @@ class Bench:
             is_slow = visit.kind != "slow" and visit.ended - visit.began > SLOW
             if visit.began >= began and visit.hostname in sites and (visit.end != WHOLE or is_slow):
                 recovery = max(recovery, visit.ended - began)
-        return Row(step, recovery, counts, hows, healthy)
+                failing = max(failing, visit.ended - began if visit.end != WHOLE else 0.0)
+        return Row(step, recovery, failing, counts, hows, healthy)
 
     def wait_until_healthy(self, began=None):
         """Wait until each hostname is served by each gateway that runs; seconds since ``began``."""
@@ -410,9 +421,11 @@ class Bench:
                     found.append(f"{step.title}: {counts[end]} {end}: {_most(row.hows)}")
             if step.announced and counts.get(FAILED):
                 found.append(f"{step.title}: {counts[FAILED]} visits were lost: {_most(row.hows)}")
-            if step.goal is not None and row.recovery > step.goal + (0.0 if step.goal else SLOW):
+            recovery = row.failing if self.patient else row.recovery
+            slack = SLACK if self.patient else SLOW
+            if step.goal is not None and recovery > (step.goal and step.goal + slack):
                 found.append(
-                    f"{step.title}: well after {row.recovery:.1f} s, the goal is {step.goal:g}: "
+                    f"{step.title}: well after {recovery:.1f} s, the goal is {step.goal:g}: "
                     f"{_most(row.hows)}"
                 )
         return found

@@ -16,8 +16,15 @@ from typing import NamedTuple
 
 from chaos_targets import content
 
-CONNECT_TIMEOUT = 1.0  # seconds for TCP and TLS, then the next address
-ANSWER_TIMEOUT = 15.0
+
+class Patience(NamedTuple):
+    """Seconds for TCP and TLS, until the next address is tried; and for an answer."""
+
+    connect: float
+    answer: float
+
+
+USUAL, PATIENT = Patience(1.0, 15.0), Patience(10.0, 45.0)
 PAUSE = 0.03  # seconds between two visits of a visitor, on average
 SMALL, LARGE = (1, 3000), (400_000, 1_200_000)  # bytes
 SLOW_PIECE, SLOW_PAUSE = 64 * 1024, 0.05  # a slow reader's
@@ -56,15 +63,15 @@ class Site(NamedTuple):
 
 
 class Connection:
-    def __init__(self, port, hostname, context):
-        sock = socket.create_connection(("127.0.0.1", port), CONNECT_TIMEOUT)
+    def __init__(self, port, hostname, context, patience=USUAL):
+        sock = socket.create_connection(("127.0.0.1", port), patience.connect)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sock = context.wrap_socket(sock, server_hostname=hostname)
         except (OSError, ValueError):
             sock.close()
             raise
-        self._sock.settimeout(ANSWER_TIMEOUT)
+        self._sock.settimeout(patience.answer)
         self._buffer = b""
         self.used = False
         self.closes = False
@@ -141,8 +148,9 @@ class Connection:
 class Visitors:
     """``start()``, then ``stop()``. ``visits`` grows meanwhile."""
 
-    def __init__(self, sites, gateways, context, count=8, seed=1):
+    def __init__(self, sites, gateways, context, count=8, seed=1, patience=USUAL):
         """``gateways``: name to port, in the order of the addresses."""
+        self.patience = patience
         self.sites, self.gateways, self.context = sites, gateways, context
         self.visits = deque()
         self.under_way = {}  # number of a visitor: (since when, hostname, kind)
@@ -161,7 +169,7 @@ class Visitors:
     def stop(self):
         self._stop.set()
         for thread in self._threads:
-            thread.join(CONNECT_TIMEOUT * 4 + ANSWER_TIMEOUT + 10)
+            thread.join(self.patience.connect * 4 + self.patience.answer + 10)
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _run(self, number, seed):
@@ -213,7 +221,8 @@ class Visitors:
         reasons = []
         for count, name in enumerate(names):
             try:
-                return name, Connection(self.gateways[name], hostname, self.context), count
+                port = self.gateways[name]
+                return name, Connection(port, hostname, self.context, self.patience), count
             except (OSError, ValueError) as error:
                 reasons.append(type(error).__name__)
         raise Broken(f"no address answers: {', '.join(sorted(set(reasons)))}")

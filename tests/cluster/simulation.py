@@ -357,7 +357,7 @@ class World:
         member.take(call, clock)
         if call.kind == "renew" and not member.is_lost:
             member.contact_at, member.known_then = self.now, member.tenure.known
-        if not member.to_renew and not member.to_ask_again:
+        if call.server is self.server and not member.to_renew and not member.to_ask_again:
             member.is_lost = False
 
     def execute(self, call):

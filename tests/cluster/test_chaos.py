@@ -19,7 +19,7 @@ pytestmark = [
 
 def run(folder, plan, gopeer=None):
     seed = random.SystemRandom().randrange(1 << 32)
-    with Bench(folder, gopeer, seed) as bench:
+    with Bench(folder, gopeer, seed, patient=True) as bench:
         bench.run(plan)
     print(f"seed {seed}\n{table(bench.rows)}")  # pytest shows it if the test fails
     return bench
