@@ -93,11 +93,14 @@ class _Member:
 
 
 class _Name:
-    __slots__ = ("owner", "number", "holders")
+    """``turn``: the server at which it was granted, or asked for again, last."""
+
+    __slots__ = ("owner", "number", "turn", "holders")
 
     def __init__(self, owner: str, number: int):
         self.owner = owner
         self.number = number
+        self.turn = 0
         self.holders: set[str] = set()
 
 
@@ -233,7 +236,8 @@ class Table:
             return Answer(LATER) if has_promised and is_new and not ask.number else free
         if name.owner == ask.owner or ask.was and name.owner == ask.was and name.holders == {id}:
             return free
-        if ask.number > name.number:  # the record is older than what is held
+        # A record of an earlier server may be older than what is held.
+        if ask.number > name.number and name.turn != self._turn:
             return free
         living = [each for each in sorted(name.holders) if self._is_in_contact(each)]
         if living:
@@ -278,6 +282,7 @@ class Table:
                 self._number += 1
                 number = self._number
             name = self._names[ask.name] = _Name(ask.owner, number)
+        name.turn = self._turn
         name.holders.add(id)
         self._held.setdefault(id, set()).add(ask.name)
         return Answer(GRANTED, name.number, tuple(sorted(name.holders - {id})))

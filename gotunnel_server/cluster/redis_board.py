@@ -215,7 +215,7 @@ local function verdict(hostname, owner, asked, was)
       was ~= '' and name.owner == was and #name.holders == 1 and name.holders[1] == id then
     return free
   end
-  if asked > name.number then return free end
+  if asked > name.number and name.turn ~= turn then return free end
   local living = {asked > 0 and 'lost' or 'taken', 0}
   for _, holder in ipairs(name.holders) do
     if redis.call('ZSCORE', CONTACT, holder) then living[#living + 1] = holder end
@@ -251,6 +251,7 @@ local function grant(hostname, owner, asked)
     table.sort(name.holders)
     redis.call('SADD', HELD, hostname)
   end
+  name.turn = turn
   redis.call('HSET', NAMES, hostname, cjson.encode(name))
   return answer
 end

@@ -10,7 +10,7 @@ import pytest
 from simulation import Broken, World
 from support import at_length
 
-from gotunnel_server.cluster.board import Ask
+from gotunnel_server.cluster.board import GRANTED, LOST, Ask, Card, Renewal
 from gotunnel_server.cluster.leases import Table, Times
 from gotunnel_server.cluster.tenure import Tenure
 
@@ -260,3 +260,23 @@ def test_a_member_that_alone_is_cut_off_stops_within_its_lease(quiet):
         assert world.now - began < 4000
     taken = seconds_until(world, lambda: has(world, other, "x", "b"))
     assert taken < 5
+
+
+def test_a_holder_of_this_server_is_not_replaced_by_one_from_before():
+    """After lost data a name may be had by a member that was away, with a lower number."""
+    table = Table()
+    contacts = {}
+
+    def renew(now, server):
+        for id in ("a", "b"):
+            renewal = Renewal(Card(id), contacts.get(id, 0))
+            contacts[id] = table.renew(now, id, renewal, server).contact
+
+    for second in range(8):
+        renew(1000 * second, "one")
+    asks = [Ask("x", "owner of a")]
+    assert table.claim(8000, "a", contacts["a"], asks, True, "one")[0].verdict == GRANTED
+    late = [Ask("x", "owner of b", 99)]  # b has got it at a server that is lost
+    assert table.claim(8000, "b", contacts["b"], late, False, "one")[0].verdict == LOST
+    renew(9000, "two")  # ... and the record may be older than what b has
+    assert table.claim(9000, "b", contacts["b"], late, False, "two")[0].verdict == GRANTED
