@@ -13,6 +13,7 @@ routes. docs/protocol.md, "Between gateways", has it all. Values in, values out.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ from gotunnel_agent.common.one_line import on_one_line
 from ..agents.agents_file import Limits
 from ..agents.identity import Identity
 from ..routes import Route
+
+log = logging.getLogger("gotunnel.origin")
 
 MOST_NAME = 100  # characters of a name in a token
 # What read_routes() must take from any Register between gateways.
@@ -71,7 +74,7 @@ class Origin(NamedTuple):
             return cls(
                 str(issuer), str(address), has_entry is True, limits, limited is True, float(since)
             )
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise ProtocolError("a peer's register whose token names no agent") from None
 
 
@@ -153,7 +156,8 @@ def origin_of(tunnel: Any) -> Origin:
 
 
 def registers(tunnel: Any, routes: Mapping[str, Route]) -> Iterator[Register]:
-    """The messages that tell of the ``routes`` of an agent here, each short enough to be sent."""
+    """The messages that tell of the ``routes`` of an agent here, each short enough to be sent. A
+    hostname for which that is not possible is left out."""
     features = [*ALWAYS]
     features += [HALF_CLOSE] if tunnel.half_close else []
     features += [UPGRADES] if tunnel.upgrades else []
@@ -174,8 +178,12 @@ def registers(tunnel: Any, routes: Mapping[str, Route]) -> Iterator[Register]:
             part_name(tunnel.id, number),
             protocols={name: route.protocol for name, route in part.items() if route.protocol},
         )
-        if len(encode_message(message)) > MESSAGE_LIMIT and len(part) > 1:
+        if len(encode_message(message)) > MESSAGE_LIMIT:
             names = list(part)
+            if len(part) == 1:  # with a very long policy, or issuer; the peer would hang up
+                log.warning("%s: %s is not told to the other gateways, which so pass no visits on: "
+                            "its policy is too long", tunnel.agent, names[0])  # fmt: skip
+                continue
             for half in names[: len(names) // 2], names[len(names) // 2 :]:
                 parts.append({name: part[name] for name in half})
             continue

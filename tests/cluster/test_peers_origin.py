@@ -90,9 +90,24 @@ def test_many_hostnames_are_told_in_messages_that_are_short_enough():
     assert len(messages) <= 16  # 3000 of 100 bytes take five; halves take eight
 
 
+def test_an_agent_with_a_huge_policy_does_not_break_the_connection_of_peers():
+    """It would be told again after each new connection, and that would end again: no visit to any
+    agent would be passed on."""
+    users = [f"{'é' * 100}{number}:{'x' * 80}" for number in range(100)]  # escaped, each é takes six
+    tunnel = tunnel_of(policies={"a.test": {"basic_auth": users}})
+    routes = {name: Route(name, "http", tunnel) for name in ("a.test", "b.test", "c.test")}
+    messages = list(registers(tunnel, routes))
+    assert all(len(encode_message(message)) <= MESSAGE_LIMIT for message in messages)
+    assert sorted(name for message in messages for name in message.routes) == ["b.test", "c.test"]
+    assert [message.instance for message in messages] == [f"a1b2.{n}" for n in range(len(messages))]
+    huge = tunnel_of(Identity('"' * 30_000))
+    assert not [*registers(huge, {"a.test": Route("a.test", "http", huge)})]
+
+
 @pytest.mark.parametrize(
     "token", ["", "x", "{}", "[]", "[1,2,3]", '["a","b",true,[null,"x"],false,0]', "[" * 9999,
-              '["a","b",true,[1],false,0]', '["a","b",true,[1,2],false,"x"]']
+              '["a","b",true,[1],false,0]', '["a","b",true,[1,2],false,"x"]',
+              f'["a","b",true,[1,2],false,1{"0" * 400}]']
 )  # fmt: skip
 def test_a_token_that_names_no_agent_is_refused(token):
     with pytest.raises(ProtocolError, match="names no agent"):
