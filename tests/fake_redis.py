@@ -53,6 +53,9 @@ class FakeRedis:
     def _hget(self, key, field):
         return self.hashes.get(key, {}).get(field)
 
+    def _hset(self, key, field, value):
+        self.hashes.setdefault(key, {})[field] = value
+
     def _hkeys(self, key):
         return list(self.hashes.get(key, {}))
 

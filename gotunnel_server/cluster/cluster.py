@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ log = logging.getLogger("gotunnel.cluster")
 LOOPBACK = "127.0.0.1"
 MOST_LISTED = 1000  # members in a state document
 MOST_SHOWN = 300  # characters of what another member says of itself
+_SENDER = re.compile("[0-9A-Za-z._-]{1,64}")  # an id
 PEER_PORT = "PEER_PORT"  # as a setting in errors: the port for other members, with PROCESSES
 
 
@@ -168,9 +170,12 @@ class Cluster:
         self._hear[do] = hear
 
     def _heard(self, message: Message) -> None:
-        hear = self._hear.get(str(message.get("do")))
-        if hear is None or message.get("from") == self.id:
+        sender, hear = message.get("from"), self._hear.get(str(message.get("do")))
+        if hear is None or sender == self.id:
             return  # of a newer version; or our own, to all
+        # It is kept, and logged. The channels are open to whoever can write to Redis.
+        if not isinstance(sender, str) or not _SENDER.fullmatch(sender):
+            return log.debug("a message without a sender is passed over")
         try:
             hear(message)
         except Exception:

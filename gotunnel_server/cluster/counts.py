@@ -22,9 +22,11 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from time import monotonic
 from typing import Any, Protocol
 
 from gotunnel import spawn
+from gotunnel_agent.common.token_bucket import Buckets
 
 from ..net.blocks import Act, Blocks
 from .proofs import ALL, Mail
@@ -39,6 +41,10 @@ MOST_WAITING = 4000
 # Most that one entry may say. A member tells each second.
 MOST_TOKENS = 100_000
 MOST_ACTS = 200  # in one message
+MOST_KEY = 100  # characters of an address, and of a whole number the bits of an IPv6 address
+# Log lines of malformed messages at once, and per second in the long run: whoever can write to
+# Redis must not fill the log.
+NEWS, NEWS_RATE = 20, 0.1
 MOST_HEARD = 64  # messages about blocks that wait for our thread; all blocks take ten
 
 Entry = tuple[Hashable, ...]  # ("", "", address) or (hostname, bucket, visitor)
@@ -98,6 +104,7 @@ class SharedCounts:
         self._wake = threading.Event()  # set when there are some, and by stop()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._news = Buckets(NEWS_RATE, NEWS)
         if blocks is not None:
             blocks.on_act = lambda act: self._tell_blocks(ALL, [act])
 
@@ -197,7 +204,11 @@ class SharedCounts:
     ) -> None:
         try:
             take(message)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            now = monotonic()
+            if self._news.wait("", now):
+                return
+            self._news.take("", now)
             log.warning("member %s sent a malformed message %r (%s): it is passed over",
                         message.get("from"), message.get("do"), error)  # fmt: skip
 
@@ -223,12 +234,16 @@ def _key(value: object) -> Hashable:
     """A key of addresses.subscriber(): JSON has no tuples."""
     if isinstance(value, list):
         version, prefix = value
-        if not isinstance(version, int) or not isinstance(prefix, int):
+        if not _is_number(version) or not _is_number(prefix):
             raise ValueError("an address of two whole numbers was expected")
         return version, prefix
-    if value is not None and not isinstance(value, (int, str)):
-        raise ValueError("an address was expected")
-    return value
+    if value is None or _is_number(value) or isinstance(value, str) and len(value) <= MOST_KEY:
+        return value
+    raise ValueError("an address was expected")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << 128
 
 
 def _tokens(value: object) -> int:

@@ -262,6 +262,11 @@ class Engine:
             raise
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
             raise Away(f"Redis at {self._address}: {_words(error)}") from None
+        except (TypeError, LookupError, AttributeError) as error:  # the package stumbled over it
+            raise Away(
+                f"Redis at {self._address}: an answer that is none of Redis's "
+                f"({on_one_line(str(error), MOST_ERROR)})"
+            ) from None
 
 
 def _words(error: Exception) -> str:

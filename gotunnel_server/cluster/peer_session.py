@@ -188,7 +188,7 @@ class PeerSession:
             began = monotonic()
             try:
                 self._serve(self._dial())
-            except (OSError, ProtocolError, ValueError) as error:
+            except (OSError, ProtocolError, ValueError, OverflowError) as error:
                 self._say(error)
             except Exception:
                 log.exception("%s: the connection ended by an unexpected error (bug, traceback "

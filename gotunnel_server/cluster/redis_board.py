@@ -18,20 +18,26 @@ keys either (maxmemory-policy noeviction).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gotunnel import spawn
+from gotunnel_agent.common.one_line import on_one_line, words_on_one_line
 
 from .board import Answer, Ask, Away, Card, Left, Message, Renewal, Renewed
-from .engine import Engine, Script
+from .engine import MOST_ERROR, Engine, Script
 from .leases import MOST_LEFT, TIMES, Times
 
 log = logging.getLogger("gotunnel.redis_board")
 
+# Each is dialled, by a thread: whoever can write to Redis must not exhaust this machine.
+MOST_MEMBERS = 2000
+MOST_TEXT = 300  # characters of what a member says of itself
 MOST_MESSAGE = 256 * 1024  # bytes of a message; longer ones are passed over
 JOIN = 2  # seconds for the thread to end
 
@@ -352,33 +358,55 @@ class RedisBoard:
     def renew(self, id: str, renewal: Renewal) -> Renewed:
         card = json.dumps(renewal.card._asdict(), separators=(",", ":"))
         found = self._run(RENEW, id, renewal.contact, renewal.knows, card)
-        contact, anew, version, told, cards, gone = found
-        try:
+        with self._understanding():
+            contact, anew, version, told, cards, gone = found
+            if told and len(cards) > MOST_MEMBERS:
+                raise ValueError(f"{len(cards)} members, expected at most {MOST_MEMBERS}")
             members = tuple(map(_card, cards)) if told else None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise Away(
-                f"a member in {self._prefix}:members cannot be understood: {error}"
-            ) from None
-        return Renewed(contact, bool(anew), version, members, _texts(gone))
+            return Renewed(_whole(contact), bool(anew), _whole(version), members, _texts(gone))
 
     def claim(
         self, id: str, contact: int, asks: Sequence[Ask], together: bool
     ) -> tuple[Answer, ...]:
         flat = [part for ask in asks for part in ask]
-        return tuple(
-            Answer(verdict.decode(), number, _texts(holders))
-            for verdict, number, *holders in self._run(CLAIM, id, contact, int(together), *flat)
-        )
+        found = self._run(CLAIM, id, contact, int(together), *flat)
+        with self._understanding():
+            answers = tuple(
+                Answer(verdict.decode(), _whole(number), _texts(holders))
+                for verdict, number, *holders in found
+            )
+            if len(answers) != len(asks):
+                raise ValueError(f"{len(answers)} answers to {len(asks)} claims")
+            return answers
 
     def release(self, id: str, contact: int, names: Sequence[str]) -> tuple[str, ...]:
-        return _texts(self._run(RELEASE, id, contact, *names))
+        found = self._run(RELEASE, id, contact, *names)
+        with self._understanding():
+            return _texts(found)
 
     def held(self, id: str) -> tuple[str, ...]:
-        return tuple(sorted(_texts(self._run(HELD, id))))
+        found = self._run(HELD, id)
+        with self._understanding():
+            return tuple(sorted(_texts(found)))
 
     def leave(self, id: str) -> Left:
-        more, freed = self._run(LEAVE, id, MOST_LEFT)
-        return Left(_texts(freed), bool(more))
+        found = self._run(LEAVE, id, MOST_LEFT)
+        with self._understanding():
+            more, freed = found
+            return Left(_texts(freed), bool(more))
+
+    @contextlib.contextmanager
+    def _understanding(self) -> Iterator[None]:
+        """An answer that is none of our scripts' is raised as Away: another program has written to
+        the keys, or it is another server."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            text = on_one_line(str(error), MOST_ERROR)
+            raise Away(
+                f"what Redis has in {self._prefix}:* cannot be understood ({text}); does another "
+                "program write there? CLUSTER_NAME must differ then"
+            ) from None
 
     def _run(self, script: Script, id: str, *arguments: str | int) -> Any:
         p = self._prefix
@@ -407,7 +435,15 @@ class RedisBoard:
 
 
 def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
+    if not isinstance(values, (list, set)):
+        raise TypeError("no list of texts")
     return tuple(value.decode() for value in values)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("no whole number")
+    return value
 
 
 def _card(text: bytes) -> Card:
@@ -417,8 +453,16 @@ def _card(text: bytes) -> Card:
     card = Card(**{name: found[name] for name in Card._fields if name in found})
     for name, value in zip(Card._fields, card):
         if type(value) is not type(_SAMPLE[name]):
-            raise TypeError(f"{name} is a {type(value).__name__}")
-    return card
+            raise TypeError(f"{name} of a member is a {type(value).__name__}")
+        if isinstance(value, str) and len(value) > MOST_TEXT:
+            raise ValueError(f"{name} of a member has {len(value)} characters")
+    if not _ID.fullmatch(card.id) or not 0 <= card.since < 1 << 40:
+        raise ValueError("a member's id or start is none")
+    return card._replace(  # they are shown
+        agents=words_on_one_line(card.agents), peer=words_on_one_line(card.peer),
+        host=words_on_one_line(card.host), version=words_on_one_line(card.version),
+    )  # fmt: skip
 
 
 _SAMPLE = Card("")._asdict()
+_ID = re.compile("[0-9A-Za-z._-]{1,64}")

@@ -28,6 +28,7 @@ import contextlib
 import errno
 import logging
 import secrets
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from ..certs.storage import Unreadable
@@ -238,14 +239,14 @@ class RedisStorage:
 
     def keys(self, prefix: str) -> list[str]:
         folder, slash, start = prefix.rpartition("/")
-        names = (name.decode("utf-8", "replace")
-                 for name in self._call("HKEYS", self._files(folder)))  # fmt: skip
-        return sorted(folder + slash + name for name in names if name.startswith(start))
+        names = _texts(self._call("HKEYS", self._files(folder)))
+        return sorted(
+            folder + slash + name for name in names if name.startswith(start) and "/" not in name
+        )
 
     def folders(self) -> list[str]:
         """All folders that were ever written to; sorted."""
-        found = self._call("SMEMBERS", f"{self._prefix}:folders")
-        return sorted(name.decode("utf-8", "replace") for name in found)
+        return sorted(_texts(self._call("SMEMBERS", f"{self._prefix}:folders")))
 
     def set_aside(self, key: str, flaw: str) -> None:
         folder, file = _parts(key)
@@ -263,7 +264,7 @@ class RedisStorage:
             "EVAL", NEWS, 2, f"{self._prefix}:store", f"{self._prefix}:news",
             since.epoch, since.number,
         )  # fmt: skip
-        keys = [name.decode("utf-8", "replace") for name in found]
+        keys = _texts(found)
         return News(keys if is_complete else None, Serial(epoch.decode(), number))
 
     def _files(self, folder: str) -> str:
@@ -273,6 +274,19 @@ class RedisStorage:
 def is_sealed(key: str) -> bool:
     """Whether what lies under a key may hold a private key."""
     return key.endswith(ACCOUNT) or not key.endswith(PUBLIC)
+
+
+def _texts(found: Iterable[bytes]) -> list[str]:
+    """Keys, or names of files and folders. Members have the same as paths in ACME_CACHE, so one
+    that leads out of it is none of ours: left out."""
+    texts = [each.decode("utf-8", "replace") for each in found]
+    return [
+        text for text in texts
+        if text.isprintable() and (not text or _LEADS_OUT.isdisjoint(text.split("/")))
+    ]  # fmt: skip
+
+
+_LEADS_OUT = {"", ".", ".."}
 
 
 def _parts(key: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from time import monotonic, time
 from typing import Any, NamedTuple
 
 from gotunnel_agent.common import addresses, atomic_file, small_file
+from gotunnel_agent.common.one_line import on_one_line
 
 log = logging.getLogger("gotunnel.blocks")
 
@@ -33,6 +34,9 @@ LEAST, MOST, USUAL = 1, 30 * 86400, 3600
 # Shortest prefixes of networks. A wider one is more likely a slip than a wish.
 WIDEST = {4: 8, 6: 19}  # 19: the largest block that a registry has given to one network
 MOST_REASON = 200  # characters
+# Seconds by which another gateway's clock may be ahead. The latest act counts: one of a far future
+# could never be undone.
+MOST_AHEAD = 86400
 CLOCK_SET = 2  # seconds between two clocks that mean that one was set; less is the time of a look
 
 
@@ -191,9 +195,11 @@ class Blocks:
         changed = added = False
         for act in acts:
             network = read_network(act.address)
+            if not math.isfinite(act.seconds) or not act.at < self._clock() + MOST_AHEAD:
+                raise ValueError(f"a block for {act.seconds} s, of {act.at}")
             ends = min(max(act.seconds, 0.0), MOST)
-            block = Block(network, self._clock() + ends, act.reason[:MOST_REASON],
-                          act.by[:MOST_REASON])  # fmt: skip
+            block = Block(network, self._clock() + ends, on_one_line(act.reason, MOST_REASON),
+                          on_one_line(act.by, MOST_REASON))  # fmt: skip
             with self._lock:
                 known = self._acted_at.get(network, 0.0 if network in self._blocks else -1.0)
                 if act.at <= known or len(self._blocks) >= MOST_BLOCKS and ends:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -225,8 +226,15 @@ class Spender:
      {"do": "blocks"}, {"do": "blocks", "acts": [[1]]},
      {"do": "blocks", "acts": [["x", 1, "", "", 1]]},
      {"do": "blocks", "acts": [[OTHER, "x", "", "", 1]]},
-     {"do": "blocks", "acts": [["0.0.0.0/0", 60, "", "", 1]]}],
-    ids=range(16),
+     {"do": "blocks", "acts": [["0.0.0.0/0", 60, "", "", 1]]},
+     {"do": "blocks", "acts": [[OTHER, 10**400, "", "", 1]]},
+     {"do": "blocks", "acts": [[OTHER, math.nan, "", "", 1]]},
+     {"do": "blocks", "acts": [[OTHER, math.inf, "", "", 1]]},
+     {"do": "blocks", "acts": [[OTHER, 60, "", "", math.nan]]},
+     {"do": "blocks", "acts": [[OTHER, 60, "", "", 1e12]]},  # nobody could ever undo it
+     {"attempts": [["x" * 101, 1]], "policies": []},
+     {"attempts": [[2**128, 1]], "policies": []}, {"attempts": [[[6, -1], 1]], "policies": []}],
+    ids=range(24),
 )  # fmt: skip
 def test_a_malformed_message_is_passed_over(message, caplog):
     [one] = Members(1, {"rate_limit": {"per_address": 1}})
@@ -234,6 +242,13 @@ def test_a_malformed_message_is_passed_over(message, caplog):
     one.counts.take_heard()
     assert "malformed message" in caplog.text
     assert one.blocks.all() == [] and one.attempts.delay(OTHER) == 0
+
+
+def test_malformed_messages_do_not_fill_the_log(caplog):
+    [one] = Members(1)
+    for _ in range(1000):
+        one.counts.hear({"from": "x", "do": "spent"})
+    assert caplog.text.count("malformed message") <= 2 * counts_module.NEWS
 
 
 # Blocks

@@ -58,6 +58,13 @@ def test_an_error_of_redis_is_away_with_its_words(redis_server, connect):
     assert "\n" not in caught.value.strerror
 
 
+def test_an_answer_that_is_no_answer_of_redis_is_away(connect):
+    """The thread that hears messages must not end by it: it would hear none any more."""
+    with pytest.raises(Away, match="none of Redis's .'int' object is not subscriptable"):
+        with connect("redis://127.0.0.1:1")._translated():
+            raise TypeError("'int' object is not subscriptable")  # as redis-py of a push of `:1`
+
+
 def test_a_server_that_is_not_there_and_comes(redis_server, connect):
     engine = connect(redis_server.url)
     engine.call("PING")

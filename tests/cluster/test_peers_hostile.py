@@ -231,6 +231,18 @@ def test_a_member_that_dials_itself_hears_so(member, caplog, monkeypatch):
     member.peers.change({})
 
 
+@pytest.mark.parametrize(
+    "address",
+    [f"127.0.0.1:{10**30}", "127.0.0.1:-1", "127.0.0.1:x", ":", "a\0b:1", f"{'a' * 70}:1"],
+)
+def test_an_address_that_is_none_is_one_line_in_the_log(member, caplog, monkeypatch, address):
+    monkeypatch.setattr(peer_session, "GRACE", 0)
+    member.peers.change({"00000009": Card("00000009", address)})
+    wait_until(lambda: "no connection: " in caplog.text)
+    member.peers.change({})
+    assert "bug" not in caplog.text
+
+
 def test_an_address_that_leads_to_another_member_is_not_used(member, cache, caplog, monkeypatch):
     monkeypatch.setattr(peer_session, "GRACE", 0)
     with member_here(cache, "00000002") as other:

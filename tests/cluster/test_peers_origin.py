@@ -93,7 +93,9 @@ def test_many_hostnames_are_told_in_messages_that_are_short_enough():
 def test_an_agent_with_a_huge_policy_does_not_break_the_connection_of_peers():
     """It would be told again after each new connection, and that would end again: no visit to any
     agent would be passed on."""
-    users = [f"{'é' * 100}{number}:{'x' * 80}" for number in range(100)]  # escaped, each é takes six
+    users = [
+        f"{'é' * 100}{number}:{'x' * 80}" for number in range(100)
+    ]  # escaped, each é takes six
     tunnel = tunnel_of(policies={"a.test": {"basic_auth": users}})
     routes = {name: Route(name, "http", tunnel) for name in ("a.test", "b.test", "c.test")}
     messages = list(registers(tunnel, routes))

@@ -3,6 +3,7 @@
 And what only a real one shows: a server that has lost its data, one that stands still, a replica.
 """
 
+import json
 import random
 import threading
 
@@ -152,6 +153,58 @@ def test_a_call_to_a_server_that_stands_still_or_is_gone_ends(redis_server, boar
     redis_server.kill()
     with pytest.raises(Away):
         board.renew(MEMBERS[0], Renewal(Card(MEMBERS[0])))
+
+
+class Liar:
+    """An Engine whose scripts give what somebody else has written."""
+
+    def __init__(self, answer):
+        self._answer = answer
+
+    def run(self, *arguments):
+        return self._answer
+
+    def close(self):
+        """As Engine.close()."""
+
+
+def told_of(**card):
+    return [1, 1, 1, 1, [json.dumps({"id": "a", **card}).encode()], []]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, 5, b"x", [], [1] * 5, [b"x", 1, 1, 0, [], []], [1, 1, [], 0, [], []],
+     [1, 1, 1, 0, [], 7], [1, 1, 1, 1, 7, []], [1, 1, 1, 1, [b"{"], []], [1, 1, 1, 1, [5], []],
+     told_of(id="a\nb"), told_of(id=""), told_of(host=5), told_of(since=-1),
+     told_of(since=10**30), told_of(peer="x" * 301), [1, 1, 1, 1, [b'{"id":"a"}'] * 2001, []]],
+    ids=range(18),
+)  # fmt: skip
+def test_a_renewal_that_no_script_of_ours_has_answered_is_away(answer):
+    board = RedisBoard(Liar(answer), "test")
+    with pytest.raises(Away, match="cannot be understood .*does another program write there"):
+        board.renew("a", Renewal(Card("a")))
+
+
+@pytest.mark.parametrize(
+    "answer", [None, 5, [], [[]], [[b"granted"]], [[b"granted", b"x"]], [[5, 1]],
+               [[b"granted", 1, 5]], [[b"granted", 1]] * 2, [[b"\xff", 1]]]
+)  # fmt: skip
+def test_neither_is_a_claim_answered(answer):
+    board = RedisBoard(Liar(answer), "test")
+    with pytest.raises(Away):
+        board.claim("a", 1, [Ask("x", "i:a")], True)
+    for call in (lambda: board.release("a", 1, ["x"]), lambda: board.held("a"),
+                 lambda: board.leave("a")):  # fmt: skip
+        with pytest.raises(Away):
+            board._engine._answer = 5
+            call()
+
+
+def test_what_a_member_says_of_itself_has_one_line():
+    board = RedisBoard(Liar(told_of(host="h\x1b[31m\nINFO x", version="1\r2")), "test")
+    [card] = board.renew("a", Renewal(Card("a"))).members
+    assert (card.host, card.version) == ("h [31m INFO x", "1 2")
 
 
 @pytest.mark.slow

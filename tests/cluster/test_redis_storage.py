@@ -199,5 +199,20 @@ def test_after_redis_lost_its_data_a_reader_looks_at_all():
     assert member.news(since).keys is None
 
 
+def test_a_name_that_leads_out_of_the_folder_is_left_out(place):
+    """Whoever can write to Redis must not choose the paths of files on the members' disks."""
+    member = place.member()
+    member.write(PEM, b"pem")
+    for name in ("../x.pem", "../../../tmp/x.json", "/etc/x.pem", ".", "..", "a/b.pem", "x\0.pem",
+                 "x\n.pem"):  # fmt: skip
+        place.call("HSET", FILES, name, b"x")
+    for key in ("ca/certs/../../x.renew", "/etc/x.renew", "ca/certs/x\0.renew", "ca//x.pem"):
+        member.write(key, b"x")
+    assert member.keys("ca/certs/") == [PEM]
+    assert member.news(Serial()).keys is None
+    assert member.news(member.news(Serial()).serial._replace(number=0)).keys == [PEM]
+    assert member.folders() == ["ca/certs"]
+
+
 def test_names_say_where_to_find_what_they_name(place):
     assert place.member().where(PEM) == f"app.example.com.pem in {FILES} of Redis"
