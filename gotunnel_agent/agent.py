@@ -32,10 +32,11 @@ from gotunnel import NoThread, Session, spawn
 
 from .common.one_line import some
 from .config import Config
-from .link import LAST_WORDS, Link, Service, Shared
+from .link import LAST_WORDS, Link
 from .plan import Plan, changes, needs_session
 from .registering import in_wait
 from .roster import MOST_MEMBERS, chosen, reached, to_open, wanted
+from .shared import OtherLink, Service, Shared
 from .target import Route
 
 log = logging.getLogger("gotunnel.agent")
@@ -110,6 +111,7 @@ class Agent(Shared):
     def __init__(self, config: Config):
         """Raises CannotTrust."""
         super().__init__(config)
+        self.links: list[Link] = [Link(self)]
         self._threads: list[threading.Thread] = []  # of the further links
         self._opened: deque[float] = deque(maxlen=MOST_OPENED)  # when they began (monotonic)
         self._look_at = 0.0  # monotonic: a call of note_members() is to come until then
@@ -343,7 +345,10 @@ class Agent(Shared):
         self._told = told
         return f"serving {some(names)} at {count_of(len(serving), 'gateway')}"
 
-    def retire_old(self, link: Link | None) -> None:
+    def forget(self, link: OtherLink) -> None:
+        self.links = [each for each in self.links if each is not link]
+
+    def retire_old(self, link: OtherLink | None) -> None:
         with self.lock:
             plan, links, views = self.plan, list(self.links), self.views()
             members = set(self.members)
