@@ -233,9 +233,10 @@ class Route(NamedTuple):
             return [self.tunnel]
         return [member.route.tunnel for member in self.pool.members]
 
-    def is_well_elsewhere(self) -> bool:
-        """Whether an agent of the pool says that its target is well; False without a pool."""
-        return self.pool is not None and self.pool.well()
+    def is_unwell(self) -> bool:
+        """Whether its visits are held back (health checks): its agent has found the target unwell,
+        and so has each other agent of its pool."""
+        return self.hostname in self.tunnel.unwell and (self.pool is None or not self.pool.well())
 
     def in_the_way(self, newcomer: Route) -> tuple[Tunnel, str] | None:
         """The tunnel because of which a newcomer cannot have the hostname, too, and what to say of

@@ -238,7 +238,7 @@ class Passage:
                 log.debug("a peer's visit to %.253r is refused: no agent here serves it", hostname)
                 self._refuse(refusals.GONE.code)
                 return False
-            if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+            if route.is_unwell():
                 self._refuse(refusals.UNHEALTHY.code)
                 return False
             try:

@@ -415,7 +415,7 @@ class Arrival(Introduction):
             self.duplex.reset()  # a mere close would look like an empty answer
             log.info("%s: %s: %s", route.hostname, self._visitor, verdict.reason)
             raise ConnectionAbortedError("refused by its tunnel's policy")
-        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+        if route.is_unwell():
             self._visitor.fail_visit(pages.UNHEALTHY, 503)
             self.duplex.reset()
             log.info("%s: %s is refused: the target is not well", route.hostname, self._visitor)

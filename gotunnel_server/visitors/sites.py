@@ -81,7 +81,7 @@ def choose_site(
             return pages.error(421, "not-http", text)
         if route.policy is not None:
             return judge(request, route, route.policy)
-        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+        if route.is_unwell():
             return pages.unhealthy(hostname)
         return Forward(route)
 
@@ -90,7 +90,7 @@ def choose_site(
         verdict: Allow | Answer = policy.judge_request(visitor(request), authorization)
         if isinstance(verdict, Answer):
             return verdict.page
-        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+        if route.is_unwell():
             return pages.unhealthy(request.hostname)
         return Forward(route, *verdict)
 
@@ -119,7 +119,7 @@ def choose_site(
             verdict: Allow | Answer = route.policy.judge_connection(visitor(request))
             if isinstance(verdict, Answer):
                 return verdict.page
-        if route.hostname in route.tunnel.unwell and not route.is_well_elsewhere():
+        if route.is_unwell():
             return pages.unhealthy(hostname)
         return Connect(route)
 
