@@ -261,6 +261,14 @@ def test_arrows_point_one_way():
     assert set(graphlib.TopologicalSorter(graph).static_order()) == set(graph)
 
 
+@pytest.mark.parametrize("wing", ["cluster", "processes"])
+def test_the_map_of_a_wing_has_each_of_its_modules(wing):
+    folder = ROOT / "gotunnel_server" / wing
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    listed = re.findall(r"^ *(\w+\.py)  ", text, re.MULTILINE)
+    assert sorted(listed) == sorted({path.name for path in folder.glob("*.py")} - {"__init__.py"})
+
+
 @pytest.mark.parametrize("module", HOUSE)
 def test_nothing_is_imported_inside_a_function(module):
     inner = [

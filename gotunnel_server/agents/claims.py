@@ -1,4 +1,5 @@
-"""Who owns a hostname: the interface of takeover.py to the one gateway's table, or to a cluster."""
+"""Claims of hostnames: the interface by which takeover.py claims them, in the table of the one
+gateway or in a cluster."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Agents that wait for hostnames which others serve: the gateway tells them when one is free
-(feature WAITS).
+"""Standby: agents that wait for hostnames which others serve; the gateway tells them when one is
+free (feature WAITS).
 
 For each hostname there is a queue, in the order of arrival. When the hostname is free, only the
 first agent in it is told; it registers the hostname by another session. If it has not done so
@@ -28,7 +28,7 @@ TURN = 1
 
 
 class Holder(Protocol):
-    """Who has a hostname that others wait for: a tunnel.Tunnel, or one of another gateway."""
+    """The session that has a hostname: a tunnel.Tunnel, or one at another gateway."""
 
     def holds(self, hostname: str, /) -> bool:
         """Whether it still has the hostname."""

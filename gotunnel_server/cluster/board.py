@@ -1,7 +1,7 @@
-"""The board: the one place that all members of a cluster read and write. Who implements it?
+"""The board: the one place that all members of a cluster read and write. There are two:
 
-    redis_board.RedisBoard     scripts on a Redis server, for gateways on several machines (CLUSTER)
-    processes                  a leases.Table in the supervisor, for one machine (PROCESSES)
+    redis_board.RedisBoard        scripts on a Redis server, for several machines (CLUSTER)
+    processes.board.ChildBoard    a leases.Table in the supervisor, for one machine (PROCESSES)
 
 Both follow the rules of leases.py. A board decides; it never calls a member back, except with the
 messages of other members. What a member does with the answers is in members.py and claims.py.

@@ -131,8 +131,8 @@ class SharedCertificates:
             log.warning("%s: the local CA is the copy in %s", error.strerror, folder)
             return
         if put_ca(folder, pem):
-            log.warning("%s has the local CA of the cluster now: who trusted the one before (now "
-                        "%s) has to trust %s", folder, folder / "ca.crt.bad",
+            log.warning("%s has the local CA of the cluster now: agents and visitors that trusted "
+                        "the one before (now %s) have to trust %s", folder, folder / "ca.crt.bad",
                         folder / "ca.crt")  # fmt: skip
 
     # Life

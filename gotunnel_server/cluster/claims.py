@@ -1,13 +1,13 @@
-"""Who owns a hostname, where several gateways decide it: first the board grants it, then the
-registry of this gateway takes it.
+"""Claims of hostnames, for one of several gateways: the board grants a hostname first, and then
+the registry of this gateway takes it.
 
 The board knows *owners*, not sessions: an agent's process, or a pool. So an agent that has a
 session with each gateway holds its hostnames at all of them, and an agent that comes back to
 another gateway gets them at once. An agent without an instance (Go) is known by its session alone.
 
-A claim never waits. It is left here (Undecided), thread "cluster" asks the board, and the next
-attempt finds the answer. A name that members hold for another owner has a RemoteHolder, by which
-takeover.py asks the agent there for a sign of life.
+A claim never waits for the board. It is noted here, and raises Undecided; thread "cluster" asks the
+board, and the next attempt finds the answer. A name that members hold for another owner has a
+RemoteHolder, by which takeover.py asks the agent there for a sign of life.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from .board import Board, Card, Message
 from .certificates import SharedCertificates
 from .claims import SharedClaims
 from .counts import SharedCounts
-from .former import Former
+from .former_member import FormerMember
 from .members import Member
 from .passage import Passages
 from .peers import Peers
@@ -112,7 +112,7 @@ class Cluster:
         self._member.claims = self.claims
         if self.settings is not None:  # else the supervisor sees a process die
             number = 0 if child is None else child.number
-            self._member.former = Former(config.acme_cache, number)
+            self._member.former = FormerMember(config.acme_cache, number)
         self.peers: Peers | None = None  # from start() on
         self._card = Card(self.id)
         self._hear: dict[str, Callable[[Message], object]] = {}

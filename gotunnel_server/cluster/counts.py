@@ -1,5 +1,5 @@
-"""Has all members of a cluster count together, approximately: what visitors spend of their rates,
-wrong passwords, bad tokens, and which addresses are blocked. SharedCounts tells and hears.
+"""Has all members of a cluster count together, approximately: what visitors spend of their rates
+(token buckets), wrong passwords, bad tokens, and which addresses are blocked.
 
 Each member decides by what it knows, so no visit waits for another machine. Once a second it tells
 the others what was spent here (gossip), and they take it from their own buckets. So for about a
@@ -209,7 +209,7 @@ class SharedCounts:
             if self._news.wait("", now):
                 return
             self._news.take("", now)
-            log.warning("member %s sent a malformed message %r (%s): it is passed over",
+            log.warning("gateway %s sent a malformed message %r (%s): it is ignored",
                         message.get("from"), message.get("do"), error)  # fmt: skip
 
     def _hear_spent(self, message: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ with another clock that takes over expire no lease early.
 
 **A lease that has run out** is no proof that its member has stopped serving: without the board it
 may go on, if each other member that it knew has told it directly that it is without the board, too
-(members.py). Such an answer is a promise for PROMISE. So the names of a member that is out of
-contact can be taken if
+(tenure.py). Such an answer is a promise to take no name for PROMISE. So the names of a member that
+is out of contact can be taken if
 
     a witness is there        a member that the lost one knew, that has been in contact for SETTLE,
                               so that its earlier promises have run out, and that was in contact

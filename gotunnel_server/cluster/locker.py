@@ -6,11 +6,11 @@ if the process dies, the lock is free within LEASE. Only the holder's token rene
 
 A lock can be lost: Redis was out of reach for LEASE, or lost its data. What then?
 
-- Who holds a lock *to change something* (``wait``: the account, the turns) reads, and then writes
-  what it has read and changed. Its write names the token, and Redis refuses it once the lock is
-  lost (fencing): so two members never overwrite each other's changes.
-- Who holds a lock *to do something alone* (an order) goes on, and says so in the log. If Redis has
-  lost its data the lock is taken again, unless another member has it by then.
+- The holder of a lock *to change something* (``wait``: the account, the turns) reads, and then
+  writes what it has read and changed. Its write names the token, and Redis refuses it once the lock
+  is lost (fencing): so two members never overwrite each other's changes.
+- The holder of a lock *to do something alone* (an order) goes on, and says so in the log. If Redis
+  has lost its data the lock is taken again, unless another member has it by then.
 """
 
 from __future__ import annotations
@@ -160,5 +160,5 @@ class RedisLocker:
             held.lost = not kept
         if news:
             log.warning("the lock %s was lost (Redis was away for longer than %g s, or lost its "
-                        "data): another member may do the same at the same time", held.name,
+                        "data): another gateway may do the same at the same time", held.name,
                         self._lease)  # fmt: skip

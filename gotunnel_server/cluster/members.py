@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from gotunnel import spawn
 
 from .board import Away, Board, Card, Message, Renewal, Renewed
-from .former import Former
+from .former_member import FormerMember
 from .tenure import LEASE, LOOK, RENEW, Tenure
 
 log = logging.getLogger("gotunnel.members")
@@ -92,7 +92,7 @@ class Member:
         self.id = id
         self.claims: Claims  # set before start()
         self.peers: Peers | None = None
-        self.former: Former | None = None
+        self.former: FormerMember | None = None
         self.board_name = board_name
         self._board = board
         self._card = Card(id)
@@ -408,6 +408,6 @@ class Member:
                 self._serving = False
                 self._stops += 1
         if stops:
-            log.warning("this gateway stops serving its hostnames: it has no contact with %s, and "
-                        "other gateways may have", self.board_name)  # fmt: skip
+            log.warning("this gateway serves its hostnames no longer, until %s answers: other "
+                        "gateways may reach it, and have them by now", self.board_name)  # fmt: skip
             self.claims.stop_serving()

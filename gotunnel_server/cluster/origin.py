@@ -3,7 +3,7 @@
 Between gateways a Register stands for one agent's session (or for a part of it, if it would be too
 long for a message) and may be repeated on the control stream: a later one with the same
 ``instance`` replaces the earlier one, and one without routes takes it back. Its ``token`` is no
-JWT, since the connection has proved the peer (secret.py). It is a JSON object that says whose
+JWT, since the connection has proved the peer (secret.py). It is a JSON array that says whose
 hostnames they are: an Origin.
 
 The first Register of a connection is a greeting: its ``instance`` is the member's id, and it has no

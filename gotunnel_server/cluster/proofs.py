@@ -192,7 +192,7 @@ class SharedProofs:
             try:
                 shown.enter_context(self._showing(proof))
             except (CaError, ValueError) as error:
-                log.warning("%s: a proof of member %s cannot be shown: %s",
+                log.warning("%s: a proof of gateway %s cannot be shown: %s",
                             proof.hostname, sender, error)  # fmt: skip
                 return
             self._keep(sender, number, shown)
@@ -207,9 +207,9 @@ class SharedProofs:
                 raise ValueError("no texts")
             return proof
         except WrongKey as error:
-            log.warning("a proof of member %s cannot be read: %s", sender, error.strerror)
+            log.warning("a proof of gateway %s cannot be read: %s", sender, error.strerror)
         except (Broken, ValueError, TypeError, RecursionError) as error:
-            log.warning("member %s sent a malformed proof: %s", sender, error)
+            log.warning("gateway %s sent a malformed proof: %s; it is ignored", sender, error)
         return None
 
     def _showing(self, proof: _Proof) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@
     {"said": "serving"} -->                <--  {"order": "cover", "number": 2}, "uncover"
     {"said": "alive"} --> every few seconds     {"order": "reload"}, "drain", "estate"
     {"said": "draining"} -->                    {"processes": [...]}     what the others do
+    {"estate": {...}} -->                       {"board": {...}}         another member's message
     {"call": ID, "name": ..., "with": [...]} -->  <--  {"reply": ID, "result": ...}
     {"to": NUMBER, "body": ...} -->        <--  {"from": NUMBER, "body": ...}
 

@@ -2,7 +2,7 @@
 
 An agent has a session with each process, and asks each for its port. With SO_REUSEPORT the kernel
 would let two processes open one port for two hostnames. So the supervisor is asked first which
-hostname has the port (desk.py).
+hostname has the port (shared_state.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..net.listener import PortError
-from .desk import GIVE_PORT, TAKE_PORT
+from .shared_state import GIVE_PORT, TAKE_PORT
 
 
 class OpenPort(Protocol):

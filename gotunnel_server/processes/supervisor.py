@@ -37,8 +37,8 @@ from ..several import VARIABLE
 from ..variables import ConfigError
 from . import roster
 from .channel import PROTOCOL, Broken, Message, SupervisorEnd
-from .desk import Desk
 from .roster import Roster
+from .shared_state import SharedState
 from .sockets import SPREAD, Sockets
 
 log = logging.getLogger("gotunnel.supervisor")
@@ -82,7 +82,7 @@ class Supervisor:
         self._watchdog_at = 0.0  # monotonic, of the next WATCHDOG=1
         self._sockets = Sockets(config, self._count, Inherited(of_systemd(environment, SETTINGS)))
         self._roster = Roster(self._count)
-        self._desk = Desk(monotonic)
+        self._shared = SharedState(monotonic)
         self._children: dict[int, Child] = {}  # by id of the roster
         self._estates: dict[int, int] = {}  # id of one that is to go: of the one that is asked
         self._began = monotonic()
@@ -327,9 +327,9 @@ class Supervisor:
         elif "to" in message:
             self._pass_on(child.number, message)
         elif "call" in message:
-            reply = self._desk.call(id, child.number, str(message.get("name")), message.get("with"))
+            reply = self._shared.call(id, str(message.get("name")), message.get("with"))
             self._send(child, {"reply": message["call"], **reply})
-            for to, told in self._desk.messages():
+            for to, told in self._shared.messages():
                 if to in self._children:
                     self._send(self._children[to], {"board": told})
         else:
@@ -355,7 +355,7 @@ class Supervisor:
                 del self._children[id]
                 self._watched.pop(id, None)
                 self._pass_estate(id, None)
-                self._desk.gone(id)
+                self._shared.gone(id)
                 self._act(self._roster.ended(id, status, monotonic()))
             else:
                 self._watch(id, child)

@@ -17,14 +17,14 @@ from gotunnel_server.handover import Failed
 from gotunnel_server.processes import child as child_module
 from gotunnel_server.processes.channel import PROTOCOL, SupervisorEnd, encoded
 from gotunnel_server.processes.child import Child, Gone, Numbered, choose_cpu, connect
-from gotunnel_server.processes.desk import Desk
+from gotunnel_server.processes.shared_state import SharedState
 
 
 class Supervisor:
     """Passes messages on among children in this process, as the real one does."""
 
     def __init__(self, count):
-        self.desk = Desk(lambda: 0.0)
+        self.shared = SharedState(lambda: 0.0)
         self.ends, self.children, self.orders = {}, {}, {}
         self._over = False
         self._told = queue.SimpleQueue()  # for the thread, which alone uses the ends
@@ -69,7 +69,7 @@ class Supervisor:
                 if to == message["to"] or message["to"] == 0 and to != number:
                     end.send({"from": number, "body": message["body"]})
         elif "call" in message:
-            reply = self.desk.call(number, number, message["name"], message["with"])
+            reply = self.shared.call(number, message["name"], message["with"])
             self.ends[number].send({"reply": message["call"], **reply})
 
     def end(self):

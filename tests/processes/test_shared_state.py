@@ -8,8 +8,8 @@ from gotunnel_server.cluster.board import FREE, GRANTED, TAKEN, Ask, Away, Card,
 from gotunnel_server.net.listener import PortError
 from gotunnel_server.processes.board import ChildBoard
 from gotunnel_server.processes.channel import encoded
-from gotunnel_server.processes.desk import GIVE_PORT, TAKE_PORT, Desk
 from gotunnel_server.processes.shared_ports import opener
+from gotunnel_server.processes.shared_state import GIVE_PORT, TAKE_PORT, SharedState
 from gotunnel_server.routes import Route
 
 A, B = "a.test", "b.test"
@@ -28,46 +28,46 @@ def clock():
 
 
 @pytest.fixture
-def desk(clock):
-    return Desk(clock)
+def shared(clock):
+    return SharedState(clock)
 
 
-def take(desk, id, port, hostname):
-    return desk.call(id, id, TAKE_PORT, [port, hostname])["result"]
+def take(shared, id, port, hostname):
+    return shared.call(id, TAKE_PORT, [port, hostname])["result"]
 
 
 # Ports -------------------------------------------------------------------------------------------
 
 
-def test_processes_open_a_port_for_one_hostname_and_a_hostname_has_one_port(desk):
-    assert take(desk, 1, 2200, A) == ""
-    assert take(desk, 2, 2200, A) == ""
-    assert take(desk, 2, 2200, B) == "a.test has it at another process"
-    assert take(desk, 2, 2201, A) == "a.test has port 2200 at another process"
-    assert take(desk, 2, 2201, B) == ""
+def test_processes_open_a_port_for_one_hostname_and_a_hostname_has_one_port(shared):
+    assert take(shared, 1, 2200, A) == ""
+    assert take(shared, 2, 2200, A) == ""
+    assert take(shared, 2, 2200, B) == "a.test has it at another process"
+    assert take(shared, 2, 2201, A) == "a.test has port 2200 at another process"
+    assert take(shared, 2, 2201, B) == ""
 
 
-def test_a_port_is_free_when_all_processes_have_given_it_back(desk):
-    take(desk, 1, 2200, A)
-    take(desk, 2, 2200, A)
-    desk.call(1, 1, GIVE_PORT, [2200])
-    assert take(desk, 1, 2200, B) != ""
-    desk.gone(2)
-    assert take(desk, 1, 2200, B) == ""
+def test_a_port_is_free_when_all_processes_have_given_it_back(shared):
+    take(shared, 1, 2200, A)
+    take(shared, 2, 2200, A)
+    shared.call(1, GIVE_PORT, [2200])
+    assert take(shared, 1, 2200, B) != ""
+    shared.gone(2)
+    assert take(shared, 1, 2200, B) == ""
 
 
-def test_an_agent_moves_to_another_port_when_the_others_have_given_the_first_one_back(desk):
-    take(desk, 1, 2200, A)
-    assert take(desk, 1, 2201, A) == ""  # its own process: Ports closes the old one
-    desk.call(1, 1, GIVE_PORT, [2200])
-    assert take(desk, 2, 2200, A) != "" and take(desk, 2, 2201, A) == ""
+def test_an_agent_moves_to_another_port_when_the_others_have_given_the_first_one_back(shared):
+    take(shared, 1, 2200, A)
+    assert take(shared, 1, 2201, A) == ""  # its own process: Ports closes the old one
+    shared.call(1, GIVE_PORT, [2200])
+    assert take(shared, 2, 2200, A) != "" and take(shared, 2, 2201, A) == ""
 
 
 @pytest.mark.parametrize(
     "call", [("nonsense", []), (TAKE_PORT, None), (TAKE_PORT, [1]), (TAKE_PORT, ["x"] * 9)]
 )
-def test_a_call_that_makes_no_sense_is_an_error_of_its_caller(desk, call):
-    assert set(desk.call(1, 1, *call)) == {"error"}
+def test_a_call_that_makes_no_sense_is_an_error_of_its_caller(shared, call):
+    assert set(shared.call(1, *call)) == {"error"}
 
 
 class OpenPort:
@@ -79,19 +79,19 @@ class OpenPort:
 
 
 class Caller:
-    """A Child that calls a Desk."""
+    """A Child that calls a SharedState."""
 
-    def __init__(self, desk, id):
-        self.desk, self.id, self.away = desk, id, False
+    def __init__(self, shared, id):
+        self.shared, self.id, self.away = shared, id, False
 
     def call(self, name, *arguments):
         if self.away:
             raise OSError("the supervisor has ended")
-        return self.desk.call(self.id, self.id, name, list(arguments))["result"]
+        return self.shared.call(self.id, name, list(arguments))["result"]
 
 
-def test_a_shared_port_is_given_back_when_it_stops_or_cannot_be_opened(desk):
-    one, two = Caller(desk, 1), Caller(desk, 2)
+def test_a_shared_port_is_given_back_when_it_stops_or_cannot_be_opened(shared):
+    one, two = Caller(shared, 1), Caller(shared, 2)
     opened = []
 
     def listen(number, route):
@@ -114,8 +114,8 @@ def test_a_shared_port_is_given_back_when_it_stops_or_cannot_be_opened(desk):
     opener(listen, one)(2200, first)
 
 
-def test_without_the_supervisor_no_port_is_opened(desk):
-    caller = Caller(desk, 1)
+def test_without_the_supervisor_no_port_is_opened(shared):
+    caller = Caller(shared, 1)
     caller.away = True
     with pytest.raises(PortError, match="the supervisor has ended"):
         opener(lambda number, route: OpenPort(route), caller)(2200, Route(A, "tcp", None))
@@ -125,15 +125,15 @@ def test_without_the_supervisor_no_port_is_opened(desk):
 
 
 class Line:
-    """The channel between a board and a desk: all goes as JSON."""
+    """The channel between a board and a shared: all goes as JSON."""
 
-    def __init__(self, desk, id):
-        self.desk, self.id = desk, id
+    def __init__(self, shared, id):
+        self.shared, self.id = shared, id
         self.heard = []
 
     def call(self, name, *arguments):
         sent = json.loads(encoded({"with": arguments}))["with"]
-        reply = json.loads(encoded(self.desk.call(self.id, self.id, name, sent)))
+        reply = json.loads(encoded(self.shared.call(self.id, name, sent)))
         if "error" in reply:
             raise ValueError(reply["error"])
         return reply["result"]
@@ -142,16 +142,16 @@ class Line:
         self.hear = hear
 
 
-def joined(desk, id, member):
-    board = ChildBoard(Line(desk, id))
+def joined(shared, id, member):
+    board = ChildBoard(Line(shared, id))
     card = Card(member, "", "127.0.0.1:1", "host", "1", 1)
     renewed = board.renew(member, Renewal(card))
     return board, renewed.contact
 
 
-def test_two_children_claim_by_the_table_of_the_supervisor(desk):
-    one, contact = joined(desk, 1, "aa")
-    two, other = joined(desk, 2, "bb")
+def test_two_children_claim_by_the_table_of_the_supervisor(shared):
+    one, contact = joined(shared, 1, "aa")
+    two, other = joined(shared, 2, "bb")
     one.renew("aa", Renewal(Card("aa"), contact, 0))
     two.renew("bb", Renewal(Card("bb"), other, 0))
     (granted,) = one.claim("aa", contact, [Ask(A, "owner")], True)
@@ -166,24 +166,24 @@ def test_two_children_claim_by_the_table_of_the_supervisor(desk):
     assert two.leave("bb").freed == ()
 
 
-def test_the_names_of_a_child_that_has_ended_are_free_at_once(desk):
-    one, contact = joined(desk, 1, "aa")
-    two, other = joined(desk, 2, "bb")
+def test_the_names_of_a_child_that_has_ended_are_free_at_once(shared):
+    one, contact = joined(shared, 1, "aa")
+    two, other = joined(shared, 2, "bb")
     one.claim("aa", contact, [Ask(A, "owner")], True)
-    desk.gone(1)
+    shared.gone(1)
     assert two.claim("bb", other, [Ask(A, "another")], True)[0].verdict == GRANTED
     assert [card.id for card in two.renew("bb", Renewal(Card("bb"), other, 0)).members] == ["bb"]
 
 
-def test_messages_go_to_one_member_or_to_all_others(desk):
-    one, _ = joined(desk, 1, "aa")
-    joined(desk, 2, "bb")
-    joined(desk, 3, "cc")
+def test_messages_go_to_one_member_or_to_all_others(shared):
+    one, _ = joined(shared, 1, "aa")
+    joined(shared, 2, "bb")
+    joined(shared, 3, "cc")
     one.publish("cc", {"do": "x"})
-    assert list(desk.messages()) == [(3, {"do": "x"})]
+    assert list(shared.messages()) == [(3, {"do": "x"})]
     one.publish("", {"do": "y"})
-    assert list(desk.messages()) == [(2, {"do": "y"}), (3, {"do": "y"})]
-    assert list(desk.messages()) == []
+    assert list(shared.messages()) == [(2, {"do": "y"}), (3, {"do": "y"})]
+    assert list(shared.messages()) == []
 
 
 def test_a_supervisor_that_has_ended_is_a_board_that_is_away():

@@ -1,5 +1,5 @@
-"""What the children share, kept by the supervisor: who owns a hostname (board.py), and who has
-which public port of TCP_PORTS.
+"""What the children share, kept by the supervisor: the claims of hostnames (board.py), and which
+hostname has which public port of TCP_PORTS.
 
 With SO_REUSEPORT the kernel lets two children open one port for two hostnames, and visitors would
 reach either at random. So a child asks here before it opens a port.
@@ -16,7 +16,7 @@ from .channel import Message
 TAKE_PORT, GIVE_PORT = "take port", "give port"
 
 
-class Desk:
+class SharedState:
     """Answers the children's calls; holds no child up. One thread."""
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -29,9 +29,9 @@ class Desk:
             **self._board.calls,
         }
 
-    def call(self, id: int, number: int, name: str, arguments: Any) -> Message:
-        """The answer to a call of the child's process ``id``: {"result": ...} or {"error": TEXT}.
-        ``number``: the child's."""
+    def call(self, id: int, name: str, arguments: Any) -> Message:
+        """The answer to a call of the child's process ``id``: {"result": ...} or {"error":
+        TEXT}."""
         function = self._calls.get(name)
         if function is None or not isinstance(arguments, list):
             return {"error": f"there is no {name[:40]!r} here"}

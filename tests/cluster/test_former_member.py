@@ -6,16 +6,16 @@ import socket
 
 import pytest
 
-from gotunnel_server.cluster.former import Former
+from gotunnel_server.cluster.former_member import FormerMember
 
 
 @pytest.fixture
 def make(tmp_path):
-    """make(number) makes a Former of one folder; all are closed at the end."""
+    """make(number) makes a FormerMember of one folder; all are closed at the end."""
     made = []
 
     def one(number=0):
-        made.append(Former(tmp_path / "cache", number))
+        made.append(FormerMember(tmp_path / "cache", number))
         return made[-1]
 
     yield one

@@ -23,12 +23,12 @@ try:
 except ImportError:  # not a system for gateways
     fcntl = None  # type: ignore[assignment]  # then nothing is known
 
-log = logging.getLogger("gotunnel.former")
+log = logging.getLogger("gotunnel.former_member")
 
 MOST_BYTES = 1000  # of the file
 
 
-class Former:
+class FormerMember:
     """One thread at a time."""
 
     def __init__(self, folder: Path, number: int = 0):
