@@ -360,6 +360,8 @@ def _is_set(name: str | None, values: Mapping[str, str]) -> bool:
 
 def _neutralise(values: dict[str, str], name: str) -> None:
     """Give a variable at fault a value that hides no other fault, and causes none."""
+    if name == "CLUSTER" and not {name, "CLUSTER_KEY", "CLUSTER_KEY_FILE"} & values.keys():
+        values["CLUSTER_KEY"] = NEUTRAL["CLUSTER_KEY"]  # needed only by the value that it gets here
     for known in {name, name.removesuffix("_FILE")}:
         values.pop(known, None)
         values.pop(f"{known}_FILE", None)
@@ -476,9 +478,11 @@ def _cluster(read: Variables) -> ClusterSettings | None:
         if alone := [
             name for name in sorted(NAMES) if name[:8] == "CLUSTER_" and read.is_set(name)
         ]:
+            are = "is" if len(alone) == 1 else "are"
             raise ConfigError(
-                f"{alone[0]} is set without CLUSTER, expected the URL of a Redis server there, "
-                f"such as redis://redis.example.com:6379/0: set it, or unset {alone[0]}"
+                f"{' and '.join(alone)} {are} set without CLUSTER, expected the URL of a Redis "
+                "server there, such as redis://redis.example.com:6379/0: set it, or unset "
+                f"{alone[0] if len(alone) == 1 else 'all of them'}"
             )
         return None
     # Loaded here, so that a gateway that is alone has no memory for it.

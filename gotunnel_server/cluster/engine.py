@@ -269,6 +269,11 @@ class Engine:
             ) from None
 
 
+# Where the words of an error end, and what is for programmers begins: redis-py's own objects behind
+# "No master found for 'NAME'", and the digest and the line of a script behind Redis's answer to it.
+_ITS_OWN = re.compile(r" : <redis\.|\.? script: [0-9a-f]{40}")
+
+
 def _words(error: Exception) -> str:
     """What an error says, without the place, which redis-py repeats."""
     if isinstance(error, redis.exceptions.TimeoutError):
@@ -276,7 +281,7 @@ def _words(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    text = str(error)
+    text = _ITS_OWN.split(str(error), maxsplit=1)[0]
     if isinstance(cause, ssl.SSLCertVerificationError):
         text = f"its certificate is not to be trusted: {cause.verify_message}"
     elif isinstance(cause, OSError) and cause.strerror:

@@ -175,7 +175,7 @@ def _split(text: str, default: int) -> tuple[str | None, int | None]:
     """HOST, HOST:PORT or [IPv6]:PORT; None for what is wrong."""
     # Names of containers may have underscores.
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?", text)
-    if found is None or found[1][0] == "[" and not valid_host(found[1]):
+    if found is None or not valid_host(found[1].replace("_", "x")):
         return None, None
     port = default if found[2] is None else whole_number(found[2])
     if port is None or not 0 < port <= MAX_PORT and found[2] is not None:

@@ -54,6 +54,8 @@ def test_urls_that_are_understood(text, found):
         ({"CLUSTER": "redis://h", "CLUSTER_NAME": "a b"}, "CLUSTER_NAME is 'a b', expected"),
         ({"CLUSTER": "redis://h", "CLUSTER_ADDRESS": "a:b"}, "CLUSTER_ADDRESS is 'a:b', expected"),
         ({"CLUSTER": "redis://:x@h", "CLUSTER_PASSWORD": "y"}, "CLUSTER has a password, and"),
+        ({"CLUSTER": "redis://a..b"}, "CLUSTER holds no HOST:PORT"),
+        ({"CLUSTER": "redis://h", "CLUSTER_ADDRESS": "a..b"}, "CLUSTER_ADDRESS is 'a..b', expec"),
         ({"CLUSTER_NAME": "a"}, "CLUSTER_NAME is set without CLUSTER"),
         ({"CLUSTER_KEY_FILE": os.devnull}, "CLUSTER_KEY_FILE is set without CLUSTER"),
     ],
@@ -62,6 +64,23 @@ def test_settings_that_are_refused(settings, text):
     with pytest.raises(ConfigError, match=".") as caught:
         load(os.devnull, LEAST | ({"CLUSTER_KEY": KEY} if "CLUSTER" in settings else {}) | settings)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "alone, text",
+    [
+        ({"CLUSTER_NAME": "a"}, "CLUSTER_NAME is set without CLUSTER"),
+        ({"CLUSTER_KEY": KEY}, "CLUSTER_KEY is set without CLUSTER"),
+        ({"CLUSTER_KEY_FILE": os.devnull}, "CLUSTER_KEY_FILE is set without CLUSTER"),
+        (
+            {"CLUSTER_NAME": "a", "CLUSTER_PASSWORD": "b", "CLUSTER_ADDRESS": "c"},
+            "CLUSTER_ADDRESS and CLUSTER_NAME and CLUSTER_PASSWORD are set without CLUSTER",
+        ),
+    ],
+)
+def test_what_is_left_of_a_cluster_is_refused_in_one_line(alone, text):
+    [line] = faults(os.devnull, LEAST | alone)
+    assert line.startswith(text)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from dataclasses import replace
 from time import monotonic
 
 import pytest
+from redis.exceptions import RedisError
 from redis_server import redis_process
 from support import wait_until
 
 from gotunnel_server.cluster import engine as module
 from gotunnel_server.cluster.board import Away
-from gotunnel_server.cluster.engine import Engine, Script
+from gotunnel_server.cluster.engine import Engine, Script, _words
 from gotunnel_server.cluster.settings import Settings, read_url
 
 
@@ -134,6 +135,25 @@ def test_what_check_says_of_a_server(redis_server, connect):
     redis_server.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     [flaw] = engine.flaws()
     assert flaw.startswith("maxmemory-policy is allkeys-lru, expected noeviction")
+
+
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        (
+            "No master found for 'main' : <redis.client.Redis(<redis.connection.ConnectionPool(",
+            "No master found for 'main'",
+        ),
+        (
+            "command not allowed when used memory > 'maxmemory'. script: "
+            f"{'5a' * 20}, on @user_script:38.",
+            "command not allowed when used memory > 'maxmemory'",
+        ),
+        ("Authentication required.", "Authentication required"),
+    ],
+)
+def test_what_redis_says_is_told_without_the_words_for_programmers(said, told):
+    assert _words(RedisError(said)) == told
 
 
 @pytest.mark.slow
