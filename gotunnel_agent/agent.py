@@ -290,7 +290,7 @@ class Agent(Shared):
             if not self._may_open():
                 break
             name = next(name for found, name in self.members.values() if found == address)
-            opened.append(Link(self, address, name))
+            opened.append(Link(self, address, name, self.links[0].turn))
             self.links.append(opened[-1])
         return opened, len(opened) == len(missing)
 

@@ -146,13 +146,14 @@ class Ended(Exception):
 class Link:
     """The sessions with one gateway. run() is its thread."""
 
-    def __init__(self, agent: Shared, address: str = SHARED, name: str = ""):
-        """``address``: where to dial, see roster.View; ``name``: see Place."""
+    def __init__(self, agent: Shared, address: str = SHARED, name: str = "", turn: int = 0):
+        """``address``: where to dial, see roster.View; ``name``: see Place; ``turn``: which of the
+        configuration's addresses is dialled first."""
         self._agent = agent
         # Guarded by the agent's lock, as it becomes that of the member which it has led to: so a
         # link that dials again comes to the same one.
         self.address, self._name = address, name
-        self._turn = 0  # which of the configuration's addresses is dialled next
+        self.turn = turn  # which of the configuration's addresses is dialled next
         self._once: Place | None = None  # dialled next, whatever the members are
         self._replacing: Service | None = None  # it serves, and is to be replaced all the same
         self._seeks = 0  # dials in a row that led to a gateway with a session
@@ -192,7 +193,7 @@ class Link:
         """Where it dials next, or has its session. Any thread."""
         places = self._agent.plan.places
         if self.address == SHARED:
-            return places[self._turn % len(places)]
+            return places[self.turn % len(places)]
         return place_of(self.address, self._name) or places[0]
 
     def _is_first(self) -> bool:
@@ -292,8 +293,8 @@ class Link:
             failures = 1 if lasted >= HELD else failures + 1
             delay = retry_delay(failures, least, most)
             if service is None and self.address == SHARED:
-                self._turn += 1
-                if self._turn % len(plan.places):  # the next one may work; it is dialled at once
+                self.turn += 1
+                if self.turn % len(plan.places):  # the next one may work; it is dialled at once
                     delay = 0
             repeated = self.problem == problem
             self.problem, self.refused, self.lasting = problem, refused, lasting
@@ -318,8 +319,8 @@ class Link:
                 needed = self._agent.stopping.is_set() or self.is_needed()
             level = logging.WARNING if needed and not repeated else logging.DEBUG
             serve = "1 other gateway serves" if others == 1 else f"{others} other gateways serve"
-            log.log(level, "%s: %s; next try in %.1f s; meanwhile %s",
-                    place, problem, delay, serve)  # fmt: skip
+            then = f"next try in {delay:.1f} s" if delay else "trying the next address"
+            log.log(level, "%s: %s; %s; meanwhile %s", place, problem, then, serve)
 
     def _await_need(self) -> bool:
         """Wait until the link has to dial. False if it never has to again."""

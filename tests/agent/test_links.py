@@ -393,6 +393,16 @@ def over(*sessions):
         session.join()
 
 
+def test_members_are_looked_for_at_the_address_that_has_accepted(many, tmp_path, quick, caplog):
+    keys = {"tunnel_addr": ["localhost:9", f"localhost:{many.place.tunnel_port}"]}
+    with agent_here(many.place, tmp_path, {APP: 1}, **keys) as agent:
+        _, *first = many.be(A, A, B)
+        _, *second = many.be(B, A, B)
+        wait_until(lambda: links_of(agent) == [A, B])
+        assert caplog.text.count("localhost:9: ") == 1
+        over(first[0], second[0])
+
+
 def test_members_without_an_address_are_looked_for_one_after_the_other(
     many, tmp_path, quick, caplog
 ):
