@@ -358,16 +358,18 @@ class Member:
         if members == before:
             return
         self._members = members
+        # Without Redis the supervisor says which process starts and ends, once for all of them.
+        level = logging.DEBUG if self.former is None else logging.INFO
         for id in members.keys() - before.keys() - {self.id}:
-            log.info("gateway %s at %s has joined (version %s); members: %d", id,
-                     members[id].host, members[id].version, len(members))  # fmt: skip
+            log.log(level, "gateway %s at %s has joined (version %s); members: %d", id,
+                    members[id].host, members[id].version, len(members))  # fmt: skip
         self._ended_well |= {id for id, card in before.items() if card.leaving}
         for id in before.keys() - members.keys() - {self.id}:
             how = (
                 "has left" if id in self._ended_well else f"is gone, no sign of life in {LEASE:g} s"
             )
-            log.info("gateway %s at %s %s; members: %d", id, before[id].host, how,
-                     len(members))  # fmt: skip
+            log.log(level, "gateway %s at %s %s; members: %d", id, before[id].host, how,
+                    len(members))  # fmt: skip
         self._ended_well &= members.keys()
         for callback in self._callbacks:
             callback(members)

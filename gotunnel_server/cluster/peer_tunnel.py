@@ -261,7 +261,11 @@ class Accepted:
         self.peer = Greeting(message.instance, host)
         own = self._shared.own.id
         if message.instance == own:
-            self._answer(Ack(False, "this is the same gateway", member=own))
+            text = (
+                "its address leads to this gateway itself; give each gateway a CLUSTER_ADDRESS "
+                "that leads to it alone"
+            )
+            self._answer(Ack(False, text, member=own))
         else:
             self._shared.on_greeting(self)
             self._answer(Ack(True, member=own))

@@ -7,6 +7,7 @@ by the thread "siblings", so that a slow answer holds no order up.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -120,6 +121,11 @@ class Child:
     def tell(self, **message: Any) -> None:
         """Send a message. Raises OSError if the supervisor has ended."""
         self._end.send(message)
+
+    def say(self, **message: Any) -> None:
+        """As tell(); but if the supervisor has ended, the order "orphaned" is enough."""
+        with contextlib.suppress(OSError):
+            self.tell(**message)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Ask the supervisor. Raises Gone; ValueError for a call that it does not understand."""

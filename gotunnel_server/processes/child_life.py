@@ -45,10 +45,7 @@ class Beats:
         self._child = child
 
     def tell(self, *lines: str) -> None:
-        try:
-            self._child.tell(said="alive")
-        except OSError:
-            pass  # the supervisor has ended, which the channel's thread finds out
+        self._child.say(said="alive")
 
 
 class ChildLife:
@@ -78,7 +75,7 @@ class ChildLife:
         child = self._child
         watchdog = Watchdog(Beats(child), BEAT, gateway.listeners.stuck)
         child.start(self._on_order)
-        child.tell(said="ready")
+        child.say(said="ready")
         go = self._await_go()
         if go is None:
             return
@@ -87,25 +84,18 @@ class ChildLife:
         gateway.start()
         watchdog.start()
         status = Status(gateway, status_socket, child.status, child.together)
-        child.tell(said="serving")
+        child.say(said="serving")
         stops = self._serve(gateway, reload)
         self._ends = True
         status.draining = True
         if not stops:  # others serve on at all ports, the metrics' too
             status.close()
             gateway.stop_accepting()
-        self._say_draining(gateway.drain_timeout)
+        # DRAIN_TIMEOUT: a SIGHUP may have changed it since the supervisor has read it.
+        child.say(said="draining", seconds=gateway.drain_timeout)
         gateway.stop()
         status.close()
         watchdog.stop()
-
-    def _say_draining(self, timeout: float) -> None:
-        """``timeout``: DRAIN_TIMEOUT. A SIGHUP may have changed it since the supervisor has read
-        it."""
-        try:
-            self._child.tell(said="draining", seconds=timeout)
-        except OSError:
-            pass  # the supervisor has ended
 
     def _on_order(self, order: Message) -> None:
         """The channel's thread."""
@@ -152,7 +142,7 @@ class ChildLife:
             elif came["order"] == "uncover":
                 gateway.listeners.uncover(child.sockets_of(came["number"]))
             elif came["order"] == "estate":
-                child.tell(estate=gateway.estate()._asdict())
+                child.say(estate=gateway.estate()._asdict())
             elif came["order"] == "drain":
                 return bool(came["stops"])
             elif came["order"] == "orphaned":

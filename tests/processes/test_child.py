@@ -157,6 +157,14 @@ def test_the_end_of_the_supervisor_ends_calls_and_is_an_order(supervisor, childr
     assert children[1].ask("topic") == {}
 
 
+def test_what_is_said_to_a_supervisor_that_has_ended_raises_nothing(supervisor, children):
+    supervisor.ends[1].close()
+    assert supervisor.orders[1].get(timeout=TIMEOUT) == {"order": "orphaned"}
+    children[1].say(said="serving")
+    with pytest.raises(OSError, match="."):
+        children[1].tell(said="serving")
+
+
 @pytest.mark.parametrize("value", ["x", "99999", "2"])
 def test_a_variable_without_a_supervisor_is_ignored(value, caplog):
     assert connect(value) is None
