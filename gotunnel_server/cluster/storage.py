@@ -157,7 +157,11 @@ class RedisStorage:
         found = self._call("EVAL", READ, 1, self._files(folder), file, MOST_VALUE)
         if isinstance(found, int):
             raise Unreadable(errno.EFBIG, f"longer than {MOST_VALUE} bytes", self.where(key))
-        if found is None or not is_sealed(key):
+        if found is None:
+            return None
+        if not isinstance(found, bytes):
+            raise Unreadable(errno.EINVAL, "no text", self.where(key))
+        if not is_sealed(key):
             return found
         try:
             opened = self._sealer.open(key, found)
@@ -230,7 +234,7 @@ class RedisStorage:
         """Raises WrongKey if the cluster seals with a key that we do not have; OSError if Redis
         cannot be reached."""
         known = self._call("HGET", f"{self._prefix}:store", "key")
-        if known is not None and known.decode("ascii", "replace") not in self._sealer.ids:
+        if known is not None and _texts([known]) not in [[id] for id in self._sealer.ids]:
             raise WrongKey("what the cluster keeps on Redis")
 
     def delete(self, key: str) -> bool:
@@ -260,12 +264,15 @@ class RedisStorage:
 
     def news(self, since: Serial) -> News:
         """What was written after ``since``. Raises OSError."""
-        epoch, number, is_complete, found = self._call(
+        answer = self._call(
             "EVAL", NEWS, 2, f"{self._prefix}:store", f"{self._prefix}:news",
             since.epoch, since.number,
         )  # fmt: skip
+        if not isinstance(answer, list) or len(answer) != 4 or not isinstance(answer[1], int):
+            raise _not_understood()
+        epoch, number, is_complete, found = answer
         keys = _texts(found)
-        return News(keys if is_complete else None, Serial(epoch.decode(), number))
+        return News(keys if is_complete else None, Serial("".join(_texts([epoch])), number))
 
     def _files(self, folder: str) -> str:
         return f"{self._prefix}:files:{folder}"
@@ -278,7 +285,9 @@ def is_sealed(key: str) -> bool:
 
 def _texts(found: Iterable[bytes]) -> list[str]:
     """Keys, or names of files and folders. Members have the same as paths in ACME_CACHE, so one
-    that leads out of it is none of ours: left out."""
+    that leads out of it is none of ours: left out. Raises Refused."""
+    if not isinstance(found, (list, set)) or not all(isinstance(each, bytes) for each in found):
+        raise _not_understood()
     texts = [each.decode("utf-8", "replace") for each in found]
     return [
         text for text in texts
@@ -287,6 +296,11 @@ def _texts(found: Iterable[bytes]) -> list[str]:
 
 
 _LEADS_OUT = {"", ".", ".."}
+
+
+def _not_understood() -> Refused:
+    return Refused(errno.EPROTO, "what Redis has cannot be understood; does another program write "
+                   "there? CLUSTER_NAME must differ then")  # fmt: skip
 
 
 def _parts(key: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What Redis adds to a Storage: content sealed by kind, news, fences, and nothing read that is too
 long. What every Storage does is in tests/certs/test_storage.py."""
 
+import contextlib
 import errno
 import logging
 
@@ -212,6 +213,18 @@ def test_a_name_that_leads_out_of_the_folder_is_left_out(place):
     assert member.news(Serial()).keys is None
     assert member.news(member.news(Serial()).serial._replace(number=0)).keys == [PEM]
     assert member.folders() == ["ca/certs"]
+
+
+@pytest.mark.parametrize(
+    "answer", [[], [1], {}, True, b"x", [b"", b"", 1, []], [b"", 1, 1, 7], [5]]
+)
+def test_an_answer_that_no_gateway_has_written_is_an_error_in_words(answer):
+    member = Place(lambda *command: answer).member()
+    for call in (lambda: member.keys("ca/"), member.folders, lambda: member.news(Serial()),
+                 member.check_key, lambda: member.read(PEM),
+                 lambda: member.read("ca/turns.json")):  # fmt: skip
+        with contextlib.suppress(OSError):  # none other
+            call()
 
 
 def test_names_say_where_to_find_what_they_name(place):
