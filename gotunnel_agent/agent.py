@@ -11,8 +11,8 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
     stream_N   at most MAX_STREAMS   one data stream: target.serve()        the stream ends
     ... answer 1 a visit, http mode  copies the target's answer             the stream ends
     ... back   1 a visit, tcp mode   copies what the target sends           both directions are done
-    health     1, if wanted          decides which target is looked at      stop()
-    health_N   LOOKERS at most       look at targets, tell the gateway      stop()
+    health     1, if wanted          decides which target is checked        stop()
+    health_N   CHECKERS at most      check targets, tell the gateway        stop()
 
 (The dots stand for the name of the thread that starts the second one, as in "stream_3 back".)
 
@@ -78,7 +78,7 @@ class Snapshot(NamedTuple):
     configured: Mapping[str, Route] = {}  # all of the configuration, by hostname as it stands there
     lasting: bool = False  # the problem does not end by itself: somebody has to change something
     waits: frozenset[str] = frozenset()  # those of ``refused`` that are awaited
-    # Whether the targets are well that health.py looks at, by hostname: "", or why it is not.
+    # Whether the targets are well that health.py checks, by hostname: "", or why it is not.
     health: Mapping[str, str] = {}
     gateways: tuple[Linked, ...] = ()  # if several are one
 

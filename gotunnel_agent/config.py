@@ -149,8 +149,8 @@ MOST_IDLE = 31 * 24 * 3600
 # Looks at a target. More than one a second would be load; at less than one an hour nobody would
 # learn of a failure.
 LEAST_EVERY, MOST_EVERY = 1, 3600
-LEAST_LOOK, MOST_LOOK = 0.1, 60  # seconds that a look may take
-MOST_LOOKS = 100  # looks in a row that change the verdict
+LEAST_CHECK, MOST_CHECK = 0.1, 60  # seconds that a health check may take
+MOST_CHECKS = 100  # checks in a row that change the verdict
 MOST_PATH = 1000  # characters
 STATUSES = ((200, 399),)  # of a target that is well; a redirect shows that it works
 
@@ -219,8 +219,8 @@ class Health(NamedTuple):
     path: str = ""  # of the GET request; "": a connection is enough
     every: float = 5
     timeout: float = 2
-    fails: int = 3  # bad looks in a row until the target counts as not well
-    passes: int = 1  # good looks in a row until it counts as well again
+    fails: int = 3  # failed checks in a row until the target counts as not well
+    passes: int = 1  # passed checks in a row until it counts as well again
     statuses: tuple[tuple[int, int], ...] = STATUSES  # ranges, with both ends
 
     def expects(self, status: int) -> bool:
@@ -241,7 +241,7 @@ class Tunnel(NamedTuple):
     policy: Policy = Policy()  # what the gateway asks of visitors
     basic_auth_file: str = ""  # where the policy's users came from; "": from the document
     pool: Pool | None = None  # None: this agent has the hostname for itself
-    # None: its target is not looked at. Not in ``needs``: a gateway that holds no visits back still
+    # None: its target is not checked. Not in ``needs``: a gateway that holds no visits back still
     # serves the tunnel as without the key, and to refuse all visits would be worse.
     health: Health | None = None
 
@@ -842,15 +842,15 @@ def _health(value: object, mode: str, where: str) -> Health | None:
         raise ConfigError(f"{where}statuses came without a path, expected path beside it")
     usual = Health()
     every = _span(value, "every", usual.every, LEAST_EVERY, MOST_EVERY, where)
-    timeout = _span(value, "timeout", min(usual.timeout, every), LEAST_LOOK, MOST_LOOK, where)
+    timeout = _span(value, "timeout", min(usual.timeout, every), LEAST_CHECK, MOST_CHECK, where)
     if timeout > every:
         raise ConfigError(
             f"{where}timeout: {timeout:g} s came, expected at most every, which is {every:g} s"
         )
     return Health(
         path, every, timeout,
-        fails=_looks(value, "fails", usual.fails, where),
-        passes=_looks(value, "passes", usual.passes, where),
+        fails=_checks(value, "fails", usual.fails, where),
+        passes=_checks(value, "passes", usual.passes, where),
         statuses=_statuses(value["statuses"], f"{where}statuses")
         if "statuses" in value else STATUSES,
     )  # fmt: skip
@@ -880,13 +880,13 @@ def _span(
     return seconds
 
 
-def _looks(value: Mapping[str, object], key: str, default: int, where: str) -> int:
+def _checks(value: Mapping[str, object], key: str, default: int, where: str) -> int:
     if key not in value:
         return default
-    expected = f"a number of looks in a row, from 1 to {MOST_LOOKS}"
+    expected = f"a number of checks in a row, from 1 to {MOST_CHECKS}"
     text = _text(value, key, expected, where)
     number = whole_number(text)
-    if number is None or not 1 <= number <= MOST_LOOKS:
+    if number is None or not 1 <= number <= MOST_CHECKS:
         raise ConfigError(f"{where}{key}: {_shown(text)} came, expected {expected}")
     return number
 

@@ -1,10 +1,10 @@
-"""Looks at intervals whether the agent's targets are well, and tells the gateways, which send no
-visits to a target that is not (feature HEALTH).
+"""Health checks: the agent probes its targets at intervals, and tells the gateways, which send no
+visits to a target that is not well (feature HEALTH).
 
-A look is a GET request whose answer has an expected status, or a connection alone. It uses the
+A check is a GET request whose answer has an expected status, or a connection alone. It uses the
 target as its visits do: with TLS, HTTP/2, over a unix socket, with its Host and its PROXY header.
 
-Threads: "health" decides which look is due, and "health_N", LOOKERS at most, look and tell. They
+Threads: "health" decides which check is due; "health_N", CHECKERS at most, check and tell. They
 start with the first tunnel that wants it. An agent without one does not import this module.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from gotunnel import HEALTH, Deadline, NoThread, __version__, encode_message, spawn
 from gotunnel import Health as HealthMessage
 
-from . import http2_look
+from . import http2_check
 from .common.duplex import Duplex
 from .common.hostnames import WILDCARD
 from .common.http1 import Malformed, answer_end, encode_head, parse_response
@@ -30,16 +30,16 @@ from .target import Route, Targets, Unserved, dial, introduction
 
 log = logging.getLogger("gotunnel.health")
 
-# Threads that look. Each may wait as long as the timeout of its target: with 8, and 2 s for each of
-# them, 20 targets that never answer are looked at every 5 s.
-LOOKERS = 8
-# A target that is not well is looked at so many times as often, so that it is served again within
-# one interval, whatever the way of the message takes.
+# Threads that check. Each may wait as long as its target's timeout: with 8, and 2 s for each check,
+# 20 targets that never answer are checked every 5 s.
+CHECKERS = 8
+# A target that is not well is checked so many times as often, so that visits come again within one
+# interval, whatever the message to the gateway takes.
 SOONER = 2
-SPREAD = 0.05  # seconds between the first looks of two targets, or all come at once for ever
+SPREAD = 0.05  # seconds between the first checks of two targets, or all come at once for ever
 TELL_TIMEOUT = 10  # seconds that a gateway has to take a message
 MOST_REASON = 200  # characters of a reason on the wire
-LAST_LOOKS = 1  # seconds that close() waits for the looks that run
+LAST_CHECKS = 1  # seconds that close() waits for the checks that run
 NOT_HELD = (
     "%s: this gateway knows no health checks, so it sends visits also while a target is not well "
     "(health of %s)"
@@ -47,19 +47,19 @@ NOT_HELD = (
 
 
 class Judge:
-    """Whether one target counts as well, after the looks so far.
+    """Whether one target counts as well, after the checks so far.
 
-    The first look decides alone. Later ``fails`` bad looks in a row are needed, or ``passes`` good
-    ones (hysteresis), so that one slow answer takes nothing offline.
+    The first check decides alone. Later ``fails`` failed checks in a row are needed, or ``passes``
+    passed ones (hysteresis), so that one slow answer takes nothing offline.
     """
 
     def __init__(self, settings: Settings):
-        self.problem: str | None = None  # why it is not well; "": it is; None: no look has ended
+        self.problem: str | None = None  # why it is not well; "": it is; None: no check has ended
         self._settings = settings
-        self._against = 0  # looks in a row that do not fit the verdict
+        self._against = 0  # checks in a row that do not fit the verdict
 
     def note(self, problem: str) -> bool:
-        """Take the result of a look: why it failed, "" if it did not. Returns whether the verdict
+        """Take the result of a check: why it failed, "" if it did not. Returns whether the verdict
         is another one now."""
         before = self.problem
         if before is None:
@@ -76,7 +76,7 @@ class Judge:
 
     @property
     def interval(self) -> float:
-        """Seconds from one look to the next."""
+        """Seconds from one check to the next."""
         return self._settings.every / (SOONER if self.problem else 1)
 
 
@@ -92,8 +92,8 @@ class _Watch:
     def __init__(self, hostname: str, route: Route, settings: Settings, due: float):
         self.hostname, self.route = hostname, route
         self.judge = Judge(settings)
-        self.due = due  # monotonic time of its next look
-        self.busy = False  # a thread looks
+        self.due = due  # monotonic time of its next check
+        self.busy = False  # a thread checks it
 
 
 class _Listener:
@@ -107,12 +107,12 @@ class _Listener:
 
 
 class _Session(NamedTuple):
-    routes: Mapping[str, Route]  # those to look at
+    routes: Mapping[str, Route]  # those to check
     listener: _Listener | None  # None: its gateway does not want to hear
 
 
 class Health:
-    """The looks of one agent, for all of its sessions. Any thread; no method waits but close()."""
+    """The health checks of one agent, for all of its sessions. Any thread; only close() waits."""
 
     def __init__(
         self,
@@ -120,11 +120,11 @@ class Health:
         instead: Callable[[str, Route, Settings, Targets], str] | None = None,
     ):
         """``on_change()`` is called when snapshot() has changed. ``instead`` takes the place of
-        look() in tests."""
+        check() in tests."""
         self._on_change = on_change
-        self._look = instead or look
-        self._workers = Workers(LOOKERS, "health")
-        self._targets = Targets()  # connections of looks, which close() ends
+        self._check = instead or check
+        self._workers = Workers(CHECKERS, "health")
+        self._targets = Targets()  # connections of checks, which close() ends
         self._lock = threading.Condition()  # guards all below; notified when any of it changes
         self._watches: dict[str, _Watch] = {}
         self._sessions: dict[Hashable, _Session] = {}
@@ -140,7 +140,7 @@ class Health:
         control: Control,
         gateway: str,
     ) -> None:
-        """A session begins to serve ``routes``: look at those that want it, and tell its gateway
+        """A session begins to serve ``routes``: check those that want it, and tell its gateway
         now and at each change. ``features`` are those that the gateway has acknowledged."""
         wanted = {
             name: route
@@ -158,20 +158,20 @@ class Health:
                 if self._watches and self._thread is None:
                     self._thread = spawn("health", self._run)
             except NoThread as error:
-                log.warning("%s; targets are not looked at", error)
+                log.warning("%s; targets are not checked", error)
             self._lock.notify_all()
         if news:
             log.warning(NOT_HELD, gateway, some(sorted(news)))
 
     def forget(self, session: Hashable) -> None:
-        """A session is over. Of the last one, the targets go on being looked at: the next one
+        """A session is over. Of the last one, the targets go on being checked: the next one
         begins with what is known."""
         with self._lock:
             if self._sessions.pop(session, None) is not None and self._sessions:
                 self._choose()
 
     def _choose(self) -> None:
-        """Look at the targets of all sessions from now on. Caller holds the lock."""
+        """Check the targets of all sessions from now on. Caller holds the lock."""
         routes: dict[str, Route] = {}
         for session in self._sessions.values():  # the latest last
             routes |= session.routes
@@ -183,7 +183,7 @@ class Health:
                 before.route = route  # with another TLS context, perhaps
                 watches[hostname] = before
             elif settings is not None:
-                # Spread over the interval, but all of the first looks soon.
+                # Spread over the interval, but all of the first checks soon.
                 late = min(len(watches) * SPREAD, settings.every)
                 watches[hostname] = _Watch(hostname, route, settings, now + late)
         self._watches = watches
@@ -195,14 +195,14 @@ class Health:
         return {name: problem for name, problem in judged.items() if problem is not None}
 
     def close(self) -> None:
-        """Look no more. Waits LAST_LOOKS at most."""
+        """Check no more. Waits LAST_CHECKS at most."""
         with self._lock:
             self._over = True
             self._lock.notify_all()
         self._targets.reset()
-        self._workers.shutdown(LAST_LOOKS)
+        self._workers.shutdown(LAST_CHECKS)
         if self._thread is not None:
-            self._thread.join(LAST_LOOKS)
+            self._thread.join(LAST_CHECKS)
 
     def _run(self) -> None:
         """Thread "health": give the threads of the pool what is due."""
@@ -223,7 +223,7 @@ class Health:
                     listener.busy = True
             try:
                 for watch in due:
-                    self._workers.submit(self._look_at, watch)
+                    self._workers.submit(self._check_one, watch)
                 for listener in tell:
                     self._workers.submit(self._tell, listener)
             except Stopped:
@@ -242,14 +242,14 @@ class Health:
                 found.append((hostname, problem))
         return found
 
-    def _look_at(self, watch: _Watch) -> None:
-        """Thread of the pool: look at one target."""
+    def _check_one(self, watch: _Watch) -> None:
+        """Thread of the pool: check one target."""
         settings, judge, began = watch.route.tunnel.health, watch.judge, monotonic()
         if settings is None:
             return
-        problem = "the look has failed by a bug of the agent, see its log"
+        problem = "the check has failed by a bug of the agent, see its log"
         try:
-            problem = self._look(watch.hostname, watch.route, settings, self._targets)
+            problem = self._check(watch.hostname, watch.route, settings, self._targets)
         finally:
             with self._lock:
                 first, changed = judge.problem is None, judge.note(problem)
@@ -288,8 +288,8 @@ class Health:
                 self._lock.notify_all()
 
 
-def look(hostname: str, route: Route, settings: Settings, targets: Targets) -> str:
-    """Look at a target once. Returns why it is not well; "" if it is."""
+def check(hostname: str, route: Route, settings: Settings, targets: Targets) -> str:
+    """Check a target once. Returns why it is not well; "" if it is."""
     tunnel = route.tunnel
     deadline = Deadline(settings.timeout)
     try:
@@ -306,7 +306,7 @@ def look(hostname: str, route: Route, settings: Settings, targets: Targets) -> s
             if tunnel.protocol:
                 scheme = "https" if tunnel.target.tls else "http"
                 fields = _fields(host)
-                status = http2_look.status(target, scheme, host, settings.path, fields, deadline)
+                status = http2_check.status(target, scheme, host, settings.path, fields, deadline)
             else:
                 status = _status(target, host, settings.path, deadline)
         except TimeoutError:
@@ -315,7 +315,7 @@ def look(hostname: str, route: Route, settings: Settings, targets: Targets) -> s
             return f"the connection broke ({error.strerror or error}) for {asked}"
         except Malformed as error:
             return f"an answer that is not HTTP ({error}) for {asked}"
-        except http2_look.NotHttp2 as error:
+        except http2_check.NotHttp2 as error:
             return f"an answer that is not HTTP/2 ({error}) for {asked}"
     return "" if settings.expects(status) else f"{status} for {asked}"
 

@@ -179,7 +179,7 @@ def figures(agent: Agent) -> Iterator[Metric]:
         Sample(len(snapshot.waits)),
     )  # fmt: skip
     yield gauge(
-        f"{PREFIX}target_well", "1 if the target is well, 0 if not, by the looks of health.",
+        f"{PREFIX}target_well", "1 if the target is well, 0 if not, by its health checks.",
         *(
             Sample(not problem, (("hostname", hostname),))
             for hostname, problem in sorted(snapshot.health.items())

@@ -101,7 +101,7 @@ class Shared:
         self.instance = new_instance()  # replaced whole
         self.workers = Workers(MAX_STREAMS, "stream")
         self.targets = Targets()
-        # Looks at targets; made with the first session that has a tunnel with ``health``.
+        # Checks targets; made with the first session that has a tunnel with ``health``.
         self.health: Health | None = None
         # Whether the agent waits for hostnames that another agent serves. False: a gateway refuses
         # it if there are no others, and on_refusal hears of it. To be set before run().

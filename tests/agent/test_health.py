@@ -16,9 +16,9 @@ from test_agent_config import MINIMAL, loaded, refusal
 from gotunnel import HEALTH, SessionClosed, decode_message
 from gotunnel import Health as Message
 from gotunnel_agent import health as watching
-from gotunnel_agent import http2_look
+from gotunnel_agent import http2_check
 from gotunnel_agent.config import STATUSES, Health, Target, Tunnel
-from gotunnel_agent.health import Judge, look
+from gotunnel_agent.health import Judge, check
 from gotunnel_agent.target import Route, Targets
 from gotunnel_agent.trust import tls_context
 from gotunnel_server.certs.local_ca import Authority
@@ -74,7 +74,7 @@ def test_connection_is_enough_without_a_path():
         (MINIMAL, "{every: 0.5s}", "health.every: '0.5s' came, expected a time from 1 s to 3600 s"),
         (MINIMAL, "{every: soon}", "health.every: 'soon' came"),
         (MINIMAL, "{timeout: 10s}", "health.timeout: 10 s came, expected at most every"),
-        (MINIMAL, "{fails: 0}", "health.fails: '0' came, expected a number of looks in a row"),
+        (MINIMAL, "{fails: 0}", "health.fails: '0' came, expected a number of checks in a row"),
         (MINIMAL, "{passes: 1.5}", "health.passes: '1.5' came"),
         (MINIMAL, "{statuses: 200}", "health.statuses came without a path"),
         (MINIMAL, "{path: /, statuses: 100}", "health.statuses: '100' came, expected statuses"),
@@ -129,7 +129,7 @@ def look_at(target, *, context=None, path="/healthz", timeout=TIMEOUT, statuses=
     settings = Health(path, every=60, timeout=timeout, statuses=statuses)
     mode = "http" if path else "tcp"
     tunnel = Tunnel(APP, target, mode, health=settings, **keys)
-    return look(APP, Route(tunnel, context), settings, Targets())
+    return check(APP, Route(tunnel, context), settings, Targets())
 
 
 def at(port, **more):
@@ -187,7 +187,7 @@ def test_look_at_a_wildcard_has_a_hostname_without_it(origin):
     asked = answering(origin, b"HTTP/1.1 200 OK\r\n\r\n")
     settings = Health("/")
     route = Route(Tunnel("*.dev.test", at(origin.port), "http", health=settings))
-    assert look("*.dev.test", route, settings, Targets()) == ""
+    assert check("*.dev.test", route, settings, Targets()) == ""
     assert b"\r\nHost: dev.test\r\n" in asked[0]
 
 
@@ -265,11 +265,11 @@ def test_target_that_trickles_has_no_more_time(origin):
 
 
 def h2_frame(kind, payload=b"", flags=0, stream=0):
-    return http2_look.frame(kind, flags, stream, payload)
+    return http2_check.frame(kind, flags, stream, payload)
 
 
-def h2_answer(block, flags=http2_look.END_HEADERS):
-    return h2_frame(http2_look.SETTINGS) + h2_frame(http2_look.HEADERS, block, flags, 1)
+def h2_answer(block, flags=http2_check.END_HEADERS):
+    return h2_frame(http2_check.SETTINGS) + h2_frame(http2_check.HEADERS, block, flags, 1)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def h2_answer(block, flags=http2_look.END_HEADERS):
 )
 def test_status_of_an_answer_in_http2(origin, block, problem):
     if block == "48 82 6c 19":
-        bits = "".join(http2_look.DIGITS[int(digit)] for digit in "503").ljust(24, "1")
+        bits = "".join(http2_check.DIGITS[int(digit)] for digit in "503").ljust(24, "1")
         data = int(bits, 2).to_bytes(3, "big")
         block = (b"\x48\x83" + data).hex()
     answering(origin, h2_answer(bytes.fromhex(block)), hangs_up=False)
@@ -307,15 +307,15 @@ def test_status_of_an_answer_in_http2(origin, block, problem):
     ("pieces", "problem"),
     [
         ([h2_answer(b"\x88")[:5], h2_answer(b"\x88")[5:]], ""),
-        ([h2_answer(b"\x02\x88xx", http2_look.END_HEADERS | http2_look.PADDED)], ""),
-        ([h2_answer(bytes(5) + b"\x88", http2_look.END_HEADERS | http2_look.PRIORITY)], ""),
+        ([h2_answer(b"\x02\x88xx", http2_check.END_HEADERS | http2_check.PADDED)], ""),
+        ([h2_answer(bytes(5) + b"\x88", http2_check.END_HEADERS | http2_check.PRIORITY)], ""),
         ([h2_answer(b"\x08\x03103"), h2_answer(b"\x88")], ""),
-        ([h2_frame(http2_look.PING, bytes(8)), h2_answer(b"\x88")], ""),
-        ([h2_answer(b"\x09\x88", http2_look.PADDED)], "more padding than the frame has"),
-        ([h2_frame(http2_look.GOAWAY, bytes(8))], "it refused the request"),
-        ([h2_frame(http2_look.RST_STREAM, bytes(4), 0, 1)], "it refused the request"),
+        ([h2_frame(http2_check.PING, bytes(8)), h2_answer(b"\x88")], ""),
+        ([h2_answer(b"\x09\x88", http2_check.PADDED)], "more padding than the frame has"),
+        ([h2_frame(http2_check.GOAWAY, bytes(8))], "it refused the request"),
+        ([h2_frame(http2_check.RST_STREAM, bytes(4), 0, 1)], "it refused the request"),
         ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "an answer that is not HTTP/2"),
-        ([h2_frame(http2_look.PING, bytes(8), 1) * 20000], "no answer in its first"),
+        ([h2_frame(http2_check.PING, bytes(8), 1) * 20000], "no answer in its first"),
     ],
 )
 def test_answer_in_http2_tells_whether_a_target_is_well(origin, pieces, problem):
@@ -510,7 +510,7 @@ def test_hundreds_of_targets_have_few_threads():
         wait_until(lambda: len(control.said) == 300)
     finally:
         health.close()
-    assert len(seen) <= watching.LOOKERS
+    assert len(seen) <= watching.CHECKERS
 
 
 def test_close_ends_looks_that_hang(origin):

@@ -1,4 +1,4 @@
-"""One GET request in HTTP/2, and the status of its answer: for looks at targets that speak nothing
+"""One GET request in HTTP/2, and the status of its answer: for checks of targets that speak nothing
 else (health.py). The relay passes HTTP/2 on and never reads it, so the agent has no library for it.
 
 The request is one HEADERS frame, whose fields are literals (RFC 7541 §6.2.2). Of the answer only
