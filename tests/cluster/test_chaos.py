@@ -25,7 +25,7 @@ def run(folder, plan, gopeer=None):
     return bench
 
 
-def test_each_visit_is_whole_or_fails_visibly_while_gateways_agents_and_redis_fail(tmp_path):
+def test_each_visit_is_whole_or_fails_visibly_while_gateways_and_agents_fail(tmp_path):
     bench = run(tmp_path, SHORT)
     assert not bench.failures()
     assert sum(visit.end == "whole" for visit in bench.visits) > 100
