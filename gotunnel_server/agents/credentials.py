@@ -46,6 +46,7 @@ MAX_TOKEN = 64 * 1024  # characters; tokens have a few hundred, a control messag
 MOST_TIME = 253_402_300_800  # seconds, the year 10000; a larger number is in milliseconds
 
 # Claims that PyJWT must not check: identify() checks those that matter, with better texts.
+_HALF = re.compile("[\ud800-\udfff]")
 CHECKS_OF_CLAIMS = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
 
 Scope = TypeVar("Scope")
@@ -116,6 +117,8 @@ class Credentials:
         # From here on the agent has the secret.
         if not isinstance(claimed, str) or len(claimed) > MAX_NAME:
             raise TokenInvalid(f"the token's iss is not text of at most {MAX_NAME} characters")
+        if _HALF.search(claimed):  # JSON permits it; it cannot be hashed, sent or written
+            raise TokenInvalid("the token's iss has half of a surrogate pair, expected text")
         name = on_one_line(claimed, MOST_SHOWN)
         _check_times(claims)
         if entry is None:

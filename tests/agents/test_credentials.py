@@ -181,6 +181,7 @@ def test_token_without_an_issuer_speaks_for_nobody_in_particular():
         ({"iss": 5}, "the token's iss is not text"),
         ({"iss": ["mine"]}, "the token's iss is not text"),
         ({"iss": "i" * 254}, "the token's iss is not text of at most 253"),
+        ({"iss": "a\ud800"}, "the token's iss has half of a surrogate pair, expected text"),
         ({"hosts": []}, "the token's hosts cannot be read: an empty list"),
         ({"hosts": ""}, "the token's hosts cannot be read: '' came"),
         ({"hosts": 5}, "the token's hosts cannot be read: neither text nor a list"),
