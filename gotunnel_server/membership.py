@@ -43,7 +43,7 @@ class Cluster(Protocol):
 
 
 class Alone:
-    """A gateway that shares nothing: its registry alone decides who owns a hostname."""
+    """A gateway that shares nothing: its registry alone grants hostnames."""
 
     id = ""
 
@@ -67,10 +67,10 @@ class Alone:
         return None
 
     def start(self, tunnel_port: int, newcomers: Any, listeners: Any, blocks: Any) -> None:
-        """There is nobody to join."""
+        """There are no members to join."""
 
     def drain(self) -> None:
-        """There is nobody to tell."""
+        """There are no members to tell."""
 
     def elsewhere(self) -> Mapping[str, Route]:
         """The routes to other gateways' agents: none."""
@@ -79,7 +79,7 @@ class Alone:
     ports: Sequence[Draining] = ()  # no visits come by other gateways
 
     def stop(self) -> None:
-        """There is nobody to leave."""
+        """There are no members to leave."""
 
 
 def join(config: Config, registry: Registry, child: Any = None) -> Cluster:

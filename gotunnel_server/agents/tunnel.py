@@ -127,7 +127,7 @@ class Tunnels:
         certificate_state: Callable[[str], object],
         submit: Callable[[Callable[[], object]], object],
     ):
-        """``claims`` decide who owns a hostname; None: ``registry``. ``ports`` are the public ports
+        """``claims`` grant hostnames; None: ``registry`` does. ``ports`` are the public ports
         for agents. ``ensure_certificates(hostnames, blame,
         limits)`` orders the certificates that hostnames lack, and may wait for the disk; failed
         orders are counted by ``blame``, and ``limits`` are the credential's.

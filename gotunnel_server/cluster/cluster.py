@@ -173,7 +173,7 @@ class Cluster:
         sender, hear = message.get("from"), self._hear.get(str(message.get("do")))
         if hear is None or sender == self.id:
             return  # of a newer version; or our own, to all
-        # It is kept, and logged. The channels are open to whoever can write to Redis.
+        # It is kept, and logged. Any program that can write to Redis can send here.
         if not isinstance(sender, str) or not _SENDER.fullmatch(sender):
             return log.debug("a message without a sender is passed over")
         try:

@@ -42,8 +42,8 @@ MOST_WAITING = 4000
 MOST_TOKENS = 100_000
 MOST_ACTS = 200  # in one message
 MOST_KEY = 100  # characters of an address, and of a whole number the bits of an IPv6 address
-# Log lines of malformed messages at once, and per second in the long run: whoever can write to
-# Redis must not fill the log.
+# Log lines of malformed messages at once, and per second in the long run: a program that can write
+# to Redis must not fill the log.
 NEWS, NEWS_RATE = 20, 0.1
 MOST_HEARD = 64  # messages about blocks that wait for our thread; all blocks take ten
 

@@ -1,4 +1,5 @@
-"""The rules of a board, as a table: who holds which name, and when it may be another's.
+"""The rules of a board, as a table: which owner has a name, which members hold it for that owner,
+and when another owner may have it.
 
 Pure: the time is handed in, as whole milliseconds of the board's machine. redis_board.py has the
 same rules as Lua scripts, and a test compares the two. All methods are for one thread at a time.

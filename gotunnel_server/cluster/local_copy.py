@@ -1,7 +1,7 @@
 """The storage of a member: Redis, with a copy in ACME_CACHE.
 
 What is read or written on Redis is also put into the folder, in the form in which a gateway without
-CLUSTER keeps it. What for?
+CLUSTER keeps it. The copy serves these cases:
 
 - Without Redis a member starts, and serves its certificates, from the copy.
 - A certificate that was ordered while Redis went away is kept in the copy, and sent to Redis when

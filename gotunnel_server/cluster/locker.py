@@ -4,7 +4,7 @@ A lock's key has a random token and expires after LEASE. A thread renews it whil
 if the process dies, the lock is free within LEASE. Only the holder's token renews or releases it
 (compare and set, by script).
 
-A lock can be lost: Redis was out of reach for LEASE, or lost its data. What then?
+A lock can be lost: Redis was out of reach for LEASE, or lost its data. Then:
 
 - The holder of a lock *to change something* (``wait``: the account, the turns) reads, and then
   writes what it has read and changed. Its write names the token, and Redis refuses it once the lock

@@ -1,8 +1,9 @@
 """This gateway as a member: keeps its lease on the board, and knows the other members.
 
 Thread "cluster" makes all calls to the board, one after the other. It may wait for the board, so
-nobody waits for it: claims are left with claims.py, and fetched by this thread. Thread "cluster
-tenure" never waits for the board. It looks whether this member may still serve its hostnames.
+no other thread waits for it: claims are noted in claims.py, and this thread fetches them. Thread
+"cluster tenure" never waits for the board. It checks whether this member may still serve its
+hostnames.
 
     in contact ----a call fails----> away ----tenure is over----> stopped serving
         ^                              |                               |

@@ -329,7 +329,7 @@ class Passage:
             self._job.wake()
             return
         if self._stream.is_dead:
-            # What the agent's window does not permit is for nobody any more.
+            # The visitor is gone: what the agent's window does not permit yet is dropped.
             self._cut()
             self._end()
 

@@ -12,7 +12,7 @@ end of the order it has them removed. A member that joins meanwhile is sent what
     proof-wanted new member, all        send me what is published
 
 A proof lets its sender get certificates for our hostnames, so it is sealed with the cluster's key:
-what somebody else writes into Redis is no proof.
+a forged message on Redis is no proof.
 """
 
 from __future__ import annotations

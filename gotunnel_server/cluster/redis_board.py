@@ -35,7 +35,7 @@ from .leases import MOST_LEFT, TIMES, Times
 
 log = logging.getLogger("gotunnel.redis_board")
 
-# Each is dialled, by a thread: whoever can write to Redis must not exhaust this machine.
+# Each is dialled, by a thread: a program that can write to Redis must not exhaust this machine.
 MOST_MEMBERS = 2000
 MOST_TEXT = 300  # characters of what a member says of itself
 MOST_MESSAGE = 256 * 1024  # bytes of a message; longer ones are passed over

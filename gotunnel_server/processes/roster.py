@@ -1,5 +1,5 @@
-"""Decides what becomes of the children: who starts, serves, drains, is restarted. Pure: events in
-with the time, actions out.
+"""Decides what becomes of the children: which one starts, serves, drains, is restarted. Pure:
+events in with the time, actions out.
 
     STARTING --"ready"--> READY --go, "serving"--> SERVING --drain, or a signal--> DRAINING
         \\                    \\                         \\                             /
@@ -352,7 +352,7 @@ class Roster:
             yield from self._look_at(process, now)
         if self.stopping and now >= self._stop_by:
             for process in list(self.processes.values()):
-                yield from self._kill(process, "it does not end")
+                yield from self._kill(process, "does not end")
 
     def _look_at(self, process: Process, now: float) -> Iterator[Action]:
         if process.killed_for:
