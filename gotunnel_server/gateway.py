@@ -243,9 +243,8 @@ class Gateway:
         self._watchers.start()
         self.keeper.start()
         self._ready.set()
-        for fact in self._facts:
+        for fact in (*self._facts, f"gotunnel {__version__} is ready"):
             log.info("%s", fact)
-        log.info("gotunnel %s is ready", __version__)
 
     def reload(self) -> None:
         """Read now what may have changed. Any thread; waits for nothing."""
@@ -283,6 +282,7 @@ class Gateway:
 
     def stop(self) -> None:
         """Take no new work, let visits end within DRAIN_TIMEOUT, then close everything."""
+        self._served.write()  # while the agents are here
         self.stop_accepting(but=metrics.SETTING)  # there, /readyz answers 503 until the end
         self.tunnels.move()
         self._watchers.stop()

@@ -9,6 +9,7 @@ certificate does not say which of its hostnames were.
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 from gotunnel_agent.common import atomic_file, small_file
@@ -22,13 +23,14 @@ MAX_FILE = 2 * 1024 * 1024  # bytes: MOST_LEFT hostnames of 253 characters take 
 
 
 class ServedFile:
-    """The file in ACME_CACHE. One thread at a time."""
+    """The file in ACME_CACHE. Any thread."""
 
     def __init__(self, folder: Path, registry: Registry):
         """Have the ``registry`` expect what the predecessor served, if that can be read."""
         self._path = folder / FILE
         self._registry = registry
         self._written: dict[str, str] | None = None
+        self._lock = threading.Lock()  # held to write: threads of a process share the file's name
         self._read()
 
     def _read(self) -> None:
@@ -46,6 +48,10 @@ class ServedFile:
     def write(self) -> None:
         """Write what is served, or awaited, if it has changed. May wait for the disk."""
         served = dict(sorted(self._registry.modes().items())[:MOST_LEFT])
+        with self._lock:
+            self._write(served)
+
+    def _write(self, served: dict[str, str]) -> None:
         if served == self._written:
             return
         try:
