@@ -258,8 +258,10 @@ def look_at_cluster(settings: Settings) -> Iterable[Finding]:
         yield from (Finding(WARN, "CLUSTER", text) for text in engine.flaws())
         yield look_at_cluster_key(settings, engine.call)
     except OSError as error:
-        yield Finding(FAIL, "CLUSTER", f"{error}: correct CLUSTER or CLUSTER_PASSWORD, or start "
-                      "the server")  # fmt: skip
+        remedy = "correct CLUSTER or CLUSTER_PASSWORD, or start the server"
+        if "certificate" in str(error):
+            remedy = "CLUSTER must name the server as its certificate does, CLUSTER_CA_FILE its CA"
+        yield Finding(FAIL, "CLUSTER", f"{error}: {remedy}")
         return
     finally:
         engine.close()

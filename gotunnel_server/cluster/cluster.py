@@ -281,8 +281,12 @@ class Cluster:
             host, port = settings.address[0], settings.address[1] or tunnel_port
         else:
             host = self.engine.own_address()
-            # Redis is on this machine, and agents elsewhere do not reach that address.
-            is_shared = is_shared or host == LOOPBACK and not is_loopback(self._bind)
+            if host is not None and is_loopback((host,)) and not is_loopback(self._bind):
+                # Redis is on this machine, and agents elsewhere do not reach that address.
+                is_shared = True
+                log.warning("Redis is on this machine, so gateways elsewhere are told %s, which "
+                            "leads to themselves: if there are any, set CLUSTER_ADDRESS",
+                            host)  # fmt: skip
         if self._child is not None:  # the processes share TUNNEL_PORT
             places = newcomers.listener.places
             addresses = (LOOPBACK,) if settings is None else None

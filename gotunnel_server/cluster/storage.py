@@ -194,8 +194,8 @@ class RedisStorage:
                         self.read(key)
         self._is_sealed_anew = True
         log.info(
-            "all private keys on Redis are encrypted with the first key of CLUSTER_KEY_FILE; "
-            "the second one can be removed once every gateway has started with both"
+            "all private keys on Redis are encrypted with the first key of CLUSTER_KEY_FILE; if "
+            "that is the new one, and the first one of every gateway, the old one can be removed"
         )
 
     def write(self, key: str, content: bytes) -> None:

@@ -721,11 +721,12 @@ def cluster(url, address=("", 0)):
 
 
 def test_a_redis_that_will_do_and_one_that_will_not(redis_server):
-    [found, address] = check.look_at_cluster(cluster(redis_server.url))
+    [found, key, address] = check.look_at_cluster(cluster(redis_server.url))
+    assert key.level == OK and key.subject == "CLUSTER_KEY_FILE"
     assert found.level == OK and re.fullmatch(r"Redis \S+ at \S+ answers, in \S+ ms", found.text)
     assert address.level == WARN and address.subject == "CLUSTER_ADDRESS"
     redis_server.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-    _, evicts, _ = check.look_at_cluster(cluster(redis_server.url))
+    _, evicts, *_ = check.look_at_cluster(cluster(redis_server.url))
     assert evicts.level == WARN and "expected noeviction" in evicts.text
     redis_server.kill()
     [gone] = check.look_at_cluster(cluster(redis_server.url))
@@ -733,6 +734,17 @@ def test_a_redis_that_will_do_and_one_that_will_not(redis_server):
     assert gone.text == (
         f"Redis at {redis_server.address}: connection refused: correct CLUSTER or "
         "CLUSTER_PASSWORD, or start the server"
+    )
+
+
+def test_a_redis_whose_certificate_is_not_trusted(monkeypatch):
+    def fail(engine):
+        raise OSError("Redis at r.test:6379: its certificate is not to be trusted: self-signed")
+
+    monkeypatch.setattr("gotunnel_server.cluster.engine.Engine.time", fail)
+    [found] = check.look_at_cluster(cluster("rediss://r.test"))
+    assert found.level == FAIL and found.text.endswith(
+        "self-signed: CLUSTER must name the server as its certificate does, CLUSTER_CA_FILE its CA"
     )
 
 

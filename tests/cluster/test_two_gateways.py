@@ -1,6 +1,7 @@
 """Two gateways in this process that are one on a real Redis, and agents that register with them."""
 
 import contextlib
+import logging
 from time import monotonic
 from urllib.request import urlopen
 
@@ -9,7 +10,9 @@ from support import APP, agent_here, answer, gateway_here, request, wait_until
 
 from gotunnel_server import status
 from gotunnel_server.cluster import redis_board
+from gotunnel_server.cluster.board import Card
 from gotunnel_server.cluster.leases import TIMES
+from gotunnel_server.cluster.members import Member
 from gotunnel_server.cluster.sealed import new_key
 from gotunnel_server.cluster.tenure import LEASE
 from gotunnel_server.dashboard import page
@@ -64,6 +67,27 @@ def test_a_visit_is_served_by_any_gateway(two, folders, origin):
             visit(gateway, origin)
     for gateway in two:
         wait_until(lambda each=gateway: each.inner._registry.lookup(APP) is None)
+
+
+def test_a_gateway_beside_its_redis_says_that_others_do_not_reach_it(two, caplog):
+    cluster = two[0].inner.cluster
+    cluster._bind = ()  # all addresses of the machine
+    card = cluster._own_card(9443, None, None)
+    assert (card.agents, card.peer) == ("", "127.0.0.1:9443")
+    assert "set CLUSTER_ADDRESS" in caplog.text
+
+
+@pytest.mark.parametrize("has_redis", [True, False])
+def test_members_are_logged_by_gateways_and_not_by_processes(has_redis, caplog):
+    caplog.set_level(logging.INFO)
+    member = Member("00000001", None, "the board")
+    member.former = object() if has_redis else None
+    for listed in ({"00000002": Card("00000002", host="vm/2")}, {}):
+        member._listed = listed
+        member._learn(0.0, anew=False)
+    said = [text.split("; ")[0].split(" (")[0].split(",")[0] for text in caplog.messages]
+    there = ["gateway 00000002 at vm/2 has joined", "gateway 00000002 at vm/2 is gone"]
+    assert said == (there if has_redis else [])
 
 
 def test_operators_see_the_members(two):
