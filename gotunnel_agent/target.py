@@ -184,8 +184,9 @@ class Targets:
         """Reset all of them, and each that hold() gets from now on."""
         with self._lock:
             self._over = True
-            for target in self._open:
-                target.reset()
+            targets = list(self._open)
+        for target in targets:  # one that is closed meanwhile takes no harm
+            target.reset()
 
 
 def serve(

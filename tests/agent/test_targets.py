@@ -515,3 +515,21 @@ def test_page_that_the_gateway_takes_in_part_is_reset():
     refusal = types.SimpleNamespace(text="No.", word="target-unreachable")
     target_module.refuse(Stuck(), target_module.Route(tunnel), refusal)
     assert done == ["reset", "close"]
+
+
+def test_targets_are_reset_without_the_lock_that_guards_them():
+    targets, free = target_module.Targets(), []
+
+    class Target:
+        def reset(self):
+            free.append(targets._lock.acquire(blocking=False))
+            targets._lock.release()
+
+        def close(self):
+            """Its connection is none."""
+
+    with targets.hold(Target()):
+        targets.reset()
+        with targets.hold(Target()):  # held after the reset
+            pass
+    assert free == [True, True]
