@@ -13,8 +13,9 @@ If another agent serves all of the hostnames, the session waits (feature WAITS):
 until the gateway tells that one is free. Then the link dials again at once.
 
 An agent has one link, unless its gateway says that it is one of several: then it has one to each
-(agent.py, and roster.py for the rules). The links share the plan, the threads that serve streams
-and the targets. Each has its own sessions, its own delays and a thread of its own.
+(agent.py, and roster.py for the rules). shared.py has what the links share: the plan, the threads
+that serve streams and the targets. Each has its own sessions, its own delays and a thread of its
+own.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def describe(snapshot: Snapshot, config_file: str) -> dict[str, object]:
 
 
 def _health(problem: str | None) -> str:
-    """``problem``: as Snapshot.health has it; None: the target is not looked at."""
+    """``problem``: as Snapshot.health has it; None: the target is not checked."""
     return "" if problem is None else "failed" if problem else "ok"
 
 

@@ -217,7 +217,7 @@ def _sessions(parts: Parts) -> Iterator[Metric]:
     )
     yield gauge(
         f"{PREFIX}targets",
-        "Targets that agents look at (health), by hostname and whether they are well.",
+        "Targets that agents check (health), by hostname and whether they are well.",
         *(
             Sample(count, (("hostname", hostname), ("state", state)))
             for (hostname, state), count in sorted(targets.items())[:MOST_TARGETS]

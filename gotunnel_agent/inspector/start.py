@@ -160,7 +160,7 @@ class Inspector:
                 "hostname": hostname,
                 "target": str(route.tunnel.target),
                 "url": route.address(hostname),
-                "health": snapshot.health.get(hostname),  # see Snapshot; None: it is not looked at
+                "health": snapshot.health.get(hostname),  # see Snapshot; None: it is not checked
             }
             for hostname, route in snapshot.routes.items()
         ]

@@ -30,7 +30,7 @@ MALFORMED = "This request cannot be served: {}."  # of an http1.Malformed
 NO_TUNNEL = "no-tunnel"  # the code of no_tunnel()
 UNHEALTHY = "unhealthy"  # the code of unhealthy(), also of a visit in tcp mode
 # Seconds after which a visitor of a target that is not well shall come again: the usual interval at
-# which agents look at their targets.
+# which agents check their targets.
 RETRY_UNHEALTHY = 5
 
 # The headings of the errors, by code.
