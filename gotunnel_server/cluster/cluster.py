@@ -17,6 +17,7 @@ from time import time
 from typing import Any, NamedTuple, Protocol
 
 from gotunnel import __version__
+from gotunnel_agent.common import addresses
 from gotunnel_agent.common.addresses import as_host
 from gotunnel_agent.common.metrics_page import is_loopback
 from gotunnel_agent.common.one_line import on_one_line
@@ -280,8 +281,10 @@ class Cluster:
         elif settings.address is not None and settings.address[0]:
             host, port = settings.address[0], settings.address[1] or tunnel_port
         else:
-            host = self.engine.own_address()
-            if host is not None and is_loopback((host,)) and not is_loopback(self._bind):
+            found = self.engine.own_address()
+            is_here = found is not None and is_loopback((found,)) or not settings.redis.hosts
+            host = _reached_here(self._bind) if is_here else found
+            if is_here and is_loopback((host or "",)) and not is_loopback(self._bind):
                 # Redis is on this machine, and agents elsewhere do not reach that address.
                 is_shared = True
                 log.warning("Redis is on this machine, so gateways elsewhere are told %s, which "
@@ -289,10 +292,8 @@ class Cluster:
                             host)  # fmt: skip
         if self._child is not None:  # the processes share TUNNEL_PORT
             places = newcomers.listener.places
-            addresses = (LOOPBACK,) if settings is None else None
-            port = listeners.add(
-                PEER_PORT, 0, newcomers.beside(), places, REGISTER_TIMEOUT, addresses
-            )
+            bound = (LOOPBACK,) if settings is None else None
+            port = listeners.add(PEER_PORT, 0, newcomers.beside(), places, REGISTER_TIMEOUT, bound)
         if host is None:
             log.warning("this gateway cannot tell by which address agents and gateways reach it: "
                         "set CLUSTER_ADDRESS")  # fmt: skip
@@ -326,6 +327,16 @@ class Cluster:
         self._member.stop()
         if self.peers is not None:
             self.peers.stop()
+
+
+def _reached_here(bound: Sequence[str]) -> str:
+    """An address by which other gateways of this machine reach one that listens on ``bound``; none
+    stand for all."""
+    for text in bound:
+        address = addresses.parse(text)
+        if address is not None and not address.is_unspecified:
+            return text
+    return LOOPBACK
 
 
 def _keys(settings: Settings | None, child: Child | None) -> list[bytes]:

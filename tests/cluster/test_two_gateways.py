@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import replace
 from time import monotonic
 from urllib.request import urlopen
 
@@ -11,9 +12,11 @@ from support import APP, agent_here, answer, gateway_here, request, wait_until
 from gotunnel_server import status
 from gotunnel_server.cluster import redis_board
 from gotunnel_server.cluster.board import Card
+from gotunnel_server.cluster.engine import Engine
 from gotunnel_server.cluster.leases import TIMES
 from gotunnel_server.cluster.members import Member
 from gotunnel_server.cluster.sealed import new_key
+from gotunnel_server.cluster.settings import read_url
 from gotunnel_server.cluster.tenure import LEASE
 from gotunnel_server.dashboard import page
 
@@ -71,10 +74,24 @@ def test_a_visit_is_served_by_any_gateway(two, folders, origin):
 
 def test_a_gateway_beside_its_redis_says_that_others_do_not_reach_it(two, caplog):
     cluster = two[0].inner.cluster
-    cluster._bind = ()  # all addresses of the machine
-    card = cluster._own_card(9443, None, None)
-    assert (card.agents, card.peer) == ("", "127.0.0.1:9443")
-    assert "set CLUSTER_ADDRESS" in caplog.text
+    for cluster._bind, *told in (
+        ((), "", "127.0.0.1:9443"),
+        (("0.0.0.0",), "", "127.0.0.1:9443"),
+        (("127.0.0.2",), "127.0.0.2:9443", "127.0.0.2:9443"),
+        (("2001:db8::1", "127.0.0.1"), "[2001:db8::1]:9443", "[2001:db8::1]:9443"),
+    ):
+        caplog.clear()
+        card = cluster._own_card(9443, None, None)
+        assert [card.agents, card.peer] == told
+        assert ("set CLUSTER_ADDRESS" in caplog.text) == (not card.agents)
+
+
+def test_a_gateway_with_a_unix_socket_to_redis_is_reached_on_its_machine(two):
+    cluster = two[0].inner.cluster
+    address = read_url("unix:///run/redis/redis.sock")
+    cluster.settings = replace(cluster.settings, redis=address)
+    cluster.engine = Engine(cluster.settings)
+    assert cluster._own_card(9443, None, None).peer == "127.0.0.1:9443"
 
 
 @pytest.mark.parametrize("has_redis", [True, False])
