@@ -146,8 +146,8 @@ MOST_EXPIRE = 365 * 24 * 3600
 LEAST_IDLE = 1
 MOST_IDLE = 31 * 24 * 3600
 
-# Looks at a target. More than one a second would be load; at less than one an hour nobody would
-# learn of a failure.
+# Seconds between two health checks of a target. More than one a second would be load; with less
+# than one an hour, a failure would be found too late.
 LEAST_EVERY, MOST_EVERY = 1, 3600
 LEAST_CHECK, MOST_CHECK = 0.1, 60  # seconds that a health check may take
 MOST_CHECKS = 100  # checks in a row that change the verdict
