@@ -286,6 +286,7 @@ class Proxy:
         self._held = set()
         self._delays = dict.fromkeys(BOTH, 0.0)
         self._refusing = self._closed = False
+        self._cuts = 0  # calls of cut()
         self._pairs = []
         self._threads = []
         self._listening = socket.create_server((LOOPBACK, 0))
@@ -323,6 +324,7 @@ class Proxy:
     def cut(self):
         with self._changed:
             pairs, self._pairs = self._pairs, []
+            self._cuts += 1  # for those that are not a pair yet
             self._changed.notify_all()
         for pair in pairs:
             _reset(*pair)
@@ -366,7 +368,7 @@ class Proxy:
         far = None
         with self._changed:
             self.accepted += 1
-            refused = self._refusing or self._closed
+            cuts, refused = self._cuts, self._refusing or self._closed
         try:
             if refused:
                 _reset(near)
@@ -374,7 +376,7 @@ class Proxy:
             far = self._dial()
             with self._changed:
                 self._pairs.append((near, far))
-                refused = self._refusing or self._closed
+                refused = self._refusing or self._closed or self._cuts != cuts
             if refused:
                 _reset(near, far)
             ways = {OUT: (near, far), BACK: (far, near)}
