@@ -686,7 +686,7 @@ class Tunnel:
         self.gone.set()
         if routes:
             log.info("%s: its session ended: %s; no longer served: %s",
-                     self, self._session.ended, some(routes))  # fmt: skip
+                     self, self._session.ended or "it could not begin", some(routes))  # fmt: skip
 
     def _give_back(self) -> None:
         self._tunnels.standby.forget(self)
