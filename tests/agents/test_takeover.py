@@ -51,6 +51,7 @@ from gotunnel import (
     read_data_header,
 )
 from gotunnel_agent import link as link_module
+from gotunnel_agent import shared
 from gotunnel_agent.registering import make_token
 from gotunnel_server.agents import heartbeat, takeover, tunnel
 from gotunnel_server.agents.ports import Ports
@@ -388,7 +389,8 @@ def test_an_agent_that_was_replaced_does_not_fight_back(
 ):
     """One that was thought dead wakes up: it is somebody else from then on."""
     monkeypatch.setattr(link_module, "REFUSED_DELAY", 0.1)
-    monkeypatch.setattr(link_module, "new_instance", iter([SAME, "new"]).__next__)
+    monkeypatch.setattr(shared, "new_instance", lambda: SAME)  # at its start
+    monkeypatch.setattr(link_module, "new_instance", lambda: "new")
     with agent_here(gateway, tmp_path, http={APP: site}):
         same = {"instance": SAME, "token": make_token(SECRET, "", HOUR)}
         with registered(gateway, APP, **same) as new, answering(new):
