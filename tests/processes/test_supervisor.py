@@ -206,6 +206,8 @@ def test_a_renewal_passes_on_what_was_served(run):
     wait_until(lambda: not started.supervisor._roster.renewing
                and not set(before.values()) & set(started.serving().values()))  # fmt: skip
     for number in (1, 2):
+        # The old one notes the last order when it has read it.
+        wait_until(lambda number=number: "drain" in next(iter(started.orders(number).values())))
         old, new = started.told(number).values()
         orders = [line["order"] for line in old if "order" in line]
         assert (orders[0], *orders[-2:]) == ("go", "estate", "drain")

@@ -171,12 +171,12 @@ def test_running_visits_end_when_the_gateway_stops_and_a_second_signal_cuts_them
                     wire.close()
 
 
-def test_a_port_in_use_is_one_line_and_status_1(cache):
+def test_a_port_in_use_is_one_line_and_status_1(tmp_path):
     """Also if the program there has opened it with SO_REUSEPORT."""
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
         port = other.getsockname()[1]
-        environment = gateway_environment(cache, PROCESSES="2", GATEWAY_PORT=str(port))
-        with running(*COMMAND, cwd=cache, **environment) as program:
+        environment = gateway_environment(tmp_path, PROCESSES="2", GATEWAY_PORT=str(port))
+        with running(*COMMAND, cwd=tmp_path, **environment) as program:
             assert program.wait() == 1
     (line,) = program.lines
     assert line.startswith(f"gotunnel-server: GATEWAY_PORT {port} on 127.0.0.1: in use")
