@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import subprocess
 import tempfile
 import threading
@@ -33,6 +34,15 @@ def no_thread_left():
     before = set(threading.enumerate())
     yield
     wait_until(lambda: set(threading.enumerate()) <= before, timeout=10)
+
+
+@pytest.fixture(autouse=True)
+def no_core_left():
+    """Each test ends with the cores that it began with: a program that a test runs in this process
+    may choose one of them, and the programs of later tests would inherit that."""
+    cores = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(autouse=True)

@@ -178,7 +178,6 @@ def test_a_port_in_use_is_one_line_and_status_1(tmp_path):
         environment = gateway_environment(tmp_path, PROCESSES="2", GATEWAY_PORT=str(port))
         with running(*COMMAND, cwd=tmp_path, **environment) as program:
             assert program.wait() == 1
-    # Before it may come a warning, as of few descriptors.
-    (line,) = [line for line in program.lines if line.startswith("gotunnel-server: ")]
-    assert "Traceback" not in "".join(program.lines)
+    # A machine with one core is told so before.
+    (line,) = [line for line in program.lines if "more processes than cores" not in line]
     assert line.startswith(f"gotunnel-server: GATEWAY_PORT {port} on 127.0.0.1: in use")
