@@ -234,6 +234,14 @@ def test_a_new_secret_for_the_same_name_leaves_the_rest_as_it_is(home, capsys):
     assert (home / "agent.yaml.before").stat().st_mode & 0o777 == 0o600
 
 
+def test_whom_the_agent_trusts_stays_if_the_gateway_is_not_asked(gateway, home, capsys):
+    text, anew = (string_for(gateway, fingerprint="", secret=secret) for secret in (SECRET, NEW))
+    joined(capsys, text, "--ca-file", str(gateway.ca_file))
+    trusted = account().ca_file
+    joined(capsys, anew, "--offline")
+    assert (account().ca_file, account().jwt_secret) == (trusted, NEW)
+
+
 @pytest.mark.parametrize(
     "text",
     [
