@@ -68,9 +68,21 @@ def chosen_config(option: str | None, environ: Mapping[str, str] = os.environ) -
     if option is not None:
         return option
     joined = config_file(environ)
-    if environ.get(CONFIG) or not os.path.lexists(WORKING) and joined.exists():
+    if environ.get(CONFIG) or not os.path.lexists(WORKING) and _may_exist(joined):
         return str(joined)
     return WORKING
+
+
+def _may_exist(file: Path) -> bool:
+    """Whether there is such a file, or a folder on the way to it may not be searched: under `su`
+    HOME may still be root's. Reading the file then says why it cannot be read."""
+    try:
+        os.lstat(file)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def join_string_of_environment(environ: Mapping[str, str] = os.environ) -> JoinString | None:
@@ -90,7 +102,7 @@ def account(
     if path is None and (joined := join_string_of_environment(environ)):
         return _joined(joined, JOIN, environ)
     file = config_file(environ) if path is None else Path(path)
-    if path is None and not os.path.lexists(file):
+    if path is None and not _may_exist(file):
         raise ConfigError(f"this machine has joined no gateway (there is no {file}): {NEXT}")
     return replace(load(file, needs_tunnels=False), tunnels=())
 

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http import HTTPStatus
 from typing import TypeVar
 
 from gotunnel import ANY_PORT, NoThread
@@ -57,7 +58,7 @@ from ..config import (
 from ..inspector import CannotInspect
 from ..policy import Policy, PolicyError, networks, users, users_of_lines
 from ..trust import CannotTrust
-from .folder import LOOPBACK, FolderServer
+from .folder import LOOPBACK, FolderServer, NotServed, Root
 from .names import Labels, Memory, key_of
 from .serving import GivenUp, serve
 from .targets import BadTarget, read_target
@@ -166,10 +167,13 @@ def what_to_share(command: str, options: argparse.Namespace) -> tuple[Target, Fo
         why = "is a file, expected a folder" if os.path.exists(folder) else "does not exist"
         raise BadTarget(f"FOLDER: {folder!r} {why}")
     try:
+        Root(folder, hidden=options.all).find([])  # can it be read?
         server = FolderServer(folder, hidden=options.all)
-        server.root.find([])
     except OSError as error:
         raise BadTarget(f"FOLDER: {folder!r} cannot be served ({error.strerror})") from None
+    except NotServed as error:
+        why = "Permission denied" if error.status == HTTPStatus.FORBIDDEN else error.status.phrase
+        raise BadTarget(f"FOLDER: {folder!r} cannot be served ({why})") from None
     return Target(LOOPBACK, server.port), server
 
 
@@ -265,8 +269,16 @@ def labels_of(account: Config, command: str, target: Target, options: argparse.N
     too: two projects that use the same port have names of their own."""
     shared = os.path.realpath(options.target) if command == FILES else str(target)
     gateway = f"{account.tunnel_host}:{account.tunnel_port}"
-    key = key_of(gateway, command, shared, "" if command == FILES else os.getcwd())
+    key = key_of(gateway, command, shared, "" if command == FILES else working_folder())
     return Labels(Memory(home.state_folder()), key, anew=options.new)
+
+
+def working_folder() -> str:
+    """Its path; "" if it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def quick_config(

@@ -242,7 +242,7 @@ def _answers(options: argparse.Namespace, asks: bool) -> Answers:
         settings["ACME_CACHE"] = SERVICE_CACHE
     settings |= dict(options.more)
     env_file = Path(options.env_file or DEFAULT_ENV_FILE).absolute()
-    if kind == SYSTEM and options.env_file is None and not env_file.exists():
+    if kind == SYSTEM and options.env_file is None and not os.path.exists(env_file):
         env_file = SERVICE_ENV
     return Answers(settings, hosts, kind, env_file)
 
@@ -317,7 +317,7 @@ def _write(answers: Answers, may_replace: bool) -> None:
     lines = (f"{name}={_quoted(value)}\n" for name, value in answers.settings.items())
     content = (HEAD + "".join(lines)).encode()
     agents = env_file.parent / answers.settings["AGENTS_FILE"]
-    if answers.service != SYSTEM and not env_file.parent.is_dir():
+    if answers.service != SYSTEM and not os.path.isdir(env_file.parent):
         raise InitError(f"there is no folder {env_file.parent}: make it, or name another place "
                         "with --env-file")  # fmt: skip
     try:
@@ -347,7 +347,7 @@ def _quoted(value: str) -> str:
 
 def _try(content: bytes, env_file: Path) -> None:
     """Raises ConfigError if the gateway would refuse the file."""
-    folder = env_file.parent if env_file.parent.is_dir() else None  # None: that of the system
+    folder = env_file.parent if os.path.isdir(env_file.parent) else None  # None: that of the system
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".env-", suffix=".new") as trial:
         trial.write(content)
         trial.flush()

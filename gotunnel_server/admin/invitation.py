@@ -78,7 +78,7 @@ def fingerprint(config: Config) -> str:
     if not config.local_ca:
         return ""
     folder = config.acme_cache / LOCAL_FOLDER
-    if not (folder / "ca.crt").exists() and not _is_ours(folder):
+    if not os.path.exists(folder / "ca.crt") and not _is_ours(folder):
         raise NoInvitation(
             f"the gateway makes its CA in {folder} when it first starts, as its own user: start "
             "it, and let it print a join string by: gotunnel-server agents rotate NAME"
@@ -92,7 +92,7 @@ def fingerprint(config: Config) -> str:
 def _is_ours(folder: Path) -> bool:
     """Whether we may make a folder that the gateway has to write later: the folder that exists
     above it is this user's, and not root's on behalf of another."""
-    above = next(path for path in folder.absolute().parents if path.exists())
+    above = next(path for path in folder.absolute().parents if os.path.exists(path))
     return above.stat().st_uid == os.geteuid()
 
 

@@ -270,6 +270,13 @@ def test_an_agent_joins_by_one_line(capsys):
     assert invitation(capsys.readouterr().out).secret != secret
 
 
+def test_a_cache_that_cannot_be_looked_at_is_told_in_one_line(capsys):
+    configure(ACME_CACHE="a" * 300)
+    assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0
+    out, err = capsys.readouterr()
+    assert "no join string" in out + err and "jwt_secret" in out
+
+
 def test_on_a_terminal_the_line_can_be_copied(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["agents", "add", "two", "--hosts", "a.example.com"]) == 0

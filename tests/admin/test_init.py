@@ -169,6 +169,12 @@ def test_a_wrong_argument_leaves_nothing_behind(folder, capsys, words, status, s
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_looked_at_is_named(folder, capsys):
+    place = folder / ("a" * 300)
+    assert main([*YES, "--env-file", str(place / ".env")]) == 1
+    assert f"there is no folder {place}: make it" in capsys.readouterr().err
+
+
 def test_an_env_file_that_is_there_is_replaced_by_force_only(folder, capsys):
     Path(".env").write_text("JWT_SECRET=hunter2\n")
     Path("agents.yaml").write_text("{}\n")

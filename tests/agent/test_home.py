@@ -1,5 +1,7 @@
 """Where the agent's files are, and the account that `join` has made."""
 
+import errno
+import functools
 import os
 from pathlib import Path
 
@@ -57,6 +59,32 @@ def test_the_file_that_is_read_is_the_nearest_one(tmp_path, monkeypatch):
     named = {**environ, "GOTUNNEL_CONFIG": "b.yaml"}
     assert chosen_config(None, named) == str(tmp_path / "b.yaml")
     assert chosen_config("c.yaml", named) == "c.yaml"
+
+
+def test_a_file_in_a_folder_that_may_not_be_searched_is_named(tmp_path, monkeypatch):
+    """As under `su`, where HOME may still be root's."""
+    monkeypatch.chdir(tmp_path)
+    locked = tmp_path / "gotunnel" / "agent.yaml"
+
+    def refuse(path, *arguments, really, **named):
+        if isinstance(path, (str, Path)) and str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *arguments, **named)
+
+    for name in ("stat", "lstat", "open"):
+        monkeypatch.setattr(os, name, functools.partial(refuse, really=getattr(os, name)))
+    environ = {"XDG_CONFIG_HOME": str(tmp_path)}
+    assert chosen_config(None, environ) == str(locked)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+        account(environ=environ)
+
+
+def test_a_name_that_is_too_long_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environ = {"XDG_CONFIG_HOME": str(tmp_path / ("a" * 300))}
+    assert chosen_config(None, environ) == "config.yaml"
+    with pytest.raises(ConfigError, match="has joined no gateway"):
+        account(environ=environ)
 
 
 def test_an_account_has_no_tunnels(tmp_path):

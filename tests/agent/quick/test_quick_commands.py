@@ -15,7 +15,9 @@ from gotunnel_agent import called, cli
 from gotunnel_agent.config import H2, H2C, Inspect, Target, Tunnel
 from gotunnel_agent.quick import commands
 from gotunnel_agent.quick.commands import make_parser, make_tunnel, policy_of, what_to_share
+from gotunnel_agent.quick.folder import Root
 from gotunnel_agent.quick.serving import how_to_connect
+from gotunnel_agent.quick.targets import BadTarget
 
 PROGRAM = [sys.executable, str(ROOT / "gotunnel_agent")]
 DEV = "dev.localhost"
@@ -258,6 +260,27 @@ def test_names_belong_to_gateway_kind_target_and_folder(tmp_path, monkeypatch):
     assert len(set(keys)) == len(keys)
     assert key("http", "localhost:80") == keys[0]
     assert key("files", ".", folder="sub") == key("files", str(tmp_path / "sub")) == keys[-1]
+
+
+def test_a_working_folder_that_was_removed_is_no_part_of_a_name(tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    options = make_parser("http").parse_args(["80"])
+    target, _ = what_to_share("http", options)
+    labels = commands.labels_of(commands.home.account(), "http", target, options)
+    assert labels.another()
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Root, "_open", refuse)
+    options = make_parser("files").parse_args([str(tmp_path)])
+    with pytest.raises(BadTarget, match=r"cannot be served \(Permission denied\)"):
+        what_to_share("files", options)
 
 
 def test_documentation_has_each_option():
