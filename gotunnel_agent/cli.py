@@ -15,6 +15,7 @@ import argparse
 import difflib
 import getpass
 import logging
+import os
 import sys
 from functools import partial
 
@@ -133,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{program()}: {error}", file=sys.stderr)
         return 1
     watch_memory()
-    status = status_socket_of(config, lambda: describe(agent.snapshot(), options.config))
+    config_file = os.path.abspath(options.config)  # now: the working folder may be removed later
+    status = status_socket_of(config, lambda: describe(agent.snapshot(), config_file))
     if status is not None:
         status.start()
     if metrics is not None:

@@ -15,6 +15,7 @@ from support import (
     GATEWAY_HOST,
     RAW,
     ROOT,
+    SECRET,
     TIMEOUT,
     Origin,
     agent_here,
@@ -23,12 +24,14 @@ from support import (
     gateway_here,
     gateway_process,
     request,
+    reserved_port,
+    running,
     wait_until,
 )
 
 from gotunnel import __version__
 from gotunnel_agent.agent import Snapshot
-from gotunnel_agent.common.status_socket import NoAnswer
+from gotunnel_agent.common.status_socket import NoAnswer, ask
 from gotunnel_agent.status import agent_of, first_of, status_places, status_socket_of
 from gotunnel_agent.status import describe as describe_agent
 from gotunnel_server import status
@@ -95,6 +98,24 @@ def test_a_running_gateway_and_its_agent_say_how_they_do(short):
     assert stopped.stderr.startswith(
         "gotunnel-agent: not running here, or its status socket is elsewhere: there is no socket "
     )
+
+
+def test_an_agent_whose_working_folder_was_removed_still_answers(short):
+    (short / "gone").mkdir()
+    sock, file = short / "agent.sock", short / "gone" / "agent.yaml"
+    with reserved_port() as closed:
+        file.write_text(
+            f'tunnel_addr: "localhost:{closed}"\njwt_secret: "{SECRET}"\n'
+            f'status_socket: "{sock}"\ntunnels: [{{hostname: "{APP}", target: 9}}]\n'
+        )
+        command = (sys.executable, str(ROOT / "gotunnel_agent"), "-c", "agent.yaml")
+        with running(*command, cwd=short / "gone") as agent:
+            agent.wait_for("next try in")
+            wait_until(sock.exists)
+            file.rename(short / "agent.yaml")
+            (short / "gone").rmdir()
+            told = ask([str(sock)], "gotunnel-agent")
+    assert told["configuration"] == str(file)
 
 
 def test_a_gateway_that_stops_says_that_it_drains(short):
