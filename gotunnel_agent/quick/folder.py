@@ -9,14 +9,17 @@ what it leads to by symlinks must lie in the folder, too. The file is then opene
 without symlinks, so that nothing can be exchanged between check and open. Hidden files, whose names
 begin with a dot, are served with ``hidden`` only, and devices, pipes and sockets never.
 
-The head of a request is read by Python's http.server, one request a connection: a connection that
+The head of a request is parsed by Python's http.server, one request a connection: a connection that
 waits for the next one would hold a thread. Methods are GET and HEAD, with conditions (RFC 9110 §13)
 and one byte range (§14); a request for several ranges gets the whole file, as §14.2 allows.
+
+Every program of this machine can connect to the port. So a connection gets a thread only with a
+whole head (Arrivals), and no program can hold the threads that the tunnel's requests need.
 
 Threads:
 
     thread   how many           does                                ends when
-    files    1                  accepts connections                 close()
+    files    1                  accepts connections, reads heads    close()
     file_N   at most MOST_SENT  one request, and the file's bytes   the answer is sent
 """
 
@@ -53,6 +56,7 @@ from ..common.process import Stopped, Workers
 
 log = logging.getLogger("gotunnel.folder")
 
+Address = tuple[str, int]
 LOOPBACK = "127.0.0.1"
 BACKLOG = 128  # connections that wait to be accepted
 MOST_SENT = 256  # answers at a time, each with a thread; further requests wait for a thread
@@ -60,6 +64,10 @@ MOST_SENT = 256  # answers at a time, each with a thread; further requests wait 
 # most likely gone.
 MOST_WAITED = 20
 HEAD_TIMEOUT = 10  # seconds for the head of a request, which the gateway sends whole
+# Connections whose head has not come whole. Of more, the oldest is closed: a request of the tunnel
+# comes at once.
+MOST_ARRIVING = 256
+MOST_HEAD = 128 * 1024  # bytes of a head; the gateway passes on 64 KiB, and adds a few fields
 # Seconds without progress in an answer. Longer than the agent's stall_timeout may be, so that the
 # agent decides, and says why.
 SEND_TIMEOUT = 24 * 3600
@@ -312,6 +320,77 @@ class _Listing:
         self.page, self.ends = b"", 0.0
 
 
+class Arrivals:
+    """Connections whose head has not come whole yet. One thread."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        pass_on: Callable[[socket.socket, Address, bytes], object],
+    ):
+        """``selector`` watches them for the caller, who calls read(). ``pass_on(sock, address,
+        head)`` gets each one with its head, and perhaps bytes behind it."""
+        self._selector, self._pass_on = selector, pass_on
+        self._waiting: dict[socket.socket, _Arrival] = {}  # the oldest first
+
+    def add(self, sock: socket.socket, address: Address) -> None:
+        sock.setblocking(False)
+        if len(self._waiting) >= MOST_ARRIVING:
+            self._end(next(iter(self._waiting)))
+        self._waiting[sock] = _Arrival(address, monotonic() + HEAD_TIMEOUT)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def read(self, sock: object) -> None:
+        """Take what has come from ``sock``, if it is one of these connections."""
+        if not isinstance(sock, socket.socket) or (arrival := self._waiting.get(sock)) is None:
+            return
+        try:
+            data = sock.recv(MOST_HEAD)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        searched = max(0, len(arrival.head) - 3)
+        arrival.head += data
+        if arrival.head.find(b"\r\n\r\n", searched) >= 0:
+            self._forget(sock)
+            self._pass_on(sock, arrival.address, bytes(arrival.head))
+        elif not data or len(arrival.head) > MOST_HEAD:
+            self._end(sock)
+
+    def left(self) -> float | None:
+        """Seconds until end_late() has something to do; None if there is no connection."""
+        for arrival in self._waiting.values():
+            return max(0.0, arrival.ends - monotonic())
+        return None
+
+    def end_late(self) -> None:
+        now = monotonic()
+        for sock, arrival in list(self._waiting.items()):
+            if arrival.ends > now:
+                break
+            self._end(sock)
+
+    def close(self) -> None:
+        for sock in list(self._waiting):
+            self._end(sock)
+
+    def _forget(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        del self._waiting[sock]
+
+    def _end(self, sock: socket.socket) -> None:
+        self._forget(sock)
+        sock.close()
+
+
+class _Arrival:
+    def __init__(self, address: Address, ends: float):
+        self.address = address
+        self.ends = ends  # monotonic
+        self.head = bytearray()  # what has come of it
+
+
 class FolderServer:
     """An HTTP server of one folder, on a free port of this machine."""
 
@@ -347,41 +426,72 @@ class FolderServer:
         with selectors.DefaultSelector() as selector:
             selector.register(self._waker, selectors.EVENT_READ)
             selector.register(self._listening, selectors.EVENT_READ)
-            while not self._stopping:
-                selector.select()
-                try:
-                    sock, address = self._listening.accept()
-                except BlockingIOError:
-                    continue
-                except OSError as error:  # it has left already, or we are out of descriptors
-                    log.debug("a connection could not be accepted: %s", error.strerror)
-                    selector.unregister(self._listening)
-                    selector.select(ACCEPT_PAUSE)
-                    selector.register(self._listening, selectors.EVENT_READ)
-                    continue
-                try:
-                    self._workers.submit(self._serve, sock, address, monotonic())
-                except Stopped:
-                    sock.close()
+            with contextlib.closing(Arrivals(selector, self._pass_on)) as arrivals:
+                while not self._stopping:
+                    for key, _ in selector.select(arrivals.left()):
+                        if key.fileobj is self._listening:
+                            self._accept(selector, arrivals)
+                        else:
+                            arrivals.read(key.fileobj)
+                    arrivals.end_late()
 
-    def _serve(self, sock: socket.socket, address: tuple[str, int], since: float) -> None:
+    def _accept(self, selector: selectors.BaseSelector, arrivals: Arrivals) -> None:
+        try:
+            sock, address = self._listening.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # it has left already, or we are out of descriptors
+            log.debug("a connection could not be accepted: %s", error.strerror)
+            selector.unregister(self._listening)
+            selector.select(ACCEPT_PAUSE)
+            selector.register(self._listening, selectors.EVENT_READ)
+            return
+        arrivals.add(sock, address)
+        arrivals.read(sock)  # most often the head is here
+
+    def _pass_on(self, sock: socket.socket, address: Address, head: bytes) -> None:
+        try:
+            self._workers.submit(self._serve, sock, address, head, monotonic())
+        except Stopped:
+            sock.close()
+
+    def _serve(self, sock: socket.socket, address: Address, head: bytes, since: float) -> None:
         with contextlib.closing(sock), contextlib.suppress(OSError):  # the visitor has left
             sock.setblocking(True)
             late = monotonic() - since > MOST_WAITED
-            (_LateRequest if late else _Request)(sock, address, self)  # type: ignore[arg-type]
+            (_LateRequest if late else _Request)(sock, address, self, head)
 
 
 class _Request(BaseHTTPRequestHandler):
     """One connection with one request. http.server makes it a call of ``do_METHOD``."""
 
     protocol_version = "HTTP/1.1"
-    timeout = HEAD_TIMEOUT
+    timeout = SEND_TIMEOUT
     server_version, sys_version = "gotunnel", ""
     error_message_format, error_content_type = ERROR, "text/html; charset=utf-8"
     server: Any  # the FolderServer
 
+    def __init__(self, sock: socket.socket, address: Address, server: FolderServer, head: bytes):
+        self._head = head
+        super().__init__(sock, address, server)  # type: ignore[arg-type]  # is no BaseServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BytesIO(self._head)
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        if self._is_the_tunnels():
+            return True
+        self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
+        return False
+
+    def _is_the_tunnels(self) -> bool:
+        return self.headers.get_all("Host") == [self.server.host]
+
     def do_GET(self) -> None:
-        self.connection.settimeout(SEND_TIMEOUT)
         try:
             self._answer()
         except NotServed as error:
@@ -395,8 +505,6 @@ class _Request(BaseHTTPRequestHandler):
     do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 
     def _answer(self) -> None:
-        if self.headers.get_all("Host") != [self.server.host]:
-            raise NotServed(HTTPStatus.MISDIRECTED_REQUEST)
         path, question, query = self.path.partition("?")
         if not path.startswith("/"):
             raise NotServed(HTTPStatus.BAD_REQUEST)
@@ -502,7 +610,7 @@ class _Request(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         super().finish()
-        if getattr(self, "headers", None) and self._has_body():
+        if getattr(self, "headers", None) and self._is_the_tunnels() and self._has_body():
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(DRAIN_TIME)
             deadline, left = monotonic() + DRAIN_TIME, MOST_DRAINED

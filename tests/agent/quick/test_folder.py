@@ -536,19 +536,64 @@ def test_bad_request_gets_no_file_and_costs_nothing(server, head):
     assert ask(server, "/text.txt")[2] == TEXT
 
 
-def test_silent_connections_end(folder, monkeypatch):
-    monkeypatch.setattr(folder_module._Request, "timeout", 0.1)
+def test_head_may_come_in_pieces(server):
+    with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
+        for byte in f"GET /text.txt HTTP/1.1\r\nHost: {server.host}\r\n\r\n":
+            wire.send(byte.encode())
+        assert wire.read_to_end().endswith(TEXT)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n"])
+def test_connections_whose_head_does_not_come_end(folder, monkeypatch, sent):
+    monkeypatch.setattr(folder_module, "HEAD_TIMEOUT", 0.1)
     with serving(folder) as server:
         with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
+            wire.send(sent)
             assert wire.read_to_end() == b""
+
+
+def test_endless_head_is_not_kept(server, monkeypatch):
+    monkeypatch.setattr(folder_module, "MOST_HEAD", 1000)
+    with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
+        wire.send(b"GET / HTTP/1.1\r\nA: " + b"b" * 1000)
+        with contextlib.suppress(ConnectionResetError):
+            assert wire.read_to_end() == b""
+
+
+def test_connections_without_a_request_hold_up_no_request(folder, monkeypatch):
+    """Any program of this machine may open some, and send a byte now and then."""
+    monkeypatch.setattr(folder_module, "MOST_SENT", 2)
+    monkeypatch.setattr(folder_module, "MOST_ARRIVING", 4)
+    with serving(folder) as server, contextlib.ExitStack() as stack:
+        others = []
+        for _ in range(6):
+            sock = socket.create_connection(("127.0.0.1", server.port))
+            others.append(stack.enter_context(Wire(sock)))
+            others[-1].send(b"GET /")
+            assert ask(server, "/text.txt")[2] == TEXT
+        for oldest in others[:2]:
+            with contextlib.suppress(ConnectionResetError):
+                assert oldest.read_to_end() == b""
+        assert ask(server, "/text.txt")[2] == TEXT
+
+
+def test_body_of_another_program_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(folder_module, "DRAIN_TIME", 10 * TIMEOUT)
+    with Wire(socket.create_connection(("127.0.0.1", server.port))) as wire:
+        wire.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        assert wire.read_to_end().startswith(b"HTTP/1.1 421 ")
 
 
 def test_threads_are_bounded_and_requests_that_waited_too_long_are_told(folder, monkeypatch):
     monkeypatch.setattr(folder_module, "MOST_SENT", 2)
-    monkeypatch.setattr(folder_module, "MOST_WAITED", 0)
+    with open(folder / "large", "wb") as file:
+        file.truncate(256 * MIB)  # more than the system's buffers take
     with serving(folder) as server:
         holders = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+        for holder in holders:
+            holder.sendall(f"GET /large HTTP/1.1\r\nHost: {server.host}\r\n\r\n".encode())
         wait_until(lambda: server._workers._spare == 0 and len(server._workers._threads) == 2)
+        monkeypatch.setattr(folder_module, "MOST_WAITED", 0)
         late = []
         asking = threading.Thread(target=lambda: late.append(status(server, "/text.txt")))
         asking.start()
