@@ -44,6 +44,8 @@ from support import (
     wait_until,
 )
 
+from gotunnel_agent.common.status_socket import NoAnswer, ask
+
 GATEWAYS = ("one", "two", "three")
 POOL, SINGLE, NEAR, GO = "pool.localhost", "single.localhost", "near.localhost", "go.localhost"
 VISITORS = 8
@@ -271,8 +273,8 @@ class Bench:
             [site] = (site for site in self.sites if site.hostname == SINGLE)
             name = self._probe(site, "two").agent
             # With a gateway where it does not wait yet, it would take as long there once more.
-            programs = [gateway.program for gateway, _ in self.gateways.values()]
-            wait_until(lambda: all(_has_waiting(each.lines) for each in programs), HEALTHY_BOUND)
+            caches = [self.folder / each for each in self.gateways]
+            wait_until(lambda: all(map(_has_waiting, caches)), HEALTHY_BOUND)
             self._fault_at = monotonic()
         program, stack = self.agents[name]
         program.signal(how)
@@ -433,10 +435,14 @@ class Bench:
         return found
 
 
-def _has_waiting(lines):
-    """Whether an agent waits for SINGLE at the gateway that says this."""
-    said = [line for line in lines if SINGLE in line and re.search("waits for|registered", line)]
-    return bool(said) and "waits for" in said[-1]
+def _has_waiting(cache):
+    """Whether an agent waits for SINGLE at the gateway that has this ACME_CACHE. Its log does not
+    say: the holder may have come there before or after."""
+    try:
+        sessions = ask([str(cache / "status.sock")], "gotunnel-server")["sessions"]
+    except NoAnswer:
+        return False
+    return any(f"waits for {SINGLE}" in session["reason"] for session in sessions)
 
 
 def _most(hows):
