@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -57,7 +58,25 @@ def podman():
         finally:
             run("rm", "-f", "-t", "0", NAME)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # The monitor of each `exec` runs a podman five minutes later, which would make the folder
+        # again.
+        end_processes_of(folder)
+        shutil.rmtree(folder)
+
+
+def end_processes_of(folder):
+    """Kill the processes in whose arguments the folder is, and wait for their end."""
+
+    def found():
+        for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                if os.fsencode(folder) in arguments.read_bytes():
+                    yield int(arguments.parent.name)
+
+    for pid in found():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not [*found()])
 
 
 @pytest.fixture
