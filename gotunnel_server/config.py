@@ -714,13 +714,15 @@ def _processes(read: Variables) -> int:
     text = read.text("PROCESSES")
     if text is None:
         return 1
-    count = 0 if text.lower() == AUTO else whole_number(text)
-    if count is None or not 0 <= count <= MOST_PROCESSES:
+    if text.lower() == AUTO:
+        return min(cores(), MOST_PROCESSES)
+    count = whole_number(text)
+    if count is None or not 1 <= count <= MOST_PROCESSES:
         raise ConfigError(
             f"PROCESSES is {text!r}, expected a whole number from 1 to {MOST_PROCESSES}, or {AUTO} "
             "for one on each core"
         )
-    return count or min(cores(), MOST_PROCESSES)
+    return count
 
 
 def cores() -> int:

@@ -240,7 +240,6 @@ def _shown(host: str, port: int) -> str:
 
 
 def _shown_url(text: str) -> str:
-    """What can be shown of a text that may hold a password."""
-    if "@" in text:
-        return "no such URL"
-    return repr(text[:200])
+    """What can be shown of a text that may hold a password, or be one: how it begins, at most."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://", text)
+    return "no URL" if scheme is None else f"a URL that begins with {scheme[0]}"

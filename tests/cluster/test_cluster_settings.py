@@ -38,8 +38,8 @@ def test_urls_that_are_understood(text, found):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"CLUSTER": "http://redis"}, "CLUSTER is 'http://redis', expected the URL"),
-        ({"CLUSTER": "redis.example.com"}, "CLUSTER is 'redis.example.com', expected the URL"),
+        ({"CLUSTER": "http://redis"}, "CLUSTER is a URL that begins with http://, expected the UR"),
+        ({"CLUSTER": "redis.example.com"}, "CLUSTER is no URL, expected the URL of a Redis server"),
         ({"CLUSTER": "redis://"}, "CLUSTER holds no HOST:PORT"),
         ({"CLUSTER": "redis://h:0"}, "CLUSTER holds no HOST:PORT"),
         ({"CLUSTER": "redis://2001:db8::1"}, "write IPv6 addresses in brackets"),
@@ -93,6 +93,8 @@ def test_what_is_left_of_a_cluster_is_refused_in_one_line(alone, text):
         "unix://:hunter2@h",
         "redis://a:hunter2@b,c",
         "redis:/me:hunter2@h",
+        "hunter2",
+        "http://hunter2",
     ],
 )
 def test_no_error_shows_a_password(url):

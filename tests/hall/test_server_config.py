@@ -557,6 +557,7 @@ def test_value_is_taken(variable, text, field, value):
         ("MAX_CONNECTIONS", "1000001", "expected a whole number from 1 to 1000000"),
         ("WORKERS", "1_0", "expected a whole number from 1 to 1000000"),
         ("PROCESSES", "65", "expected a whole number from 1 to 64, or auto for one on each core"),
+        ("PROCESSES", "0", "PROCESSES is '0', expected a whole number from 1 to 64, or auto"),
         ("PROCESSES", "many", "expected a whole number from 1 to 64, or auto"),
         ("MAX_HOSTS_PER_AGENT", "1.5", "expected a whole number from 1 to 1000000"),
         ("HEADER_TIMEOUT", "0", "at most 86400, more than 0"),
@@ -1087,7 +1088,7 @@ def test_example_explains_every_variable():
 # Several processes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["auto", "Auto", "0"])
+@pytest.mark.parametrize("text", ["auto", "Auto"])
 @pytest.mark.parametrize(("cores", "count"), [(1, 1), (6, 6), (200, 64)])
 def test_as_many_processes_as_cores_that_may_be_used(monkeypatch, text, cores, count):
     monkeypatch.setattr(config_module, "cores", lambda: cores)
