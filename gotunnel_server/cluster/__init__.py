@@ -12,6 +12,7 @@ server, or the supervisor of PROCESSES. The modules, in the order in which to re
     tenure.py           the holder's half of these rules, pure: how long a member may serve
     redis_board.py      the rules once more, as Lua scripts on Redis
     engine.py           the connection to Redis
+    bounded.py          bounds its answers, in bytes and in time
     members.py          a member's two threads: one calls the board, one watches the tenure
     claims.py           a hostname is claimed on the board first, then in this gateway's registry
     former_member.py    after a crash: the hostnames of the process before are free at once

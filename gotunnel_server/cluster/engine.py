@@ -2,7 +2,7 @@
 
 A command is sent once. If it fails, its caller hears of it (Away) and decides: a command that was
 given up may still arrive there, so nothing is ever repeated here. Waits are short and bounded: a
-member without the board has to act within its lease.
+member without the board has to act within its lease. So are answers (bounded.py).
 
 No password gets into an error: redis-py puts none there, and the URL is never shown.
 """
@@ -36,6 +36,7 @@ from redis.sentinel import Sentinel
 from gotunnel_agent.common.one_line import on_one_line
 
 from .board import Away
+from .bounded import bound
 from .settings import NODES, SENTINEL, SOCKET, Address, Settings
 
 log = logging.getLogger("gotunnel.engine")
@@ -51,6 +52,8 @@ MOST_ERROR = 300  # characters
 # as cut: nothing else would be sent there.
 PING, SILENCE = 2.0, 5.0
 BACKOFF, MOST_BACKOFF = 0.25, 2.0  # seconds until that connection is tried again
+# What the package raises by an answer that is none of Redis's.
+STUMBLES = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, AssertionError)
 
 
 class Engine:
@@ -118,12 +121,12 @@ class Engine:
             while not over.is_set():
                 message = line.get_message(timeout=0.5)
                 now = monotonic()
+                if now - pinged_at > PING:
+                    pinged_at = now
+                    line.ping()
                 if message is None:
                     if now - heard_at > SILENCE:
                         raise Away("the connection for messages is silent")
-                    if now - pinged_at > PING:
-                        pinged_at = now
-                        line.ping()
                     continue
                 heard_at = now
                 if message["type"] == "subscribe" and message["data"] == len(channels):
@@ -218,6 +221,7 @@ class Engine:
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
             "client_name": f"gotunnel-{os.getpid()}",
+            "redis_connect_func": bound,
         }
         if address.kind == SOCKET:
             del common["socket_connect_timeout"]
@@ -262,7 +266,7 @@ class Engine:
             raise
         except (RedisError, RedisClusterException, OSError, ValueError) as error:
             raise Away(f"Redis at {self._address}: {_words(error)}") from None
-        except (TypeError, LookupError, AttributeError) as error:  # the package stumbled over it
+        except STUMBLES as error:
             raise Away(
                 f"Redis at {self._address}: an answer that is none of Redis's "
                 f"({on_one_line(str(error), MOST_ERROR)})"

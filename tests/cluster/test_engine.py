@@ -1,5 +1,8 @@
 """The connection to Redis: real servers, killed, paused, with passwords, behind Sentinels."""
 
+import contextlib
+import itertools
+import socket
 import threading
 from dataclasses import replace
 from time import monotonic
@@ -9,6 +12,7 @@ from redis.exceptions import RedisError
 from redis_server import redis_process
 from support import wait_until
 
+from gotunnel_server.cluster import bounded
 from gotunnel_server.cluster import engine as module
 from gotunnel_server.cluster.board import Away
 from gotunnel_server.cluster.engine import Engine, Script, _words
@@ -64,6 +68,92 @@ def test_an_answer_that_is_no_answer_of_redis_is_away(connect):
     with pytest.raises(Away, match="none of Redis's .'int' object is not subscriptable"):
         with connect("redis://127.0.0.1:1")._translated():
             raise TypeError("'int' object is not subscriptable")  # as redis-py of a push of `:1`
+
+
+@contextlib.contextmanager
+def answering(pieces):
+    """A server that sends these to each connection, without end or until it is closed; its URL."""
+    over = threading.Event()
+
+    def answer(sock):
+        with sock, contextlib.suppress(OSError):
+            for piece in pieces():
+                if over.is_set():
+                    return
+                sock.sendall(piece)
+
+    def accept():
+        threads = []
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listening.accept()
+                sock.settimeout(10)
+                threads.append(threading.Thread(target=answer, args=(sock,)))
+                threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "first, then", [(b"+", b"x" * 1000), (b"$2000000000\r\n", b"x" * 1000),
+                    (b"*2000000000\r\n", b":1\r\n" * 100)],
+)  # fmt: skip
+def test_a_too_long_answer_is_given_up(connect, monkeypatch, first, then):
+    monkeypatch.setattr(bounded, "MOST_ANSWER", 1 << 20)
+    with answering(lambda: itertools.chain([first], itertools.repeat(then))) as url:
+        with pytest.raises(Away, match="an answer of more than 1 MiB$"):
+            connect(url).call("PING")
+
+
+def test_an_answer_that_never_ends_is_given_up_in_time(connect, monkeypatch):
+    monkeypatch.setattr(bounded, "WHOLE_TIMEOUT", 0.2)
+    pause = threading.Event()
+
+    def dripping():
+        while not pause.wait(0.01):
+            yield b"x"
+
+    with answering(dripping) as url:
+        try:
+            with pytest.raises(Away, match="no answer"):
+                connect(url).call("PING")
+        finally:
+            pause.set()
+
+
+@pytest.mark.parametrize("answer", [b"*1\r\n" * 100_000, b"$%d\r\n" % 10**30, b"$-9\r\n:1\r\n"])
+def test_an_answer_that_no_server_sends_is_away(connect, answer):
+    with answering(lambda: [answer]) as url:
+        with pytest.raises(Away, match="^Redis at "):
+            connect(url).call("PING")
+
+
+def test_it_asks_for_signs_of_life_while_messages_come(redis_server, connect, monkeypatch):
+    """Else they would count as one answer, which takes too long."""
+    monkeypatch.setattr(module, "PING", 0.0)
+    engine, over = connect(redis_server.url), threading.Event()
+    life = threading.Thread(target=engine.hear, args=(["one"], lambda data: None, over))
+    life.start()
+    try:
+
+        def has_pinged():
+            engine.call("PUBLISH", "one", "x")
+            return redis_server.counts().get("ping", 0) > 10
+
+        wait_until(has_pinged)
+    finally:
+        over.set()
+        life.join(10)
 
 
 def test_a_server_that_is_not_there_and_comes(redis_server, connect):
