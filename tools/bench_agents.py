@@ -13,9 +13,8 @@ import ssl
 import sys
 import time
 
-import jwt
-
 from gotunnel import DATA, HEADER_SIZE, SYN, WINDOW_UPDATE, Header
+from gotunnel_agent.common.web_token import sign
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = 30  # seconds for any one wait
@@ -33,7 +32,7 @@ def register(number, port, hostname, secret):
     claims = {"iss": f"idle{number}", "iat": now, "exp": now + LIFETIME}
     message = {
         "type": "register",
-        "token": jwt.encode(claims, secret, algorithm="HS256"),
+        "token": sign(claims, secret),
         "routes": {f"idle{number}.localhost": f"{LOOPBACK}:9"},
     }
     payload = json.dumps(message).encode() + b"\n"

@@ -39,10 +39,7 @@ class Fault(NamedTuple):
         return f"{name} is {self.found}, expected {wanted}"
 
 
-AGENT = (
-    Package("PyJWT", "jwt", ">=2.4,!=2.10.0", "python3-jwt"),
-    Package("PyYAML", "yaml", ">=6.0", "python3-yaml"),
-)
+AGENT = (Package("PyYAML", "yaml", ">=6.0", "python3-yaml"),)
 GATEWAY = (
     *AGENT,
     Package("cryptography", "cryptography", ">=38", "python3-cryptography"),
