@@ -1290,6 +1290,7 @@ def _end(address: str, port: str) -> tuple[str, int]:
 import functools  # noqa: E402 (the pure half must not use these)
 import heapq  # noqa: E402
 import logging  # noqa: E402
+import mmap  # noqa: E402
 import os  # noqa: E402
 import selectors  # noqa: E402
 import socket  # noqa: E402
@@ -1430,8 +1431,8 @@ NOTHING: Batch = (b"", ())
 class Buffers:
     """A pool of receive buffers of one size. A thread gives its buffer back before it waits.
 
-    Allocating a large buffer for each read would cost as much as decrypting what is read.
-    """
+    Allocating one for each read would cost as much as decrypting what is read. They are mappings,
+    of which only what was read into takes memory: a bytearray is filled with zeros."""
 
     def __init__(self, size: int, most: int):
         self._size = size
@@ -1442,7 +1443,7 @@ class Buffers:
         try:
             return self._spare.pop()
         except IndexError:
-            return memoryview(bytearray(self._size))
+            return memoryview(mmap.mmap(-1, self._size))
 
 
 # Few sessions receive at one time, but many visits do. The unused buffers of both pools together
