@@ -16,7 +16,7 @@ from typing import Protocol
 
 from gotunnel import Deadline
 
-from .common.hostnames import normal_hostname
+from .common.hostnames import for_socket, normal_hostname
 
 NEXT_ADDRESS = 0.25  # seconds until the next address is tried too (RFC 8305 §5 recommends it)
 # Addresses of one host that are tried. The name's DNS server decides how many there are, and each
@@ -62,7 +62,7 @@ def _resolve(host: str, port: int) -> Sequence[AddressInfo]:
     """All addresses. Names under localhost lead to this machine even if the system's resolver does
     not know them; RFC 6761 §6.3 asks resolvers for it, and glibc's "files dns" does not do it."""
     try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.getaddrinfo(for_socket(host), port, type=socket.SOCK_STREAM)
     except socket.gaierror:
         if f".{normal_hostname(host)}".endswith(f".{LOCALHOST}"):
             return socket.getaddrinfo(None, port, type=socket.SOCK_STREAM)  # ::1 and 127.0.0.1

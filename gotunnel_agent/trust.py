@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 from .common import small_file
 from .common.duplex import Duplex
+from .common.hostnames import for_socket
 from .common.tls import IGNORE_UNEXPECTED_EOF
 from .greeting import protocol_of
 
@@ -70,7 +71,7 @@ def begin_tls(
     Raises NoTLS; ssl.SSLCertVerificationError for a certificate that does not count; TimeoutError
     after ``timeout`` seconds; ssl.SSLError if the handshake fails for any other reason.
     """
-    duplex.start_tls(context, server_side=False, server_hostname=hostname)
+    duplex.start_tls(context, server_side=False, server_hostname=for_socket(hostname))
     try:
         duplex.handshake_within(timeout)
     except TimeoutError:

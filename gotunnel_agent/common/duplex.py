@@ -171,7 +171,7 @@ class Duplex:
         context: ssl.SSLContext,
         *,
         server_side: bool,
-        server_hostname: str | None = None,
+        server_hostname: str | bytes | None = None,
     ) -> None:
         """Begin TLS, to be followed by handshake(). Bytes of unread() are its first input."""
         self._tls_in.write(self._unread)

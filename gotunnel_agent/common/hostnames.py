@@ -40,6 +40,12 @@ def normal_hostname(name: str) -> str:
     return name.lower() if name.endswith("..") else name.lower().removesuffix(".")
 
 
+def for_socket(name: str) -> str | bytes:
+    """A host's name for socket and ssl: as bytes if it is ASCII, as nearly all are. A text would go
+    through Python's "idna" codec, whose tables take half a megabyte."""
+    return name.encode() if name.isascii() else name
+
+
 def valid_hostname(name: str) -> bool:
     """Whether a name consists of labels of letters, digits and hyphens (RFC 1123 §2.1).
 

@@ -657,7 +657,7 @@ import logging, socket, sys, time
 from gotunnel_agent.cli import main
 
 def getaddrinfo(host, *more, resolve=socket.getaddrinfo, **named):
-    if host == "hangs.example.com":
+    if host == b"hangs.example.com":
         logging.getLogger("gotunnel").info("resolving")
         time.sleep(600)
     return resolve(host, *more, **named)

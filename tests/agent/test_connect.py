@@ -44,7 +44,7 @@ def resolve(monkeypatch):
     def set_addresses(*addresses):
         real = socket.getaddrinfo
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **kinds: (
-            list(addresses) if host == "two.example" else real(host, *rest, **kinds)))  # fmt: skip
+            list(addresses) if host == b"two.example" else real(host, *rest, **kinds)))  # fmt: skip
 
     return set_addresses
 

@@ -350,7 +350,7 @@ def test_deaf_address_leaves_time_for_the_next_one(
         ]
         resolve = socket.getaddrinfo
         monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **kinds: (
-            addresses if host == "two.example" else resolve(host, *rest, **kinds)))  # fmt: skip
+            addresses if host == b"two.example" else resolve(host, *rest, **kinds)))  # fmt: skip
         origin.serve(lambda wire: [wire.read_head(), wire.send(answer())])
         with serving(gateway, tmp_path, "two.example:80"):
             assert gateway.get(APP) == (200, b"ok")
@@ -360,7 +360,7 @@ def test_name_that_does_not_resolve(gateway, tmp_path, caplog, monkeypatch):
     resolve = socket.getaddrinfo
 
     def without_that_name(host, *rest, **kinds):
-        if host == "none.example":
+        if host == b"none.example":
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return resolve(host, *rest, **kinds)
 
