@@ -1,9 +1,10 @@
 """The start of `python gotunnel_agent`, `gotunnel-agent` and `gotunnel`, which are one program.
 
-It imports the agent, the visitor's helper (`forward`), the command `service`, `join` or `inspect`,
-or a quick command, never two of them: ssh starts the helper for each of its connections, and
-importing YAML and JWT, which only the agent needs, takes longer than the helper itself needs until
-it dials; and an agent that runs needs nothing of the other commands.
+It imports the agent (run.py, and with other arguments than a file's name its command line, cli.py),
+the visitor's helper (`forward`), the command `service`, `join` or `inspect`, or a quick command,
+never two of them: ssh starts the helper for each of its connections, and importing YAML, which only
+the agent needs, takes longer than the helper itself needs until it dials; and an agent that runs
+needs nothing of the commands.
 """
 
 import os
@@ -25,6 +26,8 @@ try:
         from gotunnel_agent.inspector.terminal import main
     elif sys.argv[1:2] in (["http"], ["tcp"], ["files"]):
         from gotunnel_agent.quick.commands import main
+    elif sys.argv[1:-1] == ["-c"]:
+        from gotunnel_agent.run import main
     else:
         from gotunnel_agent.cli import main
 except (ImportError, AttributeError):  # a package is missing, or is too old to have such a name

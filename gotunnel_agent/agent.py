@@ -16,7 +16,7 @@ Threads, besides the session's demultiplexer (see gotunnel.py):
 
 (The dots stand for the name of the thread that starts the second one, as in "stream_3 back".)
 
-The process has two more: main, which waits for signals (cli.py), and standard error, which writes
+The process has two more: main, which waits for signals (run.py), and standard error, which writes
 the log until the process ends (common/standard_error.py). All but main are daemons: none keeps a
 stopped process alive.
 """

@@ -1,4 +1,4 @@
-"""The agent's command line: arguments, logging, signals, exit codes.
+"""The agent's command line: arguments and exit codes. run.py runs the agent.
 
 `gotunnel-agent hash-password` makes a hash for basic_auth. `gotunnel-agent status` shows the state
 of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing answers.
@@ -6,52 +6,28 @@ of the running agent: exit status 0 if it serves, 1 if it does not, 2 if nothing
 (quick/) are programs of their own; __main__.py tells them apart. `gotunnel` is the same program as
 `gotunnel-agent`; without a command and without -c it prints what it can do.
 
-Exit status: 0 after a signal, or if a hash was printed; 1 after a second signal or a bug, or if a
-hash cannot be printed, or metrics_port cannot be opened; 2 if the configuration or the password is
-wrong, or there is no such command.
+Exit status: that of run.py; of the others 0 if a hash was printed, 1 if it cannot be; 2 if the
+password is wrong, or there is no such command.
 """
 
 import argparse
-import difflib
 import getpass
-import logging
-import os
 import sys
 from functools import partial
 
-from gotunnel import NoThread, __version__, spawn
+from gotunnel import __version__
 
-from . import mistakes
-from .agent import Agent
-from .called import SHORT, Parser, program
+from . import mistakes, run
+from .arguments import Parser
+from .called import SHORT, program
 from .common.examples import add_print_example
-from .common.exposed import exposures
+from .common.nearest import nearest
 from .common.passwords import PasswordError, hash_password
-from .common.process import (
-    HANG_UP,
-    Signals,
-    print_answer,
-    set_up_process,
-    stay_on_one_cpu,
-    watch_memory,
-)
+from .common.process import print_answer
 from .common.show_status import add_json_option, show_status
-from .config import KEYS, TUNNEL_KEYS, Config, ConfigError, load
+from .config import KEYS, TUNNEL_KEYS, ConfigError
 from .home import chosen_config
-from .inspector import CannotInspect, Inspection
-from .metrics import MetricsPort, PortUnusable
-from .plan import Plan
-from .status import (
-    PROGRAM,
-    agent_of,
-    describe,
-    first_of,
-    status_places,
-    status_socket_of,
-)
-from .trust import CannotTrust
-
-log = logging.getLogger("gotunnel")
+from .status import PROGRAM, agent_of, first_of, status_places
 
 DESCRIPTION = """\
 The private half of gotunnel: connects to a gateway and serves the hostnames of
@@ -107,73 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     if program() == SHORT and not arguments:
         print(SHORT_HELP, file=sys.stderr)
         return 2
-    options = parse(arguments)
-    try:
-        config = load(options.config)
-        set_up_process(config.log_level, config.log_format)
-        stay_on_one_cpu(max)  # a gateway on the same machine takes the first CPU
-        agent = Agent(config)
-        inspection = Inspection(agent)
-        metrics = None
-        if config.metrics_port is not None:
-            metrics = MetricsPort(config.metrics_bind, config.metrics_port, agent)
-            log.info("metrics: port %d", metrics.port)
-        inspect(inspection, config)
-    except (ConfigError, CannotTrust) as error:
-        print(f"{program()}: {error}", file=sys.stderr)
-        return 2
-    except (PortUnusable, CannotInspect) as error:
-        print(f"{program()}: {error}", file=sys.stderr)
-        return 1
-    for line in exposures(config.secret_files):
-        log.warning("%s", line)
-    signals = Signals(hang_up=True)
-    try:
-        spawn("agent", signals.after, agent.run)
-    except NoThread as error:
-        print(f"{program()}: {error}", file=sys.stderr)
-        return 1
-    watch_memory()
-    config_file = os.path.abspath(options.config)  # now: the working folder may be removed later
-    status = status_socket_of(config, lambda: describe(agent.snapshot(), config_file))
-    if status is not None:
-        status.start()
-    if metrics is not None:
-        metrics.start()
-    while (number := signals.wait()) == HANG_UP:
-        reload(agent, options.config, inspection)
-    if number == 0:
-        return 1  # the agent ended by a bug, which was logged
-    log.info("stopping; a second signal stops at once")
-    agent.stop()
-    inspection.close()
-    if status is not None:
-        status.close()
-    if metrics is not None:
-        metrics.close()
-    log.info("stopped")
-    return 0
-
-
-def inspect(inspection: Inspection, config: Config) -> None:
-    """Start, change or end the inspector. Raises CannotInspect."""
-    if address := inspection.change(config.inspect):
-        log.info("inspector: %s (`%s inspect` has its token)", address, program())
-
-
-def reload(agent: Agent, path: str, inspection: Inspection) -> None:
-    """SIGHUP: read the configuration again, and log in one line what differs. A faulty one changes
-    nothing."""
-    try:
-        config = load(path)
-        plan = Plan(config)
-        inspect(inspection, config)  # before a new session, all of whose visits are to be seen
-        changes = agent.change(config, plan)
-    except (ConfigError, CannotTrust, CannotInspect) as error:
-        log.error("SIGHUP: %s; what was read before stays in use", error)
-        return
-    logging.getLogger().setLevel(config.log_level.upper())
-    log.info("SIGHUP: %s: %s", path, "; ".join(changes) or "nothing has changed")
+    return run.run(parse(arguments).config)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -217,8 +127,8 @@ def unknown_argument(text: str) -> str:
     """What to say about an argument that there is not: a command, or a file without its -c."""
     if text in mistakes.OTHER_COMMANDS:
         return f"unknown command {text!r}; {mistakes.OTHER_COMMANDS[text]}"
-    if close := difflib.get_close_matches(text, COMMANDS, n=1):
-        return f"unknown command {text!r}; did you mean {close[0]}?"
+    if close := nearest(text, COMMANDS):
+        return f"unknown command {text!r}; did you mean {close}?"
     if text.isalpha():
         return f"unknown command {text!r}, expected one of {', '.join(COMMANDS)}"
     advice = mistakes.of_argument(text, KEYS, TUNNEL_KEYS)

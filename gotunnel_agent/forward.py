@@ -47,7 +47,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from gotunnel import BytesLike, Deadline, NoThread, spawn
 
-from .called import Parser, program
+from .arguments import Parser
+from .called import program
 from .common.duplex import Duplex
 from .common.hostnames import (
     MAX_PORT,

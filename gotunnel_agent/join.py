@@ -40,7 +40,8 @@ from gotunnel import (
     encode_message,
 )
 
-from .called import Parser, program
+from .arguments import Parser
+from .called import program
 from .common import atomic_file, join_string, small_file
 from .common.duplex import Duplex
 from .common.join_string import MOST, JoinString, JoinStringError

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from .called import Parser, program
+from .arguments import Parser
+from .called import program
 from .common.process import print_answer
 from .common.service import (
     HOMES,

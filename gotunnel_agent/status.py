@@ -10,8 +10,14 @@ from typing import Any
 
 from .agent import Snapshot
 from .common.one_line import on_one_line
-from .common.show_status import SERVING
-from .common.status_socket import OFF, NoAnswer, StatusSocket, runtime_places, usable
+from .common.status_socket import (
+    OFF,
+    SERVING,
+    NoAnswer,
+    StatusSocket,
+    runtime_places,
+    usable,
+)
 from .config import Config, ConfigError, load
 
 PROGRAM = "gotunnel-agent"

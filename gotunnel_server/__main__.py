@@ -9,7 +9,11 @@ if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 try:
-    from gotunnel_server.cli import main
+    # A gateway that runs needs nothing of the commands.
+    if not sys.argv[1:] or sys.argv[1:-1] == ["--env-file"]:
+        from gotunnel_server.run import main
+    else:
+        from gotunnel_server.cli import main
 except (ImportError, AttributeError):
     # An installation for the agent alone lacks packages, and old ones lack names that we import.
     from gotunnel_agent.common.packages import GATEWAY, explain, faults, of_gateway

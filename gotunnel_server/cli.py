@@ -1,4 +1,4 @@
-"""The gateway's command line: arguments, logging, signals, exit codes.
+"""The gateway's command line: arguments and exit codes. run.py runs the gateway.
 
 Exit status:
 
@@ -23,16 +23,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gotunnel import NoThread, __version__
-from gotunnel_agent.common import packages
 from gotunnel_agent.common.arguments import OneLineParser
 from gotunnel_agent.common.examples import add_print_example
 from gotunnel_agent.common.one_line import without_secrets
-from gotunnel_agent.common.process import print_answer, set_up_process, stay_on_one_cpu
+from gotunnel_agent.common.process import print_answer
 from gotunnel_agent.common.service import ServiceError, add_arguments, run_service
 from gotunnel_agent.common.show_status import add_json_option, show_answer, show_status
 
@@ -44,19 +42,14 @@ from .agents.agents_file import AgentsFileError
 from .certs.local_ca import CertificateError
 from .certs.store import StoreError
 from .config import Config, environment, faults, load, status_places
-from .gateway import Gateway
-from .handover import Failed, Predecessor, find_predecessor
-from .life import Life
+from .handover import Failed
 from .net.inherited import Contradiction
 from .net.listener import PortError
 from .no_option import advice, command_advice
-from .reloading import Reloading
-from .secret_files import exposed
-from .several import find_child, life_of, supervise
+from .run import PROGRAM, fail, run
 from .variables import ConfigError, chosen_env_file
 from .visitors.log_file import LogFileError
 
-PROGRAM = "gotunnel-server"
 DESCRIPTION = """\
 The public half of gotunnel: terminates TLS for the hostnames that agents
 register, and passes visitors' requests and connections to those agents. It is
@@ -82,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the arguments say; return the exit status."""
     options = parse(arguments)
     if options.command is None:
-        return command(options)
+        return run(options.env_file)
     return print_answer(PROGRAM, lambda: command(options))
 
 
@@ -103,8 +96,6 @@ def command(options: argparse.Namespace) -> int:
         if options.command == "service":
             env_file = chosen_env_file(options.env_file)
             return run_service(options, PROGRAM, lambda chosen: service.plan(chosen, env_file))
-        if options.command is None:
-            return run(options.env_file)
         if options.command == "cluster-key":
             print(import_module(f"{__package__}.cluster.sealed").new_key())
             return 0
@@ -153,63 +144,6 @@ def agents(config: Config, options: argparse.Namespace) -> int:
     else:
         grants.run_agents_remove(config, options.name)
     return 0
-
-
-def run(env_file: str | None) -> int:
-    """Run a gateway until a signal comes. Raises ConfigError, CertificateError, AgentsFileError,
-    PortError, Contradiction, LogFileError, NoThread; Failed if a running gateway has started this
-    process as its successor (handover.py) and does not hand over."""
-    child = find_child(environment())
-    predecessor = None if child is not None else find_predecessor(environment())
-    try:
-        config = load(env_file)
-        if lacking := packages.faults(packages.of_gateway(orders=config.acme is not None)):
-            raise ConfigError(packages.explain(lacking))
-        if child is not None:
-            return serve_as(child, config, env_file)
-        if config.processes > 1:
-            return supervise_all(config, env_file, predecessor)
-        return serve(config, env_file, Life(environment(), predecessor))
-    except Exception as error:
-        if predecessor is not None:
-            predecessor.tell_failure(str(error))
-        raise
-
-
-def serve(config: Config, env_file: str | None, life: Life) -> int:
-    """Run a gateway with this configuration until a signal comes. Raises as run()."""
-    set_up_process(config.log_level, config.log_format)
-    stay_on_one_cpu(min)  # the first CPU: an agent on the same machine chooses the last one
-    for warning in config.warnings:
-        logging.getLogger("gotunnel").warning(warning)
-    gateway = Gateway(config, inherited=life.inherit())
-    for line in exposed(config):
-        logging.getLogger("gotunnel").warning(line)
-    reloading = Reloading(gateway, config, env_file, environment())
-    life.run(gateway, config.tcp_ports, config.status_socket, reloading.start)
-    return 0
-
-
-def serve_as(child: Any, config: Config, env_file: str | None) -> int:
-    """Run one of several gateways on the same ports, as its supervisor says. Raises as run()."""
-    set_up_process(config.log_level, config.log_format)
-    child.set_up()
-    config = replace(config, processes=child.count)
-    life = life_of(child)
-    gateway = Gateway(config.share(), inherited=life.inherit(), child=child)
-    reloading = Reloading(gateway, config, env_file, environment())
-    life.run(gateway, config.tcp_ports, config.status_socket, reloading.start)
-    return 0
-
-
-def supervise_all(config: Config, env_file: str | None, predecessor: Predecessor | None) -> int:
-    """Supervise several gateways on the same ports until a signal comes. Raises as run()."""
-    if predecessor is not None:
-        raise Failed("PROCESSES is set, which takes effect when the gateway is restarted")
-    set_up_process(config.log_level, config.log_format)
-    for warning in (*config.warnings, *exposed(config)):
-        logging.getLogger("gotunnel").warning(warning)
-    return supervise(config, env_file, environment())
 
 
 class Parser(OneLineParser):
@@ -369,9 +303,3 @@ def _add_env_file(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--env-file", metavar="FILE", default=default,
         help="read variables from FILE (default: .env in the working folder, if there is one)",
     )  # fmt: skip
-
-
-def fail(error: Exception | str, status: int) -> int:
-    """Say on standard error what is wrong; returns the exit status."""
-    print(f"{PROGRAM}: {without_secrets(str(error))}", file=sys.stderr)
-    return status

@@ -13,8 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gotunnel_agent.common.one_line import on_one_line, some, words_and_link
-from gotunnel_agent.common.show_status import SERVING
-from gotunnel_agent.common.status_socket import FORMAT, StatusSocket
+from gotunnel_agent.common.status_socket import FORMAT, SERVING, StatusSocket
 
 from .agents.tunnel import Tunnel
 from .certs.state import State

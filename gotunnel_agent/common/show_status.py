@@ -9,9 +9,7 @@ from typing import Any
 from gotunnel import __version__
 
 from . import status_page
-from .status_socket import NoAnswer, answers
-
-SERVING = "serving"  # the value of an answer's "state" that gives exit status 0
+from .status_socket import SERVING, NoAnswer, answers
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

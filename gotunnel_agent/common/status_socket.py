@@ -30,6 +30,7 @@ log = logging.getLogger("gotunnel.status_socket")
 
 FORMAT = 1  # of the answer; raised when an older client could misread it
 ASK = b"status 1\n"
+SERVING = "serving"  # the value of "state", a key of both programs, if all is well
 OFF = "off"  # the value of STATUS_SOCKET and status_socket for no socket
 NAME = "status.sock"
 MAX_PATH = 107 if sys.platform == "linux" else 103  # bytes: sun_path without its terminating zero

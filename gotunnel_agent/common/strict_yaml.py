@@ -7,19 +7,20 @@ value is None. The caller decides for each key whether its text is a number or a
 No YamlError shows a value, since it may be a secret.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import yaml
 
+from .nearest import nearest
+
 T = TypeVar("T")
 
 # As in YAML 1.1; any case.
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")  # unquoted, these mean "no value"
-_MOST_COMPARED = 100  # characters of a key compared with known ones: difflib's time is quadratic
+_MOST_COMPARED = 100  # characters of a key compared with known ones: the time for it is quadratic
 _KINDS: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", type(None): "no value"}
 
 
@@ -52,8 +53,8 @@ def unknown_key(mapping: Mapping[str, object], known: Iterable[str]) -> str | No
     """An error text about the first key that is not among ``known``; None if all are."""
     for key in mapping:
         if key not in known:
-            near = difflib.get_close_matches(key[:_MOST_COMPARED], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            near = nearest(key[:_MOST_COMPARED], known)
+            hint = f"did you mean {near!r}?" if near else f"expected one of {', '.join(known)}"
             return f"unknown key{_shown_key(key)}, {hint}"
     return None
 

@@ -25,7 +25,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from .. import home
-from ..called import Parser, program
+from ..arguments import Parser
+from ..called import program
 from ..common import atomic_file, small_file
 from ..common.cells import safe
 from ..common.process import print_answer

@@ -25,7 +25,8 @@ from typing import TypeVar
 from gotunnel import ANY_PORT, NoThread
 
 from .. import home, mistakes
-from ..called import Parser, program
+from ..arguments import Parser
+from ..called import program
 from ..common import small_file
 from ..common.exposed import exposures
 from ..common.hostnames import (

@@ -17,7 +17,7 @@ from support import ROOT
 from gotunnel_agent.common import join_string
 from gotunnel_agent.common.join_string import JoinString
 from gotunnel_agent.config import load as load_agent
-from gotunnel_server import cli
+from gotunnel_server import run
 from gotunnel_server.admin import grants
 from gotunnel_server.agents.agents_file import read
 from gotunnel_server.agents.credentials import Credentials, TokenInvalid
@@ -557,7 +557,7 @@ def test_without_agents_file_there_is_nothing_to_change(capsys, command):
 
 @pytest.mark.parametrize("command", [[], ["agents", "list"]])
 def test_bad_file_is_one_line_and_status_2(capsys, monkeypatch, command):
-    monkeypatch.setattr(cli, "set_up_process", lambda *_: None)  # it is this process's
+    monkeypatch.setattr(run, "set_up_process", lambda *_: None)  # it is this process's
     write(ENTRIES + "one: {}\n")
     said = refusal(capsys, 2, *command)
     assert said == (
