@@ -20,7 +20,6 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +40,7 @@ from . import mistakes
 from .common import addresses, small_file, strict_yaml
 from .common.duplex import LEAST_STALL, MOST_STALL, STALL_TIMEOUT
 from .common.exposed import shown_path
+from .common.hidden import shown
 from .common.hostnames import (
     MAX_PORT,
     OPEN,
@@ -276,8 +276,7 @@ class Inspect(NamedTuple):
     allow_remote: bool = False  # ``host`` may be one that other machines reach
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The operator's configuration, checked and with all defaults.
 
     Exactly one of ``jwt_secret`` and ``token`` is set, the other is "".
@@ -287,8 +286,8 @@ class Config:
     tunnel_port: int
     skip_tls_verify: bool
     ca_file: str | None  # None: the CAs that the system trusts
-    jwt_secret: str = field(repr=False)
-    token: str = field(repr=False)
+    jwt_secret: str
+    token: str
     jwt_issuer: str
     jwt_expire_sec: int  # seconds that a token signed by the agent is valid
     stall_timeout: float  # seconds; a visit whose visitor or target reads nothing so long is reset
@@ -302,12 +301,15 @@ class Config:
     )
     tunnels: tuple[Tunnel, ...]
     inspect: Inspect | None = None  # None: no inspector
-    secret_files: tuple[str, ...] = field(default=(), compare=False)  # files that hold secrets
+    secret_files: tuple[str, ...] = ()  # files that hold secrets
     # Further addresses of the gateway, as tunnel_host and tunnel_port: the next one is dialled when
     # one fails.
     more_addrs: tuple[tuple[str, int], ...] = ()
     # The key that names the credential's file, and the path there; "" for one in the document.
     credential_file: tuple[str, str] = ("", "")
+
+    def __repr__(self) -> str:
+        return shown(self, "jwt_secret", "token")
 
     def routes(self) -> dict[str, str]:
         """Hostname to target, for the register message."""
@@ -353,7 +355,7 @@ def load(path: str | os.PathLike[str], *, needs_tunnels: bool = True) -> Config:
     try:
         document = read_document(_read_file(path))
         config = of_document(document, needs_tunnels=needs_tunnels)
-        return replace(config, secret_files=tuple(_secret_files(os.fspath(path), document)))
+        return config._replace(secret_files=tuple(_secret_files(os.fspath(path), document)))
     except ConfigError as error:
         missing = (
             ""
@@ -387,11 +389,11 @@ def with_secrets(config: Config) -> Config:
     if key and not small_file.is_pipe(path):
         credential = _credential_of(key, path)
         if key == "token_file":
-            config = replace(config, token=credential)
+            config = config._replace(token=credential)
         else:
-            config = replace(config, jwt_secret=credential)
+            config = config._replace(jwt_secret=credential)
     if any(tunnel.basic_auth_file for tunnel in config.tunnels):
-        config = replace(config, tunnels=tuple(map(_with_users, config.tunnels)))
+        config = config._replace(tunnels=tuple(map(_with_users, config.tunnels)))
         _check_policies(config)
     return config
 
@@ -403,7 +405,7 @@ def _with_users(tunnel: Tunnel) -> Tunnel:
         found = _users_of_file(tunnel.basic_auth_file, tunnel.shared_by)
     except ConfigError as error:
         raise ConfigError(f"basic_auth_file of {tunnel.hostname}: {error}") from None
-    return tunnel._replace(policy=replace(tunnel.policy, basic_auth=found))
+    return tunnel._replace(policy=tunnel.policy._replace(basic_auth=found))
 
 
 # --- The file ------------------------------------------------------------------------------------

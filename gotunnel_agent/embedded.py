@@ -22,7 +22,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from time import monotonic
 from types import TracebackType
 
@@ -210,7 +209,7 @@ class OpenTunnel:
         if self._names and refusal.startswith(TAKEN):
             (tunnel,) = self._config.tunnels
             tunnel = tunnel._replace(hostname=random_label() + OPEN)
-            self._config = replace(self._config, tunnels=(tunnel,))
+            self._config = self._config._replace(tunnels=(tunnel,))
             return self._config
         self._refusal = self._in_words(refusal)
         raise NotGranted(self._refusal)
@@ -271,7 +270,7 @@ def forward(
     tunnel = _tunnel(target, host, tcp, keys)
     inspected = _inspect(inspect)
     account = _account(join, config)
-    whole = replace(account, tunnels=(tunnel,), status_socket=OFF, metrics_port=None, inspect=None)
+    whole = account._replace(tunnels=(tunnel,), status_socket=OFF, metrics_port=None, inspect=None)
     inspector = None
     try:
         agent = Agent(whole)

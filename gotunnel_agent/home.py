@@ -15,7 +15,6 @@ other module of the agent reads the environment.
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +103,7 @@ def account(
     file = config_file(environ) if path is None else Path(path)
     if path is None and not _may_exist(file):
         raise ConfigError(f"this machine has joined no gateway (there is no {file}): {NEXT}")
-    return replace(load(file, needs_tunnels=False), tunnels=())
+    return load(file, needs_tunnels=False)._replace(tunnels=())
 
 
 def _parsed(text: str, where: str) -> JoinString:

@@ -25,7 +25,6 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from time import monotonic, time
 
 from gotunnel import (
@@ -271,7 +270,7 @@ class Link:
             except OSError as error:
                 config = plan.config if self.address == SHARED else None
                 if config is not None:
-                    config = replace(config, tunnel_host=place.host, tunnel_port=place.port)
+                    config = config._replace(tunnel_host=place.host, tunnel_port=place.port)
                 problem = dial_problem(error, config, served=service is not None)
                 lasting = trouble.lasts(error)
                 if self.service is not None and self.service.asked:
@@ -612,7 +611,7 @@ class Link:
             tunnels = tuple(tunnel for tunnel in config.tunnels if tunnel.hostname in names)
             probe = Service(self._dial(plan, place), plan, place)
             probe.routes = {name: plan.routes[name] for name in names}
-            asked = replace(config, tunnels=tunnels)
+            asked = config._replace(tunnels=tunnels)
             control, messages = self._register(probe, asked, overlap=True, waits=False)
             if not probe.routes:
                 raise Refused("no reason given", probe.refused)

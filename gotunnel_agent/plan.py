@@ -7,7 +7,6 @@ keeps the plan that it began with.
 
 import ssl
 from collections.abc import Iterator
-from dataclasses import fields
 
 from .common.hostnames import normal_hostname
 from .common.one_line import some
@@ -105,6 +104,6 @@ def _by_hostname(config: Config) -> dict[str, Tunnel]:
 
 
 def _changed_keys(old: Config, new: Config) -> Iterator[str]:
-    for field in fields(Config):
-        if field.compare and getattr(old, field.name) != getattr(new, field.name):
-            yield field.name
+    for name, before, now in zip(Config._fields, old, new):
+        if name != "secret_files" and before != now:  # not a setting: it follows from others
+            yield name

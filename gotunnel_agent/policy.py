@@ -11,10 +11,10 @@ import hmac
 import secrets
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .common import addresses
+from .common.hidden import shown
 from .common.passwords import (
     MOST_USER,
     MOST_USERS,
@@ -39,14 +39,16 @@ class PolicyError(Exception):
     """A value cannot be part of a policy; the text says what came and what was expected."""
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """What one tunnel requires of its visitors. An empty part requires nothing."""
 
-    basic_auth: tuple[str, ...] = field(default=(), repr=False)  # USER:HASH
+    basic_auth: tuple[str, ...] = ()  # USER:HASH
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
     rate_limit: tuple[tuple[str, float], ...] = ()  # pairs of RATE_KEYS and number
+
+    def __repr__(self) -> str:
+        return shown(self, "basic_auth")
 
     def wire(self) -> dict[str, Any]:
         """The policy as a register message holds it; empty if it requires nothing."""

@@ -9,7 +9,6 @@ way; other users may not. Where modes mean nothing (Windows), nothing is found.
 import os
 import stat
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 # Characters. A "path" of this length or more that does not exist may be the secret itself, written
 # where the name of its file should be.
@@ -35,14 +34,15 @@ def open_folders(files: Iterable[str | os.PathLike[str]]) -> list[str]:
     """A line for each folder in which everybody can replace one of ``files``. For a symbolic link
     that is its own folder and its target's."""
     lines = {}  # by folder: one folder may hold several of the files
-    for file in map(Path, files):
-        for place in (file, file.resolve()):
-            mode = _mode(place.parent, stat.S_ISDIR)
+    for file in files:
+        for place in (os.fspath(file), os.path.realpath(file)):
+            folder, name = os.path.dirname(place) or os.curdir, os.path.basename(place)
+            mode = _mode(folder, stat.S_ISDIR)
             # In a sticky folder, such as /tmp, only its owner can replace a file.
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                lines[place.parent] = (
-                    f"{place.parent} has mode {mode:04o}: everybody on this machine may put "
-                    f"another file in the place of {place.name}; chmod o-w {place.parent}"
+                lines[folder] = (
+                    f"{folder} has mode {mode:04o}: everybody on this machine may put another file "
+                    f"in the place of {name}; chmod o-w {folder}"
                 )
     return list(lines.values())
 

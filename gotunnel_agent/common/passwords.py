@@ -13,7 +13,9 @@ import hashlib
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .hidden import shown
 
 # Users of one tunnel. With names of usual length, all fit into a register message (64 KiB).
 MOST_USERS = 100
@@ -43,15 +45,17 @@ class PasswordError(ValueError):
     """A text can be neither a password nor a hash; says what came and what was expected."""
 
 
-@dataclass(frozen=True)
-class Hash:
+class Hash(NamedTuple):
     """A password's scrypt hash; str() is its text."""
 
     ln: int
     r: int
     p: int
-    salt: bytes = field(repr=False)
-    digest: bytes = field(repr=False)
+    salt: bytes
+    digest: bytes
+
+    def __repr__(self) -> str:
+        return shown(self, "salt", "digest")
 
     @classmethod
     def read(cls, text: str) -> "Hash":

@@ -18,7 +18,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -287,8 +286,7 @@ def quick_config(
 ) -> Config:
     """The account's configuration with this one tunnel. Ports and sockets are left to an agent
     that may run with the same account."""
-    return replace(
-        account,
+    return account._replace(
         tunnels=(tunnel,),
         status_socket=OFF,
         metrics_port=None,

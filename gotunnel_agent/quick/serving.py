@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from urllib.parse import urlsplit
 
 from gotunnel import NoThread, spawn
@@ -113,7 +112,7 @@ class Serving:
             log.info("another agent has %s; asking for %s", self._asked, label)
             self._asked = label
             tunnel = self.tunnel._replace(hostname=f"{label}{OPEN}")
-            self._config = replace(self._config, tunnels=(tunnel,))
+            self._config = self._config._replace(tunnels=(tunnel,))
             return self._config
         if taken:
             return None

@@ -1,6 +1,5 @@
 """The agent's configuration: what each key means, and the error line for each bad value."""
 
-import dataclasses
 import os
 import re
 from pathlib import Path
@@ -89,6 +88,7 @@ def test_defaults():
         metrics_bind=("127.0.0.1",),
         status_socket="",
         tunnels=(Tunnel("app.example.com", Target("127.0.0.1", 8080), "http"),),
+        secret_files=("agent.yaml",),
     )
 
 
@@ -144,6 +144,7 @@ def test_every_key_that_stands_beside_the_others():
             Tunnel("app.example.com", Target("web_1", 80), "http"),
             Tunnel("ssh.example.com", Target("::1", 22), "tcp"),
         ),
+        secret_files=("agent.yaml",),
     )
 
 
@@ -154,7 +155,7 @@ def test_routes_and_modes_are_those_of_the_register_message():
 
 
 def test_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         loaded(MINIMAL).tunnel_port = 1
 
 
@@ -864,7 +865,7 @@ def test_example_is_complete_and_shows_the_defaults_in_its_comments():
     defaults = re.compile(rf"(?m)^#(?=({shown}): )")
     uncommented, count = defaults.subn("", text.replace("ca_file:", "#"))
     assert count == 8
-    assert loaded(uncommented) == dataclasses.replace(config, ca_file=None, inspect=Inspect())
+    assert loaded(uncommented) == config._replace(ca_file=None, inspect=Inspect())
 
 
 def test_example_shows_a_policy_that_can_be_followed():

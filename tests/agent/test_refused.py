@@ -4,7 +4,6 @@ refusals of some; and who hears of it (the log, snapshot(), on_change, status)."
 import json
 import logging
 import threading
-from dataclasses import replace
 from time import monotonic
 
 import pytest
@@ -489,7 +488,7 @@ def test_a_change_does_not_wait_for_a_gateway_that_says_nothing(gateway, tmp_pat
             elif reason == "move":
                 control.write(encode_message(End(MOVE, "now")))
             else:
-                agent.change(replace(agent.config, stall_timeout=100.0))
+                agent.change(agent.config._replace(stall_timeout=100.0))
             while set(gateway.meet(ALL).routes) != {APP, OTHER}:
                 gateway.hang_up()
             silent.close()
@@ -514,7 +513,7 @@ def test_refusals_of_an_earlier_configuration_are_not_shown(gateway, tmp_path, n
         gateway.hang_up()
         wait_until(lambda: len(agent.snapshot().refused) == 2)
         tunnels = tuple(each for each in agent.config.tunnels if each.hostname == APP)
-        agent.change(replace(agent.config, tunnels=tunnels))
+        agent.change(agent.config._replace(tunnels=tunnels))
         assert agent.snapshot().refused == {APP: "x"}
         assert list(agent.snapshot().all_routes()) == [APP]
         gateway.meet(ALL)

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import threading
-from dataclasses import replace
 from time import monotonic
 
 import pytest
@@ -98,14 +97,14 @@ def test_a_line_of_a_log_names_some_hostnames_and_counts_the_others(gateway, tmp
 
 def test_what_concerns_the_process_alone_needs_no_session(gateway, tmp_path):
     old = config_of(gateway, tmp_path, {APP: 1})
-    new = replace(old, drain_timeout=9, log_level="debug")
+    new = old._replace(drain_timeout=9, log_level="debug")
     assert changes(old, new) == ["another drain_timeout", "another log_level"]
     assert not needs_session(old, new)
 
 
 def test_a_gateways_address_goes_by_its_key(gateway, tmp_path):
     old = config_of(gateway, tmp_path, {APP: 1})
-    assert changes(old, replace(old, tunnel_host="a", tunnel_port=1)) == ["another tunnel_addr"]
+    assert changes(old, old._replace(tunnel_host="a", tunnel_port=1)) == ["another tunnel_addr"]
 
 
 def test_a_password_that_is_read_again_is_the_same(gateway, tmp_path):

@@ -3,7 +3,6 @@ their visitors get."""
 
 import logging
 import types
-from dataclasses import replace
 
 import pytest
 from hand_made import registered
@@ -155,7 +154,7 @@ def test_target_that_fails_and_comes_back(gateway, tmp_path, origin, caplog):
         # The shortest interval of a configuration is a second.
         quick = Settings("/healthz", every=0.05, timeout=5, fails=2)
         tunnels = tuple(tunnel._replace(health=quick) for tunnel in agent.config.tunnels)
-        agent.change(replace(agent.config, tunnels=tunnels))
+        agent.change(agent.config._replace(tunnels=tunnels))
         wait_until(lambda: agent.snapshot().health == {APP: ""})
         status[0] = 503
         wait_until(lambda: gateway.get(APP)[0] == 503)

@@ -1,7 +1,6 @@
 """What the gateway asks of a tunnel's visitors: addresses, rates, passwords, and their bounds."""
 
 import base64
-import dataclasses
 import ipaddress
 import json
 import random
@@ -26,7 +25,7 @@ PASSWORD = "correct horse: battery"  # with a colon, which a password may have
 def cheap(password):
     """A hash as an agent may send it, of the least cost, so that tests do not wait."""
     blank = Hash(10, 8, 1, b"salt" * 4, bytes(32))
-    return str(dataclasses.replace(blank, digest=blank.compute(password.encode())))
+    return str(blank._replace(digest=blank.compute(password.encode())))
 
 
 HASH = cheap(PASSWORD)
